@@ -1,0 +1,278 @@
+"""The typed configuration of a run: what can be set, what it defaults to, and where each value came from.
+
+A recipe is a YAML file with the sections below; `--set section.key=value` goes over it. Every value remembers its
+origin (default, recipe file and line, or the command line), which `fastvit config show` prints.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fastvit_engine.duration import Duration
+from fastvit_engine.errors import UserError
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelConfig(_Section):
+    """A ViT by its paper name, "size/patch" (Dosovitskiy et al. 2021, Table 1)."""
+
+    name: str = "B/16"  # size Ti, S, B, L, H, g, G and any patch size: "H/14", "B/8"
+    image_size: int = Field(224, gt=0)  # pixels; the patch size must divide it
+    num_classes: int = Field(1000, gt=0)
+    pool: Literal["cls", "gap"] = "cls"  # class token, or mean of the patch tokens and no class token
+    head: Literal["linear", "mlp"] = "linear"  # mlp: one tanh hidden layer, the paper's pretraining head
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # exact erf, or the tanh form of the official JAX weights
+    dropout: float = Field(0.0, ge=0, lt=1)  # after every dense layer but qkv, and after the position embedding
+    drop_path: float = Field(0.0, ge=0, lt=1)  # stochastic depth of the last block; grows linearly from 0
+    layer_scale: float | None = None  # initial value of LayerScale; null leaves it out
+    head_bias: float = 0.0  # initial bias of the classifier; -10 for sigmoid losses over many classes
+    # Overrides of the size's own numbers, for small experiments.
+    width: int | None = Field(None, gt=0)
+    depth: int | None = Field(None, gt=0)
+    heads: int | None = Field(None, gt=0)
+    mlp_dim: int | None = Field(None, gt=0)
+
+
+class DataConfig(_Section):
+    """WebDataset shards and how their images become training pixels."""
+
+    train: str = ""  # a folder, a glob, or a brace pattern: "shards/train-{000000..000099}.tar"
+    eval: str = ""  # empty: no evaluation
+    train_samples: int | None = Field(None, gt=0)  # read from dataset.json where `fastvit data make` wrote the shards
+    image_key: str = "jpg;jpeg;png;webp"  # the first of these members that a sample has
+    label_key: str = "cls"  # member with the class index as text
+    num_workers: int = Field(4, ge=0)  # decoding processes of each rank
+    streams: int | None = Field(None, gt=0)  # parallel shard streams of the whole run; null: one a decoding process
+    shuffle_buffer: int = Field(4096, ge=1)  # samples (undecoded) that each stream shuffles within
+    crop: Literal["inception", "resize"] = "inception"  # training crop: random area and aspect ratio, or whole image
+    crop_scale: tuple[float, float] = (0.05, 1.0)  # share of the image's area an inception crop takes
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # aspect ratio of an inception crop
+    flip: bool = True  # mirror half of the training images
+    eval_crop: float = Field(0.875, gt=0, le=1)  # evaluation: short side to image_size / eval_crop, then centre crop
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels in [0, 1]; 0.5 and 0.5 give the paper's [-1, 1]
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mixup: float = Field(0.0, ge=0)  # alpha of the Beta distribution; 0: off
+
+
+class TrainConfig(_Section):
+    duration: Duration = "90 epochs"
+    global_batch_size: int = Field(4096, gt=0)
+    micro_batch_size: int | None = Field(None, gt=0)  # images a process at a time; null: global batch / processes
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    grad_clip: float | None = Field(1.0, gt=0)  # global norm; null: off
+    log_every: int = Field(50, gt=0)  # steps
+
+
+class OptimizerConfig(_Section):
+    """AdamW; weight decay is multiplied by the learning rate, as in PyTorch, and applies to matrices only."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+
+
+class ScheduleConfig(_Section):
+    kind: Literal["constant", "linear", "cosine", "rsqrt"] = "linear"
+    warmup: Duration = "10000 steps"
+    cooldown: Duration = "50000 steps"  # rsqrt only: linear decay to final_learning_rate at the end
+    timescale: Duration = "10000 steps"  # rsqrt only: rate falls as sqrt(timescale / (step - warmup + timescale))
+    final_learning_rate: float = Field(0.0, ge=0)
+
+
+class LossConfig(_Section):
+    kind: Literal["softmax", "sigmoid"] = "softmax"
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+
+
+class EmaConfig(_Section):
+    decay: float | None = Field(None, gt=0, lt=1)  # null: no moving average of the weights
+
+
+class EvaluateConfig(_Section):
+    every: Duration | None = None  # besides once at the end
+    batch_size: int | None = Field(None, gt=0)  # images a process; null: the training micro-batch
+
+
+class CheckpointConfig(_Section):
+    every: Duration | None = "5000 steps"  # besides once at the end
+    keep: int = Field(2, gt=0)  # newest checkpoints that stay on disk
+
+
+class ZeroConfig(_Section):
+    """DeepSpeed ZeRO: what is sharded over the processes, and what is kept in host memory."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    offload: Literal["none", "optimizer", "all"] = "none"  # all: parameters too, stage 3 only
+
+
+class Config(_Section):
+    name: str = "run"
+    seed: int = Field(0, ge=0)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    ema: EmaConfig = EmaConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    zero: ZeroConfig = ZeroConfig()
+    deepspeed: dict[str, Any] = {}  # merged last over the DeepSpeed configuration that the engine writes
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A validated configuration and, for each dotted key, where its value came from."""
+
+    config: Config
+    origins: Mapping[str, str] = field(default_factory=dict)
+
+    def to_yaml(self, *, with_origins: bool = False) -> str:
+        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        return _annotate(text, self.origins) if with_origins else text
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Resolved:
+    """Reads a recipe (a name from `fastvit config list` or a path), applies `section.key=value` overrides, validates.
+
+    Raises UserError naming the key, its origin and, for an unknown key, the nearest valid one.
+    """
+    path = _find_recipe(recipe)
+    values, origins = _read_recipe(path)
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key.strip():
+            raise UserError(f"--set {override!r} is not of the form section.key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"--set {override!r}: the value is not valid YAML") from error
+        _assign(values, key.strip(), value)
+        origins.update(dict.fromkeys([key.strip(), *_flatten({key.strip(): value})], "--set"))
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        raise UserError(_explain(error, origins)) from None
+    return Resolved(config, _complete_origins(config, origins))
+
+
+def _find_recipe(recipe: str) -> Path:
+    if recipe in recipe_names():
+        return RECIPES / f"{recipe}.yaml"
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    near = difflib.get_close_matches(recipe, recipe_names(), n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"known recipes: {', '.join(recipe_names())}"
+    raise UserError(f"no recipe or file named '{recipe}'; {hint}")
+
+
+def _read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        text = path.read_text()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path} must hold sections such as 'model:' and 'train:', not a single {type(values).__name__}"
+        )
+    origins: dict[str, str] = {}
+
+    def note_lines(node: yaml.Node | None, prefix: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        for key_node, value_node in node.value:
+            name = f"{prefix}{key_node.value}"
+            origins[name] = f"{path.name}:{key_node.start_mark.line + 1}"
+            note_lines(value_node, f"{name}.")
+
+    note_lines(root, "")
+    return values, origins
+
+
+def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {dotted}: '{section}' holds a single value, not a section")
+        values = inner
+    values[last] = value
+
+
+def _valid_keys(location: Sequence[str | int]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+    return list(model.model_fields)
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+    """The first problem as one sentence: what is wrong, where it was written, and what would be right."""
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
+    named = key
+    while named and named not in origins:
+        named = named.rpartition(".")[0]
+    where = f" ({origins[named]})" if named else ""
+    if problem["type"] == "extra_forbidden":
+        valid = _valid_keys(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.5)
+        hint = (
+            f"did you mean '{'.'.join([*map(str, problem['loc'][:-1]), near[0]])}'?"
+            if near
+            else f"valid: {', '.join(valid)}"
+        )
+        return f"unknown configuration key '{key}'{where}; {hint}"
+    given = problem["input"]
+    if problem["type"] == "missing":
+        return f"configuration key '{key}'{where} is {given!r}: too few values"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"configuration key '{key}'{where} is {given!r}: {message[0].lower()}{message[1:]}"
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{name}."))
+        else:
+            flat[name] = value
+    return flat
+
+
+def _complete_origins(config: Config, origins: Mapping[str, str]) -> dict[str, str]:
+    return {name: origins.get(name, "default") for name in _flatten(config.model_dump())}
+
+
+def _annotate(text: str, origins: Mapping[str, str]) -> str:
+    """Adds each value's origin as a comment at the end of its line of `text` (YAML in block style, indented by two)."""
+    lines, stack = [], []
+    for line in text.splitlines():
+        indent = (len(line) - len(line.lstrip())) // 2
+        key = line.strip().partition(":")[0]
+        stack = [*stack[:indent], key]
+        origin = origins.get(".".join(stack))
+        lines.append(f"{line:<48}  # {origin}" if origin and not line.lstrip().startswith("-") else line)
+    return "\n".join(lines) + "\n"

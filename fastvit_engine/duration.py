@@ -1,0 +1,54 @@
+"""Lengths of training as people say them: "90 epochs", "10_000 steps", "300M samples", "5%"."""
+
+import math
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator
+
+from fastvit_engine.errors import UserError
+
+_PATTERN = re.compile(r"([0-9][0-9_]*\.?[0-9]*)\s*([kMB]?)\s*(steps?|epochs?|samples?|%|percent)")
+_MAGNITUDE = {"": 1, "k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
+
+
+def parse_duration(text: str) -> tuple[float, str]:
+    """Splits "300M samples" into (3e8, "sample"); units are step, epoch, sample and %. ValueError on anything else."""
+    match = _PATTERN.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(
+            f"{text!r} is not a duration; write for example '10000 steps', '90 epochs', '300M samples', '5%'"
+        )
+    number, magnitude, unit = match.groups()
+    return float(number) * _MAGNITUDE[magnitude], "%" if unit == "percent" else unit.rstrip("s")
+
+
+def _checked(text: str) -> str:
+    parse_duration(text)
+    return text
+
+
+Duration = Annotated[str, AfterValidator(_checked)]
+
+
+def to_steps(
+    duration: str, *, global_batch_size: int, samples_per_epoch: int | None, total_steps: int | None = None
+) -> int:
+    """Number of optimizer steps in `duration`, rounded to the nearest; an epoch is `samples_per_epoch` samples."""
+    value, unit = parse_duration(duration)
+    if unit == "step":
+        steps = value
+    elif unit == "sample":
+        steps = value / global_batch_size
+    elif unit == "epoch":
+        if samples_per_epoch is None:
+            raise UserError(
+                f"'{duration}' is given in epochs but the number of training samples is unknown: "
+                "set data.train_samples, or give the duration in steps or samples"
+            )
+        steps = value * samples_per_epoch / global_batch_size
+    else:
+        if total_steps is None:
+            raise UserError(f"'{duration}' is a share of the run and cannot be the length of the run itself: use steps")
+        steps = value / 100 * total_steps
+    return max(0, math.floor(steps + 0.5))
