@@ -1,0 +1,84 @@
+"""Top-1 and top-5 accuracy and loss over a labelled set, each image counted exactly once."""
+
+import base64
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastvit_engine.data import Batch
+from fastvit_engine.train.distributed import World
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    top1: float  # share of images in [0, 1]
+    top5: float | None  # None where there are no more than five classes
+    loss: float  # mean over images
+    samples: int
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    criterion: nn.Module,
+    world: World,
+    *,
+    shown: int = 0,
+) -> tuple[Accuracy, list[dict[str, Any]]]:
+    """Evaluates over all processes; collective, and every process must get the same number of batches.
+
+    Also returns what the model says of the first `shown` images of this process, ready for `samples.json`.
+    """
+    was_training = model.training
+    model.eval()
+    totals = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, samples
+    examples: list[dict[str, Any]] = []
+    for batch in batches:
+        images = batch.images.to(world.device, non_blocking=True)
+        labels = batch.labels.to(world.device, non_blocking=True)
+        weights = batch.weights.to(world.device, non_blocking=True)  # 0 marks padding
+        logits = model(images).float()
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
+        hits = ranked == labels[:, None]
+        losses = criterion(logits, labels, reduction="none")
+        totals += torch.stack(
+            [(hits[:, 0] * weights).sum(), (hits.any(1) * weights).sum(), (losses * weights).sum(), weights.sum()]
+        )
+        if len(examples) < shown:
+            examples += _examples(batch, logits, ranked)[: shown - len(examples)]
+    model.train(was_training)
+    top1, top5, loss, samples = world.sum(totals).tolist()
+    has_top5 = logits.shape[1] > 5
+    return (
+        Accuracy(top1 / samples, top5 / samples if has_top5 else None, loss / samples, round(samples)),
+        examples,
+    )
+
+
+def _examples(batch: Batch, logits: Tensor, ranked: Tensor) -> list[dict[str, Any]]:
+    probabilities = logits.softmax(1).gather(1, ranked).tolist()
+    return [
+        {
+            "key": batch.keys[row],
+            "label": int(batch.labels[row]),
+            "image": _png(batch.images[row]),
+            "predictions": [
+                [index, round(p, 6)] for index, p in zip(ranked[row].tolist(), probabilities[row], strict=True)
+            ],
+        }
+        for row in range(len(batch.keys))
+        if batch.weights[row] > 0
+    ]
+
+
+def _png(image: Tensor) -> str:
+    """A uint8 image [H, W, 3] as a data URL."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.cpu().numpy()).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,260 @@
+"""The training loop. Every process of the run executes `train` from top to bottom."""
+
+import json
+from dataclasses import asdict
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastvit_kernels import FusedCrossEntropy
+from torch import Tensor
+
+from fastvit_engine.config import Config, Resolved
+from fastvit_engine.data import Batch, build_eval_data, build_train_data, class_names, mixup
+from fastvit_engine.errors import UserError
+from fastvit_engine.evaluate.classification import evaluate
+from fastvit_engine.models import build_model, training_flops
+from fastvit_engine.observe.metrics import MetricsWriter
+from fastvit_engine.observe.progress import Progress
+from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
+from fastvit_engine.train.checkpoint import Checkpointer, fingerprint
+from fastvit_engine.train.distributed import World, join_world
+from fastvit_engine.train.ema import WeightAverage
+from fastvit_engine.train.engine import BatchSplit, build_engine, set_learning_rate, split_batch
+from fastvit_engine.train.export import export_weights
+from fastvit_engine.train.plan import Plan
+from fastvit_engine.train.preflight import Start, preflight
+from fastvit_engine.train.throughput import Peak, Stopwatch, peak_flops, peak_memory_bytes
+
+SHOWN_SAMPLES = 48  # images of the evaluation set whose predictions the report shows
+
+
+def train(resolved: Resolved, out: Path, *, resume: bool) -> None:
+    """Trains the model of a configuration into the run folder `out`.
+
+    With `resume`, goes on from the folder's latest checkpoint, if any; without, refuses a folder that holds a run.
+    """
+    with join_world() as world:
+        run = RunFolder(out)
+        start = world.on_main(lambda: preflight(resolved.config, run, world.size, resume=resume))
+        if world.is_main:
+            print(start.message, flush=True)
+        if start.step < start.total_steps:
+            _train(resolved, run, start, world)
+
+
+def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> None:
+    config = resolved.config
+    split = split_batch(config, world.size)
+    plan = Plan(config)
+
+    # ---- model, optimizer, DeepSpeed
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, mean=config.data.mean, std=config.data.std)
+    engine = build_engine(model, config, split, world)
+    criterion = FusedCrossEntropy(config.loss.kind, label_smoothing=config.loss.label_smoothing)
+    ema = WeightAverage(engine, config.ema.decay) if config.ema.decay is not None else None
+    checkpointer = Checkpointer(run, engine, ema, world, config.checkpoint.keep)
+    if start.checkpoint:
+        checkpointer.load(start.checkpoint)
+
+    # ---- data, starting at the first step that is still to be done
+    batches = build_train_data(
+        config,
+        rank=world.rank,
+        world_size=world.size,
+        micro_batch_size=split.micro_batch_size,
+        first_step=start.step,
+        pin_memory=world.device.type == "cuda",
+    )
+
+    # ---- the run's record
+    peak = peak_flops(world, config.train.precision)
+    flops_per_image = training_flops(config.model)
+    if world.is_main:
+        _describe_run(resolved, run, plan, world, model, peak)
+    metrics = MetricsWriter(run, resume_step=start.step) if world.is_main else None
+    progress = Progress(plan.total_steps, start.step) if world.is_main else None
+    stopwatch = Stopwatch(world.device, seconds_before=start.seconds)
+    last_logged = start.step
+    accuracy = {}
+
+    engine.train()
+    for step in range(start.step, plan.total_steps):
+        # ---- one optimizer step on one global batch
+        learning_rate = plan.learning_rate(step)
+        set_learning_rate(engine, learning_rate)
+        generator = seed_step(config.seed, step, world)
+        loss_sum = torch.zeros((), device=world.device)
+        keys_hash = 0
+        for _ in range(split.accumulation_steps):
+            with stopwatch.waiting_for_data():
+                batch = next(batches)
+            loss = training_loss(engine, criterion, batch, config, world, generator)
+            engine.backward(loss)
+            engine.step()
+            loss_sum += loss.detach()
+            keys_hash = (keys_hash + hash_keys(batch.keys)) % 2**64
+        if ema is not None:
+            ema.update(step)
+        done = step + 1
+        last = done == plan.total_steps
+
+        # ---- report
+        if done % config.train.log_every == 0 or last or done == start.step + 1:
+            loss_mean = world.sum([loss_sum.item() / split.accumulation_steps]).item() / world.size
+            seconds, waited = stopwatch.lap()
+            waited = world.sum([waited]).item() / world.size
+            samples_hash = world.sum_int64(keys_hash)
+            memory_bytes = int(world.max([peak_memory_bytes(world.device)]).item())
+            if metrics and progress:
+                rate = (done - last_logged) * config.train.global_batch_size / seconds
+                row = {
+                    "step": done,
+                    "epoch": plan.epoch(done),
+                    "samples": done * config.train.global_batch_size,
+                    "loss": loss_mean,
+                    "lr": learning_rate,
+                    "grad_norm": _as_float(engine.get_global_grad_norm()),
+                    "images_per_second": rate,
+                    "mfu": rate * flops_per_image / peak.flops,
+                    "data_wait": waited / seconds,
+                    "memory_bytes": memory_bytes,
+                    "samples_hash": f"{samples_hash:016x}",
+                    "seconds": stopwatch.total,
+                }
+                metrics.train(row)
+                progress.train(row)
+            last_logged = done
+            if not torch.isfinite(torch.tensor(loss_mean)):
+                raise UserError(
+                    f"the loss is {loss_mean} at step {done}: lower optimizer.learning_rate, lengthen schedule.warmup "
+                    f"or set train.grad_clip; the run can go on from its latest checkpoint in {run.checkpoints}"
+                )
+
+        # ---- evaluate
+        if config.data.eval and (last or (plan.eval_every and done % plan.eval_every == 0)):
+            with stopwatch.paused():
+                accuracy = evaluate_all(engine, ema, config, split, world, run, done, metrics, progress)
+
+        # ---- save
+        if last or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
+            with stopwatch.paused():
+                if last:
+                    export_weights(engine, ema, config, run, world)
+                saved = checkpointer.save(
+                    done,
+                    {
+                        "seconds": stopwatch.total,
+                        "fingerprint": fingerprint(config, world.size),
+                        "accuracy": accuracy,
+                    },
+                )
+                if progress:
+                    progress.message(f"saved {saved}")
+
+    if metrics and progress:
+        metrics.close()
+        progress.close()
+
+
+def training_loss(
+    engine: Any, criterion: FusedCrossEntropy, batch: Batch, config: Config, world: World, generator: torch.Generator
+) -> Tensor:
+    """Mean loss over one micro-batch, where a sample of weight 0 counts as a loss of 0."""
+    images = batch.images.to(world.device, non_blocking=True)  # uint8 [B, H, W, 3]; normalised by the patch embedding
+    labels = batch.labels.to(world.device, non_blocking=True)
+    weights = batch.weights.to(world.device, non_blocking=True)
+    if config.data.mixup:
+        images, labels, labels_b, mix_weight = mixup(
+            images, labels, config.data.mixup, config.data.mean, config.data.std, generator
+        )
+        losses = criterion(engine(images), labels, labels_b=labels_b, mix_weight=mix_weight, reduction="none")
+    else:
+        losses = criterion(engine(images), labels, reduction="none")
+    return (losses * weights).mean()
+
+
+def evaluate_all(
+    engine: Any,
+    ema: WeightAverage | None,
+    config: Config,
+    split: BatchSplit,
+    world: World,
+    run: RunFolder,
+    step: int,
+    metrics: MetricsWriter | None,
+    progress: Progress | None,
+) -> dict[str, dict[str, Any]]:
+    """Evaluates the weights and, where there is one, their average; writes the rows and the predictions to show."""
+    criterion = FusedCrossEntropy(config.loss.kind)
+    results = {}
+
+    def run_one(name: str) -> None:
+        batches = build_eval_data(
+            config,
+            rank=world.rank,
+            world_size=world.size,
+            batch_size=config.evaluate.batch_size or split.micro_batch_size,
+            pin_memory=world.device.type == "cuda",
+        )
+        stopwatch = Stopwatch(world.device)
+        accuracy, examples = evaluate(engine, batches, criterion, world, shown=SHOWN_SAMPLES if world.is_main else 0)
+        seconds, _ = stopwatch.lap()
+        results[name] = asdict(accuracy)
+        if metrics and progress:
+            row = {"step": step, "eval": name, **asdict(accuracy), "seconds": seconds}
+            metrics.evaluation(row)
+            progress.evaluation(row)
+            shown = {"step": step, "class_names": class_names(config), "samples": examples}
+            atomic_write(run.samples, json.dumps(shown))
+
+    run_one("eval")
+    if ema is not None:
+        with ema.applied():
+            run_one("eval_ema")
+    return results
+
+
+def seed_step(seed: int, step: int, world: World) -> torch.Generator:
+    """Makes dropout, drop-path and mixup of a step a function of (seed, step, rank), which a resumed run repeats.
+
+    Returns the generator for mixup; the global one is seeded too.
+    """
+    key = int.from_bytes(blake2b(f"{seed}/{step}/{world.rank}".encode(), digest_size=7).digest(), "big")
+    torch.manual_seed(key)
+    return torch.Generator(device=world.device).manual_seed(key)
+
+
+def hash_keys(keys: list[str]) -> int:
+    """The sum, modulo 2**64, of each key's 64-bit hash: the same however a global batch is split over processes."""
+    return sum(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") for key in keys) % 2**64
+
+
+def _describe_run(
+    resolved: Resolved, run: RunFolder, plan: Plan, world: World, model: torch.nn.Module, peak: Peak
+) -> None:
+    config = resolved.config
+    on_gpu = world.device.type == "cuda"
+    environment = collect_environment(
+        model=config.model.name,
+        parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+        training_flops_per_image=training_flops(config.model),
+        peak_flops=peak.flops,
+        peak_flops_source=peak.source,
+        world_size=world.size,
+        zero_stage=config.zero.stage,
+        precision=config.train.precision,
+        device=torch.cuda.get_device_name(world.device) if on_gpu else "cpu",
+        total_steps=plan.total_steps,
+        global_batch_size=config.train.global_batch_size,
+        samples_per_epoch=plan.samples_per_epoch,
+        shards=config.data.train,
+    )
+    atomic_write(run.config, resolved.to_yaml())
+    atomic_write(run.environment, json.dumps(environment, indent=1))
+
+
+def _as_float(value: Any) -> float | None:
+    return None if value is None else float(value)

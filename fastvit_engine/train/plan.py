@@ -1,0 +1,34 @@
+"""A run in optimizer steps: how many, when to evaluate and save, and the learning rate of each."""
+
+from fastvit_engine.config import Config
+from fastvit_engine.data import train_samples
+from fastvit_engine.duration import to_steps
+from fastvit_engine.errors import UserError
+from fastvit_engine.train.schedule import build_schedule
+
+
+class Plan:
+    """`total_steps`, `eval_every` and `checkpoint_every` (0: only at the end), and `learning_rate(step)`."""
+
+    def __init__(self, config: Config) -> None:
+        self.samples_per_epoch = train_samples(config)
+        self.global_batch_size = config.train.global_batch_size
+        self.total_steps = self._steps(config.train.duration)
+        if self.total_steps == 0:
+            raise UserError(f"train.duration = '{config.train.duration}' is less than one step of the global batch")
+        self.eval_every = self._steps(config.evaluate.every, self.total_steps)
+        self.checkpoint_every = self._steps(config.checkpoint.every, self.total_steps)
+        self.learning_rate = build_schedule(config, self.total_steps, self.samples_per_epoch)
+
+    def epoch(self, step: int) -> float | None:
+        return step * self.global_batch_size / self.samples_per_epoch if self.samples_per_epoch else None
+
+    def _steps(self, duration: str | None, total_steps: int | None = None) -> int:
+        if duration is None:
+            return 0
+        return to_steps(
+            duration,
+            global_batch_size=self.global_batch_size,
+            samples_per_epoch=self.samples_per_epoch,
+            total_steps=total_steps,
+        )

@@ -1,0 +1,54 @@
+"""Learning-rate schedules: linear warm-up, then constant, linear, cosine, or inverse square root with a cooldown."""
+
+import math
+from collections.abc import Callable
+
+from fastvit_engine.config import Config
+from fastvit_engine.duration import to_steps
+from fastvit_engine.errors import UserError
+
+
+def build_schedule(config: Config, total_steps: int, samples_per_epoch: int | None) -> Callable[[int], float]:
+    """The learning rate of each step in [0, total_steps).
+
+    linear and cosine fall from `optimizer.learning_rate` at the end of warm-up to `schedule.final_learning_rate` after
+    the last step (ViT paper, Table 3). rsqrt multiplies by sqrt(timescale / (t + timescale)), t counted from the end of
+    warm-up, and falls linearly to the final rate during the cooldown (Scaling Vision Transformers, section 3.5).
+    """
+
+    def steps(duration: str) -> int:
+        return to_steps(
+            duration,
+            global_batch_size=config.train.global_batch_size,
+            samples_per_epoch=samples_per_epoch,
+            total_steps=total_steps,
+        )
+
+    kind = config.schedule.kind
+    base, final = config.optimizer.learning_rate, config.schedule.final_learning_rate
+    warmup = steps(config.schedule.warmup)
+    cooldown = steps(config.schedule.cooldown) if kind == "rsqrt" else 0
+    timescale = max(1, steps(config.schedule.timescale)) if kind == "rsqrt" else 1
+    if warmup + cooldown > total_steps:
+        needed = f"warm-up of {warmup}" + (f" and cooldown of {cooldown}" if cooldown else "")
+        raise UserError(
+            f"schedule: {needed} steps is longer than the whole run of {total_steps} steps: "
+            "shorten schedule.warmup or lengthen train.duration"
+        )
+
+    def learning_rate(step: int) -> float:
+        if step < warmup:
+            return base * (step + 1) / warmup
+        elapsed = step - warmup
+        progress = elapsed / max(1, total_steps - warmup)
+        if kind == "constant":
+            return base
+        if kind == "linear":
+            return base + (final - base) * progress
+        if kind == "cosine":
+            return final + (base - final) * (1 + math.cos(math.pi * progress)) / 2
+        rate = base * math.sqrt(timescale / (elapsed + timescale))
+        remaining = (total_steps - step) / cooldown if cooldown else 1.0
+        return rate if remaining >= 1 else final + (rate - final) * remaining
+
+    return learning_rate

@@ -1,0 +1,100 @@
+"""How fast a run goes: images a second, share of the hardware's peak (MFU), share of time spent waiting for data."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from fastvit_engine.train.distributed import World
+
+# Dense bf16/fp16 matrix peak without sparsity, FLOP/s, from the vendors' datasheets.
+_DATASHEET_PEAK = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "MI300X": 1307e12,
+}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Matrix-product FLOP/s of all processes together, and where the figure comes from."""
+
+    flops: float
+    source: str
+
+
+def peak_flops(world: World, precision: str) -> Peak:
+    """The datasheet's figure for a known GPU in bf16 or fp16, else a short matrix product timed here; collective."""
+    if world.device.type == "cuda" and precision != "fp32":
+        name = torch.cuda.get_device_name(world.device)
+        for known, flops in _DATASHEET_PEAK.items():
+            if known in name:
+                return Peak(flops * world.size, f"datasheet, dense {precision} on {name}")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    world.barrier()  # all processes at once, as in training: they share the machine
+    total = world.sum([_measured_matmul(world.device, dtype)]).item()
+    return Peak(total, f"measured: {precision} matrix product of 1024 x 1024, all processes at once")
+
+
+def _measured_matmul(device: torch.device, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    a @ b  # the first product pays for set-up
+    products, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        products += 1
+    return 2 * size**3 * products / (time.perf_counter() - start)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: of the GPU's allocator, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Stopwatch:
+    """Training time since the last `lap`, leaving out what runs inside `paused()` (evaluation, checkpoints)."""
+
+    def __init__(self, device: torch.device, seconds_before: float = 0.0) -> None:
+        self.device = device
+        self.total = seconds_before  # training seconds up to the last lap, over restarts
+        self.waited = 0.0
+        self.start = time.perf_counter()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self.start += time.perf_counter() - start
+
+    def lap(self) -> tuple[float, float]:
+        """(seconds since the last lap, seconds of them spent waiting for data)."""
+        self._synchronize()
+        now = time.perf_counter()
+        elapsed, waited = now - self.start, self.waited
+        self.total += elapsed
+        self.start, self.waited = now, 0.0
+        return elapsed, waited
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
