@@ -67,7 +67,7 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     duration: Duration = "90 epochs"
     global_batch_size: int = Field(4096, gt=0)
-    micro_batch_size: int | None = Field(None, gt=0)  # images a process at a time; null: global batch / processes
+    micro_batch_size: int | None = Field(None, gt=0)  # most images a process takes at a time; null: no limit
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     grad_clip: float | None = Field(1.0, gt=0)  # global norm; null: off
     log_every: int = Field(50, gt=0)  # steps

@@ -68,7 +68,8 @@ class BatchSplit:
 
 
 def split_batch(config: Config, world_size: int) -> BatchSplit:
-    """How each process goes through its share of the global batch; UserError where it does not divide."""
+    """How each process goes through its share of the global batch: in the fewest equal micro-batches of at most
+    `train.micro_batch_size`. UserError where the global batch does not divide over the processes."""
     total = config.train.global_batch_size
     if total % world_size:
         raise UserError(
@@ -76,12 +77,8 @@ def split_batch(config: Config, world_size: int) -> BatchSplit:
             f"choose a multiple of {world_size}"
         )
     share = total // world_size
-    micro = config.train.micro_batch_size or share
-    if share % micro:
-        raise UserError(
-            f"train.micro_batch_size = {micro} does not divide the {share} images that each of {world_size} processes "
-            f"takes from train.global_batch_size = {total}: choose a divisor of {share}"
-        )
+    largest = min(config.train.micro_batch_size or share, share)
+    micro = next(size for size in range(largest, 0, -1) if share % size == 0)
     return BatchSplit(micro_batch_size=micro, accumulation_steps=share // micro)
 
 

@@ -1,0 +1,31 @@
+# make quickstart   pretrain a small ViT on real images, end to end, on this machine
+# make test         lint, types and the whole test suite
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell grep ^torch== constraints.txt)
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/fastvit data make digits --out data/digits --eval-fraction 0.2 --samples-per-shard 200
+	$(BIN)/fastvit train quickstart --cpu-processes 2 --out runs/quickstart --resume auto
+	$(BIN)/fastvit report runs/quickstart
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch goes first, alone: whatever is installed after it finds its need for torch already met.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) data runs
