@@ -165,6 +165,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Resolved:
             raise UserError(f"--set {override!r}: the value is not valid YAML") from error
         _assign(values, key.strip(), value)
         origins.update(dict.fromkeys([key.strip(), *_flatten({key.strip(): value})], "--set"))
+        origins.setdefault(key.strip().partition(".")[0], "--set")
     try:
         config = Config.model_validate(values)
     except ValidationError as error:

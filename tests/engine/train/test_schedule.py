@@ -1,0 +1,63 @@
+import math
+
+import pytest
+
+from fastvit_engine.config import Config
+from fastvit_engine.errors import UserError
+from fastvit_engine.train.schedule import build_schedule
+
+
+def schedule(total_steps=1_000, **section):
+    config = Config.model_validate(
+        {
+            "optimizer": {"learning_rate": 1e-3},
+            "schedule": {"warmup": "100 steps", **section},
+            "train": {"global_batch_size": 10},
+        }
+    )
+    return build_schedule(config, total_steps, samples_per_epoch=500)
+
+
+@pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "rsqrt"])
+def test_warms_up_linearly_from_the_first_step(kind):
+    rate = schedule(kind=kind, cooldown="0 steps")
+    assert rate(0) == pytest.approx(1e-5)
+    assert rate(49) == pytest.approx(5e-4)
+    assert rate(99) == pytest.approx(1e-3)
+    assert rate(100) == pytest.approx(1e-3)
+
+
+def test_linear_falls_to_the_final_rate_after_the_last_step():
+    rate = schedule(kind="linear", final_learning_rate=1e-5)
+    assert rate(550) == pytest.approx((1e-3 + 1e-5) / 2)
+    assert rate(1_000) == pytest.approx(1e-5)
+
+
+def test_cosine_is_half_way_in_the_middle():
+    rate = schedule(kind="cosine")
+    assert rate(550) == pytest.approx(5e-4)
+    assert rate(325) == pytest.approx(1e-3 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rate(1_000) == pytest.approx(0, abs=1e-12)
+
+
+def test_rsqrt_decays_with_the_root_of_time_then_cools_down():
+    rate = schedule(kind="rsqrt", timescale="100 steps", cooldown="200 steps")
+    assert rate(400) == pytest.approx(1e-3 * math.sqrt(100 / 400))
+    assert rate(800) == pytest.approx(1e-3 * math.sqrt(100 / 800))
+    assert rate(900) == pytest.approx(1e-3 * math.sqrt(100 / 900) / 2)
+    assert rate(1_000) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("warmup", ["100 steps", "2 epochs", "1000 samples", "10%"])
+def test_warmup_in_any_unit_is_the_same(warmup):
+    rate = schedule(kind="linear", warmup=warmup)
+    assert [rate(step) for step in range(0, 1_000, 50)] == [
+        schedule(kind="linear")(step) for step in range(0, 1_000, 50)
+    ]
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    with pytest.raises(UserError, match="longer than the whole run of 50 steps"):
+        schedule(total_steps=50)
+    with pytest.raises(UserError, match="cooldown of 950"):
+        schedule(kind="rsqrt", cooldown="950 steps")
