@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -75,9 +76,10 @@ def test_killing_the_parent_leaves_no_process_behind(fake_engine):
     root = os.path.dirname(os.path.dirname(launch.__file__))
     parent = subprocess.Popen([sys.executable, "-c", f"import sys; sys.path[0] = {root!r}\n{code}"])
     deadline = time.monotonic() + 30
-    while not (os.path.exists("pid") and open("pid").read()) and time.monotonic() < deadline:
+    pid = Path("pid")
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    child = int(open("pid").read())
+    child = int(pid.read_text())
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     while _alive(child) and time.monotonic() < deadline:
@@ -87,6 +89,6 @@ def test_killing_the_parent_leaves_no_process_behind(fake_engine):
 
 def _alive(pid):
     try:
-        return open(f"/proc/{pid}/stat").read().split()[2] != "Z"
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except FileNotFoundError:
         return False
