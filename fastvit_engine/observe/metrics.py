@@ -56,7 +56,9 @@ class MetricsWriter:
         if resume_step is not None:
             _drop_rows_after(run.metrics, resume_step)
         elif run.metrics.exists() and run.metrics.stat().st_size > 0:
-            raise UserError(f"{run.metrics} already has the metrics of a run: resume that run, or choose another folder")
+            raise UserError(
+                f"{run.metrics} already has the metrics of a run: resume that run, or choose another folder"
+            )
         self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run, see close()
         # TensorBoard hides events from purge_step on that an earlier file wrote.
         purge_step = None if resume_step is None else resume_step + 1
