@@ -1,0 +1,71 @@
+"""Encoded image bytes to RGB pixels, and WebDataset samples to (pixels, label)."""
+
+import io
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from fastvit_engine.config import DataConfig
+from fastvit_engine.data.stream import Sample
+from fastvit_engine.errors import UserError
+
+MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """uint8 [H, W, 3] RGB of a JPEG, PNG or WebP. Transparency is dropped, EXIF orientation ignored.
+
+    Damaged JPEG data decodes as far as it goes, as in the usual ImageNet pipelines. ValueError where nothing decodes.
+    """
+    if data[:2] == b"\xff\xd8":
+        try:
+            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+            if colorspace not in ("CMYK", "YCCK") and height * width <= MAX_PIXELS:
+                return simplejpeg.decode_jpeg(data, "RGB", strict=False)
+        except ValueError:
+            pass  # rare chroma subsamplings, which Pillow knows; it also refuses what is no image at all
+    return _decode_with_pillow(data)
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's conversion would clip, not scale
+                gray = (np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)
+                return np.repeat(gray[:, :, None], 3, axis=2)
+            return np.array(image.convert("RGB"))
+    except Exception as error:  # Pillow's decoders raise many kinds, all meaning the same here
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def decode_sample(sample: Sample, data: DataConfig, num_classes: int) -> tuple[np.ndarray, int]:
+    """(uint8 [H, W, 3], label) of a sample; UserError naming shard and key where a member is missing or wrong."""
+    where = f"sample '{sample['__key__']}' of shard {sample['__url__']}"
+    members = [name for name in sample if not name.startswith("__")]
+    image_name = next((name for name in data.image_key.split(";") if name in sample), None)
+    if image_name is None or data.label_key not in sample:
+        missing = data.image_key if image_name is None else data.label_key
+        raise UserError(
+            f"{where} has no '{missing}' member, only {members}: set data.image_key and data.label_key to the "
+            "shards' extensions, or make the shards again with the members of a sample next to each other"
+        )
+    text = sample[data.label_key][:100]
+    try:
+        label = int(text)
+    except ValueError:
+        raise UserError(
+            f"{where} has the label {text!r} in '{data.label_key}', which is not a class index: "
+            "correct the shard or set data.label_key to the member that holds it"
+        ) from None
+    if not 0 <= label < num_classes:
+        raise UserError(
+            f"{where} has label {label}, outside 0..{num_classes - 1}: correct the shard or raise model.num_classes"
+        )
+    try:
+        return decode_image(sample[image_name]), label
+    except ValueError as error:
+        raise UserError(
+            f"{where} has an image in '{image_name}' that cannot be decoded ({error}): "
+            "replace it or make the shard again without it"
+        ) from error

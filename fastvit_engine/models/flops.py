@@ -1,0 +1,28 @@
+"""What a model costs, counted from its shape: profilers that patch PyTorch functions do not see custom kernels."""
+
+from fastvit_engine.config import ModelConfig
+from fastvit_engine.models.vit import resolve_shape
+
+
+def forward_macs(config: ModelConfig) -> int:
+    """Multiply-accumulates of one image's forward pass, matrix products only (1 MAC = 2 FLOPs).
+
+    Elementwise work, softmax and normalisation are left out, as is usual (Kaplan et al. 2020, section 2.1).
+    """
+    shape = resolve_shape(config)
+    tokens, width = shape.tokens, shape.width
+    patch_projection = shape.patches * 3 * shape.patch_size**2 * width
+    projections = tokens * 4 * width**2  # queries, keys, values and output
+    attention = 2 * tokens**2 * width  # scores and weighted values
+    mlp = 2 * tokens * width * shape.mlp_dim
+    head = width * config.num_classes + (width**2 if config.head == "mlp" else 0)
+    return patch_projection + shape.depth * (projections + attention + mlp) + head
+
+
+def training_flops(config: ModelConfig) -> int:
+    """Floating-point operations that one image costs in training: 6 x MACs.
+
+    Two operations a MAC, and a backward pass of twice the forward (gradients of inputs and of weights). With the
+    epochs and images of pretraining this gives the exaFLOPs of Dosovitskiy et al. 2021, Table 6.
+    """
+    return 6 * forward_macs(config)

@@ -1,0 +1,196 @@
+"""The Vision Transformer of Dosovitskiy et al. 2021, under the parameter names of timm."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from fastvit_kernels import FusedBlock, FusedLayerNorm, FusedPatchEmbed
+from torch import Tensor, nn
+
+from fastvit_engine.config import ModelConfig
+from fastvit_engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int
+    depth: int
+    heads: int
+    mlp_dim: int
+
+
+# Ti and S: Steiner et al. 2021, Table 2; B, L, H: Dosovitskiy et al. 2021, Table 1; g, G: Zhai et al. 2022, Table 2.
+SIZES = {
+    "Ti": Size(192, 12, 3, 768),
+    "S": Size(384, 12, 6, 1536),
+    "B": Size(768, 12, 12, 3072),
+    "L": Size(1024, 24, 16, 4096),
+    "H": Size(1280, 32, 16, 5120),
+    "g": Size(1408, 40, 16, 6144),
+    "G": Size(1664, 48, 16, 8192),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of one model, after the name is parsed and the overrides are applied."""
+
+    patch_size: int
+    patches: int  # of one image
+    tokens: int  # patches, and the class token if there is one
+    width: int
+    depth: int
+    heads: int
+    mlp_dim: int
+
+
+def resolve_shape(config: ModelConfig) -> Shape:
+    """Reads the name ("H/14" or "ViT-H/14") and the overrides. Raises UserError naming the configuration key."""
+    match = re.fullmatch(r"(?:ViT-)?(\w+)/(\d+)", config.name)
+    if match is None or match[1] not in SIZES or int(match[2]) == 0:
+        raise UserError(
+            f"model.name '{config.name}' is not a size and a patch size such as 'H/14'; sizes: {', '.join(SIZES)}"
+        )
+    size, patch_size = SIZES[match[1]], int(match[2])
+    if config.image_size % patch_size:
+        raise UserError(
+            f"model.image_size {config.image_size} is not a multiple of the patch size {patch_size} in model.name"
+        )
+    width, heads = config.width or size.width, config.heads or size.heads
+    if width % heads:
+        raise UserError(f"model.heads {heads} does not divide model.width {width}; set one of them to fit the other")
+    patches = (config.image_size // patch_size) ** 2
+    return Shape(
+        patch_size=patch_size,
+        patches=patches,
+        tokens=patches + (config.pool == "cls"),
+        width=width,
+        depth=config.depth or size.depth,
+        heads=heads,
+        mlp_dim=config.mlp_dim or width * size.mlp_dim // size.width,
+    )
+
+
+class VisionTransformer(nn.Module):
+    """Images to logits: patches, position embedding, pre-norm blocks, final norm, pooling, head.
+
+    Images are uint8 [B, H, W, 3] or [B, 3, H, W], normalised inside with `mean` and `std` of pixels in [0, 1], or
+    floating [B, 3, H, W] that already are; H and W equal config.image_size. Weights are those of PyTorch's layers
+    until `init_weights` is called; `build_model` calls it.
+    """
+
+    def __init__(self, config: ModelConfig, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        shape = resolve_shape(config)
+        width = shape.width
+        self.config, self.shape = config, shape
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.pool == "cls" else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, shape.tokens, width))
+        self.patch_embed = FusedPatchEmbed(shape.patch_size, width, mean, std)
+        self.pos_drop = nn.Dropout(config.dropout)
+        self.blocks = nn.Sequential(
+            *(
+                FusedBlock(
+                    width,
+                    shape.heads,
+                    shape.mlp_dim,
+                    activation=config.activation,
+                    dropout=config.dropout,
+                    drop_path=config.drop_path * index / max(shape.depth - 1, 1),
+                    layer_scale=config.layer_scale,
+                )
+                for index in range(shape.depth)
+            )
+        )
+        self.norm = FusedLayerNorm(width)
+        self.pre_logits = PreLogits(width) if config.head == "mlp" else None
+        self.head = nn.Linear(width, config.num_classes)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Normalised tokens of the last block [B, N, D]; the class token, if there is one, comes first."""
+        tokens = self.pos_drop(self.patch_embed(images, self.pos_embed, self.cls_token))
+        return self.norm(self.blocks(tokens))
+
+    def forward_head(self, tokens: Tensor) -> Tensor:
+        """[B, N, D] -> logits [B, C], from the class token or from the mean over the tokens."""
+        pooled = tokens[:, 0] if self.config.pool == "cls" else tokens.mean(dim=1)  # [B, D]
+        return self.head(pooled if self.pre_logits is None else self.pre_logits(pooled))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Sets every parameter as the authors' JAX code does (Flax initialisers; see the paper's appendix B.1).
+
+        Dense kernels of the blocks are Xavier uniform, queries, keys and values each on its own; the head is zero, so
+        that the first loss is that of `head_bias` alone. Whole parameters must be in memory: under ZeRO-3, call it
+        inside deepspeed.zero.GatheredParameters.
+        """
+        if self.cls_token is not None:
+            nn.init.zeros_(self.cls_token)
+        nn.init.normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, FusedPatchEmbed):
+                init_linear(module.proj, lecun_normal_)
+            elif isinstance(module, FusedLayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+            elif isinstance(module, FusedBlock):
+                init_block(module, self.config.layer_scale)
+            elif isinstance(module, PreLogits):
+                init_linear(module.fc, lecun_normal_)
+        init_linear(self.head, nn.init.zeros_, bias=self.config.head_bias)
+
+
+class PreLogits(nn.Module):
+    """The hidden layer of the paper's pretraining head: tanh(fc(x)), [B, D] -> [B, D]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.fc(x))
+
+
+def init_linear(layer: nn.Linear | nn.Conv2d, init: Callable[[Tensor], object], bias: float = 0.0) -> None:
+    init(layer.weight)
+    if layer.bias is not None:
+        nn.init.constant_(layer.bias, bias)
+
+
+def init_block(block: FusedBlock, layer_scale: float | None) -> None:
+    for projection in block.attn.qkv.weight.chunk(3):  # views [D, D] of the queries, keys and values
+        nn.init.xavier_uniform_(projection)
+    nn.init.zeros_(block.attn.qkv.bias)
+    init_linear(block.attn.proj, nn.init.xavier_uniform_)
+    for linear in (block.mlp.fc1, block.mlp.fc2):
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.normal_(linear.bias, std=1e-6)
+    for scale in (block.ls1, block.ls2):
+        if scale is not None and layer_scale is not None:
+            nn.init.constant_(scale.gamma, layer_scale)
+
+
+def lecun_normal_(weight: Tensor) -> None:
+    """Variance 1 / fan_in, drawn from a normal cut off at two of its own standard deviations."""
+    cut_std = 0.87962566103423978  # of a standard normal cut off at +-2
+    std = 1 / math.sqrt(weight[0].numel()) / cut_std
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def build_model(config: ModelConfig, *, mean: Sequence[float], std: Sequence[float]) -> VisionTransformer:
+    """An initialised model in float32; under torch.device("meta"), one of shapes only."""
+    model = VisionTransformer(config, mean=mean, std=std)
+    model.init_weights()
+    return model
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """Trainable parameters of the whole model, counted on one that holds no memory."""
+    with torch.device("meta"):
+        model = VisionTransformer(config, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return sum(parameter.numel() for parameter in model.parameters())

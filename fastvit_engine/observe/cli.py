@@ -1,0 +1,29 @@
+"""`fastvit report`."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_report_command(subparsers: Any) -> None:
+    """Adds `report` to the subparsers of the main command line."""
+    parser = subparsers.add_parser(
+        "report",
+        help="write an HTML report of a run",
+        description="Writes RUN/report.html, one self-contained file: accuracy, curves, sample predictions, and the "
+        "configuration of a run that is finished or in progress. Prints a summary.",
+        epilog="example:\n  fastvit report runs/quickstart",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="the folder that fastvit train wrote")
+    parser.set_defaults(run=_report)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from fastvit_engine.observe.recorded_run import load_run
+    from fastvit_engine.observe.report import write_report
+
+    path = write_report(args.run_folder)
+    print(load_run(args.run_folder).summary())
+    print(f"report: {path}")
+    return 0

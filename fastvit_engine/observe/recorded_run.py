@@ -1,0 +1,185 @@
+"""A run read back from its folder, finished or not, and the sentences that sum it up."""
+
+import base64
+import binascii
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastvit_engine.errors import UserError
+from fastvit_engine.observe.metrics import EvalRow, TrainRow, read_metrics
+from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.units import format_count, format_duration, format_share
+
+# Written by the trainer beside `collect_environment()`.
+_ENVIRONMENT_KEYS = (
+    "versions", "hostname", "cpu_count", "gpu", "command", "started", "model", "parameters", "training_flops_per_image",
+    "peak_flops", "peak_flops_source", "world_size", "zero_stage", "precision", "device", "total_steps",
+    "global_batch_size", "samples_per_epoch", "shards",
+)  # fmt: skip
+_PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/]+={0,2})")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An evaluation image and what the model made of it."""
+
+    key: str
+    label: int
+    image: str  # data URL of a PNG
+    width: int  # pixels
+    predictions: list[tuple[int, float]]  # class index and probability, the most probable first
+
+    @property
+    def correct(self) -> bool:
+        return bool(self.predictions) and self.predictions[0][0] == self.label
+
+
+@dataclass(frozen=True)
+class Samples:
+    step: int
+    class_names: list[str] | None
+    samples: list[Sample]
+
+    def class_name(self, index: int) -> str:
+        known = self.class_names is not None and 0 <= index < len(self.class_names)
+        return self.class_names[index] if known and self.class_names else f"class {index}"
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What a run folder holds, in memory."""
+
+    folder: RunFolder
+    environment: dict[str, Any]
+    train: list[TrainRow]
+    evaluations: list[EvalRow]
+    samples: Samples | None
+    config: str | None  # YAML text
+
+    @property
+    def step(self) -> int:
+        """The last step known to be done."""
+        rows: list[TrainRow] | list[EvalRow]
+        return max((rows[-1]["step"] for rows in (self.train, self.evaluations) if rows), default=0)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.environment["total_steps"]
+
+    @property
+    def seconds(self) -> float:
+        """Training time over all restarts."""
+        return self.train[-1]["seconds"] if self.train else 0.0
+
+    def evaluations_of(self, kind: str) -> list[EvalRow]:
+        """`kind` is "eval" or "eval_ema"."""
+        return [row for row in self.evaluations if row["eval"] == kind]
+
+    def describe_model(self) -> str:
+        return f"ViT {self.environment['model']}"
+
+    def describe_training(self) -> str:
+        """ "840 steps of 64 images on 2 processes (cpu, ZeRO-1) in 1 min 12 s"."""
+        environment, total = self.environment, self.environment["total_steps"]
+        steps = f"{self.step:,} steps" if self.finished else f"{self.step:,} of {total:,} steps"
+        processes = "1 process" if environment["world_size"] == 1 else f"{environment['world_size']:,} processes"
+        return (
+            f"{steps} of {environment['global_batch_size']:,} images on {processes} "
+            f"({environment['device']}, ZeRO-{environment['zero_stage']}) in {format_duration(self.seconds)}"
+        )
+
+    def describe_accuracy(self) -> list[str]:
+        """One line for the weights as trained and one for their moving average, as far as either was evaluated."""
+        lines = []
+        for kind, prefix in (("eval", "top-1"), ("eval_ema", "top-1 of the EMA weights")):
+            if rows := self.evaluations_of(kind):
+                final, best = rows[-1], best_evaluation(rows)
+                lines.append(
+                    f"{prefix} {format_share(final['top1'])} on {final['samples']:,} held-out images"
+                    + (f" (best {format_share(best['top1'])} at step {best['step']:,})" if best is not final else "")
+                )
+        return lines
+
+    def summary(self) -> str:
+        """What was trained and how well, as the command line prints it."""
+        model = f"{self.describe_model()} ({format_count(self.environment['parameters'])} parameters)"
+        accuracy = self.describe_accuracy() or ["not evaluated yet"]
+        return "\n".join([f"{model}: {self.describe_training()}", *accuracy])
+
+
+def best_evaluation(rows: list[EvalRow]) -> EvalRow:
+    """The row of highest top-1; the latest of equals."""
+    return max(reversed(rows), key=lambda row: row["top1"])
+
+
+def load_run(path: Path) -> RecordedRun:
+    """Reads a run folder. Raises UserError where it is none, or where a file in it is damaged."""
+    folder = RunFolder(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder: give the folder that fastvit train wrote, such as runs/quickstart")
+    missing = [file.name for file in (folder.environment, folder.metrics) if not file.is_file()]
+    if missing:
+        raise UserError(f"{path} is not a run folder: it has no {missing[0]}; give the folder that fastvit train wrote")
+    environment = _read_environment(folder.environment)
+    train, evaluations = read_metrics(folder.metrics)
+    return RecordedRun(
+        folder=folder,
+        environment=environment,
+        train=train,
+        evaluations=evaluations,
+        samples=_read_samples(folder.samples) if folder.samples.is_file() else None,
+        config=folder.config.read_text(encoding="utf-8") if folder.config.is_file() else None,
+    )
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: the file is damaged") from error
+
+
+def _read_environment(path: Path) -> dict[str, Any]:
+    environment = _read_json(path)
+    missing = [key for key in _ENVIRONMENT_KEYS if not isinstance(environment, dict) or key not in environment]
+    if missing:
+        raise UserError(f"{path} lacks '{missing[0]}': it was not written by fastvit train, or is damaged")
+    return environment
+
+
+def _read_samples(path: Path) -> Samples:
+    content = _read_json(path)
+    try:
+        return Samples(
+            step=int(content["step"]),
+            class_names=None if content["class_names"] is None else [str(name) for name in content["class_names"]],
+            samples=[
+                Sample(
+                    key=str(sample["key"]),
+                    label=int(sample["label"]),
+                    image=sample["image"],
+                    width=_png_width(sample["image"]),
+                    predictions=[(int(index), float(probability)) for index, probability in sample["predictions"]],
+                )
+                for sample in content["samples"]
+            ],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not hold sample predictions ({error!r}): remove it, or evaluate again") from error
+
+
+def _png_width(url: str) -> int:
+    """Width in pixels of a PNG in a data URL. ValueError on any other URL: a report must not refer to other places."""
+    match = _PNG.fullmatch(url)
+    if match is None:
+        raise ValueError("an image is not a PNG in a data URL")
+    try:
+        header = base64.b64decode(match[1][:32])  # 8 bytes signature, 4 length, 4 "IHDR", 4 width
+    except binascii.Error as error:
+        raise ValueError("an image is not valid base64") from error
+    if header[:8] != b"\x89PNG\r\n\x1a\n" or header[12:16] != b"IHDR":
+        raise ValueError("an image is not a PNG")
+    return int.from_bytes(header[16:20], "big")

@@ -1,0 +1,31 @@
+"""Vision Transformer building blocks: functions on tensors, and modules with timm's parameter names."""
+
+from fastvit_kernels.attention import attention, attention_block
+from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
+from fastvit_kernels.layer_norm import layer_norm
+from fastvit_kernels.mlp import layer_norm_mlp
+from fastvit_kernels.modules import (
+    FusedAttention,
+    FusedBlock,
+    FusedCrossEntropy,
+    FusedLayerNorm,
+    FusedLayerNormMLP,
+    FusedPatchEmbed,
+)
+from fastvit_kernels.patch_embed import patch_embed
+
+__all__ = [
+    "FusedAttention",
+    "FusedBlock",
+    "FusedCrossEntropy",
+    "FusedLayerNorm",
+    "FusedLayerNormMLP",
+    "FusedPatchEmbed",
+    "attention",
+    "attention_block",
+    "cross_entropy",
+    "layer_norm",
+    "layer_norm_mlp",
+    "patch_embed",
+    "sigmoid_cross_entropy",
+]

@@ -1,0 +1,38 @@
+"""Argument checks shared by the public functions: one clear sentence that names the argument."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
+
+
+def check_parameter(
+    name: str, tensor: Tensor, shape: Sequence[int], *, like: Tensor, fp32_allowed: bool = False
+) -> None:
+    """`tensor` must have this shape and the dtype and device of `like`; `fp32_allowed` accepts float32 as well."""
+    if tensor.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.dtype != like.dtype and not (fp32_allowed and tensor.dtype == torch.float32):
+        raise TypeError(f"{name} must be {like.dtype} like the tensor it acts on, got {tensor.dtype}")
+    check_device(name, tensor, like=like)
+
+
+def check_device(name: str, tensor: Tensor, *, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}, got {tensor.device}")
+
+
+def check_rate(name: str, rate: float) -> None:
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1, got {rate}")
+
+
+def check_tokens(name: str, tensor: Tensor) -> None:
+    check_floating(name, tensor)
+    if tensor.ndim != 3 or tensor.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape [B, N, D], got {list(tensor.shape)}")

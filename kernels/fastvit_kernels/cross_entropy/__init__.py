@@ -1,0 +1,3 @@
+from fastvit_kernels.cross_entropy.op import cross_entropy, sigmoid_cross_entropy
+
+__all__ = ["cross_entropy", "sigmoid_cross_entropy"]

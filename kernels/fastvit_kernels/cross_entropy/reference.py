@@ -1,0 +1,45 @@
+"""Softmax and sigmoid cross-entropy in plain PyTorch: the CPU path and the oracle."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, labels_b: Tensor | None, mix_weight: Tensor | None, label_smoothing: float
+) -> Tensor:
+    logits = widen(logits)
+    target = targets(logits, labels, labels_b, mix_weight, label_smoothing)
+    return -(target * F.log_softmax(logits, dim=-1)).sum(dim=-1)  # [B]
+
+
+def sigmoid_cross_entropy(
+    logits: Tensor, labels: Tensor, labels_b: Tensor | None, mix_weight: Tensor | None, label_smoothing: float
+) -> Tensor:
+    logits = widen(logits)
+    target = targets(logits, labels, labels_b, mix_weight, label_smoothing)
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=-1)  # [B]
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """float32, or float64 where the tensor already is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@torch.no_grad()
+def targets(
+    logits: Tensor, labels: Tensor, labels_b: Tensor | None, mix_weight: Tensor | None, label_smoothing: float
+) -> Tensor:
+    """The dense target of each class, mixed and smoothed: [B, C] in the dtype of `logits`."""
+    target = dense(labels, logits)
+    if labels_b is not None and mix_weight is not None:
+        share = mix_weight.to(logits.dtype)[:, None]  # [B, 1]
+        target = share * target + (1 - share) * dense(labels_b, logits)
+    return (1 - label_smoothing) * target + label_smoothing / logits.shape[1]
+
+
+def dense(labels: Tensor, logits: Tensor) -> Tensor:
+    """Class indices [B] as one-hot rows, soft labels [B, C] as they are, in the dtype of `logits`."""
+    if labels.ndim == 2:
+        return labels.to(logits.dtype)
+    return torch.zeros_like(logits).scatter_(1, labels[:, None], 1.0)

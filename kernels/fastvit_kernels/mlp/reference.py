@@ -1,0 +1,31 @@
+"""LayerNorm and two-layer MLP in plain PyTorch: the CPU path and the oracle."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit_kernels.layer_norm.reference import layer_norm
+from fastvit_kernels.residual import add_branch
+
+GELU_FORM = {"gelu": "none", "gelu_tanh": "tanh"}  # activation -> `approximate` of F.gelu
+
+
+def layer_norm_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    eps: float,
+    activation: str,
+    layer_scale: Tensor | None,
+    dropout: float,
+    drop_path: float,
+) -> Tensor:
+    hidden = F.linear(layer_norm(x, norm_weight, norm_bias, eps), fc1_weight, fc1_bias)  # [B, N, M]
+    hidden = F.gelu(hidden, approximate=GELU_FORM[activation])
+    if dropout > 0:
+        hidden = F.dropout(hidden, dropout)
+    branch = F.linear(hidden, fc2_weight, fc2_bias)  # [B, N, D]
+    return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)

@@ -1,0 +1,3 @@
+from fastvit_kernels.patch_embed.op import patch_embed
+
+__all__ = ["patch_embed"]
