@@ -1,6 +1,7 @@
 """The `fastvit` command."""
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -8,31 +9,30 @@ from pathlib import Path
 
 from fastvit_engine import __version__
 from fastvit_engine.errors import UserError
+from fastvit_engine.launch import speaks_for_all
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, or 2 after printing one sentence about bad input."""
-    from fastvit_engine.launch import speaks_for_all
-
     args = _parser().parse_args(arguments)
     try:
         return int(args.run(args))
     except UserError as error:
-        if speaks_for_all():
-            print(f"fastvit: error: {error}", file=sys.stderr, flush=True)
-        if "RANK" in os.environ:
-            os._exit(2)  # peers may be inside a collective, and an orderly exit of the interpreter would wait for them
-        return 2
+        return _fail(str(error))
     except KeyboardInterrupt:
         return 130
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("fastvit"):
-            raise
-        print(
-            f"fastvit: error: this command needs the package '{error.name}': pip install 'fastvit-engine[train]'",
-            file=sys.stderr,
-        )
-        return 2
+        if importlib.util.find_spec((error.name or "").partition(".")[0]) is not None:
+            raise  # an installed package that misses a part of itself is not the user's doing
+        return _fail(f"this command needs the package '{error.name}': pip install 'fastvit-engine[train]'")
+
+
+def _fail(message: str) -> int:
+    if speaks_for_all():
+        print(f"fastvit: error: {message}", file=sys.stderr, flush=True)
+    if "RANK" in os.environ:
+        os._exit(2)  # peers may be inside a collective, and an orderly exit of the interpreter would wait for them
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_train(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "train",
         help="pretrain a model",
@@ -108,7 +108,7 @@ def _train(args: argparse.Namespace) -> int:
     return launch.run_processes(command, processes)
 
 
-def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_config(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser("config", help="list recipes, or show one as it will be used")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("list", help="the recipes that come with the engine").set_defaults(run=_list_recipes)

@@ -46,14 +46,14 @@ class ModelConfig(_Section):
 class DataConfig(_Section):
     """WebDataset shards and how their images become training pixels."""
 
-    train: str = ""  # a folder, a glob, or a brace pattern: "shards/train-{000000..000099}.tar"
-    eval: str = ""  # empty: no evaluation
+    train: str | None = None  # a folder, a glob, or a brace pattern: "shards/train-{000000..000099}.tar"
+    eval: str | None = None  # likewise; null: no evaluation
     train_samples: int | None = Field(None, gt=0)  # read from dataset.json where `fastvit data make` wrote the shards
     image_key: str = "jpg;jpeg;png;webp"  # the first of these members that a sample has
     label_key: str = "cls"  # member with the class index as text
     num_workers: int = Field(4, ge=0)  # decoding processes of each rank
     streams: int | None = Field(None, gt=0)  # parallel shard streams of the whole run; null: one a decoding process
-    shuffle_buffer: int = Field(4096, ge=1)  # samples (undecoded) that each stream shuffles within
+    shuffle_buffer: int = Field(1024, ge=1)  # samples (undecoded) that each stream shuffles within
     crop: Literal["inception", "resize"] = "inception"  # training crop: random area and aspect ratio, or whole image
     crop_scale: tuple[float, float] = (0.05, 1.0)  # share of the image's area an inception crop takes
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # aspect ratio of an inception crop

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
-import torch
-
 from fastvit_engine.errors import UserError
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -52,7 +50,7 @@ def free_port() -> int:
 
 def processes_here(cpu_processes: int) -> int:
     """One process a GPU; without a GPU, `cpu_processes`."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else cpu_processes
+    return _gpu_count() or cpu_processes
 
 
 def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
@@ -64,7 +62,7 @@ def rank_environment(rank: int, processes: int, port: int) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    if not torch.cuda.is_available():
+    if _gpu_count() == 0:
         threads = max(1, (os.cpu_count() or 1) // processes)
         environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
         environment["GLOO_SOCKET_IFNAME"] = os.environ.get("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
@@ -96,6 +94,12 @@ def run_processes(arguments: Sequence[str], processes: int) -> int:
             _end(children)
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _gpu_count() -> int:
+    import torch  # here, because most commands need no more of this module than the reading of an environment
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def speaks_for_all() -> bool:

@@ -44,10 +44,11 @@ def _master_weights(engine: Any) -> dict[str, Tensor]:
 
 
 def _computing_weights(engine: Any) -> dict[str, Tensor]:
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")), torch.no_grad():
+        is_sharded = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded), torch.no_grad():
             weights[name] = parameter.detach().float().cpu().clone()
     return weights

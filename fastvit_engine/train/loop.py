@@ -11,12 +11,12 @@ from fastvit_kernels import FusedCrossEntropy
 from torch import Tensor
 
 from fastvit_engine.config import Config, Resolved
-from fastvit_engine.data import Batch, build_eval_data, build_train_data, class_names, mixup
+from fastvit_engine.data import Batch, build_eval_data, build_train_data, class_names
+from fastvit_engine.data.mixup import mixup
 from fastvit_engine.errors import UserError
 from fastvit_engine.evaluate.classification import evaluate
 from fastvit_engine.models import build_model, training_flops
-from fastvit_engine.observe.metrics import MetricsWriter
-from fastvit_engine.observe.progress import Progress
+from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
 from fastvit_engine.train.checkpoint import Checkpointer, fingerprint
 from fastvit_engine.train.distributed import World, join_world
@@ -74,8 +74,7 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
     flops_per_image = training_flops(config.model)
     if world.is_main:
         _describe_run(resolved, run, plan, world, model, peak)
-    metrics = MetricsWriter(run, resume_step=start.step) if world.is_main else None
-    progress = Progress(plan.total_steps, start.step) if world.is_main else None
+    recorder = Recorder(run, plan.total_steps, start.step) if world.is_main else None
     stopwatch = Stopwatch(world.device, seconds_before=start.seconds)
     last_logged = start.step
     accuracy = {}
@@ -101,6 +100,9 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
         done = step + 1
         last = done == plan.total_steps
 
+        if recorder:
+            recorder.advance(done)
+
         # ---- report
         if done % config.train.log_every == 0 or last or done == start.step + 1:
             loss_mean = world.sum([loss_sum.item() / split.accumulation_steps]).item() / world.size
@@ -108,24 +110,24 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
             waited = world.sum([waited]).item() / world.size
             samples_hash = world.sum_int64(keys_hash)
             memory_bytes = int(world.max([peak_memory_bytes(world.device)]).item())
-            if metrics and progress:
+            if recorder:
                 rate = (done - last_logged) * config.train.global_batch_size / seconds
-                row = {
-                    "step": done,
-                    "epoch": plan.epoch(done),
-                    "samples": done * config.train.global_batch_size,
-                    "loss": loss_mean,
-                    "lr": learning_rate,
-                    "grad_norm": _as_float(engine.get_global_grad_norm()),
-                    "images_per_second": rate,
-                    "mfu": rate * flops_per_image / peak.flops,
-                    "data_wait": waited / seconds,
-                    "memory_bytes": memory_bytes,
-                    "samples_hash": f"{samples_hash:016x}",
-                    "seconds": stopwatch.total,
-                }
-                metrics.train(row)
-                progress.train(row)
+                recorder.training(
+                    {
+                        "step": done,
+                        "epoch": plan.epoch(done),
+                        "samples": done * config.train.global_batch_size,
+                        "loss": loss_mean,
+                        "lr": learning_rate,
+                        "grad_norm": _as_float(engine.get_global_grad_norm()),
+                        "images_per_second": rate,
+                        "mfu": rate * flops_per_image / peak.flops,
+                        "data_wait": waited / seconds,
+                        "memory_bytes": memory_bytes,
+                        "samples_hash": f"{samples_hash:016x}",
+                        "seconds": stopwatch.total,
+                    }
+                )
             last_logged = done
             if not torch.isfinite(torch.tensor(loss_mean)):
                 raise UserError(
@@ -136,7 +138,7 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
         # ---- evaluate
         if config.data.eval and (last or (plan.eval_every and done % plan.eval_every == 0)):
             with stopwatch.paused():
-                accuracy = evaluate_all(engine, ema, config, split, world, run, done, metrics, progress)
+                accuracy = evaluate_all(engine, ema, config, split, world, run, done, recorder)
 
         # ---- save
         if last or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
@@ -151,12 +153,11 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
                         "accuracy": accuracy,
                     },
                 )
-                if progress:
-                    progress.message(f"saved {saved}")
+                if recorder:
+                    recorder.message(f"saved {saved}")
 
-    if metrics and progress:
-        metrics.close()
-        progress.close()
+    if recorder:
+        recorder.close()
 
 
 def training_loss(
@@ -184,8 +185,7 @@ def evaluate_all(
     world: World,
     run: RunFolder,
     step: int,
-    metrics: MetricsWriter | None,
-    progress: Progress | None,
+    recorder: Recorder | None,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates the weights and, where there is one, their average; writes the rows and the predictions to show."""
     criterion = FusedCrossEntropy(config.loss.kind)
@@ -203,10 +203,8 @@ def evaluate_all(
         accuracy, examples = evaluate(engine, batches, criterion, world, shown=SHOWN_SAMPLES if world.is_main else 0)
         seconds, _ = stopwatch.lap()
         results[name] = asdict(accuracy)
-        if metrics and progress:
-            row = {"step": step, "eval": name, **asdict(accuracy), "seconds": seconds}
-            metrics.evaluation(row)
-            progress.evaluation(row)
+        if recorder:
+            recorder.evaluation({"step": step, "eval": name, **asdict(accuracy), "seconds": seconds})
             shown = {"step": step, "class_names": class_names(config), "samples": examples}
             atomic_write(run.samples, json.dumps(shown))
 

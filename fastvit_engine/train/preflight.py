@@ -8,7 +8,7 @@ from typing import Any
 from fastvit_engine.config import Config
 from fastvit_engine.data import check_data
 from fastvit_engine.errors import UserError
-from fastvit_engine.models import check_model
+from fastvit_engine.models import resolve_shape
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.checkpoint import fingerprint, latest_checkpoint, read_state
 from fastvit_engine.train.engine import deepspeed_config, split_batch
@@ -28,7 +28,7 @@ class Start:
 
 def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) -> Start:
     """Checks configuration, data and run folder; raises UserError for what cannot work."""
-    check_model(config.model)
+    resolve_shape(config.model)
     deepspeed_config(config, split_batch(config, world_size))
     check_data(config, world_size=world_size)
     total_steps = Plan(config).total_steps

@@ -203,7 +203,7 @@ class FusedBlock(nn.Module):
 
 
 class FusedCrossEntropy(nn.Module):
-    """`cross_entropy` or, for kind "sigmoid", `sigmoid_cross_entropy`, averaged over the batch."""
+    """`cross_entropy` or, for kind "sigmoid", `sigmoid_cross_entropy`."""
 
     def __init__(self, kind: Literal["softmax", "sigmoid"] = "softmax", label_smoothing: float = 0.0) -> None:
         super().__init__()
@@ -212,7 +212,19 @@ class FusedCrossEntropy(nn.Module):
         self.kind, self.label_smoothing = kind, label_smoothing
 
     def forward(
-        self, logits: Tensor, labels: Tensor, labels_b: Tensor | None = None, mix_weight: Tensor | None = None
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        labels_b: Tensor | None = None,
+        mix_weight: Tensor | None = None,
+        reduction: Literal["mean", "none"] = "mean",
     ) -> Tensor:
         loss = cross_entropy if self.kind == "softmax" else sigmoid_cross_entropy
-        return loss(logits, labels, labels_b=labels_b, mix_weight=mix_weight, label_smoothing=self.label_smoothing)
+        return loss(
+            logits,
+            labels,
+            labels_b=labels_b,
+            mix_weight=mix_weight,
+            label_smoothing=self.label_smoothing,
+            reduction=reduction,
+        )

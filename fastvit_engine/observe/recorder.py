@@ -1,0 +1,31 @@
+"""What one process of a run (rank 0) writes and shows while it trains."""
+
+from fastvit_engine.observe.metrics import EvalRow, MetricsWriter, TrainRow
+from fastvit_engine.observe.progress import Progress
+from fastvit_engine.observe.run_folder import RunFolder
+
+
+class Recorder:
+    """Sends each row to `metrics.jsonl`, to TensorBoard and to the progress display."""
+
+    def __init__(self, run: RunFolder, total_steps: int, start_step: int) -> None:
+        self._metrics = MetricsWriter(run, resume_step=start_step)
+        self._progress = Progress(total_steps, start_step)
+
+    def advance(self, step: int) -> None:
+        self._progress.advance(step)
+
+    def training(self, row: TrainRow) -> None:
+        self._metrics.write(row)
+        self._progress.log(row)
+
+    def evaluation(self, row: EvalRow) -> None:
+        self._metrics.write(row)
+        self._progress.log_evaluation(row)
+
+    def message(self, text: str) -> None:
+        self._progress.message(text)
+
+    def close(self) -> None:
+        self._progress.close()
+        self._metrics.close()
