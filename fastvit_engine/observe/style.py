@@ -37,7 +37,7 @@ h3 { font-size: 1rem; font-weight: 600; }
   margin-top: 2rem; background: var(--hair); border: 1px solid var(--hair); border-radius: 12px; overflow: hidden; }
 .tiles > div { background: var(--card); padding: 1rem 1.15rem; }
 .tiles dt { color: var(--soft); font-size: 0.875rem; }
-.tiles dd { font-size: 1.7rem; line-height: 1.25; font-weight: 650; letter-spacing: -0.02em; white-space: nowrap; }
+.tiles dd { font-size: 1.45rem; line-height: 1.35; font-weight: 650; letter-spacing: -0.02em; white-space: nowrap; }
 .tiles dd small { display: block; font-size: 0.8125rem; font-weight: 400; letter-spacing: 0; color: var(--soft);
   white-space: normal; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 0 3rem;
@@ -59,7 +59,7 @@ h3 { font-size: 1rem; font-weight: 600; }
 .train { --line: var(--train); } .eval { --line: var(--eval); } .ema { --line: var(--ema); }
 .plot { display: grid; grid-template-columns: calc(var(--label) + 0.5rem) 1fr; grid-template-rows: 13rem 1.3rem auto;
   margin: 0.9rem 0.9rem 0 0; font-size: 0.75rem; color: var(--soft); }
-.plot svg { width: 100%; height: 100%; display: block; overflow: hidden; }
+.plot svg { width: 100%; height: 100%; display: block; overflow: visible; }
 .plot path { fill: none; vector-effect: non-scaling-stroke; }
 .grid { stroke: var(--hair); stroke-width: 1px; shape-rendering: crispEdges; }
 .line { stroke: var(--line); stroke-width: 2px; stroke-linejoin: round; stroke-linecap: round; }
@@ -82,8 +82,8 @@ h3 { font-size: 1rem; font-weight: 600; }
 .sample .verdict { font-size: 0.9375rem; font-weight: 600; line-height: 1.3; color: var(--good); }
 .sample.wrong .verdict { color: var(--bad); }
 .sample .truth { color: var(--soft); line-height: 1.3; }
-.guesses { list-style: none; margin-top: 0.3rem; }
-.guesses li { display: grid; grid-template-columns: minmax(0, 1fr) 2.6rem 3.4em; gap: 0.4rem; align-items: center;
+.guesses { list-style: none; grid-column: 1 / -1; }
+.guesses li { display: grid; grid-template-columns: 5.5rem minmax(0, 1fr) 3.6em; gap: 0.85rem; align-items: center;
   line-height: 1.4; color: var(--soft); }
 .guesses li.true { color: var(--ink); font-weight: 600; }
 .guesses .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
