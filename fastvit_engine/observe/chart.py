@@ -82,7 +82,7 @@ def line_chart(
     grid = "".join(f"M{frame.point(0, tick)}H{_SIZE}" for tick in y_ticks)
     legend, paths = [], []
     for line in series:
-        trend = smooth(line.steps, np.clip(line.values, *_limits(line))) if line.smoothed else None
+        trend = _trend(line) if line.smoothed else None
         values = line.values[np.isfinite(line.values)] if trend is None else trend[1]
         legend.append(
             f'<li class="{_classes(line)}">{escape(line.name)} <b>{escape(form(float(values[-1])))}</b></li>',
@@ -109,15 +109,14 @@ def line_chart(
 
 
 def smooth(steps: Array, values: Array) -> tuple[Array, Array]:
-    """Local linear regression with Gaussian weights over about a tenth of the line; NaN is left out.
+    """Local linear regression with Gaussian weights over about a tenth of the line.
 
     Unlike a moving average it neither lags nor bends at the ends of a steep line (Cleveland 1979, "Robust locally
     weighted regression", without the robust part).
 
-    [N], [N] -> [M], [M] with M at most 800: a longer line is averaged in M equal parts first.
+    [N], [N] (finite, N >= 2) -> [M], [M] with M at most 800: a longer line is averaged in M equal parts first.
     """
-    known = np.flatnonzero(np.isfinite(values))
-    parts = np.array_split(known, min(len(known), 2 * _BUCKETS))
+    parts = np.array_split(np.arange(len(values)), min(len(values), 2 * _BUCKETS))
     x = np.array([steps[part].mean() for part in parts])  # [M]
     y = np.array([values[part].mean() for part in parts])
     index = np.arange(len(parts))
@@ -175,6 +174,13 @@ def _exact(line: Series, frame: _Frame, form: Callable[[float], str]) -> str:
     )
 
 
+def _trend(line: Series) -> tuple[Array, Array]:
+    """The smoothed line, of the values that are drawn: one wild value would drag its surroundings along."""
+    low, high = _limits(line)
+    inside = (line.values >= low) & (line.values <= high)
+    return smooth(line.steps[inside], line.values[inside])
+
+
 def _limits(line: Series) -> tuple[float, float]:
     """Lowest and highest value to draw.
 
@@ -186,7 +192,8 @@ def _limits(line: Series) -> tuple[float, float]:
     if line.smoothed:
         first, last = (float(value) for value in np.percentile(known, [1, 99]))
         margin = 3 * (last - first)
-        low, high = max(low, first - margin), min(high, last + margin)
+        kept = known[(known >= first - margin) & (known <= last + margin)]
+        low, high = float(kept.min()), float(kept.max())
     return low, high
 
 
@@ -198,8 +205,9 @@ def _note_outside(series: Sequence[Series], form: Callable[[float], str]) -> str
         outside += [float(value) for value in line.values if value < low or value > high]
     if not outside:
         return None
-    values = "1 value lies" if len(outside) == 1 else f"{len(outside):,} values lie"
-    return f"{values} outside the drawn range: from {form(min(outside))} to {form(max(outside))}."
+    if len(outside) == 1:
+        return f"One value lies outside the drawn range: {form(outside[0])}."
+    return f"{len(outside):,} values lie outside the drawn range, from {form(min(outside))} to {form(max(outside))}."
 
 
 def _value_ticks(low: float, high: float, from_zero: bool) -> list[float]:
@@ -232,7 +240,7 @@ def _tick_labels(ticks: Sequence[float]) -> tuple[list[str], str]:
         labels, _ = _tick_labels([tick / 10.0**exponent for tick in ticks])
         return labels, "×10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
     scale, letter = next(
-        (scale, letter) for scale, letter, least in ((1e6, "M", 2e6), (1e3, "k", 1e4), (1, "", 0)) if largest >= least
+        (scale, letter) for scale, letter, least in ((1e6, "M", 1e6), (1e3, "k", 1e4), (1, "", 0)) if largest >= least
     )
     decimals = max(0, -math.floor(math.log10(interval / scale) + 1e-9))
     labels = [f"{tick / scale:,.{decimals}f}{letter}".replace("-", "−") if tick else "0" for tick in ticks]

@@ -61,8 +61,8 @@ def _headline(run: RecordedRun) -> str:
     if run.finished:
         state = '<span class="state">finished</span>'
     else:
-        done = run.step / environment["total_steps"]
-        state = f'<span class="state running">{run.step:,} of {environment["total_steps"]:,} steps ({done:.0%})</span>'
+        done = 100 * run.step // environment["total_steps"]
+        state = f'<span class="state running">{run.step:,} of {environment["total_steps"]:,} steps ({done} %)</span>'
     return (
         f'<header><p class="over"><span>{escape(run.folder.path.resolve().name)}</span>{state}</p>'
         f'<h1>{escape(run.describe_model())}</h1><p class="lead">{escape(run.describe_training())}.</p>'
@@ -102,7 +102,7 @@ def _facts(run: RecordedRun) -> str:
     facts = {
         "Parameters": f"{environment['parameters']:,}",
         "Training data": environment["shards"] + (f" ({per_epoch:,} images)" if per_epoch else ""),
-        "Seen": f"{run.train[-1]['samples']:,} images, {run.train[-1]['epoch']:.2f} epochs" if run.train else None,
+        "Seen": f"{run.train[-1]['samples']:,} images, {run.train[-1]['epoch']:,.2f} epochs" if run.train else None,
         "Global batch": f"{environment['global_batch_size']:,} images",
         "Precision": environment["precision"],
         "Device": environment["device"],

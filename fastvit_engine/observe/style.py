@@ -34,10 +34,10 @@ h3 { font-size: 1rem; font-weight: 600; }
 .soft, .note, .unit { color: var(--soft); }
 .note { font-size: 0.875rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); gap: 1px;
-  margin-top: 2rem; background: var(--hair); border: 1px solid var(--hair); border-radius: 12px; overflow: hidden; }
-.tiles > div { background: var(--card); padding: 1rem 1.15rem; }
+  margin-top: 2rem; background: var(--card); border: 1px solid var(--hair); border-radius: 12px; overflow: hidden; }
+.tiles > div { box-shadow: 0 0 0 1px var(--hair); padding: 1rem; }
 .tiles dt { color: var(--soft); font-size: 0.875rem; }
-.tiles dd { font-size: 1.45rem; line-height: 1.35; font-weight: 650; letter-spacing: -0.02em; white-space: nowrap; }
+.tiles dd { font-size: 1.3rem; line-height: 1.4; font-weight: 650; letter-spacing: -0.02em; white-space: nowrap; }
 .tiles dd small { display: block; font-size: 0.8125rem; font-weight: 400; letter-spacing: 0; color: var(--soft);
   white-space: normal; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 0 3rem;
@@ -99,7 +99,6 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--hair);
   font-size: 0.875rem; }
 @media (max-width: 30rem) {
   .tiles { grid-template-columns: 1fr 1fr; }
-  .tiles dd { font-size: 1.4rem; }
   .facts > div { grid-template-columns: 7rem 1fr; }
 }
 @media print {
@@ -107,11 +106,13 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--hair);
     --page: #fff; --card: #fff; --ink: #111; --soft: #555; --hair: #d5d5d5; --track: #e8e8e8;
     --train: #2a6fdb; --eval: #c8590b; --ema: #0f8a68; --good: #0f8a68; --bad: #c62f3b;
   }
-  body { font-size: 11px; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  html { font-size: 10.5px; }
+  body { font-size: 1rem; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   h2 { break-after: avoid; margin-top: 1.75rem; }
   .charts { grid-template-columns: 1fr 1fr; }
-  .samples { grid-template-columns: repeat(3, 1fr); }
-  .plot { grid-template-rows: 9rem 1.3rem auto; }
+  .samples { grid-template-columns: repeat(4, 1fr); }
+  .tiles { grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); }
+  .plot { grid-template-rows: 11rem 1.3rem auto; }
 }
 """
