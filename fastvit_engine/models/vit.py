@@ -21,7 +21,7 @@ class Size:
     mlp_dim: int
 
 
-# Ti and S: Steiner et al. 2021, Table 2; B, L, H: Dosovitskiy et al. 2021, Table 1; g, G: Zhai et al. 2022, Table 2.
+# Ti and S: Steiner et al. 2021; B, L, H: Dosovitskiy et al. 2021, Table 1; g, G: Zhai et al. 2022, Table 2.
 SIZES = {
     "Ti": Size(192, 12, 3, 768),
     "S": Size(384, 12, 6, 1536),
@@ -123,7 +123,7 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Sets every parameter as the authors' JAX code does (Flax initialisers; see the paper's appendix B.1).
+        """Sets every parameter as the authors' JAX code does, with Flax's initialisers.
 
         Dense kernels of the blocks are Xavier uniform, queries, keys and values each on its own; the head is zero, so
         that the first loss is that of `head_bias` alone. Whole parameters must be in memory: under ZeRO-3, call it

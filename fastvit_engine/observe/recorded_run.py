@@ -62,8 +62,7 @@ class RecordedRun:
     @property
     def step(self) -> int:
         """The last step known to be done."""
-        rows: list[TrainRow] | list[EvalRow]
-        return max((rows[-1]["step"] for rows in (self.train, self.evaluations) if rows), default=0)
+        return max((row["step"] for row in [*self.train[-1:], *self.evaluations[-1:]]), default=0)
 
     @property
     def finished(self) -> bool:

@@ -14,7 +14,7 @@ from fastvit_engine.observe.chart import Array, Series, line_chart
 from fastvit_engine.observe.recorded_run import RecordedRun, Sample, Samples, best_evaluation, load_run
 from fastvit_engine.observe.run_folder import atomic_write
 from fastvit_engine.observe.style import STYLE
-from fastvit_engine.observe.units import format_bytes, format_count, format_duration, format_flops, format_share
+from fastvit_engine.observe.units import format_bytes, format_duration, format_flops, format_share
 
 _SMALL_IMAGE = 96  # pixels; below it the report shows an image larger than it is, and its pixels as squares
 _KINDS = (("eval", "held-out", "eval"), ("eval_ema", "held-out, EMA weights", "ema"))  # row kind, name, style class
@@ -61,34 +61,32 @@ def _headline(run: RecordedRun) -> str:
     if run.finished:
         state = '<span class="state">finished</span>'
     else:
-        done = run.step / environment["total_steps"]
-        state = f'<span class="state running">{run.step:,} of {environment["total_steps"]:,} steps ({done:.0%})</span>'
-    lead = "".join(
-        f'<p class="lead">{escape(line)}.</p>' for line in [run.describe_training(), *run.describe_accuracy()][:1]
-    )
+        done = 100 * run.step // environment["total_steps"]
+        state = f'<span class="state running">{run.step:,} of {environment["total_steps"]:,} steps ({done} %)</span>'
     return (
         f'<header><p class="over"><span>{escape(run.folder.path.resolve().name)}</span>{state}</p>'
-        f"<h1>{escape(run.describe_model())}</h1>{lead}{_tiles(run)}{_facts(run)}</header>"
+        f'<h1>{escape(run.describe_model())}</h1><p class="lead">{escape(run.describe_training())}.</p>'
+        f"{_tiles(run)}{_facts(run)}</header>"
     )
 
 
 def _tiles(run: RecordedRun) -> str:
     tiles: list[tuple[str, str, str]] = []  # name, figure, remark
-    for kind, name, _ in _KINDS:
+    for kind, name in (("eval", "top-1"), ("eval_ema", "top-1, EMA weights")):
         if rows := run.evaluations_of(kind):
             final, best = rows[-1], best_evaluation(rows)
-            remark = (
-                "the best so far" if best is final else f"best {format_share(best['top1'])} at step {best['step']:,}"
-            )
-            tiles.append((f"top-1, {name}", format_share(final["top1"]), remark))
+            when = "the best" if best is final else f"best {format_share(best['top1'])} at step {best['step']:,}"
+            tiles.append((name, format_share(final["top1"]), f"{final['samples']:,} held-out images; {when}"))
+    if rows := run.evaluations_of("eval"):
+        tiles.append(("held-out loss", _short(rows[-1]["loss"]), f"at step {rows[-1]['step']:,}"))
+    elif run.train:
+        tiles.append(("training loss", _short(run.train[-1]["loss"]), f"at step {run.train[-1]['step']:,}"))
     if run.train:
-        last = run.train[-1]
-        tiles.append(("training loss", _short(last["loss"]), f"at step {last['step']:,}"))
         tiles.append(("throughput", f"{_median(run, 'images_per_second'):,.0f}", "images/s, median"))
         mfu = _median(run, "mfu")
         if np.isfinite(mfu):
             tiles.append(("MFU", format_share(mfu), "of peak FLOP/s, median"))
-        tiles.append(("training time", format_duration(run.seconds), f"{last['samples']:,} images"))
+        tiles.append(("training time", format_duration(run.seconds), f"{run.train[-1]['samples']:,} images"))
     cells = (
         f"<div><dt>{escape(name)}</dt><dd>{escape(figure)}<small>{escape(remark)}</small></dd></div>"
         for name, figure, remark in tiles
@@ -99,21 +97,22 @@ def _tiles(run: RecordedRun) -> str:
 def _facts(run: RecordedRun) -> str:
     environment = run.environment
     per_epoch, peak = environment["samples_per_epoch"], environment["peak_flops"]
+    started = datetime.fromisoformat(environment["started"])
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     facts = {
         "Parameters": f"{environment['parameters']:,}",
         "Training data": environment["shards"] + (f" ({per_epoch:,} images)" if per_epoch else ""),
-        "Seen": f"{run.train[-1]['samples']:,} images, {run.train[-1]['epoch']:.2f} epochs" if run.train else None,
+        "Seen": f"{run.train[-1]['samples']:,} images, {run.train[-1]['epoch']:,.2f} epochs" if run.train else None,
         "Global batch": f"{environment['global_batch_size']:,} images",
         "Precision": environment["precision"],
         "Device": environment["device"],
         "Processes": f"{environment['world_size']:,}, DeepSpeed ZeRO stage {environment['zero_stage']}",
-        "Compute": f"{format_flops(environment['training_flops_per_image'])} an image and training step",
+        "Compute": f"{format_flops(environment['training_flops_per_image'])} an image, forward and backward",
         "Peak": f"{format_flops(peak)}/s ({environment['peak_flops_source']})" if peak else "unknown: no MFU",
         "Peak memory": format_bytes(max(row["memory_bytes"] for row in run.train)) + " a process"
         if run.train
         else None,
-        "Started": f"{environment['started'].replace('T', ' ')} on {environment['hostname']}",
+        "Started": f"{started:%Y-%m-%d %H:%M} on {environment['hostname']}",
         "Versions": versions,
     }
     rows = (f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items() if value)
@@ -140,7 +139,7 @@ def _learning(run: RecordedRun) -> str:
 
 
 def _throughput(run: RecordedRun) -> str:
-    speed = _series("training", "train", run.train, "images_per_second", noisy=True)
+    speed = _series("images/s", "train", run.train, "images_per_second", noisy=True)
     mfu = _series("MFU", "train", run.train, "mfu", scale=100, noisy=True)
     wait = _series("waiting for data", "eval", run.train, "data_wait", scale=100, noisy=True)
     note = "" if run.environment["peak_flops"] else "MFU is unknown: the peak FLOP/s of the device is not known."
@@ -236,7 +235,7 @@ def _median(run: RecordedRun, key: str) -> float:
 
 
 def _short(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:.3g}"
 
 
 def _percent(value: float) -> str:

@@ -54,7 +54,7 @@ class RunFolder:
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Writes `content` (text as UTF-8) so that `path` holds the old or the new content, whole, even after a power cut."""
+    """Writes `content` (text as UTF-8) so that `path` holds the old or the new content, whole, whenever power fails."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:

@@ -34,10 +34,10 @@ h3 { font-size: 1rem; font-weight: 600; }
 .soft, .note, .unit { color: var(--soft); }
 .note { font-size: 0.875rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 9.5rem), 1fr)); gap: 1px;
-  margin-top: 2rem; background: var(--hair); border: 1px solid var(--hair); border-radius: 12px; overflow: hidden; }
-.tiles > div { background: var(--card); padding: 1rem 1.15rem; }
+  margin-top: 2rem; background: var(--card); border: 1px solid var(--hair); border-radius: 12px; overflow: hidden; }
+.tiles > div { box-shadow: 0 0 0 1px var(--hair); padding: 1rem; }
 .tiles dt { color: var(--soft); font-size: 0.875rem; }
-.tiles dd { font-size: 1.7rem; line-height: 1.25; font-weight: 650; letter-spacing: -0.02em; white-space: nowrap; }
+.tiles dd { font-size: 1.3rem; line-height: 1.4; font-weight: 650; letter-spacing: -0.02em; white-space: nowrap; }
 .tiles dd small { display: block; font-size: 0.8125rem; font-weight: 400; letter-spacing: 0; color: var(--soft);
   white-space: normal; }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 0 3rem;
@@ -59,7 +59,7 @@ h3 { font-size: 1rem; font-weight: 600; }
 .train { --line: var(--train); } .eval { --line: var(--eval); } .ema { --line: var(--ema); }
 .plot { display: grid; grid-template-columns: calc(var(--label) + 0.5rem) 1fr; grid-template-rows: 13rem 1.3rem auto;
   margin: 0.9rem 0.9rem 0 0; font-size: 0.75rem; color: var(--soft); }
-.plot svg { width: 100%; height: 100%; display: block; overflow: hidden; }
+.plot svg { width: 100%; height: 100%; display: block; overflow: visible; }
 .plot path { fill: none; vector-effect: non-scaling-stroke; }
 .grid { stroke: var(--hair); stroke-width: 1px; shape-rendering: crispEdges; }
 .line { stroke: var(--line); stroke-width: 2px; stroke-linejoin: round; stroke-linecap: round; }
@@ -82,8 +82,8 @@ h3 { font-size: 1rem; font-weight: 600; }
 .sample .verdict { font-size: 0.9375rem; font-weight: 600; line-height: 1.3; color: var(--good); }
 .sample.wrong .verdict { color: var(--bad); }
 .sample .truth { color: var(--soft); line-height: 1.3; }
-.guesses { list-style: none; margin-top: 0.3rem; }
-.guesses li { display: grid; grid-template-columns: minmax(0, 1fr) 2.6rem 3.4em; gap: 0.4rem; align-items: center;
+.guesses { list-style: none; grid-column: 1 / -1; }
+.guesses li { display: grid; grid-template-columns: 5.5rem minmax(0, 1fr) 3.6em; gap: 0.85rem; align-items: center;
   line-height: 1.4; color: var(--soft); }
 .guesses li.true { color: var(--ink); font-weight: 600; }
 .guesses .name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
@@ -99,7 +99,6 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--hair);
   font-size: 0.875rem; }
 @media (max-width: 30rem) {
   .tiles { grid-template-columns: 1fr 1fr; }
-  .tiles dd { font-size: 1.4rem; }
   .facts > div { grid-template-columns: 7rem 1fr; }
 }
 @media print {
@@ -107,11 +106,13 @@ footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--hair);
     --page: #fff; --card: #fff; --ink: #111; --soft: #555; --hair: #d5d5d5; --track: #e8e8e8;
     --train: #2a6fdb; --eval: #c8590b; --ema: #0f8a68; --good: #0f8a68; --bad: #c62f3b;
   }
-  body { font-size: 11px; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  html { font-size: 10.5px; }
+  body { font-size: 1rem; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   main { max-width: none; padding: 0; }
   h2 { break-after: avoid; margin-top: 1.75rem; }
   .charts { grid-template-columns: 1fr 1fr; }
-  .samples { grid-template-columns: repeat(3, 1fr); }
-  .plot { grid-template-rows: 9rem 1.3rem auto; }
+  .samples { grid-template-columns: repeat(4, 1fr); }
+  .tiles { grid-template-columns: repeat(auto-fit, minmax(8rem, 1fr)); }
+  .plot { grid-template-rows: 11rem 1.3rem auto; }
 }
 """

@@ -14,13 +14,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) ->
 
     Returns [..., D] in the dtype of x. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
     """
-    check_input("x", x)
+    check_floating("x", x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"x must have a last dimension to normalise, got shape {list(x.shape)}")
     check_parameter("weight", weight, x.shape[-1:], like=x, fp32_allowed=True)
     check_parameter("bias", bias, x.shape[-1:], like=x, fp32_allowed=True)
     return reference.layer_norm(x, weight, bias, eps)
-
-
-def check_input(name: str, x: Tensor) -> None:
-    check_floating(name, x)
-    if x.ndim == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{name} must have a last dimension to normalise, got shape {list(x.shape)}")

@@ -1,0 +1,41 @@
+import pytest
+
+from fastvit_engine.config import ModelConfig
+from fastvit_engine.models import forward_macs, training_flops
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "exaflops", "tolerance"),
+    [
+        ("B/32", 7, 55, 0.025),
+        ("B/16", 7, 224, 0.01),
+        ("L/32", 7, 196, 0.01),
+        ("L/16", 7, 783, 0.01),
+        ("L/16", 14, 1567, 0.01),
+        ("H/14", 14, 4262, 0.01),
+    ],
+)
+def test_pretraining_cost_in_the_paper(name: str, epochs: int, exaflops: float, tolerance: float) -> None:
+    """Dosovitskiy et al. 2021, Table 6: pretraining on the 303 million images of JFT-300M."""
+    cost = training_flops(ModelConfig(name=name)) * epochs * 303e6
+    assert cost / 1e18 == pytest.approx(exaflops, rel=tolerance)
+
+
+def test_counted_by_hand() -> None:
+    config = ModelConfig(name="Ti/2", image_size=4, width=6, depth=3, heads=2, mlp_dim=10, num_classes=7)
+    tokens = 5
+    block = tokens * 6 * 18 + 2 * tokens * tokens * 6 + tokens * 6 * 6 + 2 * tokens * 6 * 10
+    macs = 4 * 12 * 6 + 3 * block + 6 * 7
+    assert forward_macs(config) == macs
+    assert training_flops(config) == 6 * macs
+    assert forward_macs(config.model_copy(update={"head": "mlp"})) == macs + 6 * 6
+
+
+def test_no_class_token_is_one_token_less() -> None:
+    with_token, without = (forward_macs(ModelConfig(name="H/14", pool=pool)) for pool in ("cls", "gap"))
+    assert without == pytest.approx(with_token * 256 / 257, rel=1e-3)
+    assert without < with_token
+
+
+def test_resolution_changes_tokens() -> None:
+    assert forward_macs(ModelConfig(name="H/14", image_size=336)) / 1e9 == pytest.approx(390.97, rel=1e-3)

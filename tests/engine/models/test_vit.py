@@ -1,0 +1,265 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvit_engine.config import ModelConfig
+from fastvit_engine.errors import UserError
+from fastvit_engine.models import VisionTransformer, build_model, parameter_count
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+SMALL = ModelConfig(name="Ti/4", image_size=12, num_classes=7, width=12, depth=3, heads=3)
+
+
+def small(**changes: object) -> VisionTransformer:
+    torch.manual_seed(0)
+    return build_model(SMALL.model_copy(update=changes), mean=MEAN, std=STD)
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "changes"),
+    [
+        ("Ti/16", 5_717_416, {}),
+        ("S/16", 22_050_664, {}),
+        ("S/32", 22_878_952, {}),
+        ("B/8", 86_576_872, {}),
+        ("B/16", 86_567_656, {}),
+        ("B/32", 88_224_232, {}),
+        ("B/16", 86_566_120, {"pool": "gap"}),
+        ("B/16", 103_186_515, {"head": "mlp", "num_classes": 21_843}),
+        ("L/14", 304_203_752, {}),
+        ("L/16", 304_326_632, {}),
+        ("L/32", 306_535_400, {}),
+        ("L/16", 326_740_307, {"head": "mlp", "num_classes": 21_843}),
+        ("H/14", 632_045_800, {}),
+        ("H/14", 660_385_363, {"head": "mlp", "num_classes": 21_843}),
+        ("g/14", 1_012_611_432, {}),
+        ("G/14", 1_844_440_680, {}),
+    ],
+)
+def test_parameter_counts(name: str, count: int, changes: dict[str, object]) -> None:
+    assert parameter_count(ModelConfig(name=name, **changes)) == count
+
+
+BLOCK_NAMES = [
+    f"{layer}.{kind}"
+    for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    for kind in ("weight", "bias")
+]
+ENDS = ["patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "extra", "block_names"),
+    [
+        ({}, ["cls_token", "pos_embed"], BLOCK_NAMES),
+        ({"pool": "gap"}, ["pos_embed"], BLOCK_NAMES),
+        ({"head": "mlp"}, ["cls_token", "pos_embed", "pre_logits.fc.weight", "pre_logits.fc.bias"], BLOCK_NAMES),
+        ({"layer_scale": 0.1}, ["cls_token", "pos_embed"], [*BLOCK_NAMES, "ls1.gamma", "ls2.gamma"]),
+    ],
+)
+def test_state_has_the_names_of_timm(changes: dict[str, object], extra: list[str], block_names: list[str]) -> None:
+    expected = {*ENDS, *extra, *(f"blocks.{index}.{name}" for index in range(3) for name in block_names)}
+    state = small(**changes).state_dict()
+    assert set(state) == expected
+    assert list(state["pos_embed"].shape) == [1, 9 if changes.get("pool") == "gap" else 10, 12]
+    assert list(state["patch_embed.proj.weight"].shape) == [12, 3, 4, 4]
+    assert list(state["blocks.2.attn.qkv.weight"].shape) == [36, 12]
+
+
+class PlainEncoder(nn.Module):
+    """A pre-norm Transformer encoder of PyTorch's own layers, over the same weights."""
+
+    def __init__(self, model: VisionTransformer, activation: nn.Module) -> None:
+        super().__init__()
+        state = model.state_dict()
+        self.gap = "cls_token" not in state
+        self.weights = nn.ParameterDict(
+            {name.replace(".", "/"): value.clone() for name, value in state.items() if not name.startswith("blocks.")}
+        )
+        self.layers = nn.ModuleList()
+        for index in range(3):
+            layer = nn.TransformerEncoderLayer(
+                12, 3, 48, 0.0, activation, 1e-6, batch_first=True, norm_first=True, dtype=torch.float64
+            )
+            names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.fc1."}
+            names |= {"linear2.": "mlp.fc2.", "norm1.": "norm1.", "norm2.": "norm2."}
+            layer.load_state_dict(
+                {
+                    theirs + kind: state[f"blocks.{index}.{ours}{kind}"].clone()
+                    for theirs, ours in names.items()
+                    for kind in ("weight", "bias")
+                }
+            )
+            self.layers.append(layer)
+
+    def forward(self, images: Tensor) -> Tensor:
+        w = self.weights
+        x = F.conv2d(images, w["patch_embed/proj/weight"], w["patch_embed/proj/bias"], stride=4)
+        x = x.flatten(2).transpose(1, 2)
+        if not self.gap:
+            x = torch.cat([w["cls_token"].expand(len(images), 1, 12), x], dim=1)
+        x = x + w["pos_embed"]
+        for layer in self.layers:
+            x = layer(x)
+        x = F.layer_norm(x, (12,), w["norm/weight"], w["norm/bias"], 1e-6)
+        x = x.mean(dim=1) if self.gap else x[:, 0]
+        if "pre_logits/fc/weight" in w:
+            x = torch.tanh(F.linear(x, w["pre_logits/fc/weight"], w["pre_logits/fc/bias"]))
+        return F.linear(x, w["head/weight"], w["head/bias"])
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"pool": "gap"}, {"head": "mlp"}, {"activation": "gelu_tanh"}], ids=lambda c: str(c or "default")
+)
+def test_equals_plain_encoder(changes: dict[str, object]) -> None:
+    model = randomise(small(**changes).double())
+    form = "tanh" if changes.get("activation") == "gelu_tanh" else "none"
+    plain = PlainEncoder(model, nn.GELU(approximate=form))
+    images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    logits, expected = model(images), plain(images)
+    assert torch.allclose(logits, expected, rtol=1e-10, atol=1e-10)
+    cotangent = torch.randn_like(logits)
+    logits.backward(cotangent)
+    expected.backward(cotangent)
+    ours = dict(model.named_parameters())
+    pairs = [(ours[name.replace("/", ".")], parameter) for name, parameter in plain.weights.items()]
+    for index, layer in enumerate(plain.layers):
+        pairs += [
+            (ours[f"blocks.{index}.attn.qkv.weight"], layer.self_attn.in_proj_weight),
+            (ours[f"blocks.{index}.attn.qkv.bias"], layer.self_attn.in_proj_bias),
+            (ours[f"blocks.{index}.attn.proj.weight"], layer.self_attn.out_proj.weight),
+            (ours[f"blocks.{index}.mlp.fc1.weight"], layer.linear1.weight),
+            (ours[f"blocks.{index}.mlp.fc2.bias"], layer.linear2.bias),
+            (ours[f"blocks.{index}.norm1.weight"], layer.norm1.weight),
+            (ours[f"blocks.{index}.norm2.bias"], layer.norm2.bias),
+        ]
+    for mine, theirs in pairs:
+        assert torch.allclose(mine.grad, theirs.grad, rtol=1e-8, atol=1e-10)
+
+
+def test_pixels_are_normalised_with_mean_and_std() -> None:
+    model = randomise(small())
+    pixels = torch.randint(0, 256, (2, 12, 12, 3), dtype=torch.uint8)
+    normalised = (pixels / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    assert torch.allclose(model(pixels), model(normalised.permute(0, 3, 1, 2)), atol=1e-5)
+
+
+def test_features_and_head_make_the_model() -> None:
+    model, images = randomise(small()), torch.randn(2, 3, 12, 12)
+    tokens = model.forward_features(images)
+    assert tokens.shape == (2, 10, 12)
+    assert torch.equal(model.forward_head(tokens), model(images))
+
+
+def test_bfloat16_model_trains_on_pixels() -> None:
+    model = randomise(small(dropout=0.1, drop_path=0.1, layer_scale=0.1)).bfloat16()
+    logits = model(torch.randint(0, 256, (2, 3, 12, 12), dtype=torch.uint8))
+    assert logits.dtype == torch.bfloat16
+    logits.float().square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_drop_path_grows_linearly_and_dropout_reaches_every_block() -> None:
+    model = small(drop_path=0.2, dropout=0.3)
+    assert [block.drop_path for block in model.blocks] == pytest.approx([0.0, 0.1, 0.2])
+    assert [block.dropout for block in model.blocks] == [0.3] * 3
+    assert model.pos_drop.p == 0.3
+    assert small(drop_path=0.2, depth=1).blocks[0].drop_path == 0
+
+
+def test_dropout_after_position_embedding() -> None:
+    model = randomise(small(dropout=0.5))
+    seen: list[Tensor] = []
+    model.blocks.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    model(torch.randn(16, 3, 12, 12))
+    assert (seen[0] == 0).float().mean().item() == pytest.approx(0.5, abs=0.06)  # 5 standard deviations of 1920 draws
+
+
+def test_initial_weights() -> None:
+    config = ModelConfig(
+        name="Ti/8", image_size=32, num_classes=10, head="mlp", head_bias=-10, layer_scale=0.1, depth=2
+    )
+    torch.manual_seed(0)
+    model = VisionTransformer(config, mean=MEAN, std=STD)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, torch.nan)  # whatever init_weights forgets stays NaN
+    model.init_weights()
+    state = model.state_dict()
+    assert not any(tensor.isnan().any() for tensor in state.values())
+
+    assert not state["cls_token"].any() and not state["head.weight"].any()
+    assert state["head.bias"].tolist() == [-10.0] * 10
+    assert state["pos_embed"].std().item() == pytest.approx(0.02, rel=0.05)
+    for name in ("patch_embed.proj", "pre_logits.fc"):
+        weight = state[f"{name}.weight"]
+        expected = 1 / math.sqrt(weight[0].numel())
+        assert weight.std().item() == pytest.approx(expected, rel=0.02)
+        assert weight.abs().max().item() <= 2 * expected / 0.879 < 3 * expected  # the normal is cut off
+    for name in ("blocks.1.attn.proj", "blocks.0.mlp.fc1", "blocks.1.mlp.fc2"):
+        fan_out, fan_in = state[f"{name}.weight"].shape
+        check_xavier(state[f"{name}.weight"], fan_in + fan_out)
+    for projection in state["blocks.0.attn.qkv.weight"].split(192):
+        check_xavier(projection, 192 + 192)  # each of q, k, v on its own: not 192 + 576
+    for name in ("blocks.0.mlp.fc1.bias", "blocks.1.mlp.fc2.bias"):
+        assert state[name].std().item() == pytest.approx(1e-6, rel=0.2)
+    for name in ("blocks.1.attn.qkv.bias", "blocks.0.attn.proj.bias", "patch_embed.proj.bias", "pre_logits.fc.bias"):
+        assert not state[name].any()
+    for name in ("norm", "blocks.0.norm1", "blocks.1.norm2"):
+        assert (state[f"{name}.weight"] == 1).all() and not state[f"{name}.bias"].any()
+    assert (state["blocks.1.ls1.gamma"] == 0.1).all() and (state["blocks.0.ls2.gamma"] == 0.1).all()
+
+
+def check_xavier(weight: Tensor, fans: int) -> None:
+    bound = math.sqrt(6 / fans)
+    assert 0.99 * bound < weight.abs().max().item() <= bound
+    assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
+
+
+def test_first_logits_are_the_head_bias() -> None:
+    model = small(head_bias=-3.0)
+    assert model(torch.randn(2, 3, 12, 12)).tolist() == [[-3.0] * 7] * 2
+
+
+def test_meta_device_holds_no_memory() -> None:
+    with torch.device("meta"):
+        model = build_model(ModelConfig(name="G/14"), mean=MEAN, std=STD)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["ViT-H/14", "H/14"])
+def test_names(name: str) -> None:
+    assert parameter_count(ModelConfig(name=name)) == 632_045_800
+
+
+def test_overrides() -> None:
+    shape = small(width=24, depth=2, heads=4).shape
+    assert (shape.width, shape.depth, shape.heads, shape.mlp_dim) == (24, 2, 4, 96)
+    assert small(mlp_dim=50).shape.mlp_dim == 50
+    with torch.device("meta"):
+        assert build_model(ModelConfig(name="g/14", width=704), mean=MEAN, std=STD).shape.mlp_dim == 3072
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "X/16"}, r"model.name 'X/16' is not a size .* sizes: Ti, S, B, L, H, g, G"),
+        ({"name": "B16"}, "model.name 'B16' is not a size and a patch size"),
+        ({"name": "B/0"}, "model.name 'B/0' is not a size and a patch size"),
+        ({"name": "b/16"}, "model.name 'b/16' is not a size and a patch size"),
+        ({"name": "B/15"}, "model.image_size 224 is not a multiple of the patch size 15 in model.name"),
+        ({"heads": 7}, "model.heads 7 does not divide model.width 768"),
+        ({"width": 100}, "model.heads 12 does not divide model.width 100"),
+    ],
+)
+def test_bad_configurations_name_the_key(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parameter_count(ModelConfig(**changes))

@@ -1,0 +1,193 @@
+import fastvit_kernels
+import pytest
+import torch
+from fastvit_kernels import (
+    FusedAttention,
+    FusedBlock,
+    FusedCrossEntropy,
+    FusedLayerNorm,
+    FusedLayerNormMLP,
+    FusedPatchEmbed,
+    attention_block,
+    cross_entropy,
+    layer_norm,
+    layer_norm_mlp,
+    patch_embed,
+    sigmoid_cross_entropy,
+)
+from torch import Tensor, nn
+
+HALF = (0.5, 0.5, 0.5)
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return module
+
+
+def shapes(module: nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def test_public_names() -> None:
+    assert set(fastvit_kernels.__all__) == {
+        *("attention", "attention_block", "cross_entropy", "layer_norm", "layer_norm_mlp", "patch_embed"),
+        *("sigmoid_cross_entropy", "FusedAttention", "FusedBlock", "FusedCrossEntropy", "FusedLayerNorm"),
+        *("FusedLayerNormMLP", "FusedPatchEmbed"),
+    }
+    assert all(callable(getattr(fastvit_kernels, name)) for name in fastvit_kernels.__all__)
+
+
+def test_block_has_the_state_of_a_timm_block() -> None:
+    plain = {
+        "norm1.weight": [8],
+        "norm1.bias": [8],
+        "attn.qkv.weight": [24, 8],
+        "attn.qkv.bias": [24],
+        "attn.proj.weight": [8, 8],
+        "attn.proj.bias": [8],
+        "norm2.weight": [8],
+        "norm2.bias": [8],
+        "mlp.fc1.weight": [20, 8],
+        "mlp.fc1.bias": [20],
+        "mlp.fc2.weight": [8, 20],
+        "mlp.fc2.bias": [8],
+    }
+    assert shapes(FusedBlock(8, 2, 20)) == plain
+    assert shapes(FusedBlock(8, 2, 20, layer_scale=0.1)) == plain | {"ls1.gamma": [8], "ls2.gamma": [8]}
+
+
+def test_state_of_the_other_modules() -> None:
+    norm = {"weight": [8], "bias": [8]}
+    assert shapes(FusedLayerNorm(8)) == norm
+    assert shapes(FusedPatchEmbed(4, 8, HALF, HALF)) == {"proj.weight": [8, 3, 4, 4], "proj.bias": [8]}
+    attention = {"qkv.weight": [24, 8], "qkv.bias": [24], "proj.weight": [8, 8], "proj.bias": [8]}
+    assert shapes(FusedAttention(8, 2)) == attention
+    mlp = {"fc1.weight": [20, 8], "fc1.bias": [20], "fc2.weight": [8, 20], "fc2.bias": [8]}
+    half_block = {f"norm.{name}": shape for name, shape in norm.items()} | mlp
+    assert shapes(FusedLayerNormMLP(8, 20)) == half_block
+    assert shapes(FusedLayerNormMLP(8, 20, layer_scale=0.1)) == half_block | {"ls.gamma": [8]}
+    assert shapes(FusedCrossEntropy()) == {}
+
+
+def test_layer_scale_starts_at_its_initial_value() -> None:
+    block = FusedBlock(8, 2, 20, layer_scale=0.25)
+    assert block.state_dict()["ls1.gamma"].tolist() == block.state_dict()["ls2.gamma"].tolist() == [0.25] * 8
+
+
+def test_layer_norm_uses_its_parameters_and_eps() -> None:
+    module, x = randomise(FusedLayerNorm(8, eps=0.5)), torch.randn(2, 3, 8)
+    assert torch.equal(module(x), layer_norm(x, module.weight, module.bias, eps=0.5))
+
+
+def test_patch_embed_uses_its_parameters() -> None:
+    module = randomise(FusedPatchEmbed(4, 8, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
+    pixels = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    extra = {"pos_embed": torch.randn(1, 5, 8), "cls_token": torch.randn(1, 1, 8)}
+    expected = patch_embed(
+        pixels, module.proj.weight, module.proj.bias, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), **extra
+    )
+    assert torch.equal(module(pixels, **extra), expected)
+    assert module(pixels).shape == (2, 4, 8)
+
+
+def test_attention_equals_pytorch_multihead_attention() -> None:
+    module, x = randomise(FusedAttention(12, 3)).double(), torch.randn(2, 5, 12, dtype=torch.float64)
+    state = module.state_dict()
+    peer = nn.MultiheadAttention(12, 3, batch_first=True, dtype=torch.float64)
+    names = {"in_proj_weight": "qkv.weight", "in_proj_bias": "qkv.bias"}
+    names |= {"out_proj.weight": "proj.weight", "out_proj.bias": "proj.bias"}
+    peer.load_state_dict({theirs: state[ours] for theirs, ours in names.items()})
+    assert torch.allclose(module(x), peer(x, x, x)[0], atol=1e-10)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("layer_scale", [None, 0.1])
+def test_block_is_its_two_halves(activation: str, layer_scale: float | None) -> None:
+    block = randomise(FusedBlock(8, 2, 20, activation=activation, layer_scale=layer_scale, eps=1e-3))
+    x = torch.randn(2, 5, 8)
+    state = block.state_dict()
+    first = ["norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias"]
+    second = ["norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"]
+    expected = attention_block(x, *(state[n] for n in first), heads=2, eps=1e-3, layer_scale=state.get("ls1.gamma"))
+    expected = layer_norm_mlp(
+        expected,
+        *(state[name] for name in second),
+        eps=1e-3,
+        activation=activation,
+        layer_scale=state.get("ls2.gamma"),
+    )
+    assert torch.equal(block(x), expected)
+
+
+def test_half_block_is_the_function() -> None:
+    module = randomise(FusedLayerNormMLP(8, 20, activation="gelu_tanh", layer_scale=0.1, eps=1e-3))
+    x, state = torch.randn(2, 5, 8), module.state_dict()
+    names = ["norm.weight", "norm.bias", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
+    expected = layer_norm_mlp(
+        x, *(state[name] for name in names), eps=1e-3, activation="gelu_tanh", layer_scale=state["ls.gamma"]
+    )
+    assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("noisy", "quiet"),
+    [
+        (FusedBlock(8, 2, 20, dropout=0.5), FusedBlock(8, 2, 20)),
+        (FusedBlock(8, 2, 20, drop_path=0.5), FusedBlock(8, 2, 20)),
+        (FusedLayerNormMLP(8, 20, dropout=0.5), FusedLayerNormMLP(8, 20)),
+        (FusedLayerNormMLP(8, 20, drop_path=0.5), FusedLayerNormMLP(8, 20)),
+        (FusedAttention(8, 2, dropout=0.5), FusedAttention(8, 2)),
+    ],
+    ids=["block dropout", "block drop_path", "mlp dropout", "mlp drop_path", "attention dropout"],
+)
+def test_rates_are_active_in_training_only(noisy: nn.Module, quiet: nn.Module) -> None:
+    quiet.load_state_dict(noisy.state_dict())
+    x = torch.randn(64, 5, 8)
+    assert not torch.allclose(noisy.train()(x), quiet(x))
+    assert torch.equal(noisy.eval()(x), quiet(x))
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    for module in (FusedBlock(8, 2, 20, layer_scale=0.1), FusedLayerNormMLP(8, 20, layer_scale=0.1)):
+        randomise(module)(torch.randn(2, 5, 8)).square().sum().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+def test_cross_entropy_kinds() -> None:
+    logits, labels, labels_b = torch.randn(4, 5), torch.randint(0, 5, (4,)), torch.randint(0, 5, (4,))
+    share = torch.rand(4)
+    for kind, function in (("softmax", cross_entropy), ("sigmoid", sigmoid_cross_entropy)):
+        loss = FusedCrossEntropy(kind, label_smoothing=0.1)
+        expected = function(logits, labels, labels_b=labels_b, mix_weight=share, label_smoothing=0.1)
+        assert torch.equal(loss(logits, labels, labels_b, share), expected)
+    with pytest.raises(ValueError, match="kind must be 'softmax' or 'sigmoid', got 'hinge'"):
+        FusedCrossEntropy("hinge")
+
+
+def test_heads_must_divide_width() -> None:
+    with pytest.raises(ValueError, match="heads must divide the width 8, got 3"):
+        FusedBlock(8, 3, 20)
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (FusedLayerNorm(8), torch.randn(2, 5, 8)),
+        (FusedPatchEmbed(4, 8, HALF, HALF), torch.randn(2, 3, 8, 8)),
+        (FusedAttention(8, 2), torch.randn(2, 5, 8)),
+        (FusedLayerNormMLP(8, 20, layer_scale=0.1), torch.randn(2, 5, 8)),
+        (FusedBlock(8, 2, 20, layer_scale=0.1), torch.randn(2, 5, 8)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_zero3_gathers_every_parameter_that_is_read(module: nn.Module, x: Tensor) -> None:
+    """ZeRO-3 gathers for each module that is called: its own parameters, with `_z3_leaf` its children's as well."""
+    gathered: set[nn.Parameter] = set()
+    for child in module.modules():
+        child.register_forward_pre_hook(
+            lambda called, _: gathered.update(called.parameters(recurse=getattr(called, "_z3_leaf", False)))
+        )
+    module(x)
+    assert gathered == set(module.parameters())
