@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from fastvit_kernels import FusedBlock, FusedLayerNorm, FusedPatchEmbed
 from torch import Tensor, nn
 
 from fastvit_engine.config import ModelConfig
 from fastvit_engine.errors import UserError
+from fastvit_kernels import FusedBlock, FusedLayerNorm, FusedPatchEmbed
 
 
 @dataclass(frozen=True)

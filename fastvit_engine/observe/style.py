@@ -1,7 +1,6 @@
 """The style sheet of the report: light and dark, phone to paper."""
 
-# Colour says whose figure it is (training, held-out images, averaged weights), the same in every chart. The three keep
-# apart under the common forms of colour blindness, and have a contrast of 3:1 or more against their background.
+# Colour says whose figure it is (training, held-out images, averaged weights), the same in every chart.
 STYLE = """
 :root {
   color-scheme: light dark;

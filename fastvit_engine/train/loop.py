@@ -6,8 +6,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from fastvit_kernels import FusedCrossEntropy
 from torch import Tensor
 
 from fastvit_engine.config import Config, Resolved
@@ -26,6 +26,7 @@ from fastvit_engine.train.export import export_weights
 from fastvit_engine.train.plan import Plan
 from fastvit_engine.train.preflight import Start, preflight
 from fastvit_engine.train.throughput import Peak, Stopwatch, peak_flops, peak_memory_bytes
+from fastvit_kernels import FusedCrossEntropy
 
 SHOWN_SAMPLES = 48  # images of the evaluation set whose predictions the report shows
 
@@ -161,7 +162,12 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
 
 
 def training_loss(
-    engine: Any, criterion: FusedCrossEntropy, batch: Batch, config: Config, world: World, generator: torch.Generator
+    engine: Any,
+    criterion: FusedCrossEntropy,
+    batch: Batch,
+    config: Config,
+    world: World,
+    generator: np.random.Generator,
 ) -> Tensor:
     """Mean loss over one micro-batch, where a sample of weight 0 counts as a loss of 0."""
     images = batch.images.to(world.device, non_blocking=True)  # uint8 [B, H, W, 3]; normalised by the patch embedding
@@ -215,14 +221,14 @@ def evaluate_all(
     return results
 
 
-def seed_step(seed: int, step: int, world: World) -> torch.Generator:
+def seed_step(seed: int, step: int, world: World) -> np.random.Generator:
     """Makes dropout, drop-path and mixup of a step a function of (seed, step, rank), which a resumed run repeats.
 
     Returns the generator for mixup; the global one is seeded too.
     """
     key = int.from_bytes(blake2b(f"{seed}/{step}/{world.rank}".encode(), digest_size=7).digest(), "big")
     torch.manual_seed(key)
-    return torch.Generator(device=world.device).manual_seed(key)
+    return np.random.default_rng(key)
 
 
 def hash_keys(keys: list[str]) -> int:

@@ -2,9 +2,10 @@ from functools import partial
 
 import pytest
 import torch
-from fastvit_kernels import attention, attention_block
 from numerics import assert_accurate
 from torch import Tensor
+
+from fastvit_kernels import attention, attention_block
 
 BLOCK = {"heads": 2, "eps": 1e-6}
 

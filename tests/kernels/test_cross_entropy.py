@@ -5,9 +5,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvit_kernels import cross_entropy, sigmoid_cross_entropy
 from numerics import assert_accurate
 from torch import Tensor
+
+from fastvit_kernels import cross_entropy, sigmoid_cross_entropy
 
 LOSSES = [cross_entropy, sigmoid_cross_entropy]
 SMOOTHING = 0.1

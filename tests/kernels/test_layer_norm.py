@@ -1,8 +1,9 @@
 import pytest
 import torch
-from fastvit_kernels import layer_norm
 from numerics import assert_accurate
 from torch import Tensor
+
+from fastvit_kernels import layer_norm
 
 
 def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-6) -> Tensor:

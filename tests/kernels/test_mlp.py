@@ -2,9 +2,10 @@ from functools import partial
 
 import pytest
 import torch
-from fastvit_kernels import layer_norm_mlp
 from numerics import assert_accurate
 from torch import Tensor
+
+from fastvit_kernels import layer_norm_mlp
 
 EPS = 1e-6
 

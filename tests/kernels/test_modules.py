@@ -1,6 +1,8 @@
-import fastvit_kernels
 import pytest
 import torch
+from torch import Tensor, nn
+
+import fastvit_kernels
 from fastvit_kernels import (
     FusedAttention,
     FusedBlock,
@@ -15,7 +17,6 @@ from fastvit_kernels import (
     patch_embed,
     sigmoid_cross_entropy,
 )
-from torch import Tensor, nn
 
 HALF = (0.5, 0.5, 0.5)
 

@@ -3,9 +3,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from fastvit_kernels import patch_embed
 from numerics import assert_accurate
 from torch import Tensor
+
+from fastvit_kernels import patch_embed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OURS = partial(patch_embed, mean=MEAN, std=STD)
