@@ -269,7 +269,8 @@ def _complete_origins(config: Config, origins: Mapping[str, str]) -> dict[str, s
 
 def _annotate(text: str, origins: Mapping[str, str]) -> str:
     """Adds each value's origin as a comment at the end of its line of `text` (YAML in block style, indented by two)."""
-    lines, stack = [], []
+    lines: list[str] = []
+    stack: list[str] = []
     for line in text.splitlines():
         indent = (len(line) - len(line.lstrip())) // 2
         key = line.strip().partition(":")[0]

@@ -41,7 +41,7 @@ def is_local(shard: str) -> bool:
     return not shard.startswith("pipe:") and "://" not in shard
 
 
-def find_shards(pattern: str, split: Split) -> list[str]:
+def find_shards(pattern: str | None, split: Split) -> list[str]:
     """The sorted shards that `pattern` names: a folder, a glob, a brace pattern, or URLs with braces.
 
     A folder with a dataset.json gives the shards that it lists for `split`; any other folder gives all its tar files.
@@ -49,7 +49,7 @@ def find_shards(pattern: str, split: Split) -> list[str]:
     """
     if not pattern:
         raise UserError(
-            f"data.{split} is empty: set it to the {split} shards, "
+            f"data.{split} is not set: set it to the {split} shards, "
             f'as a folder, a glob, or a brace pattern such as "shards/{split}-{{000000..000099}}.tar"'
         )
     if is_local(pattern):

@@ -17,7 +17,7 @@ class TrainRow(TypedDict):
     """A logged training step; rates and shares are means over the steps since the row before."""
 
     step: int  # optimizer steps taken, 1 after the first
-    epoch: float
+    epoch: float | None  # None where the number of training samples is unknown
     samples: int  # training images consumed since step 0
     loss: float
     lr: float

@@ -124,7 +124,8 @@ class Progress:
                 figures.append(f"MFU {format_share(row['mfu'])}")
             figures.append(f"data wait {format_share(row['data_wait'])}")
             if not self._live:
-                figures += [f"lr {row['lr']:.3g}", f"epoch {row['epoch']:.2f}"]
+                figures += [f"lr {row['lr']:.3g}"]
+                figures += [] if row["epoch"] is None else [f"epoch {row['epoch']:.2f}"]
         return figures
 
     def _draw(self) -> None:

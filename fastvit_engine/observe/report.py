@@ -11,6 +11,7 @@ import numpy as np
 
 import fastvit_engine
 from fastvit_engine.observe.chart import Array, Series, line_chart
+from fastvit_engine.observe.metrics import TrainRow
 from fastvit_engine.observe.recorded_run import RecordedRun, Sample, Samples, best_evaluation, load_run
 from fastvit_engine.observe.run_folder import atomic_write
 from fastvit_engine.observe.style import STYLE
@@ -102,7 +103,7 @@ def _facts(run: RecordedRun) -> str:
     facts = {
         "Parameters": f"{environment['parameters']:,}",
         "Training data": environment["shards"] + (f" ({per_epoch:,} images)" if per_epoch else ""),
-        "Seen": f"{run.train[-1]['samples']:,} images, {run.train[-1]['epoch']:,.2f} epochs" if run.train else None,
+        "Seen": _seen(run.train[-1]) if run.train else None,
         "Global batch": f"{environment['global_batch_size']:,} images",
         "Precision": environment["precision"],
         "Device": environment["device"],
@@ -117,6 +118,10 @@ def _facts(run: RecordedRun) -> str:
     }
     rows = (f"<div><dt>{name}</dt><dd>{escape(str(value))}</dd></div>" for name, value in facts.items() if value)
     return f'<dl class="facts">{"".join(rows)}</dl>'
+
+
+def _seen(row: TrainRow) -> str:
+    return f"{row['samples']:,} images" + ("" if row["epoch"] is None else f", {row['epoch']:,.2f} epochs")
 
 
 def _learning(run: RecordedRun) -> str:

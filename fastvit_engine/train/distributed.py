@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class World:
         total = self._reduce(torch.tensor([signed]), dist.ReduceOp.SUM, torch.int64)
         return int(total.item()) % 2**64
 
-    def _reduce(self, values: Sequence[float] | Tensor, operation: dist.ReduceOp, dtype: torch.dtype) -> Tensor:
+    def _reduce(self, values: Sequence[float] | Tensor, operation: Any, dtype: torch.dtype) -> Tensor:
         reduced = torch.as_tensor(values, dtype=dtype, device=self.device)
         dist.all_reduce(reduced, op=operation)
         return reduced.cpu()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class WeightAverage:
         return zip(self.parameters, self.average, strict=True)
 
     def _local(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.ds_tensor if self.sharded else parameter.data
+        return cast(Any, parameter).ds_tensor if self.sharded else parameter.data
 
     @torch.no_grad()
     def _write(self, values: list[Tensor]) -> None:

@@ -112,7 +112,8 @@ def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Decays the matrices of dense layers and the patch projection; spares biases, LayerNorm, LayerScale, position
     embedding and class token, as the paper's code does."""
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = name.endswith(".weight") and parameter.ndim >= 2
         (decayed if is_matrix else spared).append(parameter)

@@ -210,7 +210,17 @@ def evaluate_all(
         seconds, _ = stopwatch.lap()
         results[name] = asdict(accuracy)
         if recorder:
-            recorder.evaluation({"step": step, "eval": name, **asdict(accuracy), "seconds": seconds})
+            recorder.evaluation(
+                {
+                    "step": step,
+                    "eval": name,
+                    "top1": accuracy.top1,
+                    "top5": accuracy.top5,
+                    "loss": accuracy.loss,
+                    "samples": accuracy.samples,
+                    "seconds": seconds,
+                }
+            )
             shown = {"step": step, "class_names": class_names(config), "samples": examples}
             atomic_write(run.samples, json.dumps(shown))
 

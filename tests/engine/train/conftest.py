@@ -9,9 +9,12 @@ import pytest
 
 from fastvit_engine.data.make import make_dataset
 
-TINY_MODEL = ["model.name=Ti/4", "model.image_size=8", "model.width=32", "model.depth=2", "model.heads=2"]
 TINY_RUN = [
-    *TINY_MODEL,
+    "model.name=Ti/4",
+    "model.image_size=8",
+    "model.width=32",
+    "model.depth=2",
+    "model.heads=2",
     "train.duration=20 steps",
     "train.global_batch_size=32",
     "train.log_every=1",
@@ -25,43 +28,44 @@ TINY_RUN = [
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory):
+def digits(tmp_path_factory) -> Path:
+    """The digit scans as 8 training and 2 evaluation shards."""
     folder = tmp_path_factory.mktemp("digits")
     make_dataset("digits", folder, eval_fraction=0.2, samples_per_shard=200, seed=0, progress=lambda text: None)
     return folder
 
 
-@pytest.fixture
-def train_command(digits, tmp_path):
-    """Builds the command line of a tiny run: `train_command(out, "zero.stage=2", processes=2, resume="auto")`."""
+@pytest.fixture(scope="session")
+def train_command(digits):
+    """The command line of a tiny run: `train_command(out, "zero.stage=2", processes=2, resume="auto")`."""
 
     def build(out, *settings, processes=1, resume="never"):
         everything = [f"data.train={digits}/train-*.tar", *TINY_RUN, *settings]
-        command = [sys.executable, "-m", "fastvit_engine", "train", "quickstart", "--out", str(tmp_path / out)]
+        command = [sys.executable, "-m", "fastvit_engine", "train", "quickstart", "--out", str(out)]
         command += ["--cpu-processes", str(processes), "--resume", resume]
         return command + [word for setting in everything for word in ("--set", setting)]
 
     return build
 
 
-@pytest.fixture
-def train(train_command, tmp_path):
-    """Runs a tiny training to its end and returns its run folder."""
+@pytest.fixture(scope="session")
+def execute():
+    """Runs a command to its end, with one thread a process so that results do not depend on the machine's load."""
 
-    def run(out, *settings, processes=1, resume="never") -> Path:
-        done = execute(train_command(out, *settings, processes=processes, resume=resume))
-        assert done.returncode == 0, done.stdout + done.stderr
-        return tmp_path / out
+    def run(command, **environment):
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+        return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
 
     return run
 
 
-def execute(command, **environment):
-    """Runs a command to its end, with one thread a process, so that results do not depend on the machine's load."""
-    return subprocess.run(
-        command, env=run_environment(**environment), capture_output=True, text=True, timeout=300, check=False
-    )
+@pytest.fixture(scope="session")
+def train(train_command, execute):
+    """Runs a tiny training to its end and returns its run folder."""
 
+    def run(out, *settings, **options) -> Path:
+        done = execute(train_command(out, *settings, **options))
+        assert done.returncode == 0, done.stdout + done.stderr
+        return out
 
-def run_environment(**environment):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    return run

@@ -17,12 +17,12 @@ def rows(run):
     return read_metrics(run / "metrics.jsonl")[0]
 
 
-@pytest.fixture
-def reference(train):
-    return rows(train("reference", "train.precision=fp32", "zero.stage=0"))
+@pytest.fixture(scope="module")
+def reference(train, tmp_path_factory):
+    return rows(train(tmp_path_factory.mktemp("reference") / "run", "train.precision=fp32", "zero.stage=0"))
 
 
-def test_every_stage_and_world_size_gives_the_same_fp32_curve(train, reference):
+def test_every_stage_and_world_size_gives_the_same_fp32_curve(train, reference, tmp_path):
     assert len(reference) == 20
     assert reference[-1]["loss"] < reference[0]["loss"]
     for world_size in (1, 2):
@@ -30,7 +30,7 @@ def test_every_stage_and_world_size_gives_the_same_fp32_curve(train, reference):
             settings = ["train.precision=fp32", f"zero.stage={stage}", "train.micro_batch_size=8"]
             if stage == 3:
                 settings.append(SHARD_EVERYTHING)
-            run = train(f"{world_size}-processes-stage-{stage}", *settings, processes=world_size)
+            run = train(tmp_path / f"{world_size}-{stage}", *settings, processes=world_size)
             for expected, row in zip(reference, rows(run), strict=True):
                 where = f"step {row['step']}, {world_size} processes, ZeRO-{stage}"
                 assert row["samples_hash"] == expected["samples_hash"], where
@@ -39,24 +39,24 @@ def test_every_stage_and_world_size_gives_the_same_fp32_curve(train, reference):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_bf16_trains_and_stays_near_fp32(train, reference, stage):
-    bf16 = rows(train("bf16", "train.precision=bf16", f"zero.stage={stage}", "ema.decay=0.9", processes=2))
+def test_bf16_trains_and_stays_near_fp32(train, reference, stage, tmp_path):
+    bf16 = rows(train(tmp_path / "run", "train.precision=bf16", f"zero.stage={stage}", "ema.decay=0.9", processes=2))
     assert bf16[-1]["loss"] < bf16[0]["loss"] - 0.5 * (reference[0]["loss"] - reference[-1]["loss"])
     for expected, row in zip(reference, bf16, strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], abs=0.03)
 
 
 @pytest.mark.parametrize("offload", ["optimizer", "all"])
-def test_offloading_to_host_memory_changes_nothing(train, reference, offload):
-    run = train("offload", "train.precision=fp32", "zero.stage=3", f"zero.offload={offload}")
+def test_offloading_to_host_memory_changes_nothing(train, reference, offload, tmp_path):
+    run = train(tmp_path / "run", "train.precision=fp32", "zero.stage=3", f"zero.offload={offload}")
     assert [row["loss"] for row in rows(run)] == pytest.approx([row["loss"] for row in reference], abs=1e-5)
 
 
-def test_weight_average_and_exported_weights_are_the_same_at_every_stage(train):
+def test_weight_average_and_exported_weights_are_the_same_at_every_stage(train, tmp_path):
     exported = {}
     for stage in (0, 2, 3):
         settings = ["train.precision=fp32", "optimizer.eps=1e-3", "ema.decay=0.9", f"zero.stage={stage}"]
-        run = train(f"stage-{stage}", *settings, *([SHARD_EVERYTHING] if stage == 3 else []), processes=2)
+        run = train(tmp_path / f"stage-{stage}", *settings, *([SHARD_EVERYTHING] if stage == 3 else []), processes=2)
         exported[stage] = {name: load_file(run / name) for name in ("model.safetensors", "model_ema.safetensors")}
     for stage in (2, 3):
         for name, weights in exported[stage].items():
@@ -76,7 +76,7 @@ def test_weight_average_and_exported_weights_are_the_same_at_every_stage(train):
         ["model.dropout=0.1", "model.drop_path=0.2", "model.layer_scale=0.1"],
     ],
 )
-def test_the_options_of_the_recipes_train(train, settings):
-    losses = [row["loss"] for row in rows(train("options", "train.precision=fp32", *settings))]
+def test_the_options_of_the_recipes_train(train, settings, tmp_path):
+    losses = [row["loss"] for row in rows(train(tmp_path / "run", "train.precision=fp32", *settings))]
     assert all(math.isfinite(loss) for loss in losses)
     assert sum(losses[-5:]) < sum(losses[:5])

@@ -1,0 +1,193 @@
+"""Runs that are killed, and runs whose disk fills up: the same command goes on from the last complete checkpoint."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from fastvit_engine.observe.metrics import read_metrics
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+STEPS = 40
+SETTINGS = [
+    f"train.duration={STEPS} steps",
+    "train.precision=fp32",
+    "model.dropout=0.1",  # its random numbers must be repeated too
+    "ema.decay=0.9",
+    "checkpoint.every=5 steps",
+    "evaluate.every=20 steps",
+]
+
+
+@pytest.fixture(scope="module")
+def settings(digits):
+    return [*SETTINGS, f"data.eval={digits}/eval-*.tar"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(train, settings, tmp_path_factory):
+    """What a run that nothing happened to writes down."""
+    return record(train(tmp_path_factory.mktemp("uninterrupted") / "run", *settings, processes=2))
+
+
+def record(run):
+    """Every figure of a run that the machine's speed does not enter."""
+    training, evaluations = read_metrics(run / "metrics.jsonl")
+    steps = [(row["step"], row["loss"], row["grad_norm"], row["lr"], row["samples_hash"]) for row in training]
+    return steps, [(row["step"], row["eval"], row["top1"], row["loss"]) for row in evaluations]
+
+
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def start_and_kill(command, ready, seconds=120):
+    """Starts the run in a session of its own and kills its parent process as soon as `ready()`."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    parent = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert parent.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline, "the run never got there"
+        time.sleep(0.0005)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_killed_in_the_middle_of_training(train, train_command, settings, tmp_path, stage, uninterrupted):
+    run = tmp_path / "run"
+    options = {"processes": 2, "resume": "auto"}
+    stage_settings = [*settings, f"zero.stage={stage}"]
+
+    def past_step_23():
+        metrics = run / "metrics.jsonl"
+        return metrics.exists() and metrics.read_text().count("samples_hash") >= 23
+
+    start_and_kill(train_command(run, *stage_settings, **options), past_step_23)
+    assert (run / "checkpoints" / "latest").read_text() in {"step-00000020", "step-00000025"}
+    train(run, *stage_settings, **options)
+
+    assert checkpoints(run) == ["latest", "step-00000035", "step-00000040"]
+    steps, evaluations = record(run)
+    if stage == 1:
+        assert (steps, evaluations) == uninterrupted  # to the bit
+    else:
+        assert [step[0] for step in steps] == list(range(1, STEPS + 1))
+        assert [step[4] for step in steps] == [step[4] for step in uninterrupted[0]]
+        assert [step[1] for step in steps] == pytest.approx([step[1] for step in uninterrupted[0]], abs=1e-5)
+        assert evaluations[-1][2] == pytest.approx(uninterrupted[1][-1][2], abs=0.01)
+
+
+def test_killed_in_the_middle_of_saving(train, train_command, settings, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    options = {"processes": 2, "resume": "auto"}
+    folder = run / "checkpoints"
+    for _ in range(10):  # a save takes milliseconds: try until the kill falls into one
+        shutil.rmtree(run, ignore_errors=True)
+
+        def saving_the_third():
+            return (folder / "step-00000015.partial").exists()
+
+        start_and_kill(train_command(run, *settings, **options), saving_the_third)
+        if (folder / "step-00000015.partial").exists():
+            break
+    assert "step-00000015.partial" in checkpoints(run)
+    assert (folder / "latest").read_text() == "step-00000010"
+    train(run, *settings, **options)
+    assert record(run) == uninterrupted
+    assert checkpoints(run) == ["latest", "step-00000035", "step-00000040"]
+
+
+def test_killed_before_the_first_checkpoint(train, train_command, settings, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    options = {"processes": 2, "resume": "auto"}
+
+    def past_step_2():
+        metrics = run / "metrics.jsonl"
+        return metrics.exists() and metrics.read_text().count("samples_hash") >= 2
+
+    start_and_kill(train_command(run, *settings, "checkpoint.every=35 steps", **options), past_step_2)
+    train(run, *settings, **options)
+    assert record(run) == uninterrupted
+
+
+def test_one_killed_rank_ends_the_run(train_command, settings, tmp_path):
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = train_command(tmp_path / "run", *settings, "train.duration=100000 steps", processes=2)
+    parent = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent.pid)], capture_output=True, text=True)
+        victim = int(children.stdout.split()[-1])
+        os.kill(victim, signal.SIGKILL)
+        assert parent.wait(timeout=30) == 128 + signal.SIGKILL
+    finally:
+        parent.kill()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own with 3 MB, for which root is needed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_keeps_the_previous_checkpoint(train, train_command, execute, settings, small_disk, uninterrupted):
+    run = small_disk / "run"
+    options = {"processes": 2, "resume": "auto"}
+    train(run, *settings, "train.duration=10 steps", "schedule.warmup=2 steps", **options)
+    shutil.rmtree(run)
+
+    command = train_command(run, *settings, **options)
+    ballast = small_disk / "ballast"
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    latest = run / "checkpoints" / "latest"
+    deadline = time.monotonic() + 120
+    while not (latest.exists() and latest.read_text() == "step-00000010") and time.monotonic() < deadline:
+        time.sleep(0.001)
+    free = shutil.disk_usage(small_disk).free
+    ballast.write_bytes(bytes(max(0, free - 120_000)))  # room for the metrics, none for a checkpoint
+    _, errors = process.communicate(timeout=60)
+
+    assert process.returncode == 2, errors
+    assert errors.count("fastvit: error:") == 1
+    assert "could not be written" in errors
+    assert "the previous checkpoint is intact; make room and run the same command again" in errors
+    assert not [name for name in checkpoints(run) if name.endswith(".partial")]
+    assert latest.read_text() in checkpoints(run)
+
+    ballast.unlink()
+    train(run, *settings, **options)
+    assert record(run) == uninterrupted
+
+
+def test_a_finished_run_says_so_and_changes_nothing(train, train_command, execute, tmp_path):
+    run = train(tmp_path / "run", "train.duration=3 steps", "schedule.warmup=0 steps")
+    before = (run / "metrics.jsonl").read_bytes()
+    again = execute(train_command(run, "train.duration=3 steps", "schedule.warmup=0 steps", resume="auto"))
+    assert again.returncode == 0
+    assert f"{run} is complete, with 3 steps: nothing to do" in again.stdout
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_longer_duration_continues_a_finished_run(train, tmp_path):
+    short = ["train.duration=3 steps", "schedule.warmup=0 steps", "schedule.kind=constant"]
+    run = train(tmp_path / "run", *short)
+    train(run, *short, "train.duration=5 steps", resume="auto")
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")[0]] == [1, 2, 3, 4, 5]
+    state = json.loads((run / "checkpoints" / "step-00000005" / "state.json").read_text())
+    assert state["step"] == 5
