@@ -11,6 +11,9 @@ quickstart: $(VENV)/.installed
 	$(BIN)/fastvit data make digits --out data/digits --eval-fraction 0.2 --samples-per-shard 200
 	$(BIN)/fastvit train quickstart --cpu-processes 2 --out runs/quickstart --resume auto
 	$(BIN)/fastvit report runs/quickstart
+	@echo "next: open the report in a browser, or bring your own photos, one folder a class:"
+	@echo "      $(BIN)/fastvit data make PHOTOS --out data/photos"
+	@echo "      $(BIN)/fastvit config show vit_b16_i1k --set data.train=data/photos"
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest

@@ -84,6 +84,8 @@ def split_batch(config: Config, world_size: int) -> BatchSplit:
 
 def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
     """The configuration handed to deepspeed.initialize, with the recipe's `deepspeed:` section merged last."""
+    if config.train.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("train.precision = fp16 needs a GPU: use bf16 or fp32 on a CPU")
     if config.zero.offload != "none" and config.zero.stage == 0:
         raise UserError("zero.offload needs ZeRO: set zero.stage to 1, 2 or 3")
     if config.zero.offload == "all" and config.zero.stage != 3:
@@ -123,8 +125,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 def build_engine(model: nn.Module, config: Config, split: BatchSplit, world: World) -> Any:
     """Wraps `model` in a DeepSpeed engine on this process's device."""
     written = deepspeed_config(config, split)
-    if config.train.precision == "fp16" and world.device.type == "cpu":
-        raise UserError("train.precision = fp16 needs a GPU: use bf16 or fp32 on a CPU")
     deepspeed = import_deepspeed()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer.weight_decay),

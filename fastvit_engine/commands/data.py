@@ -2,16 +2,12 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
-
-from fastvit_engine.data.make import make_dataset
 
 
-def add_data_commands(subparsers: Any) -> None:
-    """Adds `data` and its sub-commands to the main parser; each sets `run`, a function of the arguments."""
-    data = subparsers.add_parser("data", help="make WebDataset shards", description="Make WebDataset shards.")
-    commands = data.add_subparsers(metavar="COMMAND", required=True)
-    make = commands.add_parser(
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    data = commands.add_parser("data", help="make WebDataset shards", description="Make WebDataset shards.")
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    make = actions.add_parser(
         "make",
         help="write a folder of images, or scikit-learn's digits, as shards",
         description="Write a folder of images, or scikit-learn's digits, as shuffled WebDataset shards with a held-out "
@@ -29,6 +25,8 @@ def add_data_commands(subparsers: Any) -> None:
 
 
 def _make(args: argparse.Namespace) -> int:
+    from fastvit_engine.data.make import make_dataset
+
     make_dataset(
         args.source,
         args.out,

@@ -2,12 +2,10 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 
-def add_report_command(subparsers: Any) -> None:
-    """Adds `report` to the subparsers of the main command line."""
-    parser = subparsers.add_parser(
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
         "report",
         help="write an HTML report of a run",
         description="Writes RUN/report.html, one self-contained file: accuracy, curves, sample predictions, and the "
@@ -16,14 +14,15 @@ def add_report_command(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="the folder that fastvit train wrote")
-    parser.set_defaults(run=_report)
+    parser.set_defaults(run=_run)
 
 
-def _report(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.observe.recorded_run import load_run
     from fastvit_engine.observe.report import write_report
 
     path = write_report(args.run_folder)
     print(load_run(args.run_folder).summary())
+    print(f"run folder: {args.run_folder}")
     print(f"report: {path}")
     return 0

@@ -4,14 +4,14 @@ from pathlib import Path
 import pytest
 
 from fastvit_engine.errors import UserError
-from fastvit_engine.observe.cli import add_report_command
+from fastvit_engine.commands import report as report_command
 
 from .conftest import MakeRun, eval_row, train_row
 
 
 def parse(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastvit")
-    add_report_command(parser.add_subparsers())
+    report_command.add(parser.add_subparsers())
     return parser.parse_args(arguments)
 
 
@@ -26,6 +26,7 @@ def test_report_writes_the_file_and_prints_a_summary(
     assert capsys.readouterr().out == (
         "ViT Ti/4 (0.4 M parameters): 840 steps of 64 images on 2 processes (cpu, ZeRO-1) in 1 min 12 s\n"
         "top-1 97.5 % on 360 held-out images\n"
+        "run folder: quickstart\n"
         "report: quickstart/report.html\n"
     )
 
