@@ -9,6 +9,9 @@ from fastvit_engine.config import DataConfig
 
 _CROP_TRIES = 10
 
+# Decoding processes are the parallelism, and OpenCV deadlocks in a process forked after its thread pool has started.
+cv2.setNumThreads(1)
+
 
 def train_transform(image: np.ndarray, image_size: int, data: DataConfig, generator: np.random.Generator) -> np.ndarray:
     """uint8 [H, W, 3] to uint8 [image_size, image_size, 3]: the crop of data.crop, resized, mirrored with odds 1/2."""

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastvit_engine.config import DataConfig
 from fastvit_engine.data.stream import Sample
@@ -23,7 +23,7 @@ def decode_image(data: bytes) -> np.ndarray:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
             if colorspace not in ("CMYK", "YCCK") and height * width <= MAX_PIXELS:
                 return simplejpeg.decode_jpeg(data, "RGB", strict=False)
-        except ValueError:
+        except (ValueError, KeyError):
             pass  # rare chroma subsamplings, which Pillow knows; it also refuses what is no image at all
     return _decode_with_pillow(data)
 
@@ -35,6 +35,8 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
                 gray = (np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)
                 return np.repeat(gray[:, :, None], 3, axis=2)
             return np.array(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise ValueError("not an image") from error
     except Exception as error:  # Pillow's decoders raise many kinds, all meaning the same here
         raise ValueError(str(error) or type(error).__name__) from error
 

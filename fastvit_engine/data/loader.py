@@ -9,7 +9,6 @@ in turn, which gives the rank its chunks in ascending order of s for every W.
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -59,10 +58,11 @@ def build_train_data(
 ) -> Iterator[Batch]:
     """Endless micro-batches of this rank, from global step `first_step` on; global batch / world size images a step.
 
-    For a given number of streams (data.streams; set it, as its default follows the processes) the samples of a step and
-    their augmented pixels are the same for every world size and number of workers that fit it. Starting at a later step gives exactly what an uninterrupted run would have given from there on; its
-    cost grows with the step to about two readings of the shards without decoding (see stream_samples), until an index
-    of the shards takes its place.
+    For a given data.streams (its default follows the number of processes: set it to move a run between world sizes)
+    the samples of a step and their augmented pixels are the same for every world size and number of workers that fit.
+    Starting at a later step gives exactly what an uninterrupted run would have given from there on; its cost grows
+    with the step to about two readings of the shards without decoding (see stream_samples), until an index of the
+    shards takes its place.
     """
     shards = find_shards(config.data.train, "train")
     plan = plan_streams(config, world_size=world_size, shards=len(shards))
@@ -187,7 +187,6 @@ def _load(dataset: IterableDataset, num_workers: int, prefetch_chunks: int) -> I
         batch_size=None,
         num_workers=num_workers,
         collate_fn=_unchanged,
-        worker_init_fn=_one_thread,
         prefetch_factor=prefetch_chunks if num_workers else None,
         generator=torch.Generator(),  # or the loader would draw from, and so move, the global generator
     )
@@ -207,7 +206,3 @@ def _load(dataset: IterableDataset, num_workers: int, prefetch_chunks: int) -> I
 
 def _unchanged(chunk: Any) -> Any:
     return chunk
-
-
-def _one_thread(worker: int) -> None:
-    cv2.setNumThreads(1)  # the worker processes are the parallelism

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastvit_engine.errors import UserError
 
@@ -28,6 +28,8 @@ class SourceImage(NamedTuple):
             data = self.content.read_bytes() if isinstance(self.content, Path) else self.content
             with Image.open(io.BytesIO(data)) as image:
                 image.load()  # Pillow, unlike the training decoder, refuses truncated JPEGs
+        except UnidentifiedImageError as error:
+            raise UserError(f"image {name} is not an image: repair or remove it and run again") from error
         except Exception as error:  # Pillow's decoders raise many kinds, all meaning the same here
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"image {name} cannot be read ({reason}): repair or remove it and run again") from error

@@ -15,8 +15,6 @@ from fastvit_engine.errors import UserError
 
 Sample = dict[str, Any]  # "__key__", "__url__", and the bytes of each member by its lower-case extension
 
-_READ_SIZE = 1 << 18  # bytes; tarfile's 10 KiB default costs a system call for each small member
-
 
 class _StrictTarInfo(tarfile.TarInfo):
     """tarfile takes a damaged or missing header for the end of the archive and stops silently; this one raises."""
@@ -38,10 +36,7 @@ def read_shard(shard: str) -> Iterator[Sample]:
     damage that WebDataset's own tar reading passes over in silence.
     """
     try:
-        with (
-            _open(shard) as file,
-            tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictTarInfo, bufsize=_READ_SIZE) as tar,
-        ):
+        with _open(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictTarInfo) as tar:
             yield from group_by_keys(_members(tar, shard))
     except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or next(iter(error.args), type(error).__name__)
@@ -91,6 +86,6 @@ def _members(tar: tarfile.TarFile, shard: str) -> Iterator[dict[str, Any]]:
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
     # A zeroed header looks like the end: nothing but padding may follow the real one.
     assert tar.fileobj is not None
-    while block := tar.fileobj.read(_READ_SIZE):
+    while block := tar.fileobj.read(tarfile.RECORDSIZE):
         if block.strip(b"\0"):
             raise tarfile.ReadError("data after the end of the archive")

@@ -1,0 +1,40 @@
+import torch
+
+from fastvit_engine.data.batch import Batch, empty_batch, rebatch
+
+
+def _chunk(first: int, size: int) -> Batch:
+    numbers = torch.arange(first, first + size)
+    images = numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(size, 2, 2, 3).contiguous()
+    return Batch(images, numbers, torch.ones(size), [str(n.item()) for n in numbers])
+
+
+def test_rebatch_keeps_order_and_pads_the_last_batch():
+    batches = list(rebatch([_chunk(0, 3), _chunk(3, 5), _chunk(8, 1), _chunk(9, 2)], size=4, pin_memory=False))
+    assert [len(batch.keys) for batch in batches] == [4, 4, 4]
+    labels = torch.cat([batch.labels for batch in batches])
+    images = torch.cat([batch.images for batch in batches])
+    weights = torch.cat([batch.weights for batch in batches])
+    keys = [key for batch in batches for key in batch.keys]
+    assert labels.tolist() == [*range(11), 0]
+    assert weights.tolist() == [1.0] * 11 + [0.0]
+    assert keys == [str(n) for n in range(11)] + [""]
+    assert torch.equal(images[:, 1, 1, 2], labels.to(torch.uint8))
+
+
+def test_rebatch_without_remainder_adds_nothing():
+    assert [batch.keys for batch in rebatch([_chunk(0, 4)], size=2, pin_memory=False)] == [["0", "1"], ["2", "3"]]
+
+
+def test_batches_do_not_share_memory_with_chunks():
+    chunk = _chunk(0, 2)
+    (batch,) = rebatch([chunk], size=2, pin_memory=False)
+    chunk.images.fill_(99)
+    assert batch.images.max() == 1
+
+
+def test_padding_has_no_weight():
+    batch = empty_batch(3, image_size=4)
+    assert batch.images.shape == (3, 4, 4, 3) and batch.images.dtype == torch.uint8
+    assert batch.labels.dtype == torch.int64 and batch.weights.dtype == torch.float32
+    assert batch.weights.sum() == 0 and batch.keys == ["", "", ""]

@@ -1,0 +1,107 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvit_engine.config import DataConfig
+from fastvit_engine.data.decode import decode_image, decode_sample
+from fastvit_engine.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    rows, columns = np.mgrid[0:24, 0:36]
+    return np.stack([rows * 10, columns * 7, (rows + columns) * 4], axis=-1).astype(np.uint8)
+
+
+def _with_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def _save(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_lossless_formats_give_the_pixels(pixels, encode, format):
+    decoded = decode_image(encode(pixels, format, lossless=True))
+    assert decoded.dtype == np.uint8 and np.array_equal(decoded, pixels)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+def test_jpeg_is_what_pillow_gives(pixels, encode, options):
+    data = encode(pixels, "JPEG", **options)
+    assert np.array_equal(decode_image(data), _with_pillow(data))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_gray_and_cmyk_jpeg(pixels, mode):
+    data = _save(Image.fromarray(pixels).convert(mode), "JPEG", quality=95)
+    decoded = decode_image(data)
+    expected = np.asarray(Image.fromarray(pixels).convert(mode).convert("RGB"))
+    assert decoded.shape == (24, 36, 3)
+    assert np.abs(decoded.astype(int) - expected).mean() < 4
+
+
+def test_palette_transparent_and_gray_png(pixels):
+    image = Image.fromarray(pixels)
+    assert decode_image(_save(image.quantize(16), "PNG")).shape == (24, 36, 3)
+    transparent = image.copy()
+    transparent.putalpha(7)
+    assert np.array_equal(decode_image(_save(transparent, "PNG")), pixels)
+    assert np.array_equal(decode_image(_save(image.convert("L"), "PNG"))[..., 2], np.asarray(image.convert("L")))
+
+
+def test_sixteen_bit_png_is_scaled_not_clipped():
+    deep = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    decoded = decode_image(_save(Image.fromarray(deep), "PNG"))
+    assert np.array_equal(decoded[..., 0], deep // 257) and np.array_equal(decoded[..., 0], decoded[..., 1])
+
+
+def test_jpeg_with_bytes_after_its_end(pixels, encode):
+    data = encode(pixels, "JPEG")
+    assert np.array_equal(decode_image(data + b"trailing"), decode_image(data))
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8junk", b"<html></html>", b"\x89PNG\r\n\x1a\nxxxx"])
+def test_garbage_is_a_value_error(data):
+    with pytest.raises(ValueError):
+        decode_image(data)
+
+
+def test_image_bomb_is_refused(pixels, encode):
+    data = bytearray(encode(pixels, "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"  # 65500 x 65500
+    with pytest.raises(ValueError, match="exceeds limit"):
+        decode_image(bytes(data))
+
+
+def _sample(**members) -> dict:
+    return {"__key__": "k1", "__url__": "a/b.tar"} | members
+
+
+def test_decode_sample_takes_the_first_image_key(pixels, encode):
+    png = encode(pixels, "PNG")
+    image, label = decode_sample(_sample(png=png, webp=b"not this", cls=b" 7\n"), DataConfig(), num_classes=8)
+    assert label == 7 and np.array_equal(image, pixels)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"cls": b"0"}, "has no 'jpg;jpeg;png;webp' member"),
+        ({"jpg": b"x"}, "has no 'cls' member"),
+        ({"jpg": b"x", "cls": b"cat"}, "label b'cat'"),
+        ({"jpg": b"x", "cls": b""}, "label b''"),
+        ({"jpg": b"x", "cls": b"8"}, r"label 8, outside 0\.\.7"),
+        ({"jpg": b"x", "cls": b"-1"}, "label -1, outside"),
+        ({"jpg": b"x", "cls": b"0"}, "image in 'jpg' that cannot be decoded"),
+    ],
+)
+def test_bad_samples_are_named(members, message):
+    with pytest.raises(UserError, match=r"sample 'k1' of shard a/b\.tar has .*" + message.removeprefix("has ")):
+        decode_sample(_sample(**members), DataConfig(), num_classes=8)
