@@ -13,7 +13,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="pretrain a model",
         description="Pretrains the model of a recipe: on every GPU of this machine, on CPU processes where it has\n"
         "none, or as one rank of the job that torchrun, deepspeed or SLURM started.",
-        epilog="example:\n  fastvit train vit_b16_i21k --set data.train=shards/train-*.tar --out runs/b16 --resume auto",
+        epilog="example:\n  fastvit train vit_b16_i21k --set data.train=shards/ --out runs/b16 --resume auto",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(parser)

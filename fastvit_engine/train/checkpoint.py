@@ -40,7 +40,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def fingerprint(config: Config, world_size: int) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be continued."""
+    """What must be the same for a checkpoint to be continued: state that fits, and the same order of the data."""
     return {
         "model": config.model.model_dump(mode="json"),
         "world_size": world_size,
@@ -48,6 +48,9 @@ def fingerprint(config: Config, world_size: int) -> dict[str, Any]:
         "precision": config.train.precision,
         "global_batch_size": config.train.global_batch_size,
         "ema": config.ema.decay is not None,
+        "seed": config.seed,
+        "data.streams": config.data.streams or world_size * max(config.data.num_workers, 1),
+        "data.shuffle_buffer": config.data.shuffle_buffer,
     }
 
 

@@ -288,7 +288,7 @@ def test_data_make_of_a_corrupt_image(refused, tmp_path):
         path = tmp_path / "photos" / f"class{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png() if number != 3 else b"no image")
-    refused(["data", "make", tmp_path / "photos", "--out", tmp_path / "shards"], "3.png")
+    refused(["data", "make", tmp_path / "photos", "--out", tmp_path / "shards", "--eval-fraction", "0.5"], "3.png")
     assert not (tmp_path / "shards").exists()
 
 

@@ -13,7 +13,7 @@ def test_good_data_passes(shards, make_config):
 @pytest.mark.parametrize(
     ("world_size", "changes", "message"),
     [
-        (1, {"train": ""}, "data.train is empty"),
+        (1, {"train": ""}, "data.train is not set"),
         (1, {"train": "nowhere/*.tar"}, "matches no shards"),
         (1, {"eval": "nowhere/*.tar"}, "data.eval is .* matches no shards"),
         (3, {"streams": 4}, "do not divide"),

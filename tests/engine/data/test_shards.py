@@ -54,7 +54,7 @@ def test_urls_are_expanded_but_not_looked_up():
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("", "data.train is empty"),
+        ("", "data.train is not set"),
         ("{folder}/none-*.tar", "matches no shards"),
         ("{folder}/train-{{000000..000002}}.tar", "train-000002.tar, which does not exist"),
         ("{folder}/train-{{000000..000001.tar", "braces"),

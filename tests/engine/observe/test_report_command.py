@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from fastvit_engine.errors import UserError
 from fastvit_engine.commands import report as report_command
+from fastvit_engine.errors import UserError
 
 from .conftest import MakeRun, eval_row, train_row
 

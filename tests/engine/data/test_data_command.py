@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
+from fastvit_engine.commands import data as data_command
 from fastvit_engine.data import build_eval_data, check_data, class_names, train_samples
-from fastvit_engine.data.cli import add_data_commands
 
 
 def _run(*words: str) -> int:
     parser = argparse.ArgumentParser(prog="fastvit")
-    add_data_commands(parser.add_subparsers())
+    data_command.add(parser.add_subparsers())
     args = parser.parse_args(words)
     return args.run(args)
 
