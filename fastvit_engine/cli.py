@@ -1,6 +1,7 @@
 """The `fastvit` command."""
 
 import argparse
+import errno
 import importlib.util
 import os
 import signal
@@ -20,11 +21,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except UserError as error:
         return _fail(str(error))
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
     except BrokenPipeError:  # the reader of our output has left: `fastvit config list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" of {error.filename}" if error.filename else ""
+        return _fail(f"the disk{where} is full: make room and run the same command again")
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     except ModuleNotFoundError as error:
         if importlib.util.find_spec((error.name or "").partition(".")[0]) is not None:
             raise  # an installed package that misses a part of itself is not the user's doing

@@ -19,7 +19,7 @@ _ERROR_SHOWN = "FASTVIT_ERROR_SHOWN"  # a path: the first failing process create
 
 
 def launched_by_cluster(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun, deepspeed or SLURM started this process as one rank of a job. UserError if only half-way."""
+    """Whether torchrun or its like started this process as one rank of a job. UserError if only half-way."""
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return False
     missing = [name for name in LAUNCHER_VARIABLES if name not in environment]

@@ -12,7 +12,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "train",
         help="pretrain a model",
         description="Pretrains the model of a recipe: on every GPU of this machine, on CPU processes where it has\n"
-        "none, or as one rank of the job that torchrun, deepspeed or SLURM started.",
+        "none, or as one rank of the job that torchrun started.",
         epilog="example:\n  fastvit train vit_b16_i21k --set data.train=shards/ --out runs/b16 --resume auto",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -87,7 +87,11 @@ class Checkpointer:
         return folder
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Restores weights, optimizer and average from a checkpoint of the same fingerprint; returns its state."""
+        """Restores weights, optimizer and average from a checkpoint of the same fingerprint; returns its state.
+
+        Weight decay, betas and eps stay those of this run's configuration, not the checkpoint's.
+        """
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.engine.optimizer.param_groups]
         try:
             path, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
             if path is None:
@@ -99,6 +103,8 @@ class Checkpointer:
                 f"checkpoint {folder} cannot be read ({' '.join(str(error).split())}): remove it and point "
                 f"{folder.parent / 'latest'} at an older one, or start again in another run folder"
             ) from error
+        for group, configured in zip(self.engine.optimizer.param_groups, settings, strict=True):
+            group.update(configured)
         return read_state(folder)
 
     def _prepare(self, partial: Path) -> None:

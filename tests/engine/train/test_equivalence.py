@@ -80,3 +80,14 @@ def test_the_options_of_the_recipes_train(train, settings, tmp_path):
     losses = [row["loss"] for row in rows(train(tmp_path / "run", "train.precision=fp32", *settings))]
     assert all(math.isfinite(loss) for loss in losses)
     assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_torchrun_starts_the_same_run(train_command, execute, reference, tmp_path):
+    command = train_command(tmp_path / "run", "train.precision=fp32", "zero.stage=2")
+    module = command.index("-m")
+    torchrun = [command[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command[module:]]
+    done = execute(torchrun)
+    assert done.returncode == 0, done.stderr
+    assert [row["loss"] for row in rows(tmp_path / "run")] == pytest.approx(
+        [row["loss"] for row in reference], abs=1e-5
+    )

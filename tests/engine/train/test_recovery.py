@@ -1,5 +1,6 @@
 """Runs that are killed, and runs whose disk fills up: the same command goes on from the last complete checkpoint."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import time
 
 import pytest
+from safetensors.torch import load_file
 
 from fastvit_engine.observe.metrics import read_metrics
 
@@ -145,12 +147,9 @@ def small_disk(tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_disk_keeps_the_previous_checkpoint(train, train_command, execute, settings, small_disk, uninterrupted):
+def test_a_full_disk_keeps_the_previous_checkpoint(train, train_command, settings, small_disk, uninterrupted):
     run = small_disk / "run"
     options = {"processes": 2, "resume": "auto"}
-    train(run, *settings, "train.duration=10 steps", "schedule.warmup=2 steps", **options)
-    shutil.rmtree(run)
-
     command = train_command(run, *settings, **options)
     ballast = small_disk / "ballast"
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -173,6 +172,39 @@ def test_a_full_disk_keeps_the_previous_checkpoint(train, train_command, execute
     ballast.unlink()
     train(run, *settings, **options)
     assert record(run) == uninterrupted
+
+
+def test_a_full_disk_in_the_middle_of_a_run_is_named(train_command, small_disk, settings):
+    run = small_disk / "run"
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = train_command(run, *settings, "checkpoint.every=null", "train.duration=100000 steps")
+    process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size > 1000) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with open(small_disk / "ballast", "wb", buffering=0) as ballast, contextlib.suppress(OSError):
+        while True:
+            ballast.write(bytes(4096))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2, errors
+    assert errors.count("fastvit: error: the disk") == 1
+    assert "is full: make room and run the same command again" in errors
+
+
+def test_settings_of_the_optimizer_are_those_of_the_resumed_command(train, tmp_path):
+    norms = {}
+    for decay in (0, 50):
+        start = [
+            "schedule.warmup=0 steps",
+            "schedule.kind=constant",
+            "train.precision=fp32",
+            "optimizer.weight_decay=0",
+        ]
+        run = train(tmp_path / str(decay), *start, "train.duration=3 steps")
+        train(run, *start, "train.duration=6 steps", f"optimizer.weight_decay={decay}", resume="auto")
+        norms[decay] = load_file(run / "model.safetensors")["blocks.0.mlp.fc1.weight"].norm().item()
+    assert norms[50] < 0.9 * norms[0]
 
 
 def test_a_finished_run_says_so_and_changes_nothing(train, train_command, execute, tmp_path):

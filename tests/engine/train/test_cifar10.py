@@ -1,0 +1,32 @@
+"""The recipe for CIFAR-10 on a CPU, on the real photos, where a copy of them lies beside the checkout."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastvit_engine.observe.metrics import read_metrics
+
+CIFAR10 = Path(__file__).parents[4] / "shared" / "data" / "cifar10"
+
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.slow,
+    pytest.mark.skipif(not CIFAR10.is_dir(), reason="no CIFAR-10 shards in ../shared/data/cifar10"),
+]
+
+
+def test_200_steps_lower_the_loss_and_raise_the_accuracy(execute, tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "fastvit_engine", "train", "cifar10_cpu", "--cpu-processes", "2", "--out", str(run)]
+    command += ["--set", f"data.train={CIFAR10}/train-*.tar.gz", "--set", f"data.eval={CIFAR10}/test-000000.tar.gz"]
+    done = execute(command)
+    assert done.returncode == 0, done.stderr
+    training, evaluations = read_metrics(run / "metrics.jsonl")
+    losses = [row["loss"] for row in training]
+    assert training[-1]["step"] == 200
+    assert sum(losses[-5:]) / 5 < 1.9 < 2.2 < losses[0]
+    accuracies = [row["top1"] for row in evaluations]
+    assert [row["samples"] for row in evaluations] == [5_000] * 4
+    assert accuracies[-1] > accuracies[0]
+    assert accuracies[-1] > 0.28  # chance is 0.1
