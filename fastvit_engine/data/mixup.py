@@ -1,4 +1,4 @@
-"""Normalised float images on the training device, and mixup."""
+"""Mixup of a batch on the training device."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] on the same device; mean and std are of pixels in [0, 1]."""
-    scale = torch.tensor([1 / (255 * channel) for channel in std], device=images.device)
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)
-    return (images * scale + shift).permute(0, 3, 1, 2).contiguous()
+from fastvit_kernels.patch_embed.reference import normalise
 
 
 def mixup(
@@ -31,6 +26,6 @@ def mixup(
     """
     weight = float(generator.beta(alpha, alpha))
     weight = max(weight, 1 - weight)
-    pixels = normalize(images, mean, std)
+    pixels = normalise(images.permute(0, 3, 1, 2), mean, std)
     mixed = torch.lerp(pixels.roll(1, dims=0), pixels, weight)
     return mixed, labels, labels.roll(1, dims=0), torch.full(labels.shape, weight, device=labels.device)

@@ -93,7 +93,7 @@ def collect_environment(**extra: Any) -> dict[str, Any]:
         "hostname": socket.gethostname(),
         "cpu_count": os.cpu_count(),
         "gpu": _gpu_name(),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["fastvit", *sys.argv[1:]]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         **extra,
     }

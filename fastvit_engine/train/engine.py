@@ -182,10 +182,10 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _keep_fp32_gradient_norm(engine: Any) -> None:
     """Plain fp32 training without ZeRO clips through this method, which throws the norm away: keep it instead."""
+    parameters = list(engine.module.parameters())
 
     def clip_fp32_gradients() -> None:
-        norm = nn.utils.clip_grad_norm_(engine.module.parameters(), engine.gradient_clipping())
-        engine._global_grad_norm = norm
+        engine._global_grad_norm = nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping())
 
     engine.clip_fp32_gradients = clip_fp32_gradients
 

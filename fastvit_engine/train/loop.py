@@ -234,10 +234,12 @@ def evaluate_all(
 def seed_step(seed: int, step: int, world: World) -> np.random.Generator:
     """Makes dropout, drop-path and mixup of a step a function of (seed, step, rank), which a resumed run repeats.
 
-    Returns the generator for mixup; the global one is seeded too.
+    Returns the generator for mixup; PyTorch's own are seeded too.
     """
     key = int.from_bytes(blake2b(f"{seed}/{step}/{world.rank}".encode(), digest_size=7).digest(), "big")
-    torch.manual_seed(key)
+    torch.default_generator.manual_seed(key)  # torch.manual_seed also formats a stack trace: 0.1 ms a step
+    if world.device.type == "cuda":
+        torch.cuda.manual_seed(key)
     return np.random.default_rng(key)
 
 

@@ -18,7 +18,17 @@ pytestmark = [
 
 def test_200_steps_lower_the_loss_and_raise_the_accuracy(execute, tmp_path):
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "fastvit_engine", "train", "cifar10_cpu", "--cpu-processes", "2", "--out", str(run)]
+    command = [
+        sys.executable,
+        "-m",
+        "fastvit_engine",
+        "train",
+        "cifar10_cpu",
+        "--cpu-processes",
+        "2",
+        "--out",
+        str(run),
+    ]
     command += ["--set", f"data.train={CIFAR10}/train-*.tar.gz", "--set", f"data.eval={CIFAR10}/test-000000.tar.gz"]
     done = execute(command)
     assert done.returncode == 0, done.stderr
