@@ -2,12 +2,13 @@
 
     python -m benchmarks.step_overhead [--quick] [--out DIR]
 
-Five training loops live side by side in one process, each on a thread of its own, and only one of them runs at a time:
+Six training loops live side by side in one process, each on a thread of its own, and only one of them runs at a time:
 the others stand still inside `next(batches)`. A turn of a loop is therefore timed from one request for a batch to the
 one N steps later, whatever the loop does in between, and set-up, first steps and the final checkpoint stay outside. In
 every round each loop has one turn, in an order that rotates, so that a slow moment of the machine hits all of them.
 
 `bare`         a plain PyTorch loop: model, loss, backward, clipping, AdamW, learning rate.
+`control`      the same a second time: how far it is from `bare` says what no difference looks like on this machine.
 `deepspeed-Z`  the same through the DeepSpeed engine at ZeRO stage Z, as `build_engine` makes it.
 `loop-Z`       the real training loop, `fastvit_engine.train.loop._train`, with the name `build_train_data` in its
                module replaced by the resident batches, and its log lines written to a file.
@@ -15,6 +16,7 @@ every round each loop has one turn, in an order that rotates, so that a slow mom
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
 import shlex
@@ -47,9 +49,10 @@ from fastvit_engine.train.plan import Plan
 from fastvit_engine.train.preflight import Start
 from fastvit_kernels import FusedCrossEntropy
 
-VARIANTS = ("bare", "deepspeed-0", "deepspeed-1", "loop-0", "loop-1")
+VARIANTS = ("bare", "control", "deepspeed-0", "deepspeed-1", "loop-0", "loop-1")
 COMPARISONS = (
     ("bare", None),
+    ("control", "bare"),
     ("deepspeed-0", "bare"),
     ("deepspeed-1", "bare"),
     ("loop-0", "bare"),
@@ -141,8 +144,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(cases: Sequence[Case]) -> list[Measurement]:
     """Measures every case in this process, on one thread, as the only process of a Gloo world."""
     torch.set_num_threads(1)
+    _share_one_heap()
     with patch.dict(os.environ, rank_environment(rank=0, processes=1, port=free_port())), join_world() as world:
         return [_measure_case(case, world) for case in cases]
+
+
+def _share_one_heap() -> None:
+    """Gives all threads the heap of the main thread, which a training run has. With glibc's default, a heap a thread,
+    copies of one and the same loop differed by up to 7 %: some gave memory back to the system at every step."""
+    m_arena_max = -8  # malloc.h
+    if ctypes.CDLL(None).mallopt(m_arena_max, 1) != 1:
+        raise RuntimeError("glibc refused M_ARENA_MAX = 1")
 
 
 def _measure_case(case: Case, world: World) -> Measurement:
@@ -168,6 +180,7 @@ def _start(variant: str, case: Case, resident: Sequence[Batch], world: World, fo
     resolved = case.resolve(int(stage or 0))
     train = {
         "bare": lambda: train_bare(resolved.config, racer.batches),
+        "control": lambda: train_bare(resolved.config, racer.batches),
         "deepspeed": lambda: train_with_deepspeed(resolved.config, world, racer.batches),
         "loop": lambda: train_with_loop(resolved, world, folder / variant),
     }[kind]
@@ -331,8 +344,8 @@ def render(results: Mapping[str, Any]) -> str:
         "",
         "All figures are medians over the rounds with their quartiles, and those to the right of `over` are of the "
         "differences and ratios between two turns of the same round. `deepspeed` over `bare` is DeepSpeed's share, "
-        "`loop` over `deepspeed` is our own, and where the quartiles lie on both sides of zero the figure is smaller "
-        "than the machine's noise.",
+        "`loop` over `deepspeed` is our own, and a figure that `control` (`bare` a second time) reaches too, or whose "
+        "quartiles lie on both sides of zero, is the machine's noise.",
     ]
     for case in results["cases"]:
         lines += ["", f"## {case['name']}", "", *_describe(case), "", *_table(case["milliseconds"])]
