@@ -1,0 +1,389 @@
+"""What a training step costs beyond a bare PyTorch loop on the same model and batches, on one CPU thread.
+
+    python -m benchmarks.step_overhead [--quick] [--out DIR]
+
+Six training loops live side by side in one process, each on a thread of its own, and only one of them runs at a time:
+the others stand still inside `next(batches)`. A turn of a loop is therefore timed from one request for a batch to the
+one N steps later, whatever the loop does in between, and set-up, first steps and the final checkpoint stay outside. In
+every round each loop has one turn, in an order that rotates, so that a slow moment of the machine hits all of them.
+
+`bare`         a plain PyTorch loop: model, loss, backward, clipping, AdamW, learning rate.
+`control`      the same a second time: how far it is from `bare` says what no difference looks like on this machine.
+`deepspeed-Z`  the same through the DeepSpeed engine at ZeRO stage Z, as `build_engine` makes it.
+`loop-Z`       the real training loop, `fastvit_engine.train.loop._train`, with the name `build_train_data` in its
+               module replaced by the resident batches, and its log lines written to a file.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from time import perf_counter
+from typing import Any, TextIO
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastvit_engine.config import Config, Resolved, load_config
+from fastvit_engine.data import Batch
+from fastvit_engine.launch import free_port, rank_environment
+from fastvit_engine.models import build_model, parameter_count
+from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
+from fastvit_engine.train import loop
+from fastvit_engine.train.distributed import World, join_world
+from fastvit_engine.train.engine import build_engine, parameter_groups, set_learning_rate, split_batch
+from fastvit_engine.train.plan import Plan
+from fastvit_engine.train.preflight import Start
+from fastvit_kernels import FusedCrossEntropy
+
+VARIANTS = ("bare", "control", "deepspeed-0", "deepspeed-1", "loop-0", "loop-1")
+COMPARISONS = (
+    ("bare", None),
+    ("control", "bare"),
+    ("deepspeed-0", "bare"),
+    ("deepspeed-1", "bare"),
+    ("loop-0", "bare"),
+    ("loop-1", "bare"),
+    ("loop-0", "deepspeed-0"),
+    ("loop-1", "deepspeed-1"),
+)
+RESIDENT_BATCHES = 4
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and how long it is measured. The training loop logs once a turn, so that every turn costs the same."""
+
+    name: str
+    settings: tuple[str, ...]  # over the recipe `quickstart`
+    turn_steps: int
+    rounds: int
+    warmup_steps: int
+
+    @property
+    def total_steps(self) -> int:
+        return self.warmup_steps + self.rounds * self.turn_steps + 1  # the last one lets every loop come to its end
+
+    def resolve(self, zero_stage: int) -> Resolved:
+        unmeasured = ["data.train_samples=1000", "data.eval=null", "evaluate.every=null", "checkpoint.every=null"]
+        length = [f"train.duration={self.total_steps} steps", f"train.log_every={self.turn_steps}"]
+        return load_config("quickstart", [*unmeasured, *length, f"zero.stage={zero_stage}", *self.settings])
+
+
+CASES = (
+    Case("quickstart, 32 images", ("train.global_batch_size=32",), turn_steps=10, rounds=50, warmup_steps=10),
+    Case(
+        "Ti/16 at 224, 8 images",
+        (
+            "model={name: Ti/16, image_size: 224, num_classes: 1000}",
+            "train.global_batch_size=8",
+        ),
+        turn_steps=1,
+        rounds=28,
+        warmup_steps=2,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Milliseconds an optimizer step of each variant in each round, and the weights each ended with."""
+
+    case: Case
+    milliseconds: dict[str, list[float]]
+    weights: dict[str, Weights]
+
+    @property
+    def weight_difference(self) -> float:
+        """The largest difference of any weight of any variant from that of `bare`, key biases left out."""
+        bare = self.weights["bare"]
+        return max(
+            (_without_key_bias(name, weights[name]) - _without_key_bias(name, weight)).abs().max().item()
+            for weights in self.weights.values()
+            for name, weight in bare.items()
+        )
+
+
+def _without_key_bias(name: str, weight: Tensor) -> Tensor:
+    """A key bias adds the same to all scores of a query, which softmax drops: its gradient is rounding noise, and Adam
+    scales noise up to full steps."""
+    if not name.endswith("attn.qkv.bias"):
+        return weight
+    query, _, value = weight.chunk(3)
+    return torch.cat([query, value])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step_overhead", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the first model only, in few rounds: does it run?")
+    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("benchmarks/results/cpu"))
+    args = parser.parse_args(arguments)
+    cases = [Case(**{**asdict(CASES[0]), "rounds": 10})] if args.quick else CASES
+    words = sys.argv[1:] if arguments is None else arguments
+    environment = describe_machine(shlex.join(["python", "-m", "benchmarks.step_overhead", *words]))
+    results = {"environment": environment, "cases": [summarize(result) for result in measure(cases)]}
+    write(results, args.out)
+    print(render(results))
+
+
+def measure(cases: Sequence[Case]) -> list[Measurement]:
+    """Measures every case in this process, on one thread, as the only process of a Gloo world."""
+    torch.set_num_threads(1)
+    _share_one_heap()
+    with patch.dict(os.environ, rank_environment(rank=0, processes=1, port=free_port())), join_world() as world:
+        return [_measure_case(case, world) for case in cases]
+
+
+def _share_one_heap() -> None:
+    """Gives all threads the heap of the main thread, which a training run has. With glibc's default, a heap a thread,
+    copies of one and the same loop differed by up to 7 %: some gave memory back to the system at every step."""
+    m_arena_max = -8  # malloc.h
+    if ctypes.CDLL(None).mallopt(m_arena_max, 1) != 1:
+        raise RuntimeError("glibc refused M_ARENA_MAX = 1")
+
+
+def _measure_case(case: Case, world: World) -> Measurement:
+    resident = resident_batches(case.resolve(0).config)
+    milliseconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w") as log:
+        racers = {name: _start(name, case, resident, world, Path(folder), log) for name in VARIANTS}
+        for racer in racers.values():
+            racer.take_turn(case.warmup_steps)
+        for round_ in range(case.rounds):
+            first = round_ % len(VARIANTS)
+            for name in VARIANTS[first:] + VARIANTS[:first]:
+                seconds = racers[name].take_turn(case.turn_steps)
+                milliseconds[name].append(1000 * seconds / case.turn_steps)
+        weights = {name: racer.finish() for name, racer in racers.items()}
+    return Measurement(case, milliseconds, weights)
+
+
+def _start(variant: str, case: Case, resident: Sequence[Batch], world: World, folder: Path, log: TextIO) -> "Racer":
+    """Brings the loop of a variant up to its first step."""
+    racer = Racer(resident)
+    kind, _, stage = variant.partition("-")
+    resolved = case.resolve(int(stage or 0))
+    train = {
+        "bare": lambda: train_bare(resolved.config, racer.batches),
+        "control": lambda: train_bare(resolved.config, racer.batches),
+        "deepspeed": lambda: train_with_deepspeed(resolved.config, world, racer.batches),
+        "loop": lambda: train_with_loop(resolved, world, folder / variant),
+    }[kind]
+    with (
+        patch.object(loop, "build_train_data", lambda config, **options: racer.batches),
+        contextlib.redirect_stderr(log),  # where the progress display finds a run without a terminal
+    ):
+        racer.start(train)
+    return racer
+
+
+class Racer:
+    """A training loop on a thread of its own, which stands still inside `next(racer.batches)` between its turns."""
+
+    def __init__(self, resident: Sequence[Batch]) -> None:
+        self.batches = self._until_told_to_wait(resident)
+        self._turns: SimpleQueue[int] = SimpleQueue()
+        self._reports: SimpleQueue[float | Weights | BaseException] = SimpleQueue()
+
+    def start(self, train: Callable[[], Weights]) -> None:
+        """Lets the loop set itself up; returns when it asks for its first batch."""
+        Thread(target=self._run, args=[train], daemon=True).start()
+        self._report()
+
+    def take_turn(self, steps: int) -> float:
+        """Lets the loop do `steps` optimizer steps; returns the seconds they took."""
+        self._turns.put(steps)
+        seconds = self._report()
+        assert isinstance(seconds, float), "the loop ended before its last step"
+        return seconds
+
+    def finish(self) -> Weights:
+        """Lets the loop do its last step and come to its end; returns the weights."""
+        self._turns.put(1)
+        weights = self._report()
+        assert isinstance(weights, dict), "the loop asked for a batch after its last step"
+        return weights
+
+    def _report(self) -> float | Weights:
+        report = self._reports.get()
+        if isinstance(report, BaseException):
+            raise report
+        return report
+
+    def _run(self, train: Callable[[], Weights]) -> None:
+        try:
+            self._reports.put(train())
+        except BaseException as error:  # raised again by the thread that waits for the report
+            self._reports.put(error)
+
+    def _until_told_to_wait(self, resident: Sequence[Batch]) -> Iterator[Batch]:
+        endless, seconds = cycle(resident), 0.0
+        while True:
+            self._reports.put(seconds)
+            steps = self._turns.get()
+            start = perf_counter()
+            yield from islice(endless, steps)  # over when the loop asks for the batch after these
+            seconds = perf_counter() - start
+
+
+def train_bare(config: Config, batches: Iterator[Batch]) -> Weights:
+    plan = Plan(config)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, mean=config.data.mean, std=config.data.std)
+    criterion = FusedCrossEntropy(config.loss.kind)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.optimizer.weight_decay), betas=config.optimizer.betas, eps=config.optimizer.eps
+    )
+    assert config.train.grad_clip is not None
+    for step, batch in zip(range(plan.total_steps), batches, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate(step)
+        loss = criterion(model(batch.images), batch.labels)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict()
+
+
+def train_with_deepspeed(config: Config, world: World, batches: Iterator[Batch]) -> Weights:
+    plan = Plan(config)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, mean=config.data.mean, std=config.data.std)
+    engine = build_engine(model, config, split_batch(config, world.size), world)
+    criterion = FusedCrossEntropy(config.loss.kind)
+    engine.train()
+    for step, batch in zip(range(plan.total_steps), batches, strict=False):
+        set_learning_rate(engine, plan.learning_rate(step))
+        loss = criterion(engine(batch.images), batch.labels)
+        engine.backward(loss)
+        engine.step()
+    return model.state_dict()
+
+
+def train_with_loop(resolved: Resolved, world: World, folder: Path) -> Weights:
+    """The engine's own loop from its set-up to its export; the batches are all that is not as in a run."""
+    run = RunFolder(folder)
+    run.checkpoints.mkdir(parents=True)
+    start = Start(step=0, total_steps=Plan(resolved.config).total_steps, seconds=0.0, checkpoint=None, message="")
+    loop._train(resolved, run, start, world)
+    return load_file(folder / "model.safetensors")
+
+
+def resident_batches(config: Config) -> list[Batch]:
+    """Random images and labels, few enough to be learnt by heart."""
+    size, pixels = config.train.global_batch_size, config.model.image_size
+    generator = torch.Generator().manual_seed(0)
+    return [
+        Batch(
+            images=torch.randint(0, 256, (size, pixels, pixels, 3), dtype=torch.uint8, generator=generator),
+            labels=torch.randint(0, config.model.num_classes, (size,), generator=generator),
+            weights=torch.ones(size),
+            keys=[f"{batch:04d}-{sample:06d}" for sample in range(size)],
+        )
+        for batch in range(RESIDENT_BATCHES)
+    ]
+
+
+def describe_machine(command: str) -> dict[str, Any]:
+    """Software and machine, and how busy the machine was before."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return collect_environment(
+        command=command,
+        cpu=next(line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        load_average=os.getloadavg(),  # over 1, 5 and 15 minutes
+        threads=1,
+        world_size=1,
+        backend="gloo",
+        precision="fp32",
+    )
+
+
+def summarize(result: Measurement) -> dict[str, Any]:
+    config = result.case.resolve(0).config
+    return {
+        **asdict(result.case),
+        "parameters": parameter_count(config.model),
+        "log_every": config.train.log_every,
+        "weight_difference": result.weight_difference,
+        "milliseconds": result.milliseconds,
+    }
+
+
+def write(results: Mapping[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "step_overhead.json", json.dumps(results, indent=1) + "\n")
+    atomic_write(folder / "step_overhead.md", render(results))
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """The tables of `results`, as Markdown."""
+    environment = results["environment"]
+    versions, load = environment["versions"], environment["load_average"]
+    lines = [
+        "# The step loop's own cost",
+        "",
+        f"`{environment['command']}`, {environment['started']}: {environment['cpu']}, one thread, fp32, one process "
+        f"(Gloo); Python {versions['python']}, PyTorch {versions['torch']}, DeepSpeed {versions['deepspeed']}; load "
+        f"average {load[0]:.2f} of {environment['cpu_count']} cores at the start.",
+        "",
+        "All figures are medians over the rounds with their quartiles, and those to the right of `over` are of the "
+        "differences and ratios between two turns of the same round. `deepspeed` over `bare` is DeepSpeed's share, "
+        "`loop` over `deepspeed` is our own, and a figure that `control` (`bare` a second time) reaches too, or whose "
+        "quartiles lie on both sides of zero, is the machine's noise.",
+    ]
+    for case in results["cases"]:
+        lines += ["", f"## {case['name']}", "", *_describe(case), "", *_table(case["milliseconds"])]
+    return "\n".join(lines) + "\n"
+
+
+def _describe(case: Mapping[str, Any]) -> list[str]:
+    every = "every step" if case["log_every"] == 1 else f"every {case['log_every']} steps"
+    return [
+        f"{case['parameters']:,} parameters; {case['rounds']} rounds of {case['turn_steps']} step(s) a variant; "
+        f"`loop` logs {every}. After {case['warmup_steps'] + case['rounds'] * case['turn_steps'] + 1} steps from the "
+        f"same start, no weight of any variant is further than {case['weight_difference']:.1e} from that of `bare`."
+    ]
+
+
+def _table(milliseconds: Mapping[str, Sequence[float]]) -> list[str]:
+    rows = [
+        "| variant | ms a step | quartiles | over | ms | quartiles | % | quartiles |",
+        "|---|---:|---:|---|---:|---:|---:|---:|",
+    ]
+    for variant, against in COMPARISONS:
+        times = milliseconds[variant]
+        row = [f"`{variant}`", f"{statistics.median(times):.2f}", _quartiles(times, ".2f")]
+        if against is None:
+            row += [""] * 5
+        else:
+            pairs = list(zip(times, milliseconds[against], strict=True))
+            over, share = [a - b for a, b in pairs], [100 * (a / b - 1) for a, b in pairs]
+            row += [f"`{against}`", f"{statistics.median(over):+.2f}", _quartiles(over, "+.2f")]
+            row += [f"{statistics.median(share):+.1f}", _quartiles(share, "+.1f")]
+        rows.append(f"| {' | '.join(row)} |")
+    return rows
+
+
+def _quartiles(values: Sequence[float], form: str) -> str:
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{low:{form}} to {high:{form}}"
+
+
+if __name__ == "__main__":
+    main()
