@@ -1,6 +1,14 @@
 """Vision Transformers by their paper names, and what one forward pass of them costs."""
 
 from fastvit_engine.models.flops import forward_macs, training_flops
-from fastvit_engine.models.vit import VisionTransformer, build_model, parameter_count, resolve_shape
+from fastvit_engine.models.vit import VisionTransformer, build_model, model_title, parameter_count, resolve_shape
 
-__all__ = ["VisionTransformer", "build_model", "forward_macs", "parameter_count", "resolve_shape", "training_flops"]
+__all__ = [
+    "VisionTransformer",
+    "build_model",
+    "forward_macs",
+    "model_title",
+    "parameter_count",
+    "resolve_shape",
+    "training_flops",
+]

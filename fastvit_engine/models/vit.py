@@ -73,6 +73,12 @@ def resolve_shape(config: ModelConfig) -> Shape:
     )
 
 
+def model_title(config: ModelConfig) -> str:
+    """The paper's name, with what differs from the size it names: "Ti/4, width 64, depth 4"."""
+    overrides = {key: getattr(config, key) for key in ("width", "depth", "heads", "mlp_dim")}
+    return ", ".join([config.name, *(f"{key} {value}" for key, value in overrides.items() if value is not None)])
+
+
 class VisionTransformer(nn.Module):
     """Images to logits: patches, position embedding, pre-norm blocks, final norm, pooling, head.
 

@@ -15,7 +15,7 @@ from fastvit_engine.data import Batch, build_eval_data, build_train_data, class_
 from fastvit_engine.data.mixup import mixup
 from fastvit_engine.errors import UserError
 from fastvit_engine.evaluate.classification import evaluate
-from fastvit_engine.models import build_model, training_flops
+from fastvit_engine.models import build_model, model_title, training_flops
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
 from fastvit_engine.train.checkpoint import Checkpointer, fingerprint
@@ -254,7 +254,7 @@ def _describe_run(
     config = resolved.config
     on_gpu = world.device.type == "cuda"
     environment = collect_environment(
-        model=config.model.name,
+        model=model_title(config.model),
         parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
         training_flops_per_image=training_flops(config.model),
         peak_flops=peak.flops,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastvit_engine.config import ModelConfig
 from fastvit_engine.errors import UserError
-from fastvit_engine.models import VisionTransformer, build_model, parameter_count
+from fastvit_engine.models import VisionTransformer, build_model, model_title, parameter_count
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 SMALL = ModelConfig(name="Ti/4", image_size=12, num_classes=7, width=12, depth=3, heads=3)
@@ -263,3 +263,8 @@ def test_overrides() -> None:
 def test_bad_configurations_name_the_key(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parameter_count(ModelConfig(**changes))
+
+
+def test_the_title_of_a_model_names_what_differs_from_its_size():
+    assert model_title(ModelConfig(name="H/14")) == "H/14"
+    assert model_title(ModelConfig(name="Ti/4", width=64, depth=4)) == "Ti/4, width 64, depth 4"
