@@ -13,7 +13,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/fastvit report runs/quickstart
 	@echo "next: open the report in a browser, or bring your own photos, one folder a class:"
 	@echo "      $(BIN)/fastvit data make PHOTOS --out data/photos"
-	@echo "      $(BIN)/fastvit config show vit_b16_i1k --set data.train=data/photos"
+	@echo "      $(BIN)/fastvit config show photos"
 
 test: $(VENV)/.installed lint
 	$(BIN)/python -m pytest

@@ -280,7 +280,9 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path) -> Weights:
     """The engine's own loop from its set-up to its export; the batches are all that is not as in a run."""
     run = RunFolder(folder)
     run.checkpoints.mkdir(parents=True)
-    start = Start(step=0, total_steps=Plan(resolved.config).total_steps, seconds=0.0, checkpoint=None, message="")
+    start = Start(
+        step=0, total_steps=Plan(resolved.config).total_steps, seconds=0.0, checkpoint=None, fingerprint={}, message=""
+    )
     loop._train(resolved, run, start, world)
     return load_file(folder / "model.safetensors")
 

@@ -51,7 +51,7 @@ class DataConfig(_Section):
     train_samples: int | None = Field(None, gt=0)  # read from dataset.json where `fastvit data make` wrote the shards
     image_key: str = "jpg;jpeg;png;webp"  # the first of these members that a sample has
     label_key: str = "cls"  # member with the class index as text
-    num_workers: int = Field(4, ge=0)  # decoding processes of each rank
+    num_workers: int = Field(4, ge=0)  # most decoding processes of each rank; fewer where shards are few
     streams: int | None = Field(None, gt=0)  # parallel shard streams of the whole run; null: one a decoding process
     shuffle_buffer: int = Field(1024, ge=1)  # samples (undecoded) that each stream shuffles within
     crop: Literal["inception", "resize"] = "inception"  # training crop: random area and aspect ratio, or whole image

@@ -4,22 +4,23 @@ from pathlib import Path
 
 from fastvit_engine.config import Config
 from fastvit_engine.data.decode import decode_sample
-from fastvit_engine.data.loader import plan_streams
+from fastvit_engine.data.loader import StreamPlan, plan_streams
 from fastvit_engine.data.shards import Split, find_shards, info_beside, is_local
 from fastvit_engine.data.stream import read_shard
 from fastvit_engine.errors import UserError
 
 
-def check_data(config: Config, *, world_size: int) -> None:
+def check_data(config: Config, *, world_size: int) -> StreamPlan:
     """UserError where the shards of data.train, or of data.eval if it is set, cannot serve this configuration.
 
-    Looks at every shard's size, at dataset.json and at the first sample.
+    Looks at every shard's size, at dataset.json and at the first sample. Returns how training will read the shards.
     """
     shards = find_shards(config.data.train, "train")
-    plan_streams(config, world_size=world_size, shards=len(shards))
+    plan = plan_streams(config, world_size=world_size, shards=len(shards))
     _check_split(config, shards, "train")
     if config.data.eval:
         _check_split(config, find_shards(config.data.eval, "eval"), "eval")
+    return plan
 
 
 def _check_split(config: Config, shards: list[str], split: Split) -> None:

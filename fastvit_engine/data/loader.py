@@ -28,13 +28,22 @@ class StreamPlan(NamedTuple):
     streams: int  # S, of the whole run
     chunk: int  # samples that each stream gives to a step: global batch / S
     streams_per_worker: int
+    num_workers: int  # decoding processes of each rank; 0: the rank decodes itself
 
 
 def plan_streams(config: Config, *, world_size: int, shards: int) -> StreamPlan:
-    """UserError where streams, processes, shards and global batch do not divide."""
-    processes = world_size * max(config.data.num_workers, 1)
-    streams = config.data.streams or processes
+    """Fits streams, decoding processes, shards and global batch together; UserError where that cannot be.
+
+    Without data.streams every decoding process has one stream, and each rank the most processes up to data.num_workers
+    for which there are enough shards and the global batch divides.
+    """
     batch = config.train.global_batch_size
+    num_workers = config.data.num_workers
+    if config.data.streams is None:
+        fitting = (n for n in range(num_workers, 1, -1) if world_size * n <= shards and batch % (world_size * n) == 0)
+        num_workers = next(fitting, min(num_workers, 1))
+    processes = world_size * max(num_workers, 1)
+    streams = config.data.streams or processes
     if streams % processes:
         raise UserError(
             f"data.streams is {streams}, which {world_size} ranks x {processes // world_size} data workers do not "
@@ -42,15 +51,15 @@ def plan_streams(config: Config, *, world_size: int, shards: int) -> StreamPlan:
         )
     if streams > shards:
         raise UserError(
-            f"data.train has {shards} shards for {streams} parallel streams: lower data.num_workers or data.streams, "
-            "or make more shards with fewer samples each"
+            f"data.train has {shards} shards for {streams} parallel streams: make more shards with fewer samples each, "
+            "lower data.streams, or train with fewer processes"
         )
     if batch % streams:
         raise UserError(
             f"train.global_batch_size is {batch}, which the {streams} parallel streams do not divide: "
             "change it, data.streams or data.num_workers"
         )
-    return StreamPlan(streams, batch // streams, streams // processes)
+    return StreamPlan(streams, batch // streams, streams // processes, num_workers)
 
 
 def build_train_data(
@@ -74,7 +83,7 @@ def build_train_data(
         )
     chunks = _TrainChunks(config, shards, plan, rank, world_size, first_step)
     # Each worker keeps its share of two steps ready, so that a step never waits for decoding it could have done before.
-    loaded = _load(chunks, config.data.num_workers, prefetch_chunks=2 * plan.streams_per_worker)
+    loaded = _load(chunks, plan.num_workers, prefetch_chunks=2 * plan.streams_per_worker)
     return rebatch(loaded, micro_batch_size, pin_memory)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from fastvit_engine.config import Config
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.run_folder import RunFolder, atomic_write
 from fastvit_engine.train.distributed import World
@@ -37,21 +36,6 @@ def latest_checkpoint(run: RunFolder) -> Path | None:
 def read_state(folder: Path) -> dict[str, Any]:
     """What the trainer noted beside the weights: step, seconds, and what the run looked like."""
     return json.loads((folder / "state.json").read_text())
-
-
-def fingerprint(config: Config, world_size: int) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be continued: state that fits, and the same order of the data."""
-    return {
-        "model": config.model.model_dump(mode="json"),
-        "world_size": world_size,
-        "zero_stage": config.zero.stage,
-        "precision": config.train.precision,
-        "global_batch_size": config.train.global_batch_size,
-        "ema": config.ema.decay is not None,
-        "seed": config.seed,
-        "data.streams": config.data.streams or world_size * max(config.data.num_workers, 1),
-        "data.shuffle_buffer": config.data.shuffle_buffer,
-    }
 
 
 class Checkpointer:

@@ -18,7 +18,7 @@ from fastvit_engine.evaluate.classification import evaluate
 from fastvit_engine.models import build_model, model_title, training_flops
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
-from fastvit_engine.train.checkpoint import Checkpointer, fingerprint
+from fastvit_engine.train.checkpoint import Checkpointer
 from fastvit_engine.train.distributed import World, join_world
 from fastvit_engine.train.ema import WeightAverage
 from fastvit_engine.train.engine import BatchSplit, build_engine, set_learning_rate, split_batch
@@ -150,7 +150,7 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
                     done,
                     {
                         "seconds": stopwatch.total,
-                        "fingerprint": fingerprint(config, world.size),
+                        "fingerprint": start.fingerprint,
                         "accuracy": accuracy,
                     },
                 )

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from fastvit_engine.config import Config
 from fastvit_engine.data import Batch, build_eval_data, build_train_data
 from fastvit_engine.data.augment import eval_transform
+from fastvit_engine.data.loader import plan_streams
 from fastvit_engine.errors import UserError
 
 BATCH, STREAMS = 8, 4
@@ -123,6 +125,7 @@ def test_building_data_leaves_the_global_generator_alone(shards, make_config):
         (3, {"streams": 4}, "3 ranks x 1 data workers do not divide"),
         (1, {"streams": 4, "num_workers": 3}, "1 ranks x 3 data workers do not divide"),
         (8, {}, "7 shards for 8 parallel streams"),
+        (1, {"streams": 8}, "7 shards for 8 parallel streams"),
         (1, {"streams": 3}, "global_batch_size is 8, which the 3 parallel streams do not divide"),
     ],
 )
@@ -232,3 +235,19 @@ def test_real_uneven_shards(real_data, make_config):
     assert steps[0] == steps[1]
     batches = list(build_eval_data(config, rank=0, world_size=1, batch_size=10, pin_memory=False))
     assert sum(int(batch.weights.sum()) for batch in batches) == 64
+
+
+@pytest.mark.parametrize(
+    ("world_size", "num_workers", "shards", "batch", "expected"),
+    [
+        (2, 4, 100, 64, (8, 4)),
+        (2, 4, 5, 64, (4, 2)),  # shards for two processes a rank only
+        (1, 4, 100, 6, (3, 3)),  # four would not divide the batch
+        (2, 4, 3, 64, (2, 1)),
+        (1, 0, 3, 64, (1, 0)),
+    ],
+)
+def test_a_rank_has_as_many_workers_as_shards_and_batch_allow(world_size, num_workers, shards, batch, expected):
+    config = Config.model_validate({"data": {"num_workers": num_workers}, "train": {"global_batch_size": batch}})
+    plan = plan_streams(config, world_size=world_size, shards=shards)
+    assert (plan.streams, plan.num_workers) == expected
