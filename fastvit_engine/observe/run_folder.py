@@ -66,12 +66,12 @@ def atomic_write(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
-    _sync_folder(path.parent)
+    flush_to_disk(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in `folder` durable: the directory entry is data of the folder, not of the file."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush_to_disk(path: Path) -> None:
+    """Makes a file durable, or a rename within a folder: the directory entry is data of the folder, not of the file."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastvit_engine.errors import UserError
-from fastvit_engine.observe.run_folder import RunFolder, atomic_write
+from fastvit_engine.observe.run_folder import RunFolder, atomic_write, flush_to_disk
 from fastvit_engine.train.distributed import World
 from fastvit_engine.train.ema import WeightAverage
 
@@ -109,8 +109,8 @@ class Checkpointer:
             return
         atomic_write(partial / "state.json", json.dumps({"step": step, **state}, indent=1))
         for file in partial.rglob("*"):
-            _flush_to_disk(file)
-        _flush_to_disk(partial)
+            flush_to_disk(file)
+        flush_to_disk(partial)
         if folder.exists():  # left by a run whose `latest` was set back by hand
             _remove(folder)
         os.replace(partial, folder)
@@ -158,14 +158,6 @@ def _explained(error: Exception | None, folder: Path) -> Exception | None:
         f"checkpoint {folder} could not be written ({' '.join(str(error).split())}; {free / 1e6:.0f} MB free on "
         "that disk): the previous checkpoint is intact; make room and run the same command again"
     )
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The training loop. Every process of the run executes `train` from top to bottom."""
 
 import json
+import math
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -100,12 +101,13 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
             ema.update(step)
         done = step + 1
         last = done == plan.total_steps
-
+        evaluates = config.data.eval is not None and (last or plan.evaluates_after(done))
+        saves = last or plan.saves_after(done)
         if recorder:
             recorder.advance(done)
 
-        # ---- report
-        if done % config.train.log_every == 0 or last or done == start.step + 1:
+        # ---- report; before every checkpoint too, so that none is written of a model that has diverged
+        if done % config.train.log_every == 0 or saves or done == start.step + 1:
             loss_mean = world.sum([loss_sum.item() / split.accumulation_steps]).item() / world.size
             seconds, waited = stopwatch.lap()
             waited = world.sum([waited]).item() / world.size
@@ -130,30 +132,24 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
                     }
                 )
             last_logged = done
-            if not torch.isfinite(torch.tensor(loss_mean)):
+            if not math.isfinite(loss_mean):
                 raise UserError(
                     f"the loss is {loss_mean} at step {done}: lower optimizer.learning_rate, lengthen schedule.warmup "
                     f"or set train.grad_clip; the run can go on from its latest checkpoint in {run.checkpoints}"
                 )
 
         # ---- evaluate
-        if config.data.eval and (last or (plan.eval_every and done % plan.eval_every == 0)):
+        if evaluates:
             with stopwatch.paused():
                 accuracy = evaluate_all(engine, ema, config, split, world, run, done, recorder)
 
         # ---- save
-        if last or (plan.checkpoint_every and done % plan.checkpoint_every == 0):
+        if saves:
             with stopwatch.paused():
                 if last:
                     export_weights(engine, ema, config, run, world)
-                saved = checkpointer.save(
-                    done,
-                    {
-                        "seconds": stopwatch.total,
-                        "fingerprint": start.fingerprint,
-                        "accuracy": accuracy,
-                    },
-                )
+                state = {"seconds": stopwatch.total, "fingerprint": start.fingerprint, "accuracy": accuracy}
+                saved = checkpointer.save(done, state)
                 if recorder:
                     recorder.message(f"saved {saved}")
 

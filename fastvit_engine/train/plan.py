@@ -8,7 +8,7 @@ from fastvit_engine.train.schedule import build_schedule
 
 
 class Plan:
-    """`total_steps`, `eval_every` and `checkpoint_every` (0: only at the end), and `learning_rate(step)`."""
+    """`total_steps`, the `learning_rate` of each step, and after which steps to evaluate and to save."""
 
     def __init__(self, config: Config) -> None:
         self.samples_per_epoch = train_samples(config)
@@ -16,9 +16,17 @@ class Plan:
         self.total_steps = self._steps(config.train.duration)
         if self.total_steps == 0:
             raise UserError(f"train.duration = '{config.train.duration}' is less than one step of the global batch")
-        self.eval_every = self._steps(config.evaluate.every, self.total_steps)
-        self.checkpoint_every = self._steps(config.checkpoint.every, self.total_steps)
+        self._eval_every = self._steps(config.evaluate.every, self.total_steps)
+        self._checkpoint_every = self._steps(config.checkpoint.every, self.total_steps)
         self.learning_rate = build_schedule(config, self.total_steps, self.samples_per_epoch)
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation is due once `step` steps are done; the end of the run is not counted."""
+        return self._eval_every > 0 and step % self._eval_every == 0
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is due once `step` steps are done; the end of the run is not counted."""
+        return self._checkpoint_every > 0 and step % self._checkpoint_every == 0
 
     def epoch(self, step: int) -> float | None:
         return step * self.global_batch_size / self.samples_per_epoch if self.samples_per_epoch else None
