@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import NamedTuple
@@ -99,7 +100,11 @@ def registry() -> Registry:
     known: dict[type[nn.Module], type[Fused]] = {nn.LayerNorm: FusedLayerNorm, nn.Conv2d: FusedPatchConv}
     for name, needed in LIBRARIES.items():
         if needed in sys.modules:
-            known |= importlib.import_module(f"fastvit_kernels.integrations.{name}").classes()
+            try:
+                known |= importlib.import_module(f"fastvit_kernels.integrations.{name}").classes()
+            except (ImportError, AttributeError) as error:
+                version = getattr(sys.modules[name], "__version__", "of unknown version")
+                warnings.warn(f"{name} {version} is not known here, its blocks are left alone: {error}", stacklevel=3)
     return known
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_kernels.attention import attention_block
-from fastvit_kernels.integrations.checks import fits
+from fastvit_kernels.integrations.checks import check_forward, fits
 from fastvit_kernels.integrations.fused import Fused, Reading
 from fastvit_kernels.mlp import Activation, layer_norm_mlp
 
@@ -99,6 +99,8 @@ class FusedBlock(Fused):
 
     @classmethod
     def reading(cls, module: nn.Module) -> Reading:
+        if reason := check_forward("the block", module):
+            return Reading((), (reason,))
         fused, left_alone = [], []
         for operation, half in (("attention_block", cls.attention_half), ("layer_norm_mlp", cls.mlp_half)):
             evaluation, training = half(module, training=False), half(module, training=True)

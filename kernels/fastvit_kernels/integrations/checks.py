@@ -30,6 +30,18 @@ def check_children(name: str, module: nn.Module, known: Collection[str]) -> str:
     return ""
 
 
+def check_forward(name: str, module: nn.Module) -> str:
+    """Some tools exchange the forward of a library's class for all its instances."""
+    if exchanged_forward(module):
+        return f"the forward of {name} is not the one {base_class(module).__name__} was written with"
+    return ""
+
+
+def exchanged_forward(module: nn.Module) -> bool:
+    own = base_class(module)
+    return (own.forward.__module__, own.forward.__qualname__) != (own.__module__, f"{own.__qualname__}.forward")
+
+
 def check_identity(name: str, module: nn.Module) -> str:
     return check_type(name, module, (nn.Identity,))
 

@@ -18,7 +18,7 @@ class FusedLayerNorm(Fused):
 
     @classmethod
     def reading(cls, module: nn.Module) -> Reading:
-        reason = check_layer_norm("it", module, (base_class(module),))
+        reason = check_layer_norm("the layer", module, (base_class(module),))
         return Reading((), (reason,)) if reason else Reading(("layer_norm",), ())
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

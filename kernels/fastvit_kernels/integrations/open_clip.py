@@ -10,12 +10,14 @@ from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, MlpHal
 from fastvit_kernels.integrations.checks import (
     activation_name,
     check_children,
+    check_forward,
     check_hooks,
     check_layer_norm,
     check_linear,
     check_precision,
     check_tensor,
     check_type,
+    exchanged_forward,
     in_force,
 )
 from fastvit_kernels.integrations.fused import Fused
@@ -39,7 +41,7 @@ class OpenClipBlock(FusedBlock):
         self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> Tensor:
         block: Any = self
-        if k_x is not None or v_x is not None:
+        if k_x is not None or v_x is not None or exchanged_forward(self):
             return super().forward(q_x, k_x, v_x, attn_mask)
         attention, mlp = self.attention_half(self), self.mlp_half(self)
         if isinstance(attention, str) or attn_mask is not None or not attention.accepts(q_x):
@@ -57,6 +59,7 @@ class OpenClipBlock(FusedBlock):
             check_children("the block", block, BLOCK)
             or check_layer_norm("ln_1", norm, LAYER_NORMS)
             or check_type("attn", attn, (nn.MultiheadAttention,))
+            or check_forward("attn", attn)
             or check_packed(attn, norm.normalized_shape[0])
             or check_type("ls_1", scale, LAYER_SCALES)
             or check_precision(norm, getattr(scale, "gamma", None), attn.out_proj.weight)

@@ -11,6 +11,7 @@ from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, MlpHal
 from fastvit_kernels.integrations.checks import (
     activation_name,
     check_children,
+    check_forward,
     check_hooks,
     check_identity,
     check_layer_norm,
@@ -19,27 +20,27 @@ from fastvit_kernels.integrations.checks import (
     check_rate,
     check_type,
     dropout_rate,
+    exchanged_forward,
 )
 from fastvit_kernels.integrations.fused import Fused
 from fastvit_kernels.integrations.layers import FusedLayerNorm
 from fastvit_kernels.mlp import Activation
 
-LAYER_NORMS = (nn.LayerNorm, norms.LayerNorm, norms.LayerNormFp32)
+OWN_LAYER_NORMS = tuple(getattr(norms, name) for name in ("LayerNorm", "LayerNormFp32") if hasattr(norms, name))
+LAYER_NORMS = (nn.LayerNorm, *OWN_LAYER_NORMS)
 GELUS: dict[type[nn.Module], Activation] = {activations.GELU: "gelu", activations.GELUTanh: "gelu_tanh"}
 BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
 
 def classes() -> dict[type[nn.Module], type[Fused]]:
-    return {
-        timm_vit.Block: TimmBlock,
-        norms.LayerNorm: FusedLayerNorm,
-        norms.LayerNormFp32: FusedLayerNorm,
-    }
+    return {timm_vit.Block: TimmBlock} | dict.fromkeys(OWN_LAYER_NORMS, FusedLayerNorm)
 
 
 class TimmBlock(FusedBlock):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         block: Any = self
+        if exchanged_forward(self):
+            return super().forward(x, *args, **kwargs)
         attention, mlp = self.attention_half(self), self.mlp_half(self)
         masked = any(option is not None and option is not False for option in (*args, *kwargs.values()))
         if isinstance(attention, str) or masked or not attention.accepts(x):
@@ -57,6 +58,7 @@ class TimmBlock(FusedBlock):
             check_children("the block", block, BLOCK)
             or check_layer_norm("norm1", norm, LAYER_NORMS)
             or check_type("attn", attn, (timm_vit.Attention,))
+            or check_forward("attn", attn)
             or check_children("attn", attn, ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"))
             or check_identity("attn.q_norm", attn.q_norm)
             or check_identity("attn.k_norm", attn.k_norm)
@@ -94,6 +96,7 @@ class TimmBlock(FusedBlock):
             check_children("the block", block, BLOCK)
             or check_layer_norm("norm2", norm, LAYER_NORMS)
             or check_type("mlp", mlp, (timm_vit.Mlp,))
+            or check_forward("mlp", mlp)
             or check_children("mlp", mlp, ("fc1", "act", "drop1", "norm", "fc2", "drop2"))
             or check_identity("mlp.norm", getattr(mlp, "norm", nn.Identity()))
             or check_type("mlp.fc1", mlp.fc1, (nn.Linear,))

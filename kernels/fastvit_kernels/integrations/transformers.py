@@ -16,6 +16,7 @@ from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, MlpHal
 from fastvit_kernels.integrations.checks import (
     activation_name,
     check_children,
+    check_forward,
     check_hooks,
     check_layer_norm,
     check_linear,
@@ -23,6 +24,7 @@ from fastvit_kernels.integrations.checks import (
     check_rate,
     check_type,
     dropout_rate,
+    exchanged_forward,
     in_force,
 )
 from fastvit_kernels.integrations.fused import Fused, base_class
@@ -79,6 +81,8 @@ class FusedLayer(FusedBlock):
     names: ClassVar[Names]
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if exchanged_forward(self):
+            return super().forward(hidden_states, attention_mask, **kwargs)
         x, names = hidden_states, self.names
         attention, mlp = self.attention_half(self), self.mlp_half(self)
         if isinstance(attention, str) or attention_mask is not None or asks(kwargs) or not attention.accepts(x):
@@ -105,6 +109,7 @@ class FusedLayer(FusedBlock):
             check_parts(block, names)
             or check_layer_norm(names.norms[0], norm, (nn.LayerNorm,))
             or check_sibling(names.attention, attn, block, "Attention")
+            or check_forward(names.attention, attn)
             or check_children(names.attention, attn, ("q_proj", "k_proj", "v_proj", names.out))
             or check_attention(names, attn, norm.normalized_shape[0])
             or check_tail(block, names.tails[0])
@@ -140,6 +145,7 @@ class FusedLayer(FusedBlock):
             check_parts(block, names)
             or check_layer_norm(names.norms[1], norm, (nn.LayerNorm,))
             or check_sibling("mlp", mlp, block, "MLP")
+            or check_forward("mlp", mlp)
             or check_children("mlp", mlp, ("activation_fn", "fc1", "fc2"))
             or check_type("mlp.fc1", mlp.fc1, (nn.Linear,))
             or check_linear("mlp.fc1", mlp.fc1, norm.normalized_shape[0], mlp.fc1.out_features)

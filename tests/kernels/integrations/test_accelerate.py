@@ -146,9 +146,9 @@ def test_state_goes_both_ways() -> None:
         (nn.Conv2d(1, 8, 4, stride=4), "1 input channels, patch_embed takes 3"),
         (nn.Conv2d(3, 8, 4, stride=4, padding=1), "padded, dilated or grouped"),
         (nn.Conv2d(3, 9, 4, stride=4, groups=3), "padded, dilated or grouped"),
-        (nn.LayerNorm((2, 8)), "it normalises over more than the last dimension"),
-        (nn.LayerNorm(8, elementwise_affine=False), "it lacks a weight or a bias"),
-        (nn.LayerNorm(8, bias=False), "it lacks a weight or a bias"),
+        (nn.LayerNorm((2, 8)), "the layer normalises over more than the last dimension"),
+        (nn.LayerNorm(8, elementwise_affine=False), "the layer lacks a weight or a bias"),
+        (nn.LayerNorm(8, bias=False), "the layer lacks a weight or a bias"),
         (type("MyNorm", (nn.LayerNorm,), {})(8), "a subclass of LayerNorm, whose forward may differ"),
     ],
 )

@@ -192,6 +192,19 @@ def test_changes_before_and_after_count(change: str, when: str) -> None:
     assert change == "backward hook on fc1" or not torch.allclose(run(model).to(plain), plain, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["Block", "Attention", "Mlp"])
+def test_a_class_with_an_exchanged_forward_is_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = getattr(vision_transformer, name)
+    own = kind.forward
+    early = vit(depth=1).eval()
+    late, _ = accelerated(early)
+    monkeypatch.setattr(kind, "forward", lambda self, x, *args, **kwargs: own(self, x, *args, **kwargs).abs())
+    ours, acceleration = accelerated(early)
+    assert "not the one" in rows(acceleration)["blocks.0"][1]
+    assert_equal(ours, early, run)
+    assert_equal(late, early, run)
+
+
 def test_hooks_show_in_the_table() -> None:
     model = vit()
     acceleration = accelerate(model)

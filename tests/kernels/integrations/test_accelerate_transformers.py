@@ -225,7 +225,7 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
 
 
 def test_compiled() -> None:
-    model = vit().eval()
+    model = build("ViTForImageClassification", "ViTConfig").eval()
     ours, _ = accelerated(model)
     ours.compile(backend="aot_eager", fullgraph=True)
     assert_equal(ours, model, run)
