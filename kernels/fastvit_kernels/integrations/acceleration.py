@@ -138,7 +138,7 @@ def unknown(module: nn.Module, registry: Registry, item: bool) -> str:
     own = base_class(module)
     if parent := next((known for known in registry if issubclass(own, known)), None):
         return f"a subclass of {parent.__name__}, whose forward may differ"
-    leaf = next(module.children(), None) is None and next(module.parameters(), None) is not None
-    if leaf or (item and not isinstance(module, CONTAINERS) and next(module.parameters(), None) is not None):
-        return f"no fused form of {own.__name__}"
-    return ""
+    if isinstance(module, CONTAINERS) or next(module.parameters(), None) is None:
+        return ""
+    leaf = next(module.children(), None) is None or own.__module__.startswith("torch.nn.")  # as MultiheadAttention
+    return f"no fused form of {own.__name__}" if leaf or item else ""

@@ -36,9 +36,11 @@ def run(model: nn.Module, **options: Any) -> torch.Tensor:
         ("DeiTModel", "DeiTConfig", {}, "layers.1"),
         ("ViTMSNModel", "ViTMSNConfig", {}, "layers.1"),
         ("IJepaModel", "IJepaConfig", {}, "layers.1"),
+        ("ViTMAEModel", "ViTMAEConfig", {}, "layers.1"),
         ("Dinov2Model", "Dinov2Config", {"mlp_ratio": 2, "layerscale_value": 0.5}, "encoder.layer.1"),
         ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", {"mlp_ratio": 2}, "encoder.layer.1"),
         ("CLIPVisionModel", "CLIPVisionConfig", {"hidden_act": "gelu"}, "encoder.layers.1"),
+        ("MetaClip2VisionModel", "MetaClip2VisionConfig", {"hidden_act": "gelu"}, "encoder.layers.1"),
         ("SiglipVisionModel", "SiglipVisionConfig", {"vision_use_head": False}, "encoder.layers.1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -52,6 +54,25 @@ def test_models_are_fused_and_equal(
     assert_equal(ours, plain, run)
     assert (calls["patch_embed"], calls["attention_block"], calls["layer_norm_mlp"]) == (1, 2, 2)
     assert_equal(ours.eval(), plain.eval(), run)
+
+
+def test_siglip2_with_and_without_padding(calls: Counter[str]) -> None:
+    settings = {name: size for name, size in SIZES.items() if name != "image_size"}
+    config = transformers.Siglip2VisionConfig(**settings, intermediate_size=40, num_patches=9)
+    model = randomised(transformers.Siglip2VisionModel(config))
+    ours, acceleration = accelerated(model)
+    assert rows(acceleration)["encoder.layers.0"] == BOTH
+    assert rows(acceleration)["head.attention"] == ("", "no fused form of MultiheadAttention")
+    patches = torch.randn(2, 9, 192, generator=torch.Generator().manual_seed(6))
+    for present, shape, attended in ((9, [3, 3], 2), (6, [2, 3], 0)):
+        calls.clear()
+        inputs = {
+            "pixel_values": patches,
+            "pixel_attention_mask": (torch.arange(9) < present).long().expand(2, -1),
+            "spatial_shapes": torch.tensor([shape, shape]),
+        }
+        assert_equal(ours, model, lambda m, inputs=inputs: m(**inputs).pooler_output)
+        assert calls["attention_block"] == attended and calls["layer_norm_mlp"] == 2
 
 
 def test_quick_gelu_of_clip_stays(calls: Counter[str]) -> None:
@@ -191,7 +212,7 @@ def test_a_whole_siglip_and_clip(calls: Counter[str]) -> None:
 
 def test_gradient_checkpointing(calls: Counter[str]) -> None:
     model = vit().train()
-    model.gradient_checkpointing_enable()
+    model.activation_checkpointing_enable()
     ours, _ = accelerated(model)
     assert_equal(ours, model, run)
     assert calls["attention_block"] == 4  # each layer once more in the backward pass
