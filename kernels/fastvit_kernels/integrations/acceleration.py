@@ -74,8 +74,8 @@ def accelerate(model: nn.Module) -> Acceleration:
 
     Parameters stay the same objects under the same names: optimizers, state dicts, hooks and copies keep working.
     A module is changed only where the result is the same; the table of the returned object says what was left alone,
-    and why. Calls that ask for more than the fused path gives (an attention mask, attention weights, autocast) run as
-    the library wrote them. Accelerate before wrapping the model (DeepSpeed, FSDP) and before compiling it.
+    and why. Calls that ask for more than the fused path gives (an attention mask, attention weights) run as the library
+    wrote them. Accelerate before wrapping the model (DeepSpeed, FSDP) and before compiling it.
 
     Args:
         model: any module; what is not known is left alone.

@@ -122,14 +122,18 @@ def activation_name(module: nn.Module, names: Mapping[type[nn.Module], Activatio
 
 
 def fits(x: Any, weight: Tensor) -> bool:
-    """Whether x is what the operations take. Under autocast they are left out: it gives each product its own dtype."""
+    """Whether x is what the operations take.
+
+    Under autocast that is float32: there they do as the library does, products in the narrow dtype beside a residual
+    stream in float32. For another input autocast widens some results, and the operations keep the dtype of x.
+    """
     return (
         type(x) in PLAIN_TENSORS
         and x.dtype == weight.dtype
         and x.is_floating_point()
         and x.device == weight.device
         and not x.is_nested
-        and not autocasts(x.device.type)
+        and (x.dtype == torch.float32 or not autocasts(x.device.type))
     )
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit_kernels.integrations.checks import check_layer_norm, check_tensor, fits
+from fastvit_kernels.integrations.checks import autocasts, check_layer_norm, check_tensor, fits
 from fastvit_kernels.integrations.fused import Fused, Reading, base_class
 from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.patch_embed import patch_embed
@@ -59,9 +59,10 @@ def not_patches(conv: Any) -> str:
 
 
 def takes(images: Any, weight: Tensor) -> bool:
-    """Cropping (a size that patches do not divide) and gradients of the images stay with the convolution."""
+    """Cropping (a size that patches do not divide), gradients of the images and autocast stay with the convolution."""
     return (
         fits(images, weight)
+        and not autocasts(images.device.type)
         and images.ndim == 4
         and images.shape[1] == 3
         and images.shape[2] % weight.shape[-1] == 0

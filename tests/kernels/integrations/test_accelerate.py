@@ -161,7 +161,8 @@ def test_other_layers_are_left_alone(layer: nn.Module, reason: str) -> None:
 def test_calls_that_only_the_library_can_answer(calls: Counter[str]) -> None:
     model = Embedder()
     accelerate(model)
-    assert model.patches(torch.randn(1, 3, 9, 11)).shape == (1, 12, 2, 2)  # a convolution crops
+    assert model.patches(torch.randn(1, 3, 9, 8)).shape == (1, 12, 2, 2)  # a convolution crops
+    assert model.patches(torch.randn(1, 3, 8, 11)).shape == (1, 12, 2, 2)
     images = IMAGES.clone().requires_grad_()
     model(images).sum().backward()
     assert images.grad is not None

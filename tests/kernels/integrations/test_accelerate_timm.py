@@ -235,11 +235,30 @@ def test_hooks_on_a_block_fire() -> None:
     assert outputs[0].shape == (3, 16, 24)
 
 
-def test_autocast_runs_as_before(calls: Counter[str]) -> None:
-    model = vit()
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.1}], ids=["plain", "layer scale"])
+def test_autocast(calls: Counter[str], options: dict[str, Any]) -> None:
+    model = vit(**options)
     ours, _ = accelerated(model)
+    exact = run(copy.deepcopy(model)).detach()
+    calls.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(ours(IMAGES), model(IMAGES))
+        output, expected = run(ours), run(model)
+        features, expected_features = (m.forward_features(IMAGES) for m in (ours, model))
+    assert output.dtype == expected.dtype == torch.bfloat16
+    assert features.dtype == expected_features.dtype == torch.float32
+    assert relative(output.float(), exact) <= 2 * relative(expected.float(), exact) + 2**-8
+    assert calls == {"attention_block": 4, "layer_norm_mlp": 4, "layer_norm": 2}
+
+
+def test_autocast_over_a_narrow_residual_stream(calls: Counter[str]) -> None:
+    """Results widen there, and weights have another dtype than what comes in: the library's own path."""
+    block = vit(depth=1).blocks[0]
+    ours, _ = accelerated(block)
+    narrow = torch.randn(2, 5, 24, dtype=torch.bfloat16)
+    for m in (block, ours):
+        m.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ours(narrow), block(narrow)) and ours(narrow).dtype == block(narrow).dtype
     assert not calls
 
 
