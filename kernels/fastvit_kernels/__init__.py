@@ -2,6 +2,7 @@
 
 from fastvit_kernels.attention import attention, attention_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
+from fastvit_kernels.integrations import accelerate
 from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.mlp import layer_norm_mlp
 from fastvit_kernels.modules import (
@@ -21,6 +22,7 @@ __all__ = [
     "FusedLayerNorm",
     "FusedLayerNormMLP",
     "FusedPatchEmbed",
+    "accelerate",
     "attention",
     "attention_block",
     "cross_entropy",

@@ -1,0 +1,58 @@
+"""How a module becomes fused: its class is exchanged for a subclass with another forward.
+
+The object stays the same, with its parameters, children, hooks and training mode; so do its name and its state dict.
+"""
+
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
+
+
+class Reading(NamedTuple):
+    """What of a module runs fused, and why the rest does not."""
+
+    fused: tuple[str, ...]
+    left_alone: tuple[str, ...]
+
+
+class Fused(nn.Module):
+    """Comes before the module's own class in the subclass that `fused_class` makes."""
+
+    original: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def reading(cls, module: nn.Module) -> Reading:
+        raise NotImplementedError
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # the subclass exists in this process only: copies and pickles name the two classes it is made of
+        return _empty, (_mixin(type(self)), self.original), self.__getstate__()
+
+
+_made: dict[tuple[type, type], type[Fused]] = {}
+
+
+def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[Fused]:
+    """The subclass of `original` with the forward of `mixin`; it bears the name of `original`.
+
+    Libraries find modules by class name (device maps, sharding policies), and the printed model stays as it was.
+    """
+    if (mixin, original) not in _made:
+        names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
+        _made[mixin, original] = type(original.__name__, (mixin, original), {"original": original, **names})
+    return _made[mixin, original]
+
+
+def base_class(module: nn.Module) -> type[nn.Module]:
+    """The class of the module as its library made it."""
+    return module.original if isinstance(module, Fused) else type(module)
+
+
+def _mixin(fused: type[Fused]) -> type[Fused]:
+    # of the class made here, whatever has been derived from it since
+    return next(cls.__bases__[0] for cls in fused.__mro__ if "original" in vars(cls))
+
+
+def _empty(mixin: type[Fused], original: type[nn.Module]) -> Fused:
+    cls = fused_class(mixin, original)
+    return cls.__new__(cls)

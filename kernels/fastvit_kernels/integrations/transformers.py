@@ -1,0 +1,281 @@
+"""Layers of Hugging Face transformers (5.0 and later): ViT and its kin, DINOv2, and the towers of CLIP and SigLIP.
+
+Queries, keys and values are three Linear layers there. Their weights are packed at each call (see `AttentionHalf`), so
+that the parameters, and with them state dicts and optimizers, stay three.
+"""
+
+import sys
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import activations
+from transformers.utils import output_capturing
+
+from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, MlpHalf
+from fastvit_kernels.integrations.checks import (
+    activation_name,
+    check_children,
+    check_forward,
+    check_hooks,
+    check_layer_norm,
+    check_linear,
+    check_precision,
+    check_rate,
+    check_type,
+    dropout_rate,
+    exchanged_forward,
+    in_force,
+)
+from fastvit_kernels.integrations.fused import Fused, base_class
+from fastvit_kernels.mlp import Activation
+
+GELUS: dict[type[nn.Module], Activation] = {
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+}
+ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # one function, five ways
+NOT_FOR_ATTENTION = ("output_hidden_states", "return_dict", "use_cache", "num_items_in_batch")
+
+
+class Names(NamedTuple):
+    """What a family calls its parts."""
+
+    norms: tuple[str, str]
+    attention: str
+    out: str
+    heads: str
+    scaling: str
+    dropout: str  # of the attention probabilities
+    tails: tuple[tuple[str, ...], tuple[str, ...]]  # what each branch passes before it is added
+
+
+VIT = Names(
+    norms=("layernorm_before", "layernorm_after"),
+    attention="attention",
+    out="o_proj",
+    heads="num_attention_heads",
+    scaling="scaling",
+    dropout="attention_dropout",
+    tails=(("dropout",), ("dropout",)),
+)
+DINOV2 = VIT._replace(
+    norms=("norm1", "norm2"),
+    tails=(("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")),
+)
+CLIP = Names(
+    norms=("layer_norm1", "layer_norm2"),
+    attention="self_attn",
+    out="out_proj",
+    heads="num_heads",
+    scaling="scale",
+    dropout="dropout",
+    tails=((), ()),
+)
+
+
+class FusedLayer(FusedBlock):
+    """A layer made of one norm, attention, one norm, MLP, as `names` says."""
+
+    names: ClassVar[Names]
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        if exchanged_forward(self):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        x, names = hidden_states, self.names
+        attention, mlp = self.attention_half(self), self.mlp_half(self)
+        if isinstance(attention, str) or attention_mask is not None or asks(kwargs) or not attention.accepts(x):
+            norm, attend = getattr(self, names.norms[0]), getattr(self, names.attention)
+            x = x + self.tail(0, attend(norm(x), attention_mask=attention_mask, **kwargs)[0])
+        else:
+            x = attention(x)
+        if isinstance(mlp, str) or not mlp.accepts(x):
+            layer: Any = self
+            return x + self.tail(1, layer.mlp(getattr(self, names.norms[1])(x)))
+        return mlp(x)
+
+    def tail(self, half: int, branch: Tensor) -> Tensor:
+        for name in self.names.tails[half]:
+            branch = getattr(self, name)(branch)
+        return branch
+
+    @classmethod
+    def attention_half(cls, block: Any, training: bool | None = None) -> AttentionHalf | str:
+        names = cls.names
+        norm: Any = getattr(block, names.norms[0], None)
+        attn: Any = getattr(block, names.attention, None)
+        reason = (
+            check_parts(block, names)
+            or check_layer_norm(names.norms[0], norm, (nn.LayerNorm,))
+            or check_sibling(names.attention, attn, block, "Attention")
+            or check_forward(names.attention, attn)
+            or check_children(names.attention, attn, ("q_proj", "k_proj", "v_proj", names.out))
+            or check_attention(names, attn, norm.normalized_shape[0])
+            or check_tail(block, names.tails[0])
+            or check_hooks({names.norms[0]: norm} | tail_modules(block, names.tails[0]))
+            or check_hooks(attn._modules)
+            or check_recorded(names.attention, attn)
+        )
+        if reason:
+            return reason
+        if rate := in_force(getattr(attn, names.dropout), attn, training):
+            return f"attention dropout {rate:g}"
+        out, scale, dropout, drop_path = getattr(attn, names.out), *tail_values(block, names.tails[0], training)
+        if reason := check_precision(norm, scale, out.weight) or check_rates(dropout, drop_path):
+            return reason
+        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+        return AttentionHalf(
+            norm=norm,
+            qkv_weights=tuple(linear.weight for linear in projections),
+            qkv_biases=tuple(linear.bias for linear in projections),
+            proj=out,
+            heads=getattr(attn, names.heads),
+            layer_scale=scale,
+            dropout=dropout,
+            drop_path=drop_path,
+        )
+
+    @classmethod
+    def mlp_half(cls, block: Any, training: bool | None = None) -> MlpHalf | str:
+        names = cls.names
+        norm: Any = getattr(block, names.norms[1], None)
+        mlp: Any = getattr(block, "mlp", None)
+        reason = (
+            check_parts(block, names)
+            or check_layer_norm(names.norms[1], norm, (nn.LayerNorm,))
+            or check_sibling("mlp", mlp, block, "MLP")
+            or check_forward("mlp", mlp)
+            or check_children("mlp", mlp, ("activation_fn", "fc1", "fc2"))
+            or check_type("mlp.fc1", mlp.fc1, (nn.Linear,))
+            or check_linear("mlp.fc1", mlp.fc1, norm.normalized_shape[0], mlp.fc1.out_features)
+            or check_linear("mlp.fc2", mlp.fc2, mlp.fc1.out_features, norm.normalized_shape[0])
+            or check_tail(block, names.tails[1])
+            or check_hooks({names.norms[1]: norm, "mlp": mlp} | tail_modules(block, names.tails[1]))
+            or check_hooks(mlp._modules)
+        )
+        if reason:
+            return reason
+        activation = activation_name(mlp.activation_fn, GELUS)
+        if activation is None:
+            return f"activation {type(mlp.activation_fn).__name__}"
+        scale, dropout, drop_path = tail_values(block, names.tails[1], training)
+        if dropout:
+            return f"dropout {dropout:g} on the output of the MLP but not inside it"
+        if reason := check_precision(norm, scale, mlp.fc1.weight) or check_rates(dropout, drop_path):
+            return reason
+        return MlpHalf(norm, mlp.fc1, mlp.fc2, activation, scale, dropout, drop_path)
+
+
+class ViTLayer(FusedLayer):
+    names = VIT
+
+
+class Dinov2Layer(FusedLayer):
+    names = DINOV2
+
+
+class ClipLayer(FusedLayer):
+    names = CLIP
+
+
+FAMILIES: dict[str, tuple[str, type[FusedLayer]]] = {
+    "vit": ("ViTLayer", ViTLayer),
+    "deit": ("DeiTLayer", ViTLayer),
+    "vit_mae": ("ViTMAELayer", ViTLayer),
+    "vit_msn": ("ViTMSNLayer", ViTLayer),
+    "ijepa": ("IJepaLayer", ViTLayer),
+    "dinov2": ("Dinov2Layer", Dinov2Layer),
+    "dinov2_with_registers": ("Dinov2WithRegistersLayer", Dinov2Layer),
+    "clip": ("CLIPEncoderLayer", ClipLayer),
+    "metaclip_2": ("MetaClip2EncoderLayer", ClipLayer),
+    "siglip": ("SiglipEncoderLayer", ClipLayer),
+    "siglip2": ("Siglip2EncoderLayer", ClipLayer),
+}
+
+
+def classes() -> dict[type[nn.Module], type[Fused]]:
+    """Of the families in use; transformers imports each on demand. Layers of old versions return tuples: not those."""
+    found: dict[type[nn.Module], type[Fused]] = {}
+    for family, (name, mixin) in FAMILIES.items():
+        modeling = sys.modules.get(f"transformers.models.{family}.modeling_{family}")
+        layer = getattr(modeling, name, None)
+        if layer is not None and layer.forward.__annotations__.get("return") in (Tensor, torch.FloatTensor):
+            found[layer] = mixin
+    return found
+
+
+def asks(kwargs: dict[str, Any]) -> bool:
+    """Whether an option may concern attention: is_causal, output_attentions, those of a packed sequence."""
+    return any(
+        value is not None and value is not False and name not in NOT_FOR_ATTENTION for name, value in kwargs.items()
+    )
+
+
+def check_parts(layer: nn.Module, names: Names) -> str:
+    known = {*names.norms, names.attention, "mlp", *names.tails[0], *names.tails[1]}
+    for name in known:
+        if not isinstance(getattr(layer, name, None), nn.Module):
+            return f"the layer has no {name!r}"
+    return check_children("the layer", layer, known)
+
+
+def check_sibling(name: str, module: nn.Module, layer: nn.Module, kind: str) -> str:
+    """Whether the module is of the class that the file of its layer defines for it: ViTAttention for a ViTLayer."""
+    own, whole = base_class(module), base_class(layer)
+    expected = whole.__name__.removesuffix("Layer").removesuffix("Encoder") + kind
+    return "" if (own.__module__, own.__name__) == (whole.__module__, expected) else f"{name} is {own.__name__}"
+
+
+def check_attention(names: Names, attn: Any, width: int) -> str:
+    if getattr(attn, names.heads) * attn.head_dim != width or getattr(attn, names.scaling) != attn.head_dim**-0.5:
+        return "heads of a width or scale of their own"
+    if attn.is_causal:
+        return "attention is causal"
+    if attn.config._attn_implementation not in ATTENTIONS:
+        return f"attention implementation {attn.config._attn_implementation!r}"
+    for linear in ("q_proj", "k_proj", "v_proj", names.out):
+        if reason := check_linear(f"{names.attention}.{linear}", getattr(attn, linear), width, width):
+            return reason
+    return ""
+
+
+def check_tail(layer: nn.Module, tail: tuple[str, ...]) -> str:
+    for name in tail:
+        module = getattr(layer, name)
+        if name == "dropout":
+            reason = check_type(name, module, (nn.Dropout,))
+        elif name == "drop_path" and base_class(module) is nn.Identity:
+            reason = ""
+        else:
+            reason = check_sibling(name, module, layer, "DropPath" if name == "drop_path" else "LayerScale")
+        if reason:
+            return reason
+    return ""
+
+
+def tail_modules(layer: nn.Module, tail: tuple[str, ...]) -> dict[str, nn.Module]:
+    return {name: getattr(layer, name) for name in tail}
+
+
+def tail_values(layer: Any, tail: tuple[str, ...], training: bool | None) -> tuple[Tensor | None, float, float]:
+    """The layer scale, the dropout rate and the drop path rate of a branch."""
+    scales = [getattr(layer, name).lambda1 for name in tail if name.startswith("layer_scale")]
+    dropout = dropout_rate(layer.dropout, training) if "dropout" in tail else 0.0
+    drop_path = dropout_rate(layer.drop_path, training) if "drop_path" in tail else 0.0
+    return scales[0] if scales else None, dropout, drop_path
+
+
+def check_rates(dropout: float, drop_path: float) -> str:
+    return check_rate("dropout", dropout) or check_rate("drop_path", drop_path)
+
+
+def check_recorded(name: str, attn: nn.Module) -> str:
+    """The recording hooks that a first request leaves on attention do nothing unless a later call asks again."""
+    if any(hook.__module__ != output_capturing.__name__ for hook in attn._forward_hooks.values()):
+        return f"{name} has a hook"
+    if attn._forward_hooks:
+        recording = output_capturing._active_collector.get() or {}
+        if any(key not in ("hidden_states", "_hidden_states_layers") for key in recording):
+            return "attentions are asked for"
+    return check_hooks({name: attn}, but_forward=True)
