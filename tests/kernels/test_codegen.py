@@ -13,13 +13,18 @@ from fastvit_kernels.tuning import codegen
 pytestmark = [pytest.mark.codegen, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
+def run(*command: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, check=True, stdout=subprocess.PIPE
+    ).stdout.decode()
+
+
 @pytest.fixture(scope="module", params=codegen.op_names())
 def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What the command writes for one operation. It runs apart, as nothing compiles under the interpreter."""
     folder: Path = tmp_path_factory.mktemp("codegen")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fastvit_kernels.tuning.codegen", "--output", str(folder), "--ops", request.param]
-    subprocess.run(command, env=environment, check=True)
+    run("-m", "fastvit_kernels.tuning.codegen", "--output", str(folder), "--ops", request.param)
     return json.loads((folder / f"{request.param}.json").read_text())["kernels"]
 
 
@@ -40,3 +45,13 @@ def test_shared_memory_fits(kernels: list[dict]) -> None:
 def test_matrix_kernels_use_wgmma_on_hopper(kernels: list[dict]) -> None:
     matrix = [k for k in kernels if k["target"] == "sm_90" and k["is_matrix_kernel"]]
     assert not [k for k in matrix if k["matrix_instructions"] == 0]
+
+
+def test_matrix_instructions_and_spills_are_seen() -> None:
+    read = json.loads(run(str(Path(__file__).with_name("codegen_probe.py"))))
+    for target in codegen.TARGETS:
+        assert read[target]["matrix_instructions"] > 0
+        assert read[target]["spill_stores"] == read[target]["stack_bytes"] == 0
+    starved = read["few registers"]
+    assert starved["registers"] <= 48
+    assert min(starved["stack_bytes"], starved["spill_stores"], starved["spill_loads"]) > 0

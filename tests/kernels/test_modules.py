@@ -156,6 +156,15 @@ def test_every_parameter_gets_a_gradient() -> None:
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
 
 
+@pytest.mark.usefixtures("implementation")
+def test_block_compiles_without_graph_break(device: torch.device) -> None:
+    block = randomise(FusedBlock(8, 2, 20, layer_scale=0.1)).to(device)
+    x = torch.randn(2, 5, 8, device=device, requires_grad=True)
+    result = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(result, block(x))
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (result, block(x))))
+
+
 def test_cross_entropy_kinds() -> None:
     logits, labels, labels_b = torch.randn(4, 5), torch.randint(0, 5, (4,)), torch.randint(0, 5, (4,))
     share = torch.rand(4)

@@ -94,7 +94,6 @@ def compile_case(op: str, index: int, target: str) -> list[Compiled]:
     with dispatch.compiling_for(TARGETS[target].gpu), launches_compiled(TARGETS[target].compiler) as kernels:
         case.launch()
     for kernel in kernels:
-        read = read_amd if target.startswith("gfx") else read_nvidia
         name = kernel.metadata.name
         results.append(
             Compiled(
@@ -156,6 +155,11 @@ def launches_compiled(target: GPUTarget) -> Iterator[list[Any]]:
         driver._active = active
 
 
+def read(kernel: Any, target: str) -> dict[str, int]:
+    """What the machine code of a compiled kernel says, by the names of `Compiled`."""
+    return read_amd(kernel) if target.startswith("gfx") else read_nvidia(kernel, target)
+
+
 def read_nvidia(kernel: Any, target: str) -> dict[str, int]:
     sass = disassemble(kernel.asm["cubin"])
     if target == "sm_100":
@@ -171,7 +175,7 @@ def read_nvidia(kernel: Any, target: str) -> dict[str, int]:
     }
 
 
-def read_amd(kernel: Any, target: str) -> dict[str, int]:
+def read_amd(kernel: Any) -> dict[str, int]:
     assembly = kernel.asm["amdgcn"]
     return {
         "registers": number(r"\.vgpr_count:\s*(\d+)", assembly),
@@ -200,7 +204,7 @@ def number(pattern: str, text: str) -> int:
 
 
 def markdown(results: Sequence[Compiled]) -> str:
-    columns = [field.name for field in fields(Compiled)]
+    columns = [field.name for field in fields(Compiled) if field.name != "op"]
     lines = [
         "# What the compiler made of each kernel",
         "",
@@ -210,7 +214,7 @@ def markdown(results: Sequence[Compiled]) -> str:
         "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
         "|" + "---|" * len(columns),
     ]
-    lines += ["| " + " | ".join(str(value) for value in asdict(result).values()) + " |" for result in results]
+    lines += ["| " + " | ".join(str(getattr(result, column)) for column in columns) + " |" for result in results]
     return "\n".join(lines) + "\n"
 
 
