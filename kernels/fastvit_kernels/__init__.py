@@ -2,8 +2,9 @@
 
 from fastvit_kernels.attention import attention, attention_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
+from fastvit_kernels.dispatch import explain
 from fastvit_kernels.integrations import accelerate
-from fastvit_kernels.layer_norm import layer_norm
+from fastvit_kernels.layer_norm import add_layer_norm, layer_norm
 from fastvit_kernels.mlp import layer_norm_mlp
 from fastvit_kernels.modules import (
     FusedAttention,
@@ -23,9 +24,11 @@ __all__ = [
     "FusedLayerNormMLP",
     "FusedPatchEmbed",
     "accelerate",
+    "add_layer_norm",
     "attention",
     "attention_block",
     "cross_entropy",
+    "explain",
     "layer_norm",
     "layer_norm_mlp",
     "patch_embed",

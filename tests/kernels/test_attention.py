@@ -83,6 +83,7 @@ def test_dropout_removes_and_rescales_probabilities(device: torch.device) -> Non
     assert (out == 0).float().mean().item() == pytest.approx(0.25, abs=0.015)  # 5 standard deviations
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 128), (3, 5, 160), (1, 257, 160), (2, 33, 26)])
 @pytest.mark.parametrize("scaled", [False, True])
@@ -95,6 +96,7 @@ def test_block_matches_independent_formulation(
     assert_accurate(partial(attention_block, **BLOCK), plain_block, inputs, dtype, device)
 
 
+@pytest.mark.usefixtures("implementation")
 def test_block_with_non_contiguous_input(device: torch.device) -> None:
     inputs = block_inputs(3, 5, 32)
     inputs["x"] = torch.randn(5, 3, 32).transpose(0, 1)
@@ -102,6 +104,7 @@ def test_block_with_non_contiguous_input(device: torch.device) -> None:
     assert_accurate(partial(attention_block, **BLOCK), plain_block, inputs, torch.float32, device)
 
 
+@pytest.mark.usefixtures("implementation")
 def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
     inputs = {name: tensor.to(device) for name, tensor in block_inputs(4000, 2, 8).items()}
     x = inputs["x"]
@@ -112,6 +115,7 @@ def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
     assert kept.float().mean().item() == pytest.approx(0.8, abs=0.032)  # 5 standard deviations
 
 
+@pytest.mark.usefixtures("implementation")
 def test_dropout_acts_on_the_projected_output(device: torch.device) -> None:
     inputs = {name: tensor.to(device) for name, tensor in block_inputs(500, 5, 8).items()}
     x = inputs["x"]

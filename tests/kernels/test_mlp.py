@@ -46,6 +46,7 @@ def inputs(batch: int, tokens: int, width: int, hidden: int) -> dict[str, Tensor
     }
 
 
+@pytest.mark.usefixtures("implementation")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("shape", [(1, 1, 64, 256), (3, 5, 80, 100), (2, 257, 33, 65)])
@@ -67,6 +68,7 @@ def test_the_two_activations_differ(device: torch.device) -> None:
     assert 1e-6 < (erf - tanh).abs().max().item() < 1e-2
 
 
+@pytest.mark.usefixtures("implementation")
 def test_non_contiguous_input(device: torch.device) -> None:
     arguments = inputs(3, 5, 16, 40)
     arguments["x"] = torch.randn(5, 3, 16).transpose(0, 1)
@@ -74,6 +76,7 @@ def test_non_contiguous_input(device: torch.device) -> None:
     assert_accurate(partial(layer_norm_mlp, eps=EPS), plain_mlp, arguments, torch.float32, device)
 
 
+@pytest.mark.usefixtures("implementation")
 def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
     arguments = {name: tensor.to(device) for name, tensor in inputs(4000, 2, 8, 16).items()}
     x = arguments["x"]
@@ -84,6 +87,7 @@ def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
     assert kept.float().mean().item() == pytest.approx(0.8, abs=0.032)  # 5 standard deviations
 
 
+@pytest.mark.usefixtures("implementation")
 def test_dropout_acts_on_activations_and_output(device: torch.device) -> None:
     arguments = {name: tensor.to(device) for name, tensor in inputs(500, 5, 8, 8).items()}
     # an identity fc2: an output survives when its activation and it are both kept, scaled by 1 / 0.6 twice

@@ -35,7 +35,7 @@ def test_public_names() -> None:
     assert set(fastvit_kernels.__all__) == {
         *("attention", "attention_block", "cross_entropy", "layer_norm", "layer_norm_mlp", "patch_embed"),
         *("sigmoid_cross_entropy", "FusedAttention", "FusedBlock", "FusedCrossEntropy", "FusedLayerNorm"),
-        *("FusedLayerNormMLP", "FusedPatchEmbed", "accelerate"),
+        *("FusedLayerNormMLP", "FusedPatchEmbed", "accelerate", "add_layer_norm", "explain"),
     }
     assert all(callable(getattr(fastvit_kernels, name)) for name in fastvit_kernels.__all__)
 
@@ -154,6 +154,15 @@ def test_every_parameter_gets_a_gradient() -> None:
     for module in (FusedBlock(8, 2, 20, layer_scale=0.1), FusedLayerNormMLP(8, 20, layer_scale=0.1)):
         randomise(module)(torch.randn(2, 5, 8)).square().sum().backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
+
+
+@pytest.mark.usefixtures("implementation")
+def test_block_compiles_without_graph_break(device: torch.device) -> None:
+    block = randomise(FusedBlock(8, 2, 20, layer_scale=0.1)).to(device)
+    x = torch.randn(2, 5, 8, device=device, requires_grad=True)
+    result = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(result, block(x))
+    torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (result, block(x))))
 
 
 def test_cross_entropy_kinds() -> None:

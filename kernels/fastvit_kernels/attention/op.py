@@ -1,7 +1,11 @@
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit_kernels.attention import reference
 from fastvit_kernels.checks import check_floating, check_parameter, check_rate, check_tokens
+from fastvit_kernels.dispatch import uses_triton
+from fastvit_kernels.layer_norm import layer_norm
+from fastvit_kernels.residual import add_branch
 
 
 def attention(qkv: Tensor, *, dropout: float = 0.0) -> Tensor:
@@ -63,6 +67,11 @@ def attention_block(
         check_parameter("layer_scale", layer_scale, [width], like=x, fp32_allowed=True)
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
+    if uses_triton(x):
+        qkv = F.linear(layer_norm(x, norm_weight, norm_bias, eps=eps), qkv_weight, qkv_bias)  # [B, N, 3*D]
+        mixed = attention(qkv.unflatten(-1, (3, heads, -1)))  # [B, N, D]
+        branch = F.linear(mixed, proj_weight, proj_bias)  # [B, N, D]
+        return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
     return reference.attention_block(
         x,
         norm_weight,

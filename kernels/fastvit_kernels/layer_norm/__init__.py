@@ -1,3 +1,3 @@
-from fastvit_kernels.layer_norm.op import layer_norm
+from fastvit_kernels.layer_norm.op import add_layer_norm, layer_norm
 
-__all__ = ["layer_norm"]
+__all__ = ["add_layer_norm", "layer_norm"]

@@ -1,7 +1,18 @@
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from fastvit_kernels.checks import check_floating, check_parameter
+from fastvit_kernels.checks import check_device, check_floating, check_parameter, check_rate
+from fastvit_kernels.dispatch import HAS_TRITON, gpu, uses_triton
 from fastvit_kernels.layer_norm import reference
+from fastvit_kernels.registration import register_gradient, register_op
+from fastvit_kernels.residual import draw_path_scale
+
+if HAS_TRITON:
+    import triton
+
+    from fastvit_kernels.layer_norm import kernels
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
@@ -12,11 +23,265 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) ->
         weight, bias: [D], the dtype of x or float32.
         eps: added to the variance; 1e-6 in Vision Transformers.
 
-    Returns [..., D] in the dtype of x. Raises ValueError for a wrong shape or device, TypeError for a wrong dtype.
+    Returns [..., D] in the dtype of x, under autocast too. Raises ValueError for a wrong shape or device, TypeError for
+    a wrong dtype.
     """
     check_floating("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have a last dimension to normalise, got shape {list(x.shape)}")
     check_parameter("weight", weight, x.shape[-1:], like=x, fp32_allowed=True)
     check_parameter("bias", bias, x.shape[-1:], like=x, fp32_allowed=True)
+    if uses_triton(x):
+        return layer_norm_op(x, None, None, None, weight, bias, eps)[1]
     return reference.layer_norm(x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    layer_scale: Tensor | None = None,
+    drop_path: float = 0.0,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """The end of one residual half-block and the start of the next: y = x + drop_path(layer_scale * branch), norm(y).
+
+    Args:
+        x: [B, ..., D], any floating dtype: the residual stream.
+        branch: the shape of x; the dtype of x, or any floating dtype where x is float32.
+        weight, bias: [D] of the normalisation, the dtype of x or float32.
+        layer_scale: [D], the dtype of x or float32; None leaves it out.
+        drop_path: rate at which a sample's whole branch is dropped; kept branches are scaled by 1 / (1 - drop_path).
+            Active whenever above 0.
+        eps: added to the variance.
+
+    Returns (y, norm(y)), each the shape and dtype of x, under autocast too. Raises ValueError for a wrong shape, device
+    or rate and TypeError for a wrong dtype.
+    """
+    check_floating("x", x)
+    if x.ndim < 2 or x.shape[-1] == 0:
+        raise ValueError(f"x must have shape [B, ..., D], got {list(x.shape)}")
+    check_floating("branch", branch)
+    if branch.shape != x.shape:
+        raise ValueError(f"branch must have the shape of x, {list(x.shape)}, got {list(branch.shape)}")
+    if branch.dtype != x.dtype and x.dtype != torch.float32:
+        raise TypeError(f"branch must be {x.dtype} like x, got {branch.dtype}")
+    check_device("branch", branch, like=x)
+    check_parameter("weight", weight, x.shape[-1:], like=x, fp32_allowed=True)
+    check_parameter("bias", bias, x.shape[-1:], like=x, fp32_allowed=True)
+    if layer_scale is not None:
+        check_parameter("layer_scale", layer_scale, x.shape[-1:], like=x, fp32_allowed=True)
+    check_rate("drop_path", drop_path)
+    path_scale = draw_path_scale(branch, drop_path)
+    if uses_triton(x):
+        return layer_norm_op(x, branch, layer_scale, path_scale, weight, bias, eps)[:2]
+    return reference.add_layer_norm(x, branch, weight, bias, layer_scale, path_scale, eps)
+
+
+# One operator does both: without a branch nothing is added, and the sum y, which would be x itself, is empty. Operators
+# cannot return None or an alias, so every output that does not exist or would repeat another is an empty tensor.
+
+
+def launch_forward(
+    x: Tensor,
+    branch: Tensor | None,
+    layer_scale: Tensor | None,
+    path_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, normed, mean, rstd = fake_forward(x, branch, layer_scale, path_scale, weight, bias, eps)
+    x_rows, branch_rows = as_rows(x), None if branch is None else as_rows(branch)
+    rows, width = x_rows.shape
+    block_m, block_n, num_warps = tile(width, num_warps=4, elements_a_thread=16)
+    kernels.layer_norm_fwd_kernel[triton.cdiv(rows, block_m),](
+        x_rows,
+        branch_rows,
+        None if layer_scale is None else layer_scale.contiguous(),
+        path_scale,
+        weight.contiguous(),
+        bias.contiguous(),
+        None if branch is None else y,
+        normed,
+        mean,
+        rstd,
+        rows,
+        width,
+        0 if path_scale is None else rows // len(path_scale),
+        x_rows.stride(0),
+        0 if branch_rows is None else branch_rows.stride(0),
+        eps,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+    )
+    return y, normed, mean, rstd
+
+
+def fake_forward(
+    x: Tensor,
+    branch: Tensor | None,
+    layer_scale: Tensor | None,
+    path_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = x.new_empty(0 if branch is None else x.shape)
+    normed = x.new_empty(x.shape)
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    return y, normed, mean, rstd
+
+
+def launch_backward(
+    grad_y: Tensor | None,
+    grad_normed: Tensor,
+    y: Tensor,
+    branch: Tensor | None,
+    branch_dtype: torch.dtype,
+    layer_scale: Tensor | None,
+    path_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = fake_backward(
+        grad_y, grad_normed, y, branch, branch_dtype, layer_scale, path_scale, weight, bias, mean, rstd
+    )
+    grad_x, grad_branch, grad_layer_scale, grad_weight, grad_bias = gradients
+    grad_y_rows, grad_normed_rows = None if grad_y is None else as_rows(grad_y), as_rows(grad_normed)
+    y_rows, branch_rows = as_rows(y), None if branch is None else as_rows(branch)
+    rows, width = y_rows.shape
+    # two programs fit on a multiprocessor while a thread needs at most 128 registers
+    block_m, block_n, num_warps = tile(width, num_warps=8, elements_a_thread=16 if layer_scale is None else 8)
+    programs = min(2 * gpu(y.device).multiprocessors, triton.cdiv(rows, block_m))
+    partial = y.new_empty(2 if layer_scale is None else 3, programs, width, dtype=torch.float32)
+    kernels.layer_norm_bwd_kernel[programs,](
+        grad_y_rows,
+        grad_normed_rows,
+        y_rows,
+        branch_rows,
+        None if layer_scale is None else layer_scale.contiguous(),
+        path_scale,
+        weight.contiguous(),
+        mean,
+        rstd,
+        grad_x,
+        grad_branch if grad_branch.shape == y.shape else None,
+        partial,
+        rows,
+        width,
+        0 if path_scale is None else rows // len(path_scale),
+        0 if grad_y_rows is None else grad_y_rows.stride(0),
+        grad_normed_rows.stride(0),
+        y_rows.stride(0),
+        0 if branch_rows is None else branch_rows.stride(0),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        STAGES=2 if block_n <= 4096 else 1,  # rows of the next tile are fetched while this one is computed
+        num_warps=num_warps,
+    )
+    kernels.column_sum_kernel[triton.cdiv(width, 32), len(partial)](
+        partial,
+        grad_weight,
+        grad_bias,
+        None if layer_scale is None else grad_layer_scale,
+        programs,
+        width,
+        BLOCK_M=64,
+        BLOCK_N=32,
+        num_warps=4,
+    )
+    return gradients
+
+
+def fake_backward(
+    grad_y: Tensor | None,
+    grad_normed: Tensor,
+    y: Tensor,
+    branch: Tensor | None,
+    branch_dtype: torch.dtype,
+    layer_scale: Tensor | None,
+    path_scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_x = y.new_empty(y.shape)
+    repeats_grad_x = layer_scale is None and path_scale is None and branch_dtype == y.dtype
+    grad_branch = y.new_empty(0 if repeats_grad_x else y.shape, dtype=branch_dtype)
+    grad_layer_scale = y.new_empty(0) if layer_scale is None else layer_scale.new_empty(layer_scale.shape)
+    return grad_x, grad_branch, grad_layer_scale, weight.new_empty(weight.shape), bias.new_empty(bias.shape)
+
+
+def as_rows(tensor: Tensor) -> Tensor:
+    """[..., D] as [rows, D] with adjacent columns: a view where strides allow it, else a copy."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def tile(width: int, num_warps: int, elements_a_thread: int) -> tuple[int, int, int]:
+    """BLOCK_M, BLOCK_N and warps of 32 threads for whole rows: as many as the warps take, or more warps for one row."""
+    block_n = triton.next_power_of_2(width)
+    block_m = max(1, 32 * num_warps * elements_a_thread // block_n)
+    return block_m, block_n, max(num_warps, min(16, block_n // (32 * elements_a_thread)))
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, branch, layer_scale, path_scale, weight, bias, _ = inputs
+    y, _, mean, rstd = output
+    ctx.has_branch = branch is not None
+    ctx.branch_dtype = x.dtype if branch is None else branch.dtype
+    ctx.save_for_backward(
+        x if branch is None else y,
+        None if layer_scale is None else branch,  # only the gradient of layer_scale needs it
+        layer_scale,
+        path_scale,
+        weight,
+        bias,  # for its dtype
+        mean,
+        rstd,
+    )
+    ctx.mark_non_differentiable(*((y, mean, rstd) if branch is None else (mean, rstd)))
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx: Any, grad_y: Tensor | None, grad_normed: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    y, branch, layer_scale, path_scale, weight, bias, mean, rstd = ctx.saved_tensors
+    if grad_normed is None:  # only y was used
+        grad_normed = torch.zeros_like(y)
+    grad_x, grad_branch, grad_layer_scale, grad_weight, grad_bias = layer_norm_backward_op(
+        grad_y, grad_normed, y, branch, ctx.branch_dtype, layer_scale, path_scale, weight, bias, mean, rstd
+    )
+    if grad_branch.shape != y.shape:
+        grad_branch = grad_x
+    return (
+        grad_x,
+        grad_branch if ctx.has_branch else None,
+        None if layer_scale is None else grad_layer_scale,
+        None,
+        grad_weight,
+        grad_bias,
+        None,
+    )
+
+
+layer_norm_op = register_op(
+    "layer_norm(Tensor x, Tensor? branch, Tensor? layer_scale, Tensor? path_scale, Tensor weight, Tensor bias,"
+    " float eps) -> (Tensor y, Tensor normed, Tensor mean, Tensor rstd)",
+    launch_forward,
+    fake_forward,
+)
+layer_norm_backward_op = register_op(
+    "layer_norm_backward(Tensor? grad_y, Tensor grad_normed, Tensor y, Tensor? branch, ScalarType branch_dtype,"
+    " Tensor? layer_scale, Tensor? path_scale, Tensor weight, Tensor bias, Tensor mean, Tensor rstd)"
+    " -> (Tensor grad_x, Tensor grad_branch, Tensor grad_layer_scale, Tensor grad_weight, Tensor grad_bias)",
+    launch_backward,
+    fake_backward,
+)
+register_gradient(layer_norm_op, layer_norm_backward_op, setup_context, backward)

@@ -3,7 +3,10 @@ from typing import Literal, get_args
 from torch import Tensor
 
 from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
+from fastvit_kernels.dispatch import uses_triton
+from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.mlp import reference
+from fastvit_kernels.residual import add_branch
 
 Activation = Literal["gelu", "gelu_tanh"]
 
@@ -52,6 +55,10 @@ def layer_norm_mlp(
         raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
+    if uses_triton(x):
+        normed = layer_norm(x, norm_weight, norm_bias, eps=eps)  # [B, N, D]
+        branch = reference.mlp(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, dropout)
+        return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
     return reference.layer_norm_mlp(
         x,
         norm_weight,

@@ -23,9 +23,21 @@ def layer_norm_mlp(
     dropout: float,
     drop_path: float,
 ) -> Tensor:
-    hidden = F.linear(layer_norm(x, norm_weight, norm_bias, eps), fc1_weight, fc1_bias)  # [B, N, M]
-    hidden = F.gelu(hidden, approximate=GELU_FORM[activation])
+    normed = layer_norm(x, norm_weight, norm_bias, eps)  # [B, N, D]
+    branch = mlp(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, dropout)  # [B, N, D]
+    return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
+
+
+def mlp(
+    normed: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: str,
+    dropout: float,
+) -> Tensor:
+    hidden = F.gelu(F.linear(normed, fc1_weight, fc1_bias), approximate=GELU_FORM[activation])  # [B, N, M]
     if dropout > 0:
         hidden = F.dropout(hidden, dropout)
-    branch = F.linear(hidden, fc2_weight, fc2_bias)  # [B, N, D]
-    return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
+    return F.linear(hidden, fc2_weight, fc2_bias)

@@ -1,0 +1,118 @@
+"""Which implementation of an operation runs, Triton or plain PyTorch, and why.
+
+`FASTVIT_KERNELS=auto|triton|reference` is read once, at import. `auto`, the default, runs Triton kernels on CUDA and
+ROCm tensors of float32, bfloat16 or float16, and plain PyTorch on all others. `triton` and `reference` are never
+replaced by the other: what they cannot run is an error.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+CHOICES = ("auto", "triton", "reference")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # kernels compute in float32, so not float64
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton's interpreter runs kernels on the CPU, for tests. Triton reads the variable when it is imported.
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+
+choice = os.environ.get("FASTVIT_KERNELS", "auto")
+if choice not in CHOICES:
+    raise ValueError(f"FASTVIT_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether an operation on this tensor runs its Triton kernel; RuntimeError if that was asked for and cannot be."""
+    if choice == "reference":
+        return False
+    runs = HAS_TRITON and tensor.dtype in KERNEL_DTYPES and (tensor.is_cuda or (INTERPRETED and choice == "triton"))
+    if choice == "triton" and not runs:
+        raise RuntimeError(_refusal(tensor))
+    return runs
+
+
+@contextmanager
+def using(implementation: str) -> Iterator[None]:
+    """Runs what is inside with another choice than the environment's: "auto", "triton" or "reference"."""
+    global choice
+    if implementation not in CHOICES:
+        raise ValueError(f"implementation must be one of {', '.join(CHOICES)}, got {implementation!r}")
+    before, choice = choice, implementation
+    try:
+        yield
+    finally:
+        choice = before
+
+
+def explain() -> str:
+    """What runs on this machine for each operation, and why, as text to print."""
+    if choice == "reference":
+        gpu = cpu = "reference (asked for)"
+    elif not HAS_TRITON:
+        gpu = cpu = "reference (triton is not installed)" if choice == "auto" else "error (triton is not installed)"
+    elif choice == "triton":
+        gpu, cpu = "triton", "triton, interpreted" if INTERPRETED else "error (Triton needs a GPU)"
+    else:
+        gpu, cpu = "triton", "reference"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    lines = [
+        f"FASTVIT_KERNELS={choice}, GPU: {device}",
+        f"{'operation':<16}{'on a GPU':<40}on the CPU",
+    ]
+    for folder in sorted(path.parent for path in Path(__file__).parent.glob("*/reference.py")):
+        own = ("no Triton kernel: reference",) * 2
+        lines.append("{:<16}{:<40}{}".format(folder.name, *((gpu, cpu) if (folder / "kernels.py").exists() else own)))
+    lines.append("float64 runs the reference unless triton is asked for, which is an error.")
+    return "\n".join(lines)
+
+
+class Gpu(NamedTuple):
+    """What launch parameters may depend on."""
+
+    arch: str  # "sm_90", "gfx942", or "interpreter"
+    multiprocessors: int  # compute units on AMD
+
+
+_compiling_for: Gpu | None = None
+
+
+def gpu(device: torch.device) -> Gpu:
+    """The GPU that a launch on this device is for."""
+    return _compiling_for or _properties(device)
+
+
+@contextmanager
+def compiling_for(target: Gpu) -> Iterator[None]:
+    """Makes launches inside be for a GPU that this machine need not have, see `tuning.codegen`."""
+    global _compiling_for
+    _compiling_for = target
+    try:
+        yield
+    finally:
+        _compiling_for = None
+
+
+@lru_cache
+def _properties(device: torch.device) -> Gpu:
+    if device.type != "cuda":
+        return Gpu("interpreter", 2)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Gpu(properties.gcnArchName.partition(":")[0], properties.multi_processor_count)
+    return Gpu(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+def _refusal(tensor: Tensor) -> str:
+    if not HAS_TRITON:
+        reason = "triton is not installed"
+    elif tensor.dtype not in KERNEL_DTYPES:
+        reason = f"the kernels take float32, bfloat16 and float16, not {tensor.dtype}"
+    else:
+        reason = f"Triton runs on a GPU, not on {tensor.device}, unless TRITON_INTERPRET=1 is set before Python starts"
+    return f"FASTVIT_KERNELS=triton was asked for, but {reason}"

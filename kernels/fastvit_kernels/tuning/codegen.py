@@ -1,0 +1,250 @@
+"""What the compiler makes of every kernel at its production shapes, found without a GPU.
+
+    python -m fastvit_kernels.tuning.codegen --output benchmarks/results/codegen
+
+Each operation lists its cases in a `codegen.py` beside its kernels. A case calls the same launch functions as training
+does, on meta tensors; here the launches are compiled for each target instead of run, and registers, spills, shared
+memory and matrix instructions are read from the machine code. So what is compiled is what training would launch. It
+says nothing about speed.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fastvit_kernels import dispatch
+
+PACKAGE = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for, with the shared memory (LDS on AMD) that one program may use, in bytes."""
+
+    gpu: dispatch.Gpu
+    compiler: GPUTarget
+    shared_limit: int
+
+
+TARGETS = {
+    "sm_80": Target(dispatch.Gpu("sm_80", 108), GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": Target(dispatch.Gpu("sm_90", 132), GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": Target(dispatch.Gpu("sm_100", 148), GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": Target(dispatch.Gpu("gfx942", 304), GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Launches to compile: `launch()` calls the launch functions of an operation on meta tensors."""
+
+    name: str
+    launch: Callable[[], object]
+    matrix_kernels: tuple[str, ...] = ()  # kernels that must use the matrix instructions of the target
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as compiled for one target. Counts of instructions are static: a loop body counts once."""
+
+    op: str
+    case: str
+    kernel: str
+    target: str
+    warps: int
+    registers: int  # a thread
+    stack_bytes: int  # a thread; above 0 means spills, or an array that is indexed at run time
+    spill_stores: int
+    spill_loads: int
+    shared_bytes: int  # a program
+    matrix_instructions: int  # HMMA on sm_80, HGMMA on sm_90, tcgen05 on sm_100, MFMA on gfx942
+    is_matrix_kernel: bool
+
+
+def op_names() -> list[str]:
+    """The operations that have cases."""
+    return sorted(path.parent.name for path in PACKAGE.glob("*/codegen.py") if path.parent.name != "tuning")
+
+
+def cases(op: str) -> list[Case]:
+    return list(importlib.import_module(f"fastvit_kernels.{op}.codegen").cases())
+
+
+def compile_case(op: str, index: int, target: str) -> list[Compiled]:
+    """Every kernel that one case launches, as compiled for one target."""
+    case, results = cases(op)[index], []
+    with dispatch.compiling_for(TARGETS[target].gpu), launches_compiled(TARGETS[target].compiler) as kernels:
+        case.launch()
+    for kernel in kernels:
+        name = kernel.metadata.name
+        results.append(
+            Compiled(
+                op,
+                case.name,
+                name,
+                target,
+                kernel.metadata.num_warps,
+                shared_bytes=kernel.metadata.shared,
+                is_matrix_kernel=name in case.matrix_kernels,
+                **read(kernel, target),
+            )
+        )
+    if missing := set(case.matrix_kernels) - {result.kernel for result in results}:
+        raise ValueError(f"case {case.name!r} of {op} does not launch {', '.join(sorted(missing))}")
+    return results
+
+
+def compile_all(ops: Sequence[str], targets: Sequence[str], jobs: int) -> list[Compiled]:
+    """All cases of these operations for these targets, in `jobs` processes."""
+    work = [(op, index, target) for op in ops for index in range(len(cases(op))) for target in targets]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
+        return [result for results in pool.map(compile_case, *zip(*work, strict=True)) for result in results]
+
+
+class OfflineDriver:
+    """Tells Triton that this target is the current device, which is all it asks before it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"{self.target.backend}:{self.target.arch}"  # a key: Triton keeps compiled kernels by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+
+@contextmanager
+def launches_compiled(target: GPUTarget) -> Iterator[list[Any]]:
+    """Inside, a kernel launch compiles for `target`, runs nothing, and appends the compiled kernel to the list."""
+    if knobs.runtime.interpret:
+        raise RuntimeError("kernels cannot be compiled while TRITON_INTERPRET=1 is set")
+    compiled: list[Any] = []
+    run, active = JITFunction.run, driver._active
+
+    def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
+
+    JITFunction.run = compile_only
+    driver.set_active(OfflineDriver(target))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = active
+
+
+def read(kernel: Any, target: str) -> dict[str, int]:
+    """What the machine code of a compiled kernel says, by the names of `Compiled`."""
+    return read_amd(kernel) if target.startswith("gfx") else read_nvidia(kernel, target)
+
+
+def read_nvidia(kernel: Any, target: str) -> dict[str, int]:
+    sass = disassemble(kernel.asm["cubin"])
+    if target == "sm_100":
+        matrix_instructions = len(re.findall(r"tcgen05\.mma", kernel.asm["ptx"]))
+    else:
+        matrix_instructions = len(re.findall(r"\bHGMMA\b" if target == "sm_90" else r"\bHMMA\b", sass))
+    return {
+        "registers": number(r"REG:(\d+)", sass),
+        "stack_bytes": number(r"STACK:(\d+)", sass),
+        "spill_stores": len(re.findall(r"\bSTL\b", sass)),  # stores to local memory, where spilled registers live
+        "spill_loads": len(re.findall(r"\bLDL\b", sass)),
+        "matrix_instructions": matrix_instructions,
+    }
+
+
+def read_amd(kernel: Any) -> dict[str, int]:
+    assembly = kernel.asm["amdgcn"]
+    return {
+        "registers": number(r"\.vgpr_count:\s*(\d+)", assembly),
+        "stack_bytes": number(r"\.private_segment_fixed_size:\s*(\d+)", assembly),
+        "spill_stores": len(re.findall(r"\bscratch_store", assembly)),
+        "spill_loads": len(re.findall(r"\bscratch_load", assembly)),
+        "matrix_instructions": len(re.findall(r"\bv_mfma", assembly)),
+    }
+
+
+@lru_cache  # the disassembler takes 0.2 s, and cases often share a kernel
+def disassemble(cubin: bytes) -> str:
+    """Resource usage and machine code as text, by the cuobjdump that Triton ships."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern} in what the compiler wrote")
+    return int(match[1])
+
+
+def markdown(results: Sequence[Compiled]) -> str:
+    columns = [field.name for field in fields(Compiled) if field.name != "op"]
+    lines = [
+        "# What the compiler made of each kernel",
+        "",
+        f"Triton {triton.__version__}, compiled without a GPU by `python -m fastvit_kernels.tuning.codegen`."
+        " Instructions are counted statically. No speed follows from these figures.",
+        "",
+        "| " + " | ".join(column.replace("_", " ") for column in columns) + " |",
+        "|" + "---|" * len(columns),
+    ]
+    lines += ["| " + " | ".join(str(getattr(result, column)) for column in columns) + " |" for result in results]
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastvit_kernels.tuning.codegen",
+        description="Compile every kernel for GPUs this machine need not have, and tabulate registers, spills, shared "
+        "memory and matrix instructions.",
+    )
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/codegen"), help="folder to write to")
+    parser.add_argument("--ops", nargs="+", default=op_names(), choices=op_names(), help="operations, default all")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS, help="default all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, default one a core")
+    arguments = parser.parse_args()
+    results = compile_all(arguments.ops, arguments.targets, arguments.jobs)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for op in arguments.ops:
+        own = [result for result in results if result.op == op]
+        write(arguments.output / f"{op}.md", markdown(own))
+        content = {"triton": triton.__version__, "kernels": [asdict(result) for result in own]}
+        write(arguments.output / f"{op}.json", json.dumps(content, indent=1) + "\n")
+        spilling = sum(result.spill_stores + result.spill_loads > 0 for result in own)
+        print(f"{op}: {len(own)} kernels compiled, {spilling} spill: {arguments.output / op}.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Every kernel compiles for every target at its production shapes, within the limits of the chips. Needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastvit_kernels.tuning import codegen
+
+pytestmark = [pytest.mark.codegen, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def run(*command: str) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command], env=environment, check=True, stdout=subprocess.PIPE
+    ).stdout.decode()
+
+
+@pytest.fixture(scope="module", params=codegen.op_names())
+def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    """What the command writes for one operation. It runs apart, as nothing compiles under the interpreter."""
+    folder: Path = tmp_path_factory.mktemp("codegen")
+    run("-m", "fastvit_kernels.tuning.codegen", "--output", str(folder), "--ops", request.param)
+    return json.loads((folder / f"{request.param}.json").read_text())["kernels"]
+
+
+def test_every_target_is_compiled(kernels: list[dict]) -> None:
+    assert {kernel["target"] for kernel in kernels} == set(codegen.TARGETS)
+    assert all(kernel["registers"] > 0 for kernel in kernels)
+
+
+def test_nothing_spills_on_hopper(kernels: list[dict]) -> None:
+    spilling = [k for k in kernels if k["target"] == "sm_90" and k["spill_stores"] + k["spill_loads"] > 0]
+    assert not spilling
+
+
+def test_shared_memory_fits(kernels: list[dict]) -> None:
+    assert not [k for k in kernels if k["shared_bytes"] > codegen.TARGETS[k["target"]].shared_limit]
+
+
+def test_matrix_kernels_use_wgmma_on_hopper(kernels: list[dict]) -> None:
+    matrix = [k for k in kernels if k["target"] == "sm_90" and k["is_matrix_kernel"]]
+    assert not [k for k in matrix if k["matrix_instructions"] == 0]
+
+
+def test_matrix_instructions_and_spills_are_seen() -> None:
+    read = json.loads(run(str(Path(__file__).with_name("codegen_probe.py"))))
+    for target in codegen.TARGETS:
+        assert read[target]["matrix_instructions"] > 0
+        assert read[target]["spill_stores"] == read[target]["stack_bytes"] == 0
+    starved = read["few registers"]
+    assert starved["registers"] <= 48
+    assert min(starved["stack_bytes"], starved["spill_stores"], starved["spill_loads"]) > 0
