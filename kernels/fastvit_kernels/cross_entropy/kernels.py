@@ -106,8 +106,8 @@ def sigmoid_fwd_kernel(
             label_smoothing, first, second, SOFT,
         )  # fmt: skip
         # softplus(x) - t x is (max(x, 0) - t x) + log(1 + e) with e = exp(-|x|), as its terms may be large. Most e are
-        # tiny, where a logarithm is inaccurate but not 2 artanh(e / (2 + e)), which is the same. Its series is cut below
-        # float32 rounding, the argument being at most 1/3
+        # tiny, where a logarithm is inaccurate but 2 artanh(e / (2 + e)), which is the same, is not. Its series ends
+        # below float32 rounding, the argument being at most 1/3
         small = tl.exp(-tl.abs(logits))
         ratio = small / (2.0 + small)
         square = ratio * ratio

@@ -149,8 +149,8 @@ def triton_losses(
         and logits.dtype != torch.float16
         and not torch.compiler.is_compiling()
     )
-    labels, labels_b, mix_weight = (None if t is None else t.detach() for t in (labels, labels_b, mix_weight))
-    return cross_entropy_op(logits, labels, labels_b, mix_weight, label_smoothing, z_loss, sigmoid, with_gradient)[0]
+    pair = (None if tensor is None else tensor.detach() for tensor in (labels_b, mix_weight))
+    return cross_entropy_op(logits, labels.detach(), *pair, label_smoothing, z_loss, sigmoid, with_gradient)[0]
 
 
 def launch_forward(
