@@ -307,6 +307,15 @@ def test_backward_writes_only_rows_that_are_not_of_a_mean(
     torch.testing.assert_close(anew[1], 4 * of_mean[1])
 
 
+def test_gradient_of_a_mean_is_known_by_equality(device: torch.device) -> None:
+    for batch in (*range(1, 70), 100, 1000, 1024, 12345):
+        losses = torch.zeros(batch, device=device, requires_grad=True)
+        weights = torch.ones(batch, device=device)
+        for mean in (losses.mean(), (losses * weights).mean()):
+            upstream = torch.autograd.grad(mean, losses)[0]
+            assert torch.equal(upstream, torch.full_like(upstream, 1 / batch))  # as the kernels are given it
+
+
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_index_that_does_not_exist_gives_nan(implementation: str, sigmoid: bool, device: torch.device) -> None:
     if implementation == "reference":

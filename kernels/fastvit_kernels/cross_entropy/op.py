@@ -267,7 +267,7 @@ def write_gradient(
     z_loss: float,
     filled: bool,
 ) -> None:
-    """Writes the gradient [B, C] of the logits; where `filled`, only the rows that do not take part as in a mean."""
+    """Writes the gradient [B, C] of the logits; where `filled`, only rows whose incoming gradient is not 1 / B."""
     (batch, classes), block_n = logits.shape, column_block(logits.shape[1])
     rows, soft = rows_adjacent(logits), labels.ndim == 2
     labels, labels_b = rows_adjacent(labels), None if labels_b is None else rows_adjacent(labels_b)
