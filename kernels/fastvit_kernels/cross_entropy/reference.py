@@ -6,11 +6,17 @@ from torch import Tensor
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, labels_b: Tensor | None, mix_weight: Tensor | None, label_smoothing: float
+    logits: Tensor,
+    labels: Tensor,
+    labels_b: Tensor | None,
+    mix_weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
 ) -> Tensor:
     logits = widen(logits)
     target = targets(logits, labels, labels_b, mix_weight, label_smoothing)
-    return -(target * F.log_softmax(logits, dim=-1)).sum(dim=-1)  # [B]
+    losses = -(target * F.log_softmax(logits, dim=-1)).sum(dim=-1)  # [B]
+    return losses + z_loss * logits.logsumexp(dim=-1).square() if z_loss else losses
 
 
 def sigmoid_cross_entropy(

@@ -13,16 +13,29 @@ def patch_embed(
     bias: Tensor,
     pos_embed: Tensor | None,
     cls_token: Tensor | None,
+    register_tokens: Tensor | None,
+    keep_indices: Tensor | None,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
     if images.dtype == torch.uint8:
         images = normalise(images, mean, std)
+    batch, has_cls = images.shape[0], cls_token is not None
     patches = to_patches(images.to(weight.dtype), weight.shape[-1])
-    tokens = F.linear(patches, weight.flatten(1), bias)  # [B, N, D]
+    tokens = F.linear(keep(patches, keep_indices), weight.flatten(1), bias)  # [B, K, D]
+    if pos_embed is not None:
+        tokens = tokens + keep(pos_embed[:, has_cls:], keep_indices)
+    prefix = []
     if cls_token is not None:
-        tokens = torch.cat([cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)  # [B, 1 + N, D]
-    return tokens if pos_embed is None else tokens + pos_embed
+        prefix.append(cls_token if pos_embed is None else cls_token + pos_embed[:, :1])
+    if register_tokens is not None:
+        prefix.append(register_tokens)
+    return torch.cat([*(token.expand(batch, -1, -1) for token in prefix), tokens], dim=1) if prefix else tokens
+
+
+def keep(patches: Tensor, indices: Tensor | None) -> Tensor:
+    """The patches at these indices [B, K] of each image, all for None: [B or 1, N, *] -> [B, K, *]."""
+    return patches if indices is None else patches.take_along_dim(indices[:, :, None], dim=1)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -37,4 +50,4 @@ def to_patches(images: Tensor, patch: int) -> Tensor:
     """[B, 3, H, W] -> [B, N, 3*P*P]: patches row by row, the values of one in the order of a Conv2d weight."""
     batch, channels, height, width = images.shape
     grid = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
-    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * patch * patch)
+    return grid.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
