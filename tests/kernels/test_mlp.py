@@ -144,6 +144,15 @@ def test_layer_scale_of_zero_has_a_gradient(device: torch.device) -> None:
     assert_accurate(partial(layer_norm_mlp, eps=EPS), plain_mlp, arguments, torch.float32, device)
 
 
+def test_small_layer_scale_does_not_vanish_in_float16(device: torch.device) -> None:
+    """Its product with a weight would be below what float16 has; that with a gradient scaled for float16 is not."""
+    arguments = inputs(3, 5, 40, 72) | {"layer_scale": torch.full((40,), 1e-5)}
+    arguments["x"] = arguments["x"] / 16
+    ours = lambda **tensors: layer_norm_mlp(**tensors, eps=EPS) * 4096  # noqa: E731
+    plain = lambda **tensors: plain_mlp(**tensors) * 4096  # noqa: E731
+    assert_accurate(ours, plain, arguments, torch.float16, device)
+
+
 def run(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
     """Output and gradients."""
     y = layer_norm_mlp(**arguments, eps=EPS, **options)
@@ -155,13 +164,17 @@ def leaves(device: torch.device, dtype: torch.dtype, *shape: int) -> dict[str, T
     return {n: t.to(device, dtype).requires_grad_() for n, t in inputs(*shape, scaled=True).items()}
 
 
+@pytest.mark.parametrize("products", [(), config.PRODUCTS], ids=["cuBLAS", "triton products"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recomputation_changes_no_bit(dtype: torch.dtype, device: torch.device) -> None:
+def test_recomputation_changes_no_bit(
+    dtype: torch.dtype, products: tuple[config.Product, ...], device: torch.device
+) -> None:
     arguments = leaves(device, dtype, 3, 5, 40, 72)
-    kept = run(arguments, recompute="none")
-    for recompute in ("gelu", "all"):
-        again = run(arguments, recompute=recompute)
-        assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+    with config.triton_for(*products):
+        kept = run(arguments, recompute="none")
+        for recompute in ("gelu", "all"):
+            again = run(arguments, recompute=recompute)
+            assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
 @pytest.mark.parametrize(("recompute", "numbers"), [("none", 10), ("gelu", 6), ("all", 5)])
@@ -208,12 +221,16 @@ def test_autocast_computes_products_in_its_dtype(low: torch.dtype, device: torch
         assert torch.equal(layer_norm_mlp(**arguments, eps=EPS), arguments["x"])
 
 
-def test_backward_under_autocast_of_a_forward_without(device: torch.device) -> None:
+def test_backward_under_autocast_of_a_forward_without(implementation: str, device: torch.device) -> None:
+    if implementation == "reference":
+        pytest.skip("autocast reaches into the backward pass of plain PyTorch")
     arguments = leaves(device, torch.float32, 3, 5, 40, 72)
-    y = layer_norm_mlp(**arguments, eps=EPS)
-    with torch.autocast(device.type, torch.bfloat16):
-        gradients = torch.autograd.grad(y.square().sum(), list(arguments.values()))
-    assert all(g.dtype == torch.float32 for g in gradients)
+    gradients = []
+    for autocast in (False, True):
+        y = layer_norm_mlp(**arguments, eps=EPS)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            gradients.append(torch.autograd.grad(y, list(arguments.values()), torch.ones_like(y)))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def test_compiles_without_graph_break(device: torch.device) -> None:

@@ -70,7 +70,7 @@ def plain(rows: int, width: int, out: int) -> None:
 
 
 def layer_scale(rows: int, width: int, out: int) -> None:
-    _, partial_sums = products.branch_gradient(meta(rows, out), meta(64, dtype=FULL), rows // 64, HALF)
+    _, _, partial_sums = products.branch_gradient(meta(rows, out), meta(out), meta(64, dtype=FULL), rows // 64, HALF)
     column_sum = products.sum_partial(partial_sums, meta(out, dtype=FULL))
     products.layer_scale_gradients(meta(out, width), meta(out, width), meta(out), meta(out), column_sum)
 

@@ -224,8 +224,10 @@ def residual_fwd_kernel(
 def gradient_kernel(
     grad_ptr,  # [rows, width], rows `stride_grad` apart
     pre_ptr,  # [rows, width] or None
+    layer_scale_ptr,  # [width] or None
     path_scale_ptr,  # [samples] or None
     out_ptr,  # out [rows, width] or None: path_scale * grad * GELU'(pre); may be grad itself
+    scaled_ptr,  # out [rows, width] or None: layer_scale * out
     post_ptr,  # out [rows, width] or None: GELU(pre)
     partial_ptr,  # out [programs, width] float32: this program's share of the column sums of `out`
     rows,
@@ -240,6 +242,8 @@ def gradient_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = column < width
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if scaled_ptr is not None:
+        layer_scale = tl.load(layer_scale_ptr + column, mask=column_mask, other=0).to(tl.float32)[None, :]
     # each program always takes the same rows in the same order, so the sums are the same bits in every run
     for start in tl.range(program * BLOCK_M, rows, programs * BLOCK_M):
         row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -256,6 +260,8 @@ def gradient_kernel(
             value *= tl.load(path_scale_ptr + row // rows_per_sample, mask=row_mask, other=0)[:, None]
         if out_ptr is not None:
             tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
+        if scaled_ptr is not None:
+            tl.store(scaled_ptr + offset, (value * layer_scale).to(scaled_ptr.dtype.element_ty), mask=mask)
         total += value
     tl.store(partial_ptr + program * width + column, tl.sum(total, axis=0), mask=column_mask)
 

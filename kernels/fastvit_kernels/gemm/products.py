@@ -141,13 +141,24 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def branch_gradient(
-    grad: Tensor, path_scale: Tensor | None, rows_per_sample: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """path_scale * grad in `dtype`, `grad` itself where that is the same, and partial column sums for `sum_partial`."""
+    grad: Tensor, layer_scale: Tensor | None, path_scale: Tensor | None, rows_per_sample: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """G = path_scale * grad and layer_scale * G, both in `dtype`, and partial column sums of G for `sum_partial`.
+
+    What would equal another is that other: G may be `grad`.
+    """
     changes = path_scale is not None or grad.dtype != dtype
     out = grad.new_empty(grad.shape, dtype=dtype) if changes else grad
-    partial = scale_gradient(grad, out if changes else None, path_scale=path_scale, rows_per_sample=rows_per_sample)
-    return out, partial
+    scaled = None if layer_scale is None else grad.new_empty(grad.shape, dtype=dtype)
+    partial = scale_gradient(
+        grad,
+        out if changes else None,
+        scaled=scaled,
+        layer_scale=layer_scale,
+        path_scale=path_scale,
+        rows_per_sample=rows_per_sample,
+    )
+    return out, out if scaled is None else scaled, partial
 
 
 def scale_gradient(
@@ -156,11 +167,16 @@ def scale_gradient(
     *,
     pre: Tensor | None = None,
     post: Tensor | None = None,
+    scaled: Tensor | None = None,
+    layer_scale: Tensor | None = None,
     path_scale: Tensor | None = None,
     rows_per_sample: int = 0,
     tanh: bool = False,
 ) -> Tensor:
-    """Writes path_scale * grad * GELU'(pre) to `out` and GELU(pre) to `post`; returns partial column sums of `out`."""
+    """Writes path_scale * grad * GELU'(pre) to `out`, layer_scale times that to `scaled`, GELU(pre) to `post`.
+
+    Returns partial column sums of `out`.
+    """
     (rows, width), (block_m, block_n) = grad.shape, (32, 128)
     blocks_n = triton.cdiv(width, block_n)
     programs = min(triton.cdiv(rows, block_m), triton.cdiv(8 * gpu(grad.device).multiprocessors, blocks_n))
@@ -168,8 +184,10 @@ def scale_gradient(
     kernels.gradient_kernel[blocks_n, programs](
         grad,
         pre,
+        layer_scale,
         path_scale,
         out,
+        scaled,
         post,
         partial,
         rows,

@@ -178,12 +178,14 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     fc1_weight, fc2_weight, dtype = as_rows(fc1_weight), as_rows(fc2_weight), fc2_weight.dtype
     with no_autocast(x.device):
-        # LayerScale is applied to the weight, not to the gradient [T, D]: so without drop-path the gradient is used as
-        # it comes, and its product with `post` gives the gradient of LayerScale, for which fc2's output is not kept
-        grad, partial = products.branch_gradient(as_rows(grad_y), path_scale, x.shape[1], dtype)
-        scaled_weight = fc2_weight if layer_scale is None else fc2_weight * layer_scale.to(dtype)[:, None]
+        if layer_scale is not None:
+            layer_scale = layer_scale.contiguous()
+        # the weight gradient before LayerScale gives that of LayerScale too, for which fc2's output is not kept
+        grad, scaled_grad, partial = products.branch_gradient(
+            as_rows(grad_y), layer_scale, path_scale, x.shape[1], dtype
+        )
         grad_pre, grad_fc1_bias, recomputed = products.gelu_gradient(
-            grad, scaled_weight, pre, tanh, recompute=recompute != "none"
+            scaled_grad, fc2_weight, pre, tanh, recompute=recompute != "none"
         )
         grad_fc2_weight = products.weight_gradient(grad, post if recompute == "none" else recomputed)
         del recomputed  # [T, M]
@@ -197,7 +199,7 @@ def launch_backward(
                 grad_fc2_weight,
                 fc2_weight,
                 fc2_bias.contiguous(),
-                layer_scale.contiguous(),
+                layer_scale,
                 products.sum_partial(partial, x.new_empty(x.shape[-1], dtype=torch.float32)),
             )
         if recompute == "all":
