@@ -67,7 +67,7 @@ def explain() -> str:
     ]
     for folder in sorted(path.parent for path in Path(__file__).parent.glob("*/reference.py")):
         own = ("no Triton kernel: reference",) * 2
-        lines.append("{:<16}{:<40}{}".format(folder.name, *((gpu, cpu) if (folder / "kernels.py").exists() else own)))
+        lines.append("{:<16}{:<40}{}".format(folder.name, *((gpu, cpu) if (folder / "codegen.py").exists() else own)))
     lines.append("float64 runs the reference unless triton is asked for, which is an error.")
     return "\n".join(lines)
 

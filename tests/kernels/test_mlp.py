@@ -2,10 +2,17 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numerics import assert_accurate
 from torch import Tensor
 
-from fastvit_kernels import layer_norm_mlp
+from fastvit_kernels import FusedBlock, FusedLayerNormMLP, dispatch, explain, layer_norm_mlp
+from fastvit_kernels.gemm import config
+from fastvit_kernels.mlp import op
+from fastvit_kernels.residual import draw_path_scale
+
+pytestmark = pytest.mark.usefixtures("implementation")
 
 EPS = 1e-6
 
@@ -34,8 +41,8 @@ def plain_mlp(
     return x + (branch if layer_scale is None else branch * layer_scale)
 
 
-def inputs(batch: int, tokens: int, width: int, hidden: int) -> dict[str, Tensor]:
-    return {
+def inputs(batch: int, tokens: int, width: int, hidden: int, scaled: bool = False) -> dict[str, Tensor]:
+    tensors = {
         "x": torch.randn(batch, tokens, width),
         "norm_weight": 1 + 0.2 * torch.randn(width),
         "norm_bias": 0.1 * torch.randn(width),
@@ -44,31 +51,290 @@ def inputs(batch: int, tokens: int, width: int, hidden: int) -> dict[str, Tensor
         "fc2_weight": torch.randn(width, hidden) / hidden**0.5,
         "fc2_bias": 0.1 * torch.randn(width),
     }
+    return tensors | ({"layer_scale": 0.3 + 0.1 * torch.randn(width)} if scaled else {})
 
 
-@pytest.mark.usefixtures("implementation")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-@pytest.mark.parametrize("shape", [(1, 1, 64, 256), (3, 5, 80, 100), (2, 257, 33, 65)])
+@pytest.mark.parametrize("shape", [(1, 1, 64, 256), (3, 5, 80, 100), (2, 17, 33, 65)])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_matches_independent_formulation(
     shape: tuple[int, int, int, int], activation: str, scaled: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
-    arguments = inputs(*shape)
-    if scaled:
-        arguments["layer_scale"] = 0.1 + 0.05 * torch.randn(shape[2])
     ours = partial(layer_norm_mlp, eps=EPS, activation=activation)
-    assert_accurate(ours, partial(plain_mlp, activation=activation), arguments, dtype, device)
+    assert_accurate(ours, partial(plain_mlp, activation=activation), inputs(*shape, scaled=scaled), dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("product", config.PRODUCTS)
+def test_each_product_may_run_in_triton(product: config.Product, dtype: torch.dtype, device: torch.device) -> None:
+    with config.triton_for(product):
+        assert_accurate(partial(layer_norm_mlp, eps=EPS), plain_mlp, inputs(3, 5, 40, 72, scaled=True), dtype, device)
+
+
+@pytest.mark.parametrize("tokens", [197, 257])
+def test_tokens_of_vision_transformers(tokens: int, device: torch.device) -> None:
+    ours = partial(layer_norm_mlp, eps=EPS)
+    assert_accurate(ours, plain_mlp, inputs(3, tokens, 33, 65, scaled=True), torch.bfloat16, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("products", [(), config.PRODUCTS], ids=["cuBLAS", "triton products"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "width"), [(197, 768), (197, 1024), (257, 1280)])
+def test_production_sizes(
+    tokens: int, width: int, dtype: torch.dtype, products: tuple[config.Product, ...], device: torch.device
+) -> None:
+    if device.type == "cpu":
+        pytest.skip("too slow without a GPU")
+    arguments = inputs(64, tokens, width, 4 * width, scaled=True)
+    with config.triton_for(*products):
+        assert_accurate(partial(layer_norm_mlp, eps=EPS), plain_mlp, arguments, dtype, device)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(8, 50), st.integers(1, 90)),
+    scaled=st.booleans(),
+    recompute=st.sampled_from(["none", "gelu", "all"]),
+    in_triton=st.booleans(),
+)
+def test_any_shape(
+    shape: tuple[int, int, int, int], scaled: bool, recompute: str, in_triton: bool, device: torch.device
+) -> None:
+    torch.manual_seed(0)
+    ours = partial(layer_norm_mlp, eps=EPS, recompute=recompute)
+    with config.triton_for(*config.PRODUCTS if in_triton else ()):
+        assert_accurate(ours, plain_mlp, inputs(*shape, scaled=scaled), torch.float32, device)
+
+
+@pytest.mark.parametrize("hostile", ["offset", "one huge", "constant rows"])
+def test_hostile_rows(hostile: str, device: torch.device) -> None:
+    arguments = inputs(3, 5, 80, 100, scaled=True)
+    if hostile == "offset":
+        arguments["x"] += 1000
+    elif hostile == "one huge":
+        arguments["x"][..., 3] = 3e4
+    else:
+        arguments["x"] = torch.full_like(arguments["x"], 0.5)
+    condition = 100 if hostile == "offset" else 1
+    for dtype in (torch.float32, torch.bfloat16):
+        assert_accurate(partial(layer_norm_mlp, eps=EPS), plain_mlp, arguments, dtype, device, condition=condition)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("products", [(), config.PRODUCTS], ids=["cuBLAS", "triton products"])
+def test_gradients_with_drop_path(scaled: bool, products: tuple[config.Product, ...], device: torch.device) -> None:
+    def redrawn(**tensors: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        return layer_norm_mlp(**tensors, eps=EPS, drop_path=0.4)
+
+    def plain(**tensors: Tensor) -> Tensor:
+        torch.manual_seed(7)
+        x = tensors["x"]
+        scale = draw_path_scale(torch.empty(6, device=device), 0.4).to(x.dtype)
+        return x + scale[:, None, None] * (plain_mlp(**tensors) - x)
+
+    with config.triton_for(*products):
+        assert_accurate(redrawn, plain, inputs(6, 3, 40, 72, scaled=scaled), torch.float32, device)
+
+
+def test_layer_scale_of_zero_has_a_gradient(device: torch.device) -> None:
+    arguments = inputs(3, 5, 40, 72) | {"layer_scale": torch.zeros(40)}
+    assert_accurate(partial(layer_norm_mlp, eps=EPS), plain_mlp, arguments, torch.float32, device)
+
+
+def test_small_layer_scale_does_not_vanish_in_float16(device: torch.device) -> None:
+    """Its product with a weight would be below what float16 has; that with a gradient scaled for float16 is not."""
+    arguments = inputs(3, 5, 40, 72) | {"layer_scale": torch.full((40,), 1e-5)}
+    arguments["x"] = arguments["x"] / 16
+    ours = lambda **tensors: layer_norm_mlp(**tensors, eps=EPS) * 4096  # noqa: E731
+    plain = lambda **tensors: plain_mlp(**tensors) * 4096  # noqa: E731
+    assert_accurate(ours, plain, arguments, torch.float16, device)
+
+
+def run(arguments: dict[str, Tensor], **options: object) -> list[Tensor]:
+    """Output and gradients."""
+    y = layer_norm_mlp(**arguments, eps=EPS, **options)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    return [y, *torch.autograd.grad(y, list(arguments.values()), cotangent)]
+
+
+def leaves(device: torch.device, dtype: torch.dtype, *shape: int) -> dict[str, Tensor]:
+    return {n: t.to(device, dtype).requires_grad_() for n, t in inputs(*shape, scaled=True).items()}
+
+
+@pytest.mark.parametrize("products", [(), config.PRODUCTS], ids=["cuBLAS", "triton products"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputation_changes_no_bit(
+    dtype: torch.dtype, products: tuple[config.Product, ...], device: torch.device
+) -> None:
+    arguments = leaves(device, dtype, 3, 5, 40, 72)
+    with config.triton_for(*products):
+        kept = run(arguments, recompute="none")
+        for recompute in ("gelu", "all"):
+            again = run(arguments, recompute=recompute)
+            assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
+
+
+@pytest.mark.parametrize(("recompute", "numbers"), [("none", 10), ("gelu", 6), ("all", 5)])
+def test_bytes_kept_for_the_backward_pass(
+    recompute: str, numbers: int, implementation: str, device: torch.device
+) -> None:
+    """`numbers` times the width for each token, and two float32 statistics; parameters are kept by the model."""
+    if implementation == "reference":
+        pytest.skip("of the kernels")
+    arguments = leaves(device, torch.bfloat16, 3, 5, 40, 160)
+    kept: dict[int, Tensor] = {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+        layer_norm_mlp(**arguments, eps=EPS, recompute=recompute)
+    given = {t.data_ptr() for name, t in arguments.items() if name != "x"}
+    size = sum(t.numel() * t.element_size() for pointer, t in kept.items() if pointer not in given)
+    assert size == 3 * 5 * (numbers * 40 * 2 + 2 * 4)
+
+
+@pytest.mark.parametrize("shape", [(2, 33, 40, 72), pytest.param((64, 257, 1280, 5120), marks=pytest.mark.gpu)])
+def test_gradients_are_the_same_bits_in_every_run(shape: tuple[int, ...], device: torch.device) -> None:
+    if device.type == "cpu" and shape[2] > 40:
+        pytest.skip("too slow without a GPU")
+    arguments = leaves(device, torch.bfloat16, *shape)
+    for products in ((), config.PRODUCTS):
+        with config.triton_for(*products):
+            assert all(torch.equal(a, b) for a, b in zip(run(arguments), run(arguments), strict=True))
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast_computes_products_in_its_dtype(low: torch.dtype, device: torch.device) -> None:
+    arguments = leaves(device, torch.float32, 3, 5, 40, 72)
+    full = run(arguments)
+    with torch.autocast(device.type, low):
+        autocast = run(arguments)
+    assert [t.dtype for t in autocast] == [torch.float32] * len(full)
+    for result, expected in zip(autocast, full, strict=True):
+        error = (result - expected).abs().max() / expected.abs().max()
+        assert 0 < error < 8 * torch.finfo(low).eps
+    # the residual stream stays float32
+    arguments["fc2_weight"], arguments["fc2_bias"] = (
+        torch.zeros_like(arguments[n]) for n in ("fc2_weight", "fc2_bias")
+    )
+    with torch.autocast(device.type, low):
+        assert torch.equal(layer_norm_mlp(**arguments, eps=EPS), arguments["x"])
+
+
+def test_backward_under_autocast_of_a_forward_without(implementation: str, device: torch.device) -> None:
+    if implementation == "reference":
+        pytest.skip("autocast reaches into the backward pass of plain PyTorch")
+    arguments = leaves(device, torch.float32, 3, 5, 40, 72)
+    gradients = []
+    for autocast in (False, True):
+        y = layer_norm_mlp(**arguments, eps=EPS)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            gradients.append(torch.autograd.grad(y, list(arguments.values()), torch.ones_like(y)))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_compiles_without_graph_break(device: torch.device) -> None:
+    arguments = leaves(device, torch.float32, 3, 5, 40, 72)
+    compiled = torch.compile(
+        lambda **tensors: layer_norm_mlp(**tensors, eps=EPS).sin(), fullgraph=True, backend="aot_eager", dynamic=True
+    )
+    for batch in (3, 2):
+        tensors = arguments | {"x": arguments["x"][:batch].detach().requires_grad_()}
+        for autocast in (False, True):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                result = compiled(**tensors)
+                expected = layer_norm_mlp(**tensors, eps=EPS).sin()
+            torch.testing.assert_close(result, expected, rtol=0, atol=0)
+            gradients, expected_gradients = (
+                torch.autograd.grad(y.sum(), list(tensors.values())) for y in (result, expected)
+            )
+            for actual, wanted in zip(gradients, expected_gradients, strict=True):
+                torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("recompute", ["none", "gelu", "all"])
+def test_registered_operator(recompute: str, implementation: str, device: torch.device) -> None:
+    if implementation == "reference":
+        pytest.skip("the operator is the Triton side")
+    *tensors, layer_scale = leaves(device, torch.float32, 3, 5, 40, 72).values()
+    path_scale = torch.tensor([0.0, 1.5, 1.5], device=device)
+    for products in ((), config.PRODUCTS):
+        with config.triton_for(*products):
+            torch.library.opcheck(op.layer_norm_mlp_op, (*tensors, layer_scale, path_scale, EPS, False, recompute))
+    torch.library.opcheck(op.layer_norm_mlp_op, (*tensors, None, None, EPS, True, recompute))
+
+
+def test_second_derivative(implementation: str, device: torch.device) -> None:
+    arguments = leaves(device, torch.float32, 3, 5, 40, 72)
+    y = layer_norm_mlp(**arguments, eps=EPS).sin()
+    gradient = torch.autograd.grad(y.sum(), arguments["x"], create_graph=True)[0]
+    if implementation == "triton":
+        with pytest.raises(NotImplementedError, match="layer_norm_mlp has no second derivative"):
+            gradient.sum().backward()
+    else:
+        gradient.square().sum().backward()
+        assert arguments["x"].grad.abs().sum() > 0
+
+
+def test_nan_stays_in_its_row(device: torch.device) -> None:
+    arguments = {name: tensor.to(device) for name, tensor in inputs(2, 4, 40, 72).items()}
+    arguments["x"][1, 2, 5] = torch.nan
+    nan = layer_norm_mlp(**arguments, eps=EPS).isnan()
+    assert nan.all(-1).tolist() == nan.any(-1).tolist() == [[False] * 4, [False, False, True, False]]
+
+
+def test_empty_batch(device: torch.device) -> None:
+    arguments = leaves(device, torch.float32, 0, 5, 40, 72)
+    y, *gradients = run(arguments)
+    assert y.shape == (0, 5, 40)
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded"])
+def test_non_contiguous_gradient_and_parameters(layout: str, device: torch.device) -> None:
+    arguments = leaves(device, torch.float32, 4, 6, 40, 72)
+    strided = {n: t.detach() for n, t in arguments.items()}
+    strided = {
+        n: t.T.contiguous().T if t.ndim == 2 else t.repeat_interleave(2, -1)[..., ::2] for n, t in strided.items()
+    }
+    strided = {name: tensor.requires_grad_() for name, tensor in strided.items()}
+    if layout == "transposed":
+        gradient = torch.randn(6, 4, 40, device=device).transpose(0, 1)
+    else:
+        gradient = torch.randn(40, device=device).expand(4, 6, 40)
+    expected = torch.autograd.grad(plain_mlp(**arguments), list(arguments.values()), gradient)
+    for products in ((), config.PRODUCTS):
+        with config.triton_for(*products):
+            ours = torch.autograd.grad(layer_norm_mlp(**strided, eps=EPS), list(strided.values()), gradient)
+        for result, wanted in zip(ours, expected, strict=True):
+            torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_explain_says_that_there_are_kernels() -> None:
+    line = next(line for line in explain().splitlines() if line.startswith("mlp"))
+    assert "no Triton kernel" not in line
+
+
+def test_modules_use_the_kernels(implementation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    registered = op.layer_norm_mlp_op
+    monkeypatch.setattr(op, "layer_norm_mlp_op", lambda *arguments: calls.append(1) or registered(*arguments))
+    x = torch.randn(2, 5, 8, device=device)
+    for module in (FusedLayerNormMLP(8, 20, layer_scale=0.1), FusedBlock(8, 2, 20, layer_scale=0.1)):
+        module.to(device)
+        result = module(x)
+        with dispatch.using("reference"):
+            torch.testing.assert_close(result, module(x))
+    assert len(calls) == (2 if implementation == "triton" else 0)
 
 
 def test_the_two_activations_differ(device: torch.device) -> None:
-    arguments = {name: tensor.double().to(device) for name, tensor in inputs(2, 5, 16, 64).items()}
+    arguments = {name: tensor.to(device) for name, tensor in inputs(2, 5, 16, 64).items()}
     erf = layer_norm_mlp(**arguments, eps=EPS, activation="gelu")
     tanh = layer_norm_mlp(**arguments, eps=EPS, activation="gelu_tanh")
-    assert 1e-6 < (erf - tanh).abs().max().item() < 1e-2
+    assert 1e-5 < (erf - tanh).abs().max().item() < 1e-2
 
 
-@pytest.mark.usefixtures("implementation")
 def test_non_contiguous_input(device: torch.device) -> None:
     arguments = inputs(3, 5, 16, 40)
     arguments["x"] = torch.randn(5, 3, 16).transpose(0, 1)
@@ -76,7 +342,6 @@ def test_non_contiguous_input(device: torch.device) -> None:
     assert_accurate(partial(layer_norm_mlp, eps=EPS), plain_mlp, arguments, torch.float32, device)
 
 
-@pytest.mark.usefixtures("implementation")
 def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
     arguments = {name: tensor.to(device) for name, tensor in inputs(4000, 2, 8, 16).items()}
     x = arguments["x"]
@@ -87,7 +352,6 @@ def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
     assert kept.float().mean().item() == pytest.approx(0.8, abs=0.032)  # 5 standard deviations
 
 
-@pytest.mark.usefixtures("implementation")
 def test_dropout_acts_on_activations_and_output(device: torch.device) -> None:
     arguments = {name: tensor.to(device) for name, tensor in inputs(500, 5, 8, 8).items()}
     # an identity fc2: an output survives when its activation and it are both kept, scaled by 1 / 0.6 twice
@@ -113,6 +377,7 @@ def test_dropout_acts_on_activations_and_output(device: torch.device) -> None:
         ({"fc2_bias": torch.zeros(8, dtype=torch.bfloat16)}, TypeError, "fc2_bias must be torch.float32"),
         ({"layer_scale": torch.zeros(1)}, ValueError, "layer_scale must have shape"),
         ({"activation": "relu"}, ValueError, "activation must be one of gelu, gelu_tanh, got 'relu'"),
+        ({"recompute": "some"}, ValueError, "recompute must be one of none, gelu, all, got 'some'"),
         ({"dropout": 1.0}, ValueError, "dropout must be at least 0 and below 1"),
         ({"drop_path": -1.0}, ValueError, "drop_path must be at least 0"),
     ],

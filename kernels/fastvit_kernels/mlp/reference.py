@@ -23,21 +23,26 @@ def layer_norm_mlp(
     dropout: float,
     drop_path: float,
 ) -> Tensor:
-    normed = layer_norm(x, norm_weight, norm_bias, eps)  # [B, N, D]
-    branch = mlp(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, dropout)  # [B, N, D]
-    return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
+    normed = layer_norm(x, norm_weight, norm_bias, eps)
+    return mlp(x, normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, dropout, drop_path)
 
 
 def mlp(
+    x: Tensor,
     normed: Tensor,
     fc1_weight: Tensor,
     fc1_bias: Tensor,
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     activation: str,
+    layer_scale: Tensor | None,
     dropout: float,
+    drop_path: float,
 ) -> Tensor:
-    hidden = F.gelu(F.linear(normed, fc1_weight, fc1_bias), approximate=GELU_FORM[activation])  # [B, N, M]
+    """What follows the normalisation."""
+    hidden = F.linear(normed, fc1_weight, fc1_bias)  # [B, N, M]
+    hidden = F.gelu(hidden, approximate=GELU_FORM[activation])
     if dropout > 0:
         hidden = F.dropout(hidden, dropout)
-    return F.linear(hidden, fc2_weight, fc2_bias)
+    branch = F.linear(hidden, fc2_weight, fc2_bias)  # [B, N, D]
+    return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)

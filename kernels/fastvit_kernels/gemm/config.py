@@ -1,0 +1,73 @@
+"""Which products run in the Triton kernel, and with which tiles.
+
+The rule is that nothing may be slower than PyTorch's best. A product whose Triton kernel has been measured faster on a
+GPU is listed in `MEASURED_FASTER`; every other product is cuBLAS (hipBLASLt on AMD) with one fused elementwise kernel
+after it. No GPU has measured any of them yet, so the list is empty and every product goes to cuBLAS.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple, get_args
+
+import torch
+
+from fastvit_kernels.dispatch import gpu
+
+Product = Literal[
+    "plain",  # x w^T + bias, without more
+    "gelu",  # x w^T + bias, and its GELU
+    "residual",  # residual + path_scale * layer_scale * (x w^T + bias)
+    "input gradient",  # grad w
+    "gelu gradient",  # grad w * GELU'(pre), its column sums, GELU(pre)
+    "weight gradient",  # grad^T x
+]
+PRODUCTS: tuple[Product, ...] = get_args(Product)
+
+MEASURED_FASTER: dict[tuple[str, Product], frozenset[torch.dtype]] = {}  # (arch, product) -> dtypes
+
+_asked_for: frozenset[Product] | None = None
+
+
+def runs_triton(product: Product, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the product runs in the Triton kernel rather than in cuBLAS."""
+    if _asked_for is not None:
+        return product in _asked_for
+    return dtype in MEASURED_FASTER.get((gpu(device).arch, product), ())
+
+
+@contextmanager
+def triton_for(*products: Product) -> Iterator[None]:
+    """Runs these products, and no others, in the Triton kernel inside: for tests, compilation and measurement."""
+    global _asked_for
+    before, _asked_for = _asked_for, frozenset(products)
+    try:
+        yield
+    finally:
+        _asked_for = before
+
+
+class Tile(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int
+    parts: int  # column ranges that the epilogue takes one after the other
+    stages: int
+    warps: int
+    group_m: int = 8
+    descriptors: bool = False  # operands by tensor descriptors, which are TMA copies
+
+
+def tile(product: Product, dtype: torch.dtype, device: torch.device) -> Tile:
+    """Tiles that fit in the registers and shared memory of the GPU, found by `tuning.codegen`; speed is unmeasured."""
+    arch = gpu(device).arch
+    if arch == "interpreter":
+        return Tile(32, 32, 32, parts=2, stages=1, warps=4, group_m=2, descriptors=True)
+    if dtype == torch.float32:
+        return Tile(64, 64, 32, parts=1, stages=2 if arch.startswith("gfx") else 3, warps=4)
+    if arch.startswith("gfx"):
+        return Tile(128, 128, 32, parts=1, stages=2, warps=8)
+    if int(arch.removeprefix("sm_")) < 90:
+        return Tile(128, 128, 64, parts=4, stages=3, warps=8)
+    if product == "weight gradient":  # few tiles: smaller ones spread better over the multiprocessors
+        return Tile(128, 128, 64, parts=4, stages=4, warps=8, descriptors=True)
+    return Tile(128, 256, 64, parts=8, stages=3, warps=8, descriptors=True)

@@ -1,0 +1,304 @@
+"""The matrix products of a linear layer and its gradients, each with what can be fused into it.
+
+Matrices are [rows, columns] with adjacent columns and one dtype, weights [out, in] as in `torch.nn.Linear`. These
+functions run inside registered operators: they allocate, launch and know no gradients. `config` decides for each
+product between the Triton kernel and cuBLAS with an elementwise kernel; results differ by rounding only.
+"""
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels.dispatch import HAS_TRITON, gpu
+from fastvit_kernels.gemm.config import Product, runs_triton, tile
+
+if HAS_TRITON:
+    import triton
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    from fastvit_kernels.gemm import kernels
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x w^T + bias, for x [T, K], weight [N, K] and bias [N]: [T, N]."""
+    if not runs_triton("plain", x.dtype, x.device):
+        return torch.addmm(bias, x, weight.T)
+    out = x.new_empty(len(x), len(weight))
+    gemm("plain", x, weight, out, b_transposed=True, bias=bias)
+    return out
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
+    """x w^T + bias and its GELU, for x [T, K], weight [N, K] and bias [N]: both [T, N]."""
+    if not runs_triton("gelu", x.dtype, x.device):
+        pre = torch.addmm(bias, x, weight.T)  # cuBLAS adds the bias in its epilogue
+        return pre, gelu(pre, tanh)
+    pre, post = (x.new_empty(len(x), len(weight)) for _ in range(2))
+    gemm("gelu", x, weight, pre, b_transposed=True, bias=bias, post=post, tanh=tanh)
+    return pre, post
+
+
+def linear_residual(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    layer_scale: Tensor | None,
+    path_scale: Tensor | None,
+    rows_per_sample: int,
+) -> Tensor:
+    """residual + path_scale * layer_scale * (x w^T + bias), [T, N] in the dtype of `residual`, which may be wider.
+
+    layer_scale is [N], path_scale [T / rows_per_sample] float32.
+    """
+    out = residual.new_empty(residual.shape)
+    if runs_triton("residual", x.dtype, x.device):
+        gemm(
+            "residual",
+            x,
+            weight,
+            out,
+            b_transposed=True,
+            bias=bias,
+            residual=residual,
+            layer_scale=layer_scale,
+            path_scale=path_scale,
+            rows_per_sample=rows_per_sample,
+        )
+        return out
+    branch = torch.mm(x, weight.T)
+    (rows, width), (block_m, block_n) = out.shape, (16, 128)
+    kernels.residual_fwd_kernel[triton.cdiv(rows, block_m), triton.cdiv(width, block_n)](
+        residual,
+        branch,
+        bias,
+        layer_scale,
+        path_scale,
+        out,
+        rows,
+        width,
+        rows_per_sample,
+        residual.stride(0),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=4,
+    )
+    return out
+
+
+def gelu(pre: Tensor, tanh: bool) -> Tensor:
+    """GELU of a contiguous tensor."""
+    post, block = torch.empty_like(pre), 2048
+    kernels.gelu_fwd_kernel[triton.cdiv(pre.numel(), block),](
+        pre, post, pre.numel(), TANH=tanh, BLOCK=block, num_warps=4
+    )
+    return post
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad w, for grad [T, N] and weight [N, K]: [T, K]."""
+    if not runs_triton("input gradient", grad.dtype, grad.device):
+        return torch.mm(grad, weight)
+    out = grad.new_empty(len(grad), weight.shape[1])
+    gemm("input gradient", grad, weight, out)
+    return out
+
+
+def gelu_gradient(
+    grad: Tensor, weight: Tensor, pre: Tensor, tanh: bool, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of GELU's input: grad w * GELU'(pre), for grad [T, N], weight [N, K] and pre [T, K].
+
+    Returns it, its column sums [K], and GELU(pre), empty unless `recompute`.
+    """
+    post = pre.new_empty(pre.shape if recompute else 0)
+    if not runs_triton("gelu gradient", grad.dtype, grad.device):
+        grad_pre = torch.mm(grad, weight)
+        partial = scale_gradient(grad_pre, grad_pre, pre=pre, post=post if recompute else None, tanh=tanh)
+    else:
+        grad_pre = torch.empty_like(pre)
+        tiles_m = triton.cdiv(len(pre), tile("gelu gradient", grad.dtype, grad.device).block_m)
+        partial = pre.new_empty(tiles_m, pre.shape[1], dtype=torch.float32)
+        gemm(
+            "gelu gradient",
+            grad,
+            weight,
+            grad_pre,
+            pre=pre,
+            post=post if recompute else None,
+            partial=partial,
+            tanh=tanh,
+        )
+    return grad_pre, sum_partial(partial, pre.new_empty(pre.shape[1])), post
+
+
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
+    """grad^T x, for grad [T, N] and x [T, K]: [N, K]."""
+    if not runs_triton("weight gradient", grad.dtype, grad.device):
+        return torch.mm(grad.T, x)
+    out = grad.new_empty(grad.shape[1], x.shape[1])
+    gemm("weight gradient", grad, x, out, a_transposed=True)
+    return out
+
+
+def branch_gradient(
+    grad: Tensor, layer_scale: Tensor | None, path_scale: Tensor | None, rows_per_sample: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """G = path_scale * grad and layer_scale * G, both in `dtype`, and partial column sums of G for `sum_partial`.
+
+    What would equal another is that other: G may be `grad`.
+    """
+    changes = path_scale is not None or grad.dtype != dtype
+    out = grad.new_empty(grad.shape, dtype=dtype) if changes else grad
+    scaled = None if layer_scale is None else grad.new_empty(grad.shape, dtype=dtype)
+    partial = scale_gradient(
+        grad,
+        out if changes else None,
+        scaled=scaled,
+        layer_scale=layer_scale,
+        path_scale=path_scale,
+        rows_per_sample=rows_per_sample,
+    )
+    return out, out if scaled is None else scaled, partial
+
+
+def scale_gradient(
+    grad: Tensor,
+    out: Tensor | None,
+    *,
+    pre: Tensor | None = None,
+    post: Tensor | None = None,
+    scaled: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    path_scale: Tensor | None = None,
+    rows_per_sample: int = 0,
+    tanh: bool = False,
+) -> Tensor:
+    """Writes path_scale * grad * GELU'(pre) to `out`, layer_scale times that to `scaled`, GELU(pre) to `post`.
+
+    Returns partial column sums of `out`.
+    """
+    (rows, width), (block_m, block_n) = grad.shape, (32, 128)
+    blocks_n = triton.cdiv(width, block_n)
+    programs = min(triton.cdiv(rows, block_m), triton.cdiv(8 * gpu(grad.device).multiprocessors, blocks_n))
+    partial = grad.new_empty(programs, width, dtype=torch.float32)
+    kernels.gradient_kernel[blocks_n, programs](
+        grad,
+        pre,
+        layer_scale,
+        path_scale,
+        out,
+        scaled,
+        post,
+        partial,
+        rows,
+        width,
+        rows_per_sample,
+        grad.stride(0),
+        TANH=tanh,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=8,
+    )
+    return partial
+
+
+def sum_partial(partial: Tensor, out: Tensor) -> Tensor:
+    """Adds partial sums [programs, width], always in the same order, into `out` [width], and returns it."""
+    programs, width = partial.shape
+    kernels.sum_partial_kernel[triton.cdiv(width, 32),](
+        partial, out, programs, width, BLOCK_M=64, BLOCK_N=32, num_warps=4
+    )
+    return out
+
+
+def layer_scale_gradients(
+    product: Tensor, weight: Tensor, bias: Tensor, layer_scale: Tensor, column_sum: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of weight, bias and layer_scale in y = layer_scale * (x w^T + bias), without y or the branch.
+
+    With G the gradient of y, `product` [N, K] is G^T x and `column_sum` [N] float32 that of G. Then
+    grad layer_scale = rowsum(product * w) + bias * column_sum, and the others are layer_scale times what is given.
+    `product` is overwritten.
+    """
+    grad_layer_scale, grad_bias = torch.empty_like(layer_scale), torch.empty_like(bias)
+    rows, block_m = len(weight), 2
+    kernels.layer_scale_bwd_kernel[triton.cdiv(rows, block_m),](
+        product,
+        weight,
+        bias,
+        layer_scale,
+        column_sum,
+        grad_layer_scale,
+        grad_bias,
+        rows,
+        weight.shape[1],
+        weight.stride(0),
+        BLOCK_M=block_m,
+        BLOCK_K=1024,
+        num_warps=4,
+    )
+    return product, grad_bias, grad_layer_scale
+
+
+def gemm(
+    product: Product,
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    *,
+    a_transposed: bool = False,
+    b_transposed: bool = False,
+    bias: Tensor | None = None,
+    pre: Tensor | None = None,
+    post: Tensor | None = None,
+    residual: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    path_scale: Tensor | None = None,
+    partial: Tensor | None = None,
+    rows_per_sample: int = 0,
+    tanh: bool = False,
+) -> None:
+    """Launches the Triton kernel: `a` is stored [k, m] if `a_transposed`, else [m, k]; `b` [n, k] or [k, n]."""
+    t = tile(product, a.dtype, a.device)
+    (m, n), k = out.shape, a.shape[0 if a_transposed else 1]
+    descriptors = t.descriptors and describable(a) and describable(b)
+    tiles = triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n)
+    block_a = (t.block_k, t.block_m) if a_transposed else (t.block_m, t.block_k)
+    block_b = (t.block_n, t.block_k) if b_transposed else (t.block_k, t.block_n)
+    kernels.gemm_kernel[min(tiles, gpu(a.device).multiprocessors),](
+        TensorDescriptor.from_tensor(a, list(block_a)) if descriptors else a,
+        TensorDescriptor.from_tensor(b, list(block_b)) if descriptors else b,
+        out,
+        post,
+        bias,
+        pre,
+        residual,
+        layer_scale,
+        path_scale,
+        partial,
+        m,
+        n,
+        k,
+        rows_per_sample,
+        a.stride(0),
+        b.stride(0),
+        0 if residual is None else residual.stride(0),
+        A_TRANSPOSED=a_transposed,
+        B_TRANSPOSED=b_transposed,
+        DESCRIPTORS=descriptors,
+        TANH=tanh,
+        BLOCK_M=t.block_m,
+        BLOCK_N=t.block_n,
+        BLOCK_K=t.block_k,
+        GROUP_M=t.group_m,
+        PARTS=t.parts,
+        STAGES=t.stages,
+        num_warps=t.warps,
+    )
+
+
+def describable(matrix: Tensor) -> bool:
+    """Whether the hardware can copy tiles of it by a descriptor: rows lie apart by a multiple of 16 bytes."""
+    stride = matrix.stride(0)
+    aligned = matrix.data_ptr() % 16 == 0 and stride * matrix.element_size() % 16 == 0
+    return matrix.numel() > 0 and aligned and stride >= matrix.shape[1]
