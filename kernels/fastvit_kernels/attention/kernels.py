@@ -30,7 +30,7 @@ def load_rows(
     """ROWS rows of one head from `first` on: a tuple of [ROWS, piece]. A MASKED block reads 0 from `rows` on."""
     ptr += tl.cast(first, tl.int64) * stride
     row = tl.arange(0, ROWS)
-    tiles: tuple = ()
+    tiles = ()  # type: tuple
     for i in tl.static_range(len(PIECES)):
         column = first_of(PIECES, i) + tl.arange(0, PIECES[i])
         pointer = ptr + row[:, None] * stride + column[None, :]
@@ -56,7 +56,7 @@ def store_rows(ptr, tiles, first, rows, stride, HEAD_DIM: tl.constexpr, PIECES: 
 
 @triton.jit
 def zero_rows(ROWS: tl.constexpr, PIECES: tl.constexpr):
-    tiles: tuple = ()
+    tiles = ()  # type: tuple
     for i in tl.static_range(len(PIECES)):
         tiles += (tl.full([ROWS, PIECES[i]], 0.0, tl.float32),)
     return tiles
