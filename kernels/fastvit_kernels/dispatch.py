@@ -27,14 +27,17 @@ if choice not in CHOICES:
     raise ValueError(f"FASTVIT_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
 
 
-def uses_triton(tensor: Tensor) -> bool:
-    """Whether an operation on this tensor runs its Triton kernel; RuntimeError if that was asked for and cannot be."""
+def uses_triton(tensor: Tensor, obstacle: str | None = None) -> bool:
+    """Whether an operation on this tensor runs its Triton kernel; RuntimeError if that was asked for and cannot be.
+
+    `obstacle` says why the kernels of this operation cannot take this call, or is None.
+    """
     if choice == "reference":
         return False
     runs = HAS_TRITON and tensor.dtype in KERNEL_DTYPES and (tensor.is_cuda or (INTERPRETED and choice == "triton"))
-    if choice == "triton" and not runs:
-        raise RuntimeError(_refusal(tensor))
-    return runs
+    if choice == "triton" and not (runs and obstacle is None):
+        raise RuntimeError(_refusal(tensor, obstacle))
+    return runs and obstacle is None
 
 
 @contextmanager
@@ -68,7 +71,10 @@ def explain() -> str:
     for folder in sorted(path.parent for path in Path(__file__).parent.glob("*/reference.py")):
         own = ("no Triton kernel: reference",) * 2
         lines.append("{:<16}{:<40}{}".format(folder.name, *((gpu, cpu) if (folder / "codegen.py").exists() else own)))
-    lines.append("float64 runs the reference unless triton is asked for, which is an error.")
+    lines.append(
+        "These run the reference, or are an error where triton is asked for: float64; attention with dropout or"
+    )
+    lines.append("a head dimension above 128.")
     return "\n".join(lines)
 
 
@@ -108,8 +114,10 @@ def _properties(device: torch.device) -> Gpu:
     return Gpu(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
 
 
-def _refusal(tensor: Tensor) -> str:
-    if not HAS_TRITON:
+def _refusal(tensor: Tensor, obstacle: str | None) -> str:
+    if obstacle is not None:
+        reason = obstacle
+    elif not HAS_TRITON:
         reason = "triton is not installed"
     elif tensor.dtype not in KERNEL_DTYPES:
         reason = f"the kernels take float32, bfloat16 and float16, not {tensor.dtype}"
