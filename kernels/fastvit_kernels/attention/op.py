@@ -228,7 +228,7 @@ def backward_query_tiling(head_dim: int, dtype: torch.dtype, arch: str) -> Tilin
         return Tiling(32, 32, num_warps=8, stages=1)
     if arch.startswith("gfx"):
         return Tiling(64, 32, num_warps=4, stages=1)
-    return Tiling(128, 32, num_warps=8, stages=2, max_registers=128 if arch == "sm_90" and head_dim <= 96 else None)
+    return Tiling(128, 32, num_warps=8, stages=2, max_registers=128 if arch == "sm_90" and head_dim < 96 else None)
 
 
 def backward_key_tiling(head_dim: int, dtype: torch.dtype, arch: str) -> Tiling:
