@@ -47,9 +47,7 @@ def register_gradient(
     """Gives `op` the gradient `backward`, which calls `backward_op`; a second derivative is refused with an error."""
 
     def refuse(ctx: Any, *gradients: Any) -> None:
-        raise NotImplementedError(
-            f"{op.name()} has no second derivative; FASTVIT_KERNELS=reference computes it with plain PyTorch"
-        )
+        raise NotImplementedError(f"{op.name()} has no second derivative")
 
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=library)
     torch.library.register_autograd(backward_op.name(), refuse, lib=library)
