@@ -224,7 +224,7 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
 def _valid_keys(location: Sequence[str | int]) -> list[str]:
     model: type[BaseModel] = Config
     for part in location:
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]
+        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]  # only sections are asked for
     return list(model.model_fields)
 
 
