@@ -57,7 +57,7 @@ class Checkpointer:
         """
         folder = self.run.checkpoints / f"step-{step:08d}"
         partial = folder.with_name(folder.name + ".partial")
-        self.world.agree(self._try(self._prepare, partial))
+        self.world.agree(_explained(self._try(self._prepare, partial), folder))
         self.files.error = None
         self.engine.save_checkpoint(str(self.run.checkpoints), tag=partial.name, save_latest=False)
         error = self.files.error or self._try(self._save_average, partial)

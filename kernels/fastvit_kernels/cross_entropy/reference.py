@@ -24,7 +24,8 @@ def sigmoid_cross_entropy(
 ) -> Tensor:
     logits = widen(logits)
     target = targets(logits, labels, labels_b, mix_weight, label_smoothing)
-    return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=-1)  # [B]
+    # not binary_cross_entropy_with_logits: its sums cancel where logits are near -10, as a head's bias makes them
+    return -(target * F.logsigmoid(logits) + (1 - target) * F.logsigmoid(-logits)).sum(dim=-1)  # [B]
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ def launch_backward(
     grad_weight = (
         weight_gradient(grad, images, weight, keep_indices, prefix, mean, std) if with_weight else weight.new_empty(0)
     )
-    return grad_weight, *(tensor.to(weight.dtype, copy=True) for tensor in others)  # type: ignore[return-value]
+    return grad_weight, *(tensor.to(weight.dtype, copy=True) for tensor in others)  # type: ignore[return-value]  # five in all
 
 
 def weight_gradient(

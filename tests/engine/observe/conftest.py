@@ -51,12 +51,12 @@ def train_row(step: int, **values: Any) -> TrainRow:
         "samples_hash": "ab12",
         "seconds": step * 72 / 840,
     }
-    return row | values  # type: ignore[return-value]
+    return row | values
 
 
 def eval_row(step: int, top1: float, **values: Any) -> EvalRow:
     row = {"step": step, "eval": "eval", "top1": top1, "top5": 0.99, "loss": 0.1, "samples": 360, "seconds": 0.4}
-    return row | values  # type: ignore[return-value]
+    return row | values
 
 
 def png_url(width: int, height: int = 1) -> str:

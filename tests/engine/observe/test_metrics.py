@@ -109,7 +109,7 @@ def test_missing_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: p
 
 def test_an_incomplete_row_is_a_bug_of_the_caller(tmp_path: Path) -> None:
     row = train_row(1)
-    del row["lr"]  # type: ignore[misc]
+    del row["lr"]
     with MetricsWriter(RunFolder(tmp_path), None) as writer, pytest.raises(ValueError, match="lacks 'lr'"):
         writer.write(row)
 

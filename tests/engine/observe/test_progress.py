@@ -21,7 +21,7 @@ class Clock:
 class Terminal(io.StringIO):
     """A terminal of COLUMNS columns that remembers what was sent to it."""
 
-    encoding = "utf-8"  # type: ignore[assignment]
+    encoding = "utf-8"
 
     def isatty(self) -> bool:
         return True
@@ -163,7 +163,7 @@ def test_eta_after_a_restart_counts_only_its_own_steps() -> None:
 
 def test_a_stream_without_unicode_gets_an_ascii_bar() -> None:
     class Latin(Terminal):
-        encoding = "latin-1"  # type: ignore[assignment]
+        encoding = "latin-1"
 
     stream = Latin()
     Progress(10, stream=stream).log(train_row(5))
