@@ -1,6 +1,7 @@
 """Vision Transformer building blocks: functions on tensors, and modules with timm's parameter names."""
 
-from fastvit_kernels.attention import attention, attention_block
+from fastvit_kernels.attention import attention
+from fastvit_kernels.attention_block import attention_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
 from fastvit_kernels.dispatch import explain
 from fastvit_kernels.integrations import accelerate

@@ -12,7 +12,8 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from fastvit_kernels.attention import attention, attention_block
+from fastvit_kernels.attention import attention
+from fastvit_kernels.attention_block import attention_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
 from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.mlp import Activation, layer_norm_mlp

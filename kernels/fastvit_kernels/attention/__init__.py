@@ -1,3 +1,3 @@
-from fastvit_kernels.attention.op import attention, attention_block
+from fastvit_kernels.attention.op import attention
 
-__all__ = ["attention", "attention_block"]
+__all__ = ["attention"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastvit_kernels.attention import attention_block
+from fastvit_kernels.attention_block import attention_block
 from fastvit_kernels.integrations.checks import check_forward, fits
 from fastvit_kernels.integrations.fused import Fused, Reading
 from fastvit_kernels.mlp import Activation, layer_norm_mlp

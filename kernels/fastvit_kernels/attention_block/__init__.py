@@ -1,0 +1,3 @@
+from fastvit_kernels.attention_block.op import attention_block
+
+__all__ = ["attention_block"]
