@@ -2,13 +2,14 @@
 
 import errno
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from fsspec import AbstractFileSystem
+from fsspec import AbstractFileSystem, get_filesystem_class
 from fsspec.asyn import AsyncFileSystem, sync
 from fsspec.core import url_to_fs
 from fsspec.exceptions import FSTimeoutError
+from fsspec.utils import get_protocol
 
 from fastvit_engine.data.storage.errors import public_url
 from fastvit_engine.data.storage.remote import MAY_PASS, AttemptFailed, Refused, Reply
@@ -28,10 +29,10 @@ FINAL_ERRORS = {
 }
 
 
-def open_file_system(url: str) -> tuple[AbstractFileSystem, str]:
-    """fsspec's file system for a URL and the path in it; UserError naming the package that is missing for it."""
+def require_package(url: str) -> None:
+    """UserError naming the package that fsspec misses for the URL."""
     try:
-        return url_to_fs(url)
+        get_filesystem_class(get_protocol(url))
     except (ImportError, ValueError) as error:
         raise UserError(f"{public_url(url)} cannot be opened: {error}") from error
 
@@ -43,11 +44,12 @@ class FsspecSource:
     """
 
     def __init__(self, url: str) -> None:
-        open_file_system(url)  # a missing package is found here, not in every attempt
+        require_package(url)
         self._size_of: dict[str, int] = {}
 
     def open(self, url: str, start: int, stop: int, timeout: float) -> AbstractContextManager[Reply]:
-        fs, path = open_file_system(url)
+        with _failures(timeout):
+            fs, path = url_to_fs(url)
         if url not in self._size_of:  # a ranged answer does not tell it
             self._size_of[url] = _call(fs, "info", path, timeout=timeout)["size"]
         return nullcontext(Reply(start, self._size_of[url], None, _pieces(fs, path, start, stop, timeout)))
@@ -64,22 +66,33 @@ def _pieces(fs: AbstractFileSystem, path: str, start: int, stop: int, timeout: f
 
 def _call(fs: AbstractFileSystem, method: str, path: str, *, timeout: float, **arguments: Any) -> Any:
     """Calls a method of a file system, on its event loop and for `timeout` seconds at most where it has one."""
-    try:
+    with _failures(timeout):
         if isinstance(fs, AsyncFileSystem) and fs.async_impl:
             return sync(fs.loop, getattr(fs, f"_{method}"), path, timeout=timeout, **arguments)
         return getattr(fs, method)(path, **arguments)
+
+
+@contextmanager
+def _failures(timeout: float) -> Iterator[None]:
+    """What goes wrong in a file system, as AttemptFailed or Refused."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise Refused("it does not exist") from error
     except PermissionError as error:
-        raise Refused(f"access is denied: {error}") from error
+        raise Refused(f"access is denied: {one_line(error)}") from error
     except (TimeoutError, FSTimeoutError) as error:
         raise AttemptFailed(f"no answer for {timeout:g} seconds") from error
     except Exception as error:  # each package has its own classes
-        reason = str(error) or type(error).__name__
         status = getattr(error, "status", None) or getattr(error, "code", None)
         final = (
             getattr(error, "errno", None) in FINAL_ERRNOS
             or type(error).__name__ in FINAL_ERRORS
             or (isinstance(status, int) and 400 <= status < 500 and status not in MAY_PASS)
         )
-        raise (Refused if final else AttemptFailed)(reason) from error
+        raise (Refused if final else AttemptFailed)(one_line(error)) from error
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an exception says, or its name."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -39,7 +39,6 @@ class FaultServer:
     files: dict[str, bytes]
     faults: dict[str, list[Fault | None]] = field(default_factory=dict)
     always: dict[str, Fault] = field(default_factory=dict)
-    etags: bool = True
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     connections: int = 0
@@ -92,6 +91,9 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server_state.lock:
             self.server_state.connections += 1
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def do_GET(self) -> None:
         state, asked = self.server_state, self.headers.get("Range")
         path = re.sub(r"^http://[^/]+|\?.*$", "", self.path)  # a proxy is given the whole URL
@@ -105,7 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path not in state.files:
             return self._answer(404, b"not here", {})
         content = state.files[path]
-        headers = {"ETag": '"' + hashlib.md5(content).hexdigest() + '"'} if state.etags else {}
+        etag = hashlib.md5(content).hexdigest()
+        headers = {"ETag": f'"{etag}"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
         match = re.fullmatch(r"bytes=(\d+)-(\d+)", asked or "")
         if match is None or kind == "no range":
             return self._send(path, 200, content, headers, fault)
@@ -116,6 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(path, 206, content[start : last + 1], headers, fault)
 
     def _send(self, path: str, status: int, body: bytes, headers: dict[str, str], fault: Fault | None) -> None:
+        if self.command == "HEAD":
+            return self._head(status, headers | {"Content-Length": str(len(body))})
         kind, amount = (fault[0], fault[-1]) if fault else (None, None)
         if kind == "chunked":
             body_on_wire = b"".join(b"%x\r\n%s\r\n" % (len(p), p) for p in (body[:7], body[7:]) if p) + b"0\r\n\r\n"
