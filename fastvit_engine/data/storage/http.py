@@ -36,9 +36,10 @@ class HttpSource:
         try:
             yield _reply(response, start, timeout)
         finally:
-            if response.length == 0:
-                response.close()
-            elif not response.isclosed():  # the rest of the body would be taken for the next answer
+            # What is left of a body would be taken for the next answer.
+            complete = response.isclosed() if response.length is None else response.length == 0
+            response.close()
+            if not complete:
                 connection.close()
 
     def _get(
@@ -75,7 +76,7 @@ class HttpSource:
             try:
                 connection.request("GET", target, headers=headers)
                 return connection, connection.getresponse()
-            except (ConnectionError, http.client.BadStatusLine):
+            except (ConnectionError, http.client.BadStatusLine, ssl.SSLEOFError, ssl.SSLZeroReturnError):
                 connection.close()
                 if fresh:
                     raise  # otherwise the server had closed the idle connection, which is no failure

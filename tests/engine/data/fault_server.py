@@ -3,13 +3,14 @@
 import hashlib
 import re
 import socket
+import ssl
 import struct
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -45,10 +46,11 @@ class FaultServer:
     sent: Counter[str] = field(default_factory=Counter)  # bytes of bodies, by path
     release: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    tls: ssl.SSLContext | None = None
     port: int = 0
 
     def url(self, path: str) -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"http{'s' if self.tls else ''}://127.0.0.1:{self.port}{path}"
 
     def next_fault(self, path: str) -> Fault | None:
         with self.lock:
@@ -59,6 +61,8 @@ class FaultServer:
     def running(self) -> Iterator["FaultServer"]:
         handler = type("Handler", (_Handler,), {"server_state": self})
         server = _Server(("127.0.0.1", 0), handler)
+        if self.tls:
+            server.socket = self.tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         self.port = server.server_address[1]
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
@@ -90,6 +94,21 @@ class _Handler(BaseHTTPRequestHandler):
         super().setup()
         with self.server_state.lock:
             self.server_state.connections += 1
+
+    def do_CONNECT(self) -> None:
+        """A proxy's tunnel."""
+        with self.server_state.lock:
+            self.server_state.requests.append((self.path, None))
+            self.server_state.headers.append(dict(self.headers))
+        host, port = self.path.split(":")
+        with socket.create_connection((host, int(port))) as target:
+            self.send_response(200)
+            self.end_headers()
+            back = threading.Thread(target=_pump, args=(target, self.connection), daemon=True)
+            back.start()
+            _pump(self.connection, target)
+            back.join()
+        self.close_connection = True
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -160,3 +179,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         pass
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    with suppress(OSError):  # either side may go at any time
+        while data := source.recv(65536):
+            sink.sendall(data)
+        sink.shutdown(socket.SHUT_WR)

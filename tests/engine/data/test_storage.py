@@ -3,6 +3,9 @@ import multiprocessing
 import os
 import pickle
 import random
+import shutil
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 from fault_server import FaultServer
 
-from fastvit_engine.data.storage import ShardStorage, local, remote
+from fastvit_engine.data.storage import ShardStorage, http, local, remote
 from fastvit_engine.errors import UserError
 
 SIZE = 300_000
@@ -283,6 +286,52 @@ def test_password_and_proxy(server, monkeypatch):
     assert storage.read(0, 3, 10) == CONTENT[3:13]
     assert server.headers[0]["Host"] == "far.invalid"
     assert base64.b64decode(server.headers[0]["Authorization"].removeprefix("Basic ")) == b"me:p@ss"
+
+
+@pytest.fixture
+def tls_server(tmp_path, monkeypatch) -> Iterator[FaultServer]:
+    """A server with a certificate of its own, which is not trusted yet."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl to make a certificate")
+    names = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-keyout", tmp_path / "key.pem", "-out", tmp_path / "cert.pem"]
+    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    subprocess.run(["openssl", "req", "-x509", *curve, "-nodes", *names, *files], check=True, capture_output=True)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    http._tls.cache_clear()
+    with FaultServer({"/a.tar": CONTENT}, tls=context).running() as server:
+        yield server
+    http._tls.cache_clear()
+
+
+def test_https(tls_server, tmp_path, monkeypatch):
+    storage = ShardStorage([tls_server.url("/a.tar")], [SIZE], timeout=5)
+    with pytest.raises(UserError, match="certificate is not trusted"):
+        storage.read(0, 0, 10)
+    assert storage.counters().retries == 0
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    http._tls.cache_clear()
+    storage = ShardStorage([tls_server.url("/a.tar")], [SIZE], timeout=5)
+    tls_server.faults["/a.tar"] = [("short", 40_000), ("drop", 40_000), ("hang up",)]
+    assert storage.read(0, 1, 200_000) == CONTENT[1:200_001]
+    assert storage.counters().retries == 2
+    time.sleep(0.05)
+    assert storage.read(0, 1, 100) == CONTENT[1:101]
+    assert storage.counters().retries == 2
+    assert tls_server.connections == 5
+    assert in_fork(lambda: storage.read(0, 7, 100)) == CONTENT[7:107]
+    assert storage.read(0, 9, 100) == CONTENT[9:109]
+
+
+def test_https_through_a_proxy(server, tls_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "cert.pem"))
+    monkeypatch.setenv("https_proxy", server.url("/").replace("//", "//me:pass@", 1))
+    storage = ShardStorage([tls_server.url("/a.tar")], [SIZE], timeout=5)
+    for start in range(3):
+        assert storage.read(0, start, 100_000) == CONTENT[start : start + 100_000]
+    assert [path for path, _ in server.requests] == [f"127.0.0.1:{tls_server.port}"]
+    assert base64.b64decode(server.headers[0]["Proxy-Authorization"].removeprefix("Basic ")) == b"me:pass"
 
 
 @pytest.mark.parametrize("path", ["/with space é.tar", "/with%20percent.tar"])
