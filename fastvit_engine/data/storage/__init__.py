@@ -77,9 +77,11 @@ class ShardStorage:
         self._policy = TryPolicy(retries, timeout, patience)
         self._wait, self._threads = wait, threads
         self._start()
+        if self._cache is not None:
+            self._cache.prepare()
 
     def _start(self) -> None:
-        """Makes everything that belongs to one process."""
+        """Makes everything that belongs to one process; touches no file and no network."""
         self._count_lock, self._counters = threading.Lock(), Counters()
         self._local = LocalFiles()
         self._sources: dict[str, Source] = {}
@@ -98,6 +100,8 @@ class ShardStorage:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._start()
+        if self._cache is not None:
+            self._cache.prepare()
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
         """`length` bytes of a shard from `offset` on.

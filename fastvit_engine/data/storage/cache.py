@@ -57,17 +57,20 @@ class NoRoom(NamedTuple):
 
 
 class ShardCache:
-    """Whole shards in a folder, evicted by least recent use. OSError from any method: the folder cannot be used."""
+    """Whole shards in a folder, evicted by least recent use. OSError from its methods: the folder cannot be used."""
 
     def __init__(self, folder: Path, limit: int | None) -> None:
         self.folder, self.limit = folder, limit
+
+    def prepare(self) -> None:
+        """Makes the folder; UserError where it cannot be used."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 pass
         except OSError as error:
             raise UserError(
-                f"the shard cache folder {folder} cannot be used ({error.strerror or error}): "
+                f"the shard cache folder {self.folder} cannot be used ({error.strerror or error}): "
                 "make it writable, or choose a folder on a local disk"
             ) from error
 

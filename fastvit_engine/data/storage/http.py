@@ -131,8 +131,8 @@ def _pieces(response: http.client.HTTPResponse, timeout: float) -> Iterator[byte
 def _connection(parts: SplitResult, timeout: float) -> tuple[http.client.HTTPConnection, bool]:
     """A connection to the URL's server, and whether requests go to a proxy that wants the whole URL."""
     host = parts.hostname
-    if not host:
-        raise Refused("the URL names no server")
+    if not host or parts.scheme not in ("http", "https"):
+        raise Refused(f"{parts.scheme}://{host or ''} names no web server")
     proxy = getproxies().get(parts.scheme)
     if proxy is not None and not proxy_bypass(host):
         at = urlsplit(proxy if "://" in proxy else f"http://{proxy}")

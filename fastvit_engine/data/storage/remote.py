@@ -86,9 +86,9 @@ def fetch(
     server says another size, UserError where it refuses, GaveUp where the policy's bounds are reached, Cancelled.
     """
     deadline = time.monotonic() + policy.patience + (stop - start) / SLOWEST
-    done, version, failures, skipped = start, None, 0, 0
+    done, version, attempts, failures, skipped = start, None, 0, 0, 0
     while done < stop:
-        before = done
+        before, attempts = done, attempts + 1
         try:
             with source.open(url, done, stop, policy.timeout) as reply:
                 if reply.size is not None and reply.size != size:
@@ -121,7 +121,7 @@ def fetch(
             failures = 1 if done > before else failures + 1
             if failures > policy.retries or time.monotonic() >= deadline:
                 raise GaveUp(
-                    f"shard {public_url(url)} could not be read after {failures} attempts without progress ({error}): "
+                    f"shard {public_url(url)} could not be read ({error}; attempt {attempts} was the last): "
                     "check the server and the network, then resume"
                 ) from error
             on_retry(url, str(error))
