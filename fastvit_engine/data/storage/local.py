@@ -34,7 +34,8 @@ class LocalFiles:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._open: OrderedDict[str, _File] = OrderedDict()
-        self._most_open = min(MOST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_open = MOST_OPEN if limit == resource.RLIM_INFINITY else min(MOST_OPEN, limit // 2)
 
     def read(self, path: str, size: int, offset: int, length: int) -> bytes:
         """UserError where the file is gone, is not of `size` bytes, or cannot be read."""
