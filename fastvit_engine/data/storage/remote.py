@@ -1,0 +1,138 @@
+"""Reading a remote shard: attempts, retries, and the one error when it cannot be read."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastvit_engine.data.storage.errors import GaveUp, StaleIndex, public_url
+from fastvit_engine.errors import UserError
+
+BACKOFF_S = 0.5  # mean of the first pause is half of it; doubles with every failure in a row
+MAX_BACKOFF_S = 30.0
+SLOWEST = 2**20  # bytes a second: a transfer may take this much longer than TryPolicy.patience
+MAY_PASS = {408, 425, 429}  # HTTP statuses below 500 that are worth another attempt
+
+Write = Callable[[int, bytes | memoryview], None]  # (position in the shard, bytes)
+
+
+@dataclass(frozen=True)
+class TryPolicy:
+    retries: int  # attempts after the first that may fail one after another without a new byte
+    timeout: float  # seconds without a byte after which an attempt has failed
+    patience: float  # seconds in all, besides the time that the bytes take at SLOWEST
+
+
+@dataclass
+class Reply:
+    """What a server has begun to send for [start, stop) of a shard."""
+
+    offset: int  # position of the first byte: start, or 0 where the server ignores ranges
+    size: int | None  # of the whole shard, where the server says it
+    version: str | None  # changes when the shard does, where the server says it
+    pieces: Iterator[bytes]
+
+
+class Source(Protocol):
+    def open(self, url: str, start: int, stop: int, timeout: float) -> AbstractContextManager[Reply]:
+        """Asks for bytes [start, stop). It and iterating over the pieces raise AttemptFailed or Refused only."""
+
+
+class AttemptFailed(Exception):
+    """Something that may pass: a broken connection, a timeout, an overloaded server."""
+
+    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after  # seconds that the server asks to wait
+
+
+class Refused(Exception):
+    """Something that trying again does not change: the shard is not there, or access is denied."""
+
+
+class Cancelled(Exception):
+    """Nobody needs the bytes any more."""
+
+
+def open_source(url: str) -> Source:
+    """What reads URLs of this scheme; UserError where a package is missing for it."""
+    if url.startswith("pipe:"):
+        raise UserError(f"shard {url} is a command, which cannot be read by position: give a path or a URL")
+    if url.startswith(("http://", "https://")):
+        from fastvit_engine.data.storage.http import HttpSource
+
+        return HttpSource()
+    from fastvit_engine.data.storage.object_store import FsspecSource
+
+    return FsspecSource(url)
+
+
+def fetch(
+    source: Source,
+    url: str,
+    size: int,
+    start: int,
+    stop: int,
+    write: Write,
+    policy: TryPolicy,
+    on_retry: Callable[[str, str], None],
+    cancelled: Callable[[], bool] = lambda: False,
+) -> int:
+    """Passes bytes [start, stop) of the shard to `write` in order; returns how many before `start` came unasked.
+
+    A broken transfer goes on where it stopped, from the start where the shard has changed since. StaleIndex where the
+    server says another size, UserError where it refuses, GaveUp where the policy's bounds are reached, Cancelled.
+    """
+    deadline = time.monotonic() + policy.patience + (stop - start) / SLOWEST
+    done, version, attempts, failures, skipped = start, None, 0, 0, 0
+    while done < stop:
+        before, attempts = done, attempts + 1
+        try:
+            with source.open(url, done, stop, policy.timeout) as reply:
+                if reply.size is not None and reply.size != size:
+                    raise StaleIndex(url, f"has {reply.size} bytes instead of the {size} in the index")
+                if done > start and reply.version != version:
+                    done = start
+                version, position = reply.version, reply.offset
+                if position > done:
+                    raise AttemptFailed("the shard changed between two attempts")
+                skipped += done - position
+                deadline += (done - position) / SLOWEST
+                for piece in reply.pieces:
+                    if cancelled():
+                        raise Cancelled
+                    new = memoryview(piece)[max(done - position, 0) : stop - position]
+                    position += len(piece)
+                    if new:
+                        write(done, new)
+                        done += len(new)
+                    if done >= stop:
+                        return skipped
+                    if time.monotonic() > deadline:
+                        raise AttemptFailed("it comes too slowly")
+                raise AttemptFailed(f"the connection closed {stop - done} bytes before the end")
+        except Refused as error:
+            raise UserError(
+                f"shard {public_url(url)} cannot be read ({error}): correct its URL, or restore it"
+            ) from error
+        except AttemptFailed as error:
+            failures = 1 if done > before else failures + 1
+            if failures > policy.retries or time.monotonic() >= deadline:
+                raise GaveUp(
+                    f"shard {public_url(url)} could not be read ({error}; attempt {attempts} was the last): "
+                    "check the server and the network, then resume"
+                ) from error
+            on_retry(url, str(error))
+            pause = random.uniform(0, min(BACKOFF_S * 2 ** (failures - 1), MAX_BACKOFF_S))
+            _sleep(min(max(pause, error.retry_after), deadline - time.monotonic()), cancelled)
+    return skipped
+
+
+def _sleep(seconds: float, cancelled: Callable[[], bool]) -> None:
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if cancelled():
+            raise Cancelled
+        time.sleep(min(left, 0.1))
