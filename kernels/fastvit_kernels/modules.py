@@ -79,21 +79,22 @@ class FusedPatchEmbed(nn.Module):
 class FusedAttention(nn.Module):
     """Multi-head self-attention with its projections: [B, N, D] -> [B, N, D]. Parameters: qkv.*, proj.*.
 
-    `dropout` acts on the projected output; attention probabilities are not dropped.
+    `dropout` acts on the projected output, `attention_dropout` on the attention probabilities.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, attention_dropout: float = 0.0) -> None:
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"heads must divide the width {width}, got {heads}")
-        self.heads = heads
+        self.heads, self.attention_dropout = heads, attention_dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, d]
-        return self.dropout(self.proj(attention(qkv)))
+        attended = attention(qkv, dropout=self.attention_dropout if self.training else 0.0)  # [B, N, D]
+        return self.dropout(self.proj(attended))
 
 
 class LayerScale(nn.Module):

@@ -14,16 +14,6 @@ if dispatch.INTERPRETED:
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    interpreted_dot = InterpreterBuilder.create_dot
-
-    def dot_of_numbers(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *others: Any) -> TensorHandle:
-        """The interpreter (Triton 3.7) keeps bfloat16 as uint16 and multiplies those; this multiplies the numbers."""
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = (TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32) for t in (a, b))
-        return interpreted_dot(builder, a, b, *others)
-
-    InterpreterBuilder.create_dot = dot_of_numbers
-
     @lru_cache
     def builtins_of(package: Any) -> list[tuple[str, Any]]:
         return [(name, member) for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
@@ -35,6 +25,15 @@ if dispatch.INTERPRETED:
                 interpreter._patch_attr(package, name, member, *others)
 
     interpreter._patch_builtin = patch_builtin
+    interpreted_dot = InterpreterBuilder.create_dot
+
+    def dot_of_numbers(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *others: Any) -> TensorHandle:
+        """The interpreter (Triton 3.7) keeps bfloat16 as uint16 and multiplies those; this multiplies the numbers."""
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = (TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32) for t in (a, b))
+        return interpreted_dot(builder, a, b, *others)
+
+    InterpreterBuilder.create_dot = dot_of_numbers
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -107,6 +107,18 @@ def test_attention_equals_pytorch_multihead_attention() -> None:
     assert torch.allclose(module(x), peer(x, x, x)[0], atol=1e-10)
 
 
+def test_attention_dropout_drops_probabilities() -> None:
+    module, x = FusedAttention(4, 1, attention_dropout=0.5), torch.randn(64, 1, 4)
+    with torch.no_grad():
+        module.proj.weight.copy_(torch.eye(4))
+        module.proj.bias.zero_()
+    values = module.qkv(x)[..., 8:]  # with one token, the only probability is 1: its value is dropped or doubled
+    y = module(x)
+    kept = (y != 0).all(-1, keepdim=True)
+    assert torch.allclose(y, torch.where(kept, 2 * values, 0.0))
+    assert 16 < kept.sum() < 48
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 @pytest.mark.parametrize("layer_scale", [None, 0.1])
 def test_block_is_its_two_halves(activation: str, layer_scale: float | None) -> None:
@@ -146,10 +158,11 @@ def test_half_block_is_the_function() -> None:
         (FusedLayerNormMLP(8, 20, drop_path=0.5), FusedLayerNormMLP(8, 20)),
         (FusedLayerNormMLP(8, 20, drop_path=0.5, drop_path_mode="subset"), FusedLayerNormMLP(8, 20)),
         (FusedAttention(8, 2, dropout=0.5), FusedAttention(8, 2)),
+        (FusedAttention(8, 2, attention_dropout=0.5), FusedAttention(8, 2)),
     ],
     ids=[
         *("block dropout", "block drop_path", "block subset", "mlp dropout", "mlp drop_path", "mlp subset"),
-        "attention dropout",
+        *("dropout after attention", "dropout in attention"),
     ],
 )
 def test_rates_are_active_in_training_only(noisy: nn.Module, quiet: nn.Module) -> None:

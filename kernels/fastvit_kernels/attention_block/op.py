@@ -4,9 +4,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from fastvit_kernels.attention.op import MAX_HEAD_DIM
 from fastvit_kernels.attention.op import launch_backward as attention_backward
 from fastvit_kernels.attention.op import launch_forward as attention_forward
-from fastvit_kernels.attention.op import obstacle as attention_obstacle
 from fastvit_kernels.attention_block import reference
 from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
 from fastvit_kernels.dispatch import uses_triton
@@ -70,7 +70,7 @@ def attention_block(
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
     norm, qkv, proj = (norm_weight, norm_bias), (qkv_weight, qkv_bias), (proj_weight, proj_bias)
-    if dropout > 0 or not uses_triton(x, attention_obstacle(width // heads, dropout=0.0)):
+    if dropout > 0 or width // heads > MAX_HEAD_DIM or not uses_triton(x):
         return reference.attention_block(x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -168,12 +168,12 @@ def launch_backward(
     eps: float,
     needed: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """`needed` says of each gradient, in the order they are returned, whether anything needs it; others are empty."""
-    need_x, need_norm_weight, need_norm_bias, need_qkv_weight, need_qkv_bias, need_proj_weight, need_proj_bias, _ = (
-        needed
-    )
-    grad_x = grad_norm_weight = grad_norm_bias = grad_qkv_weight = grad_qkv_bias = None
-    grad_proj_weight = grad_proj_bias = grad_layer_scale = None
+    """Gradients of `LEARNED`; `needed` says of each whether anything needs it, others are empty."""
+    needs = dict(zip(LEARNED, needed, strict=True))
+    below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
+    below_attention = below_norm or needs["qkv_weight"] or needs["qkv_bias"]
+    above_attention = needs["proj_weight"] or needs["layer_scale"]
+    gradients: dict[str, Tensor] = {}
     qkv_weight, proj_weight, dtype = as_rows(qkv_weight), as_rows(proj_weight), qkv_weight.dtype
     with no_autocast(x.device):
         if layer_scale is not None:
@@ -181,50 +181,42 @@ def launch_backward(
         grad, scaled_grad, partial = products.branch_gradient(
             as_rows(grad_y), layer_scale, path_scale, x.shape[1], dtype
         )
+        if above_attention:
+            gradients["proj_weight"] = products.weight_gradient(grad, as_rows(attended))
         if layer_scale is None:
-            if need_proj_weight:
-                grad_proj_weight = products.weight_gradient(grad, as_rows(attended))
-            if need_proj_bias:
-                grad_proj_bias = products.sum_partial(partial, proj_bias.new_empty(proj_bias.shape))
-        elif any(needed[5:]):
-            # the weight gradient before LayerScale gives that of LayerScale too, for which the branch is not kept
-            grad_proj_weight, grad_proj_bias, grad_layer_scale = products.layer_scale_gradients(
-                products.weight_gradient(grad, as_rows(attended)),
-                proj_weight,
-                proj_bias.contiguous(),
-                layer_scale,
-                products.sum_partial(partial, x.new_empty(x.shape[-1], dtype=torch.float32)),
-            )
-        if any(needed[:5]):
+            if needs["proj_bias"]:
+                gradients["proj_bias"] = products.sum_partial(partial, proj_bias.new_empty(proj_bias.shape))
+        elif above_attention or needs["proj_bias"]:
+            column_sums = products.sum_partial(partial, x.new_empty(x.shape[-1], dtype=torch.float32))
+            if above_attention:
+                # the weight gradient before LayerScale gives that of LayerScale too: the branch is not kept for it
+                gradients["proj_weight"], gradients["proj_bias"], gradients["layer_scale"] = (
+                    products.layer_scale_gradients(
+                        gradients["proj_weight"], proj_weight, proj_bias.contiguous(), layer_scale, column_sums
+                    )
+                )
+            else:
+                gradients["proj_bias"] = (layer_scale * column_sums).to(dtype)
+        if below_attention:
             grad_attended = products.input_gradient(scaled_grad, proj_weight).view(attended.shape)
             grad_qkv = attention_backward(grad_attended, qkv, attended, lse).view(-1, len(qkv_weight))  # [T, 3 * D]
-        if need_qkv_bias:
-            column_sums = products.scale_gradient(grad_qkv, None)
-            grad_qkv_bias = products.sum_partial(column_sums, grad_qkv.new_empty(len(qkv_weight)))
-        if need_qkv_weight:
+        if needs["qkv_bias"]:
+            partial = products.scale_gradient(grad_qkv, None)
+            gradients["qkv_bias"] = products.sum_partial(partial, grad_qkv.new_empty(len(qkv_weight)))
+        if needs["qkv_weight"]:
             if normed is None:
                 normed, _, _ = normalise(x, norm_weight, norm_bias, eps, dtype)
-            grad_qkv_weight = products.weight_gradient(grad_qkv, normed)
-        if need_x or need_norm_weight or need_norm_bias:
+            gradients["qkv_weight"] = products.weight_gradient(grad_qkv, normed)
+        if below_norm:
             grad_normed = products.input_gradient(grad_qkv, qkv_weight).view(x.shape)
-            grad_x, _, _, grad_norm_weight, grad_norm_bias = layer_norm_backward(
+            gradients["x"], _, _, gradients["norm_weight"], gradients["norm_bias"] = layer_norm_backward(
                 grad_y, grad_normed, x, None, x.dtype, None, None, norm_weight, norm_bias, mean, rstd
             )
-    gradients = (
-        grad_x,
-        grad_norm_weight,
-        grad_norm_bias,
-        grad_qkv_weight,
-        grad_qkv_bias,
-        grad_proj_weight,
-        grad_proj_bias,
-        grad_layer_scale,
-    )
-    # some kernels give two or three gradients together, of which not all may be needed
-    return tuple(
-        gradient if need and gradient is not None else x.new_empty(0)
-        for gradient, need in zip(gradients, needed, strict=True)
-    )
+    return tuple(gradients[name] if needs[name] else x.new_empty(0) for name in LEARNED)
+
+
+# inputs that may have a gradient, in the order of the operator's arguments
+LEARNED = ("x", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "layer_scale")
 
 
 def fake_backward(
@@ -277,7 +269,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def backward(ctx: Any, grad_y: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad[:8]
+    needed = ctx.needs_input_grad[: len(LEARNED)]
     gradients = attention_block_backward_op(grad_y, *ctx.saved_tensors, ctx.eps, needed)
     return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None, None, None
 
