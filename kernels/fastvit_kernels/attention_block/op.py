@@ -106,6 +106,8 @@ def launch_forward(
     with no_autocast(x.device):
         normed, mean, rstd = normalise(x, norm_weight, norm_bias, eps, qkv_weight.dtype)
         qkv = products.linear(normed, as_rows(qkv_weight), qkv_bias.contiguous())
+        if not keep_normed:
+            normed = normed.new_empty(0)
         qkv = qkv.view(batch, tokens, 3, heads, width // heads)
         attended, lse = attention_forward(qkv)
         y = products.linear_residual(
@@ -119,8 +121,6 @@ def launch_forward(
         )
     if not keep:
         mean, rstd, qkv, attended, lse = (tensor.new_empty(0) for tensor in (mean, rstd, qkv, attended, lse))
-    if not keep_normed:
-        normed = normed.new_empty(0)
     return y.view(x.shape), mean, rstd, normed, qkv, attended, lse
 
 
