@@ -16,6 +16,7 @@ from fastvit_kernels.modules import (
     FusedPatchEmbed,
 )
 from fastvit_kernels.patch_embed import patch_embed
+from fastvit_kernels.residual import drop_path_subset
 
 __all__ = [
     "FusedAttention",
@@ -29,6 +30,7 @@ __all__ = [
     "attention",
     "attention_block",
     "cross_entropy",
+    "drop_path_subset",
     "explain",
     "layer_norm",
     "layer_norm_mlp",

@@ -1,13 +1,16 @@
 """Modules over the functions of this package. Each owns its parameters, under the names of timm's Vision Transformer.
 
-Dropout and stochastic depth are active in training mode only.
+Dropout and stochastic depth are active in training mode only. `drop_path_mode` says what becomes of the samples whose
+branch is dropped: "mask" computes and discards it, each sample drawn for itself; "subset" computes the others only and
+draws a fixed share of the batch, see `drop_path_subset`.
 
 A module that reads the parameters of its children, without calling them, says `_z3_leaf = True`: DeepSpeed ZeRO-3
 gathers the sharded parameters of the module that is called, and those of its children too only with this mark.
 """
 
-from collections.abc import Sequence
-from typing import Literal, cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +20,11 @@ from fastvit_kernels.attention_block import attention_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
 from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.mlp import Activation, layer_norm_mlp
+from fastvit_kernels.mlp.op import Recompute
 from fastvit_kernels.patch_embed import patch_embed
+from fastvit_kernels.residual import drop_path_subset
+
+DropPathMode = Literal["mask", "subset"]
 
 
 class FusedLayerNorm(nn.Module):
@@ -36,7 +43,8 @@ class FusedLayerNorm(nn.Module):
 class FusedPatchEmbed(nn.Module):
     """Images to tokens, see `patch_embed`. Parameters: proj.weight [D, 3, P, P], proj.bias [D].
 
-    Position embedding and class token belong to the model and are passed to `forward`.
+    Position embedding, class token and registers belong to the model and are passed to `forward`, as are the indices of
+    the patches to embed where not all are.
     """
 
     _z3_leaf = True  # forward reads proj.weight and proj.bias
@@ -46,7 +54,14 @@ class FusedPatchEmbed(nn.Module):
         self.mean, self.std = tuple(mean), tuple(std)
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, images: Tensor, pos_embed: Tensor | None = None, cls_token: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        images: Tensor,
+        pos_embed: Tensor | None = None,
+        cls_token: Tensor | None = None,
+        register_tokens: Tensor | None = None,
+        keep_indices: Tensor | None = None,
+    ) -> Tensor:
         bias = cast(Tensor, self.proj.bias)  # a Conv2d may have none, this one has
         return patch_embed(
             images,
@@ -54,6 +69,8 @@ class FusedPatchEmbed(nn.Module):
             bias,
             pos_embed=pos_embed,
             cls_token=cls_token,
+            register_tokens=register_tokens,
+            keep_indices=keep_indices,
             mean=self.mean,
             std=self.std,
         )
@@ -62,21 +79,22 @@ class FusedPatchEmbed(nn.Module):
 class FusedAttention(nn.Module):
     """Multi-head self-attention with its projections: [B, N, D] -> [B, N, D]. Parameters: qkv.*, proj.*.
 
-    `dropout` acts on the projected output; attention probabilities are not dropped.
+    `dropout` acts on the projected output, `attention_dropout` on the attention probabilities.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, dropout: float = 0.0, attention_dropout: float = 0.0) -> None:
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"heads must divide the width {width}, got {heads}")
-        self.heads = heads
+        self.heads, self.attention_dropout = heads, attention_dropout
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, d]
-        return self.dropout(self.proj(attention(qkv)))
+        attended = attention(qkv, dropout=self.attention_dropout if self.training else 0.0)  # [B, N, D]
+        return self.dropout(self.proj(attended))
 
 
 class LayerScale(nn.Module):
@@ -113,30 +131,36 @@ class FusedLayerNormMLP(nn.Module):
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         eps: float = 1e-6,
+        drop_path_mode: DropPathMode = "mask",
+        recompute: Recompute = "gelu",
     ) -> None:
         super().__init__()
+        check_choice("drop_path_mode", drop_path_mode, get_args(DropPathMode))
+        check_choice("recompute", recompute, get_args(Recompute))
         self.activation: Activation = activation
         self.dropout, self.drop_path, self.eps = dropout, drop_path, eps
+        self.drop_path_mode: DropPathMode = drop_path_mode
+        self.recompute: Recompute = recompute
         self.norm = FusedLayerNorm(width, eps)
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
         self.ls = None if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return layer_norm_mlp(
-            x,
-            self.norm.weight,
-            self.norm.bias,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
+        half_block = partial(
+            layer_norm_mlp,
+            norm_weight=self.norm.weight,
+            norm_bias=self.norm.bias,
+            fc1_weight=self.fc1.weight,
+            fc1_bias=self.fc1.bias,
+            fc2_weight=self.fc2.weight,
+            fc2_bias=self.fc2.bias,
             eps=self.eps,
             activation=self.activation,
-            layer_scale=None if self.ls is None else self.ls.gamma,
             dropout=self.dropout if self.training else 0.0,
-            drop_path=self.drop_path if self.training else 0.0,
+            recompute=self.recompute,
         )
+        return with_drop_path(half_block, x, self.ls, self.drop_path if self.training else 0.0, self.drop_path_mode)
 
 
 class FusedBlock(nn.Module):
@@ -144,6 +168,8 @@ class FusedBlock(nn.Module):
 
     Parameters: norm1.*, attn.qkv.*, attn.proj.*, norm2.*, mlp.fc1.*, mlp.fc2.*, and ls1.gamma, ls2.gamma unless
     `layer_scale` (their initial value) is None. The children hold parameters; `forward` does not call them.
+    `recompute` says what the backward pass computes again instead of keeping it: nothing ("none"), the GELU ("gelu"),
+    or both normalisations too ("all"); matrix products and attention never.
     """
 
     _z3_leaf = True  # forward reads the parameters of every child
@@ -158,11 +184,17 @@ class FusedBlock(nn.Module):
         drop_path: float = 0.0,
         layer_scale: float | None = None,
         eps: float = 1e-6,
+        drop_path_mode: DropPathMode = "mask",
+        recompute: Recompute = "gelu",
     ) -> None:
         super().__init__()
+        check_choice("drop_path_mode", drop_path_mode, get_args(DropPathMode))
+        check_choice("recompute", recompute, get_args(Recompute))
         self.heads, self.eps = heads, eps
         self.activation: Activation = activation
         self.dropout, self.drop_path = dropout, drop_path
+        self.drop_path_mode: DropPathMode = drop_path_mode
+        self.recompute: Recompute = recompute
         self.norm1 = FusedLayerNorm(width, eps)
         self.attn = FusedAttention(width, heads)
         self.ls1 = None if layer_scale is None else LayerScale(width, layer_scale)
@@ -173,44 +205,47 @@ class FusedBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         drop_path = self.drop_path if self.training else 0.0
-        x = attention_block(
-            x,
-            self.norm1.weight,
-            self.norm1.bias,
-            self.attn.qkv.weight,
-            self.attn.qkv.bias,
-            self.attn.proj.weight,
-            self.attn.proj.bias,
+        attention_half = partial(
+            attention_block,
+            norm_weight=self.norm1.weight,
+            norm_bias=self.norm1.bias,
+            qkv_weight=self.attn.qkv.weight,
+            qkv_bias=self.attn.qkv.bias,
+            proj_weight=self.attn.proj.weight,
+            proj_bias=self.attn.proj.bias,
             heads=self.heads,
             eps=self.eps,
-            layer_scale=None if self.ls1 is None else self.ls1.gamma,
             dropout=dropout,
-            drop_path=drop_path,
+            recompute="norm" if self.recompute == "all" else "none",
         )
-        return layer_norm_mlp(
-            x,
-            self.norm2.weight,
-            self.norm2.bias,
-            self.mlp.fc1.weight,
-            self.mlp.fc1.bias,
-            self.mlp.fc2.weight,
-            self.mlp.fc2.bias,
+        mlp_half = partial(
+            layer_norm_mlp,
+            norm_weight=self.norm2.weight,
+            norm_bias=self.norm2.bias,
+            fc1_weight=self.mlp.fc1.weight,
+            fc1_bias=self.mlp.fc1.bias,
+            fc2_weight=self.mlp.fc2.weight,
+            fc2_bias=self.mlp.fc2.bias,
             eps=self.eps,
             activation=self.activation,
-            layer_scale=None if self.ls2 is None else self.ls2.gamma,
             dropout=dropout,
-            drop_path=drop_path,
+            recompute=self.recompute,
         )
+        x = with_drop_path(attention_half, x, self.ls1, drop_path, self.drop_path_mode)
+        return with_drop_path(mlp_half, x, self.ls2, drop_path, self.drop_path_mode)
 
 
 class FusedCrossEntropy(nn.Module):
-    """`cross_entropy` or, for kind "sigmoid", `sigmoid_cross_entropy`."""
+    """`cross_entropy` or, for kind "sigmoid", `sigmoid_cross_entropy`, which has no `z_loss`."""
 
-    def __init__(self, kind: Literal["softmax", "sigmoid"] = "softmax", label_smoothing: float = 0.0) -> None:
+    def __init__(
+        self, kind: Literal["softmax", "sigmoid"] = "softmax", label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> None:
         super().__init__()
-        if kind not in ("softmax", "sigmoid"):
-            raise ValueError(f"kind must be 'softmax' or 'sigmoid', got {kind!r}")
-        self.kind, self.label_smoothing = kind, label_smoothing
+        check_choice("kind", kind, ("softmax", "sigmoid"))
+        if kind == "sigmoid" and z_loss != 0:
+            raise ValueError(f"z_loss belongs to the softmax; with kind 'sigmoid' it must be 0, got {z_loss}")
+        self.kind, self.label_smoothing, self.z_loss = kind, label_smoothing, z_loss
 
     def forward(
         self,
@@ -220,7 +255,7 @@ class FusedCrossEntropy(nn.Module):
         mix_weight: Tensor | None = None,
         reduction: Literal["mean", "none"] = "mean",
     ) -> Tensor:
-        loss = cross_entropy if self.kind == "softmax" else sigmoid_cross_entropy
+        loss = partial(cross_entropy, z_loss=self.z_loss) if self.kind == "softmax" else sigmoid_cross_entropy
         return loss(
             logits,
             labels,
@@ -229,3 +264,17 @@ class FusedCrossEntropy(nn.Module):
             label_smoothing=self.label_smoothing,
             reduction=reduction,
         )
+
+
+def with_drop_path(
+    half_block: Callable[..., Tensor], x: Tensor, scale: LayerScale | None, drop_path: float, mode: DropPathMode
+) -> Tensor:
+    layer_scale = None if scale is None else scale.gamma
+    if mode == "subset":
+        return drop_path_subset(half_block, x, layer_scale=layer_scale, drop_path=drop_path)
+    return half_block(x, layer_scale=layer_scale, drop_path=drop_path)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -5,6 +5,7 @@ of a few microseconds.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -51,3 +52,20 @@ def register_gradient(
 
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=library)
     torch.library.register_autograd(backward_op.name(), refuse, lib=library)
+
+
+def register_composite(
+    schema: str, function: Callable[..., Any], setup_context: Callable[..., None], backward: Callable[..., Any]
+) -> Any:
+    """Defines an operator that is written with PyTorch's own, for every device, with a gradient; ready to be called."""
+    name = schema.partition("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastvit::{name}", function, lib=library)
+    torch.library.register_autograd(f"fastvit::{name}", backward, setup_context=setup_context, lib=library)
+    return getattr(torch.ops.fastvit, name).default
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager:
+    """For the inside of an operator: its operands have their dtypes by now, and products must not cast them again."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

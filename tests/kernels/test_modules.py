@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ def test_public_names() -> None:
     assert set(fastvit_kernels.__all__) == {
         *("attention", "attention_block", "cross_entropy", "layer_norm", "layer_norm_mlp", "patch_embed"),
         *("sigmoid_cross_entropy", "FusedAttention", "FusedBlock", "FusedCrossEntropy", "FusedLayerNorm"),
-        *("FusedLayerNormMLP", "FusedPatchEmbed", "accelerate", "add_layer_norm", "explain"),
+        *("FusedLayerNormMLP", "FusedPatchEmbed", "accelerate", "add_layer_norm", "drop_path_subset", "explain"),
     }
     assert all(callable(getattr(fastvit_kernels, name)) for name in fastvit_kernels.__all__)
 
@@ -86,10 +88,12 @@ def test_patch_embed_uses_its_parameters() -> None:
     module = randomise(FusedPatchEmbed(4, 8, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)))
     pixels = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
     extra = {"pos_embed": torch.randn(1, 5, 8), "cls_token": torch.randn(1, 1, 8)}
+    extra |= {"register_tokens": torch.randn(1, 3, 8), "keep_indices": torch.tensor([[2, 0], [3, 1]])}
     expected = patch_embed(
         pixels, module.proj.weight, module.proj.bias, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), **extra
     )
     assert torch.equal(module(pixels, **extra), expected)
+    assert expected.shape == (2, 1 + 3 + 2, 8)
     assert module(pixels).shape == (2, 4, 8)
 
 
@@ -101,6 +105,18 @@ def test_attention_equals_pytorch_multihead_attention() -> None:
     names |= {"out_proj.weight": "proj.weight", "out_proj.bias": "proj.bias"}
     peer.load_state_dict({theirs: state[ours] for theirs, ours in names.items()})
     assert torch.allclose(module(x), peer(x, x, x)[0], atol=1e-10)
+
+
+def test_attention_dropout_drops_probabilities() -> None:
+    module, x = FusedAttention(4, 1, attention_dropout=0.5), torch.randn(64, 1, 4)
+    with torch.no_grad():
+        module.proj.weight.copy_(torch.eye(4))
+        module.proj.bias.zero_()
+    values = module.qkv(x)[..., 8:]  # with one token, the only probability is 1: its value is dropped or doubled
+    y = module(x)
+    kept = (y != 0).all(-1, keepdim=True)
+    assert torch.allclose(y, torch.where(kept, 2 * values, 0.0))
+    assert 16 < kept.sum() < 48
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
@@ -137,17 +153,79 @@ def test_half_block_is_the_function() -> None:
     [
         (FusedBlock(8, 2, 20, dropout=0.5), FusedBlock(8, 2, 20)),
         (FusedBlock(8, 2, 20, drop_path=0.5), FusedBlock(8, 2, 20)),
+        (FusedBlock(8, 2, 20, drop_path=0.5, drop_path_mode="subset"), FusedBlock(8, 2, 20)),
         (FusedLayerNormMLP(8, 20, dropout=0.5), FusedLayerNormMLP(8, 20)),
         (FusedLayerNormMLP(8, 20, drop_path=0.5), FusedLayerNormMLP(8, 20)),
+        (FusedLayerNormMLP(8, 20, drop_path=0.5, drop_path_mode="subset"), FusedLayerNormMLP(8, 20)),
         (FusedAttention(8, 2, dropout=0.5), FusedAttention(8, 2)),
+        (FusedAttention(8, 2, attention_dropout=0.5), FusedAttention(8, 2)),
     ],
-    ids=["block dropout", "block drop_path", "mlp dropout", "mlp drop_path", "attention dropout"],
+    ids=[
+        *("block dropout", "block drop_path", "block subset", "mlp dropout", "mlp drop_path", "mlp subset"),
+        *("dropout after attention", "dropout in attention"),
+    ],
 )
 def test_rates_are_active_in_training_only(noisy: nn.Module, quiet: nn.Module) -> None:
     quiet.load_state_dict(noisy.state_dict())
     x = torch.randn(64, 5, 8)
     assert not torch.allclose(noisy.train()(x), quiet(x))
     assert torch.equal(noisy.eval()(x), quiet(x))
+
+
+@pytest.mark.parametrize("layer_scale", [None, 0.1])
+def test_each_half_of_a_block_drops_a_subset_of_its_own(layer_scale: float | None) -> None:
+    block = randomise(FusedBlock(8, 2, 20, drop_path=0.3, drop_path_mode="subset", layer_scale=layer_scale))
+    x, state = torch.randn(10, 5, 8), block.state_dict()
+    first = [state[f"{name}.{kind}"] for name in ("norm1", "attn.qkv", "attn.proj") for kind in ("weight", "bias")]
+    second = [state[f"{name}.{kind}"] for name in ("norm2", "mlp.fc1", "mlp.fc2") for kind in ("weight", "bias")]
+    torch.manual_seed(3)
+    y = block(x)
+    torch.manual_seed(3)
+    expected = x.clone()
+    kept = torch.randperm(10)[:7]
+    branch = attention_block(x, *first, heads=2, eps=1e-6, layer_scale=state.get("ls1.gamma")) - x
+    expected[kept] += branch[kept] * 10 / 7
+    kept = torch.randperm(10)[:7]
+    branch = layer_norm_mlp(expected, *second, eps=1e-6, layer_scale=state.get("ls2.gamma")) - expected
+    expected[kept] += branch[kept] * 10 / 7
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def saved_bytes(block: nn.Module, x: Tensor) -> int:
+    """What the graph of one call keeps, parameters excepted; a storage counts once."""
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        y = block(x)
+    assert y.requires_grad
+    own = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    return sum(size for pointer, size in kept.items() if pointer not in own)
+
+
+@pytest.mark.parametrize(("recompute", "numbers"), [("none", 16), ("gelu", 12), ("all", 10)])
+def test_bytes_that_a_block_keeps_for_the_backward_pass(
+    recompute: str, numbers: int, implementation: str, device: torch.device
+) -> None:
+    """For each token, `numbers` times the width in bfloat16, a float32 a head, and four float32 statistics."""
+    if implementation == "reference":
+        pytest.skip("of the kernels")
+    width, heads = 16, 2
+    block = FusedBlock(width, heads, 4 * width, layer_scale=0.1, recompute=recompute).to(device, torch.bfloat16)
+    x = torch.randn(5, 3, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    assert saved_bytes(block, x) == 5 * 3 * (numbers * width * 2 + heads * 4 + 4 * 4)
+
+
+def test_a_subset_keeps_in_proportion(implementation: str, device: torch.device) -> None:
+    if implementation == "reference":
+        pytest.skip("of the kernels")
+    block = FusedBlock(16, 2, 64, drop_path=0.4, drop_path_mode="subset", layer_scale=0.1).to(device)
+    x = torch.randn(5, 3, 16, device=device, requires_grad=True)
+    whole, subset = saved_bytes(block.eval(), x), saved_bytes(block.train(), x)
+    assert subset - whole * 3 // 5 <= 2 * (5 * 8 + 2 * 16 * 4)  # the order of the samples and the layer scales
 
 
 def test_every_parameter_gets_a_gradient() -> None:
@@ -172,8 +250,26 @@ def test_cross_entropy_kinds() -> None:
         loss = FusedCrossEntropy(kind, label_smoothing=0.1)
         expected = function(logits, labels, labels_b=labels_b, mix_weight=share, label_smoothing=0.1)
         assert torch.equal(loss(logits, labels, labels_b, share), expected)
-    with pytest.raises(ValueError, match="kind must be 'softmax' or 'sigmoid', got 'hinge'"):
-        FusedCrossEntropy("hinge")
+    expected = cross_entropy(logits, labels, z_loss=0.3)
+    assert torch.equal(FusedCrossEntropy(z_loss=0.3)(logits, labels), expected)
+    assert expected > cross_entropy(logits, labels)
+    with pytest.raises(ValueError, match="z_loss belongs to the softmax"):
+        FusedCrossEntropy("sigmoid", z_loss=0.3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FusedCrossEntropy("hinge"), "kind must be one of softmax, sigmoid, got 'hinge'"),
+        (lambda: FusedBlock(8, 2, 20, drop_path_mode="half"), "drop_path_mode must be one of mask, subset, got 'half'"),
+        (lambda: FusedBlock(8, 2, 20, recompute="norm"), "recompute must be one of none, gelu, all, got 'norm'"),
+        (lambda: FusedLayerNormMLP(8, 20, drop_path_mode=""), "drop_path_mode must be one of mask, subset, got ''"),
+        (lambda: FusedLayerNormMLP(8, 20, recompute=""), "recompute must be one of none, gelu, all, got ''"),
+    ],
+)
+def test_unknown_choices(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_heads_must_divide_width() -> None:
