@@ -3,7 +3,7 @@
 import glob
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from braceexpand import braceexpand
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -31,8 +31,11 @@ class DatasetInfo(BaseModel):
     classes: list[str]
     source: str
     seed: int
-    eval_fraction: float
+    eval_fraction: float | None  # None: the source's own split
     samples_per_shard: int
+    options: dict[str, Any] = {}  # what else `fastvit data make` was asked for
+    duplicates: int = 0  # images of the source that were left out because they occur twice
+    failed: int = 0  # those that could not be fetched or decoded
     train: SplitInfo
     eval: SplitInfo
 
