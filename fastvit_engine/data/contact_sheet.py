@@ -25,36 +25,46 @@ _PAPER, _TILE, _INK, _SOFT = "#ffffff", "#f2f1ee", "#1b1d21", "#62666e"
 _SHARDS, _SAMPLES_A_SHARD = 8, 100  # that images are chosen from
 
 
+class Found(NamedTuple):
+    """A sample of a shard."""
+
+    label: int  # -1: none
+    content: bytes
+    where: str
+
+    def pixels(self) -> np.ndarray:
+        try:
+            return decode_image(self.content)
+        except ValueError as error:
+            raise UserError(f"{self.where} cannot be read ({error}): run `fastvit data verify`") from error
+
+
 class Tile(NamedTuple):
     pixels: np.ndarray  # uint8 [H, W, 3]
     caption: str = ""
 
 
-def class_sheet(argument: str, *, split: Split | None = None, columns: int = 8, rows: int = 5) -> Image.Image:
+def class_sheet(argument: str, *, split: Split | None = None, width: int = 8, rows: int = 5) -> Image.Image:
     """Images of as many classes as there is room for, in the order of the classes, with their names."""
     shards = shard_set(argument, split)
-    by_class: dict[int, list[np.ndarray]] = {}
-    wanted = columns * rows
-    for label, pixels in _some_samples(shards):
-        images = by_class.setdefault(label, [])
-        if len(images) < rows:
-            images.append(pixels)
+    by_class: dict[int, list[Found]] = {}
+    for found in _some_samples(shards):
+        of_class = by_class.setdefault(found.label, [])
+        if len(of_class) < rows:
+            of_class.append(found)
     if not by_class:
         raise UserError(f"the shards of {argument} hold no images: make them again")
-    if 2 <= len(by_class) <= 10:
-        columns = len(by_class)  # a column for each class
-        labels = sorted(by_class)
-        grid = [
-            [_tile(by_class[label], row, _name(shards, label)) for label in labels]
-            for row in range(min(rows, max(map(len, by_class.values()))))
-        ]
+    chosen: list[list[Found | None]]
+    if 2 <= len(by_class) <= 10:  # a column for each class
+        columns = [by_class[label] for label in sorted(by_class)]
+        chosen = [[of_class[row] if row < len(of_class) else None for of_class in columns] for row in range(rows)]
+        chosen = [row for row in chosen if any(row)]
     else:
-        chosen = _evenly(sorted(by_class), wanted)
-        each = max(1, wanted // len(chosen))
-        tiles: list[Tile | None] = [
-            Tile(pixels, _name(shards, label)) for label in chosen for pixels in by_class[label][:each]
-        ]
-        grid = [tiles[start : start + columns] for start in range(0, min(len(tiles), wanted), columns)]
+        labels = _evenly(sorted(by_class), width * rows)
+        of_each = max(1, width * rows // len(labels))
+        row_by_row = [found for label in labels for found in by_class[label][:of_each]][: width * rows]
+        chosen = [list(row_by_row[start : start + width]) for start in range(0, len(row_by_row), width)]
+    grid = [[found and Tile(found.pixels(), _name(shards, found.label)) for found in row] for row in chosen]
     names = shards.class_names or by_class
     return draw_sheet(grid, title=Path(argument).name or argument, note=f"{len(names):,} classes")
 
@@ -68,8 +78,9 @@ def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.I
     shards = shard_set(config.data.train, "train")
     size = config.model.image_size
     grid: list[list[Tile | None]] = []
-    for row, (label, pixels) in enumerate(islice(_some_samples(shards, config.data, each=1), rows)):
-        original = Tile(pixels, _name(shards, label))
+    for row, found in enumerate(islice(_some_samples(shards, config.data, each=1), rows)):
+        pixels = found.pixels()
+        original = Tile(pixels, _name(shards, found.label))
         generators = (np.random.default_rng([config.seed, row, draw]) for draw in range(draws))
         augmented = (train_transform(pixels, size, config.data, generator) for generator in generators)
         grid.append([original, *map(Tile, augmented)])
@@ -120,30 +131,26 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
         raise UserError(f"cannot write {path} ({error.strerror}): choose another --sheet") from error
 
 
-def _some_samples(
-    shards: ShardSet, data: DataConfig | None = None, each: int = _SAMPLES_A_SHARD
-) -> Iterator[tuple[int, np.ndarray]]:
-    """(label or -1, uint8 [H, W, 3]) of the first `each` samples of evenly spaced shards, then the next ones, ..."""
+def _some_samples(shards: ShardSet, data: DataConfig | None = None, each: int = _SAMPLES_A_SHARD) -> Iterator[Found]:
+    """The first `each` samples of evenly spaced shards, then the next ones, up to a hundred of each shard."""
     keys = (data or DataConfig()).image_key.split(";")
-    shown = [
-        read_shard(shard) for shard in _evenly(shards.shards, _SHARDS) if not is_local(shard) or Path(shard).is_file()
-    ]
-    left = _SAMPLES_A_SHARD
-    while shown and left > 0:
+    present = [shard for shard in shards.shards if not is_local(shard) or Path(shard).is_file()]
+    shown = [islice(read_shard(shard), _SAMPLES_A_SHARD) for shard in _evenly(present, _SHARDS)]
+    while shown:
         for samples in list(shown):
-            found = list(islice(samples, each))
-            if not found:
+            some = list(islice(samples, each))
+            if not some:
                 shown.remove(samples)
-            for sample in found:
-                name = next((key for key in keys if key in sample), None)
+            for sample in some:
                 where = f"sample '{sample['__key__']}' of shard {sample['__url__']}"
+                name = next((key for key in keys if key in sample), None)
                 if name is None:
                     raise UserError(f"{where} has no image: run `fastvit data verify`")
                 try:
-                    yield (labels_of(sample) or [-1])[0], decode_image(sample[name])
+                    labels = labels_of(sample)
                 except ValueError as error:
-                    raise UserError(f"{where} cannot be read ({error}): run `fastvit data verify`") from error
-        left -= each
+                    raise UserError(f"{where} {error}: run `fastvit data verify`") from error
+                yield Found(labels[0] if labels else -1, sample[name], where)
 
 
 def _evenly(values: list[Any], wanted: int) -> list[Any]:
@@ -151,10 +158,6 @@ def _evenly(values: list[Any], wanted: int) -> list[Any]:
     if len(values) <= wanted:
         return list(values)
     return [values[index * len(values) // wanted] for index in range(wanted)]
-
-
-def _tile(images: list[np.ndarray], row: int, name: str) -> Tile | None:
-    return Tile(images[row], name) if row < len(images) else None
 
 
 def _name(shards: ShardSet, label: int) -> str:
