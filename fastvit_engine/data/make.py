@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -123,6 +124,8 @@ def make_dataset(
         line.clear()
         if part == (1, 1):
             _remove_if_nothing_is_whole(out, remove_folder=not existed)
+        if isinstance(error, FileNotFoundError) and (made := read_info(out)) is not None:
+            return MadeDataset(out, made)  # another part was faster: all is written, and the plan removed
         if isinstance(error, OSError):
             raise UserError(f"cannot write to {out} ({error.strerror}): make room or choose another --out") from error
         raise
@@ -241,7 +244,7 @@ def _write_shards(
         progress(f"{out}: {len(mine) - len(missing):,} of {len(mine):,} shards are whole, making the others")
     temporary = out / UNFINISHED_NAME / f"part-{part[0]}-of-{part[1]}"
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run of this part has left
-    temporary.mkdir()
+    temporary.mkdir(exist_ok=True)
     total = sum(shard.end - shard.start for shard in mine)
     writer = _ShardWriter(out, temporary, plan, max_failed, total)
     for shard, receipt in receipts.items():
@@ -273,7 +276,8 @@ class _ShardWriter:
 
     def write(self, shard: Shard) -> None:
         warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
-        temporary = self._temporary / f"{shard.name}.tmp"
+        # A name of its own: the worker of a run that was just killed may still be at the same shard.
+        temporary = self._temporary / f"{shard.name}.{socket.gethostname()}.{os.getpid()}.tmp"
         failed: list[list[str]] = []
         samples = 0
         try:
@@ -437,7 +441,7 @@ def _remove_if_nothing_is_whole(out: Path, *, remove_folder: bool) -> None:
 
 
 def _write_atomically(path: Path, content: bytes, temporary_folder: Path) -> None:
-    temporary = temporary_folder / f"{path.name}.{os.getpid()}.tmp"
+    temporary = temporary_folder / f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
     with open(temporary, "wb") as file:
         file.write(content)
         _sync(file)

@@ -4,6 +4,8 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
+import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -111,8 +113,9 @@ def _work(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
     try:
-        while os.getppid() == parent:
+        while True:
             with next_task.get_lock():
                 number = next_task.value
                 next_task.value += 1
@@ -124,3 +127,9 @@ def _work(
         sender.send((None, None, str(error), None))
     except BaseException:
         sender.send((None, None, None, traceback.format_exc()))
+
+
+def _die_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    os._exit(1)  # the parent was killed: nobody wants the results
