@@ -199,4 +199,4 @@ def _shorten(text: str, size: int, width: float) -> str:
         return text
     while text and font.getlength(text + "…") > width * _SCALE:
         text = text[:-1]
-    return text + "…"
+    return text + "…" if text else ""

@@ -434,6 +434,9 @@ def _remove_if_nothing_is_whole(out: Path, *, remove_folder: bool) -> None:
     unfinished = out / UNFINISHED_NAME
     if not unfinished.is_dir() or any((unfinished / "receipts").glob("*.json")):
         return
+    for split in ("train", "eval"):  # a worker may have been stopped between a shard and its receipt
+        for path in out.glob(f"{split}-*.tar"):
+            path.unlink()
     shutil.rmtree(unfinished)
     if remove_folder:
         with contextlib.suppress(OSError):  # not empty

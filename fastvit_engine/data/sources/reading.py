@@ -89,8 +89,11 @@ def download(url: str, timeout: float) -> bytes:
             request = urllib.request.Request(url, headers={"User-Agent": "fastvit-engine"})
             with urllib.request.urlopen(request, timeout=timeout) as response:
                 content: bytes = response.read(MAX_DOWNLOAD + 1)
+                announced = response.headers.get("Content-Length")
             if len(content) > MAX_DOWNLOAD:
-                raise ValueError(f"more than {MAX_DOWNLOAD:,} bytes")
+                raise ValueError(f"has more than {MAX_DOWNLOAD:,} bytes")
+            if announced is not None and announced.isdecimal() and len(content) < int(announced):
+                raise http.client.IncompleteRead(content, int(announced) - len(content))
             return content
         except urllib.error.HTTPError as error:
             if wait is None or error.code not in _RETRIED_CODES:

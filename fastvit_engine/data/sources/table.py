@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,7 +36,7 @@ def list_table(path: Path, context: Context) -> Listing:
                 labels = _labels(row[label_column])
                 if not isinstance(row[image_column], str) or not row[image_column]:
                     raise UserError(f"line {number} of {path} has no {image_column}: complete it or remove it")
-                if not labels and not isinstance(row[label_column], list):
+                if labels is None:
                     raise UserError(f"line {number} of {path} has no {label_column}: complete it or remove it")
                 builder.multi_label |= len(labels) != 1
                 builder.add(row[image_column], labels)
@@ -73,7 +72,8 @@ def _column(row: dict[str, Any], names: tuple[str, ...], path: Path, number: int
     raise UserError(f"line {number} of {path} has no {' or '.join(names)}, only {found}: name the columns so")
 
 
-def _labels(value: Any) -> list[str]:
+def _labels(value: Any) -> list[str] | None:
+    """None where there are none; a list may be empty."""
     if isinstance(value, str) and value.startswith("["):
         try:
             value = json.loads(value)
@@ -82,5 +82,5 @@ def _labels(value: Any) -> list[str]:
     if isinstance(value, list):
         return [str(label) for label in value]
     if value is None:
-        return []
-    return [label.strip() for label in re.split(";", str(value)) if label.strip()]
+        return None
+    return [label.strip() for label in str(value).split(";") if label.strip()] or None

@@ -270,6 +270,16 @@ def test_error_before_the_first_whole_shard_leaves_nothing_behind(photos, tmp_pa
     assert (list(out.iterdir()) == []) if existed else not out.exists()
 
 
+def test_shard_without_a_receipt_is_removed_with_the_rest(photos, tmp_path):
+    changes = {"samples_per_shard": 100, "eval_fraction": 0.0}
+    _make(photos, tmp_path / "out", plan_only=True, **changes)
+    (tmp_path / "out" / "train-000000.tar").write_bytes(b"x")  # its worker was stopped at the last moment
+    (photos / "bee" / "5.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match="is not an image"):
+        _make(photos, tmp_path / "out", **changes)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_bad_image_can_be_mended_and_the_run_goes_on(photos, tmp_path, photo):
     _make(photos, tmp_path / "whole", samples_per_shard=3, workers=1)
     later = next(iter(read_shard(str(tmp_path / "whole" / "train-000005.tar"))))["__key__"]
