@@ -1,6 +1,7 @@
 """The `fastvit data` commands."""
 
 import argparse
+import textwrap
 from pathlib import Path
 
 _SOURCES = """\
@@ -9,7 +10,7 @@ sources, recognised by what they are (--format says it explicitly):
   imagenet    the folder with ILSVRC2012_img_train.tar (and _val.tar and _devkit_t12.tar.gz)
   class-tars  a tar of class tars, or a folder of them: ImageNet-21k, ImageNet-1k's training images
   flat-tar    a tar of images, with --labels FILE
-  webdataset  shards to be made anew: a folder, a glob, a brace pattern
+  webdataset  shards to be made anew (images, cls, json): a folder, a glob, a brace pattern
   parquet     a file or a folder of Hugging Face's layout; needs pyarrow
   list        .csv, .tsv or .jsonl: path or url, and label or labels
   cifar       CIFAR-10 or -100, Python version: folder or tar.gz
@@ -24,7 +25,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     data = commands.add_parser(
         "data",
         help="make, verify and look at shards",
-        description="Make WebDataset shards, verify them, and see what is in them.",
+        description=_wrapped("Make WebDataset shards, verify them, and see what is in them."),
         epilog="example:\n  fastvit data make photos/ --out shards/photos\n  fastvit data verify shards/photos",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,8 +40,10 @@ def _add_make(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     make = actions.add_parser(
         "make",
         help="write images from folders, tars, Parquet, lists ... as shards",
-        description="Write images as globally shuffled WebDataset shards with an evaluation split. A run that was "
-        "stopped goes on where it was; running it again when it is done does nothing.",
+        description=_wrapped(
+            "Write images as globally shuffled WebDataset shards with an evaluation split. A run that was "
+            "stopped goes on where it was; running it again when it is done does nothing."
+        ),
         epilog=f"{_SOURCES}\nexamples:\n  fastvit data make photos/ --out shards/photos --eval-fraction 0.05\n"
         "  fastvit data make winter21_whole.tar.gz --out shards/i21k --resize 256 --workers 16 --max-failed 0.001\n"
         "  fastvit data make list.csv --out shards/web --max-failed 0.1\n\n"
@@ -80,16 +83,20 @@ def _add_verify(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     verify = actions.add_parser(
         "verify",
         help="find damaged shards, bad images, wrong labels, duplicates, skew",
-        description="Read every sample of SHARDS and say what is wrong. Errors are what would stop or falsify a "
-        "training run: damaged tars, images that do not decode, missing members, labels out of range, keys that occur "
-        "twice, shards that dataset.json does not agree with. Warnings: images that occur twice, and shards that "
-        "differ from the others in size or classes by more than --skew. Exit code 1 where there are errors.",
+        description=_wrapped(
+            "Read every sample of SHARDS and say what is wrong. Errors are what would stop or falsify a "
+            "training run: damaged tars, images that do not decode, missing members, labels out of range, keys that "
+            "occur twice, shards that dataset.json does not agree with. Warnings: images that occur twice, and shards that "
+            "differ from the others in size or classes by more than --skew. Exit code 1 where there are errors."
+        ),
         epilog="example:\n  fastvit data verify shards/photos --num-classes 120",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verify.add_argument("shards", metavar="SHARDS", help="a folder, a shard, a glob or a brace pattern")
     verify.add_argument("--num-classes", type=int, metavar="N", help="labels are 0..N-1 (default: dataset.json's)")
-    verify.add_argument("--skew", type=float, default=2.0, metavar="FACTOR", help="(default 2)")
+    verify.add_argument(
+        "--skew", type=float, default=2.0, metavar="FACTOR", help="by which a shard may differ (default 2)"
+    )
     verify.add_argument("--strict", action="store_true", help="exit code 1 for warnings too")
     _add_common(verify)
     verify.set_defaults(run=_verify)
@@ -99,8 +106,10 @@ def _add_stats(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     stats = actions.add_parser(
         "stats",
         help="classes, sizes, aspect ratios, mean and deviation of the pixels",
-        description="Say what SHARDS hold: classes, bytes, image sizes and shapes, and mean and standard deviation of "
-        "the pixels of evenly spaced images.",
+        description=_wrapped(
+            "Say what SHARDS hold: classes, bytes, image sizes and shapes, and mean and standard deviation of "
+            "the pixels of evenly spaced images."
+        ),
         epilog="example:\n  fastvit data stats shards/photos --sheet photos.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -117,8 +126,10 @@ def _add_show(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     show = actions.add_parser(
         "show",
         help="draw training images as a recipe augments them",
-        description="Draw a sheet of training images: originals on the left, and beside each what the recipe's "
-        "augmentation makes of it in one epoch after the other.",
+        description=_wrapped(
+            "Draw a sheet of training images: originals on the left, and beside each what the recipe's "
+            "augmentation makes of it in one epoch after the other."
+        ),
         epilog="example:\n  fastvit data show photos --set data.train=shards/photos --sheet augmented.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -132,6 +143,10 @@ def _add_show(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 100)
 
 
 def _part(text: str) -> tuple[int, int]:

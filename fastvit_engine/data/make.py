@@ -23,7 +23,7 @@ from fastvit_engine.data.shards import INFO_NAME, DatasetInfo, Split, SplitInfo,
 from fastvit_engine.data.sources import FORMATS, list_source, list_with_eval
 from fastvit_engine.data.sources.context import Context
 from fastvit_engine.data.sources.listing import Listing
-from fastvit_engine.data.sources.reading import Reader, is_url
+from fastvit_engine.data.sources.reading import Reader
 from fastvit_engine.data.work_progress import WorkProgress
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import format_bytes
@@ -272,7 +272,7 @@ class _ShardWriter:
         self._out, self._temporary, self._plan = out, temporary, plan
         self._max_failed, self._total = max_failed, total
         self._reader = Reader(plan.listing)
-        self._downloads = any(is_url(plan.listing.name(i)) for i in _spread(len(plan.listing), 100))
+        self._downloads = any(file.kind == "url" for file in plan.listing.files)
 
     def write(self, shard: Shard) -> None:
         warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
@@ -364,10 +364,6 @@ def _key(index: int, name: str) -> str:
     stem = name.rstrip("/").rpartition("/")[2]
     stem = stem.rpartition(".")[0] or stem
     return f"{index:08d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:60]}"
-
-
-def _spread(count: int, wanted: int) -> range:
-    return range(0, count, max(1, count // wanted))
 
 
 def _receipt_path(out: Path, shard: Shard) -> Path:

@@ -14,7 +14,7 @@ import numpy as np
 from fastvit_engine.data.parallel import Counter, ordered_map
 from fastvit_engine.data.shards import Split
 from fastvit_engine.data.sources.listing import Listing
-from fastvit_engine.data.sources.reading import Reader, is_url
+from fastvit_engine.data.sources.reading import Reader
 from fastvit_engine.data.work_progress import WorkProgress
 from fastvit_engine.errors import UserError
 
@@ -120,7 +120,7 @@ def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
 
 def _first_of_each(listing: Listing, workers: int, progress: WorkProgress) -> np.ndarray:
     """bool [N]: False for images whose bytes occur before in the listing, or in the source's own eval split."""
-    if any(kind == "path" for kind, *_ in listing.files) and any(is_url(listing.name(i)) for i in range(len(listing))):
+    if any(file.kind == "url" for file in listing.files):
         raise UserError(
             "--dedup reads every image twice: make shards of URLs first, then make those again with --dedup"
         )

@@ -11,13 +11,13 @@ import numpy as np
 
 from fastvit_engine.errors import UserError
 
-Kind = Literal["path", "bytes", "sample", "pixels"]
+Kind = Literal["path", "url", "bytes", "sample", "pixels"]
 
 
 class SourceFile(NamedTuple):
     """What a place (offset, size) of an image refers to.
 
-    path: a folder or URL prefix that the image's name is relative to; offset and size mean nothing.
+    path: a folder that the image's name is relative to. url: the name is the URL. Both have no offset and size.
     bytes: a file that holds the encoded image. sample: a tar that holds the members of the image's WebDataset sample.
     pixels: a file that holds raw pixels, uint8 `shape` = [H, W] or [H, W, C].
     """
@@ -88,6 +88,7 @@ class ListingBuilder:
         self.texts: dict[str, int] = {}  # label text -> number in order of appearance
         self.multi_label = False
         self.held_out = False  # of the images added from now on
+        self._class_of: dict[str, str] = {}
         self._file, self._offset, self._size = array("i"), array("q"), array("q")
         self._labels, self._label_start = array("i"), array("q", [0])
         self._names, self._name_start = bytearray(), array("q", [0])
@@ -100,8 +101,14 @@ class ListingBuilder:
         """Images added from now on are in this file."""
         self.files.append(SourceFile(kind, str(path), shape))
 
-    def add(self, name: str, labels: Iterable[str], offset: int = 0, size: int = 0) -> None:
-        self._file.append(len(self.files) - 1)
+    def labels_refer_to(self, names: list[str] | None) -> None:
+        """Labels that are indices refer to these class names of the source, whatever the order of the final ones."""
+        self._class_of = {str(index): name for index, name in enumerate(names or [])}
+
+    def add(self, name: str, labels: Iterable[str], offset: int = 0, size: int = 0, *, file: int | None = None) -> None:
+        """An image in the file that was added last, or in files[file]."""
+        labels = (self._class_of.get(label, label) for label in labels)
+        self._file.append(len(self.files) - 1 if file is None else file)
         self._offset.append(offset)
         self._size.append(size)
         self._labels.extend(self.texts.setdefault(label, len(self.texts)) for label in labels)

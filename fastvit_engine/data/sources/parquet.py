@@ -28,28 +28,29 @@ def list_parquet(path: Path, context: Context) -> Listing:
     folder = path if path.is_dir() else path.parent
     if path.is_dir() and not list(path.glob("*.parquet")) and (path / "data").is_dir():
         folder = path / "data"
-    names = sorted(file.name for file in folder.glob("*.parquet")) if path.is_dir() else [path.name]
-    train, held_out, left_out = split_of_names(names)
+    file_names = sorted(file.name for file in folder.glob("*.parquet")) if path.is_dir() else [path.name]
+    train, held_out, left_out = split_of_names(file_names)
     if left_out:
         context.say(f"{folder}: left out {', '.join(left_out[:3])}{' ...' if left_out[3:] else ''}")
-    builder, classes = ListingBuilder(), context.classes
+    builder = ListingBuilder()
+    names: list[str] | None = None
     try:
         files = [pyarrow.parquet.ParquetFile(folder / name) for name in [*train, *held_out]]
         context.progress.start("unpacking", sum(file.metadata.num_rows for file in files), "images")
-        for name, file in zip([*train, *held_out], files, strict=True):
-            builder.held_out = name in held_out
-            found = _unpack(folder / name, file, builder, context)
-            classes = classes or found
+        for file_name, file in zip([*train, *held_out], files, strict=True):
+            builder.held_out = file_name in held_out
+            names = _unpack(folder / file_name, file, builder, context) or names
             file.close()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({error}): download it again") from error
-    return builder.finish(classes, str(path))
+    return builder.finish(context.classes or names, str(path))
 
 
 def _unpack(path: Path, file: Any, builder: ListingBuilder, context: Context) -> list[str] | None:
     """Adds the images of one file; returns the class names that its schema has."""
     features = _features(file.schema_arrow)
     image_column, label_column, classes = _columns(path, file.schema_arrow.names, features, context.labels)
+    builder.labels_refer_to(classes)
     raw = context.scratch_file(path, ".images")
     builder.add_file("bytes", raw)
     offset = row = 0

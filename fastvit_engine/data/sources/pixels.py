@@ -40,13 +40,14 @@ def list_cifar(path: Path, context: Context) -> Listing:
     test = [name for name in ("test", "test_batch") if name in files]
     if not train:
         raise UserError(f"{path} has no data_batch_1 or train: give the folder or tar.gz of CIFAR's Python version")
-    classes = context.classes
+    classes: list[str] | None = None
     for name in ("meta", "batches.meta"):
-        if name in files and classes is None:
+        if name in files:
             meta = _unpickle(files[name](), f"{name} of {path}")
             names = meta.get(b"label_names") or meta.get(b"fine_label_names") or []
             classes = [bytes(label).decode() for label in names] or None
     builder = ListingBuilder()
+    builder.labels_refer_to(classes)
     for name in [*train, *test]:
         batch = _unpickle(files[name](), f"{name} of {path}")
         pixels, labels = batch.get(b"data"), batch.get(b"labels", batch.get(b"fine_labels"))
@@ -58,7 +59,7 @@ def list_cifar(path: Path, context: Context) -> Listing:
         builder.held_out = name in test
         images = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))  # [N, 32, 32, 3]
         _add(builder, context, path / name, images, [str(int(label)) for label in labels])
-    return builder.finish(classes, str(path))
+    return builder.finish(context.classes or classes, str(path))
 
 
 def list_idx(path: Path, context: Context) -> Listing:

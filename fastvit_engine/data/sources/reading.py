@@ -41,11 +41,10 @@ class Reader:
     def read(self, index: int) -> Encoded:
         """OSError or ValueError where the image cannot be had; whether it is a whole image is not looked at."""
         kind, path, shape = self._listing.files[self._listing.file[index]]
+        if kind == "url":
+            return Encoded(download(self._listing.name(index), self._timeout))
         if kind == "path":
-            name = self._listing.name(index)
-            if is_url(name):
-                return Encoded(download(name, self._timeout))
-            return Encoded(Path(path, name).read_bytes())
+            return Encoded(Path(path, self._listing.name(index)).read_bytes())
         content = self._pread(path, int(self._listing.offset[index]), int(self._listing.size[index]))
         if kind == "pixels":
             return Encoded(_png(np.frombuffer(content, np.uint8).reshape(shape)))
@@ -57,8 +56,8 @@ class Reader:
         """The image's name, for people."""
         kind, path, _ = self._listing.files[self._listing.file[index]]
         name = self._listing.name(index)
-        if kind == "path":
-            return name if is_url(name) else os.path.join(path, name)
+        if kind in ("path", "url"):
+            return os.path.join(path, name)
         return f"{name} in {path}"
 
     def close(self) -> None:

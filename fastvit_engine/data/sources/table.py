@@ -9,6 +9,7 @@ from typing import Any
 
 from fastvit_engine.data.sources.context import Context
 from fastvit_engine.data.sources.listing import Listing, ListingBuilder
+from fastvit_engine.data.sources.reading import is_url
 from fastvit_engine.errors import UserError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
@@ -39,7 +40,12 @@ def list_table(path: Path, context: Context) -> Listing:
                 if labels is None:
                     raise UserError(f"line {number} of {path} has no {label_column}: complete it or remove it")
                 builder.multi_label |= len(labels) != 1
-                builder.add(row[image_column], labels)
+                if not is_url(row[image_column]):
+                    builder.add(row[image_column], labels, file=0)
+                    continue
+                if len(builder.files) == 1:
+                    builder.add_file("url", "")
+                builder.add(row[image_column], labels, file=1)
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise UserError(f"the list {path} cannot be read ({error}): save it as UTF-8 text") from error
     return builder.finish(context.classes, str(path))

@@ -32,14 +32,15 @@ def list_webdataset(path: Path, context: Context) -> Listing:
     """A shard, a folder of them, or a glob or brace pattern: an image and a `cls` or `json` member a sample.
 
     `json` gives the labels of a sample as "labels" (several) or "label". The shards of a dataset.json keep their split
-    and class names; otherwise shards named train... and val... or test... do.
+    and class names; otherwise shards named train... and val... or test... do. Other members are left out.
     """
     train, held_out = _shards(path, context)
     info = read_info(train[0].parent)
-    classes = context.classes or (info.classes if info else None)
+    names = info.classes if info else None
     shards = list(zip(plain_tars([*train, *held_out], context), [*train, *held_out], strict=True))
     context.progress.start("listing", len(shards), "shards")
     builder = ListingBuilder()
+    builder.labels_refer_to(names)
     with contextlib.closing(ordered_map(_samples, shards, workers=context.workers)) as results:
         for (plain, shard), samples in zip(shards, results, strict=True):
             builder.held_out = shard in held_out
@@ -48,7 +49,7 @@ def list_webdataset(path: Path, context: Context) -> Listing:
                 builder.multi_label |= len(sample.labels) != 1
                 builder.add(sample.key, sample.labels, sample.offset, sample.size)
             context.progress.update(len(builder.files))
-    return builder.finish(classes, str(path))
+    return builder.finish(context.classes or names, str(path))
 
 
 def _shards(path: Path, context: Context) -> tuple[list[Path], list[Path]]:

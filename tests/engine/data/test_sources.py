@@ -716,6 +716,16 @@ def test_webdataset_with_several_labels_and_splits_by_name(context, tmp_path, ph
     assert json.loads(sample["json"]) == {"labels": [2], "id": "val-0"} and sample["cls"] == b"2"
 
 
+def test_labels_of_the_eval_source_are_mapped_by_name(context, tmp_path, photo):
+    _files(tmp_path / "a", ("emu/1.jpg", "fox/1.jpg", "ant/1.jpg"), photo)
+    _files(tmp_path / "b", ("emu/e.jpg", "fox/f.jpg"), photo)
+    make_dataset(str(tmp_path / "b"), tmp_path / "shards", eval_fraction=0, workers=1, progress=lambda line: None)
+    listing = list_with_eval(str(tmp_path / "a"), None, str(tmp_path / "shards"), None, context)
+    names = {listing.name(n): listing.classes[listing.labels_of(n)[0]] for n in range(3, 5)}
+    assert listing.classes == ["ant", "emu", "fox"] and listing.held_out.tolist() == [False] * 3 + [True] * 2
+    assert sorted((name.rpartition("_")[2], label) for name, label in names.items()) == [("e", "emu"), ("f", "fox")]
+
+
 def test_webdataset_by_pattern(listed, shards):
     rows = listed(f"{shards}/part-{{0..1}}.tar")
     assert [row[0] for row in rows] == [f"s{n:03d}" for n in range(8)]
