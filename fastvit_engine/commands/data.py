@@ -86,8 +86,8 @@ def _add_verify(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         description=_wrapped(
             "Read every sample of SHARDS and say what is wrong. Errors are what would stop or falsify a "
             "training run: damaged tars, images that do not decode, missing members, labels out of range, keys that "
-            "occur twice, shards that dataset.json does not agree with. Warnings: images that occur twice, and shards that "
-            "differ from the others in size or classes by more than --skew. Exit code 1 where there are errors."
+            "occur twice, shards that dataset.json does not agree with. Warnings: images that occur twice, and shards "
+            "that differ from the others in size or classes by more than --skew. Exit code 1 where there are errors."
         ),
         epilog="example:\n  fastvit data verify shards/photos --num-classes 120",
         formatter_class=argparse.RawDescriptionHelpFormatter,
