@@ -26,7 +26,6 @@ from fastvit_engine.data.sources.listing import Listing
 from fastvit_engine.data.sources.reading import Reader
 from fastvit_engine.data.work_progress import WorkProgress
 from fastvit_engine.errors import UserError
-from fastvit_engine.observe.units import format_bytes
 
 DEFAULT_EVAL_FRACTION = 0.1
 UNFINISHED_NAME = "dataset.unfinished"  # a folder in the one that is being filled: plan, receipts, temporary files
@@ -106,10 +105,10 @@ def make_dataset(
         return MadeDataset(out, made, already_made=True)
 
     workers = default_workers() if workers is None else workers
-    existed = out.exists()
+    existed, begun = out.exists(), unfinished.exists()
     line = WorkProgress()
     try:
-        if not unfinished.is_dir() and existed and any(out.iterdir()):
+        if existed and not begun and any(out.iterdir()):
             raise UserError(f"{out} is not empty and was not made by `fastvit data make`: choose another --out")
         (unfinished / "receipts").mkdir(parents=True, exist_ok=True)
         plan = _plan(out, arguments, workers, line, progress)
@@ -120,9 +119,12 @@ def make_dataset(
         _write_shards(out, plan, part, max_failed, workers, line, progress)
         line.clear()
         return _finish(out, plan, part, progress)
-    except BaseException as error:
+    except KeyboardInterrupt:
         line.clear()
-        if part == (1, 1):
+        raise
+    except Exception as error:
+        line.clear()
+        if part == (1, 1) and not begun:
             _remove_if_nothing_is_whole(out, remove_folder=not existed)
         if isinstance(error, FileNotFoundError) and (made := read_info(out)) is not None:
             return MadeDataset(out, made)  # another part was faster: all is written, and the plan removed
@@ -415,12 +417,11 @@ def _finish(out: Path, plan: Plan, part: tuple[int, int], progress: Callable[[st
         _write_atomically(out / FAILED_NAME, "".join(lines).encode(), out / UNFINISHED_NAME)
     _write_atomically(out / INFO_NAME, (info.model_dump_json(indent=2) + "\n").encode(), out / UNFINISHED_NAME)
     shutil.rmtree(out / UNFINISHED_NAME, ignore_errors=True)
-    size = sum(receipt.bytes for receipt in whole.values())
     left_out = [f"{info.duplicates:,} duplicates"] if info.duplicates else []
     left_out += [f"{info.failed:,} images that failed (see {FAILED_NAME})"] if info.failed else []
     progress(
         f"{out}: {len(info.classes)} classes, {info.train.samples:,} train samples in {len(info.train.shards)} shards, "
-        f"{info.eval.samples:,} eval samples in {len(info.eval.shards)} shards ({format_bytes(size)})"
+        f"{info.eval.samples:,} eval samples in {len(info.eval.shards)} shards"
         + (f"; left out {' and '.join(left_out)}" if left_out else "")
     )
     return MadeDataset(out, info)

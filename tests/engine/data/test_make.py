@@ -276,14 +276,31 @@ def test_error_before_the_first_whole_shard_leaves_nothing_behind(photos, tmp_pa
     assert (list(out.iterdir()) == []) if existed else not out.exists()
 
 
-def test_shard_without_a_receipt_is_removed_with_the_rest(photos, tmp_path):
-    changes = {"samples_per_shard": 100, "eval_fraction": 0.0}
-    _make(photos, tmp_path / "out", plan_only=True, **changes)
-    (tmp_path / "out" / "train-000000.tar").write_bytes(b"x")  # its worker was stopped at the last moment
-    (photos / "bee" / "5.jpg").write_bytes(b"")
-    with pytest.raises(UserError, match="is not an image"):
-        _make(photos, tmp_path / "out", **changes)
-    assert list((tmp_path / "out").iterdir()) == []
+def test_shard_without_a_receipt_is_removed_with_the_rest(photos, tmp_path, monkeypatch):
+    def stopped(*arguments) -> None:
+        assert (tmp_path / "out" / "train-000000.tar").exists()
+        raise UserError("stopped at the last moment")
+
+    monkeypatch.setattr(make_module, "_write_atomically", stopped)
+    with pytest.raises(UserError, match="stopped at the last moment"):
+        _make(photos, tmp_path / "out", samples_per_shard=100, eval_fraction=0.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_outlives_errors_of_later_runs(photos, tmp_path):
+    _make(photos, tmp_path / "out", plan_only=True)
+    plan = {path.name: path.read_bytes() for path in (tmp_path / "out" / UNFINISHED_NAME / "plan").iterdir()}
+    bad = photos / "bee" / "5.jpg"
+    good = bad.read_bytes()
+    bad.write_bytes(b"")
+    for changes in ({"seed": 1}, {"samples_per_shard": 10}):
+        with pytest.raises(UserError, match="is being made with seed|is not an image"):
+            _make(photos, tmp_path / "out", **changes)
+        assert _contents(tmp_path / "out" / UNFINISHED_NAME / "plan") == plan
+    bad.write_bytes(good)
+    _make(photos, tmp_path / "out")
+    _make(photos, tmp_path / "whole")
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
 
 
 def test_bad_image_can_be_mended_and_the_run_goes_on(photos, tmp_path, photo):
@@ -326,13 +343,11 @@ def test_disk_full_leaves_nothing_behind(photos, tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    _make(photos, tmp_path / "out", plan_only=True)
-    monkeypatch.setattr(make_module.os, "fsync", full)
-    with pytest.raises(
-        UserError, match=r"cannot write to .*out \(No space left on device\): make room and run the same"
-    ):
-        _make(photos, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(make_module.os, "fsync", full)
+        with pytest.raises(UserError, match=r"cannot write to .*out \(No space left on device\)"):
+            _make(photos, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_disk_full_keeps_whole_shards(photos, tmp_path, monkeypatch):
