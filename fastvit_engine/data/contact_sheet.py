@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from fastvit_engine.config import Config, DataConfig
 from fastvit_engine.data.augment import train_transform
 from fastvit_engine.data.decode import decode_image
+from fastvit_engine.data.files import temporary_name
 from fastvit_engine.data.shard_set import ShardSet, shard_set
 from fastvit_engine.data.shards import Split, is_local
 from fastvit_engine.data.stream import read_shard
@@ -119,7 +120,7 @@ def draw_sheet(
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
     """Whole or not at all; UserError where it cannot be written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             sheet.save(file, "PNG", optimize=True)

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO, NamedTuple
 from webdataset.writer import TarWriter
 
 from fastvit_engine.data.encode import encode_for_shard
+from fastvit_engine.data.files import temporary_name
 from fastvit_engine.data.parallel import Counter, default_workers, parallel_map
 from fastvit_engine.data.plan import Plan, Shard, make_plan
 from fastvit_engine.data.shards import INFO_NAME, DatasetInfo, Split, SplitInfo, read_info
@@ -279,7 +279,7 @@ class _ShardWriter:
     def write(self, shard: Shard) -> None:
         warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
         # A name of its own: the worker of a run that was just killed may still be at the same shard.
-        temporary = self._temporary / f"{shard.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+        temporary = temporary_name(self._temporary / shard.name)
         failed: list[list[str]] = []
         samples = 0
         try:
@@ -441,7 +441,7 @@ def _remove_if_nothing_is_whole(out: Path, *, remove_folder: bool) -> None:
 
 
 def _write_atomically(path: Path, content: bytes, temporary_folder: Path) -> None:
-    temporary = temporary_folder / f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp"
+    temporary = temporary_name(temporary_folder / path.name)
     with open(temporary, "wb") as file:
         file.write(content)
         _sync(file)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastvit_engine.data.files import temporary_name
 from fastvit_engine.data.parallel import Counter, ordered_map
 from fastvit_engine.data.shards import Split
 from fastvit_engine.data.sources.listing import Listing
@@ -57,7 +58,7 @@ class Plan:
 
     def save(self, folder: Path) -> None:
         """Whole or not at all; a plan that is already there stays."""
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+        temporary = temporary_name(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         self.listing.save(temporary)

@@ -22,6 +22,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import format_bytes
 
 _EXAMPLES = 10  # that are kept of each finding
+_MAX_CLASSES = 10_000_000  # where nothing says how many there are
 
 # What a training run would stop at, or be falsified by; all others are warnings.
 ERRORS = (
@@ -99,7 +100,7 @@ def verify_shards(
     argument: str, *, num_classes: int | None = None, skew: float = 2.0, workers: int | None = None
 ) -> Verdict:
     """Reads all samples of the shards that `argument` names, in parallel. Labels are checked against `num_classes`,
-    otherwise against dataset.json, otherwise only for being numbers.
+    otherwise against dataset.json, otherwise only for being plausible.
 
     A shard is *uneven* when it holds more than `skew` times the median number of samples, or less than its `skew`th
     part. It is *not shuffled* when some class has more than `skew * e + 6 * sqrt(e) + 6` of its samples, e being what
@@ -208,11 +209,11 @@ def _label(sample: Sample, num_classes: int | None, where: str, findings: dict[s
     if labels is None:
         _add(findings, "missing member", f"{where} has no label: neither 'cls' nor labels in 'json'")
         return -1
+    bound = _MAX_CLASSES if num_classes is None else num_classes
     for label in labels:
-        if label < 0 or (num_classes is not None and label >= num_classes):
-            bound = f"outside 0..{num_classes - 1}" if num_classes is not None else "below 0"
-            _add(findings, "wrong label", f"{where} has label {label}, {bound}")
-    return labels[0] if labels and labels[0] >= 0 else -1
+        if not 0 <= label < bound:
+            _add(findings, "wrong label", f"{where} has label {label}, outside 0..{bound - 1}")
+    return labels[0] if labels and 0 <= labels[0] < bound else -1
 
 
 def labels_of(sample: Sample) -> list[int] | None:
@@ -287,7 +288,7 @@ def _find_duplicates(findings: dict[str, Finding], shards: ShardSet, seen: dict[
 
 
 def _equal_rows(hashes: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(index, index of an equal row before it) for every row of [N, C] that is not the first of its kind."""
+    """(index of an equal row before it, index) for every row of [N, C] that is not the first of its kind."""
     order = np.lexsort(hashes.T[::-1])  # stable: equal rows stay in order
     same = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
     for position in np.flatnonzero(same):

@@ -75,6 +75,7 @@ def test_images_members_and_labels(tmp_path, write_tar, photo):
         "many": {"jpg": photo(5), "cls": b"0", "json": b'{"labels": [0, 2, 7]}'},
         "odd": {"jpg": photo(6), "cls": b"0", "json": b'{"labels": ["a"]}'},
         "text": {"jpg": photo(7), "cls": b"0", "json": b"{"},
+        "huge": {"jpg": photo(9), "cls": b"99999999999"},
         "fine": {"jpg": photo(8), "cls": b"2", "json": b'{"labels": [2, 1]}'},
     }
     members = [(f"{key}.{name}", data) for key, parts in samples.items() for name, data in parts.items()]
@@ -93,12 +94,13 @@ def test_images_members_and_labels(tmp_path, write_tar, photo):
     assert found["wrong label"] == [
         ("below", "has label -1, outside 0..2"),
         ("far", "has label 3, outside 0..2"),
+        ("huge", "has label 99999999999, outside 0..2"),
         ("many", "has label 7, outside 0..2"),
         ("odd", "has labels ['a'] in 'json', which are not all class indices"),
         ("text", "has a 'json' member that is not JSON"),
         ("word", "has the label b'cat', which is not a class index"),
     ]
-    assert _counts(_verify(tmp_path))["wrong label"] == 4  # without a number of classes there is no largest label
+    assert _counts(_verify(tmp_path))["wrong label"] == 5  # without a number of classes 3 and 7 may be right
 
 
 def test_duplicates_of_keys_and_images(tmp_path, write_tar, photo):
