@@ -4,7 +4,7 @@ import glob
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from braceexpand import braceexpand
@@ -33,8 +33,11 @@ class DatasetInfo(BaseModel):
     classes: list[str]
     source: str
     seed: int
-    eval_fraction: float
+    eval_fraction: float | None  # None: the source's own split
     samples_per_shard: int
+    options: dict[str, Any] = {}  # what else `fastvit data make` was asked for
+    duplicates: int = 0  # images of the source that were left out because they occur twice
+    failed: int = 0  # those that could not be fetched or decoded
     train: SplitInfo
     eval: SplitInfo
 

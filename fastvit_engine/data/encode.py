@@ -1,0 +1,48 @@
+"""An image of any format to the bytes that go into a shard."""
+
+import io
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+_PASSED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format -> extension in a shard
+_DRAFT = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves this much for the resize
+
+
+def encode_for_shard(data: bytes, resize: int | None = None, quality: int = 90) -> tuple[str, bytes]:
+    """(extension, bytes) of a whole image; ValueError where it is not one, or is cut short.
+
+    JPEG, PNG and WebP pass untouched; other formats become PNG. With `resize`, an image whose short side is longer than
+    that is scaled down to it (bicubic, antialiased) and becomes a JPEG of `quality`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            scale = resize / min(width, height) if resize is not None else 1.0
+            if scale >= 1:
+                image.load()  # Pillow, unlike the training decoder, refuses truncated JPEGs
+                if image.format in _PASSED:
+                    return _PASSED[image.format], data
+                return "png", _save(_eight_bits(image), "PNG")
+            size = max(1, round(width * scale)), max(1, round(height * scale))
+            image.draft(None, (size[0] * _DRAFT, size[1] * _DRAFT))
+            small = _eight_bits(image).resize(size, Image.Resampling.BICUBIC)
+            return "jpg", _save(small, "JPEG", quality=quality)
+    except UnidentifiedImageError as error:
+        raise ValueError("is not an image") from error
+    except Exception as error:  # Pillow's decoders raise many kinds, all meaning the same here
+        raise ValueError(f"cannot be decoded ({error or type(error).__name__})") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Gray or RGB as the training decoder sees it: transparency dropped, 16 bits scaled to 8."""
+    image.load()
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image.copy() if image.mode == "L" else image.convert("RGB")
+
+
+def _save(image: Image.Image, format: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()

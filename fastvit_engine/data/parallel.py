@@ -1,0 +1,135 @@
+"""A function over many tasks in forked processes, for the commands that make and look through shards."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+from fastvit_engine.errors import UserError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+_POLL_SECONDS = 0.2
+_fork = multiprocessing.get_context("fork")  # large arrays and closures reach the workers without a copy
+
+
+def default_workers() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+class Counter:
+    """A number that workers add to and the parent reads."""
+
+    def __init__(self) -> None:
+        self._value = _fork.Value("q", 0)
+
+    def add(self, count: int = 1) -> None:
+        with self._value.get_lock():
+            self._value.value += count
+
+    @property
+    def value(self) -> int:
+        return int(self._value.value)
+
+
+def parallel_map(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    *,
+    workers: int,
+    while_waiting: Callable[[], None] = lambda: None,
+) -> Generator[tuple[Task, Result], None, None]:
+    """(task, function(task)) as they become ready, in no fixed order; results are pickled, tasks and `function` not.
+
+    `while_waiting` is called a few times a second. UserErrors of `function` are raised here, and so is the death of a
+    worker; all workers have ended when the iterator is done, has raised or is closed.
+    """
+    next_task = _fork.Value("q", 0)
+    processes, open_ends = [], []
+    try:
+        for _ in range(min(workers, len(tasks))):
+            receiver, sender = _fork.Pipe(duplex=False)
+            process = _fork.Process(target=_work, args=(function, tasks, next_task, sender, os.getpid()), daemon=True)
+            process.start()
+            sender.close()  # the worker's copy is the only one: its death closes the pipe
+            processes.append(process)
+            open_ends.append(receiver)
+        while open_ends:
+            for ready in wait(open_ends, timeout=_POLL_SECONDS):
+                receiver = next(end for end in open_ends if end is ready)
+                try:
+                    number, result, user_error, crash = receiver.recv()
+                except EOFError:
+                    raise UserError(
+                        "a worker process was killed, perhaps for want of memory: "
+                        "run the same command again with fewer --workers"
+                    ) from None
+                if user_error is not None:
+                    raise UserError(user_error)
+                if crash is not None:
+                    raise RuntimeError(f"a worker process failed:\n{crash}")
+                if number is None:
+                    open_ends.remove(receiver)
+                    continue
+                yield tasks[number], result
+            while_waiting()
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join()
+
+
+def ordered_map(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    *,
+    workers: int,
+    while_waiting: Callable[[], None] = lambda: None,
+) -> Generator[Result, None, None]:
+    """Like `parallel_map`, but the results come in the order of the tasks."""
+    ready: dict[int, Result] = {}
+    number = 0
+    numbered = list(enumerate(tasks))
+    results = parallel_map(lambda task: function(task[1]), numbered, workers=workers, while_waiting=while_waiting)
+    with contextlib.closing(results):
+        for (place, _), result in results:
+            ready[place] = result
+            while number in ready:
+                yield ready.pop(number)
+                number += 1
+
+
+def _work(
+    function: Callable[[Any], Any], tasks: Sequence[Any], next_task: Any, sender: Connection, parent: int
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
+    try:
+        while True:
+            with next_task.get_lock():
+                number = next_task.value
+                next_task.value += 1
+            if number >= len(tasks):
+                break
+            sender.send((number, function(tasks[number]), None, None))
+        sender.send((None, None, None, None))
+    except UserError as error:
+        sender.send((None, None, str(error), None))
+    except BaseException:
+        sender.send((None, None, None, traceback.format_exc()))
+
+
+def _die_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    os._exit(1)  # the parent was killed: nobody wants the results
