@@ -45,10 +45,10 @@ class Target:
 
 
 TARGETS = {
-    "sm_80": Target(dispatch.Gpu("sm_80", 108), GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": Target(dispatch.Gpu("sm_90", 132), GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": Target(dispatch.Gpu("sm_100", 148), GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": Target(dispatch.Gpu("gfx942", 304), GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    "sm_80": Target(dispatch.Gpu("sm_80", 108, "A100"), GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": Target(dispatch.Gpu("sm_90", 132, "H200"), GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": Target(dispatch.Gpu("sm_100", 148, "B200"), GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": Target(dispatch.Gpu("gfx942", 304, "MI300X"), GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 
 
@@ -89,9 +89,14 @@ def cases(op: str) -> list[Case]:
 
 
 def compile_case(op: str, index: int, target: str) -> list[Compiled]:
-    """Every kernel that one case launches, as compiled for one target."""
-    case, results = cases(op)[index], []
-    with dispatch.compiling_for(TARGETS[target].gpu), launches_compiled(TARGETS[target].compiler) as kernels:
+    """Every kernel that one case of an operation launches, as compiled for one of `TARGETS`."""
+    return compiled(op, cases(op)[index], TARGETS[target])
+
+
+def compiled(op: str, case: Case, target: Target) -> list[Compiled]:
+    """Every kernel that the case launches, in order."""
+    results = []
+    with dispatch.compiling_for(target.gpu), launches_compiled(target.compiler) as kernels:
         case.launch()
     for kernel in kernels:
         name = kernel.metadata.name
@@ -100,11 +105,11 @@ def compile_case(op: str, index: int, target: str) -> list[Compiled]:
                 op,
                 case.name,
                 name,
-                target,
+                target.gpu.arch,
                 kernel.metadata.num_warps,
                 shared_bytes=kernel.metadata.shared,
                 is_matrix_kernel=name in case.matrix_kernels,
-                **read(kernel, target),
+                **read(kernel, target.gpu.arch),
             )
         )
     if missing := set(case.matrix_kernels) - {result.kernel for result in results}:
