@@ -166,14 +166,18 @@ def read(kernel: Any, target: str) -> dict[str, int]:
 
 
 def read_nvidia(kernel: Any, target: str) -> dict[str, int]:
-    sass = disassemble(kernel.asm["cubin"])
+    cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
+    usage = cuobjdump(cubin, "-res-usage")
+    stack_bytes = number(r"STACK:(\d+)", usage)
+    # without a stack nothing spills, and without mma in PTX there is none in the machine code: no need to look
+    sass = cuobjdump(cubin, "-sass") if stack_bytes or ("mma" in ptx and target != "sm_100") else ""
     if target == "sm_100":
-        matrix_instructions = len(re.findall(r"tcgen05\.mma", kernel.asm["ptx"]))
+        matrix_instructions = len(re.findall(r"tcgen05\.mma", ptx))
     else:
         matrix_instructions = len(re.findall(r"\bHGMMA\b" if target == "sm_90" else r"\bHMMA\b", sass))
     return {
-        "registers": number(r"REG:(\d+)", sass),
-        "stack_bytes": number(r"STACK:(\d+)", sass),
+        "registers": number(r"REG:(\d+)", usage),
+        "stack_bytes": stack_bytes,
         "spill_stores": len(re.findall(r"\bSTL\b", sass)),  # stores to local memory, where spilled registers live
         "spill_loads": len(re.findall(r"\bLDL\b", sass)),
         "matrix_instructions": matrix_instructions,
@@ -191,13 +195,13 @@ def read_amd(kernel: Any) -> dict[str, int]:
     }
 
 
-@lru_cache  # the disassembler takes 0.2 s, and cases often share a kernel
-def disassemble(cubin: bytes) -> str:
-    """Resource usage and machine code as text, by the cuobjdump that Triton ships."""
+@lru_cache  # the disassembler takes 0.3 s, and cases often share a kernel
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the cuobjdump that Triton ships writes: resource usage, or machine code as text."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
