@@ -80,10 +80,9 @@ class LocalGpu:
     def __init__(self, ops: Sequence[str], models: Sequence[str], jobs: int) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.gpu = dispatch.gpu(self.device)
-        properties = torch.cuda.get_device_properties(self.device)
-        self.cache_bytes = properties.L2_cache_size
-        shared = getattr(properties, "shared_memory_per_block_optin", 64 * 1024)  # AMD has no other
-        target = Target(self.gpu, driver.active.get_current_target(), shared)
+        self.cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
+        shared_limit = driver.active.utils.get_device_properties(self.device.index)["max_shared_mem"]
+        target = Target(self.gpu, driver.active.get_current_target(), shared_limit)
         self.compiler = Compiler(ops, models, target, jobs)
 
     def obstacle(self, case: Case, option: Any) -> str | None:
@@ -110,6 +109,8 @@ class LocalGpu:
                 events[i][1].record()
             torch.cuda.synchronize()
             times.append([events[i][0].elapsed_time(events[i][1]) for i in range(len(graphs))])
+        del graphs, graph
+        torch.cuda.empty_cache()  # of the memory that belonged to the graphs
         return times[warm_up:]
 
     def check_alive(self) -> None:

@@ -197,6 +197,7 @@ def try_case(case: Case, machine: Machine, rounds: int) -> tuple[Trial, Entry]:
     torch.manual_seed(0)
     options, discarded = case.options(machine.gpu), {}
     default, *candidates = options
+    machine.obstacle(case, default)  # waits until it is compiled; there is nothing to use in its place
     inputs = case.inputs(device=machine.device)
     try:
         expected = run(case, default, inputs)
