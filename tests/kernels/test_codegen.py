@@ -12,7 +12,7 @@ from fastvit_kernels.tuning import codegen
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "codegen"
 
-pytestmark = [pytest.mark.codegen, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.codegen, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def run(*command: str) -> str:
@@ -22,12 +22,23 @@ def run(*command: str) -> str:
     ).stdout.decode()
 
 
-@pytest.fixture(scope="module", params=codegen.op_names())
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The table that the command writes for one operation. It runs apart: nothing compiles under the interpreter."""
+@pytest.fixture(scope="session")
+def tables(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes for the operations whose tests were selected, all at once, as they share kernels.
+
+    It runs apart, as nothing compiles under the interpreter.
+    """
     folder: Path = tmp_path_factory.mktemp("codegen")
-    run("-m", "fastvit_kernels.tuning.codegen", "--output", str(folder), "--ops", request.param)
-    return folder / f"{request.param}.json"
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    ops = {of["written"] for of in parameters if "written" in of}
+    run("-m", "fastvit_kernels.tuning.codegen", "--output", str(folder), "--ops", *sorted(ops))
+    return folder
+
+
+@pytest.fixture(scope="module", params=codegen.op_names())
+def written(request: pytest.FixtureRequest, tables: Path) -> Path:
+    """The table of one operation."""
+    return tables / f"{request.param}.json"
 
 
 @pytest.fixture(scope="module")

@@ -534,7 +534,7 @@ def test_the_dry_run_compiles_the_candidates_without_a_gpu() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out.json"
-    arguments = ["--ops", "layer_norm", "--shapes", "S/16", "--quick", "--out", str(out)]
+    arguments = ["--ops", "layer_norm", "--shapes", "S/16", "--quick", "--jobs", "4", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", ["tuning", *arguments])
     assert tool.main() == 0
     measured = table.load(out)
