@@ -55,10 +55,11 @@ def product(layer: str, product: Product, size: tuple[int, int, int], on: Gpu) -
     launch, shapes = LAUNCHES[product]
     key = (product, HALF, *size)
     make = partial(random, *shapes(*size))
-    return Case(f"{layer}, {product}", config.tile, key, candidates(product, on), make, launch, ("gemm_kernel",))
+    default = config.tile.default(*key, on)._replace(beats_cublas=True)
+    return Case(f"{layer}, {product}", config.tile, key, [default, *candidates(on)], make, launch, ("gemm_kernel",))
 
 
-def candidates(product: Product, on: Gpu) -> list[Tile]:
+def candidates(on: Gpu) -> list[Tile]:
     def tile(m: int, n: int, k: int, parts: int, stages: int, warps: int, group_m: int = 8) -> Tile:
         return Tile(m, n, k, parts, stages, warps, group_m, not old, beats_cublas=True)
 
