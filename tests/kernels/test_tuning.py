@@ -384,10 +384,28 @@ def test_a_default_that_does_not_run_is_said(toy: Make, tmp_path: Path) -> None:
     def broken(x: Tensor) -> None:
         raise RuntimeError("out of resources")
 
-    _, outcomes = tuned(machine, [replace(case, launch=broken), other], tmp_path / "out.json")
-    assert isinstance(outcomes[0], Unmeasured)
-    assert outcomes[0].reason == "the default cost=100 fault=0 does not run: RuntimeError: out of resources"
-    assert isinstance(outcomes[1], Trial)
+    def too_large(device: torch.device) -> tuple:
+        raise RuntimeError("out of memory")
+
+    broken_cases = [replace(case, launch=broken), replace(case, inputs=too_large)]
+    _, outcomes = tuned(machine, [*broken_cases, other], tmp_path / "out.json")
+    assert [outcome.reason for outcome in outcomes[:2]] == [
+        "the default cost=100 fault=0 does not run: RuntimeError: out of resources",
+        "the default cost=100 fault=0 does not run: RuntimeError: out of memory",
+    ]
+    assert isinstance(outcomes[2], Trial)
+
+
+def test_a_case_that_cannot_be_measured_is_said(toy: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, cases = toy(Toy(50))
+
+    def refuse(launches: object, rounds: int) -> None:
+        raise RuntimeError("cannot be captured")
+
+    monkeypatch.setattr(machine, "measure", refuse)
+    result, outcomes = tuned(machine, cases, tmp_path / "out.json")
+    assert outcomes == [Unmeasured("toy 8", "it cannot be measured: RuntimeError: cannot be captured")]
+    assert not result.entries and not search.known(result, cases[0])  # so it is tried again
 
 
 def test_inputs_go_round_until_they_have_left_the_cache() -> None:

@@ -100,6 +100,8 @@ def measure(arguments: argparse.Namespace, machine: LocalGpu) -> int:
         return GPU_LOST
     if arguments.json:
         print(json.dumps([asdict(trial) for trial in trials], indent=1))
+    for case, reason in table.failed.items():
+        print(f"passed over, as it broke the GPU: {case} ({reason})", file=sys.stderr)
     left = unknown(table, cases)
     what = f"{left} cases are left: run the same command again" if left else "all cases are measured"
     print(f"{path}: {what}. Use it with FASTVIT_TUNING={path}", file=sys.stderr)

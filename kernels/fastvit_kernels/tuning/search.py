@@ -189,7 +189,7 @@ def source_hash(tunable: Tunable) -> str:
 
 
 class CannotRun(RuntimeError):
-    """Not even the default runs, so there is nothing to compare with."""
+    """Not even the default runs, so there is nothing to compare with, or nothing can be measured."""
 
 
 def try_case(case: Case, machine: Machine, rounds: int) -> tuple[Trial, Entry]:
@@ -198,8 +198,8 @@ def try_case(case: Case, machine: Machine, rounds: int) -> tuple[Trial, Entry]:
     options, discarded = case.options(machine.gpu), {}
     default, *candidates = options
     machine.obstacle(case, default)  # waits until it is compiled; there is nothing to use in its place
-    inputs = case.inputs(device=machine.device)
     try:
+        inputs = case.inputs(device=machine.device)
         expected = run(case, default, inputs)
     except Exception as error:
         alive(machine, f"{case.name}, default {describe(default)}: {first_line(error)}")
@@ -219,9 +219,13 @@ def try_case(case: Case, machine: Machine, rounds: int) -> tuple[Trial, Entry]:
             discarded[describe(candidate)] = reason
     del expected
 
-    sets = [inputs, *(case.inputs(device=machine.device) for _ in range(sets_beyond_cache(inputs, machine) - 1))]
-    # the default once more, last: how far apart two measurements of the same thing are
-    times = machine.measure([launcher(case, option, sets) for option in (*usable, default)], rounds)
+    try:
+        sets = [inputs, *(case.inputs(device=machine.device) for _ in range(sets_beyond_cache(inputs, machine) - 1))]
+        # the default once more, last: how far apart two measurements of the same thing are
+        times = machine.measure([launcher(case, option, sets) for option in (*usable, default)], rounds)
+    except Exception as error:
+        alive(machine, f"{case.name}, measuring: {first_line(error)}")
+        raise CannotRun(f"it cannot be measured: {first_line(error)}") from error
     times = [[milliseconds / len(sets) for milliseconds in round_] for round_ in times]
     best, noise = choose(times)
     default_ms, ms = (statistics.median(round_[i] for round_ in times) for i in (0, best))
