@@ -162,7 +162,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.stdout.splitlines() == [
         "16",
-        f"launch parameters: {own} (FASTVIT_TUNING, measured 2026-01-01: measured in a test)",
+        f"launch parameters: {own} (FASTVIT_TUNING, measured 2026-01-01 with Triton 3.6: measured in a test)",
     ]
     assert f"ValueError: FASTVIT_TUNING={own} is for X90, but this GPU is H100" in result.stderr
 
@@ -179,7 +179,7 @@ def test_a_file_that_is_no_table_is_an_error(tmp_path: Path) -> None:
 def test_explain_says_which_file_is_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     shipped = table.load(table.CONFIGS / "H200.json").provenance
-    measured = f"measured {shipped.date}" if shipped.measured else "not measured"
+    measured = f"measured {shipped.date} with Triton {shipped.triton}" if shipped.measured else "not measured"
     for device, said in [
         ("NVIDIA H200", f"launch parameters: {table.CONFIGS / 'H200.json'} (shipped, {measured}: {shipped.note})"),
         ("NVIDIA T4", "launch parameters: defaults, unmeasured (no file for T4; python -m fastvit_kernels.tuning"),

@@ -244,6 +244,7 @@ def describe(gpu: str | None) -> str:
         return (
             f"launch parameters: defaults, unmeasured (no file for {gpu}; python -m fastvit_kernels.tuning makes one)"
         )
+    made = table.provenance
     source = "FASTVIT_TUNING" if table is _own_table else "shipped"
-    measured = f"measured {table.provenance.date}" if table.provenance.measured else "not measured"
-    return f"launch parameters: {table.path} ({source}, {measured}: {table.provenance.note})"
+    measured = f"measured {made.date} with Triton {made.triton}" if made.measured else "not measured"
+    return f"launch parameters: {table.path} ({source}, {measured}: {made.note})"
