@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastvit_kernels.tuning import table
+
 CHOICES = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # kernels compute in float32, so not float64
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -66,6 +68,7 @@ def explain() -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     lines = [
         f"FASTVIT_KERNELS={choice}, GPU: {device}",
+        table.describe(None if device == "none" else table.gpu_name(device)),
         f"{'operation':<16}{'on a GPU':<40}on the CPU",
     ]
     for folder in sorted(path.parent for path in Path(__file__).parent.glob("*/reference.py")):
@@ -83,6 +86,7 @@ class Gpu(NamedTuple):
 
     arch: str  # "sm_90", "gfx942", or "interpreter"
     multiprocessors: int  # compute units on AMD
+    name: str = ""  # as tuning tables have it, "H200"; empty where there are none
 
 
 _compiling_for: Gpu | None = None
@@ -109,9 +113,10 @@ def _properties(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return Gpu("interpreter", 2)
     properties = torch.cuda.get_device_properties(device)
+    name = table.gpu_name(properties.name)
     if torch.version.hip:
-        return Gpu(properties.gcnArchName.partition(":")[0], properties.multi_processor_count)
-    return Gpu(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+        return Gpu(properties.gcnArchName.partition(":")[0], properties.multi_processor_count, name)
+    return Gpu(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, name)
 
 
 def _refusal(tensor: Tensor, obstacle: str | None) -> str:

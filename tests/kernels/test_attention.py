@@ -229,7 +229,7 @@ def test_pieces_of_a_head_are_powers_of_two_with_little_padding() -> None:
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("tiling_of", [op.forward_tiling, op.backward_query_tiling, op.backward_key_tiling])
 def test_blocks_cover_all_tokens(tiling_of: object, arch: str, dtype: torch.dtype) -> None:
-    tiling = tiling_of(80, dtype, arch)
+    tiling = tiling_of(80, dtype, 257, dispatch.Gpu(arch, 132))
     assert tiling.row_tails(257) == (1,)
     for tokens in range(1, 700):
         *whole_tails, last = *tiling.row_tails(tokens), 0

@@ -10,7 +10,9 @@ import pytest
 
 from fastvit_kernels.tuning import codegen
 
-pytestmark = [pytest.mark.codegen, pytest.mark.slow, pytest.mark.timeout(1200)]
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "codegen"
+
+pytestmark = [pytest.mark.codegen, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def run(*command: str) -> str:
@@ -20,17 +22,44 @@ def run(*command: str) -> str:
     ).stdout.decode()
 
 
-@pytest.fixture(scope="module", params=codegen.op_names())
-def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    """What the command writes for one operation. It runs apart, as nothing compiles under the interpreter."""
+@pytest.fixture(scope="session")
+def tables(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the command writes for the operations whose tests were selected, all at once, as they share kernels.
+
+    It runs apart, as nothing compiles under the interpreter.
+    """
     folder: Path = tmp_path_factory.mktemp("codegen")
-    run("-m", "fastvit_kernels.tuning.codegen", "--output", str(folder), "--ops", request.param)
-    return json.loads((folder / f"{request.param}.json").read_text())["kernels"]
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    ops = {of["written"] for of in parameters if "written" in of}
+    run("-m", "fastvit_kernels.tuning.codegen", "--output", str(folder), "--ops", *sorted(ops))
+    return folder
+
+
+@pytest.fixture(scope="module", params=codegen.op_names())
+def written(request: pytest.FixtureRequest, tables: Path) -> Path:
+    """The table of one operation."""
+    return tables / f"{request.param}.json"
+
+
+@pytest.fixture(scope="module")
+def kernels(written: Path) -> list[dict]:
+    return json.loads(written.read_text())["kernels"]
 
 
 def test_every_target_is_compiled(kernels: list[dict]) -> None:
     assert {kernel["target"] for kernel in kernels} == set(codegen.TARGETS)
     assert all(kernel["registers"] > 0 for kernel in kernels)
+
+
+def test_committed_tables_are_what_the_code_gives(written: Path) -> None:
+    again = f"python -m fastvit_kernels.tuning.codegen --ops {written.stem} writes it anew"
+    fresh, committed = (json.loads((folder / written.name).read_text()) for folder in (written.parent, COMMITTED))
+    if committed["triton"] != fresh["triton"]:
+        pytest.skip(f"{written.name} is by Triton {committed['triton']}, here is {fresh['triton']}: {again}")
+    new = [kernel for kernel in fresh["kernels"] if kernel not in committed["kernels"]]
+    assert committed == fresh, f"{written.name} is out of date: {again}\nnew are {new}"
+    markdown = written.with_suffix(".md")
+    assert markdown.read_text() == (COMMITTED / markdown.name).read_text(), f"{markdown.name} is out of date: {again}"
 
 
 def test_nothing_spills_on_hopper(kernels: list[dict]) -> None:

@@ -185,7 +185,7 @@ def test_descriptors_need_aligned_rows() -> None:
 
 def test_cublas_runs_what_no_gpu_has_measured(device: torch.device) -> None:
     for product in config.PRODUCTS:
-        assert not config.runs_triton(product, torch.bfloat16, device)
+        assert not config.runs_triton(product, torch.bfloat16, device, 8, 8, 8)
         with config.triton_for(product):
-            assert [config.runs_triton(p, torch.bfloat16, device) for p in config.PRODUCTS].count(True) == 1
-            assert config.runs_triton(product, torch.bfloat16, device)
+            assert [config.runs_triton(p, torch.bfloat16, device, 8, 8, 8) for p in config.PRODUCTS].count(True) == 1
+            assert config.runs_triton(product, torch.bfloat16, device, 8, 8, 8)

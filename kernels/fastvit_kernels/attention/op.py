@@ -6,8 +6,9 @@ from torch import Tensor
 
 from fastvit_kernels.attention import reference
 from fastvit_kernels.checks import check_floating, check_rate
-from fastvit_kernels.dispatch import HAS_TRITON, gpu, uses_triton
+from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
 from fastvit_kernels.registration import register_gradient, register_op
+from fastvit_kernels.tuning.table import tunable
 
 if HAS_TRITON:
     import triton
@@ -51,7 +52,7 @@ def launch_forward(qkv: Tensor) -> tuple[Tensor, Tensor]:
         return out, lse
     qkv = with_adjacent_heads(qkv)
     batch, tokens, _, heads, head_dim = qkv.shape
-    tiling = forward_tiling(head_dim, qkv.dtype, gpu(qkv.device).arch)
+    tiling = forward_tiling(head_dim, qkv.dtype, tokens, gpu(qkv.device))
     kernels.attention_fwd_kernel[batch * heads * tiling.blocks(tokens),](
         *qkv.unbind(2),
         out,
@@ -96,12 +97,12 @@ def launch_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> 
         base_2_scale(head_dim),
     )
     head = {"HEAD_DIM": head_dim, "PIECES": pieces(head_dim)}
-    arch, delta = gpu(qkv.device).arch, torch.empty_like(lse)
-    tiling = backward_query_tiling(head_dim, qkv.dtype, arch)
+    delta = torch.empty_like(lse)
+    tiling = backward_query_tiling(head_dim, qkv.dtype, tokens, gpu(qkv.device))
     kernels.attention_bwd_query_kernel[batch * heads * tiling.blocks(tokens),](
         q, k, v, out, grad_out, lse, delta, grad_q, *sizes_and_strides, **head, **tiling.options(tokens)
     )
-    tiling = backward_key_tiling(head_dim, qkv.dtype, arch)
+    tiling = backward_key_tiling(head_dim, qkv.dtype, tokens, gpu(qkv.device))
     kernels.attention_bwd_key_kernel[batch * heads * tiling.blocks(tokens),](
         q, k, v, grad_out, lse, delta, grad_k, grad_v, *sizes_and_strides, **head, **tiling.options(tokens)
     )
@@ -160,29 +161,33 @@ class Tiling(NamedTuple):
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
 
-# Chosen by what the compiler makes of them, `benchmarks/results/codegen`: the largest tiles that spill no register.
+# Defaults, chosen by what the compiler makes of them, `benchmarks/results/codegen`: the largest tiles that spill no
+# register.
 
 
-def forward_tiling(head_dim: int, dtype: torch.dtype, arch: str) -> Tiling:
+@tunable(Tiling, "attention_fwd_kernel", sizes=("tokens",))
+def forward_tiling(head_dim: int, dtype: torch.dtype, tokens: int, on: Gpu) -> Tiling:
     if dtype == torch.float32:
         return Tiling(32, 32, num_warps=8, stages=1)
-    if arch.startswith("gfx"):
+    if on.arch.startswith("gfx"):
         return Tiling(128, 64, num_warps=4, stages=1)
-    return Tiling(128, 64, num_warps=8, stages=2, max_registers=128 if arch == "sm_90" and head_dim <= 80 else None)
+    return Tiling(128, 64, num_warps=8, stages=2, max_registers=128 if on.arch == "sm_90" and head_dim <= 80 else None)
 
 
-def backward_query_tiling(head_dim: int, dtype: torch.dtype, arch: str) -> Tiling:
+@tunable(Tiling, "attention_bwd_query_kernel", sizes=("tokens",))
+def backward_query_tiling(head_dim: int, dtype: torch.dtype, tokens: int, on: Gpu) -> Tiling:
     if dtype == torch.float32:
         return Tiling(32, 32, num_warps=8, stages=1)
-    if arch.startswith("gfx"):
+    if on.arch.startswith("gfx"):
         return Tiling(64, 32, num_warps=4, stages=1)
-    return Tiling(128, 32, num_warps=8, stages=2, max_registers=128 if arch == "sm_90" and head_dim < 96 else None)
+    return Tiling(128, 32, num_warps=8, stages=2, max_registers=128 if on.arch == "sm_90" and head_dim < 96 else None)
 
 
-def backward_key_tiling(head_dim: int, dtype: torch.dtype, arch: str) -> Tiling:
+@tunable(Tiling, "attention_bwd_key_kernel", sizes=("tokens",))
+def backward_key_tiling(head_dim: int, dtype: torch.dtype, tokens: int, on: Gpu) -> Tiling:
     if dtype == torch.float32:
         return Tiling(32, 32, num_warps=8, stages=1)
-    if arch.startswith("gfx"):
+    if on.arch.startswith("gfx"):
         return Tiling(64, 32, num_warps=4, stages=1)
     return Tiling(128, 64 if head_dim <= 80 else 32, num_warps=8, stages=2)
 

@@ -1,13 +1,14 @@
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvit_kernels.checks import check_device, check_floating, check_rate
 from fastvit_kernels.cross_entropy import reference
-from fastvit_kernels.dispatch import HAS_TRITON, uses_triton
+from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
 from fastvit_kernels.registration import register_gradient, register_op
+from fastvit_kernels.tuning.table import tunable
 
 if HAS_TRITON:
     import triton
@@ -165,14 +166,15 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = fake_forward(logits, labels, labels_b, mix_weight, label_smoothing, z_loss, sigmoid, with_gradient)
     losses, statistics, gradient = outputs
-    (batch, classes), block_n = logits.shape, column_block(logits.shape[1])
+    batch, classes = logits.shape
     rows, soft = rows_adjacent(logits), labels.ndim == 2
+    block = column_block(sigmoid, classes, soft, logits.dtype, batch, gpu(logits.device))
     labels, labels_b = rows_adjacent(labels), None if labels_b is None else rows_adjacent(labels_b)
     inputs = (rows, labels, labels_b, None if mix_weight is None else mix_weight.contiguous())
     strides = (rows.stride(0), labels.stride(0), 0 if labels_b is None else labels_b.stride(0))
     written = gradient if with_gradient else None
     mean_share = 1 / max(batch, 1)
-    options = {"SOFT": soft, "BLOCK_N": block_n, "num_warps": warps(block_n)}
+    options = {"SOFT": soft, "BLOCK_N": block.columns, "num_warps": block.num_warps}
     if sigmoid:
         kernels.sigmoid_fwd_kernel[batch,](
             *inputs, losses, written, classes, *strides, label_smoothing, mean_share, **options
@@ -268,8 +270,9 @@ def write_gradient(
     filled: bool,
 ) -> None:
     """Writes the gradient [B, C] of the logits; where `filled`, only rows whose incoming gradient is not 1 / B."""
-    (batch, classes), block_n = logits.shape, column_block(logits.shape[1])
-    rows, soft = rows_adjacent(logits), labels.ndim == 2
+    batch, classes = logits.shape
+    rows, soft, sigmoid = rows_adjacent(logits), labels.ndim == 2, not statistics.numel()
+    block = column_block(sigmoid, classes, soft, logits.dtype, batch, gpu(logits.device))
     labels, labels_b = rows_adjacent(labels), None if labels_b is None else rows_adjacent(labels_b)
     kernels.cross_entropy_bwd_kernel[batch,](
         grad_losses.contiguous(),
@@ -277,7 +280,7 @@ def write_gradient(
         labels,
         labels_b,
         None if mix_weight is None else mix_weight.contiguous(),
-        statistics if statistics.numel() else None,
+        None if sigmoid else statistics,
         gradient,
         batch,
         classes,
@@ -289,8 +292,8 @@ def write_gradient(
         1 / max(batch, 1),
         FILLED=filled,
         SOFT=soft,
-        BLOCK_N=block_n,
-        num_warps=warps(block_n),
+        BLOCK_N=block.columns,
+        num_warps=block.num_warps,
     )
 
 
@@ -299,13 +302,16 @@ def rows_adjacent(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def column_block(classes: int) -> int:
-    return min(2048, triton.next_power_of_2(classes))
+class Block(NamedTuple):
+    columns: int  # that a program takes at a time
+    num_warps: int
 
 
-def warps(block_n: int) -> int:
-    """Warps of 32 threads, with up to 8 numbers a thread."""
-    return max(1, block_n // 256)
+@tunable(Block, "cross_entropy", sizes=("batch",))
+def column_block(sigmoid: bool, classes: int, soft: bool, dtype: torch.dtype, batch: int, on: Gpu) -> Block:
+    """Up to 8 numbers for each of the 32 threads of a warp."""
+    columns = min(2048, triton.next_power_of_2(classes))
+    return Block(columns, num_warps=max(1, columns // 256))
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

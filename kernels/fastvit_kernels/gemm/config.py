@@ -1,8 +1,8 @@
 """Which products run in the Triton kernel, and with which tiles.
 
 The rule is that nothing may be slower than PyTorch's best. A product whose Triton kernel has been measured faster on a
-GPU is listed in `MEASURED_FASTER`; every other product is cuBLAS (hipBLASLt on AMD) with one fused elementwise kernel
-after it. No GPU has measured any of them yet, so the list is empty and every product goes to cuBLAS.
+GPU is marked so in that GPU's table, see `tuning`; every other product is cuBLAS (hipBLASLt on AMD) with one fused
+elementwise kernel after it. No GPU has measured any of them yet, so every product goes to cuBLAS.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from fastvit_kernels.dispatch import gpu
+from fastvit_kernels.dispatch import Gpu, gpu
+from fastvit_kernels.tuning.table import tunable
 
 Product = Literal[
     "plain",  # x w^T + bias, without more
@@ -23,16 +24,14 @@ Product = Literal[
 ]
 PRODUCTS: tuple[Product, ...] = get_args(Product)
 
-MEASURED_FASTER: dict[tuple[str, Product], frozenset[torch.dtype]] = {}  # (arch, product) -> dtypes
-
 _asked_for: frozenset[Product] | None = None
 
 
-def runs_triton(product: Product, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the product runs in the Triton kernel rather than in cuBLAS."""
+def runs_triton(product: Product, dtype: torch.dtype, device: torch.device, m: int, n: int, k: int) -> bool:
+    """Whether the product [m, k] x [k, n] runs in the Triton kernel rather than in cuBLAS."""
     if _asked_for is not None:
         return product in _asked_for
-    return dtype in MEASURED_FASTER.get((gpu(device).arch, product), ())
+    return tile(product, dtype, m, n, k, gpu(device)).beats_cublas
 
 
 @contextmanager
@@ -55,11 +54,13 @@ class Tile(NamedTuple):
     warps: int
     group_m: int = 8
     descriptors: bool = False  # operands by tensor descriptors, which are TMA copies
+    beats_cublas: bool = False  # measured faster than cuBLAS with an elementwise kernel
 
 
-def tile(product: Product, dtype: torch.dtype, device: torch.device) -> Tile:
+@tunable(Tile, "gemm_kernel", sizes=("m", "n", "k"))
+def tile(product: Product, dtype: torch.dtype, m: int, n: int, k: int, on: Gpu) -> Tile:
     """Tiles that fit in the registers and shared memory of the GPU, found by `tuning.codegen`; speed is unmeasured."""
-    arch = gpu(device).arch
+    arch = on.arch
     if arch == "interpreter":
         return Tile(32, 32, 32, parts=2, stages=1, warps=4, group_m=2, descriptors=True)
     if dtype == torch.float32:
@@ -71,3 +72,26 @@ def tile(product: Product, dtype: torch.dtype, device: torch.device) -> Tile:
     if product == "weight gradient":  # few tiles: smaller ones spread better over the multiprocessors
         return Tile(128, 128, 64, parts=4, stages=4, warps=8, descriptors=True)
     return Tile(128, 256, 64, parts=8, stages=3, warps=8, descriptors=True)
+
+
+class Block(NamedTuple):
+    """What a program of an elementwise kernel takes, at a time."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+@tunable(Block, "gelu_fwd_kernel", sizes=("numbers",))
+def gelu_block(dtype: torch.dtype, numbers: int, on: Gpu) -> Block:
+    return Block(1, 2048, num_warps=4)  # of a tensor taken as one row
+
+
+@tunable(Block, "residual_fwd_kernel", sizes=("rows", "width"))
+def residual_block(dtype: torch.dtype, rows: int, width: int, on: Gpu) -> Block:
+    return Block(16, 128, num_warps=4)
+
+
+@tunable(Block, "gradient_kernel", sizes=("rows", "width"))
+def gradient_block(dtype: torch.dtype, gelu: bool, rows: int, width: int, on: Gpu) -> Block:
+    return Block(32, 128, num_warps=8)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.dispatch import HAS_TRITON, gpu
-from fastvit_kernels.gemm.config import Product, runs_triton, tile
+from fastvit_kernels.gemm.config import Product, gelu_block, gradient_block, residual_block, runs_triton, tile
 
 if HAS_TRITON:
     import triton
@@ -20,7 +20,7 @@ if HAS_TRITON:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x w^T + bias, for x [T, K], weight [N, K] and bias [N]: [T, N]."""
-    if not runs_triton("plain", x.dtype, x.device):
+    if not runs_triton("plain", x.dtype, x.device, len(x), *weight.shape):
         return torch.addmm(bias, x, weight.T)
     out = x.new_empty(len(x), len(weight))
     gemm("plain", x, weight, out, b_transposed=True, bias=bias)
@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool) -> tuple[Tensor, Tensor]:
     """x w^T + bias and its GELU, for x [T, K], weight [N, K] and bias [N]: both [T, N]."""
-    if not runs_triton("gelu", x.dtype, x.device):
+    if not runs_triton("gelu", x.dtype, x.device, len(x), *weight.shape):
         pre = torch.addmm(bias, x, weight.T)  # cuBLAS adds the bias in its epilogue
         return pre, gelu(pre, tanh)
     pre, post = (x.new_empty(len(x), len(weight)) for _ in range(2))
@@ -51,7 +51,7 @@ def linear_residual(
     layer_scale is [N], path_scale [T / rows_per_sample] float32.
     """
     out = residual.new_empty(residual.shape)
-    if runs_triton("residual", x.dtype, x.device):
+    if runs_triton("residual", x.dtype, x.device, len(x), *weight.shape):
         gemm(
             "residual",
             x,
@@ -66,8 +66,9 @@ def linear_residual(
         )
         return out
     branch = torch.mm(x, weight.T)
-    (rows, width), (block_m, block_n) = out.shape, (16, 128)
-    kernels.residual_fwd_kernel[triton.cdiv(rows, block_m), triton.cdiv(width, block_n)](
+    rows, width = out.shape
+    block = residual_block(x.dtype, rows, width, gpu(x.device))
+    kernels.residual_fwd_kernel[triton.cdiv(rows, block.rows), triton.cdiv(width, block.columns)](
         residual,
         branch,
         bias,
@@ -78,25 +79,25 @@ def linear_residual(
         width,
         rows_per_sample,
         residual.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=4,
+        BLOCK_M=block.rows,
+        BLOCK_N=block.columns,
+        num_warps=block.num_warps,
     )
     return out
 
 
 def gelu(pre: Tensor, tanh: bool) -> Tensor:
     """GELU of a contiguous tensor."""
-    post, block = torch.empty_like(pre), 2048
-    kernels.gelu_fwd_kernel[triton.cdiv(pre.numel(), block),](
-        pre, post, pre.numel(), TANH=tanh, BLOCK=block, num_warps=4
+    post, block = torch.empty_like(pre), gelu_block(pre.dtype, pre.numel(), gpu(pre.device))
+    kernels.gelu_fwd_kernel[triton.cdiv(pre.numel(), block.columns),](
+        pre, post, pre.numel(), TANH=tanh, BLOCK=block.columns, num_warps=block.num_warps
     )
     return post
 
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """grad w, for grad [T, N] and weight [N, K]: [T, K]."""
-    if not runs_triton("input gradient", grad.dtype, grad.device):
+    if not runs_triton("input gradient", grad.dtype, grad.device, len(grad), *weight.shape[::-1]):
         return torch.mm(grad, weight)
     out = grad.new_empty(len(grad), weight.shape[1])
     gemm("input gradient", grad, weight, out)
@@ -111,12 +112,13 @@ def gelu_gradient(
     Returns it, its column sums [K], and GELU(pre), empty unless `recompute`.
     """
     post = pre.new_empty(pre.shape if recompute else 0)
-    if not runs_triton("gelu gradient", grad.dtype, grad.device):
+    if not runs_triton("gelu gradient", grad.dtype, grad.device, len(grad), *weight.shape[::-1]):
         grad_pre = torch.mm(grad, weight)
         partial = scale_gradient(grad_pre, grad_pre, pre=pre, post=post if recompute else None, tanh=tanh)
     else:
         grad_pre = torch.empty_like(pre)
-        tiles_m = triton.cdiv(len(pre), tile("gelu gradient", grad.dtype, grad.device).block_m)
+        t = tile("gelu gradient", grad.dtype, len(grad), *weight.shape[::-1], gpu(grad.device))
+        tiles_m = triton.cdiv(len(pre), t.block_m)
         partial = pre.new_empty(tiles_m, pre.shape[1], dtype=torch.float32)
         gemm(
             "gelu gradient",
@@ -133,7 +135,7 @@ def gelu_gradient(
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T x, for grad [T, N] and x [T, K]: [N, K]."""
-    if not runs_triton("weight gradient", grad.dtype, grad.device):
+    if not runs_triton("weight gradient", grad.dtype, grad.device, grad.shape[1], x.shape[1], len(x)):
         return torch.mm(grad.T, x)
     out = grad.new_empty(grad.shape[1], x.shape[1])
     gemm("weight gradient", grad, x, out, a_transposed=True)
@@ -177,9 +179,10 @@ def scale_gradient(
 
     Returns partial column sums of `out`.
     """
-    (rows, width), (block_m, block_n) = grad.shape, (32, 128)
-    blocks_n = triton.cdiv(width, block_n)
-    programs = min(triton.cdiv(rows, block_m), triton.cdiv(8 * gpu(grad.device).multiprocessors, blocks_n))
+    rows, width = grad.shape
+    block = gradient_block(grad.dtype, pre is not None, rows, width, gpu(grad.device))
+    blocks_n = triton.cdiv(width, block.columns)
+    programs = min(triton.cdiv(rows, block.rows), triton.cdiv(8 * gpu(grad.device).multiprocessors, blocks_n))
     partial = grad.new_empty(programs, width, dtype=torch.float32)
     kernels.gradient_kernel[blocks_n, programs](
         grad,
@@ -195,9 +198,9 @@ def scale_gradient(
         rows_per_sample,
         grad.stride(0),
         TANH=tanh,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=8,
+        BLOCK_M=block.rows,
+        BLOCK_N=block.columns,
+        num_warps=block.num_warps,
     )
     return partial
 
@@ -259,8 +262,8 @@ def gemm(
     tanh: bool = False,
 ) -> None:
     """Launches the Triton kernel: `a` is stored [k, m] if `a_transposed`, else [m, k]; `b` [n, k] or [k, n]."""
-    t = tile(product, a.dtype, a.device)
     (m, n), k = out.shape, a.shape[0 if a_transposed else 1]
+    t = tile(product, a.dtype, m, n, k, gpu(a.device))
     descriptors = t.descriptors and describable(a) and describable(b)
     tiles = triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n)
     block_a = (t.block_k, t.block_m) if a_transposed else (t.block_m, t.block_k)

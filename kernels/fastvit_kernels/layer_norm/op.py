@@ -1,13 +1,14 @@
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvit_kernels.checks import check_device, check_floating, check_parameter, check_rate
-from fastvit_kernels.dispatch import HAS_TRITON, gpu, uses_triton
+from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
 from fastvit_kernels.layer_norm import reference
 from fastvit_kernels.registration import register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
+from fastvit_kernels.tuning.table import tunable
 
 if HAS_TRITON:
     import triton
@@ -96,8 +97,8 @@ def launch_forward(
     y, normed, mean, rstd = fake_forward(x, branch, layer_scale, path_scale, weight, bias, eps)
     x_rows, branch_rows = as_rows(x), None if branch is None else as_rows(branch)
     rows, width = x_rows.shape
-    block_m, block_n, num_warps = tile(width, num_warps=4, elements_a_thread=16)
-    kernels.layer_norm_fwd_kernel[triton.cdiv(rows, block_m),](
+    tile = forward_tile(width, x.dtype, branch is not None, rows, gpu(x.device))
+    kernels.layer_norm_fwd_kernel[triton.cdiv(rows, tile.rows),](
         x_rows,
         branch_rows,
         None if layer_scale is None else layer_scale.contiguous(),
@@ -114,9 +115,9 @@ def launch_forward(
         x_rows.stride(0),
         0 if branch_rows is None else branch_rows.stride(0),
         eps,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=num_warps,
+        BLOCK_M=tile.rows,
+        BLOCK_N=triton.next_power_of_2(width),
+        num_warps=tile.num_warps,
     )
     return y, normed, mean, rstd
 
@@ -156,9 +157,8 @@ def launch_backward(
     grad_y_rows, grad_normed_rows = None if grad_y is None else as_rows(grad_y), as_rows(grad_normed)
     y_rows, branch_rows = as_rows(y), None if branch is None else as_rows(branch)
     rows, width = y_rows.shape
-    # two programs fit on a multiprocessor while a thread needs at most 128 registers
-    block_m, block_n, num_warps = tile(width, num_warps=8, elements_a_thread=16 if layer_scale is None else 8)
-    programs = min(2 * gpu(y.device).multiprocessors, triton.cdiv(rows, block_m))
+    tile = backward_tile(width, y.dtype, layer_scale is not None, rows, gpu(y.device))
+    programs = min(tile.programs * gpu(y.device).multiprocessors, triton.cdiv(rows, tile.rows))
     partial = y.new_empty(2 if layer_scale is None else 3, programs, width, dtype=torch.float32)
     kernels.layer_norm_bwd_kernel[programs,](
         grad_y_rows,
@@ -180,10 +180,10 @@ def launch_backward(
         grad_normed_rows.stride(0),
         y_rows.stride(0),
         0 if branch_rows is None else branch_rows.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        STAGES=2 if block_n <= 4096 else 1,  # rows of the next tile are fetched while this one is computed
-        num_warps=num_warps,
+        BLOCK_M=tile.rows,
+        BLOCK_N=triton.next_power_of_2(width),
+        STAGES=tile.stages,
+        num_warps=tile.num_warps,
     )
     kernels.column_sum_kernel[triton.cdiv(width, 32), len(partial)](
         partial,
@@ -225,11 +225,35 @@ def as_rows(tensor: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
-def tile(width: int, num_warps: int, elements_a_thread: int) -> tuple[int, int, int]:
-    """BLOCK_M, BLOCK_N and warps of 32 threads for whole rows: as many as the warps take, or more warps for one row."""
+class ForwardTile(NamedTuple):
+    rows: int  # whole ones, of a program
+    num_warps: int
+
+
+class BackwardTile(NamedTuple):
+    rows: int  # whole ones, that a program holds at once
+    num_warps: int
+    stages: int  # 2: rows of the next tile are fetched while this one is computed
+    programs: int  # a multiprocessor
+
+
+@tunable(ForwardTile, "layer_norm_fwd_kernel", sizes=("rows",))
+def forward_tile(width: int, dtype: torch.dtype, branch: bool, rows: int, on: Gpu) -> ForwardTile:
+    return ForwardTile(*whole_rows(width, num_warps=4, elements_a_thread=16))
+
+
+@tunable(BackwardTile, "layer_norm_bwd_kernel", sizes=("rows",))
+def backward_tile(width: int, dtype: torch.dtype, layer_scale: bool, rows: int, on: Gpu) -> BackwardTile:
+    """Two programs fit on a multiprocessor while a thread needs at most 128 registers."""
+    tile = whole_rows(width, num_warps=8, elements_a_thread=8 if layer_scale else 16)
+    return BackwardTile(*tile, stages=2 if triton.next_power_of_2(width) <= 4096 else 1, programs=2)
+
+
+def whole_rows(width: int, num_warps: int, elements_a_thread: int) -> tuple[int, int]:
+    """Rows and warps of 32 threads for a tile of whole rows: as many as the warps take, or more warps for one row."""
     block_n = triton.next_power_of_2(width)
-    block_m = max(1, 32 * num_warps * elements_a_thread // block_n)
-    return block_m, block_n, max(num_warps, min(16, block_n // (32 * elements_a_thread)))
+    rows = max(1, 32 * num_warps * elements_a_thread // block_n)
+    return rows, max(num_warps, min(16, block_n // (32 * elements_a_thread)))
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -7,9 +7,10 @@ from torch import Tensor
 
 from fastvit_kernels import dispatch
 from fastvit_kernels.checks import check_device, check_floating, check_parameter
-from fastvit_kernels.dispatch import HAS_TRITON, gpu, uses_triton
+from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
 from fastvit_kernels.patch_embed import reference
 from fastvit_kernels.registration import register_gradient, register_op
+from fastvit_kernels.tuning.table import tunable
 
 if HAS_TRITON:
     import triton
@@ -126,10 +127,10 @@ def launch_forward(
     batch, width, patch = images.shape[0], weight.shape[0], weight.shape[-1]
     patches, columns = patch_grid(images, patch)
     kept = patches if keep_indices is None else keep_indices.shape[1]
-    block_m, block_n, block_k, num_warps = (128, 128, 64, 8) if weight.dtype != torch.float32 else (64, 64, 32, 4)
+    tile = forward_tile(patch, images.dtype, weight.dtype, width, batch * kept, gpu(images.device))
     depth = 3 * patch * patch
-    packed = pack(weight, channels_last(images), triton.cdiv(depth, block_k) * block_k)
-    kernels.patch_embed_fwd_kernel[triton.cdiv(batch * kept, block_m) * triton.cdiv(width, block_n),](
+    packed = pack(weight, channels_last(images), triton.cdiv(depth, tile.depth) * tile.depth)
+    kernels.patch_embed_fwd_kernel[triton.cdiv(batch * kept, tile.rows) * triton.cdiv(width, tile.columns),](
         images,
         packed,
         bias.contiguous(),
@@ -148,11 +149,11 @@ def launch_forward(
         *normalisation(mean, std),
         CHANNELS_LAST=channels_last(images),
         PRECISION="ieee",
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        STAGES=stages(images.device),
-        num_warps=num_warps,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.depth,
+        STAGES=tile.stages,
+        num_warps=tile.num_warps,
     )
     return tokens
 
@@ -232,10 +233,10 @@ def weight_gradient(
     patches, columns = patch_grid(images, patch)
     kept, depth = grad.shape[1] - prefix, 3 * patch * patch
     rows = images.shape[0] * kept
-    block_m, block_n, block_k, num_warps = (64, 128, 128, 8) if weight.dtype != torch.float32 else (32, 64, 64, 8)
-    tiles = triton.cdiv(width, block_n) * triton.cdiv(depth, block_k)
-    splits = max(1, min(2 * gpu(images.device).multiprocessors // tiles, triton.cdiv(rows, block_m)))
-    rows_per_split = triton.cdiv(triton.cdiv(rows, splits), block_m) * block_m
+    tile = backward_tile(patch, images.dtype, weight.dtype, width, rows, gpu(images.device))
+    tiles = triton.cdiv(width, tile.columns) * triton.cdiv(depth, tile.depth)
+    splits = max(1, min(2 * gpu(images.device).multiprocessors // tiles, triton.cdiv(rows, tile.rows)))
+    rows_per_split = triton.cdiv(triton.cdiv(rows, splits), tile.rows) * tile.rows
     partial = grad.new_empty(splits, width, depth, dtype=torch.float32)
     kernels.patch_embed_bwd_kernel[tiles, splits](
         grad,
@@ -258,11 +259,11 @@ def weight_gradient(
         *normalisation(mean, std),
         CHANNELS_LAST=channels_last(images),
         PRECISION="ieee",
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        STAGES=stages(images.device),
-        num_warps=num_warps,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.columns,
+        BLOCK_K=tile.depth,
+        STAGES=tile.stages,
+        num_warps=tile.num_warps,
     )
     return unpack(partial.sum(dim=0), weight, channels_last(images))
 
@@ -288,9 +289,29 @@ def fake_backward(
     )
 
 
-def stages(device: torch.device) -> int:
-    """Steps whose operands are on their way at once: what the 64 KiB of an AMD multiprocessor hold, or 3."""
-    return 2 if gpu(device).arch.startswith("gfx") else 3
+class Tile(NamedTuple):
+    rows: int  # patches
+    columns: int  # of the embedding
+    depth: int  # numbers of a patch
+    num_warps: int
+    stages: int  # steps whose operands are on their way at once
+
+
+@tunable(Tile, "patch_embed_fwd_kernel", sizes=("width", "patches"))
+def forward_tile(patch: int, images: torch.dtype, dtype: torch.dtype, width: int, patches: int, on: Gpu) -> Tile:
+    blocks = (64, 64, 32, 4) if dtype == torch.float32 else (128, 128, 64, 8)
+    return Tile(*blocks, stages=stages(on))
+
+
+@tunable(Tile, "patch_embed_bwd_kernel", sizes=("width", "patches"))
+def backward_tile(patch: int, images: torch.dtype, dtype: torch.dtype, width: int, patches: int, on: Gpu) -> Tile:
+    blocks = (32, 64, 64, 8) if dtype == torch.float32 else (64, 128, 128, 8)
+    return Tile(*blocks, stages=stages(on))
+
+
+def stages(on: Gpu) -> int:
+    """What the 64 KiB of an AMD multiprocessor hold, or 3."""
+    return 2 if on.arch.startswith("gfx") else 3
 
 
 def patch_grid(images: Tensor, patch: int) -> tuple[int, int]:

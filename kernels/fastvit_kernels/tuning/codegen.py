@@ -45,10 +45,10 @@ class Target:
 
 
 TARGETS = {
-    "sm_80": Target(dispatch.Gpu("sm_80", 108), GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": Target(dispatch.Gpu("sm_90", 132), GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": Target(dispatch.Gpu("sm_100", 148), GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": Target(dispatch.Gpu("gfx942", 304), GPUTarget("hip", "gfx942", 64), 64 * 1024),
+    "sm_80": Target(dispatch.Gpu("sm_80", 108, "A100"), GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": Target(dispatch.Gpu("sm_90", 132, "H200"), GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": Target(dispatch.Gpu("sm_100", 148, "B200"), GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": Target(dispatch.Gpu("gfx942", 304, "MI300X"), GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
 
 
@@ -89,9 +89,14 @@ def cases(op: str) -> list[Case]:
 
 
 def compile_case(op: str, index: int, target: str) -> list[Compiled]:
-    """Every kernel that one case launches, as compiled for one target."""
-    case, results = cases(op)[index], []
-    with dispatch.compiling_for(TARGETS[target].gpu), launches_compiled(TARGETS[target].compiler) as kernels:
+    """Every kernel that one case of an operation launches, as compiled for one of `TARGETS`."""
+    return compiled(op, cases(op)[index], TARGETS[target])
+
+
+def compiled(op: str, case: Case, target: Target) -> list[Compiled]:
+    """Every kernel that the case launches, in order."""
+    results = []
+    with dispatch.compiling_for(target.gpu), launches_compiled(target.compiler) as kernels:
         case.launch()
     for kernel in kernels:
         name = kernel.metadata.name
@@ -100,11 +105,11 @@ def compile_case(op: str, index: int, target: str) -> list[Compiled]:
                 op,
                 case.name,
                 name,
-                target,
+                target.gpu.arch,
                 kernel.metadata.num_warps,
                 shared_bytes=kernel.metadata.shared,
                 is_matrix_kernel=name in case.matrix_kernels,
-                **read(kernel, target),
+                **read(kernel, target.gpu.arch),
             )
         )
     if missing := set(case.matrix_kernels) - {result.kernel for result in results}:
@@ -161,14 +166,18 @@ def read(kernel: Any, target: str) -> dict[str, int]:
 
 
 def read_nvidia(kernel: Any, target: str) -> dict[str, int]:
-    sass = disassemble(kernel.asm["cubin"])
+    cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
+    usage = cuobjdump(cubin, "-res-usage")
+    stack_bytes = number(r"STACK:(\d+)", usage)
+    # without a stack nothing spills, and without mma in PTX there is none in the machine code: no need to look
+    sass = cuobjdump(cubin, "-sass") if stack_bytes or ("mma" in ptx and target != "sm_100") else ""
     if target == "sm_100":
-        matrix_instructions = len(re.findall(r"tcgen05\.mma", kernel.asm["ptx"]))
+        matrix_instructions = len(re.findall(r"tcgen05\.mma", ptx))
     else:
         matrix_instructions = len(re.findall(r"\bHGMMA\b" if target == "sm_90" else r"\bHMMA\b", sass))
     return {
-        "registers": number(r"REG:(\d+)", sass),
-        "stack_bytes": number(r"STACK:(\d+)", sass),
+        "registers": number(r"REG:(\d+)", usage),
+        "stack_bytes": stack_bytes,
         "spill_stores": len(re.findall(r"\bSTL\b", sass)),  # stores to local memory, where spilled registers live
         "spill_loads": len(re.findall(r"\bLDL\b", sass)),
         "matrix_instructions": matrix_instructions,
@@ -186,13 +195,13 @@ def read_amd(kernel: Any) -> dict[str, int]:
     }
 
 
-@lru_cache  # the disassembler takes 0.2 s, and cases often share a kernel
-def disassemble(cubin: bytes) -> str:
-    """Resource usage and machine code as text, by the cuobjdump that Triton ships."""
+@lru_cache  # the disassembler takes 0.3 s, and cases often share a kernel
+def cuobjdump(cubin: bytes, option: str) -> str:
+    """What the cuobjdump that Triton ships writes: resource usage, or machine code as text."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 

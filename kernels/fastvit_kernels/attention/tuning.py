@@ -1,0 +1,63 @@
+"""The launch parameters of attention that `fastvit_kernels.tuning` tries."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels.attention import op
+from fastvit_kernels.attention.op import Tiling
+from fastvit_kernels.dispatch import Gpu
+from fastvit_kernels.tuning.search import HALF, Case, Model
+
+
+def cases(model: Model, on: Gpu) -> Iterator[Case]:
+    key = (model.width // model.heads, HALF, model.tokens)
+    # fmt: off
+    yield Case(f"{model.name} attention", op.forward_tiling, key, forward_candidates(on),
+               partial(forward_inputs, model), op.launch_forward, ("attention_fwd_kernel",))
+    yield Case(f"{model.name} attention, query gradient", op.backward_query_tiling, key, backward_candidates(on),
+               partial(backward_inputs, model), op.launch_backward, ("attention_bwd_query_kernel",))
+    yield Case(f"{model.name} attention, key and value gradients", op.backward_key_tiling, key, backward_candidates(on),
+               partial(backward_inputs, model), op.launch_backward, ("attention_bwd_key_kernel",))
+    # fmt: on
+
+
+def forward_candidates(on: Gpu) -> list[Tiling]:
+    if on.arch.startswith("gfx"):  # 64 KiB of shared memory: little room for stages
+        return [Tiling(rows, columns, 4, 1) for rows in (64, 128) for columns in (32, 64)] + [Tiling(128, 64, 8, 1)]
+    return [
+        Tiling(128, 64, num_warps=8, stages=2),  # with and without room for a second program beside it
+        Tiling(128, 64, num_warps=8, stages=2, max_registers=128),
+        Tiling(128, 64, num_warps=8, stages=3),
+        Tiling(128, 128, num_warps=8, stages=2),  # fewer steps, in each of which the maximum is found anew
+        Tiling(64, 64, num_warps=4, stages=2),  # small programs: more of them hide each other's waiting
+        Tiling(64, 64, num_warps=4, stages=3),
+        Tiling(64, 32, num_warps=4, stages=3),
+    ]
+
+
+def backward_candidates(on: Gpu) -> list[Tiling]:
+    if on.arch.startswith("gfx"):
+        return [Tiling(rows, columns, 4, 1) for rows in (64, 128) for columns in (32, 64)]
+    return [
+        Tiling(128, 32, num_warps=8, stages=2),
+        Tiling(128, 32, num_warps=8, stages=2, max_registers=128),
+        Tiling(128, 32, num_warps=8, stages=3),
+        Tiling(128, 64, num_warps=8, stages=2),
+        Tiling(64, 64, num_warps=4, stages=2),
+        Tiling(64, 32, num_warps=4, stages=2),
+        Tiling(64, 32, num_warps=4, stages=3),
+    ]
+
+
+def forward_inputs(model: Model, device: torch.device) -> tuple[Tensor, ...]:
+    shape = (model.batch, model.tokens, 3, model.heads, model.width // model.heads)
+    return (torch.randn(shape, dtype=HALF, device=device),)
+
+
+def backward_inputs(model: Model, device: torch.device) -> tuple[Tensor, ...]:
+    (qkv,) = forward_inputs(model, device)
+    out, lse = op.launch_forward(qkv)
+    return torch.randn(out.shape, dtype=HALF, device=device), qkv, out, lse

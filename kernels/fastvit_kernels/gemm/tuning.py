@@ -1,0 +1,111 @@
+"""What `fastvit_kernels.tuning` tries for matrix products: cuBLAS, which is the default, or tiles of `gemm_kernel`.
+
+The elementwise kernels that accompany cuBLAS come first, so that the products are compared with the best of them.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels.dispatch import Gpu
+from fastvit_kernels.gemm import config, products
+from fastvit_kernels.gemm.config import Block, Product, Tile
+from fastvit_kernels.tuning.search import HALF, Case, Model
+
+BLOCKS = (
+    Block(16, 128, 4),
+    Block(32, 128, 4),
+    Block(32, 128, 8),
+    Block(64, 64, 8),
+    Block(16, 256, 8),
+    Block(8, 512, 8),
+)
+
+
+def cases(model: Model, on: Gpu) -> Iterator[Case]:
+    rows, width, hidden = model.batch * model.tokens, model.width, 4 * model.width
+    # fmt: off
+    yield Case(f"{model.name} GELU", config.gelu_block, (HALF, rows * hidden),
+               [Block(1, columns, warps) for columns in (1024, 2048, 4096) for warps in (4, 8)],
+               partial(random, (rows, hidden)), partial(products.gelu, tanh=False), ("gelu_fwd_kernel",))
+    yield Case(f"{model.name} GELU gradient", config.gradient_block, (HALF, True, rows, hidden), BLOCKS,
+               partial(random, (rows, hidden), (rows, hidden)), gelu_gradient, ("gradient_kernel",))
+    yield Case(f"{model.name} branch gradient", config.gradient_block, (HALF, False, rows, width), BLOCKS,
+               partial(random, (rows, width)), branch_gradient, ("gradient_kernel",))
+    yield Case(f"{model.name} residual", config.residual_block, (HALF, rows, width), BLOCKS,
+               partial(random, (rows, 16), (width, 16), (width,), (rows, width)),  # after a product of next to no depth
+               residual, ("residual_fwd_kernel",))
+    # fmt: on
+    qkv, proj, fc1, fc2 = (3 * width, width), (width, width), (hidden, width), (width, hidden)  # [out, in]
+    for layer, forward, (n, k) in (
+        ("fc2", "residual", fc2),
+        ("fc1", "gelu", fc1),
+        ("qkv", "plain", qkv),
+        ("proj", "residual", proj),
+    ):
+        backward = "gelu gradient" if layer == "fc2" else "input gradient"
+        yield product(f"{model.name} {layer}", forward, (rows, n, k), on)  # type: ignore[arg-type]
+        yield product(f"{model.name} {layer}", backward, (rows, k, n), on)  # type: ignore[arg-type]
+        yield product(f"{model.name} {layer}", "weight gradient", (n, k, rows), on)
+
+
+def product(layer: str, product: Product, size: tuple[int, int, int], on: Gpu) -> Case:
+    launch, shapes = LAUNCHES[product]
+    key = (product, HALF, *size)
+    make = partial(random, *shapes(*size))
+    default = config.tile.default(*key, on)._replace(beats_cublas=True)
+    return Case(f"{layer}, {product}", config.tile, key, [default, *candidates(on)], make, launch, ("gemm_kernel",))
+
+
+def candidates(on: Gpu) -> list[Tile]:
+    def tile(m: int, n: int, k: int, parts: int, stages: int, warps: int, group_m: int = 8) -> Tile:
+        return Tile(m, n, k, parts, stages, warps, group_m, not old, beats_cublas=True)
+
+    old = on.arch.startswith("gfx") or int(on.arch.removeprefix("sm_")) < 90  # no tensor descriptors
+    if on.arch.startswith("gfx"):
+        return [tile(128, 128, 32, 1, 2, 8), tile(128, 128, 64, 1, 1, 8), tile(256, 128, 32, 1, 2, 8)]
+    if old:
+        return [tile(128, 128, 64, 4, 3, 8), tile(128, 128, 32, 4, 4, 4), tile(128, 256, 32, 8, 3, 8)]
+    return [
+        tile(128, 256, 64, 8, 3, 8),  # the largest that fits
+        tile(128, 256, 64, 8, 3, 8, group_m=16),
+        tile(256, 128, 64, 8, 3, 8),
+        tile(128, 128, 64, 4, 4, 8),  # more tiles, hence a fuller last wave
+        tile(128, 128, 64, 4, 4, 4),
+    ]
+
+
+def random(*shapes: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Of standard deviation 0.2, so that products of a depth of 1000 have one of about 1, like activations."""
+    return tuple(torch.randn(shape, dtype=HALF, device=device).mul_(0.2) for shape in shapes)
+
+
+def gelu_gradient(grad: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
+    out, post = torch.empty_like(grad), torch.empty_like(pre)
+    partial_sums = products.scale_gradient(grad, out, pre=pre, post=post)
+    return out, post, products.sum_partial(partial_sums, grad.new_empty(grad.shape[1]))
+
+
+def branch_gradient(grad: Tensor) -> Tensor:
+    _, _, partial_sums = products.branch_gradient(grad, None, None, 1, grad.dtype)
+    return products.sum_partial(partial_sums, grad.new_empty(grad.shape[1]))
+
+
+def residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    return products.linear_residual(x, weight, bias, residual, None, None, 1)
+
+
+# What runs a product [m, k] x [k, n] as training does, and the shapes of its inputs.
+LAUNCHES: dict[Product, tuple[Callable[..., object], Callable[[int, int, int], tuple[tuple[int, ...], ...]]]] = {
+    "plain": (products.linear, lambda m, n, k: ((m, k), (n, k), (n,))),
+    "gelu": (partial(products.linear_gelu, tanh=False), lambda m, n, k: ((m, k), (n, k), (n,))),
+    "residual": (residual, lambda m, n, k: ((m, k), (n, k), (n,), (m, n))),
+    "input gradient": (products.input_gradient, lambda m, n, k: ((m, k), (k, n))),
+    "gelu gradient": (
+        partial(products.gelu_gradient, tanh=False, recompute=True),
+        lambda m, n, k: ((m, k), (k, n), (m, n)),
+    ),
+    "weight gradient": (products.weight_gradient, lambda m, n, k: ((k, m), (k, n))),
+}
