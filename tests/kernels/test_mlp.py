@@ -252,16 +252,16 @@ def test_compiles_without_graph_break(device: torch.device) -> None:
                 torch.testing.assert_close(actual, wanted)
 
 
-@pytest.mark.parametrize("recompute", ["none", "gelu", "all"])
-def test_registered_operator(recompute: str, implementation: str, device: torch.device) -> None:
+@pytest.mark.parametrize("kept", [(True, True, True), (True, True, False), (False, True, False)])
+def test_registered_operator(kept: tuple[bool, bool, bool], implementation: str, device: torch.device) -> None:
     if implementation == "reference":
         pytest.skip("the operator is the Triton side")
     *tensors, layer_scale = leaves(device, torch.float32, 3, 5, 40, 72).values()
     path_scale = torch.tensor([0.0, 1.5, 1.5], device=device)
     for products in ((), config.PRODUCTS):
         with config.triton_for(*products):
-            torch.library.opcheck(op.layer_norm_mlp_op, (*tensors, layer_scale, path_scale, EPS, False, recompute))
-    torch.library.opcheck(op.layer_norm_mlp_op, (*tensors, None, None, EPS, True, recompute))
+            torch.library.opcheck(op.layer_norm_mlp_op, (*tensors, layer_scale, path_scale, EPS, False, *kept))
+    torch.library.opcheck(op.layer_norm_mlp_op, (*tensors, None, None, EPS, True, *kept))
 
 
 def test_second_derivative(implementation: str, device: torch.device) -> None:

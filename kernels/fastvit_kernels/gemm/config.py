@@ -20,6 +20,10 @@ Product = Literal[
     "input gradient",  # grad w
     "gelu gradient",  # grad w * GELU'(pre), its column sums, GELU(pre)
     "weight gradient",  # grad^T x
+    # The LayerNorm before a product is a kernel of its own, unless these are chosen: then the product takes rows that
+    # are not normalised, and its epilogue normalises.
+    "norm plain",  # norm(x) w^T + bias, without more
+    "norm gelu",  # norm(x) w^T + bias, and its GELU
 ]
 PRODUCTS: tuple[Product, ...] = get_args(Product)
 
@@ -55,6 +59,7 @@ class Tile(NamedTuple):
     warps: int
     group_m: int = 8
     descriptors: bool = False  # operands by tensor descriptors, which are TMA copies
+    programs: int = 1  # at the same time on a multiprocessor
 
 
 def tile(product: Product, dtype: torch.dtype, device: torch.device) -> Tile:
@@ -69,5 +74,5 @@ def tile(product: Product, dtype: torch.dtype, device: torch.device) -> Tile:
     if int(arch.removeprefix("sm_")) < 90:
         return Tile(128, 128, 64, parts=4, stages=3, warps=8)
     if product == "weight gradient":  # few tiles: smaller ones spread better over the multiprocessors
-        return Tile(128, 128, 64, parts=4, stages=4, warps=8, descriptors=True)
-    return Tile(128, 256, 64, parts=8, stages=3, warps=8, descriptors=True)
+        return Tile(128, 128, 64, parts=4, stages=3, warps=8, descriptors=True, programs=2)
+    return Tile(128, 256, 64, parts=8, stages=4, warps=8, descriptors=True)

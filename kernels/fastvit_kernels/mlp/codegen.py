@@ -38,13 +38,13 @@ def half_block(
     fc1_weight, fc1_bias = meta(hidden, width, dtype=dtype), meta(hidden, dtype=dtype)
     fc2_weight, fc2_bias = meta(width, hidden, dtype=dtype), meta(width, dtype=dtype)
     layer_scale, path_scale = (meta(width, dtype=stream), meta(64, dtype=FULL)) if scaled else (None, None)
-    fc2, scales, recompute = (fc2_weight, fc2_bias), (layer_scale, path_scale), "gelu"
+    fc2, scales = (fc2_weight, fc2_bias), (layer_scale, path_scale)
     with triton_for(*products):
         y, mean, rstd, normed, pre, post = launch_forward(
-            x, norm, norm, fc1_weight, fc1_bias, *fc2, *scales, 1e-6, tanh, recompute
+            x, norm, norm, fc1_weight, fc1_bias, *fc2, *scales, 1e-6, tanh, True, True, False
         )
         kept = mean, rstd, normed, pre, post
-        launch_backward(y, x, norm, norm, fc1_weight, *fc2, *scales, *kept, 1e-6, tanh, recompute)
+        launch_backward(y, x, norm, norm, fc1_weight, *fc2, *scales, *kept, 1e-6, tanh, [True] * 7 + [scaled])
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
