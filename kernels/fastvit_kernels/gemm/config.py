@@ -26,6 +26,7 @@ Product = Literal[
     "norm gelu",  # norm(x) w^T + bias, and its GELU
 ]
 PRODUCTS: tuple[Product, ...] = get_args(Product)
+NORM_BEFORE: tuple[Product, ...] = tuple(product for product in PRODUCTS if not product.startswith("norm"))
 
 MEASURED_FASTER: dict[tuple[str, Product], frozenset[torch.dtype]] = {}  # (arch, product) -> dtypes
 

@@ -112,8 +112,9 @@ def tile_product(
             right = load_tile(b, start_n, start_k, n, k, stride_b, BLOCK_N, BLOCK_K, DESCRIPTORS).T
         else:
             right = load_tile(b, start_k, start_n, k, n, stride_b, BLOCK_K, BLOCK_N, DESCRIPTORS)
-        if STANDARDISED:  # beyond k, where this is not 0, `right` is
-            left = ((left.to(tl.float32) - mean) * rstd).to(right.dtype)
+        if STANDARDISED:
+            inside = (start_k + tl.arange(0, BLOCK_K) < k)[None, :]
+            left = tl.where(inside, (left.to(tl.float32) - mean) * rstd, 0.0).to(right.dtype)
         product = tl.dot(left, right, product, input_precision="ieee")  # for float32: no TF32
     return product
 
@@ -205,7 +206,7 @@ def store_moments(value, moments_ptr, row, column_start, rows, width, BLOCK_N: t
     mask = (row < rows) & (part < parts)
     value = value.to(tl.float32)
     inside = (column_start + tl.arange(0, BLOCK_N) < width)[None, :]
-    mean = tl.sum(tl.where(inside, value, 0.0), axis=1) / tl.minimum(width - column_start, BLOCK_N)
+    mean = tl.sum(tl.where(inside, value, 0.0), axis=1) / max(min(width - column_start, BLOCK_N), 1)
     deviation = tl.where(inside, value - mean[:, None], 0.0)
     moment = moments_ptr + part.to(tl.int64) * rows + row
     tl.store(moment, mean, mask=mask)

@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from fastvit_kernels.gemm.config import PRODUCTS, Product, triton_for
+from fastvit_kernels.gemm.config import NORM_BEFORE, PRODUCTS, Product, triton_for
 from fastvit_kernels.mlp.op import launch_backward, launch_forward
 from fastvit_kernels.tuning.codegen import Case
 
@@ -15,8 +15,9 @@ HALF, FULL = torch.bfloat16, torch.float32
 def cases() -> Iterator[Case]:
     for model, tokens, width in (("B/16", 197, 768), ("L/16", 197, 1024), ("H/14", 257, 1280)):
         yield Case(f"ViT-{model}", partial(half_block, tokens, width))
-        in_triton = partial(half_block, tokens, width, products=PRODUCTS)
-        yield Case(f"ViT-{model}, products in Triton", in_triton, ("gemm_kernel",))
+        for products, scheme in ((NORM_BEFORE, "products in Triton"), (PRODUCTS, "norm in an epilogue")):
+            in_triton = partial(half_block, tokens, width, products=products)
+            yield Case(f"ViT-{model}, {scheme}", in_triton, ("gemm_kernel",))
     yield Case("ViT-H/14, tanh GELU", partial(half_block, 257, 1280, tanh=True))
     yield Case("ViT-H/14, LayerScale and drop-path", partial(half_block, 257, 1280, scaled=True))
     yield Case("ViT-H/14, autocast", partial(half_block, 257, 1280, stream=FULL))

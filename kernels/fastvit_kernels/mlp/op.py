@@ -250,7 +250,18 @@ def launch_backward(
         if below_norm:
             grad_normed = products.input_gradient(grad_pre, fc1_weight).view(x.shape)
             gradients["x"], _, _, gradients["norm_weight"], gradients["norm_bias"] = layer_norm_backward(
-                grad_y, grad_normed, x, None, x.dtype, None, None, norm_weight, norm_bias, mean, rstd
+                grad_y,
+                grad_normed,
+                x,
+                None,
+                x.dtype,
+                None,
+                None,
+                norm_weight,
+                norm_bias,
+                mean,
+                rstd,
+                learns=needs["norm_weight"] or needs["norm_bias"],
             )
     likes = of_learned(x, norm_weight, norm_bias, fc1_weight, fc2_weight, fc2_bias, layer_scale)
     return tuple(gradients[name] if needs[name] else like.new_empty(0) for name, like in likes.items())
@@ -285,9 +296,9 @@ def of_learned(
     fc2_bias: Tensor,
     layer_scale: Tensor | None,
 ) -> dict[str, Tensor]:
-    """A tensor of the shape and dtype of each of `LEARNED`."""
-    fc1_bias, layer_scale = fc1_weight[:, 0], x[0, 0] if layer_scale is None else layer_scale
-    tensors = x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale
+    """A tensor of the shape and dtype of each of `LEARNED`; any for a layer_scale that is None, and has no gradient."""
+    fc1_bias, scale = fc1_weight[:, 0], norm_weight if layer_scale is None else layer_scale
+    tensors = x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale
     return dict(zip(LEARNED, tensors, strict=True))
 
 
