@@ -61,6 +61,7 @@ class Tile(NamedTuple):
     group_m: int = 8
     descriptors: bool = False  # operands by tensor descriptors, which are TMA copies
     programs: int = 1  # at the same time on a multiprocessor
+    flatten: bool = False  # the loops over tiles and over the inner dimension are one
 
 
 def tile(product: Product, dtype: torch.dtype, device: torch.device) -> Tile:
@@ -72,8 +73,10 @@ def tile(product: Product, dtype: torch.dtype, device: torch.device) -> Tile:
         return Tile(64, 64, 32, parts=1, stages=2 if arch.startswith("gfx") else 3, warps=4)
     if arch.startswith("gfx"):
         return Tile(128, 128, 32, parts=1, stages=2, warps=8)
-    if int(arch.removeprefix("sm_")) < 90:
-        return Tile(128, 128, 64, parts=4, stages=3, warps=8)
+    capability = int(arch.removeprefix("sm_"))
+    flatten = capability < 100  # on sm_100 the compiler then writes the epilogue twice
+    if capability < 90:
+        return Tile(128, 128, 64, parts=4, stages=3, warps=8, flatten=flatten)
     if product == "weight gradient":  # few tiles: smaller ones spread better over the multiprocessors
-        return Tile(128, 128, 64, parts=4, stages=3, warps=8, descriptors=True, programs=2)
-    return Tile(128, 256, 64, parts=8, stages=4, warps=8, descriptors=True)
+        return Tile(128, 128, 64, parts=4, stages=3, warps=8, descriptors=True, programs=2, flatten=flatten)
+    return Tile(128, 256, 64, parts=8, stages=4, warps=8, descriptors=True, flatten=flatten)

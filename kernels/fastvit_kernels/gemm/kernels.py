@@ -246,12 +246,13 @@ def gemm_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
+    FLATTEN: tl.constexpr,
 ):
     tiles_m, tiles_n = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     tiles_a_group = GROUP_M * tiles_n
-    # flattened into one loop over all steps of all tiles: the operands of a tile are on their way before the epilogue
-    # of the tile before
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
+    # flattened with the loop inside into one over all steps of all tiles, the operands of a tile are on their way while
+    # the epilogue of the tile before runs
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         # GROUP_M tiles down, then the next column of tiles, so that tiles computed together share operands in L2
         first_m = tile // tiles_a_group * GROUP_M
         group_m = min(tiles_m - first_m, GROUP_M)

@@ -158,8 +158,8 @@ def linear_residual_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`linear_residual`, and the `row_statistics` of what it returns, for which that is not read again.
 
-    Mean and squared deviations leave the epilogue for one column range after another; they are combined pairwise as
-    by Chan et al. (1983), always in the same order.
+    Mean and squared deviations of one column range after another leave the epilogue, and are combined in a fixed order
+    (Chan et al. 1983).
     """
     out = residual.new_empty(residual.shape)
     rows, width = out.shape
@@ -459,6 +459,7 @@ def gemm(
         GROUP_M=t.group_m,
         PARTS=t.parts,
         STAGES=t.stages,
+        FLATTEN=t.flatten,
         num_warps=t.warps,
     )
 
