@@ -141,9 +141,7 @@ def linear_residual(
 
     layer_scale is [N], path_scale [T / rows_per_sample] float32.
     """
-    out = residual.new_empty(residual.shape)
-    add_linear(out, x, weight, bias, residual, layer_scale, path_scale, rows_per_sample, None)
-    return out
+    return add_linear(x, weight, bias, residual, layer_scale, path_scale, rows_per_sample, False)[0]
 
 
 def linear_residual_statistics(
@@ -161,28 +159,16 @@ def linear_residual_statistics(
     Mean and squared deviations of one column range after another leave the epilogue, and are combined in a fixed order
     (Chan et al. 1983).
     """
-    out = residual.new_empty(residual.shape)
-    rows, width = out.shape
-    if runs_triton("residual", x.dtype, x.device):
-        t = tile("residual", x.dtype, x.device)
-        part_width = t.block_n // t.parts
-    else:
-        part_width = RESIDUAL_BLOCK[1]
-    moments = x.new_empty(2, triton.cdiv(width, part_width), rows, dtype=torch.float32)
-    add_linear(out, x, weight, bias, residual, layer_scale, path_scale, rows_per_sample, moments)
+    out, moments, part_width = add_linear(x, weight, bias, residual, layer_scale, path_scale, rows_per_sample, True)
+    (rows, width), block_m = out.shape, 64
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    block_m = 64
     kernels.combine_moments_kernel[triton.cdiv(rows, block_m),](
         moments, mean, rstd, rows, width, part_width, eps, BLOCK_M=block_m, num_warps=2
     )
     return out, mean, rstd
 
 
-RESIDUAL_BLOCK = (16, 128)  # rows and columns of `residual_fwd_kernel`
-
-
 def add_linear(
-    out: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -190,10 +176,20 @@ def add_linear(
     layer_scale: Tensor | None,
     path_scale: Tensor | None,
     rows_per_sample: int,
-    moments: Tensor | None,
-) -> None:
-    """Writes `linear_residual` to `out`, and moments of its column ranges to `moments` unless None."""
-    if runs_triton("residual", x.dtype, x.device):
+    moments: bool,
+) -> tuple[Tensor, Tensor, int]:
+    """`linear_residual`, moments [2, ranges, T] of its column ranges, empty unless asked for, and the width of a range."""
+    out = residual.new_empty(residual.shape)
+    rows, width = out.shape
+    in_triton = runs_triton("residual", x.dtype, x.device)
+    if in_triton:
+        t = tile("residual", x.dtype, x.device)
+        part_width = t.block_n // t.parts
+    else:
+        block_m, part_width = 16, 128
+    shape = (2, triton.cdiv(width, part_width), rows) if moments else (0,)
+    moments_of_parts = x.new_empty(shape, dtype=torch.float32)
+    if in_triton:
         gemm(
             "residual",
             x,
@@ -204,28 +200,28 @@ def add_linear(
             residual=residual,
             layer_scale=layer_scale,
             path_scale=path_scale,
-            moments=moments,
+            moments=moments_of_parts if moments else None,
             rows_per_sample=rows_per_sample,
         )
-        return
-    branch = torch.mm(x, weight.T)
-    (rows, width), (block_m, block_n) = out.shape, RESIDUAL_BLOCK
-    kernels.residual_fwd_kernel[triton.cdiv(rows, block_m), triton.cdiv(width, block_n)](
-        residual,
-        branch,
-        bias,
-        layer_scale,
-        path_scale,
-        out,
-        moments,
-        rows,
-        width,
-        rows_per_sample,
-        residual.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=4,
-    )
+    else:
+        branch = torch.mm(x, weight.T)
+        kernels.residual_fwd_kernel[triton.cdiv(rows, block_m), triton.cdiv(width, part_width)](
+            residual,
+            branch,
+            bias,
+            layer_scale,
+            path_scale,
+            out,
+            moments_of_parts if moments else None,
+            rows,
+            width,
+            rows_per_sample,
+            residual.stride(0),
+            BLOCK_M=block_m,
+            BLOCK_N=part_width,
+            num_warps=4,
+        )
+    return out, moments_of_parts, part_width
 
 
 def gelu(pre: Tensor, tanh: bool, out: Tensor | None = None) -> Tensor:
