@@ -178,7 +178,7 @@ def add_linear(
     rows_per_sample: int,
     moments: bool,
 ) -> tuple[Tensor, Tensor, int]:
-    """`linear_residual`; moments [2, ranges, T] of its column ranges, empty unless asked for; and the width of those."""
+    """`linear_residual`, moments [2, ranges, T] of its column ranges, empty unless asked for, and their width."""
     out = residual.new_empty(residual.shape)
     rows, width = out.shape
     in_triton = runs_triton("residual", x.dtype, x.device)
