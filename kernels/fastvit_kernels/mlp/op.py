@@ -82,6 +82,7 @@ def layer_norm_mlp(
         x = x.to(torch.promote_types(x.dtype, dtype))
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = (t.to(dtype) for t in (*fc1, *fc2))
     path_scale = draw_path_scale(x, drop_path)
+    # what the backward pass will read: norm(x) for W_1, GELU's input for all below it, its output for all above
     below_gelu = any(tensor.requires_grad for tensor in (x, *norm, fc1_weight, fc1_bias))
     above_gelu = fc2_weight.requires_grad or (layer_scale is not None and layer_scale.requires_grad)
     learns, keep_post = torch.is_grad_enabled(), above_gelu and recompute == "none"
