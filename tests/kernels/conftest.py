@@ -34,6 +34,17 @@ if dispatch.INTERPRETED:
         return interpreted_dot(builder, a, b, *others)
 
     InterpreterBuilder.create_dot = dot_of_numbers
+    interpreted_cast = InterpreterBuilder.cast_impl
+
+    def rounding_cast(builder: InterpreterBuilder, source: TensorHandle, target: tl.dtype) -> TensorHandle:
+        """The interpreter truncates float32 to bfloat16; this rounds to the nearest, ties to even, as GPUs do."""
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return interpreted_cast(builder, source, target)
+        bits = source.data.view(np.uint32)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return TensorHandle(np.where(np.isnan(source.data), 0x7FC0, rounded).astype(np.uint16), tl.bfloat16)
+
+    InterpreterBuilder.cast_impl = rounding_cast
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

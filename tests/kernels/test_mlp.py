@@ -1,4 +1,5 @@
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
@@ -6,9 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_accurate
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastvit_kernels import FusedBlock, FusedLayerNormMLP, dispatch, explain, layer_norm_mlp
-from fastvit_kernels.gemm import config
+from fastvit_kernels.gemm import config, products
 from fastvit_kernels.mlp import op
 from fastvit_kernels.residual import draw_path_scale
 
@@ -72,6 +74,19 @@ def test_each_product_may_run_in_triton(product: config.Product, dtype: torch.dt
         assert_accurate(partial(layer_norm_mlp, eps=EPS), plain_mlp, inputs(3, 5, 40, 72, scaled=True), dtype, device)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("shape", [(1, 1, 64, 256), (3, 5, 80, 100), (2, 17, 33, 65)])
+def test_norm_in_the_epilogue(
+    shape: tuple[int, int, int, int], activation: str, dtype: torch.dtype, implementation: str, device: torch.device
+) -> None:
+    if implementation == "reference":
+        pytest.skip("of the kernels")
+    ours = partial(layer_norm_mlp, eps=EPS, activation=activation)
+    with config.triton_for("norm gelu"):
+        assert_accurate(ours, partial(plain_mlp, activation=activation), inputs(*shape), dtype, device)
+
+
 @pytest.mark.parametrize("tokens", [197, 257])
 def test_tokens_of_vision_transformers(tokens: int, device: torch.device) -> None:
     ours = partial(layer_norm_mlp, eps=EPS)
@@ -79,7 +94,9 @@ def test_tokens_of_vision_transformers(tokens: int, device: torch.device) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("products", [(), config.PRODUCTS], ids=["cuBLAS", "triton products"])
+@pytest.mark.parametrize(
+    "products", [(), config.NORM_BEFORE, config.PRODUCTS], ids=["cuBLAS", "triton products", "norm in epilogue"]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "width"), [(197, 768), (197, 1024), (257, 1280)])
 def test_production_sizes(
@@ -118,8 +135,12 @@ def test_hostile_rows(hostile: str, device: torch.device) -> None:
     else:
         arguments["x"] = torch.full_like(arguments["x"], 0.5)
     condition = 100 if hostile == "offset" else 1
+    ours = partial(layer_norm_mlp, eps=EPS)
     for dtype in (torch.float32, torch.bfloat16):
-        assert_accurate(partial(layer_norm_mlp, eps=EPS), plain_mlp, arguments, dtype, device, condition=condition)
+        assert_accurate(ours, plain_mlp, arguments, dtype, device, condition=condition)
+    with config.triton_for("norm gelu"):
+        for dtype in (torch.bfloat16, torch.float16):
+            assert_accurate(ours, plain_mlp, arguments, dtype, device, condition=condition)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -177,20 +198,127 @@ def test_recomputation_changes_no_bit(
             assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
 
 
-@pytest.mark.parametrize(("recompute", "numbers"), [("none", 10), ("gelu", 6), ("all", 5)])
+@pytest.mark.parametrize(
+    ("recompute", "frozen", "products", "numbers"),
+    [
+        ("none", "", (), 10),
+        ("gelu", "", (), 6),
+        ("all", "", (), 5),
+        ("none", "", ("norm gelu",), 9),
+        ("gelu", "", ("norm gelu",), 5),
+        ("none", "fc1_weight", (), 9),
+        ("none", "fc2_weight layer_scale", (), 6),
+        ("gelu", "fc1_weight fc2_weight layer_scale", (), 5),
+        ("none", "x norm_weight norm_bias fc1_weight fc1_bias", (), 5),
+        ("gelu", "x norm_weight norm_bias fc1_weight fc1_bias", (), 5),
+        ("gelu", "x norm_weight norm_bias fc1_weight fc1_bias fc2_weight layer_scale", (), 1),
+    ],
+)
 def test_bytes_kept_for_the_backward_pass(
-    recompute: str, numbers: int, implementation: str, device: torch.device
+    recompute: str,
+    frozen: str,
+    products: tuple[config.Product, ...],
+    numbers: int,
+    implementation: str,
+    device: torch.device,
 ) -> None:
     """`numbers` times the width for each token, and two float32 statistics; parameters are kept by the model."""
     if implementation == "reference":
         pytest.skip("of the kernels")
     arguments = leaves(device, torch.bfloat16, 3, 5, 40, 160)
+    for name in frozen.split():
+        arguments[name].requires_grad_(False)
     kept: dict[int, Tensor] = {}
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t)
+    with hooks, config.triton_for(*products):
         layer_norm_mlp(**arguments, eps=EPS, recompute=recompute)
     given = {t.data_ptr() for name, t in arguments.items() if name != "x"}
     size = sum(t.numel() * t.element_size() for pointer, t in kept.items() if pointer not in given)
     assert size == 3 * 5 * (numbers * 40 * 2 + 2 * 4)
+
+
+WORK = {  # launches that the gradient of one input needs
+    "x": {"gelu_gradient", "input_gradient", "layer_norm_backward"},
+    "norm_weight": {"gelu_gradient", "input_gradient", "layer_norm_backward"},
+    "norm_bias": {"gelu_gradient", "input_gradient", "layer_norm_backward"},
+    "fc1_weight": {"gelu_gradient", "weight_gradient"},
+    "fc1_bias": {"gelu_gradient"},
+    "fc2_weight": {"gelu", "weight_gradient"},
+    "fc2_bias": set(),
+    "layer_scale": {"gelu", "weight_gradient"},
+}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_gradients_of_frozen_parameters_are_not_computed(
+    scaled: bool, implementation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One input after the other learns alone: its gradient is the same bits as if all did, and little is launched."""
+    if implementation == "reference":
+        pytest.skip("of the kernels")
+    tensors = {n: t.to(device) for n, t in inputs(3, 5, 40, 72, scaled=scaled).items()}
+    everything = run({name: tensor.clone().requires_grad_() for name, tensor in tensors.items()})[1:]
+    calls: list[str] = []
+
+    def recorded(module: ModuleType, name: str) -> None:
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **options: calls.append(name) or function(*args, **options))
+
+    for name in ("gelu_gradient", "input_gradient", "weight_gradient", "gelu"):
+        recorded(products, name)
+    recorded(op, "layer_norm_backward")
+    for (name, tensor), expected in zip(tensors.items(), everything, strict=True):
+        leaf = tensor.clone().requires_grad_()
+        y = layer_norm_mlp(**tensors | {name: leaf}, eps=EPS)
+        calls.clear()
+        cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+        assert torch.equal(torch.autograd.grad(y, leaf, cotangent)[0], expected), name
+        assert sorted(calls) == sorted(WORK[name]), name
+
+
+def test_nothing_is_kept_without_a_gradient(
+    implementation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if implementation == "reference":
+        pytest.skip("of the kernels")
+    outputs: list[tuple[Tensor, ...]] = []
+    registered = op.layer_norm_mlp_op
+    monkeypatch.setattr(op, "layer_norm_mlp_op", lambda *args: outputs.append(registered(*args)) or outputs[-1])
+    arguments = leaves(device, torch.bfloat16, 3, 5, 40, 72)
+    frozen = {name: tensor.detach() for name, tensor in arguments.items()}
+    for in_triton in ((), config.NORM_BEFORE, config.PRODUCTS):
+        with config.triton_for(*in_triton):
+            y = layer_norm_mlp(**arguments, eps=EPS, recompute="none")
+            with torch.no_grad():
+                assert torch.equal(layer_norm_mlp(**arguments, eps=EPS, recompute="none"), y)
+            assert torch.equal(layer_norm_mlp(**frozen, eps=EPS, recompute="none"), y)
+        kept, *others = ([tensor.numel() for tensor in result[3:]] for result in outputs[-3:])
+        assert sum(kept) > 0 and others == [[0, 0, 0]] * 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool, device: torch.device) -> None:
+    arguments = leaves(device, torch.float32, 3, 5, 40, 72)
+    expected = run(arguments)
+    y = checkpoint(lambda *tensors: layer_norm_mlp(*tensors[:7], layer_scale=tensors[7], eps=EPS),
+                   *arguments.values(), use_reentrant=reentrant)  # fmt: skip
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    y.backward(cotangent)
+    for result, wanted in zip([y, *(leaf.grad for leaf in arguments.values())], expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+def test_compiles_with_frozen_parameters_and_without_gradients(device: torch.device) -> None:
+    arguments = leaves(device, torch.float32, 3, 5, 40, 72)
+    for name in ("norm_weight", "fc1_weight", "fc2_bias"):
+        arguments[name].requires_grad_(False)
+    compiled = torch.compile(lambda **tensors: layer_norm_mlp(**tensors, eps=EPS), fullgraph=True, backend="aot_eager")
+    y, expected = compiled(**arguments), layer_norm_mlp(**arguments, eps=EPS)
+    learned = [tensor for tensor in arguments.values() if tensor.requires_grad]
+    for result, wanted in zip(*(torch.autograd.grad(t.sum(), learned) for t in (y, expected)), strict=True):
+        torch.testing.assert_close(result, wanted)
+    with torch.no_grad():
+        assert torch.equal(compiled(**arguments), expected)
 
 
 @pytest.mark.parametrize("shape", [(2, 33, 40, 72), pytest.param((64, 257, 1280, 5120), marks=pytest.mark.gpu)])
@@ -198,8 +326,8 @@ def test_gradients_are_the_same_bits_in_every_run(shape: tuple[int, ...], device
     if device.type == "cpu" and shape[2] > 40:
         pytest.skip("too slow without a GPU")
     arguments = leaves(device, torch.bfloat16, *shape)
-    for products in ((), config.PRODUCTS):
-        with config.triton_for(*products):
+    for in_triton in ((), config.PRODUCTS):
+        with config.triton_for(*in_triton):
             assert all(torch.equal(a, b) for a, b in zip(run(arguments), run(arguments), strict=True))
 
 
@@ -252,16 +380,18 @@ def test_compiles_without_graph_break(device: torch.device) -> None:
                 torch.testing.assert_close(actual, wanted)
 
 
-@pytest.mark.parametrize("recompute", ["none", "gelu", "all"])
-def test_registered_operator(recompute: str, implementation: str, device: torch.device) -> None:
+@pytest.mark.parametrize("kept", [(True, True, True), (True, True, False), (False, True, False)])
+def test_registered_operator(kept: tuple[bool, bool, bool], implementation: str, device: torch.device) -> None:
     if implementation == "reference":
         pytest.skip("the operator is the Triton side")
     *tensors, layer_scale = leaves(device, torch.float32, 3, 5, 40, 72).values()
     path_scale = torch.tensor([0.0, 1.5, 1.5], device=device)
-    for products in ((), config.PRODUCTS):
-        with config.triton_for(*products):
-            torch.library.opcheck(op.layer_norm_mlp_op, (*tensors, layer_scale, path_scale, EPS, False, recompute))
-    torch.library.opcheck(op.layer_norm_mlp_op, (*tensors, None, None, EPS, True, recompute))
+    for in_triton in ((), config.PRODUCTS):
+        with config.triton_for(*in_triton):
+            torch.library.opcheck(op.layer_norm_mlp_op, (*tensors, layer_scale, path_scale, EPS, False, *kept))
+    tensors = list(leaves(device, torch.bfloat16, 3, 5, 40, 72).values())[:-1]
+    with config.triton_for("norm gelu"):
+        torch.library.opcheck(op.layer_norm_mlp_op, (*tensors, None, None, EPS, True, *kept))
 
 
 def test_second_derivative(implementation: str, device: torch.device) -> None:
@@ -303,8 +433,8 @@ def test_non_contiguous_gradient_and_parameters(layout: str, device: torch.devic
     else:
         gradient = torch.randn(40, device=device).expand(4, 6, 40)
     expected = torch.autograd.grad(plain_mlp(**arguments), list(arguments.values()), gradient)
-    for products in ((), config.PRODUCTS):
-        with config.triton_for(*products):
+    for in_triton in ((), config.PRODUCTS):
+        with config.triton_for(*in_triton):
             ours = torch.autograd.grad(layer_norm_mlp(**strided, eps=EPS), list(strided.values()), gradient)
         for result, wanted in zip(ours, expected, strict=True):
             torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)

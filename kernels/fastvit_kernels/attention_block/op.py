@@ -104,8 +104,15 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, width = x.shape
     with no_autocast(x.device):
-        normed, mean, rstd = normalise(x, norm_weight, norm_bias, eps, qkv_weight.dtype)
-        qkv = products.linear(normed, as_rows(qkv_weight), qkv_bias.contiguous())
+        if products.norm_in_epilogue("norm plain", x, qkv_weight):
+            normed = qkv_weight.new_empty(0)
+            mean, rstd = products.row_statistics(as_rows(x), eps)
+            norm = norm_weight.contiguous(), norm_bias.contiguous()
+            qkv = products.norm_linear(as_rows(x), mean, rstd, *norm, as_rows(qkv_weight), qkv_bias.contiguous())
+            mean, rstd = mean.view(batch, tokens), rstd.view(batch, tokens)
+        else:
+            normed, mean, rstd = normalise(x, norm_weight, norm_bias, eps, qkv_weight.dtype)
+            qkv = products.linear(normed, as_rows(qkv_weight), qkv_bias.contiguous())
         if not keep_normed:
             normed = normed.new_empty(0)
         qkv = qkv.view(batch, tokens, 3, heads, width // heads)
@@ -140,6 +147,7 @@ def fake_forward(
     keep_normed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, width = x.shape
+    keep_normed = keep_normed and not products.norm_in_epilogue("norm plain", x, qkv_weight)
     y = x.new_empty(x.shape)
     mean, rstd = (x.new_empty((batch, tokens) if keep else 0, dtype=torch.float32) for _ in range(2))
     normed = qkv_weight.new_empty((batch * tokens, width) if keep_normed else 0)
@@ -261,6 +269,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
         keep_normed,
     ) = inputs
     _, mean, rstd, normed, *attention = output
+    keep_normed = keep_normed and not products.norm_in_epilogue("norm plain", x, qkv_weight)
     ctx.eps = eps
     parameters = norm_weight, norm_bias, qkv_weight, proj_weight, proj_bias, layer_scale, path_scale
     ctx.save_for_backward(x, *parameters, mean, rstd, normed if keep_normed else None, *attention)

@@ -21,8 +21,13 @@ Product = Literal[
     "input gradient",  # grad w
     "gelu gradient",  # grad w * GELU'(pre), its column sums, GELU(pre)
     "weight gradient",  # grad^T x
+    # The LayerNorm before a product is a kernel of its own, unless these are chosen: then the product takes rows that
+    # are not normalised, and its epilogue normalises.
+    "norm plain",  # norm(x) w^T + bias, without more
+    "norm gelu",  # norm(x) w^T + bias, and its GELU
 ]
 PRODUCTS: tuple[Product, ...] = get_args(Product)
+NORM_BEFORE: tuple[Product, ...] = tuple(product for product in PRODUCTS if not product.startswith("norm"))
 
 _asked_for: frozenset[Product] | None = None
 
@@ -54,6 +59,8 @@ class Tile(NamedTuple):
     warps: int
     group_m: int = 8
     descriptors: bool = False  # operands by tensor descriptors, which are TMA copies
+    programs: int = 1  # at the same time on a multiprocessor
+    flatten: bool = False  # the loops over tiles and over the inner dimension are one
     beats_cublas: bool = False  # measured faster than cuBLAS with an elementwise kernel
 
 
@@ -67,11 +74,13 @@ def tile(product: Product, dtype: torch.dtype, m: int, n: int, k: int, on: Gpu) 
         return Tile(64, 64, 32, parts=1, stages=2 if arch.startswith("gfx") else 3, warps=4)
     if arch.startswith("gfx"):
         return Tile(128, 128, 32, parts=1, stages=2, warps=8)
-    if int(arch.removeprefix("sm_")) < 90:
-        return Tile(128, 128, 64, parts=4, stages=3, warps=8)
+    capability = int(arch.removeprefix("sm_"))
+    flatten = capability < 100  # on sm_100 the compiler then writes the epilogue twice
+    if capability < 90:
+        return Tile(128, 128, 64, parts=4, stages=3, warps=8, flatten=flatten)
     if product == "weight gradient":  # few tiles: smaller ones spread better over the multiprocessors
-        return Tile(128, 128, 64, parts=4, stages=4, warps=8, descriptors=True)
-    return Tile(128, 256, 64, parts=8, stages=3, warps=8, descriptors=True)
+        return Tile(128, 128, 64, parts=4, stages=3, warps=8, descriptors=True, programs=2, flatten=flatten)
+    return Tile(128, 256, 64, parts=8, stages=4, warps=8, descriptors=True, flatten=flatten)
 
 
 class Block(NamedTuple):

@@ -72,7 +72,7 @@ def layer_norm_bwd_kernel(
     rstd_ptr,  # [rows]
     grad_x_ptr,  # out [rows, width]
     grad_branch_ptr,  # out [rows, width], or None where it equals grad_x
-    partial_ptr,  # out [2 or 3, programs, width] float32: this program's share of grad weight, bias, layer_scale
+    partial_ptr,  # out [2 or 3, programs, width] float32 or None: its share of grad weight, bias, layer_scale
     rows,
     width,
     rows_per_sample,
@@ -131,11 +131,12 @@ def layer_norm_bwd_kernel(
                 grad_branch *= layer_scale
             tl.store(grad_branch_ptr + out, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=mask)
 
-    partial = partial_ptr + program * width + column
-    tl.store(partial, tl.sum(weight_sum, axis=0), mask=column_mask)
-    tl.store(partial + programs * width, tl.sum(bias_sum, axis=0), mask=column_mask)
-    if layer_scale_ptr is not None:
-        tl.store(partial + 2 * programs * width, tl.sum(layer_scale_sum, axis=0), mask=column_mask)
+    if partial_ptr is not None:
+        partial = partial_ptr + program * width + column
+        tl.store(partial, tl.sum(weight_sum, axis=0), mask=column_mask)
+        tl.store(partial + programs * width, tl.sum(bias_sum, axis=0), mask=column_mask)
+        if layer_scale_ptr is not None:
+            tl.store(partial + 2 * programs * width, tl.sum(layer_scale_sum, axis=0), mask=column_mask)
 
 
 @triton.jit

@@ -149,7 +149,9 @@ def launch_backward(
     bias: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    learns: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, branch, layer_scale, weight and bias; unless `learns`, the last three are left unwritten."""
     gradients = fake_backward(
         grad_y, grad_normed, y, branch, branch_dtype, layer_scale, path_scale, weight, bias, mean, rstd
     )
@@ -172,7 +174,7 @@ def launch_backward(
         rstd,
         grad_x,
         grad_branch if grad_branch.shape == y.shape else None,
-        partial,
+        partial if learns else None,
         rows,
         width,
         0 if path_scale is None else rows // len(path_scale),
@@ -185,6 +187,8 @@ def launch_backward(
         STAGES=tile.stages,
         num_warps=tile.num_warps,
     )
+    if not learns:
+        return gradients
     kernels.column_sum_kernel[triton.cdiv(width, 32), len(partial)](
         partial,
         grad_weight,

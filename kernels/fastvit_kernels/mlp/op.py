@@ -1,4 +1,4 @@
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,7 +12,7 @@ from fastvit_kernels.layer_norm.op import as_rows
 from fastvit_kernels.layer_norm.op import launch_backward as layer_norm_backward
 from fastvit_kernels.layer_norm.op import launch_forward as layer_norm_forward
 from fastvit_kernels.mlp import reference
-from fastvit_kernels.registration import register_gradient, register_op
+from fastvit_kernels.registration import no_autocast, register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
 
 Activation = Literal["gelu", "gelu_tanh"]
@@ -47,8 +47,8 @@ def layer_norm_mlp(
         dropout: rate on the activations and, drawn apart, on the output (Dosovitskiy et al. 2021, appendix B.1).
         drop_path: rate at which a sample's whole branch is dropped; kept branches are scaled by 1 / (1 - drop_path).
         recompute: what the kernels' backward pass computes again instead of keeping it: nothing, the GELU, or the
-            normalisation too. Gradients are the same. No effect on the reference, or with dropout, where autograd keeps
-            all.
+            normalisation too. Gradients are the same. What no gradient will need, as under `torch.no_grad` or with
+            frozen parameters, is never kept. No effect on the reference, or with dropout, where autograd decides.
 
     Rates are active whenever above 0. Returns [B, N, D] in the dtype of x, also under autocast, which acts as on
     `torch.nn.functional.linear`: products run in its dtype, the normalisation and the sum with x in that of x. Raises
@@ -81,6 +81,10 @@ def layer_norm_mlp(
         x = x.to(torch.promote_types(x.dtype, dtype))
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = (t.to(dtype) for t in (*fc1, *fc2))
     path_scale = draw_path_scale(x, drop_path)
+    # what the backward pass will read: norm(x) for W_1, GELU's input for all below it, its output for all above
+    below_gelu = any(tensor.requires_grad for tensor in (x, *norm, fc1_weight, fc1_bias))
+    above_gelu = fc2_weight.requires_grad or (layer_scale is not None and layer_scale.requires_grad)
+    learns, keep_post = torch.is_grad_enabled(), above_gelu and recompute == "none"
     return layer_norm_mlp_op(
         x,
         norm_weight,
@@ -93,12 +97,14 @@ def layer_norm_mlp(
         path_scale,
         eps,
         activation == "gelu_tanh",
-        recompute,
+        learns and fc1_weight.requires_grad and recompute != "all",
+        learns and (below_gelu or (above_gelu and not keep_post)),
+        learns and keep_post,
     )[0]
 
 
 # Matrices are [T, D] and [T, M] inside, with T = B * N tokens. Operators cannot return None, so what is not kept for
-# the backward pass is an empty tensor.
+# the backward pass, and a gradient that is not needed, is an empty tensor [0].
 
 
 def launch_forward(
@@ -113,23 +119,32 @@ def launch_forward(
     path_scale: Tensor | None,
     eps: float,
     tanh: bool,
-    recompute: str,
+    keep_normed: bool,
+    keep_pre: bool,
+    keep_post: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    x_rows, fc1_weight, fc1_bias = as_rows(x), as_rows(fc1_weight), fc1_bias.contiguous()
     with no_autocast(x.device):
-        normed, mean, rstd = normalise(x, norm_weight, norm_bias, eps, fc1_weight.dtype)
-        pre, post = products.linear_gelu(normed, as_rows(fc1_weight), fc1_bias.contiguous(), tanh)
+        if products.norm_in_epilogue("norm gelu", x, fc1_weight):
+            normed = fc1_weight.new_empty(0)
+            mean, rstd = products.row_statistics(x_rows, eps)
+            norm = norm_weight.contiguous(), norm_bias.contiguous()
+            pre, post = products.norm_linear_gelu(x_rows, mean, rstd, *norm, fc1_weight, fc1_bias, tanh, keep_pre)
+        else:
+            normed, mean, rstd = normalise(x, norm_weight, norm_bias, eps, fc1_weight.dtype)
+            pre, post = products.linear_gelu(normed, fc1_weight, fc1_bias, tanh, keep_pre)
+            if not keep_normed:
+                normed = normed.new_empty(0)
         y = products.linear_residual(
             post,
             as_rows(fc2_weight),
             fc2_bias.contiguous(),
-            as_rows(x),
+            x_rows,
             None if layer_scale is None else layer_scale.contiguous(),
             path_scale,
             rows_per_sample=x.shape[1],
         )
-    if recompute == "all":
-        normed = normed.new_empty(0)
-    if recompute != "none":
+    if not keep_post:
         post = post.new_empty(0)
     return y.view(x.shape), mean, rstd, normed, pre, post
 
@@ -146,14 +161,17 @@ def fake_forward(
     path_scale: Tensor | None,
     eps: float,
     tanh: bool,
-    recompute: str,
+    keep_normed: bool,
+    keep_pre: bool,
+    keep_post: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, (hidden, width) = x.shape[0] * x.shape[1], fc1_weight.shape
+    keep_normed = keep_normed and not products.norm_in_epilogue("norm gelu", x, fc1_weight)
     y = x.new_empty(x.shape)
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
-    normed = fc1_weight.new_empty(0 if recompute == "all" else (tokens, width))
-    pre = fc1_weight.new_empty(tokens, hidden)
-    post = fc1_weight.new_empty((tokens, hidden) if recompute == "none" else 0)
+    mean, rstd = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
+    normed = fc1_weight.new_empty((tokens, width) if keep_normed else 0)
+    pre = fc1_weight.new_empty((tokens, hidden) if keep_pre else 0)
+    post = fc1_weight.new_empty((tokens, hidden) if keep_post else 0)
     return y, mean, rstd, normed, pre, post
 
 
@@ -174,51 +192,79 @@ def launch_backward(
     post: Tensor,
     eps: float,
     tanh: bool,
-    recompute: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needed: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    needs = dict(zip(LEARNED, needed, strict=True))
+    below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
+    below_gelu = below_norm or needs["fc1_weight"] or needs["fc1_bias"]
+    above_gelu = needs["fc2_weight"] or needs["layer_scale"]
+    recompute = above_gelu and not is_kept(post)
+    sums = needs["fc2_bias"] or (above_gelu and layer_scale is not None)
+    gradients: dict[str, Tensor] = {}
     fc1_weight, fc2_weight, dtype = as_rows(fc1_weight), as_rows(fc2_weight), fc2_weight.dtype
     with no_autocast(x.device):
         if layer_scale is not None:
             layer_scale = layer_scale.contiguous()
-        # the weight gradient before LayerScale gives that of LayerScale too, for which fc2's output is not kept
         grad, scaled_grad, partial = products.branch_gradient(
-            as_rows(grad_y), layer_scale, path_scale, x.shape[1], dtype
+            as_rows(grad_y),
+            layer_scale,
+            path_scale,
+            x.shape[1],
+            dtype,
+            unscaled=above_gelu,
+            scaled=below_gelu,
+            column_sum=sums,
         )
-        grad_pre, grad_fc1_bias, recomputed = products.gelu_gradient(
-            scaled_grad, fc2_weight, pre, tanh, recompute=recompute != "none"
-        )
-        grad_fc2_weight = products.weight_gradient(grad, post if recompute == "none" else recomputed)
-        del recomputed  # [T, M]
-        if layer_scale is None:
-            grad_fc2_bias, grad_layer_scale = (
-                products.sum_partial(partial, fc2_bias.new_empty(fc2_bias.shape)),
-                x.new_empty(0),
+        if below_gelu:
+            grad_pre, gradients["fc1_bias"], recomputed = products.gelu_gradient(
+                scaled_grad, fc2_weight, pre, tanh, recompute, column_sum=needs["fc1_bias"]
             )
-        else:
-            grad_fc2_weight, grad_fc2_bias, grad_layer_scale = products.layer_scale_gradients(
-                grad_fc2_weight,
-                fc2_weight,
-                fc2_bias.contiguous(),
-                layer_scale,
-                products.sum_partial(partial, x.new_empty(x.shape[-1], dtype=torch.float32)),
+        elif recompute:
+            recomputed = products.gelu(pre, tanh)
+        if recompute:
+            post = recomputed
+            del recomputed
+
+        if above_gelu:
+            gradients["fc2_weight"] = products.weight_gradient(grad, post)
+            post = post.new_empty(0)  # frees [T, M] where it was recomputed
+        if sums:
+            column_sum = products.sum_partial(
+                partial, fc2_bias.new_empty(fc2_bias.shape, dtype=dtype if layer_scale is None else torch.float32)
             )
-        if recompute == "all":
-            normed, _, _ = normalise(x, norm_weight, norm_bias, eps, dtype)
-        grad_fc1_weight = products.weight_gradient(grad_pre, normed)
-        grad_normed = products.input_gradient(grad_pre, fc1_weight).view(x.shape)
-        grad_x, _, _, grad_norm_weight, grad_norm_bias = layer_norm_backward(
-            grad_y, grad_normed, x, None, x.dtype, None, None, norm_weight, norm_bias, mean, rstd
-        )
-    return (
-        grad_x,
-        grad_norm_weight,
-        grad_norm_bias,
-        grad_fc1_weight,
-        grad_fc1_bias,
-        grad_fc2_weight,
-        grad_fc2_bias,
-        grad_layer_scale,
-    )
+            if layer_scale is None:
+                gradients["fc2_bias"] = column_sum
+            elif above_gelu:
+                # the weight gradient before LayerScale gives that of LayerScale too, for which fc2's output is not kept
+                gradients["fc2_weight"], gradients["fc2_bias"], gradients["layer_scale"] = (
+                    products.layer_scale_gradients(
+                        gradients["fc2_weight"], fc2_weight, fc2_bias.contiguous(), layer_scale, column_sum
+                    )
+                )
+            else:
+                gradients["fc2_bias"] = (layer_scale * column_sum).to(dtype)
+        if needs["fc1_weight"]:
+            if not is_kept(normed):
+                normed, _, _ = normalise(x, norm_weight, norm_bias, eps, dtype)
+            gradients["fc1_weight"] = products.weight_gradient(grad_pre, normed)
+        if below_norm:
+            grad_normed = products.input_gradient(grad_pre, fc1_weight).view(x.shape)
+            gradients["x"], _, _, gradients["norm_weight"], gradients["norm_bias"] = layer_norm_backward(
+                grad_y,
+                grad_normed,
+                x,
+                None,
+                x.dtype,
+                None,
+                None,
+                norm_weight,
+                norm_bias,
+                mean,
+                rstd,
+                learns=needs["norm_weight"] or needs["norm_bias"],
+            )
+    likes = of_learned(x, norm_weight, norm_bias, fc1_weight, fc2_weight, fc2_bias, layer_scale)
+    return tuple(gradients[name] if needs[name] else like.new_empty(0) for name, like in likes.items())
 
 
 def fake_backward(
@@ -230,27 +276,46 @@ def fake_backward(
     fc2_weight: Tensor,
     fc2_bias: Tensor,
     layer_scale: Tensor | None,
-    *_: Any,
+    *others: Any,
 ) -> tuple[Tensor, ...]:
-    likes = (x, norm_weight, norm_bias, fc1_weight, fc1_weight[:, 0], fc2_weight, fc2_bias)
-    grad_layer_scale = x.new_empty(0) if layer_scale is None else layer_scale.new_empty(layer_scale.shape)
-    return (*(like.new_empty(like.shape) for like in likes), grad_layer_scale)
+    likes = of_learned(x, norm_weight, norm_bias, fc1_weight, fc2_weight, fc2_bias, layer_scale)
+    needed = others[-1]
+    return tuple(like.new_empty(like.shape if need else 0) for like, need in zip(likes.values(), needed, strict=True))
+
+
+# inputs that may have a gradient, in the order of the operator's arguments
+LEARNED = ("x", "norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "layer_scale")
+
+
+def of_learned(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    fc1_weight: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    layer_scale: Tensor | None,
+) -> dict[str, Tensor]:
+    """A tensor of the shape and dtype of each of `LEARNED`; any for a layer_scale that is None, and has no gradient."""
+    fc1_bias, scale = fc1_weight[:, 0], norm_weight if layer_scale is None else layer_scale
+    tensors = x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale
+    return dict(zip(LEARNED, tensors, strict=True))
+
+
+def is_kept(tensor: Tensor) -> bool:
+    """Whether a matrix was kept for the backward pass: else it is empty, [0]."""
+    return tensor.ndim == 2
 
 
 def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer normalisation of x [B, N, D] as [T, D] in `dtype`, and the statistics."""
+    """Layer normalisation of x [B, N, D] as [T, D] in `dtype`, and the statistics [T]."""
     _, normed, mean, rstd = layer_norm_forward(x, None, None, None, weight, bias, eps)
-    return as_rows(normed).to(dtype), mean, rstd
-
-
-def no_autocast(device: torch.device) -> AbstractContextManager:
-    """Operands have their dtypes by now: the products inside must not be cast again."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    return as_rows(normed).to(dtype), mean.view(-1), rstd.view(-1)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, norm_weight, norm_bias, fc1_weight, _, fc2_weight, fc2_bias, layer_scale, path_scale, *options = inputs
-    ctx.options = options
+    x, norm_weight, norm_bias, fc1_weight, _, fc2_weight, fc2_bias, layer_scale, path_scale, eps, tanh, *_ = inputs
+    ctx.options = eps, tanh
     ctx.save_for_backward(
         x, norm_weight, norm_bias, fc1_weight, fc2_weight, fc2_bias, layer_scale, path_scale, *output[1:]
     )
@@ -259,14 +324,16 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def backward(ctx: Any, grad_y: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    *gradients, grad_layer_scale = layer_norm_mlp_backward_op(grad_y, *ctx.saved_tensors, *ctx.options)
-    layer_scale = ctx.saved_tensors[6]
-    return *gradients, None if layer_scale is None else grad_layer_scale, None, None, None, None
+    needed = ctx.needs_input_grad[: len(LEARNED)]
+    gradients = layer_norm_mlp_backward_op(grad_y, *ctx.saved_tensors, *ctx.options, needed)
+    without = (None,) * 6  # path_scale, and what is no tensor
+    return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *without
 
 
 layer_norm_mlp_op = register_op(
     "layer_norm_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias,"
-    " Tensor fc2_weight, Tensor fc2_bias, Tensor? layer_scale, Tensor? path_scale, float eps, bool tanh, str recompute)"
+    " Tensor fc2_weight, Tensor fc2_bias, Tensor? layer_scale, Tensor? path_scale, float eps, bool tanh,"
+    " bool keep_normed, bool keep_pre, bool keep_post)"
     " -> (Tensor y, Tensor mean, Tensor rstd, Tensor normed, Tensor pre, Tensor post)",
     launch_forward,
     fake_forward,
@@ -274,7 +341,7 @@ layer_norm_mlp_op = register_op(
 layer_norm_mlp_backward_op = register_op(
     "layer_norm_mlp_backward(Tensor grad_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,"
     " Tensor fc2_weight, Tensor fc2_bias, Tensor? layer_scale, Tensor? path_scale, Tensor mean, Tensor rstd,"
-    " Tensor normed, Tensor pre, Tensor post, float eps, bool tanh, str recompute)"
+    " Tensor normed, Tensor pre, Tensor post, float eps, bool tanh, bool[] needed)"
     " -> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_fc1_weight, Tensor grad_fc1_bias,"
     " Tensor grad_fc2_weight, Tensor grad_fc2_bias, Tensor grad_layer_scale)",
     launch_backward,
