@@ -16,14 +16,14 @@ ReadAt = Callable[[int, int], bytes]  # (offset, length) to at most that many by
 
 
 class TarError(Exception):
-    """What is wrong with an archive, and the byte where."""
+    """What is wrong with an archive, and the byte where, if it is not the whole."""
 
-    def __init__(self, problem: str, byte: int) -> None:
+    def __init__(self, problem: str, byte: int | None = None) -> None:
         super().__init__(problem, byte)  # which pickle hands over to another process
 
     def __str__(self) -> str:
         problem, byte = self.args
-        return f"{problem} at byte {byte:,}"
+        return problem if byte is None else f"{problem} at byte {byte:,}"
 
 
 class Member(NamedTuple):
