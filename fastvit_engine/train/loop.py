@@ -73,6 +73,7 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
             micro_batch_size=split.micro_batch_size,
             consumed=start.consumed,
             pin_memory=world.device.type == "cuda",
+            node_ranks=world.node_ranks if world.rank == world.node_ranks[0] else (),
         )
     )
 
