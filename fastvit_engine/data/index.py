@@ -223,7 +223,9 @@ def write_index(
             temporary.unlink(missing_ok=True)
         flush_to_disk(path.parent)
     except OSError as error:
-        raise UserError(f"index {path} cannot be written ({error.strerror}): choose another --out") from error
+        raise UserError(
+            f"index {path} cannot be written ({error.strerror}): make room, or choose another place"
+        ) from error
     return open_index(path)
 
 

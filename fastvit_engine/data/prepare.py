@@ -51,7 +51,7 @@ def prepare_data(
     if config.data.eval:
         index = _find_index(config.data.eval, config.data.index, "eval", config, index_folder)
         _check_samples(index, "eval", config)
-        evaluation = IndexedShards(index.path, tuple(index.shards))
+        evaluation = IndexedShards.of(index)
     info = info_beside(list(sources[0].data.shards))
     return DataPlan(
         train=sources,
@@ -73,8 +73,7 @@ def _prepare_source(
         raise UserError(
             f"data.lanes is {lanes} and {source.shards} holds {index.samples} samples: lower it, or leave it out"
         )
-    data = IndexedShards(index.path, tuple(index.shards))
-    return TrainSource(data, source.weight, index.samples, lanes, index.hash)
+    return TrainSource(IndexedShards.of(index), source.weight, index.samples, lanes)
 
 
 # ---- finding the index
