@@ -302,6 +302,8 @@ def _check_padding(read: ReadAt, offset: int, size: int) -> None:
         piece = read(offset, 1 << 20)
         if rest := piece.lstrip(b"\0"):
             raise TarError("has data after its end marker,", offset + len(piece) - len(rest))
+        if not piece:
+            raise TarError("was cut short while it was read,", offset)
         offset += len(piece)
 
 
@@ -389,8 +391,14 @@ def _scan(task: tuple[str, str, tuple[int, int] | None]) -> ShardRecord | TarErr
             return scan_shard(opened.read, opened.size, opened.stamp, label_key)
     except TarError as error:
         return error
+    except UserError:
+        raise
     except OSError as error:
         return TarError(f"cannot be read ({error.strerror or error})")
+    except Exception as error:  # whatever the library of a remote store raises
+        if is_local(shard):
+            raise
+        return TarError(f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})")
 
 
 def _scan_all(
