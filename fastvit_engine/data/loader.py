@@ -15,11 +15,11 @@ from torch.utils.data import Dataset
 from fastvit_engine.config import Config
 from fastvit_engine.data.augment import eval_transform, train_transform
 from fastvit_engine.data.batch import BadSample, Batch, BatchBuilder, rebatch
+from fastvit_engine.data.data_plan import DataPlan, TrainSource
 from fastvit_engine.data.decode import Sample
 from fastvit_engine.data.index import Index
 from fastvit_engine.data.local_storage import LocalShards
 from fastvit_engine.data.order import Integers, Order, Places, SourceOrder, pixel_generator, share_slots
-from fastvit_engine.data.plan import DataPlan, TrainSource
 from fastvit_engine.data.shards import find_shards, is_local
 from fastvit_engine.data.stream_loader import stream_eval_chunks, stream_train_chunks
 from fastvit_engine.data.tar import TarError, iterate_files

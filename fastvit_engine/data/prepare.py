@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from fastvit_engine.config import Config, DataSource
+from fastvit_engine.data.data_plan import DataPlan, IndexedShards, TrainSource
 from fastvit_engine.data.decode import CorruptSample, Sample, read_image, read_label
 from fastvit_engine.data.index import INDEX_NAME, INDEX_SUFFIX, Index, open_index, stamp_of_local, write_index
 from fastvit_engine.data.loader import open_storage, parse_sample
 from fastvit_engine.data.order import CYCLE, choose_lanes, share_slots
-from fastvit_engine.data.plan import DataPlan, IndexedShards, TrainSource
 from fastvit_engine.data.shards import Split, find_shards, info_beside, is_local
 from fastvit_engine.data.stream import read_shard
 from fastvit_engine.data.stream_loader import plan_streams

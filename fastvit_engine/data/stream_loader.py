@@ -14,8 +14,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from fastvit_engine.config import Config
 from fastvit_engine.data.augment import eval_transform, train_transform
 from fastvit_engine.data.batch import Batch, BatchBuilder
+from fastvit_engine.data.data_plan import StreamPlan
 from fastvit_engine.data.decode import Sample
-from fastvit_engine.data.plan import StreamPlan
 from fastvit_engine.data.stream import read_shard, stream_samples
 from fastvit_engine.data.workers import load
 from fastvit_engine.errors import UserError

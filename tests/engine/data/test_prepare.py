@@ -8,8 +8,8 @@ import pytest
 
 from fastvit_engine.data import prepare as prepare_module
 from fastvit_engine.data import prepare_data
+from fastvit_engine.data.data_plan import IndexedShards
 from fastvit_engine.data.index import open_index, write_index
-from fastvit_engine.data.plan import IndexedShards
 from fastvit_engine.errors import UserError
 
 
