@@ -24,13 +24,14 @@ A split that the source has (CIFAR's test images, val/, validation-*.parquet ...
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     data = commands.add_parser(
         "data",
-        help="make, verify and look at shards",
-        description=_wrapped("Make WebDataset shards, verify them, and see what is in them."),
+        help="make, index, verify and look at shards",
+        description=_wrapped("Make WebDataset shards, index and verify them, and see what is in them."),
         epilog="example:\n  fastvit data make photos/ --out shards/photos\n  fastvit data verify shards/photos",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_make(actions)
+    _add_index(actions)
     _add_verify(actions)
     _add_stats(actions)
     _add_show(actions)
@@ -193,4 +194,40 @@ def _show(args: argparse.Namespace) -> int:
     config = load_config(args.recipe, args.set).config
     save_sheet(augmented_sheet(config, rows=args.rows, draws=args.draws), args.sheet)
     print(args.sheet)
+    return 0
+
+
+def _add_index(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    index = actions.add_parser(
+        "index",
+        help="write the index of shards, which checks them too",
+        description="Reads the headers of plain tar shards and writes where each sample begins, which training needs\n"
+        "to read them in an exact order. Damaged shards are named with the byte. Shards that have not changed since\n"
+        "the last time are not read again. Remote shards (s3://, https://, ...) are read through fsspec.",
+        epilog="example:\n  fastvit data index 'shards/train-*.tar' --out shards/shards.index\n\n"
+        "Training finds shards.index beside the shards; any other name goes into data.index.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    index.add_argument("shards", metavar="SHARDS", nargs="+", help="folders, globs, brace patterns or URLs")
+    index.add_argument("--out", type=Path, required=True, metavar="FILE", help="the index to write or bring up to date")
+    index.add_argument("--label-key", default="cls", help="member, or json.FIELD, with the label (default cls)")
+    index.add_argument("--processes", type=int, metavar="N", help="read so many shards at once (default: one a core)")
+    index.set_defaults(run=_index)
+
+
+def _index(args: argparse.Namespace) -> int:
+    from fastvit_engine.data.index import INDEX_SUFFIX, write_index
+    from fastvit_engine.data.shards import list_shards
+    from fastvit_engine.errors import UserError
+
+    if args.out.suffix != INDEX_SUFFIX:
+        raise UserError(f"--out is {args.out}: let its name end in {INDEX_SUFFIX}, by which training knows an index")
+    if args.processes is not None and args.processes < 1:
+        raise UserError(f"--processes is {args.processes}: at least 1")
+    shards = list_shards(args.shards, named="SHARDS")
+    index = write_index(shards, args.out, label_key=args.label_key, processes=args.processes, progress=print)
+    classes = index.class_counts()
+    unlabelled = int(index.unlabelled.sum())
+    labels = f"{len(classes):,} classes" + (f", {unlabelled:,} without a label" if unlabelled else "")
+    print(f"{args.out}: {index.samples:,} samples in {len(shards):,} shards, {labels}, hash {index.hash}")
     return 0

@@ -71,12 +71,13 @@ def class_sheet(argument: str, *, split: Split | None = None, width: int = 8, ro
 
 
 def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.Image:
-    """Originals of data.train, one a row, and beside each `draws` of what training makes of it."""
+    """Originals of data.train (of its first source), one a row, and beside each `draws` of what training makes of it."""
     if rows < 1 or draws < 1:
         raise UserError("--rows and --draws must be at least 1: give more")
-    if not config.data.train:
+    if not config.data.sources:
         raise UserError("data.train is not set: add --set data.train=SHARDS")
-    shards = shard_set(config.data.train, "train")
+    source = config.data.sources[0].shards  # of a mixture, the first
+    shards = shard_set(source, "train")
     size = config.model.image_size
     grid: list[list[Tile | None]] = []
     for row, found in enumerate(islice(_some_samples(shards, config.data, each=1), rows)):
@@ -86,7 +87,7 @@ def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.I
         augmented = (train_transform(pixels, size, config.data, generator) for generator in generators)
         grid.append([original, *map(Tile, augmented)])
     if not grid:
-        raise UserError(f"the shards of {config.data.train} hold no images: make them again")
+        raise UserError(f"the shards of {source} hold no images: make them again")
     return draw_sheet(grid, title=config.name, note=f"original, and {draws} draws at {size} px", set_apart=True)
 
 

@@ -17,6 +17,7 @@ from webdataset.writer import TarWriter
 
 from fastvit_engine.data.encode import encode_for_shard
 from fastvit_engine.data.files import temporary_name
+from fastvit_engine.data.index import INDEX_NAME, write_index
 from fastvit_engine.data.parallel import Counter, default_workers, parallel_map
 from fastvit_engine.data.plan import Plan, Shard, make_plan
 from fastvit_engine.data.shards import INFO_NAME, DatasetInfo, Split, SplitInfo, read_info
@@ -415,6 +416,7 @@ def _finish(out: Path, plan: Plan, part: tuple[int, int], progress: Callable[[st
     if failed:
         lines = (json.dumps({"image": where, "reason": reason}) + "\n" for where, reason in failed)
         _write_atomically(out / FAILED_NAME, "".join(lines).encode(), out / UNFINISHED_NAME)
+    write_index([str(out / name) for name in [*info.train.shards, *info.eval.shards]], out / INDEX_NAME)
     _write_atomically(out / INFO_NAME, (info.model_dump_json(indent=2) + "\n").encode(), out / UNFINISHED_NAME)
     shutil.rmtree(out / UNFINISHED_NAME, ignore_errors=True)
     left_out = [f"{info.duplicates:,} duplicates"] if info.duplicates else []

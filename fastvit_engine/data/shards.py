@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 from braceexpand import braceexpand
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fastvit_engine.config import Config
 from fastvit_engine.errors import UserError
 
 Split = Literal["train", "eval"]
@@ -163,26 +162,6 @@ def read_info(folder: Path) -> DatasetInfo | None:
         raise UserError(
             f"{path} is not what `fastvit data make` writes ({where}: {problem['msg']}): remove it"
         ) from error
-
-
-def train_samples(config: Config) -> int | None:
-    """Training samples of an epoch: data.train_samples, else the sum from dataset.json, else None."""
-    if config.data.train_samples is not None:
-        return config.data.train_samples
-    shards = find_shards(config.data.train, "train")
-    info = info_beside(shards)
-    if info is None:
-        return None
-    counts = info.train.shards | info.eval.shards
-    names = [Path(shard).name for shard in shards]
-    return sum(counts[name] for name in names) if all(name in counts for name in names) else None
-
-
-def class_names(config: Config) -> list[str] | None:
-    """Class names in the order of the labels, from the dataset.json beside the shards; None where there is none."""
-    split: Split = "train" if config.data.train else "eval"
-    info = info_beside(find_shards(getattr(config.data, split), split))
-    return info.classes if info else None
 
 
 def info_beside(shards: list[str]) -> DatasetInfo | None:

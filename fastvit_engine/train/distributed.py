@@ -27,6 +27,12 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def node_ranks(self) -> range:
+        """The ranks on this machine, as torchrun says; without it, all."""
+        first = self.rank - int(os.environ["LOCAL_RANK"])
+        return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", self.size)))
+
     def sum(self, values: Sequence[float] | Tensor) -> Tensor:
         """Elementwise sum over all processes, in float64; collective."""
         return self._reduce(values, dist.ReduceOp.SUM, torch.float64)
@@ -48,8 +54,7 @@ class World:
 
     def agree(self, error: Exception | None) -> None:
         """Raises UserError on every process when any of them holds an error; collective."""
-        errors: list[str | None] = [None] * self.size
-        dist.all_gather_object(errors, None if error is None else str(error))
+        errors = self.gather(None if error is None else str(error))
         failed = [(rank, text) for rank, text in enumerate(errors) if text is not None]
         if failed:
             rank, text = failed[0]
@@ -69,6 +74,12 @@ class World:
         if isinstance(outcome[0], UserError):
             raise outcome[0]
         return cast(T, outcome[0])
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank, on every process; collective."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         dist.barrier()
