@@ -71,7 +71,7 @@ def class_sheet(argument: str, *, split: Split | None = None, width: int = 8, ro
 
 
 def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.Image:
-    """Originals of data.train (of its first source), one a row, and beside each `draws` of what training makes of it."""
+    """Originals of data.train or its first source, one a row, and beside each `draws` of what training makes of it."""
     if rows < 1 or draws < 1:
         raise UserError("--rows and --draws must be at least 1: give more")
     if not config.data.sources:
