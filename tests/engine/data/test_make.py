@@ -15,6 +15,7 @@ from PIL import Image
 import fastvit_engine.data.make as make_module
 from fastvit_engine.data.decode import decode_image
 from fastvit_engine.data.encode import encode_for_shard
+from fastvit_engine.data.index import INDEX_NAME, open_index
 from fastvit_engine.data.make import UNFINISHED_NAME, make_dataset
 from fastvit_engine.data.shards import find_shards
 from fastvit_engine.data.stream import read_shard
@@ -39,7 +40,11 @@ def _make(source: Path | str, out: Path, **changes):
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Files and their bytes; of the index, which also holds the time stamps of the shards, its hash."""
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if INDEX_NAME in contents:
+        contents[INDEX_NAME] = open_index(folder / INDEX_NAME).hash.encode()
+    return contents
 
 
 def _samples(folder: Path, split: str) -> list[dict]:
@@ -78,7 +83,7 @@ def test_shards_are_balanced_and_described(photos, tmp_path):
     assert sum(sizes) == 29 and max(sizes) - min(sizes) <= 1
     for name, size in (info["train"]["shards"] | info["eval"]["shards"]).items():
         assert len(list(read_shard(str(tmp_path / "out" / name)))) == size
-    assert set(_contents(tmp_path / "out")) == {"dataset.json", *info["train"]["shards"], *info["eval"]["shards"]}
+    assert set(_contents(tmp_path / "out")) == {INDEX_NAME, "dataset.json", *info["train"]["shards"], *info["eval"]["shards"]}
 
 
 def test_output_is_reproducible_to_the_byte_with_any_number_of_workers(photos, tmp_path):
