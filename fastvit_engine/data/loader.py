@@ -14,9 +14,9 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fastvit_engine.config import Config
-from fastvit_engine.data.augment import eval_transform, train_transform
+from fastvit_engine.data.augment import View, draw_crops, eval_view, render, train_view
 from fastvit_engine.data.batch import Batch, empty_batch, rebatch
-from fastvit_engine.data.decode import decode_sample
+from fastvit_engine.data.decode import PixelBuffer, decode_sample
 from fastvit_engine.data.shards import find_shards
 from fastvit_engine.data.stream import Sample, read_shard, stream_samples
 from fastvit_engine.errors import UserError
@@ -132,10 +132,11 @@ class _TrainChunks(IterableDataset):
         batch = empty_batch(self.plan.chunk, self.config.model.image_size)
         for row in range(self.plan.chunk):
             index, sample = next(samples)
-            generator = np.random.default_rng([self.config.seed, stream, index])
+            seed = np.random.SeedSequence([self.config.seed, stream, index]).generate_state(1, np.uint64)
             image, label = decode_sample(sample, self.config.data, self.config.model.num_classes)
-            image = train_transform(image, self.config.model.image_size, self.config.data, generator)
-            _fill(batch, row, image, label, sample["__key__"])
+            size = self.config.model.image_size
+            view = train_view(*image.shape[:2], size, self.config.data, draw_crops(seed)[0])
+            _fill(batch, row, image, view, label, sample["__key__"])
         return batch
 
 
@@ -160,8 +161,8 @@ class _EvalChunks(IterableDataset):
             if (total - 1) % processes != index:
                 continue
             image, label = decode_sample(sample, self.config.data, self.config.model.num_classes)
-            image = eval_transform(image, size, self.config.data.eval_crop)
-            _fill(batch, filled, image, label, sample["__key__"])
+            view = eval_view(*image.shape[:2], size, self.config.data.eval_crop)
+            _fill(batch, filled, image, view, label, sample["__key__"])
             filled += 1
             if filled == self.chunk:
                 yield batch
@@ -182,8 +183,8 @@ def _process_of(rank: int, world_size: int) -> tuple[int, int]:
     return number * world_size + rank, workers * world_size
 
 
-def _fill(batch: Batch, row: int, image: np.ndarray, label: int, key: str) -> None:
-    batch.images[row] = torch.from_numpy(image)
+def _fill(batch: Batch, row: int, image: np.ndarray, view: View, label: int, key: str) -> None:
+    render(image, view, 1, batch.images[row].numpy(), PixelBuffer())
     batch.labels[row] = label
     batch.weights[row] = 1
     batch.keys[row] = key
