@@ -38,7 +38,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastvit_engine.config import Config, Resolved, load_config
-from fastvit_engine.data import Batch
+from fastvit_engine.data import Batch, DataPlan
 from fastvit_engine.launch import free_port, rank_environment
 from fastvit_engine.models import build_model, parameter_count
 from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
@@ -185,7 +185,7 @@ def _start(variant: str, case: Case, resident: Sequence[Batch], world: World, fo
         "loop": lambda: train_with_loop(resolved, world, folder / variant),
     }[kind]
     with (
-        patch.object(loop, "build_train_data", lambda config, **options: racer.batches),
+        patch.object(loop, "build_train_data", lambda config, data, **options: racer.batches),
         contextlib.redirect_stderr(log),  # where the progress display finds a run without a terminal
     ):
         racer.start(train)
@@ -242,7 +242,7 @@ class Racer:
 
 
 def train_bare(config: Config, batches: Iterator[Batch]) -> Weights:
-    plan = Plan(config)
+    plan = Plan(config, config.data.train_samples)
     torch.manual_seed(config.seed)
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     criterion = FusedCrossEntropy(config.loss.kind)
@@ -262,7 +262,7 @@ def train_bare(config: Config, batches: Iterator[Batch]) -> Weights:
 
 
 def train_with_deepspeed(config: Config, world: World, batches: Iterator[Batch]) -> Weights:
-    plan = Plan(config)
+    plan = Plan(config, config.data.train_samples)
     torch.manual_seed(config.seed)
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     engine = build_engine(model, config, split_batch(config, world.size), world)
@@ -280,8 +280,15 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path) -> Weights:
     """The engine's own loop from its set-up to its export; the batches are all that is not as in a run."""
     run = RunFolder(folder)
     run.checkpoints.mkdir(parents=True)
+    samples = resolved.config.data.train_samples
     start = Start(
-        step=0, total_steps=Plan(resolved.config).total_steps, seconds=0.0, checkpoint=None, fingerprint={}, message=""
+        step=0,
+        total_steps=Plan(resolved.config, samples).total_steps,
+        seconds=0.0,
+        checkpoint=None,
+        fingerprint={},
+        message="",
+        data=DataPlan(train=(), eval=None, streams=None, samples_per_epoch=samples, class_names=None),
     )
     loop._train(resolved, run, start, world)
     return load_file(folder / "model.safetensors")

@@ -8,10 +8,10 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from fastvit_engine.duration import Duration
 from fastvit_engine.errors import UserError
@@ -43,15 +43,42 @@ class ModelConfig(_Section):
     mlp_dim: int | None = Field(None, gt=0)
 
 
+class DataSource(_Section):
+    """One of several sources that training mixes."""
+
+    shards: str  # as data.train
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)  # share of the samples, relative to the other sources
+    index: str | None = None  # as data.index
+
+
+def _kind_of_sources(value: Any) -> str:
+    return "sources" if isinstance(value, list | tuple) else "pattern"
+
+
+# Two tags, so that an error is about the form that was meant.
+TrainShards = Annotated[
+    Annotated[str, Tag("pattern")] | Annotated[tuple[DataSource, ...], Tag("sources"), Field(min_length=1)],
+    Discriminator(_kind_of_sources),
+]
+
+
 class DataConfig(_Section):
     """WebDataset shards and how their images become training pixels."""
 
-    train: str | None = None  # a folder, a glob, or a brace pattern: "shards/train-{000000..000099}.tar"
-    eval: str | None = None  # likewise; null: no evaluation
-    train_samples: int | None = Field(None, gt=0)  # read from dataset.json where `fastvit data make` wrote the shards
+    train: TrainShards | None = (
+        None  # a folder, a glob, a brace pattern, an index; or a list of {shards, weight, index}
+    )
+    eval: str | None = None  # likewise, but no list; null: no evaluation
+    index: str | None = None  # of the shards; null: shards.index beside them, which is made where it is missing
+    train_samples: int | None = Field(None, gt=0)  # what durations call an epoch; null: all that the shards hold
     image_key: str = "jpg;jpeg;png;webp"  # the first of these members that a sample has
-    label_key: str = "cls"  # member with the class index as text
-    num_workers: int = Field(4, ge=0)  # most decoding processes of each rank; fewer where shards are few
+    label_key: str = "cls"  # member with the class index as text, or a field of a JSON member: "json.label"
+    num_workers: int = Field(4, ge=0)  # decoding processes of each rank
+    order: Literal["indexed", "stream"] = "indexed"  # stream: for gzipped shards and pipes, which have no index
+    lanes: int | None = Field(None, gt=0)  # that an epoch is cut into; null: up to 256, by the number of samples
+    window: int = Field(1024, gt=0)  # neighbouring samples that a lane permutes
+    max_bad_share: float = Field(1e-3, ge=0, le=1)  # of samples without a usable image; more stop the run
+    # For order: stream only.
     streams: int | None = Field(None, gt=0)  # parallel shard streams of the whole run; null: one a decoding process
     shuffle_buffer: int = Field(1024, ge=1)  # samples (undecoded) that each stream shuffles within
     crop: Literal["inception", "resize"] = "inception"  # training crop: random area and aspect ratio, or whole image
@@ -62,6 +89,13 @@ class DataConfig(_Section):
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels in [0, 1]; 0.5 and 0.5 give the paper's [-1, 1]
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     mixup: float = Field(0.0, ge=0)  # alpha of the Beta distribution; 0: off
+
+    @property
+    def sources(self) -> tuple[DataSource, ...]:
+        """What training reads, as a list."""
+        if isinstance(self.train, str):
+            return (DataSource(shards=self.train, index=self.index),) if self.train else ()
+        return self.train or ()
 
 
 class TrainConfig(_Section):
@@ -224,6 +258,8 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
 def _valid_keys(location: Sequence[str | int]) -> list[str]:
     model: type[BaseModel] = Config
     for part in location:
+        if part == "sources":
+            return list(DataSource.model_fields)
         model = model.model_fields[str(part)].annotation  # type: ignore[assignment]  # only sections are asked for
     return list(model.model_fields)
 
@@ -231,7 +267,8 @@ def _valid_keys(location: Sequence[str | int]) -> list[str]:
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     """The first problem as one sentence: what is wrong, where it was written, and what would be right."""
     problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
+    path = [part for part in problem["loc"] if isinstance(part, str) and part not in ("pattern", "sources")]
+    key = ".".join(path)
     named = key
     while named and named not in origins:
         named = named.rpartition(".")[0]
@@ -239,11 +276,7 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     if problem["type"] == "extra_forbidden":
         valid = _valid_keys(problem["loc"][:-1])
         near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.5)
-        hint = (
-            f"did you mean '{'.'.join([*map(str, problem['loc'][:-1]), near[0]])}'?"
-            if near
-            else f"valid: {', '.join(valid)}"
-        )
+        hint = f"did you mean '{'.'.join([*path[:-1], near[0]])}'?" if near else f"valid: {', '.join(valid)}"
         return f"unknown configuration key '{key}'{where}; {hint}"
     given = problem["input"]
     if problem["type"] == "missing":

@@ -1,14 +1,19 @@
-"""Encoded image bytes to RGB pixels, and WebDataset samples to (pixels, label)."""
+"""Encoded image bytes to RGB pixels, and WebDataset samples to pixels and label."""
 
 import io
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from fastvit_engine.config import DataConfig
-from fastvit_engine.data.stream import Sample
+from fastvit_engine.data.labels import label_member, parse_labels
 from fastvit_engine.errors import UserError
+
+T = TypeVar("T")
+Sample = dict[str, Any]  # "__key__", "__url__", and the bytes of each member by its lower-case extension
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 _LARGEST_KEPT = 1 << 26  # bytes of a PixelBuffer
@@ -107,33 +112,46 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def decode_sample(sample: Sample, data: DataConfig, num_classes: int) -> tuple[np.ndarray, int]:
-    """(uint8 [H, W, 3], label) of a sample; UserError naming shard and key where a member is missing or wrong."""
+class CorruptSample(Exception):
+    """A sample without a usable image; the message is the reason: "has ..."."""
+
+
+def read_label(sample: Sample, data: DataConfig, num_classes: int) -> int:
+    """The class index of a sample; UserError naming shard and key where it has none or one out of range."""
     where = f"sample '{sample['__key__']}' of shard {sample['__url__']}"
-    members = [name for name in sample if not name.startswith("__")]
-    image_name = next((name for name in data.image_key.split(";") if name in sample), None)
-    if image_name is None or data.label_key not in sample:
-        missing = data.image_key if image_name is None else data.label_key
-        raise UserError(
-            f"{where} has no '{missing}' member, only {members}: set data.image_key and data.label_key to the "
-            "shards' extensions, or make the shards again with the members of a sample next to each other"
-        )
-    text = sample[data.label_key][:100]
+    member, path = label_member(data.label_key)
+    if member not in sample:
+        raise UserError(f"{where} has no '{member}' member, only {_members(sample)}: correct it or set data.label_key")
+    content = sample[member]
     try:
-        label = int(text)
+        labels = parse_labels(content, path)
     except ValueError:
         raise UserError(
-            f"{where} has the label {text!r} in '{data.label_key}', which is not a class index: "
+            f"{where} has the label {content[:100]!r} in '{data.label_key}', which is not a class index: "
             "correct the shard or set data.label_key to the member that holds it"
         ) from None
-    if not 0 <= label < num_classes:
+    if len(labels) != 1:
         raise UserError(
-            f"{where} has label {label}, outside 0..{num_classes - 1}: correct the shard or raise model.num_classes"
+            f"{where} has {len(labels)} labels in '{data.label_key}', and training takes one: "
+            "correct the shard or set data.label_key"
         )
-    try:
-        return decode_image(sample[image_name]), label
-    except ValueError as error:
+    if not 0 <= labels[0] < num_classes:
         raise UserError(
-            f"{where} has an image in '{image_name}' that cannot be decoded ({error}): "
-            "replace it or make the shard again without it"
-        ) from error
+            f"{where} has label {labels[0]}, outside 0..{num_classes - 1}: correct the shard or raise model.num_classes"
+        )
+    return labels[0]
+
+
+def read_image(sample: Sample, data: DataConfig, decode: Callable[[bytes], T]) -> T:
+    """What `decode` makes of a sample's image; CorruptSample where there is none or that raises ValueError."""
+    name = next((name for name in data.image_key.split(";") if name in sample), None)
+    if name is None:
+        raise CorruptSample(f"has no '{data.image_key}' member, only {_members(sample)}")
+    try:
+        return decode(sample[name])
+    except ValueError as error:
+        raise CorruptSample(f"has an image in '{name}' that cannot be decoded ({error})") from error
+
+
+def _members(sample: Sample) -> list[str]:
+    return [name for name in sample if not name.startswith("__")]

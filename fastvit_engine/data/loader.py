@@ -1,218 +1,235 @@
-"""Batches for training and evaluation: streams split over ranks and worker processes.
+"""Batches for training and evaluation from indexed shards.
 
-A run has S parallel streams of samples and takes B / S samples (a chunk) from each in every step, whatever the number
-of ranks and workers: so the samples of a step depend on the seed, the shards, B and S only. Rank r of R takes the
-streams s with s % R == r, and its worker w of W those with s % (R * W) == w * R + r. Workers hand over whole chunks
-in turn, which gives the rank its chunks in ascending order of s for every W.
+Workers have no state: the main process of a rank sends them positions, and a worker finds each sample's place (see
+`order`), reads it with one read, decodes it and augments it with a generator of its own. So nothing about a sample
+depends on which worker or rank it falls to, and the workers may be any number.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import count
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from fastvit_engine.config import Config
-from fastvit_engine.data.augment import View, draw_crops, eval_view, render, train_view
-from fastvit_engine.data.batch import Batch, empty_batch, rebatch
-from fastvit_engine.data.decode import PixelBuffer, decode_sample
-from fastvit_engine.data.shards import find_shards
-from fastvit_engine.data.stream import Sample, read_shard, stream_samples
+from fastvit_engine.data.augment import draw_crops, eval_view, train_view
+from fastvit_engine.data.batch import BadSample, Batch, BatchBuilder, Workspace, rebatch
+from fastvit_engine.data.decode import Sample
+from fastvit_engine.data.draws import sample_seeds
+from fastvit_engine.data.index import Index
+from fastvit_engine.data.local_storage import LocalShards
+from fastvit_engine.data.order import Integers, Order, Places, SourceOrder, share_slots
+from fastvit_engine.data.plan import DataPlan, TrainSource
+from fastvit_engine.data.shards import find_shards, is_local
+from fastvit_engine.data.stream_loader import stream_eval_chunks, stream_train_chunks
+from fastvit_engine.data.tar import TarError, iterate_files
+from fastvit_engine.data.workers import load
 from fastvit_engine.errors import UserError
 
-
-class StreamPlan(NamedTuple):
-    """How the steps of a run are laid over its streams."""
-
-    streams: int  # S, of the whole run
-    chunk: int  # samples that each stream gives to a step: global batch / S
-    streams_per_worker: int
-    num_workers: int  # decoding processes of each rank; 0: the rank decodes itself
-
-
-def plan_streams(config: Config, *, world_size: int, shards: int) -> StreamPlan:
-    """Fits streams, decoding processes, shards and global batch together; UserError where that cannot be.
-
-    Without data.streams every decoding process has one stream, and each rank the most processes up to data.num_workers
-    for which there are enough shards and the global batch divides.
-    """
-    batch = config.train.global_batch_size
-    num_workers = config.data.num_workers
-    if config.data.streams is None:
-        fitting = (n for n in range(num_workers, 1, -1) if world_size * n <= shards and batch % (world_size * n) == 0)
-        num_workers = next(fitting, min(num_workers, 1))
-    processes = world_size * max(num_workers, 1)
-    streams = config.data.streams or processes
-    if streams % processes:
-        raise UserError(
-            f"data.streams is {streams}, which {world_size} ranks x {processes // world_size} data workers do not "
-            "divide: change data.num_workers, or data.streams to a multiple of their product"
-        )
-    if streams > shards:
-        raise UserError(
-            f"data.train has {shards} shards for {streams} parallel streams: make more shards with fewer samples each, "
-            "lower data.streams, or train with fewer processes"
-        )
-    if batch % streams:
-        raise UserError(
-            f"train.global_batch_size is {batch}, which the {streams} parallel streams do not divide: "
-            "change it, data.streams or data.num_workers"
-        )
-    return StreamPlan(streams, batch // streams, streams // processes, num_workers)
+_PADDING = -1  # in place of a position
+_STEPS_AHEAD = 16  # that the storage hears of before they are read
 
 
 def build_train_data(
-    config: Config, *, rank: int, world_size: int, micro_batch_size: int, first_step: int, pin_memory: bool
+    config: Config,
+    plan: DataPlan,
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    consumed: int,
+    pin_memory: bool,
 ) -> Iterator[Batch]:
-    """Endless micro-batches of this rank, from global step `first_step` on; global batch / world size images a step.
+    """Endless micro-batches of this rank, from the sample `consumed` of the run on (step * global batch).
 
-    For a given data.streams (its default follows the number of processes: set it to move a run between world sizes)
-    the samples of a step and their augmented pixels are the same for every world size and number of workers that fit.
-    Starting at a later step gives exactly what an uninterrupted run would have given from there on; its cost grows
-    with the step to about two readings of the shards without decoding (see stream_samples), until an index of the
-    shards takes its place.
+    A step has global batch / world size images on each rank. Its samples and their pixels are a function of the
+    indexed shards, the seed and the step: not of the world size, the number of workers or where a run went on.
     """
-    shards = find_shards(config.data.train, "train")
-    plan = plan_streams(config, world_size=world_size, shards=len(shards))
-    local_batch_size = config.train.global_batch_size // world_size
-    if local_batch_size % micro_batch_size:
+    batch = config.train.global_batch_size
+    if batch // world_size % micro_batch_size:
         raise UserError(
-            f"the micro-batch of {micro_batch_size} images does not divide the {local_batch_size} images that each of "
-            f"{world_size} ranks takes a step: change train.micro_batch_size or train.global_batch_size"
+            f"the micro-batch of {micro_batch_size} images does not divide the {batch // world_size} images that each "
+            f"of {world_size} ranks takes a step: change train.micro_batch_size or train.global_batch_size"
         )
-    chunks = _TrainChunks(config, shards, plan, rank, world_size, first_step)
-    # Each worker keeps its share of two steps ready, so that a step never waits for decoding it could have done before.
-    loaded = _load(chunks, plan.num_workers, prefetch_chunks=2 * plan.streams_per_worker)
-    return rebatch(loaded, micro_batch_size, pin_memory)
+    if plan.streams:
+        assert isinstance(config.data.train, str)  # as it was checked before the run
+        shards = find_shards(config.data.train, "train")
+        step = consumed // batch
+        chunks = stream_train_chunks(config, plan.streams, shards, rank=rank, world_size=world_size, first_step=step)
+        return rebatch(chunks, micro_batch_size, pin_memory)
+
+    indexes = [source.data.open() for source in plan.train]
+    storage = open_storage(indexes)
+    samples = _TrainSamples(config, plan.train, indexes, storage)
+    requests = _train_requests(config, plan.train, indexes, storage, rank, world_size, micro_batch_size, consumed)
+    return rebatch(_load(samples, requests, micro_batch_size, config), micro_batch_size, pin_memory)
 
 
 def build_eval_data(
-    config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool
+    config: Config, plan: DataPlan, *, rank: int, world_size: int, batch_size: int, pin_memory: bool
 ) -> Iterator[Batch]:
     """One pass over the evaluation shards: every sample once over all ranks, in equally many equal batches a rank.
 
-    Batches are padded with weight 0. Every process reads all shards and decodes its share of the samples.
+    Batches are padded with weight 0. Each rank reads one contiguous part of the samples.
     """
-    shards = find_shards(config.data.eval, "eval")
-    chunk = -(-batch_size // max(config.data.num_workers, 1))
-    loaded = _load(_EvalChunks(config, shards, chunk, rank, world_size), config.data.num_workers, prefetch_chunks=2)
-    return rebatch(loaded, batch_size, pin_memory)
+    if plan.eval is None:
+        shards = find_shards(config.data.eval, "eval")
+        chunks = stream_eval_chunks(config, shards, rank=rank, world_size=world_size, batch_size=batch_size)
+        return rebatch(chunks, batch_size, pin_memory)
 
-
-class _TrainChunks(IterableDataset):
-    """This process's streams in turn, a chunk each, for ever; a UserError is handed over as the last item."""
-
-    def __init__(
-        self, config: Config, shards: list[str], plan: StreamPlan, rank: int, world_size: int, first_step: int
-    ) -> None:
-        self.config, self.shards, self.plan = config, shards, plan
-        self.rank, self.world_size, self.first_step = rank, world_size, first_step
-
-    def __iter__(self) -> Iterator[Batch | UserError]:
-        index, processes = _process_of(self.rank, self.world_size)
-        streams = {s: self._open_stream(s) for s in range(index, self.plan.streams, processes)}
-        try:
-            while True:
-                for number, samples in streams.items():
-                    yield self._chunk(number, samples)
-        except UserError as error:
-            yield error
-
-    def _open_stream(self, stream: int) -> Iterator[tuple[int, Sample]]:
-        return stream_samples(
-            self.shards[stream :: self.plan.streams],
-            seed=self.config.seed,
-            stream=stream,
-            shuffle_buffer=self.config.data.shuffle_buffer,
-            first=self.first_step * self.plan.chunk,
-        )
-
-    def _chunk(self, stream: int, samples: Iterator[tuple[int, Sample]]) -> Batch:
-        batch = empty_batch(self.plan.chunk, self.config.model.image_size)
-        for row in range(self.plan.chunk):
-            index, sample = next(samples)
-            seed = np.random.SeedSequence([self.config.seed, stream, index]).generate_state(1, np.uint64)
-            image, label = decode_sample(sample, self.config.data, self.config.model.num_classes)
-            size = self.config.model.image_size
-            view = train_view(*image.shape[:2], size, self.config.data, draw_crops(seed)[0])
-            _fill(batch, row, image, view, label, sample["__key__"])
-        return batch
-
-
-class _EvalChunks(IterableDataset):
-    """This process's share of the evaluation samples in chunks, padded to the same number of chunks everywhere."""
-
-    def __init__(self, config: Config, shards: list[str], chunk: int, rank: int, world_size: int) -> None:
-        self.config, self.shards, self.chunk = config, shards, chunk
-        self.rank, self.world_size = rank, world_size
-
-    def __iter__(self) -> Iterator[Batch | UserError]:
-        try:
-            yield from self._chunks()
-        except UserError as error:
-            yield error
-
-    def _chunks(self) -> Iterator[Batch]:
-        index, processes = _process_of(self.rank, self.world_size)
-        size, total, filled, given = self.config.model.image_size, 0, 0, 0
-        batch = empty_batch(self.chunk, size)
-        for total, sample in enumerate((s for shard in self.shards for s in read_shard(shard)), start=1):
-            if (total - 1) % processes != index:
-                continue
-            image, label = decode_sample(sample, self.config.data, self.config.model.num_classes)
-            view = eval_view(*image.shape[:2], size, self.config.data.eval_crop)
-            _fill(batch, filled, image, view, label, sample["__key__"])
-            filled += 1
-            if filled == self.chunk:
-                yield batch
-                batch, filled, given = empty_batch(self.chunk, size), 0, given + 1
-        if total == 0:
-            raise UserError(f"the evaluation shards of data.eval ({self.config.data.eval}) hold no samples")
-        # The whole is known to every process only now: the largest share decides the number of chunks.
-        largest_share = -(-total // processes)
-        while given * self.chunk < largest_share:
-            yield batch
-            batch, given = empty_batch(self.chunk, size), given + 1
-
-
-def _process_of(rank: int, world_size: int) -> tuple[int, int]:
-    """Index of this decoding process among those of all ranks, and their number; rank first, then worker."""
-    worker = get_worker_info()
-    number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-    return number * world_size + rank, workers * world_size
-
-
-def _fill(batch: Batch, row: int, image: np.ndarray, view: View, label: int, key: str) -> None:
-    render(image, view, 1, batch.images[row].numpy(), PixelBuffer())
-    batch.labels[row] = label
-    batch.weights[row] = 1
-    batch.keys[row] = key
-
-
-def _load(dataset: IterableDataset, num_workers: int, prefetch_chunks: int) -> Iterator[Batch]:
-    """The chunks of `dataset` from its worker processes, in turn; raises the UserError that one hands over."""
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        prefetch_factor=prefetch_chunks if num_workers else None,
-        generator=torch.Generator(),  # or the loader would draw from, and so move, the global generator
+    index = plan.eval.open()
+    share = -(-index.samples // world_size)
+    positions = np.arange(rank * share, -(-share // batch_size) * batch_size + rank * share)
+    positions[(positions >= (rank + 1) * share) | (positions >= index.samples)] = _PADDING
+    requests = (
+        piece
+        for start in range(0, len(positions), batch_size)
+        for piece in _pieces(positions[start : start + batch_size], config)
     )
-    try:
-        for chunk in loader:
-            if isinstance(chunk, UserError):
-                raise chunk
-            yield chunk
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise UserError(
-            "a data worker process was killed, most often for lack of host memory or of /dev/shm: "
-            "lower data.shuffle_buffer or data.num_workers, or give the machine more of it"
-        ) from error
+    samples = _EvalSamples(config, index, open_storage([index]))
+    return rebatch(_load(samples, requests, batch_size, config), batch_size, pin_memory)
 
 
-def _unchanged(chunk: Any) -> Any:
-    return chunk
+def open_storage(indexes: list[Index]) -> LocalShards:
+    """The shards of all indexes, numbered through."""
+    shards = [shard for index in indexes for shard in index.shards]
+    sizes = [int(size) for index in indexes for size in index.sizes]
+    for shard in shards:
+        if not is_local(shard):
+            raise UserError(f"shard {shard} is remote, which is not supported yet: copy the shards to a local disk")
+    return LocalShards(shards, sizes)
+
+
+def build_order(config: Config, sources: tuple[TrainSource, ...], indexes: list[Index]) -> Order:
+    """The order of a run over its sources."""
+    orders = [
+        SourceOrder(index.counts, seed=config.seed, lanes=source.lanes, window=config.data.window, source=number)
+        for number, (source, index) in enumerate(zip(sources, indexes, strict=True))
+    ]
+    return Order(orders, share_slots([source.weight for source in sources]), config.seed)
+
+
+class _Samples:
+    """Batches of the samples at positions (int64 [n])."""
+
+    def __init__(self, config: Config, indexes: list[Index], storage: LocalShards) -> None:
+        self.config, self.indexes, self.storage = config, indexes, storage
+        self.first_shard = np.cumsum([0, *(len(index.shards) for index in indexes)])
+        self.workspace = Workspace()
+
+    def build(self, positions: Integers, empty: Batch) -> Batch:
+        raise NotImplementedError
+
+    def read(self, places: Places) -> Iterator[Sample | BadSample]:
+        """The samples at `places`, in order, each with one read."""
+        offsets, lengths = np.empty_like(places.row), np.empty_like(places.row)
+        for source in np.unique(places.source):
+            own = places.source == source
+            offsets[own], lengths[own] = self.indexes[source].extents(places.shard[own], places.row[own])
+        numbers = self.first_shard[places.source] + places.shard
+        for i in range(len(offsets)):
+            name = self.indexes[places.source[i]].shards[places.shard[i]]
+            content = self.storage.read(int(numbers[i]), int(offsets[i]), int(lengths[i]))
+            try:
+                yield parse_sample(content, name)
+            except TarError as error:
+                # Its key is unknown; this one is the same in every run.
+                key = f"{name.rpartition('/')[2]}#{places.row[i]}"
+                reason = f"is damaged: what the index finds at byte {offsets[i]:,} of the shard {error} of it"
+                yield BadSample(key, name, reason)
+
+
+class _TrainSamples(_Samples):
+    def __init__(
+        self, config: Config, sources: tuple[TrainSource, ...], indexes: list[Index], storage: LocalShards
+    ) -> None:
+        super().__init__(config, indexes, storage)
+        self.order = build_order(config, sources, indexes)
+
+    def build(self, positions: Integers, empty: Batch) -> Batch:
+        builder = BatchBuilder(empty, self.config, self.workspace)
+        places = self.order.locate(positions)
+        draws = draw_crops(sample_seeds(self.config.seed, places.source, places.epoch, places.position))
+        view = partial(train_view, image_size=self.config.model.image_size, data=self.config.data)
+        for row, sample in enumerate(self.read(places)):
+            if isinstance(sample, BadSample):
+                builder.add_bad(row, sample)
+            else:
+                builder.add(row, sample, partial(view, draws=draws[row]))
+        return builder.build()
+
+
+class _EvalSamples(_Samples):
+    def __init__(self, config: Config, index: Index, storage: LocalShards) -> None:
+        super().__init__(config, [index], storage)
+        self.ends = np.cumsum(index.counts)
+
+    def build(self, positions: Integers, empty: Batch) -> Batch:
+        builder = BatchBuilder(empty, self.config, self.workspace)
+        view = partial(eval_view, image_size=self.config.model.image_size, eval_crop=self.config.data.eval_crop)
+        real = positions[positions != _PADDING]  # which stands at the end
+        shard = np.searchsorted(self.ends, real, side="right")
+        row = real - (self.ends - self.indexes[0].counts)[shard]
+        zero = np.zeros_like(real)
+        for place, sample in enumerate(self.read(Places(zero, shard, row, zero, real))):
+            if isinstance(sample, BadSample):
+                builder.add_bad(place, sample)
+            else:
+                builder.add(place, sample, view)
+        return builder.build()
+
+
+def parse_sample(content: bytes, shard: str) -> Sample:
+    """The sample whose extent in `shard` has this content; TarError where it is no whole sample."""
+    sample: Sample = {"__url__": shard}
+    for key, extension, data in iterate_files(content):
+        if sample.setdefault("__key__", key) != key:
+            raise TarError("has members of another sample", 0)
+        sample[extension] = data
+    if "__key__" not in sample:
+        raise TarError("has no member", 0)
+    return sample
+
+
+def _train_requests(
+    config: Config,
+    sources: tuple[TrainSource, ...],
+    indexes: list[Index],
+    storage: LocalShards,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    consumed: int,
+) -> Iterator[Integers]:
+    """The positions of this rank in pieces that one worker reads each, while the storage hears of those to come."""
+    batch = config.train.global_batch_size
+    own = np.arange(rank, batch, world_size)
+    remote = any(not is_local(shard) for index in indexes for shard in index.shards)
+    ahead = build_order(config, sources, indexes) if remote else None
+    first_shard = np.cumsum([0, *(len(index.shards) for index in indexes)])
+    announced = consumed
+    for start in count(consumed, batch):
+        while ahead is not None and announced < start + _STEPS_AHEAD * batch:
+            places = ahead.locate(announced + own)
+            storage.will_need(np.unique(first_shard[places.source] + places.shard).tolist())
+            announced += batch
+        for micro in (start + own).reshape(-1, micro_batch_size):
+            yield from _pieces(micro, config)
+
+
+def _pieces(positions: Integers, config: Config) -> list[Integers]:
+    """A batch's positions in a part for each worker."""
+    parts = np.array_split(positions, max(config.data.num_workers, 1))
+    return [part for part in parts if len(part)]
+
+
+def _load(samples: _Samples, requests: Iterator[Integers], batch_size: int, config: Config) -> Iterator[Batch]:
+    num_workers = config.data.num_workers
+    return load(
+        samples.build,
+        requests,
+        num_workers=num_workers,
+        prefetch=2,
+        image_size=config.model.image_size,
+        most=-(-batch_size // max(num_workers, 1)),
+    )

@@ -8,7 +8,6 @@ from typing import Literal
 from braceexpand import braceexpand
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fastvit_engine.config import Config
 from fastvit_engine.errors import UserError
 
 Split = Literal["train", "eval"]
@@ -41,10 +40,11 @@ def is_local(shard: str) -> bool:
     return not shard.startswith("pipe:") and "://" not in shard
 
 
-def find_shards(pattern: str | None, split: Split) -> list[str]:
-    """The sorted shards that `pattern` names: a folder, a glob, a brace pattern, or URLs with braces.
+def find_shards(pattern: str | None, split: Split | None) -> list[str]:
+    """The sorted shards that `pattern`, the value of data.`split`, names: a folder, a glob, a brace pattern, or URLs.
 
-    A folder with a dataset.json gives the shards that it lists for `split`; any other folder gives all its tar files.
+    A folder with a dataset.json gives the shards that it lists for `split`; any other folder, or a `split` of None,
+    gives all its tar files.
     UserError where nothing matches or a named file does not exist.
     """
     if not pattern:
@@ -52,6 +52,7 @@ def find_shards(pattern: str | None, split: Split) -> list[str]:
             f"data.{split} is not set: set it to the {split} shards, "
             f'as a folder, a glob, or a brace pattern such as "shards/{split}-{{000000..000099}}.tar"'
         )
+    name = f"data.{split}" if split else "SHARDS"
     if is_local(pattern):
         pattern = os.path.expanduser(pattern)
     if Path(pattern).is_dir():
@@ -60,13 +61,13 @@ def find_shards(pattern: str | None, split: Split) -> list[str]:
         try:
             parts = list(braceexpand(pattern))
         except ValueError as error:
-            raise UserError(f"data.{split} is {pattern!r}, whose braces do not match: {error}") from error
+            raise UserError(f"{name} is {pattern!r}, whose braces do not match: {error}") from error
         shards = [shard for part in parts for shard in (sorted(glob.glob(part)) if _is_glob(part) else [part])]
     if not shards:
-        raise UserError(f"data.{split} is {pattern!r}, which matches no shards: correct it, or make the shards first")
+        raise UserError(f"{name} is {pattern!r}, which matches no shards: correct it, or make the shards first")
     for shard in shards:
         if is_local(shard) and not Path(shard).is_file():
-            raise UserError(f"data.{split} names the shard {shard}, which does not exist: copy it there or correct it")
+            raise UserError(f"{name} names the shard {shard}, which does not exist: copy it there or correct it")
     return sorted(set(shards))
 
 
@@ -87,26 +88,6 @@ def read_info(folder: Path) -> DatasetInfo | None:
         ) from error
 
 
-def train_samples(config: Config) -> int | None:
-    """Training samples of an epoch: data.train_samples, else the sum from dataset.json, else None."""
-    if config.data.train_samples is not None:
-        return config.data.train_samples
-    shards = find_shards(config.data.train, "train")
-    info = info_beside(shards)
-    if info is None:
-        return None
-    counts = info.train.shards | info.eval.shards
-    names = [Path(shard).name for shard in shards]
-    return sum(counts[name] for name in names) if all(name in counts for name in names) else None
-
-
-def class_names(config: Config) -> list[str] | None:
-    """Class names in the order of the labels, from the dataset.json beside the shards; None where there is none."""
-    split: Split = "train" if config.data.train else "eval"
-    info = info_beside(find_shards(getattr(config.data, split), split))
-    return info.classes if info else None
-
-
 def info_beside(shards: list[str]) -> DatasetInfo | None:
     """dataset.json of the folder that holds the first of `shards`."""
     return read_info(Path(shards[0]).parent) if is_local(shards[0]) else None
@@ -116,8 +97,8 @@ def _is_glob(part: str) -> bool:
     return is_local(part) and glob.has_magic(part)
 
 
-def _shards_of_folder(folder: Path, split: Split) -> list[str]:
-    info = read_info(folder)
+def _shards_of_folder(folder: Path, split: Split | None) -> list[str]:
+    info = read_info(folder) if split else None
     if info is not None:
         names = sorted((info.train if split == "train" else info.eval).shards)
     else:

@@ -10,10 +10,9 @@ from webdataset.filters import shuffle
 from webdataset.gopen import gopen
 from webdataset.tariterators import group_by_keys
 
+from fastvit_engine.data.decode import Sample
 from fastvit_engine.data.shards import is_local
 from fastvit_engine.errors import UserError
-
-Sample = dict[str, Any]  # "__key__", "__url__", and the bytes of each member by its lower-case extension
 
 
 class _StrictTarInfo(tarfile.TarInfo):

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.run_folder import RunFolder, atomic_write
@@ -28,6 +28,7 @@ class TrainRow(TypedDict):
     memory_bytes: int  # peak of this process
     samples_hash: str  # hexadecimal, of the sample keys of the step
     seconds: float  # training time so far, over restarts
+    bad_samples: NotRequired[int]  # training images so far that could not be used
 
 
 class EvalRow(TypedDict):
@@ -139,7 +140,7 @@ def _problem(row: Any) -> str | None:
     if not isinstance(row, Mapping):
         return "is not a JSON object"
     form = EvalRow if "eval" in row else TrainRow
-    missing = [key for key in form.__annotations__ if key not in row]
+    missing = [key for key in form.__annotations__ if key in form.__required_keys__ and key not in row]
     if missing:
         return f"lacks '{missing[0]}'"
     if type(row["step"]) is not int:

@@ -41,6 +41,10 @@ class RunFolder:
         return self.path / "samples.json"
 
     @property
+    def bad_samples(self) -> Path:
+        return self.path / "bad_samples.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

@@ -48,8 +48,7 @@ class World:
 
     def agree(self, error: Exception | None) -> None:
         """Raises UserError on every process when any of them holds an error; collective."""
-        errors: list[str | None] = [None] * self.size
-        dist.all_gather_object(errors, None if error is None else str(error))
+        errors = self.gather(None if error is None else str(error))
         failed = [(rank, text) for rank, text in enumerate(errors) if text is not None]
         if failed:
             rank, text = failed[0]
@@ -69,6 +68,12 @@ class World:
         if isinstance(outcome[0], UserError):
             raise outcome[0]
         return cast(T, outcome[0])
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, by rank, on every process; collective."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         dist.barrier()

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fastvit_engine.config import Config, Resolved
-from fastvit_engine.data import Batch, build_eval_data, build_train_data, class_names
+from fastvit_engine.data import Batch, DataPlan, build_eval_data, build_train_data
 from fastvit_engine.data.mixup import mixup
 from fastvit_engine.errors import UserError
 from fastvit_engine.evaluate.classification import evaluate
 from fastvit_engine.models import build_model, model_title, training_flops
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
+from fastvit_engine.train.bad_samples import BadSamples
 from fastvit_engine.train.checkpoint import Checkpointer
 from fastvit_engine.train.distributed import World, join_world
 from fastvit_engine.train.ema import WeightAverage
@@ -49,7 +50,7 @@ def train(resolved: Resolved, out: Path, *, resume: bool) -> None:
 def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> None:
     config = resolved.config
     split = split_batch(config, world.size)
-    plan = Plan(config)
+    plan = Plan(config, start.data.samples_per_epoch)
 
     # ---- model, optimizer, DeepSpeed
     torch.manual_seed(config.seed)
@@ -61,14 +62,18 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
     if start.checkpoint:
         checkpointer.load(start.checkpoint)
 
-    # ---- data, starting at the first step that is still to be done
-    batches = build_train_data(
-        config,
-        rank=world.rank,
-        world_size=world.size,
-        micro_batch_size=split.micro_batch_size,
-        first_step=start.step,
-        pin_memory=world.device.type == "cuda",
+    # ---- data, from the first sample on that is still to be trained on
+    bad_samples = BadSamples(run.bad_samples, config.data.max_bad_share, seen=start.consumed, bad=start.bad_samples)
+    batches = bad_samples.watch(
+        build_train_data(
+            config,
+            start.data,
+            rank=world.rank,
+            world_size=world.size,
+            micro_batch_size=split.micro_batch_size,
+            consumed=start.consumed,
+            pin_memory=world.device.type == "cuda",
+        )
     )
 
     # ---- the run's record
@@ -113,6 +118,7 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
             waited = world.sum([waited]).item() / world.size
             samples_hash = world.sum_int64(keys_hash)
             memory_bytes = int(world.max([peak_memory_bytes(world.device)]).item())
+            bad_count = bad_samples.settle(world, recorder)
             if recorder:
                 rate = (done - last_logged) * config.train.global_batch_size / seconds
                 recorder.training(
@@ -129,6 +135,7 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
                         "memory_bytes": memory_bytes,
                         "samples_hash": f"{samples_hash:016x}",
                         "seconds": stopwatch.total,
+                        "bad_samples": bad_count,
                     }
                 )
             last_logged = done
@@ -141,14 +148,20 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
         # ---- evaluate
         if evaluates:
             with stopwatch.paused():
-                accuracy = evaluate_all(engine, ema, config, split, world, run, done, recorder)
+                accuracy = evaluate_all(engine, ema, config, start.data, split, world, run, done, recorder)
 
         # ---- save
         if saves:
             with stopwatch.paused():
                 if last:
                     export_weights(engine, ema, config, run, world)
-                state = {"seconds": stopwatch.total, "fingerprint": start.fingerprint, "accuracy": accuracy}
+                state = {
+                    "seconds": stopwatch.total,
+                    "consumed": done * config.train.global_batch_size,
+                    "bad_samples": bad_samples.bad,
+                    "fingerprint": start.fingerprint,
+                    "accuracy": accuracy,
+                }
                 saved = checkpointer.save(done, state)
                 if recorder:
                     recorder.message(f"saved {saved}")
@@ -165,7 +178,7 @@ def training_loss(
     world: World,
     generator: np.random.Generator,
 ) -> Tensor:
-    """Mean loss over one micro-batch, where a sample of weight 0 counts as a loss of 0."""
+    """Mean loss over one micro-batch, where a sample of weight 0 counts as a loss of 0, as does one mixed with it."""
     images = batch.images.to(world.device, non_blocking=True)  # uint8 [B, H, W, 3]; normalised by the patch embedding
     labels = batch.labels.to(world.device, non_blocking=True)
     weights = batch.weights.to(world.device, non_blocking=True)
@@ -174,6 +187,7 @@ def training_loss(
             images, labels, config.data.mixup, config.data.mean, config.data.std, generator
         )
         losses = criterion(engine(images), labels, labels_b=labels_b, mix_weight=mix_weight, reduction="none")
+        weights = weights * weights.roll(1)  # mixup's partner is the sample before
     else:
         losses = criterion(engine(images), labels, reduction="none")
     return (losses * weights).mean()
@@ -183,6 +197,7 @@ def evaluate_all(
     engine: Any,
     ema: WeightAverage | None,
     config: Config,
+    data: DataPlan,
     split: BatchSplit,
     world: World,
     run: RunFolder,
@@ -194,15 +209,19 @@ def evaluate_all(
     results = {}
 
     def run_one(name: str) -> None:
+        bad_samples = BadSamples(run.bad_samples, config.data.max_bad_share)
         batches = build_eval_data(
             config,
+            data,
             rank=world.rank,
             world_size=world.size,
             batch_size=config.evaluate.batch_size or split.micro_batch_size,
             pin_memory=world.device.type == "cuda",
         )
         stopwatch = Stopwatch(world.device)
-        accuracy, examples = evaluate(engine, batches, criterion, world, shown=SHOWN_SAMPLES if world.is_main else 0)
+        shown_here = SHOWN_SAMPLES if world.is_main else 0
+        accuracy, examples = evaluate(engine, bad_samples.watch(batches), criterion, world, shown=shown_here)
+        bad_samples.settle(world, recorder)
         seconds, _ = stopwatch.lap()
         results[name] = asdict(accuracy)
         if recorder:
@@ -217,7 +236,7 @@ def evaluate_all(
                     "seconds": seconds,
                 }
             )
-            shown = {"step": step, "class_names": class_names(config), "samples": examples}
+            shown = {"step": step, "class_names": data.class_names, "samples": examples}
             atomic_write(run.samples, json.dumps(shown))
 
     run_one("eval")
@@ -262,7 +281,7 @@ def _describe_run(
         total_steps=plan.total_steps,
         global_batch_size=config.train.global_batch_size,
         samples_per_epoch=plan.samples_per_epoch,
-        shards=config.data.train,
+        shards=", ".join(source.shards for source in config.data.sources),
     )
     atomic_write(run.config, resolved.to_yaml())
     atomic_write(run.environment, json.dumps(environment, indent=1))

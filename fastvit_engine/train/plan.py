@@ -1,7 +1,6 @@
 """A run in optimizer steps: how many, when to evaluate and save, and the learning rate of each."""
 
 from fastvit_engine.config import Config
-from fastvit_engine.data import train_samples
 from fastvit_engine.duration import to_steps
 from fastvit_engine.errors import UserError
 from fastvit_engine.train.schedule import build_schedule
@@ -10,8 +9,8 @@ from fastvit_engine.train.schedule import build_schedule
 class Plan:
     """`total_steps`, the `learning_rate` of each step, and after which steps to evaluate and to save."""
 
-    def __init__(self, config: Config) -> None:
-        self.samples_per_epoch = train_samples(config)
+    def __init__(self, config: Config, samples_per_epoch: int | None) -> None:
+        self.samples_per_epoch = samples_per_epoch
         self.global_batch_size = config.train.global_batch_size
         self.total_steps = self._steps(config.train.duration)
         if self.total_steps == 0:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvit_engine.config import Config
-from fastvit_engine.data import check_data
+from fastvit_engine.data import DataPlan, prepare_data
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
 from fastvit_engine.observe.run_folder import RunFolder
@@ -25,38 +25,51 @@ class Start:
     checkpoint: Path | None
     fingerprint: dict[str, Any]  # of the run, for its checkpoints
     message: str
+    data: DataPlan
+    consumed: int = 0  # training samples before
+    bad_samples: int = 0  # those of them that could not be used
 
 
 def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) -> Start:
     """Checks configuration, data and run folder; raises UserError for what cannot work."""
     resolve_shape(config.model)
     deepspeed_config(config, split_batch(config, world_size))
-    streams = check_data(config, world_size=world_size)
-    total_steps = Plan(config).total_steps
     if run.config.exists() and not resume:
         raise UserError(
             f"{run.path} already holds a run: add --resume auto to continue it, or choose another folder with --out"
         )
-    _check_writable(run)
-    wanted = fingerprint(config, world_size, streams.streams)
-    reading = f"reading {streams.streams} data streams with {max(streams.num_workers, 1)} process(es) a rank"
     checkpoint = latest_checkpoint(run)
+    state = read_state(checkpoint) if checkpoint else {}
+    recorded = state.get("fingerprint", {}).get("data")
+    data = prepare_data(config, world_size=world_size, index_folder=run.path, recorded=recorded)
+    total_steps = Plan(config, data.samples_per_epoch).total_steps
+    _check_writable(run)
+    wanted = fingerprint(config, world_size, data)
     if checkpoint is None:
-        message = f"starting {run.path}: {total_steps} steps, {reading}"
-        return Start(0, total_steps, 0.0, None, wanted, message)
-    state = read_state(checkpoint)
+        message = f"starting {run.path}: {total_steps} steps, {data.describe()}"
+        return Start(0, total_steps, 0.0, None, wanted, message, data)
     _check_same_run(wanted, state["fingerprint"], checkpoint)
     step = state["step"]
     if step < total_steps:
-        message = f"continuing {run.path} from step {step} of {total_steps}, {reading}"
+        message = f"continuing {run.path} from step {step} of {total_steps}, {data.describe()}"
     else:
         accuracy = state["accuracy"].get("eval")
         top1 = f" and top-1 {accuracy['top1']:.1%}" if accuracy else ""
         message = f"{run.path} is complete, with {step} steps{top1}: nothing to do"
-    return Start(min(step, total_steps), total_steps, state["seconds"], checkpoint, wanted, message)
+    return Start(
+        min(step, total_steps),
+        total_steps,
+        state["seconds"],
+        checkpoint,
+        wanted,
+        message,
+        data,
+        state["consumed"],
+        state["bad_samples"],
+    )
 
 
-def fingerprint(config: Config, world_size: int, streams: int) -> dict[str, Any]:
+def fingerprint(config: Config, world_size: int, data: DataPlan) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: state that fits, and the same order of the data."""
     return {
         "model": config.model.model_dump(mode="json"),
@@ -66,8 +79,7 @@ def fingerprint(config: Config, world_size: int, streams: int) -> dict[str, Any]
         "global_batch_size": config.train.global_batch_size,
         "ema": config.ema.decay is not None,
         "seed": config.seed,
-        "data.streams": streams,
-        "data.shuffle_buffer": config.data.shuffle_buffer,
+        "data": data.fingerprint(config.data),
     }
 
 
@@ -85,9 +97,13 @@ def _check_writable(run: RunFolder) -> None:
 
 def _check_same_run(wanted: dict[str, Any], saved: dict[str, Any], checkpoint: Path) -> None:
     for name, before in saved.items():
-        now = wanted[name]
+        now: Any = wanted.get(name)
         if now == before:
             continue
+        if name == "data":
+            raise UserError(
+                f"checkpoint {checkpoint} {_other_order(now, before)}, or choose another run folder with --out"
+            )
         if name == "model":
             differing = [f"model.{key} is {now[key]!r}, was {before[key]!r}" for key in now if now[key] != before[key]]
             raise UserError(
@@ -98,3 +114,29 @@ def _check_same_run(wanted: dict[str, Any], saved: dict[str, Any], checkpoint: P
             f"checkpoint {checkpoint} was written with {name} {json.dumps(before)} and this run has {json.dumps(now)}: "
             f"go on with the same {name}, or choose another run folder with --out"
         )
+
+
+def _other_order(now: dict[str, Any], before: dict[str, Any]) -> str:
+    """Why the data cannot go on where a checkpoint stopped, and what would let it."""
+    for name in ("order", "window", "streams", "shuffle_buffer"):
+        if now.get(name) != before.get(name):
+            return f"was written with data.{name} {before.get(name)} and this run has {now.get(name)}: set it back"
+    if len(now["sources"]) != len(before["sources"]):
+        return (
+            f"was written with {len(before['sources'])} source(s) in data.train and this run has "
+            f"{len(now['sources'])}: set them back"
+        )
+    for number, (new, old) in enumerate(zip(now["sources"], before["sources"], strict=True), start=1):
+        which = f"source {number} of data.train" if len(now["sources"]) > 1 else "data.train"
+        if new["index"] != old["index"]:
+            return (
+                f"was written with other shards in {which} (index {old['index']}) than it names now (index "
+                f"{new['index']}): restore the shards"
+            )
+        if new["lanes"] != old["lanes"]:
+            return (
+                f"was written with {which} in {old['lanes']} lanes and data.lanes is {new['lanes']} now: set it back "
+                "or leave it out"
+            )
+    weights = [[source["weight"] for source in sources] for sources in (before["sources"], now["sources"])]
+    return f"was written with the weights {weights[0]} in data.train and they are {weights[1]} now: set them back"
