@@ -58,10 +58,8 @@ def build_train_data(
         chunks = stream_train_chunks(config, plan.streams, shards, rank=rank, world_size=world_size, first_step=step)
         return rebatch(chunks, micro_batch_size, pin_memory)
 
-    indexes = [source.data.open() for source in plan.train]
-    storage = open_storage(indexes)
-    samples = _TrainSamples(config, plan.train, indexes, storage)
-    requests = _train_requests(config, plan.train, indexes, storage, rank, world_size, micro_batch_size, consumed)
+    samples = open_train_samples(config, plan)
+    requests = _train_requests(samples, plan.train, rank, world_size, micro_batch_size, consumed)
     return rebatch(_load(samples, requests, micro_batch_size, config), micro_batch_size, pin_memory)
 
 
@@ -88,6 +86,12 @@ def build_eval_data(
     )
     samples = _EvalSamples(config, index, open_storage([index]))
     return rebatch(_load(samples, requests, batch_size, config), batch_size, pin_memory)
+
+
+def open_train_samples(config: Config, plan: DataPlan) -> "TrainSamples":
+    """The samples of indexed shards, by their position in the run."""
+    indexes = [source.data.open() for source in plan.train]
+    return TrainSamples(config, plan.train, indexes, open_storage(indexes))
 
 
 def open_storage(indexes: list[Index]) -> LocalShards:
@@ -139,7 +143,7 @@ class _Samples:
                 yield BadSample(key, name, reason)
 
 
-class _TrainSamples(_Samples):
+class TrainSamples(_Samples):
     def __init__(
         self, config: Config, sources: tuple[TrainSource, ...], indexes: list[Index], storage: LocalShards
     ) -> None:
@@ -192,16 +196,15 @@ def parse_sample(content: bytes, shard: str) -> Sample:
 
 
 def _train_requests(
-    config: Config,
+    samples: TrainSamples,
     sources: tuple[TrainSource, ...],
-    indexes: list[Index],
-    storage: LocalShards,
     rank: int,
     world_size: int,
     micro_batch_size: int,
     consumed: int,
 ) -> Iterator[Integers]:
     """The positions of this rank in pieces that one worker reads each, while the storage hears of those to come."""
+    config, indexes, storage = samples.config, samples.indexes, samples.storage
     batch = config.train.global_batch_size
     own = np.arange(rank, batch, world_size)
     remote = any(not is_local(shard) for index in indexes for shard in index.shards)
