@@ -67,6 +67,8 @@ class BatchBuilder:
     def __init__(self, batch: Batch, config: Config, workspace: Workspace) -> None:
         """`batch` is padding so far (see `empty_batch`) but for its images, which may be anything."""
         self._batch, self._config, self._workspace = batch, config, workspace
+        # NumPy's views of it: setting an element of a tensor takes microseconds.
+        self._images, self._labels, self._weights = (tensor.numpy() for tensor in batch[:3])
         self._bad: list[BadSample] = []
         self._seconds = [0.0, 0.0, 0.0]
         self._lap = time.perf_counter()
@@ -80,8 +82,8 @@ class BatchBuilder:
         except CorruptSample as error:
             self.add_bad(row, BadSample(sample["__key__"], sample["__url__"], str(error)))
             return
-        self._batch.labels[row] = label
-        self._batch.weights[row] = 1
+        self._labels[row] = label
+        self._weights[row] = 1
         self._batch.keys[row] = sample["__key__"]
 
     def add_bad(self, row: int, sample: BadSample) -> None:
@@ -89,7 +91,7 @@ class BatchBuilder:
         self._bad.append(sample)
 
     def build(self) -> Batch:
-        self._batch.images[self._batch.weights == 0] = 0
+        self._images[self._weights == 0] = 0
         return self._batch._replace(bad=tuple(self._bad), seconds=StageSeconds(*self._seconds))
 
     def _draw(self, row: int, choose_view: Callable[[int, int], View], data: bytes) -> None:
@@ -97,7 +99,7 @@ class BatchBuilder:
         view = choose_view(image.height, image.width)
         pixels = image.decode(self._workspace.decoded, view.reduction)
         self._end_stage(1)
-        render(pixels, view, view.reduction, self._batch.images[row].numpy(), self._workspace.resized)
+        render(pixels, view, view.reduction, self._images[row], self._workspace.resized)
         self._end_stage(2)
 
     def _end_stage(self, stage: int) -> None:

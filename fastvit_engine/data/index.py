@@ -16,7 +16,7 @@ import struct
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -49,6 +49,7 @@ _COLUMNS = {
     "label_counts": "<u4",
 }
 _WINDOW = 16_384  # bytes read at once when walking over headers
+_WORTH_A_POOL = 64  # shards
 _MOST_PROBLEMS = 10
 _REPORT_EVERY = 5.0  # seconds
 
@@ -227,9 +228,9 @@ def write_index(
 def scan_shard(read: ReadAt, size: int, stamp: int, label_key: str) -> ShardRecord:
     """Walks over the headers of one archive. TarError with the byte where the archive is not one of whole samples."""
     if size == 0:
-        raise TarError("is an empty file", 0)
+        raise TarError("is an empty file")
     if read(0, 2) == b"\x1f\x8b":
-        raise TarError("is gzipped, so that nothing in it can be found without reading all of it,", 0)
+        raise TarError("is gzipped")
     label_name, label_path = label_member(label_key)
     starts: list[int] = []
     seen: set[str] = set()
@@ -318,7 +319,7 @@ class _Opened(NamedTuple):
 @contextlib.contextmanager
 def _opened(shard: str) -> Iterator[_Opened]:
     if shard.startswith("pipe:"):
-        raise TarError("is a pipe, which can only be read from its beginning: set data.order to stream, or copy it", 0)
+        raise TarError("is a pipe")
     size, stamp = _stamp(shard)
     if is_local(shard):
         with open(shard, "rb", buffering=0) as file:
@@ -385,7 +386,7 @@ def _scan(task: tuple[str, str, tuple[int, int] | None]) -> ShardRecord | TarErr
     except TarError as error:
         return error
     except OSError as error:
-        return TarError(f"cannot be read ({error.strerror or error})", 0)
+        return TarError(f"cannot be read ({error.strerror or error})")
 
 
 def _scan_all(
@@ -425,9 +426,12 @@ def _scan_all(
 
 def _explain(problems: list[tuple[str, TarError]]) -> str:
     they = "it" if len(problems) == 1 else "them"
-    gzipped = all("gzipped" in str(problem) for _, problem in problems)
-    remedy = f"gunzip or repack {they}, or set data.order to stream" if gzipped else f"copy or make {they} again"
-    more = ", and perhaps more," if len(problems) == _MOST_PROBLEMS else ""
+    if all(str(problem) in ("is gzipped", "is a pipe") for _, problem in problems):
+        remedy = f"make plain tar files of {they} (gunzip), or train with data.order=stream, since nothing in {they} "
+        remedy += "can be found without reading from the beginning"
+    else:
+        remedy = f"copy or make {they} again"
+    more = "; and perhaps more" if len(problems) == _MOST_PROBLEMS else ""
     return f"{'; '.join(f'shard {shard} {problem}' for shard, problem in problems)}{more}: {remedy}"
 
 
@@ -437,7 +441,9 @@ def _pool(shards: Sequence[str], processes: int | None) -> Iterator[Callable[...
     remote = not all(is_local(shard) for shard in shards)
     if processes is None:
         processes = 32 if remote else min(32, len(os.sched_getaffinity(0)))
-    if processes == 1 or len(shards) < 2 * processes:
+        if len(shards) < _WORTH_A_POOL:
+            processes = 1
+    if processes == 1:
         yield map
         return
     executor = ThreadPoolExecutor(processes) if remote else ProcessPoolExecutor(processes)
@@ -453,10 +459,8 @@ def _pool(shards: Sequence[str], processes: int | None) -> Iterator[Callable[...
 def _write(file: BinaryIO, shards: Sequence[str], records: Iterable[ShardRecord], label_key: str, folder: Path) -> None:
     file.write(bytes(_HEADER.size))
     columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
-    samples = 0
     for record in records:
         file.write(record.starts.astype("<u4").tobytes())
-        samples += len(record.starts)
         columns["sizes"].append(record.size)
         columns["counts"].append(len(record.starts))
         columns["ends"].append(record.end)
@@ -466,18 +470,19 @@ def _write(file: BinaryIO, shards: Sequence[str], records: Iterable[ShardRecord]
         columns["labels"] += record.labels.keys()
         columns["label_counts"] += record.labels.values()
         columns["label_ends"].append(len(columns["labels"]))
-    body = b"".join(np.asarray(values, dtype=_COLUMNS[name]).tobytes() for name, values in columns.items())
-    names = json.dumps(
-        {
-            "label_key": label_key,
-            "columns": {name: len(values) for name, values in columns.items()},
-            "shards": [_relative(shard, folder) for shard in shards],
-        }
-    ).encode()
+    write_columns(file, columns, [_relative(shard, folder) for shard in shards], label_key)
+
+
+def write_columns(file: BinaryIO, columns: Mapping[str, Sequence[int]], shards: Sequence[str], label_key: str) -> None:
+    """Writes what comes after the starts, and then the header."""
+    body = b"".join(np.asarray(columns[name], dtype=dtype).tobytes() for name, dtype in _COLUMNS.items())
+    lengths = {name: len(columns[name]) for name in _COLUMNS}
+    names = json.dumps({"label_key": label_key, "columns": lengths, "shards": list(shards)}).encode()
     checksum = blake2b(body + names, digest_size=16).digest()
     file.write(body)
     file.write(names)
     file.seek(0)
+    samples = int(np.sum(columns["counts"], dtype=np.int64))
     file.write(_HEADER.pack(_MAGIC, _VERSION, 0, samples, len(body), len(names), checksum))
 
 

@@ -188,10 +188,10 @@ def parse_sample(content: bytes, shard: str) -> Sample:
     sample: Sample = {"__url__": shard}
     for key, extension, data in iterate_files(content):
         if sample.setdefault("__key__", key) != key:
-            raise TarError("has members of another sample", 0)
+            raise TarError("has members of another sample")
         sample[extension] = data
     if "__key__" not in sample:
-        raise TarError("has no member", 0)
+        raise TarError("has no member")
     return sample
 
 

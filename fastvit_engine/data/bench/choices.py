@@ -41,7 +41,9 @@ def _decoders() -> dict[str, Callable[[bytes], Any]]:
         "the same, fast upsampling": turbo(fastupsample=True),
         "the same, both": turbo(fastdct=True, fastupsample=True),
         "simplejpeg into new memory": lambda data: simplejpeg.decode_jpeg(data, "RGB", strict=False),
-        "OpenCV": lambda data: cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB),
+        "OpenCV": lambda data: cv2.imdecode(
+            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        ),
         "Pillow": lambda data: np.asarray(Image.open(io.BytesIO(data)).convert("RGB")),
     }
 

@@ -27,12 +27,11 @@ def to_markdown(
 ) -> str:
     """Titles, versions, a table a dataset, and the choices of decoders and ways to resize."""
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
-    load = environment["load_average"]
+    machine = f"{environment['cpu']}, {environment['cpu_count']} cores, load average {environment['load_average']:.2f}"
     lines = [
         "# Data loading",
         "",
-        f"`{environment['command']}`, {environment['started']}: {environment['cpu']}, {environment['cpu_count']} cores, "
-        f"load average {load:.2f} at the start. {versions}.",
+        f"`{environment['command']}`, {environment['started']}: {machine} at the start. {versions}.",
         "",
         "Images a CPU-second: CPU time of the main process and its workers together, so that other programs on the "
         "machine matter little; medians over the rounds. A stage alone is one image after the other in one process. "
@@ -80,7 +79,7 @@ def _table(dataset: str, results: Sequence[Result], workers: int) -> list[str]:
 
 def _choices(dataset: str, choices: Sequence[Choice]) -> list[str]:
     lines = [
-        "PSNR is against accurate decoding, over the images that differ at all: mean and lowest. What is in bold is used.",
+        "What is in bold is used. PSNR is against accurate decoding, over the images that differ: mean and lowest.",
         "",
         "| stage | how | µs | images a CPU-second | PSNR, dB |",
         "|---|---|---:|---:|---:|",

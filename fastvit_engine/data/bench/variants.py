@@ -6,6 +6,7 @@ it; where one is not installed or cannot work here, the reason stands in the res
 
 import importlib.util
 import io
+import logging
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -252,6 +253,7 @@ def _timm_batches(dataset: Dataset, workers: int, endless: bool) -> Batches:
     with _torchvision_operators():
         from timm.data import create_dataset, create_loader
 
+    logging.getLogger("timm").setLevel(logging.ERROR)  # it misses an info.json that it does not need
     root = str(Path(dataset.shards[0]).parent)
     data = create_dataset(
         "wds/",

@@ -65,29 +65,41 @@ def sample_members(photo: Callable[..., bytes]) -> Callable[[Iterable[int]], lis
     return make
 
 
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory, write_tar: Any, sample_members: Any) -> Path:
-    """A folder of seven uneven shards, one of them gzipped, with the samples s000 .. s034 in order."""
-    folder = tmp_path_factory.mktemp("shards")
+def _write_shards(folder: Path, write_tar: Any, sample_members: Any, gzipped: int | None) -> Path:
     start = 0
     for number, size in enumerate([5, 3, 8, 6, 1, 5, 7]):
-        suffix = ".tar.gz" if number == 2 else ".tar"
+        suffix = ".tar.gz" if number == gzipped else ".tar"
         write_tar(folder / f"part-{number}{suffix}", sample_members(range(start, start + size)))
         start += size
     return folder
 
 
 @pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, write_tar: Any, sample_members: Any) -> Path:
+    """A folder of seven uneven shards with the samples s000 .. s034 in order."""
+    return _write_shards(tmp_path_factory.mktemp("shards"), write_tar, sample_members, None)
+
+
+@pytest.fixture(scope="session")
+def gzipped_shards(tmp_path_factory: pytest.TempPathFactory, write_tar: Any, sample_members: Any) -> Path:
+    """The same samples, with one shard of the seven gzipped."""
+    return _write_shards(tmp_path_factory.mktemp("gzipped"), write_tar, sample_members, 2)
+
+
+@pytest.fixture(scope="session")
 def make_config() -> Callable[..., Config]:
     """make_config(train, eval="", batch=8, **data) -> a configuration for 16-pixel images of three classes"""
 
-    def make(train: Path | str, eval: Path | str = "", batch: int = 8, seed: int = 0, **data: Any) -> Config:
+    def make(
+        train: Path | str | list[Any], eval: Path | str = "", batch: int = 8, seed: int = 0, **data: Any
+    ) -> Config:
         data = {"num_workers": 0, "shuffle_buffer": 4} | data
+        train = train if isinstance(train, list) else str(train)
         return Config.model_validate(
             {
                 "seed": seed,
                 "model": {"name": "Ti/4", "image_size": 16, "num_classes": 3},
-                "data": {"train": str(train), "eval": str(eval)} | data,
+                "data": {"train": train, "eval": str(eval)} | data,
                 "train": {"global_batch_size": batch},
             }
         )

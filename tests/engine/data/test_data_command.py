@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from fastvit_engine.commands import data as data_command
-from fastvit_engine.data import build_eval_data, check_data, class_names, train_samples
+from fastvit_engine.data import build_eval_data, prepare_data
 
 
 def _run(*words: str) -> int:
@@ -24,9 +24,9 @@ def test_make_digits_end_to_end(tmp_path, capsys, make_config):
     assert json.loads((out / "dataset.json").read_text())["source"] == "digits"
     config = make_config(out, eval=out)
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 10})})
-    check_data(config, world_size=1)
-    assert train_samples(config) == 1617 and class_names(config) == list("0123456789")
-    batches = list(build_eval_data(config, rank=0, world_size=1, batch_size=64, pin_memory=False))
+    plan = prepare_data(config, world_size=1, index_folder=tmp_path)
+    assert plan.samples_per_epoch == 1617 and plan.class_names == list("0123456789")
+    batches = list(build_eval_data(config, plan, rank=0, world_size=1, batch_size=64, pin_memory=False))
     assert sum(int(batch.weights.sum()) for batch in batches) == 180
 
 

@@ -5,7 +5,15 @@ import pytest
 from PIL import Image
 
 from fastvit_engine.config import DataConfig
-from fastvit_engine.data.decode import Jpeg, PixelBuffer, decode_image, decode_sample, open_image
+from fastvit_engine.data.decode import (
+    CorruptSample,
+    Jpeg,
+    PixelBuffer,
+    decode_image,
+    open_image,
+    read_image,
+    read_label,
+)
 from fastvit_engine.errors import UserError
 
 
@@ -124,24 +132,43 @@ def _sample(**members) -> dict:
     return {"__key__": "k1", "__url__": "a/b.tar"} | members
 
 
-def test_decode_sample_takes_the_first_image_key(pixels, encode):
-    png = encode(pixels, "PNG")
-    image, label = decode_sample(_sample(png=png, webp=b"not this", cls=b" 7\n"), DataConfig(), num_classes=8)
-    assert label == 7 and np.array_equal(image, pixels)
+def test_read_image_takes_the_first_image_key(pixels, encode):
+    sample = _sample(png=encode(pixels, "PNG"), webp=b"not this", cls=b" 7\n")
+    assert np.array_equal(read_image(sample, DataConfig(), decode_image), pixels)
+    assert read_label(sample, DataConfig(), num_classes=8) == 7
 
 
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ({"cls": b"0"}, "has no 'jpg;jpeg;png;webp' member"),
-        ({"jpg": b"x"}, "has no 'cls' member"),
-        ({"jpg": b"x", "cls": b"cat"}, "label b'cat'"),
-        ({"jpg": b"x", "cls": b""}, "label b''"),
-        ({"jpg": b"x", "cls": b"8"}, r"label 8, outside 0\.\.7"),
-        ({"jpg": b"x", "cls": b"-1"}, "label -1, outside"),
-        ({"jpg": b"x", "cls": b"0"}, "image in 'jpg' that cannot be decoded"),
+        ({"cls": b"0"}, "has no 'jpg;jpeg;png;webp' member, only"),
+        ({"jpg": b"x", "cls": b"0"}, "has an image in 'jpg' that cannot be decoded"),
     ],
 )
-def test_bad_samples_are_named(members, message):
+def test_unusable_images_are_told_apart_from_errors(members, message):
+    with pytest.raises(CorruptSample, match=message):
+        read_image(_sample(**members), DataConfig(), decode_image)
+
+
+@pytest.mark.parametrize(
+    ("members", "label_key", "message"),
+    [
+        ({"jpg": b"x"}, "cls", "has no 'cls' member"),
+        ({"cls": b"cat"}, "cls", "label b'cat'"),
+        ({"cls": b""}, "cls", "label b''"),
+        ({"cls": b"8"}, "cls", r"label 8, outside 0\.\.7"),
+        ({"cls": b"-1"}, "cls", "label -1, outside"),
+        ({"cls": b"[1, 2]"}, "cls", "has 2 labels in 'cls', and training takes one"),
+        ({"json": b"{}"}, "json.label", "has 0 labels in 'json.label'"),
+        ({"json": b'{"a": {"b": 9}}'}, "json.a.b", r"label 9, outside 0\.\.7"),
+    ],
+)
+def test_bad_labels_are_named(members, label_key, message):
     with pytest.raises(UserError, match=r"sample 'k1' of shard a/b\.tar has .*" + message.removeprefix("has ")):
-        decode_sample(_sample(**members), DataConfig(), num_classes=8)
+        read_label(_sample(**members), DataConfig(label_key=label_key), num_classes=8)
+
+
+def test_labels_in_json():
+    data = DataConfig(label_key="json.a.b")
+    assert read_label(_sample(json=b'{"a": {"b": 3}}'), data, num_classes=8) == 3
+    assert read_label(_sample(json=b'{"a": {"b": [3]}}'), data, num_classes=8) == 3

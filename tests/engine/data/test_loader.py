@@ -1,4 +1,6 @@
-from collections import Counter
+"""Steps of a run as several world sizes, worker counts and stops give them: equal to the bit."""
+
+import json
 from collections.abc import Iterator
 from itertools import islice
 
@@ -6,248 +8,232 @@ import numpy as np
 import pytest
 import torch
 
-from fastvit_engine.config import Config
-from fastvit_engine.data import Batch, build_eval_data, build_train_data
-from fastvit_engine.data.augment import eval_transform
-from fastvit_engine.data.loader import plan_streams
+from fastvit_engine.data import Batch, build_eval_data, build_train_data, prepare_data
+from fastvit_engine.data.augment import View, eval_view, render
+from fastvit_engine.data.decode import PixelBuffer, decode_image
 from fastvit_engine.errors import UserError
 
-BATCH, STREAMS = 8, 4
+BATCH = 12
 ALL_KEYS = [f"s{n:03d}" for n in range(35)]
 
 
-def _train(config, rank: int, world_size: int, micro_batch_size: int, first_step: int = 0) -> Iterator[Batch]:
+@pytest.fixture
+def plan(tmp_path):
+    return lambda config: prepare_data(config, world_size=1, index_folder=tmp_path)
+
+
+@pytest.fixture(scope="module")
+def damaged_shards(tmp_path_factory, write_tar, sample_members, photo):
+    """40 samples in three shards, among them one that is no image and one without an image member."""
+    folder = tmp_path_factory.mktemp("damaged")
+    members = dict(sample_members(range(40)))
+    members["s007.jpg"] = b"\xff\xd8 not a photo"
+    del members["s023.jpg"]
+    everything = list(members.items())
+    for number, (begin, end) in enumerate([(0, 22), (22, 59), (59, 79)]):
+        write_tar(folder / f"{number}.tar", everything[begin:end])
+    return folder
+
+
+def _train(config, plan, rank=0, world_size=1, micro_batch_size=BATCH, consumed=0) -> Iterator[Batch]:
     return build_train_data(
         config,
+        plan,
         rank=rank,
         world_size=world_size,
         micro_batch_size=micro_batch_size,
-        first_step=first_step,
+        consumed=consumed,
         pin_memory=False,
     )
 
 
-def _steps(config, world_size: int, steps: int, micro_batch_size: int = 2, first_step: int = 0) -> list[list[tuple]]:
-    """For each global step the (key, label, pixels) of all ranks' samples, sorted."""
-    result: list[list[tuple]] = [[] for _ in range(steps)]
-    a_step = BATCH // world_size // micro_batch_size
+def _steps(config, plan, world_size: int, steps: int, micro_batch_size: int = 2, first_step: int = 0) -> list[list]:
+    """For each global step the (key, label, weight, pixels) of its samples in the order of their positions."""
+    share = BATCH // world_size
+    result = [[None] * BATCH for _ in range(steps)]
     for rank in range(world_size):
-        batches = list(islice(_train(config, rank, world_size, micro_batch_size, first_step), steps * a_step))
-        for number, batch in enumerate(batches):
+        batches = _train(config, plan, rank, world_size, micro_batch_size, first_step * BATCH)
+        place = 0
+        for batch in islice(batches, steps * share // micro_batch_size):
             assert batch.images.shape == (micro_batch_size, 16, 16, 3) and batch.images.dtype == torch.uint8
-            assert batch.weights.tolist() == [1.0] * micro_batch_size and batch.weights.dtype == torch.float32
-            assert batch.labels.dtype == torch.int64
-            for key, label, image in zip(batch.keys, batch.labels, batch.images, strict=True):
-                result[number // a_step].append((key, label.item(), image.numpy().tobytes()))
-    return [sorted(step) for step in result]
+            assert batch.labels.dtype == torch.int64 and batch.weights.dtype == torch.float32
+            for sample in zip(batch.keys, batch.labels.tolist(), batch.weights.tolist(), batch.images, strict=True):
+                result[place // share][rank + place % share * world_size] = (*sample[:3], sample[3].numpy().tobytes())
+                place += 1
+    return result
 
 
-@pytest.fixture(scope="module")
-def reference(shards, make_config) -> list[list[tuple]]:
-    return _steps(make_config(shards, batch=BATCH, streams=STREAMS), world_size=1, steps=12)
+def test_steps_are_the_same_for_every_world_size_worker_count_and_stop(damaged_shards, make_config, plan):
+    def run(num_workers, *given, **options):
+        config = make_config(damaged_shards, batch=BATCH, num_workers=num_workers)
+        return _steps(config, plan(config), *given, **options)
 
+    reference = run(0, 1, 12)
+    for num_workers, world_size, micro_batch_size in [
+        (0, 2, 6),
+        (0, 3, 1),
+        (1, 3, 4),
+        (2, 2, 3),
+        (4, 1, 12),
+        (2, 3, 2),
+    ]:
+        assert run(num_workers, world_size, 5, micro_batch_size=micro_batch_size) == reference[:5]
+    for first_step, num_workers, world_size in [(1, 2, 1), (4, 0, 3), (10, 1, 2), (7, 4, 3)]:
+        assert run(num_workers, world_size, 2, first_step=first_step) == reference[first_step : first_step + 2]
 
-def test_steps_have_the_global_batch_and_right_labels(reference):
-    assert [len(step) for step in reference] == [BATCH] * 12
-    assert all(label == int(key[1:]) % 3 for step in reference for key, label, _ in step)
-
-
-@pytest.mark.parametrize(
-    ("world_size", "num_workers", "micro_batch_size"),
-    [(1, 1, 8), (1, 2, 2), (1, 4, 8), (2, 0, 4), (2, 1, 1), (2, 2, 2), (4, 0, 2), (4, 1, 1)],
-)
-def test_steps_are_the_same_for_every_world_size_and_worker_count(
-    reference, shards, make_config, world_size, num_workers, micro_batch_size
-):
-    config = make_config(shards, batch=BATCH, streams=STREAMS, num_workers=num_workers)
-    assert _steps(config, world_size, steps=6, micro_batch_size=micro_batch_size) == reference[:6]
-
-
-@pytest.mark.parametrize("first_step", [1, 5, 11])
-@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (2, 0), (1, 2)])
-def test_resume_gives_the_same_steps(reference, shards, make_config, first_step, world_size, num_workers):
-    config = make_config(shards, batch=BATCH, streams=STREAMS, num_workers=num_workers)
-    steps = min(3, 12 - first_step)
-    assert _steps(config, world_size, steps, first_step=first_step) == reference[first_step:][:steps]
-
-
-def test_every_stream_takes_part_equally(shards, make_config):
-    owners = {}  # the shards part-0 .. part-6 go to the streams in turn
-    start = 0
-    for number, size in enumerate([5, 3, 8, 6, 1, 5, 7]):
-        owners |= {f"s{n:03d}": number % STREAMS for n in range(start, start + size)}
-        start += size
-    steps = _steps(make_config(shards, batch=BATCH, streams=STREAMS), 1, steps=40)
-    for step in steps:
-        assert Counter(owners[key] for key, _, _ in step) == dict.fromkeys(range(STREAMS), BATCH // STREAMS)
-    for stream in range(STREAMS):
-        counts = Counter(key for step in steps for key, _, _ in step if owners[key] == stream)
-        assert set(counts) == {key for key in owners if owners[key] == stream}
-        assert max(counts.values()) - min(counts.values()) <= 1  # whole epochs, and at most one begun
-
-
-def test_augmentation_differs_between_epochs_and_seeds(shards, make_config):
-    config = make_config(shards, batch=BATCH, streams=STREAMS)
-    pixels: dict[str, set] = {}
-    for step in _steps(config, 1, steps=30):
-        for key, _, image in step:
+    samples = [sample for step in reference for sample in step]
+    keys = [sample[0] for sample in samples]
+    for epoch in range(3):
+        assert sorted(keys[40 * epoch : 40 * epoch + 40]) == sorted(f"s{n:03d}" for n in range(40))
+    pixels = {}
+    for key, label, weight, image in samples:
+        if key in ("s007", "s023"):
+            assert (weight, label, image.strip(b"\0")) == (0, 0, b"")
+        else:
+            assert (weight, label) == (1, int(key[1:]) % 3) and image.strip(b"\0")
             pixels.setdefault(key, set()).add(image)
-    assert all(len(versions) > 2 for versions in pixels.values())
-    other = _steps(make_config(shards, batch=BATCH, streams=STREAMS, seed=1), 1, steps=3)
-    assert other != _steps(config, 1, steps=3)
+    assert all(len(versions) > 1 for versions in pixels.values())  # augmented anew in each epoch
+
+
+def test_bad_samples_are_reported_with_key_shard_and_reason(damaged_shards, make_config, plan):
+    config = make_config(damaged_shards, eval=damaged_shards, batch=40, num_workers=2)
+    data = plan(config)
+    for batches in (
+        islice(_train(config, data, micro_batch_size=5), 8),
+        build_eval_data(config, data, rank=0, world_size=1, batch_size=7, pin_memory=False),
+    ):
+        found = sorted(bad for batch in batches for bad in batch.bad)
+        assert [bad.key for bad in found] == ["s007", "s023"]
+        assert [bad.shard for bad in found] == [f"{damaged_shards}/0.tar", f"{damaged_shards}/1.tar"]
+        assert "has an image in 'jpg' that cannot be decoded" in found[0].reason
+        assert found[1].reason == "has no 'jpg;jpeg;png;webp' member, only ['cls']"
+
+
+def test_a_shard_that_is_damaged_while_training_costs_its_samples(
+    tmp_path, write_tar, sample_members, make_config, plan
+):
+    path = write_tar(tmp_path / "a.tar", sample_members(range(6)))
+    config = make_config(tmp_path, batch=6)
+    data = plan(config)
+    whole = path.read_bytes()
+    third = whole.index(b"s002.jpg")
+    path.write_bytes(whole[:third] + bytes(range(256)) * 2 + whole[third + 512 :])
+    batch = next(_train(config, data, micro_batch_size=6))
+    (bad,) = batch.bad
+    assert bad.key == "a.tar#2" and "has a damaged header" in bad.reason
+    assert {key: weight for key, weight in zip(batch.keys, batch.weights, strict=True) if weight == 0} == {"a.tar#2": 0}
+    path.write_bytes(whole[:third])
+    with pytest.raises(UserError, match=r"a\.tar ends before byte .* when it was indexed"):
+        next(_train(config, data, micro_batch_size=6))
+    path.unlink()
+    with pytest.raises(UserError, match=r"a\.tar cannot be read \(No such file"):
+        next(_train(config, data, micro_batch_size=6))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_label_that_is_wrong_is_one_sentence_in_the_main_process(
+    tmp_path, write_tar, sample_members, make_config, plan, num_workers
+):
+    """The index was made for another label member, so that nobody has looked at all labels before."""
+    members = [(f"x{n}.txt", b"5" if n == 11 else b"1") for n in range(20)]
+    images = dict(sample_members(range(20)))
+    path = write_tar(
+        tmp_path / "a.tar", [m for n in range(20) for m in (members[n], (f"x{n}.jpg", images[f"s{n:03d}.jpg"]))]
+    )
+    from fastvit_engine.data.index import write_index
+
+    write_index([str(path)], tmp_path / "named.index")
+    named = {"index": str(tmp_path / "named.index"), "label_key": "txt", "num_workers": num_workers}
+    config = make_config(path, batch=BATCH, **named)
+    with pytest.raises(UserError, match=r"^sample 'x11' of shard .*a\.tar has label 5, outside 0\.\.2") as error:
+        list(islice(_train(config, plan(config)), 3))
+    assert "\n" not in str(error.value)
+
+
+def test_sources_are_mixed_by_weight(tmp_path, write_tar, sample_members, make_config, plan):
+    folders = []
+    for name, numbers in (("many", range(30)), ("few", range(50, 55))):
+        (tmp_path / name).mkdir()
+        write_tar(tmp_path / name / "a.tar", sample_members(numbers))
+        folders.append(tmp_path / name)
+    train = [{"shards": str(folders[0]), "weight": 3}, {"shards": str(folders[1]), "weight": 2}]
+    config = make_config(train, batch=100)
+    keys = [key for batch in islice(_train(config, plan(config), micro_batch_size=100), 10) for key in batch.keys]
+    assert sum(key >= "s050" for key in keys) == 400
+    few = [key for key in keys if key >= "s050"]
+    assert all(sorted(few[n : n + 5]) == [f"s{k:03d}" for k in range(50, 55)] for n in range(0, 400, 5))
 
 
 @pytest.mark.timeout(30)
-def test_workers_start_after_this_process_has_resized_large_images(shards, make_config):
-    eval_transform(np.zeros((1500, 2000, 3), np.uint8), 400, 0.875)
-    batch = next(_train(make_config(shards, batch=BATCH, streams=STREAMS, num_workers=1), 0, 1, 8))
-    assert batch.weights.sum() == 8
+def test_workers_start_after_this_process_has_resized_large_images(shards, make_config, plan):
+    whole = View(0, 0, 1500, 2000, resized=(400, 400))
+    render(np.zeros((1500, 2000, 3), np.uint8), whole, 1, np.empty((400, 400, 3), np.uint8), PixelBuffer())
+    config = make_config(shards, batch=BATCH, num_workers=1)
+    assert next(_train(config, plan(config))).weights.sum() == BATCH
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs a GPU")
-def test_batches_are_pinned(shards, make_config):
-    config = make_config(shards, batch=BATCH, streams=STREAMS, num_workers=1)
-    batch = next(build_train_data(config, rank=0, world_size=1, micro_batch_size=8, first_step=0, pin_memory=True))
+def test_batches_are_pinned(shards, make_config, plan):
+    config = make_config(shards, batch=BATCH, num_workers=1)
+    given = {"rank": 0, "world_size": 1, "micro_batch_size": BATCH, "consumed": 0}
+    batch = next(build_train_data(config, plan(config), **given, pin_memory=True))
     assert batch.images.is_pinned() and batch.labels.is_pinned() and batch.weights.is_pinned()
-    assert torch.equal(batch.images, next(_train(config, 0, 1, 8)).images)
+    assert torch.equal(batch.images, next(_train(config, plan(config))).images)
 
 
-def test_building_data_leaves_the_global_generator_alone(shards, make_config):
+def test_building_data_leaves_the_global_generator_alone(shards, make_config, plan):
     before = torch.get_rng_state()
-    next(_train(make_config(shards, batch=BATCH, streams=STREAMS), 0, 1, 8))
+    config = make_config(shards, batch=BATCH)
+    next(_train(config, plan(config)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(
-    ("world_size", "changes", "message"),
-    [
-        (3, {"streams": 4}, "3 ranks x 1 data workers do not divide"),
-        (1, {"streams": 4, "num_workers": 3}, "1 ranks x 3 data workers do not divide"),
-        (8, {}, "7 shards for 8 parallel streams"),
-        (1, {"streams": 8}, "7 shards for 8 parallel streams"),
-        (1, {"streams": 3}, "global_batch_size is 8, which the 3 parallel streams do not divide"),
-    ],
-)
-def test_plans_that_do_not_divide_are_refused(shards, make_config, world_size, changes, message):
-    with pytest.raises(UserError, match=message):
-        _train(make_config(shards, batch=BATCH, **changes), 0, world_size, 1)
-
-
-def test_micro_batch_that_does_not_divide_is_refused(shards, make_config):
-    with pytest.raises(UserError, match="micro-batch of 3 images does not divide the 4"):
-        _train(make_config(shards, batch=BATCH, streams=4), 0, 2, 3)
-
-
-def test_streams_default_to_one_a_process(shards, make_config):
-    default = next(_train(make_config(shards, batch=BATCH, num_workers=2), 0, 1, 8))
-    two = next(_train(make_config(shards, batch=BATCH, streams=2), 0, 1, 8))
-    assert default.keys == two.keys and torch.equal(default.images, two.images)
-
-
-def _bad_shards(folder, write_tar, sample_members, bad: list) -> str:
-    write_tar(folder / "a.tar", sample_members(range(4)))
-    write_tar(folder / "b.tar", [*sample_members(range(4, 6)), *bad])
-    return str(folder)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        ([("x.jpg", b"garbage"), ("x.cls", b"0")], r"sample 'x' of shard .*b\.tar has an image .* cannot be decoded"),
-        ([("x.jpg", b"garbage"), ("x.cls", b"3")], r"sample 'x' of shard .*b\.tar has label 3"),
-        ([("x.cls", b"0")], r"sample 'x' of shard .*b\.tar has no"),
-    ],
-)
-def test_bad_sample_is_one_sentence_in_the_main_process(
-    tmp_path, write_tar, sample_members, make_config, num_workers, bad, message
-):
-    folder = _bad_shards(tmp_path, write_tar, sample_members, bad)
-    config = make_config(folder, eval=folder, batch=4, streams=2, num_workers=num_workers)
-    with pytest.raises(UserError, match=message) as train_error:
-        list(islice(_train(config, 0, 1, 4), 20))
-    with pytest.raises(UserError, match=message) as eval_error:
-        list(build_eval_data(config, rank=0, world_size=1, batch_size=4, pin_memory=False))
-    assert "\n" not in str(train_error.value) and str(train_error.value) == str(eval_error.value)
-
-
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_truncated_shard_is_an_error(tmp_path, write_tar, sample_members, make_config, num_workers):
-    folder = _bad_shards(tmp_path, write_tar, sample_members, [])
-    whole = (tmp_path / "b.tar").read_bytes()
-    (tmp_path / "b.tar").write_bytes(whole[: whole.index(b"s005.jpg")])  # at a member: tarfile sees a regular end
-    config = make_config(folder, eval=folder, batch=4, streams=2, num_workers=num_workers)
-    for batches in (
-        _train(config, 0, 1, 4),
-        build_eval_data(config, rank=0, world_size=1, batch_size=4, pin_memory=False),
-    ):
-        with pytest.raises(UserError, match=r"b\.tar is damaged"):
-            list(islice(batches, 20))
+def test_micro_batch_that_does_not_divide_is_refused(shards, make_config, plan):
+    config = make_config(shards, batch=BATCH)
+    with pytest.raises(UserError, match="micro-batch of 5 images does not divide the 6"):
+        _train(config, plan(config), 0, 2, 5)
 
 
 @pytest.mark.parametrize(
     ("world_size", "num_workers", "batch_size"),
     [(1, 0, 8), (1, 2, 8), (1, 3, 8), (2, 0, 4), (3, 2, 5), (4, 1, 3), (5, 0, 100), (36, 0, 2)],
 )
-def test_eval_counts_each_sample_once_in_equally_many_batches(shards, make_config, world_size, num_workers, batch_size):
+def test_eval_counts_each_sample_once_in_equally_many_batches(
+    shards, make_config, plan, photo, world_size, num_workers, batch_size
+):
     config = make_config(shards, eval=shards, num_workers=num_workers)
+    data = plan(config)
     ranks = [
-        list(build_eval_data(config, rank=rank, world_size=world_size, batch_size=batch_size, pin_memory=False))
+        list(build_eval_data(config, data, rank=rank, world_size=world_size, batch_size=batch_size, pin_memory=False))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
     seen = []
     for batch in (batch for batches in ranks for batch in batches):
         assert batch.images.shape == (batch_size, 16, 16, 3)
-        for key, label, weight in zip(batch.keys, batch.labels.tolist(), batch.weights.tolist(), strict=True):
-            assert (weight == 0.0 and key == "") or (weight == 1.0 and label == int(key[1:]) % 3)
+        for row, key in enumerate(batch.keys):
             seen.append(key)
-    assert sorted(filter(None, seen)) == ALL_KEYS
+            assert batch.weights[row] == bool(key) and batch.labels[row] == (int(key[1:]) % 3 if key else 0)
+            if key:
+                image = decode_image(photo(int(key[1:])))
+                expected = np.empty((16, 16, 3), np.uint8)
+                render(image, eval_view(*image.shape[:2], 16, config.data.eval_crop), 1, expected, PixelBuffer())
+                assert np.array_equal(batch.images[row].numpy(), expected)
+    assert [key for key in seen if key] == ALL_KEYS
 
 
-def test_eval_pixels_do_not_depend_on_the_split(shards, make_config):
-    def pixels(world_size: int, num_workers: int) -> dict[str, bytes]:
-        config = make_config(shards, eval=shards, num_workers=num_workers)
-        return {
-            key: image.numpy().tobytes()
-            for rank in range(world_size)
-            for batch in build_eval_data(config, rank=rank, world_size=world_size, batch_size=4, pin_memory=False)
-            for key, image in zip(batch.keys, batch.images, strict=True)
-            if key
-        }
-
-    assert pixels(1, 0) == pixels(2, 2)
-
-
-def test_eval_without_samples(tmp_path, write_tar, make_config):
-    write_tar(tmp_path / "empty.tar", [])
-    config = make_config(tmp_path, eval=tmp_path)
-    with pytest.raises(UserError, match="hold no samples"):
-        list(build_eval_data(config, rank=0, world_size=1, batch_size=4, pin_memory=False))
-
-
-def test_real_uneven_shards(real_data, make_config):
+def test_real_uneven_shards(real_data, make_config, plan, tmp_path):
     folder = real_data / "fixture-tiny"
-    config = make_config(folder, eval=folder, batch=8, streams=4)
+    config = make_config(folder, eval=folder, batch=BATCH)
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 1000})})
-    steps = [_steps(config, world_size, steps=3) for world_size in (1, 2)]
-    assert steps[0] == steps[1]
-    batches = list(build_eval_data(config, rank=0, world_size=1, batch_size=10, pin_memory=False))
+    data = plan(config)
+    assert _steps(config, data, 1, steps=3) == _steps(config, data, 2, steps=3)
+    batches = list(build_eval_data(config, data, rank=0, world_size=1, batch_size=10, pin_memory=False))
     assert sum(int(batch.weights.sum()) for batch in batches) == 64
 
 
-@pytest.mark.parametrize(
-    ("world_size", "num_workers", "shards", "batch", "expected"),
-    [
-        (2, 4, 100, 64, (8, 4)),
-        (2, 4, 5, 64, (4, 2)),  # shards for two processes a rank only
-        (1, 4, 100, 6, (3, 3)),  # four would not divide the batch
-        (2, 4, 3, 64, (2, 1)),
-        (1, 0, 3, 64, (1, 0)),
-    ],
-)
-def test_a_rank_has_as_many_workers_as_shards_and_batch_allow(world_size, num_workers, shards, batch, expected):
-    config = Config.model_validate({"data": {"num_workers": num_workers}, "train": {"global_batch_size": batch}})
-    plan = plan_streams(config, world_size=world_size, shards=shards)
-    assert (plan.streams, plan.num_workers) == expected
+def test_state_is_json(shards, make_config, plan):
+    config = make_config(shards)
+    recorded = plan(config).fingerprint(config.data)
+    assert json.loads(json.dumps(recorded)) == recorded

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from fastvit_engine.data import class_names, train_samples
 from fastvit_engine.data.shards import find_shards
 from fastvit_engine.errors import UserError
 
@@ -70,28 +69,8 @@ def test_empty_folder(tmp_path):
         find_shards(str(tmp_path), "train")
 
 
-def test_train_samples_come_from_config_then_dataset_json(made, make_config):
-    assert train_samples(make_config(made, train_samples=77)) == 77
-    assert train_samples(make_config(made)) == 8
-    assert train_samples(make_config(made / "train-000001.tar")) == 3
-
-
-def test_train_samples_unknown(made, make_config):
-    (made / "extra.tar").touch()
-    assert train_samples(make_config(made / "*.tar")) is None
-    (made / "dataset.json").unlink()
-    assert train_samples(make_config(made)) is None
-
-
-def test_class_names(made, make_config):
-    assert class_names(make_config(made)) == ["ant", "bee"]
-    assert class_names(make_config("", eval=made)) == ["ant", "bee"]
-    (made / "dataset.json").unlink()
-    assert class_names(make_config(made)) is None
-
-
 @pytest.mark.parametrize("text", ["{", '{"classes": ["a"]}', json.dumps(INFO | {"classes": 3})])
-def test_damaged_dataset_json(made, make_config, text):
+def test_damaged_dataset_json(made, text):
     (made / "dataset.json").write_text(text)
     with pytest.raises(UserError, match=r"dataset\.json is not what"):
-        class_names(make_config(made))
+        find_shards(str(made), "train")
