@@ -5,7 +5,7 @@ Workers have no state: the main process of a rank sends them positions, and a wo
 depends on which worker or rank it falls to, and the workers may be any number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
 
@@ -27,7 +27,6 @@ from fastvit_engine.data.workers import load
 from fastvit_engine.errors import UserError
 
 _PADDING = -1  # in place of a position
-_STEPS_AHEAD = 16  # that the storage hears of before they are read
 
 
 def build_train_data(
@@ -39,11 +38,14 @@ def build_train_data(
     micro_batch_size: int,
     consumed: int,
     pin_memory: bool,
+    node_ranks: Sequence[int] = (),
 ) -> Iterator[Batch]:
     """Endless micro-batches of this rank, from the sample `consumed` of the run on (step * global batch).
 
     A step has global batch / world size images on each rank. Its samples and their pixels are a function of the
     indexed shards, the seed and the step: not of the world size, the number of workers or where a run went on.
+    `node_ranks`: all ranks of this node, for the one among them that tells the storage of remote shards what they will
+    need.
     """
     batch = config.train.global_batch_size
     if batch // world_size % micro_batch_size:
@@ -59,8 +61,22 @@ def build_train_data(
         return rebatch(chunks, micro_batch_size, pin_memory)
 
     samples = open_train_samples(config, plan)
-    requests = _train_requests(samples, plan.train, rank, world_size, micro_batch_size, consumed)
-    return rebatch(_load(samples, requests, micro_batch_size, config), micro_batch_size, pin_memory)
+    indexes = samples.indexes
+    own = np.arange(rank, batch, world_size)
+    remote = any(not is_local(shard) for index in indexes for shard in index.shards)
+    read_ahead = None
+    if node_ranks and remote:
+        places = np.flatnonzero(np.isin(np.arange(batch) % world_size, node_ranks))
+        read_ahead = ReadAhead(build_order(config, plan.train, indexes), indexes, samples.storage, places, batch)
+
+    def requests() -> Iterator[Integers]:
+        for start in count(consumed, batch):
+            if read_ahead:
+                read_ahead.at(start)
+            for micro in (start + own).reshape(-1, micro_batch_size):
+                yield from _pieces(micro, config)
+
+    return rebatch(_load(samples, requests(), micro_batch_size, config), micro_batch_size, pin_memory)
 
 
 def build_eval_data(
@@ -195,29 +211,27 @@ def parse_sample(content: bytes, shard: str) -> Sample:
     return sample
 
 
-def _train_requests(
-    samples: TrainSamples,
-    sources: tuple[TrainSource, ...],
-    rank: int,
-    world_size: int,
-    micro_batch_size: int,
-    consumed: int,
-) -> Iterator[Integers]:
-    """The positions of this rank in pieces that one worker reads each, while the storage hears of those to come."""
-    config, indexes, storage = samples.config, samples.indexes, samples.storage
-    batch = config.train.global_batch_size
-    own = np.arange(rank, batch, world_size)
-    remote = any(not is_local(shard) for index in indexes for shard in index.shards)
-    ahead = build_order(config, sources, indexes) if remote else None
-    first_shard = np.cumsum([0, *(len(index.shards) for index in indexes)])
-    announced = consumed
-    for start in count(consumed, batch):
-        while ahead is not None and announced < start + _STEPS_AHEAD * batch:
-            places = ahead.locate(announced + own)
-            storage.will_need(np.unique(first_shard[places.source] + places.shard).tolist())
-            announced += batch
-        for micro in (start + own).reshape(-1, micro_batch_size):
-            yield from _pieces(micro, config)
+class ReadAhead:
+    """Tells the storage which shards a node will read, the nearest first, for the next two windows of every lane."""
+
+    def __init__(self, order: Order, indexes: list[Index], storage: LocalShards, places: Integers, batch: int) -> None:
+        """`order`: one of its own, since an order remembers the windows it was asked for last. `places`: of the node's
+        samples within a global batch."""
+        self._order, self._storage = order, storage
+        self._first_shard = np.cumsum([0, *(len(index.shards) for index in indexes)])
+        horizon = 2 * sum(source.lanes * source.window for source in order.sources)
+        self._ahead = (np.arange(0, horizon, batch)[:, None] + places).ravel()
+        self._every = max(batch, horizon // 8)
+        self._next = 0
+
+    def at(self, start: int) -> None:
+        """The step whose positions begin at `start` is about to be read."""
+        if start < self._next:
+            return
+        self._next = start + self._every
+        places = self._order.locate(start + self._ahead)
+        shards, first_need = np.unique(self._first_shard[places.source] + places.shard, return_index=True)
+        self._storage.will_need(shards[np.argsort(first_need)].tolist())
 
 
 def _pieces(positions: Integers, config: Config) -> list[Integers]:

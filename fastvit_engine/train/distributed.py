@@ -27,6 +27,12 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def node_ranks(self) -> range:
+        """The ranks on this machine, as torchrun says; without it, all."""
+        first = self.rank - int(os.environ["LOCAL_RANK"])
+        return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", self.size)))
+
     def sum(self, values: Sequence[float] | Tensor) -> Tensor:
         """Elementwise sum over all processes, in float64; collective."""
         return self._reduce(values, dist.ReduceOp.SUM, torch.float64)

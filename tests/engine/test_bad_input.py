@@ -1,6 +1,7 @@
 """Bad input, as a user meets it: one clear sentence on stderr, exit code 2, and nothing half-written."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from fastvit_engine.cli import main
+from fastvit_engine.observe.metrics import read_metrics
 
 MODEL = ["model.name=Ti/4", "model.image_size=8", "model.width=32", "model.depth=1", "model.heads=2"]
 RUN = [
@@ -20,8 +22,6 @@ RUN = [
     "train.global_batch_size=8",
     "schedule.warmup=0 steps",
     "data.num_workers=0",
-    "data.streams=1",
-    "data.shuffle_buffer=1",
     "data.eval=null",
     "evaluate.every=null",
     "checkpoint.every=null",
@@ -85,7 +85,9 @@ def refused(capfd):
         ),
         pytest.param(["optimizer.learning_rate=fast"], ["learning_rate", "'fast'", "number"], id="wrong type"),
         pytest.param(["train.duration=soon"], ["'soon' is not a duration"], id="no duration"),
-        pytest.param(["train.duration=2 epochs"], ["data.train_samples"], id="epochs of unknown length"),
+        pytest.param(
+            ["train.duration=2 epochs", "data.order=stream"], ["data.train_samples"], id="epochs of unknown length"
+        ),
         pytest.param(["schedule.warmup=100 steps"], ["warm-up of 100", "4 steps"], id="warm-up longer than the run"),
         pytest.param(["model.name=XL/4"], ["'XL/4'", "sizes: Ti, S, B, L, H"], id="unknown model"),
         pytest.param(
@@ -95,7 +97,21 @@ def refused(capfd):
         pytest.param(["data.train=null"], ["data.train is not set"], id="no shards given"),
         pytest.param(["data.train=nowhere-*.tar"], ["nowhere-*.tar", "matches no shards"], id="no shards match"),
         pytest.param(["data.train=nowhere-{0..3}.tar"], ["nowhere-0.tar", "does not exist"], id="a shard is missing"),
-        pytest.param(["data.streams=4"], ["1 shards for 4 parallel streams"], id="more streams than shards"),
+        pytest.param(
+            ["data.order=stream", "data.streams=4"], ["1 shards for 4 parallel streams"], id="more streams than shards"
+        ),
+        pytest.param(["data.lanes=65"], ["data.lanes is 65", "64 samples"], id="more lanes than samples"),
+        pytest.param(["data.image_key=tif"], ["'sample0000'", "no 'tif' member"], id="no such image member"),
+        pytest.param(["data.label_key=txt"], ["'sample0000'", "no 'txt' member"], id="no such label member"),
+        pytest.param(["data.index=gone.index"], ["no index gone.index"], id="no such index"),
+        pytest.param(["data.train=[]"], ["data.train", "at least 1 item"], id="no sources"),
+        pytest.param(
+            ["data.train=[{shards: x, weigth: 2}]"],
+            ["unknown configuration key 'data.train.weigth'", "did you mean 'data.train.weight'"],
+            id="source's key misspelt",
+        ),
+        pytest.param(["data.train=[{shards: x, weight: 0}]"], ["data.train.weight", "greater than 0"], id="no weight"),
+        pytest.param(["data.train=7"], ["data.train", "7", "string"], id="shards are a number"),
         pytest.param(["train.precision=fp16"], ["fp16 needs a GPU"], id="fp16 without GPU"),
         pytest.param(["zero.stage=7"], ["zero.stage", "7"], id="no such ZeRO stage"),
         pytest.param(["zero.offload=all"], ["needs zero.stage = 3"], id="offload at the wrong stage"),
@@ -139,15 +155,19 @@ def test_label_of_the_first_sample_out_of_range(refused, tmp_path):
     [
         pytest.param("label", ["sample0020", "label 99, outside 0..9"], id="label out of range"),
         pytest.param("word", ["sample0020", "not a class index"], id="label is a word"),
-        pytest.param("image", ["sample0020", "cannot be decoded"], id="corrupt image"),
-        pytest.param("truncated", ["is damaged or unreadable"], id="truncated shard"),
+        pytest.param(
+            "images",
+            ["42 of 64 samples have no usable image", "data.max_bad_share", "cannot be decoded"],
+            id="corrupt images",
+        ),
+        pytest.param("truncated", ["is truncated", "at byte"], id="truncated shard"),
     ],
 )
-def test_damage_met_while_training(refused, tmp_path, damage, parts):
+def test_damaged_data(refused, tmp_path, damage, parts):
     labels = [number % 10 for number in range(32)]
     if damage in ("label", "word"):
         labels[20] = 99 if damage == "label" else "cat"
-    shard = write_shard(tmp_path / "train-000000.tar", labels, {20: b"not an image"} if damage == "image" else None)
+    shard = write_shard(tmp_path / "train-000000.tar", labels)
     if damage == "truncated":
         shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
     out = tmp_path / "run"
@@ -179,13 +199,22 @@ def test_resume_that_cannot_be(refused, shard, tmp_path, change, processes, part
     out = tmp_path / "run"
     assert main(train_arguments(out, f"data.train={shard}")) == 0
     before = snapshot(out)
-    longer = [f"data.train={shard}", "train.duration=6 steps", "data.num_workers=0", change]
-    longer += ["data.streams=1"] if processes == 1 else ["data.streams=2"]
-    if processes == 2:
-        write_shard(shard.with_name("train-000001.tar"), range(10))
-        longer[0] = f"data.train={shard.parent}/train-*.tar"
+    longer = [f"data.train={shard}", "train.duration=6 steps", change]
     refused(train_arguments(out, *longer, processes=processes, resume="auto"), *parts)
     assert snapshot(out) == before
+
+
+def test_a_corrupt_image_is_left_out_and_named_once(shard, tmp_path, capfd):
+    write_shard(shard, [number % 10 for number in range(64)], {20: b"not an image"})
+    out = tmp_path / "run"
+    settings = [f"data.train={shard}", "train.duration=24 steps", "train.log_every=1"]
+    assert main(train_arguments(out, *settings)) == 0
+    rows = read_metrics(out / "metrics.jsonl")[0]
+    assert [rows[step - 1]["bad_samples"] for step in (8, 16, 24)] == [1, 2, 3]
+    entries = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
+    assert [(entry["key"], entry["shard"]) for entry in entries] == [("sample0020", str(shard))]
+    assert json.loads((out / "checkpoints" / "step-00000024" / "state.json").read_text())["bad_samples"] == 3
+    assert capfd.readouterr().err.count("left out: sample 'sample0020'") == 1
 
 
 def test_damaged_checkpoint(refused, shard, tmp_path):

@@ -11,6 +11,7 @@ import torch
 from fastvit_engine.data import Batch, build_eval_data, build_train_data, prepare_data
 from fastvit_engine.data.augment import View, eval_view, render
 from fastvit_engine.data.decode import PixelBuffer, decode_image
+from fastvit_engine.data.loader import ReadAhead, build_order
 from fastvit_engine.errors import UserError
 
 BATCH = 12
@@ -162,6 +163,26 @@ def test_sources_are_mixed_by_weight(tmp_path, write_tar, sample_members, make_c
     assert sum(key >= "s050" for key in keys) == 400
     few = [key for key in keys if key >= "s050"]
     assert all(sorted(few[n : n + 5]) == [f"s{k:03d}" for k in range(50, 55)] for n in range(0, 400, 5))
+
+
+def test_the_storage_hears_of_shards_in_the_order_of_need(shards, make_config, plan):
+    class Storage:
+        told: list[list[int]] = []
+
+        def will_need(self, numbers):
+            self.told.append(numbers)
+
+    config = make_config(shards, lanes=2, window=5)
+    data = plan(config)
+    indexes = [source.data.open() for source in data.train]
+    order, storage = build_order(config, data.train, indexes), Storage()
+    places = np.array([1, 3])  # of a batch of 4: those of rank 1 of 2
+    ahead = ReadAhead(build_order(config, data.train, indexes), indexes, storage, places, batch=4)
+    for start in range(0, 200, 4):
+        ahead.at(start)
+        in_order = order.locate((start + np.arange(0, 20, 4)[:, None] + places).ravel()).shard.tolist()
+        assert storage.told[-1] == list(dict.fromkeys(in_order))
+    assert len(storage.told) == 50
 
 
 @pytest.mark.timeout(30)
