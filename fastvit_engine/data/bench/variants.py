@@ -254,11 +254,11 @@ def _timm_batches(dataset: Dataset, workers: int, endless: bool) -> Batches:
         from timm.data import create_dataset, create_loader
 
     logging.getLogger("timm").setLevel(logging.ERROR)  # it misses an info.json that it does not need
-    root = str(Path(dataset.shards[0]).parent)
+    samples = dataset.samples * (10_000 if endless else 1)  # of an epoch, for which it repeats the shards
     data = create_dataset(
         "wds/",
-        root=root,
-        split=f"{'::'.join(dataset.shards)}|{dataset.samples}",
+        root=str(Path(dataset.shards[0]).parent),
+        split=f"{'::'.join(dataset.shards)}|{samples}",
         is_training=True,
         batch_size=dataset.batch_size,
     )
@@ -274,10 +274,7 @@ def _timm_batches(dataset: Dataset, workers: int, endless: bool) -> Batches:
         device=torch.device("cpu"),
         **settings,
     )
-    while True:
-        yield from loader.loader
-        if not endless:
-            return
+    yield from loader.loader
 
 
 @contextmanager
