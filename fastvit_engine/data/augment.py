@@ -28,6 +28,7 @@ class View(NamedTuple):
     width: int
     resized: tuple[int, int]  # (height, width) of the whole box then, at least the model's image size
     mirrored: bool = False
+    fast: bool = False  # decoded a little less accurately, by less than the way of resizing matters
 
     @property
     def reduction(self) -> int:
@@ -47,7 +48,7 @@ def train_view(height: int, width: int, image_size: int, data: DataConfig, draws
         box = inception_crop(height, width, data.crop_scale, data.crop_ratio, draws[1:])
     else:
         box = (0, 0, height, width)
-    return View(*box, resized=(image_size, image_size), mirrored=data.flip and draws[0] < 0.5)
+    return View(*box, resized=(image_size, image_size), mirrored=data.flip and draws[0] < 0.5, fast=True)
 
 
 def eval_view(height: int, width: int, image_size: int, eval_crop: float) -> View:

@@ -41,9 +41,10 @@ class Jpeg:
     def __init__(self, data: bytes, height: int, width: int) -> None:
         self.data, self.height, self.width = data, height, width
 
-    def decode(self, buffer: PixelBuffer, reduction: int = 1) -> np.ndarray:
+    def decode(self, buffer: PixelBuffer, reduction: int = 1, *, fast: bool = False) -> np.ndarray:
         """uint8 RGB [ceil(height / reduction), ceil(width / reduction), 3], in `buffer`; reduction is 1, 2, 4 or 8.
 
+        Bit for bit what Pillow gives; or, with `fast`, by libjpeg-turbo's fast DCT and upsampling, 42 dB from it.
         Damaged data decodes as far as it goes, as in the usual ImageNet pipelines. ValueError where nothing does.
         """
         height, width = -(-self.height // reduction), -(-self.width // reduction)
@@ -54,6 +55,8 @@ class Jpeg:
                 min_height=height,
                 min_width=width,
                 min_factor=reduction,
+                fastdct=fast,
+                fastupsample=fast,
                 buffer=buffer.reserve(height, width),
                 strict=False,
             )
@@ -67,8 +70,8 @@ class OtherImage:
     def __init__(self, image: Image.Image) -> None:
         self.image, self.height, self.width = image, image.height, image.width
 
-    def decode(self, buffer: PixelBuffer, reduction: int = 1) -> np.ndarray:
-        """As Jpeg.decode."""
+    def decode(self, buffer: PixelBuffer, reduction: int = 1, *, fast: bool = False) -> np.ndarray:
+        """As Jpeg.decode, but into memory of its own, and never less than accurate."""
         try:
             pixels = _rgb(self.image)
         except Exception as error:  # Pillow's decoders raise many kinds, all meaning the same here

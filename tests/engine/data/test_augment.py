@@ -65,6 +65,11 @@ def test_training_crop_is_a_function_of_the_seed():
     assert not np.array_equal(first, _train(image, 16, data, 124))
 
 
+def test_evaluation_decodes_accurately():
+    assert not eval_view(60, 80, 16, 0.875).fast
+    assert train_view(60, 80, 16, DataConfig(), draw_crops(np.array([1]))[0]).fast
+
+
 def test_resize_crop_takes_the_whole_image():
     out = _train(_ramp(60, 80), 16, DataConfig(crop="resize", flip=False), 0)
     assert out[0, 0, 0] < 15 and out[-1, 0, 0] > 235 and out[0, 0, 1] < 15 and out[0, -1, 1] > 235

@@ -101,6 +101,14 @@ def test_decoding_smaller(encode, format, reduction):
     assert np.abs(difference).max() < 6
 
 
+def test_fast_decoding_is_near_to_accurate_decoding(photo):
+    for number in range(4):
+        data = photo(number, height=150, width=200)
+        image = open_image(data)
+        error = image.decode(PixelBuffer(), fast=True).astype(int) - image.decode(PixelBuffer())
+        assert error.any() and 10 * np.log10(255**2 / (error**2).mean()) > 35  # dB
+
+
 def test_every_size_decodes_smaller(encode):
     for height, width in [(1, 1), (7, 9), (16, 17), (33, 8), (100, 3), (225, 224)]:
         image = open_image(encode(np.zeros((height, width, 3), np.uint8), "JPEG"))
