@@ -61,14 +61,14 @@ def _add_index(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def _index(args: argparse.Namespace) -> int:
     from fastvit_engine.data.index import INDEX_SUFFIX, write_index
-    from fastvit_engine.data.shards import find_shards
+    from fastvit_engine.data.shards import list_shards
     from fastvit_engine.errors import UserError
 
     if args.out.suffix != INDEX_SUFFIX:
         raise UserError(f"--out is {args.out}: let its name end in {INDEX_SUFFIX}, by which training knows an index")
     if args.processes is not None and args.processes < 1:
         raise UserError(f"--processes is {args.processes}: at least 1")
-    shards = sorted({shard for pattern in args.shards for shard in find_shards(pattern, None)})
+    shards = list_shards(args.shards, named="SHARDS")
     index = write_index(shards, args.out, label_key=args.label_key, processes=args.processes, progress=print)
     classes = index.class_counts()
     unlabelled = int(index.unlabelled.sum())

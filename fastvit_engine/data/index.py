@@ -88,15 +88,16 @@ class Index:
         found = [numbers.get(_whole(shard)) for shard in shards]
         if None in found:
             names = Counter(_file_name(shard) for shard in self.shards)
-            by_name = {_file_name(shard): number for number, shard in enumerate(self.shards)}
-            unique = {name: number for name, number in by_name.items() if names[name] == 1}
-            found = [unique.get(_file_name(s)) if n is None else n for s, n in zip(shards, found, strict=True)]
-            # Elsewhere, a file of the same name may be another one.
-            found = [None if n is None or self._size_differs(s, n) else n for s, n in zip(shards, found, strict=True)]
+            unique = {_file_name(s): n for n, s in enumerate(self.shards) if names[_file_name(s)] == 1}
+            for place, shard in enumerate(shards):
+                number = unique.get(_file_name(shard))
+                if found[place] is None and number is not None and self._has_size_of(number, shard):
+                    found[place] = number
         return found
 
-    def _size_differs(self, shard: str, number: int) -> bool:
-        return is_local(shard) and os.stat(shard).st_size != self.sizes[number]
+    def _has_size_of(self, number: int, shard: str) -> bool:
+        """Whether a file of the same name elsewhere can be the same shard."""
+        return not is_local(shard) or (os.path.isfile(shard) and os.path.getsize(shard) == self.sizes[number])
 
     def select(self, shards: Sequence[str]) -> "Index":
         """The index of these shards alone, read from the given paths or URLs; UserError where one is not in it."""
@@ -181,11 +182,12 @@ def open_index(path: Path) -> Index:
         columns[name] = column if name in ("stamps", "fingerprints") else column.astype(np.int64)
         at += column.nbytes
     label_ends = columns.pop("label_ends")
+    folder = os.path.join(path.parent, "")
     counts = columns["counts"]
     return Index(
         path=path,
         label_key=names["label_key"],
-        shards=[os.path.join(path.parent, shard) if is_local(shard) else shard for shard in names["shards"]],
+        shards=[shard if shard.startswith("/") or not is_local(shard) else folder + shard for shard in names["shards"]],
         first=np.cumsum(counts) - counts,
         starts=_map_starts(path),
         label_ranges=np.stack([np.concatenate([[0], label_ends[:-1]]), label_ends], axis=1),
@@ -221,7 +223,9 @@ def write_index(
             temporary.unlink(missing_ok=True)
         flush_to_disk(path.parent)
     except OSError as error:
-        raise UserError(f"index {path} cannot be written ({error.strerror}): choose another --out") from error
+        raise UserError(
+            f"index {path} cannot be written ({error.strerror}): make room, or choose another place"
+        ) from error
     return open_index(path)
 
 
@@ -298,6 +302,8 @@ def _check_padding(read: ReadAt, offset: int, size: int) -> None:
         piece = read(offset, 1 << 20)
         if rest := piece.lstrip(b"\0"):
             raise TarError("has data after its end marker,", offset + len(piece) - len(rest))
+        if not piece:
+            raise TarError("was cut short while it was read,", offset)
         offset += len(piece)
 
 
@@ -385,8 +391,14 @@ def _scan(task: tuple[str, str, tuple[int, int] | None]) -> ShardRecord | TarErr
             return scan_shard(opened.read, opened.size, opened.stamp, label_key)
     except TarError as error:
         return error
+    except UserError:
+        raise
     except OSError as error:
         return TarError(f"cannot be read ({error.strerror or error})")
+    except Exception as error:  # whatever the library of a remote store raises
+        if is_local(shard):
+            raise
+        return TarError(f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})")
 
 
 def _scan_all(

@@ -14,12 +14,12 @@ import numpy as np
 from fastvit_engine.config import Config
 from fastvit_engine.data.augment import draw_crops, eval_view, train_view
 from fastvit_engine.data.batch import BadSample, Batch, BatchBuilder, Workspace, rebatch
+from fastvit_engine.data.data_plan import DataPlan, TrainSource
 from fastvit_engine.data.decode import Sample
 from fastvit_engine.data.draws import sample_seeds
 from fastvit_engine.data.index import Index
 from fastvit_engine.data.local_storage import LocalShards
 from fastvit_engine.data.order import Integers, Order, Places, SourceOrder, share_slots
-from fastvit_engine.data.plan import DataPlan, TrainSource
 from fastvit_engine.data.shards import find_shards, is_local
 from fastvit_engine.data.stream_loader import stream_eval_chunks, stream_train_chunks
 from fastvit_engine.data.tar import TarError, iterate_files

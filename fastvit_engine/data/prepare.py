@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from fastvit_engine.config import Config, DataSource
+from fastvit_engine.data.data_plan import DataPlan, IndexedShards, TrainSource
 from fastvit_engine.data.decode import CorruptSample, Sample, decode_image, read_image, read_label
 from fastvit_engine.data.index import INDEX_NAME, INDEX_SUFFIX, Index, open_index, stamp_of_local, write_index
 from fastvit_engine.data.loader import open_storage, parse_sample
 from fastvit_engine.data.order import CYCLE, choose_lanes, share_slots
-from fastvit_engine.data.plan import DataPlan, IndexedShards, TrainSource
 from fastvit_engine.data.shards import Split, find_shards, info_beside, is_local
 from fastvit_engine.data.stream import read_shard
 from fastvit_engine.data.stream_loader import plan_streams
@@ -51,7 +51,7 @@ def prepare_data(
     if config.data.eval:
         index = _find_index(config.data.eval, config.data.index, "eval", config, index_folder)
         _check_samples(index, "eval", config)
-        evaluation = IndexedShards(index.path, tuple(index.shards))
+        evaluation = IndexedShards.of(index)
     info = info_beside(list(sources[0].data.shards))
     return DataPlan(
         train=sources,
@@ -73,8 +73,7 @@ def _prepare_source(
         raise UserError(
             f"data.lanes is {lanes} and {source.shards} holds {index.samples} samples: lower it, or leave it out"
         )
-    data = IndexedShards(index.path, tuple(index.shards))
-    return TrainSource(data, source.weight, index.samples, lanes, index.hash)
+    return TrainSource(IndexedShards.of(index), source.weight, index.samples, lanes)
 
 
 # ---- finding the index

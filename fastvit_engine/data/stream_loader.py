@@ -13,9 +13,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from fastvit_engine.config import Config
 from fastvit_engine.data.augment import draw_crops, eval_view, train_view
 from fastvit_engine.data.batch import Batch, BatchBuilder, Workspace, empty_batch
+from fastvit_engine.data.data_plan import StreamPlan
 from fastvit_engine.data.decode import Sample
 from fastvit_engine.data.draws import sample_seeds
-from fastvit_engine.data.plan import StreamPlan
 from fastvit_engine.data.stream import read_shard, stream_samples
 from fastvit_engine.data.workers import load_stream
 from fastvit_engine.errors import UserError

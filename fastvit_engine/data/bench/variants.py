@@ -25,10 +25,10 @@ from torch import Tensor
 from fastvit_engine.config import Config
 from fastvit_engine.data.augment import draw_crops, inception_crop, render, train_view
 from fastvit_engine.data.batch import BadSample, Workspace
+from fastvit_engine.data.data_plan import DataPlan
 from fastvit_engine.data.decode import open_image, read_image, read_label
 from fastvit_engine.data.draws import sample_seeds
 from fastvit_engine.data.loader import build_train_data, open_train_samples
-from fastvit_engine.data.plan import DataPlan
 from fastvit_engine.data.prepare import prepare_data
 
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

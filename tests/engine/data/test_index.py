@@ -1,7 +1,6 @@
 """The index against tarfile, and every kind of damage that it must name."""
 
 import io
-import json
 import pickle
 import tarfile
 from pathlib import Path
@@ -214,7 +213,6 @@ def test_command(tmp_path, write_tar, sample_members, capsys):
 
     for n in range(2):
         write_tar(tmp_path / f"{n}.tar", [*sample_members(range(n, n + 4)), ("x.jpg", b"no label")])
-    (tmp_path / "dataset.json").write_text(json.dumps("not read by this command"))
     out = tmp_path / "shards.index"
     assert main(["data", "index", str(tmp_path), f"{tmp_path}/0.tar", "--out", str(out)]) == 0
     assert "10 samples in 2 shards, 3 classes, 2 without a label, hash" in capsys.readouterr().out

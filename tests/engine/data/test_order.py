@@ -148,9 +148,9 @@ def go_on_at(step):
     return order
 
 def seconds(function):
-    began = time.perf_counter()
+    began = time.process_time()
     function()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 steps = [0, 1, 73_000, 1_000_000, 73_242 * 90 - 1]
 order = go_on_at(7)
@@ -174,6 +174,6 @@ def test_300_million_samples_cost_no_time_and_no_memory(tmp_path):
         write_columns(file, columns, [f"train-{n:06d}.tar" for n in range(shards)], "cls")
     output = subprocess.run([sys.executable, "-c", LARGE, path], capture_output=True, text=True, check=True).stdout
     start, batch, memory = map(float, output.split())
-    assert start < 0.5  # seconds, the slowest of five starts
-    assert batch < 0.002  # seconds for the 4,096 places of a step
+    assert start < 0.3  # seconds of CPU, the slowest of five starts
+    assert batch < 0.001  # seconds of CPU for the 4,096 places of a step
     assert memory < 1e6  # KB at most, with PyTorch and everything

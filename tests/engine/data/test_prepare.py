@@ -8,6 +8,7 @@ import pytest
 
 from fastvit_engine.data import prepare as prepare_module
 from fastvit_engine.data import prepare_data
+from fastvit_engine.data.data_plan import IndexedShards
 from fastvit_engine.data.index import open_index, write_index
 from fastvit_engine.errors import UserError
 
@@ -49,7 +50,9 @@ def test_a_changed_shard_is_indexed_again(folder, run, make_config, write_tar, s
     os.remove(folder / "part-6.tar")
     after = _prepare(config, run)
     assert (before.samples_per_epoch, after.samples_per_epoch) == (35, 29)
-    assert before.train[0].hash != after.train[0].hash
+    assert before.train[0].data.hash != after.train[0].data.hash
+    with pytest.raises(UserError, match="was written anew while the run was starting"):
+        IndexedShards(folder / "shards.index", after.train[0].data.shards, before.train[0].data.hash).open()
 
 
 @pytest.mark.parametrize("why", ["no right to write", "another label"])
@@ -70,7 +73,7 @@ def test_a_named_index_serves_the_same_shards_anywhere(shards, folder, tmp_path,
     plans = [
         _prepare(make_config(train, index=str(named)), run) for train in (shards, folder, f"{folder}/part-*.tar")
     ] + [_prepare(make_config(named), run)]
-    assert {plan.train[0].hash for plan in plans} == {index.hash}
+    assert {plan.train[0].data.hash for plan in plans} == {index.hash}
     assert plans[1].train[0].data.shards[0] == str(folder / "part-0.tar")
     assert not (folder / "shards.index").exists()
     write_tar(shards.parent / "part-7.tar", [("x.jpg", b""), ("x.cls", b"0")])

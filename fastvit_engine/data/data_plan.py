@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from fastvit_engine.config import DataConfig
 from fastvit_engine.data.index import Index, open_index
+from fastvit_engine.errors import UserError
 
 
 class StreamPlan(NamedTuple):
@@ -23,9 +24,18 @@ class IndexedShards:
 
     index: Path
     shards: tuple[str, ...]
+    hash: str  # of the index of these shards
+
+    @classmethod
+    def of(cls, index: Index) -> "IndexedShards":
+        return cls(index.path, tuple(index.shards), index.hash)
 
     def open(self) -> Index:
-        return open_index(self.index).select(self.shards)
+        """The index of these shards; UserError where it is no longer the one that the run was planned with."""
+        index = open_index(self.index).select(self.shards)
+        if index.hash != self.hash:
+            raise UserError(f"index {self.index} was written anew while the run was starting: start the run again")
+        return index
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,6 @@ class TrainSource:
     weight: float
     samples: int
     lanes: int
-    hash: str  # of the index
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,7 @@ class DataPlan:
         """What the order depends on besides the seed, for the state of a run."""
         if self.streams:
             return {"order": "stream", "streams": self.streams.streams, "shuffle_buffer": data.shuffle_buffer}
-        sources = [{"index": s.hash, "lanes": s.lanes, "weight": s.weight} for s in self.train]
+        sources = [{"index": s.data.hash, "lanes": s.lanes, "weight": s.weight} for s in self.train]
         return {"order": "indexed", "window": data.window, "sources": sources}
 
     def describe(self) -> str:
