@@ -9,7 +9,7 @@ from webdataset.writer import TarWriter
 
 from fastvit_engine.data.bench.variants import IMAGE_KEYS
 from fastvit_engine.data.decode import decode_image
-from fastvit_engine.data.shards import find_shards, is_local
+from fastvit_engine.data.shards import is_local, list_shards
 from fastvit_engine.data.stream import read_shard
 from fastvit_engine.errors import UserError
 
@@ -20,7 +20,7 @@ def link_shards(pattern: str, folder: Path) -> None:
     """Fills a new folder with links to the first of the shards: nothing is written beside them."""
     folder.mkdir()
     total = 0
-    for number, shard in enumerate(find_shards(pattern, None)):
+    for number, shard in enumerate(list_shards([pattern], named="SHARDS")):
         if not is_local(shard):
             raise UserError(f"shard {shard} is not local: copy some shards to a local disk to measure on")
         total += Path(shard).stat().st_size

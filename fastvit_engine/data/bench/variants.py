@@ -232,6 +232,8 @@ def _recipe(data: bytes, size: int) -> Tensor:
 
 
 def _fast_decode(data: bytes, size: int) -> np.ndarray:
+    if data[:2] != b"\xff\xd8":  # no JPEG
+        return np.asarray(_pil_decode(data, size))
     return simplejpeg.decode_jpeg(data, "RGB", strict=False)
 
 
