@@ -35,6 +35,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     _add_verify(actions)
     _add_stats(actions)
     _add_show(actions)
+    _add_bench(actions)
 
 
 def _add_make(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -230,4 +231,50 @@ def _index(args: argparse.Namespace) -> int:
     unlabelled = int(index.unlabelled.sum())
     labels = f"{len(classes):,} classes" + (f", {unlabelled:,} without a label" if unlabelled else "")
     print(f"{args.out}: {index.samples:,} samples in {len(shards):,} shards, {labels}, hash {index.hash}")
+    return 0
+
+
+def _add_bench(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    bench = actions.add_parser(
+        "bench",
+        help="measure reading, decoding and augmenting, beside other ways to do it",
+        description="Measures how many training images a CPU-second gives, stage by stage and as whole loaders: this\n"
+        "engine, WebDataset with the usual transforms, WebDataset with fast ones, and timm. Takes the first 256 MB of\n"
+        "the shards and writes nothing beside them.",
+        epilog="example:\n  fastvit data bench shards/photos --repack 256 --out bench",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("shards", metavar="SHARDS", help="a folder, a glob or a brace pattern")
+    bench.add_argument("--image-size", type=int, default=224, metavar="PIXELS", help="of the crops (default 224)")
+    bench.add_argument("--workers", type=int, default=2, metavar="N", help="processes of each loader (default 2)")
+    bench.add_argument("--rounds", type=int, metavar="N", help="how often everything is measured (default 9)")
+    bench.add_argument("--repack", type=int, metavar="PIXELS", help="measure on the images with this short side too")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="write data_bench.md, .json and .png there")
+    bench.add_argument("--quick", action="store_true", help="two short rounds, for a first impression")
+    bench.add_argument("--json", action="store_true", help="print the figures as JSON")
+    bench.set_defaults(run=_bench)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    import json
+    import sys
+
+    from fastvit_engine.data.bench.run import FULL, QUICK, bench
+    from fastvit_engine.errors import UserError
+
+    for name in ("image_size", "workers", "rounds", "repack"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}: at least 1")
+    effort = QUICK if args.quick else FULL
+    text, record = bench(
+        args.shards,
+        image_size=args.image_size,
+        workers=args.workers,
+        effort=effort._replace(rounds=args.rounds or effort.rounds),
+        repack=args.repack,
+        out=args.out,
+        progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(json.dumps(record) if args.json else text, end="\n" if args.json else "")
     return 0

@@ -1,14 +1,16 @@
 """What the trainer gets: a batch of images, and how chunks of images become batches of an exact size."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastvit_engine.config import Config
-from fastvit_engine.data.decode import CorruptSample, Sample, read_image, read_label
+from fastvit_engine.data.augment import View, render
+from fastvit_engine.data.decode import CorruptSample, PixelBuffer, Sample, open_image, read_image, read_label
 
 
 class BadSample(NamedTuple):
@@ -19,6 +21,17 @@ class BadSample(NamedTuple):
     reason: str  # "has ..."
 
 
+class StageSeconds(NamedTuple):
+    """Where the time of decoding processes went."""
+
+    read: float = 0.0  # finding a sample, getting its bytes and its label
+    decode: float = 0.0
+    augment: float = 0.0
+
+    def __add__(self, other: "StageSeconds") -> "StageSeconds":  # type: ignore[override]
+        return StageSeconds(*(a + b for a, b in zip(self, other, strict=True)))
+
+
 class Batch(NamedTuple):
     """Images with their labels, on the host."""
 
@@ -26,7 +39,9 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [B]
     weights: Tensor  # float32 [B]: 1, or 0 for padding and bad samples, which are black and of label 0
     keys: list[str]  # B sample keys; "" for padding
-    bad: tuple[BadSample, ...] = ()  # the bad samples that this batch or the chunks it was joined from came with
+    # Of this batch, or of the chunks whose beginning is in it:
+    bad: tuple[BadSample, ...] = ()
+    seconds: StageSeconds = StageSeconds()
 
 
 def empty_batch(size: int, image_size: int) -> Batch:
@@ -39,25 +54,36 @@ def empty_batch(size: int, image_size: int) -> Batch:
     )
 
 
+class Workspace:
+    """Memory that a decoding process uses again and again."""
+
+    def __init__(self) -> None:
+        self.decoded, self.resized = PixelBuffer(), PixelBuffer()
+
+
 class BatchBuilder:
     """A batch that is filled sample by sample; what is not filled stays padding."""
 
-    def __init__(self, size: int, config: Config) -> None:
-        self._config = config
-        self._batch = empty_batch(size, config.model.image_size)
+    def __init__(self, batch: Batch, config: Config, workspace: Workspace) -> None:
+        """`batch` is padding so far (see `empty_batch`) but for its images, which may be anything."""
+        self._batch, self._config, self._workspace = batch, config, workspace
+        # NumPy's views of it: setting an element of a tensor takes microseconds.
+        self._images, self._labels, self._weights = (tensor.numpy() for tensor in batch[:3])
         self._bad: list[BadSample] = []
+        self._seconds = [0.0, 0.0, 0.0]
+        self._lap = time.perf_counter()
 
-    def add(self, row: int, sample: Sample, transform: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Decodes a sample into `row`, through `transform` from any uint8 [H, W, 3] to the batch's size."""
+    def add(self, row: int, sample: Sample, choose_view: Callable[[int, int], View]) -> None:
+        """Decodes of a sample what `choose_view` chooses, given its image's height and width, into `row`."""
         label = read_label(sample, self._config.data, self._config.model.num_classes)
+        self._end_stage(0)
         try:
-            image = transform(read_image(sample, self._config.data))
+            read_image(sample, self._config.data, partial(self._draw, row, choose_view))
         except CorruptSample as error:
             self.add_bad(row, BadSample(sample["__key__"], sample["__url__"], str(error)))
             return
-        self._batch.images[row] = torch.from_numpy(image)
-        self._batch.labels[row] = label
-        self._batch.weights[row] = 1
+        self._labels[row] = label
+        self._weights[row] = 1
         self._batch.keys[row] = sample["__key__"]
 
     def add_bad(self, row: int, sample: BadSample) -> None:
@@ -65,37 +91,56 @@ class BatchBuilder:
         self._bad.append(sample)
 
     def build(self) -> Batch:
-        return self._batch._replace(bad=tuple(self._bad))
+        self._images[self._weights == 0] = 0
+        return self._batch._replace(bad=tuple(self._bad), seconds=StageSeconds(*self._seconds))
+
+    def _draw(self, row: int, choose_view: Callable[[int, int], View], data: bytes) -> None:
+        image = open_image(data)
+        view = choose_view(image.height, image.width)
+        pixels = image.decode(self._workspace.decoded, view.reduction, fast=view.fast)
+        self._end_stage(1)
+        render(pixels, view, view.reduction, self._images[row], self._workspace.resized)
+        self._end_stage(2)
+
+    def _end_stage(self, stage: int) -> None:
+        now = time.perf_counter()
+        self._seconds[stage] += now - self._lap
+        self._lap = now
 
 
 def rebatch(chunks: Iterable[Batch], size: int, pin_memory: bool) -> Iterator[Batch]:
-    """Joins and cuts `chunks` into batches of exactly `size` images, in order; the last one is padded with weight 0."""
-    parts: list[Batch] = []
-    missing = size
+    """Joins and cuts `chunks` into batches of exactly `size` images, in order; the last one is padded with weight 0.
+
+    A chunk is copied when it comes, and its memory is free again when the next one is asked for.
+    """
+    batch, filled = None, 0
     for chunk in chunks:
         start = 0
         while start < len(chunk.keys):
-            cut = slice(start, start + missing)
-            bad = chunk.bad if start == 0 else ()
-            part = Batch(chunk.images[cut], chunk.labels[cut], chunk.weights[cut], chunk.keys[cut], bad)
-            parts.append(part)
-            start += len(part.keys)
-            missing -= len(part.keys)
-            if missing == 0:
-                yield _join(parts, size, pin_memory)
-                parts, missing = [], size
-    if parts:
-        parts.append(empty_batch(missing, image_size=parts[0].images.shape[1]))
-        yield _join(parts, size, pin_memory)
+            if batch is None:
+                batch, filled = _unfilled(size, chunk.images.shape[1], pin_memory), 0
+            count = min(size - filled, len(chunk.keys) - start)
+            to, cut = slice(filled, filled + count), slice(start, start + count)
+            batch.images[to] = chunk.images[cut]
+            batch.labels[to] = chunk.labels[cut]
+            batch.weights[to] = chunk.weights[cut]
+            batch.keys[to] = chunk.keys[cut]
+            if start == 0:
+                batch = batch._replace(bad=batch.bad + chunk.bad, seconds=batch.seconds + chunk.seconds)
+            start, filled = start + count, filled + count
+            if filled == size:
+                yield batch
+                batch = None
+    if batch is not None:
+        batch.images[filled:] = 0
+        yield batch
 
 
-def _join(parts: list[Batch], size: int, pin_memory: bool) -> Batch:
-    # Images go straight into (pinned) memory of their own: one copy, and the chunks' shared memory is free again.
-    images = torch.empty(size, *parts[0].images.shape[1:], dtype=torch.uint8, pin_memory=pin_memory)
-    torch.cat([part.images for part in parts], out=images)
-    labels = torch.cat([part.labels for part in parts])
-    weights = torch.cat([part.weights for part in parts])
-    if pin_memory:
-        labels, weights = labels.pin_memory(), weights.pin_memory()
-    keys = [key for part in parts for key in part.keys]
-    return Batch(images, labels, weights, keys, tuple(bad for part in parts for bad in part.bad))
+def _unfilled(size: int, image_size: int, pin_memory: bool) -> Batch:
+    """Padding but for its images, which may be anything."""
+    return Batch(
+        images=torch.empty(size, image_size, image_size, 3, dtype=torch.uint8, pin_memory=pin_memory),
+        labels=torch.zeros(size, dtype=torch.int64, pin_memory=pin_memory),
+        weights=torch.zeros(size, pin_memory=pin_memory),
+        keys=[""] * size,
+    )

@@ -1,7 +1,8 @@
 """Encoded image bytes to RGB pixels, and WebDataset samples to pixels and label."""
 
 import io
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import simplejpeg
@@ -11,37 +12,107 @@ from fastvit_engine.config import DataConfig
 from fastvit_engine.data.labels import label_member, parse_labels
 from fastvit_engine.errors import UserError
 
+T = TypeVar("T")
 Sample = dict[str, Any]  # "__key__", "__url__", and the bytes of each member by its lower-case extension
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
+_LARGEST_KEPT = 1 << 26  # bytes of a PixelBuffer
 
 
-def decode_image(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3] RGB of a JPEG, PNG or WebP. Transparency is dropped, EXIF orientation ignored.
+class PixelBuffer:
+    """Memory for one image after another: new memory for each would cost a page fault every 4 kB."""
 
-    Damaged JPEG data decodes as far as it goes, as in the usual ImageNet pipelines. ValueError where nothing decodes.
-    """
+    def __init__(self) -> None:
+        self._memory = np.empty(0, np.uint8)
+
+    def reserve(self, height: int, width: int) -> np.ndarray:
+        """uint8 [height, width, 3] with any content; valid until the next call."""
+        size = height * width * 3
+        if size > _LARGEST_KEPT:
+            return np.empty((height, width, 3), np.uint8)
+        if size > len(self._memory):
+            self._memory = np.empty(size, np.uint8)
+        return self._memory[:size].reshape(height, width, 3)
+
+
+class Jpeg:
+    """A JPEG that libjpeg-turbo turns into RGB, of which the header has been read."""
+
+    def __init__(self, data: bytes, height: int, width: int) -> None:
+        self.data, self.height, self.width = data, height, width
+
+    def decode(self, buffer: PixelBuffer, reduction: int = 1, *, fast: bool = False) -> np.ndarray:
+        """uint8 RGB [ceil(height / reduction), ceil(width / reduction), 3], in `buffer`; reduction is 1, 2, 4 or 8.
+
+        Bit for bit what Pillow gives; or, with `fast`, by libjpeg-turbo's fast DCT and upsampling, 42 dB from it.
+        Damaged data decodes as far as it goes, as in the usual ImageNet pipelines. ValueError where nothing does.
+        """
+        height, width = -(-self.height // reduction), -(-self.width // reduction)
+        try:
+            return simplejpeg.decode_jpeg(
+                self.data,
+                "RGB",
+                min_height=height,
+                min_width=width,
+                min_factor=reduction,
+                fastdct=fast,
+                fastupsample=fast,
+                buffer=buffer.reserve(height, width),
+                strict=False,
+            )
+        except ValueError:  # what libjpeg-turbo gives up on Pillow may still read
+            return _open_with_pillow(self.data).decode(buffer, reduction)
+
+
+class OtherImage:
+    """An image that Pillow decodes."""
+
+    def __init__(self, image: Image.Image) -> None:
+        self.image, self.height, self.width = image, image.height, image.width
+
+    def decode(self, buffer: PixelBuffer, reduction: int = 1, *, fast: bool = False) -> np.ndarray:
+        """As Jpeg.decode, but into memory of its own, and never less than accurate."""
+        try:
+            pixels = _rgb(self.image)
+        except Exception as error:  # Pillow's decoders raise many kinds, all meaning the same here
+            raise ValueError(str(error) or type(error).__name__) from error
+        return np.asarray(Image.fromarray(pixels).reduce(reduction)) if reduction > 1 else pixels
+
+
+def open_image(data: bytes) -> Jpeg | OtherImage:
+    """Reads the header of a JPEG, PNG or WebP; ValueError where there is none."""
     if data[:2] == b"\xff\xd8":
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
             if colorspace not in ("CMYK", "YCCK") and height * width <= MAX_PIXELS:
-                return simplejpeg.decode_jpeg(data, "RGB", strict=False)
+                return Jpeg(data, height, width)
         except (ValueError, KeyError):
             pass  # rare chroma subsamplings, which Pillow knows; it also refuses what is no image at all
-    return _decode_with_pillow(data)
+    return _open_with_pillow(data)
 
 
-def _decode_with_pillow(data: bytes) -> np.ndarray:
+def decode_image(data: bytes) -> np.ndarray:
+    """uint8 [H, W, 3] RGB of a JPEG, PNG or WebP; ValueError where nothing decodes.
+
+    Transparency is dropped, EXIF orientation ignored.
+    """
+    return open_image(data).decode(PixelBuffer())
+
+
+def _open_with_pillow(data: bytes) -> OtherImage:
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's conversion would clip, not scale
-                gray = (np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)
-                return np.repeat(gray[:, :, None], 3, axis=2)
-            return np.array(image.convert("RGB"))
+        return OtherImage(Image.open(io.BytesIO(data)))
     except UnidentifiedImageError as error:
         raise ValueError("not an image") from error
-    except Exception as error:  # Pillow's decoders raise many kinds, all meaning the same here
+    except Exception as error:  # as above
         raise ValueError(str(error) or type(error).__name__) from error
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow's conversion would clip, not scale
+        gray = (np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))
 
 
 class CorruptSample(Exception):
@@ -74,13 +145,13 @@ def read_label(sample: Sample, data: DataConfig, num_classes: int) -> int:
     return labels[0]
 
 
-def read_image(sample: Sample, data: DataConfig) -> np.ndarray:
-    """uint8 [H, W, 3] of a sample; CorruptSample where it has no image or one that cannot be decoded."""
+def read_image(sample: Sample, data: DataConfig, decode: Callable[[bytes], T]) -> T:
+    """What `decode` makes of a sample's image; CorruptSample where there is none or that raises ValueError."""
     name = next((name for name in data.image_key.split(";") if name in sample), None)
     if name is None:
         raise CorruptSample(f"has no '{data.image_key}' member, only {_members(sample)}")
     try:
-        return decode_image(sample[name])
+        return decode(sample[name])
     except ValueError as error:
         raise CorruptSample(f"has an image in '{name}' that cannot be decoded ({error})") from error
 

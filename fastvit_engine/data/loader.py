@@ -10,16 +10,16 @@ from functools import partial
 from itertools import count
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from fastvit_engine.config import Config
-from fastvit_engine.data.augment import eval_transform, train_transform
-from fastvit_engine.data.batch import BadSample, Batch, BatchBuilder, rebatch
+from fastvit_engine.data.augment import draw_crops, eval_view, train_view
+from fastvit_engine.data.batch import BadSample, Batch, BatchBuilder, Workspace, rebatch
 from fastvit_engine.data.data_plan import DataPlan, TrainSource
 from fastvit_engine.data.decode import Sample
+from fastvit_engine.data.draws import sample_seeds
 from fastvit_engine.data.index import Index
 from fastvit_engine.data.local_storage import LocalShards
-from fastvit_engine.data.order import Integers, Order, Places, SourceOrder, pixel_generator, share_slots
+from fastvit_engine.data.order import Integers, Order, Places, SourceOrder, share_slots
 from fastvit_engine.data.shards import find_shards, is_local
 from fastvit_engine.data.stream_loader import stream_eval_chunks, stream_train_chunks
 from fastvit_engine.data.tar import TarError, iterate_files
@@ -60,15 +60,14 @@ def build_train_data(
         chunks = stream_train_chunks(config, plan.streams, shards, rank=rank, world_size=world_size, first_step=step)
         return rebatch(chunks, micro_batch_size, pin_memory)
 
-    indexes = [source.data.open() for source in plan.train]
-    storage = open_storage(indexes)
-    samples = _TrainSamples(config, plan.train, indexes, storage)
+    samples = open_train_samples(config, plan)
+    indexes = samples.indexes
     own = np.arange(rank, batch, world_size)
     remote = any(not is_local(shard) for index in indexes for shard in index.shards)
     read_ahead = None
     if node_ranks and remote:
         places = np.flatnonzero(np.isin(np.arange(batch) % world_size, node_ranks))
-        read_ahead = ReadAhead(build_order(config, plan.train, indexes), indexes, storage, places, batch)
+        read_ahead = ReadAhead(build_order(config, plan.train, indexes), indexes, samples.storage, places, batch)
 
     def requests() -> Iterator[Integers]:
         for start in count(consumed, batch):
@@ -77,7 +76,7 @@ def build_train_data(
             for micro in (start + own).reshape(-1, micro_batch_size):
                 yield from _pieces(micro, config)
 
-    return rebatch(_load(samples, requests(), config), micro_batch_size, pin_memory)
+    return rebatch(_load(samples, requests(), micro_batch_size, config), micro_batch_size, pin_memory)
 
 
 def build_eval_data(
@@ -102,7 +101,13 @@ def build_eval_data(
         for piece in _pieces(positions[start : start + batch_size], config)
     )
     samples = _EvalSamples(config, index, open_storage([index]))
-    return rebatch(_load(samples, requests, config), batch_size, pin_memory)
+    return rebatch(_load(samples, requests, batch_size, config), batch_size, pin_memory)
+
+
+def open_train_samples(config: Config, plan: DataPlan) -> "TrainSamples":
+    """The samples of indexed shards, by their position in the run."""
+    indexes = [source.data.open() for source in plan.train]
+    return TrainSamples(config, plan.train, indexes, open_storage(indexes))
 
 
 def open_storage(indexes: list[Index]) -> LocalShards:
@@ -124,20 +129,15 @@ def build_order(config: Config, sources: tuple[TrainSource, ...], indexes: list[
     return Order(orders, share_slots([source.weight for source in sources]), config.seed)
 
 
-class _Samples(Dataset):
-    """Positions (int64 [n]) to a batch of n images, or to the UserError that they met."""
+class _Samples:
+    """Batches of the samples at positions (int64 [n])."""
 
     def __init__(self, config: Config, indexes: list[Index], storage: LocalShards) -> None:
         self.config, self.indexes, self.storage = config, indexes, storage
         self.first_shard = np.cumsum([0, *(len(index.shards) for index in indexes)])
+        self.workspace = Workspace()
 
-    def __getitem__(self, positions: Integers) -> Batch | UserError:
-        try:
-            return self.build(positions)
-        except UserError as error:
-            return error  # raising would wrap it in the worker's stack trace
-
-    def build(self, positions: Integers) -> Batch:
+    def build(self, positions: Integers, empty: Batch) -> Batch:
         raise NotImplementedError
 
     def read(self, places: Places) -> Iterator[Sample | BadSample]:
@@ -159,28 +159,23 @@ class _Samples(Dataset):
                 yield BadSample(key, name, reason)
 
 
-class _TrainSamples(_Samples):
+class TrainSamples(_Samples):
     def __init__(
         self, config: Config, sources: tuple[TrainSource, ...], indexes: list[Index], storage: LocalShards
     ) -> None:
         super().__init__(config, indexes, storage)
         self.order = build_order(config, sources, indexes)
 
-    def build(self, positions: Integers) -> Batch:
-        builder = BatchBuilder(len(positions), self.config)
+    def build(self, positions: Integers, empty: Batch) -> Batch:
+        builder = BatchBuilder(empty, self.config, self.workspace)
         places = self.order.locate(positions)
+        draws = draw_crops(sample_seeds(self.config.seed, places.source, places.epoch, places.position))
+        view = partial(train_view, image_size=self.config.model.image_size, data=self.config.data)
         for row, sample in enumerate(self.read(places)):
             if isinstance(sample, BadSample):
                 builder.add_bad(row, sample)
-                continue
-            source, epoch, position = places.source[row], places.epoch[row], places.position[row]
-            transform = partial(
-                train_transform,
-                image_size=self.config.model.image_size,
-                data=self.config.data,
-                generator=pixel_generator(self.config.seed, int(source), int(epoch), int(position)),
-            )
-            builder.add(row, sample, transform)
+            else:
+                builder.add(row, sample, partial(view, draws=draws[row]))
         return builder.build()
 
 
@@ -189,11 +184,9 @@ class _EvalSamples(_Samples):
         super().__init__(config, [index], storage)
         self.ends = np.cumsum(index.counts)
 
-    def build(self, positions: Integers) -> Batch:
-        builder = BatchBuilder(len(positions), self.config)
-        transform = partial(
-            eval_transform, image_size=self.config.model.image_size, eval_crop=self.config.data.eval_crop
-        )
+    def build(self, positions: Integers, empty: Batch) -> Batch:
+        builder = BatchBuilder(empty, self.config, self.workspace)
+        view = partial(eval_view, image_size=self.config.model.image_size, eval_crop=self.config.data.eval_crop)
         real = positions[positions != _PADDING]  # which stands at the end
         shard = np.searchsorted(self.ends, real, side="right")
         row = real - (self.ends - self.indexes[0].counts)[shard]
@@ -202,7 +195,7 @@ class _EvalSamples(_Samples):
             if isinstance(sample, BadSample):
                 builder.add_bad(place, sample)
             else:
-                builder.add(place, sample, transform)
+                builder.add(place, sample, view)
         return builder.build()
 
 
@@ -247,5 +240,13 @@ def _pieces(positions: Integers, config: Config) -> list[Integers]:
     return [part for part in parts if len(part)]
 
 
-def _load(samples: _Samples, requests: Iterator[Integers], config: Config) -> Iterator[Batch]:
-    return load(samples, num_workers=config.data.num_workers, prefetch=2, requests=requests)
+def _load(samples: _Samples, requests: Iterator[Integers], batch_size: int, config: Config) -> Iterator[Batch]:
+    num_workers = config.data.num_workers
+    return load(
+        samples.build,
+        requests,
+        num_workers=num_workers,
+        prefetch=2,
+        image_size=config.model.image_size,
+        most=-(-batch_size // max(num_workers, 1)),
+    )

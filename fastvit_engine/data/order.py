@@ -27,7 +27,7 @@ MAX_LANES = 256  # from here on batches are practically uniform draws
 _SMALLEST_LANE = 100  # samples: so at most one in a hundred samples is left out of an epoch
 
 # What a random number is drawn for.
-_SHARDS, _LANES, _WINDOW, _TURN, _SLOTS, _PIXELS = range(6)
+_SHARDS, _LANES, _WINDOW, _TURN, _SLOTS = range(5)
 
 
 class Places(NamedTuple):
@@ -147,11 +147,6 @@ def share_slots(weights: Sequence[float]) -> list[int]:
     for source in np.argsort(slots - exact, kind="stable")[: CYCLE - slots.sum()]:
         slots[source] += 1
     return [int(number) for number in slots]
-
-
-def pixel_generator(seed: int, source: int, epoch: int, position: int) -> np.random.Generator:
-    """The generator for the augmentation of one sample."""
-    return np.random.Generator(_philox(seed, _PIXELS, source, epoch, position))
 
 
 def _philox(

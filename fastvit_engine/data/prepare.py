@@ -10,7 +10,7 @@ import numpy as np
 
 from fastvit_engine.config import Config, DataSource
 from fastvit_engine.data.data_plan import DataPlan, IndexedShards, TrainSource
-from fastvit_engine.data.decode import CorruptSample, Sample, read_image, read_label
+from fastvit_engine.data.decode import CorruptSample, Sample, decode_image, read_image, read_label
 from fastvit_engine.data.index import INDEX_NAME, INDEX_SUFFIX, Index, open_index, stamp_of_local, write_index
 from fastvit_engine.data.loader import open_storage, parse_sample
 from fastvit_engine.data.order import CYCLE, choose_lanes, share_slots
@@ -172,7 +172,7 @@ def _check_samples(index: Index, split: Split, config: Config) -> None:
         for sample in _read_rows(index, shard, [int(number - (ends[shard] - index.counts[shard]))]):
             read_label(sample, config.data, config.model.num_classes)
             try:
-                read_image(sample, config.data)
+                read_image(sample, config.data, decode_image)
                 return
             except CorruptSample as error:
                 errors.append(_unusable(sample, error))
@@ -237,7 +237,7 @@ def _check_stream(shards: list[str], split: Split, config: Config) -> None:
     for sample in (sample for shard in local[:1] for sample in read_shard(shard)):
         read_label(sample, config.data, config.model.num_classes)
         try:
-            read_image(sample, config.data)
+            read_image(sample, config.data, decode_image)
         except CorruptSample as error:
             raise UserError(_unusable(sample, error)) from error
         break

@@ -8,16 +8,16 @@ w of W those with s % (R * W) == w * R + r; workers hand over whole chunks in tu
 from collections.abc import Iterator
 from functools import partial
 
-import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastvit_engine.config import Config
-from fastvit_engine.data.augment import eval_transform, train_transform
-from fastvit_engine.data.batch import Batch, BatchBuilder
+from fastvit_engine.data.augment import draw_crops, eval_view, train_view
+from fastvit_engine.data.batch import Batch, BatchBuilder, Workspace, empty_batch
 from fastvit_engine.data.data_plan import StreamPlan
 from fastvit_engine.data.decode import Sample
+from fastvit_engine.data.draws import sample_seeds
 from fastvit_engine.data.stream import read_shard, stream_samples
-from fastvit_engine.data.workers import load
+from fastvit_engine.data.workers import load_stream
 from fastvit_engine.errors import UserError
 
 
@@ -58,7 +58,7 @@ def stream_train_chunks(
     """Endless chunks of this rank from a step on; starting later costs up to two readings of the shards."""
     chunks = _TrainChunks(config, shards, plan, rank, world_size, first_step)
     # Each worker keeps its share of two steps ready, so that a step never waits for decoding it could have done before.
-    return load(chunks, num_workers=plan.num_workers, prefetch=2 * plan.streams_per_worker)
+    return load_stream(chunks, num_workers=plan.num_workers, prefetch=2 * plan.streams_per_worker)
 
 
 def stream_eval_chunks(
@@ -67,7 +67,7 @@ def stream_eval_chunks(
     """One pass over the shards: every sample once over all ranks, in equally many equal chunks padded with weight 0."""
     chunk = -(-batch_size // max(config.data.num_workers, 1))
     chunks = _EvalChunks(config, shards, chunk, rank, world_size)
-    return load(chunks, num_workers=config.data.num_workers, prefetch=2)
+    return load_stream(chunks, num_workers=config.data.num_workers, prefetch=2)
 
 
 class _TrainChunks(IterableDataset):
@@ -78,6 +78,7 @@ class _TrainChunks(IterableDataset):
     ) -> None:
         self.config, self.shards, self.plan = config, shards, plan
         self.rank, self.world_size, self.first_step = rank, world_size, first_step
+        self.workspace = Workspace()
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         index, processes = _process_of(self.rank, self.world_size)
@@ -99,17 +100,12 @@ class _TrainChunks(IterableDataset):
         )
 
     def _chunk(self, stream: int, samples: Iterator[tuple[int, Sample]]) -> Batch:
-        builder = BatchBuilder(self.plan.chunk, self.config)
+        size = self.config.model.image_size
+        builder = BatchBuilder(empty_batch(self.plan.chunk, size), self.config, self.workspace)
         for row in range(self.plan.chunk):
             index, sample = next(samples)
-            generator = np.random.default_rng([self.config.seed, stream, index])
-            transform = partial(
-                train_transform,
-                image_size=self.config.model.image_size,
-                data=self.config.data,
-                generator=generator,
-            )
-            builder.add(row, sample, transform)
+            draws = draw_crops(sample_seeds(self.config.seed, stream, index))[0]
+            builder.add(row, sample, partial(train_view, image_size=size, data=self.config.data, draws=draws))
         return builder.build()
 
 
@@ -119,6 +115,7 @@ class _EvalChunks(IterableDataset):
     def __init__(self, config: Config, shards: list[str], chunk: int, rank: int, world_size: int) -> None:
         self.config, self.shards, self.chunk = config, shards, chunk
         self.rank, self.world_size = rank, world_size
+        self.workspace = Workspace()
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         try:
@@ -128,26 +125,27 @@ class _EvalChunks(IterableDataset):
 
     def _chunks(self) -> Iterator[Batch]:
         index, processes = _process_of(self.rank, self.world_size)
-        transform = partial(
-            eval_transform, image_size=self.config.model.image_size, eval_crop=self.config.data.eval_crop
-        )
+        view = partial(eval_view, image_size=self.config.model.image_size, eval_crop=self.config.data.eval_crop)
         total, filled, given = 0, 0, 0
-        builder = BatchBuilder(self.chunk, self.config)
+        builder = self._builder()
         for total, sample in enumerate((s for shard in self.shards for s in read_shard(shard)), start=1):
             if (total - 1) % processes != index:
                 continue
-            builder.add(filled, sample, transform)
+            builder.add(filled, sample, view)
             filled += 1
             if filled == self.chunk:
                 yield builder.build()
-                builder, filled, given = BatchBuilder(self.chunk, self.config), 0, given + 1
+                builder, filled, given = self._builder(), 0, given + 1
         if total == 0:
             raise UserError(f"the evaluation shards of data.eval ({self.config.data.eval}) hold no samples")
         # The whole is known to every process only now: the largest share decides the number of chunks.
         largest_share = -(-total // processes)
         while given * self.chunk < largest_share:
             yield builder.build()
-            builder, given = BatchBuilder(self.chunk, self.config), given + 1
+            builder, given = self._builder(), given + 1
+
+    def _builder(self) -> BatchBuilder:
+        return BatchBuilder(empty_batch(self.chunk, self.config.model.image_size), self.config, self.workspace)
 
 
 def _process_of(rank: int, world_size: int) -> tuple[int, int]:

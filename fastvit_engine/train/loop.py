@@ -21,6 +21,7 @@ from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
 from fastvit_engine.train.bad_samples import BadSamples
 from fastvit_engine.train.checkpoint import Checkpointer
+from fastvit_engine.train.data_wait import DataWait
 from fastvit_engine.train.distributed import World, join_world
 from fastvit_engine.train.ema import WeightAverage
 from fastvit_engine.train.engine import BatchSplit, build_engine, set_learning_rate, split_batch
@@ -84,6 +85,7 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
         _describe_run(resolved, run, plan, world, model, peak)
     recorder = Recorder(run, plan.total_steps, start.step) if world.is_main else None
     stopwatch = Stopwatch(world.device, seconds_before=start.seconds)
+    data_wait = DataWait(config.data.num_workers)
     last_logged = start.step
     accuracy = {}
 
@@ -98,6 +100,7 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
         for _ in range(split.accumulation_steps):
             with stopwatch.waiting_for_data():
                 batch = next(batches)
+            data_wait.add(batch.seconds)
             loss = training_loss(engine, criterion, batch, config, world, generator)
             engine.backward(loss)
             engine.step()
@@ -116,7 +119,8 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
         if done % config.train.log_every == 0 or saves or done == start.step + 1:
             loss_mean = world.sum([loss_sum.item() / split.accumulation_steps]).item() / world.size
             seconds, waited = stopwatch.lap()
-            waited = world.sum([waited]).item() / world.size
+            waited, *stage_seconds = world.sum([waited / seconds, *data_wait.lap()]).tolist()
+            wait_share = waited / world.size
             samples_hash = world.sum_int64(keys_hash)
             memory_bytes = int(world.max([peak_memory_bytes(world.device)]).item())
             bad_count = bad_samples.settle(world, recorder)
@@ -132,13 +136,16 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
                         "grad_norm": _as_float(engine.get_global_grad_norm()),
                         "images_per_second": rate,
                         "mfu": rate * flops_per_image / peak.flops,
-                        "data_wait": waited / seconds,
+                        "data_wait": wait_share,
                         "memory_bytes": memory_bytes,
                         "samples_hash": f"{samples_hash:016x}",
                         "seconds": stopwatch.total,
                         "bad_samples": bad_count,
                     }
                 )
+                warning = data_wait.warning(wait_share, stage_seconds) if last_logged > start.step else None
+                if warning:  # the first step also waits for the workers to start
+                    recorder.message(warning)
             last_logged = done
             if not math.isfinite(loss_mean):
                 raise UserError(

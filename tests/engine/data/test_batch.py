@@ -1,6 +1,6 @@
 import torch
 
-from fastvit_engine.data.batch import Batch, empty_batch, rebatch
+from fastvit_engine.data.batch import BadSample, Batch, StageSeconds, empty_batch, rebatch
 
 
 def _chunk(first: int, size: int) -> Batch:
@@ -38,3 +38,25 @@ def test_padding_has_no_weight():
     assert batch.images.shape == (3, 4, 4, 3) and batch.images.dtype == torch.uint8
     assert batch.labels.dtype == torch.int64 and batch.weights.dtype == torch.float32
     assert batch.weights.sum() == 0 and batch.keys == ["", "", ""]
+
+
+def test_a_chunk_may_be_overwritten_when_the_next_one_is_asked_for():
+    def chunks():
+        chunk = _chunk(0, 3)
+        for first in range(0, 12, 3):
+            chunk.images.fill_(99)
+            for mine, new in zip(chunk[:3], _chunk(first, 3)[:3], strict=True):
+                mine.copy_(new)
+            yield chunk._replace(keys=[str(first + n) for n in range(3)])
+
+    batches = list(rebatch(chunks(), size=5, pin_memory=False))
+    assert torch.cat([batch.images[:, 0, 0, 0] for batch in batches]).tolist() == [*range(12), 0, 0, 0]
+
+
+def test_what_comes_with_a_chunk_is_counted_once():
+    bad = BadSample("k", "u", "has no image")
+    chunks = [_chunk(0, 3)._replace(bad=(bad,), seconds=StageSeconds(1, 2, 3)), _chunk(3, 3)]
+    first, second, third = rebatch([*chunks, chunks[0]], size=3, pin_memory=False)
+    assert (first.bad, second.bad, third.bad) == ((bad,), (), (bad,)) and first.seconds == third.seconds == (1, 2, 3)
+    joined, rest = rebatch([chunks[0], chunks[1], chunks[0]], size=8, pin_memory=False)
+    assert joined.bad == (bad, bad) and joined.seconds == (2, 4, 6) and rest.seconds == (0, 0, 0)

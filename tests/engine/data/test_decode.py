@@ -5,7 +5,15 @@ import pytest
 from PIL import Image
 
 from fastvit_engine.config import DataConfig
-from fastvit_engine.data.decode import CorruptSample, decode_image, read_image, read_label
+from fastvit_engine.data.decode import (
+    CorruptSample,
+    Jpeg,
+    PixelBuffer,
+    decode_image,
+    open_image,
+    read_image,
+    read_label,
+)
 from fastvit_engine.errors import UserError
 
 
@@ -80,13 +88,61 @@ def test_image_bomb_is_refused(pixels, encode):
         decode_image(bytes(data))
 
 
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_decoding_smaller(encode, format, reduction):
+    ramp = np.add.outer(np.linspace(0, 120, 301), np.linspace(0, 120, 450)).astype(np.uint8)
+    image = open_image(encode(np.repeat(ramp[..., None], 3, axis=2), format))
+    assert (image.height, image.width) == (301, 450)
+    small = image.decode(PixelBuffer(), reduction)
+    assert small.shape == (-(-301 // reduction), -(-450 // reduction), 3)
+    expected = ramp[reduction // 2 :: reduction, reduction // 2 :: reduction]
+    difference = small[: len(expected), : expected.shape[1], 0].astype(int) - expected
+    assert np.abs(difference).max() < 6
+
+
+def test_fast_decoding_is_near_to_accurate_decoding(photo):
+    for number in range(4):
+        data = photo(number, height=150, width=200)
+        image = open_image(data)
+        error = image.decode(PixelBuffer(), fast=True).astype(int) - image.decode(PixelBuffer())
+        assert error.any() and 10 * np.log10(255**2 / (error**2).mean()) > 35  # dB
+
+
+def test_every_size_decodes_smaller(encode):
+    for height, width in [(1, 1), (7, 9), (16, 17), (33, 8), (100, 3), (225, 224)]:
+        image = open_image(encode(np.zeros((height, width, 3), np.uint8), "JPEG"))
+        for reduction in (2, 4, 8):
+            assert image.decode(PixelBuffer(), reduction).shape == (-(-height // reduction), -(-width // reduction), 3)
+
+
+def test_buffer_is_reused_and_its_remains_do_not_show(pixels, encode):
+    buffer = PixelBuffer()
+    large = np.full((200, 300, 3), 255, np.uint8)
+    first = open_image(encode(large, "JPEG")).decode(buffer)
+    data = encode(pixels, "JPEG")
+    second = open_image(data).decode(buffer)
+    assert np.shares_memory(first, second) and np.array_equal(second, _with_pillow(data))
+
+
+def test_jpeg_that_the_fast_decoder_refuses_goes_to_pillow(pixels, encode, monkeypatch):
+    def refuse(*args, **options):
+        raise ValueError
+
+    data = encode(pixels, "JPEG")
+    image = open_image(data)
+    assert isinstance(image, Jpeg)
+    monkeypatch.setattr("simplejpeg.decode_jpeg", refuse)
+    assert np.array_equal(image.decode(PixelBuffer()), _with_pillow(data))
+
+
 def _sample(**members) -> dict:
     return {"__key__": "k1", "__url__": "a/b.tar"} | members
 
 
 def test_read_image_takes_the_first_image_key(pixels, encode):
     sample = _sample(png=encode(pixels, "PNG"), webp=b"not this", cls=b" 7\n")
-    assert np.array_equal(read_image(sample, DataConfig()), pixels)
+    assert np.array_equal(read_image(sample, DataConfig(), decode_image), pixels)
     assert read_label(sample, DataConfig(), num_classes=8) == 7
 
 
@@ -99,7 +155,7 @@ def test_read_image_takes_the_first_image_key(pixels, encode):
 )
 def test_unusable_images_are_told_apart_from_errors(members, message):
     with pytest.raises(CorruptSample, match=message):
-        read_image(_sample(**members), DataConfig())
+        read_image(_sample(**members), DataConfig(), decode_image)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastvit_engine.data import Batch, build_eval_data, build_train_data, prepare_data
-from fastvit_engine.data.augment import eval_transform
-from fastvit_engine.data.decode import decode_image
+from fastvit_engine.data.augment import View, eval_view, render
+from fastvit_engine.data.decode import PixelBuffer, decode_image
 from fastvit_engine.data.loader import ReadAhead, build_order
 from fastvit_engine.errors import UserError
 
@@ -187,7 +187,8 @@ def test_the_storage_hears_of_shards_in_the_order_of_need(shards, make_config, p
 
 @pytest.mark.timeout(30)
 def test_workers_start_after_this_process_has_resized_large_images(shards, make_config, plan):
-    eval_transform(np.zeros((1500, 2000, 3), np.uint8), 400, 0.875)
+    whole = View(0, 0, 1500, 2000, resized=(400, 400))
+    render(np.zeros((1500, 2000, 3), np.uint8), whole, 1, np.empty((400, 400, 3), np.uint8), PixelBuffer())
     config = make_config(shards, batch=BATCH, num_workers=1)
     assert next(_train(config, plan(config))).weights.sum() == BATCH
 
@@ -236,7 +237,9 @@ def test_eval_counts_each_sample_once_in_equally_many_batches(
             seen.append(key)
             assert batch.weights[row] == bool(key) and batch.labels[row] == (int(key[1:]) % 3 if key else 0)
             if key:
-                expected = eval_transform(decode_image(photo(int(key[1:]))), 16, config.data.eval_crop)
+                image = decode_image(photo(int(key[1:])))
+                expected = np.empty((16, 16, 3), np.uint8)
+                render(image, eval_view(*image.shape[:2], 16, config.data.eval_crop), 1, expected, PixelBuffer())
                 assert np.array_equal(batch.images[row].numpy(), expected)
     assert [key for key in seen if key] == ALL_KEYS
 

@@ -83,7 +83,12 @@ def test_shards_are_balanced_and_described(photos, tmp_path):
     assert sum(sizes) == 29 and max(sizes) - min(sizes) <= 1
     for name, size in (info["train"]["shards"] | info["eval"]["shards"]).items():
         assert len(list(read_shard(str(tmp_path / "out" / name)))) == size
-    assert set(_contents(tmp_path / "out")) == {INDEX_NAME, "dataset.json", *info["train"]["shards"], *info["eval"]["shards"]}
+    assert set(_contents(tmp_path / "out")) == {
+        INDEX_NAME,
+        "dataset.json",
+        *info["train"]["shards"],
+        *info["eval"]["shards"],
+    }
 
 
 def test_output_is_reproducible_to_the_byte_with_any_number_of_workers(photos, tmp_path):

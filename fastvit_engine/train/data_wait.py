@@ -1,0 +1,50 @@
+"""Why training waits for its data, where it does."""
+
+import os
+from collections.abc import Sequence
+
+from fastvit_engine.data.batch import StageSeconds
+
+WARN_FROM = 0.2  # of the time between two log lines
+
+_REMEDIES = {
+    "read": "the storage is slow: copy the shards to a faster disk, or raise data.num_workers ({workers})",
+    "decode": "decoding is slow: make the shards again with smaller images; `fastvit data bench SHARDS --repack 256` "
+    "measures what that brings",
+    "augment": "cropping and resizing is slow: make the shards again with images nearer to model.image_size; "
+    "`fastvit data bench SHARDS --repack 256` measures what that brings",
+}
+
+
+class DataWait:
+    """Collects where the time of this process's decoding workers went, and warns once in a run."""
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._seconds = StageSeconds()
+        self._warned = False
+
+    def add(self, seconds: StageSeconds) -> None:
+        self._seconds += seconds
+
+    def lap(self) -> StageSeconds:
+        """Of the batches since the last lap."""
+        seconds, self._seconds = self._seconds, StageSeconds()
+        return seconds
+
+    def warning(self, share: float, seconds: Sequence[float]) -> str | None:
+        """A sentence about the stage to blame, where training waited for this share of the time since the last lap.
+
+        `seconds`: of each stage, over all processes. None where training waited little, and from the second time on.
+        """
+        if share < WARN_FROM or sum(seconds) == 0 or self._warned:
+            return None
+        self._warned = True
+        shares = {name: part / sum(seconds) for name, part in zip(StageSeconds._fields, seconds, strict=True)}
+        slowest = max(shares, key=lambda name: shares[name])
+        parts = ", ".join(f"{name} {part:.0%}" for name, part in shares.items())
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each rank
+        remedy = _REMEDIES[slowest].format(workers=self._num_workers)
+        if slowest != "read" and self._num_workers + 1 < cores:
+            remedy = f"too few workers: raise data.num_workers ({self._num_workers}; there are {cores} cores a rank)"
+        return f"training waited for data {share:.0%} of the time, mostly for {slowest} ({parts}); {remedy}"
