@@ -233,7 +233,7 @@ def test_dropout_and_lengths_compile_without_graph_break(implementation: str, de
 def test_registered_operator(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
         pytest.skip("the operator is the Triton side")
-    qkv = random_qkv(2, 5, 2, 16).to(device)
+    qkv = random_qkv(1, 5, 2, 16).to(device)
     nothing_else = (None, None, None, None, 0.0, None, None, None, None)
     torch.library.opcheck(op.attention_op, (qkv.clone().requires_grad_(), *nothing_else))
     torch.library.opcheck(op.attention_op, (qkv.transpose(0, 1), *nothing_else))
@@ -242,8 +242,8 @@ def test_registered_operator(implementation: str, device: torch.device) -> None:
     seed = torch.tensor([7], device=device)
     torch.library.opcheck(op.attention_op, (q, k, v, bias, seed, 0.5, None, None, None, None))
     packed = qkv.flatten(0, 1).requires_grad_()
-    cu_seqlens = torch.tensor([0, 3, 10], dtype=torch.int32, device=device)
-    torch.library.opcheck(op.attention_op, (packed, None, None, None, None, 0.0, cu_seqlens, cu_seqlens, 7, 7))
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32, device=device)
+    torch.library.opcheck(op.attention_op, (packed, None, None, None, None, 0.0, cu_seqlens, cu_seqlens, 3, 3))
 
 
 def test_second_derivative_is_refused(implementation: str, device: torch.device) -> None:
@@ -483,14 +483,13 @@ def recovered_mask(q: Tensor, k: Tensor, dropout: float, bias: Tensor | None = N
     return ratio.nan_to_num().permute(0, 2, 1, 3)
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(("queries", "keys"), [(65, 65), (1, 40), (37, 66)])
+@pytest.mark.parametrize(("queries", "keys", "with_bias"), [(65, 65, False), (37, 34, True), (1, 40, False)])
 def test_dropout_is_the_same_mask_in_all_kernels(
     queries: int, keys: int, with_bias: bool, implementation: str, device: torch.device
 ) -> None:
     if implementation == "reference":
         pytest.skip("a matter of scaled_dot_product_attention")
-    q, k, v = (x.to(device).requires_grad_() for x in random_q_k_v(2, queries, keys, 2, 80).values())
+    q, k, v = (x.to(device).requires_grad_() for x in random_q_k_v(1, queries, keys, 2, 80).values())
     bias = torch.randn(2, queries, keys, device=device, requires_grad=True) if with_bias else None
     mask = recovered_mask(q, k, 0.3, bias).detach()
     torch.testing.assert_close(mask, torch.where(mask > 0.5, 1 / 0.7, 0.0), rtol=1e-4, atol=0)
@@ -541,11 +540,12 @@ def test_dropout_rate_and_independence(implementation: str, device: torch.device
         assert (mask == other).float().mean().item() == pytest.approx(0.75**2 + 0.25**2, abs=0.015)
 
 
-def test_dropout_removes_and_rescales_probabilities(device: torch.device) -> None:
-    qkv = torch.ones(2000, 1, 3, 1, 8, device=device)  # one token: its only probability, 1, is kept or dropped
+def test_dropout_removes_and_rescales_probabilities(implementation: str, device: torch.device) -> None:
+    images = 20 if implementation == "triton" and device.type == "cpu" else 2000
+    qkv = torch.ones(images, 1, 3, 1, 8, device=device)  # one token: its only probability, 1, is kept or dropped
     out = attention(qkv, dropout=0.25)[:, 0, 0]
-    assert set(out.unique().tolist()) <= {0.0, pytest.approx(1 / 0.75)}
-    assert (out == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)  # 5 standard deviations
+    torch.testing.assert_close(out, torch.where(out > 0.5, 1 / 0.75, 0.0))
+    assert (out == 0).float().mean().item() == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / images) ** 0.5)
     assert not torch.equal(attention(qkv, dropout=0.25)[:, 0, 0], out)
     assert torch.equal(with_same_mask(attention, qkv, dropout=0.25), with_same_mask(attention, qkv, dropout=0.25))
 
