@@ -51,12 +51,13 @@ def attention(
         raise ValueError(f"qkv must have shape [T, 3, H, d] with cu_seqlens, got {list(qkv.shape)}")
     check_lengths("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, like=qkv)
     check_rate("dropout", dropout)
-    q, k, v = qkv.unbind(-3)
-    bias = checked_bias(bias, q, k, cu_seqlens)
+    tokens, heads = qkv.shape[-4], qkv.shape[-2]
+    bias = checked_bias(bias, [len(qkv), heads, tokens, tokens], cu_seqlens, like=qkv)
     if uses_triton(qkv, obstacle(qkv.shape[-1])):
         seed = draw_seed(dropout, like=qkv)
         call = Call(qkv, None, None, bias, seed, dropout, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         return attention_op(*call)[0]
+    q, k, v = qkv.unbind(-3)
     return reference.attention(q, k, v, bias, dropout, cu_seqlens, cu_seqlens)
 
 
@@ -100,7 +101,7 @@ def attention_qkv(
             f"cu_seqlens_q and cu_seqlens_k must have the same length, got {len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
         )
     check_rate("dropout", dropout)
-    bias = checked_bias(bias, q, k, cu_seqlens_q)
+    bias = checked_bias(bias, [len(q), q.shape[-2], q.shape[-3], keys], cu_seqlens_q, like=q)
     if uses_triton(q, obstacle(q.shape[-1])):
         seed = draw_seed(dropout, like=q)
         call = Call(q, k, v, bias, seed, dropout, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
@@ -120,21 +121,19 @@ def check_lengths(name: str, cu_seqlens: Tensor | None, max_name: str, max_seqle
     check_device(name, cu_seqlens, like=like)
 
 
-def checked_bias(bias: Tensor | None, q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> Tensor | None:
-    """The bias as a view [B or 1, H or 1, N, M]."""
+def checked_bias(bias: Tensor | None, full: list[int], cu_seqlens: Tensor | None, *, like: Tensor) -> Tensor | None:
+    """The bias as a view [B or 1, H or 1, N, M]; `full` is [B, H, N, M]."""
     if bias is None:
         return None
     if cu_seqlens is not None:
         raise ValueError("bias cannot be combined with cu_seqlens")
     check_floating("bias", bias)
-    batch, queries, heads, _ = q.shape
-    full = (batch, heads, queries, k.shape[1])
     shape = (1,) * (4 - bias.ndim) + bias.shape
     if len(shape) > 4 or any(size not in (1, whole) for size, whole in zip(shape, full, strict=True)):
-        raise ValueError(f"bias must be broadcastable to [B, H, N, M] = {list(full)}, got {list(bias.shape)}")
-    if bias.dtype not in (q.dtype, torch.float32):
-        raise TypeError(f"bias must be {q.dtype} like the tensor it acts on, or torch.float32, got {bias.dtype}")
-    check_device("bias", bias, like=q)
+        raise ValueError(f"bias must be broadcastable to [B, H, N, M] = {full}, got {list(bias.shape)}")
+    if bias.dtype not in (like.dtype, torch.float32):
+        raise TypeError(f"bias must be {like.dtype} like the tensor it acts on, or torch.float32, got {bias.dtype}")
+    check_device("bias", bias, like=like)
     return bias.expand(*shape[:2], *full[2:])
 
 
@@ -164,28 +163,21 @@ class Call(NamedTuple):
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, [B, N, H, d] or [T, H, d]."""
-        if self.k is None or self.v is None:
-            q, k, v = self.q.unbind(-3)
-            return q, k, v
-        return self.q, self.k, self.v
-
 
 def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Output and `lse`, see `fake_forward`; the arguments are those of `Call`."""
-    call = with_adjacent_heads(Call(*arguments))
-    q, k, v = call.parts()
-    out, lse = fake_forward(*call)
+    call, (out, lse) = Call(*arguments), fake_forward(*arguments)
+    q, k, v = separate(call)
     if out.numel() == 0 or k.numel() == 0:  # without keys, the output is 0
         return out.zero_(), lse.fill_(math.inf)
-    programs, options = launch_options(call, forward_tiling)
-    kernels.attention_fwd_kernel[programs,](q, k, v, out, lse, **options)
+    programs, cut = cuts(forward_tiling, call, q, k, call.max_seqlen_q)
+    kernels.attention_fwd_kernel[programs,](q, k, v, out, lse, **common_arguments(call, q, k, v), **cut)
     return out, lse
 
 
 def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
-    q, _, _ = Call(*arguments).parts()
+    call = Call(*arguments)
+    q = call.q.select(-3, 0) if call.k is None else call.q
     *images, tokens, heads, head_dim = q.shape
     return (
         q.new_empty(*images, tokens, heads * head_dim),
@@ -202,9 +194,8 @@ def launch_gradients(
     grad_out: Tensor, out: Tensor, lse: Tensor, bias_needs_it: bool, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the bias, see `fake_gradients`; `arguments` are those of `Call`."""
-    gradients = fake_gradients(grad_out, out, lse, bias_needs_it, *arguments)
-    call = with_adjacent_heads(Call(*arguments))
-    q, k, v = call.parts()
+    call, gradients = Call(*arguments), fake_gradients(grad_out, out, lse, bias_needs_it, *arguments)
+    q, k, v = separate(call)
     grad_q, grad_k, grad_v = gradients[0].unbind(-3) if call.k is None else gradients[:3]
     if q.numel() == 0 or k.numel() == 0:
         for gradient in gradients:
@@ -213,26 +204,38 @@ def launch_gradients(
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     delta = torch.empty_like(lse)
-    programs, options = launch_options(call, backward_query_tiling)
-    options |= {"grad_out_strides": strides(grad_out, 1), "stride_grad": grad_q.stride(-3)}
-    kernels.attention_bwd_query_kernel[programs,](q, k, v, out, grad_out, lse, delta, grad_q, **options)
-    programs, options = launch_options(call, backward_key_tiling, owns_keys=True)
-    options |= {"grad_out_strides": strides(grad_out, 1), "stride_grad": grad_k.stride(-3)}
-    kernels.attention_bwd_key_kernel[programs,](q, k, v, grad_out, lse, delta, grad_k, grad_v, **options)
+    common = common_arguments(call, q, k, v) | {"grad_out_strides": strides(grad_out, 1)}
+    programs, cut = cuts(backward_query_tiling, call, q, k, call.max_seqlen_q)
+    kernels.attention_bwd_query_kernel[programs,](
+        q, k, v, out, grad_out, lse, delta, grad_q, stride_grad=grad_q.stride(-3), **common, **cut
+    )
+    programs, cut = cuts(backward_key_tiling, call, k, q, call.max_seqlen_k)
+    kernels.attention_bwd_key_kernel[programs,](
+        q, k, v, grad_out, lse, delta, grad_k, grad_v, stride_grad=grad_k.stride(-3), **common, **cut
+    )
     if call.bias is not None and bias_needs_it:
-        launch_bias_gradient(call, grad_out, lse, delta, gradients[3])
+        launch_bias_gradient(q, k, v, grad_out, lse, delta, gradients[3], common)
     return gradients
 
 
-def launch_bias_gradient(call: Call, grad_out: Tensor, lse: Tensor, delta: Tensor, grad_bias: Tensor) -> None:
+def launch_bias_gradient(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    grad_bias: Tensor,
+    common: dict[str, Any],
+) -> None:
     """A sum over the images and heads that have a bias in common: in shares, until there are programs enough."""
-    q, k, v = call.parts()
     device, (batch, tokens, heads, head_dim), keys = gpu(q.device), q.shape, k.shape[1]
+    bias_batch, bias_heads = grad_bias.shape[:2]
     tiling = bias_gradient_tiling(head_dim, q.dtype, device.arch)
-    blocks = grad_bias.shape[:2].numel() * triton.cdiv(tokens, tiling.rows) * triton.cdiv(keys, tiling.columns)
-    in_common = batch // grad_bias.shape[0], heads // grad_bias.shape[1]
-    shares = min(math.prod(in_common), triton.cdiv(2 * device.multiprocessors, blocks))
-    partial = torch.empty(shares, *grad_bias.shape, dtype=torch.float32, device=q.device)
+    blocks = bias_batch * bias_heads * triton.cdiv(tokens, tiling.rows) * triton.cdiv(keys, tiling.columns)
+    images_in_common, heads_in_common = batch // bias_batch, heads // bias_heads
+    shares = min(images_in_common * heads_in_common, triton.cdiv(2 * device.multiprocessors, blocks))
+    parts = torch.empty(shares, *grad_bias.shape, dtype=torch.float32, device=q.device)
     kernels.attention_bwd_bias_kernel[shares * blocks,](
         q,
         k,
@@ -240,19 +243,18 @@ def launch_bias_gradient(call: Call, grad_out: Tensor, lse: Tensor, delta: Tenso
         grad_out,
         lse,
         delta,
-        partial,
-        bias_heads=grad_bias.shape[1],
-        images_in_common=in_common[0],
-        heads_in_common=in_common[1],
+        parts,
+        bias_heads=bias_heads,
+        images_in_common=images_in_common,
+        heads_in_common=heads_in_common,
         shares=shares,
-        grad_out_strides=strides(grad_out, 1),
         BLOCK_M=tiling.rows,
         BLOCK_N=tiling.columns,
         STAGES=tiling.stages,
         num_warps=tiling.num_warps,
-        **arguments_of_all(call),
+        **common,
     )
-    grad_bias.copy_(partial.sum(0))
+    grad_bias.copy_(parts.sum(0))
 
 
 def fake_gradients(
@@ -265,57 +267,56 @@ def fake_gradients(
     return call.q.new_empty(call.q.shape), grad_k, grad_v, grad_bias
 
 
-def with_adjacent_heads(call: Call) -> Call:
-    """Copies q, k or v, unless the numbers of a head, and the heads of a token, follow each other in memory."""
+def separate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, [B, N, H, d] or [T, H, d]: the numbers of a head, and the heads of a token, adjacent in memory."""
 
     def adjacent(x: Tensor) -> Tensor:
         heads, head_dim = x.shape[-2:]
         return x if x.stride(-1) == 1 and (heads == 1 or x.stride(-2) == head_dim) else x.contiguous()
 
-    k, v = (None if x is None else adjacent(x) for x in (call.k, call.v))
-    return call._replace(q=adjacent(call.q), k=k, v=v)
+    if call.k is None or call.v is None:
+        q, k, v = adjacent(call.q).unbind(-3)
+        return q, k, v
+    return adjacent(call.q), adjacent(call.k), adjacent(call.v)
 
 
-def launch_options(
-    call: Call, tiling_of: Callable[[int, torch.dtype, str], Tiling], *, owns_keys: bool = False
+def cuts(
+    tiling_of: Callable[[int, torch.dtype, str], Tiling],
+    call: Call,
+    owned: Tensor,
+    streamed: Tensor,
+    longest: int | None,
 ) -> tuple[int, dict[str, Any]]:
-    """How many programs a kernel has, and its arguments by name; programs own blocks of queries, or of keys."""
-    q, k, _ = call.parts()
-    tokens, heads, head_dim = q.shape[-3:]
-    owned, streamed, longest = tokens, k.shape[-3], call.max_seqlen_q
-    if owns_keys:
-        owned, streamed, longest = k.shape[-3], tokens, call.max_seqlen_k
-    tiling = with_room(tiling_of(head_dim, q.dtype, gpu(q.device).arch), call)
+    """How many programs a kernel has, and how they divide the tokens they own and stream, as arguments by name."""
+    tokens, heads, head_dim = owned.shape[-3:]
+    tiling = with_room(tiling_of(head_dim, owned.dtype, gpu(owned.device).arch), call)
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None or longest is None:
-        sequences, blocks, lengths = len(q), tiling.blocks(owned), None
-        cut = tiling.options(owned, streamed)
-    else:  # one sequence more: what lies behind the last
-        sequences, blocks = len(call.cu_seqlens_q), max(1, triton.cdiv(longest, tiling.rows))
-        lengths = call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous(), sequences - 1, blocks
-        cut = tiling.options(0)  # every block is masked, there are no tails
-    return sequences * heads * blocks, arguments_of_all(call) | {"lengths": lengths} | cut
+        programs = len(owned) * heads * tiling.blocks(tokens)
+        return programs, {"lengths": None, **tiling.options(tokens, streamed.shape[-3])}
+    sequences, blocks = len(call.cu_seqlens_q) - 1, max(1, triton.cdiv(longest, tiling.rows))
+    lengths = call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous(), sequences, blocks
+    programs = (sequences + 1) * heads * blocks  # one more for what lies behind the last sequence
+    return programs, {"lengths": lengths, **tiling.options(0)}  # every block is masked, there are no tails
 
 
-def arguments_of_all(call: Call) -> dict[str, Any]:
-    """By name, those that all kernels have in common. What is as for q is None, see `kernels`."""
-    q, k, v = call.parts()
+def common_arguments(call: Call, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """Those that all kernels have, by name. What is as for q is None, see `kernels`."""
     tokens, heads, head_dim = q.shape[-3:]
-    same_strides = strides(q, 2) == strides(k, 2) == strides(v, 2)
+    q_strides, k_strides, v_strides = (strides(x, 2) for x in (q, k, v))
+    same = q_strides == k_strides == v_strides
     bias = None
     if call.bias is not None:
-        shared = [
-            0 if size == 1 else stride for size, stride in zip(call.bias.shape[:2], call.bias.stride()[:2], strict=True)
-        ]
-        bias = call.bias, *shared, *call.bias.stride()[2:]
+        (images, bias_heads), (of_image, of_head, of_query, of_key) = call.bias.shape[:2], call.bias.stride()
+        bias = call.bias, of_image if images > 1 else 0, of_head if bias_heads > 1 else 0, of_query, of_key
     return {
         "bias": bias,
         "dropout": None if call.seed is None else (call.seed, call.dropout),
         "tokens": tokens,
         "keys": None if k.shape[-3] == tokens else k.shape[-3],
         "heads": heads,
-        "q_strides": strides(q, 2),
-        "k_strides": None if same_strides else strides(k, 2),
-        "v_strides": None if same_strides else strides(v, 2),
+        "q_strides": q_strides,
+        "k_strides": None if same else k_strides,
+        "v_strides": None if same else v_strides,
         "scale": base_2_scale(head_dim),
         "HEAD_DIM": head_dim,
         "PIECES": pieces(head_dim),
