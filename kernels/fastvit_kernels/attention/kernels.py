@@ -297,7 +297,6 @@ def attend_rows(
     STAGES: tl.constexpr,
 ):
     """Attention of ROWS queries of one head, from `first` on, to all its keys."""
-    row = first + tl.arange(0, ROWS)
     q = load_rows(q_ptr, first, queries, stride_q, ROWS, MASKED, HEAD_DIM, PIECES)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.full([ROWS], 0.0, tl.float32)
@@ -325,6 +324,7 @@ def attend_rows(
     if dropout is not None:
         share *= 1 - dropout[1]
     store_rows(out_ptr, scale_rows(total, 1 / share[:, None]), first, queries, stride_out, HEAD_DIM, PIECES)
+    row = first + tl.arange(0, ROWS)
     tl.store(lse_ptr + row, top + tl.log2(weight), mask=row < queries)
 
 

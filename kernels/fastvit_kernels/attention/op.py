@@ -397,8 +397,10 @@ def backward_key_tiling(head_dim: int, dtype: torch.dtype, arch: str) -> Tiling:
         return Tiling(32, 32, num_warps=8 if arch in ("sm_90", "sm_100") else 4, stages=1)
     if arch.startswith("gfx"):
         return Tiling(64, 32, num_warps=4, stages=1)
+    if arch == "sm_80" and head_dim <= 112:
+        return Tiling(64, 32 if head_dim <= 88 else 16, num_warps=4, stages=2)
     if arch == "sm_80":
-        return Tiling(128, 32, num_warps=8, stages=2) if head_dim <= 88 else Tiling(64, 16, num_warps=4, stages=2)
+        return Tiling(128, 16, num_warps=8, stages=2)
     return Tiling(128, 64 if head_dim <= 80 else 32, num_warps=8, stages=2)
 
 
@@ -406,7 +408,9 @@ def bias_gradient_tiling(head_dim: int, dtype: torch.dtype, arch: str) -> Tiling
     """Programs own `rows` x `columns` of a bias."""
     if dtype == torch.float32:
         return Tiling(32, 32, num_warps=8, stages=1)
-    return Tiling(64, 64, num_warps=4, stages=1) if head_dim <= 80 else Tiling(64, 32, num_warps=8, stages=1)
+    if arch == "sm_80" or head_dim > 80:
+        return Tiling(64, 32, num_warps=8, stages=1)
+    return Tiling(64, 64, num_warps=4, stages=1)
 
 
 def with_room(tiling: Tiling, call: Call) -> Tiling:
