@@ -1,6 +1,6 @@
 """Vision Transformer building blocks: functions on tensors, and modules with timm's parameter names."""
 
-from fastvit_kernels.attention import attention
+from fastvit_kernels.attention import attention, attention_qkv
 from fastvit_kernels.attention_block import attention_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
 from fastvit_kernels.dispatch import explain
@@ -29,6 +29,7 @@ __all__ = [
     "add_layer_norm",
     "attention",
     "attention_block",
+    "attention_qkv",
     "cross_entropy",
     "drop_path_subset",
     "explain",

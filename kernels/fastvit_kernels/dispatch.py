@@ -74,10 +74,8 @@ def explain() -> str:
     for folder in sorted(path.parent for path in Path(__file__).parent.glob("*/reference.py")):
         own = ("no Triton kernel: reference",) * 2
         lines.append("{:<16}{:<40}{}".format(folder.name, *((gpu, cpu) if (folder / "codegen.py").exists() else own)))
-    lines.append(
-        "These run the reference, or are an error where triton is asked for: float64; attention with dropout or"
-    )
-    lines.append("a head dimension above 128.")
+    lines.append("These run the reference, or are an error where triton is asked for: float64; attention with a head")
+    lines.append("dimension above 128.")
     return "\n".join(lines)
 
 

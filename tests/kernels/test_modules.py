@@ -37,7 +37,8 @@ def test_public_names() -> None:
     assert set(fastvit_kernels.__all__) == {
         *("attention", "attention_block", "cross_entropy", "layer_norm", "layer_norm_mlp", "patch_embed"),
         *("sigmoid_cross_entropy", "FusedAttention", "FusedBlock", "FusedCrossEntropy", "FusedLayerNorm"),
-        *("FusedLayerNormMLP", "FusedPatchEmbed", "accelerate", "add_layer_norm", "drop_path_subset", "explain"),
+        *("FusedLayerNormMLP", "FusedPatchEmbed", "accelerate", "add_layer_norm", "attention_qkv"),
+        *("drop_path_subset", "explain"),
     }
     assert all(callable(getattr(fastvit_kernels, name)) for name in fastvit_kernels.__all__)
 

@@ -1,3 +1,3 @@
-from fastvit_kernels.attention.op import attention
+from fastvit_kernels.attention.op import attention, attention_qkv
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_qkv"]

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from fastvit_kernels.attention.op import launch_backward, launch_forward
+from fastvit_kernels.attention.op import Call, launch_forward, launch_gradients
 from fastvit_kernels.tuning.codegen import Case
 
 KERNELS = ("attention_fwd_kernel", "attention_bwd_query_kernel", "attention_bwd_key_kernel")
+BATCH = 64
 
 
 def cases() -> Iterator[Case]:
@@ -18,15 +20,35 @@ def cases() -> Iterator[Case]:
         ("H/14", 257, 16, 80),
         ("H/14 at 336", 577, 16, 80),
         ("So400m/14", 256, 16, 72),
+        ("So400m/14 at 336", 577, 16, 72),
         ("g/14", 257, 16, 88),
         ("G/14", 257, 16, 104),
         ("128 a head", 1025, 16, 128),
     ]:
-        yield Case(f"{name}: {tokens} tokens, {heads} x {head_dim}", partial(launch, tokens, heads, head_dim), KERNELS)
-    yield Case("257 tokens, 16 x 80, float32", partial(launch, 257, 16, 80, torch.float32))
+        packed = Call(on_meta(BATCH, tokens, 3, heads, head_dim))
+        yield Case(f"{name}: {tokens} tokens, {heads} x {head_dim}", partial(launch, packed), KERNELS)
+    yield Case(
+        "257 tokens, 16 x 80, float32", partial(launch, Call(on_meta(BATCH, 257, 3, 16, 80, dtype=torch.float32)))
+    )
+    qkv = on_meta(BATCH, 257, 3, 16, 80)
+    bias = on_meta(1, 16, 257, 257, dtype=torch.float32)
+    seed = on_meta(1, dtype=torch.int64)
+    ends = on_meta(BATCH + 1, dtype=torch.int32)
+    with_bias = (*KERNELS, "attention_bwd_bias_kernel")
+    yield Case("H/14, bias", partial(launch, Call(qkv, bias=bias)), with_bias)
+    yield Case("H/14, dropout", partial(launch, Call(qkv, seed=seed, dropout=0.1)), KERNELS)
+    yield Case("H/14, bias, dropout", partial(launch, Call(qkv, bias=bias, seed=seed, dropout=0.1)), with_bias)
+    lengths = Call(qkv.flatten(0, 1), None, None, None, None, 0.0, ends, ends, 257, 257)
+    yield Case("H/14, lengths", partial(launch, lengths), KERNELS)
+    yield Case("H/14, lengths, dropout", partial(launch, lengths._replace(seed=seed, dropout=0.1)), KERNELS)
+    keys = on_meta(BATCH, 257, 16, 80)
+    yield Case("H/14, one query", partial(launch, Call(on_meta(BATCH, 1, 16, 80), keys, keys)), KERNELS[2:])
 
 
-def launch(tokens: int, heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    qkv = torch.empty(64, tokens, 3, heads, head_dim, dtype=dtype, device="meta")
-    out, lse = launch_forward(qkv)
-    launch_backward(out, qkv, out, lse)
+def on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def launch(call: Call) -> None:
+    out, lse = launch_forward(*call)
+    launch_gradients(out, out, lse, True, *call)
