@@ -42,9 +42,9 @@ class DataWait:
         self._warned = True
         shares = {name: part / sum(seconds) for name, part in zip(StageSeconds._fields, seconds, strict=True)}
         slowest = max(shares, key=lambda name: shares[name])
-        parts = ", ".join(f"{name} {part:.0%}" for name, part in shares.items())
+        parts = ", ".join(f"{name} {100 * part:.0f} %" for name, part in shares.items())
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each rank
         remedy = _REMEDIES[slowest].format(workers=self._num_workers)
         if slowest != "read" and self._num_workers + 1 < cores:
             remedy = f"too few workers: raise data.num_workers ({self._num_workers}; there are {cores} cores a rank)"
-        return f"training waited for data {share:.0%} of the time, mostly for {slowest} ({parts}); {remedy}"
+        return f"training waited for data {100 * share:.0f} % of the time, mostly for {slowest} ({parts}); {remedy}"

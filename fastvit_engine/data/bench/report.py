@@ -107,8 +107,9 @@ _COLOURS = {
     "crop": "#0f8a68",
     "to_float": "#c8590b",
     "rest": "#c9c4ba",
+    "whole": "#e5e2dc",
 }
-_LABELS = {**_STAGES, "rest": "batches and processes"}
+_LABELS = {**_STAGES, "rest": "batches and processes", "whole": "not told apart"}
 _INK, _SOFT, _PAGE, _HAIR = "#1b1d21", "#62666e", "#fbfaf8", "#e5e2dc"
 _SCALE = 2  # pixels a unit below
 
@@ -150,7 +151,7 @@ def draw(path: Path, datasets: Sequence[Dataset], results: Sequence[Result], wor
                 box(x, y, end, y + bar, _COLOURS[stage])
                 x = end
             per_image = result.cpu(workers)
-            text(x + 8, y + bar / 2, f"{1e6 * per_image:,.0f} µs", 13)
+            text(x + 8, y + bar / 2, f"{1e3 * per_image:,.2f} ms", 13)
             text(x + 72, y + bar / 2, f"{1 / per_image:,.0f}/s", 12, _SOFT)
             y += bar + gap
         canvas.line((20 * _SCALE, y * _SCALE, (width - 20) * _SCALE, y * _SCALE), _HAIR, _SCALE)
@@ -160,6 +161,8 @@ def draw(path: Path, datasets: Sequence[Dataset], results: Sequence[Result], wor
 
 def _parts(result: Result, workers: int) -> dict[str, float]:
     """Seconds of each stage; what the whole takes beyond them comes last."""
+    if not result.stages:
+        return {"whole": result.cpu(workers)}
     stages = {stage: seconds for stage in _STAGES if (seconds := result.stage(stage))}
     return {**stages, "rest": max(0.0, result.cpu(workers) - sum(stages.values()))}
 

@@ -49,7 +49,7 @@ def test_warning_says_what_to_do(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     seconds = StageSeconds(read=1, decode=6, augment=3)
     assert DataWait(2).warning(0.43, seconds) == (
-        "training waited for data 43% of the time, mostly for decode (read 10%, decode 60%, augment 30%); "
+        "training waited for data 43 % of the time, mostly for decode (read 10 %, decode 60 %, augment 30 %); "
         "too few workers: raise data.num_workers (2; there are 8 cores a rank)"
     )
     assert "smaller images" in DataWait(7).warning(0.43, seconds)
