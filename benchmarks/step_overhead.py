@@ -33,6 +33,7 @@ from time import perf_counter
 from typing import Any, TextIO
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -304,6 +305,7 @@ def resident_batches(config: Config) -> list[Batch]:
             labels=torch.randint(0, config.model.num_classes, (size,), generator=generator),
             weights=torch.ones(size),
             keys=[f"{batch:04d}-{sample:06d}" for sample in range(size)],
+            seeds=np.arange(batch * size, (batch + 1) * size),
         )
         for batch in range(RESIDENT_BATCHES)
     ]

@@ -88,7 +88,12 @@ class DataConfig(_Section):
     eval_crop: float = Field(0.875, gt=0, le=1)  # evaluation: short side to image_size / eval_crop, then centre crop
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels in [0, 1]; 0.5 and 0.5 give the paper's [-1, 1]
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    mixup: float = Field(0.0, ge=0)  # alpha of the Beta distribution; 0: off
+    mixup: float = Field(0.0, ge=0)  # alpha of the Beta distribution of weights; 0: off
+    cutmix: float = Field(0.0, ge=0)  # likewise; with both on, each pair of images takes either at random
+    randaugment_ops: int = Field(0, ge=0)  # operations that RandAugment applies to each training image; 0: off
+    randaugment_magnitude: float = Field(10.0, ge=0)  # their strength, on the paper's scale of 10
+    cache: str | None = None  # folder on a local disk that remote shards are downloaded into; null: read by range
+    cache_gb: float | None = Field(None, gt=0)  # the most that it may hold; null: no limit
 
     @property
     def sources(self) -> tuple[DataSource, ...]:

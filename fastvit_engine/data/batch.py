@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,6 +40,7 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [B]
     weights: Tensor  # float32 [B]: 1, or 0 for padding and bad samples, which are black and of label 0
     keys: list[str]  # B sample keys; "" for padding
+    seeds: np.ndarray  # int64 [B], of what is random about each sample
     # Of this batch, or of the chunks whose beginning is in it:
     bad: tuple[BadSample, ...] = ()
     seconds: StageSeconds = StageSeconds()
@@ -51,6 +53,7 @@ def empty_batch(size: int, image_size: int) -> Batch:
         labels=torch.zeros(size, dtype=torch.int64),
         weights=torch.zeros(size),
         keys=[""] * size,
+        seeds=np.zeros(size, np.int64),
     )
 
 
@@ -125,6 +128,7 @@ def rebatch(chunks: Iterable[Batch], size: int, pin_memory: bool) -> Iterator[Ba
             batch.labels[to] = chunk.labels[cut]
             batch.weights[to] = chunk.weights[cut]
             batch.keys[to] = chunk.keys[cut]
+            batch.seeds[to] = chunk.seeds[cut]
             if start == 0:
                 batch = batch._replace(bad=batch.bad + chunk.bad, seconds=batch.seconds + chunk.seconds)
             start, filled = start + count, filled + count
@@ -143,4 +147,5 @@ def _unfilled(size: int, image_size: int, pin_memory: bool) -> Batch:
         labels=torch.zeros(size, dtype=torch.int64, pin_memory=pin_memory),
         weights=torch.zeros(size, pin_memory=pin_memory),
         keys=[""] * size,
+        seeds=np.zeros(size, np.int64),
     )

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fastvit_engine.config import Config, DataConfig
-from fastvit_engine.data.augment import train_transform
-from fastvit_engine.data.decode import decode_image
+from fastvit_engine.data.augment import draw_crops, render, train_view
+from fastvit_engine.data.decode import PixelBuffer, decode_image
+from fastvit_engine.data.draws import sample_seeds
 from fastvit_engine.data.files import temporary_name
+from fastvit_engine.data.randaugment import randaugment
 from fastvit_engine.data.shard_set import ShardSet, shard_set
 from fastvit_engine.data.shards import Split, is_local
 from fastvit_engine.data.stream import read_shard
@@ -82,13 +85,25 @@ def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.I
     grid: list[list[Tile | None]] = []
     for row, found in enumerate(islice(_some_samples(shards, config.data, each=1), rows)):
         pixels = found.pixels()
-        original = Tile(pixels, _name(shards, found.label))
-        generators = (np.random.default_rng([config.seed, row, draw]) for draw in range(draws))
-        augmented = (train_transform(pixels, size, config.data, generator) for generator in generators)
-        grid.append([original, *map(Tile, augmented)])
+        augmented = _augmented(pixels, config, sample_seeds(config.seed, row, np.arange(draws)))
+        grid.append([Tile(pixels, _name(shards, found.label)), *map(Tile, augmented)])
     if not grid:
         raise UserError(f"the shards of {source} hold no images: make them again")
     return draw_sheet(grid, title=config.name, note=f"original, and {draws} draws at {size} px", set_apart=True)
+
+
+def _augmented(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> np.ndarray:
+    """uint8 [B, S, S, 3]: what training makes of one image with each of the seeds, but for mixing it with others."""
+    size, data = config.model.image_size, config.data
+    images = np.empty((len(seeds), size, size, 3), np.uint8)
+    for image, draws in zip(images, draw_crops(seeds), strict=True):
+        view = train_view(pixels.shape[0], pixels.shape[1], size, data, draws)
+        render(pixels, view, 1, image, PixelBuffer())
+    if not data.randaugment_ops:
+        return images
+    return randaugment(
+        torch.from_numpy(images), seeds, num_ops=data.randaugment_ops, magnitude=data.randaugment_magnitude
+    ).numpy()
 
 
 def draw_sheet(

@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 
 from fastvit_engine.data.labels import label_member, parse_labels
 from fastvit_engine.data.shards import is_local
+from fastvit_engine.data.storage import ShardStorage
+from fastvit_engine.data.storage.remote import TryPolicy, describe
 from fastvit_engine.data.tar import BLOCK, Member, ReadAt, TarError, read_member, split_name
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.run_folder import flush_to_disk
@@ -49,6 +51,7 @@ _COLUMNS = {
     "label_counts": "<u4",
 }
 _WINDOW = 16_384  # bytes read at once when walking over headers
+_REMOTE_WINDOW = 1 << 22  # an answer to each header would take longer than all of the shard
 _WORTH_A_POOL = 64  # shards
 _MOST_PROBLEMS = 10
 _REPORT_EVERY = 5.0  # seconds
@@ -329,50 +332,28 @@ def _opened(shard: str) -> Iterator[_Opened]:
     size, stamp = _stamp(shard)
     if is_local(shard):
         with open(shard, "rb", buffering=0) as file:
-            yield _Opened(_windowed(lambda at, length: os.pread(file.fileno(), length, at)), size, stamp)
+            yield _Opened(_windowed(lambda at, length: os.pread(file.fileno(), length, at), _WINDOW), size, stamp)
     else:
-        system, name = _file_system(shard)
-        with system.open(name, "rb") as file:
-            yield _Opened(_windowed(lambda at, length: _seek_and_read(file, at, length)), size, stamp)
+        storage = ShardStorage([shard], [size])
+        read = _windowed(lambda at, length: storage.read(0, at, min(length, size - at)), _REMOTE_WINDOW)
+        yield _Opened(read, size, stamp)
 
 
 def _stamp(shard: str) -> tuple[int, int]:
     if is_local(shard):
         return stamp_of_local(shard)
-    system, name = _file_system(shard)
-    info = system.info(name)
-    tag = next(
-        (str(info[key]) for key in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created") if key in info), ""
-    )
-    return int(info["size"]), int.from_bytes(blake2b(tag.encode(), digest_size=8).digest(), "little")
+    size, version = describe(shard, TryPolicy(retries=10, timeout=30.0, patience=300.0))
+    return size, int.from_bytes(blake2b(version.encode(), digest_size=8).digest(), "little")
 
 
-def _file_system(shard: str) -> tuple[Any, str]:
-    try:
-        import fsspec
-    except ImportError as error:
-        raise UserError(
-            f"the remote shard {shard} is read with fsspec, which is missing: pip install fsspec"
-        ) from error
-    try:
-        return fsspec.core.url_to_fs(shard)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"the remote shard {shard} cannot be opened: {error}") from error
-
-
-def _seek_and_read(file: BinaryIO, at: int, length: int) -> bytes:
-    file.seek(at)
-    return file.read(length)
-
-
-def _windowed(read: ReadAt) -> ReadAt:
+def _windowed(read: ReadAt, window: int) -> ReadAt:
     """`read` with a piece of the file kept: headers of neighbouring members come in one read."""
     begin, kept = 0, b""
 
     def read_through(at: int, length: int) -> bytes:
         nonlocal begin, kept
         if not begin <= at <= at + length <= begin + len(kept):
-            begin, kept = at, read(at, max(length, _WINDOW))
+            begin, kept = at, read(at, max(length, window))
         return kept[at - begin : at - begin + length]
 
     return read_through

@@ -8,19 +8,20 @@ depends on which worker or rank it falls to, and the workers may be any number.
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 
-from fastvit_engine.config import Config
+from fastvit_engine.config import Config, DataConfig
 from fastvit_engine.data.augment import draw_crops, eval_view, train_view
 from fastvit_engine.data.batch import BadSample, Batch, BatchBuilder, Workspace, rebatch
 from fastvit_engine.data.data_plan import DataPlan, TrainSource
 from fastvit_engine.data.decode import Sample
 from fastvit_engine.data.draws import sample_seeds
 from fastvit_engine.data.index import Index
-from fastvit_engine.data.local_storage import LocalShards
 from fastvit_engine.data.order import Integers, Order, Places, SourceOrder, share_slots
 from fastvit_engine.data.shards import find_shards, is_local
+from fastvit_engine.data.storage import ShardStorage
 from fastvit_engine.data.stream_loader import stream_eval_chunks, stream_train_chunks
 from fastvit_engine.data.tar import TarError, iterate_files
 from fastvit_engine.data.workers import load
@@ -62,11 +63,11 @@ def build_train_data(
 
     samples = open_train_samples(config, plan)
     indexes = samples.indexes
-    own = np.arange(rank, batch, world_size)
+    own = rank_places(batch, rank, world_size)
     remote = any(not is_local(shard) for index in indexes for shard in index.shards)
     read_ahead = None
     if node_ranks and remote:
-        places = np.flatnonzero(np.isin(np.arange(batch) % world_size, node_ranks))
+        places = np.concatenate([rank_places(batch, other, world_size) for other in node_ranks])
         read_ahead = ReadAhead(build_order(config, plan.train, indexes), indexes, samples.storage, places, batch)
 
     def requests() -> Iterator[Integers]:
@@ -77,6 +78,16 @@ def build_train_data(
                 yield from _pieces(micro, config)
 
     return rebatch(_load(samples, requests(), micro_batch_size, config), micro_batch_size, pin_memory)
+
+
+def rank_places(batch: int, rank: int, world_size: int) -> Integers:
+    """The places of a global batch that are a rank's: every world_size-th pair of neighbours, from the rank-th pair on.
+
+    In pairs, because images are mixed in pairs: so the world size does not change who is mixed with whom. Single places
+    where a rank has an odd number of them.
+    """
+    size = 2 if batch // world_size % 2 == 0 else 1
+    return np.arange(batch).reshape(-1, size)[rank::world_size].ravel()
 
 
 def build_eval_data(
@@ -100,24 +111,23 @@ def build_eval_data(
         for start in range(0, len(positions), batch_size)
         for piece in _pieces(positions[start : start + batch_size], config)
     )
-    samples = _EvalSamples(config, index, open_storage([index]))
+    samples = _EvalSamples(config, index, open_storage([index], config.data))
     return rebatch(_load(samples, requests, batch_size, config), batch_size, pin_memory)
 
 
 def open_train_samples(config: Config, plan: DataPlan) -> "TrainSamples":
     """The samples of indexed shards, by their position in the run."""
     indexes = [source.data.open() for source in plan.train]
-    return TrainSamples(config, plan.train, indexes, open_storage(indexes))
+    return TrainSamples(config, plan.train, indexes, open_storage(indexes, config.data))
 
 
-def open_storage(indexes: list[Index]) -> LocalShards:
+def open_storage(indexes: list[Index], data: DataConfig) -> ShardStorage:
     """The shards of all indexes, numbered through."""
     shards = [shard for index in indexes for shard in index.shards]
     sizes = [int(size) for index in indexes for size in index.sizes]
-    for shard in shards:
-        if not is_local(shard):
-            raise UserError(f"shard {shard} is remote, which is not supported yet: copy the shards to a local disk")
-    return LocalShards(shards, sizes)
+    cache_bytes = None if data.cache_gb is None else int(data.cache_gb * 1e9)
+    cache_dir = None if data.cache is None else Path(data.cache)
+    return ShardStorage(shards, sizes, cache_dir=cache_dir, cache_bytes=cache_bytes)
 
 
 def build_order(config: Config, sources: tuple[TrainSource, ...], indexes: list[Index]) -> Order:
@@ -132,7 +142,7 @@ def build_order(config: Config, sources: tuple[TrainSource, ...], indexes: list[
 class _Samples:
     """Batches of the samples at positions (int64 [n])."""
 
-    def __init__(self, config: Config, indexes: list[Index], storage: LocalShards) -> None:
+    def __init__(self, config: Config, indexes: list[Index], storage: ShardStorage) -> None:
         self.config, self.indexes, self.storage = config, indexes, storage
         self.first_shard = np.cumsum([0, *(len(index.shards) for index in indexes)])
         self.workspace = Workspace()
@@ -161,7 +171,7 @@ class _Samples:
 
 class TrainSamples(_Samples):
     def __init__(
-        self, config: Config, sources: tuple[TrainSource, ...], indexes: list[Index], storage: LocalShards
+        self, config: Config, sources: tuple[TrainSource, ...], indexes: list[Index], storage: ShardStorage
     ) -> None:
         super().__init__(config, indexes, storage)
         self.order = build_order(config, sources, indexes)
@@ -169,7 +179,9 @@ class TrainSamples(_Samples):
     def build(self, positions: Integers, empty: Batch) -> Batch:
         builder = BatchBuilder(empty, self.config, self.workspace)
         places = self.order.locate(positions)
-        draws = draw_crops(sample_seeds(self.config.seed, places.source, places.epoch, places.position))
+        seeds = sample_seeds(self.config.seed, places.source, places.epoch, places.position)
+        empty.seeds[:] = seeds
+        draws = draw_crops(seeds)
         view = partial(train_view, image_size=self.config.model.image_size, data=self.config.data)
         for row, sample in enumerate(self.read(places)):
             if isinstance(sample, BadSample):
@@ -180,7 +192,7 @@ class TrainSamples(_Samples):
 
 
 class _EvalSamples(_Samples):
-    def __init__(self, config: Config, index: Index, storage: LocalShards) -> None:
+    def __init__(self, config: Config, index: Index, storage: ShardStorage) -> None:
         super().__init__(config, [index], storage)
         self.ends = np.cumsum(index.counts)
 
@@ -214,7 +226,7 @@ def parse_sample(content: bytes, shard: str) -> Sample:
 class ReadAhead:
     """Tells the storage which shards a node will read, the nearest first, for the next two windows of every lane."""
 
-    def __init__(self, order: Order, indexes: list[Index], storage: LocalShards, places: Integers, batch: int) -> None:
+    def __init__(self, order: Order, indexes: list[Index], storage: ShardStorage, places: Integers, batch: int) -> None:
         """`order`: one of its own, since an order remembers the windows it was asked for last. `places`: of the node's
         samples within a global batch."""
         self._order, self._storage = order, storage

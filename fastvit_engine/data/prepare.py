@@ -15,6 +15,7 @@ from fastvit_engine.data.index import INDEX_NAME, INDEX_SUFFIX, Index, open_inde
 from fastvit_engine.data.loader import open_storage, parse_sample
 from fastvit_engine.data.order import CYCLE, choose_lanes, share_slots
 from fastvit_engine.data.shards import Split, find_shards, info_beside, is_local
+from fastvit_engine.data.storage import ShardStorage
 from fastvit_engine.data.stream import read_shard
 from fastvit_engine.data.stream_loader import plan_streams
 from fastvit_engine.data.tar import TarError
@@ -159,17 +160,18 @@ def _may_write(place: Path, label_key: str) -> bool:
 
 def _check_samples(index: Index, split: Split, config: Config) -> None:
     _check_classes(index.shards, split, config)
+    storage = open_storage([index], config.data)
     if index.label_key == config.data.label_key:
         unlabelled = np.flatnonzero(index.unlabelled).tolist()
         for shard in [*unlabelled, *index.shards_with_labels_outside(config.model.num_classes)][:1]:
-            for sample in _read_rows(index, shard, range(index.counts[shard])):
+            for sample in _read_rows(index, storage, shard, range(index.counts[shard])):
                 read_label(sample, config.data, config.model.num_classes)
     looked_at = np.linspace(0, index.samples - 1, min(index.samples, _LOOKED_AT)).astype(np.int64)
     ends = np.cumsum(index.counts)
     errors = []
     for number in looked_at:
         shard = int(np.searchsorted(ends, number, side="right"))
-        for sample in _read_rows(index, shard, [int(number - (ends[shard] - index.counts[shard]))]):
+        for sample in _read_rows(index, storage, shard, [int(number - (ends[shard] - index.counts[shard]))]):
             read_label(sample, config.data, config.model.num_classes)
             try:
                 read_image(sample, config.data, decode_image)
@@ -179,8 +181,7 @@ def _check_samples(index: Index, split: Split, config: Config) -> None:
     raise UserError(f"{errors[0]}, and {len(errors) - 1} others of data.{split} that were looked at are no better")
 
 
-def _read_rows(index: Index, shard: int, rows: Sequence[int]) -> Iterator[Sample]:
-    storage = open_storage([index])
+def _read_rows(index: Index, storage: ShardStorage, shard: int, rows: Sequence[int]) -> Iterator[Sample]:
     offsets, lengths = index.extents(np.full(len(rows), shard), np.asarray(rows, dtype=np.int64))
     for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
         try:

@@ -101,10 +101,13 @@ class _TrainChunks(IterableDataset):
 
     def _chunk(self, stream: int, samples: Iterator[tuple[int, Sample]]) -> Batch:
         size = self.config.model.image_size
-        builder = BatchBuilder(empty_batch(self.plan.chunk, size), self.config, self.workspace)
+        batch = empty_batch(self.plan.chunk, size)
+        builder = BatchBuilder(batch, self.config, self.workspace)
         for row in range(self.plan.chunk):
             index, sample = next(samples)
-            draws = draw_crops(sample_seeds(self.config.seed, stream, index))[0]
+            seeds = sample_seeds(self.config.seed, stream, index)
+            batch.seeds[row : row + 1] = seeds
+            draws = draw_crops(seeds)[0]
             builder.add(row, sample, partial(train_view, image_size=size, data=self.config.data, draws=draws))
         return builder.build()
 

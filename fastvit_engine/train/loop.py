@@ -7,13 +7,13 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastvit_engine.config import Config, Resolved
+from fastvit_engine.config import Config, DataConfig, Resolved
 from fastvit_engine.data import Batch, DataPlan, build_eval_data, build_train_data
-from fastvit_engine.data.mixup import mixup
+from fastvit_engine.data.mix import mix
+from fastvit_engine.data.randaugment import randaugment
 from fastvit_engine.errors import UserError
 from fastvit_engine.evaluate.classification import evaluate
 from fastvit_engine.models import build_model, model_title, training_flops
@@ -94,14 +94,14 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
         # ---- one optimizer step on one global batch
         learning_rate = plan.learning_rate(step)
         set_learning_rate(engine, learning_rate)
-        generator = seed_step(config.seed, step, world)
+        seed_step(config.seed, step, world)
         loss_sum = torch.zeros((), device=world.device)
         keys_hash = 0
         for _ in range(split.accumulation_steps):
             with stopwatch.waiting_for_data():
                 batch = next(batches)
             data_wait.add(batch.seconds)
-            loss = training_loss(engine, criterion, batch, config, world, generator)
+            loss = training_loss(engine, criterion, batch, config.data, world)
             engine.backward(loss)
             engine.step()
             loss_sum += loss.detach()
@@ -178,24 +178,19 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
         recorder.close()
 
 
-def training_loss(
-    engine: Any,
-    criterion: FusedCrossEntropy,
-    batch: Batch,
-    config: Config,
-    world: World,
-    generator: np.random.Generator,
-) -> Tensor:
+def training_loss(engine: Any, criterion: FusedCrossEntropy, batch: Batch, data: DataConfig, world: World) -> Tensor:
     """Mean loss over one micro-batch, where a sample of weight 0 counts as a loss of 0, as does one mixed with it."""
     images = batch.images.to(world.device, non_blocking=True)  # uint8 [B, H, W, 3]; normalised by the patch embedding
     labels = batch.labels.to(world.device, non_blocking=True)
     weights = batch.weights.to(world.device, non_blocking=True)
-    if config.data.mixup:
-        images, labels, labels_b, mix_weight = mixup(
-            images, labels, config.data.mixup, config.data.mean, config.data.std, generator
+    if data.randaugment_ops:
+        images = randaugment(images, batch.seeds, num_ops=data.randaugment_ops, magnitude=data.randaugment_magnitude)
+    if data.mixup or data.cutmix:
+        mixed = mix(images, labels, batch.seeds, mixup=data.mixup, cutmix=data.cutmix, mean=data.mean, std=data.std)
+        losses = criterion(
+            engine(mixed.images), labels, labels_b=mixed.labels_b, mix_weight=mixed.weight, reduction="none"
         )
-        losses = criterion(engine(images), labels, labels_b=labels_b, mix_weight=mix_weight, reduction="none")
-        weights = weights * weights.roll(1)  # mixup's partner is the sample before
+        weights = weights * weights[mixed.partner]
     else:
         losses = criterion(engine(images), labels, reduction="none")
     return (losses * weights).mean()
@@ -254,16 +249,12 @@ def evaluate_all(
     return results
 
 
-def seed_step(seed: int, step: int, world: World) -> np.random.Generator:
-    """Makes dropout, drop-path and mixup of a step a function of (seed, step, rank), which a resumed run repeats.
-
-    Returns the generator for mixup; PyTorch's own are seeded too.
-    """
+def seed_step(seed: int, step: int, world: World) -> None:
+    """Makes dropout and drop-path of a step a function of (seed, step, rank), which a resumed run repeats."""
     key = int.from_bytes(blake2b(f"{seed}/{step}/{world.rank}".encode(), digest_size=7).digest(), "big")
     torch.default_generator.manual_seed(key)  # torch.manual_seed also formats a stack trace: 0.1 ms a step
     if world.device.type == "cuda":
         torch.cuda.manual_seed(key)
-    return np.random.default_rng(key)
 
 
 def hash_keys(keys: list[str]) -> int:

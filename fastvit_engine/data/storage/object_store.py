@@ -16,6 +16,14 @@ from fastvit_engine.data.storage.remote import MAY_PASS, AttemptFailed, Refused,
 from fastvit_engine.errors import UserError
 
 PIECE = 2**23  # bytes: one request
+VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "mtime",
+    "LastModified",
+    "created",
+)  # as stores name what changes with a file
 # What stores report in OSError.errno for a request that will never succeed (bad bucket name, other region, ...).
 FINAL_ERRNOS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, getattr(errno, "EREMCHG", errno.EPERM)}
 # Classes of packages that may not be installed; none of them is an OSError.
@@ -45,14 +53,15 @@ class FsspecSource:
 
     def __init__(self, url: str) -> None:
         require_package(url)
-        self._size_of: dict[str, int] = {}
+        self._known: dict[str, tuple[int, str | None]] = {}  # URL -> size and version
 
     def open(self, url: str, start: int, stop: int, timeout: float) -> AbstractContextManager[Reply]:
         with _failures(timeout):
             fs, path = url_to_fs(url)
-        if url not in self._size_of:  # a ranged answer does not tell it
-            self._size_of[url] = _call(fs, "info", path, timeout=timeout)["size"]
-        return nullcontext(Reply(start, self._size_of[url], None, _pieces(fs, path, start, stop, timeout)))
+        if url not in self._known:  # a ranged answer does not tell them
+            info = _call(fs, "info", path, timeout=timeout)
+            self._known[url] = info["size"], next((str(info[key]) for key in VERSION_KEYS if info.get(key)), None)
+        return nullcontext(Reply(start, *self._known[url], _pieces(fs, path, start, stop, timeout)))
 
 
 def _pieces(fs: AbstractFileSystem, path: str, start: int, stop: int, timeout: float) -> Iterator[bytes]:

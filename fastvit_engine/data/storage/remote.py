@@ -69,6 +69,31 @@ def open_source(url: str) -> Source:
     return FsspecSource(url)
 
 
+def describe(url: str, policy: TryPolicy) -> tuple[int, str]:
+    """(bytes, version or "") of a remote shard; UserError where it cannot be read, GaveUp where it cannot for now."""
+    source, failures = open_source(url), 0
+    while True:
+        try:
+            with source.open(url, 0, 1, policy.timeout) as reply:
+                if reply.size is None:
+                    raise UserError(
+                        f"the server of shard {public_url(url)} does not say how long it is: copy the shard"
+                    )
+                return reply.size, reply.version or ""
+        except Refused as error:
+            raise UserError(
+                f"shard {public_url(url)} cannot be read ({error}): correct its URL, or restore it"
+            ) from error
+        except AttemptFailed as error:
+            failures += 1
+            if failures > policy.retries:
+                raise GaveUp(
+                    f"shard {public_url(url)} could not be read ({error}; attempt {failures} was the last): "
+                    "check the server and the network, then try again"
+                ) from error
+            _sleep(max(random.uniform(0, min(BACKOFF_S * 2 ** (failures - 1), MAX_BACKOFF_S)), error.retry_after))
+
+
 def fetch(
     source: Source,
     url: str,
@@ -130,7 +155,7 @@ def fetch(
     return skipped
 
 
-def _sleep(seconds: float, cancelled: Callable[[], bool]) -> None:
+def _sleep(seconds: float, cancelled: Callable[[], bool] = lambda: False) -> None:
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         if cancelled():

@@ -6,7 +6,7 @@ from fastvit_engine.data.batch import BadSample, Batch, StageSeconds, empty_batc
 def _chunk(first: int, size: int) -> Batch:
     numbers = torch.arange(first, first + size)
     images = numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(size, 2, 2, 3).contiguous()
-    return Batch(images, numbers, torch.ones(size), [str(n.item()) for n in numbers])
+    return Batch(images, numbers, torch.ones(size), [str(n.item()) for n in numbers], numbers.numpy() + 100)
 
 
 def test_rebatch_keeps_order_and_pads_the_last_batch():
@@ -16,6 +16,7 @@ def test_rebatch_keeps_order_and_pads_the_last_batch():
     images = torch.cat([batch.images for batch in batches])
     weights = torch.cat([batch.weights for batch in batches])
     keys = [key for batch in batches for key in batch.keys]
+    assert [seed for batch in batches for seed in batch.seeds] == [*range(100, 111), 0]
     assert labels.tolist() == [*range(11), 0]
     assert weights.tolist() == [1.0] * 11 + [0.0]
     assert keys == [str(n) for n in range(11)] + [""]

@@ -3,8 +3,10 @@ import pytest
 from PIL import Image
 
 import fastvit_engine.data.contact_sheet as sheet_module
-from fastvit_engine.data.augment import train_transform
+from fastvit_engine.data.augment import draw_crops, render, train_view
 from fastvit_engine.data.contact_sheet import Tile, augmented_sheet, class_sheet, draw_sheet, save_sheet
+from fastvit_engine.data.decode import PixelBuffer
+from fastvit_engine.data.draws import sample_seeds
 from fastvit_engine.errors import UserError
 
 CELL = 2 * sheet_module._CELL
@@ -69,7 +71,9 @@ def test_augmented_sheet_draws_what_training_draws(shards, make_config):
     sheet = augmented_sheet(config, rows=3, draws=4)
     assert np.array_equal(np.asarray(sheet), np.asarray(augmented_sheet(config, rows=3, draws=4)))
     (original, *_) = sheet_module._some_samples(sheet_module.shard_set(str(shards)), each=1)
-    crop = train_transform(original.pixels(), 16, config.data, np.random.default_rng([config.seed, 0, 0]))
+    pixels, crop = original.pixels(), np.empty((16, 16, 3), np.uint8)
+    (draws,) = draw_crops(sample_seeds(config.seed, 0, 0))
+    render(pixels, train_view(*pixels.shape[:2], 16, config.data, draws), 1, crop, PixelBuffer())
     scale = CELL // 16
     drawn = _cell(sheet, LEFT + STEP + 4 * sheet_module._GAP, TOP)
     assert np.array_equal(drawn, np.repeat(np.repeat(crop, scale, 0), scale, 1))

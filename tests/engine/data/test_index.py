@@ -11,13 +11,13 @@ import pytest
 import fastvit_engine.data.index as index_module
 from fastvit_engine.data.index import open_index, write_index
 from fastvit_engine.data.loader import parse_sample
-from fastvit_engine.data.local_storage import LocalShards
+from fastvit_engine.data.storage import ShardStorage
 from fastvit_engine.data.stream import read_shard
 from fastvit_engine.errors import UserError
 
 
 def _samples_by_index(index) -> list[dict]:
-    storage = LocalShards(index.shards, index.sizes)
+    storage = ShardStorage(index.shards, index.sizes)
     samples = []
     for shard, count in enumerate(index.counts):
         offsets, lengths = index.extents(np.full(count, shard), np.arange(count))

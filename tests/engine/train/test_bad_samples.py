@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,7 +34,8 @@ def batch(good, bad, first=0, padding=0):
     keys = [f"good{n}" for n in range(good)] + [f"bad{first + n}" for n in range(bad)] + [""] * padding
     weights = torch.tensor([1.0] * good + [0.0] * (bad + padding))
     found = tuple(BadSample(f"bad{first + n}", "a.tar", "has no image") for n in range(bad))
-    return Batch(torch.zeros(len(keys), 1, 1, 3, dtype=torch.uint8), torch.zeros(len(keys)), weights, keys, found)
+    images, labels = torch.zeros(len(keys), 1, 1, 3, dtype=torch.uint8), torch.zeros(len(keys))
+    return Batch(images, labels, weights, keys, np.arange(len(keys)), found)
 
 
 def watch(samples, *batches):
