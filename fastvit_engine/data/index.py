@@ -335,7 +335,7 @@ def _opened(shard: str) -> Iterator[_Opened]:
             yield _Opened(_windowed(lambda at, length: os.pread(file.fileno(), length, at), _WINDOW), size, stamp)
     else:
         storage = ShardStorage([shard], [size])
-        read = _windowed(lambda at, length: storage.read(0, at, min(length, size - at)), _REMOTE_WINDOW)
+        read = _windowed(lambda at, length: storage.read(0, at, max(0, min(length, size - at))), _REMOTE_WINDOW)
         yield _Opened(read, size, stamp)
 
 
@@ -372,14 +372,8 @@ def _scan(task: tuple[str, str, tuple[int, int] | None]) -> ShardRecord | TarErr
             return scan_shard(opened.read, opened.size, opened.stamp, label_key)
     except TarError as error:
         return error
-    except UserError:
-        raise
     except OSError as error:
         return TarError(f"cannot be read ({error.strerror or error})")
-    except Exception as error:  # whatever the library of a remote store raises
-        if is_local(shard):
-            raise
-        return TarError(f"cannot be read ({' '.join(str(error).split()) or type(error).__name__})")
 
 
 def _scan_all(

@@ -69,6 +69,10 @@ def open_source(url: str) -> Source:
     return FsspecSource(url)
 
 
+def refusal(url: str, error: Refused) -> UserError:
+    return UserError(f"shard {public_url(url)} cannot be read ({error}): correct its URL, or restore it")
+
+
 def describe(url: str, policy: TryPolicy) -> tuple[int, str]:
     """(bytes, version or "") of a remote shard; UserError where it cannot be read, GaveUp where it cannot for now."""
     source, failures = open_source(url), 0
@@ -81,9 +85,7 @@ def describe(url: str, policy: TryPolicy) -> tuple[int, str]:
                     )
                 return reply.size, reply.version or ""
         except Refused as error:
-            raise UserError(
-                f"shard {public_url(url)} cannot be read ({error}): correct its URL, or restore it"
-            ) from error
+            raise refusal(url, error) from error
         except AttemptFailed as error:
             failures += 1
             if failures > policy.retries:
@@ -139,9 +141,7 @@ def fetch(
                         raise AttemptFailed("it comes too slowly")
                 raise AttemptFailed(f"the connection closed {stop - done} bytes before the end")
         except Refused as error:
-            raise UserError(
-                f"shard {public_url(url)} cannot be read ({error}): correct its URL, or restore it"
-            ) from error
+            raise refusal(url, error) from error
         except AttemptFailed as error:
             failures = 1 if done > before else failures + 1
             if failures > policy.retries or time.monotonic() >= deadline:

@@ -11,7 +11,7 @@ import torch
 from fastvit_engine.data import Batch, build_eval_data, build_train_data, prepare_data
 from fastvit_engine.data.augment import View, eval_view, render
 from fastvit_engine.data.decode import PixelBuffer, decode_image
-from fastvit_engine.data.loader import ReadAhead, build_order
+from fastvit_engine.data.loader import ReadAhead, build_order, rank_places
 from fastvit_engine.errors import UserError
 
 BATCH = 12
@@ -54,14 +54,27 @@ def _steps(config, plan, world_size: int, steps: int, micro_batch_size: int = 2,
     result = [[None] * BATCH for _ in range(steps)]
     for rank in range(world_size):
         batches = _train(config, plan, rank, world_size, micro_batch_size, first_step * BATCH)
-        place = 0
+        place, places = 0, rank_places(BATCH, rank, world_size)
         for batch in islice(batches, steps * share // micro_batch_size):
             assert batch.images.shape == (micro_batch_size, 16, 16, 3) and batch.images.dtype == torch.uint8
             assert batch.labels.dtype == torch.int64 and batch.weights.dtype == torch.float32
             for sample in zip(batch.keys, batch.labels.tolist(), batch.weights.tolist(), batch.images, strict=True):
-                result[place // share][rank + place % share * world_size] = (*sample[:3], sample[3].numpy().tobytes())
+                result[place // share][places[place % share]] = (
+                    *sample[:3],
+                    sample[3].numpy().tobytes(),
+                )
                 place += 1
     return result
+
+
+@pytest.mark.parametrize(
+    ("batch", "world_size"), [(12, 1), (12, 2), (12, 3), (12, 4), (12, 6), (16, 8), (1, 1), (64, 8)]
+)
+def test_ranks_share_a_batch_and_keep_pairs_together(batch, world_size):
+    places = [rank_places(batch, rank, world_size) for rank in range(world_size)]
+    assert sorted(np.concatenate(places)) == list(range(batch))
+    if batch // world_size % 2 == 0:
+        assert all((own[1::2] == own[::2] + 1).all() and (own[::2] % 2 == 0).all() for own in places)
 
 
 def test_steps_are_the_same_for_every_world_size_worker_count_and_stop(damaged_shards, make_config, plan):
@@ -124,10 +137,10 @@ def test_a_shard_that_is_damaged_while_training_costs_its_samples(
     assert bad.key == "a.tar#2" and "has a damaged header" in bad.reason
     assert {key: weight for key, weight in zip(batch.keys, batch.weights, strict=True) if weight == 0} == {"a.tar#2": 0}
     path.write_bytes(whole[:third])
-    with pytest.raises(UserError, match=r"a\.tar ends before byte .* when it was indexed"):
+    with pytest.raises(UserError, match=r"a\.tar has .* bytes instead of the .* in the index"):
         next(_train(config, data, micro_batch_size=6))
     path.unlink()
-    with pytest.raises(UserError, match=r"a\.tar cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"a\.tar does not exist"):
         next(_train(config, data, micro_batch_size=6))
 
 
