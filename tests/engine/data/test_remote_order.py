@@ -79,6 +79,16 @@ def test_a_server_that_stalls_gives_the_order_of_the_disk(server, folder, make_c
     assert not any(server.faults.values())
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_an_object_store_gives_the_order_of_the_disk(s3_bucket, folder, make_config, tmp_path, num_workers):
+    expected = ledger(make_config(folder, eval=str(folder / "*.tar"), batch=BATCH), tmp_path)
+    for name in NAMES:
+        s3_bucket.pipe_file(f"bucket/order/{name}", (folder / name).read_bytes())
+    write_index([f"s3://bucket/order/{name}" for name in NAMES], tmp_path / "s3.index")
+    config = make_config("s3://bucket/order", eval="s3://bucket/order", batch=BATCH, index=str(tmp_path / "s3.index"))
+    assert ledger(config, tmp_path, num_workers=num_workers) == expected
+
+
 def test_a_shard_that_is_gone_for_good_is_one_error(server, folder, make_config, tmp_path):
     config = remote_config(make_config, server, folder, num_workers=2)
     plan = prepare_data(config, world_size=1, index_folder=tmp_path)

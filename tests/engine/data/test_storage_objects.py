@@ -11,6 +11,7 @@ from typing import Any
 import fsspec
 import pytest
 from fault_server import FaultServer
+from fsspec import AbstractFileSystem
 from fsspec.asyn import AsyncFileSystem
 from fsspec.registry import known_implementations
 
@@ -155,26 +156,12 @@ def test_a_store_that_stays_broken_ends_in_one_error(faulty):
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
+def s3(s3_bucket: AbstractFileSystem) -> str:
     """A bucket with four shards; its URL."""
-    pytest.importorskip("s3fs", reason="needs s3fs: pip install s3fs")
-    server_module = pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[s3]' flask flask-cors")
-    with pytest.MonkeyPatch.context() as patch:
-        server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "test")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        fs = fsspec.filesystem("s3", skip_instance_cache=True)
-        fs.mkdir("bucket")
-        for number in range(4):
-            fs.pipe_file(f"bucket/data/part-{number}.tar", CONTENT[: SIZE - number])
-        fs.pipe_file("bucket/data/README.md", b"not a shard")
-        yield "s3://bucket"
-        server.stop()
+    for number in range(4):
+        s3_bucket.pipe_file(f"bucket/data/part-{number}.tar", CONTENT[: SIZE - number])
+    s3_bucket.pipe_file("bucket/data/README.md", b"not a shard")
+    return "s3://bucket"
 
 
 def s3_storage(s3: str, **options: Any) -> ShardStorage:
