@@ -5,7 +5,6 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import fsspec
 import numpy as np
@@ -119,7 +118,7 @@ def real_data(pytestconfig: pytest.Config) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # file systems remember the server that they were made for
 def s3_bucket() -> Iterator[AbstractFileSystem]:
     """A server that speaks S3, with an empty bucket named "bucket"; s3:// leads to it."""
     pytest.importorskip("s3fs", reason="needs s3fs: pip install s3fs")
@@ -128,7 +127,6 @@ def s3_bucket() -> Iterator[AbstractFileSystem]:
         server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         server.start()
         host, port = server.get_host_and_port()
-        urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST"))  # buckets outlive their server
         patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "test")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
