@@ -82,6 +82,14 @@ def test_the_options_of_the_recipes_train(train, settings, tmp_path):
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
+def test_mixed_and_augmented_images_do_not_depend_on_the_world_size(train, tmp_path):
+    settings = ["train.precision=fp32", "train.micro_batch_size=8", "data.mixup=0.4", "data.cutmix=1.0"]
+    settings += ["data.randaugment_ops=2", "train.duration=8 steps", "schedule.warmup=1 step"]
+    one, two = (rows(train(tmp_path / str(n), *settings, processes=n)) for n in (1, 2))
+    assert [row["samples_hash"] for row in one] == [row["samples_hash"] for row in two]
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-5)
+
+
 def test_torchrun_starts_the_same_run(train_command, execute, reference, tmp_path):
     command = train_command(tmp_path / "run", "train.precision=fp32", "zero.stage=2")
     module = command.index("-m")

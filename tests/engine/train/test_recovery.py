@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -16,6 +18,7 @@ from fastvit_engine.observe.metrics import read_metrics
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS = 40
+KILLS = int(os.environ.get("FASTVIT_TEST_KILLS", 2))  # of the test of random kills
 SETTINGS = [
     f"train.duration={STEPS} steps",
     "train.precision=fp32",
@@ -84,6 +87,36 @@ def test_killed_in_the_middle_of_training(train, train_command, settings, tmp_pa
         assert [step[4] for step in steps] == [step[4] for step in uninterrupted[0]]
         assert [step[1] for step in steps] == pytest.approx([step[1] for step in uninterrupted[0]], abs=1e-5)
         assert evaluations[-1][2] == pytest.approx(uninterrupted[1][-1][2], abs=0.01)
+
+
+def test_killed_again_and_again_while_workers_change(train, train_command, settings, tmp_path, uninterrupted):
+    """The run, one of its ranks or one of its data workers, at random moments; each time with other data workers."""
+    run, chance = tmp_path / "run", random.Random(0)
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    kills = 0
+    while kills < KILLS:
+        workers = f"data.num_workers={chance.randint(0, 3)}"
+        command = train_command(run, *settings, workers, processes=2, resume="auto")
+        parent = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            assert parent.wait(chance.uniform(0, 12)) == 0
+            shutil.rmtree(run)  # it was done before its moment came: from the beginning again
+            continue
+        victim = chance.choice([parent.pid, *descendants(parent.pid)])
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+        if victim == parent.pid:
+            assert parent.wait(60) == -signal.SIGKILL
+        else:
+            assert parent.wait(60) != 0 or (run / "model.safetensors").exists()  # it was done, or all of it ends
+        kills += 1
+    train(run, *settings, "data.num_workers=1", processes=2, resume="auto")
+    assert record(run) == uninterrupted
+
+
+def descendants(pid):
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [below for child in children for below in descendants(child)]
 
 
 def test_killed_in_the_middle_of_saving(train, train_command, settings, tmp_path, uninterrupted):
