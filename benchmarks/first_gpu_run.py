@@ -50,7 +50,7 @@ class Outcome:
 def steps(out: Path, dry: bool) -> list[Step]:
     tests = [*PYTHON, "pytest", "tests/kernels", "-m", "gpu", "-o", "addopts=-ra", "--continue-on-collection-errors"]
     if importlib.util.find_spec("xdist"):  # most of the time goes into compiling
-        tests += ["-n", str(min(8, os.cpu_count() or 1))]
+        tests += ["-n", str(min(14, os.cpu_count() or 1))]
     tuning = [*PYTHON, "fastvit_kernels.tuning"]
     if dry:  # the same programs, as far as they go without a GPU
         return [

@@ -1,8 +1,8 @@
 """The order of training samples: a pure function of (index, seed, position), and of nothing else.
 
 Position t is the t-th sample of the whole run; step s trains on the positions from s * global batch on, and rank r of R
-on every R-th of these, from the r-th. So the samples of a step depend neither on the world size nor on the workers, the
-state of the data is the one integer `consumed`, and going on at any position costs milliseconds.
+on every R-th pair of these, from the r-th. So the samples of a step depend on neither the world size nor the workers,
+the state of the data is the one integer `consumed`, and going on at any position costs milliseconds.
 
 * An epoch permutes the shards, lays their samples end to end in a circle, turns it by a random amount, and cuts it into
   L equal *lanes*; what is left over, fewer than L samples, is left out, and is another part of the data in each epoch.

@@ -40,9 +40,11 @@ def half_block(
         y, mean, rstd, normed, qkv, attended, lse = launch_forward(
             x, norm, norm, qkv_weight, qkv_bias, *proj, *scales, heads, 1e-6, True, True
         )
-        kept = mean, rstd, normed if normed.numel() else None, qkv, attended, lse
+        kept_normed = normed if normed.numel() else None
         needed = [True] * 7 + [scaled]
-        launch_backward(y, x, norm, norm, qkv_weight, *proj, *scales, *kept, 1e-6, needed)
+        launch_backward(
+            y, x, norm, norm, qkv_weight, *proj, *scales, mean, rstd, kept_normed, qkv, attended, lse, 1e-6, needed
+        )
 
 
 def meta(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:
