@@ -18,8 +18,8 @@ from webdataset.writer import TarWriter
 from fastvit_engine.data.encode import encode_for_shard
 from fastvit_engine.data.files import temporary_name
 from fastvit_engine.data.index import INDEX_NAME, write_index
+from fastvit_engine.data.make_plan import Plan, Shard, make_plan
 from fastvit_engine.data.parallel import Counter, default_workers, parallel_map
-from fastvit_engine.data.plan import Plan, Shard, make_plan
 from fastvit_engine.data.shards import INFO_NAME, DatasetInfo, Split, SplitInfo, read_info
 from fastvit_engine.data.sources import FORMATS, list_source, list_with_eval
 from fastvit_engine.data.sources.context import Context

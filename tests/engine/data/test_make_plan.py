@@ -2,7 +2,7 @@ import hashlib
 
 import numpy as np
 
-from fastvit_engine.data.plan import Plan, first_of_each, make_plan
+from fastvit_engine.data.make_plan import Plan, first_of_each, make_plan
 from fastvit_engine.data.sources.listing import ListingBuilder
 from fastvit_engine.data.work_progress import WorkProgress
 
