@@ -72,7 +72,8 @@ class DataConfig(_Section):
     index: str | None = None  # of the shards; null: shards.index beside them, which is made where it is missing
     train_samples: int | None = Field(None, gt=0)  # what durations call an epoch; null: all that the shards hold
     image_key: str = "jpg;jpeg;png;webp"  # the first of these members that a sample has
-    label_key: str = "cls"  # member with the class index as text, or a field of a JSON member: "json.label"
+    label_key: str = "cls"  # member with the class index as text, or a field of a JSON member: "json.labels"
+    max_labels: int = Field(1, gt=0)  # classes that one image may have; several need loss.kind=sigmoid
     num_workers: int = Field(4, ge=0)  # decoding processes of each rank
     order: Literal["indexed", "stream"] = "indexed"  # stream: for gzipped shards and pipes, which have no index
     lanes: int | None = Field(None, gt=0)  # that an epoch is cut into; null: up to 256, by the number of samples

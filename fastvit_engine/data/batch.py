@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvit_engine.config import Config
 from fastvit_engine.data.augment import View, render
-from fastvit_engine.data.decode import CorruptSample, PixelBuffer, Sample, open_image, read_image, read_label
+from fastvit_engine.data.decode import CorruptSample, PixelBuffer, Sample, open_image, read_image, read_labels
 
 
 class BadSample(NamedTuple):
@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     """Images with their labels, on the host."""
 
     images: Tensor  # uint8 [B, H, W, 3], RGB
-    labels: Tensor  # int64 [B]
+    labels: Tensor  # int64 [B]; with data.max_labels = L above 1, [B, L], filled up with -1
     weights: Tensor  # float32 [B]: 1, or 0 for padding and bad samples, which are black and of label 0
     keys: list[str]  # B sample keys; "" for padding
     seeds: np.ndarray  # int64 [B], of what is random about each sample
@@ -46,11 +46,11 @@ class Batch(NamedTuple):
     seconds: StageSeconds = StageSeconds()
 
 
-def empty_batch(size: int, image_size: int) -> Batch:
+def empty_batch(size: int, image_size: int, max_labels: int = 1) -> Batch:
     """A batch of `size` padding images: black, label 0, weight 0."""
     return Batch(
         images=torch.zeros(size, image_size, image_size, 3, dtype=torch.uint8),
-        labels=torch.zeros(size, dtype=torch.int64),
+        labels=_unlabelled(size, max_labels),
         weights=torch.zeros(size),
         keys=[""] * size,
         seeds=np.zeros(size, np.int64),
@@ -78,14 +78,17 @@ class BatchBuilder:
 
     def add(self, row: int, sample: Sample, choose_view: Callable[[int, int], View]) -> None:
         """Decodes of a sample what `choose_view` chooses, given its image's height and width, into `row`."""
-        label = read_label(sample, self._config.data, self._config.model.num_classes)
+        labels = read_labels(sample, self._config.data, self._config.model.num_classes)
         self._end_stage(0)
         try:
             read_image(sample, self._config.data, partial(self._draw, row, choose_view))
         except CorruptSample as error:
             self.add_bad(row, BadSample(sample["__key__"], sample["__url__"], str(error)))
             return
-        self._labels[row] = label
+        if self._labels.ndim == 1:
+            self._labels[row] = labels[0]
+        else:
+            self._labels[row, : len(labels)] = labels
         self._weights[row] = 1
         self._batch.keys[row] = sample["__key__"]
 
@@ -121,7 +124,7 @@ def rebatch(chunks: Iterable[Batch], size: int, pin_memory: bool) -> Iterator[Ba
         start = 0
         while start < len(chunk.keys):
             if batch is None:
-                batch, filled = _unfilled(size, chunk.images.shape[1], pin_memory), 0
+                batch, filled = _unfilled(size, chunk, pin_memory), 0
             count = min(size - filled, len(chunk.keys) - start)
             to, cut = slice(filled, filled + count), slice(start, start + count)
             batch.images[to] = chunk.images[cut]
@@ -140,12 +143,27 @@ def rebatch(chunks: Iterable[Batch], size: int, pin_memory: bool) -> Iterator[Ba
         yield batch
 
 
-def _unfilled(size: int, image_size: int, pin_memory: bool) -> Batch:
-    """Padding but for its images, which may be anything."""
+def targets(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels as losses take them: [B] as they are; [B, L] as float32 [B, C], 1 for the classes of an image, 0 else."""
+    if labels.ndim == 1:
+        return labels
+    hot = torch.zeros(len(labels), num_classes + 1, device=labels.device)  # the last column is for what is no label
+    return hot.scatter_(1, labels.where(labels >= 0, num_classes), 1.0)[:, :num_classes].contiguous()
+
+
+def _unfilled(size: int, chunk: Batch, pin_memory: bool) -> Batch:
+    """Padding in the form of `chunk`, but for its images, which may be anything."""
+    labels = _unlabelled(size, 1 if chunk.labels.ndim == 1 else chunk.labels.shape[1])
     return Batch(
-        images=torch.empty(size, image_size, image_size, 3, dtype=torch.uint8, pin_memory=pin_memory),
-        labels=torch.zeros(size, dtype=torch.int64, pin_memory=pin_memory),
+        images=torch.empty(size, *chunk.images.shape[1:], dtype=torch.uint8, pin_memory=pin_memory),
+        labels=labels.pin_memory() if pin_memory else labels,
         weights=torch.zeros(size, pin_memory=pin_memory),
         keys=[""] * size,
         seeds=np.zeros(size, np.int64),
     )
+
+
+def _unlabelled(size: int, max_labels: int) -> Tensor:
+    if max_labels == 1:
+        return torch.zeros(size, dtype=torch.int64)
+    return torch.full((size, max_labels), -1, dtype=torch.int64)

@@ -119,8 +119,8 @@ class CorruptSample(Exception):
     """A sample without a usable image; the message is the reason: "has ..."."""
 
 
-def read_label(sample: Sample, data: DataConfig, num_classes: int) -> int:
-    """The class index of a sample; UserError naming shard and key where it has none or one out of range."""
+def read_labels(sample: Sample, data: DataConfig, num_classes: int) -> list[int]:
+    """The class indices of a sample, up to data.max_labels; UserError naming shard and key where they cannot be."""
     where = f"sample '{sample['__key__']}' of shard {sample['__url__']}"
     member, path = label_member(data.label_key)
     if member not in sample:
@@ -133,16 +133,17 @@ def read_label(sample: Sample, data: DataConfig, num_classes: int) -> int:
             f"{where} has the label {content[:100]!r} in '{data.label_key}', which is not a class index: "
             "correct the shard or set data.label_key to the member that holds it"
         ) from None
-    if len(labels) != 1:
+    if not 1 <= len(labels) <= data.max_labels:
         raise UserError(
-            f"{where} has {len(labels)} labels in '{data.label_key}', and training takes one: "
-            "correct the shard or set data.label_key"
+            f"{where} has {len(labels)} labels in '{data.label_key}', and training takes 1 to {data.max_labels}: "
+            "correct the shard, or set data.label_key or data.max_labels"
         )
-    if not 0 <= labels[0] < num_classes:
-        raise UserError(
-            f"{where} has label {labels[0]}, outside 0..{num_classes - 1}: correct the shard or raise model.num_classes"
-        )
-    return labels[0]
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise UserError(
+                f"{where} has label {label}, outside 0..{num_classes - 1}: correct the shard or raise model.num_classes"
+            )
+    return labels
 
 
 def read_image(sample: Sample, data: DataConfig, decode: Callable[[bytes], T]) -> T:

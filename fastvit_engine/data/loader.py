@@ -261,4 +261,5 @@ def _load(samples: _Samples, requests: Iterator[Integers], batch_size: int, conf
         prefetch=2,
         image_size=config.model.image_size,
         most=-(-batch_size // max(num_workers, 1)),
+        max_labels=config.data.max_labels,
     )

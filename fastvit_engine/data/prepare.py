@@ -10,7 +10,7 @@ import numpy as np
 
 from fastvit_engine.config import Config, DataSource
 from fastvit_engine.data.data_plan import DataPlan, IndexedShards, TrainSource
-from fastvit_engine.data.decode import CorruptSample, Sample, decode_image, read_image, read_label
+from fastvit_engine.data.decode import CorruptSample, Sample, decode_image, read_image, read_labels
 from fastvit_engine.data.index import INDEX_NAME, INDEX_SUFFIX, Index, open_index, stamp_of_local, write_index
 from fastvit_engine.data.loader import open_storage, parse_sample
 from fastvit_engine.data.order import CYCLE, choose_lanes, share_slots
@@ -165,14 +165,14 @@ def _check_samples(index: Index, split: Split, config: Config) -> None:
         unlabelled = np.flatnonzero(index.unlabelled).tolist()
         for shard in [*unlabelled, *index.shards_with_labels_outside(config.model.num_classes)][:1]:
             for sample in _read_rows(index, storage, shard, range(index.counts[shard])):
-                read_label(sample, config.data, config.model.num_classes)
+                read_labels(sample, config.data, config.model.num_classes)
     looked_at = np.linspace(0, index.samples - 1, min(index.samples, _LOOKED_AT)).astype(np.int64)
     ends = np.cumsum(index.counts)
     errors = []
     for number in looked_at:
         shard = int(np.searchsorted(ends, number, side="right"))
         for sample in _read_rows(index, storage, shard, [int(number - (ends[shard] - index.counts[shard]))]):
-            read_label(sample, config.data, config.model.num_classes)
+            read_labels(sample, config.data, config.model.num_classes)
             try:
                 read_image(sample, config.data, decode_image)
                 return
@@ -236,7 +236,7 @@ def _check_stream(shards: list[str], split: Split, config: Config) -> None:
             raise UserError(f"shard {shard} of data.{split} is an empty file: copy or make it again")
     _check_classes(shards, split, config)
     for sample in (sample for shard in local[:1] for sample in read_shard(shard)):
-        read_label(sample, config.data, config.model.num_classes)
+        read_labels(sample, config.data, config.model.num_classes)
         try:
             read_image(sample, config.data, decode_image)
         except CorruptSample as error:

@@ -101,7 +101,7 @@ class _TrainChunks(IterableDataset):
 
     def _chunk(self, stream: int, samples: Iterator[tuple[int, Sample]]) -> Batch:
         size = self.config.model.image_size
-        batch = empty_batch(self.plan.chunk, size)
+        batch = empty_batch(self.plan.chunk, size, self.config.data.max_labels)
         builder = BatchBuilder(batch, self.config, self.workspace)
         for row in range(self.plan.chunk):
             index, sample = next(samples)
@@ -148,7 +148,11 @@ class _EvalChunks(IterableDataset):
             builder, given = self._builder(), given + 1
 
     def _builder(self) -> BatchBuilder:
-        return BatchBuilder(empty_batch(self.chunk, self.config.model.image_size), self.config, self.workspace)
+        return BatchBuilder(
+            empty_batch(self.chunk, self.config.model.image_size, self.config.data.max_labels),
+            self.config,
+            self.workspace,
+        )
 
 
 def _process_of(rank: int, world_size: int) -> tuple[int, int]:

@@ -15,7 +15,14 @@ Build = Callable[[Any, Batch], Batch]  # (request, empty batch to fill) to the b
 
 
 def load(
-    build: Build, requests: Iterable[Any], *, num_workers: int, prefetch: int, image_size: int, most: int
+    build: Build,
+    requests: Iterable[Any],
+    *,
+    num_workers: int,
+    prefetch: int,
+    image_size: int,
+    most: int,
+    max_labels: int = 1,
 ) -> Iterator[Batch]:
     """What `build` makes of each request, in order, from `num_workers` processes that keep `prefetch` of them ready.
 
@@ -29,7 +36,7 @@ def load(
     # Not a file in /dev/shm, which is small in many containers: processes that are forked share it too.
     images = torch.frombuffer(mmap.mmap(-1, int(np.prod(shape))), dtype=torch.uint8).view(shape)
     numbered = ((number % places, request) for number, request in enumerate(requests))
-    loader = _loader(_Builder(build, images), numbered, num_workers=num_workers, prefetch=prefetch)
+    loader = _loader(_Builder(build, images, max_labels), numbered, num_workers=num_workers, prefetch=prefetch)
     for number, (labels, weights, rest) in enumerate(_received(loader)):
         yield Batch(images[number % places, : len(labels)], torch.from_numpy(labels), torch.from_numpy(weights), *rest)
 
@@ -45,13 +52,13 @@ def load_stream(chunks: IterableDataset, *, num_workers: int, prefetch: int) -> 
 class _Builder(Dataset):
     """The side of `load` in the processes."""
 
-    def __init__(self, build: Build, images: torch.Tensor) -> None:
-        self.build, self.images = build, images
+    def __init__(self, build: Build, images: torch.Tensor, max_labels: int) -> None:
+        self.build, self.images, self.max_labels = build, images, max_labels
 
     def __getitem__(self, numbered: tuple[int, Any]) -> Any:
         place, request = numbered
         size = len(request)
-        empty = empty_batch(size, image_size=0)._replace(images=self.images[place, :size])
+        empty = empty_batch(size, image_size=0, max_labels=self.max_labels)._replace(images=self.images[place, :size])
         try:
             batch = self.build(request, empty)
         except UserError as error:

@@ -1,4 +1,7 @@
-"""Top-1 and top-5 accuracy and loss over a labelled set, each image counted exactly once."""
+"""Top-1 and top-5 accuracy and loss over a labelled set, each image counted exactly once.
+
+An image with several labels is classified rightly where the class given to it is any of them.
+"""
 
 import base64
 import io
@@ -11,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastvit_engine.data import Batch
+from fastvit_engine.data.batch import targets
 from fastvit_engine.train.distributed import World
 
 
@@ -45,8 +49,8 @@ def evaluate(
         weights = batch.weights.to(world.device, non_blocking=True)  # 0 marks padding
         logits = model(images).float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
-        hits = ranked == labels[:, None]
-        losses = criterion(logits, labels, reduction="none")
+        hits = (ranked[:, :, None] == labels.view(len(labels), 1, -1)).any(dim=2)  # [B, 5]
+        losses = criterion(logits, targets(labels, logits.shape[1]), reduction="none")
         totals += torch.stack(
             [(hits[:, 0] * weights).sum(), (hits.any(1) * weights).sum(), (losses * weights).sum(), weights.sum()]
         )
@@ -66,7 +70,7 @@ def _examples(batch: Batch, logits: Tensor, ranked: Tensor) -> list[dict[str, An
     return [
         {
             "key": batch.keys[row],
-            "label": int(batch.labels[row]),
+            "label": int(batch.labels[row].flatten()[0]),
             "image": _png(batch.images[row]),
             "predictions": [
                 [index, round(p, 6)] for index, p in zip(ranked[row].tolist(), probabilities[row], strict=True)

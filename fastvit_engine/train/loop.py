@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastvit_engine.config import Config, DataConfig, Resolved
 from fastvit_engine.data import Batch, DataPlan, build_eval_data, build_train_data
+from fastvit_engine.data.batch import targets
 from fastvit_engine.data.mix import mix
 from fastvit_engine.data.randaugment import randaugment
 from fastvit_engine.errors import UserError
@@ -187,12 +188,13 @@ def training_loss(engine: Any, criterion: FusedCrossEntropy, batch: Batch, data:
         images = randaugment(images, batch.seeds, num_ops=data.randaugment_ops, magnitude=data.randaugment_magnitude)
     if data.mixup or data.cutmix:
         mixed = mix(images, labels, batch.seeds, mixup=data.mixup, cutmix=data.cutmix, mean=data.mean, std=data.std)
-        losses = criterion(
-            engine(mixed.images), labels, labels_b=mixed.labels_b, mix_weight=mixed.weight, reduction="none"
-        )
+        logits = engine(mixed.images)
+        labels, labels_b = (targets(given, logits.shape[1]) for given in (labels, mixed.labels_b))
+        losses = criterion(logits, labels, labels_b=labels_b, mix_weight=mixed.weight, reduction="none")
         weights = weights * weights[mixed.partner]
     else:
-        losses = criterion(engine(images), labels, reduction="none")
+        logits = engine(images)
+        losses = criterion(logits, targets(labels, logits.shape[1]), reduction="none")
     return (losses * weights).mean()
 
 

@@ -33,6 +33,10 @@ class Start:
 def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) -> Start:
     """Checks configuration, data and run folder; raises UserError for what cannot work."""
     resolve_shape(config.model)
+    if config.data.max_labels > 1 and config.loss.kind == "softmax":
+        raise UserError(
+            f"data.max_labels is {config.data.max_labels}, and a softmax loss takes one label: set loss.kind=sigmoid"
+        )
     deepspeed_config(config, split_batch(config, world_size))
     if run.config.exists() and not resume:
         raise UserError(

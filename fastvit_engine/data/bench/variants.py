@@ -26,7 +26,7 @@ from fastvit_engine.config import Config
 from fastvit_engine.data.augment import draw_crops, inception_crop, render, train_view
 from fastvit_engine.data.batch import BadSample, Workspace
 from fastvit_engine.data.data_plan import DataPlan
-from fastvit_engine.data.decode import open_image, read_image, read_label
+from fastvit_engine.data.decode import open_image, read_image, read_labels
 from fastvit_engine.data.draws import sample_seeds
 from fastvit_engine.data.loader import build_train_data, open_train_samples
 from fastvit_engine.data.prepare import prepare_data
@@ -130,7 +130,7 @@ def our_images(dataset: Dataset, count: int) -> Iterator[tuple[np.ndarray, Stage
         draws = draw_crops(sample_seeds(config.seed, places.source, places.epoch, places.position))
         for sample, numbers in zip(samples.read(places), draws, strict=True):
             assert not isinstance(sample, BadSample)
-            read_label(sample, config.data, config.model.num_classes)
+            read_labels(sample, config.data, config.model.num_classes)
             t1 = process_time()
             image = read_image(sample, config.data, open_image)
             view = train_view(image.height, image.width, dataset.image_size, config.data, numbers)

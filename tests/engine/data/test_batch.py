@@ -1,6 +1,6 @@
 import torch
 
-from fastvit_engine.data.batch import BadSample, Batch, StageSeconds, empty_batch, rebatch
+from fastvit_engine.data.batch import BadSample, Batch, StageSeconds, empty_batch, rebatch, targets
 
 
 def _chunk(first: int, size: int) -> Batch:
@@ -61,3 +61,12 @@ def test_what_comes_with_a_chunk_is_counted_once():
     assert (first.bad, second.bad, third.bad) == ((bad,), (), (bad,)) and first.seconds == third.seconds == (1, 2, 3)
     joined, rest = rebatch([chunks[0], chunks[1], chunks[0]], size=8, pin_memory=False)
     assert joined.bad == (bad, bad) and joined.seconds == (2, 4, 6) and rest.seconds == (0, 0, 0)
+
+
+def test_several_labels_an_image():
+    chunk = _chunk(0, 3)._replace(labels=torch.tensor([[4, 1], [0, -1], [2, 3]]))
+    first, second = rebatch([chunk], size=2, pin_memory=False)
+    assert first.labels.tolist() == [[4, 1], [0, -1]] and second.labels.tolist() == [[2, 3], [-1, -1]]
+    assert targets(first.labels, 5).tolist() == [[0, 1, 0, 0, 1], [1, 0, 0, 0, 0]]
+    assert empty_batch(2, 1, max_labels=3).labels.tolist() == [[-1] * 3] * 2
+    assert targets(torch.tensor([3, 1]), 5).tolist() == [3, 1]

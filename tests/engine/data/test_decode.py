@@ -12,7 +12,7 @@ from fastvit_engine.data.decode import (
     decode_image,
     open_image,
     read_image,
-    read_label,
+    read_labels,
 )
 from fastvit_engine.errors import UserError
 
@@ -143,7 +143,7 @@ def _sample(**members) -> dict:
 def test_read_image_takes_the_first_image_key(pixels, encode):
     sample = _sample(png=encode(pixels, "PNG"), webp=b"not this", cls=b" 7\n")
     assert np.array_equal(read_image(sample, DataConfig(), decode_image), pixels)
-    assert read_label(sample, DataConfig(), num_classes=8) == 7
+    assert read_labels(sample, DataConfig(), num_classes=8) == [7]
 
 
 @pytest.mark.parametrize(
@@ -166,17 +166,26 @@ def test_unusable_images_are_told_apart_from_errors(members, message):
         ({"cls": b""}, "cls", "label b''"),
         ({"cls": b"8"}, "cls", r"label 8, outside 0\.\.7"),
         ({"cls": b"-1"}, "cls", "label -1, outside"),
-        ({"cls": b"[1, 2]"}, "cls", "has 2 labels in 'cls', and training takes one"),
+        ({"cls": b"[1, 2]"}, "cls", "has 2 labels in 'cls', and training takes 1 to 1"),
         ({"json": b"{}"}, "json.label", "has 0 labels in 'json.label'"),
         ({"json": b'{"a": {"b": 9}}'}, "json.a.b", r"label 9, outside 0\.\.7"),
     ],
 )
 def test_bad_labels_are_named(members, label_key, message):
     with pytest.raises(UserError, match=r"sample 'k1' of shard a/b\.tar has .*" + message.removeprefix("has ")):
-        read_label(_sample(**members), DataConfig(label_key=label_key), num_classes=8)
+        read_labels(_sample(**members), DataConfig(label_key=label_key), num_classes=8)
+
+
+def test_several_labels():
+    data = DataConfig(label_key="json.labels", max_labels=3)
+    assert read_labels(_sample(json=b'{"labels": [3, 0]}'), data, num_classes=8) == [3, 0]
+    with pytest.raises(UserError, match=r"has 4 labels in 'json\.labels', and training takes 1 to 3"):
+        read_labels(_sample(json=b'{"labels": [3, 0, 1, 2]}'), data, num_classes=8)
+    with pytest.raises(UserError, match=r"has label 8, outside 0\.\.7"):
+        read_labels(_sample(json=b'{"labels": [3, 8]}'), data, num_classes=8)
 
 
 def test_labels_in_json():
     data = DataConfig(label_key="json.a.b")
-    assert read_label(_sample(json=b'{"a": {"b": 3}}'), data, num_classes=8) == 3
-    assert read_label(_sample(json=b'{"a": {"b": [3]}}'), data, num_classes=8) == 3
+    assert read_labels(_sample(json=b'{"a": {"b": 3}}'), data, num_classes=8) == [3]
+    assert read_labels(_sample(json=b'{"a": {"b": [3]}}'), data, num_classes=8) == [3]

@@ -4,6 +4,7 @@ import torch
 
 from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
+from fastvit_engine.data.mix import mix
 from fastvit_engine.train.distributed import World
 from fastvit_engine.train.loop import training_loss
 from fastvit_kernels import FusedCrossEntropy
@@ -25,3 +26,21 @@ def test_a_bad_sample_and_what_is_mixed_with_it_do_not_enter_the_loss(mixup):
     scale = torch.full((4,), 2.0, requires_grad=True)
     loss(scale).backward()
     assert (scale.grad != 0).tolist() == [mixup == 0, False, True, True]
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_several_labels_are_what_their_sum_is(mixup):
+    """With a sigmoid loss an image of two classes costs what their binary cross-entropies do together."""
+    pixels = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([[0, 3], [1, -1], [4, 2], [2, -1]])
+    batch = Batch(pixels, labels, torch.ones(4), list("abcd"), np.arange(4))
+    data = Config.model_validate({"data": {"mixup": mixup}}).data
+    loss = training_loss(lambda images: logits, FusedCrossEntropy("sigmoid"), batch, data, WORLD)
+    hot = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 1], [0, 0, 1, 0, 0]], dtype=torch.float32)
+    if mixup:
+        given = {"mixup": mixup, "cutmix": 0, "mean": data.mean, "std": data.std}
+        weight = mix(pixels, labels, np.arange(4), **given).weight[:, None]
+        hot = weight * hot + (1 - weight) * hot[[1, 0, 3, 2]]
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, hot, reduction="none").sum(dim=1).mean()
+    torch.testing.assert_close(loss, expected)
