@@ -15,8 +15,9 @@ quickstart: $(VENV)/.installed
 	@echo "      $(BIN)/fastvit data make PHOTOS --out data/photos"
 	@echo "      $(BIN)/fastvit config show photos"
 
+# A process a core, each with the tests of one file after the other, and one thread in each.
 test: $(VENV)/.installed lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
