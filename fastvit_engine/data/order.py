@@ -153,7 +153,9 @@ def _philox(
     seed: int, purpose: int, source: int = 0, epoch: int = 0, lane: int = 0, window: int = 0
 ) -> np.random.Philox:
     # The lowest word of the counter runs; the others are the address.
-    return np.random.Philox(key=[seed % 2**64, purpose << 32 | source], counter=[0, window, lane, epoch])
+    # As unsigned numbers: a list with one beyond int64 would become float64, and lose digits.
+    key, counter = (seed % 2**64, purpose << 32 | source), (0, window, lane, epoch)
+    return np.random.Philox(key=np.array(key, np.uint64), counter=np.array(counter, np.uint64))
 
 
 def _draw(seed: int, purpose: int, size: int, *address: int) -> NDArray[np.uint64]:

@@ -23,7 +23,7 @@ def test_every_step_has_its_turn_and_its_log(
     chosen = [
         Step("failing", program("print('said'); raise SystemExit(1)"), 30),
         Step("absent", [str(tmp_path / "no-such-program")], 30),
-        Step("endless", program(sleeper), 1.5),
+        Step("endless", program(sleeper), 5),
         Step("interrupted", program(again), 30, GPU_LOST),
         Step("never right", program("raise SystemExit(3)"), 1, GPU_LOST),
     ]

@@ -288,7 +288,7 @@ def _torchvision_operators() -> Iterator[None]:
         for library in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
             torch.ops.load_library(str(library))
     except OSError:
-        if not _OPERATORS:
+        if not hasattr(torch.ops.torchvision, "nms"):
             operators = torch.library.Library("torchvision", "DEF")
             for name in ("nms", "qnms"):
                 operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -133,8 +133,13 @@ def test_the_order_is_the_one_that_runs_were_started_with():
     assert Counter(places.source.tolist()) == {0: 15_000, 1: 5_000}
 
 
+def test_large_seeds_keep_all_their_digits():
+    places = [_order([50] * 20, seed=2**64 - n, lanes=2, window=50).locate(np.arange(40)) for n in (1, 2, 3)]
+    assert len({np.stack(place).tobytes() for place in places}) == 3
+
+
 LARGE = """
-import resource, sys, time
+import re, sys, time
 from pathlib import Path
 import numpy as np
 from fastvit_engine.data.index import open_index
@@ -157,7 +162,7 @@ order = go_on_at(7)
 batches = [np.arange(4096) + 4096 * step for step in range(8, 58)]
 print(max(seconds(lambda: go_on_at(step)) for step in steps),
       np.median([seconds(lambda: order.locate(batch)) for batch in batches]),
-      resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+      re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])  # ru_maxrss begins with the parent's
 """
 
 

@@ -666,7 +666,7 @@ def test_list_of_urls_end_to_end(server, tmp_path, photo, monkeypatch):
     with pytest.raises(UserError, match=r"gone\.jpg cannot be read \(HTTP 404 Not Found\)"):
         make_dataset(str(tmp_path / "list.csv"), tmp_path / "none", **arguments)
     with pytest.raises(UserError, match="--dedup reads every image twice"):
-        make_dataset(str(tmp_path / "list.csv"), tmp_path / "none", dedup=True, **arguments)
+        make_dataset(str(tmp_path / "list.csv"), tmp_path / "other", dedup=True, **arguments)
 
 
 # --- shards made anew

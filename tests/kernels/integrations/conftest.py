@@ -23,6 +23,8 @@ def torchvision_operators() -> torch.library.Library | None:
             torch.ops.load_library(str(library))
         return None
     except OSError:
+        if hasattr(torch.ops.torchvision, "nms"):
+            return None  # somebody else was here
         operators = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
