@@ -19,7 +19,10 @@ def test_every_step_has_its_turn_and_its_log(
 ) -> None:
     once = tmp_path / "once"
     again = f"import pathlib, sys; p = pathlib.Path({str(once)!r}); e = p.exists(); p.touch(); sys.exit(0 if e else 3)"
-    sleeper = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('report', flush=True)"
+    handler = (
+        "import signal, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)"  # jobs of a shell ignore it
+    )
+    sleeper = f"{handler}\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('report', flush=True)"
     chosen = [
         Step("failing", program("print('said'); raise SystemExit(1)"), 30),
         Step("absent", [str(tmp_path / "no-such-program")], 30),
