@@ -29,7 +29,7 @@ class StageSeconds(NamedTuple):
     decode: float = 0.0
     augment: float = 0.0
 
-    def __add__(self, other: "StageSeconds") -> "StageSeconds":  # type: ignore[override]
+    def plus(self, other: "StageSeconds") -> "StageSeconds":
         return StageSeconds(*(a + b for a, b in zip(self, other, strict=True)))
 
 
@@ -133,7 +133,7 @@ def rebatch(chunks: Iterable[Batch], size: int, pin_memory: bool) -> Iterator[Ba
             batch.keys[to] = chunk.keys[cut]
             batch.seeds[to] = chunk.seeds[cut]
             if start == 0:
-                batch = batch._replace(bad=batch.bad + chunk.bad, seconds=batch.seconds + chunk.seconds)
+                batch = batch._replace(bad=batch.bad + chunk.bad, seconds=batch.seconds.plus(chunk.seconds))
             start, filled = start + count, filled + count
             if filled == size:
                 yield batch

@@ -45,10 +45,11 @@ class Plan:
     def shards(self) -> list[Shard]:
         """Shards of a split hold the same number of samples, within one."""
         shards: list[Shard] = []
-        for split, order in (("train", self.train), ("eval", self.eval)):
+        orders: dict[Split, np.ndarray] = {"train": self.train, "eval": self.eval}
+        for split, order in orders.items():
             count = math.ceil(len(order) / self.arguments["samples_per_shard"])
             shards += [
-                Shard(f"{split}-{n:06d}.tar", split, len(order) * n // count, len(order) * (n + 1) // count)  # type: ignore[arg-type]
+                Shard(f"{split}-{n:06d}.tar", split, len(order) * n // count, len(order) * (n + 1) // count)
                 for n in range(count)
             ]
         return shards

@@ -1,12 +1,9 @@
 """The shards that an argument of `fastvit data` names."""
 
-import glob
 from dataclasses import dataclass
 from pathlib import Path
 
-from braceexpand import braceexpand
-
-from fastvit_engine.data.shards import SHARD_SUFFIXES, DatasetInfo, Split, is_local, read_info
+from fastvit_engine.data.shards import SHARD_SUFFIXES, DatasetInfo, Split, is_local, list_shards, read_info
 from fastvit_engine.errors import UserError
 
 
@@ -22,8 +19,9 @@ class ShardSet:
 
 
 def shard_set(argument: str, split: Split | None = None) -> ShardSet:
-    """A folder (the shards of its dataset.json, of `split` or both; otherwise all its tars), a shard, a glob or a brace
-    pattern of paths or URLs. UserError where it names nothing.
+    """A folder (the shards of its dataset.json, of `split` or both; else all its tars), or what `list_shards` takes.
+
+    Shards of a dataset.json may be missing, which is a finding. UserError where nothing is named.
     """
     folder = Path(argument).expanduser()
     if is_local(argument) and folder.is_dir():
@@ -38,18 +36,11 @@ def shard_set(argument: str, split: Split | None = None) -> ShardSet:
             }
         shards = [str(folder / name) for name in splits]
     else:
-        try:
-            parts = list(braceexpand(argument))
-        except ValueError as error:
-            raise UserError(f"the braces of {argument!r} do not match: {error}") from error
-        shards = sorted({shard for part in parts for shard in (glob.glob(part) if glob.has_magic(part) else [part])})
-        missing = [shard for shard in shards if is_local(shard) and not Path(shard).is_file()]
-        if missing:
-            raise UserError(f"there is no shard {missing[0]}: correct the name")
+        shards = list_shards([argument], named="SHARDS")
         info = read_info(Path(shards[0]).parent) if shards and is_local(shards[0]) else None
         splits = {Path(shard).name: _split_of(Path(shard).name, info) for shard in shards}
     if not shards:
-        raise UserError(f"{argument} names no shards: give a folder of tars, a shard, a glob or a brace pattern")
+        raise UserError(f"SHARDS is {argument!r}, which matches no shards: correct it, or make the shards first")
     return ShardSet(shards, info, list(splits.values()))
 
 

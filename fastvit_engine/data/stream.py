@@ -15,11 +15,11 @@ from fastvit_engine.data.shards import is_local
 from fastvit_engine.errors import UserError
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """tarfile takes a damaged or missing header for the end of the archive and stops silently; this one raises."""
 
     @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_StrictTarInfo":
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "StrictTarInfo":
         try:
             return super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the zero block that ends a whole archive
@@ -35,7 +35,7 @@ def read_shard(shard: str) -> Iterator[Sample]:
     damage that WebDataset's own tar reading passes over in silence.
     """
     try:
-        with _open(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=_StrictTarInfo) as tar:
+        with _open(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as tar:
             yield from group_by_keys(_members(tar, shard))
     except (OSError, EOFError, ValueError, zlib.error, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or next(iter(error.args), type(error).__name__)

@@ -25,7 +25,7 @@ class DataWait:
         self._warned = False
 
     def add(self, seconds: StageSeconds) -> None:
-        self._seconds += seconds
+        self._seconds = self._seconds.plus(seconds)
 
     def lap(self) -> StageSeconds:
         """Of the batches since the last lap."""

@@ -6,6 +6,7 @@ import pickle
 import struct
 import tarfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def _cifar_files(path: Path) -> dict[str, Callable[[], bytes]]:
                     contents[name] = file.read()
     except (OSError, EOFError, tarfile.TarError) as error:
         raise UserError(f"{path} is damaged or unreadable ({error}): download it again") from error
-    return {name: (lambda content=content: content) for name, content in contents.items()}  # type: ignore[misc]
+    return {name: partial(bytes, content) for name, content in contents.items()}
 
 
 class _ArraysOnly(pickle.Unpickler):

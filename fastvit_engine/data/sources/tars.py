@@ -15,6 +15,7 @@ from typing import NamedTuple
 from fastvit_engine.data.parallel import Counter, ordered_map, parallel_map
 from fastvit_engine.data.sources.context import Context, is_image
 from fastvit_engine.data.sources.listing import Listing, ListingBuilder
+from fastvit_engine.data.stream import StrictTarInfo
 from fastvit_engine.errors import UserError
 
 
@@ -23,19 +24,6 @@ class Member(NamedTuple):
     header: int  # where the member begins in the file
     offset: int  # where its content begins
     size: int
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged or missing header for the end of the archive and stops silently; this one raises."""
-
-    @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_StrictTarInfo":
-        try:
-            return super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the zero block that ends a whole archive
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"{error} at byte {tarfile_.offset}") from error
 
 
 def members(path: Path | str, start: int = 0, end: int | None = None) -> Iterator[Member]:
@@ -47,7 +35,7 @@ def members(path: Path | str, start: int = 0, end: int | None = None) -> Iterato
         with open(path, "rb") as file:
             end = os.fstat(file.fileno()).st_size if end is None else end
             file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:", tarinfo=_StrictTarInfo) as tar:
+            with tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo) as tar:
                 while (member := tar.next()) is not None:
                     if member.isreg():
                         yield Member(member.name, member.offset, member.offset_data, member.size)

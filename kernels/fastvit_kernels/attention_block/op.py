@@ -11,9 +11,8 @@ from fastvit_kernels.attention_block import reference
 from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
 from fastvit_kernels.dispatch import uses_triton
 from fastvit_kernels.gemm import products
-from fastvit_kernels.layer_norm.op import as_rows
+from fastvit_kernels.layer_norm.op import as_rows, normalise
 from fastvit_kernels.layer_norm.op import launch_backward as layer_norm_backward
-from fastvit_kernels.layer_norm.op import launch_forward as layer_norm_forward
 from fastvit_kernels.registration import no_autocast, register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
 
@@ -109,7 +108,6 @@ def launch_forward(
             mean, rstd = products.row_statistics(as_rows(x), eps)
             norm = norm_weight.contiguous(), norm_bias.contiguous()
             qkv = products.norm_linear(as_rows(x), mean, rstd, *norm, as_rows(qkv_weight), qkv_bias.contiguous())
-            mean, rstd = mean.view(batch, tokens), rstd.view(batch, tokens)
         else:
             normed, mean, rstd = normalise(x, norm_weight, norm_bias, eps, qkv_weight.dtype)
             qkv = products.linear(normed, as_rows(qkv_weight), qkv_bias.contiguous())
@@ -149,7 +147,7 @@ def fake_forward(
     batch, tokens, width = x.shape
     keep_normed = keep_normed and not products.norm_in_epilogue("norm plain", x, qkv_weight)
     y = x.new_empty(x.shape)
-    mean, rstd = (x.new_empty((batch, tokens) if keep else 0, dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty(batch * tokens if keep else 0, dtype=torch.float32) for _ in range(2))
     normed = qkv_weight.new_empty((batch * tokens, width) if keep_normed else 0)
     qkv = qkv_weight.new_empty((batch, tokens, 3, heads, width // heads) if keep else 0)
     attended = qkv_weight.new_empty((batch, tokens, width) if keep else 0)
@@ -244,12 +242,6 @@ def fake_backward(
         like.new_empty(like.shape) if like is not None and need else x.new_empty(0)
         for like, need in zip(likes, needed, strict=True)
     )
-
-
-def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer normalisation of x [B, N, D] as [T, D] in `dtype`, and the statistics."""
-    _, normed, mean, rstd = layer_norm_forward(x, None, None, None, weight, bias, eps)
-    return as_rows(normed).to(dtype), mean, rstd
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -41,15 +41,15 @@ def cases(model: Model, on: Gpu) -> Iterator[Case]:
                residual, ("residual_fwd_kernel",))
     # fmt: on
     qkv, proj, fc1, fc2 = (3 * width, width), (width, width), (hidden, width), (width, hidden)  # [out, in]
-    for layer, forward, (n, k) in (
-        ("fc2", "residual", fc2),
-        ("fc1", "gelu", fc1),
-        ("qkv", "plain", qkv),
-        ("proj", "residual", proj),
-    ):
-        backward = "gelu gradient" if layer == "fc2" else "input gradient"
-        yield product(f"{model.name} {layer}", forward, (rows, n, k), on)  # type: ignore[arg-type]
-        yield product(f"{model.name} {layer}", backward, (rows, k, n), on)  # type: ignore[arg-type]
+    layers: list[tuple[str, Product, Product, tuple[int, int]]] = [
+        ("fc2", "residual", "gelu gradient", fc2),
+        ("fc1", "gelu", "input gradient", fc1),
+        ("qkv", "plain", "input gradient", qkv),
+        ("proj", "residual", "input gradient", proj),
+    ]
+    for layer, forward, backward, (n, k) in layers:
+        yield product(f"{model.name} {layer}", forward, (rows, n, k), on)
+        yield product(f"{model.name} {layer}", backward, (rows, k, n), on)
         yield product(f"{model.name} {layer}", "weight gradient", (n, k, rows), on)
     yield product(f"{model.name} norm and fc1", "norm gelu", (rows, *fc1), on)
     yield product(f"{model.name} norm and qkv", "norm plain", (rows, *qkv), on)

@@ -122,6 +122,12 @@ def launch_forward(
     return y, normed, mean, rstd
 
 
+def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """For operators that begin with it: layer normalisation of x [B, N, D] as [T, D] in `dtype`, and statistics [T]."""
+    _, normed, mean, rstd = launch_forward(x, None, None, None, weight, bias, eps)
+    return as_rows(normed).to(dtype), mean.view(-1), rstd.view(-1)
+
+
 def fake_forward(
     x: Tensor,
     branch: Tensor | None,

@@ -8,9 +8,8 @@ from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
 from fastvit_kernels.dispatch import uses_triton
 from fastvit_kernels.gemm import products
 from fastvit_kernels.layer_norm import layer_norm
-from fastvit_kernels.layer_norm.op import as_rows
+from fastvit_kernels.layer_norm.op import as_rows, normalise
 from fastvit_kernels.layer_norm.op import launch_backward as layer_norm_backward
-from fastvit_kernels.layer_norm.op import launch_forward as layer_norm_forward
 from fastvit_kernels.mlp import reference
 from fastvit_kernels.registration import no_autocast, register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
@@ -305,12 +304,6 @@ def of_learned(
 def is_kept(tensor: Tensor) -> bool:
     """Whether a matrix was kept for the backward pass: else it is empty, [0]."""
     return tensor.ndim == 2
-
-
-def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Layer normalisation of x [B, N, D] as [T, D] in `dtype`, and the statistics [T]."""
-    _, normed, mean, rstd = layer_norm_forward(x, None, None, None, weight, bias, eps)
-    return as_rows(normed).to(dtype), mean.view(-1), rstd.view(-1)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -70,7 +70,7 @@ def test_verify_says_what_is_wrong_and_exits_with_it(tmp_path, write_tar, photo,
     report = json.loads(capsys.readouterr().out)
     assert report["errors"]["wrong label"]["examples"] == ["k2 of a.tar has label 5, outside 0..4"]
     assert main(["data", "verify", str(tmp_path / "nowhere")]) == 2
-    assert "there is no shard" in capsys.readouterr().err
+    assert "nowhere, which does not exist" in capsys.readouterr().err
 
 
 def test_stats_and_show_write_their_sheets(shards, tmp_path, capsys):

@@ -164,9 +164,9 @@ def test_long_lists_are_cut_in_the_report(tmp_path, write_tar):
 @pytest.mark.parametrize(
     ("argument", "changes", "message"),
     [
-        ("{}/nothing-*.tar", {}, "names no shards"),
-        ("{}/none.tar", {}, "there is no shard .*none.tar"),
-        ("{}/a{{1.tar", {}, "braces of .* do not match"),
+        ("{}/nothing-*.tar", {}, "matches no shards"),
+        ("{}/none.tar", {}, "names the shard .*none.tar, which does not exist"),
+        ("{}/a{{1.tar", {}, "braces do not match"),
         ("{}", {"skew": 1.0}, "--skew is 1.0"),
         ("{}", {"num_classes": 0}, "--num-classes is 0"),
     ],
