@@ -10,17 +10,17 @@ from collections.abc import Sequence
 
 from fastvit_engine import __version__
 from fastvit_engine.commands import config, data, report, train
-from fastvit_engine.errors import UserError
+from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, Preempted, RestartError, UserError
 from fastvit_engine.launch import speaks_for_all
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, or 2 after printing one sentence about bad input."""
+    """Runs one command; returns 0, or after printing one sentence the exit code of what ended it (see `errors`)."""
     args = _parser().parse_args(arguments)
     try:
         return int(args.run(args))
-    except UserError as error:
-        return _fail(str(error))
+    except (UserError, RestartError, Preempted) as error:
+        return _fail(str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our output has left: `fastvit config list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -37,12 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"this command needs the package '{error.name}': pip install 'fastvit-engine[train]'")
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, exit_code: int = EXIT_BAD_INPUT) -> int:
     if speaks_for_all():
-        print(f"fastvit: error: {message}", file=sys.stderr, flush=True)
+        prefix = "" if exit_code == EXIT_PREEMPTED else "error: "
+        print(f"fastvit: {prefix}{message}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
-        os._exit(2)  # peers may be inside a collective, and an orderly exit of the interpreter would wait for them
-    return 2
+        os._exit(exit_code)  # peers may be inside a collective, and an orderly exit would wait for them
+    return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,4 +1,8 @@
-"""The one exception a user is meant to see."""
+"""The exceptions that end a command in order, and the exit codes that tell a launcher what to do next."""
+
+EXIT_BAD_INPUT = 2  # the same command would fail again
+EXIT_RESTART = 75  # a failure that the same command, started again, may well survive (EX_TEMPFAIL of sysexits.h)
+EXIT_PREEMPTED = 76  # asked to leave, and saved: start the same command again when there is room
 
 
 class UserError(Exception):
@@ -6,3 +10,17 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with code 2.
     """
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class RestartError(Exception):
+    """The run cannot go on in these processes, but may after a restart from its checkpoint: exit code 75."""
+
+    exit_code = EXIT_RESTART
+
+
+class Preempted(Exception):
+    """The run was asked to leave and has saved its state: exit code 76."""
+
+    exit_code = EXIT_PREEMPTED

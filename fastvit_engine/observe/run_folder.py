@@ -37,6 +37,10 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples.json"
 

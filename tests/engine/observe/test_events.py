@@ -1,0 +1,51 @@
+"""The record of incidents: whole lines, whoever writes and however it ends."""
+
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from fastvit_engine.errors import UserError
+from fastvit_engine.observe.events import read_events, record_event
+from fastvit_engine.observe.run_folder import RunFolder
+
+
+def _write(run, writer):
+    for number in range(20):
+        record_event(run, "slow_rank", "x" * 2000, writer=writer, number=number)
+
+
+def test_lines_of_several_processes_never_mix(tmp_path):
+    run = RunFolder(tmp_path / "run")
+    with ProcessPoolExecutor(3) as pool:
+        list(pool.map(_write, [run] * 3, range(3)))
+    written = [(event["writer"], event["number"]) for event in read_events(run)]
+    assert sorted(written) == [(writer, number) for writer in range(3) for number in range(20)]
+
+
+def test_an_event_has_time_host_rank_and_facts(tmp_path, monkeypatch):
+    run = RunFolder(tmp_path)
+    record_event(run, "rewind", "back to step 10", step=17, to_step=10)
+    monkeypatch.setenv("RANK", "3")
+    record_event(run, "failure", "rank 3 is out of memory")
+    first, second = read_events(run)
+    assert (first["event"], first["step"], first["to_step"]) == ("rewind", 17, 10)
+    assert "rank" not in first and second["rank"] == 3
+    assert first["host"] and "T" in first["time"]
+
+
+def test_a_killed_writers_last_line_is_left_out_and_damage_is_named(tmp_path):
+    run = RunFolder(tmp_path)
+    assert read_events(run) == []
+    record_event(run, "start", "2 processes")
+    whole = run.events.read_text()
+    run.events.write_text(whole + '{"time": "20')
+    assert len(read_events(run)) == 1
+    run.events.write_text('{"time": 1}\n' + whole)
+    with pytest.raises(UserError, match=r"events\.jsonl line 1 is no event"):
+        read_events(run)
+
+
+def test_unknown_kinds_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="unknown event 'stopp'"):
+        record_event(RunFolder(tmp_path), "stopp", "")
+    assert not (tmp_path / "events.jsonl").exists()
