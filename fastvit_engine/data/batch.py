@@ -1,5 +1,6 @@
 """What the trainer gets: a batch of images, and how chunks of images become batches of an exact size."""
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -103,7 +104,7 @@ class BatchBuilder:
     def _draw(self, row: int, choose_view: Callable[[int, int], View], data: bytes) -> None:
         image = open_image(data)
         view = choose_view(image.height, image.width)
-        pixels = image.decode(self._workspace.decoded, view.reduction, fast=view.fast)
+        pixels = image.decode(self._workspace.decoded, view.reduction, fast=view.fast, rows=view.top + view.height)
         self._end_stage(1)
         render(pixels, view, view.reduction, self._images[row], self._workspace.resized)
         self._end_stage(2)
@@ -119,12 +120,13 @@ def rebatch(chunks: Iterable[Batch], size: int, pin_memory: bool) -> Iterator[Ba
 
     A chunk is copied when it comes, and its memory is free again when the next one is asked for.
     """
+    memory = BatchMemory(pin_memory)
     batch, filled = None, 0
     for chunk in chunks:
         start = 0
         while start < len(chunk.keys):
             if batch is None:
-                batch, filled = _unfilled(size, chunk, pin_memory), 0
+                batch, filled = _unfilled(size, chunk, memory), 0
             count = min(size - filled, len(chunk.keys) - start)
             to, cut = slice(filled, filled + count), slice(start, start + count)
             batch.images[to] = chunk.images[cut]
@@ -151,11 +153,34 @@ def targets(labels: Tensor, num_classes: int) -> Tensor:
     return hot.scatter_(1, labels.where(labels >= 0, num_classes), 1.0)[:, :num_classes].contiguous()
 
 
-def _unfilled(size: int, chunk: Batch, pin_memory: bool) -> Batch:
+class BatchMemory:
+    """Memory for the images of batches; that of a batch which nobody holds any more is used again.
+
+    New memory costs a page fault every 4 kB, more time than to fill it. PyTorch itself uses pinned memory again, once
+    the device has read it; other memory is free here when it has no reference left but this one.
+    """
+
+    def __init__(self, pin_memory: bool) -> None:
+        self.pin_memory = pin_memory
+        self._kept: list[np.ndarray] = []
+
+    def reserve(self, *shape: int) -> Tensor:
+        """uint8 of a shape that is always the same, with any content."""
+        if self.pin_memory:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        for number in range(len(self._kept)):
+            if sys.getrefcount(self._kept[number]) == 2:  # the list's, and the argument's
+                return torch.from_numpy(self._kept[number])
+        self._kept.append(np.empty(shape, np.uint8))
+        return torch.from_numpy(self._kept[-1])
+
+
+def _unfilled(size: int, chunk: Batch, memory: BatchMemory) -> Batch:
     """Padding in the form of `chunk`, but for its images, which may be anything."""
     labels = _unlabelled(size, 1 if chunk.labels.ndim == 1 else chunk.labels.shape[1])
+    pin_memory = memory.pin_memory
     return Batch(
-        images=torch.empty(size, *chunk.images.shape[1:], dtype=torch.uint8, pin_memory=pin_memory),
+        images=memory.reserve(size, *chunk.images.shape[1:]),
         labels=labels.pin_memory() if pin_memory else labels,
         weights=torch.zeros(size, pin_memory=pin_memory),
         keys=[""] * size,

@@ -134,7 +134,7 @@ def our_images(dataset: Dataset, count: int) -> Iterator[tuple[np.ndarray, Stage
             t1 = process_time()
             image = read_image(sample, config.data, open_image)
             view = train_view(image.height, image.width, dataset.image_size, config.data, numbers)
-            pixels = image.decode(workspace.decoded, view.reduction, fast=view.fast)
+            pixels = image.decode(workspace.decoded, view.reduction, fast=view.fast, rows=view.top + view.height)
             t2 = process_time()
             render(pixels, view, view.reduction, out, workspace.resized)
             t3 = process_time()

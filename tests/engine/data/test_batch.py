@@ -70,3 +70,31 @@ def test_several_labels_an_image():
     assert targets(first.labels, 5).tolist() == [[0, 1, 0, 0, 1], [1, 0, 0, 0, 0]]
     assert empty_batch(2, 1, max_labels=3).labels.tolist() == [[-1] * 3] * 2
     assert targets(torch.tensor([3, 1]), 5).tolist() == [3, 1]
+
+
+def test_memory_is_used_again_only_when_nobody_holds_the_batch():
+    numbered = (_chunk(first, 2) for first in range(0, 200, 2))
+    batches = rebatch(numbered, size=2, pin_memory=False)
+    kept = next(batches).images
+    view = next(batches).images[1:]  # holds its batch, too
+    seen = set()
+    for number, batch in enumerate(batches, start=2):
+        seen.add(batch.images.data_ptr())
+        assert batch.images.flatten()[0] == 2 * number
+        del batch
+    assert len(seen) <= 2
+    assert kept.data_ptr() not in seen and view.untyped_storage().data_ptr() not in seen
+    assert kept[:, 0, 0, 0].tolist() == [0, 1] and view[:, 0, 0, 0].tolist() == [3]
+
+
+def test_memory_that_autograd_keeps_is_not_used_again():
+    batches = rebatch((_chunk(first, 2) for first in range(0, 20, 2)), size=2, pin_memory=False)
+    weight = torch.ones(2, 2, 2, 3, requires_grad=True)
+    losses = [(weight * next(batches).images).sum() for _ in range(3)]
+    losses[0].backward()
+    assert torch.equal(weight.grad[:, 0, 0, 0], torch.tensor([0.0, 1.0]))
+
+
+def test_memory_grows_with_the_batches_that_are_held():
+    batches = list(rebatch((_chunk(first, 2) for first in range(0, 20, 2)), size=2, pin_memory=False))
+    assert len({batch.images.data_ptr() for batch in batches}) == 10
