@@ -1,11 +1,39 @@
 """Triton kernels of layer normalisation, alone or after a residual addition.
 
 A program holds BLOCK_M whole rows in registers, so a row is read once and its statistics are centred: the mean first,
-then the mean of squared deviations from it. All arithmetic is float32. An optional pointer is None when it is not used.
+then the mean of squared deviations from it. A row is a tuple of CHUNKS tiles of BLOCK_N columns, since tiles have sizes
+that are powers of two and widths have not: 1280 = 5 * 256, where one tile would be of 2048. The last one is masked if
+MASKED. All arithmetic is float32. An optional pointer is None when it is not used.
 """
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def chunk_of(
+    i: tl.constexpr, width, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
+):
+    """The columns of chunk i, [1, BLOCK_N], and which of them exist; None: all."""
+    column = tl.broadcast_to(i * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], BLOCK_M, BLOCK_N)
+    if MASKED and i == CHUNKS - 1:
+        return column, column < width
+    else:
+        return column, None
+
+
+@triton.jit
+def both(row_mask, column_mask):
+    return row_mask if column_mask is None else row_mask & column_mask
+
+
+@triton.jit
+def load_columns(ptr, column, mask):
+    """Elements of a vector at these columns as float32, 0 where masked."""
+    if mask is None:
+        return tl.load(ptr + column).to(tl.float32)
+    else:
+        return tl.load(ptr + column, mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -28,33 +56,51 @@ def layer_norm_fwd_kernel(
     eps,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    column = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    row_mask, column_mask = row < rows, column < width
-    mask = row_mask[:, None] & column_mask[None, :]  # [BLOCK_M, BLOCK_N]
-    out = row[:, None] * width + column[None, :]
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
+    row_mask = row < rows
+    if path_scale_ptr is not None:  # divided before it is 64 bits wide, where a division takes ten times as long
+        path_scale = tl.load(path_scale_ptr + row // rows_per_sample, mask=row_mask, other=0)
+    row = row.to(tl.int64)
 
-    y = tl.load(x_ptr + row[:, None] * stride_x + column[None, :], mask=mask, other=0).to(tl.float32)
-    if branch_ptr is not None:
-        branch = tl.load(branch_ptr + row[:, None] * stride_branch + column[None, :], mask=mask, other=0)
-        branch = branch.to(tl.float32)
-        if layer_scale_ptr is not None:
-            branch *= tl.load(layer_scale_ptr + column, mask=column_mask, other=0).to(tl.float32)[None, :]
-        if path_scale_ptr is not None:
-            branch *= tl.load(path_scale_ptr + row // rows_per_sample, mask=row_mask, other=0)[:, None]
-        # normalise what is stored, not the unrounded sum: the backward pass and the next layer see only that
-        stored = (y + branch).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + out, stored, mask=mask)
-        y = stored.to(tl.float32)
+    y = ()  # type: tuple
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in tl.static_range(CHUNKS):
+        column, column_mask = chunk_of(i, width, CHUNKS, BLOCK_M, BLOCK_N, MASKED)
+        mask = both(row_mask, column_mask)
+        chunk = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0).to(tl.float32)
+        if branch_ptr is not None:
+            branch = tl.load(branch_ptr + row * stride_branch + column, mask=mask, other=0).to(tl.float32)
+            if layer_scale_ptr is not None:
+                branch *= load_columns(layer_scale_ptr, column, column_mask)
+            if path_scale_ptr is not None:
+                branch *= path_scale
+            # normalise what is stored, not the unrounded sum: the backward pass and the next layer see only that
+            stored = (chunk + branch).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + row * width + column, stored, mask=mask)
+            chunk = stored.to(tl.float32)
+        total += chunk
+        y += (chunk,)
 
-    mean = tl.sum(y, axis=1) / width  # [BLOCK_M]
-    centred = tl.where(mask, y - mean[:, None], 0.0)
-    rstd = tl.rsqrt(tl.sum(centred * centred, axis=1) / width + eps)
-    weight = tl.load(weight_ptr + column, mask=column_mask, other=0).to(tl.float32)
-    bias = tl.load(bias_ptr + column, mask=column_mask, other=0).to(tl.float32)
-    normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(normed_ptr + out, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+    mean = tl.sum(total, axis=1, keep_dims=True) / width  # [BLOCK_M, 1]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for i in tl.static_range(CHUNKS):
+        column, column_mask = chunk_of(i, width, CHUNKS, BLOCK_M, BLOCK_N, MASKED)
+        centred = y[i] - mean
+        if column_mask is not None:
+            centred = tl.where(column_mask, centred, 0.0)
+        total += centred * centred
+    rstd = tl.rsqrt(tl.sum(total, axis=1, keep_dims=True) / width + eps)
+
+    for i in tl.static_range(CHUNKS):
+        column, column_mask = chunk_of(i, width, CHUNKS, BLOCK_M, BLOCK_N, MASKED)
+        weight, bias = load_columns(weight_ptr, column, column_mask), load_columns(bias_ptr, column, column_mask)
+        normed = (y[i] - mean) * rstd * weight + bias
+        tl.store(
+            normed_ptr + row * width + column, normed.to(normed_ptr.dtype.element_ty), mask=both(row_mask, column_mask)
+        )
     tl.store(mean_ptr + row, mean, mask=row_mask)
     tl.store(rstd_ptr + row, rstd, mask=row_mask)
 
@@ -82,61 +128,79 @@ def layer_norm_bwd_kernel(
     stride_branch,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
-    column = tl.arange(0, BLOCK_N)
-    column_mask = column < width
-    weight = tl.load(weight_ptr + column, mask=column_mask, other=0).to(tl.float32)[None, :]
-    if layer_scale_ptr is not None:
-        layer_scale = tl.load(layer_scale_ptr + column, mask=column_mask, other=0).to(tl.float32)[None, :]
-        layer_scale_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    weight_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    bias_sum = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    weight_sums, bias_sums, layer_scale_sums = (), (), ()  # type: tuple, tuple, tuple
+    for _ in tl.static_range(CHUNKS):
+        weight_sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+        bias_sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+        layer_scale_sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)  # no code where nothing is added
 
     # each program always takes the same rows in the same order, so the sums are the same bits in every run
     for start in tl.range(program * BLOCK_M, rows, programs * BLOCK_M, num_stages=STAGES):
-        row = (start + tl.arange(0, BLOCK_M)).to(tl.int64)
+        row = start + tl.arange(0, BLOCK_M)[:, None]  # [BLOCK_M, 1]
         row_mask = row < rows
-        mask = row_mask[:, None] & column_mask[None, :]
-        out = row[:, None] * width + column[None, :]
-
-        grad_normed = tl.load(
-            grad_normed_ptr + row[:, None] * stride_grad_normed + column[None, :], mask=mask, other=0
-        ).to(tl.float32)
-        y = tl.load(y_ptr + row[:, None] * stride_y + column[None, :], mask=mask, other=0).to(tl.float32)
         mean = tl.load(mean_ptr + row, mask=row_mask, other=0)
         rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0)
+        if path_scale_ptr is not None:
+            path_scale = tl.load(path_scale_ptr + row // rows_per_sample, mask=row_mask, other=0)
+        row = row.to(tl.int64)
 
-        standard = (y - mean[:, None]) * rstd[:, None]  # [BLOCK_M, BLOCK_N]; where masked, its factors below are 0
-        weight_sum += grad_normed * standard
-        bias_sum += grad_normed
-        grad_standard = grad_normed * weight
-        mean_grad = tl.sum(grad_standard, axis=1) / width  # [BLOCK_M]
-        mean_product = tl.sum(grad_standard * standard, axis=1) / width
-        grad_x = (grad_standard - mean_grad[:, None] - standard * mean_product[:, None]) * rstd[:, None]
-        if grad_y_ptr is not None:
-            grad_y = tl.load(grad_y_ptr + row[:, None] * stride_grad_y + column[None, :], mask=mask, other=0)
-            grad_x += grad_y.to(tl.float32)
-        tl.store(grad_x_ptr + out, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        standards, grad_standards = (), ()  # type: tuple, tuple
+        new_weight_sums, new_bias_sums, new_layer_scale_sums = (), (), ()  # type: tuple, tuple, tuple
+        grad_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        product_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for i in tl.static_range(CHUNKS):
+            column, column_mask = chunk_of(i, width, CHUNKS, BLOCK_M, BLOCK_N, MASKED)
+            mask = both(row_mask, column_mask)
+            weight = load_columns(weight_ptr, column, column_mask)
+            grad_normed = tl.load(grad_normed_ptr + row * stride_grad_normed + column, mask=mask, other=0)
+            grad_normed = grad_normed.to(tl.float32)
+            y = tl.load(y_ptr + row * stride_y + column, mask=mask, other=0).to(tl.float32)
+            standard = (y - mean) * rstd  # [BLOCK_M, BLOCK_N]; where masked, its factors below are 0
+            grad_standard = grad_normed * weight
+            new_weight_sums += (weight_sums[i] + grad_normed * standard,)
+            new_bias_sums += (bias_sums[i] + grad_normed,)
+            grad_total += grad_standard
+            product_total += grad_standard * standard
+            standards += (standard,)
+            grad_standards += (grad_standard,)
+        weight_sums, bias_sums = new_weight_sums, new_bias_sums
+        # grad_x = rstd * (grad_standard - mean(grad_standard) - standard * mean(grad_standard * standard))
+        offset = tl.sum(grad_total, axis=1, keep_dims=True) * (-rstd / width)  # [BLOCK_M, 1]
+        slope = tl.sum(product_total, axis=1, keep_dims=True) * (-rstd / width)
 
-        if grad_branch_ptr is not None:
-            grad_branch = grad_x
-            if path_scale_ptr is not None:
-                path_scale = tl.load(path_scale_ptr + row // rows_per_sample, mask=row_mask, other=0)
-                grad_branch *= path_scale[:, None]
-            if layer_scale_ptr is not None:
-                branch = tl.load(branch_ptr + row[:, None] * stride_branch + column[None, :], mask=mask, other=0)
-                layer_scale_sum += grad_branch * branch.to(tl.float32)
-                grad_branch *= layer_scale
-            tl.store(grad_branch_ptr + out, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=mask)
+        for i in tl.static_range(CHUNKS):
+            column, column_mask = chunk_of(i, width, CHUNKS, BLOCK_M, BLOCK_N, MASKED)
+            mask = both(row_mask, column_mask)
+            out = row * width + column
+            grad_x = grad_standards[i] * rstd + (standards[i] * slope + offset)
+            if grad_y_ptr is not None:
+                grad_x += tl.load(grad_y_ptr + row * stride_grad_y + column, mask=mask, other=0).to(tl.float32)
+            tl.store(grad_x_ptr + out, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+            if grad_branch_ptr is not None:
+                grad_branch = grad_x
+                if path_scale_ptr is not None:
+                    grad_branch *= path_scale
+                if layer_scale_ptr is not None:
+                    branch = tl.load(branch_ptr + row * stride_branch + column, mask=mask, other=0)
+                    new_layer_scale_sums += (layer_scale_sums[i] + grad_branch * branch.to(tl.float32),)
+                    grad_branch *= load_columns(layer_scale_ptr, column, column_mask)
+                tl.store(grad_branch_ptr + out, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=mask)
+        if layer_scale_ptr is not None:
+            layer_scale_sums = new_layer_scale_sums
 
     if partial_ptr is not None:
-        partial = partial_ptr + program * width + column
-        tl.store(partial, tl.sum(weight_sum, axis=0), mask=column_mask)
-        tl.store(partial + programs * width, tl.sum(bias_sum, axis=0), mask=column_mask)
-        if layer_scale_ptr is not None:
-            tl.store(partial + 2 * programs * width, tl.sum(layer_scale_sum, axis=0), mask=column_mask)
+        for i in tl.static_range(CHUNKS):
+            column = i * BLOCK_N + tl.arange(0, BLOCK_N)
+            partial = partial_ptr + program * width + column
+            tl.store(partial, tl.sum(weight_sums[i], axis=0), mask=column < width)
+            tl.store(partial + programs * width, tl.sum(bias_sums[i], axis=0), mask=column < width)
+            if layer_scale_ptr is not None:
+                tl.store(partial + 2 * programs * width, tl.sum(layer_scale_sums[i], axis=0), mask=column < width)
 
 
 @triton.jit

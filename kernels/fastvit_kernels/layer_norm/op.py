@@ -116,7 +116,9 @@ def launch_forward(
         0 if branch_rows is None else branch_rows.stride(0),
         eps,
         BLOCK_M=tile.rows,
-        BLOCK_N=triton.next_power_of_2(width),
+        BLOCK_N=tile.columns,
+        CHUNKS=triton.cdiv(width, tile.columns),
+        MASKED=width % tile.columns > 0,
         num_warps=tile.num_warps,
     )
     return y, normed, mean, rstd
@@ -189,7 +191,9 @@ def launch_backward(
         y_rows.stride(0),
         0 if branch_rows is None else branch_rows.stride(0),
         BLOCK_M=tile.rows,
-        BLOCK_N=triton.next_power_of_2(width),
+        BLOCK_N=tile.columns,
+        CHUNKS=triton.cdiv(width, tile.columns),
+        MASKED=width % tile.columns > 0,
         STAGES=tile.stages,
         num_warps=tile.num_warps,
     )
@@ -237,11 +241,13 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 class ForwardTile(NamedTuple):
     rows: int  # whole ones, of a program
+    columns: int  # of a chunk of them
     num_warps: int
 
 
 class BackwardTile(NamedTuple):
     rows: int  # whole ones, that a program holds at once
+    columns: int  # of a chunk of them
     num_warps: int
     stages: int  # 2: rows of the next tile are fetched while this one is computed
     programs: int  # a multiprocessor
@@ -249,21 +255,26 @@ class BackwardTile(NamedTuple):
 
 @tunable(ForwardTile, "layer_norm_fwd_kernel", sizes=("rows",))
 def forward_tile(width: int, dtype: torch.dtype, branch: bool, rows: int, on: Gpu) -> ForwardTile:
-    return ForwardTile(*whole_rows(width, num_warps=4, elements_a_thread=16))
+    return ForwardTile(*whole_rows(width, most=64))
 
 
 @tunable(BackwardTile, "layer_norm_bwd_kernel", sizes=("rows",))
 def backward_tile(width: int, dtype: torch.dtype, layer_scale: bool, rows: int, on: Gpu) -> BackwardTile:
-    """Two programs fit on a multiprocessor while a thread needs at most 128 registers."""
-    tile = whole_rows(width, num_warps=8, elements_a_thread=8 if layer_scale else 16)
-    return BackwardTile(*tile, stages=2 if triton.next_power_of_2(width) <= 4096 else 1, programs=2)
+    """A thread holds each number of a row, its gradient and two sums, or three: as many as 255 registers allow."""
+    tile = whole_rows(width, most=26 if layer_scale else 52)
+    return BackwardTile(*tile, stages=2 if width <= 4096 else 1, programs=2)
 
 
-def whole_rows(width: int, num_warps: int, elements_a_thread: int) -> tuple[int, int]:
-    """Rows and warps of 32 threads for a tile of whole rows: as many as the warps take, or more warps for one row."""
-    block_n = triton.next_power_of_2(width)
-    rows = max(1, 32 * num_warps * elements_a_thread // block_n)
-    return rows, max(num_warps, min(16, block_n // (32 * elements_a_thread)))
+def whole_rows(width: int, most: int) -> tuple[int, int, int]:
+    """Rows, columns of a chunk and warps for a tile of whole rows, where a thread has `most` numbers of a row.
+
+    One warp a row if that is enough, since sums over a row then stay within it, and four warps a program. Chunks of 256
+    columns are 16 bytes a thread in half precision.
+    """
+    warps_a_row = min(16, triton.next_power_of_2(triton.cdiv(width, 32 * most)))
+    columns = next((size for size in (256, 128, 64) if width % size == 0), min(256, triton.next_power_of_2(width)))
+    columns = max(columns, triton.next_power_of_2(triton.cdiv(width, 16)))  # at most 16 chunks, which are unrolled
+    return max(1, 4 // warps_a_row), columns, max(4, warps_a_row)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -25,23 +25,24 @@ def cases(model: Model, on: Gpu) -> Iterator[Case]:
 
 def forward_candidates(width: int) -> list[ForwardTile]:
     """From one row a warp to few numbers a thread, where bytes in flight are traded for registers."""
-    return [
-        ForwardTile(*whole_rows(width, warps, elements))
-        for warps, elements in ((1, 64), (2, 32), (4, 8), (4, 16), (4, 32), (8, 8), (8, 16))
-    ]
+    rows, columns, num_warps = whole_rows(width, most=64)
+    tiles = [whole_rows(width, most) for most in (64, 32, 16)]
+    tiles += [(2 * rows, columns, num_warps), (2 * rows, columns, 2 * num_warps), (1, columns, max(1, num_warps // 4))]
+    return [ForwardTile(*tile) for tile in dict.fromkeys(tiles)]
 
 
 def backward_candidates(width: int) -> list[BackwardTile]:
     """Programs, warps and stages times the rows of each: all are ways to have enough loads under way."""
-    tile = whole_rows(width, 8, 16)
+    tile, half = whole_rows(width, 52), whole_rows(width, 26)
     return [
         BackwardTile(*tile, stages=1, programs=2),
+        BackwardTile(*tile, stages=2, programs=2),
         BackwardTile(*tile, stages=3, programs=2),
         BackwardTile(*tile, stages=2, programs=1),
         BackwardTile(*tile, stages=2, programs=4),
-        BackwardTile(*whole_rows(width, 8, 8), stages=2, programs=2),
-        BackwardTile(*whole_rows(width, 8, 8), stages=3, programs=3),
-        BackwardTile(*whole_rows(width, 4, 16), stages=2, programs=4),
+        BackwardTile(*half, stages=2, programs=2),
+        BackwardTile(*half, stages=2, programs=4),
+        BackwardTile(*half, stages=3, programs=3),
     ]
 
 
