@@ -408,6 +408,8 @@ def backward_key_tiling(head_dim: int, dtype: torch.dtype, tokens: int, on: Gpu)
         return Tiling(64, 32 if head_dim <= 88 else 16, num_warps=4, stages=2)
     if on.arch == "sm_80":
         return Tiling(128, 16, num_warps=8, stages=2)
+    if on.arch == "sm_90" and head_dim <= 64:  # narrower blocks, so that two programs share a multiprocessor
+        return Tiling(128, 32, num_warps=8, stages=3, max_registers=128)
     return Tiling(128, 64 if head_dim <= 80 else 32, num_warps=8, stages=2)
 
 

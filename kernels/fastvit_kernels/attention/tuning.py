@@ -45,6 +45,7 @@ def backward_candidates(on: Gpu) -> list[Tiling]:
         Tiling(128, 32, num_warps=8, stages=2),
         Tiling(128, 32, num_warps=8, stages=2, max_registers=128),
         Tiling(128, 32, num_warps=8, stages=3),
+        Tiling(128, 32, num_warps=8, stages=3, max_registers=128),
         Tiling(128, 64, num_warps=8, stages=2),
         Tiling(64, 64, num_warps=4, stages=2),
         Tiling(64, 32, num_warps=4, stages=2),
