@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,10 @@ def render(run: RecordedRun) -> str:
     title = f"{run.describe_model()} · {run.folder.path.resolve().name}"
     sections = [
         _headline(run),
-        _incidents(run),
         _learning(run),
         _throughput(run),
         _optimisation(run),
+        _events(run),
         _predictions(run.samples),
         _record(run),
     ]
@@ -197,23 +198,36 @@ def _marks(run: RecordedRun) -> list[Mark]:
     return marks
 
 
-def _incidents(run: RecordedRun) -> str:
+def _events(run: RecordedRun) -> str:
     """A table of what happened besides training; of many events the newest, and all of them where one can unfold it."""
     if not run.events:
         return ""
     saved = run.events_of("checkpoint")
-    shown = [event for event in run.events if event["event"] != "checkpoint"]
+    others = [event for event in run.events if event["event"] != "checkpoint"]
+    rows = _without_repeats(others)
     note = f"{run.describe_incidents() or 'No incident'}; {len(saved):,} checkpoint{'s' * (len(saved) != 1)} saved."
-    if len(shown) > _EVENTS_SHOWN:
-        note += f" The newest {_EVENTS_SHOWN} of {len(shown):,} other events:"
+    if len(rows) > _EVENTS_SHOWN:
+        note += f" The newest {_EVENTS_SHOWN} of {len(rows):,} rows:"
     every = ""
-    if len(run.events) > min(len(shown), _EVENTS_SHOWN):
+    if len(run.events) > min(len(rows), _EVENTS_SHOWN):
         summary = f"All {len(run.events):,} events, checkpoints included"
         every = f"<details><summary>{summary}</summary>{_event_table(run.events)}</details>"
     return (
         f'<section><h2>Events</h2><p class="note">{escape(note)}</p>'
-        f"{_event_table(shown[-_EVENTS_SHOWN:])}{every}</section>"
+        f"{_event_table(rows[-_EVENTS_SHOWN:])}{every}</section>"
     )
+
+
+def _without_repeats(events: Sequence[Event]) -> list[Event]:
+    """Of several events of a kind in a row, the last, which says how many there were."""
+    rows = []
+    for _, group in groupby(events, key=lambda event: event["event"]):
+        *before, last = group
+        row = last.copy()
+        if before:
+            row["message"] += f" (and {len(before):,} such before, from {_when(before[0])} on)"
+        rows.append(row)
+    return rows
 
 
 def _event_table(events: Sequence[Event]) -> str:

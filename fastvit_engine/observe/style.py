@@ -82,6 +82,7 @@ h3 { font-size: 1rem; font-weight: 600; }
 .events th, .events td { padding: 0.4rem 1rem 0.4rem 0; vertical-align: top; border-bottom: 1px solid var(--hair); }
 .events .when, .events .what, .events .step { white-space: nowrap; }
 .events .when, .events .who { color: var(--soft); }
+.events .who { min-width: 9rem; }
 .events .what { font-weight: 600; }
 .events .step { text-align: right; }
 .events th:nth-child(3) { text-align: right; }

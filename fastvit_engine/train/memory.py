@@ -159,9 +159,8 @@ def state_memory(
         update = max(compute * whole, temporaries)
     else:
         copied = 4 * share if stage == 3 or not sums_apart else 0
-        update = temporaries + copied
-    if stage == 2 and accumulates and not sums_apart:
-        gradients += accumulate_bytes * share  # the micro-batch's own, before it is added
+        summand = accumulate_bytes * share if stage == 2 and accumulates and not sums_apart else 0
+        update = max(temporaries + copied, summand)
 
     state = Memory(weights, gradients, optimizer, 4 * (whole if stage == 0 else share) * average, buffers, update)
     return state if offload == "none" else _offloaded(state, size, compute, share, stage, everything=offload == "all")
