@@ -50,6 +50,8 @@ def train(resolved: Resolved, out: Path, *, resume: bool) -> None:
         if world.is_main:
             print(start.message, flush=True)
         if start.step < start.total_steps:
+            if world.is_main:
+                print(chosen.describe(), flush=True)
             _train(resolved, chosen, run, start, world)
 
 
@@ -87,7 +89,6 @@ def _train(resolved: Resolved, chosen: Chosen, run: RunFolder, start: Start, wor
     peak = peak_flops(world, config.train.precision)
     flops_per_image = training_flops(config.model)
     if world.is_main:
-        print(chosen.describe(), flush=True)
         _describe_run(resolved, chosen, run, plan, world, model, peak)
     hosts = sorted(set(world.gather(socket.gethostname())))
     if world.is_main:
