@@ -288,10 +288,10 @@ def _explain_micro_batch(config: Config, machine: Machine, picked: Candidate) ->
     if picked.micro_batch == share:
         return Choice(key, picked.micro_batch, "the whole share of a process fits: no accumulation")
     reason = f"the largest divisor of {share} that fits; {picked.accumulation_steps} a step"
-    if picked.stage == 1:
+    if picked.stage <= 1:
         reason += ", of which only the last communicates"
-    elif picked.stage > 1:
-        reason += ", each reduced (a sharded gradient cannot wait)"
+    else:
+        reason += ", each reduced: a sharded gradient cannot wait"
     return Choice(key, picked.micro_batch, reason)
 
 

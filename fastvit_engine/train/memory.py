@@ -21,6 +21,7 @@ import torch
 
 from fastvit_engine.config import Config, ModelConfig
 from fastvit_engine.models import VisionTransformer, resolve_shape
+from fastvit_kernels import dispatch
 from fastvit_kernels.mlp.op import Recompute
 
 Implementation = Literal["fused", "composed", "reference"]  # of a block: Triton; its parts, with dropout; plain PyTorch
@@ -177,8 +178,8 @@ def _offloaded(state: Memory, size: Size, compute: int, share: int, stage: int, 
 
 
 def block_implementation(model: ModelConfig, *, on_gpu: bool) -> Implementation:
-    """What `fastvit_kernels` runs for a block, unless FASTVIT_KERNELS says otherwise."""
-    if not on_gpu:
+    """What `fastvit_kernels` runs for a block."""
+    if not on_gpu or dispatch.choice == "reference":
         return "reference"
     return "composed" if model.dropout > 0 else "fused"
 
@@ -203,9 +204,8 @@ def block_bytes_a_token(
         numbers = 8 * width + mlp_dim
         numbers += {"none": mlp_dim, "gelu": 0, "all": -2 * width}[recompute]
         return compute * numbers + statistics
-    inputs = (
-        2 * 4 * width if implementation == "reference" else 2 * compute * width
-    )  # plain PyTorch normalises a float32 copy
+    # Plain PyTorch normalises a float32 copy of x.
+    inputs = 2 * width * (4 if implementation == "reference" else compute)
     masks = (2 * width + mlp_dim) * (compute if implementation == "reference" else 1) if dropout else 0
     return inputs + compute * (6 * width + 2 * mlp_dim) + masks + statistics
 

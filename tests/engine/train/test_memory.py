@@ -14,11 +14,12 @@ from fastvit_engine.train.memory import (
     Buckets,
     activation_bytes,
     block_bytes_a_token,
+    block_implementation,
     model_size,
     state_memory,
     training_memory,
 )
-from fastvit_kernels import FusedCrossEntropy
+from fastvit_kernels import FusedCrossEntropy, dispatch
 
 MEASURED_MODEL = {"name": "Ti/16", "image_size": 32, "num_classes": 10, "depth": 2}  # that of state_bytes.py
 REDUCE = 50_000
@@ -124,6 +125,13 @@ def test_activations_are_what_autograd_keeps(precision, model):
         loss = FusedCrossEntropy()(built.train()(images), torch.zeros(3, dtype=torch.int64))  # noqa: F841 - holds them
     measured = sum(storage.nbytes() for storage in kept.values()) / 3
     assert activation_bytes(config, precision, "reference") == pytest.approx(measured, rel=0.05)
+
+
+def test_plain_layers_on_a_gpu_keep_what_they_keep_on_a_cpu():
+    assert block_implementation(vit(), on_gpu=True) == "fused"
+    assert block_implementation(vit(dropout=0.1), on_gpu=True) == "composed"
+    with dispatch.using("reference"):
+        assert block_implementation(vit(), on_gpu=True) == "reference"
 
 
 def test_activations_of_the_huge_model():
