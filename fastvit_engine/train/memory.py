@@ -218,12 +218,9 @@ def activation_bytes(model: ModelConfig, precision: str, implementation: Impleme
     )
     if model.layer_scale is not None and implementation != "fused":
         block += 2 * compute * shape.width  # what is scaled
-    pixels = (
-        3 * model.image_size**2 * (1 + compute if implementation == "reference" else 1)
-    )  # plain PyTorch keeps patches
-    final = shape.tokens * (
-        (4 if implementation == "reference" else compute) * shape.width + 8
-    )  # input of the last norm
+    plain = implementation == "reference"
+    pixels = 3 * model.image_size**2 * (1 + compute if plain else 1)  # plain PyTorch keeps patches
+    final = shape.tokens * ((4 if plain else compute) * shape.width + 8)  # input of the last norm
     head = (compute + 8) * model.num_classes  # logits, their float32 form and gradient
     return shape.tokens * shape.depth * block + pixels + final + head
 
