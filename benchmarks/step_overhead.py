@@ -44,6 +44,7 @@ from fastvit_engine.launch import free_port, rank_environment
 from fastvit_engine.models import build_model, parameter_count
 from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
 from fastvit_engine.train import loop
+from fastvit_engine.train.defaults import choose, machine_of
 from fastvit_engine.train.distributed import World, join_world
 from fastvit_engine.train.engine import build_engine, parameter_groups, set_learning_rate, split_batch
 from fastvit_engine.train.plan import Plan
@@ -291,7 +292,7 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path) -> Weights:
         message="",
         data=DataPlan(train=(), eval=None, streams=None, samples_per_epoch=samples, class_names=None),
     )
-    loop._train(resolved, run, start, world)
+    loop._train(resolved, choose(resolved.config, machine_of(world)), run, start, world)
     return load_file(folder / "model.safetensors")
 
 

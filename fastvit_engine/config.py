@@ -107,7 +107,7 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     duration: Duration = "90 epochs"
     global_batch_size: int = Field(4096, gt=0)
-    micro_batch_size: int | None = Field(None, gt=0)  # most images a process takes at a time; null: no limit
+    micro_batch_size: int | None = Field(None, gt=0)  # most images a process takes at a time; null: as many as fit
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     grad_clip: float | None = Field(1.0, gt=0)  # global norm; null: off
     log_every: int = Field(50, gt=0)  # steps
@@ -152,7 +152,7 @@ class CheckpointConfig(_Section):
 class ZeroConfig(_Section):
     """DeepSpeed ZeRO: what is sharded over the processes, and what is kept in host memory."""
 
-    stage: Literal[0, 1, 2, 3] = 1
+    stage: Literal["auto", 0, 1, 2, 3] = "auto"  # auto: the cheapest that fits, see `fastvit plan`
     offload: Literal["none", "optimizer", "all"] = "none"  # all: parameters too, stage 3 only
 
 

@@ -38,6 +38,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine import launch
     from fastvit_engine.config import load_config
     from fastvit_engine.observe.run_folder import RunFolder
+    from fastvit_engine.train.defaults import choose, machine_here
     from fastvit_engine.train.loop import train
     from fastvit_engine.train.preflight import preflight
 
@@ -51,7 +52,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.cpu_processes < 1:
         raise UserError(f"--cpu-processes is {args.cpu_processes}: at least 1")
     processes = launch.processes_here(args.cpu_processes)
-    start = preflight(resolved.config, RunFolder(out), processes, resume=resume)
+    chosen = choose(resolved.config, machine_here(processes))
+    start = preflight(chosen.config, RunFolder(out), processes, resume=resume)
     if start.step == start.total_steps:
         print(start.message)
         return 0

@@ -16,6 +16,7 @@ Array = NDArray[np.float64]
 
 _SIZE = 1000  # side of the SVG's own coordinate square
 _BUCKETS = 400  # a line of more points than twice this is drawn from the extremes of so many buckets
+_TICK = 35  # height of a mark that is a tick, in those coordinates
 _SMOOTH_FROM = 20  # points from which a noisy line gets a smoothed one over it
 _DOTS_UP_TO = 100  # points up to which a line of exact values shows each of them
 
@@ -35,6 +36,16 @@ class Series:
     @property
     def smoothed(self) -> bool:
         return self.noisy and np.isfinite(self.values).sum() >= _SMOOTH_FROM
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something that happened at a step: a line over the whole height or, if `tick`, a short one at the bottom."""
+
+    step: float
+    style: str  # class in the style sheet, and its name in the legend
+    text: str  # shown under the pointer
+    tick: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,8 +74,12 @@ def line_chart(
     *,
     from_zero: bool = False,
     form: Callable[[float], str] = "{:.4g}".format,
+    marks: Sequence[Mark] = (),
 ) -> str:
-    """A figure of `series` over the training step. `form` writes the values that legend and notes show."""
+    """A figure of `series` over the training step. `form` writes the values that legend and notes show.
+
+    Marks after the last step of the series, whose rows a rewind has dropped, are drawn at that step.
+    """
     head = f"<h3>{escape(title)}</h3>"
     series = [replace(line, values=np.where(np.isinf(line.values), np.nan, line.values)) for line in series]
     series = [line for line in series if np.isfinite(line.values).any()]
@@ -88,6 +103,10 @@ def line_chart(
             f'<li class="{_classes(line)}">{escape(line.name)} <b>{escape(form(float(values[-1])))}</b></li>',
         )
         paths += [_raw(line, frame), _path(*trend, frame, _classes(line))] if trend else [_exact(line, frame, form)]
+    for style in dict.fromkeys(mark.style for mark in marks):
+        count = sum(mark.style == style for mark in marks)
+        legend.append(f'<li class="mark {style}">{style} <b>{count:,}</b></li>')
+    paths = [_mark(mark, frame) for mark in marks] + paths
     rows = (
         f'<span style="top:{100 * frame.top(tick):.2f}%">{label}</span>'
         for tick, label in zip(y_ticks, y_labels, strict=True)
@@ -106,6 +125,12 @@ def line_chart(
         + (f'<p class="note">{escape(note)}</p>' if note else "")
         + "</figure>"
     )
+
+
+def _mark(mark: Mark, frame: _Frame) -> str:
+    left = _SIZE * frame.left(min(mark.step, frame.last_step))
+    start = _SIZE - _TICK if mark.tick else 0
+    return f'<path class="mark {mark.style}" d="M{left:.1f} {start}V{_SIZE}"><title>{escape(mark.text)}</title></path>'
 
 
 def smooth(steps: Array, values: Array) -> tuple[Array, Array]:

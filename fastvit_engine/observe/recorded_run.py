@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.events import Event, read_events
 from fastvit_engine.observe.metrics import EvalRow, TrainRow, read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import format_count, format_duration, format_share
@@ -19,6 +20,15 @@ _ENVIRONMENT_KEYS = (
     "peak_flops", "peak_flops_source", "world_size", "zero_stage", "precision", "device", "total_steps",
     "global_batch_size", "samples_per_epoch", "shards",
 )  # fmt: skip
+# Kinds of events that tell of trouble: in the singular and in the plural. Restarts are counted by the starts.
+_INCIDENTS = {
+    "rewind": ("rewind", "rewinds"),
+    "anomaly": ("anomaly", "anomalies"),
+    "failure": ("failure", "failures"),
+    "hang": ("hang", "hangs"),
+    "slow_rank": ("slow rank", "slow ranks"),
+    "checkpoint_failed": ("failed checkpoint", "failed checkpoints"),
+}
 _PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/]+={0,2})")
 
 
@@ -56,6 +66,7 @@ class RecordedRun:
     environment: dict[str, Any]
     train: list[TrainRow]
     evaluations: list[EvalRow]
+    events: list[Event]
     samples: Samples | None
     config: str | None  # YAML text
 
@@ -76,6 +87,23 @@ class RecordedRun:
     def evaluations_of(self, kind: str) -> list[EvalRow]:
         """`kind` is "eval" or "eval_ema"."""
         return [row for row in self.evaluations if row["eval"] == kind]
+
+    @property
+    def restarts(self) -> list[Event]:
+        """The starts of the run after its first."""
+        return [event for event in self.events if event["event"] == "start"][1:]
+
+    def events_of(self, kind: str) -> list[Event]:
+        return [event for event in self.events if event["event"] == kind]
+
+    def describe_incidents(self) -> str:
+        """ "2 restarts, 1 rewind, 1 hang"; empty where nothing went wrong."""
+        counts = {"restart": len(self.restarts), **{kind: len(self.events_of(kind)) for kind in _INCIDENTS}}
+        return ", ".join(
+            f"{count:,} {_INCIDENTS.get(kind, (kind, kind + 's'))[count != 1]}"
+            for kind, count in counts.items()
+            if count
+        )
 
     def describe_model(self) -> str:
         return f"ViT {self.environment['model']}"
@@ -106,7 +134,8 @@ class RecordedRun:
         """What was trained and how well, as the command line prints it."""
         model = f"{self.describe_model()} ({format_count(self.environment['parameters'])} parameters)"
         accuracy = self.describe_accuracy() or ["not evaluated yet"]
-        return "\n".join([f"{model}: {self.describe_training()}", *accuracy])
+        incidents = [f"incidents: {text}"] if (text := self.describe_incidents()) else []
+        return "\n".join([f"{model}: {self.describe_training()}", *accuracy, *incidents])
 
 
 def best_evaluation(rows: list[EvalRow]) -> EvalRow:
@@ -129,6 +158,7 @@ def load_run(path: Path) -> RecordedRun:
         environment=environment,
         train=train,
         evaluations=evaluations,
+        events=read_events(folder),
         samples=_read_samples(folder.samples) if folder.samples.is_file() else None,
         config=folder.config.read_text(encoding="utf-8") if folder.config.is_file() else None,
     )

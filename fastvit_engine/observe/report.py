@@ -4,13 +4,15 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import fastvit_engine
-from fastvit_engine.observe.chart import Array, Series, line_chart
+from fastvit_engine.observe.chart import Array, Mark, Series, line_chart
+from fastvit_engine.observe.events import Event
 from fastvit_engine.observe.metrics import TrainRow
 from fastvit_engine.observe.recorded_run import RecordedRun, Sample, Samples, best_evaluation, load_run
 from fastvit_engine.observe.run_folder import atomic_write
@@ -18,6 +20,8 @@ from fastvit_engine.observe.style import STYLE
 from fastvit_engine.observe.units import format_bytes, format_duration, format_flops, format_share
 
 _SMALL_IMAGE = 96  # pixels; below it the report shows an image larger than it is, and its pixels as squares
+_EVENTS_SHOWN = 25
+_TICKS_UP_TO = 100  # checkpoints; more are a bar at the bottom of every chart
 _KINDS = (("eval", "held-out", "eval"), ("eval_ema", "held-out, EMA weights", "ema"))  # row kind, name, style class
 
 # The page may show its own images and styles and reach for nothing else.
@@ -42,6 +46,7 @@ def render(run: RecordedRun) -> str:
         _learning(run),
         _throughput(run),
         _optimisation(run),
+        _events(run),
         _predictions(run.samples),
         _record(run),
     ]
@@ -87,6 +92,8 @@ def _tiles(run: RecordedRun) -> str:
         mfu = _median(run, "mfu")
         if np.isfinite(mfu):
             tiles.append(("MFU", format_share(mfu), "of peak FLOP/s, median"))
+        if incidents := run.describe_incidents():
+            tiles.append(("restarts and rewinds", f"{len(run.restarts) + len(run.events_of('rewind')):,}", incidents))
         tiles.append(("training time", format_duration(run.seconds), f"{run.train[-1]['samples']:,} images"))
     cells = (
         f"<div><dt>{escape(name)}</dt><dd>{escape(figure)}<small>{escape(remark)}</small></dd></div>"
@@ -125,6 +132,7 @@ def _seen(row: TrainRow) -> str:
 
 
 def _learning(run: RecordedRun) -> str:
+    marks = _marks(run)
     loss = [_series("training", "train", run.train, "loss", noisy=True)]
     accuracy: list[Series] = []
     for kind, name, style in _KINDS:
@@ -133,9 +141,9 @@ def _learning(run: RecordedRun) -> str:
         short = "EMA " if kind == "eval_ema" else ""
         accuracy.append(_series(f"{short}top-1", style, rows, "top1", scale=100, points=True))
         accuracy.append(_series(f"{short}top-5", style, rows, "top5", scale=100, dashed=True))
-    charts = [line_chart("Loss", "cross-entropy, nats an image", loss, form=_short)]
+    charts = [line_chart("Loss", "cross-entropy, nats an image", loss, form=_short, marks=marks)]
     if run.evaluations:
-        charts.append(line_chart("Accuracy", "% of held-out images", accuracy, form="{:.1f} %".format))
+        charts.append(line_chart("Accuracy", "% of held-out images", accuracy, form="{:.1f} %".format, marks=marks))
     note = "" if run.evaluations else "The run has not been evaluated on held-out images."
     broken = sum(not np.isfinite(row["loss"]) for row in run.train)
     if broken:
@@ -144,27 +152,119 @@ def _learning(run: RecordedRun) -> str:
 
 
 def _throughput(run: RecordedRun) -> str:
+    marks = _marks(run)
     speed = _series("images/s", "train", run.train, "images_per_second", noisy=True)
     mfu = _series("MFU", "train", run.train, "mfu", scale=100, noisy=True)
     wait = _series("waiting for data", "eval", run.train, "data_wait", scale=100, noisy=True)
     note = "" if run.environment["peak_flops"] else "MFU is unknown: the peak FLOP/s of the device is not known."
     charts = [
-        line_chart("Images per second", "whole job", [speed], from_zero=True, form="{:,.0f}".format),
+        line_chart("Images per second", "whole job", [speed], from_zero=True, form="{:,.0f}".format, marks=marks),
         line_chart(
-            "Use of the hardware", "% of peak FLOP/s, % of step time", [mfu, wait], from_zero=True, form=_percent
+            "Use of the hardware",
+            "% of peak FLOP/s, % of step time",
+            [mfu, wait],
+            from_zero=True,
+            form=_percent,
+            marks=marks,
         ),
     ]
     return _section("Throughput", charts if run.train else [], note)
 
 
 def _optimisation(run: RecordedRun) -> str:
+    marks = _marks(run)
     rate = _series("learning rate", "train", run.train, "lr")
     norm = _series("global norm before clipping", "train", run.train, "grad_norm", noisy=True)
     charts = [
-        line_chart("Learning rate", "", [rate], from_zero=True, form="{:.3g}".format),
-        line_chart("Gradient norm", "", [norm], from_zero=True, form="{:.3g}".format),
+        line_chart("Learning rate", "", [rate], from_zero=True, form="{:.3g}".format, marks=marks),
+        line_chart("Gradient norm", "", [norm], from_zero=True, form="{:.3g}".format, marks=marks),
     ]
     return _section("Optimisation", charts if run.train else [], "")
+
+
+def _marks(run: RecordedRun) -> list[Mark]:
+    """Rewinds, restarts and, unless there are too many to tell apart, checkpoints."""
+    marks = []
+    for style, events, tick in (
+        ("rewind", run.events_of("rewind"), False),
+        ("restart", run.restarts, False),
+        ("checkpoint", run.events_of("checkpoint"), True),
+    ):
+        if tick and len(events) > _TICKS_UP_TO:
+            continue
+        for event in events:
+            if (step := _step_of(event)) is not None:
+                marks.append(Mark(step, style, f"{_when(event)}: {event['message']}", tick))
+    return marks
+
+
+def _events(run: RecordedRun) -> str:
+    """A table of what happened besides training; of many events the newest, and all of them where one can unfold it."""
+    if not run.events:
+        return ""
+    saved = run.events_of("checkpoint")
+    others = [event for event in run.events if event["event"] != "checkpoint"]
+    rows = _without_repeats(others)
+    note = f"{run.describe_incidents() or 'No incident'}; {len(saved):,} checkpoint{'s' * (len(saved) != 1)} saved."
+    if len(rows) > _EVENTS_SHOWN:
+        note += f" The newest {_EVENTS_SHOWN} of {len(rows):,} rows:"
+    every = ""
+    if len(run.events) > min(len(rows), _EVENTS_SHOWN):
+        summary = f"All {len(run.events):,} events, checkpoints included"
+        every = f"<details><summary>{summary}</summary>{_event_table(run.events)}</details>"
+    return (
+        f'<section><h2>Events</h2><p class="note">{escape(note)}</p>'
+        f"{_event_table(rows[-_EVENTS_SHOWN:])}{every}</section>"
+    )
+
+
+def _without_repeats(events: Sequence[Event]) -> list[Event]:
+    """Of several events of a kind in a row, the last, which says how many there were."""
+    rows = []
+    for _, group in groupby(events, key=lambda event: event["event"]):
+        *before, last = group
+        row = last.copy()
+        if before:
+            row["message"] += f" (and {len(before):,} such before, from {_when(before[0])} on)"
+        rows.append(row)
+    return rows
+
+
+def _event_table(events: Sequence[Event]) -> str:
+    rows = "".join(
+        f'<tr class="{_severity(event)}"><td class="when">{escape(_when(event))}</td>'
+        f'<td class="what">{escape(event["event"].replace("_", " "))}</td>'
+        f'<td class="step">{"" if (step := _step_of(event)) is None else f"{step:,}"}</td>'
+        f'<td class="message">{escape(event["message"])}</td><td class="who">{escape(_who(event))}</td></tr>'
+        for event in events
+    )
+    head = "<thead><tr><th>time</th><th>event</th><th>step</th><th>what happened</th><th>said by</th></tr></thead>"
+    return f'<table class="events">{head}<tbody>{rows}</tbody></table>' if rows else ""
+
+
+def _severity(event: Event) -> str:
+    if event["event"] in ("failure", "hang", "anomaly", "checkpoint_failed"):
+        return "bad"
+    return "plain" if event["event"] in ("start", "stop", "checkpoint") else "notable"
+
+
+def _when(event: Event) -> str:
+    """In the zone of the one who wrote it, to the second."""
+    try:
+        return f"{datetime.fromisoformat(event['time']):%Y-%m-%d %H:%M:%S}"
+    except ValueError:
+        return event["time"]
+
+
+def _step_of(event: Event) -> int | None:
+    """Where training stood; for a rewind, before it."""
+    step = event.get("from_step", event.get("step"))
+    return step if isinstance(step, int) else None
+
+
+def _who(event: Event) -> str:
+    name = f"rank {event['rank']}" if "rank" in event else "launcher"
+    return f"{name}, {event['host']}" if event.get("host") else name
 
 
 def _section(title: str, charts: Sequence[str], note: str) -> str:

@@ -65,11 +65,32 @@ h3 { font-size: 1rem; font-weight: 600; }
 .line.raw { stroke-width: 1px; opacity: 0.33; }
 .line.dashed { stroke-dasharray: 5 4; stroke-width: 1.75px; }
 .point { stroke: var(--line); stroke-width: 5px; stroke-linecap: round; }
+.mark { stroke: var(--line); stroke-width: 1.25px; }
+.mark.rewind { --line: var(--bad); stroke-dasharray: 4 3; }
+.mark.restart { --line: var(--soft); stroke-dasharray: 2 3; }
+.mark.checkpoint { --line: var(--soft); }
+.legend li.mark::before { width: 0; height: 0.95em; margin: 0 0.55em 0 0.3em; vertical-align: -0.12em;
+  border-top: 0; border-left: 2px dashed var(--line); }
+.legend li.mark.checkpoint::before { height: 0.45em; vertical-align: 0; border-left-style: solid; }
 .rows, .columns { position: relative; line-height: 1; }
 .rows span { position: absolute; right: 0.5rem; transform: translateY(-50%); white-space: nowrap; }
 .columns { grid-column: 2; }
 .columns span { position: absolute; top: 0.45rem; transform: translateX(-50%); white-space: nowrap; }
 .axis { grid-column: 2; text-align: right; margin-right: -0.9rem; line-height: 1.2; }
+.events { width: 100%; border-collapse: collapse; font-size: 0.875rem; line-height: 1.4; }
+.events th { text-align: left; font-weight: 400; color: var(--soft); }
+.events th, .events td { padding: 0.4rem 1rem 0.4rem 0; vertical-align: top; border-bottom: 1px solid var(--hair); }
+.events .when, .events .what, .events .step { white-space: nowrap; }
+.events .when, .events .who { color: var(--soft); }
+.events .who { min-width: 9rem; }
+.events .what { font-weight: 600; }
+.events .step { text-align: right; }
+.events th:nth-child(3) { text-align: right; }
+.events tr > :last-child { padding-right: 0; }
+.events .bad .what { color: var(--bad); }
+.events .notable .what { color: var(--eval); }
+.events .plain .what { font-weight: 400; }
+details .events { margin: 0 1.15rem 1rem; width: calc(100% - 2.3rem); }
 .samples { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15.5rem), 1fr)); gap: 0.9rem;
   list-style: none; }
 .sample { display: grid; grid-template-columns: 5.5rem 1fr; gap: 0.85rem; background: var(--card); font-size: 0.8125rem;
@@ -96,6 +117,15 @@ pre { margin: 0; padding: 0 1.15rem 1rem; font: 0.8125rem/1.55 ui-monospace, "SF
   "Liberation Mono", monospace; white-space: pre-wrap; }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--hair); color: var(--soft);
   font-size: 0.875rem; }
+@media (max-width: 44rem) {
+  .events thead { display: none; }
+  .events tr { display: flex; flex-wrap: wrap; gap: 0 0.75rem; padding: 0.5rem 0;
+    border-bottom: 1px solid var(--hair); }
+  .events td { padding: 0; border: 0; }
+  .events .what { order: -1; }
+  .events .step:not(:empty)::before { content: "step "; }
+  .events .message, .events .who { flex-basis: 100%; }
+}
 @media (max-width: 30rem) {
   .tiles { grid-template-columns: 1fr 1fr; }
   .facts > div { grid-template-columns: 7rem 1fr; }

@@ -61,3 +61,5 @@ class WeightAverage:
             self._local(parameter).copy_(value)
         if self.sharded and self.engine.optimizer.persistent_parameters:
             self.engine.optimizer.persistent_parameters[0].all_gather(self.engine.optimizer.persistent_parameters)
+        if self.sharded:
+            self.engine.optimizer.invalidate_secondary_tensor()  # hpZ's copies within the node are stale too

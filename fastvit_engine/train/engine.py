@@ -106,7 +106,7 @@ def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
         "steps_per_print": None,
         "zero_force_ds_cpu_optimizer": False,
     }
-    if config.train.precision != "fp32" and config.zero.stage > 0:
+    if config.train.precision != "fp32" and config.zero.stage != 0:
         written["data_types"] = {"grad_accum_dtype": "fp32"}  # low-precision sums drift as accumulation grows
     return _merge(written, _checked_section(config.deepspeed))
 
@@ -123,7 +123,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_engine(model: nn.Module, config: Config, split: BatchSplit, world: World) -> Any:
-    """Wraps `model` in a DeepSpeed engine on this process's device."""
+    """Wraps `model` in a DeepSpeed engine on this process's device. ValueError where `config` leaves the stage open."""
+    if config.zero.stage == "auto":
+        raise ValueError("zero.stage is still open: defaults.choose fills it in")
     written = deepspeed_config(config, split)
     deepspeed = import_deepspeed()
     optimizer = torch.optim.AdamW(
@@ -169,6 +171,8 @@ def _checked_section(section: Mapping[str, Any]) -> Mapping[str, Any]:
             near = difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1)
             hint = f"did you mean 'deepspeed.{near[0]}'?" if near else f"it reads {', '.join(sorted(_DEEPSPEED_KEYS))}"
             raise UserError(f"DeepSpeed does not know the key 'deepspeed.{key}'; {hint}")
+    if "stage" in (section.get("zero_optimization") or {}):
+        raise UserError("deepspeed.zero_optimization.stage is written by the engine: set zero.stage instead")
     return section
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import socket
 from dataclasses import asdict
 from hashlib import blake2b
 from pathlib import Path
@@ -18,11 +19,13 @@ from fastvit_engine.data.randaugment import randaugment
 from fastvit_engine.errors import UserError
 from fastvit_engine.evaluate.classification import evaluate
 from fastvit_engine.models import build_model, model_title, training_flops
+from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
 from fastvit_engine.train.bad_samples import BadSamples
 from fastvit_engine.train.checkpoint import Checkpointer
 from fastvit_engine.train.data_wait import DataWait
+from fastvit_engine.train.defaults import Chosen, choose, machine_of
 from fastvit_engine.train.distributed import World, join_world
 from fastvit_engine.train.ema import WeightAverage
 from fastvit_engine.train.engine import BatchSplit, build_engine, set_learning_rate, split_batch
@@ -42,15 +45,18 @@ def train(resolved: Resolved, out: Path, *, resume: bool) -> None:
     """
     with join_world() as world:
         run = RunFolder(out)
-        start = world.on_main(lambda: preflight(resolved.config, run, world.size, resume=resume))
+        chosen = choose(resolved.config, machine_of(world))
+        start = world.on_main(lambda: preflight(chosen.config, run, world.size, resume=resume))
         if world.is_main:
             print(start.message, flush=True)
         if start.step < start.total_steps:
-            _train(resolved, run, start, world)
+            if world.is_main:
+                print(chosen.describe(), flush=True)
+            _train(resolved, chosen, run, start, world)
 
 
-def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> None:
-    config = resolved.config
+def _train(resolved: Resolved, chosen: Chosen, run: RunFolder, start: Start, world: World) -> None:
+    config = chosen.config
     split = split_batch(config, world.size)
     plan = Plan(config, start.data.samples_per_epoch)
 
@@ -83,7 +89,13 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
     peak = peak_flops(world, config.train.precision)
     flops_per_image = training_flops(config.model)
     if world.is_main:
-        _describe_run(resolved, run, plan, world, model, peak)
+        _describe_run(resolved, chosen, run, plan, world, model, peak)
+    hosts = sorted(set(world.gather(socket.gethostname())))
+    if world.is_main:
+        where = f"{world.size} process(es) on {', '.join(hosts)}, ZeRO-{config.zero.stage}"
+        message = f"training begins at step {start.step} of {plan.total_steps}: {where}"
+        facts = {"world_size": world.size, "zero_stage": config.zero.stage, "hosts": hosts}
+        record_event(run, "start", message, step=start.step, **facts)
     recorder = Recorder(run, plan.total_steps, start.step) if world.is_main else None
     stopwatch = Stopwatch(world.device, seconds_before=start.seconds)
     data_wait = DataWait(config.data.num_workers)
@@ -174,8 +186,10 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
                 saved = checkpointer.save(done, state)
                 if recorder:
                     recorder.message(f"saved {saved}")
+                    record_event(run, "checkpoint", f"saved {saved.name}", step=done, path=str(saved))
 
     if recorder:
+        record_event(run, "stop", f"finished after {plan.total_steps} steps", step=plan.total_steps, reason="finished")
         recorder.close()
 
 
@@ -265,9 +279,9 @@ def hash_keys(keys: list[str]) -> int:
 
 
 def _describe_run(
-    resolved: Resolved, run: RunFolder, plan: Plan, world: World, model: torch.nn.Module, peak: Peak
+    resolved: Resolved, chosen: Chosen, run: RunFolder, plan: Plan, world: World, model: torch.nn.Module, peak: Peak
 ) -> None:
-    config = resolved.config
+    config = chosen.config
     on_gpu = world.device.type == "cuda"
     environment = collect_environment(
         model=model_title(config.model),
@@ -283,6 +297,7 @@ def _describe_run(
         global_batch_size=config.train.global_batch_size,
         samples_per_epoch=plan.samples_per_epoch,
         shards=", ".join(source.shards for source in config.data.sources),
+        defaults=chosen.record(),
     )
     atomic_write(run.config, resolved.to_yaml())
     atomic_write(run.environment, json.dumps(environment, indent=1))

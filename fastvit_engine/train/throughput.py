@@ -11,7 +11,7 @@ import torch
 from fastvit_engine.train.distributed import World
 
 # Dense bf16/fp16 matrix peak without sparsity, FLOP/s, from the vendors' datasheets.
-_DATASHEET_PEAK = {
+DATASHEET_PEAK = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -35,7 +35,7 @@ def peak_flops(world: World, precision: str) -> Peak:
     """The datasheet's figure for a known GPU in bf16 or fp16, else a short matrix product timed here; collective."""
     if world.device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(world.device)
-        for known, flops in _DATASHEET_PEAK.items():
+        for known, flops in DATASHEET_PEAK.items():
             if known in name:
                 return Peak(flops * world.size, f"datasheet, dense {precision} on {name}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

@@ -114,7 +114,7 @@ def refused(capfd):
         pytest.param(["data.train=7"], ["data.train", "7", "string"], id="shards are a number"),
         pytest.param(["train.precision=fp16"], ["fp16 needs a GPU"], id="fp16 without GPU"),
         pytest.param(["zero.stage=7"], ["zero.stage", "7"], id="no such ZeRO stage"),
-        pytest.param(["zero.offload=all"], ["needs zero.stage = 3"], id="offload at the wrong stage"),
+        pytest.param(["zero.stage=1", "zero.offload=all"], ["needs zero.stage = 3"], id="offload at the wrong stage"),
         pytest.param(["deepspeed.zero_optimisation.stage=1"], ["did you mean"], id="DeepSpeed's key misspelt"),
         pytest.param(["deepspeed.optimizer.type=Lamb"], ["the 'optimizer' section"], id="DeepSpeed's key owned by us"),
     ],

@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from fastvit_engine.observe.chart import Series, envelope, line_chart, smooth
+from fastvit_engine.observe.chart import Mark, Series, envelope, line_chart, smooth
 
 
 def series(values: list[float], name: str = "loss", **options: bool) -> Series:
@@ -112,3 +112,12 @@ def test_names_are_escaped() -> None:
     html = line_chart("<i>", "<u>", [series([1.0, 2.0], name="<b>&", points=True)])
     assert "<i>" not in html and "<u>" not in html and "<b>&" not in html
     assert "&lt;b&gt;&amp;" in html
+
+
+def test_marks_are_drawn_at_their_steps_and_counted_in_the_legend() -> None:
+    marks = [Mark(5, "restart", 'at "5"'), Mark(5, "saved", "a", tick=True), Mark(99, "saved", "b", tick=True)]
+    html = line_chart("Loss", "", [series([1.0] * 10)], marks=marks)
+    assert '<path class="mark restart" d="M500.0 0V1000"><title>at &quot;5&quot;</title></path>' in html
+    assert [float(left) for left in re.findall(r'class="mark saved" d="M([\d.]+) \d+V1000"', html)] == [500, 1000]
+    assert '<li class="mark saved">saved <b>2</b></li>' in html
+    assert "mark" not in line_chart("Loss", "", [series([1.0] * 10)])

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,22 @@ def test_summary_of_a_run_in_progress_on_one_process(make_run: MakeRun) -> None:
         "top-1 50.0 % on 360 held-out images\n"
         "top-1 of the EMA weights 60.0 % on 360 held-out images"
     )
+
+
+def test_incidents_are_counted(make_run: MakeRun) -> None:
+    folder = make_run([train_row(840)])
+    kinds = ["start", "checkpoint", "hang", "restart", "start", "anomaly", "rewind", "anomaly", "rewind", "stop"]
+    events = [{"time": "t", "event": kind, "message": "m", "step": 1} for kind in kinds]
+    folder.events.write_text("".join(json.dumps(event) + "\n" for event in events))
+    run = load_run(folder.path)
+    assert run.describe_incidents() == "1 restart, 2 rewinds, 2 anomalies, 1 hang"
+    assert run.summary().endswith("\nincidents: 1 restart, 2 rewinds, 2 anomalies, 1 hang")
+    assert len(run.restarts) == 1
+
+
+def test_no_events_are_no_incidents(make_run: MakeRun) -> None:
+    run = load_run(make_run([train_row(840)]).path)
+    assert run.events == [] and run.describe_incidents() == "" and "incidents" not in run.summary()
 
 
 def test_summary_before_the_first_row(make_run: MakeRun) -> None:

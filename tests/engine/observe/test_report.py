@@ -1,3 +1,4 @@
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -6,6 +7,7 @@ from typing import Any
 import pytest
 
 from fastvit_engine.observe.report import write_report
+from fastvit_engine.observe.run_folder import RunFolder
 
 from .conftest import MakeRun, eval_row, png_url, train_row
 
@@ -166,3 +168,87 @@ def test_a_diverged_run_still_has_a_report(make_run: MakeRun) -> None:
     page = page_of(make_run(rows).path)
     assert "not finite in 29 of 29 logged steps" in page.text
     assert "Not recorded." in page.text
+
+
+def event(kind: str, step: int, message: str = "something", second: int = 0, **facts: Any) -> dict[str, Any]:
+    time = f"2026-05-01T10:{second // 60:02}:{second % 60:02}.000+02:00"
+    return {"time": time, "event": kind, "message": message, "host": "node-1", "rank": 0, "step": step, **facts}
+
+
+def write_events(run: RunFolder, events: list[dict[str, Any]]) -> None:
+    run.events.write_text("".join(json.dumps(row) + "\n" for row in events))
+
+
+INCIDENTS = [
+    event("start", 0),
+    event("checkpoint", 100, second=10),
+    event("anomaly", 150, "the loss is nan: <rank 1>", second=20),
+    event("rewind", 100, "back to step-00000100", second=21, from_step=150, to_step=100),
+    {key: value for key, value in event("restart", 0, "again", second=30).items() if key not in ("rank", "step")},
+    event("start", 100, second=40),
+    event("checkpoint", 200, second=50),
+    event("stop", 840, "finished after 840 steps", second=60),
+]
+
+
+def test_events_are_a_table_marks_and_a_tile(make_run: MakeRun) -> None:
+    run = make_run([train_row(step) for step in range(1, 841)])
+    write_events(run, INCIDENTS)
+    page = page_of(run.path)
+    assert "Events" in page.headings
+    assert "restarts and rewinds" in page.text and "1 restart, 1 rewind, 1 anomaly" in page.text
+    assert "2 checkpoints saved" in page.text
+    shown, every = (len(rows) for rows in table_rows(run))
+    assert (shown, every) == (6, 8)  # checkpoints are in the folded table only
+    for text in ("2026-05-01 10:00:20", "the loss is nan: <rank 1>", "launcher, node-1", "rank 0, node-1", "anomaly"):
+        assert text in page.text, text
+    charts = len(page.all("svg"))
+    assert len(page.all("path", "rewind")) == len(page.all("path", "restart")) == charts
+    assert len(page.all("path", "checkpoint")) == 2 * charts
+    (left,) = {mark["d"] for mark in page.all("path", "rewind")}
+    assert left is not None and left.startswith(f"M{1000 * 150 / 840:.1f} 0V1000")
+
+
+def test_a_run_without_incidents(make_run: MakeRun) -> None:
+    run = make_run([train_row(1)])
+    assert "Events" not in page_of(run.path).headings
+    write_events(run, [event("start", 0), event("stop", 840)])
+    page = page_of(run.path)
+    assert "No incident; 0 checkpoints saved." in page.text and "restarts and rewinds" not in page.text
+    assert [len(rows) for rows in table_rows(run)] == [2]
+    run.metrics.write_text("")
+    page_of(run.path)
+
+
+def test_many_events_stay_readable(make_run: MakeRun) -> None:
+    """One failure, then a flood of one kind: the flood is one row, and the failure is still there to see."""
+    run = make_run([train_row(step) for step in range(1, 841)])
+    flood = [event("slow_rank", step, f"rank {step} is slow", second=step) for step in range(300)]
+    saved = [event("checkpoint", step, second=step) for step in range(1, 500)]
+    write_events(run, [event("start", 0), event("failure", 1, "rank 3 is gone"), *flood, *saved])
+    page = page_of(run.path)
+    shown, every = table_rows(run)
+    assert len(shown) == 3 and len(every) == 801
+    assert "rank 3 is gone" in shown[1]
+    assert "rank 299 is slow (and 299 such before, from 2026-05-01 10:00:00 on)" in shown[2]
+    assert page.all("path", "checkpoint") == []  # 499 ticks would be a bar
+    assert run.report.stat().st_size < 400_000
+    alternating = [event(kind, step) for step in range(100) for kind in ("anomaly", "rewind")]
+    write_events(run, alternating)
+    page_of(run.path)
+    shown, every = table_rows(run)
+    assert (len(shown), len(every)) == (25, 200)
+    assert "The newest 25 of 200 rows" in page_of(run.path).text
+
+
+def test_events_with_few_facts(make_run: MakeRun) -> None:
+    """A launcher before any step, and a time that is none: shown as they are."""
+    run = make_run([train_row(1)])
+    write_events(run, [{"time": "yesterday", "event": "restart", "message": "again"}])
+    assert "yesterday" in page_of(run.path).text
+
+
+def table_rows(run: RunFolder) -> list[list[str]]:
+    """The rows of each table of the report, as text."""
+    tables = re.findall(r"<tbody>(.*?)</tbody>", run.report.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return [[re.sub(r"<[^>]*>", " ", row) for row in table.split("</tr>")[:-1]] for table in tables]

@@ -45,6 +45,7 @@ def test_expert_settings_go_over_ours_without_removing_the_rest():
     [
         ({"deepspeed": {"train_batch_size": 8}}, "set train.global_batch_size instead"),
         ({"deepspeed": {"zero_optimisation": {}}}, "did you mean 'deepspeed.zero_optimization'"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "set zero.stage instead"),
         ({"zero": {"stage": 0, "offload": "optimizer"}}, "zero.offload needs ZeRO"),
         ({"zero": {"stage": 2, "offload": "all"}}, "needs zero.stage = 3"),
     ],

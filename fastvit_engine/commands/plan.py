@@ -1,0 +1,211 @@
+"""`fastvit plan`."""
+
+import argparse
+import json
+from typing import TYPE_CHECKING, Any
+
+from fastvit_engine.commands.recipe import add_recipe
+from fastvit_engine.errors import UserError
+
+if TYPE_CHECKING:
+    from fastvit_engine.train.defaults import Chosen
+    from fastvit_engine.train.memory import Memory
+
+# GiB of the usual variant, from the vendors' datasheets.
+_MEMORY = {
+    "B200": 180,
+    "H200": 141,
+    "H100": 80,
+    "H100 PCIe": 80,
+    "H100 NVL": 94,
+    "A100": 80,
+    "L40S": 48,
+    "MI300X": 192,
+}
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what a run would need and what the engine would choose, without starting it",
+        description="Says how much memory a run needs under each ZeRO stage, which settings the engine would choose\n"
+        "and why, how the global batch is split, and how long training would take. Needs neither GPU nor data.",
+        epilog="example:\n  fastvit plan vit_h14_jft --gpus 64 --gpus-per-node 8 --gpu H100 --mfu 0.4",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_recipe(parser)
+    parser.add_argument("--gpus", metavar="N", type=int, required=True, help="GPUs of the whole job")
+    parser.add_argument("--gpus-per-node", metavar="N", type=int, help="default: 8, or all where there are fewer")
+    parser.add_argument("--gpu", choices=list(_MEMORY), default="H100", help="their model (default: H100)")
+    parser.add_argument("--gpu-memory", metavar="GIB", type=float, help="of each GPU (default: that of the model)")
+    parser.add_argument("--mfu", metavar="SHARE", type=float, default=0.4, help="assumed, of 1 (default: 0.4)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fastvit_engine.config import load_config
+    from fastvit_engine.train.defaults import Machine, candidates, choose
+
+    if args.gpus < 1:
+        raise UserError(f"--gpus is {args.gpus}: at least 1")
+    per_node = args.gpus_per_node or min(args.gpus, 8)
+    if per_node < 1 or args.gpus % per_node:
+        raise UserError(f"--gpus-per-node {per_node} does not divide --gpus {args.gpus}: every node has as many")
+    if not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu is {args.mfu:g}: a share above 0 and up to 1, such as 0.4")
+    gib = args.gpu_memory or _MEMORY[args.gpu]
+    if gib <= 2:
+        raise UserError(f"--gpu-memory is {gib:g} GiB: too little for any training")
+    config = load_config(args.recipe, args.set).config
+    machine = Machine(args.gpus, per_node, int(gib * 2**30), on_gpu=True)
+    options = candidates(config, machine)
+    chosen = choose(config, machine)
+    time = _time(chosen, args.gpu, args.mfu)
+    rows = [
+        {"stage": row.stage, "largest_micro_batch": row.micro_batch if row.fits else None, "memory": memory}
+        for row in options
+        for memory in [_memory_at(chosen, row.stage)]
+    ]
+    if args.json:
+        print(json.dumps(_as_json(args, chosen, rows, time), indent=1))
+    else:
+        print(_as_text(args, chosen, rows, time))
+    return 0
+
+
+def _memory_at(chosen: "Chosen", stage: int) -> "Memory":
+    """At another stage, with the micro-batch that was chosen."""
+    from fastvit_engine.train.defaults import choose
+
+    zero = chosen.config.zero.model_copy(update={"stage": stage})
+    return choose(chosen.config.model_copy(update={"zero": zero}), chosen.machine).memory
+
+
+def _time(chosen: "Chosen", gpu: str, mfu: float) -> dict[str, Any]:
+    """Steps, operations and days; None where the length of an epoch is unknown."""
+    from fastvit_engine.models import training_flops
+    from fastvit_engine.train.plan import Plan
+    from fastvit_engine.train.throughput import DATASHEET_PEAK
+
+    config = chosen.config
+    flops = training_flops(config.model)
+    rate = mfu * DATASHEET_PEAK[gpu] * chosen.machine.processes / flops
+    time = {
+        "flops_per_image": flops,
+        "images_per_second": rate,
+        "steps": None,
+        "images": None,
+        "flops": None,
+        "days": None,
+    }
+    try:
+        steps = Plan(config, config.data.train_samples).total_steps
+    except UserError as error:
+        return {**time, "unknown": str(error)}
+    images = steps * config.train.global_batch_size
+    return {**time, "steps": steps, "images": images, "flops": images * flops, "days": images / rate / 86400}
+
+
+def _as_json(
+    args: argparse.Namespace, chosen: "Chosen", rows: list[dict[str, Any]], time: dict[str, Any]
+) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from fastvit_engine.train.engine import deepspeed_config, split_batch
+
+    split = split_batch(chosen.config, chosen.machine.processes)
+    stages = [
+        {
+            **row,
+            "memory": {**asdict(row["memory"]), "total": row["memory"].total},
+            "fits": row["memory"].total <= chosen.machine.usable,
+        }
+        for row in rows
+    ]
+    return {
+        "gpus": args.gpus,
+        "gpu": args.gpu,
+        "gpus_per_node": chosen.machine.processes_per_node,
+        "gpu_memory": chosen.machine.memory,
+        "gpu_memory_usable": chosen.machine.usable,
+        "stages": stages,
+        "zero_stage": chosen.config.zero.stage,
+        "micro_batch_size": split.micro_batch_size,
+        "accumulation_steps": split.accumulation_steps,
+        **chosen.record(),
+        "deepspeed": deepspeed_config(chosen.config, split),
+        "assumed_mfu": args.mfu,
+        **time,
+    }
+
+
+def _as_text(args: argparse.Namespace, chosen: "Chosen", rows: list[dict[str, Any]], time: dict[str, Any]) -> str:
+    from fastvit_engine.models import model_title, parameter_count
+    from fastvit_engine.observe.units import format_bytes, format_count, format_flops, format_share
+    from fastvit_engine.train.engine import split_batch
+    from fastvit_engine.train.throughput import DATASHEET_PEAK
+
+    config, machine = chosen.config, chosen.machine
+    split = split_batch(config, machine.processes)
+    nodes = machine.processes // machine.processes_per_node
+    parts = ["weights", "gradients", "optimizer", "average", "buffers", "update", "activations", "work"]
+    parts = [part for part in parts if part != "average" or config.ema.decay is not None]
+    parts += ["host"] if config.zero.offload != "none" else []
+    table = [["ZeRO", *parts, "together", "", "largest micro-batch"]]
+    for row in rows:
+        memory = row["memory"]
+        mark = "fits" if memory.total <= machine.usable else "too much"
+        mark += ", chosen" if row["stage"] == config.zero.stage else ""
+        figures = [f"{getattr(memory, part) / 2**30:.1f}" for part in [*parts, "total"]]
+        table.append([str(row["stage"]), *figures, mark, str(row["largest_micro_batch"] or "none")])
+    widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
+    marked = len(parts) + 2  # the column of words, which stand to the left
+    lines = [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if column == marked else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in table
+    ]
+    longest = max(len(f"{choice.key} = {choice.value}") for choice in chosen.choices)
+    choices = [
+        "  " + f"{choice.key} = {str(choice.value).lower()}".ljust(longest) + f"  {choice.reason}"
+        for choice in chosen.choices
+    ]
+    share = "" if nodes == 1 else f" in {nodes} nodes"
+    text = [
+        f"ViT {model_title(config.model)}, {format_count(parameter_count(config.model))} parameters, "
+        f"{config.train.precision}, on {machine.processes} x {args.gpu}{share}: "
+        f"{format_bytes(machine.usable)} of {format_bytes(machine.memory)} of each GPU for the model",
+        "",
+        f"GiB of each GPU at a micro-batch of {split.micro_batch_size} images (together: the larger of update, and "
+        "activations with work, on top of the rest)",
+        *lines,
+        "",
+        "settings",
+        *choices,
+        "",
+        f"global batch  {config.train.global_batch_size:,} images = {machine.processes} GPUs x "
+        f"{split.micro_batch_size} images x {split.accumulation_steps} micro-batch"
+        + ("es" if split.accumulation_steps > 1 else ""),
+    ]
+    if time["steps"] is None:
+        text.append(f"length        unknown: {time['unknown']}")
+    else:
+        text.append(
+            f"length        {time['steps']:,} steps, {format_count(time['images'])} images, "
+            f"{format_flops(time['flops'])} ({format_flops(time['flops_per_image'])} an image)"
+        )
+        text.append(
+            f"time          {_days(time['days'])}: {time['images_per_second']:,.0f} images/s, if MFU is "
+            f"{format_share(args.mfu)} of {format_flops(DATASHEET_PEAK[args.gpu])}/s a GPU (an assumption), without "
+            "evaluations and checkpoints"
+        )
+    text.append("Memory is computed from shapes, and has not been compared with a GPU's.")
+    return "\n".join(text)
+
+
+def _days(days: float) -> str:
+    return f"{days:,.1f} days" if days >= 2 else f"{24 * days:,.1f} hours"

@@ -1,0 +1,232 @@
+"""How many bytes a process needs to train a model: state under each ZeRO stage, activations, and what passes through.
+
+The state is what DeepSpeed 0.19 allocates, part by part; a test counts its tensors. P is the number of parameters, W
+the number of processes, c the bytes of a computed number (4; 2 for bf16 and fp16), a those of an accumulated gradient:
+
+| stage             | weights | gradients      | optimizer             |
+|-------------------|---------|----------------|-----------------------|
+| 0, fp32           | c P     | c P            | 8 P (Adam's moments)  |
+| 0, bf16 and fp16  | c P     | c P            | 12 P (fp32 weights)   |
+| 1, a = c          | c P     | c P            | 12 P / W              |
+| 1, a > c          | c P     | (a + c) P      | 12 P / W              |
+| 2                 | c P     | a P / W        | 12 P / W              |
+| 3                 | c P / W | a P / W        | 12 P / W              |
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Literal
+
+import torch
+
+from fastvit_engine.config import Config, ModelConfig
+from fastvit_engine.models import VisionTransformer, resolve_shape
+from fastvit_kernels import dispatch
+from fastvit_kernels.mlp.op import Recompute
+
+Implementation = Literal["fused", "composed", "reference"]  # of a block: Triton; its parts, with dropout; plain PyTorch
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_UNBUCKETED = 500_000_000  # elements that DeepSpeed's stage 0 reduces at a time
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters of a model."""
+
+    parameters: int
+    block: int  # of one Transformer block, which ZeRO-3 gathers as a whole
+    largest: int  # of the largest tensor
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The sizes of DeepSpeed's buffers, in numbers."""
+
+    reduce: int = 0
+    doubled: bool = False  # by overlap_comm, under stages 1 and 2
+    gathered: int = 0  # stage 3: parameters that are whole at a time, at the most
+    secondary_shards: int = 1  # stage 3: zero_hpz_partition_size
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that one process needs on its device at a time, at the most."""
+
+    weights: int
+    gradients: int
+    optimizer: int  # fp32 weights and Adam's moments
+    average: int  # of the weights
+    buffers: int  # reduction buckets, gathered parameters
+    update: int  # while gradients are reduced and weights updated: passes before the next forward pass
+    activations: int = 0  # of one micro-batch, kept for the backward pass
+    work: int = 0  # while the backward pass goes through one block
+    host: int = 0  # offloaded, in the memory of the host
+
+    @property
+    def state(self) -> int:
+        """What stays, or comes back with every step."""
+        return self.weights + self.gradients + self.optimizer + self.average + self.buffers
+
+    @property
+    def total(self) -> int:
+        """Activations are gone when the update begins."""
+        return self.state + max(self.update, self.activations + self.work)
+
+
+@lru_cache
+def model_size(model: ModelConfig) -> Size:
+    """Counted on a model that holds no memory."""
+    with torch.device("meta"):
+        vit = VisionTransformer(model, mean=(0.5,) * 3, std=(0.5,) * 3)
+    counts = [parameter.numel() for parameter in vit.parameters()]
+    return Size(sum(counts), sum(parameter.numel() for parameter in vit.blocks[0].parameters()), max(counts))
+
+
+def training_memory(
+    config: Config, stage: int, world_size: int, micro_batch: int, accumulates: bool, buckets: Buckets, *, on_gpu: bool
+) -> Memory:
+    """Of one of `world_size` processes that take `micro_batch` images at a time, several in a step if `accumulates`."""
+    state = state_memory(
+        model_size(config.model),
+        config.train.precision,
+        stage,
+        world_size,
+        offload=config.zero.offload,
+        accumulate_bytes=accumulation_bytes(config, stage),
+        accumulates=accumulates,
+        average=config.ema.decay is not None,
+        buckets=buckets,
+        on_gpu=on_gpu,
+    )
+    implementation = block_implementation(config.model, on_gpu=on_gpu)
+    return replace(
+        state,
+        activations=micro_batch * activation_bytes(config.model, config.train.precision, implementation),
+        work=micro_batch * work_bytes(config.model, config.train.precision, implementation),
+    )
+
+
+def accumulation_bytes(config: Config, stage: int) -> int:
+    """Of a gradient that is summed up over micro-batches: fp32 under ZeRO, unless the recipe says otherwise."""
+    given = (config.deepspeed.get("data_types") or {}).get("grad_accum_dtype")
+    if given is not None:
+        return COMPUTE_BYTES.get(given, 4)
+    return 4 if stage > 0 else COMPUTE_BYTES[config.train.precision]
+
+
+def state_memory(
+    size: Size,
+    precision: str,
+    stage: int,
+    world_size: int,
+    *,
+    offload: str,
+    accumulate_bytes: int,
+    accumulates: bool,
+    average: bool,
+    buckets: Buckets,
+    on_gpu: bool,
+) -> Memory:
+    """All but the activations. See the table above; `update` and `buffers` are explained where they are computed."""
+    compute = COMPUTE_BYTES[precision]
+    whole = size.parameters
+    share = -(-whole // world_size)
+    sums_apart = accumulate_bytes != compute
+
+    masters = 0 if stage == 0 and precision == "fp32" else 4 * (whole if stage == 0 else share)
+    optimizer = masters + 8 * (whole if stage == 0 else share)
+    weights = compute * (share if stage == 3 else whole)
+    if stage <= 1:
+        gradients = (compute + accumulate_bytes if stage == 1 and sums_apart else compute) * whole
+    else:
+        gradients = accumulate_bytes * share
+
+    # DeepSpeed's bf16 optimizer (stage 1 with fp32 sums) reduces its sums where they lie, as stage 0 does.
+    in_place = stage == 0 or (precision == "bf16" and sums_apart and stage == 1 and offload == "none")
+    if stage == 3:
+        buffers = compute * (buckets.reduce + buckets.gathered)
+        buffers += compute * -(-whole // buckets.secondary_shards) if buckets.secondary_shards > 1 else 0
+    elif in_place:
+        buffers = 0
+    else:
+        buffers = (accumulate_bytes if stage == 1 else compute) * buckets.reduce * (2 if buckets.doubled else 1)
+
+    # The copies that reduction and update make. Fused AdamW, on a GPU, updates in place.
+    temporaries = 0 if on_gpu else 8 * (size.largest if stage == 0 else share)
+    if stage == 0:
+        flattened = compute * min(whole, _UNBUCKETED) if world_size > 1 else 0
+        update = max(flattened, temporaries + (4 * whole if compute < 4 else 0))
+    elif in_place:
+        update = max(compute * whole, temporaries)
+    else:
+        copied = 4 * share if stage == 3 or not sums_apart else 0
+        summand = accumulate_bytes * share if stage == 2 and accumulates and not sums_apart else 0
+        update = max(temporaries + copied, summand)
+
+    state = Memory(weights, gradients, optimizer, 4 * (whole if stage == 0 else share) * average, buffers, update)
+    return state if offload == "none" else _offloaded(state, size, compute, share, stage, everything=offload == "all")
+
+
+def _offloaded(state: Memory, size: Size, compute: int, share: int, stage: int, *, everything: bool) -> Memory:
+    """Optimizer, average and the update's gradients in host memory; with `everything`, the sharded weights too."""
+    host = state.optimizer + state.average + 4 * share  # an fp32 gradient beside each master weight
+    host += compute * share if stage < 3 else 0  # the new weights on their way to the device
+    kept = replace(state, optimizer=0, average=0, update=0, host=host)
+    if stage < 3:
+        kept = replace(kept, buffers=state.buffers + 2 * compute * size.largest)
+    return replace(kept, weights=0, host=host + state.weights) if everything else kept
+
+
+def block_implementation(model: ModelConfig, *, on_gpu: bool) -> Implementation:
+    """What `fastvit_kernels` runs for a block."""
+    if not on_gpu or dispatch.choice == "reference":
+        return "reference"
+    return "composed" if model.dropout > 0 else "fused"
+
+
+def block_bytes_a_token(
+    width: int,
+    heads: int,
+    mlp_dim: int,
+    compute: int,
+    implementation: Implementation,
+    *,
+    recompute: Recompute = "gelu",
+    dropout: bool = False,
+) -> int:
+    """Kept for the backward pass by one block, for each token.
+
+    x, norm(x), queries, keys, values, attention's result; x, norm(x), W_1 norm(x) + b_1; float32 statistics of two
+    normalisations and of each head's softmax.
+    """
+    statistics = 4 * heads + 16
+    if implementation == "fused":
+        numbers = 8 * width + mlp_dim
+        numbers += {"none": mlp_dim, "gelu": 0, "all": -2 * width}[recompute]
+        return compute * numbers + statistics
+    # Plain PyTorch normalises a float32 copy of x.
+    inputs = 2 * width * (4 if implementation == "reference" else compute)
+    masks = (2 * width + mlp_dim) * (compute if implementation == "reference" else 1) if dropout else 0
+    return inputs + compute * (6 * width + 2 * mlp_dim) + masks + statistics
+
+
+def activation_bytes(model: ModelConfig, precision: str, implementation: Implementation) -> int:
+    """Kept for the backward pass by the whole model, for each image."""
+    shape, compute = resolve_shape(model), COMPUTE_BYTES[precision]
+    block = block_bytes_a_token(
+        shape.width, shape.heads, shape.mlp_dim, compute, implementation, dropout=model.dropout > 0
+    )
+    if model.layer_scale is not None and implementation != "fused":
+        block += 2 * compute * shape.width  # what is scaled
+    plain = implementation == "reference"
+    pixels = 3 * model.image_size**2 * (1 + compute if plain else 1)  # plain PyTorch keeps patches
+    final = shape.tokens * ((4 if plain else compute) * shape.width + 8)  # input of the last norm
+    head = (compute + 8) * model.num_classes  # logits, their float32 form and gradient
+    return shape.tokens * shape.depth * block + pixels + final + head
+
+
+def work_bytes(model: ModelConfig, precision: str, implementation: Implementation) -> int:
+    """Of the gradients inside one block, for each image: W_1's output and its gradient, x and qkv and theirs."""
+    shape, compute = resolve_shape(model), COMPUTE_BYTES[precision]
+    wide = 4 if implementation == "reference" else compute
+    return shape.tokens * (compute * (2 * shape.mlp_dim + 3 * shape.width) + 3 * wide * shape.width)

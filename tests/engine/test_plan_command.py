@@ -1,0 +1,66 @@
+import json
+
+import pytest
+
+from fastvit_engine.cli import main
+
+
+def plan(capsys, *arguments):
+    assert main(["plan", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_page_for_people(capsys):
+    text = plan(capsys, "vit_h14_jft", "--gpus", "64", "--gpu", "H200")
+    assert "64 x H200 in 8 nodes" in text
+    assert [line.split()[0] for line in text.splitlines() if "fits" in line and "  " in line][:4] == [
+        "0",
+        "1",
+        "2",
+        "3",
+    ]
+    assert "fits, chosen" in text
+    assert "4,096 images = 64 GPUs x 64 images x 1 micro-batch" in text
+    assert "1,035,645 steps" in text and "an assumption" in text
+    assert "has not been compared with a GPU's" in text
+
+
+def test_json(capsys):
+    said = json.loads(plan(capsys, "vit_h14_jft", "--gpus", "8", "--gpu-memory", "40", "--mfu", "0.5", "--json"))
+    assert [stage["stage"] for stage in said["stages"]] == [0, 1, 2, 3]
+    chosen = said["stages"][said["zero_stage"]]
+    assert chosen["fits"] and chosen["memory"]["total"] <= said["gpu_memory_usable"]
+    assert said["micro_batch_size"] * said["accumulation_steps"] * 8 == 4096
+    assert said["deepspeed"]["zero_optimization"]["stage"] == said["zero_stage"]
+    assert said["choices"][0]["reason"]
+    # 8 H100 at half of 989 TFLOP/s, 1.004 TFLOP an image
+    assert said["images_per_second"] == pytest.approx(8 * 0.5 * 989e12 / 1.004e12, rel=0.002)
+    assert said["days"] == pytest.approx(said["images"] / said["images_per_second"] / 86400)
+    assert said["flops"] == pytest.approx(4262e18, rel=0.01)  # the paper's Table 6
+
+
+def test_twice_the_gpus_take_half_the_time(capsys):
+    days = [json.loads(plan(capsys, "vit_l16_jft", "--gpus", str(n), "--json"))["days"] for n in (8, 16)]
+    assert days[0] == pytest.approx(2 * days[1])
+
+
+def test_an_epoch_of_unknown_length(capsys):
+    text = plan(capsys, "vit_b16_i1k", "--gpus", "8")
+    assert "unknown" in text and "data.train_samples" in text
+    assert "days" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--gpus", "0"], "--gpus is 0"),
+        (["--gpus", "12", "--gpus-per-node", "8"], "does not divide --gpus 12"),
+        (["--gpus", "8", "--mfu", "40"], "a share above 0 and up to 1"),
+        (["--gpus", "8", "--gpu-memory", "1"], "too little"),
+        (["--gpus", "1", "--gpu-memory", "8"], "nothing fits"),
+        (["--gpus", "3"], "does not divide over 3 processes"),
+    ],
+)
+def test_bad_input(capsys, arguments, part):
+    assert main(["plan", "vit_h14_jft", *arguments]) == 2
+    assert part in capsys.readouterr().err
