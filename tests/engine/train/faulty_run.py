@@ -1,0 +1,83 @@
+"""`python -m fastvit_engine`, with faults: what FASTVIT_TEST_FAULTS asks for happens in it, from outside the engine.
+
+The variable holds a JSON list of faults, each an object with `what` and, where it applies, the `rank` it happens on:
+
+* {"what": "bad_sample", "key": K}                 the loss of sample K is NaN, whenever it is computed
+* {"what": "loud_sample", "key": K, "times": X}    likewise, X times what it should be
+* {"what": "gradient", "step": S, "rank": R}       the gradient of one parameter is NaN on rank R in step S, once
+* {"what": "gradients", "step": S, "rank": R}      likewise, every time that step S is computed
+* {"what": "weight", "step": S, "rank": R}         before step S an element of a weight becomes NaN on rank R, once
+* {"what": "bit", "step": S, "rank": R}            before step S the lowest bit of an element is flipped on rank R, once
+
+S counts from 0, in steps of the run.
+"""
+
+import json
+import os
+import sys
+
+import torch
+
+from fastvit_engine.cli import main
+from fastvit_engine.train import loop
+
+FAULTS = json.loads(os.environ["FASTVIT_TEST_FAULTS"])
+DONE = []  # faults that come once, and came
+PARAMETER = "blocks.0.mlp.fc1.weight"
+
+
+def due(fault, step, world):
+    return fault.get("step") == step and fault.get("rank") == world.rank and fault not in DONE
+
+
+def with_bad_samples(training_losses):
+    def wrapped(engine, criterion, batch, data, world):
+        losses = training_losses(engine, criterion, batch, data, world)
+        for fault in FAULTS:
+            if fault.get("key") in batch.keys:
+                factor = torch.ones(len(losses))
+                factor[batch.keys.index(fault["key"])] = fault.get("times", float("nan"))
+                losses = losses * factor
+        return losses
+
+    return wrapped
+
+
+def with_faults(take_step):
+    def wrapped(job, step, micro_batches, **options):
+        parameter = dict(job.engine.module.named_parameters())[PARAMETER]
+        hooks = []
+        for fault in FAULTS:
+            if not due(fault, step, job.world):
+                continue
+            if fault["what"] in ("gradient", "gradients"):
+                hooks.append(parameter.register_hook(spoil))
+            if fault["what"] in ("weight", "bit"):
+                held = getattr(parameter, "ds_tensor", parameter.data)
+                if fault["what"] == "weight":
+                    held.view(-1)[7] = float("nan")
+                else:
+                    held.view(-1).view(torch.int32)[7] ^= 1
+            if fault["what"] != "gradients":
+                DONE.append(fault)
+        if hooks and job.watch.on:  # its hooks come after ours, as they do in the repetition
+            job.watch.stop()
+            job.watch.start()
+        try:
+            return take_step(job, step, micro_batches, **options)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    return wrapped
+
+
+def spoil(gradient):
+    spoilt = gradient.clone()
+    spoilt.view(-1)[3] = float("nan")
+    return spoilt
+
+
+loop.training_losses = with_bad_samples(loop.training_losses)
+loop.take_step = with_faults(loop.take_step)
+raise SystemExit(main(sys.argv[1:]))
