@@ -148,9 +148,9 @@ def _conclude(anomaly: Anomaly, evidence: list[_Evidence], in_weights: bool, rep
         parameters = sorted({name for rank in ranks for name in evidence[rank].weights})
         keys: list[str] = []
         if anomaly.kind == "replicas":
-            cause = "hardware suspected: copies of the same weights differ"
+            cause = "hardware suspected"
         else:
-            cause = f"weights are not finite, the first {parameters[0]}"
+            cause = f"weights are not finite, as those of {parameters[0]}"
     else:
         ranks = ranks_with("suspects") or ranks_with("gradients") or ranks_with("gradients_again")
         if len(ranks) == len(evidence) and anomaly.kind == "loss spike":
@@ -159,12 +159,12 @@ def _conclude(anomaly: Anomaly, evidence: list[_Evidence], in_weights: bool, rep
         keys = [key for own in shown for key in own.suspects] or [key for own in shown for key in own.keys]
         parameters = sorted({name for own in shown for name in [*own.gradients, *own.gradients_again]})
         if repeats:
-            cause = "data or numerics: it is the same when the step is computed again"
+            cause = "data or numerics, as it is there again when the step is repeated"
         else:
-            cause = "hardware suspected: it is gone when the step is computed again"
+            cause = "hardware suspected, as it is gone when the step is repeated"
     unexplained = anomaly.kind == "gradient" and repeats is False and not ranks
     if unexplained:
-        cause += ", and nobody had watched each rank's gradients; from now on they are watched"
+        cause += "; which rank is not known, but from now on each one's gradients are watched"
     return Diagnosis(
         cause, ranks, [evidence[rank].host for rank in ranks], keys, parameters, repeats, in_weights, unexplained
     )

@@ -137,8 +137,8 @@ class Guard:
             if value > limit:
                 return Anomaly(
                     kind,
-                    f"the {name} is {value:.4g}, over the limit of {limit:.4g}, and was {usual:.4g} in the median of "
-                    f"the last {len(values)} steps",
+                    f"the {name} is {value:.4g}, over the limit of {limit:.4g} (median of the last {len(values)} "
+                    f"steps: {usual:.4g})",
                     limit,
                 )
         return None

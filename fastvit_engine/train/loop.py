@@ -47,15 +47,18 @@ def train(resolved: Resolved, out: Path, *, resume: bool) -> None:
     """
     with join_world() as world:
         run = RunFolder(out)
-        start: Start | None = world.on_main(lambda: preflight(resolved.config, run, world.size, resume=resume))
-        assert start is not None
+        start = world.on_main(lambda: preflight(resolved.config, run, world.size, resume=resume))
         if world.is_main:
             print(start.message, flush=True)
-        if start.step == start.total_steps:
-            return
-        job = _set_up(resolved, run, start, world)
-        while start is not None:
-            start = _train_from(start, job)
+        if start.step < start.total_steps:
+            _train(resolved, run, start, world)
+
+
+def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> None:
+    job = _set_up(resolved, run, start, world)
+    part: Start | None = start
+    while part is not None:  # more than once where something went wrong
+        part = _train_from(part, job)
 
 
 @dataclass(frozen=True)

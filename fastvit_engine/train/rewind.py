@@ -21,7 +21,7 @@ def record_anomaly(
     run: RunFolder, step: int, window: Window, anomaly: Anomaly, report: StepReport, diagnosis: Diagnosis
 ) -> str:
     """Writes the event down with all its facts, and returns its sentence. `step`: steps done before the failed one."""
-    message = f"step {step + 1}: {anomaly.message}{diagnosis.at}; {diagnosis.cause}"
+    message = f"at step {step + 1}{diagnosis.at}, {anomaly.message}: {diagnosis.cause}"
     record_event(
         run,
         "anomaly",

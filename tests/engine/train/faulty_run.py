@@ -5,7 +5,7 @@ The variable holds a JSON list of faults, each an object with `what` and, where 
 * {"what": "bad_sample", "key": K}                 the loss of sample K is NaN, whenever it is computed
 * {"what": "loud_sample", "key": K, "times": X}    likewise, X times what it should be
 * {"what": "gradient", "step": S, "rank": R}       the gradient of one parameter is NaN on rank R in step S, once
-* {"what": "gradients", "step": S, "rank": R}      likewise, every time that step S is computed
+* {"what": "bad_gradient", "key": K}               likewise, on the rank that has sample K, whenever it is computed
 * {"what": "weight", "step": S, "rank": R}         before step S an element of a weight becomes NaN on rank R, once
 * {"what": "bit", "step": S, "rank": R}            before step S the lowest bit of an element is flipped on rank R, once
 
@@ -22,19 +22,20 @@ from fastvit_engine.cli import main
 from fastvit_engine.train import loop
 
 FAULTS = json.loads(os.environ["FASTVIT_TEST_FAULTS"])
-DONE = []  # faults that come once, and came
 PARAMETER = "blocks.0.mlp.fc1.weight"
-
-
-def due(fault, step, world):
-    return fault.get("step") == step and fault.get("rank") == world.rank and fault not in DONE
+came = []  # faults that come once, and came
+hooks = []  # of the step in progress
 
 
 def with_bad_samples(training_losses):
     def wrapped(engine, criterion, batch, data, world):
         losses = training_losses(engine, criterion, batch, data, world)
         for fault in FAULTS:
-            if fault.get("key") in batch.keys:
+            if fault.get("key") not in batch.keys:
+                continue
+            if fault["what"] == "bad_gradient":
+                spoil_gradient(engine)
+            else:
                 factor = torch.ones(len(losses))
                 factor[batch.keys.index(fault["key"])] = fault.get("times", float("nan"))
                 losses = losses * factor
@@ -45,31 +46,37 @@ def with_bad_samples(training_losses):
 
 def with_faults(take_step):
     def wrapped(job, step, micro_batches, **options):
-        parameter = dict(job.engine.module.named_parameters())[PARAMETER]
-        hooks = []
         for fault in FAULTS:
-            if not due(fault, step, job.world):
+            if fault.get("step") != step or fault["rank"] != job.world.rank or fault in came:
                 continue
-            if fault["what"] in ("gradient", "gradients"):
-                hooks.append(parameter.register_hook(spoil))
-            if fault["what"] in ("weight", "bit"):
+            came.append(fault)
+            if fault["what"] == "gradient":
+                spoil_gradient(job.engine)
+            else:
+                parameter = parameter_of(job.engine)
                 held = getattr(parameter, "ds_tensor", parameter.data)
                 if fault["what"] == "weight":
                     held.view(-1)[7] = float("nan")
                 else:
                     held.view(-1).view(torch.int32)[7] ^= 1
-            if fault["what"] != "gradients":
-                DONE.append(fault)
-        if hooks and job.watch.on:  # its hooks come after ours, as they do in the repetition
-            job.watch.stop()
-            job.watch.start()
         try:
             return take_step(job, step, micro_batches, **options)
         finally:
-            for hook in hooks:
-                hook.remove()
+            while hooks:
+                hooks.pop().remove()
 
     return wrapped
+
+
+def parameter_of(engine):
+    return dict(engine.module.named_parameters())[PARAMETER]
+
+
+def spoil_gradient(engine):
+    """As broken hardware would: before anything else sees the gradient."""
+    hook = parameter_of(engine).register_hook(spoil)
+    hooks.append(hook)
+    hook.hooks_dict_ref().move_to_end(hook.id, last=False)
 
 
 def spoil(gradient):

@@ -108,6 +108,11 @@ def the_faults(keys, stage):
             True,
         ),
         (
+            {"what": "bad_gradient", "key": keys[17][0]},
+            {"kind": "gradient", "ranks": [0], "parameters": [WEIGHT], "repeats": True},
+            True,
+        ),
+        (
             {"what": "loud_sample", "key": loud, "times": 1e4},
             {"kind": "loss spike", "repeats": True},
             True,
