@@ -143,14 +143,11 @@ def _conclude(anomaly: Anomaly, evidence: list[_Evidence], in_weights: bool, rep
         return [rank for rank, own in enumerate(evidence) if getattr(own, field)]
 
     if in_weights:
-        # In-step checks name ranks themselves; a loss that is not finite may come from weights that are not.
+        # The comparison names ranks itself; a loss that is not finite may come from weights that are not.
         ranks = list(anomaly.ranks) or ranks_with("weights")
         parameters = sorted({name for rank in ranks for name in evidence[rank].weights})
-        keys: list[str] = []
-        if anomaly.kind == "replicas":
-            cause = "hardware suspected"
-        else:
-            cause = f"weights are not finite, as those of {parameters[0]}"
+        keys = [key for rank in ranks for key in evidence[rank].keys]
+        cause = "hardware suspected" if anomaly.kind == "replicas" else f"weights are not finite ({_some(parameters)})"
     else:
         ranks = ranks_with("suspects") or ranks_with("gradients") or ranks_with("gradients_again")
         if len(ranks) == len(evidence) and anomaly.kind == "loss spike":
@@ -162,9 +159,15 @@ def _conclude(anomaly: Anomaly, evidence: list[_Evidence], in_weights: bool, rep
             cause = "data or numerics, as it is there again when the step is repeated"
         else:
             cause = "hardware suspected, as it is gone when the step is repeated"
+        if parameters:
+            cause += f" (gradients that are not finite: {_some(parameters)})"
     unexplained = anomaly.kind == "gradient" and repeats is False and not ranks
     if unexplained:
         cause += "; which rank is not known, but from now on each one's gradients are watched"
     return Diagnosis(
         cause, ranks, [evidence[rank].host for rank in ranks], keys, parameters, repeats, in_weights, unexplained
     )
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -43,7 +43,7 @@ class Replicas:
         ranks = tuple(rank for rank, (_, names) in enumerate(found) if names)
         if ranks:
             names = tuple(sorted({name for _, names in found for name in names}))
-            return Anomaly("weights", "weights are not finite", ranks=ranks, parameters=names)
+            return Anomaly("weights", "the check of the weights failed", ranks=ranks, parameters=names)
         counts = Counter(value for value, _ in found)
         if len(counts) == 1:
             return None

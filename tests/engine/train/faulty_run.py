@@ -24,6 +24,7 @@ from fastvit_engine.train import loop
 FAULTS = json.loads(os.environ["FASTVIT_TEST_FAULTS"])
 PARAMETER = "blocks.0.mlp.fc1.weight"
 came = []  # faults that come once, and came
+jobs = []  # of this process: one
 hooks = []  # of the step in progress
 
 
@@ -34,7 +35,7 @@ def with_bad_samples(training_losses):
             if fault.get("key") not in batch.keys:
                 continue
             if fault["what"] == "bad_gradient":
-                spoil_gradient(engine)
+                spoil_gradient()
             else:
                 factor = torch.ones(len(losses))
                 factor[batch.keys.index(fault["key"])] = fault.get("times", float("nan"))
@@ -46,12 +47,13 @@ def with_bad_samples(training_losses):
 
 def with_faults(take_step):
     def wrapped(job, step, micro_batches, **options):
+        jobs[:] = [job]
         for fault in FAULTS:
             if fault.get("step") != step or fault["rank"] != job.world.rank or fault in came:
                 continue
             came.append(fault)
             if fault["what"] == "gradient":
-                spoil_gradient(job.engine)
+                spoil_gradient()
             else:
                 parameter = parameter_of(job.engine)
                 held = getattr(parameter, "ds_tensor", parameter.data)
@@ -72,11 +74,12 @@ def parameter_of(engine):
     return dict(engine.module.named_parameters())[PARAMETER]
 
 
-def spoil_gradient(engine):
+def spoil_gradient():
     """As broken hardware would: before anything else sees the gradient."""
-    hook = parameter_of(engine).register_hook(spoil)
-    hooks.append(hook)
-    hook.hooks_dict_ref().move_to_end(hook.id, last=False)
+    hooks.append(parameter_of(jobs[0].engine).register_hook(spoil))
+    if jobs[0].watch.on:  # hooks are called in the order of their registration
+        jobs[0].watch.stop()
+        jobs[0].watch.start()
 
 
 def spoil(gradient):

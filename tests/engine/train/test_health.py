@@ -36,7 +36,7 @@ SETTINGS = [
     "health.spike_window=10",
     "health.compare_replicas_every=1",
     "health.watch_gradients=true",
-    "health.max_rewinds=5",
+    "health.max_rewinds=6",
 ]
 SHARD_EVERYTHING = "deepspeed.zero_optimization={stage3_param_persistence_threshold: 0, reduce_bucket_size: 5000}"
 WEIGHT = "blocks.0.mlp.fc1.weight"
