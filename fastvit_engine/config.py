@@ -156,6 +156,20 @@ class ZeroConfig(_Section):
     offload: Literal["none", "optimizer", "all"] = "none"  # all: parameters too, stage 3 only
 
 
+class HealthConfig(_Section):
+    """When training goes back to its last checkpoint. A loss, gradient or weight that is not finite always makes it."""
+
+    # A loss or gradient norm above median + spike_threshold * max(MAD, floor) of the last `spike_window` steps, see
+    # `train.guard`; null: spikes are let pass.
+    spike_threshold: float | None = Field(20.0, gt=0)
+    spike_window: int = Field(100, ge=10)  # steps; spikes are looked for once so many are done
+    max_rewinds: int = Field(3, ge=0)  # of the whole run; one more and it stops
+    compare_replicas_every: int | None = Field(100, gt=0)  # steps; null: only before each checkpoint
+    # Looks at each process's own gradients in every step, which names the rank of a fault that does not repeat. Costs
+    # a small reduction a parameter and micro-batch. false: only after a fault without a name, for the rest of the job.
+    watch_gradients: bool = False
+
+
 class Config(_Section):
     name: str = "run"
     seed: int = Field(0, ge=0)
@@ -169,6 +183,7 @@ class Config(_Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     zero: ZeroConfig = ZeroConfig()
+    health: HealthConfig = HealthConfig()
     deepspeed: dict[str, Any] = {}  # merged last over the DeepSpeed configuration that the engine writes
 
 

@@ -7,7 +7,6 @@ depends on which worker or rank it falls to, and the workers may be any number.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from fastvit_engine.data.draws import sample_seeds
 from fastvit_engine.data.index import Index
 from fastvit_engine.data.order import Integers, Order, Places, SourceOrder, share_slots
 from fastvit_engine.data.shards import find_shards, is_local
+from fastvit_engine.data.skip import Window, step_starts
 from fastvit_engine.data.storage import ShardStorage
 from fastvit_engine.data.stream_loader import stream_eval_chunks, stream_train_chunks
 from fastvit_engine.data.tar import TarError, iterate_files
@@ -40,11 +40,13 @@ def build_train_data(
     consumed: int,
     pin_memory: bool,
     node_ranks: Sequence[int] = (),
+    skipped: Sequence[Window] = (),
 ) -> Iterator[Batch]:
-    """Endless micro-batches of this rank, from the sample `consumed` of the run on (step * global batch).
+    """Endless micro-batches of this rank, from the position `consumed` of the run on, without the windows `skipped`.
 
     A step has global batch / world size images on each rank. Its samples and their pixels are a function of the
-    indexed shards, the seed and the step: not of the world size, the number of workers or where a run went on.
+    indexed shards, the seed and the step's position: not of the world size, the number of workers or where a run went
+    on.
     `node_ranks`: all ranks of this node, for the one among them that tells the storage of remote shards what they will
     need.
     """
@@ -57,8 +59,9 @@ def build_train_data(
     if plan.streams:
         assert isinstance(config.data.train, str)  # as it was checked before the run
         shards = find_shards(config.data.train, "train")
-        step = consumed // batch
-        chunks = stream_train_chunks(config, plan.streams, shards, rank=rank, world_size=world_size, first_step=step)
+        chunks = stream_train_chunks(
+            config, plan.streams, shards, rank=rank, world_size=world_size, consumed=consumed, skipped=skipped
+        )
         return rebatch(chunks, micro_batch_size, pin_memory)
 
     samples = open_train_samples(config, plan)
@@ -71,7 +74,7 @@ def build_train_data(
         read_ahead = ReadAhead(build_order(config, plan.train, indexes), indexes, samples.storage, places, batch)
 
     def requests() -> Iterator[Integers]:
-        for start in count(consumed, batch):
+        for start in step_starts(consumed, batch, skipped):
             if read_ahead:
                 read_ahead.at(start)
             for micro in (start + own).reshape(-1, micro_batch_size):

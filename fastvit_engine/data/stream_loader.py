@@ -5,7 +5,7 @@ of a step depend on the seed, the shards, B and S only. Rank r of R takes the st
 w of W those with s % (R * W) == w * R + r; workers hand over whole chunks in turn. Another S is another order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from torch.utils.data import IterableDataset, get_worker_info
@@ -16,6 +16,7 @@ from fastvit_engine.data.batch import Batch, BatchBuilder, Workspace, empty_batc
 from fastvit_engine.data.data_plan import StreamPlan
 from fastvit_engine.data.decode import Sample
 from fastvit_engine.data.draws import sample_seeds
+from fastvit_engine.data.skip import Window, step_starts
 from fastvit_engine.data.stream import read_shard, stream_samples
 from fastvit_engine.data.workers import load_stream
 from fastvit_engine.errors import UserError
@@ -53,10 +54,20 @@ def plan_streams(config: Config, *, world_size: int, shards: int) -> StreamPlan:
 
 
 def stream_train_chunks(
-    config: Config, plan: StreamPlan, shards: list[str], *, rank: int, world_size: int, first_step: int
+    config: Config,
+    plan: StreamPlan,
+    shards: list[str],
+    *,
+    rank: int,
+    world_size: int,
+    consumed: int,
+    skipped: Sequence[Window] = (),
 ) -> Iterator[Batch]:
-    """Endless chunks of this rank from a step on; starting later costs up to two readings of the shards."""
-    chunks = _TrainChunks(config, shards, plan, rank, world_size, first_step)
+    """Endless chunks of this rank from the position `consumed` on, without the windows `skipped`.
+
+    Starting later costs up to two readings of the shards; what is skipped is read and thrown away.
+    """
+    chunks = _TrainChunks(config, shards, plan, rank, world_size, consumed, skipped)
     # Each worker keeps its share of two steps ready, so that a step never waits for decoding it could have done before.
     return load_stream(chunks, num_workers=plan.num_workers, prefetch=2 * plan.streams_per_worker)
 
@@ -74,19 +85,30 @@ class _TrainChunks(IterableDataset):
     """This process's streams in turn, a chunk each, for ever; a UserError is handed over as the last item."""
 
     def __init__(
-        self, config: Config, shards: list[str], plan: StreamPlan, rank: int, world_size: int, first_step: int
+        self,
+        config: Config,
+        shards: list[str],
+        plan: StreamPlan,
+        rank: int,
+        world_size: int,
+        consumed: int,
+        skipped: Sequence[Window],
     ) -> None:
         self.config, self.shards, self.plan = config, shards, plan
-        self.rank, self.world_size, self.first_step = rank, world_size, first_step
+        self.rank, self.world_size, self.consumed, self.skipped = rank, world_size, consumed, skipped
         self.workspace = Workspace()
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         index, processes = _process_of(self.rank, self.world_size)
         streams = {s: self._open_stream(s) for s in range(index, self.plan.streams, processes)}
+        batch, next_step = self.config.train.global_batch_size, self.consumed
         try:
-            while True:
+            for start in step_starts(self.consumed, batch, self.skipped):
                 for number, samples in streams.items():
+                    for _ in range((start - next_step) // batch * self.plan.chunk):
+                        next(samples)
                     yield self._chunk(number, samples)
+                next_step = start + batch
         except UserError as error:
             yield error
 
@@ -96,7 +118,7 @@ class _TrainChunks(IterableDataset):
             seed=self.config.seed,
             stream=stream,
             shuffle_buffer=self.config.data.shuffle_buffer,
-            first=self.first_step * self.plan.chunk,
+            first=self.consumed // self.config.train.global_batch_size * self.plan.chunk,
         )
 
     def _chunk(self, stream: int, samples: Iterator[tuple[int, Sample]]) -> Batch:

@@ -1,10 +1,11 @@
 """The training loop. Every process of the run executes `train` from top to bottom."""
 
 import json
-import math
 import socket
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastvit_engine.data import Batch, DataPlan, build_eval_data, build_train_da
 from fastvit_engine.data.batch import targets
 from fastvit_engine.data.mix import mix
 from fastvit_engine.data.randaugment import randaugment
-from fastvit_engine.errors import UserError
+from fastvit_engine.data.skip import Window, step_start
 from fastvit_engine.evaluate.classification import evaluate
 from fastvit_engine.models import build_model, model_title, training_flops
 from fastvit_engine.observe.events import record_event
@@ -26,12 +27,16 @@ from fastvit_engine.train.bad_samples import BadSamples
 from fastvit_engine.train.checkpoint import Checkpointer
 from fastvit_engine.train.data_wait import DataWait
 from fastvit_engine.train.defaults import Chosen, choose, machine_of
+from fastvit_engine.train.diagnosis import GradientWatch, Trace, diagnose
 from fastvit_engine.train.distributed import World, join_world
 from fastvit_engine.train.ema import WeightAverage
 from fastvit_engine.train.engine import BatchSplit, build_engine, set_learning_rate, split_batch
 from fastvit_engine.train.export import export_weights
+from fastvit_engine.train.guard import Anomaly, Guard, StepReport
 from fastvit_engine.train.plan import Plan
 from fastvit_engine.train.preflight import Start, preflight
+from fastvit_engine.train.replicas import Replicas
+from fastvit_engine.train.rewind import go_back, record_anomaly
 from fastvit_engine.train.throughput import Peak, Stopwatch, peak_flops, peak_memory_bytes
 from fastvit_kernels import FusedCrossEntropy
 
@@ -56,99 +61,163 @@ def train(resolved: Resolved, out: Path, *, resume: bool) -> None:
 
 
 def _train(resolved: Resolved, chosen: Chosen, run: RunFolder, start: Start, world: World) -> None:
+    job = _set_up(resolved, chosen, run, start, world)
+    part: Start | None = start
+    while part is not None:  # more than once where something went wrong
+        part = _train_from(part, job)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What lives as long as the processes do, also when training goes back to a checkpoint."""
+
+    run: RunFolder
+    config: Config
+    world: World
+    split: BatchSplit
+    plan: Plan
+    engine: Any  # DeepSpeed's
+    criterion: FusedCrossEntropy
+    ema: WeightAverage | None
+    checkpointer: Checkpointer
+    guard: Guard
+    replicas: Replicas
+    watch: GradientWatch
+    peak: Peak
+    flops_per_image: int
+
+
+def _set_up(resolved: Resolved, chosen: Chosen, run: RunFolder, start: Start, world: World) -> Job:
     config = chosen.config
     split = split_batch(config, world.size)
     plan = Plan(config, start.data.samples_per_epoch)
-
-    # ---- model, optimizer, DeepSpeed
     torch.manual_seed(config.seed)
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     engine = build_engine(model, config, split, world)
-    criterion = FusedCrossEntropy(config.loss.kind, label_smoothing=config.loss.label_smoothing)
     ema = WeightAverage(engine, config.ema.decay) if config.ema.decay is not None else None
-    checkpointer = Checkpointer(run, engine, ema, world, config.checkpoint.keep)
-    if start.checkpoint:
-        checkpointer.load(start.checkpoint)
+    watch = GradientWatch(engine, world.device)
+    if config.health.watch_gradients:
+        watch.start()
+    peak = peak_flops(world, config.train.precision)
+    if world.is_main:
+        _describe_run(resolved, chosen, run, plan, world, model, peak)
+    _record_start(run, config, start, plan, world)
+    engine.train()
+    return Job(
+        run=run,
+        config=config,
+        world=world,
+        split=split,
+        plan=plan,
+        engine=engine,
+        criterion=FusedCrossEntropy(config.loss.kind, label_smoothing=config.loss.label_smoothing),
+        ema=ema,
+        checkpointer=Checkpointer(run, engine, ema, world, config.checkpoint.keep),
+        guard=Guard(engine, world, config.health, config.train.precision),
+        replicas=Replicas(engine, world),
+        watch=watch,
+        peak=peak,
+        flops_per_image=training_flops(config.model),
+    )
+
+
+def _train_from(start: Start, job: Job) -> Start | None:
+    """Trains to the end of the run and returns None; or, at an anomaly, returns where to go on instead."""
+    run, config, world, plan, guard = job.run, job.config, job.world, job.plan, job.guard
+    batch_size = config.train.global_batch_size
+    consumed = start.consumed
+    accuracy: dict[str, dict[str, Any]] = {}
+    guard.forget(start.recent)
 
     # ---- data, from the first sample on that is still to be trained on
-    bad_samples = BadSamples(run.bad_samples, config.data.max_bad_share, seen=start.consumed, bad=start.bad_samples)
+    bad_samples = BadSamples(
+        run.bad_samples, config.data.max_bad_share, seen=start.step * batch_size, bad=start.bad_samples
+    )
     batches = bad_samples.watch(
         build_train_data(
             config,
             start.data,
             rank=world.rank,
             world_size=world.size,
-            micro_batch_size=split.micro_batch_size,
-            consumed=start.consumed,
+            micro_batch_size=job.split.micro_batch_size,
+            consumed=consumed,
             pin_memory=world.device.type == "cuda",
             node_ranks=world.node_ranks if world.rank == world.node_ranks[0] else (),
+            skipped=start.skipped,
         )
     )
 
     # ---- the run's record
-    peak = peak_flops(world, config.train.precision)
-    flops_per_image = training_flops(config.model)
-    if world.is_main:
-        _describe_run(resolved, chosen, run, plan, world, model, peak)
-    hosts = sorted(set(world.gather(socket.gethostname())))
-    if world.is_main:
-        where = f"{world.size} process(es) on {', '.join(hosts)}, ZeRO-{config.zero.stage}"
-        message = f"training begins at step {start.step} of {plan.total_steps}: {where}"
-        facts = {"world_size": world.size, "zero_stage": config.zero.stage, "hosts": hosts}
-        record_event(run, "start", message, step=start.step, **facts)
     recorder = Recorder(run, plan.total_steps, start.step) if world.is_main else None
     stopwatch = Stopwatch(world.device, seconds_before=start.seconds)
     data_wait = DataWait(config.data.num_workers)
     last_logged = start.step
-    accuracy = {}
 
-    engine.train()
+    def save(step: int) -> None:
+        state = {
+            "seconds": stopwatch.total,
+            "consumed": consumed,
+            "skipped": start.skipped,
+            "recent": list(guard.recent),
+            "bad_samples": bad_samples.bad,
+            "fingerprint": start.fingerprint,
+            "accuracy": accuracy,
+        }
+        saved = job.checkpointer.save(step, state)
+        if recorder:
+            recorder.message(f"saved {saved}")
+            record_event(run, "checkpoint", f"saved {saved.name}", step=step, path=str(saved))
+
+    # ---- weights: those of the checkpoint, or the first, which are saved to have something to go back to
+    with stopwatch.paused():
+        if start.checkpoint:
+            job.checkpointer.load(start.checkpoint)
+        else:
+            save(0)
+
     for step in range(start.step, plan.total_steps):
-        # ---- one optimizer step on one global batch
-        learning_rate = plan.learning_rate(step)
-        set_learning_rate(engine, learning_rate)
-        seed_step(config.seed, step, world)
-        loss_sum = torch.zeros((), device=world.device)
-        keys_hash = 0
-        for _ in range(split.accumulation_steps):
-            with stopwatch.waiting_for_data():
-                batch = next(batches)
-            data_wait.add(batch.seconds)
-            loss = training_loss(engine, criterion, batch, config.data, world)
-            engine.backward(loss)
-            engine.step()
-            loss_sum += loss.detach()
-            keys_hash = (keys_hash + hash_keys(batch.keys)) % 2**64
-        if ema is not None:
-            ema.update(step)
         done = step + 1
         last = done == plan.total_steps
         evaluates = config.data.eval is not None and (last or plan.evaluates_after(done))
         saves = last or plan.saves_after(done)
+        compares = config.health.compare_replicas_every is not None and done % config.health.compare_replicas_every == 0
+        first_sample = step_start(consumed, start.skipped)
+        window = (first_sample, first_sample + batch_size)
+
+        # ---- one optimizer step on one global batch
+        learning_rate = plan.learning_rate(step)
+        set_learning_rate(job.engine, learning_rate)
+        trace, report = take_step(job, step, stopwatch.timed(batches), compares=compares)
+        if report.anomaly:
+            return _recover(job, start, step, window, report.anomaly, report, trace, recorder)
+        consumed = window[1]
+        if job.ema is not None:
+            job.ema.update(step)
         if recorder:
             recorder.advance(done)
 
-        # ---- report; before every checkpoint too, so that none is written of a model that has diverged
+        # ---- report
+        for batch in trace.batches:
+            data_wait.add(batch.seconds)
         if done % config.train.log_every == 0 or saves or done == start.step + 1:
-            loss_mean = world.sum([loss_sum.item() / split.accumulation_steps]).item() / world.size
             seconds, waited = stopwatch.lap()
             waited, *stage_seconds = world.sum([waited / seconds, *data_wait.lap()]).tolist()
             wait_share = waited / world.size
-            samples_hash = world.sum_int64(keys_hash)
+            samples_hash = world.sum_int64(sum(hash_keys(batch.keys) for batch in trace.batches) % 2**64)
             memory_bytes = int(world.max([peak_memory_bytes(world.device)]).item())
             bad_count = bad_samples.settle(world, recorder)
             if recorder:
-                rate = (done - last_logged) * config.train.global_batch_size / seconds
+                rate = (done - last_logged) * batch_size / seconds
                 recorder.training(
                     {
                         "step": done,
                         "epoch": plan.epoch(done),
-                        "samples": done * config.train.global_batch_size,
-                        "loss": loss_mean,
+                        "samples": done * batch_size,
+                        "loss": report.loss,
                         "lr": learning_rate,
-                        "grad_norm": _as_float(engine.get_global_grad_norm()),
+                        "grad_norm": report.grad_norm,
                         "images_per_second": rate,
-                        "mfu": rate * flops_per_image / peak.flops,
+                        "mfu": rate * job.flops_per_image / job.peak.flops,
                         "data_wait": wait_share,
                         "memory_bytes": memory_bytes,
                         "samples_hash": f"{samples_hash:016x}",
@@ -160,41 +229,91 @@ def _train(resolved: Resolved, chosen: Chosen, run: RunFolder, start: Start, wor
                 if warning:  # the first step also waits for the workers to start
                     recorder.message(warning)
             last_logged = done
-            if not math.isfinite(loss_mean):
-                raise UserError(
-                    f"the loss is {loss_mean} at step {done}: lower optimizer.learning_rate, lengthen schedule.warmup "
-                    f"or set train.grad_clip; the run can go on from its latest checkpoint in {run.checkpoints}"
-                )
 
         # ---- evaluate
         if evaluates:
             with stopwatch.paused():
-                accuracy = evaluate_all(engine, ema, config, start.data, split, world, run, done, recorder)
+                accuracy = evaluate_all(job.engine, job.ema, config, start.data, job.split, world, run, done, recorder)
 
-        # ---- save
+        # ---- save, but never weights that are broken
         if saves:
             with stopwatch.paused():
+                if anomaly := job.replicas.compare():
+                    return _recover(job, start, step, window, anomaly, report, trace, recorder)
                 if last:
-                    export_weights(engine, ema, config, run, world)
-                state = {
-                    "seconds": stopwatch.total,
-                    "consumed": done * config.train.global_batch_size,
-                    "bad_samples": bad_samples.bad,
-                    "fingerprint": start.fingerprint,
-                    "accuracy": accuracy,
-                }
-                saved = checkpointer.save(done, state)
-                if recorder:
-                    recorder.message(f"saved {saved}")
-                    record_event(run, "checkpoint", f"saved {saved.name}", step=done, path=str(saved))
+                    export_weights(job.engine, job.ema, config, run, world)
+                save(done)
 
     if recorder:
         record_event(run, "stop", f"finished after {plan.total_steps} steps", step=plan.total_steps, reason="finished")
         recorder.close()
+    return None
 
 
-def training_loss(engine: Any, criterion: FusedCrossEntropy, batch: Batch, data: DataConfig, world: World) -> Tensor:
-    """Mean loss over one micro-batch, where a sample of weight 0 counts as a loss of 0, as does one mixed with it."""
+def take_step(
+    job: Job, step: int, micro_batches: Iterable[Batch], *, compares: bool = False, rehearsal: bool = False
+) -> tuple[Trace, StepReport]:
+    """Forward, backward and, unless the guard objects, update: one global batch, whose share of this process comes next
+    in `micro_batches`.
+
+    `compares`: the weights of all processes, before the update. `rehearsal`: computes everything and updates nothing.
+    """
+    engine, accumulation_steps = job.engine, job.split.accumulation_steps
+    seed_step(job.config.seed, step, job.world)
+    if job.watch.on:
+        job.watch.clear()
+    trace = Trace([], [])
+    loss_sum = torch.zeros((), device=job.world.device)
+    for number, batch in enumerate(islice(micro_batches, accumulation_steps), start=1):
+        losses = training_losses(engine, job.criterion, batch, job.config.data, job.world)
+        loss = losses.mean()
+        engine.backward(loss)
+        loss_sum += loss.detach()
+        trace.batches.append(batch)
+        trace.losses.append(losses.detach())
+        if number == accumulation_steps:
+            fault = job.replicas.compare() if compares else None
+            job.guard.expect(loss_sum / accumulation_steps, fault=fault, rehearsal=rehearsal)
+        engine.step()
+    return trace, job.guard.report()
+
+
+def _recover(
+    job: Job,
+    start: Start,
+    step: int,
+    window: Window,
+    anomaly: Anomaly,
+    report: StepReport,
+    trace: Trace,
+    recorder: Recorder | None,
+) -> Start:
+    """Finds out what is wrong, writes it down, and returns the point that the run goes back to. UserError: it gives up.
+
+    The samples of the step are left out from now on; not where weights were at fault, which is not the data's doing.
+    """
+
+    def rehearse() -> StepReport:
+        return take_step(job, step, trace.batches, rehearsal=True)[1]
+
+    diagnosis = diagnose(anomaly, trace, rehearse, job.engine, job.watch, job.world)
+
+    def decide() -> Start:
+        assert recorder is not None
+        message = record_anomaly(job.run, step, window, anomaly, report, diagnosis)
+        recorder.message(message)
+        skip, most = not diagnosis.in_weights, job.config.health.max_rewinds
+        there = go_back(job.run, start, step, window, message, skip=skip, most=most)
+        left_out = f", leaving out samples {window[0]:,} to {window[1] - 1:,}" if skip else ""
+        recorder.message(f"going back to step {there.step}{left_out}")
+        recorder.close()
+        return there
+
+    return job.world.on_main(decide)
+
+
+def training_losses(engine: Any, criterion: FusedCrossEntropy, batch: Batch, data: DataConfig, world: World) -> Tensor:
+    """The loss of each sample of a micro-batch, [B]; 0 for a sample of weight 0, and for one mixed with it."""
     images = batch.images.to(world.device, non_blocking=True)  # uint8 [B, H, W, 3]; normalised by the patch embedding
     labels = batch.labels.to(world.device, non_blocking=True)
     weights = batch.weights.to(world.device, non_blocking=True)
@@ -209,7 +328,7 @@ def training_loss(engine: Any, criterion: FusedCrossEntropy, batch: Batch, data:
     else:
         logits = engine(images)
         losses = criterion(logits, targets(labels, logits.shape[1]), reduction="none")
-    return (losses * weights).mean()
+    return losses * weights
 
 
 def evaluate_all(
@@ -278,6 +397,15 @@ def hash_keys(keys: list[str]) -> int:
     return sum(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") for key in keys) % 2**64
 
 
+def _record_start(run: RunFolder, config: Config, start: Start, plan: Plan, world: World) -> None:
+    hosts = sorted(set(world.gather(socket.gethostname())))
+    if world.is_main:
+        where = f"{world.size} process(es) on {', '.join(hosts)}, ZeRO-{config.zero.stage}"
+        message = f"training begins at step {start.step} of {plan.total_steps}: {where}"
+        facts = {"world_size": world.size, "zero_stage": config.zero.stage, "hosts": hosts}
+        record_event(run, "start", message, step=start.step, **facts)
+
+
 def _describe_run(
     resolved: Resolved, chosen: Chosen, run: RunFolder, plan: Plan, world: World, model: torch.nn.Module, peak: Peak
 ) -> None:
@@ -301,7 +429,3 @@ def _describe_run(
     )
     atomic_write(run.config, resolved.to_yaml())
     atomic_write(run.environment, json.dumps(environment, indent=1))
-
-
-def _as_float(value: Any) -> float | None:
-    return None if value is None else float(value)

@@ -1,14 +1,16 @@
 """Everything about a run that can be refused before training starts, and where it will start."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastvit_engine.config import Config
 from fastvit_engine.data import DataPlan, prepare_data
+from fastvit_engine.data.skip import Window
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
+from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.checkpoint import latest_checkpoint, read_state
 from fastvit_engine.train.engine import deepspeed_config, split_batch
@@ -26,8 +28,10 @@ class Start:
     fingerprint: dict[str, Any]  # of the run, for its checkpoints
     message: str
     data: DataPlan
-    consumed: int = 0  # training samples before
-    bad_samples: int = 0  # those of them that could not be used
+    consumed: int = 0  # the first position of the order after those trained on
+    bad_samples: int = 0  # samples before that could not be used
+    skipped: tuple[Window, ...] = ()  # positions left out
+    recent: tuple[tuple[float, float], ...] = ()  # losses and gradient norms of the last steps before
 
 
 def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) -> Start:
@@ -49,9 +53,10 @@ def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) 
     total_steps = Plan(config, data.samples_per_epoch).total_steps
     _check_writable(run)
     wanted = fingerprint(config, world_size, data)
+    message = f"starting {run.path}: {total_steps} steps, {data.describe()}"
+    start = Start(0, total_steps, 0.0, None, wanted, message, data, skipped=skipped_windows(run))
     if checkpoint is None:
-        message = f"starting {run.path}: {total_steps} steps, {data.describe()}"
-        return Start(0, total_steps, 0.0, None, wanted, message, data)
+        return start
     _check_same_run(wanted, state["fingerprint"], checkpoint)
     step = state["step"]
     if step < total_steps:
@@ -60,17 +65,32 @@ def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) 
         accuracy = state["accuracy"].get("eval")
         top1 = f" and top-1 {accuracy['top1']:.1%}" if accuracy else ""
         message = f"{run.path} is complete, with {step} steps{top1}: nothing to do"
-    return Start(
-        min(step, total_steps),
-        total_steps,
-        state["seconds"],
-        checkpoint,
-        wanted,
-        message,
-        data,
-        state["consumed"],
-        state["bad_samples"],
+    return replace(move_to_latest(start, run), message=message)
+
+
+def move_to_latest(start: Start, run: RunFolder) -> Start:
+    """`start` at the run's latest checkpoint, with every window that the run has decided to skip."""
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        raise UserError(f"{run.checkpoints} has no checkpoint to go back to: start the same command again")
+    state = read_state(checkpoint)
+    known = {tuple(window) for window in state.get("skipped", [])}
+    return replace(
+        start,
+        step=min(state["step"], start.total_steps),
+        seconds=state["seconds"],
+        checkpoint=checkpoint,
+        consumed=state["consumed"],
+        bad_samples=state["bad_samples"],
+        skipped=tuple(sorted(known | set(skipped_windows(run)))),
+        recent=tuple(tuple(values) for values in state.get("recent", [])),
     )
+
+
+def skipped_windows(run: RunFolder) -> tuple[Window, ...]:
+    """The windows of samples that the run has decided to leave out, since its last checkpoint or before."""
+    events = cast(list[dict[str, Any]], read_events(run))
+    return tuple((event["samples"][0], event["samples"][1]) for event in events if event["event"] == "skip")
 
 
 def fingerprint(config: Config, world_size: int, data: DataPlan) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from fastvit_engine.data import Batch
 from fastvit_engine.train.distributed import World
 
 # Dense bf16/fp16 matrix peak without sparsity, FLOP/s, from the vendors' datasheets.
@@ -72,11 +73,13 @@ class Stopwatch:
         self.waited = 0.0
         self.start = time.perf_counter()
 
-    @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; waiting for each counts as waiting for data."""
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            self.waited += time.perf_counter() - start
+            yield batch
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -36,7 +36,7 @@ def damaged_shards(tmp_path_factory, write_tar, sample_members, photo):
     return folder
 
 
-def _train(config, plan, rank=0, world_size=1, micro_batch_size=BATCH, consumed=0) -> Iterator[Batch]:
+def _train(config, plan, rank=0, world_size=1, micro_batch_size=BATCH, consumed=0, skipped=()) -> Iterator[Batch]:
     return build_train_data(
         config,
         plan,
@@ -45,15 +45,18 @@ def _train(config, plan, rank=0, world_size=1, micro_batch_size=BATCH, consumed=
         micro_batch_size=micro_batch_size,
         consumed=consumed,
         pin_memory=False,
+        skipped=skipped,
     )
 
 
-def _steps(config, plan, world_size: int, steps: int, micro_batch_size: int = 2, first_step: int = 0) -> list[list]:
+def _steps(
+    config, plan, world_size: int, steps: int, micro_batch_size: int = 2, first_step: int = 0, skipped=()
+) -> list[list]:
     """For each global step the (key, label, weight, pixels) of its samples in the order of their positions."""
     share = BATCH // world_size
     result = [[None] * BATCH for _ in range(steps)]
     for rank in range(world_size):
-        batches = _train(config, plan, rank, world_size, micro_batch_size, first_step * BATCH)
+        batches = _train(config, plan, rank, world_size, micro_batch_size, first_step * BATCH, skipped)
         place, places = 0, rank_places(BATCH, rank, world_size)
         for batch in islice(batches, steps * share // micro_batch_size):
             assert batch.images.shape == (micro_batch_size, 16, 16, 3) and batch.images.dtype == torch.uint8
@@ -94,6 +97,10 @@ def test_steps_are_the_same_for_every_world_size_worker_count_and_stop(damaged_s
         assert run(num_workers, world_size, 5, micro_batch_size=micro_batch_size) == reference[:5]
     for first_step, num_workers, world_size in [(1, 2, 1), (4, 0, 3), (10, 1, 2), (7, 4, 3)]:
         assert run(num_workers, world_size, 2, first_step=first_step) == reference[first_step : first_step + 2]
+    skipped = [(2 * BATCH, 4 * BATCH), (5 * BATCH, 6 * BATCH)]
+    left = [reference[step] for step in (0, 1, 4, 6, 7)]
+    assert run(2, 2, 5, skipped=skipped) == left
+    assert run(1, 3, 3, first_step=2, skipped=skipped) == left[2:]
 
     samples = [sample for step in reference for sample in step]
     keys = [sample[0] for sample in samples]

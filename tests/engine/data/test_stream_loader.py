@@ -22,7 +22,9 @@ def _plan(config, world_size: int = 1) -> DataPlan:
     return DataPlan(train=(), eval=None, streams=streams, samples_per_epoch=None, class_names=None)
 
 
-def _train(config, rank: int, world_size: int, micro_batch_size: int, first_step: int = 0) -> Iterator[Batch]:
+def _train(
+    config, rank: int, world_size: int, micro_batch_size: int, first_step: int = 0, skipped=()
+) -> Iterator[Batch]:
     return build_train_data(
         config,
         _plan(config, world_size),
@@ -31,6 +33,7 @@ def _train(config, rank: int, world_size: int, micro_batch_size: int, first_step
         micro_batch_size=micro_batch_size,
         consumed=first_step * config.train.global_batch_size,
         pin_memory=False,
+        skipped=skipped,
     )
 
 
@@ -39,12 +42,15 @@ def _eval(config, rank: int = 0, world_size: int = 1, batch_size: int = 4) -> It
     return build_eval_data(config, plan, rank=rank, world_size=world_size, batch_size=batch_size, pin_memory=False)
 
 
-def _steps(config, world_size: int, steps: int, micro_batch_size: int = 2, first_step: int = 0) -> list[list[tuple]]:
+def _steps(
+    config, world_size: int, steps: int, micro_batch_size: int = 2, first_step: int = 0, skipped=()
+) -> list[list[tuple]]:
     """For each global step the (key, label, pixels) of all ranks' samples, sorted."""
     result: list[list[tuple]] = [[] for _ in range(steps)]
     a_step = BATCH // world_size // micro_batch_size
     for rank in range(world_size):
-        batches = list(islice(_train(config, rank, world_size, micro_batch_size, first_step), steps * a_step))
+        endless = _train(config, rank, world_size, micro_batch_size, first_step, skipped)
+        batches = list(islice(endless, steps * a_step))
         for number, batch in enumerate(batches):
             assert batch.images.shape == (micro_batch_size, 16, 16, 3) and batch.images.dtype == torch.uint8
             assert batch.weights.tolist() == [1.0] * micro_batch_size and batch.weights.dtype == torch.float32
@@ -81,6 +87,14 @@ def test_resume_gives_the_same_steps(reference, gzipped_shards, make_config, fir
     config = make_config(gzipped_shards, batch=BATCH, streams=STREAMS, num_workers=num_workers)
     steps = min(3, 12 - first_step)
     assert _steps(config, world_size, steps, first_step=first_step) == reference[first_step:][:steps]
+
+
+@pytest.mark.parametrize(("first_step", "num_workers", "world_size"), [(0, 2, 2), (2, 0, 1), (3, 1, 2)])
+def test_skipped_steps_are_left_out(reference, gzipped_shards, make_config, first_step, num_workers, world_size):
+    config = make_config(gzipped_shards, batch=BATCH, streams=STREAMS, num_workers=num_workers)
+    skipped = [(2 * BATCH, 4 * BATCH), (5 * BATCH, 6 * BATCH)]
+    left = [step for number, step in enumerate(reference) if number >= first_step and number not in (2, 3, 5)]
+    assert _steps(config, world_size, 4, first_step=first_step, skipped=skipped) == left[:4]
 
 
 def test_every_stream_takes_part_equally(gzipped_shards, make_config):

@@ -1,0 +1,27 @@
+"""Windows of samples that a run leaves out: positions of its order (see `order`), from first to before last.
+
+They are what a run met trouble with, each the positions of whole steps. So the start of a step stays a pure function of
+(consumed, skipped), where `consumed` is the first position after the last step that was trained on.
+"""
+
+from collections.abc import Iterator, Sequence
+
+Window = tuple[int, int]  # [first, last)
+
+
+def step_start(consumed: int, skipped: Sequence[Window]) -> int:
+    """The first position from `consumed` on that is in no window."""
+    for first, last in sorted(skipped):
+        if first <= consumed < last:
+            consumed = last
+    return consumed
+
+
+def step_starts(consumed: int, batch: int, skipped: Sequence[Window]) -> Iterator[int]:
+    """Where each step from `consumed` on starts, for ever. ValueError for windows that are no whole steps of it."""
+    if any((edge - consumed) % batch for window in skipped for edge in window):
+        raise ValueError(f"skipped windows {skipped} are not whole batches of {batch} samples, counted from {consumed}")
+    while True:
+        start = step_start(consumed, skipped)
+        yield start
+        consumed = start + batch
