@@ -21,14 +21,16 @@ from fastvit_engine.models import build_model, model_title, training_flops
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
 from fastvit_engine.train.bad_samples import BadSamples
-from fastvit_engine.train.checkpoint import Checkpointer
+from fastvit_engine.train.checkpoint import Checkpointer, place_of
 from fastvit_engine.train.data_wait import DataWait
 from fastvit_engine.train.distributed import World, join_world
 from fastvit_engine.train.ema import WeightAverage
 from fastvit_engine.train.engine import BatchSplit, build_engine, set_learning_rate, split_batch
-from fastvit_engine.train.export import export_weights
+from fastvit_engine.train.engine_state import EngineState
+from fastvit_engine.train.export import export_run
 from fastvit_engine.train.plan import Plan
 from fastvit_engine.train.preflight import Start, preflight
+from fastvit_engine.train.resume import load_start
 from fastvit_engine.train.throughput import Peak, Stopwatch, peak_flops, peak_memory_bytes
 from fastvit_kernels import FusedCrossEntropy
 
@@ -47,6 +49,9 @@ def train(resolved: Resolved, out: Path, *, resume: bool) -> None:
             print(start.message, flush=True)
         if start.step < start.total_steps:
             _train(resolved, run, start, world)
+        else:
+            finished = start.checkpoint
+            world.on_main(lambda: export_run(finished, run) if finished else None)
 
 
 def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> None:
@@ -59,10 +64,11 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     engine = build_engine(model, config, split, world)
     criterion = FusedCrossEntropy(config.loss.kind, label_smoothing=config.loss.label_smoothing)
-    ema = WeightAverage(engine, config.ema.decay) if config.ema.decay is not None else None
-    checkpointer = Checkpointer(run, engine, ema, world, config.checkpoint.keep)
-    if start.checkpoint:
-        checkpointer.load(start.checkpoint)
+    state = EngineState(engine)
+    ema = WeightAverage(state, config.ema.decay) if config.ema.decay is not None else None
+    place = place_of(config.checkpoint, run)
+    checkpointer = Checkpointer(run, place, state, ema, world, config.checkpoint, plan.keep_every)
+    start = load_start(start, checkpointer, run, world)
 
     # ---- data, from the first sample on that is still to be trained on
     bad_samples = BadSamples(run.bad_samples, config.data.max_bad_share, seen=start.consumed, bad=start.bad_samples)
@@ -87,8 +93,10 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
     recorder = Recorder(run, plan.total_steps, start.step) if world.is_main else None
     stopwatch = Stopwatch(world.device, seconds_before=start.seconds)
     data_wait = DataWait(config.data.num_workers)
+    if recorder:
+        checkpointer.say = recorder.message
     last_logged = start.step
-    accuracy = {}
+    accuracy, evaluated_at = {}, None
 
     engine.train()
     for step in range(start.step, plan.total_steps):
@@ -148,6 +156,9 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
                 if warning:  # the first step also waits for the workers to start
                     recorder.message(warning)
             last_logged = done
+            saved = checkpointer.settle()
+            if saved and recorder:
+                recorder.message(f"saved {saved}")
             if not math.isfinite(loss_mean):
                 raise UserError(
                     f"the loss is {loss_mean} at step {done}: lower optimizer.learning_rate, lengthen schedule.warmup "
@@ -158,23 +169,26 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
         if evaluates:
             with stopwatch.paused():
                 accuracy = evaluate_all(engine, ema, config, start.data, split, world, run, done, recorder)
+                evaluated_at = done
 
-        # ---- save
+        # ---- save: the step waits for a copy to host memory, and a later `settle` tells how writing it went
         if saves:
             with stopwatch.paused():
-                if last:
-                    export_weights(engine, ema, config, run, world)
-                state = {
+                state_of_run = {
                     "seconds": stopwatch.total,
                     "consumed": done * config.train.global_batch_size,
                     "bad_samples": bad_samples.bad,
                     "fingerprint": start.fingerprint,
                     "accuracy": accuracy,
+                    "evaluated_at": evaluated_at,
                 }
-                saved = checkpointer.save(done, state)
-                if recorder:
-                    recorder.message(f"saved {saved}")
+                checkpointer.save(done, state_of_run)
 
+    # ---- the end: the last checkpoint is whole, and the weights are one file
+    saved = checkpointer.close()
+    if saved and recorder:
+        recorder.message(f"saved {saved}")
+    world.on_main(lambda: export_run(saved, run) if saved else None)
     if recorder:
         recorder.close()
 
