@@ -38,6 +38,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine import launch
     from fastvit_engine.config import load_config
     from fastvit_engine.observe.run_folder import RunFolder
+    from fastvit_engine.train.export import export_run
     from fastvit_engine.train.loop import train
     from fastvit_engine.train.preflight import preflight
 
@@ -53,6 +54,8 @@ def _run(args: argparse.Namespace) -> int:
     processes = launch.processes_here(args.cpu_processes)
     start = preflight(resolved.config, RunFolder(out), processes, resume=resume)
     if start.step == start.total_steps:
+        if start.checkpoint:
+            export_run(start.checkpoint, RunFolder(out))  # it may have been killed just before this
         print(start.message)
         return 0
     overrides = [word for override in args.set for word in ("--set", override)]

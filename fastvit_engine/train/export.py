@@ -8,12 +8,34 @@ import zlib
 from pathlib import Path
 
 import torch
+import yaml
 
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.run_folder import RunFolder, flush_to_disk
-from fastvit_engine.train.checkpoint import Checkpoint
+from fastvit_engine.train.checkpoint import Checkpoint, open_place, usable_checkpoints
 from fastvit_engine.train.checkpoint.format import Manifest, safetensors_header
+from fastvit_engine.train.checkpoint.place import is_step_name
 from fastvit_engine.train.checkpoint.reader import Reader
+
+
+def find_checkpoint(source: str) -> Checkpoint:
+    """The checkpoint that a path or URL names: itself, or the latest of a run folder or of a folder of checkpoints.
+
+    UserError where there is none.
+    """
+    parent, _, name = source.rstrip("/").rpartition("/")
+    if is_step_name(name):
+        return Checkpoint(open_place(parent or "."), name)
+    run = RunFolder(Path(source))
+    if "://" not in source and run.config.exists():
+        settings = yaml.safe_load(run.config.read_text()).get("checkpoint", {})
+        source = settings.get("path") or str(run.checkpoints)
+    found = usable_checkpoints(open_place(source))
+    if not found:
+        raise UserError(
+            f"{source} holds no checkpoint: give a run folder, or a checkpoint such as RUN/checkpoints/step-N"
+        )
+    return found[0]
 
 
 def export_run(checkpoint: Checkpoint, run: RunFolder) -> None:

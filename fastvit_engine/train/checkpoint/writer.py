@@ -4,6 +4,7 @@ Every process has such a thread. It writes its file and reports through the stor
 0 waits for all reports and publishes. Collectives stay with the main thread.
 """
 
+import contextlib
 import json
 import threading
 import time
@@ -99,9 +100,13 @@ class SaveInFlight:
         self._store.set(f"{self.checkpoint.name}/{self._rank}", json.dumps(self._write()))
         if self._rank == 0:
             try:
-                self.outcome = self._finish([self._report_of(rank) for rank in range(self._size)])
+                outcome = self._finish([self._report_of(rank) for rank in range(self._size)])
             except Exception as error:  # whatever it is, the main thread must hear of it
-                self.outcome = Outcome(self.checkpoint, error=_one_line(error))
+                outcome = Outcome(self.checkpoint, error=_one_line(error))
+            if outcome.error is not None:
+                with contextlib.suppress(OSError):  # what is left then goes when the run starts again
+                    self._place.discard(self.checkpoint.name)
+            self.outcome = outcome
 
     def _write(self) -> dict[str, Any]:
         """Writes this process's file; returns its entry in the manifest, or what went wrong."""
@@ -123,14 +128,12 @@ class SaveInFlight:
     def _finish(self, reports: Sequence[Mapping[str, Any]]) -> Outcome:
         failed = [f"{report['error']} on rank {rank}" for rank, report in enumerate(reports) if "error" in report]
         if failed:
-            self._place.discard(self.checkpoint.name)
             return Outcome(self.checkpoint, error="; ".join(failed[:3]))
         for rank, report in enumerate(reports):
             entry = report["file"]
             tensors = [(kind, name, StoredTensor(**tensor)) for kind, name, tensor in entry["tensors"]]
             self._manifest.files[file_name(rank)] = StoredFile(entry["size"], tensors)
         if (gap := self._manifest.gap()) is not None:
-            self._place.discard(self.checkpoint.name)
             return Outcome(self.checkpoint, error=gap)
         self._publish(self._manifest)
         size = sum(file.size for file in self._manifest.files.values())

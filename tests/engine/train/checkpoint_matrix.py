@@ -3,8 +3,8 @@
     python checkpoint_matrix.py FOLDER JOBS
 
 JOBS is a JSON list, done one after the other in one process group: {"write": name, "case": {...}} trains from the
-beginning, saves after STEPS steps into FOLDER/name and trains on; {"read": name, "case": {...}} loads that, saves at once
-what it has loaded, and trains on. Rank 0 appends a JSON line for each job to FOLDER/results.jsonl.
+beginning, saves after STEPS steps into FOLDER/name and trains on; {"read": name, "case": {...}} loads that, saves at
+once what it has loaded, and trains on. Rank 0 appends a JSON line for each job to FOLDER/results.jsonl.
 """
 
 import json
