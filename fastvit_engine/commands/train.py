@@ -41,6 +41,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.train.export import export_run
     from fastvit_engine.train.loop import train
     from fastvit_engine.train.preflight import preflight
+    from fastvit_engine.train.resume import report_damage
 
     resolved = load_config(args.recipe, args.set)
     out = args.out or Path("runs") / resolved.config.name
@@ -54,6 +55,7 @@ def _run(args: argparse.Namespace) -> int:
     processes = launch.processes_here(args.cpu_processes)
     start = preflight(resolved.config, RunFolder(out), processes, resume=resume)
     if start.step == start.total_steps:
+        report_damage(RunFolder(out), start.damaged, start.checkpoint)
         if start.checkpoint:
             export_run(start.checkpoint, RunFolder(out))  # it may have been killed just before this
         print(start.message)

@@ -30,7 +30,7 @@ from fastvit_engine.train.engine_state import EngineState
 from fastvit_engine.train.export import export_run
 from fastvit_engine.train.plan import Plan
 from fastvit_engine.train.preflight import Start, preflight
-from fastvit_engine.train.resume import load_start
+from fastvit_engine.train.resume import load_start, report_damage
 from fastvit_engine.train.throughput import Peak, Stopwatch, peak_flops, peak_memory_bytes
 from fastvit_kernels import FusedCrossEntropy
 
@@ -46,6 +46,7 @@ def train(resolved: Resolved, out: Path, *, resume: bool) -> None:
         run = RunFolder(out)
         start = world.on_main(lambda: preflight(resolved.config, run, world.size, resume=resume))
         if world.is_main:
+            report_damage(run, start.damaged, start.checkpoint)
             print(start.message, flush=True)
         if start.step < start.total_steps:
             _train(resolved, run, start, world)
