@@ -226,7 +226,7 @@ def test_damaged_checkpoint(refused, shard, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     arguments = train_arguments(out, f"data.train={shard}", "train.duration=6 steps", resume="auto")
     refused(arguments, weights, "has 1,000 bytes instead of", "parameter", "no older checkpoint to go on from")
-    refused(["export", out, "--out", tmp_path / "x.safetensors"], weights, "has 1,000 bytes instead of", "parameter")
+    refused(["export", out, "--out", tmp_path / "x.safetensors"], weights, "has 1,000 bytes instead of")
 
 
 def test_latest_names_no_checkpoint(refused, shard, tmp_path, capfd):

@@ -7,6 +7,7 @@ import shutil
 import threading
 from types import SimpleNamespace
 
+import fsspec
 import pytest
 import torch
 import torch.distributed as dist
@@ -410,12 +411,13 @@ def test_the_export_of_a_run_is_made_again_only_for_another_checkpoint(tmp_path,
 # ---- an object store
 
 
-@pytest.fixture
-def store():
-    import fsspec
-
-    yield "memory://bucket/run"
-    fsspec.filesystem("memory").rm("/bucket", recursive=True)
+@pytest.fixture(params=["memory", "s3"])
+def store(request):
+    """The URL of a folder in a store, which is empty afterwards."""
+    if request.param == "s3":
+        request.getfixturevalue("s3_bucket")
+    yield f"{request.param}://bucket/run"
+    fsspec.filesystem(request.param).rm("bucket/run", recursive=True)
 
 
 def test_a_store_holds_checkpoints_too(tmp_path, world, store):
@@ -436,7 +438,7 @@ def test_a_store_holds_checkpoints_too(tmp_path, world, store):
     export_weights(find_checkpoint(store), tmp_path / "out.safetensors")
     assert torch.equal(load_file(tmp_path / "out.safetensors")["1.bias"], expected[0]["weight", "1.bias"])
 
-    path = f"/bucket/run/{saved.name}/rank-00000.safetensors"
+    path = f"{place.root}/{saved.name}/rank-00000.safetensors"
     content = place.fs.cat_file(path)
     place.fs.pipe_file(path, content[:-1])
     with pytest.raises(DamagedCheckpoint, match=rf"{saved.name}/rank-00000.safetensors has .* bytes instead of"):
@@ -458,10 +460,11 @@ def test_a_store_shows_no_checkpoint_before_its_manifest(tmp_path, world, store,
     training.save(2)
     assert "the network is gone" in training.said[0]
     fs = training.place.fs
-    assert fs.exists("/bucket/run/step-00000002/rank-00000.safetensors")
+    assert fs.exists(f"{training.place.root}/step-00000002/rank-00000.safetensors")
     assert training.place.names() == [good.name] and training.place.latest() == good.name
     Training(tmp_path / "run", world, place=open_place(store))  # the next start clears it away
-    assert not fs.exists("/bucket/run/step-00000002")
+    fs.invalidate_cache()
+    assert not fs.exists(f"{training.place.root}/step-00000002/rank-00000.safetensors")
 
 
 # ---- pieces
