@@ -64,19 +64,18 @@ def start_and_kill(command, ready, seconds=120):
     parent.wait()
 
 
-@pytest.mark.parametrize("stage", [1, 3])
-def test_killed_in_the_middle_of_training(train, train_command, settings, tmp_path, stage, uninterrupted):
+@pytest.mark.parametrize(("stage", "then"), [(1, 1), (3, 2)])
+def test_killed_in_the_middle_of_training(train, train_command, settings, tmp_path, stage, then, uninterrupted):
     run = tmp_path / "run"
     options = {"processes": 2, "resume": "auto"}
-    stage_settings = [*settings, f"zero.stage={stage}"]
 
     def past_step_23():
         metrics = run / "metrics.jsonl"
         return metrics.exists() and metrics.read_text().count("samples_hash") >= 23
 
-    start_and_kill(train_command(run, *stage_settings, **options), past_step_23)
+    start_and_kill(train_command(run, *settings, f"zero.stage={stage}", **options), past_step_23)
     assert (run / "checkpoints" / "latest").read_text() in {"step-00000015", "step-00000020", "step-00000025"}
-    train(run, *stage_settings, **options)
+    train(run, *settings, f"zero.stage={then}", **options)
 
     assert checkpoints(run) == ["latest", "step-00000035", "step-00000040"]
     steps, evaluations = record(run)
