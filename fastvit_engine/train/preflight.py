@@ -54,12 +54,13 @@ def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) 
         raise UserError(
             f"{run.path} already holds a run: add --resume auto to continue it, or choose another folder with --out"
         )
-    if not resume and place.latest() is not None:
+    candidates = usable_checkpoints(place)
+    if candidates and not resume:
         raise UserError(
             f"{place.describe('')} already holds checkpoints of a run: add --resume auto to continue it, or choose "
             "another checkpoint.path"
         )
-    checkpoint, state, damaged = newest_readable(usable_checkpoints(place))
+    checkpoint, state, damaged = newest_readable(candidates)
     recorded = state.get("fingerprint", {}).get("data")
     data = prepare_data(config, world_size=world_size, index_folder=run.path, recorded=recorded)
     plan = Plan(config, data.samples_per_epoch)

@@ -48,10 +48,12 @@ class Checkpointer:
         self._seconds_blocked = 0.0
         self._failures = 0  # in a row
         self._error: str | None = None  # of the last save
+        self._not_removed: str | None = None  # why old checkpoints are still there, from the thread of rank 0
         # A name of its own for each Checkpointer, which reports of an earlier one cannot be mistaken for.
         name = world.on_main(lambda: uuid.uuid4().hex)
         self._store = PrefixStore(f"checkpoint-{name}", _get_default_store())
-        self._on_main(self.place.clean)
+        if (problem := self._on_main(self.place.clean)) is not None:
+            raise UserError(f"{place.describe('')} cannot be used for checkpoints ({problem}): check checkpoint.path")
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Begins to save `step-N`; training may go on as soon as it returns. `settle` tells the end.
@@ -103,6 +105,9 @@ class Checkpointer:
             return None
         self._failures, self._error = 0, None
         if self.world.is_main:
+            if self._not_removed is not None:
+                self.say(self._not_removed)
+                self._not_removed = None
             record_event(
                 self.run,
                 "checkpoint",
@@ -173,9 +178,12 @@ class Checkpointer:
             if name != checkpoint.name:
                 states[name] = _state_or_nothing(Checkpoint(self.place, name))
         keep, best = self.settings.keep, self.settings.keep_best
-        for name in stale_checkpoints(states, keep=keep, keep_every=self.keep_every, best=best):
-            if name != checkpoint.name:
-                self.place.remove(name)
+        try:
+            for name in stale_checkpoints(states, keep=keep, keep_every=self.keep_every, best=best):
+                if name != checkpoint.name:
+                    self.place.remove(name)
+        except OSError as error:  # the new one is there all the same
+            self._not_removed = f"checkpoint {self.place.describe(name)} could not be removed ({error})"
 
     def _failed(self, checkpoint: Checkpoint, error: str) -> None:
         """Notes a failed save. UserError on every process when it is one too many in a row."""

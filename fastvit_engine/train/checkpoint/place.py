@@ -97,11 +97,17 @@ def open_place(location: str) -> Place:
 
 
 def usable_checkpoints(place: Place) -> list[Checkpoint]:
-    """The latest checkpoint and, after it, the complete ones that are older; none where the run has none."""
-    latest = place.latest()
+    """The latest checkpoint and, after it, the complete ones that are older; none where the run has none.
+
+    UserError where the disk or the store cannot say.
+    """
+    try:
+        latest = place.latest()
+        newest_first = [Checkpoint(place, name) for name in reversed(place.names())]
+    except OSError as error:
+        raise UserError(f"{place.describe('')} cannot be read ({error}): check checkpoint.path, then resume") from error
     if latest is None:
         return []
-    newest_first = [Checkpoint(place, name) for name in reversed(place.names())]
     if is_step_name(latest):
         newest_first = [checkpoint for checkpoint in newest_first if checkpoint.step < step_of(latest)]
     return [Checkpoint(place, latest), *newest_first]

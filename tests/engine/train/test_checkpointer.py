@@ -275,6 +275,20 @@ def test_what_is_kept(tmp_path, world):
     assert checkpoints(training) == ["latest", *(f"step-000000{step}" for step in (20, 40, 60, 70))]
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(tmp_path, world, monkeypatch):
+    training = Training(tmp_path / "run", world, keep=1)
+    training.save(1)
+
+    def refuse(name):
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(training.place, "remove", refuse)
+    assert training.save(2).name == training.place.latest()
+    assert training.said == [
+        f"checkpoint {training.place.describe('step-00000001')} could not be removed (Operation not permitted)"
+    ]
+
+
 def test_an_average_that_starts_or_ends_says_so(training, tmp_path, world):
     saved, expected = training.save(3), training.everything()
     without = Training(tmp_path / "run", world, seed=1, ema=False)
