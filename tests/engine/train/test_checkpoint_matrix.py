@@ -56,7 +56,11 @@ def launch(folder, jobs, processes):
         subprocess.Popen(command, env=environment | rank_environment(rank, processes, port), stderr=subprocess.PIPE)
         for rank in range(processes)
     ]
-    errors = [rank.communicate(timeout=1200)[1].decode() for rank in ranks]
+    try:
+        errors = [rank.communicate(timeout=1800)[1].decode() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
     assert [rank.returncode for rank in ranks] == [0] * processes, errors
     return [json.loads(line) for line in results.read_text().splitlines()[before:]]
 
