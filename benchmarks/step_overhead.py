@@ -288,7 +288,7 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path) -> Weights:
         total_steps=Plan(resolved.config, samples).total_steps,
         seconds=0.0,
         checkpoint=None,
-        fingerprint={},
+        fingerprint={"model": resolved.config.model.model_dump(mode="json")},
         message="",
         data=DataPlan(train=(), eval=None, streams=None, samples_per_epoch=samples, class_names=None),
     )

@@ -146,7 +146,12 @@ class EvaluateConfig(_Section):
 
 class CheckpointConfig(_Section):
     every: Duration | None = "5000 steps"  # besides once at the end
-    keep: int = Field(2, gt=0)  # newest checkpoints that stay on disk
+    keep: int = Field(2, gt=0)  # newest checkpoints that stay
+    keep_every: Duration | None = None  # those at multiples of this stay too
+    keep_best: (  # and so does the best by this figure of the evaluation made at its step; null: none
+        Literal["eval.top1", "eval.top5", "eval.loss", "eval_ema.top1", "eval_ema.top5", "eval_ema.loss"] | None
+    ) = None
+    path: str | None = None  # a folder or a URL such as s3://bucket/run; null: checkpoints/ in the run folder
 
 
 class ZeroConfig(_Section):

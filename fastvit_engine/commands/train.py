@@ -39,8 +39,10 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.config import load_config
     from fastvit_engine.observe.run_folder import RunFolder
     from fastvit_engine.train.defaults import choose, machine_here
+    from fastvit_engine.train.export import export_run
     from fastvit_engine.train.loop import train
     from fastvit_engine.train.preflight import preflight
+    from fastvit_engine.train.resume import report_damage
 
     resolved = load_config(args.recipe, args.set)
     out = args.out or Path("runs") / resolved.config.name
@@ -55,6 +57,9 @@ def _run(args: argparse.Namespace) -> int:
     chosen = choose(resolved.config, machine_here(processes))
     start = preflight(chosen.config, RunFolder(out), processes, resume=resume)
     if start.step == start.total_steps:
+        report_damage(RunFolder(out), start.damaged, start.checkpoint)
+        if start.checkpoint:
+            export_run(start.checkpoint, RunFolder(out))  # it may have been killed just before this
         print(start.message)
         return 0
     overrides = [word for override in args.set for word in ("--set", override)]

@@ -21,6 +21,7 @@ Kind = Literal[
     "restart",  # a launcher starts the processes again
     "checkpoint",  # one was published: path, seconds_blocked, seconds_written, bytes
     "checkpoint_failed",  # one could not be written; the one before it stays
+    "checkpoint_damaged",  # one could not be read; the one before it was used
     "anomaly",  # a loss, gradient or parameter that training must not go on with
     "rewind",  # back to a checkpoint: from_step, to_step
     "skip",  # samples left out on purpose after a rewind: samples [first, last)

@@ -2,64 +2,55 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fastvit_engine.train.engine_state import EngineState, Piece
 
 
 class WeightAverage:
     """average <- average + (1 - d) * (weight - average) after every optimizer step.
 
-    d = min(decay, (1 + t) / (10 + t)) at step t, so that the first weights are soon forgotten. Under ZeRO-3 each
-    process averages only the part of each parameter that it owns; otherwise every process holds the whole average.
+    d = min(decay, (1 + t) / (10 + t)) at step t, so that the first weights are soon forgotten. The weights are the fp32
+    masters, and each process averages those that it holds: its part under ZeRO, all without.
     """
 
-    def __init__(self, engine: Any, decay: float) -> None:
-        self.engine = engine
+    def __init__(self, state: EngineState, decay: float) -> None:
+        self.state = state
         self.decay = decay
-        self.sharded = engine.zero_optimization_stage() == 3
-        self.parameters = list(engine.module.parameters())
-        self.names = [name for name, _ in engine.module.named_parameters()]
-        self.average = [self._local(parameter).detach().float().clone() for parameter in self.parameters]
+        self.average = [piece.values.clone() for piece in state.master_weights()]
 
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights = [self._local(parameter).detach().to(average) for parameter, average in self._pairs()]
-        torch._foreach_lerp_(self.average, weights, 1 - decay)
+        torch._foreach_lerp_(self.average, self._masters(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model computes with the averaged weights inside the block, and gets its own back after it; collective."""
-        own = [self._local(parameter).detach().clone() for parameter in self.parameters]
-        self._write(self.average)
+        self._swap()
         try:
             yield
         finally:
-            self._write(own)
+            self._swap()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(zip(self.names, self.average, strict=True))
+    def pieces(self) -> list[Piece]:
+        """The average, cut as the masters are; writing into it changes the average."""
+        masters = self.state.master_weights()
+        return [Piece(m.name, m.start, a) for m, a in zip(masters, self.average, strict=True)]
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        for name, average in zip(self.names, self.average, strict=True):
-            average.copy_(state[name])
+    def restart(self) -> None:
+        """Begins anew, from the weights as they are."""
+        torch._foreach_copy_(self.average, self._masters())
 
-    def _pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        return zip(self.parameters, self.average, strict=True)
-
-    def _local(self, parameter: nn.Parameter) -> Tensor:
-        return cast(Any, parameter).ds_tensor if self.sharded else parameter.data
+    def _masters(self) -> list[Tensor]:
+        return [piece.values for piece in self.state.master_weights()]
 
     @torch.no_grad()
-    def _write(self, values: list[Tensor]) -> None:
-        if self.sharded:  # small parameters stay gathered between steps: drop those copies, they would be stale
-            for parameter in self.parameters:
-                if parameter.ds_status.name == "AVAILABLE":
-                    parameter.partition()
-        for parameter, value in zip(self.parameters, values, strict=True):
-            self._local(parameter).copy_(value)
-        if self.sharded and self.engine.optimizer.persistent_parameters:
-            self.engine.optimizer.persistent_parameters[0].all_gather(self.engine.optimizer.persistent_parameters)
-        if self.sharded:
-            self.engine.optimizer.invalidate_secondary_tensor()  # hpZ's copies within the node are stale too
+    def _swap(self) -> None:
+        """Exchanges average and masters, one piece at a time so that no whole copy is made."""
+        for average, master in zip(self.average, self._masters(), strict=True):
+            kept = master.clone()
+            master.copy_(average)
+            average.copy_(kept)
+        self.state.publish()

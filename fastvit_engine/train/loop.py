@@ -1,11 +1,9 @@
 """The training loop. Every process of the run executes `train` from top to bottom."""
 
 import json
-import socket
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +16,32 @@ from fastvit_engine.data.batch import targets
 from fastvit_engine.data.mix import mix
 from fastvit_engine.data.randaugment import randaugment
 from fastvit_engine.data.skip import Window, step_start
+from fastvit_engine.errors import Preempted
 from fastvit_engine.evaluate.classification import evaluate
 from fastvit_engine.models import build_model, model_title, training_flops
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
 from fastvit_engine.train.bad_samples import BadSamples
-from fastvit_engine.train.checkpoint import Checkpointer
+from fastvit_engine.train.checkpoint import Checkpointer, place_of
 from fastvit_engine.train.data_wait import DataWait
 from fastvit_engine.train.defaults import Chosen, choose, machine_of
 from fastvit_engine.train.diagnosis import GradientWatch, Trace, diagnose
-from fastvit_engine.train.distributed import World, join_world
+from fastvit_engine.train.distributed import World, join_world, limit_collectives
 from fastvit_engine.train.ema import WeightAverage
 from fastvit_engine.train.engine import BatchSplit, build_engine, set_learning_rate, split_batch
-from fastvit_engine.train.export import export_weights
+from fastvit_engine.train.engine_state import EngineState
+from fastvit_engine.train.export import export_run
 from fastvit_engine.train.guard import Anomaly, Guard, StepReport
 from fastvit_engine.train.plan import Plan
+from fastvit_engine.train.preemption import Preemption
 from fastvit_engine.train.preflight import Start, preflight
 from fastvit_engine.train.replicas import Replicas
+from fastvit_engine.train.resume import load_start, report_damage
 from fastvit_engine.train.rewind import go_back, record_anomaly
+from fastvit_engine.train.stragglers import Stragglers
 from fastvit_engine.train.throughput import Peak, Stopwatch, peak_flops, peak_memory_bytes
+from fastvit_engine.train.watchdog import Watchdog
 from fastvit_kernels import FusedCrossEntropy
 
 SHOWN_SAMPLES = 48  # images of the evaluation set whose predictions the report shows
@@ -48,23 +52,27 @@ def train(resolved: Resolved, out: Path, *, resume: bool) -> None:
 
     With `resume`, goes on from the folder's latest checkpoint, if any; without, refuses a folder that holds a run.
     """
-    with join_world() as world:
-        run = RunFolder(out)
+    run, limits = RunFolder(out), resolved.config.watchdog
+    with (
+        Preemption() as preemption,
+        join_world(limits.slow_phase_seconds + limits.timeout_seconds, run.stacks) as world,
+        Watchdog(run, world, limits) as watchdog,
+    ):
+        preemption.on_stack_request = watchdog.request_stacks
         chosen = choose(resolved.config, machine_of(world))
         start = world.on_main(lambda: preflight(chosen.config, run, world.size, resume=resume))
         if world.is_main:
+            report_damage(run, start.damaged, start.checkpoint)
             print(start.message, flush=True)
         if start.step < start.total_steps:
             if world.is_main:
                 print(chosen.describe(), flush=True)
-            _train(resolved, chosen, run, start, world)
-
-
-def _train(resolved: Resolved, chosen: Chosen, run: RunFolder, start: Start, world: World) -> None:
-    job = _set_up(resolved, chosen, run, start, world)
-    part: Start | None = start
-    while part is not None:  # more than once where something went wrong
-        part = _train_from(part, job)
+            job = _set_up(resolved, chosen, run, start, world, watchdog, preemption)
+            part: Start | None = start
+            while part is not None:  # more than once where something went wrong
+                part = _train_from(part, job)
+        elif finished := start.checkpoint:
+            world.on_main(lambda: export_run(finished, run))  # it may have been killed just before this
 
 
 @dataclass(frozen=True)
@@ -83,25 +91,41 @@ class Job:
     guard: Guard
     replicas: Replicas
     watch: GradientWatch
+    watchdog: Watchdog
+    stragglers: Stragglers
+    preemption: Preemption
     peak: Peak
     flops_per_image: int
 
 
-def _set_up(resolved: Resolved, chosen: Chosen, run: RunFolder, start: Start, world: World) -> Job:
+def _set_up(
+    resolved: Resolved,
+    chosen: Chosen,
+    run: RunFolder,
+    start: Start,
+    world: World,
+    watchdog: Watchdog,
+    preemption: Preemption,
+) -> Job:
     config = chosen.config
     split = split_batch(config, world.size)
     plan = Plan(config, start.data.samples_per_epoch)
     torch.manual_seed(config.seed)
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     engine = build_engine(model, config, split, world)
-    ema = WeightAverage(engine, config.ema.decay) if config.ema.decay is not None else None
+    limit_collectives(config.watchdog.slow_phase_seconds + config.watchdog.timeout_seconds)  # DeepSpeed's groups too
+    state, place = EngineState(engine), place_of(config.checkpoint, run)
+    ema = WeightAverage(state, config.ema.decay) if config.ema.decay is not None else None
     watch = GradientWatch(engine, world.device)
     if config.health.watch_gradients:
         watch.start()
     peak = peak_flops(world, config.train.precision)
     if world.is_main:
         _describe_run(resolved, chosen, run, plan, world, model, peak)
-    _record_start(run, config, start, plan, world)
+        where = f"{world.size} process(es) on {', '.join(sorted(set(watchdog.hosts)))}, ZeRO-{config.zero.stage}"
+        message = f"training begins at step {start.step} of {plan.total_steps}: {where}"
+        facts = {"world_size": world.size, "zero_stage": config.zero.stage, "hosts": sorted(set(watchdog.hosts))}
+        record_event(run, "start", message, step=start.step, **facts)
     engine.train()
     return Job(
         run=run,
@@ -112,10 +136,13 @@ def _set_up(resolved: Resolved, chosen: Chosen, run: RunFolder, start: Start, wo
         engine=engine,
         criterion=FusedCrossEntropy(config.loss.kind, label_smoothing=config.loss.label_smoothing),
         ema=ema,
-        checkpointer=Checkpointer(run, engine, ema, world, config.checkpoint.keep),
+        checkpointer=Checkpointer(run, place, state, ema, world, config.checkpoint, plan.keep_every),
         guard=Guard(engine, world, config.health, config.train.precision),
         replicas=Replicas(engine, world),
         watch=watch,
+        watchdog=watchdog,
+        stragglers=Stragglers(run, world, config.watchdog, watchdog.hosts, zero_stage=config.zero.stage),
+        preemption=preemption,
         peak=peak,
         flops_per_image=training_flops(config.model),
     )
@@ -123,11 +150,17 @@ def _set_up(resolved: Resolved, chosen: Chosen, run: RunFolder, start: Start, wo
 
 def _train_from(start: Start, job: Job) -> Start | None:
     """Trains to the end of the run and returns None; or, at an anomaly, returns where to go on instead."""
-    run, config, world, plan, guard = job.run, job.config, job.world, job.plan, job.guard
+    run, config, world, plan = job.run, job.config, job.world, job.plan
+    guard, watchdog, checkpointer = job.guard, job.watchdog, job.checkpointer
     batch_size = config.train.global_batch_size
+
+    # ---- weights: those of the checkpoint, or the first
+    watchdog.phase("loading", slow=True)
+    start = load_start(start, checkpointer, run, world)
+    guard.forget(start.recent)
     consumed = start.consumed
     accuracy: dict[str, dict[str, Any]] = {}
-    guard.forget(start.recent)
+    evaluated_at: int | None = None
 
     # ---- data, from the first sample on that is still to be trained on
     bad_samples = BadSamples(
@@ -149,11 +182,15 @@ def _train_from(start: Start, job: Job) -> Start | None:
 
     # ---- the run's record
     recorder = Recorder(run, plan.total_steps, start.step) if world.is_main else None
+    if recorder:
+        checkpointer.say = recorder.message
     stopwatch = Stopwatch(world.device, seconds_before=start.seconds)
     data_wait = DataWait(config.data.num_workers)
     last_logged = start.step
 
     def save(step: int) -> None:
+        """Waits for a copy to host memory; a later `settle` tells how writing it went."""
+        watchdog.phase("saving", slow=True)
         state = {
             "seconds": stopwatch.total,
             "consumed": consumed,
@@ -162,24 +199,18 @@ def _train_from(start: Start, job: Job) -> Start | None:
             "bad_samples": bad_samples.bad,
             "fingerprint": start.fingerprint,
             "accuracy": accuracy,
+            "evaluated_at": evaluated_at,
         }
-        saved = job.checkpointer.save(step, state)
-        if recorder:
-            recorder.message(f"saved {saved}")
-            record_event(run, "checkpoint", f"saved {saved.name}", step=step, path=str(saved))
+        with stopwatch.paused():
+            checkpointer.save(step, state)
 
-    # ---- weights: those of the checkpoint, or the first, which are saved to have something to go back to
-    with stopwatch.paused():
-        if start.checkpoint:
-            job.checkpointer.load(start.checkpoint)
-        else:
-            save(0)
-
+    if start.checkpoint is None:
+        save(0)  # to have something to go back to
+    watchdog.begin(start.step)
     for step in range(start.step, plan.total_steps):
         done = step + 1
         last = done == plan.total_steps
         evaluates = config.data.eval is not None and (last or plan.evaluates_after(done))
-        saves = last or plan.saves_after(done)
         compares = config.health.compare_replicas_every is not None and done % config.health.compare_replicas_every == 0
         first_sample = step_start(consumed, start.skipped)
         window = (first_sample, first_sample + batch_size)
@@ -187,12 +218,16 @@ def _train_from(start: Start, job: Job) -> Start | None:
         # ---- one optimizer step on one global batch
         learning_rate = plan.learning_rate(step)
         set_learning_rate(job.engine, learning_rate)
+        guard.flag = float(job.preemption.signal is not None)
         trace, report = take_step(job, step, stopwatch.timed(batches), compares=compares)
         if report.anomaly:
             return _recover(job, start, step, window, report.anomaly, report, trace, recorder)
+        leaves = report.flags > 0 and not last  # any of the processes was asked to
+        saves = last or leaves or plan.saves_after(done)
         consumed = window[1]
         if job.ema is not None:
             job.ema.update(step)
+        watchdog.step_done(done)
         if recorder:
             recorder.advance(done)
 
@@ -200,7 +235,9 @@ def _train_from(start: Start, job: Job) -> Start | None:
         for batch in trace.batches:
             data_wait.add(batch.seconds)
         if done % config.train.log_every == 0 or saves or done == start.step + 1:
+            watchdog.phase("reporting")
             seconds, waited = stopwatch.lap()
+            job.stragglers.log_step(waited, seconds, done, recorder)
             waited, *stage_seconds = world.sum([waited / seconds, *data_wait.lap()]).tolist()
             wait_share = waited / world.size
             samples_hash = world.sum_int64(sum(hash_keys(batch.keys) for batch in trace.batches) % 2**64)
@@ -229,22 +266,35 @@ def _train_from(start: Start, job: Job) -> Start | None:
                 if warning:  # the first step also waits for the workers to start
                     recorder.message(warning)
             last_logged = done
+            saved = checkpointer.settle()
+            if saved and recorder:
+                recorder.message(f"saved {saved}")
 
         # ---- evaluate
         if evaluates:
             with stopwatch.paused():
-                accuracy = evaluate_all(job.engine, job.ema, config, start.data, job.split, world, run, done, recorder)
+                accuracy, evaluated_at = evaluate_all(job, start.data, done, recorder), done
 
         # ---- save, but never weights that are broken
         if saves:
-            with stopwatch.paused():
-                if anomaly := job.replicas.compare():
-                    return _recover(job, start, step, window, anomaly, report, trace, recorder)
-                if last:
-                    export_weights(job.engine, job.ema, config, run, world)
-                save(done)
+            if anomaly := job.replicas.compare():
+                return _recover(job, start, step, window, anomaly, report, trace, recorder)
+            save(done)
 
+        # ---- leave, if asked to
+        if leaves:
+            saved = checkpointer.close()
+            message = f"asked to leave: saved {saved}; the same command with --resume auto goes on"
+            if recorder:
+                recorder.close()
+                record_event(run, "stop", message, reason="preempted", step=done)
+            raise Preempted(message)
+
+    # ---- the end: the last checkpoint is whole, and the weights are one file
+    saved = checkpointer.close()
+    world.on_main(lambda: export_run(saved, run) if saved else None)
     if recorder:
+        recorder.message(f"saved {saved}")
         record_event(run, "stop", f"finished after {plan.total_steps} steps", step=plan.total_steps, reason="finished")
         recorder.close()
     return None
@@ -264,9 +314,15 @@ def take_step(
         job.watch.clear()
     trace = Trace([], [])
     loss_sum = torch.zeros((), device=job.world.device)
-    for number, batch in enumerate(islice(micro_batches, accumulation_steps), start=1):
-        losses = training_losses(engine, job.criterion, batch, job.config.data, job.world)
-        loss = losses.mean()
+    remaining = iter(micro_batches)
+    for number in range(1, accumulation_steps + 1):
+        job.watchdog.phase("waiting for data")
+        batch = next(remaining)
+        job.watchdog.phase("forward")
+        with job.stragglers.forward():
+            losses = training_losses(engine, job.criterion, batch, job.config.data, job.world)
+            loss = losses.mean()
+        job.watchdog.phase("backward")
         engine.backward(loss)
         loss_sum += loss.detach()
         trace.batches.append(batch)
@@ -274,6 +330,7 @@ def take_step(
         if number == accumulation_steps:
             fault = job.replicas.compare() if compares else None
             job.guard.expect(loss_sum / accumulation_steps, fault=fault, rehearsal=rehearsal)
+        job.watchdog.phase("optimizer step")
         engine.step()
     return trace, job.guard.report()
 
@@ -296,6 +353,8 @@ def _recover(
     def rehearse() -> StepReport:
         return take_step(job, step, trace.batches, rehearsal=True)[1]
 
+    job.watchdog.phase("finding out what is wrong", slow=True)
+    job.checkpointer.settle(wait=True)  # one that is being written is from before this
     diagnosis = diagnose(anomaly, trace, rehearse, job.engine, job.watch, job.world)
 
     def decide() -> Start:
@@ -303,7 +362,8 @@ def _recover(
         message = record_anomaly(job.run, step, window, anomaly, report, diagnosis)
         recorder.message(message)
         skip, most = not diagnosis.in_weights, job.config.health.max_rewinds
-        there = go_back(job.run, start, step, window, message, skip=skip, most=most)
+        place = job.checkpointer.place
+        there = go_back(job.run, place, start, step, window, message, skip=skip, most=most)
         left_out = f", leaving out samples {window[0]:,} to {window[1] - 1:,}" if skip else ""
         recorder.message(f"going back to step {there.step}{left_out}")
         recorder.close()
@@ -331,18 +391,9 @@ def training_losses(engine: Any, criterion: FusedCrossEntropy, batch: Batch, dat
     return losses * weights
 
 
-def evaluate_all(
-    engine: Any,
-    ema: WeightAverage | None,
-    config: Config,
-    data: DataPlan,
-    split: BatchSplit,
-    world: World,
-    run: RunFolder,
-    step: int,
-    recorder: Recorder | None,
-) -> dict[str, dict[str, Any]]:
+def evaluate_all(job: Job, data: DataPlan, step: int, recorder: Recorder | None) -> dict[str, dict[str, Any]]:
     """Evaluates the weights and, where there is one, their average; writes the rows and the predictions to show."""
+    config, world, run = job.config, job.world, job.run
     criterion = FusedCrossEntropy(config.loss.kind)
     results = {}
 
@@ -353,12 +404,13 @@ def evaluate_all(
             data,
             rank=world.rank,
             world_size=world.size,
-            batch_size=config.evaluate.batch_size or split.micro_batch_size,
+            batch_size=config.evaluate.batch_size or job.split.micro_batch_size,
             pin_memory=world.device.type == "cuda",
         )
         stopwatch = Stopwatch(world.device)
         shown_here = SHOWN_SAMPLES if world.is_main else 0
-        accuracy, examples = evaluate(engine, bad_samples.watch(batches), criterion, world, shown=shown_here)
+        watched = job.watchdog.marked(bad_samples.watch(batches), "evaluating")
+        accuracy, examples = evaluate(job.engine, watched, criterion, world, shown=shown_here)
         bad_samples.settle(world, recorder)
         seconds, _ = stopwatch.lap()
         results[name] = asdict(accuracy)
@@ -378,8 +430,8 @@ def evaluate_all(
             atomic_write(run.samples, json.dumps(shown))
 
     run_one("eval")
-    if ema is not None:
-        with ema.applied():
+    if job.ema is not None:
+        with job.ema.applied():
             run_one("eval_ema")
     return results
 
@@ -395,15 +447,6 @@ def seed_step(seed: int, step: int, world: World) -> None:
 def hash_keys(keys: list[str]) -> int:
     """The sum, modulo 2**64, of each key's 64-bit hash: the same however a global batch is split over processes."""
     return sum(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") for key in keys) % 2**64
-
-
-def _record_start(run: RunFolder, config: Config, start: Start, plan: Plan, world: World) -> None:
-    hosts = sorted(set(world.gather(socket.gethostname())))
-    if world.is_main:
-        where = f"{world.size} process(es) on {', '.join(hosts)}, ZeRO-{config.zero.stage}"
-        message = f"training begins at step {start.step} of {plan.total_steps}: {where}"
-        facts = {"world_size": world.size, "zero_stage": config.zero.stage, "hosts": hosts}
-        record_event(run, "start", message, step=start.step, **facts)
 
 
 def _describe_run(

@@ -17,6 +17,7 @@ class Plan:
             raise UserError(f"train.duration = '{config.train.duration}' is less than one step of the global batch")
         self._eval_every = self._steps(config.evaluate.every, self.total_steps)
         self._checkpoint_every = self._steps(config.checkpoint.every, self.total_steps)
+        self.keep_every = self._steps(config.checkpoint.keep_every, self.total_steps) or None
         self.learning_rate = build_schedule(config, self.total_steps, self.samples_per_epoch)
 
     def evaluates_after(self, step: int) -> bool:
@@ -26,6 +27,10 @@ class Plan:
     def saves_after(self, step: int) -> bool:
         """Whether a checkpoint is due once `step` steps are done; the end of the run is not counted."""
         return self._checkpoint_every > 0 and step % self._checkpoint_every == 0
+
+    @property
+    def evaluates_what_it_saves(self) -> bool:
+        return self._checkpoint_every == 0 or self.evaluates_after(self._checkpoint_every)
 
     def epoch(self, step: int) -> float | None:
         return step * self.global_batch_size / self.samples_per_epoch if self.samples_per_epoch else None

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, cast
 
 from fastvit_engine.config import Config
@@ -12,7 +11,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.train.checkpoint import latest_checkpoint, read_state
+from fastvit_engine.train.checkpoint import Checkpoint, DamagedCheckpoint, Place, place_of, usable_checkpoints
 from fastvit_engine.train.engine import deepspeed_config, split_batch
 from fastvit_engine.train.plan import Plan
 
@@ -24,7 +23,7 @@ class Start:
     step: int
     total_steps: int
     seconds: float  # training time before
-    checkpoint: Path | None
+    checkpoint: Checkpoint | None
     fingerprint: dict[str, Any]  # of the run, for its checkpoints
     message: str
     data: DataPlan
@@ -32,6 +31,21 @@ class Start:
     bad_samples: int = 0  # samples before that could not be used
     skipped: tuple[Window, ...] = ()  # positions left out
     recent: tuple[tuple[float, float], ...] = ()  # losses and gradient norms of the last steps before
+    damaged: tuple[str, ...] = ()  # what is wrong with newer checkpoints, which are passed over
+
+    def at(self, checkpoint: Checkpoint, state: dict[str, Any]) -> "Start":
+        """The same run from a checkpoint on, without the windows that were skipped before it or since."""
+        skipped = {*self.skipped, *(tuple(window) for window in state["skipped"])}
+        return replace(
+            self,
+            step=min(state["step"], self.total_steps),
+            seconds=state["seconds"],
+            checkpoint=checkpoint,
+            consumed=state["consumed"],
+            bad_samples=state["bad_samples"],
+            skipped=tuple(sorted(skipped)),
+            recent=tuple(tuple(values) for values in state["recent"]),
+        )
 
 
 def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) -> Start:
@@ -42,49 +56,45 @@ def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) 
             f"data.max_labels is {config.data.max_labels}, and a softmax loss takes one label: set loss.kind=sigmoid"
         )
     deepspeed_config(config, split_batch(config, world_size))
+    place = place_of(config.checkpoint, run)
     if run.config.exists() and not resume:
         raise UserError(
             f"{run.path} already holds a run: add --resume auto to continue it, or choose another folder with --out"
         )
-    checkpoint = latest_checkpoint(run)
-    state = read_state(checkpoint) if checkpoint else {}
+    candidates = usable_checkpoints(place)
+    if candidates and not resume:
+        raise UserError(
+            f"{place.describe('')} already holds checkpoints of a run: add --resume auto to continue it, or choose "
+            "another checkpoint.path"
+        )
+    checkpoint, state, damaged = newest_readable(candidates)
     recorded = state.get("fingerprint", {}).get("data")
     data = prepare_data(config, world_size=world_size, index_folder=run.path, recorded=recorded)
-    total_steps = Plan(config, data.samples_per_epoch).total_steps
+    plan = Plan(config, data.samples_per_epoch)
+    _check_best(config, plan)
     _check_writable(run)
-    wanted = fingerprint(config, world_size, data)
-    message = f"starting {run.path}: {total_steps} steps, {data.describe()}"
-    start = Start(0, total_steps, 0.0, None, wanted, message, data, skipped=skipped_windows(run))
+    wanted = fingerprint(config, data)
+    message = f"starting {run.path}: {plan.total_steps} steps, {data.describe()}"
+    skipped = skipped_windows(run)
+    start = Start(0, plan.total_steps, 0.0, None, wanted, message, data, skipped=skipped, damaged=damaged)
     if checkpoint is None:
         return start
     _check_same_run(wanted, state["fingerprint"], checkpoint)
-    step = state["step"]
-    if step < total_steps:
-        message = f"continuing {run.path} from step {step} of {total_steps}, {data.describe()}"
+    if state["step"] < plan.total_steps:
+        message = f"continuing {run.path} from step {state['step']} of {plan.total_steps}, {data.describe()}"
     else:
         accuracy = state["accuracy"].get("eval")
         top1 = f" and top-1 {accuracy['top1']:.1%}" if accuracy else ""
-        message = f"{run.path} is complete, with {step} steps{top1}: nothing to do"
-    return replace(move_to_latest(start, run), message=message)
+        message = f"{run.path} is complete, with {state['step']} steps{top1}: nothing to do"
+    return replace(start, message=message).at(checkpoint, state)
 
 
-def move_to_latest(start: Start, run: RunFolder) -> Start:
-    """`start` at the run's latest checkpoint, with every window that the run has decided to skip."""
-    checkpoint = latest_checkpoint(run)
+def move_to_latest(start: Start, run: RunFolder, place: Place) -> Start:
+    """`start` at the newest checkpoint that can be read, with every window that the run has decided to skip."""
+    checkpoint, state, damaged = newest_readable(usable_checkpoints(place), start.damaged)
     if checkpoint is None:
-        raise UserError(f"{run.checkpoints} has no checkpoint to go back to: start the same command again")
-    state = read_state(checkpoint)
-    known = {tuple(window) for window in state.get("skipped", [])}
-    return replace(
-        start,
-        step=min(state["step"], start.total_steps),
-        seconds=state["seconds"],
-        checkpoint=checkpoint,
-        consumed=state["consumed"],
-        bad_samples=state["bad_samples"],
-        skipped=tuple(sorted(known | set(skipped_windows(run)))),
-        recent=tuple(tuple(values) for values in state.get("recent", [])),
-    )
+        raise UserError(f"{place.describe('')} has no checkpoint to go back to: start the same command again")
+    return replace(start, skipped=skipped_windows(run), damaged=damaged).at(checkpoint, state)
 
 
 def skipped_windows(run: RunFolder) -> tuple[Window, ...]:
@@ -93,18 +103,52 @@ def skipped_windows(run: RunFolder) -> tuple[Window, ...]:
     return tuple((event["samples"][0], event["samples"][1]) for event in events if event["event"] == "skip")
 
 
-def fingerprint(config: Config, world_size: int, data: DataPlan) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be continued: state that fits, and the same order of the data."""
+def newest_readable(
+    candidates: list[Checkpoint], damaged: tuple[str, ...] = ()
+) -> tuple[Checkpoint | None, dict[str, Any], tuple[str, ...]]:
+    """The first checkpoint whose manifest can be read, the state in it, and what is wrong with those passed over.
+
+    `damaged`: what was wrong with others before. UserError where there are damaged ones only.
+    """
+    for checkpoint in candidates:
+        try:
+            return checkpoint, checkpoint.read_manifest().state, damaged
+        except DamagedCheckpoint as damage:
+            damaged = (*damaged, str(damage))
+    if damaged:
+        raise UserError(
+            f"{damaged[0]}, and there is no older checkpoint to go on from: restore the file, or start again in "
+            "another run folder"
+        )
+    return None, {}, ()
+
+
+def fingerprint(config: Config, data: DataPlan) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be continued: the parameters, and the order of the data.
+
+    The number of processes, the ZeRO stage and the precision may change: checkpoints hold fp32 masters, whole.
+    """
     return {
         "model": config.model.model_dump(mode="json"),
-        "world_size": world_size,
-        "zero_stage": config.zero.stage,
-        "precision": config.train.precision,
         "global_batch_size": config.train.global_batch_size,
-        "ema": config.ema.decay is not None,
         "seed": config.seed,
         "data": data.fingerprint(config.data),
     }
+
+
+def _check_best(config: Config, plan: Plan) -> None:
+    best = config.checkpoint.keep_best
+    if best is None:
+        return
+    if config.data.eval is None:
+        raise UserError(f"checkpoint.keep_best = {best} needs an evaluation: set data.eval")
+    if best.startswith("eval_ema") and config.ema.decay is None:
+        raise UserError(f"checkpoint.keep_best = {best} needs an average of the weights: set ema.decay")
+    if not plan.evaluates_what_it_saves:
+        raise UserError(
+            f"checkpoint.keep_best = {best} needs an evaluation wherever a checkpoint is written: "
+            "let evaluate.every divide checkpoint.every"
+        )
 
 
 def _check_writable(run: RunFolder) -> None:
@@ -119,7 +163,7 @@ def _check_writable(run: RunFolder) -> None:
         ) from error
 
 
-def _check_same_run(wanted: dict[str, Any], saved: dict[str, Any], checkpoint: Path) -> None:
+def _check_same_run(wanted: dict[str, Any], saved: dict[str, Any], checkpoint: Checkpoint) -> None:
     for name, before in saved.items():
         now: Any = wanted.get(name)
         if now == before:

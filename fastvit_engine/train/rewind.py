@@ -12,6 +12,7 @@ from fastvit_engine.data.skip import Window
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.train.checkpoint import Place
 from fastvit_engine.train.diagnosis import Diagnosis
 from fastvit_engine.train.guard import Anomaly, StepReport
 from fastvit_engine.train.preflight import Start, move_to_latest
@@ -42,7 +43,9 @@ def record_anomaly(
     return message
 
 
-def go_back(run: RunFolder, start: Start, step: int, window: Window, anomaly: str, *, skip: bool, most: int) -> Start:
+def go_back(
+    run: RunFolder, place: Place, start: Start, step: int, window: Window, anomaly: str, *, skip: bool, most: int
+) -> Start:
     """Where the run goes on after an anomaly at `step`: its last checkpoint, without the window if `skip`.
 
     Writes both decisions down. UserError where the run has gone back `most` times already, or where this window failed
@@ -66,7 +69,7 @@ def go_back(run: RunFolder, start: Start, step: int, window: Window, anomaly: st
         first, last = window
         message = f"samples {first:,} to {last - 1:,} of the run's order are left out"
         record_event(run, "skip", message, step=step, samples=[first, last])
-    there = move_to_latest(start, run)
+    there = move_to_latest(start, run, place)
     record_event(
         run,
         "rewind",

@@ -186,8 +186,13 @@ def test_a_folder_that_already_holds_a_run(refused, shard, tmp_path):
     ("change", "processes", "parts"),
     [
         pytest.param("model.width=64", 1, ["belongs to another model (model.width is 64, was 32)"], id="another model"),
-        pytest.param("zero.stage=2", 1, ["written with zero_stage 1 and this run has 2"], id="another ZeRO stage"),
-        pytest.param("seed=0", 2, ["written with world_size 1 and this run has 2"], id="another number of processes"),
+        pytest.param("seed=1", 1, ["written with seed 0 and this run has 1"], id="another seed"),
+        pytest.param(
+            "train.global_batch_size=16",
+            2,
+            ["written with global_batch_size 8 and this run has 16"],
+            id="another batch",
+        ),
     ],
 )
 def test_resume_that_cannot_be(refused, shard, tmp_path, change, processes, parts):
@@ -208,24 +213,57 @@ def test_a_corrupt_image_is_left_out_and_named_once(shard, tmp_path, capfd):
     assert [rows[step - 1]["bad_samples"] for step in (8, 16, 24)] == [1, 2, 3]
     entries = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
     assert [(entry["key"], entry["shard"]) for entry in entries] == [("sample0020", str(shard))]
-    assert json.loads((out / "checkpoints" / "step-00000024" / "state.json").read_text())["bad_samples"] == 3
+    assert (
+        json.loads((out / "checkpoints" / "step-00000024" / "manifest.json").read_text())["state"]["bad_samples"] == 3
+    )
     assert capfd.readouterr().err.count("left out: sample 'sample0020'") == 1
 
 
 def test_damaged_checkpoint(refused, shard, tmp_path):
     out = tmp_path / "run"
     assert main(train_arguments(out, f"data.train={shard}")) == 0
-    weights = out / "checkpoints" / "step-00000004" / "mp_rank_00_model_states.pt"
+    weights = out / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     arguments = train_arguments(out, f"data.train={shard}", "train.duration=6 steps", resume="auto")
-    refused(arguments, "step-00000004 cannot be read", "point", "latest")
+    refused(arguments, weights, "has 1,000 bytes instead of", "parameter", "no older checkpoint to go on from")
+    refused(["export", out, "--out", tmp_path / "x.safetensors"], weights, "has 1,000 bytes instead of")
 
 
-def test_latest_names_no_checkpoint(refused, shard, tmp_path):
+def test_latest_names_no_checkpoint(refused, shard, tmp_path, capfd):
     out = tmp_path / "run"
     assert main(train_arguments(out, f"data.train={shard}")) == 0
     (out / "checkpoints" / "latest").write_text("step-00000099")
+    assert main(train_arguments(out, f"data.train={shard}", resume="auto")) == 0  # an older one is there, and complete
+    assert (
+        f"step-00000099 is not a complete checkpoint: going back to {out}/checkpoints/step-00000004"
+        in capfd.readouterr().out
+    )
+    (out / "checkpoints" / "step-00000004").rename(tmp_path / "elsewhere")
     refused(train_arguments(out, f"data.train={shard}", resume="auto"), "step-00000099", "not a complete checkpoint")
+
+
+def test_export_of_no_checkpoint(refused, tmp_path):
+    refused(["export", tmp_path, "--out", tmp_path / "x.safetensors"], f"{tmp_path} holds no checkpoint")
+    step = tmp_path / "step-00000004"
+    refused(["export", step, "--out", tmp_path / "x.safetensors"], step, "not a complete checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (["checkpoint.keep_best=top1"], ["checkpoint.keep_best", "'eval.top1'"]),
+        (["checkpoint.keep_best=eval.top1"], ["needs an evaluation: set data.eval"]),
+        (["checkpoint.keep_best=eval_ema.top1", "data.eval=SHARD"], ["needs an average of the weights: set ema.decay"]),
+        (
+            ["checkpoint.keep_best=eval.loss", "data.eval=SHARD", "checkpoint.every=2 steps", "evaluate.every=3 steps"],
+            ["let evaluate.every divide checkpoint.every"],
+        ),
+        (["checkpoint.path=nostore://bucket"], ["nostore://bucket cannot be opened"]),
+    ],
+)
+def test_checkpoints_that_cannot_be_kept(refused, shard, tmp_path, settings, parts):
+    settings = [setting.replace("SHARD", str(shard)) for setting in settings]
+    refused(train_arguments(tmp_path / "run", f"data.train={shard}", *settings), *parts)
 
 
 def test_read_only_output_folder(refused, shard, tmp_path):

@@ -1,7 +1,6 @@
 """Whether a run may go on from its checkpoint, by what its data was."""
 
 import io
-import json
 import tarfile
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 from fastvit_engine.config import Config
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.train.checkpoint import Manifest
 from fastvit_engine.train.preflight import preflight
 
 
@@ -53,7 +53,8 @@ def stopped(tmp_path, shards):
         folder = run.checkpoints / "step-00000040"
         folder.mkdir(parents=True)
         state = {"step": 40, "consumed": 320, "bad_samples": 3, "seconds": 1.0, "accuracy": {}}
-        (folder / "state.json").write_text(json.dumps(state | {"fingerprint": began.fingerprint}))
+        state["fingerprint"] = began.fingerprint
+        (folder / "manifest.json").write_bytes(Manifest(40, state, {}, {}, {}).to_json())
         (run.checkpoints / "latest").write_text(folder.name)
         return run
 

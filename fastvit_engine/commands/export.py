@@ -1,0 +1,32 @@
+"""`fastvit export`."""
+
+import argparse
+from pathlib import Path
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a checkpoint's weights as one safetensors file",
+        description="Writes the fp32 weights of a checkpoint, or their moving average, as one safetensors file with\n"
+        "timm's parameter names. Needs the checkpoint alone: no GPU, no DeepSpeed, little memory.",
+        epilog="examples:\n  fastvit export runs/b16 --out b16.safetensors\n"
+        "  fastvit export runs/b16/checkpoints/step-00050000 --out b16_ema.safetensors --ema\n"
+        "  fastvit export s3://bucket/b16/step-00050000 --out b16.safetensors",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "source", metavar="RUN_OR_CHECKPOINT", help="a run folder (its latest checkpoint), or a checkpoint, also by URL"
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the file to write")
+    parser.add_argument("--ema", action="store_true", help="the moving average of the weights in their place")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fastvit_engine.train.export import export_weights, find_checkpoint
+
+    checkpoint = find_checkpoint(args.source)
+    export_weights(checkpoint, args.out, "ema" if args.ema else "weight")
+    print(f"{args.out}: {'average of the weights' if args.ema else 'weights'} of {checkpoint}")
+    return 0

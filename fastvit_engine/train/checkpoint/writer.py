@@ -1,0 +1,148 @@
+"""Saving while training goes on: a copy to host memory, which the step waits for, and a thread that does the rest.
+
+Every process has such a thread. It writes its file and reports through the store of the process group; the one of rank
+0 waits for all reports and publishes. Collectives stay with the main thread.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import Store
+
+from fastvit_engine.train.checkpoint.format import DTYPES, Block, Manifest, StoredFile, StoredTensor, TensorFile
+from fastvit_engine.train.checkpoint.place import Checkpoint, Place
+from fastvit_engine.train.engine_state import Piece
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended: with an error in words, or published."""
+
+    checkpoint: Checkpoint
+    error: str | None = None
+    bytes: int = 0  # of all files
+    seconds: float = 0.0  # from the copy to the publication
+
+
+class HostCopy:
+    """A copy of pieces in host memory, which is pinned where they come from a GPU and used again by the next copy."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._event: Any = None
+
+    def take(self, pieces: Mapping[str, Sequence[Piece]]) -> list[Block]:
+        """Copies the pieces of all kinds; their bytes are there after `wait`. Invalidates the copy before."""
+        everything = [(kind, piece) for kind, of_kind in pieces.items() for piece in of_kind]
+        everything.sort(key=lambda entry: -entry[1].values.element_size())  # keeps every tensor aligned
+        size = sum(piece.values.nbytes for _, piece in everything)
+        on_gpu = any(piece.values.is_cuda for _, piece in everything)
+        if self._memory.numel() < size:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # free the old before
+            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+        blocks, offset = [], 0
+        view = self._memory.numpy().data
+        for kind, piece in everything:
+            nbytes = piece.values.nbytes
+            target: Tensor = self._memory[offset : offset + nbytes].view(piece.values.dtype)
+            target.copy_(piece.values, non_blocking=True)
+            name = f"{kind}/{piece.name}@{piece.start}"
+            blocks.append(Block(name, _DTYPE_NAMES[piece.values.dtype], view[offset : offset + nbytes]))
+            offset += nbytes
+        # The copies are queued on the stream that the next optimizer step comes to later: it need not wait for them.
+        self._event = torch.cuda.Event() if on_gpu else None
+        if self._event is not None:
+            self._event.record()
+        return blocks
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class SaveInFlight:
+    """One save on its way to `place`; `outcome` is set on rank 0 when it has ended."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        manifest: Manifest,  # without files
+        blocks: Sequence[Block],
+        copied: Callable[[], None],
+        store: Store,
+        rank: int,
+        size: int,
+        publish: Callable[[Manifest], None],
+    ) -> None:
+        self.checkpoint, self._manifest = checkpoint, manifest
+        self._file, self._copied = TensorFile(blocks), copied
+        self._store, self._rank, self._size, self._publish = store, rank, size, publish
+        self._place: Place = checkpoint.place
+        self._started = time.perf_counter()
+        self.outcome: Outcome | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        self._store.set(f"{self.checkpoint.name}/{self._rank}", json.dumps(self._write()))
+        if self._rank == 0:
+            try:
+                outcome = self._finish([self._report_of(rank) for rank in range(self._size)])
+            except Exception as error:  # whatever it is, the main thread must hear of it
+                outcome = Outcome(self.checkpoint, error=_one_line(error))
+            if outcome.error is not None:
+                with contextlib.suppress(OSError):  # what is left then goes when the run starts again
+                    self._place.discard(self.checkpoint.name)
+            self.outcome = outcome
+
+    def _write(self) -> dict[str, Any]:
+        """Writes this process's file; returns its entry in the manifest, or what went wrong."""
+        try:
+            self._copied()
+            self._place.write(self.checkpoint.name, file_name(self._rank), self._file.chunks())
+            return {"file": asdict(self._file.stored())}
+        except Exception as error:
+            return {"error": _one_line(error)}
+
+    def _report_of(self, rank: int) -> dict[str, Any]:
+        key = f"{self.checkpoint.name}/{rank}"
+        while not self._store.check([key]):  # not `wait`, which would keep other threads from the store
+            time.sleep(_POLL_SECONDS)
+        report = json.loads(self._store.get(key))
+        self._store.delete_key(key)
+        return report
+
+    def _finish(self, reports: Sequence[Mapping[str, Any]]) -> Outcome:
+        failed = [f"{report['error']} on rank {rank}" for rank, report in enumerate(reports) if "error" in report]
+        if failed:
+            return Outcome(self.checkpoint, error="; ".join(failed[:3]))
+        for rank, report in enumerate(reports):
+            entry = report["file"]
+            tensors = [(kind, name, StoredTensor(**tensor)) for kind, name, tensor in entry["tensors"]]
+            self._manifest.files[file_name(rank)] = StoredFile(entry["size"], tensors)
+        if (gap := self._manifest.gap()) is not None:
+            return Outcome(self.checkpoint, error=gap)
+        self._publish(self._manifest)
+        size = sum(file.size for file in self._manifest.files.values())
+        return Outcome(self.checkpoint, bytes=size, seconds=time.perf_counter() - self._started)
+
+
+def file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
