@@ -47,7 +47,9 @@ from fastvit_engine.train import loop
 from fastvit_engine.train.distributed import World, join_world
 from fastvit_engine.train.engine import build_engine, parameter_groups, set_learning_rate, split_batch
 from fastvit_engine.train.plan import Plan
+from fastvit_engine.train.preemption import Preemption
 from fastvit_engine.train.preflight import Start
+from fastvit_engine.train.watchdog import Watchdog
 from fastvit_kernels import FusedCrossEntropy
 
 VARIANTS = ("bare", "control", "deepspeed-0", "deepspeed-1", "loop-0", "loop-1")
@@ -291,7 +293,8 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path) -> Weights:
         message="",
         data=DataPlan(train=(), eval=None, streams=None, samples_per_epoch=samples, class_names=None),
     )
-    loop._train(resolved, run, start, world)
+    watchdog = Watchdog(run, world, resolved.config.watchdog)  # not entered: loops stand still between their turns
+    loop._train(resolved, run, start, world, watchdog, Preemption())
     return load_file(folder / "model.safetensors")
 
 

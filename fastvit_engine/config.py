@@ -156,6 +156,15 @@ class ZeroConfig(_Section):
     offload: Literal["none", "optimizer", "all"] = "none"  # all: parameters too, stage 3 only
 
 
+class WatchdogConfig(_Section):
+    """When processes that wait for each other give up and end, for a restart, and which of them are called slow."""
+
+    timeout_seconds: float = Field(300.0, gt=0)  # without progress on any process, while training and evaluating
+    slow_phase_seconds: float = Field(1800.0, gt=0)  # likewise while starting, in the first step, and while saving
+    slow_rank_ratio: float = Field(1.5, gt=1)  # slow: own work that takes this many times the median process's
+    slow_rank_laps: int = Field(3, gt=0)  # log steps in a row that a process must be slow in to be named
+
+
 class Config(_Section):
     name: str = "run"
     seed: int = Field(0, ge=0)
@@ -169,6 +178,7 @@ class Config(_Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     zero: ZeroConfig = ZeroConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     deepspeed: dict[str, Any] = {}  # merged last over the DeepSpeed configuration that the engine writes
 
 

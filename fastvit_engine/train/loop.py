@@ -15,21 +15,25 @@ from fastvit_engine.data import Batch, DataPlan, build_eval_data, build_train_da
 from fastvit_engine.data.batch import targets
 from fastvit_engine.data.mix import mix
 from fastvit_engine.data.randaugment import randaugment
-from fastvit_engine.errors import UserError
+from fastvit_engine.errors import Preempted, UserError
 from fastvit_engine.evaluate.classification import evaluate
 from fastvit_engine.models import build_model, model_title, training_flops
+from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
 from fastvit_engine.train.bad_samples import BadSamples
 from fastvit_engine.train.checkpoint import Checkpointer
 from fastvit_engine.train.data_wait import DataWait
-from fastvit_engine.train.distributed import World, join_world
+from fastvit_engine.train.distributed import World, join_world, limit_collectives
 from fastvit_engine.train.ema import WeightAverage
 from fastvit_engine.train.engine import BatchSplit, build_engine, set_learning_rate, split_batch
 from fastvit_engine.train.export import export_weights
 from fastvit_engine.train.plan import Plan
+from fastvit_engine.train.preemption import Preemption
 from fastvit_engine.train.preflight import Start, preflight
+from fastvit_engine.train.stragglers import Stragglers
 from fastvit_engine.train.throughput import Peak, Stopwatch, peak_flops, peak_memory_bytes
+from fastvit_engine.train.watchdog import Watchdog
 from fastvit_kernels import FusedCrossEntropy
 
 SHOWN_SAMPLES = 48  # images of the evaluation set whose predictions the report shows
@@ -40,16 +44,29 @@ def train(resolved: Resolved, out: Path, *, resume: bool) -> None:
 
     With `resume`, goes on from the folder's latest checkpoint, if any; without, refuses a folder that holds a run.
     """
-    with join_world() as world:
-        run = RunFolder(out)
+    run, limits = RunFolder(out), resolved.config.watchdog
+    with (
+        Preemption() as preemption,
+        join_world(limits.slow_phase_seconds + limits.timeout_seconds, run.stacks) as world,
+        Watchdog(run, world, limits) as watchdog,
+    ):
+        preemption.on_stack_request = watchdog.request_stacks
         start = world.on_main(lambda: preflight(resolved.config, run, world.size, resume=resume))
         if world.is_main:
             print(start.message, flush=True)
-        if start.step < start.total_steps:
-            _train(resolved, run, start, world)
+        if start.step == start.total_steps:
+            return
+        if world.is_main:
+            facts = {"world_size": world.size, "zero_stage": resolved.config.zero.stage, "hosts": watchdog.hosts}
+            record_event(run, "start", start.message, step=start.step, **facts)
+        _train(resolved, run, start, world, watchdog, preemption)
+        if world.is_main:
+            record_event(run, "stop", f"finished {run.path}", reason="finished", step=start.total_steps)
 
 
-def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> None:
+def _train(
+    resolved: Resolved, run: RunFolder, start: Start, world: World, watchdog: Watchdog, preemption: Preemption
+) -> None:
     config = resolved.config
     split = split_batch(config, world.size)
     plan = Plan(config, start.data.samples_per_epoch)
@@ -58,6 +75,7 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
     torch.manual_seed(config.seed)
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     engine = build_engine(model, config, split, world)
+    limit_collectives(config.watchdog.slow_phase_seconds + config.watchdog.timeout_seconds)  # DeepSpeed's groups too
     criterion = FusedCrossEntropy(config.loss.kind, label_smoothing=config.loss.label_smoothing)
     ema = WeightAverage(engine, config.ema.decay) if config.ema.decay is not None else None
     checkpointer = Checkpointer(run, engine, ema, world, config.checkpoint.keep)
@@ -87,10 +105,12 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
     recorder = Recorder(run, plan.total_steps, start.step) if world.is_main else None
     stopwatch = Stopwatch(world.device, seconds_before=start.seconds)
     data_wait = DataWait(config.data.num_workers)
+    stragglers = Stragglers(run, world, config.watchdog, watchdog.hosts, zero_stage=config.zero.stage)
     last_logged = start.step
     accuracy = {}
 
     engine.train()
+    watchdog.begin(start.step)
     for step in range(start.step, plan.total_steps):
         # ---- one optimizer step on one global batch
         learning_rate = plan.learning_rate(step)
@@ -99,27 +119,36 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
         loss_sum = torch.zeros((), device=world.device)
         keys_hash = 0
         for _ in range(split.accumulation_steps):
+            watchdog.phase("waiting for data")
             with stopwatch.waiting_for_data():
                 batch = next(batches)
             data_wait.add(batch.seconds)
-            loss = training_loss(engine, criterion, batch, config.data, world)
+            watchdog.phase("forward")
+            with stragglers.forward():
+                loss = training_loss(engine, criterion, batch, config.data, world)
+            watchdog.phase("backward")
             engine.backward(loss)
+            watchdog.phase("optimizer step")
             engine.step()
             loss_sum += loss.detach()
             keys_hash = (keys_hash + hash_keys(batch.keys)) % 2**64
         if ema is not None:
             ema.update(step)
         done = step + 1
+        watchdog.step_done(done)
+        asked_to_leave = preemption.agreed(world)
         last = done == plan.total_steps
         evaluates = config.data.eval is not None and (last or plan.evaluates_after(done))
-        saves = last or plan.saves_after(done)
+        saves = last or asked_to_leave is not None or plan.saves_after(done)
         if recorder:
             recorder.advance(done)
 
         # ---- report; before every checkpoint too, so that none is written of a model that has diverged
         if done % config.train.log_every == 0 or saves or done == start.step + 1:
+            watchdog.phase("reporting")
             loss_mean = world.sum([loss_sum.item() / split.accumulation_steps]).item() / world.size
             seconds, waited = stopwatch.lap()
+            stragglers.lap(waited, seconds, done, recorder)
             waited, *stage_seconds = world.sum([waited / seconds, *data_wait.lap()]).tolist()
             wait_share = waited / world.size
             samples_hash = world.sum_int64(keys_hash)
@@ -157,10 +186,11 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
         # ---- evaluate
         if evaluates:
             with stopwatch.paused():
-                accuracy = evaluate_all(engine, ema, config, start.data, split, world, run, done, recorder)
+                accuracy = evaluate_all(engine, ema, config, start.data, split, world, run, done, recorder, watchdog)
 
         # ---- save
         if saves:
+            watchdog.phase("saving", slow=True)
             with stopwatch.paused():
                 if last:
                     export_weights(engine, ema, config, run, world)
@@ -174,6 +204,16 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
                 saved = checkpointer.save(done, state)
                 if recorder:
                     recorder.message(f"saved {saved}")
+
+        # ---- leave, if asked to
+        if asked_to_leave and not last:
+            message = (
+                f"asked to leave by {asked_to_leave.name}: saved {saved}; the same command with --resume auto goes on"
+            )
+            if recorder:
+                recorder.close()
+                record_event(run, "stop", message, reason="preempted", step=done)
+            raise Preempted(message)
 
     if recorder:
         recorder.close()
@@ -208,6 +248,7 @@ def evaluate_all(
     run: RunFolder,
     step: int,
     recorder: Recorder | None,
+    watchdog: Watchdog,
 ) -> dict[str, dict[str, Any]]:
     """Evaluates the weights and, where there is one, their average; writes the rows and the predictions to show."""
     criterion = FusedCrossEntropy(config.loss.kind)
@@ -225,7 +266,8 @@ def evaluate_all(
         )
         stopwatch = Stopwatch(world.device)
         shown_here = SHOWN_SAMPLES if world.is_main else 0
-        accuracy, examples = evaluate(engine, bad_samples.watch(batches), criterion, world, shown=shown_here)
+        watched = watchdog.marked(bad_samples.watch(batches), "evaluating")
+        accuracy, examples = evaluate(engine, watched, criterion, world, shown=shown_here)
         bad_samples.settle(world, recorder)
         seconds, _ = stopwatch.lap()
         results[name] = asdict(accuracy)
