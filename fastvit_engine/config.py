@@ -162,7 +162,7 @@ class WatchdogConfig(_Section):
     timeout_seconds: float = Field(300.0, gt=0)  # without progress on any process, while training and evaluating
     slow_phase_seconds: float = Field(1800.0, gt=0)  # likewise while starting, in the first step, and while saving
     slow_rank_ratio: float = Field(1.5, gt=1)  # slow: own work that takes this many times the median process's
-    slow_rank_laps: int = Field(3, gt=0)  # log steps in a row that a process must be slow in to be named
+    slow_rank_laps: int = Field(3, gt=0)  # times in a row, five seconds apart or more, that it must be to be named
 
 
 class Config(_Section):

@@ -22,6 +22,7 @@ from fastvit_engine.observe.run_folder import RunFolder
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SAME_REQUEST_SECONDS = 2.0  # one signal may come twice: to the process group, and passed on by the parent
 _GRACE_SECONDS = 10.0  # for ranks whose peer has failed, or that were asked twice: to say why, and to leave
+_GRACE_AFTER_RESTART_CODE = 5.0  # likewise after exit code 75, when ranks have said why and leave together
 _ERROR_SHOWN = "FASTVIT_ERROR_SHOWN"  # a path: the first failing process creates it and speaks for all
 
 
@@ -82,11 +83,13 @@ def run_with_restarts(arguments: Sequence[str], processes: int, run: RunFolder, 
 
     SIGTERM, SIGUSR1, SIGINT and SIGQUIT are passed on to the ranks. Returns the exit code for the command.
     """
+    # From the latest checkpoint of this run, or anew where it has not come to one. The last --resume counts.
+    command, resuming = list(arguments), [*arguments, "--resume", "auto"]
     requests = _Requests()
     with requests.passed_on():
         restarts, latest = 0, _latest_checkpoint(run)
         while True:
-            outcome = run_processes(arguments, processes, requests)
+            outcome = run_processes(command, processes, requests)
             if not outcome.restartable:
                 return outcome.exit_code
             if requests.first:
@@ -102,15 +105,14 @@ def run_with_restarts(arguments: Sequence[str], processes: int, run: RunFolder, 
             message = f"starting again ({restarts} of {max_restarts}): {outcome.cause}"
             record_event(run, "restart", message, attempt=restarts)
             print(f"fastvit: {message}", file=sys.stderr, flush=True)
-            # From the latest checkpoint of this run, or anew where it had not come to one. The last --resume counts.
-            arguments = [*arguments, "--resume", "auto"]
+            command = resuming
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How the processes ended: exit codes by rank, a negative one being the number of the signal that killed it.
 
-    Only of those that ended by themselves; once one has failed, the others have ten seconds to do so.
+    Only of those that ended by themselves; once one has failed, the others have a few seconds to do so.
     """
 
     codes: Mapping[int, int]
@@ -234,7 +236,8 @@ def _wait(children: Sequence[subprocess.Popen[bytes]], requests: _Requests) -> O
             if rank not in codes and child.poll() is not None:
                 codes[rank] = child.returncode
                 if child.returncode != 0:
-                    patience = min(patience, time.monotonic() + _GRACE_SECONDS)
+                    grace = _GRACE_AFTER_RESTART_CODE if child.returncode == EXIT_RESTART else _GRACE_SECONDS
+                    patience = min(patience, time.monotonic() + grace)
         if requests.at_once:
             patience = min(patience, requests.at_once + _GRACE_SECONDS)
         time.sleep(0.05)

@@ -140,7 +140,8 @@ def collective_failure(error: Exception) -> str | None:
     text = " ".join(str(error).split())
     if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in text.lower()):
         return None
-    text = text.partition(" Exception raised from ")[0]  # what follows is a trace of C++ frames
+    for padding in (" Exception raised from ", " This is typically caused by "):  # C++ frames; general advice
+        text = text.partition(padding)[0]
     return re.sub(r"\[[^\]]*\.(cc|cpp|h|hpp):\d+\] *", "", text)  # where in the library's source it was raised
 
 

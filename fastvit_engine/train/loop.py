@@ -148,7 +148,7 @@ def _train(
             watchdog.phase("reporting")
             loss_mean = world.sum([loss_sum.item() / split.accumulation_steps]).item() / world.size
             seconds, waited = stopwatch.lap()
-            stragglers.lap(waited, seconds, done, recorder)
+            stragglers.log_step(waited, seconds, done, recorder)
             waited, *stage_seconds = world.sum([waited / seconds, *data_wait.lap()]).tolist()
             wait_share = waited / world.size
             samples_hash = world.sum_int64(keys_hash)

@@ -17,12 +17,17 @@ from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.distributed import World
 
-_LEAST_COST = 0.05  # of the time between two log steps, that a slow rank must cost all others to be named
-_REPEAT = 10  # times `slow_rank_laps` log steps, until a rank that stays slow is named again
+_LAP_SECONDS = 5.0  # that a lap lasts at least: over a few milliseconds, chance makes one rank slower than another
+_LEAST_COST = 0.05  # of a lap, that a slow rank must cost all others to be named
+_REPEAT = 10  # times `slow_rank_laps` laps, until a rank that stays slow is named again
 
 
 class Stragglers:
-    """Measures this rank's own work between log steps ("laps") and names the slow ranks at them."""
+    """Measures this rank's own work and names the slow ranks, at log steps.
+
+    A lap is the time from one log step to another that is at least five seconds later. The first log step is left out:
+    before it, data workers start and kernels are compiled.
+    """
 
     def __init__(
         self, run: RunFolder, world: World, config: WatchdogConfig, hosts: Sequence[str], *, zero_stage: int
@@ -30,8 +35,11 @@ class Stragglers:
         self.run, self.world, self.config = run, world, config
         self.hosts = hosts  # of each rank
         self.measures_forward = zero_stage < 3
+        self._started = False
+        self._lap_seconds = 0.0
+        self._work = [0.0] * world.size  # seconds of each rank's own work in this lap
         self._streaks = [0] * world.size  # laps in a row that each rank was slow in
-        self._seconds = 0.0
+        self._seconds = 0.0  # of this rank's forward passes since the last log step
         self._on_gpu: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
@@ -50,31 +58,39 @@ class Stragglers:
             yield
             self._seconds += time.perf_counter() - started
 
-    def lap(self, waited: float, seconds: float, step: int, recorder: Recorder | None) -> None:
-        """Ends a lap of `seconds`, of which this rank has `waited` for data; collective. The device must be at rest."""
+    def log_step(self, waited: float, seconds: float, step: int, recorder: Recorder | None) -> None:
+        """`seconds` have passed since the last log step, of which this rank has `waited` for data; collective. The
+        device must be at rest."""
         if self.world.size == 1:
             return
         own = waited + self._seconds + sum(start.elapsed_time(end) for start, end in self._on_gpu) / 1000
         self._seconds, self._on_gpu = 0.0, []
         work = self.world.sum([own if rank == self.world.rank else 0.0 for rank in range(self.world.size)]).tolist()
         for rank, ratio in self._slow_ranks(work, seconds):
+            part = "data and forward pass" if self.measures_forward else "data"
+            message = (
+                f"rank {rank} on {self.hosts[rank]} is slow: its {part} took {ratio:.1f} times as long as the median "
+                "rank's"
+            )
             if recorder:
-                part = "data and forward pass" if self.measures_forward else "data"
-                laps = self._streaks[rank]
-                message = (
-                    f"rank {rank} on {self.hosts[rank]} is slow: its {part} took {ratio:.1f} times as long as the "
-                    f"median rank's, {laps} log steps in a row"
-                )
                 recorder.message(message)
                 record_event(self.run, "slow_rank", message, ranks=[rank], ratio=round(ratio, 2), step=step)
 
     def _slow_ranks(self, work: Sequence[float], seconds: float) -> list[tuple[int, float]]:
         """(rank, times the median) of the ranks that are to be named now, from the seconds of work of each."""
-        median = statistics.median_low(work)  # low: of two ranks, the faster one is the measure
+        if not self._started:
+            self._started = True
+            return []
+        self._work = [before + now for before, now in zip(self._work, work, strict=True)]
+        self._lap_seconds += seconds
+        if self._lap_seconds < _LAP_SECONDS:
+            return []
+        median = statistics.median_low(self._work)  # low: of two ranks, the faster one is the measure
         named = []
-        for rank, own in enumerate(work):
-            slow = own > self.config.slow_rank_ratio * median and own - median > _LEAST_COST * seconds
+        for rank, own in enumerate(self._work):
+            slow = own > self.config.slow_rank_ratio * median and own - median > _LEAST_COST * self._lap_seconds
             self._streaks[rank] = self._streaks[rank] + 1 if slow else 0
             if self._streaks[rank] % (_REPEAT * self.config.slow_rank_laps) == self.config.slow_rank_laps:
                 named.append((rank, own / max(median, 1e-9)))
+        self._work, self._lap_seconds = [0.0] * self.world.size, 0.0
         return named

@@ -165,7 +165,7 @@ class Watchdog:
         self._answer_stack_requests()
         now = time.monotonic()
         hang = self._store.get("hang").decode()
-        if not hang and now - self._progress_seen > self._bound(self._living()):
+        if not hang and not self._failed_at and now - self._progress_seen > self._bound(self._living()):
             hang = self._store.compare_set("hang", "", self._accusation(now)).decode()
         if hang:
             self._leave_together(**json.loads(hang))
@@ -243,7 +243,7 @@ class Watchdog:
             message = self._own_failure
             if message is None:
                 assert self._failed_at is not None
-                if now - self._failed_at <= _SILENT_SECONDS + 2 * _BEAT_SECONDS:
+                if now - self._failed_at <= _SILENT_SECONDS + _BEAT_SECONDS:
                     return  # who has fallen silent is not known yet
                 living = {stand.rank for stand in self._living()}
                 lost = [stand for stand in self._stands if stand.rank not in living]
