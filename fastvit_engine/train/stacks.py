@@ -5,6 +5,7 @@ import os
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ def _request_file(run: RunFolder) -> Path:
 
 
 def _flight_record() -> bytes:
-    bindings = torch._C._distributed_c10d
-    if torch.cuda.is_available():
-        return bindings._dump_nccl_trace()  # type: ignore[attr-defined]
-    return bindings._dump_fr_trace()  # type: ignore[attr-defined]
+    bindings: Any = torch._C._distributed_c10d
+    dump = bindings._dump_nccl_trace if torch.cuda.is_available() else bindings._dump_fr_trace
+    # Without the stack of each operation: to write those, PyTorch would import modules, in a process that hangs.
+    return dump(includeStackTraces=False)

@@ -60,6 +60,7 @@ class Watchdog:
         self._store_error: str | None = None
         self._stacks_wanted = False
         self._stacks_written = ("", -SAME_REQUEST_SECONDS)  # the last request, and when
+        self._leaving_since: float | None = None
         self._failed_at: float | None = None
         self._own_failure: str | None = None  # what this rank has to say itself
         self._collective_failure = ""
@@ -142,7 +143,12 @@ class Watchdog:
         self._failed_at = time.monotonic()
         self._wake.set()
         self._failure_known.wait(_SILENT_SECONDS + _TOGETHER_SECONDS)
-        return self._failure or f"a collective operation failed, and the job's store is silent: {collective}"
+        if self._failure is None:
+            state = "is gone, so rank 0 or its launcher has ended" if self._store_error else "is silent"
+            self._failure = self._own_failure or f"the job's store {state}; a collective operation failed: {collective}"
+            if self._stand.step is not None:
+                self._record("failure", self._failure, [])
+        return self._failure
 
     # ---- the thread of the heartbeat, the only one that touches the store
 
@@ -152,7 +158,8 @@ class Watchdog:
             try:
                 self._exchange()
             except RuntimeError as error:  # the store is gone: the other thread decides what that means
-                self._store_error = _one_line(error)
+                self._store_error = collective_failure(error) or _one_line(error)
+                self._failure_known.set()  # nothing more will be
                 return
             self._wake.wait(_BEAT_SECONDS)
             self._wake.clear()
@@ -231,7 +238,7 @@ class Watchdog:
         )
         try:
             write_stacks(self.run, request, self.world.rank, headline)
-        except OSError as error:
+        except Exception as error:  # whatever it is, it must not end this thread
             print(f"fastvit: {here} could not write its stack traces: {error}", file=sys.stderr, flush=True)
 
     # ---- failure of a collective operation, or of a rank that says why
@@ -270,6 +277,7 @@ class Watchdog:
         )
 
     def _leave_together(self, request: str, message: str, ranks: list[int], speaker: int, living: int) -> NoReturn:
+        self._leaving_since = time.monotonic()
         self._write_stacks(request)
         try:
             self._store.add("hang_written", 1)
@@ -279,6 +287,7 @@ class Watchdog:
                     time.sleep(0.1)
                 self._say_goodbye("hang", message, ranks)
                 self._store.set("hang_told", "yes")
+                time.sleep(0.5)  # the others leave first: this may be the process that holds the store
             else:
                 while not self._store.get("hang_told") and time.monotonic() < deadline + _BEAT_SECONDS:
                     time.sleep(0.1)
@@ -309,6 +318,10 @@ class Watchdog:
         turn = time.monotonic()
         while not self._stop.wait(_BEAT_SECONDS):
             turn = now = self._forgive_suspension(turn)
+            if self._leaving_since:  # unless even that takes for ever
+                if now - self._leaving_since > 4 * _TOGETHER_SECONDS:
+                    os._exit(EXIT_RESTART)
+                continue
             silence, standstill = now - self._store_answered, now - self._phase_began
             bound = self._bound([self._stand])
             if self._store_error and standstill > min(bound, _STORE_GONE_SECONDS) and not self._failed_at:

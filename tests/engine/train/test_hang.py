@@ -11,9 +11,8 @@ def stands(**changes):
 def test_a_silent_rank_is_at_fault_wherever_the_others_stand():
     message, ranks = describe_hang(stands(r0={"marks": 1}), {2: 21.4}, 300.2)
     assert ranks == [2]
-    assert message == (
-        "no process has made progress for 300 s: rank 2 on host2 was last heard of 21 s ago, in 'backward' after step 17"
-    )
+    assert message.startswith("no process has made progress for 300 s: rank 2 on host2 was last heard of 21 s ago")
+    assert message.endswith("in 'backward' after step 17")
 
 
 def test_the_rank_that_is_behind_is_at_fault():
