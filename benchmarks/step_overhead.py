@@ -48,7 +48,9 @@ from fastvit_engine.train.defaults import choose, machine_of
 from fastvit_engine.train.distributed import World, join_world
 from fastvit_engine.train.engine import build_engine, parameter_groups, set_learning_rate, split_batch
 from fastvit_engine.train.plan import Plan
+from fastvit_engine.train.preemption import Preemption
 from fastvit_engine.train.preflight import Start
+from fastvit_engine.train.watchdog import Watchdog
 from fastvit_kernels import FusedCrossEntropy
 
 VARIANTS = ("bare", "control", "deepspeed-0", "deepspeed-1", "loop-0", "loop-1")
@@ -292,7 +294,9 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path) -> Weights:
         message="",
         data=DataPlan(train=(), eval=None, streams=None, samples_per_epoch=samples, class_names=None),
     )
-    loop._train(resolved, choose(resolved.config, machine_of(world)), run, start, world)
+    watchdog = Watchdog(run, world, resolved.config.watchdog)  # not entered: loops stand still between their turns
+    chosen = choose(resolved.config, machine_of(world))
+    loop._train(resolved, chosen, run, start, world, watchdog, Preemption())
     return load_file(folder / "model.safetensors")
 
 

@@ -175,6 +175,15 @@ class HealthConfig(_Section):
     watch_gradients: bool = False
 
 
+class WatchdogConfig(_Section):
+    """When processes that wait for each other give up and end, for a restart, and which of them are called slow."""
+
+    timeout_seconds: float = Field(300.0, gt=0)  # without progress on any process, while training and evaluating
+    slow_phase_seconds: float = Field(1800.0, gt=0)  # likewise while starting, in the first step, and while saving
+    slow_rank_ratio: float = Field(1.5, gt=1)  # slow: own work that takes this many times the median process's
+    slow_rank_laps: int = Field(3, gt=0)  # times in a row, five seconds apart or more, that it must be to be named
+
+
 class Config(_Section):
     name: str = "run"
     seed: int = Field(0, ge=0)
@@ -189,6 +198,7 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     zero: ZeroConfig = ZeroConfig()
     health: HealthConfig = HealthConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     deepspeed: dict[str, Any] = {}  # merged last over the DeepSpeed configuration that the engine writes
 
 

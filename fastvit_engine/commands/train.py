@@ -13,7 +13,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="pretrain a model",
         description="Pretrains the model of a recipe: on every GPU of this machine, on CPU processes where it has\n"
         "none, or as one rank of the job that torchrun started.",
-        epilog="example:\n  fastvit train vit_b16_i21k --set data.train=shards/ --out runs/b16 --resume auto",
+        epilog="example:\n  fastvit train vit_b16_i21k --set data.train=shards/ --out runs/b16 --resume auto\n\n"
+        "signals: SIGTERM, SIGUSR1 or Ctrl-C finishes the step, saves and exits with code 76; a second one ends the\n"
+        "run at once. SIGQUIT writes stack traces into the run folder, as `fastvit stacks` does.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(parser)
@@ -30,6 +32,14 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         type=int,
         default=1,
         help="processes to start where there is no GPU (default: 1)",
+    )
+    parser.add_argument(
+        "--max-restarts",
+        metavar="N",
+        type=int,
+        default=3,
+        help="on one machine: times that processes which hang or are killed are started again, counted from the last "
+        "new checkpoint (default: 3)",
     )
     parser.set_defaults(run=_run)
 
@@ -53,15 +63,17 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.cpu_processes < 1:
         raise UserError(f"--cpu-processes is {args.cpu_processes}: at least 1")
-    processes = launch.processes_here(args.cpu_processes)
+    if args.max_restarts < 0:
+        raise UserError(f"--max-restarts is {args.max_restarts}: at least 0")
+    processes, run = launch.processes_here(args.cpu_processes), RunFolder(out)
     chosen = choose(resolved.config, machine_here(processes))
-    start = preflight(chosen.config, RunFolder(out), processes, resume=resume)
+    start = preflight(chosen.config, run, processes, resume=resume)
     if start.step == start.total_steps:
-        report_damage(RunFolder(out), start.damaged, start.checkpoint)
+        report_damage(run, start.damaged, start.checkpoint)
         if start.checkpoint:
-            export_run(start.checkpoint, RunFolder(out))  # it may have been killed just before this
+            export_run(start.checkpoint, run)  # it may have been killed just before this
         print(start.message)
         return 0
     overrides = [word for override in args.set for word in ("--set", override)]
     command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *overrides]
-    return launch.run_processes(command, processes)
+    return launch.run_with_restarts(command, processes, run, args.max_restarts)

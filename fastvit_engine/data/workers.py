@@ -1,6 +1,7 @@
 """Batches from decoding processes."""
 
 import mmap
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -76,8 +77,17 @@ def _loader(dataset: Dataset, sampler: Any, *, num_workers: int, prefetch: int) 
         collate_fn=_unchanged,
         prefetch_factor=prefetch if num_workers else None,
         multiprocessing_context="fork" if num_workers else None,
+        worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # or the loader would draw from, and so move, the global generator
     )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ignores the signals that the parent handles itself: they may reach every process of a job, and the parent still
+    needs its data for the step that it finishes."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT):
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _received(loader: DataLoader) -> Iterator[Any]:

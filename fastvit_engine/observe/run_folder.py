@@ -41,6 +41,10 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def stacks(self) -> Path:
+        return self.path / "stacks"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples.json"
 

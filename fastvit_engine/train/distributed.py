@@ -1,16 +1,19 @@
 """The processes of a run: joining them, agreeing on errors, small reductions."""
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fastvit_engine.errors import UserError
+from fastvit_engine.errors import Preempted, RestartError, UserError
 
 T = TypeVar("T")
 
@@ -86,8 +89,13 @@ class World:
 
 
 @contextmanager
-def join_world() -> Iterator[World]:
-    """Joins the processes that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; leaves after."""
+def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> Iterator[World]:
+    """Joins the processes that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; leaves after.
+
+    `timeout_seconds`: that a process waits for the others to join, and in any collective operation until
+    `limit_collectives` says otherwise. `dumps`: folder for what NCCL has to tell of an operation that timed out.
+    RestartError where not all processes join.
+    """
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available()
     if on_gpu and local_rank >= torch.cuda.device_count():
@@ -98,9 +106,64 @@ def join_world() -> Iterator[World]:
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
-    yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
-    # Only on the way out without an error: a failed peer would never reach the barrier. Without the barrier, Gloo's
-    # threads sometimes abort the interpreter at exit.
-    dist.barrier()
+        _prepare_nccl(dumps)
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    except RuntimeError as error:
+        cause = collective_failure(error)
+        if cause is None:
+            raise
+        raise RestartError(
+            f"rank {os.environ['RANK']} could not join the other processes at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} within {timeout_seconds:.0f} s: {cause}"
+        ) from error
+    try:
+        yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+    except Preempted:  # which all processes are, at once
+        _leave_world()
+        raise
+    # Not after an error: a failed peer would never reach the barrier.
+    _leave_world()
+
+
+def limit_collectives(timeout_seconds: float) -> None:
+    """Makes `timeout_seconds` the longest that a collective operation may take, in every group that there is now.
+
+    DeepSpeed makes groups of its own, with PyTorch's default of 30 minutes for Gloo and 10 for NCCL.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds), group)
+
+
+def collective_failure(error: Exception) -> str | None:
+    """What a collective operation or the job's store failed with, in a sentence; None for an error of another kind."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in text.lower()):
+        return None
+    for padding in (" Exception raised from ", " This is typically caused by "):  # C++ frames; general advice
+        text = text.partition(padding)[0]
+    return re.sub(r"\[[^\]]*\.(cc|cpp|h|hpp):\d+\] *", "", text)  # where in the library's source it was raised
+
+
+def _prepare_nccl(dumps: Path | None) -> None:
+    """A process whose NCCL operation fails or times out ends, after it has written the latest operations to `dumps`.
+
+    What the user has set stays. Names of PyTorch 2.11 and later: ProcessGroupNCCL.hpp, FlightRecorder.hpp.
+    """
+    settings = {
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # end the process, without another NCCL call that could hang
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_BUFFER_SIZE": "2000",  # operations that the flight recorder remembers
+    }
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" in os.environ:  # the older name
+        del settings["TORCH_FR_BUFFER_SIZE"]
+    if dumps is not None and "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:  # likewise
+        dumps.mkdir(parents=True, exist_ok=True)
+        settings["TORCH_FR_DUMP_TEMP_FILE"] = str(dumps / "nccl-rank-")  # the rank is appended
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def _leave_world() -> None:
+    dist.barrier()  # without it, Gloo's threads sometimes abort the interpreter at exit
     dist.destroy_process_group()

@@ -67,12 +67,24 @@ def train(resolved: Resolved, out: Path, *, resume: bool) -> None:
         if start.step < start.total_steps:
             if world.is_main:
                 print(chosen.describe(), flush=True)
-            job = _set_up(resolved, chosen, run, start, world, watchdog, preemption)
-            part: Start | None = start
-            while part is not None:  # more than once where something went wrong
-                part = _train_from(part, job)
+            _train(resolved, chosen, run, start, world, watchdog, preemption)
         elif finished := start.checkpoint:
             world.on_main(lambda: export_run(finished, run))  # it may have been killed just before this
+
+
+def _train(
+    resolved: Resolved,
+    chosen: Chosen,
+    run: RunFolder,
+    start: Start,
+    world: World,
+    watchdog: Watchdog,
+    preemption: Preemption,
+) -> None:
+    job = _set_up(resolved, chosen, run, start, world, watchdog, preemption)
+    part: Start | None = start
+    while part is not None:  # more than once where something went wrong
+        part = _train_from(part, job)
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,7 @@ def _set_up(
         replicas=Replicas(engine, world),
         watch=watch,
         watchdog=watchdog,
-        stragglers=Stragglers(run, world, config.watchdog, watchdog.hosts, zero_stage=config.zero.stage),
+        stragglers=Stragglers(run, world, config.watchdog, watchdog.hosts, zero_stage=engine.zero_optimization_stage()),
         preemption=preemption,
         peak=peak,
         flops_per_image=training_flops(config.model),

@@ -37,10 +37,11 @@ def digits(tmp_path_factory) -> Path:
 def train_command(digits):
     """The command line of a tiny run: `train_command(out, "zero.stage=2", processes=2, resume="auto")`."""
 
-    def build(out, *settings, processes=1, resume="never"):
+    def build(out, *settings, processes=1, resume="never", max_restarts=0):
         everything = [f"data.train={digits}/train-*.tar", *TINY_RUN, *settings]
         command = [sys.executable, "-m", "fastvit_engine", "train", "quickstart", "--out", str(out)]
         command += ["--cpu-processes", str(processes), "--resume", resume]
+        command += ["--max-restarts", str(max_restarts)]
         return command + [word for setting in everything for word in ("--set", setting)]
 
     return build

@@ -151,22 +151,6 @@ def test_killed_before_the_first_checkpoint(train, train_command, settings, tmp_
     assert record(run) == uninterrupted
 
 
-def test_one_killed_rank_ends_the_run(train_command, settings, tmp_path):
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = train_command(tmp_path / "run", *settings, "train.duration=100000 steps", processes=2)
-    parent = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "checkpoints" / "latest").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent.pid)], capture_output=True, text=True)
-        victim = int(children.stdout.split()[-1])
-        os.kill(victim, signal.SIGKILL)
-        assert parent.wait(timeout=30) == 128 + signal.SIGKILL
-    finally:
-        parent.kill()
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of its own with 3 MB, for which root is needed."""

@@ -1,0 +1,48 @@
+"""`fastvit stacks`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from fastvit_engine.errors import UserError
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "stacks",
+        help="write the stack traces of a run in progress",
+        description="Asks every process of a run, on whatever machines, for the Python stack traces of its threads,\n"
+        "which appear in RUN/stacks. The run goes on.",
+        epilog="example:\n  fastvit stacks runs/b16",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="the folder that fastvit train writes")
+    parser.add_argument(
+        "--wait", metavar="SECONDS", type=float, default=30.0, help="for the processes to answer (default: 30)"
+    )
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fastvit_engine.observe.events import read_events
+    from fastvit_engine.observe.run_folder import RunFolder
+    from fastvit_engine.train.stacks import collect_stacks
+
+    run = RunFolder(args.run_folder)
+    starts = [event for event in read_events(run) if event["event"] == "start"]
+    if not starts:
+        raise UserError(
+            f"{run.path} is not the folder of a run that has started: give the one that fastvit train names"
+        )
+    processes = int(starts[-1]["world_size"])  # type: ignore[typeddict-item]
+    files = collect_stacks(run, processes, args.wait)
+    if not files:
+        raise UserError(
+            f"no process of {run.path} has answered within {args.wait:g} s: it is not running, or it runs on a machine "
+            "that does not see this folder"
+        )
+    for file in files:
+        print(file)
+    if len(files) < processes:
+        print(f"fastvit: {processes - len(files)} of {processes} processes have not answered", file=sys.stderr)
+    return 0
