@@ -53,7 +53,7 @@ def stopped(tmp_path, shards):
         folder = run.checkpoints / "step-00000040"
         folder.mkdir(parents=True)
         state = {"step": 40, "consumed": 320, "bad_samples": 3, "seconds": 1.0, "accuracy": {}}
-        state["fingerprint"] = began.fingerprint
+        state |= {"skipped": [], "recent": [], "fingerprint": began.fingerprint}
         (folder / "manifest.json").write_bytes(Manifest(40, state, {}, {}, {}).to_json())
         (run.checkpoints / "latest").write_text(folder.name)
         return run

@@ -1,11 +1,11 @@
-import json
-
 import pytest
 
 from fastvit_engine.data.data_plan import DataPlan
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.train.checkpoint import Manifest
+from fastvit_engine.train.checkpoint.local import LocalPlace
 from fastvit_engine.train.diagnosis import Diagnosis
 from fastvit_engine.train.guard import Anomaly, StepReport
 from fastvit_engine.train.preflight import Start, move_to_latest
@@ -19,18 +19,19 @@ START = Start(0, 100, 0.0, None, {}, "", DATA)
 def run(tmp_path):
     """A run whose latest checkpoint is that of step 5, before which it has left out 64 samples."""
     state = {"step": 5, "seconds": 2.0, "consumed": 224, "bad_samples": 1, "skipped": [[32, 96]]}
-    folder = tmp_path / "checkpoints" / "step-00000005"
-    folder.mkdir(parents=True)
-    (folder / "state.json").write_text(json.dumps({**state, "recent": [[2.0, 1.0]], "fingerprint": {}}))
-    (tmp_path / "checkpoints" / "latest").write_text(folder.name)
-    return RunFolder(tmp_path)
+    state |= {"recent": [[2.0, 1.0]], "fingerprint": {}}
+    run = RunFolder(tmp_path)
+    place = LocalPlace(run.checkpoints)
+    place.prepare("step-00000005", 0)
+    place.publish("step-00000005", Manifest(5, state, {}, {}, {}).to_json())
+    return run
 
 
 def fail(run, window, *, skip=True, most=3):
     report = StepReport(float("nan"), 1.0, 0.0, None)
     diagnosis = Diagnosis("data", [1], ["node"], ["key"], [], True, not skip, False)
     message = record_anomaly(run, 7, window, Anomaly("loss", "the loss is nan"), report, diagnosis)
-    return go_back(run, START, 7, window, message, skip=skip, most=most)
+    return go_back(run, LocalPlace(run.checkpoints), START, 7, window, message, skip=skip, most=most)
 
 
 def test_going_back_leaves_out_the_window_and_what_was_left_out_before(run):
@@ -47,7 +48,7 @@ def test_going_back_leaves_out_the_window_and_what_was_left_out_before(run):
 
 def test_a_run_killed_after_going_back_still_leaves_the_window_out(run):
     fail(run, (288, 320))
-    assert move_to_latest(START, run).skipped == ((32, 96), (288, 320))
+    assert move_to_latest(START, run, LocalPlace(run.checkpoints)).skipped == ((32, 96), (288, 320))
 
 
 def test_a_run_gives_up_after_so_many_times(run):
@@ -71,4 +72,4 @@ def test_an_innocent_window_is_trained_on_again_but_may_not_fail_twice(run):
 
 def test_a_window_can_be_left_out_by_hand(run):
     record_event(run, "skip", "doubtful labels", samples=[960, 992])
-    assert move_to_latest(START, run).skipped == ((32, 96), (960, 992))
+    assert move_to_latest(START, run, LocalPlace(run.checkpoints)).skipped == ((32, 96), (960, 992))
