@@ -6,6 +6,7 @@ Runs until it is killed. Packets keep their virtio header, so segments that the 
 splitting into frames) stay as they were.
 """
 
+import contextlib
 import heapq
 import random
 import select
@@ -43,10 +44,8 @@ def main(port: str, other: str, delay: float, loss: float) -> None:
                 heapq.heappush(on_the_way, (time.monotonic() + delay, number, 1 - ends.index(end), packet))
         while on_the_way and on_the_way[0][0] <= time.monotonic():
             _, _, leaving, packet = heapq.heappop(on_the_way)
-            try:
+            with contextlib.suppress(OSError):  # the interface is down: lost, as on a real cable
                 ends[leaving].send(packet)
-            except OSError:
-                pass  # the interface is down: lost, as on a real cable
 
 
 if __name__ == "__main__":

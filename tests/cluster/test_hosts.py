@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hosts import FILES_OF_HOSTS, NAMESPACES, Hosts, wait_until
+from hosts import FILES_OF_HOSTS, NAMESPACES, wait_until
 
 # A server that answers every line with the same line, and a client that prints its round trip's seconds.
 ECHO = "import socketserver as s; s.TCPServer.allow_reuse_address = True\n" + (
@@ -18,7 +18,7 @@ ECHO = "import socketserver as s; s.TCPServer.allow_reuse_address = True\n" + (
 ASK = (
     "import socket, sys, time\n"
     "start = time.monotonic()\n"
-    "with socket.create_connection((sys.argv[1], 5000), timeout=5) as c:\n"
+    "with socket.create_connection((sys.argv[1], 5000), timeout=2) as c:\n"
     "    c.settimeout(20); sent = b'x' * int(sys.argv[2]) + b'\\n'; c.sendall(sent)\n"
     "    got = b''\n"
     "    while len(got) < len(sent): got += c.recv(1 << 20)\n"
