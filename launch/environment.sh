@@ -10,6 +10,8 @@
 PYTHON=${PYTHON:-python}
 FASTVIT_LAUNCH=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 _fastvit_lines=()
+# shellcheck disable=SC2034  # for the launcher that sources this
+declare -A FASTVIT_CHOSEN=() # names of the variables that were not set before
 
 fastvit_fail() {
     echo "launch: error: $1" >&2
@@ -23,6 +25,8 @@ _fastvit_default() {
         why="already set"
     else
         export "$1=$2"
+        # shellcheck disable=SC2034
+        FASTVIT_CHOSEN[$1]=1
     fi
     _fastvit_lines+=("$(printf 'export %s=%q  # %s' "$1" "${!1}" "$why")")
 }

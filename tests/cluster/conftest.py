@@ -46,7 +46,7 @@ def training(digits):
             f"data.train={digits}/train-*.tar",
             "data.eval=null",
             "data.num_workers=0",
-            "model={name: Ti/4, image_size: 8, width: 32, depth: 2, heads: 2}",
+            "model={name: Ti/4, num_classes: 10, image_size: 8, width: 32, depth: 2, heads: 2}",
             f"train={{duration: {STEPS} steps, global_batch_size: 36, log_every: 1, precision: fp32}}",
             "schedule.warmup=2 steps",
             "evaluate.every=null",
