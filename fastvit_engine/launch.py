@@ -49,10 +49,10 @@ def launched_by_cluster(environment: MutableMapping[str, str] = os.environ) -> b
 def _in_torchrun_names(environment: Mapping[str, str]) -> dict[str, str]:
     """What torchrun would call the variables of SLURM's tasks and of DeepSpeed's launcher.
 
-    A task of SLURM is a rank only where the job script also exports MASTER_ADDR: a shell under srun is none.
+    A task of srun is a rank only where the job script also exports MASTER_ADDR: an interactive shell is none.
     """
     names: dict[str, str] = {}
-    if "MASTER_ADDR" in environment and "SLURM_PROCID" in environment and "RANK" not in environment:
+    if {"MASTER_ADDR", "SLURM_PROCID", "SLURM_STEP_ID"} <= environment.keys() and "RANK" not in environment:
         slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
         names = {ours: environment[theirs] for ours, theirs in slurm.items() if theirs in environment}
         counts: list[str] = []  # tasks of each node, written as "2(x3),1"

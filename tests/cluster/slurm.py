@@ -59,11 +59,21 @@ class Slurm:
         ]
         text = CONFIGURATION.format(controller=hosts.address(0), folder=self.folder, nodes="\n".join(nodes))
         self.configuration.write_text(text)
+        (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # not looked for: there may be none
+        self.daemons: list[subprocess.Popen[bytes]] = []
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
         self._start_munge()
-        self.daemons = [self._daemon(0, "slurmctld", "-D", "-f", str(self.configuration))]
-        for host in range(hosts.count):
-            self.daemons.append(self._daemon(host, "slurmd", "-D", "-f", str(self.configuration)))
-        wait_until(self._all_idle, what="the SLURM cluster")
+        self._start_daemon(0, "slurmctld")
+        for host in range(self.hosts.count):
+            (self.folder / f"spool-{self.hosts.name(host)}").mkdir()
+            self._start_daemon(host, "slurmd")
+        wait_until(self._all_idle, seconds=60, what="the SLURM cluster")
 
     def _start_munge(self) -> None:
         key = self.folder / "munge.key"
@@ -77,11 +87,12 @@ class Slurm:
         self.munge = subprocess.Popen([munged, "--foreground", "--force", *options], stderr=subprocess.DEVNULL)
         wait_until((self.folder / "munge.socket").exists, what="munged")
 
-    def _daemon(self, host: int, name: str, *arguments: str) -> "subprocess.Popen[bytes]":
+    def _start_daemon(self, host: int, name: str) -> None:
         program = shutil.which(name, path=PATH)
         assert program is not None
-        log = open(self.folder / f"{name}-{host}.out", "wb")
-        return self.hosts.start(host, [program, *arguments], stdout=log, stderr=subprocess.STDOUT)
+        with open(self.folder / f"{name}-{host}.out", "wb") as log:
+            command = [program, "-D", "-f", str(self.configuration)]
+            self.daemons.append(self.hosts.start(host, command, stdout=log, stderr=subprocess.STDOUT))
 
     def _all_idle(self) -> bool:
         listed = self.run("sinfo", "--noheader", "--Node", "--format", "%T")
