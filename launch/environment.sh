@@ -4,6 +4,7 @@
 #   fastvit_environment HEAD NODES PROCESSES_PER_NODE    sets the variables, and HEAD_ADDRESS, OWN_ADDRESS, INTERFACE
 #   fastvit_show COMMAND...                              prints both, as a shell would take them (--dry-run)
 #   fastvit_fail SENTENCE                                ends the script: bad input, exit code 2
+#   fastvit_wait PROCESS                                 waits for a child and returns its exit code, whatever traps run
 #
 # PYTHON is the interpreter of the ranks (default: python).
 
@@ -60,6 +61,17 @@ fastvit_environment() {
     _fastvit_default TRITON_CACHE_DIR "$caches/triton" "on this node's own disk"
     _fastvit_default TORCHINDUCTOR_CACHE_DIR "$caches/inductor" "likewise"
     _fastvit_default TORCH_EXTENSIONS_DIR "$caches/extensions" "likewise"
+}
+
+# A trap ends `wait`, not the child: every trap sets fastvit_trapped=true.
+fastvit_wait() {
+    local code again
+    while :; do
+        fastvit_trapped=false again=0
+        wait "$1" || again=$?
+        [[ $again -eq 127 ]] || code=$again # 127: it was already waited for when the trap ran
+        $fastvit_trapped || return "${code:-127}"
+    done
 }
 
 fastvit_show() {

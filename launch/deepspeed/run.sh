@@ -105,13 +105,9 @@ stopping=false
 for ((attempt = 0; ; attempt++)); do
     "${command[@]}" &
     runner=$!
-    trap 'stopping=true; kill -TERM $runner 2>/dev/null' TERM INT
+    trap 'fastvit_trapped=true stopping=true; kill -TERM $runner 2>/dev/null || true' TERM INT
     code=0
-    wait "$runner" || code=$?
-    while kill -0 "$runner" 2>/dev/null; do # a trapped signal ends `wait`, not the runner
-        code=0
-        wait "$runner" || code=$?
-    done
+    fastvit_wait "$runner" || code=$?
     if $stopping || [[ $attempt -ge $restarts || ! ($code == 75 || $code -ge 128) ]]; then
         exit "$code"
     fi

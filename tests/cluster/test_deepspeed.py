@@ -4,7 +4,7 @@ import shutil
 import subprocess
 
 import pytest
-from conftest import EVERYTHING, LAUNCH, SHARD_EVERYTHING, assert_same_curve, rows
+from harness import EVERYTHING, LAUNCH, SHARD_EVERYTHING, assert_same_curve, rows
 from hosts import wait_until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

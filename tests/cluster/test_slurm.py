@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import slurm as slurm_cluster
-from conftest import EVERYTHING, LAUNCH, REPOSITORY, SHARD_EVERYTHING, assert_same_curve
+from harness import EVERYTHING, LAUNCH, REPOSITORY, SHARD_EVERYTHING, assert_same_curve
 from hosts import wait_until
 from slurm import Slurm
 

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from conftest import EVERYTHING, LAUNCH, SHARD_EVERYTHING, assert_same_curve, rows
+from harness import EVERYTHING, LAUNCH, SHARD_EVERYTHING, assert_same_curve, rows
 from hosts import wait_until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
