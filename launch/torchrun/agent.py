@@ -1,8 +1,9 @@
 """torchrun, for processes whose exit codes mean something: the arguments are torchrun's.
 
 Plain torchrun restarts its processes whatever they exited with, and itself exits with 1 whatever happened. Here bad
-input (2) and a run that was asked to leave (76) are not started again, and what the processes said is the exit code:
-2 before 76 before 75, "start the same command again", which stands for everything else that went wrong.
+input (2) is not started again, nor is a run that was asked to leave (76), unless the job is elastic: then it was
+another node that has to leave. And what the processes said is the exit code: 2 before 76 before 75, "start the same
+command again", which stands for everything else that went wrong.
 """
 
 import sys
@@ -20,9 +21,12 @@ from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART
 class Agent(LocalElasticAgent):
     """Torchrun's agent of one node, which tells failures that a restart may cure from others."""
 
+    final_codes = {EXIT_BAD_INPUT, EXIT_PREEMPTED}
+    last_codes: set[int] = set()
+
     def _monitor_workers(self, worker_group: Any) -> Any:
         result = super()._monitor_workers(worker_group)
-        if verdict({failure.exitcode for failure in result.failures.values()}) != EXIT_RESTART:
+        if self.final_codes & {failure.exitcode for failure in result.failures.values()}:
             self._remaining_restarts = 0
         return result
 
@@ -43,25 +47,29 @@ def verdict(codes: set[int]) -> int:
 
 def main() -> int:
     agents: list[Agent] = []
+    arguments = run.parse_args(sys.argv[1:])
+    fewest, most = run.parse_min_max_nnodes(arguments.nnodes)
 
     def make_agent(*args: Any, **kwargs: Any) -> Agent:
         agents.append(Agent(*args, **kwargs))
+        if fewest < most:
+            agents[-1].final_codes = {EXIT_BAD_INPUT}
         return agents[-1]
 
     api.LocalElasticAgent = make_agent  # type: ignore[misc, assignment]  # where torchrun looks for it
     try:
-        run.run(run.parse_args(sys.argv[1:]))
+        run.run(arguments)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}
         print(f"launch: processes of this node ended with {sorted(codes)}", file=sys.stderr)
         return verdict(codes)
     except SignalException as error:
-        codes = getattr(agents[-1], "last_codes", set()) if agents else set()
+        codes = agents[-1].last_codes if agents else set()
         print(f"launch: asked to leave by {error.sigval.name}; processes ended with {sorted(codes)}", file=sys.stderr)
         return EXIT_PREEMPTED if codes and codes <= {0, EXIT_PREEMPTED} else verdict(codes)
     except Exception as error:  # of the rendezvous, in many types: its head node is gone, or never was there
         print(f"launch: error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
-        return EXIT_RESTART
+        return EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_RESTART
     return 0
 
 
