@@ -113,6 +113,16 @@ def test_bad_input_is_one_sentence(script, name, arguments, sentence):
     assert "Traceback" not in done.stderr
 
 
+def test_more_processes_than_gpus_are_refused(script, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 2\n")  # of the question for the number of GPUs
+    python.chmod(0o755)
+    done = script("torchrun/run.sh", "--processes-per-node", "4", "--", "quickstart", PYTHON=str(python))
+    assert done.returncode == 2
+    assert "--processes-per-node is 4 but" in done.stderr
+    assert "shows 2 GPU(s): one process a GPU" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
