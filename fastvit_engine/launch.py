@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,12 @@ _GRACE_AFTER_RESTART_CODE = 5.0  # likewise after exit code 75, when ranks have 
 _ERROR_SHOWN = "FASTVIT_ERROR_SHOWN"  # a path: the first failing process creates it and speaks for all
 
 
-def launched_by_cluster(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or its like started this process as one rank of a job. UserError if only half-way."""
+def launched_by_cluster(environment: MutableMapping[str, str] = os.environ) -> bool:
+    """Whether torchrun or its like started this process as one rank of a job. UserError if only half-way.
+
+    Adds torchrun's variables where another launcher calls them otherwise.
+    """
+    environment.update(_in_torchrun_names(environment))
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return False
     missing = [name for name in LAUNCHER_VARIABLES if name not in environment]
@@ -48,6 +52,26 @@ def launched_by_cluster(environment: Mapping[str, str] = os.environ) -> bool:
             "ranks go from 0 to WORLD_SIZE - 1"
         )
     return True
+
+
+def _in_torchrun_names(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun would call the variables of SLURM's tasks and of DeepSpeed's launcher.
+
+    A task of srun is a rank only where the job script also exports MASTER_ADDR: an interactive shell is none.
+    """
+    names: dict[str, str] = {}
+    if {"MASTER_ADDR", "SLURM_PROCID", "SLURM_STEP_ID"} <= environment.keys() and "RANK" not in environment:
+        slurm = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+        names = {ours: environment[theirs] for ours, theirs in slurm.items() if theirs in environment}
+        counts: list[str] = []  # tasks of each node, written as "2(x3),1"
+        for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
+            count, _, times = part.partition("(x")
+            counts += [count] * int(times.rstrip(")") or 1)
+        if (node := int(environment.get("SLURM_NODEID", "0"))) < len(counts) and counts[node]:
+            names["LOCAL_WORLD_SIZE"] = counts[node]
+    elif "LOCAL_SIZE" in environment and "LOCAL_WORLD_SIZE" not in environment:
+        names["LOCAL_WORLD_SIZE"] = environment["LOCAL_SIZE"]
+    return names
 
 
 def free_port() -> int:

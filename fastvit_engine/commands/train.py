@@ -12,7 +12,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "train",
         help="pretrain a model",
         description="Pretrains the model of a recipe: on every GPU of this machine, on CPU processes where it has\n"
-        "none, or as one rank of the job that torchrun started.",
+        "none, or as one rank of the job that torchrun, srun or deepspeed started.",
         epilog="example:\n  fastvit train vit_b16_i21k --set data.train=shards/ --out runs/b16 --resume auto\n\n"
         "signals: SIGTERM, SIGUSR1 or Ctrl-C finishes the step, saves and exits with code 76; a second one ends the\n"
         "run at once. SIGQUIT writes stack traces into the run folder, as `fastvit stacks` does.",
@@ -48,6 +48,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine import launch
     from fastvit_engine.config import load_config
     from fastvit_engine.observe.run_folder import RunFolder
+    from fastvit_engine.rendezvous import check_rendezvous
     from fastvit_engine.train.defaults import choose, machine_here
     from fastvit_engine.train.export import export_run
     from fastvit_engine.train.loop import train
@@ -58,6 +59,7 @@ def _run(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / resolved.config.name
     resume = args.resume == "auto"
     if launch.launched_by_cluster():
+        check_rendezvous()
         train(resolved, out, resume=resume)
         return 0
 

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# A job on the hosts of a hostfile, started from one of them over ssh: see README.md beside it.
+set -euo pipefail
+# shellcheck source=launch/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
+
+usage="usage: run.sh --hostfile FILE [--head ADDRESS] [--port N] [--venv-script FILE] [--max-restarts N]
+              [--dry-run] -- RECIPE [--set a.b=value ...] --out DIR"
+
+hostfile="" head="" port=29500 venv="" restarts=3 dry_run=false
+while [[ $# -gt 0 && $1 != -- ]]; do
+    case $1 in
+        --dry-run) dry_run=true; shift; continue ;;
+        --help | -h) echo "$usage"; exit 0 ;;
+        --hostfile | --head | --port | --venv-script | --max-restarts) ;;
+        *) fastvit_fail "unknown option '$1' (arguments of the training go behind --); $usage" ;;
+    esac
+    [[ $# -gt 1 ]] || fastvit_fail "$1 needs a value; $usage"
+    case $1 in
+        --hostfile) hostfile=$2 ;;
+        --head) head=$2 ;;
+        --port) port=$2 ;;
+        --venv-script) venv=$2 ;;
+        --max-restarts) restarts=$2 ;;
+    esac
+    shift 2
+done
+[[ $# -gt 1 ]] || fastvit_fail "no recipe behind --; $usage"
+shift
+[[ -n $hostfile ]] || fastvit_fail "--hostfile is missing; $usage"
+[[ -r $hostfile ]] || fastvit_fail "there is no hostfile $hostfile"
+[[ $restarts =~ ^[0-9]+$ ]] || fastvit_fail "--max-restarts is '$restarts': a number"
+[[ $port =~ ^[1-9][0-9]*$ ]] || fastvit_fail "--port is '$port': a number"
+command -v pdsh >/dev/null || fastvit_fail "DeepSpeed's launcher needs pdsh: install it on this host"
+
+# ---- the hosts
+hosts=() slots=0 number=0
+while read -r host count rest || [[ -n ${host:-} ]]; do
+    number=$((number + 1))
+    [[ -n ${host:-} && $host != \#* ]] || continue
+    [[ $count =~ ^slots=[1-9][0-9]*$ && (-z $rest || $rest == \#*) ]] ||
+        fastvit_fail "line $number of $hostfile is no 'HOST slots=N'"
+    [[ ${hosts[*]} == "" || " ${hosts[*]} " != *" $host "* ]] || fastvit_fail "$hostfile names $host twice"
+    getent ahosts "$host" >/dev/null || fastvit_fail "line $number of $hostfile: no host is known by the name '$host'"
+    hosts+=("$host")
+    slots=$((slots > ${count#slots=} ? slots : ${count#slots=}))
+done <"$hostfile"
+[[ ${#hosts[@]} -gt 0 ]] || fastvit_fail "$hostfile names no host"
+head=${head:-${hosts[0]}}
+fastvit_environment "$head" "${#hosts[@]}" "$slots"
+
+# ---- what the other hosts are told
+# A remote shell reads every argument once more, and pdsh its percent signs.
+quoted=()
+for argument in "$@" --resume auto; do
+    if [[ $argument =~ ^[A-Za-z0-9_@+=:,./-]+$ ]]; then
+        quoted+=("$argument")
+    else
+        argument=${argument//\\/\\\\}
+        argument=${argument//\'/\\\'}
+        argument=${argument//%/\\x25}
+        argument=${argument//$'\n'/\\n}
+        quoted+=("\$'${argument// /\\x20}'")
+    fi
+done
+
+command=(
+    "$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --launcher pdsh --force_multi --no_ssh_check
+    --no_local_rank --master_addr "$HEAD_ADDRESS" --master_port "$port" --log_level warning
+    --venv_script "$FASTVIT_LAUNCH/deepspeed/host.sh $(command -v "$PYTHON") $head ${#hosts[@]} $slots $venv"
+    --module fastvit_engine train "${quoted[@]}"
+)
+
+# DeepSpeed passes on PYTHON* alone; this file adds what the user has set of what concerns the job.
+write_deepspeed_env() {
+    local name
+    for name in $(compgen -e | grep -E '^(FASTVIT|NCCL|TORCH|GLOO|TRITON|OMP|CUDA|UCX|FI|HF|AWS|PYTORCH)_' || true); do
+        [[ -z ${FASTVIT_CHOSEN[$name]:-} ]] || continue # every host chooses for itself
+        [[ ${!name} =~ ^[A-Za-z0-9_@+=:,./\ -]*$ ]] ||
+            fastvit_fail "\$$name holds a character that DeepSpeed does not pass on: set it in --venv-script instead"
+        echo "$name=${!name}"
+    done
+}
+variables=$(write_deepspeed_env)
+
+if $dry_run; then
+    fastvit_show "${command[@]}"
+    [[ -z $variables ]] || printf '# passed on to every host:\n%s\n' "$variables"
+    exit 0
+fi
+
+for host in "${hosts[@]}"; do
+    # shellcheck disable=SC2086  # PDSH_SSH_ARGS_APPEND holds several words
+    ssh -n -o BatchMode=yes -o ConnectTimeout=10 ${PDSH_SSH_ARGS_APPEND:-} "$host" "test -r '$FASTVIT_LAUNCH'" ||
+        fastvit_fail "$host cannot be used: ssh must need no password, and $FASTVIT_LAUNCH must be there too (see above)"
+done
+
+DS_ENV_FILE=$(mktemp) # mode 600: it may hold secrets
+export DS_ENV_FILE
+trap 'rm -f "$DS_ENV_FILE"' EXIT
+echo "$variables" | sed '/^$/d' >"$DS_ENV_FILE"
+
+# ---- the job, and again after a failure that a restart may cure
+stopping=false
+for ((attempt = 0; ; attempt++)); do
+    "${command[@]}" &
+    runner=$!
+    trap 'fastvit_trapped=true stopping=true; kill -TERM $runner 2>/dev/null || true' TERM INT
+    code=0
+    fastvit_wait "$runner" || code=$?
+    if $stopping || [[ $attempt -ge $restarts || ! ($code == 75 || $code -ge 128) ]]; then
+        exit "$code"
+    fi
+    echo "launch: the job ended with $code: restart $((attempt + 1)) of $restarts" >&2
+done

@@ -1,0 +1,77 @@
+"""torchrun, for processes whose exit codes mean something: the arguments are torchrun's.
+
+Plain torchrun restarts its processes whatever they exited with, and itself exits with 1 whatever happened. Here bad
+input (2) is not started again, nor is a run that was asked to leave (76), unless the job is elastic: then it was
+another node that has to leave. And what the processes said is the exit code: 2 before 76 before 75, "start the same
+command again", which stands for everything else that went wrong.
+"""
+
+import sys
+from typing import Any
+
+from torch.distributed import run
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api
+
+from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART
+
+
+class Agent(LocalElasticAgent):
+    """Torchrun's agent of one node, which tells failures that a restart may cure from others."""
+
+    final_codes = {EXIT_BAD_INPUT, EXIT_PREEMPTED}
+    last_codes: set[int] = set()
+
+    def _monitor_workers(self, worker_group: Any) -> Any:
+        result = super()._monitor_workers(worker_group)
+        if self.final_codes & {failure.exitcode for failure in result.failures.values()}:
+            self._remaining_restarts = 0
+        return result
+
+    def _shutdown(self, *args: Any, **kwargs: Any) -> None:
+        super()._shutdown(*args, **kwargs)
+        self.last_codes = exit_codes(self._pcontext)
+
+
+def exit_codes(processes: Any) -> set[int]:
+    handlers = getattr(processes, "subprocess_handlers", {})
+    return {handler.proc.returncode for handler in handlers.values() if handler.proc.returncode is not None}
+
+
+def verdict(codes: set[int]) -> int:
+    """One exit code for those of all processes."""
+    return next((code for code in (EXIT_BAD_INPUT, EXIT_PREEMPTED) if code in codes), EXIT_RESTART)
+
+
+def main() -> int:
+    agents: list[Agent] = []
+    arguments = run.parse_args(sys.argv[1:])
+    fewest, most = run.parse_min_max_nnodes(arguments.nnodes)
+
+    def make_agent(*args: Any, **kwargs: Any) -> Agent:
+        agents.append(Agent(*args, **kwargs))
+        if fewest < most:
+            agents[-1].final_codes = {EXIT_BAD_INPUT}
+        return agents[-1]
+
+    api.LocalElasticAgent = make_agent  # type: ignore[misc, assignment]  # where torchrun looks for it
+    try:
+        run.run(arguments)
+    except ChildFailedError as error:
+        codes = {failure.exitcode for failure in error.failures.values()}
+        print(f"launch: processes of this node ended with {sorted(codes)}", file=sys.stderr)
+        return verdict(codes)
+    except SignalException as error:
+        codes = agents[-1].last_codes if agents else set()
+        print(f"launch: asked to leave by {error.sigval.name}; processes ended with {sorted(codes)}", file=sys.stderr)
+        return EXIT_PREEMPTED if codes and codes <= {0, EXIT_PREEMPTED} else verdict(codes)
+    except Exception as error:  # of the rendezvous, in many types: its head node is gone, or never was there
+        print(f"launch: error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_RESTART
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

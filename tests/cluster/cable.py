@@ -1,0 +1,52 @@
+"""A bad cable: carries packets between two network interfaces, late, and not all of them.
+
+    python cable.py PORT OTHER DELAY_SECONDS LOSS_SHARE
+
+Runs until it is killed. Packets keep their virtio header, so segments that the sender left to "hardware" (checksums,
+splitting into frames) stay as they were.
+"""
+
+import contextlib
+import heapq
+import random
+import select
+import socket
+import sys
+import time
+
+SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23  # linux/if_packet.h
+ETH_P_ALL = 3
+LARGEST = 10 + 14 + 65535  # bytes: virtio header, Ethernet header, the largest segment
+
+
+def plug(interface: str) -> socket.socket:
+    wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)  # no protocol yet: hears nothing
+    wire.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
+    wire.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+    wire.bind((interface, ETH_P_ALL))
+    wire.setblocking(False)
+    return wire
+
+
+def main(port: str, other: str, delay: float, loss: float) -> None:
+    ends = plug(port), plug(other)
+    chance = random.Random(0)
+    on_the_way: list[tuple[float, int, int, bytes]] = []  # due time, number, the end it leaves by, packet
+    number = 0
+    print("plugged in", flush=True)
+    while True:
+        wait = max(0.0, on_the_way[0][0] - time.monotonic()) if on_the_way else None
+        readable, _, _ = select.select(ends, [], [], wait)
+        for end in readable:
+            packet = end.recv(LARGEST)
+            if chance.random() >= loss:
+                number += 1
+                heapq.heappush(on_the_way, (time.monotonic() + delay, number, 1 - ends.index(end), packet))
+        while on_the_way and on_the_way[0][0] <= time.monotonic():
+            _, _, leaving, packet = heapq.heappop(on_the_way)
+            with contextlib.suppress(OSError):  # the interface is down: lost, as on a real cable
+                ends[leaving].send(packet)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4]))

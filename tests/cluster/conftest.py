@@ -1,0 +1,79 @@
+"""A tiny run on real digit scans, started on several hosts as users start it: with the scripts of `launch/`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import REPOSITORY, STEPS, Jobs, losses
+from hosts import Hosts, missing
+
+from fastvit_engine.data.make import make_dataset
+
+
+@pytest.fixture(scope="session")
+def hosts():
+    """Three hosts on a network of their own."""
+    if reason := missing():
+        pytest.skip(reason)
+    with Hosts(3) as three:
+        yield three
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    make_dataset("digits", folder, eval_fraction=0.2, samples_per_shard=200, seed=0, progress=lambda text: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def training(digits):
+    """What stands behind `fastvit train`: `training(out, "zero.stage=3")`."""
+
+    def arguments(out, *settings):
+        everything = [
+            f"data.train={digits}/train-*.tar",
+            "data.eval=null",
+            "data.num_workers=0",
+            "model={name: Ti/4, num_classes: 10, image_size: 8, width: 32, depth: 2, heads: 2}",
+            f"train={{duration: {STEPS} steps, global_batch_size: 36, log_every: 1, precision: fp32}}",
+            "schedule.warmup=2 steps",
+            "evaluate.every=null",
+            "checkpoint.every=4 steps",
+            *settings,
+        ]
+        return ["quickstart", *(word for setting in everything for word in ("--set", setting)), "--out", str(out)]
+
+    return arguments
+
+
+@pytest.fixture(scope="session")
+def environment():
+    """Of every process on every host: one thread each, no GPU, this working tree."""
+    path = f"{REPOSITORY}:{REPOSITORY}/kernels"
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": path,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+
+
+@pytest.fixture(scope="session")
+def single(training, environment, tmp_path_factory):
+    """The losses of the run in a single process."""
+    out = tmp_path_factory.mktemp("single") / "run"
+    command = [sys.executable, "-m", "fastvit_engine", "train", *training(out, "zero.stage=0")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return losses(out)
+
+
+@pytest.fixture
+def jobs(hosts, tmp_path, environment):
+    running = Jobs(hosts, tmp_path, environment)
+    yield running
+    running.close()

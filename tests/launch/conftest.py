@@ -1,0 +1,30 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+LAUNCH = REPOSITORY / "launch"
+
+
+@pytest.fixture
+def script(tmp_path):
+    """Runs a script of launch/ in an empty folder; variables given as None are unset."""
+
+    def run(name, *arguments, **variables):
+        environment = {
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/kernels",
+            "PYTHON": sys.executable,
+            "TMPDIR": str(tmp_path),
+        }
+        for chosen in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TRITON_CACHE_DIR"):
+            environment.pop(chosen, None)
+        environment.update(variables)
+        command = ["bash", str(LAUNCH / name), *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+
+    return run

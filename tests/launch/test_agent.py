@@ -1,0 +1,66 @@
+"""torchrun's agent and the exit codes of its processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+# A rank that notes that it was started and ends as it is told: with a code, or with 76 when it gets SIGTERM.
+RANK = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: os._exit(76))
+open(os.path.join(sys.argv[1], f"{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"), "x").close()
+if sys.argv[2] == "wait":
+    time.sleep(600)
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def agent(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    (tmp_path / "started").mkdir()
+
+    def start(told, *, nodes="1"):
+        options = ["--nnodes", nodes, "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.05"]
+        options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
+        options += ["--rdzv-conf", "is_host=true,last_call_timeout=1"]
+        command = [sys.executable, REPOSITORY / "launch/torchrun/agent.py", *options]
+        path = f"{REPOSITORY}:{REPOSITORY}/kernels"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        command += [tmp_path / "rank.py", tmp_path / "started", told]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+def started(folder):
+    return sorted(path.name for path in (folder / "started").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("told", "nodes", "restarts"),
+    [("2", "1", 0), ("76", "1", 0), ("75", "1", 1), ("76", "1:2", 1)],
+)
+def test_only_what_a_restart_may_cure_is_started_again(agent, tmp_path, told, nodes, restarts):
+    running = agent(told, nodes=nodes)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == int(told), errors
+    assert started(tmp_path)[-1].endswith(f"-{restarts}")
+    assert f"processes of this node ended with [{told}]" in errors
+
+
+def test_told_to_leave_it_tells_its_processes_and_reports_that_they_saved(agent, tmp_path):
+    running = agent("wait")
+    deadline = time.monotonic() + 120
+    while len(started(tmp_path)) < 2 and running.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    _, errors = running.communicate(timeout=120)
+    assert running.returncode == 76, errors
+    assert "asked to leave by SIGTERM; processes ended with [76]" in errors

