@@ -103,7 +103,5 @@ def test_a_lost_host_leaves_a_job_that_goes_on_without_it(hosts, jobs, torchrun,
     hosts.kill_all(2)
     codes = [process.wait(timeout=240) for process in jobs.started[:2]]
     output = "".join(process.log.read_text(errors="replace") for process in jobs.started)
-    if "was written with world_size 3 and this run has 2" in output:
-        pytest.skip("checkpoints cannot be resumed on another number of processes yet")
     assert codes == [0, 0], output
     assert_same_curve(out, single)

@@ -35,11 +35,11 @@ import os
 if os.environ.get("RANK") == "1":
     import time
     from fastvit_engine.train import loop
-    loss = loop.training_loss
+    loss = loop.training_losses
     def slow_loss(*arguments):
         time.sleep(0.2)
         return loss(*arguments)
-    loop.training_loss = slow_loss
+    loop.training_losses = slow_loss
 """
 
 
