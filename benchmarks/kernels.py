@@ -340,15 +340,24 @@ def measure(selection: Selection, report: Callable[[str], None]) -> dict[str, An
             if exit_code == 0:
                 break
             if record.last is None or record.last in progress.fatal:
-                raise RuntimeError(f"the measuring process ended with exit code {exit_code}: {log[-2000:]}")
+                record.error = f"the measuring process ended with exit code {exit_code}: {log[-2000:]}"
+                break
             report(f"the measuring process ended at {' '.join(record.last)}; another one goes on")
             progress.fatal.add(record.last)
             case, stage = record.last
             if stage in ("inputs", "plain", "race"):
                 record.cases.append({"case": case, "failed": f"ended the process that measured it ({stage})"})
                 progress.done.add(case)
-    return {"suite": "kernels", "quick": selection.quick, "environment": environment, "seconds": time.time() - start,
-            **record}  # fmt: skip
+    return {
+        "suite": "kernels",
+        "quick": selection.quick,
+        "environment": environment,
+        "seconds": time.time() - start,
+        "cases": record.cases,
+        "unmeasured": record.unmeasured,
+        "ceilings": record.ceilings,
+        "error": record.error,
+    }
 
 
 class Record:
@@ -358,7 +367,8 @@ class Record:
         self.cases: list[dict[str, Any]] = []
         self.unmeasured: list[str] = []
         self.ceilings: list[dict[str, Any]] = []
-        self.last: tuple[str, str] | None = None  # the case and provider begun last
+        self.last: tuple[str, str] | None = None  # the case and provider begun last, unless the case is done
+        self.error: str | None = None
         self._report, self._count, self._start, self._read = report, cases, start, 0
 
     def take_in(self, journal: Path) -> None:
@@ -372,6 +382,7 @@ class Record:
             elif "unmeasured" in entry:
                 self.unmeasured.append(entry["unmeasured"])
             else:
+                self.last = None
                 self.cases.append(entry["case"])
                 seconds = time.time() - self._start
                 self._report(f"{entry['case']['case']} ({len(self.cases)} of {self._count} cases, {seconds:.0f} s)")

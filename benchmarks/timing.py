@@ -106,7 +106,7 @@ class Times:
 def race(
     racers: Mapping[str, Racer], clock: Clock, *, rounds: int, seconds: float, warmup: int = 2
 ) -> dict[str, Times]:
-    """Everybody once a round, after `warmup` rounds off the record; fewer rounds, but three, once `seconds` are over."""
+    """Everybody once a round, after `warmup` rounds off the record; fewer, but three, once `seconds` are over."""
     names = list(racers)
     times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     start = time.monotonic()
