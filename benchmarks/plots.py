@@ -1,0 +1,200 @@
+"""Results as pictures: bars an operation, a roofline, and where a training step's time goes."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+OURS, PEER, INK, SOFT, PAGE, HAIR = "#2a6fdb", "#b9b4aa", "#1b1d21", "#62666e", "#fbfaf8", "#e5e2dc"
+KINDS = {  # of the time of a step
+    "matrix products": "#2a6fdb",
+    "attention": "#0f8a68",
+    "normalisation": "#c8590b",
+    "loss": "#8a4fbf",
+    "optimizer": "#c62f3b",
+    "communication": "#d9a514",
+    "copies": "#7d828b",
+    "elementwise and rest": "#c9c4ba",
+}
+FORMATS = ("svg", "png")
+
+
+def draw_kernels(record: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
+    """`NAME-bars-MODEL-BATCH` for every size, and `NAME-roofline`; the files written."""
+    cases = [case for case in record["cases"] if any(row["status"] == "ok" for row in case.get("providers", ()))]
+    paths = []
+    size_of = lambda case: (case["model"] or "any model", case["batch"])  # noqa: E731
+    for (model, batch), own in groupby(sorted(cases, key=size_of), key=size_of):
+        figure = bars(list(own), f"{model}, {batch} images", machine(record))
+        label = "".join(letter if letter.isalnum() else "-" for letter in f"{model}-{batch}".lower())
+        paths += save(figure, folder, f"{name}-bars-{label}")
+    if cases:
+        paths += save(roofline(cases, record["ceilings"][0], machine(record)), folder, f"{name}-roofline")
+    return paths
+
+
+def draw_train(record: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
+    """`NAME-breakdown`: a stacked bar a variant."""
+    drawn = [case for case in record["cases"] if any(row["status"] == "ok" for row in case["variants"])]
+    return save(breakdown(drawn, machine(record)), folder, f"{name}-breakdown") if drawn else []
+
+
+def machine(record: Mapping[str, Any]) -> str:
+    environment = record["environment"]
+    note = "" if environment["gpu"] else " (plain PyTorch: no GPU)"
+    return f"{environment['gpu'] or environment['cpu']}{note}, {environment['started'][:10]}"
+
+
+def bars(cases: Sequence[Mapping[str, Any]], title: str, subtitle: str) -> Any:
+    """Forward (dark) and backward (light) milliseconds of every provider, the fastest first, with quartiles of both."""
+    plt = pyplot()
+    heights = [sum(row["status"] == "ok" for row in case["providers"]) for case in cases]
+    figure, axes = plt.subplots(
+        len(cases),
+        1,
+        figsize=(9, 1.1 + sum(0.27 * height + 0.62 for height in heights)),
+        height_ratios=[height + 1.2 for height in heights],
+        squeeze=False,
+        layout="constrained",
+    )
+    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=14, fontweight="bold")
+    figure.text(
+        0.01, 0.995, f"\n{subtitle}; milliseconds, forward dark, backward light", fontsize=9, color=SOFT, va="top"
+    )
+    for axis, case in zip(axes[:, 0], cases, strict=True):
+        whole = "both" if "both" in case["work"] else next(iter(case["work"]))
+        rows = [row for row in case["providers"] if row["status"] == "ok"]
+        rows.sort(key=lambda row: row["passes"][whole]["ms"][1])
+        longest = max(row["passes"][whole]["ms"][2] for row in rows)
+        for place, row in enumerate(rows):
+            colour = OURS if row["provider"] == "fastvit" else "#8d887e"
+            low, middle, high = row["passes"][whole]["ms"]
+            axis.barh(place, middle, color=colour, alpha=0.45, height=0.72)
+            axis.barh(place, row["passes"]["forward"]["ms"][1], color=colour, height=0.72)
+            axis.plot([low, high], [place, place], color=INK, linewidth=1)
+            axis.text(max(high, middle) + 0.01 * longest, place, f" {middle:.3g}", va="center", fontsize=8, color=INK)
+        axis.set_yticks(range(len(rows)), [row["provider"] for row in rows], fontsize=8)
+        for label, row in zip(axis.get_yticklabels(), rows, strict=True):
+            label.set_fontweight("bold" if row["provider"] == "fastvit" else "normal")
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.12 * longest)
+        axis.set_title(f"{case['title']} ({case['dtype']})", loc="left", fontsize=9.5)
+    return figure
+
+
+def roofline(cases: Sequence[Mapping[str, Any]], ceiling: Mapping[str, Any], subtitle: str) -> Any:
+    """Left, what multiplies matrices, under this machine's own roof; right, what only moves memory, under its copy."""
+    plt = pyplot()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), width_ratios=(1.35, 1), layout="constrained")
+    figure.suptitle("Share of what this machine can do\n", x=0.01, ha="left", fontsize=14, fontweight="bold")
+    figure.text(0.01, 0.99, f"\n{subtitle}; forward and backward together", fontsize=9, color=SOFT, va="top")
+    copy = ceiling["copy_bytes_per_second"]
+    products = ceiling["matmul_flops"]
+    points = []
+    for case in cases:
+        work = case["work"].get("both") or next(iter(case["work"].values()))
+        whole = "both" if "both" in case["work"] else "forward"
+        best = case["best_peer"].get(whole)
+        for row in case["providers"]:
+            if row["status"] == "ok" and row["provider"] in ("fastvit", best):
+                seconds = 1e-3 * row["passes"][whole]["ms"][1]
+                points.append((case, row["provider"] == "fastvit", work, seconds))
+    multiplying = [point for point in points if point[2]["flops"]]
+    moving = [point for point in points if not point[2]["flops"]]
+    if multiplying:
+        intensities = [work["flops"] / work["bytes"] for _, _, work, _ in multiplying]
+        ends = min(intensities) / 2, max(max(intensities) * 2, max(products.values()) / copy * 2)
+        for name, flops in products.items():
+            xs = [ends[0], flops / copy, ends[1]]
+            left.plot(xs, [min(flops, copy * x) / 1e12 for x in xs], color=INK, linewidth=1.2)
+            left.text(ends[1], flops / 1e12, f"{name} {flops / 1e12:.3g} TFLOP/s ", ha="right", va="bottom", fontsize=8)
+        left.text(ends[0], copy * ends[0] / 1e12, f"  copy {copy / 1e9:,.0f} GB/s", fontsize=8, va="top")
+        for number, op in enumerate(dict.fromkeys(case["op"] for case, *_ in multiplying)):
+            own = [point for point in multiplying if point[0]["op"] == op]
+            marker = "osD^vPX*"[number % 8]
+            for ours in (False, True):
+                xs = [work["flops"] / work["bytes"] for _, mine, work, _ in own if mine == ours]
+                ys = [work["flops"] / seconds / 1e12 for _, mine, work, seconds in own if mine == ours]
+                left.scatter(xs, ys, marker=marker, s=42, color=OURS if ours else PEER, edgecolor=INK, linewidth=0.5,
+                             label=op if ours else None, zorder=3 if ours else 2)  # fmt: skip
+        left.set_xscale("log")
+        left.set_yscale("log")
+        left.legend(
+            fontsize=8, frameon=False, loc="lower right", title="blue: fastvit, grey: best peer", title_fontsize=8
+        )
+    left.set_xlabel("FLOP a byte that must be moved")
+    left.set_ylabel("TFLOP/s")
+    moving.sort(key=lambda point: (point[0]["case"], point[1]))
+    labels = []
+    for place, (case, ours, work, seconds) in enumerate(moving):
+        right.barh(place, work["bytes"] / seconds / 1e9, color=OURS if ours else PEER, height=0.75)
+        labels.append(case["case"].rpartition("/")[0] if ours else "best peer")
+    right.axvline(copy / 1e9, color=INK, linewidth=1.2)
+    right.set_yticks(range(len(labels)), labels, fontsize=7.5)
+    right.set_xlabel("GB/s; the line is a copy")
+    return figure
+
+
+def breakdown(cases: Sequence[Mapping[str, Any]], subtitle: str) -> Any:
+    plt = pyplot()
+    rows = [
+        (f"{row['variant']}{'' if row['data'] == 'memory' else ', ' + row['data']}", case, row)
+        for case in cases
+        for row in case["variants"]
+        if row["status"] == "ok"
+    ]
+    figure, axis = plt.subplots(figsize=(10, 1.7 + 0.36 * len(rows)), layout="constrained")
+    figure.suptitle("Where the time of a training step goes\n", x=0.01, ha="left", fontsize=14, fontweight="bold")
+    figure.text(0.01, 0.985, f"\n{subtitle}; milliseconds; the line is the time of a step by the clock", fontsize=9,
+                color=SOFT, va="top")  # fmt: skip
+    for place, (_, _, row) in enumerate(rows):
+        start = 0.0
+        for kind, colour in KINDS.items():
+            taken = row["breakdown_ms"].get(kind, 0.0)
+            axis.barh(place, taken, left=start, color=colour, height=0.72, label=kind if place == 0 else None)
+            start += taken
+        middle = row["ms"][1]
+        axis.plot([middle, middle], [place - 0.42, place + 0.42], color=INK, linewidth=1.6)
+        axis.text(max(start, middle), place, f"  {row['images_per_second']:,.0f} images/s", va="center", fontsize=8)
+    models = len({case["model"] for _, case, _ in rows}) > 1
+    names = [f"{case['model']}: {name}" if models else name for name, case, _ in rows]
+    axis.set_yticks(range(len(rows)), names, fontsize=8.5)
+    for label, (_, _, row) in zip(axis.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if row["ours"] else "normal")
+    axis.invert_yaxis()
+    axis.margins(x=0.16)
+    axis.set_xlim(left=0)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def pyplot() -> Any:
+    """matplotlib without a window, in the report's colours."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update(
+        {
+            "figure.facecolor": PAGE,
+            "axes.facecolor": PAGE,
+            "axes.edgecolor": HAIR,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "text.color": INK,
+            "axes.labelcolor": SOFT,
+            "xtick.color": SOFT,
+            "ytick.color": INK,
+            "svg.hashsalt": "fastvit",  # the same picture for the same figures
+        }
+    )
+    return plt
+
+
+def save(figure: Any, folder: Path, name: str) -> list[Path]:
+    paths = [folder / f"{name}.{form}" for form in FORMATS]
+    for path in paths:
+        figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot().close(figure)
+    return paths
