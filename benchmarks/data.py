@@ -27,7 +27,7 @@ def write_shards(folder: Path, samples: int, *, height: int = 375, width: int = 
     return folder
 
 
-AMPLITUDE, SLOPE = 12.0, 0.2  # of the finest noise out of 255, and how amplitudes grow with size
+AMPLITUDE, SLOPE = 16.0, 0.1  # of the finest noise out of 255, and how amplitudes grow with size
 
 
 def noise_jpeg(generator: np.random.Generator, height: int, width: int) -> bytes:

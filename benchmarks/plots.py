@@ -5,6 +5,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import number
+
 OURS, PEER, INK, SOFT, PAGE, HAIR = "#2a6fdb", "#b9b4aa", "#1b1d21", "#62666e", "#fbfaf8", "#e5e2dc"
 KINDS = {  # of the time of a step
     "matrix products": "#2a6fdb",
@@ -72,7 +74,9 @@ def bars(cases: Sequence[Mapping[str, Any]], title: str, subtitle: str) -> Any:
             axis.barh(place, middle, color=colour, alpha=0.45, height=0.72)
             axis.barh(place, row["passes"]["forward"]["ms"][1], color=colour, height=0.72)
             axis.plot([low, high], [place, place], color=INK, linewidth=1)
-            axis.text(max(high, middle) + 0.01 * longest, place, f" {middle:.3g}", va="center", fontsize=8, color=INK)
+            axis.text(
+                max(high, middle) + 0.01 * longest, place, f" {number(middle)}", va="center", fontsize=8, color=INK
+            )
         axis.set_yticks(range(len(rows)), [row["provider"] for row in rows], fontsize=8)
         for label, row in zip(axis.get_yticklabels(), rows, strict=True):
             label.set_fontweight("bold" if row["provider"] == "fastvit" else "normal")
@@ -86,53 +90,67 @@ def roofline(cases: Sequence[Mapping[str, Any]], ceiling: Mapping[str, Any], sub
     """Left, what multiplies matrices, under this machine's own roof; right, what only moves memory, under its copy."""
     plt = pyplot()
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), width_ratios=(1.35, 1), layout="constrained")
-    figure.suptitle("Share of what this machine can do\n", x=0.01, ha="left", fontsize=14, fontweight="bold")
-    figure.text(0.01, 0.99, f"\n{subtitle}; forward and backward together", fontsize=9, color=SOFT, va="top")
-    copy = ceiling["copy_bytes_per_second"]
-    products = ceiling["matmul_flops"]
+    head(figure, "Share of what this machine can do", f"{subtitle}; forward and backward together")
+    copy, products = ceiling["copy_bytes_per_second"], ceiling["matmul_flops"]
     points = []
     for case in cases:
-        work = case["work"].get("both") or next(iter(case["work"].values()))
         whole = "both" if "both" in case["work"] else "forward"
         best = case["best_peer"].get(whole)
         for row in case["providers"]:
             if row["status"] == "ok" and row["provider"] in ("fastvit", best):
-                seconds = 1e-3 * row["passes"][whole]["ms"][1]
-                points.append((case, row["provider"] == "fastvit", work, seconds))
-    multiplying = [point for point in points if point[2]["flops"]]
-    moving = [point for point in points if not point[2]["flops"]]
-    if multiplying:
-        intensities = [work["flops"] / work["bytes"] for _, _, work, _ in multiplying]
-        ends = min(intensities) / 2, max(max(intensities) * 2, max(products.values()) / copy * 2)
-        for name, flops in products.items():
-            xs = [ends[0], flops / copy, ends[1]]
-            left.plot(xs, [min(flops, copy * x) / 1e12 for x in xs], color=INK, linewidth=1.2)
-            left.text(ends[1], flops / 1e12, f"{name} {flops / 1e12:.3g} TFLOP/s ", ha="right", va="bottom", fontsize=8)
-        left.text(ends[0], copy * ends[0] / 1e12, f"  copy {copy / 1e9:,.0f} GB/s", fontsize=8, va="top")
-        for number, op in enumerate(dict.fromkeys(case["op"] for case, *_ in multiplying)):
-            own = [point for point in multiplying if point[0]["op"] == op]
-            marker = "osD^vPX*"[number % 8]
-            for ours in (False, True):
-                xs = [work["flops"] / work["bytes"] for _, mine, work, _ in own if mine == ours]
-                ys = [work["flops"] / seconds / 1e12 for _, mine, work, seconds in own if mine == ours]
-                left.scatter(xs, ys, marker=marker, s=42, color=OURS if ours else PEER, edgecolor=INK, linewidth=0.5,
-                             label=op if ours else None, zorder=3 if ours else 2)  # fmt: skip
-        left.set_xscale("log")
-        left.set_yscale("log")
-        left.legend(
-            fontsize=8, frameon=False, loc="lower right", title="blue: fastvit, grey: best peer", title_fontsize=8
-        )
-    left.set_xlabel("FLOP a byte that must be moved")
-    left.set_ylabel("TFLOP/s")
-    moving.sort(key=lambda point: (point[0]["case"], point[1]))
-    labels = []
-    for place, (case, ours, work, seconds) in enumerate(moving):
-        right.barh(place, work["bytes"] / seconds / 1e9, color=OURS if ours else PEER, height=0.75)
-        labels.append(case["case"].rpartition("/")[0] if ours else "best peer")
-    right.axvline(copy / 1e9, color=INK, linewidth=1.2)
-    right.set_yticks(range(len(labels)), labels, fontsize=7.5)
-    right.set_xlabel("GB/s; the line is a copy")
+                points.append((case, row["provider"], case["work"][whole], 1e-3 * row["passes"][whole]["ms"][1]))
+    draw_products(left, [point for point in points if point[2]["flops"]], copy, products)
+    draw_moves(right, [point for point in points if not point[2]["flops"]], copy)
     return figure
+
+
+Point = tuple[Mapping[str, Any], str, Mapping[str, int], float]  # case, provider, work, seconds
+
+
+def draw_products(axis: Any, points: Sequence[Point], copy: float, products: Mapping[str, float]) -> None:
+    unit, letter = (1e12, "T") if max(products.values()) >= 1e12 else (1e9, "G")
+    intensities = [work["flops"] / work["bytes"] for _, _, work, _ in points] or [max(products.values()) / copy]
+    ends = min(intensities) / 2, max(max(intensities) * 2, max(products.values()) / copy * 2)
+    for name, flops in products.items():
+        xs = [ends[0], flops / copy, ends[1]]
+        axis.plot(xs, [min(flops, copy * x) / unit for x in xs], color=INK, linewidth=1.2)
+        axis.text(ends[1], flops / unit, f"{name} {number(flops / unit)} {letter}FLOP/s ", ha="right", va="bottom",
+                  fontsize=8)  # fmt: skip
+    axis.text(ends[0], copy * ends[0] / unit, f"  copy {number(copy / 1e9)} GB/s", fontsize=8, va="top")
+    for index, op in enumerate(dict.fromkeys(case["op"] for case, *_ in points)):
+        for case, provider, work, seconds in points:
+            if case["op"] == op:
+                ours = provider == "fastvit"
+                axis.scatter(
+                    work["flops"] / work["bytes"],
+                    work["flops"] / seconds / unit,
+                    marker="osD^vPX*"[index % 8],
+                    s=42,
+                    color=OURS if ours else PEER,
+                    edgecolor=INK,
+                    linewidth=0.5,
+                    zorder=3 if ours else 2,
+                )
+        axis.scatter([], [], marker="osD^vPX*"[index % 8], color=OURS, edgecolor=INK, linewidth=0.5, label=op)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.legend(fontsize=8, frameon=False, loc="lower right", title="blue: fastvit, grey: best peer", title_fontsize=8)
+    axis.set_xlabel("FLOP a byte that must be moved")
+    axis.set_ylabel(f"{letter}FLOP/s")
+
+
+def draw_moves(axis: Any, points: Sequence[Point], copy: float) -> None:
+    points = sorted(points, key=lambda point: point[0]["case"])  # a case and its best peer stay together
+    labels, before = [], None
+    for place, (case, provider, work, seconds) in enumerate(points):
+        axis.barh(place, work["bytes"] / seconds / 1e9, color=OURS if provider == "fastvit" else PEER, height=0.75)
+        title = "" if case["case"] == before else f"{case['case'].rpartition('/')[0]}: "
+        labels.append(title + provider)
+        before = case["case"]
+    axis.axvline(copy / 1e9, color=INK, linewidth=1.2)
+    axis.set_yticks(range(len(labels)), labels, fontsize=7.5)
+    axis.invert_yaxis()
+    axis.set_xlabel("GB/s; the line is a copy")
 
 
 def breakdown(cases: Sequence[Mapping[str, Any]], subtitle: str) -> Any:
@@ -144,9 +162,8 @@ def breakdown(cases: Sequence[Mapping[str, Any]], subtitle: str) -> Any:
         if row["status"] == "ok"
     ]
     figure, axis = plt.subplots(figsize=(10, 1.7 + 0.36 * len(rows)), layout="constrained")
-    figure.suptitle("Where the time of a training step goes\n", x=0.01, ha="left", fontsize=14, fontweight="bold")
-    figure.text(0.01, 0.985, f"\n{subtitle}; milliseconds; the line is the time of a step by the clock", fontsize=9,
-                color=SOFT, va="top")  # fmt: skip
+    note = f"{subtitle}; milliseconds; the line is the time of a step by the clock"
+    head(figure, "Where the time of a training step goes", note)
     for place, (_, _, row) in enumerate(rows):
         start = 0.0
         for kind, colour in KINDS.items():
@@ -166,6 +183,11 @@ def breakdown(cases: Sequence[Mapping[str, Any]], subtitle: str) -> Any:
     axis.set_xlim(left=0)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8, frameon=False)
     return figure
+
+
+def head(figure: Any, title: str, subtitle: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, fontweight="bold")
+    figure.supxlabel(subtitle, x=0.01, ha="left", fontsize=8.5, color=SOFT)
 
 
 def pyplot() -> Any:
