@@ -5,6 +5,7 @@ e(provider) <= 2 * e(plain PyTorch in the same dtype) + a rounding floor, for ea
 is one rounding of the result and the float32 sum of some thousand terms in an order of its own. NaN never passes.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,13 @@ class Verdict:
     @property
     def passes(self) -> bool:
         return self.error <= self.bound  # so that NaN fails
+
+    @property
+    def severity(self) -> float:
+        """Above 1 it fails; infinite for NaN, which no comparison would find."""
+        if not math.isfinite(self.error):
+            return math.inf
+        return self.error / self.bound if self.bound else (math.inf if self.error else 0.0)
 
     def __str__(self) -> str:
         return f"{self.measure} error of the {self.result} is {self.error:.2g}, allowed {self.bound:.2g}"
@@ -68,7 +76,7 @@ class Judge:
                 ("largest", "RMS"), errors, self.plain_errors[name], (largest, rms), strict=True
             ):
                 verdicts.append(Verdict(name, measure, error, 2 * plain + (rounding + SUM) * size))
-        return max(verdicts, key=lambda verdict: verdict.error / verdict.bound if verdict.bound else float("inf"))
+        return max(verdicts, key=lambda verdict: verdict.severity)
 
     def _plain(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[Tensor]]:
         cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self.inputs.items()}
@@ -94,6 +102,9 @@ def results_of(
 ) -> dict[str, Tensor]:
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     if leaves:
+        for i, (cotangent, output) in enumerate(zip(cotangents, outputs, strict=True)):
+            if output.shape != cotangent.shape:
+                raise ValueError(f"output {i} has shape {list(output.shape)}, not {list(cotangent.shape)}")
         given = [c.to(output.dtype) for c, output in zip(cotangents, outputs, strict=True)]
         gradients = torch.autograd.grad(outputs, list(leaves.values()), given)
         results |= {f"gradient of {name}": grad for name, grad in zip(leaves, gradients, strict=True)}

@@ -335,7 +335,11 @@ def measure(selection: Selection, report: Callable[[str], None]) -> dict[str, An
     progress, record = Progress(), Record(report, len(cases), start)
     with tempfile.TemporaryDirectory() as folder:
         while True:
-            exit_code, log = run_worker(selection, progress, deadline, Path(folder), record)
+            try:
+                exit_code, log = run_worker(selection, progress, deadline, Path(folder), record)
+            except KeyboardInterrupt:
+                record.error = "it was interrupted"
+                break
             progress.done |= {entry["case"] for entry in record.cases}
             if exit_code == 0:
                 break

@@ -134,7 +134,9 @@ def draw_products(axis: Any, points: Sequence[Point], copy: float, products: Map
         axis.scatter([], [], marker="osD^vPX*"[index % 8], color=OURS, edgecolor=INK, linewidth=0.5, label=op)
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.legend(fontsize=8, frameon=False, loc="lower right", title="blue: fastvit, grey: best peer", title_fontsize=8)
+    if points:
+        title = "blue: fastvit, grey: best peer"
+        axis.legend(fontsize=8, frameon=False, loc="lower right", title=title, title_fontsize=8)
     axis.set_xlabel("FLOP a byte that must be moved")
     axis.set_ylabel(f"{letter}FLOP/s")
 
@@ -181,7 +183,7 @@ def breakdown(cases: Sequence[Mapping[str, Any]], subtitle: str) -> Any:
     axis.invert_yaxis()
     axis.margins(x=0.16)
     axis.set_xlim(left=0)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower left", ncols=4, fontsize=8, frameon=False)
+    axis.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, fontsize=8, frameon=False)
     return figure
 
 

@@ -178,17 +178,18 @@ def write(
     folder: Path | None,
     draw: Callable[[Mapping[str, Any], Path, str], list[Path]] | None = None,
 ) -> str:
-    """Files of one suite, SUITE-DATE.json, .md and pictures; the pictures only where matplotlib is installed."""
+    """Files of one suite, SUITE-DATE.json, .md and pictures: these last, and only where matplotlib is installed."""
     stem = f"{record['suite']}-{record['environment']['started'][:10]}"
     if folder is None:
         return stem
     atomic_write(folder / f"{stem}.json", json.dumps(record, indent=1) + "\n")
+    atomic_write(folder / f"{stem}.md", text)
     if draw is not None:
         try:
             paths = draw(record, folder, stem)
         except ModuleNotFoundError as error:
             say(f"no pictures: {error.name} is not installed (pip install 'fastvit-engine[bench]')")
         else:
-            text += "".join(f"\n![{path.stem}]({path.name})\n" for path in paths if path.suffix == ".png")
-    atomic_write(folder / f"{stem}.md", text)
+            pictures = "".join(f"\n![{path.stem}]({path.name})\n" for path in paths if path.suffix == ".png")
+            atomic_write(folder / f"{stem}.md", text + pictures)
     return stem

@@ -7,6 +7,7 @@ from itself says what a difference means on this machine.
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ from benchmarks.machine import ROOT, describe, pick_device, sensors
 from benchmarks.registry import Unusable
 from benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, Shape
 from benchmarks.timing import Clock
+
+if TYPE_CHECKING:
+    from benchmarks.train_variants import Variant
 
 CHECKED_STEPS = 5
 # Relative distance that a loss of the first steps may have. Rounding of weights in bf16 is 2^-8, and Adam turns signs.
@@ -71,7 +75,7 @@ def shapes(device: torch.device, quick: bool) -> tuple[Shape, ...]:
 
 def measure(selection: Selection, report: Callable[[str], None]) -> dict[str, Any]:
     """Measures a selection on this machine. ValueError for a name that there is not."""
-    from benchmarks.train_variants import REFERENCE, VARIANTS
+    from benchmarks.train_variants import VARIANTS
 
     device, names = pick_device(), [variant.name for variant in VARIANTS]
     models = shapes(device, selection.quick)
@@ -79,53 +83,73 @@ def measure(selection: Selection, report: Callable[[str], None]) -> dict[str, An
     pick_known("variant", selection.variants, names)
     chosen = [variant for variant in VARIANTS if not selection.variants or variant.name in selection.variants]
     environment, start = describe(device), time.time()
-    cases = []
-    for shape in models:
-        if selection.models and shape.name not in selection.models:
-            continue
-        order = {
-            "shape": vars(shape),
-            "batch": selection.batch or shape.batches[0],
-            "precision": "bf16" if device.type == "cuda" else "fp32",
-            "steps": 20 if device.type == "cuda" else (8 if selection.quick else 12),
-            "largest_batch": selection.largest_batch and device.type == "cuda",
-        }
-        report(f"{shape.name}: losses of the reference")
-        expected = run_variant(order | {"variant": REFERENCE.name, "data": "memory"})
-        jobs = [(variant, "memory") for variant in chosen]
-        if selection.shards:
-            jobs += [(variant, "shards") for variant in chosen if variant.name in SHARDS_VARIANTS]
-        jobs.append((chosen[0], CONTROL))
-        rows = []
-        for variant, data in jobs:
-            row = {"variant": variant.name, "title": variant.title, "ours": variant.ours, "data": data}
-            rows.append(row)
-            late = selection.minutes is not None and time.time() - start > 60 * selection.minutes
-            if late:
-                row |= {"status": "skipped", "reason": "no time was left for it"}
-            elif selection.quick and variant.slow and (device.type == "cpu" or "max-autotune" in variant.name):
-                row |= {"status": "skipped", "reason": "compiles for long: not in a quick run"}
-            else:
-                shards = selection.shards if data == "shards" else None
-                row |= judged(run_variant(order | {"variant": variant.name, "shards": shards}), expected, order)
-            report(f"{shape.name}, {variant.name}, {data}: {row['status']} ({time.time() - start:.0f} s)")
-        cases.append(
-            {
-                "model": shape.name,
-                "batch": order["batch"],
-                "precision": order["precision"],
-                "reference": expected,
-                "best_peer": best_peer(rows),
-                "variants": rows,
-            }
-        )
+    cases: list[dict[str, Any]] = []
+    error = None
+    try:
+        for shape in models:
+            if not selection.models or shape.name in selection.models:
+                measure_model(shape, chosen, selection, device, cases, start, report)
+    except KeyboardInterrupt:
+        error = "it was interrupted"
     return {
         "suite": "train",
         "quick": selection.quick,
         "environment": environment,
         "seconds": time.time() - start,
         "cases": cases,
+        "error": error,
     }
+
+
+def measure_model(
+    shape: Shape,
+    chosen: Sequence["Variant"],
+    selection: Selection,
+    device: torch.device,
+    cases: list[dict[str, Any]],
+    start: float,
+    report: Callable[[str], None],
+) -> None:
+    """Adds one model to `cases`, and to it one variant after the other."""
+    from benchmarks.train_variants import REFERENCE
+
+    order: dict[str, Any] = {
+        "shape": vars(shape),
+        "batch": selection.batch or shape.batches[0],
+        "precision": "bf16" if device.type == "cuda" else "fp32",
+        "steps": 20 if device.type == "cuda" else (8 if selection.quick else 12),
+        "largest_batch": selection.largest_batch and device.type == "cuda",
+    }
+    report(f"{shape.name}: losses of the reference")
+    expected = run_variant(order | {"variant": REFERENCE.name})
+    order["peak"] = expected.get("peak")  # one for all, since on a CPU it is measured
+    rows: list[dict[str, Any]] = []
+    case = {
+        "model": shape.name,
+        "batch": order["batch"],
+        "precision": order["precision"],
+        "reference": expected,
+        "best_peer": None,
+        "variants": rows,
+    }
+    cases.append(case)
+    jobs = [(variant, "memory") for variant in chosen]
+    if selection.shards:
+        jobs += [(variant, "shards") for variant in chosen if variant.name in SHARDS_VARIANTS]
+    jobs.append((chosen[0], CONTROL))
+    for variant, data in jobs:
+        row = {"variant": variant.name, "title": variant.title, "ours": variant.ours, "data": data}
+        late = selection.minutes is not None and time.time() - start > 60 * selection.minutes
+        if late:
+            row |= {"status": "skipped", "reason": "no time was left for it"}
+        elif selection.quick and variant.slow and (device.type == "cpu" or "max-autotune" in variant.name):
+            row |= {"status": "skipped", "reason": "compiles for long: not in a quick run"}
+        else:
+            shards = selection.shards if data == "shards" else None
+            row |= judged(run_variant(order | {"variant": variant.name, "shards": shards}), expected, order)
+        rows.append(row)
+        case["best_peer"] = best_peer(rows)
+        report(f"{shape.name}, {variant.name}, {data}: {row['status']} ({time.time() - start:.0f} s)")
 
 
 def judged(row: dict[str, Any], expected: dict[str, Any], order: dict[str, Any]) -> dict[str, Any]:
@@ -135,9 +159,10 @@ def judged(row: dict[str, Any], expected: dict[str, Any], order: dict[str, Any])
     if expected["status"] != "ok":
         return row | {"status": "unchecked", "reason": f"the reference {expected['status']}: {expected['reason']}"}
     pairs = zip(row["losses"], expected["losses"], strict=True)
-    distance = max(abs(loss / wanted - 1) for loss, wanted in pairs)
-    row["loss_distance"] = distance
-    if not distance <= TOLERANCE[order["precision"]]:  # so that NaN fails
+    # no comparison with NaN holds, so it would get lost in `max`
+    distances = [abs(loss / wanted - 1) if math.isfinite(loss) else math.inf for loss, wanted in pairs]
+    row["loss_distance"] = distance = max(distances)
+    if distance > TOLERANCE[order["precision"]]:
         row |= {"status": "wrong", "reason": f"a loss of the first steps is off by {100 * distance:.2g} %"}
     return row
 
@@ -197,7 +222,7 @@ def measure_variant(order: dict[str, Any], scratch: Path) -> dict[str, Any]:
     from benchmarks.train_variants import REFERENCE, VARIANTS, Setup, resident_batches
     from fastvit_engine.models import training_flops
     from fastvit_engine.train.distributed import join_world
-    from fastvit_engine.train.throughput import peak_flops, peak_memory_bytes
+    from fastvit_engine.train.throughput import Peak, peak_flops, peak_memory_bytes
 
     shape = Shape(**{name: tuple(v) if isinstance(v, list) else v for name, v in order["shape"].items()})
     variant = next(variant for variant in (REFERENCE, *VARIANTS) if variant.name == order["variant"])
@@ -208,12 +233,12 @@ def measure_variant(order: dict[str, Any], scratch: Path) -> dict[str, Any]:
         batches: Iterator[tuple[Tensor, Tensor]] = cycle(resident)
         losses = [step(*next(batches)).item() for _ in range(CHECKED_STEPS)]
         if variant is REFERENCE:
-            return {"losses": losses}
+            return {"losses": losses, "peak": vars(peak_flops(world, order["precision"]))}
         if order.get("shards"):
             batches = stream(setup, order["shards"], scratch)
         clock, before = Clock(world.device), sensors(world.device)
         milliseconds = time_steps(step, batches, clock, order["steps"])
-        peak = peak_flops(world, order["precision"])
+        peak = Peak(**order["peak"]) if order["peak"] else peak_flops(world, order["precision"])
         rate = order["batch"] / (1e-3 * median(milliseconds))
         result = {
             "losses": losses,
