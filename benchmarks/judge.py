@@ -79,7 +79,7 @@ class Judge:
         return max(verdicts, key=lambda verdict: verdict.severity)
 
     def _plain(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[Tensor]]:
-        cast = {n: t.to(dtype) if t.is_floating_point() else t for n, t in self.inputs.items()}
+        cast = {name: self._cast(name, tensor, dtype) for name, tensor in self.inputs.items()}
         given = leaves_of(self.case.op, cast)
         leaves = {name: tensor for name, tensor in given.items() if tensor.requires_grad}
         outputs = as_tuple(self.case.op.plain(self.case)(**given))
@@ -87,6 +87,12 @@ class Judge:
             return {f"output {i}": output.detach() for i, output in enumerate(outputs)}, []
         cotangents = draw_cotangents(outputs, self.case.dtype)
         return results_of(outputs, leaves, cotangents), cotangents
+
+    def _cast(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Constants are never made coarser than they are given: nobody rounds them."""
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(torch.promote_types(tensor.dtype, dtype) if name in self.case.op.constants else dtype)
 
 
 def run(bound: Bound, cotangents: Sequence[Tensor], calls: int = 1) -> Results:

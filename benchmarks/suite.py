@@ -1,6 +1,7 @@
 """`fastvit bench` from its arguments to its files."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -50,7 +51,7 @@ def run(args: Namespace) -> int:
             say(f"{name} failed: {type(error).__name__}: {error}")  # the other suites still run
             worst = 1
             continue
-        print(json.dumps(record) if args.json else text, flush=True)
+        print(json.dumps(finite(record)) if args.json else text, flush=True)
         worst = max(worst, int(wrong(record)))
     if folder is not None:
         say(f"results: {folder}")
@@ -172,6 +173,15 @@ def names(args: Namespace, key: str) -> tuple[str, ...]:
     return tuple(getattr(args, key, None) or ())
 
 
+def finite(value: Any) -> Any:
+    """With None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write(
     record: Mapping[str, Any],
     text: str,
@@ -182,7 +192,7 @@ def write(
     stem = f"{record['suite']}-{record['environment']['started'][:10]}"
     if folder is None:
         return stem
-    atomic_write(folder / f"{stem}.json", json.dumps(record, indent=1) + "\n")
+    atomic_write(folder / f"{stem}.json", json.dumps(finite(record), indent=1, allow_nan=False) + "\n")
     atomic_write(folder / f"{stem}.md", text)
     if draw is not None:
         try:

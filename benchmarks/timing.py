@@ -19,6 +19,7 @@ from benchmarks.registry import Bound, Outputs
 CPU_CACHE_BYTES = 4 << 20  # a core's own; the last level is shared, and too large to be swept each time
 SLEEP_CYCLES = 2_000_000  # of one calibration
 MARGIN = 2.0  # by how much longer than the host needs a GPU is kept busy
+LONGEST_HOLD = 0.05  # seconds; what takes the host longer was compiling
 
 
 class Clock:
@@ -38,7 +39,7 @@ class Clock:
     def hold(self, seconds: float) -> None:
         """Keeps a GPU busy for so long, so that what is queued meanwhile runs without gaps."""
         if self.on_gpu:
-            torch.cuda._sleep(int(MARGIN * seconds * self._cycles_per_second) + 1)
+            torch.cuda._sleep(int(min(MARGIN * seconds, LONGEST_HOLD) * self._cycles_per_second) + 1)
 
     def mark(self) -> Any:
         if not self.on_gpu:
