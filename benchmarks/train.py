@@ -187,11 +187,14 @@ def run_variant(order: dict[str, Any]) -> dict[str, Any]:
             stdout=log,
             stderr=log,
         )
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(TIME_LIMIT)
-        finished = process.poll() is not None
-        process.kill()
-        process.wait()
+        finished = False
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(TIME_LIMIT)
+                finished = True
+        finally:  # after Ctrl-C too
+            process.kill()
+            process.wait()
         result = Path(folder, "result.json")
         if result.exists():
             return dict(json.loads(result.read_text()))

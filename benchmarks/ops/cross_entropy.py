@@ -84,8 +84,8 @@ def timm(case: Case) -> Callable[..., Tensor]:
 def apex(case: Case) -> Callable[..., Tensor]:
     need_cuda(case)
     loss = need_apex("apex.contrib.xentropy.softmax_xentropy").SoftmaxCrossEntropyLoss
-    no_padding = -1  # no label is left out
-    return lambda logits, labels: loss.apply(logits, labels, 0.0, no_padding, True).mean()
+    no_padding, to_float = -1, case.dtype != torch.float32  # no label is left out
+    return lambda logits, labels: loss.apply(logits, labels, 0.0, no_padding, to_float).mean()
 
 
 def flash_attn(case: Case) -> Callable[..., Tensor]:

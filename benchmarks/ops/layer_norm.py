@@ -1,6 +1,7 @@
 """Layer normalisation, alone and after the sum that ends a residual half-block."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -103,29 +104,32 @@ def liger(case: Case) -> Norm:
     return lambda x, weight, bias: norm(x, weight, bias, EPS)
 
 
+@lru_cache
+def quack_norms() -> Any:
+    return need("quack.rmsnorm")
+
+
 class QuackNorm(torch.autograd.Function):
     """QuACK has both passes of layer normalisation as functions; weight and bias are float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        quack = need("quack.rmsnorm")
         rows = x.reshape(-1, x.shape[-1])
-        out, rstd, mean = quack.layernorm_fwd(rows, weight.float(), bias.float(), EPS, True, True)
+        out, rstd, mean = quack_norms().layernorm_fwd(rows, weight.float(), bias.float(), EPS, True, True)
         ctx.save_for_backward(rows, weight, rstd, mean)
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        quack = need("quack.rmsnorm")
         rows, weight, rstd, mean = ctx.saved_tensors
         grad = grads[0].reshape(rows.shape)
-        dx, dw, db = quack.layernorm_bwd(rows, weight.float(), grad, rstd, mean)
+        dx, dw, db = quack_norms().layernorm_bwd(rows, weight.float(), grad, rstd, mean)
         return dx.view(grads[0].shape), dw.to(weight.dtype), db.to(weight.dtype)
 
 
 def quack(case: Case) -> Norm:
     need_cuda(case)
-    need("quack.rmsnorm")
+    quack_norms()
     return QuackNorm.apply
 
 

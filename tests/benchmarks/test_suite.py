@@ -1,4 +1,5 @@
 import json
+import sys
 import tarfile
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from benchmarks import gpu_run, suite
 from benchmarks.data import write_shards
 from benchmarks.first_gpu_run import PATIENCE, Step
+from benchmarks.plots import pyplot
 from fastvit_engine.cli import main
 from fastvit_engine.commands import bench
 from fastvit_engine.data.decode import decode_image
@@ -27,6 +29,21 @@ def test_the_command_measures_checks_and_writes(tmp_path, capsys):
     pictures = sorted(path.name.split("-", 4)[-1] for path in place.parent.glob("*.png"))
     assert pictures == ["bars-tiny-14-56-4.png", "roofline.png"]
     assert printed.strip() in place.with_suffix(".md").read_text()
+
+
+def test_figures_are_written_without_matplotlib_and_without_nan(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    case = {"case": "x", "error": float("nan"), "providers": [{"status": "ok"}]}
+    record = {"suite": "kernels", "environment": {"started": "2026-01-02T03:04", "gpu": "G"}, "cases": [case]}
+
+    def draw(record, folder, stem):
+        return [pyplot()]
+
+    assert suite.write(record, "# text\n", tmp_path, draw) == "kernels-2026-01-02"
+    assert (tmp_path / "kernels-2026-01-02.md").read_text() == "# text\n"
+    written = json.loads((tmp_path / "kernels-2026-01-02.json").read_text(), parse_constant=pytest.fail)
+    assert written["cases"][0]["error"] is None
+    assert "no pictures: matplotlib is not installed" in capsys.readouterr().err
 
 
 def test_a_wrong_result_of_ours_is_an_exit_code(monkeypatch, capsys):
