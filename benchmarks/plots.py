@@ -59,10 +59,7 @@ def bars(cases: Sequence[Mapping[str, Any]], title: str, subtitle: str) -> Any:
         squeeze=False,
         layout="constrained",
     )
-    figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=14, fontweight="bold")
-    figure.text(
-        0.01, 0.995, f"\n{subtitle}; milliseconds, forward dark, backward light", fontsize=9, color=SOFT, va="top"
-    )
+    head(figure, title, f"{subtitle}; milliseconds, forward dark, backward light, quartiles of both")
     for axis, case in zip(axes[:, 0], cases, strict=True):
         whole = "both" if "both" in case["work"] else next(iter(case["work"]))
         rows = [row for row in case["providers"] if row["status"] == "ok"]

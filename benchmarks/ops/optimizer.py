@@ -102,7 +102,7 @@ def deepspeed(case: Case) -> Callable[[list[Tensor]], Any]:
 
 ADAMW = Op(
     "adamw",
-    "a step of AdamW on four blocks, fp32",
+    "a step of AdamW on four blocks",
     inputs,
     plain,
     work,

@@ -12,10 +12,6 @@ from benchmarks.report import kernels_markdown
 from benchmarks.timing import Clock, Times
 
 CEILINGS = {"copy_bytes_per_second": 1e9, "matmul_side": 64, "matmul_flops": {"float32": 1e9}}
-ENVIRONMENT = {
-    "command": "c", "started": "2026-01-02T03:04:05", "commit": None, "gpu": None, "cpu": "a CPU", "cpu_count": 1,
-    "threads": 1, "load_average": 0.0, "versions": {"torch": "9"},
-}  # fmt: skip
 
 
 def provider(name, function, **options):
@@ -36,8 +32,8 @@ def measured(case, *providers):
     return row, {provider["provider"]: provider for provider in row["providers"]}
 
 
-def report(*rows):
-    record = {"suite": "kernels", "quick": False, "environment": ENVIRONMENT, "cases": list(rows)}
+def report(environment, *rows):
+    record = {"suite": "kernels", "quick": False, "environment": environment, "cases": list(rows)}
     return kernels_markdown(record | {"unmeasured": ["later"], "ceilings": [CEILINGS]})
 
 
@@ -45,7 +41,7 @@ def broken(x, weight, bias):
     raise RuntimeError("boom\nand more")
 
 
-def test_a_case_with_everything_that_can_happen(case):
+def test_a_case_with_everything_that_can_happen(case, environment):
     row, rows = measured(
         case,
         provider("fastvit", torch_norm),
@@ -65,17 +61,17 @@ def test_a_case_with_everything_that_can_happen(case):
     assert rows["fastvit"]["passes"]["both"]["as"] == "eager"
     assert "times_as_fast" not in rows["eager"]["passes"]["both"]
     assert "aten::native_layer_norm" in rows["eager"]["backend"]
-    text = report(row)
+    text = report(environment, row)
     assert "| quick but wrong | **wrong** |" in text
     assert "times as fast as eager" in text
     assert "absent (skipped, needs a licence)" in text and "later: no time was left for it" in text
 
 
-def test_no_speed_up_is_shown_where_ours_is_wrong(case):
+def test_no_speed_up_is_shown_where_ours_is_wrong(case, environment):
     row, rows = measured(case, provider("fastvit", off), provider("eager", torch_norm))
     assert rows["fastvit"]["status"] == "wrong"
     assert all("times_as_fast" not in of_pass for row in rows.values() for of_pass in row.get("passes", {}).values())
-    text = report(row)
+    text = report(environment, row)
     assert "times as fast as eager" not in text
     assert "| layer_norm | tiny/8@16, 2 | wrong | | | | | | |" in text
 

@@ -9,7 +9,6 @@ from benchmarks.report import train_markdown
 from benchmarks.train import CHECKED_STEPS, QUICK_CPU_SHAPE, Selection, best_peer, classify, judged
 from benchmarks.train_variants import REFERENCE, VARIANTS, Setup, resident_batches
 from fastvit_engine.train.distributed import World
-from tests.benchmarks.test_kernels import ENVIRONMENT
 
 ORDER = {"precision": "fp32"}
 EXPECTED = {"status": "ok", "losses": [7.0, 6.0]}
@@ -56,7 +55,7 @@ def test_losses_that_leave_the_reference_are_wrong_and_get_no_ratio():
     assert "1.7 %" in rows[1]["reason"]
 
 
-def test_report_and_best_peer():
+def test_report_and_best_peer(environment):
     def row(name, ours, status, milliseconds, data="memory"):
         given = {"variant": name, "ours": ours, "data": data, "status": status, "reason": "why"}
         return given | {
@@ -72,7 +71,7 @@ def test_report_and_best_peer():
     ]
     assert best_peer(rows) == "timm"
     case = {"model": "B/16", "batch": 8, "precision": "fp32", "best_peer": "timm", "variants": rows}
-    text = train_markdown({"suite": "train", "quick": True, "environment": ENVIRONMENT, "cases": [case]})
+    text = train_markdown({"suite": "train", "quick": True, "environment": environment, "cases": [case]})
     assert "| **fastvit** | memory | 10 (10 to 10) | 1 | 50 % | 2 MiB |  | 0 % | 1.50 |" in text
     assert "| fast and wrong | memory | wrong: why |" in text
     assert "A quick run" in text
