@@ -35,9 +35,9 @@ def need_cuda(case: Case, half: bool = False) -> None:
         raise Unusable("takes bf16 and fp16 only")
 
 
-def need_timm(module: str = "timm") -> Any:
-    """timm, which imports torchvision, which does not load beside a PyTorch of another build: two of its operators must
-    then exist for the import. None of them is used."""
+def need_vision(module: str) -> Any:
+    """A module of timm or transformers. Both import torchvision, which does not load beside a PyTorch of another build:
+    two of its operators must then exist for the import. None of them is used."""
     spec = importlib.util.find_spec("torchvision")
     if spec is not None and spec.submodule_search_locations:
         try:

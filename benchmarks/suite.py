@@ -121,13 +121,16 @@ def measure_data(args: Namespace, folder: Path | None) -> tuple[str, dict[str, A
 
     with tempfile.TemporaryDirectory() as scratch:
         shards = getattr(args, "shards", None) if args.action == "data" else None
-        noise = shards is None
+        noise, cores = shards is None, os.cpu_count() or 1
+        workers = min(2, cores) if args.quick else max(2, cores)
         if noise:
-            shards = str(write_shards(Path(scratch, "shards"), QUICK_PHOTOS if args.quick else PHOTOS))
+            photos = QUICK_PHOTOS if args.quick else PHOTOS
+            per_shard = -(-photos // (2 * workers))  # WebDataset's readers need a shard a worker
+            shards = str(write_shards(Path(scratch, "shards"), photos, per_shard=per_shard))
         text, record = bench(
             shards,
             image_size=64 if args.quick else 224,
-            workers=min(2, os.cpu_count() or 1) if args.quick else max(2, (os.cpu_count() or 1)),
+            workers=workers,
             effort=QUICK if args.quick else FULL,
             repack=None if args.quick else 256,
             out=Path(scratch),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.peers import MAX_AUTOTUNE, need, need_timm
+from benchmarks.peers import MAX_AUTOTUNE, need, need_vision
 from benchmarks.registry import Unusable
 from benchmarks.shapes import Shape
 from fastvit_engine.config import Config
@@ -130,7 +130,7 @@ def fastvit_deepspeed(stage: int) -> Callable[[Setup], Step]:
 
 
 def timm_model(setup: Setup) -> nn.Module:
-    vit, shape = need_timm("timm.models.vision_transformer"), setup.shape
+    vit, shape = need_vision("timm.models.vision_transformer"), setup.shape
     with torch.device(setup.world.device):
         model = vit.VisionTransformer(
             img_size=shape.image,
@@ -166,7 +166,7 @@ def timm(compile_mode: str | None = None, *, cudnn: bool = False, fused: bool = 
 
 
 def transformers(setup: Setup) -> Step:
-    library, shape = need("transformers"), setup.shape
+    library, shape = need_vision("transformers"), setup.shape
     config = library.ViTConfig(
         hidden_size=shape.width,
         num_hidden_layers=shape.depth,

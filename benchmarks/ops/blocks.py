@@ -10,7 +10,7 @@ import fastvit_kernels
 from benchmarks.ops import attention, mlp
 from benchmarks.ops.layer_norm import EPS, torch_norm
 from benchmarks.ops.layer_norm import plain as plain_norm
-from benchmarks.peers import MAX_AUTOTUNE, compiled, need, need_timm
+from benchmarks.peers import MAX_AUTOTUNE, compiled, need_vision
 from benchmarks.registry import Binder, Bound, Case, Draw, Inputs, Op, Provider, Unusable, Work, functional, leaves_of
 
 # Parameters of a block by timm's names, as inputs: a dot is no part of an argument's name.
@@ -132,7 +132,7 @@ def our_block(case: Case) -> Binder:
 
 def timm_block(mode: str | None = "eager") -> Callable[[Case], Binder]:
     def make(case: Case) -> Binder:
-        shape, vit = case.shape, need_timm("timm.models.vision_transformer")
+        shape, vit = case.shape, need_vision("timm.models.vision_transformer")
         ratio = shape.mlp_dim / shape.width
 
         def module() -> nn.Module:
@@ -158,10 +158,10 @@ def of_module(case: Case, make: Callable[[], nn.Module], compile_mode: str | Non
 
 
 def transformers_block(case: Case) -> Binder:
-    vit = need("transformers.models.vit.modeling_vit")
+    vit = need_vision("transformers.models.vit.modeling_vit")
     if not hasattr(vit, "ViTLayer"):
         raise Unusable("this version of transformers has no ViTLayer")
-    config = need("transformers").ViTConfig(
+    config = need_vision("transformers").ViTConfig(
         hidden_size=case.shape.width,
         num_attention_heads=case.shape.heads,
         intermediate_size=case.shape.mlp_dim,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fastvit_kernels
 from benchmarks.apex_detection import need_apex
-from benchmarks.peers import MAX_AUTOTUNE, compiled, need, need_cuda, need_timm
+from benchmarks.peers import MAX_AUTOTUNE, compiled, need, need_cuda, need_vision
 from benchmarks.registry import Binder, Bound, Case, Draw, Inputs, Op, Provider, Work, functional, leaves_of
 
 CLASSES, MANY_CLASSES = 1000, 21_841  # ImageNet-1k and -21k
@@ -77,7 +77,7 @@ def eager_dense(logits: Tensor, labels: Tensor, labels_b: Tensor, mix_weight: Te
 
 
 def timm(case: Case) -> Callable[..., Tensor]:
-    loss = need_timm("timm.loss").SoftTargetCrossEntropy()
+    loss = need_vision("timm.loss").SoftTargetCrossEntropy()
     return lambda logits, labels, labels_b, mix_weight: loss(wide(logits), dense_targets(labels, labels_b, mix_weight))
 
 

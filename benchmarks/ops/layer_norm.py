@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastvit_kernels
 from benchmarks.apex_detection import need_apex
-from benchmarks.peers import MAX_AUTOTUNE, compiled, need, need_cuda, need_timm
+from benchmarks.peers import MAX_AUTOTUNE, compiled, need, need_cuda, need_vision
 from benchmarks.registry import Binder, Bound, Case, Draw, Inputs, Op, Provider, Work, functional, leaves_of
 
 EPS = 1e-6
@@ -134,7 +134,7 @@ def quack(case: Case) -> Norm:
 
 
 def timm(case: Case) -> Norm:
-    norm = need_timm("timm.layers").LayerNorm
+    norm = need_vision("timm.layers").LayerNorm
     module = norm(case.shape.width, eps=EPS).to(case.device, case.dtype)
     return lambda x, weight, bias: torch.func.functional_call(module, {"weight": weight, "bias": bias}, (x,))
 

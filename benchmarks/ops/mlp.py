@@ -11,7 +11,7 @@ import fastvit_kernels
 from benchmarks.apex_detection import need_apex
 from benchmarks.ops.layer_norm import EPS, torch_norm
 from benchmarks.ops.layer_norm import plain as plain_norm
-from benchmarks.peers import MAX_AUTOTUNE, compiled, need, need_cuda, need_timm
+from benchmarks.peers import MAX_AUTOTUNE, compiled, need, need_cuda, need_vision
 from benchmarks.registry import Binder, Bound, Case, Draw, Inputs, Op, Provider, Unusable, Work, functional, leaves_of
 
 FP8 = 2.0**-3  # relative rounding of e4m3, which has three bits of mantissa
@@ -61,7 +61,7 @@ def ours(activation: str) -> Callable[[Case], Callable[..., Tensor]]:
 
 
 def timm(case: Case) -> Callable[..., Tensor]:
-    layers = need_timm("timm.layers")
+    layers = need_vision("timm.layers")
     norm = layers.LayerNorm(case.shape.width, eps=EPS).to(case.device, case.dtype)
     mlp = layers.Mlp(case.shape.width, case.shape.mlp_dim).to(case.device, case.dtype)
     call = torch.func.functional_call

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastvit_kernels
-from benchmarks.peers import MAX_AUTOTUNE, compiled, need, need_cuda, need_timm
+from benchmarks.peers import MAX_AUTOTUNE, compiled, need, need_cuda, need_vision
 from benchmarks.registry import Case, Draw, Op, Provider, Work, functional
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -66,7 +66,7 @@ def ours(case: Case) -> Callable[..., Tensor]:
 
 def timm(case: Case) -> Callable[..., Tensor]:
     shape = case.shape
-    module = need_timm("timm.layers").PatchEmbed(shape.image, shape.patch, embed_dim=shape.width)
+    module = need_vision("timm.layers").PatchEmbed(shape.image, shape.patch, embed_dim=shape.width)
     module = module.to(case.device, case.dtype)
 
     def embed(images: Tensor, weight: Tensor, bias: Tensor, pos_embed: Tensor, cls_token: Tensor) -> Tensor:
