@@ -43,8 +43,6 @@ def run(args: Namespace) -> int:
             text, record = MEASURE[name](args, folder)
         except ValueError as error:
             raise UserError(f"fastvit bench {name}: {error}") from error
-        except UserError:
-            raise
         except Exception as error:
             if args.action != "all":
                 raise

@@ -11,6 +11,7 @@ from benchmarks.plots import pyplot
 from fastvit_engine.cli import main
 from fastvit_engine.commands import bench
 from fastvit_engine.data.decode import decode_image
+from fastvit_engine.errors import UserError
 
 
 @pytest.mark.distributed
@@ -57,7 +58,7 @@ def test_a_wrong_result_of_ours_is_an_exit_code(monkeypatch, capsys):
 
 def test_all_goes_on_behind_a_suite_that_fails(monkeypatch, capsys):
     def fails(args, folder):
-        raise RuntimeError("no luck")
+        raise UserError("no luck")
 
     for name in suite.SUITES:
         monkeypatch.setitem(suite.MEASURE, name, lambda args, folder, name=name: (name, {"cases": []}))
@@ -65,7 +66,7 @@ def test_all_goes_on_behind_a_suite_that_fails(monkeypatch, capsys):
     assert main(["bench", "all", "--quick"]) == 1
     printed = capsys.readouterr()
     assert printed.out.split() == ["kernels", "data", "overhead"]
-    assert "train failed: RuntimeError: no luck" in printed.err
+    assert "train failed: UserError: no luck" in printed.err
 
 
 def test_bad_input_is_one_sentence(capsys, monkeypatch, tmp_path):
