@@ -136,7 +136,7 @@ def measure_data(args: Namespace, folder: Path | None) -> tuple[str, dict[str, A
         )
         if noise:
             text = text.replace("# Data loading\n", "# Data loading\n\nThe images are noise, not photos.\n", 1)
-        record |= {"suite": "data", "noise": noise}
+        record |= {"suite": "data", "noise": noise, "quick": args.quick}
         stem = write(record, text, folder)
         if folder is not None:
             shutil.copyfile(Path(scratch, "data_bench.png"), folder / f"{stem}.png")
@@ -155,7 +155,8 @@ def measure_overhead(args: Namespace, folder: Path | None) -> tuple[str, dict[st
         )
         if done.returncode != 0:
             raise RuntimeError(done.stderr.strip()[-2000:])
-        record = json.loads(Path(scratch, "step_overhead.json").read_text()) | {"suite": "overhead"}
+        record = json.loads(Path(scratch, "step_overhead.json").read_text())
+        record |= {"suite": "overhead", "quick": args.quick}
         text = Path(scratch, "step_overhead.md").read_text()
         write(record, text, folder)
     return text, record
