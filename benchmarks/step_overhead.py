@@ -1,6 +1,6 @@
 """What a training step costs beyond a bare PyTorch loop on the same model and batches, on one CPU thread.
 
-    python -m benchmarks.step_overhead [--quick] [--out DIR]
+    python -m benchmarks.step_overhead [--quick] --out DIR
 
 Six training loops live side by side in one process, each on a thread of its own, and only one of them runs at a time:
 the others stand still inside `next(batches)`. A turn of a loop is therefore timed from one request for a batch to the
@@ -135,7 +135,7 @@ def _without_key_bias(name: str, weight: Tensor) -> Tensor:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the first model only, in few rounds: does it run?")
-    parser.add_argument("--out", metavar="DIR", type=Path, default=Path("benchmarks/results/cpu"))
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where step_overhead.json and .md go")
     args = parser.parse_args(arguments)
     cases = [Case(**{**asdict(CASES[0]), "rounds": 10})] if args.quick else CASES
     words = sys.argv[1:] if arguments is None else arguments

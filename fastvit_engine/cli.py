@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from fastvit_engine import __version__
-from fastvit_engine.commands import config, data, export, plan, report, stacks, train
+from fastvit_engine.commands import bench, config, data, export, plan, report, stacks, train
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, Preempted, RestartError, UserError
 from fastvit_engine.launch import speaks_for_all
 
@@ -50,6 +50,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastvit", description="Pretrain Vision Transformers at scale.")
     parser.add_argument("--version", action="version", version=f"fastvit-engine {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (train, plan, data, config, report, export, stacks):
+    for command in (train, plan, data, config, report, export, stacks, bench):
         command.add(commands)
     return parser

@@ -1,0 +1,58 @@
+"""Which `apex` is installed, and what it can do.
+
+NVIDIA's apex is built from source, part by part, and on PyPI its name belongs to something else, a toolkit for a web
+framework. So it is judged by the parts that it has, without importing a stranger's package.
+"""
+
+import importlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from benchmarks.registry import Unusable
+
+FROM_SOURCE = "build NVIDIA's from github.com/NVIDIA/apex, with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
+# What each of its modules needs compiled.
+EXTENSIONS = {
+    "apex.normalization.fused_layer_norm": "fused_layer_norm_cuda",
+    "apex.contrib.layer_norm.layer_norm": "fast_layer_norm",
+    "apex.optimizers.fused_adam": "amp_C",
+    "apex.fused_dense.fused_dense": "fused_dense_cuda",
+    "apex.contrib.xentropy.softmax_xentropy": "xentropy_cuda",
+}
+
+
+def obstacle(module: str) -> str | None:
+    """Why a module of NVIDIA's apex cannot be used, or None."""
+    try:
+        spec = importlib.util.find_spec("apex")
+    except (ImportError, ValueError) as error:  # something put a half-made module in its place
+        return f"the package apex here cannot be looked into: {error}"
+    if spec is None:
+        return f"apex is not installed: {FROM_SOURCE}"
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
+        return f"the package apex here is not NVIDIA's (PyPI has another one of that name): {FROM_SOURCE}"
+    file = Path(*module.split(".")[1:]).with_suffix(".py")
+    if not any((folder / file).is_file() for folder in folders):
+        return f"this version of apex has no {module}"
+    extension = EXTENSIONS[module]
+    if importlib.util.find_spec(extension) is None:
+        return f"apex was installed without its extension {extension}: {FROM_SOURCE}"
+    return None
+
+
+def need_apex(module: str) -> Any:
+    """A module of NVIDIA's apex, or Unusable with what to do."""
+    reason = obstacle(module)
+    if reason is not None:
+        raise Unusable(reason)
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # whatever a package of another build throws
+        raise Unusable(f"{module} does not import: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

@@ -1,0 +1,1 @@
+"""One file an operation: its inputs, its plain formulation, its work, and who can run it."""

@@ -1,0 +1,71 @@
+"""Getting hold of peers, each of which may be absent, broken or not for this machine."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.apex_detection import first_line
+from benchmarks.registry import Case, Unusable
+
+
+def need(module: str) -> Any:
+    """An installed module, or Unusable."""
+    package = module.partition(".")[0]
+    try:
+        if importlib.util.find_spec(package) is None:
+            raise Unusable(f"{package} is not installed")
+        with warnings.catch_warnings(action="ignore"):
+            return importlib.import_module(module)
+    except Unusable:
+        raise
+    except Exception as error:  # a peer of another build may throw anything
+        raise Unusable(f"{module} does not import: {first_line(error)}") from error
+
+
+def need_cuda(case: Case, half: bool = False) -> None:
+    """Unusable unless the case is on an NVIDIA GPU and, with `half`, in a 16-bit dtype."""
+    if case.device.type != "cuda" or torch.version.hip:
+        raise Unusable("needs an NVIDIA GPU")
+    if half and case.dtype == torch.float32:
+        raise Unusable("takes bf16 and fp16 only")
+
+
+def need_vision(module: str) -> Any:
+    """A module of timm or transformers. Both import torchvision, which does not load beside a PyTorch of another build:
+    two of its operators must then exist for the import. None of them is used."""
+    spec = importlib.util.find_spec("torchvision")
+    if spec is not None and spec.submodule_search_locations:
+        try:
+            for library in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
+                torch.ops.load_library(str(library))
+        except OSError:
+            if not hasattr(torch.ops.torchvision, "nms"):
+                operators = torch.library.Library("torchvision", "DEF")
+                for name in ("nms", "qnms"):
+                    operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                _OPERATORS.append(operators)
+    return need(module)
+
+
+_OPERATORS: list[torch.library.Library] = []  # operators live as long as their library
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def compiled(function: Any, mode: str | None = None) -> Any:
+    """`torch.compile` for one size. CUDA graphs are left out of max-autotune: they reuse the memory of results that
+    the measurement still holds, and would time the host for one provider only."""
+    return torch.compile(function, dynamic=False, mode=mode)
+
+
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"

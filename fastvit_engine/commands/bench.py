@@ -1,0 +1,78 @@
+"""`fastvit bench`: the suite in the folder `benchmarks/` of a checkout."""
+
+import argparse
+import sys
+from pathlib import Path
+
+_ALL = "measure operations, training steps, data loading and the loop's own cost, one after the other"
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="measure kernels, training steps and data loading against the best peers",
+        description="Measures this engine and its peers on this machine, whatever it is; a peer that is not installed\n"
+        "is left out with the reason, one whose results are wrong gets no ratio. Needs a checkout of the repository.",
+        epilog="examples:\n  fastvit bench all --quick\n  fastvit bench kernels --ops attention --models H/14\n"
+        "  fastvit bench train --variants fastvit timm --shards 'shards/train-*.tar'",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = bench.add_subparsers(dest="action", required=True, metavar="WHAT")
+
+    kernels = _suite(actions, "kernels", "measure operations, each against those who can do it")
+    kernels.add_argument("--ops", nargs="+", metavar="NAME", help="operations (default all)")
+    kernels.add_argument("--models", nargs="+", metavar="NAME", help="sizes such as H/14 (default all)")
+    kernels.add_argument("--providers", nargs="+", metavar="NAME", help="such as fastvit, eager (default all)")
+    kernels.add_argument("--dtypes", nargs="+", metavar="NAME", help="fp32, bf16, fp16 (default bf16; on a CPU fp32)")
+
+    train = _suite(actions, "train", "measure whole training steps")
+    train.add_argument("--models", nargs="+", metavar="NAME", help="such as H/14 (default all)")
+    train.add_argument("--variants", nargs="+", metavar="NAME", help="such as fastvit, timm (default all)")
+    train.add_argument("--shards", metavar="SHARDS", help="also measure steps on images from these shards")
+    train.add_argument("--batch", type=int, metavar="N", help="images a step (default: by the model)")
+    train.add_argument("--largest-batch", action="store_true", help="also find the largest batch that fits a GPU")
+
+    data = _suite(actions, "data", "measure data loading, as fastvit data bench does")
+    data.add_argument("shards", nargs="?", metavar="SHARDS", help="your shards (default: images of noise)")
+
+    _suite(actions, "overhead", "measure what the training loop costs beyond a plain one, on a CPU")
+    _suite(actions, "all", _ALL)
+
+    readme = actions.add_parser("readme", help="write the results into README.md", description="Writes the table of\n"
+                                "results in README.md anew, from the newest files of every machine.")  # fmt: skip
+    readme.add_argument(
+        "--check", action="store_true", help="only say whether it is up to date (exit code 1: it is not)"
+    )
+    readme.set_defaults(run=_run)
+
+
+def _suite(
+    actions: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, purpose: str
+) -> argparse.ArgumentParser:
+    parser = actions.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.",
+                                epilog=f"example:\n  fastvit bench {name} --quick",
+                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="few rounds, nothing that compiles for long")
+    parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after M minutes a suite")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="write to DIR/<machine>/ (default benchmarks/results; --quick: nowhere)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.set_defaults(run=_run)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fastvit_engine.errors import UserError
+
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "benchmarks" / "suite.py").is_file():
+        raise UserError(
+            "fastvit bench needs the folder benchmarks/ of a checkout, which an installed package does not have: "
+            "clone the repository and run pip install --editable '.[train,bench]' there"
+        )
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    from benchmarks.suite import run
+
+    return run(args)

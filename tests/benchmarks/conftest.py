@@ -1,0 +1,25 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.ops.layer_norm import LAYER_NORM
+from benchmarks.registry import Case
+from benchmarks.shapes import Shape
+
+TINY = Shape("tiny/8@16", 8, 16, 32, 2, 64, 2, (2,))
+
+
+@pytest.fixture
+def case():
+    """Layer normalisation, small, with no providers."""
+    return Case(replace(LAYER_NORM, providers=()), TINY, 2, torch.float32, torch.device("cpu"))
+
+
+@pytest.fixture
+def environment():
+    """Of a machine without a GPU, as result files have it."""
+    return {
+        "command": "c", "started": "2026-01-02T03:04:05", "commit": None, "gpu": None, "cpu": "a CPU", "cpu_count": 1,
+        "threads": 1, "load_average": 0.0, "versions": {"torch": "9"},
+    }  # fmt: skip

@@ -1,0 +1,119 @@
+import json
+import sys
+import tarfile
+
+import pytest
+
+from benchmarks import gpu_run, suite
+from benchmarks.data import write_shards
+from benchmarks.first_gpu_run import PATIENCE, Step
+from benchmarks.plots import pyplot
+from fastvit_engine.cli import main
+from fastvit_engine.commands import bench
+from fastvit_engine.data.decode import decode_image
+from fastvit_engine.errors import UserError
+
+
+@pytest.mark.distributed
+def test_the_command_measures_checks_and_writes(tmp_path, capsys):
+    """From the command line through the measuring process to the files; the rest of the suite is the same path."""
+    pytest.importorskip("matplotlib")
+    arguments = ["--quick", "--ops", "layer_norm", "adamw", "--models", "tiny/14@56", "--out", str(tmp_path)]
+    assert main(["bench", "kernels", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "| layer_norm | tiny/14@56, 4 |" in printed
+    (place,) = tmp_path.glob("cpu/kernels-*.json")
+    record = json.loads(place.read_text())
+    assert [case["op"] for case in record["cases"]] == ["layer_norm", "adamw"] and record["quick"]
+    assert len(record["ceilings"]) == 2 and record["error"] is None
+    assert all(row["status"] in ("ok", "skipped") for case in record["cases"] for row in case["providers"])
+    pictures = sorted(path.name.split("-", 4)[-1] for path in place.parent.glob("*.png"))
+    assert pictures == ["bars-tiny-14-56-4.png", "roofline.png"]
+    assert printed.strip() in place.with_suffix(".md").read_text()
+
+
+def test_figures_are_written_without_matplotlib_and_without_nan(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    case = {"case": "x", "error": float("nan"), "providers": [{"status": "ok"}]}
+    record = {"suite": "kernels", "environment": {"started": "2026-01-02T03:04", "gpu": "G"}, "cases": [case]}
+
+    def draw(record, folder, stem):
+        return [pyplot()]
+
+    assert suite.write(record, "# text\n", tmp_path, draw) == "kernels-2026-01-02"
+    assert (tmp_path / "kernels-2026-01-02.md").read_text() == "# text\n"
+    written = json.loads((tmp_path / "kernels-2026-01-02.json").read_text(), parse_constant=pytest.fail)
+    assert written["cases"][0]["error"] is None
+    assert "no pictures: matplotlib is not installed" in capsys.readouterr().err
+
+
+def test_a_wrong_result_of_ours_is_an_exit_code(monkeypatch, capsys):
+    def measure(args, folder):
+        return "text", {"cases": [{"providers": [{"provider": "fastvit", "status": "wrong"}]}]}
+
+    monkeypatch.setitem(suite.MEASURE, "kernels", measure)
+    assert main(["bench", "kernels", "--quick"]) == 1
+    assert capsys.readouterr().out == "text\n"
+
+
+def test_all_goes_on_behind_a_suite_that_fails(monkeypatch, capsys):
+    def fails(args, folder):
+        raise UserError("no luck")
+
+    for name in suite.SUITES:
+        monkeypatch.setitem(suite.MEASURE, name, lambda args, folder, name=name: (name, {"cases": []}))
+    monkeypatch.setitem(suite.MEASURE, "train", fails)
+    assert main(["bench", "all", "--quick"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out.split() == ["kernels", "data", "overhead"]
+    assert "train failed: UserError: no luck" in printed.err
+
+
+def test_bad_input_is_one_sentence(capsys, monkeypatch, tmp_path):
+    assert main(["bench", "kernels", "--quick", "--ops", "atention"]) == 2
+    assert "fastvit bench kernels: there is no operation 'atention' to measure here" in capsys.readouterr().err
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "bench.py"))  # a package without its checkout
+    assert main(["bench", "kernels", "--quick"]) == 2
+    assert "needs the folder benchmarks/ of a checkout" in capsys.readouterr().err
+
+
+def test_noise_is_the_same_everywhere_and_can_be_trained_on(tmp_path):
+    first, second = (write_shards(tmp_path / name, 5, height=60, width=80, per_shard=3) for name in "ab")
+    assert [path.name for path in sorted(first.iterdir())] == ["noise-0000.tar", "noise-0001.tar"]
+    for path in first.iterdir():
+        assert path.read_bytes() == (second / path.name).read_bytes()
+    with tarfile.open(first / "noise-0001.tar") as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}
+    assert list(members) == ["000003.jpg", "000003.cls", "000004.jpg", "000004.cls"]
+    assert 0 <= int(members["000004.cls"]) < 1000
+    assert decode_image(members["000004.jpg"]).shape == (60, 80, 3)
+
+
+def test_the_gpu_run_ends_within_nine_minutes(tmp_path):
+    assert sum(step.seconds + PATIENCE for step in gpu_run.steps(tmp_path, dry=False)) < 9 * 60
+
+
+def test_the_gpu_run_goes_on_behind_a_step_that_fails_and_packs_what_there_is(tmp_path, monkeypatch, capsys):
+    def steps(folder, dry):
+        write = (
+            f"import pathlib; p = pathlib.Path({str(folder)!r}, 'gpu'); p.mkdir(); (p / 'a.md').write_text('# Seen')"
+        )
+        program = [gpu_run.sys.executable, "-c"]
+        return [Step("fails", [*program, "raise SystemExit(4)"], 30), Step("works", [*program, write], 30)]
+
+    monkeypatch.setattr(gpu_run, "steps", steps)
+    assert gpu_run.main(["--out", str(tmp_path / "out")]) == 1
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "report.md", "results.tar.gz", "summary.json",
+    ]  # fmt: skip
+    assert (tmp_path / "out" / "report.md").read_text() == "# Seen"
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [step["exit_code"] for step in summary["steps"]] == [4, 0]
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
+        assert {"./gpu/a.md", "./fails.log", "./works.log"} <= set(archive.getnames())
+
+
+def test_the_gpu_run_says_what_it_lacks(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(gpu_run.NEEDED, "no_such_package", "everything")
+    assert gpu_run.main(["--out", str(tmp_path)]) == 2
+    assert "no_such_package" in capsys.readouterr().out
