@@ -311,7 +311,8 @@ def worker(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("journal", type=Path)
     parsed = parser.parse_args(arguments)
     order = json.loads(parsed.order.read_text())
-    selection = Selection(**{k: tuple(v) if isinstance(v, list) else v for k, v in order["selection"].items()})
+    chosen: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in order["selection"].items()}
+    selection = Selection(**chosen)
     progress = Progress(set(order["done"]), {(case, provider) for case, provider in order["fatal"]})
     with parsed.journal.open("a") as file:
 

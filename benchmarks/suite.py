@@ -118,10 +118,10 @@ def measure_data(args: Namespace, folder: Path | None) -> tuple[str, dict[str, A
     from fastvit_engine.data.bench.run import FULL, QUICK, bench
 
     with tempfile.TemporaryDirectory() as scratch:
-        shards = getattr(args, "shards", None) if args.action == "data" else None
+        shards: str | None = getattr(args, "shards", None) if args.action == "data" else None
         noise, cores = shards is None, os.cpu_count() or 1
         workers = min(2, cores) if args.quick else max(2, cores)
-        if noise:
+        if shards is None:
             photos = QUICK_PHOTOS if args.quick else PHOTOS
             per_shard = -(-photos // (2 * workers))  # WebDataset's readers need a shard a worker
             shards = str(write_shards(Path(scratch, "shards"), photos, per_shard=per_shard))

@@ -227,7 +227,8 @@ def measure_variant(order: dict[str, Any], scratch: Path) -> dict[str, Any]:
     from fastvit_engine.train.distributed import join_world
     from fastvit_engine.train.throughput import Peak, peak_flops, peak_memory_bytes
 
-    shape = Shape(**{name: tuple(v) if isinstance(v, list) else v for name, v in order["shape"].items()})
+    wanted: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in order["shape"].items()}
+    shape = Shape(**wanted)
     variant = next(variant for variant in (REFERENCE, *VARIANTS) if variant.name == order["variant"])
     with join_world() as world:
         setup = Setup(shape, order["batch"], order["precision"], world)

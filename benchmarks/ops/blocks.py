@@ -1,6 +1,7 @@
 """The attention half of a block, and whole blocks."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +188,7 @@ def transformers_block(case: Case) -> Binder:
             for letter, weight, bias in zip(
                 "qkv", given["qkv_weight"].chunk(3), given["qkv_bias"].chunk(3), strict=True
             ):
-                layer = module.get_submodule(f"attention.{letter}_proj")
+                layer: Any = module.get_submodule(f"attention.{letter}_proj")
                 layer.weight.copy_(weight)
                 layer.bias.copy_(bias)
         x = leaves_of(case.op, given)["x"]

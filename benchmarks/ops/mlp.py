@@ -1,7 +1,7 @@
 """The MLP half of a block: normalisation, two dense layers around a GELU, residual."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,7 @@ def half_block(norm: Callable[..., Tensor], approximate: str) -> Callable[..., T
     return run
 
 
-def ours(activation: str) -> Callable[[Case], Callable[..., Tensor]]:
+def ours(activation: Literal["gelu", "gelu_tanh"]) -> Callable[[Case], Callable[..., Tensor]]:
     return lambda case: lambda **given: fastvit_kernels.layer_norm_mlp(**given, eps=EPS, activation=activation)
 
 
@@ -160,7 +160,7 @@ def plain(approximate: str) -> Callable[[Case], Callable[..., Tensor]]:
     return lambda case: half_block(plain_norm(case), approximate)
 
 
-def common(activation: str, approximate: str) -> tuple[Provider, ...]:
+def common(activation: Literal["gelu", "gelu_tanh"], approximate: str) -> tuple[Provider, ...]:
     eager = half_block(torch_norm, approximate)
     return (
         Provider("fastvit", functional(ours(activation))),

@@ -11,7 +11,7 @@ from benchmarks.peers import need, need_cuda
 from benchmarks.registry import Binder, Bound, Case, Draw, Inputs, Op, Provider, Work
 
 BLOCKS = 4
-SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 STEPS = 3  # until the parameters are judged: after one step AdamW has only told signs
 
 
@@ -84,7 +84,7 @@ def stepping(build: Callable[[Case], Callable[[list[Tensor]], Any]]) -> Callable
     return make
 
 
-def torch_adamw(**options: bool) -> Callable[[Case], Callable[[list[Tensor]], Any]]:
+def torch_adamw(**options: Any) -> Callable[[Case], Callable[[list[Tensor]], Any]]:
     return lambda case: lambda parameters: torch.optim.AdamW(parameters, **SETTINGS, **options)
 
 

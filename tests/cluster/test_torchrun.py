@@ -8,8 +8,6 @@ import pytest
 from harness import EVERYTHING, LAUNCH, SHARD_EVERYTHING, assert_same_curve, rows
 from hosts import wait_until
 
-from fastvit_engine.config import Config
-
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 RUN = ["bash", str(LAUNCH / "torchrun" / "run.sh")]
@@ -100,12 +98,7 @@ def test_names_that_point_to_loopback_do_not_matter(hosts, jobs, torchrun, train
 @pytest.mark.parametrize("how", ["killed", "cut off"])
 def test_a_lost_host_leaves_a_job_that_goes_on_without_it(hosts, jobs, torchrun, training, single, tmp_path, how):
     out = tmp_path / "run"
-    settings = []
-    if how == "cut off":
-        if "watchdog" not in Config.model_fields:
-            pytest.skip("without a watchdog, a collective waits for a silent peer for half an hour")
-        settings = ["watchdog.timeout_seconds=20"]
-    torchrun(training(out, *settings), nodes="2:3")
+    torchrun(training(out, "watchdog.timeout_seconds=20"), nodes="2:3")
     wait_until(lambda: (out / "checkpoints" / "latest").exists(), what="the first checkpoint")
     if how == "cut off":
         hosts.cut(2)
