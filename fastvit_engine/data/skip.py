@@ -6,6 +6,8 @@ They are what a run met trouble with, each the positions of whole steps. So the 
 
 from collections.abc import Iterator, Sequence
 
+from fastvit_engine.errors import UserError
+
 Window = tuple[int, int]  # [first, last)
 
 
@@ -18,9 +20,13 @@ def step_start(consumed: int, skipped: Sequence[Window]) -> int:
 
 
 def step_starts(consumed: int, batch: int, skipped: Sequence[Window]) -> Iterator[int]:
-    """Where each step from `consumed` on starts, for ever. ValueError for windows that are no whole steps of it."""
-    if any((edge - consumed) % batch for window in skipped for edge in window):
-        raise ValueError(f"skipped windows {skipped} are not whole batches of {batch} samples, counted from {consumed}")
+    """Where each step from `consumed` on starts, for ever. UserError for windows that are no whole steps of it."""
+    for first, last in skipped:
+        if (first - consumed) % batch or (last - consumed) % batch:
+            raise UserError(
+                f"events.jsonl says to skip the samples [{first}, {last}), which are not whole steps of {batch}: "
+                "correct that line"
+            )
     while True:
         start = step_start(consumed, skipped)
         yield start

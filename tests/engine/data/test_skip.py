@@ -3,6 +3,7 @@ from itertools import islice
 import pytest
 
 from fastvit_engine.data.skip import step_start, step_starts
+from fastvit_engine.errors import UserError
 
 
 def test_steps_jump_over_windows_wherever_a_run_goes_on():
@@ -20,5 +21,5 @@ def test_windows_behind_do_not_matter():
 
 
 def test_windows_that_cut_through_a_step_are_refused():
-    with pytest.raises(ValueError, match="not whole batches of 32"):
+    with pytest.raises(UserError, match=r"\[64, 100\), which are not whole steps of 32"):
         next(step_starts(32, 32, [(64, 100)]))

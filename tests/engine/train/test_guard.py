@@ -126,14 +126,20 @@ def world():
             yield world
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_discarded_step_leaves_deepspeed_as_if_it_had_not_been(world, stage, precision):
+@pytest.mark.parametrize(
+    ("stage", "precision", "offload"),
+    [
+        *((stage, precision, "none") for stage in range(4) for precision in ("fp32", "bf16")),
+        (2, "fp32", "optimizer"),
+        (3, "bf16", "all"),
+    ],
+)
+def test_a_discarded_step_leaves_deepspeed_as_if_it_had_not_been(world, stage, precision, offload):
     """In every ZeRO stage, at the first step and at a later one, and whatever is wrong."""
     config = Config.model_validate(
         {
             "train": {"precision": precision, "global_batch_size": 8, "grad_clip": 1.0},
-            "zero": {"stage": stage},
+            "zero": {"stage": stage, "offload": offload},
             "deepspeed": {"zero_optimization": {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100}},
         }
     )
