@@ -157,9 +157,7 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
                 if warning:  # the first step also waits for the workers to start
                     recorder.message(warning)
             last_logged = done
-            saved = checkpointer.settle()
-            if saved and recorder:
-                recorder.message(f"saved {saved}")
+            checkpointer.settle()
             if not math.isfinite(loss_mean):
                 raise UserError(
                     f"the loss is {loss_mean} at step {done}: lower optimizer.learning_rate, lengthen schedule.warmup "
@@ -187,8 +185,6 @@ def _train(resolved: Resolved, run: RunFolder, start: Start, world: World) -> No
 
     # ---- the end: the last checkpoint is whole, and the weights are one file
     saved = checkpointer.close()
-    if saved and recorder:
-        recorder.message(f"saved {saved}")
     world.on_main(lambda: export_run(saved, run) if saved else None)
     if recorder:
         recorder.close()
