@@ -278,9 +278,7 @@ def _train_from(start: Start, job: Job) -> Start | None:
                 if warning:  # the first step also waits for the workers to start
                     recorder.message(warning)
             last_logged = done
-            saved = checkpointer.settle()
-            if saved and recorder:
-                recorder.message(f"saved {saved}")
+            checkpointer.settle()
 
         # ---- evaluate
         if evaluates:
@@ -306,7 +304,6 @@ def _train_from(start: Start, job: Job) -> Start | None:
     saved = checkpointer.close()
     world.on_main(lambda: export_run(saved, run) if saved else None)
     if recorder:
-        recorder.message(f"saved {saved}")
         record_event(run, "stop", f"finished after {plan.total_steps} steps", step=plan.total_steps, reason="finished")
         recorder.close()
     return None

@@ -87,8 +87,9 @@ class Checkpointer:
         self._seconds_blocked = time.perf_counter() - started
 
     def settle(self, *, wait: bool = False) -> Checkpoint | None:
-        """The checkpoint that has been published since the last call, if any; costs nothing when no save is in flight.
+        """The checkpoint published since the last call, if any, which becomes an event and a line for the user.
 
+        Meant for every logged step: it costs nothing when no save is in flight, and a small broadcast when one is.
         UserError on every process when three saves in a row have failed. wait: until the save in flight has ended.
         """
         if (save := self._in_flight) is None:
@@ -118,6 +119,7 @@ class Checkpointer:
                 seconds_written=round(seconds, 4),
                 bytes=size,
             )
+            self.say(f"saved {save.checkpoint}")
         return save.checkpoint
 
     def close(self) -> Checkpoint | None:

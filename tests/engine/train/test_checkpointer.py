@@ -73,11 +73,13 @@ class Training:
         self.state = EngineState(engine)
         self.ema = WeightAverage(self.state, 0.9) if ema else None
         self.run, self.place = RunFolder(folder), place or GatedPlace(folder / "checkpoints")
-        self.said = []
+        self.said = []  # but for what was saved
         checks = CheckpointConfig(**settings)
-        self.checkpointer = Checkpointer(
-            self.run, self.place, self.state, self.ema, world, checks, say=self.said.append
-        )
+        self.checkpointer = Checkpointer(self.run, self.place, self.state, self.ema, world, checks, say=self.hear)
+
+    def hear(self, text):
+        if not text.startswith("saved "):
+            self.said.append(text)
 
     def train(self, steps=1):
         for _ in range(steps):
