@@ -221,25 +221,27 @@ def test_a_corrupt_image_is_left_out_and_named_once(shard, tmp_path, capfd):
 
 def test_damaged_checkpoint(refused, shard, tmp_path):
     out = tmp_path / "run"
-    assert main(train_arguments(out, f"data.train={shard}")) == 0
+    settings = f"data.train={shard}", "checkpoint.keep=1"  # not the one from before the first step
+    assert main(train_arguments(out, *settings)) == 0
     weights = out / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    arguments = train_arguments(out, f"data.train={shard}", "train.duration=6 steps", resume="auto")
+    arguments = train_arguments(out, *settings, "train.duration=6 steps", resume="auto")
     refused(arguments, weights, "has 1,000 bytes instead of", "parameter", "no older checkpoint to go on from")
     refused(["export", out, "--out", tmp_path / "x.safetensors"], weights, "has 1,000 bytes instead of")
 
 
 def test_latest_names_no_checkpoint(refused, shard, tmp_path, capfd):
     out = tmp_path / "run"
-    assert main(train_arguments(out, f"data.train={shard}")) == 0
+    settings = f"data.train={shard}", "checkpoint.keep=1"  # not the one from before the first step
+    assert main(train_arguments(out, *settings)) == 0
     (out / "checkpoints" / "latest").write_text("step-00000099")
-    assert main(train_arguments(out, f"data.train={shard}", resume="auto")) == 0  # an older one is there, and complete
+    assert main(train_arguments(out, *settings, resume="auto")) == 0  # an older one is there, and complete
     assert (
         f"step-00000099 is not a complete checkpoint: going back to {out}/checkpoints/step-00000004"
         in capfd.readouterr().out
     )
     (out / "checkpoints" / "step-00000004").rename(tmp_path / "elsewhere")
-    refused(train_arguments(out, f"data.train={shard}", resume="auto"), "step-00000099", "not a complete checkpoint")
+    refused(train_arguments(out, *settings, resume="auto"), "step-00000099", "not a complete checkpoint")
 
 
 def test_export_of_no_checkpoint(refused, tmp_path):

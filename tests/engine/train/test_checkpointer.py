@@ -28,7 +28,8 @@ from fastvit_engine.train.export import export_run, export_weights, find_checkpo
 from fastvit_engine.train.preflight import Start
 from fastvit_engine.train.resume import load_start
 
-STATE = {"seconds": 1.0, "consumed": 8, "bad_samples": 0, "accuracy": {}, "fingerprint": {"model": {"name": "Ti/4"}}}
+STATE = {"seconds": 1.0, "consumed": 8, "bad_samples": 0, "accuracy": {}, "skipped": [], "recent": []}
+STATE["fingerprint"] = {"model": {"name": "Ti/4"}}
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ def test_a_run_leaves_its_choices_and_events(train, tmp_path):
     events = read_events(RunFolder(folder))
     assert [(event["event"], event["step"]) for event in events] == [
         ("start", 0),
+        ("checkpoint", 0),
         ("checkpoint", 2),
         ("checkpoint", 4),
         ("stop", 4),
