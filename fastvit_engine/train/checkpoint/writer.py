@@ -6,6 +6,7 @@ Every process has such a thread. It writes its file and reports through the stor
 
 import contextlib
 import json
+import mmap
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -49,7 +50,7 @@ class HostCopy:
         on_gpu = any(piece.values.is_cuda for _, piece in everything)
         if self._memory.numel() < size:
             self._memory = torch.empty(0, dtype=torch.uint8)  # free the old before
-            self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
+            self._memory = _host_memory(size, pinned=on_gpu)
         blocks, offset = [], 0
         view = self._memory.numpy().data
         for kind, piece in everything:
@@ -142,6 +143,16 @@ class SaveInFlight:
 
 def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
+
+
+def _host_memory(size: int, *, pinned: bool) -> Tensor:
+    """`size` bytes, uninitialised; in huge pages where the system gives them, which a copy fills twice as fast."""
+    if pinned:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    memory = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError, AttributeError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _one_line(error: Exception) -> str:
