@@ -54,7 +54,7 @@ def bars(cases: Sequence[Mapping[str, Any]], title: str, subtitle: str) -> Any:
     figure, axes = plt.subplots(
         len(cases),
         1,
-        figsize=(9, 1.1 + sum(0.27 * height + 0.62 for height in heights)),
+        figsize=(9, 1.3 + sum(0.27 * height + 0.72 for height in heights)),
         height_ratios=[height + 1.2 for height in heights],
         squeeze=False,
         layout="constrained",
@@ -107,7 +107,8 @@ Point = tuple[Mapping[str, Any], str, Mapping[str, int], float]  # case, provide
 def draw_products(axis: Any, points: Sequence[Point], copy: float, products: Mapping[str, float]) -> None:
     unit, letter = (1e12, "T") if max(products.values()) >= 1e12 else (1e9, "G")
     intensities = [work["flops"] / work["bytes"] for _, _, work, _ in points] or [max(products.values()) / copy]
-    ends = min(intensities) / 2, max(max(intensities) * 2, max(products.values()) / copy * 2)
+    ridges = [flops / copy for flops in products.values()]
+    ends = min(*intensities, *ridges) / 2, max(*intensities, *ridges) * 2
     for name, flops in products.items():
         xs = [ends[0], flops / copy, ends[1]]
         axis.plot(xs, [min(flops, copy * x) / unit for x in xs], color=INK, linewidth=1.2)
