@@ -6,6 +6,7 @@ import importlib.util
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 
 from fastvit_engine import __version__
@@ -17,6 +18,17 @@ from fastvit_engine.launch import speaks_for_all
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0, or after printing one sentence the exit code of what ended it (see `errors`)."""
     args = _parser().parse_args(arguments)
+    try:
+        return _run(args)
+    except Exception:  # a bug: of one process that others wait for, it ends it at once, see _fail
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         return int(args.run(args))
     except (UserError, RestartError, Preempted) as error:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from fastvit_engine.commands.recipe import add_recipe
-from fastvit_engine.errors import UserError
+from fastvit_engine.errors import RestartError, UserError
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -47,6 +47,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine import launch
     from fastvit_engine.config import load_config
+    from fastvit_engine.data.workers import lost_worker
     from fastvit_engine.observe.run_folder import RunFolder
     from fastvit_engine.rendezvous import check_rendezvous
     from fastvit_engine.train.defaults import choose, machine_here
@@ -60,7 +61,12 @@ def _run(args: argparse.Namespace) -> int:
     resume = args.resume == "auto"
     if launch.launched_by_cluster():
         check_rendezvous()
-        train(resolved, out, resume=resume)
+        try:
+            train(resolved, out, resume=resume)
+        except RuntimeError as error:
+            if (message := lost_worker(error)) is None:
+                raise
+            raise RestartError(message) from error
         return 0
 
     if args.cpu_processes < 1:

@@ -1,6 +1,7 @@
 """Batches from decoding processes."""
 
 import mmap
+import time
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,7 +11,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from fastvit_engine.data.batch import Batch, empty_batch
-from fastvit_engine.errors import UserError
+from fastvit_engine.errors import RestartError, UserError
+
+# Before workers are forked. A thread of PyTorch's that lets go of the last collective operation's tensors asks Python for
+# a thread state meanwhile, and CPython 3.11 forks a child that waits for ever if that lock is taken: let them finish.
+_CALM_SECONDS = 0.02
 
 Build = Callable[[Any, Batch], Batch]  # (request, empty batch to fill) to the batch
 
@@ -91,18 +96,30 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 
 def _received(loader: DataLoader) -> Iterator[Any]:
+    if loader.num_workers:
+        time.sleep(_CALM_SECONDS)
     try:
         for item in loader:
             if isinstance(item, UserError):
                 raise item
             yield item
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if (message := lost_worker(error)) is None:
             raise
-        raise UserError(
-            "a data worker process was killed, most often for lack of host memory or of /dev/shm: "
-            "lower data.num_workers, or give the machine more of it"
-        ) from error
+        raise RestartError(message) from error
+
+
+def lost_worker(error: RuntimeError) -> str | None:
+    """What to say of an error that tells of a killed data worker, None of others.
+
+    PyTorch raises it from a signal handler: wherever the main thread happens to be.
+    """
+    if "DataLoader worker" not in str(error):
+        return None
+    return (
+        "a data worker process was killed, most often for lack of host memory or of /dev/shm: if it happens again, "
+        "lower data.num_workers, or give the machine more of it"
+    )
 
 
 def _unchanged(item: Any) -> Any:

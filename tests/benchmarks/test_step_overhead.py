@@ -1,5 +1,6 @@
 """The benchmark's machinery on a tiny model: the variants must be the same training, or their times compare nothing."""
 
+import importlib.metadata
 import json
 import multiprocessing
 import re
@@ -79,7 +80,7 @@ def test_json_and_markdown_agree(measurement, tmp_path):
     results = json.loads((tmp_path / "results" / "cpu" / "step_overhead.json").read_text())
     text = (tmp_path / "results" / "cpu" / "step_overhead.md").read_text()
     assert results["environment"]["command"] == "the command"
-    assert results["environment"]["versions"]["torch"] == torch.__version__
+    assert results["environment"]["versions"]["torch"] == importlib.metadata.version("torch")
     assert "`the command`" in text and results["environment"]["cpu"] in text
     assert "## tiny, 8 images" in text
     times = results["cases"][0]["milliseconds"]
