@@ -1,8 +1,8 @@
 """Batches from decoding processes."""
 
 import mmap
-import time
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from fastvit_engine.data.batch import Batch, empty_batch
 from fastvit_engine.errors import RestartError, UserError
 
-# Before workers are forked. A thread of PyTorch's that lets go of the last collective operation's tensors asks Python for
-# a thread state meanwhile, and CPython 3.11 forks a child that waits for ever if that lock is taken: let them finish.
+# Before workers are forked. A thread of PyTorch's that lets go of the last collective operation's tensors may be asking
+# Python for a thread state, and a child that CPython 3.11 forks meanwhile waits for ever for that lock: let it finish.
 _CALM_SECONDS = 0.02
 
 Build = Callable[[Any, Batch], Batch]  # (request, empty batch to fill) to the batch

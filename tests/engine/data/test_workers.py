@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvit_engine.data.batch import Batch, BatchBuilder, StageSeconds, Workspace, empty_batch
-from fastvit_engine.data.workers import load
+from fastvit_engine.data.workers import load, lost_worker
 from fastvit_engine.errors import UserError
 
 
@@ -68,3 +68,10 @@ def test_rows_that_are_not_filled_are_black_whatever_the_memory_held(make_config
     batch = builder.build()
     assert (batch.images == 0).all() and batch.weights.sum() == 0 and batch.keys == ["", "k", ""]
     assert [sample.key for sample in batch.bad] == ["k"]
+
+
+def test_a_lost_worker_is_told_from_other_errors():
+    assert "data worker process was killed" in lost_worker(
+        RuntimeError("DataLoader worker (pid 7) is killed by signal")
+    )
+    assert lost_worker(RuntimeError("shape mismatch")) is None
