@@ -179,6 +179,7 @@ def test_300_million_samples_cost_no_time_and_no_memory(tmp_path):
         write_columns(file, columns, [f"train-{n:06d}.tar" for n in range(shards)], "cls")
     output = subprocess.run([sys.executable, "-c", LARGE, path], capture_output=True, text=True, check=True).stdout
     start, batch, memory = map(float, output.split())
-    assert start < 0.3  # seconds of CPU, the slowest of five starts
-    assert batch < 0.001  # seconds of CPU for the 4,096 places of a step
+    # Orders of magnitude, since the machine may be busy: what grew with the samples would take minutes.
+    assert start < 1  # seconds of CPU, the slowest of five starts
+    assert batch < 0.01  # seconds of CPU for the 4,096 places of a step
     assert memory < 1e6  # KB at most, with PyTorch and everything
