@@ -2,14 +2,17 @@
 
     python -m benchmarks.checkpoint_blocking [--quick] [--out DIR]
 
-A ViT-L/16 (304 million parameters) is trained at ZeRO-1 by two processes on CPUs, and saved in two ways in turn:
-`save`, after which training goes on while threads write, and `save` followed by `settle(wait=True)`, which returns when
-all files are written, flushed to the disk (fsync) and published. Both write the same data: weights, both moments of
-Adam, and the manifest. A time is that of the slower process. A save only begins when the one before has ended; no step
-is taken meanwhile, which would need more memory than a small machine has.
+A ViT-L/16 (304 million parameters) is trained at ZeRO-1 by two processes on CPUs. In each round it takes a few steps
+three times, in an order that rotates: without a checkpoint; after `save`, whose copy the first update waits for while
+threads write; and after `save` and `settle(wait=True)`, which returns when all files are written, flushed to the disk
+(fsync) and published. Both kinds of save write the same data: weights, both moments of Adam, and the manifest.
+
+*Blocked* is the time in those calls and in `before_update`, of the slower process. What a save costs the steps beside
+it, which share processors, memory and disk with the threads, is in the time of the whole turn.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shlex
@@ -37,43 +40,72 @@ from fastvit_kernels import FusedCrossEntropy
 
 PROCESSES = 2
 ROUNDS = 5
+STEPS = 2  # of a turn: about as long as writing takes
+KINDS = ("none", "asynchronous", "synchronous")
 
 
 def resolve(quick: bool) -> Resolved:
-    """The model at 32 pixels: nearly all of its parameters are there, and a step takes seconds on a CPU."""
-    model = "{name: Ti/16, image_size: 32, num_classes: 1000}" if quick else "{name: L/16, image_size: 32}"
+    """The model at 112 pixels: nearly all of its parameters are there, and a step takes seconds on a CPU."""
+    model = "{name: Ti/16, image_size: 32, num_classes: 1000}" if quick else "{name: L/16, image_size: 112}"
     settings = [f"model={model}", "train.global_batch_size=2", "train.precision=fp32", "zero.stage=1"]
     settings.append("deepspeed.zero_optimization.reduce_bucket_size=20000000")  # less memory
     return load_config("quickstart", [*settings, "checkpoint.keep=1", "data.train_samples=1000", "data.eval=null"])
 
 
 def measure(world: World, quick: bool, folder: Path) -> dict[str, Any]:
-    """The seconds of each save, by kind and round; round 0 is the first of its kind."""
+    """Seconds blocked and seconds of the whole turn, by kind, of each round."""
     config = resolve(quick).config
     torch.manual_seed(0)
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     split = split_batch(config, world.size)
     engine, criterion = build_engine(model, config, split, world), FusedCrossEntropy("softmax")
     state, run = EngineState(engine), RunFolder(folder)
-    batch = resident_batches(config)[0]
-    own = slice(world.rank * split.micro_batch_size, (world.rank + 1) * split.micro_batch_size)
-    loss = criterion(engine(batch.images[own]), batch.labels[own])
-    engine.backward(loss)
-    engine.step()  # which gives the optimizer its state
-    engine.optimizer.zero_grad()
     place = place_of(config.checkpoint, run)
     checkpointer = Checkpointer(run, place, state, None, world, config.checkpoint, say=lambda text: None)
-    seconds: dict[str, list[float]] = {"first save": [], "asynchronous": [], "synchronous": []}
-    for step, kind in enumerate(["first save", *["asynchronous", "synchronous"] * ROUNDS], start=1):
+    batch = resident_batches(config)[0]
+    own = slice(world.rank * split.micro_batch_size, (world.rank + 1) * split.micro_batch_size)
+
+    def train_step() -> float:
+        """Takes a step; the seconds that its update waited for a copy."""
+        engine.backward(criterion(engine(batch.images[own]), batch.labels[own]))
+        ready = time.perf_counter()
+        checkpointer.before_update()
+        waited = time.perf_counter() - ready
+        engine.step()
+        return waited
+
+    numbers = itertools.count(1)
+
+    def turn(kind: str) -> tuple[float, float]:
+        """(seconds blocked, seconds of all), of the slower process."""
         world.barrier()
         started = time.perf_counter()
-        checkpointer.save(step, {"accuracy": {}})
+        if kind != "none":
+            checkpointer.save(next(numbers), {"accuracy": {}})
         if kind == "synchronous":
             checkpointer.settle(wait=True)
-        seconds[kind].append(world.max([time.perf_counter() - started]).item())
+        blocked = time.perf_counter() - started if kind != "none" else 0.0
+        blocked += sum(train_step() for _ in range(STEPS))
+        blocked, seconds = world.max([blocked, time.perf_counter() - started]).tolist()
         checkpointer.close()
-    size = sum(path.stat().st_size for path in run.checkpoints.glob("step-*/*"))
-    return {"model": config.model.name, "parameters": parameter_count(config.model), "bytes": size, "seconds": seconds}
+        return blocked, seconds
+
+    train_step()  # which gives the optimizer its state
+    first, _ = turn("asynchronous")
+    turns: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+    for number in range(ROUNDS):
+        for kind in KINDS[number % 3 :] + KINDS[: number % 3]:
+            turns[kind].append(turn(kind))
+    return {
+        "model": config.model.name,
+        "image_size": config.model.image_size,
+        "parameters": parameter_count(config.model),
+        "bytes": sum(path.stat().st_size for path in run.checkpoints.glob("step-*/*")),
+        "steps": STEPS,
+        "first_blocked": first,
+        "blocked": {kind: [blocked for blocked, _ in turns[kind]] for kind in KINDS[1:]},
+        "seconds": {kind: [seconds for _, seconds in turns[kind]] for kind in KINDS},
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -115,35 +147,41 @@ def _run_ranks(words: Sequence[str], folder: Path) -> dict[str, Any]:
 
 
 def render(results: Mapping[str, Any]) -> str:
-    """The table of `results`, as Markdown."""
-    environment, seconds = results["environment"], results["seconds"]
-    ratios = [a / s for a, s in zip(seconds["asynchronous"], seconds["synchronous"], strict=True)]
+    """The tables of `results`, as Markdown."""
+    environment, blocked, seconds = results["environment"], results["blocked"], results["seconds"]
+    ratios = [a / s for a, s in zip(blocked["asynchronous"], blocked["synchronous"], strict=True)]
+    lost = {
+        kind: [with_it - without for with_it, without in zip(seconds[kind], seconds["none"], strict=True)]
+        for kind in blocked
+    }
     what = {
         "synchronous": "written, flushed and published before training goes on",
-        "asynchronous": "copied to host memory; the rest happens while training goes on",
-        "first save": "likewise, and the memory for the copy is allocated",
+        "asynchronous": "copied to host memory before the next update; written while training goes on",
     }
-    rows = []
-    for kind, text in what.items():
-        times = seconds[kind]
-        rows.append(f"| {kind} | {statistics.median(times):.2f} | {min(times):.2f} to {max(times):.2f} | {text} |")
+    rows = [f"| {kind} | {_spread(blocked[kind])} | {_spread(lost[kind])} | {text} |" for kind, text in what.items()]
     lines = [
         "# How long training stands still for a checkpoint",
         "",
         f"`{environment['command']}`, {environment['started']}: {environment['cpu']}, {environment['cpu_count']} "
         f"cores, {environment['world_size']} processes of one thread (Gloo), ZeRO-1, fp32; load "
-        f"average {environment['load_average'][0]:.2f} at the start. ViT {results['model']}, "
-        f"{results['parameters']:,} parameters: {results['bytes'] / 1e9:.2f} GB a checkpoint. The two kinds of save "
-        f"take turns, {len(ratios)} rounds.",
+        f"average {environment['load_average'][0]:.2f} at the start. ViT {results['model']} at "
+        f"{results['image_size']} pixels, an image a process, {results['parameters']:,} parameters: "
+        f"{results['bytes'] / 1e9:.2f} GB a checkpoint. {len(ratios)} rounds; {results['steps']} steps take "
+        f"{_spread(seconds['none'])} s without a checkpoint. Medians and ranges:",
         "",
-        "| | seconds, median | range | what it is |",
+        "| save | blocked, s | the turn is longer by, s | what it waits for |",
         "|---|---:|---:|---|",
         *rows,
         "",
-        f"Asynchronous over synchronous, round by round: {min(ratios):.3f} to {max(ratios):.3f}, median "
-        f"{statistics.median(ratios):.3f}.",
+        f"Blocked, asynchronous over synchronous, round by round: {min(ratios):.3f} to {max(ratios):.3f}, median "
+        f"{statistics.median(ratios):.3f}. The first save of a run, which also touches its memory for the first time: "
+        f"{results['first_blocked']:.2f} s.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 if __name__ == "__main__":

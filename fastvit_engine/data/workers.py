@@ -1,9 +1,12 @@
 """Batches from decoding processes."""
 
+import contextlib
 import mmap
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +16,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from fastvit_engine.data.batch import Batch, empty_batch
 from fastvit_engine.errors import RestartError, UserError
 
-# Before workers are forked. A thread of PyTorch's that lets go of the last collective operation's tensors may be asking
-# Python for a thread state, and a child that CPython 3.11 forks meanwhile waits for ever for that lock: let it finish.
 _CALM_SECONDS = 0.02
+_CALM_PATIENCE = 0.5
 
 Build = Callable[[Any, Batch], Batch]  # (request, empty batch to fill) to the batch
 
@@ -97,7 +99,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 def _received(loader: DataLoader) -> Iterator[Any]:
     if loader.num_workers:
-        time.sleep(_CALM_SECONDS)
+        _wait_for_calm()
     try:
         for item in loader:
             if isinstance(item, UserError):
@@ -107,6 +109,29 @@ def _received(loader: DataLoader) -> Iterator[Any]:
         if (message := lost_worker(error)) is None:
             raise
         raise RestartError(message) from error
+
+
+def _wait_for_calm() -> None:
+    """Returns when no thread but Python's own has been running for a moment; at the latest after half a second.
+
+    Before workers are forked: a thread of PyTorch's that lets go of the last collective operation's tensors may be
+    asking Python for a thread state, and a child that CPython 3.11 forks meanwhile waits for ever for a lock.
+    """
+    deadline, calm = time.monotonic() + _CALM_PATIENCE, 0
+    while calm < 2 and time.monotonic() < deadline:
+        time.sleep(_CALM_SECONDS / 2)
+        calm = 0 if _foreign_threads_run() else calm + 1
+
+
+def _foreign_threads_run() -> bool:
+    """Whether any thread of this process that Python did not start is running, or waiting for a processor."""
+    own = {str(thread.native_id) for thread in threading.enumerate()}
+    for task in Path("/proc/self/task").glob("[0-9]*/stat"):  # nothing where there is no Linux
+        with contextlib.suppress(OSError):  # it has ended
+            state = task.read_text().rpartition(")")[2].split()[0]
+            if state == "R" and task.parent.name not in own:
+                return True
+    return False
 
 
 def lost_worker(error: RuntimeError) -> str | None:

@@ -201,7 +201,7 @@ def _train_from(start: Start, job: Job) -> Start | None:
     last_logged = start.step
 
     def save(step: int) -> None:
-        """Waits for a copy to host memory; a later `settle` tells how writing it went."""
+        """Begins a save, whose copy to host memory the next update waits for; a later `settle` tells how it went."""
         watchdog.phase("saving", slow=True)
         state = {
             "seconds": stopwatch.total,
@@ -340,6 +340,7 @@ def take_step(
             fault = job.replicas.compare() if compares else None
             job.guard.expect(loss_sum / accumulation_steps, fault=fault, rehearsal=rehearsal)
         job.watchdog.phase("optimizer step")
+        job.checkpointer.before_update()
         engine.step()
     return trace, job.guard.report()
 

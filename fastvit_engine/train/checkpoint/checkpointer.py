@@ -1,5 +1,6 @@
 """The two verbs that training needs, `save` and `load`, and what tells it how saving went."""
 
+import contextlib
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -56,7 +57,7 @@ class Checkpointer:
             raise UserError(f"{place.describe('')} cannot be used for checkpoints ({problem}): check checkpoint.path")
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Begins to save `step-N`; training may go on as soon as it returns. `settle` tells the end.
+        """Begins to save `step-N`; training may go on, and calls `before_update` next. `settle` tells the end.
 
         Waits for the save before, if there still is one. A save that fails is an event; the third in a row, an error.
         """
@@ -73,7 +74,7 @@ class Checkpointer:
             return
         state = {"step": step, **state}
         manifest = Manifest(step, state, self.engine.scalars(), self.engine.shapes, files={})
-        blocks = self._host_copy.take(pieces)
+        blocks = self._host_copy.begin(pieces)
         self._in_flight = SaveInFlight(
             checkpoint,
             manifest,
@@ -85,6 +86,15 @@ class Checkpointer:
             lambda complete: self._publish(checkpoint, complete),
         )
         self._seconds_blocked = time.perf_counter() - started
+
+    def before_update(self) -> None:
+        """Returns when weights and optimizer state may change, because all that is being saved has been copied."""
+        if self._in_flight is None:
+            return
+        started = time.perf_counter()
+        with contextlib.suppress(Exception):  # the thread of the save meets it, too, and reports it
+            self._host_copy.wait()
+        self._seconds_blocked += time.perf_counter() - started
 
     def settle(self, *, wait: bool = False) -> Checkpoint | None:
         """The checkpoint published since the last call, if any, which becomes an event and a line for the user.

@@ -1,6 +1,6 @@
-"""Saving while training goes on: a copy to host memory, which the step waits for, and a thread that does the rest.
+"""Saving while training goes on: one thread copies to host memory, which the next update waits for, one does the rest.
 
-Every process has such a thread. It writes its file and reports through the store of the process group; the one of rank
+Every process has both. The second writes its file and reports through the store of the process group; the one of rank
 0 waits for all reports and publishes. Collectives stay with the main thread.
 """
 
@@ -36,39 +36,63 @@ class Outcome:
 
 
 class HostCopy:
-    """A copy of pieces in host memory, which is pinned where they come from a GPU and used again by the next copy."""
+    """A copy of pieces in host memory, pinned where they come from a GPU, that the next copy uses again.
+
+    A thread makes it while training computes the next gradients: nothing that it reads changes before the next update.
+    On a GPU it has a stream of its own, so that the copies run beside kernels.
+    """
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
-        self._event: Any = None
+        self._stream: Any = None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
 
-    def take(self, pieces: Mapping[str, Sequence[Piece]]) -> list[Block]:
-        """Copies the pieces of all kinds; their bytes are there after `wait`. Invalidates the copy before."""
+    def begin(self, pieces: Mapping[str, Sequence[Piece]]) -> list[Block]:
+        """Begins to copy the pieces of all kinds; their bytes are there after `wait`. Invalidates the copy before."""
         everything = [(kind, piece) for kind, of_kind in pieces.items() for piece in of_kind]
         everything.sort(key=lambda entry: -entry[1].values.element_size())  # keeps every tensor aligned
         size = sum(piece.values.nbytes for _, piece in everything)
-        on_gpu = any(piece.values.is_cuda for _, piece in everything)
+        device = next((piece.values.device for _, piece in everything if piece.values.is_cuda), None)
         if self._memory.numel() < size:
             self._memory = torch.empty(0, dtype=torch.uint8)  # free the old before
-            self._memory = _host_memory(size, pinned=on_gpu)
-        blocks, offset = [], 0
+            self._memory = _host_memory(size, pinned=device is not None)
+        blocks, copies, offset = [], [], 0
         view = self._memory.numpy().data
         for kind, piece in everything:
             nbytes = piece.values.nbytes
             target: Tensor = self._memory[offset : offset + nbytes].view(piece.values.dtype)
-            target.copy_(piece.values, non_blocking=True)
+            if kind == "buffer":  # of the module, whose forward pass may change it
+                target.copy_(piece.values)
+            else:
+                copies.append((target, piece.values))
             name = f"{kind}/{piece.name}@{piece.start}"
             blocks.append(Block(name, _DTYPE_NAMES[piece.values.dtype], view[offset : offset + nbytes]))
             offset += nbytes
-        # The copies are queued on the stream that the next optimizer step comes to later: it need not wait for them.
-        self._event = torch.cuda.Event() if on_gpu else None
-        if self._event is not None:
-            self._event.record()
+        if device is not None:
+            self._stream = self._stream or torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # for the update that has just been queued
+        self._error = None
+        self._thread = threading.Thread(target=self._copy, args=[copies], name="copy for a checkpoint", daemon=True)
+        self._thread.start()
         return blocks
 
     def wait(self) -> None:
-        if self._event is not None:
-            self._event.synchronize()
+        """Returns when all is copied; raises what went wrong. May be called from several threads."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _copy(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        try:
+            with torch.cuda.stream(self._stream):  # which does nothing without one
+                for target, values in copies:
+                    target.copy_(values, non_blocking=True)
+            if self._stream is not None:
+                self._stream.synchronize()
+        except Exception as error:  # to be raised where somebody waits
+            self._error = error
 
 
 class SaveInFlight:

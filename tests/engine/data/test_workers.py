@@ -1,4 +1,6 @@
 import multiprocessing
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -57,6 +59,38 @@ def test_workers_end_when_their_batches_are_dropped():
     while len(multiprocessing.active_children()) > before and time.monotonic() < deadline:
         time.sleep(0.05)
     assert len(multiprocessing.active_children()) == before
+
+
+THREADS_OF_OPENMP = """
+import threading, time, torch
+from fastvit_engine.data.workers import _foreign_threads_run, _wait_for_calm
+
+def until(state):
+    deadline = time.monotonic() + 30
+    while _foreign_threads_run() != state:
+        assert time.monotonic() < deadline, state
+
+def multiply():
+    torch.set_num_threads(3)
+    while not stop.is_set():
+        torch.ones(500, 500) @ torch.ones(500, 500)
+
+until(False)
+stop = threading.Event()
+thread = threading.Thread(target=multiply, daemon=True)
+thread.start()
+until(True)
+stop.set()
+thread.join()
+until(False)
+_wait_for_calm()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_that_python_did_not_start_are_waited_for():
+    done = subprocess.run([sys.executable, "-c", THREADS_OF_OPENMP], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_rows_that_are_not_filled_are_black_whatever_the_memory_held(make_config, photo):

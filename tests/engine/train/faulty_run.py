@@ -9,17 +9,20 @@ The variable holds a JSON list of faults, each an object with `what` and, where 
 * {"what": "weight", "step": S, "rank": R}         before step S an element of a weight becomes NaN on rank R, once
 * {"what": "bit", "step": S, "rank": R}            before step S the lowest bit of an element is flipped on rank R, once
 
-S counts from 0, in steps of the run.
+S counts from 0, in steps of the run. Copying for a checkpoint lasts as long as several steps, as if the model were
+large: so every rewind also shows that no update came before its end.
 """
 
 import json
 import os
 import sys
+import time
 
 import torch
 
 from fastvit_engine.cli import main
 from fastvit_engine.train import loop
+from fastvit_engine.train.checkpoint.writer import HostCopy
 
 FAULTS = json.loads(os.environ["FASTVIT_TEST_FAULTS"])
 PARAMETER = "blocks.0.mlp.fc1.weight"
@@ -70,6 +73,14 @@ def with_faults(take_step):
     return wrapped
 
 
+def slowly(copy):
+    def wrapped(self, copies):
+        time.sleep(0.2)
+        copy(self, copies)
+
+    return wrapped
+
+
 def parameter_of(engine):
     return dict(engine.module.named_parameters())[PARAMETER]
 
@@ -90,4 +101,5 @@ def spoil(gradient):
 
 loop.training_losses = with_bad_samples(loop.training_losses)
 loop.take_step = with_faults(loop.take_step)
+HostCopy._copy = slowly(HostCopy._copy)
 raise SystemExit(main(sys.argv[1:]))

@@ -20,7 +20,7 @@ from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.checkpoint import Checkpoint, Checkpointer, DamagedCheckpoint, open_place, usable_checkpoints
 from fastvit_engine.train.checkpoint.format import Block, Manifest
 from fastvit_engine.train.checkpoint.local import LocalPlace
-from fastvit_engine.train.checkpoint.writer import SaveInFlight
+from fastvit_engine.train.checkpoint.writer import HostCopy, SaveInFlight
 from fastvit_engine.train.distributed import World
 from fastvit_engine.train.ema import WeightAverage
 from fastvit_engine.train.engine_state import EngineState, Piece, share
@@ -85,6 +85,7 @@ class Training:
     def train(self, steps=1):
         for _ in range(steps):
             self.model(torch.randn(4, 5)).square().mean().backward()
+            self.checkpointer.before_update()
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.ema:
@@ -161,6 +162,37 @@ def test_training_goes_on_while_the_checkpoint_is_written(training):
     (event,) = read_events(training.run)
     assert (event["event"], event["step"], event["path"]) == ("checkpoint", 3, str(saved))
     assert event["bytes"] == sum(p.stat().st_size for p in (training.place.folder / saved.name).glob("*.safetensors"))
+
+
+def test_an_update_waits_until_all_is_copied_and_a_forward_pass_does_not(training, monkeypatch):
+    may_copy, copy = threading.Event(), HostCopy._copy
+
+    def later(self, copies):
+        assert may_copy.wait(30)
+        copy(self, copies)
+
+    monkeypatch.setattr(HostCopy, "_copy", later)
+    expected = training.everything()
+    training.checkpointer.save(3, STATE)
+    training.model.seen.add_(1)  # as a forward pass may
+    update = threading.Thread(target=training.train)
+    update.start()
+    update.join(0.2)
+    assert update.is_alive()
+    may_copy.set()
+    update.join(30)
+    assert not torch.equal(training.everything()[0]["weight", "0.weight"], expected[0]["weight", "0.weight"])
+    training.checkpointer.load(training.checkpointer.settle(wait=True))
+    assert_same(training.everything(), expected)
+
+
+def test_a_copy_that_fails_is_a_save_that_fails(training, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: 1 / 0)  # which the thread that copies asks for first
+    training.checkpointer.save(3, STATE)
+    training.train()
+    assert training.checkpointer.settle(wait=True) is None
+    assert "division by zero on rank 0" in training.said[0]
+    assert checkpoints(training) == []
 
 
 def test_the_second_of_two_quick_saves_waits_and_says_so(training):
