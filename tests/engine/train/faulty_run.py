@@ -1,4 +1,4 @@
-"""`python -m fastvit_engine`, with faults: what FASTVIT_TEST_FAULTS asks for happens in it, from outside the engine.
+"""`python -m fastvit_engine`, with faults: what FASTVIT_FAULTS asks for happens in it, from outside the engine.
 
 The variable holds a JSON list of faults, each an object with `what` and, where it applies, the `rank` it happens on:
 
@@ -24,7 +24,7 @@ from fastvit_engine.cli import main
 from fastvit_engine.train import loop
 from fastvit_engine.train.checkpoint.writer import HostCopy
 
-FAULTS = json.loads(os.environ["FASTVIT_TEST_FAULTS"])
+FAULTS = json.loads(os.environ["FASTVIT_FAULTS"])
 PARAMETER = "blocks.0.mlp.fc1.weight"
 came = []  # faults that come once, and came
 jobs = []  # of this process: one

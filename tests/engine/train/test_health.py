@@ -64,7 +64,7 @@ def train_with(train_command):
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
-            "FASTVIT_TEST_FAULTS": json.dumps(faults),
+            "FASTVIT_FAULTS": json.dumps(faults),
         }
         ranks = [
             subprocess.Popen(
