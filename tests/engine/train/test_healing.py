@@ -92,6 +92,7 @@ def start(train_command, tmp_path):
     print((tmp_path / "log").read_text())
 
 
+@pytest.mark.timeout(600 + 60 * KILLS)
 def test_a_run_that_loses_ranks_hangs_and_is_asked_to_leave(start, train, tmp_path):
     chance = random.Random(KILLS)
     run = RunFolder(tmp_path / "run")
