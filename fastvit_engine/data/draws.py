@@ -3,6 +3,8 @@
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
@@ -23,6 +25,13 @@ def sample_seeds(seed: int, *address: np.ndarray | int) -> np.ndarray:
     for numbers in address:
         hashed = _mix((hashed ^ np.asarray(numbers).astype(np.uint64)) + _GOLDEN)
     return hashed.astype(np.int64)
+
+
+def on_device(drawn: np.ndarray, device: torch.device) -> Tensor:
+    """The numbers on the device. To a GPU they go from pinned memory: any other copy would wait for all that is queued,
+    and the GPU would run dry before its next kernel came."""
+    tensor = torch.from_numpy(drawn)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def _mix(x: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastvit_engine.data.draws import uniforms
+from fastvit_engine.data.draws import on_device, uniforms
 from fastvit_kernels.patch_embed.reference import normalise
 
 _STREAM = 1000  # of `uniforms`; those of RandAugment count from 0
@@ -55,8 +55,8 @@ def mix(
     numbers[0] = 1
     numbers[:5, : 2 * pairs] = np.repeat([weight, top, bottom, left, right], 2, axis=1)
     numbers[5] = partner
-    on_device = torch.from_numpy(numbers).to(images.device)  # one copy
-    weight_, box, other = on_device[0], on_device[1:5, :, None], on_device[5].long()
+    copied = on_device(numbers, images.device)  # all at once
+    weight_, box, other = copied[0], copied[1:5, :, None], copied[5].long()
 
     row = torch.arange(height, device=images.device)
     column = torch.arange(width, device=images.device)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit_engine.data.draws import uniforms
+from fastvit_engine.data.draws import on_device, uniforms
 
 FILL = 128  # grey level of what a geometric operation brings in from outside the image
 MAGNITUDE_UNIT = 10  # the magnitude at which an operation has the strength that its line in OPERATIONS says
@@ -32,9 +32,9 @@ def randaugment(images: Tensor, seeds: np.ndarray, *, num_ops: int, magnitude: f
     for layer in range(num_ops):
         draws = uniforms(seeds, 2, stream=layer)
         choices = (draws[:, 0] * len(OPERATIONS)).astype(np.int64)
-        directions = torch.from_numpy(np.where(draws[:, 1] < 0.5, -1.0, 1.0).astype(np.float32)).to(pixels.device)
+        directions = on_device(np.where(draws[:, 1] < 0.5, -1.0, 1.0).astype(np.float32), pixels.device)
         order = np.argsort(choices, kind="stable")
-        rows = torch.from_numpy(order).to(pixels.device)
+        rows = on_device(order, pixels.device)
         ends = np.searchsorted(choices[order], np.arange(len(OPERATIONS)), side="right")
         changed, start = pixels.clone(), 0
         for operation, end in zip(OPERATIONS, ends, strict=True):

@@ -23,6 +23,8 @@ What a call does not use is None, at compile time, and leaves no trace in the ma
 
 A query without keys, or with a bias of -inf for all of them, has an output of 0; its lse is inf, which makes every
 probability 0.
+
+Helpers that give None say `return`: to the compiler of Triton 3.6 a None is nothing, and cannot be part of a tuple.
 """
 
 import triton
@@ -152,7 +154,7 @@ def advance_statistics(ptr, lengths, head_index, head, first, tokens):
 def advance_bias(bias, batch, head):
     """The bias of a head: pointer, strides of queries and of keys."""
     if bias is None:
-        return None
+        return
     else:
         return bias[0] + (batch * bias[1] + head * tl.cast(bias[2], tl.int64)), bias[3], bias[4]
 
@@ -161,7 +163,7 @@ def advance_bias(bias, batch, head):
 def seeded(dropout, head_index):
     """The seed itself, the rate, and which head this is."""
     if dropout is None:
-        return None
+        return
     else:
         return tl.load(dropout[0]), dropout[1], head_index
 
@@ -169,7 +171,7 @@ def seeded(dropout, head_index):
 @triton.jit
 def transposed(bias):
     if bias is None:
-        return None
+        return
     else:
         return bias[0], bias[2], bias[1]
 
@@ -178,7 +180,7 @@ def transposed(bias):
 def load_bias(bias, first_row, rows, first_column, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """A block of a bias, times log2(e), [ROWS, COLUMNS]; `bias` is a pointer and the strides of rows and columns."""
     if bias is None:
-        return None
+        return
     else:
         ptr, stride_row, stride_column = bias
         ptr += tl.cast(first_row, tl.int64) * stride_row + tl.cast(first_column, tl.int64) * stride_column
@@ -202,7 +204,7 @@ def draw_kept(dropout, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.
     matrix product these four scores are in the same thread, in rows as in columns.
     """
     if dropout is None:
-        return None
+        return
     else:
         seed, rate, head_index = dropout
         if ROWS == 1:
@@ -237,7 +239,7 @@ def drop(weights, kept):
 def kept_scale(dropout):
     """What kept probabilities are multiplied by."""
     if dropout is None:
-        return None
+        return
     else:
         return 1 / (1 - dropout[1])
 
@@ -370,7 +372,8 @@ def attention_fwd_kernel(
     v_ptr = advance(v_ptr, v_strides, lengths, batch, first_key, head * HEAD_DIM)
     out_ptr += first_query * stride_out + head * HEAD_DIM
     lse_ptr = advance_statistics(lse_ptr, lengths, head_index, head, first_query, tokens)
-    bias, dropout = advance_bias(bias, batch, head), seeded(dropout, head_index)
+    bias = advance_bias(bias, batch, head)
+    dropout = seeded(dropout, head_index)
     stride_q, stride_k, stride_v = q_strides[1], k_strides[1], v_strides[1]
     # fmt: off
     if lengths is not None:
@@ -521,7 +524,8 @@ def attention_bwd_query_kernel(
     grad_q_ptr += first_query * stride_grad + head * HEAD_DIM
     lse_ptr = advance_statistics(lse_ptr, lengths, head_index, head, first_query, tokens)
     delta_ptr = advance_statistics(delta_ptr, lengths, head_index, head, first_query, tokens)
-    bias, dropout = advance_bias(bias, batch, head), seeded(dropout, head_index)
+    bias = advance_bias(bias, batch, head)
+    dropout = seeded(dropout, head_index)
     stride_q, stride_k, stride_v, stride_grad_out = q_strides[1], k_strides[1], v_strides[1], grad_out_strides[1]
     # fmt: off
     if lengths is not None:
@@ -685,7 +689,8 @@ def attention_bwd_key_kernel(
     grad_v_ptr += gradients
     lse_ptr = advance_statistics(lse_ptr, lengths, head_index, head, first_query, tokens)
     delta_ptr = advance_statistics(delta_ptr, lengths, head_index, head, first_query, tokens)
-    bias, dropout = advance_bias(bias, batch, head), seeded(dropout, head_index)
+    bias = advance_bias(bias, batch, head)
+    dropout = seeded(dropout, head_index)
     stride_q, stride_k, stride_v, stride_grad_out = q_strides[1], k_strides[1], v_strides[1], grad_out_strides[1]
     # fmt: off
     if lengths is not None:

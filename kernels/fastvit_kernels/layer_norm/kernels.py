@@ -11,15 +11,18 @@ import triton.language as tl
 
 
 @triton.jit
-def chunk_of(
-    i: tl.constexpr, width, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr
-):
-    """The columns of chunk i, [1, BLOCK_N], and which of them exist; None: all."""
-    column = tl.broadcast_to(i * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], BLOCK_M, BLOCK_N)
-    if MASKED and i == CHUNKS - 1:
-        return column, column < width
+def columns_of(i: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The columns of chunk i, [BLOCK_M, BLOCK_N]."""
+    return tl.broadcast_to(i * BLOCK_N + tl.arange(0, BLOCK_N)[None, :], BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def existing(column, width, MAY_END: tl.constexpr):
+    """Which of a chunk's columns exist; None, by a `return` that Triton 3.6 takes too, unless the row may end there."""
+    if MAY_END:
+        return column < width
     else:
-        return column, None
+        return
 
 
 @triton.jit
@@ -68,7 +71,8 @@ def layer_norm_fwd_kernel(
     y = ()  # type: tuple
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in tl.static_range(CHUNKS):
-        column, column_mask = chunk_of(i, width, CHUNKS, BLOCK_M, BLOCK_N, MASKED)
+        column = columns_of(i, BLOCK_M, BLOCK_N)
+        column_mask = existing(column, width, MASKED and i == CHUNKS - 1)
         mask = both(row_mask, column_mask)
         chunk = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0).to(tl.float32)
         if branch_ptr is not None:
@@ -87,7 +91,8 @@ def layer_norm_fwd_kernel(
     mean = tl.sum(total, axis=1, keep_dims=True) / width  # [BLOCK_M, 1]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for i in tl.static_range(CHUNKS):
-        column, column_mask = chunk_of(i, width, CHUNKS, BLOCK_M, BLOCK_N, MASKED)
+        column = columns_of(i, BLOCK_M, BLOCK_N)
+        column_mask = existing(column, width, MASKED and i == CHUNKS - 1)
         centred = y[i] - mean
         if column_mask is not None:
             centred = tl.where(column_mask, centred, 0.0)
@@ -95,7 +100,8 @@ def layer_norm_fwd_kernel(
     rstd = tl.rsqrt(tl.sum(total, axis=1, keep_dims=True) / width + eps)
 
     for i in tl.static_range(CHUNKS):
-        column, column_mask = chunk_of(i, width, CHUNKS, BLOCK_M, BLOCK_N, MASKED)
+        column = columns_of(i, BLOCK_M, BLOCK_N)
+        column_mask = existing(column, width, MASKED and i == CHUNKS - 1)
         weight, bias = load_columns(weight_ptr, column, column_mask), load_columns(bias_ptr, column, column_mask)
         normed = (y[i] - mean) * rstd * weight + bias
         tl.store(
@@ -154,7 +160,8 @@ def layer_norm_bwd_kernel(
         grad_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         product_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for i in tl.static_range(CHUNKS):
-            column, column_mask = chunk_of(i, width, CHUNKS, BLOCK_M, BLOCK_N, MASKED)
+            column = columns_of(i, BLOCK_M, BLOCK_N)
+            column_mask = existing(column, width, MASKED and i == CHUNKS - 1)
             mask = both(row_mask, column_mask)
             weight = load_columns(weight_ptr, column, column_mask)
             grad_normed = tl.load(grad_normed_ptr + row * stride_grad_normed + column, mask=mask, other=0)
@@ -174,7 +181,8 @@ def layer_norm_bwd_kernel(
         slope = tl.sum(product_total, axis=1, keep_dims=True) * (-rstd / width)
 
         for i in tl.static_range(CHUNKS):
-            column, column_mask = chunk_of(i, width, CHUNKS, BLOCK_M, BLOCK_N, MASKED)
+            column = columns_of(i, BLOCK_M, BLOCK_N)
+            column_mask = existing(column, width, MASKED and i == CHUNKS - 1)
             mask = both(row_mask, column_mask)
             out = row * width + column
             grad_x = grad_standards[i] * rstd + (standards[i] * slope + offset)

@@ -71,7 +71,7 @@ def patch_embed(
             raise ValueError(f"register_tokens must have shape [1, R, {embed_dim}], got {list(register_tokens.shape)}")
         check_parameter("register_tokens", register_tokens, [1, register_tokens.shape[1], embed_dim], like=weight)
     if pos_embed is not None:
-        positions = patches + (cls_token is not None)
+        positions = patches + int(cls_token is not None)  # a symbolic size plus a bool fails in PyTorch 2.11
         check_parameter("pos_embed", pos_embed, [1, positions, embed_dim], like=weight)
     if keep_indices is not None:
         check_indices(keep_indices, images, patches)
@@ -279,7 +279,7 @@ def fake_backward(
     std: Sequence[float],
     with_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    width, positions = weight.shape[0], patch_grid(images, weight.shape[-1])[0] + has_cls
+    width, positions = weight.shape[0], patch_grid(images, weight.shape[-1])[0] + int(has_cls)
     return (
         weight.new_empty(weight.shape if with_weight else 0),
         weight.new_empty(width),
