@@ -4,9 +4,8 @@ import tarfile
 
 import pytest
 
-from benchmarks import gpu_run, suite
+from benchmarks import suite
 from benchmarks.data import write_shards
-from benchmarks.first_gpu_run import PATIENCE, Step
 from benchmarks.plots import pyplot
 from fastvit_engine.cli import main
 from fastvit_engine.commands import bench
@@ -87,33 +86,3 @@ def test_noise_is_the_same_everywhere_and_can_be_trained_on(tmp_path):
     assert list(members) == ["000003.jpg", "000003.cls", "000004.jpg", "000004.cls"]
     assert 0 <= int(members["000004.cls"]) < 1000
     assert decode_image(members["000004.jpg"]).shape == (60, 80, 3)
-
-
-def test_the_gpu_run_ends_within_nine_minutes(tmp_path):
-    assert sum(step.seconds + PATIENCE for step in gpu_run.steps(tmp_path, dry=False)) < 9 * 60
-
-
-def test_the_gpu_run_goes_on_behind_a_step_that_fails_and_packs_what_there_is(tmp_path, monkeypatch, capsys):
-    def steps(folder, dry):
-        write = (
-            f"import pathlib; p = pathlib.Path({str(folder)!r}, 'gpu'); p.mkdir(); (p / 'a.md').write_text('# Seen')"
-        )
-        program = [gpu_run.sys.executable, "-c"]
-        return [Step("fails", [*program, "raise SystemExit(4)"], 30), Step("works", [*program, write], 30)]
-
-    monkeypatch.setattr(gpu_run, "steps", steps)
-    assert gpu_run.main(["--out", str(tmp_path / "out")]) == 1
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "report.md", "results.tar.gz", "summary.json",
-    ]  # fmt: skip
-    assert (tmp_path / "out" / "report.md").read_text() == "# Seen"
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [step["exit_code"] for step in summary["steps"]] == [4, 0]
-    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
-        assert {"./gpu/a.md", "./fails.log", "./works.log"} <= set(archive.getnames())
-
-
-def test_the_gpu_run_says_what_it_lacks(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(gpu_run.NEEDED, "no_such_package", "everything")
-    assert gpu_run.main(["--out", str(tmp_path)]) == 2
-    assert "no_such_package" in capsys.readouterr().out
