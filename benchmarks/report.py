@@ -179,9 +179,8 @@ def train_table(case: Row) -> list[str]:
     left_out = defaultdict(list)
     for row in case["variants"]:
         if row["status"] == "skipped":
-            left_out[row["reason"]].append(
-                row["variant"] if row["data"] == "memory" else f"{row['variant']}, {row['data']}"
-            )
+            title = {"memory": row["variant"], "control": "control"}.get(row["data"], f"{row['variant']} from shards")
+            left_out[row["reason"]].append(title)
             continue
         name = f"**{row['variant']}**" if row["ours"] else row["variant"]
         if row["status"] != "ok":

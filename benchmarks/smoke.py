@@ -12,6 +12,7 @@ frames. On a CPU: the same, small and without kernels.
 
 import argparse
 import faulthandler
+import importlib.util
 import os
 import subprocess
 import sys
@@ -36,6 +37,17 @@ SKIPPED = "skipped: "
 AT_ONCE = 12  # processes: the largest take 8 GB of a GPU's memory, most far less
 LAST_WORDS = 5  # seconds from a process's stack traces to its end
 TRAININGS = {f"train ZeRO-{stage}": stage for stage in (1, 3)}
+TRAINING_NEEDS = (
+    "pydantic",
+    "yaml",
+    "PIL",
+    "cv2",
+    "simplejpeg",
+    "webdataset",
+    "braceexpand",
+    "deepspeed",
+    "tensorboard",
+)
 SETTINGS = (
     "model={name: Ti/16, image_size: 64, num_classes: 1000}", "train.global_batch_size=16", "train.duration=5 steps",
     "train.log_every=1", "schedule.warmup=1 steps", "data.eval=null", "evaluate.every=null",
@@ -81,12 +93,12 @@ def cases() -> dict[str, Case]:
 def check(name: str) -> None:
     """Runs one of them here: prints how it went, or raises."""
     if name in TRAININGS:
-        train(TRAININGS[name])
+        check_training(TRAININGS[name])
     else:
-        judge(cases()[name])
+        check_operation(cases()[name])
 
 
-def judge(case: Case) -> None:
+def check_operation(case: Case) -> None:
     provider = next(provider for provider in case.op.providers if provider.name == OURS)
     judge = Judge(case, case.inputs(seed=0))
     bound = provider.make(case)(judge.inputs)
@@ -101,13 +113,14 @@ def judge(case: Case) -> None:
         raise ArithmeticError(f"wrong: {verdict}")
 
 
-def train(stage: int) -> None:
+def check_training(stage: int) -> None:
     """`fastvit train` as a user starts it."""
-    try:
-        from benchmarks.data import write_shards
-        from fastvit_engine.cli import main
-    except ModuleNotFoundError as error:
-        raise Unusable(f"{error.name} is not installed") from error
+    absent = [name for name in TRAINING_NEEDS if importlib.util.find_spec(name) is None]
+    if absent:
+        raise Unusable(f"not installed: {', '.join(absent)}")
+    from benchmarks.data import write_shards
+    from fastvit_engine.cli import main
+
     with tempfile.TemporaryDirectory() as folder:
         shards, run = write_shards(Path(folder, "shards"), 32, height=96, width=128), Path(folder, "run")
         settings = [*SETTINGS, f"data.train={shards}", f"zero.stage={stage}"]

@@ -49,3 +49,9 @@ def test_the_last_line_is_what_it_said():
     assert Outcome("x", 0, 1.0, "first\nlast\n\n").said == "last"
     assert Outcome("x", None, 1.0, "").said == "nothing"
     assert Outcome("x", 0, 1.0, "skipped: no DeepSpeed").word == "skipped"
+
+
+def test_without_its_packages_training_is_skipped(monkeypatch, capsys):
+    monkeypatch.setattr(smoke, "TRAINING_NEEDS", ("torch", "no_such_package"))
+    assert smoke.worker("train ZeRO-1") == 0
+    assert capsys.readouterr().out == "skipped: not installed: no_such_package\n"
