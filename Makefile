@@ -1,11 +1,12 @@
 # make quickstart   pretrain a small ViT on real images, end to end, on this machine
 # make test         lint, types and the whole test suite
+# make wheels       packages for a GPU machine without a network, in wheels/: benchmarks/README.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep ^torch== constraints.txt)
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint wheels clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/fastvit data make digits --out data/digits --eval-fraction 0.2 --samples-per-shard 200
@@ -30,6 +31,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev,integrations]'
 	touch $@
+
+# For another machine: Linux on x86-64, with the Python of PYTHON_VERSION.
+PYTHON_VERSION ?= 3.12
+wheels:
+	rm -rf wheels
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest wheels \
+		--implementation cp --python-version $(PYTHON_VERSION) \
+		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
+		--constraint constraints.txt --requirement launch/wheels.txt
+	DS_BUILD_OPS=0 $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir wheels --constraint constraints.txt deepspeed
+	@du -sh wheels
 
 clean:
 	rm -rf $(VENV) data runs

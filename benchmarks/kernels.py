@@ -39,6 +39,7 @@ from benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_CPU_SHAPES, Shape
 from benchmarks.timing import Clock, Racer, Times, race
 
 SILENCE = 900  # seconds without a word after which the measuring process counts as stuck: compilers take their time
+VERY_SLOW = ("max-autotune", "deepspeed")  # compile for a minute or more: not in a quick run on a GPU either
 SETS = 3  # of inputs, that take turns
 
 
@@ -288,7 +289,7 @@ def measure_all(selection: Selection, progress: Progress, deadline: float, journ
                 return "ended the process that measured it"
             if selection.providers and provider.name not in selection.providers:
                 return "not asked for"
-            if selection.quick and provider.slow and (device.type == "cpu" or "max-autotune" in provider.name):
+            if selection.quick and provider.slow and (device.type == "cpu" or provider.name.endswith(VERY_SLOW)):
                 return "compiles for long: not in a quick run"
             return None
 

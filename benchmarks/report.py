@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import groupby, zip_longest
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -18,12 +19,20 @@ def kernels_markdown(record: Row) -> str:
         "",
         "Milliseconds are medians over the rounds, with quartiles in brackets; `both` is a forward and a backward pass "
         "together. `of the ceiling` is the least time that this machine's copy and matrix product allow for the work "
-        "(whichever is longer), over the time taken; above 100 % the data stayed in a cache. `times as fast` compares "
-        "`fastvit` with the best peer, round by round; above 1 `fastvit` is faster. A provider whose results are "
-        "wrong has no time. What the compiler makes of the kernels, without a GPU: [tables](../codegen).",
+        "(whichever is longer), over the time taken; above 100 % the data stayed in a cache, or the machine was slower "
+        "while the ceiling was measured. A provider whose results are wrong has no time. "
+        "What the compiler makes of the kernels, without a GPU: [tables](../codegen).",
     ]
     measured = [case for case in record["cases"] if "providers" in case]
-    lines += ["", "## Against the best peer", "", *summary_table(measured)]
+    lines += [
+        "",
+        "## Against the best peer",
+        "",
+        "The size is a model and a number of images; milliseconds are of both passes. The columns with × say how many "
+        "times as fast as the best peer in that pass `fastvit` is, compared round by round: above 1 it is faster.",
+        "",
+        *summary_table(measured),
+    ]
     for case in measured:
         lines += ["", f"## {case_title(case)}", "", *case_table(case), *case_notes(case)]
     failed = [case for case in record["cases"] if "providers" not in case]
@@ -44,9 +53,10 @@ def train_markdown(record: Row) -> str:
         "",
         "One step is forward, backward, clipping and AdamW, on one device; milliseconds are medians over the steps, "
         "quartiles in brackets. `images/s` and MFU follow from the median; MFU counts the model's own matrix products "
-        "against the peak named under each table. `loss` is how far the first losses are from those of plain timm in "
-        "float32. Each variant runs in a process of its own, one after the other; `control` is the first one again, "
-        "at the end.",
+        "against the peak named under each table. `loss off by` is how far the first losses are from those of plain "
+        "timm in float32; × says how many times as fast as the best peer one of ours is. "
+        "Each variant runs in a process of its own, one after the other; `control`, where there is one, is "
+        "the first again, at the end.",
     ]
     for case in record["cases"]:
         lines += ["", f"## {case['model']}, {case['batch']} images, {case['precision']}", "", *train_table(case)]
@@ -84,7 +94,7 @@ def case_title(case: Row) -> str:
 
 def summary_table(cases: Sequence[Row]) -> list[str]:
     lines = [
-        "| operation | size | `fastvit`, ms | best peer | its ms | forward | backward | both | of the ceiling |",
+        "| operation | size | `fastvit`, ms | best peer | its ms | forward × | backward × | both × | of the ceiling |",
         "|---|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for case in cases:
@@ -113,24 +123,27 @@ def times(of_pass: Row) -> str:
 def case_table(case: Row) -> list[str]:
     names = list(case["work"])
     whole = "both" if "both" in names else names[0]
-    heads = [f"{name}, ms" for name in names]
-    lines = [
-        "| provider | " + " | ".join(heads) + " | rate | of the ceiling | memory | host, ms | what ran longest |",
-        "|---|" + "---:|" * (len(heads) + 4) + "---|",
-    ]
     ran = [row for row in case["providers"] if row["status"] == "ok"]
+    on_gpu = any(row["peak_bytes"] is not None for row in ran)  # elsewhere memory is unknown, and all time the host's
+    of_gpu = ["memory", "host, ms"] if on_gpu else []
+    heads = [*(f"{name}, ms" for name in names), "rate", "of the ceiling", *of_gpu]
+    lines = [
+        "| provider | " + " | ".join(heads) + " | what ran longest |",
+        "|---|" + "---:|" * len(heads) + "---|",
+    ]
     for row in sorted(ran, key=lambda row: row["passes"][whole]["ms"][1]):
         title = f"**{row['provider']}**" if row["provider"] == "fastvit" else row["provider"]
         version = f" {row['version']}" if row["version"] else ""
         cells = [milliseconds(row["passes"][name]["ms"]) for name in names]
         of_whole = row["passes"][whole]
         cells += [rate(of_whole["per_second"], of_whole["scarce"]), percent(of_whole["share_of_ceiling"])]
-        cells += [megabytes(row["peak_bytes"]), number(row["host_ms"]), f"`{row['backend'][0][:60]}`"]
+        cells += [megabytes(row["peak_bytes"]), number(row["host_ms"])] if on_gpu else []
+        cells += [f"`{row['backend'][0][:60]}`"]
         coarse = " (coarser numbers)" if "precision" in row else ""
         lines.append(f"| {title}{version}{coarse} | " + " | ".join(cells) + " |")
     for row in case["providers"]:
         if row["status"] in ("wrong", "failed"):
-            lines.append(f"| {row['provider']} | **{row['status']}** |" + " |" * (len(heads) + 4))
+            lines.append(f"| {row['provider']} | **{row['status']}** |" + " |" * len(heads))
     return lines
 
 
@@ -158,25 +171,31 @@ def case_notes(case: Row) -> list[str]:
 
 
 def train_table(case: Row) -> list[str]:
-    lines = [
-        "| variant | data | ms a step | images/s | MFU | memory | largest batch | loss | against the best peer |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+    searched = any("largest_batch" in row for row in case["variants"])
+    heads = ["ms a step", "images/s", "MFU", "memory", *(["largest batch"] if searched else []), "loss off by", "×"]
+    lines = ["| variant | data | " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(heads)]
     rows = {(row["variant"], row["data"]): row for row in case["variants"]}
     best = rows.get((case["best_peer"], "memory"))
+    left_out = defaultdict(list)
     for row in case["variants"]:
+        if row["status"] == "skipped":
+            title = {"memory": row["variant"], "control": "control"}.get(row["data"], f"{row['variant']} from shards")
+            left_out[row["reason"]].append(title)
+            continue
         name = f"**{row['variant']}**" if row["ours"] else row["variant"]
         if row["status"] != "ok":
-            lines.append(f"| {name} | {row['data']} | {row['status']}: {row['reason']} |" + " |" * 6)
+            lines.append(f"| {name} | {row['data']} | {row['status']}: {row['reason']} |" + " |" * (len(heads) - 1))
             continue
-        ratio = ""
-        if row["ours"] and best and row["data"] == "memory":
-            ratio = f"{best['ms'][1] / row['ms'][1]:.2f}"
-        lines.append(
-            f"| {name} | {row['data']} | {milliseconds(row['ms'])} | {row['images_per_second']:,.0f} | "
-            f"{percent(row['mfu'])} | {megabytes(row['memory_bytes'])} | {row.get('largest_batch', '')} | "
-            f"{100 * row['loss_distance']:.2g} % | {ratio} |"
-        )
+        cells = [milliseconds(row["ms"]), f"{row['images_per_second']:,.0f}", percent(row["mfu"])]
+        cells += [megabytes(row["memory_bytes"])]
+        cells += [str(row.get("largest_batch", ""))] if searched else []
+        cells += [f"{100 * row['loss_distance']:.2g} %"]
+        compared = row["ours"] and best and row["data"] == "memory"
+        cells += [f"{best['ms'][1] / row['ms'][1]:.2f}" if compared else ""]
+        lines.append(f"| {name} | {row['data']} | " + " | ".join(cells) + " |")
+    if left_out:
+        named = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in left_out.items())
+        lines += ["", f"Left out: {named}."]
     done = [row for row in case["variants"] if row["status"] == "ok"]
     if done:
         peak = done[0]
@@ -202,6 +221,28 @@ def breakdown_table(rows: Sequence[Row]) -> list[str]:
         cells = [number(row["breakdown_ms"].get(kind, 0)) for kind in kinds]
         lines.append(f"| {row['variant']} | {row['data']} | " + " | ".join(cells) + " |")
     return lines
+
+
+def aligned(text: str) -> str:
+    """The same Markdown with the columns of its tables under each other, for a terminal."""
+    lines: list[str] = []
+    for is_table, group in groupby(text.split("\n"), lambda line: line.startswith("|")):
+        part = list(group)
+        lines += align(part) if is_table else part
+    return "\n".join(lines)
+
+
+def align(table: Sequence[str]) -> list[str]:
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in table]
+    widths = [max(map(len, column)) for column in zip_longest(*(rows[:1] + rows[2:]), fillvalue="")]
+    right = [rule.endswith(":") for rule in rows[1]]
+    rows[1] = ["-" * (width - end) + ":" * end for width, end in zip(widths, right, strict=True)]
+    return [
+        "| "
+        + " | ".join(c.rjust(w) if end else c.ljust(w) for c, w, end in zip(row, widths, right, strict=False))
+        + " |"
+        for row in rows
+    ]
 
 
 # ---- figures

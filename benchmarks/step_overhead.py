@@ -19,9 +19,7 @@ import contextlib
 import ctypes
 import json
 import os
-import shlex
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -137,9 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="the first model only, in few rounds: does it run?")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where step_overhead.json and .md go")
     args = parser.parse_args(arguments)
-    cases = [Case(**{**asdict(CASES[0]), "rounds": 10})] if args.quick else CASES
-    words = sys.argv[1:] if arguments is None else arguments
-    environment = describe_machine(shlex.join(["python", "-m", "benchmarks.step_overhead", *words]))
+    cases = [Case(**{**asdict(CASES[0]), "rounds": 5})] if args.quick else CASES
+    environment = describe_machine("python -m benchmarks.step_overhead" + " --quick" * args.quick)
     results = {"environment": environment, "cases": [summarize(result) for result in measure(cases)]}
     write(results, args.out)
     print(render(results))

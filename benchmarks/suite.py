@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import kernels, train
-from benchmarks.data import write_shards
 from benchmarks.machine import ROOT, pick_device, slug
 from benchmarks.plots import draw_kernels, draw_train
-from benchmarks.report import kernels_markdown, train_markdown
+from benchmarks.report import aligned, kernels_markdown, train_markdown
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.run_folder import atomic_write
 
@@ -49,7 +48,7 @@ def run(args: Namespace) -> int:
             say(f"{name} failed: {type(error).__name__}: {error}")  # the other suites still run
             worst = 1
             continue
-        print(json.dumps(finite(record)) if args.json else text, flush=True)
+        print(json.dumps(finite(record)) if args.json else aligned(text), flush=True)
         worst = max(worst, int(wrong(record)))
     if folder is not None:
         say(f"results: {folder}")
@@ -97,6 +96,8 @@ def measure_train(args: Namespace, folder: Path | None) -> tuple[str, dict[str, 
     with tempfile.TemporaryDirectory() as scratch:
         shards = getattr(args, "shards", None) if args.action == "train" else None
         if shards is None and args.quick:  # so that the path from shards runs too
+            from benchmarks.data import write_shards
+
             shards = str(write_shards(Path(scratch, "shards"), 64, height=96, width=128))
         selection = train.Selection(
             models=names(args, "models") if args.action == "train" else (),
@@ -115,6 +116,7 @@ def measure_train(args: Namespace, folder: Path | None) -> tuple[str, dict[str, 
 
 def measure_data(args: Namespace, folder: Path | None) -> tuple[str, dict[str, Any]]:
     """`fastvit data bench`, on these shards or on noise."""
+    from benchmarks.data import write_shards
     from fastvit_engine.data.bench.run import FULL, QUICK, bench
 
     with tempfile.TemporaryDirectory() as scratch:

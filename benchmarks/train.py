@@ -135,15 +135,17 @@ def measure_model(
     cases.append(case)
     jobs = [(variant, "memory") for variant in chosen]
     if selection.shards:
-        jobs += [(variant, "shards") for variant in chosen if variant.name in SHARDS_VARIANTS]
-    jobs.append((chosen[0], CONTROL))
+        streaming = SHARDS_VARIANTS[:1] if selection.quick else SHARDS_VARIANTS
+        jobs += [(variant, "shards") for variant in chosen if variant.name in streaming]
+    if not (selection.quick and device.type == "cpu"):  # which is not for comparing
+        jobs.append((chosen[0], CONTROL))
     for variant, data in jobs:
         row = {"variant": variant.name, "title": variant.title, "ours": variant.ours, "data": data}
         late = selection.minutes is not None and time.time() - start > 60 * selection.minutes
         if late:
             row |= {"status": "skipped", "reason": "no time was left for it"}
         elif selection.quick and variant.slow and (device.type == "cpu" or "max-autotune" in variant.name):
-            row |= {"status": "skipped", "reason": "compiles for long: not in a quick run"}
+            row |= {"status": "skipped", "reason": f"{variant.slow}: not in a quick run"}
         else:
             shards = selection.shards if data == "shards" else None
             row |= judged(run_variant(order | {"variant": variant.name, "shards": shards}), expected, order)

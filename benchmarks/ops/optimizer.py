@@ -110,7 +110,7 @@ ADAMW = Op(
         Provider("torch fused", stepping(torch_adamw(fused=True))),
         Provider("torch foreach", stepping(torch_adamw(foreach=True))),
         Provider("torch for-loop", stepping(torch_adamw(foreach=False))),
-        Provider("deepspeed", stepping(deepspeed), "deepspeed"),
+        Provider("deepspeed", stepping(deepspeed), "deepspeed", slow=True),
         Provider("apex", stepping(apex), "apex"),
     ),
     passes=("forward",),

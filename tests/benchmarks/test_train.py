@@ -68,12 +68,14 @@ def test_report_and_best_peer(environment):
         row("timm", False, "ok", 15.0),
         row("fast and wrong", False, "wrong", 1.0),
         row("timm", False, "ok", 2.0, "shards"),
+        row("timm compile", False, "skipped", 0.0),
     ]
     assert best_peer(rows) == "timm"
     case = {"model": "B/16", "batch": 8, "precision": "fp32", "best_peer": "timm", "variants": rows}
     text = train_markdown({"suite": "train", "quick": True, "environment": environment, "cases": [case]})
-    assert "| **fastvit** | memory | 10 (10 to 10) | 1 | 50 % | 2 MiB |  | 0 % | 1.50 |" in text
+    assert "| **fastvit** | memory | 10 (10 to 10) | 1 | 50 % | 2 MiB | 0 % | 1.50 |" in text
     assert "| fast and wrong | memory | wrong: why |" in text
+    assert "Left out: timm compile (why)." in text
     assert "A quick run" in text
 
 
@@ -103,6 +105,13 @@ def test_kernels_are_sorted_by_what_they_are_for():
     assert {name: classify(name) for name in named} == named
 
 
+def test_the_most_important_come_first():
+    """Where time is limited: ours, bare and through the engine, then the peers to beat."""
+    assert [variant.name for variant in VARIANTS[:4]] == ["fastvit", "fastvit ZeRO-1", "timm", "timm compile"]
+
+
 def test_unknown_variants_are_refused():
-    with pytest.raises(ValueError, match="there is no variant 'tim' to measure here; there are fastvit, timm"):
+    with pytest.raises(
+        ValueError, match="there is no variant 'tim' to measure here; there are fastvit, fastvit ZeRO-1, timm"
+    ):
         train.measure(Selection(quick=True, variants=("tim",)), print)
