@@ -190,8 +190,8 @@ def train_table(case: Row) -> list[str]:
         cells += [megabytes(row["memory_bytes"])]
         cells += [str(row.get("largest_batch", ""))] if searched else []
         cells += [f"{100 * row['loss_distance']:.2g} %"]
-        compared = row["ours"] and best and row["data"] == "memory"
-        cells += [f"{best['ms'][1] / row['ms'][1]:.2f}" if compared else ""]
+        compared = best if row["ours"] and row["data"] == "memory" else None
+        cells += [f"{compared['ms'][1] / row['ms'][1]:.2f}" if compared else ""]
         lines.append(f"| {name} | {row['data']} | " + " | ".join(cells) + " |")
     if left_out:
         named = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in left_out.items())
