@@ -15,8 +15,13 @@ def cross_entropy(
 ) -> Tensor:
     logits = widen(logits)
     target = targets(logits, labels, labels_b, mix_weight, label_smoothing)
-    losses = -(target * F.log_softmax(logits, dim=-1)).sum(dim=-1)  # [B]
-    return losses + z_loss * logits.logsumexp(dim=-1).square() if z_loss else losses
+    # not log_softmax: its backward sums the target one class after the other, and what rounds off a smoothed
+    # target of thousands of classes adds up
+    largest = logits.detach().amax(dim=-1, keepdim=True)  # [B, 1]
+    shifted = logits - largest
+    log_sum = shifted.logsumexp(dim=-1, keepdim=True)  # [B, 1]
+    losses = (target * (log_sum - shifted)).sum(dim=-1)  # [B]
+    return losses + z_loss * (largest + log_sum).squeeze(-1).square() if z_loss else losses
 
 
 def sigmoid_cross_entropy(
