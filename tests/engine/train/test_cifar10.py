@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 
-def test_200_steps_lower_the_loss_and_raise_the_accuracy(execute, tmp_path):
+def test_100_steps_lower_the_loss_and_raise_the_accuracy(execute, tmp_path):
     run = tmp_path / "run"
     command = [
         sys.executable,
@@ -30,13 +30,14 @@ def test_200_steps_lower_the_loss_and_raise_the_accuracy(execute, tmp_path):
         str(run),
     ]
     command += ["--set", f"data.train={CIFAR10}/train-*.tar.gz", "--set", f"data.eval={CIFAR10}/test-000000.tar.gz"]
+    command += ["--set", "train.duration=100 steps"]
     done = execute(command)
     assert done.returncode == 0, done.stderr
     training, evaluations = read_metrics(run / "metrics.jsonl")
     losses = [row["loss"] for row in training]
-    assert training[-1]["step"] == 200
+    assert training[-1]["step"] == 100
     assert sum(losses[-5:]) / 5 < 1.9 < 2.2 < losses[0]
     accuracies = [row["top1"] for row in evaluations]
-    assert [row["samples"] for row in evaluations] == [5_000] * 4
+    assert [row["samples"] for row in evaluations] == [5_000] * 2
     assert accuracies[-1] > accuracies[0]
-    assert accuracies[-1] > 0.28  # chance is 0.1
+    assert accuracies[-1] > 0.26  # chance is 0.1
