@@ -22,12 +22,16 @@ class Agent(LocalElasticAgent):
     """Torchrun's agent of one node, which tells failures that a restart may cure from others."""
 
     final_codes = {EXIT_BAD_INPUT, EXIT_PREEMPTED}
+    causes: set[int] = set()  # with which processes failed, before the agent ended the others for it
     last_codes: set[int] = set()
 
     def _monitor_workers(self, worker_group: Any) -> Any:
+        failed = exit_codes(self._pcontext) - {0}
         result = super()._monitor_workers(worker_group)
-        if self.final_codes & {failure.exitcode for failure in result.failures.values()}:
-            self._remaining_restarts = 0
+        if result.failures:  # also of those that the agent has ended by now: they may say 76, "asked to leave"
+            self.causes = failed or {failure.exitcode for failure in result.failures.values()}
+            if self.final_codes & self.causes:
+                self._remaining_restarts = 0
         return result
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
@@ -37,7 +41,8 @@ class Agent(LocalElasticAgent):
 
 def exit_codes(processes: Any) -> set[int]:
     handlers = getattr(processes, "subprocess_handlers", {})
-    return {handler.proc.returncode for handler in handlers.values() if handler.proc.returncode is not None}
+    codes = {handler.proc.poll() for handler in handlers.values()}
+    return codes - {None}
 
 
 def verdict(codes: set[int]) -> int:
@@ -59,8 +64,8 @@ def main() -> int:
     api.LocalElasticAgent = make_agent  # type: ignore[misc, assignment]  # where torchrun looks for it
     try:
         run.run(arguments)
-    except ChildFailedError as error:
-        codes = {failure.exitcode for failure in error.failures.values()}
+    except ChildFailedError:
+        codes = agents[-1].causes
         print(f"launch: processes of this node ended with {sorted(codes)}", file=sys.stderr)
         return verdict(codes)
     except SignalException as error:

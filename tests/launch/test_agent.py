@@ -10,14 +10,20 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-# A rank that notes that it was started and ends as it is told: with a code, or with 76 when it gets SIGTERM.
+# A rank that notes that it was started, waits for the other, and ends as it is told: with a code, or with 76 when it
+# gets SIGTERM.
 RANK = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: os._exit(76))
-open(os.path.join(sys.argv[1], f"{os.environ['RANK']}-{os.environ['TORCHELASTIC_RESTART_COUNT']}"), "x").close()
-if sys.argv[2] == "wait":
+rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+notes = pathlib.Path(sys.argv[1])
+(notes / f"{rank}-{attempt}").touch(exist_ok=False)
+while not (notes / f"{1 - rank}-{attempt}").exists():
+    time.sleep(0.01)
+told = sys.argv[2 + rank]
+if told == "wait":
     time.sleep(600)
-sys.exit(int(sys.argv[2]))
+sys.exit(int(told))
 """
 
 
@@ -26,14 +32,14 @@ def agent(tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
     (tmp_path / "started").mkdir()
 
-    def start(told, *, nodes="1"):
+    def start(*told, nodes="1"):
         options = ["--nnodes", nodes, "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.05"]
         options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
         options += ["--rdzv-conf", "is_host=true,last_call_timeout=1"]
         command = [sys.executable, REPOSITORY / "launch/torchrun/agent.py", *options]
         path = f"{REPOSITORY}:{REPOSITORY}/kernels"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        command += [tmp_path / "rank.py", tmp_path / "started", told]
+        command += [tmp_path / "rank.py", tmp_path / "started", *told]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
     return start
@@ -44,11 +50,18 @@ def started(folder):
 
 
 @pytest.mark.parametrize(
-    ("told", "nodes", "restarts"),
-    [("2", "1", 0), ("76", "1", 0), ("75", "1", 1), ("76", "1:2", 1)],
+    ("told", "other", "nodes", "restarts"),
+    [
+        ("2", "2", "1", 0),
+        ("76", "76", "1", 0),
+        ("75", "75", "1", 1),
+        ("76", "76", "1:2", 1),
+        ("2", "wait", "1", 0),
+        ("75", "wait", "1", 1),  # the agent ends the other one, which says 76: that is no request to leave
+    ],
 )
-def test_only_what_a_restart_may_cure_is_started_again(agent, tmp_path, told, nodes, restarts):
-    running = agent(told, nodes=nodes)
+def test_only_what_a_restart_may_cure_is_started_again(agent, tmp_path, told, other, nodes, restarts):
+    running = agent(told, other, nodes=nodes)
     _, errors = running.communicate(timeout=120)
     assert running.returncode == int(told), errors
     assert started(tmp_path)[-1].endswith(f"-{restarts}")
@@ -56,7 +69,7 @@ def test_only_what_a_restart_may_cure_is_started_again(agent, tmp_path, told, no
 
 
 def test_told_to_leave_it_tells_its_processes_and_reports_that_they_saved(agent, tmp_path):
-    running = agent("wait")
+    running = agent("wait", "wait")
     deadline = time.monotonic() + 120
     while len(started(tmp_path)) < 2 and running.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
