@@ -18,7 +18,7 @@ quickstart: $(VENV)/.installed
 
 # A process a core, each with the tests of one file after the other, and one thread in each.
 test: $(VENV)/.installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

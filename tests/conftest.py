@@ -1,8 +1,15 @@
 import os
 
+import pytest
 import torch
 
 # Without a GPU, Triton kernels are tested by Triton's interpreter, on the CPU. Triton reads this when it is imported,
 # so it is set here, before any test module is. It changes nothing for tests that run no Triton kernel.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no process is left with a long one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

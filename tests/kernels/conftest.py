@@ -1,5 +1,6 @@
 import inspect
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +13,10 @@ from fastvit_kernels import dispatch
 if dispatch.INTERPRETED:
     import triton.language as tl
     from triton.runtime import interpreter
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, interpreter_builder
+
+    # indices of tensors this small do not overflow, and to look for that takes a third of the time
+    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=False)
 
     @lru_cache
     def builtins_of(package: Any) -> list[tuple[str, Any]]:

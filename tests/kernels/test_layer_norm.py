@@ -176,7 +176,7 @@ def test_residual_stream_may_be_wider_than_the_branch(low: torch.dtype, device: 
 
 
 def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
-    arguments = {name: tensor.to(device) for name, tensor in add_inputs(4000, 2, 8, scaled=True).items()}
+    arguments = {name: tensor.to(device) for name, tensor in add_inputs(1000, 2, 8, scaled=True).items()}
     arguments["branch"].requires_grad_()
     y, normed = add_layer_norm(**arguments, drop_path=0.2)
     gradient = torch.autograd.grad(y.sum(), arguments["branch"])[0]
@@ -185,7 +185,7 @@ def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
     assert torch.allclose(scale[kept], torch.tensor(1.25, device=device), atol=1e-2)
     assert (y[~kept] == arguments["x"][~kept]).all() and (gradient[~kept] == 0).all()
     assert torch.allclose(gradient[kept], (1.25 * arguments["layer_scale"]).expand_as(gradient[kept]))
-    assert kept.float().mean().item() == pytest.approx(0.8, abs=0.032)  # 5 standard deviations
+    assert kept.float().mean().item() == pytest.approx(0.8, abs=0.063)  # 5 standard deviations
     assert torch.allclose(normed, plain_layer_norm(y, arguments["weight"], arguments["bias"]), atol=1e-5)
 
 

@@ -473,13 +473,13 @@ def test_non_contiguous_input(device: torch.device) -> None:
 
 
 def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
-    arguments = {name: tensor.to(device) for name, tensor in inputs(4000, 2, 8, 16).items()}
+    arguments = {name: tensor.to(device) for name, tensor in inputs(1000, 2, 8, 16).items()}
     x = arguments["x"]
     branch = layer_norm_mlp(**arguments, eps=EPS) - x
     dropped = layer_norm_mlp(**arguments, eps=EPS, drop_path=0.2) - x
     kept = dropped.flatten(1).abs().amax(dim=1) > 0  # [B]
     assert torch.allclose(dropped[kept], branch[kept] / 0.8, atol=1e-5)
-    assert kept.float().mean().item() == pytest.approx(0.8, abs=0.032)  # 5 standard deviations
+    assert kept.float().mean().item() == pytest.approx(0.8, abs=0.063)  # 5 standard deviations
 
 
 def test_dropout_acts_on_activations_and_output(device: torch.device) -> None:

@@ -4,7 +4,6 @@ The optimiser is SGD: its steps are proportional to the gradient, so a gradient 
 """
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -97,20 +96,10 @@ def by_kernels(model: nn.Module, images: Tensor) -> Tensor:
     return model(images)
 
 
-@pytest.fixture
-def faster_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter without its check of integer overflow, a third of its time."""
+@pytest.mark.slow
+def test_kernels_follow_the_loss_curve_of_plain_pytorch() -> None:
     if not dispatch.INTERPRETED:
         pytest.skip("on the CPU the kernels run by the interpreter only, which is off")
-    from triton.runtime.interpreter import interpreter_builder
-
-    options = dataclasses.replace(interpreter_builder.options, sanitize_overflow=False)
-    monkeypatch.setattr(interpreter_builder, "options", options)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("faster_interpreter")
-def test_kernels_follow_the_loss_curve_of_plain_pytorch() -> None:
     start = SmallViT(image=8, patch=4, width=16, depth=2, heads=1, classes=4)
     ours, plain = copy.deepcopy(start), copy.deepcopy(start)
     settings = {"image": 8, "classes": 4, "batch": 2, "device": torch.device("cpu")}
