@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from warm_ranks import run_ranks
 
 from fastvit_engine.cli import main
 from fastvit_engine.observe.metrics import read_metrics
@@ -75,6 +76,18 @@ def refused(capfd):
             assert str(part) in errors[0]
 
     return check
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Runs a training of one process to its end, and returns what it printed."""
+
+    def run(arguments):
+        log = tmp_path / "log"
+        assert run_ranks(arguments, 1, log), log.read_text()
+        return log.read_text()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -176,9 +189,9 @@ def test_too_many_classes_in_the_dataset(refused, tmp_path):
     refused(arguments, "10 classes", "model.num_classes is 7")
 
 
-def test_a_folder_that_already_holds_a_run(refused, shard, tmp_path):
+def test_a_folder_that_already_holds_a_run(refused, train, shard, tmp_path):
     arguments = train_arguments(tmp_path / "run", f"data.train={shard}")
-    assert main(arguments) == 0
+    train(arguments)
     refused(arguments, "already holds a run", "--resume auto", "--out")
 
 
@@ -195,20 +208,20 @@ def test_a_folder_that_already_holds_a_run(refused, shard, tmp_path):
         ),
     ],
 )
-def test_resume_that_cannot_be(refused, shard, tmp_path, change, processes, parts):
+def test_resume_that_cannot_be(refused, train, shard, tmp_path, change, processes, parts):
     out = tmp_path / "run"
-    assert main(train_arguments(out, f"data.train={shard}")) == 0
+    train(train_arguments(out, f"data.train={shard}"))
     before = snapshot(out)
     longer = [f"data.train={shard}", "train.duration=6 steps", change]
     refused(train_arguments(out, *longer, processes=processes, resume="auto"), *parts)
     assert snapshot(out) == before
 
 
-def test_a_corrupt_image_is_left_out_and_named_once(shard, tmp_path, capfd):
+def test_a_corrupt_image_is_left_out_and_named_once(train, shard, tmp_path):
     write_shard(shard, [number % 10 for number in range(64)], {20: b"not an image"})
     out = tmp_path / "run"
     settings = [f"data.train={shard}", "train.duration=24 steps", "train.log_every=1"]
-    assert main(train_arguments(out, *settings)) == 0
+    printed = train(train_arguments(out, *settings))
     rows = read_metrics(out / "metrics.jsonl")[0]
     assert [rows[step - 1]["bad_samples"] for step in (8, 16, 24)] == [1, 2, 3]
     entries = [json.loads(line) for line in (out / "bad_samples.jsonl").read_text().splitlines()]
@@ -216,13 +229,13 @@ def test_a_corrupt_image_is_left_out_and_named_once(shard, tmp_path, capfd):
     assert (
         json.loads((out / "checkpoints" / "step-00000024" / "manifest.json").read_text())["state"]["bad_samples"] == 3
     )
-    assert capfd.readouterr().err.count("left out: sample 'sample0020'") == 1
+    assert printed.count("left out: sample 'sample0020'") == 1
 
 
-def test_damaged_checkpoint(refused, shard, tmp_path):
+def test_damaged_checkpoint(refused, train, shard, tmp_path):
     out = tmp_path / "run"
     settings = f"data.train={shard}", "checkpoint.keep=1"  # not the one from before the first step
-    assert main(train_arguments(out, *settings)) == 0
+    train(train_arguments(out, *settings))
     weights = out / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     arguments = train_arguments(out, *settings, "train.duration=6 steps", resume="auto")
@@ -230,10 +243,10 @@ def test_damaged_checkpoint(refused, shard, tmp_path):
     refused(["export", out, "--out", tmp_path / "x.safetensors"], weights, "has 1,000 bytes instead of")
 
 
-def test_latest_names_no_checkpoint(refused, shard, tmp_path, capfd):
+def test_latest_names_no_checkpoint(refused, train, shard, tmp_path, capfd):
     out = tmp_path / "run"
     settings = f"data.train={shard}", "checkpoint.keep=1"  # not the one from before the first step
-    assert main(train_arguments(out, *settings)) == 0
+    train(train_arguments(out, *settings))
     (out / "checkpoints" / "latest").write_text("step-00000099")
     assert main(train_arguments(out, *settings, resume="auto")) == 0  # an older one is there, and complete
     assert (

@@ -1,9 +1,9 @@
 """The recipe for CIFAR-10 on a CPU, on the real photos, where a copy of them lies beside the checkout."""
 
-import sys
 from pathlib import Path
 
 import pytest
+from warm_ranks import run_ranks
 
 from fastvit_engine.observe.metrics import read_metrics
 
@@ -16,23 +16,13 @@ pytestmark = [
 ]
 
 
-def test_100_steps_lower_the_loss_and_raise_the_accuracy(execute, tmp_path):
+def test_100_steps_lower_the_loss_and_raise_the_accuracy(tmp_path):
     run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "fastvit_engine",
-        "train",
-        "cifar10_cpu",
-        "--cpu-processes",
-        "2",
-        "--out",
-        str(run),
-    ]
-    command += ["--set", f"data.train={CIFAR10}/train-*.tar.gz", "--set", f"data.eval={CIFAR10}/test-000000.tar.gz"]
-    command += ["--set", "train.duration=100 steps"]
-    done = execute(command)
-    assert done.returncode == 0, done.stderr
+    settings = [f"data.train={CIFAR10}/train-*.tar.gz", f"data.eval={CIFAR10}/test-000000.tar.gz"]
+    settings += ["train.duration=100 steps"]
+    arguments = ["train", "cifar10_cpu", "--out", str(run)]
+    arguments += [word for setting in settings for word in ("--set", setting)]
+    assert run_ranks(arguments, 2, tmp_path / "log"), (tmp_path / "log").read_text()
     training, evaluations = read_metrics(run / "metrics.jsonl")
     losses = [row["loss"] for row in training]
     assert training[-1]["step"] == 100
