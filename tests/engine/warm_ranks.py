@@ -35,7 +35,7 @@ def run_ranks(arguments: Sequence[str], processes: int, log: Path, seconds: floa
         for name, value in {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}.items():
             patch.setenv(name, value)
         for rank in range(processes):
-            environment = launch.rank_environment(rank, processes, store.port)
+            environment = {**os.environ, **launch.rank_environment(rank, processes, store.port)}
             environment |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True"}
             ranks.append(_forks.Process(target=_run_rank, args=(list(arguments), environment, log)))
             ranks[-1].start()
