@@ -3,7 +3,7 @@
 A rank does what it does under torchrun: it finds its place in the environment, and calls `fastvit train`.
 """
 
-import multiprocessing
+import multiprocessing.connection
 import os
 import time
 from collections.abc import Sequence
