@@ -24,6 +24,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # torch goes first, alone: whatever is installed after it finds its need for torch already met.
 $(VENV)/.installed: pyproject.toml constraints.txt

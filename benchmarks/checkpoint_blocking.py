@@ -28,14 +28,15 @@ from typing import Any
 import torch
 
 from benchmarks.step_overhead import describe_machine, resident_batches
+from fastvit_engine.checkpoint import Checkpointer, place_of
 from fastvit_engine.config import Resolved, load_config
-from fastvit_engine.launch import free_port, rank_environment
+from fastvit_engine.distributed.launch import free_port, rank_environment
+from fastvit_engine.distributed.world import World, join_world
+from fastvit_engine.engine.build import build_engine, split_batch
+from fastvit_engine.engine.deepspeed import EngineState
+from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_model, parameter_count
-from fastvit_engine.observe.run_folder import RunFolder, atomic_write
-from fastvit_engine.train.checkpoint import Checkpointer, place_of
-from fastvit_engine.train.distributed import World, join_world
-from fastvit_engine.train.engine import build_engine, split_batch
-from fastvit_engine.train.engine_state import EngineState
+from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_kernels import FusedCrossEntropy
 
 PROCESSES = 2

@@ -41,7 +41,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from fastvit_engine.observe.run_folder import atomic_write
+from fastvit_engine.files import atomic_write
 
 ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-m"]

@@ -23,6 +23,7 @@ import torch
 from benchmarks.apex_detection import first_line
 from benchmarks.judge import Judge, poison, run
 from benchmarks.machine import ROOT, describe, measure_ceilings, pick_device, sensors
+from benchmarks.ops import all_ops
 from benchmarks.peers import version
 from benchmarks.registry import (
     DTYPES,
@@ -33,7 +34,6 @@ from benchmarks.registry import (
     Unusable,
     Work,
     all_cases,
-    all_ops,
 )
 from benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_CPU_SHAPES, Shape
 from benchmarks.timing import Clock, Racer, Times, race

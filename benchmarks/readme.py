@@ -8,7 +8,7 @@ from statistics import median, quantiles
 from typing import Any
 
 from benchmarks.report import percent
-from fastvit_engine.observe.run_folder import atomic_write
+from fastvit_engine.files import atomic_write
 
 ROOT = Path(__file__).parent.parent
 BEGIN = "<!-- results: written by `fastvit bench readme` -->"

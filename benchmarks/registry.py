@@ -142,25 +142,6 @@ def as_tuple(outputs: Any) -> Outputs:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def all_ops() -> list[Op]:
-    """Every operation, those with most to gain first."""
-    from benchmarks.ops import attention, blocks, cross_entropy, layer_norm, mlp, optimizer, patch_embed
-
-    return [
-        attention.ATTENTION,
-        mlp.MLP,
-        layer_norm.ADD_LAYER_NORM,
-        layer_norm.LAYER_NORM,
-        blocks.BLOCK,
-        blocks.ATTENTION_BLOCK,
-        patch_embed.PATCH_EMBED,
-        cross_entropy.SOFT_CROSS_ENTROPY,
-        cross_entropy.CROSS_ENTROPY,
-        mlp.MLP_TANH,
-        optimizer.ADAMW,
-    ]
-
-
 def all_cases(
     ops: Sequence[Op], shapes: Sequence[Shape], dtypes: Sequence[torch.dtype], device: torch.device
 ) -> list[Case]:

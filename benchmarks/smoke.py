@@ -31,7 +31,7 @@ from benchmarks.judge import Judge
 from benchmarks.kernels import Selection, pick_known, select
 from benchmarks.machine import ROOT, pick_device
 from benchmarks.registry import OURS, Case, Unusable
-from fastvit_engine.observe.run_folder import atomic_write
+from fastvit_engine.files import atomic_write
 
 SKIPPED = "skipped: "
 AT_ONCE = 12  # processes: the largest take 8 GB of a GPU's memory, most far less

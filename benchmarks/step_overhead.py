@@ -38,17 +38,19 @@ from torch import Tensor, nn
 
 from fastvit_engine.config import Config, Resolved, load_config
 from fastvit_engine.data import Batch, DataPlan
-from fastvit_engine.launch import free_port, rank_environment
+from fastvit_engine.distributed.launch import free_port, rank_environment
+from fastvit_engine.distributed.preemption import Preemption
+from fastvit_engine.distributed.watchdog import Watchdog
+from fastvit_engine.distributed.world import World, join_world
+from fastvit_engine.engine.build import build_engine, parameter_groups, set_learning_rate, split_batch
+from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_model, parameter_count
-from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
+from fastvit_engine.observe.environment import collect_environment
+from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.sizing.defaults import choose, machine_of
 from fastvit_engine.train import loop
-from fastvit_engine.train.defaults import choose, machine_of
-from fastvit_engine.train.distributed import World, join_world
-from fastvit_engine.train.engine import build_engine, parameter_groups, set_learning_rate, split_batch
-from fastvit_engine.train.plan import Plan
-from fastvit_engine.train.preemption import Preemption
-from fastvit_engine.train.preflight import Start
-from fastvit_engine.train.watchdog import Watchdog
+from fastvit_engine.train.schedule import Plan
+from fastvit_engine.train.start import Start
 from fastvit_kernels import FusedCrossEntropy
 
 VARIANTS = ("bare", "control", "deepspeed-0", "deepspeed-1", "loop-0", "loop-1")

@@ -17,7 +17,7 @@ from benchmarks.machine import ROOT, pick_device, slug
 from benchmarks.plots import draw_kernels, draw_train
 from benchmarks.report import aligned, kernels_markdown, train_markdown
 from fastvit_engine.errors import UserError
-from fastvit_engine.observe.run_folder import atomic_write
+from fastvit_engine.files import atomic_write
 
 RESULTS = Path(__file__).parent / "results"
 SUITES = ("kernels", "train", "data", "overhead")
@@ -117,7 +117,7 @@ def measure_train(args: Namespace, folder: Path | None) -> tuple[str, dict[str, 
 def measure_data(args: Namespace, folder: Path | None) -> tuple[str, dict[str, Any]]:
     """`fastvit data bench`, on these shards or on noise."""
     from benchmarks.data import write_shards
-    from fastvit_engine.data.bench.run import FULL, QUICK, bench
+    from benchmarks.data_loading.run import FULL, QUICK, bench
 
     with tempfile.TemporaryDirectory() as scratch:
         shards: str | None = getattr(args, "shards", None) if args.action == "data" else None

@@ -176,7 +176,7 @@ def best_peer(rows: Sequence[dict[str, Any]]) -> str | None:
 
 def run_variant(order: dict[str, Any]) -> dict[str, Any]:
     """What a variant's own process writes, or how it ended."""
-    from fastvit_engine.launch import free_port, rank_environment
+    from fastvit_engine.distributed.launch import free_port, rank_environment
 
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | rank_environment(rank=0, processes=1, port=free_port())
@@ -225,8 +225,8 @@ def child(place: Path) -> None:
 
 def measure_variant(order: dict[str, Any], scratch: Path) -> dict[str, Any]:
     from benchmarks.train_variants import REFERENCE, VARIANTS, Setup, resident_batches
+    from fastvit_engine.distributed.world import join_world
     from fastvit_engine.models import training_flops
-    from fastvit_engine.train.distributed import join_world
     from fastvit_engine.train.throughput import Peak, peak_flops, peak_memory_bytes
 
     wanted: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in order["shape"].items()}
@@ -266,7 +266,7 @@ def measure_variant(order: dict[str, Any], scratch: Path) -> dict[str, Any]:
 def stream(setup: Any, pattern: str, scratch: Path) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches from shards as training reads them."""
     from fastvit_engine.data import build_train_data
-    from fastvit_engine.data.prepare import prepare_data
+    from fastvit_engine.data.stream.prepare import prepare_data
 
     device = setup.world.device
     config = setup.config(data={"train": pattern, "num_workers": min(16, os.cpu_count() or 1)})

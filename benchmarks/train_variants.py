@@ -15,9 +15,9 @@ from benchmarks.registry import Unusable
 from benchmarks.shapes import Shape
 from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
+from fastvit_engine.distributed.world import World
+from fastvit_engine.engine.build import build_engine, parameter_groups, split_batch
 from fastvit_engine.models import VisionTransformer, build_model
-from fastvit_engine.train.distributed import World
-from fastvit_engine.train.engine import build_engine, parameter_groups, split_batch
 from fastvit_kernels import FusedCrossEntropy, accelerate
 
 CLASSES = 1000

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from fastvit_engine import __version__
 from fastvit_engine.commands import bench, config, data, export, plan, report, stacks, train
+from fastvit_engine.distributed.environment import speaks_for_all
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, Preempted, RestartError, UserError
-from fastvit_engine.launch import speaks_for_all
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -159,7 +159,7 @@ def _part(text: str) -> tuple[int, int]:
 
 
 def _make(args: argparse.Namespace) -> int:
-    from fastvit_engine.data.make import make_dataset
+    from fastvit_engine.data.build.make import make_dataset
 
     names = (
         "format", "labels", "classes", "eval_source", "eval_labels", "eval_fraction", "samples_per_shard", "seed",
@@ -170,7 +170,7 @@ def _make(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from fastvit_engine.data.verify import verify_shards
+    from fastvit_engine.data.check.verify import verify_shards
 
     verdict = verify_shards(args.shards, num_classes=args.num_classes, skew=args.skew, workers=args.workers)
     print(verdict.to_json() if args.json else verdict.report())
@@ -178,8 +178,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from fastvit_engine.data.contact_sheet import class_sheet, save_sheet
-    from fastvit_engine.data.stats import shard_stats
+    from fastvit_engine.data.check.contact_sheet import class_sheet, save_sheet
+    from fastvit_engine.data.check.stats import shard_stats
 
     stats = shard_stats(args.shards, split=args.split, workers=args.workers)
     if args.sheet is not None:
@@ -190,7 +190,7 @@ def _stats(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     from fastvit_engine.config import load_config
-    from fastvit_engine.data.contact_sheet import augmented_sheet, save_sheet
+    from fastvit_engine.data.check.contact_sheet import augmented_sheet, save_sheet
 
     config = load_config(args.recipe, args.set).config
     save_sheet(augmented_sheet(config, rows=args.rows, draws=args.draws), args.sheet)
@@ -217,8 +217,8 @@ def _add_index(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 
 def _index(args: argparse.Namespace) -> int:
-    from fastvit_engine.data.index import INDEX_SUFFIX, write_index
-    from fastvit_engine.data.shards import list_shards
+    from fastvit_engine.data.shards.index import INDEX_SUFFIX, write_index
+    from fastvit_engine.data.shards.names import list_shards
     from fastvit_engine.errors import UserError
 
     if args.out.suffix != INDEX_SUFFIX:
@@ -259,7 +259,7 @@ def _bench(args: argparse.Namespace) -> int:
     import json
     import sys
 
-    from fastvit_engine.data.bench.run import FULL, QUICK, bench
+    from benchmarks.data_loading.run import FULL, QUICK, bench
     from fastvit_engine.errors import UserError
 
     for name in ("image_size", "workers", "rounds", "repack"):

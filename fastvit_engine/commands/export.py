@@ -24,7 +24,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fastvit_engine.train.export import export_weights, find_checkpoint
+    from fastvit_engine.checkpoint.export import export_weights, find_checkpoint
 
     checkpoint = find_checkpoint(args.source)
     export_weights(checkpoint, args.out, "ema" if args.ema else "weight")

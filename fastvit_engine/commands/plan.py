@@ -8,8 +8,8 @@ from fastvit_engine.commands.recipe import add_recipe
 from fastvit_engine.errors import UserError
 
 if TYPE_CHECKING:
-    from fastvit_engine.train.defaults import Chosen
-    from fastvit_engine.train.memory import Memory
+    from fastvit_engine.sizing.defaults import Chosen
+    from fastvit_engine.sizing.memory import Memory
 
 # GiB of the usual variant, from the vendors' datasheets.
 _MEMORY = {
@@ -45,7 +45,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.config import load_config
-    from fastvit_engine.train.defaults import Machine, candidates, choose
+    from fastvit_engine.sizing.defaults import Machine, candidates, choose
 
     if args.gpus < 1:
         raise UserError(f"--gpus is {args.gpus}: at least 1")
@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _memory_at(chosen: "Chosen", stage: int) -> "Memory":
     """At another stage, with the micro-batch that was chosen."""
-    from fastvit_engine.train.defaults import choose
+    from fastvit_engine.sizing.defaults import choose
 
     zero = chosen.config.zero.model_copy(update={"stage": stage})
     return choose(chosen.config.model_copy(update={"zero": zero}), chosen.machine).memory
@@ -85,7 +85,7 @@ def _memory_at(chosen: "Chosen", stage: int) -> "Memory":
 def _time(chosen: "Chosen", gpu: str, mfu: float) -> dict[str, Any]:
     """Steps, operations and days; None where the length of an epoch is unknown."""
     from fastvit_engine.models import training_flops
-    from fastvit_engine.train.plan import Plan
+    from fastvit_engine.train.schedule import Plan
     from fastvit_engine.train.throughput import DATASHEET_PEAK
 
     config = chosen.config
@@ -112,7 +112,7 @@ def _as_json(
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from fastvit_engine.train.engine import deepspeed_config, split_batch
+    from fastvit_engine.engine.build import deepspeed_config, split_batch
 
     split = split_batch(chosen.config, chosen.machine.processes)
     stages = [
@@ -141,9 +141,9 @@ def _as_json(
 
 
 def _as_text(args: argparse.Namespace, chosen: "Chosen", rows: list[dict[str, Any]], time: dict[str, Any]) -> str:
+    from fastvit_engine.engine.build import split_batch
     from fastvit_engine.models import model_title, parameter_count
     from fastvit_engine.observe.units import format_bytes, format_count, format_flops, format_share
-    from fastvit_engine.train.engine import split_batch
     from fastvit_engine.train.throughput import DATASHEET_PEAK
 
     config, machine = chosen.config, chosen.machine

@@ -18,8 +18,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fastvit_engine.observe.recorded_run import load_run
-    from fastvit_engine.observe.report import write_report
+    from fastvit_engine.observe.report.recorded_run import load_run
+    from fastvit_engine.observe.report.report import write_report
 
     path = write_report(args.run_folder)
     print(load_run(args.run_folder).summary())

@@ -24,9 +24,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _run(args: argparse.Namespace) -> int:
+    from fastvit_engine.distributed.stacks import collect_stacks
     from fastvit_engine.observe.events import read_events
     from fastvit_engine.observe.run_folder import RunFolder
-    from fastvit_engine.train.stacks import collect_stacks
 
     run = RunFolder(args.run_folder)
     starts = [event for event in read_events(run) if event["event"] == "start"]

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastvit_engine.data import Batch
-from fastvit_engine.data.batch import targets
-from fastvit_engine.train.distributed import World
+from fastvit_engine.data.stream.batch import targets
+from fastvit_engine.distributed.world import World
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from fastvit_engine.errors import UserError
-from fastvit_engine.observe.run_folder import RunFolder, atomic_write
+from fastvit_engine.files import atomic_write
+from fastvit_engine.observe.run_folder import RunFolder
 
 
 class TrainRow(TypedDict):

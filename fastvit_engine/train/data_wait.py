@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from fastvit_engine.data.batch import StageSeconds
+from fastvit_engine.data.stream.batch import StageSeconds
 
 WARN_FROM = 0.2  # of the time between two log lines
 

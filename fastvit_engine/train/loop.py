@@ -1,47 +1,44 @@
 """The training loop. Every process of the run executes `train` from top to bottom."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastvit_engine.config import Config, DataConfig, Resolved
-from fastvit_engine.data import Batch, DataPlan, build_eval_data, build_train_data
-from fastvit_engine.data.batch import targets
-from fastvit_engine.data.mix import mix
-from fastvit_engine.data.randaugment import randaugment
-from fastvit_engine.data.skip import Window, step_start
+from fastvit_engine.checkpoint import Checkpointer, place_of
+from fastvit_engine.checkpoint.export import export_run
+from fastvit_engine.config import Resolved
+from fastvit_engine.data import DataPlan, build_eval_data, build_train_data
+from fastvit_engine.data.stream.skip import Window, step_start
+from fastvit_engine.distributed.preemption import Preemption
+from fastvit_engine.distributed.stragglers import Stragglers
+from fastvit_engine.distributed.watchdog import Watchdog
+from fastvit_engine.distributed.world import World, join_world, limit_collectives
+from fastvit_engine.engine.build import build_engine, set_learning_rate, split_batch
+from fastvit_engine.engine.deepspeed import EngineState
+from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.errors import Preempted
 from fastvit_engine.evaluate.classification import evaluate
+from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_model, model_title, training_flops
+from fastvit_engine.observe.environment import collect_environment
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
-from fastvit_engine.observe.run_folder import RunFolder, atomic_write, collect_environment
-from fastvit_engine.train.bad_samples import BadSamples
-from fastvit_engine.train.checkpoint import Checkpointer, place_of
+from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.sizing.defaults import Chosen, choose, machine_of
 from fastvit_engine.train.data_wait import DataWait
-from fastvit_engine.train.defaults import Chosen, choose, machine_of
-from fastvit_engine.train.diagnosis import GradientWatch, Trace, diagnose
-from fastvit_engine.train.distributed import World, join_world, limit_collectives
-from fastvit_engine.train.ema import WeightAverage
-from fastvit_engine.train.engine import BatchSplit, build_engine, set_learning_rate, split_batch
-from fastvit_engine.train.engine_state import EngineState
-from fastvit_engine.train.export import export_run
-from fastvit_engine.train.guard import Anomaly, Guard, StepReport
-from fastvit_engine.train.plan import Plan
-from fastvit_engine.train.preemption import Preemption
-from fastvit_engine.train.preflight import Start, preflight
-from fastvit_engine.train.replicas import Replicas
-from fastvit_engine.train.resume import load_start, report_damage
-from fastvit_engine.train.rewind import go_back, record_anomaly
-from fastvit_engine.train.stragglers import Stragglers
+from fastvit_engine.train.health.bad_samples import BadSamples
+from fastvit_engine.train.health.diagnosis import GradientWatch, Trace, diagnose
+from fastvit_engine.train.health.guard import Anomaly, Guard, StepReport
+from fastvit_engine.train.health.replicas import Replicas
+from fastvit_engine.train.health.rewind import go_back, record_anomaly
+from fastvit_engine.train.schedule import Plan
+from fastvit_engine.train.start import Start, load_start, preflight, report_damage
+from fastvit_engine.train.state import Job
+from fastvit_engine.train.step import hash_keys, take_step
 from fastvit_engine.train.throughput import Peak, Stopwatch, peak_flops, peak_memory_bytes
-from fastvit_engine.train.watchdog import Watchdog
 from fastvit_kernels import FusedCrossEntropy
 
 SHOWN_SAMPLES = 48  # images of the evaluation set whose predictions the report shows
@@ -85,29 +82,6 @@ def _train(
     part: Start | None = start
     while part is not None:  # more than once where something went wrong
         part = _train_from(part, job)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What lives as long as the processes do, also when training goes back to a checkpoint."""
-
-    run: RunFolder
-    config: Config
-    world: World
-    split: BatchSplit
-    plan: Plan
-    engine: Any  # DeepSpeed's
-    criterion: FusedCrossEntropy
-    ema: WeightAverage | None
-    checkpointer: Checkpointer
-    guard: Guard
-    replicas: Replicas
-    watch: GradientWatch
-    watchdog: Watchdog
-    stragglers: Stragglers
-    preemption: Preemption
-    peak: Peak
-    flops_per_image: int
 
 
 def _set_up(
@@ -309,42 +283,6 @@ def _train_from(start: Start, job: Job) -> Start | None:
     return None
 
 
-def take_step(
-    job: Job, step: int, micro_batches: Iterable[Batch], *, compares: bool = False, rehearsal: bool = False
-) -> tuple[Trace, StepReport]:
-    """Forward, backward and, unless the guard objects, update: one global batch, whose share of this process comes next
-    in `micro_batches`.
-
-    `compares`: the weights of all processes, before the update. `rehearsal`: computes everything and updates nothing.
-    """
-    engine, accumulation_steps = job.engine, job.split.accumulation_steps
-    seed_step(job.config.seed, step, job.world)
-    if job.watch.on:
-        job.watch.clear()
-    trace = Trace([], [])
-    loss_sum = torch.zeros((), device=job.world.device)
-    remaining = iter(micro_batches)
-    for number in range(1, accumulation_steps + 1):
-        job.watchdog.phase("waiting for data")
-        batch = next(remaining)
-        job.watchdog.phase("forward")
-        with job.stragglers.forward():
-            losses = training_losses(engine, job.criterion, batch, job.config.data, job.world)
-            loss = losses.mean()
-        job.watchdog.phase("backward")
-        engine.backward(loss)
-        loss_sum += loss.detach()
-        trace.batches.append(batch)
-        trace.losses.append(losses.detach())
-        if number == accumulation_steps:
-            fault = job.replicas.compare() if compares else None
-            job.guard.expect(loss_sum / accumulation_steps, fault=fault, rehearsal=rehearsal)
-        job.watchdog.phase("optimizer step")
-        job.checkpointer.before_update()
-        engine.step()
-    return trace, job.guard.report()
-
-
 def _recover(
     job: Job,
     start: Start,
@@ -380,25 +318,6 @@ def _recover(
         return there
 
     return job.world.on_main(decide)
-
-
-def training_losses(engine: Any, criterion: FusedCrossEntropy, batch: Batch, data: DataConfig, world: World) -> Tensor:
-    """The loss of each sample of a micro-batch, [B]; 0 for a sample of weight 0, and for one mixed with it."""
-    images = batch.images.to(world.device, non_blocking=True)  # uint8 [B, H, W, 3]; normalised by the patch embedding
-    labels = batch.labels.to(world.device, non_blocking=True)
-    weights = batch.weights.to(world.device, non_blocking=True)
-    if data.randaugment_ops:
-        images = randaugment(images, batch.seeds, num_ops=data.randaugment_ops, magnitude=data.randaugment_magnitude)
-    if data.mixup or data.cutmix:
-        mixed = mix(images, labels, batch.seeds, mixup=data.mixup, cutmix=data.cutmix, mean=data.mean, std=data.std)
-        logits = engine(mixed.images)
-        labels, labels_b = (targets(given, logits.shape[1]) for given in (labels, mixed.labels_b))
-        losses = criterion(logits, labels, labels_b=labels_b, mix_weight=mixed.weight, reduction="none")
-        weights = weights * weights[mixed.partner]
-    else:
-        logits = engine(images)
-        losses = criterion(logits, targets(labels, logits.shape[1]), reduction="none")
-    return losses * weights
 
 
 def evaluate_all(job: Job, data: DataPlan, step: int, recorder: Recorder | None) -> dict[str, dict[str, Any]]:
@@ -444,19 +363,6 @@ def evaluate_all(job: Job, data: DataPlan, step: int, recorder: Recorder | None)
         with job.ema.applied():
             run_one("eval_ema")
     return results
-
-
-def seed_step(seed: int, step: int, world: World) -> None:
-    """Makes dropout and drop-path of a step a function of (seed, step, rank), which a resumed run repeats."""
-    key = int.from_bytes(blake2b(f"{seed}/{step}/{world.rank}".encode(), digest_size=7).digest(), "big")
-    torch.default_generator.manual_seed(key)  # torch.manual_seed also formats a stack trace: 0.1 ms a step
-    if world.device.type == "cuda":
-        torch.cuda.manual_seed(key)
-
-
-def hash_keys(keys: list[str]) -> int:
-    """The sum, modulo 2**64, of each key's 64-bit hash: the same however a global batch is split over processes."""
-    return sum(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") for key in keys) % 2**64
 
 
 def _describe_run(

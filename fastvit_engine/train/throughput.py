@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from fastvit_engine.data import Batch
-from fastvit_engine.train.distributed import World
+from fastvit_engine.distributed.world import World
 
 # Dense bf16/fp16 matrix peak without sparsity, FLOP/s, from the vendors' datasheets.
 DATASHEET_PEAK = {

@@ -3,7 +3,8 @@ import torch
 
 from benchmarks.kernels import Effort, Selection, measure_case, select, works
 from benchmarks.machine import measure_ceilings
-from benchmarks.registry import Case, all_cases, all_ops
+from benchmarks.ops import all_ops
+from benchmarks.registry import Case, all_cases
 from benchmarks.shapes import GPU_SHAPES
 from benchmarks.timing import Clock
 

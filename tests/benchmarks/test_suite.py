@@ -11,7 +11,7 @@ from benchmarks.plots import pyplot
 from benchmarks.report import aligned
 from fastvit_engine.cli import main
 from fastvit_engine.commands import bench
-from fastvit_engine.data.decode import decode_image
+from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.errors import UserError
 
 

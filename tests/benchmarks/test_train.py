@@ -8,7 +8,7 @@ from benchmarks import train
 from benchmarks.report import train_markdown
 from benchmarks.train import CHECKED_STEPS, QUICK_CPU_SHAPE, Selection, best_peer, classify, judged
 from benchmarks.train_variants import REFERENCE, VARIANTS, Setup, resident_batches
-from fastvit_engine.train.distributed import World
+from fastvit_engine.distributed.world import World
 
 ORDER = {"precision": "fp32"}
 EXPECTED = {"status": "ok", "losses": [7.0, 6.0]}

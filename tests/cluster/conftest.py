@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import REPOSITORY, STEPS, Jobs, losses
-from hosts import Hosts, missing
 
-from fastvit_engine.data.make import make_dataset
+from fastvit_engine.data.build.make import make_dataset
+from tests.cluster.harness import REPOSITORY, STEPS, Jobs, losses
+from tests.cluster.hosts import Hosts, missing
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from hosts import Hosts, wait_until
+from tests.cluster.hosts import Hosts, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 PATH = "/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin"

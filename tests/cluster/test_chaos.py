@@ -5,11 +5,11 @@ import signal
 import time
 
 import pytest
-from harness import EVERYTHING, LAUNCH, assert_same_curve, rows
-from hosts import wait_until
 
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
+from tests.cluster.harness import EVERYTHING, LAUNCH, assert_same_curve, rows
+from tests.cluster.hosts import wait_until
 
 pytestmark = [
     pytest.mark.distributed,

@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from hosts import FILES_OF_HOSTS, NAMESPACES, wait_until
+
+from tests.cluster.hosts import FILES_OF_HOSTS, NAMESPACES, wait_until
 
 # A server that answers every line with the same line, and a client that prints its round trip's seconds.
 ECHO = "import socketserver as s; s.TCPServer.allow_reuse_address = True\n" + (

@@ -5,10 +5,11 @@ import signal
 from pathlib import Path
 
 import pytest
-import slurm as slurm_cluster
-from harness import EVERYTHING, LAUNCH, REPOSITORY, SHARD_EVERYTHING, assert_same_curve
-from hosts import wait_until
-from slurm import Slurm
+
+import tests.cluster.slurm as slurm_cluster
+from tests.cluster.harness import EVERYTHING, LAUNCH, REPOSITORY, SHARD_EVERYTHING, assert_same_curve
+from tests.cluster.hosts import wait_until
+from tests.cluster.slurm import Slurm
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

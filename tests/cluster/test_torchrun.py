@@ -5,8 +5,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from harness import EVERYTHING, LAUNCH, SHARD_EVERYTHING, assert_same_curve, rows
-from hosts import wait_until
+
+from tests.cluster.harness import EVERYTHING, LAUNCH, SHARD_EVERYTHING, assert_same_curve, rows
+from tests.cluster.hosts import wait_until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import assert_accurate
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastvit_kernels import attention, attention_qkv, dispatch
 from fastvit_kernels.attention import op
+from tests.kernels.numerics import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("implementation")
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import assert_accurate
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -12,6 +11,7 @@ from fastvit_kernels import FusedBlock, attention_block, dispatch, explain
 from fastvit_kernels.attention_block import op
 from fastvit_kernels.gemm import config, products
 from fastvit_kernels.residual import draw_path_scale
+from tests.kernels.numerics import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("implementation")
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import assert_accurate
 from torch import Tensor
 
 from fastvit_kernels import cross_entropy, dispatch, sigmoid_cross_entropy
 from fastvit_kernels.cross_entropy import op
+from tests.kernels.numerics import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("implementation")
 

@@ -2,12 +2,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import assert_accurate
 from torch import Tensor
 
 from fastvit_kernels import add_layer_norm, dispatch, layer_norm
 from fastvit_kernels.layer_norm import op
 from fastvit_kernels.residual import draw_path_scale
+from tests.kernels.numerics import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("implementation")
 

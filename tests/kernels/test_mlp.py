@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import assert_accurate
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -13,6 +12,7 @@ from fastvit_kernels import FusedBlock, FusedLayerNormMLP, dispatch, explain, la
 from fastvit_kernels.gemm import config, products
 from fastvit_kernels.mlp import op
 from fastvit_kernels.residual import draw_path_scale
+from tests.kernels.numerics import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("implementation")
 

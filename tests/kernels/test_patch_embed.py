@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import assert_accurate
 from torch import Tensor
 
 from fastvit_kernels import dispatch, patch_embed
 from fastvit_kernels.patch_embed import op
+from tests.kernels.numerics import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("implementation")
 

@@ -2,11 +2,11 @@ from functools import partial
 
 import pytest
 import torch
-from numerics import assert_accurate
 from torch import Tensor
 
 from fastvit_kernels import attention_block, dispatch, drop_path_subset, layer_norm_mlp
 from fastvit_kernels.residual import merge_samples_op, split_samples_op
+from tests.kernels.numerics import assert_accurate
 
 RATE = 0.4
 

@@ -19,10 +19,10 @@ from fastvit_kernels import dispatch
 from fastvit_kernels.attention.op import Tiling, forward_tiling
 from fastvit_kernels.dispatch import Gpu
 from fastvit_kernels.gemm import config
+from fastvit_kernels.table import Entry, Provenance, Table, Tunable, tunable
 from fastvit_kernels.tuning import __main__ as tool
 from fastvit_kernels.tuning import search, table
 from fastvit_kernels.tuning.search import Case, GpuLost, Model, Trial, Unmeasured
-from fastvit_kernels.tuning.table import Entry, Provenance, Table, Tunable, tunable
 
 HOPPER = Gpu("sm_90", 132, "X90")  # one that no file is shipped for
 PROVENANCE = Provenance("X90", True, "measured in a test", "2026-01-01", "3.6", "2.11", table.TOOL)
@@ -152,7 +152,7 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     program = (
         "import torch; from fastvit_kernels.attention.op import forward_tiling;"
         "from fastvit_kernels.dispatch import Gpu;"
-        "from fastvit_kernels.tuning import table;"
+        "from fastvit_kernels import table;"
         "print(forward_tiling(80, torch.bfloat16, 257, Gpu('sm_90', 132, 'X90')).rows);"
         "print(table.describe('X90')); forward_tiling(80, torch.bfloat16, 257, Gpu('sm_90', 132, 'H100'))"
     )

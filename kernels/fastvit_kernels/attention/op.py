@@ -11,7 +11,7 @@ from fastvit_kernels.attention import reference
 from fastvit_kernels.checks import check_device, check_floating, check_parameter, check_rate
 from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
 from fastvit_kernels.registration import register_gradient, register_op
-from fastvit_kernels.tuning.table import tunable
+from fastvit_kernels.table import tunable
 
 if HAS_TRITON:
     import triton

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from fastvit_kernels.dispatch import Gpu, gpu
-from fastvit_kernels.tuning.table import tunable
+from fastvit_kernels.table import tunable
 
 Product = Literal[
     "plain",  # x w^T + bias, without more

@@ -8,7 +8,7 @@ from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
 from fastvit_kernels.layer_norm import reference
 from fastvit_kernels.registration import register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
-from fastvit_kernels.tuning.table import tunable
+from fastvit_kernels.table import tunable
 
 if HAS_TRITON:
     import triton

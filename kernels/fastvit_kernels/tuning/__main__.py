@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 import triton
 
+from fastvit_kernels.table import NOTES, TOOL, Provenance, Table, load, save
 from fastvit_kernels.tuning import search
 from fastvit_kernels.tuning.codegen import TARGETS
 from fastvit_kernels.tuning.gpu import Compiler, LocalGpu
 from fastvit_kernels.tuning.search import MODELS, OPS, GpuLost, Trial, Unmeasured, describe
-from fastvit_kernels.tuning.table import NOTES, TOOL, Provenance, Table, load, save
 
 GPU_LOST = 3  # exit code: run again to go on with the next case
 

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastvit_kernels import table as tables
 from fastvit_kernels.dispatch import Gpu
-from fastvit_kernels.tuning import table as tables
+from fastvit_kernels.table import Entry, Table, Tunable
 from fastvit_kernels.tuning.codegen import PACKAGE
-from fastvit_kernels.tuning.table import Entry, Table, Tunable
 
 HALF = torch.bfloat16  # what is trained in
 LEAST_GAIN = 0.01  # a candidate that is not at least this much faster is not worth leaving the default for

@@ -9,11 +9,11 @@ from collections import Counter
 
 import pytest
 import torch
-from equality import accelerated, assert_equal, randomised, rows
 from torch import nn
 
 import fastvit_kernels
 from fastvit_kernels import accelerate
+from tests.kernels.integrations.equality import accelerated, assert_equal, randomised, rows
 
 
 class Embedder(nn.Module):

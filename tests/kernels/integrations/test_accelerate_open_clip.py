@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 import torch
-from equality import BOTH, accelerated, assert_equal, randomised, relative, rows
 from torch import nn
+
+from tests.kernels.integrations.equality import BOTH, accelerated, assert_equal, randomised, relative, rows
 
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from equality import BOTH, accelerated, assert_equal, randomised, relative, rows
 from torch import nn
 
 from fastvit_kernels import accelerate
+from tests.kernels.integrations.equality import BOTH, accelerated, assert_equal, randomised, relative, rows
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 vision_transformer = pytest.importorskip("timm.models.vision_transformer", reason="timm is not installed")

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from equality import BOTH, accelerated, assert_equal, randomised, relative, rows
 from torch import nn
+
+from tests.kernels.integrations.equality import BOTH, accelerated, assert_equal, randomised, relative, rows
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

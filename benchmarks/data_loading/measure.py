@@ -1,0 +1,152 @@
+"""Measuring the variants in turns, so that a slow moment of the machine hits all of them."""
+
+import gc
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.data_loading.variants import Batches, Dataset, StageTimes, Variant
+from fastvit_engine.errors import UserError
+
+_TICKS = os.sysconf("SC_CLK_TCK")  # of /proc/<pid>/stat, a second
+
+
+class LoaderTime(NamedTuple):
+    """A loader in full swing."""
+
+    images: int
+    cpu: float  # seconds, of this process and its workers
+    wall: float
+
+
+@dataclass
+class Result:
+    """One variant on one dataset; a number a round in each list."""
+
+    dataset: str
+    variant: str
+    skipped: str | None = None  # why
+    stages: list[StageTimes] = field(default_factory=list)  # CPU seconds an image
+    loaders: dict[int, list[LoaderTime]] = field(default_factory=dict)  # by the number of workers
+
+    def stage(self, name: str) -> float | None:
+        """Median CPU seconds an image."""
+        return median(getattr(times, name) for times in self.stages) if self.stages else None
+
+    def cpu(self, workers: int) -> float:
+        """Median CPU seconds an image in the whole loader."""
+        return median(time.cpu / time.images for time in self.loaders[workers])
+
+    def wall_rate(self, workers: int) -> float:
+        return median(time.images / time.wall for time in self.loaders[workers])
+
+    def speedup(self, over: "Result", workers: int) -> tuple[float, float, float]:
+        """How many times as many images a CPU-second as `over` in the same round: median, lowest, highest."""
+        pairs = zip(self.loaders[workers], over.loaders[workers], strict=True)
+        ratios = [(b.cpu / b.images) / (a.cpu / a.images) for a, b in pairs]
+        return median(ratios), min(ratios), max(ratios)
+
+
+def measure(
+    datasets: Sequence[Dataset],
+    variants: Sequence[Variant],
+    *,
+    workers: int,
+    rounds: int,
+    images: int,
+    progress: Callable[[str], None],
+) -> list[Result]:
+    """Every variant on every dataset: its stages, and its loader without and with workers.
+
+    `images`: how many each of these takes a round, at least. First, every variant is checked on a whole epoch.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in workers
+    try:
+        results = [_check(dataset, variant, workers, progress) for dataset in datasets for variant in variants]
+        turns = [
+            (result, dataset, variant)
+            for result, (dataset, variant) in zip(results, [(d, v) for d in datasets for v in variants], strict=True)
+            if result.skipped is None
+        ]
+        start = time.perf_counter()
+        for number in range(rounds):
+            for at in range(len(turns)):
+                result, dataset, variant = turns[(at + number) % len(turns)]
+                if variant.stages:
+                    times = variant.stages(dataset, images)
+                    result.stages.append(StageTimes(*(seconds / images for seconds in times)))
+                for count in sorted({0, workers}):
+                    result.loaders.setdefault(count, []).append(_run(variant, dataset, count, images))
+            left = (time.perf_counter() - start) / (number + 1) * (rounds - number - 1)
+            progress(f"round {number + 1} of {rounds}" + (f", {left:.0f} s left" if left else ""))
+    finally:
+        torch.set_num_threads(threads)
+    return results
+
+
+def _check(dataset: Dataset, variant: Variant, workers: int, progress: Callable[[str], None]) -> Result:
+    """A result without figures yet, or with the reason why there will be none. UserError for wrong batches."""
+    result = Result(dataset.name, variant.name, variant.missing())
+    if result.skipped:
+        return result
+    progress(f"checking {variant.name} on {dataset.name}")
+    seen = 0
+    try:
+        for images, labels in variant.batches(dataset, workers, False):
+            seen += len(images)
+            if tuple(images.shape[1:]) != variant.image_shape(dataset.image_size) or images.dtype != variant.dtype:
+                raise UserError(f"{variant.name} gives images of {tuple(images.shape)}, {images.dtype}")
+            if tuple(labels.shape) != (len(images),):
+                raise UserError(f"{variant.name} gives labels of {tuple(labels.shape)} for {len(images)} images")
+    except (
+        ImportError,
+        AttributeError,
+        TypeError,
+        RuntimeError,
+    ) as error:  # a peer in a version that this was not written for
+        if variant.exact:
+            raise
+        result.skipped = f"does not run here: {type(error).__name__}: {error}"
+        return result
+    if seen != dataset.samples if variant.exact else seen < dataset.samples:
+        raise UserError(f"{variant.name} gives {seen:,} of the {dataset.samples:,} samples of {dataset.name}")
+    return result
+
+
+def _run(variant: Variant, dataset: Dataset, workers: int, images: int) -> LoaderTime:
+    before = set(multiprocessing.active_children())
+    batches = variant.batches(dataset, workers, True)
+    for _ in range(2 * workers + 2):  # what was prefetched
+        next(batches)
+    processes = [process for process in multiprocessing.active_children() if process not in before]
+    cpu, wall, seen = _cpu_seconds(processes), time.perf_counter(), 0
+    while seen < images:
+        seen += len(next(batches)[0])
+    time_taken = LoaderTime(seen, _cpu_seconds(processes) - cpu, time.perf_counter() - wall)
+    _stop(batches, processes)
+    return time_taken
+
+
+def _cpu_seconds(processes: Sequence[multiprocessing.process.BaseProcess]) -> float:
+    """Of this process and others, so far."""
+    total = time.process_time()
+    for process in processes:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        total += (int(fields[11]) + int(fields[12])) / _TICKS  # user and system time, fields 14 and 15 of `man proc`
+    return total
+
+
+def _stop(batches: Batches, processes: Sequence[multiprocessing.process.BaseProcess]) -> None:
+    batches.close()  # type: ignore[attr-defined]  # all are generators
+    del batches
+    gc.collect()
+    for process in processes:
+        process.join(10)

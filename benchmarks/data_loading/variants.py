@@ -1,0 +1,351 @@
+"""The ways of turning shards into training batches that are measured against each other.
+
+All take random crops of 8 to 100 % of the area and mirror half of them. Each provider runs as its own users would run
+it; where one is not installed or cannot work here, the reason stands in the results instead.
+"""
+
+import importlib.util
+import io
+import logging
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import process_time
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import simplejpeg
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastvit_engine.config import Config
+from fastvit_engine.data.pixels.crops import draw_crops, inception_crop, render, train_view
+from fastvit_engine.data.pixels.decode import open_image, read_image, read_labels
+from fastvit_engine.data.pixels.draws import sample_seeds
+from fastvit_engine.data.stream.batch import BadSample, Workspace
+from fastvit_engine.data.stream.loader import build_train_data, open_train_samples
+from fastvit_engine.data.stream.plan import DataPlan
+from fastvit_engine.data.stream.prepare import prepare_data
+
+CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
+IMAGE_KEYS = "jpg;jpeg;png;webp"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_ANY_CLASS = 2**31  # labels are not what is measured
+
+Batches = Iterator[tuple[Tensor, Tensor]]  # (images, labels)
+
+
+class StageTimes(NamedTuple):
+    """CPU seconds for the same number of images, one after the other in one process without batches."""
+
+    read: float
+    decode: float
+    crop: float  # cropping, resizing, mirroring
+    to_float: float  # and normalising; 0 where bytes go to the device
+
+
+class Dataset(NamedTuple):
+    """Shards to measure on."""
+
+    name: str
+    shards: list[str]
+    plan: DataPlan
+    config: Config  # of this engine
+    image_size: int
+    batch_size: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`batches(dataset, workers, endless)` and `stages(dataset, images)`, if its stages can be told apart."""
+
+    name: str
+    title: str
+    packages: tuple[str, ...]
+    image_shape: Callable[[int], tuple[int, ...]]
+    dtype: torch.dtype
+    batches: Callable[[Dataset, int, bool], Batches]
+    stages: Callable[[Dataset, int], StageTimes] | None = None
+    exact: bool = True  # an epoch has each sample once
+
+    def missing(self) -> str | None:
+        absent = [package for package in self.packages if importlib.util.find_spec(package) is None]
+        return f"{' and '.join(absent)} not installed" if absent else None
+
+
+def open_dataset(name: str, pattern: str, image_size: int, batch_size: int, scratch: Path) -> Dataset:
+    """Finds or makes the index; UserError where the shards cannot be trained on."""
+    config = Config.model_validate(
+        {
+            "model": {"name": f"Ti/{image_size}", "image_size": image_size, "num_classes": _ANY_CLASS},
+            "data": {
+                "train": pattern,
+                "crop_scale": CROP_SCALE,
+                "crop_ratio": CROP_RATIO,
+                "image_key": IMAGE_KEYS,
+                "lanes": 1,  # so that an epoch has every sample
+            },
+            "train": {"global_batch_size": batch_size},
+        }
+    )
+    plan = prepare_data(config, world_size=1, index_folder=scratch)
+    shards = [shard for source in plan.train for shard in source.data.shards]
+    return Dataset(name, shards, plan, config, image_size, batch_size, sum(source.samples for source in plan.train))
+
+
+# ---- this engine
+
+
+def _our_batches(dataset: Dataset, workers: int, endless: bool) -> Batches:
+    config = dataset.config.model_copy(update={"data": dataset.config.data.model_copy(update={"num_workers": workers})})
+    size = dataset.batch_size
+    batches = build_train_data(
+        config, dataset.plan, rank=0, world_size=1, micro_batch_size=size, consumed=0, pin_memory=False
+    )
+    given = 0
+    try:
+        for batch in batches:
+            count = size if endless else min(size, dataset.samples - given)
+            yield batch.images[:count], batch.labels[:count]
+            given += count
+            if not endless and given == dataset.samples:
+                return
+    finally:
+        batches.close()  # type: ignore[attr-defined]  # a generator
+
+
+def our_images(dataset: Dataset, count: int) -> Iterator[tuple[np.ndarray, StageTimes]]:
+    """The first images of a run, each with the seconds that its stages took: what a worker does, in slow motion."""
+    config, workspace = dataset.config, Workspace()
+    samples = open_train_samples(config, dataset.plan)
+    out = np.empty((dataset.image_size, dataset.image_size, 3), np.uint8)
+    for start in range(0, count, dataset.batch_size):
+        t0 = process_time()
+        places = samples.order.locate(np.arange(start, min(count, start + dataset.batch_size)))
+        draws = draw_crops(sample_seeds(config.seed, places.source, places.epoch, places.position))
+        for sample, numbers in zip(samples.read(places), draws, strict=True):
+            assert not isinstance(sample, BadSample)
+            read_labels(sample, config.data, config.model.num_classes)
+            t1 = process_time()
+            image = read_image(sample, config.data, open_image)
+            view = train_view(image.height, image.width, dataset.image_size, config.data, numbers)
+            pixels = image.decode(workspace.decoded, view.reduction, fast=view.fast, rows=view.top + view.height)
+            t2 = process_time()
+            render(pixels, view, view.reduction, out, workspace.resized)
+            t3 = process_time()
+            yield out, StageTimes(t1 - t0, t2 - t1, t3 - t2, 0.0)
+            t0 = process_time()
+
+
+def _our_stages(dataset: Dataset, count: int) -> StageTimes:
+    return _sum(times for _, times in our_images(dataset, count))
+
+
+# ---- WebDataset
+
+
+def _webdataset(dataset: Dataset, endless: bool) -> Any:
+    import webdataset as wds
+
+    data = wds.WebDataset(
+        dataset.shards, shardshuffle=len(dataset.shards), detshuffle=True, seed=0, empty_check=False
+    ).shuffle(1000)
+    return data.repeat() if endless else data
+
+
+def _webloader(dataset: Dataset, workers: int, endless: bool, transform: Callable[[bytes, int], Tensor]) -> Batches:
+    import webdataset as wds
+
+    pipeline = (
+        _webdataset(dataset, endless)
+        .to_tuple(IMAGE_KEYS, "cls")
+        .map_tuple(_Sized(transform, dataset.image_size), int)
+        .batched(dataset.batch_size, collation_fn=_collate, partial=True)
+    )
+    loader = wds.WebLoader(pipeline, batch_size=None, num_workers=workers, **_prefetch(workers))
+    yield from loader
+
+
+class _Sized:
+    def __init__(self, transform: Callable[[bytes, int], Tensor], size: int) -> None:
+        self.transform, self.size = transform, size
+
+    def __call__(self, data: bytes) -> Tensor:
+        return self.transform(data, self.size)
+
+
+def _prefetch(workers: int) -> dict[str, int]:
+    return {"prefetch_factor": 2} if workers else {}
+
+
+def _collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+    images, labels = zip(*samples, strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def _random_crop(height: int, width: int) -> tuple[int, int, int, int]:
+    return inception_crop(height, width, CROP_SCALE, CROP_RATIO, [random.random() for _ in range(40)])
+
+
+def _staged(dataset: Dataset, count: int, *steps: Callable[..., Any]) -> StageTimes:
+    """Each image from WebDataset through the steps, on the clock."""
+    totals = [0.0] * 4
+    samples = iter(_webdataset(dataset, endless=True).to_tuple(IMAGE_KEYS, "cls"))
+    next(samples)  # fills the shuffle buffer
+    for _ in range(count):
+        clock = process_time()
+        value, label = next(samples)
+        int(label)
+        totals[0] += process_time() - clock
+        for stage, step in enumerate(steps, start=1):
+            clock = process_time()
+            value = step(value, dataset.image_size)
+            totals[stage] += process_time() - clock
+    return StageTimes(*totals)
+
+
+def _pil_decode(data: bytes, size: int) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def _pil_crop(image: Image.Image, size: int) -> Image.Image:
+    """torchvision's RandomResizedCrop (bilinear, antialias) and RandomHorizontalFlip of a Pillow image."""
+    top, left, height, width = _random_crop(image.height, image.width)
+    image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else image
+
+
+def _to_float(image: Image.Image, size: int) -> Tensor:
+    """torchvision's ToTensor and Normalize."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return pixels.clone().sub_(mean).div_(std)
+
+
+def _recipe(data: bytes, size: int) -> Tensor:
+    return _to_float(_pil_crop(_pil_decode(data, size), size), size)
+
+
+def _fast_decode(data: bytes, size: int) -> np.ndarray:
+    if data[:2] != b"\xff\xd8":  # no JPEG
+        return np.asarray(_pil_decode(data, size))
+    return simplejpeg.decode_jpeg(data, "RGB", strict=False)
+
+
+def _fast_crop(image: np.ndarray, size: int) -> Tensor:
+    top, left, height, width = _random_crop(*image.shape[:2])
+    image = cv2.resize(image[top : top + height, left : left + width], (size, size))
+    return torch.from_numpy(cv2.flip(image, 1) if random.random() < 0.5 else image)
+
+
+def _fast(data: bytes, size: int) -> Tensor:
+    return _fast_crop(_fast_decode(data, size), size)
+
+
+# ---- timm
+
+
+def _timm_batches(dataset: Dataset, workers: int, endless: bool) -> Batches:
+    """timm's reader and its own transforms; bytes leave the workers, as its prefetcher normalises on the device."""
+    with _torchvision_operators():
+        from timm.data import create_dataset, create_loader
+
+    logging.getLogger("timm").setLevel(logging.ERROR)  # it misses an info.json that it does not need
+    samples = dataset.samples * (10_000 if endless else 1)  # of an epoch, for which it repeats the shards
+    data = create_dataset(
+        "wds/",
+        root=str(Path(dataset.shards[0]).parent),
+        split=f"{'::'.join(dataset.shards)}|{samples}",
+        is_training=True,
+        batch_size=dataset.batch_size,
+    )
+    settings: dict[str, Any] = {"color_jitter": None, "interpolation": "bilinear", "persistent_workers": False}
+    loader = create_loader(
+        data,
+        input_size=(3, dataset.image_size, dataset.image_size),
+        batch_size=dataset.batch_size,
+        is_training=True,
+        scale=CROP_SCALE,
+        ratio=CROP_RATIO,
+        num_workers=workers,
+        device=torch.device("cpu"),
+        **settings,
+    )
+    yield from loader.loader
+
+
+@contextmanager
+def _torchvision_operators() -> Iterator[None]:
+    """Lets timm import torchvision where its compiled part does not fit this PyTorch; only its Python part is used."""
+    spec = importlib.util.find_spec("torchvision")
+    assert spec is not None and spec.submodule_search_locations
+    try:
+        for library in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
+            torch.ops.load_library(str(library))
+    except OSError:
+        if not hasattr(torch.ops.torchvision, "nms"):
+            operators = torch.library.Library("torchvision", "DEF")
+            for name in ("nms", "qnms"):
+                operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            _OPERATORS.append(operators)  # operators live as long as their library
+    yield
+
+
+_OPERATORS: list[torch.library.Library] = []
+
+
+def _sum(times: Iterator[StageTimes]) -> StageTimes:
+    return StageTimes(*np.sum(list(times), axis=0).tolist())
+
+
+def _bytes_shape(size: int) -> tuple[int, ...]:
+    return (size, size, 3)
+
+
+def _planes_shape(size: int) -> tuple[int, ...]:
+    return (3, size, size)
+
+
+VARIANTS = (
+    Variant(
+        "fastvit",
+        "this engine: indexed reads, exact order; simplejpeg and OpenCV, bytes",
+        (),
+        _bytes_shape,
+        torch.uint8,
+        _our_batches,
+        _our_stages,
+    ),
+    Variant(
+        "wds + PIL",
+        "the usual recipe: WebLoader; Pillow decode, crop and antialiased bilinear resize, float32",
+        ("webdataset",),
+        _planes_shape,
+        torch.float32,
+        lambda dataset, workers, endless: _webloader(dataset, workers, endless, _recipe),
+        lambda dataset, count: _staged(dataset, count, _pil_decode, _pil_crop, _to_float),
+    ),
+    Variant(
+        "wds + simplejpeg",
+        "WebLoader; simplejpeg and OpenCV, bytes",
+        ("webdataset",),
+        _bytes_shape,
+        torch.uint8,
+        lambda dataset, workers, endless: _webloader(dataset, workers, endless, _fast),
+        lambda dataset, count: _staged(dataset, count, _fast_decode, _fast_crop),
+    ),
+    Variant(
+        "timm",
+        "timm's WebDataset reader, transforms and loader; Pillow, antialiased bilinear resize, bytes",
+        ("timm", "torchvision", "webdataset"),
+        _planes_shape,
+        torch.uint8,
+        _timm_batches,
+        exact=False,  # it rounds up to whole batches in each worker
+    ),
+)

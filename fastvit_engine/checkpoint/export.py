@@ -1,0 +1,111 @@
+"""The trained weights as one safetensors file with timm's names, made from a checkpoint alone."""
+
+import json
+import mmap
+import os
+import uuid
+import zlib
+from pathlib import Path
+
+import torch
+import yaml
+
+from fastvit_engine.checkpoint import Checkpoint, open_place, usable_checkpoints
+from fastvit_engine.checkpoint.format import Manifest, safetensors_header
+from fastvit_engine.checkpoint.place import is_step_name
+from fastvit_engine.checkpoint.reader import Reader
+from fastvit_engine.errors import UserError
+from fastvit_engine.files import flush_to_disk
+from fastvit_engine.observe.run_folder import RunFolder
+
+
+def find_checkpoint(source: str) -> Checkpoint:
+    """The checkpoint that a path or URL names: itself, or the latest of a run folder or of a folder of checkpoints.
+
+    UserError where there is none.
+    """
+    parent, _, name = source.rstrip("/").rpartition("/")
+    if is_step_name(name):
+        return Checkpoint(open_place(parent or "."), name)
+    run = RunFolder(Path(source))
+    if "://" not in source and run.config.exists():
+        settings = yaml.safe_load(run.config.read_text()).get("checkpoint", {})
+        source = settings.get("path") or str(run.checkpoints)
+    found = usable_checkpoints(open_place(source))
+    if not found:
+        raise UserError(
+            f"{source} holds no checkpoint: give a run folder, or a checkpoint such as RUN/checkpoints/step-N"
+        )
+    return found[0]
+
+
+def export_run(checkpoint: Checkpoint, run: RunFolder) -> None:
+    """Writes `model.safetensors` and, with an average, `model_ema.safetensors`, unless they are of this checkpoint."""
+    manifest = checkpoint.read_manifest()
+    for name, kind in (("model.safetensors", "weight"), ("model_ema.safetensors", "ema")):
+        if kind in manifest.kinds and _exported_from(run.path / name) != _identity(manifest):
+            export_weights(checkpoint, run.path / name, kind)
+
+
+def export_weights(checkpoint: Checkpoint, out: Path, kind: str = "weight") -> None:
+    """Writes the fp32 weights (kind "weight") or their average ("ema") of a checkpoint, whole, to `out`.
+
+    No process group and no DeepSpeed is needed, and no more memory than the pages of the file in transit. UserError
+    where the checkpoint has no average, is damaged, or `out` cannot be written.
+    """
+    manifest = checkpoint.read_manifest()
+    if kind not in manifest.kinds:
+        raise UserError(f"{checkpoint} has no average of the weights (ema.decay was null): leave --ema out")
+    reader, files = Reader(checkpoint, manifest), _Files(checkpoint, manifest, kind)
+    sizes = {name: torch.Size(shape).numel() * 4 for name, shape in manifest.parameters.items()}
+    metadata = {"format": "pt", "model": json.dumps(manifest.state["fingerprint"]["model"]), **_identity(manifest)}
+    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(safetensors_header(dict.fromkeys(sizes, "F32"), manifest.parameters, sizes, metadata))
+            for name, size in sizes.items():
+                for file_name, tensor in reader.overlapping(kind, name, 0, size // 4):
+                    file.write(reader.verified(files.content(file_name), file_name, kind, name, tensor))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, out)
+        flush_to_disk(out.parent)
+    except OSError as error:
+        raise UserError(f"{out} could not be written ({error}): make room and run the same command again") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class _Files:
+    """The checkpoint's files in memory, each mapped when it is first needed, as far as tensors of a kind lie in it."""
+
+    def __init__(self, checkpoint: Checkpoint, manifest: Manifest, kind: str) -> None:
+        self._checkpoint, self._manifest, self._kind = checkpoint, manifest, kind
+        self._mapped: dict[str, mmap.mmap] = {}
+
+    def content(self, file: str) -> mmap.mmap:
+        if file not in self._mapped:
+            stored = self._manifest.files[file]
+            spans = [(t.offset, t.offset + t.nbytes) for kind, _, t in stored.tensors if kind == self._kind]
+            start, stop = min(first for first, _ in spans), max(last for _, last in spans)
+            self._mapped[file] = self._checkpoint.place.map(self._checkpoint.name, file, stored.size, start, stop)
+        return self._mapped[file]
+
+
+def _identity(manifest: Manifest) -> dict[str, str]:
+    """What tells an export of one checkpoint from another's."""
+    checksum = 0
+    for file in sorted(manifest.files):
+        for _, _, tensor in manifest.files[file].tensors:
+            checksum = zlib.crc32(tensor.crc32.to_bytes(4, "little"), checksum)
+    return {"step": str(manifest.step), "checkpoint": f"{checksum:08x}"}
+
+
+def _exported_from(path: Path) -> dict[str, str] | None:
+    """The identity that an exported file carries; None where there is no such file."""
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return {key: header["__metadata__"][key] for key in ("step", "checkpoint")}
+    except (FileNotFoundError, ValueError, KeyError):
+        return None

@@ -1,0 +1,90 @@
+"""Checkpoints in a folder, which all processes of the run must see.
+
+A checkpoint grows under `step-N.partial`; when all of it is on the disk, one rename gives it its name, and only then
+does `latest` point to it. A kill or a full disk at any moment therefore leaves the one before in place and usable.
+"""
+
+import errno
+import mmap
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint
+from fastvit_engine.checkpoint.place import is_step_name, step_of
+from fastvit_engine.files import atomic_write, flush_to_disk
+
+_SPARE = 2**16  # bytes that a checkpoint leaves free on its disk, for the run's records
+
+
+class LocalPlace:
+    """A Place in a file system."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def describe(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def names(self) -> list[str]:
+        complete = [path.parent.name for path in self.folder.glob(f"*/{MANIFEST}")]
+        return sorted(filter(is_step_name, complete), key=step_of)
+
+    def latest(self) -> str | None:
+        pointer = self.folder / "latest"
+        return pointer.read_text().strip() if pointer.exists() else None
+
+    def read(self, name: str, file: str) -> bytes:
+        return (self.folder / name / file).read_bytes()
+
+    def map(self, name: str, file: str, size: int, start: int, stop: int) -> mmap.mmap:
+        path = self.folder / name / file
+        try:
+            found = path.stat().st_size
+        except FileNotFoundError as error:
+            raise DamagedCheckpoint(f"{path} does not exist") from error
+        if found != size:
+            raise DamagedCheckpoint(f"{path} has {found:,} bytes instead of {size:,}")
+        # Private and writable, although nobody writes: PyTorch warns of memory that it must not write to.
+        with open(path, "rb") as opened:
+            return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+
+    def clean(self) -> None:
+        for leftover in [*self.folder.glob("*.partial"), *self.folder.glob("*.removed")]:
+            shutil.rmtree(leftover)
+
+    def prepare(self, name: str, size: int) -> None:
+        self.discard(name)
+        self._partial(name).mkdir(parents=True)
+        free = shutil.disk_usage(self.folder).free
+        if free < size + _SPARE:  # found out now, it takes no room from what else is written on this disk
+            self.discard(name)
+            raise OSError(errno.ENOSPC, f"it takes {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free on that disk")
+
+    def write(self, name: str, file: str, chunks: Iterable[memoryview]) -> None:
+        with open(self._partial(name) / file, "wb", buffering=0) as opened:
+            for chunk in chunks:
+                while chunk.nbytes:
+                    chunk = chunk[opened.write(chunk) :]
+            os.fsync(opened.fileno())
+
+    def publish(self, name: str, manifest: bytes) -> None:
+        atomic_write(self._partial(name) / MANIFEST, manifest)
+        if (self.folder / name).exists():  # left by a run whose `latest` was set back by hand
+            self.remove(name)
+        os.replace(self._partial(name), self.folder / name)
+        flush_to_disk(self.folder)
+        atomic_write(self.folder / "latest", name)
+
+    def discard(self, name: str) -> None:
+        if self._partial(name).exists():
+            shutil.rmtree(self._partial(name))
+
+    def remove(self, name: str) -> None:
+        doomed = self.folder / f"{name}.removed"
+        os.replace(self.folder / name, doomed)
+        shutil.rmtree(doomed)
+
+    def _partial(self, name: str) -> Path:
+        return self.folder / f"{name}.partial"

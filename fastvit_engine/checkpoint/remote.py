@@ -1,0 +1,121 @@
+"""Checkpoints in an object store (s3://, gs://, ...) or whatever else fsspec knows.
+
+An object is there whole or not at all, but several are not written at once: the manifest makes a checkpoint complete,
+and is the last object of it to be written and the first to be removed.
+"""
+
+import mmap
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from fsspec.core import url_to_fs
+
+from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint
+from fastvit_engine.checkpoint.place import is_step_name, step_of
+from fastvit_engine.storage.errors import public_url
+from fastvit_engine.storage.object_store import FINAL_ERRNOS, FINAL_ERRORS, one_line, require_package
+
+_PIECE = 2**23  # bytes of one request
+_PAUSES = (0.5, 2.0, 8.0)  # seconds before each further attempt, besides what the store's client does by itself
+T = TypeVar("T")
+
+
+class RemotePlace:
+    """A Place in a store."""
+
+    def __init__(self, url: str) -> None:
+        require_package(url)
+        self.url = url.rstrip("/")
+        self.fs, self.root = url_to_fs(self.url)
+
+    def describe(self, name: str) -> str:
+        return f"{public_url(self.url)}/{name}"
+
+    def names(self) -> list[str]:
+        complete = [name for name in self._prefixes() if self._try(self.fs.exists, self._path(name, MANIFEST))]
+        return sorted(complete, key=step_of)
+
+    def latest(self) -> str | None:
+        try:
+            return self._try(self.fs.cat_file, self._path("latest")).decode().strip()
+        except FileNotFoundError:
+            return None
+
+    def read(self, name: str, file: str) -> bytes:
+        return self._try(self.fs.cat_file, self._path(name, file))
+
+    def map(self, name: str, file: str, size: int, start: int, stop: int) -> mmap.mmap:
+        path, where = self._path(name, file), f"{self.describe(name)}/{file}"
+        try:
+            found = self._try(self.fs.info, path)["size"]
+        except FileNotFoundError as error:
+            raise DamagedCheckpoint(f"{where} does not exist") from error
+        if found != size:
+            raise DamagedCheckpoint(f"{where} has {found:,} bytes instead of {size:,}")
+        with tempfile.TemporaryFile(prefix="fastvit-checkpoint-") as copy:
+            copy.truncate(size)  # with a hole before `start`
+            copy.seek(start)
+            for place in range(start, stop, _PIECE):
+                end = min(place + _PIECE, stop)
+                piece = self._try(self.fs.cat_file, path, start=place, end=end)
+                if len(piece) != end - place:
+                    raise OSError(f"{where}: {len(piece)} bytes came of [{place}, {end})")
+                copy.write(piece)
+            copy.flush()
+            return mmap.mmap(copy.fileno(), 0)
+
+    def clean(self) -> None:
+        complete = self.names()
+        for name in self._prefixes():
+            if name not in complete:
+                self.discard(name)
+
+    def prepare(self, name: str, size: int) -> None:
+        if name in self._prefixes():
+            self.remove(name)
+
+    def write(self, name: str, file: str, chunks: Iterable[memoryview]) -> None:
+        with self.fs.open(self._path(name, file), "wb") as opened:  # in parts; the object appears on closing
+            for chunk in chunks:
+                opened.write(chunk)
+
+    def publish(self, name: str, manifest: bytes) -> None:
+        self._try(self.fs.pipe_file, self._path(name, MANIFEST), manifest)
+        self._try(self.fs.pipe_file, self._path("latest"), name.encode())
+
+    def discard(self, name: str) -> None:
+        if name in self._prefixes():
+            self._try(self.fs.rm, self._path(name), recursive=True)
+
+    def remove(self, name: str) -> None:
+        if self._try(self.fs.exists, self._path(name, MANIFEST)):
+            self._try(self.fs.rm_file, self._path(name, MANIFEST))
+        self.discard(name)
+
+    def _path(self, *parts: str) -> str:
+        return "/".join([self.root, *parts])
+
+    def _prefixes(self) -> list[str]:
+        """The names under which anything lies, complete or not."""
+        self.fs.invalidate_cache()
+        try:
+            listed = self._try(self.fs.ls, self.root, detail=False)
+        except FileNotFoundError:
+            return []
+        return [name for path in listed if is_step_name(name := path.rstrip("/").rpartition("/")[2])]
+
+    def _try(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
+        """Calls a method of the store, a few times where it fails in a way that may pass; OSError where it does not."""
+        for pause in (*_PAUSES, None):
+            try:
+                return call(*arguments, **named)
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # each package has its own classes
+                final = getattr(error, "errno", None) in FINAL_ERRNOS or type(error).__name__ in FINAL_ERRORS
+                if final or pause is None or isinstance(error, PermissionError):
+                    raise OSError(f"{public_url(self.url)}: {one_line(error)}") from error
+            time.sleep(pause)
+        raise AssertionError("unreachable")

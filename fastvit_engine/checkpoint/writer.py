@@ -1,0 +1,183 @@
+"""Saving while training goes on: one thread copies to host memory, which the next update waits for, one does the rest.
+
+Every process has both. The second writes its file and reports through the store of the process group; the one of rank
+0 waits for all reports and publishes. Collectives stay with the main thread.
+"""
+
+import contextlib
+import json
+import mmap
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import Store
+
+from fastvit_engine.checkpoint.format import DTYPES, Block, Manifest, StoredFile, StoredTensor, TensorFile
+from fastvit_engine.checkpoint.place import Checkpoint, Place
+from fastvit_engine.engine.deepspeed import Piece
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_POLL_SECONDS = 0.05
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a save ended: with an error in words, or published."""
+
+    checkpoint: Checkpoint
+    error: str | None = None
+    bytes: int = 0  # of all files
+    seconds: float = 0.0  # from the copy to the publication
+
+
+class HostCopy:
+    """A copy of pieces in host memory, pinned where they come from a GPU, that the next copy uses again.
+
+    A thread makes it while training computes the next gradients: nothing that it reads changes before the next update.
+    On a GPU it has a stream of its own, so that the copies run beside kernels.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._stream: Any = None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def begin(self, pieces: Mapping[str, Sequence[Piece]]) -> list[Block]:
+        """Begins to copy the pieces of all kinds; their bytes are there after `wait`. Invalidates the copy before."""
+        everything = [(kind, piece) for kind, of_kind in pieces.items() for piece in of_kind]
+        everything.sort(key=lambda entry: -entry[1].values.element_size())  # keeps every tensor aligned
+        size = sum(piece.values.nbytes for _, piece in everything)
+        device = next((piece.values.device for _, piece in everything if piece.values.is_cuda), None)
+        if self._memory.numel() < size:
+            self._memory = torch.empty(0, dtype=torch.uint8)  # free the old before
+            self._memory = _host_memory(size, pinned=device is not None)
+        blocks, copies, offset = [], [], 0
+        view = self._memory.numpy().data
+        for kind, piece in everything:
+            nbytes = piece.values.nbytes
+            target: Tensor = self._memory[offset : offset + nbytes].view(piece.values.dtype)
+            if kind == "buffer":  # of the module, whose forward pass may change it
+                target.copy_(piece.values)
+            else:
+                copies.append((target, piece.values))
+            name = f"{kind}/{piece.name}@{piece.start}"
+            blocks.append(Block(name, _DTYPE_NAMES[piece.values.dtype], view[offset : offset + nbytes]))
+            offset += nbytes
+        if device is not None:
+            self._stream = self._stream or torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))  # for the update that has just been queued
+        self._error = None
+        self._thread = threading.Thread(target=self._copy, args=[copies], name="copy for a checkpoint", daemon=True)
+        self._thread.start()
+        return blocks
+
+    def wait(self) -> None:
+        """Returns when all is copied; raises what went wrong. May be called from several threads."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _copy(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+        try:
+            with torch.cuda.stream(self._stream):  # which does nothing without one
+                for target, values in copies:
+                    target.copy_(values, non_blocking=True)
+            if self._stream is not None:
+                self._stream.synchronize()
+        except Exception as error:  # to be raised where somebody waits
+            self._error = error
+
+
+class SaveInFlight:
+    """One save on its way to `place`; `outcome` is set on rank 0 when it has ended."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        manifest: Manifest,  # without files
+        blocks: Sequence[Block],
+        copied: Callable[[], None],
+        store: Store,
+        rank: int,
+        size: int,
+        publish: Callable[[Manifest], None],
+    ) -> None:
+        self.checkpoint, self._manifest = checkpoint, manifest
+        self._file, self._copied = TensorFile(blocks), copied
+        self._store, self._rank, self._size, self._publish = store, rank, size, publish
+        self._place: Place = checkpoint.place
+        self._started = time.perf_counter()
+        self.outcome: Outcome | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def join(self) -> None:
+        self._thread.join()
+
+    def _run(self) -> None:
+        self._store.set(f"{self.checkpoint.name}/{self._rank}", json.dumps(self._write()))
+        if self._rank == 0:
+            try:
+                outcome = self._finish([self._report_of(rank) for rank in range(self._size)])
+            except Exception as error:  # whatever it is, the main thread must hear of it
+                outcome = Outcome(self.checkpoint, error=_one_line(error))
+            if outcome.error is not None:
+                with contextlib.suppress(OSError):  # what is left then goes when the run starts again
+                    self._place.discard(self.checkpoint.name)
+            self.outcome = outcome
+
+    def _write(self) -> dict[str, Any]:
+        """Writes this process's file; returns its entry in the manifest, or what went wrong."""
+        try:
+            self._copied()
+            self._place.write(self.checkpoint.name, file_name(self._rank), self._file.chunks())
+            return {"file": asdict(self._file.stored())}
+        except Exception as error:
+            return {"error": _one_line(error)}
+
+    def _report_of(self, rank: int) -> dict[str, Any]:
+        key = f"{self.checkpoint.name}/{rank}"
+        while not self._store.check([key]):  # not `wait`, which would keep other threads from the store
+            time.sleep(_POLL_SECONDS)
+        report = json.loads(self._store.get(key))
+        self._store.delete_key(key)
+        return report
+
+    def _finish(self, reports: Sequence[Mapping[str, Any]]) -> Outcome:
+        failed = [f"{report['error']} on rank {rank}" for rank, report in enumerate(reports) if "error" in report]
+        if failed:
+            return Outcome(self.checkpoint, error="; ".join(failed[:3]))
+        for rank, report in enumerate(reports):
+            entry = report["file"]
+            tensors = [(kind, name, StoredTensor(**tensor)) for kind, name, tensor in entry["tensors"]]
+            self._manifest.files[file_name(rank)] = StoredFile(entry["size"], tensors)
+        if (gap := self._manifest.gap()) is not None:
+            return Outcome(self.checkpoint, error=gap)
+        self._publish(self._manifest)
+        size = sum(file.size for file in self._manifest.files.values())
+        return Outcome(self.checkpoint, bytes=size, seconds=time.perf_counter() - self._started)
+
+
+def file_name(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _host_memory(size: int, *, pinned: bool) -> Tensor:
+    """`size` bytes, uninitialised; in huge pages where the system gives them, which a copy fills twice as fast."""
+    if pinned:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    memory = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError, AttributeError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

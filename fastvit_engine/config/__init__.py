@@ -1,0 +1,40 @@
+"""The configuration of a run: typed sections, read from a recipe and from --set."""
+
+from fastvit_engine.config.load import RECIPES, Resolved, load_config, recipe_names
+from fastvit_engine.config.sections import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    DataSource,
+    EmaConfig,
+    EvaluateConfig,
+    HealthConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+    WatchdogConfig,
+    ZeroConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "DataSource",
+    "EmaConfig",
+    "EvaluateConfig",
+    "HealthConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RECIPES",
+    "Resolved",
+    "ScheduleConfig",
+    "TrainConfig",
+    "WatchdogConfig",
+    "ZeroConfig",
+    "load_config",
+    "recipe_names",
+]

@@ -1,0 +1,455 @@
+"""`fastvit data make`: images to WebDataset shards, reproducible to the byte, and goes on after a kill."""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from webdataset.writer import TarWriter
+
+from fastvit_engine.data.build.encode import encode_for_shard
+from fastvit_engine.files import temporary_name
+from fastvit_engine.data.shards.index import INDEX_NAME, write_index
+from fastvit_engine.data.build.packing import Plan, Shard, make_plan
+from fastvit_engine.data.build.parallel import Counter, default_workers, parallel_map
+from fastvit_engine.data.shards.names import INFO_NAME, DatasetInfo, Split, SplitInfo, read_info
+from fastvit_engine.data.build.sources import FORMATS, list_source, list_with_eval
+from fastvit_engine.data.build.sources.context import Context
+from fastvit_engine.data.build.sources.listing import Listing
+from fastvit_engine.data.build.sources.reading import Reader
+from fastvit_engine.data.build.work_progress import WorkProgress
+from fastvit_engine.errors import UserError
+
+DEFAULT_EVAL_FRACTION = 0.1
+UNFINISHED_NAME = "dataset.unfinished"  # a folder in the one that is being filled: plan, receipts, temporary files
+FAILED_NAME = "failed.jsonl"
+_DOWNLOADS = 16  # at once, for each worker
+_FEW = 1000  # the share of failures is judged over at least this many images
+
+
+@dataclass(frozen=True)
+class MadeDataset:
+    out: Path
+    info: DatasetInfo | None  # None: other parts have shards to write
+    already_made: bool = False
+
+
+class Receipt(NamedTuple):
+    """What is known of a shard that is whole; kept in a file of its own until all are."""
+
+    samples: int
+    bytes: int
+    failed: list[list[str]]  # name and reason
+
+
+def make_dataset(
+    source: str,
+    out: Path,
+    *,
+    format: str | None = None,
+    labels: str | None = None,
+    classes: Path | None = None,
+    eval_source: str | None = None,
+    eval_labels: str | None = None,
+    eval_fraction: float | None = None,
+    samples_per_shard: int = 1000,
+    seed: int = 0,
+    resize: int | None = None,
+    quality: int = 90,
+    dedup: bool = False,
+    max_failed: float = 0.0,
+    workers: int | None = None,
+    part: tuple[int, int] = (1, 1),
+    plan_only: bool = False,
+    progress: Callable[[str], None] = print,
+) -> MadeDataset:
+    """Writes the images of `source` (see `sources`) to train and eval shards in `out`.
+
+    The listing, the split and the global shuffle are decided first and kept on disk; shards are then written side by
+    side by `workers` processes, each whole or not at all. After a kill, a full disk or a bad image the same call keeps
+    the shards that are whole and makes the others, to the byte as if nothing had happened. `part` (i, n) writes every
+    n-th shard from the i-th; whoever finds all shards whole writes dataset.json, and a folder that has it is complete:
+    with the same arguments again nothing is done.
+
+    Samples have an image, `cls` (the index of the first label) and, where the source gives several labels, `json`:
+    {"labels": [...]}. UserError on bad arguments, bad images (more than the share `max_failed`) and failed writes.
+    """
+    _check_arguments(format, eval_fraction, samples_per_shard, seed, resize, quality, max_failed, workers, part)
+    arguments: dict[str, Any] = {
+        "source": _resolved(source),
+        "seed": seed,
+        "eval_fraction": eval_fraction,
+        "samples_per_shard": samples_per_shard,
+        "format": format,
+        "labels": labels,
+        "classes": str(classes) if classes else None,
+        "eval_source": eval_source and _resolved(eval_source),
+        "eval_labels": eval_labels,
+        "resize": resize,
+        "quality": quality,
+        "dedup": dedup,
+    }
+    unfinished = out / UNFINISHED_NAME
+    made = read_info(out)
+    if made is not None:
+        _check_same(out, made, arguments)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        progress(f"{out} is already made: {made.train.samples:,} train and {made.eval.samples:,} eval samples")
+        return MadeDataset(out, made, already_made=True)
+
+    workers = default_workers() if workers is None else workers
+    existed, begun = out.exists(), unfinished.exists()
+    line = WorkProgress()
+    try:
+        if existed and not begun and any(out.iterdir()):
+            raise UserError(f"{out} is not empty and was not made by `fastvit data make`: choose another --out")
+        (unfinished / "receipts").mkdir(parents=True, exist_ok=True)
+        plan = _plan(out, arguments, workers, line, progress)
+        if plan_only:
+            line.clear()
+            progress(f"{out}: planned {len(plan.train):,} train and {len(plan.eval):,} eval samples")
+            return MadeDataset(out, None)
+        _write_shards(out, plan, part, max_failed, workers, line, progress)
+        line.clear()
+        return _finish(out, plan, part, progress)
+    except KeyboardInterrupt:
+        line.clear()
+        raise
+    except Exception as error:
+        line.clear()
+        if part == (1, 1) and not begun:
+            _remove_if_nothing_is_whole(out, remove_folder=not existed)
+        if isinstance(error, FileNotFoundError) and (made := read_info(out)) is not None:
+            return MadeDataset(out, made)  # another part was faster: all is written, and the plan removed
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write to {out} ({error.strerror}): make room or choose another --out") from error
+        raise
+
+
+def _check_arguments(
+    format: str | None,
+    eval_fraction: float | None,
+    samples_per_shard: int,
+    seed: int,
+    resize: int | None,
+    quality: int,
+    max_failed: float,
+    workers: int | None,
+    part: tuple[int, int],
+) -> None:
+    if eval_fraction is not None and not 0 <= eval_fraction < 1:
+        raise UserError(f"--eval-fraction is {eval_fraction}: it must be at least 0 and below 1")
+    if not 0 <= max_failed < 1:
+        raise UserError(f"--max-failed is {max_failed}: it must be at least 0 and below 1")
+    if not 1 <= quality <= 100:
+        raise UserError(f"--quality is {quality}: it must be between 1 and 100")
+    if not 1 <= part[0] <= part[1]:
+        raise UserError(f"--part is {part[0]}/{part[1]}: it must be between 1/{part[1]} and {part[1]}/{part[1]}")
+    if format is not None and format not in FORMATS:
+        raise UserError(f"--format is {format}: it must be one of {', '.join(sorted(FORMATS))}")
+    if seed < 0:
+        raise UserError(f"--seed is {seed}: it must be at least 0")
+    counts = {"--samples-per-shard": samples_per_shard, "--resize": resize, "--workers": workers}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")
+
+
+def _resolved(source: str) -> str:
+    return source if source == "digits" else str(Path(source).expanduser().resolve())
+
+
+def _check_same(out: Path, made: DatasetInfo, arguments: dict[str, Any]) -> None:
+    before = {name: getattr(made, name) for name in ("source", "seed", "eval_fraction", "samples_per_shard")}
+    if arguments["eval_fraction"] is None and made.eval_fraction in (None, DEFAULT_EVAL_FRACTION):
+        before["eval_fraction"] = None
+    _check_equal(out, "was", before | made.options, arguments)
+
+
+def _check_equal(out: Path, tense: str, before: dict[str, Any], arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        if name in before and before[name] != value:
+            raise UserError(
+                f"{out} {tense} made with {name} {before[name]}, not {value}: remove the folder or choose another --out"
+            )
+
+
+def _plan(
+    out: Path, arguments: dict[str, Any], workers: int, line: WorkProgress, progress: Callable[[str], None]
+) -> Plan:
+    """The plan of a run that was stopped or of another part, otherwise a new one."""
+    unfinished = out / UNFINISHED_NAME
+    folder = unfinished / "plan"
+    if folder.exists():
+        plan = Plan.load(folder)
+        _check_equal(out, "is being", plan.arguments, arguments)
+        return plan
+
+    def say(text: str) -> None:
+        line.clear()
+        progress(text)
+
+    context = Context(unfinished / "unpacked", workers, line, say, labels=arguments["labels"])
+    if arguments["classes"]:
+        context.classes = _class_names(Path(arguments["classes"]))
+    source, format = arguments["source"], arguments["format"]
+    if arguments["eval_source"]:
+        listing = list_with_eval(source, format, arguments["eval_source"], arguments["eval_labels"], context)
+    else:
+        listing = list_source(source, format, context)
+    eval_fraction = _eval_fraction(listing, arguments)
+    plan = make_plan(listing, arguments, eval_fraction=eval_fraction, workers=workers, progress=line)
+    plan.save(folder)
+    return Plan.load(folder)
+
+
+def _eval_fraction(listing: Listing, arguments: dict[str, Any]) -> float | None:
+    given: float | None = arguments["eval_fraction"]
+    if not listing.held_out.any():
+        return DEFAULT_EVAL_FRACTION if given is None else given
+    if given is not None:
+        raise UserError(f"{arguments['source']} has an eval split of its own: leave out --eval-fraction")
+    return None
+
+
+def _class_names(path: Path) -> list[str]:
+    try:
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the class names {path} cannot be read ({error}): write one name a line") from error
+    if not names:
+        raise UserError(f"{path} holds no class name: write one a line")
+    return names
+
+
+def _write_shards(
+    out: Path,
+    plan: Plan,
+    part: tuple[int, int],
+    max_failed: float,
+    workers: int,
+    line: WorkProgress,
+    progress: Callable[[str], None],
+) -> None:
+    """The shards of `part` that are not whole yet."""
+    mine = plan.shards()[part[0] - 1 :: part[1]]
+    receipts = {shard: _receipt(out, shard) for shard in mine}
+    missing = [shard for shard, receipt in receipts.items() if receipt is None]
+    if len(missing) < len(mine):
+        progress(f"{out}: {len(mine) - len(missing):,} of {len(mine):,} shards are whole, making the others")
+    temporary = out / UNFINISHED_NAME / f"part-{part[0]}-of-{part[1]}"
+    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run of this part has left
+    temporary.mkdir(exist_ok=True)
+    total = sum(shard.end - shard.start for shard in mine)
+    writer = _ShardWriter(out, temporary, plan, max_failed, total)
+    for shard, receipt in receipts.items():
+        if receipt is not None:
+            writer.done.add(shard.end - shard.start)
+            writer.failed.add(len(receipt.failed))
+
+    def show() -> None:
+        failed = writer.failed.value
+        line.update(writer.done.value, f"{failed:,} failed" if failed else "")
+
+    line.start("writing", total, "images")
+    try:
+        for _ in parallel_map(writer.write, missing, workers=workers, while_waiting=show):
+            pass
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class _ShardWriter:
+    """Writes one shard after the other in a worker process."""
+
+    def __init__(self, out: Path, temporary: Path, plan: Plan, max_failed: float, total: int) -> None:
+        self.done, self.failed = Counter(), Counter()  # images, over all workers
+        self._out, self._temporary, self._plan = out, temporary, plan
+        self._max_failed, self._total = max_failed, total
+        self._reader = Reader(plan.listing)
+        self._downloads = any(file.kind == "url" for file in plan.listing.files)
+
+    def write(self, shard: Shard) -> None:
+        warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
+        # A name of its own: the worker of a run that was just killed may still be at the same shard.
+        temporary = temporary_name(self._temporary / shard.name)
+        failed: list[list[str]] = []
+        samples = 0
+        try:
+            with open(temporary, "wb") as file:
+                with TarWriter(file, user="fastvit", group="fastvit", mtime=0, encoder=False) as tar:
+                    for index, members in self._samples(self._plan.indices(shard).tolist()):
+                        if isinstance(members, str):
+                            failed.append([self._reader.where(index), members])
+                            self._count_failure(*failed[-1])
+                        else:
+                            tar.write(members)
+                            samples += 1
+                        self.done.add()
+                _sync(file)
+            size = temporary.stat().st_size
+            if samples:
+                os.replace(temporary, self._out / shard.name)
+            receipt = Receipt(samples, size, failed)
+            _write_atomically(_receipt_path(self._out, shard), json.dumps(receipt._asdict()).encode(), self._temporary)
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {self._out} ({error.strerror}): make room and run the same command again, "
+                "or choose another --out"
+            ) from error
+
+    def _samples(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+        """(index, members, or why there are none) in the given order; downloads run ahead."""
+        if not self._downloads:
+            for index in indices:
+                yield index, self._sample(index)
+            return
+        with ThreadPoolExecutor(_DOWNLOADS) as pool:
+            ahead: deque[tuple[int, Future[dict[str, Any] | str]]] = deque()
+            for index in indices:
+                ahead.append((index, pool.submit(self._sample, index)))
+                if len(ahead) >= 2 * _DOWNLOADS:
+                    first, future = ahead.popleft()
+                    yield first, future.result()
+            for index, future in ahead:
+                yield index, future.result()
+
+    def _sample(self, index: int) -> dict[str, Any] | str:
+        listing, arguments = self._plan.listing, self._plan.arguments
+        try:
+            encoded = self._reader.read(index)
+            extension, image = encode_for_shard(encoded.image, arguments["resize"], arguments["quality"])
+        except ValueError as error:
+            return str(error)
+        except OSError as error:
+            return f"cannot be read ({error.strerror or error})"
+        members: dict[str, Any] = {"__key__": _key(index, listing.name(index)), extension: image}
+        labels = listing.labels_of(index)
+        if labels:
+            members["cls"] = str(labels[0]).encode()
+        if listing.multi_label:
+            members["json"] = _json_member(encoded.json, labels)
+        elif encoded.json is not None:
+            members["json"] = encoded.json
+        return members
+
+    def _count_failure(self, where: str, reason: str) -> None:
+        self.failed.add()
+        judged_over = max(self.done.value + 1, min(_FEW, self._total))
+        if self.failed.value <= self._max_failed * judged_over:
+            return
+        if self._max_failed == 0:
+            raise UserError(
+                f"image {where} {reason}: repair it, or leave bad images out with --max-failed 0.001, and run again"
+            )
+        raise UserError(
+            f"{self.failed.value:,} of {self.done.value + 1:,} images failed, more than --max-failed "
+            f"{self._max_failed} allows; the last one, {where}, {reason}: mend the source or allow more, and run again"
+        )
+
+
+def _json_member(given: bytes | None, labels: list[int]) -> bytes:
+    """{"labels": [...]}, added to the `json` that the sample had."""
+    before = json.loads(given) if given else {}
+    return json.dumps((before if isinstance(before, dict) else {}) | {"labels": labels}).encode()
+
+
+def _key(index: int, name: str) -> str:
+    """A key must have no dot, be unique and fit into a tar header; the number alone makes it unique."""
+    stem = name.rstrip("/").rpartition("/")[2]
+    stem = stem.rpartition(".")[0] or stem
+    return f"{index:08d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:60]}"
+
+
+def _receipt_path(out: Path, shard: Shard) -> Path:
+    return out / UNFINISHED_NAME / "receipts" / f"{shard.name}.json"
+
+
+def _receipt(out: Path, shard: Shard) -> Receipt | None:
+    """None where the shard is not whole."""
+    with contextlib.suppress(FileNotFoundError):
+        receipt = Receipt(**json.loads(_receipt_path(out, shard).read_text()))
+        if receipt.samples == 0 or (out / shard.name).stat().st_size == receipt.bytes:
+            return receipt
+    return None
+
+
+def _finish(out: Path, plan: Plan, part: tuple[int, int], progress: Callable[[str], None]) -> MadeDataset:
+    """Writes dataset.json, if all shards are whole."""
+    receipts = {shard: _receipt(out, shard) for shard in plan.shards()}
+    whole = {shard: receipt for shard, receipt in receipts.items() if receipt is not None}
+    if len(whole) < len(receipts):
+        made = read_info(out)  # another part may have finished it in the meantime, and removed the receipts
+        if made is None:
+            progress(
+                f"{out}: part {part[0]} of {part[1]} is whole, {len(receipts) - len(whole):,} shards are still to be "
+                "made by others"
+            )
+        return MadeDataset(out, made)
+
+    def split_info(split: Split) -> SplitInfo:
+        shards = {shard.name: receipt.samples for shard, receipt in whole.items() if shard.split == split}
+        return SplitInfo(samples=sum(shards.values()), shards={name: n for name, n in shards.items() if n})
+
+    failed = [entry for receipt in whole.values() for entry in receipt.failed]
+    named = ("source", "seed", "samples_per_shard")
+    info = DatasetInfo(
+        classes=plan.listing.classes,
+        eval_fraction=plan.eval_fraction,
+        options={name: value for name, value in plan.arguments.items() if name not in (*named, "eval_fraction")},
+        duplicates=plan.duplicates,
+        failed=len(failed),
+        train=split_info("train"),
+        eval=split_info("eval"),
+        **{name: plan.arguments[name] for name in named},
+    )
+    if not info.train.samples:
+        raise UserError(f"every image of {plan.arguments['source']} failed, {failed[0][0]} {failed[0][1]}: mend it")
+    if failed:
+        lines = (json.dumps({"image": where, "reason": reason}) + "\n" for where, reason in failed)
+        _write_atomically(out / FAILED_NAME, "".join(lines).encode(), out / UNFINISHED_NAME)
+    write_index([str(out / name) for name in [*info.train.shards, *info.eval.shards]], out / INDEX_NAME)
+    _write_atomically(out / INFO_NAME, (info.model_dump_json(indent=2) + "\n").encode(), out / UNFINISHED_NAME)
+    shutil.rmtree(out / UNFINISHED_NAME, ignore_errors=True)
+    left_out = [f"{info.duplicates:,} duplicates"] if info.duplicates else []
+    left_out += [f"{info.failed:,} images that failed (see {FAILED_NAME})"] if info.failed else []
+    progress(
+        f"{out}: {len(info.classes)} classes, {info.train.samples:,} train samples in {len(info.train.shards)} shards, "
+        f"{info.eval.samples:,} eval samples in {len(info.eval.shards)} shards"
+        + (f"; left out {' and '.join(left_out)}" if left_out else "")
+    )
+    return MadeDataset(out, info)
+
+
+def _remove_if_nothing_is_whole(out: Path, *, remove_folder: bool) -> None:
+    unfinished = out / UNFINISHED_NAME
+    if not unfinished.is_dir() or any((unfinished / "receipts").glob("*.json")):
+        return
+    for split in ("train", "eval"):  # a worker may have been stopped between a shard and its receipt
+        for path in out.glob(f"{split}-*.tar"):
+            path.unlink()
+    shutil.rmtree(unfinished)
+    if remove_folder:
+        with contextlib.suppress(OSError):  # not empty
+            out.rmdir()
+
+
+def _write_atomically(path: Path, content: bytes, temporary_folder: Path) -> None:
+    temporary = temporary_name(temporary_folder / path.name)
+    with open(temporary, "wb") as file:
+        file.write(content)
+        _sync(file)
+    os.replace(temporary, path)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,116 @@
+"""Parquet files with encoded images, in the layout of Hugging Face's datasets."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastvit_engine.data.build.sources.context import Context, split_of_names
+from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
+from fastvit_engine.errors import UserError
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "png", "bytes", "image_bytes")
+LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
+_ROWS = 64  # read at once
+
+
+def list_parquet(path: Path, context: Context) -> Listing:
+    """A Parquet file, or a folder of them: a column of images ({bytes, path} or bytes), and one of labels.
+
+    Labels are class indices or names, or lists of them; the names come from the schema's ClassLabel. A row of a Parquet
+    file cannot be read without the thousands around it, so the encoded images are unpacked to the scratch folder first.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError("Parquet files need pyarrow: pip install 'fastvit-engine[parquet]'") from error
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() and not list(path.glob("*.parquet")) and (path / "data").is_dir():
+        folder = path / "data"
+    file_names = sorted(file.name for file in folder.glob("*.parquet")) if path.is_dir() else [path.name]
+    train, held_out, left_out = split_of_names(file_names)
+    if left_out:
+        context.say(f"{folder}: left out {', '.join(left_out[:3])}{' ...' if left_out[3:] else ''}")
+    builder = ListingBuilder()
+    names: list[str] | None = None
+    try:
+        files = [pyarrow.parquet.ParquetFile(folder / name) for name in [*train, *held_out]]
+        context.progress.start("unpacking", sum(file.metadata.num_rows for file in files), "images")
+        for file_name, file in zip([*train, *held_out], files, strict=True):
+            builder.held_out = file_name in held_out
+            names = _unpack(folder / file_name, file, builder, context) or names
+            file.close()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read as Parquet ({error}): download it again") from error
+    return builder.finish(context.classes or names, str(path))
+
+
+def _unpack(path: Path, file: Any, builder: ListingBuilder, context: Context) -> list[str] | None:
+    """Adds the images of one file; returns the class names that its schema has."""
+    features = _features(file.schema_arrow)
+    image_column, label_column, classes = _columns(path, file.schema_arrow.names, features, context.labels)
+    builder.labels_refer_to(classes)
+    raw = context.scratch_file(path, ".images")
+    builder.add_file("bytes", raw)
+    offset = row = 0
+    with context.writing(raw) as target:
+        for batch in file.iter_batches(_ROWS, columns=[image_column, label_column], use_threads=False):
+            for image, label in zip(
+                *(batch.column(name).to_pylist() for name in (image_column, label_column)), strict=True
+            ):
+                content, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+                where = f"row {row} of {path}"
+                if not isinstance(content, bytes):
+                    raise UserError(f"{where} has no image bytes in '{image_column}': embed the images in the file")
+                if label is None or label == -1:
+                    raise UserError(f"{where} has no label in '{label_column}': leave such rows or files out")
+                labels = [str(entry) for entry in label] if isinstance(label, list) else [str(label)]
+                builder.multi_label |= isinstance(label, list)
+                builder.add(f"{path.stem}/{name or row}", labels, offset, len(content))
+                target.write(content)
+                offset += len(content)
+                row += 1
+            context.progress.update(len(builder))
+    return classes
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """The features that Hugging Face's datasets describe in the schema's metadata, by column."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _columns(
+    path: Path, names: Sequence[str], features: dict[str, Any], wanted: str | None
+) -> tuple[str, str, list[str] | None]:
+    """(image column, label column, class names)."""
+    typed = [name for name in names if _is(features.get(name), "Image")]
+    image = next(iter(typed + [name for name in IMAGE_COLUMNS if name in names]), None)
+    if image is None:
+        raise UserError(f"{path} has no column of images, only {', '.join(names)}: name it 'image'")
+    typed = [name for name in names if _class_names(features.get(name))]
+    candidates = [wanted] if wanted else typed + list(LABEL_COLUMNS)
+    label = next((name for name in candidates if name in names), None)
+    if label is None:
+        raise UserError(f"{path} has no column of labels, only {', '.join(names)}: name it with --labels COLUMN")
+    return image, label, _class_names(features.get(label))
+
+
+def _is(feature: Any, kind: str) -> bool:
+    return isinstance(feature, dict) and feature.get("_type") == kind
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """The names of a ClassLabel, or of a list of them in any of the ways it has been written."""
+    if isinstance(feature, list) and len(feature) == 1:
+        return _class_names(feature[0])
+    if not isinstance(feature, dict):
+        return None
+    if "feature" in feature:
+        return _class_names(feature["feature"])
+    names = feature.get("names")
+    return [str(name) for name in names] if isinstance(names, list) and names else None

@@ -1,0 +1,119 @@
+"""Reading one image of a listing."""
+
+import http.client
+import io
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from fastvit_engine.data.build.sources.listing import Listing
+from fastvit_engine.data.build.sources.tars import read_members
+from fastvit_engine.data.build.sources.webdataset import IMAGE_EXTENSIONS
+
+MAX_DOWNLOAD = 256 * 2**20  # bytes
+_OPEN_FILES = 64
+_RETRY_WAITS = (1.0, 3.0, 10.0)  # seconds before the second, third and fourth try
+_RETRIED_CODES = (408, 425, 429, 500, 502, 503, 504)
+
+
+class Encoded(NamedTuple):
+    image: bytes
+    json: bytes | None = None  # of a WebDataset sample that brings one
+
+
+class Reader:
+    """Reads images of a listing in any order; keeps a few files open."""
+
+    def __init__(self, listing: Listing, timeout: float = 30.0) -> None:
+        self._listing = listing
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._descriptors: OrderedDict[str, int] = OrderedDict()
+
+    def read(self, index: int) -> Encoded:
+        """OSError or ValueError where the image cannot be had; whether it is a whole image is not looked at."""
+        kind, path, shape = self._listing.files[self._listing.file[index]]
+        if kind == "url":
+            return Encoded(download(self._listing.name(index), self._timeout))
+        if kind == "path":
+            return Encoded(Path(path, self._listing.name(index)).read_bytes())
+        content = self._pread(path, int(self._listing.offset[index]), int(self._listing.size[index]))
+        if kind == "pixels":
+            return Encoded(_png(np.frombuffer(content, np.uint8).reshape(shape)))
+        if kind == "sample":
+            return _sample(content)
+        return Encoded(content)
+
+    def where(self, index: int) -> str:
+        """The image's name, for people."""
+        kind, path, _ = self._listing.files[self._listing.file[index]]
+        name = self._listing.name(index)
+        if kind in ("path", "url"):
+            return os.path.join(path, name)
+        return f"{name} in {path}"
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+    def _pread(self, path: str, offset: int, size: int) -> bytes:
+        with self._lock:
+            if path not in self._descriptors:
+                if len(self._descriptors) >= _OPEN_FILES:
+                    os.close(self._descriptors.popitem(last=False)[1])
+                self._descriptors[path] = os.open(path, os.O_RDONLY)
+            self._descriptors.move_to_end(path)
+            content = os.pread(self._descriptors[path], size, offset)
+        if len(content) < size:
+            raise ValueError(f"{path} ends before byte {offset + size}")
+        return content
+
+
+def is_url(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def download(url: str, timeout: float) -> bytes:
+    """The content behind an http(s) URL; OSError after four tries, at once where the server has refused for good."""
+    for wait in (*_RETRY_WAITS, None):
+        try:
+            request = urllib.request.Request(url, headers={"User-Agent": "fastvit-engine"})
+            with urllib.request.urlopen(request, timeout=timeout) as response:
+                content: bytes = response.read(MAX_DOWNLOAD + 1)
+                announced = response.headers.get("Content-Length")
+            if len(content) > MAX_DOWNLOAD:
+                raise ValueError(f"has more than {MAX_DOWNLOAD:,} bytes")
+            if announced is not None and announced.isdecimal() and len(content) < int(announced):
+                raise http.client.IncompleteRead(content, int(announced) - len(content))
+            return content
+        except urllib.error.HTTPError as error:
+            if wait is None or error.code not in _RETRIED_CODES:
+                raise OSError(f"HTTP {error.code} {error.reason}") from error
+        except urllib.error.URLError as error:
+            if wait is None:
+                raise OSError(str(error.reason)) from error
+        except (OSError, http.client.HTTPException) as error:  # timeouts, resets, answers cut short
+            if wait is None:
+                raise OSError(str(error) or type(error).__name__) from error
+        time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def _sample(content: bytes) -> Encoded:
+    members = {name.rpartition("/")[2].partition(".")[2].lower(): data for name, data in read_members(content)}
+    image = next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
+    return Encoded(image, members.get("json"))
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()

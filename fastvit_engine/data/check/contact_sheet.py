@@ -1,0 +1,218 @@
+"""Sheets of images to look at: what shards hold, and what a recipe's augmentation makes of it."""
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from fastvit_engine.config import Config, DataConfig
+from fastvit_engine.data.pixels.crops import draw_crops, render, train_view
+from fastvit_engine.data.pixels.decode import PixelBuffer, decode_image
+from fastvit_engine.data.pixels.draws import sample_seeds
+from fastvit_engine.data.pixels.randaugment import randaugment
+from fastvit_engine.data.shards.labels import labels_of
+from fastvit_engine.data.shards.names import ShardSet, Split, is_local, shard_set
+from fastvit_engine.data.stream.sequential import read_shard
+from fastvit_engine.errors import UserError
+from fastvit_engine.files import temporary_name
+
+_SCALE = 2  # pixels a unit, for sharp text on today's screens; all lengths below are in units
+_CELL, _GAP, _MARGIN = 112, 12, 32  # 28 and 32 pixels fill a cell exactly
+_CAPTION, _TITLE = 20, 34  # heights
+_PAPER, _TILE, _INK, _SOFT = "#ffffff", "#f2f1ee", "#1b1d21", "#62666e"
+_SHARDS, _SAMPLES_A_SHARD = 8, 100  # that images are chosen from
+
+
+class Found(NamedTuple):
+    """A sample of a shard."""
+
+    label: int  # -1: none
+    content: bytes
+    where: str
+
+    def pixels(self) -> np.ndarray:
+        try:
+            return decode_image(self.content)
+        except ValueError as error:
+            raise UserError(f"{self.where} cannot be read ({error}): run `fastvit data verify`") from error
+
+
+class Tile(NamedTuple):
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    caption: str = ""
+
+
+def class_sheet(argument: str, *, split: Split | None = None, width: int = 8, rows: int = 5) -> Image.Image:
+    """Images of as many classes as there is room for, in the order of the classes, with their names."""
+    shards = shard_set(argument, split)
+    by_class: dict[int, list[Found]] = {}
+    for found in _some_samples(shards):
+        of_class = by_class.setdefault(found.label, [])
+        if len(of_class) < rows:
+            of_class.append(found)
+    if not by_class:
+        raise UserError(f"the shards of {argument} hold no images: make them again")
+    chosen: list[list[Found | None]]
+    if 2 <= len(by_class) <= 10:  # a column for each class
+        columns = [by_class[label] for label in sorted(by_class)]
+        chosen = [[of_class[row] if row < len(of_class) else None for of_class in columns] for row in range(rows)]
+        chosen = [row for row in chosen if any(row)]
+    else:
+        labels = _evenly(sorted(by_class), width * rows)
+        of_each = max(1, width * rows // len(labels))
+        row_by_row = [found for label in labels for found in by_class[label][:of_each]][: width * rows]
+        chosen = [list(row_by_row[start : start + width]) for start in range(0, len(row_by_row), width)]
+    grid = [[found and Tile(found.pixels(), _name(shards, found.label)) for found in row] for row in chosen]
+    names = shards.class_names or by_class
+    return draw_sheet(grid, title=Path(argument).name or argument, note=f"{len(names):,} classes")
+
+
+def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.Image:
+    """Originals of data.train or its first source, one a row, and beside each `draws` of what training makes of it."""
+    if rows < 1 or draws < 1:
+        raise UserError("--rows and --draws must be at least 1: give more")
+    if not config.data.sources:
+        raise UserError("data.train is not set: add --set data.train=SHARDS")
+    source = config.data.sources[0].shards  # of a mixture, the first
+    shards = shard_set(source, "train")
+    size = config.model.image_size
+    grid: list[list[Tile | None]] = []
+    for row, found in enumerate(islice(_some_samples(shards, config.data, each=1), rows)):
+        pixels = found.pixels()
+        augmented = _augmented(pixels, config, sample_seeds(config.seed, row, np.arange(draws)))
+        grid.append([Tile(pixels, _name(shards, found.label)), *map(Tile, augmented)])
+    if not grid:
+        raise UserError(f"the shards of {source} hold no images: make them again")
+    return draw_sheet(grid, title=config.name, note=f"original, and {draws} draws at {size} px", set_apart=True)
+
+
+def _augmented(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> np.ndarray:
+    """uint8 [B, S, S, 3]: what training makes of one image with each of the seeds, but for mixing it with others."""
+    size, data = config.model.image_size, config.data
+    images = np.empty((len(seeds), size, size, 3), np.uint8)
+    for image, draws in zip(images, draw_crops(seeds), strict=True):
+        view = train_view(pixels.shape[0], pixels.shape[1], size, data, draws)
+        render(pixels, view, 1, image, PixelBuffer())
+    if not data.randaugment_ops:
+        return images
+    return randaugment(
+        torch.from_numpy(images), seeds, num_ops=data.randaugment_ops, magnitude=data.randaugment_magnitude
+    ).numpy()
+
+
+def draw_sheet(
+    grid: Sequence[Sequence[Tile | None]], *, title: str, note: str = "", set_apart: bool = False
+) -> Image.Image:
+    """Rows of tiles of one size: whole images, centred, with one line of caption under each row that has captions.
+
+    `set_apart` leaves room after the first column.
+    """
+    columns = max(len(row) for row in grid)
+    captions = [any(tile is not None and tile.caption for tile in row) for row in grid]
+    apart = 2 * _GAP if set_apart else 0
+    width = 2 * _MARGIN + columns * _CELL + (columns - 1) * _GAP + apart
+    height = 2 * _MARGIN + _TITLE + sum(_CELL + (_CAPTION if has else 0) + _GAP for has in captions) - _GAP
+    sheet = Image.new("RGB", (width * _SCALE, height * _SCALE), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    _write(draw, title, (_MARGIN, _MARGIN), 17, _INK, width - 2 * _MARGIN)
+    taken = _font(17).getlength(_shorten(title, 17, width - 2 * _MARGIN)) / _SCALE
+    _write(draw, note, (_MARGIN + taken + 10, _MARGIN + 4), 12, _SOFT, width - 2 * _MARGIN - taken - 10)
+    top = _MARGIN + _TITLE
+    for row, has_caption in zip(grid, captions, strict=True):
+        for column, tile in enumerate(row):
+            left = _MARGIN + column * (_CELL + _GAP) + (apart if column else 0)
+            if tile is not None:
+                _paste(sheet, tile.pixels, left, top)
+                _write(draw, tile.caption, (left, top + _CELL + 4), 11, _SOFT, _CELL)
+        top += _CELL + (_CAPTION if has_caption else 0) + _GAP
+    return sheet
+
+
+def save_sheet(sheet: Image.Image, path: Path) -> None:
+    """Whole or not at all; UserError where it cannot be written."""
+    temporary = temporary_name(path)
+    try:
+        with open(temporary, "wb") as file:
+            sheet.save(file, "PNG", optimize=True)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error.strerror}): choose another --sheet") from error
+
+
+def _some_samples(shards: ShardSet, data: DataConfig | None = None, each: int = _SAMPLES_A_SHARD) -> Iterator[Found]:
+    """The first `each` samples of evenly spaced shards, then the next ones, up to a hundred of each shard."""
+    keys = (data or DataConfig()).image_key.split(";")
+    present = [shard for shard in shards.shards if not is_local(shard) or Path(shard).is_file()]
+    shown = [islice(read_shard(shard), _SAMPLES_A_SHARD) for shard in _evenly(present, _SHARDS)]
+    while shown:
+        for samples in list(shown):
+            some = list(islice(samples, each))
+            if not some:
+                shown.remove(samples)
+            for sample in some:
+                where = f"sample '{sample['__key__']}' of shard {sample['__url__']}"
+                name = next((key for key in keys if key in sample), None)
+                if name is None:
+                    raise UserError(f"{where} has no image: run `fastvit data verify`")
+                try:
+                    labels = labels_of(sample)
+                except ValueError as error:
+                    raise UserError(f"{where} {error}: run `fastvit data verify`") from error
+                yield Found(labels[0] if labels else -1, sample[name], where)
+
+
+def _evenly(values: list[Any], wanted: int) -> list[Any]:
+    """At most `wanted` of them, evenly spaced."""
+    if len(values) <= wanted:
+        return list(values)
+    return [values[index * len(values) // wanted] for index in range(wanted)]
+
+
+def _name(shards: ShardSet, label: int) -> str:
+    names = shards.class_names
+    if label < 0:
+        return "no label"
+    return names[label] if names is not None and label < len(names) else f"class {label}"
+
+
+def _paste(sheet: Image.Image, pixels: np.ndarray, left: int, top: int) -> None:
+    """The whole image, as large as fits into the cell, on a tile; small ones in whole multiples, pixel by pixel."""
+    side = _CELL * _SCALE
+    height, width = pixels.shape[:2]
+    factor = side / max(height, width)
+    resample = Image.Resampling.LANCZOS
+    if factor >= 2:
+        factor, resample = int(factor), Image.Resampling.NEAREST
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    image = Image.fromarray(pixels).resize(size, resample)
+    box = left * _SCALE, top * _SCALE
+    sheet.paste(_TILE, (*box, box[0] + side, box[1] + side))
+    sheet.paste(image, (box[0] + (side - size[0]) // 2, box[1] + (side - size[1]) // 2))
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size * _SCALE)
+
+
+def _write(
+    draw: ImageDraw.ImageDraw, text: str, place: tuple[float, float], size: int, colour: str, width: float
+) -> None:
+    position = (place[0] * _SCALE, place[1] * _SCALE)
+    draw.text(position, _shorten(text, size, width), fill=colour, font=_font(size))
+
+
+def _shorten(text: str, size: int, width: float) -> str:
+    font = _font(size)
+    if font.getlength(text) <= width * _SCALE:
+        return text
+    while text and font.getlength(text + "…") > width * _SCALE:
+        text = text[:-1]
+    return text + "…" if text else ""

@@ -1,0 +1,304 @@
+"""`fastvit data verify`: reads every sample of a set of shards and says what is wrong with them."""
+
+import hashlib
+import json
+import statistics
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from fastvit_engine.config import DataConfig
+from fastvit_engine.data.build.encode import encode_for_shard
+from fastvit_engine.data.build.parallel import Counter, default_workers, parallel_map
+from fastvit_engine.data.build.work_progress import WorkProgress
+from fastvit_engine.data.shards.labels import labels_of
+from fastvit_engine.data.shards.names import ShardSet, is_local, shard_set
+from fastvit_engine.data.shards.sample import Sample
+from fastvit_engine.data.stream.sequential import read_shard
+from fastvit_engine.errors import UserError
+from fastvit_engine.observe.units import format_bytes
+
+_EXAMPLES = 10  # that are kept of each finding
+_MAX_CLASSES = 10_000_000  # where nothing says how many there are
+
+# What a training run would stop at, or be falsified by; all others are warnings.
+ERRORS = (
+    "missing shard",
+    "damaged shard",
+    "wrong sample count",
+    "missing member",
+    "unreadable image",
+    "wrong label",
+    "duplicate key",
+)
+
+
+@dataclass
+class Finding:
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    def add(self, example: str) -> None:
+        self.count += 1
+        if len(self.examples) < _EXAMPLES:
+            self.examples.append(example)
+
+
+@dataclass
+class Verdict:
+    where: str
+    shards: int
+    samples: int
+    bytes: int
+    findings: dict[str, Finding]
+
+    @property
+    def errors(self) -> dict[str, Finding]:
+        return {kind: finding for kind, finding in self.findings.items() if kind in ERRORS}
+
+    @property
+    def warnings(self) -> dict[str, Finding]:
+        return {kind: finding for kind, finding in self.findings.items() if kind not in ERRORS}
+
+    def to_json(self) -> str:
+        groups = {"errors": self.errors, "warnings": self.warnings}
+        content = {
+            name: {kind: {"count": found.count, "examples": found.examples} for kind, found in group.items()}
+            for name, group in groups.items()
+        }
+        totals = {"shards": self.shards, "samples": self.samples, "bytes": self.bytes}
+        return json.dumps({"ok": not self.errors, **totals, **content}, indent=2)
+
+    def report(self) -> str:
+        lines = [f"{self.where}: {self.shards:,} shards, {self.samples:,} samples, {format_bytes(self.bytes)}"]
+        for title, group in (("errors", self.errors), ("warnings", self.warnings)):
+            if not group:
+                lines += ["", f"no {title}"]
+            for kind, finding in group.items():
+                lines += ["", f"{title[:-1]}: {kind}, {finding.count:,} found"]
+                lines += [f"  {example}" for example in finding.examples]
+                if finding.count > len(finding.examples):
+                    lines.append(f"  and {finding.count - len(finding.examples):,} more")
+        return "\n".join(lines)
+
+
+@dataclass
+class _Seen:
+    """What a shard holds: 28 bytes a sample."""
+
+    labels: np.ndarray  # int32 [n], the first label, -1 where there is none
+    keys: np.ndarray  # uint64 [n], hashes
+    images: np.ndarray  # uint64 [n, 2], hashes of the content
+    bytes: int
+    findings: dict[str, Finding]
+
+
+def verify_shards(
+    argument: str, *, num_classes: int | None = None, skew: float = 2.0, workers: int | None = None
+) -> Verdict:
+    """Reads all samples of the shards that `argument` names, in parallel. Labels are checked against `num_classes`,
+    otherwise against dataset.json, otherwise only for being plausible.
+
+    A shard is *uneven* when it holds more than `skew` times the median number of samples, or less than its `skew`th
+    part. It is *not shuffled* when some class has more than `skew * e + 6 * sqrt(e) + 6` of its samples, e being what
+    the class's share of all samples lets expect: chance gives that practically never.
+    """
+    if skew <= 1:
+        raise UserError(f"--skew is {skew}: it must be above 1")
+    if num_classes is not None and num_classes < 1:
+        raise UserError(f"--num-classes is {num_classes}: it must be at least 1")
+    shards = shard_set(argument)
+    if num_classes is None and shards.class_names is not None:
+        num_classes = len(shards.class_names)
+    findings: dict[str, Finding] = {}
+    present: list[int] = []
+    for number, shard in enumerate(shards.shards):
+        if is_local(shard) and not Path(shard).is_file():
+            _add(findings, "missing shard", f"{shard}, which dataset.json lists, does not exist")
+        else:
+            present.append(number)
+    seen = _look_at_all(shards, present, num_classes, default_workers() if workers is None else workers)
+    for number, part in seen.items():
+        for kind, finding in part.findings.items():
+            whole = findings.setdefault(kind, Finding())
+            whole.count += finding.count
+            whole.examples = [*whole.examples, *finding.examples][:_EXAMPLES]
+        _compare_count(findings, shards, number, part)
+    _find_duplicates(findings, shards, seen)
+    _find_skew(findings, shards, seen, skew)
+    return Verdict(
+        where=argument,
+        shards=len(seen),
+        samples=sum(len(part.labels) for part in seen.values()),
+        bytes=sum(part.bytes for part in seen.values()),
+        findings=findings,
+    )
+
+
+def _look_at_all(shards: ShardSet, numbers: list[int], num_classes: int | None, workers: int) -> dict[int, _Seen]:
+    """What is in each shard, by its number."""
+    images = Counter()
+    line = WorkProgress()
+    counts = (shards.info.train.shards | shards.info.eval.shards) if shards.info else {}
+    expected = [counts.get(Path(shards.shards[number]).name) for number in numbers]
+    known = [count for count in expected if count is not None]
+    by_image = len(known) == len(numbers)
+    line.start("verifying", sum(known) if by_image else len(numbers), "images" if by_image else "shards")
+    seen: dict[int, _Seen] = {}
+    results = parallel_map(
+        lambda number: _look_at(shards.shards[number], num_classes, images),
+        numbers,
+        workers=workers,
+        while_waiting=lambda: line.update(images.value if by_image else len(seen)),
+    )
+    for number, part in results:
+        seen[number] = part
+    line.clear()
+    return dict(sorted(seen.items()))
+
+
+def _look_at(shard: str, num_classes: int | None, images: Counter) -> _Seen:
+    warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
+    labels: list[int] = []
+    keys, digests = bytearray(), bytearray()
+    size = 0
+    findings: dict[str, Finding] = {}
+    try:
+        for sample in read_shard(shard):
+            where = f"{sample['__key__']} of {Path(shard).name}"
+            image = _image(sample)
+            labels.append(_label(sample, num_classes, where, findings))
+            keys += hashlib.blake2b(sample["__key__"].encode(), digest_size=8).digest()
+            if image is None:
+                members = ", ".join(name for name in sample if not name.startswith("__"))
+                _add(findings, "missing member", f"{where} has no image, only {members}")
+                digests += bytes(16)
+            else:
+                digests += hashlib.blake2b(image, digest_size=16).digest()
+                size += len(image)
+                try:
+                    encode_for_shard(image)
+                except ValueError as error:
+                    _add(findings, "unreadable image", f"{where} {error}")
+            images.add()
+    except UserError as error:
+        _add(findings, "damaged shard", f"{str(error).partition(': copy')[0]}, after {len(labels):,} whole samples")
+    return _Seen(
+        labels=np.array(labels, np.int32),
+        keys=np.frombuffer(bytes(keys), np.uint64),
+        images=np.frombuffer(bytes(digests), np.uint64).reshape(-1, 2),
+        bytes=size,
+        findings=findings,
+    )
+
+
+def _image(sample: Sample) -> bytes | None:
+    return next((sample[name] for name in DataConfig().image_key.split(";") if name in sample), None)
+
+
+def _label(sample: Sample, num_classes: int | None, where: str, findings: dict[str, Finding]) -> int:
+    """The first label, -1 where there is none or it is no index."""
+    try:
+        labels = labels_of(sample)
+    except ValueError as error:
+        _add(findings, "wrong label", f"{where} {error}")
+        return -1
+    if labels is None:
+        _add(findings, "missing member", f"{where} has no label: neither 'cls' nor labels in 'json'")
+        return -1
+    bound = _MAX_CLASSES if num_classes is None else num_classes
+    for label in labels:
+        if not 0 <= label < bound:
+            _add(findings, "wrong label", f"{where} has label {label}, outside 0..{bound - 1}")
+    return labels[0] if labels and 0 <= labels[0] < bound else -1
+
+
+def _add(findings: dict[str, Finding], kind: str, example: str) -> None:
+    findings.setdefault(kind, Finding()).add(example)
+
+
+def _compare_count(findings: dict[str, Finding], shards: ShardSet, number: int, seen: _Seen) -> None:
+    name = Path(shards.shards[number]).name
+    if shards.info is None or "damaged shard" in seen.findings:
+        return
+    expected = (shards.info.train.shards | shards.info.eval.shards).get(name)
+    if expected is not None and expected != len(seen.labels):
+        _add(
+            findings, "wrong sample count", f"{name} holds {len(seen.labels):,} samples, dataset.json says {expected:,}"
+        )
+
+
+def _find_duplicates(findings: dict[str, Finding], shards: ShardSet, seen: dict[int, _Seen]) -> None:
+    if not seen:
+        return
+    numbers = np.array(list(seen))
+    ends = np.cumsum([len(part.labels) for part in seen.values()])
+    keys = np.concatenate([part.keys for part in seen.values()])[:, None]
+    images = np.concatenate([part.images for part in seen.values()])
+
+    def place(index: int) -> tuple[int, int]:
+        """(number of the shard, row in it)"""
+        position = int(np.searchsorted(ends, index, side="right"))
+        return int(numbers[position]), index - int(ends[position - 1] if position else 0)
+
+    def describe(pair: tuple[int, int]) -> str:
+        first, second = (place(index) for index in pair)
+        names = [
+            f"{_key_at(shards.shards[shard], row)} of {Path(shards.shards[shard]).name}"
+            for shard, row in (first, second)
+        ]
+        return " and ".join(names)
+
+    for kind, hashes in (("duplicate key", keys), ("duplicate image", images)):
+        for pair in _equal_rows(hashes):
+            if kind == "duplicate image" and not images[pair[1]].any():
+                continue  # samples without an image
+            splits = {shards.splits[place(index)[0]] for index in pair}
+            named = "image in train and eval" if kind == "duplicate image" and len(splits) > 1 else kind
+            finding = findings.setdefault(named, Finding())
+            finding.count += 1
+            if len(finding.examples) < _EXAMPLES:
+                finding.examples.append(describe(pair))
+
+
+def _equal_rows(hashes: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(index of an equal row before it, index) for every row of [N, C] that is not the first of its kind."""
+    order = np.lexsort(hashes.T[::-1])  # stable: equal rows stay in order
+    same = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
+    for position in np.flatnonzero(same):
+        yield int(order[position]), int(order[position + 1])
+
+
+def _key_at(shard: str, row: int) -> str:
+    sample: Sample = next(islice(read_shard(shard), row, None))
+    return str(sample["__key__"])
+
+
+def _find_skew(findings: dict[str, Finding], shards: ShardSet, seen: dict[int, _Seen], skew: float) -> None:
+    for split in dict.fromkeys(shards.splits):
+        parts = {number: part for number, part in seen.items() if shards.splits[number] == split and len(part.labels)}
+        if len(parts) < 2:
+            continue
+        median = statistics.median(len(part.labels) for part in parts.values())
+        labels = np.concatenate([part.labels for part in parts.values()])
+        share = np.bincount(labels + 1) / len(labels)  # of each class; place 0 is for no label
+        names = ["no label", *(shards.class_names or [])]
+        for number, part in parts.items():
+            name, size = Path(shards.shards[number]).name, len(part.labels)
+            if not median / skew <= size <= median * skew:
+                _add(findings, "uneven shard", f"{name} holds {size:,} samples, the median shard {median:,.0f}")
+            expected = share * size
+            count = np.bincount(part.labels + 1, minlength=len(share))
+            excess = count - (skew * expected + 6 * np.sqrt(expected) + 6)
+            worst = int(excess.argmax())
+            if excess[worst] > 0:
+                label = names[worst] if worst < len(names) else f"class {worst - 1}"
+                _add(
+                    findings,
+                    "shard that is not shuffled",
+                    f"{name} holds {count[worst]:,} samples of {label}, of whom {expected[worst]:,.1f} were expected",
+                )

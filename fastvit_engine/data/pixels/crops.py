@@ -1,0 +1,100 @@
+"""From decoded pixels to training and evaluation crops of the model's size, all uint8 on the CPU."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+from fastvit_engine.config import DataConfig
+from fastvit_engine.data.pixels.decode import PixelBuffer
+from fastvit_engine.data.pixels.draws import uniforms
+
+_CROP_TRIES = 10
+_DRAWS = 1 + 4 * _CROP_TRIES  # mirrored or not; area, aspect ratio and place of each try
+_STREAM = 2000  # of `uniforms`
+
+# Decoding processes are the parallelism, and OpenCV deadlocks in a process forked after its thread pool has started.
+cv2.setNumThreads(1)
+
+
+class View(NamedTuple):
+    """What of an image the model sees: a box of it is resized, the centre of that cut out, and perhaps mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    resized: tuple[int, int]  # (height, width) of the whole box then, at least the model's image size
+    mirrored: bool = False
+    fast: bool = False  # decoded a little less accurately, by less than the way of resizing matters
+
+    @property
+    def reduction(self) -> int:
+        """How many times smaller the image may be decoded (1, 2, 4 or 8) without enlarging the box afterwards."""
+        factor = min(self.height / self.resized[0], self.width / self.resized[1])
+        return next((reduction for reduction in (8, 4, 2) if factor >= reduction), 1)
+
+
+def draw_crops(seeds: np.ndarray) -> list[list[float]]:
+    """The random numbers, in [0, 1), that `train_view` needs for each sample of a batch, from its seed (int64 [B])."""
+    return uniforms(seeds, _DRAWS, stream=_STREAM).tolist()
+
+
+def train_view(height: int, width: int, image_size: int, data: DataConfig, draws: Sequence[float]) -> View:
+    """The crop of data.crop, mirrored with odds 1/2 where data.flip says so."""
+    if data.crop == "inception":
+        box = inception_crop(height, width, data.crop_scale, data.crop_ratio, draws[1:])
+    else:
+        box = (0, 0, height, width)
+    return View(*box, resized=(image_size, image_size), mirrored=data.flip and draws[0] < 0.5, fast=True)
+
+
+def eval_view(height: int, width: int, image_size: int, eval_crop: float) -> View:
+    """The whole image with its short side resized to image_size / eval_crop, to be cut to its centre."""
+    short = max(image_size, round(image_size / eval_crop))
+    scale = short / min(height, width)
+    return View(0, 0, height, width, resized=(max(short, round(height * scale)), max(short, round(width * scale))))
+
+
+def inception_crop(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], draws: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a crop with a random share of the area and a log-uniform aspect ratio.
+
+    Szegedy et al. 2015 (arXiv:1409.4842), section 6. Shapes that do not fit are drawn again; after ten tries the
+    largest centred crop within the range of aspect ratios is taken. `draws`: 40 numbers in [0, 1).
+    """
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for i in range(0, 4 * _CROP_TRIES, 4):
+        area = (scale[0] + (scale[1] - scale[0]) * draws[i]) * height * width
+        aspect = math.exp(low + (high - low) * draws[i + 1])  # width / height
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(draws[i + 2] * (height - crop_height + 1))
+            left = int(draws[i + 3] * (width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    crop_width = min(width, max(1, round(height * ratio[1])))
+    crop_height = min(height, max(1, round(width / ratio[0])))
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def render(pixels: np.ndarray, view: View, reduction: int, out: np.ndarray, scratch: PixelBuffer) -> None:
+    """Writes the view of an image, decoded `reduction` times smaller (uint8 [H, W, 3]), to `out` (uint8 [S, S, 3])."""
+    top, left = view.top // reduction, view.left // reduction
+    bottom, right = -(-(view.top + view.height) // reduction), -(-(view.left + view.width) // reduction)
+    box = pixels[top:bottom, left:right]
+    height, width = view.resized
+    size = len(out)
+    if (height, width) == (size, size) and not view.mirrored:
+        cv2.resize(box, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
+        return
+    whole = scratch.reserve(height, width)
+    cv2.resize(box, (width, height), dst=whole, interpolation=cv2.INTER_LINEAR)
+    top, left = (height - size) // 2, (width - size) // 2
+    centre = whole[top : top + size, left : left + size]
+    if view.mirrored:
+        cv2.flip(centre, 1, dst=out)
+    else:
+        out[:] = centre

@@ -1,0 +1,520 @@
+"""The index of a dataset: where each sample of each shard begins, in one file that is mapped into memory.
+
+    header     magic, version, number of samples, place and checksum of the rest
+    starts     a number a sample: the block of 512 bytes where its first header begins; it ends where the next begins
+    columns    a number or a few a shard: bytes, samples, time stamp, fingerprint, labels with their counts, ...
+    names      the shards, relative to the folder of the index where they lie in it, and what the columns are
+
+Making the index is also the check of the shards: what a reader of streams passes over in silence, because a damaged
+header looks like the end of an archive, is an error here, before training starts.
+"""
+
+import contextlib
+import json
+import os
+import struct
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastvit_engine.data.shards.labels import label_member, parse_labels
+from fastvit_engine.data.shards.names import is_local
+from fastvit_engine.data.shards.tar import BLOCK, Member, ReadAt, TarError, read_member, split_name
+from fastvit_engine.errors import UserError
+from fastvit_engine.files import flush_to_disk
+from fastvit_engine.storage import ShardStorage
+from fastvit_engine.storage.remote import TryPolicy, describe
+
+INDEX_NAME = "shards.index"
+INDEX_SUFFIX = ".index"
+
+_MAGIC, _VERSION = b"FVINDEX\0", 1
+_HEADER = struct.Struct("<8sIIQQQ16s")  # magic, version, 0, samples, offset and bytes of the names, checksum
+_COLUMNS = {
+    "sizes": "<u8",  # bytes
+    "counts": "<u4",  # samples
+    "ends": "<u4",  # block where the last sample ends
+    "stamps": "<u8",  # of the file's version: time of change in ns, or a hash of a remote file's tag
+    "fingerprints": "<u8",  # of names, places and labels
+    "unlabelled": "<u4",  # samples without a label
+    "label_ends": "<u8",  # in the two columns below
+    "labels": "<i8",
+    "label_counts": "<u4",
+}
+_WINDOW = 16_384  # bytes read at once when walking over headers
+_REMOTE_WINDOW = 1 << 22  # an answer to each header would take longer than all of the shard
+_WORTH_A_POOL = 64  # shards
+_MOST_PROBLEMS = 10
+_REPORT_EVERY = 5.0  # seconds
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """Shards in a fixed order, and the extent of every sample in them; see `select` for some of them."""
+
+    path: Path
+    label_key: str  # what `labels` were read from
+    shards: list[str]  # paths or URLs
+    sizes: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    stamps: NDArray[np.uint64]
+    fingerprints: NDArray[np.uint64]
+    unlabelled: NDArray[np.int64]
+    first: NDArray[np.int64]  # place of each shard's first sample in `starts`
+    starts: NDArray[np.uint32]  # mapped from the file
+    label_ranges: NDArray[np.int64]  # [shards, 2]: of each shard in the next two
+    labels: NDArray[np.int64]
+    label_counts: NDArray[np.int64]
+
+    @property
+    def samples(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def hash(self) -> str:
+        """Of what the order depends on: the same for the same shards under another path or URL."""
+        return blake2b(self.counts.tobytes() + self.fingerprints.tobytes(), digest_size=8).hexdigest()
+
+    def find(self, shards: Sequence[str]) -> list[int | None]:
+        """The number of each shard in this index: by its whole path or URL, or else by its file name."""
+        numbers = {_whole(shard): number for number, shard in enumerate(self.shards)}
+        found = [numbers.get(_whole(shard)) for shard in shards]
+        if None in found:
+            names = Counter(_file_name(shard) for shard in self.shards)
+            unique = {_file_name(s): n for n, s in enumerate(self.shards) if names[_file_name(s)] == 1}
+            for place, shard in enumerate(shards):
+                number = unique.get(_file_name(shard))
+                if found[place] is None and number is not None and self._has_size_of(number, shard):
+                    found[place] = number
+        return found
+
+    def _has_size_of(self, number: int, shard: str) -> bool:
+        """Whether a file of the same name elsewhere can be the same shard."""
+        return not is_local(shard) or (os.path.isfile(shard) and os.path.getsize(shard) == self.sizes[number])
+
+    def select(self, shards: Sequence[str]) -> "Index":
+        """The index of these shards alone, read from the given paths or URLs; UserError where one is not in it."""
+        numbers = self.find(shards)
+        if None in numbers:
+            raise UserError(
+                f"shard {shards[numbers.index(None)]} is not in the index {self.path}: make the index again with "
+                "`fastvit data index`"
+            )
+        chosen = np.asarray(numbers, dtype=np.int64)
+        columns = ("sizes", "counts", "ends", "stamps", "fingerprints", "unlabelled", "first", "label_ranges")
+        return replace(self, shards=list(shards), **{name: getattr(self, name)[chosen] for name in columns})
+
+    def extents(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
+        """(first byte, number of bytes) of the samples `rows` of `shards`, each [n]."""
+        at = self.first[shards] + rows
+        last = rows + 1 == self.counts[shards]
+        begin = self.starts[at].astype(np.int64)
+        end = np.where(last, self.ends[shards], self.starts[np.where(last, at, at + 1)])
+        return begin * BLOCK, (end - begin) * BLOCK
+
+    def class_counts(self) -> dict[int, int]:
+        """Samples of each label in ascending order of labels; a sample with several labels counts for each."""
+        places = [np.arange(begin, end) for begin, end in self.label_ranges]
+        chosen = np.concatenate(places) if places else np.empty(0, np.int64)
+        labels, where = np.unique(self.labels[chosen], return_inverse=True)
+        counts = np.bincount(where, weights=self.label_counts[chosen], minlength=len(labels))
+        return {int(label): int(count) for label, count in zip(labels, counts, strict=True)}
+
+    def shards_with_labels_outside(self, num_classes: int) -> list[int]:
+        """Numbers of the shards that hold a label outside 0 .. num_classes - 1."""
+        wrong = np.flatnonzero((self.labels < 0) | (self.labels >= num_classes))
+        begin, end = self.label_ranges.T
+        return [int(n) for n in np.flatnonzero(np.searchsorted(wrong, begin) < np.searchsorted(wrong, end))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "starts": None}  # not a copy of the file
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, starts=_map_starts(state["path"]))
+
+
+class ShardRecord(NamedTuple):
+    """What the index keeps of one shard."""
+
+    size: int
+    stamp: int
+    starts: NDArray[np.uint32]
+    end: int
+    fingerprint: int
+    unlabelled: int
+    labels: dict[int, int]
+
+
+def open_index(path: Path) -> Index:
+    """Maps an index into memory; UserError where the file is missing, damaged or of another version."""
+    try:
+        with open(path, "rb") as file:
+            magic, version, _, samples, footer, footer_size, checksum = _HEADER.unpack(file.read(_HEADER.size))
+            if magic != _MAGIC:
+                raise ValueError
+            if version != _VERSION:
+                raise UserError(
+                    f"index {path} has version {version} and this engine reads version {_VERSION}: make it again with "
+                    "`fastvit data index`"
+                )
+            file.seek(_HEADER.size + 4 * samples)
+            body = file.read()
+        if blake2b(body, digest_size=16).digest() != checksum:
+            raise ValueError
+    except FileNotFoundError:
+        raise UserError(f"there is no index {path}: make it with `fastvit data index`, or correct its name") from None
+    except OSError as error:
+        raise UserError(f"index {path} cannot be read ({error.strerror}): make it readable") from error
+    except (ValueError, struct.error):
+        raise UserError(f"{path} is not a whole index: make it again with `fastvit data index`") from None
+    names = json.loads(body[footer : footer + footer_size])
+    columns: dict[str, Any] = {}
+    at = 0
+    for name, count in names["columns"].items():
+        column = np.frombuffer(body, _COLUMNS[name], count, at)
+        columns[name] = column if name in ("stamps", "fingerprints") else column.astype(np.int64)
+        at += column.nbytes
+    label_ends = columns.pop("label_ends")
+    folder = os.path.join(path.parent, "")
+    counts = columns["counts"]
+    return Index(
+        path=path,
+        label_key=names["label_key"],
+        shards=[shard if shard.startswith("/") or not is_local(shard) else folder + shard for shard in names["shards"]],
+        first=np.cumsum(counts) - counts,
+        starts=_map_starts(path),
+        label_ranges=np.stack([np.concatenate([[0], label_ends[:-1]]), label_ends], axis=1),
+        **columns,
+    )
+
+
+def write_index(
+    shards: Sequence[str],
+    path: Path,
+    *,
+    label_key: str = "cls",
+    processes: int | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Index:
+    """Makes the index of `shards` (paths or URLs of plain tar archives) in their order, and returns it.
+
+    Shards that an index at `path` already describes, by size and time of change or by a remote file's tag, are not read
+    again. UserError, before anything is written, that names every bad shard with the byte, up to ten of them.
+    """
+    known = _known_records(path, label_key)
+    records = _scan_all(shards, known, label_key, processes, progress)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            with open(temporary, "xb") as file:
+                _write(file, shards, records, label_key, path.parent)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        flush_to_disk(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"index {path} cannot be written ({error.strerror}): make room, or choose another place"
+        ) from error
+    return open_index(path)
+
+
+def scan_shard(read: ReadAt, size: int, stamp: int, label_key: str) -> ShardRecord:
+    """Walks over the headers of one archive. TarError with the byte where the archive is not one of whole samples."""
+    if size == 0:
+        raise TarError("is an empty file")
+    if read(0, 2) == b"\x1f\x8b":
+        raise TarError("is gzipped")
+    label_name, label_path = label_member(label_key)
+    starts: list[int] = []
+    seen: set[str] = set()
+    members: set[str] = set()  # of the sample at hand
+    key: str | None = None
+    unlabelled, labels = 0, Counter[int]()
+    digest = blake2b(digest_size=8)
+    labelled = True  # of the sample at hand; there is none yet
+    offset = 0
+    while (member := read_member(read, offset, size)) is not None:
+        offset = member.end
+        name = split_name(member.name)
+        if not member.is_file or name is None:
+            continue
+        if name[0] != key:
+            unlabelled += not labelled
+            key, members, labelled = name[0], set(), False
+            if key in seen:
+                raise TarError(f"has members of sample {key!r} apart from each other: one more", member.start)
+            seen.add(key)
+            starts.append(member.start // BLOCK)
+        if name[1] in members:
+            raise TarError(f"has the member {name[1]!r} of sample {key!r} twice, the second time", member.start)
+        members.add(name[1])
+        digest.update(f"{member.name}\n{member.start} {member.size}\n".encode("utf-8", "surrogateescape"))
+        if name[1] == label_name:
+            found = _labels_of(read, member, key, label_name, label_path)
+            labelled = bool(found)
+            labels.update(found)
+            digest.update(f"{found}".encode())
+    unlabelled += not labelled
+    if not starts:
+        raise TarError("holds no samples, its end marker being", offset)
+    _check_padding(read, offset, size)
+    if offset // BLOCK >= 2**32:
+        raise TarError("is larger than 2 TiB", offset)
+    return ShardRecord(
+        size,
+        stamp,
+        np.asarray(starts, dtype=np.uint32),
+        offset // BLOCK,
+        int.from_bytes(digest.digest(), "little"),
+        unlabelled,
+        dict(sorted(labels.items())),
+    )
+
+
+def _labels_of(read: ReadAt, member: Member, key: str, name: str, path: list[str]) -> list[int]:
+    content = read(member.data, member.size)
+    try:
+        labels = parse_labels(content, path)
+        if any(not -(2**63) <= label < 2**63 for label in labels):
+            raise ValueError
+    except ValueError:
+        raise TarError(
+            f"has, in sample {key!r}, the label {content[:100]!r} in {'.'.join([name, *path])!r}, which is not a class "
+            "index,",
+            member.data,
+        ) from None
+    return labels
+
+
+def _check_padding(read: ReadAt, offset: int, size: int) -> None:
+    while offset < size:
+        piece = read(offset, 1 << 20)
+        if rest := piece.lstrip(b"\0"):
+            raise TarError("has data after its end marker,", offset + len(piece) - len(rest))
+        if not piece:
+            raise TarError("was cut short while it was read,", offset)
+        offset += len(piece)
+
+
+# ---- reading shards, local or remote
+
+
+def stamp_of_local(shard: str) -> tuple[int, int]:
+    """(bytes, time of last change in ns)"""
+    status = os.stat(shard)
+    return status.st_size, status.st_mtime_ns
+
+
+class _Opened(NamedTuple):
+    read: ReadAt
+    size: int
+    stamp: int
+
+
+@contextlib.contextmanager
+def _opened(shard: str) -> Iterator[_Opened]:
+    if shard.startswith("pipe:"):
+        raise TarError("is a pipe")
+    size, stamp = _stamp(shard)
+    if is_local(shard):
+        with open(shard, "rb", buffering=0) as file:
+            yield _Opened(_windowed(lambda at, length: os.pread(file.fileno(), length, at), _WINDOW), size, stamp)
+    else:
+        storage = ShardStorage([shard], [size])
+        read = _windowed(lambda at, length: storage.read(0, at, max(0, min(length, size - at))), _REMOTE_WINDOW)
+        yield _Opened(read, size, stamp)
+
+
+def _stamp(shard: str) -> tuple[int, int]:
+    if is_local(shard):
+        return stamp_of_local(shard)
+    size, version = describe(shard, TryPolicy(retries=10, timeout=30.0, patience=300.0))
+    return size, int.from_bytes(blake2b(version.encode(), digest_size=8).digest(), "little")
+
+
+def _windowed(read: ReadAt, window: int) -> ReadAt:
+    """`read` with a piece of the file kept: headers of neighbouring members come in one read."""
+    begin, kept = 0, b""
+
+    def read_through(at: int, length: int) -> bytes:
+        nonlocal begin, kept
+        if not begin <= at <= at + length <= begin + len(kept):
+            begin, kept = at, read(at, max(length, window))
+        return kept[at - begin : at - begin + length]
+
+    return read_through
+
+
+# ---- many shards at once
+
+
+def _scan(task: tuple[str, str, tuple[int, int] | None]) -> ShardRecord | TarError | None:
+    """The record of a shard, what is wrong with it, or None where it still is what its known stamp says."""
+    shard, label_key, known = task
+    try:
+        if known is not None and _stamp(shard) == known:
+            return None
+        with _opened(shard) as opened:
+            return scan_shard(opened.read, opened.size, opened.stamp, label_key)
+    except TarError as error:
+        return error
+    except OSError as error:
+        return TarError(f"cannot be read ({error.strerror or error})")
+
+
+def _scan_all(
+    shards: Sequence[str],
+    known: dict[str, ShardRecord],
+    label_key: str,
+    processes: int | None,
+    progress: Callable[[str], None],
+) -> Iterator[ShardRecord]:
+    """The records of the shards, in order; UserError once all have been seen, or ten of them are bad."""
+    tasks = (
+        (s, label_key, (known[_whole(s)].size, known[_whole(s)].stamp) if _whole(s) in known else None) for s in shards
+    )
+    problems: list[tuple[str, TarError]] = []
+    started = reported = time.monotonic()
+    samples = 0
+    with _pool(shards, processes) as run:
+        for done, (shard, result) in enumerate(zip(shards, run(_scan, tasks), strict=True), start=1):
+            if isinstance(result, TarError):
+                problems.append((shard, result))
+                if len(problems) == _MOST_PROBLEMS:
+                    break
+                continue
+            record = known[_whole(shard)] if result is None else result
+            samples += len(record.starts)
+            if not problems:
+                yield record
+            now = time.monotonic()
+            if now - reported >= _REPORT_EVERY:
+                rate = done / (now - started)
+                left = (len(shards) - done) / rate / 60
+                progress(f"{done:,} of {len(shards):,} shards, {samples:,} samples, {left:.1f} minutes left")
+                reported = now
+    if problems:
+        raise UserError(_explain(problems))
+
+
+def _explain(problems: list[tuple[str, TarError]]) -> str:
+    they = "it" if len(problems) == 1 else "them"
+    if all(str(problem) in ("is gzipped", "is a pipe") for _, problem in problems):
+        remedy = f"make plain tar files of {they} (gunzip), or train with data.order=stream, since nothing in {they} "
+        remedy += "can be found without reading from the beginning"
+    else:
+        remedy = f"copy or make {they} again"
+    more = "; and perhaps more" if len(problems) == _MOST_PROBLEMS else ""
+    return f"{'; '.join(f'shard {shard} {problem}' for shard, problem in problems)}{more}: {remedy}"
+
+
+@contextlib.contextmanager
+def _pool(shards: Sequence[str], processes: int | None) -> Iterator[Callable[..., Iterable[Any]]]:
+    """An ordered, lazy map over processes for local shards, and over threads for remote ones."""
+    remote = not all(is_local(shard) for shard in shards)
+    if processes is None:
+        processes = 32 if remote else min(32, len(os.sched_getaffinity(0)))
+        if len(shards) < _WORTH_A_POOL:
+            processes = 1
+    if processes == 1:
+        yield map
+        return
+    executor = ThreadPoolExecutor(processes) if remote else ProcessPoolExecutor(processes)
+    try:
+        yield lambda function, tasks: executor.map(function, tasks, chunksize=4)
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+# ---- the file
+
+
+def _write(file: BinaryIO, shards: Sequence[str], records: Iterable[ShardRecord], label_key: str, folder: Path) -> None:
+    file.write(bytes(_HEADER.size))
+    columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
+    for record in records:
+        file.write(record.starts.astype("<u4").tobytes())
+        columns["sizes"].append(record.size)
+        columns["counts"].append(len(record.starts))
+        columns["ends"].append(record.end)
+        columns["stamps"].append(record.stamp)
+        columns["fingerprints"].append(record.fingerprint)
+        columns["unlabelled"].append(record.unlabelled)
+        columns["labels"] += record.labels.keys()
+        columns["label_counts"] += record.labels.values()
+        columns["label_ends"].append(len(columns["labels"]))
+    write_columns(file, columns, [_relative(shard, folder) for shard in shards], label_key)
+
+
+def write_columns(file: BinaryIO, columns: Mapping[str, Sequence[int]], shards: Sequence[str], label_key: str) -> None:
+    """Writes what comes after the starts, and then the header."""
+    body = b"".join(np.asarray(columns[name], dtype=dtype).tobytes() for name, dtype in _COLUMNS.items())
+    lengths = {name: len(columns[name]) for name in _COLUMNS}
+    names = json.dumps({"label_key": label_key, "columns": lengths, "shards": list(shards)}).encode()
+    checksum = blake2b(body + names, digest_size=16).digest()
+    file.write(body)
+    file.write(names)
+    file.seek(0)
+    samples = int(np.sum(columns["counts"], dtype=np.int64))
+    file.write(_HEADER.pack(_MAGIC, _VERSION, 0, samples, len(body), len(names), checksum))
+
+
+def _known_records(path: Path, label_key: str) -> dict[str, ShardRecord]:
+    try:
+        index = open_index(path)
+    except UserError:
+        return {}
+    if index.label_key != label_key:
+        return {}
+    return {_whole(shard): _record(index, number) for number, shard in enumerate(index.shards)}
+
+
+def _record(index: Index, number: int) -> ShardRecord:
+    first, count = index.first[number], index.counts[number]
+    labels = slice(*index.label_ranges[number])
+    return ShardRecord(
+        int(index.sizes[number]),
+        int(index.stamps[number]),
+        index.starts[first : first + count],
+        int(index.ends[number]),
+        int(index.fingerprints[number]),
+        int(index.unlabelled[number]),
+        dict(zip(index.labels[labels].tolist(), index.label_counts[labels].tolist(), strict=True)),
+    )
+
+
+def _map_starts(path: Path) -> NDArray[np.uint32]:
+    with open(path, "rb") as file:
+        samples = _HEADER.unpack(file.read(_HEADER.size))[3]
+    return np.memmap(path, dtype="<u4", mode="r", offset=_HEADER.size, shape=(samples,))
+
+
+def _whole(shard: str) -> str:
+    return os.path.abspath(shard) if is_local(shard) else shard
+
+
+def _relative(shard: str, folder: Path) -> str:
+    """Relative to the index's folder for what lies in it, so that the folder can be moved."""
+    if not is_local(shard):
+        return shard
+    path = Path(_whole(shard))
+    inside = path.is_relative_to(_whole(str(folder)))
+    return str(path.relative_to(_whole(str(folder)))) if inside else str(path)
+
+
+def _file_name(shard: str) -> str:
+    return shard.rpartition("/")[2]

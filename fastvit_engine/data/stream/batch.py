@@ -1,0 +1,195 @@
+"""What the trainer gets: a batch of images, and how chunks of images become batches of an exact size."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvit_engine.config import Config
+from fastvit_engine.data.pixels.crops import View, render
+from fastvit_engine.data.pixels.decode import CorruptSample, PixelBuffer, open_image, read_image, read_labels
+from fastvit_engine.data.shards.sample import Sample
+
+
+class BadSample(NamedTuple):
+    """A sample whose image cannot be used."""
+
+    key: str
+    shard: str
+    reason: str  # "has ..."
+
+
+class StageSeconds(NamedTuple):
+    """Where the time of decoding processes went."""
+
+    read: float = 0.0  # finding a sample, getting its bytes and its label
+    decode: float = 0.0
+    augment: float = 0.0
+
+    def plus(self, other: "StageSeconds") -> "StageSeconds":
+        return StageSeconds(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Batch(NamedTuple):
+    """Images with their labels, on the host."""
+
+    images: Tensor  # uint8 [B, H, W, 3], RGB
+    labels: Tensor  # int64 [B]; with data.max_labels = L above 1, [B, L], filled up with -1
+    weights: Tensor  # float32 [B]: 1, or 0 for padding and bad samples, which are black and of label 0
+    keys: list[str]  # B sample keys; "" for padding
+    seeds: np.ndarray  # int64 [B], of what is random about each sample
+    # Of this batch, or of the chunks whose beginning is in it:
+    bad: tuple[BadSample, ...] = ()
+    seconds: StageSeconds = StageSeconds()
+
+
+def empty_batch(size: int, image_size: int, max_labels: int = 1) -> Batch:
+    """A batch of `size` padding images: black, label 0, weight 0."""
+    return Batch(
+        images=torch.zeros(size, image_size, image_size, 3, dtype=torch.uint8),
+        labels=_unlabelled(size, max_labels),
+        weights=torch.zeros(size),
+        keys=[""] * size,
+        seeds=np.zeros(size, np.int64),
+    )
+
+
+class Workspace:
+    """Memory that a decoding process uses again and again."""
+
+    def __init__(self) -> None:
+        self.decoded, self.resized = PixelBuffer(), PixelBuffer()
+
+
+class BatchBuilder:
+    """A batch that is filled sample by sample; what is not filled stays padding."""
+
+    def __init__(self, batch: Batch, config: Config, workspace: Workspace) -> None:
+        """`batch` is padding so far (see `empty_batch`) but for its images, which may be anything."""
+        self._batch, self._config, self._workspace = batch, config, workspace
+        # NumPy's views of it: setting an element of a tensor takes microseconds.
+        self._images, self._labels, self._weights = (tensor.numpy() for tensor in batch[:3])
+        self._bad: list[BadSample] = []
+        self._seconds = [0.0, 0.0, 0.0]
+        self._lap = time.perf_counter()
+
+    def add(self, row: int, sample: Sample, choose_view: Callable[[int, int], View]) -> None:
+        """Decodes of a sample what `choose_view` chooses, given its image's height and width, into `row`."""
+        labels = read_labels(sample, self._config.data, self._config.model.num_classes)
+        self._end_stage(0)
+        try:
+            read_image(sample, self._config.data, partial(self._draw, row, choose_view))
+        except CorruptSample as error:
+            self.add_bad(row, BadSample(sample["__key__"], sample["__url__"], str(error)))
+            return
+        if self._labels.ndim == 1:
+            self._labels[row] = labels[0]
+        else:
+            self._labels[row, : len(labels)] = labels
+        self._weights[row] = 1
+        self._batch.keys[row] = sample["__key__"]
+
+    def add_bad(self, row: int, sample: BadSample) -> None:
+        self._batch.keys[row] = sample.key
+        self._bad.append(sample)
+
+    def build(self) -> Batch:
+        self._images[self._weights == 0] = 0
+        return self._batch._replace(bad=tuple(self._bad), seconds=StageSeconds(*self._seconds))
+
+    def _draw(self, row: int, choose_view: Callable[[int, int], View], data: bytes) -> None:
+        image = open_image(data)
+        view = choose_view(image.height, image.width)
+        pixels = image.decode(self._workspace.decoded, view.reduction, fast=view.fast, rows=view.top + view.height)
+        self._end_stage(1)
+        render(pixels, view, view.reduction, self._images[row], self._workspace.resized)
+        self._end_stage(2)
+
+    def _end_stage(self, stage: int) -> None:
+        now = time.perf_counter()
+        self._seconds[stage] += now - self._lap
+        self._lap = now
+
+
+def rebatch(chunks: Iterable[Batch], size: int, pin_memory: bool) -> Iterator[Batch]:
+    """Joins and cuts `chunks` into batches of exactly `size` images, in order; the last one is padded with weight 0.
+
+    A chunk is copied when it comes, and its memory is free again when the next one is asked for.
+    """
+    memory = BatchMemory(pin_memory)
+    batch, filled = None, 0
+    for chunk in chunks:
+        start = 0
+        while start < len(chunk.keys):
+            if batch is None:
+                batch, filled = _unfilled(size, chunk, memory), 0
+            count = min(size - filled, len(chunk.keys) - start)
+            to, cut = slice(filled, filled + count), slice(start, start + count)
+            batch.images[to] = chunk.images[cut]
+            batch.labels[to] = chunk.labels[cut]
+            batch.weights[to] = chunk.weights[cut]
+            batch.keys[to] = chunk.keys[cut]
+            batch.seeds[to] = chunk.seeds[cut]
+            if start == 0:
+                batch = batch._replace(bad=batch.bad + chunk.bad, seconds=batch.seconds.plus(chunk.seconds))
+            start, filled = start + count, filled + count
+            if filled == size:
+                yield batch
+                batch = None
+    if batch is not None:
+        batch.images[filled:] = 0
+        yield batch
+
+
+def targets(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels as losses take them: [B] as they are; [B, L] as float32 [B, C], 1 for the classes of an image, 0 else."""
+    if labels.ndim == 1:
+        return labels
+    hot = torch.zeros(len(labels), num_classes + 1, device=labels.device)  # the last column is for what is no label
+    return hot.scatter_(1, labels.where(labels >= 0, num_classes), 1.0)[:, :num_classes].contiguous()
+
+
+class BatchMemory:
+    """Memory for the images of batches; that of a batch which nobody holds any more is used again.
+
+    New memory costs a page fault every 4 kB, more time than to fill it. PyTorch itself uses pinned memory again, once
+    the device has read it; other memory is free here when it has no reference left but this one.
+    """
+
+    def __init__(self, pin_memory: bool) -> None:
+        self.pin_memory = pin_memory
+        self._kept: list[np.ndarray] = []
+
+    def reserve(self, *shape: int) -> Tensor:
+        """uint8 of a shape that is always the same, with any content."""
+        if self.pin_memory:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        for number in range(len(self._kept)):
+            if sys.getrefcount(self._kept[number]) == 2:  # the list's, and the argument's
+                return torch.from_numpy(self._kept[number])
+        self._kept.append(np.empty(shape, np.uint8))
+        return torch.from_numpy(self._kept[-1])
+
+
+def _unfilled(size: int, chunk: Batch, memory: BatchMemory) -> Batch:
+    """Padding in the form of `chunk`, but for its images, which may be anything."""
+    labels = _unlabelled(size, 1 if chunk.labels.ndim == 1 else chunk.labels.shape[1])
+    pin_memory = memory.pin_memory
+    return Batch(
+        images=memory.reserve(size, *chunk.images.shape[1:]),
+        labels=labels.pin_memory() if pin_memory else labels,
+        weights=torch.zeros(size, pin_memory=pin_memory),
+        keys=[""] * size,
+        seeds=np.zeros(size, np.int64),
+    )
+
+
+def _unlabelled(size: int, max_labels: int) -> Tensor:
+    if max_labels == 1:
+        return torch.zeros(size, dtype=torch.int64)
+    return torch.full((size, max_labels), -1, dtype=torch.int64)

@@ -1,0 +1,245 @@
+"""What is decided about the data of a run before it starts, and everything about it that can be refused then."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvit_engine.config import Config, DataSource
+from fastvit_engine.data.pixels.decode import CorruptSample, decode_image, read_image, read_labels
+from fastvit_engine.data.shards.index import INDEX_NAME, INDEX_SUFFIX, Index, open_index, stamp_of_local, write_index
+from fastvit_engine.data.shards.names import Split, find_shards, info_beside, is_local
+from fastvit_engine.data.shards.sample import Sample
+from fastvit_engine.data.shards.tar import TarError
+from fastvit_engine.data.stream.loader import open_storage, parse_sample
+from fastvit_engine.data.stream.order import CYCLE, choose_lanes, share_slots
+from fastvit_engine.data.stream.plan import DataPlan, IndexedShards, TrainSource
+from fastvit_engine.data.stream.sequential import read_shard
+from fastvit_engine.data.stream.sequential_loader import plan_streams
+from fastvit_engine.errors import UserError
+from fastvit_engine.storage import ShardStorage
+
+_LOOKED_AT = 8  # samples whose images are decoded before a run starts
+
+
+def prepare_data(
+    config: Config, *, world_size: int, index_folder: Path, recorded: Mapping[str, Any] | None = None
+) -> DataPlan:
+    """Finds or makes the indexes, fixes the lanes, and checks that the data can serve this configuration.
+
+    An index that is missing beside the shards is made there, or in `index_folder` where that is read-only. `recorded`
+    is the fingerprint of the run's data where it already has one: its number of lanes holds unless data.lanes is set.
+    UserError naming the shard for whatever can be known now: bad patterns, damaged archives, labels that are missing
+    or out of range, images that nothing decodes.
+    """
+    if config.data.order == "stream":
+        return _prepare_streams(config, world_size)
+    if not config.data.sources:
+        find_shards(None, "train")  # says how to set it
+    sources = tuple(
+        _prepare_source(config, number, source, index_folder, recorded)
+        for number, source in enumerate(config.data.sources)
+    )
+    for source, slots in zip(config.data.sources, share_slots([s.weight for s in sources]), strict=True):
+        if slots == 0:
+            raise UserError(
+                f"the weight {source.weight:g} of {source.shards} in data.train is less than a {CYCLE}th of all: "
+                "raise it, or leave the source out"
+            )
+    evaluation = None
+    if config.data.eval:
+        index = _find_index(config.data.eval, config.data.index, "eval", config, index_folder)
+        _check_samples(index, "eval", config)
+        evaluation = IndexedShards.of(index)
+    info = info_beside(list(sources[0].data.shards))
+    return DataPlan(
+        train=sources,
+        eval=evaluation,
+        streams=None,
+        samples_per_epoch=config.data.train_samples or sum(source.samples for source in sources),
+        class_names=info.classes if info else None,
+    )
+
+
+def _prepare_source(
+    config: Config, number: int, source: DataSource, index_folder: Path, recorded: Mapping[str, Any] | None
+) -> TrainSource:
+    index = _find_index(source.shards, source.index or config.data.index, "train", config, index_folder)
+    _check_samples(index, "train", config)
+    known = (recorded or {}).get("sources", [])
+    lanes = config.data.lanes or (known[number]["lanes"] if number < len(known) else choose_lanes(index.samples))
+    if lanes > index.samples:
+        raise UserError(
+            f"data.lanes is {lanes} and {source.shards} holds {index.samples} samples: lower it, or leave it out"
+        )
+    return TrainSource(IndexedShards.of(index), source.weight, index.samples, lanes)
+
+
+# ---- finding the index
+
+
+def _find_index(pattern: str, named: str | None, split: Split, config: Config, fallback: Path) -> Index:
+    """The index of the shards that `pattern` names, in their sorted order."""
+    if pattern.endswith(INDEX_SUFFIX) and is_local(pattern):
+        return open_index(Path(pattern).expanduser())
+    shards = find_shards(pattern, split)
+    if named is not None:
+        index = open_index(Path(named).expanduser())
+        if split == "train" or None not in index.find(shards):  # which need not hold the evaluation shards
+            return _unchanged_in_size(index.select(shards))
+    for shard in shards:
+        if not is_local(shard):
+            raise UserError(
+                f"data.{split} names the shard {shard}, which is not local: make an index of the shards with "
+                "`fastvit data index` and set data.index to it, or set data.order to stream"
+            )
+    folders = {os.path.dirname(shard) for shard in shards}
+    places = [fallback / f"{split}{INDEX_SUFFIX}"]
+    if len(folders) == 1:
+        places.insert(0, Path(folders.pop()) / INDEX_NAME)
+    for place in places:
+        known = _known_index(place)
+        if known is not None and known.label_key == config.data.label_key and _describes(known, shards):
+            return known.select(shards)
+    place = next((place for place in places[:-1] if _may_write(place, config.data.label_key)), places[-1])
+    return _make_index(place, shards, config.data.label_key)
+
+
+def _unchanged_in_size(index: Index) -> Index:
+    for shard, size in zip(index.shards, index.sizes, strict=True):
+        if is_local(shard) and os.stat(shard).st_size != size:
+            raise UserError(
+                f"shard {shard} has changed since the index {index.path} was made: make it again with "
+                "`fastvit data index`"
+            )
+    return index
+
+
+def _make_index(place: Path, shards: Sequence[str], label_key: str) -> Index:
+    """An index of these shards, and of the unchanged others that the one before has; returned for these alone."""
+    before = _known_index(place)
+    others = [] if before is None else [s for n, s in enumerate(before.shards) if _is_unchanged(before, n)]
+    everything = {os.path.abspath(shard): shard for shard in [*others, *shards]}
+
+    def progress(line: str) -> None:
+        print(f"indexing {place.parent}: {line}", file=sys.stderr, flush=True)
+
+    ordered = [everything[path] for path in sorted(everything)]
+    return write_index(ordered, place, label_key=label_key, progress=progress).select(shards)
+
+
+def _known_index(place: Path) -> Index | None:
+    """What lies at `place`, if it can be used; it can always be made again."""
+    try:
+        return open_index(place)
+    except UserError:
+        return None
+
+
+def _describes(index: Index, shards: Sequence[str]) -> bool:
+    numbers = index.find(shards)
+    return all(number is not None and _is_unchanged(index, number) for number in numbers)
+
+
+def _is_unchanged(index: Index, number: int) -> bool:
+    try:
+        return stamp_of_local(index.shards[number]) == (index.sizes[number], index.stamps[number])
+    except OSError:
+        return False
+
+
+def _may_write(place: Path, label_key: str) -> bool:
+    before = _known_index(place)
+    return os.access(place.parent, os.W_OK) and (before is None or before.label_key == label_key)
+
+
+# ---- looking at the samples
+
+
+def _check_samples(index: Index, split: Split, config: Config) -> None:
+    _check_classes(index.shards, split, config)
+    storage = open_storage([index], config.data)
+    if index.label_key == config.data.label_key:
+        unlabelled = np.flatnonzero(index.unlabelled).tolist()
+        for shard in [*unlabelled, *index.shards_with_labels_outside(config.model.num_classes)][:1]:
+            for sample in _read_rows(index, storage, shard, range(index.counts[shard])):
+                read_labels(sample, config.data, config.model.num_classes)
+    looked_at = np.linspace(0, index.samples - 1, min(index.samples, _LOOKED_AT)).astype(np.int64)
+    ends = np.cumsum(index.counts)
+    errors = []
+    for number in looked_at:
+        shard = int(np.searchsorted(ends, number, side="right"))
+        for sample in _read_rows(index, storage, shard, [int(number - (ends[shard] - index.counts[shard]))]):
+            read_labels(sample, config.data, config.model.num_classes)
+            try:
+                read_image(sample, config.data, decode_image)
+                return
+            except CorruptSample as error:
+                errors.append(_unusable(sample, error))
+    raise UserError(f"{errors[0]}, and {len(errors) - 1} others of data.{split} that were looked at are no better")
+
+
+def _read_rows(index: Index, storage: ShardStorage, shard: int, rows: Sequence[int]) -> Iterator[Sample]:
+    offsets, lengths = index.extents(np.full(len(rows), shard), np.asarray(rows, dtype=np.int64))
+    for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
+        try:
+            yield parse_sample(storage.read(shard, offset, length), index.shards[shard])
+        except TarError as error:
+            raise UserError(
+                f"shard {index.shards[shard]} is not what the index {index.path} describes (the sample at byte "
+                f"{offset:,} {error}): make it again with `fastvit data index`"
+            ) from error
+
+
+def _unusable(sample: Sample, error: CorruptSample) -> str:
+    return (
+        f"sample '{sample['__key__']}' of shard {sample['__url__']} {error}: set data.image_key to the shards' "
+        "extension, or make the shards again"
+    )
+
+
+def _check_classes(shards: Sequence[str], split: Split, config: Config) -> None:
+    info = info_beside(list(shards))
+    if info is not None and len(info.classes) > config.model.num_classes:
+        raise UserError(
+            f"data.{split} has {len(info.classes)} classes but model.num_classes is {config.model.num_classes}: "
+            f"set model.num_classes to {len(info.classes)}"
+        )
+
+
+# ---- streams
+
+
+def _prepare_streams(config: Config, world_size: int) -> DataPlan:
+    if config.data.train is not None and not isinstance(config.data.train, str):
+        raise UserError("data.order is stream, which reads one source: mix sources with data.order: indexed")
+    shards = find_shards(config.data.train, "train")
+    streams = plan_streams(config, world_size=world_size, shards=len(shards))
+    _check_stream(shards, "train", config)
+    if config.data.eval:
+        _check_stream(find_shards(config.data.eval, "eval"), "eval", config)
+    info = info_beside(shards)
+    samples = config.data.train_samples
+    if samples is None and info is not None:
+        counts = info.train.shards | info.eval.shards
+        names = [Path(shard).name for shard in shards]
+        samples = sum(counts[name] for name in names) if all(name in counts for name in names) else None
+    return DataPlan((), None, streams, samples, info.classes if info else None)
+
+
+def _check_stream(shards: list[str], split: Split, config: Config) -> None:
+    local = [shard for shard in shards if is_local(shard)]
+    for shard in local:
+        if Path(shard).stat().st_size == 0:
+            raise UserError(f"shard {shard} of data.{split} is an empty file: copy or make it again")
+    _check_classes(shards, split, config)
+    for sample in (sample for shard in local[:1] for sample in read_shard(shard)):
+        read_labels(sample, config.data, config.model.num_classes)
+        try:
+            read_image(sample, config.data, decode_image)
+        except CorruptSample as error:
+            raise UserError(_unusable(sample, error)) from error
+        break

@@ -1,0 +1,151 @@
+"""Batches from decoding processes."""
+
+import contextlib
+import mmap
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from fastvit_engine.data.stream.batch import Batch, empty_batch
+from fastvit_engine.errors import RestartError, UserError
+
+_CALM_SECONDS = 0.02
+_CALM_PATIENCE = 0.5
+
+Build = Callable[[Any, Batch], Batch]  # (request, empty batch to fill) to the batch
+
+
+def load(
+    build: Build,
+    requests: Iterable[Any],
+    *,
+    num_workers: int,
+    prefetch: int,
+    image_size: int,
+    most: int,
+    max_labels: int = 1,
+) -> Iterator[Batch]:
+    """What `build` makes of each request, in order, from `num_workers` processes that keep `prefetch` of them ready.
+
+    A request has a length, the size of its batch, of at most `most`. The processes write images to places in memory
+    that they share with this one, and which are used in turn: **a batch's images are valid until the next is asked
+    for**. Sending them would cost a fifth of the time of decoding small images, for new memory and its page faults.
+    A UserError of `build` is raised here, in one piece.
+    """
+    places = num_workers * prefetch + 1  # the batches that are ordered, and the one that was given out last
+    shape = (places, most, image_size, image_size, 3)
+    # Not a file in /dev/shm, which is small in many containers: processes that are forked share it too.
+    images = torch.frombuffer(mmap.mmap(-1, int(np.prod(shape))), dtype=torch.uint8).view(shape)
+    numbered = ((number % places, request) for number, request in enumerate(requests))
+    loader = _loader(_Builder(build, images, max_labels), numbered, num_workers=num_workers, prefetch=prefetch)
+    for number, (labels, weights, rest) in enumerate(_received(loader)):
+        yield Batch(images[number % places, : len(labels)], torch.from_numpy(labels), torch.from_numpy(weights), *rest)
+
+
+def load_stream(chunks: IterableDataset, *, num_workers: int, prefetch: int) -> Iterator[Batch]:
+    """The batches that each of `num_workers` processes gets from iterating over `chunks`, in turn.
+
+    Each keeps `prefetch` of them ready. A UserError among them is raised here, in one piece.
+    """
+    yield from _received(_loader(chunks, None, num_workers=num_workers, prefetch=prefetch))
+
+
+class _Builder(Dataset):
+    """The side of `load` in the processes."""
+
+    def __init__(self, build: Build, images: torch.Tensor, max_labels: int) -> None:
+        self.build, self.images, self.max_labels = build, images, max_labels
+
+    def __getitem__(self, numbered: tuple[int, Any]) -> Any:
+        place, request = numbered
+        size = len(request)
+        empty = empty_batch(size, image_size=0, max_labels=self.max_labels)._replace(images=self.images[place, :size])
+        try:
+            batch = self.build(request, empty)
+        except UserError as error:
+            return error  # raising would wrap it in the worker's stack trace
+        # As arrays, which are sent; tensors would be shared, each through a file.
+        return batch.labels.numpy(), batch.weights.numpy(), batch[3:]
+
+
+def _loader(dataset: Dataset, sampler: Any, *, num_workers: int, prefetch: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        prefetch_factor=prefetch if num_workers else None,
+        multiprocessing_context="fork" if num_workers else None,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # or the loader would draw from, and so move, the global generator
+    )
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ignores the signals that the parent handles itself: they may reach every process of a job, and the parent still
+    needs its data for the step that it finishes."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT):
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_IGN)
+
+
+def _received(loader: DataLoader) -> Iterator[Any]:
+    if loader.num_workers:
+        _wait_for_calm()
+    try:
+        for item in loader:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if (message := lost_worker(error)) is None:
+            raise
+        raise RestartError(message) from error
+
+
+def _wait_for_calm() -> None:
+    """Returns when no thread but Python's own has been running for a moment; at the latest after half a second.
+
+    Before workers are forked: a thread of PyTorch's that lets go of the last collective operation's tensors may be
+    asking Python for a thread state, and a child that CPython 3.11 forks meanwhile waits for ever for a lock.
+    """
+    deadline, calm = time.monotonic() + _CALM_PATIENCE, 0
+    while calm < 2 and time.monotonic() < deadline:
+        time.sleep(_CALM_SECONDS / 2)
+        calm = 0 if _foreign_threads_run() else calm + 1
+
+
+def _foreign_threads_run() -> bool:
+    """Whether any thread of this process that Python did not start is running, or waiting for a processor."""
+    own = {str(thread.native_id) for thread in threading.enumerate()}
+    for task in Path("/proc/self/task").glob("[0-9]*/stat"):  # nothing where there is no Linux
+        with contextlib.suppress(OSError):  # it has ended
+            state = task.read_text().rpartition(")")[2].split()[0]
+            if state == "R" and task.parent.name not in own:
+                return True
+    return False
+
+
+def lost_worker(error: RuntimeError) -> str | None:
+    """What to say of an error that tells of a killed data worker, None of others.
+
+    PyTorch raises it from a signal handler: wherever the main thread happens to be.
+    """
+    if "DataLoader worker" not in str(error):
+        return None
+    return (
+        "a data worker process was killed, most often for lack of host memory or of /dev/shm: if it happens again, "
+        "lower data.num_workers, or give the machine more of it"
+    )
+
+
+def _unchanged(item: Any) -> Any:
+    return item

@@ -1,0 +1,96 @@
+"""Ranks that are slower than the others, by the part of a step in which none waits for another.
+
+That is waiting for its own data and the forward pass; the backward pass already exchanges gradients. Under ZeRO-3 the
+forward pass gathers parameters from all ranks, so that only the wait for data can tell them apart.
+"""
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from fastvit_engine.config import WatchdogConfig
+from fastvit_engine.distributed.world import World
+from fastvit_engine.observe.events import record_event
+from fastvit_engine.observe.recorder import Recorder
+from fastvit_engine.observe.run_folder import RunFolder
+
+_LAP_SECONDS = 5.0  # that a lap lasts at least: over a few milliseconds, chance makes one rank slower than another
+_LEAST_COST = 0.05  # of a lap, that a slow rank must cost all others to be named
+_REPEAT = 10  # times `slow_rank_laps` laps, until a rank that stays slow is named again
+
+
+class Stragglers:
+    """Measures this rank's own work and names the slow ranks, at log steps.
+
+    A lap is the time from one log step to another that is at least five seconds later. The first log step is left out:
+    before it, data workers start and kernels are compiled.
+    """
+
+    def __init__(
+        self, run: RunFolder, world: World, config: WatchdogConfig, hosts: Sequence[str], *, zero_stage: int
+    ) -> None:
+        self.run, self.world, self.config = run, world, config
+        self.hosts = hosts  # of each rank
+        self.measures_forward = zero_stage < 3
+        self._started = False
+        self._lap_seconds = 0.0
+        self._work = [0.0] * world.size  # seconds of each rank's own work in this lap
+        self._streaks = [0] * world.size  # laps in a row that each rank was slow in
+        self._seconds = 0.0  # of this rank's forward passes since the last log step
+        self._on_gpu: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def forward(self) -> Iterator[None]:
+        """Times a forward pass. On a GPU by events in its stream, which are not waited for here."""
+        if not self.measures_forward:
+            yield
+        elif self.world.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            end.record()
+            self._on_gpu.append((start, end))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+
+    def log_step(self, waited: float, seconds: float, step: int, recorder: Recorder | None) -> None:
+        """`seconds` have passed since the last log step, of which this rank has `waited` for data; collective. The
+        device must be at rest."""
+        if self.world.size == 1:
+            return
+        own = waited + self._seconds + sum(start.elapsed_time(end) for start, end in self._on_gpu) / 1000
+        self._seconds, self._on_gpu = 0.0, []
+        work = self.world.sum([own if rank == self.world.rank else 0.0 for rank in range(self.world.size)]).tolist()
+        for rank, ratio in self._slow_ranks(work, seconds):
+            part = "data and forward pass" if self.measures_forward else "data"
+            message = (
+                f"rank {rank} on {self.hosts[rank]} is slow: its {part} took {ratio:.1f} times as long as the median "
+                "rank's"
+            )
+            if recorder:
+                recorder.message(message)
+                record_event(self.run, "slow_rank", message, ranks=[rank], ratio=round(ratio, 2), step=step)
+
+    def _slow_ranks(self, work: Sequence[float], seconds: float) -> list[tuple[int, float]]:
+        """(rank, times the median) of the ranks that are to be named now, from the seconds of work of each."""
+        if not self._started:
+            self._started = True
+            return []
+        self._work = [before + now for before, now in zip(self._work, work, strict=True)]
+        self._lap_seconds += seconds
+        if self._lap_seconds < _LAP_SECONDS:
+            return []
+        median = statistics.median_low(self._work)  # low: of two ranks, the faster one is the measure
+        named = []
+        for rank, own in enumerate(self._work):
+            slow = own > self.config.slow_rank_ratio * median and own - median > _LEAST_COST * self._lap_seconds
+            self._streaks[rank] = self._streaks[rank] + 1 if slow else 0
+            if self._streaks[rank] % (_REPEAT * self.config.slow_rank_laps) == self.config.slow_rank_laps:
+                named.append((rank, own / max(median, 1e-9)))
+        self._work, self._lap_seconds = [0.0] * self.world.size, 0.0
+        return named

@@ -1,0 +1,48 @@
+"""What `environment.json` records of software and machine."""
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import socket
+import sys
+from datetime import datetime
+from typing import Any
+
+import torch
+
+import fastvit_engine
+
+_PACKAGES = ("torch", "deepspeed", "webdataset", "triton", "numpy")
+
+
+def collect_environment(**extra: Any) -> dict[str, Any]:
+    """What `environment.json` says of software and machine; `extra` is added to it (and wins).
+
+    `versions` maps each package to its version or None when it is not installed; `gpu` is the name of the current
+    CUDA or ROCm device or None; `started` is ISO 8601 with the zone's offset.
+    """
+    return {
+        "versions": {
+            "fastvit_engine": fastvit_engine.__version__,
+            "python": platform.python_version(),
+            **{package: _version(package) for package in _PACKAGES},
+        },
+        "hostname": socket.gethostname(),
+        "cpu_count": os.cpu_count(),
+        "gpu": _gpu_name(),
+        "command": shlex.join(["fastvit", *sys.argv[1:]]),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **extra,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu_name() -> str | None:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None

@@ -1,0 +1,1 @@
+"""`fastvit report`: one self-contained HTML page about a run."""

@@ -1,0 +1,390 @@
+"""What the engine chooses where a recipe leaves it open: ZeRO stage, micro-batch, DeepSpeed's buffers; and why.
+
+A choice is a function of the recipe, the processes and the memory of the smallest device, so every process comes to
+the same. What the recipe gives always wins.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastvit_engine.config import Config
+from fastvit_engine.distributed.world import World
+from fastvit_engine.engine.build import split_batch
+from fastvit_engine.errors import UserError
+from fastvit_engine.models import resolve_shape
+from fastvit_engine.observe.units import format_bytes, format_count
+from fastvit_engine.sizing.memory import (
+    COMPUTE_BYTES,
+    Buckets,
+    Memory,
+    Size,
+    accumulation_bytes,
+    model_size,
+    training_memory,
+)
+
+STAGES = (0, 1, 2, 3)
+# Allowances, not measurements. GPU: CUDA context, libraries and NCCL's buffers; holes in the allocator's memory.
+# CPU: data workers, page cache and the rest of the machine.
+_GPU_RESERVED = 3 * 2**29
+_GPU_USABLE = 0.92
+_CPU_USABLE = 0.75
+# Tokens of a micro-batch from which on a larger one makes the matrix products little faster.
+_ENOUGH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The processes of a job and the device that each has."""
+
+    processes: int
+    processes_per_node: int
+    memory: int  # bytes of each process's device; of the smallest where they differ
+    on_gpu: bool
+
+    @property
+    def usable(self) -> int:
+        """Bytes for model and activations."""
+        return int((self.memory - _GPU_RESERVED) * _GPU_USABLE if self.on_gpu else self.memory * _CPU_USABLE)
+
+    @property
+    def device(self) -> str:
+        return "GPU" if self.on_gpu else "process"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting, and one line on why."""
+
+    key: str
+    value: Any
+    reason: str
+    by_user: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A ZeRO stage with the largest micro-batch that fits, or the smallest where none does."""
+
+    stage: int
+    micro_batch: int
+    accumulation_steps: int
+    buckets: Buckets
+    memory: Memory
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A configuration without open ends, and why it is what it is."""
+
+    config: Config
+    choices: tuple[Choice, ...]
+    memory: Memory
+    machine: Machine
+
+    def describe(self) -> str:
+        """The choices, one line each, as a run prints them at its start."""
+        memory = f"memory a {self.machine.device}: about {format_bytes(self.memory.total)} of "
+        memory += f"{format_bytes(self.machine.usable)} that can be used"
+        lines = [f"  {choice.key} = {_written(choice.value)}: {choice.reason}" for choice in self.choices]
+        return "\n".join([memory, *lines])
+
+    def record(self) -> dict[str, Any]:
+        """For `environment.json`."""
+        return {
+            "memory_estimate_bytes": self.memory.total,
+            "memory_usable_bytes": self.machine.usable,
+            "choices": [
+                {"key": choice.key, "value": choice.value, "reason": choice.reason, "by_user": choice.by_user}
+                for choice in self.choices
+            ],
+        }
+
+
+def machine_of(world: World) -> Machine:
+    """The machine this job runs on; collective."""
+    on_gpu = world.device.type == "cuda"
+    per_node = len(world.node_ranks)
+    memory, per_node = (-world.max([-device_memory(per_node, on_gpu=on_gpu), -per_node])).tolist()
+    return Machine(world.size, int(per_node), int(memory), on_gpu)
+
+
+def machine_here(processes: int) -> Machine:
+    """This machine, with all processes of a job on it."""
+    on_gpu = torch.cuda.is_available()
+    return Machine(processes, processes, device_memory(processes, on_gpu=on_gpu), on_gpu)
+
+
+def device_memory(processes_per_node: int, *, on_gpu: bool) -> int:
+    """Bytes of the current GPU, or this process's share of the memory that the machine or its container has."""
+    if on_gpu:
+        return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            total = min(total, int(text))
+    return total // processes_per_node
+
+
+def choose(config: Config, machine: Machine) -> Chosen:
+    """Fills in what `config` leaves open. UserError, with the numbers and the nearest remedy, where nothing fits."""
+    options = [_candidate(config, machine, stage) for stage in _allowed_stages(config)]
+    fitting = [candidate for candidate in options if candidate.fits]
+    insists = config.zero.stage != "auto" and config.train.micro_batch_size is not None
+    if not fitting and not insists:
+        raise UserError(_nothing_fits(config, machine, options))
+    largest = split_batch(config, machine.processes).micro_batch_size
+    enough = min(largest, math.ceil(_ENOUGH_TOKENS / resolve_shape(config.model).tokens))
+    picked = next(
+        (candidate for candidate in fitting if candidate.micro_batch >= enough),
+        max(fitting or options, key=lambda candidate: candidate.micro_batch),
+    )
+    given = config.deepspeed.get("zero_optimization") or {}
+    choices = [
+        _explain_stage(config, machine, options, picked),
+        _explain_micro_batch(config, machine, picked),
+        *_zero_choices(config, machine, picked, given),
+    ]
+    zero = {choice.key.rpartition(".")[2]: choice.value for choice in choices[2:] if not choice.by_user}
+    filled = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"micro_batch_size": picked.micro_batch}),
+            "zero": config.zero.model_copy(update={"stage": picked.stage}),
+            "deepspeed": {**config.deepspeed, **({"zero_optimization": {**zero, **given}} if zero or given else {})},
+        }
+    )
+    final = _buckets(filled, machine, picked.stage)
+    memory = training_memory(
+        filled,
+        picked.stage,
+        machine.processes,
+        picked.micro_batch,
+        picked.accumulation_steps > 1,
+        final,
+        on_gpu=machine.on_gpu,
+    )
+    return Chosen(filled, tuple(choices), memory, machine)
+
+
+def candidates(config: Config, machine: Machine) -> list[Candidate]:
+    """Every stage by itself, with the largest micro-batch that fits, or the smallest where none does."""
+    rows = []
+    for stage in {"none": STAGES, "optimizer": (1, 2, 3), "all": (3,)}[config.zero.offload]:
+        zero = config.zero.model_copy(update={"stage": stage})
+        rows.append(_candidate(config.model_copy(update={"zero": zero}), machine, stage))
+    return rows
+
+
+def _allowed_stages(config: Config) -> tuple[int, ...]:
+    if config.zero.stage != "auto":
+        return (config.zero.stage,)
+    return {"none": STAGES, "optimizer": (1, 2, 3), "all": (3,)}[config.zero.offload]
+
+
+def _candidate(config: Config, machine: Machine, stage: int) -> Candidate:
+    """The largest micro-batch that fits at this stage.
+
+    Stage 0 would add the micro-batches of a step in the precision of the gradients: with bf16 and fp16 the engine takes
+    it for undivided steps only.
+    """
+    whole = config.train.global_batch_size // machine.processes
+    tries = list(_micro_batches(config, machine))
+    if config.zero.stage == "auto" and stage == 0 and accumulation_bytes(config, 0) < 4:
+        tries = [micro_batch for micro_batch in tries if micro_batch == whole] or tries[:1]
+        summable = tries[0] == whole
+    else:
+        summable = True
+    for micro_batch in tries:
+        steps = whole // micro_batch
+        buckets = _buckets(config, machine, stage)
+        memory = training_memory(
+            config, stage, machine.processes, micro_batch, steps > 1, buckets, on_gpu=machine.on_gpu
+        )
+        candidate = Candidate(
+            stage, micro_batch, steps, buckets, memory, fits=summable and memory.total <= machine.usable
+        )
+        if candidate.fits:
+            break
+    return candidate
+
+
+def _micro_batches(config: Config, machine: Machine) -> Iterator[int]:
+    """Divisors of a process's share of the global batch, the largest first; the given one alone where one is given."""
+    largest = split_batch(config, machine.processes).micro_batch_size
+    if config.train.micro_batch_size is not None:
+        yield largest
+        return
+    share = config.train.global_batch_size // machine.processes
+    yield from (size for size in range(largest, 0, -1) if share % size == 0)
+
+
+def _buckets(config: Config, machine: Machine, stage: int) -> Buckets:
+    """DeepSpeed's buffers as the recipe gives them, else as chosen."""
+    given: Mapping[str, Any] = config.deepspeed.get("zero_optimization") or {}
+    size = model_size(config.model)
+    overlaps = given.get("overlap_comm", _overlaps(machine))
+    gathered = given.get("stage3_max_live_parameters", _live(size)) if stage == 3 else 0
+    return Buckets(
+        reduce=int(given.get("reduce_bucket_size", _reduce_bucket(size, machine))),
+        doubled=bool(overlaps),
+        gathered=min(int(gathered), size.parameters),
+        secondary_shards=int(given.get("zero_hpz_partition_size", 1)) if stage == 3 else 1,
+    )
+
+
+def _reduce_bucket(size: Size, machine: Machine) -> int:
+    """An eighth of the model, so that little is left to reduce when the backward pass ends; but enough numbers for the
+    network to be busy, the more the more hops there are; and never more than the model has."""
+    busy = 2**23 * max(1.0, math.log2(machine.processes))
+    return int(min(size.parameters, max(size.parameters / 8, busy), 2e8))
+
+
+def _overlaps(machine: Machine) -> bool:
+    return machine.on_gpu and machine.processes > 1
+
+
+def _live(size: Size) -> int:
+    return 4 * max(size.block, size.largest)
+
+
+def _explain_stage(config: Config, machine: Machine, options: list[Candidate], picked: Candidate) -> Choice:
+    need = f"{format_bytes(picked.memory.total)} of {format_bytes(machine.usable)}"
+    if config.zero.stage != "auto":
+        reason = "given" if picked.fits else f"given, although it needs about {need} a {machine.device}"
+        return Choice("zero.stage", picked.stage, reason, by_user=True)
+    before = [candidate for candidate in options if candidate.stage < picked.stage]
+    if picked.stage == 0:
+        reason = f"everything fits whole ({need}): one reduction a step, nothing to gather"
+    elif not before:
+        reason = f"the least that zero.offload = {config.zero.offload} works with"
+    elif picked.stage == 1 and picked.accumulation_steps > 1 and accumulation_bytes(config, 0) < 4:
+        reason = (
+            f"adds the {picked.accumulation_steps} micro-batches of a step in fp32, which stage 0 would add in "
+            f"{config.train.precision}; reduces once a step"
+        )
+    else:
+        lower = before[-1]
+        what = f"a micro-batch of {lower.micro_batch} needs {format_bytes(lower.memory.total)}"
+        if lower.fits:
+            what = f"only a micro-batch of {lower.micro_batch} fits"
+        reason = f"at stage {lower.stage} {what}; at this one {picked.micro_batch} need {need}"
+    return Choice("zero.stage", picked.stage, reason)
+
+
+def _explain_micro_batch(config: Config, machine: Machine, picked: Candidate) -> Choice:
+    key = "train.micro_batch_size"
+    share = config.train.global_batch_size // machine.processes
+    if config.train.micro_batch_size is not None:
+        kept = picked.micro_batch == config.train.micro_batch_size
+        limit = "given" if kept else f"the largest divisor of {share} up to {config.train.micro_batch_size}, as given"
+        return Choice(key, picked.micro_batch, limit, by_user=True)
+    if picked.micro_batch == share:
+        return Choice(key, picked.micro_batch, "the whole share of a process fits: no accumulation")
+    reason = f"the largest divisor of {share} that fits; {picked.accumulation_steps} a step"
+    if picked.stage <= 1:
+        reason += ", of which only the last communicates"
+    else:
+        reason += ", each reduced: a sharded gradient cannot wait"
+    return Choice(key, picked.micro_batch, reason)
+
+
+def _zero_choices(config: Config, machine: Machine, picked: Candidate, given: Mapping[str, Any]) -> Iterator[Choice]:
+    """The keys of DeepSpeed's `zero_optimization` that it reads at this stage.
+
+    `allgather_bucket_size` is none of them: with a PyTorch that has all_gather_into_tensor, DeepSpeed 0.19 gathers each
+    group of parameters in one call.
+    """
+    chosen = {choice.key: choice for choice in _open_zero_choices(config, machine, picked)}
+    for key in given:
+        chosen[f"deepspeed.zero_optimization.{key}"] = Choice(
+            f"deepspeed.zero_optimization.{key}", given[key], "given", by_user=True
+        )
+    yield from chosen.values()
+
+
+def _open_zero_choices(config: Config, machine: Machine, picked: Candidate) -> Iterator[Choice]:
+    size, stage = model_size(config.model), picked.stage
+    in_place = config.train.precision == "bf16" and accumulation_bytes(config, 1) == 4 and config.zero.offload == "none"
+    if stage == 0 or (stage == 1 and in_place):
+        return  # gradients are reduced where they lie
+
+    def choice(key: str, value: Any, reason: str) -> Choice:
+        return Choice(f"deepspeed.zero_optimization.{key}", value, reason)
+
+    yield choice("contiguous_gradients", True, "gradients are copied into one buffer as they come: no holes in memory")
+    bucket = _reduce_bucket(size, machine)
+    part = "the whole model" if bucket == size.parameters else f"one in {size.parameters / bucket:.1f} of the model"
+    yield choice("reduce_bucket_size", bucket, f"{part}; DeepSpeed's own 500 M would be allocated whole for any model")
+    if _overlaps(machine):
+        why = "reduces while the backward pass goes on"
+        yield choice("overlap_comm", True, why + ("" if stage == 3 else ", for a second buffer"))
+    else:
+        why = "one process has nobody to wait for" if machine.processes == 1 else "a CPU has no stream beside the pass"
+        yield choice("overlap_comm", False, why)
+    if stage == 3:
+        unit = max(size.block, size.largest)
+        yield choice("stage3_prefetch_bucket_size", 2 * unit, "two blocks ahead")
+        yield choice("stage3_max_live_parameters", _live(size), "four blocks whole at a time")
+        yield choice(
+            "stage3_max_reuse_distance",
+            2 * unit,
+            "blocks are let go between forward and backward pass; DeepSpeed's own 1 G would keep most ViTs whole",
+        )
+        yield from _secondary_shards(machine, picked, size, COMPUTE_BYTES[config.train.precision])
+
+
+def _secondary_shards(machine: Machine, picked: Candidate, size: Size, compute: int) -> Iterator[Choice]:
+    """ZeRO++'s hpZ: a second copy of the weights, sharded within each node, so that the backward pass gathers there."""
+    per_node = machine.processes_per_node
+    copy = compute * size.parameters // per_node
+    several_nodes = machine.processes > per_node > 1 and machine.processes % per_node == 0
+    if several_nodes and picked.memory.total + copy <= machine.usable:
+        reason = f"the backward pass gathers inside the node, for {format_bytes(copy)} more"
+        yield Choice("deepspeed.zero_optimization.zero_hpz_partition_size", per_node, reason)
+
+
+def _nothing_fits(config: Config, machine: Machine, options: list[Candidate]) -> str:
+    """One sentence: how much is missing, and what would be the smallest change."""
+    least = min(options, key=lambda candidate: candidate.memory.total)
+    each = f"a {machine.device}"
+    problem = (
+        f"nothing fits: {format_count(model_size(config.model).parameters)} parameters need at least "
+        f"{format_bytes(least.memory.total)} {each} (ZeRO stage {least.stage}, micro-batch {least.micro_batch}), of "
+        f"{format_bytes(machine.usable)} that can be used"
+    )
+    if config.train.micro_batch_size is not None:
+        smaller = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": None})})
+        fitting = [c for stage in _allowed_stages(config) if (c := _candidate(smaller, machine, stage)).fits]
+        if fitting:
+            return f"{problem}: train.micro_batch_size={max(c.micro_batch for c in fitting)} would fit"
+    if config.zero.stage != "auto":
+        free = config.model_copy(update={"zero": config.zero.model_copy(update={"stage": "auto"})})
+        for stage in _allowed_stages(free):
+            if _candidate(free, machine, stage).fits:
+                return f"{problem}: zero.stage={stage} would fit"
+    for offload, stage in (("optimizer", 2), ("all", 3)):
+        if config.zero.offload == "none":
+            update = {"offload": offload, "stage": stage}
+            spilled = config.model_copy(update={"zero": config.zero.model_copy(update=update)})
+            if machine.on_gpu and _candidate(spilled, machine, stage).fits:
+                return f"{problem}: zero.offload={offload} would fit, with the rest in the host's memory, and be slower"
+    for factor in (2, 4, 8, 16, 32, 64):
+        processes = machine.processes * factor
+        if config.train.global_batch_size % processes == 0:
+            more = Machine(processes, machine.processes_per_node, machine.memory, machine.on_gpu)
+            if any(_candidate(config, more, stage).fits for stage in _allowed_stages(config)):
+                return (
+                    f"{problem}: {processes} {machine.device}s{'' if machine.on_gpu else ' on more machines'} would do"
+                )
+    return f"{problem}: take a smaller model or devices with more memory"
+
+
+def _written(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,224 @@
+"""Bytes of shards by position, wherever the shards lie.
+
+`ShardStorage.read` is all that a reader of samples needs. Local shards are read in place (local.py). Remote ones come
+by HTTP (http.py) or through fsspec (object_store.py), with retries (remote.py); with a cache folder they are downloaded
+whole (cache.py), by background threads that a missed read or a read-ahead hint sets to work (downloads.py).
+"""
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fastvit_engine.storage.cache import ShardCache, cache_name
+from fastvit_engine.storage.downloads import Downloads
+from fastvit_engine.storage.errors import StaleIndex, public_url
+from fastvit_engine.storage.local import LocalFiles, local_path
+from fastvit_engine.storage.remote import Source, TryPolicy, Write, fetch, open_source
+
+__all__ = ["Counters", "ShardStorage"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Counters:
+    """What one process has read since it started, or since it was forked."""
+
+    reads: int = 0
+    bytes: int = 0  # that reads returned
+    downloaded: int = 0  # bytes that came over the network, by range or with whole shards
+    retries: int = 0  # failed attempts that were tried again
+    cache_hits: int = 0  # reads whose shard lay in the cache
+    cache_misses: int = 0  # reads that waited for their shard or went past the cache
+    seconds: float = 0.0  # spent in read()
+
+
+class ShardStorage:
+    """Reads extents of shards: local paths, file://, http(s)://, s3://, gs:// and whatever else fsspec knows.
+
+    Threads may share one. It may be pickled, and a forked process goes on using it: connections, threads and counters
+    belong to a process and start anew there, the cache folder is common to all processes of a node.
+
+    urls: the shards, in the order in which `read` and `will_need` number them.
+    sizes: bytes of each, from the index; a shard of another size is an error, not other data.
+    cache_dir: folder on a local disk that remote shards are downloaded into; None: every read goes to the server.
+    cache_bytes: most that the shards in it may take together; None: as much as there is.
+    retries: attempts after the first that may fail one after another without a new byte.
+    timeout: seconds without a byte after which an attempt has failed.
+    patience: seconds after which a read has failed, whatever the number of attempts (slow transfers get more).
+    wait: most seconds that a read waits for its shard to be downloaded, before it asks the server for its extent only.
+    threads: shards that one process downloads at a time.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str],
+        sizes: Sequence[int],
+        *,
+        cache_dir: Path | None = None,
+        cache_bytes: int | None = None,
+        retries: int = 10,
+        timeout: float = 30.0,
+        patience: float = 300.0,
+        wait: float = 5.0,
+        threads: int = 8,
+    ) -> None:
+        if len(urls) != len(sizes):
+            raise ValueError(f"{len(urls)} urls but {len(sizes)} sizes")
+        self._urls, self._sizes = list(urls), list(sizes)
+        self._paths = [local_path(url) for url in self._urls]  # None: remote
+        self._cache_dir, self._cache_bytes = cache_dir, cache_bytes
+        self._policy = TryPolicy(retries, timeout, patience)
+        self._wait, self._threads = wait, threads
+        self._start()
+        if self._cache is not None:
+            self._cache.prepare()
+
+    def _start(self) -> None:
+        """Makes everything that belongs to one process; touches no file and no network."""
+        self._count_lock, self._counters = threading.Lock(), Counters()
+        self._local = LocalFiles()
+        self._sources: dict[str, Source] = {}
+        self._no_wait_until = 0.0
+        self._told_no_ranges = False
+        self._cache: ShardCache | None = None
+        if self._cache_dir is not None and None in self._paths:
+            self._cache = ShardCache(self._cache_dir, self._cache_bytes)
+            self._downloads = Downloads(self._cache, self._name_of, self._sizes, self._download, self._threads)
+        _storages.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = "_urls", "_sizes", "_paths", "_cache_dir", "_cache_bytes", "_policy", "_wait", "_threads"
+        return {name: getattr(self, name) for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+        if self._cache is not None:
+            self._cache.prepare()
+
+    def read(self, shard: int, offset: int, length: int) -> bytes:
+        """`length` bytes of a shard from `offset` on.
+
+        UserError naming the shard where it is gone, not readable, of another size than the index says, or where its
+        server has not answered within the bounds that the constructor sets.
+        """
+        started = time.perf_counter()
+        path = self._paths[shard]
+        if offset < 0 or length < 0 or offset + length > self._sizes[shard]:
+            raise StaleIndex(
+                self._urls[shard], f"has {self._sizes[shard]} bytes, but bytes {offset} to {offset + length} are asked"
+            )
+        if path is not None:
+            data = self._local.read(path, self._sizes[shard], offset, length)
+        elif self._cache is not None:
+            data = self._read_through_cache(self._cache, shard, offset, length)
+        else:
+            data = self._read_range(shard, offset, length)
+        self._count(reads=1, bytes=length, seconds=time.perf_counter() - started)
+        return data
+
+    def will_need(self, shards: Iterable[int]) -> None:
+        """Says which shards are needed from now on, the nearest first; it takes the place of what was said before.
+
+        As many of them as the cache holds are downloaded in that order, and stay there until another call no longer
+        names them. A shard that is found to be gone for good is reported by the read that needs it. Meant for one
+        process of a node; it does nothing for local shards and without a cache.
+        """
+        if self._cache is not None:
+            self._downloads.plan(shard for shard in shards if self._paths[shard] is None)
+
+    def close(self) -> None:
+        """Stops the background downloads; reads still work."""
+        if self._cache is not None:
+            self._downloads.cancel()
+
+    def counters(self) -> Counters:
+        with self._count_lock:
+            return replace(self._counters)
+
+    def _read_through_cache(self, cache: ShardCache, shard: int, offset: int, length: int) -> bytes:
+        data = self._from_cache(cache, shard, offset, length)
+        if data is not None:
+            self._count(cache_hits=1)
+            return data
+        self._count(cache_misses=1)
+        arrived = self._downloads.request(shard)
+        # A wait in vain is paid once in ten: where shards come slowly (a cold cache), most reads do not wait for them.
+        if arrived is not None and time.monotonic() >= self._no_wait_until:
+            if not arrived.wait(self._wait):
+                self._no_wait_until = time.monotonic() + 10 * self._wait
+            data = self._from_cache(cache, shard, offset, length)
+        self._downloads.raise_failure(shard)
+        return self._read_range(shard, offset, length) if data is None else data
+
+    def _from_cache(self, cache: ShardCache, shard: int, offset: int, length: int) -> bytes | None:
+        try:
+            return cache.read(self._name_of(shard), self._sizes[shard], offset, length)
+        except OSError as error:
+            self._downloads.broken(error)
+            return None
+
+    def _read_range(self, shard: int, offset: int, length: int) -> bytes:
+        data = bytearray(length)
+
+        def write(position: int, piece: bytes | memoryview) -> None:
+            data[position - offset : position - offset + len(piece)] = piece
+            self._count(downloaded=len(piece))
+
+        url, size = self._urls[shard], self._sizes[shard]
+        skipped = fetch(self._source(url), url, size, offset, offset + length, write, self._policy, self._on_retry)
+        if skipped and not self._told_no_ranges:
+            self._told_no_ranges = True
+            log.warning(
+                "the server of %s ignores Range, so that each sample costs reading its shard up to there: "
+                "use a cache folder, or a server with range requests",
+                public_url(url),
+            )
+        return bytes(data)
+
+    def _download(self, shard: int, write: Write, cancelled: Callable[[], bool]) -> None:
+        """Passes a whole shard to `write`, for Downloads."""
+
+        def counting_write(position: int, piece: bytes | memoryview) -> None:
+            write(position, piece)
+            self._count(downloaded=len(piece))
+
+        url, size = self._urls[shard], self._sizes[shard]
+        fetch(self._source(url), url, size, 0, size, counting_write, self._policy, self._on_retry, cancelled)
+
+    def _source(self, url: str) -> Source:
+        scheme = url.partition("://")[0]
+        if scheme not in self._sources:
+            self._sources[scheme] = open_source(url)
+        return self._sources[scheme]
+
+    def _name_of(self, shard: int) -> str:
+        return cache_name(self._urls[shard], self._sizes[shard])
+
+    def _on_retry(self, url: str, reason: str) -> None:
+        log.info("shard %s: %s; trying again", public_url(url), reason)
+        self._count(retries=1)
+
+    def _count(self, **more: float) -> None:
+        with self._count_lock:
+            for name, n in more.items():
+                setattr(self._counters, name, getattr(self._counters, name) + n)
+
+
+# A forked child has the parent's sockets and locks but none of its threads: every storage starts anew there.
+_storages: "weakref.WeakSet[ShardStorage]" = weakref.WeakSet()
+
+
+def _restart_all() -> None:
+    for storage in list(_storages):
+        storage._start()
+
+
+os.register_at_fork(after_in_child=_restart_all)

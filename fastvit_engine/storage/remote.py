@@ -1,0 +1,132 @@
+"""Reading a remote shard: attempts, retries, and the one error when it cannot be read."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastvit_engine.errors import UserError
+from fastvit_engine.storage.errors import GaveUp, StaleIndex, public_url
+from fastvit_engine.storage.http import HttpSource
+from fastvit_engine.storage.object_store import FsspecSource
+from fastvit_engine.storage.source import AttemptFailed, Refused, Source
+
+BACKOFF_S = 0.5  # mean of the first pause is half of it; doubles with every failure in a row
+MAX_BACKOFF_S = 30.0
+SLOWEST = 2**20  # bytes a second: a transfer may take this much longer than TryPolicy.patience
+
+Write = Callable[[int, bytes | memoryview], None]  # (position in the shard, bytes)
+
+
+@dataclass(frozen=True)
+class TryPolicy:
+    retries: int  # attempts after the first that may fail one after another without a new byte
+    timeout: float  # seconds without a byte after which an attempt has failed
+    patience: float  # seconds in all, besides the time that the bytes take at SLOWEST
+
+
+class Cancelled(Exception):
+    """Nobody needs the bytes any more."""
+
+
+def open_source(url: str) -> Source:
+    """What reads URLs of this scheme; UserError where a package is missing for it."""
+    if url.startswith("pipe:"):
+        raise UserError(f"shard {url} is a command, which cannot be read by position: give a path or a URL")
+    if url.startswith(("http://", "https://")):
+        return HttpSource()
+    return FsspecSource(url)
+
+
+def refusal(url: str, error: Refused) -> UserError:
+    return UserError(f"shard {public_url(url)} cannot be read ({error}): correct its URL, or restore it")
+
+
+def describe(url: str, policy: TryPolicy) -> tuple[int, str]:
+    """(bytes, version or "") of a remote shard; UserError where it cannot be read, GaveUp where it cannot for now."""
+    source, failures = open_source(url), 0
+    while True:
+        try:
+            with source.open(url, 0, 1, policy.timeout) as reply:
+                if reply.size is None:
+                    raise UserError(
+                        f"the server of shard {public_url(url)} does not say how long it is: copy the shard"
+                    )
+                return reply.size, reply.version or ""
+        except Refused as error:
+            raise refusal(url, error) from error
+        except AttemptFailed as error:
+            failures += 1
+            if failures > policy.retries:
+                raise GaveUp(
+                    f"shard {public_url(url)} could not be read ({error}; attempt {failures} was the last): "
+                    "check the server and the network, then try again"
+                ) from error
+            _sleep(max(random.uniform(0, min(BACKOFF_S * 2 ** (failures - 1), MAX_BACKOFF_S)), error.retry_after))
+
+
+def fetch(
+    source: Source,
+    url: str,
+    size: int,
+    start: int,
+    stop: int,
+    write: Write,
+    policy: TryPolicy,
+    on_retry: Callable[[str, str], None],
+    cancelled: Callable[[], bool] = lambda: False,
+) -> int:
+    """Passes bytes [start, stop) of the shard to `write` in order; returns how many before `start` came unasked.
+
+    A broken transfer goes on where it stopped, from the start where the shard has changed since. StaleIndex where the
+    server says another size, UserError where it refuses, GaveUp where the policy's bounds are reached, Cancelled.
+    """
+    deadline = time.monotonic() + policy.patience + (stop - start) / SLOWEST
+    done, version, attempts, failures, skipped = start, None, 0, 0, 0
+    while done < stop:
+        before, attempts = done, attempts + 1
+        try:
+            with source.open(url, done, stop, policy.timeout) as reply:
+                if reply.size is not None and reply.size != size:
+                    raise StaleIndex(url, f"has {reply.size} bytes instead of the {size} in the index")
+                if done > start and reply.version != version:
+                    done = start
+                version, position = reply.version, reply.offset
+                if position > done:
+                    raise AttemptFailed("the shard changed between two attempts")
+                skipped += done - position
+                deadline += (done - position) / SLOWEST
+                for piece in reply.pieces:
+                    if cancelled():
+                        raise Cancelled
+                    new = memoryview(piece)[max(done - position, 0) : stop - position]
+                    position += len(piece)
+                    if new:
+                        write(done, new)
+                        done += len(new)
+                    if done >= stop:
+                        return skipped
+                    if time.monotonic() > deadline:
+                        raise AttemptFailed("it comes too slowly")
+                raise AttemptFailed(f"the connection closed {stop - done} bytes before the end")
+        except Refused as error:
+            raise refusal(url, error) from error
+        except AttemptFailed as error:
+            failures = 1 if done > before else failures + 1
+            if failures > policy.retries or time.monotonic() >= deadline:
+                raise GaveUp(
+                    f"shard {public_url(url)} could not be read ({error}; attempt {attempts} was the last): "
+                    "check the server and the network, then resume"
+                ) from error
+            on_retry(url, str(error))
+            pause = random.uniform(0, min(BACKOFF_S * 2 ** (failures - 1), MAX_BACKOFF_S))
+            _sleep(min(max(pause, error.retry_after), deadline - time.monotonic()), cancelled)
+    return skipped
+
+
+def _sleep(seconds: float, cancelled: Callable[[], bool] = lambda: False) -> None:
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if cancelled():
+            raise Cancelled
+        time.sleep(min(left, 0.1))

@@ -1,0 +1,84 @@
+"""Samples without a usable image: they have weight 0, are counted and named, and too many of them stop the run."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from fastvit_engine.data.stream.batch import BadSample, Batch
+from fastvit_engine.distributed.world import World
+from fastvit_engine.errors import UserError
+from fastvit_engine.files import atomic_write
+from fastvit_engine.observe.recorder import Recorder
+
+_FEWEST = 10  # bad samples that can be too large a share
+_MOST_IN_A_ROW = 100  # on one process
+_MOST_SHOWN = 20  # on the terminal; the file has all
+
+
+class BadSamples:
+    """Counts over the whole run, from `bad` of `seen` samples on; each bad sample is named once in the file `path`."""
+
+    def __init__(self, path: Path, max_share: float, *, seen: int = 0, bad: int = 0) -> None:
+        self.path, self.max_share = path, max_share
+        self.seen, self.bad = seen, bad
+        self._seen_here, self._bad_here, self._in_a_row = 0, 0, 0  # since the last settlement, but for the last
+        self._found: list[BadSample] = []
+        lines = path.read_text().splitlines() if path.exists() else []
+        self._named = {(entry["shard"], entry["key"]) for entry in map(json.loads, lines)}
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, counted. UserError where this process has met nothing but bad samples for long."""
+        for batch in batches:
+            self._count(batch)
+            yield batch
+
+    def settle(self, world: World, recorder: Recorder | None) -> int:
+        """Adds up what all processes have seen and names what is new; returns the bad samples so far. Collective.
+
+        UserError on every process where they are more than the allowed share.
+        """
+        seen, bad = (round(total) for total in world.sum([self._seen_here, self._bad_here]).tolist())
+        self.seen += seen
+        self.bad += bad
+        if bad:
+            found = [sample for samples in world.gather(self._found) for sample in samples]
+            world.on_main(lambda: self._name(found, recorder))
+            if self.bad >= _FEWEST and self.bad > self.max_share * self.seen:
+                raise UserError(
+                    f"{self.bad:,} of {self.seen:,} samples have no usable image, more than data.max_bad_share = "
+                    f"{self.max_share:g} allows; the last, {_sentence(found[-1])}: repair the shards (all are named in "
+                    f"{self.path}) or raise data.max_bad_share"
+                )
+        self._seen_here, self._bad_here, self._found = 0, 0, []
+        return self.bad
+
+    def _count(self, batch: Batch) -> None:
+        self._found += batch.bad
+        for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True):
+            if key:  # no padding
+                self._seen_here += 1
+                self._bad_here += weight == 0
+                self._in_a_row = self._in_a_row + 1 if weight == 0 else 0
+            if self._in_a_row >= _MOST_IN_A_ROW:
+                raise UserError(
+                    f"the last {self._in_a_row} samples have no usable image; one of them, "
+                    f"{_sentence(self._found[-1])}: repair the shards, or check data.image_key"
+                )
+
+    def _name(self, found: list[BadSample], recorder: Recorder | None) -> None:
+        new = {(s.shard, s.key): s for s in found if (s.shard, s.key) not in self._named}
+        if not new:
+            return
+        before = self.path.read_text() if self.path.exists() else ""
+        atomic_write(self.path, before + "".join(f"{json.dumps(s._asdict())}\n" for s in new.values()))
+        shown = max(0, _MOST_SHOWN - len(self._named))
+        for sample in list(new.values())[:shown]:
+            if recorder:
+                recorder.message(f"left out: {_sentence(sample)}")
+        if recorder and shown < len(new):
+            recorder.message(f"left out: more samples, all named in {self.path}")
+        self._named |= new.keys()
+
+
+def _sentence(sample: BadSample) -> str:
+    return f"sample '{sample.key}' of shard {sample.shard} {sample.reason}"

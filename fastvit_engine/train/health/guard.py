@@ -1,0 +1,144 @@
+"""The check between gradient and update: a step that training must not go on with changes nothing.
+
+Every ZeRO stage ends a step in the same way: DeepSpeed reduces the gradients, computes their norm, and only then calls
+`step` of the PyTorch optimizer inside it. The guard sits there, in PyTorch's own hooks around `step`. It adds up one
+small vector over all processes (the loss, the norm, a flag), so that all of them read the same numbers and come to the
+same verdict; reading it is the one wait for the device in a step. Where the verdict is bad, the optimizer is shown no
+parameters for this one call: weights and optimizer state stay as they are, and DeepSpeed goes through the rest of the
+step as always, which leaves its buckets, partitions and counters as clean as a healthy step does.
+
+Where a gradient is not finite, some of DeepSpeed's optimizers discard the step themselves, without calling `step`; then
+the verdict is made when the report is asked for. With fp16 that is an everyday event and no anomaly: the loss scale was
+too high, and the loss scaler lowers it.
+
+A spike is a value above median + spike_threshold * max(MAD, floor) of the last `spike_window` steps, where MAD is the
+median distance from the median. Median and MAD do not move when a few steps are wild. For normally distributed values
+the default of 20 lies 13 standard deviations above the median; the floors are there for curves that are nearly flat:
+0.05 for the loss, so that nothing below 1 nat above the median is a spike, and half the median for the gradient norm,
+which has heavy tails and is clipped anyway, so that nothing below 11 times the median is.
+"""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvit_engine.config import HealthConfig
+from fastvit_engine.distributed.world import World
+
+_LOSS_FLOOR = 0.05  # nats
+_NORM_FLOOR = 0.5  # of the median
+
+
+class Anomaly(NamedTuple):
+    """Why training must not go on from here, as every process sees it."""
+
+    kind: str  # "loss", "gradient", "loss spike", "gradient spike", "weights" or "replicas"
+    message: str  # "the loss is nan"
+    limit: float | None = None  # of a spike: the highest value that is none
+    ranks: tuple[int, ...] = ()  # at fault, where the check itself says so
+    parameters: tuple[str, ...] = ()  # at fault, likewise
+
+
+class StepReport(NamedTuple):
+    """What all processes know of a step, from one small sum over them."""
+
+    loss: float  # mean over the global batch
+    grad_norm: float  # before clipping; inf where DeepSpeed discarded the step
+    flags: float  # sum of what each process had put into `Guard.flag`
+    anomaly: Anomaly | None  # then the step has changed nothing
+
+
+class Guard:
+    """Looks at each step before its update, see above.
+
+    `flag` is a number that any part of a process may set between steps to tell all processes at the end of the next
+    one, without a collective of its own (1.0: this process was asked to stop). It stays set until it is set again.
+    """
+
+    def __init__(self, engine: Any, world: World, health: HealthConfig, precision: str) -> None:
+        self.engine, self.world, self.health, self.precision = engine, world, health, precision
+        self.flag = 0.0
+        self.recent: deque[tuple[float, float]] = deque(maxlen=health.spike_window)  # (loss, norm) of healthy steps
+        self._loss = torch.zeros((), device=world.device)
+        self._fault: Anomaly | None = None
+        self._rehearsal = False
+        self._report: StepReport | None = None
+        # Twin-Flow offloading has a second optimizer, for the part of the state that stays on the GPU.
+        for optimizer in (engine.basic_optimizer, getattr(engine.optimizer, "backup_optimizer", None)):
+            if optimizer is not None:
+                optimizer.register_step_pre_hook(self._before_update)
+                optimizer.register_step_post_hook(self._after_update)
+
+    def forget(self, recent: Sequence[Sequence[float]]) -> None:
+        """Training starts, or goes back to where these were the losses and norms of the last steps."""
+        self.recent.clear()
+        self.recent.extend((loss, norm) for loss, norm in recent)
+
+    def expect(self, loss: Tensor, *, fault: Anomaly | None = None, rehearsal: bool = False) -> None:
+        """The next call of `engine.step` is the update of a step with this loss (a scalar of this process).
+
+        `fault`: what another check, alike on all processes, has found. `rehearsal`: nothing is updated in any case.
+        """
+        self._loss, self._fault, self._rehearsal, self._report = loss, fault, rehearsal, None
+
+    def report(self) -> StepReport:
+        """What was found, once `engine.step` has returned; collective."""
+        if self._report is None:  # DeepSpeed discarded the step
+            self._judge(math.inf)
+        report = self._report
+        assert report is not None
+        if report.anomaly is None and not self._rehearsal and math.isfinite(report.grad_norm):
+            self.recent.append((report.loss, report.grad_norm))
+        return report
+
+    def _before_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        if self._report is None:  # ZeRO calls `step` once a parameter group
+            self._judge(self._gradient_norm())
+        self._groups = optimizer.param_groups
+        assert self._report is not None
+        if self._report.anomaly or self._rehearsal:
+            optimizer.param_groups = []
+
+    def _after_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        optimizer.param_groups = self._groups
+
+    def _gradient_norm(self) -> Any:
+        """As DeepSpeed has just computed it: a number or a tensor, unscaled and before clipping."""
+        norm = getattr(self.engine.optimizer, "_global_grad_norm", None)
+        return self.engine.get_global_grad_norm() if norm is None else norm
+
+    def _judge(self, norm: Any) -> None:
+        own = [torch.as_tensor(v, dtype=torch.float64, device=self.world.device) for v in (self._loss, norm, self.flag)]
+        loss, norm, flags = self.world.sum(torch.stack([value.reshape(()) for value in own])).tolist()
+        loss, norm = loss / self.world.size, norm / self.world.size
+        self._report = StepReport(loss, norm, flags, self._fault or self._find(loss, norm))
+
+    def _find(self, loss: float, norm: float) -> Anomaly | None:
+        if not math.isfinite(loss):
+            return Anomaly("loss", f"the loss is {loss}")
+        if not math.isfinite(norm):
+            overflow = self.precision == "fp16"
+            return None if overflow else Anomaly("gradient", "the gradients are not finite")
+        threshold = self.health.spike_threshold
+        if threshold is None or len(self.recent) < self.health.spike_window:
+            return None
+        values = np.array(self.recent)  # [steps, 2]
+        median = np.median(values, axis=0)
+        spread = np.maximum(np.median(np.abs(values - median), axis=0), [_LOSS_FLOOR, _NORM_FLOOR * median[1]])
+        limits = (median + threshold * spread).tolist()
+        for kind, name, value, limit, usual in zip(
+            ("loss spike", "gradient spike"), ("loss", "gradient norm"), (loss, norm), limits, median, strict=True
+        ):
+            if value > limit:
+                return Anomaly(
+                    kind,
+                    f"the {name} is {value:.4g}, over the limit of {limit:.4g} (median of the last {len(values)} "
+                    f"steps: {usual:.4g})",
+                    limit,
+                )
+        return None

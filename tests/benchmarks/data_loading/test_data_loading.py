@@ -1,0 +1,126 @@
+import importlib.util
+import json
+from time import process_time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks.data_loading import variants
+from benchmarks.data_loading.measure import LoaderTime, Result, measure
+from benchmarks.data_loading.shards import link_shards
+from benchmarks.data_loading.variants import VARIANTS, StageTimes, Variant, open_dataset, our_images
+from fastvit_engine.cli import main
+from fastvit_engine.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def plain_shards(tmp_path_factory, write_tar, photo):
+    """40 photos in three shards."""
+    folder = tmp_path_factory.mktemp("plain")
+    for number, (begin, end) in enumerate([(0, 15), (15, 25), (25, 40)]):
+        pairs = [((f"s{n}.jpg", photo(n, 40, 50)), (f"s{n}.cls", b"7")) for n in range(begin, end)]
+        write_tar(folder / f"{number}.tar", [member for pair in pairs for member in pair])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(plain_shards, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "links"
+    link_shards(str(plain_shards), folder)
+    return open_dataset("photos", str(folder), 16, 8, folder)
+
+
+def test_command_measures_and_writes_its_report(plain_shards, tmp_path, capsys, monkeypatch):
+    before = sorted(plain_shards.iterdir())
+    monkeypatch.setattr("benchmarks.data_loading.run.VARIANTS", VARIANTS[:3])  # timm takes seconds to import
+    arguments = ["--image-size", "16", "--workers", "1", "--rounds", "1", "--repack", "24", "--quick", "--json"]
+    assert main(["data", "bench", str(plain_shards), "--out", str(tmp_path / "out"), *arguments]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads((tmp_path / "out" / "data_bench.json").read_text())
+    assert sorted(plain_shards.iterdir()) == before
+    assert [(row["dataset"], row["variant"]) for row in printed["results"]] == [
+        (name, variant.name) for name in ("as they are", "short side 24") for variant in VARIANTS[:3]
+    ]
+    for row in printed["results"]:
+        assert row["skipped"] is None and row["over_recipe"] > 0
+        assert set(row["images_per_cpu_second"]) == {"0", "1"} and min(row["images_per_cpu_second"].values()) > 0
+        assert row["stages"][0]["decode"] > 0 and row["loaders"]["1"][0]["images"] >= 64
+    text = (tmp_path / "out" / "data_bench.md").read_text()
+    assert "| wds + PIL |" in text and "40 samples" in text and "Pillow bilinear, antialiased" in text
+    with Image.open(tmp_path / "out" / "data_bench.png") as picture:
+        assert len(picture.convert("RGB").getcolors(1 << 20)) > 5
+
+
+def test_stages_are_those_of_the_loader(dataset):
+    """What is timed stage by stage gives the images that training gets."""
+    images = np.stack([image.copy() for image, _ in our_images(dataset, 16)])
+    batches = VARIANTS[0].batches(dataset, 0, True)
+    assert np.array_equal(images, torch.cat([next(batches)[0], next(batches)[0]]).numpy())
+
+
+@pytest.mark.skipif(not all(map(importlib.util.find_spec, ("timm", "torchvision"))), reason="needs timm")
+def test_timm_gives_what_it_is_said_to(dataset):
+    (result,) = measure([dataset], VARIANTS[3:], workers=0, rounds=1, images=8, progress=lambda line: None)
+    assert result.skipped is None and result.cpu(0) > 0
+
+
+def _variant(batches, name="peer", packages=(), exact=True):
+    return Variant(name, "", packages, lambda size: (size, size, 3), torch.uint8, batches, exact=exact)
+
+
+def test_variants_that_lose_samples_or_shape_are_refused(dataset):
+    def few(dataset, workers, endless):
+        yield torch.zeros(39, 16, 16, 3, dtype=torch.uint8), torch.zeros(39)
+
+    def wrong(dataset, workers, endless):
+        yield torch.zeros(40, 3, 16, 16, dtype=torch.uint8), torch.zeros(40)
+
+    for batches, message in ((few, "39 of the 40"), (wrong, r"images of \(40, 3, 16, 16\)")):
+        with pytest.raises(UserError, match=message):
+            measure([dataset], [_variant(batches)], workers=0, rounds=1, images=8, progress=lambda line: None)
+
+
+def test_what_is_not_installed_is_named(dataset):
+    absent = _variant(None, packages=("no_such_package",))
+    (result,) = measure([dataset], [absent], workers=0, rounds=1, images=8, progress=lambda line: None)
+    assert result.skipped == "no_such_package not installed"
+
+
+class _Burner(torch.utils.data.IterableDataset):
+    """Batches of 8 images that take 20 ms of CPU each."""
+
+    def __iter__(self):
+        while True:
+            end = process_time() + 0.02
+            while process_time() < end:
+                pass
+            yield torch.zeros(8, 16, 16, 3, dtype=torch.uint8), torch.zeros(8)
+
+
+def test_cpu_time_of_workers_counts(dataset):
+    def burn(dataset, workers, endless):
+        if endless:
+            yield from torch.utils.data.DataLoader(_Burner(), batch_size=None, num_workers=workers)
+        else:
+            yield torch.zeros(40, 16, 16, 3, dtype=torch.uint8), torch.zeros(40)
+
+    (result,) = measure([dataset], [_variant(burn)], workers=1, rounds=1, images=80, progress=lambda line: None)
+    ((images, cpu, wall),) = result.loaders[1]
+    assert images == 80 and 0.15 < cpu < 1.0  # ten batches, give or take what was under way
+
+
+def test_speedup_is_taken_within_rounds():
+    ours, theirs = Result("d", "a"), Result("d", "b")
+    ours.loaders[2] = [LoaderTime(10, 1.0, 1.0), LoaderTime(10, 4.0, 9.0), LoaderTime(20, 2.0, 2.0)]
+    theirs.loaders[2] = [LoaderTime(10, 2.0, 1.0), LoaderTime(10, 12.0, 9.0), LoaderTime(10, 4.0, 2.0)]
+    assert ours.speedup(theirs, 2) == pytest.approx((3.0, 2.0, 4.0)) and ours.cpu(2) == 0.1
+    ours.stages = [StageTimes(1, 2, 3, 0), StageTimes(3, 2, 1, 0)]
+    assert ours.stage("read") == 2 and variants.VARIANTS[0].name == "fastvit"
+
+
+@pytest.mark.parametrize("option", ["--workers", "--image-size", "--repack"])
+def test_senseless_numbers_are_refused(option, plain_shards, capsys):
+    assert main(["data", "bench", str(plain_shards), option, "0"]) == 2
+    assert f"{option} is 0" in capsys.readouterr().err

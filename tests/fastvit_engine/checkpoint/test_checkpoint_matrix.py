@@ -1,0 +1,146 @@
+"""A checkpoint of any world size, ZeRO stage and precision is read by any other, to the bit.
+
+Continuous integration goes a few ways through the matrix; FASTVIT_TEST_RESUMES=all goes all of them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvit_engine.checkpoint import Checkpoint, open_place
+from fastvit_engine.checkpoint.reader import Reader
+from fastvit_engine.distributed.launch import free_port, rank_environment
+from fastvit_engine.engine.deepspeed import Piece
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+ALL = os.environ.get("FASTVIT_TEST_RESUMES") == "all"
+PROGRAM = Path(__file__).with_name("checkpoint_matrix.py")
+SAVED = "step-00000004"
+STAGES = (0, 1, 2, 3)
+OTHERS = {  # what else the configuration allows, each written by two processes
+    "bf16-0": {"stage": 0, "precision": "bf16"},
+    "bf16-1": {"stage": 1, "precision": "bf16", "micro_batch_size": 2},
+    "offload-3": {"stage": 3, "precision": "bf16", "offload": "all"},  # with parameters that stay whole
+}
+MORE_OTHERS = {
+    "bf16-2": {"stage": 2, "precision": "bf16"},
+    "bf16-3": {"stage": 3, "precision": "bf16", "shard_all": True},
+    "offload-1": {"stage": 1, "offload": "optimizer"},
+    "offload-2": {"stage": 2, "precision": "bf16", "offload": "optimizer"},
+    "offload-3-fp32": {"stage": 3, "offload": "all", "shard_all": True},
+    "offload-3-optimizer": {"stage": 3, "offload": "optimizer"},
+    "accumulation-0": {"stage": 0, "micro_batch_size": 2},
+    "accumulation-2": {"stage": 2, "precision": "bf16", "micro_batch_size": 2},
+    "accumulation-3": {"stage": 3, "micro_batch_size": 2, "shard_all": True},
+}
+
+
+def case(stage):
+    return {"stage": stage, "shard_all": stage == 3}
+
+
+def launch(folder, jobs, processes):
+    """Does the jobs in one process group and returns what they noted."""
+    results = folder / "results.jsonl"
+    before = len(results.read_text().splitlines()) if results.exists() else 0
+    port, command = free_port(), [sys.executable, str(PROGRAM), str(folder), json.dumps(jobs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ranks = [
+        subprocess.Popen(command, env=environment | rank_environment(rank, processes, port), stderr=subprocess.PIPE)
+        for rank in range(processes)
+    ]
+    try:
+        errors = [rank.communicate(timeout=1800)[1].decode() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0] * processes, errors
+    return [json.loads(line) for line in results.read_text().splitlines()[before:]]
+
+
+def consolidated(path):
+    """Every tensor of a checkpoint, whole, and the counters."""
+    checkpoint = Checkpoint(open_place(str(Path(path).parent)), Path(path).name)
+    manifest = checkpoint.read_manifest()
+    assert manifest.gap() is None
+    whole = {
+        kind: [Piece(n, 0, torch.full((torch.Size(s).numel(),), torch.nan)) for n, s in manifest.parameters.items()]
+        for kind in sorted(manifest.kinds)
+    }
+    Reader(checkpoint, manifest).fill(whole)
+    tensors = {(kind, piece.name): piece.values for kind, pieces in whole.items() for piece in pieces}
+    return tensors, {name: value for name, value in manifest.scalars.items() if name == "optimizer.step"}
+
+
+def assert_equal(one, other, where):
+    (tensors, scalars), (expected, expected_scalars) = consolidated(one), consolidated(other)
+    assert scalars == expected_scalars, where
+    assert tensors.keys() == expected.keys(), where
+    assert {kind for kind, _ in tensors} == {"weight", "ema", "exp_avg", "exp_avg_sq"}
+    for key, values in tensors.items():
+        assert torch.equal(values, expected[key]), f"{key} {where}"  # to the bit, and without NaN
+
+
+def check_reads(results, written):
+    for result in results:
+        source = written[result["read"]]
+        where = f"{result['read']} read by {result['world']} process(es) at {result['case']}"
+        assert_equal(result["saved"], source["saved"], where)
+        low = "precision" in result["case"] or "precision" in source["case"]
+        tolerance = 0.02 if low else 1e-6
+        assert result["losses"] == pytest.approx(source["losses"], abs=tolerance), where
+
+
+def test_three_processes_at_other_stages_read_what_two_wrote(tmp_path):
+    fp32 = {f"fp32-{stage}": case(stage) for stage in STAGES}
+    jobs = [{"write": name, "case": how} for name, how in (fp32 | OTHERS).items()]
+    written = {result["write"]: result for result in launch(tmp_path, jobs, 2)}
+    jobs = [{"read": f"fp32-{stage}", "case": case((stage + 1) % 4)} for stage in STAGES]
+    jobs += [
+        {"read": "bf16-0", "case": OTHERS["offload-3"]},
+        {"read": "bf16-1", "case": OTHERS["bf16-0"]},
+        {"read": "offload-3", "case": OTHERS["bf16-1"]},
+    ]
+    check_reads(launch(tmp_path, jobs, 3), written)
+
+
+@pytest.mark.skipif(not ALL, reason="FASTVIT_TEST_RESUMES=all resumes in all ways")
+@pytest.mark.timeout(3600)
+def test_every_world_size_and_stage_reads_every_other(tmp_path):
+    written = {}
+    for world in (1, 2, 3, 4):
+        jobs = [{"write": f"w{world}-{stage}", "case": case(stage)} for stage in STAGES]
+        written |= {result["write"]: result for result in launch(tmp_path, jobs, world)}
+    for world in (1, 2, 3, 4):
+        check_reads(
+            launch(tmp_path, [{"read": n, "case": case(s)} for n, s in product(written, STAGES)], world), written
+        )
+
+
+@pytest.mark.skipif(not ALL, reason="FASTVIT_TEST_RESUMES=all resumes in all ways")
+@pytest.mark.timeout(3600)
+def test_every_precision_and_offload_reads_every_other(tmp_path):
+    cases = OTHERS | MORE_OTHERS | {f"fp32-{stage}": case(stage) for stage in STAGES}
+    jobs = [{"write": name, "case": how} for name, how in cases.items()]
+    written = {result["write"]: result for result in launch(tmp_path, jobs, 2)}
+    for world in (2, 3):
+        jobs = [{"read": name, "case": how} for name, how in product(written, cases.values())]
+        check_reads(launch(tmp_path, jobs, world), written)
+
+
+@pytest.mark.skipif(not ALL, reason="FASTVIT_TEST_RESUMES=all resumes in all ways")
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_the_same_world_size_and_stage_goes_on_to_the_bit(tmp_path, world):
+    """Each in processes of its own: engines that one process had before change the last bit of sums."""
+    for stage in STAGES:
+        (uninterrupted,) = launch(tmp_path, [{"write": str(stage), "case": case(stage)}], world)
+        (resumed,) = launch(tmp_path, [{"read": str(stage), "case": case(stage)}], world)
+        assert resumed["losses"] == uninterrupted["losses"], f"ZeRO-{stage}"

@@ -1,0 +1,3 @@
+from tests.fastvit_engine.observe.conftest import make_run
+
+__all__ = ["make_run"]  # a fixture

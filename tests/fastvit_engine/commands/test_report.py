@@ -1,0 +1,42 @@
+import argparse
+from pathlib import Path
+
+import pytest
+
+from fastvit_engine.commands import report as report_command
+from fastvit_engine.errors import UserError
+from tests.fastvit_engine.observe.conftest import MakeRun, eval_row, train_row
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="fastvit")
+    report_command.add(parser.add_subparsers())
+    return parser.parse_args(arguments)
+
+
+def test_report_writes_the_file_and_prints_a_summary(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run([train_row(840), eval_row(840, 0.975)])
+    monkeypatch.chdir(run.path.parent)
+    args = parse("report", "quickstart")
+    assert args.run(args) == 0
+    assert run.report.read_text().startswith("<!DOCTYPE html>")
+    assert capsys.readouterr().out == (
+        "ViT Ti/4 (0.4 M parameters): 840 steps of 64 images on 2 processes (cpu, ZeRO-1) in 1 min 12 s\n"
+        "top-1 97.5 % on 360 held-out images\n"
+        "run folder: quickstart\n"
+        "report: quickstart/report.html\n"
+    )
+
+
+def test_not_a_run_folder(tmp_path: Path) -> None:
+    args = parse("report", str(tmp_path))
+    with pytest.raises(UserError, match="is not a run folder"):
+        args.run(args)
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("report", "--help")
+    assert "fastvit report runs/quickstart" in capsys.readouterr().out

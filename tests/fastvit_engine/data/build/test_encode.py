@@ -1,0 +1,84 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvit_engine.data.pixels.decode import decode_image
+from fastvit_engine.data.build.encode import encode_for_shard
+
+
+def _smooth(height: int, width: int) -> np.ndarray:
+    rows, columns = np.mgrid[0:height, 0:width]
+    waves = [np.sin(rows / 17) * np.cos(columns / 23), np.cos(rows / 11), np.sin(columns / 13 + rows / 31)]
+    return np.stack([127 + 120 * wave for wave in waves], axis=-1).astype(np.uint8)
+
+
+def _save(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(("format", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp")])
+@pytest.mark.parametrize("resize", [None, 30, 1000])
+def test_bytes_pass_untouched(encode, format, extension, resize):
+    data = encode(_smooth(40, 30), format)
+    assert encode_for_shard(data, resize) == (extension, data)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"), [(900, 600, (96, 64)), (130, 1300, (64, 640)), (65, 65, (64, 64))]
+)
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_resize_is_the_exact_one_of_the_pixels(encode, height, width, expected, format):
+    image = (
+        _smooth(height, width) // 8 + _smooth(height, width)[..., :1] // 2
+    )  # little colour: JPEG halves its resolution
+    data = encode(image, format, **({"quality": 95} if format == "JPEG" else {}))
+    extension, small = encode_for_shard(data, 64, 95)
+    pixels = decode_image(small)
+    assert extension == "jpg" and small[:2] == b"\xff\xd8" and pixels.shape == (*expected, 3)
+    exact = Image.fromarray(image).resize(expected[::-1], Image.Resampling.BICUBIC)
+    assert np.abs(pixels.astype(int) - np.asarray(exact)).mean() < 3
+
+
+def test_modes():
+    image = Image.fromarray(_smooth(80, 60))
+    gray = encode_for_shard(_save(image.convert("L"), "PNG"), 30)[1]
+    assert Image.open(io.BytesIO(gray)).mode == "L"
+    for changed, format in (
+        (image.convert("CMYK"), "JPEG"),
+        (image.quantize(64), "PNG"),
+        (image.convert("RGBA"), "PNG"),
+    ):
+        data = _save(changed, format)
+        small = decode_image(encode_for_shard(data, 30)[1])
+        assert small.shape == (40, 30, 3)
+        assert np.abs(small.astype(int) - np.asarray(image.resize((30, 40)))).mean() < 12
+    deep = np.linspace(0, 65535, 80 * 60).astype(np.uint16).reshape(80, 60)
+    small = decode_image(encode_for_shard(_save(Image.fromarray(deep), "PNG"), 30)[1])
+    assert small[-2:].mean() > 245 and 120 < small.mean() < 135  # scaled, not clipped
+
+
+@pytest.mark.parametrize("format", ["BMP", "GIF", "TIFF"])
+def test_other_formats_become_png(format):
+    image = Image.fromarray(_smooth(20, 30)).quantize(64)
+    extension, data = encode_for_shard(_save(image if format == "GIF" else image.convert("RGB"), format))
+    assert extension == "png" and np.array_equal(decode_image(data), np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("resize", [None, 16])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[: len(data) // 2], "cannot be decoded"),
+        (lambda data: b"", "is not an image"),
+        (lambda data: b"<html></html>", "is not an image"),
+        (lambda data: data[:3], "is not an image"),
+    ],
+)
+def test_what_is_no_whole_image_is_refused(encode, damage, message, resize):
+    for format in ("JPEG", "PNG"):
+        with pytest.raises(ValueError, match=message):
+            encode_for_shard(damage(encode(_smooth(200, 100), format)), resize)

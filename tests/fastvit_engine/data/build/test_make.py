@@ -1,0 +1,525 @@
+import errno
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fastvit_engine.data.build.make as make_module
+from fastvit_engine.data.pixels.decode import decode_image
+from fastvit_engine.data.build.encode import encode_for_shard
+from fastvit_engine.data.shards.index import INDEX_NAME, open_index
+from fastvit_engine.data.build.make import UNFINISHED_NAME, make_dataset
+from fastvit_engine.data.shards.names import find_shards
+from fastvit_engine.data.stream.sequential import read_shard
+from fastvit_engine.errors import UserError
+
+CLASSES = {"ant": 20, "bee": 11, "cow": 5}
+
+
+@pytest.fixture
+def photos(tmp_path: Path, photo) -> Path:
+    for label, (name, count) in enumerate(CLASSES.items()):
+        folder = tmp_path / "photos" / name
+        folder.mkdir(parents=True)
+        for number in range(count):
+            (folder / f"{number}.jpg").write_bytes(photo(100 * label + number))
+    return tmp_path / "photos"
+
+
+def _make(source: Path | str, out: Path, **changes):
+    arguments = {"eval_fraction": 0.2, "samples_per_shard": 10, "workers": 2, "progress": lambda line: None} | changes
+    return make_dataset(str(source), out, **arguments)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """Files and their bytes; of the index, which also holds the time stamps of the shards, its hash."""
+    contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+    if INDEX_NAME in contents:
+        contents[INDEX_NAME] = open_index(folder / INDEX_NAME).hash.encode()
+    return contents
+
+
+def _samples(folder: Path, split: str) -> list[dict]:
+    return [sample for shard in find_shards(str(folder), split) for sample in read_shard(shard)]
+
+
+def _triples(folder: Path, split: str) -> list[tuple[str, bytes, str]]:
+    return [(sample["__key__"], sample["jpg"], sample["cls"].decode()) for sample in _samples(folder, split)]
+
+
+def test_splits_are_stratified_disjoint_and_whole(photos, tmp_path, photo):
+    made = _make(photos, tmp_path / "out")
+    train, held_out = (_triples(tmp_path / "out", split) for split in ("train", "eval"))
+    assert len(train) == made.info.train.samples and len(held_out) == made.info.eval.samples == 7
+    everything = train + held_out
+    assert len({key for key, _, _ in everything}) == 36
+    images = {photo(100 * label + n): str(label) for label, count in enumerate(CLASSES.values()) for n in range(count)}
+    assert {image: label for _, image, label in everything} == images
+    per_class = Counter(label for _, _, label in held_out)
+    for label, count in enumerate(CLASSES.values()):
+        assert abs(per_class[str(label)] - 0.2 * count) <= 1
+
+
+def test_samples_are_shuffled_over_classes(photos, tmp_path):
+    _make(photos, tmp_path / "out")
+    labels = [label for _, _, label in _triples(tmp_path / "out", "train")]
+    assert labels != sorted(labels) and len(set(labels[:10])) > 1
+
+
+def test_shards_are_balanced_and_described(photos, tmp_path):
+    _make(photos, tmp_path / "out", samples_per_shard=8)
+    info = json.loads((tmp_path / "out" / "dataset.json").read_text())
+    assert info["classes"] == list(CLASSES) and info["seed"] == 0 and info["options"]["resize"] is None
+    assert info["train"]["samples"] == 29 and len(info["train"]["shards"]) == 4  # ceil(29 / 8)
+    sizes = info["train"]["shards"].values()
+    assert sum(sizes) == 29 and max(sizes) - min(sizes) <= 1
+    for name, size in (info["train"]["shards"] | info["eval"]["shards"]).items():
+        assert len(list(read_shard(str(tmp_path / "out" / name)))) == size
+    assert set(_contents(tmp_path / "out")) == {
+        INDEX_NAME,
+        "dataset.json",
+        *info["train"]["shards"],
+        *info["eval"]["shards"],
+    }
+
+
+def test_output_is_reproducible_to_the_byte_with_any_number_of_workers(photos, tmp_path):
+    for name, seed, workers in (("a", 0, 1), ("b", 0, 3), ("c", 1, 1)):
+        _make(photos, tmp_path / name, seed=seed, workers=workers)
+    a, b, c = (_contents(tmp_path / name) for name in "abc")
+    assert a == b and a["train-000000.tar"] != c["train-000000.tar"]
+
+
+def test_eval_fraction_of_nothing_and_by_default(photos, tmp_path):
+    made = _make(photos, tmp_path / "none", eval_fraction=0.0)
+    assert made.info.train.samples == 36 and made.info.eval.shards == {}
+    made = _make(photos, tmp_path / "default", eval_fraction=None)
+    assert made.info.eval.samples == 4 and made.info.eval_fraction == 0.1
+
+
+def test_second_run_does_nothing(photos, tmp_path):
+    first = _make(photos, tmp_path / "out", eval_fraction=None)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    lines: list[str] = []
+    again = _make(photos, tmp_path / "out", eval_fraction=None, progress=lines.append)
+    assert again.already_made and not first.already_made and again.info == first.info
+    assert len(lines) == 1 and "already made" in lines[0]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_dataset_json_without_options_is_understood(photos, tmp_path):
+    _make(photos, tmp_path / "out")
+    path = tmp_path / "out" / "dataset.json"
+    old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("options", "failed")}
+    path.write_text(json.dumps(old))
+    assert _make(photos, tmp_path / "out").already_made
+
+
+CHANGES = [{"seed": 1}, {"eval_fraction": 0.3}, {"samples_per_shard": 9}, {"resize": 20}, {"dedup": True}]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_other_arguments_are_refused(photos, tmp_path, changes):
+    _make(photos, tmp_path / "out")
+    with pytest.raises(UserError, match=f"was made with {next(iter(changes))}"):
+        _make(photos, tmp_path / "out", **changes)
+
+
+def test_other_arguments_are_refused_for_an_unfinished_run(photos, tmp_path):
+    _make(photos, tmp_path / "out", plan_only=True)
+    with pytest.raises(UserError, match="is being made with seed 0, not 1"):
+        _make(photos, tmp_path / "out", seed=1)
+
+
+# --- stopped runs
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory, photo) -> Path:
+    """240 photos of 4 classes."""
+    folder = tmp_path_factory.mktemp("many")
+    for number in range(240):
+        path = folder / f"class{number % 4}" / f"{number}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(photo(number))
+    return folder
+
+
+def _start(source: Path, out: Path, **changes) -> multiprocessing.Process:
+    """A run in a process group of its own, as from a shell; slow enough to be met at work."""
+
+    def slowly(*arguments):
+        time.sleep(0.01)
+        return encode_for_shard(*arguments)
+
+    def run() -> None:
+        os.setsid()
+        make_module.encode_for_shard = slowly  # in this process only
+        _make(source, out, samples_per_shard=6, **changes)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def _receipts(out: Path) -> list[Path]:
+    return sorted((out / UNFINISHED_NAME / "receipts").glob("*.json"))
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(many, tmp_path):
+    _make(many, tmp_path / "whole", samples_per_shard=6)
+    rng = random.Random(0)
+    out = tmp_path / "out"
+    for attempt in range(8):
+        process = _start(many, out)
+        wanted = len(_receipts(out)) + attempt % 4 if attempt else 0  # the first time while it plans
+        while len(_receipts(out)) < wanted:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        if attempt % 2:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            os.kill(process.pid, signal.SIGKILL)  # the workers find out by themselves
+        process.join()
+        assert not (out / "dataset.json").exists()
+        for shard in list(out.glob("*.tar")):
+            assert shard.read_bytes() == (tmp_path / "whole" / shard.name).read_bytes()
+    assert len(_receipts(out)) >= 8
+    _make(many, out, samples_per_shard=6)
+    assert _contents(out) == _contents(tmp_path / "whole")
+
+
+def test_whole_shards_are_kept_and_others_made_again(many, tmp_path):
+    out = tmp_path / "out"
+    process = _start(many, out)
+    while len(_receipts(out)) <= 5:
+        assert process.is_alive()
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.join()
+    receipts = _receipts(out)
+    kept, cut = (out / receipt.stem for receipt in receipts[:2])
+    before = kept.stat().st_mtime_ns
+    cut.write_bytes(cut.read_bytes()[:-1])  # a receipt does not make a shard whole
+    lines: list[str] = []
+    _make(many, out, samples_per_shard=6, progress=lines.append)
+    assert f"{len(receipts) - 1} of 40 shards are whole" in lines[0]
+    assert kept.stat().st_mtime_ns == before
+    _make(many, tmp_path / "whole", samples_per_shard=6)
+    assert _contents(out) == _contents(tmp_path / "whole")
+
+
+def test_images_added_while_it_was_stopped_do_not_change_the_plan(photos, tmp_path, photo):
+    _make(photos, tmp_path / "whole")
+    _make(photos, tmp_path / "out", plan_only=True)
+    (photos / "ant" / "000.jpg").write_bytes(photo(999))
+    _make(photos, tmp_path / "out")
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
+
+
+def test_parts_make_the_shards_of_one_run(many, tmp_path):
+    _make(many, tmp_path / "whole", samples_per_shard=7)
+    out = tmp_path / "out"
+    lines: list[str] = []
+    for part in (3, 1, 4):
+        made = _make(many, out, samples_per_shard=7, part=(part, 4), progress=lines.append)
+        assert made.info is None and not (out / "dataset.json").exists()
+    assert "part 4 of 4 is whole, 9 shards are still to be made by others" in lines[-1]
+    names = {path.name for path in out.glob("*.tar")}
+    assert len(names) == 26 and names < set(_contents(tmp_path / "whole"))
+    assert _make(many, out, samples_per_shard=7, part=(2, 4)).info is not None
+    assert _contents(out) == _contents(tmp_path / "whole")
+    assert _make(many, out, samples_per_shard=7, part=(1, 4)).already_made
+
+
+def test_parts_at_the_same_time_and_one_run_over_what_a_part_left(many, tmp_path):
+    _make(many, tmp_path / "whole", samples_per_shard=6)
+    parts = [_start(many, tmp_path / "out", part=(part, 3), workers=1) for part in (1, 2, 3)]
+    for part in parts:
+        part.join()
+    assert [part.exitcode for part in parts] == [0, 0, 0]
+    assert _make(many, tmp_path / "out", samples_per_shard=6).info is not None  # finishes where none has seen all
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
+    _make(many, tmp_path / "rest", samples_per_shard=6, part=(2, 3))
+    _make(many, tmp_path / "rest", samples_per_shard=6)
+    assert _contents(tmp_path / "rest") == _contents(tmp_path / "whole")
+
+
+def test_a_worker_that_is_killed_is_an_error_and_not_a_hang(photos, tmp_path, monkeypatch):
+    def killed(*arguments):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(make_module, "encode_for_shard", killed)
+    with pytest.raises(UserError, match="a worker process was killed"):
+        _make(photos, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# --- what is refused
+
+
+def test_folder_of_someone_else_is_left_alone(photos, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "train-000000.tar").write_bytes(b"precious")
+    with pytest.raises(UserError, match="is not empty"):
+        _make(photos, out)
+    assert _contents(out) == {"train-000000.tar": b"precious"}
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_error_before_the_first_whole_shard_leaves_nothing_behind(photos, tmp_path, existed):
+    (photos / "bee" / "5.jpg").write_bytes(b"\xff\xd8 no image")
+    out = tmp_path / "out"
+    if existed:
+        out.mkdir()
+    with pytest.raises(UserError, match=r"bee/5\.jpg is not an image: repair it, or leave bad images out"):
+        _make(photos, out, samples_per_shard=100, eval_fraction=0.0)
+    assert (list(out.iterdir()) == []) if existed else not out.exists()
+
+
+def test_shard_without_a_receipt_is_removed_with_the_rest(photos, tmp_path, monkeypatch):
+    def stopped(*arguments) -> None:
+        assert (tmp_path / "out" / "train-000000.tar").exists()
+        raise UserError("stopped at the last moment")
+
+    monkeypatch.setattr(make_module, "_write_atomically", stopped)
+    with pytest.raises(UserError, match="stopped at the last moment"):
+        _make(photos, tmp_path / "out", samples_per_shard=100, eval_fraction=0.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_plan_outlives_errors_of_later_runs(photos, tmp_path):
+    _make(photos, tmp_path / "out", plan_only=True)
+    plan = {path.name: path.read_bytes() for path in (tmp_path / "out" / UNFINISHED_NAME / "plan").iterdir()}
+    bad = photos / "bee" / "5.jpg"
+    good = bad.read_bytes()
+    bad.write_bytes(b"")
+    for changes in ({"seed": 1}, {"samples_per_shard": 10}):
+        with pytest.raises(UserError, match="is being made with seed|is not an image"):
+            _make(photos, tmp_path / "out", **changes)
+        assert _contents(tmp_path / "out" / UNFINISHED_NAME / "plan") == plan
+    bad.write_bytes(good)
+    _make(photos, tmp_path / "out")
+    _make(photos, tmp_path / "whole")
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
+
+
+def test_bad_image_can_be_mended_and_the_run_goes_on(photos, tmp_path, photo):
+    _make(photos, tmp_path / "whole", samples_per_shard=3, workers=1)
+    later = next(iter(read_shard(str(tmp_path / "whole" / "train-000005.tar"))))["__key__"]
+    bad = sorted(photos.rglob("*.jpg"))[int(later[:8])]
+    good = bad.read_bytes()
+    bad.write_bytes(good[:-200])
+    with pytest.raises(UserError, match=rf"{bad} cannot be decoded \(.*truncated"):
+        _make(photos, tmp_path / "out", samples_per_shard=3, workers=1)
+    assert (tmp_path / "out" / "train-000004.tar").exists() and not list((tmp_path / "out").rglob("*.tmp"))
+    bad.write_bytes(good)
+    _make(photos, tmp_path / "out", samples_per_shard=3, workers=1)
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
+
+
+def test_failures_are_left_out_and_listed_up_to_a_share(photos, tmp_path):
+    (photos / "ant" / "3.jpg").write_bytes(b"<html>")
+    (photos / "bee" / "4.jpg").unlink()
+    (photos / "bee" / "4.jpg").symlink_to(photos / "nowhere.jpg")  # listed as no file: not an image of the source
+    (photos / "cow" / "1.jpg").write_bytes(b"")
+    lines: list[str] = []
+    made = _make(photos, tmp_path / "out", max_failed=0.06, progress=lines.append)
+    assert made.info.failed == 2 and made.info.train.samples + made.info.eval.samples == 33
+    assert "left out 2 images that failed (see failed.jsonl)" in lines[-1]
+    failed = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
+    assert {(Path(entry["image"]).name, entry["reason"]) for entry in failed} == {
+        ("3.jpg", "is not an image"),
+        ("1.jpg", "is not an image"),
+    }
+    counts = made.info.train.shards | made.info.eval.shards
+    assert all(len(list(read_shard(str(tmp_path / "out" / name)))) == count for name, count in counts.items())
+    with pytest.raises(
+        UserError, match=r"2 of \d+ images failed, more than --max-failed 0.05 allows; the last one, .*jpg"
+    ):
+        _make(photos, tmp_path / "less", max_failed=0.05)
+
+
+def test_disk_full_leaves_nothing_behind(photos, tmp_path, monkeypatch):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make_module.os, "fsync", full)
+        with pytest.raises(UserError, match=r"cannot write to .*out \(No space left on device\)"):
+            _make(photos, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_disk_full_keeps_whole_shards(photos, tmp_path, monkeypatch):
+    real, synced = os.fsync, []
+
+    def full_later(descriptor: int) -> None:
+        synced.append(descriptor)
+        if len(synced) > 4:  # two shards and their receipts
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    _make(photos, tmp_path / "out", plan_only=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(make_module.os, "fsync", full_later)
+        with pytest.raises(UserError, match="No space left"):
+            _make(photos, tmp_path / "out", workers=1)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        UNFINISHED_NAME,
+        "train-000000.tar",
+        "train-000001.tar",
+    ]
+    _make(photos, tmp_path / "out")
+    _make(photos, tmp_path / "whole")
+    assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
+
+
+def test_destination_that_cannot_be_written(photos, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write to .*file/out \(Not a directory\)"):
+        _make(photos, tmp_path / "file" / "out")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_destination(photos, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(UserError, match="Permission denied"):
+        _make(photos, tmp_path / "locked" / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_fraction": 1.0}, "--eval-fraction is 1.0"),
+        ({"eval_fraction": -0.1}, "--eval-fraction"),
+        ({"samples_per_shard": 0}, "--samples-per-shard is 0"),
+        ({"resize": 0}, "--resize is 0"),
+        ({"quality": 101}, "--quality is 101"),
+        ({"workers": 0}, "--workers is 0"),
+        ({"part": (0, 4)}, "--part is 0/4"),
+        ({"part": (5, 4)}, "--part is 5/4"),
+        ({"max_failed": 1.0}, "--max-failed is 1.0"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"format": "zip"}, "--format is zip: it must be one of cifar, class-tars"),
+        ({"eval_fraction": 0.001}, "36 images are too few"),
+    ],
+)
+def test_bad_arguments(photos, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        _make(photos, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+# --- what is done to images
+
+
+def test_resize_shrinks_large_images_only(tmp_path, photo, encode):
+    sizes = {"tall": (90, 60), "wide": (50, 200), "exact": (48, 70), "small": (20, 300)}
+    for name, (height, width) in sizes.items():
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        (tmp_path / "photos" / name / "a.jpg").write_bytes(photo(1, height, width))
+    rng = np.random.default_rng(0)
+    png = encode(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8), "PNG")
+    (tmp_path / "photos" / "tall" / "b.png").write_bytes(png)
+    _make(tmp_path / "photos", tmp_path / "out", resize=48, eval_fraction=0.0)
+    samples = {sample["__key__"]: sample for sample in _samples(tmp_path / "out", "train")}
+    assert [decode_image(samples[key]["jpg"]).shape[:2] for key in sorted(samples)] == [
+        (48, 70),
+        (20, 300),
+        (72, 48),
+        (48, 48),
+        (48, 192),
+    ]
+    assert samples["00000000_a"]["jpg"] == photo(1, 48, 70) and samples["00000001_a"]["jpg"] == photo(1, 20, 300)
+    bigger = _make(tmp_path / "photos", tmp_path / "high", resize=48, quality=99, eval_fraction=0.0)
+    assert sum((tmp_path / "high" / name).stat().st_size for name in bigger.info.train.shards) > sum(
+        path.stat().st_size for path in (tmp_path / "out").glob("*.tar")
+    )
+
+
+def test_extension_follows_the_content_and_other_formats_become_png(tmp_path, encode):
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+    (tmp_path / "photos" / "a").mkdir(parents=True)
+    (tmp_path / "photos" / "a" / "0.jpeg").write_bytes(encode(pixels, "PNG"))  # as one of ImageNet's is
+    (tmp_path / "photos" / "a" / "1.bmp").write_bytes(encode(pixels, "BMP"))
+    (tmp_path / "photos" / "a" / "2.webp").write_bytes(encode(pixels, "WEBP", lossless=True))
+    _make(tmp_path / "photos", tmp_path / "out", eval_fraction=0.0)
+    found = {s["__key__"]: s for s in _samples(tmp_path / "out", "train")}
+    extensions = [next(name for name in found[key] if name in ("jpg", "png", "webp", "bmp")) for key in sorted(found)]
+    assert extensions == ["png", "png", "webp"]
+    for key, extension in zip(sorted(found), extensions, strict=True):
+        assert np.array_equal(decode_image(found[key][extension]), pixels)
+
+
+def test_dedup_keeps_one_of_each_image(photos, tmp_path):
+    for copy in ("ant/0.jpg", "ant/1.jpg"):
+        (photos / "cow" / copy.replace("/", "-")).write_bytes((photos / copy).read_bytes())
+    lines: list[str] = []
+    made = _make(photos, tmp_path / "out", dedup=True, progress=lines.append)
+    assert made.info.duplicates == 2 and "left out 2 duplicates" in lines[-1]
+    found = _triples(tmp_path / "out", "train") + _triples(tmp_path / "out", "eval")
+    assert len(found) == 36 == len({image for _, image, _ in found})
+    labels = {image: label for _, image, label in found}
+    assert labels[(photos / "ant/0.jpg").read_bytes()] == "0"  # the first in the source's order
+    assert _make(photos, tmp_path / "both").info.train.samples == 30
+
+
+def test_dedup_takes_what_is_held_out_from_the_training_images(tmp_path, photo):
+    for split, numbers in (("train", (1, 2, 3, 4)), ("val", (3, 9))):
+        for number in numbers:
+            path = tmp_path / "photos" / split / "a" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(photo(number))
+    made = _make(tmp_path / "photos", tmp_path / "out", dedup=True, eval_fraction=None)
+    assert made.info.train.samples == 3 and made.info.eval.samples == 2 and made.info.eval_fraction is None
+    assert photo(3) in {image for _, image, _ in _triples(tmp_path / "out", "eval")}
+
+
+def test_own_split_refuses_a_fraction(tmp_path, photo):
+    for split in ("train", "test"):
+        (tmp_path / "photos" / split / "a").mkdir(parents=True)
+        (tmp_path / "photos" / split / "a" / "0.jpg").write_bytes(photo(0))
+    with pytest.raises(UserError, match="has an eval split of its own: leave out --eval-fraction"):
+        _make(tmp_path / "photos", tmp_path / "out")
+
+
+def test_memory_of_a_worker_does_not_hold_the_data(tmp_path):
+    """120 images of 0.5 MB: far more than a process grows by."""
+    source = tmp_path / "photos" / "a"
+    source.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        Image.fromarray(rng.integers(0, 256, (400, 400, 3), dtype=np.uint8)).save(source / f"{number}.png")
+    for number in range(8, 120):
+        os.link(source / f"{number % 8}.png", source / f"{number}.png")
+
+    def peak(pipe) -> None:
+        before = _peak_memory()
+        _make(tmp_path / "photos", tmp_path / "out", eval_fraction=0.0, samples_per_shard=60, workers=1)
+        pipe.send(_peak_memory(children=True) - before)
+
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=peak, args=(sender,))
+    process.start()
+    grown = receiver.recv()
+    process.join()
+    assert sum(path.stat().st_size for path in (tmp_path / "out").glob("*.tar")) > 55e6
+    assert grown < 20e6
+
+
+def _peak_memory(children: bool = False) -> int:
+    import resource
+
+    who = resource.RUSAGE_CHILDREN if children else resource.RUSAGE_SELF
+    return resource.getrusage(who).ru_maxrss * 1024

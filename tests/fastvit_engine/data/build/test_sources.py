@@ -1,0 +1,791 @@
+"""Every format of source, as a tiny instance of what people download."""
+
+import csv
+import gzip
+import io
+import json
+import pickle
+import struct
+import sys
+import tarfile
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastvit_engine.data.build.sources.reading as reading
+from fastvit_engine.data.pixels.decode import decode_image
+from fastvit_engine.data.build.make import make_dataset
+from fastvit_engine.data.shards.names import read_info
+from fastvit_engine.data.build.sources import list_source, list_with_eval, recognise
+from fastvit_engine.data.build.sources.context import Context, split_of_names
+from fastvit_engine.data.build.sources.listing import Listing
+from fastvit_engine.data.build.sources.reading import Reader
+from fastvit_engine.data.stream.sequential import read_shard
+from fastvit_engine.data.build.work_progress import WorkProgress
+from fastvit_engine.errors import UserError
+
+
+@pytest.fixture
+def context(tmp_path) -> Context:
+    return Context(tmp_path / "scratch", workers=2, progress=WorkProgress(quiet=True), say=lambda text: None)
+
+
+@pytest.fixture
+def listed(context) -> Callable[..., list[tuple]]:
+    """listed(source, **context) -> (name, class names, held out, image bytes) of every image, as recognised"""
+
+    def run(source: Path | str, format: str | None = None, **changes) -> list[tuple]:
+        for name, value in changes.items():
+            setattr(context, name, value)
+        return _rows(list_source(str(source), format, context))
+
+    return run
+
+
+def _rows(listing: Listing) -> list[tuple]:
+    reader = Reader(listing)
+    return [
+        (
+            listing.name(index),
+            [listing.classes[label] for label in listing.labels_of(index)],
+            bool(listing.held_out[index]),
+            reader.read(index).image,
+        )
+        for index in range(len(listing))
+    ]
+
+
+def _tar(members: list[tuple[str, bytes]], mode: str = "w") -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+# --- scikit-learn's digits
+
+
+def test_digits_are_lossless(listed):
+    sklearn = pytest.importorskip("sklearn.datasets")
+    scans, labels = sklearn.load_digits(return_X_y=True)
+    rows = listed("digits")
+    assert [label for _, (label,), _, _ in rows] == [str(label) for label in labels]
+    assert len({name for name, *_ in rows}) == 1797
+    for index in (0, 5, 1796):
+        pixels = decode_image(rows[index][3])
+        expected = np.rint(scans[index].reshape(8, 8) * 255 / 16)
+        assert pixels.shape == (8, 8, 3) and all(np.array_equal(pixels[..., c], expected) for c in range(3))
+
+
+def test_digits_without_scikit_learn(listed, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match="pip install scikit-learn"):
+        listed("digits")
+
+
+# --- folders
+
+
+def _files(folder: Path, names: tuple[str, ...], photo) -> None:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo(len(name)))
+
+
+def test_folder(listed, tmp_path, photo):
+    names = ("dog/b.JPG", "dog/deep/a.x.jpeg", "cat/z.jpg", "cat/a.jpg", "cat/notes.txt", ".git/x.jpg", "cat/.h/x.jpg")
+    _files(tmp_path / "in", names, photo)
+    assert [row[:3] for row in listed(tmp_path / "in")] == [
+        ("cat/a.jpg", ["cat"], False),
+        ("cat/z.jpg", ["cat"], False),
+        ("dog/b.JPG", ["dog"], False),
+        ("dog/deep/a.x.jpeg", ["dog"], False),
+    ]
+    assert listed(tmp_path / "in")[0][3] == photo(len("cat/a.jpg"))
+
+
+def test_keys_have_no_dot_and_are_unique(tmp_path, photo):
+    _files(tmp_path / "in", ("dog/a.x.jpeg", "cat/a.x.jpg"), photo)
+    made = make_dataset(str(tmp_path / "in"), tmp_path / "out", eval_fraction=0, workers=1, progress=lambda line: None)
+    keys = {s["__key__"] for name in made.info.train.shards for s in read_shard(str(tmp_path / "out" / name))}
+    assert keys == {"00000000_a_x", "00000001_a_x"}
+
+
+def test_folder_of_splits(listed, tmp_path, photo):
+    _files(tmp_path / "in", ("train/dog/1.jpg", "train/cat/1.jpg", "val/dog/7.jpg"), photo)
+    assert [row[:3] for row in listed(tmp_path / "in")] == [
+        ("cat/1.jpg", ["cat"], False),
+        ("dog/1.jpg", ["dog"], False),
+        ("dog/7.jpg", ["dog"], True),
+    ]
+    _files(tmp_path / "in", ("val/emu/7.jpg",), photo)
+    with pytest.raises(UserError, match="label 'emu', which is neither one of the 2 class names"):
+        listed(tmp_path / "in", classes=None)
+
+
+def test_folders_that_cannot_serve(listed, tmp_path, photo):
+    with pytest.raises(UserError, match="no folder or file"):
+        listed(tmp_path / "nowhere")
+    (tmp_path / "in").mkdir()
+    for _ in range(2):
+        with pytest.raises(UserError, match="has no sub-folders"):
+            listed(tmp_path / "in")
+        (tmp_path / "in" / "flat.jpg").write_bytes(photo(0))
+    (tmp_path / "in" / "cat").mkdir()
+    with pytest.raises(UserError, match=r"class folder .*cat holds no image"):
+        listed(tmp_path / "in")
+
+
+def test_given_class_names_set_the_order(context, tmp_path, photo):
+    _files(tmp_path / "in", ("dog/1.jpg", "cat/1.jpg"), photo)
+    context.classes = ["dog", "emu", "cat"]
+    listing = list_source(str(tmp_path / "in"), None, context)
+    assert listing.classes == ["dog", "emu", "cat"] and listing.labels.tolist() == [2, 0]
+
+
+# --- tars of ImageNet
+
+
+@pytest.fixture
+def class_tars(photo) -> dict[str, bytes]:
+    """A tar for each of three classes, with 1, 2, and 3 images."""
+    return {
+        wnid: _tar([(f"{wnid}_{n}.JPEG", photo(10 * label + n)) for n in range(label + 1)])
+        for label, wnid in enumerate(("n001", "n002", "n003"))
+    }
+
+
+EXPECTED = [("n001_0.JPEG", "n001", 0), ("n002_0.JPEG", "n002", 10), ("n002_1.JPEG", "n002", 11)]
+EXPECTED += [(f"n003_{n}.JPEG", "n003", 20 + n) for n in range(3)]
+
+
+@pytest.mark.parametrize("form", ["folder", "nested", "nested deep", "nested gzipped", "folder gzipped"])
+def test_class_tars(listed, tmp_path, class_tars, photo, form):
+    source = tmp_path / "in"
+    if form.startswith("folder"):
+        source.mkdir()
+        for wnid, content in reversed(class_tars.items()):
+            (source / f"{wnid}.tar").write_bytes(gzip.compress(content) if form.endswith("gzipped") else content)
+    else:
+        source = tmp_path / "winter21_whole.tar.gz"  # gzipped or not, the name is the same
+        folder = "winter21_whole/" if form == "nested deep" else ""
+        members = [(f"{folder}{wnid}.tar", content) for wnid, content in reversed(class_tars.items())]
+        source.write_bytes(_tar(members, "w:gz" if form.endswith("gzipped") else "w"))
+    assert recognise(str(source)) == "class-tars"
+    assert listed(source) == [(name, [wnid], False, photo(number)) for name, wnid, number in EXPECTED]
+    assert (tmp_path / "scratch").exists() == form.endswith("gzipped")  # nothing else is unpacked
+
+
+def test_class_tars_with_long_names(listed, tmp_path, photo):
+    name = "a" * 150 + ".JPEG"
+    for format in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
+        with tarfile.open(tmp_path / "all.tar", "w", format=format) as tar:
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w", format=format) as class_tar:
+                info = tarfile.TarInfo(name)
+                info.size = len(photo(3))
+                class_tar.addfile(info, io.BytesIO(photo(3)))
+            info = tarfile.TarInfo("n001.tar")
+            info.size = len(inner.getvalue())
+            tar.addfile(info, io.BytesIO(inner.getvalue()))
+        assert listed(tmp_path / "all.tar") == [(name, ["n001"], False, photo(3))]
+
+
+def test_damaged_class_tars(listed, tmp_path, class_tars):
+    whole = _tar([(f"{wnid}.tar", content) for wnid, content in class_tars.items()])
+    path = tmp_path / "all.tar"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"all\.tar is damaged or unreadable"):
+        listed(path)
+    start = whole.index(b"n002_1.JPEG")  # the second header of the class
+    path.write_bytes(whole[:start] + b"\xff" * 300 + whole[start + 300 :])
+    with pytest.raises(UserError, match=r"all\.tar is damaged or unreadable \(bad checksum at byte"):
+        listed(path)
+    path.write_bytes(whole[:start] + bytes(512) + whole[start + 512 :])  # looks like the end of the class
+    with pytest.raises(UserError, match="data after the end of the archive"):
+        listed(path)
+    path.write_bytes(_tar([("n001.tar", class_tars["n001"]), ("n002.tar", _tar([]))]))
+    with pytest.raises(UserError, match=r"class tar n002\.tar in .* holds no image"):
+        listed(path)
+
+
+VALIDATION = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 5)]
+
+
+@pytest.fixture
+def validation(tmp_path, photo) -> Path:
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "ILSVRC2012_img_val.tar"
+    path.write_bytes(_tar([(name, photo(90 + n)) for n, name in reversed(list(enumerate(VALIDATION)))]))
+    return path
+
+
+def _meta() -> bytes:
+    """meta.mat: ids that are not in the order of the WordNet ids, and one for a group of classes."""
+    savemat = pytest.importorskip("scipy.io").savemat
+    kind = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("num_children", "f8")]
+    rows = [(1, "n003", "c", 0), (2, "n001", "a", 0), (3, "n002", "b", 0), (4, "n900", "group", 3)]
+    buffer = io.BytesIO()
+    savemat(buffer, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
+    return buffer.getvalue()
+
+
+def test_imagenet_folder_with_devkit(listed, tmp_path, class_tars, validation, photo):
+    (tmp_path / "in" / "ILSVRC2012_img_train.tar").write_bytes(_tar([(f"{w}.tar", c) for w, c in class_tars.items()]))
+    with pytest.raises(UserError, match=r"has ILSVRC2012_img_val\.tar but not its labels: put ILSVRC2012_devkit"):
+        listed(tmp_path / "in")
+    data = "ILSVRC2012_devkit_t12/data"
+    members = [(f"{data}/meta.mat", _meta()), (f"{data}/ILSVRC2012_validation_ground_truth.txt", b"3\n1\n1\n2\n")]
+    (tmp_path / "in" / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(_tar(members, "w:gz"))
+    rows = listed(tmp_path / "in", labels=None, classes=None)
+    assert rows[:6] == [(name, [wnid], False, photo(number)) for name, wnid, number in EXPECTED]
+    assert [row[:3] for row in rows[6:]] == [
+        (name, [wnid], True) for name, wnid in zip(VALIDATION, ("n002", "n003", "n003", "n001"), strict=True)
+    ]
+    assert [row[3] for row in rows[6:]] == [photo(90 + n) for n in range(4)]
+
+
+def test_flat_tar_with_labels_in_several_forms(listed, tmp_path, validation):
+    labels = tmp_path / "labels.txt"
+    by_name = "\n".join(f"{name} {label}" for name, label in zip(VALIDATION, (2, 0, 0, 1), strict=True))
+    reversed_lines = "\n".join(reversed(by_name.splitlines()))
+    for text in ("2\n0\n0\n1\n", "cat\nant\nant\nbee\n", by_name, reversed_lines, reversed_lines.replace(" ", ",")):
+        labels.write_text(text)
+        rows = listed(validation, labels=str(labels), classes=["ant", "bee", "cat"])
+        assert [(name, label) for name, (label,), _, _ in rows] == list(
+            zip(VALIDATION, ("cat", "ant", "ant", "bee"), strict=True)
+        )
+
+
+def test_ground_truth_beside_meta_mat(listed, tmp_path, validation):
+    truth = tmp_path / "ILSVRC2012_validation_ground_truth.txt"
+    truth.write_text("3\n1\n1\n2\n")
+    with pytest.raises(UserError, match=r"numbers the classes as the devkit's meta\.mat says"):
+        listed(validation, labels=str(truth))
+    (tmp_path / "meta.mat").write_bytes(_meta())
+    assert [row[1] for row in listed(validation, labels=str(truth))] == [["n002"], ["n003"], ["n003"], ["n001"]]
+    truth.write_text("3\n1\n1\n7\n")
+    with pytest.raises(UserError, match=r"has the label 7, which meta\.mat does not know"):
+        listed(validation, labels=str(truth))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (None, "holds images without labels: name the file of their labels with --labels"),
+        ("0\n1\n", "has 2 labels for the 4 images"),
+        ("0\n1\n2\n3\n", "has the label '3', which is neither one of the 3 class names nor an index"),
+        ("a.JPEG 1\nb.JPEG 1\nc.JPEG 1\nd.JPEG 1\n", "has no label for ILSVRC2012_val_00000001.JPEG"),
+    ],
+)
+def test_labels_that_do_not_match(listed, tmp_path, validation, labels, message):
+    path = tmp_path / "labels.txt"
+    path.write_text(labels or "")
+    with pytest.raises(UserError, match=message):
+        listed(validation, labels=str(path) if labels else None, classes=["ant", "bee", "cat"])
+    with pytest.raises(UserError, match=r"file of labels .*none\.txt cannot be read"):
+        listed(validation, labels=str(tmp_path / "none.txt"))
+
+
+def test_eval_split_from_another_source(context, tmp_path, class_tars, validation):
+    (tmp_path / "train.tar").write_bytes(_tar([(f"{wnid}.tar", content) for wnid, content in class_tars.items()]))
+    (tmp_path / "val.txt").write_text("2\n0\nn002\n1\n")
+    listing = list_with_eval(str(tmp_path / "train.tar"), None, str(validation), str(tmp_path / "val.txt"), context)
+    rows = _rows(listing)
+    assert [row[2] for row in rows] == [False] * 6 + [True] * 4
+    assert [row[1] for row in rows[6:]] == [["n003"], ["n001"], ["n002"], ["n002"]]
+
+
+# --- CIFAR
+
+
+def _old_pickle(content: dict) -> bytes:
+    """As CIFAR's files are: protocol 2, strings as bytes, NumPy's functions under their old module name."""
+    text = pickle.dumps(content, protocol=2)
+    return text.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+@pytest.fixture
+def cifar(tmp_path) -> tuple[Path, np.ndarray]:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 3, 32, 32), dtype=np.uint8)
+    for number, name in enumerate(("data_batch_1", "data_batch_2", "test_batch")):
+        part = pixels[2 * number : 2 * number + 2].reshape(2, 3072)
+        (folder / name).write_bytes(_old_pickle({b"data": part, b"labels": [number, 1], b"batch_label": b"x"}))
+    (folder / "batches.meta").write_bytes(_old_pickle({b"label_names": [b"ant", b"bee", b"cat"]}))
+    return folder, pixels.transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cifar_10(listed, tmp_path, cifar, packed):
+    source, pixels = cifar
+    if packed:
+        with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as tar:
+            tar.add(source, arcname=source.name)
+        source = tmp_path / "cifar-10-python.tar.gz"
+    assert recognise(str(source)) == "cifar"
+    rows = listed(source)
+    assert [row[1:3] for row in rows] == [
+        *[([label], False) for label in ("ant", "bee", "bee", "bee")],
+        (["cat"], True),
+        (["bee"], True),
+    ]
+    assert all(np.array_equal(decode_image(row[3]), image) for row, image in zip(rows, pixels, strict=True))
+
+
+def test_cifar_100_has_fine_labels(listed, tmp_path):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    data = np.zeros((2, 3072), np.uint8)
+    for name in ("train", "test"):
+        batch = {b"data": data, b"fine_labels": [1, 0], b"coarse_labels": [0, 0]}
+        (folder / name).write_bytes(_old_pickle(batch))
+    (folder / "meta").write_bytes(_old_pickle({b"fine_label_names": [b"a", b"b"], b"coarse_label_names": [b"c"]}))
+    assert [row[1:3] for row in listed(folder)] == [(["b"], False), (["a"], False), (["b"], True), (["a"], True)]
+
+
+def test_pickles_that_would_run_something_do_not(listed, cifar, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "touched",)
+
+    source, _ = cifar
+    (source / "data_batch_1").write_bytes(pickle.dumps({b"data": Evil()}, protocol=2))
+    with pytest.raises(UserError, match=r"data_batch_1 of .* is not one of CIFAR's pickles \(it asks for "):
+        listed(source)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0]}, "has 1 labels for 2 images"),
+        ({b"data": np.zeros((2, 3072), np.float32), b"labels": [0, 0]}, "no uint8 array of 3,072 columns"),
+        ({b"data": np.zeros((2, 3072), np.uint8), b"labels": [0, 3]}, "has the label '3'"),
+        ([1, 2], "it is no dictionary"),
+    ],
+)
+def test_damaged_cifar(listed, cifar, batch, message):
+    source, _ = cifar
+    (source / "data_batch_2").write_bytes(_old_pickle(batch))
+    with pytest.raises(UserError, match=message):
+        listed(source)
+
+
+# --- MNIST and its kin
+
+
+def _idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def mnist(tmp_path) -> tuple[Path, np.ndarray]:
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    for name, part, labels in (("train", pixels[:3], (7, 0, 2)), ("t10k", pixels[3:], (1, 7))):
+        images, digits = _idx(part), _idx(np.array(labels, np.uint8))
+        if name == "train":
+            (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(images))
+            (folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(digits))
+        else:
+            (folder / "t10k-images-idx3-ubyte").write_bytes(images)
+            (folder / "t10k-labels-idx1-ubyte").write_bytes(digits)
+    return folder, pixels
+
+
+def test_idx(listed, mnist):
+    source, pixels = mnist
+    rows = listed(source)
+    assert [row[1:3] for row in rows] == [(["7"], False), (["0"], False), (["2"], False), (["1"], True), (["7"], True)]
+    for row, image in zip(rows, pixels, strict=True):
+        assert np.array_equal(decode_image(row[3]), np.repeat(image[:, :, None], 3, axis=2))
+    assert rows[0][3][:4] == b"\x89PNG"
+
+
+def test_damaged_idx(listed, mnist):
+    source, _ = mnist
+    labels = source / "t10k-labels-idx1-ubyte"
+    for content, message in (
+        (_idx(np.zeros(3, np.uint8)), "has 3 labels for the 2 images"),
+        (_idx(np.zeros(2, np.uint8))[:-1], r"has 1 bytes of data where \(2,\) are announced"),
+        (b"<html>", "is not an idx file of 1-dimensional bytes"),
+    ):
+        labels.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            listed(source)
+    labels.unlink()
+    with pytest.raises(UserError, match="has no file of labels t10k-labels-idx1-ubyte"):
+        listed(source)
+
+
+# --- Parquet
+
+
+def _parquet(path: Path, rows: list[dict], features: dict | None, groups: int = 2) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.Table.from_pylist(rows)
+    if features is not None:
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table, path, row_group_size=groups)
+
+
+CLASS_LABEL = {"names": ["ant", "bee", "cat"], "_type": "ClassLabel"}
+
+
+def _image_rows(photo, labels: list, first: int = 0, column: str = "label") -> list[dict]:
+    return [
+        {"image": {"bytes": photo(first + n), "path": f"{first + n}.jpg"}, column: label}
+        for n, label in enumerate(labels)
+    ]
+
+
+def test_parquet_of_hugging_face(listed, tmp_path, photo):
+    features = {"image": {"_type": "Image"}, "label": CLASS_LABEL}
+    data = tmp_path / "in" / "data"
+    _parquet(data / "train-00000-of-00002.parquet", _image_rows(photo, [2, 0, 1]), features)
+    _parquet(data / "train-00001-of-00002.parquet", _image_rows(photo, [1], 3), features)
+    _parquet(data / "validation-00000-of-00001.parquet", _image_rows(photo, [0, 2], 10), features)
+    _parquet(data / "test-00000-of-00001.parquet", _image_rows(photo, [-1], 20), features)  # labels kept secret
+    said: list[str] = []
+    rows = listed(tmp_path / "in", say=said.append)
+    assert [row[1:] for row in rows] == [
+        (["cat"], False, photo(0)),
+        (["ant"], False, photo(1)),
+        (["bee"], False, photo(2)),
+        (["bee"], False, photo(3)),
+        (["ant"], True, photo(10)),
+        (["cat"], True, photo(11)),
+    ]
+    assert "left out test-00000-of-00001.parquet" in said[0]
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        {"feature": CLASS_LABEL, "_type": "Sequence"},
+        {"feature": CLASS_LABEL, "_type": "List"},
+        [CLASS_LABEL],
+    ],
+)
+def test_parquet_with_several_labels(context, tmp_path, photo, feature):
+    rows = _image_rows(photo, [[0, 2], [1], []], column="tags")
+    _parquet(tmp_path / "all.parquet", rows, {"image": {"_type": "Image"}, "tags": feature})
+    listing = list_source(str(tmp_path / "all.parquet"), None, context)
+    assert listing.classes == ["ant", "bee", "cat"] and listing.multi_label
+    assert [listing.labels_of(n) for n in range(3)] == [[0, 2], [1], []]
+
+
+def test_parquet_without_metadata(listed, tmp_path, photo):
+    rows = [{"img": photo(n), "species": name} for n, name in enumerate(("wolf", "fox"))]
+    _parquet(tmp_path / "all.parquet", rows, None)
+    with pytest.raises(UserError, match="has no column of labels, only img, species: name it with --labels COLUMN"):
+        listed(tmp_path / "all.parquet")
+    found = listed(tmp_path / "all.parquet", labels="species")
+    assert [row[1:] for row in found] == [(["wolf"], False, photo(0)), (["fox"], False, photo(1))]
+
+
+def test_parquet_that_cannot_serve(listed, tmp_path, photo, monkeypatch):
+    path = tmp_path / "all.parquet"
+    _parquet(path, _image_rows(photo, [0, None]), None)
+    with pytest.raises(UserError, match=r"row 1 of .*all\.parquet has no label"):
+        listed(path)
+    _parquet(path, [{"image": {"bytes": None, "path": "a.jpg"}, "label": 0}], None)
+    with pytest.raises(UserError, match="row 0 of .* has no image bytes in 'image': embed the images"):
+        listed(path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match="cannot be read as Parquet"):
+        listed(path)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"need pyarrow: pip install 'fastvit-engine\[parquet\]'"):
+        listed(path)
+
+
+# --- lists
+
+
+def test_csv_and_jsonl(listed, tmp_path, photo):
+    for number in range(3):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(photo(number))
+    lines = [(f"images/{n}.jpg", label) for n, label in enumerate(("fox", "ant, red", "fox"))]
+    with open(tmp_path / "list.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "label"), *lines])
+    (tmp_path / "list.tsv").write_text("label\tfilename\n" + "".join(f"{label}\t{name}\n" for name, label in lines))
+    rows = [json.dumps({"image": str(tmp_path / name), "class": label}) for name, label in lines]
+    (tmp_path / "list.jsonl").write_text("\n".join(rows) + "\n\n")
+    for name in ("list.csv", "list.tsv", "list.jsonl"):
+        found = listed(tmp_path / name)
+        assert [row[1:] for row in found] == [
+            (["fox"], False, photo(0)),
+            (["ant, red"], False, photo(1)),
+            (["fox"], False, photo(2)),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "expected"),
+    [
+        ("path,label\na,3\nb,0\n", ["0", "1", "2", "3"], [[3], [0]]),
+        ("path,labels\na,fox;ant\nb,ant\nc,[]\n", ["ant", "fox"], [[1, 0], [0], []]),
+        ('path,labels\na,"[2, 0]"\nb,1\n', ["0", "1", "2"], [[2, 0], [1]]),
+    ],
+)
+def test_labels_by_index_and_by_name(context, tmp_path, text, classes, expected):
+    (tmp_path / "list.csv").write_text(text)
+    listing = list_source(str(tmp_path / "list.csv"), None, context)
+    assert listing.classes == classes and listing.multi_label == any(len(labels) != 1 for labels in expected)
+    assert [listing.labels_of(n) for n in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "name,label\nx,1\n", r"line 2 of .*a\.csv has no path or url or .*, only name, label"),
+        ("a.csv", "path,label\nx,1\n,2\n", r"line 3 of .*a\.csv has no path"),
+        ("a.csv", "path,label\nx,1\ny,\n", r"line 3 of .*a\.csv has no label"),
+        ("a.csv", "path,label\n", "holds no image"),
+        ("a.jsonl", '{"path": "x", "label": 1}\n{"path"\n', r"line 2 of .*a\.jsonl is not JSON"),
+        ("a.jsonl", "[1]\n", "line 1 of .* is not a JSON object"),
+        ("a.jsonl", '{"path": "x", "label": 1}\n{"path": "y"}\n', "line 2 of .* has no label"),
+    ],
+)
+def test_lists_that_cannot_serve(listed, tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        listed(tmp_path / name)
+
+
+def test_several_labels_reach_the_shards(tmp_path, photo):
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(photo(number))
+    (tmp_path / "list.csv").write_text("path,labels\n0.jpg,fox;ant\n1.jpg,ant\n2.jpg,bee;fox;ant\n3.jpg,[]\n")
+    out = tmp_path / "out"
+    made = make_dataset(str(tmp_path / "list.csv"), out, eval_fraction=0, workers=1, progress=lambda line: None)
+    assert made.info.classes == ["ant", "bee", "fox"]
+    found = {s["__key__"]: s for s in read_shard(str(out / "train-000000.tar"))}
+    assert {key: (s.get("cls"), json.loads(s["json"])) for key, s in found.items()} == {
+        "00000000_0": (b"2", {"labels": [2, 0]}),
+        "00000001_1": (b"0", {"labels": [0]}),
+        "00000002_2": (b"1", {"labels": [1, 2, 0]}),
+        "00000003_3": (None, {"labels": []}),
+    }
+
+
+# --- URLs
+
+
+@pytest.fixture
+def server(photo) -> Iterator[tuple[str, dict[str, int]]]:
+    """An HTTP server, and how often each path was asked for: /N.jpg is a photo, others fail in their ways."""
+    asked: dict[str, int] = {}
+    lock = threading.Lock()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            with lock:
+                asked[self.path] = times = asked.get(self.path, 0) + 1
+            name = self.path.strip("/").partition("?")[0]
+            if name == "gone.jpg":
+                self.send_error(404)
+            elif name == "down.jpg" or (name == "flaky.jpg" and times < 3):
+                self.send_error(503)
+            elif name == "cut.jpg":
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b"x" * 10)
+            elif name == "slow.jpg":
+                stop.wait(5)
+            else:
+                body = photo(7 if name == "flaky.jpg" else int(name.removesuffix(".jpg")))
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    stop = threading.Event()
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    yield f"http://127.0.0.1:{http.server_port}", asked
+    stop.set()
+    http.shutdown()
+    thread.join()
+    http.server_close()
+
+
+def test_download_retries_what_may_pass(server, photo, monkeypatch):
+    monkeypatch.setattr(reading, "_RETRY_WAITS", (0.0, 0.0, 0.0))
+    url, asked = server
+    assert reading.download(f"{url}/flaky.jpg", 5) == photo(7) and asked["/flaky.jpg"] == 3
+    for name, message, times in (
+        ("gone.jpg", "HTTP 404", 1),
+        ("down.jpg", "HTTP 503", 4),
+        ("cut.jpg", "IncompleteRead", 4),
+        ("slow.jpg", "timed out", 4),
+    ):
+        with pytest.raises(OSError, match=message):
+            reading.download(f"{url}/{name}", 0.1 if name == "slow.jpg" else 5)
+        assert asked[f"/{name}"] == times
+    with pytest.raises(OSError):
+        reading.download("http://127.0.0.1:9/none.jpg", 5)
+
+
+def test_list_of_urls_end_to_end(server, tmp_path, photo, monkeypatch):
+    monkeypatch.setattr(reading, "_RETRY_WAITS", (0.0, 0.0, 0.0))
+    url, _ = server
+    (tmp_path / "local.jpg").write_bytes(photo(99))
+    names = [f"{url}/{n}.jpg?size=large.x" for n in range(30)] + [f"{url}/gone.jpg", f"{url}/flaky.jpg", "local.jpg"]
+    (tmp_path / "list.csv").write_text("url,label\n" + "".join(f"{name},{n % 2}\n" for n, name in enumerate(names)))
+    arguments = {"eval_fraction": 0.0, "samples_per_shard": 20, "workers": 2, "progress": lambda line: None}
+    made = make_dataset(str(tmp_path / "list.csv"), tmp_path / "out", max_failed=0.05, **arguments)
+    assert made.info.train.samples == 32 and made.info.failed == 1
+    failed = json.loads((tmp_path / "out" / "failed.jsonl").read_text())
+    assert failed == {"image": f"{url}/gone.jpg", "reason": "cannot be read (HTTP 404 Not Found)"}
+    found = {s["__key__"]: s for name in made.info.train.shards for s in read_shard(str(tmp_path / "out" / name))}
+    by_index = {int(key[:8]): s for key, s in found.items()}
+    expected = {n: photo(n) for n in range(30)} | {31: photo(7), 32: photo(99)}
+    assert {n: s["jpg"] for n, s in by_index.items()} == expected
+    assert all(s["cls"] == str(n % 2).encode() for n, s in by_index.items())
+    with pytest.raises(UserError, match=r"gone\.jpg cannot be read \(HTTP 404 Not Found\)"):
+        make_dataset(str(tmp_path / "list.csv"), tmp_path / "none", **arguments)
+    with pytest.raises(UserError, match="--dedup reads every image twice"):
+        make_dataset(str(tmp_path / "list.csv"), tmp_path / "other", dedup=True, **arguments)
+
+
+# --- shards made anew
+
+
+def test_webdataset_keeps_images_json_and_labels(listed, context, tmp_path, photo, write_tar):
+    (tmp_path / "in").mkdir()
+    write_tar(
+        tmp_path / "in" / "b.tar",
+        [("x/s1.jpg", photo(1)), ("x/s1.cls", b"2"), ("x/s1.json", b'{"text": "hi"}'), ("x/s1.txt", b"hi")],
+    )
+    write_tar(tmp_path / "in" / "c.tar.gz", [("s3.json", b'{"label": "1"}'), ("s3.png", photo(3))])
+    assert recognise(str(tmp_path / "in")) == "webdataset"
+    assert listed(tmp_path / "in") == [
+        ("x/s1", ["2"], False, photo(1)),
+        ("s3", ["1"], False, photo(3)),
+    ]
+    out = tmp_path / "out"
+    make_dataset(str(tmp_path / "in"), out, eval_fraction=0, workers=1, progress=lambda line: None)
+    found = {s["__key__"]: s for s in read_shard(str(out / "train-000000.tar"))}
+    assert set(found) == {"00000000_s1", "00000001_s3"}
+    assert found["00000000_s1"]["json"] == b'{"text": "hi"}' and found["00000000_s1"]["cls"] == b"2"
+    assert found["00000001_s3"]["jpg"] == photo(3) and found["00000001_s3"]["cls"] == b"1"
+
+
+def test_webdataset_of_our_own_keeps_split_and_classes(listed, tmp_path, photo):
+    _files(tmp_path / "in", tuple(f"{name}/{n}.jpg" for name in ("ant", "bee") for n in range(10, 20)), photo)
+    make_dataset(str(tmp_path / "in"), tmp_path / "a", eval_fraction=0.3, samples_per_shard=4, workers=2)
+    rows = listed(tmp_path / "a")
+    assert sum(row[2] for row in rows) == 6 and {row[1][0] for row in rows} == {"ant", "bee"}
+    made = make_dataset(str(tmp_path / "a"), tmp_path / "b", samples_per_shard=100, seed=5, workers=2)
+    assert made.info.classes == ["ant", "bee"] and made.info.eval.samples == 6 and len(made.info.train.shards) == 1
+    assert read_info(tmp_path / "b").eval_fraction is None
+
+
+def test_webdataset_with_several_labels_and_splits_by_name(context, tmp_path, photo, write_tar):
+    for name in ("train-0", "train-1", "val-0"):
+        labels = [1, 0] if name == "train-0" else [2]
+        members = [("s.jpg", photo(1)), ("s.json", json.dumps({"labels": labels, "id": name}).encode())]
+        (tmp_path / "in").mkdir(exist_ok=True)
+        write_tar(tmp_path / "in" / f"{name}.tar", members)
+    listing = list_source(str(tmp_path / "in"), None, context)
+    assert [listing.labels_of(n) for n in range(3)] == [[1, 0], [2], [2]]
+    assert listing.held_out.tolist() == [False, False, True] and listing.multi_label
+    make_dataset(str(tmp_path / "in"), tmp_path / "out", workers=1, progress=lambda line: None)
+    (sample,) = read_shard(str(tmp_path / "out" / "eval-000000.tar"))
+    assert json.loads(sample["json"]) == {"labels": [2], "id": "val-0"} and sample["cls"] == b"2"
+
+
+def test_labels_of_the_eval_source_are_mapped_by_name(context, tmp_path, photo):
+    _files(tmp_path / "a", ("emu/1.jpg", "fox/1.jpg", "ant/1.jpg"), photo)
+    _files(tmp_path / "b", ("emu/e.jpg", "fox/f.jpg"), photo)
+    make_dataset(str(tmp_path / "b"), tmp_path / "shards", eval_fraction=0, workers=1, progress=lambda line: None)
+    listing = list_with_eval(str(tmp_path / "a"), None, str(tmp_path / "shards"), None, context)
+    names = {listing.name(n): listing.classes[listing.labels_of(n)[0]] for n in range(3, 5)}
+    assert listing.classes == ["ant", "emu", "fox"] and listing.held_out.tolist() == [False] * 3 + [True] * 2
+    assert sorted((name.rpartition("_")[2], label) for name, label in names.items()) == [("e", "emu"), ("f", "fox")]
+
+
+def test_webdataset_by_pattern(listed, shards):
+    rows = listed(f"{shards}/part-{{0..1}}.tar")
+    assert [row[0] for row in rows] == [f"s{n:03d}" for n in range(8)]
+    with pytest.raises(UserError, match=r"there is no shard .*part-9\.tar"):
+        listed(f"{shards}/part-{{1,9}}.tar")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("a.cls", b"1"), ("b.jpg", b"x")], "sample 'a' of shard .* has no image, only"),
+        ([("a.jpg", b"x"), ("a.txt", b"x")], "neither a 'cls' member nor labels"),
+        ([("a.jpg", b"x"), ("a.json", b"{")], "has a label that cannot be read"),
+        ([("a.jpg", b"x"), ("a.cls", b"1"), ("a.jpg", b"y")], "has two 'jpg' members"),
+    ],
+)
+def test_webdataset_that_cannot_serve(listed, tmp_path, write_tar, members, message):
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(UserError, match=message):
+        listed(tmp_path / "a.tar", format="webdataset")
+
+
+# --- what a source is
+
+
+def test_unknown_sources(listed, tmp_path, write_tar):
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"a\.zip is of no known kind: say with --format"):
+        listed(tmp_path / "a.zip")
+    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(UserError, match=r"a\.tar is damaged or unreadable"):
+        listed(tmp_path / "a.tar")
+    write_tar(tmp_path / "empty.tar", [])
+    with pytest.raises(UserError, match=r"empty\.tar is empty"):
+        listed(tmp_path / "empty.tar")
+    write_tar(tmp_path / "text.tar", [("README", b"hi")])
+    with pytest.raises(UserError, match=r"text\.tar holds README, of no known kind"):
+        listed(tmp_path / "text.tar")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["a", "b"], (["a", "b"], [], [])),
+        (["test-0", "train-0", "train-1"], (["train-0", "train-1"], ["test-0"], [])),
+        (["test", "train", "validation"], (["train"], ["validation"], ["test"])),
+        (["trainer", "valley"], (["trainer", "valley"], [], [])),
+    ],
+)
+def test_splits_by_name(names, expected):
+    assert split_of_names(names) == expected
+
+
+def test_listing_survives_a_round_trip(context, tmp_path):
+    (tmp_path / "list.csv").write_text("path,labels\na/ä.jpg,x;y\nb.jpg,y\n")
+    listing = list_source(str(tmp_path / "list.csv"), None, context)
+    (tmp_path / "saved").mkdir()
+    listing.save(tmp_path / "saved")
+    again = Listing.load(tmp_path / "saved")
+    assert again.files == listing.files and again.classes == ["x", "y"] and again.multi_label
+    assert [(again.name(n), again.labels_of(n)) for n in range(2)] == [("a/ä.jpg", [0, 1]), ("b.jpg", [1])]
+    arrays = [value for value in vars(listing).values() if isinstance(value, np.ndarray)]
+    assert sum(array.nbytes for array in arrays) <= 2 * 41 + 3 * 4 + 2 * 8 + len("a/ä.jpgb.jpg") + 2

@@ -1,0 +1,124 @@
+import numpy as np
+import pytest
+
+from fastvit_engine.config import DataConfig
+from fastvit_engine.data.pixels.crops import View, draw_crops, eval_view, inception_crop, render, train_view
+from fastvit_engine.data.pixels.decode import PixelBuffer
+from fastvit_engine.data.pixels.draws import uniforms
+
+
+def _ramp(height: int, width: int) -> np.ndarray:
+    """Red rises downwards, green to the right."""
+    image = np.zeros((height, width, 3), np.uint8)
+    image[..., 0] = np.linspace(0, 250, height).astype(np.uint8)[:, None]
+    image[..., 1] = np.linspace(0, 250, width).astype(np.uint8)[None, :]
+    return image
+
+
+def _render(image: np.ndarray, view: View, size: int, reduction: int = 1) -> np.ndarray:
+    out = np.full((size, size, 3), 77, np.uint8)
+    render(image, view, reduction, out, PixelBuffer())
+    return out
+
+
+def _train(image: np.ndarray, size: int, data: DataConfig, seed: int) -> np.ndarray:
+    view = train_view(*image.shape[:2], size, data, draw_crops(np.array([seed]))[0])
+    return _render(image, view, size)
+
+
+def _eval(image: np.ndarray, size: int, eval_crop: float) -> np.ndarray:
+    return _render(image, eval_view(*image.shape[:2], size, eval_crop), size)
+
+
+def _draws(number: int, stream: int = 0) -> list[list[float]]:
+    return uniforms(np.arange(number), 40, stream=stream).tolist()
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 400), (37, 500), (1, 1), (8, 8)])
+def test_inception_crops_stay_within_image_and_ranges(height, width):
+    for draws in _draws(300):
+        top, left, h, w = inception_crop(height, width, (0.05, 1.0), (3 / 4, 4 / 3), draws)
+        assert h > 0 and w > 0 and 0 <= top <= height - h and 0 <= left <= width - w
+        if (height, width) == (300, 400):
+            assert 0.04 < h * w / (height * width) <= 1 and 0.73 < w / h < 1.37
+
+
+def test_inception_crop_areas_are_uniform_and_places_vary():
+    crops = np.array([inception_crop(1000, 1000, (0.1, 0.5), (1.0, 1.0), draws) for draws in _draws(4000)])
+    areas = crops[:, 2] * crops[:, 3] / 1e6
+    assert abs(areas.mean() - 0.3) < 0.01 and areas.min() < 0.11 and areas.max() > 0.49
+    for axis in (0, 1):
+        places = crops[:, axis] / (1000 - crops[:, 2])
+        assert abs(places.mean() - 0.5) < 0.03 and places.min() < 0.01 and places.max() == 1
+
+
+def test_inception_crop_that_never_fits_is_centred():
+    draws = [0.5] * 40
+    assert inception_crop(10, 1000, (1.0, 1.0), (3 / 4, 4 / 3), draws) == (0, 493, 10, 13)
+    assert inception_crop(1000, 10, (1.0, 1.0), (3 / 4, 4 / 3), draws) == (493, 0, 13, 10)
+
+
+def test_training_crop_is_a_function_of_the_seed():
+    image, data = _ramp(60, 80), DataConfig()
+    first = _train(image, 16, data, 123)
+    assert np.array_equal(first, _train(image, 16, data, 123))
+    assert not np.array_equal(first, _train(image, 16, data, 124))
+
+
+def test_evaluation_decodes_accurately():
+    assert not eval_view(60, 80, 16, 0.875).fast
+    assert train_view(60, 80, 16, DataConfig(), draw_crops(np.array([1]))[0]).fast
+
+
+def test_resize_crop_takes_the_whole_image():
+    out = _train(_ramp(60, 80), 16, DataConfig(crop="resize", flip=False), 0)
+    assert out[0, 0, 0] < 15 and out[-1, 0, 0] > 235 and out[0, 0, 1] < 15 and out[0, -1, 1] > 235
+
+
+def test_flip_mirrors_half_of_the_images():
+    data = DataConfig(crop="resize")
+    mirrored = [_train(_ramp(20, 20), 16, data, seed)[0, 0, 1] > 125 for seed in range(400)]
+    assert 160 < sum(mirrored) < 240
+
+
+def test_mirrored_view_is_the_other_one_mirrored():
+    image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    view = View(5, 9, 31, 43, resized=(24, 24))
+    assert np.array_equal(_render(image, view._replace(mirrored=True), 24), _render(image, view, 24)[:, ::-1])
+
+
+def test_reduction_keeps_at_least_the_pixels_that_are_needed():
+    for (height, width), reduction in {
+        (223, 500): 1,
+        (448, 447): 1,
+        (448, 449): 2,
+        (1000, 900): 4,
+        (9000, 9000): 8,
+    }.items():
+        assert View(0, 0, height, width, resized=(224, 224)).reduction == reduction
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8])
+def test_view_of_an_image_that_was_decoded_smaller(reduction):
+    image = _ramp(16 * 40 + 3, 16 * 50 + 5)
+    small = image[reduction // 2 :: reduction, reduction // 2 :: reduction]
+    view = View(101, 203, 400, 420, resized=(32, 32))
+    whole, reduced = _render(image, view, 32), _render(small, view, 32, reduction)
+    assert np.abs(whole.astype(int) - reduced).max() <= 4
+
+
+def test_eval_view_takes_the_centre():
+    out = _eval(_ramp(100, 200), 32, 0.5)  # to 64 x 128, then the middle 32 x 32
+    assert out.shape == (32, 32, 3)
+    assert abs(int(out[0, 0, 0]) - 250 * 0.25) < 6 and abs(int(out[-1, 0, 0]) - 250 * 0.75) < 6
+    assert abs(int(out[0, 0, 1]) - 250 * 0.375) < 6 and abs(int(out[0, -1, 1]) - 250 * 0.625) < 6
+
+
+@pytest.mark.parametrize(("height", "width"), [(7, 7), (500, 3), (224, 225), (333, 1000)])
+@pytest.mark.parametrize("eval_crop", [0.875, 1.0])
+def test_eval_view_fills_the_image_whatever_the_shape(height, width, eval_crop):
+    assert (_eval(np.zeros((height, width, 3), np.uint8), 32, eval_crop) == 0).all()
+
+
+def test_eval_view_of_right_size_is_the_image():
+    assert np.array_equal(_eval(_ramp(32, 32), 32, 1.0), _ramp(32, 32))

@@ -1,0 +1,254 @@
+import base64
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fastvit_engine.config import DataConfig
+from fastvit_engine.data.pixels.decode import (
+    CorruptSample,
+    Jpeg,
+    PixelBuffer,
+    decode_image,
+    open_image,
+    read_image,
+    read_labels,
+)
+from fastvit_engine.errors import UserError
+
+# 16 x 72 pixels; Pillow writes all colours of a baseline JPEG in one scan.
+_THREE_SCANS = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABQODxIPDRQSEBIXFRQYHjIhHhwcHj0sLiQySUBMS0dARkVQWnNiUFVtVkVGZIhlbXd7"
+    "gYKBTmCNl4x9lnN+gXz/2wBDARUXFx4aHjshITt8U0ZTfHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8fHx8"
+    "fHx8fHx8fHz/wAARCABIABADASIAAhEBAxEB/8QAFQABAQAAAAAAAAAAAAAAAAAABQb/xAAXEAADAQAAAAAAAAAAAAAAAAAAAQQx"
+    "/9oACAEBAAA/AJqNYOxrAaNYOxrAWNYOxrAaNYOxrAWNYOxrAaNYOxrAaNYOxrAWNYOxrAaNYOxrD//EABUBAQEAAAAAAAAAAAAA"
+    "AAAAAAIE/8QAFhEBAQEAAAAAAAAAAAAAAAAAAAMB/9oACAECEQA/AJbYdsO2HbDs/8QAFQEBAQAAAAAAAAAAAAAAAAAABAP/xAAX"
+    "EQADAQAAAAAAAAAAAAAAAAAAAgQB/9oACAEDEQA/AAVKJqURUoipS9WH/9k="
+)
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    rows, columns = np.mgrid[0:24, 0:36]
+    return np.stack([rows * 10, columns * 7, (rows + columns) * 4], axis=-1).astype(np.uint8)
+
+
+def _with_pillow(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def _save(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_lossless_formats_give_the_pixels(pixels, encode, format):
+    decoded = decode_image(encode(pixels, format, lossless=True))
+    assert decoded.dtype == np.uint8 and np.array_equal(decoded, pixels)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"quality": 30}])
+def test_jpeg_is_what_pillow_gives(pixels, encode, options):
+    data = encode(pixels, "JPEG", **options)
+    assert np.array_equal(decode_image(data), _with_pillow(data))
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_gray_and_cmyk_jpeg(pixels, mode):
+    data = _save(Image.fromarray(pixels).convert(mode), "JPEG", quality=95)
+    decoded = decode_image(data)
+    expected = np.asarray(Image.fromarray(pixels).convert(mode).convert("RGB"))
+    assert decoded.shape == (24, 36, 3)
+    assert np.abs(decoded.astype(int) - expected).mean() < 4
+
+
+def test_palette_transparent_and_gray_png(pixels):
+    image = Image.fromarray(pixels)
+    assert decode_image(_save(image.quantize(16), "PNG")).shape == (24, 36, 3)
+    transparent = image.copy()
+    transparent.putalpha(7)
+    assert np.array_equal(decode_image(_save(transparent, "PNG")), pixels)
+    assert np.array_equal(decode_image(_save(image.convert("L"), "PNG"))[..., 2], np.asarray(image.convert("L")))
+
+
+def test_sixteen_bit_png_is_scaled_not_clipped():
+    deep = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    decoded = decode_image(_save(Image.fromarray(deep), "PNG"))
+    assert np.array_equal(decoded[..., 0], deep // 257) and np.array_equal(decoded[..., 0], decoded[..., 1])
+
+
+def test_jpeg_with_bytes_after_its_end(pixels, encode):
+    data = encode(pixels, "JPEG")
+    assert np.array_equal(decode_image(data + b"trailing"), decode_image(data))
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8junk", b"<html></html>", b"\x89PNG\r\n\x1a\nxxxx"])
+def test_garbage_is_a_value_error(data):
+    with pytest.raises(ValueError):
+        decode_image(data)
+
+
+def test_image_bomb_is_refused(pixels, encode):
+    data = bytearray(encode(pixels, "JPEG"))
+    frame = data.index(b"\xff\xc0")
+    data[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"  # 65500 x 65500
+    with pytest.raises(ValueError, match="exceeds limit"):
+        decode_image(bytes(data))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8])
+def test_decoding_smaller(encode, format, reduction):
+    ramp = np.add.outer(np.linspace(0, 120, 301), np.linspace(0, 120, 450)).astype(np.uint8)
+    image = open_image(encode(np.repeat(ramp[..., None], 3, axis=2), format))
+    assert (image.height, image.width) == (301, 450)
+    small = image.decode(PixelBuffer(), reduction)
+    assert small.shape == (-(-301 // reduction), -(-450 // reduction), 3)
+    expected = ramp[reduction // 2 :: reduction, reduction // 2 :: reduction]
+    difference = small[: len(expected), : expected.shape[1], 0].astype(int) - expected
+    assert np.abs(difference).max() < 6
+
+
+def test_fast_decoding_is_near_to_accurate_decoding(photo):
+    for number in range(4):
+        data = photo(number, height=150, width=200)
+        image = open_image(data)
+        error = image.decode(PixelBuffer(), fast=True).astype(int) - image.decode(PixelBuffer())
+        assert error.any() and 10 * np.log10(255**2 / (error**2).mean()) > 35  # dB
+
+
+def test_every_size_decodes_smaller(encode):
+    for height, width in [(1, 1), (7, 9), (16, 17), (33, 8), (100, 3), (225, 224)]:
+        image = open_image(encode(np.zeros((height, width, 3), np.uint8), "JPEG"))
+        for reduction in (2, 4, 8):
+            assert image.decode(PixelBuffer(), reduction).shape == (-(-height // reduction), -(-width // reduction), 3)
+
+
+def test_buffer_is_reused_and_its_remains_do_not_show(pixels, encode):
+    buffer = PixelBuffer()
+    large = np.full((200, 300, 3), 255, np.uint8)
+    first = open_image(encode(large, "JPEG")).decode(buffer)
+    data = encode(pixels, "JPEG")
+    second = open_image(data).decode(buffer)
+    assert np.shares_memory(first, second) and np.array_equal(second, _with_pillow(data))
+
+
+def test_jpeg_that_the_fast_decoder_refuses_goes_to_pillow(pixels, encode, monkeypatch):
+    def refuse(*args, **options):
+        raise ValueError
+
+    data = encode(pixels, "JPEG")
+    image = open_image(data)
+    assert isinstance(image, Jpeg)
+    monkeypatch.setattr("simplejpeg.decode_jpeg", refuse)
+    assert np.array_equal(image.decode(PixelBuffer()), _with_pillow(data))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    height=st.integers(1, 130),
+    width=st.integers(1, 70),
+    share=st.floats(0, 1),
+    reduction=st.sampled_from([1, 2, 4, 8]),
+    fast=st.booleans(),
+    options=st.fixed_dictionaries(
+        {
+            "quality": st.integers(20, 95),
+            "subsampling": st.sampled_from(["4:4:4", "4:2:2", "4:2:0"]),
+            "restart_marker_rows": st.sampled_from([0, 1]),
+            "progressive": st.booleans(),
+            "mode": st.sampled_from(["RGB", "L"]),
+        }
+    ),
+    seed=st.integers(0, 9),
+)
+def test_rows_below_those_needed_do_not_change_them(height, width, share, reduction, fast, options, seed):
+    coarse = np.random.default_rng(seed).integers(0, 256, (8, 5, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((width, height)).convert(options.pop("mode"))
+    image = open_image(_save(picture, "JPEG", **options))
+    rows = max(1, round(share * height))
+    whole = image.decode(PixelBuffer(), reduction, fast=fast)
+    part = image.decode(PixelBuffer(), reduction, fast=fast, rows=rows)
+    needed = -(-rows // reduction)
+    assert needed <= len(part) <= len(whole)
+    assert np.array_equal(part[:needed], whole[:needed])
+
+
+def test_rows_below_those_needed_are_not_decoded(photo):
+    image = open_image(photo(1, height=300, width=200))
+    assert len(image.decode(PixelBuffer(), rows=100)) < 150
+    assert len(image.decode(PixelBuffer(), 2, rows=100)) < 75
+
+
+def test_a_jpeg_with_a_scan_for_each_colour_is_decoded_whole():
+    image = open_image(_THREE_SCANS)
+    assert _THREE_SCANS.count(b"\xff\xda") == 3
+    assert len(image.decode(PixelBuffer(), rows=8)) == image.height == 72
+
+
+@pytest.mark.parametrize("end", [3, 20, 200, 250])
+def test_a_jpeg_that_ends_in_its_headers_is_not_cut(photo, end):
+    data = photo(1, height=300, width=200)
+    broken = Jpeg(data[:end], 300, 200)
+    with pytest.raises(ValueError):
+        broken.decode(PixelBuffer(), rows=10)
+
+
+def _sample(**members) -> dict:
+    return {"__key__": "k1", "__url__": "a/b.tar"} | members
+
+
+def test_read_image_takes_the_first_image_key(pixels, encode):
+    sample = _sample(png=encode(pixels, "PNG"), webp=b"not this", cls=b" 7\n")
+    assert np.array_equal(read_image(sample, DataConfig(), decode_image), pixels)
+    assert read_labels(sample, DataConfig(), num_classes=8) == [7]
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"cls": b"0"}, "has no 'jpg;jpeg;png;webp' member, only"),
+        ({"jpg": b"x", "cls": b"0"}, "has an image in 'jpg' that cannot be decoded"),
+    ],
+)
+def test_unusable_images_are_told_apart_from_errors(members, message):
+    with pytest.raises(CorruptSample, match=message):
+        read_image(_sample(**members), DataConfig(), decode_image)
+
+
+@pytest.mark.parametrize(
+    ("members", "label_key", "message"),
+    [
+        ({"jpg": b"x"}, "cls", "has no 'cls' member"),
+        ({"cls": b"cat"}, "cls", "label b'cat'"),
+        ({"cls": b""}, "cls", "label b''"),
+        ({"cls": b"8"}, "cls", r"label 8, outside 0\.\.7"),
+        ({"cls": b"-1"}, "cls", "label -1, outside"),
+        ({"cls": b"[1, 2]"}, "cls", "has 2 labels in 'cls', and training takes 1 to 1"),
+        ({"json": b"{}"}, "json.label", "has 0 labels in 'json.label'"),
+        ({"json": b'{"a": {"b": 9}}'}, "json.a.b", r"label 9, outside 0\.\.7"),
+    ],
+)
+def test_bad_labels_are_named(members, label_key, message):
+    with pytest.raises(UserError, match=r"sample 'k1' of shard a/b\.tar has .*" + message.removeprefix("has ")):
+        read_labels(_sample(**members), DataConfig(label_key=label_key), num_classes=8)
+
+
+def test_several_labels():
+    data = DataConfig(label_key="json.labels", max_labels=3)
+    assert read_labels(_sample(json=b'{"labels": [3, 0]}'), data, num_classes=8) == [3, 0]
+    with pytest.raises(UserError, match=r"has 4 labels in 'json\.labels', and training takes 1 to 3"):
+        read_labels(_sample(json=b'{"labels": [3, 0, 1, 2]}'), data, num_classes=8)
+    with pytest.raises(UserError, match=r"has label 8, outside 0\.\.7"):
+        read_labels(_sample(json=b'{"labels": [3, 8]}'), data, num_classes=8)
+
+
+def test_labels_in_json():
+    data = DataConfig(label_key="json.a.b")
+    assert read_labels(_sample(json=b'{"a": {"b": 3}}'), data, num_classes=8) == [3]
+    assert read_labels(_sample(json=b'{"a": {"b": [3]}}'), data, num_classes=8) == [3]

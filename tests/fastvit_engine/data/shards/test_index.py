@@ -1,0 +1,222 @@
+"""The index against tarfile, and every kind of damage that it must name."""
+
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastvit_engine.data.shards.index as index_module
+from fastvit_engine.data.shards.index import open_index, write_index
+from fastvit_engine.data.stream.loader import parse_sample
+from fastvit_engine.data.stream.sequential import read_shard
+from fastvit_engine.errors import UserError
+from fastvit_engine.storage import ShardStorage
+
+
+def _samples_by_index(index) -> list[dict]:
+    storage = ShardStorage(index.shards, index.sizes)
+    samples = []
+    for shard, count in enumerate(index.counts):
+        offsets, lengths = index.extents(np.full(count, shard), np.arange(count))
+        for offset, length in zip(offsets.tolist(), lengths.tolist(), strict=True):
+            samples.append(parse_sample(storage.read(shard, offset, length), index.shards[shard]))
+    return samples
+
+
+def _archive(path: Path, names: list[str], format: int) -> Path:
+    """Members with a folder, a link and contents of all sizes, in one of the three formats of tarfile."""
+    with tarfile.open(path, "w", format=format, pax_headers={"comment": "x" * 600}) as tar:
+        folder = tarfile.TarInfo("a")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size = 511 * number % 1700
+            info.mtime = 1.5 if format == tarfile.PAX_FORMAT else 1
+            tar.addfile(info, io.BytesIO(bytes([number]) * info.size))
+            if number % 5 == 4:
+                link = tarfile.TarInfo(f"link{number}.txt")
+                link.type, link.linkname = tarfile.SYMTYPE, name[-20:]
+                tar.addfile(link)
+    return path
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_every_sample_is_what_a_reader_of_streams_gives(tmp_path, format):
+    long = "deep/" * 25 if format != tarfile.USTAR_FORMAT else "deep/" * 22
+    names = [f"{long if n % 3 else 'b.c/'}käse{n}.{ext}" for n in range(12) for ext in ("jpg", "seg.PNG", "json")]
+    shards = [_archive(tmp_path / f"{n}.tar", names[: 36 - 3 * n], format) for n in range(3)]
+    index = write_index([str(shard) for shard in shards], tmp_path / "shards.index")
+    assert index.counts.tolist() == [12, 11, 10] and index.samples == 33
+    assert _samples_by_index(index) == [sample for shard in shards for sample in read_shard(str(shard))]
+
+
+def test_labels_as_text_list_and_field(tmp_path, write_tar):
+    plain = write_tar(tmp_path / "a.tar", [(f"{n}.cls", text) for n, text in enumerate([b"3", b" 7\n", b"[3, 5]"])])
+    fields = [b'{"label": 2}', b'{"label": [4, 2]}', b'{"other": 1}', b'{"label": null}']
+    inside = write_tar(tmp_path / "b.tar", [(f"{n}.json", text) for n, text in enumerate(fields)])
+    assert write_index([str(plain)], tmp_path / "a.index").class_counts() == {3: 2, 5: 1, 7: 1}
+    index = write_index([str(inside)], tmp_path / "b.index", label_key="json.label")
+    assert index.class_counts() == {2: 2, 4: 1} and index.unlabelled.tolist() == [2]
+    assert index.shards_with_labels_outside(5) == [] and index.shards_with_labels_outside(4) == [0]
+
+
+def test_the_hash_is_of_the_content_and_not_of_its_place(tmp_path, write_tar, sample_members):
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        for n in range(3):
+            write_tar(tmp_path / folder / f"{n}.tar", sample_members(range(5 * n, 5 * n + 4)))
+    here, there = (
+        write_index([str(tmp_path / folder / f"{n}.tar") for n in range(3)], tmp_path / folder / "shards.index")
+        for folder in ("here", "there")
+    )
+    assert here.hash == there.hash
+    assert here.select(here.shards[1:]).hash not in (here.hash, here.select(here.shards[:2]).hash)
+    elsewhere = here.select(there.shards)  # by file name, as after a copy or for a URL
+    assert elsewhere.hash == here.hash and elsewhere.shards == there.shards
+    assert _samples_by_index(elsewhere) == _samples_by_index(there)
+    chosen = here.select([here.shards[2], here.shards[0]])
+    assert [sample["__key__"] for sample in _samples_by_index(chosen)][::4] == ["s010", "s000"]
+    assert _samples_by_index(pickle.loads(pickle.dumps(chosen))) == _samples_by_index(chosen)
+    (tmp_path / "here").rename(tmp_path / "moved")
+    assert _samples_by_index(open_index(tmp_path / "moved" / "shards.index"))[0]["__key__"] == "s000"
+    write_tar(tmp_path / "there" / "0.tar", sample_members(range(9)))
+    with pytest.raises(UserError, match=r"there/0\.tar is not in the index"):
+        open_index(tmp_path / "moved" / "shards.index").select(there.shards)
+
+
+def test_only_changed_shards_are_read_again(tmp_path, write_tar, sample_members, monkeypatch):
+    shards = [str(write_tar(tmp_path / f"{n}.tar", sample_members(range(n, n + 3)))) for n in range(4)]
+    first = write_index(shards[:3], tmp_path / "x.index")
+    write_tar(tmp_path / "1.tar", sample_members(range(7)))
+    read = []
+    real = index_module.scan_shard
+    monkeypatch.setattr(index_module, "scan_shard", lambda *given: read.append(given[1]) or real(*given))
+    again = write_index(shards, tmp_path / "x.index")
+    assert len(read) == 2 and again.counts.tolist() == [3, 7, 3, 3]
+    assert again.hash == write_index(shards, tmp_path / "fresh.index").hash != first.hash
+    assert again.class_counts() == open_index(tmp_path / "fresh.index").class_counts()
+
+
+def test_several_processes_give_the_same_index(tmp_path, write_tar, sample_members):
+    shards = [str(write_tar(tmp_path / f"{n}.tar", sample_members(range(n, n + 2)))) for n in range(8)]
+    together = write_index(shards, tmp_path / "a.index", processes=2)
+    alone = write_index(shards, tmp_path / "b.index", processes=1)
+    assert together.hash == alone.hash and np.array_equal(together.starts, alone.starts)
+    for shard in shards[:3]:
+        Path(shard).write_bytes(Path(shard).read_bytes()[:2048])
+    with pytest.raises(UserError, match=r"0\.tar is truncated.*; shard .*1\.tar is .*; shard .*2\.tar is .*make them"):
+        write_index(shards, tmp_path / "c.index", processes=2)
+    assert not list(tmp_path.glob("*c.index*"))
+
+
+def test_remote_shards_are_read_through_fsspec(tmp_path, write_tar, sample_members):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    content = write_tar(tmp_path / "a.tar", sample_members(range(3))).read_bytes()
+    urls = [f"memory://bucket/{n}.tar" for n in range(70)]
+    for url in urls:
+        memory.pipe(url, content)
+    index = write_index(urls, tmp_path / "remote.index")
+    assert index.samples == 210 and index.shards == urls
+    local = write_index([str(tmp_path / "a.tar")] * 70, tmp_path / "local.index")
+    assert index.hash == local.hash
+    with pytest.raises(UserError, match=r"shard memory://bucket/gone\.tar cannot be read"):
+        write_index(["memory://bucket/gone.tar"], tmp_path / "x.index")
+
+
+def _damages(whole: bytes) -> dict[str, tuple[bytes, str]]:
+    third = whole.index(b"s002.jpg")
+    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    damaged = bytearray(whole)
+    damaged[third + 3] ^= 1
+    zeroed = bytearray(whole)
+    zeroed[third : third + 512] = bytes(512)
+    return {
+        "empty": (b"", "is an empty file"),
+        "without end": (whole[:end], rf"is truncated: there is no end marker at byte {end:,}"),
+        "cut in a header": (whole[: third + 100], rf"is truncated: there is no end marker at byte {third:,}"),
+        "cut in a member": (whole[: third + 600], rf"is truncated in the member that begins at byte {third:,}"),
+        "flipped bit": (bytes(damaged), rf"has a damaged header at byte {third:,}"),
+        "zeroed header": (bytes(zeroed), rf"has data after its end marker, at byte {third + 512:,}"),
+        "garbage after": (whole + b"<html>", rf"has data after its end marker, at byte {len(whole):,}"),
+        "not a tar": (b"<html>not found</html>" * 100, "has a damaged header at byte 0"),
+        "gzipped": (b"\x1f\x8b" + whole, r"is gzipped: make plain tar files of it \(gunzip\), or .*data\.order=stream"),
+    }
+
+
+@pytest.mark.parametrize("damage", list(_damages(b"s002.jpg".ljust(600))))
+def test_damage_is_named_with_its_byte(tmp_path, write_tar, sample_members, damage):
+    path = write_tar(tmp_path / "bad.tar", sample_members(range(4)))
+    content, message = _damages(path.read_bytes())[damage]
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"^shard .*bad\.tar {message}") as error:
+        write_index([str(path)], tmp_path / "x.index")
+    assert "\n" not in str(error.value) and not (tmp_path / "x.index").exists()
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([], r"holds no samples, its end marker being at byte 0"),
+        ([("README", b"x"), (".hidden.jpg", b"x")], "holds no samples"),
+        ([("a.jpg", b"1"), ("a.cls", b"2"), ("a.JPG", b"3")], r"has the member 'jpg' of sample 'a' twice.* byte 2,048"),
+        (
+            [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"3")],
+            r"has members of sample 'a' apart from each other: one more at byte 2,048",
+        ),
+        ([("a.jpg", b"1"), ("a.cls", b"cat")], r"in sample 'a', the label b'cat' in 'cls'.*not a class index.* 1,536"),
+        ([("a.cls", b"[1, true]")], "not a class index"),
+    ],
+)
+def test_archives_that_are_no_shards(tmp_path, write_tar, members, message):
+    path = write_tar(tmp_path / "odd.tar", members)
+    with pytest.raises(UserError, match=rf"odd\.tar .*{message.removeprefix('has ')}"):
+        write_index([str(path)], tmp_path / "x.index")
+
+
+def test_at_most_ten_bad_shards_are_named(tmp_path):
+    for n in range(12):
+        (tmp_path / f"{n:02}.tar").touch()
+    with pytest.raises(UserError) as error:
+        write_index(sorted(map(str, tmp_path.glob("*.tar"))), tmp_path / "x.index")
+    assert str(error.value).count("is an empty file") == 10 and "and perhaps more: copy or make them" in str(
+        error.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda whole: whole[:-1], "is not a whole index"),
+        (lambda whole: whole[:30], "is not a whole index"),
+        (lambda whole: b"something else" * 20, "is not a whole index"),
+        (lambda whole: whole[:8] + b"\x09" + whole[9:], "has version 9 and this engine reads version 1"),
+        (lambda whole: whole.replace(b"cls", b"clx"), "is not a whole index"),
+    ],
+)
+def test_an_index_that_cannot_be_used(tmp_path, write_tar, sample_members, change, message):
+    path = tmp_path / "x.index"
+    write_index([str(write_tar(tmp_path / "a.tar", sample_members(range(3))))], path)
+    path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(UserError, match=message):
+        open_index(path)
+    with pytest.raises(UserError, match="there is no index"):
+        open_index(tmp_path / "gone.index")
+
+
+def test_command(tmp_path, write_tar, sample_members, capsys):
+    from fastvit_engine.cli import main
+
+    for n in range(2):
+        write_tar(tmp_path / f"{n}.tar", [*sample_members(range(n, n + 4)), ("x.jpg", b"no label")])
+    out = tmp_path / "shards.index"
+    assert main(["data", "index", str(tmp_path), f"{tmp_path}/0.tar", "--out", str(out)]) == 0
+    assert "10 samples in 2 shards, 3 classes, 2 without a label, hash" in capsys.readouterr().out
+    assert main(["data", "index", str(tmp_path), "--out", str(tmp_path / "shards")]) == 2
+    assert main(["data", "index", f"{tmp_path}/x*.tar", "--out", str(out)]) == 2
+    errors = capsys.readouterr().err
+    assert "let its name end in .index" in errors and "matches no shards" in errors

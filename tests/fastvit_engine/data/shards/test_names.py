@@ -1,0 +1,76 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from fastvit_engine.data.shards.names import find_shards
+from fastvit_engine.errors import UserError
+
+INFO = {
+    "classes": ["ant", "bee"],
+    "source": "x",
+    "seed": 0,
+    "eval_fraction": 0.1,
+    "samples_per_shard": 5,
+    "train": {"samples": 8, "shards": {"train-000000.tar": 5, "train-000001.tar": 3}},
+    "eval": {"samples": 2, "shards": {"eval-000000.tar": 2}},
+}
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Path:
+    for name in ("train-000000.tar", "train-000001.tar", "eval-000000.tar"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "dataset.json").write_text(json.dumps(INFO))
+    return tmp_path
+
+
+def _names(shards: list[str]) -> list[str]:
+    return [Path(shard).name for shard in shards]
+
+
+def test_folder_gives_its_tar_files_sorted(tmp_path):
+    for name in ("b.tar", "a.tar.gz", "c.tgz", "README.md"):
+        (tmp_path / name).touch()
+    assert _names(find_shards(str(tmp_path), "train")) == ["a.tar.gz", "b.tar", "c.tgz"]
+
+
+def test_folder_with_dataset_json_gives_the_split_only(made):
+    assert _names(find_shards(str(made), "train")) == ["train-000000.tar", "train-000001.tar"]
+    assert _names(find_shards(str(made), "eval")) == ["eval-000000.tar"]
+
+
+@pytest.mark.parametrize("pattern", ["train-*.tar", "train-{000000..000001}.tar", "{train-000001,train-00000*}.tar"])
+def test_glob_and_braces(made, pattern):
+    assert _names(find_shards(f"{made}/{pattern}", "train")) == ["train-000000.tar", "train-000001.tar"]
+
+
+def test_urls_are_expanded_but_not_looked_up():
+    assert find_shards("https://host/s-{0..1}.tar", "train") == ["https://host/s-0.tar", "https://host/s-1.tar"]
+    assert find_shards("pipe:cat /x/{a,b}.tar", "train") == ["pipe:cat /x/a.tar", "pipe:cat /x/b.tar"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("", "data.train is not set"),
+        ("{folder}/none-*.tar", "matches no shards"),
+        ("{folder}/train-{{000000..000002}}.tar", "train-000002.tar, which does not exist"),
+        ("{folder}/train-{{000000..000001.tar", "braces"),
+    ],
+)
+def test_bad_patterns(made, pattern, message):
+    with pytest.raises(UserError, match=message):
+        find_shards(pattern.format(folder=made), "train")
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(UserError, match="matches no shards"):
+        find_shards(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("text", ["{", '{"classes": ["a"]}', json.dumps(INFO | {"classes": 3})])
+def test_damaged_dataset_json(made, text):
+    (made / "dataset.json").write_text(text)
+    with pytest.raises(UserError, match=r"dataset\.json is not what"):
+        find_shards(str(made), "train")

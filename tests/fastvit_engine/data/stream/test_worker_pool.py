@@ -1,0 +1,111 @@
+import multiprocessing
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from fastvit_engine.data.stream.batch import Batch, BatchBuilder, StageSeconds, Workspace, empty_batch
+from fastvit_engine.data.stream.worker_pool import load, lost_worker
+from fastvit_engine.errors import UserError
+
+
+def _build(request: np.ndarray, empty: Batch) -> Batch:
+    empty.images[:] = torch.from_numpy(request).view(-1, 1, 1, 1)
+    empty.labels[:] = torch.from_numpy(request)
+    empty.weights[:] = 1
+    return empty._replace(keys=[str(number) for number in request], seconds=StageSeconds(1, 2, 3))
+
+
+def _load(build, requests, num_workers, most=4):
+    return load(build, requests, num_workers=num_workers, prefetch=2, image_size=3, most=most)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1, 3])
+def test_batches_are_whole_and_in_order_while_places_are_used_again(num_workers):
+    """Slow consumers and fast ones: no place is written to before the next batch is asked for."""
+    requests = [np.arange(n, n + 1 + n % 4) for n in range(40)]
+    for number, batch in enumerate(_load(_build, requests, num_workers)):
+        if number % 8 == 0:
+            time.sleep(0.02)  # all that may be written ahead has been
+        assert batch.images.shape == (len(requests[number]), 3, 3, 3) and batch.images.dtype == torch.uint8
+        assert batch.images[:, 1, 2, 0].tolist() == batch.labels.tolist() == requests[number].tolist()
+        assert batch.keys == [str(n) for n in requests[number]] and batch.seconds == (1, 2, 3)
+    assert number == 39
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_user_error_of_a_worker_comes_in_one_piece(num_workers):
+    def build(request: np.ndarray, empty: Batch) -> Batch:
+        if request[0] == 3:
+            raise UserError("three")
+        return _build(request, empty)
+
+    batches = _load(build, [np.array([n]) for n in range(9)], num_workers)
+    assert [int(next(batches).labels) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="^three$"):
+        next(batches)
+
+
+def test_workers_end_when_their_batches_are_dropped():
+    before = len(multiprocessing.active_children())
+    batches = _load(_build, (np.array([n % 100]) for n in range(10**9)), 2)
+    next(batches)
+    assert len(multiprocessing.active_children()) == before + 2
+    batches.close()
+    deadline = time.monotonic() + 10
+    while len(multiprocessing.active_children()) > before and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(multiprocessing.active_children()) == before
+
+
+THREADS_OF_OPENMP = """
+import threading, time, torch
+from fastvit_engine.data.stream.worker_pool import _foreign_threads_run, _wait_for_calm
+
+def until(state):
+    deadline = time.monotonic() + 30
+    while _foreign_threads_run() != state:
+        assert time.monotonic() < deadline, state
+
+def multiply():
+    torch.set_num_threads(3)
+    while not stop.is_set():
+        torch.ones(500, 500) @ torch.ones(500, 500)
+
+until(False)
+stop = threading.Event()
+thread = threading.Thread(target=multiply, daemon=True)
+thread.start()
+until(True)
+stop.set()
+thread.join()
+until(False)
+_wait_for_calm()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_that_python_did_not_start_are_waited_for():
+    done = subprocess.run([sys.executable, "-c", THREADS_OF_OPENMP], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_rows_that_are_not_filled_are_black_whatever_the_memory_held(make_config, photo):
+    empty = empty_batch(3, 16)
+    empty.images.fill_(200)
+    builder = BatchBuilder(empty, make_config("x"), Workspace())
+    bad = {"__key__": "k", "__url__": "u", "jpg": b"no photo", "cls": b"1"}
+    builder.add(1, bad, lambda height, width: pytest.fail("there is no image to choose from"))
+    batch = builder.build()
+    assert (batch.images == 0).all() and batch.weights.sum() == 0 and batch.keys == ["", "k", ""]
+    assert [sample.key for sample in batch.bad] == ["k"]
+
+
+def test_a_lost_worker_is_told_from_other_errors():
+    assert "data worker process was killed" in lost_worker(
+        RuntimeError("DataLoader worker (pid 7) is killed by signal")
+    )
+    assert lost_worker(RuntimeError("shape mismatch")) is None

@@ -1,0 +1,50 @@
+import numpy as np
+import pytest
+import torch
+
+from fastvit_engine.data import Batch
+from fastvit_engine.distributed.world import World
+from fastvit_engine.evaluate.classification import evaluate
+from fastvit_kernels import FusedCrossEntropy
+
+
+class Alone(World):
+    """One process, without a process group."""
+
+    def sum(self, values):
+        return torch.as_tensor(values)
+
+
+WORLD = Alone(rank=0, size=1, device=torch.device("cpu"))
+
+
+class Ranking(torch.nn.Module):
+    """Says class n most strongly, then n + 1, and so on, of an image whose pixels are all n."""
+
+    def forward(self, images):
+        first = images[:, 0, 0, 0].long()[:, None]
+        return -((torch.arange(7) - first) % 7).float()
+
+
+def _batch(first, labels, weights):
+    images = torch.tensor(first, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 2, 2, 3).contiguous()
+    return Batch(images, torch.tensor(labels), torch.tensor(weights), [str(n) for n in first], np.zeros(len(first)))
+
+
+def test_padding_does_not_count():
+    batches = [_batch([0, 1, 2], [0, 3, 1], [1.0, 1.0, 1.0]), _batch([4, 0], [4, 0], [1.0, 0.0])]
+    accuracy, shown = evaluate(Ranking(), batches, FusedCrossEntropy("softmax"), WORLD, shown=3)
+    assert accuracy.samples == 4 and accuracy.top1 == 2 / 4 and accuracy.top5 == 3 / 4  # the third comes sixth
+    assert [example["key"] for example in shown] == ["0", "1", "2"] and shown[1]["label"] == 3
+    assert [index for index, _ in shown[1]["predictions"]] == [1, 2, 3, 4, 5]
+
+
+def test_any_of_several_labels_is_right():
+    batch = _batch([0, 1, 2], [[5, 0], [1, -1], [1, 0]], [1.0, 1.0, 1.0])
+    accuracy, _ = evaluate(Ranking(), [batch], FusedCrossEntropy("sigmoid"), WORLD)
+    assert accuracy.top1 == pytest.approx(2 / 3) and accuracy.top5 == pytest.approx(2 / 3)
+    logits, hot = Ranking()(batch.images), torch.zeros(3, 7)
+    for row, column in ((0, 5), (0, 0), (1, 1), (2, 1), (2, 0)):
+        hot[row, column] = 1
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, hot, reduction="none").sum(dim=1)
+    assert accuracy.loss == pytest.approx(losses.mean().item())

@@ -1,0 +1,103 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastvit_engine.errors import UserError
+from fastvit_engine.observe.report.recorded_run import best_evaluation, load_run
+from tests.fastvit_engine.observe.conftest import MakeRun, eval_row, png_url, train_row
+
+SAMPLE: dict[str, Any] = {"key": "a", "label": 1, "image": png_url(8), "predictions": [[1, 0.9], [0, 0.1]]}
+
+
+def test_summary_of_a_finished_run(make_run: MakeRun) -> None:
+    rows = [train_row(700), eval_row(700, 0.975), train_row(840), eval_row(840, 0.9722)]
+    assert load_run(make_run(rows).path).summary() == (
+        "ViT Ti/4 (0.4 M parameters): 840 steps of 64 images on 2 processes (cpu, ZeRO-1) in 1 min 12 s\n"
+        "top-1 97.2 % on 360 held-out images (best 97.5 % at step 700)"
+    )
+
+
+def test_summary_of_a_run_in_progress_on_one_process(make_run: MakeRun) -> None:
+    rows = [train_row(420), eval_row(420, 0.5), eval_row(420, 0.6, eval="eval_ema")]
+    run = load_run(make_run(rows, world_size=1, zero_stage=0, device="NVIDIA H200").path)
+    assert not run.finished
+    assert run.summary() == (
+        "ViT Ti/4 (0.4 M parameters): 420 of 840 steps of 64 images on 1 process (NVIDIA H200, ZeRO-0) in 36 s\n"
+        "top-1 50.0 % on 360 held-out images\n"
+        "top-1 of the EMA weights 60.0 % on 360 held-out images"
+    )
+
+
+def test_incidents_are_counted(make_run: MakeRun) -> None:
+    folder = make_run([train_row(840)])
+    kinds = ["start", "checkpoint", "hang", "restart", "start", "anomaly", "rewind", "anomaly", "rewind", "stop"]
+    events = [{"time": "t", "event": kind, "message": "m", "step": 1} for kind in kinds]
+    folder.events.write_text("".join(json.dumps(event) + "\n" for event in events))
+    run = load_run(folder.path)
+    assert run.describe_incidents() == "1 restart, 2 rewinds, 2 anomalies, 1 hang"
+    assert run.summary().endswith("\nincidents: 1 restart, 2 rewinds, 2 anomalies, 1 hang")
+    assert len(run.restarts) == 1
+
+
+def test_no_events_are_no_incidents(make_run: MakeRun) -> None:
+    run = load_run(make_run([train_row(840)]).path)
+    assert run.events == [] and run.describe_incidents() == "" and "incidents" not in run.summary()
+
+
+def test_summary_before_the_first_row(make_run: MakeRun) -> None:
+    run = load_run(make_run([]).path)
+    assert run.step == 0
+    assert run.summary().endswith("not evaluated yet")
+
+
+def test_the_best_of_equals_is_the_latest() -> None:
+    rows = [eval_row(1, 0.5), eval_row(2, 0.7), eval_row(3, 0.7), eval_row(4, 0.6)]
+    assert best_evaluation(rows)["step"] == 3
+
+
+def test_samples(make_run: MakeRun) -> None:
+    samples = {"step": 5, "class_names": ["zero", "one"], "samples": [SAMPLE, SAMPLE | {"label": 7}]}
+    read = load_run(make_run([train_row(5)], samples).path).samples
+    assert read is not None
+    assert [sample.correct for sample in read.samples] == [True, False]
+    assert read.samples[0].width == 8
+    assert read.class_name(1) == "one"
+    assert read.class_name(7) == "class 7"
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "https://example.org/image.png",
+        "data:image/svg+xml;base64,PHN2Zz4=",
+        'data:image/png;base64,AAAA" onload="x',
+        "data:image/png;base64,AAAA",
+        "data:image/png;base64,A",
+        None,
+    ],
+)
+def test_images_are_pngs_in_data_urls(make_run: MakeRun, image: Any) -> None:
+    samples = {"step": 5, "class_names": None, "samples": [SAMPLE | {"image": image}]}
+    with pytest.raises(UserError, match=r"samples\.json does not hold sample predictions"):
+        load_run(make_run([train_row(5)], samples).path)
+
+
+def test_not_a_run_folder(tmp_path: Path, make_run: MakeRun) -> None:
+    with pytest.raises(UserError, match="is not a folder"):
+        load_run(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="is not a run folder: it has no environment.json"):
+        load_run(tmp_path)
+    run = make_run([])
+    run.metrics.unlink()
+    with pytest.raises(UserError, match="is not a run folder: it has no metrics.jsonl"):
+        load_run(run.path)
+
+
+@pytest.mark.parametrize(("text", "problem"), [("{", "is not valid JSON"), ("[]", "lacks"), ("{}", "lacks 'versions'")])
+def test_damaged_environment(make_run: MakeRun, text: str, problem: str) -> None:
+    run = make_run([])
+    run.environment.write_text(text)
+    with pytest.raises(UserError, match=problem):
+        load_run(run.path)

@@ -1,0 +1,145 @@
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastvit_engine.errors import UserError
+from fastvit_engine.observe.metrics import MetricsWriter, read_metrics
+from fastvit_engine.observe.run_folder import RunFolder
+from tests.fastvit_engine.observe.conftest import eval_row, train_row
+
+
+def write(run: RunFolder, steps: range, resume_step: int | None = None) -> None:
+    with MetricsWriter(run, resume_step) as writer:
+        for step in steps:
+            writer.write(train_row(step))
+
+
+def test_rows_come_back_as_written(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    rows = [train_row(1), train_row(2, grad_norm=None, mfu=None)]
+    evaluation = eval_row(2, 0.9, eval="eval_ema", top5=None)
+    with MetricsWriter(run, None) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.write(evaluation)
+        assert read_metrics(run.metrics) == (rows, [evaluation])  # flushed while the writer is open
+
+
+def test_values_that_json_lacks(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with MetricsWriter(run, None) as writer:
+        writer.write(train_row(1, loss=math.nan, grad_norm=math.inf, lr=-math.inf))
+
+    def reject(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    assert json.loads(run.metrics.read_text(), parse_constant=reject)["loss"] == "nan"
+    (row,), _ = read_metrics(run.metrics)
+    assert math.isnan(row["loss"]) and row["grad_norm"] == math.inf and row["lr"] == -math.inf
+    with MetricsWriter(run, 1):  # a rewrite keeps them
+        pass
+    assert read_metrics(run.metrics)[0][0]["grad_norm"] == math.inf
+
+
+def test_resume_drops_the_steps_after_the_checkpoint(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    with MetricsWriter(run, None) as writer:
+        for step in range(1, 8):
+            writer.write(train_row(step))
+        writer.write(eval_row(5, 0.8))
+        writer.write(eval_row(6, 0.9))
+    write(run, range(6, 10), resume_step=5)
+    train, evaluations = read_metrics(run.metrics)
+    assert [row["step"] for row in train] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert [row["step"] for row in evaluations] == [5]
+
+
+def test_resume_drops_a_half_written_line(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    write(run, range(1, 4))
+    with open(run.metrics, "ab") as file:
+        file.write(json.dumps(train_row(4)).encode()[:40])
+    write(run, range(4, 6), resume_step=3)
+    assert [row["step"] for row in read_metrics(run.metrics)[0]] == [1, 2, 3, 4, 5]
+
+
+def test_resume_from_step_zero_and_without_a_file(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    write(run, range(1, 3), resume_step=0)
+    write(run, range(1, 2), resume_step=0)
+    assert [row["step"] for row in read_metrics(run.metrics)[0]] == [1]
+
+
+def test_a_new_run_does_not_touch_the_metrics_of_another(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    write(run, range(1, 3))
+    with pytest.raises(UserError, match=r"metrics\.jsonl already has"):
+        MetricsWriter(run, None)
+    assert len(read_metrics(run.metrics)[0]) == 2
+
+
+def test_tensorboard_has_the_same_scalars_and_forgets_the_steps_of_a_dead_run(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = RunFolder(tmp_path)
+    write(run, range(1, 8))
+    with MetricsWriter(run, 4) as writer:
+        writer.write(train_row(5, loss=99.0, mfu=None))
+        writer.write(eval_row(5, 0.75))
+    events = EventAccumulator(str(run.tensorboard))
+    events.Reload()
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert losses == pytest.approx({1: 2.0, 2: 1.0, 3: 2 / 3, 4: 0.5, 5: 99.0})
+    assert [event.step for event in events.Scalars("train/mfu")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("eval/top1")] == [0.75]
+    assert "train/samples_hash" not in events.Tags()["scalars"]
+
+
+def test_missing_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)  # makes its import fail
+    with pytest.raises(UserError, match=r"pip install 'fastvit-engine\[train\]'"):
+        MetricsWriter(RunFolder(tmp_path), None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_incomplete_row_is_a_bug_of_the_caller(tmp_path: Path) -> None:
+    row = train_row(1)
+    del row["lr"]
+    with MetricsWriter(RunFolder(tmp_path), None) as writer, pytest.raises(ValueError, match="lacks 'lr'"):
+        writer.write(row)
+
+
+def test_reading_leaves_out_a_half_written_last_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    line = json.dumps(train_row(1)).encode()
+    for cut in range(1, len(line)):
+        path.write_bytes(line + b"\n" + line[:cut])
+        assert len(read_metrics(path)[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{oops", "line 2 is not JSON"),
+        ("", "line 2 is not JSON"),
+        ("[1]", "line 2 is not a JSON object"),
+        ('{"step": 3}', "line 2 lacks 'epoch'"),
+        ('{"eval": "eval", "step": 3}', "line 2 lacks 'top1'"),
+        (json.dumps(train_row(1) | {"step": "3"}), "line 2 has step '3'"),
+    ],
+)
+def test_other_garbage_names_the_line(tmp_path: Path, line: str, problem: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = json.dumps(train_row(1))
+    path.write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(UserError, match=problem):
+        read_metrics(path)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot read the metrics.*metrics\.jsonl"):
+        read_metrics(tmp_path / "metrics.jsonl")

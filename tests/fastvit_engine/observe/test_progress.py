@@ -1,0 +1,184 @@
+import io
+import os
+import pty
+import re
+
+import pytest
+
+from fastvit_engine.observe.progress import Progress
+from tests.fastvit_engine.observe.conftest import eval_row, train_row
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    """A terminal of COLUMNS columns that remembers what was sent to it."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+    def screen(self) -> list[str]:
+        """The lines a person sees, from carriage returns and erasures."""
+        lines = [""]
+        for token in re.findall(r"\r|\n|\x1b\[K|[^\r\n\x1b]+", self.getvalue()):
+            if token == "\n":
+                lines.append("")
+                column = 0
+            elif token == "\r":
+                column = 0
+            elif token == "\x1b[K":
+                lines[-1] = lines[-1][:column]
+            else:
+                lines[-1] = lines[-1][:column] + token + lines[-1][column + len(token) :]
+                column += len(token)
+        return lines
+
+
+@pytest.fixture(autouse=True)
+def terminal_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def test_plain_lines_when_not_a_terminal() -> None:
+    stream, clock = io.StringIO(), Clock()
+    with Progress(840, stream=stream, clock=clock) as progress:
+        for step in range(1, 101):
+            clock.now += 0.1
+            progress.advance(step)
+            if step % 50 == 0:
+                progress.log(train_row(step))
+        progress.message("checkpoint saved")
+    first, second, third = stream.getvalue().splitlines()
+    assert first.startswith("step 50/840  loss 0.0400  ETA 1 min 19 s  750 images/s  MFU 15.5 %  data wait 1.0 %")
+    assert second.startswith("step 100/840  loss 0.0200  ETA 1 min 14 s")
+    assert third == "checkpoint saved"
+    assert "\r" not in stream.getvalue() and "\x1b" not in stream.getvalue()
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    Progress(10, stream=stream).log(train_row(1))
+    assert "\r" not in stream.getvalue()
+
+
+def test_live_line_is_rewritten_in_place_below_messages() -> None:
+    stream, clock = Terminal(), Clock()
+    with Progress(10, stream=stream, clock=clock) as progress:
+        for step in range(1, 11):
+            clock.now += 1.0
+            progress.log(train_row(step, mfu=None))
+            if step == 5:
+                progress.log_evaluation(eval_row(5, 0.972))
+                progress.log_evaluation(eval_row(5, 0.975, eval="eval_ema", top5=None))
+                progress.message("checkpoint saved")
+                above = stream.screen()
+                assert above[-1].endswith("5/10  loss 0.4000  ETA 5.0 s  750 images/s  data wait 1.0 %")
+                assert above[-1].startswith("━" * 15 + "─" * 15 + " ")
+    assert stream.screen() == [
+        "evaluation (step 5): top-1 97.2 %  top-5 99.0 %  loss 0.1  (360 images in 0.4 s)",
+        "evaluation (EMA weights, step 5): top-1 97.5 %  loss 0.1  (360 images in 0.4 s)",
+        "checkpoint saved",
+        "━" * 30 + " 10/10  loss 0.2000  750 images/s  data wait 1.0 %",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("columns", [1, 7, 12, 25, 40, 60, 79, 200])
+def test_the_live_line_never_wraps(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal()
+    progress = Progress(1_000_000, start_step=999_998, stream=stream)
+    progress.log(train_row(999_999))
+    (line,) = stream.screen()
+    assert len(line) < columns or columns == 1
+    assert line.startswith("999999/1000000"[: columns - 1]) or "━" in line
+
+
+def test_a_narrow_terminal_keeps_the_most_important_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "50")
+    stream, clock = Terminal(), Clock()
+    progress = Progress(840, stream=stream, clock=clock)
+    for step in (1, 2):
+        clock.now += 1.0
+        progress.log(train_row(step))
+    line = stream.screen()[-1]
+    assert "2/840" in line and "loss" in line and "ETA 13 min 58 s" in line
+    assert "images/s" not in line
+
+
+def test_redraws_are_limited() -> None:
+    stream, clock = Terminal(), Clock()
+    progress = Progress(1000, stream=stream, clock=clock)
+    for step in range(1, 1000):
+        clock.now += 0.001
+        progress.advance(step)
+    assert stream.getvalue().count("\r") <= 11
+
+
+def test_eta_leaves_out_the_first_step_and_evaluations() -> None:
+    clock = Clock()
+    progress = Progress(100, stream=io.StringIO(), clock=clock)
+    assert progress.eta_seconds is None
+    clock.now += 300.0  # the first step compiles
+    progress.advance(1)
+    assert progress.eta_seconds is None
+    clock.now += 2.0
+    progress.advance(2)
+    assert progress.eta_seconds == pytest.approx(98 * 2.0)
+    clock.now += 500.0
+    progress.log_evaluation(eval_row(2, 0.5))
+    clock.now += 2.0
+    progress.advance(3)
+    assert progress.eta_seconds == pytest.approx(97 * 2.0)
+
+
+def test_eta_follows_a_change_of_speed() -> None:
+    clock = Clock()
+    progress = Progress(10_000, stream=io.StringIO(), clock=clock)
+    for step in range(1, 1001):
+        clock.now += 1.0 if step <= 500 else 3.0
+        progress.advance(step)
+    assert progress.eta_seconds == pytest.approx(9000 * 3.0, rel=1e-3)
+
+
+def test_eta_after_a_restart_counts_only_its_own_steps() -> None:
+    clock = Clock()
+    progress = Progress(1000, start_step=900, stream=io.StringIO(), clock=clock)
+    for step in (901, 902):
+        clock.now += 1.0
+        progress.advance(step)
+    assert progress.eta_seconds == pytest.approx(98.0)
+
+
+def test_a_stream_without_unicode_gets_an_ascii_bar() -> None:
+    class Latin(Terminal):
+        encoding = "latin-1"
+
+    stream = Latin()
+    Progress(10, stream=stream).log(train_row(5))
+    assert stream.screen()[-1].startswith("#" * 15 + "-" * 15 + " 5/10")
+
+
+def test_the_width_is_that_of_the_stream_itself() -> None:
+    import fcntl
+    import struct
+    import termios
+
+    controller, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
+    with os.fdopen(terminal, "w", encoding="utf-8") as stream:
+        Progress(840, stream=stream).log(train_row(420))
+        shown = os.read(controller, 10_000).decode()
+    os.close(controller)
+    assert shown.split("\r")[-1].removesuffix("\x1b[K").endswith("420/840  loss 0.0048")
+    assert max(len(line) for line in shown.replace("\x1b[K", "").split("\r")) < 30

@@ -1,0 +1,63 @@
+"""One process of a job that counts what DeepSpeed allocates: prints, for each case, bytes after two optimizer steps.
+
+Started by test_memory.py, with the cases as JSON in its argument: {"precision", "stage", "reduce"}.
+"""
+
+import gc
+import json
+import sys
+
+import torch
+
+from fastvit_engine.config import Config
+from fastvit_engine.distributed.world import join_world
+from fastvit_engine.engine.build import BatchSplit, build_engine
+from fastvit_engine.models import build_model
+
+MODEL = {"name": "Ti/16", "image_size": 32, "num_classes": 10, "depth": 2}
+
+
+def storages():
+    """Bytes of every tensor storage in this process, by address; held, so that no address is used again."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None:
+                    storage = tensor.untyped_storage()
+                    found[storage.data_ptr()] = storage
+    return found
+
+
+def measure(case, world):
+    before = storages()
+    zero = {"reduce_bucket_size": case["reduce"], "overlap_comm": False, "stage3_param_persistence_threshold": 0}
+    config = Config.model_validate(
+        {
+            "model": MODEL,
+            "train": {"precision": case["precision"]},
+            "zero": {"stage": case["stage"]},
+            "deepspeed": {"zero_optimization": zero},
+        }
+    )
+    engine = build_engine(build_model(config.model, mean=(0.5,) * 3, std=(0.5,) * 3), config, BatchSplit(2, 2), world)
+    engine.train()
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    largest = 0
+    for micro_step in range(4):
+        engine.backward(engine(images).float().square().mean())
+        if micro_step >= 2:  # Adam's moments are there from the second step on
+            now = {address: storage for address, storage in storages().items() if address not in before}
+            largest = max(largest, sum(storage.nbytes() for storage in now.values()))
+            del now
+        engine.step()
+    engine.destroy()
+    return largest
+
+
+with join_world() as world:
+    measured = [measure(case, world) for case in json.loads(sys.argv[1])]
+    largest = world.max(measured).tolist()
+    if world.is_main:
+        print("measured", json.dumps(largest), flush=True)

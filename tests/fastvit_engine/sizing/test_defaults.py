@@ -1,0 +1,178 @@
+import json
+
+import pytest
+
+from fastvit_engine.config import Config, load_config
+from fastvit_engine.engine.build import BatchSplit, build_engine, deepspeed_config, split_batch
+from fastvit_engine.errors import UserError
+from fastvit_engine.models import parameter_count
+from fastvit_engine.sizing.defaults import Machine, candidates, choose, machine_here
+
+GIB = 2**30
+
+
+def gpus(count, gib=80.0, per_node=8):
+    return Machine(count, min(count, per_node), int(gib * GIB), on_gpu=True)
+
+
+def h14(*settings):
+    return load_config("vit_h14_jft", settings).config
+
+
+def reasons(chosen):
+    return {choice.key: choice.reason for choice in chosen.choices}
+
+
+def zero_settings(chosen):
+    return deepspeed_config(chosen.config, split_batch(chosen.config, chosen.machine.processes))["zero_optimization"]
+
+
+def test_what_fits_whole_is_not_sharded():
+    chosen = choose(h14(), gpus(64))
+    assert chosen.config.zero.stage == 0
+    assert split_batch(chosen.config, 64) == BatchSplit(64, 1)
+    assert zero_settings(chosen) == {"stage": 0}
+    assert "fits whole" in reasons(chosen)["zero.stage"]
+    assert chosen.memory.total <= chosen.machine.usable
+
+
+def test_accumulation_in_16_bits_is_left_to_fp32_sums():
+    """Stage 0 would add bf16 gradients in bf16; in fp32 it has nothing against it."""
+    bf16 = choose(h14(), gpus(8))
+    assert (bf16.config.zero.stage, split_batch(bf16.config, 8).accumulation_steps) == (1, 2)
+    assert "in fp32" in reasons(bf16)["zero.stage"]
+    assert "only the last communicates" in reasons(bf16)["train.micro_batch_size"]
+    fp32 = choose(h14("train.precision=fp32"), gpus(8))
+    assert fp32.config.zero.stage == 0
+    assert split_batch(fp32.config, 8).accumulation_steps > 1
+
+
+def test_less_memory_means_more_sharding():
+    stages = [choose(h14(), gpus(64, gib)).config.zero.stage for gib in (80, 24, 16, 12, 7)]
+    assert stages == sorted(stages)
+    assert stages[0] == 0 and stages[-1] == 3
+
+
+def test_a_stage_is_left_when_it_has_room_for_too_few_images():
+    """8192 tokens are enough for the matrix products: a stage that fits fewer gives way to one that fits more."""
+    gave_way = 0
+    for gib in (9, 10, 11, 12, 13, 14, 16, 20):
+        micro_batches = {c.stage: c.micro_batch if c.fits else 0 for c in candidates(h14(), gpus(64, gib))}
+        chosen = choose(h14(), gpus(64, gib)).config
+        assert chosen.train.micro_batch_size == micro_batches[chosen.zero.stage]
+        if micro_batches[chosen.zero.stage] * 257 < 8192:
+            assert micro_batches[chosen.zero.stage] == max(micro_batches.values())
+        gave_way += 0 < micro_batches[1] * 257 < 8192 and chosen.zero.stage > 1
+    assert gave_way > 0
+
+
+@pytest.mark.parametrize("gib", [9, 16, 40, 80])
+@pytest.mark.parametrize("count", [1, 8, 48, 512])
+def test_what_is_chosen_fits_and_gives_the_same_global_batch(count, gib):
+    config = load_config("vit_l16_jft", ["train.global_batch_size=12288"]).config
+    chosen = choose(config, gpus(count, gib))
+    split = split_batch(chosen.config, count)
+    assert split.micro_batch_size * split.accumulation_steps * count == 12288
+    assert chosen.memory.total <= chosen.machine.usable
+    assert choose(config, gpus(count, gib)) == chosen  # nothing but its arguments decides
+
+
+def test_given_values_win_and_are_said_to_be_given():
+    settings = [
+        "zero.stage=2",
+        "train.micro_batch_size=16",
+        "deepspeed.zero_optimization.reduce_bucket_size=1000000",
+        "deepspeed.zero_optimization.round_robin_gradients=true",
+    ]
+    chosen = choose(h14(*settings), gpus(64))
+    by_user = {choice.key: choice.value for choice in chosen.choices if choice.by_user}
+    assert by_user == {
+        "zero.stage": 2,
+        "train.micro_batch_size": 16,
+        "deepspeed.zero_optimization.reduce_bucket_size": 1_000_000,
+        "deepspeed.zero_optimization.round_robin_gradients": True,
+    }
+    written = zero_settings(chosen)
+    assert written["reduce_bucket_size"] == 1_000_000 and written["round_robin_gradients"] is True
+    assert written["contiguous_gradients"] is True and written["overlap_comm"] is True  # ours, beside them
+
+
+def test_a_given_stage_that_does_not_fit_is_used_with_a_warning():
+    chosen = choose(h14("zero.stage=0", "train.micro_batch_size=64"), gpus(64, 12))
+    assert chosen.config.zero.stage == 0
+    assert "although it needs" in reasons(chosen)["zero.stage"]
+
+
+def test_buckets_follow_the_model_and_the_processes():
+    small = zero_settings(choose(load_config("vit_b16_jft", ["zero.stage=2"]).config, gpus(8)))
+    large = zero_settings(choose(load_config("vit_b16_jft", ["zero.stage=2"]).config, gpus(1024)))
+    assert small["reduce_bucket_size"] < large["reduce_bucket_size"]
+    assert large["reduce_bucket_size"] <= parameter_count(load_config("vit_b16_jft").config.model)
+    alone = zero_settings(choose(load_config("vit_b16_jft", ["zero.stage=2"]).config, gpus(1)))
+    assert alone["overlap_comm"] is False
+
+
+def test_stage_3_lets_go_of_blocks_and_gathers_within_the_node():
+    """DeepSpeed's own reuse distance of 1e9 parameters would keep all of H/14 gathered."""
+    several = zero_settings(choose(h14("zero.stage=3"), gpus(64)))
+    assert (
+        several["stage3_max_reuse_distance"] < several["stage3_max_live_parameters"] < parameter_count(h14().model) / 4
+    )
+    assert several["zero_hpz_partition_size"] == 8
+    assert "zero_hpz_partition_size" not in zero_settings(choose(h14("zero.stage=3"), gpus(8)))
+    tight = choose(h14("zero.stage=3"), gpus(64))
+    secondary = tight.memory.total
+    assert (
+        secondary
+        > choose(h14("zero.stage=3", "deepspeed.zero_optimization.zero_hpz_partition_size=1"), gpus(64)).memory.total
+    )
+
+
+def test_offload_needs_sharding():
+    assert choose(h14("zero.offload=optimizer"), gpus(64)).config.zero.stage == 1
+    assert choose(h14("zero.offload=all"), gpus(64)).config.zero.stage == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "machine", "parts"),
+    [
+        (
+            ["train.micro_batch_size=64"],
+            gpus(64, 10),
+            ["656 M parameters", "micro-batch 64", "train.micro_batch_size="],
+        ),
+        (["zero.stage=0"], gpus(64, 10), ["ZeRO stage 0", "zero.stage=1 would fit"]),
+        ([], gpus(1, 12), ["ZeRO stage", "zero.offload=optimizer would fit"]),
+        (["zero.offload=all"], gpus(2, 2), ["need at least", "GPU"]),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_nearest_remedy(settings, machine, parts):
+    with pytest.raises(UserError) as refusal:
+        choose(h14(*settings), machine)
+    for part in ["nothing fits", *parts]:
+        assert part in str(refusal.value)
+
+
+def test_the_remedy_fits():
+    with pytest.raises(UserError, match="train.micro_batch_size=") as refusal:
+        choose(h14("train.micro_batch_size=64"), gpus(64, 10))
+    micro = str(refusal.value).partition("train.micro_batch_size=")[2].partition(" ")[0]
+    assert choose(h14(f"train.micro_batch_size={micro}"), gpus(64, 10)).memory.total <= gpus(64, 10).usable
+
+
+def test_an_open_stage_never_reaches_deepspeed():
+    with pytest.raises(ValueError, match=r"zero\.stage is still open"):
+        build_engine(None, Config(), BatchSplit(1, 1), None)  # type: ignore[arg-type]
+
+
+def test_this_machine_shares_its_memory_among_its_processes():
+    one, four = machine_here(1), machine_here(4)
+    assert not one.on_gpu  # the tests of this repository run without
+    assert one.memory // 4 == four.memory
+    assert 2**28 < one.memory < 2**46
+
+
+def test_the_record_is_plain_json():
+    record = json.loads(json.dumps(choose(h14(), gpus(8)).record()))
+    assert [choice["key"] for choice in record["choices"]] == ["zero.stage", "train.micro_batch_size"]
+    assert record["memory_estimate_bytes"] <= record["memory_usable_bytes"]

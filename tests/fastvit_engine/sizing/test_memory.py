@@ -1,0 +1,142 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastvit_engine.config import Config
+from fastvit_engine.distributed.launch import free_port, rank_environment
+from fastvit_engine.models import build_model, parameter_count
+from fastvit_engine.sizing.memory import (
+    Buckets,
+    activation_bytes,
+    block_bytes_a_token,
+    block_implementation,
+    model_size,
+    state_memory,
+    training_memory,
+)
+from fastvit_kernels import FusedCrossEntropy, dispatch
+
+MEASURED_MODEL = {"name": "Ti/16", "image_size": 32, "num_classes": 10, "depth": 2}  # that of state_bytes.py
+REDUCE = 50_000
+
+
+def vit(**model):
+    return Config.model_validate({"model": model}).model
+
+
+def state(stage, precision, world_size, **settings):
+    given = {
+        "offload": "none",
+        "accumulate_bytes": 4 if stage or precision == "fp32" else 2,
+        "accumulates": True,
+        "average": False,
+        "buckets": Buckets(reduce=REDUCE),
+        "on_gpu": False,
+    }
+    return state_memory(model_size(vit(**MEASURED_MODEL)), precision, stage, world_size, **given | settings)
+
+
+@pytest.mark.distributed
+def test_the_state_is_what_deepspeed_allocates(execute, tmp_path):
+    """Two processes, every kind of state: all tensors there are before the second optimizer step."""
+    stages = {"fp32": (1, 3), "bf16": (0, 1, 2, 3)}
+    cases = [
+        {"precision": precision, "stage": stage, "reduce": REDUCE}
+        for precision, tried in stages.items()
+        for stage in tried
+    ]
+    command = [sys.executable, str(Path(__file__).with_name("state_bytes.py")), json.dumps(cases)]
+    port = free_port()
+    other = subprocess.Popen(
+        command, env=process_environment(1, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        done = execute(command, **process_environment(0, port))
+    finally:
+        said, _ = other.communicate(timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr + said.decode()
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("measured ")]
+    for case, measured in zip(cases, json.loads(line.removeprefix("measured ")), strict=True):
+        computed = state(case["stage"], case["precision"], 2).state
+        assert computed == pytest.approx(measured, rel=0.04), case
+
+
+def process_environment(rank, port):
+    return {**os.environ, **rank_environment(rank, 2, port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.mark.parametrize("world_size", [1, 7, 64])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_what_sharding_divides(precision, world_size):
+    parameters = parameter_count(vit(**MEASURED_MODEL))
+    compute = 4 if precision == "fp32" else 2
+    share = -(-parameters // world_size)
+    stages = [state(stage, precision, world_size) for stage in (0, 1, 2, 3)]
+    assert [s.weights for s in stages] == [compute * parameters] * 3 + [compute * share]
+    assert [s.optimizer for s in stages] == [(8 if compute == 4 else 12) * parameters] + [12 * share] * 3
+    assert stages[3].gradients == 4 * share
+
+
+def test_a_moving_average_is_sharded_with_the_optimizer():
+    parameters = parameter_count(vit(**MEASURED_MODEL))
+    averages = [state(stage, "bf16", 2, average=True).average for stage in (0, 1, 2, 3)]
+    assert averages == [4 * parameters] + [4 * -(-parameters // 2)] * 3
+
+
+def test_offloading_moves_the_optimizer_to_the_host():
+    kept = state(2, "bf16", 4, average=True)
+    moved = state(2, "bf16", 4, average=True, offload="optimizer")
+    assert (moved.optimizer, moved.average, moved.weights) == (0, 0, kept.weights)
+    assert moved.host >= kept.optimizer + kept.average
+    everything = state(3, "bf16", 4, offload="all")
+    assert everything.weights == 0
+    assert everything.host >= state(3, "bf16", 4).weights + state(3, "bf16", 4).optimizer
+
+
+@pytest.mark.parametrize(("recompute", "expected"), [("none", 41_040), ("gelu", 30_800), ("all", 25_680)])
+def test_fused_blocks_keep_what_their_documentation_says(recompute, expected):
+    """kernels/README.md, measured there: D = 1280, 16 heads, M = 5120, bfloat16."""
+    assert block_bytes_a_token(1280, 16, 5120, 2, "fused", recompute=recompute) == expected
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", [{"dropout": 0.0}, {"dropout": 0.1, "num_classes": 1000}, {"layer_scale": 1e-4}])
+def test_activations_are_what_autograd_keeps(precision, model):
+    """Plain PyTorch, on the CPU: every storage saved for the backward pass that is no parameter."""
+    config = vit(name="Ti/16", image_size=112, depth=3, **model)
+    built = build_model(config, mean=(0.5,) * 3, std=(0.5,) * 3)
+    built = built.bfloat16() if precision == "bf16" else built
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in built.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    images = torch.zeros(3, 112, 112, 3, dtype=torch.uint8)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = FusedCrossEntropy()(built.train()(images), torch.zeros(3, dtype=torch.int64))  # noqa: F841 - holds them
+    measured = sum(storage.nbytes() for storage in kept.values()) / 3
+    assert activation_bytes(config, precision, "reference") == pytest.approx(measured, rel=0.05)
+
+
+def test_plain_layers_on_a_gpu_keep_what_they_keep_on_a_cpu():
+    assert block_implementation(vit(), on_gpu=True) == "fused"
+    assert block_implementation(vit(dropout=0.1), on_gpu=True) == "composed"
+    with dispatch.using("reference"):
+        assert block_implementation(vit(), on_gpu=True) == "reference"
+
+
+def test_activations_of_the_huge_model():
+    """64 images of ViT-H/14 keep 16.2 GB in 32 blocks, kernels/README.md."""
+    config = Config.model_validate({"model": {"name": "H/14"}})
+    memory = training_memory(config, 0, 1, 64, False, Buckets(), on_gpu=True)
+    assert memory.activations == pytest.approx(16.2e9, rel=0.01)
+    assert memory.total > memory.state + memory.activations

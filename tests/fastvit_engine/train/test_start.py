@@ -1,0 +1,105 @@
+"""Whether a run may go on from its checkpoint, by what its data was."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastvit_engine.checkpoint import Manifest
+from fastvit_engine.config import Config
+from fastvit_engine.errors import UserError
+from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.train.start import preflight
+
+
+def write_shard(path, labels):
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(buffer, "PNG")
+    with tarfile.open(path, "w") as tar:
+        for number, label in enumerate(labels):
+            for extension, content in {"png": buffer.getvalue(), "cls": str(label).encode()}.items():
+                info = tarfile.TarInfo(f"sample{number:04d}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return [
+        write_shard(tmp_path / f"{name}.tar", [n % 10 for n in range(size)]) for name, size in (("a", 300), ("b", 9))
+    ]
+
+
+def start(run, train, resume=True, **data):
+    sections = {
+        "model": {"name": "Ti/4", "image_size": 8, "num_classes": 10},
+        "data": {"train": train, **data},
+        "train": {"global_batch_size": 8, "duration": "100 steps", "precision": "fp32"},
+        "schedule": {"warmup": "0 steps"},
+    }
+    return preflight(Config.model_validate(sections), run, 1, resume=resume)
+
+
+@pytest.fixture
+def stopped(tmp_path, shards):
+    """begin(data.train, ...) -> a run folder with a checkpoint after 40 steps, of which only the state is there."""
+
+    def begin(train, **data):
+        run = RunFolder(tmp_path / "run")
+        began = start(run, train, resume=False, **data)
+        folder = run.checkpoints / "step-00000040"
+        folder.mkdir(parents=True)
+        state = {"step": 40, "consumed": 320, "bad_samples": 3, "seconds": 1.0, "accuracy": {}}
+        state |= {"skipped": [], "recent": [], "fingerprint": began.fingerprint}
+        (folder / "manifest.json").write_bytes(Manifest(40, state, {}, {}, {}).to_json())
+        (run.checkpoints / "latest").write_text(folder.name)
+        return run
+
+    return begin
+
+
+def test_the_same_content_elsewhere_goes_on(stopped, shards, tmp_path):
+    run = stopped(shards[0])
+    (tmp_path / "elsewhere").mkdir()
+    copy = tmp_path / "elsewhere" / "c.tar"
+    copy.write_bytes((tmp_path / "a.tar").read_bytes())
+    (tmp_path / "a.tar").unlink()
+    again = start(run, str(copy))
+    assert (again.step, again.consumed, again.bad_samples) == (40, 320, 3)
+    assert again.data.train[0].lanes == 2 and "300 samples in 2 lane(s)" in again.message
+
+
+def test_recorded_lanes_hold_when_the_choice_would_be_another(stopped, shards):
+    assert start(stopped(shards[0], lanes=13), shards[0]).data.train[0].lanes == 13
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": 7}, "written with data.window 1024 and this run has 7: set it back"),
+        ({"lanes": 4}, "written with data.train in 2 lanes and data.lanes is 4 now: set it back or leave it out"),
+        ({"order": "stream", "num_workers": 0}, "written with data.order indexed and this run has stream"),
+        ({"train": "other"}, r"written with other shards in data\.train \(index .*restore the shards"),
+        ({"train": [{"shards": "same"}, {"shards": "other"}]}, r"1 source\(s\) in data.train and this run has 2"),
+    ],
+)
+def test_another_order_is_refused(stopped, shards, changes, message):
+    run = stopped(shards[0])
+    names = {"same": shards[0], "other": shards[1]}
+    train = changes.get("train", "same")
+    train = names[train] if isinstance(train, str) else [{"shards": names[source["shards"]]} for source in train]
+    with pytest.raises(UserError, match=message) as error:
+        start(run, **({"train": train} | {key: value for key, value in changes.items() if key != "train"}))
+    assert "step-00000040" in str(error.value) and "another run folder with --out" in str(error.value)
+
+
+def test_other_weights_and_a_changed_source_are_refused(stopped, shards, tmp_path):
+    run = stopped([{"shards": shards[0], "weight": 2}, {"shards": shards[1]}])
+    with pytest.raises(UserError, match=r"weights \[2.0, 1.0\] in data.train and they are \[1.0, 1.0\] now"):
+        start(run, [{"shards": shards[0]}, {"shards": shards[1]}])
+    write_shard(tmp_path / "b.tar", [1] * 9)
+    with pytest.raises(UserError, match="with other shards in source 2 of data.train"):
+        start(run, [{"shards": shards[0], "weight": 2}, {"shards": shards[1]}])

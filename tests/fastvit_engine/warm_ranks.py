@@ -1,0 +1,61 @@
+"""Ranks of a run that start in no time: each is forked from a process that has imported PyTorch and DeepSpeed already.
+
+A rank does what it does under torchrun: it finds its place in the environment, and calls `fastvit train`.
+"""
+
+import multiprocessing.connection
+import os
+import time
+from collections.abc import Sequence
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from fastvit_engine.distributed import launch
+
+# the last two are imported by DeepSpeed and PyTorch when a training begins, which takes as long as all the rest
+_IMPORTED = [
+    "deepspeed",
+    "torch.utils.tensorboard",
+    "fastvit_engine.train.loop",
+    "torch._dynamo",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+]
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(_IMPORTED)
+
+
+def run_ranks(arguments: Sequence[str], processes: int, log: Path, seconds: float = 300) -> bool:
+    """Runs `fastvit ARGUMENTS` once a rank, to the end; whether all ended well. `log` takes what they print."""
+    store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    ranks: list[ForkServerProcess] = []
+    with pytest.MonkeyPatch.context() as patch:  # what is imported first may look at these
+        for name, value in {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}.items():
+            patch.setenv(name, value)
+        for rank in range(processes):
+            environment = {**os.environ, **launch.rank_environment(rank, processes, store.port)}
+            environment |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            ranks.append(_forks.Process(target=_run_rank, args=(list(arguments), environment, log)))
+            ranks[-1].start()
+    deadline = time.monotonic() + seconds
+    while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+        if time.monotonic() > deadline:
+            break
+        multiprocessing.connection.wait([rank.sentinel for rank in ranks if rank.is_alive()], timeout=1)
+    for rank in ranks:
+        rank.join(10)  # once one has failed, the others say what they saw
+        rank.kill()
+        rank.join()
+    return all(rank.exitcode == 0 for rank in ranks)
+
+
+def _run_rank(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    os.environ.update(environment)
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    from fastvit_engine.cli import main
+
+    raise SystemExit(main(arguments))
