@@ -2,6 +2,7 @@
 
 from fastvit_engine.config.load import RECIPES, Resolved, load_config, recipe_names
 from fastvit_engine.config.sections import (
+    AugmentConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -19,6 +20,7 @@ from fastvit_engine.config.sections import (
 )
 
 __all__ = [
+    "AugmentConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",

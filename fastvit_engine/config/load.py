@@ -14,6 +14,20 @@ from fastvit_engine.errors import UserError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
+_MOVED = {  # old name: new name
+    f"data.{key}": f"augment.{key}"
+    for key in (
+        "crop",
+        "crop_scale",
+        "crop_ratio",
+        "flip",
+        "mixup",
+        "cutmix",
+        "randaugment_ops",
+        "randaugment_magnitude",
+    )
+}
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -49,6 +63,7 @@ def load_config(recipe: str, overrides: Sequence[str] = ()) -> Resolved:
         _assign(values, key.strip(), value)
         origins.update(dict.fromkeys([key.strip(), *_flatten({key.strip(): value})], "--set"))
         origins.setdefault(key.strip().partition(".")[0], "--set")
+    _check_moved(values, origins)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
@@ -102,6 +117,14 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
             raise UserError(f"--set {dotted}: '{section}' holds a single value, not a section")
         values = inner
     values[last] = value
+
+
+def _check_moved(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """UserError that gives the new name of every key which is set by a former one."""
+    given = _flatten(values)
+    moved = [f"{old} is now {new} ({origins[old]})" for old, new in _MOVED.items() if old in given]
+    if moved:
+        raise UserError(f"renamed configuration key{'s' if len(moved) > 1 else ''}: {', '.join(moved)}")
 
 
 def _valid_keys(location: Sequence[str | int]) -> list[str]:

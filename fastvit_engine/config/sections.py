@@ -74,17 +74,9 @@ class DataConfig(_Section):
     # For order: stream only.
     streams: int | None = Field(None, gt=0)  # parallel shard streams of the whole run; null: one a decoding process
     shuffle_buffer: int = Field(1024, ge=1)  # samples (undecoded) that each stream shuffles within
-    crop: Literal["inception", "resize"] = "inception"  # training crop: random area and aspect ratio, or whole image
-    crop_scale: tuple[float, float] = (0.05, 1.0)  # share of the image's area an inception crop takes
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # aspect ratio of an inception crop
-    flip: bool = True  # mirror half of the training images
     eval_crop: float = Field(0.875, gt=0, le=1)  # evaluation: short side to image_size / eval_crop, then centre crop
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels in [0, 1]; 0.5 and 0.5 give the paper's [-1, 1]
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    mixup: float = Field(0.0, ge=0)  # alpha of the Beta distribution of weights; 0: off
-    cutmix: float = Field(0.0, ge=0)  # likewise; with both on, each pair of images takes either at random
-    randaugment_ops: int = Field(0, ge=0)  # operations that RandAugment applies to each training image; 0: off
-    randaugment_magnitude: float = Field(10.0, ge=0)  # their strength, on the paper's scale of 10
     cache: str | None = None  # folder on a local disk that remote shards are downloaded into; null: read by range
     cache_gb: float | None = Field(None, gt=0)  # the most that it may hold; null: no limit
 
@@ -94,6 +86,19 @@ class DataConfig(_Section):
         if isinstance(self.train, str):
             return (DataSource(shards=self.train, index=self.index),) if self.train else ()
         return self.train or ()
+
+
+class AugmentConfig(_Section):
+    """How training images are varied. Nothing here touches evaluation."""
+
+    crop: Literal["inception", "resize"] = "inception"  # training crop: random area and aspect ratio, or whole image
+    crop_scale: tuple[float, float] = (0.05, 1.0)  # share of the image's area an inception crop takes
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # aspect ratio of an inception crop
+    flip: bool = True  # mirror half of the training images
+    mixup: float = Field(0.0, ge=0)  # alpha of the Beta distribution of weights; 0: off
+    cutmix: float = Field(0.0, ge=0)  # likewise; with both on, each pair of images takes either at random
+    randaugment_ops: int = Field(0, ge=0)  # operations that RandAugment applies to each training image; 0: off
+    randaugment_magnitude: float = Field(10.0, ge=0)  # their strength, on the paper's scale of 10
 
 
 class TrainConfig(_Section):
@@ -181,6 +186,7 @@ class Config(_Section):
     seed: int = Field(0, ge=0)
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()

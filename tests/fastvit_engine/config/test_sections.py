@@ -56,6 +56,7 @@ def test_resolved_yaml_is_a_recipe_again(recipe, tmp_path):
         ("train.precision=int8", "input should be 'fp32', 'bf16' or 'fp16'"),
         ("train.duration=5 weeks", "'5 weeks' is not a duration"),
         ("data.mean=[0.5, 0.5]", "configuration key 'data.mean' (--set) is [0.5, 0.5]: too few values"),
+        ("data.mixup=0.2", "renamed configuration key: data.mixup is now augment.mixup (--set)"),
         ("model=B/16", "configuration key 'model' (--set) is 'B/16'"),
         ("model.name.size=B", "--set model.name.size: 'name' holds a single value, not a section"),
         ("train.precision", "is not of the form section.key=value"),
@@ -90,3 +91,14 @@ def test_an_unknown_recipe_suggests_the_nearest():
 def test_a_configuration_cannot_change_after_it_was_validated():
     with pytest.raises(ValueError, match="frozen"):
         Config().model.name = "L/16"
+
+
+def test_a_configuration_with_former_names_is_told_all_the_new_ones_at_once(tmp_path):
+    path = tmp_path / "config.yaml"  # of a run folder
+    path.write_text("data:\n  crop_scale:\n  - 0.2\n  - 1.0\n  flip: true\n  num_workers: 2\n")
+    with pytest.raises(UserError) as error:
+        load_config(str(path))
+    assert str(error.value) == (
+        "renamed configuration keys: data.crop_scale is now augment.crop_scale (config.yaml:2), "
+        "data.flip is now augment.flip (config.yaml:5)"
+    )
