@@ -1,6 +1,7 @@
 """The configuration of a run: typed sections, read from a recipe and from --set."""
 
-from fastvit_engine.config.load import RECIPES, Resolved, load_config, recipe_names
+from fastvit_engine.config.load import Resolved, load_config
+from fastvit_engine.config.recipes import RECIPES, recipe_names, recipe_paths
 from fastvit_engine.config.sections import (
     AugmentConfig,
     CheckpointConfig,
@@ -39,4 +40,5 @@ __all__ = [
     "ZeroConfig",
     "load_config",
     "recipe_names",
+    "recipe_paths",
 ]

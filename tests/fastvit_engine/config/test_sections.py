@@ -60,7 +60,7 @@ def test_resolved_yaml_is_a_recipe_again(recipe, tmp_path):
         ("model=B/16", "configuration key 'model' (--set) is 'B/16'"),
         ("model.name.size=B", "--set model.name.size: 'name' holds a single value, not a section"),
         ("train.precision", "is not of the form section.key=value"),
-        ("train.precision=[", "the value is not valid YAML"),
+        ("train.global_batch_size=[", "the value is not valid YAML"),
     ],
 )
 def test_a_bad_override_is_one_clear_sentence(recipe, override, message):
