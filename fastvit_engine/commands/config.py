@@ -1,8 +1,12 @@
 """`fastvit config`."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from fastvit_engine.commands.recipe import add_recipe
+
+if TYPE_CHECKING:
+    from fastvit_engine.config import Config
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -54,8 +58,20 @@ def _list(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     from fastvit_engine.config import load_config
 
-    print(load_config(args.recipe, args.set).to_yaml(with_origins=True), end="")
+    resolved = load_config(args.recipe, args.set)
+    _check_lengths(resolved.config)
+    print(resolved.to_yaml(with_origins=True), end="")
     return 0
+
+
+def _check_lengths(config: "Config") -> None:
+    """Raises UserError for durations that training would refuse, unless it takes the shards to know."""
+    from fastvit_engine.train.schedule import Plan
+
+    durations = [config.train.duration, config.evaluate.every, config.checkpoint.every, config.checkpoint.keep_every]
+    durations += [config.schedule.warmup, config.schedule.cooldown, config.schedule.timescale]
+    if config.data.train_samples is not None or not any(length and "epoch" in length for length in durations):
+        Plan(config, config.data.train_samples)
 
 
 def _explain(args: argparse.Namespace) -> int:

@@ -73,7 +73,7 @@ def explain(name: str | None = None) -> list[Section]:
 def as_text(found: Iterable[Section]) -> str:
     lines: list[str] = []
     for section in found:
-        lines += [section.section or "(outside of sections)", *_wrapped(section.description, 2), ""]
+        lines += [section.section or "(top level)", *_wrapped(section.description, 2), ""]
         for key in section.keys:
             lines += [f"  {key.key}: {_form(key)}; {_default(key)}", *_wrapped(key.description, 6), ""]
     return "\n".join(lines[:-1])
@@ -87,14 +87,14 @@ def as_markdown(found: Iterable[Section]) -> str:
     """The text of docs/configuration.md."""
     lines = [MARKDOWN_HEAD]
     for section in found:
-        lines += [f"## {section.section or 'Outside of sections'}", "", section.description, ""]
+        lines += [f"## {section.section or 'Top level'}", "", section.description, ""]
         lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
         for key in section.keys:
             default = "required" if key.required else f"`{_shown(key.default)}`"
             cells = [f"`{key.key}`", _form(key), default, key.description]
-            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+            lines.append(f"| {' | '.join(cell.replace('|', '&#124;').replace('<', '&lt;') for cell in cells)} |")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join(lines[:-1])
 
 
 def _sections() -> Iterator[Section]:

@@ -1,5 +1,6 @@
 """From a recipe and `--set` to a validated configuration that remembers where each value came from."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,17 @@ from fastvit_engine.errors import UserError
 _SET = "--set"
 
 
+class _OneLineDumper(yaml.SafeDumper):
+    """Writes every text on one line, so that a comment can follow it."""
+
+
+def _one_line(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_OneLineDumper.add_representer(str, _one_line)
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A validated configuration and, for each dotted key, where its value came from."""
@@ -24,7 +36,8 @@ class Resolved:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def to_yaml(self, *, with_origins: bool = False) -> str:
-        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        values = self.config.model_dump(mode="json")
+        text = yaml.dump(values, Dumper=_OneLineDumper, sort_keys=False, width=math.inf)
         return _annotate(text, self.origins) if with_origins else text
 
 
