@@ -1,4 +1,4 @@
-"""Lengths of training as people say them: "90 epochs", "10_000 steps", "300M samples", "5%"."""
+"""Durations with a unit, and their length in steps: "90 epochs", "10_000 steps", "300M samples", "5%"."""
 
 import math
 import re
