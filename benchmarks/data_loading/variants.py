@@ -85,11 +85,10 @@ def open_dataset(name: str, pattern: str, image_size: int, batch_size: int, scra
             "model": {"name": f"Ti/{image_size}", "image_size": image_size, "num_classes": _ANY_CLASS},
             "data": {
                 "train": pattern,
-                "crop_scale": CROP_SCALE,
-                "crop_ratio": CROP_RATIO,
                 "image_key": IMAGE_KEYS,
                 "lanes": 1,  # so that an epoch has every sample
             },
+            "augment": {"crop_scale": CROP_SCALE, "crop_ratio": CROP_RATIO},
             "train": {"global_batch_size": batch_size},
         }
     )
@@ -133,7 +132,7 @@ def our_images(dataset: Dataset, count: int) -> Iterator[tuple[np.ndarray, Stage
             read_labels(sample, config.data, config.model.num_classes)
             t1 = process_time()
             image = read_image(sample, config.data, open_image)
-            view = train_view(image.height, image.width, dataset.image_size, config.data, numbers)
+            view = train_view(image.height, image.width, dataset.image_size, config.augment, numbers)
             pixels = image.decode(workspace.decoded, view.reduction, fast=view.fast, rows=view.top + view.height)
             t2 = process_time()
             render(pixels, view, view.reduction, out, workspace.resized)

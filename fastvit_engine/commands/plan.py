@@ -45,7 +45,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.config import load_config
-    from fastvit_engine.sizing.defaults import Machine, candidates, choose
 
     if args.gpus < 1:
         raise UserError(f"--gpus is {args.gpus}: at least 1")
@@ -58,6 +57,9 @@ def _run(args: argparse.Namespace) -> int:
     if gib <= 2:
         raise UserError(f"--gpu-memory is {gib:g} GiB: too little for any training")
     config = load_config(args.recipe, args.set).config
+
+    from fastvit_engine.sizing.defaults import Machine, candidates, choose
+
     machine = Machine(args.gpus, per_node, int(gib * 2**30), on_gpu=True)
     options = candidates(config, machine)
     chosen = choose(config, machine)

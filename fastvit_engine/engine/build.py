@@ -1,6 +1,5 @@
 """From our configuration to a DeepSpeed engine: batch split, optimizer groups, ZeRO, precision."""
 
-import difflib
 import logging
 import os
 import warnings
@@ -13,50 +12,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from fastvit_engine.config import Config
+from fastvit_engine.config.checks import check_zero
+from fastvit_engine.config.deepspeed_section import check_deepspeed
 from fastvit_engine.distributed.world import World
 from fastvit_engine.errors import UserError
-
-# DeepSpeed ignores top-level keys it does not know; these are the ones it reads, so that a typing error is caught.
-_DEEPSPEED_KEYS = {
-    "activation_checkpointing",
-    "aio",
-    "bf16",
-    "checkpoint",
-    "comet",
-    "comms_logger",
-    "communication_data_type",
-    "compile",
-    "csv_monitor",
-    "data_types",
-    "datastates_ckpt",
-    "disable_allgather",
-    "disable_python_gc",
-    "dump_state",
-    "flops_profiler",
-    "fp16",
-    "gradient_allreduce_op",
-    "gradient_predivide_factor",
-    "log_level",
-    "memory_breakdown",
-    "prescale_gradients",
-    "steps_per_print",
-    "tensorboard",
-    "timers",
-    "torch_autocast",
-    "wall_clock_breakdown",
-    "wandb",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-}
-_OWNED_KEYS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "gradient_clipping": "train.grad_clip",
-    "optimizer": "the 'optimizer' section",
-    "scheduler": "the 'schedule' section",
-}
 
 
 @dataclass(frozen=True)
@@ -86,10 +45,8 @@ def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
     """The configuration handed to deepspeed.initialize, with the recipe's `deepspeed:` section merged last."""
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision = fp16 needs a GPU: use bf16 or fp32 on a CPU")
-    if config.zero.offload != "none" and config.zero.stage == 0:
-        raise UserError("zero.offload needs ZeRO: set zero.stage to 1, 2 or 3")
-    if config.zero.offload == "all" and config.zero.stage != 3:
-        raise UserError("zero.offload = all moves parameters to host memory, which needs zero.stage = 3")
+    check_zero(config.zero)
+    check_deepspeed(config.deepspeed)
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -108,7 +65,7 @@ def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
     }
     if config.train.precision != "fp32" and config.zero.stage != 0:
         written["data_types"] = {"grad_accum_dtype": "fp32"}  # low-precision sums drift as accumulation grows
-    return _merge(written, _checked_section(config.deepspeed))
+    return _merge(written, config.deepspeed)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -161,19 +118,6 @@ def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _checked_section(section: Mapping[str, Any]) -> Mapping[str, Any]:
-    for key in section:
-        if key in _OWNED_KEYS:
-            raise UserError(f"deepspeed.{key} is written by the engine: set {_OWNED_KEYS[key]} instead")
-        if key not in _DEEPSPEED_KEYS:
-            near = difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1)
-            hint = f"did you mean 'deepspeed.{near[0]}'?" if near else f"it reads {', '.join(sorted(_DEEPSPEED_KEYS))}"
-            raise UserError(f"DeepSpeed does not know the key 'deepspeed.{key}'; {hint}")
-    if "stage" in (section.get("zero_optimization") or {}):
-        raise UserError("deepspeed.zero_optimization.stage is written by the engine: set zero.stage instead")
-    return section
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

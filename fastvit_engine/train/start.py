@@ -8,12 +8,12 @@ from typing import Any, cast
 
 from fastvit_engine.checkpoint import Checkpoint, Checkpointer, DamagedCheckpoint, Place, place_of, usable_checkpoints
 from fastvit_engine.config import Config
+from fastvit_engine.config.checks import check_config
 from fastvit_engine.data import DataPlan, prepare_data
 from fastvit_engine.data.stream.skip import Window
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import deepspeed_config, split_batch
 from fastvit_engine.errors import UserError
-from fastvit_engine.models import resolve_shape
 from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.schedule import Plan
@@ -53,11 +53,7 @@ class Start:
 
 def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) -> Start:
     """Checks configuration, data and run folder; raises UserError for what cannot work."""
-    resolve_shape(config.model)
-    if config.data.max_labels > 1 and config.loss.kind == "softmax":
-        raise UserError(
-            f"data.max_labels is {config.data.max_labels}, and a softmax loss takes one label: set loss.kind=sigmoid"
-        )
+    check_config(config)
     deepspeed_config(config, split_batch(config, world_size))
     place = place_of(config.checkpoint, run)
     if run.config.exists() and not resume:
@@ -141,13 +137,7 @@ def fingerprint(config: Config, data: DataPlan) -> dict[str, Any]:
 
 def _check_best(config: Config, plan: Plan) -> None:
     best = config.checkpoint.keep_best
-    if best is None:
-        return
-    if config.data.eval is None:
-        raise UserError(f"checkpoint.keep_best = {best} needs an evaluation: set data.eval")
-    if best.startswith("eval_ema") and config.ema.decay is None:
-        raise UserError(f"checkpoint.keep_best = {best} needs an average of the weights: set ema.decay")
-    if not plan.evaluates_what_it_saves:
+    if best is not None and not plan.evaluates_what_it_saves:
         raise UserError(
             f"checkpoint.keep_best = {best} needs an evaluation wherever a checkpoint is written: "
             "let evaluate.every divide checkpoint.every"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_engine.config import DataConfig
+from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
 from fastvit_engine.data.pixels.mix import mix
 from fastvit_engine.data.pixels.randaugment import randaugment
@@ -39,7 +39,7 @@ def take_step(
         batch = next(remaining)
         job.watchdog.phase("forward")
         with job.stragglers.forward():
-            losses = training_losses(engine, job.criterion, batch, job.config.data, job.world)
+            losses = training_losses(engine, job.criterion, batch, job.config, job.world)
             loss = losses.mean()
         job.watchdog.phase("backward")
         engine.backward(loss)
@@ -55,15 +55,18 @@ def take_step(
     return trace, job.guard.report()
 
 
-def training_losses(engine: Any, criterion: FusedCrossEntropy, batch: Batch, data: DataConfig, world: World) -> Tensor:
+def training_losses(engine: Any, criterion: FusedCrossEntropy, batch: Batch, config: Config, world: World) -> Tensor:
     """The loss of each sample of a micro-batch, [B]; 0 for a sample of weight 0, and for one mixed with it."""
     images = batch.images.to(world.device, non_blocking=True)  # uint8 [B, H, W, 3]; normalised by the patch embedding
     labels = batch.labels.to(world.device, non_blocking=True)
     weights = batch.weights.to(world.device, non_blocking=True)
-    if data.randaugment_ops:
-        images = randaugment(images, batch.seeds, num_ops=data.randaugment_ops, magnitude=data.randaugment_magnitude)
-    if data.mixup or data.cutmix:
-        mixed = mix(images, labels, batch.seeds, mixup=data.mixup, cutmix=data.cutmix, mean=data.mean, std=data.std)
+    data, augment = config.data, config.augment
+    if augment.randaugment_ops:
+        ops, magnitude = augment.randaugment_ops, augment.randaugment_magnitude
+        images = randaugment(images, batch.seeds, num_ops=ops, magnitude=magnitude)
+    if augment.mixup or augment.cutmix:
+        alphas = {"mixup": augment.mixup, "cutmix": augment.cutmix}
+        mixed = mix(images, labels, batch.seeds, **alphas, mean=data.mean, std=data.std)
         logits = engine(mixed.images)
         labels, labels_b = (targets(given, logits.shape[1]) for given in (labels, mixed.labels_b))
         losses = criterion(logits, labels, labels_b=labels_b, mix_weight=mixed.weight, reduction="none")

@@ -93,15 +93,15 @@ def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.I
 
 def _augmented(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> np.ndarray:
     """uint8 [B, S, S, 3]: what training makes of one image with each of the seeds, but for mixing it with others."""
-    size, data = config.model.image_size, config.data
+    size, augment = config.model.image_size, config.augment
     images = np.empty((len(seeds), size, size, 3), np.uint8)
     for image, draws in zip(images, draw_crops(seeds), strict=True):
-        view = train_view(pixels.shape[0], pixels.shape[1], size, data, draws)
+        view = train_view(pixels.shape[0], pixels.shape[1], size, augment, draws)
         render(pixels, view, 1, image, PixelBuffer())
-    if not data.randaugment_ops:
+    if not augment.randaugment_ops:
         return images
     return randaugment(
-        torch.from_numpy(images), seeds, num_ops=data.randaugment_ops, magnitude=data.randaugment_magnitude
+        torch.from_numpy(images), seeds, num_ops=augment.randaugment_ops, magnitude=augment.randaugment_magnitude
     ).numpy()
 
 

@@ -185,7 +185,7 @@ class TrainSamples(_Samples):
         seeds = sample_seeds(self.config.seed, places.source, places.epoch, places.position)
         empty.seeds[:] = seeds
         draws = draw_crops(seeds)
-        view = partial(train_view, image_size=self.config.model.image_size, data=self.config.data)
+        view = partial(train_view, image_size=self.config.model.image_size, augment=self.config.augment)
         for row, sample in enumerate(self.read(places)):
             if isinstance(sample, BadSample):
                 builder.add_bad(row, sample)

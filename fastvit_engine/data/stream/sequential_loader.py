@@ -130,7 +130,7 @@ class _TrainChunks(IterableDataset):
             seeds = sample_seeds(self.config.seed, stream, index)
             batch.seeds[row : row + 1] = seeds
             draws = draw_crops(seeds)[0]
-            builder.add(row, sample, partial(train_view, image_size=size, data=self.config.data, draws=draws))
+            builder.add(row, sample, partial(train_view, image_size=size, augment=self.config.augment, draws=draws))
         return builder.build()
 
 

@@ -73,7 +73,7 @@ def test_augmented_sheet_draws_what_training_draws(shards, make_config):
     (original, *_) = sheet_module._some_samples(sheet_module.shard_set(str(shards)), each=1)
     pixels, crop = original.pixels(), np.empty((16, 16, 3), np.uint8)
     (draws,) = draw_crops(sample_seeds(config.seed, 0, 0))
-    render(pixels, train_view(*pixels.shape[:2], 16, config.data, draws), 1, crop, PixelBuffer())
+    render(pixels, train_view(*pixels.shape[:2], 16, config.augment, draws), 1, crop, PixelBuffer())
     scale = CELL // 16
     drawn = _cell(sheet, LEFT + STEP + 4 * sheet_module._GAP, TOP)
     assert np.array_equal(drawn, np.repeat(np.repeat(crop, scale, 0), scale, 1))

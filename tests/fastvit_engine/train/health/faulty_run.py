@@ -32,8 +32,8 @@ hooks = []  # of the step in progress
 
 
 def with_bad_samples(training_losses):
-    def wrapped(engine, criterion, batch, data, world):
-        losses = training_losses(engine, criterion, batch, data, world)
+    def wrapped(engine, criterion, batch, config, world):
+        losses = training_losses(engine, criterion, batch, config, world)
         for fault in FAULTS:
             if fault.get("key") not in batch.keys:
                 continue
