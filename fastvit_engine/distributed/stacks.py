@@ -1,7 +1,6 @@
 """Where each thread of each process stands: `RUN/stacks/<time>-rank-N.txt`, on request and when a run hangs."""
 
 import faulthandler
-import os
 import time
 from datetime import datetime
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastvit_engine.files import atomic_write
+from fastvit_engine.files import atomic_write, atomic_writer
 from fastvit_engine.observe.run_folder import RunFolder
 
 
@@ -26,12 +25,10 @@ def write_stacks(run: RunFolder, request: str, rank: int, headline: str) -> None
     """
     run.stacks.mkdir(parents=True, exist_ok=True)
     path = run.stacks / f"{request}-rank-{rank}.txt"
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with open(unfinished, "w") as file:
-        file.write(headline + "\n\n")
-        file.flush()
-        faulthandler.dump_traceback(file, all_threads=True)
-    os.replace(unfinished, path)
+    with atomic_writer(path) as file:
+        file.write(f"{headline}\n\n".encode())
+        file.flush()  # what follows goes past its buffer
+        faulthandler.dump_traceback(file.fileno(), all_threads=True)
     collectives = _flight_record()
     if collectives:
         atomic_write(run.stacks / f"{request}-collectives-{rank}", collectives)

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -11,25 +10,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from webdataset.writer import TarWriter
 
 from fastvit_engine.data.build.encode import encode_for_shard
-from fastvit_engine.files import temporary_name
-from fastvit_engine.data.shards.index import INDEX_NAME, write_index
-from fastvit_engine.data.build.packing import Plan, Shard, make_plan
+from fastvit_engine.data.build.packing import Packing, Shard, make_packing
 from fastvit_engine.data.build.parallel import Counter, default_workers, parallel_map
-from fastvit_engine.data.shards.names import INFO_NAME, DatasetInfo, Split, SplitInfo, read_info
 from fastvit_engine.data.build.sources import FORMATS, list_source, list_with_eval
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.reading import Reader
 from fastvit_engine.data.build.work_progress import WorkProgress
+from fastvit_engine.data.shards.index import INDEX_NAME, write_index
+from fastvit_engine.data.shards.names import INFO_NAME, DatasetInfo, Split, SplitInfo, read_info
 from fastvit_engine.errors import UserError
+from fastvit_engine.files import atomic_write, atomic_writer, json_lines
 
 DEFAULT_EVAL_FRACTION = 0.1
-UNFINISHED_NAME = "dataset.unfinished"  # a folder in the one that is being filled: plan, receipts, temporary files
+UNFINISHED_NAME = "dataset.unfinished"  # a folder in the one that is being filled: packing, receipts, temporary files
 FAILED_NAME = "failed.jsonl"
 _DOWNLOADS = 16  # at once, for each worker
 _FEW = 1000  # the share of failures is judged over at least this many images
@@ -112,14 +111,14 @@ def make_dataset(
         if existed and not begun and any(out.iterdir()):
             raise UserError(f"{out} is not empty and was not made by `fastvit data make`: choose another --out")
         (unfinished / "receipts").mkdir(parents=True, exist_ok=True)
-        plan = _plan(out, arguments, workers, line, progress)
+        packing = _packing(out, arguments, workers, line, progress)
         if plan_only:
             line.clear()
-            progress(f"{out}: planned {len(plan.train):,} train and {len(plan.eval):,} eval samples")
+            progress(f"{out}: planned {len(packing.train):,} train and {len(packing.eval):,} eval samples")
             return MadeDataset(out, None)
-        _write_shards(out, plan, part, max_failed, workers, line, progress)
+        _write_shards(out, packing, part, max_failed, workers, line, progress)
         line.clear()
-        return _finish(out, plan, part, progress)
+        return _finish(out, packing, part, progress)
     except KeyboardInterrupt:
         line.clear()
         raise
@@ -128,7 +127,7 @@ def make_dataset(
         if part == (1, 1) and not begun:
             _remove_if_nothing_is_whole(out, remove_folder=not existed)
         if isinstance(error, FileNotFoundError) and (made := read_info(out)) is not None:
-            return MadeDataset(out, made)  # another part was faster: all is written, and the plan removed
+            return MadeDataset(out, made)  # another part was faster: all is written, and the packing removed
         if isinstance(error, OSError):
             raise UserError(f"cannot write to {out} ({error.strerror}): make room or choose another --out") from error
         raise
@@ -182,16 +181,16 @@ def _check_equal(out: Path, tense: str, before: dict[str, Any], arguments: dict[
             )
 
 
-def _plan(
+def _packing(
     out: Path, arguments: dict[str, Any], workers: int, line: WorkProgress, progress: Callable[[str], None]
-) -> Plan:
-    """The plan of a run that was stopped or of another part, otherwise a new one."""
+) -> Packing:
+    """The packing of a run that was stopped, or of another part; otherwise a new one."""
     unfinished = out / UNFINISHED_NAME
-    folder = unfinished / "plan"
+    folder = unfinished / "packing"
     if folder.exists():
-        plan = Plan.load(folder)
-        _check_equal(out, "is being", plan.arguments, arguments)
-        return plan
+        packing = Packing.load(folder)
+        _check_equal(out, "is being", packing.arguments, arguments)
+        return packing
 
     def say(text: str) -> None:
         line.clear()
@@ -206,9 +205,9 @@ def _plan(
     else:
         listing = list_source(source, format, context)
     eval_fraction = _eval_fraction(listing, arguments)
-    plan = make_plan(listing, arguments, eval_fraction=eval_fraction, workers=workers, progress=line)
-    plan.save(folder)
-    return Plan.load(folder)
+    packing = make_packing(listing, arguments, eval_fraction=eval_fraction, workers=workers, progress=line)
+    packing.save(folder)
+    return Packing.load(folder)
 
 
 def _eval_fraction(listing: Listing, arguments: dict[str, Any]) -> float | None:
@@ -232,7 +231,7 @@ def _class_names(path: Path) -> list[str]:
 
 def _write_shards(
     out: Path,
-    plan: Plan,
+    packing: Packing,
     part: tuple[int, int],
     max_failed: float,
     workers: int,
@@ -240,7 +239,7 @@ def _write_shards(
     progress: Callable[[str], None],
 ) -> None:
     """The shards of `part` that are not whole yet."""
-    mine = plan.shards()[part[0] - 1 :: part[1]]
+    mine = packing.shards()[part[0] - 1 :: part[1]]
     receipts = {shard: _receipt(out, shard) for shard in mine}
     missing = [shard for shard, receipt in receipts.items() if receipt is None]
     if len(missing) < len(mine):
@@ -249,7 +248,7 @@ def _write_shards(
     shutil.rmtree(temporary, ignore_errors=True)  # what a killed run of this part has left
     temporary.mkdir(exist_ok=True)
     total = sum(shard.end - shard.start for shard in mine)
-    writer = _ShardWriter(out, temporary, plan, max_failed, total)
+    writer = _ShardWriter(out, temporary, packing, max_failed, total)
     for shard, receipt in receipts.items():
         if receipt is not None:
             writer.done.add(shard.end - shard.start)
@@ -267,44 +266,53 @@ def _write_shards(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+class _NothingToWrite(Exception):
+    """No image of a shard was usable."""
+
+
 class _ShardWriter:
     """Writes one shard after the other in a worker process."""
 
-    def __init__(self, out: Path, temporary: Path, plan: Plan, max_failed: float, total: int) -> None:
+    def __init__(self, out: Path, temporary: Path, packing: Packing, max_failed: float, total: int) -> None:
         self.done, self.failed = Counter(), Counter()  # images, over all workers
-        self._out, self._temporary, self._plan = out, temporary, plan
+        self._out, self._temporary, self._packing = out, temporary, packing
         self._max_failed, self._total = max_failed, total
-        self._reader = Reader(plan.listing)
-        self._downloads = any(file.kind == "url" for file in plan.listing.files)
+        self._reader = Reader(packing.listing)
+        self._downloads = any(file.kind == "url" for file in packing.listing.files)
 
     def write(self, shard: Shard) -> None:
         warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
-        # A name of its own: the worker of a run that was just killed may still be at the same shard.
-        temporary = temporary_name(self._temporary / shard.name)
-        failed: list[list[str]] = []
-        samples = 0
         try:
-            with open(temporary, "wb") as file:
-                with TarWriter(file, user="fastvit", group="fastvit", mtime=0, encoder=False) as tar:
-                    for index, members in self._samples(self._plan.indices(shard).tolist()):
-                        if isinstance(members, str):
-                            failed.append([self._reader.where(index), members])
-                            self._count_failure(*failed[-1])
-                        else:
-                            tar.write(members)
-                            samples += 1
-                        self.done.add()
-                _sync(file)
-            size = temporary.stat().st_size
-            if samples:
-                os.replace(temporary, self._out / shard.name)
-            receipt = Receipt(samples, size, failed)
-            _write_atomically(_receipt_path(self._out, shard), json.dumps(receipt._asdict()).encode(), self._temporary)
+            self._write_receipt(shard, self._write_shard(shard))
         except OSError as error:
             raise UserError(
                 f"cannot write to {self._out} ({error.strerror}): make room and run the same command again, "
                 "or choose another --out"
             ) from error
+
+    def _write_shard(self, shard: Shard) -> Receipt:
+        """Writes the shard, unless all of its images have failed."""
+        failed: list[list[str]] = []
+        samples = size = 0
+        path = self._out / shard.name
+        with contextlib.suppress(_NothingToWrite), atomic_writer(path, temporary_folder=self._temporary) as file:
+            with TarWriter(file, user="fastvit", group="fastvit", mtime=0, encoder=False) as tar:
+                for index, members in self._samples(self._packing.indices(shard).tolist()):
+                    if isinstance(members, str):
+                        failed.append([self._reader.where(index), members])
+                        self._count_failure(*failed[-1])
+                    else:
+                        tar.write(members)
+                        samples += 1
+                    self.done.add()
+            if not samples:
+                raise _NothingToWrite
+            size = file.tell()
+        return Receipt(samples, size, failed)
+
+    def _write_receipt(self, shard: Shard, receipt: Receipt) -> None:
+        with atomic_writer(_receipt_path(self._out, shard), temporary_folder=self._temporary) as file:
+            file.write(json.dumps(receipt._asdict()).encode())
 
     def _samples(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Any] | str]]:
         """(index, members, or why there are none) in the given order; downloads run ahead."""
@@ -323,7 +331,7 @@ class _ShardWriter:
                 yield index, future.result()
 
     def _sample(self, index: int) -> dict[str, Any] | str:
-        listing, arguments = self._plan.listing, self._plan.arguments
+        listing, arguments = self._packing.listing, self._packing.arguments
         try:
             encoded = self._reader.read(index)
             extension, image = encode_for_shard(encoded.image, arguments["resize"], arguments["quality"])
@@ -382,9 +390,9 @@ def _receipt(out: Path, shard: Shard) -> Receipt | None:
     return None
 
 
-def _finish(out: Path, plan: Plan, part: tuple[int, int], progress: Callable[[str], None]) -> MadeDataset:
+def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callable[[str], None]) -> MadeDataset:
     """Writes dataset.json, if all shards are whole."""
-    receipts = {shard: _receipt(out, shard) for shard in plan.shards()}
+    receipts = {shard: _receipt(out, shard) for shard in packing.shards()}
     whole = {shard: receipt for shard, receipt in receipts.items() if receipt is not None}
     if len(whole) < len(receipts):
         made = read_info(out)  # another part may have finished it in the meantime, and removed the receipts
@@ -402,22 +410,21 @@ def _finish(out: Path, plan: Plan, part: tuple[int, int], progress: Callable[[st
     failed = [entry for receipt in whole.values() for entry in receipt.failed]
     named = ("source", "seed", "samples_per_shard")
     info = DatasetInfo(
-        classes=plan.listing.classes,
-        eval_fraction=plan.eval_fraction,
-        options={name: value for name, value in plan.arguments.items() if name not in (*named, "eval_fraction")},
-        duplicates=plan.duplicates,
+        classes=packing.listing.classes,
+        eval_fraction=packing.eval_fraction,
+        options={name: value for name, value in packing.arguments.items() if name not in (*named, "eval_fraction")},
+        duplicates=packing.duplicates,
         failed=len(failed),
         train=split_info("train"),
         eval=split_info("eval"),
-        **{name: plan.arguments[name] for name in named},
+        **{name: packing.arguments[name] for name in named},
     )
     if not info.train.samples:
-        raise UserError(f"every image of {plan.arguments['source']} failed, {failed[0][0]} {failed[0][1]}: mend it")
+        raise UserError(f"every image of {packing.arguments['source']} failed, {failed[0][0]} {failed[0][1]}: mend it")
     if failed:
-        lines = (json.dumps({"image": where, "reason": reason}) + "\n" for where, reason in failed)
-        _write_atomically(out / FAILED_NAME, "".join(lines).encode(), out / UNFINISHED_NAME)
+        atomic_write(out / FAILED_NAME, json_lines({"image": where, "reason": reason} for where, reason in failed))
     write_index([str(out / name) for name in [*info.train.shards, *info.eval.shards]], out / INDEX_NAME)
-    _write_atomically(out / INFO_NAME, (info.model_dump_json(indent=2) + "\n").encode(), out / UNFINISHED_NAME)
+    atomic_write(out / INFO_NAME, info.model_dump_json(indent=2) + "\n")
     shutil.rmtree(out / UNFINISHED_NAME, ignore_errors=True)
     left_out = [f"{info.duplicates:,} duplicates"] if info.duplicates else []
     left_out += [f"{info.failed:,} images that failed (see {FAILED_NAME})"] if info.failed else []
@@ -440,16 +447,3 @@ def _remove_if_nothing_is_whole(out: Path, *, remove_folder: bool) -> None:
     if remove_folder:
         with contextlib.suppress(OSError):  # not empty
             out.rmdir()
-
-
-def _write_atomically(path: Path, content: bytes, temporary_folder: Path) -> None:
-    temporary = temporary_name(temporary_folder / path.name)
-    with open(temporary, "wb") as file:
-        file.write(content)
-        _sync(file)
-    os.replace(temporary, path)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

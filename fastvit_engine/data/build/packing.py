@@ -3,21 +3,19 @@
 import hashlib
 import json
 import math
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastvit_engine.files import temporary_name
 from fastvit_engine.data.build.parallel import Counter, ordered_map
-from fastvit_engine.data.shards.names import Split
 from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.reading import Reader
 from fastvit_engine.data.build.work_progress import WorkProgress
+from fastvit_engine.data.shards.names import Split
 from fastvit_engine.errors import UserError
+from fastvit_engine.files import atomic_folder
 
 _HASHED_AT_ONCE = 1024
 
@@ -30,7 +28,7 @@ class Shard(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Packing:
     """The listing, and the order in which its images are written. Kept on disk, so that a run that goes on, and the
     parts of a run on several machines, write from the same one; memory-mapped, so that it needs little memory.
     """
@@ -58,40 +56,29 @@ class Plan:
         return (self.train if shard.split == "train" else self.eval)[shard.start : shard.end]
 
     def save(self, folder: Path) -> None:
-        """Whole or not at all; a plan that is already there stays."""
-        temporary = temporary_name(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        self.listing.save(temporary)
-        np.save(temporary / "train.npy", self.train)
-        np.save(temporary / "eval.npy", self.eval)
-        rest = {"arguments": self.arguments, "eval_fraction": self.eval_fraction, "duplicates": self.duplicates}
-        (temporary / "plan.json").write_text(json.dumps(rest))
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            shutil.rmtree(temporary)
+        """Writes all or nothing; a packing that is already there stays."""
+        with atomic_folder(folder) as temporary:
+            self.listing.save(temporary)
+            np.save(temporary / "train.npy", self.train)
+            np.save(temporary / "eval.npy", self.eval)
+            rest = {"arguments": self.arguments, "eval_fraction": self.eval_fraction, "duplicates": self.duplicates}
+            (temporary / "packing.json").write_text(json.dumps(rest))
 
     @classmethod
-    def load(cls, folder: Path) -> "Plan":
-        rest = json.loads((folder / "plan.json").read_text())
+    def load(cls, folder: Path) -> "Packing":
+        rest = json.loads((folder / "packing.json").read_text())
         orders = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "eval")}
         return cls(listing=Listing.load(folder), **orders, **rest)
 
 
-def make_plan(
+def make_packing(
     listing: Listing,
     arguments: dict[str, Any],
     *,
     eval_fraction: float | None,
     workers: int,
     progress: WorkProgress,
-) -> Plan:
+) -> Packing:
     """Every class gives the same share of its images to the eval split, within one image, unless the source has a split
     of its own. Both splits are shuffled as a whole.
     """
@@ -108,7 +95,7 @@ def make_plan(
     train, evaluation = order[~held_out], order[held_out]
     if not len(train) or (eval_fraction and not len(evaluation)):
         raise UserError(f"{len(order)} images are too few for --eval-fraction {eval_fraction}: change it")
-    return Plan(arguments, listing, train, evaluation, eval_fraction, duplicates=int(len(kept) - kept.sum()))
+    return Packing(arguments, listing, train, evaluation, eval_fraction, duplicates=int(len(kept) - kept.sum()))
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
