@@ -21,11 +21,11 @@ from fastvit_engine.data.build.sources import FORMATS, list_source, list_with_ev
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.reading import Reader
-from fastvit_engine.data.build.work_progress import WorkProgress
 from fastvit_engine.data.shards.index import INDEX_NAME, write_index
 from fastvit_engine.data.shards.names import INFO_NAME, DatasetInfo, Split, SplitInfo, read_info
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write, atomic_writer, json_lines
+from fastvit_engine.observe.progress import WorkProgress
 
 DEFAULT_EVAL_FRACTION = 0.1
 UNFINISHED_NAME = "dataset.unfinished"  # a folder in the one that is being filled: packing, receipts, temporary files

@@ -12,10 +12,10 @@ import numpy as np
 from fastvit_engine.data.build.parallel import Counter, ordered_map
 from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.reading import Reader
-from fastvit_engine.data.build.work_progress import WorkProgress
 from fastvit_engine.data.shards.names import Split
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_folder
+from fastvit_engine.observe.progress import WorkProgress
 
 _HASHED_AT_ONCE = 1024
 

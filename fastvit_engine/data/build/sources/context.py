@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fastvit_engine.data.build.work_progress import WorkProgress
 from fastvit_engine.files import atomic_writer
+from fastvit_engine.observe.progress import WorkProgress
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 

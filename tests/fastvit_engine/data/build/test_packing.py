@@ -4,7 +4,7 @@ import numpy as np
 
 from fastvit_engine.data.build.packing import Packing, first_of_each, make_packing
 from fastvit_engine.data.build.sources.listing import ListingBuilder
-from fastvit_engine.data.build.work_progress import WorkProgress
+from fastvit_engine.observe.progress import WorkProgress
 
 
 def _packing(
