@@ -14,7 +14,7 @@ from threading import Thread
 from types import TracebackType
 from typing import Any
 
-from fastvit_engine.distributed.launch import SAME_REQUEST_SECONDS
+from fastvit_engine.distributed.supervise import SAME_REQUEST_SECONDS
 
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

@@ -24,8 +24,8 @@ import torch.distributed as dist
 from fastvit_engine.config import WatchdogConfig
 from fastvit_engine.distributed.environment import speaks_for_all
 from fastvit_engine.distributed.hang import Stand, describe_hang, describe_loss
-from fastvit_engine.distributed.launch import SAME_REQUEST_SECONDS
 from fastvit_engine.distributed.stacks import new_request, requested, write_stacks
+from fastvit_engine.distributed.supervise import SAME_REQUEST_SECONDS
 from fastvit_engine.distributed.world import World, collective_failure
 from fastvit_engine.errors import EXIT_RESTART, Preempted, RestartError
 from fastvit_engine.observe.events import record_event
