@@ -1,4 +1,4 @@
-"""What one process of a run (rank 0) writes and shows while it trains."""
+"""Writes and shows the progress of a run, in one of its processes (rank 0)."""
 
 from fastvit_engine.observe.metrics import EvalRow, MetricsWriter, TrainRow
 from fastvit_engine.observe.progress import TrainingProgress

@@ -1,4 +1,4 @@
-"""`fastvit data make`: images to WebDataset shards, reproducible to the byte, and goes on after a kill."""
+"""`fastvit data make`: writes images to WebDataset shards, reproducible to the byte, and resumes after a kill."""
 
 import contextlib
 import json
@@ -28,21 +28,21 @@ from fastvit_engine.files import atomic_write, atomic_writer, json_lines
 from fastvit_engine.observe.progress import WorkProgress
 
 DEFAULT_EVAL_FRACTION = 0.1
-UNFINISHED_NAME = "dataset.unfinished"  # a folder in the one that is being filled: packing, receipts, temporary files
+UNFINISHED_NAME = "dataset.unfinished"  # a folder inside the output: packing, receipts, temporary files
 FAILED_NAME = "failed.jsonl"
-_DOWNLOADS = 16  # at once, for each worker
-_FEW = 1000  # the share of failures is judged over at least this many images
+_DOWNLOADS = 16  # at once, per worker
+_FEW = 1000  # the fraction of failures is judged over at least this many images
 
 
 @dataclass(frozen=True)
 class MadeDataset:
     out: Path
-    info: DatasetInfo | None  # None: other parts have shards to write
+    info: DatasetInfo | None  # None if other parts have shards to write
     already_made: bool = False
 
 
 class Receipt(NamedTuple):
-    """What is known of a shard that is whole; kept in a file of its own until all are."""
+    """The record of a complete shard, in a file of its own until all shards are complete."""
 
     samples: int
     bytes: int
@@ -72,14 +72,15 @@ def make_dataset(
 ) -> MadeDataset:
     """Writes the images of `source` (see `sources`) to train and eval shards in `out`.
 
-    The listing, the split and the global shuffle are decided first and kept on disk; shards are then written side by
-    side by `workers` processes, each whole or not at all. After a kill, a full disk or a bad image the same call keeps
-    the shards that are whole and makes the others, to the byte as if nothing had happened. `part` (i, n) writes every
-    n-th shard from the i-th; whoever finds all shards whole writes dataset.json, and a folder that has it is complete:
-    with the same arguments again nothing is done.
+    The listing, the split and the global shuffle are decided first and stored; then `workers` processes write shards in
+    parallel, each atomically. After a kill, a full disk or a bad image, the same call keeps the complete shards and
+    writes the others, byte for byte as without the interruption. `part` (i, n) writes every n-th shard from the i-th.
+    The part that completes the last shard writes dataset.json; a folder that has it is complete, and the same call
+    does nothing more.
 
-    Samples have an image, `cls` (the index of the first label) and, where the source gives several labels, `json`:
-    {"labels": [...]}. UserError on bad arguments, bad images (more than the share `max_failed`) and failed writes.
+    Samples have an image, `cls` (the index of the first label) and, if the source gives several labels, `json`:
+    {"labels": [...]}. Raises UserError for bad arguments, bad images (more than the fraction `max_failed`) and failed
+    writes.
     """
     _check_arguments(format, eval_fraction, samples_per_shard, seed, resize, quality, max_failed, workers, part)
     arguments: dict[str, Any] = {
@@ -104,33 +105,44 @@ def make_dataset(
         progress(f"{out} is already made: {made.train.samples:,} train and {made.eval.samples:,} eval samples")
         return MadeDataset(out, made, already_made=True)
 
-    workers = default_workers() if workers is None else workers
+    return _make(out, arguments, part, max_failed, workers or default_workers(), plan_only, progress)
+
+
+def _make(
+    out: Path,
+    arguments: dict[str, Any],
+    part: tuple[int, int],
+    max_failed: float,
+    workers: int,
+    plan_only: bool,
+    progress: Callable[[str], None],
+) -> MadeDataset:
+    """Begins or resumes a data set; removes what it began if no shard was completed."""
+    unfinished = out / UNFINISHED_NAME
     existed, begun = out.exists(), unfinished.exists()
-    line = WorkProgress()
+    display = WorkProgress()
     try:
         if existed and not begun and any(out.iterdir()):
             raise UserError(f"{out} is not empty and was not made by `fastvit data make`: choose another --out")
         (unfinished / "receipts").mkdir(parents=True, exist_ok=True)
-        packing = _packing(out, arguments, workers, line, progress)
+        packing = _packing(out, arguments, workers, display, progress)
         if plan_only:
-            line.clear()
+            display.clear()
             progress(f"{out}: planned {len(packing.train):,} train and {len(packing.eval):,} eval samples")
             return MadeDataset(out, None)
-        _write_shards(out, packing, part, max_failed, workers, line, progress)
-        line.clear()
+        _write_shards(out, packing, part, max_failed, workers, display, progress)
+        display.clear()
         return _finish(out, packing, part, progress)
-    except KeyboardInterrupt:
-        line.clear()
-        raise
     except Exception as error:
-        line.clear()
         if part == (1, 1) and not begun:
-            _remove_if_nothing_is_whole(out, remove_folder=not existed)
+            _remove_if_nothing_is_complete(out, remove_folder=not existed)
         if isinstance(error, FileNotFoundError) and (made := read_info(out)) is not None:
             return MadeDataset(out, made)  # another part was faster: all is written, and the packing removed
         if isinstance(error, OSError):
             raise UserError(f"cannot write to {out} ({error.strerror}): make room or choose another --out") from error
         raise
+    finally:
+        display.clear()
 
 
 def _check_arguments(
@@ -182,7 +194,7 @@ def _check_equal(out: Path, tense: str, before: dict[str, Any], arguments: dict[
 
 
 def _packing(
-    out: Path, arguments: dict[str, Any], workers: int, line: WorkProgress, progress: Callable[[str], None]
+    out: Path, arguments: dict[str, Any], workers: int, display: WorkProgress, progress: Callable[[str], None]
 ) -> Packing:
     """The packing of a run that was stopped, or of another part; otherwise a new one."""
     unfinished = out / UNFINISHED_NAME
@@ -193,10 +205,10 @@ def _packing(
         return packing
 
     def say(text: str) -> None:
-        line.clear()
+        display.clear()
         progress(text)
 
-    context = Context(unfinished / "unpacked", workers, line, say, labels=arguments["labels"])
+    context = Context(unfinished / "unpacked", workers, display, say, labels=arguments["labels"])
     if arguments["classes"]:
         context.classes = _class_names(Path(arguments["classes"]))
     source, format = arguments["source"], arguments["format"]
@@ -205,7 +217,7 @@ def _packing(
     else:
         listing = list_source(source, format, context)
     eval_fraction = _eval_fraction(listing, arguments)
-    packing = make_packing(listing, arguments, eval_fraction=eval_fraction, workers=workers, progress=line)
+    packing = make_packing(listing, arguments, eval_fraction=eval_fraction, workers=workers, progress=display)
     packing.save(folder)
     return Packing.load(folder)
 
@@ -223,9 +235,9 @@ def _class_names(path: Path) -> list[str]:
     try:
         names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the class names {path} cannot be read ({error}): write one name a line") from error
+        raise UserError(f"the class names {path} cannot be read ({error}): write one name per line") from error
     if not names:
-        raise UserError(f"{path} holds no class name: write one a line")
+        raise UserError(f"{path} holds no class name: write one per line")
     return names
 
 
@@ -235,17 +247,17 @@ def _write_shards(
     part: tuple[int, int],
     max_failed: float,
     workers: int,
-    line: WorkProgress,
+    display: WorkProgress,
     progress: Callable[[str], None],
 ) -> None:
-    """The shards of `part` that are not whole yet."""
+    """Writes the shards of `part` that are not complete yet."""
     mine = packing.shards()[part[0] - 1 :: part[1]]
     receipts = {shard: _receipt(out, shard) for shard in mine}
     missing = [shard for shard, receipt in receipts.items() if receipt is None]
     if len(missing) < len(mine):
-        progress(f"{out}: {len(mine) - len(missing):,} of {len(mine):,} shards are whole, making the others")
+        progress(f"{out}: {len(mine) - len(missing):,} of {len(mine):,} shards are complete, making the others")
     temporary = out / UNFINISHED_NAME / f"part-{part[0]}-of-{part[1]}"
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run of this part has left
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run of this part
     temporary.mkdir(exist_ok=True)
     total = sum(shard.end - shard.start for shard in mine)
     writer = _ShardWriter(out, temporary, packing, max_failed, total)
@@ -256,9 +268,9 @@ def _write_shards(
 
     def show() -> None:
         failed = writer.failed.value
-        line.update(writer.done.value, f"{failed:,} failed" if failed else "")
+        display.update(writer.done.value, f"{failed:,} failed" if failed else "")
 
-    line.start("writing", total, "images")
+    display.start("writing", total, "images")
     try:
         for _ in parallel_map(writer.write, missing, workers=workers, while_waiting=show):
             pass
@@ -271,7 +283,7 @@ class _NothingToWrite(Exception):
 
 
 class _ShardWriter:
-    """Writes one shard after the other in a worker process."""
+    """Writes shards, one at a time, in a worker process."""
 
     def __init__(self, out: Path, temporary: Path, packing: Packing, max_failed: float, total: int) -> None:
         self.done, self.failed = Counter(), Counter()  # images, over all workers
@@ -315,7 +327,7 @@ class _ShardWriter:
             file.write(json.dumps(receipt._asdict()).encode())
 
     def _samples(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-        """(index, members, or why there are none) in the given order; downloads run ahead."""
+        """Yields (index, members, or why there are none) in the given order; downloads run ahead."""
         if not self._downloads:
             for index in indices:
                 yield index, self._sample(index)
@@ -360,18 +372,18 @@ class _ShardWriter:
             )
         raise UserError(
             f"{self.failed.value:,} of {self.done.value + 1:,} images failed, more than --max-failed "
-            f"{self._max_failed} allows; the last one, {where}, {reason}: mend the source or allow more, and run again"
+            f"{self._max_failed} allows; the last one, {where}, {reason}: repair the source or allow more"
         )
 
 
 def _json_member(given: bytes | None, labels: list[int]) -> bytes:
-    """{"labels": [...]}, added to the `json` that the sample had."""
+    """Returns the `json` that the sample had, with {"labels": [...]} added."""
     before = json.loads(given) if given else {}
     return json.dumps((before if isinstance(before, dict) else {}) | {"labels": labels}).encode()
 
 
 def _key(index: int, name: str) -> str:
-    """A key must have no dot, be unique and fit into a tar header; the number alone makes it unique."""
+    """Returns a key without dots that fits into a tar header; the number alone makes it unique."""
     stem = name.rstrip("/").rpartition("/")[2]
     stem = stem.rpartition(".")[0] or stem
     return f"{index:08d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:60]}"
@@ -382,7 +394,7 @@ def _receipt_path(out: Path, shard: Shard) -> Path:
 
 
 def _receipt(out: Path, shard: Shard) -> Receipt | None:
-    """None where the shard is not whole."""
+    """Returns the receipt of a shard, None if the shard is not complete."""
     with contextlib.suppress(FileNotFoundError):
         receipt = Receipt(**json.loads(_receipt_path(out, shard).read_text()))
         if receipt.samples == 0 or (out / shard.name).stat().st_size == receipt.bytes:
@@ -391,23 +403,23 @@ def _receipt(out: Path, shard: Shard) -> Receipt | None:
 
 
 def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callable[[str], None]) -> MadeDataset:
-    """Writes dataset.json, if all shards are whole."""
+    """Writes dataset.json if all shards are complete."""
     receipts = {shard: _receipt(out, shard) for shard in packing.shards()}
-    whole = {shard: receipt for shard, receipt in receipts.items() if receipt is not None}
-    if len(whole) < len(receipts):
+    complete = {shard: receipt for shard, receipt in receipts.items() if receipt is not None}
+    if len(complete) < len(receipts):
         made = read_info(out)  # another part may have finished it in the meantime, and removed the receipts
         if made is None:
             progress(
-                f"{out}: part {part[0]} of {part[1]} is whole, {len(receipts) - len(whole):,} shards are still to be "
-                "made by others"
+                f"{out}: part {part[0]} of {part[1]} is complete, {len(receipts) - len(complete):,} shards are left to "
+                "other parts"
             )
         return MadeDataset(out, made)
 
     def split_info(split: Split) -> SplitInfo:
-        shards = {shard.name: receipt.samples for shard, receipt in whole.items() if shard.split == split}
+        shards = {shard.name: receipt.samples for shard, receipt in complete.items() if shard.split == split}
         return SplitInfo(samples=sum(shards.values()), shards={name: n for name, n in shards.items() if n})
 
-    failed = [entry for receipt in whole.values() for entry in receipt.failed]
+    failed = [entry for receipt in complete.values() for entry in receipt.failed]
     named = ("source", "seed", "samples_per_shard")
     info = DatasetInfo(
         classes=packing.listing.classes,
@@ -420,7 +432,8 @@ def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callab
         **{name: packing.arguments[name] for name in named},
     )
     if not info.train.samples:
-        raise UserError(f"every image of {packing.arguments['source']} failed, {failed[0][0]} {failed[0][1]}: mend it")
+        example = " ".join(failed[0])
+        raise UserError(f"every image of {packing.arguments['source']} failed, {example}: repair the source")
     if failed:
         atomic_write(out / FAILED_NAME, json_lines({"image": where, "reason": reason} for where, reason in failed))
     write_index([str(out / name) for name in [*info.train.shards, *info.eval.shards]], out / INDEX_NAME)
@@ -436,7 +449,7 @@ def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callab
     return MadeDataset(out, info)
 
 
-def _remove_if_nothing_is_whole(out: Path, *, remove_folder: bool) -> None:
+def _remove_if_nothing_is_complete(out: Path, *, remove_folder: bool) -> None:
     unfinished = out / UNFINISHED_NAME
     if not unfinished.is_dir() or any((unfinished / "receipts").glob("*.json")):
         return

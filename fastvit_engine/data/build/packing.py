@@ -1,4 +1,4 @@
-"""What `fastvit data make` is going to write: which images, in which order, in which shards."""
+"""Decides what `fastvit data make` writes: which images, in which order, in which shards."""
 
 import hashlib
 import json
@@ -23,14 +23,16 @@ _HASHED_AT_ONCE = 1024
 class Shard(NamedTuple):
     name: str
     split: Split
-    start: int  # places in the split's order
+    start: int  # first and last + 1 position in the split's order
     end: int
 
 
 @dataclass(frozen=True)
 class Packing:
-    """The listing, and the order in which its images are written. Kept on disk, so that a run that goes on, and the
-    parts of a run on several machines, write from the same one; memory-mapped, so that it needs little memory.
+    """The listing, and the order in which its images are written to shards.
+
+    It is stored, so that a resumed run, and the parts of a run on several machines, use the same one; and it is
+    memory-mapped, so that it needs little memory.
     """
 
     arguments: dict[str, Any]
@@ -41,7 +43,7 @@ class Packing:
     duplicates: int
 
     def shards(self) -> list[Shard]:
-        """Shards of a split hold the same number of samples, within one."""
+        """Returns all shards; those of a split differ by at most one sample."""
         shards: list[Shard] = []
         orders: dict[Split, np.ndarray] = {"train": self.train, "eval": self.eval}
         for split, order in orders.items():
@@ -56,7 +58,7 @@ class Packing:
         return (self.train if shard.split == "train" else self.eval)[shard.start : shard.end]
 
     def save(self, folder: Path) -> None:
-        """Writes all or nothing; a packing that is already there stays."""
+        """Writes all files or none; an existing packing stays."""
         with atomic_folder(folder) as temporary:
             self.listing.save(temporary)
             np.save(temporary / "train.npy", self.train)
@@ -79,8 +81,10 @@ def make_packing(
     workers: int,
     progress: WorkProgress,
 ) -> Packing:
-    """Every class gives the same share of its images to the eval split, within one image, unless the source has a split
-    of its own. Both splits are shuffled as a whole.
+    """Splits the listing and shuffles each split globally.
+
+    Each class gives the same fraction of its images to the eval split, within one image, unless the source has a split
+    of its own.
     """
     kept = np.ones(len(listing), np.bool_)
     if arguments["dedup"]:
@@ -99,16 +103,16 @@ def make_packing(
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """bool [N]: `fraction` of the images of each class, within one image, given the classes of shuffled images."""
+    """Chooses `fraction` of each class, within one image, given the classes of shuffled images: bool [N]."""
     chosen = np.zeros(len(labels), np.bool_)
-    # Evenly spaced places in the class order: round(n * fraction) of them in any run of n.
+    # Evenly spaced positions in the class order: round(n * fraction) of them in any run of n.
     marks = np.floor(np.arange(len(labels) + 1) * fraction + 0.5)
     chosen[np.argsort(labels, kind="stable")] = np.diff(marks) > 0
     return chosen
 
 
 def _first_of_each(listing: Listing, workers: int, progress: WorkProgress) -> np.ndarray:
-    """bool [N]: False for images whose bytes occur before in the listing, or in the source's own eval split."""
+    """Finds duplicates: bool [N], False for images whose bytes occur earlier, or in the source's own eval split."""
     if any(file.kind == "url" for file in listing.files):
         raise UserError(
             "--dedup reads every image twice: make shards of URLs first, then make those again with --dedup"
@@ -135,7 +139,7 @@ def _first_of_each(listing: Listing, workers: int, progress: WorkProgress) -> np
 
 
 def first_of_each(digests: np.ndarray, preferred: np.ndarray | None = None) -> np.ndarray:
-    """bool [N] for uint64 [N, 2]: True for one of each distinct row, the first, or the first of the `preferred`."""
+    """Marks one of each distinct row, the first or the first of the `preferred`: bool [N] for uint64 [N, 2]."""
     last = np.zeros(len(digests), np.bool_) if preferred is None else ~preferred
     order = np.lexsort((last, digests[:, 1], digests[:, 0]))  # stable: otherwise in the given order
     first = np.ones(len(digests), np.bool_)

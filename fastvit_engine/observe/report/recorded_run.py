@@ -1,4 +1,4 @@
-"""A run read back from its folder, finished or not, and the sentences that sum it up."""
+"""Reads a run back from its folder, finished or not, and sums it up in sentences."""
 
 import base64
 import binascii
@@ -233,7 +233,7 @@ def _read_samples(path: Path) -> Samples:
 
 
 def _png_width(url: str) -> int:
-    """Width in pixels of a PNG in a data URL. ValueError on any other URL: a report must not refer to other places."""
+    """Width in pixels of a PNG in a data URL. ValueError for any other URL: a report must not refer to other files."""
     match = _PNG.fullmatch(url)
     if match is None:
         raise ValueError("an image is not a PNG in a data URL")

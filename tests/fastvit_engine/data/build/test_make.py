@@ -211,7 +211,7 @@ def test_whole_shards_are_kept_and_others_made_again(many, tmp_path):
     cut.write_bytes(cut.read_bytes()[:-1])  # a receipt does not make a shard whole
     lines: list[str] = []
     _make(many, out, samples_per_shard=6, progress=lines.append)
-    assert f"{len(receipts) - 1} of 40 shards are whole" in lines[0]
+    assert f"{len(receipts) - 1} of 40 shards are complete" in lines[0]
     assert kept.stat().st_mtime_ns == before
     _make(many, tmp_path / "whole", samples_per_shard=6)
     assert _contents(out) == _contents(tmp_path / "whole")
@@ -232,7 +232,7 @@ def test_parts_make_the_shards_of_one_run(many, tmp_path):
     for part in (3, 1, 4):
         made = _make(many, out, samples_per_shard=7, part=(part, 4), progress=lines.append)
         assert made.info is None and not (out / "dataset.json").exists()
-    assert "part 4 of 4 is whole, 9 shards are still to be made by others" in lines[-1]
+    assert "part 4 of 4 is complete, 9 shards are left to other parts" in lines[-1]
     names = {path.name for path in out.glob("*.tar")}
     assert len(names) == 26 and names < set(_contents(tmp_path / "whole"))
     assert _make(many, out, samples_per_shard=7, part=(2, 4)).info is not None
