@@ -31,6 +31,8 @@ from typing import Any, BinaryIO
 from fastvit_engine.errors import UserError
 
 _LOCK_SECONDS = 5.0  # a process stopped while it holds the lock must not stop all others
+_LONGEST_LINE = 2**26  # bytes of JSON that are worth parsing
+_BLOCK = 2**16  # bytes
 _ABANDONED_SECONDS = 86400.0  # a temporary file of an unknown machine that has not grown for so long has no writer
 
 
@@ -161,22 +163,30 @@ def _parse(line: bytes) -> dict[str, Any]:
 
 
 def _mend_last_line(file: int) -> int:
-    """Ends the file with a newline: cuts half a line off, and returns its length, or completes a whole one."""
+    """Ends the file with a newline: removes half a line, and returns its bytes, or completes a whole one."""
     size = os.fstat(file).st_size
-    start, tail = size, b""
-    while start > 0 and b"\n" not in tail:
-        length = min(65536, start)
-        start -= length
-        tail = os.pread(file, length, start) + tail
-    last = tail.rpartition(b"\n")[2]
-    if not last:
+    start = _last_line_start(file, size)
+    if start == size:
         return 0
     try:
-        _parse(last)
+        if size - start > _LONGEST_LINE:
+            raise ValueError("is too long")
+        _parse(os.pread(file, size - start, start))
     except ValueError:
-        os.ftruncate(file, size - len(last))
-        return len(last)
+        os.ftruncate(file, start)
+        return size - start
     _write_all(file, b"\n")
+    return 0
+
+
+def _last_line_start(file: int, size: int) -> int:
+    end = size
+    while end > 0:
+        start = max(0, end - _BLOCK)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
     return 0
 
 

@@ -217,6 +217,14 @@ def test_no_line_joins_half_a_line(tmp_path: Path, torn: bytes, capsys: pytest.C
     assert capsys.readouterr().err == f"fastvit: {path} ended in half a line, {len(torn)} bytes, which were removed\n"
 
 
+def test_a_hole_of_a_lost_disk_is_removed_without_reading_it_into_memory(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    append_json_lines(path, [{"number": 1}])
+    os.truncate(path, 200 * 2**20)
+    append_json_lines(path, [{"number": 2}])
+    assert read_json_lines(path) == [{"number": 1}, {"number": 2}]
+
+
 def test_an_object_that_lacks_only_its_newline_is_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text('{"number": 1}\n{"number": 2}')

@@ -394,8 +394,8 @@ def _receipt_path(out: Path, shard: Shard) -> Path:
 
 
 def _receipt(out: Path, shard: Shard) -> Receipt | None:
-    """Returns the receipt of a shard, None if the shard is not complete."""
-    with contextlib.suppress(FileNotFoundError):
+    """Returns the receipt of a shard, None if the shard is not complete or its receipt is damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
         receipt = Receipt(**json.loads(_receipt_path(out, shard).read_text()))
         if receipt.samples == 0 or (out / shard.name).stat().st_size == receipt.bytes:
             return receipt
