@@ -17,7 +17,6 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,7 +29,7 @@ import torch
 from benchmarks.step_overhead import describe_machine, resident_batches
 from fastvit_engine.checkpoint import Checkpointer, place_of
 from fastvit_engine.config import Resolved, load_config
-from fastvit_engine.distributed.launch import free_port, rank_environment
+from fastvit_engine.distributed.supervise import start_ranks
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.engine.build import build_engine, split_batch
 from fastvit_engine.engine.deepspeed import EngineState
@@ -136,12 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run_ranks(words: Sequence[str], folder: Path) -> dict[str, Any]:
-    port, command = free_port(), [sys.executable, "-m", "benchmarks.checkpoint_blocking", *words]
-    ranks = [
-        subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **rank_environment(rank, PROCESSES, port)})
-        for rank in range(PROCESSES)
-    ]
-    codes = [rank.wait() for rank in ranks]
+    command = [sys.executable, "-m", "benchmarks.checkpoint_blocking", *words]
+    with start_ranks(command, PROCESSES, {**os.environ, "OMP_NUM_THREADS": "1"}) as ranks:
+        codes = [rank.wait() for rank in ranks]
     if any(codes):
         raise SystemExit("a process failed")
     return json.loads((folder / "results.json").read_text())

@@ -38,8 +38,8 @@ from torch import Tensor, nn
 
 from fastvit_engine.config import Config, Resolved, load_config
 from fastvit_engine.data import Batch, DataPlan
-from fastvit_engine.distributed.launch import free_port, rank_environment
 from fastvit_engine.distributed.preemption import Preemption
+from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.engine.build import build_engine, parameter_groups, set_learning_rate, split_batch

@@ -2,8 +2,6 @@
 
 import json
 import mmap
-import os
-import uuid
 import zlib
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from fastvit_engine.checkpoint.format import Manifest, safetensors_header
 from fastvit_engine.checkpoint.place import is_step_name
 from fastvit_engine.checkpoint.reader import Reader
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import flush_to_disk
+from fastvit_engine.files import atomic_writer
 from fastvit_engine.observe.run_folder import RunFolder
 
 
@@ -59,21 +57,14 @@ def export_weights(checkpoint: Checkpoint, out: Path, kind: str = "weight") -> N
     reader, files = Reader(checkpoint, manifest), _Files(checkpoint, manifest, kind)
     sizes = {name: torch.Size(shape).numel() * 4 for name, shape in manifest.parameters.items()}
     metadata = {"format": "pt", "model": json.dumps(manifest.state["fingerprint"]["model"]), **_identity(manifest)}
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with atomic_writer(out) as file:
             file.write(safetensors_header(dict.fromkeys(sizes, "F32"), manifest.parameters, sizes, metadata))
             for name, size in sizes.items():
                 for file_name, tensor in reader.overlapping(kind, name, 0, size // 4):
                     file.write(reader.verified(files.content(file_name), file_name, kind, name, tensor))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, out)
-        flush_to_disk(out.parent)
     except OSError as error:
         raise UserError(f"{out} could not be written ({error}): make room and run the same command again") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _Files:

@@ -1,7 +1,7 @@
-"""What one process of a run (rank 0) writes and shows while it trains."""
+"""Writes and shows the progress of a run, in one of its processes (rank 0)."""
 
 from fastvit_engine.observe.metrics import EvalRow, MetricsWriter, TrainRow
-from fastvit_engine.observe.progress import Progress
+from fastvit_engine.observe.progress import TrainingProgress
 from fastvit_engine.observe.run_folder import RunFolder
 
 
@@ -10,7 +10,7 @@ class Recorder:
 
     def __init__(self, run: RunFolder, total_steps: int, start_step: int) -> None:
         self._metrics = MetricsWriter(run, resume_step=start_step)
-        self._progress = Progress(total_steps, start_step)
+        self._progress = TrainingProgress(total_steps, start_step)
 
     def advance(self, step: int) -> None:
         self._progress.advance(step)

@@ -1,4 +1,4 @@
-"""The folder of a run: where each thing lies."""
+"""The folder of a run, and the paths in it."""
 
 from dataclasses import dataclass
 from pathlib import Path

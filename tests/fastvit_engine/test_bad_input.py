@@ -345,7 +345,7 @@ def test_wrong_launch_environment(shard, tmp_path, variables, parts):
 def test_missing_package(shard, tmp_path, package):
     code = f"import sys; sys.modules[{package!r}] = None; from fastvit_engine.cli import main; sys.exit(main())"
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    from fastvit_engine.distributed.launch import free_port
+    from fastvit_engine.distributed.supervise import free_port
 
     environment = os.environ | alone | {"MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", code, *train_arguments(tmp_path / "run", f"data.train={shard}")]

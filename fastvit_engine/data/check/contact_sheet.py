@@ -1,6 +1,5 @@
 """Sheets of images to look at: what shards hold, and what a recipe's augmentation makes of it."""
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,7 @@ from fastvit_engine.data.shards.labels import labels_of
 from fastvit_engine.data.shards.names import ShardSet, Split, is_local, shard_set
 from fastvit_engine.data.stream.sequential import read_shard
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import temporary_name
+from fastvit_engine.files import atomic_writer
 
 _SCALE = 2  # pixels a unit, for sharp text on today's screens; all lengths below are in units
 _CELL, _GAP, _MARGIN = 112, 12, 32  # 28 and 32 pixels fill a cell exactly
@@ -135,15 +134,10 @@ def draw_sheet(
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
     """Whole or not at all; UserError where it cannot be written."""
-    temporary = temporary_name(path)
     try:
-        with open(temporary, "wb") as file:
+        with atomic_writer(path) as file:
             sheet.save(file, "PNG", optimize=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error.strerror}): choose another --sheet") from error
 
 

@@ -12,12 +12,12 @@ from PIL import Image
 
 from fastvit_engine.config import DataConfig
 from fastvit_engine.data.build.parallel import Counter, default_workers, ordered_map
-from fastvit_engine.data.build.work_progress import WorkProgress
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.labels import labels_of
 from fastvit_engine.data.shards.names import Split, shard_set
 from fastvit_engine.data.stream.sequential import read_shard
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.progress import WorkProgress
 from fastvit_engine.observe.units import format_bytes
 
 PIXEL_SAMPLE = 5000  # images whose pixels are looked at

@@ -14,12 +14,12 @@ import numpy as np
 from fastvit_engine.config import DataConfig
 from fastvit_engine.data.build.encode import encode_for_shard
 from fastvit_engine.data.build.parallel import Counter, default_workers, parallel_map
-from fastvit_engine.data.build.work_progress import WorkProgress
 from fastvit_engine.data.shards.labels import labels_of
 from fastvit_engine.data.shards.names import ShardSet, is_local, shard_set
 from fastvit_engine.data.shards.sample import Sample
 from fastvit_engine.data.stream.sequential import read_shard
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.progress import WorkProgress
 from fastvit_engine.observe.units import format_bytes
 
 _EXAMPLES = 10  # that are kept of each finding

@@ -14,7 +14,6 @@ import json
 import os
 import struct
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -30,7 +29,7 @@ from fastvit_engine.data.shards.labels import label_member, parse_labels
 from fastvit_engine.data.shards.names import is_local
 from fastvit_engine.data.shards.tar import BLOCK, Member, ReadAt, TarError, read_member, split_name
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import flush_to_disk
+from fastvit_engine.files import atomic_writer
 from fastvit_engine.storage import ShardStorage
 from fastvit_engine.storage.remote import TryPolicy, describe
 
@@ -215,16 +214,8 @@ def write_index(
     records = _scan_all(shards, known, label_key, processes, progress)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with open(temporary, "xb") as file:
-                _write(file, shards, records, label_key, path.parent)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        flush_to_disk(path.parent)
+        with atomic_writer(path) as file:
+            _write(file, shards, records, label_key, path.parent)
     except OSError as error:
         raise UserError(
             f"index {path} cannot be written ({error.strerror}): make room, or choose another place"

@@ -15,7 +15,7 @@ import torch
 
 from fastvit_engine.checkpoint import Checkpoint, open_place
 from fastvit_engine.checkpoint.reader import Reader
-from fastvit_engine.distributed.launch import free_port, rank_environment
+from fastvit_engine.distributed.supervise import start_ranks
 from fastvit_engine.engine.deepspeed import Piece
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -50,17 +50,10 @@ def launch(folder, jobs, processes):
     """Does the jobs in one process group and returns what they noted."""
     results = folder / "results.jsonl"
     before = len(results.read_text().splitlines()) if results.exists() else 0
-    port, command = free_port(), [sys.executable, str(PROGRAM), str(folder), json.dumps(jobs)]
+    command = [sys.executable, str(PROGRAM), str(folder), json.dumps(jobs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [
-        subprocess.Popen(command, env=environment | rank_environment(rank, processes, port), stderr=subprocess.PIPE)
-        for rank in range(processes)
-    ]
-    try:
+    with start_ranks(command, processes, environment, stderr=subprocess.PIPE) as ranks:
         errors = [rank.communicate(timeout=1800)[1].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
     assert [rank.returncode for rank in ranks] == [0] * processes, errors
     return [json.loads(line) for line in results.read_text().splitlines()[before:]]
 

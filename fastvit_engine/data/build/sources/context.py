@@ -1,15 +1,14 @@
 """What the listing of a source may ask for."""
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fastvit_engine.files import temporary_name
-from fastvit_engine.data.build.work_progress import WorkProgress
+from fastvit_engine.files import atomic_writer
+from fastvit_engine.observe.progress import WorkProgress
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -30,14 +29,9 @@ class Context:
     @contextlib.contextmanager
     def writing(self, path: Path) -> Iterator[BinaryIO]:
         """Writes a scratch file that exists whole or not at all, also when several processes write it at once."""
-        temporary = temporary_name(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_writer(path) as file:
+            yield file
 
 
 def is_image(name: str) -> bool:

@@ -25,8 +25,8 @@ from fastvit_engine.data.build.sources.context import Context, split_of_names
 from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.reading import Reader
 from fastvit_engine.data.stream.sequential import read_shard
-from fastvit_engine.data.build.work_progress import WorkProgress
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.progress import WorkProgress
 
 
 @pytest.fixture

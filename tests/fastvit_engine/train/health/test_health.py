@@ -15,7 +15,7 @@ import pytest
 
 from fastvit_engine.config import load_config
 from fastvit_engine.data import build_train_data, prepare_data
-from fastvit_engine.distributed.launch import free_port, rank_environment
+from fastvit_engine.distributed.supervise import start_ranks
 from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
@@ -59,28 +59,15 @@ def train_with(train_command):
     def run(out: Path, faults: list[dict], *settings: str) -> tuple[list[int], str]:
         command = train_command(out, *SETTINGS, *settings)
         command = [sys.executable, str(Path(__file__).with_name("faulty_run.py")), *command[3:]]
-        port = free_port()
-        common = {
+        environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "FASTVIT_FAULTS": json.dumps(faults),
         }
-        ranks = [
-            subprocess.Popen(
-                command,
-                env={**common, **rank_environment(rank, 2, port)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        try:
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with start_ranks(command, 2, environment, **options) as ranks:
             printed = [rank.communicate(timeout=240)[0] for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
         return [rank.returncode for rank in ranks], "\n".join(printed)
 
     return run
