@@ -1,5 +1,6 @@
 """The pages say what is true of this checkout: links, commands, settings and figures."""
 
+import importlib
 import re
 import shlex
 from collections.abc import Iterator
@@ -102,6 +103,13 @@ def test_commands_are_accepted_by_the_command_line(page, tmp_path, monkeypatch):
             pytest.fail(f"not a command: fastvit {shlex.join(words)}")
         if recipe := getattr(arguments, "recipe", None):
             load_config(recipe, getattr(arguments, "set", None) or [])
+
+
+def test_examples_in_python_import_what_exists(page):
+    code = "\n".join(block for language, block in FENCE.findall(page.read_text()) if language == "python")
+    for module, names in re.findall(r"^from (fastvit_[\w.]+) import (.+)$", code, re.MULTILINE):
+        for name in names.split(", "):
+            assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
 
 
 def test_readme_is_short_and_names_the_two_commands():
