@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import fastvit_engine
 from fastvit_engine.cli import _parser
 from fastvit_engine.config import load_config
 
@@ -110,6 +111,9 @@ def test_examples_in_python_import_what_exists(page):
     for module, names in re.findall(r"^from (fastvit_[\w.]+) import (.+)$", code, re.MULTILINE):
         for name in names.split(", "):
             assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
+    if "import fastvit_engine as fastvit" in code:
+        for name in re.findall(r"\bfastvit\.(\w+)\(", code):
+            assert hasattr(fastvit_engine, name), f"fastvit_engine has no {name}"
 
 
 def test_readme_is_short_and_names_the_two_commands():
