@@ -38,8 +38,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     _suite(actions, "overhead", "measure what the training loop costs beyond a plain one, on a CPU")
     _suite(actions, "all", _ALL)
 
-    readme = actions.add_parser("readme", help="write the results into README.md", description="Writes the table of\n"
-                                "results in README.md anew, from the newest files of every machine.")  # fmt: skip
+    readme = actions.add_parser("readme", help="write the results into docs/verification.md", description="Writes the\n"
+                     "table of results in docs/verification.md, from the newest files of each machine.")  # fmt: skip
     readme.add_argument(
         "--check", action="store_true", help="only say whether it is up to date (exit code 1: it is not)"
     )
