@@ -10,10 +10,10 @@ from typing import NamedTuple
 from braceexpand import braceexpand
 
 from fastvit_engine.data.build.parallel import ordered_map
-from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.data.build.sources.context import Context, split_of_names
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.data.build.sources.tars import is_tar_name, members, plain_tars
+from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")

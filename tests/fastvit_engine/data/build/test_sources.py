@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 
 import fastvit_engine.data.build.sources.reading as reading
-from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.build.make import make_dataset
-from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.data.build.sources import list_source, list_with_eval, recognise
 from fastvit_engine.data.build.sources.context import Context, split_of_names
 from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.reading import Reader
+from fastvit_engine.data.pixels.decode import decode_image
+from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.data.stream.sequential import read_shard
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.progress import WorkProgress
