@@ -1,0 +1,1 @@
+"""Images from anywhere, packed into shards: `fastvit data make`."""
