@@ -19,6 +19,8 @@ import cv2
 import numpy as np
 import simplejpeg
 import torch
+from fastvit_engine.data.stream.loader import build_train_data, open_train_samples
+from fastvit_engine.data.stream.plan import DataPlan
 from PIL import Image
 from torch import Tensor
 
@@ -27,8 +29,6 @@ from fastvit_engine.data.pixels.crops import draw_crops, inception_crop, render,
 from fastvit_engine.data.pixels.decode import open_image, read_image, read_labels
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.stream.batch import BadSample, Workspace
-from fastvit_engine.data.stream.loader import build_train_data, open_train_samples
-from fastvit_engine.data.stream.plan import DataPlan
 from fastvit_engine.data.stream.prepare import prepare_data
 
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)

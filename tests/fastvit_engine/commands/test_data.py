@@ -8,7 +8,7 @@ from PIL import Image
 
 from fastvit_engine.cli import main
 from fastvit_engine.commands import data as data_command
-from fastvit_engine.data import build_eval_data, prepare_data
+from fastvit_engine.data import prepare_data
 
 
 def _run(*words: str) -> int:
@@ -28,7 +28,7 @@ def test_make_digits_end_to_end(tmp_path, capsys, make_config):
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 10})})
     plan = prepare_data(config, world_size=1, index_folder=tmp_path)
     assert plan.samples_per_epoch == 1617 and plan.class_names == list("0123456789")
-    batches = list(build_eval_data(config, plan, rank=0, world_size=1, batch_size=64, pin_memory=False))
+    batches = list(plan.eval_batches(config, rank=0, world_size=1, batch_size=64, pin_memory=False))
     assert sum(int(batch.weights.sum()) for batch in batches) == 180
 
 

@@ -5,11 +5,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from fastvit_engine.data.shards.names import INFO_NAME
 from fastvit_engine.data.build.sources import imagenet, parquet, pixels, table, tars, webdataset
 from fastvit_engine.data.build.sources.context import Context, is_image
 from fastvit_engine.data.build.sources.folder import list_folder
 from fastvit_engine.data.build.sources.listing import Listing, join
+from fastvit_engine.data.shards.names import INFO_NAME
 from fastvit_engine.errors import UserError
 
 FORMATS: dict[str, Callable[[Path, Context], Listing]] = {

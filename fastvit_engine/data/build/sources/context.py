@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fastvit_engine.files import temporary_name
 from fastvit_engine.data.build.work_progress import WorkProgress
+from fastvit_engine.data.shards.sample import is_macos_resource
+from fastvit_engine.files import temporary_name
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -42,7 +43,7 @@ class Context:
 
 def is_image(name: str) -> bool:
     base = name.rpartition("/")[2]
-    return base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith(".")
+    return base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith(".") and not is_macos_resource(name)
 
 
 _EVAL_NAMES = (("validation", "valid", "val", "eval", "dev"), ("test", "t10k"))

@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from fastvit_engine.data.build.sources.listing import Listing
-from fastvit_engine.data.build.sources.tars import read_members
 from fastvit_engine.data.build.sources.webdataset import IMAGE_EXTENSIONS
+from fastvit_engine.data.shards.sample import parse_sample
+from fastvit_engine.data.shards.tar import TarError
 
 MAX_DOWNLOAD = 256 * 2**20  # bytes
 _OPEN_FILES = 64
@@ -108,9 +109,12 @@ def download(url: str, timeout: float) -> bytes:
 
 
 def _sample(content: bytes) -> Encoded:
-    members = {name.rpartition("/")[2].partition(".")[2].lower(): data for name, data in read_members(content)}
-    image = next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
-    return Encoded(image, members.get("json"))
+    try:
+        sample = parse_sample(content, "")
+    except TarError as error:
+        raise ValueError(str(error)) from error
+    image = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
+    return Encoded(image, sample.get("json"))
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import fastvit_engine.data.shards.index as index_module
+from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.index import open_index, write_index
-from fastvit_engine.data.stream.loader import parse_sample
-from fastvit_engine.data.stream.sequential import read_shard
+from fastvit_engine.data.shards.sample import parse_sample
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage import ShardStorage
 
@@ -161,7 +161,7 @@ def test_damage_is_named_with_its_byte(tmp_path, write_tar, sample_members, dama
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([], r"holds no samples, its end marker being at byte 0"),
+        ([], "holds no samples: copy or make it again"),
         ([("README", b"x"), (".hidden.jpg", b"x")], "holds no samples"),
         ([("a.jpg", b"1"), ("a.cls", b"2"), ("a.JPG", b"3")], r"has the member 'jpg' of sample 'a' twice.* byte 2,048"),
         (
