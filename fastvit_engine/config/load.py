@@ -31,13 +31,14 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> Resolved:
+def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Resolved:
     """Reads a recipe (a name from `fastvit config list` or a path), applies `section.key=value` overrides, validates.
+
+    Without a recipe, all values are defaults but for the overrides.
 
     Raises UserError naming the key, its origin and, for an unknown key, the nearest valid one.
     """
-    path = _find_recipe(recipe)
-    values, origins = _read_recipe(path)
+    values, origins = ({}, {}) if recipe is None else _read_recipe(_find_recipe(recipe))
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():

@@ -26,10 +26,16 @@ _PIECE = 1 << 24  # bytes that are asked of a pipe at once
 _ONLY_WEBDATASET = ("pipe:", "ais://", "htgs://", "scp://", "sftp://", "ftps://")  # what `storage` does not read
 
 _Decompress = Callable[[BinaryIO], BinaryIO]
+
+
+def _from_xz(file: BinaryIO) -> BinaryIO:
+    return cast(BinaryIO, lzma.LZMAFile(file))
+
+
 _COMPRESSIONS: dict[bytes, tuple[str, _Decompress]] = {  # by the first bytes
     b"\x1f\x8b": ("gzipped", lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file))),
     b"BZh": ("compressed with bzip2", lambda file: cast(BinaryIO, bz2.BZ2File(file))),
-    b"\xfd7zXZ\0": ("compressed with xz", lambda file: cast(BinaryIO, lzma.open(file))),
+    b"\xfd7zXZ\0": ("compressed with xz", _from_xz),
 }
 _MAGIC_BYTES = max(map(len, _COMPRESSIONS))
 

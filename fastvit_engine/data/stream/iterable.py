@@ -35,9 +35,10 @@ class IterableData(TrainingData):
 
     Items are (image, label) or dicts {"image": ..., "label": ...}. A dict may instead name its members as
     data.image_key and data.label_key do ("jpg", "cls", ...), and may hold a "__key__". An image is uint8 RGB,
-    [S, S, 3] or [3, S, S] with S = model.image_size, already cropped and augmented: an array, a tensor or a Pillow image. A label is a class
-    index, or up to data.max_labels of them. Items may also be batches: images [B, S, S, 3] or [B, 3, S, S], and labels
-    [B], or [B, L] filled up with -1. Mixup, CutMix, RandAugment and normalisation remain the engine's.
+    [S, S, 3] or [3, S, S] with S = model.image_size, already cropped and augmented: an array, a tensor or a Pillow
+    image. A label is a class index, or up to data.max_labels of them. Items may also be batches: images [B, S, S, 3] or
+    [B, 3, S, S], and labels [B], or [B, L] filled up with -1. Mixup, CutMix, RandAugment and normalisation remain the
+    engine's.
 
     Every rank iterates over its own share, under every ZeRO stage, because each rank trains on different images. What
     the share is, the iterable knows from the environment (RANK and WORLD_SIZE, as in any torchrun job), or the function
