@@ -21,7 +21,7 @@ from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES, SampleKeys, jud
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import temporary_name
 
-_SCALE = 2  # pixels a unit, for sharp text on today's screens; all lengths below are in units
+_SCALE = 2  # pixels per unit, for sharp text on today's screens; all lengths below are in units
 _CELL, _GAP, _MARGIN = 112, 12, 32  # 28 and 32 pixels fill a cell exactly
 _CAPTION, _TITLE = 20, 34  # heights
 _PAPER, _TILE, _INK, _SOFT = "#ffffff", "#f2f1ee", "#1b1d21", "#62666e"
@@ -75,7 +75,7 @@ def class_sheet(
 
 
 def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.Image:
-    """Originals of data.train or its first source, one a row, and beside each `draws` of what training makes of it."""
+    """Originals of data.train or its first source, one per row, each beside `draws` of what training makes of it."""
     if rows < 1 or draws < 1:
         raise UserError("--rows and --draws must be at least 1: give more")
     if not config.data.sources:
@@ -94,7 +94,7 @@ def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.I
 
 
 def _augmented(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> np.ndarray:
-    """uint8 [B, S, S, 3]: what training makes of one image with each of the seeds, but for mixing it with others."""
+    """uint8 [B, S, S, 3]: what training makes of one image with each of the seeds, except for mixing it with others."""
     size, data = config.model.image_size, config.data
     images = np.empty((len(seeds), size, size, 3), np.uint8)
     for image, draws in zip(images, draw_crops(seeds), strict=True):
@@ -136,7 +136,7 @@ def draw_sheet(
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Whole or not at all; UserError where it cannot be written."""
+    """Writes a PNG file, whole or not at all. Raises UserError if it cannot be written."""
     temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:

@@ -306,5 +306,5 @@ def _find_skew(findings: dict[str, Finding], shards: ShardSet, seen: dict[int, S
                 _add(
                     findings,
                     "shard that is not shuffled",
-                    f"{name} holds {count[worst]:,} samples of {label}, of whom {expected[worst]:,.1f} were expected",
+                    f"{name} holds {count[worst]:,} samples of {label}, of which {expected[worst]:,.1f} were expected",
                 )

@@ -40,7 +40,7 @@ class Jpeg:
 
         Bit for bit what Pillow gives; or, with `fast`, by another DCT and upsampling: 42 dB from it, 30 at worst.
         `rows`: those of the image from the top on that are needed; what is below them may be missing, and costs less.
-        Damaged data decodes as far as it goes, as in the usual ImageNet pipelines. ValueError where nothing does.
+        Damaged data decodes as far as it goes, as in the usual ImageNet pipelines. Raises ValueError if nothing does.
         """
         data, height = (self.data, self.height) if rows is None else _cut(self.data, self.height, rows)
         height, width = -(-height // reduction), -(-self.width // reduction)
@@ -78,7 +78,7 @@ class OtherImage:
 
 
 def _cut(data: bytes, height: int, rows: int) -> tuple[bytes | bytearray, int]:
-    """A JPEG and its height, cut off below the given rows where that can be done, which leaves them as they were.
+    """A JPEG and its height, cut off below the given rows if that can be done; the rows stay as they were.
 
     In a baseline JPEG with one scan, blocks follow one another from top to bottom: a decoder that is told of fewer rows
     stops there. One row of blocks more than asked for, because chroma is interpolated between rows.
@@ -107,7 +107,7 @@ def _cut(data: bytes, height: int, rows: int) -> tuple[bytes | bytearray, int]:
 
 
 def open_image(data: bytes) -> Jpeg | OtherImage:
-    """Reads the header of a JPEG, PNG or WebP; ValueError where there is none."""
+    """Reads the header of an image. Raises ValueError if there is none."""
     if data[:2] == b"\xff\xd8":
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
@@ -119,7 +119,7 @@ def open_image(data: bytes) -> Jpeg | OtherImage:
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3] RGB of a JPEG, PNG or WebP; ValueError where nothing decodes.
+    """uint8 [H, W, 3] RGB of an encoded image. Raises ValueError if nothing decodes.
 
     Transparency is dropped, EXIF orientation ignored.
     """

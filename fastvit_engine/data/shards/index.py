@@ -1,15 +1,16 @@
 """The index of a dataset: where each sample of each shard begins, in one file that is mapped into memory.
 
-    header     magic, version, number of samples, place and checksum of the rest
-    starts     a number a sample: the block of 512 bytes where its first header begins; it ends where the next begins
-    columns    a number or a few a shard: bytes, samples, time stamp, fingerprint, labels with their counts, ...
-    names      the shards, relative to the folder of the index where they lie in it, and what the columns are
+    header     magic, version, number of samples, offset and checksum of the rest
+    starts     a number per sample: the block of 512 bytes of its first header; a sample ends where the next begins
+    columns    a number or a few per shard: bytes, samples, time stamp, fingerprint, labels with their counts, ...
+    names      the shards, relative to the folder of the index if they are in it, and what the columns are
 
-Making the index is also the check of the shards: what a reader of streams passes over in silence, because a damaged
-header looks like the end of an archive, is an error here, before training starts.
+Making the index also checks the shards: damage that other readers of tars take for the end of an archive is an error
+here, before training starts.
 """
 
 import contextlib
+import errno
 import json
 import os
 import struct
@@ -44,7 +45,7 @@ _COLUMNS = {
     "counts": "<u4",  # samples
     "ends": "<u4",  # block where the last sample ends
     "stamps": "<u8",  # of the file's version: time of change in ns, or a hash of a remote file's tag
-    "fingerprints": "<u8",  # of names, places and labels
+    "fingerprints": "<u8",  # of names, positions and labels
     "unlabelled": "<u4",  # samples without a label
     "label_ends": "<u8",  # in the two columns below
     "labels": "<i8",
@@ -68,7 +69,7 @@ class Index:
     stamps: NDArray[np.uint64]
     fingerprints: NDArray[np.uint64]
     unlabelled: NDArray[np.int64]
-    first: NDArray[np.int64]  # place of each shard's first sample in `starts`
+    first: NDArray[np.int64]  # number of each shard's first sample in `starts`
     starts: NDArray[np.uint32]  # mapped from the file
     label_ranges: NDArray[np.int64]  # [shards, 2]: of each shard in the next two
     labels: NDArray[np.int64]
@@ -91,10 +92,10 @@ class Index:
         if None in found:
             names = Counter(_file_name(shard) for shard in self.shards)
             unique = {_file_name(s): n for n, s in enumerate(self.shards) if names[_file_name(s)] == 1}
-            for place, shard in enumerate(shards):
+            for wanted, shard in enumerate(shards):
                 number = unique.get(_file_name(shard))
-                if found[place] is None and number is not None and self._has_size_of(number, shard):
-                    found[place] = number
+                if found[wanted] is None and number is not None and self._has_size_of(number, shard):
+                    found[wanted] = number
         return found
 
     def _has_size_of(self, number: int, shard: str) -> bool:
@@ -102,12 +103,12 @@ class Index:
         return not is_local(shard) or (os.path.isfile(shard) and os.path.getsize(shard) == self.sizes[number])
 
     def select(self, shards: Sequence[str]) -> "Index":
-        """The index of these shards alone, read from the given paths or URLs; UserError where one is not in it."""
+        """The index of these shards alone, read from the given paths or URLs. Raises UserError if one is not in it."""
         numbers = self.find(shards)
         if None in numbers:
             raise UserError(
-                f"shard {shards[numbers.index(None)]} is not in the index {self.path}: make the index again with "
-                "`fastvit data index`"
+                f"shard {shards[numbers.index(None)]} is not in the index {self.path}, or has another size there: add "
+                f"it with `fastvit data index SHARDS --out {self.path}`, where SHARDS names all shards"
             )
         chosen = np.asarray(numbers, dtype=np.int64)
         columns = ("sizes", "counts", "ends", "stamps", "fingerprints", "unlabelled", "first", "label_ranges")
@@ -126,10 +127,10 @@ class Index:
 
     def class_counts(self) -> dict[int, int]:
         """Samples of each label in ascending order of labels; a sample with several labels counts for each."""
-        places = [np.arange(begin, end) for begin, end in self.label_ranges]
-        chosen = np.concatenate(places) if places else np.empty(0, np.int64)
-        labels, where = np.unique(self.labels[chosen], return_inverse=True)
-        counts = np.bincount(where, weights=self.label_counts[chosen], minlength=len(labels))
+        ranges = [np.arange(begin, end) for begin, end in self.label_ranges]
+        chosen = np.concatenate(ranges) if ranges else np.empty(0, np.int64)
+        labels, inverse = np.unique(self.labels[chosen], return_inverse=True)
+        counts = np.bincount(inverse, weights=self.label_counts[chosen], minlength=len(labels))
         return {int(label): int(count) for label, count in zip(labels, counts, strict=True)}
 
     def shards_with_labels_outside(self, num_classes: int) -> list[int]:
@@ -146,7 +147,7 @@ class Index:
 
 
 def open_index(path: Path) -> Index:
-    """Maps an index into memory; UserError where the file is missing, damaged or of another version."""
+    """Maps an index into memory. Raises UserError if the file is missing, damaged or of another version."""
     try:
         with open(path, "rb") as file:
             magic, version, _, samples, footer, footer_size, checksum = _HEADER.unpack(file.read(_HEADER.size))
@@ -155,18 +156,22 @@ def open_index(path: Path) -> Index:
             if version != _VERSION:
                 raise UserError(
                     f"index {path} has version {version} and this engine reads version {_VERSION}: make it again with "
-                    "`fastvit data index`"
+                    f"`fastvit data index SHARDS --out {path}`"
                 )
             file.seek(_HEADER.size + 4 * samples)
             body = file.read()
         if blake2b(body, digest_size=16).digest() != checksum:
             raise ValueError
     except FileNotFoundError:
-        raise UserError(f"there is no index {path}: make it with `fastvit data index`, or correct its name") from None
+        raise UserError(
+            f"there is no index {path}: make it with `fastvit data index SHARDS --out {path}`, or correct its name"
+        ) from None
     except OSError as error:
         raise UserError(f"index {path} cannot be read ({error.strerror}): make it readable") from error
     except (ValueError, struct.error):
-        raise UserError(f"{path} is not a whole index: make it again with `fastvit data index`") from None
+        raise UserError(
+            f"{path} is not a whole index: make it again with `fastvit data index SHARDS --out {path}`"
+        ) from None
     names = json.loads(body[footer : footer + footer_size])
     columns: dict[str, Any] = {}
     at = 0
@@ -200,7 +205,7 @@ def write_index(
     """Makes the index of `shards` (paths or URLs of plain tar archives) in their order, and returns it.
 
     Shards that an index at `path` already describes, by size and time of change or by a remote file's tag, are not read
-    again. UserError, before anything is written, that names every bad shard with the byte, up to ten of them.
+    again. Raises UserError before anything is written, naming every bad shard with the byte, up to ten of them.
     """
     known = _known_records(path, label_key)
     records = _scan_all(shards, known, label_key, processes, progress)
@@ -217,9 +222,8 @@ def write_index(
             temporary.unlink(missing_ok=True)
         flush_to_disk(path.parent)
     except OSError as error:
-        raise UserError(
-            f"index {path} cannot be written ({error.strerror}): make room, or choose another place"
-        ) from error
+        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another path for it"
+        raise UserError(f"index {path} cannot be written ({error.strerror}): {advice}") from error
     return open_index(path)
 
 
@@ -227,7 +231,7 @@ def write_index(
 
 
 def _scan(task: tuple[str, str, tuple[int, int] | None]) -> ShardRecord | TarError | None:
-    """The record of a shard, what is wrong with it, or None where it still is what its known stamp says."""
+    """The record of a shard, what is wrong with it, or None if it still has its known stamp."""
     shard, label_key, known = task
     if shard.startswith("pipe:"):
         return NotSeekable("is a pipe")
@@ -249,7 +253,7 @@ def _scan_all(
     processes: int | None,
     progress: Callable[[str], None],
 ) -> Iterator[ShardRecord]:
-    """The records of the shards, in order; UserError once all have been seen, or ten of them are bad."""
+    """The records of the shards, in order. Raises UserError once all have been seen, or ten of them are bad."""
     tasks = (
         (s, label_key, (known[_whole(s)].size, known[_whole(s)].stamp) if _whole(s) in known else None) for s in shards
     )

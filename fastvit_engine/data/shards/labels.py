@@ -20,7 +20,7 @@ def label_member(label_key: str) -> tuple[str, list[str]]:
 
 
 def label_values(content: bytes, path: list[str]) -> list[Any]:
-    """The labels in a member as they stand there, whether class indices, names or neither.
+    """The labels in a member as they are, whether class indices, names or neither.
 
     Without a path: the text, or the entries if it is a JSON list. With a path: the JSON value of that field, or its
     entries if it is a list. [] if the value is missing or null. Raises ValueError for JSON that cannot be read, and for

@@ -130,7 +130,7 @@ def _text(name: bytes) -> str:
 
 def _header_name(header: bytes) -> str:
     name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
-    posix = header[257:263] == b"ustar\0"  # GNU's own format has other things in place of the prefix
+    posix = header[257:263] == b"ustar\0"  # GNU's own format has other fields instead of the prefix
     return _text(prefix + b"/" + name if posix and prefix else name)
 
 

@@ -122,12 +122,13 @@ class IterableData(TrainingData):
         self, samples: Samples, config: Config, share: Share, own: np.ndarray, skipped: Sequence[Window]
     ) -> Iterator[Batch]:
         """Each item as a batch, with the positions in the run that this rank's next samples have."""
-        starts = step_starts(share.consumed, config.train.global_batch_size, skipped)
+        batch_size = config.train.global_batch_size
+        starts = step_starts(share.consumed, batch_size, skipped)
         positions = np.empty(0, np.int64)
         while True:
             iterable = samples(share) if callable(samples) else samples
             iterator = iter(iterable)
-            given = 0
+            given = steps = 0  # samples of this rank, and whole steps of the run
             for number, item in enumerate(iterator):
                 batch = to_batch(item, config, f"item {number} of the training data")
                 while len(positions) < len(batch.keys):
@@ -135,7 +136,7 @@ class IterableData(TrainingData):
                 current, positions = np.split(positions, [len(batch.keys)])
                 batch.seeds[:] = sample_seeds(config.seed, 0, 0, current)
                 batch.keys[:] = [key or f"position-{at}" for key, at in zip(batch.keys, current.tolist(), strict=True)]
-                share = share._replace(consumed=int(current[-1]) + 1)
+                steps = (int(current[-1]) - share.consumed) // batch_size + (len(positions) % len(own) == 0)
                 given += len(batch.keys)
                 yield batch
             if given < len(own):
@@ -148,6 +149,7 @@ class IterableData(TrainingData):
                     f"the iterator of training data was used up after {given:,} samples, before the run had ended: "
                     "give an endless one, an iterable that can be iterated over again, or a function that makes one"
                 )
+            share = share._replace(consumed=share.consumed + steps * batch_size)
 
 
 def to_batch(item: Any, config: Config, name: str) -> Batch:
@@ -198,9 +200,11 @@ def _parts(item: Any, keys: SampleKeys, name: str) -> tuple[Any, Any, Any]:
 def _images(image: Any, size: int, name: str) -> Tensor:
     """uint8 [S, S, 3] or [B, S, S, 3]"""
     if isinstance(image, Image.Image):
-        image = np.asarray(image)
+        image = np.array(image)
     if not isinstance(image, np.ndarray | Tensor):
         raise UserError(f"{name} has an image of type {type(image).__name__}: decode it to an array uint8 [H, W, 3]")
+    if isinstance(image, np.ndarray) and not image.flags.writeable:
+        image = image.copy()  # which PyTorch would warn of
     images = torch.as_tensor(image)
     if images.dtype != torch.uint8:
         raise UserError(

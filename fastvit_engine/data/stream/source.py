@@ -77,7 +77,7 @@ def check_micro_batch(config: Config, world_size: int, micro_batch_size: int) ->
 def rank_positions(batch: int, rank: int, world_size: int) -> Integers:
     """The positions within a global batch that belong to a rank: every world_size-th pair of neighbours.
 
-    In pairs, because images are mixed in pairs: so the world size does not change who is mixed with whom. Single
+    In pairs, because images are mixed in pairs: so the world size does not change which images are mixed. Single
     positions if a rank has an odd number of them.
     """
     size = 2 if batch // world_size % 2 == 0 else 1

@@ -40,7 +40,7 @@ class Reader:
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
     def read(self, index: int) -> Encoded:
-        """OSError or ValueError where the image cannot be had; whether it is a whole image is not looked at."""
+        """Raises OSError or ValueError if the image cannot be had; whether it is a whole image is not checked."""
         kind, path, shape = self._listing.files[self._listing.file[index]]
         if kind == "url":
             return Encoded(download(self._listing.name(index), self._timeout))
@@ -83,7 +83,7 @@ def is_url(name: str) -> bool:
 
 
 def download(url: str, timeout: float) -> bytes:
-    """The content behind an http(s) URL; OSError after four tries, at once where the server has refused for good."""
+    """The content behind an http(s) URL. Raises OSError after four tries, or at once if the server refuses for good."""
     for wait in (*_RETRY_WAITS, None):
         try:
             request = urllib.request.Request(url, headers={"User-Agent": "fastvit-engine"})

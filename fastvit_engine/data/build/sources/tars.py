@@ -77,7 +77,7 @@ def first_members(path: Path, count: int) -> list[str]:
 
 
 def plain_tars(paths: list[Path], context: Context) -> list[Path]:
-    """For each path itself, or where it is gzipped (which its name need not say) a plain copy in the scratch folder."""
+    """Each path itself, or a plain copy in the scratch folder if it is gzipped, which its name need not say."""
     plain = [context.scratch_file(path, ".tar") if _is_gzipped(path) else path for path in paths]
     gzipped = [(path, copy) for path, copy in zip(paths, plain, strict=True) if copy != path and not copy.exists()]
     if gzipped:
@@ -112,7 +112,7 @@ def _is_gzipped(path: Path) -> bool:
 
 def list_class_tars(path: Path, context: Context) -> Listing:
     """A folder of tars or a tar of tars, each named by its class and holding the images of the class."""
-    tars: list[tuple[str, Path, int, int]] = []  # class, file, where its tar begins and ends
+    tars: list[tuple[str, Path, int, int]] = []  # class, file, first and last byte of its tar
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if is_tar_name(file.name))
         for file, plain in zip(files, plain_tars(files, context), strict=True):

@@ -157,7 +157,7 @@ def test_uneven_and_unshuffled_shards(write_shards):
     (uneven,) = verdict.warnings["uneven shard"].examples
     (sorted_shard,) = verdict.warnings["shard that is not shuffled"].examples
     assert uneven == "13.tar holds 3 samples, the median shard 40"
-    assert sorted_shard.startswith("12.tar holds 40 samples of class 7, of whom ")
+    assert sorted_shard.startswith("12.tar holds 40 samples of class 7, of which ")
     assert "uneven shard" not in _verify(write_shards([*shuffled, shuffled[0], shuffled[1][:30]]), skew=2).findings
     assert "uneven shard" in _verify(write_shards([*shuffled, shuffled[0], shuffled[1][:30]]), skew=1.2).findings
 
