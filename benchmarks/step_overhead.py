@@ -10,8 +10,8 @@ every round each loop has one turn, in an order that rotates, so that a slow mom
 `bare`         a plain PyTorch loop: model, loss, backward, clipping, AdamW, learning rate.
 `control`      the same a second time: how far it is from `bare` says what no difference looks like on this machine.
 `deepspeed-Z`  the same through the DeepSpeed engine at ZeRO stage Z, as `build_engine` makes it.
-`loop-Z`       the real training loop, `fastvit_engine.train.loop._train`, with the name `build_train_data` in its
-               module replaced by the resident batches, and its log lines written to a file.
+`loop-Z`       the real training loop, `fastvit_engine.train.loop._train`, on training data that gives the resident
+               batches, with its log lines written to a file.
 """
 
 import argparse
@@ -36,8 +36,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastvit_engine.config import Config, Resolved, load_config
-from fastvit_engine.data import Batch, DataPlan
+from fastvit_engine.config import Config, DataConfig, Resolved, load_config
+from fastvit_engine.data import Batch, TrainingData
 from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.distributed.watchdog import Watchdog
@@ -185,12 +185,9 @@ def _start(variant: str, case: Case, resident: Sequence[Batch], world: World, fo
         "bare": lambda: train_bare(resolved.config, racer.batches),
         "control": lambda: train_bare(resolved.config, racer.batches),
         "deepspeed": lambda: train_with_deepspeed(resolved.config, world, racer.batches),
-        "loop": lambda: train_with_loop(resolved, world, folder / variant),
+        "loop": lambda: train_with_loop(resolved, world, folder / variant, racer.batches),
     }[kind]
-    with (
-        patch.object(loop, "build_train_data", lambda config, data, **options: racer.batches),
-        contextlib.redirect_stderr(log),  # where the progress display finds a run without a terminal
-    ):
+    with contextlib.redirect_stderr(log):  # where the progress display finds a run without a terminal
         racer.start(train)
     return racer
 
@@ -279,7 +276,26 @@ def train_with_deepspeed(config: Config, world: World, batches: Iterator[Batch])
     return model.state_dict()
 
 
-def train_with_loop(resolved: Resolved, world: World, folder: Path) -> Weights:
+class ResidentData(TrainingData):
+    """Training data that gives the same batches again and again."""
+
+    def __init__(self, batches: Iterator[Batch], samples_per_epoch: int | None) -> None:
+        self.batches, self.samples_per_epoch, self.class_names = batches, samples_per_epoch, None
+
+    def fingerprint(self, data: DataConfig) -> dict[str, Any]:
+        return {"order": "resident"}
+
+    def describe(self) -> str:
+        return "reading resident batches"
+
+    def train_batches(self, config: Config, **options: Any) -> Iterator[Batch]:
+        return self.batches
+
+    def eval_batches(self, config: Config, **options: Any) -> Iterator[Batch]:
+        raise NotImplementedError("nothing to evaluate on")
+
+
+def train_with_loop(resolved: Resolved, world: World, folder: Path, batches: Iterator[Batch]) -> Weights:
     """The engine's own loop from its set-up to its export; the batches are all that is not as in a run."""
     run = RunFolder(folder)
     run.checkpoints.mkdir(parents=True)
@@ -291,7 +307,7 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path) -> Weights:
         checkpoint=None,
         fingerprint={"model": resolved.config.model.model_dump(mode="json")},
         message="",
-        data=DataPlan(train=(), eval=None, streams=None, samples_per_epoch=samples, class_names=None),
+        data=ResidentData(batches, samples),
     )
     watchdog = Watchdog(run, world, resolved.config.watchdog)  # not entered: loops stand still between their turns
     chosen = choose(resolved.config, machine_of(world))

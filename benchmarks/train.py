@@ -258,15 +258,13 @@ def measure_variant(order: dict[str, Any], scratch: Path) -> dict[str, Any]:
 
 def stream(setup: Any, pattern: str, scratch: Path) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches from shards as training reads them."""
-    from fastvit_engine.data import build_train_data
-    from fastvit_engine.data.stream.prepare import prepare_data
+    from fastvit_engine.data import prepare_data
 
     device = setup.world.device
     config = setup.config(data={"train": pattern, "num_workers": min(16, os.cpu_count() or 1)})
-    plan = prepare_data(config, world_size=1, index_folder=scratch)
-    batches = build_train_data(
+    data = prepare_data(config, world_size=1, index_folder=scratch)
+    batches = data.train_batches(
         config,
-        plan,
         rank=0,
         world_size=1,
         micro_batch_size=setup.batch,

@@ -41,12 +41,14 @@ class Resolved:
         return _annotate(text, self.origins) if with_origins else text
 
 
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> Resolved:
+def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Resolved:
     """Reads a recipe (a name from `fastvit config list` or a path), applies `section.key=value` overrides, validates.
+
+    Without a recipe, all values are defaults except for the overrides.
 
     Raises UserError naming the key, its origin and, for an unknown key, the one that was probably meant.
     """
-    values, origins = read_recipe(find_recipe(recipe))
+    values, origins = ({}, {}) if recipe is None else read_recipe(find_recipe(recipe))
     for override in overrides:
         key, separator, text = override.partition("=")
         key = key.strip()

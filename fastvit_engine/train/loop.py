@@ -10,7 +10,7 @@ import torch
 from fastvit_engine.checkpoint import Checkpointer, place_of
 from fastvit_engine.checkpoint.export import export_run
 from fastvit_engine.config import Resolved
-from fastvit_engine.data import DataPlan, build_eval_data, build_train_data
+from fastvit_engine.data import TrainingData
 from fastvit_engine.data.stream.skip import Window, step_start
 from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.stragglers import Stragglers
@@ -153,9 +153,8 @@ def _train_from(start: Start, job: Job) -> Start | None:
         run.bad_samples, config.data.max_bad_share, seen=start.step * batch_size, bad=start.bad_samples
     )
     batches = bad_samples.watch(
-        build_train_data(
+        start.data.train_batches(
             config,
-            start.data,
             rank=world.rank,
             world_size=world.size,
             micro_batch_size=job.split.micro_batch_size,
@@ -320,7 +319,7 @@ def _recover(
     return job.world.on_main(decide)
 
 
-def evaluate_all(job: Job, data: DataPlan, step: int, recorder: Recorder | None) -> dict[str, dict[str, Any]]:
+def evaluate_all(job: Job, data: TrainingData, step: int, recorder: Recorder | None) -> dict[str, dict[str, Any]]:
     """Evaluates the weights and, where there is one, their average; writes the rows and the predictions to show."""
     config, world, run = job.config, job.world, job.run
     criterion = FusedCrossEntropy(config.loss.kind)
@@ -328,9 +327,8 @@ def evaluate_all(job: Job, data: DataPlan, step: int, recorder: Recorder | None)
 
     def run_one(name: str) -> None:
         bad_samples = BadSamples(run.bad_samples, config.data.max_bad_share)
-        batches = build_eval_data(
+        batches = data.eval_batches(
             config,
-            data,
             rank=world.rank,
             world_size=world.size,
             batch_size=config.evaluate.batch_size or job.split.micro_batch_size,

@@ -9,7 +9,7 @@ from typing import Any, cast
 from fastvit_engine.checkpoint import Checkpoint, Checkpointer, DamagedCheckpoint, Place, place_of, usable_checkpoints
 from fastvit_engine.config import Config
 from fastvit_engine.config.checks import check_config
-from fastvit_engine.data import DataPlan, prepare_data
+from fastvit_engine.data import TrainingData, prepare_data
 from fastvit_engine.data.stream.skip import Window
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import deepspeed_config, split_batch
@@ -29,7 +29,7 @@ class Start:
     checkpoint: Checkpoint | None
     fingerprint: dict[str, Any]  # of the run, for its checkpoints
     message: str
-    data: DataPlan
+    data: TrainingData
     consumed: int = 0  # the first position of the order after those trained on
     bad_samples: int = 0  # samples before that could not be used
     skipped: tuple[Window, ...] = ()  # positions left out
@@ -122,7 +122,7 @@ def newest_readable(
     return None, {}, ()
 
 
-def fingerprint(config: Config, data: DataPlan) -> dict[str, Any]:
+def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: the parameters, and the order of the data.
 
     The number of processes, the ZeRO stage and the precision may change: checkpoints hold fp32 masters, whole.

@@ -12,7 +12,7 @@ from fastvit_engine.data.pixels.decode import PixelBuffer
 from fastvit_engine.data.pixels.draws import uniforms
 
 _CROP_TRIES = 10
-_DRAWS = 1 + 4 * _CROP_TRIES  # mirrored or not; area, aspect ratio and place of each try
+_DRAWS = 1 + 4 * _CROP_TRIES  # mirrored or not; area, aspect ratio and position of each try
 _STREAM = 2000  # of `uniforms`
 
 # Decoding processes are the parallelism, and OpenCV deadlocks in a process forked after its thread pool has started.

@@ -4,7 +4,7 @@ from itertools import islice
 import pytest
 
 from fastvit_engine.config import Config
-from fastvit_engine.data import build_train_data, prepare_data
+from fastvit_engine.data import prepare_data
 from fastvit_engine.data.stream.batch import StageSeconds
 from fastvit_engine.train.data_wait import DataWait
 
@@ -13,7 +13,7 @@ from fastvit_engine.train.data_wait import DataWait
 @pytest.mark.parametrize(
     ("stage", "function"),
     [
-        ("read", "fastvit_engine.data.stream.loader.parse_sample"),
+        ("read", "fastvit_engine.data.stream.indexed.parse_sample"),
         ("decode", "fastvit_engine.data.stream.batch.open_image"),
         ("augment", "fastvit_engine.data.stream.batch.render"),
     ],
@@ -35,7 +35,7 @@ def test_an_artificially_slow_stage_is_named(stage, function, num_workers, digit
 
     plan = prepare_data(config, world_size=1, index_folder=tmp_path)
     monkeypatch.setattr(function, slow)  # workers are forked, and so slow too
-    batches = build_train_data(config, plan, rank=0, world_size=1, micro_batch_size=8, consumed=0, pin_memory=False)
+    batches = plan.train_batches(config, rank=0, world_size=1, micro_batch_size=8, consumed=0, pin_memory=False)
     wait = DataWait(num_workers)
     for batch in islice(batches, 3):
         wait.add(batch.seconds)

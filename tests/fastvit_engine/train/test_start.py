@@ -69,7 +69,7 @@ def test_the_same_content_elsewhere_goes_on(stopped, shards, tmp_path):
     (tmp_path / "a.tar").unlink()
     again = start(run, str(copy))
     assert (again.step, again.consumed, again.bad_samples) == (40, 320, 3)
-    assert again.data.train[0].lanes == 2 and "300 samples in 2 lane(s)" in again.message
+    assert again.data.train[0].lanes == 2 and "300 samples, 2 part(s) of an epoch in turn" in again.message
 
 
 def test_recorded_lanes_hold_when_the_choice_would_be_another(stopped, shards):

@@ -16,9 +16,9 @@ import fastvit_engine.data.build.make as make_module
 from fastvit_engine.data.build.encode import encode_for_shard
 from fastvit_engine.data.build.make import UNFINISHED_NAME, make_dataset
 from fastvit_engine.data.pixels.decode import decode_image
+from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.index import INDEX_NAME, open_index
 from fastvit_engine.data.shards.names import find_shards
-from fastvit_engine.data.stream.sequential import read_shard
 from fastvit_engine.errors import UserError
 
 CLASSES = {"ant": 20, "bee": 11, "cow": 5}

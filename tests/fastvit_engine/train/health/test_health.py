@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fastvit_engine.config import load_config
-from fastvit_engine.data import build_train_data, prepare_data
+from fastvit_engine.data import prepare_data
 from fastvit_engine.distributed.supervise import start_ranks
 from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.metrics import read_metrics
@@ -48,7 +48,7 @@ def keys(digits, tmp_path_factory) -> list[list[str]]:
     settings = [f"data.train={digits}/train-*.tar", "data.eval=null", f"train.global_batch_size={BATCH}"]
     config = load_config("quickstart", settings).config
     plan = prepare_data(config, world_size=1, index_folder=tmp_path_factory.mktemp("index"))
-    batches = build_train_data(config, plan, rank=0, world_size=1, micro_batch_size=BATCH, consumed=0, pin_memory=False)
+    batches = plan.train_batches(config, rank=0, world_size=1, micro_batch_size=BATCH, consumed=0, pin_memory=False)
     return [next(batches).keys for _ in range(STEPS + 4)]
 
 

@@ -2,7 +2,7 @@ import pytest
 
 from fastvit_engine.checkpoint import Manifest
 from fastvit_engine.checkpoint.local import LocalPlace
-from fastvit_engine.data.stream.plan import DataPlan
+from fastvit_engine.data.stream.indexed import IndexedData
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.run_folder import RunFolder
@@ -11,7 +11,7 @@ from fastvit_engine.train.health.guard import Anomaly, StepReport
 from fastvit_engine.train.health.rewind import go_back, record_anomaly
 from fastvit_engine.train.start import Start, move_to_latest
 
-DATA = DataPlan(train=(), eval=None, streams=None, samples_per_epoch=100, class_names=None)
+DATA = IndexedData(train=(), eval=None, samples_per_epoch=100)
 START = Start(0, 100, 0.0, None, {}, "", DATA)
 
 

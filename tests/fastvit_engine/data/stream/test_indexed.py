@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastvit_engine.data import Batch, build_eval_data, build_train_data, prepare_data
+from fastvit_engine.data import Batch, prepare_data
 from fastvit_engine.data.pixels.crops import View, eval_view, render
 from fastvit_engine.data.pixels.decode import PixelBuffer, decode_image
-from fastvit_engine.data.stream.loader import ReadAhead, build_order, rank_places
+from fastvit_engine.data.stream.indexed import build_order
+from fastvit_engine.data.stream.read_ahead import ReadAhead
+from fastvit_engine.data.stream.source import rank_positions
 from fastvit_engine.errors import UserError
 
 BATCH = 12
@@ -37,9 +39,8 @@ def damaged_shards(tmp_path_factory, write_tar, sample_members, photo):
 
 
 def _train(config, plan, rank=0, world_size=1, micro_batch_size=BATCH, consumed=0, skipped=()) -> Iterator[Batch]:
-    return build_train_data(
+    return plan.train_batches(
         config,
-        plan,
         rank=rank,
         world_size=world_size,
         micro_batch_size=micro_batch_size,
@@ -57,7 +58,7 @@ def _steps(
     result = [[None] * BATCH for _ in range(steps)]
     for rank in range(world_size):
         batches = _train(config, plan, rank, world_size, micro_batch_size, first_step * BATCH, skipped)
-        place, places = 0, rank_places(BATCH, rank, world_size)
+        place, places = 0, rank_positions(BATCH, rank, world_size)
         for batch in islice(batches, steps * share // micro_batch_size):
             assert batch.images.shape == (micro_batch_size, 16, 16, 3) and batch.images.dtype == torch.uint8
             assert batch.labels.dtype == torch.int64 and batch.weights.dtype == torch.float32
@@ -74,7 +75,7 @@ def _steps(
     ("batch", "world_size"), [(12, 1), (12, 2), (12, 3), (12, 4), (12, 6), (16, 8), (1, 1), (64, 8)]
 )
 def test_ranks_share_a_batch_and_keep_pairs_together(batch, world_size):
-    places = [rank_places(batch, rank, world_size) for rank in range(world_size)]
+    places = [rank_positions(batch, rank, world_size) for rank in range(world_size)]
     assert sorted(np.concatenate(places)) == list(range(batch))
     if batch // world_size % 2 == 0:
         assert all((own[1::2] == own[::2] + 1).all() and (own[::2] % 2 == 0).all() for own in places)
@@ -121,7 +122,7 @@ def test_bad_samples_are_reported_with_key_shard_and_reason(damaged_shards, make
     data = plan(config)
     for batches in (
         islice(_train(config, data, micro_batch_size=5), 8),
-        build_eval_data(config, data, rank=0, world_size=1, batch_size=7, pin_memory=False),
+        data.eval_batches(config, rank=0, world_size=1, batch_size=7, pin_memory=False),
     ):
         found = sorted(bad for batch in batches for bad in batch.bad)
         assert [bad.key for bad in found] == ["s007", "s023"]
@@ -218,7 +219,7 @@ def test_workers_start_after_this_process_has_resized_large_images(shards, make_
 def test_batches_are_pinned(shards, make_config, plan):
     config = make_config(shards, batch=BATCH, num_workers=1)
     given = {"rank": 0, "world_size": 1, "micro_batch_size": BATCH, "consumed": 0}
-    batch = next(build_train_data(config, plan(config), **given, pin_memory=True))
+    batch = next(plan(config).train_batches(config, **given, pin_memory=True))
     assert batch.images.is_pinned() and batch.labels.is_pinned() and batch.weights.is_pinned()
     assert torch.equal(batch.images, next(_train(config, plan(config))).images)
 
@@ -246,7 +247,7 @@ def test_eval_counts_each_sample_once_in_equally_many_batches(
     config = make_config(shards, eval=shards, num_workers=num_workers)
     data = plan(config)
     ranks = [
-        list(build_eval_data(config, data, rank=rank, world_size=world_size, batch_size=batch_size, pin_memory=False))
+        list(data.eval_batches(config, rank=rank, world_size=world_size, batch_size=batch_size, pin_memory=False))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -270,7 +271,7 @@ def test_real_uneven_shards(real_data, make_config, plan, tmp_path):
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 1000})})
     data = plan(config)
     assert _steps(config, data, 1, steps=3) == _steps(config, data, 2, steps=3)
-    batches = list(build_eval_data(config, data, rank=0, world_size=1, batch_size=10, pin_memory=False))
+    batches = list(data.eval_batches(config, rank=0, world_size=1, batch_size=10, pin_memory=False))
     assert sum(int(batch.weights.sum()) for batch in batches) == 64
 
 

@@ -8,26 +8,26 @@ import pytest
 import torch
 
 from fastvit_engine.config import Config
-from fastvit_engine.data import Batch, DataPlan, build_eval_data, build_train_data
+from fastvit_engine.data import Batch
 from fastvit_engine.data.shards.names import find_shards
-from fastvit_engine.data.stream.sequential_loader import plan_streams
+from fastvit_engine.data.stream.streams import StreamData, StreamedShards, plan_streams
 from fastvit_engine.errors import UserError
 
 BATCH, STREAMS = 8, 4
 ALL_KEYS = [f"s{n:03d}" for n in range(35)]
 
 
-def _plan(config, world_size: int = 1) -> DataPlan:
-    streams = plan_streams(config, world_size=world_size, shards=len(find_shards(config.data.train, "train")))
-    return DataPlan(train=(), eval=None, streams=streams, samples_per_epoch=None, class_names=None)
+def _data(config, world_size: int = 1) -> StreamData:
+    train = find_shards(config.data.train, "train")
+    held_out = StreamedShards(tuple(find_shards(config.data.eval, "eval"))) if config.data.eval else None
+    return StreamData(plan_streams(config, world_size=world_size, shards=len(train)), tuple(train), held_out, None)
 
 
 def _train(
     config, rank: int, world_size: int, micro_batch_size: int, first_step: int = 0, skipped=()
 ) -> Iterator[Batch]:
-    return build_train_data(
+    return _data(config, world_size).train_batches(
         config,
-        _plan(config, world_size),
         rank=rank,
         world_size=world_size,
         micro_batch_size=micro_batch_size,
@@ -38,8 +38,7 @@ def _train(
 
 
 def _eval(config, rank: int = 0, world_size: int = 1, batch_size: int = 4) -> Iterator[Batch]:
-    plan = _plan(config)
-    return build_eval_data(config, plan, rank=rank, world_size=world_size, batch_size=batch_size, pin_memory=False)
+    return _data(config).eval_batches(config, rank=rank, world_size=world_size, batch_size=batch_size, pin_memory=False)
 
 
 def _steps(

@@ -1,32 +1,107 @@
-"""Batches from streams of shards that cannot be indexed, such as gzipped ones and pipes (data.order: stream).
+"""Training data from parallel streams of shards that cannot be indexed, such as gzipped ones and pipes.
 
 A run has S parallel streams of samples and takes B / S samples (a chunk) from each in every step, so that the samples
-of a step depend on the seed, the shards, B and S only. Rank r of R takes the streams s with s % R == r, and its worker
+of a step depend only on the seed, the shards, B and S. Rank r of R takes the streams s with s % R == r, and its worker
 w of W those with s % (R * W) == w * R + r; workers hand over whole chunks in turn. Another S is another order.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from fastvit_engine.config import Config
+from fastvit_engine.config import Config, DataConfig
 from fastvit_engine.data.pixels.crops import draw_crops, eval_view, train_view
 from fastvit_engine.data.pixels.draws import sample_seeds
+from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.sample import Sample
-from fastvit_engine.data.stream.batch import Batch, BatchBuilder, Workspace, empty_batch
-from fastvit_engine.data.stream.plan import StreamPlan
-from fastvit_engine.data.stream.sequential import read_shard, stream_samples
+from fastvit_engine.data.stream.batch import Batch, BatchBuilder, Workspace, empty_batch, rebatch
+from fastvit_engine.data.stream.sequential import stream_samples
 from fastvit_engine.data.stream.skip import Window, step_starts
+from fastvit_engine.data.stream.source import EvaluationData, TrainingData, check_micro_batch
 from fastvit_engine.data.stream.worker_pool import load_stream
 from fastvit_engine.errors import UserError
 
 
-def plan_streams(config: Config, *, world_size: int, shards: int) -> StreamPlan:
-    """Fits streams, decoding processes, shards and global batch together; UserError where that cannot be.
+class StreamPlan(NamedTuple):
+    """How the steps of a run are divided among its streams."""
 
-    Without data.streams every decoding process has one stream, and each rank the most processes up to data.num_workers
-    for which there are enough shards and the global batch divides.
+    streams: int  # S, of the whole run
+    chunk: int  # samples that each stream gives to a step: global batch / S
+    streams_per_worker: int
+    num_workers: int  # decoding processes of each rank; 0: the rank decodes itself
+
+
+@dataclass(frozen=True)
+class StreamedShards(EvaluationData):
+    """Shards that are read from beginning to end."""
+
+    shards: tuple[str, ...]  # paths, URLs and pipes
+
+    def eval_batches(
+        self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool
+    ) -> Iterator[Batch]:
+        num_workers = config.data.num_workers
+        chunk = -(-batch_size // max(num_workers, 1))
+        chunks = _EvalChunks(config, list(self.shards), chunk, rank, world_size)
+        return rebatch(load_stream(chunks, num_workers=num_workers, prefetch=2), batch_size, pin_memory)
+
+
+@dataclass(frozen=True)
+class StreamData(TrainingData):
+    """data.order: stream."""
+
+    plan: StreamPlan
+    train: tuple[str, ...]  # paths, URLs and pipes
+    eval: StreamedShards | None
+    samples_per_epoch: int | None
+    class_names: list[str] | None = None
+
+    def fingerprint(self, data: DataConfig) -> dict[str, Any]:
+        return {"order": "stream", "streams": self.plan.streams, "shuffle_buffer": data.shuffle_buffer}
+
+    def describe(self) -> str:
+        return (
+            f"reading {self.plan.streams} data streams with {max(self.plan.num_workers, 1)} process(es) per rank, in "
+            "an order that holds for this number of streams only (data.order: stream)"
+        )
+
+    def train_batches(
+        self,
+        config: Config,
+        *,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        consumed: int,
+        pin_memory: bool,
+        node_ranks: Sequence[int] = (),
+        skipped: Sequence[Window] = (),
+    ) -> Iterator[Batch]:
+        """See TrainingData. Starting later costs up to two passes over the shards, whose samples are thrown away."""
+        check_micro_batch(config, world_size, micro_batch_size)
+        chunks = _TrainChunks(config, list(self.train), self.plan, rank, world_size, consumed, skipped)
+        # Each worker keeps its share of two steps ready: a step never waits for decoding that could have been done.
+        prefetch = 2 * self.plan.streams_per_worker
+        batches = load_stream(chunks, num_workers=self.plan.num_workers, prefetch=prefetch)
+        return rebatch(batches, micro_batch_size, pin_memory)
+
+    def eval_batches(
+        self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool
+    ) -> Iterator[Batch]:
+        assert self.eval is not None  # data.eval is set
+        return self.eval.eval_batches(
+            config, rank=rank, world_size=world_size, batch_size=batch_size, pin_memory=pin_memory
+        )
+
+
+def plan_streams(config: Config, *, world_size: int, shards: int) -> StreamPlan:
+    """Fits streams, decoding processes, shards and global batch together; raises UserError if that cannot be.
+
+    Without data.streams every decoding process has one stream, and each rank as many processes, up to data.num_workers,
+    as there are shards for and divide the global batch.
     """
     batch = config.train.global_batch_size
     num_workers = config.data.num_workers
@@ -53,36 +128,8 @@ def plan_streams(config: Config, *, world_size: int, shards: int) -> StreamPlan:
     return StreamPlan(streams, batch // streams, streams // processes, num_workers)
 
 
-def stream_train_chunks(
-    config: Config,
-    plan: StreamPlan,
-    shards: list[str],
-    *,
-    rank: int,
-    world_size: int,
-    consumed: int,
-    skipped: Sequence[Window] = (),
-) -> Iterator[Batch]:
-    """Endless chunks of this rank from the position `consumed` on, without the windows `skipped`.
-
-    Starting later costs up to two readings of the shards; what is skipped is read and thrown away.
-    """
-    chunks = _TrainChunks(config, shards, plan, rank, world_size, consumed, skipped)
-    # Each worker keeps its share of two steps ready, so that a step never waits for decoding it could have done before.
-    return load_stream(chunks, num_workers=plan.num_workers, prefetch=2 * plan.streams_per_worker)
-
-
-def stream_eval_chunks(
-    config: Config, shards: list[str], *, rank: int, world_size: int, batch_size: int
-) -> Iterator[Batch]:
-    """One pass over the shards: every sample once over all ranks, in equally many equal chunks padded with weight 0."""
-    chunk = -(-batch_size // max(config.data.num_workers, 1))
-    chunks = _EvalChunks(config, shards, chunk, rank, world_size)
-    return load_stream(chunks, num_workers=config.data.num_workers, prefetch=2)
-
-
 class _TrainChunks(IterableDataset):
-    """This process's streams in turn, a chunk each, for ever; a UserError is handed over as the last item."""
+    """This process's streams in turn, a chunk each, endlessly; a UserError is handed over as the last item."""
 
     def __init__(
         self,
