@@ -33,7 +33,6 @@ from fastvit_engine.config import Resolved, load_config
 from fastvit_engine.distributed.launch import free_port, rank_environment
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.engine.build import build_engine, split_batch
-from fastvit_engine.engine.deepspeed import EngineState
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_model, parameter_count
 from fastvit_engine.observe.run_folder import RunFolder
@@ -60,15 +59,15 @@ def measure(world: World, quick: bool, folder: Path) -> dict[str, Any]:
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     split = split_batch(config, world.size)
     engine, criterion = build_engine(model, config, split, world), FusedCrossEntropy("softmax")
-    state, run = EngineState(engine), RunFolder(folder)
+    run = RunFolder(folder)
     place = place_of(config.checkpoint, run)
-    checkpointer = Checkpointer(run, place, state, None, world, config.checkpoint, say=lambda text: None)
+    checkpointer = Checkpointer(run, place, engine, None, world, config.checkpoint, say=lambda text: None)
     batch = resident_batches(config)[0]
     own = slice(world.rank * split.micro_batch_size, (world.rank + 1) * split.micro_batch_size)
 
     def train_step() -> float:
         """Takes a step; the seconds that its update waited for a copy."""
-        engine.backward(criterion(engine(batch.images[own]), batch.labels[own]))
+        engine.backward(criterion(engine.model(batch.images[own]), batch.labels[own]))
         ready = time.perf_counter()
         checkpointer.before_update()
         waited = time.perf_counter() - ready

@@ -42,7 +42,8 @@ from fastvit_engine.distributed.launch import free_port, rank_environment
 from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world
-from fastvit_engine.engine.build import build_engine, parameter_groups, set_learning_rate, split_batch
+from fastvit_engine.engine.build import build_engine, split_batch
+from fastvit_engine.engine.optimizers import parameter_groups
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_model, parameter_count
 from fastvit_engine.observe.environment import collect_environment
@@ -270,10 +271,10 @@ def train_with_deepspeed(config: Config, world: World, batches: Iterator[Batch])
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     engine = build_engine(model, config, split_batch(config, world.size), world)
     criterion = FusedCrossEntropy(config.loss.kind)
-    engine.train()
+    engine.model.train()
     for step, batch in zip(range(plan.total_steps), batches, strict=False):
-        set_learning_rate(engine, plan.learning_rate(step))
-        loss = criterion(engine(batch.images), batch.labels)
+        engine.set_learning_rate(plan.learning_rate(step))
+        loss = criterion(engine.model(batch.images), batch.labels)
         engine.backward(loss)
         engine.step()
     return model.state_dict()

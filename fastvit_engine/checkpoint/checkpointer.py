@@ -16,8 +16,8 @@ from fastvit_engine.checkpoint.retention import stale_checkpoints
 from fastvit_engine.checkpoint.writer import HostCopy, Outcome, SaveInFlight
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.distributed.world import World
-from fastvit_engine.engine.deepspeed import EngineState, Piece, share
 from fastvit_engine.engine.ema import WeightAverage
+from fastvit_engine.engine.protocol import ParameterSlice, TrainingEngine, share
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
@@ -35,7 +35,7 @@ class Checkpointer:
         self,
         run: RunFolder,
         place: Place,
-        engine: EngineState,
+        engine: TrainingEngine,
         ema: WeightAverage | None,
         world: World,
         settings: CheckpointConfig,
@@ -67,14 +67,14 @@ class Checkpointer:
                 self.say(f"step {step:,}: waiting until {self._in_flight.checkpoint} is written")
             self.settle(wait=True)
         checkpoint = Checkpoint(self.place, step_name(step))
-        pieces = self._pieces_to_write()
-        size = sum(self.world.gather(sum(p.values.nbytes for of_kind in pieces.values() for p in of_kind)))
+        slices = self._slices_to_write()
+        size = sum(self.world.gather(sum(p.values.nbytes for of_kind in slices.values() for p in of_kind)))
         if (error := self._on_main(lambda: self.place.prepare(checkpoint.name, size))) is not None:
             self._failed(checkpoint, error)
             return
         state = {"step": step, **state}
         manifest = Manifest(step, state, self.engine.scalars(), self.engine.shapes, files={})
-        blocks = self._host_copy.begin(pieces)
+        blocks = self._host_copy.begin(slices)
         self._in_flight = SaveInFlight(
             checkpoint,
             manifest,
@@ -153,10 +153,13 @@ class Checkpointer:
             self._check_shapes(checkpoint, manifest)
             keys = manifest.kinds - {"weight", "ema", "buffer"}
             self.engine.prepare_optimizer(sorted(keys), manifest.scalars)
-            wanted: dict[str, list[Piece]] = {"weight": self.engine.master_weights(), **self.engine.optimizer_state()}
+            wanted: dict[str, list[ParameterSlice]] = {
+                "weight": self.engine.master_weights(),
+                **self.engine.optimizer_state(),
+            }
             wanted["buffer"] = self.engine.buffers()
             if self.ema is not None and "ema" in manifest.kinds:
-                wanted["ema"] = self.ema.pieces()
+                wanted["ema"] = self.ema.slices()
             Reader(checkpoint, manifest).fill(wanted)
         except UserError as failure:
             error = failure
@@ -172,15 +175,15 @@ class Checkpointer:
             self._say_on_main(f"{checkpoint} has an average of the weights, which is dropped: ema.decay is null")
         return manifest.state
 
-    def _pieces_to_write(self) -> dict[str, list[Piece]]:
+    def _slices_to_write(self) -> dict[str, list[ParameterSlice]]:
         """This process's part of the state; what every process holds is shared out evenly."""
-        pieces = {"weight": self.engine.master_weights(), **self.engine.optimizer_state()}
+        slices = {"weight": self.engine.master_weights(), **self.engine.optimizer_state()}
         if self.ema is not None:
-            pieces["ema"] = self.ema.pieces()
+            slices["ema"] = self.ema.slices()
         rank, size = self.world.rank, self.world.size
         if self.engine.replicated:
-            pieces = {kind: share(of_kind, rank, size) for kind, of_kind in pieces.items()}
-        return {**pieces, "buffer": share(self.engine.buffers(), rank, size)}
+            slices = {kind: share(of_kind, rank, size) for kind, of_kind in slices.items()}
+        return {**slices, "buffer": share(self.engine.buffers(), rank, size)}
 
     def _publish(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         """Completes the checkpoint, then removes those that need not stay. Runs in the thread of rank 0."""

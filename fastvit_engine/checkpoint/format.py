@@ -1,4 +1,4 @@
-"""What a checkpoint holds: one safetensors file a process, and a manifest that says which piece lies where.
+"""What a checkpoint holds: one safetensors file a process, and a manifest that says what lies where.
 
 `rank-00003.safetensors` holds 1-D tensors named `weight/blocks.0.mlp.fc1.weight@4096`: a kind (weight, ema, buffer, or
 a key of the optimizer such as exp_avg), a parameter, and the position in the flattened parameter where they begin.
@@ -44,7 +44,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a piece lies in its file."""
+    """Where a slice of a parameter lies in its file."""
 
     dtype: str
     start: int  # first element in the flattened parameter
@@ -82,14 +82,14 @@ class Manifest:
         return {kind for file in self.files.values() for kind, _, _ in file.tensors}
 
     def stored(self, kind: str) -> dict[str, list[tuple[str, StoredTensor]]]:
-        """For each parameter the pieces of one kind, by position, each with the name of its file."""
+        """For each parameter the stored slices of one kind, by position, each with the name of its file."""
         found: dict[str, list[tuple[str, StoredTensor]]] = {}
         for file_name, file in self.files.items():
             for of_kind, name, tensor in file.tensors:
                 if of_kind == kind:
                     found.setdefault(name, []).append((file_name, tensor))
-        for pieces in found.values():
-            pieces.sort(key=lambda piece: piece[1].start)
+        for slices in found.values():
+            slices.sort(key=lambda entry: entry[1].start)
         return found
 
     def gap(self) -> str | None:

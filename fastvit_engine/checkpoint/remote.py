@@ -17,7 +17,7 @@ from fastvit_engine.checkpoint.place import is_step_name, step_of
 from fastvit_engine.storage.errors import public_url
 from fastvit_engine.storage.object_store import FINAL_ERRNOS, FINAL_ERRORS, one_line, require_package
 
-_PIECE = 2**23  # bytes of one request
+_CHUNK = 2**23  # bytes of one request
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before each further attempt, besides what the store's client does by itself
 T = TypeVar("T")
 
@@ -57,12 +57,12 @@ class RemotePlace:
         with tempfile.TemporaryFile(prefix="fastvit-checkpoint-") as copy:
             copy.truncate(size)  # with a hole before `start`
             copy.seek(start)
-            for place in range(start, stop, _PIECE):
-                end = min(place + _PIECE, stop)
-                piece = self._try(self.fs.cat_file, path, start=place, end=end)
-                if len(piece) != end - place:
-                    raise OSError(f"{where}: {len(piece)} bytes came of [{place}, {end})")
-                copy.write(piece)
+            for place in range(start, stop, _CHUNK):
+                end = min(place + _CHUNK, stop)
+                chunk = self._try(self.fs.cat_file, path, start=place, end=end)
+                if len(chunk) != end - place:
+                    raise OSError(f"{where}: {len(chunk)} bytes came of [{place}, {end})")
+                copy.write(chunk)
             copy.flush()
             return mmap.mmap(copy.fileno(), 0)
 

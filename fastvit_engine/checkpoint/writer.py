@@ -1,4 +1,4 @@
-"""Saving while training goes on: one thread copies to host memory, which the next update waits for, one does the rest.
+"""Saving while training continues: one thread copies to host memory, which the next update waits for; one writes.
 
 Every process has both. The second writes its file and reports through the store of the process group; the one of rank
 0 waits for all reports and publishes. Collectives stay with the main thread.
@@ -19,7 +19,7 @@ from torch.distributed import Store
 
 from fastvit_engine.checkpoint.format import DTYPES, Block, Manifest, StoredFile, StoredTensor, TensorFile
 from fastvit_engine.checkpoint.place import Checkpoint, Place
-from fastvit_engine.engine.deepspeed import Piece
+from fastvit_engine.engine.protocol import ParameterSlice
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _POLL_SECONDS = 0.05
@@ -36,7 +36,7 @@ class Outcome:
 
 
 class HostCopy:
-    """A copy of pieces in host memory, pinned where they come from a GPU, that the next copy uses again.
+    """A copy of parameter slices in host memory (pinned if they come from a GPU), which the next copy reuses.
 
     A thread makes it while training computes the next gradients: nothing that it reads changes before the next update.
     On a GPU it has a stream of its own, so that the copies run beside kernels.
@@ -48,26 +48,26 @@ class HostCopy:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def begin(self, pieces: Mapping[str, Sequence[Piece]]) -> list[Block]:
-        """Begins to copy the pieces of all kinds; their bytes are there after `wait`. Invalidates the copy before."""
-        everything = [(kind, piece) for kind, of_kind in pieces.items() for piece in of_kind]
+    def begin(self, slices: Mapping[str, Sequence[ParameterSlice]]) -> list[Block]:
+        """Begins to copy the slices of all kinds; their bytes are there after `wait`. Invalidates the copy before."""
+        everything = [(kind, part) for kind, of_kind in slices.items() for part in of_kind]
         everything.sort(key=lambda entry: -entry[1].values.element_size())  # keeps every tensor aligned
-        size = sum(piece.values.nbytes for _, piece in everything)
-        device = next((piece.values.device for _, piece in everything if piece.values.is_cuda), None)
+        size = sum(part.values.nbytes for _, part in everything)
+        device = next((part.values.device for _, part in everything if part.values.is_cuda), None)
         if self._memory.numel() < size:
             self._memory = torch.empty(0, dtype=torch.uint8)  # free the old before
             self._memory = _host_memory(size, pinned=device is not None)
         blocks, copies, offset = [], [], 0
         view = self._memory.numpy().data
-        for kind, piece in everything:
-            nbytes = piece.values.nbytes
-            target: Tensor = self._memory[offset : offset + nbytes].view(piece.values.dtype)
+        for kind, part in everything:
+            nbytes = part.values.nbytes
+            target: Tensor = self._memory[offset : offset + nbytes].view(part.values.dtype)
             if kind == "buffer":  # of the module, whose forward pass may change it
-                target.copy_(piece.values)
+                target.copy_(part.values)
             else:
-                copies.append((target, piece.values))
-            name = f"{kind}/{piece.name}@{piece.start}"
-            blocks.append(Block(name, _DTYPE_NAMES[piece.values.dtype], view[offset : offset + nbytes]))
+                copies.append((target, part.values))
+            name = f"{kind}/{part.name}@{part.start}"
+            blocks.append(Block(name, _DTYPE_NAMES[part.values.dtype], view[offset : offset + nbytes]))
             offset += nbytes
         if device is not None:
             self._stream = self._stream or torch.cuda.Stream(device)

@@ -97,6 +97,7 @@ class DataConfig(_Section):
 
 
 class TrainConfig(_Section):
+    objective: Literal["classify"] = "classify"  # what is learned: the labels
     duration: Duration = "90 epochs"
     global_batch_size: int = Field(4096, gt=0)
     micro_batch_size: int | None = Field(None, gt=0)  # most images a process takes at a time; null: as many as fit
@@ -108,6 +109,7 @@ class TrainConfig(_Section):
 class OptimizerConfig(_Section):
     """AdamW; weight decay is multiplied by the learning rate, as in PyTorch, and applies to matrices only."""
 
+    kind: Literal["adamw"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0)

@@ -16,6 +16,7 @@ import torch
 from fastvit_engine.config import Config
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import split_batch
+from fastvit_engine.engine.optimizers import check_stage, possible_stages
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
 from fastvit_engine.observe.units import format_bytes, format_count
@@ -29,7 +30,6 @@ from fastvit_engine.sizing.memory import (
     training_memory,
 )
 
-STAGES = (0, 1, 2, 3)
 # Allowances, not measurements. GPU: CUDA context, libraries and NCCL's buffers; holes in the allocator's memory.
 # CPU: data workers, page cache and the rest of the machine.
 _GPU_RESERVED = 3 * 2**29
@@ -135,6 +135,7 @@ def device_memory(processes_per_node: int, *, on_gpu: bool) -> int:
 
 def choose(config: Config, machine: Machine) -> Chosen:
     """Fills in what `config` leaves open. UserError, with the numbers and the nearest remedy, where nothing fits."""
+    check_stage(config)
     options = [_candidate(config, machine, stage) for stage in _allowed_stages(config)]
     fitting = [candidate for candidate in options if candidate.fits]
     insists = config.zero.stage != "auto" and config.train.micro_batch_size is not None
@@ -176,7 +177,7 @@ def choose(config: Config, machine: Machine) -> Chosen:
 def candidates(config: Config, machine: Machine) -> list[Candidate]:
     """Every stage by itself, with the largest micro-batch that fits, or the smallest where none does."""
     rows = []
-    for stage in {"none": STAGES, "optimizer": (1, 2, 3), "all": (3,)}[config.zero.offload]:
+    for stage in sorted(possible_stages(config)):
         zero = config.zero.model_copy(update={"stage": stage})
         rows.append(_candidate(config.model_copy(update={"zero": zero}), machine, stage))
     return rows
@@ -185,7 +186,7 @@ def candidates(config: Config, machine: Machine) -> list[Candidate]:
 def _allowed_stages(config: Config) -> tuple[int, ...]:
     if config.zero.stage != "auto":
         return (config.zero.stage,)
-    return {"none": STAGES, "optimizer": (1, 2, 3), "all": (3,)}[config.zero.offload]
+    return tuple(sorted(possible_stages(config)))
 
 
 def _candidate(config: Config, machine: Machine, stage: int) -> Candidate:

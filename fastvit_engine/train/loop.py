@@ -16,13 +16,12 @@ from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.stragglers import Stragglers
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world, limit_collectives
-from fastvit_engine.engine.build import build_engine, set_learning_rate, split_batch
-from fastvit_engine.engine.deepspeed import EngineState
+from fastvit_engine.engine.build import build_engine, split_batch
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.errors import Preempted
 from fastvit_engine.evaluate.classification import evaluate
 from fastvit_engine.files import atomic_write
-from fastvit_engine.models import build_model, model_title, training_flops
+from fastvit_engine.models import build_model, model_title, parameter_count, training_flops
 from fastvit_engine.observe.environment import collect_environment
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
@@ -100,19 +99,19 @@ def _set_up(
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     engine = build_engine(model, config, split, world)
     limit_collectives(config.watchdog.slow_phase_seconds + config.watchdog.timeout_seconds)  # DeepSpeed's groups too
-    state, place = EngineState(engine), place_of(config.checkpoint, run)
-    ema = WeightAverage(state, config.ema.decay) if config.ema.decay is not None else None
+    place = place_of(config.checkpoint, run)
+    ema = WeightAverage(engine, config.ema.decay) if config.ema.decay is not None else None
     watch = GradientWatch(engine, world.device)
     if config.health.watch_gradients:
         watch.start()
     peak = peak_flops(world, config.train.precision)
     if world.is_main:
-        _describe_run(resolved, chosen, run, plan, world, model, peak)
+        _describe_run(resolved, chosen, run, plan, world, peak)
         where = f"{world.size} process(es) on {', '.join(sorted(set(watchdog.hosts)))}, ZeRO-{config.zero.stage}"
         message = f"training begins at step {start.step} of {plan.total_steps}: {where}"
         facts = {"world_size": world.size, "zero_stage": config.zero.stage, "hosts": sorted(set(watchdog.hosts))}
         record_event(run, "start", message, step=start.step, **facts)
-    engine.train()
+    engine.model.train()
     return Job(
         run=run,
         config=config,
@@ -122,12 +121,12 @@ def _set_up(
         engine=engine,
         criterion=FusedCrossEntropy(config.loss.kind, label_smoothing=config.loss.label_smoothing),
         ema=ema,
-        checkpointer=Checkpointer(run, place, state, ema, world, config.checkpoint, plan.keep_every),
+        checkpointer=Checkpointer(run, place, engine, ema, world, config.checkpoint, plan.keep_every),
         guard=Guard(engine, world, config.health, config.train.precision),
         replicas=Replicas(engine, world),
         watch=watch,
         watchdog=watchdog,
-        stragglers=Stragglers(run, world, config.watchdog, watchdog.hosts, zero_stage=engine.zero_optimization_stage()),
+        stragglers=Stragglers(run, world, config.watchdog, watchdog.hosts, zero_stage=engine.zero_stage),
         preemption=preemption,
         peak=peak,
         flops_per_image=training_flops(config.model),
@@ -203,7 +202,7 @@ def _train_from(start: Start, job: Job) -> Start | None:
 
         # ---- one optimizer step on one global batch
         learning_rate = plan.learning_rate(step)
-        set_learning_rate(job.engine, learning_rate)
+        job.engine.set_learning_rate(learning_rate)
         guard.flag = float(job.preemption.signal is not None)
         trace, report = take_step(job, step, stopwatch.timed(batches), compares=compares)
         if report.anomaly:
@@ -339,7 +338,7 @@ def evaluate_all(job: Job, data: DataPlan, step: int, recorder: Recorder | None)
         stopwatch = Stopwatch(world.device)
         shown_here = SHOWN_SAMPLES if world.is_main else 0
         watched = job.watchdog.marked(bad_samples.watch(batches), "evaluating")
-        accuracy, examples = evaluate(job.engine, watched, criterion, world, shown=shown_here)
+        accuracy, examples = evaluate(job.engine.model, watched, criterion, world, shown=shown_here)
         bad_samples.settle(world, recorder)
         seconds, _ = stopwatch.lap()
         results[name] = asdict(accuracy)
@@ -365,14 +364,12 @@ def evaluate_all(job: Job, data: DataPlan, step: int, recorder: Recorder | None)
     return results
 
 
-def _describe_run(
-    resolved: Resolved, chosen: Chosen, run: RunFolder, plan: Plan, world: World, model: torch.nn.Module, peak: Peak
-) -> None:
+def _describe_run(resolved: Resolved, chosen: Chosen, run: RunFolder, plan: Plan, world: World, peak: Peak) -> None:
     config = chosen.config
     on_gpu = world.device.type == "cuda"
     environment = collect_environment(
         model=model_title(config.model),
-        parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
+        parameters=parameter_count(config.model),
         training_flops_per_image=training_flops(config.model),
         peak_flops=peak.flops,
         peak_flops_source=peak.source,

@@ -1,7 +1,6 @@
 """What lives as long as the processes of a run do."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from fastvit_engine.checkpoint import Checkpointer
 from fastvit_engine.config import Config
@@ -11,6 +10,7 @@ from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import BatchSplit
 from fastvit_engine.engine.ema import WeightAverage
+from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.health.diagnosis import GradientWatch
 from fastvit_engine.train.health.guard import Guard
@@ -29,7 +29,7 @@ class Job:
     world: World
     split: BatchSplit
     plan: Plan
-    engine: Any  # DeepSpeed's
+    engine: TrainingEngine
     criterion: FusedCrossEntropy
     ema: WeightAverage | None
     checkpointer: Checkpointer

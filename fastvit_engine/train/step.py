@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 from hashlib import blake2b
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvit_engine.config import DataConfig
 from fastvit_engine.data import Batch
@@ -39,7 +38,7 @@ def take_step(
         batch = next(remaining)
         job.watchdog.phase("forward")
         with job.stragglers.forward():
-            losses = training_losses(engine, job.criterion, batch, job.config.data, job.world)
+            losses = training_losses(engine.model, job.criterion, batch, job.config.data, job.world)
             loss = losses.mean()
         job.watchdog.phase("backward")
         engine.backward(loss)
@@ -55,7 +54,9 @@ def take_step(
     return trace, job.guard.report()
 
 
-def training_losses(engine: Any, criterion: FusedCrossEntropy, batch: Batch, data: DataConfig, world: World) -> Tensor:
+def training_losses(
+    model: nn.Module, criterion: FusedCrossEntropy, batch: Batch, data: DataConfig, world: World
+) -> Tensor:
     """The loss of each sample of a micro-batch, [B]; 0 for a sample of weight 0, and for one mixed with it."""
     images = batch.images.to(world.device, non_blocking=True)  # uint8 [B, H, W, 3]; normalised by the patch embedding
     labels = batch.labels.to(world.device, non_blocking=True)
@@ -64,12 +65,12 @@ def training_losses(engine: Any, criterion: FusedCrossEntropy, batch: Batch, dat
         images = randaugment(images, batch.seeds, num_ops=data.randaugment_ops, magnitude=data.randaugment_magnitude)
     if data.mixup or data.cutmix:
         mixed = mix(images, labels, batch.seeds, mixup=data.mixup, cutmix=data.cutmix, mean=data.mean, std=data.std)
-        logits = engine(mixed.images)
+        logits = model(mixed.images)
         labels, labels_b = (targets(given, logits.shape[1]) for given in (labels, mixed.labels_b))
         losses = criterion(logits, labels, labels_b=labels_b, mix_weight=mixed.weight, reduction="none")
         weights = weights * weights[mixed.partner]
     else:
-        logits = engine(images)
+        logits = model(images)
         losses = criterion(logits, targets(labels, logits.shape[1]), reduction="none")
     return losses * weights
 

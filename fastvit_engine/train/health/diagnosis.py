@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvit_engine.data import Batch
 from fastvit_engine.distributed.world import World
+from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.train.health.guard import Anomaly, StepReport
 from fastvit_engine.train.health.replicas import nonfinite_weights
 
@@ -33,8 +34,8 @@ class GradientWatch:
     One reduction of each gradient, on the device; read only when something is wrong.
     """
 
-    def __init__(self, engine: Any, device: torch.device) -> None:
-        self._named = list(engine.module.named_parameters())
+    def __init__(self, engine: TrainingEngine, device: torch.device) -> None:
+        self._named = engine.named_parameters()
         self._norms = torch.zeros(len(self._named), device=device)
         self._hooks: list[Any] = []
 
@@ -102,14 +103,19 @@ class _Evidence(NamedTuple):
 
 
 def diagnose(
-    anomaly: Anomaly, trace: Trace, rehearse: Callable[[], StepReport], engine: Any, watch: GradientWatch, world: World
+    anomaly: Anomaly,
+    trace: Trace,
+    rehearse: Callable[[], StepReport],
+    engine: TrainingEngine,
+    watch: GradientWatch,
+    world: World,
 ) -> Diagnosis:
     """Finds the cause of an anomaly; collective. `rehearse` computes the step again without updating anything.
 
     Where a gradient fault has left no trace of its origin, the watch stays on, so that the next one has a name.
-    Leaves gradients and counters of DeepSpeed as after a whole step.
+    Leaves gradients and counters of the engine as after a whole step.
     """
-    weights, was_on = nonfinite_weights(engine), watch.on
+    weights, was_on = nonfinite_weights(engine, world.device), watch.on
     watched = watch.broken() if was_on else []
     in_weights = anomaly.kind in ("weights", "replicas") or any(world.gather(bool(weights)))
     repeats: bool | None = None

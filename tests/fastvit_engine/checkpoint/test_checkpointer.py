@@ -1,4 +1,4 @@
-"""Saving and loading in one process, with a plain optimizer in place of DeepSpeed's."""
+"""Saving and loading in one process, with a plain engine in place of DeepSpeed."""
 
 import errno
 import json
@@ -20,12 +20,13 @@ from fastvit_engine.checkpoint.local import LocalPlace
 from fastvit_engine.checkpoint.writer import HostCopy, SaveInFlight
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.distributed.world import World
-from fastvit_engine.engine.deepspeed import EngineState, Piece, share
 from fastvit_engine.engine.ema import WeightAverage
+from fastvit_engine.engine.protocol import ParameterSlice, share
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.start import Start, load_start
+from tests.fastvit_engine.plain_engine import PlainEngine
 
 STATE = {"seconds": 1.0, "consumed": 8, "bad_samples": 0, "accuracy": {}, "skipped": [], "recent": []}
 STATE["fingerprint"] = {"model": {"name": "Ti/4"}}
@@ -61,21 +62,12 @@ class Training:
         torch.manual_seed(seed)
         self.model = torch.nn.Sequential(torch.nn.Linear(5, width), torch.nn.Linear(width, 3))
         self.model.register_buffer("seen", torch.tensor([seed, 2**40 + seed]))  # no float holds it exactly
-        self.optimizer = torch.optim.AdamW(self.model.parameters())
-        engine = SimpleNamespace(
-            module=self.model,
-            optimizer=self.optimizer,
-            zero_optimization_stage=lambda: 0,
-            fp16_enabled=lambda: False,
-            gradient_accumulation_steps=lambda: 1,
-            train_batch_size=lambda: 8,
-        )
-        self.state = EngineState(engine)
-        self.ema = WeightAverage(self.state, 0.9) if ema else None
+        self.engine = PlainEngine(self.model, torch.optim.AdamW(self.model.parameters()))
+        self.ema = WeightAverage(self.engine, 0.9) if ema else None
         self.run, self.place = RunFolder(folder), place or GatedPlace(folder / "checkpoints")
         self.said = []  # but for what was saved
         checks = CheckpointConfig(**settings)
-        self.checkpointer = Checkpointer(self.run, self.place, self.state, self.ema, world, checks, say=self.hear)
+        self.checkpointer = Checkpointer(self.run, self.place, self.engine, self.ema, world, checks, say=self.hear)
 
     def hear(self, text):
         if not text.startswith("saved "):
@@ -83,10 +75,9 @@ class Training:
 
     def train(self, steps=1):
         for _ in range(steps):
-            self.model(torch.randn(4, 5)).square().mean().backward()
+            self.engine.backward(self.model(torch.randn(4, 5)).square().mean())
             self.checkpointer.before_update()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.engine.step()
             if self.ema:
                 self.ema.update(10)
 
@@ -96,11 +87,12 @@ class Training:
 
     def everything(self):
         """A copy of all that a checkpoint is to hold."""
-        pieces = {"weight": self.state.master_weights(), **self.state.optimizer_state(), "buffer": self.state.buffers()}
+        engine = self.engine
+        slices = {"weight": engine.master_weights(), **engine.optimizer_state(), "buffer": engine.buffers()}
         if self.ema:
-            pieces["ema"] = self.ema.pieces()
-        tensors = {(kind, p.name): p.values.clone() for kind, of_kind in pieces.items() for p in of_kind}
-        return tensors, self.state.scalars()
+            slices["ema"] = self.ema.slices()
+        tensors = {(kind, part.name): part.values.clone() for kind, of_kind in slices.items() for part in of_kind}
+        return tensors, engine.scalars()
 
 
 def assert_same(one, other):
@@ -143,7 +135,7 @@ def test_a_checkpoint_before_the_first_step_leaves_no_moments(tmp_path, world):
     training.train(2)
     training.checkpointer.load(saved)
     assert_same(training.everything(), expected)
-    assert not training.state.optimizer_state()
+    assert not training.engine.optimizer_state()
 
 
 def test_training_goes_on_while_the_checkpoint_is_written(training):
@@ -332,16 +324,16 @@ def test_an_average_that_starts_or_ends_says_so(training, tmp_path, world):
     again = Training(tmp_path / "run", world, seed=2)
     again.checkpointer.load(saved)
     assert "has no average of the weights: it starts from the weights" in again.said[0]
-    for piece in again.ema.pieces():
-        assert torch.equal(piece.values, expected[0]["weight", piece.name])
+    for part in again.ema.slices():
+        assert torch.equal(part.values, expected[0]["weight", part.name])
 
 
 def test_the_average_replaces_the_weights_and_gives_them_back(training):
     before = training.everything()
     with training.ema.applied():
-        for piece in training.state.master_weights():
-            assert torch.equal(piece.values, before[0]["ema", piece.name])
-            assert not torch.equal(piece.values, before[0]["weight", piece.name])
+        for part in training.engine.master_weights():
+            assert torch.equal(part.values, before[0]["ema", part.name])
+            assert not torch.equal(part.values, before[0]["weight", part.name])
     assert_same(training.everything(), before)
 
 
@@ -515,17 +507,16 @@ def test_a_store_shows_no_checkpoint_before_its_manifest(tmp_path, world, store,
     assert not fs.exists(f"{training.place.root}/step-00000002/rank-00000.safetensors")
 
 
-# ---- pieces
+# ---- shares of slices
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
 def test_shares_cover_the_line_once_and_evenly(size):
-    pieces = [
-        Piece(name, start, torch.arange(length)) for name, start, length in [("a", 0, 5), ("b", 3, 1), ("c", 0, 20)]
-    ]
-    shares = [share(pieces, rank, size) for rank in range(size)]
-    counts = [sum(piece.values.numel() for piece in of_rank) for of_rank in shares]
+    lengths = [("a", 0, 5), ("b", 3, 1), ("c", 0, 20)]
+    slices = [ParameterSlice(name, start, torch.arange(length)) for name, start, length in lengths]
+    shares = [share(slices, rank, size) for rank in range(size)]
+    counts = [sum(part.values.numel() for part in of_rank) for of_rank in shares]
     assert max(counts) - min(counts) <= 1
     found = [(p.name, p.start + i) for of_rank in shares for p in of_rank for i in range(p.values.numel())]
-    assert found == [(p.name, p.start + i) for p in pieces for i in range(p.values.numel())]
+    assert found == [(p.name, p.start + i) for p in slices for i in range(p.values.numel())]
     assert all(torch.equal(p.values, torch.arange(p.values[0], p.values[0] + len(p.values))) for s in shares for p in s)

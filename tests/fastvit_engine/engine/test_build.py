@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from fastvit_engine.config import Config
-from fastvit_engine.engine.build import BatchSplit, deepspeed_config, parameter_groups, split_batch
+from fastvit_engine.engine.build import BatchSplit, deepspeed_config, split_batch
+from fastvit_engine.engine.optimizers import parameter_groups
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import build_model
 

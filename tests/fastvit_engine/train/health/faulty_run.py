@@ -58,8 +58,7 @@ def with_faults(take_step):
             if fault["what"] == "gradient":
                 spoil_gradient()
             else:
-                parameter = parameter_of(job.engine)
-                held = getattr(parameter, "ds_tensor", parameter.data)
+                held = dict(job.engine.held_parameters())[PARAMETER]
                 if fault["what"] == "weight":
                     held.view(-1)[7] = float("nan")
                 else:
@@ -81,13 +80,9 @@ def slowly(copy):
     return wrapped
 
 
-def parameter_of(engine):
-    return dict(engine.module.named_parameters())[PARAMETER]
-
-
 def spoil_gradient():
     """As broken hardware would: before anything else sees the gradient."""
-    hooks.append(parameter_of(jobs[0].engine).register_hook(spoil))
+    hooks.append(dict(jobs[0].engine.named_parameters())[PARAMETER].register_hook(spoil))
     if jobs[0].watch.on:  # hooks are called in the order of their registration
         jobs[0].watch.stop()
         jobs[0].watch.start()
