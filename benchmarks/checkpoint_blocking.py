@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.step_overhead import describe_machine, resident_batches
-from fastvit_engine.checkpoint import Checkpointer, place_of
+from fastvit_engine.checkpoint import Checkpointer, TrainerState, place_of
 from fastvit_engine.config import Resolved, load_config
 from fastvit_engine.distributed.launch import free_port, rank_environment
 from fastvit_engine.distributed.world import World, join_world
@@ -62,6 +62,7 @@ def measure(world: World, quick: bool, folder: Path) -> dict[str, Any]:
     run = RunFolder(folder)
     place = place_of(config.checkpoint, run)
     checkpointer = Checkpointer(run, place, engine, None, world, config.checkpoint, say=lambda text: None)
+    fingerprint = {"model": config.model.model_dump(mode="json")}
     batch = resident_batches(config)[0]
     own = slice(world.rank * split.micro_batch_size, (world.rank + 1) * split.micro_batch_size)
 
@@ -81,7 +82,7 @@ def measure(world: World, quick: bool, folder: Path) -> dict[str, Any]:
         world.barrier()
         started = time.perf_counter()
         if kind != "none":
-            checkpointer.save(next(numbers), {"accuracy": {}})
+            checkpointer.save(TrainerState(next(numbers), fingerprint))
         if kind == "synchronous":
             checkpointer.settle(wait=True)
         blocked = time.perf_counter() - started if kind != "none" else 0.0

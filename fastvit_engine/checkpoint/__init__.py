@@ -8,6 +8,7 @@ from fastvit_engine.checkpoint.checkpointer import Checkpointer
 from fastvit_engine.checkpoint.format import DamagedCheckpoint, Manifest
 from fastvit_engine.checkpoint.open import open_place, place_of
 from fastvit_engine.checkpoint.place import Checkpoint, Place, usable_checkpoints
+from fastvit_engine.checkpoint.trainer_state import Recovery, TrainerState
 
 __all__ = [
     "Checkpoint",
@@ -15,6 +16,8 @@ __all__ = [
     "DamagedCheckpoint",
     "Manifest",
     "Place",
+    "Recovery",
+    "TrainerState",
     "open_place",
     "place_of",
     "usable_checkpoints",

@@ -3,8 +3,7 @@
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
@@ -13,6 +12,7 @@ from fastvit_engine.checkpoint.format import DamagedCheckpoint, Manifest
 from fastvit_engine.checkpoint.place import Checkpoint, Place, step_name
 from fastvit_engine.checkpoint.reader import Reader
 from fastvit_engine.checkpoint.retention import stale_checkpoints
+from fastvit_engine.checkpoint.trainer_state import TrainerState
 from fastvit_engine.checkpoint.writer import HostCopy, Outcome, SaveInFlight
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.distributed.world import World
@@ -56,24 +56,24 @@ class Checkpointer:
         if (problem := self._on_main(self.place.clean)) is not None:
             raise UserError(f"{place.describe('')} cannot be used for checkpoints ({problem}): check checkpoint.path")
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Begins to save `step-N`; training may go on, and calls `before_update` next. `settle` tells the end.
+    def save(self, state: TrainerState) -> None:
+        """Begins to save `step-N`; training continues, and calls `before_update` next. `settle` tells how it ended.
 
-        Waits for the save before, if there still is one. A save that fails is an event; the third in a row, an error.
+        Waits for the previous save, if it is still being written. A save that fails is an event; the third in a row, an
+        error.
         """
         started = time.perf_counter()
         if self._in_flight is not None:
             if self.world.is_main:
-                self.say(f"step {step:,}: waiting until {self._in_flight.checkpoint} is written")
+                self.say(f"step {state.step:,}: waiting until {self._in_flight.checkpoint} is written")
             self.settle(wait=True)
-        checkpoint = Checkpoint(self.place, step_name(step))
+        checkpoint = Checkpoint(self.place, step_name(state.step))
         slices = self._slices_to_write()
         size = sum(self.world.gather(sum(p.values.nbytes for of_kind in slices.values() for p in of_kind)))
         if (error := self._on_main(lambda: self.place.prepare(checkpoint.name, size))) is not None:
             self._failed(checkpoint, error)
             return
-        state = {"step": step, **state}
-        manifest = Manifest(step, state, self.engine.scalars(), self.engine.shapes, files={})
+        manifest = Manifest(state, self.engine.scalars(), self.engine.shapes, files={})
         blocks = self._host_copy.begin(slices)
         self._in_flight = SaveInFlight(
             checkpoint,
@@ -139,12 +139,12 @@ class Checkpointer:
             raise UserError(self._error)
         return published
 
-    def load(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Restores weights, optimizer, counters and average; returns the trainer's state, with its "step".
+    def load(self, checkpoint: Checkpoint) -> TrainerState:
+        """Restores weights, optimizer, counters and average; returns the state of the run.
 
         The checkpoint may be of any number of processes, ZeRO stage and precision. Weight decay, betas and eps stay
-        those of this run. DamagedCheckpoint on every process where it is not whole; then the engine holds neither the
-        state before nor the checkpoint's, until another one is loaded.
+        those of this run. Raises DamagedCheckpoint on every process if it is not whole; then the engine holds neither
+        the state before nor the checkpoint's, until another one is loaded.
         """
         self.settle(wait=True)
         error: Exception | None = None
@@ -251,9 +251,9 @@ def _plain(outcome: Outcome | None) -> tuple[str | None, int, float] | None:
     return None if outcome is None else (outcome.error, outcome.bytes, outcome.seconds)
 
 
-def _state_or_nothing(checkpoint: Checkpoint) -> dict[str, Any]:
+def _state_or_nothing(checkpoint: Checkpoint) -> TrainerState:
     """What retention needs to know of an older checkpoint, even if its manifest is damaged."""
     try:
         return checkpoint.read_manifest().state
     except UserError:
-        return {"step": checkpoint.step, "accuracy": {}}
+        return TrainerState(checkpoint.step, fingerprint={})

@@ -58,7 +58,7 @@ def export_weights(checkpoint: Checkpoint, out: Path, kind: str = "weight") -> N
         raise UserError(f"{checkpoint} has no average of the weights (ema.decay was null): leave --ema out")
     reader, files = Reader(checkpoint, manifest), _Files(checkpoint, manifest, kind)
     sizes = {name: torch.Size(shape).numel() * 4 for name, shape in manifest.parameters.items()}
-    metadata = {"format": "pt", "model": json.dumps(manifest.state["fingerprint"]["model"]), **_identity(manifest)}
+    metadata = {"format": "pt", "model": json.dumps(manifest.state.fingerprint["model"]), **_identity(manifest)}
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:

@@ -2,9 +2,9 @@
 
 `rank-00003.safetensors` holds 1-D tensors named `weight/blocks.0.mlp.fc1.weight@4096`: a kind (weight, ema, buffer, or
 a key of the optimizer such as exp_avg), a parameter, and the position in the flattened parameter where they begin.
-`manifest.json` is written last. It has the trainer's state, the shape of every parameter, and for each tensor its place
-in its file and its CRC-32: a checksum a tensor, so that a process verifies all that it reads and nothing else, and an
-error can name the parameter. CRC-32 comes with Python, runs at 1 to 2 GB/s outside the interpreter's lock, and finds
+`manifest.json` is written last. It has the state of the run, the shape of every parameter, and where each tensor lies
+in its file, with its CRC-32: one checksum per tensor, so that a process verifies all that it reads and nothing else,
+and an error can name the parameter. CRC-32 comes with Python, runs at 1 to 2 GB/s outside the GIL, and finds
 what happens to files: lost, cut and flipped bytes. There is no pickle.
 """
 
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastvit_engine.checkpoint.trainer_state import TrainerState
 from fastvit_engine.errors import UserError
 
 MANIFEST = "manifest.json"
@@ -71,11 +72,16 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    step: int
-    state: dict[str, Any]  # the trainer's
+    """What `manifest.json` says of a checkpoint."""
+
+    state: TrainerState
     scalars: dict[str, float]  # the optimizer's counters, the loss scale
     parameters: dict[str, list[int]]  # shapes
     files: dict[str, StoredFile]
+
+    @property
+    def step(self) -> int:
+        return self.state.step
 
     @property
     def kinds(self) -> set[str]:
@@ -104,24 +110,33 @@ class Manifest:
         return None
 
     def to_json(self) -> bytes:
-        return json.dumps({"format": FORMAT, **asdict(self)}).encode()
+        content = {
+            "format": FORMAT,
+            "step": self.step,
+            "state": self.state.to_json(),
+            "scalars": self.scalars,
+            "parameters": self.parameters,
+            "files": {name: asdict(file) for name, file in self.files.items()},
+        }
+        return json.dumps(content).encode()
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> "Manifest":
-        """DamagedCheckpoint where it is not what `to_json` wrote; UserError where a later version wrote it."""
+        """Raises DamagedCheckpoint if it is not what `to_json` wrote, UserError if a later version wrote it."""
         try:
             content = json.loads(text)
-            if (written := content.pop("format")) != FORMAT:
+            if (written := content["format"]) != FORMAT:
                 raise UserError(f"{where} has format {written}, and this version reads {FORMAT}: use the one it is of")
             files = {
                 name: StoredFile(
                     file["size"],
                     [(kind, parameter, StoredTensor(**tensor)) for kind, parameter, tensor in file["tensors"]],
                 )
-                for name, file in content.pop("files").items()
+                for name, file in content["files"].items()
             }
-            return cls(files=files, **content)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            state = TrainerState.from_json(content["state"])
+            return cls(state, content["scalars"], content["parameters"], files)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedCheckpoint(f"{where} is not what was written there: the file is damaged") from error
 
 

@@ -1,4 +1,4 @@
-"""Why training waits for its data, where it does."""
+"""Why training waits for its data, if it does."""
 
 import os
 from collections.abc import Sequence
@@ -27,15 +27,15 @@ class DataWait:
     def add(self, seconds: StageSeconds) -> None:
         self._seconds = self._seconds.plus(seconds)
 
-    def lap(self) -> StageSeconds:
-        """Of the batches since the last lap."""
+    def take(self) -> StageSeconds:
+        """Of the batches since the last `take`."""
         seconds, self._seconds = self._seconds, StageSeconds()
         return seconds
 
     def warning(self, share: float, seconds: Sequence[float]) -> str | None:
-        """A sentence about the stage to blame, where training waited for this share of the time since the last lap.
+        """A sentence about the stage to blame, if training waited for data for this `share` of the time.
 
-        `seconds`: of each stage, over all processes. None where training waited little, and from the second time on.
+        seconds: of each stage, over all processes. None if training waited little, and from the second time on.
         """
         if share < WARN_FROM or sum(seconds) == 0 or self._warned:
             return None

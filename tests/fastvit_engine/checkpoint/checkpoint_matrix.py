@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fastvit_engine.checkpoint import Checkpoint, Checkpointer, open_place, usable_checkpoints
+from fastvit_engine.checkpoint import Checkpoint, Checkpointer, TrainerState, open_place, usable_checkpoints
 from fastvit_engine.config import Config
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.engine.build import build_engine, split_batch
@@ -87,7 +87,7 @@ class Job:
 
     def save(self, step: int) -> Checkpoint:
         fingerprint = {"model": self.config.model.model_dump(mode="json")}
-        self.checkpointer.save(step, {"accuracy": {}, "fingerprint": fingerprint})
+        self.checkpointer.save(TrainerState(step, fingerprint))
         saved = self.checkpointer.close()
         assert saved is not None
         return saved
@@ -106,7 +106,7 @@ def main(folder: Path, jobs) -> None:
                 at_work.train(0, 1)  # not fresh: what is loaded goes over everything
                 source = usable_checkpoints(open_place(str(folder / name / "checkpoints")))[0]
                 state = at_work.checkpointer.load(source)
-                assert state["step"] == STEPS
+                assert state.step == STEPS
                 at_work.saver(folder / f"again-{world.size}" / str(jobs.index(job)))
                 saved = at_work.save(STEPS)
             losses = at_work.train(STEPS, 2 * STEPS)

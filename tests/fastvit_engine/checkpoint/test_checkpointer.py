@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import fsspec
@@ -13,7 +14,15 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from fastvit_engine.checkpoint import Checkpoint, Checkpointer, DamagedCheckpoint, open_place, usable_checkpoints
+from fastvit_engine.checkpoint import (
+    Checkpoint,
+    Checkpointer,
+    DamagedCheckpoint,
+    Recovery,
+    TrainerState,
+    open_place,
+    usable_checkpoints,
+)
 from fastvit_engine.checkpoint.export import export_run, export_weights, find_checkpoint
 from fastvit_engine.checkpoint.format import Block, Manifest
 from fastvit_engine.checkpoint.local import LocalPlace
@@ -28,8 +37,18 @@ from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.start import Start, load_start
 from tests.fastvit_engine.plain_engine import PlainEngine
 
-STATE = {"seconds": 1.0, "consumed": 8, "bad_samples": 0, "accuracy": {}, "skipped": [], "recent": []}
-STATE["fingerprint"] = {"model": {"name": "Ti/4"}}
+STATE = TrainerState(
+    step=3,
+    fingerprint={"model": {"name": "Ti/4"}},
+    seconds=1.0,
+    consumed=8,
+    bad_samples=2,
+    recent=((2.5, 1.0), (2.25, 0.5)),
+    accuracy={"eval": {"top1": 0.5, "top5": None, "loss": 1.5, "samples": 4}},
+    evaluated_at=2,
+    recovery=Recovery(skipped=((8, 16),), failed=((8, 16), (24, 32)), rewinds=2),
+    pixels={"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +101,7 @@ class Training:
                 self.ema.update(10)
 
     def save(self, step, **state):
-        self.checkpointer.save(step, STATE | state)
+        self.checkpointer.save(replace(STATE, step=step, **state))
         return self.checkpointer.settle(wait=True)
 
     def everything(self):
@@ -118,7 +137,7 @@ def test_all_comes_back_in_another_process_and_in_this_one(training, tmp_path, w
     assert {kind for kind, _ in expected[0]} == {"weight", "ema", "exp_avg", "exp_avg_sq", "buffer"}
     assert expected[1] == {"optimizer.step": 3.0}
     other = Training(tmp_path / "run", world, seed=1)
-    assert other.checkpointer.load(saved) == {"step": 3, **STATE}
+    assert other.checkpointer.load(saved) == STATE
     assert_same(other.everything(), expected)
     training.train(2)
     training.checkpointer.load(saved)
@@ -141,7 +160,7 @@ def test_a_checkpoint_before_the_first_step_leaves_no_moments(tmp_path, world):
 def test_training_goes_on_while_the_checkpoint_is_written(training):
     expected = training.everything()
     training.place.gate.clear()
-    training.checkpointer.save(3, STATE)
+    training.checkpointer.save(STATE)
     assert training.checkpointer.settle() is None  # not yet
     training.train(2)  # changes what is being saved
     assert checkpoints(training) == ["step-00000003.partial"]
@@ -164,7 +183,7 @@ def test_an_update_waits_until_all_is_copied_and_a_forward_pass_does_not(trainin
 
     monkeypatch.setattr(HostCopy, "_copy", later)
     expected = training.everything()
-    training.checkpointer.save(3, STATE)
+    training.checkpointer.save(STATE)
     training.model.seen.add_(1)  # as a forward pass may
     update = threading.Thread(target=training.train)
     update.start()
@@ -179,7 +198,7 @@ def test_an_update_waits_until_all_is_copied_and_a_forward_pass_does_not(trainin
 
 def test_a_copy_that_fails_is_a_save_that_fails(training, monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: 1 / 0)  # which the thread that copies asks for first
-    training.checkpointer.save(3, STATE)
+    training.checkpointer.save(STATE)
     training.train()
     assert training.checkpointer.settle(wait=True) is None
     assert "division by zero on rank 0" in training.said[0]
@@ -188,9 +207,9 @@ def test_a_copy_that_fails_is_a_save_that_fails(training, monkeypatch):
 
 def test_the_second_of_two_quick_saves_waits_and_says_so(training):
     training.place.gate.clear()
-    training.checkpointer.save(3, STATE)
+    training.checkpointer.save(STATE)
     threading.Timer(0.2, training.place.gate.set).start()
-    training.checkpointer.save(4, STATE)
+    training.checkpointer.save(replace(STATE, step=4))
     assert training.said == [f"step 4: waiting until {training.place.describe('step-00000003')} is written"]
     assert training.checkpointer.close().name == "step-00000004"
     assert [event["event"] for event in read_events(training.run)] == ["checkpoint", "checkpoint"]
@@ -232,7 +251,7 @@ def test_the_save_at_the_end_of_a_run_must_not_fail(training, cause, monkeypatch
         training.place.error = OSError(errno.ENOSPC, "No space left on device")
     else:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=66_000))
-    training.checkpointer.save(3, STATE)
+    training.checkpointer.save(STATE)
     with pytest.raises(UserError, match="step-00000003 could not be written .*make room and run the same command"):
         training.checkpointer.close()
     assert checkpoints(training) == []
@@ -254,7 +273,7 @@ def test_the_rank_that_could_not_write_is_named(tmp_path):
     saves = []
     for rank, place in enumerate(places):
         block = Block(f"weight/a@{rank}", "F32", memoryview(bytearray(4)))
-        manifest = Manifest(9, {}, {}, {"a": [2]}, {})
+        manifest = Manifest(replace(STATE, step=9), {}, {"a": [2]}, {})
         arguments = (manifest, [block], lambda: None, store, rank, 2, published.append)
         saves.append(SaveInFlight(Checkpoint(place, "step-00000009"), *arguments))
     for save in saves:
@@ -393,16 +412,16 @@ def test_damage_names_file_and_parameter_and_the_checkpoint_before_is_used(train
     with pytest.raises(DamagedCheckpoint, match=message):
         other.checkpointer.load(newer)
 
-    start = Start(4, 9, 1.0, newer, {}, "", None)
-    start = load_start(start, other.checkpointer, other.run, world)
+    start = Start(replace(STATE, step=4), 9, newer, "", None)
+    start_at_newer, start = start, load_start(start, other.checkpointer, other.run, world)
     assert (start.step, start.checkpoint) == (3, older)
     assert_same(other.everything(), expected)
     assert read_events(other.run)[-1]["event"] == "checkpoint_damaged"
     assert f"going back to {older}" in read_events(other.run)[-1]["message"]
 
     shutil.rmtree(training.place.folder / older.name)
-    with pytest.raises(UserError, match=f"{message}.*no older checkpoint to go on from"):
-        load_start(Start(4, 9, 1.0, newer, {}, "", None), other.checkpointer, other.run, world)
+    with pytest.raises(UserError, match=f"{message}.*no older checkpoint to continue from"):
+        load_start(start_at_newer, other.checkpointer, other.run, world)
 
 
 def test_another_model_is_refused(training, tmp_path, world):
