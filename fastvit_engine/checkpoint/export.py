@@ -11,18 +11,19 @@ import torch
 import yaml
 
 from fastvit_engine.checkpoint import Checkpoint, open_place, usable_checkpoints
-from fastvit_engine.checkpoint.format import Manifest, safetensors_header
+from fastvit_engine.checkpoint.format import Manifest
 from fastvit_engine.checkpoint.place import is_step_name
 from fastvit_engine.checkpoint.reader import Reader
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import flush_to_disk
+from fastvit_engine.models.weights.safetensors_file import model_metadata, safetensors_header
 from fastvit_engine.observe.run_folder import RunFolder
 
 
 def find_checkpoint(source: str) -> Checkpoint:
     """The checkpoint that a path or URL names: itself, or the latest of a run folder or of a folder of checkpoints.
 
-    UserError where there is none.
+    Raises UserError if there is none.
     """
     parent, _, name = source.rstrip("/").rpartition("/")
     if is_step_name(name):
@@ -50,15 +51,15 @@ def export_run(checkpoint: Checkpoint, run: RunFolder) -> None:
 def export_weights(checkpoint: Checkpoint, out: Path, kind: str = "weight") -> None:
     """Writes the fp32 weights (kind "weight") or their average ("ema") of a checkpoint, whole, to `out`.
 
-    No process group and no DeepSpeed is needed, and no more memory than the pages of the file in transit. UserError
-    where the checkpoint has no average, is damaged, or `out` cannot be written.
+    Needs no process group and no DeepSpeed, and no more memory than the pages of the file in transit. Raises UserError
+    if the checkpoint has no average, is damaged, or `out` cannot be written.
     """
     manifest = checkpoint.read_manifest()
-    if kind not in manifest.kinds:
-        raise UserError(f"{checkpoint} has no average of the weights (ema.decay was null): leave --ema out")
+    kind_of_weights(checkpoint, manifest, ema=kind == "ema")
     reader, files = Reader(checkpoint, manifest), _Files(checkpoint, manifest, kind)
     sizes = {name: torch.Size(shape).numel() * 4 for name, shape in manifest.parameters.items()}
-    metadata = {"format": "pt", "model": json.dumps(manifest.state.fingerprint["model"]), **_identity(manifest)}
+    state = manifest.state
+    metadata = {**model_metadata(state.fingerprint["model"], state.pixels), **_identity(manifest)}
     temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -74,6 +75,13 @@ def export_weights(checkpoint: Checkpoint, out: Path, kind: str = "weight") -> N
         raise UserError(f"{out} could not be written ({error}): make room and run the same command again") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def kind_of_weights(checkpoint: Checkpoint, manifest: Manifest, *, ema: bool) -> str:
+    """The kind of tensors to read. Raises UserError if the checkpoint has no average and it is asked for."""
+    if ema and "ema" not in manifest.kinds:
+        raise UserError(f"{checkpoint} has no average of the weights (ema.decay was null): leave --ema out")
+    return "ema" if ema else "weight"
 
 
 class _Files:

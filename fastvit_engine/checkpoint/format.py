@@ -13,22 +13,17 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastvit_engine.checkpoint.trainer_state import TrainerState
 from fastvit_engine.errors import UserError
+from fastvit_engine.models.weights.safetensors_file import DTYPES, safetensors_header
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 _CHUNK = 2**23  # bytes written and summed at a time
-
-# As safetensors calls them.
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 class DamagedCheckpoint(UserError):
@@ -174,20 +169,3 @@ class TensorFile:
             tensors.append((kind, name, StoredTensor(block.dtype, int(start), length, offset, crc)))
             offset += block.content.nbytes
         return StoredFile(self.size, tensors)
-
-
-def safetensors_header(
-    dtypes: Mapping[str, str],
-    shapes: Mapping[str, Sequence[int]],
-    sizes: Mapping[str, int],
-    metadata: Mapping[str, str] | None = None,
-) -> bytes:
-    """What a safetensors file begins with; the tensors' bytes follow in the order of `sizes`, without gaps."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, size in sizes.items():
-        header[name] = {"dtype": dtypes[name], "shape": list(shapes[name]), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    return len(text).to_bytes(8, "little") + text

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from fastvit_engine.checkpoint.format import DTYPES, MANIFEST, DamagedCheckpoint, Manifest, StoredTensor
+from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint, Manifest, StoredTensor
 from fastvit_engine.checkpoint.place import Checkpoint
 from fastvit_engine.engine.protocol import ParameterSlice
+from fastvit_engine.models.weights.safetensors_file import DTYPES
 
 SlicesByKind = Mapping[str, Sequence[ParameterSlice]]
 

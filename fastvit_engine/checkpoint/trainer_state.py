@@ -51,7 +51,7 @@ class TrainerState:
     accuracy: Mapping[str, Figures] = field(default_factory=dict)  # by evaluation, from the last time
     evaluated_at: int | None = None  # the step of that time
     recovery: Recovery = Recovery()
-    pixels: Mapping[str, Any] | None = None  # "mean" and "std" that images are normalised with; None: unknown
+    pixels: Mapping[str, Any] | None = None  # "mean", "std" and "eval_crop" of the images; None: unknown
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -71,8 +71,10 @@ class TrainerState:
     def from_json(cls, content: Mapping[str, Any]) -> "TrainerState":
         """Raises ValueError, TypeError or KeyError if the content is not what this or an earlier version wrote."""
         fingerprint, accuracy, evaluated_at = content["fingerprint"], content["accuracy"], content.get("evaluated_at")
-        if not isinstance(fingerprint["model"], Mapping) or not isinstance(accuracy, Mapping):
-            raise TypeError("fingerprint or accuracy is no object")
+        pixels = content.get("pixels")
+        for entry in (fingerprint["model"], accuracy, {} if pixels is None else pixels):
+            if not isinstance(entry, Mapping):
+                raise TypeError(f"{entry!r} is not an object")
         return cls(
             step=_integer(content["step"]),
             fingerprint=fingerprint,
@@ -83,7 +85,7 @@ class TrainerState:
             accuracy=accuracy,
             evaluated_at=None if evaluated_at is None else _integer(evaluated_at),
             recovery=Recovery.from_json(content),
-            pixels=content.get("pixels"),
+            pixels=pixels,
         )
 
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.distributed import Store
 
-from fastvit_engine.checkpoint.format import DTYPES, Block, Manifest, StoredFile, StoredTensor, TensorFile
+from fastvit_engine.checkpoint.format import Block, Manifest, StoredFile, StoredTensor, TensorFile
 from fastvit_engine.checkpoint.place import Checkpoint, Place
 from fastvit_engine.engine.protocol import ParameterSlice
+from fastvit_engine.models.weights.safetensors_file import DTYPES
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _POLL_SECONDS = 0.05

@@ -74,22 +74,25 @@ def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: Map
 
     Raises UserError if DeepSpeed refuses its `settings`, or is a version that this module does not fit.
     """
-    deepspeed = import_deepspeed()
+    deepspeed, linear = import_deepspeed(), nn.functional.linear
     try:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(settings))
     except (ValidationError, deepspeed.DeepSpeedConfigError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"DeepSpeed refuses its configuration (section 'deepspeed'): {problem}") from error
-    return DeepSpeedEngine(engine)
+    return DeepSpeedEngine(engine, linear)
 
 
 class DeepSpeedEngine:
     """A DeepSpeed engine behind the `TrainingEngine` protocol, at any ZeRO stage and in any precision.
 
+    linear: PyTorch's function, which ZeRO-3 exchanges for one of its own, and `close` puts back.
+
     Raises UserError for an engine whose state lies on NVMe, and for a DeepSpeed that lacks what is used here.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, linear: Any = nn.functional.linear) -> None:
+        self._linear = linear
         self.model: nn.Module = engine
         self._engine = engine
         self._layout = layout_of(engine)
@@ -223,6 +226,7 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         self._engine.destroy()
+        nn.functional.linear = self._linear
 
 
 # ---- where DeepSpeed keeps the state

@@ -79,22 +79,24 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     criterion: nn.Module,
-    world: World,
+    world: World | None = None,
     *,
     shown: int = 0,
 ) -> tuple[Accuracy, list[Example]]:
-    """Evaluates over all processes; collective, and every process must get the same number of batches.
+    """Measures a model over all processes of `world`; None: this process alone.
 
-    Also returns what the model says of the first `shown` images of this process, ready for `samples.json`.
+    Collective, and every process must get the same number of batches. Also returns what the model says of the first
+    `shown` images of this process, ready for `samples.json`.
     """
     was_training = model.training
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, samples
+    device = next(model.parameters()).device if world is None else world.device
+    totals = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, samples
     examples: list[Example] = []
     for batch in batches:
-        images = batch.images.to(world.device, non_blocking=True)
-        labels = batch.labels.to(world.device, non_blocking=True)
-        weights = batch.weights.to(world.device, non_blocking=True)  # 0 marks padding
+        images = batch.images.to(device, non_blocking=True)
+        labels = batch.labels.to(device, non_blocking=True)
+        weights = batch.weights.to(device, non_blocking=True)  # 0 marks padding
         logits = model(images).float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
         hits = (ranked[:, :, None] == labels.view(len(labels), 1, -1)).any(dim=2)  # [B, 5]
@@ -105,7 +107,7 @@ def evaluate(
         if len(examples) < shown:
             examples += _examples(batch, logits, ranked)[: shown - len(examples)]
     model.train(was_training)
-    top1, top5, loss, samples = world.sum(totals).tolist()
+    top1, top5, loss, samples = (totals if world is None else world.sum(totals)).tolist()
     has_top5 = logits.shape[1] > 5
     return (
         Accuracy(top1 / samples, top5 / samples if has_top5 else None, loss / samples, round(samples)),

@@ -80,7 +80,7 @@ def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) 
         step=0,
         fingerprint=fingerprint(config, data),
         recovery=load_recovery(run),
-        pixels={"mean": config.data.mean, "std": config.data.std},
+        pixels={"mean": config.data.mean, "std": config.data.std, "eval_crop": config.data.eval_crop},
     )
     message = f"starting {run.path}: {schedule.total_steps} steps, {data.describe()}"
     start = Start(wanted, schedule.total_steps, None, message, data, damaged)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from fastvit_engine.checkpoint import TrainerState
 from fastvit_engine.data import Batch
 from fastvit_engine.observe.recorder import Recorder
+from fastvit_engine.observe.trackers import TensorBoard
 from fastvit_engine.train.data_wait import DataWait
 from fastvit_engine.train.health.bad_samples import BadSamples
 from fastvit_engine.train.health.diagnosis import Trace
@@ -20,7 +21,10 @@ class StepLog:
     def __init__(self, job: Job, state: TrainerState) -> None:
         config, world = job.config, job.world
         self.job = job
-        self.recorder = Recorder(job.run, job.schedule.total_steps, state.step) if world.is_main else None
+        self.recorder: Recorder | None = None
+        if world.is_main:
+            trackers = [TensorBoard(job.run, state.step)]
+            self.recorder = Recorder(job.run, job.schedule.total_steps, state.step, trackers)
         self.stopwatch = Stopwatch(world.device, seconds_before=state.seconds)
         seen = state.step * config.train.global_batch_size
         self.bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share, seen=seen, bad=state.bad_samples)
