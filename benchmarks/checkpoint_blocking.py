@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from benchmarks.step_overhead import describe_machine, resident_batches
-from fastvit_engine.checkpoint import Checkpointer, TrainerState, place_of
+from fastvit_engine.checkpoint import Checkpointer, TrainerState, store_of
 from fastvit_engine.config import Resolved, load_config
 from fastvit_engine.distributed.launch import free_port, rank_environment
 from fastvit_engine.distributed.world import World, join_world
@@ -60,8 +60,8 @@ def measure(world: World, quick: bool, folder: Path) -> dict[str, Any]:
     split = split_batch(config, world.size)
     engine, criterion = build_engine(model, config, split, world), FusedCrossEntropy("softmax")
     run = RunFolder(folder)
-    place = place_of(config.checkpoint, run)
-    checkpointer = Checkpointer(run, place, engine, None, world, config.checkpoint, say=lambda text: None)
+    store = store_of(config.checkpoint, run)
+    checkpointer = Checkpointer(run, store, engine, None, world, config.checkpoint, say=lambda text: None)
     fingerprint = {"model": config.model.model_dump(mode="json")}
     batch = resident_batches(config)[0]
     own = slice(world.rank * split.micro_batch_size, (world.rank + 1) * split.micro_batch_size)

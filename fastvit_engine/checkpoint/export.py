@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from fastvit_engine.checkpoint import Checkpoint, open_place, usable_checkpoints
+from fastvit_engine.checkpoint import Checkpoint, open_store, usable_checkpoints
 from fastvit_engine.checkpoint.format import Manifest
-from fastvit_engine.checkpoint.place import is_step_name
 from fastvit_engine.checkpoint.reader import Reader
+from fastvit_engine.checkpoint.store import is_step_name
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import flush_to_disk
 from fastvit_engine.models.weights.safetensors_file import model_metadata, safetensors_header
@@ -27,12 +27,12 @@ def find_checkpoint(source: str) -> Checkpoint:
     """
     parent, _, name = source.rstrip("/").rpartition("/")
     if is_step_name(name):
-        return Checkpoint(open_place(parent or "."), name)
+        return Checkpoint(open_store(parent or "."), name)
     run = RunFolder(Path(source))
     if "://" not in source and run.config.exists():
         settings = yaml.safe_load(run.config.read_text()).get("checkpoint", {})
         source = settings.get("path") or str(run.checkpoints)
-    found = usable_checkpoints(open_place(source))
+    found = usable_checkpoints(open_store(source))
     if not found:
         raise UserError(
             f"{source} holds no checkpoint: give a run folder, or a checkpoint such as RUN/checkpoints/step-N"
@@ -96,7 +96,7 @@ class _Files:
             stored = self._manifest.files[file]
             spans = [(t.offset, t.offset + t.nbytes) for kind, _, t in stored.tensors if kind == self._kind]
             start, stop = min(first for first, _ in spans), max(last for _, last in spans)
-            self._mapped[file] = self._checkpoint.place.map(self._checkpoint.name, file, stored.size, start, stop)
+            self._mapped[file] = self._checkpoint.store.map(self._checkpoint.name, file, stored.size, start, stop)
         return self._mapped[file]
 
 
@@ -110,7 +110,7 @@ def _identity(manifest: Manifest) -> dict[str, str]:
 
 
 def _exported_from(path: Path) -> dict[str, str] | None:
-    """The identity that an exported file carries; None where there is no such file."""
+    """The identity that an exported file carries; None if there is no such file."""
     try:
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: one safetensors file a process, and a manifest that says what lies where.
+"""What a checkpoint holds: one safetensors file per process, and a manifest that says what lies where.
 
 `rank-00003.safetensors` holds 1-D tensors named `weight/blocks.0.mlp.fc1.weight@4096`: a kind (weight, ema, buffer, or
 a key of the optimizer such as exp_avg), a parameter, and the position in the flattened parameter where they begin.
@@ -59,7 +59,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """Bytes of a file, and its tensors as (kind, parameter, place)."""
+    """Bytes of a file, and its tensors as (kind, parameter, where it lies)."""
 
     size: int
     tensors: list[tuple[str, str, StoredTensor]]
@@ -94,7 +94,7 @@ class Manifest:
         return found
 
     def gap(self) -> str | None:
-        """What is missing of the parameters, in words; None where each kind is there once and whole."""
+        """What is missing of the parameters, in words; None if each kind is there once and whole."""
         for kind in sorted(self.kinds - {"buffer"}):
             stored = self.stored(kind)
             for name, shape in self.parameters.items():

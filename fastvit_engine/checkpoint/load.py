@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from fastvit_engine.checkpoint.export import find_checkpoint, kind_of_weights
-from fastvit_engine.checkpoint.place import Checkpoint
 from fastvit_engine.checkpoint.reader import Reader
+from fastvit_engine.checkpoint.store import Checkpoint
 from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import VisionTransformer

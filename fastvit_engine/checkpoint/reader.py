@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint, Manifest, StoredTensor
-from fastvit_engine.checkpoint.place import Checkpoint
+from fastvit_engine.checkpoint.store import Checkpoint
 from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.models.weights.safetensors_file import DTYPES
 
@@ -66,7 +66,7 @@ class Reader:
         first = min(tensor.offset for _, _, tensor in uses)
         last = max(tensor.offset + tensor.nbytes for _, _, tensor in uses)
         try:
-            content = self.checkpoint.place.map(self.checkpoint.name, file, stored.size, first, last)
+            content = self.checkpoint.store.map(self.checkpoint.name, file, stored.size, first, last)
             checked: dict[StoredTensor, torch.Tensor] = {}
             for kind, part, tensor in uses:
                 if tensor not in checked:

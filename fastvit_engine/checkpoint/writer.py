@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import Store
 
 from fastvit_engine.checkpoint.format import Block, Manifest, StoredFile, StoredTensor, TensorFile
-from fastvit_engine.checkpoint.place import Checkpoint, Place
+from fastvit_engine.checkpoint.store import Checkpoint, CheckpointStore
 from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.models.weights.safetensors_file import DTYPES
 
@@ -92,12 +92,12 @@ class HostCopy:
                     target.copy_(values, non_blocking=True)
             if self._stream is not None:
                 self._stream.synchronize()
-        except Exception as error:  # to be raised where somebody waits
+        except Exception as error:  # to be raised in whoever waits
             self._error = error
 
 
 class SaveInFlight:
-    """One save on its way to `place`; `outcome` is set on rank 0 when it has ended."""
+    """One save on its way to `store`; `outcome` is set on rank 0 when it has ended."""
 
     def __init__(
         self,
@@ -105,15 +105,15 @@ class SaveInFlight:
         manifest: Manifest,  # without files
         blocks: Sequence[Block],
         copied: Callable[[], None],
-        store: Store,
+        reports: Store,
         rank: int,
         size: int,
         publish: Callable[[Manifest], None],
     ) -> None:
         self.checkpoint, self._manifest = checkpoint, manifest
         self._file, self._copied = TensorFile(blocks), copied
-        self._store, self._rank, self._size, self._publish = store, rank, size, publish
-        self._place: Place = checkpoint.place
+        self._reports, self._rank, self._size, self._publish = reports, rank, size, publish
+        self._store: CheckpointStore = checkpoint.store
         self._started = time.perf_counter()
         self.outcome: Outcome | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
@@ -123,7 +123,7 @@ class SaveInFlight:
         self._thread.join()
 
     def _run(self) -> None:
-        self._store.set(f"{self.checkpoint.name}/{self._rank}", json.dumps(self._write()))
+        self._reports.set(f"{self.checkpoint.name}/{self._rank}", json.dumps(self._write()))
         if self._rank == 0:
             try:
                 outcome = self._finish([self._report_of(rank) for rank in range(self._size)])
@@ -131,24 +131,24 @@ class SaveInFlight:
                 outcome = Outcome(self.checkpoint, error=_one_line(error))
             if outcome.error is not None:
                 with contextlib.suppress(OSError):  # what is left then goes when the run starts again
-                    self._place.discard(self.checkpoint.name)
+                    self._store.discard(self.checkpoint.name)
             self.outcome = outcome
 
     def _write(self) -> dict[str, Any]:
         """Writes this process's file; returns its entry in the manifest, or what went wrong."""
         try:
             self._copied()
-            self._place.write(self.checkpoint.name, file_name(self._rank), self._file.chunks())
+            self._store.write(self.checkpoint.name, file_name(self._rank), self._file.chunks())
             return {"file": asdict(self._file.stored())}
         except Exception as error:
             return {"error": _one_line(error)}
 
     def _report_of(self, rank: int) -> dict[str, Any]:
         key = f"{self.checkpoint.name}/{rank}"
-        while not self._store.check([key]):  # not `wait`, which would keep other threads from the store
+        while not self._reports.check([key]):  # not `wait`, which would keep other threads from the store
             time.sleep(_POLL_SECONDS)
-        report = json.loads(self._store.get(key))
-        self._store.delete_key(key)
+        report = json.loads(self._reports.get(key))
+        self._reports.delete_key(key)
         return report
 
     def _finish(self, reports: Sequence[Mapping[str, Any]]) -> Outcome:
@@ -171,7 +171,7 @@ def file_name(rank: int) -> str:
 
 
 def _host_memory(size: int, *, pinned: bool) -> Tensor:
-    """`size` bytes, uninitialised; in huge pages where the system gives them, which a copy fills twice as fast."""
+    """`size` bytes, uninitialised; in huge pages if the system gives them, which a copy fills twice as fast."""
     if pinned:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     memory = mmap.mmap(-1, size)

@@ -46,5 +46,5 @@ class DataWait:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each rank
         remedy = _REMEDIES[slowest].format(workers=self._num_workers)
         if slowest != "read" and self._num_workers + 1 < cores:
-            remedy = f"too few workers: raise data.num_workers ({self._num_workers}; there are {cores} cores a rank)"
+            remedy = f"too few workers: raise data.num_workers ({self._num_workers}; there are {cores} cores per rank)"
         return f"training waited for data {100 * share:.0f} % of the time, mostly for {slowest} ({parts}); {remedy}"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastvit_engine.checkpoint import Checkpointer, place_of
+from fastvit_engine.checkpoint import Checkpointer, store_of
 from fastvit_engine.config import Config
 from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.stragglers import Stragglers
@@ -73,7 +73,7 @@ def build_job(
     if config.health.watch_gradients:
         gradients.start()
     engine.model.train()
-    place = place_of(config.checkpoint, run)
+    store = store_of(config.checkpoint, run)
     return Job(
         config=config,
         run=run,
@@ -83,7 +83,7 @@ def build_job(
         engine=engine,
         objective=build_objective(config, world.device),
         ema=ema,
-        checkpointer=Checkpointer(run, place, engine, ema, world, config.checkpoint, schedule.keep_every),
+        checkpointer=Checkpointer(run, store, engine, ema, world, config.checkpoint, schedule.keep_every),
         health=Health(Guard(engine, world, config.health, config.train.precision), Replicas(engine, world), gradients),
         processes=Processes(
             watchdog,

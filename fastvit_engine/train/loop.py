@@ -186,7 +186,7 @@ def _recover(job: Job, start: Start, failure: Failure, trace: Trace, recorder: R
         message = record_anomaly(job.run, failure, diagnosis)
         recorder.message(message)
         skip, most = not diagnosis.in_weights, job.config.health.max_rewinds
-        there = go_back(job.run, job.checkpointer.place, start, failure, message, skip=skip, max_rewinds=most)
+        there = go_back(job.run, job.checkpointer.store, start, failure, message, skip=skip, max_rewinds=most)
         first, last = failure.window
         left_out = f", leaving out samples {first:,} to {last - 1:,}" if skip else ""
         recorder.message(f"going back to step {there.step}{left_out}")

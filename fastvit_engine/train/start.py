@@ -9,11 +9,11 @@ from typing import Any
 from fastvit_engine.checkpoint import (
     Checkpoint,
     Checkpointer,
+    CheckpointStore,
     DamagedCheckpoint,
-    Place,
     Recovery,
     TrainerState,
-    place_of,
+    store_of,
     usable_checkpoints,
 )
 from fastvit_engine.config import Config
@@ -59,15 +59,15 @@ def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) 
             f"data.max_labels is {config.data.max_labels}, and a softmax loss takes one label: set loss.kind=sigmoid"
         )
     deepspeed_config(config, split_batch(config, world_size))
-    place = place_of(config.checkpoint, run)
+    store = store_of(config.checkpoint, run)
     if run.config.exists() and not resume:
         raise UserError(
             f"{run.path} already holds a run: add --resume auto to continue it, or choose another folder with --out"
         )
-    candidates = usable_checkpoints(place)
+    candidates = usable_checkpoints(store)
     if candidates and not resume:
         raise UserError(
-            f"{place.describe('')} already holds checkpoints of a run: add --resume auto to continue it, or choose "
+            f"{store.describe('')} already holds checkpoints of a run: add --resume auto to continue it, or choose "
             "another checkpoint.path"
         )
     checkpoint, state, damaged = newest_readable(candidates)
@@ -96,11 +96,11 @@ def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) 
     return replace(start, message=message).at(checkpoint, state)
 
 
-def move_to_latest(start: Start, place: Place, recovery: Recovery) -> Start:
+def move_to_latest(start: Start, store: CheckpointStore, recovery: Recovery) -> Start:
     """`start` at the newest checkpoint that can be read, with what the run remembers by now."""
-    checkpoint, state, damaged = newest_readable(usable_checkpoints(place), start.damaged)
+    checkpoint, state, damaged = newest_readable(usable_checkpoints(store), start.damaged)
     if checkpoint is None or state is None:
-        raise UserError(f"{place.describe('')} has no checkpoint to go back to: start the same command again")
+        raise UserError(f"{store.describe('')} has no checkpoint to go back to: start the same command again")
     return replace(start, state=replace(start.state, recovery=recovery), damaged=damaged).at(checkpoint, state)
 
 
@@ -238,7 +238,7 @@ def report_damage(run: RunFolder, damaged: Sequence[str], used: Checkpoint | Non
 def _before(start: Start, damage: str) -> Start:
     """The same run from an older checkpoint on."""
     assert start.checkpoint is not None
-    older = [c for c in usable_checkpoints(start.checkpoint.place) if c.step < start.checkpoint.step]
+    older = [c for c in usable_checkpoints(start.checkpoint.store) if c.step < start.checkpoint.step]
     checkpoint, state, damaged = newest_readable(older, (*start.damaged, damage))
     assert checkpoint is not None and state is not None  # newest_readable raises if damaged ones are all there is
     return replace(start.at(checkpoint, state), damaged=damaged)

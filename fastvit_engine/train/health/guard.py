@@ -1,4 +1,4 @@
-"""The check between gradient and update: a step that training must not go on with changes nothing.
+"""The check between gradient and update: a step that training must not continue from changes nothing.
 
 The engine asks the guard before each update, when the gradients are reduced and their norm is known. The guard adds up
 one small vector over all processes (the loss, the norm, a flag), so that all of them read the same numbers and reach
@@ -34,12 +34,12 @@ _NORM_FLOOR = 0.5  # of the median
 
 
 class Anomaly(NamedTuple):
-    """Why training must not go on from here, as every process sees it."""
+    """Why training must not continue from here, as every process sees it."""
 
     kind: str  # "loss", "gradient", "loss spike", "gradient spike", "weights" or "replicas"
     message: str  # "the loss is nan"
     limit: float | None = None  # of a spike: the highest value that is none
-    ranks: tuple[int, ...] = ()  # at fault, where the check itself says so
+    ranks: tuple[int, ...] = ()  # at fault, if the check itself says so
     parameters: tuple[str, ...] = ()  # at fault, likewise
 
 

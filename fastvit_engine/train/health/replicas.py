@@ -1,8 +1,8 @@
 """Weights that must be finite, and the same on every process that holds a copy of them.
 
-Each process sums the bits of the weights it computes with, every element times an odd number of its own place, modulo
+Each process sums the bits of the weights it computes with, every element times an odd number for its position, modulo
 2**64: whatever single element differs, the sum does, and an exchange of elements shows too. The sum runs on the device,
-in chunks of bounded size: no copy of the model goes to the host. It moves about 40 bytes a parameter through the
+in chunks of bounded size: no copy of the model goes to the host. It moves about 40 bytes per parameter through the
 device's memory (about 6 ms for the 632 million of H/14 at 4 TB/s) and waits for the device once, so every hundredth
 step costs next to nothing.
 

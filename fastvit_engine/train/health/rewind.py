@@ -7,7 +7,7 @@ tell people about it.
 from dataclasses import replace
 from typing import NamedTuple
 
-from fastvit_engine.checkpoint import Place, Recovery
+from fastvit_engine.checkpoint import CheckpointStore, Recovery
 from fastvit_engine.data.stream.skip import Window
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import record_event
@@ -52,7 +52,14 @@ def record_anomaly(run: RunFolder, failure: Failure, diagnosis: Diagnosis) -> st
 
 
 def go_back(
-    run: RunFolder, place: Place, start: Start, failure: Failure, message: str, *, skip: bool, max_rewinds: int
+    run: RunFolder,
+    store: CheckpointStore,
+    start: Start,
+    failure: Failure,
+    message: str,
+    *,
+    skip: bool,
+    max_rewinds: int,
 ) -> Start:
     """Where the run continues after a failure: its last checkpoint, without the window of the failed step if `skip`.
 
@@ -72,7 +79,7 @@ def go_back(
         first, last = window
         left_out = f"samples {first:,} to {last - 1:,} of the run's order are left out"
         record_event(run, "skip", left_out, step=step, samples=[first, last])
-    there = move_to_latest(start, place, after)
+    there = move_to_latest(start, store, after)
     record_event(
         run,
         "rewind",

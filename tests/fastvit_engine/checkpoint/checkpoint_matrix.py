@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fastvit_engine.checkpoint import Checkpoint, Checkpointer, TrainerState, open_place, usable_checkpoints
+from fastvit_engine.checkpoint import Checkpoint, Checkpointer, TrainerState, open_store, usable_checkpoints
 from fastvit_engine.config import Config
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.engine.build import build_engine, split_batch
@@ -60,9 +60,9 @@ class Job:
         self.saver(folder)
 
     def saver(self, folder: Path) -> None:
-        place = open_place(str(folder / "checkpoints"))
+        store = open_store(str(folder / "checkpoints"))
         state = (self.engine, self.ema, self.world, self.config.checkpoint)
-        self.checkpointer = Checkpointer(RunFolder(folder), place, *state, say=lambda text: None)
+        self.checkpointer = Checkpointer(RunFolder(folder), store, *state, say=lambda text: None)
 
     def train(self, first: int, last: int) -> list[float]:
         criterion, losses = FusedCrossEntropy("softmax"), []
@@ -104,7 +104,7 @@ def main(folder: Path, jobs) -> None:
             else:
                 at_work = Job(job["case"], 1, world, folder / name)
                 at_work.train(0, 1)  # not fresh: what is loaded goes over everything
-                source = usable_checkpoints(open_place(str(folder / name / "checkpoints")))[0]
+                source = usable_checkpoints(open_store(str(folder / name / "checkpoints")))[0]
                 state = at_work.checkpointer.load(source)
                 assert state.step == STEPS
                 at_work.saver(folder / f"again-{world.size}" / str(jobs.index(job)))

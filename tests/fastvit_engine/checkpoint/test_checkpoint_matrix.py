@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvit_engine.checkpoint import Checkpoint, open_place
+from fastvit_engine.checkpoint import Checkpoint, open_store
 from fastvit_engine.checkpoint.reader import Reader
 from fastvit_engine.distributed.launch import free_port, rank_environment
 from fastvit_engine.engine.protocol import ParameterSlice
@@ -67,7 +67,7 @@ def launch(folder, jobs, processes):
 
 def consolidated(path):
     """Every tensor of a checkpoint, whole, and the counters."""
-    checkpoint = Checkpoint(open_place(str(Path(path).parent)), Path(path).name)
+    checkpoint = Checkpoint(open_store(str(Path(path).parent)), Path(path).name)
     manifest = checkpoint.read_manifest()
     assert manifest.gap() is None
     whole = {

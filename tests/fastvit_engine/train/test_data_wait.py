@@ -50,7 +50,7 @@ def test_warning_says_what_to_do(monkeypatch):
     seconds = StageSeconds(read=1, decode=6, augment=3)
     assert DataWait(2).warning(0.43, seconds) == (
         "training waited for data 43 % of the time, mostly for decode (read 10 %, decode 60 %, augment 30 %); "
-        "too few workers: raise data.num_workers (2; there are 8 cores a rank)"
+        "too few workers: raise data.num_workers (2; there are 8 cores per rank)"
     )
     assert "smaller images" in DataWait(7).warning(0.43, seconds)
     assert "nearer to model.image_size" in DataWait(7).warning(0.43, StageSeconds(1, 3, 6))

@@ -4,7 +4,7 @@ import os
 import pytest
 
 from fastvit_engine.checkpoint import Manifest, Recovery, TrainerState
-from fastvit_engine.checkpoint.local import LocalPlace
+from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.data.stream.plan import DataPlan
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import read_events
@@ -26,9 +26,9 @@ def run(tmp_path):
     recovery = Recovery(skipped=((32, 96),))
     state = TrainerState(5, FINGERPRINT, 2.0, consumed=224, bad_samples=1, recent=((2.0, 1.0),), recovery=recovery)
     run = RunFolder(tmp_path)
-    place = LocalPlace(run.checkpoints)
-    place.prepare("step-00000005", 0)
-    place.publish("step-00000005", Manifest(state, {}, {}, {}).to_json())
+    store = LocalStore(run.checkpoints)
+    store.prepare("step-00000005", 0)
+    store.publish("step-00000005", Manifest(state, {}, {}, {}).to_json())
     return run
 
 
@@ -39,7 +39,7 @@ def fail(run, window, *, skip=True, most=3, recovery=None):
     diagnosis = Diagnosis("data", [1], ["node"], ["key"], [], True, not skip, False)
     message = record_anomaly(run, failure, diagnosis)
     start = Start(state, 100, None, "", DATA)
-    return go_back(run, LocalPlace(run.checkpoints), start, failure, message, skip=skip, max_rewinds=most)
+    return go_back(run, LocalStore(run.checkpoints), start, failure, message, skip=skip, max_rewinds=most)
 
 
 def test_going_back_leaves_out_the_window_and_what_was_left_out_before(run):
