@@ -36,20 +36,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastvit_engine.checkpoint import TrainerState
 from fastvit_engine.config import Config, DataConfig, Resolved, load_config
 from fastvit_engine.data import Batch, TrainingData
 from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world
-from fastvit_engine.engine.build import build_engine, parameter_groups, set_learning_rate, split_batch
+from fastvit_engine.engine.build import build_engine, split_batch
+from fastvit_engine.engine.optimizers import parameter_groups
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_model, parameter_count
 from fastvit_engine.observe.environment import collect_environment
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.defaults import choose, machine_of
 from fastvit_engine.train import loop
-from fastvit_engine.train.schedule import Plan
+from fastvit_engine.train.schedule import Schedule
 from fastvit_engine.train.start import Start
 from fastvit_kernels import FusedCrossEntropy
 
@@ -242,7 +244,7 @@ class Racer:
 
 
 def train_bare(config: Config, batches: Iterator[Batch]) -> Weights:
-    plan = Plan(config, config.data.train_samples)
+    schedule = Schedule(config, config.data.train_samples)
     torch.manual_seed(config.seed)
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     criterion = FusedCrossEntropy(config.loss.kind)
@@ -250,9 +252,9 @@ def train_bare(config: Config, batches: Iterator[Batch]) -> Weights:
         parameter_groups(model, config.optimizer.weight_decay), betas=config.optimizer.betas, eps=config.optimizer.eps
     )
     assert config.train.grad_clip is not None
-    for step, batch in zip(range(plan.total_steps), batches, strict=False):
+    for step, batch in zip(range(schedule.total_steps), batches, strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate(step)
+            group["lr"] = schedule.learning_rate(step)
         loss = criterion(model(batch.images), batch.labels)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
@@ -262,15 +264,15 @@ def train_bare(config: Config, batches: Iterator[Batch]) -> Weights:
 
 
 def train_with_deepspeed(config: Config, world: World, batches: Iterator[Batch]) -> Weights:
-    plan = Plan(config, config.data.train_samples)
+    schedule = Schedule(config, config.data.train_samples)
     torch.manual_seed(config.seed)
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     engine = build_engine(model, config, split_batch(config, world.size), world)
     criterion = FusedCrossEntropy(config.loss.kind)
-    engine.train()
-    for step, batch in zip(range(plan.total_steps), batches, strict=False):
-        set_learning_rate(engine, plan.learning_rate(step))
-        loss = criterion(engine(batch.images), batch.labels)
+    engine.model.train()
+    for step, batch in zip(range(schedule.total_steps), batches, strict=False):
+        engine.set_learning_rate(schedule.learning_rate(step))
+        loss = criterion(engine.model(batch.images), batch.labels)
         engine.backward(loss)
         engine.step()
     return model.state_dict()
@@ -301,11 +303,9 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path, batches: Ite
     run.checkpoints.mkdir(parents=True)
     samples = resolved.config.data.train_samples
     start = Start(
-        step=0,
-        total_steps=Plan(resolved.config, samples).total_steps,
-        seconds=0.0,
+        state=TrainerState(0, fingerprint={"model": resolved.config.model.model_dump(mode="json")}),
+        total_steps=Schedule(resolved.config, samples).total_steps,
         checkpoint=None,
-        fingerprint={"model": resolved.config.model.model_dump(mode="json")},
         message="",
         data=ResidentData(batches, samples),
     )

@@ -66,12 +66,12 @@ def _show(args: argparse.Namespace) -> int:
 
 def _check_lengths(config: "Config") -> None:
     """Raises UserError for durations that training would refuse, unless it takes the shards to know."""
-    from fastvit_engine.train.schedule import Plan
+    from fastvit_engine.train.schedule import Schedule
 
     durations = [config.train.duration, config.evaluate.every, config.checkpoint.every, config.checkpoint.keep_every]
     durations += [config.schedule.warmup, config.schedule.cooldown, config.schedule.timescale]
     if config.data.train_samples is not None or not any(length and "epoch" in length for length in durations):
-        Plan(config, config.data.train_samples)
+        Schedule(config, config.data.train_samples)
 
 
 def _explain(args: argparse.Namespace) -> int:

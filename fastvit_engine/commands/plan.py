@@ -87,7 +87,7 @@ def _memory_at(chosen: "Chosen", stage: int) -> "Memory":
 def _time(chosen: "Chosen", gpu: str, mfu: float) -> dict[str, Any]:
     """Steps, operations and days; None where the length of an epoch is unknown."""
     from fastvit_engine.models import training_flops
-    from fastvit_engine.train.schedule import Plan
+    from fastvit_engine.train.schedule import Schedule
     from fastvit_engine.train.throughput import DATASHEET_PEAK
 
     config = chosen.config
@@ -102,7 +102,7 @@ def _time(chosen: "Chosen", gpu: str, mfu: float) -> dict[str, Any]:
         "days": None,
     }
     try:
-        steps = Plan(config, config.data.train_samples).total_steps
+        steps = Schedule(config, config.data.train_samples).total_steps
     except UserError as error:
         return {**time, "unknown": str(error)}
     images = steps * config.train.global_batch_size

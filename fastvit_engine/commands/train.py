@@ -56,12 +56,13 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.distributed.rendezvous import check_rendezvous
     from fastvit_engine.observe.run_folder import RunFolder
     from fastvit_engine.sizing.defaults import choose, machine_here
-    from fastvit_engine.train.loop import train
     from fastvit_engine.train.start import preflight, report_damage
 
     out = args.out or Path("runs") / resolved.config.name
     resume = args.resume == "auto"
     if launched_by_cluster():
+        from fastvit_engine.train.loop import train
+
         check_rendezvous()
         try:
             train(resolved, out, resume=resume)

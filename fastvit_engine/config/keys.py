@@ -32,6 +32,7 @@ _ALIASES = {  # words from other code bases, whatever section they are looked fo
     "optimizer.weight_decay": "wd decay l2",
     "optimizer.betas": "beta beta1 beta2 adam_betas opt_betas momentum",
     "optimizer.eps": "epsilon adam_eps opt_eps",
+    "optimizer.kind": "opt optim optimizer_name",
     "train.global_batch_size": "batch_size batchsize bs batch global_batch total_batch_size train_batch_size",
     "train.micro_batch_size": "micro_batch mini_batch_size batch_size_per_gpu per_device_batch_size "
     "accum_iter grad_accum grad_accum_steps accumulation_steps gradient_accumulation_steps",

@@ -199,6 +199,9 @@ class AugmentConfig(_Section):
 class TrainConfig(_Section):
     """Length of the training, batch size, and numerical precision."""
 
+    objective: Literal["classify"] = "classify"
+    """What training minimises. classify: the loss on the labels."""
+
     duration: Duration = "90 epochs"
     """Length of the run: epochs, steps or samples."""
 
@@ -219,7 +222,10 @@ class TrainConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    """AdamW. Weight decay is multiplied by the learning rate, as in PyTorch, and applies to matrices only."""
+    """What updates the weights. Weight decay is multiplied by the learning rate and applies to matrices only."""
+
+    kind: Literal["adamw"] = "adamw"
+    """The optimizer. adamw: AdamW as in PyTorch (Loshchilov and Hutter 2019)."""
 
     learning_rate: float = Field(1e-3, gt=0)
     """Peak learning rate, reached at the end of the warm-up."""

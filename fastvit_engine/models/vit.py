@@ -19,6 +19,8 @@ class VisionTransformer(nn.Module):
     until `init_weights` is called; `build_model` calls it.
     """
 
+    eval_crop: float | None = None  # what evaluation crops images to, as data.eval_crop says; None: nobody has said it
+
     def __init__(self, config: ModelConfig, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         shape = resolve_shape(config)

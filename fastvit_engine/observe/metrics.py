@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object per line, and the same scalars as TensorBoard events.
+"""`metrics.jsonl`: one JSON object per line.
 
 JSON has no NaN and no infinity; they are written as the strings "nan", "inf" and "-inf" and read back as floats.
 """
@@ -44,15 +44,14 @@ class EvalRow(TypedDict):
 
 
 class MetricsWriter:
-    """Appends rows to `metrics.jsonl` (each outlives a kill at once) and to TensorBoard events. One process has one.
+    """Appends rows to `metrics.jsonl`; each outlives a kill at once. One process of the job has one.
 
     `resume_step` is the step training resumes from: rows of later steps, left by the run that died, are dropped, so
     that no step appears twice; 0 starts over in the same folder. None is a new run, and refuses a folder that already
-    has rows. Raises UserError for that, for a damaged file, and if TensorBoard is missing.
+    has rows. Raises UserError for that, and for a damaged file.
     """
 
     def __init__(self, run: RunFolder, resume_step: int | None) -> None:
-        event_writer = _import_tensorboard()
         run.path.mkdir(parents=True, exist_ok=True)
         if resume_step is not None:
             _drop_rows_after(run.metrics, resume_step)
@@ -61,28 +60,12 @@ class MetricsWriter:
                 f"{run.metrics} already has the metrics of a run: resume that run, or choose another folder"
             )
         self._path = run.metrics
-        # TensorBoard hides events from purge_step on that an earlier file wrote.
-        purge_step = None if resume_step is None else resume_step + 1
-        self._events = event_writer(str(run.tensorboard), purge_step=purge_step, flush_secs=15)
 
     def write(self, row: TrainRow | EvalRow) -> None:
         """Writes one row of plain Python numbers. Raises ValueError if a key of its form is missing or no number."""
         if problem := _problem(row):
             raise ValueError(f"metrics row {problem}")
         append_json_lines(self._path, [_encode(row)], durable=False)
-        group = row.get("eval", "train")
-        for key, value in row.items():
-            if key != "step" and isinstance(value, int | float):
-                self._events.add_scalar(f"{group}/{key}", value, row["step"])
-
-    def close(self) -> None:
-        self._events.close()
-
-    def __enter__(self) -> "MetricsWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
 
 
 def read_metrics(path: Path) -> tuple[list[TrainRow], list[EvalRow]]:
@@ -93,17 +76,6 @@ def read_metrics(path: Path) -> tuple[list[TrainRow], list[EvalRow]]:
     rows = _read_rows(path)
     train = [cast(TrainRow, row) for row in rows if "eval" not in row]
     return train, [cast(EvalRow, row) for row in rows if "eval" in row]
-
-
-def _import_tensorboard() -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter  # imports torch: only a run that writes needs it
-    except ImportError as error:
-        raise UserError(
-            "the package 'tensorboard' is missing, which training writes its event files with: "
-            "install it with pip install 'fastvit-engine[train]'"
-        ) from error
-    return SummaryWriter
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

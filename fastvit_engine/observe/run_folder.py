@@ -27,6 +27,10 @@ class RunFolder:
         return self.path / "events.jsonl"
 
     @property
+    def recovery(self) -> Path:
+        return self.path / "recovery.json"
+
+    @property
     def stacks(self) -> Path:
         return self.path / "stacks"
 

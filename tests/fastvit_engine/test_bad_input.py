@@ -239,7 +239,7 @@ def test_damaged_checkpoint(refused, train, shard, tmp_path):
     weights = out / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     arguments = train_arguments(out, *settings, "train.duration=6 steps", resume="auto")
-    refused(arguments, weights, "has 1,000 bytes instead of", "parameter", "no older checkpoint to go on from")
+    refused(arguments, weights, "has 1,000 bytes instead of", "parameter", "no older checkpoint to continue from")
     refused(["export", out, "--out", tmp_path / "x.safetensors"], weights, "has 1,000 bytes instead of")
 
 

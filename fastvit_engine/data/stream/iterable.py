@@ -69,8 +69,9 @@ class IterableData(TrainingData):
         epoch = config.data.train_samples or self.samples_per_epoch
         return IterableData(self._samples, samples_per_epoch=epoch, class_names=names, evaluation=evaluation)
 
-    def bind(self, own: "IterableData") -> "IterableData":
+    def bind(self, own: TrainingData | None) -> "IterableData":
         """The same, as it came from the main process, with the iterable of this one."""
+        assert isinstance(own, IterableData)
         return IterableData(
             own._samples,
             samples_per_epoch=self.samples_per_epoch,

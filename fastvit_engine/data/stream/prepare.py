@@ -85,7 +85,7 @@ def _prepare_iterable(config: Config, given: IterableData, world_size: int, inde
             "change it, or the number of processes"
         )
     streams = config.data.order == "stream"
-    evaluation = _eval_streams(config) if streams else _prepare_eval(config, index_folder)
+    evaluation = eval_streams(config) if streams else _prepare_eval(config, index_folder)
     info = info_beside(list(evaluation.shards)) if evaluation else None
     return given.with_evaluation(config, evaluation, info.classes if info else None)
 
@@ -264,7 +264,7 @@ def _prepare_streams(config: Config, world_size: int) -> StreamData:
     shards = find_shards(config.data.train, "train")
     plan = plan_streams(config, world_size=world_size, shards=len(shards))
     _check_stream(shards, "train", config)
-    held_out = _eval_streams(config)
+    held_out = eval_streams(config)
     info = info_beside(shards)
     samples = config.data.train_samples
     if samples is None and info is not None:
@@ -274,7 +274,8 @@ def _prepare_streams(config: Config, world_size: int) -> StreamData:
     return StreamData(plan, tuple(shards), held_out, samples, info.classes if info else None)
 
 
-def _eval_streams(config: Config) -> StreamedShards | None:
+def eval_streams(config: Config) -> StreamedShards | None:
+    """The shards of data.eval, to be read from beginning to end; None if it is not set. Raises UserError."""
     if not config.data.eval:
         return None
     shards = find_shards(config.data.eval, "eval")

@@ -24,8 +24,8 @@ def step_starts(consumed: int, batch: int, skipped: Sequence[Window]) -> Iterato
     for first, last in skipped:
         if (first - consumed) % batch or (last - consumed) % batch:
             raise UserError(
-                f"events.jsonl says to skip the samples [{first}, {last}), which are not whole steps of {batch}: "
-                "correct that line"
+                f"recovery.json says to skip the samples [{first}, {last}), which are not whole steps of {batch}: "
+                "correct that window"
             )
     while True:
         start = step_start(consumed, skipped)

@@ -44,6 +44,10 @@ class TrainingData(EvaluationData):
     def describe(self) -> str:
         """What is read and how, as a clause for the first line of a run."""
 
+    def bind(self, own: "TrainingData | None") -> "TrainingData":
+        """The same, with what does not travel from the main process: `own`, if this process was given its own data."""
+        return self
+
     @abstractmethod
     def train_batches(
         self,

@@ -26,7 +26,7 @@ class BadSamples:
         self._named = {(row.get("shard"), row.get("key")) for row in rows}
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, counted. UserError where this process has met nothing but bad samples for long."""
+        """The batches, counted. Raises UserError if this process has met nothing but bad samples for long."""
         for batch in batches:
             self._count(batch)
             yield batch
@@ -34,7 +34,7 @@ class BadSamples:
     def settle(self, world: World, recorder: Recorder | None) -> int:
         """Adds up what all processes have seen and names what is new; returns the bad samples so far. Collective.
 
-        UserError on every process where they are more than the allowed share.
+        Raises UserError on every process if they are more than the allowed share.
         """
         seen, bad = (round(total) for total in world.sum([self._seen_here, self._bad_here]).tolist())
         self.seen += seen

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvit_engine.checkpoint import Checkpoint, open_place
+from fastvit_engine.checkpoint import Checkpoint, open_store
 from fastvit_engine.checkpoint.reader import Reader
 from fastvit_engine.distributed.supervise import start_ranks
-from fastvit_engine.engine.deepspeed import Piece
+from fastvit_engine.engine.protocol import ParameterSlice
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -60,15 +60,18 @@ def launch(folder, jobs, processes):
 
 def consolidated(path):
     """Every tensor of a checkpoint, whole, and the counters."""
-    checkpoint = Checkpoint(open_place(str(Path(path).parent)), Path(path).name)
+    checkpoint = Checkpoint(open_store(str(Path(path).parent)), Path(path).name)
     manifest = checkpoint.read_manifest()
     assert manifest.gap() is None
     whole = {
-        kind: [Piece(n, 0, torch.full((torch.Size(s).numel(),), torch.nan)) for n, s in manifest.parameters.items()]
+        kind: [
+            ParameterSlice(n, 0, torch.full((torch.Size(s).numel(),), torch.nan))
+            for n, s in manifest.parameters.items()
+        ]
         for kind in sorted(manifest.kinds)
     }
     Reader(checkpoint, manifest).fill(whole)
-    tensors = {(kind, piece.name): piece.values for kind, pieces in whole.items() for piece in pieces}
+    tensors = {(kind, part.name): part.values for kind, slices in whole.items() for part in slices}
     return tensors, {name: value for name, value in manifest.scalars.items() if name == "optimizer.step"}
 
 

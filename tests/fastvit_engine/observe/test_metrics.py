@@ -1,6 +1,5 @@
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,31 +79,6 @@ def test_a_new_run_does_not_touch_the_metrics_of_another(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"metrics\.jsonl already has"):
         MetricsWriter(run, None)
     assert len(read_metrics(run.metrics)[0]) == 2
-
-
-def test_tensorboard_has_the_same_scalars_and_forgets_the_steps_of_a_dead_run(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = RunFolder(tmp_path)
-    write(run, range(1, 8))
-    with MetricsWriter(run, 4) as writer:
-        writer.write(train_row(5, loss=99.0, mfu=None))
-        writer.write(eval_row(5, 0.75))
-    events = EventAccumulator(str(run.tensorboard))
-    events.Reload()
-    losses = {event.step: event.value for event in events.Scalars("train/loss")}
-    assert losses == pytest.approx({1: 2.0, 2: 1.0, 3: 2 / 3, 4: 0.5, 5: 99.0})
-    assert [event.step for event in events.Scalars("train/mfu")] == [1, 2, 3, 4]
-    assert [event.value for event in events.Scalars("eval/top1")] == [0.75]
-    assert "train/samples_hash" not in events.Tags()["scalars"]
-
-
-def test_missing_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)  # makes its import fail
-    with pytest.raises(UserError, match=r"pip install 'fastvit-engine\[train\]'"):
-        MetricsWriter(RunFolder(tmp_path), None)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_incomplete_row_is_a_bug_of_the_caller(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_an_artificially_slow_stage_is_named(stage, function, num_workers, digit
     wait = DataWait(num_workers)
     for batch in islice(batches, 3):
         wait.add(batch.seconds)
-    seconds = wait.lap()
+    seconds = wait.take()
     assert sum(seconds) >= 3 * 8 * 0.005 and max(seconds) == getattr(seconds, stage)
     assert f"mostly for {stage}" in wait.warning(0.5, seconds)
 
@@ -50,7 +50,7 @@ def test_warning_says_what_to_do(monkeypatch):
     seconds = StageSeconds(read=1, decode=6, augment=3)
     assert DataWait(2).warning(0.43, seconds) == (
         "training waited for data 43 % of the time, mostly for decode (read 10 %, decode 60 %, augment 30 %); "
-        "too few workers: raise data.num_workers (2; there are 8 cores a rank)"
+        "too few workers: raise data.num_workers (2; there are 8 cores per rank)"
     )
     assert "smaller images" in DataWait(7).warning(0.43, seconds)
     assert "nearer to model.image_size" in DataWait(7).warning(0.43, StageSeconds(1, 3, 6))
@@ -69,4 +69,4 @@ def test_laps_add_up():
     wait = DataWait(1)
     wait.add(StageSeconds(1, 2, 3))
     wait.add(StageSeconds(1, 0, 0.5))
-    assert wait.lap() == (2, 2, 3.5) and wait.lap() == (0, 0, 0)
+    assert wait.take() == (2, 2, 3.5) and wait.take() == (0, 0, 0)

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from fastvit_engine.checkpoint import Recovery
 from fastvit_engine.config import load_config
 from fastvit_engine.data import prepare_data
 from fastvit_engine.distributed.supervise import start_ranks
-from fastvit_engine.observe.events import read_events, record_event
+from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.train.recovery import save_recovery
 from fastvit_engine.train.step import hash_keys
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -138,8 +140,7 @@ def check(run, train, tmp_path, keys, expected, settings):
     assert [row[4] for row in record(run)] == [f"{hash_keys(step):016x}" for step in left[:STEPS]]
 
     undisturbed = tmp_path / "undisturbed"
-    for window in skipped:
-        record_event(RunFolder(undisturbed), "skip", "as the other run did", samples=window)
+    save_recovery(RunFolder(undisturbed), Recovery(skipped=tuple(map(tuple, skipped))))
     train(undisturbed, *SETTINGS, *settings, processes=2)
     assert events_of(undisturbed, "anomaly") == []
     assert record(run) == record(undisturbed)  # to the bit

@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run lie: a folder, or a prefix of an object store."""
+"""What checkpoints are kept in: a folder, or a prefix of an object store."""
 
 import mmap
 from collections.abc import Iterable
@@ -9,10 +9,10 @@ from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint, Manife
 from fastvit_engine.errors import UserError
 
 
-class Place(Protocol):
+class CheckpointStore(Protocol):
     """Checkpoints under names `step-N`, which are complete or absent, and the name of the `latest`.
 
-    Every method but `describe` raises OSError where the disk or the store fails.
+    Every method but `describe` raises OSError if the disk or the store fails.
     """
 
     def describe(self, name: str) -> str:
@@ -22,7 +22,7 @@ class Place(Protocol):
         """The complete checkpoints, the oldest first."""
 
     def latest(self) -> str | None:
-        """The name of the checkpoint to continue from; None where there is none yet."""
+        """The name of the checkpoint to continue from; None if there is none yet."""
 
     def read(self, name: str, file: str) -> bytes:
         """A whole small file of a checkpoint."""
@@ -30,14 +30,14 @@ class Place(Protocol):
     def map(self, name: str, file: str, size: int, start: int, stop: int) -> mmap.mmap:
         """Bytes [start, stop) of a file in memory, at the same positions as in the file, as long as it is referred to.
 
-        DamagedCheckpoint where the file is missing or has another size.
+        Raises DamagedCheckpoint if the file is missing or has another size.
         """
 
     def clean(self) -> None:
         """Removes what unfinished saves and removals have left. Called by one process, before any `prepare`."""
 
     def prepare(self, name: str, size: int) -> None:
-        """Makes room for the files of a checkpoint of `size` bytes; OSError where they would not fit."""
+        """Makes room for the files of a checkpoint of `size` bytes. Raises OSError if they would not fit."""
 
     def write(self, name: str, file: str, chunks: Iterable[memoryview]) -> None:
         """Writes a file of a checkpoint that was prepared; it is durable on return."""
@@ -56,7 +56,7 @@ class Place(Protocol):
 class Checkpoint:
     """One complete checkpoint, by name."""
 
-    place: Place
+    store: CheckpointStore
     name: str
 
     @property
@@ -64,34 +64,34 @@ class Checkpoint:
         return step_of(self.name)
 
     def __str__(self) -> str:
-        return self.place.describe(self.name)
+        return self.store.describe(self.name)
 
     def read_manifest(self) -> Manifest:
-        """DamagedCheckpoint where the manifest is not there or is not one."""
+        """Raises DamagedCheckpoint if the manifest is missing or damaged."""
         where = f"{self}/{MANIFEST}"
         try:
-            return Manifest.from_json(self.place.read(self.name, MANIFEST), where)
+            return Manifest.from_json(self.store.read(self.name, MANIFEST), where)
         except FileNotFoundError as error:
             raise DamagedCheckpoint(f"{where} does not exist: {self} is not a complete checkpoint") from error
         except OSError as error:
             raise UserError(f"{where} cannot be read ({error}): check the disk or the store, then resume") from error
 
 
-def usable_checkpoints(place: Place) -> list[Checkpoint]:
-    """The latest checkpoint and, after it, the complete ones that are older; none where the run has none.
+def usable_checkpoints(store: CheckpointStore) -> list[Checkpoint]:
+    """The latest checkpoint and, after it, the complete ones that are older; none if the run has none.
 
-    UserError where the disk or the store cannot say.
+    Raises UserError if the disk or the store cannot say.
     """
     try:
-        latest = place.latest()
-        newest_first = [Checkpoint(place, name) for name in reversed(place.names())]
+        latest = store.latest()
+        newest_first = [Checkpoint(store, name) for name in reversed(store.names())]
     except OSError as error:
-        raise UserError(f"{place.describe('')} cannot be read ({error}): check checkpoint.path, then resume") from error
+        raise UserError(f"{store.describe('')} cannot be read ({error}): check checkpoint.path, then resume") from error
     if latest is None:
         return []
     if is_step_name(latest):
         newest_first = [checkpoint for checkpoint in newest_first if checkpoint.step < step_of(latest)]
-    return [Checkpoint(place, latest), *newest_first]
+    return [Checkpoint(store, latest), *newest_first]
 
 
 def step_name(step: int) -> str:

@@ -5,11 +5,9 @@ import torch
 from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
 from fastvit_engine.data.pixels.mix import mix
-from fastvit_engine.distributed.world import World
-from fastvit_engine.train.step import training_losses
-from fastvit_kernels import FusedCrossEntropy
+from fastvit_engine.objectives import build_objective
 
-WORLD = World(rank=0, size=1, device=torch.device("cpu"))
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.5])
@@ -21,7 +19,7 @@ def test_a_bad_sample_and_what_is_mixed_with_it_do_not_enter_the_loss(mixup):
     def loss(scale: torch.Tensor) -> torch.Tensor:
         batch = Batch(pixels, torch.arange(4), torch.tensor([1.0, 0.0, 1.0, 1.0]), list("abcd"), np.arange(4))
         logits = torch.eye(4) * scale[:, None]
-        return training_losses(lambda images: logits, FusedCrossEntropy("softmax"), batch, config, WORLD).mean()
+        return build_objective(config, CPU).losses(lambda images: logits, batch).mean()
 
     scale = torch.full((4,), 2.0, requires_grad=True)
     loss(scale).backward()
@@ -35,8 +33,8 @@ def test_several_labels_are_what_their_sum_is(mixup):
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
     labels = torch.tensor([[0, 3], [1, -1], [4, 2], [2, -1]])
     batch = Batch(pixels, labels, torch.ones(4), list("abcd"), np.arange(4))
-    config = Config.model_validate({"augment": {"mixup": mixup}})
-    losses = training_losses(lambda images: logits, FusedCrossEntropy("sigmoid"), batch, config, WORLD)
+    config = Config.model_validate({"augment": {"mixup": mixup}, "loss": {"kind": "sigmoid"}})
+    losses = build_objective(config, CPU).losses(lambda images: logits, batch)
     hot = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 1], [0, 0, 1, 0, 0]], dtype=torch.float32)
     if mixup:
         given = {"mixup": mixup, "cutmix": 0, "mean": config.data.mean, "std": config.data.std}
