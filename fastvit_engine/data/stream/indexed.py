@@ -75,7 +75,7 @@ class TrainSource:
     data: IndexedShards
     weight: float
     samples: int
-    lanes: int
+    lanes: int  # parts that its epochs are cut into, see `order`
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,7 @@ def test_damaged_class_tars(listed, tmp_path, class_tars):
     with pytest.raises(UserError, match=rf"all\.tar is damaged \(it has a damaged header at byte {start:,}\)"):
         listed(path)
     path.write_bytes(whole[:start] + bytes(512) + whole[start + 512 :])  # looks like the end of the class
-    with pytest.raises(UserError, match="data after the end of the archive"):
+    with pytest.raises(UserError, match="it has data after its end marker, at byte"):
         listed(path)
     path.write_bytes(_tar([("n001.tar", class_tars["n001"]), ("n002.tar", _tar([]))]))
     with pytest.raises(UserError, match=r"class tar n002\.tar in .* holds no image"):

@@ -7,6 +7,7 @@ import pytest
 
 from fastvit_engine.config import Config
 from fastvit_engine.data.build.make import make_dataset
+from fastvit_engine.data.check.stats import shard_stats
 from fastvit_engine.data.check.verify import Verdict, verify_shards
 from fastvit_engine.errors import UserError
 
@@ -129,6 +130,17 @@ def test_labels_and_images_under_the_keys_of_the_configuration(tmp_path, write_t
     }
     assert _counts(verdict) == {"wrong label": 5} and verdict.ignored.total() == 1
     assert "1 macOS resource files" in verdict.report() and json.loads(verdict.to_json())["ignored"] == 1
+
+
+def test_shards_on_a_server_that_speaks_s3(s3_bucket, tmp_path, write_tar, sample_members):
+    for n in range(3):
+        content = write_tar(tmp_path / "a.tar", sample_members(range(5 * n, 5 * n + 5))).read_bytes()
+        s3_bucket.pipe_file(f"bucket/verify/{n}.tar", content)
+    s3_bucket.pipe_file("bucket/verify/3.tgz", write_tar(tmp_path / "a.tar.gz", sample_members([15])).read_bytes())
+    verdict = _verify("s3://bucket/verify", skew=10)
+    assert verdict.findings == {} and (verdict.shards, verdict.samples) == (4, 16)
+    stats = shard_stats("s3://bucket/verify/{0..2}.tar", workers=2)
+    assert stats.images == 15 and stats.class_counts.tolist() == [5, 5, 5]
 
 
 def test_shards_in_an_object_store(tmp_path, write_tar, sample_members):
