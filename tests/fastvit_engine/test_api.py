@@ -7,14 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import webdataset as wds
 
 import fastvit_engine
 from fastvit_engine.config import ModelConfig
 from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.errors import UserError
+from fastvit_engine.objectives.classify import Classify
+from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.metrics import read_metrics
+from fastvit_engine.observe.run_folder import RunFolder
 from tests.fastvit_engine.conftest import TINY_RUN
 
 SETTINGS = [*TINY_RUN, "train.precision=fp32", "train.duration=8 steps", "schedule.warmup=0 steps", "ema.decay=0.9"]
@@ -117,6 +122,66 @@ def test_a_model_of_the_paper_is_built_and_evaluated_as_it_is(digits):
             fastvit_engine.build_model(config.model_copy(update={"num_classes": 3}), mean=(0.5,) * 3, std=(0.5,) * 3),
             digits / "eval-000000.tar",
         )
+
+
+def pipeline(digits):
+    """A WebDataset pipeline of one's own over the digit scans, which yields pairs of image and label."""
+    shards = sorted(str(path) for path in digits.glob("train-*.tar"))
+    pairs = wds.WebDataset(shards, shardshuffle=False, empty_check=False).decode("pil").to_tuple("png", "cls")
+    return pairs.map_tuple(lambda image: np.asarray(image.convert("RGB")), int)
+
+
+def test_train_on_a_webdataset_pipeline(digits, tmp_path, capsys):
+    config = fastvit_engine.load_config("quickstart", SETTINGS)
+    fastvit_engine.train(config, tmp_path / "run", data=pipeline(digits))
+    assert "reading an iterable of your own" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data\.order iterable and this run has indexed: set it back"):
+        fastvit_engine.train(config, tmp_path / "run", data=digits, resume=True)
+    longer = fastvit_engine.load_config("quickstart", [*SETTINGS, "train.duration=10 steps"])
+    fastvit_engine.train(longer, tmp_path / "run", data=pipeline(digits), resume=True)
+    rows, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_an_iterable_is_still_there_after_the_run_went_back(digits, tmp_path, monkeypatch):
+    losses, calls = Classify.losses, iter(range(1000))
+    monkeypatch.setattr(Classify, "losses", lambda *given: losses(*given) * (float("nan") if next(calls) == 5 else 1))
+    shares = []
+
+    def begin(share):
+        shares.append(share)
+        return pipeline(digits)
+
+    fastvit_engine.train(fastvit_engine.load_config("quickstart", SETTINGS), tmp_path / "run", data=begin)
+    assert [share.consumed for share in shares] == [0, 0]  # from the start, and from the checkpoint before any step
+    assert [event["event"] for event in read_events(RunFolder(tmp_path / "run")) if event["event"] == "rewind"]
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]][-1] == 8
+
+
+@pytest.mark.distributed
+def test_each_rank_reads_its_own_share_of_an_iterable(tmp_path):
+    program = """
+import json, sys, numpy as np, fastvit_engine
+def begin(share):
+    print(share.rank, share.world_size, flush=True)
+    return [(np.full((8, 8, 3), share.rank, np.uint8), share.rank)] * 64
+settings = json.loads(sys.argv[1])
+fastvit_engine.train(fastvit_engine.load_config("quickstart", settings), sys.argv[2], data=begin)
+"""
+    port, out = free_port(), tmp_path / "run"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, json.dumps(SETTINGS), str(out)],
+            env={**os.environ, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **rank_environment(rank, 2, port)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert all(f"{rank} 2\n" in text for rank, text in enumerate(printed))
 
 
 @pytest.mark.distributed

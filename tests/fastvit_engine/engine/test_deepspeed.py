@@ -179,7 +179,10 @@ def test_no_other_module_knows_the_insides_of_deepspeed():
     names |= {name for layout in (Layout, *LAYOUTS) for name in getattr(layout, "internals", ())}
     word = re.compile(r"(\.|[\"'])(" + "|".join(sorted(names - COMMON, key=len, reverse=True)) + r")\b(?!\s*[=:])")
     found = {}
-    for path in Path(fastvit_engine.__file__).parent.rglob("*.py"):
+    package = Path(fastvit_engine.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.is_relative_to(package / "config"):  # words that users bring to a configuration are no insides
+            continue
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             if (match := word.search(line)) and path != SOURCE:
                 found[f"{path.name}:{number}"] = match[2]

@@ -11,8 +11,8 @@ import pytest
 
 from fastvit_engine.checkpoint import Recovery
 from fastvit_engine.config import load_config
-from fastvit_engine.data import build_train_data, prepare_data
-from fastvit_engine.distributed.launch import free_port, rank_environment
+from fastvit_engine.data import prepare_data
+from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
@@ -30,11 +30,9 @@ def bad_key(digits, tmp_path_factory):
     """A sample of the fourteenth step, after two checkpoints."""
     settings = [f"data.train={digits}/train-*.tar", "data.eval=null", f"train.global_batch_size={BATCH}"]
     config = load_config("quickstart", settings).config
-    plan = prepare_data(config, world_size=1, index_folder=tmp_path_factory.mktemp("index"))
+    data = prepare_data(config, world_size=1, index_folder=tmp_path_factory.mktemp("index"))
     first, _ = WINDOW
-    batches = build_train_data(
-        config, plan, rank=0, world_size=1, micro_batch_size=BATCH, consumed=first, pin_memory=False
-    )
+    batches = data.train_batches(config, rank=0, world_size=1, micro_batch_size=BATCH, consumed=first, pin_memory=False)
     return next(batches).keys[3]
 
 
