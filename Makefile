@@ -27,10 +27,10 @@ lint: $(VENV)/.installed
 	$(BIN)/lint-imports
 
 # torch goes first, alone: whatever is installed after it finds its need for torch already met.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml kernels/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,dev,integrations]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./kernels --editable '.[dev]'
 	touch $@
 
 # For another machine: Linux on x86-64, with the Python of PYTHON_VERSION.

@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"not installed, and nothing runs without: {', '.join(missing)}")
             return 2
         print("\n".join(["not installed, and therefore:", *(f"  {line}" for line in poorer)]), flush=True)
-        found = {"versions": versions(), "not_installed": poorer, "unfit_wheels": unfit}
+        found: dict[str, object] = {"versions": versions(), "not_installed": poorer, "unfit_wheels": unfit}
         outcomes: list[Outcome] = []
         waiting = [step for step in steps(folder, parsed.dry_run) if step.name in parsed.steps]
         while waiting:

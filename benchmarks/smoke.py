@@ -31,6 +31,7 @@ from benchmarks.judge import Judge
 from benchmarks.kernels import Selection, pick_known, select
 from benchmarks.machine import ROOT, pick_device
 from benchmarks.registry import OURS, Case, Unusable
+from fastvit_engine.cli import main as fastvit
 from fastvit_engine.files import atomic_write
 
 SKIPPED = "skipped: "
@@ -119,14 +120,13 @@ def check_training(stage: int) -> None:
     if absent:
         raise Unusable(f"not installed: {', '.join(absent)}")
     from benchmarks.data import write_shards
-    from fastvit_engine.cli import main
 
     with tempfile.TemporaryDirectory() as folder:
         shards, run = write_shards(Path(folder, "shards"), 32, height=96, width=128), Path(folder, "run")
         settings = [*SETTINGS, f"data.train={shards}", f"zero.stage={stage}"]
         settings.append(f"train.precision={'bf16' if torch.cuda.is_available() else 'fp32'}")
         words = ["train", "quickstart", "--out", str(run), "--max-restarts", "0"]
-        exit_code = main([*words, *(word for setting in settings for word in ("--set", setting))])
+        exit_code = fastvit([*words, *(word for setting in settings for word in ("--set", setting))])
         if exit_code != 0:
             raise RuntimeError(f"fastvit train ended with exit code {exit_code}")
 

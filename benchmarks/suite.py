@@ -1,4 +1,8 @@
-"""`fastvit bench` from its arguments to its files."""
+"""`fastvit bench` from its arguments to its files.
+
+A suite is imported when it is measured: a GPU machine may have what the operations need, and nothing that training
+needs.
+"""
 
 import json
 import math
@@ -12,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import kernels, train
+from benchmarks import kernels, readme
 from benchmarks.machine import ROOT, pick_device, slug
 from benchmarks.plots import draw_kernels, draw_train
 from benchmarks.report import aligned, kernels_markdown, train_markdown
@@ -27,9 +31,7 @@ QUICK_PHOTOS, PHOTOS = 32, 300
 def run(args: Namespace) -> int:
     """What `fastvit bench ACTION` does. UserError for names that there are not; exit code 1 where a result is wrong."""
     if args.action == "readme":
-        from benchmarks.readme import update
-
-        return update(check=args.check)
+        return readme.update(check=args.check)
     out = args.out or (None if args.quick else RESULTS)  # a quick run never lands among the results by accident
     folder = out and out / slug(pick_device())
     if folder is not None:
@@ -93,11 +95,12 @@ def measure_kernels(args: Namespace, folder: Path | None) -> tuple[str, dict[str
 
 
 def measure_train(args: Namespace, folder: Path | None) -> tuple[str, dict[str, Any]]:
+    from benchmarks import train
+    from benchmarks.data import write_shards
+
     with tempfile.TemporaryDirectory() as scratch:
         shards = getattr(args, "shards", None) if args.action == "train" else None
         if shards is None and args.quick:  # so that the path from shards runs too
-            from benchmarks.data import write_shards
-
             shards = str(write_shards(Path(scratch, "shards"), 64, height=96, width=128))
         selection = train.Selection(
             models=names(args, "models") if args.action == "train" else (),

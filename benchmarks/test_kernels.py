@@ -59,11 +59,15 @@ def test_operation(benchmark: Any, case: Case, provider: Provider, pass_: str) -
     def gradients(outputs: Any) -> Any:
         return torch.autograd.grad(outputs, leaves, cotangents)
 
-    def prepare() -> tuple[tuple, dict]:
+    def prepare() -> tuple[tuple[Any, ...], dict[str, Any]]:
         bound.before()
         return ((forward(),) if pass_ == "backward" else ()), {}
 
-    call: Callable[..., Any] = {"forward": forward, "backward": gradients, "both": lambda: gradients(forward())}[pass_]
+    calls: dict[str, Callable[..., Any]] = {
+        "forward": forward,
+        "backward": gradients,
+        "both": lambda: gradients(forward()),
+    }
     benchmark._timer = device_timer
     benchmark.group = f"{case.id} {pass_}"
-    benchmark.pedantic(call, setup=prepare, rounds=20, warmup_rounds=3)
+    benchmark.pedantic(calls[pass_], setup=prepare, rounds=20, warmup_rounds=3)

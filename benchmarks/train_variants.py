@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import step_overhead
 from benchmarks.peers import MAX_AUTOTUNE, need, need_vision
 from benchmarks.registry import Unusable
 from benchmarks.shapes import Shape
@@ -19,7 +20,7 @@ from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import build_engine, split_batch
 from fastvit_engine.engine.optimizers import parameter_groups
 from fastvit_engine.models import VisionTransformer, build_model
-from fastvit_kernels import FusedCrossEntropy, accelerate
+from fastvit_kernels import FusedCrossEntropy, accelerate, dispatch
 
 CLASSES = 1000
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -223,8 +224,6 @@ def reference(setup: Setup) -> Step:
         model = timm_model(setup)
         run: Callable[[Tensor], Tensor] = lambda images: model(normalised(images))  # noqa: E731
     except Unusable:
-        from fastvit_kernels import dispatch
-
         dispatch.choice = "reference"
         model = setup.our_model().train()
         run = model
@@ -276,6 +275,4 @@ VARIANTS = (
 
 def resident_batches(setup: Setup) -> list[Batch]:
     """Random images and labels in memory."""
-    from benchmarks.step_overhead import resident_batches as make
-
-    return make(setup.config())
+    return step_overhead.resident_batches(setup.config())

@@ -6,6 +6,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import flex_attention as flex
 
 import fastvit_kernels
 from benchmarks.peers import MAX_AUTOTUNE, compiled, need, need_cuda
@@ -91,8 +92,6 @@ def transformer_engine(case: Case) -> Callable[[Tensor], Tensor]:
 def flex_attention(case: Case) -> Callable[[Tensor], Tensor]:
     if case.device.type != "cuda":
         raise Unusable("needs a GPU")
-    from torch.nn.attention.flex_attention import flex_attention as flex
-
     attend = compiled(flex)
     return lambda qkv: attend(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(-2)
 

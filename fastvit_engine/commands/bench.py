@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
     if not (checkout / "benchmarks" / "suite.py").is_file():
         raise UserError(
             "fastvit bench needs the folder benchmarks/ of a checkout, which an installed package does not have: "
-            "clone the repository and run pip install --editable '.[train,bench]' there"
+            "clone the repository and run pip install --editable ./kernels --editable '.[train,bench]' there"
         )
     if str(checkout) not in sys.path:
         sys.path.insert(0, str(checkout))

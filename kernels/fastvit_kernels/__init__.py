@@ -18,6 +18,8 @@ from fastvit_kernels.modules import (
 from fastvit_kernels.patch_embed import patch_embed
 from fastvit_kernels.residual import drop_path_subset
 
+__version__ = "0.1.0"
+
 __all__ = [
     "FusedAttention",
     "FusedBlock",

@@ -6,7 +6,8 @@ import torch
 
 from benchmarks import train
 from benchmarks.report import train_markdown
-from benchmarks.train import CHECKED_STEPS, QUICK_CPU_SHAPE, Selection, best_peer, classify, judged
+from benchmarks.train import QUICK_CPU_SHAPE, Selection, best_peer, judged
+from benchmarks.train_process import CHECKED_STEPS, classify
 from benchmarks.train_variants import REFERENCE, VARIANTS, Setup, resident_batches
 from fastvit_engine.distributed.world import World
 
@@ -82,7 +83,7 @@ def test_report_and_best_peer(environment):
 def test_a_child_that_dies_is_a_row(monkeypatch, tmp_path):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").touch()
-    (tmp_path / "benchmarks" / "train.py").write_text("import sys; print('out of luck'); sys.exit(7)")
+    (tmp_path / "benchmarks" / "train_process.py").write_text("import sys; print('out of luck'); sys.exit(7)")
     monkeypatch.setattr(train, "ROOT", tmp_path)
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     monkeypatch.chdir(tmp_path)
