@@ -17,7 +17,6 @@ import json
 import os
 import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,12 +27,11 @@ from typing import Any
 import torch
 
 from benchmarks.step_overhead import describe_machine, resident_batches
-from fastvit_engine.checkpoint import Checkpointer, place_of
+from fastvit_engine.checkpoint import Checkpointer, TrainerState, store_of
 from fastvit_engine.config import Resolved, load_config
-from fastvit_engine.distributed.launch import free_port, rank_environment
+from fastvit_engine.distributed.supervise import start_ranks
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.engine.build import build_engine, split_batch
-from fastvit_engine.engine.deepspeed import EngineState
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_model, parameter_count
 from fastvit_engine.observe.run_folder import RunFolder
@@ -60,15 +58,16 @@ def measure(world: World, quick: bool, folder: Path) -> dict[str, Any]:
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     split = split_batch(config, world.size)
     engine, criterion = build_engine(model, config, split, world), FusedCrossEntropy("softmax")
-    state, run = EngineState(engine), RunFolder(folder)
-    place = place_of(config.checkpoint, run)
-    checkpointer = Checkpointer(run, place, state, None, world, config.checkpoint, say=lambda text: None)
+    run = RunFolder(folder)
+    store = store_of(config.checkpoint, run)
+    checkpointer = Checkpointer(run, store, engine, None, world, config.checkpoint, say=lambda text: None)
+    fingerprint = {"model": config.model.model_dump(mode="json")}
     batch = resident_batches(config)[0]
     own = slice(world.rank * split.micro_batch_size, (world.rank + 1) * split.micro_batch_size)
 
     def train_step() -> float:
         """Takes a step; the seconds that its update waited for a copy."""
-        engine.backward(criterion(engine(batch.images[own]), batch.labels[own]))
+        engine.backward(criterion(engine.model(batch.images[own]), batch.labels[own]))
         ready = time.perf_counter()
         checkpointer.before_update()
         waited = time.perf_counter() - ready
@@ -82,7 +81,7 @@ def measure(world: World, quick: bool, folder: Path) -> dict[str, Any]:
         world.barrier()
         started = time.perf_counter()
         if kind != "none":
-            checkpointer.save(next(numbers), {"accuracy": {}})
+            checkpointer.save(TrainerState(next(numbers), fingerprint))
         if kind == "synchronous":
             checkpointer.settle(wait=True)
         blocked = time.perf_counter() - started if kind != "none" else 0.0
@@ -136,12 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run_ranks(words: Sequence[str], folder: Path) -> dict[str, Any]:
-    port, command = free_port(), [sys.executable, "-m", "benchmarks.checkpoint_blocking", *words]
-    ranks = [
-        subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1", **rank_environment(rank, PROCESSES, port)})
-        for rank in range(PROCESSES)
-    ]
-    codes = [rank.wait() for rank in ranks]
+    command = [sys.executable, "-m", "benchmarks.checkpoint_blocking", *words]
+    with start_ranks(command, PROCESSES, {**os.environ, "OMP_NUM_THREADS": "1"}) as ranks:
+        codes = [rank.wait() for rank in ranks]
     if any(codes):
         raise SystemExit("a process failed")
     return json.loads((folder / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""README.md's table of results, from the newest result files of each machine. A test holds the two together."""
+"""Writes the table of results in docs/verification.md, from the newest result files of each machine."""
 
 import json
 import sys
@@ -11,6 +11,7 @@ from benchmarks.report import percent
 from fastvit_engine.files import atomic_write
 
 ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "verification.md"
 BEGIN = "<!-- results: written by `fastvit bench readme` -->"
 END = "<!-- end of results -->"
 NONE_OF_A_GPU = "There is no GPU figure yet, so none is shown."
@@ -18,25 +19,25 @@ NONE_OF_A_GPU = "There is no GPU figure yet, so none is shown."
 Record = Mapping[str, Any]
 
 
-def update(*, check: bool = False, readme: Path = ROOT / "README.md", results: Path | None = None) -> int:
-    """Writes the table into the README, or with `check` says whether it is up to date: exit code 0 or 1."""
-    text = readme.read_text()
+def update(*, check: bool = False, page: Path = PAGE, results: Path | None = None) -> int:
+    """Writes the table into the page, or with `check` only says whether it is up to date: exit code 0 or 1."""
+    text = page.read_text()
     new = with_results(text, render(results or ROOT / "benchmarks" / "results"))
     if new == text:
         return 0
     if check:
-        print(f"{readme.name} does not show the newest results: run fastvit bench readme", file=sys.stderr)
+        print(f"{page.name} does not show the newest results: run fastvit bench readme", file=sys.stderr)
         return 1
-    atomic_write(readme, new)
+    atomic_write(page, new)
     return 0
 
 
 def with_results(text: str, table: str) -> str:
-    """The README with what stands between the two marks replaced."""
+    """The page with the text between the two marks replaced."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise ValueError(f"README.md has no place for results: lines '{BEGIN}' and '{END}'")
+        raise ValueError(f"the page has no lines '{BEGIN}' and '{END}' to write results between")
     return f"{before}{BEGIN}\n{table}{END}{after}"
 
 
@@ -53,8 +54,8 @@ def render(results: Path) -> str:
             environment = record["environment"]
             gpus += environment.get("gpu") is not None
             machine = environment.get("gpu") or f"{environment['cpu']}, {environment['cpu_count']} cores"
-            place = f"benchmarks/results/{folder.name}/{path.stem}"
-            links = f"[table]({place}.md), [raw]({place}.json)"
+            file = f"../benchmarks/results/{folder.name}/{path.stem}"  # relative to docs/
+            links = f"[table]({file}.md), [raw]({file}.json)"
             lines += [f"| {what} | {machine} | {figure} | {links} |" for what, figure in rows(record)]
     return "\n".join(["", *lines, "", *([] if gpus else [NONE_OF_A_GPU, ""])])
 

@@ -10,8 +10,8 @@ every round each loop has one turn, in an order that rotates, so that a slow mom
 `bare`         a plain PyTorch loop: model, loss, backward, clipping, AdamW, learning rate.
 `control`      the same a second time: how far it is from `bare` says what no difference looks like on this machine.
 `deepspeed-Z`  the same through the DeepSpeed engine at ZeRO stage Z, as `build_engine` makes it.
-`loop-Z`       the real training loop, `fastvit_engine.train.loop._train`, with the name `build_train_data` in its
-               module replaced by the resident batches, and its log lines written to a file.
+`loop-Z`       the real training loop, `fastvit_engine.train.loop._train`, on training data that gives the resident
+               batches, with its log lines written to a file.
 """
 
 import argparse
@@ -36,20 +36,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastvit_engine.config import Config, Resolved, load_config
-from fastvit_engine.data import Batch, DataPlan
-from fastvit_engine.distributed.launch import free_port, rank_environment
+from fastvit_engine.checkpoint import TrainerState
+from fastvit_engine.config import Config, DataConfig, Resolved, load_config
+from fastvit_engine.data import Batch, TrainingData
 from fastvit_engine.distributed.preemption import Preemption
+from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world
-from fastvit_engine.engine.build import build_engine, parameter_groups, set_learning_rate, split_batch
+from fastvit_engine.engine.build import build_engine, split_batch
+from fastvit_engine.engine.optimizers import parameter_groups
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_model, parameter_count
 from fastvit_engine.observe.environment import collect_environment
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.defaults import choose, machine_of
 from fastvit_engine.train import loop
-from fastvit_engine.train.schedule import Plan
+from fastvit_engine.train.schedule import Schedule
 from fastvit_engine.train.start import Start
 from fastvit_kernels import FusedCrossEntropy
 
@@ -185,12 +187,9 @@ def _start(variant: str, case: Case, resident: Sequence[Batch], world: World, fo
         "bare": lambda: train_bare(resolved.config, racer.batches),
         "control": lambda: train_bare(resolved.config, racer.batches),
         "deepspeed": lambda: train_with_deepspeed(resolved.config, world, racer.batches),
-        "loop": lambda: train_with_loop(resolved, world, folder / variant),
+        "loop": lambda: train_with_loop(resolved, world, folder / variant, racer.batches),
     }[kind]
-    with (
-        patch.object(loop, "build_train_data", lambda config, data, **options: racer.batches),
-        contextlib.redirect_stderr(log),  # where the progress display finds a run without a terminal
-    ):
+    with contextlib.redirect_stderr(log):  # where the progress display finds a run without a terminal
         racer.start(train)
     return racer
 
@@ -245,7 +244,7 @@ class Racer:
 
 
 def train_bare(config: Config, batches: Iterator[Batch]) -> Weights:
-    plan = Plan(config, config.data.train_samples)
+    schedule = Schedule(config, config.data.train_samples)
     torch.manual_seed(config.seed)
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     criterion = FusedCrossEntropy(config.loss.kind)
@@ -253,9 +252,9 @@ def train_bare(config: Config, batches: Iterator[Batch]) -> Weights:
         parameter_groups(model, config.optimizer.weight_decay), betas=config.optimizer.betas, eps=config.optimizer.eps
     )
     assert config.train.grad_clip is not None
-    for step, batch in zip(range(plan.total_steps), batches, strict=False):
+    for step, batch in zip(range(schedule.total_steps), batches, strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate(step)
+            group["lr"] = schedule.learning_rate(step)
         loss = criterion(model(batch.images), batch.labels)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
@@ -265,33 +264,50 @@ def train_bare(config: Config, batches: Iterator[Batch]) -> Weights:
 
 
 def train_with_deepspeed(config: Config, world: World, batches: Iterator[Batch]) -> Weights:
-    plan = Plan(config, config.data.train_samples)
+    schedule = Schedule(config, config.data.train_samples)
     torch.manual_seed(config.seed)
     model = build_model(config.model, mean=config.data.mean, std=config.data.std)
     engine = build_engine(model, config, split_batch(config, world.size), world)
     criterion = FusedCrossEntropy(config.loss.kind)
-    engine.train()
-    for step, batch in zip(range(plan.total_steps), batches, strict=False):
-        set_learning_rate(engine, plan.learning_rate(step))
-        loss = criterion(engine(batch.images), batch.labels)
+    engine.model.train()
+    for step, batch in zip(range(schedule.total_steps), batches, strict=False):
+        engine.set_learning_rate(schedule.learning_rate(step))
+        loss = criterion(engine.model(batch.images), batch.labels)
         engine.backward(loss)
         engine.step()
     return model.state_dict()
 
 
-def train_with_loop(resolved: Resolved, world: World, folder: Path) -> Weights:
+class ResidentData(TrainingData):
+    """Training data that gives the same batches again and again."""
+
+    def __init__(self, batches: Iterator[Batch], samples_per_epoch: int | None) -> None:
+        self.batches, self.samples_per_epoch, self.class_names = batches, samples_per_epoch, None
+
+    def fingerprint(self, data: DataConfig) -> dict[str, Any]:
+        return {"order": "resident"}
+
+    def describe(self) -> str:
+        return "reading resident batches"
+
+    def train_batches(self, config: Config, **options: Any) -> Iterator[Batch]:
+        return self.batches
+
+    def eval_batches(self, config: Config, **options: Any) -> Iterator[Batch]:
+        raise NotImplementedError("nothing to evaluate on")
+
+
+def train_with_loop(resolved: Resolved, world: World, folder: Path, batches: Iterator[Batch]) -> Weights:
     """The engine's own loop from its set-up to its export; the batches are all that is not as in a run."""
     run = RunFolder(folder)
     run.checkpoints.mkdir(parents=True)
     samples = resolved.config.data.train_samples
     start = Start(
-        step=0,
-        total_steps=Plan(resolved.config, samples).total_steps,
-        seconds=0.0,
+        state=TrainerState(0, fingerprint={"model": resolved.config.model.model_dump(mode="json")}),
+        total_steps=Schedule(resolved.config, samples).total_steps,
         checkpoint=None,
-        fingerprint={"model": resolved.config.model.model_dump(mode="json")},
         message="",
-        data=DataPlan(train=(), eval=None, streams=None, samples_per_epoch=samples, class_names=None),
+        data=ResidentData(batches, samples),
     )
     watchdog = Watchdog(run, world, resolved.config.watchdog)  # not entered: loops stand still between their turns
     chosen = choose(resolved.config, machine_of(world))

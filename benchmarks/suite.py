@@ -118,24 +118,29 @@ def measure_train(args: Namespace, folder: Path | None) -> tuple[str, dict[str, 
 
 
 def measure_data(args: Namespace, folder: Path | None) -> tuple[str, dict[str, Any]]:
-    """`fastvit data bench`, on these shards or on noise."""
+    """Loaders of training images, on these shards or on noise."""
     from benchmarks.data import write_shards
     from benchmarks.data_loading.run import FULL, QUICK, bench
 
     with tempfile.TemporaryDirectory() as scratch:
         shards: str | None = getattr(args, "shards", None) if args.action == "data" else None
         noise, cores = shards is None, os.cpu_count() or 1
-        workers = min(2, cores) if args.quick else max(2, cores)
+        given = args if args.action == "data" else Namespace()
+        for name in ("image_size", "workers", "rounds", "repack"):
+            if getattr(given, name, None) is not None and getattr(given, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} is {getattr(given, name)}: give at least 1")
+        workers = getattr(given, "workers", None) or (min(2, cores) if args.quick else max(2, cores))
+        effort = QUICK if args.quick else FULL
         if shards is None:
             photos = QUICK_PHOTOS if args.quick else PHOTOS
             per_shard = -(-photos // (2 * workers))  # WebDataset's readers need a shard a worker
             shards = str(write_shards(Path(scratch, "shards"), photos, per_shard=per_shard))
         text, record = bench(
             shards,
-            image_size=64 if args.quick else 224,
+            image_size=getattr(given, "image_size", None) or (64 if args.quick else 224),
             workers=workers,
-            effort=QUICK if args.quick else FULL,
-            repack=None if args.quick else 256,
+            effort=effort._replace(rounds=getattr(given, "rounds", None) or effort.rounds),
+            repack=getattr(given, "repack", None) or (None if args.quick else 256),
             out=Path(scratch),
             progress=say,
         )

@@ -24,7 +24,7 @@ from benchmarks.kernels import pick_known
 from benchmarks.machine import ROOT, describe, pick_device
 from benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, Shape
 from benchmarks.train_variants import REFERENCE, VARIANTS, Variant
-from fastvit_engine.distributed.launch import free_port, rank_environment
+from fastvit_engine.distributed.supervise import start_ranks
 
 # Relative distance that a loss of the first steps may have. Rounding of weights in bf16 is 2^-8, and Adam turns signs.
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
@@ -151,24 +151,17 @@ def best_peer(rows: Sequence[dict[str, Any]]) -> str | None:
 def run_variant(order: dict[str, Any]) -> dict[str, Any]:
     """What a variant's own process writes, or how it ended."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | rank_environment(rank=0, processes=1, port=free_port())
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryDirectory() as folder, Path(folder, "log").open("w+") as log:
         place = Path(folder, "order.json")
         place.write_text(json.dumps(order))
-        process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train_process", str(place)],
-            env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
-            stdout=log,
-            stderr=log,
-        )
-        finished = False
-        try:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(TIME_LIMIT)
-                finished = True
-        finally:  # after Ctrl-C too
-            process.kill()
-            process.wait()
+        command, finished = [sys.executable, "-m", "benchmarks.train_process", str(place)], False
+        with (
+            start_ranks(command, 1, environment, stdout=log, stderr=log) as (process,),
+            suppress(subprocess.TimeoutExpired),
+        ):
+            process.wait(TIME_LIMIT)
+            finished = True
         result = Path(folder, "result.json")
         if result.exists():
             return dict(json.loads(result.read_text()))

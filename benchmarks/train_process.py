@@ -24,8 +24,7 @@ from benchmarks.registry import Unusable
 from benchmarks.shapes import Shape
 from benchmarks.timing import Clock
 from benchmarks.train_variants import REFERENCE, VARIANTS, Setup, resident_batches
-from fastvit_engine.data import build_train_data
-from fastvit_engine.data.stream.prepare import prepare_data
+from fastvit_engine.data import prepare_data
 from fastvit_engine.distributed.world import join_world
 from fastvit_engine.models import training_flops
 from fastvit_engine.train.throughput import Peak, peak_flops, peak_memory_bytes
@@ -97,10 +96,9 @@ def stream(setup: Setup, pattern: str, scratch: Path) -> Iterator[tuple[Tensor, 
     """Batches from shards as training reads them."""
     device = setup.world.device
     config = setup.config(data={"train": pattern, "num_workers": min(16, os.cpu_count() or 1)})
-    plan = prepare_data(config, world_size=1, index_folder=scratch)
-    batches = build_train_data(
+    data = prepare_data(config, world_size=1, index_folder=scratch)
+    batches = data.train_batches(
         config,
-        plan,
         rank=0,
         world_size=1,
         micro_batch_size=setup.batch,

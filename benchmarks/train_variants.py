@@ -17,7 +17,8 @@ from benchmarks.shapes import Shape
 from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
 from fastvit_engine.distributed.world import World
-from fastvit_engine.engine.build import build_engine, parameter_groups, split_batch
+from fastvit_engine.engine.build import build_engine, split_batch
+from fastvit_engine.engine.optimizers import parameter_groups
 from fastvit_engine.models import VisionTransformer, build_model
 from fastvit_kernels import FusedCrossEntropy, accelerate, dispatch
 
@@ -117,10 +118,10 @@ def fastvit_deepspeed(stage: int) -> Callable[[Setup], Step]:
         config = setup.config(zero={"stage": stage})
         engine = build_engine(setup.our_model(), config, split_batch(config, 1), setup.world)
         criterion = FusedCrossEntropy()
-        engine.train()
+        engine.model.train()
 
         def step(images: Tensor, labels: Tensor) -> Tensor:
-            loss = criterion(engine(images), labels)
+            loss = criterion(engine.model(images), labels)
             engine.backward(loss)
             engine.step()
             return loss.detach()

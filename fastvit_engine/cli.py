@@ -16,11 +16,11 @@ from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, Preempted, Res
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; returns 0, or after printing one sentence the exit code of what ended it (see `errors`)."""
+    """Runs one command and returns its exit code, see `errors`. An expected failure prints one sentence."""
     args = _parser().parse_args(arguments)
     try:
         return _run(args)
-    except Exception:  # a bug: of one process that others wait for, it ends it at once, see _fail
+    except Exception:  # a bug: if other processes wait for this one, it must exit at once, see _fail
         if "RANK" not in os.environ:
             raise
         traceback.print_exc()
@@ -45,7 +45,7 @@ def _run(args: argparse.Namespace) -> int:
         return 128 + signal.SIGINT
     except ModuleNotFoundError as error:
         if importlib.util.find_spec((error.name or "").partition(".")[0]) is not None:
-            raise  # an installed package that misses a part of itself is not the user's doing
+            raise  # an installed package without one of its own parts is not the user's fault
         return _fail(f"this command needs the package '{error.name}': pip install 'fastvit-engine[train]'")
 
 

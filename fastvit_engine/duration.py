@@ -1,34 +1,46 @@
-"""Lengths of training as people say them: "90 epochs", "10_000 steps", "300M samples", "5%"."""
+"""Durations with a unit, and their length in steps: "90 epochs", "10_000 steps", "300M samples", "5%"."""
 
 import math
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import BeforeValidator
 
 from fastvit_engine.errors import UserError
 
 _PATTERN = re.compile(r"([0-9][0-9_]*\.?[0-9]*)\s*([kMB]?)\s*(steps?|epochs?|samples?|%|percent)")
+_BARE_NUMBER = re.compile(r"[0-9][0-9_]*\.?[0-9]*\s*[kMB]?")
 _MAGNITUDE = {"": 1, "k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
 
 
 def parse_duration(text: str) -> tuple[float, str]:
-    """Splits "300M samples" into (3e8, "sample"); units are step, epoch, sample and %. ValueError on anything else."""
-    match = _PATTERN.fullmatch(text.strip())
-    if match is None:
+    """Splits "300M samples" into (3e8, "sample"); units are step, epoch, sample and %.
+
+    Raises ValueError on anything else.
+    """
+    text = text.strip()
+    match = _PATTERN.fullmatch(text)
+    if match is not None:
+        number, magnitude, unit = match.groups()
+        return float(number) * _MAGNITUDE[magnitude], "%" if unit == "percent" else unit.rstrip("s")
+    if _BARE_NUMBER.fullmatch(text):
         raise ValueError(
-            f"{text!r} is not a duration; write for example '10000 steps', '90 epochs', '300M samples', '5%'"
+            f"{text!r} is not a duration without a unit: write '{text} steps', '{text} epochs', '{text} samples' or "
+            f"'{text}%'"
         )
-    number, magnitude, unit = match.groups()
-    return float(number) * _MAGNITUDE[magnitude], "%" if unit == "percent" else unit.rstrip("s")
+    raise ValueError(f"{text!r} is not a duration; write for example '10000 steps', '90 epochs', '300M samples', '5%'")
 
 
-def _checked(text: str) -> str:
-    parse_duration(text)
-    return text
+def _checked(value: Any) -> Any:
+    """`value` as it is, if it is a duration. A plain number gets the sentence about its unit."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if isinstance(value, str):
+        parse_duration(value)
+    return value
 
 
-Duration = Annotated[str, AfterValidator(_checked)]
+Duration = Annotated[str, BeforeValidator(_checked)]
 
 
 def to_steps(
@@ -49,6 +61,9 @@ def to_steps(
         steps = value * samples_per_epoch / global_batch_size
     else:
         if total_steps is None:
-            raise UserError(f"'{duration}' is a share of the run and cannot be the length of the run itself: use steps")
+            raise UserError(
+                f"'{duration}' is a fraction of the run and cannot be the length of the run itself: use steps, epochs "
+                "or samples"
+            )
         steps = value / 100 * total_steps
     return max(0, math.floor(steps + 0.5))

@@ -1,8 +1,8 @@
-"""The exceptions that end a command in order, and the exit codes that tell a launcher what to do next."""
+"""The exceptions that end a command with one sentence, and the exit codes that tell a launcher what to do next."""
 
 EXIT_BAD_INPUT = 2  # the same command would fail again
-EXIT_RESTART = 75  # a failure that the same command, started again, may well survive (EX_TEMPFAIL of sysexits.h)
-EXIT_PREEMPTED = 76  # asked to leave, and saved: start the same command again when there is room
+EXIT_RESTART = 75  # a failure that the same command may survive when started again (EX_TEMPFAIL of sysexits.h)
+EXIT_PREEMPTED = 76  # asked to stop, and saved: start the same command again when there is room
 
 
 class UserError(Exception):
@@ -15,12 +15,12 @@ class UserError(Exception):
 
 
 class RestartError(Exception):
-    """The run cannot go on in these processes, but may after a restart from its checkpoint: exit code 75."""
+    """The run cannot continue in these processes, but may after a restart from its checkpoint: exit code 75."""
 
     exit_code = EXIT_RESTART
 
 
 class Preempted(Exception):
-    """The run was asked to leave and has saved its state: exit code 76."""
+    """The run was asked to stop and has saved its state: exit code 76."""
 
     exit_code = EXIT_PREEMPTED

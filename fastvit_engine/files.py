@@ -1,24 +1,91 @@
-"""How files are written: whole or not at all."""
+"""The one way to write a file: whole or not at all, and JSON lines that a kill or a full disk cannot tear.
+
+What is guaranteed, on a file system that keeps what fsync has written:
+
+* `atomic_write`, `atomic_writer`, `atomic_folder`: whoever opens the path finds the old content or all of the new, at
+  any moment, also after a power failure. When the call returns, the new content is durable. Of several writers at once
+  the last file wins, and the first folder. A writer that fails removes its temporary file; what a killed one leaves
+  behind, the next writer of the same path removes.
+* `append_json_lines`: all lines of a call are appended, or none if it raises. Appenders in other processes and on other
+  machines wait for each other if the file system has locks. Half a line, left by a killed writer or a power failure, is
+  cut off before the next line is written, so no line ever joins it; that is said once.
+* `read_json_lines`: half a line at the end is left out, every other malformed line is a UserError that names it.
+"""
 
 import contextlib
+import fcntl
+import functools
+import hashlib
+import json
 import os
+import re
+import shutil
 import socket
+import sys
+import time
 import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO
+
+from fastvit_engine.errors import UserError
+
+_LOCK_SECONDS = 5.0  # a process stopped while it holds the lock must not stop all others
+_LONGEST_LINE = 2**26  # bytes of JSON that are worth parsing
+_BLOCK = 2**16  # bytes
+_ABANDONED_SECONDS = 86400.0  # a temporary file of an unknown machine that has not grown for so long has no writer
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Writes `content` (text as UTF-8) so that `path` holds the old or the new content, whole, whenever power fails."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    """Replaces the content of `path` by `content` (text as UTF-8), durably. See the module for what is guaranteed."""
+    with atomic_writer(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def atomic_writer(path: Path, *, temporary_folder: Path | None = None) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends, and disappears if the block raises.
+
+    It grows in the folder of `path`, or in `temporary_folder`: one in the same file system, which its owner empties.
+    """
+    if temporary_folder is None:
+        _remove_leftovers(path)
+    temporary = _temporary(path, temporary_folder)
     try:
         with open(temporary, "xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             temporary.unlink()
+        raise
+    flush_to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder that becomes `path`, files and all, when the block ends, and disappears if the block raises.
+
+    If another writer was faster, its folder stays and this one disappears. Subfolders are not supported.
+    """
+    _remove_leftovers(path)
+    temporary = _temporary(path)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            flush_to_disk(file)
+        flush_to_disk(temporary)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if not path.is_dir():
+                raise
+            shutil.rmtree(temporary)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     flush_to_disk(path.parent)
 
@@ -32,6 +99,159 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def temporary_name(path: Path) -> Path:
-    """Beside `path`, and of this process alone, also where several machines write to one folder."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+def append_json_lines(path: Path, rows: Iterable[Any], *, durable: bool = True) -> None:
+    """Appends each row as one line of JSON, and creates the file if necessary. OSError if not all can be written.
+
+    With `durable` the lines outlive a power failure once the call returns; without, a kill of the process only.
+    """
+    content = json_lines(rows)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        with _locked(file):
+            torn = _mend_last_line(file)
+            size = os.fstat(file).st_size
+            try:
+                _write_all(file, content)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file, size)
+                raise
+        if durable:
+            os.fsync(file)
+    finally:
+        os.close(file)
+    if torn:
+        print(f"fastvit: {path} ended in half a line, {torn} bytes, which were removed", file=sys.stderr)
+
+
+def json_lines(rows: Iterable[Any]) -> bytes:
+    """The content of a file of JSON lines. ValueError if a number is not finite: JSON has none such."""
+    return b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows)
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of the file, one per line. Half a line at its end, left by a killed writer, is left out.
+
+    UserError with file and line if any other line is not a JSON object; OSError if the file cannot be read.
+    """
+    *lines, last = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(_parse(line))
+        except ValueError as error:
+            raise damaged_line(path, number, str(error)) from None
+    with contextlib.suppress(ValueError):
+        rows.append(_parse(last))  # an object that lacks only its newline is whole
+    return rows
+
+
+def damaged_line(path: Path, number: int, problem: str) -> UserError:
+    """The error for line `number`, counted from 1, of a file of JSON lines: `problem` continues "line 3 ..."."""
+    return UserError(f"{path} line {number} {problem}: the file is damaged, remove that line")
+
+
+def _parse(line: bytes) -> dict[str, Any]:
+    """The object in a line; ValueError with what is wrong with it."""
+    try:
+        row = json.loads(line.decode())
+    except (ValueError, RecursionError):  # ValueError: also text that is not UTF-8, and numbers of too many digits
+        raise ValueError("is not JSON") from None
+    if not isinstance(row, dict):
+        raise ValueError("is not a JSON object")
+    return row
+
+
+def _mend_last_line(file: int) -> int:
+    """Ends the file with a newline: removes half a line, and returns its bytes, or completes a whole one."""
+    size = os.fstat(file).st_size
+    start = _last_line_start(file, size)
+    if start == size:
+        return 0
+    try:
+        if size - start > _LONGEST_LINE:
+            raise ValueError("is too long")
+        _parse(os.pread(file, size - start, start))
+    except ValueError:
+        os.ftruncate(file, start)
+        return size - start
+    _write_all(file, b"\n")
+    return 0
+
+
+def _last_line_start(file: int, size: int) -> int:
+    end = size
+    while end > 0:
+        start = max(0, end - _BLOCK)
+        newline = os.pread(file, end - start, start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _write_all(file: int, content: bytes) -> None:
+    """One write as a rule, so that lines never mix; a full disk takes a part of it first, and says so at the rest."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(file, left) :]
+
+
+@contextlib.contextmanager
+def _locked(file: int) -> Iterator[None]:
+    """Holds the lock of an open file, if the file system has locks and its holder lets go within a few seconds."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.002)
+        except OSError:  # there are no locks here
+            break
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)  # also for a child that was forked meanwhile
+
+
+def _temporary(path: Path, folder: Path | None = None) -> Path:
+    """A name that belongs to this call alone, whatever machines write to the folder, and that tells who writes."""
+    return (folder or path.parent) / f".{path.name}.{_machine()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+@functools.cache
+def _machine() -> str:
+    """This machine since its start, and this container: within it, a process id has one meaning."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        boot = socket.gethostname()
+    return hashlib.blake2b(boot.encode(), digest_size=6).hexdigest()
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes the temporary files and folders of `path` whose writers were killed."""
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.([0-9a-f]{{12}})\.(\d+)\.[0-9a-f]{{8}}\.tmp")
+    with contextlib.suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            match = pattern.fullmatch(entry.name)
+            if match is None:
+                continue
+            with contextlib.suppress(OSError):
+                abandoned = time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS
+                if abandoned or (match[1] == _machine() and not _is_alive(int(match[2]))):
+                    shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it belongs to somebody else
+        return True
+    return True

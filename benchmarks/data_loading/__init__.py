@@ -1,1 +1,1 @@
-"""`fastvit data bench`: what reading, decoding and augmenting costs on this machine, beside the usual ways to do it."""
+"""`fastvit bench data`: what reading, decoding and cropping cost on this machine, beside the usual ways to do it."""

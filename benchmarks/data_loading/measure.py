@@ -1,29 +1,15 @@
 """Measuring the variants in turns, so that a slow moment of the machine hits all of them."""
 
-import gc
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import median
-from typing import NamedTuple
 
 import torch
 
-from benchmarks.data_loading.variants import Batches, Dataset, StageTimes, Variant
+from benchmarks.data_loading.variants import Dataset, StageTimes, Variant
+from fastvit_engine.data.check.speed import LoaderTime, time_loader
 from fastvit_engine.errors import UserError
-
-_TICKS = os.sysconf("SC_CLK_TCK")  # of /proc/<pid>/stat, a second
-
-
-class LoaderTime(NamedTuple):
-    """A loader in full swing."""
-
-    images: int
-    cpu: float  # seconds, of this process and its workers
-    wall: float
 
 
 @dataclass
@@ -122,31 +108,4 @@ def _check(dataset: Dataset, variant: Variant, workers: int, progress: Callable[
 
 
 def _run(variant: Variant, dataset: Dataset, workers: int, images: int) -> LoaderTime:
-    before = set(multiprocessing.active_children())
-    batches = variant.batches(dataset, workers, True)
-    for _ in range(2 * workers + 2):  # what was prefetched
-        next(batches)
-    processes = [process for process in multiprocessing.active_children() if process not in before]
-    cpu, wall, seen = _cpu_seconds(processes), time.perf_counter(), 0
-    while seen < images:
-        seen += len(next(batches)[0])
-    time_taken = LoaderTime(seen, _cpu_seconds(processes) - cpu, time.perf_counter() - wall)
-    _stop(batches, processes)
-    return time_taken
-
-
-def _cpu_seconds(processes: Sequence[multiprocessing.process.BaseProcess]) -> float:
-    """Of this process and others, so far."""
-    total = time.process_time()
-    for process in processes:
-        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / _TICKS  # user and system time, fields 14 and 15 of `man proc`
-    return total
-
-
-def _stop(batches: Batches, processes: Sequence[multiprocessing.process.BaseProcess]) -> None:
-    batches.close()  # type: ignore[attr-defined]  # all are generators
-    del batches
-    gc.collect()
-    for process in processes:
-        process.join(10)
+    return time_loader(variant.batches(dataset, workers, True), images, prefetched=2 * workers + 2)

@@ -1,4 +1,4 @@
-"""`fastvit data bench` from its arguments to its files."""
+"""`fastvit bench data` from its arguments to its files."""
 
 import importlib.metadata
 import json
@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 from benchmarks.data_loading.choices import Choice, measure_choices
 from benchmarks.data_loading.measure import Result, measure
 from benchmarks.data_loading.report import BASELINE, draw, to_markdown
-from benchmarks.data_loading.shards import link_shards, read_photos, repack_shards
+from benchmarks.data_loading.shards import read_photos
 from benchmarks.data_loading.variants import VARIANTS, Dataset, open_dataset
+from fastvit_engine.data.check.speed import link_shards, repack_shards
+from fastvit_engine.data.shards.usable import SampleKeys
 from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.environment import collect_environment
 
@@ -55,7 +57,8 @@ def bench(
         datasets = [_open("as they are", folder / "as-they-are", image_size, effort)]
         if repack:
             progress(f"making the images smaller: short side {repack}")
-            repack_shards(folder / "as-they-are", folder / "repacked", repack)
+            keys = SampleKeys.of(datasets[0].config.data)
+            repack_shards(folder / "as-they-are", folder / "repacked", repack, keys)
             datasets.append(_open(f"short side {repack}", folder / "repacked", image_size, effort))
         results = measure(
             datasets, VARIANTS, workers=workers, rounds=effort.rounds, images=effort.images, progress=progress

@@ -23,13 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from fastvit_engine.config import Config
-from fastvit_engine.data.pixels.crops import draw_crops, inception_crop, render, train_view
-from fastvit_engine.data.pixels.decode import open_image, read_image, read_labels
-from fastvit_engine.data.pixels.draws import sample_seeds
-from fastvit_engine.data.stream.batch import BadSample, Workspace
-from fastvit_engine.data.stream.loader import build_train_data, open_train_samples
-from fastvit_engine.data.stream.plan import DataPlan
-from fastvit_engine.data.stream.prepare import prepare_data
+from fastvit_engine.data import prepare_data
+from fastvit_engine.data.check.speed import time_stages
+from fastvit_engine.data.pixels.crops import inception_crop
+from fastvit_engine.data.stream.indexed import IndexedData
 
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 IMAGE_KEYS = "jpg;jpeg;png;webp"
@@ -53,7 +50,7 @@ class Dataset(NamedTuple):
 
     name: str
     shards: list[str]
-    plan: DataPlan
+    data: IndexedData
     config: Config  # of this engine
     image_size: int
     batch_size: int
@@ -85,17 +82,17 @@ def open_dataset(name: str, pattern: str, image_size: int, batch_size: int, scra
             "model": {"name": f"Ti/{image_size}", "image_size": image_size, "num_classes": _ANY_CLASS},
             "data": {
                 "train": pattern,
-                "crop_scale": CROP_SCALE,
-                "crop_ratio": CROP_RATIO,
                 "image_key": IMAGE_KEYS,
                 "lanes": 1,  # so that an epoch has every sample
             },
+            "augment": {"crop_scale": CROP_SCALE, "crop_ratio": CROP_RATIO},
             "train": {"global_batch_size": batch_size},
         }
     )
-    plan = prepare_data(config, world_size=1, index_folder=scratch)
-    shards = [shard for source in plan.train for shard in source.data.shards]
-    return Dataset(name, shards, plan, config, image_size, batch_size, sum(source.samples for source in plan.train))
+    data = prepare_data(config, world_size=1, index_folder=scratch)
+    assert isinstance(data, IndexedData)
+    shards = [shard for source in data.train for shard in source.data.shards]
+    return Dataset(name, shards, data, config, image_size, batch_size, sum(source.samples for source in data.train))
 
 
 # ---- this engine
@@ -104,8 +101,8 @@ def open_dataset(name: str, pattern: str, image_size: int, batch_size: int, scra
 def _our_batches(dataset: Dataset, workers: int, endless: bool) -> Batches:
     config = dataset.config.model_copy(update={"data": dataset.config.data.model_copy(update={"num_workers": workers})})
     size = dataset.batch_size
-    batches = build_train_data(
-        config, dataset.plan, rank=0, world_size=1, micro_batch_size=size, consumed=0, pin_memory=False
+    batches = dataset.data.train_batches(
+        config, rank=0, world_size=1, micro_batch_size=size, consumed=0, pin_memory=False
     )
     given = 0
     try:
@@ -119,31 +116,8 @@ def _our_batches(dataset: Dataset, workers: int, endless: bool) -> Batches:
         batches.close()  # type: ignore[attr-defined]  # a generator
 
 
-def our_images(dataset: Dataset, count: int) -> Iterator[tuple[np.ndarray, StageTimes]]:
-    """The first images of a run, each with the seconds that its stages took: what a worker does, in slow motion."""
-    config, workspace = dataset.config, Workspace()
-    samples = open_train_samples(config, dataset.plan)
-    out = np.empty((dataset.image_size, dataset.image_size, 3), np.uint8)
-    for start in range(0, count, dataset.batch_size):
-        t0 = process_time()
-        places = samples.order.locate(np.arange(start, min(count, start + dataset.batch_size)))
-        draws = draw_crops(sample_seeds(config.seed, places.source, places.epoch, places.position))
-        for sample, numbers in zip(samples.read(places), draws, strict=True):
-            assert not isinstance(sample, BadSample)
-            read_labels(sample, config.data, config.model.num_classes)
-            t1 = process_time()
-            image = read_image(sample, config.data, open_image)
-            view = train_view(image.height, image.width, dataset.image_size, config.data, numbers)
-            pixels = image.decode(workspace.decoded, view.reduction, fast=view.fast, rows=view.top + view.height)
-            t2 = process_time()
-            render(pixels, view, view.reduction, out, workspace.resized)
-            t3 = process_time()
-            yield out, StageTimes(t1 - t0, t2 - t1, t3 - t2, 0.0)
-            t0 = process_time()
-
-
 def _our_stages(dataset: Dataset, count: int) -> StageTimes:
-    return _sum(times for _, times in our_images(dataset, count))
+    return StageTimes(*time_stages(dataset.config, dataset.data, count).cpu, 0.0)
 
 
 # ---- WebDataset
@@ -297,10 +271,6 @@ def _torchvision_operators() -> Iterator[None]:
 
 
 _OPERATORS: list[torch.library.Library] = []
-
-
-def _sum(times: Iterator[StageTimes]) -> StageTimes:
-    return StageTimes(*np.sum(list(times), axis=0).tolist())
 
 
 def _bytes_shape(size: int) -> tuple[int, ...]:

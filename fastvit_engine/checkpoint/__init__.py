@@ -1,21 +1,24 @@
 """Checkpoints: asynchronous, checksummed, and readable by any number of processes at any ZeRO stage.
 
-`format.py` says what files hold, `place.py` where they lie (`local.py`, `remote.py`, `open.py`), `writer.py` and
+`format.py` says what files hold, `store.py` where they lie (`local.py`, `remote.py`, `open.py`), `writer.py` and
 `reader.py` move them, `retention.py` chooses what stays, and `checkpointer.py` is what training sees of it.
 """
 
 from fastvit_engine.checkpoint.checkpointer import Checkpointer
 from fastvit_engine.checkpoint.format import DamagedCheckpoint, Manifest
-from fastvit_engine.checkpoint.open import open_place, place_of
-from fastvit_engine.checkpoint.place import Checkpoint, Place, usable_checkpoints
+from fastvit_engine.checkpoint.open import open_store, store_of
+from fastvit_engine.checkpoint.store import Checkpoint, CheckpointStore, usable_checkpoints
+from fastvit_engine.checkpoint.trainer_state import Recovery, TrainerState
 
 __all__ = [
     "Checkpoint",
     "Checkpointer",
     "DamagedCheckpoint",
     "Manifest",
-    "Place",
-    "open_place",
-    "place_of",
+    "CheckpointStore",
+    "Recovery",
+    "TrainerState",
+    "open_store",
+    "store_of",
     "usable_checkpoints",
 ]

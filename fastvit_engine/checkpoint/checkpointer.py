@@ -3,26 +3,26 @@
 import contextlib
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from fastvit_engine.checkpoint.format import DamagedCheckpoint, Manifest
-from fastvit_engine.checkpoint.place import Checkpoint, Place, step_name
 from fastvit_engine.checkpoint.reader import Reader
 from fastvit_engine.checkpoint.retention import stale_checkpoints
+from fastvit_engine.checkpoint.store import Checkpoint, CheckpointStore, step_name
+from fastvit_engine.checkpoint.trainer_state import TrainerState
 from fastvit_engine.checkpoint.writer import HostCopy, Outcome, SaveInFlight
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.distributed.world import World
-from fastvit_engine.engine.deepspeed import EngineState, Piece, share
 from fastvit_engine.engine.ema import WeightAverage
+from fastvit_engine.engine.protocol import ParameterSlice, TrainingEngine, share
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
 
-_MOST_FAILURES = 3  # saves in a row that may fail while training goes on
+_MOST_FAILURES = 3  # saves in a row that may fail while training continues
 
 
 class Checkpointer:
@@ -34,15 +34,15 @@ class Checkpointer:
     def __init__(
         self,
         run: RunFolder,
-        place: Place,
-        engine: EngineState,
+        store: CheckpointStore,
+        engine: TrainingEngine,
         ema: WeightAverage | None,
         world: World,
         settings: CheckpointConfig,
         keep_every: int | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.run, self.place, self.engine, self.ema, self.world = run, place, engine, ema, world
+        self.run, self.store, self.engine, self.ema, self.world = run, store, engine, ema, world
         self.settings, self.keep_every, self.say = settings, keep_every, say
         self._host_copy = HostCopy()
         self._in_flight: SaveInFlight | None = None
@@ -52,35 +52,35 @@ class Checkpointer:
         self._not_removed: str | None = None  # why old checkpoints are still there, from the thread of rank 0
         # A name of its own for each Checkpointer, which reports of an earlier one cannot be mistaken for.
         name = world.on_main(lambda: uuid.uuid4().hex)
-        self._store = PrefixStore(f"checkpoint-{name}", _get_default_store())
-        if (problem := self._on_main(self.place.clean)) is not None:
-            raise UserError(f"{place.describe('')} cannot be used for checkpoints ({problem}): check checkpoint.path")
+        self._reports = PrefixStore(f"checkpoint-{name}", _get_default_store())
+        if (problem := self._on_main(self.store.clean)) is not None:
+            raise UserError(f"{store.describe('')} cannot be used for checkpoints ({problem}): check checkpoint.path")
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Begins to save `step-N`; training may go on, and calls `before_update` next. `settle` tells the end.
+    def save(self, state: TrainerState) -> None:
+        """Begins to save `step-N`; training continues, and calls `before_update` next. `settle` tells how it ended.
 
-        Waits for the save before, if there still is one. A save that fails is an event; the third in a row, an error.
+        Waits for the previous save, if it is still being written. A save that fails is an event; the third in a row, an
+        error.
         """
         started = time.perf_counter()
         if self._in_flight is not None:
             if self.world.is_main:
-                self.say(f"step {step:,}: waiting until {self._in_flight.checkpoint} is written")
+                self.say(f"step {state.step:,}: waiting until {self._in_flight.checkpoint} is written")
             self.settle(wait=True)
-        checkpoint = Checkpoint(self.place, step_name(step))
-        pieces = self._pieces_to_write()
-        size = sum(self.world.gather(sum(p.values.nbytes for of_kind in pieces.values() for p in of_kind)))
-        if (error := self._on_main(lambda: self.place.prepare(checkpoint.name, size))) is not None:
+        checkpoint = Checkpoint(self.store, step_name(state.step))
+        slices = self._slices_to_write()
+        size = sum(self.world.gather(sum(p.values.nbytes for of_kind in slices.values() for p in of_kind)))
+        if (error := self._on_main(lambda: self.store.prepare(checkpoint.name, size))) is not None:
             self._failed(checkpoint, error)
             return
-        state = {"step": step, **state}
-        manifest = Manifest(step, state, self.engine.scalars(), self.engine.shapes, files={})
-        blocks = self._host_copy.begin(pieces)
+        manifest = Manifest(state, self.engine.scalars(), self.engine.shapes, files={})
+        blocks = self._host_copy.begin(slices)
         self._in_flight = SaveInFlight(
             checkpoint,
             manifest,
             blocks,
             self._host_copy.wait,
-            self._store,
+            self._reports,
             self.world.rank,
             self.world.size,
             lambda complete: self._publish(checkpoint, complete),
@@ -100,7 +100,7 @@ class Checkpointer:
         """The checkpoint published since the last call, if any, which becomes an event and a line for the user.
 
         Meant for every logged step: it costs nothing when no save is in flight, and a small broadcast when one is.
-        UserError on every process when three saves in a row have failed. wait: until the save in flight has ended.
+        Raises UserError on every process if three saves in a row have failed. wait: until the save in flight has ended.
         """
         if (save := self._in_flight) is None:
             return None
@@ -133,18 +133,18 @@ class Checkpointer:
         return save.checkpoint
 
     def close(self) -> Checkpoint | None:
-        """`settle`, for the end of a run: waits for the last save, and is a UserError where that has failed."""
+        """`settle`, for the end of a run: waits for the last save. Raises UserError if that has failed."""
         published = self.settle(wait=True)
         if self._error is not None:
             raise UserError(self._error)
         return published
 
-    def load(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Restores weights, optimizer, counters and average; returns the trainer's state, with its "step".
+    def load(self, checkpoint: Checkpoint) -> TrainerState:
+        """Restores weights, optimizer, counters and average; returns the state of the run.
 
         The checkpoint may be of any number of processes, ZeRO stage and precision. Weight decay, betas and eps stay
-        those of this run. DamagedCheckpoint on every process where it is not whole; then the engine holds neither the
-        state before nor the checkpoint's, until another one is loaded.
+        those of this run. Raises DamagedCheckpoint on every process if it is not whole; then the engine holds neither
+        the state before nor the checkpoint's, until another one is loaded.
         """
         self.settle(wait=True)
         error: Exception | None = None
@@ -153,10 +153,13 @@ class Checkpointer:
             self._check_shapes(checkpoint, manifest)
             keys = manifest.kinds - {"weight", "ema", "buffer"}
             self.engine.prepare_optimizer(sorted(keys), manifest.scalars)
-            wanted: dict[str, list[Piece]] = {"weight": self.engine.master_weights(), **self.engine.optimizer_state()}
+            wanted: dict[str, list[ParameterSlice]] = {
+                "weight": self.engine.master_weights(),
+                **self.engine.optimizer_state(),
+            }
             wanted["buffer"] = self.engine.buffers()
             if self.ema is not None and "ema" in manifest.kinds:
-                wanted["ema"] = self.ema.pieces()
+                wanted["ema"] = self.ema.slices()
             Reader(checkpoint, manifest).fill(wanted)
         except UserError as failure:
             error = failure
@@ -172,30 +175,30 @@ class Checkpointer:
             self._say_on_main(f"{checkpoint} has an average of the weights, which is dropped: ema.decay is null")
         return manifest.state
 
-    def _pieces_to_write(self) -> dict[str, list[Piece]]:
+    def _slices_to_write(self) -> dict[str, list[ParameterSlice]]:
         """This process's part of the state; what every process holds is shared out evenly."""
-        pieces = {"weight": self.engine.master_weights(), **self.engine.optimizer_state()}
+        slices = {"weight": self.engine.master_weights(), **self.engine.optimizer_state()}
         if self.ema is not None:
-            pieces["ema"] = self.ema.pieces()
+            slices["ema"] = self.ema.slices()
         rank, size = self.world.rank, self.world.size
         if self.engine.replicated:
-            pieces = {kind: share(of_kind, rank, size) for kind, of_kind in pieces.items()}
-        return {**pieces, "buffer": share(self.engine.buffers(), rank, size)}
+            slices = {kind: share(of_kind, rank, size) for kind, of_kind in slices.items()}
+        return {**slices, "buffer": share(self.engine.buffers(), rank, size)}
 
     def _publish(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         """Completes the checkpoint, then removes those that need not stay. Runs in the thread of rank 0."""
-        self.place.publish(checkpoint.name, manifest.to_json())
+        self.store.publish(checkpoint.name, manifest.to_json())
         states = {checkpoint.name: manifest.state}
-        for name in self.place.names():
+        for name in self.store.names():
             if name != checkpoint.name:
-                states[name] = _state_or_nothing(Checkpoint(self.place, name))
+                states[name] = _state_or_nothing(Checkpoint(self.store, name))
         keep, best = self.settings.keep, self.settings.keep_best
         try:
             for name in stale_checkpoints(states, keep=keep, keep_every=self.keep_every, best=best):
                 if name != checkpoint.name:
-                    self.place.remove(name)
+                    self.store.remove(name)
         except OSError as error:  # the new one is there all the same
-            self._not_removed = f"checkpoint {self.place.describe(name)} could not be removed ({error})"
+            self._not_removed = f"checkpoint {self.store.describe(name)} could not be removed ({error})"
 
     def _failed(self, checkpoint: Checkpoint, error: str) -> None:
         """Notes a failed save. UserError on every process when it is one too many in a row."""
@@ -218,7 +221,7 @@ class Checkpointer:
                 )
 
     def _agree(self, error: Exception | None) -> None:
-        """Raises on every process what any of them holds; damage only where there is nothing worse."""
+        """Raises on every process what any of them holds; damage only if there is nothing worse."""
         found = self.world.gather(None if error is None else (isinstance(error, DamagedCheckpoint), str(error)))
         failed = [
             (is_damage, text, rank) for rank, failure in enumerate(found) if failure for is_damage, text in [failure]
@@ -248,9 +251,9 @@ def _plain(outcome: Outcome | None) -> tuple[str | None, int, float] | None:
     return None if outcome is None else (outcome.error, outcome.bytes, outcome.seconds)
 
 
-def _state_or_nothing(checkpoint: Checkpoint) -> dict[str, Any]:
+def _state_or_nothing(checkpoint: Checkpoint) -> TrainerState:
     """What retention needs to know of an older checkpoint, even if its manifest is damaged."""
     try:
         return checkpoint.read_manifest().state
     except UserError:
-        return {"step": checkpoint.step, "accuracy": {}}
+        return TrainerState(checkpoint.step, fingerprint={})

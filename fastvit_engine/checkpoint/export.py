@@ -2,36 +2,35 @@
 
 import json
 import mmap
-import os
-import uuid
 import zlib
 from pathlib import Path
 
 import torch
 import yaml
 
-from fastvit_engine.checkpoint import Checkpoint, open_place, usable_checkpoints
-from fastvit_engine.checkpoint.format import Manifest, safetensors_header
-from fastvit_engine.checkpoint.place import is_step_name
+from fastvit_engine.checkpoint import Checkpoint, open_store, usable_checkpoints
+from fastvit_engine.checkpoint.format import Manifest
 from fastvit_engine.checkpoint.reader import Reader
+from fastvit_engine.checkpoint.store import is_step_name
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import flush_to_disk
+from fastvit_engine.files import atomic_writer
+from fastvit_engine.models.weights.safetensors_file import model_metadata, safetensors_header
 from fastvit_engine.observe.run_folder import RunFolder
 
 
 def find_checkpoint(source: str) -> Checkpoint:
     """The checkpoint that a path or URL names: itself, or the latest of a run folder or of a folder of checkpoints.
 
-    UserError where there is none.
+    Raises UserError if there is none.
     """
     parent, _, name = source.rstrip("/").rpartition("/")
     if is_step_name(name):
-        return Checkpoint(open_place(parent or "."), name)
+        return Checkpoint(open_store(parent or "."), name)
     run = RunFolder(Path(source))
     if "://" not in source and run.config.exists():
         settings = yaml.safe_load(run.config.read_text()).get("checkpoint", {})
         source = settings.get("path") or str(run.checkpoints)
-    found = usable_checkpoints(open_place(source))
+    found = usable_checkpoints(open_store(source))
     if not found:
         raise UserError(
             f"{source} holds no checkpoint: give a run folder, or a checkpoint such as RUN/checkpoints/step-N"
@@ -50,30 +49,30 @@ def export_run(checkpoint: Checkpoint, run: RunFolder) -> None:
 def export_weights(checkpoint: Checkpoint, out: Path, kind: str = "weight") -> None:
     """Writes the fp32 weights (kind "weight") or their average ("ema") of a checkpoint, whole, to `out`.
 
-    No process group and no DeepSpeed is needed, and no more memory than the pages of the file in transit. UserError
-    where the checkpoint has no average, is damaged, or `out` cannot be written.
+    Needs no process group and no DeepSpeed, and no more memory than the pages of the file in transit. Raises UserError
+    if the checkpoint has no average, is damaged, or `out` cannot be written.
     """
     manifest = checkpoint.read_manifest()
-    if kind not in manifest.kinds:
-        raise UserError(f"{checkpoint} has no average of the weights (ema.decay was null): leave --ema out")
+    kind_of_weights(checkpoint, manifest, ema=kind == "ema")
     reader, files = Reader(checkpoint, manifest), _Files(checkpoint, manifest, kind)
     sizes = {name: torch.Size(shape).numel() * 4 for name, shape in manifest.parameters.items()}
-    metadata = {"format": "pt", "model": json.dumps(manifest.state["fingerprint"]["model"]), **_identity(manifest)}
-    temporary = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
+    state = manifest.state
+    metadata = {**model_metadata(state.fingerprint["model"], state.pixels), **_identity(manifest)}
     try:
-        with open(temporary, "xb") as file:
+        with atomic_writer(out) as file:
             file.write(safetensors_header(dict.fromkeys(sizes, "F32"), manifest.parameters, sizes, metadata))
             for name, size in sizes.items():
                 for file_name, tensor in reader.overlapping(kind, name, 0, size // 4):
                     file.write(reader.verified(files.content(file_name), file_name, kind, name, tensor))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, out)
-        flush_to_disk(out.parent)
     except OSError as error:
         raise UserError(f"{out} could not be written ({error}): make room and run the same command again") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def kind_of_weights(checkpoint: Checkpoint, manifest: Manifest, *, ema: bool) -> str:
+    """The kind of tensors to read. Raises UserError if the checkpoint has no average and it is asked for."""
+    if ema and "ema" not in manifest.kinds:
+        raise UserError(f"{checkpoint} has no average of the weights (ema.decay was null): leave --ema out")
+    return "ema" if ema else "weight"
 
 
 class _Files:
@@ -88,7 +87,7 @@ class _Files:
             stored = self._manifest.files[file]
             spans = [(t.offset, t.offset + t.nbytes) for kind, _, t in stored.tensors if kind == self._kind]
             start, stop = min(first for first, _ in spans), max(last for _, last in spans)
-            self._mapped[file] = self._checkpoint.place.map(self._checkpoint.name, file, stored.size, start, stop)
+            self._mapped[file] = self._checkpoint.store.map(self._checkpoint.name, file, stored.size, start, stop)
         return self._mapped[file]
 
 
@@ -102,7 +101,7 @@ def _identity(manifest: Manifest) -> dict[str, str]:
 
 
 def _exported_from(path: Path) -> dict[str, str] | None:
-    """The identity that an exported file carries; None where there is no such file."""
+    """The identity that an exported file carries; None if there is no such file."""
     try:
         with open(path, "rb") as file:
             header = json.loads(file.read(int.from_bytes(file.read(8), "little")))

@@ -1,10 +1,10 @@
-"""What a checkpoint holds: one safetensors file a process, and a manifest that says which piece lies where.
+"""What a checkpoint holds: one safetensors file per process, and a manifest that says what lies where.
 
 `rank-00003.safetensors` holds 1-D tensors named `weight/blocks.0.mlp.fc1.weight@4096`: a kind (weight, ema, buffer, or
 a key of the optimizer such as exp_avg), a parameter, and the position in the flattened parameter where they begin.
-`manifest.json` is written last. It has the trainer's state, the shape of every parameter, and for each tensor its place
-in its file and its CRC-32: a checksum a tensor, so that a process verifies all that it reads and nothing else, and an
-error can name the parameter. CRC-32 comes with Python, runs at 1 to 2 GB/s outside the interpreter's lock, and finds
+`manifest.json` is written last. It has the state of the run, the shape of every parameter, and where each tensor lies
+in its file, with its CRC-32: one checksum per tensor, so that a process verifies all that it reads and nothing else,
+and an error can name the parameter. CRC-32 comes with Python, runs at 1 to 2 GB/s outside the GIL, and finds
 what happens to files: lost, cut and flipped bytes. There is no pickle.
 """
 
@@ -13,21 +13,17 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from fastvit_engine.checkpoint.trainer_state import TrainerState
 from fastvit_engine.errors import UserError
+from fastvit_engine.models.weights.safetensors_file import DTYPES, safetensors_header
 
 MANIFEST = "manifest.json"
 FORMAT = 1
 _CHUNK = 2**23  # bytes written and summed at a time
-
-# As safetensors calls them.
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
 class DamagedCheckpoint(UserError):
@@ -44,7 +40,7 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a piece lies in its file."""
+    """Where a slice of a parameter lies in its file."""
 
     dtype: str
     start: int  # first element in the flattened parameter
@@ -63,7 +59,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """Bytes of a file, and its tensors as (kind, parameter, place)."""
+    """Bytes of a file, and its tensors as (kind, parameter, where it lies)."""
 
     size: int
     tensors: list[tuple[str, str, StoredTensor]]
@@ -71,29 +67,34 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    step: int
-    state: dict[str, Any]  # the trainer's
+    """What `manifest.json` says of a checkpoint."""
+
+    state: TrainerState
     scalars: dict[str, float]  # the optimizer's counters, the loss scale
     parameters: dict[str, list[int]]  # shapes
     files: dict[str, StoredFile]
+
+    @property
+    def step(self) -> int:
+        return self.state.step
 
     @property
     def kinds(self) -> set[str]:
         return {kind for file in self.files.values() for kind, _, _ in file.tensors}
 
     def stored(self, kind: str) -> dict[str, list[tuple[str, StoredTensor]]]:
-        """For each parameter the pieces of one kind, by position, each with the name of its file."""
+        """For each parameter the stored slices of one kind, by position, each with the name of its file."""
         found: dict[str, list[tuple[str, StoredTensor]]] = {}
         for file_name, file in self.files.items():
             for of_kind, name, tensor in file.tensors:
                 if of_kind == kind:
                     found.setdefault(name, []).append((file_name, tensor))
-        for pieces in found.values():
-            pieces.sort(key=lambda piece: piece[1].start)
+        for slices in found.values():
+            slices.sort(key=lambda entry: entry[1].start)
         return found
 
     def gap(self) -> str | None:
-        """What is missing of the parameters, in words; None where each kind is there once and whole."""
+        """What is missing of the parameters, in words; None if each kind is there once and whole."""
         for kind in sorted(self.kinds - {"buffer"}):
             stored = self.stored(kind)
             for name, shape in self.parameters.items():
@@ -104,24 +105,33 @@ class Manifest:
         return None
 
     def to_json(self) -> bytes:
-        return json.dumps({"format": FORMAT, **asdict(self)}).encode()
+        content = {
+            "format": FORMAT,
+            "step": self.step,
+            "state": self.state.to_json(),
+            "scalars": self.scalars,
+            "parameters": self.parameters,
+            "files": {name: asdict(file) for name, file in self.files.items()},
+        }
+        return json.dumps(content).encode()
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> "Manifest":
-        """DamagedCheckpoint where it is not what `to_json` wrote; UserError where a later version wrote it."""
+        """Raises DamagedCheckpoint if it is not what `to_json` wrote, UserError if a later version wrote it."""
         try:
             content = json.loads(text)
-            if (written := content.pop("format")) != FORMAT:
+            if (written := content["format"]) != FORMAT:
                 raise UserError(f"{where} has format {written}, and this version reads {FORMAT}: use the one it is of")
             files = {
                 name: StoredFile(
                     file["size"],
                     [(kind, parameter, StoredTensor(**tensor)) for kind, parameter, tensor in file["tensors"]],
                 )
-                for name, file in content.pop("files").items()
+                for name, file in content["files"].items()
             }
-            return cls(files=files, **content)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            state = TrainerState.from_json(content["state"])
+            return cls(state, content["scalars"], content["parameters"], files)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise DamagedCheckpoint(f"{where} is not what was written there: the file is damaged") from error
 
 
@@ -159,20 +169,3 @@ class TensorFile:
             tensors.append((kind, name, StoredTensor(block.dtype, int(start), length, offset, crc)))
             offset += block.content.nbytes
         return StoredFile(self.size, tensors)
-
-
-def safetensors_header(
-    dtypes: Mapping[str, str],
-    shapes: Mapping[str, Sequence[int]],
-    sizes: Mapping[str, int],
-    metadata: Mapping[str, str] | None = None,
-) -> bytes:
-    """What a safetensors file begins with; the tensors' bytes follow in the order of `sizes`, without gaps."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for name, size in sizes.items():
-        header[name] = {"dtype": dtypes[name], "shape": list(shapes[name]), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    return len(text).to_bytes(8, "little") + text

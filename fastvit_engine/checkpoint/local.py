@@ -1,7 +1,7 @@
 """Checkpoints in a folder, which all processes of the run must see.
 
 A checkpoint grows under `step-N.partial`; when all of it is on the disk, one rename gives it its name, and only then
-does `latest` point to it. A kill or a full disk at any moment therefore leaves the one before in place and usable.
+does `latest` point to it. A kill or a full disk at any moment therefore leaves the one before untouched and usable.
 """
 
 import errno
@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint
-from fastvit_engine.checkpoint.place import is_step_name, step_of
+from fastvit_engine.checkpoint.store import is_step_name, step_of
 from fastvit_engine.files import atomic_write, flush_to_disk
 
 _SPARE = 2**16  # bytes that a checkpoint leaves free on its disk, for the run's records
 
 
-class LocalPlace:
-    """A Place in a file system."""
+class LocalStore:
+    """A CheckpointStore in a file system."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

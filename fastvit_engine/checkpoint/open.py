@@ -1,21 +1,21 @@
-"""Opening the place where a run keeps its checkpoints: a folder or an object store."""
+"""Opens the store that a run keeps its checkpoints in: a folder or an object store."""
 
 from pathlib import Path
 
-from fastvit_engine.checkpoint.local import LocalPlace
-from fastvit_engine.checkpoint.place import Place
-from fastvit_engine.checkpoint.remote import RemotePlace
+from fastvit_engine.checkpoint.local import LocalStore
+from fastvit_engine.checkpoint.remote import RemoteStore
+from fastvit_engine.checkpoint.store import CheckpointStore
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.observe.run_folder import RunFolder
 
 
-def place_of(settings: CheckpointConfig, run: RunFolder) -> Place:
-    """Where the configuration says that the checkpoints of a run lie; UserError where that cannot be opened."""
-    return open_place(settings.path or str(run.checkpoints))
+def store_of(settings: CheckpointConfig, run: RunFolder) -> CheckpointStore:
+    """The store that the configuration names for the checkpoints of a run. Raises UserError if it cannot be opened."""
+    return open_store(settings.path or str(run.checkpoints))
 
 
-def open_place(location: str) -> Place:
+def open_store(location: str) -> CheckpointStore:
     """A folder, or a URL of a store that fsspec knows."""
     if "://" in location and not location.startswith("file://"):
-        return RemotePlace(location)
-    return LocalPlace(Path(location.removeprefix("file://")))
+        return RemoteStore(location)
+    return LocalStore(Path(location.removeprefix("file://")))

@@ -13,17 +13,17 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 
 from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint
-from fastvit_engine.checkpoint.place import is_step_name, step_of
+from fastvit_engine.checkpoint.store import is_step_name, step_of
 from fastvit_engine.storage.errors import public_url
 from fastvit_engine.storage.object_store import FINAL_ERRNOS, FINAL_ERRORS, one_line, require_package
 
-_PIECE = 2**23  # bytes of one request
+_CHUNK = 2**23  # bytes of one request
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before each further attempt, besides what the store's client does by itself
 T = TypeVar("T")
 
 
-class RemotePlace:
-    """A Place in a store."""
+class RemoteStore:
+    """A CheckpointStore in an object store."""
 
     def __init__(self, url: str) -> None:
         require_package(url)
@@ -57,12 +57,12 @@ class RemotePlace:
         with tempfile.TemporaryFile(prefix="fastvit-checkpoint-") as copy:
             copy.truncate(size)  # with a hole before `start`
             copy.seek(start)
-            for place in range(start, stop, _PIECE):
-                end = min(place + _PIECE, stop)
-                piece = self._try(self.fs.cat_file, path, start=place, end=end)
-                if len(piece) != end - place:
-                    raise OSError(f"{where}: {len(piece)} bytes came of [{place}, {end})")
-                copy.write(piece)
+            for first in range(start, stop, _CHUNK):
+                end = min(first + _CHUNK, stop)
+                chunk = self._try(self.fs.cat_file, path, start=first, end=end)
+                if len(chunk) != end - first:
+                    raise OSError(f"{where}: {len(chunk)} bytes came of [{first}, {end})")
+                copy.write(chunk)
             copy.flush()
             return mmap.mmap(copy.fileno(), 0)
 
@@ -107,7 +107,7 @@ class RemotePlace:
         return [name for path in listed if is_step_name(name := path.rstrip("/").rpartition("/")[2])]
 
     def _try(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Calls a method of the store, a few times where it fails in a way that may pass; OSError where it does not."""
+        """Calls a method of the store, a few times if the failure may pass. Raises OSError if it does not."""
         for pause in (*_PAUSES, None):
             try:
                 return call(*arguments, **named)

@@ -1,4 +1,4 @@
-"""Saving while training goes on: one thread copies to host memory, which the next update waits for, one does the rest.
+"""Saving while training continues: one thread copies to host memory, which the next update waits for; one writes.
 
 Every process has both. The second writes its file and reports through the store of the process group; the one of rank
 0 waits for all reports and publishes. Collectives stay with the main thread.
@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.distributed import Store
 
-from fastvit_engine.checkpoint.format import DTYPES, Block, Manifest, StoredFile, StoredTensor, TensorFile
-from fastvit_engine.checkpoint.place import Checkpoint, Place
-from fastvit_engine.engine.deepspeed import Piece
+from fastvit_engine.checkpoint.format import Block, Manifest, StoredFile, StoredTensor, TensorFile
+from fastvit_engine.checkpoint.store import Checkpoint, CheckpointStore
+from fastvit_engine.engine.protocol import ParameterSlice
+from fastvit_engine.models.weights.safetensors_file import DTYPES
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _POLL_SECONDS = 0.05
@@ -36,7 +37,7 @@ class Outcome:
 
 
 class HostCopy:
-    """A copy of pieces in host memory, pinned where they come from a GPU, that the next copy uses again.
+    """A copy of parameter slices in host memory (pinned if they come from a GPU), which the next copy reuses.
 
     A thread makes it while training computes the next gradients: nothing that it reads changes before the next update.
     On a GPU it has a stream of its own, so that the copies run beside kernels.
@@ -48,26 +49,26 @@ class HostCopy:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
-    def begin(self, pieces: Mapping[str, Sequence[Piece]]) -> list[Block]:
-        """Begins to copy the pieces of all kinds; their bytes are there after `wait`. Invalidates the copy before."""
-        everything = [(kind, piece) for kind, of_kind in pieces.items() for piece in of_kind]
+    def begin(self, slices: Mapping[str, Sequence[ParameterSlice]]) -> list[Block]:
+        """Begins to copy the slices of all kinds; their bytes are there after `wait`. Invalidates the copy before."""
+        everything = [(kind, part) for kind, of_kind in slices.items() for part in of_kind]
         everything.sort(key=lambda entry: -entry[1].values.element_size())  # keeps every tensor aligned
-        size = sum(piece.values.nbytes for _, piece in everything)
-        device = next((piece.values.device for _, piece in everything if piece.values.is_cuda), None)
+        size = sum(part.values.nbytes for _, part in everything)
+        device = next((part.values.device for _, part in everything if part.values.is_cuda), None)
         if self._memory.numel() < size:
             self._memory = torch.empty(0, dtype=torch.uint8)  # free the old before
             self._memory = _host_memory(size, pinned=device is not None)
         blocks, copies, offset = [], [], 0
         view = self._memory.numpy().data
-        for kind, piece in everything:
-            nbytes = piece.values.nbytes
-            target: Tensor = self._memory[offset : offset + nbytes].view(piece.values.dtype)
+        for kind, part in everything:
+            nbytes = part.values.nbytes
+            target: Tensor = self._memory[offset : offset + nbytes].view(part.values.dtype)
             if kind == "buffer":  # of the module, whose forward pass may change it
-                target.copy_(piece.values)
+                target.copy_(part.values)
             else:
-                copies.append((target, piece.values))
-            name = f"{kind}/{piece.name}@{piece.start}"
-            blocks.append(Block(name, _DTYPE_NAMES[piece.values.dtype], view[offset : offset + nbytes]))
+                copies.append((target, part.values))
+            name = f"{kind}/{part.name}@{part.start}"
+            blocks.append(Block(name, _DTYPE_NAMES[part.values.dtype], view[offset : offset + nbytes]))
             offset += nbytes
         if device is not None:
             self._stream = self._stream or torch.cuda.Stream(device)
@@ -91,12 +92,12 @@ class HostCopy:
                     target.copy_(values, non_blocking=True)
             if self._stream is not None:
                 self._stream.synchronize()
-        except Exception as error:  # to be raised where somebody waits
+        except Exception as error:  # to be raised in whoever waits
             self._error = error
 
 
 class SaveInFlight:
-    """One save on its way to `place`; `outcome` is set on rank 0 when it has ended."""
+    """One save on its way to `store`; `outcome` is set on rank 0 when it has ended."""
 
     def __init__(
         self,
@@ -104,15 +105,15 @@ class SaveInFlight:
         manifest: Manifest,  # without files
         blocks: Sequence[Block],
         copied: Callable[[], None],
-        store: Store,
+        reports: Store,
         rank: int,
         size: int,
         publish: Callable[[Manifest], None],
     ) -> None:
         self.checkpoint, self._manifest = checkpoint, manifest
         self._file, self._copied = TensorFile(blocks), copied
-        self._store, self._rank, self._size, self._publish = store, rank, size, publish
-        self._place: Place = checkpoint.place
+        self._reports, self._rank, self._size, self._publish = reports, rank, size, publish
+        self._store: CheckpointStore = checkpoint.store
         self._started = time.perf_counter()
         self.outcome: Outcome | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
@@ -122,7 +123,7 @@ class SaveInFlight:
         self._thread.join()
 
     def _run(self) -> None:
-        self._store.set(f"{self.checkpoint.name}/{self._rank}", json.dumps(self._write()))
+        self._reports.set(f"{self.checkpoint.name}/{self._rank}", json.dumps(self._write()))
         if self._rank == 0:
             try:
                 outcome = self._finish([self._report_of(rank) for rank in range(self._size)])
@@ -130,24 +131,24 @@ class SaveInFlight:
                 outcome = Outcome(self.checkpoint, error=_one_line(error))
             if outcome.error is not None:
                 with contextlib.suppress(OSError):  # what is left then goes when the run starts again
-                    self._place.discard(self.checkpoint.name)
+                    self._store.discard(self.checkpoint.name)
             self.outcome = outcome
 
     def _write(self) -> dict[str, Any]:
         """Writes this process's file; returns its entry in the manifest, or what went wrong."""
         try:
             self._copied()
-            self._place.write(self.checkpoint.name, file_name(self._rank), self._file.chunks())
+            self._store.write(self.checkpoint.name, file_name(self._rank), self._file.chunks())
             return {"file": asdict(self._file.stored())}
         except Exception as error:
             return {"error": _one_line(error)}
 
     def _report_of(self, rank: int) -> dict[str, Any]:
         key = f"{self.checkpoint.name}/{rank}"
-        while not self._store.check([key]):  # not `wait`, which would keep other threads from the store
+        while not self._reports.check([key]):  # not `wait`, which would keep other threads from the store
             time.sleep(_POLL_SECONDS)
-        report = json.loads(self._store.get(key))
-        self._store.delete_key(key)
+        report = json.loads(self._reports.get(key))
+        self._reports.delete_key(key)
         return report
 
     def _finish(self, reports: Sequence[Mapping[str, Any]]) -> Outcome:
@@ -170,7 +171,7 @@ def file_name(rank: int) -> str:
 
 
 def _host_memory(size: int, *, pinned: bool) -> Tensor:
-    """`size` bytes, uninitialised; in huge pages where the system gives them, which a copy fills twice as fast."""
+    """`size` bytes, uninitialised; in huge pages if the system gives them, which a copy fills twice as fast."""
     if pinned:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     memory = mmap.mmap(-1, size)

@@ -32,14 +32,19 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     train.add_argument("--batch", type=int, metavar="N", help="images a step (default: by the model)")
     train.add_argument("--largest-batch", action="store_true", help="also find the largest batch that fits a GPU")
 
-    data = _suite(actions, "data", "measure data loading, as fastvit data bench does")
+    data = _suite(actions, "data", "measure data loading: this engine, WebDataset's usual recipe and timm")
     data.add_argument("shards", nargs="?", metavar="SHARDS", help="your shards (default: images of noise)")
+    data.add_argument("--image-size", type=int, metavar="PIXELS", help="of the crops (default 224)")
+    data.add_argument("--workers", type=int, metavar="N", help="processes of each loader (default: one per core)")
+    data.add_argument("--rounds", type=int, metavar="N", help="how often everything is measured (default 9)")
+    data.add_argument("--repack", type=int, metavar="PIXELS", help="measure on the images with this short side too "
+                      "(default 256)")  # fmt: skip
 
     _suite(actions, "overhead", "measure what the training loop costs beyond a plain one, on a CPU")
     _suite(actions, "all", _ALL)
 
-    readme = actions.add_parser("readme", help="write the results into README.md", description="Writes the table of\n"
-                                "results in README.md anew, from the newest files of every machine.")  # fmt: skip
+    readme = actions.add_parser("readme", help="write the results into docs/verification.md", description="Writes the\n"
+                     "table of results in docs/verification.md, from the newest files of each machine.")  # fmt: skip
     readme.add_argument(
         "--check", action="store_true", help="only say whether it is up to date (exit code 1: it is not)"
     )

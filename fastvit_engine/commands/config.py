@@ -1,14 +1,29 @@
 """`fastvit config`."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from fastvit_engine.commands.recipe import add_recipe
 
+if TYPE_CHECKING:
+    from fastvit_engine.config import Config
+
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = commands.add_parser("config", help="list recipes, or show one as it will be used")
+    parser = commands.add_parser(
+        "config",
+        help="list recipes, show one as it will be used, or explain the keys",
+        epilog="examples:\n  fastvit config list\n  fastvit config explain optimizer",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    actions.add_parser("list", help="the recipes that come with the engine").set_defaults(run=_list)
+    list_ = actions.add_parser(
+        "list",
+        help="the recipes that come with the engine",
+        epilog="example:\n  fastvit config list",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    list_.set_defaults(run=_list)
     show = actions.add_parser(
         "show",
         help="every value of a recipe and where it comes from",
@@ -17,13 +32,25 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     add_recipe(show)
     show.set_defaults(run=_show)
+    explain = actions.add_parser(
+        "explain",
+        help="what the keys mean: type, range, default",
+        description="Prints the meaning, type, range and default of a key, of all keys of a section, or of every key.",
+        epilog="examples:\n  fastvit config explain data.window\n  fastvit config explain optimizer --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    explain.add_argument("key", metavar="KEY", nargs="?", help="a section or a dotted key (default: everything)")
+    form = explain.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("--markdown", action="store_true", help="print the text of docs/configuration.md")
+    explain.set_defaults(run=_explain)
 
 
 def _list(args: argparse.Namespace) -> int:
-    from fastvit_engine.config import RECIPES, recipe_names
+    from fastvit_engine.config.recipes import recipe_paths
 
-    for name in recipe_names():
-        first_line = (RECIPES / f"{name}.yaml").read_text().partition("\n")[0]
+    for name, path in recipe_paths().items():
+        first_line = path.read_text().partition("\n")[0]
         print(f"{name:<24} {first_line.removeprefix('# ')}")
     return 0
 
@@ -31,5 +58,25 @@ def _list(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     from fastvit_engine.config import load_config
 
-    print(load_config(args.recipe, args.set).to_yaml(with_origins=True), end="")
+    resolved = load_config(args.recipe, args.set)
+    _check_lengths(resolved.config)
+    print(resolved.to_yaml(with_origins=True), end="")
+    return 0
+
+
+def _check_lengths(config: "Config") -> None:
+    """Raises UserError for durations that training would refuse, unless it takes the shards to know."""
+    from fastvit_engine.train.schedule import Schedule
+
+    durations = [config.train.duration, config.evaluate.every, config.checkpoint.every, config.checkpoint.keep_every]
+    durations += [config.schedule.warmup, config.schedule.cooldown, config.schedule.timescale]
+    if config.data.train_samples is not None or not any(length and "epoch" in length for length in durations):
+        Schedule(config, config.data.train_samples)
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from fastvit_engine.config.explain import as_json, as_markdown, as_text, explain
+
+    form = as_json if args.json else as_markdown if args.markdown else as_text
+    print(form(explain(args.key)))
     return 0

@@ -16,10 +16,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "source", metavar="RUN_OR_CHECKPOINT", help="a run folder (its latest checkpoint), or a checkpoint, also by URL"
+        "source",
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run folder (its latest checkpoint) or a checkpoint; path or URL",
     )
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the file to write")
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights in their place")
+    parser.add_argument("--ema", action="store_true", help="export the moving average of the weights instead")
     parser.set_defaults(run=_run)
 
 

@@ -45,7 +45,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.config import load_config
-    from fastvit_engine.sizing.defaults import Machine, candidates, choose
 
     if args.gpus < 1:
         raise UserError(f"--gpus is {args.gpus}: at least 1")
@@ -58,6 +57,9 @@ def _run(args: argparse.Namespace) -> int:
     if gib <= 2:
         raise UserError(f"--gpu-memory is {gib:g} GiB: too little for any training")
     config = load_config(args.recipe, args.set).config
+
+    from fastvit_engine.sizing.defaults import Machine, candidates, choose
+
     machine = Machine(args.gpus, per_node, int(gib * 2**30), on_gpu=True)
     options = candidates(config, machine)
     chosen = choose(config, machine)
@@ -85,7 +87,7 @@ def _memory_at(chosen: "Chosen", stage: int) -> "Memory":
 def _time(chosen: "Chosen", gpu: str, mfu: float) -> dict[str, Any]:
     """Steps, operations and days; None where the length of an epoch is unknown."""
     from fastvit_engine.models import training_flops
-    from fastvit_engine.train.schedule import Plan
+    from fastvit_engine.train.schedule import Schedule
     from fastvit_engine.train.throughput import DATASHEET_PEAK
 
     config = chosen.config
@@ -100,7 +102,7 @@ def _time(chosen: "Chosen", gpu: str, mfu: float) -> dict[str, Any]:
         "days": None,
     }
     try:
-        steps = Plan(config, config.data.train_samples).total_steps
+        steps = Schedule(config, config.data.train_samples).total_steps
     except UserError as error:
         return {**time, "unknown": str(error)}
     images = steps * config.train.global_batch_size

@@ -12,13 +12,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "stacks",
         help="write the stack traces of a run in progress",
         description="Asks every process of a run, on whatever machines, for the Python stack traces of its threads,\n"
-        "which appear in RUN/stacks. The run goes on.",
+        "which appear in RUN/stacks. The run continues.",
         epilog="example:\n  fastvit stacks runs/b16",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_folder", metavar="RUN", type=Path, help="the folder that fastvit train writes")
     parser.add_argument(
-        "--wait", metavar="SECONDS", type=float, default=30.0, help="for the processes to answer (default: 30)"
+        "--wait", metavar="SECONDS", type=float, default=30.0, help="how long to wait for the processes (default: 30)"
     )
     parser.set_defaults(run=_run)
 
@@ -32,14 +32,14 @@ def _run(args: argparse.Namespace) -> int:
     starts = [event for event in read_events(run) if event["event"] == "start"]
     if not starts:
         raise UserError(
-            f"{run.path} is not the folder of a run that has started: give the one that fastvit train names"
+            f"{run.path} is not the folder of a run that has started: give the folder that fastvit train names"
         )
     processes = int(starts[-1]["world_size"])  # type: ignore[typeddict-item]
     files = collect_stacks(run, processes, args.wait)
     if not files:
         raise UserError(
-            f"no process of {run.path} has answered within {args.wait:g} s: it is not running, or it runs on a machine "
-            "that does not see this folder"
+            f"no process of {run.path} has answered within {args.wait:g} s: it is not running, or runs on a machine "
+            "that does not share this folder"
         )
     for file in files:
         print(file)

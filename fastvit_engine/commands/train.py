@@ -45,21 +45,24 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fastvit_engine.checkpoint.export import export_run
     from fastvit_engine.config import load_config
+
+    resolved = load_config(args.recipe, args.set)  # before PyTorch is loaded: a typing error is told at once
+
+    from fastvit_engine.checkpoint.export import export_run
     from fastvit_engine.data.stream.worker_pool import lost_worker
     from fastvit_engine.distributed import launch
     from fastvit_engine.distributed.environment import launched_by_cluster
     from fastvit_engine.distributed.rendezvous import check_rendezvous
     from fastvit_engine.observe.run_folder import RunFolder
     from fastvit_engine.sizing.defaults import choose, machine_here
-    from fastvit_engine.train.loop import train
     from fastvit_engine.train.start import preflight, report_damage
 
-    resolved = load_config(args.recipe, args.set)
     out = args.out or Path("runs") / resolved.config.name
     resume = args.resume == "auto"
     if launched_by_cluster():
+        from fastvit_engine.train.loop import train
+
         check_rendezvous()
         try:
             train(resolved, out, resume=resume)

@@ -1,7 +1,9 @@
 """The configuration of a run: typed sections, read from a recipe and from --set."""
 
-from fastvit_engine.config.load import RECIPES, Resolved, load_config, recipe_names
+from fastvit_engine.config.load import Resolved, load_config
+from fastvit_engine.config.recipes import RECIPES, recipe_names, recipe_paths
 from fastvit_engine.config.sections import (
+    AugmentConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -19,6 +21,7 @@ from fastvit_engine.config.sections import (
 )
 
 __all__ = [
+    "AugmentConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -37,4 +40,5 @@ __all__ = [
     "ZeroConfig",
     "load_config",
     "recipe_names",
+    "recipe_paths",
 ]

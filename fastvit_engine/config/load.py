@@ -1,18 +1,31 @@
-"""Recipes and overrides, as a validated configuration."""
+"""From a recipe and `--set` to a validated configuration that remembers where each value came from."""
 
-import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from fastvit_engine.config.sections import Config, DataSource
+from fastvit_engine.config.checks import check_config
+from fastvit_engine.config.keys import MOVED, fields, hint, takes_list, takes_null, takes_text
+from fastvit_engine.config.recipes import find_recipe, read_recipe
+from fastvit_engine.config.sections import Config
 from fastvit_engine.errors import UserError
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+_SET = "--set"
+
+
+class _OneLineDumper(yaml.SafeDumper):
+    """Writes every text on one line, so that a comment can follow it."""
+
+
+def _one_line(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_OneLineDumper.add_representer(str, _one_line)
 
 
 @dataclass(frozen=True)
@@ -23,75 +36,55 @@ class Resolved:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def to_yaml(self, *, with_origins: bool = False) -> str:
-        text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+        values = self.config.model_dump(mode="json")
+        text = yaml.dump(values, Dumper=_OneLineDumper, sort_keys=False, width=math.inf)
         return _annotate(text, self.origins) if with_origins else text
 
 
-def recipe_names() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def load_config(recipe: str, overrides: Sequence[str] = ()) -> Resolved:
+def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Resolved:
     """Reads a recipe (a name from `fastvit config list` or a path), applies `section.key=value` overrides, validates.
 
-    Raises UserError naming the key, its origin and, for an unknown key, the nearest valid one.
+    Without a recipe, all values are defaults except for the overrides.
+
+    Raises UserError naming the key, its origin and, for an unknown key, the one that was probably meant.
     """
-    path = _find_recipe(recipe)
-    values, origins = _read_recipe(path)
+    values, origins = ({}, {}) if recipe is None else read_recipe(find_recipe(recipe))
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator or not key.strip():
+        key = key.strip()
+        if not separator or not key:
             raise UserError(f"--set {override!r} is not of the form section.key=value")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"--set {override!r}: the value is not valid YAML") from error
-        _assign(values, key.strip(), value)
-        origins.update(dict.fromkeys([key.strip(), *_flatten({key.strip(): value})], "--set"))
-        origins.setdefault(key.strip().partition(".")[0], "--set")
+        value = _value(key, text)
+        _assign(values, key, value)
+        origins.update(dict.fromkeys([key, *_flatten({key: value})], _SET))
+        origins.setdefault(key.partition(".")[0], _SET)
+    _check_moved(values, origins)
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
         raise UserError(_explain(error, origins)) from None
+    check_config(config)
     return Resolved(config, _complete_origins(config, origins))
 
 
-def _find_recipe(recipe: str) -> Path:
-    if recipe in recipe_names():
-        return RECIPES / f"{recipe}.yaml"
-    path = Path(recipe)
-    if path.is_file():
-        return path
-    near = difflib.get_close_matches(recipe, recipe_names(), n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"known recipes: {', '.join(recipe_names())}"
-    raise UserError(f"no recipe or file named '{recipe}'; {hint}")
-
-
-def _read_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _value(key: str, text: str) -> Any:
+    """What `--set key=text` means: for a key that holds text the text as it is, for any other what YAML makes of it."""
+    if takes_text(key):
+        if takes_null(key) and text.strip() in ("null", ""):
+            return None
+        is_list = takes_list(key) and _looks_like_a_list(text)
+        if not is_list:
+            return text
     try:
-        text = path.read_text()
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where} is not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(values, dict):
-        raise UserError(
-            f"{path} must hold sections such as 'model:' and 'train:', not a single {type(values).__name__}"
-        )
-    origins: dict[str, str] = {}
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {key}={text!r}: the value is not valid YAML") from error
 
-    def note_lines(node: yaml.Node | None, prefix: str) -> None:
-        if not isinstance(node, yaml.MappingNode):
-            return
-        for key_node, value_node in node.value:
-            name = f"{prefix}{key_node.value}"
-            origins[name] = f"{path.name}:{key_node.start_mark.line + 1}"
-            note_lines(value_node, f"{name}.")
 
-    note_lines(root, "")
-    return values, origins
+def _looks_like_a_list(text: str) -> bool:
+    """A glob may begin with a bracket too, as in "[ab]/*.tar"."""
+    text = text.strip()
+    return text.startswith("[{") or (text.startswith("[") and text.endswith("]"))
 
 
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
@@ -104,13 +97,12 @@ def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     values[last] = value
 
 
-def _valid_keys(location: Sequence[str | int]) -> list[str]:
-    model: type[BaseModel] = Config
-    for part in location:
-        if part == "sources":
-            return list(DataSource.model_fields)
-        model = model.model_fields[str(part)].annotation  # type: ignore[assignment]  # only sections are asked for
-    return list(model.model_fields)
+def _check_moved(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
+    """UserError that gives the new name of every key which is set by a former one."""
+    given = _flatten(values)
+    moved = [f"{old} is now {new} ({origins[old]})" for old, new in MOVED.items() if old in given]
+    if moved:
+        raise UserError(f"renamed configuration key{'s' if len(moved) > 1 else ''}: {', '.join(moved)}")
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
@@ -123,11 +115,10 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
         named = named.rpartition(".")[0]
     where = f" ({origins[named]})" if named else ""
     if problem["type"] == "extra_forbidden":
-        valid = _valid_keys(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), valid, n=1, cutoff=0.5)
-        hint = f"did you mean '{'.'.join([*path[:-1], near[0]])}'?" if near else f"valid: {', '.join(valid)}"
-        return f"unknown configuration key '{key}'{where}; {hint}"
+        return f"unknown configuration key '{key}'{where}; {hint(key)}"
     given = problem["input"]
+    if problem["type"] == "missing" and key in fields() and isinstance(problem["loc"][-1], str):
+        return f"configuration key '{key}'{where} is missing"
     if problem["type"] == "missing":
         return f"configuration key '{key}'{where} is {given!r}: too few values"
     message = problem["msg"].removeprefix("Value error, ")

@@ -1,46 +1,90 @@
-"""The typed configuration of a run: what can be set, what it defaults to, and where each value came from.
+"""The typed sections of a configuration: every key with its type, range, default and meaning.
 
-A recipe is a YAML file with the sections below; `--set section.key=value` goes over it. Every value remembers its
-origin (default, recipe file and line, or the command line), which `fastvit config show` prints.
+The string under a field is its documentation: `fastvit config explain` and docs/configuration.md print it. Say what the
+value is, its unit, and what null means.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from fastvit_engine.duration import Duration
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError("the first number must not be greater than the second")
+    return pair
+
+
+Positive = Annotated[float, Field(gt=0)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+AreaFraction = Annotated[float, Field(gt=0, le=1)]
+PixelMean = Annotated[float, Field(ge=0, le=1)]
+PixelDeviation = Annotated[float, Field(gt=0, le=1)]
 
 
 class ModelConfig(_Section):
-    """A ViT by its paper name, "size/patch" (Dosovitskiy et al. 2021, Table 1)."""
+    """The Vision Transformer, named as in the papers: size and patch size (Dosovitskiy et al. 2021, Table 1)."""
 
-    name: str = "B/16"  # size Ti, S, B, L, H, g, G and any patch size: "H/14", "B/8"
-    image_size: int = Field(224, gt=0)  # pixels; the patch size must divide it
+    name: str = "B/16"
+    """Size and patch size, such as H/14 or B/8: Ti, S, B, L, H, g or G, and any patch size in pixels."""
+
+    image_size: int = Field(224, gt=0)
+    """Height and width of the model's input in pixels. The patch size must divide it."""
+
     num_classes: int = Field(1000, gt=0)
-    pool: Literal["cls", "gap"] = "cls"  # class token, or mean of the patch tokens and no class token
-    head: Literal["linear", "mlp"] = "linear"  # mlp: one tanh hidden layer, the paper's pretraining head
-    activation: Literal["gelu", "gelu_tanh"] = "gelu"  # exact erf, or the tanh form of the official JAX weights
-    dropout: float = Field(0.0, ge=0, lt=1)  # after every dense layer but qkv, and after the position embedding
-    drop_path: float = Field(0.0, ge=0, lt=1)  # stochastic depth of the last block; grows linearly from 0
-    layer_scale: float | None = None  # initial value of LayerScale; null leaves it out
-    head_bias: float = 0.0  # initial bias of the classifier; -10 for sigmoid losses over many classes
-    # Overrides of the size's own numbers, for small experiments.
+    """Number of classes, which is the number of outputs of the head."""
+
+    pool: Literal["cls", "gap"] = "cls"
+    """What the head sees. cls: the class token; gap: the mean of all patch tokens, and the model has no class token."""
+
+    head: Literal["linear", "mlp"] = "linear"
+    """linear: one linear layer; mlp: a hidden tanh layer before it, the paper's head for pretraining."""
+
+    activation: Literal["gelu", "gelu_tanh"] = "gelu"
+    """Activation of the MLP. gelu: exact, with erf; gelu_tanh: the approximation that the official JAX weights use."""
+
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout rate after the position embedding and after every dense layer except the query, key, value projection."""
+
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """Stochastic depth: drop rate of the last block. It grows linearly from 0 in the first block."""
+
+    layer_scale: float | None = None
+    """Initial value of LayerScale; null: no LayerScale."""
+
+    head_bias: float = 0.0
+    """Initial bias of the classifier. Use about -10 with a sigmoid loss over many classes."""
+
     width: int | None = Field(None, gt=0)
+    """Embedding dimension; null: the size's own. Use this and the next three keys for small experiments."""
+
     depth: int | None = Field(None, gt=0)
+    """Number of transformer blocks; null: the size's own."""
+
     heads: int | None = Field(None, gt=0)
+    """Number of attention heads, which must divide the width; null: the size's own."""
+
     mlp_dim: int | None = Field(None, gt=0)
+    """Hidden dimension of the MLP; null: in proportion to the width, as in the named size."""
 
 
 class DataSource(_Section):
-    """One of several sources that training mixes."""
+    """One of several sources that training mixes, if data.train is a list."""
 
-    shards: str  # as data.train
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)  # share of the samples, relative to the other sources
-    index: str | None = None  # as data.index
+    shards: str
+    """The shards of this source: a folder, a glob, a brace pattern or an index."""
+
+    weight: float = Field(1.0, gt=0)
+    """Share of the training samples that come from this source, relative to the weights of the other sources."""
+
+    index: str | None = None
+    """Index of these shards, as data.index."""
 
 
 def _kind_of_sources(value: Any) -> str:
@@ -55,38 +99,65 @@ TrainShards = Annotated[
 
 
 class DataConfig(_Section):
-    """WebDataset shards and how their images become training pixels."""
+    """Which shards (WebDataset tars) are read, in which order, and how their samples are decoded and normalised."""
 
-    train: TrainShards | None = (
-        None  # a folder, a glob, a brace pattern, an index; or a list of {shards, weight, index}
-    )
-    eval: str | None = None  # likewise, but no list; null: no evaluation
-    index: str | None = None  # of the shards; null: shards.index beside them, which is made where it is missing
-    train_samples: int | None = Field(None, gt=0)  # what durations call an epoch; null: all that the shards hold
-    image_key: str = "jpg;jpeg;png;webp"  # the first of these members that a sample has
-    label_key: str = "cls"  # member with the class index as text, or a field of a JSON member: "json.labels"
-    max_labels: int = Field(1, gt=0)  # classes that one image may have; several need loss.kind=sigmoid
-    num_workers: int = Field(4, ge=0)  # decoding processes of each rank
-    order: Literal["indexed", "stream"] = "indexed"  # stream: for gzipped shards and pipes, which have no index
-    lanes: int | None = Field(None, gt=0)  # that an epoch is cut into; null: up to 256, by the number of samples
-    window: int = Field(1024, gt=0)  # neighbouring samples that a lane permutes
-    max_bad_share: float = Field(1e-3, ge=0, le=1)  # of samples without a usable image; more stop the run
-    # For order: stream only.
-    streams: int | None = Field(None, gt=0)  # parallel shard streams of the whole run; null: one a decoding process
-    shuffle_buffer: int = Field(1024, ge=1)  # samples (undecoded) that each stream shuffles within
-    crop: Literal["inception", "resize"] = "inception"  # training crop: random area and aspect ratio, or whole image
-    crop_scale: tuple[float, float] = (0.05, 1.0)  # share of the image's area an inception crop takes
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)  # aspect ratio of an inception crop
-    flip: bool = True  # mirror half of the training images
-    eval_crop: float = Field(0.875, gt=0, le=1)  # evaluation: short side to image_size / eval_crop, then centre crop
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels in [0, 1]; 0.5 and 0.5 give the paper's [-1, 1]
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    mixup: float = Field(0.0, ge=0)  # alpha of the Beta distribution of weights; 0: off
-    cutmix: float = Field(0.0, ge=0)  # likewise; with both on, each pair of images takes either at random
-    randaugment_ops: int = Field(0, ge=0)  # operations that RandAugment applies to each training image; 0: off
-    randaugment_magnitude: float = Field(10.0, ge=0)  # their strength, on the paper's scale of 10
-    cache: str | None = None  # folder on a local disk that remote shards are downloaded into; null: read by range
-    cache_gb: float | None = Field(None, gt=0)  # the most that it may hold; null: no limit
+    train: TrainShards | None = None
+    """Training shards: a folder, a glob, a brace pattern or an index; or a list of sources to mix, see below."""
+
+    eval: str | None = None
+    """Evaluation shards: a folder, a glob, a brace pattern or an index; null: no evaluation."""
+
+    index: str | None = None
+    """Index file of the training shards; null: shards.index beside them, which is created if it is missing."""
+
+    train_samples: int | None = Field(None, gt=0)
+    """Number of samples that durations count as one epoch; null: all samples of the training shards."""
+
+    image_key: str = "jpg;jpeg;png;webp"
+    """Extensions of the image member, separated by semicolons. The first one that a sample has is used."""
+
+    label_key: str = "cls"
+    """Member with the class index as text, or a field of a JSON member, such as json.labels."""
+
+    max_labels: int = Field(1, gt=0)
+    """Most classes that one image may have. More than one needs loss.kind: sigmoid."""
+
+    num_workers: int = Field(4, ge=0)
+    """Decoding processes per rank; 0: decode in the training process."""
+
+    order: Literal["indexed", "stream"] = "indexed"
+    """indexed: exact global shuffle with an index; stream: sequential reading, for gzipped shards and pipes."""
+
+    lanes: int | None = Field(None, gt=0)
+    """Equal parts into which an epoch is cut and from which batches are drawn in turn; null: up to 256, by the number
+    of samples. An epoch drops fewer than this many samples, different ones every time."""
+
+    window: int = Field(1024, gt=0)
+    """Number of neighbouring samples that are shuffled with each other within a lane."""
+
+    max_bad_share: float = Field(1e-3, ge=0, le=1)
+    """Abort when more than this fraction of samples cannot be decoded."""
+
+    streams: int | None = Field(None, gt=0)
+    """For order: stream. Number of shard streams that the run reads in parallel; null: one per decoding process."""
+
+    shuffle_buffer: int = Field(1024, ge=1)
+    """For order: stream. Number of undecoded samples that each stream shuffles within."""
+
+    eval_crop: float = Field(0.875, gt=0, le=1)
+    """Evaluation resizes the short side to image_size / eval_crop pixels, then takes the centre crop."""
+
+    mean: tuple[PixelMean, PixelMean, PixelMean] = (0.5, 0.5, 0.5)
+    """Mean per colour channel that normalising subtracts from pixels in [0, 1]. With std 0.5, 0.5 gives [-1, 1]."""
+
+    std: tuple[PixelDeviation, PixelDeviation, PixelDeviation] = (0.5, 0.5, 0.5)
+    """Standard deviation per colour channel that normalising divides by, for pixels in [0, 1]."""
+
+    cache: str | None = None
+    """Folder on a local disk into which remote shards are downloaded; null: remote shards are read by byte range."""
+
+    cache_gb: float | None = Field(None, gt=0)
+    """Most gigabytes that the cache may hold; null: no limit."""
 
     @property
     def sources(self) -> tuple[DataSource, ...]:
@@ -96,91 +167,206 @@ class DataConfig(_Section):
         return self.train or ()
 
 
+class AugmentConfig(_Section):
+    """How training images are varied. Evaluation is not affected."""
+
+    crop: Literal["inception", "resize"] = "inception"
+    """Training crop. inception: random area and aspect ratio; resize: the whole image."""
+
+    crop_scale: Annotated[tuple[AreaFraction, AreaFraction], AfterValidator(_ordered)] = (0.05, 1.0)
+    """Smallest and largest area of an inception crop, as a fraction of the image's area."""
+
+    crop_ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ordered)] = (3 / 4, 4 / 3)
+    """Smallest and largest aspect ratio (width / height) of an inception crop."""
+
+    flip: bool = True
+    """Mirror half of the training images."""
+
+    mixup: float = Field(0.0, ge=0)
+    """Mixup: alpha of the Beta distribution of the mixing weight; 0: off. With cutmix on too, each pair of images gets
+    one of the two at random."""
+
+    cutmix: float = Field(0.0, ge=0)
+    """CutMix: alpha of the Beta distribution of the mixing weight; 0: off."""
+
+    randaugment_ops: int = Field(0, ge=0)
+    """RandAugment: number of operations applied to each training image; 0: off."""
+
+    randaugment_magnitude: float = Field(10.0, ge=0)
+    """RandAugment: strength of the operations, on the paper's scale of 10."""
+
+
 class TrainConfig(_Section):
+    """Length of the training, batch size, and numerical precision."""
+
+    objective: Literal["classify"] = "classify"
+    """What training minimises. classify: the loss on the labels."""
+
     duration: Duration = "90 epochs"
+    """Length of the run: epochs, steps or samples."""
+
     global_batch_size: int = Field(4096, gt=0)
-    micro_batch_size: int | None = Field(None, gt=0)  # most images a process takes at a time; null: as many as fit
+    """Images per optimizer step, over all processes."""
+
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Most images that a process takes at a time; null: as many as fit into its memory."""
+
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    grad_clip: float | None = Field(1.0, gt=0)  # global norm; null: off
-    log_every: int = Field(50, gt=0)  # steps
+    """Number format of activations and gradients. Master weights and optimizer states are always fp32."""
+
+    grad_clip: float | None = Field(1.0, gt=0)
+    """Largest global norm of the gradient; null: no clipping."""
+
+    log_every: int = Field(50, gt=0)
+    """Steps between two rows of metrics."""
 
 
 class OptimizerConfig(_Section):
-    """AdamW; weight decay is multiplied by the learning rate, as in PyTorch, and applies to matrices only."""
+    """What updates the weights. Weight decay is multiplied by the learning rate and applies to matrices only."""
+
+    kind: Literal["adamw"] = "adamw"
+    """The optimizer. adamw: AdamW as in PyTorch (Loshchilov and Hutter 2019)."""
 
     learning_rate: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    """Peak learning rate, reached at the end of the warm-up."""
+
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay rates of the averages of the gradient and of its square."""
+
     eps: float = Field(1e-8, gt=0)
+    """Added to the denominator of the update."""
+
     weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay; 0: off."""
 
 
 class ScheduleConfig(_Section):
+    """The learning rate over the run."""
+
     kind: Literal["constant", "linear", "cosine", "rsqrt"] = "linear"
+    """Shape of the curve after the warm-up. rsqrt: inverse square root, with a linear cooldown at the end."""
+
     warmup: Duration = "10000 steps"
-    cooldown: Duration = "50000 steps"  # rsqrt only: linear decay to final_learning_rate at the end
-    timescale: Duration = "10000 steps"  # rsqrt only: rate falls as sqrt(timescale / (step - warmup + timescale))
+    """Length of the linear warm-up from 0."""
+
+    cooldown: Duration = "50000 steps"
+    """For rsqrt: length of the linear decay to final_learning_rate at the end of the run."""
+
+    timescale: Duration = "10000 steps"
+    """For rsqrt: the rate falls as sqrt(timescale / (steps since warm-up + timescale))."""
+
     final_learning_rate: float = Field(0.0, ge=0)
+    """Learning rate at the end of the run, for linear, cosine and rsqrt."""
 
 
 class LossConfig(_Section):
+    """The training loss."""
+
     kind: Literal["softmax", "sigmoid"] = "softmax"
+    """softmax: cross-entropy with one label per image; sigmoid: binary cross-entropy per class, for several labels."""
+
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Probability mass that is spread evenly over all classes; 0: off."""
 
 
 class EmaConfig(_Section):
-    decay: float | None = Field(None, gt=0, lt=1)  # null: no moving average of the weights
+    """Moving average of the weights, which is evaluated and saved beside them."""
+
+    decay: float | None = Field(None, gt=0, lt=1)
+    """Decay rate per step of the exponential moving average; null: no average."""
 
 
 class EvaluateConfig(_Section):
-    every: Duration | None = None  # besides once at the end
-    batch_size: int | None = Field(None, gt=0)  # images a process; null: the training micro-batch
+    """Evaluation during training on the shards of data.eval."""
+
+    every: Duration | None = None
+    """Interval between evaluations; null: only at the end of the run, where one is always made."""
+
+    batch_size: int | None = Field(None, gt=0)
+    """Images per process and forward pass; null: the training micro-batch."""
 
 
 class CheckpointConfig(_Section):
-    every: Duration | None = "5000 steps"  # besides once at the end
-    keep: int = Field(2, gt=0)  # newest checkpoints that stay
-    keep_every: Duration | None = None  # those at multiples of this stay too
-    keep_best: (  # and so does the best by this figure of the evaluation made at its step; null: none
+    """Which checkpoints are written, where, and which of them are kept."""
+
+    every: Duration | None = "5000 steps"
+    """Interval between checkpoints; null: only at the end of the run, where one is always written."""
+
+    keep: int = Field(2, gt=0)
+    """Number of most recent checkpoints to keep."""
+
+    keep_every: Duration | None = None
+    """Also keep checkpoints at multiples of this interval; null: none."""
+
+    keep_best: (
         Literal["eval.top1", "eval.top5", "eval.loss", "eval_ema.top1", "eval_ema.top5", "eval_ema.loss"] | None
     ) = None
-    path: str | None = None  # a folder or a URL such as s3://bucket/run; null: checkpoints/ in the run folder
+    """Also keep the checkpoint with the best value of this evaluation metric; null: none."""
+
+    path: str | None = None
+    """Folder or URL for checkpoints, such as s3://bucket/run; null: checkpoints/ in the run folder."""
 
 
 class ZeroConfig(_Section):
     """DeepSpeed ZeRO: what is sharded over the processes, and what is kept in host memory."""
 
-    stage: Literal["auto", 0, 1, 2, 3] = "auto"  # auto: the cheapest that fits, see `fastvit plan`
-    offload: Literal["none", "optimizer", "all"] = "none"  # all: parameters too, stage 3 only
+    stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    """0: nothing is sharded; 1: optimizer states; 2: gradients too; 3: parameters too; auto: the fastest stage that
+    fits, see `fastvit plan`."""
+
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What is kept in host memory. optimizer: its states, from stage 1 on; all: parameters too, in stage 3 only."""
 
 
 class HealthConfig(_Section):
-    """When training goes back to its last checkpoint. A loss, gradient or weight that is not finite always makes it."""
+    """When training returns to its last checkpoint. A loss, gradient or weight that is not finite always causes it."""
 
-    # A loss or gradient norm above median + spike_threshold * max(MAD, floor) of the last `spike_window` steps, see
-    # `train.guard`; null: spikes are let pass.
     spike_threshold: float | None = Field(20.0, gt=0)
-    spike_window: int = Field(100, ge=10)  # steps; spikes are looked for once so many are done
-    max_rewinds: int = Field(3, ge=0)  # of the whole run; one more and it stops
-    compare_replicas_every: int | None = Field(100, gt=0)  # steps; null: only before each checkpoint
-    # Looks at each process's own gradients in every step, which names the rank of a fault that does not repeat. Costs
-    # a small reduction a parameter and micro-batch. false: only after a fault without a name, for the rest of the job.
+    """A loss or gradient norm above median + spike_threshold x max(MAD, floor) of the last spike_window steps is a
+    spike and rewinds the run (MAD: median absolute deviation); null: spikes are ignored."""
+
+    spike_window: int = Field(100, ge=10)
+    """Number of steps whose median and MAD are used. Detection starts after as many steps."""
+
+    max_rewinds: int = Field(3, ge=0)
+    """Most rewinds of the whole run. One more aborts it."""
+
+    compare_replicas_every: int | None = Field(100, gt=0)
+    """Steps between checks that all processes hold identical weights; null: only before each checkpoint."""
+
     watch_gradients: bool = False
+    """Check each process's own gradients in every step, which names the rank at fault even if the fault never repeats.
+    Costs a small reduction per parameter and micro-batch. false: only after a fault whose rank is unknown."""
 
 
 class WatchdogConfig(_Section):
-    """When processes that wait for each other give up and end, for a restart, and which of them are called slow."""
+    """When processes stop waiting for each other and exit for a restart, and which of them are reported as slow."""
 
-    timeout_seconds: float = Field(300.0, gt=0)  # without progress on any process, while training and evaluating
-    slow_phase_seconds: float = Field(1800.0, gt=0)  # likewise while starting, in the first step, and while saving
-    slow_rank_ratio: float = Field(1.5, gt=1)  # slow: own work that takes this many times the median process's
-    slow_rank_laps: int = Field(3, gt=0)  # times in a row, five seconds apart or more, that it must be to be named
+    timeout_seconds: float = Field(300.0, gt=0)
+    """Exit after this many seconds without progress on any process, during training and evaluation."""
+
+    slow_phase_seconds: float = Field(1800.0, gt=0)
+    """The same limit while starting, in the first step, and while saving."""
+
+    slow_rank_ratio: float = Field(1.5, gt=1)
+    """A process is slow if its own work takes more than this many times the median process's."""
+
+    slow_rank_laps: int = Field(3, gt=0)
+    """Consecutive measurements, at least five seconds apart, in which a process must be slow to be reported."""
 
 
 class Config(_Section):
+    """Everything that defines a run. `--set section.key=value` overrides one value."""
+
     name: str = "run"
-    seed: int = Field(0, ge=0)
+    """Name of the run. Without --out, the run folder is runs/<name>."""
+
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the initial weights, the data order, augmentation and dropout."""
+
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -191,4 +377,7 @@ class Config(_Section):
     zero: ZeroConfig = ZeroConfig()
     health: HealthConfig = HealthConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
-    deepspeed: dict[str, Any] = {}  # merged last over the DeepSpeed configuration that the engine writes
+
+    deepspeed: dict[str, Any] = {}
+    """Further settings of DeepSpeed, merged over the configuration that the engine writes for it. Keys that another
+    section owns are refused."""

@@ -6,13 +6,13 @@ from collections.abc import Mapping, MutableMapping
 from fastvit_engine.errors import UserError
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-ERROR_SHOWN = "FASTVIT_ERROR_SHOWN"  # a path: the first failing process creates it and speaks for all
+ERROR_SHOWN = "FASTVIT_ERROR_SHOWN"  # a path: the first failing process creates it, and only that one prints its error
 
 
 def launched_by_cluster(environment: MutableMapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or its like started this process as one rank of a job. UserError if only half-way.
+    """Whether a launcher such as torchrun started this process as a rank of a job. UserError if variables are missing.
 
-    Adds torchrun's variables where another launcher calls them otherwise.
+    Adds torchrun's variables if another launcher uses other names.
     """
     environment.update(_in_torchrun_names(environment))
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
@@ -38,9 +38,9 @@ def launched_by_cluster(environment: MutableMapping[str, str] = os.environ) -> b
 
 
 def _in_torchrun_names(environment: Mapping[str, str]) -> dict[str, str]:
-    """What torchrun would call the variables of SLURM's tasks and of DeepSpeed's launcher.
+    """Returns the variables of SLURM's tasks and of DeepSpeed's launcher under torchrun's names.
 
-    A task of srun is a rank only where the job script also exports MASTER_ADDR: an interactive shell is none.
+    A task of srun is a rank only if the job script also exports MASTER_ADDR: an interactive shell is not.
     """
     names: dict[str, str] = {}
     if {"MASTER_ADDR", "SLURM_PROCID", "SLURM_STEP_ID"} <= environment.keys() and "RANK" not in environment:
@@ -58,7 +58,7 @@ def _in_torchrun_names(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def speaks_for_all() -> bool:
-    """True for the first process of the job that fails (always, where nobody coordinates): it prints the error."""
+    """True for the first process of the job that fails, which prints the error; without a launcher of ours, for all."""
     marker = os.environ.get(ERROR_SHOWN)
     if marker is None:
         return True

@@ -1,8 +1,8 @@
-"""Leaving when asked: SIGTERM, SIGUSR1 or Ctrl-C lets a run finish its step, save, and end with exit code 76.
+"""Preemption: after SIGTERM, SIGUSR1 or Ctrl-C a run finishes its step, saves, and ends with exit code 76.
 
-Any process of the run may be asked; the report of each step tells the others. A second signal, two seconds later or
-more, ends the process at once: the latest checkpoint stays. SIGQUIT, which Ctrl-\\ sends and no scheduler uses, asks
-for stack traces; Java and Go do the same at this signal.
+Any process of the run may receive the signal; the report of each step tells the others. A second signal, two seconds
+later or more, ends the process at once: the latest checkpoint stays. SIGQUIT, which Ctrl-\\ sends and no scheduler
+uses, asks for stack traces, as it does in Java and Go.
 """
 
 import os
@@ -14,7 +14,7 @@ from threading import Thread
 from types import TracebackType
 from typing import Any
 
-from fastvit_engine.distributed.launch import SAME_REQUEST_SECONDS
+from fastvit_engine.distributed.supervise import SAME_REQUEST_SECONDS
 
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

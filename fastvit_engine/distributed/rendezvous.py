@@ -1,4 +1,4 @@
-"""Whether the processes of a job can find rank 0, asked before they join: a wrong address would hang without a word."""
+"""Checks that a process can reach rank 0 before it joins the job: a wrong address would hang silently."""
 
 import errno
 import ipaddress
@@ -14,9 +14,9 @@ _NO_WAY_PATIENCE = 10.0  # seconds that a route may be missing; rank 0 itself ma
 
 
 def check_rendezvous(environment: Mapping[str, str] = os.environ, *, patience: float = 300.0) -> None:
-    """Returns when this process can reach MASTER_ADDR:MASTER_PORT, or serve it.
+    """Returns once this process can reach MASTER_ADDR:MASTER_PORT, or serve it.
 
-    UserError for an address that cannot work; RestartError where rank 0 does not answer within `patience` seconds.
+    Raises UserError if the address cannot work, RestartError if rank 0 does not answer within `patience` seconds.
     """
     address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     here, world = int(environment.get("LOCAL_WORLD_SIZE", environment["WORLD_SIZE"])), int(environment["WORLD_SIZE"])
@@ -51,7 +51,7 @@ def _resolve(name: str) -> str | None:
 
 
 def _check_own_name(environment: Mapping[str, str]) -> None:
-    """Gloo tells the other hosts to find this one where its name points, unless it is told an interface."""
+    """Checks the name of this host: unless it is given an interface, Gloo sends the other hosts to that address."""
     own = _resolve(socket.gethostname())
     if "GLOO_SOCKET_IFNAME" not in environment and (own is None or ipaddress.ip_address(own).is_loopback):
         problem = "does not resolve" if own is None else f"resolves to {own}, where no other host finds it"

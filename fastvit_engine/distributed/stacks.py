@@ -1,7 +1,6 @@
-"""Where each thread of each process stands: `RUN/stacks/<time>-rank-N.txt`, on request and when a run hangs."""
+"""Stack traces of all threads of all processes: `RUN/stacks/<time>-rank-N.txt`, on request and when a run hangs."""
 
 import faulthandler
-import os
 import time
 from datetime import datetime
 from pathlib import Path
@@ -9,36 +8,34 @@ from typing import Any
 
 import torch
 
-from fastvit_engine.files import atomic_write
+from fastvit_engine.files import atomic_write, atomic_writer
 from fastvit_engine.observe.run_folder import RunFolder
 
 
 def new_request() -> str:
-    """A name for one collection of stack traces, which is the time."""
+    """Returns a name for one collection of stack traces: the time."""
     return datetime.now().strftime("%Y%m%dT%H%M%S-%f")[:-3]
 
 
 def write_stacks(run: RunFolder, request: str, rank: int, headline: str) -> None:
     """Writes the Python stack traces of all threads of this process; works while others wait in C++ code.
 
-    Beside them, what PyTorch's flight recorder has of the latest collective operations, for `torchfrtrace --prefix
-    <time>-collectives- RUN/stacks`.
+    Next to them it writes the latest collective operations, as PyTorch's flight recorder has them, for `torchfrtrace
+    --prefix <time>-collectives- RUN/stacks`.
     """
     run.stacks.mkdir(parents=True, exist_ok=True)
     path = run.stacks / f"{request}-rank-{rank}.txt"
-    unfinished = path.with_name(f".{path.name}.tmp")
-    with open(unfinished, "w") as file:
-        file.write(headline + "\n\n")
-        file.flush()
-        faulthandler.dump_traceback(file, all_threads=True)
-    os.replace(unfinished, path)
+    with atomic_writer(path) as file:
+        file.write(f"{headline}\n\n".encode())
+        file.flush()  # what follows goes past its buffer
+        faulthandler.dump_traceback(file.fileno(), all_threads=True)
     collectives = _flight_record()
     if collectives:
         atomic_write(run.stacks / f"{request}-collectives-{rank}", collectives)
 
 
 def requested(run: RunFolder) -> str:
-    """The request that `collect_stacks` has put into the run folder; empty where there is none."""
+    """Returns the request that `collect_stacks` has put into the run folder; empty if there is none."""
     try:
         return _request_file(run).read_text()
     except FileNotFoundError:
@@ -46,7 +43,7 @@ def requested(run: RunFolder) -> str:
 
 
 def collect_stacks(run: RunFolder, processes: int, seconds: float) -> list[Path]:
-    """Asks the running processes for their stack traces; returns the files that came within `seconds`, by rank."""
+    """Asks the running processes for their stack traces; returns the files that arrived within `seconds`, by rank."""
     request = new_request()
     run.stacks.mkdir(exist_ok=True)
     atomic_write(_request_file(run), request)
@@ -65,5 +62,5 @@ def _request_file(run: RunFolder) -> Path:
 def _flight_record() -> bytes:
     bindings: Any = torch._C._distributed_c10d
     dump = bindings._dump_nccl_trace if torch.cuda.is_available() else bindings._dump_fr_trace
-    # Without the stack of each operation: to write those, PyTorch would import modules, in a process that hangs.
+    # Without the stack of each operation: to write those, PyTorch would import modules in a process that hangs.
     return dump(includeStackTraces=False)

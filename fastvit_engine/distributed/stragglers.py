@@ -1,4 +1,4 @@
-"""Ranks that are slower than the others, by the part of a step in which none waits for another.
+"""Finds ranks that are slower than the others, by the part of a step in which no rank waits for another.
 
 That is waiting for its own data and the forward pass; the backward pass already exchanges gradients. Under ZeRO-3 the
 forward pass gathers parameters from all ranks, so that only the wait for data can tell them apart.
@@ -17,16 +17,16 @@ from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder
 
-_LAP_SECONDS = 5.0  # that a lap lasts at least: over a few milliseconds, chance makes one rank slower than another
-_LEAST_COST = 0.05  # of a lap, that a slow rank must cost all others to be named
-_REPEAT = 10  # times `slow_rank_laps` laps, until a rank that stays slow is named again
+_INTERVAL_SECONDS = 5.0  # of a measurement, at least: over a few milliseconds, some rank is slower by chance
+_LEAST_COST = 0.05  # fraction of an interval that a slow rank must cost the others to be named
+_REPEAT = 10  # times `slow_rank_laps` intervals, until a rank that stays slow is named again
 
 
 class Stragglers:
     """Measures this rank's own work and names the slow ranks, at log steps.
 
-    A lap is the time from one log step to another that is at least five seconds later. The first log step is left out:
-    before it, data workers start and kernels are compiled.
+    A rank is measured over intervals of five seconds or more, from one log step to another; `slow_rank_laps` counts
+    them. The time before the first log step is left out: data workers start and kernels are compiled.
     """
 
     def __init__(
@@ -36,15 +36,15 @@ class Stragglers:
         self.hosts = hosts  # of each rank
         self.measures_forward = zero_stage < 3
         self._started = False
-        self._lap_seconds = 0.0
-        self._work = [0.0] * world.size  # seconds of each rank's own work in this lap
-        self._streaks = [0] * world.size  # laps in a row that each rank was slow in
+        self._interval_seconds = 0.0
+        self._work = [0.0] * world.size  # seconds of each rank's own work in this interval
+        self._streaks = [0] * world.size  # consecutive intervals in which each rank was slow
         self._seconds = 0.0  # of this rank's forward passes since the last log step
         self._on_gpu: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def forward(self) -> Iterator[None]:
-        """Times a forward pass. On a GPU by events in its stream, which are not waited for here."""
+        """Times a forward pass; on a GPU by events in its stream, without waiting for them."""
         if not self.measures_forward:
             yield
         elif self.world.device.type == "cuda":
@@ -59,8 +59,8 @@ class Stragglers:
             self._seconds += time.perf_counter() - started
 
     def log_step(self, waited: float, seconds: float, step: int, recorder: Recorder | None) -> None:
-        """`seconds` have passed since the last log step, of which this rank has `waited` for data; collective. The
-        device must be at rest."""
+        """Adds `seconds` since the last log step, of which this rank has `waited` for data, and names slow ranks;
+        collective. The device must be idle."""
         if self.world.size == 1:
             return
         own = waited + self._seconds + sum(start.elapsed_time(end) for start, end in self._on_gpu) / 1000
@@ -77,20 +77,20 @@ class Stragglers:
                 record_event(self.run, "slow_rank", message, ranks=[rank], ratio=round(ratio, 2), step=step)
 
     def _slow_ranks(self, work: Sequence[float], seconds: float) -> list[tuple[int, float]]:
-        """(rank, times the median) of the ranks that are to be named now, from the seconds of work of each."""
+        """Returns (rank, ratio to the median) of the ranks to name now, from the seconds of work of each rank."""
         if not self._started:
             self._started = True
             return []
         self._work = [before + now for before, now in zip(self._work, work, strict=True)]
-        self._lap_seconds += seconds
-        if self._lap_seconds < _LAP_SECONDS:
+        self._interval_seconds += seconds
+        if self._interval_seconds < _INTERVAL_SECONDS:
             return []
         median = statistics.median_low(self._work)  # low: of two ranks, the faster one is the measure
         named = []
         for rank, own in enumerate(self._work):
-            slow = own > self.config.slow_rank_ratio * median and own - median > _LEAST_COST * self._lap_seconds
+            slow = own > self.config.slow_rank_ratio * median and own - median > _LEAST_COST * self._interval_seconds
             self._streaks[rank] = self._streaks[rank] + 1 if slow else 0
             if self._streaks[rank] % (_REPEAT * self.config.slow_rank_laps) == self.config.slow_rank_laps:
                 named.append((rank, own / max(median, 1e-9)))
-        self._work, self._lap_seconds = [0.0] * self.world.size, 0.0
+        self._work, self._interval_seconds = [0.0] * self.world.size, 0.0
         return named

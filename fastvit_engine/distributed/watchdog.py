@@ -1,10 +1,10 @@
 """Hangs and lost processes: noticed in bounded time, explained in one sentence, ended so that a launcher can restart.
 
-Beside the training, each rank has a thread that tells the others once a second where its rank stands, and reads what
-they say, through the job's key-value store. Where no rank has made progress for too long, all write the stack traces
-of their threads, the lowest one that is alive says which ranks are missing or late, and all leave with exit code 75:
-nobody can be called back from a collective operation whose partner is gone. A second thread looks after the first,
-because the store may fall silent too. Each rank goes by its own monotonic clock, so clocks need not agree.
+Besides training, each rank has a thread that sends its status to the others once per second, and reads theirs, through
+the job's key-value store. If no rank has made progress for too long, all write the stack traces of their threads, the
+lowest rank that is alive says which ranks are missing or late, and all exit with code 75: a process cannot be called
+back from a collective operation whose peer is gone. A second thread watches the first, because the store may stop
+answering too. Each rank uses its own monotonic clock, so clocks need not agree.
 """
 
 import json
@@ -23,9 +23,9 @@ import torch.distributed as dist
 
 from fastvit_engine.config import WatchdogConfig
 from fastvit_engine.distributed.environment import speaks_for_all
-from fastvit_engine.distributed.hang import Stand, describe_hang, describe_loss
-from fastvit_engine.distributed.launch import SAME_REQUEST_SECONDS
+from fastvit_engine.distributed.hang import RankStatus, describe_hang, describe_loss
 from fastvit_engine.distributed.stacks import new_request, requested, write_stacks
+from fastvit_engine.distributed.supervise import SAME_REQUEST_SECONDS
 from fastvit_engine.distributed.world import World, collective_failure
 from fastvit_engine.errors import EXIT_RESTART, Preempted, RestartError
 from fastvit_engine.observe.events import record_event
@@ -35,23 +35,24 @@ T = TypeVar("T")
 
 _BEAT_SECONDS = 1.0
 _SILENT_SECONDS = 3.0  # without a heartbeat: the rank is missing
-_READS_A_SECOND = 50  # of heartbeats, by each rank, so that a thousand of them do not overwhelm the store
+_READS_PER_SECOND = 50  # of heartbeats, by each rank, so that a thousand ranks do not overwhelm the store
 _TOGETHER_SECONDS = 5.0  # that ranks wait for each other before they leave; a launcher should give them twice that
-_SUSPENDED_SECONDS = 10.0  # between two turns of a thread: this process was stopped, and has nobody to blame
+_SUSPENDED_SECONDS = 10.0  # between two iterations of a thread: this process was stopped, and no rank is at fault
 _STORE_GONE_SECONDS = 30.0  # without progress, once the store is gone
 
 
 class Watchdog:
-    """Watches over one rank, and over the others through it, while it is entered (collective).
+    """Watches this rank, and the others through it, while it is entered (collective).
 
-    The training says where it stands with `phase` and `step_done`, which only set attributes. An error that leaves the
-    block is told to the other ranks; one of a collective operation becomes a RestartError that names the lost rank.
+    Training reports what it does with `phase` and `step_done`, which only set attributes. An error that leaves the
+    block is passed on to the other ranks; that of a collective operation becomes a RestartError that names the lost
+    rank.
     """
 
     def __init__(self, run: RunFolder, world: World, config: WatchdogConfig) -> None:
         self.run, self.world, self.config = run, world, config
-        self._stand = Stand(world.rank, socket.gethostname())
-        self._stands = [self._stand]  # of all ranks, as last heard
+        self._status = RankStatus(world.rank, socket.gethostname())
+        self._statuses = [self._status]  # of all ranks, as last heard
         self._first_step: int | None = None
         now = time.monotonic()
         self._phase_began = self._progress_seen = self._store_answered = now
@@ -68,36 +69,36 @@ class Watchdog:
         self._failure: str | None = None  # what all ranks say
         self._failure_known, self._stop, self._wake = Event(), Event(), Event()
 
-    # ---- what the training says
+    # ---- what training reports
 
     def phase(self, name: str, *, slow: bool = False) -> None:
-        """The rank begins something else, which is progress. `slow`: it may take `slow_phase_seconds`."""
-        before = self._stand
+        """Begins another phase, which is progress. `slow`: it may take `slow_phase_seconds`."""
+        before = self._status
         starting = before.step == self._first_step  # data workers start, kernels are compiled
-        self._stand = replace(before, phase=name, marks=before.marks + 1, slow=slow or starting)
+        self._status = replace(before, phase=name, marks=before.marks + 1, slow=slow or starting)
         self._phase_began = time.monotonic()
 
     def step_done(self, step: int) -> None:
-        """`step` optimizer steps are done."""
-        self._stand = replace(self._stand, step=step, marks=0, slow=False)
+        """Reports that `step` optimizer steps are done."""
+        self._status = replace(self._status, step=step, marks=0, slow=False)
 
     def begin(self, step: int) -> None:
-        """Training begins, `step` optimizer steps having been done before."""
+        """Reports that training begins, after `step` optimizer steps of earlier jobs."""
         self._first_step = step
-        self._stand = replace(self._stand, step=step)
+        self._status = replace(self._status, step=step)
 
     def marked(self, items: Iterable[T], phase: str) -> Iterator[T]:
-        """The items, each of which is progress in `phase`."""
+        """Yields the items; each is progress in `phase`."""
         for item in items:
             self.phase(phase)
             yield item
 
-    # ---- what others ask
+    # ---- requests from others
 
     @property
     def hosts(self) -> list[str]:
         """The host of each rank."""
-        return [stand.host for stand in self._stands]
+        return [status.host for status in self._statuses]
 
     def request_stacks(self) -> None:
         """Asks every rank for its stack traces; may be called from any thread."""
@@ -107,21 +108,21 @@ class Watchdog:
     # ---- beginning and end
 
     def __enter__(self) -> "Watchdog":
-        # A connection of its own, since an operation that waits for a key holds the connection that it waits on.
+        # A separate connection: an operation that waits for a key blocks the connection it waits on.
         store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store())
         self._store = store.clone()  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=self.config.slow_phase_seconds))
         if self.world.is_main:
             self._store.multi_set(["stacks", "hang", "hang_written", "hang_told", "failure"], ["", "", "0", "", ""])
         self._stacks_written = (requested(self.run), -SAME_REQUEST_SECONDS)
-        self._tell()
-        self.world.barrier()  # from here on every key exists, and no reader has to wait for one
-        self._stands = self._read_stands()
+        self._send_heartbeat()
+        self.world.barrier()  # from here on every key exists, so no reader has to wait for one
+        self._statuses = self._read_statuses()
         now = time.monotonic()
         self._heard = [now] * self.world.size
         self._progress_seen = self._store_answered = now
-        Thread(target=self._exchange_for_ever, name="watchdog", daemon=True).start()
-        Thread(target=self._look_after_the_store, name="watchdog of the store", daemon=True).start()
+        Thread(target=self._exchange_until_stopped, name="watchdog", daemon=True).start()
+        Thread(target=self._watch_store, name="store watchdog", daemon=True).start()
         return self
 
     def __exit__(
@@ -139,7 +140,7 @@ class Watchdog:
 
     def _agree_on_failure(self, error: Exception, collective: str | None) -> str:
         if collective is None:
-            self._own_failure = f"{self._stand} has failed: {_one_line(error)}"
+            self._own_failure = f"{self._status} has failed: {_one_line(error)}"
         self._collective_failure = collective or ""
         self._failed_at = time.monotonic()
         self._wake.set()
@@ -147,71 +148,71 @@ class Watchdog:
         if self._failure is None:
             state = "is gone, so rank 0 or its launcher has ended" if self._store_error else "is silent"
             self._failure = self._own_failure or f"the job's store {state}; a collective operation failed: {collective}"
-            if self._stand.step is not None:
+            if self._status.step is not None:
                 self._record("failure", self._failure, [])
         return self._failure
 
-    # ---- the thread of the heartbeat, the only one that touches the store
+    # ---- the heartbeat thread, the only one that uses the store
 
-    def _exchange_for_ever(self) -> None:
+    def _exchange_until_stopped(self) -> None:
         turn = time.monotonic()
         while not self._stop.is_set():
             try:
                 self._exchange()
-            except RuntimeError as error:  # the store is gone: the other thread decides what that means
+            except RuntimeError as error:  # the store is gone: the other thread decides what to do
                 self._store_error = collective_failure(error) or _one_line(error)
-                self._failure_known.set()  # nothing more will be
+                self._failure_known.set()  # nothing more will be known
                 return
             self._wake.wait(_BEAT_SECONDS)
             self._wake.clear()
-            turn = self._forgive_suspension(turn)
+            turn = self._restart_clocks_if_suspended(turn)
 
     def _exchange(self) -> None:
-        self._tell()
-        if self._failed_at or time.monotonic() - self._beats_read >= self.world.size / _READS_A_SECOND:
-            self._listen()
+        self._send_heartbeat()
+        if self._failed_at or time.monotonic() - self._beats_read >= self.world.size / _READS_PER_SECOND:
+            self._read_heartbeats()
         self._answer_stack_requests()
         now = time.monotonic()
         hang = self._store.get("hang").decode()
         if not hang and not self._failed_at and now - self._progress_seen > self._bound(self._living()):
-            hang = self._store.compare_set("hang", "", self._accusation(now)).decode()
+            hang = self._store.compare_set("hang", "", self._hang_report(now)).decode()
         if hang:
             self._leave_together(**json.loads(hang))
         if self._failed_at and self._failure is None:
             self._settle_failure(now)
         self._store_answered = now
 
-    def _tell(self) -> None:
+    def _send_heartbeat(self) -> None:
         self._beats += 1
-        stand = replace(self._stand, seconds=time.monotonic() - self._phase_began, beat=self._beats)
-        self._store.set(f"beat/{self.world.rank}", json.dumps(vars(stand)))
+        status = replace(self._status, seconds=time.monotonic() - self._phase_began, beat=self._beats)
+        self._store.set(f"beat/{self.world.rank}", json.dumps(vars(status)))
 
-    def _listen(self) -> None:
-        stands = self._read_stands()
+    def _read_heartbeats(self) -> None:
+        statuses = self._read_statuses()
         self._beats_read = now = time.monotonic()
-        for rank, (before, stand) in enumerate(zip(self._stands, stands, strict=True)):
-            if stand.beat != before.beat:
+        for rank, (before, status) in enumerate(zip(self._statuses, statuses, strict=True)):
+            if status.beat != before.beat:
                 self._heard[rank] = now
-            if stand.position != before.position:
+            if status.position != before.position:
                 self._progress_seen = now
-        self._stands = stands
+        self._statuses = statuses
 
-    def _read_stands(self) -> list[Stand]:
+    def _read_statuses(self) -> list[RankStatus]:
         beats = self._store.multi_get([f"beat/{rank}" for rank in range(self.world.size)])
-        return [Stand(**json.loads(beat)) for beat in beats]
+        return [RankStatus(**json.loads(beat)) for beat in beats]
 
     def _silent(self) -> dict[int, float]:
         """Ranks without a recent heartbeat, and the seconds since the last."""
-        limit = _SILENT_SECONDS + self.world.size / _READS_A_SECOND
+        limit = _SILENT_SECONDS + self.world.size / _READS_PER_SECOND
         silence = {rank: self._beats_read - heard for rank, heard in enumerate(self._heard)}
         return {rank: seconds for rank, seconds in silence.items() if seconds > limit}
 
-    def _living(self) -> list[Stand]:
+    def _living(self) -> list[RankStatus]:
         silent = self._silent()
-        return [stand for stand in self._stands if stand.rank not in silent]
+        return [status for status in self._statuses if status.rank not in silent]
 
-    def _bound(self, stands: list[Stand]) -> float:
-        slow = any(stand.slow for stand in stands)
+    def _bound(self, statuses: list[RankStatus]) -> float:
+        slow = any(status.slow for status in statuses)
         return self.config.slow_phase_seconds if slow else self.config.timeout_seconds
 
     # ---- stack traces
@@ -232,41 +233,41 @@ class Watchdog:
             self._stacks_written = (request, now)
 
     def _write_stacks(self, request: str) -> None:
-        here, seconds = self._stand, time.monotonic() - self._phase_began
+        here, seconds = self._status, time.monotonic() - self._phase_began
         headline = (
             f"{here} of {self.world.size}, process {os.getpid()}, {datetime.now().astimezone().isoformat()}, "
-            f"in {here.place} for {seconds:.1f} s"
+            f"in {here.activity} for {seconds:.1f} s"
         )
         try:
             write_stacks(self.run, request, self.world.rank, headline)
         except Exception as error:  # whatever it is, it must not end this thread
             print(f"fastvit: {here} could not write its stack traces: {error}", file=sys.stderr, flush=True)
 
-    # ---- failure of a collective operation, or of a rank that says why
+    # ---- failure of a collective operation, or of a rank that reports its own
 
     def _settle_failure(self, now: float) -> None:
         said = self._store.get("failure").decode()
-        lost: list[Stand] = []
+        lost: list[RankStatus] = []
         if not said:
             message = self._own_failure
             if message is None:
                 assert self._failed_at is not None
                 if now - self._failed_at <= _SILENT_SECONDS + _BEAT_SECONDS:
-                    return  # who has fallen silent is not known yet
-                living = {stand.rank for stand in self._living()}
-                lost = [stand for stand in self._stands if stand.rank not in living]
+                    return  # which ranks have fallen silent is not known yet
+                living = {status.rank for status in self._living()}
+                lost = [status for status in self._statuses if status.rank not in living]
                 message = describe_loss(lost, self._collective_failure)
             said = self._store.compare_set("failure", "", json.dumps([self.world.rank, message])).decode()
         speaker, self._failure = json.loads(said)
-        if speaker == self.world.rank and self._stand.step is not None:
-            self._record("failure", self._failure, [stand.rank for stand in lost] or [speaker])
+        if speaker == self.world.rank and self._status.step is not None:
+            self._record("failure", self._failure, [status.rank for status in lost] or [speaker])
         self._failure_known.set()
 
     # ---- hang
 
-    def _accusation(self, now: float) -> str:
-        message, ranks = describe_hang(self._stands, self._silent(), now - self._progress_seen)
-        living = [stand.rank for stand in self._living()]
+    def _hang_report(self, now: float) -> str:
+        message, ranks = describe_hang(self._statuses, self._silent(), now - self._progress_seen)
+        living = [status.rank for status in self._living()]
         return json.dumps(
             {
                 "request": new_request(),
@@ -286,58 +287,58 @@ class Watchdog:
             if speaker == self.world.rank:
                 while int(self._store.get("hang_written")) < living and time.monotonic() < deadline:
                     time.sleep(0.1)
-                self._say_goodbye("hang", message, ranks)
+                self._report("hang", message, ranks)
                 self._store.set("hang_told", "yes")
                 time.sleep(0.5)  # the others leave first: this may be the process that holds the store
             else:
                 while not self._store.get("hang_told") and time.monotonic() < deadline + _BEAT_SECONDS:
                     time.sleep(0.1)
-        finally:  # where the store has gone, its host has left already
+        finally:  # if the store is gone, its host has left already
             os._exit(EXIT_RESTART)
 
     def _leave_alone(self, message: str) -> NoReturn:
         try:
             self._write_stacks(new_request())
-            self._say_goodbye("hang", message, [])
+            self._report("hang", message, [])
         finally:
             os._exit(EXIT_RESTART)
 
-    def _say_goodbye(self, kind: Any, message: str, ranks: list[int]) -> None:
+    def _report(self, kind: Any, message: str, ranks: list[int]) -> None:
         if speaks_for_all():
             self._record(kind, message, ranks)
             print(f"fastvit: error: {message} (stack traces: {self.run.stacks})", file=sys.stderr, flush=True)
 
     def _record(self, kind: Any, message: str, ranks: list[int]) -> None:
         try:
-            record_event(self.run, kind, message, ranks=ranks, step=self._stand.step)
+            record_event(self.run, kind, message, ranks=ranks, step=self._status.step)
         except OSError as error:
             print(f"fastvit: {self.run.events} could not be written: {error}", file=sys.stderr, flush=True)
 
-    # ---- the thread that looks after the first
+    # ---- the thread that watches the first
 
-    def _look_after_the_store(self) -> None:
+    def _watch_store(self) -> None:
         turn = time.monotonic()
         while not self._stop.wait(_BEAT_SECONDS):
-            turn = now = self._forgive_suspension(turn)
-            if self._leaving_since:  # unless even that takes for ever
+            turn = now = self._restart_clocks_if_suspended(turn)
+            if self._leaving_since:  # unless even that takes too long
                 if now - self._leaving_since > 4 * _TOGETHER_SECONDS:
                     os._exit(EXIT_RESTART)
                 continue
-            silence, standstill = now - self._store_answered, now - self._phase_began
-            bound = self._bound([self._stand])
-            if self._store_error and standstill > min(bound, _STORE_GONE_SECONDS) and not self._failed_at:
+            silence, idle = now - self._store_answered, now - self._phase_began
+            bound = self._bound([self._status])
+            if self._store_error and idle > min(bound, _STORE_GONE_SECONDS) and not self._failed_at:
                 self._leave_alone(
-                    f"{self._stand} has made no progress for {standstill:.0f} s, and the job's store, which rank 0 or "
+                    f"{self._status} has made no progress for {idle:.0f} s, and the job's store, which rank 0 or "
                     f"its launcher holds, is gone: {self._store_error}"
                 )
-            if silence > _SUSPENDED_SECONDS and standstill > bound + _SILENT_SECONDS:
+            if silence > _SUSPENDED_SECONDS and idle > bound + _SILENT_SECONDS:
                 self._leave_alone(
-                    f"{self._stand} has made no progress for {standstill:.0f} s, and the job's store, which rank 0 or "
+                    f"{self._status} has made no progress for {idle:.0f} s, and the job's store, which rank 0 or "
                     f"its launcher holds, has not answered for {silence:.0f} s"
                 )
 
-    def _forgive_suspension(self, turn: float) -> float:
-        """Now; where this process has been stopped since `turn`, all waiting begins anew."""
+    def _restart_clocks_if_suspended(self, turn: float) -> float:
+        """Returns the time; if this process has been stopped since `turn`, all waiting times start again."""
         now = time.monotonic()
         if now - turn > _SUSPENDED_SECONDS:
             self._phase_began = self._progress_seen = self._store_answered = now

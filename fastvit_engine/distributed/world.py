@@ -1,4 +1,4 @@
-"""The processes of a run: joining them, agreeing on errors, small reductions."""
+"""The processes of a run: how they join, agree on errors, and reduce small values."""
 
 import os
 import re
@@ -32,7 +32,7 @@ class World:
 
     @property
     def node_ranks(self) -> range:
-        """The ranks on this machine, as torchrun says; without it, all."""
+        """The ranks on this machine according to torchrun; without it, all."""
         first = self.rank - int(os.environ["LOCAL_RANK"])
         return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", self.size)))
 
@@ -94,14 +94,14 @@ def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> It
 
     `timeout_seconds`: that a process waits for the others to join, and in any collective operation until
     `limit_collectives` says otherwise. `dumps`: folder for what NCCL has to tell of an operation that timed out.
-    RestartError where not all processes join.
+    Raises RestartError if not all processes join.
     """
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available()
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(
             f"LOCAL_RANK is {local_rank} but this machine shows {torch.cuda.device_count()} GPU(s): "
-            "start one process a GPU, and check CUDA_VISIBLE_DEVICES"
+            "start one process per GPU, and check CUDA_VISIBLE_DEVICES"
         )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -127,7 +127,7 @@ def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> It
 
 
 def limit_collectives(timeout_seconds: float) -> None:
-    """Makes `timeout_seconds` the longest that a collective operation may take, in every group that there is now.
+    """Limits collective operations to `timeout_seconds` in every process group that exists now.
 
     DeepSpeed makes groups of its own, with PyTorch's default of 30 minutes for Gloo and 10 for NCCL.
     """
@@ -136,7 +136,7 @@ def limit_collectives(timeout_seconds: float) -> None:
 
 
 def collective_failure(error: Exception) -> str | None:
-    """What a collective operation or the job's store failed with, in a sentence; None for an error of another kind."""
+    """Says in a sentence how a collective operation or the job's store failed; None for an error of another kind."""
     text = " ".join(str(error).split())
     if not isinstance(error, dist.DistError) and not (isinstance(error, RuntimeError) and "gloo" in text.lower()):
         return None
@@ -146,9 +146,9 @@ def collective_failure(error: Exception) -> str | None:
 
 
 def _prepare_nccl(dumps: Path | None) -> None:
-    """A process whose NCCL operation fails or times out ends, after it has written the latest operations to `dumps`.
+    """Makes a process end if an NCCL operation fails or times out, after it has written the latest ones to `dumps`.
 
-    What the user has set stays. Names of PyTorch 2.11 and later: ProcessGroupNCCL.hpp, FlightRecorder.hpp.
+    Variables that the user has set stay. Names of PyTorch 2.11 and later: ProcessGroupNCCL.hpp, FlightRecorder.hpp.
     """
     settings = {
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "3",  # end the process, without another NCCL call that could hang

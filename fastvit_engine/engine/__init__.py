@@ -1,1 +1,1 @@
-"""DeepSpeed behind an interface of our own: its configuration, its state, and the average of the weights."""
+"""The engine that trains: a typed interface, DeepSpeed behind it, optimizers, and the average of the weights."""

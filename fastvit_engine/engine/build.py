@@ -1,62 +1,20 @@
-"""From our configuration to a DeepSpeed engine: batch split, optimizer groups, ZeRO, precision."""
+"""From a configuration to an engine: how the batch is split, and what DeepSpeed is told about ZeRO and precision."""
 
-import difflib
-import logging
-import os
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from fastvit_engine.config import Config
+from fastvit_engine.config.checks import check_zero
+from fastvit_engine.config.deepspeed_section import check_deepspeed
 from fastvit_engine.distributed.world import World
+from fastvit_engine.engine.deepspeed import initialize
+from fastvit_engine.engine.optimizers import build_optimizer, check_stage
+from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.errors import UserError
-
-# DeepSpeed ignores top-level keys it does not know; these are the ones it reads, so that a typing error is caught.
-_DEEPSPEED_KEYS = {
-    "activation_checkpointing",
-    "aio",
-    "bf16",
-    "checkpoint",
-    "comet",
-    "comms_logger",
-    "communication_data_type",
-    "compile",
-    "csv_monitor",
-    "data_types",
-    "datastates_ckpt",
-    "disable_allgather",
-    "disable_python_gc",
-    "dump_state",
-    "flops_profiler",
-    "fp16",
-    "gradient_allreduce_op",
-    "gradient_predivide_factor",
-    "log_level",
-    "memory_breakdown",
-    "prescale_gradients",
-    "steps_per_print",
-    "tensorboard",
-    "timers",
-    "torch_autocast",
-    "wall_clock_breakdown",
-    "wandb",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-}
-_OWNED_KEYS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
-    "gradient_clipping": "train.grad_clip",
-    "optimizer": "the 'optimizer' section",
-    "scheduler": "the 'schedule' section",
-}
 
 
 @dataclass(frozen=True)
@@ -68,8 +26,8 @@ class BatchSplit:
 
 
 def split_batch(config: Config, world_size: int) -> BatchSplit:
-    """How each process goes through its share of the global batch: in the fewest equal micro-batches of at most
-    `train.micro_batch_size`. UserError where the global batch does not divide over the processes."""
+    """Cuts each process's share of the global batch into the fewest equal micro-batches of at most
+    `train.micro_batch_size`. Raises UserError if the global batch does not divide over the processes."""
     total = config.train.global_batch_size
     if total % world_size:
         raise UserError(
@@ -83,13 +41,15 @@ def split_batch(config: Config, world_size: int) -> BatchSplit:
 
 
 def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
-    """The configuration handed to deepspeed.initialize, with the recipe's `deepspeed:` section merged last."""
+    """What DeepSpeed is configured with; the recipe's `deepspeed:` section is merged last.
+
+    Raises UserError for combinations that DeepSpeed would ignore or fail on later.
+    """
     if config.train.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision = fp16 needs a GPU: use bf16 or fp32 on a CPU")
-    if config.zero.offload != "none" and config.zero.stage == 0:
-        raise UserError("zero.offload needs ZeRO: set zero.stage to 1, 2 or 3")
-    if config.zero.offload == "all" and config.zero.stage != 3:
-        raise UserError("zero.offload = all moves parameters to host memory, which needs zero.stage = 3")
+    check_stage(config)
+    check_zero(config.zero)
+    check_deepspeed(config.deepspeed)
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -108,72 +68,16 @@ def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
     }
     if config.train.precision != "fp32" and config.zero.stage != 0:
         written["data_types"] = {"grad_accum_dtype": "fp32"}  # low-precision sums drift as accumulation grows
-    return _merge(written, _checked_section(config.deepspeed))
+    return _merge(written, config.deepspeed)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decays the matrices of dense layers and the patch projection; spares biases, LayerNorm, LayerScale, position
-    embedding and class token, as the paper's code does."""
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        is_matrix = name.endswith(".weight") and parameter.ndim >= 2
-        (decayed if is_matrix else spared).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-
-
-def build_engine(model: nn.Module, config: Config, split: BatchSplit, world: World) -> Any:
-    """Wraps `model` in a DeepSpeed engine on this process's device. ValueError where `config` leaves the stage open."""
+def build_engine(model: nn.Module, config: Config, split: BatchSplit, world: World) -> TrainingEngine:
+    """An engine that trains `model` on this process's device. Raises ValueError if `config` leaves the stage open."""
     if config.zero.stage == "auto":
         raise ValueError("zero.stage is still open: defaults.choose fills it in")
-    written = deepspeed_config(config, split)
-    deepspeed = import_deepspeed()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer.weight_decay),
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        fused=world.device.type == "cuda" and config.zero.offload == "none",
-    )
-    try:
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=written)
-    except (ValidationError, deepspeed.DeepSpeedConfigError) as error:
-        raise UserError(f"DeepSpeed refuses its configuration (section 'deepspeed'): {_one_line(error)}") from error
-    _keep_fp32_gradient_norm(engine)
-    return engine
-
-
-def set_learning_rate(engine: Any, learning_rate: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and without the C++ extension it would otherwise compile for an inference collective on CPU."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise UserError(f"training needs DeepSpeed ({error}): pip install 'fastvit-engine[train]'") from error
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
-
-
-def _checked_section(section: Mapping[str, Any]) -> Mapping[str, Any]:
-    for key in section:
-        if key in _OWNED_KEYS:
-            raise UserError(f"deepspeed.{key} is written by the engine: set {_OWNED_KEYS[key]} instead")
-        if key not in _DEEPSPEED_KEYS:
-            near = difflib.get_close_matches(key, _DEEPSPEED_KEYS, n=1)
-            hint = f"did you mean 'deepspeed.{near[0]}'?" if near else f"it reads {', '.join(sorted(_DEEPSPEED_KEYS))}"
-            raise UserError(f"DeepSpeed does not know the key 'deepspeed.{key}'; {hint}")
-    if "stage" in (section.get("zero_optimization") or {}):
-        raise UserError("deepspeed.zero_optimization.stage is written by the engine: set zero.stage instead")
-    return section
+    settings = deepspeed_config(config, split)
+    optimizer = build_optimizer(model, config, on_gpu=world.device.type == "cuda")
+    return initialize(model, optimizer, settings)
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,17 +86,3 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         inner = merged.get(key)
         merged[key] = _merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
     return merged
-
-
-def _keep_fp32_gradient_norm(engine: Any) -> None:
-    """Plain fp32 training without ZeRO clips through this method, which throws the norm away: keep it instead."""
-    parameters = list(engine.module.parameters())
-
-    def clip_fp32_gradients() -> None:
-        engine._global_grad_norm = nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping())
-
-    engine.clip_fp32_gradients = clip_fp32_gradients
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

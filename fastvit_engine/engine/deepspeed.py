@@ -1,105 +1,204 @@
-"""The trained state inside a DeepSpeed engine, in a form that knows neither ZeRO stage nor number of processes.
+"""DeepSpeed as a `TrainingEngine`: the one module that knows how DeepSpeed works inside (written for version 0.19.8).
 
-DeepSpeed keeps the fp32 master weights and the optimizer's moments in flat buffers, cut by rules that differ between
-its stages and precisions. Here they are *pieces*: stretches of flattened parameters, called by the parameter's name.
-Reading a piece reads the engine's memory, and writing into one changes the engine. This is the one module that knows
-where DeepSpeed keeps what (seen in version 0.19.8).
+DeepSpeed keeps the fp32 master weights and the optimizer's moments in flat buffers, which each of its optimizers cuts
+up by rules of its own. A *layout* below knows one of these optimizers. It lists the attributes that it relies on, and
+an engine that lacks one is refused when it is built, with a sentence that names the attribute.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import logging
+import os
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
+from fastvit_engine.engine.protocol import GradientNorm, ParameterSlice
 from fastvit_engine.errors import UserError
 
+WRITTEN_FOR = "0.19.8"
+
+# What DeepSpeed's engine object must have.
+ENGINE_INTERNALS = (
+    "_global_grad_norm",
+    "backward",
+    "basic_optimizer",
+    "clip_fp32_gradients",
+    "destroy",
+    "fp16_enabled",
+    "global_samples",
+    "global_steps",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "micro_steps",
+    "module",
+    "optimizer",
+    "step",
+    "train_batch_size",
+    "zero_optimization_stage",
+)
+# What ZeRO-3 must have added to each parameter; `ds_numel` also to its shard, `ds_tensor`.
+PARAMETER_INTERNALS = ("ds_numel", "ds_persist", "ds_process_group", "ds_shape", "ds_status", "ds_tensor")
 # What a loss scaler adapts while it trains in fp16; its other fields are settings.
-_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+SCALER_INTERNALS = ("cur_hysteresis", "cur_iter", "cur_scale", "last_overflow_iter")
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Elements [start, start + len(values)) of the flattened parameter or buffer `name`; `values` is a 1-D view."""
-
-    name: str
-    start: int
-    values: Tensor
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.values.numel()
-
-
-@dataclass(frozen=True)
-class _FlatMasters:
-    """A tensor of fp32 masters that the optimizer updates, and the stretches of parameters that lie in it."""
-
-    tensor: Tensor
-    stretches: list[tuple[str, int, int, int]]  # parameter, start in it, place in the tensor, elements
-
-    def pieces(self, values: Tensor) -> list[Piece]:
-        """The stretches of a tensor laid out like the masters."""
-        flat = values.detach().view(-1)
-        return [Piece(name, start, flat.narrow(0, place, count)) for name, start, place, count in self.stretches]
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet, and without the C++ extension it would otherwise compile for an inference collective on CPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError(f"training needs DeepSpeed ({error}): pip install 'fastvit-engine[train]'") from error
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
 
 
-class EngineState:
-    """Master weights, optimizer state and buffers of a DeepSpeed engine.
+def forget_process_groups() -> None:
+    """Makes DeepSpeed make its process groups anew, for a process that leaves one job and joins another."""
+    if "deepspeed" in sys.modules:
+        import_deepspeed().utils.groups._release_process_group_references()
 
-    `replicated` is True where every process holds all of them (ZeRO-0); otherwise each parameter's elements are
-    divided over the processes without overlap. UserError for an engine whose state lies on NVMe.
+
+def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]) -> "DeepSpeedEngine":
+    """Wraps model and optimizer in a DeepSpeed engine on this process's device.
+
+    Raises UserError if DeepSpeed refuses its `settings`, or is a version that this module does not fit.
+    """
+    deepspeed, linear = import_deepspeed(), nn.functional.linear
+    try:
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(settings))
+    except (ValidationError, deepspeed.DeepSpeedConfigError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"DeepSpeed refuses its configuration (section 'deepspeed'): {problem}") from error
+    return DeepSpeedEngine(engine, linear)
+
+
+class DeepSpeedEngine:
+    """A DeepSpeed engine behind the `TrainingEngine` protocol, at any ZeRO stage and in any precision.
+
+    linear: PyTorch's function, which ZeRO-3 exchanges for one of its own, and `close` puts back.
+
+    Raises UserError for an engine whose state lies on NVMe, and for a DeepSpeed that lacks what is used here.
     """
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.module: nn.Module = engine.module
-        self._names = {id(parameter): name for name, parameter in self.module.named_parameters()}
-        self.replicated = engine.zero_optimization_stage() == 0
-        optimizer = engine.optimizer
-        if getattr(optimizer, "swap_optimizer", False) or getattr(optimizer, "params_in_nvme_and_cpu", False):
+    def __init__(self, engine: Any, linear: Any = nn.functional.linear) -> None:
+        self._linear = linear
+        self.model: nn.Module = engine
+        self._engine = engine
+        self._layout = layout_of(engine)
+        missing = missing_internals(engine, self._layout)
+        if missing:
+            raise UserError(
+                f"DeepSpeed {_version()} has no {missing[0]}, which fastvit_engine/engine/deepspeed.py relies on: "
+                f"install deepspeed=={WRITTEN_FOR}"
+            )
+        if self._layout.on_nvme:
             raise UserError("checkpoints of state that DeepSpeed keeps on NVMe are not supported: offload to cpu")
+        self.zero_stage: int = engine.zero_optimization_stage()
+        _keep_fp32_gradient_norm(engine)
+
+    @property
+    def replicated(self) -> bool:
+        return self.zero_stage == 0
+
+    # ---- a step
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        self._engine.step()
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self._layout.base.param_groups:
+            group["lr"] = learning_rate
+
+    def approve_updates(self, approve: Callable[[GradientNorm], bool]) -> None:
+        """Every ZeRO stage reduces the gradients, computes their norm, and only then calls `step` of the PyTorch
+        optimizer inside it. PyTorch's hooks around that call show it no parameters if the update is not approved, and
+        DeepSpeed then ends the step as always, with its buckets, partitions and counters in order."""
+        for optimizer in self._layout.torch_optimizers():
+            self._approve(optimizer, approve)
+
+    def _approve(self, optimizer: torch.optim.Optimizer, approve: Callable[[GradientNorm], bool]) -> None:
+        hidden: list[Any] = []
+
+        def before(optimizer: Any, args: Any, kwargs: Any) -> None:
+            hidden.append(optimizer.param_groups)
+            if not approve(self._gradient_norm()):
+                optimizer.param_groups = []
+
+        def after(optimizer: Any, args: Any, kwargs: Any) -> None:
+            optimizer.param_groups = hidden.pop()
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+
+    def _gradient_norm(self) -> GradientNorm:
+        """As DeepSpeed has just computed it."""
+        norm = self._layout.gradient_norm
+        return self._engine._global_grad_norm if norm is None else norm
+
+    # ---- parameters
 
     @property
     def shapes(self) -> dict[str, list[int]]:
-        """The whole shape of each parameter, however it is sharded."""
-        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.named_parameters()}
 
-    def master_weights(self) -> list[Piece]:
-        """The fp32 masters that this process holds, as views."""
-        return [piece for masters in self._masters() for piece in masters.pieces(masters.tensor)]
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self._engine.module.named_parameters())
 
-    def optimizer_state(self) -> dict[str, list[Piece]]:
-        """The optimizer's tensors (for Adam exp_avg and exp_avg_sq), as views; empty before the first step."""
-        pieces: dict[str, list[Piece]] = {}
-        for masters in self._masters():
-            for key, value in self._state_of(masters.tensor).items():
+    def held_parameters(self) -> list[tuple[str, Tensor]]:
+        return [(name, cast(Any, p).ds_tensor if _sharded(p) else p.data) for name, p in self.named_parameters()]
+
+    def replicas(self) -> Iterator[Tensor]:
+        for _, parameter in self.named_parameters():
+            if not _sharded(parameter) or _gathered_for_good(parameter):
+                yield parameter.data
+        yield from self._engine.module.buffers()
+
+    # ---- state
+
+    def master_weights(self) -> list[ParameterSlice]:
+        return [part for masters in self._layout.masters() for part in masters.slices(masters.tensor)]
+
+    def optimizer_state(self) -> dict[str, list[ParameterSlice]]:
+        slices: dict[str, list[ParameterSlice]] = {}
+        for masters in self._layout.masters():
+            for key, value in self._layout.state_of(masters.tensor).items():
                 if _is_like(value, masters.tensor):
-                    pieces.setdefault(key, []).extend(masters.pieces(value))
-        return pieces
+                    slices.setdefault(key, []).extend(masters.slices(value))
+        return slices
 
-    def buffers(self) -> list[Piece]:
-        """The module's persistent buffers, which every process holds whole."""
-        kept = self.module.state_dict(keep_vars=True).keys()
-        return [Piece(name, 0, b.detach().view(-1)) for name, b in self.module.named_buffers() if name in kept]
+    def buffers(self) -> list[ParameterSlice]:
+        module = self._engine.module
+        kept = module.state_dict(keep_vars=True).keys()
+        return [ParameterSlice(name, 0, b.detach().view(-1)) for name, b in module.named_buffers() if name in kept]
 
     def scalars(self) -> dict[str, float]:
-        """The optimizer's counters and the loss scale: the same on all processes."""
         found: dict[str, float] = {}
-        for masters in self._masters():
-            for key, value in self._state_of(masters.tensor).items():
+        for masters in self._layout.masters():
+            for key, value in self._layout.state_of(masters.tensor).items():
                 if not _is_like(value, masters.tensor):
                     found[f"optimizer.{key}"] = float(value)
-        for field, value in self._loss_scaling().items():
+        for field, value in self._layout.loss_scaling().items():
             found[f"loss_scaler.{field}"] = float(value)
         return found
 
     def prepare_optimizer(self, keys: Iterable[str], scalars: dict[str, float]) -> None:
-        """Gives the optimizer exactly these tensors, of zeros that the caller is to overwrite, and these counters."""
-        for masters in self._masters():
-            group = self._group_of(masters.tensor)
-            state = self._base_optimizer().state
+        state = self._layout.base.state
+        for masters in self._layout.masters():
+            group = self._layout.group_of(masters.tensor)
             state.pop(masters.tensor, None)
             for key in keys:
                 state[masters.tensor][key] = torch.zeros_like(masters.tensor)
@@ -109,135 +208,343 @@ class EngineState:
                     on_device = group.get("fused") or group.get("capturable")
                     device = masters.tensor.device if on_device else torch.device("cpu")
                     state[masters.tensor][key] = torch.tensor(value, dtype=torch.float32, device=device)
-        for field, value in self._loss_scaling().items():
+        for field, value in self._layout.loss_scaling().items():
             saved = scalars.get(f"loss_scaler.{field}", value)
-            setattr(self._loss_scaler(), field, type(value)(saved))
+            setattr(self._layout.loss_scaler, field, type(value)(saved))
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Makes the weights that the model computes with equal to the masters; collective."""
-        optimizer = self.engine.optimizer
-        if self.engine.zero_optimization_stage() == 3:
-            optimizer._partition_all_parameters()  # small parameters stay gathered between steps: those are stale now
-            for sub_group in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
-            if optimizer.persistent_parameters:
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-            optimizer.invalidate_secondary_tensor()
-        elif hasattr(optimizer, "update_lp_params"):  # ZeRO-1 and 2
-            optimizer.update_lp_params()
-        else:  # without ZeRO: nothing to do in fp32, where the weights are the masters
-            for parameter, master in self._pairs_without_zero():
-                if master is not parameter:
-                    parameter.data.copy_(master.data)
+        self._layout.publish()
 
     def reset_progress(self, step: int) -> None:
-        """Drops gradients of a step that was not finished, and tells DeepSpeed how many optimizer steps are done."""
-        engine, optimizer = self.engine, self.engine.optimizer
-        optimizer.zero_grad()
-        if engine.zero_optimization_stage() == 3:
-            optimizer._overflow_clean_up(None)
-        elif hasattr(optimizer, "clear_hp_grads"):  # BF16_Optimizer
-            optimizer.clear_hp_grads()
-        elif engine.zero_optimization_stage() > 0:  # what its step() does at its start and after an overflow
-            optimizer.micro_step_id = -1
-            optimizer._release_preflattened_grad_buffers()
-            for group in optimizer.averaged_gradients:  # in place: the parameters refer to this dictionary
-                optimizer.averaged_gradients[group] = None
-                optimizer.all_grad_tensors[group] = None
-            if optimizer.cpu_offload:
-                optimizer.reset_cpu_buffers()
-                optimizer._offload_accumulated_param_ids = set()
+        engine = self._engine
+        self._layout.optimizer.zero_grad()
+        self._layout.drop_gradients()
         engine.micro_steps = step * engine.gradient_accumulation_steps()
         engine.global_steps = step
         engine.global_samples = step * engine.train_batch_size()
 
-    # ---- where DeepSpeed keeps it
+    def close(self) -> None:
+        self._engine.destroy()
+        nn.functional.linear = self._linear
 
-    def _masters(self) -> Iterator[_FlatMasters]:
-        optimizer = self.engine.optimizer
-        if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO-3: the rank's part of each parameter, in a row
-            for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
-                yield _FlatMasters(flat, list(self._parts_of_parameters(group)))
-        elif hasattr(optimizer, "single_partition_of_fp32_groups"):  # ZeRO-1 and 2: the rank's part of a whole group
-            for number, flat in enumerate(optimizer.single_partition_of_fp32_groups):
-                group, offsets = optimizer.round_robin_bit16_groups[number], optimizer.round_robin_bit16_offsets[number]
-                rank = torch.distributed.get_rank(optimizer.real_dp_process_group[number])
-                yield _FlatMasters(flat, list(self._part_of_group(group, offsets, rank, flat.numel())))
-        elif hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer, which is ZeRO-1 with fp32 gradients
-            for number, flat in enumerate(optimizer.fp32_groups_flat_partition):
-                group, offsets = optimizer.bf16_groups[number], [0]
-                for parameter in group:
-                    offsets.append(offsets[-1] + parameter.numel())
-                rank = torch.distributed.get_rank(optimizer.real_dp_process_group[number])
-                yield _FlatMasters(flat, list(self._part_of_group(group, offsets[:-1], rank, flat.numel())))
-        else:
-            for parameter, master in self._pairs_without_zero():
-                name = self._names[id(parameter)]
-                yield _FlatMasters(master, [(name, 0, 0, master.numel())])
 
-    def _pairs_without_zero(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each parameter and its fp32 master, which in fp32 is itself."""
-        optimizer = self.engine.optimizer
-        if hasattr(optimizer, "fp32_groups"):
-            for parameters, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-                yield from zip(parameters, masters, strict=True)
-        else:
-            for group in optimizer.param_groups:
-                yield from ((parameter, parameter) for parameter in group["params"])
+# ---- where DeepSpeed keeps the state
 
-    def _parts_of_parameters(self, group: Sequence[nn.Parameter]) -> Iterator[tuple[str, int, int, int]]:
-        place = 0
-        for parameter in cast(Sequence[Any], group):
+
+@dataclass(frozen=True)
+class _Span:
+    """Elements [start, start + count) of a flattened parameter, which lie at `offset` of a flat buffer."""
+
+    name: str
+    start: int
+    offset: int
+    count: int
+
+
+@dataclass(frozen=True)
+class _FlatMasters:
+    """A tensor of fp32 master weights that the optimizer updates, and what of the parameters lies in it."""
+
+    tensor: Tensor
+    spans: list[_Span]
+
+    def slices(self, values: Tensor) -> list[ParameterSlice]:
+        """The slices of a tensor that is laid out like the masters."""
+        flat = values.detach().view(-1)
+        return [ParameterSlice(s.name, s.start, flat.narrow(0, s.offset, s.count)) for s in self.spans]
+
+
+class Layout(ABC):
+    """Where one of DeepSpeed's optimizers keeps its state."""
+
+    title: ClassVar[str]
+    internals: ClassVar[tuple[str, ...]]  # what `self.optimizer` must have
+    internals_later: ClassVar[tuple[str, ...]] = ()  # likewise, from the first step on
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.optimizer = engine, engine.optimizer
+        self.names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+
+    @abstractmethod
+    def masters(self) -> Iterator[_FlatMasters]:
+        """The fp32 master weights that this process updates."""
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Copies the master weights to the weights that the model computes with; collective."""
+
+    def drop_gradients(self) -> None:  # noqa: B027 - `zero_grad` is enough for some
+        """Drops what of an unfinished step `zero_grad` leaves."""
+
+    @property
+    def base(self) -> Any:
+        """The PyTorch optimizer that does the update."""
+        return self.optimizer.optimizer
+
+    @property
+    def gradient_norm(self) -> GradientNorm | None:
+        """Of the step whose update is about to happen; None if it is with the engine."""
+        return self.optimizer._global_grad_norm
+
+    @property
+    def loss_scaler(self) -> Any:
+        return self.optimizer.loss_scaler
+
+    @property
+    def on_nvme(self) -> bool:
+        return False
+
+    def torch_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.engine.basic_optimizer]
+
+    def loss_scaling(self) -> dict[str, Any]:
+        """What the loss scaler adapts; nothing but in fp16."""
+        fields = vars(self.loss_scaler) if self.engine.fp16_enabled() else {}
+        return {field: fields[field] for field in SCALER_INTERNALS if fields.get(field) is not None}
+
+    def state_of(self, master: Tensor) -> dict[str, Any]:
+        return self.base.state.get(master, {})
+
+    def group_of(self, master: Tensor) -> dict[str, Any]:
+        """The settings of the optimizer's group; ZeRO-3 empties the groups' lists, but they share these settings."""
+        groups = self.base.param_groups
+        return next((g for g in groups if any(p is master for p in g["params"])), groups[0])
+
+    def _partition(
+        self, group: Sequence[nn.Parameter], offsets: Iterable[int], number: int, flat: Tensor
+    ) -> _FlatMasters:
+        """This rank's equal part `flat` of a group of parameters, which begin at `offsets` of the flattened group."""
+        rank, size, spans = torch.distributed.get_rank(self.optimizer.real_dp_process_group[number]), flat.numel(), []
+        for parameter, offset in zip(group, offsets, strict=True):
+            first, last = max(offset, rank * size), min(offset + parameter.numel(), (rank + 1) * size)
+            if first < last:
+                spans.append(_Span(self.names[id(parameter)], first - offset, first - rank * size, last - first))
+        return _FlatMasters(flat, spans)
+
+
+class Plain(Layout):
+    """fp32 without ZeRO: the PyTorch optimizer itself, whose masters are the model's parameters."""
+
+    title = "optimizer for fp32 without ZeRO"
+    internals = ("param_groups", "state", "zero_grad")
+
+    @property
+    def base(self) -> Any:
+        return self.optimizer
+
+    @property
+    def gradient_norm(self) -> None:
+        return None
+
+    def masters(self) -> Iterator[_FlatMasters]:
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield _FlatMasters(parameter, [_Span(self.names[id(parameter)], 0, 0, parameter.numel())])
+
+    def publish(self) -> None:
+        """Nothing to do: the weights are the masters."""
+
+
+class Unpartitioned16Bit(Layout):
+    """FP16_UnfusedOptimizer, which also does bf16 without ZeRO: an fp32 master beside each parameter."""
+
+    title = "optimizer for 16-bit training without ZeRO"
+    internals = ("_global_grad_norm", "fp16_groups", "fp32_groups", "loss_scale_config", "optimizer", "zero_grad")
+
+    @property
+    def loss_scaler(self) -> Any:
+        return self.optimizer.loss_scale_config
+
+    def masters(self) -> Iterator[_FlatMasters]:
+        for parameter, master in self._pairs():
+            yield _FlatMasters(master, [_Span(self.names[id(parameter)], 0, 0, master.numel())])
+
+    def publish(self) -> None:
+        for parameter, master in self._pairs():
+            parameter.data.copy_(master.data)
+
+    def _pairs(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        for parameters, masters in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
+            yield from zip(parameters, masters, strict=True)
+
+
+class Zero1And2(Layout):
+    """DeepSpeedZeroOptimizer: each rank's part of a flattened group."""
+
+    title = "optimizer for ZeRO-1 and ZeRO-2"
+    internals = (
+        "_global_grad_norm",
+        "_release_preflattened_grad_buffers",
+        "all_grad_tensors",
+        "averaged_gradients",
+        "cpu_offload",
+        "loss_scaler",
+        "micro_step_id",
+        "optimizer",
+        "real_dp_process_group",
+        "reset_cpu_buffers",
+        "round_robin_bit16_groups",
+        "round_robin_bit16_offsets",
+        "single_partition_of_fp32_groups",
+        "update_lp_params",
+        "zero_grad",
+    )
+
+    def masters(self) -> Iterator[_FlatMasters]:
+        optimizer = self.optimizer
+        for number, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+            offsets = optimizer.round_robin_bit16_offsets[number]
+            yield self._partition(optimizer.round_robin_bit16_groups[number], offsets, number, flat)
+
+    def publish(self) -> None:
+        self.optimizer.update_lp_params()
+
+    def drop_gradients(self) -> None:
+        """What DeepSpeed's own `step` does at its start and after an overflow."""
+        optimizer = self.optimizer
+        optimizer.micro_step_id = -1
+        optimizer._release_preflattened_grad_buffers()
+        for group in optimizer.averaged_gradients:  # in place: the parameters refer to this dictionary
+            optimizer.averaged_gradients[group] = None
+            optimizer.all_grad_tensors[group] = None
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+            optimizer._offload_accumulated_param_ids = set()
+
+
+class Zero1Bf16(Layout):
+    """BF16_Optimizer, which is ZeRO-1 with fp32 gradients: each rank's part of a flattened group."""
+
+    title = "optimizer for ZeRO-1 in bf16"
+    internals_later = ("_global_grad_norm",)
+    internals = (
+        "bf16_groups",
+        "clear_hp_grads",
+        "fp32_groups_flat_partition",
+        "optimizer",
+        "real_dp_process_group",
+        "update_lp_params",
+        "zero_grad",
+    )
+
+    def masters(self) -> Iterator[_FlatMasters]:
+        for number, flat in enumerate(self.optimizer.fp32_groups_flat_partition):
+            group, offsets = self.optimizer.bf16_groups[number], [0]
+            for parameter in group:
+                offsets.append(offsets[-1] + parameter.numel())
+            yield self._partition(group, offsets[:-1], number, flat)
+
+    def publish(self) -> None:
+        self.optimizer.update_lp_params()
+
+    def drop_gradients(self) -> None:
+        self.optimizer.clear_hp_grads()
+
+
+class Zero3(Layout):
+    """DeepSpeedZeroOptimizer_Stage3: the rank's part of each parameter, one after the other."""
+
+    title = "optimizer for ZeRO-3"
+    internals = (
+        "_global_grad_norm",
+        "_overflow_clean_up",
+        "_partition_all_parameters",
+        "_reassign_or_swap_out_partitioned_parameters",
+        "fp16_groups",
+        "fp32_partitioned_groups_flat",
+        "invalidate_secondary_tensor",
+        "loss_scaler",
+        "optimizer",
+        "params_in_nvme_and_cpu",
+        "persistent_parameters",
+        "swap_optimizer",
+        "zero_grad",
+    )
+
+    @property
+    def on_nvme(self) -> bool:
+        return bool(self.optimizer.swap_optimizer or self.optimizer.params_in_nvme_and_cpu)
+
+    def torch_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Twin-Flow offloading has a second optimizer, for the part of the state that stays on the GPU."""
+        second = getattr(self.optimizer, "backup_optimizer", None)
+        return [*super().torch_optimizers(), *([second] if second is not None else [])]
+
+    def masters(self) -> Iterator[_FlatMasters]:
+        optimizer = self.optimizer
+        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+            yield _FlatMasters(flat, list(self._spans(group)))
+
+    def _spans(self, group: Sequence[Any]) -> Iterator[_Span]:
+        offset = 0
+        for parameter in group:
             part = parameter.ds_tensor.ds_numel  # the same on all ranks; the last ones' may be padding
             start = torch.distributed.get_rank(parameter.ds_process_group) * part
             count = min(part, parameter.ds_numel - start)
             if count > 0:
-                yield self._names[id(parameter)], start, place, count
-            place += part
+                yield _Span(self.names[id(parameter)], start, offset, count)
+            offset += part
 
-    def _part_of_group(
-        self, group: Sequence[nn.Parameter], offsets: Sequence[int], rank: int, size: int
-    ) -> Iterator[tuple[str, int, int, int]]:
-        """What of the parameters, which begin at `offsets` of a line, lies in its elements [rank, rank + 1) * size."""
-        for parameter, offset in zip(group, offsets, strict=True):
-            first, last = max(offset, rank * size), min(offset + parameter.numel(), (rank + 1) * size)
-            if first < last:
-                yield self._names[id(parameter)], first - offset, first - rank * size, last - first
+    def publish(self) -> None:
+        optimizer = self.optimizer
+        optimizer._partition_all_parameters()  # small parameters stay gathered between steps: those are stale now
+        for sub_group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(sub_group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()
 
-    def _base_optimizer(self) -> Any:
-        return getattr(self.engine.optimizer, "optimizer", self.engine.optimizer)
-
-    def _state_of(self, master: Tensor) -> dict[str, Any]:
-        return self._base_optimizer().state.get(master, {})
-
-    def _group_of(self, master: Tensor) -> dict[str, Any]:
-        """The settings of the optimizer's group; ZeRO-3 empties the groups' lists, but they share these settings."""
-        groups = self._base_optimizer().param_groups
-        return next((g for g in groups if any(p is master for p in g["params"])), groups[0])
-
-    def _loss_scaling(self) -> dict[str, Any]:
-        """What the loss scaler adapts; nothing but in fp16."""
-        fields = vars(self._loss_scaler()) if self.engine.fp16_enabled() else {}
-        return {field: fields[field] for field in _SCALER_FIELDS if fields.get(field) is not None}
-
-    def _loss_scaler(self) -> Any:
-        optimizer = self.engine.optimizer
-        return getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    def drop_gradients(self) -> None:
+        self.optimizer._overflow_clean_up(None)
 
 
-def share(pieces: Sequence[Piece], rank: int, size: int) -> list[Piece]:
-    """The `rank`-th of `size` equal contiguous shares of the line that the pieces form end to end."""
-    total = sum(piece.values.numel() for piece in pieces)
-    first, last = total * rank // size, total * (rank + 1) // size
-    shared, place = [], 0
-    for piece in pieces:
-        skip, stop = max(0, first - place), min(piece.values.numel(), last - place)
-        if skip < stop:
-            shared.append(Piece(piece.name, piece.start + skip, piece.values[skip:stop]))
-        place += piece.values.numel()
-    return shared
+def layout_of(engine: Any) -> Layout:
+    """The layout of an engine, by its ZeRO stage and the class of its optimizer."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 3:
+        return Zero3(engine)
+    if type(optimizer).__name__ == "BF16_Optimizer":
+        return Zero1Bf16(engine)
+    if stage > 0:
+        return Zero1And2(engine)
+    return Plain(engine) if optimizer is engine.basic_optimizer else Unpartitioned16Bit(engine)
+
+
+def missing_internals(engine: Any, layout: Layout) -> list[str]:
+    """What this module uses and this DeepSpeed lacks, each in words."""
+    missing = [f"'{name}' in its engine" for name in ENGINE_INTERNALS if not hasattr(engine, name)]
+    missing += [f"'{name}' in its {layout.title}" for name in layout.internals if not hasattr(layout.optimizer, name)]
+    if isinstance(layout, Zero3):
+        parameter = next(engine.module.parameters())
+        missing += [f"'{name}' in ZeRO-3's parameters" for name in PARAMETER_INTERNALS if not hasattr(parameter, name)]
+    elif engine.fp16_enabled() and not layout.loss_scaling():
+        missing.append(f"{' or '.join(SCALER_INTERNALS)} in its loss scaler")
+    return missing
+
+
+def _sharded(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_tensor")
+
+
+def _gathered_for_good(parameter: Any) -> bool:
+    """Whether ZeRO-3 keeps this parameter whole on every process, and has it there now."""
+    return bool(parameter.ds_persist and parameter.ds_status.name == "AVAILABLE")
 
 
 def _is_like(value: Any, master: Tensor) -> bool:
     return torch.is_tensor(value) and value.shape == master.shape and value.ndim > 0
+
+
+def _keep_fp32_gradient_norm(engine: Any) -> None:
+    """Plain fp32 training without ZeRO clips through this method, which throws the norm away: keep it instead."""
+    parameters = list(engine.module.parameters())
+
+    def clip_fp32_gradients() -> None:
+        engine._global_grad_norm = nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping())
+
+    engine.clip_fp32_gradients = clip_fp32_gradients
+
+
+def _version() -> str:
+    return str(import_deepspeed().__version__)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from fastvit_engine.engine.deepspeed import EngineState, Piece
+from fastvit_engine.engine.protocol import ParameterSlice, TrainingEngine
 
 
 class WeightAverage:
@@ -16,10 +16,10 @@ class WeightAverage:
     masters, and each process averages those that it holds: its part under ZeRO, all without.
     """
 
-    def __init__(self, state: EngineState, decay: float) -> None:
-        self.state = state
+    def __init__(self, engine: TrainingEngine, decay: float) -> None:
+        self.engine = engine
         self.decay = decay
-        self.average = [piece.values.clone() for piece in state.master_weights()]
+        self.average = [part.values.clone() for part in engine.master_weights()]
 
     def update(self, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
@@ -34,23 +34,23 @@ class WeightAverage:
         finally:
             self._swap()
 
-    def pieces(self) -> list[Piece]:
-        """The average, cut as the masters are; writing into it changes the average."""
-        masters = self.state.master_weights()
-        return [Piece(m.name, m.start, a) for m, a in zip(masters, self.average, strict=True)]
+    def slices(self) -> list[ParameterSlice]:
+        """The average, in slices like those of the master weights; writing to one changes the average."""
+        masters = self.engine.master_weights()
+        return [ParameterSlice(m.name, m.start, a) for m, a in zip(masters, self.average, strict=True)]
 
     def restart(self) -> None:
-        """Begins anew, from the weights as they are."""
+        """Starts the average again from the current weights."""
         torch._foreach_copy_(self.average, self._masters())
 
     def _masters(self) -> list[Tensor]:
-        return [piece.values for piece in self.state.master_weights()]
+        return [part.values for part in self.engine.master_weights()]
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Exchanges average and masters, one piece at a time so that no whole copy is made."""
+        """Exchanges average and masters, one slice at a time so that no whole copy is made."""
         for average, master in zip(self.average, self._masters(), strict=True):
             kept = master.clone()
             master.copy_(average)
             average.copy_(kept)
-        self.state.publish()
+        self.engine.publish()

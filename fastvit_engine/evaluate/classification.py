@@ -1,11 +1,12 @@
 """Top-1 and top-5 accuracy and loss over a labelled set, each image counted exactly once.
 
-An image with several labels is classified rightly where the class given to it is any of them.
+An image with several labels counts as a hit if the predicted class is any of them.
 """
 
 import base64
 import io
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,61 @@ from torch import Tensor, nn
 from fastvit_engine.data import Batch
 from fastvit_engine.data.stream.batch import targets
 from fastvit_engine.distributed.world import World
+from fastvit_engine.observe.metrics import EvalRow
+from fastvit_kernels import FusedCrossEntropy
+
+Example = dict[str, Any]  # an image and what the model says of it: key, label, image, predictions
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    top1: float  # share of images in [0, 1]
-    top5: float | None  # None where there are no more than five classes
+    """What `evaluate` measures."""
+
+    top1: float  # share of images, 0 to 1
+    top5: float | None  # likewise; None with five classes or fewer
     loss: float  # mean over images
     samples: int
+
+
+class Classification:
+    """The evaluator of `data.eval`.
+
+    batches: begins a pass over the images, the same number of batches on every process. on_examples: takes the step and
+    what the model says of the first `shown` images of this process.
+    """
+
+    name = "eval"
+
+    def __init__(
+        self,
+        batches: Callable[[], Iterable[Batch]],
+        criterion: FusedCrossEntropy,
+        world: World,
+        *,
+        every_steps: int,
+        shown: int = 0,
+        on_examples: Callable[[int, list[Example]], None] | None = None,
+    ) -> None:
+        self.batches, self.criterion, self.world, self.every_steps = batches, criterion, world, every_steps
+        self.shown, self.on_examples = shown, on_examples
+
+    def run(self, model: nn.Module, *, step: int, name: str) -> list[EvalRow]:
+        started = time.perf_counter()
+        accuracy, examples = evaluate(model, self.batches(), self.criterion, self.world, shown=self.shown)
+        seconds = time.perf_counter() - started
+        if self.on_examples is not None:
+            self.on_examples(step, examples)
+        return [
+            {
+                "step": step,
+                "eval": name,
+                "top1": accuracy.top1,
+                "top5": accuracy.top5,
+                "loss": accuracy.loss,
+                "samples": accuracy.samples,
+                "seconds": seconds,
+            }
+        ]
 
 
 @torch.no_grad()
@@ -31,22 +79,24 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Batch],
     criterion: nn.Module,
-    world: World,
+    world: World | None = None,
     *,
     shown: int = 0,
-) -> tuple[Accuracy, list[dict[str, Any]]]:
-    """Evaluates over all processes; collective, and every process must get the same number of batches.
+) -> tuple[Accuracy, list[Example]]:
+    """Measures a model over all processes of `world`; None: this process alone.
 
-    Also returns what the model says of the first `shown` images of this process, ready for `samples.json`.
+    Collective, and every process must get the same number of batches. Also returns what the model says of the first
+    `shown` images of this process, ready for `samples.json`.
     """
     was_training = model.training
     model.eval()
-    totals = torch.zeros(4, dtype=torch.float64, device=world.device)  # top-1, top-5, loss, samples
-    examples: list[dict[str, Any]] = []
+    device = next(model.parameters()).device if world is None else world.device
+    totals = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, samples
+    examples: list[Example] = []
     for batch in batches:
-        images = batch.images.to(world.device, non_blocking=True)
-        labels = batch.labels.to(world.device, non_blocking=True)
-        weights = batch.weights.to(world.device, non_blocking=True)  # 0 marks padding
+        images = batch.images.to(device, non_blocking=True)
+        labels = batch.labels.to(device, non_blocking=True)
+        weights = batch.weights.to(device, non_blocking=True)  # 0 marks padding
         logits = model(images).float()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
         hits = (ranked[:, :, None] == labels.view(len(labels), 1, -1)).any(dim=2)  # [B, 5]
@@ -57,7 +107,7 @@ def evaluate(
         if len(examples) < shown:
             examples += _examples(batch, logits, ranked)[: shown - len(examples)]
     model.train(was_training)
-    top1, top5, loss, samples = world.sum(totals).tolist()
+    top1, top5, loss, samples = (totals if world is None else world.sum(totals)).tolist()
     has_top5 = logits.shape[1] > 5
     return (
         Accuracy(top1 / samples, top5 / samples if has_top5 else None, loss / samples, round(samples)),
@@ -65,7 +115,7 @@ def evaluate(
     )
 
 
-def _examples(batch: Batch, logits: Tensor, ranked: Tensor) -> list[dict[str, Any]]:
+def _examples(batch: Batch, logits: Tensor, ranked: Tensor) -> list[Example]:
     probabilities = logits.softmax(1).gather(1, ranked).tolist()
     return [
         {

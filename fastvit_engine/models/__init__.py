@@ -1,7 +1,8 @@
 """Vision Transformers by their paper names, and what one forward pass of them costs."""
 
+from fastvit_engine.config.model_shape import model_title, resolve_shape
 from fastvit_engine.models.flops import forward_macs, training_flops
-from fastvit_engine.models.vit import VisionTransformer, build_model, model_title, parameter_count, resolve_shape
+from fastvit_engine.models.vit import VisionTransformer, build_model, parameter_count
 
 __all__ = [
     "VisionTransformer",

@@ -1,7 +1,7 @@
 """What a model costs, counted from its shape: profilers that patch PyTorch functions do not see custom kernels."""
 
 from fastvit_engine.config import ModelConfig
-from fastvit_engine.models.vit import resolve_shape
+from fastvit_engine.config.model_shape import resolve_shape
 
 
 def forward_macs(config: ModelConfig) -> int:

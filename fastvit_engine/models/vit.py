@@ -1,82 +1,14 @@
 """The Vision Transformer of Dosovitskiy et al. 2021, under the parameter names of timm."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastvit_engine.config import ModelConfig
-from fastvit_engine.errors import UserError
+from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_kernels import FusedBlock, FusedLayerNorm, FusedPatchEmbed
-
-
-@dataclass(frozen=True)
-class Size:
-    width: int
-    depth: int
-    heads: int
-    mlp_dim: int
-
-
-# Ti and S: Steiner et al. 2021; B, L, H: Dosovitskiy et al. 2021, Table 1; g, G: Zhai et al. 2022, Table 2.
-SIZES = {
-    "Ti": Size(192, 12, 3, 768),
-    "S": Size(384, 12, 6, 1536),
-    "B": Size(768, 12, 12, 3072),
-    "L": Size(1024, 24, 16, 4096),
-    "H": Size(1280, 32, 16, 5120),
-    "g": Size(1408, 40, 16, 6144),
-    "G": Size(1664, 48, 16, 8192),
-}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The numbers of one model, after the name is parsed and the overrides are applied."""
-
-    patch_size: int
-    patches: int  # of one image
-    tokens: int  # patches, and the class token if there is one
-    width: int
-    depth: int
-    heads: int
-    mlp_dim: int
-
-
-def resolve_shape(config: ModelConfig) -> Shape:
-    """Reads the name ("H/14" or "ViT-H/14") and the overrides. Raises UserError naming the configuration key."""
-    match = re.fullmatch(r"(?:ViT-)?(\w+)/(\d+)", config.name)
-    if match is None or match[1] not in SIZES or int(match[2]) == 0:
-        raise UserError(
-            f"model.name '{config.name}' is not a size and a patch size such as 'H/14'; sizes: {', '.join(SIZES)}"
-        )
-    size, patch_size = SIZES[match[1]], int(match[2])
-    if config.image_size % patch_size:
-        raise UserError(
-            f"model.image_size {config.image_size} is not a multiple of the patch size {patch_size} in model.name"
-        )
-    width, heads = config.width or size.width, config.heads or size.heads
-    if width % heads:
-        raise UserError(f"model.heads {heads} does not divide model.width {width}; set one of them to fit the other")
-    patches = (config.image_size // patch_size) ** 2
-    return Shape(
-        patch_size=patch_size,
-        patches=patches,
-        tokens=patches + (config.pool == "cls"),
-        width=width,
-        depth=config.depth or size.depth,
-        heads=heads,
-        mlp_dim=config.mlp_dim or width * size.mlp_dim // size.width,
-    )
-
-
-def model_title(config: ModelConfig) -> str:
-    """The paper's name, with what differs from the size it names: "Ti/4, width 64, depth 4"."""
-    overrides = {key: getattr(config, key) for key in ("width", "depth", "heads", "mlp_dim")}
-    return ", ".join([config.name, *(f"{key} {value}" for key, value in overrides.items() if value is not None)])
 
 
 class VisionTransformer(nn.Module):
@@ -86,6 +18,8 @@ class VisionTransformer(nn.Module):
     floating [B, 3, H, W] that already are; H and W equal config.image_size. Weights are those of PyTorch's layers
     until `init_weights` is called; `build_model` calls it.
     """
+
+    eval_crop: float | None = None  # what evaluation crops images to, as data.eval_crop says; None: nobody has said it
 
     def __init__(self, config: ModelConfig, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""What a run leaves behind, and how people look at it: run folder, metrics, progress line, report."""
+"""Records a run and shows it: run folder, metrics, events, progress line, report."""

@@ -1,4 +1,4 @@
-"""What `environment.json` records of software and machine."""
+"""The record of software and machine in `environment.json`."""
 
 import importlib.metadata
 import os
@@ -17,10 +17,10 @@ _PACKAGES = ("torch", "deepspeed", "webdataset", "triton", "numpy")
 
 
 def collect_environment(**extra: Any) -> dict[str, Any]:
-    """What `environment.json` says of software and machine; `extra` is added to it (and wins).
+    """Returns the content of `environment.json`; `extra` is added and takes precedence.
 
-    `versions` maps each package to its version or None when it is not installed; `gpu` is the name of the current
-    CUDA or ROCm device or None; `started` is ISO 8601 with the zone's offset.
+    `versions` maps each package to its version, or None if it is not installed; `gpu` is the name of the current CUDA
+    or ROCm device, or None; `started` is ISO 8601 with the zone's offset.
     """
     return {
         "versions": {

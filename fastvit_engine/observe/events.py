@@ -1,31 +1,29 @@
-"""`events.jsonl`: what happened to a run besides its steps, one JSON object a line, appended by whoever saw it.
+"""`events.jsonl`: what happened to a run besides its steps, one JSON object per line, appended by whoever saw it.
 
-Every process of a job and the launcher above it may write: a line is one `write` to a file opened for appending, so
-lines of several writers never mix. Nothing is ever removed: a rewind drops rows of `metrics.jsonl`, but not the event
-that says so.
+Every process of a job and the launcher above it may write; their lines never mix (see `files`). Nothing is ever
+removed: a rewind drops rows of `metrics.jsonl`, but not the event that says so.
 """
 
-import json
 import os
 import socket
 from datetime import datetime
-from typing import Any, Literal, NotRequired, TypedDict, get_args
+from typing import Any, Literal, NotRequired, TypedDict, cast, get_args
 
-from fastvit_engine.errors import UserError
+from fastvit_engine.files import append_json_lines, damaged_line, read_json_lines
 from fastvit_engine.observe.run_folder import RunFolder
 
 Kind = Literal[
-    "start",  # a job began or went on: world_size, zero_stage, hosts
+    "start",  # a job started or resumed: world_size, zero_stage, hosts
     "stop",  # it ended in order: reason "finished" or "preempted"
-    "failure",  # it ended out of order: the cause, and the ranks at fault where they are known
+    "failure",  # it failed: the cause, and the ranks at fault if they are known
     "restart",  # a launcher starts the processes again
     "checkpoint",  # one was published: path, seconds_blocked, seconds_written, bytes
-    "checkpoint_failed",  # one could not be written; the one before it stays
-    "checkpoint_damaged",  # one could not be read; the one before it was used
-    "anomaly",  # a loss, gradient or parameter that training must not go on with
+    "checkpoint_failed",  # one could not be written; the previous one stays
+    "checkpoint_damaged",  # one could not be read; the previous one was used
+    "anomaly",  # a loss, gradient or parameter that training must not continue with
     "rewind",  # back to a checkpoint: from_step, to_step
     "skip",  # samples left out on purpose after a rewind: samples [first, last)
-    "hang",  # no step in the allowed time: the ranks that are missing or late, and where they stood
+    "hang",  # no step in the allowed time: the ranks that are missing or late, and what they were doing
     "slow_rank",  # a rank is slower than the others: rank, ratio
 ]
 
@@ -42,7 +40,7 @@ class Event(TypedDict):
 
 
 def record_event(run: RunFolder, event: Kind, message: str, **facts: Any) -> None:
-    """Appends one event to the run's `events.jsonl` and flushes it to disk. `facts`: numbers, texts and lists."""
+    """Appends one event to the run's `events.jsonl`, durably. `facts`: numbers, texts and lists."""
     if event not in get_args(Kind):
         raise ValueError(f"unknown event {event!r}")
     row: dict[str, Any] = {
@@ -53,33 +51,19 @@ def record_event(run: RunFolder, event: Kind, message: str, **facts: Any) -> Non
     }
     if "RANK" in os.environ:
         row["rank"] = int(os.environ["RANK"])
-    line = json.dumps({**row, **facts}) + "\n"
     run.path.mkdir(parents=True, exist_ok=True)
-    file = os.open(run.events, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(file, line.encode())
-        os.fsync(file)
-    finally:
-        os.close(file)
+    append_json_lines(run.events, [{**row, **facts}])
 
 
 def read_events(run: RunFolder) -> list[Event]:
-    """The events in the order written; none where the run has no such file. A half-written last line is left out.
+    """Reads the events in the order written; none if the run has no such file. Half a last line is left out.
 
-    UserError where another line is no event.
+    Raises UserError if another line is not an event.
     """
     if not run.events.exists():
         return []
-    lines = run.events.read_bytes().splitlines()
-    events: list[Event] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            event = json.loads(line)
-            if not all(key in event for key in ("time", "event", "message")):
-                raise ValueError("a key is missing")
-        except (ValueError, TypeError) as error:
-            if number == len(lines):  # its writer was killed inside it
-                break
-            raise UserError(f"{run.events} line {number} is no event: the file is damaged, remove that line") from error
-        events.append(event)
-    return events
+    rows = read_json_lines(run.events)
+    for number, row in enumerate(rows, start=1):
+        if not all(isinstance(row.get(key), str) for key in ("time", "event", "message")):
+            raise damaged_line(run.events, number, "is not an event")
+    return cast(list[Event], rows)

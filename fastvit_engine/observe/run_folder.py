@@ -1,4 +1,4 @@
-"""The folder of a run: where each thing lies."""
+"""The folder of a run, and the paths in it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,10 @@ class RunFolder:
     @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
+
+    @property
+    def recovery(self) -> Path:
+        return self.path / "recovery.json"
 
     @property
     def stacks(self) -> Path:

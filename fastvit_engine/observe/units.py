@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Formats numbers for people."""
 
 
 def format_duration(seconds: float) -> str:
@@ -38,5 +38,5 @@ def format_bytes(count: float) -> str:
 
 
 def format_share(share: float) -> str:
-    """A share of 1 in per cent: "97.2 %"."""
+    """A fraction as a percentage: "97.2 %"."""
     return f"{100 * share:.1f} %"

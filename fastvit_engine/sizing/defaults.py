@@ -1,7 +1,7 @@
-"""What the engine chooses where a recipe leaves it open: ZeRO stage, micro-batch, DeepSpeed's buffers; and why.
+"""What the engine chooses if a recipe leaves it open: ZeRO stage, micro-batch, DeepSpeed's buffers; and why.
 
-A choice is a function of the recipe, the processes and the memory of the smallest device, so every process comes to
-the same. What the recipe gives always wins.
+A choice is a function of the recipe, the processes and the memory of the smallest device, so every process makes the
+same. Explicit settings take precedence.
 """
 
 import math
@@ -16,6 +16,7 @@ import torch
 from fastvit_engine.config import Config
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import split_batch
+from fastvit_engine.engine.optimizers import check_stage, possible_stages
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
 from fastvit_engine.observe.units import format_bytes, format_count
@@ -29,7 +30,6 @@ from fastvit_engine.sizing.memory import (
     training_memory,
 )
 
-STAGES = (0, 1, 2, 3)
 # Allowances, not measurements. GPU: CUDA context, libraries and NCCL's buffers; holes in the allocator's memory.
 # CPU: data workers, page cache and the rest of the machine.
 _GPU_RESERVED = 3 * 2**29
@@ -45,7 +45,7 @@ class Machine:
 
     processes: int
     processes_per_node: int
-    memory: int  # bytes of each process's device; of the smallest where they differ
+    memory: int  # bytes of each process's device; of the smallest if they differ
     on_gpu: bool
 
     @property
@@ -70,7 +70,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A ZeRO stage with the largest micro-batch that fits, or the smallest where none does."""
+    """A ZeRO stage with the largest micro-batch that fits, or the smallest if none does."""
 
     stage: int
     micro_batch: int
@@ -134,7 +134,8 @@ def device_memory(processes_per_node: int, *, on_gpu: bool) -> int:
 
 
 def choose(config: Config, machine: Machine) -> Chosen:
-    """Fills in what `config` leaves open. UserError, with the numbers and the nearest remedy, where nothing fits."""
+    """Fills in what `config` leaves open. Raises UserError, with numbers and the nearest remedy, if nothing fits."""
+    check_stage(config)
     options = [_candidate(config, machine, stage) for stage in _allowed_stages(config)]
     fitting = [candidate for candidate in options if candidate.fits]
     insists = config.zero.stage != "auto" and config.train.micro_batch_size is not None
@@ -174,9 +175,9 @@ def choose(config: Config, machine: Machine) -> Chosen:
 
 
 def candidates(config: Config, machine: Machine) -> list[Candidate]:
-    """Every stage by itself, with the largest micro-batch that fits, or the smallest where none does."""
+    """Every stage by itself, with the largest micro-batch that fits, or the smallest if none does."""
     rows = []
-    for stage in {"none": STAGES, "optimizer": (1, 2, 3), "all": (3,)}[config.zero.offload]:
+    for stage in sorted(possible_stages(config)):
         zero = config.zero.model_copy(update={"stage": stage})
         rows.append(_candidate(config.model_copy(update={"zero": zero}), machine, stage))
     return rows
@@ -185,7 +186,7 @@ def candidates(config: Config, machine: Machine) -> list[Candidate]:
 def _allowed_stages(config: Config) -> tuple[int, ...]:
     if config.zero.stage != "auto":
         return (config.zero.stage,)
-    return {"none": STAGES, "optimizer": (1, 2, 3), "all": (3,)}[config.zero.offload]
+    return tuple(sorted(possible_stages(config)))
 
 
 def _candidate(config: Config, machine: Machine, stage: int) -> Candidate:
@@ -216,7 +217,7 @@ def _candidate(config: Config, machine: Machine, stage: int) -> Candidate:
 
 
 def _micro_batches(config: Config, machine: Machine) -> Iterator[int]:
-    """Divisors of a process's share of the global batch, the largest first; the given one alone where one is given."""
+    """Divisors of a process's share of the global batch, the largest first; only the given one if one is given."""
     largest = split_batch(config, machine.processes).micro_batch_size
     if config.train.micro_batch_size is not None:
         yield largest
@@ -261,13 +262,13 @@ def _explain_stage(config: Config, machine: Machine, options: list[Candidate], p
         return Choice("zero.stage", picked.stage, reason, by_user=True)
     before = [candidate for candidate in options if candidate.stage < picked.stage]
     if picked.stage == 0:
-        reason = f"everything fits whole ({need}): one reduction a step, nothing to gather"
+        reason = f"everything fits whole ({need}): one reduction per step, nothing to gather"
     elif not before:
         reason = f"the least that zero.offload = {config.zero.offload} works with"
     elif picked.stage == 1 and picked.accumulation_steps > 1 and accumulation_bytes(config, 0) < 4:
         reason = (
             f"adds the {picked.accumulation_steps} micro-batches of a step in fp32, which stage 0 would add in "
-            f"{config.train.precision}; reduces once a step"
+            f"{config.train.precision}; reduces once per step"
         )
     else:
         lower = before[-1]
@@ -323,7 +324,7 @@ def _open_zero_choices(config: Config, machine: Machine, picked: Candidate) -> I
     part = "the whole model" if bucket == size.parameters else f"one in {size.parameters / bucket:.1f} of the model"
     yield choice("reduce_bucket_size", bucket, f"{part}; DeepSpeed's own 500 M would be allocated whole for any model")
     if _overlaps(machine):
-        why = "reduces while the backward pass goes on"
+        why = "reduces during the backward pass"
         yield choice("overlap_comm", True, why + ("" if stage == 3 else ", for a second buffer"))
     else:
         why = "one process has nobody to wait for" if machine.processes == 1 else "a CPU has no stream beside the pass"

@@ -1,8 +1,9 @@
-"""Bytes of shards by position, wherever the shards lie.
+"""Reads bytes of shards by position, from local disks, web servers and object stores.
 
-`ShardStorage.read` is all that a reader of samples needs. Local shards are read in place (local.py). Remote ones come
-by HTTP (http.py) or through fsspec (object_store.py), with retries (remote.py); with a cache folder they are downloaded
-whole (cache.py), by background threads that a missed read or a read-ahead hint sets to work (downloads.py).
+`ShardStorage.read` is all that a reader of samples needs. Local shards are read from their files (local.py). Remote
+shards are read by HTTP (http.py) or through fsspec (object_store.py), with retries (remote.py); with a cache folder
+they are downloaded whole (cache.py), by background threads that a missed read or a read-ahead hint starts
+(downloads.py).
 """
 
 import logging
@@ -35,25 +36,25 @@ class Counters:
     downloaded: int = 0  # bytes that came over the network, by range or with whole shards
     retries: int = 0  # failed attempts that were tried again
     cache_hits: int = 0  # reads whose shard lay in the cache
-    cache_misses: int = 0  # reads that waited for their shard or went past the cache
+    cache_misses: int = 0  # reads that waited for their shard or bypassed the cache
     seconds: float = 0.0  # spent in read()
 
 
 class ShardStorage:
-    """Reads extents of shards: local paths, file://, http(s)://, s3://, gs:// and whatever else fsspec knows.
+    """Reads byte ranges of shards: local paths, file://, http(s)://, s3://, gs:// and whatever else fsspec supports.
 
-    Threads may share one. It may be pickled, and a forked process goes on using it: connections, threads and counters
-    belong to a process and start anew there, the cache folder is common to all processes of a node.
+    Threads may share one. It may be pickled, and a forked process may keep using it: connections, threads and counters
+    belong to a process and are created again there; all processes of a node share the cache folder.
 
     urls: the shards, in the order in which `read` and `will_need` number them.
     sizes: bytes of each, from the index; a shard of another size is an error, not other data.
     cache_dir: folder on a local disk that remote shards are downloaded into; None: every read goes to the server.
-    cache_bytes: most that the shards in it may take together; None: as much as there is.
-    retries: attempts after the first that may fail one after another without a new byte.
+    cache_bytes: limit of the shards in it together; None: no limit.
+    retries: consecutive attempts after the first that may fail without a new byte.
     timeout: seconds without a byte after which an attempt has failed.
-    patience: seconds after which a read has failed, whatever the number of attempts (slow transfers get more).
-    wait: most seconds that a read waits for its shard to be downloaded, before it asks the server for its extent only.
-    threads: shards that one process downloads at a time.
+    patience: seconds after which a read has failed, whatever the number of attempts (slow transfers have longer).
+    wait: seconds that a read waits for its shard to be downloaded before it asks the server for its byte range only.
+    threads: number of shards that one process downloads at a time.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class ShardStorage:
             self._cache.prepare()
 
     def _start(self) -> None:
-        """Makes everything that belongs to one process; touches no file and no network."""
+        """Creates everything that belongs to one process; uses no file and no network."""
         self._count_lock, self._counters = threading.Lock(), Counters()
         self._local = LocalFiles()
         self._sources: dict[str, Source] = {}
@@ -104,10 +105,10 @@ class ShardStorage:
             self._cache.prepare()
 
     def read(self, shard: int, offset: int, length: int) -> bytes:
-        """`length` bytes of a shard from `offset` on.
+        """Returns `length` bytes of a shard from `offset` on.
 
-        UserError naming the shard where it is gone, not readable, of another size than the index says, or where its
-        server has not answered within the bounds that the constructor sets.
+        Raises UserError naming the shard if it is gone, not readable, or of another size than the index says, or if its
+        server has not answered within the limits given to the constructor.
         """
         started = time.perf_counter()
         path = self._paths[shard]
@@ -125,11 +126,11 @@ class ShardStorage:
         return data
 
     def will_need(self, shards: Iterable[int]) -> None:
-        """Says which shards are needed from now on, the nearest first; it takes the place of what was said before.
+        """Announces which shards will be read, the next first; replaces the announcement before.
 
-        As many of them as the cache holds are downloaded in that order, and stay there until another call no longer
-        names them. A shard that is found to be gone for good is reported by the read that needs it. Meant for one
-        process of a node; it does nothing for local shards and without a cache.
+        As many of them as the cache holds are downloaded in that order, and kept until another call no longer names
+        them. If a shard is gone for good, the read that needs it reports that. Meant for one process of a node; it does
+        nothing for local shards or without a cache.
         """
         if self._cache is not None:
             self._downloads.plan(shard for shard in shards if self._paths[shard] is None)
@@ -150,7 +151,7 @@ class ShardStorage:
             return data
         self._count(cache_misses=1)
         arrived = self._downloads.request(shard)
-        # A wait in vain is paid once in ten: where shards come slowly (a cold cache), most reads do not wait for them.
+        # After a wait without success, nine tenths of the time no read waits: with a cold cache, shards arrive slowly.
         if arrived is not None and time.monotonic() >= self._no_wait_until:
             if not arrived.wait(self._wait):
                 self._no_wait_until = time.monotonic() + 10 * self._wait
@@ -168,9 +169,9 @@ class ShardStorage:
     def _read_range(self, shard: int, offset: int, length: int) -> bytes:
         data = bytearray(length)
 
-        def write(position: int, piece: bytes | memoryview) -> None:
-            data[position - offset : position - offset + len(piece)] = piece
-            self._count(downloaded=len(piece))
+        def write(position: int, chunk: bytes | memoryview) -> None:
+            data[position - offset : position - offset + len(chunk)] = chunk
+            self._count(downloaded=len(chunk))
 
         url, size = self._urls[shard], self._sizes[shard]
         skipped = fetch(self._source(url), url, size, offset, offset + length, write, self._policy, self._on_retry)
@@ -184,11 +185,11 @@ class ShardStorage:
         return bytes(data)
 
     def _download(self, shard: int, write: Write, cancelled: Callable[[], bool]) -> None:
-        """Passes a whole shard to `write`, for Downloads."""
+        """Passes all bytes of a shard to `write`, for Downloads."""
 
-        def counting_write(position: int, piece: bytes | memoryview) -> None:
-            write(position, piece)
-            self._count(downloaded=len(piece))
+        def counting_write(position: int, chunk: bytes | memoryview) -> None:
+            write(position, chunk)
+            self._count(downloaded=len(chunk))
 
         url, size = self._urls[shard], self._sizes[shard]
         fetch(self._source(url), url, size, 0, size, counting_write, self._policy, self._on_retry, cancelled)
@@ -212,7 +213,7 @@ class ShardStorage:
                 setattr(self._counters, name, getattr(self._counters, name) + n)
 
 
-# A forked child has the parent's sockets and locks but none of its threads: every storage starts anew there.
+# A forked child has the parent's sockets and locks but none of its threads: every storage starts again there.
 _storages: "weakref.WeakSet[ShardStorage]" = weakref.WeakSet()
 
 

@@ -1,13 +1,14 @@
-"""A folder of whole shards that all processes of a node share.
+"""The shard cache: a folder of whole shards that all processes of a node share.
 
     NAME.shard        a whole shard; its modification time is its last use
-    NAME.ID.part      a shard that a process is downloading: of full size from the start, so that its room is taken, and
-                      locked by that process, so that anybody can tell it from what a killed process left behind
-    lock              held while the folder is looked through, a shard is let in or a finished one gets its name
+    NAME.ID.part      a shard that a process is downloading: of full size from the start, to reserve its space, and
+                      locked by that process, so that others can tell it from what a killed process left behind
+    lock              held while the folder is listed, a download begins, or a finished shard is renamed
 
 The locks are the kernel's (flock): they end with the process that holds them. Readers take none. A shard that is
-evicted while somebody reads it stays readable until he closes it, which is after one read: so the folder's files are
-all the room the cache takes.
+evicted during a read stays readable until it is closed, after that read: so the cache takes no more space than the
+files in the folder. A download is locked and of full size while it grows, so it does not use
+`files.atomic_writer`.
 """
 
 import errno
@@ -34,7 +35,7 @@ OURS = re.compile(r"(?P<name>.+\.[0-9a-f]{16})\.(?:shard|[0-9a-f]{32}\.(?P<part>
 
 @cache
 def cache_name(url: str, size: int) -> str:
-    """A file name for the shard: readable, and another for another URL or size."""
+    """Returns a file name for the shard: readable, and unique for its URL and size."""
     base = re.sub(r"[^\w.-]", "_", url.partition("?")[0].rpartition("/")[2])[:100]
     return f"{base}.{hashlib.sha256(f'{url} {size}'.encode()).hexdigest()[:16]}"
 
@@ -49,11 +50,11 @@ class Busy(NamedTuple):
 
 
 class Present(NamedTuple):
-    """The shard is there."""
+    """The shard is in the cache."""
 
 
 class NoRoom(NamedTuple):
-    """It does not fit beside the shards that are in use."""
+    """The shard does not fit next to the shards in use."""
 
 
 class ShardCache:
@@ -63,7 +64,7 @@ class ShardCache:
         self.folder, self.limit = folder, limit
 
     def prepare(self) -> None:
-        """Makes the folder; UserError where it cannot be used."""
+        """Creates the folder; raises UserError if it cannot be used."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
@@ -75,7 +76,7 @@ class ShardCache:
             ) from error
 
     def read(self, name: str, size: int, offset: int, length: int) -> bytes | None:
-        """`length` bytes of a cached shard from `offset` on; None where it is not there whole."""
+        """Returns `length` bytes of a cached shard from `offset` on; None if it is not in the cache."""
         fd = self._open(name, size)
         if fd is None:
             return None
@@ -86,7 +87,7 @@ class ShardCache:
         return data if len(data) == length else None
 
     def touch(self, name: str, size: int) -> bool:
-        """Notes that the shard is in use; False where it is not there."""
+        """Marks the shard as in use; returns False if it is not in the cache."""
         fd = self._open(name, size)
         if fd is not None:
             os.close(fd)
@@ -109,7 +110,7 @@ class ShardCache:
         return fd
 
     def begin(self, name: str, size: int, keep: Collection[str]) -> "Download | Present | Busy | NoRoom":
-        """Lets a shard in, where it is not there or on its way; evicts others for it, but none that `keep` names."""
+        """Begins the download of a shard unless it is cached or in progress; evicts others, but none in `keep`."""
         with self._locked():
             used = 0
             evictable: list[tuple[float, int, str]] = []  # (last use, bytes, path)
@@ -153,7 +154,7 @@ class ShardCache:
                 until = time.monotonic() + LOCK_TIMEOUT_S
                 while not _try_lock(fd, fcntl.LOCK_EX):
                     if time.monotonic() > until:
-                        raise OSError(errno.ETIMEDOUT, "another process holds its lock and does not go on")
+                        raise OSError(errno.ETIMEDOUT, "another process holds its lock and does not release it")
                     time.sleep(0.002)
                 yield
                 fcntl.flock(fd, fcntl.LOCK_UN)  # also for a child that was forked meanwhile
@@ -162,7 +163,7 @@ class ShardCache:
 
 
 class Download:
-    """A shard on its way into the cache. To be ended by `publish` or `discard`."""
+    """A shard that is being downloaded into the cache. End it with `publish` or `discard`."""
 
     def __init__(self, shards: ShardCache, name: str, size: int) -> None:
         self._shards = shards
@@ -177,11 +178,11 @@ class Download:
             self.discard()
             raise
 
-    def write(self, position: int, piece: bytes | memoryview) -> None:
-        piece = memoryview(piece)
-        while piece:
-            written = os.pwrite(self._fd, piece, position)
-            position, piece = position + written, piece[written:]
+    def write(self, position: int, chunk: bytes | memoryview) -> None:
+        chunk = memoryview(chunk)
+        while chunk:
+            written = os.pwrite(self._fd, chunk, position)
+            position, chunk = position + written, chunk[written:]
 
     def publish(self) -> None:
         os.fsync(self._fd)
@@ -208,7 +209,7 @@ def _try_lock(fd: int, kind: int) -> bool:
 
 
 def _is_locked(path: str) -> bool:
-    """Whether the process that writes this file lives; False where the file is gone."""
+    """Whether the process that writes this file is alive; False if the file is gone."""
     try:
         fd = os.open(path, os.O_RDONLY)
     except FileNotFoundError:

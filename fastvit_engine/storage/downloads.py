@@ -1,4 +1,4 @@
-"""The threads of a process that download whole shards into the cache."""
+"""Background threads that download whole shards into the cache."""
 
 import logging
 import threading
@@ -13,15 +13,15 @@ from fastvit_engine.storage.remote import Cancelled, Write
 
 log = logging.getLogger(__name__)
 
-LOOK_AGAIN_S = 0.02  # whether another process has finished a shard
-NO_ROOM_PAUSE_S = 2.0  # before asking again for room in a cache full of shards in use
-BROKEN_PAUSE_S = 60.0  # before trying again to use a folder that is full or gone
+LOOK_AGAIN_S = 0.02  # interval of checks whether another process has finished a shard
+NO_ROOM_PAUSE_S = 2.0  # before another try to get space in a cache full of shards in use
+BROKEN_PAUSE_S = 60.0  # before another try to use a folder that is full or gone
 
 
 class Downloads:
-    """Downloads the shards that reads have missed, and ahead of them those of the plan, in order.
+    """Downloads the shards that reads have missed first, then those that will be needed, in order.
 
-    Threads start when there is something to do, end when there is not, and die with the process.
+    Threads start when there is work, end when there is none, and die with the process.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Downloads:
         self._most_threads = threads
         self._lock = threading.Lock()  # guards all that follows
         self._threads = 0
-        self._plan: dict[int, int] = {}  # shard -> its place in the plan
+        self._plan: dict[int, int] = {}  # shard -> position in the plan
         self._plan_names: frozenset[str] = frozenset()
         self._missed: dict[int, _Missed] = {}
         self._misses = 0
@@ -48,7 +48,7 @@ class Downloads:
         self._told_broken = False
 
     def request(self, shard: int) -> threading.Event | None:
-        """Asks for a shard that a read has missed: an event for its end, good or bad; None where it cannot come now."""
+        """Requests a shard that a read has missed; returns an event for its end, or None if it cannot be had now."""
         with self._lock:
             if not self._fits(shard) or shard in self._failed:
                 return None
@@ -63,7 +63,7 @@ class Downloads:
             return self._missed[shard].ended
 
     def plan(self, shards: Iterable[int]) -> None:
-        """Replaces the plan by as many of `shards` as the cache holds; what only the old one wanted is cancelled."""
+        """Replaces the plan with as many of `shards` as the cache holds; cancels what only the old plan wanted."""
         plan: dict[int, int] = {}
         room = self._cache.limit
         for shard in dict.fromkeys(shards):
@@ -84,14 +84,14 @@ class Downloads:
                 self._start_threads()
 
     def cancel(self) -> None:
-        """Ends all downloads, those that reads have asked for too."""
+        """Cancels all downloads, including those requested by reads."""
         with self._lock:
             self._plan, self._plan_names = {}, frozenset()
             self._queued.clear()
             self._end_missed()
 
     def raise_failure(self, shard: int) -> None:
-        """Raises what a thread has found to be wrong with the shard for good."""
+        """Raises the permanent error that a thread has found with the shard, if any."""
         error = self._failed.get(shard)
         if isinstance(error, UserError):
             raise UserError(str(error)) from error
@@ -99,7 +99,7 @@ class Downloads:
             raise RuntimeError(f"the download of shard {shard} failed") from error
 
     def broken(self, error: OSError) -> None:
-        """Leaves the cache folder alone for a while: reads go past what is not in it."""
+        """Stops using the cache folder for a while: reads bypass it for what it does not have."""
         with self._lock:
             self._broken_until = time.monotonic() + BROKEN_PAUSE_S
             self._queued.clear()
@@ -107,7 +107,7 @@ class Downloads:
             told, self._told_broken = self._told_broken, True
         if not told:
             log.warning(
-                "the shard cache folder %s cannot take shards (%s): reading past it, which is slower; make room there "
+                "the shard cache folder %s cannot take shards (%s): reads bypass it, which is slower; make room there "
                 "or lower the limit of the cache",
                 self._cache.folder,
                 error.strerror or error,
@@ -129,7 +129,7 @@ class Downloads:
     def _run(self) -> None:
         while (shard := self._next()) is not None:
             try:
-                has_room = self._bring(shard)
+                has_room = self._fetch(shard)
             except Cancelled:
                 has_room = True
             except GaveUp as error:  # the read that needs it tries again, and raises
@@ -146,7 +146,7 @@ class Downloads:
                 time.sleep(NO_ROOM_PAUSE_S)
 
     def _next(self) -> int | None:
-        """The shard that is needed first; None, and one thread less, where none is."""
+        """Returns the most urgent shard; None, after counting this thread out, if there is none."""
         with self._lock:
             if not self._queued:
                 self._threads -= 1
@@ -171,8 +171,8 @@ class Downloads:
                 if shard in self._plan:
                     self._queued.add(shard)
 
-    def _bring(self, shard: int) -> bool:
-        """Sees to it that the shard is in the cache; False where the cache has no room for it now."""
+    def _fetch(self, shard: int) -> bool:
+        """Brings the shard into the cache; returns False if the cache has no space for it now."""
         while not self._is_unwanted(shard):
             state = self._cache.begin(self._name_of(shard), self._sizes[shard], self._plan_names)
             if isinstance(state, Download):

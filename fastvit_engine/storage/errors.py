@@ -1,4 +1,4 @@
-"""What can be wrong with a shard, as users and as the storage's own threads see it."""
+"""Errors of shards, for users and for the threads of the storage."""
 
 from urllib.parse import urlsplit
 
@@ -6,7 +6,7 @@ from fastvit_engine.errors import UserError
 
 
 class StaleIndex(UserError):
-    """The shard is not the one that the index describes."""
+    """The shard does not match the index."""
 
     def __init__(self, url: str, what: str) -> None:
         super().__init__(
@@ -15,7 +15,7 @@ class StaleIndex(UserError):
 
 
 class GaveUp(UserError):
-    """A shard that could not be read for now; it may be there later."""
+    """The shard could not be read for now; later attempts may succeed."""
 
 
 def public_url(url: str) -> str:

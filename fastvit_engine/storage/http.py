@@ -1,7 +1,7 @@
 """Shards on web servers, through http.client.
 
-Not through fsspec's HTTP file system: that one needs aiohttp, waits for ever (by default five minutes) on a stalled
-server, refuses to work after a fork, and took three times the CPU time of this for a sample of 100 kB.
+Not through fsspec's HTTP file system: that one needs aiohttp, waits far too long (by default five minutes) on a stalled
+server, refuses to work after a fork, and took three times the CPU time of this module for a sample of 100 kB.
 """
 
 import base64
@@ -17,7 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from fastvit_engine.storage.source import MAY_PASS, AttemptFailed, Refused, Reply
 
-PIECE = 2**18  # bytes
+CHUNK_BYTES = 2**18  # bytes
 MAX_REDIRECTS = 5
 MAX_CONNECTIONS = 8  # kept open by each thread, to different servers
 MAX_RETRY_AFTER_S = 60.0
@@ -45,13 +45,13 @@ class HttpSource:
     def _get(
         self, url: str, headers: dict[str, str], timeout: float
     ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
-        """The answer that brings the bytes, after redirects."""
+        """Returns the response that has the bytes, after redirects."""
         for _ in range(MAX_REDIRECTS + 1):
             connection, response = self._request(urlsplit(url), headers, timeout)
             location = response.headers.get("Location")
             if response.status not in (301, 302, 303, 307, 308) or location is None:
                 return connection, response
-            if response.length is not None and response.length <= PIECE:
+            if response.length is not None and response.length <= CHUNK_BYTES:
                 response.read()  # leaves the connection ready for the next request
             else:
                 connection.close()
@@ -88,7 +88,7 @@ class HttpSource:
 
 @contextmanager
 def _failures(timeout: float) -> Iterator[None]:
-    """What goes wrong on a connection, as AttemptFailed or Refused."""
+    """Turns errors of a connection into AttemptFailed or Refused."""
     try:
         yield
     except ssl.SSLCertVerificationError as error:
@@ -107,9 +107,9 @@ def _reply(response: http.client.HTTPResponse, start: int, timeout: float) -> Re
     content_range = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", headers.get("Content-Range", "").strip())
     size = int(content_range[2]) if content_range and content_range[2] != "*" else None
     if response.status == 206 and content_range and content_range[1]:
-        return Reply(int(content_range[1]), size, version, _pieces(response, timeout))
+        return Reply(int(content_range[1]), size, version, _chunks(response, timeout))
     if response.status == 200:
-        return Reply(0, response.length, version, _pieces(response, timeout))
+        return Reply(0, response.length, version, _chunks(response, timeout))
     if response.status == 416 and size is not None:  # the range lies behind the end
         return Reply(start, size, version, iter(()))
     reason = f"HTTP {response.status} {response.reason}".strip()
@@ -119,17 +119,17 @@ def _reply(response: http.client.HTTPResponse, start: int, timeout: float) -> Re
     raise Refused(reason)
 
 
-def _pieces(response: http.client.HTTPResponse, timeout: float) -> Iterator[bytes]:
+def _chunks(response: http.client.HTTPResponse, timeout: float) -> Iterator[bytes]:
     while True:
         with _failures(timeout):
-            piece = response.read1(PIECE)
-        if not piece:
+            chunk = response.read1(CHUNK_BYTES)
+        if not chunk:
             return
-        yield piece
+        yield chunk
 
 
 def _connection(parts: SplitResult, timeout: float) -> tuple[http.client.HTTPConnection, bool]:
-    """A connection to the URL's server, and whether requests go to a proxy that wants the whole URL."""
+    """Returns a connection to the URL's server, and whether requests go to a proxy that needs the full URL."""
     host = parts.hostname
     if not host or parts.scheme not in ("http", "https"):
         raise Refused(f"{parts.scheme}://{host or ''} names no web server")

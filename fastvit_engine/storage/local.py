@@ -13,19 +13,19 @@ MOST_OPEN = 512  # files; at most half of what the process may open
 
 
 def local_path(url: str) -> str | None:
-    """The path that a URL or plain path names on this machine, None where it is remote."""
+    """Returns the path on this machine that a URL or plain path names, None if it is remote."""
     if url.startswith("file://"):
         return url.removeprefix("file://")
     return None if "://" in url or url.startswith("pipe:") else os.path.expanduser(url)
 
 
 def read_exactly(fd: int, offset: int, length: int) -> bytes:
-    """`length` bytes of a file, fewer where it ends before."""
-    pieces: list[bytes] = []
-    while length > 0 and (piece := os.pread(fd, length, offset)):  # one call gives 2 GiB at most
-        pieces.append(piece)
-        offset, length = offset + len(piece), length - len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    """Returns `length` bytes of a file, fewer if it ends before."""
+    chunks: list[bytes] = []
+    while length > 0 and (chunk := os.pread(fd, length, offset)):  # one call gives 2 GiB at most
+        chunks.append(chunk)
+        offset, length = offset + len(chunk), length - len(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
 
 class LocalFiles:
@@ -38,7 +38,7 @@ class LocalFiles:
         self._most_open = MOST_OPEN if limit == resource.RLIM_INFINITY else min(MOST_OPEN, limit // 2)
 
     def read(self, path: str, size: int, offset: int, length: int) -> bytes:
-        """UserError where the file is gone, is not of `size` bytes, or cannot be read."""
+        """Raises UserError if the file is gone, does not have `size` bytes, or cannot be read."""
         try:
             try:
                 data = self._file(path, size).read(offset, length)
@@ -72,7 +72,7 @@ class LocalFiles:
 
 
 class _File:
-    """An open file, closed when nobody reads from it any more: never while another thread does."""
+    """An open file, closed when its last reader is done: never while another thread reads."""
 
     def __init__(self, path: str) -> None:
         self.fd = -1

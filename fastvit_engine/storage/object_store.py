@@ -1,4 +1,4 @@
-"""Shards in object stores (s3://, gs://, ...) and on whatever else fsspec knows."""
+"""Shards in object stores (s3://, gs://, ...) and whatever else fsspec supports."""
 
 import errno
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.storage.errors import public_url
 from fastvit_engine.storage.source import MAY_PASS, AttemptFailed, Refused, Reply
 
-PIECE = 2**23  # bytes: one request
+CHUNK_BYTES = 2**23  # bytes: one request
 VERSION_KEYS = (
     "ETag",
     "etag",
@@ -38,7 +38,7 @@ FINAL_ERRORS = {
 
 
 def require_package(url: str) -> None:
-    """UserError naming the package that fsspec misses for the URL."""
+    """Raises UserError naming the package that fsspec lacks for the URL."""
     try:
         get_filesystem_class(get_protocol(url))
     except (ImportError, ValueError) as error:
@@ -48,7 +48,7 @@ def require_package(url: str) -> None:
 class FsspecSource:
     """Reads by range. fsspec makes a new file system, with a new event loop, in a forked process.
 
-    A stall is noticed on the asynchronous file systems (s3, gs, az, ...); others have time limits of their own.
+    Stalls are detected on asynchronous file systems (s3, gs, az, ...); others have time limits of their own.
     """
 
     def __init__(self, url: str) -> None:
@@ -61,20 +61,20 @@ class FsspecSource:
         if url not in self._known:  # a ranged answer does not tell them
             info = _call(fs, "info", path, timeout=timeout)
             self._known[url] = info["size"], next((str(info[key]) for key in VERSION_KEYS if info.get(key)), None)
-        return nullcontext(Reply(start, *self._known[url], _pieces(fs, path, start, stop, timeout)))
+        return nullcontext(Reply(start, *self._known[url], _chunks(fs, path, start, stop, timeout)))
 
 
-def _pieces(fs: AbstractFileSystem, path: str, start: int, stop: int, timeout: float) -> Iterator[bytes]:
-    for position in range(start, stop, PIECE):
-        end = min(position + PIECE, stop)
-        piece = _call(fs, "cat_file", path, start=position, end=end, timeout=timeout)
-        yield piece
-        if len(piece) < end - position:
+def _chunks(fs: AbstractFileSystem, path: str, start: int, stop: int, timeout: float) -> Iterator[bytes]:
+    for position in range(start, stop, CHUNK_BYTES):
+        end = min(position + CHUNK_BYTES, stop)
+        chunk = _call(fs, "cat_file", path, start=position, end=end, timeout=timeout)
+        yield chunk
+        if len(chunk) < end - position:
             return
 
 
 def _call(fs: AbstractFileSystem, method: str, path: str, *, timeout: float, **arguments: Any) -> Any:
-    """Calls a method of a file system, on its event loop and for `timeout` seconds at most where it has one."""
+    """Calls a method of a file system; if it has an event loop, there and for at most `timeout` seconds."""
     with _failures(timeout):
         if isinstance(fs, AsyncFileSystem) and fs.async_impl:
             return sync(fs.loop, getattr(fs, f"_{method}"), path, timeout=timeout, **arguments)
@@ -83,7 +83,7 @@ def _call(fs: AbstractFileSystem, method: str, path: str, *, timeout: float, **a
 
 @contextmanager
 def _failures(timeout: float) -> Iterator[None]:
-    """What goes wrong in a file system, as AttemptFailed or Refused."""
+    """Turns errors of a file system into AttemptFailed or Refused."""
     try:
         yield
     except FileNotFoundError as error:
@@ -103,5 +103,5 @@ def _failures(timeout: float) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what an exception says, or its name."""
+    """Returns the first line of an exception's message, or the name of its class."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,4 +1,4 @@
-"""Reading a remote shard: attempts, retries, and the one error when it cannot be read."""
+"""Reads remote shards with retries, and raises one error if a shard cannot be read."""
 
 import random
 import time
@@ -13,24 +13,24 @@ from fastvit_engine.storage.source import AttemptFailed, Refused, Source
 
 BACKOFF_S = 0.5  # mean of the first pause is half of it; doubles with every failure in a row
 MAX_BACKOFF_S = 30.0
-SLOWEST = 2**20  # bytes a second: a transfer may take this much longer than TryPolicy.patience
+SLOWEST = 2**20  # bytes per second: a transfer may take this much longer than TryPolicy.patience
 
 Write = Callable[[int, bytes | memoryview], None]  # (position in the shard, bytes)
 
 
 @dataclass(frozen=True)
 class TryPolicy:
-    retries: int  # attempts after the first that may fail one after another without a new byte
+    retries: int  # consecutive attempts after the first that may fail without a new byte
     timeout: float  # seconds without a byte after which an attempt has failed
     patience: float  # seconds in all, besides the time that the bytes take at SLOWEST
 
 
 class Cancelled(Exception):
-    """Nobody needs the bytes any more."""
+    """The bytes are no longer needed."""
 
 
 def open_source(url: str) -> Source:
-    """What reads URLs of this scheme; UserError where a package is missing for it."""
+    """Returns the source that reads URLs of this scheme; raises UserError if a package for it is missing."""
     if url.startswith("pipe:"):
         raise UserError(f"shard {url} is a command, which cannot be read by position: give a path or a URL")
     if url.startswith(("http://", "https://")):
@@ -43,7 +43,7 @@ def refusal(url: str, error: Refused) -> UserError:
 
 
 def describe(url: str, policy: TryPolicy) -> tuple[int, str]:
-    """(bytes, version or "") of a remote shard; UserError where it cannot be read, GaveUp where it cannot for now."""
+    """Returns (bytes, version or "") of a remote shard. UserError if it cannot be read, GaveUp if not for now."""
     source, failures = open_source(url), 0
     while True:
         try:
@@ -76,10 +76,10 @@ def fetch(
     on_retry: Callable[[str, str], None],
     cancelled: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Passes bytes [start, stop) of the shard to `write` in order; returns how many before `start` came unasked.
+    """Passes bytes [start, stop) of the shard to `write` in order; returns how many before `start` the server sent too.
 
-    A broken transfer goes on where it stopped, from the start where the shard has changed since. StaleIndex where the
-    server says another size, UserError where it refuses, GaveUp where the policy's bounds are reached, Cancelled.
+    A broken transfer resumes where it stopped, or from the start if the shard has changed. Raises StaleIndex if the
+    server gives another size, UserError if it refuses, GaveUp if the limits of the policy are reached, Cancelled.
     """
     deadline = time.monotonic() + policy.patience + (stop - start) / SLOWEST
     done, version, attempts, failures, skipped = start, None, 0, 0, 0
@@ -96,11 +96,11 @@ def fetch(
                     raise AttemptFailed("the shard changed between two attempts")
                 skipped += done - position
                 deadline += (done - position) / SLOWEST
-                for piece in reply.pieces:
+                for chunk in reply.chunks:
                     if cancelled():
                         raise Cancelled
-                    new = memoryview(piece)[max(done - position, 0) : stop - position]
-                    position += len(piece)
+                    new = memoryview(chunk)[max(done - position, 0) : stop - position]
+                    position += len(chunk)
                     if new:
                         write(done, new)
                         done += len(new)

@@ -1,4 +1,4 @@
-"""What every source of remote bytes offers, and how it says that a read failed."""
+"""The protocol of sources of remote bytes, and the errors of a failed read."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -10,21 +10,21 @@ MAY_PASS = {408, 425, 429}  # HTTP statuses below 500 that are worth another att
 
 @dataclass
 class Reply:
-    """What a server has begun to send for [start, stop) of a shard."""
+    """The response of a server to a request for [start, stop) of a shard."""
 
-    offset: int  # position of the first byte: start, or 0 where the server ignores ranges
-    size: int | None  # of the whole shard, where the server says it
-    version: str | None  # changes when the shard does, where the server says it
-    pieces: Iterator[bytes]
+    offset: int  # position of the first byte: start, or 0 if the server ignores ranges
+    size: int | None  # of the shard, if the server says it
+    version: str | None  # changes when the shard does, if the server says it
+    chunks: Iterator[bytes]
 
 
 class Source(Protocol):
     def open(self, url: str, start: int, stop: int, timeout: float) -> AbstractContextManager[Reply]:
-        """Asks for bytes [start, stop). It and iterating over the pieces raise AttemptFailed or Refused only."""
+        """Requests bytes [start, stop). The call and the iteration over chunks raise only AttemptFailed or Refused."""
 
 
 class AttemptFailed(Exception):
-    """Something that may pass: a broken connection, a timeout, an overloaded server."""
+    """A failure that another attempt may cure: a broken connection, a timeout, an overloaded server."""
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
@@ -32,4 +32,4 @@ class AttemptFailed(Exception):
 
 
 class Refused(Exception):
-    """Something that trying again does not change: the shard is not there, or access is denied."""
+    """A failure that no attempt will cure: the shard does not exist, or access is denied."""

@@ -1,4 +1,4 @@
-"""Why training waits for its data, where it does."""
+"""Why training waits for its data, if it does."""
 
 import os
 from collections.abc import Sequence
@@ -27,15 +27,15 @@ class DataWait:
     def add(self, seconds: StageSeconds) -> None:
         self._seconds = self._seconds.plus(seconds)
 
-    def lap(self) -> StageSeconds:
-        """Of the batches since the last lap."""
+    def take(self) -> StageSeconds:
+        """Of the batches since the last `take`."""
         seconds, self._seconds = self._seconds, StageSeconds()
         return seconds
 
     def warning(self, share: float, seconds: Sequence[float]) -> str | None:
-        """A sentence about the stage to blame, where training waited for this share of the time since the last lap.
+        """A sentence about the stage to blame, if training waited for data for this `share` of the time.
 
-        `seconds`: of each stage, over all processes. None where training waited little, and from the second time on.
+        seconds: of each stage, over all processes. None if training waited little, and from the second time on.
         """
         if share < WARN_FROM or sum(seconds) == 0 or self._warned:
             return None
@@ -46,5 +46,5 @@ class DataWait:
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each rank
         remedy = _REMEDIES[slowest].format(workers=self._num_workers)
         if slowest != "read" and self._num_workers + 1 < cores:
-            remedy = f"too few workers: raise data.num_workers ({self._num_workers}; there are {cores} cores a rank)"
+            remedy = f"too few workers: raise data.num_workers ({self._num_workers}; there are {cores} cores per rank)"
         return f"training waited for data {100 * share:.0f} % of the time, mostly for {slowest} ({parts}); {remedy}"

@@ -1,53 +1,39 @@
 """The training loop. Every process of the run executes `train` from top to bottom."""
 
-import json
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from fastvit_engine.checkpoint import Checkpointer, place_of
+from fastvit_engine.checkpoint import Checkpoint, TrainerState
 from fastvit_engine.checkpoint.export import export_run
-from fastvit_engine.config import Resolved
-from fastvit_engine.data import DataPlan, build_eval_data, build_train_data
+from fastvit_engine.config import Config, Resolved
+from fastvit_engine.data import Batch, IterableData
 from fastvit_engine.data.stream.skip import Window, step_start
 from fastvit_engine.distributed.preemption import Preemption
-from fastvit_engine.distributed.stragglers import Stragglers
 from fastvit_engine.distributed.watchdog import Watchdog
-from fastvit_engine.distributed.world import World, join_world, limit_collectives
-from fastvit_engine.engine.build import build_engine, set_learning_rate, split_batch
-from fastvit_engine.engine.deepspeed import EngineState
-from fastvit_engine.engine.ema import WeightAverage
+from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.errors import Preempted
-from fastvit_engine.evaluate.classification import evaluate
-from fastvit_engine.files import atomic_write
-from fastvit_engine.models import build_model, model_title, training_flops
-from fastvit_engine.observe.environment import collect_environment
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.defaults import Chosen, choose, machine_of
-from fastvit_engine.train.data_wait import DataWait
-from fastvit_engine.train.health.bad_samples import BadSamples
-from fastvit_engine.train.health.diagnosis import GradientWatch, Trace, diagnose
-from fastvit_engine.train.health.guard import Anomaly, Guard, StepReport
-from fastvit_engine.train.health.replicas import Replicas
-from fastvit_engine.train.health.rewind import go_back, record_anomaly
-from fastvit_engine.train.schedule import Plan
+from fastvit_engine.train.evaluators import build_evaluators, run_evaluators
+from fastvit_engine.train.health.diagnosis import Trace, diagnose
+from fastvit_engine.train.health.guard import StepReport
+from fastvit_engine.train.health.rewind import Failure, go_back, record_anomaly
+from fastvit_engine.train.job import Job, build_job
+from fastvit_engine.train.recovery import save_recovery
+from fastvit_engine.train.run_record import record_start
+from fastvit_engine.train.schedule import Schedule
 from fastvit_engine.train.start import Start, load_start, preflight, report_damage
-from fastvit_engine.train.state import Job
-from fastvit_engine.train.step import hash_keys, take_step
-from fastvit_engine.train.throughput import Peak, Stopwatch, peak_flops, peak_memory_bytes
-from fastvit_kernels import FusedCrossEntropy
-
-SHOWN_SAMPLES = 48  # images of the evaluation set whose predictions the report shows
+from fastvit_engine.train.step import take_step
+from fastvit_engine.train.step_log import StepLog
 
 
-def train(resolved: Resolved, out: Path, *, resume: bool) -> None:
-    """Trains the model of a configuration into the run folder `out`.
+def train(resolved: Resolved, out: Path, *, resume: bool, data: IterableData | None = None) -> None:
+    """Trains the model of a configuration into the run folder `out`, on `data` if given and else on `data.train`.
 
-    With `resume`, goes on from the folder's latest checkpoint, if any; without, refuses a folder that holds a run.
+    With `resume`, continues from the folder's latest checkpoint, if any; without, refuses a folder that holds a run.
     """
     run, limits = RunFolder(out), resolved.config.watchdog
     with (
@@ -57,14 +43,14 @@ def train(resolved: Resolved, out: Path, *, resume: bool) -> None:
     ):
         preemption.on_stack_request = watchdog.request_stacks
         chosen = choose(resolved.config, machine_of(world))
-        start = world.on_main(lambda: preflight(chosen.config, run, world.size, resume=resume))
+        start = world.on_main(lambda: preflight(chosen.config, run, world.size, resume=resume, data=data))
         if world.is_main:
             report_damage(run, start.damaged, start.checkpoint)
             print(start.message, flush=True)
         if start.step < start.total_steps:
             if world.is_main:
                 print(chosen.describe(), flush=True)
-            _train(resolved, chosen, run, start, world, watchdog, preemption)
+            _train(resolved, chosen, run, start, world, watchdog, preemption, data)
         elif finished := start.checkpoint:
             world.on_main(lambda: export_run(finished, run))  # it may have been killed just before this
 
@@ -77,242 +63,133 @@ def _train(
     world: World,
     watchdog: Watchdog,
     preemption: Preemption,
+    data: IterableData | None = None,
 ) -> None:
-    job = _set_up(resolved, chosen, run, start, world, watchdog, preemption)
-    part: Start | None = start
-    while part is not None:  # more than once where something went wrong
-        part = _train_from(part, job)
-
-
-def _set_up(
-    resolved: Resolved,
-    chosen: Chosen,
-    run: RunFolder,
-    start: Start,
-    world: World,
-    watchdog: Watchdog,
-    preemption: Preemption,
-) -> Job:
-    config = chosen.config
-    split = split_batch(config, world.size)
-    plan = Plan(config, start.data.samples_per_epoch)
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, mean=config.data.mean, std=config.data.std)
-    engine = build_engine(model, config, split, world)
-    limit_collectives(config.watchdog.slow_phase_seconds + config.watchdog.timeout_seconds)  # DeepSpeed's groups too
-    state, place = EngineState(engine), place_of(config.checkpoint, run)
-    ema = WeightAverage(state, config.ema.decay) if config.ema.decay is not None else None
-    watch = GradientWatch(engine, world.device)
-    if config.health.watch_gradients:
-        watch.start()
-    peak = peak_flops(world, config.train.precision)
+    schedule = Schedule(chosen.config, start.data.samples_per_epoch)
+    job = build_job(chosen.config, run, world, schedule, watchdog, preemption)
     if world.is_main:
-        _describe_run(resolved, chosen, run, plan, world, model, peak)
-        where = f"{world.size} process(es) on {', '.join(sorted(set(watchdog.hosts)))}, ZeRO-{config.zero.stage}"
-        message = f"training begins at step {start.step} of {plan.total_steps}: {where}"
-        facts = {"world_size": world.size, "zero_stage": config.zero.stage, "hosts": sorted(set(watchdog.hosts))}
-        record_event(run, "start", message, step=start.step, **facts)
-    engine.train()
-    return Job(
-        run=run,
-        config=config,
-        world=world,
-        split=split,
-        plan=plan,
-        engine=engine,
-        criterion=FusedCrossEntropy(config.loss.kind, label_smoothing=config.loss.label_smoothing),
-        ema=ema,
-        checkpointer=Checkpointer(run, place, state, ema, world, config.checkpoint, plan.keep_every),
-        guard=Guard(engine, world, config.health, config.train.precision),
-        replicas=Replicas(engine, world),
-        watch=watch,
-        watchdog=watchdog,
-        stragglers=Stragglers(run, world, config.watchdog, watchdog.hosts, zero_stage=engine.zero_optimization_stage()),
-        preemption=preemption,
-        peak=peak,
-        flops_per_image=training_flops(config.model),
-    )
+        save_recovery(run, start.state.recovery)
+        record_start(resolved, chosen, job, start.step)
+    next_start: Start | None = start
+    while next_start is not None:  # more than once if training has to go back to a checkpoint
+        bound = replace(next_start, data=next_start.data.bind(data))  # an iterable stays in its process
+        next_start = _train_from(bound, job)
+    job.engine.close()
 
 
 def _train_from(start: Start, job: Job) -> Start | None:
-    """Trains to the end of the run and returns None; or, at an anomaly, returns where to go on instead."""
-    run, config, world, plan = job.run, job.config, job.world, job.plan
-    guard, watchdog, checkpointer = job.guard, job.watchdog, job.checkpointer
-    batch_size = config.train.global_batch_size
+    """Trains to the end of the run and returns None; or, after a failure, returns where to continue instead."""
+    config, schedule, guard, watchdog = job.config, job.schedule, job.health.guard, job.processes.watchdog
 
-    # ---- weights: those of the checkpoint, or the first
+    # ---- the weights of the checkpoint, or the first; and the data, from the first sample that is still to come
     watchdog.phase("loading", slow=True)
-    start = load_start(start, checkpointer, run, world)
-    guard.forget(start.recent)
-    consumed = start.consumed
-    accuracy: dict[str, dict[str, Any]] = {}
-    evaluated_at: int | None = None
-
-    # ---- data, from the first sample on that is still to be trained on
-    bad_samples = BadSamples(
-        run.bad_samples, config.data.max_bad_share, seen=start.step * batch_size, bad=start.bad_samples
-    )
-    batches = bad_samples.watch(
-        build_train_data(
-            config,
-            start.data,
-            rank=world.rank,
-            world_size=world.size,
-            micro_batch_size=job.split.micro_batch_size,
-            consumed=consumed,
-            pin_memory=world.device.type == "cuda",
-            node_ranks=world.node_ranks if world.rank == world.node_ranks[0] else (),
-            skipped=start.skipped,
-        )
-    )
-
-    # ---- the run's record
-    recorder = Recorder(run, plan.total_steps, start.step) if world.is_main else None
-    if recorder:
-        checkpointer.say = recorder.message
-    stopwatch = Stopwatch(world.device, seconds_before=start.seconds)
-    data_wait = DataWait(config.data.num_workers)
-    last_logged = start.step
-
-    def save(step: int) -> None:
-        """Begins a save, whose copy to host memory the next update waits for; a later `settle` tells how it went."""
-        watchdog.phase("saving", slow=True)
-        state = {
-            "seconds": stopwatch.total,
-            "consumed": consumed,
-            "skipped": start.skipped,
-            "recent": list(guard.recent),
-            "bad_samples": bad_samples.bad,
-            "fingerprint": start.fingerprint,
-            "accuracy": accuracy,
-            "evaluated_at": evaluated_at,
-        }
-        with stopwatch.paused():
-            checkpointer.save(step, state)
-
+    start = load_start(start, job.checkpointer, job.run, job.world)
+    state = start.state
+    guard.forget(state.recent)
+    batches = _open_batches(start, job)
+    log = StepLog(job, state)
+    batches = log.watch(batches)
+    evaluators = build_evaluators(job, start.data, log.recorder)
+    if log.recorder:
+        job.checkpointer.say = log.recorder.message
     if start.checkpoint is None:
-        save(0)  # to have something to go back to
-    watchdog.begin(start.step)
-    for step in range(start.step, plan.total_steps):
-        done = step + 1
-        last = done == plan.total_steps
-        evaluates = config.data.eval is not None and (last or plan.evaluates_after(done))
-        compares = config.health.compare_replicas_every is not None and done % config.health.compare_replicas_every == 0
-        first_sample = step_start(consumed, start.skipped)
-        window = (first_sample, first_sample + batch_size)
+        _save(job, state, log)  # to have something to go back to
+    watchdog.begin(state.step)
 
+    for step in range(state.step, schedule.total_steps):
         # ---- one optimizer step on one global batch
-        learning_rate = plan.learning_rate(step)
-        set_learning_rate(job.engine, learning_rate)
-        guard.flag = float(job.preemption.signal is not None)
-        trace, report = take_step(job, step, stopwatch.timed(batches), compares=compares)
+        done, window = step + 1, _next_window(state, config)
+        learning_rate = schedule.learning_rate(step)
+        job.engine.set_learning_rate(learning_rate)
+        guard.flag = float(job.processes.preemption.signal is not None)
+        trace, report = take_step(job, step, batches)
         if report.anomaly:
-            return _recover(job, start, step, window, report.anomaly, report, trace, recorder)
-        leaves = report.flags > 0 and not last  # any of the processes was asked to
-        saves = last or leaves or plan.saves_after(done)
-        consumed = window[1]
+            return _recover(job, start, Failure(step, window, report.anomaly, report), trace, log.recorder)
+        state = replace(state, step=done, consumed=window[1])
         if job.ema is not None:
             job.ema.update(step)
         watchdog.step_done(done)
-        if recorder:
-            recorder.advance(done)
+        log.step_done(done, trace)
 
         # ---- report
-        for batch in trace.batches:
-            data_wait.add(batch.seconds)
-        if done % config.train.log_every == 0 or saves or done == start.step + 1:
+        leaves = report.flags > 0 and done < schedule.total_steps  # any of the processes was asked to
+        saves = leaves or schedule.is_due(schedule.save_every, done)
+        if saves or log.is_due(done):
             watchdog.phase("reporting")
-            seconds, waited = stopwatch.lap()
-            job.stragglers.log_step(waited, seconds, done, recorder)
-            waited, *stage_seconds = world.sum([waited / seconds, *data_wait.lap()]).tolist()
-            wait_share = waited / world.size
-            samples_hash = world.sum_int64(sum(hash_keys(batch.keys) for batch in trace.batches) % 2**64)
-            memory_bytes = int(world.max([peak_memory_bytes(world.device)]).item())
-            bad_count = bad_samples.settle(world, recorder)
-            if recorder:
-                rate = (done - last_logged) * batch_size / seconds
-                recorder.training(
-                    {
-                        "step": done,
-                        "epoch": plan.epoch(done),
-                        "samples": done * batch_size,
-                        "loss": report.loss,
-                        "lr": learning_rate,
-                        "grad_norm": report.grad_norm,
-                        "images_per_second": rate,
-                        "mfu": rate * job.flops_per_image / job.peak.flops,
-                        "data_wait": wait_share,
-                        "memory_bytes": memory_bytes,
-                        "samples_hash": f"{samples_hash:016x}",
-                        "seconds": stopwatch.total,
-                        "bad_samples": bad_count,
-                    }
-                )
-                warning = data_wait.warning(wait_share, stage_seconds) if last_logged > start.step else None
-                if warning:  # the first step also waits for the workers to start
-                    recorder.message(warning)
-            last_logged = done
-            checkpointer.settle()
+            log.write(done, learning_rate, report, trace)
+            job.checkpointer.settle()
 
         # ---- evaluate
-        if evaluates:
-            with stopwatch.paused():
-                accuracy, evaluated_at = evaluate_all(job, start.data, done, recorder), done
+        if due := [evaluator for evaluator in evaluators if schedule.is_due(evaluator.every_steps, done)]:
+            with log.stopwatch.paused():
+                figures = run_evaluators(due, job, done, log.recorder)
+            state = replace(state, accuracy=figures, evaluated_at=done)
 
         # ---- save, but never weights that are broken
         if saves:
-            if anomaly := job.replicas.compare():
-                return _recover(job, start, step, window, anomaly, report, trace, recorder)
-            save(done)
+            if anomaly := job.health.replicas.compare():
+                return _recover(job, start, Failure(step, window, anomaly, report), trace, log.recorder)
+            _save(job, state, log)
 
         # ---- leave, if asked to
         if leaves:
-            saved = checkpointer.close()
-            message = f"asked to leave: saved {saved}; the same command with --resume auto goes on"
-            if recorder:
-                recorder.close()
-                record_event(run, "stop", message, reason="preempted", step=done)
-            raise Preempted(message)
+            _leave(job, done, log)
 
-    # ---- the end: the last checkpoint is whole, and the weights are one file
-    saved = checkpointer.close()
-    world.on_main(lambda: export_run(saved, run) if saved else None)
-    if recorder:
-        record_event(run, "stop", f"finished after {plan.total_steps} steps", step=plan.total_steps, reason="finished")
-        recorder.close()
+    _finish(job, log)
     return None
 
 
-def _recover(
-    job: Job,
-    start: Start,
-    step: int,
-    window: Window,
-    anomaly: Anomaly,
-    report: StepReport,
-    trace: Trace,
-    recorder: Recorder | None,
-) -> Start:
-    """Finds out what is wrong, writes it down, and returns the point that the run goes back to. UserError: it gives up.
+def _open_batches(start: Start, job: Job) -> Iterator[Batch]:
+    """Endless micro-batches of this process, from the state of the run on."""
+    world = job.world
+    return start.data.train_batches(
+        job.config,
+        rank=world.rank,
+        world_size=world.size,
+        micro_batch_size=job.split.micro_batch_size,
+        consumed=start.state.consumed,
+        pin_memory=world.device.type == "cuda",
+        node_ranks=world.node_ranks if world.rank == world.node_ranks[0] else (),
+        skipped=start.state.recovery.skipped,
+    )
 
-    The samples of the step are left out from now on; not where weights were at fault, which is not the data's doing.
+
+def _next_window(state: TrainerState, config: Config) -> Window:
+    """The positions of the next step's samples in the data order."""
+    first = step_start(state.consumed, state.recovery.skipped)
+    return first, first + config.train.global_batch_size
+
+
+def _save(job: Job, state: TrainerState, log: StepLog) -> None:
+    """Begins a save, whose copy to host memory the next update waits for; a later `settle` tells how it ended."""
+    job.processes.watchdog.phase("saving", slow=True)
+    recent, bad = tuple(job.health.guard.recent), log.bad_samples.bad
+    with log.stopwatch.paused():
+        job.checkpointer.save(replace(state, seconds=log.stopwatch.total, recent=recent, bad_samples=bad))
+
+
+def _recover(job: Job, start: Start, failure: Failure, trace: Trace, recorder: Recorder | None) -> Start:
+    """Finds out what is wrong, writes it down, and returns the point that the run goes back to.
+
+    The samples of the step are left out from then on, unless the weights were at fault, which is not the data's doing.
+    Raises UserError if going back would not help.
     """
 
     def rehearse() -> StepReport:
-        return take_step(job, step, trace.batches, rehearsal=True)[1]
+        return take_step(job, failure.step, trace.batches, rehearsal=True)[1]
 
-    job.watchdog.phase("finding out what is wrong", slow=True)
+    job.processes.watchdog.phase("finding out what is wrong", slow=True)
     job.checkpointer.settle(wait=True)  # one that is being written is from before this
-    diagnosis = diagnose(anomaly, trace, rehearse, job.engine, job.watch, job.world)
+    diagnosis = diagnose(failure.anomaly, trace, rehearse, job.engine, job.health.gradients, job.world)
 
     def decide() -> Start:
         assert recorder is not None
-        message = record_anomaly(job.run, step, window, anomaly, report, diagnosis)
+        message = record_anomaly(job.run, failure, diagnosis)
         recorder.message(message)
         skip, most = not diagnosis.in_weights, job.config.health.max_rewinds
-        place = job.checkpointer.place
-        there = go_back(job.run, place, start, step, window, message, skip=skip, most=most)
-        left_out = f", leaving out samples {window[0]:,} to {window[1] - 1:,}" if skip else ""
+        there = go_back(job.run, job.checkpointer.store, start, failure, message, skip=skip, max_rewinds=most)
+        first, last = failure.window
+        left_out = f", leaving out samples {first:,} to {last - 1:,}" if skip else ""
         recorder.message(f"going back to step {there.step}{left_out}")
         recorder.close()
         return there
@@ -320,71 +197,21 @@ def _recover(
     return job.world.on_main(decide)
 
 
-def evaluate_all(job: Job, data: DataPlan, step: int, recorder: Recorder | None) -> dict[str, dict[str, Any]]:
-    """Evaluates the weights and, where there is one, their average; writes the rows and the predictions to show."""
-    config, world, run = job.config, job.world, job.run
-    criterion = FusedCrossEntropy(config.loss.kind)
-    results = {}
-
-    def run_one(name: str) -> None:
-        bad_samples = BadSamples(run.bad_samples, config.data.max_bad_share)
-        batches = build_eval_data(
-            config,
-            data,
-            rank=world.rank,
-            world_size=world.size,
-            batch_size=config.evaluate.batch_size or job.split.micro_batch_size,
-            pin_memory=world.device.type == "cuda",
-        )
-        stopwatch = Stopwatch(world.device)
-        shown_here = SHOWN_SAMPLES if world.is_main else 0
-        watched = job.watchdog.marked(bad_samples.watch(batches), "evaluating")
-        accuracy, examples = evaluate(job.engine, watched, criterion, world, shown=shown_here)
-        bad_samples.settle(world, recorder)
-        seconds, _ = stopwatch.lap()
-        results[name] = asdict(accuracy)
-        if recorder:
-            recorder.evaluation(
-                {
-                    "step": step,
-                    "eval": name,
-                    "top1": accuracy.top1,
-                    "top5": accuracy.top5,
-                    "loss": accuracy.loss,
-                    "samples": accuracy.samples,
-                    "seconds": seconds,
-                }
-            )
-            shown = {"step": step, "class_names": data.class_names, "samples": examples}
-            atomic_write(run.samples, json.dumps(shown))
-
-    run_one("eval")
-    if job.ema is not None:
-        with job.ema.applied():
-            run_one("eval_ema")
-    return results
+def _leave(job: Job, step: int, log: StepLog) -> None:
+    """Waits for the save, writes down why the run stops, and raises Preempted on every process."""
+    saved = job.checkpointer.close()
+    message = f"asked to leave: saved {saved}; the same command with --resume auto continues"
+    log.close()
+    if job.world.is_main:
+        record_event(job.run, "stop", message, reason="preempted", step=step)
+    raise Preempted(message)
 
 
-def _describe_run(
-    resolved: Resolved, chosen: Chosen, run: RunFolder, plan: Plan, world: World, model: torch.nn.Module, peak: Peak
-) -> None:
-    config = chosen.config
-    on_gpu = world.device.type == "cuda"
-    environment = collect_environment(
-        model=model_title(config.model),
-        parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()),
-        training_flops_per_image=training_flops(config.model),
-        peak_flops=peak.flops,
-        peak_flops_source=peak.source,
-        world_size=world.size,
-        zero_stage=config.zero.stage,
-        precision=config.train.precision,
-        device=torch.cuda.get_device_name(world.device) if on_gpu else "cpu",
-        total_steps=plan.total_steps,
-        global_batch_size=config.train.global_batch_size,
-        samples_per_epoch=plan.samples_per_epoch,
-        shards=", ".join(source.shards for source in config.data.sources),
-        defaults=chosen.record(),
-    )
-    atomic_write(run.config, resolved.to_yaml())
-    atomic_write(run.environment, json.dumps(environment, indent=1))
+def _finish(job: Job, log: StepLog) -> None:
+    """The end of a run: its last checkpoint is whole, and the weights are one file."""
+    saved: Checkpoint | None = job.checkpointer.close()
+    job.world.on_main(lambda: export_run(saved, job.run) if saved else None)
+    if job.world.is_main:
+        total = job.schedule.total_steps
+        record_event(job.run, "stop", f"finished after {total} steps", step=total, reason="finished")
+    log.close()

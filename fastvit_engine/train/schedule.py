@@ -1,4 +1,4 @@
-"""A run in optimizer steps: how many, when to evaluate and save, and the learning rate of each."""
+"""When things happen in a run, in optimizer steps: its length, evaluations, checkpoints, and the learning rate."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from fastvit_engine.duration import to_steps
 from fastvit_engine.errors import UserError
 
 
-def build_schedule(config: Config, total_steps: int, samples_per_epoch: int | None) -> Callable[[int], float]:
+def learning_rate_schedule(config: Config, total_steps: int, samples_per_epoch: int | None) -> Callable[[int], float]:
     """The learning rate of each step in [0, total_steps).
 
     linear and cosine fall from `optimizer.learning_rate` at the end of warm-up to `schedule.final_learning_rate` after
@@ -54,8 +54,12 @@ def build_schedule(config: Config, total_steps: int, samples_per_epoch: int | No
     return learning_rate
 
 
-class Plan:
-    """`total_steps`, the `learning_rate` of each step, and after which steps to evaluate and to save."""
+class Schedule:
+    """The durations of a configuration in steps of its global batch.
+
+    `total_steps` is the length of the run, `learning_rate(step)` the rate of each step in [0, total_steps).
+    Raises UserError if a duration cannot be converted, or the parts of the schedule do not fit.
+    """
 
     def __init__(self, config: Config, samples_per_epoch: int | None) -> None:
         self.samples_per_epoch = samples_per_epoch
@@ -63,24 +67,22 @@ class Plan:
         self.total_steps = self._steps(config.train.duration)
         if self.total_steps == 0:
             raise UserError(f"train.duration = '{config.train.duration}' is less than one step of the global batch")
-        self._eval_every = self._steps(config.evaluate.every, self.total_steps)
-        self._checkpoint_every = self._steps(config.checkpoint.every, self.total_steps)
+        self.evaluate_every = self._steps(config.evaluate.every, self.total_steps)  # 0: only after the last step
+        self.save_every = self._steps(config.checkpoint.every, self.total_steps)  # likewise
         self.keep_every = self._steps(config.checkpoint.keep_every, self.total_steps) or None
-        self.learning_rate = build_schedule(config, self.total_steps, self.samples_per_epoch)
+        self.learning_rate = learning_rate_schedule(config, self.total_steps, self.samples_per_epoch)
 
-    def evaluates_after(self, step: int) -> bool:
-        """Whether an evaluation is due once `step` steps are done; the end of the run is not counted."""
-        return self._eval_every > 0 and step % self._eval_every == 0
-
-    def saves_after(self, step: int) -> bool:
-        """Whether a checkpoint is due once `step` steps are done; the end of the run is not counted."""
-        return self._checkpoint_every > 0 and step % self._checkpoint_every == 0
+    def is_due(self, every: int, step: int) -> bool:
+        """Whether what happens after every so many steps, and at the end of the run, is due once `step` are done."""
+        return step == self.total_steps or (every > 0 and step % every == 0)
 
     @property
     def evaluates_what_it_saves(self) -> bool:
-        return self._checkpoint_every == 0 or self.evaluates_after(self._checkpoint_every)
+        """Whether an evaluation is due at every step with a checkpoint."""
+        return self.save_every == 0 or (self.evaluate_every > 0 and self.save_every % self.evaluate_every == 0)
 
     def epoch(self, step: int) -> float | None:
+        """Epochs after `step` steps; None if the number of training samples is unknown."""
         return step * self.global_batch_size / self.samples_per_epoch if self.samples_per_epoch else None
 
     def _steps(self, duration: str | None, total_steps: int | None = None) -> int:

@@ -1,117 +1,116 @@
 """Validates a run before it starts, and decides where it resumes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-from fastvit_engine.checkpoint import Checkpoint, Checkpointer, DamagedCheckpoint, Place, place_of, usable_checkpoints
+from fastvit_engine.checkpoint import (
+    Checkpoint,
+    Checkpointer,
+    CheckpointStore,
+    DamagedCheckpoint,
+    Recovery,
+    TrainerState,
+    store_of,
+    usable_checkpoints,
+)
 from fastvit_engine.config import Config
-from fastvit_engine.data import DataPlan, prepare_data
-from fastvit_engine.data.stream.skip import Window
+from fastvit_engine.config.checks import check_config
+from fastvit_engine.data import IterableData, TrainingData, prepare_data
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import deepspeed_config, split_batch
 from fastvit_engine.errors import UserError
-from fastvit_engine.models import resolve_shape
-from fastvit_engine.observe.events import read_events, record_event
+from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.train.schedule import Plan
+from fastvit_engine.train.recovery import load_recovery
+from fastvit_engine.train.schedule import Schedule
 
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts: `step` of `total_steps` (equal when it is complete), from `checkpoint` if there is one."""
+    """Where a run starts, and what it knows then; from `checkpoint`, if there is one."""
 
-    step: int
+    state: TrainerState
     total_steps: int
-    seconds: float  # training time before
     checkpoint: Checkpoint | None
-    fingerprint: dict[str, Any]  # of the run, for its checkpoints
     message: str
-    data: DataPlan
-    consumed: int = 0  # the first position of the order after those trained on
-    bad_samples: int = 0  # samples before that could not be used
-    skipped: tuple[Window, ...] = ()  # positions left out
-    recent: tuple[tuple[float, float], ...] = ()  # losses and gradient norms of the last steps before
+    data: TrainingData
     damaged: tuple[str, ...] = ()  # what is wrong with newer checkpoints, which are passed over
 
-    def at(self, checkpoint: Checkpoint, state: dict[str, Any]) -> "Start":
-        """The same run from a checkpoint on, without the windows that were skipped before it or since."""
-        skipped = {*self.skipped, *(tuple(window) for window in state["skipped"])}
-        return replace(
-            self,
-            step=min(state["step"], self.total_steps),
-            seconds=state["seconds"],
-            checkpoint=checkpoint,
-            consumed=state["consumed"],
-            bad_samples=state["bad_samples"],
-            skipped=tuple(sorted(skipped)),
-            recent=tuple(tuple(values) for values in state["recent"]),
-        )
+    @property
+    def step(self) -> int:
+        """Steps done; `total_steps` for a run that is complete."""
+        return min(self.state.step, self.total_steps)
+
+    def at(self, checkpoint: Checkpoint, state: TrainerState) -> "Start":
+        """The same run from a checkpoint on; what it remembers of going back stays."""
+        recovery = state.recovery.merge(self.state.recovery)
+        continued = replace(state, fingerprint=self.state.fingerprint, pixels=self.state.pixels, recovery=recovery)
+        return replace(self, state=continued, checkpoint=checkpoint)
 
 
-def preflight(config: Config, run: RunFolder, world_size: int, *, resume: bool) -> Start:
-    """Checks configuration, data and run folder; raises UserError for what cannot work."""
-    resolve_shape(config.model)
-    if config.data.max_labels > 1 and config.loss.kind == "softmax":
-        raise UserError(
-            f"data.max_labels is {config.data.max_labels}, and a softmax loss takes one label: set loss.kind=sigmoid"
-        )
+def preflight(
+    config: Config, run: RunFolder, world_size: int, *, resume: bool, data: IterableData | None = None
+) -> Start:
+    """Checks configuration, data and run folder; raises UserError for what cannot work.
+
+    data: takes the place of data.train.
+    """
+    check_config(config)
     deepspeed_config(config, split_batch(config, world_size))
-    place = place_of(config.checkpoint, run)
+    store = store_of(config.checkpoint, run)
     if run.config.exists() and not resume:
         raise UserError(
             f"{run.path} already holds a run: add --resume auto to continue it, or choose another folder with --out"
         )
-    candidates = usable_checkpoints(place)
+    candidates = usable_checkpoints(store)
     if candidates and not resume:
         raise UserError(
-            f"{place.describe('')} already holds checkpoints of a run: add --resume auto to continue it, or choose "
+            f"{store.describe('')} already holds checkpoints of a run: add --resume auto to continue it, or choose "
             "another checkpoint.path"
         )
     checkpoint, state, damaged = newest_readable(candidates)
-    recorded = state.get("fingerprint", {}).get("data")
-    data = prepare_data(config, world_size=world_size, index_folder=run.path, recorded=recorded)
-    plan = Plan(config, data.samples_per_epoch)
-    _check_best(config, plan)
+    recorded = None if state is None else state.fingerprint.get("data")
+    prepared = prepare_data(config, world_size=world_size, index_folder=run.path, recorded=recorded, given=data)
+    schedule = Schedule(config, prepared.samples_per_epoch)
+    _check_best(config, schedule)
     _check_writable(run)
-    wanted = fingerprint(config, data)
-    message = f"starting {run.path}: {plan.total_steps} steps, {data.describe()}"
-    skipped = skipped_windows(run)
-    start = Start(0, plan.total_steps, 0.0, None, wanted, message, data, skipped=skipped, damaged=damaged)
-    if checkpoint is None:
+    wanted = TrainerState(
+        step=0,
+        fingerprint=fingerprint(config, prepared),
+        recovery=load_recovery(run),
+        pixels={"mean": config.data.mean, "std": config.data.std, "eval_crop": config.data.eval_crop},
+    )
+    message = f"starting {run.path}: {schedule.total_steps} steps, {prepared.describe()}"
+    start = Start(wanted, schedule.total_steps, None, message, prepared, damaged)
+    if checkpoint is None or state is None:
         return start
-    _check_same_run(wanted, state["fingerprint"], checkpoint)
-    if state["step"] < plan.total_steps:
-        message = f"continuing {run.path} from step {state['step']} of {plan.total_steps}, {data.describe()}"
+    _check_same_run(wanted.fingerprint, state.fingerprint, checkpoint)
+    if state.step < schedule.total_steps:
+        message = f"continuing {run.path} from step {state.step} of {schedule.total_steps}, {prepared.describe()}"
     else:
-        accuracy = state["accuracy"].get("eval")
+        accuracy = state.accuracy.get("eval")
         top1 = f" and top-1 {accuracy['top1']:.1%}" if accuracy else ""
-        message = f"{run.path} is complete, with {state['step']} steps{top1}: nothing to do"
+        message = f"{run.path} is complete, with {state.step} steps{top1}: nothing to do"
     return replace(start, message=message).at(checkpoint, state)
 
 
-def move_to_latest(start: Start, run: RunFolder, place: Place) -> Start:
-    """`start` at the newest checkpoint that can be read, with every window that the run has decided to skip."""
-    checkpoint, state, damaged = newest_readable(usable_checkpoints(place), start.damaged)
-    if checkpoint is None:
-        raise UserError(f"{place.describe('')} has no checkpoint to go back to: start the same command again")
-    return replace(start, skipped=skipped_windows(run), damaged=damaged).at(checkpoint, state)
-
-
-def skipped_windows(run: RunFolder) -> tuple[Window, ...]:
-    """The windows of samples that the run has decided to leave out, since its last checkpoint or before."""
-    events = cast(list[dict[str, Any]], read_events(run))
-    return tuple((event["samples"][0], event["samples"][1]) for event in events if event["event"] == "skip")
+def move_to_latest(start: Start, store: CheckpointStore, recovery: Recovery) -> Start:
+    """`start` at the newest checkpoint that can be read, with what the run remembers by now."""
+    checkpoint, state, damaged = newest_readable(usable_checkpoints(store), start.damaged)
+    if checkpoint is None or state is None:
+        raise UserError(f"{store.describe('')} has no checkpoint to go back to: start the same command again")
+    return replace(start, state=replace(start.state, recovery=recovery), damaged=damaged).at(checkpoint, state)
 
 
 def newest_readable(
     candidates: list[Checkpoint], damaged: tuple[str, ...] = ()
-) -> tuple[Checkpoint | None, dict[str, Any], tuple[str, ...]]:
+) -> tuple[Checkpoint | None, TrainerState | None, tuple[str, ...]]:
     """The first checkpoint whose manifest can be read, the state in it, and what is wrong with those passed over.
 
-    `damaged`: what was wrong with others before. UserError where there are damaged ones only.
+    `damaged`: what was wrong with others before. Raises UserError if there are damaged ones only.
     """
     for checkpoint in candidates:
         try:
@@ -120,13 +119,13 @@ def newest_readable(
             damaged = (*damaged, str(damage))
     if damaged:
         raise UserError(
-            f"{damaged[0]}, and there is no older checkpoint to go on from: restore the file, or start again in "
+            f"{damaged[0]}, and there is no older checkpoint to continue from: restore the file, or start again in "
             "another run folder"
         )
-    return None, {}, ()
+    return None, None, ()
 
 
-def fingerprint(config: Config, data: DataPlan) -> dict[str, Any]:
+def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: the parameters, and the order of the data.
 
     The number of processes, the ZeRO stage and the precision may change: checkpoints hold fp32 masters, whole.
@@ -139,15 +138,9 @@ def fingerprint(config: Config, data: DataPlan) -> dict[str, Any]:
     }
 
 
-def _check_best(config: Config, plan: Plan) -> None:
+def _check_best(config: Config, schedule: Schedule) -> None:
     best = config.checkpoint.keep_best
-    if best is None:
-        return
-    if config.data.eval is None:
-        raise UserError(f"checkpoint.keep_best = {best} needs an evaluation: set data.eval")
-    if best.startswith("eval_ema") and config.ema.decay is None:
-        raise UserError(f"checkpoint.keep_best = {best} needs an average of the weights: set ema.decay")
-    if not plan.evaluates_what_it_saves:
+    if best is not None and not schedule.evaluates_what_it_saves:
         raise UserError(
             f"checkpoint.keep_best = {best} needs an evaluation wherever a checkpoint is written: "
             "let evaluate.every divide checkpoint.every"
@@ -166,7 +159,7 @@ def _check_writable(run: RunFolder) -> None:
         ) from error
 
 
-def _check_same_run(wanted: dict[str, Any], saved: dict[str, Any], checkpoint: Checkpoint) -> None:
+def _check_same_run(wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Checkpoint) -> None:
     for name, before in saved.items():
         now: Any = wanted.get(name)
         if now == before:
@@ -183,12 +176,12 @@ def _check_same_run(wanted: dict[str, Any], saved: dict[str, Any], checkpoint: C
             )
         raise UserError(
             f"checkpoint {checkpoint} was written with {name} {json.dumps(before)} and this run has {json.dumps(now)}: "
-            f"go on with the same {name}, or choose another run folder with --out"
+            f"continue with the same {name}, or choose another run folder with --out"
         )
 
 
 def _other_order(now: dict[str, Any], before: dict[str, Any]) -> str:
-    """Why the data cannot go on where a checkpoint stopped, and what would let it."""
+    """Why the data cannot continue where a checkpoint stopped, and what would let it."""
     for name in ("order", "window", "streams", "shuffle_buffer"):
         if now.get(name) != before.get(name):
             return f"was written with data.{name} {before.get(name)} and this run has {now.get(name)}: set it back"
@@ -216,7 +209,7 @@ def _other_order(now: dict[str, Any], before: dict[str, Any]) -> str:
 def load_start(start: Start, checkpointer: Checkpointer, run: RunFolder, world: World) -> Start:
     """Loads the checkpoint that a run is to start from, if there is one; returns where it starts. Collective.
 
-    A damaged one is reported, and the next older one is loaded in its place. UserError where there is none.
+    A damaged one is reported, and the next older one is loaded in its place. Raises UserError if there is none.
     """
     while start.checkpoint is not None:
         try:
@@ -240,7 +233,7 @@ def report_damage(run: RunFolder, damaged: Sequence[str], used: Checkpoint | Non
 def _before(start: Start, damage: str) -> Start:
     """The same run from an older checkpoint on."""
     assert start.checkpoint is not None
-    older = [c for c in usable_checkpoints(start.checkpoint.place) if c.step < start.checkpoint.step]
+    older = [c for c in usable_checkpoints(start.checkpoint.store) if c.step < start.checkpoint.step]
     checkpoint, state, damaged = newest_readable(older, (*start.damaged, damage))
-    assert checkpoint is not None  # newest_readable raises where damaged ones are all there is
+    assert checkpoint is not None and state is not None  # newest_readable raises if damaged ones are all there is
     return replace(start.at(checkpoint, state), damaged=damaged)

@@ -2,82 +2,62 @@
 
 from collections.abc import Iterable
 from hashlib import blake2b
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastvit_engine.config import DataConfig
 from fastvit_engine.data import Batch
-from fastvit_engine.data.pixels.mix import mix
-from fastvit_engine.data.pixels.randaugment import randaugment
-from fastvit_engine.data.stream.batch import targets
 from fastvit_engine.distributed.world import World
 from fastvit_engine.train.health.diagnosis import Trace
 from fastvit_engine.train.health.guard import StepReport
-from fastvit_engine.train.state import Job
-from fastvit_kernels import FusedCrossEntropy
+from fastvit_engine.train.job import Job
 
 
 def take_step(
-    job: Job, step: int, micro_batches: Iterable[Batch], *, compares: bool = False, rehearsal: bool = False
+    job: Job, step: int, micro_batches: Iterable[Batch], *, rehearsal: bool = False
 ) -> tuple[Trace, StepReport]:
-    """Forward, backward and, unless the guard objects, update: one global batch, whose share of this process comes next
-    in `micro_batches`.
+    """Computes forward and backward passes of one global batch and, unless the guard objects, updates the weights.
 
-    `compares`: the weights of all processes, before the update. `rehearsal`: computes everything and updates nothing.
+    step: steps done before. micro_batches: this process's share of the batch comes next in them. rehearsal: computes
+    everything and updates nothing.
     """
-    engine, accumulation_steps = job.engine, job.split.accumulation_steps
+    engine, health, watchdog = job.engine, job.health, job.processes.watchdog
     seed_step(job.config.seed, step, job.world)
-    if job.watch.on:
-        job.watch.clear()
+    if health.gradients.on:
+        health.gradients.clear()
     trace = Trace([], [])
     loss_sum = torch.zeros((), device=job.world.device)
     remaining = iter(micro_batches)
-    for number in range(1, accumulation_steps + 1):
-        job.watchdog.phase("waiting for data")
+    for number in range(1, job.split.accumulation_steps + 1):
+        watchdog.phase("waiting for data")
         batch = next(remaining)
-        job.watchdog.phase("forward")
-        with job.stragglers.forward():
-            losses = training_losses(engine, job.criterion, batch, job.config.data, job.world)
+        watchdog.phase("forward")
+        with job.processes.stragglers.forward():
+            losses = job.objective.losses(engine.model, batch)
             loss = losses.mean()
-        job.watchdog.phase("backward")
+        watchdog.phase("backward")
         engine.backward(loss)
         loss_sum += loss.detach()
         trace.batches.append(batch)
         trace.losses.append(losses.detach())
-        if number == accumulation_steps:
-            fault = job.replicas.compare() if compares else None
-            job.guard.expect(loss_sum / accumulation_steps, fault=fault, rehearsal=rehearsal)
-        job.watchdog.phase("optimizer step")
+        if number == job.split.accumulation_steps:
+            fault = health.replicas.compare() if not rehearsal and _compares_replicas(job, step) else None
+            health.guard.expect(loss_sum / job.split.accumulation_steps, fault=fault, rehearsal=rehearsal)
+        watchdog.phase("optimizer step")
         job.checkpointer.before_update()
         engine.step()
-    return trace, job.guard.report()
+    return trace, health.guard.report()
 
 
-def training_losses(engine: Any, criterion: FusedCrossEntropy, batch: Batch, data: DataConfig, world: World) -> Tensor:
-    """The loss of each sample of a micro-batch, [B]; 0 for a sample of weight 0, and for one mixed with it."""
-    images = batch.images.to(world.device, non_blocking=True)  # uint8 [B, H, W, 3]; normalised by the patch embedding
-    labels = batch.labels.to(world.device, non_blocking=True)
-    weights = batch.weights.to(world.device, non_blocking=True)
-    if data.randaugment_ops:
-        images = randaugment(images, batch.seeds, num_ops=data.randaugment_ops, magnitude=data.randaugment_magnitude)
-    if data.mixup or data.cutmix:
-        mixed = mix(images, labels, batch.seeds, mixup=data.mixup, cutmix=data.cutmix, mean=data.mean, std=data.std)
-        logits = engine(mixed.images)
-        labels, labels_b = (targets(given, logits.shape[1]) for given in (labels, mixed.labels_b))
-        losses = criterion(logits, labels, labels_b=labels_b, mix_weight=mixed.weight, reduction="none")
-        weights = weights * weights[mixed.partner]
-    else:
-        logits = engine(images)
-        losses = criterion(logits, targets(labels, logits.shape[1]), reduction="none")
-    return losses * weights
+def _compares_replicas(job: Job, step: int) -> bool:
+    """Whether the weights of all processes are compared before the update of this step."""
+    every = job.config.health.compare_replicas_every
+    return every is not None and (step + 1) % every == 0
 
 
 def seed_step(seed: int, step: int, world: World) -> None:
     """Makes dropout and drop-path of a step a function of (seed, step, rank), which a resumed run repeats."""
     key = int.from_bytes(blake2b(f"{seed}/{step}/{world.rank}".encode(), digest_size=7).digest(), "big")
-    torch.default_generator.manual_seed(key)  # torch.manual_seed also formats a stack trace: 0.1 ms a step
+    torch.default_generator.manual_seed(key)  # torch.manual_seed also formats a stack trace: 0.1 ms per step
     if world.device.type == "cuda":
         torch.cuda.manual_seed(key)
 

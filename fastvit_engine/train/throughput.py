@@ -1,4 +1,4 @@
-"""How fast a run goes: images a second, share of the hardware's peak (MFU), share of time spent waiting for data."""
+"""How fast a run is: images per second, share of the hardware's peak (MFU), share of time spent waiting for data."""
 
 import resource
 import time
@@ -30,6 +30,18 @@ class Peak:
 
     flops: float
     source: str
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What turns images per second into MFU."""
+
+    peak: Peak
+    flops_per_image: int  # forward and backward
+
+    def mfu(self, images_per_second: float) -> float:
+        """Share of the peak, 0 to 1."""
+        return images_per_second * self.flops_per_image / self.peak.flops
 
 
 def peak_flops(world: World, precision: str) -> Peak:
@@ -65,16 +77,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Stopwatch:
-    """Training time since the last `lap`, leaving out what runs inside `paused()` (evaluation, checkpoints)."""
+    """Training time since the last `read`, leaving out what runs inside `paused()` (evaluation, checkpoints)."""
 
     def __init__(self, device: torch.device, seconds_before: float = 0.0) -> None:
         self.device = device
-        self.total = seconds_before  # training seconds up to the last lap, over restarts
+        self.total = seconds_before  # training seconds up to the last `read`, over restarts
         self.waited = 0.0
         self.start = time.perf_counter()
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; waiting for each counts as waiting for data."""
+        """The batches; the time until each comes counts as waiting for data."""
         while True:
             start = time.perf_counter()
             batch = next(batches)
@@ -89,8 +101,8 @@ class Stopwatch:
         self._synchronize()
         self.start += time.perf_counter() - start
 
-    def lap(self) -> tuple[float, float]:
-        """(seconds since the last lap, seconds of them spent waiting for data)."""
+    def read(self) -> tuple[float, float]:
+        """(seconds since the last `read`, seconds of them spent waiting for data)."""
         self._synchronize()
         now = time.perf_counter()
         elapsed, waited = now - self.start, self.waited

@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api
 
+from fastvit_engine.distributed.supervise import cluster_exit_code
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART
 
 
@@ -45,11 +46,6 @@ def exit_codes(processes: Any) -> set[int]:
     return codes - {None}
 
 
-def verdict(codes: set[int]) -> int:
-    """One exit code for those of all processes."""
-    return next((code for code in (EXIT_BAD_INPUT, EXIT_PREEMPTED) if code in codes), EXIT_RESTART)
-
-
 def main() -> int:
     agents: list[Agent] = []
     arguments = run.parse_args(sys.argv[1:])
@@ -67,11 +63,11 @@ def main() -> int:
     except ChildFailedError:
         codes = agents[-1].causes
         print(f"launch: processes of this node ended with {sorted(codes)}", file=sys.stderr)
-        return verdict(codes)
+        return cluster_exit_code(codes)
     except SignalException as error:
         codes = agents[-1].last_codes if agents else set()
         print(f"launch: asked to leave by {error.sigval.name}; processes ended with {sorted(codes)}", file=sys.stderr)
-        return EXIT_PREEMPTED if codes and codes <= {0, EXIT_PREEMPTED} else verdict(codes)
+        return EXIT_PREEMPTED if codes and codes <= {0, EXIT_PREEMPTED} else cluster_exit_code(codes)
     except Exception as error:  # of the rendezvous, in many types: its head node is gone, or never was there
         print(f"launch: error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_RESTART

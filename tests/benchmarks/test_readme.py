@@ -3,32 +3,32 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import BEGIN, END, ROOT, newest, render, update, with_results
+from benchmarks.readme import BEGIN, END, PAGE, newest, render, update, with_results
 
 
-def test_readme_shows_the_newest_results():
+def test_the_page_shows_the_newest_results():
     """If this fails: fastvit bench readme."""
     assert update(check=True) == 0
 
 
 def test_results_that_are_linked_exist():
-    text = (ROOT / "README.md").read_text()
+    text = PAGE.read_text()
     table = text[text.index(BEGIN) : text.index(END)]
     links = [part.partition(")")[0] for part in table.split("](")[1:]]
-    assert links and all((ROOT / link).is_file() for link in links)
+    assert links and all((PAGE.parent / link).is_file() for link in links)
 
 
 def test_a_changed_table_is_noticed_and_put_right(tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text((ROOT / "README.md").read_text().replace(" times the usual", " thousand times the usual"))
-    assert update(check=True, readme=readme) == 1
+    page = tmp_path / "verification.md"
+    page.write_text(PAGE.read_text().replace(" times the usual", " thousand times the usual"))
+    assert update(check=True, page=page) == 1
     assert "run fastvit bench readme" in capsys.readouterr().err
-    assert update(readme=readme) == 0
-    assert readme.read_text() == (ROOT / "README.md").read_text()
+    assert update(page=page) == 0
+    assert page.read_text() == PAGE.read_text()
 
 
-def test_a_readme_without_a_place_is_an_error():
-    with pytest.raises(ValueError, match="no place for results"):
+def test_a_page_without_the_marks_is_an_error():
+    with pytest.raises(ValueError, match="to write results between"):
         with_results("text", "table")
 
 

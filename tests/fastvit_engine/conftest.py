@@ -12,11 +12,14 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
+import torch
 from fsspec import AbstractFileSystem
 from PIL import Image
 
 from fastvit_engine.config import Config
 from fastvit_engine.data.build.make import make_dataset
+from fastvit_engine.distributed.world import World, join_world
+from fastvit_engine.engine.deepspeed import forget_process_groups
 from tests.fastvit_engine.warm_ranks import run_ranks
 
 Members = Iterable[tuple[str, bytes]]
@@ -196,6 +199,19 @@ def train(train_arguments, tmp_path_factory):
         return out
 
     return run
+
+
+@pytest.fixture(scope="module")
+def lone_world() -> Iterator[World]:
+    """A job of one process: this one."""
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        patch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)  # ZeRO-3 exchanges it, for good
+        with join_world() as world:
+            yield world
+        forget_process_groups()
 
 
 # ---- an object store

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from fastvit_engine.distributed import launch
+from fastvit_engine.distributed.supervise import rank_environment
 
 # the last two are imported by DeepSpeed and PyTorch when a training begins, which takes as long as all the rest
 _IMPORTED = [
@@ -35,7 +35,7 @@ def run_ranks(arguments: Sequence[str], processes: int, log: Path, seconds: floa
         for name, value in {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}.items():
             patch.setenv(name, value)
         for rank in range(processes):
-            environment = {**os.environ, **launch.rank_environment(rank, processes, store.port)}
+            environment = {**os.environ, **rank_environment(rank, processes, store.port)}
             environment |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True"}
             ranks.append(_forks.Process(target=_run_rank, args=(list(arguments), environment, log)))
             ranks[-1].start()

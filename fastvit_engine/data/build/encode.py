@@ -1,4 +1,4 @@
-"""An image of any format to the bytes that go into a shard."""
+"""Encodes an image of any format for a shard."""
 
 import io
 
@@ -6,14 +6,14 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 _PASSED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format -> extension in a shard
-_DRAFT = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that leaves this much for the resize
+_DRAFT = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still this many times the target
 
 
 def encode_for_shard(data: bytes, resize: int | None = None, quality: int = 90) -> tuple[str, bytes]:
-    """(extension, bytes) of a whole image; ValueError where it is not one, or is cut short.
+    """Returns (extension, bytes). Raises ValueError if the data is not an image, or is cut short.
 
-    JPEG, PNG and WebP pass untouched; other formats become PNG. With `resize`, an image whose short side is longer than
-    that is scaled down to it (bicubic, antialiased) and becomes a JPEG of `quality`.
+    JPEG, PNG and WebP stay as they are; other formats become PNG. With `resize`, an image whose short side is longer
+    than that is scaled down to it (bicubic, antialiased) and becomes a JPEG of `quality`.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -35,7 +35,7 @@ def encode_for_shard(data: bytes, resize: int | None = None, quality: int = 90) 
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Gray or RGB as the training decoder sees it: transparency dropped, 16 bits scaled to 8."""
+    """Converts to gray or RGB like the training decoder: transparency dropped, 16 bits scaled to 8."""
     image.load()
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))

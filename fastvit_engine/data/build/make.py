@@ -1,8 +1,7 @@
-"""`fastvit data make`: images to WebDataset shards, reproducible to the byte, and goes on after a kill."""
+"""`fastvit data make`: writes images to WebDataset shards, reproducible to the byte, and resumes after a kill."""
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import warnings
@@ -11,39 +10,39 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from webdataset.writer import TarWriter
 
 from fastvit_engine.data.build.encode import encode_for_shard
-from fastvit_engine.files import temporary_name
-from fastvit_engine.data.shards.index import INDEX_NAME, write_index
-from fastvit_engine.data.build.packing import Plan, Shard, make_plan
+from fastvit_engine.data.build.packing import Packing, Shard, make_packing
 from fastvit_engine.data.build.parallel import Counter, default_workers, parallel_map
-from fastvit_engine.data.shards.names import INFO_NAME, DatasetInfo, Split, SplitInfo, read_info
 from fastvit_engine.data.build.sources import FORMATS, list_source, list_with_eval
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.reading import Reader
-from fastvit_engine.data.build.work_progress import WorkProgress
+from fastvit_engine.data.shards.index import INDEX_NAME, write_index
+from fastvit_engine.data.shards.names import INFO_NAME, DatasetInfo, Split, SplitInfo, read_info
 from fastvit_engine.errors import UserError
+from fastvit_engine.files import atomic_write, atomic_writer, json_lines
+from fastvit_engine.observe.progress import WorkProgress
 
 DEFAULT_EVAL_FRACTION = 0.1
-UNFINISHED_NAME = "dataset.unfinished"  # a folder in the one that is being filled: plan, receipts, temporary files
+UNFINISHED_NAME = "dataset.unfinished"  # a folder inside the output: packing, receipts, temporary files
 FAILED_NAME = "failed.jsonl"
-_DOWNLOADS = 16  # at once, for each worker
-_FEW = 1000  # the share of failures is judged over at least this many images
+_DOWNLOADS = 16  # at once, per worker
+_FEW = 1000  # the fraction of failures is judged over at least this many images
 
 
 @dataclass(frozen=True)
 class MadeDataset:
     out: Path
-    info: DatasetInfo | None  # None: other parts have shards to write
+    info: DatasetInfo | None  # None if other parts have shards to write
     already_made: bool = False
 
 
 class Receipt(NamedTuple):
-    """What is known of a shard that is whole; kept in a file of its own until all are."""
+    """The record of a complete shard, in a file of its own until all shards are complete."""
 
     samples: int
     bytes: int
@@ -73,14 +72,15 @@ def make_dataset(
 ) -> MadeDataset:
     """Writes the images of `source` (see `sources`) to train and eval shards in `out`.
 
-    The listing, the split and the global shuffle are decided first and kept on disk; shards are then written side by
-    side by `workers` processes, each whole or not at all. After a kill, a full disk or a bad image the same call keeps
-    the shards that are whole and makes the others, to the byte as if nothing had happened. `part` (i, n) writes every
-    n-th shard from the i-th; whoever finds all shards whole writes dataset.json, and a folder that has it is complete:
-    with the same arguments again nothing is done.
+    The listing, the split and the global shuffle are decided first and stored; then `workers` processes write shards in
+    parallel, each atomically. After a kill, a full disk or a bad image, the same call keeps the complete shards and
+    writes the others, byte for byte as without the interruption. `part` (i, n) writes every n-th shard from the i-th.
+    The part that completes the last shard writes dataset.json; a folder that has it is complete, and the same call
+    does nothing more.
 
-    Samples have an image, `cls` (the index of the first label) and, where the source gives several labels, `json`:
-    {"labels": [...]}. UserError on bad arguments, bad images (more than the share `max_failed`) and failed writes.
+    Samples have an image, `cls` (the index of the first label) and, if the source gives several labels, `json`:
+    {"labels": [...]}. Raises UserError for bad arguments, bad images (more than the fraction `max_failed`) and failed
+    writes.
     """
     _check_arguments(format, eval_fraction, samples_per_shard, seed, resize, quality, max_failed, workers, part)
     arguments: dict[str, Any] = {
@@ -105,33 +105,44 @@ def make_dataset(
         progress(f"{out} is already made: {made.train.samples:,} train and {made.eval.samples:,} eval samples")
         return MadeDataset(out, made, already_made=True)
 
-    workers = default_workers() if workers is None else workers
+    return _make(out, arguments, part, max_failed, workers or default_workers(), plan_only, progress)
+
+
+def _make(
+    out: Path,
+    arguments: dict[str, Any],
+    part: tuple[int, int],
+    max_failed: float,
+    workers: int,
+    plan_only: bool,
+    progress: Callable[[str], None],
+) -> MadeDataset:
+    """Begins or resumes a data set; removes what it began if no shard was completed."""
+    unfinished = out / UNFINISHED_NAME
     existed, begun = out.exists(), unfinished.exists()
-    line = WorkProgress()
+    display = WorkProgress()
     try:
         if existed and not begun and any(out.iterdir()):
             raise UserError(f"{out} is not empty and was not made by `fastvit data make`: choose another --out")
         (unfinished / "receipts").mkdir(parents=True, exist_ok=True)
-        plan = _plan(out, arguments, workers, line, progress)
+        packing = _packing(out, arguments, workers, display, progress)
         if plan_only:
-            line.clear()
-            progress(f"{out}: planned {len(plan.train):,} train and {len(plan.eval):,} eval samples")
+            display.clear()
+            progress(f"{out}: planned {len(packing.train):,} train and {len(packing.eval):,} eval samples")
             return MadeDataset(out, None)
-        _write_shards(out, plan, part, max_failed, workers, line, progress)
-        line.clear()
-        return _finish(out, plan, part, progress)
-    except KeyboardInterrupt:
-        line.clear()
-        raise
+        _write_shards(out, packing, part, max_failed, workers, display, progress)
+        display.clear()
+        return _finish(out, packing, part, progress)
     except Exception as error:
-        line.clear()
         if part == (1, 1) and not begun:
-            _remove_if_nothing_is_whole(out, remove_folder=not existed)
+            _remove_if_nothing_is_complete(out, remove_folder=not existed)
         if isinstance(error, FileNotFoundError) and (made := read_info(out)) is not None:
-            return MadeDataset(out, made)  # another part was faster: all is written, and the plan removed
+            return MadeDataset(out, made)  # another part was faster: all is written, and the packing removed
         if isinstance(error, OSError):
             raise UserError(f"cannot write to {out} ({error.strerror}): make room or choose another --out") from error
         raise
+    finally:
+        display.clear()
 
 
 def _check_arguments(
@@ -182,22 +193,22 @@ def _check_equal(out: Path, tense: str, before: dict[str, Any], arguments: dict[
             )
 
 
-def _plan(
-    out: Path, arguments: dict[str, Any], workers: int, line: WorkProgress, progress: Callable[[str], None]
-) -> Plan:
-    """The plan of a run that was stopped or of another part, otherwise a new one."""
+def _packing(
+    out: Path, arguments: dict[str, Any], workers: int, display: WorkProgress, progress: Callable[[str], None]
+) -> Packing:
+    """The packing of a run that was stopped, or of another part; otherwise a new one."""
     unfinished = out / UNFINISHED_NAME
-    folder = unfinished / "plan"
+    folder = unfinished / "packing"
     if folder.exists():
-        plan = Plan.load(folder)
-        _check_equal(out, "is being", plan.arguments, arguments)
-        return plan
+        packing = Packing.load(folder)
+        _check_equal(out, "is being", packing.arguments, arguments)
+        return packing
 
     def say(text: str) -> None:
-        line.clear()
+        display.clear()
         progress(text)
 
-    context = Context(unfinished / "unpacked", workers, line, say, labels=arguments["labels"])
+    context = Context(unfinished / "unpacked", workers, display, say, labels=arguments["labels"])
     if arguments["classes"]:
         context.classes = _class_names(Path(arguments["classes"]))
     source, format = arguments["source"], arguments["format"]
@@ -206,9 +217,9 @@ def _plan(
     else:
         listing = list_source(source, format, context)
     eval_fraction = _eval_fraction(listing, arguments)
-    plan = make_plan(listing, arguments, eval_fraction=eval_fraction, workers=workers, progress=line)
-    plan.save(folder)
-    return Plan.load(folder)
+    packing = make_packing(listing, arguments, eval_fraction=eval_fraction, workers=workers, progress=display)
+    packing.save(folder)
+    return Packing.load(folder)
 
 
 def _eval_fraction(listing: Listing, arguments: dict[str, Any]) -> float | None:
@@ -224,32 +235,32 @@ def _class_names(path: Path) -> list[str]:
     try:
         names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the class names {path} cannot be read ({error}): write one name a line") from error
+        raise UserError(f"the class names {path} cannot be read ({error}): write one name per line") from error
     if not names:
-        raise UserError(f"{path} holds no class name: write one a line")
+        raise UserError(f"{path} holds no class name: write one per line")
     return names
 
 
 def _write_shards(
     out: Path,
-    plan: Plan,
+    packing: Packing,
     part: tuple[int, int],
     max_failed: float,
     workers: int,
-    line: WorkProgress,
+    display: WorkProgress,
     progress: Callable[[str], None],
 ) -> None:
-    """The shards of `part` that are not whole yet."""
-    mine = plan.shards()[part[0] - 1 :: part[1]]
+    """Writes the shards of `part` that are not complete yet."""
+    mine = packing.shards()[part[0] - 1 :: part[1]]
     receipts = {shard: _receipt(out, shard) for shard in mine}
     missing = [shard for shard, receipt in receipts.items() if receipt is None]
     if len(missing) < len(mine):
-        progress(f"{out}: {len(mine) - len(missing):,} of {len(mine):,} shards are whole, making the others")
+        progress(f"{out}: {len(mine) - len(missing):,} of {len(mine):,} shards are complete, making the others")
     temporary = out / UNFINISHED_NAME / f"part-{part[0]}-of-{part[1]}"
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run of this part has left
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run of this part
     temporary.mkdir(exist_ok=True)
     total = sum(shard.end - shard.start for shard in mine)
-    writer = _ShardWriter(out, temporary, plan, max_failed, total)
+    writer = _ShardWriter(out, temporary, packing, max_failed, total)
     for shard, receipt in receipts.items():
         if receipt is not None:
             writer.done.add(shard.end - shard.start)
@@ -257,9 +268,9 @@ def _write_shards(
 
     def show() -> None:
         failed = writer.failed.value
-        line.update(writer.done.value, f"{failed:,} failed" if failed else "")
+        display.update(writer.done.value, f"{failed:,} failed" if failed else "")
 
-    line.start("writing", total, "images")
+    display.start("writing", total, "images")
     try:
         for _ in parallel_map(writer.write, missing, workers=workers, while_waiting=show):
             pass
@@ -267,47 +278,56 @@ def _write_shards(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class _ShardWriter:
-    """Writes one shard after the other in a worker process."""
+class _NothingToWrite(Exception):
+    """No image of a shard was usable."""
 
-    def __init__(self, out: Path, temporary: Path, plan: Plan, max_failed: float, total: int) -> None:
+
+class _ShardWriter:
+    """Writes shards, one at a time, in a worker process."""
+
+    def __init__(self, out: Path, temporary: Path, packing: Packing, max_failed: float, total: int) -> None:
         self.done, self.failed = Counter(), Counter()  # images, over all workers
-        self._out, self._temporary, self._plan = out, temporary, plan
+        self._out, self._temporary, self._packing = out, temporary, packing
         self._max_failed, self._total = max_failed, total
-        self._reader = Reader(plan.listing)
-        self._downloads = any(file.kind == "url" for file in plan.listing.files)
+        self._reader = Reader(packing.listing)
+        self._downloads = any(file.kind == "url" for file in packing.listing.files)
 
     def write(self, shard: Shard) -> None:
         warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
-        # A name of its own: the worker of a run that was just killed may still be at the same shard.
-        temporary = temporary_name(self._temporary / shard.name)
-        failed: list[list[str]] = []
-        samples = 0
         try:
-            with open(temporary, "wb") as file:
-                with TarWriter(file, user="fastvit", group="fastvit", mtime=0, encoder=False) as tar:
-                    for index, members in self._samples(self._plan.indices(shard).tolist()):
-                        if isinstance(members, str):
-                            failed.append([self._reader.where(index), members])
-                            self._count_failure(*failed[-1])
-                        else:
-                            tar.write(members)
-                            samples += 1
-                        self.done.add()
-                _sync(file)
-            size = temporary.stat().st_size
-            if samples:
-                os.replace(temporary, self._out / shard.name)
-            receipt = Receipt(samples, size, failed)
-            _write_atomically(_receipt_path(self._out, shard), json.dumps(receipt._asdict()).encode(), self._temporary)
+            self._write_receipt(shard, self._write_shard(shard))
         except OSError as error:
             raise UserError(
                 f"cannot write to {self._out} ({error.strerror}): make room and run the same command again, "
                 "or choose another --out"
             ) from error
 
+    def _write_shard(self, shard: Shard) -> Receipt:
+        """Writes the shard, unless all of its images have failed."""
+        failed: list[list[str]] = []
+        samples = size = 0
+        path = self._out / shard.name
+        with contextlib.suppress(_NothingToWrite), atomic_writer(path, temporary_folder=self._temporary) as file:
+            with TarWriter(file, user="fastvit", group="fastvit", mtime=0, encoder=False) as tar:
+                for index, members in self._samples(self._packing.indices(shard).tolist()):
+                    if isinstance(members, str):
+                        failed.append([self._reader.where(index), members])
+                        self._count_failure(*failed[-1])
+                    else:
+                        tar.write(members)
+                        samples += 1
+                    self.done.add()
+            if not samples:
+                raise _NothingToWrite
+            size = file.tell()
+        return Receipt(samples, size, failed)
+
+    def _write_receipt(self, shard: Shard, receipt: Receipt) -> None:
+        with atomic_writer(_receipt_path(self._out, shard), temporary_folder=self._temporary) as file:
+            file.write(json.dumps(receipt._asdict()).encode())
+
     def _samples(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Any] | str]]:
-        """(index, members, or why there are none) in the given order; downloads run ahead."""
+        """Yields (index, members, or why there are none) in the given order; downloads run ahead."""
         if not self._downloads:
             for index in indices:
                 yield index, self._sample(index)
@@ -323,7 +343,7 @@ class _ShardWriter:
                 yield index, future.result()
 
     def _sample(self, index: int) -> dict[str, Any] | str:
-        listing, arguments = self._plan.listing, self._plan.arguments
+        listing, arguments = self._packing.listing, self._packing.arguments
         try:
             encoded = self._reader.read(index)
             extension, image = encode_for_shard(encoded.image, arguments["resize"], arguments["quality"])
@@ -352,18 +372,18 @@ class _ShardWriter:
             )
         raise UserError(
             f"{self.failed.value:,} of {self.done.value + 1:,} images failed, more than --max-failed "
-            f"{self._max_failed} allows; the last one, {where}, {reason}: mend the source or allow more, and run again"
+            f"{self._max_failed} allows; the last one, {where}, {reason}: repair the source or allow more"
         )
 
 
 def _json_member(given: bytes | None, labels: list[int]) -> bytes:
-    """{"labels": [...]}, added to the `json` that the sample had."""
+    """Returns the `json` that the sample had, with {"labels": [...]} added."""
     before = json.loads(given) if given else {}
     return json.dumps((before if isinstance(before, dict) else {}) | {"labels": labels}).encode()
 
 
 def _key(index: int, name: str) -> str:
-    """A key must have no dot, be unique and fit into a tar header; the number alone makes it unique."""
+    """Returns a key without dots that fits into a tar header; the number alone makes it unique."""
     stem = name.rstrip("/").rpartition("/")[2]
     stem = stem.rpartition(".")[0] or stem
     return f"{index:08d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:60]}"
@@ -374,50 +394,50 @@ def _receipt_path(out: Path, shard: Shard) -> Path:
 
 
 def _receipt(out: Path, shard: Shard) -> Receipt | None:
-    """None where the shard is not whole."""
-    with contextlib.suppress(FileNotFoundError):
+    """Returns the receipt of a shard, None if the shard is not complete or its receipt is damaged."""
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
         receipt = Receipt(**json.loads(_receipt_path(out, shard).read_text()))
         if receipt.samples == 0 or (out / shard.name).stat().st_size == receipt.bytes:
             return receipt
     return None
 
 
-def _finish(out: Path, plan: Plan, part: tuple[int, int], progress: Callable[[str], None]) -> MadeDataset:
-    """Writes dataset.json, if all shards are whole."""
-    receipts = {shard: _receipt(out, shard) for shard in plan.shards()}
-    whole = {shard: receipt for shard, receipt in receipts.items() if receipt is not None}
-    if len(whole) < len(receipts):
+def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callable[[str], None]) -> MadeDataset:
+    """Writes dataset.json if all shards are complete."""
+    receipts = {shard: _receipt(out, shard) for shard in packing.shards()}
+    complete = {shard: receipt for shard, receipt in receipts.items() if receipt is not None}
+    if len(complete) < len(receipts):
         made = read_info(out)  # another part may have finished it in the meantime, and removed the receipts
         if made is None:
             progress(
-                f"{out}: part {part[0]} of {part[1]} is whole, {len(receipts) - len(whole):,} shards are still to be "
-                "made by others"
+                f"{out}: part {part[0]} of {part[1]} is complete, {len(receipts) - len(complete):,} shards are left to "
+                "other parts"
             )
         return MadeDataset(out, made)
 
     def split_info(split: Split) -> SplitInfo:
-        shards = {shard.name: receipt.samples for shard, receipt in whole.items() if shard.split == split}
+        shards = {shard.name: receipt.samples for shard, receipt in complete.items() if shard.split == split}
         return SplitInfo(samples=sum(shards.values()), shards={name: n for name, n in shards.items() if n})
 
-    failed = [entry for receipt in whole.values() for entry in receipt.failed]
+    failed = [entry for receipt in complete.values() for entry in receipt.failed]
     named = ("source", "seed", "samples_per_shard")
     info = DatasetInfo(
-        classes=plan.listing.classes,
-        eval_fraction=plan.eval_fraction,
-        options={name: value for name, value in plan.arguments.items() if name not in (*named, "eval_fraction")},
-        duplicates=plan.duplicates,
+        classes=packing.listing.classes,
+        eval_fraction=packing.eval_fraction,
+        options={name: value for name, value in packing.arguments.items() if name not in (*named, "eval_fraction")},
+        duplicates=packing.duplicates,
         failed=len(failed),
         train=split_info("train"),
         eval=split_info("eval"),
-        **{name: plan.arguments[name] for name in named},
+        **{name: packing.arguments[name] for name in named},
     )
     if not info.train.samples:
-        raise UserError(f"every image of {plan.arguments['source']} failed, {failed[0][0]} {failed[0][1]}: mend it")
+        example = " ".join(failed[0])
+        raise UserError(f"every image of {packing.arguments['source']} failed, {example}: repair the source")
     if failed:
-        lines = (json.dumps({"image": where, "reason": reason}) + "\n" for where, reason in failed)
-        _write_atomically(out / FAILED_NAME, "".join(lines).encode(), out / UNFINISHED_NAME)
+        atomic_write(out / FAILED_NAME, json_lines({"image": where, "reason": reason} for where, reason in failed))
     write_index([str(out / name) for name in [*info.train.shards, *info.eval.shards]], out / INDEX_NAME)
-    _write_atomically(out / INFO_NAME, (info.model_dump_json(indent=2) + "\n").encode(), out / UNFINISHED_NAME)
+    atomic_write(out / INFO_NAME, info.model_dump_json(indent=2) + "\n")
     shutil.rmtree(out / UNFINISHED_NAME, ignore_errors=True)
     left_out = [f"{info.duplicates:,} duplicates"] if info.duplicates else []
     left_out += [f"{info.failed:,} images that failed (see {FAILED_NAME})"] if info.failed else []
@@ -429,7 +449,7 @@ def _finish(out: Path, plan: Plan, part: tuple[int, int], progress: Callable[[st
     return MadeDataset(out, info)
 
 
-def _remove_if_nothing_is_whole(out: Path, *, remove_folder: bool) -> None:
+def _remove_if_nothing_is_complete(out: Path, *, remove_folder: bool) -> None:
     unfinished = out / UNFINISHED_NAME
     if not unfinished.is_dir() or any((unfinished / "receipts").glob("*.json")):
         return
@@ -440,16 +460,3 @@ def _remove_if_nothing_is_whole(out: Path, *, remove_folder: bool) -> None:
     if remove_folder:
         with contextlib.suppress(OSError):  # not empty
             out.rmdir()
-
-
-def _write_atomically(path: Path, content: bytes, temporary_folder: Path) -> None:
-    temporary = temporary_name(temporary_folder / path.name)
-    with open(temporary, "wb") as file:
-        file.write(content)
-        _sync(file)
-    os.replace(temporary, path)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -1,23 +1,21 @@
-"""What `fastvit data make` is going to write: which images, in which order, in which shards."""
+"""Decides what `fastvit data make` writes: which images, in which order, in which shards."""
 
 import hashlib
 import json
 import math
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastvit_engine.files import temporary_name
 from fastvit_engine.data.build.parallel import Counter, ordered_map
-from fastvit_engine.data.shards.names import Split
 from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.reading import Reader
-from fastvit_engine.data.build.work_progress import WorkProgress
+from fastvit_engine.data.shards.names import Split
 from fastvit_engine.errors import UserError
+from fastvit_engine.files import atomic_folder
+from fastvit_engine.observe.progress import WorkProgress
 
 _HASHED_AT_ONCE = 1024
 
@@ -25,14 +23,16 @@ _HASHED_AT_ONCE = 1024
 class Shard(NamedTuple):
     name: str
     split: Split
-    start: int  # places in the split's order
+    start: int  # first and last + 1 position in the split's order
     end: int
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The listing, and the order in which its images are written. Kept on disk, so that a run that goes on, and the
-    parts of a run on several machines, write from the same one; memory-mapped, so that it needs little memory.
+class Packing:
+    """The listing, and the order in which its images are written to shards.
+
+    It is stored, so that a resumed run, and the parts of a run on several machines, use the same one; and it is
+    memory-mapped, so that it needs little memory.
     """
 
     arguments: dict[str, Any]
@@ -43,7 +43,7 @@ class Plan:
     duplicates: int
 
     def shards(self) -> list[Shard]:
-        """Shards of a split hold the same number of samples, within one."""
+        """Returns all shards; those of a split differ by at most one sample."""
         shards: list[Shard] = []
         orders: dict[Split, np.ndarray] = {"train": self.train, "eval": self.eval}
         for split, order in orders.items():
@@ -58,42 +58,33 @@ class Plan:
         return (self.train if shard.split == "train" else self.eval)[shard.start : shard.end]
 
     def save(self, folder: Path) -> None:
-        """Whole or not at all; a plan that is already there stays."""
-        temporary = temporary_name(folder)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        self.listing.save(temporary)
-        np.save(temporary / "train.npy", self.train)
-        np.save(temporary / "eval.npy", self.eval)
-        rest = {"arguments": self.arguments, "eval_fraction": self.eval_fraction, "duplicates": self.duplicates}
-        (temporary / "plan.json").write_text(json.dumps(rest))
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            if not folder.exists():
-                raise
-            shutil.rmtree(temporary)
+        """Writes all files or none; an existing packing stays."""
+        with atomic_folder(folder) as temporary:
+            self.listing.save(temporary)
+            np.save(temporary / "train.npy", self.train)
+            np.save(temporary / "eval.npy", self.eval)
+            rest = {"arguments": self.arguments, "eval_fraction": self.eval_fraction, "duplicates": self.duplicates}
+            (temporary / "packing.json").write_text(json.dumps(rest))
 
     @classmethod
-    def load(cls, folder: Path) -> "Plan":
-        rest = json.loads((folder / "plan.json").read_text())
+    def load(cls, folder: Path) -> "Packing":
+        rest = json.loads((folder / "packing.json").read_text())
         orders = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "eval")}
         return cls(listing=Listing.load(folder), **orders, **rest)
 
 
-def make_plan(
+def make_packing(
     listing: Listing,
     arguments: dict[str, Any],
     *,
     eval_fraction: float | None,
     workers: int,
     progress: WorkProgress,
-) -> Plan:
-    """Every class gives the same share of its images to the eval split, within one image, unless the source has a split
-    of its own. Both splits are shuffled as a whole.
+) -> Packing:
+    """Splits the listing and shuffles each split globally.
+
+    Each class gives the same fraction of its images to the eval split, within one image, unless the source has a split
+    of its own.
     """
     kept = np.ones(len(listing), np.bool_)
     if arguments["dedup"]:
@@ -108,20 +99,20 @@ def make_plan(
     train, evaluation = order[~held_out], order[held_out]
     if not len(train) or (eval_fraction and not len(evaluation)):
         raise UserError(f"{len(order)} images are too few for --eval-fraction {eval_fraction}: change it")
-    return Plan(arguments, listing, train, evaluation, eval_fraction, duplicates=int(len(kept) - kept.sum()))
+    return Packing(arguments, listing, train, evaluation, eval_fraction, duplicates=int(len(kept) - kept.sum()))
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """bool [N]: `fraction` of the images of each class, within one image, given the classes of shuffled images."""
+    """Chooses `fraction` of each class, within one image, given the classes of shuffled images: bool [N]."""
     chosen = np.zeros(len(labels), np.bool_)
-    # Evenly spaced places in the class order: round(n * fraction) of them in any run of n.
+    # Evenly spaced positions in the class order: round(n * fraction) of them in any run of n.
     marks = np.floor(np.arange(len(labels) + 1) * fraction + 0.5)
     chosen[np.argsort(labels, kind="stable")] = np.diff(marks) > 0
     return chosen
 
 
 def _first_of_each(listing: Listing, workers: int, progress: WorkProgress) -> np.ndarray:
-    """bool [N]: False for images whose bytes occur before in the listing, or in the source's own eval split."""
+    """Finds duplicates: bool [N], False for images whose bytes occur earlier, or in the source's own eval split."""
     if any(file.kind == "url" for file in listing.files):
         raise UserError(
             "--dedup reads every image twice: make shards of URLs first, then make those again with --dedup"
@@ -148,7 +139,7 @@ def _first_of_each(listing: Listing, workers: int, progress: WorkProgress) -> np
 
 
 def first_of_each(digests: np.ndarray, preferred: np.ndarray | None = None) -> np.ndarray:
-    """bool [N] for uint64 [N, 2]: True for one of each distinct row, the first, or the first of the `preferred`."""
+    """Marks one of each distinct row, the first or the first of the `preferred`: bool [N] for uint64 [N, 2]."""
     last = np.zeros(len(digests), np.bool_) if preferred is None else ~preferred
     order = np.lexsort((last, digests[:, 1], digests[:, 0]))  # stable: otherwise in the given order
     first = np.ones(len(digests), np.bool_)

@@ -1,4 +1,4 @@
-"""A function over many tasks in forked processes, for the commands that make and look through shards."""
+"""Maps a function over tasks in forked processes, for the commands that make and check shards."""
 
 import contextlib
 import multiprocessing
@@ -21,7 +21,7 @@ _fork = multiprocessing.get_context("fork")  # large arrays and closures reach t
 
 
 def default_workers() -> int:
-    """The CPU cores that this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -47,10 +47,10 @@ def parallel_map(
     workers: int,
     while_waiting: Callable[[], None] = lambda: None,
 ) -> Generator[tuple[Task, Result], None, None]:
-    """(task, function(task)) as they become ready, in no fixed order; results are pickled, tasks and `function` not.
+    """Yields (task, function(task)) as they finish, in no fixed order; results are pickled, tasks and `function` not.
 
-    `while_waiting` is called a few times a second. UserErrors of `function` are raised here, and so is the death of a
-    worker; all workers have ended when the iterator is done, has raised or is closed.
+    `while_waiting` is called a few times per second. UserErrors of `function` are raised here, and so is the death of a
+    worker; all workers have ended when the iterator is exhausted, has raised or is closed.
     """
     next_task = _fork.Value("q", 0)
     processes, open_ends = [], []
@@ -69,7 +69,7 @@ def parallel_map(
                     number, result, user_error, crash = receiver.recv()
                 except EOFError:
                     raise UserError(
-                        "a worker process was killed, perhaps for want of memory: "
+                        "a worker process was killed, perhaps for lack of memory: "
                         "run the same command again with fewer --workers"
                     ) from None
                 if user_error is not None:
@@ -101,8 +101,8 @@ def ordered_map(
     numbered = list(enumerate(tasks))
     results = parallel_map(lambda task: function(task[1]), numbered, workers=workers, while_waiting=while_waiting)
     with contextlib.closing(results):
-        for (place, _), result in results:
-            ready[place] = result
+        for (index, _), result in results:
+            ready[index] = result
             while number in ready:
                 yield ready.pop(number)
                 number += 1
@@ -132,4 +132,4 @@ def _work(
 def _die_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_POLL_SECONDS)
-    os._exit(1)  # the parent was killed: nobody wants the results
+    os._exit(1)  # the parent was killed: the results have no reader

@@ -1,1 +1,1 @@
-"""What is in shards, and what is wrong with them: `fastvit data verify`, `stats` and `show`."""
+"""What shards hold, what is wrong with them and how fast they load: `fastvit data verify`, `stats`, `show`, `bench`."""

@@ -1,6 +1,5 @@
 """Sheets of images to look at: what shards hold, and what a recipe's augmentation makes of it."""
 
-import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -10,18 +9,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fastvit_engine.config import Config, DataConfig
+from fastvit_engine.config import Config
 from fastvit_engine.data.pixels.crops import draw_crops, render, train_view
-from fastvit_engine.data.pixels.decode import PixelBuffer, decode_image
+from fastvit_engine.data.pixels.decode import PixelBuffer, decode_image, if_decodes
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.pixels.randaugment import randaugment
-from fastvit_engine.data.shards.labels import labels_of
+from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.names import ShardSet, Split, is_local, shard_set
-from fastvit_engine.data.stream.sequential import read_shard
+from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES, SampleKeys, judge
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import temporary_name
+from fastvit_engine.files import atomic_writer
 
-_SCALE = 2  # pixels a unit, for sharp text on today's screens; all lengths below are in units
+_SCALE = 2  # pixels per unit, for sharp text on today's screens; all lengths below are in units
 _CELL, _GAP, _MARGIN = 112, 12, 32  # 28 and 32 pixels fill a cell exactly
 _CAPTION, _TITLE = 20, 34  # heights
 _PAPER, _TILE, _INK, _SOFT = "#ffffff", "#f2f1ee", "#1b1d21", "#62666e"
@@ -29,17 +28,13 @@ _SHARDS, _SAMPLES_A_SHARD = 8, 100  # that images are chosen from
 
 
 class Found(NamedTuple):
-    """A sample of a shard."""
+    """A sample of a shard with a usable image."""
 
-    label: int  # -1: none
+    label: int  # -1: none that is usable
     content: bytes
-    where: str
 
     def pixels(self) -> np.ndarray:
-        try:
-            return decode_image(self.content)
-        except ValueError as error:
-            raise UserError(f"{self.where} cannot be read ({error}): run `fastvit data verify`") from error
+        return decode_image(self.content)
 
 
 class Tile(NamedTuple):
@@ -47,16 +42,22 @@ class Tile(NamedTuple):
     caption: str = ""
 
 
-def class_sheet(argument: str, *, split: Split | None = None, width: int = 8, rows: int = 5) -> Image.Image:
-    """Images of as many classes as there is room for, in the order of the classes, with their names."""
+def class_sheet(
+    argument: str, config: Config | None = None, *, split: Split | None = None, width: int = 8, rows: int = 5
+) -> Image.Image:
+    """Images of as many classes as there is room for, in the order of the classes, with their names.
+
+    Images and labels are read with the keys of `config` (or the defaults); samples without a usable image are left out.
+    Raises UserError if there is no other.
+    """
     shards = shard_set(argument, split)
     by_class: dict[int, list[Found]] = {}
-    for found in _some_samples(shards):
+    for found in _some_samples(shards, config or Config()):
         of_class = by_class.setdefault(found.label, [])
         if len(of_class) < rows:
             of_class.append(found)
     if not by_class:
-        raise UserError(f"the shards of {argument} hold no images: make them again")
+        raise UserError(f"the shards of {argument} hold no usable images: see what `fastvit data verify` says of them")
     chosen: list[list[Found | None]]
     if 2 <= len(by_class) <= 10:  # a column for each class
         columns = [by_class[label] for label in sorted(by_class)]
@@ -73,7 +74,7 @@ def class_sheet(argument: str, *, split: Split | None = None, width: int = 8, ro
 
 
 def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.Image:
-    """Originals of data.train or its first source, one a row, and beside each `draws` of what training makes of it."""
+    """Originals of data.train or its first source, one per row, each beside `draws` of what training makes of it."""
     if rows < 1 or draws < 1:
         raise UserError("--rows and --draws must be at least 1: give more")
     if not config.data.sources:
@@ -82,26 +83,26 @@ def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.I
     shards = shard_set(source, "train")
     size = config.model.image_size
     grid: list[list[Tile | None]] = []
-    for row, found in enumerate(islice(_some_samples(shards, config.data, each=1), rows)):
+    for row, found in enumerate(islice(_some_samples(shards, config, each=1), rows)):
         pixels = found.pixels()
         augmented = _augmented(pixels, config, sample_seeds(config.seed, row, np.arange(draws)))
         grid.append([Tile(pixels, _name(shards, found.label)), *map(Tile, augmented)])
     if not grid:
-        raise UserError(f"the shards of {source} hold no images: make them again")
+        raise UserError(f"the shards of {source} hold no usable images: see what `fastvit data verify` says of them")
     return draw_sheet(grid, title=config.name, note=f"original, and {draws} draws at {size} px", set_apart=True)
 
 
 def _augmented(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> np.ndarray:
-    """uint8 [B, S, S, 3]: what training makes of one image with each of the seeds, but for mixing it with others."""
-    size, data = config.model.image_size, config.data
+    """uint8 [B, S, S, 3]: what training makes of one image with each of the seeds, except for mixing it with others."""
+    size, augment = config.model.image_size, config.augment
     images = np.empty((len(seeds), size, size, 3), np.uint8)
     for image, draws in zip(images, draw_crops(seeds), strict=True):
-        view = train_view(pixels.shape[0], pixels.shape[1], size, data, draws)
+        view = train_view(pixels.shape[0], pixels.shape[1], size, augment, draws)
         render(pixels, view, 1, image, PixelBuffer())
-    if not data.randaugment_ops:
+    if not augment.randaugment_ops:
         return images
     return randaugment(
-        torch.from_numpy(images), seeds, num_ops=data.randaugment_ops, magnitude=data.randaugment_magnitude
+        torch.from_numpy(images), seeds, num_ops=augment.randaugment_ops, magnitude=augment.randaugment_magnitude
     ).numpy()
 
 
@@ -134,22 +135,18 @@ def draw_sheet(
 
 
 def save_sheet(sheet: Image.Image, path: Path) -> None:
-    """Whole or not at all; UserError where it cannot be written."""
-    temporary = temporary_name(path)
+    """Writes a PNG file, whole or not at all. Raises UserError if it cannot be written."""
     try:
-        with open(temporary, "wb") as file:
+        with atomic_writer(path) as file:
             sheet.save(file, "PNG", optimize=True)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(f"cannot write {path} ({error.strerror}): choose another --sheet") from error
 
 
-def _some_samples(shards: ShardSet, data: DataConfig | None = None, each: int = _SAMPLES_A_SHARD) -> Iterator[Found]:
+def _some_samples(shards: ShardSet, config: Config, each: int = _SAMPLES_A_SHARD) -> Iterator[Found]:
     """The first `each` samples of evenly spaced shards, then the next ones, up to a hundred of each shard."""
-    keys = (data or DataConfig()).image_key.split(";")
+    keys = SampleKeys.of(config.data)
+    num_classes = len(shards.class_names) if shards.class_names is not None else PLAUSIBLE_CLASSES
     present = [shard for shard in shards.shards if not is_local(shard) or Path(shard).is_file()]
     shown = [islice(read_shard(shard), _SAMPLES_A_SHARD) for shard in _evenly(present, _SHARDS)]
     while shown:
@@ -158,15 +155,9 @@ def _some_samples(shards: ShardSet, data: DataConfig | None = None, each: int = 
             if not some:
                 shown.remove(samples)
             for sample in some:
-                where = f"sample '{sample['__key__']}' of shard {sample['__url__']}"
-                name = next((key for key in keys if key in sample), None)
-                if name is None:
-                    raise UserError(f"{where} has no image: run `fastvit data verify`")
-                try:
-                    labels = labels_of(sample)
-                except ValueError as error:
-                    raise UserError(f"{where} {error}: run `fastvit data verify`") from error
-                yield Found(labels[0] if labels else -1, sample[name], where)
+                judged = judge(sample, keys, num_classes, if_decodes)
+                if judged.image is not None:
+                    yield Found(judged.labels[0] if judged.labels else -1, judged.image)
 
 
 def _evenly(values: list[Any], wanted: int) -> list[Any]:
@@ -203,9 +194,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _write(
-    draw: ImageDraw.ImageDraw, text: str, place: tuple[float, float], size: int, colour: str, width: float
+    draw: ImageDraw.ImageDraw, text: str, corner: tuple[float, float], size: int, colour: str, width: float
 ) -> None:
-    position = (place[0] * _SCALE, place[1] * _SCALE)
+    position = (corner[0] * _SCALE, corner[1] * _SCALE)
     draw.text(position, _shorten(text, size, width), fill=colour, font=_font(size))
 
 

@@ -5,19 +5,21 @@ import json
 import warnings
 from collections import Counter as Tally
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from fastvit_engine.config import DataConfig
+from fastvit_engine.config import Config
 from fastvit_engine.data.build.parallel import Counter, default_workers, ordered_map
-from fastvit_engine.data.build.work_progress import WorkProgress
 from fastvit_engine.data.pixels.decode import decode_image
-from fastvit_engine.data.shards.labels import labels_of
+from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.names import Split, shard_set
-from fastvit_engine.data.stream.sequential import read_shard
+from fastvit_engine.data.shards.sample import Ignored, describe_ignored
+from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES, SampleKeys, judge
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.progress import WorkProgress
 from fastvit_engine.observe.units import format_bytes
 
 PIXEL_SAMPLE = 5000  # images whose pixels are looked at
@@ -39,6 +41,8 @@ class ShardStats:
     pixel_images: int  # images that the next two are made of
     mean: np.ndarray  # float64 [3], RGB in 0..1, over all pixels of these images
     std: np.ndarray
+    unusable: dict[str, int]  # samples whose image or labels are not in the figures, by what is wrong with them
+    ignored: Ignored  # files that belong to no sample
 
     @property
     def images(self) -> int:
@@ -60,6 +64,8 @@ class ShardStats:
             "images": self.images,
             "bytes": int(self.bytes.sum()),
             "formats": self.formats,
+            "unusable": self.unusable,
+            "ignored": self.ignored.total(),
             "classes": dict(zip(self.class_names, self.class_counts.tolist(), strict=True)),
             "quantiles": {"of": list(QUANTILES), **self.quantiles()},
             "pixels": {"images": self.pixel_images, "mean": self.mean.tolist(), "std": self.std.tolist()},
@@ -71,7 +77,11 @@ class ShardStats:
         total = int(self.bytes.sum())
         lines = [
             f"{self.where}: {self.images:,} images ({formats}) in {self.shards:,} shards, {format_bytes(total)}, "
-            f"{format_bytes(total / self.images)} an image",
+            f"{format_bytes(total / self.images)} per image{describe_ignored(self.ignored)}",
+            *(
+                f"left out: {count:,} of kind '{kind}' (fastvit data verify names them)"
+                for kind, count in sorted(self.unusable.items())
+            ),
             "",
             " " * 16
             + "".join(f"{name:>10}" for name in ("smallest", "5 %", "25 %", "median", "75 %", "95 %", "largest")),
@@ -97,8 +107,8 @@ class ShardStats:
             shown, left_out = order[:_CLASSES_SHOWN] + order[-_CLASSES_SHOWN:], len(order) - 2 * _CLASSES_SHOWN
         names = {label: _short(self.class_names[label], 28) for label in shown}
         width, digits = max(map(len, names.values())), len(f"{high:,}")
-        for place, label in enumerate(shown):
-            if left_out and place == _CLASSES_SHOWN:
+        for number, label in enumerate(shown):
+            if left_out and number == _CLASSES_SHOWN:
                 lines.append(f"  ... {left_out:,} classes between ...")
             filled = round(_BAR * counts[label] / high) if high else 0
             bar = "█" * filled if filled or not counts[label] else "▏"
@@ -107,7 +117,7 @@ class ShardStats:
 
 
 @dataclass
-class _Part:
+class Part:
     """What one shard adds."""
 
     labels: Tally[int] = field(default_factory=Tally)
@@ -115,21 +125,29 @@ class _Part:
     sizes: list[tuple[int, int, int]] = field(default_factory=list)  # width, height, bytes
     pixels: np.ndarray = field(default_factory=lambda: np.zeros((3, 256), np.int64))  # histograms of R, G, B
     pixel_images: int = 0
+    unusable: Tally[str] = field(default_factory=Tally)
+    ignored: Ignored = field(default_factory=Ignored)
 
 
-def shard_stats(argument: str, *, split: Split | None = None, workers: int | None = None) -> ShardStats:
-    """Reads every sample of the shards that `argument` names, in parallel; needs 12 bytes of memory an image.
+def shard_stats(
+    argument: str, config: Config | None = None, *, split: Split | None = None, workers: int | None = None
+) -> ShardStats:
+    """Reads every sample of the shards that `argument` names, in parallel, with the keys of `config` (or the defaults).
 
-    Sizes come from the images' headers; the pixels of about `PIXEL_SAMPLE` images, evenly spaced over all shards, are
-    decoded. UserError naming shard and key where a sample has no image or no whole one.
+    Every image is decoded as training does; those whose pixels count are about `PIXEL_SAMPLE`, evenly spaced over all
+    shards. Images and labels that are not usable are counted and left out. Needs 12 bytes of memory per image. Raises
+    UserError for a shard that is damaged or cannot be read, and if no image is usable.
     """
+    data = (config or Config()).data
+    keys = SampleKeys.of(data)
     shards = shard_set(argument, split)
+    num_classes = len(shards.class_names) if shards.class_names is not None else PLAUSIBLE_CLASSES
     quota = max(1, -(-PIXEL_SAMPLE // len(shards.shards)))
     line, done = WorkProgress(), Counter()
     line.start("reading", len(shards.shards), "shards")
 
-    def look_at(shard: str) -> _Part:
-        part = _look_at(shard, quota)
+    def look(shard: str) -> Part:
+        part = look_at(shard, keys, num_classes, quota)
         done.add()
         return part
 
@@ -137,8 +155,9 @@ def shard_stats(argument: str, *, split: Split | None = None, workers: int | Non
     formats: Tally[str] = Tally()
     sizes: list[np.ndarray] = []
     pixels, pixel_images = np.zeros((3, 256), np.int64), 0
+    unusable, ignored = Tally[str](), Ignored()
     results = ordered_map(
-        look_at,
+        look,
         shards.shards,
         workers=default_workers() if workers is None else workers,
         while_waiting=lambda: line.update(done.value),
@@ -149,9 +168,17 @@ def shard_stats(argument: str, *, split: Split | None = None, workers: int | Non
         sizes.append(np.array(part.sizes, np.uint32).reshape(-1, 3))
         pixels += part.pixels
         pixel_images += part.pixel_images
+        unusable += part.unusable
+        ignored += part.ignored
     line.clear()
     size = np.concatenate(sizes)  # [N, 3]
     if not len(size):
+        if unusable:
+            kinds = ", ".join(f"{count:,} of kind '{kind}'" for kind, count in sorted(unusable.items()))
+            raise UserError(
+                f"the shards of {argument} hold no usable image ({kinds}): set data.image_key, which is "
+                f"{data.image_key!r}, to the extension that they have, or see what `fastvit data verify` says"
+            )
         raise UserError(f"the shards of {argument} hold no samples: make them again")
     names = dict(enumerate(shards.class_names or []))  # without names, only classes that occur are known
     names |= {label: f"class {label}" for label in sorted(labels) if label not in names}
@@ -168,6 +195,8 @@ def shard_stats(argument: str, *, split: Split | None = None, workers: int | Non
         pixel_images=pixel_images,
         mean=mean,
         std=std,
+        unusable=dict(unusable),
+        ignored=ignored,
     )
 
 
@@ -180,25 +209,30 @@ def moments(histograms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(variance)
 
 
-def _look_at(shard: str, quota: int) -> _Part:
+class _Looked(NamedTuple):
+    width: int
+    height: int
+    bytes: int
+    format: str
+    pixels: np.ndarray | None  # int32 [3, 256]: histograms
+
+
+def look_at(shard: str, keys: SampleKeys, num_classes: int, quota: int) -> Part:
+    """Reads one shard, and the pixels of `quota` to 2 * `quota` of its images."""
     warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
-    part = _Part()
+    part = Part()
     kept: list[tuple[int, np.ndarray]] = []  # (row, histograms) of evenly spaced images
     stride = 1
-    for row, sample in enumerate(read_shard(shard)):
-        where = f"sample '{sample['__key__']}' of shard {shard}"
-        name = next((name for name in DataConfig().image_key.split(";") if name in sample), None)
-        if name is None:
-            raise UserError(f"{where} has no image: run `fastvit data verify`")
-        try:
-            with Image.open(io.BytesIO(sample[name])) as image:
-                part.sizes.append((*image.size, len(sample[name])))
-                part.formats[str(image.format)] += 1
-            part.labels.update(labels_of(sample) or [])
-            if row % stride == 0:
-                kept.append((row, _histograms(decode_image(sample[name]))))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{where} cannot be read ({error}): run `fastvit data verify`") from error
+    for row, sample in enumerate(read_shard(shard, part.ignored)):
+        judged = judge(sample, keys, num_classes, partial(_look, with_pixels=row % stride == 0))
+        part.unusable.update(problem.kind for problem in judged.problems)
+        part.labels.update(judged.labels or ())
+        if (image := judged.image) is None:
+            continue
+        part.sizes.append((image.width, image.height, image.bytes))
+        part.formats[image.format] += 1
+        if image.pixels is not None:
+            kept.append((row, image.pixels))
         if len(kept) > 2 * quota:  # the shard turns out longer: take every other one from here on
             stride *= 2
             kept = [entry for entry in kept if entry[0] % stride == 0]
@@ -206,6 +240,16 @@ def _look_at(shard: str, quota: int) -> _Part:
     for _, histograms in kept:
         part.pixels += histograms
     return part
+
+
+def _look(data: bytes, *, with_pixels: bool) -> _Looked:
+    pixels = decode_image(data)  # of every image: a header does not tell whether it is usable
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            name = str(image.format)
+    except OSError:
+        name = "unknown format"
+    return _Looked(pixels.shape[1], pixels.shape[0], len(data), name, _histograms(pixels) if with_pixels else None)
 
 
 def _histograms(pixels: np.ndarray) -> np.ndarray:

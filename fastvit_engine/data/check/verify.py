@@ -11,28 +11,31 @@ from pathlib import Path
 
 import numpy as np
 
-from fastvit_engine.config import DataConfig
+from fastvit_engine.config import Config
 from fastvit_engine.data.build.encode import encode_for_shard
 from fastvit_engine.data.build.parallel import Counter, default_workers, parallel_map
-from fastvit_engine.data.build.work_progress import WorkProgress
-from fastvit_engine.data.shards.labels import labels_of
+from fastvit_engine.data.pixels.decode import if_decodes
+from fastvit_engine.data.shards.archive import DamagedShard, read_shard
 from fastvit_engine.data.shards.names import ShardSet, is_local, shard_set
-from fastvit_engine.data.shards.sample import Sample
-from fastvit_engine.data.stream.sequential import read_shard
+from fastvit_engine.data.shards.sample import Ignored, Sample, describe_ignored
+from fastvit_engine.data.shards.usable import MISSING, PLAUSIBLE_CLASSES, UNREADABLE, WRONG_LABEL, SampleKeys, judge
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.progress import WorkProgress
 from fastvit_engine.observe.units import format_bytes
 
 _EXAMPLES = 10  # that are kept of each finding
-_MAX_CLASSES = 10_000_000  # where nothing says how many there are
+_DAMAGED_IMAGE = "damaged image"
 
 # What a training run would stop at, or be falsified by; all others are warnings.
 ERRORS = (
     "missing shard",
     "damaged shard",
+    "unreadable shard",
     "wrong sample count",
-    "missing member",
-    "unreadable image",
-    "wrong label",
+    MISSING,
+    UNREADABLE,
+    _DAMAGED_IMAGE,  # decodes, but not to its end
+    WRONG_LABEL,
     "duplicate key",
 )
 
@@ -55,6 +58,7 @@ class Verdict:
     samples: int
     bytes: int
     findings: dict[str, Finding]
+    ignored: Ignored  # files that belong to no sample
 
     @property
     def errors(self) -> dict[str, Finding]:
@@ -70,11 +74,14 @@ class Verdict:
             name: {kind: {"count": found.count, "examples": found.examples} for kind, found in group.items()}
             for name, group in groups.items()
         }
-        totals = {"shards": self.shards, "samples": self.samples, "bytes": self.bytes}
+        totals = {"shards": self.shards, "samples": self.samples, "bytes": self.bytes, "ignored": self.ignored.total()}
         return json.dumps({"ok": not self.errors, **totals, **content}, indent=2)
 
     def report(self) -> str:
-        lines = [f"{self.where}: {self.shards:,} shards, {self.samples:,} samples, {format_bytes(self.bytes)}"]
+        lines = [
+            f"{self.where}: {self.shards:,} shards, {self.samples:,} samples, {format_bytes(self.bytes)}"
+            + describe_ignored(self.ignored)
+        ]
         for title, group in (("errors", self.errors), ("warnings", self.warnings)):
             if not group:
                 lines += ["", f"no {title}"]
@@ -87,25 +94,32 @@ class Verdict:
 
 
 @dataclass
-class _Seen:
-    """What a shard holds: 28 bytes a sample."""
+class Seen:
+    """What a shard holds: 28 bytes per sample."""
 
-    labels: np.ndarray  # int32 [n], the first label, -1 where there is none
+    labels: np.ndarray  # int32 [n], the first label, -1 if there is no usable one
     keys: np.ndarray  # uint64 [n], hashes
     images: np.ndarray  # uint64 [n, 2], hashes of the content
     bytes: int
     findings: dict[str, Finding]
+    ignored: Ignored
 
 
 def verify_shards(
-    argument: str, *, num_classes: int | None = None, skew: float = 2.0, workers: int | None = None
+    argument: str,
+    config: Config | None = None,
+    *,
+    num_classes: int | None = None,
+    skew: float = 2.0,
+    workers: int | None = None,
 ) -> Verdict:
-    """Reads all samples of the shards that `argument` names, in parallel. Labels are checked against `num_classes`,
-    otherwise against dataset.json, otherwise only for being plausible.
+    """Reads all samples of the shards that `argument` names, in parallel, with the keys of `config` (or the defaults).
+
+    Labels are checked against `num_classes`, otherwise against dataset.json, otherwise only for being plausible.
 
     A shard is *uneven* when it holds more than `skew` times the median number of samples, or less than its `skew`th
-    part. It is *not shuffled* when some class has more than `skew * e + 6 * sqrt(e) + 6` of its samples, e being what
-    the class's share of all samples lets expect: chance gives that practically never.
+    part. It is *not shuffled* when some class has more than `skew * e + 6 * sqrt(e) + 6` of its samples, e being the
+    number expected from the class's share of all samples: chance gives that practically never.
     """
     if skew <= 1:
         raise UserError(f"--skew is {skew}: it must be above 1")
@@ -121,7 +135,9 @@ def verify_shards(
             _add(findings, "missing shard", f"{shard}, which dataset.json lists, does not exist")
         else:
             present.append(number)
-    seen = _look_at_all(shards, present, num_classes, default_workers() if workers is None else workers)
+    keys = SampleKeys.of((config or Config()).data)
+    bound = PLAUSIBLE_CLASSES if num_classes is None else num_classes
+    seen = _look_at_all(shards, present, keys, bound, default_workers() if workers is None else workers)
     for number, part in seen.items():
         for kind, finding in part.findings.items():
             whole = findings.setdefault(kind, Finding())
@@ -136,10 +152,13 @@ def verify_shards(
         samples=sum(len(part.labels) for part in seen.values()),
         bytes=sum(part.bytes for part in seen.values()),
         findings=findings,
+        ignored=sum((part.ignored for part in seen.values()), Ignored()),
     )
 
 
-def _look_at_all(shards: ShardSet, numbers: list[int], num_classes: int | None, workers: int) -> dict[int, _Seen]:
+def _look_at_all(
+    shards: ShardSet, numbers: list[int], keys: SampleKeys, num_classes: int, workers: int
+) -> dict[int, Seen]:
     """What is in each shard, by its number."""
     images = Counter()
     line = WorkProgress()
@@ -148,9 +167,9 @@ def _look_at_all(shards: ShardSet, numbers: list[int], num_classes: int | None, 
     known = [count for count in expected if count is not None]
     by_image = len(known) == len(numbers)
     line.start("verifying", sum(known) if by_image else len(numbers), "images" if by_image else "shards")
-    seen: dict[int, _Seen] = {}
+    seen: dict[int, Seen] = {}
     results = parallel_map(
-        lambda number: _look_at(shards.shards[number], num_classes, images),
+        lambda number: look_at(shards.shards[number], keys, num_classes, images),
         numbers,
         workers=workers,
         while_waiting=lambda: line.update(images.value if by_image else len(seen)),
@@ -161,69 +180,56 @@ def _look_at_all(shards: ShardSet, numbers: list[int], num_classes: int | None, 
     return dict(sorted(seen.items()))
 
 
-def _look_at(shard: str, num_classes: int | None, images: Counter) -> _Seen:
+def look_at(shard: str, keys: SampleKeys, num_classes: int, images: Counter) -> Seen:
+    """Reads one shard to its end, or to where it is damaged; counts up `images` as it goes."""
     warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
     labels: list[int] = []
-    keys, digests = bytearray(), bytearray()
+    key_hashes, digests = bytearray(), bytearray()
     size = 0
     findings: dict[str, Finding] = {}
+    ignored = Ignored()
     try:
-        for sample in read_shard(shard):
+        for sample in read_shard(shard, ignored):
             where = f"{sample['__key__']} of {Path(shard).name}"
-            image = _image(sample)
-            labels.append(_label(sample, num_classes, where, findings))
-            keys += hashlib.blake2b(sample["__key__"].encode(), digest_size=8).digest()
-            if image is None:
-                members = ", ".join(name for name in sample if not name.startswith("__"))
-                _add(findings, "missing member", f"{where} has no image, only {members}")
-                digests += bytes(16)
-            else:
-                digests += hashlib.blake2b(image, digest_size=16).digest()
-                size += len(image)
+            judged = judge(sample, keys, num_classes, if_decodes)
+            for problem in judged.problems:
+                _add(findings, problem.kind, f"{where} {problem}")
+            labels.append(judged.labels[0] if judged.labels else -1)
+            key_hashes += hashlib.blake2b(sample["__key__"].encode("utf-8", "surrogateescape"), digest_size=8).digest()
+            image = _image(sample, keys)
+            digests += hashlib.blake2b(image, digest_size=16).digest() if image is not None else bytes(16)
+            size += len(image or b"")
+            if judged.image is not None:
                 try:
-                    encode_for_shard(image)
+                    encode_for_shard(judged.image)  # by Pillow, which is stricter than training
                 except ValueError as error:
-                    _add(findings, "unreadable image", f"{where} {error}")
+                    _add(findings, _DAMAGED_IMAGE, f"{where} {error}")
             images.add()
+    except DamagedShard as error:
+        _add(findings, "damaged shard", f"{str(error).rpartition(': ')[0]}, after {len(labels):,} whole samples")
     except UserError as error:
-        _add(findings, "damaged shard", f"{str(error).partition(': copy')[0]}, after {len(labels):,} whole samples")
-    return _Seen(
+        _add(findings, "unreadable shard", str(error))
+    return Seen(
         labels=np.array(labels, np.int32),
-        keys=np.frombuffer(bytes(keys), np.uint64),
+        keys=np.frombuffer(bytes(key_hashes), np.uint64),
         images=np.frombuffer(bytes(digests), np.uint64).reshape(-1, 2),
         bytes=size,
         findings=findings,
+        ignored=ignored,
     )
 
 
-def _image(sample: Sample) -> bytes | None:
-    return next((sample[name] for name in DataConfig().image_key.split(";") if name in sample), None)
-
-
-def _label(sample: Sample, num_classes: int | None, where: str, findings: dict[str, Finding]) -> int:
-    """The first label, -1 where there is none or it is no index."""
-    try:
-        labels = labels_of(sample)
-    except ValueError as error:
-        _add(findings, "wrong label", f"{where} {error}")
-        return -1
-    if labels is None:
-        _add(findings, "missing member", f"{where} has no label: neither 'cls' nor labels in 'json'")
-        return -1
-    bound = _MAX_CLASSES if num_classes is None else num_classes
-    for label in labels:
-        if not 0 <= label < bound:
-            _add(findings, "wrong label", f"{where} has label {label}, outside 0..{bound - 1}")
-    return labels[0] if labels and 0 <= labels[0] < bound else -1
+def _image(sample: Sample, keys: SampleKeys) -> bytes | None:
+    return next((sample[name] for name in keys.images if name in sample), None)
 
 
 def _add(findings: dict[str, Finding], kind: str, example: str) -> None:
     findings.setdefault(kind, Finding()).add(example)
 
 
-def _compare_count(findings: dict[str, Finding], shards: ShardSet, number: int, seen: _Seen) -> None:
+def _compare_count(findings: dict[str, Finding], shards: ShardSet, number: int, seen: Seen) -> None:
     name = Path(shards.shards[number]).name
-    if shards.info is None or "damaged shard" in seen.findings:
+    if shards.info is None or {"damaged shard", "unreadable shard"} & seen.findings.keys():
         return
     expected = (shards.info.train.shards | shards.info.eval.shards).get(name)
     if expected is not None and expected != len(seen.labels):
@@ -232,7 +238,7 @@ def _compare_count(findings: dict[str, Finding], shards: ShardSet, number: int, 
         )
 
 
-def _find_duplicates(findings: dict[str, Finding], shards: ShardSet, seen: dict[int, _Seen]) -> None:
+def _find_duplicates(findings: dict[str, Finding], shards: ShardSet, seen: dict[int, Seen]) -> None:
     if not seen:
         return
     numbers = np.array(list(seen))
@@ -240,13 +246,13 @@ def _find_duplicates(findings: dict[str, Finding], shards: ShardSet, seen: dict[
     keys = np.concatenate([part.keys for part in seen.values()])[:, None]
     images = np.concatenate([part.images for part in seen.values()])
 
-    def place(index: int) -> tuple[int, int]:
+    def locate(index: int) -> tuple[int, int]:
         """(number of the shard, row in it)"""
         position = int(np.searchsorted(ends, index, side="right"))
         return int(numbers[position]), index - int(ends[position - 1] if position else 0)
 
     def describe(pair: tuple[int, int]) -> str:
-        first, second = (place(index) for index in pair)
+        first, second = (locate(index) for index in pair)
         names = [
             f"{_key_at(shards.shards[shard], row)} of {Path(shards.shards[shard]).name}"
             for shard, row in (first, second)
@@ -257,7 +263,7 @@ def _find_duplicates(findings: dict[str, Finding], shards: ShardSet, seen: dict[
         for pair in _equal_rows(hashes):
             if kind == "duplicate image" and not images[pair[1]].any():
                 continue  # samples without an image
-            splits = {shards.splits[place(index)[0]] for index in pair}
+            splits = {shards.splits[locate(index)[0]] for index in pair}
             named = "image in train and eval" if kind == "duplicate image" and len(splits) > 1 else kind
             finding = findings.setdefault(named, Finding())
             finding.count += 1
@@ -278,14 +284,14 @@ def _key_at(shard: str, row: int) -> str:
     return str(sample["__key__"])
 
 
-def _find_skew(findings: dict[str, Finding], shards: ShardSet, seen: dict[int, _Seen], skew: float) -> None:
+def _find_skew(findings: dict[str, Finding], shards: ShardSet, seen: dict[int, Seen], skew: float) -> None:
     for split in dict.fromkeys(shards.splits):
         parts = {number: part for number, part in seen.items() if shards.splits[number] == split and len(part.labels)}
         if len(parts) < 2:
             continue
         median = statistics.median(len(part.labels) for part in parts.values())
         labels = np.concatenate([part.labels for part in parts.values()])
-        share = np.bincount(labels + 1) / len(labels)  # of each class; place 0 is for no label
+        share = np.bincount(labels + 1) / len(labels)  # of each class; entry 0 is for no label
         names = ["no label", *(shards.class_names or [])]
         for number, part in parts.items():
             name, size = Path(shards.shards[number]).name, len(part.labels)
@@ -300,5 +306,5 @@ def _find_skew(findings: dict[str, Finding], shards: ShardSet, seen: dict[int, _
                 _add(
                     findings,
                     "shard that is not shuffled",
-                    f"{name} holds {count[worst]:,} samples of {label}, of whom {expected[worst]:,.1f} were expected",
+                    f"{name} holds {count[worst]:,} samples of {label}, of which {expected[worst]:,.1f} were expected",
                 )

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from fastvit_engine.config import DataConfig
+from fastvit_engine.config import AugmentConfig
 from fastvit_engine.data.pixels.decode import PixelBuffer
 from fastvit_engine.data.pixels.draws import uniforms
 
 _CROP_TRIES = 10
-_DRAWS = 1 + 4 * _CROP_TRIES  # mirrored or not; area, aspect ratio and place of each try
+_DRAWS = 1 + 4 * _CROP_TRIES  # mirrored or not; area, aspect ratio and position of each try
 _STREAM = 2000  # of `uniforms`
 
 # Decoding processes are the parallelism, and OpenCV deadlocks in a process forked after its thread pool has started.
@@ -42,13 +42,13 @@ def draw_crops(seeds: np.ndarray) -> list[list[float]]:
     return uniforms(seeds, _DRAWS, stream=_STREAM).tolist()
 
 
-def train_view(height: int, width: int, image_size: int, data: DataConfig, draws: Sequence[float]) -> View:
-    """The crop of data.crop, mirrored with odds 1/2 where data.flip says so."""
-    if data.crop == "inception":
-        box = inception_crop(height, width, data.crop_scale, data.crop_ratio, draws[1:])
+def train_view(height: int, width: int, image_size: int, augment: AugmentConfig, draws: Sequence[float]) -> View:
+    """The crop of augment.crop, mirrored with odds 1/2 if augment.flip is on."""
+    if augment.crop == "inception":
+        box = inception_crop(height, width, augment.crop_scale, augment.crop_ratio, draws[1:])
     else:
         box = (0, 0, height, width)
-    return View(*box, resized=(image_size, image_size), mirrored=data.flip and draws[0] < 0.5, fast=True)
+    return View(*box, resized=(image_size, image_size), mirrored=augment.flip and draws[0] < 0.5, fast=True)
 
 
 def eval_view(height: int, width: int, image_size: int, eval_crop: float) -> View:

@@ -1,19 +1,10 @@
-"""Encoded image bytes to RGB pixels, and WebDataset samples to pixels and label."""
+"""Encoded image bytes to RGB pixels."""
 
 import io
-from collections.abc import Callable
-from typing import TypeVar
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
-
-from fastvit_engine.config import DataConfig
-from fastvit_engine.data.shards.labels import label_member, parse_labels
-from fastvit_engine.data.shards.sample import Sample
-from fastvit_engine.errors import UserError
-
-T = TypeVar("T")
 
 MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
 _OTHER_FRAMES = frozenset(range(0xC1, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of progressive and other JPEGs
@@ -49,7 +40,7 @@ class Jpeg:
 
         Bit for bit what Pillow gives; or, with `fast`, by another DCT and upsampling: 42 dB from it, 30 at worst.
         `rows`: those of the image from the top on that are needed; what is below them may be missing, and costs less.
-        Damaged data decodes as far as it goes, as in the usual ImageNet pipelines. ValueError where nothing does.
+        Damaged data decodes as far as it goes, as in the usual ImageNet pipelines. Raises ValueError if nothing does.
         """
         data, height = (self.data, self.height) if rows is None else _cut(self.data, self.height, rows)
         height, width = -(-height // reduction), -(-self.width // reduction)
@@ -87,7 +78,7 @@ class OtherImage:
 
 
 def _cut(data: bytes, height: int, rows: int) -> tuple[bytes | bytearray, int]:
-    """A JPEG and its height, cut off below the given rows where that can be done, which leaves them as they were.
+    """A JPEG and its height, cut off below the given rows if that can be done; the rows stay as they were.
 
     In a baseline JPEG with one scan, blocks follow one another from top to bottom: a decoder that is told of fewer rows
     stops there. One row of blocks more than asked for, because chroma is interpolated between rows.
@@ -116,7 +107,7 @@ def _cut(data: bytes, height: int, rows: int) -> tuple[bytes | bytearray, int]:
 
 
 def open_image(data: bytes) -> Jpeg | OtherImage:
-    """Reads the header of a JPEG, PNG or WebP; ValueError where there is none."""
+    """Reads the header of an image. Raises ValueError if there is none."""
     if data[:2] == b"\xff\xd8":
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
@@ -128,11 +119,17 @@ def open_image(data: bytes) -> Jpeg | OtherImage:
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3] RGB of a JPEG, PNG or WebP; ValueError where nothing decodes.
+    """uint8 [H, W, 3] RGB of an encoded image. Raises ValueError if nothing decodes.
 
     Transparency is dropped, EXIF orientation ignored.
     """
     return open_image(data).decode(PixelBuffer())
+
+
+def if_decodes(data: bytes) -> bytes:
+    """`data`. Raises ValueError if training could not decode it."""
+    decode_image(data)
+    return data
 
 
 def _open_with_pillow(data: bytes) -> OtherImage:
@@ -149,49 +146,3 @@ def _rgb(image: Image.Image) -> np.ndarray:
         gray = (np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)
         return np.repeat(gray[:, :, None], 3, axis=2)
     return np.array(image.convert("RGB"))
-
-
-class CorruptSample(Exception):
-    """A sample without a usable image; the message is the reason: "has ..."."""
-
-
-def read_labels(sample: Sample, data: DataConfig, num_classes: int) -> list[int]:
-    """The class indices of a sample, up to data.max_labels; UserError naming shard and key where they cannot be."""
-    where = f"sample '{sample['__key__']}' of shard {sample['__url__']}"
-    member, path = label_member(data.label_key)
-    if member not in sample:
-        raise UserError(f"{where} has no '{member}' member, only {_members(sample)}: correct it or set data.label_key")
-    content = sample[member]
-    try:
-        labels = parse_labels(content, path)
-    except ValueError:
-        raise UserError(
-            f"{where} has the label {content[:100]!r} in '{data.label_key}', which is not a class index: "
-            "correct the shard or set data.label_key to the member that holds it"
-        ) from None
-    if not 1 <= len(labels) <= data.max_labels:
-        raise UserError(
-            f"{where} has {len(labels)} labels in '{data.label_key}', and training takes 1 to {data.max_labels}: "
-            "correct the shard, or set data.label_key or data.max_labels"
-        )
-    for label in labels:
-        if not 0 <= label < num_classes:
-            raise UserError(
-                f"{where} has label {label}, outside 0..{num_classes - 1}: correct the shard or raise model.num_classes"
-            )
-    return labels
-
-
-def read_image(sample: Sample, data: DataConfig, decode: Callable[[bytes], T]) -> T:
-    """What `decode` makes of a sample's image; CorruptSample where there is none or that raises ValueError."""
-    name = next((name for name in data.image_key.split(";") if name in sample), None)
-    if name is None:
-        raise CorruptSample(f"has no '{data.image_key}' member, only {_members(sample)}")
-    try:
-        return decode(sample[name])
-    except ValueError as error:
-        raise CorruptSample(f"has an image in '{name}' that cannot be decoded ({error})") from error
-
-
-def _members(sample: Sample) -> list[str]:
-    return [name for name in sample if not name.startswith("__")]

@@ -1,1 +1,1 @@
-"""Reading shards: their names, tar members, labels, and the index of where each sample begins."""
+"""The one reader of shards: their names, tar members, samples, labels, and the index of their samples."""

@@ -1,38 +1,38 @@
 """The index of a dataset: where each sample of each shard begins, in one file that is mapped into memory.
 
-    header     magic, version, number of samples, place and checksum of the rest
-    starts     a number a sample: the block of 512 bytes where its first header begins; it ends where the next begins
-    columns    a number or a few a shard: bytes, samples, time stamp, fingerprint, labels with their counts, ...
-    names      the shards, relative to the folder of the index where they lie in it, and what the columns are
+    header     magic, version, number of samples, offset and checksum of the rest
+    starts     a number per sample: the block of 512 bytes of its first header; a sample ends where the next begins
+    columns    a number or a few per shard: bytes, samples, time stamp, fingerprint, labels with their counts, ...
+    names      the shards, relative to the folder of the index if they are in it, and what the columns are
 
-Making the index is also the check of the shards: what a reader of streams passes over in silence, because a damaged
-header looks like the end of an archive, is an error here, before training starts.
+Making the index also checks the shards: damage that other readers of tars take for the end of an archive is an error
+here, before training starts.
 """
 
 import contextlib
+import errno
 import json
 import os
 import struct
 import time
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvit_engine.data.shards.labels import label_member, parse_labels
+from fastvit_engine.data.shards.archive import open_archive, stamp_of
 from fastvit_engine.data.shards.names import is_local
-from fastvit_engine.data.shards.tar import BLOCK, Member, ReadAt, TarError, read_member, split_name
+from fastvit_engine.data.shards.sample import Ignored
+from fastvit_engine.data.shards.scan import NotSeekable, ShardRecord, WrongLabel, scan_shard
+from fastvit_engine.data.shards.tar import BLOCK, TarError
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import flush_to_disk
-from fastvit_engine.storage import ShardStorage
-from fastvit_engine.storage.remote import TryPolicy, describe
+from fastvit_engine.files import atomic_writer
 
 INDEX_NAME = "shards.index"
 INDEX_SUFFIX = ".index"
@@ -44,14 +44,12 @@ _COLUMNS = {
     "counts": "<u4",  # samples
     "ends": "<u4",  # block where the last sample ends
     "stamps": "<u8",  # of the file's version: time of change in ns, or a hash of a remote file's tag
-    "fingerprints": "<u8",  # of names, places and labels
+    "fingerprints": "<u8",  # of names, positions and labels
     "unlabelled": "<u4",  # samples without a label
     "label_ends": "<u8",  # in the two columns below
     "labels": "<i8",
     "label_counts": "<u4",
 }
-_WINDOW = 16_384  # bytes read at once when walking over headers
-_REMOTE_WINDOW = 1 << 22  # an answer to each header would take longer than all of the shard
 _WORTH_A_POOL = 64  # shards
 _MOST_PROBLEMS = 10
 _REPORT_EVERY = 5.0  # seconds
@@ -70,11 +68,12 @@ class Index:
     stamps: NDArray[np.uint64]
     fingerprints: NDArray[np.uint64]
     unlabelled: NDArray[np.int64]
-    first: NDArray[np.int64]  # place of each shard's first sample in `starts`
+    first: NDArray[np.int64]  # number of each shard's first sample in `starts`
     starts: NDArray[np.uint32]  # mapped from the file
     label_ranges: NDArray[np.int64]  # [shards, 2]: of each shard in the next two
     labels: NDArray[np.int64]
     label_counts: NDArray[np.int64]
+    ignored: list[Ignored]  # of each shard: files that belong to no sample, by reason
 
     @property
     def samples(self) -> int:
@@ -92,10 +91,10 @@ class Index:
         if None in found:
             names = Counter(_file_name(shard) for shard in self.shards)
             unique = {_file_name(s): n for n, s in enumerate(self.shards) if names[_file_name(s)] == 1}
-            for place, shard in enumerate(shards):
+            for wanted, shard in enumerate(shards):
                 number = unique.get(_file_name(shard))
-                if found[place] is None and number is not None and self._has_size_of(number, shard):
-                    found[place] = number
+                if found[wanted] is None and number is not None and self._has_size_of(number, shard):
+                    found[wanted] = number
         return found
 
     def _has_size_of(self, number: int, shard: str) -> bool:
@@ -103,16 +102,19 @@ class Index:
         return not is_local(shard) or (os.path.isfile(shard) and os.path.getsize(shard) == self.sizes[number])
 
     def select(self, shards: Sequence[str]) -> "Index":
-        """The index of these shards alone, read from the given paths or URLs; UserError where one is not in it."""
+        """The index of these shards alone, read from the given paths or URLs. Raises UserError if one is not in it."""
         numbers = self.find(shards)
         if None in numbers:
             raise UserError(
-                f"shard {shards[numbers.index(None)]} is not in the index {self.path}: make the index again with "
-                "`fastvit data index`"
+                f"shard {shards[numbers.index(None)]} is not in the index {self.path}, or has another size there: add "
+                f"it with `fastvit data index SHARDS --out {self.path}`, where SHARDS names all shards"
             )
         chosen = np.asarray(numbers, dtype=np.int64)
         columns = ("sizes", "counts", "ends", "stamps", "fingerprints", "unlabelled", "first", "label_ranges")
-        return replace(self, shards=list(shards), **{name: getattr(self, name)[chosen] for name in columns})
+        ignored = [self.ignored[number] for number in chosen]
+        return replace(
+            self, shards=list(shards), ignored=ignored, **{name: getattr(self, name)[chosen] for name in columns}
+        )
 
     def extents(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
         """(first byte, number of bytes) of the samples `rows` of `shards`, each [n]."""
@@ -124,10 +126,10 @@ class Index:
 
     def class_counts(self) -> dict[int, int]:
         """Samples of each label in ascending order of labels; a sample with several labels counts for each."""
-        places = [np.arange(begin, end) for begin, end in self.label_ranges]
-        chosen = np.concatenate(places) if places else np.empty(0, np.int64)
-        labels, where = np.unique(self.labels[chosen], return_inverse=True)
-        counts = np.bincount(where, weights=self.label_counts[chosen], minlength=len(labels))
+        ranges = [np.arange(begin, end) for begin, end in self.label_ranges]
+        chosen = np.concatenate(ranges) if ranges else np.empty(0, np.int64)
+        labels, inverse = np.unique(self.labels[chosen], return_inverse=True)
+        counts = np.bincount(inverse, weights=self.label_counts[chosen], minlength=len(labels))
         return {int(label): int(count) for label, count in zip(labels, counts, strict=True)}
 
     def shards_with_labels_outside(self, num_classes: int) -> list[int]:
@@ -143,20 +145,8 @@ class Index:
         self.__dict__.update(state, starts=_map_starts(state["path"]))
 
 
-class ShardRecord(NamedTuple):
-    """What the index keeps of one shard."""
-
-    size: int
-    stamp: int
-    starts: NDArray[np.uint32]
-    end: int
-    fingerprint: int
-    unlabelled: int
-    labels: dict[int, int]
-
-
 def open_index(path: Path) -> Index:
-    """Maps an index into memory; UserError where the file is missing, damaged or of another version."""
+    """Maps an index into memory. Raises UserError if the file is missing, damaged or of another version."""
     try:
         with open(path, "rb") as file:
             magic, version, _, samples, footer, footer_size, checksum = _HEADER.unpack(file.read(_HEADER.size))
@@ -165,18 +155,22 @@ def open_index(path: Path) -> Index:
             if version != _VERSION:
                 raise UserError(
                     f"index {path} has version {version} and this engine reads version {_VERSION}: make it again with "
-                    "`fastvit data index`"
+                    f"`fastvit data index SHARDS --out {path}`"
                 )
             file.seek(_HEADER.size + 4 * samples)
             body = file.read()
         if blake2b(body, digest_size=16).digest() != checksum:
             raise ValueError
     except FileNotFoundError:
-        raise UserError(f"there is no index {path}: make it with `fastvit data index`, or correct its name") from None
+        raise UserError(
+            f"there is no index {path}: make it with `fastvit data index SHARDS --out {path}`, or correct its name"
+        ) from None
     except OSError as error:
         raise UserError(f"index {path} cannot be read ({error.strerror}): make it readable") from error
     except (ValueError, struct.error):
-        raise UserError(f"{path} is not a whole index: make it again with `fastvit data index`") from None
+        raise UserError(
+            f"{path} is not a whole index: make it again with `fastvit data index SHARDS --out {path}`"
+        ) from None
     names = json.loads(body[footer : footer + footer_size])
     columns: dict[str, Any] = {}
     at = 0
@@ -194,6 +188,7 @@ def open_index(path: Path) -> Index:
         first=np.cumsum(counts) - counts,
         starts=_map_starts(path),
         label_ranges=np.stack([np.concatenate([[0], label_ends[:-1]]), label_ends], axis=1),
+        ignored=[Ignored(counts) for counts in names.get("ignored", [{}] * len(names["shards"]))],
         **columns,
     )
 
@@ -209,167 +204,33 @@ def write_index(
     """Makes the index of `shards` (paths or URLs of plain tar archives) in their order, and returns it.
 
     Shards that an index at `path` already describes, by size and time of change or by a remote file's tag, are not read
-    again. UserError, before anything is written, that names every bad shard with the byte, up to ten of them.
+    again. Raises UserError before anything is written, naming every bad shard with the byte, up to ten of them.
     """
     known = _known_records(path, label_key)
     records = _scan_all(shards, known, label_key, processes, progress)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-        try:
-            with open(temporary, "xb") as file:
-                _write(file, shards, records, label_key, path.parent)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        flush_to_disk(path.parent)
+        with atomic_writer(path) as file:
+            _write(file, shards, records, label_key, path.parent)
     except OSError as error:
-        raise UserError(
-            f"index {path} cannot be written ({error.strerror}): make room, or choose another place"
-        ) from error
+        advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another path for it"
+        raise UserError(f"index {path} cannot be written ({error.strerror}): {advice}") from error
     return open_index(path)
-
-
-def scan_shard(read: ReadAt, size: int, stamp: int, label_key: str) -> ShardRecord:
-    """Walks over the headers of one archive. TarError with the byte where the archive is not one of whole samples."""
-    if size == 0:
-        raise TarError("is an empty file")
-    if read(0, 2) == b"\x1f\x8b":
-        raise TarError("is gzipped")
-    label_name, label_path = label_member(label_key)
-    starts: list[int] = []
-    seen: set[str] = set()
-    members: set[str] = set()  # of the sample at hand
-    key: str | None = None
-    unlabelled, labels = 0, Counter[int]()
-    digest = blake2b(digest_size=8)
-    labelled = True  # of the sample at hand; there is none yet
-    offset = 0
-    while (member := read_member(read, offset, size)) is not None:
-        offset = member.end
-        name = split_name(member.name)
-        if not member.is_file or name is None:
-            continue
-        if name[0] != key:
-            unlabelled += not labelled
-            key, members, labelled = name[0], set(), False
-            if key in seen:
-                raise TarError(f"has members of sample {key!r} apart from each other: one more", member.start)
-            seen.add(key)
-            starts.append(member.start // BLOCK)
-        if name[1] in members:
-            raise TarError(f"has the member {name[1]!r} of sample {key!r} twice, the second time", member.start)
-        members.add(name[1])
-        digest.update(f"{member.name}\n{member.start} {member.size}\n".encode("utf-8", "surrogateescape"))
-        if name[1] == label_name:
-            found = _labels_of(read, member, key, label_name, label_path)
-            labelled = bool(found)
-            labels.update(found)
-            digest.update(f"{found}".encode())
-    unlabelled += not labelled
-    if not starts:
-        raise TarError("holds no samples, its end marker being", offset)
-    _check_padding(read, offset, size)
-    if offset // BLOCK >= 2**32:
-        raise TarError("is larger than 2 TiB", offset)
-    return ShardRecord(
-        size,
-        stamp,
-        np.asarray(starts, dtype=np.uint32),
-        offset // BLOCK,
-        int.from_bytes(digest.digest(), "little"),
-        unlabelled,
-        dict(sorted(labels.items())),
-    )
-
-
-def _labels_of(read: ReadAt, member: Member, key: str, name: str, path: list[str]) -> list[int]:
-    content = read(member.data, member.size)
-    try:
-        labels = parse_labels(content, path)
-        if any(not -(2**63) <= label < 2**63 for label in labels):
-            raise ValueError
-    except ValueError:
-        raise TarError(
-            f"has, in sample {key!r}, the label {content[:100]!r} in {'.'.join([name, *path])!r}, which is not a class "
-            "index,",
-            member.data,
-        ) from None
-    return labels
-
-
-def _check_padding(read: ReadAt, offset: int, size: int) -> None:
-    while offset < size:
-        piece = read(offset, 1 << 20)
-        if rest := piece.lstrip(b"\0"):
-            raise TarError("has data after its end marker,", offset + len(piece) - len(rest))
-        if not piece:
-            raise TarError("was cut short while it was read,", offset)
-        offset += len(piece)
-
-
-# ---- reading shards, local or remote
-
-
-def stamp_of_local(shard: str) -> tuple[int, int]:
-    """(bytes, time of last change in ns)"""
-    status = os.stat(shard)
-    return status.st_size, status.st_mtime_ns
-
-
-class _Opened(NamedTuple):
-    read: ReadAt
-    size: int
-    stamp: int
-
-
-@contextlib.contextmanager
-def _opened(shard: str) -> Iterator[_Opened]:
-    if shard.startswith("pipe:"):
-        raise TarError("is a pipe")
-    size, stamp = _stamp(shard)
-    if is_local(shard):
-        with open(shard, "rb", buffering=0) as file:
-            yield _Opened(_windowed(lambda at, length: os.pread(file.fileno(), length, at), _WINDOW), size, stamp)
-    else:
-        storage = ShardStorage([shard], [size])
-        read = _windowed(lambda at, length: storage.read(0, at, max(0, min(length, size - at))), _REMOTE_WINDOW)
-        yield _Opened(read, size, stamp)
-
-
-def _stamp(shard: str) -> tuple[int, int]:
-    if is_local(shard):
-        return stamp_of_local(shard)
-    size, version = describe(shard, TryPolicy(retries=10, timeout=30.0, patience=300.0))
-    return size, int.from_bytes(blake2b(version.encode(), digest_size=8).digest(), "little")
-
-
-def _windowed(read: ReadAt, window: int) -> ReadAt:
-    """`read` with a piece of the file kept: headers of neighbouring members come in one read."""
-    begin, kept = 0, b""
-
-    def read_through(at: int, length: int) -> bytes:
-        nonlocal begin, kept
-        if not begin <= at <= at + length <= begin + len(kept):
-            begin, kept = at, read(at, max(length, window))
-        return kept[at - begin : at - begin + length]
-
-    return read_through
 
 
 # ---- many shards at once
 
 
 def _scan(task: tuple[str, str, tuple[int, int] | None]) -> ShardRecord | TarError | None:
-    """The record of a shard, what is wrong with it, or None where it still is what its known stamp says."""
+    """The record of a shard, what is wrong with it, or None if it still has its known stamp."""
     shard, label_key, known = task
+    if shard.startswith("pipe:"):
+        return NotSeekable("is a pipe")
     try:
-        if known is not None and _stamp(shard) == known:
+        if known is not None and stamp_of(shard) == known:
             return None
-        with _opened(shard) as opened:
-            return scan_shard(opened.read, opened.size, opened.stamp, label_key)
+        with open_archive(shard) as archive:
+            return scan_shard(archive.read, archive.size, archive.stamp, label_key)
     except TarError as error:
         return error
     except OSError as error:
@@ -383,7 +244,7 @@ def _scan_all(
     processes: int | None,
     progress: Callable[[str], None],
 ) -> Iterator[ShardRecord]:
-    """The records of the shards, in order; UserError once all have been seen, or ten of them are bad."""
+    """The records of the shards, in order. Raises UserError once all have been seen, or ten of them are bad."""
     tasks = (
         (s, label_key, (known[_whole(s)].size, known[_whole(s)].stamp) if _whole(s) in known else None) for s in shards
     )
@@ -413,9 +274,12 @@ def _scan_all(
 
 def _explain(problems: list[tuple[str, TarError]]) -> str:
     they = "it" if len(problems) == 1 else "them"
-    if all(str(problem) in ("is gzipped", "is a pipe") for _, problem in problems):
+    if all(isinstance(problem, NotSeekable) for _, problem in problems):
         remedy = f"make plain tar files of {they} (gunzip), or train with data.order=stream, since nothing in {they} "
         remedy += "can be found without reading from the beginning"
+    elif all(isinstance(problem, WrongLabel) for _, problem in problems):
+        remedy = "name the member or JSON field that holds the class index with data.label_key, or make "
+        remedy += f"{they} again with class indices (fastvit data make)"
     else:
         remedy = f"copy or make {they} again"
     more = "; and perhaps more" if len(problems) == _MOST_PROBLEMS else ""
@@ -446,6 +310,7 @@ def _pool(shards: Sequence[str], processes: int | None) -> Iterator[Callable[...
 def _write(file: BinaryIO, shards: Sequence[str], records: Iterable[ShardRecord], label_key: str, folder: Path) -> None:
     file.write(bytes(_HEADER.size))
     columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
+    ignored: list[Ignored] = []
     for record in records:
         file.write(record.starts.astype("<u4").tobytes())
         columns["sizes"].append(record.size)
@@ -457,14 +322,24 @@ def _write(file: BinaryIO, shards: Sequence[str], records: Iterable[ShardRecord]
         columns["labels"] += record.labels.keys()
         columns["label_counts"] += record.labels.values()
         columns["label_ends"].append(len(columns["labels"]))
-    write_columns(file, columns, [_relative(shard, folder) for shard in shards], label_key)
+        ignored.append(record.ignored)
+    write_columns(file, columns, [_relative(shard, folder) for shard in shards], label_key, ignored)
 
 
-def write_columns(file: BinaryIO, columns: Mapping[str, Sequence[int]], shards: Sequence[str], label_key: str) -> None:
-    """Writes what comes after the starts, and then the header."""
+def write_columns(
+    file: BinaryIO,
+    columns: Mapping[str, Sequence[int]],
+    shards: Sequence[str],
+    label_key: str,
+    ignored: Sequence[Ignored] = (),
+) -> None:
+    """Writes what comes after the starts, and then the header. `ignored`: of each shard, or none for all."""
     body = b"".join(np.asarray(columns[name], dtype=dtype).tobytes() for name, dtype in _COLUMNS.items())
     lengths = {name: len(columns[name]) for name in _COLUMNS}
-    names = json.dumps({"label_key": label_key, "columns": lengths, "shards": list(shards)}).encode()
+    content: dict[str, Any] = {"label_key": label_key, "columns": lengths, "shards": list(shards)}
+    if any(ignored):
+        content["ignored"] = list(ignored)
+    names = json.dumps(content).encode()
     checksum = blake2b(body + names, digest_size=16).digest()
     file.write(body)
     file.write(names)
@@ -494,6 +369,7 @@ def _record(index: Index, number: int) -> ShardRecord:
         int(index.fingerprints[number]),
         int(index.unlabelled[number]),
         dict(zip(index.labels[labels].tolist(), index.label_counts[labels].tolist(), strict=True)),
+        index.ignored[number],
     )
 
 

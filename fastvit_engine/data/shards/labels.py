@@ -1,9 +1,13 @@
 """Class labels in the members of a sample."""
 
 import json
+import re
 from typing import Any
 
-from fastvit_engine.data.shards.sample import Sample
+MAX_LABEL_BYTES = 1 << 24  # of a member that holds labels; more is not a label
+
+_INTEGER = re.compile(rb"[+-]?[0-9]{1,19}")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 def label_member(label_key: str) -> tuple[str, list[str]]:
@@ -15,43 +19,48 @@ def label_member(label_key: str) -> tuple[str, list[str]]:
     return (member, path.split(".")) if member == "json" and path else (label_key, [])
 
 
+def label_values(content: bytes, path: list[str]) -> list[Any]:
+    """The labels in a member as they are, whether class indices, names or neither.
+
+    Without a path: the text, or the entries if it is a JSON list. With a path: the JSON value of that field, or its
+    entries if it is a list. [] if the value is missing or null. Raises ValueError for JSON that cannot be read, and for
+    more than MAX_LABEL_BYTES.
+    """
+    if not path:
+        text = _checked(content).strip()
+        if not text.startswith(b"["):
+            return [] if text == b"null" else [text.decode("utf-8", "backslashreplace")]
+    value = json_field(content, path)
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def json_field(content: bytes, path: list[str]) -> Any:
+    """The value at a path of a JSON member, None if it is missing. Raises ValueError as `label_values`."""
+    try:
+        value: Any = json.loads(_checked(content))
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _checked(content: bytes) -> bytes:
+    """A label member without its byte order mark."""
+    if len(content) > MAX_LABEL_BYTES:
+        raise ValueError(f"{len(content):,} bytes are too many for a label")
+    return content.removeprefix(_BYTE_ORDER_MARK)
+
+
 def parse_labels(content: bytes, path: list[str]) -> list[int]:
     """The class indices in a label member: a number, or a JSON list of numbers, as the whole text or at a field's path.
 
-    [] where the field is missing or null. ValueError where it holds anything else.
+    [] if the field is missing or null. Raises ValueError if it holds anything else, such as true, 2.0 or a name.
     """
-    if not path:
-        try:
-            return [int(content)]
-        except ValueError:
-            pass  # a list, or nothing that we know
-    value: Any = json.loads(content)
-    for name in path:
-        value = value.get(name) if isinstance(value, dict) else None
-    labels = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(type(label) is int for label in labels):
-        raise ValueError(f"{value!r} is no class index")
-    return labels
-
-
-def labels_of(sample: Sample) -> list[int] | None:
-    """The class indices of a sample: "labels" in its `json`, otherwise its `cls`; None where it has neither.
-
-    ValueError where they are no indices.
-    """
-    if "json" in sample:
-        try:
-            content = json.loads(sample["json"])
-        except ValueError:
-            raise ValueError("has a 'json' member that is not JSON") from None
-        labels = content.get("labels") if isinstance(content, dict) else None
-        if isinstance(labels, list):
-            if not all(isinstance(label, int) for label in labels):
-                raise ValueError(f"has labels {labels} in 'json', which are not all class indices")
-            return labels
-    if "cls" not in sample:
-        return None
-    try:
-        return [int(sample["cls"][:100])]
-    except ValueError:
-        raise ValueError(f"has the label {sample['cls'][:100]!r}, which is not a class index") from None
+    if not path and _INTEGER.fullmatch(text := _checked(content).strip()):
+        values: list[Any] = [int(text)]
+    else:
+        values = label_values(content, path)
+    if not all(type(label) is int and -(2**63) <= label < 2**63 for label in values):
+        raise ValueError("not class indices")
+    return values

@@ -64,7 +64,7 @@ def list_shards(patterns: Iterable[str], split: Split | None = None, *, named: s
     A pattern is a folder, a glob or a file, with braces or without, on this machine or in an object store (s3://, gs://
     and others that fsspec lists); a URL on a web server, with braces; or @FILE with a pattern on each line. A folder
     with a dataset.json gives the shards that it lists for `split`; any other folder gives all its tar files.
-    UserError, in which `named` says where the pattern stands, where one matches nothing or a named file does not exist.
+    Raises UserError, in which `named` says what the pattern is, if one matches nothing or a file does not exist.
     """
     shards: set[str] = set()
     for given in patterns:
@@ -86,7 +86,7 @@ def _read_list(path: str, named: str) -> list[str]:
         raise UserError(f"{named} is the list {path}, which cannot be read ({reason}): correct it") from error
     patterns = [line for line in lines if line and not line.startswith("#")]
     if not patterns:
-        raise UserError(f"{named} is the list {path}, which names no shards: write one path, pattern or URL on a line")
+        raise UserError(f"{named} is the list {path}, which names no shards: write one path, pattern or URL per line")
     return patterns
 
 
@@ -147,7 +147,7 @@ def _list_remote(url: str, named: str) -> list[str]:
 
 
 def read_info(folder: Path) -> DatasetInfo | None:
-    """dataset.json of a folder of shards, None where there is none; UserError where it cannot be understood."""
+    """dataset.json of a folder of shards, None if there is none. Raises UserError if it cannot be understood."""
     path = folder / INFO_NAME
     try:
         return DatasetInfo.model_validate_json(path.read_bytes())
@@ -191,7 +191,7 @@ class ShardSet:
 def shard_set(argument: str, split: Split | None = None) -> ShardSet:
     """A folder (the shards of its dataset.json, of `split` or both; else all its tars), or what `list_shards` takes.
 
-    Shards of a dataset.json may be missing, which is a finding. UserError where nothing is named.
+    Shards of a dataset.json may be missing, which is a finding. Raises UserError if nothing is named.
     """
     folder = Path(argument).expanduser()
     if is_local(argument) and folder.is_dir():

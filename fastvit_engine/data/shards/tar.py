@@ -1,7 +1,7 @@
 """Members of a tar archive by their headers: POSIX ustar, pax and GNU long names.
 
-tarfile takes a damaged header for the end of the archive and needs an open file; here damage is an error with its byte,
-and anything that gives bytes at an offset will do: a file that is indexed, or the bytes of one sample.
+The standard library's tarfile takes a damaged header for the end of the archive and needs an open file. Here damage is
+an error that names the byte, and anything that gives bytes at an offset will do: a file, a pipe, the bytes of a sample.
 """
 
 import re
@@ -13,11 +13,14 @@ BLOCK = 512
 _ZERO_BLOCK = bytes(BLOCK)
 _LONGEST_EXTENSION = 1 << 20  # bytes of a pax header or a long name; more is damage
 
-ReadAt = Callable[[int, int], bytes]  # (offset, length) to at most that many bytes, fewer at the end only
+_OCTAL = re.compile(rb"[0-7]*")
+_DECIMAL = re.compile(r"[0-9]{1,19}")
+
+ReadAt = Callable[[int, int], bytes]  # (offset, length) to at most that many bytes; fewer only at the end
 
 
 class TarError(Exception):
-    """What is wrong with an archive, and the byte where, if it is not the whole."""
+    """What is wrong with an archive, and at which byte unless it is the archive as a whole."""
 
     def __init__(self, problem: str, byte: int | None = None) -> None:
         super().__init__(problem, byte)  # which pickle hands over to another process
@@ -39,8 +42,12 @@ class Member(NamedTuple):
         return self.data + _padded(self.size)
 
 
-def read_member(read: ReadAt, offset: int, archive_size: int) -> Member | None:
-    """The member whose headers begin at `offset`, None where the archive's end marker does. TarError on damage."""
+def read_member(read: ReadAt, offset: int, archive_size: int | None) -> Member | None:
+    """The member whose headers begin at `offset`, or None at the archive's end marker.
+
+    `archive_size`: bytes; None if nobody knows yet (a pipe), in which case the content may turn out to be cut short.
+    Raises TarError on damage. A call reads at most 1 MB per header and always moves forward.
+    """
     start, long_name, long_size = offset, None, None
     while True:
         header = read(offset, BLOCK)
@@ -60,9 +67,9 @@ def read_member(read: ReadAt, offset: int, archive_size: int) -> Member | None:
         data = offset + BLOCK
         if kind not in b"xgLK":
             break
-        if size > _LONGEST_EXTENSION or data + size > archive_size:
+        extension = read(data, size) if size <= _LONGEST_EXTENSION else b""
+        if len(extension) < size:
             raise TarError("is truncated or has a damaged header", offset)
-        extension = read(data, size)
         if kind == b"L":
             long_name = _text(extension.rstrip(b"\0"))
         elif kind in b"xg":
@@ -73,39 +80,44 @@ def read_member(read: ReadAt, offset: int, archive_size: int) -> Member | None:
                 raise TarError("has a sparse member, which cannot be read in place,", offset)
             if kind == b"x":
                 long_name = records.get("path", long_name)
-                long_size = int(records["size"]) if "size" in records else long_size
+                long_size = _pax_size(records["size"], offset) if "size" in records else long_size
         offset = data + _padded(size)
     if kind not in b"0\x001234567":
         raise TarError(f"has a member of the unknown type {kind!r}", offset)
     is_file = kind in b"0\x007"
     size = (size if long_size is None else long_size) if is_file else 0
-    if data + size > archive_size:
+    if archive_size is not None and data + size > archive_size:
         raise TarError("is truncated in the member that begins", start)
     return Member(_header_name(header) if long_name is None else long_name, start, data, size, is_file)
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """(sample key, member extension in lower case) of a member's name, as WebDataset splits them; None for neither.
-
-    The key is the path up to the first dot of the file name: "a/b.seg.png" is the member "seg.png" of "a/b".
-    """
-    folder, slash, file = name.rpartition("/")
-    stem, dot, extension = file.partition(".")
-    return (folder + slash + stem, extension.lower()) if stem and dot else None
-
-
-def iterate_files(content: bytes) -> Iterator[tuple[str, str, bytes]]:
-    """(sample key, extension, bytes) of the files in a piece of an archive that begins and ends between members."""
-    offset, size = 0, len(content)
-
-    def read(at: int, length: int) -> bytes:
-        return content[at : at + length]
-
-    while offset < size and (member := read_member(read, offset, size)) is not None:
-        name = split_name(member.name)
-        if member.is_file and name:
-            yield *name, content[member.data : member.data + member.size]
+def iterate_members(read: ReadAt, archive_size: int | None) -> Iterator[Member]:
+    """The members of a whole archive in stored order. Raises TarError on damage, and for data after the end marker."""
+    if not read(0, 1):
+        raise TarError("is an empty file")
+    offset = 0
+    while (member := read_member(read, offset, archive_size)) is not None:
+        yield member
         offset = member.end
+    while rest := read(offset, 1 << 20):  # a zeroed header looks like the end: only padding may follow the real one
+        if data := rest.lstrip(b"\0"):
+            raise TarError("has data after its end marker,", offset + len(rest) - len(data))
+        offset += len(rest)
+    if archive_size is not None and offset < archive_size:
+        raise TarError("was cut short while it was read,", offset)
+
+
+def windowed(read: ReadAt, window: int) -> ReadAt:
+    """`read` that fetches at least `window` bytes at a time: headers of neighbouring members come in one read."""
+    begin, kept = 0, b""
+
+    def read_through(at: int, length: int) -> bytes:
+        nonlocal begin, kept
+        if not begin <= at <= at + length <= begin + len(kept):
+            begin, kept = at, read(at, max(length, window))
+        return kept[at - begin : at - begin + length]
+
+    return read_through
 
 
 def _padded(size: int) -> int:
@@ -118,14 +130,20 @@ def _text(name: bytes) -> str:
 
 def _header_name(header: bytes) -> str:
     name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
-    posix = header[257:263] == b"ustar\0"  # GNU's own format has other things in place of the prefix
+    posix = header[257:263] == b"ustar\0"  # GNU's own format has other fields instead of the prefix
     return _text(prefix + b"/" + name if posix and prefix else name)
 
 
 def _number(field: bytes) -> int:
+    """A number of a header. Raises ValueError for negative ones, which no field here may have."""
     if field[0] & 0x80:  # GNU's form for numbers too large for octal digits
+        if field[0] & 0x40:
+            raise ValueError("negative")
         return int.from_bytes(field, "big") - (1 << (8 * len(field) - 1))
-    return int(field.strip(b" \0") or b"0", 8)
+    digits = field.partition(b"\0")[0].strip()
+    if not _OCTAL.fullmatch(digits):
+        raise ValueError("not octal")
+    return int(digits or b"0", 8)
 
 
 def _checksum_holds(header: bytes) -> bool:
@@ -136,6 +154,12 @@ def _checksum_holds(header: bytes) -> bool:
         return True
     # Some old archivers added the bytes as signed numbers.
     return checksum == sum(byte - 256 if byte > 127 else byte for byte in others)
+
+
+def _pax_size(text: str, offset: int) -> int:
+    if not _DECIMAL.fullmatch(text):
+        raise TarError(f"has a pax header with the size {text[:30]!r}", offset)
+    return int(text)
 
 
 def _pax_records(extension: bytes, offset: int) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""The samples of every step, in an exact order, and the loaders that turn them into batches."""
+"""Training data: which samples each step has, and the loaders that turn them into batches."""

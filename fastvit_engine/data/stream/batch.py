@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fastvit_engine.config import Config
 from fastvit_engine.data.pixels.crops import View, render
-from fastvit_engine.data.pixels.decode import CorruptSample, PixelBuffer, open_image, read_image, read_labels
+from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
 from fastvit_engine.data.shards.sample import Sample
+from fastvit_engine.data.shards.usable import SampleKeys, Unusable, name_of, read_image, read_labels
+from fastvit_engine.errors import UserError
 
 
 class BadSample(NamedTuple):
@@ -67,25 +69,32 @@ class Workspace:
 
 
 class BatchBuilder:
-    """A batch that is filled sample by sample; what is not filled stays padding."""
+    """A batch that is filled sample by sample; rows that are not filled stay padding."""
 
     def __init__(self, batch: Batch, config: Config, workspace: Workspace) -> None:
         """`batch` is padding so far (see `empty_batch`) but for its images, which may be anything."""
-        self._batch, self._config, self._workspace = batch, config, workspace
+        self._batch, self._workspace = batch, workspace
+        self._keys, self._num_classes = SampleKeys.of(config.data), config.model.num_classes
         # NumPy's views of it: setting an element of a tensor takes microseconds.
         self._images, self._labels, self._weights = (tensor.numpy() for tensor in batch[:3])
         self._bad: list[BadSample] = []
         self._seconds = [0.0, 0.0, 0.0]
-        self._lap = time.perf_counter()
+        self._mark = time.perf_counter()
 
     def add(self, row: int, sample: Sample, choose_view: Callable[[int, int], View]) -> None:
-        """Decodes of a sample what `choose_view` chooses, given its image's height and width, into `row`."""
-        labels = read_labels(sample, self._config.data, self._config.model.num_classes)
+        """Decodes into `row` what `choose_view` chooses of a sample's image, given its height and width.
+
+        A sample without a usable image becomes a bad one. Raises UserError for labels that are not usable.
+        """
+        try:
+            labels = read_labels(sample, self._keys, self._num_classes)
+        except Unusable as problem:
+            raise UserError(f"{name_of(sample)} {problem.reason}: {problem.remedy}") from problem
         self._end_stage(0)
         try:
-            read_image(sample, self._config.data, partial(self._draw, row, choose_view))
-        except CorruptSample as error:
-            self.add_bad(row, BadSample(sample["__key__"], sample["__url__"], str(error)))
+            read_image(sample, self._keys, partial(self._draw, row, choose_view))
+        except Unusable as problem:
+            self.add_bad(row, BadSample(sample["__key__"], sample["__url__"], problem.reason))
             return
         if self._labels.ndim == 1:
             self._labels[row] = labels[0]
@@ -112,8 +121,8 @@ class BatchBuilder:
 
     def _end_stage(self, stage: int) -> None:
         now = time.perf_counter()
-        self._seconds[stage] += now - self._lap
-        self._lap = now
+        self._seconds[stage] += now - self._mark
+        self._mark = now
 
 
 def rebatch(chunks: Iterable[Batch], size: int, pin_memory: bool) -> Iterator[Batch]:

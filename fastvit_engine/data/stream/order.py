@@ -2,13 +2,15 @@
 
 Position t is the t-th sample of the whole run; step s trains on the positions from s * global batch on, and rank r of R
 on every R-th pair of these, from the r-th. So the samples of a step depend on neither the world size nor the workers,
-the state of the data is the one integer `consumed`, and going on at any position costs milliseconds.
+the state of the data is the one integer `consumed`, and resuming at any position costs milliseconds.
 
-* An epoch permutes the shards, lays their samples end to end in a circle, turns it by a random amount, and cuts it into
-  L equal *lanes*; what is left over, fewer than L samples, is left out, and is another part of the data in each epoch.
-* A lane permutes its samples within *windows* of W. Position p of an epoch is place p // L of lane p % L, in a random
-  order of the lanes. A batch thus mixes L places of the data, while a lane reads only the few shards of its window.
-* No sample comes twice in an epoch. An epoch may end, and the next begin, inside a batch.
+* An epoch permutes the shards, lays their samples end to end in a circle, rotates it by a random amount and cuts it
+  into L equal, contiguous *lanes*: the parts of the data that a batch draws from in turn (data.lanes). The rest, fewer
+  than L samples, is dropped, and is another part of the data in every epoch.
+* A lane permutes its samples within *windows* of W neighbours. Position p of an epoch is sample p // L of lane p % L,
+  in a random order of the lanes. A batch thus mixes L parts of the data, while a lane reads only the few shards of its
+  window.
+* An epoch visits each sample at most once. It may end, and the next begin, inside a batch.
 * Several sources: a cycle has a fixed number of slots, shared by weight; each source runs through its own epochs.
 
 All randomness is raw output of Philox, a counter-based generator, addressed by (seed, source, epoch, lane, window).
@@ -27,11 +29,11 @@ MAX_LANES = 256  # from here on batches are practically uniform draws
 _SMALLEST_LANE = 100  # samples: so at most one in a hundred samples is left out of an epoch
 
 # What a random number is drawn for.
-_SHARDS, _LANES, _WINDOW, _TURN, _SLOTS = range(5)
+_SHARDS, _LANES, _WINDOW, _ROTATION, _SLOTS = range(5)
 
 
-class Places(NamedTuple):
-    """Where positions of a run lie; each [n]."""
+class Locations(NamedTuple):
+    """Where the samples at some positions of a run lie; each [n]."""
 
     source: Integers
     shard: Integers  # within the source
@@ -81,14 +83,14 @@ class SourceOrder:
     def _locate_in_window(self, inside: Integers, epoch: int, window: int, number: int) -> tuple[Integers, Integers]:
         order = self._epoch(epoch)
         lane = order.lanes[inside % self.lanes]
-        first = window * self.window  # of the lane's places
+        first = window * self.window  # sample of the lane
         for other in np.unique(lane[self._current[lane] != number]):
             length = min(self.window, self.lane_length - first)
             draws = _draw(self._seed, _WINDOW, length, self._source, epoch, int(other), window)
             self._table[other, :length] = np.argsort(draws, kind="stable")
             self._current[other] = number
-        place = first + self._table[lane, inside // self.lanes - first]
-        line = (lane * self.lane_length + place + order.turn) % self.samples
+        sample = first + self._table[lane, inside // self.lanes - first]
+        line = (lane * self.lane_length + sample + order.rotation) % self.samples
         at = np.searchsorted(order.ends, line, side="right")
         shard = order.shards[at]
         return shard, line - (order.ends[at] - self.counts[shard])
@@ -108,7 +110,7 @@ class _Epoch:
         draws = _draw(seed, _SHARDS, len(order.counts), source, epoch)
         self.shards = np.argsort(draws, kind="stable")
         self.ends = np.cumsum(order.counts[self.shards])  # of each shard on the line
-        self.turn = int(_draw(seed, _TURN, 1, source, epoch)[0] % np.uint64(order.samples))
+        self.rotation = int(_draw(seed, _ROTATION, 1, source, epoch)[0] % np.uint64(order.samples))
         self.lanes = np.argsort(_draw(seed, _LANES, order.lanes, source, epoch), kind="stable")
 
 
@@ -126,7 +128,7 @@ class Order:
             own = self._slots == source
             self._before[own] = np.arange(own.sum())
 
-    def locate(self, positions: Integers) -> Places:
+    def locate(self, positions: Integers) -> Locations:
         """Where the positions (int64 [n], >= 0) of the run lie."""
         cycle, slot = np.divmod(positions, len(self._slots))
         source = self._slots[slot]
@@ -135,7 +137,7 @@ class Order:
         for number in np.unique(source):
             own = source == number
             shard[own], row[own], epoch[own], position[own] = self.sources[number].locate(inside[own])
-        return Places(source, shard, row, epoch, position)
+        return Locations(source, shard, row, epoch, position)
 
 
 def share_slots(weights: Sequence[float]) -> list[int]:

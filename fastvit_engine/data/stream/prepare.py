@@ -1,24 +1,27 @@
-"""What is decided about the data of a run before it starts, and everything about it that can be refused then."""
+"""Finds and checks the data of a run before it starts, and refuses everything that can be refused then."""
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fastvit_engine.config import Config, DataSource
-from fastvit_engine.data.pixels.decode import CorruptSample, decode_image, read_image, read_labels
-from fastvit_engine.data.shards.index import INDEX_NAME, INDEX_SUFFIX, Index, open_index, stamp_of_local, write_index
+from fastvit_engine.data.pixels.decode import decode_image
+from fastvit_engine.data.shards.archive import read_shard, stamp_of_local
+from fastvit_engine.data.shards.index import INDEX_NAME, INDEX_SUFFIX, Index, open_index, write_index
 from fastvit_engine.data.shards.names import Split, find_shards, info_beside, is_local
-from fastvit_engine.data.shards.sample import Sample
+from fastvit_engine.data.shards.sample import Sample, parse_sample
 from fastvit_engine.data.shards.tar import TarError
-from fastvit_engine.data.stream.loader import open_storage, parse_sample
+from fastvit_engine.data.shards.usable import SampleKeys, Unusable, name_of, read_image, read_labels
+from fastvit_engine.data.stream.indexed import IndexedData, IndexedShards, TrainSource, open_storage
+from fastvit_engine.data.stream.iterable import IterableData
 from fastvit_engine.data.stream.order import CYCLE, choose_lanes, share_slots
-from fastvit_engine.data.stream.plan import DataPlan, IndexedShards, TrainSource
-from fastvit_engine.data.stream.sequential import read_shard
-from fastvit_engine.data.stream.sequential_loader import plan_streams
+from fastvit_engine.data.stream.source import TrainingData
+from fastvit_engine.data.stream.streams import StreamData, StreamedShards, plan_streams
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage import ShardStorage
 
@@ -26,15 +29,22 @@ _LOOKED_AT = 8  # samples whose images are decoded before a run starts
 
 
 def prepare_data(
-    config: Config, *, world_size: int, index_folder: Path, recorded: Mapping[str, Any] | None = None
-) -> DataPlan:
-    """Finds or makes the indexes, fixes the lanes, and checks that the data can serve this configuration.
+    config: Config,
+    *,
+    world_size: int,
+    index_folder: Path,
+    recorded: Mapping[str, Any] | None = None,
+    given: IterableData | None = None,
+) -> TrainingData:
+    """Finds or makes the indexes, fixes the number of lanes, and checks that the data can serve this configuration.
 
-    An index that is missing beside the shards is made there, or in `index_folder` where that is read-only. `recorded`
-    is the fingerprint of the run's data where it already has one: its number of lanes holds unless data.lanes is set.
-    UserError naming the shard for whatever can be known now: bad patterns, damaged archives, labels that are missing
-    or out of range, images that nothing decodes.
+    An index that is missing beside the shards is made there, or in `index_folder` if that is read-only. `recorded` is
+    the fingerprint of the run's data if it already has one: its number of lanes holds unless data.lanes is set. `given`
+    takes the place of data.train. Raises UserError, naming the shard, for whatever can be known now: bad patterns,
+    damaged archives, labels that are missing or out of range, images that nothing decodes.
     """
+    if given is not None:
+        return _prepare_iterable(config, given, world_size, index_folder)
     if config.data.order == "stream":
         return _prepare_streams(config, world_size)
     if not config.data.sources:
@@ -49,19 +59,35 @@ def prepare_data(
                 f"the weight {source.weight:g} of {source.shards} in data.train is less than a {CYCLE}th of all: "
                 "raise it, or leave the source out"
             )
-    evaluation = None
-    if config.data.eval:
-        index = _find_index(config.data.eval, config.data.index, "eval", config, index_folder)
-        _check_samples(index, "eval", config)
-        evaluation = IndexedShards.of(index)
     info = info_beside(list(sources[0].data.shards))
-    return DataPlan(
+    return IndexedData(
         train=sources,
-        eval=evaluation,
-        streams=None,
+        eval=_prepare_eval(config, index_folder),
         samples_per_epoch=config.data.train_samples or sum(source.samples for source in sources),
         class_names=info.classes if info else None,
     )
+
+
+def _prepare_eval(config: Config, index_folder: Path) -> IndexedShards | None:
+    if not config.data.eval:
+        return None
+    index = _find_index(config.data.eval, config.data.index, "eval", config, index_folder)
+    _check_samples(index, "eval", config)
+    return IndexedShards.of(index)
+
+
+def _prepare_iterable(config: Config, given: IterableData, world_size: int, index_folder: Path) -> IterableData:
+    if config.data.train:
+        raise UserError("data.train is set, and training data is given as an iterable too: leave one of them out")
+    if config.train.global_batch_size % world_size:
+        raise UserError(
+            f"train.global_batch_size is {config.train.global_batch_size}, which {world_size} ranks do not divide: "
+            "change it, or the number of processes"
+        )
+    streams = config.data.order == "stream"
+    evaluation = eval_streams(config) if streams else _prepare_eval(config, index_folder)
+    info = info_beside(list(evaluation.shards)) if evaluation else None
+    return given.with_evaluation(config, evaluation, info.classes if info else None)
 
 
 def _prepare_source(
@@ -92,20 +118,21 @@ def _find_index(pattern: str, named: str | None, split: Split, config: Config, f
             return _unchanged_in_size(index.select(shards))
     for shard in shards:
         if not is_local(shard):
+            use_it = "set data.index to it" if split == "train" else "set data.eval to it"
             raise UserError(
                 f"data.{split} names the shard {shard}, which is not local: make an index of the shards with "
-                "`fastvit data index` and set data.index to it, or set data.order to stream"
+                f"`fastvit data index SHARDS --out FILE.index` and {use_it}, or set data.order to stream"
             )
     folders = {os.path.dirname(shard) for shard in shards}
-    places = [fallback / f"{split}{INDEX_SUFFIX}"]
+    paths = [fallback / f"{split}{INDEX_SUFFIX}"]
     if len(folders) == 1:
-        places.insert(0, Path(folders.pop()) / INDEX_NAME)
-    for place in places:
-        known = _known_index(place)
+        paths.insert(0, Path(folders.pop()) / INDEX_NAME)
+    for path in paths:
+        known = _known_index(path)
         if known is not None and known.label_key == config.data.label_key and _describes(known, shards):
             return known.select(shards)
-    place = next((place for place in places[:-1] if _may_write(place, config.data.label_key)), places[-1])
-    return _make_index(place, shards, config.data.label_key)
+    path = next((path for path in paths[:-1] if _may_write(path, config.data.label_key)), paths[-1])
+    return _make_index(path, shards, config.data.label_key)
 
 
 def _unchanged_in_size(index: Index) -> Index:
@@ -113,28 +140,28 @@ def _unchanged_in_size(index: Index) -> Index:
         if is_local(shard) and os.stat(shard).st_size != size:
             raise UserError(
                 f"shard {shard} has changed since the index {index.path} was made: make it again with "
-                "`fastvit data index`"
+                f"`fastvit data index SHARDS --out {index.path}`"
             )
     return index
 
 
-def _make_index(place: Path, shards: Sequence[str], label_key: str) -> Index:
+def _make_index(path: Path, shards: Sequence[str], label_key: str) -> Index:
     """An index of these shards, and of the unchanged others that the one before has; returned for these alone."""
-    before = _known_index(place)
+    before = _known_index(path)
     others = [] if before is None else [s for n, s in enumerate(before.shards) if _is_unchanged(before, n)]
     everything = {os.path.abspath(shard): shard for shard in [*others, *shards]}
 
     def progress(line: str) -> None:
-        print(f"indexing {place.parent}: {line}", file=sys.stderr, flush=True)
+        print(f"indexing {path.parent}: {line}", file=sys.stderr, flush=True)
 
-    ordered = [everything[path] for path in sorted(everything)]
-    return write_index(ordered, place, label_key=label_key, progress=progress).select(shards)
+    ordered = [everything[name] for name in sorted(everything)]
+    return write_index(ordered, path, label_key=label_key, progress=progress).select(shards)
 
 
-def _known_index(place: Path) -> Index | None:
-    """What lies at `place`, if it can be used; it can always be made again."""
+def _known_index(path: Path) -> Index | None:
+    """The index at `path` if it can be used; it can always be made again."""
     try:
-        return open_index(place)
+        return open_index(path)
     except UserError:
         return None
 
@@ -151,9 +178,9 @@ def _is_unchanged(index: Index, number: int) -> bool:
         return False
 
 
-def _may_write(place: Path, label_key: str) -> bool:
-    before = _known_index(place)
-    return os.access(place.parent, os.W_OK) and (before is None or before.label_key == label_key)
+def _may_write(path: Path, label_key: str) -> bool:
+    before = _known_index(path)
+    return os.access(path.parent, os.W_OK) and (before is None or before.label_key == label_key)
 
 
 # ---- looking at the samples
@@ -162,24 +189,45 @@ def _may_write(place: Path, label_key: str) -> bool:
 def _check_samples(index: Index, split: Split, config: Config) -> None:
     _check_classes(index.shards, split, config)
     storage = open_storage([index], config.data)
+    keys = SampleKeys.of(config.data)
     if index.label_key == config.data.label_key:
         unlabelled = np.flatnonzero(index.unlabelled).tolist()
         for shard in [*unlabelled, *index.shards_with_labels_outside(config.model.num_classes)][:1]:
             for sample in _read_rows(index, storage, shard, range(index.counts[shard])):
-                read_labels(sample, config.data, config.model.num_classes)
+                _check_labels(sample, keys, config)
     looked_at = np.linspace(0, index.samples - 1, min(index.samples, _LOOKED_AT)).astype(np.int64)
     ends = np.cumsum(index.counts)
-    errors = []
-    for number in looked_at:
-        shard = int(np.searchsorted(ends, number, side="right"))
-        for sample in _read_rows(index, storage, shard, [int(number - (ends[shard] - index.counts[shard]))]):
-            read_labels(sample, config.data, config.model.num_classes)
-            try:
-                read_image(sample, config.data, decode_image)
-                return
-            except CorruptSample as error:
-                errors.append(_unusable(sample, error))
-    raise UserError(f"{errors[0]}, and {len(errors) - 1} others of data.{split} that were looked at are no better")
+
+    def samples() -> Iterator[Sample]:
+        for number in looked_at:
+            shard = int(np.searchsorted(ends, number, side="right"))
+            yield from _read_rows(index, storage, shard, [int(number - (ends[shard] - index.counts[shard]))])
+
+    _check_some(samples(), split, config)
+
+
+def _check_some(samples: Iterable[Sample], split: Split, config: Config) -> None:
+    """Raises UserError for labels that are not usable, and if no image is."""
+    keys = SampleKeys.of(config.data)
+    unusable = []
+    for sample in samples:
+        _check_labels(sample, keys, config)
+        try:
+            read_image(sample, keys, decode_image)
+            return
+        except Unusable as problem:
+            unusable.append(f"{name_of(sample)} {problem}")
+            remedy = problem.remedy
+    if unusable:
+        others = f", and {len(unusable) - 1} others of data.{split} are no better" if len(unusable) > 1 else ""
+        raise UserError(f"{unusable[0]}{others}: {remedy}")
+
+
+def _check_labels(sample: Sample, keys: SampleKeys, config: Config) -> None:
+    try:
+        read_labels(sample, keys, config.model.num_classes)
+    except Unusable as problem:
+        raise UserError(f"{name_of(sample)} {problem}: {problem.remedy}") from problem
 
 
 def _read_rows(index: Index, storage: ShardStorage, shard: int, rows: Sequence[int]) -> Iterator[Sample]:
@@ -190,15 +238,12 @@ def _read_rows(index: Index, storage: ShardStorage, shard: int, rows: Sequence[i
         except TarError as error:
             raise UserError(
                 f"shard {index.shards[shard]} is not what the index {index.path} describes (the sample at byte "
-                f"{offset:,} {error}): make it again with `fastvit data index`"
+                f"{offset:,} {error}): {_again(index)}"
             ) from error
 
 
-def _unusable(sample: Sample, error: CorruptSample) -> str:
-    return (
-        f"sample '{sample['__key__']}' of shard {sample['__url__']} {error}: set data.image_key to the shards' "
-        "extension, or make the shards again"
-    )
+def _again(index: Index) -> str:
+    return f"remove the index, and make it again with `fastvit data index SHARDS --out {index.path}`"
 
 
 def _check_classes(shards: Sequence[str], split: Split, config: Config) -> None:
@@ -213,21 +258,29 @@ def _check_classes(shards: Sequence[str], split: Split, config: Config) -> None:
 # ---- streams
 
 
-def _prepare_streams(config: Config, world_size: int) -> DataPlan:
+def _prepare_streams(config: Config, world_size: int) -> StreamData:
     if config.data.train is not None and not isinstance(config.data.train, str):
         raise UserError("data.order is stream, which reads one source: mix sources with data.order: indexed")
     shards = find_shards(config.data.train, "train")
-    streams = plan_streams(config, world_size=world_size, shards=len(shards))
+    plan = plan_streams(config, world_size=world_size, shards=len(shards))
     _check_stream(shards, "train", config)
-    if config.data.eval:
-        _check_stream(find_shards(config.data.eval, "eval"), "eval", config)
+    held_out = eval_streams(config)
     info = info_beside(shards)
     samples = config.data.train_samples
     if samples is None and info is not None:
         counts = info.train.shards | info.eval.shards
         names = [Path(shard).name for shard in shards]
         samples = sum(counts[name] for name in names) if all(name in counts for name in names) else None
-    return DataPlan((), None, streams, samples, info.classes if info else None)
+    return StreamData(plan, tuple(shards), held_out, samples, info.classes if info else None)
+
+
+def eval_streams(config: Config) -> StreamedShards | None:
+    """The shards of data.eval, to be read from beginning to end; None if it is not set. Raises UserError."""
+    if not config.data.eval:
+        return None
+    shards = find_shards(config.data.eval, "eval")
+    _check_stream(shards, "eval", config)
+    return StreamedShards(tuple(shards))
 
 
 def _check_stream(shards: list[str], split: Split, config: Config) -> None:
@@ -236,10 +289,4 @@ def _check_stream(shards: list[str], split: Split, config: Config) -> None:
         if Path(shard).stat().st_size == 0:
             raise UserError(f"shard {shard} of data.{split} is an empty file: copy or make it again")
     _check_classes(shards, split, config)
-    for sample in (sample for shard in local[:1] for sample in read_shard(shard)):
-        read_labels(sample, config.data, config.model.num_classes)
-        try:
-            read_image(sample, config.data, decode_image)
-        except CorruptSample as error:
-            raise UserError(_unusable(sample, error)) from error
-        break
+    _check_some((sample for shard in local[:1] for sample in islice(read_shard(shard), _LOOKED_AT)), split, config)

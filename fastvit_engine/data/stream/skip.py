@@ -1,7 +1,7 @@
-"""Windows of samples that a run leaves out: positions of its order (see `order`), from first to before last.
+"""Windows of samples that a run leaves out: positions of its order (see `order`), from the first to before the last.
 
-They are what a run met trouble with, each the positions of whole steps. So the start of a step stays a pure function of
-(consumed, skipped), where `consumed` is the first position after the last step that was trained on.
+Each is whole steps that a run met trouble with. So the start of a step stays a pure function of (consumed, skipped),
+with `consumed` the first position after the last step that was trained on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,12 +20,12 @@ def step_start(consumed: int, skipped: Sequence[Window]) -> int:
 
 
 def step_starts(consumed: int, batch: int, skipped: Sequence[Window]) -> Iterator[int]:
-    """Where each step from `consumed` on starts, for ever. UserError for windows that are no whole steps of it."""
+    """Where each step from `consumed` on starts, endlessly. Raises UserError for windows that are not whole steps."""
     for first, last in skipped:
         if (first - consumed) % batch or (last - consumed) % batch:
             raise UserError(
-                f"events.jsonl says to skip the samples [{first}, {last}), which are not whole steps of {batch}: "
-                "correct that line"
+                f"recovery.json says to skip the samples [{first}, {last}), which are not whole steps of {batch}: "
+                "correct that window"
             )
     while True:
         start = step_start(consumed, skipped)

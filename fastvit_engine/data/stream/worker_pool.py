@@ -34,25 +34,25 @@ def load(
 ) -> Iterator[Batch]:
     """What `build` makes of each request, in order, from `num_workers` processes that keep `prefetch` of them ready.
 
-    A request has a length, the size of its batch, of at most `most`. The processes write images to places in memory
-    that they share with this one, and which are used in turn: **a batch's images are valid until the next is asked
-    for**. Sending them would cost a fifth of the time of decoding small images, for new memory and its page faults.
-    A UserError of `build` is raised here, in one piece.
+    A request has a length, the size of its batch, of at most `most`. The processes write images to slots of memory
+    that they share with this one, used in turn: **a batch's images are valid until the next is asked for**. Sending
+    them would cost a fifth of the time of decoding small images, for new memory and its page faults. A UserError of
+    `build` is raised here as it is.
     """
-    places = num_workers * prefetch + 1  # the batches that are ordered, and the one that was given out last
-    shape = (places, most, image_size, image_size, 3)
+    slots = num_workers * prefetch + 1  # the batches that are ordered, and the one that was given out last
+    shape = (slots, most, image_size, image_size, 3)
     # Not a file in /dev/shm, which is small in many containers: processes that are forked share it too.
     images = torch.frombuffer(mmap.mmap(-1, int(np.prod(shape))), dtype=torch.uint8).view(shape)
-    numbered = ((number % places, request) for number, request in enumerate(requests))
+    numbered = ((number % slots, request) for number, request in enumerate(requests))
     loader = _loader(_Builder(build, images, max_labels), numbered, num_workers=num_workers, prefetch=prefetch)
     for number, (labels, weights, rest) in enumerate(_received(loader)):
-        yield Batch(images[number % places, : len(labels)], torch.from_numpy(labels), torch.from_numpy(weights), *rest)
+        yield Batch(images[number % slots, : len(labels)], torch.from_numpy(labels), torch.from_numpy(weights), *rest)
 
 
 def load_stream(chunks: IterableDataset, *, num_workers: int, prefetch: int) -> Iterator[Batch]:
     """The batches that each of `num_workers` processes gets from iterating over `chunks`, in turn.
 
-    Each keeps `prefetch` of them ready. A UserError among them is raised here, in one piece.
+    Each keeps `prefetch` of them ready. A UserError among them is raised here as it is.
     """
     yield from _received(_loader(chunks, None, num_workers=num_workers, prefetch=prefetch))
 
@@ -64,9 +64,9 @@ class _Builder(Dataset):
         self.build, self.images, self.max_labels = build, images, max_labels
 
     def __getitem__(self, numbered: tuple[int, Any]) -> Any:
-        place, request = numbered
+        slot, request = numbered
         size = len(request)
-        empty = empty_batch(size, image_size=0, max_labels=self.max_labels)._replace(images=self.images[place, :size])
+        empty = empty_batch(size, image_size=0, max_labels=self.max_labels)._replace(images=self.images[slot, :size])
         try:
             batch = self.build(request, empty)
         except UserError as error:
@@ -115,7 +115,7 @@ def _wait_for_calm() -> None:
     """Returns when no thread but Python's own has been running for a moment; at the latest after half a second.
 
     Before workers are forked: a thread of PyTorch's that lets go of the last collective operation's tensors may be
-    asking Python for a thread state, and a child that CPython 3.11 forks meanwhile waits for ever for a lock.
+    asking Python for a thread state, and a child that CPython 3.11 forks meanwhile waits forever for a lock.
     """
     deadline, calm = time.monotonic() + _CALM_PATIENCE, 0
     while calm < 2 and time.monotonic() < deadline:
@@ -135,9 +135,9 @@ def _foreign_threads_run() -> bool:
 
 
 def lost_worker(error: RuntimeError) -> str | None:
-    """What to say of an error that tells of a killed data worker, None of others.
+    """What to say of an error that reports a killed data worker; None for other errors.
 
-    PyTorch raises it from a signal handler: wherever the main thread happens to be.
+    PyTorch raises it from a signal handler, at any point of the main thread.
     """
     if "DataLoader worker" not in str(error):
         return None

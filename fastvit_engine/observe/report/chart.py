@@ -23,7 +23,7 @@ _DOTS_UP_TO = 100  # points up to which a line of exact values shows each of the
 
 @dataclass(frozen=True)
 class Series:
-    """One quantity over the steps; NaN where there is no value."""
+    """One quantity over the steps; NaN if there is no value."""
 
     name: str
     style: str  # class in the style sheet, which sets the colour
@@ -50,7 +50,7 @@ class Mark:
 
 @dataclass(frozen=True)
 class _Frame:
-    """Where a value lies in the plot: shares of its width from the left and of its height from the top."""
+    """Maps values to positions in the plot: fractions of its width from the left and of its height from the top."""
 
     last_step: float
     low: float
@@ -172,7 +172,7 @@ def _classes(line: Series) -> str:
 
 
 def _path(steps: Array, values: Array, frame: _Frame, classes: str) -> str:
-    """A line with gaps where values are NaN."""
+    """A line with gaps at NaN values."""
     corners, pen = [], "M"
     for step, value in zip(steps, values, strict=True):
         if math.isfinite(value):
@@ -186,7 +186,7 @@ def _raw(line: Series, frame: _Frame) -> str:
 
 
 def _exact(line: Series, frame: _Frame, form: Callable[[float], str]) -> str:
-    """A line of exact values, with dots where they are few: each says its value under the pointer."""
+    """A line of exact values; if they are few, with dots that show their values under the pointer."""
     drawn = _path(*envelope(line.steps, line.values), frame, _classes(line))
     known = np.isfinite(line.values)
     if known.sum() > (_DOTS_UP_TO if line.points else _SMOOTH_FROM):
@@ -209,7 +209,7 @@ def _trend(line: Series) -> tuple[Array, Array]:
 def _limits(line: Series) -> tuple[float, float]:
     """Lowest and highest value to draw.
 
-    A noisy line may have spikes that would flatten all the rest: it is cut where they are more than three times as far
+    A noisy line may have spikes that would flatten all the rest: it is cut if they are more than three times as far
     from the middle 98 % of its values as those lie apart.
     """
     known = line.values[np.isfinite(line.values)]
@@ -258,7 +258,7 @@ def _round_interval(size: float) -> float:
 
 
 def _tick_labels(ticks: Sequence[float]) -> tuple[list[str], str]:
-    """Labels of equal scale, and the factor they have to be multiplied by ("×10⁻⁴") where they are very small."""
+    """Labels of equal scale, and the factor they have to be multiplied by ("×10⁻⁴") if they are very small."""
     largest, interval = max(abs(tick) for tick in ticks), ticks[1] - ticks[0]
     if largest < 0.01:
         exponent = math.floor(math.log10(largest) + 1e-9)

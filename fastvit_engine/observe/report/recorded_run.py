@@ -1,10 +1,11 @@
-"""A run read back from its folder, finished or not, and the sentences that sum it up."""
+"""Reads a run back from its folder, finished or not, and sums it up in sentences."""
 
 import base64
 import binascii
 import json
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,25 @@ from fastvit_engine.observe.metrics import EvalRow, TrainRow, read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import format_count, format_duration, format_share
 
-# Written by the trainer beside `collect_environment()`.
-_ENVIRONMENT_KEYS = (
-    "versions", "hostname", "cpu_count", "gpu", "command", "started", "model", "parameters", "training_flops_per_image",
-    "peak_flops", "peak_flops_source", "world_size", "zero_stage", "precision", "device", "total_steps",
-    "global_batch_size", "samples_per_epoch", "shards",
-)  # fmt: skip
+# Written by the trainer beside `collect_environment()`: what the report needs, and its types.
+_ENVIRONMENT: dict[str, Any] = {
+    "versions": dict,
+    "hostname": str,
+    "started": str,
+    "model": str,
+    "parameters": int,
+    "training_flops_per_image": int | float,
+    "peak_flops": int | float | None,
+    "peak_flops_source": str | None,
+    "world_size": int,
+    "zero_stage": int,
+    "precision": str,
+    "device": str,
+    "total_steps": int,
+    "global_batch_size": int,
+    "samples_per_epoch": int | None,
+    "shards": str,
+}
 # Kinds of events that tell of trouble: in the singular and in the plural. Restarts are counted by the starts.
 _INCIDENTS = {
     "rewind": ("rewind", "rewinds"),
@@ -34,7 +48,7 @@ _PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/]+={0,2})")
 
 @dataclass(frozen=True)
 class Sample:
-    """An evaluation image and what the model made of it."""
+    """An evaluation image and what the model predicted."""
 
     key: str
     label: int
@@ -60,7 +74,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a run folder holds, in memory."""
+    """The content of a run folder, in memory."""
 
     folder: RunFolder
     environment: dict[str, Any]
@@ -97,7 +111,7 @@ class RecordedRun:
         return [event for event in self.events if event["event"] == kind]
 
     def describe_incidents(self) -> str:
-        """ "2 restarts, 1 rewind, 1 hang"; empty where nothing went wrong."""
+        """ "2 restarts, 1 rewind, 1 hang"; empty if nothing went wrong."""
         counts = {"restart": len(self.restarts), **{kind: len(self.events_of(kind)) for kind in _INCIDENTS}}
         return ", ".join(
             f"{count:,} {_INCIDENTS.get(kind, (kind, kind + 's'))[count != 1]}"
@@ -144,7 +158,7 @@ def best_evaluation(rows: list[EvalRow]) -> EvalRow:
 
 
 def load_run(path: Path) -> RecordedRun:
-    """Reads a run folder. Raises UserError where it is none, or where a file in it is damaged."""
+    """Reads a run folder. Raises UserError if it is none, or a file in it is damaged."""
     folder = RunFolder(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give the folder that fastvit train wrote, such as runs/quickstart")
@@ -167,16 +181,34 @@ def load_run(path: Path) -> RecordedRun:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: the file is damaged") from error
 
 
 def _read_environment(path: Path) -> dict[str, Any]:
     environment = _read_json(path)
-    missing = [key for key in _ENVIRONMENT_KEYS if not isinstance(environment, dict) or key not in environment]
-    if missing:
-        raise UserError(f"{path} lacks '{missing[0]}': it was not written by fastvit train, or is damaged")
-    return environment
+    problem = _problem(environment)
+    if problem:
+        raise UserError(f"{path} {problem}: it was not written by fastvit train, or is damaged")
+    return dict(environment)
+
+
+def _problem(environment: Any) -> str | None:
+    """Why `environment` is not the record of a run's environment, or None if it is one."""
+    if not isinstance(environment, dict):
+        return "is not a JSON object"
+    for key, kind in _ENVIRONMENT.items():
+        if key not in environment:
+            return f"lacks '{key}'"
+        if not isinstance(environment[key], kind):
+            return f"has {key} {environment[key]!r}"
+    if environment["total_steps"] < 1:
+        return f"has total_steps {environment['total_steps']}"
+    try:
+        datetime.fromisoformat(environment["started"])
+    except ValueError:
+        return f"has started {environment['started']!r}, not a time"
+    return None
 
 
 def _read_samples(path: Path) -> Samples:
@@ -201,7 +233,7 @@ def _read_samples(path: Path) -> Samples:
 
 
 def _png_width(url: str) -> int:
-    """Width in pixels of a PNG in a data URL. ValueError on any other URL: a report must not refer to other places."""
+    """Width in pixels of a PNG in a data URL. ValueError for any other URL: a report must not refer to other files."""
     match = _PNG.fullmatch(url)
     if match is None:
         raise ValueError("an image is not a PNG in a data URL")

@@ -1,13 +1,12 @@
 """Samples without a usable image: they have weight 0, are counted and named, and too many of them stop the run."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from fastvit_engine.data.stream.batch import BadSample, Batch
 from fastvit_engine.distributed.world import World
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import atomic_write
+from fastvit_engine.files import append_json_lines, read_json_lines
 from fastvit_engine.observe.recorder import Recorder
 
 _FEWEST = 10  # bad samples that can be too large a share
@@ -23,11 +22,11 @@ class BadSamples:
         self.seen, self.bad = seen, bad
         self._seen_here, self._bad_here, self._in_a_row = 0, 0, 0  # since the last settlement, but for the last
         self._found: list[BadSample] = []
-        lines = path.read_text().splitlines() if path.exists() else []
-        self._named = {(entry["shard"], entry["key"]) for entry in map(json.loads, lines)}
+        rows = read_json_lines(path) if path.exists() else []
+        self._named = {(row.get("shard"), row.get("key")) for row in rows}
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, counted. UserError where this process has met nothing but bad samples for long."""
+        """The batches, counted. Raises UserError if this process has met nothing but bad samples for long."""
         for batch in batches:
             self._count(batch)
             yield batch
@@ -35,7 +34,7 @@ class BadSamples:
     def settle(self, world: World, recorder: Recorder | None) -> int:
         """Adds up what all processes have seen and names what is new; returns the bad samples so far. Collective.
 
-        UserError on every process where they are more than the allowed share.
+        Raises UserError on every process if they are more than the allowed share.
         """
         seen, bad = (round(total) for total in world.sum([self._seen_here, self._bad_here]).tolist())
         self.seen += seen
@@ -69,8 +68,7 @@ class BadSamples:
         new = {(s.shard, s.key): s for s in found if (s.shard, s.key) not in self._named}
         if not new:
             return
-        before = self.path.read_text() if self.path.exists() else ""
-        atomic_write(self.path, before + "".join(f"{json.dumps(s._asdict())}\n" for s in new.values()))
+        append_json_lines(self.path, (sample._asdict() for sample in new.values()))
         shown = max(0, _MOST_SHOWN - len(self._named))
         for sample in list(new.values())[:shown]:
             if recorder:

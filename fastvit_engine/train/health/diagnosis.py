@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvit_engine.data import Batch
 from fastvit_engine.distributed.world import World
+from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.train.health.guard import Anomaly, StepReport
 from fastvit_engine.train.health.replicas import nonfinite_weights
 
@@ -33,8 +34,8 @@ class GradientWatch:
     One reduction of each gradient, on the device; read only when something is wrong.
     """
 
-    def __init__(self, engine: Any, device: torch.device) -> None:
-        self._named = list(engine.module.named_parameters())
+    def __init__(self, engine: TrainingEngine, device: torch.device) -> None:
+        self._named = engine.named_parameters()
         self._norms = torch.zeros(len(self._named), device=device)
         self._hooks: list[Any] = []
 
@@ -73,11 +74,11 @@ class Diagnosis:
     """What is known of an anomaly; the same on every process."""
 
     cause: str  # for people
-    ranks: list[int]  # at fault; none where nothing tells
+    ranks: list[int]  # at fault; none if nothing tells
     hosts: list[str]  # theirs
     keys: list[str]  # of the samples at fault, or of all that were in flight on these ranks (or, without ranks, on all)
     parameters: list[str]  # whose weights, or local gradients, were not finite
-    repeats: bool | None  # whether computing the step again gave an anomaly again; None where it was not asked
+    repeats: bool | None  # whether computing the step again gave an anomaly again; None if it was not asked
     in_weights: bool  # the weights are at fault, not the data
     unexplained: bool  # a gradient that was not finite, once, nobody knows on which rank
 
@@ -86,8 +87,8 @@ class Diagnosis:
         """ " on rank 2 (node17)", or nothing."""
         if not self.ranks:
             return ""
-        places = ", ".join(f"{rank} ({host})" for rank, host in zip(self.ranks, self.hosts, strict=True))
-        return f" on rank{'s' if len(self.ranks) > 1 else ''} {places}"
+        named = ", ".join(f"{rank} ({host})" for rank, host in zip(self.ranks, self.hosts, strict=True))
+        return f" on rank{'s' if len(self.ranks) > 1 else ''} {named}"
 
 
 class _Evidence(NamedTuple):
@@ -97,19 +98,24 @@ class _Evidence(NamedTuple):
     keys: list[str]  # of the step
     suspects: list[str]  # samples whose own loss is not finite, or micro-batches over the limit
     weights: tuple[str, ...]
-    gradients: list[str]  # in the step itself, where it was watched
+    gradients: list[str]  # in the step itself, if it was watched
     gradients_again: list[str]  # in the repetition
 
 
 def diagnose(
-    anomaly: Anomaly, trace: Trace, rehearse: Callable[[], StepReport], engine: Any, watch: GradientWatch, world: World
+    anomaly: Anomaly,
+    trace: Trace,
+    rehearse: Callable[[], StepReport],
+    engine: TrainingEngine,
+    watch: GradientWatch,
+    world: World,
 ) -> Diagnosis:
     """Finds the cause of an anomaly; collective. `rehearse` computes the step again without updating anything.
 
-    Where a gradient fault has left no trace of its origin, the watch stays on, so that the next one has a name.
-    Leaves gradients and counters of DeepSpeed as after a whole step.
+    If a gradient fault has left no trace of its origin, the watch stays on, so that the next one has a name.
+    Leaves gradients and counters of the engine as after a whole step.
     """
-    weights, was_on = nonfinite_weights(engine), watch.on
+    weights, was_on = nonfinite_weights(engine, world.device), watch.on
     watched = watch.broken() if was_on else []
     in_weights = anomaly.kind in ("weights", "replicas") or any(world.gather(bool(weights)))
     repeats: bool | None = None

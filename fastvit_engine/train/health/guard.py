@@ -1,15 +1,13 @@
-"""The check between gradient and update: a step that training must not go on with changes nothing.
+"""The check between gradient and update: a step that training must not continue from changes nothing.
 
-Every ZeRO stage ends a step in the same way: DeepSpeed reduces the gradients, computes their norm, and only then calls
-`step` of the PyTorch optimizer inside it. The guard sits there, in PyTorch's own hooks around `step`. It adds up one
-small vector over all processes (the loss, the norm, a flag), so that all of them read the same numbers and come to the
-same verdict; reading it is the one wait for the device in a step. Where the verdict is bad, the optimizer is shown no
-parameters for this one call: weights and optimizer state stay as they are, and DeepSpeed goes through the rest of the
-step as always, which leaves its buckets, partitions and counters as clean as a healthy step does.
+The engine asks the guard before each update, when the gradients are reduced and their norm is known. The guard adds up
+one small vector over all processes (the loss, the norm, a flag), so that all of them read the same numbers and reach
+the same verdict; reading it is the one wait for the device in a step. If the verdict is bad, the update is not
+approved: weights and optimizer state stay as they are, and the engine ends the step as always.
 
-Where a gradient is not finite, some of DeepSpeed's optimizers discard the step themselves, without calling `step`; then
-the verdict is made when the report is asked for. With fp16 that is an everyday event and no anomaly: the loss scale was
-too high, and the loss scaler lowers it.
+If a gradient is not finite, some engines discard the step themselves, without asking; then the verdict is made when the
+report is asked for. With fp16 that is an everyday event and no anomaly: the loss scale was too high, and the loss
+scaler lowers it.
 
 A spike is a value above median + spike_threshold * max(MAD, floor) of the last `spike_window` steps, where MAD is the
 median distance from the median. Median and MAD do not move when a few steps are wild. For normally distributed values
@@ -21,7 +19,7 @@ which has heavy tails and is clipped anyway, so that nothing below 11 times the 
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,18 +27,19 @@ from torch import Tensor
 
 from fastvit_engine.config import HealthConfig
 from fastvit_engine.distributed.world import World
+from fastvit_engine.engine.protocol import GradientNorm, TrainingEngine
 
 _LOSS_FLOOR = 0.05  # nats
 _NORM_FLOOR = 0.5  # of the median
 
 
 class Anomaly(NamedTuple):
-    """Why training must not go on from here, as every process sees it."""
+    """Why training must not continue from here, as every process sees it."""
 
     kind: str  # "loss", "gradient", "loss spike", "gradient spike", "weights" or "replicas"
     message: str  # "the loss is nan"
     limit: float | None = None  # of a spike: the highest value that is none
-    ranks: tuple[int, ...] = ()  # at fault, where the check itself says so
+    ranks: tuple[int, ...] = ()  # at fault, if the check itself says so
     parameters: tuple[str, ...] = ()  # at fault, likewise
 
 
@@ -48,7 +47,7 @@ class StepReport(NamedTuple):
     """What all processes know of a step, from one small sum over them."""
 
     loss: float  # mean over the global batch
-    grad_norm: float  # before clipping; inf where DeepSpeed discarded the step
+    grad_norm: float  # before clipping; inf if the engine discarded the step
     flags: float  # sum of what each process had put into `Guard.flag`
     anomaly: Anomaly | None  # then the step has changed nothing
 
@@ -60,19 +59,15 @@ class Guard:
     one, without a collective of its own (1.0: this process was asked to stop). It stays set until it is set again.
     """
 
-    def __init__(self, engine: Any, world: World, health: HealthConfig, precision: str) -> None:
-        self.engine, self.world, self.health, self.precision = engine, world, health, precision
+    def __init__(self, engine: TrainingEngine, world: World, health: HealthConfig, precision: str) -> None:
+        self.world, self.health, self.precision = world, health, precision
         self.flag = 0.0
         self.recent: deque[tuple[float, float]] = deque(maxlen=health.spike_window)  # (loss, norm) of healthy steps
         self._loss = torch.zeros((), device=world.device)
         self._fault: Anomaly | None = None
         self._rehearsal = False
         self._report: StepReport | None = None
-        # Twin-Flow offloading has a second optimizer, for the part of the state that stays on the GPU.
-        for optimizer in (engine.basic_optimizer, getattr(engine.optimizer, "backup_optimizer", None)):
-            if optimizer is not None:
-                optimizer.register_step_pre_hook(self._before_update)
-                optimizer.register_step_post_hook(self._after_update)
+        engine.approve_updates(self._approve)
 
     def forget(self, recent: Sequence[Sequence[float]]) -> None:
         """Training starts, or goes back to where these were the losses and norms of the last steps."""
@@ -88,7 +83,7 @@ class Guard:
 
     def report(self) -> StepReport:
         """What was found, once `engine.step` has returned; collective."""
-        if self._report is None:  # DeepSpeed discarded the step
+        if self._report is None:  # the engine discarded the step
             self._judge(math.inf)
         report = self._report
         assert report is not None
@@ -96,27 +91,17 @@ class Guard:
             self.recent.append((report.loss, report.grad_norm))
         return report
 
-    def _before_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self._report is None:  # ZeRO calls `step` once a parameter group
-            self._judge(self._gradient_norm())
-        self._groups = optimizer.param_groups
+    def _approve(self, norm: GradientNorm) -> bool:
+        if self._report is None:  # the first question about this update
+            self._judge(norm)
         assert self._report is not None
-        if self._report.anomaly or self._rehearsal:
-            optimizer.param_groups = []
+        return self._report.anomaly is None and not self._rehearsal
 
-    def _after_update(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        optimizer.param_groups = self._groups
-
-    def _gradient_norm(self) -> Any:
-        """As DeepSpeed has just computed it: a number or a tensor, unscaled and before clipping."""
-        norm = getattr(self.engine.optimizer, "_global_grad_norm", None)
-        return self.engine.get_global_grad_norm() if norm is None else norm
-
-    def _judge(self, norm: Any) -> None:
+    def _judge(self, norm: GradientNorm) -> None:
         own = [torch.as_tensor(v, dtype=torch.float64, device=self.world.device) for v in (self._loss, norm, self.flag)]
-        loss, norm, flags = self.world.sum(torch.stack([value.reshape(()) for value in own])).tolist()
-        loss, norm = loss / self.world.size, norm / self.world.size
-        self._report = StepReport(loss, norm, flags, self._fault or self._find(loss, norm))
+        loss, mean_norm, flags = self.world.sum(torch.stack([value.reshape(()) for value in own])).tolist()
+        loss, mean_norm = loss / self.world.size, mean_norm / self.world.size
+        self._report = StepReport(loss, mean_norm, flags, self._fault or self._find(loss, mean_norm))
 
     def _find(self, loss: float, norm: float) -> Anomaly | None:
         if not math.isfinite(loss):

@@ -1,35 +1,43 @@
-"""Going back to the last checkpoint, and what a run remembers of it.
+"""Going back to the last checkpoint: what is decided, and where it is written down.
 
-The memory is `events.jsonl`: a line is on disk before the run goes on, and none is ever removed. So a run that is
-killed between going back and its next checkpoint still leaves out the same samples, and counts its rewinds on. A
-window can also be left out by hand, with a line of one's own:
-`record_event(RunFolder(out), "skip", "why", samples=[64, 128])`.
+The decision is in `recovery.json` before the run continues, and in the manifests of its later checkpoints; the events
+tell people about it.
 """
 
-from typing import Any, cast
+from dataclasses import replace
+from typing import NamedTuple
 
-from fastvit_engine.checkpoint import Place
+from fastvit_engine.checkpoint import CheckpointStore, Recovery
 from fastvit_engine.data.stream.skip import Window
 from fastvit_engine.errors import UserError
-from fastvit_engine.observe.events import read_events, record_event
+from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.health.diagnosis import Diagnosis
 from fastvit_engine.train.health.guard import Anomaly, StepReport
+from fastvit_engine.train.recovery import save_recovery
 from fastvit_engine.train.start import Start, move_to_latest
 
 
-def record_anomaly(
-    run: RunFolder, step: int, window: Window, anomaly: Anomaly, report: StepReport, diagnosis: Diagnosis
-) -> str:
-    """Writes the event down with all its facts, and returns its sentence. `step`: steps done before the failed one."""
-    message = f"at step {step + 1}{diagnosis.at}, {anomaly.message}: {diagnosis.cause}"
+class Failure(NamedTuple):
+    """A step that training must not continue from."""
+
+    step: int  # steps done before it
+    window: Window  # positions of its samples in the data order
+    anomaly: Anomaly
+    report: StepReport
+
+
+def record_anomaly(run: RunFolder, failure: Failure, diagnosis: Diagnosis) -> str:
+    """Writes the event down with all its facts, and returns its sentence."""
+    anomaly, report = failure.anomaly, failure.report
+    message = f"at step {failure.step + 1}{diagnosis.at}, {anomaly.message}: {diagnosis.cause}"
     record_event(
         run,
         "anomaly",
         message,
-        step=step,
+        step=failure.step,
         kind=anomaly.kind,
-        samples=list(window),
+        samples=list(failure.window),
         loss=_number(report.loss),
         grad_norm=_number(report.grad_norm),
         limit=anomaly.limit,
@@ -44,42 +52,62 @@ def record_anomaly(
 
 
 def go_back(
-    run: RunFolder, place: Place, start: Start, step: int, window: Window, anomaly: str, *, skip: bool, most: int
+    run: RunFolder,
+    store: CheckpointStore,
+    start: Start,
+    failure: Failure,
+    message: str,
+    *,
+    skip: bool,
+    max_rewinds: int,
 ) -> Start:
-    """Where the run goes on after an anomaly at `step`: its last checkpoint, without the window if `skip`.
+    """Where the run continues after a failure: its last checkpoint, without the window of the failed step if `skip`.
 
-    Writes both decisions down. UserError where the run has gone back `most` times already, or where this window failed
-    before without being skipped, so that going back once more would not help.
+    Writes the decision down first. Raises UserError if the run has gone back `max_rewinds` times already, or if this
+    window failed before and was not skipped, so that going back once more would not help.
     """
-    events = cast(list[dict[str, Any]], read_events(run))
-    rewinds = sum(event["event"] == "rewind" for event in events)
-    if rewinds >= most:
-        raise UserError(
-            f"{anomaly}; the run has gone back {rewinds} time(s), and health.max_rewinds = {most} allows no more: see "
-            f"{run.events}, remove the cause (a host to leave out, shards to repair, a lower optimizer.learning_rate) "
-            "and run the same command again with a higher health.max_rewinds"
-        )
-    failures = sum(event["event"] == "anomaly" and event["samples"] == list(window) for event in events)
-    if failures > 1 and not skip:
-        raise UserError(
-            f"{anomaly}; the same step has failed before, from the same checkpoint: leave out the hosts that "
-            f"{run.events} names, or lower optimizer.learning_rate, and run the same command again"
-        )
+    before, window, step = start.state.recovery, failure.window, failure.step
+    after = before.merge(Recovery(failed=(window,)))
+    problem = _why_not(run, before, window, message, skip=skip, max_rewinds=max_rewinds)
+    if problem is None:
+        skipped = Recovery(skipped=(window,) if skip else ())
+        after = replace(after.merge(skipped), rewinds=before.rewinds + 1)
+    save_recovery(run, after)
+    if problem is not None:
+        raise UserError(problem)
     if skip:
         first, last = window
-        message = f"samples {first:,} to {last - 1:,} of the run's order are left out"
-        record_event(run, "skip", message, step=step, samples=[first, last])
-    there = move_to_latest(start, run, place)
+        left_out = f"samples {first:,} to {last - 1:,} of the run's order are left out"
+        record_event(run, "skip", left_out, step=step, samples=[first, last])
+    there = move_to_latest(start, store, after)
     record_event(
         run,
         "rewind",
-        f"back from step {step} to the checkpoint of step {there.step}, {rewinds + 1} of at most {most} times",
+        f"back from step {step} to the checkpoint of step {there.step}, {after.rewinds} of at most {max_rewinds} times",
         step=step,
         from_step=step,
         to_step=there.step,
-        rewinds=rewinds + 1,
+        rewinds=after.rewinds,
     )
     return there
+
+
+def _why_not(
+    run: RunFolder, recovery: Recovery, window: Window, message: str, *, skip: bool, max_rewinds: int
+) -> str | None:
+    """Why the run must not go back once more, in a sentence; None if it may."""
+    if recovery.rewinds >= max_rewinds:
+        return (
+            f"{message}; the run has gone back {recovery.rewinds} time(s), and health.max_rewinds = {max_rewinds} "
+            f"allows no more: see {run.events}, remove the cause (a host to leave out, shards to repair, a lower "
+            "optimizer.learning_rate) and run the same command again with a higher health.max_rewinds"
+        )
+    if window in recovery.failed and not skip:
+        return (
+            f"{message}; the same step has failed before, from the same checkpoint: leave out the hosts that "
+            f"{run.events} names, or lower optimizer.learning_rate, and run the same command again"
+        )
+    return None
 
 
 def _number(value: float) -> float | str:

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from fastvit_engine.checkpoint import Checkpoint, Checkpointer, open_place, usable_checkpoints
+from fastvit_engine.checkpoint import Checkpoint, Checkpointer, TrainerState, open_store, usable_checkpoints
 from fastvit_engine.config import Config
 from fastvit_engine.distributed.world import World, join_world
-from fastvit_engine.engine.build import build_engine, set_learning_rate, split_batch
-from fastvit_engine.engine.deepspeed import EngineState
+from fastvit_engine.engine.build import build_engine, split_batch
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.models import build_model
 from fastvit_engine.observe.run_folder import RunFolder
@@ -57,14 +56,13 @@ class Job:
         torch.manual_seed(seed)
         model = build_model(self.config.model, mean=(0.5,) * 3, std=(0.5,) * 3)
         self.engine = build_engine(model, self.config, self.split, world)
-        self.state = EngineState(self.engine)
-        self.ema = WeightAverage(self.state, 0.9) if case.get("ema", True) else None
+        self.ema = WeightAverage(self.engine, 0.9) if case.get("ema", True) else None
         self.saver(folder)
 
     def saver(self, folder: Path) -> None:
-        place = open_place(str(folder / "checkpoints"))
-        state = (self.state, self.ema, self.world, self.config.checkpoint)
-        self.checkpointer = Checkpointer(RunFolder(folder), place, *state, say=lambda text: None)
+        store = open_store(str(folder / "checkpoints"))
+        state = (self.engine, self.ema, self.world, self.config.checkpoint)
+        self.checkpointer = Checkpointer(RunFolder(folder), store, *state, say=lambda text: None)
 
     def train(self, first: int, last: int) -> list[float]:
         criterion, losses = FusedCrossEntropy("softmax"), []
@@ -72,13 +70,13 @@ class Job:
             generator = torch.Generator().manual_seed(step)
             images = torch.randint(0, 256, (BATCH, 8, 8, 3), dtype=torch.uint8, generator=generator)
             labels = torch.randint(0, 7, (BATCH,), generator=generator)
-            set_learning_rate(self.engine, 3e-3 / (1 + step))
+            self.engine.set_learning_rate(3e-3 / (1 + step))
             share = BATCH // self.world.size
             own = slice(self.world.rank * share, (self.world.rank + 1) * share)
             total = torch.zeros(())
             micro = self.split.micro_batch_size
             for x, y in zip(images[own].split(micro), labels[own].split(micro), strict=True):
-                loss = criterion(self.engine(x), y)
+                loss = criterion(self.engine.model(x), y)
                 self.engine.backward(loss)
                 self.engine.step()
                 total += loss.detach()
@@ -89,7 +87,7 @@ class Job:
 
     def save(self, step: int) -> Checkpoint:
         fingerprint = {"model": self.config.model.model_dump(mode="json")}
-        self.checkpointer.save(step, {"accuracy": {}, "fingerprint": fingerprint})
+        self.checkpointer.save(TrainerState(step, fingerprint))
         saved = self.checkpointer.close()
         assert saved is not None
         return saved
@@ -106,13 +104,13 @@ def main(folder: Path, jobs) -> None:
             else:
                 at_work = Job(job["case"], 1, world, folder / name)
                 at_work.train(0, 1)  # not fresh: what is loaded goes over everything
-                source = usable_checkpoints(open_place(str(folder / name / "checkpoints")))[0]
+                source = usable_checkpoints(open_store(str(folder / name / "checkpoints")))[0]
                 state = at_work.checkpointer.load(source)
-                assert state["step"] == STEPS
+                assert state.step == STEPS
                 at_work.saver(folder / f"again-{world.size}" / str(jobs.index(job)))
                 saved = at_work.save(STEPS)
             losses = at_work.train(STEPS, 2 * STEPS)
-            at_work.engine.destroy()
+            at_work.engine.close()
             if world.is_main:
                 line = {**job, "world": world.size, "saved": str(saved), "losses": losses}
                 with open(folder / "results.jsonl", "a") as file:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvit_engine.checkpoint import Checkpoint, open_place
+from fastvit_engine.checkpoint import Checkpoint, open_store
 from fastvit_engine.checkpoint.reader import Reader
-from fastvit_engine.distributed.launch import free_port, rank_environment
-from fastvit_engine.engine.deepspeed import Piece
+from fastvit_engine.distributed.supervise import start_ranks
+from fastvit_engine.engine.protocol import ParameterSlice
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -50,32 +50,28 @@ def launch(folder, jobs, processes):
     """Does the jobs in one process group and returns what they noted."""
     results = folder / "results.jsonl"
     before = len(results.read_text().splitlines()) if results.exists() else 0
-    port, command = free_port(), [sys.executable, str(PROGRAM), str(folder), json.dumps(jobs)]
+    command = [sys.executable, str(PROGRAM), str(folder), json.dumps(jobs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    ranks = [
-        subprocess.Popen(command, env=environment | rank_environment(rank, processes, port), stderr=subprocess.PIPE)
-        for rank in range(processes)
-    ]
-    try:
+    with start_ranks(command, processes, environment, stderr=subprocess.PIPE) as ranks:
         errors = [rank.communicate(timeout=1800)[1].decode() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
     assert [rank.returncode for rank in ranks] == [0] * processes, errors
     return [json.loads(line) for line in results.read_text().splitlines()[before:]]
 
 
 def consolidated(path):
     """Every tensor of a checkpoint, whole, and the counters."""
-    checkpoint = Checkpoint(open_place(str(Path(path).parent)), Path(path).name)
+    checkpoint = Checkpoint(open_store(str(Path(path).parent)), Path(path).name)
     manifest = checkpoint.read_manifest()
     assert manifest.gap() is None
     whole = {
-        kind: [Piece(n, 0, torch.full((torch.Size(s).numel(),), torch.nan)) for n, s in manifest.parameters.items()]
+        kind: [
+            ParameterSlice(n, 0, torch.full((torch.Size(s).numel(),), torch.nan))
+            for n, s in manifest.parameters.items()
+        ]
         for kind in sorted(manifest.kinds)
     }
     Reader(checkpoint, manifest).fill(whole)
-    tensors = {(kind, piece.name): piece.values for kind, pieces in whole.items() for piece in pieces}
+    tensors = {(kind, part.name): part.values for kind, slices in whole.items() for part in slices}
     return tensors, {name: value for name, value in manifest.scalars.items() if name == "optimizer.step"}
 
 

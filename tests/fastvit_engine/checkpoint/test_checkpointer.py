@@ -1,10 +1,11 @@
-"""Saving and loading in one process, with a plain optimizer in place of DeepSpeed's."""
+"""Saving and loading in one process, with a plain engine in place of DeepSpeed."""
 
 import errno
 import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import fsspec
@@ -13,22 +14,41 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from fastvit_engine.checkpoint import Checkpoint, Checkpointer, DamagedCheckpoint, open_place, usable_checkpoints
+from fastvit_engine.checkpoint import (
+    Checkpoint,
+    Checkpointer,
+    DamagedCheckpoint,
+    Recovery,
+    TrainerState,
+    open_store,
+    usable_checkpoints,
+)
 from fastvit_engine.checkpoint.export import export_run, export_weights, find_checkpoint
 from fastvit_engine.checkpoint.format import Block, Manifest
-from fastvit_engine.checkpoint.local import LocalPlace
+from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.checkpoint.writer import HostCopy, SaveInFlight
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.distributed.world import World
-from fastvit_engine.engine.deepspeed import EngineState, Piece, share
 from fastvit_engine.engine.ema import WeightAverage
+from fastvit_engine.engine.protocol import ParameterSlice, share
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.start import Start, load_start
+from tests.fastvit_engine.plain_engine import PlainEngine
 
-STATE = {"seconds": 1.0, "consumed": 8, "bad_samples": 0, "accuracy": {}, "skipped": [], "recent": []}
-STATE["fingerprint"] = {"model": {"name": "Ti/4"}}
+STATE = TrainerState(
+    step=3,
+    fingerprint={"model": {"name": "Ti/4"}},
+    seconds=1.0,
+    consumed=8,
+    bad_samples=2,
+    recent=((2.5, 1.0), (2.25, 0.5)),
+    accuracy={"eval": {"top1": 0.5, "top5": None, "loss": 1.5, "samples": 4}},
+    evaluated_at=2,
+    recovery=Recovery(skipped=((8, 16),), failed=((8, 16), (24, 32)), rewinds=2),
+    pixels={"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +58,7 @@ def world():
     dist.destroy_process_group()
 
 
-class GatedPlace(LocalPlace):
+class GatedStore(LocalStore):
     """A folder whose writes wait for the gate, and fail as told."""
 
     def __init__(self, folder):
@@ -57,25 +77,16 @@ class GatedPlace(LocalPlace):
 class Training:
     """A small model that trains, and a Checkpointer of it."""
 
-    def __init__(self, folder, world, seed=0, ema=True, place=None, width=7, **settings):
+    def __init__(self, folder, world, seed=0, ema=True, store=None, width=7, **settings):
         torch.manual_seed(seed)
         self.model = torch.nn.Sequential(torch.nn.Linear(5, width), torch.nn.Linear(width, 3))
         self.model.register_buffer("seen", torch.tensor([seed, 2**40 + seed]))  # no float holds it exactly
-        self.optimizer = torch.optim.AdamW(self.model.parameters())
-        engine = SimpleNamespace(
-            module=self.model,
-            optimizer=self.optimizer,
-            zero_optimization_stage=lambda: 0,
-            fp16_enabled=lambda: False,
-            gradient_accumulation_steps=lambda: 1,
-            train_batch_size=lambda: 8,
-        )
-        self.state = EngineState(engine)
-        self.ema = WeightAverage(self.state, 0.9) if ema else None
-        self.run, self.place = RunFolder(folder), place or GatedPlace(folder / "checkpoints")
+        self.engine = PlainEngine(self.model, torch.optim.AdamW(self.model.parameters()))
+        self.ema = WeightAverage(self.engine, 0.9) if ema else None
+        self.run, self.store = RunFolder(folder), store or GatedStore(folder / "checkpoints")
         self.said = []  # but for what was saved
         checks = CheckpointConfig(**settings)
-        self.checkpointer = Checkpointer(self.run, self.place, self.state, self.ema, world, checks, say=self.hear)
+        self.checkpointer = Checkpointer(self.run, self.store, self.engine, self.ema, world, checks, say=self.hear)
 
     def hear(self, text):
         if not text.startswith("saved "):
@@ -83,24 +94,24 @@ class Training:
 
     def train(self, steps=1):
         for _ in range(steps):
-            self.model(torch.randn(4, 5)).square().mean().backward()
+            self.engine.backward(self.model(torch.randn(4, 5)).square().mean())
             self.checkpointer.before_update()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.engine.step()
             if self.ema:
                 self.ema.update(10)
 
     def save(self, step, **state):
-        self.checkpointer.save(step, STATE | state)
+        self.checkpointer.save(replace(STATE, step=step, **state))
         return self.checkpointer.settle(wait=True)
 
     def everything(self):
         """A copy of all that a checkpoint is to hold."""
-        pieces = {"weight": self.state.master_weights(), **self.state.optimizer_state(), "buffer": self.state.buffers()}
+        engine = self.engine
+        slices = {"weight": engine.master_weights(), **engine.optimizer_state(), "buffer": engine.buffers()}
         if self.ema:
-            pieces["ema"] = self.ema.pieces()
-        tensors = {(kind, p.name): p.values.clone() for kind, of_kind in pieces.items() for p in of_kind}
-        return tensors, self.state.scalars()
+            slices["ema"] = self.ema.slices()
+        tensors = {(kind, part.name): part.values.clone() for kind, of_kind in slices.items() for part in of_kind}
+        return tensors, engine.scalars()
 
 
 def assert_same(one, other):
@@ -118,7 +129,7 @@ def training(tmp_path, world):
 
 
 def checkpoints(training):
-    return sorted(path.name for path in training.place.folder.iterdir())
+    return sorted(path.name for path in training.store.folder.iterdir())
 
 
 def test_all_comes_back_in_another_process_and_in_this_one(training, tmp_path, world):
@@ -126,7 +137,7 @@ def test_all_comes_back_in_another_process_and_in_this_one(training, tmp_path, w
     assert {kind for kind, _ in expected[0]} == {"weight", "ema", "exp_avg", "exp_avg_sq", "buffer"}
     assert expected[1] == {"optimizer.step": 3.0}
     other = Training(tmp_path / "run", world, seed=1)
-    assert other.checkpointer.load(saved) == {"step": 3, **STATE}
+    assert other.checkpointer.load(saved) == STATE
     assert_same(other.everything(), expected)
     training.train(2)
     training.checkpointer.load(saved)
@@ -143,24 +154,24 @@ def test_a_checkpoint_before_the_first_step_leaves_no_moments(tmp_path, world):
     training.train(2)
     training.checkpointer.load(saved)
     assert_same(training.everything(), expected)
-    assert not training.state.optimizer_state()
+    assert not training.engine.optimizer_state()
 
 
 def test_training_goes_on_while_the_checkpoint_is_written(training):
     expected = training.everything()
-    training.place.gate.clear()
-    training.checkpointer.save(3, STATE)
+    training.store.gate.clear()
+    training.checkpointer.save(STATE)
     assert training.checkpointer.settle() is None  # not yet
     training.train(2)  # changes what is being saved
     assert checkpoints(training) == ["step-00000003.partial"]
-    training.place.gate.set()
+    training.store.gate.set()
     saved = training.checkpointer.settle(wait=True)
     assert str(saved).endswith("step-00000003")
     training.checkpointer.load(saved)
     assert_same(training.everything(), expected)
     (event,) = read_events(training.run)
     assert (event["event"], event["step"], event["path"]) == ("checkpoint", 3, str(saved))
-    assert event["bytes"] == sum(p.stat().st_size for p in (training.place.folder / saved.name).glob("*.safetensors"))
+    assert event["bytes"] == sum(p.stat().st_size for p in (training.store.folder / saved.name).glob("*.safetensors"))
 
 
 def test_an_update_waits_until_all_is_copied_and_a_forward_pass_does_not(training, monkeypatch):
@@ -172,7 +183,7 @@ def test_an_update_waits_until_all_is_copied_and_a_forward_pass_does_not(trainin
 
     monkeypatch.setattr(HostCopy, "_copy", later)
     expected = training.everything()
-    training.checkpointer.save(3, STATE)
+    training.checkpointer.save(STATE)
     training.model.seen.add_(1)  # as a forward pass may
     update = threading.Thread(target=training.train)
     update.start()
@@ -187,7 +198,7 @@ def test_an_update_waits_until_all_is_copied_and_a_forward_pass_does_not(trainin
 
 def test_a_copy_that_fails_is_a_save_that_fails(training, monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: 1 / 0)  # which the thread that copies asks for first
-    training.checkpointer.save(3, STATE)
+    training.checkpointer.save(STATE)
     training.train()
     assert training.checkpointer.settle(wait=True) is None
     assert "division by zero on rank 0" in training.said[0]
@@ -195,11 +206,11 @@ def test_a_copy_that_fails_is_a_save_that_fails(training, monkeypatch):
 
 
 def test_the_second_of_two_quick_saves_waits_and_says_so(training):
-    training.place.gate.clear()
-    training.checkpointer.save(3, STATE)
-    threading.Timer(0.2, training.place.gate.set).start()
-    training.checkpointer.save(4, STATE)
-    assert training.said == [f"step 4: waiting until {training.place.describe('step-00000003')} is written"]
+    training.store.gate.clear()
+    training.checkpointer.save(STATE)
+    threading.Timer(0.2, training.store.gate.set).start()
+    training.checkpointer.save(replace(STATE, step=4))
+    assert training.said == [f"step 4: waiting until {training.store.describe('step-00000003')} is written"]
     assert training.checkpointer.close().name == "step-00000004"
     assert [event["event"] for event in read_events(training.run)] == ["checkpoint", "checkpoint"]
     assert checkpoints(training) == ["latest", "step-00000003", "step-00000004"]
@@ -207,7 +218,7 @@ def test_the_second_of_two_quick_saves_waits_and_says_so(training):
 
 def test_files_are_plain_safetensors(training):
     saved = training.save(3)
-    folder = training.place.folder / saved.name
+    folder = training.store.folder / saved.name
     assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "rank-00000.safetensors"]
     tensors = load_file(folder / "rank-00000.safetensors")
     assert torch.equal(tensors["weight/0.weight@0"], training.model[0].weight.detach().flatten())
@@ -216,14 +227,14 @@ def test_files_are_plain_safetensors(training):
 
 def test_a_failed_save_is_an_event_and_the_third_in_a_row_an_error(training):
     good = training.save(1)
-    training.place.error = OSError(errno.EIO, "the disk has a hole")
+    training.store.error = OSError(errno.EIO, "the disk has a hole")
     assert training.save(2) is None
     assert training.save(3) is None
-    message = f"checkpoint {training.place.describe('step-00000002')} could not be written"
+    message = f"checkpoint {training.store.describe('step-00000002')} could not be written"
     assert training.said[0].startswith(message) and "the disk has a hole on rank 0" in training.said[0]
-    training.place.error = None
+    training.store.error = None
     training.save(4)  # which makes the next failure the first again
-    training.place.error = OSError(errno.EIO, "the disk has a hole")
+    training.store.error = OSError(errno.EIO, "the disk has a hole")
     for step in (5, 6):
         training.save(step)
     with pytest.raises(UserError, match=r"step-00000007.*previous checkpoint is intact; make room"):
@@ -231,16 +242,16 @@ def test_a_failed_save_is_an_event_and_the_third_in_a_row_an_error(training):
     kinds = [event["event"] for event in read_events(training.run)]
     assert kinds == ["checkpoint", *["checkpoint_failed"] * 2, "checkpoint", *["checkpoint_failed"] * 3]
     assert checkpoints(training) == ["latest", good.name, "step-00000004"]
-    assert [c.name for c in usable_checkpoints(training.place)] == ["step-00000004", good.name]
+    assert [c.name for c in usable_checkpoints(training.store)] == ["step-00000004", good.name]
 
 
 @pytest.mark.parametrize("cause", ["write", "room"])
 def test_the_save_at_the_end_of_a_run_must_not_fail(training, cause, monkeypatch):
     if cause == "write":
-        training.place.error = OSError(errno.ENOSPC, "No space left on device")
+        training.store.error = OSError(errno.ENOSPC, "No space left on device")
     else:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=66_000))
-    training.checkpointer.save(3, STATE)
+    training.checkpointer.save(STATE)
     with pytest.raises(UserError, match="step-00000003 could not be written .*make room and run the same command"):
         training.checkpointer.close()
     assert checkpoints(training) == []
@@ -248,23 +259,23 @@ def test_the_save_at_the_end_of_a_run_must_not_fail(training, cause, monkeypatch
 
 def test_a_disk_without_room_is_noticed_before_it_is_filled(training, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=66_000))
-    monkeypatch.setattr(training.place, "write", None)  # would fail if called
+    monkeypatch.setattr(training.store, "write", None)  # would fail if called
     assert training.save(3) is None
     assert "it takes 0.0 MB, and 0.1 MB are free on that disk" in training.said[0]
 
 
 def test_the_rank_that_could_not_write_is_named(tmp_path):
     """Two ranks of one save, of which the second fails; only their threads are needed."""
-    places = [GatedPlace(tmp_path), GatedPlace(tmp_path)]
-    places[1].error = OSError(errno.EDQUOT, "Disk quota exceeded")
-    places[0].prepare("step-00000009", 0)
-    store, published = dist.HashStore(), []
+    stores = [GatedStore(tmp_path), GatedStore(tmp_path)]
+    stores[1].error = OSError(errno.EDQUOT, "Disk quota exceeded")
+    stores[0].prepare("step-00000009", 0)
+    reports, published = dist.HashStore(), []
     saves = []
-    for rank, place in enumerate(places):
+    for rank, store in enumerate(stores):
         block = Block(f"weight/a@{rank}", "F32", memoryview(bytearray(4)))
-        manifest = Manifest(9, {}, {}, {"a": [2]}, {})
-        arguments = (manifest, [block], lambda: None, store, rank, 2, published.append)
-        saves.append(SaveInFlight(Checkpoint(place, "step-00000009"), *arguments))
+        manifest = Manifest(replace(STATE, step=9), {}, {"a": [2]}, {})
+        arguments = (manifest, [block], lambda: None, reports, rank, 2, published.append)
+        saves.append(SaveInFlight(Checkpoint(store, "step-00000009"), *arguments))
     for save in saves:
         save.join()
     assert "Disk quota exceeded on rank 1" in saves[0].outcome.error
@@ -279,11 +290,11 @@ def test_killed_while_saving(training, tmp_path, world, monkeypatch, moment):
 
     def take(*arguments, **named):
         if not aside.exists():
-            shutil.copytree(training.place.folder, aside)
+            shutil.copytree(training.store.folder, aside)
 
     real = os.replace
     if moment == "while writing":
-        monkeypatch.setattr(LocalPlace, "write", take)
+        monkeypatch.setattr(LocalStore, "write", take)
     else:
         target = "latest" if moment == "before latest" else "step-00000002"
         monkeypatch.setattr(os, "replace", lambda a, b: (take() if str(b).endswith(target) else None, real(a, b))[1])
@@ -291,7 +302,7 @@ def test_killed_while_saving(training, tmp_path, world, monkeypatch, moment):
     training.save(2)
     assert aside.exists()
     other = Training(tmp_path / "killed", world, seed=1)
-    (usable,) = usable_checkpoints(other.place)
+    (usable,) = usable_checkpoints(other.store)
     assert usable.name == good.name
     other.checkpointer.load(usable)
     assert_same(other.everything(), expected)
@@ -316,10 +327,10 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(tmp_path, wo
     def refuse(name):
         raise PermissionError("Operation not permitted")
 
-    monkeypatch.setattr(training.place, "remove", refuse)
-    assert training.save(2).name == training.place.latest()
+    monkeypatch.setattr(training.store, "remove", refuse)
+    assert training.save(2).name == training.store.latest()
     assert training.said == [
-        f"checkpoint {training.place.describe('step-00000001')} could not be removed (Operation not permitted)"
+        f"checkpoint {training.store.describe('step-00000001')} could not be removed (Operation not permitted)"
     ]
 
 
@@ -332,16 +343,16 @@ def test_an_average_that_starts_or_ends_says_so(training, tmp_path, world):
     again = Training(tmp_path / "run", world, seed=2)
     again.checkpointer.load(saved)
     assert "has no average of the weights: it starts from the weights" in again.said[0]
-    for piece in again.ema.pieces():
-        assert torch.equal(piece.values, expected[0]["weight", piece.name])
+    for part in again.ema.slices():
+        assert torch.equal(part.values, expected[0]["weight", part.name])
 
 
 def test_the_average_replaces_the_weights_and_gives_them_back(training):
     before = training.everything()
     with training.ema.applied():
-        for piece in training.state.master_weights():
-            assert torch.equal(piece.values, before[0]["ema", piece.name])
-            assert not torch.equal(piece.values, before[0]["weight", piece.name])
+        for part in training.engine.master_weights():
+            assert torch.equal(part.values, before[0]["ema", part.name])
+            assert not torch.equal(part.values, before[0]["weight", part.name])
     assert_same(training.everything(), before)
 
 
@@ -394,23 +405,23 @@ def test_damage_names_file_and_parameter_and_the_checkpoint_before_is_used(train
     older, expected = training.save(3), training.everything()
     training.train()
     newer = training.save(4)
-    damage(training.place.folder / newer.name)
-    place = LocalPlace(training.place.folder)
-    older, newer = Checkpoint(place, older.name), Checkpoint(place, newer.name)
-    other = Training(tmp_path / "run", world, seed=1, place=place)
+    damage(training.store.folder / newer.name)
+    store = LocalStore(training.store.folder)
+    older, newer = Checkpoint(store, older.name), Checkpoint(store, newer.name)
+    other = Training(tmp_path / "run", world, seed=1, store=store)
     with pytest.raises(DamagedCheckpoint, match=message):
         other.checkpointer.load(newer)
 
-    start = Start(4, 9, 1.0, newer, {}, "", None)
-    start = load_start(start, other.checkpointer, other.run, world)
+    start = Start(replace(STATE, step=4), 9, newer, "", None)
+    start_at_newer, start = start, load_start(start, other.checkpointer, other.run, world)
     assert (start.step, start.checkpoint) == (3, older)
     assert_same(other.everything(), expected)
     assert read_events(other.run)[-1]["event"] == "checkpoint_damaged"
     assert f"going back to {older}" in read_events(other.run)[-1]["message"]
 
-    shutil.rmtree(training.place.folder / older.name)
-    with pytest.raises(UserError, match=f"{message}.*no older checkpoint to go on from"):
-        load_start(Start(4, 9, 1.0, newer, {}, "", None), other.checkpointer, other.run, world)
+    shutil.rmtree(training.store.folder / older.name)
+    with pytest.raises(UserError, match=f"{message}.*no older checkpoint to continue from"):
+        load_start(start_at_newer, other.checkpointer, other.run, world)
 
 
 def test_another_model_is_refused(training, tmp_path, world):
@@ -432,7 +443,7 @@ def test_the_export_is_the_weights_or_their_average(training, tmp_path):
         for name, values in weights.items():
             assert values.shape == dict(training.model.named_parameters())[name].shape
             assert torch.equal(values.flatten(), expected[kind, name])
-    flip(training.place.folder / saved.name)  # in the average
+    flip(training.store.folder / saved.name)  # in the average
     export_weights(saved, tmp_path / "out.safetensors")
     with pytest.raises(UserError, match="does not hold the bytes of parameter '1.bias'"):
         export_weights(saved, tmp_path / "other.safetensors", "ema")
@@ -460,72 +471,71 @@ def test_the_export_of_a_run_is_made_again_only_for_another_checkpoint(tmp_path,
 
 
 @pytest.fixture(params=["memory", "s3"])
-def store(request):
-    """The URL of a folder in a store, which is empty afterwards."""
+def url(request):
+    """The URL of a folder in a url, which is empty afterwards."""
     if request.param == "s3":
         request.getfixturevalue("s3_bucket")
     yield f"{request.param}://bucket/run"
     fsspec.filesystem(request.param).rm("bucket/run", recursive=True)
 
 
-def test_a_store_holds_checkpoints_too(tmp_path, world, store):
-    place = open_place(store)
-    training = Training(tmp_path / "run", world, place=place, keep=2)
+def test_a_store_holds_checkpoints_too(tmp_path, world, url):
+    store = open_store(url)
+    training = Training(tmp_path / "run", world, store=store, keep=2)
     training.train()
     for step in (1, 2, 3):
         training.train()
         saved, expected = training.save(step), training.everything()
-    assert (str(saved), place.latest(), place.names()) == (
-        f"{store}/{saved.name}",
+    assert (str(saved), store.latest(), store.names()) == (
+        f"{url}/{saved.name}",
         saved.name,
         ["step-00000002", saved.name],
     )
-    other = Training(tmp_path / "run", world, seed=1, place=open_place(store))
-    other.checkpointer.load(usable_checkpoints(other.place)[0])
+    other = Training(tmp_path / "run", world, seed=1, store=open_store(url))
+    other.checkpointer.load(usable_checkpoints(other.store)[0])
     assert_same(other.everything(), expected)
-    export_weights(find_checkpoint(store), tmp_path / "out.safetensors")
+    export_weights(find_checkpoint(url), tmp_path / "out.safetensors")
     assert torch.equal(load_file(tmp_path / "out.safetensors")["1.bias"], expected[0]["weight", "1.bias"])
 
-    path = f"{place.root}/{saved.name}/rank-00000.safetensors"
-    content = place.fs.cat_file(path)
-    place.fs.pipe_file(path, content[:-1])
+    path = f"{store.root}/{saved.name}/rank-00000.safetensors"
+    content = store.fs.cat_file(path)
+    store.fs.pipe_file(path, content[:-1])
     with pytest.raises(DamagedCheckpoint, match=rf"{saved.name}/rank-00000.safetensors has .* bytes instead of"):
         other.checkpointer.load(saved)
-    place.fs.rm_file(path)
+    store.fs.rm_file(path)
     with pytest.raises(DamagedCheckpoint, match="does not exist"):
         other.checkpointer.load(saved)
 
 
-def test_a_store_shows_no_checkpoint_before_its_manifest(tmp_path, world, store, monkeypatch):
-    training = Training(tmp_path / "run", world, place=open_place(store))
+def test_a_store_shows_no_checkpoint_before_its_manifest(tmp_path, world, url, monkeypatch):
+    training = Training(tmp_path / "run", world, store=open_store(url))
     good = training.save(1)
 
     def unreachable(*arguments):
         raise OSError("the network is gone")
 
     for verb in ("publish", "discard"):
-        monkeypatch.setattr(training.place, verb, unreachable)
+        monkeypatch.setattr(training.store, verb, unreachable)
     training.save(2)
     assert "the network is gone" in training.said[0]
-    fs = training.place.fs
-    assert fs.exists(f"{training.place.root}/step-00000002/rank-00000.safetensors")
-    assert training.place.names() == [good.name] and training.place.latest() == good.name
-    Training(tmp_path / "run", world, place=open_place(store))  # the next start clears it away
+    fs = training.store.fs
+    assert fs.exists(f"{training.store.root}/step-00000002/rank-00000.safetensors")
+    assert training.store.names() == [good.name] and training.store.latest() == good.name
+    Training(tmp_path / "run", world, store=open_store(url))  # the next start clears it away
     fs.invalidate_cache()
-    assert not fs.exists(f"{training.place.root}/step-00000002/rank-00000.safetensors")
+    assert not fs.exists(f"{training.store.root}/step-00000002/rank-00000.safetensors")
 
 
-# ---- pieces
+# ---- shares of slices
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50])
 def test_shares_cover_the_line_once_and_evenly(size):
-    pieces = [
-        Piece(name, start, torch.arange(length)) for name, start, length in [("a", 0, 5), ("b", 3, 1), ("c", 0, 20)]
-    ]
-    shares = [share(pieces, rank, size) for rank in range(size)]
-    counts = [sum(piece.values.numel() for piece in of_rank) for of_rank in shares]
+    lengths = [("a", 0, 5), ("b", 3, 1), ("c", 0, 20)]
+    slices = [ParameterSlice(name, start, torch.arange(length)) for name, start, length in lengths]
+    shares = [share(slices, rank, size) for rank in range(size)]
+    counts = [sum(part.values.numel() for part in of_rank) for of_rank in shares]
     assert max(counts) - min(counts) <= 1
     found = [(p.name, p.start + i) for of_rank in shares for p in of_rank for i in range(p.values.numel())]
-    assert found == [(p.name, p.start + i) for p in pieces for i in range(p.values.numel())]
+    assert found == [(p.name, p.start + i) for p in slices for i in range(p.values.numel())]
     assert all(torch.equal(p.values, torch.arange(p.values[0], p.values[0] + len(p.values))) for s in shares for p in s)

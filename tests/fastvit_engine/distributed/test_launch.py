@@ -7,17 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from fastvit_engine.distributed import launch
-from fastvit_engine.distributed.environment import launched_by_cluster
+from fastvit_engine.distributed import launch, supervise
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
-
-
-def test_rank_environment_passes_its_own_check():
-    environment = launch.rank_environment(1, 3, launch.free_port())
-    assert launched_by_cluster(environment)
-    assert environment["RANK"] == "1"
-    assert environment["WORLD_SIZE"] == "3"
 
 
 @pytest.fixture
@@ -35,7 +27,7 @@ def fake_engine(tmp_path, monkeypatch):
 
 
 def test_a_failing_process_ends_the_others_and_gives_its_exit_code(fake_engine, monkeypatch):
-    monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(supervise, "_GRACE_SECONDS", 0.5)
     fake_engine("import os, sys, time\nif os.environ['RANK'] == '1': sys.exit(7)\ntime.sleep(60)\n")
     start = time.monotonic()
     outcome = launch.run_processes([], 2)
@@ -48,26 +40,6 @@ def test_success_needs_every_process(fake_engine):
     fake_engine("import os, pathlib\npathlib.Path('rank' + os.environ['RANK']).touch()\n")
     assert launch.run_processes([], 3).exit_code == 0
     assert sorted(name for name in os.listdir() if name.startswith("rank")) == ["rank0", "rank1", "rank2"]
-
-
-@pytest.mark.parametrize(
-    ("codes", "exit_code", "restartable"),
-    [
-        ({0: 0, 1: 0}, 0, False),
-        ({0: 75, 1: 75}, 75, True),
-        ({0: 75, 1: -9}, 137, True),
-        ({0: -6}, 134, True),
-        ({0: 75, 1: 2}, 2, False),  # bad input, which the others only see as a lost peer
-        ({0: 1, 1: 2}, 2, False),
-        ({0: 76, 1: 76}, 76, False),
-        ({0: 76, 1: -9}, 76, False),
-        ({0: 1, 1: 75}, 1, False),  # a traceback
-        ({0: 143, 1: 143}, 143, False),  # asked twice
-    ],
-)
-def test_what_the_exit_codes_of_ranks_mean_for_the_job(codes, exit_code, restartable):
-    outcome = launch.Outcome(codes)
-    assert (outcome.exit_code, outcome.restartable) == (exit_code, restartable)
 
 
 ATTEMPTS = """

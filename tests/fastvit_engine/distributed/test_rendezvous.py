@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from fastvit_engine.distributed import launch, rendezvous
+from fastvit_engine.distributed import rendezvous, supervise
 from fastvit_engine.errors import RestartError, UserError
 
 
@@ -25,7 +25,7 @@ def test_rank_0_that_answers_is_found(taken):
 
 
 def test_rank_0_may_come_late(taken):
-    port = launch.free_port()
+    port = supervise.free_port()
     with pytest.raises(
         RestartError, match=f"cannot reach rank 0 at MASTER_ADDR=127.0.0.1, MASTER_PORT={port} after 1 s"
     ):

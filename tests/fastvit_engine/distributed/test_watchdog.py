@@ -9,8 +9,8 @@ from multiprocessing import get_context
 import pytest
 
 from fastvit_engine.config import WatchdogConfig
-from fastvit_engine.distributed.launch import free_port, rank_environment
 from fastvit_engine.distributed.stacks import collect_stacks
+from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import join_world
 from fastvit_engine.errors import RestartError, UserError

@@ -1,10 +1,8 @@
 import pytest
-import torch
 
 from fastvit_engine.config import Config
-from fastvit_engine.engine.build import BatchSplit, deepspeed_config, parameter_groups, split_batch
+from fastvit_engine.engine.build import BatchSplit, deepspeed_config, split_batch
 from fastvit_engine.errors import UserError
-from fastvit_engine.models import build_model
 
 
 def config(**sections):
@@ -53,25 +51,3 @@ def test_expert_settings_go_over_ours_without_removing_the_rest():
 def test_what_deepspeed_would_ignore_or_fail_on_is_refused(sections, message):
     with pytest.raises(UserError, match=message):
         deepspeed_config(config(**sections), BatchSplit(1, 1))
-
-
-def test_weight_decay_reaches_the_matrices_only():
-    section = Config.model_validate(
-        {"model": {"name": "Ti/4", "image_size": 8, "head": "mlp", "layer_scale": 1e-4, "depth": 1}}
-    ).model
-    model = build_model(section, mean=(0.5,) * 3, std=(0.5,) * 3)
-    decayed, spared = parameter_groups(model, 0.3)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert {names[id(p)] for p in decayed["params"]} == {
-        "patch_embed.proj.weight",
-        "blocks.0.attn.qkv.weight",
-        "blocks.0.attn.proj.weight",
-        "blocks.0.mlp.fc1.weight",
-        "blocks.0.mlp.fc2.weight",
-        "pre_logits.fc.weight",
-        "head.weight",
-    }
-    assert decayed["weight_decay"] == 0.3
-    assert spared["weight_decay"] == 0
-    assert len(decayed["params"]) + len(spared["params"]) == len(names)
-    assert all(isinstance(p, torch.nn.Parameter) for p in spared["params"])

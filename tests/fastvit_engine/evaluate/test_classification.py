@@ -1,10 +1,13 @@
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 import torch
 
 from fastvit_engine.data import Batch
 from fastvit_engine.distributed.world import World
-from fastvit_engine.evaluate.classification import evaluate
+from fastvit_engine.evaluate.classification import Classification, evaluate
+from fastvit_engine.evaluate.protocol import Evaluator
 from fastvit_kernels import FusedCrossEntropy
 
 
@@ -48,3 +51,35 @@ def test_any_of_several_labels_is_right():
         hot[row, column] = 1
     losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, hot, reduction="none").sum(dim=1)
     assert accuracy.loss == pytest.approx(losses.mean().item())
+
+
+def test_the_evaluator_writes_a_row_and_shows_its_examples():
+    passes, shown = [], []
+
+    def batches():
+        passes.append(1)
+        return [_batch([0, 1, 2], [0, 3, 1], [1.0, 1.0, 1.0])]
+
+    def show(step, examples):
+        shown.append((step, [example["key"] for example in examples]))
+
+    evaluator: Evaluator = Classification(
+        batches, FusedCrossEntropy("softmax"), WORLD, every_steps=5, shown=2, on_examples=show
+    )
+    model = Ranking().train()
+    (row,) = evaluator.run(model, step=10, name="eval_ema")
+    expected, _ = evaluate(model, batches(), FusedCrossEntropy("softmax"), WORLD)
+    assert row.pop("seconds") >= 0
+    assert row == {"step": 10, "eval": "eval_ema", **asdict(expected)}
+    assert shown == [(10, ["0", "1"])]
+    evaluator.run(model, step=15, name="eval")
+    assert len(passes) == 3  # each run is a pass of its own
+    assert model.training and (evaluator.name, evaluator.every_steps) == ("eval", 5)
+
+
+def test_without_a_world_it_is_this_process_alone():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 7))
+    batch = _batch([0, 1], [0, 3], [1.0, 1.0])._replace(images=torch.ones(2, 2, 2, 3))
+    alone, _ = evaluate(model, [batch], FusedCrossEntropy("softmax"))
+    assert alone == evaluate(model, [batch], FusedCrossEntropy("softmax"), WORLD)[0]
+    assert alone.samples == 2

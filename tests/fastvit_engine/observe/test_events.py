@@ -33,15 +33,32 @@ def test_an_event_has_time_host_rank_and_facts(tmp_path, monkeypatch):
     assert first["host"] and "T" in first["time"]
 
 
-def test_a_killed_writers_last_line_is_left_out_and_damage_is_named(tmp_path):
+def test_half_a_line_of_a_killed_writer_is_left_out_and_no_line_joins_it(tmp_path, capsys):
     run = RunFolder(tmp_path)
     assert read_events(run) == []
     record_event(run, "start", "2 processes")
     whole = run.events.read_text()
     run.events.write_text(whole + '{"time": "20')
     assert len(read_events(run)) == 1
-    run.events.write_text('{"time": 1}\n' + whole)
-    with pytest.raises(UserError, match=r"events\.jsonl line 1 is no event"):
+    record_event(run, "restart", "after the kill")
+    assert [event["event"] for event in read_events(run)] == ["start", "restart"]
+    assert capsys.readouterr().err.count("events.jsonl ended in half a line") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"time": 1}', "is not an event"),
+        ('{"time": "2026", "event": "start", "message": 3}', "is not an event"),
+        ("[1]", "is not a JSON object"),
+        ("{oops", "is not JSON"),
+    ],
+)
+def test_damage_is_named(tmp_path, line, problem):
+    run = RunFolder(tmp_path)
+    record_event(run, "start", "2 processes")
+    run.events.write_text(run.events.read_text() + line + "\n" + run.events.read_text())
+    with pytest.raises(UserError, match=rf"events\.jsonl line 2 {problem}: the file is damaged, remove that line"):
         read_events(run)
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from fastvit_engine.observe.progress import Progress
+from fastvit_engine.observe.progress import TrainingProgress, WorkProgress
 from tests.fastvit_engine.observe.conftest import eval_row, train_row
 
 
@@ -50,7 +50,7 @@ def terminal_type(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plain_lines_when_not_a_terminal() -> None:
     stream, clock = io.StringIO(), Clock()
-    with Progress(840, stream=stream, clock=clock) as progress:
+    with TrainingProgress(840, stream=stream, clock=clock) as progress:
         for step in range(1, 101):
             clock.now += 0.1
             progress.advance(step)
@@ -67,13 +67,13 @@ def test_plain_lines_when_not_a_terminal() -> None:
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
-    Progress(10, stream=stream).log(train_row(1))
+    TrainingProgress(10, stream=stream).log(train_row(1))
     assert "\r" not in stream.getvalue()
 
 
 def test_live_line_is_rewritten_in_place_below_messages() -> None:
     stream, clock = Terminal(), Clock()
-    with Progress(10, stream=stream, clock=clock) as progress:
+    with TrainingProgress(10, stream=stream, clock=clock) as progress:
         for step in range(1, 11):
             clock.now += 1.0
             progress.log(train_row(step, mfu=None))
@@ -97,7 +97,7 @@ def test_live_line_is_rewritten_in_place_below_messages() -> None:
 def test_the_live_line_never_wraps(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     stream = Terminal()
-    progress = Progress(1_000_000, start_step=999_998, stream=stream)
+    progress = TrainingProgress(1_000_000, start_step=999_998, stream=stream)
     progress.log(train_row(999_999))
     (line,) = stream.screen()
     assert len(line) < columns or columns == 1
@@ -107,7 +107,7 @@ def test_the_live_line_never_wraps(monkeypatch: pytest.MonkeyPatch, columns: int
 def test_a_narrow_terminal_keeps_the_most_important_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "50")
     stream, clock = Terminal(), Clock()
-    progress = Progress(840, stream=stream, clock=clock)
+    progress = TrainingProgress(840, stream=stream, clock=clock)
     for step in (1, 2):
         clock.now += 1.0
         progress.log(train_row(step))
@@ -118,7 +118,7 @@ def test_a_narrow_terminal_keeps_the_most_important_figures(monkeypatch: pytest.
 
 def test_redraws_are_limited() -> None:
     stream, clock = Terminal(), Clock()
-    progress = Progress(1000, stream=stream, clock=clock)
+    progress = TrainingProgress(1000, stream=stream, clock=clock)
     for step in range(1, 1000):
         clock.now += 0.001
         progress.advance(step)
@@ -127,7 +127,7 @@ def test_redraws_are_limited() -> None:
 
 def test_eta_leaves_out_the_first_step_and_evaluations() -> None:
     clock = Clock()
-    progress = Progress(100, stream=io.StringIO(), clock=clock)
+    progress = TrainingProgress(100, stream=io.StringIO(), clock=clock)
     assert progress.eta_seconds is None
     clock.now += 300.0  # the first step compiles
     progress.advance(1)
@@ -144,7 +144,7 @@ def test_eta_leaves_out_the_first_step_and_evaluations() -> None:
 
 def test_eta_follows_a_change_of_speed() -> None:
     clock = Clock()
-    progress = Progress(10_000, stream=io.StringIO(), clock=clock)
+    progress = TrainingProgress(10_000, stream=io.StringIO(), clock=clock)
     for step in range(1, 1001):
         clock.now += 1.0 if step <= 500 else 3.0
         progress.advance(step)
@@ -153,7 +153,7 @@ def test_eta_follows_a_change_of_speed() -> None:
 
 def test_eta_after_a_restart_counts_only_its_own_steps() -> None:
     clock = Clock()
-    progress = Progress(1000, start_step=900, stream=io.StringIO(), clock=clock)
+    progress = TrainingProgress(1000, start_step=900, stream=io.StringIO(), clock=clock)
     for step in (901, 902):
         clock.now += 1.0
         progress.advance(step)
@@ -165,7 +165,7 @@ def test_a_stream_without_unicode_gets_an_ascii_bar() -> None:
         encoding = "latin-1"
 
     stream = Latin()
-    Progress(10, stream=stream).log(train_row(5))
+    TrainingProgress(10, stream=stream).log(train_row(5))
     assert stream.screen()[-1].startswith("#" * 15 + "-" * 15 + " 5/10")
 
 
@@ -177,8 +177,64 @@ def test_the_width_is_that_of_the_stream_itself() -> None:
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 30, 0, 0))
     with os.fdopen(terminal, "w", encoding="utf-8") as stream:
-        Progress(840, stream=stream).log(train_row(420))
+        TrainingProgress(840, stream=stream).log(train_row(420))
         shown = os.read(controller, 10_000).decode()
     os.close(controller)
     assert shown.split("\r")[-1].removesuffix("\x1b[K").endswith("420/840  loss 0.0048")
     assert max(len(line) for line in shown.replace("\x1b[K", "").split("\r")) < 30
+
+
+def test_plain_lines_of_data_work_tell_rate_and_time_left() -> None:
+    stream = io.StringIO()
+    clock = Clock()
+    progress = WorkProgress(stream, clock=clock)
+    progress.start("writing", 1200, "images")
+    for second in range(1, 66):
+        clock.now = 100.0 + second
+        progress.update(10 * second, "3 failed")
+    assert stream.getvalue().splitlines() == [
+        "writing 300 of 1,200 images (25 %)  10 images/s  ETA 1 min 30 s  3 failed",
+        "writing 600 of 1,200 images (50 %)  10 images/s  ETA 1 min 0 s  3 failed",
+    ]
+
+
+def test_the_rate_of_data_work_follows_what_happens_now() -> None:
+    stream = io.StringIO()
+    clock = Clock()
+    progress = WorkProgress(stream, clock=clock)
+    progress.start("writing", 100_000, "images")
+    for second in range(30, 600, 30):
+        clock.now = 100.0 + second
+        progress.update(30 * second if second <= 300 else 9000 + 3 * (second - 300))
+    assert "3 images/s" in stream.getvalue().splitlines()[-1].replace("3.0 ", "3 ")
+
+
+def test_the_live_line_of_data_work_is_redrawn_and_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    stream = Terminal()
+    clock = Clock()
+    progress = WorkProgress(stream, clock=clock)
+    progress.start("writing", 10, "images")
+    progress.update(1)
+    progress.update(2)  # too soon
+    clock.now += 1.0
+    progress.update(5)
+    drawn = stream.getvalue().split("\r")
+    assert len(drawn) == 3 and all(len(line.removesuffix("\x1b[K")) <= 29 for line in drawn)
+    progress.clear()
+    assert stream.getvalue().endswith("\r\x1b[K")
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_quiet_writes_nothing(stream: io.StringIO) -> None:
+    clock = Clock()
+    work = WorkProgress(stream, clock, quiet=True)
+    work.start("writing", 10, "images")
+    clock.now += 100.0
+    work.update(5)
+    work.clear()
+    with TrainingProgress(10, stream=stream, clock=clock, quiet=True) as training:
+        training.log(train_row(10))
+        training.log_evaluation(eval_row(10, 0.5))
+        training.message("checkpoint saved")
+    assert stream.getvalue() == ""

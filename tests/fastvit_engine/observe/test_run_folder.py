@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from datetime import datetime
@@ -7,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.environment import collect_environment
 from fastvit_engine.observe.run_folder import RunFolder
 
@@ -17,31 +15,6 @@ def test_paths() -> None:
     assert run.metrics == Path("runs/a/metrics.jsonl")
     assert run.checkpoints == Path("runs/a/checkpoints")
     assert run.report == Path("runs/a/report.html")
-
-
-@pytest.mark.parametrize("content", ["größer\n", b"\x00\xff"])
-def test_atomic_write_replaces_the_whole_file(tmp_path: Path, content: str | bytes) -> None:
-    path = tmp_path / "file"
-    path.write_text("something much longer than the new content")
-    atomic_write(path, content)
-    assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_failed_atomic_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(source: Path, target: Path) -> None:
-        assert Path(source).parent == tmp_path  # a rename is atomic only within a file system
-        assert Path(source).read_text() == "new"
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        atomic_write(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +35,7 @@ def test_a_missing_package_has_no_version(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_importing_the_package_does_not_import_torch_or_matplotlib() -> None:
-    modules = ["run_folder", "metrics", "progress", "recorded_run", "chart", "report", "recorder"]
+    modules = ["run_folder", "metrics", "progress", "recorder", "report.recorded_run", "report.chart", "report.report"]
     code = "import sys; " + "; ".join(f"import fastvit_engine.observe.{module}" for module in modules)
     code += "; print(sorted({'torch', 'matplotlib', 'deepspeed'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -42,17 +42,17 @@ def measure(case, world):
         }
     )
     engine = build_engine(build_model(config.model, mean=(0.5,) * 3, std=(0.5,) * 3), config, BatchSplit(2, 2), world)
-    engine.train()
+    engine.model.train()
     images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     largest = 0
     for micro_step in range(4):
-        engine.backward(engine(images).float().square().mean())
+        engine.backward(engine.model(images).float().square().mean())
         if micro_step >= 2:  # Adam's moments are there from the second step on
             now = {address: storage for address, storage in storages().items() if address not in before}
             largest = max(largest, sum(storage.nbytes() for storage in now.values()))
             del now
         engine.step()
-    engine.destroy()
+    engine.close()
     return largest
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastvit_engine.config import Config
-from fastvit_engine.distributed.launch import free_port, rank_environment
+from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.models import build_model, parameter_count
 from fastvit_engine.sizing.memory import (
     Buckets,

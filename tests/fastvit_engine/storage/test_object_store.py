@@ -26,7 +26,7 @@ CONTENT = random.Random(0).randbytes(SIZE)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "BACKOFF_S", 0.001)
-    monkeypatch.setattr(object_store, "PIECE", 50_000)
+    monkeypatch.setattr(object_store, "CHUNK_BYTES", 50_000)
 
 
 # A file system of fsspec that is not asynchronous

@@ -4,7 +4,7 @@ from itertools import islice
 import pytest
 
 from fastvit_engine.config import Config
-from fastvit_engine.data import build_train_data, prepare_data
+from fastvit_engine.data import prepare_data
 from fastvit_engine.data.stream.batch import StageSeconds
 from fastvit_engine.train.data_wait import DataWait
 
@@ -13,7 +13,7 @@ from fastvit_engine.train.data_wait import DataWait
 @pytest.mark.parametrize(
     ("stage", "function"),
     [
-        ("read", "fastvit_engine.data.stream.loader.parse_sample"),
+        ("read", "fastvit_engine.data.stream.indexed.parse_sample"),
         ("decode", "fastvit_engine.data.stream.batch.open_image"),
         ("augment", "fastvit_engine.data.stream.batch.render"),
     ],
@@ -35,11 +35,11 @@ def test_an_artificially_slow_stage_is_named(stage, function, num_workers, digit
 
     plan = prepare_data(config, world_size=1, index_folder=tmp_path)
     monkeypatch.setattr(function, slow)  # workers are forked, and so slow too
-    batches = build_train_data(config, plan, rank=0, world_size=1, micro_batch_size=8, consumed=0, pin_memory=False)
+    batches = plan.train_batches(config, rank=0, world_size=1, micro_batch_size=8, consumed=0, pin_memory=False)
     wait = DataWait(num_workers)
     for batch in islice(batches, 3):
         wait.add(batch.seconds)
-    seconds = wait.lap()
+    seconds = wait.take()
     assert sum(seconds) >= 3 * 8 * 0.005 and max(seconds) == getattr(seconds, stage)
     assert f"mostly for {stage}" in wait.warning(0.5, seconds)
 
@@ -50,7 +50,7 @@ def test_warning_says_what_to_do(monkeypatch):
     seconds = StageSeconds(read=1, decode=6, augment=3)
     assert DataWait(2).warning(0.43, seconds) == (
         "training waited for data 43 % of the time, mostly for decode (read 10 %, decode 60 %, augment 30 %); "
-        "too few workers: raise data.num_workers (2; there are 8 cores a rank)"
+        "too few workers: raise data.num_workers (2; there are 8 cores per rank)"
     )
     assert "smaller images" in DataWait(7).warning(0.43, seconds)
     assert "nearer to model.image_size" in DataWait(7).warning(0.43, StageSeconds(1, 3, 6))
@@ -69,4 +69,4 @@ def test_laps_add_up():
     wait = DataWait(1)
     wait.add(StageSeconds(1, 2, 3))
     wait.add(StageSeconds(1, 0, 0.5))
-    assert wait.lap() == (2, 2, 3.5) and wait.lap() == (0, 0, 0)
+    assert wait.take() == (2, 2, 3.5) and wait.take() == (0, 0, 0)

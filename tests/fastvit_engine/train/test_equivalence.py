@@ -72,7 +72,7 @@ def test_weight_average_and_exported_weights_are_the_same_at_every_stage(train, 
     "settings",
     [
         ["loss.kind=sigmoid", "model.head_bias=-2", "model.head=mlp"],
-        ["loss.label_smoothing=0.1", "data.mixup=0.4", "model.pool=gap"],
+        ["loss.label_smoothing=0.1", "augment.mixup=0.4", "model.pool=gap"],
         ["model.dropout=0.1", "model.drop_path=0.2", "model.layer_scale=0.1"],
     ],
 )
@@ -83,8 +83,8 @@ def test_the_options_of_the_recipes_train(train, settings, tmp_path):
 
 
 def test_mixed_and_augmented_images_do_not_depend_on_the_world_size(train, tmp_path):
-    settings = ["train.precision=fp32", "train.micro_batch_size=8", "data.mixup=0.4", "data.cutmix=1.0"]
-    settings += ["data.randaugment_ops=2", "train.duration=8 steps", "schedule.warmup=1 step"]
+    settings = ["train.precision=fp32", "train.micro_batch_size=8", "augment.mixup=0.4", "augment.cutmix=1.0"]
+    settings += ["augment.randaugment_ops=2", "train.duration=8 steps", "schedule.warmup=1 step"]
     one, two = (rows(train(tmp_path / str(n), *settings, processes=n)) for n in (1, 2))
     assert [row["samples_hash"] for row in one] == [row["samples_hash"] for row in two]
     assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-5)

@@ -34,12 +34,12 @@ SLOW_RANK_1 = """
 import os
 if os.environ.get("RANK") == "1":
     import time
-    from fastvit_engine.train import step
-    loss = step.training_losses
-    def slow_loss(*arguments):
+    from fastvit_engine.objectives.classify import Classify
+    losses = Classify.losses
+    def slow_losses(self, model, batch):
         time.sleep(0.2)
-        return loss(*arguments)
-    step.training_losses = slow_loss
+        return losses(self, model, batch)
+    Classify.losses = slow_losses
 """
 
 

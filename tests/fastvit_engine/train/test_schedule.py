@@ -4,7 +4,7 @@ import pytest
 
 from fastvit_engine.config import Config
 from fastvit_engine.errors import UserError
-from fastvit_engine.train.schedule import build_schedule
+from fastvit_engine.train.schedule import Schedule, learning_rate_schedule
 
 
 def schedule(total_steps=1_000, **section):
@@ -15,7 +15,7 @@ def schedule(total_steps=1_000, **section):
             "train": {"global_batch_size": 10},
         }
     )
-    return build_schedule(config, total_steps, samples_per_epoch=500)
+    return learning_rate_schedule(config, total_steps, samples_per_epoch=500)
 
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine", "rsqrt"])
@@ -61,3 +61,35 @@ def test_a_warmup_longer_than_the_run_is_refused():
         schedule(total_steps=50)
     with pytest.raises(UserError, match="cooldown of 950"):
         schedule(kind="rsqrt", cooldown="950 steps")
+
+
+def whole(**sections):
+    train = {"global_batch_size": 10, "duration": "100 steps"}
+    sections = {"train": train, "schedule": {"warmup": "0 steps"}, "checkpoint": {"every": None}, **sections}
+    return Schedule(Config.model_validate(sections), samples_per_epoch=200)
+
+
+def test_what_is_due_every_so_often_is_due_at_the_end_too():
+    schedule = whole(evaluate={"every": "2 epochs"}, checkpoint={"every": "30 steps", "keep_every": "10%"})
+    assert (schedule.total_steps, schedule.evaluate_every, schedule.save_every, schedule.keep_every) == (
+        100,
+        40,
+        30,
+        10,
+    )
+    assert [step for step in range(1, 101) if schedule.is_due(schedule.evaluate_every, step)] == [40, 80, 100]
+    assert [step for step in range(1, 101) if schedule.is_due(0, step)] == [100]
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "save", "covers"),
+    [("10 steps", "30 steps", True), ("20 steps", "30 steps", False), (None, None, True)],
+)
+def test_whether_every_checkpoint_is_evaluated(evaluate, save, covers):
+    schedule = whole(evaluate={"every": evaluate}, checkpoint={"every": save})
+    assert schedule.evaluates_what_it_saves == covers
+
+
+def test_a_run_of_less_than_a_step_is_refused():
+    with pytest.raises(UserError, match="less than one step of the global batch"):
+        whole(train={"global_batch_size": 10, "duration": "0 steps"})

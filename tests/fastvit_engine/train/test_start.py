@@ -1,7 +1,8 @@
-"""Whether a run may go on from its checkpoint, by what its data was."""
+"""Whether a run may continue from its checkpoint, by what its data was."""
 
 import io
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -52,9 +53,8 @@ def stopped(tmp_path, shards):
         began = start(run, train, resume=False, **data)
         folder = run.checkpoints / "step-00000040"
         folder.mkdir(parents=True)
-        state = {"step": 40, "consumed": 320, "bad_samples": 3, "seconds": 1.0, "accuracy": {}}
-        state |= {"skipped": [], "recent": [], "fingerprint": began.fingerprint}
-        (folder / "manifest.json").write_bytes(Manifest(40, state, {}, {}, {}).to_json())
+        state = replace(began.state, step=40, consumed=320, bad_samples=3, seconds=1.0)
+        (folder / "manifest.json").write_bytes(Manifest(state, {}, {}, {}).to_json())
         (run.checkpoints / "latest").write_text(folder.name)
         return run
 
@@ -68,8 +68,8 @@ def test_the_same_content_elsewhere_goes_on(stopped, shards, tmp_path):
     copy.write_bytes((tmp_path / "a.tar").read_bytes())
     (tmp_path / "a.tar").unlink()
     again = start(run, str(copy))
-    assert (again.step, again.consumed, again.bad_samples) == (40, 320, 3)
-    assert again.data.train[0].lanes == 2 and "300 samples in 2 lane(s)" in again.message
+    assert (again.step, again.state.consumed, again.state.bad_samples) == (40, 320, 3)
+    assert again.data.train[0].lanes == 2 and "300 samples, 2 part(s) of an epoch in turn" in again.message
 
 
 def test_recorded_lanes_hold_when_the_choice_would_be_another(stopped, shards):

@@ -1,15 +1,15 @@
-"""Where `fastvit data make` takes images from: one file a format, and which one a source is."""
+"""Where `fastvit data make` takes images from: one file per format, and which one a source is."""
 
 import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from fastvit_engine.data.shards.names import INFO_NAME
 from fastvit_engine.data.build.sources import imagenet, parquet, pixels, table, tars, webdataset
 from fastvit_engine.data.build.sources.context import Context, is_image
 from fastvit_engine.data.build.sources.folder import list_folder
 from fastvit_engine.data.build.sources.listing import Listing, join
+from fastvit_engine.data.shards.names import INFO_NAME
 from fastvit_engine.errors import UserError
 
 FORMATS: dict[str, Callable[[Path, Context], Listing]] = {
@@ -27,7 +27,7 @@ FORMATS: dict[str, Callable[[Path, Context], Listing]] = {
 
 
 def list_source(source: str, format: str | None, context: Context) -> Listing:
-    """All images of `source`, in a fixed order. UserError where it is not of the format, or holds no image."""
+    """All images of `source`, in a fixed order. Raises UserError if it is not of the format, or holds no image."""
     path = Path(source).expanduser()
     format = format or recognise(source)
     listing = FORMATS[format](path, context)
@@ -46,7 +46,7 @@ def list_with_eval(train: str, format: str | None, held_out: str, eval_labels: s
 
 
 def recognise(source: str) -> str:
-    """The format of a source, by its name and what is in it; UserError where none fits."""
+    """The format of a source, by its name and what is in it. Raises UserError if none fits."""
     if source == "digits":
         return "digits"
     path = Path(source).expanduser()

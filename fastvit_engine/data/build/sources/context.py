@@ -1,15 +1,15 @@
 """What the listing of a source may ask for."""
 
 import contextlib
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from fastvit_engine.files import temporary_name
-from fastvit_engine.data.build.work_progress import WorkProgress
+from fastvit_engine.data.shards.sample import is_macos_resource
+from fastvit_engine.files import atomic_writer
+from fastvit_engine.observe.progress import WorkProgress
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -20,29 +20,24 @@ class Context:
     workers: int
     progress: WorkProgress
     say: Callable[[str], None]
-    classes: list[str] | None = None  # class names in label order, where they are given
+    classes: list[str] | None = None  # class names in label order, if they are given
     labels: str | None = None  # a file of labels, or the name of the column that holds them
 
     def scratch_file(self, source: Path, suffix: str) -> Path:
-        """A place in the scratch folder that belongs to `source` alone."""
+        """A path in the scratch folder that belongs to `source` alone."""
         return self.scratch / (re.sub(r"[^A-Za-z0-9.-]+", "_", str(source.resolve())).strip("_")[-200:] + suffix)
 
     @contextlib.contextmanager
     def writing(self, path: Path) -> Iterator[BinaryIO]:
         """Writes a scratch file that exists whole or not at all, also when several processes write it at once."""
-        temporary = temporary_name(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                yield file
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with atomic_writer(path) as file:
+            yield file
 
 
 def is_image(name: str) -> bool:
     base = name.rpartition("/")[2]
-    return base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith(".")
+    return base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith(".") and not is_macos_resource(name)
 
 
 _EVAL_NAMES = (("validation", "valid", "val", "eval", "dev"), ("test", "t10k"))
@@ -51,7 +46,7 @@ _EVAL_NAMES = (("validation", "valid", "val", "eval", "dev"), ("test", "t10k"))
 def split_of_names(names: list[str]) -> tuple[list[str], list[str], list[str]]:
     """(train, held out, left out): by the words that names begin with, such as train-000.tar and val-000.tar.
 
-    Where there is no "train" all names are for training. A "test" split is held out where there is no "validation".
+    If there is no "train", all names are for training. A "test" split is held out if there is no "validation".
     """
 
     def begins(name: str, words: tuple[str, ...]) -> bool:

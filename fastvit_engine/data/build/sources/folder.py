@@ -1,4 +1,4 @@
-"""A folder with one sub-folder of images a class."""
+"""A folder with one sub-folder of images per class."""
 
 import os
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from fastvit_engine.errors import UserError
 def list_folder(path: Path, context: Context) -> Listing:
     """Images below path/<class>/, or below path/train/<class>/ and path/val/<class>/; other files are left out.
 
-    Classes and files in sorted order. UserError where a class has no image.
+    Classes and files in sorted order. Raises UserError if a class has no image.
     """
     try:
         folders = _sub_folders(path)

@@ -15,7 +15,7 @@ Kind = Literal["path", "url", "bytes", "sample", "pixels"]
 
 
 class SourceFile(NamedTuple):
-    """What a place (offset, size) of an image refers to.
+    """What the offset and size of an image refer to.
 
     path: a folder that the image's name is relative to. url: the name is the URL. Both have no offset and size.
     bytes: a file that holds the encoded image. sample: a tar that holds the members of the image's WebDataset sample.
@@ -29,7 +29,7 @@ class SourceFile(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """All images of a source in a fixed order: 40 bytes and the name for each, 8 more where there are several labels.
+    """All images of a source in a fixed order: 40 bytes and the name for each, 8 more if there are several labels.
 
     The arrays may be memory-mapped.
     """
@@ -57,7 +57,7 @@ class Listing:
         return labels
 
     def first_labels(self) -> np.ndarray:
-        """int32 [N]: the first label of each image, -1 where it has none."""
+        """int32 [N]: the first label of each image, -1 if it has none."""
         first = np.full(len(self), -1, np.int32)
         labelled = np.diff(self.label_start) > 0
         first[labelled] = self.labels[self.label_start[:-1][labelled]]
@@ -118,7 +118,7 @@ class ListingBuilder:
         self._held_out.append(self.held_out)
 
     def finish(self, classes: list[str] | None, where: str) -> Listing:
-        """`classes`: the names in label order, None: those that occur. UserError where a label is none of them."""
+        """`classes`: the names in label order, None: those that occur. Raises UserError if a label is none of them."""
         classes, indices = _class_indices(list(self.texts), classes, where)
         provisional = np.frombuffer(self._labels, np.int32) if self._labels else np.zeros(0, np.int32)
         return Listing(

@@ -87,7 +87,7 @@ def list_idx(path: Path, context: Context) -> Listing:
 
 
 def _add(builder: ListingBuilder, context: Context, source: Path, pixels: np.ndarray, labels: list[str]) -> None:
-    """Puts the pixels, [N, H, W] or [N, H, W, C], into a scratch file and their places into the listing."""
+    """Puts the pixels, [N, H, W] or [N, H, W, C], into a scratch file and their offsets into the listing."""
     raw = context.scratch_file(source, ".pixels")
     with context.writing(raw) as file:
         file.write(pixels.data)

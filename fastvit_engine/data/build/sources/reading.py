@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image
 
 from fastvit_engine.data.build.sources.listing import Listing
-from fastvit_engine.data.build.sources.tars import read_members
 from fastvit_engine.data.build.sources.webdataset import IMAGE_EXTENSIONS
+from fastvit_engine.data.shards.sample import parse_sample
+from fastvit_engine.data.shards.tar import TarError
 
 MAX_DOWNLOAD = 256 * 2**20  # bytes
 _OPEN_FILES = 64
@@ -39,7 +40,7 @@ class Reader:
         self._descriptors: OrderedDict[str, int] = OrderedDict()
 
     def read(self, index: int) -> Encoded:
-        """OSError or ValueError where the image cannot be had; whether it is a whole image is not looked at."""
+        """Raises OSError or ValueError if the image cannot be had; whether it is a whole image is not checked."""
         kind, path, shape = self._listing.files[self._listing.file[index]]
         if kind == "url":
             return Encoded(download(self._listing.name(index), self._timeout))
@@ -82,7 +83,7 @@ def is_url(name: str) -> bool:
 
 
 def download(url: str, timeout: float) -> bytes:
-    """The content behind an http(s) URL; OSError after four tries, at once where the server has refused for good."""
+    """The content behind an http(s) URL. Raises OSError after four tries, or at once if the server refuses for good."""
     for wait in (*_RETRY_WAITS, None):
         try:
             request = urllib.request.Request(url, headers={"User-Agent": "fastvit-engine"})
@@ -108,9 +109,12 @@ def download(url: str, timeout: float) -> bytes:
 
 
 def _sample(content: bytes) -> Encoded:
-    members = {name.rpartition("/")[2].partition(".")[2].lower(): data for name, data in read_members(content)}
-    image = next(members[extension] for extension in IMAGE_EXTENSIONS if extension in members)
-    return Encoded(image, members.get("json"))
+    try:
+        sample = parse_sample(content, "")
+    except TarError as error:
+        raise ValueError(str(error)) from error
+    image = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
+    return Encoded(image, sample.get("json"))
 
 
 def _png(pixels: np.ndarray) -> bytes:

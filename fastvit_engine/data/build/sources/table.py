@@ -18,10 +18,10 @@ LABEL_COLUMNS = ("label", "labels", "class", "classes", "class_name", "target", 
 
 
 def list_table(path: Path, context: Context) -> Listing:
-    """One line an image: a path (relative to the list) or an http(s) URL, and one or several labels.
+    """One line per image: a path (relative to the list) or an http(s) URL, and one or several labels.
 
-    CSV and TSV have a header line; several labels stand in one field, separated by ";" or as a JSON list. JSONL has one
-    object a line, several labels as a list. UserError naming the line where something is missing.
+    CSV and TSV have a header line; several labels are in one field, separated by ";" or as a JSON list. JSONL has one
+    object per line, several labels as a list. Raises UserError naming the line if something is missing.
     """
     builder = ListingBuilder()
     builder.add_file("path", path.parent.resolve())
@@ -79,7 +79,7 @@ def _column(row: dict[str, Any], names: tuple[str, ...], path: Path, number: int
 
 
 def _labels(value: Any) -> list[str] | None:
-    """None where there are none; a list may be empty."""
+    """None if there are none; a list may be empty."""
     if isinstance(value, str) and value.startswith("["):
         try:
             value = json.loads(value)

@@ -2,11 +2,10 @@
 
 import contextlib
 import gzip
-import io
+import lzma
 import os
 import re
 import shutil
-import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,54 +15,43 @@ from fastvit_engine.data.build.parallel import Counter, ordered_map, parallel_ma
 from fastvit_engine.data.build.sources.context import Context, is_image
 from fastvit_engine.data.build.sources.devkit import validation_labels
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
-from fastvit_engine.data.stream.sequential import StrictTarInfo
+from fastvit_engine.data.shards.archive import open_forward
+from fastvit_engine.data.shards.sample import is_macos_resource
+from fastvit_engine.data.shards.tar import TarError, iterate_members, windowed
 from fastvit_engine.errors import UserError
 
+_WINDOW = 1 << 14  # bytes that are read at once when walking over headers
 
-class Member(NamedTuple):
+
+class TarFile(NamedTuple):
+    """A file in a tar."""
+
     name: str
-    header: int  # where the member begins in the file
-    offset: int  # where its content begins
+    offset: int  # where its content begins in the file that holds the tar
     size: int
 
 
-def members(path: Path | str, start: int = 0, end: int | None = None) -> Iterator[Member]:
+def files_of(path: Path | str, start: int = 0, end: int | None = None) -> Iterator[TarFile]:
     """The files in the tar that bytes [start, end) of a file hold, by their headers alone.
 
-    UserError where they are not a whole tar, and nothing but it.
+    Raises UserError unless these bytes are a whole tar and nothing but it.
     """
     try:
-        with open(path, "rb") as file:
-            end = os.fstat(file.fileno()).st_size if end is None else end
-            file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:", tarinfo=StrictTarInfo) as tar:
-                while (member := tar.next()) is not None:
-                    if member.isreg():
-                        yield Member(member.name, member.offset, member.offset_data, member.size)
-                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-                if tar.offset > end:
-                    raise tarfile.ReadError("it is cut off")
-                # A zeroed header looks like the end: nothing but padding may follow the real one.
-                file.seek(tar.offset)
-                while block := file.read(min(end - file.tell(), 2**20)):
-                    if block.strip(b"\0"):
-                        raise tarfile.ReadError("data after the end of the archive")
-    except (OSError, tarfile.TarError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"the tar {path} is damaged or unreadable ({reason}): copy or make it again") from error
+        with open(path, "rb", buffering=0) as file:
+            size = (os.fstat(file.fileno()).st_size if end is None else end) - start
 
+            def read(at: int, length: int) -> bytes:
+                return os.pread(file.fileno(), max(0, min(length, size - at)), start + at)
 
-def read_members(content: bytes) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of the files in whole members of a tar; ValueError where they are not that."""
-    try:
-        with tarfile.open(fileobj=io.BytesIO(content + bytes(3 * tarfile.BLOCKSIZE)), mode="r:") as tar:
-            for member in tar:
-                if member.isreg():
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    yield member.name, file.read()
-    except tarfile.TarError as error:
-        raise ValueError(str(error)) from error
+            for member in iterate_members(windowed(read, _WINDOW), size):
+                if member.is_file:
+                    yield TarFile(member.name, start + member.data, member.size)
+    except TarError as error:
+        problem, byte = error.args
+        moved = TarError(problem, byte if byte is None else start + byte)
+        raise UserError(f"the tar {path} is damaged (it {moved}): copy or make it again") from error
+    except OSError as error:
+        raise UserError(f"the tar {path} cannot be read ({error.strerror}): make it readable") from error
 
 
 def is_tar_name(name: str) -> bool:
@@ -71,23 +59,25 @@ def is_tar_name(name: str) -> bool:
 
 
 def first_members(path: Path, count: int) -> list[str]:
-    """The names of the first files in a tar, gzipped or not; UserError where it is no tar."""
+    """The names of the first files in a tar, compressed or not. Raises UserError if it is no tar."""
     names: list[str] = []
     try:
-        with tarfile.open(path, "r|*") as tar:
-            for member in tar:
-                if member.isreg():
+        with open_forward(str(path)) as (read, size):
+            for member in iterate_members(read, size):
+                if member.is_file and not is_macos_resource(member.name):
                     names.append(member.name)
                 if len(names) == count or member.name.endswith(".tar"):  # which are large, and say enough
                     break
-    except (OSError, EOFError, tarfile.TarError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"the tar {path} is damaged or unreadable ({reason}): copy or make it again") from error
+    except OSError as error:
+        raise UserError(f"the tar {path} cannot be read ({error.strerror or error}): make it readable") from error
+    except (TarError, EOFError, zlib.error, lzma.LZMAError) as error:
+        reason = f"it {error}" if isinstance(error, TarError) else error
+        raise UserError(f"the tar {path} is damaged ({reason}): copy or make it again") from error
     return names
 
 
 def plain_tars(paths: list[Path], context: Context) -> list[Path]:
-    """For each path itself, or where it is gzipped (which its name need not say) a plain copy in the scratch folder."""
+    """Each path itself, or a plain copy in the scratch folder if it is gzipped, which its name need not say."""
     plain = [context.scratch_file(path, ".tar") if _is_gzipped(path) else path for path in paths]
     gzipped = [(path, copy) for path, copy in zip(paths, plain, strict=True) if copy != path and not copy.exists()]
     if gzipped:
@@ -122,14 +112,14 @@ def _is_gzipped(path: Path) -> bool:
 
 def list_class_tars(path: Path, context: Context) -> Listing:
     """A folder of tars or a tar of tars, each named by its class and holding the images of the class."""
-    tars: list[tuple[str, Path, int, int]] = []  # class, file, where its tar begins and ends
+    tars: list[tuple[str, Path, int, int]] = []  # class, file, first and last byte of its tar
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if is_tar_name(file.name))
         for file, plain in zip(files, plain_tars(files, context), strict=True):
             tars.append((_class_of(file.name), plain, 0, plain.stat().st_size))
     else:
         (plain,) = plain_tars([path], context)
-        for member in members(plain):
+        for member in files_of(plain):
             if member.name.endswith(".tar"):
                 tars.append((_class_of(member.name), plain, member.offset, member.offset + member.size))
     tars.sort(key=lambda entry: entry[0])
@@ -148,9 +138,9 @@ def list_class_tars(path: Path, context: Context) -> Listing:
     return builder.finish(context.classes or classes, str(path))
 
 
-def _images_of_tar(entry: tuple[str, Path, int, int]) -> list[Member]:
+def _images_of_tar(entry: tuple[str, Path, int, int]) -> list[TarFile]:
     _, path, start, end = entry
-    return [member for member in members(path, start, end) if is_image(member.name)]
+    return [member for member in files_of(path, start, end) if is_image(member.name)]
 
 
 def _class_of(name: str) -> str:
@@ -164,7 +154,7 @@ def list_flat_tar(path: Path, context: Context) -> Listing:
     if context.labels is None:
         raise UserError(f"{path} holds images without labels: name the file of their labels with --labels")
     (plain,) = plain_tars([path], context)
-    images = sorted((member for member in members(plain) if is_image(member.name)), key=lambda member: member.name)
+    images = sorted((member for member in files_of(plain) if is_image(member.name)), key=lambda member: member.name)
     lines = validation_labels(Path(context.labels).expanduser())
     if len(lines) != len(images):
         raise UserError(f"{context.labels} has {len(lines):,} labels for the {len(images):,} images of {path}")

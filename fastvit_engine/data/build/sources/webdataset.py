@@ -2,18 +2,22 @@
 
 import contextlib
 import glob
-import json
 import os
+from collections.abc import Callable, Container
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from braceexpand import braceexpand
 
 from fastvit_engine.data.build.parallel import ordered_map
-from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.data.build.sources.context import Context, split_of_names
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
-from fastvit_engine.data.build.sources.tars import is_tar_name, members, plain_tars
+from fastvit_engine.data.build.sources.tars import is_tar_name, plain_tars
+from fastvit_engine.data.shards.archive import Archive, open_archive
+from fastvit_engine.data.shards.labels import MAX_LABEL_BYTES, json_field, label_member, label_values
+from fastvit_engine.data.shards.names import read_info
+from fastvit_engine.data.shards.sample import Ignored, SampleFile, describe_ignored, iterate_files
+from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.errors import UserError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
@@ -29,26 +33,34 @@ class Found(NamedTuple):
 
 
 def list_webdataset(path: Path, context: Context) -> Listing:
-    """A shard, a folder of them, or a glob or brace pattern: an image and a `cls` or `json` member a sample.
+    """A shard, a folder of them, or a glob or brace pattern, with an image and a label member in each sample.
 
-    `json` gives the labels of a sample as "labels" (several) or "label". The shards of a dataset.json keep their split
-    and class names; otherwise shards named train... and val... or test... do. Other members are left out.
+    The labels are those of the member or JSON field that context.labels names, as data.label_key does; otherwise
+    "labels" (a list) in `json`, `cls`, or "label" in `json`. The shards of a dataset.json keep their split and class
+    names; without one, the names of shards say the split (train..., val..., test...). Other members are left out.
     """
     train, held_out = _shards(path, context)
     info = read_info(train[0].parent)
     names = info.classes if info else None
-    shards = list(zip(plain_tars([*train, *held_out], context), [*train, *held_out], strict=True))
+    everything = [*train, *held_out]
+    shards = [
+        (plain, shard, context.labels) for plain, shard in zip(plain_tars(everything, context), everything, strict=True)
+    ]
     context.progress.start("listing", len(shards), "shards")
     builder = ListingBuilder()
     builder.labels_refer_to(names)
+    all_ignored = Ignored()
     with contextlib.closing(ordered_map(_samples, shards, workers=context.workers)) as results:
-        for (plain, shard), samples in zip(shards, results, strict=True):
+        for (plain, shard, _), (samples, ignored) in zip(shards, results, strict=True):
+            all_ignored += ignored
             builder.held_out = shard in held_out
             builder.add_file("sample", plain)
             for sample in samples:
                 builder.multi_label |= len(sample.labels) != 1
                 builder.add(sample.key, sample.labels, sample.offset, sample.size)
             context.progress.update(len(builder.files))
+    if all_ignored:
+        context.say(f"{path}: {len(builder):,} samples{describe_ignored(all_ignored)}")
     return builder.finish(context.classes or names, str(path))
 
 
@@ -70,54 +82,73 @@ def _shards(path: Path, context: Context) -> tuple[list[Path], list[Path]]:
     return shards, []
 
 
-def _samples(shard: tuple[Path, Path]) -> list[Found]:
-    """The samples of a plain tar; UserError naming the original shard and the key where one lacks a member."""
-    plain, name = shard
+def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[Found], Ignored]:
+    """The samples of a plain tar. Raises UserError naming the original shard and the key if one lacks a member."""
+    plain, name, label_key = task
     samples: list[Found] = []
-    parts: dict[str, tuple[int, int]] = {}  # extension -> offset, size
-    key, start, end = "", 0, 0
-    with open(plain, "rb") as file:
-
-        def finish() -> None:
-            if not parts:
-                return
-            where = f"sample '{key}' of shard {name}"
-            if not any(extension in parts for extension in IMAGE_EXTENSIONS):
-                raise UserError(
-                    f"{where} has no image, only {sorted(parts)}: the members of a sample must stand next to each other"
-                )
-            labels = _labels(
-                {ext: os.pread(file.fileno(), *parts[ext][::-1]) for ext in ("cls", "json") if ext in parts}, where
-            )
-            samples.append(Found(key, labels, start, end - start))
-
-        for member in members(plain):
-            folder, _, base = member.name.rpartition("/")
-            stem, dot, extension = base.partition(".")
-            if not stem or not dot:
-                continue
-            member_key = f"{folder}/{stem}" if folder else stem
-            if member_key != key:
-                finish()
-                key, start, parts = member_key, member.header, {}
-            if extension.lower() in parts:
-                raise UserError(f"sample '{key}' of shard {name} has two '{extension}' members: make the shard again")
-            parts[extension.lower()] = (member.offset, member.size)
-            end = member.offset + member.size
-        finish()
-    return samples
-
-
-def _labels(parts: dict[str, bytes], where: str) -> list[str]:
+    ignored = Ignored()
+    files: list[SampleFile] = []  # of the current sample
     try:
-        if "json" in parts:
-            content = json.loads(parts["json"])
-            if isinstance(content, dict) and isinstance(content.get("labels"), list):
-                return [str(label) for label in content["labels"]]
-            if "cls" not in parts and isinstance(content, dict) and "label" in content:
-                return [str(content["label"])]
-        if "cls" in parts:
-            return [parts["cls"].decode().strip()]
+        with open_archive(str(plain)) as archive:
+            for file in iterate_files(archive.read, archive.size, ignored):
+                if file.first and files:
+                    samples.append(_found(files, archive, name, label_key))
+                    files = []
+                files.append(file)
+            if files:
+                samples.append(_found(files, archive, name, label_key))
+    except TarError as error:
+        raise UserError(f"shard {name} is damaged (it {error}): copy or make it again") from error
+    except OSError as error:
+        raise UserError(f"shard {name} cannot be read ({error.strerror}): make it readable") from error
+    return samples, ignored
+
+
+def _found(files: list[SampleFile], archive: Archive, shard: Path, label_key: str | None) -> Found:
+    key, start = files[0].key, files[0].member.start
+    where = f"sample '{key}' of shard {shard}"
+    members = {file.extension: file.member for file in files}
+    if not any(extension in members for extension in IMAGE_EXTENSIONS):
+        raise UserError(f"{where} has no image, only {sorted(members)}: the members of a sample must be adjacent")
+
+    def read(extension: str) -> bytes:
+        member = members[extension]
+        if member.size > MAX_LABEL_BYTES:
+            raise ValueError(f"{member.size:,} bytes are too many for a label")
+        return archive.read(member.data, member.size)
+
+    try:
+        labels = _labels(read, members, label_key)
     except ValueError as error:
         raise UserError(f"{where} has a label that cannot be read ({error}): make the shard again") from error
-    raise UserError(f"{where} has neither a 'cls' member nor labels in a 'json' member: make the shard again with one")
+    if labels is None:
+        wanted = f"labels in '{label_key}'" if label_key else "a 'cls' member nor labels in a 'json' member"
+        advice = "make the shard again with one, or name the member that has them with --labels json.FIELD"
+        raise UserError(f"{where} has {'no' if label_key else 'neither'} {wanted}: {advice}")
+    return Found(key, labels, start, files[-1].member.end - start)
+
+
+def _labels(read: Callable[[str], bytes], members: Container[str], label_key: str | None) -> list[str] | None:
+    """The labels of a sample as text, None if it has none."""
+    if label_key is not None:
+        member, path = label_member(label_key)
+        return [_text(value) for value in label_values(read(member), path)] or None if member in members else None
+    if "json" in members:
+        content = read("json")
+        labels = json_field(content, ["labels"])
+        if isinstance(labels, list):
+            return [_text(value) for value in labels]  # none: an image of no class
+        if "cls" not in members and (label := json_field(content, ["label"])) is not None:
+            return [_text(label)]
+    if "cls" in members:
+        return [_text(value) for value in label_values(read("cls"), [])] or None
+    return None
+
+
+def _text(label: Any) -> str:
+    """A class index or name as text. Raises ValueError for what is neither, such as true or 2.5."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    if isinstance(label, bool) or not isinstance(label, int | str):
+        raise ValueError(f"{label!r} is neither a class index nor a name")
+    return str(label)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.build.encode import encode_for_shard
+from fastvit_engine.data.pixels.decode import decode_image
 
 
 def _smooth(height: int, width: int) -> np.ndarray:

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 import fastvit_engine.data.build.make as make_module
-from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.build.encode import encode_for_shard
-from fastvit_engine.data.shards.index import INDEX_NAME, open_index
 from fastvit_engine.data.build.make import UNFINISHED_NAME, make_dataset
+from fastvit_engine.data.pixels.decode import decode_image
+from fastvit_engine.data.shards.archive import read_shard
+from fastvit_engine.data.shards.index import INDEX_NAME, open_index
 from fastvit_engine.data.shards.names import find_shards
-from fastvit_engine.data.stream.sequential import read_shard
 from fastvit_engine.errors import UserError
 
 CLASSES = {"ant": 20, "bee": 11, "cow": 5}
@@ -180,7 +180,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(many, tmp_pat
     out = tmp_path / "out"
     for attempt in range(8):
         process = _start(many, out)
-        wanted = len(_receipts(out)) + attempt % 4 if attempt else 0  # the first time while it plans
+        wanted = len(_receipts(out)) + attempt % 4 if attempt else 0  # the first time before it packs
         while len(_receipts(out)) < wanted:
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.02))
@@ -197,7 +197,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(many, tmp_pat
     assert _contents(out) == _contents(tmp_path / "whole")
 
 
-def test_whole_shards_are_kept_and_others_made_again(many, tmp_path):
+def test_complete_shards_are_kept_and_others_made_again(many, tmp_path):
     out = tmp_path / "out"
     process = _start(many, out)
     while len(_receipts(out)) <= 5:
@@ -206,18 +206,19 @@ def test_whole_shards_are_kept_and_others_made_again(many, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.join()
     receipts = _receipts(out)
+    receipts[-1].write_bytes(b"\0" * 40)  # as after a power failure
     kept, cut = (out / receipt.stem for receipt in receipts[:2])
     before = kept.stat().st_mtime_ns
-    cut.write_bytes(cut.read_bytes()[:-1])  # a receipt does not make a shard whole
+    cut.write_bytes(cut.read_bytes()[:-1])  # a receipt does not make a shard complete
     lines: list[str] = []
     _make(many, out, samples_per_shard=6, progress=lines.append)
-    assert f"{len(receipts) - 1} of 40 shards are whole" in lines[0]
+    assert f"{len(receipts) - 2} of 40 shards are complete" in lines[0]
     assert kept.stat().st_mtime_ns == before
     _make(many, tmp_path / "whole", samples_per_shard=6)
     assert _contents(out) == _contents(tmp_path / "whole")
 
 
-def test_images_added_while_it_was_stopped_do_not_change_the_plan(photos, tmp_path, photo):
+def test_images_added_while_it_was_stopped_do_not_change_the_packing(photos, tmp_path, photo):
     _make(photos, tmp_path / "whole")
     _make(photos, tmp_path / "out", plan_only=True)
     (photos / "ant" / "000.jpg").write_bytes(photo(999))
@@ -232,7 +233,7 @@ def test_parts_make_the_shards_of_one_run(many, tmp_path):
     for part in (3, 1, 4):
         made = _make(many, out, samples_per_shard=7, part=(part, 4), progress=lines.append)
         assert made.info is None and not (out / "dataset.json").exists()
-    assert "part 4 of 4 is whole, 9 shards are still to be made by others" in lines[-1]
+    assert "part 4 of 4 is complete, 9 shards are left to other parts" in lines[-1]
     names = {path.name for path in out.glob("*.tar")}
     assert len(names) == 26 and names < set(_contents(tmp_path / "whole"))
     assert _make(many, out, samples_per_shard=7, part=(2, 4)).info is not None
@@ -291,22 +292,22 @@ def test_shard_without_a_receipt_is_removed_with_the_rest(photos, tmp_path, monk
         assert (tmp_path / "out" / "train-000000.tar").exists()
         raise UserError("stopped at the last moment")
 
-    monkeypatch.setattr(make_module, "_write_atomically", stopped)
+    monkeypatch.setattr(make_module._ShardWriter, "_write_receipt", stopped)
     with pytest.raises(UserError, match="stopped at the last moment"):
         _make(photos, tmp_path / "out", samples_per_shard=100, eval_fraction=0.0)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_plan_outlives_errors_of_later_runs(photos, tmp_path):
+def test_a_packing_outlives_errors_of_later_runs(photos, tmp_path):
     _make(photos, tmp_path / "out", plan_only=True)
-    plan = {path.name: path.read_bytes() for path in (tmp_path / "out" / UNFINISHED_NAME / "plan").iterdir()}
+    packing = _contents(tmp_path / "out" / UNFINISHED_NAME / "packing")
     bad = photos / "bee" / "5.jpg"
     good = bad.read_bytes()
     bad.write_bytes(b"")
     for changes in ({"seed": 1}, {"samples_per_shard": 10}):
         with pytest.raises(UserError, match="is being made with seed|is not an image"):
             _make(photos, tmp_path / "out", **changes)
-        assert _contents(tmp_path / "out" / UNFINISHED_NAME / "plan") == plan
+        assert _contents(tmp_path / "out" / UNFINISHED_NAME / "packing") == packing
     bad.write_bytes(good)
     _make(photos, tmp_path / "out")
     _make(photos, tmp_path / "whole")
@@ -354,7 +355,7 @@ def test_disk_full_leaves_nothing_behind(photos, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(make_module.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match=r"cannot write to .*out \(No space left on device\)"):
             _make(photos, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -365,13 +366,13 @@ def test_disk_full_keeps_whole_shards(photos, tmp_path, monkeypatch):
 
     def full_later(descriptor: int) -> None:
         synced.append(descriptor)
-        if len(synced) > 4:  # two shards and their receipts
+        if len(synced) > 8:  # two shards and their receipts, each with its folder
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         real(descriptor)
 
     _make(photos, tmp_path / "out", plan_only=True)
     with monkeypatch.context() as patch:
-        patch.setattr(make_module.os, "fsync", full_later)
+        patch.setattr(os, "fsync", full_later)
         with pytest.raises(UserError, match="No space left"):
             _make(photos, tmp_path / "out", workers=1)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [

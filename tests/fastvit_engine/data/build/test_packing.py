@@ -2,14 +2,14 @@ import hashlib
 
 import numpy as np
 
-from fastvit_engine.data.build.packing import Plan, first_of_each, make_plan
+from fastvit_engine.data.build.packing import Packing, first_of_each, make_packing
 from fastvit_engine.data.build.sources.listing import ListingBuilder
-from fastvit_engine.data.build.work_progress import WorkProgress
+from fastvit_engine.observe.progress import WorkProgress
 
 
-def _plan(
+def _packing(
     labels: list[int], *, fraction: float | None, seed: int = 0, held_out: tuple[int, ...] = (), size: int = 10
-) -> Plan:
+) -> Packing:
     builder = ListingBuilder()
     builder.add_file("path", "/nowhere")
     for index, label in enumerate(labels):
@@ -17,20 +17,20 @@ def _plan(
         builder.add(f"{index}.jpg", [str(label)])
     arguments = {"seed": seed, "dedup": False, "samples_per_shard": size}
     listing = builder.finish(None, "test")
-    return make_plan(listing, arguments, eval_fraction=fraction, workers=1, progress=WorkProgress(quiet=True))
+    return make_packing(listing, arguments, eval_fraction=fraction, workers=1, progress=WorkProgress(quiet=True))
 
 
 def test_every_image_is_in_one_split_and_the_classes_keep_their_shares():
     labels = [0] * 500 + [1] * 37 + [2] * 3 + [3]
     for fraction in (0.0, 0.1, 0.33, 0.9):
-        plan = _plan(labels, fraction=fraction)
-        assert sorted([*plan.train, *plan.eval]) == list(range(len(labels)))
-        counts = np.bincount(np.array(labels)[plan.eval], minlength=4)
+        packing = _packing(labels, fraction=fraction)
+        assert sorted([*packing.train, *packing.eval]) == list(range(len(labels)))
+        counts = np.bincount(np.array(labels)[packing.eval], minlength=4)
         assert all(abs(counts - fraction * np.bincount(labels)) <= 1)
 
 
 def test_order_is_a_uniform_shuffle_that_depends_on_the_seed():
-    first, again, other = (_plan([0] * 4000, fraction=0.25, seed=seed) for seed in (3, 3, 4))
+    first, again, other = (_packing([0] * 4000, fraction=0.25, seed=seed) for seed in (3, 3, 4))
     assert np.array_equal(first.train, again.train) and not np.array_equal(first.train, other.train)
     for order in (first.train, first.eval):
         places = np.arange(len(order))
@@ -41,31 +41,31 @@ def test_order_is_a_uniform_shuffle_that_depends_on_the_seed():
 
 def test_order_never_changes():
     """Shards that are made again years later, with another NumPy, are the same."""
-    plan = _plan([n % 7 for n in range(1000)], fraction=0.1, seed=1)
-    digest = hashlib.sha256(plan.train.astype("<i8").tobytes() + plan.eval.astype("<i8").tobytes()).hexdigest()
+    packing = _packing([n % 7 for n in range(1000)], fraction=0.1, seed=1)
+    digest = hashlib.sha256(packing.train.astype("<i8").tobytes() + packing.eval.astype("<i8").tobytes()).hexdigest()
     assert digest[:16] == "0807d15db4088e89"
 
 
 def test_own_split_is_kept():
-    plan = _plan([0] * 20, fraction=None, held_out=(3, 4, 19))
-    assert sorted(plan.eval) == [3, 4, 19] and len(plan.train) == 17
+    packing = _packing([0] * 20, fraction=None, held_out=(3, 4, 19))
+    assert sorted(packing.eval) == [3, 4, 19] and len(packing.train) == 17
 
 
 def test_shards_cover_the_order_and_a_saved_plan_is_the_same(tmp_path):
-    plan = _plan([0] * 103, fraction=0.11, size=10)
-    plan.save(tmp_path / "plan")
-    plan.save(tmp_path / "plan")  # another part was faster
-    again = Plan.load(tmp_path / "plan")
-    assert again.shards() == plan.shards() and [shard.name for shard in plan.shards()][-3:] == [
+    packing = _packing([0] * 103, fraction=0.11, size=10)
+    packing.save(tmp_path / "packing")
+    packing.save(tmp_path / "packing")  # another part was faster
+    again = Packing.load(tmp_path / "packing")
+    assert again.shards() == packing.shards() and [shard.name for shard in packing.shards()][-3:] == [
         "train-000009.tar",
         "eval-000000.tar",
         "eval-000001.tar",
     ]
     for split in ("train", "eval"):
         parts = [again.indices(shard) for shard in again.shards() if shard.split == split]
-        assert np.array_equal(np.concatenate(parts), getattr(plan, split))
+        assert np.array_equal(np.concatenate(parts), getattr(packing, split))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+    assert [path.name for path in tmp_path.iterdir()] == ["packing"]
 
 
 def test_first_of_each():

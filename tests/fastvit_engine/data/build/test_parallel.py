@@ -61,7 +61,7 @@ def test_a_killed_worker_is_an_error():
         if number == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(UserError, match="a worker process was killed, perhaps for want of memory"):
+    with pytest.raises(UserError, match="a worker process was killed, perhaps for lack of memory"):
         list(parallel_map(die, range(10), workers=2))
 
 

@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 
 import fastvit_engine.data.build.sources.reading as reading
-from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.build.make import make_dataset
-from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.data.build.sources import list_source, list_with_eval, recognise
 from fastvit_engine.data.build.sources.context import Context, split_of_names
 from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.reading import Reader
-from fastvit_engine.data.stream.sequential import read_shard
-from fastvit_engine.data.build.work_progress import WorkProgress
+from fastvit_engine.data.pixels.decode import decode_image
+from fastvit_engine.data.shards.archive import read_shard
+from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.progress import WorkProgress
 
 
 @pytest.fixture
@@ -203,14 +203,14 @@ def test_damaged_class_tars(listed, tmp_path, class_tars):
     whole = _tar([(f"{wnid}.tar", content) for wnid, content in class_tars.items()])
     path = tmp_path / "all.tar"
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"all\.tar is damaged or unreadable"):
+    with pytest.raises(UserError, match=r"all\.tar is damaged \(it is truncated"):
         listed(path)
     start = whole.index(b"n002_1.JPEG")  # the second header of the class
     path.write_bytes(whole[:start] + b"\xff" * 300 + whole[start + 300 :])
-    with pytest.raises(UserError, match=r"all\.tar is damaged or unreadable \(bad checksum at byte"):
+    with pytest.raises(UserError, match=rf"all\.tar is damaged \(it has a damaged header at byte {start:,}\)"):
         listed(path)
     path.write_bytes(whole[:start] + bytes(512) + whole[start + 512 :])  # looks like the end of the class
-    with pytest.raises(UserError, match="data after the end of the archive"):
+    with pytest.raises(UserError, match="it has data after its end marker, at byte"):
         listed(path)
     path.write_bytes(_tar([("n001.tar", class_tars["n001"]), ("n002.tar", _tar([]))]))
     with pytest.raises(UserError, match=r"class tar n002\.tar in .* holds no image"):
@@ -726,6 +726,39 @@ def test_labels_of_the_eval_source_are_mapped_by_name(context, tmp_path, photo):
     assert sorted((name.rpartition("_")[2], label) for name, label in names.items()) == [("e", "emu"), ("f", "fox")]
 
 
+def test_webdataset_labels_of_every_kind(listed, tmp_path, photo, write_tar):
+    cases = {
+        "text": ("cls", b" cat\n", ["cat"]),
+        "mark": ("cls", b"\xef\xbb\xbfcat", ["cat"]),
+        "list": ("cls", b'["cat", "dog"]', ["cat", "dog"]),
+        "field": ("json", b'{"label": "dog"}', ["dog"]),
+        "fields": ("json", b'{"labels": ["dog", "cat"]}', ["dog", "cat"]),
+        "none": ("json", b'{"labels": []}', []),
+    }
+    members = [("__MACOSX/._text.jpg", b"x"), ("._text.jpg", b"x")]
+    for key, (extension, content, _) in cases.items():
+        members += [(f"{key}.jpg", photo(1)), (f"{key}.{extension}", content)]
+    write_tar(tmp_path / "a.tar", members)
+    found = {row[0]: row[1] for row in listed(tmp_path / "a.tar", format="webdataset")}
+    assert found == {key: labels for key, (_, _, labels) in cases.items()}
+
+
+def test_webdataset_labels_in_a_field_that_is_named(listed, context, tmp_path, photo, write_tar):
+    write_tar(tmp_path / "a.tar", [("a.jpg", photo(1)), ("a.cls", b"7"), ("a.json", b'{"what": {"kind": "cat"}}')])
+    context.labels = "json.what.kind"
+    assert [row[1] for row in listed(tmp_path / "a.tar", format="webdataset")] == [["cat"]]
+    context.labels = "json.what.else"
+    with pytest.raises(UserError, match=r"sample 'a' of shard .* has no labels in 'json\.what\.else'"):
+        listed(tmp_path / "a.tar", format="webdataset")
+
+
+@pytest.mark.parametrize("label", [b"true", b"2.5", b"{}", b"[" * 100_000])
+def test_webdataset_labels_that_are_none(listed, tmp_path, photo, write_tar, label):
+    write_tar(tmp_path / "a.tar", [("a.jpg", photo(1)), ("a.json", b'{"label": ' + label + b"}")])
+    with pytest.raises(UserError, match="sample 'a' of shard .* has a label that cannot be read"):
+        listed(tmp_path / "a.tar", format="webdataset")
+
+
 def test_webdataset_by_pattern(listed, shards):
     rows = listed(f"{shards}/part-{{0..1}}.tar")
     assert [row[0] for row in rows] == [f"s{n:03d}" for n in range(8)]
@@ -739,7 +772,7 @@ def test_webdataset_by_pattern(listed, shards):
         ([("a.cls", b"1"), ("b.jpg", b"x")], "sample 'a' of shard .* has no image, only"),
         ([("a.jpg", b"x"), ("a.txt", b"x")], "neither a 'cls' member nor labels"),
         ([("a.jpg", b"x"), ("a.json", b"{")], "has a label that cannot be read"),
-        ([("a.jpg", b"x"), ("a.cls", b"1"), ("a.jpg", b"y")], "has two 'jpg' members"),
+        ([("a.jpg", b"x"), ("a.cls", b"1"), ("a.jpg", b"y")], "the member 'jpg' of sample 'a' twice"),
     ],
 )
 def test_webdataset_that_cannot_serve(listed, tmp_path, write_tar, members, message):
@@ -756,7 +789,7 @@ def test_unknown_sources(listed, tmp_path, write_tar):
     with pytest.raises(UserError, match=r"a\.zip is of no known kind: say with --format"):
         listed(tmp_path / "a.zip")
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
-    with pytest.raises(UserError, match=r"a\.tar is damaged or unreadable"):
+    with pytest.raises(UserError, match=r"a\.tar is damaged \(it has a damaged header at byte 0\)"):
         listed(tmp_path / "a.tar")
     write_tar(tmp_path / "empty.tar", [])
     with pytest.raises(UserError, match=r"empty\.tar is empty"):

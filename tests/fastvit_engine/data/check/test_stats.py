@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 import fastvit_engine.data.check.stats as stats_module
+from fastvit_engine.config import Config
 from fastvit_engine.data.build.make import make_dataset
 from fastvit_engine.data.check.stats import QUANTILES, moments, shard_stats
-from fastvit_engine.data.stream.sequential import read_shard
+from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.errors import UserError
 
 
@@ -93,15 +94,37 @@ def test_samples_with_several_labels_count_for_each(tmp_path, write_tar, photo):
     for number, labels in enumerate(([0, 1], [1], [])):
         members += [(f"{number}.jpg", photo(number)), (f"{number}.json", json.dumps({"labels": labels}).encode())]
     write_tar(tmp_path / "a.tar", members)
-    assert shard_stats(str(tmp_path)).class_counts.tolist() == [1, 2]
+    config = Config.model_validate({"data": {"label_key": "json.labels", "max_labels": 2}})
+    stats = shard_stats(str(tmp_path), config)
+    assert stats.class_counts.tolist() == [1, 2] and stats.images == 3 and stats.unusable == {"wrong label": 1}
+    assert shard_stats(str(tmp_path)).unusable == {"missing member": 3}
+
+
+def test_what_is_not_usable_is_counted_and_left_out(tmp_path, write_tar, photo):
+    members = [
+        ("a.jpg", photo(1)),
+        ("a.cls", b"1"),
+        ("b.jpg", b"x"),
+        ("b.cls", b"1"),
+        ("c.cls", b"2"),
+        ("._c.jpg", b""),
+    ]
+    write_tar(tmp_path / "a.tar", [*members, ("d.jpg", photo(2)), ("d.cls", b"cat")])
+    stats = shard_stats(str(tmp_path))
+    assert stats.images == 2 and stats.unusable == {"unreadable image": 1, "missing member": 1, "wrong label": 1}
+    assert dict(zip(stats.class_names, stats.class_counts, strict=True)) == {"class 1": 2, "class 2": 1}
+    report = stats.report()
+    assert "left out: 1 of kind 'unreadable image'" in report and "1 macOS resource files" in report
+    content = json.loads(stats.to_json())
+    assert content["unusable"]["wrong label"] == 1 and content["ignored"] == 1
 
 
 @pytest.mark.parametrize(
     ("members", "message"),
     [
         ([], "hold no samples"),
-        ([("a.cls", b"1")], "has no image"),
-        ([("a.jpg", b"x"), ("a.cls", b"1")], "sample 'a' of .* cannot be read"),
+        ([("a.cls", b"1")], "hold no usable image .1 of kind 'missing member'"),
+        ([("a.jpg", b"x"), ("a.cls", b"1")], "hold no usable image .1 of kind 'unreadable image'"),
     ],
 )
 def test_shards_that_cannot_serve(tmp_path, write_tar, members, message):

@@ -1,10 +1,13 @@
 import json
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 
+from fastvit_engine.config import Config
 from fastvit_engine.data.build.make import make_dataset
+from fastvit_engine.data.check.stats import shard_stats
 from fastvit_engine.data.check.verify import Verdict, verify_shards
 from fastvit_engine.errors import UserError
 
@@ -85,22 +88,67 @@ def test_images_members_and_labels(tmp_path, write_tar, photo):
         kind: sorted(example.partition(" of a.tar ")[::2] for example in finding.examples)
         for kind, finding in verdict.findings.items()
     }
-    assert set(found) == {"unreadable image", "missing member", "wrong label"} == set(verdict.errors)
-    assert [key for key, _ in found["unreadable image"]] == ["cut", "html"]
+    assert set(found) == {"damaged image", "unreadable image", "missing member", "wrong label"} == set(verdict.errors)
+    assert [key for key, _ in found["unreadable image"]] == ["html"]
+    assert [key for key, _ in found["damaged image"]] == ["cut"]  # which training takes as far as it decodes
     assert found["missing member"] == [
-        ("blind", "has no image, only cls, txt"),
-        ("mute", "has no label: neither 'cls' nor labels in 'json'"),
+        ("blind", "has no 'jpg;jpeg;png;webp' member, only ['cls', 'txt']"),
+        ("mute", "has no 'cls' member, only ['jpg']"),
     ]
     assert found["wrong label"] == [
         ("below", "has label -1, outside 0..2"),
         ("far", "has label 3, outside 0..2"),
         ("huge", "has label 99999999999, outside 0..2"),
-        ("many", "has label 7, outside 0..2"),
-        ("odd", "has labels ['a'] in 'json', which are not all class indices"),
-        ("text", "has a 'json' member that is not JSON"),
-        ("word", "has the label b'cat', which is not a class index"),
+        ("word", "has the label b'cat' in 'cls', which is not a class index"),
     ]
-    assert _counts(_verify(tmp_path))["wrong label"] == 5  # without a number of classes 3 and 7 may be right
+    assert _counts(_verify(tmp_path))["wrong label"] == 3  # without a number of classes 3 may be right
+
+
+def test_labels_and_images_under_the_keys_of_the_configuration(tmp_path, write_tar, photo):
+    samples = {
+        "many": b'{"labels": [0, 2, 7]}',
+        "odd": b'{"labels": ["a"]}',
+        "text": b"{",
+        "true": b'{"labels": [true]}',
+        "none": b'{"labels": []}',
+        "fine": b'{"labels": [2, 1]}',
+        "mark": b'\xef\xbb\xbf{"labels": 2}',
+    }
+    members = []
+    for number, (key, content) in enumerate(samples.items()):
+        members += [(f"{key}.photo.jpg", photo(number)), (f"{key}.jpg", b"<html>"), (f"{key}.json", content)]
+    write_tar(tmp_path / "a.tar", [("._many.jpg", b"macOS"), *members])
+    data = {"image_key": "photo.jpg", "label_key": "json.labels", "max_labels": 2}
+    verdict = _verify(tmp_path, config=Config.model_validate({"data": data}), num_classes=3)
+    found = {example.partition(" of a.tar ")[::2] for example in verdict.findings["wrong label"].examples}
+    assert found == {
+        ("many", "has 3 labels in 'json.labels', and training takes 1 to 2"),
+        ("odd", "has the label b'{\"labels\": [\"a\"]}' in 'json.labels', which is not a class index"),
+        ("text", "has the label b'{' in 'json.labels', which is not a class index"),
+        ("true", "has the label b'{\"labels\": [true]}' in 'json.labels', which is not a class index"),
+        ("none", "has 0 labels in 'json.labels', and training takes 1 to 2"),
+    }
+    assert _counts(verdict) == {"wrong label": 5} and verdict.ignored.total() == 1
+    assert "1 macOS resource files" in verdict.report() and json.loads(verdict.to_json())["ignored"] == 1
+
+
+def test_shards_on_a_server_that_speaks_s3(s3_bucket, tmp_path, write_tar, sample_members):
+    for n in range(3):
+        content = write_tar(tmp_path / "a.tar", sample_members(range(5 * n, 5 * n + 5))).read_bytes()
+        s3_bucket.pipe_file(f"bucket/verify/{n}.tar", content)
+    s3_bucket.pipe_file("bucket/verify/3.tgz", write_tar(tmp_path / "a.tar.gz", sample_members([15])).read_bytes())
+    verdict = _verify("s3://bucket/verify", skew=10)
+    assert verdict.findings == {} and (verdict.shards, verdict.samples) == (4, 16)
+    stats = shard_stats("s3://bucket/verify/{0..2}.tar", workers=2)
+    assert stats.images == 15 and stats.class_counts.tolist() == [5, 5, 5]
+
+
+def test_shards_in_an_object_store(tmp_path, write_tar, sample_members):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("memory://verify/a.tar", write_tar(tmp_path / "a.tar", sample_members(range(5))).read_bytes())
+    assert _verify("memory://verify/*.tar", workers=1).findings == {}
+    verdict = _verify("memory://verify/{a,gone}.tar", workers=1)
+    assert set(verdict.errors) == {"unreadable shard"} and verdict.samples == 5
 
 
 def test_duplicates_of_keys_and_images(tmp_path, write_tar, photo):
@@ -121,7 +169,7 @@ def test_uneven_and_unshuffled_shards(write_shards):
     (uneven,) = verdict.warnings["uneven shard"].examples
     (sorted_shard,) = verdict.warnings["shard that is not shuffled"].examples
     assert uneven == "13.tar holds 3 samples, the median shard 40"
-    assert sorted_shard.startswith("12.tar holds 40 samples of class 7, of whom ")
+    assert sorted_shard.startswith("12.tar holds 40 samples of class 7, of which ")
     assert "uneven shard" not in _verify(write_shards([*shuffled, shuffled[0], shuffled[1][:30]]), skew=2).findings
     assert "uneven shard" in _verify(write_shards([*shuffled, shuffled[0], shuffled[1][:30]]), skew=1.2).findings
 

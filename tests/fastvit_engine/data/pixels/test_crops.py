@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fastvit_engine.config import DataConfig
+from fastvit_engine.config import AugmentConfig
 from fastvit_engine.data.pixels.crops import View, draw_crops, eval_view, inception_crop, render, train_view
 from fastvit_engine.data.pixels.decode import PixelBuffer
 from fastvit_engine.data.pixels.draws import uniforms
@@ -21,8 +21,8 @@ def _render(image: np.ndarray, view: View, size: int, reduction: int = 1) -> np.
     return out
 
 
-def _train(image: np.ndarray, size: int, data: DataConfig, seed: int) -> np.ndarray:
-    view = train_view(*image.shape[:2], size, data, draw_crops(np.array([seed]))[0])
+def _train(image: np.ndarray, size: int, augment: AugmentConfig, seed: int) -> np.ndarray:
+    view = train_view(*image.shape[:2], size, augment, draw_crops(np.array([seed]))[0])
     return _render(image, view, size)
 
 
@@ -59,25 +59,25 @@ def test_inception_crop_that_never_fits_is_centred():
 
 
 def test_training_crop_is_a_function_of_the_seed():
-    image, data = _ramp(60, 80), DataConfig()
-    first = _train(image, 16, data, 123)
-    assert np.array_equal(first, _train(image, 16, data, 123))
-    assert not np.array_equal(first, _train(image, 16, data, 124))
+    image, augment = _ramp(60, 80), AugmentConfig()
+    first = _train(image, 16, augment, 123)
+    assert np.array_equal(first, _train(image, 16, augment, 123))
+    assert not np.array_equal(first, _train(image, 16, augment, 124))
 
 
 def test_evaluation_decodes_accurately():
     assert not eval_view(60, 80, 16, 0.875).fast
-    assert train_view(60, 80, 16, DataConfig(), draw_crops(np.array([1]))[0]).fast
+    assert train_view(60, 80, 16, AugmentConfig(), draw_crops(np.array([1]))[0]).fast
 
 
 def test_resize_crop_takes_the_whole_image():
-    out = _train(_ramp(60, 80), 16, DataConfig(crop="resize", flip=False), 0)
+    out = _train(_ramp(60, 80), 16, AugmentConfig(crop="resize", flip=False), 0)
     assert out[0, 0, 0] < 15 and out[-1, 0, 0] > 235 and out[0, 0, 1] < 15 and out[0, -1, 1] > 235
 
 
 def test_flip_mirrors_half_of_the_images():
-    data = DataConfig(crop="resize")
-    mirrored = [_train(_ramp(20, 20), 16, data, seed)[0, 0, 1] > 125 for seed in range(400)]
+    augment = AugmentConfig(crop="resize")
+    mirrored = [_train(_ramp(20, 20), 16, augment, seed)[0, 0, 1] > 125 for seed in range(400)]
     assert 160 < sum(mirrored) < 240
 
 

@@ -7,17 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastvit_engine.config import DataConfig
-from fastvit_engine.data.pixels.decode import (
-    CorruptSample,
-    Jpeg,
-    PixelBuffer,
-    decode_image,
-    open_image,
-    read_image,
-    read_labels,
-)
-from fastvit_engine.errors import UserError
+from fastvit_engine.data.pixels.decode import Jpeg, PixelBuffer, decode_image, open_image
 
 # 16 x 72 pixels; Pillow writes all colours of a baseline JPEG in one scan.
 _THREE_SCANS = base64.b64decode(
@@ -197,58 +187,3 @@ def test_a_jpeg_that_ends_in_its_headers_is_not_cut(photo, end):
     broken = Jpeg(data[:end], 300, 200)
     with pytest.raises(ValueError):
         broken.decode(PixelBuffer(), rows=10)
-
-
-def _sample(**members) -> dict:
-    return {"__key__": "k1", "__url__": "a/b.tar"} | members
-
-
-def test_read_image_takes_the_first_image_key(pixels, encode):
-    sample = _sample(png=encode(pixels, "PNG"), webp=b"not this", cls=b" 7\n")
-    assert np.array_equal(read_image(sample, DataConfig(), decode_image), pixels)
-    assert read_labels(sample, DataConfig(), num_classes=8) == [7]
-
-
-@pytest.mark.parametrize(
-    ("members", "message"),
-    [
-        ({"cls": b"0"}, "has no 'jpg;jpeg;png;webp' member, only"),
-        ({"jpg": b"x", "cls": b"0"}, "has an image in 'jpg' that cannot be decoded"),
-    ],
-)
-def test_unusable_images_are_told_apart_from_errors(members, message):
-    with pytest.raises(CorruptSample, match=message):
-        read_image(_sample(**members), DataConfig(), decode_image)
-
-
-@pytest.mark.parametrize(
-    ("members", "label_key", "message"),
-    [
-        ({"jpg": b"x"}, "cls", "has no 'cls' member"),
-        ({"cls": b"cat"}, "cls", "label b'cat'"),
-        ({"cls": b""}, "cls", "label b''"),
-        ({"cls": b"8"}, "cls", r"label 8, outside 0\.\.7"),
-        ({"cls": b"-1"}, "cls", "label -1, outside"),
-        ({"cls": b"[1, 2]"}, "cls", "has 2 labels in 'cls', and training takes 1 to 1"),
-        ({"json": b"{}"}, "json.label", "has 0 labels in 'json.label'"),
-        ({"json": b'{"a": {"b": 9}}'}, "json.a.b", r"label 9, outside 0\.\.7"),
-    ],
-)
-def test_bad_labels_are_named(members, label_key, message):
-    with pytest.raises(UserError, match=r"sample 'k1' of shard a/b\.tar has .*" + message.removeprefix("has ")):
-        read_labels(_sample(**members), DataConfig(label_key=label_key), num_classes=8)
-
-
-def test_several_labels():
-    data = DataConfig(label_key="json.labels", max_labels=3)
-    assert read_labels(_sample(json=b'{"labels": [3, 0]}'), data, num_classes=8) == [3, 0]
-    with pytest.raises(UserError, match=r"has 4 labels in 'json\.labels', and training takes 1 to 3"):
-        read_labels(_sample(json=b'{"labels": [3, 0, 1, 2]}'), data, num_classes=8)
-    with pytest.raises(UserError, match=r"has label 8, outside 0\.\.7"):
-        read_labels(_sample(json=b'{"labels": [3, 8]}'), data, num_classes=8)
-
-
-def test_labels_in_json():
-    data = DataConfig(label_key="json.a.b")
-    assert read_labels(_sample(json=b'{"a": {"b": 3}}'), data, num_classes=8) == [3]
-    assert read_labels(_sample(json=b'{"a": {"b": [3]}}'), data, num_classes=8) == [3]

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import fastvit_engine.data.shards.index as index_module
+from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.index import open_index, write_index
-from fastvit_engine.data.stream.loader import parse_sample
-from fastvit_engine.data.stream.sequential import read_shard
+from fastvit_engine.data.shards.sample import parse_sample
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage import ShardStorage
 
@@ -161,7 +161,7 @@ def test_damage_is_named_with_its_byte(tmp_path, write_tar, sample_members, dama
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([], r"holds no samples, its end marker being at byte 0"),
+        ([], "holds no samples: copy or make it again"),
         ([("README", b"x"), (".hidden.jpg", b"x")], "holds no samples"),
         ([("a.jpg", b"1"), ("a.cls", b"2"), ("a.JPG", b"3")], r"has the member 'jpg' of sample 'a' twice.* byte 2,048"),
         (
@@ -220,3 +220,30 @@ def test_command(tmp_path, write_tar, sample_members, capsys):
     assert main(["data", "index", f"{tmp_path}/x*.tar", "--out", str(out)]) == 2
     errors = capsys.readouterr().err
     assert "let its name end in .index" in errors and "matches no shards" in errors
+
+
+def test_advice_of_the_index_works_when_it_is_followed(tmp_path, write_tar, sample_members, capsys):
+    from fastvit_engine.cli import main
+
+    out = tmp_path / "all.index"
+    shards = [str(write_tar(tmp_path / f"{n}.tar", sample_members(range(4 * n, 4 * n + 4)))) for n in range(2)]
+    with pytest.raises(UserError, match=r"make it with `fastvit data index SHARDS --out .*all\.index`"):
+        open_index(out)
+    index = write_index(shards[:1], out)
+    with pytest.raises(UserError, match=r"1\.tar is not in the index .*: add it with `fastvit data index SHARDS --out"):
+        index.select(shards)
+    assert main(["data", "index", f"{tmp_path}/*.tar", "--out", str(out)]) == 0
+    assert open_index(out).select(shards).samples == 8
+    (tmp_path / "folder.index").mkdir()
+    assert main(["data", "index", *shards, "--out", str(tmp_path / "folder.index")]) == 2
+    assert "folder.index cannot be written (Is a directory): choose another path for it" in capsys.readouterr().err
+
+
+def test_what_belongs_to_no_sample_is_kept_by_the_index(tmp_path, write_tar, sample_members):
+    path = write_tar(tmp_path / "a.tar", [("._s000.jpg", b"x"), *sample_members(range(3)), ("README", b"x")])
+    index = write_index([str(path)], tmp_path / "x.index")
+    assert index.ignored[0].total() == 2 and index.samples == 3
+    again = write_index([str(path)], tmp_path / "x.index")  # whose shard is not read again
+    assert again.ignored == index.ignored and again.select([str(path)]).ignored == index.ignored
+    plain = write_index([str(write_tar(tmp_path / "b.tar", sample_members(range(3))))], tmp_path / "y.index")
+    assert b"ignored" not in (tmp_path / "y.index").read_bytes() and plain.ignored[0].total() == 0

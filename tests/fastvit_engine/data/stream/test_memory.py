@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvit_engine.data import build_train_data, prepare_data
+from fastvit_engine.data import prepare_data
 
 
 def _own_memory(process: multiprocessing.process.BaseProcess) -> int:
@@ -22,7 +22,7 @@ def test_memory_of_workers_stays_flat_over_100_000_samples(tmp_path, write_tar, 
     config = make_config(tmp_path, batch=250, num_workers=2, lanes=4, window=64)
     plan = prepare_data(config, world_size=1, index_folder=tmp_path)
     before = set(multiprocessing.active_children())
-    batches = build_train_data(config, plan, rank=0, world_size=1, micro_batch_size=250, consumed=0, pin_memory=False)
+    batches = plan.train_batches(config, rank=0, world_size=1, micro_batch_size=250, consumed=0, pin_memory=False)
     for _ in range(20_000 // 250):  # ten epochs: every buffer has grown to what it needs
         next(batches)
     workers = [process for process in multiprocessing.active_children() if process not in before]

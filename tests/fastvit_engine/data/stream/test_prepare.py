@@ -9,7 +9,7 @@ import pytest
 from fastvit_engine.data import prepare_data
 from fastvit_engine.data.shards.index import open_index, write_index
 from fastvit_engine.data.stream import prepare as prepare_module
-from fastvit_engine.data.stream.plan import IndexedShards
+from fastvit_engine.data.stream.indexed import IndexedShards
 from fastvit_engine.errors import UserError
 
 
@@ -97,7 +97,7 @@ def test_recorded_lanes_hold_unless_they_are_set(folder, run, make_config):
 
 def test_streams_need_no_index(gzipped_shards, run, make_config):
     plan = _prepare(make_config(gzipped_shards, eval=gzipped_shards, order="stream", streams=4), run)
-    assert plan.streams.streams == 4 and plan.eval is None and plan.samples_per_epoch is None
+    assert plan.plan.streams == 4 and plan.eval.shards and plan.samples_per_epoch is None
     assert "an order that holds for this number of streams only" in plan.describe()
     assert not (gzipped_shards / "shards.index").exists()
 

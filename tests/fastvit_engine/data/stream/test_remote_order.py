@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fastvit_engine import storage
-from fastvit_engine.data import build_eval_data, build_train_data, prepare_data
+from fastvit_engine.data import prepare_data
 from fastvit_engine.data.shards.index import write_index
-from fastvit_engine.data.stream.loader import ReadAhead
+from fastvit_engine.data.stream.read_ahead import ReadAhead
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage import remote
 from tests.fastvit_engine.storage.fault_server import FaultServer
@@ -45,8 +45,8 @@ def ledger(config, tmp_path, *, num_workers: int = 0) -> list[tuple]:
     config = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": num_workers})})
     plan = prepare_data(config, world_size=1, index_folder=tmp_path)
     options = {"rank": 0, "world_size": 1, "pin_memory": False}
-    train = build_train_data(config, plan, **options, micro_batch_size=BATCH, consumed=0, node_ranks=[0])
-    batches = [*islice(train, STEPS), *build_eval_data(config, plan, **options, batch_size=BATCH)]
+    train = plan.train_batches(config, **options, micro_batch_size=BATCH, consumed=0, node_ranks=[0])
+    batches = [*islice(train, STEPS), *plan.eval_batches(config, **options, batch_size=BATCH)]
     return [(b.keys, b.labels.tolist(), b.weights.tolist(), b.images.numpy().tobytes()) for b in batches]
 
 
@@ -94,7 +94,7 @@ def test_a_shard_that_is_gone_for_good_is_one_error(server, folder, make_config,
     config = remote_config(make_config, server, folder, num_workers=2)
     plan = prepare_data(config, world_size=1, index_folder=tmp_path)
     del server.files["/2.tar"]
-    train = build_train_data(config, plan, rank=0, world_size=1, micro_batch_size=BATCH, consumed=0, pin_memory=False)
+    train = plan.train_batches(config, rank=0, world_size=1, micro_batch_size=BATCH, consumed=0, pin_memory=False)
     with pytest.raises(UserError, match=r"^shard http://.*/2\.tar cannot be read \(HTTP 404.*restore it$"):
         list(islice(train, STEPS))
 
@@ -119,7 +119,7 @@ def test_read_ahead_is_told_by_one_rank_of_a_node(server, folder, make_config, t
     config = remote_config(make_config, server, folder)
     plan = prepare_data(config, world_size=2, index_folder=tmp_path)
     options = {"world_size": 2, "pin_memory": False, "micro_batch_size": 3, "consumed": 0}
-    next(build_train_data(config, plan, rank=1, **options))
+    next(plan.train_batches(config, rank=1, **options))
     assert not told
-    next(build_train_data(config, plan, rank=0, **options, node_ranks=[0, 1]))
+    next(plan.train_batches(config, rank=0, **options, node_ranks=[0, 1]))
     assert told

@@ -1,87 +1,12 @@
-import gzip
-from collections.abc import Callable
+"""The endless shuffled stream of samples of a group of shards."""
+
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from fastvit_engine.data.stream.sequential import read_shard, stream_samples
+from fastvit_engine.data.stream.sequential import stream_samples
 from fastvit_engine.errors import UserError
-
-
-def _keys(shard: Path) -> list[str]:
-    return [sample["__key__"] for sample in read_shard(str(shard))]
-
-
-@pytest.fixture
-def shard(tmp_path: Path, write_tar: Callable, sample_members: Callable) -> Path:
-    return write_tar(tmp_path / "one.tar", sample_members(range(6)))
-
-
-def test_read_shard_gives_samples_in_order(shard, photo):
-    samples = list(read_shard(str(shard)))
-    assert [sample["__key__"] for sample in samples] == [f"s{n:03d}" for n in range(6)]
-    assert samples[4]["jpg"] == photo(4) and samples[4]["cls"] == b"1" and samples[4]["__url__"] == str(shard)
-
-
-def test_read_shard_gzipped_and_through_a_pipe(shard, tmp_path):
-    packed = tmp_path / "one.tar.gz"
-    packed.write_bytes(gzip.compress(shard.read_bytes()))
-    assert _keys(packed) == _keys(shard)
-    assert [sample["__key__"] for sample in read_shard(f"pipe:cat {shard}")] == _keys(shard)
-
-
-def test_upper_case_and_other_members(tmp_path, write_tar):
-    members = [("./d/a.JPEG", b"1"), ("./d/a.cls", b"0"), ("./d/a.json", b"{}"), ("._a.jpg", b"mac")]
-    (sample,) = read_shard(str(write_tar(tmp_path / "x.tar", members)))
-    assert set(sample) == {"__key__", "__url__", "jpeg", "cls", "json"}
-
-
-def test_every_truncation_is_an_error(shard):
-    whole = shard.read_bytes()
-    end = len(whole.rstrip(b"\0")) // 512 * 512 + 512  # first byte after the last member
-    for length in [
-        *range(0, end, 512),
-        *range(100, end, 1111),
-    ]:  # at block borders, where tarfile is silent, and within
-        shard.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"one\.tar is damaged or unreadable"):
-            _keys(shard)
-
-
-@pytest.mark.parametrize("filler", [b"\xa5", b"\0"], ids=["garbage", "zeros"])
-def test_damaged_header_in_the_middle_is_an_error(shard, filler):
-    whole = bytearray(shard.read_bytes())
-    start = whole.index(b"s003.jpg")
-    whole[start : start + 512] = filler * 512
-    shard.write_bytes(whole)
-    with pytest.raises(UserError, match=r"one\.tar is damaged"):
-        _keys(shard)
-
-
-@pytest.mark.parametrize("damage", ["truncate", "flip"])
-def test_damaged_gzip_is_an_error(shard, tmp_path, damage):
-    packed = bytearray(gzip.compress(shard.read_bytes()))
-    if damage == "truncate":
-        packed = packed[: len(packed) * 2 // 3]
-    else:
-        packed[len(packed) // 2 : len(packed) // 2 + 50] = b"\xff" * 50
-    path = tmp_path / "bad.tar.gz"
-    path.write_bytes(packed)
-    with pytest.raises(UserError, match=r"bad\.tar\.gz is damaged"):
-        _keys(path)
-
-
-def test_not_a_tar_missing_file_and_double_member(tmp_path, write_tar):
-    page = tmp_path / "page.tar"
-    page.write_text("<html>not found</html>" * 100)
-    with pytest.raises(UserError, match=r"page\.tar is damaged"):
-        _keys(page)
-    with pytest.raises(UserError, match="No such file"):
-        _keys(tmp_path / "gone.tar")
-    double = write_tar(tmp_path / "double.tar", [("a.jpg", b"1"), ("a.jpg", b"2")])
-    with pytest.raises(UserError, match=r"double\.tar .*duplicate"):
-        _keys(double)
 
 
 def _stream(shards: Path, count: int, **changes) -> list[tuple[int, str]]:

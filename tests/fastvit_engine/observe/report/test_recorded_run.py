@@ -6,7 +6,7 @@ import pytest
 
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.report.recorded_run import best_evaluation, load_run
-from tests.fastvit_engine.observe.conftest import MakeRun, eval_row, png_url, train_row
+from tests.fastvit_engine.observe.conftest import ENVIRONMENT, MakeRun, eval_row, png_url, train_row
 
 SAMPLE: dict[str, Any] = {"key": "a", "label": 1, "image": png_url(8), "predictions": [[1, 0.9], [0, 0.1]]}
 
@@ -95,7 +95,19 @@ def test_not_a_run_folder(tmp_path: Path, make_run: MakeRun) -> None:
         load_run(run.path)
 
 
-@pytest.mark.parametrize(("text", "problem"), [("{", "is not valid JSON"), ("[]", "lacks"), ("{}", "lacks 'versions'")])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("{", "is not valid JSON"),
+        ("[" * 100_000, "is not valid JSON"),
+        ("[]", "is not a JSON object"),
+        ("{}", "lacks 'versions'"),
+        (json.dumps(ENVIRONMENT | {"total_steps": 0}), "has total_steps 0"),
+        (json.dumps(ENVIRONMENT | {"total_steps": "840"}), "has total_steps '840'"),
+        (json.dumps(ENVIRONMENT | {"peak_flops": []}), r"has peak_flops \[\]"),
+        (json.dumps(ENVIRONMENT | {"started": "yesterday"}), "has started 'yesterday', not a time"),
+    ],
+)
 def test_damaged_environment(make_run: MakeRun, text: str, problem: str) -> None:
     run = make_run([])
     run.environment.write_text(text)

@@ -22,7 +22,8 @@ import torch
 
 from fastvit_engine.checkpoint.writer import HostCopy
 from fastvit_engine.cli import main
-from fastvit_engine.train import loop, step
+from fastvit_engine.objectives.classify import Classify
+from fastvit_engine.train import loop
 
 FAULTS = json.loads(os.environ["FASTVIT_FAULTS"])
 PARAMETER = "blocks.0.mlp.fc1.weight"
@@ -31,9 +32,9 @@ jobs = []  # of this process: one
 hooks = []  # of the step in progress
 
 
-def with_bad_samples(training_losses):
-    def wrapped(engine, criterion, batch, data, world):
-        losses = training_losses(engine, criterion, batch, data, world)
+def with_bad_samples(losses_of):
+    def wrapped(self, model, batch):
+        losses = losses_of(self, model, batch)
         for fault in FAULTS:
             if fault.get("key") not in batch.keys:
                 continue
@@ -58,8 +59,7 @@ def with_faults(take_step):
             if fault["what"] == "gradient":
                 spoil_gradient()
             else:
-                parameter = parameter_of(job.engine)
-                held = getattr(parameter, "ds_tensor", parameter.data)
+                held = dict(job.engine.held_parameters())[PARAMETER]
                 if fault["what"] == "weight":
                     held.view(-1)[7] = float("nan")
                 else:
@@ -81,16 +81,12 @@ def slowly(copy):
     return wrapped
 
 
-def parameter_of(engine):
-    return dict(engine.module.named_parameters())[PARAMETER]
-
-
 def spoil_gradient():
     """As broken hardware would: before anything else sees the gradient."""
-    hooks.append(parameter_of(jobs[0].engine).register_hook(spoil))
-    if jobs[0].watch.on:  # hooks are called in the order of their registration
-        jobs[0].watch.stop()
-        jobs[0].watch.start()
+    hooks.append(dict(jobs[0].engine.named_parameters())[PARAMETER].register_hook(spoil))
+    if jobs[0].health.gradients.on:  # hooks are called in the order of their registration
+        jobs[0].health.gradients.stop()
+        jobs[0].health.gradients.start()
 
 
 def spoil(gradient):
@@ -99,7 +95,7 @@ def spoil(gradient):
     return spoilt
 
 
-step.training_losses = with_bad_samples(step.training_losses)
+Classify.losses = with_bad_samples(Classify.losses)
 loop.take_step = with_faults(loop.take_step)
 HostCopy._copy = slowly(HostCopy._copy)
 raise SystemExit(main(sys.argv[1:]))

@@ -1,5 +1,4 @@
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +8,7 @@ from torch import nn
 from fastvit_engine.data import Batch
 from fastvit_engine.train.health.diagnosis import GradientWatch, Trace, diagnose
 from fastvit_engine.train.health.guard import Anomaly, StepReport
+from tests.fastvit_engine.plain_engine import PlainEngine
 from tests.fastvit_engine.ranks import on_ranks
 
 FAULT = Anomaly("gradient", "the gradients are not finite")
@@ -40,7 +40,7 @@ def diagnosed(anomaly, losses, *, spoilt=(), times=1, watched=False, weight=None
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         if weight == world.rank:
             model[0].weight.data[1, 1] = math.nan
-        engine = SimpleNamespace(module=model, device=world.device)
+        engine = PlainEngine(model)
         watch = GradientWatch(engine, world.device)
         if watched:
             watch.start()

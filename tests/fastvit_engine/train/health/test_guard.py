@@ -1,5 +1,4 @@
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,10 +6,10 @@ import torch
 from torch import nn
 
 from fastvit_engine.config import Config, HealthConfig
-from fastvit_engine.distributed.world import join_world
 from fastvit_engine.engine.build import BatchSplit, build_engine
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.train.health.guard import Anomaly, Guard
+from tests.fastvit_engine.plain_engine import PlainEngine
 from tests.fastvit_engine.ranks import on_ranks
 
 HEALTH = HealthConfig(spike_window=20)
@@ -18,19 +17,18 @@ HEALTH = HealthConfig(spike_window=20)
 
 def guarded(world, health=HEALTH, precision="fp32"):
     """A step without DeepSpeed: `step(loss, norm)` is the verdict, and how far the one weight moved."""
-    weight = nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([weight], lr=1.0)
-    engine = SimpleNamespace(basic_optimizer=optimizer, optimizer=SimpleNamespace(_global_grad_norm=None))
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    engine = PlainEngine(model)
     guard = Guard(engine, world, health, precision)
 
     def step(loss, norm=1.0, **options):
-        before = weight.item()
-        weight.grad = torch.ones(1)
-        engine.optimizer._global_grad_norm = norm
+        before = model.weight.item()
+        model.weight.grad = torch.ones(1, 1)
+        engine.norm = norm
         guard.expect(torch.tensor(loss), **options)
-        if math.isfinite(norm):  # DeepSpeed's optimizers end a step whose norm is not finite before this
-            optimizer.step()
-        return guard.report(), weight.item() - before
+        engine.step()
+        return guard.report(), model.weight.item() - before
 
     return guard, step
 
@@ -115,18 +113,6 @@ def test_the_defaults_do_not_fire_on_recorded_runs(request, recording):
         assert step(row["loss"], row["grad_norm"])[0].anomaly is None
 
 
-@pytest.fixture(scope="module")
-def world():
-    """A job of one process."""
-    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items():
-            patch.setenv(name, value)
-        patch.setattr(nn.functional, "linear", nn.functional.linear)  # ZeRO-3 exchanges it, for good
-        with join_world() as world:
-            yield world
-
-
 @pytest.mark.parametrize(
     ("stage", "precision", "offload"),
     [
@@ -135,7 +121,7 @@ def world():
         (3, "bf16", "all"),
     ],
 )
-def test_a_discarded_step_leaves_deepspeed_as_if_it_had_not_been(world, stage, precision, offload):
+def test_a_discarded_step_leaves_deepspeed_as_if_it_had_not_been(lone_world, stage, precision, offload):
     """In every ZeRO stage, at the first step and at a later one, and whatever is wrong."""
     config = Config.model_validate(
         {
@@ -148,15 +134,15 @@ def test_a_discarded_step_leaves_deepspeed_as_if_it_had_not_been(world, stage, p
     def final_weights(faults):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 3))
-        engine = build_engine(model, config, BatchSplit(4, 2), world)
-        guard = Guard(engine, world, config.health, precision)
+        engine = build_engine(model, config, BatchSplit(4, 2), lone_world)
+        guard = Guard(engine, lone_world, config.health, precision)
         data = torch.randn(4, 8, 12, generator=torch.Generator().manual_seed(1)).to(next(model.parameters()).dtype)
-        first = next(engine.module.parameters())
+        first = engine.named_parameters()[0][1]
 
         def step(number, what=None):
             hook = first.register_hook(lambda grad: grad * math.nan) if what == "gradient" else None
             for micro in range(2):
-                loss = engine(data[number, micro * 4 : micro * 4 + 4]).float().square().mean()
+                loss = engine.model(data[number, micro * 4 : micro * 4 + 4]).float().square().mean()
                 engine.backward(loss * math.nan if what == "loss" else loss)
                 if micro == 1:
                     fault = Anomaly("replicas", "differ") if what == "fault" else None
@@ -170,8 +156,8 @@ def test_a_discarded_step_leaves_deepspeed_as_if_it_had_not_been(world, stage, p
             for what in faults if number in (0, 2) else ():
                 step(number, what)
             step(number)
-        held = [getattr(parameter, "ds_tensor", parameter.data).float().clone() for parameter in model.parameters()]
-        engine.destroy()
+        held = [held.float().clone() for _, held in engine.held_parameters()]
+        engine.close()
         return torch.cat([weight.flatten() for weight in held])
 
     undisturbed = final_weights([])

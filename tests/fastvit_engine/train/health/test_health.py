@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from fastvit_engine.checkpoint import Recovery
 from fastvit_engine.config import load_config
-from fastvit_engine.data import build_train_data, prepare_data
-from fastvit_engine.distributed.launch import free_port, rank_environment
-from fastvit_engine.observe.events import read_events, record_event
+from fastvit_engine.data import prepare_data
+from fastvit_engine.distributed.supervise import start_ranks
+from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.train.recovery import save_recovery
 from fastvit_engine.train.step import hash_keys
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -48,7 +50,7 @@ def keys(digits, tmp_path_factory) -> list[list[str]]:
     settings = [f"data.train={digits}/train-*.tar", "data.eval=null", f"train.global_batch_size={BATCH}"]
     config = load_config("quickstart", settings).config
     plan = prepare_data(config, world_size=1, index_folder=tmp_path_factory.mktemp("index"))
-    batches = build_train_data(config, plan, rank=0, world_size=1, micro_batch_size=BATCH, consumed=0, pin_memory=False)
+    batches = plan.train_batches(config, rank=0, world_size=1, micro_batch_size=BATCH, consumed=0, pin_memory=False)
     return [next(batches).keys for _ in range(STEPS + 4)]
 
 
@@ -59,28 +61,15 @@ def train_with(train_command):
     def run(out: Path, faults: list[dict], *settings: str) -> tuple[list[int], str]:
         command = train_command(out, *SETTINGS, *settings)
         command = [sys.executable, str(Path(__file__).with_name("faulty_run.py")), *command[3:]]
-        port = free_port()
-        common = {
+        environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
             "FASTVIT_FAULTS": json.dumps(faults),
         }
-        ranks = [
-            subprocess.Popen(
-                command,
-                env={**common, **rank_environment(rank, 2, port)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        try:
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with start_ranks(command, 2, environment, **options) as ranks:
             printed = [rank.communicate(timeout=240)[0] for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
         return [rank.returncode for rank in ranks], "\n".join(printed)
 
     return run
@@ -151,8 +140,7 @@ def check(run, train, tmp_path, keys, expected, settings):
     assert [row[4] for row in record(run)] == [f"{hash_keys(step):016x}" for step in left[:STEPS]]
 
     undisturbed = tmp_path / "undisturbed"
-    for window in skipped:
-        record_event(RunFolder(undisturbed), "skip", "as the other run did", samples=window)
+    save_recovery(RunFolder(undisturbed), Recovery(skipped=tuple(map(tuple, skipped))))
     train(undisturbed, *SETTINGS, *settings, processes=2)
     assert events_of(undisturbed, "anomaly") == []
     assert record(run) == record(undisturbed)  # to the bit

@@ -1,10 +1,9 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 
 from fastvit_engine.train.health.replicas import Replicas
+from tests.fastvit_engine.plain_engine import PlainEngine
 from tests.fastvit_engine.ranks import on_ranks
 
 
@@ -18,7 +17,7 @@ def compare(size, change=lambda rank, model: None, dtype=torch.float32):
             for parameter in model.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
             change(world.rank, model)
-        return Replicas(SimpleNamespace(module=model, device=world.device), world).compare()
+        return Replicas(PlainEngine(model), world).compare()
 
     verdicts = on_ranks(size, of_rank)
     assert all(verdict == verdicts[0] for verdict in verdicts)

@@ -1,54 +1,81 @@
+import json
+import os
+
 import pytest
 
-from fastvit_engine.checkpoint import Manifest
-from fastvit_engine.checkpoint.local import LocalPlace
-from fastvit_engine.data.stream.plan import DataPlan
+from fastvit_engine.checkpoint import Manifest, Recovery, TrainerState
+from fastvit_engine.checkpoint.local import LocalStore
+from fastvit_engine.data.stream.indexed import IndexedData
 from fastvit_engine.errors import UserError
-from fastvit_engine.observe.events import read_events, record_event
+from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.train.health import rewind
 from fastvit_engine.train.health.diagnosis import Diagnosis
 from fastvit_engine.train.health.guard import Anomaly, StepReport
-from fastvit_engine.train.health.rewind import go_back, record_anomaly
-from fastvit_engine.train.start import Start, move_to_latest
+from fastvit_engine.train.health.rewind import Failure, go_back, record_anomaly
+from fastvit_engine.train.recovery import load_recovery
+from fastvit_engine.train.start import Start
 
-DATA = DataPlan(train=(), eval=None, streams=None, samples_per_epoch=100, class_names=None)
-START = Start(0, 100, 0.0, None, {}, "", DATA)
+DATA = IndexedData(train=(), eval=None, samples_per_epoch=100)
+FINGERPRINT = {"model": {"name": "Ti/4"}}
 
 
 @pytest.fixture
 def run(tmp_path):
     """A run whose latest checkpoint is that of step 5, before which it has left out 64 samples."""
-    state = {"step": 5, "seconds": 2.0, "consumed": 224, "bad_samples": 1, "skipped": [[32, 96]]}
-    state |= {"recent": [[2.0, 1.0]], "fingerprint": {}}
+    recovery = Recovery(skipped=((32, 96),))
+    state = TrainerState(5, FINGERPRINT, 2.0, consumed=224, bad_samples=1, recent=((2.0, 1.0),), recovery=recovery)
     run = RunFolder(tmp_path)
-    place = LocalPlace(run.checkpoints)
-    place.prepare("step-00000005", 0)
-    place.publish("step-00000005", Manifest(5, state, {}, {}, {}).to_json())
+    store = LocalStore(run.checkpoints)
+    store.prepare("step-00000005", 0)
+    store.publish("step-00000005", Manifest(state, {}, {}, {}).to_json())
     return run
 
 
-def fail(run, window, *, skip=True, most=3):
-    report = StepReport(float("nan"), 1.0, 0.0, None)
+def fail(run, window, *, skip=True, most=3, recovery=None):
+    """A step of this window fails in a run that knows `recovery`, or else what its file says."""
+    state = TrainerState(0, FINGERPRINT, recovery=load_recovery(run) if recovery is None else recovery)
+    failure = Failure(7, window, Anomaly("loss", "the loss is nan"), StepReport(float("nan"), 1.0, 0.0, None))
     diagnosis = Diagnosis("data", [1], ["node"], ["key"], [], True, not skip, False)
-    message = record_anomaly(run, 7, window, Anomaly("loss", "the loss is nan"), report, diagnosis)
-    return go_back(run, LocalPlace(run.checkpoints), START, 7, window, message, skip=skip, most=most)
+    message = record_anomaly(run, failure, diagnosis)
+    start = Start(state, 100, None, "", DATA)
+    return go_back(run, LocalStore(run.checkpoints), start, failure, message, skip=skip, max_rewinds=most)
 
 
 def test_going_back_leaves_out_the_window_and_what_was_left_out_before(run):
     there = fail(run, (288, 320))
-    assert (there.step, there.consumed, there.seconds, there.bad_samples) == (5, 224, 2.0, 1)
-    assert there.skipped == ((32, 96), (288, 320))
-    assert there.recent == ((2.0, 1.0),)
-    anomaly, skip, rewind = read_events(run)
+    state = there.state
+    assert (there.step, state.consumed, state.seconds, state.bad_samples) == (5, 224, 2.0, 1)
+    assert state.recovery == Recovery(skipped=((32, 96), (288, 320)), failed=((288, 320),), rewinds=1)
+    assert state.recent == ((2.0, 1.0),)
+    anomaly, skip, back = read_events(run)
     assert anomaly["message"] == "at step 8 on rank 1 (node), the loss is nan: data"
     assert (anomaly["loss"], anomaly["grad_norm"], anomaly["keys"]) == ("nan", 1.0, ["key"])
     assert skip["samples"] == [288, 320]
-    assert (rewind["from_step"], rewind["to_step"]) == (7, 5)
+    assert (back["from_step"], back["to_step"], back["rewinds"]) == (7, 5, 1)
 
 
-def test_a_run_killed_after_going_back_still_leaves_the_window_out(run):
-    fail(run, (288, 320))
-    assert move_to_latest(START, run, LocalPlace(run.checkpoints)).skipped == ((32, 96), (288, 320))
+def test_the_decision_is_on_disk_before_anything_else_happens(run, monkeypatch):
+    """Wherever the run is killed then, it leaves the window out and counts the rewind."""
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rewind, "move_to_latest", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fail(run, (288, 320))
+    assert load_recovery(run) == Recovery(skipped=((288, 320),), failed=((288, 320),), rewinds=1)
+
+
+def test_a_decision_that_cannot_be_written_is_not_acted_on(run, monkeypatch):
+    def no_space(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", no_space)
+    with pytest.raises(OSError, match="No space left"):
+        fail(run, (288, 320))
+    assert load_recovery(run) == Recovery(failed=((288, 320),))  # from the event of the anomaly
+    assert [event["event"] for event in read_events(run)] == ["anomaly"]
 
 
 def test_a_run_gives_up_after_so_many_times(run):
@@ -56,7 +83,7 @@ def test_a_run_gives_up_after_so_many_times(run):
         fail(run, (320 * number, 320 * number + 32))
     with pytest.raises(UserError, match=r"on rank 1 \(node\), the loss is nan.*gone back 3 time.*health.max_rewinds"):
         fail(run, (960, 992))
-    assert len(fail(run, (960, 992), most=4).skipped) == 5
+    assert len(fail(run, (960, 992), most=4).state.recovery.skipped) == 5
 
 
 def test_no_rewind_at_all_where_none_is_allowed(run):
@@ -65,11 +92,20 @@ def test_no_rewind_at_all_where_none_is_allowed(run):
 
 
 def test_an_innocent_window_is_trained_on_again_but_may_not_fail_twice(run):
-    assert fail(run, (288, 320), skip=False).skipped == ((32, 96),)
+    assert fail(run, (288, 320), skip=False).state.recovery.skipped == ((32, 96),)
     with pytest.raises(UserError, match="same step has failed before"):
         fail(run, (288, 320), skip=False)
 
 
-def test_a_window_can_be_left_out_by_hand(run):
-    record_event(run, "skip", "doubtful labels", samples=[960, 992])
-    assert move_to_latest(START, run, LocalPlace(run.checkpoints)).skipped == ((32, 96), (960, 992))
+def test_what_made_a_run_give_up_is_remembered_by_the_next_start(run):
+    with pytest.raises(UserError, match="gone back 0 time"):
+        fail(run, (288, 320), skip=False, most=0)
+    with pytest.raises(UserError, match="same step has failed before"):
+        fail(run, (288, 320), skip=False, most=1)
+
+
+def test_a_rewind_counts_what_only_the_manifest_remembers(run):
+    """As in a new run folder over checkpoints in a store."""
+    known = Recovery(skipped=((0, 32),), failed=((0, 32), (64, 96)), rewinds=2)
+    assert fail(run, (288, 320), recovery=known).state.recovery.rewinds == 3
+    assert json.loads(run.recovery.read_text())["failed"] == [[0, 32], [64, 96], [288, 320]]

@@ -1,0 +1,112 @@
+"""What the commands do, as functions: `fastvit_engine.train` and `fastvit_engine.evaluate`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastvit_engine.config import Config, Resolved, load_config
+from fastvit_engine.data import Batch, IterableData
+from fastvit_engine.data.stream.iterable import Samples
+from fastvit_engine.data.stream.prepare import eval_streams
+from fastvit_engine.distributed.environment import launched_by_cluster
+from fastvit_engine.distributed.supervise import free_port, rank_environment
+from fastvit_engine.engine.deepspeed import forget_process_groups
+from fastvit_engine.evaluate.classification import Accuracy
+from fastvit_engine.evaluate.classification import evaluate as evaluate_batches
+from fastvit_engine.models import VisionTransformer
+from fastvit_engine.train import loop
+from fastvit_kernels import FusedCrossEntropy
+
+
+def train(
+    config: Resolved | Config | str,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    data: str | Path | Samples | IterableData | None = None,
+) -> None:
+    """Trains a model into the run folder `out`, in this process: `load_model(out)` then gives the model.
+
+    It is the only process, on the first GPU or the CPU; or one of many, if torchrun or its like started it as one. Call
+    it on the main thread: SIGTERM and Ctrl-C let it finish the step and save.
+
+    config: what `load_config` returns, or a Config, or the name or path of a recipe.
+    resume: continue from the latest checkpoint of `out`, if any; without, a folder that holds a run is refused.
+    data: what to train on, in place of `data.train` of the configuration: shards; or an iterable of your own, such as a
+    WebDataset pipeline, or a function that makes one. See `fastvit_engine.data.IterableData` for what it must yield,
+    and for what a resumed run can promise then.
+
+    Raises UserError, with a sentence on what to change, for anything that cannot work; Preempted if it was asked to
+    stop, after it has saved.
+    """
+    resolved = _resolved(config)
+    own = None
+    if data is not None:
+        shards = None
+        if isinstance(data, str | Path):
+            shards = str(data)
+        else:
+            own = data if isinstance(data, IterableData) else IterableData(data)
+        section = resolved.config.data.model_copy(update={"train": shards, "index": None})
+        origins = {**resolved.origins, "data.train": "train()"}
+        resolved = Resolved(resolved.config.model_copy(update={"data": section}), origins)
+    with nullcontext() if launched_by_cluster() else _lone_rank():
+        loop.train(resolved, Path(out), resume=resume, data=own)
+
+
+def evaluate(
+    model: VisionTransformer,
+    data: str | Path,
+    *,
+    config: Resolved | Config | str | None = None,
+    batch_size: int = 64,
+) -> Accuracy:
+    """Measures a model on every image of some shards, in this process and on the model's device.
+
+    model: as `load_model` or `build_model` returns it. data: shards, as `data.eval` of a configuration takes them.
+    config: whose section `data` says how images and labels are read, and whose `loss` is measured. Default: one label
+    per image, cropped as the run that trained the model did. batch_size: images at a time.
+
+    Raises UserError if the data cannot be read, or does not fit the model.
+    """
+    settings = Config() if config is None else _resolved(config).config
+    changes: dict[str, Any] = {"eval": str(data), "order": "stream"}
+    if config is None and model.eval_crop is not None:
+        changes["eval_crop"] = model.eval_crop
+    settings = settings.model_copy(update={"model": model.config, "data": settings.data.model_copy(update=changes)})
+    return evaluate_batches(model, _eval_batches(settings, batch_size), FusedCrossEntropy(settings.loss.kind))[0]
+
+
+def _eval_batches(config: Config, batch_size: int) -> Iterator[Batch]:
+    """Reads the shards of `data.eval` from beginning to end, which needs no index."""
+    shards = eval_streams(config)
+    assert shards is not None  # `evaluate` sets data.eval
+    pin_memory = torch.cuda.is_available()
+    return shards.eval_batches(config, rank=0, world_size=1, batch_size=batch_size, pin_memory=pin_memory)
+
+
+def _resolved(config: Resolved | Config | str) -> Resolved:
+    if isinstance(config, Resolved):
+        return config
+    return Resolved(config) if isinstance(config, Config) else load_config(config)
+
+
+@contextmanager
+def _lone_rank() -> Iterator[None]:
+    """Makes this process the only rank of a job, and none again after it."""
+    before = dict(os.environ)
+    os.environ.update(rank_environment(rank=0, processes=1, port=free_port()))
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+    try:
+        yield
+    finally:
+        if dist.is_initialized():  # after an error, which leaves no time for an orderly end in a job of many
+            dist.destroy_process_group()
+        forget_process_groups()
+        os.environ.clear()
+        os.environ.update(before)

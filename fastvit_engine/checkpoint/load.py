@@ -1,0 +1,53 @@
+"""A trained model from wherever it lies: a run folder, one of its checkpoints, or a file of weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fastvit_engine.checkpoint.export import find_checkpoint, kind_of_weights
+from fastvit_engine.checkpoint.reader import Reader
+from fastvit_engine.checkpoint.store import Checkpoint
+from fastvit_engine.engine.protocol import ParameterSlice
+from fastvit_engine.errors import UserError
+from fastvit_engine.models import VisionTransformer
+from fastvit_engine.models.weights.safetensors_file import load_safetensors, model_from_weights
+from fastvit_engine.observe.run_folder import RunFolder
+
+
+def load_model(source: str | Path, *, ema: bool = False) -> VisionTransformer:
+    """Loads a trained model: float32, on the CPU, in eval mode; `model.config` says what it is.
+
+    source: a run folder (its latest checkpoint), a checkpoint such as RUN/checkpoints/step-N, either also by URL, or a
+    `.safetensors` file that `fastvit export` wrote. ema: the moving average of the weights in their place.
+
+    Raises UserError if there is no model, if it is damaged, or if it has no average.
+
+        >>> model = load_model("runs/quickstart")
+        >>> logits = model(images)  # uint8 [B, H, W, 3] -> [B, classes]
+    """
+    text = str(source)
+    if text.endswith(".safetensors"):
+        if ema:
+            raise UserError(f"{text} holds one set of weights: give the file of the average, and leave ema out")
+        return load_safetensors(Path(text))
+    checkpoint = find_checkpoint(text)
+    manifest = checkpoint.read_manifest()
+    kind = kind_of_weights(checkpoint, manifest, ema=ema)
+    weights = {name: torch.empty(shape) for name, shape in manifest.parameters.items()}
+    slices = [ParameterSlice(name, 0, tensor.view(-1)) for name, tensor in weights.items()]
+    Reader(checkpoint, manifest).fill({kind: slices})
+    pixels = manifest.state.pixels or _pixels_of_run(text, checkpoint)
+    return model_from_weights(manifest.state.fingerprint["model"], pixels, weights, str(checkpoint))
+
+
+def _pixels_of_run(source: str, checkpoint: Checkpoint) -> Mapping[str, Any] | None:
+    """How the run prepares images, as its folder has it; for checkpoints of versions that do not say it."""
+    for folder in (Path(source), Path(str(checkpoint)).parent.parent):
+        config = RunFolder(folder).config
+        if "://" not in str(folder) and config.exists():
+            data = yaml.safe_load(config.read_text())["data"]
+            return {key: data[key] for key in ("mean", "std", "eval_crop")}
+    return None

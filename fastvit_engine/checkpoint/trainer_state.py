@@ -1,0 +1,105 @@
+"""How far a run has come: what a checkpoint's manifest keeps of it besides tensors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastvit_engine.data.stream.skip import Window
+
+Figures = dict[str, float | int | None]  # of one evaluation: "top1", "loss", "samples"
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What a run remembers of every time it went back to a checkpoint."""
+
+    skipped: tuple[Window, ...] = ()  # positions of the data order that are left out from then on
+    failed: tuple[Window, ...] = ()  # positions of the steps that failed, skipped or not
+    rewinds: int = 0
+
+    def merge(self, other: "Recovery") -> "Recovery":
+        """All that either of them remembers; one of them is an earlier state of the other."""
+        return Recovery(
+            tuple(sorted({*self.skipped, *other.skipped})),
+            tuple(sorted({*self.failed, *other.failed})),
+            max(self.rewinds, other.rewinds),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {"skipped": self.skipped, "failed": self.failed, "rewinds": self.rewinds}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Recovery":
+        """Raises ValueError, TypeError or KeyError if the content is not what `to_json` gave.
+
+        Earlier manifests have `skipped` only.
+        """
+        skipped, failed = (_windows(content[key] if key == "skipped" else content.get(key, ())) for key in _WINDOWS)
+        return cls(skipped, failed, _integer(content.get("rewinds", 0)))
+
+
+@dataclass(frozen=True)
+class TrainerState:
+    """A run after `step` optimizer steps."""
+
+    step: int
+    fingerprint: Mapping[str, Any]  # what a run must have in common with its checkpoints: "model", "seed", "data", ...
+    seconds: float = 0.0  # of training, over restarts
+    consumed: int = 0  # the position in the data order after the last sample trained on
+    bad_samples: int = 0  # so far, without a usable image
+    recent: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of the last steps
+    accuracy: Mapping[str, Figures] = field(default_factory=dict)  # by evaluation, from the last time
+    evaluated_at: int | None = None  # the step of that time
+    recovery: Recovery = Recovery()
+    pixels: Mapping[str, Any] | None = None  # "mean", "std" and "eval_crop" of the images; None: unknown
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "consumed": self.consumed,
+            **self.recovery.to_json(),
+            "recent": self.recent,
+            "bad_samples": self.bad_samples,
+            "fingerprint": dict(self.fingerprint),
+            "accuracy": dict(self.accuracy),
+            "evaluated_at": self.evaluated_at,
+            "pixels": None if self.pixels is None else dict(self.pixels),
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "TrainerState":
+        """Raises ValueError, TypeError or KeyError if the content is not what this or an earlier version wrote."""
+        fingerprint, accuracy, evaluated_at = content["fingerprint"], content["accuracy"], content.get("evaluated_at")
+        pixels = content.get("pixels")
+        for entry in (fingerprint["model"], accuracy, {} if pixels is None else pixels):
+            if not isinstance(entry, Mapping):
+                raise TypeError(f"{entry!r} is not an object")
+        return cls(
+            step=_integer(content["step"]),
+            fingerprint=fingerprint,
+            seconds=float(content["seconds"]),
+            consumed=_integer(content["consumed"]),
+            bad_samples=_integer(content["bad_samples"]),
+            recent=tuple((float(loss), float(norm)) for loss, norm in content["recent"]),
+            accuracy=accuracy,
+            evaluated_at=None if evaluated_at is None else _integer(evaluated_at),
+            recovery=Recovery.from_json(content),
+            pixels=pixels,
+        )
+
+
+_WINDOWS = ("skipped", "failed")
+
+
+def _windows(pairs: Any) -> tuple[Window, ...]:
+    windows = tuple((_integer(first), _integer(last)) for first, last in pairs)
+    if any(not 0 <= first < last for first, last in windows):
+        raise ValueError("a window of samples is empty or negative")
+    return windows
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is not an integer")
+    return value

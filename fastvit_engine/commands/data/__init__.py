@@ -1,0 +1,19 @@
+"""The `fastvit data` commands, a file each. Heavy packages are imported only when a command begins its work."""
+
+import argparse
+
+from fastvit_engine.commands.data import bench, index, make, show, stats, verify
+from fastvit_engine.commands.data.options import wrapped
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    data = commands.add_parser(
+        "data",
+        help="make, index, verify and look at shards",
+        description=wrapped("Make WebDataset shards, index and verify them, and see what is in them."),
+        epilog="example:\n  fastvit data make photos/ --out shards/photos\n  fastvit data verify shards/photos",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
+    for action in (make, index, verify, stats, show, bench):
+        action.add(actions)

@@ -1,0 +1,49 @@
+"""`fastvit data index`: where each sample of shards begins."""
+
+import argparse
+from pathlib import Path
+
+from fastvit_engine.commands.data.options import add_settings, load_settings, wrapped
+
+
+def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    index = actions.add_parser(
+        "index",
+        help="write the index of shards, which checks them too",
+        description=wrapped(
+            "Read the headers of plain tar shards and write where each sample begins, which training needs to read "
+            "them in an exact order. Damaged shards are named with the byte. Shards that have not changed since the "
+            "last time are not read again. Remote shards (s3://, https://, ...) are read through fsspec."
+        ),
+        epilog="example:\n  fastvit data index 'shards/train-*.tar' --out shards/shards.index\n\n"
+        "Training finds shards.index beside the shards; any other name goes into data.index.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    index.add_argument("shards", metavar="SHARDS", nargs="+", help="folders, globs, brace patterns or URLs")
+    index.add_argument("--out", type=Path, required=True, metavar="FILE", help="the index to write or bring up to date")
+    index.add_argument("--label-key", metavar="KEY", help="member, or json.FIELD, with the label: short for --set "
+                       "data.label_key=KEY (default cls)")  # fmt: skip
+    index.add_argument("--processes", type=int, metavar="N", help="read so many shards at once (default: one per core)")
+    add_settings(index)
+    index.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fastvit_engine.data.shards.index import INDEX_SUFFIX, write_index
+    from fastvit_engine.data.shards.names import list_shards
+    from fastvit_engine.data.shards.sample import Ignored, describe_ignored
+    from fastvit_engine.errors import UserError
+
+    if args.out.suffix != INDEX_SUFFIX:
+        raise UserError(f"--out is {args.out}: let its name end in {INDEX_SUFFIX}, by which training knows an index")
+    if args.processes is not None and args.processes < 1:
+        raise UserError(f"--processes is {args.processes}: at least 1")
+    shards = list_shards(args.shards, named="SHARDS")
+    label_key = args.label_key or load_settings(args).config.data.label_key
+    index = write_index(shards, args.out, label_key=label_key, processes=args.processes, progress=print)
+    classes = index.class_counts()
+    unlabelled = int(index.unlabelled.sum())
+    labels = f"{len(classes):,} classes" + (f", {unlabelled:,} without a label" if unlabelled else "")
+    ignored = describe_ignored(sum(index.ignored, Ignored()))
+    print(f"{args.out}: {index.samples:,} samples in {len(shards):,} shards, {labels}, hash {index.hash}{ignored}")
+    return 0

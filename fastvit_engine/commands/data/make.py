@@ -1,0 +1,84 @@
+"""`fastvit data make`: images from folders, tars, Parquet, lists ... to shards."""
+
+import argparse
+from pathlib import Path
+
+from fastvit_engine.commands.data.options import wrapped
+
+_SOURCES = """\
+sources, recognised by what they are (--format says it explicitly):
+  folder      one sub-folder of images per class; or train/ and val/ with those
+  imagenet    the folder with ILSVRC2012_img_train.tar (and _val.tar and _devkit_t12.tar.gz)
+  class-tars  a tar of class tars, or a folder of them: ImageNet-21k, ImageNet-1k's training images
+  flat-tar    a tar of images, with --labels FILE
+  webdataset  shards to be made anew (images, cls, json): a folder, a glob, a brace pattern
+  parquet     a file or a folder of Hugging Face's layout; needs pyarrow
+  list        .csv, .tsv or .jsonl: path or url, and label or labels
+  cifar       CIFAR-10 or -100, Python version: folder or tar.gz
+  idx         the folder with MNIST's or Fashion-MNIST's four files
+  digits      the word 'digits': scikit-learn's scans
+
+A split that the source has (CIFAR's test images, val/, validation-*.parquet ...) becomes the eval split.
+"""
+
+
+def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    make = actions.add_parser(
+        "make",
+        help="write images from folders, tars, Parquet, lists ... as shards",
+        description=wrapped(
+            "Write images as globally shuffled WebDataset shards with an evaluation split. A run that was "
+            "stopped resumes; running it again when it is done does nothing."
+        ),
+        epilog=f"{_SOURCES}\nexamples:\n  fastvit data make photos/ --out shards/photos --eval-fraction 0.05\n"
+        "  fastvit data make winter21_whole.tar.gz --out shards/i21k --resize 256 --workers 16 --max-failed 0.001\n"
+        "  fastvit data make list.csv --out shards/web --max-failed 0.1\n\n"
+        "on several machines, here as a SLURM array of 8:\n"
+        "  fastvit data make SOURCE --out DIR --plan-only                        # once, first\n"
+        "  srun ... fastvit data make SOURCE --out DIR --part $SLURM_ARRAY_TASK_ID/8   # --array=1-8",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    make.add_argument("source", metavar="SOURCE", help="a folder, file or pattern; see below")
+    make.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the shards")
+    source = make.add_argument_group("source")
+    source.add_argument("--format", metavar="NAME", help="what SOURCE is (default: seen from what it holds)")
+    source.add_argument("--labels", metavar="FILE|COLUMN", help="labels of a flat tar; label column of a list; "
+                        "label member of shards, such as json.label")  # fmt: skip
+    source.add_argument("--classes", type=Path, metavar="FILE", help="class names in label order, one per line")
+    source.add_argument("--eval-source", metavar="SOURCE", help="where the eval split comes from")
+    source.add_argument("--eval-labels", metavar="FILE|COLUMN", help="--labels of --eval-source")
+    source.add_argument("--max-failed", type=float, default=0.0, metavar="SHARE", help="of images that may be bad or "
+                        "not be had; they are listed in failed.jsonl (default 0: the first one stops)")  # fmt: skip
+    shards = make.add_argument_group("shards")
+    shards.add_argument("--eval-fraction", type=float, metavar="F", help="share of each class held out (default: the "
+                        "source's own split, otherwise 0.1)")  # fmt: skip
+    shards.add_argument("--samples-per-shard", type=int, default=1000, metavar="N", help="at most (default 1000)")
+    shards.add_argument("--seed", type=int, default=0, help="of the split and the order (default 0)")
+    shards.add_argument("--resize", type=int, metavar="N", help="scale longer short sides down to N pixels; smaller "
+                        "images keep their bytes")  # fmt: skip
+    shards.add_argument("--quality", type=int, default=90, metavar="Q", help="of JPEGs that --resize writes "
+                        "(default 90)")  # fmt: skip
+    shards.add_argument("--dedup", action="store_true", help="leave out images whose bytes occur twice")
+    work = make.add_argument_group("work")
+    work.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    work.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="write every N-th shard, from the I-th")
+    work.add_argument("--plan-only", action="store_true", help="list and shuffle, for --part to start from")
+    make.set_defaults(run=_run)
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 1/8")
+    return int(part), int(parts)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from fastvit_engine.data.build.make import make_dataset
+
+    names = (
+        "format", "labels", "classes", "eval_source", "eval_labels", "eval_fraction", "samples_per_shard", "seed",
+        "resize", "quality", "dedup", "max_failed", "workers", "part", "plan_only",
+    )  # fmt: skip
+    make_dataset(args.source, args.out, **{name: getattr(args, name) for name in names})
+    return 0

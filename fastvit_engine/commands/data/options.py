@@ -1,0 +1,40 @@
+"""Options that several of the `fastvit data` commands take."""
+
+import argparse
+import textwrap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fastvit_engine.config import Resolved
+
+# What these commands do not use, and which would stand in the way of settings that they do use.
+_UNUSED = ["loss.kind=sigmoid"]
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """--recipe and --set: what the keys of labels and images are, and how images are cropped."""
+    settings = parser.add_argument_group("settings of training (default: those of the engine)")
+    settings.add_argument("--recipe", metavar="RECIPE", help="take them from a recipe: a name or a YAML file")
+    settings.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
+                          help="override one value: --set data.label_key=json.label")  # fmt: skip
+
+
+def load_settings(args: argparse.Namespace) -> "Resolved":
+    """The configuration that --recipe and --set make. Raises UserError."""
+    from fastvit_engine.config import load_config
+
+    return load_config(args.recipe, [*([] if args.recipe else _UNUSED), *args.set])
+
+
+def num_classes_of(resolved: "Resolved") -> int | None:
+    """model.num_classes if somebody has set it."""
+    return None if resolved.origins["model.num_classes"] == "default" else resolved.config.model.num_classes
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 100)

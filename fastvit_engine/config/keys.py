@@ -1,0 +1,172 @@
+"""The keys of a configuration by their dotted names, and which of them an unknown name probably means."""
+
+from collections.abc import Iterator
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from fastvit_engine.config.near import near_names, or_list
+from fastvit_engine.config.sections import Config, DataSource
+
+SOURCES = "data.train"  # whose list form has keys of its own
+
+MOVED = {  # former name: new name
+    f"data.{key}": f"augment.{key}"
+    for key in (
+        "crop",
+        "crop_scale",
+        "crop_ratio",
+        "flip",
+        "mixup",
+        "cutmix",
+        "randaugment_ops",
+        "randaugment_magnitude",
+    )
+}
+
+_ALIASES = {  # words from other code bases, whatever section they are looked for in
+    "optimizer.learning_rate": "lr base_lr max_lr peak_lr blr initial_lr",
+    "optimizer.weight_decay": "wd decay l2",
+    "optimizer.betas": "beta beta1 beta2 adam_betas opt_betas momentum",
+    "optimizer.eps": "epsilon adam_eps opt_eps",
+    "optimizer.kind": "opt optim optimizer_name",
+    "train.global_batch_size": "batch_size batchsize bs batch global_batch total_batch_size train_batch_size",
+    "train.micro_batch_size": "micro_batch mini_batch_size batch_size_per_gpu per_device_batch_size "
+    "accum_iter grad_accum grad_accum_steps accumulation_steps gradient_accumulation_steps",
+    "train.duration": "epochs epoch num_epochs max_epochs total_epochs steps num_steps max_steps total_steps iters "
+    "max_iters train_steps",
+    "train.precision": "amp dtype mixed_precision bf16 fp16 half autocast use_amp",
+    "train.grad_clip": "clip_grad clip grad_clip_norm clip_grad_norm max_grad_norm max_norm gradient_clip_val",
+    "train.log_every": "log_interval log_every_n_steps log_freq print_freq logging_steps",
+    "schedule.warmup": "warmup_steps warmup_epochs warm_up lr_warmup warmup_iters num_warmup_steps",
+    "schedule.kind": "sched scheduler lr_scheduler lr_schedule lr_scheduler_type",
+    "schedule.final_learning_rate": "min_lr final_lr end_lr lr_min eta_min",
+    "model.name": "arch architecture model_name backbone variant",
+    "model.image_size": "img_size input_size imgsz image_res resolution crop_size size",
+    "model.num_classes": "nb_classes n_classes classes num_labels nclasses",
+    "model.pool": "global_pool pooling",
+    "model.drop_path": "drop_path_rate stochastic_depth sd_prob droppath",
+    "model.dropout": "drop drop_rate dropout_rate",
+    "model.layer_scale": "init_values layerscale",
+    "model.width": "dim embed_dim hidden_size hidden_dim",
+    "model.depth": "layers num_layers n_layers num_hidden_layers",
+    "model.heads": "num_heads n_heads num_attention_heads",
+    "model.mlp_dim": "intermediate_size mlp_ratio",
+    "loss.kind": "criterion loss_type bce",
+    "loss.label_smoothing": "smoothing",
+    "ema.decay": "ema model_ema ema_decay model_ema_decay",
+    "data.train": "data_path data_dir train_data train_dir train_path train_shards dataset shards data_root",
+    "data.eval": "val val_data val_dir val_path valid validation eval_data eval_shards val_shards test",
+    "data.num_workers": "workers num_data_workers dataloader_num_workers",
+    "augment.randaugment_ops": "aa auto_augment randaugment randaug rand_augment",
+    "augment.flip": "hflip horizontal_flip random_flip",
+    "augment.crop_scale": "scale random_resized_crop",
+    "augment.crop_ratio": "ratio aspect_ratio",
+    "augment.mixup": "mixup_alpha",
+    "augment.cutmix": "cutmix_alpha",
+    "data.eval_crop": "crop_pct",
+    "evaluate.every": "eval_every eval_interval eval_freq val_every val_interval eval_steps validate_every",
+    "evaluate.batch_size": "eval_batch_size val_batch_size validation_batch_size",
+    "checkpoint.every": "save_every save_interval save_freq checkpoint_every checkpoint_interval save_steps ckpt_every",
+    "checkpoint.keep": "save_total_limit max_checkpoints keep_last",
+    "checkpoint.path": "checkpoint_dir ckpt_dir save_dir",
+    "zero.stage": "zero_stage",
+    "zero.offload": "cpu_offload offload_optimizer",
+}
+_OPTIONS = {
+    "--out": "out out_dir output output_dir run_dir log_dir",
+    "--resume auto": "resume auto_resume resume_from",
+    "--cpu-processes": "cpu_processes nproc nproc_per_node",
+}
+_MEANT = {word: key for key, words in (_ALIASES | _OPTIONS).items() for word in words.split()}
+
+
+def sections() -> dict[str, type[BaseModel]]:
+    """The sections by name, with the entries of data.train's list form as the section "data.train"."""
+    found: dict[str, type[BaseModel]] = {}
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found[name] = field.annotation
+        if name == SOURCES.partition(".")[0]:
+            found[SOURCES] = DataSource
+    return found
+
+
+@cache
+def fields() -> dict[str, FieldInfo]:
+    """Every key that holds a value, by its dotted name, in the order of the sections."""
+    inner = sections()
+    found = {name: field for name, field in Config.model_fields.items() if name not in inner}
+    for section, model in inner.items():
+        found |= {f"{section}.{name}": field for name, field in model.model_fields.items()}
+    return found
+
+
+def alternatives(annotation: Any) -> Iterator[Any]:
+    """The members of a union, however it is nested or annotated; any other type alone."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from alternatives(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for member in get_args(annotation):
+            yield from alternatives(member)
+    else:
+        yield annotation
+
+
+def takes_text(name: str) -> bool:
+    """Whether the value of key `name` is text, perhaps among other forms."""
+    return any(kind is str or _is_words(kind) for kind in _kinds(name))
+
+
+def takes_null(name: str) -> bool:
+    return NoneType in _kinds(name)
+
+
+def takes_list(name: str) -> bool:
+    return any(get_origin(kind) is tuple for kind in _kinds(name))
+
+
+def _kinds(name: str) -> list[Any]:
+    field = fields().get(name)
+    return [] if field is None else list(alternatives(field.annotation))
+
+
+def _is_words(kind: Any) -> bool:
+    return get_origin(kind) is Literal and all(isinstance(value, str) for value in get_args(kind))
+
+
+def hint(unknown: str) -> str:
+    """What to say after "unknown configuration key 'a.b'; "."""
+    section, _, last = unknown.rpartition(".")
+    meant = suggestions(unknown)
+    if meant and meant[0].startswith("--"):
+        return f"use the option {meant[0]} of the command"
+    if meant:
+        return f"did you mean {or_list(meant)}?"
+    inner = sections()
+    return f"valid: {', '.join(inner[section].model_fields if section in inner else Config.model_fields)}"
+
+
+def suggestions(unknown: str) -> list[str]:
+    """The keys that an unknown one probably means, the likeliest first; or one option of the command line."""
+    section, _, last = unknown.rpartition(".")
+    word = last.lower().replace("-", "_")
+    known = fields()
+    if unknown in MOVED:
+        return [MOVED[unknown]]
+    if word in _MEANT:
+        return [_MEANT[word]]
+    if same := [name for name in known if name.rpartition(".")[2] == word]:
+        return same[:3]
+    inner = sections()
+    beside = inner[section].model_fields if section in inner else Config.model_fields if not section else {}
+    if near := near_names(word, list(beside), cutoff=0.5):
+        return [f"{section}.{near[0]}" if section else near[0]]
+    if near := near_names(unknown, list(known), cutoff=0.75):
+        return near
+    elsewhere = near_names(word, [name.rpartition(".")[2] for name in known], cutoff=0.75)
+    return [name for name in known if name.rpartition(".")[2] in elsewhere][:3]

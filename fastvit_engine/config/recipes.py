@@ -1,0 +1,111 @@
+"""Recipes: how they are found by name, and what one says together with the recipes that it is based on."""
+
+from collections.abc import Hashable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastvit_engine.config.near import near_names, or_list
+from fastvit_engine.errors import UserError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+_BASE = "base"
+_Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
+
+
+def recipe_paths() -> dict[str, Path]:
+    """The recipes that come with the engine, by name. Files named _*.yaml are no recipes of their own but bases."""
+    found = {path.stem: path for path in RECIPES.rglob("*.yaml") if not path.name.startswith("_")}
+    return dict(sorted(found.items()))
+
+
+def recipe_names() -> list[str]:
+    return list(recipe_paths())
+
+
+def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or file named") -> Path:
+    """The file of a recipe: a name from `fastvit config list`, or a path, relative to `folder`.
+
+    Raises UserError that offers near names.
+    """
+    shipped = recipe_paths()
+    if recipe in shipped:
+        return shipped[recipe]
+    path = folder / Path(recipe).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        inside = path / "config.yaml"
+        hint = f"did you mean '{inside}'?" if inside.is_file() else "it must be a YAML file"
+        raise UserError(f"{path} is a folder, not a recipe: {hint}")
+    near = near_names(Path(recipe).stem, list(shipped), most=3, cutoff=0.6)
+    hint = f"did you mean {or_list(near)}?" if near else f"known recipes: {', '.join(shipped)}"
+    raise UserError(f"no {named} '{recipe}'; {hint}")
+
+
+def read_recipe(path: Path, *, _derived: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a recipe over those of its base, and for each dotted key the file and line that sets it.
+
+    Raises UserError for a file that is not a recipe, and for a base that does not exist or leads back to the recipe.
+    """
+    values, origins = _read_file(path)
+    if _BASE not in values:
+        return values, origins
+    base, where = values.pop(_BASE), origins.pop(_BASE)
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{where}: base is {base!r}: it must be the name of a recipe, or a path relative to this file")
+    base_path = find_recipe(base, folder=path.parent, named=f"base ({where}) named")
+    chain = (*_derived, path.resolve())
+    if base_path.resolve() in chain:
+        raise UserError(f"{where}: base '{base}' leads back to {base_path.name}: remove one of the bases")
+    base_values, base_origins = read_recipe(base_path, _derived=chain)
+    merge(base_values, values)
+    return base_values, base_origins | origins
+
+
+def merge(values: dict[str, Any], over: dict[str, Any]) -> None:
+    """Puts the values of `over` into `values`, section by section; anything but a section is replaced."""
+    for key, value in over.items():
+        inner = values.get(key)
+        if isinstance(inner, dict) and isinstance(value, dict):
+            merge(inner, value)
+        else:
+            values[key] = value
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8-sig"))
+        root = loader.get_single_node()
+        origins = dict(_lines(root, path.name))
+        values = {} if root is None else loader.construct_document(root)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"{path}{where} is not valid YAML: {problem}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if values is None:
+        return {}, {}
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path} must hold sections such as 'model:' and 'train:', not a single {type(values).__name__}"
+        )
+    return values, origins
+
+
+def _lines(node: yaml.Node | None, file: str, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, "file:line") of each key. Raises UserError for one that is set twice: YAML would drop the first."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    first: dict[Hashable, int] = {}
+    for key_node, value_node in node.value:
+        name, line = f"{prefix}{key_node.value}", key_node.start_mark.line + 1
+        if name in first:
+            raise UserError(f"{file}:{line} sets '{name}' again, after line {first[name]}: keep one of them")
+        first[name] = line
+        yield name, f"{file}:{line}"
+        yield from _lines(value_node, file, f"{name}.")

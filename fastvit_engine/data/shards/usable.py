@@ -1,0 +1,135 @@
+"""Whether a sample can be used: its labels and its image, or what is wrong with them.
+
+Training, `fastvit data verify`, `stats`, `show` and `bench` all ask here, so that they cannot disagree.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Generic, NamedTuple, TypeVar
+
+from fastvit_engine.config import DataConfig
+from fastvit_engine.data.shards.labels import label_member, parse_labels
+from fastvit_engine.data.shards.sample import Sample
+
+T = TypeVar("T")
+
+PLAUSIBLE_CLASSES = 10_000_000  # bound of labels if nothing says how many classes there are
+MISSING, WRONG_LABEL, UNREADABLE = "missing member", "wrong label", "unreadable image"
+
+
+class Unusable(Exception):
+    """A sample without usable labels, or without a usable image."""
+
+    def __init__(self, kind: str, reason: str, remedy: str) -> None:
+        super().__init__(kind, reason, remedy)
+        self.kind = kind  # MISSING, WRONG_LABEL or UNREADABLE
+        self.reason = reason  # "has ...", which the name of the sample goes before
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+class SampleKeys(NamedTuple):
+    """Which members hold the image and the labels of a sample, and how many labels there may be."""
+
+    image_key: str  # data.image_key
+    images: tuple[str, ...]  # its members
+    label_key: str  # data.label_key
+    label_member: str
+    label_path: list[str]
+    max_labels: int
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "SampleKeys":
+        return _keys(data.image_key, data.label_key, data.max_labels)
+
+
+@lru_cache
+def _keys(image_key: str, label_key: str, max_labels: int) -> SampleKeys:
+    return SampleKeys(image_key, tuple(image_key.split(";")), label_key, *label_member(label_key), max_labels)
+
+
+class Judged(NamedTuple, Generic[T]):
+    """A sample's labels and image as far as they are usable; it can train a classifier if there is no problem."""
+
+    labels: list[int] | None
+    image: T | None
+    problems: list[Unusable]
+
+
+def judge(sample: Sample, keys: SampleKeys, num_classes: int, decode: Callable[[bytes], T]) -> Judged[T]:
+    """What of a sample is usable, and why the rest is not; `decode` raises ValueError for what is not an image."""
+    labels: list[int] | None = None
+    image: T | None = None
+    problems = []
+    try:
+        labels = read_labels(sample, keys, num_classes)
+    except Unusable as problem:
+        problems.append(problem)
+    try:
+        image = read_image(sample, keys, decode)
+    except Unusable as problem:
+        problems.append(problem)
+    return Judged(labels, image, problems)
+
+
+def read_labels(sample: Sample, keys: SampleKeys, num_classes: int) -> list[int]:
+    """The class indices of a sample, 1 to data.max_labels of them, each below num_classes. Raises Unusable."""
+    content = sample.get(keys.label_member)
+    if content is None:
+        raise Unusable(
+            MISSING,
+            f"has no '{keys.label_member}' member, only {member_names(sample)}",
+            "correct it or set data.label_key",
+        )
+    try:
+        labels = parse_labels(content, keys.label_path)
+    except ValueError:
+        raise Unusable(
+            WRONG_LABEL,
+            f"has the label {content[:100]!r} in '{keys.label_key}', which is not a class index",
+            "correct the shard or set data.label_key to the member that holds it",
+        ) from None
+    if not 1 <= len(labels) <= keys.max_labels:
+        raise Unusable(
+            WRONG_LABEL,
+            f"has {len(labels)} labels in '{keys.label_key}', and training takes 1 to {keys.max_labels}",
+            "correct the shard, or set data.label_key or data.max_labels",
+        )
+    for label in labels:
+        if not 0 <= label < num_classes:
+            raise Unusable(
+                WRONG_LABEL,
+                f"has label {label}, outside 0..{num_classes - 1}",
+                "correct the shard or raise model.num_classes",
+            )
+    return labels
+
+
+def read_image(sample: Sample, keys: SampleKeys, decode: Callable[[bytes], T]) -> T:
+    """What `decode` makes of a sample's image. Raises Unusable if there is none, or if `decode` raises ValueError."""
+    name = next((name for name in keys.images if name in sample), None)
+    if name is None:
+        raise Unusable(
+            MISSING,
+            f"has no '{keys.image_key}' member, only {member_names(sample)}",
+            "set data.image_key to the shards' extension, or make the shards again",
+        )
+    try:
+        return decode(sample[name])
+    except ValueError as error:
+        raise Unusable(
+            UNREADABLE,
+            f"has an image in '{name}' that cannot be decoded ({error})",
+            "set data.image_key to the shards' extension, or make the shards again",
+        ) from error
+
+
+def member_names(sample: Sample) -> list[str]:
+    return [name for name in sample if not name.startswith("__")]
+
+
+def name_of(sample: Sample) -> str:
+    """How sentences name a sample."""
+    return f"sample '{sample['__key__']}' of shard {sample['__url__']}"

@@ -1,0 +1,254 @@
+"""Training data from indexed shards: any sample is read by its position, so the order is exact.
+
+Workers have no state: the main process of a rank sends them positions, and a worker locates each sample (see `order`),
+reads it with one read, decodes it and augments it with a generator of its own. So nothing about a sample depends on
+which worker or rank it falls to, and any number of workers will do.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvit_engine.config import Config, DataConfig
+from fastvit_engine.data.pixels.crops import draw_crops, eval_view, train_view
+from fastvit_engine.data.pixels.draws import sample_seeds
+from fastvit_engine.data.shards.index import Index, open_index
+from fastvit_engine.data.shards.names import is_local
+from fastvit_engine.data.shards.sample import Sample, parse_sample
+from fastvit_engine.data.shards.tar import TarError
+from fastvit_engine.data.stream.batch import BadSample, Batch, BatchBuilder, Workspace, rebatch
+from fastvit_engine.data.stream.order import Integers, Locations, Order, SourceOrder, share_slots
+from fastvit_engine.data.stream.read_ahead import ReadAhead
+from fastvit_engine.data.stream.skip import Window, step_starts
+from fastvit_engine.data.stream.source import EvaluationData, TrainingData, check_micro_batch, rank_positions
+from fastvit_engine.data.stream.worker_pool import load
+from fastvit_engine.errors import UserError
+from fastvit_engine.storage import ShardStorage
+
+_PADDING = -1  # instead of a position
+
+
+@dataclass(frozen=True)
+class IndexedShards(EvaluationData):
+    """Some of the shards of an index, at these paths or URLs."""
+
+    index: Path
+    shards: tuple[str, ...]
+    hash: str  # of the index of these shards
+
+    @classmethod
+    def of(cls, index: Index) -> "IndexedShards":
+        return cls(index.path, tuple(index.shards), index.hash)
+
+    def open(self) -> Index:
+        """The index of these shards. Raises UserError if it is no longer the one that the run was planned with."""
+        index = open_index(self.index).select(self.shards)
+        if index.hash != self.hash:
+            raise UserError(f"index {self.index} was written anew while the run was starting: start the run again")
+        return index
+
+    def eval_batches(
+        self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool
+    ) -> Iterator[Batch]:
+        """See EvaluationData. Each rank reads one contiguous part of the samples."""
+        index = self.open()
+        share = -(-index.samples // world_size)
+        positions = np.arange(rank * share, -(-share // batch_size) * batch_size + rank * share)
+        positions[(positions >= (rank + 1) * share) | (positions >= index.samples)] = _PADDING
+        requests = (
+            part
+            for start in range(0, len(positions), batch_size)
+            for part in _parts(positions[start : start + batch_size], config)
+        )
+        samples = _EvalSamples(config, index, open_storage([index], config.data))
+        return rebatch(_load(samples, requests, batch_size, config), batch_size, pin_memory)
+
+
+@dataclass(frozen=True)
+class TrainSource:
+    """One of the sources that training mixes."""
+
+    data: IndexedShards
+    weight: float
+    samples: int
+    lanes: int  # parts that its epochs are cut into, see `order`
+
+
+@dataclass(frozen=True)
+class IndexedData(TrainingData):
+    """data.order: indexed."""
+
+    train: tuple[TrainSource, ...]
+    eval: IndexedShards | None
+    samples_per_epoch: int | None
+    class_names: list[str] | None = None
+
+    def fingerprint(self, data: DataConfig) -> dict[str, Any]:
+        sources = [{"index": s.data.hash, "lanes": s.lanes, "weight": s.weight} for s in self.train]
+        return {"order": "indexed", "window": data.window, "sources": sources}
+
+    def describe(self) -> str:
+        samples = sum(source.samples for source in self.train)
+        lanes = " + ".join(str(source.lanes) for source in self.train)
+        return f"reading {samples:,} samples, {lanes} part(s) of an epoch in turn (data.lanes)"
+
+    def train_batches(
+        self,
+        config: Config,
+        *,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        consumed: int,
+        pin_memory: bool,
+        node_ranks: Sequence[int] = (),
+        skipped: Sequence[Window] = (),
+    ) -> Iterator[Batch]:
+        """See TrainingData. Samples and pixels of a step are a function of the indexed shards, the seed and the step:
+        not of the world size, the number of workers or the step that a run resumed at.
+        """
+        check_micro_batch(config, world_size, micro_batch_size)
+        batch = config.train.global_batch_size
+        samples = open_train_samples(config, self)
+        own = rank_positions(batch, rank, world_size)
+        read_ahead = None
+        if node_ranks and any(not is_local(shard) for index in samples.indexes for shard in index.shards):
+            positions = np.concatenate([rank_positions(batch, other, world_size) for other in node_ranks])
+            order = build_order(config, self.train, samples.indexes)
+            read_ahead = ReadAhead(order, samples.indexes, samples.storage, positions, batch)
+
+        def requests() -> Iterator[Integers]:
+            for start in step_starts(consumed, batch, skipped):
+                if read_ahead:
+                    read_ahead.at(start)
+                for micro in (start + own).reshape(-1, micro_batch_size):
+                    yield from _parts(micro, config)
+
+        return rebatch(_load(samples, requests(), micro_batch_size, config), micro_batch_size, pin_memory)
+
+    def eval_batches(
+        self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool
+    ) -> Iterator[Batch]:
+        assert self.eval is not None  # data.eval is set
+        return self.eval.eval_batches(
+            config, rank=rank, world_size=world_size, batch_size=batch_size, pin_memory=pin_memory
+        )
+
+
+def open_train_samples(config: Config, data: IndexedData) -> "TrainSamples":
+    """The samples of indexed shards, by their position in the run."""
+    indexes = [source.data.open() for source in data.train]
+    return TrainSamples(config, data.train, indexes, open_storage(indexes, config.data))
+
+
+def open_storage(indexes: list[Index], data: DataConfig) -> ShardStorage:
+    """The shards of all indexes, numbered through."""
+    shards = [shard for index in indexes for shard in index.shards]
+    sizes = [int(size) for index in indexes for size in index.sizes]
+    cache_bytes = None if data.cache_gb is None else int(data.cache_gb * 1e9)
+    cache_dir = None if data.cache is None else Path(data.cache)
+    return ShardStorage(shards, sizes, cache_dir=cache_dir, cache_bytes=cache_bytes)
+
+
+def build_order(config: Config, sources: tuple[TrainSource, ...], indexes: list[Index]) -> Order:
+    """The order of a run over its sources."""
+    orders = [
+        SourceOrder(index.counts, seed=config.seed, lanes=source.lanes, window=config.data.window, source=number)
+        for number, (source, index) in enumerate(zip(sources, indexes, strict=True))
+    ]
+    return Order(orders, share_slots([source.weight for source in sources]), config.seed)
+
+
+class _Samples:
+    """Batches of the samples at positions (int64 [n])."""
+
+    def __init__(self, config: Config, indexes: list[Index], storage: ShardStorage) -> None:
+        self.config, self.indexes, self.storage = config, indexes, storage
+        self.first_shard = np.cumsum([0, *(len(index.shards) for index in indexes)])
+        self.workspace = Workspace()
+
+    def build(self, positions: Integers, empty: Batch) -> Batch:
+        raise NotImplementedError
+
+    def read(self, at: Locations) -> Iterator[Sample | BadSample]:
+        """The samples at these locations, in order, each with one read."""
+        offsets, lengths = np.empty_like(at.row), np.empty_like(at.row)
+        for source in np.unique(at.source):
+            own = at.source == source
+            offsets[own], lengths[own] = self.indexes[source].extents(at.shard[own], at.row[own])
+        numbers = self.first_shard[at.source] + at.shard
+        for i in range(len(offsets)):
+            name = self.indexes[at.source[i]].shards[at.shard[i]]
+            content = self.storage.read(int(numbers[i]), int(offsets[i]), int(lengths[i]))
+            try:
+                yield parse_sample(content, name)
+            except TarError as error:
+                # Its key is unknown; this one is the same in every run.
+                key = f"{name.rpartition('/')[2]}#{at.row[i]}"
+                reason = f"is damaged: what the index finds at byte {offsets[i]:,} of the shard {error} of it"
+                yield BadSample(key, name, reason)
+
+
+class TrainSamples(_Samples):
+    def __init__(
+        self, config: Config, sources: tuple[TrainSource, ...], indexes: list[Index], storage: ShardStorage
+    ) -> None:
+        super().__init__(config, indexes, storage)
+        self.order = build_order(config, sources, indexes)
+
+    def build(self, positions: Integers, empty: Batch) -> Batch:
+        builder = BatchBuilder(empty, self.config, self.workspace)
+        located = self.order.locate(positions)
+        seeds = sample_seeds(self.config.seed, located.source, located.epoch, located.position)
+        empty.seeds[:] = seeds
+        draws = draw_crops(seeds)
+        view = partial(train_view, image_size=self.config.model.image_size, augment=self.config.augment)
+        for row, sample in enumerate(self.read(located)):
+            if isinstance(sample, BadSample):
+                builder.add_bad(row, sample)
+            else:
+                builder.add(row, sample, partial(view, draws=draws[row]))
+        return builder.build()
+
+
+class _EvalSamples(_Samples):
+    def __init__(self, config: Config, index: Index, storage: ShardStorage) -> None:
+        super().__init__(config, [index], storage)
+        self.ends = np.cumsum(index.counts)
+
+    def build(self, positions: Integers, empty: Batch) -> Batch:
+        builder = BatchBuilder(empty, self.config, self.workspace)
+        view = partial(eval_view, image_size=self.config.model.image_size, eval_crop=self.config.data.eval_crop)
+        real = positions[positions != _PADDING]  # which is at the end
+        shard = np.searchsorted(self.ends, real, side="right")
+        row = real - (self.ends - self.indexes[0].counts)[shard]
+        zero = np.zeros_like(real)
+        for number, sample in enumerate(self.read(Locations(zero, shard, row, zero, real))):
+            if isinstance(sample, BadSample):
+                builder.add_bad(number, sample)
+            else:
+                builder.add(number, sample, view)
+        return builder.build()
+
+
+def _parts(positions: Integers, config: Config) -> list[Integers]:
+    """A batch's positions in a part for each worker."""
+    parts = np.array_split(positions, max(config.data.num_workers, 1))
+    return [part for part in parts if len(part)]
+
+
+def _load(samples: _Samples, requests: Iterator[Integers], batch_size: int, config: Config) -> Iterator[Batch]:
+    num_workers = config.data.num_workers
+    return load(
+        samples.build,
+        requests,
+        num_workers=num_workers,
+        prefetch=2,
+        image_size=config.model.image_size,
+        most=-(-batch_size // max(num_workers, 1)),
+        max_labels=config.data.max_labels,
+    )

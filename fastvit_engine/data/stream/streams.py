@@ -1,0 +1,231 @@
+"""Training data from parallel streams of shards that cannot be indexed, such as gzipped ones and pipes.
+
+A run has S parallel streams of samples and takes B / S samples (a chunk) from each in every step, so that the samples
+of a step depend only on the seed, the shards, B and S. Rank r of R takes the streams s with s % R == r, and its worker
+w of W those with s % (R * W) == w * R + r; workers hand over whole chunks in turn. Another S is another order.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch.utils.data import IterableDataset, get_worker_info
+
+from fastvit_engine.config import Config, DataConfig
+from fastvit_engine.data.pixels.crops import draw_crops, eval_view, train_view
+from fastvit_engine.data.pixels.draws import sample_seeds
+from fastvit_engine.data.shards.archive import read_shard
+from fastvit_engine.data.shards.sample import Sample
+from fastvit_engine.data.stream.batch import Batch, BatchBuilder, Workspace, empty_batch, rebatch
+from fastvit_engine.data.stream.sequential import stream_samples
+from fastvit_engine.data.stream.skip import Window, step_starts
+from fastvit_engine.data.stream.source import EvaluationData, TrainingData, check_micro_batch
+from fastvit_engine.data.stream.worker_pool import load_stream
+from fastvit_engine.errors import UserError
+
+
+class StreamPlan(NamedTuple):
+    """How the steps of a run are divided among its streams."""
+
+    streams: int  # S, of the whole run
+    chunk: int  # samples that each stream gives to a step: global batch / S
+    streams_per_worker: int
+    num_workers: int  # decoding processes of each rank; 0: the rank decodes itself
+
+
+@dataclass(frozen=True)
+class StreamedShards(EvaluationData):
+    """Shards that are read from beginning to end."""
+
+    shards: tuple[str, ...]  # paths, URLs and pipes
+
+    def eval_batches(
+        self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool
+    ) -> Iterator[Batch]:
+        num_workers = config.data.num_workers
+        chunk = -(-batch_size // max(num_workers, 1))
+        chunks = _EvalChunks(config, list(self.shards), chunk, rank, world_size)
+        return rebatch(load_stream(chunks, num_workers=num_workers, prefetch=2), batch_size, pin_memory)
+
+
+@dataclass(frozen=True)
+class StreamData(TrainingData):
+    """data.order: stream."""
+
+    plan: StreamPlan
+    train: tuple[str, ...]  # paths, URLs and pipes
+    eval: StreamedShards | None
+    samples_per_epoch: int | None
+    class_names: list[str] | None = None
+
+    def fingerprint(self, data: DataConfig) -> dict[str, Any]:
+        return {"order": "stream", "streams": self.plan.streams, "shuffle_buffer": data.shuffle_buffer}
+
+    def describe(self) -> str:
+        return (
+            f"reading {self.plan.streams} data streams with {max(self.plan.num_workers, 1)} process(es) per rank, in "
+            "an order that holds for this number of streams only (data.order: stream)"
+        )
+
+    def train_batches(
+        self,
+        config: Config,
+        *,
+        rank: int,
+        world_size: int,
+        micro_batch_size: int,
+        consumed: int,
+        pin_memory: bool,
+        node_ranks: Sequence[int] = (),
+        skipped: Sequence[Window] = (),
+    ) -> Iterator[Batch]:
+        """See TrainingData. Starting later costs up to two passes over the shards, whose samples are thrown away."""
+        check_micro_batch(config, world_size, micro_batch_size)
+        chunks = _TrainChunks(config, list(self.train), self.plan, rank, world_size, consumed, skipped)
+        # Each worker keeps its share of two steps ready: a step never waits for decoding that could have been done.
+        prefetch = 2 * self.plan.streams_per_worker
+        batches = load_stream(chunks, num_workers=self.plan.num_workers, prefetch=prefetch)
+        return rebatch(batches, micro_batch_size, pin_memory)
+
+    def eval_batches(
+        self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool
+    ) -> Iterator[Batch]:
+        assert self.eval is not None  # data.eval is set
+        return self.eval.eval_batches(
+            config, rank=rank, world_size=world_size, batch_size=batch_size, pin_memory=pin_memory
+        )
+
+
+def plan_streams(config: Config, *, world_size: int, shards: int) -> StreamPlan:
+    """Fits streams, decoding processes, shards and global batch together; raises UserError if that cannot be.
+
+    Without data.streams every decoding process has one stream, and each rank as many processes, up to data.num_workers,
+    as there are shards for and divide the global batch.
+    """
+    batch = config.train.global_batch_size
+    num_workers = config.data.num_workers
+    if config.data.streams is None:
+        fitting = (n for n in range(num_workers, 1, -1) if world_size * n <= shards and batch % (world_size * n) == 0)
+        num_workers = next(fitting, min(num_workers, 1))
+    processes = world_size * max(num_workers, 1)
+    streams = config.data.streams or processes
+    if streams % processes:
+        raise UserError(
+            f"data.streams is {streams}, which {world_size} ranks x {processes // world_size} data workers do not "
+            "divide: change data.num_workers, or data.streams to a multiple of their product"
+        )
+    if streams > shards:
+        raise UserError(
+            f"data.train has {shards} shards for {streams} parallel streams: make more shards with fewer samples each, "
+            "lower data.streams, or train with fewer processes"
+        )
+    if batch % streams:
+        raise UserError(
+            f"train.global_batch_size is {batch}, which the {streams} parallel streams do not divide: "
+            "change it, data.streams or data.num_workers"
+        )
+    return StreamPlan(streams, batch // streams, streams // processes, num_workers)
+
+
+class _TrainChunks(IterableDataset):
+    """This process's streams in turn, a chunk each, endlessly; a UserError is handed over as the last item."""
+
+    def __init__(
+        self,
+        config: Config,
+        shards: list[str],
+        plan: StreamPlan,
+        rank: int,
+        world_size: int,
+        consumed: int,
+        skipped: Sequence[Window],
+    ) -> None:
+        self.config, self.shards, self.plan = config, shards, plan
+        self.rank, self.world_size, self.consumed, self.skipped = rank, world_size, consumed, skipped
+        self.workspace = Workspace()
+
+    def __iter__(self) -> Iterator[Batch | UserError]:
+        index, processes = _process_of(self.rank, self.world_size)
+        streams = {s: self._open_stream(s) for s in range(index, self.plan.streams, processes)}
+        batch, next_step = self.config.train.global_batch_size, self.consumed
+        try:
+            for start in step_starts(self.consumed, batch, self.skipped):
+                for number, samples in streams.items():
+                    for _ in range((start - next_step) // batch * self.plan.chunk):
+                        next(samples)
+                    yield self._chunk(number, samples)
+                next_step = start + batch
+        except UserError as error:
+            yield error
+
+    def _open_stream(self, stream: int) -> Iterator[tuple[int, Sample]]:
+        return stream_samples(
+            self.shards[stream :: self.plan.streams],
+            seed=self.config.seed,
+            stream=stream,
+            shuffle_buffer=self.config.data.shuffle_buffer,
+            first=self.consumed // self.config.train.global_batch_size * self.plan.chunk,
+        )
+
+    def _chunk(self, stream: int, samples: Iterator[tuple[int, Sample]]) -> Batch:
+        size = self.config.model.image_size
+        batch = empty_batch(self.plan.chunk, size, self.config.data.max_labels)
+        builder = BatchBuilder(batch, self.config, self.workspace)
+        for row in range(self.plan.chunk):
+            index, sample = next(samples)
+            seeds = sample_seeds(self.config.seed, stream, index)
+            batch.seeds[row : row + 1] = seeds
+            draws = draw_crops(seeds)[0]
+            builder.add(row, sample, partial(train_view, image_size=size, augment=self.config.augment, draws=draws))
+        return builder.build()
+
+
+class _EvalChunks(IterableDataset):
+    """This process's share of the evaluation samples in chunks, padded to the same number of chunks everywhere."""
+
+    def __init__(self, config: Config, shards: list[str], chunk: int, rank: int, world_size: int) -> None:
+        self.config, self.shards, self.chunk = config, shards, chunk
+        self.rank, self.world_size = rank, world_size
+        self.workspace = Workspace()
+
+    def __iter__(self) -> Iterator[Batch | UserError]:
+        try:
+            yield from self._chunks()
+        except UserError as error:
+            yield error
+
+    def _chunks(self) -> Iterator[Batch]:
+        index, processes = _process_of(self.rank, self.world_size)
+        view = partial(eval_view, image_size=self.config.model.image_size, eval_crop=self.config.data.eval_crop)
+        total, filled, given = 0, 0, 0
+        builder = self._builder()
+        for total, sample in enumerate((s for shard in self.shards for s in read_shard(shard)), start=1):
+            if (total - 1) % processes != index:
+                continue
+            builder.add(filled, sample, view)
+            filled += 1
+            if filled == self.chunk:
+                yield builder.build()
+                builder, filled, given = self._builder(), 0, given + 1
+        if total == 0:
+            raise UserError(f"the evaluation shards of data.eval ({self.config.data.eval}) hold no samples")
+        # The whole is known to every process only now: the largest share decides the number of chunks.
+        largest_share = -(-total // processes)
+        while given * self.chunk < largest_share:
+            yield builder.build()
+            builder, given = self._builder(), given + 1
+
+    def _builder(self) -> BatchBuilder:
+        return BatchBuilder(
+            empty_batch(self.chunk, self.config.model.image_size, self.config.data.max_labels),
+            self.config,
+            self.workspace,
+        )
+
+
+def _process_of(rank: int, world_size: int) -> tuple[int, int]:
+    """Index of this decoding process among those of all ranks, and their number; rank first, then worker."""
+    worker = get_worker_info()
+    number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+    return number * world_size + rank, workers * world_size

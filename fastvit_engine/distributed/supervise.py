@@ -1,0 +1,192 @@
+"""Starts the processes of a job on this machine, passes signals on to them, and says what their exit codes mean."""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fastvit_engine.distributed.environment import ERROR_SHOWN
+from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART
+
+SAME_REQUEST_SECONDS = 2.0  # one signal may come twice: to the process group, and passed on by the parent
+_GRACE_SECONDS = 10.0  # for ranks whose peer has failed, or that were asked twice: to say why, and to leave
+_GRACE_AFTER_RESTART_CODE = 5.0  # likewise after exit code 75, when ranks have said why and leave together
+
+
+def gpu_count() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def rank_environment(
+    rank: int, processes: int, port: int, environment: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """The variables of one rank of a job that runs on this machine alone; those of `environment` take precedence if
+    they do not depend on the rank.
+    """
+    variables = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    if gpu_count() == 0:
+        threads = max(1, (os.cpu_count() or 1) // processes)
+        variables["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", str(threads))
+        variables["GLOO_SOCKET_IFNAME"] = environment.get("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
+    return variables
+
+
+@contextmanager
+def start_ranks(
+    command: Sequence[str | Path], processes: int, environment: Mapping[str, str] = os.environ, **options: Any
+) -> Iterator[list["subprocess.Popen[Any]"]]:
+    """Starts `command` once per rank, and kills the processes that are left when the block ends.
+
+    `environment` is that of each rank, but for what makes it a rank; `options` are those of `subprocess.Popen`. The
+    processes also end with the thread that starts them.
+    """
+    # Here and not in rank 0, so that the others can still tell of its end; and no port can be lost to another program.
+    store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    with tempfile.TemporaryDirectory(prefix="fastvit-") as folder:
+        children: list[subprocess.Popen[Any]] = []
+        common = {
+            "LOCAL_WORLD_SIZE": str(processes),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # so that rank 0 connects, too
+            ERROR_SHOWN: str(Path(folder) / "shown"),
+        }
+        try:
+            for rank in range(processes):
+                variables = {**environment, **rank_environment(rank, processes, store.port, environment), **common}
+                children.append(subprocess.Popen(command, env=variables, preexec_fn=_die_with_parent, **options))
+            yield children
+        finally:
+            for child in children:
+                child.kill()  # reaches a process that has been stopped, too
+                child.wait()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the processes ended: exit codes by rank, a negative one being the number of the signal that killed it.
+
+    Only of those that ended by themselves; once one has failed, the others have a few seconds to do so.
+    """
+
+    codes: Mapping[int, int]
+
+    @property
+    def exit_code(self) -> int:
+        """Of the whole job. Bad input and a request to leave take precedence over failures that follow from them."""
+        codes = self.codes.values()
+        for code in (EXIT_BAD_INPUT, *sorted(code for code in codes if code > 0 and code != EXIT_RESTART)):
+            if code in codes:
+                return code
+        killed = [-code for code in codes if code < 0]
+        return 128 + killed[0] if killed else max(codes)
+
+    @property
+    def restartable(self) -> bool:
+        return any(self.codes.values()) and all(code in (0, EXIT_RESTART) or code < 0 for code in self.codes.values())
+
+    @property
+    def cause(self) -> str:
+        """Why a restart is needed."""
+        killed = {rank: signal.Signals(-code).name for rank, code in self.codes.items() if code < 0}
+        if killed:
+            return "; ".join(f"rank {rank} was killed by {name}" for rank, name in killed.items())
+        ranks = ", ".join(str(rank) for rank, code in self.codes.items() if code == EXIT_RESTART)
+        return f"exit code {EXIT_RESTART} of rank {ranks}"
+
+
+def cluster_exit_code(codes: Set[int]) -> int:
+    """The exit code of one node's processes for its cluster, which knows nothing but "start the same command again".
+
+    Unlike `Outcome.exit_code`, whatever is neither bad input nor a request to leave asks for a restart: on many
+    machines a traceback or a signal often comes from a machine that the cluster will replace.
+    """
+    return next((code for code in (EXIT_BAD_INPUT, EXIT_PREEMPTED) if code in codes), EXIT_RESTART)
+
+
+class Requests:
+    """Signals to this process while ranks are running: SIGTERM, SIGUSR1, SIGINT and SIGQUIT are passed on to them."""
+
+    def __init__(self) -> None:
+        self._children: Sequence[subprocess.Popen[Any]] = ()
+        self.first: float | None = None  # when the first request to leave came
+        self.at_once: float | None = None  # when the second came
+
+    @contextmanager
+    def passed_on(self) -> Iterator[None]:
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGQUIT)
+        previous = {number: signal.signal(number, self._pass_on) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def pass_on_to(self, children: "Sequence[subprocess.Popen[Any]]") -> None:
+        """Passes signals on to `children` from now on; a request that has come already reaches them at once."""
+        self._children = children
+        if self.first:
+            self._send(signal.SIGTERM)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGQUIT:
+            self._send(number)
+            return
+        if self.first is None:
+            self.first = time.monotonic()
+        elif time.monotonic() - self.first > SAME_REQUEST_SECONDS:
+            self.at_once = self.at_once or time.monotonic()
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        for child in self._children:
+            child.send_signal(number)
+
+
+def wait_for_ranks(children: "Sequence[subprocess.Popen[Any]]", requests: Requests) -> Outcome:
+    """Waits until all have ended, or, once one has failed or a second request has come, for some seconds more."""
+    requests.pass_on_to(children)
+    codes: dict[int, int] = {}
+    deadline = float("inf")  # until when the ranks that are left may end by themselves
+    while len(codes) < len(children) and time.monotonic() < deadline:
+        for rank, child in enumerate(children):
+            if rank not in codes and child.poll() is not None:
+                codes[rank] = child.returncode
+                if child.returncode != 0:
+                    grace = _GRACE_AFTER_RESTART_CODE if child.returncode == EXIT_RESTART else _GRACE_SECONDS
+                    deadline = min(deadline, time.monotonic() + grace)
+        if requests.at_once:
+            deadline = min(deadline, requests.at_once + _GRACE_SECONDS)
+        time.sleep(0.05)
+    if requests.at_once:
+        codes |= {rank: -signal.SIGKILL for rank in range(len(children)) if rank not in codes}
+    return Outcome(codes)
+
+
+def _die_with_parent() -> None:
+    """Asks Linux to end this child when its parent is killed, so that no rank is ever left behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG

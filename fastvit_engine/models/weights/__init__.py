@@ -1,0 +1,1 @@
+"""Weights of models in files: reading and writing them, whatever the layout."""

@@ -1,0 +1,40 @@
+"""Learning the labels: cross-entropy of images that are augmented and mixed on the device."""
+
+import torch
+from torch import Tensor, nn
+
+from fastvit_engine.config import Config
+from fastvit_engine.data import Batch
+from fastvit_engine.data.pixels.mix import mix
+from fastvit_engine.data.pixels.randaugment import randaugment
+from fastvit_engine.data.stream.batch import targets
+from fastvit_kernels import FusedCrossEntropy
+
+
+class Classify:
+    """Softmax or sigmoid cross-entropy of the labels, with RandAugment, mixup, CutMix and label smoothing."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.augment, self.pixels, self.device = config.augment, config.data, device
+        self.criterion = FusedCrossEntropy(config.loss.kind, label_smoothing=config.loss.label_smoothing)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss of each sample, [B]; 0 for a sample of weight 0, and for one mixed with it."""
+        images = batch.images.to(self.device, non_blocking=True)  # uint8 [B, H, W, 3]; the patch embedding normalises
+        labels = batch.labels.to(self.device, non_blocking=True)
+        weights = batch.weights.to(self.device, non_blocking=True)
+        augment, pixels = self.augment, self.pixels
+        if augment.randaugment_ops:
+            ops, magnitude = augment.randaugment_ops, augment.randaugment_magnitude
+            images = randaugment(images, batch.seeds, num_ops=ops, magnitude=magnitude)
+        if augment.mixup or augment.cutmix:
+            alphas = {"mixup": augment.mixup, "cutmix": augment.cutmix}
+            mixed = mix(images, labels, batch.seeds, **alphas, mean=pixels.mean, std=pixels.std)
+            logits = model(mixed.images)
+            labels, labels_b = (targets(given, logits.shape[1]) for given in (labels, mixed.labels_b))
+            losses = self.criterion(logits, labels, labels_b=labels_b, mix_weight=mixed.weight, reduction="none")
+            weights = weights * weights[mixed.partner]
+        else:
+            logits = model(images)
+            losses = self.criterion(logits, targets(labels, logits.shape[1]), reduction="none")
+        return losses * weights

@@ -1,0 +1,94 @@
+"""What lives as long as the processes of a run do, also when training goes back to a checkpoint."""
+
+from dataclasses import dataclass
+
+import torch
+
+from fastvit_engine.checkpoint import Checkpointer, store_of
+from fastvit_engine.config import Config
+from fastvit_engine.distributed.preemption import Preemption
+from fastvit_engine.distributed.stragglers import Stragglers
+from fastvit_engine.distributed.watchdog import Watchdog
+from fastvit_engine.distributed.world import World, limit_collectives
+from fastvit_engine.engine.build import BatchSplit, build_engine, split_batch
+from fastvit_engine.engine.ema import WeightAverage
+from fastvit_engine.engine.protocol import TrainingEngine
+from fastvit_engine.models import build_model, training_flops
+from fastvit_engine.objectives import Objective, build_objective
+from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.train.health.diagnosis import GradientWatch
+from fastvit_engine.train.health.guard import Guard
+from fastvit_engine.train.health.replicas import Replicas
+from fastvit_engine.train.schedule import Schedule
+from fastvit_engine.train.throughput import Speed, peak_flops
+
+
+@dataclass(frozen=True)
+class Health:
+    """What looks for steps and weights that training must not continue with."""
+
+    guard: Guard
+    replicas: Replicas
+    gradients: GradientWatch
+
+
+@dataclass(frozen=True)
+class Processes:
+    """What looks after the processes of the run, and after the signals they get."""
+
+    watchdog: Watchdog
+    preemption: Preemption
+    stragglers: Stragglers
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a training loop works with."""
+
+    config: Config
+    run: RunFolder
+    world: World
+    schedule: Schedule
+    split: BatchSplit
+    engine: TrainingEngine
+    objective: Objective
+    ema: WeightAverage | None
+    checkpointer: Checkpointer
+    health: Health
+    processes: Processes
+    speed: Speed
+
+
+def build_job(
+    config: Config, run: RunFolder, world: World, schedule: Schedule, watchdog: Watchdog, preemption: Preemption
+) -> Job:
+    """Builds model, engine and all else of a run on this process; collective. `config`: without open ends."""
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, mean=config.data.mean, std=config.data.std)
+    split = split_batch(config, world.size)
+    engine = build_engine(model, config, split, world)
+    limit_collectives(config.watchdog.slow_phase_seconds + config.watchdog.timeout_seconds)  # the engine's groups too
+    ema = WeightAverage(engine, config.ema.decay) if config.ema.decay is not None else None
+    gradients = GradientWatch(engine, world.device)
+    if config.health.watch_gradients:
+        gradients.start()
+    engine.model.train()
+    store = store_of(config.checkpoint, run)
+    return Job(
+        config=config,
+        run=run,
+        world=world,
+        schedule=schedule,
+        split=split,
+        engine=engine,
+        objective=build_objective(config, world.device),
+        ema=ema,
+        checkpointer=Checkpointer(run, store, engine, ema, world, config.checkpoint, schedule.keep_every),
+        health=Health(Guard(engine, world, config.health, config.train.precision), Replicas(engine, world), gradients),
+        processes=Processes(
+            watchdog,
+            preemption,
+            Stragglers(run, world, config.watchdog, watchdog.hosts, zero_stage=engine.zero_stage),
+        ),
+        speed=Speed(peak_flops(world, config.train.precision), training_flops(config.model)),
+    )

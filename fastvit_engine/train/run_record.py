@@ -1,0 +1,40 @@
+"""What a run writes down once, when it starts: its configuration, its environment, and that it started."""
+
+import json
+
+import torch
+
+from fastvit_engine.config import Resolved
+from fastvit_engine.files import atomic_write
+from fastvit_engine.models import model_title, parameter_count
+from fastvit_engine.observe.environment import collect_environment
+from fastvit_engine.observe.events import record_event
+from fastvit_engine.sizing.defaults import Chosen
+from fastvit_engine.train.job import Job
+
+
+def record_start(resolved: Resolved, chosen: Chosen, job: Job, step: int) -> None:
+    """Writes `config.yaml` (as given), `environment.json` (with what was chosen), and the event."""
+    config, world, run = job.config, job.world, job.run
+    environment = collect_environment(
+        model=model_title(config.model),
+        parameters=parameter_count(config.model),
+        training_flops_per_image=job.speed.flops_per_image,
+        peak_flops=job.speed.peak.flops,
+        peak_flops_source=job.speed.peak.source,
+        world_size=world.size,
+        zero_stage=config.zero.stage,
+        precision=config.train.precision,
+        device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        total_steps=job.schedule.total_steps,
+        global_batch_size=config.train.global_batch_size,
+        samples_per_epoch=job.schedule.samples_per_epoch,
+        shards=", ".join(source.shards for source in config.data.sources),
+        defaults=chosen.record(),
+    )
+    atomic_write(run.config, resolved.to_yaml())
+    atomic_write(run.environment, json.dumps(environment, indent=1))
+    hosts = sorted(set(job.processes.watchdog.hosts))
+    where = f"{world.size} process(es) on {', '.join(hosts)}, ZeRO-{config.zero.stage}"
+    message = f"training begins at step {step} of {job.schedule.total_steps}: {where}"
+    record_event(run, "start", message, step=step, world_size=world.size, zero_stage=config.zero.stage, hosts=hosts)

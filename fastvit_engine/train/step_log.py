@@ -1,0 +1,87 @@
+"""What is measured of training steps, and the rows of `metrics.jsonl` that it becomes."""
+
+from collections.abc import Iterable, Iterator
+
+from fastvit_engine.checkpoint import TrainerState
+from fastvit_engine.data import Batch
+from fastvit_engine.observe.recorder import Recorder
+from fastvit_engine.observe.trackers import TensorBoard
+from fastvit_engine.train.data_wait import DataWait
+from fastvit_engine.train.health.bad_samples import BadSamples
+from fastvit_engine.train.health.diagnosis import Trace
+from fastvit_engine.train.health.guard import StepReport
+from fastvit_engine.train.job import Job
+from fastvit_engine.train.step import hash_keys
+from fastvit_engine.train.throughput import Stopwatch, peak_memory_bytes
+
+
+class StepLog:
+    """Adds up what happens between two logged steps; starts anew when training goes back to a checkpoint."""
+
+    def __init__(self, job: Job, state: TrainerState) -> None:
+        config, world = job.config, job.world
+        self.job = job
+        self.recorder: Recorder | None = None
+        if world.is_main:
+            trackers = [TensorBoard(job.run, state.step)]
+            self.recorder = Recorder(job.run, job.schedule.total_steps, state.step, trackers)
+        self.stopwatch = Stopwatch(world.device, seconds_before=state.seconds)
+        seen = state.step * config.train.global_batch_size
+        self.bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share, seen=seen, bad=state.bad_samples)
+        self._data_wait = DataWait(config.data.num_workers)
+        self._first_step = self._last_logged = state.step
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches; counts bad samples, and the time that training waits for each batch."""
+        return self.stopwatch.timed(self.bad_samples.watch(batches))
+
+    def step_done(self, step: int, trace: Trace) -> None:
+        """`step` optimizer steps are done, the last of them on these batches."""
+        for batch in trace.batches:
+            self._data_wait.add(batch.seconds)
+        if self.recorder:
+            self.recorder.advance(step)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a row is to be written after this step: every so often, and after the first."""
+        return step % self.job.config.train.log_every == 0 or step == self._first_step + 1
+
+    def write(self, step: int, learning_rate: float, report: StepReport, trace: Trace) -> None:
+        """Writes the row of a step that is done; collective."""
+        job, world = self.job, self.job.world
+        batch_size = job.config.train.global_batch_size
+        seconds, waited = self.stopwatch.read()
+        job.processes.stragglers.log_step(waited, seconds, step, self.recorder)
+        waited, *stage_seconds = world.sum([waited / seconds, *self._data_wait.take()]).tolist()
+        wait_share = waited / world.size
+        samples_hash = world.sum_int64(sum(hash_keys(batch.keys) for batch in trace.batches) % 2**64)
+        memory_bytes = int(world.max([peak_memory_bytes(world.device)]).item())
+        bad_count = self.bad_samples.settle(world, self.recorder)
+        if self.recorder:
+            rate = (step - self._last_logged) * batch_size / seconds
+            self.recorder.training(
+                {
+                    "step": step,
+                    "epoch": job.schedule.epoch(step),
+                    "samples": step * batch_size,
+                    "loss": report.loss,
+                    "lr": learning_rate,
+                    "grad_norm": report.grad_norm,
+                    "images_per_second": rate,
+                    "mfu": job.speed.mfu(rate),
+                    "data_wait": wait_share,
+                    "memory_bytes": memory_bytes,
+                    "samples_hash": f"{samples_hash:016x}",
+                    "seconds": self.stopwatch.total,
+                    "bad_samples": bad_count,
+                }
+            )
+            if self._last_logged > self._first_step:  # the first step also waits for the workers to start
+                warning = self._data_wait.warning(wait_share, stage_seconds)
+                if warning:
+                    self.recorder.message(warning)
+        self._last_logged = step
+
+    def close(self) -> None:
+        if self.recorder:
+            self.recorder.close()

@@ -1,0 +1,109 @@
+"""`load_model`: the same model from everything that holds one."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastvit_engine.checkpoint.export import export_weights, find_checkpoint
+from fastvit_engine.checkpoint.load import load_model
+from fastvit_engine.errors import UserError
+
+PIXELS = ["data.mean=[0.4, 0.5, 0.6]", "data.std=[0.2, 0.3, 0.4]"]
+
+
+@pytest.fixture(scope="module")
+def run(train, tmp_path_factory):
+    """A run of two processes whose weights lie in shards, with an average and unusual pixels."""
+    settings = ["train.precision=fp32", "train.duration=6 steps", "schedule.warmup=0 steps", "ema.decay=0.9"]
+    settings += ["model.head=mlp", "model.layer_scale=0.1", "zero.stage=2", "data.eval_crop=0.9", *PIXELS]
+    return train(tmp_path_factory.mktemp("load") / "run", *settings, processes=2)
+
+
+def weights_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_run_checkpoint_and_file_hold_the_same_model(run, tmp_path, ema):
+    expected = load_file(run / ("model_ema.safetensors" if ema else "model.safetensors"))
+    file = tmp_path / "exported.safetensors"
+    export_weights(find_checkpoint(str(run)), file, "ema" if ema else "weight")
+    checkpoint = run / "checkpoints" / "step-00000006"
+    for model in (load_model(run, ema=ema), load_model(str(checkpoint), ema=ema), load_model(file)):
+        found = weights_of(model)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+        assert (model.config.head, model.config.layer_scale, model.training) == ("mlp", 0.1, False)
+        pixels = (model.patch_embed.mean, model.patch_embed.std, model.eval_crop)
+        assert pixels == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), 0.9)
+        assert model(torch.zeros(2, 8, 8, 3, dtype=torch.uint8)).shape == (2, 10)
+
+
+def forget_pixels(run):
+    """Makes the checkpoint one of version 0.1.0."""
+    path = run / "checkpoints" / "step-00000006" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for key in ("pixels", "failed", "rewinds"):
+        del manifest["state"][key]
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_checkpoint_of_an_earlier_version_takes_its_pixels_from_the_run(run, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for path in [run / "config.yaml", *(run / "checkpoints").rglob("*")]:
+        target = copy / path.relative_to(run)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            target.write_bytes(path.read_bytes())
+    forget_pixels(copy)
+    for source in (copy, copy / "checkpoints" / "step-00000006"):
+        model = load_model(source)
+        assert (model.patch_embed.mean, model.eval_crop) == ((0.4, 0.5, 0.6), 0.9)
+    (copy / "config.yaml").unlink()
+    with pytest.warns(UserWarning, match="does not say mean and std of its pixels"):
+        assert load_model(copy / "checkpoints").patch_embed.mean == (0.5, 0.5, 0.5)
+
+
+def test_what_holds_no_model_is_named(run, tmp_path):
+    with pytest.raises(UserError, match="holds no checkpoint: give a run folder"):
+        load_model(tmp_path)
+    with pytest.raises(UserError, match=r"nothing.safetensors does not exist"):
+        load_model(tmp_path / "nothing.safetensors")
+    with pytest.raises(UserError, match="holds one set of weights"):
+        load_model(run / "model.safetensors", ema=True)
+
+
+def damaged_files(run, tmp_path):
+    whole, path = load_file(run / "model.safetensors"), tmp_path / "model.safetensors"
+    metadata = {"model": json.dumps({"name": "Ti/4", "image_size": 8, "num_classes": 10})}
+    yield lambda: path.write_bytes((run / "model.safetensors").read_bytes()[:-4]), "not a complete safetensors file"
+    yield lambda: path.write_bytes(b"\0" * 64), "not a complete safetensors file"
+    yield lambda: save_file(whole, path), "does not say which model its weights are of"
+    yield lambda: save_file(whole, path, {"model": "{"}), "has damaged metadata"
+    yield lambda: save_file(whole, path, {"model": "[3]"}), "has damaged metadata"
+    yield lambda: save_file(whole, path, {**metadata, "mean": "[0, 0, 0]"}), "has damaged metadata"
+    yield lambda: save_file(whole, path, {"model": '{"shape": 3}'}), r"unknown|does not know \(model.shape"
+    yield lambda: save_file(whole, path, metadata), r"parameter '\S+' is .* there and .* in the model"
+
+
+def test_a_file_that_is_not_what_was_written_is_refused_in_a_sentence(run, tmp_path):
+    for damage, message in damaged_files(run, tmp_path):
+        damage()
+        with pytest.raises(UserError, match=message):
+            load_model(tmp_path / "model.safetensors")
+
+
+def test_a_damaged_checkpoint_is_refused(run, tmp_path):
+    copy = tmp_path / "step-00000006"
+    copy.mkdir()
+    for path in (run / "checkpoints" / "step-00000006").iterdir():
+        content = bytearray(path.read_bytes())
+        if path.suffix == ".safetensors":
+            content[-3] ^= 1
+        (copy / path.name).write_bytes(content)
+    with pytest.raises(UserError, match="does not hold the bytes of parameter"):
+        load_model(copy, ema=True)

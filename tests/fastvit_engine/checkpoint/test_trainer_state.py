@@ -1,0 +1,75 @@
+"""The state of a run as a manifest has it, of this version and of earlier ones."""
+
+import json
+
+import pytest
+
+from fastvit_engine.checkpoint import DamagedCheckpoint, Manifest, Recovery, TrainerState
+
+STATE = TrainerState(
+    step=40,
+    fingerprint={"model": {"name": "Ti/4"}, "seed": 3},
+    seconds=12.5,
+    consumed=1312,
+    bad_samples=2,
+    recent=((2.5, 1.0), (2.25, 0.5)),
+    accuracy={"eval": {"top1": 0.5, "top5": None, "loss": 1.5, "samples": 4}},
+    evaluated_at=40,
+    recovery=Recovery(skipped=((32, 64),), failed=((32, 64), (96, 128)), rewinds=2),
+    pixels={"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+)
+# A manifest as version 0.1.0 wrote it.
+EARLIER = {
+    "format": 1,
+    "step": 40,
+    "state": {
+        "step": 40,
+        "seconds": 12.5,
+        "consumed": 1312,
+        "skipped": [[32, 64]],
+        "recent": [[2.5, 1.0], [2.25, 0.5]],
+        "bad_samples": 2,
+        "fingerprint": {"model": {"name": "Ti/4"}, "seed": 3},
+        "accuracy": {},
+        "evaluated_at": None,
+    },
+    "scalars": {"optimizer.step": 40.0},
+    "parameters": {"a": [2, 3]},
+    "files": {},
+}
+
+
+def test_a_state_comes_back_from_its_json():
+    assert TrainerState.from_json(json.loads(json.dumps(STATE.to_json()))) == STATE
+
+
+def test_a_manifest_of_an_earlier_version_is_read():
+    manifest = Manifest.from_json(json.dumps(EARLIER).encode(), "manifest.json")
+    assert manifest.step == 40
+    assert manifest.state.consumed == 1312
+    assert manifest.state.recovery == Recovery(skipped=((32, 64),))
+    assert (manifest.state.evaluated_at, manifest.state.pixels) == (None, None)
+
+
+def test_this_version_writes_what_an_earlier_one_reads():
+    """All keys of before are there, with the same meaning."""
+    written = json.loads(Manifest(STATE, {}, {}, {}).to_json())
+    assert written.keys() == EARLIER.keys()
+    assert written["state"].keys() >= EARLIER["state"].keys()
+    assert written["state"]["skipped"] == EARLIER["state"]["skipped"]
+
+
+@pytest.mark.parametrize("key", [key for key in EARLIER["state"] if key != "evaluated_at"])
+@pytest.mark.parametrize("value", [None, "x"])
+def test_a_manifest_with_something_missing_or_wrong_is_a_damaged_checkpoint(key, value):
+    """Not an error of the program: then the checkpoint before it is used."""
+    for state in ({**EARLIER["state"], key: value}, {k: v for k, v in EARLIER["state"].items() if k != key}):
+        with pytest.raises(DamagedCheckpoint, match="manifest.json is not what was written there"):
+            Manifest.from_json(json.dumps({**EARLIER, "state": state}).encode(), "manifest.json")
+
+
+def test_merging_keeps_everything_that_either_remembers():
+    other = Recovery(skipped=((0, 32), (32, 64)), failed=((0, 32),), rewinds=1)
+    both = STATE.recovery.merge(other)
+    assert both == Recovery(skipped=((0, 32), (32, 64)), failed=((0, 32), (32, 64), (96, 128)), rewinds=2)
+    assert other.merge(STATE.recovery) == both

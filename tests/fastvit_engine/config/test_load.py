@@ -1,0 +1,159 @@
+"""From a recipe and `--set` to a configuration, its origins, and the sentences about bad input."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastvit_engine.config import load_config
+from fastvit_engine.errors import UserError
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("# A comment\nname: mine\nmodel:\n  name: Ti/4\n  image_size: 16\ntrain:\n  duration: 3 epochs\n")
+    return path
+
+
+def test_values_come_from_the_file_the_command_line_and_the_defaults(recipe):
+    resolved = load_config(str(recipe), ["train.precision=fp32", "optimizer.learning_rate=1e-4"])
+    assert resolved.config.model.name == "Ti/4"
+    assert resolved.config.train.precision == "fp32"
+    assert resolved.config.optimizer.learning_rate == 1e-4
+    assert resolved.origins["model.name"] == "mine.yaml:4"
+    assert resolved.origins["train.precision"] == "--set"
+    assert resolved.origins["model.pool"] == "default"
+
+
+def test_origins_are_shown_beside_each_value(recipe):
+    lines = load_config(str(recipe), ["train.log_every=7"]).to_yaml(with_origins=True).splitlines()
+    assert any(line.split() == ["image_size:", "16", "#", "mine.yaml:5"] for line in lines)
+    assert any(line.split() == ["log_every:", "7", "#", "--set"] for line in lines)
+    assert any(line.split() == ["seed:", "0", "#", "default"] for line in lines)
+
+
+def test_resolved_yaml_is_a_recipe_again(recipe, tmp_path):
+    resolved = load_config(str(recipe), ["deepspeed.zero_optimization.reduce_bucket_size=1000", "ema.decay=0.99"])
+    again = tmp_path / "again.yaml"
+    again.write_text(resolved.to_yaml())
+    assert load_config(str(again)).config == resolved.config
+    assert yaml.safe_load(resolved.to_yaml(with_origins=True)) == yaml.safe_load(resolved.to_yaml())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "train.durration=3 epochs",
+            "unknown configuration key 'train.durration' (--set); did you mean 'train.duration'?",
+        ),
+        ("modl.name=B/16", "unknown configuration key 'modl' (--set); did you mean 'model'?"),
+        ("model.zzz=1", "unknown configuration key 'model.zzz' (--set); valid: name, image_size"),
+        ("lr=1e-3", "unknown configuration key 'lr' (--set); did you mean 'optimizer.learning_rate'?"),
+        ("train.global_batch_size=many", "configuration key 'train.global_batch_size' (--set) is 'many'"),
+        ("train.global_batch_size=-1", "should be greater than 0"),
+        ("train.precision=int8", "input should be 'fp32', 'bf16' or 'fp16'"),
+        ("train.duration=5 weeks", "'5 weeks' is not a duration"),
+        ("train.duration=90", "'90' is not a duration without a unit: write '90 steps', '90 epochs', '90 samples'"),
+        ("data.mean=[0.5, 0.5]", "configuration key 'data.mean' (--set) is [0.5, 0.5]: too few values"),
+        ("data.train=[{weight: 2}]", "configuration key 'data.train.shards' (--set) is missing"),
+        ("data.mixup=0.2", "renamed configuration key: data.mixup is now augment.mixup (--set)"),
+        ("model=B/16", "configuration key 'model' (--set) is 'B/16'"),
+        ("model.name.size=B", "--set model.name.size: 'name' holds a single value, not a section"),
+        ("base=quickstart", "unknown configuration key 'base' (--set)"),
+        ("train.precision", "is not of the form section.key=value"),
+        ("train.global_batch_size=[", "the value is not valid YAML"),
+    ],
+)
+def test_a_bad_override_is_one_clear_sentence(recipe, override, message):
+    with pytest.raises(UserError) as error:
+        load_config(str(recipe), [override])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_number_without_a_unit_in_a_recipe_is_told_the_units(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("train:\n  duration: 90\n")
+    with pytest.raises(UserError, match=r"'train.duration' \(bad.yaml:2\) is 90: '90' is not a duration without"):
+        load_config(str(path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "@list.txt",
+        "*.tar",
+        "&x.tar",
+        "{a,b}/x.tar",
+        "{0..3}.tar",
+        "2024",
+        "1e3",
+        "true",
+        "~/shards",
+        "shards # of today/*.tar",
+        "a: b",
+        "'quoted'.tar",
+        "[ab]/x-[0-9].tar",
+        "pipe:cat x.tar | gzip -d",
+        "%YAML",
+        " spaces ",
+        "- x",
+    ],
+)
+def test_a_key_that_holds_text_takes_it_as_it_is(recipe, text):
+    keys = ("name", "data.train", "data.eval", "data.index", "data.cache", "data.label_key", "checkpoint.path")
+    config = load_config(str(recipe), [f"{key}={text}" for key in keys]).config
+    values = [config.name, config.data.train, config.data.eval, config.data.index, config.data.cache]
+    assert [*values, config.data.label_key, config.checkpoint.path] == [text] * len(keys)
+
+
+@given(st.text().filter(lambda text: text.strip() not in ("", "null")))
+def test_any_text_arrives_and_is_written_down_so_that_it_can_be_read_again(text):
+    resolved = load_config("quickstart", [f"data.cache={text}", f"name={text}"])
+    assert (resolved.config.data.cache, resolved.config.name) == (text, text)
+    for written in (resolved.to_yaml(), resolved.to_yaml(with_origins=True)):
+        assert yaml.safe_load(written) == resolved.config.model_dump(mode="json")
+
+
+def test_a_long_text_stays_on_its_line(recipe):
+    text = "shards of many words " * 20
+    lines = load_config(str(recipe), [f"data.train={text}"]).to_yaml(with_origins=True).splitlines()
+    assert sum(line.startswith("  train: ") and line.endswith("  # --set") for line in lines) == 1
+
+
+@pytest.mark.parametrize("text", ["null", ""])
+def test_null_is_null_where_the_key_may_be_null(recipe, text):
+    keys = ["data.train", "data.eval", "checkpoint.path", "checkpoint.every", "checkpoint.keep_best"]
+    config = load_config(str(recipe), [f"{key}={text}" for key in keys]).config
+    assert config.data.train is config.data.eval is config.checkpoint.path is None
+    assert config.checkpoint.every is config.checkpoint.keep_best is None
+    assert load_config(str(recipe), ["name=null"]).config.name == "null"
+
+
+def test_sources_are_a_list(recipe):
+    config = load_config(str(recipe), ["data.train=[{shards: '{a,b}.tar', weight: 2}, {shards: c}]"]).config
+    assert [(source.shards, source.weight) for source in config.data.sources] == [("{a,b}.tar", 2.0), ("c", 1.0)]
+    with pytest.raises(UserError, match=r"'data.train' \(--set\) is 'a.tar': input should be a valid dictionary"):
+        load_config(str(recipe), ["data.train=[a.tar, b.tar]"])
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(str(recipe), ["data.train=[{shards: x}"])
+
+
+def test_a_bad_line_of_a_recipe_is_named(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("model:\n  name: B/16\n  image_sise: 224\n")
+    with pytest.raises(UserError, match=r"'model.image_sise' \(bad.yaml:3\); did you mean 'model.image_size'"):
+        load_config(str(path))
+
+
+def test_a_configuration_with_former_names_is_told_all_the_new_ones_at_once(tmp_path):
+    path = tmp_path / "config.yaml"  # of a run folder
+    path.write_text("data:\n  crop_scale:\n  - 0.2\n  - 1.0\n  flip: true\n  num_workers: 2\n")
+    with pytest.raises(UserError) as error:
+        load_config(str(path))
+    assert str(error.value) == (
+        "renamed configuration keys: data.crop_scale is now augment.crop_scale (config.yaml:2), "
+        "data.flip is now augment.flip (config.yaml:5)"
+    )

@@ -1,0 +1,193 @@
+"""Recipes: their names, what they take from a base, and the rows of the paper."""
+
+import pytest
+
+from fastvit_engine.config import RECIPES, load_config, recipe_names, recipe_paths
+from fastvit_engine.errors import UserError
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write("folder/name.yaml", text) -> the path as text"""
+
+    def write_file(name, text):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return str(path)
+
+    return write_file
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_is_valid_and_named_after_its_file(name):
+    assert load_config(name).config.name == name
+
+
+def test_recipes_lie_in_folders_by_source_and_no_name_occurs_twice():
+    files = [path for path in RECIPES.rglob("*.yaml") if not path.name.startswith("_")]
+    assert len(files) == len(recipe_paths())
+    assert {path.parent.parent for path in files} == {RECIPES}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("quikstart", "no recipe or file named 'quikstart'; did you mean 'quickstart'?"),
+        ("vit_b16", "did you mean 'vit_b16_jft', 'vit_b16_i1k' or 'vit_b16_i21k'?"),
+        ("vit_h14_i21k", "'vit_b16_i21k'"),
+        ("xxxxxx", "known recipes: cifar10, cifar10_cpu, photos, quickstart, vit_b16_i1k"),
+    ],
+)
+def test_an_unknown_recipe_is_answered_with_near_names(name, message):
+    with pytest.raises(UserError) as error:
+        load_config(name)
+    assert message in str(error.value)
+
+
+def test_a_run_folder_is_no_recipe_but_holds_one(write, tmp_path):
+    path = write("run/config.yaml", "name: again\n")
+    with pytest.raises(UserError, match="is a folder, not a recipe: did you mean '.*run/config.yaml'"):
+        load_config(str(tmp_path / "run"))
+    assert load_config(path).config.name == "again"
+    with pytest.raises(UserError, match="is a folder, not a recipe: it must be a YAML file"):
+        load_config(str(tmp_path))
+
+
+# ---- files
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model:\n  name: [B/16\n", r"bad.yaml line \d is not valid YAML"),
+        ("just words", "must hold sections such as 'model:' and 'train:', not a single str"),
+        ("- a\n- b\n", "not a single list"),
+        (
+            "model:\n  name: B/16\ndata:\n  window: 8\nmodel:\n  pool: gap\n",
+            "bad.yaml:5 sets 'model' again, after line 1",
+        ),
+        ("model:\n  name: B/16\n  name: L/16\n", "bad.yaml:3 sets 'model.name' again, after line 2"),
+        ("model: &m\n  name: *m\n", "is not valid YAML"),
+    ],
+)
+def test_a_file_that_is_not_a_recipe_is_refused(write, text, message):
+    with pytest.raises(UserError, match=message):
+        load_config(write("bad.yaml", text))
+
+
+def test_bytes_that_are_not_text_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(str(path))
+    path.write_bytes(b"\xef\xbb\xbfname: marked\n")
+    assert load_config(str(path)).config.name == "marked"
+
+
+def test_an_empty_recipe_is_all_defaults(write):
+    assert set(load_config(write("empty.yaml", "# nothing\n")).origins.values()) == {"default"}
+
+
+# ---- bases
+
+
+def test_a_recipe_states_only_what_differs_from_its_base(write):
+    write("bases/base.yaml", "name: base\nmodel:\n  name: Ti/4\n  image_size: 16\ndeepspeed:\n  timers:\n    a: 1\n")
+    path = write("mine.yaml", "base: bases/base.yaml\nmodel:\n  image_size: 32\ndeepspeed:\n  timers:\n    b: 2\n")
+    resolved = load_config(path, ["model.depth=2"])
+    model = resolved.config.model
+    assert (resolved.config.name, model.name, model.image_size, model.depth) == ("base", "Ti/4", 32, 2)
+    assert resolved.config.deepspeed == {"timers": {"a": 1, "b": 2}}
+    origins = {key: resolved.origins[key] for key in ("name", "model.name", "model.image_size", "model.depth")}
+    assert origins == {
+        "name": "base.yaml:1",
+        "model.name": "base.yaml:3",
+        "model.image_size": "mine.yaml:3",
+        "model.depth": "--set",
+    }
+
+
+def test_lists_and_values_of_a_base_are_replaced_whole(write):
+    write("base.yaml", "optimizer:\n  betas: [0.8, 0.9]\ndata:\n  train:\n  - shards: a\n  - shards: b\n")
+    config = load_config(
+        write("mine.yaml", "base: base.yaml\noptimizer:\n  betas: [0.7, 0.95]\ndata:\n  train: c\n")
+    ).config
+    assert config.optimizer.betas == (0.7, 0.95) and config.data.train == "c"
+
+
+def test_a_base_may_be_a_shipped_recipe_and_have_a_base_itself(write):
+    middle = write("middle.yaml", "base: vit_b16_i21k\nname: middle\n")
+    resolved = load_config(write("mine.yaml", f"base: {middle}\nname: mine\nmodel:\n  name: S/16\n"))
+    assert (resolved.config.name, resolved.config.model.name) == ("mine", "S/16")
+    assert resolved.config.model.num_classes == 21843
+    assert resolved.origins["model.num_classes"] == "_i21k.yaml:4"
+    assert resolved.origins["train.global_batch_size"] == "_pretraining.yaml:5"
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("vit_b16_i21", r"no base \(mine.yaml:2\) named 'vit_b16_i21'; did you mean 'vit_b16_i21k'"),
+        ("other.yaml", r"no base \(mine.yaml:2\) named 'other.yaml'"),
+        ("mine.yaml", "mine.yaml:2: base 'mine.yaml' leads back to mine.yaml"),
+        ("[a, b]", r"mine.yaml:2: base is \['a', 'b'\]: it must be the name of a recipe"),
+        ("", "mine.yaml:2: base is None"),
+    ],
+)
+def test_a_base_that_cannot_be_is_refused(write, base, message):
+    with pytest.raises(UserError, match=message) as error:
+        load_config(write("mine.yaml", f"name: mine\nbase: {base}\n"))
+    assert "\n" not in str(error.value)
+
+
+def test_bases_in_a_circle_are_refused(write):
+    write("a.yaml", "base: b.yaml\n")
+    write("b.yaml", "base: folder/c.yaml\n")
+    write("folder/c.yaml", "base: ../a.yaml\n")
+    with pytest.raises(UserError, match="c.yaml:1: base '../a.yaml' leads back to a.yaml"):
+        load_config(write("mine.yaml", "base: a.yaml\n"))
+
+
+# ---- the paper
+
+# Dosovitskiy et al. 2021, Table 3: epochs, peak learning rate, schedule, weight decay, dropout.
+TABLE_3 = {
+    "vit_b16_jft": (7, 8e-4, "linear", 0.1, 0.0),
+    "vit_b32_jft": (7, 8e-4, "linear", 0.1, 0.0),
+    "vit_l32_jft": (7, 6e-4, "linear", 0.1, 0.0),
+    "vit_l16_jft": (14, 4e-4, "linear", 0.1, 0.0),
+    "vit_h14_jft": (14, 3e-4, "linear", 0.1, 0.0),
+    **{f"vit_{size}_i21k": (90, 1e-3, "linear", 0.03, 0.1) for size in ("b16", "b32", "l16", "l32")},
+    **{f"vit_{size}_i1k": (300, 3e-3, "cosine", 0.3, 0.1) for size in ("b16", "b32", "l16", "l32")},
+}
+# Elsewhere in the paper: classes, loss, initial bias of the head, gradient norm, final learning rate, samples.
+BY_DATASET = {
+    "jft": (18291, "sigmoid", -10.0, None, 0.0, 303_000_000),
+    "i21k": (21843, "sigmoid", -10.0, None, 1e-5, None),
+    "i1k": (1000, "softmax", 0.0, 1.0, 0.0, None),
+}
+
+
+def test_the_paper_folder_holds_the_rows_of_table_3():
+    assert {name for name, path in recipe_paths().items() if path.parent.name == "paper"} == set(TABLE_3)
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_a_row_of_table_3(name):
+    config = load_config(name).config
+    epochs, rate, schedule, decay, dropout = TABLE_3[name]
+    _, size, dataset = name.split("_")
+    assert config.model.name == f"{size[0].upper()}/{size[1:]}"
+    assert config.train.duration == f"{epochs} epochs"
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, config.schedule.kind, optimizer.weight_decay) == (rate, schedule, decay)
+    model, train = config.model, config.train
+    found = (model.num_classes, config.loss.kind, model.head_bias, train.grad_clip)
+    assert (*found, config.schedule.final_learning_rate, config.data.train_samples) == BY_DATASET[dataset]
+    assert (model.dropout, model.head, model.image_size, model.pool) == (dropout, "mlp", 224, "cls")
+    assert (train.global_batch_size, optimizer.betas, config.schedule.warmup) == (4096, (0.9, 0.999), "10000 steps")
+    assert (train.precision, config.evaluate.every) == ("bf16", "5%")

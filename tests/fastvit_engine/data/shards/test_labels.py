@@ -1,0 +1,75 @@
+"""The one parser of labels."""
+
+import pytest
+
+from fastvit_engine.data.shards.labels import MAX_LABEL_BYTES, json_field, label_member, label_values, parse_labels
+
+
+@pytest.mark.parametrize(
+    ("key", "member", "path"),
+    [("cls", "cls", []), ("json.label", "json", ["label"]), ("json.a.b", "json", ["a", "b"]), ("json", "json", [])],
+)
+def test_a_key_names_a_member_or_a_field_of_json(key, member, path):
+    assert label_member(key) == (member, path)
+
+
+@pytest.mark.parametrize(
+    ("content", "path", "labels"),
+    [
+        (b"3", [], [3]),
+        (b" 007\n", [], [7]),
+        (b"-1", [], [-1]),
+        (b"\xef\xbb\xbf3", [], [3]),
+        (b"[1, 2]", [], [1, 2]),
+        (b"\xef\xbb\xbf[5]", [], [5]),
+        (b"[]", [], []),
+        (b"null", [], []),
+        (b'{"label": 4}', ["label"], [4]),
+        (b'\xef\xbb\xbf{"label": 4}', ["label"], [4]),
+        (b'{"labels": [4, 2]}', ["labels"], [4, 2]),
+        (b'{"a": {"b": 1}}', ["a", "b"], [1]),
+        (b'{"label": null}', ["label"], []),
+        (b'{"a": 1}', ["label"], []),
+        (b"[1]", ["label"], []),
+    ],
+)
+def test_class_indices(content, path, labels):
+    assert parse_labels(content, path) == labels
+
+
+@pytest.mark.parametrize(
+    ("content", "path"),
+    [
+        (b"", []),
+        (b"cat", []),
+        (b"true", []),
+        (b"[true]", []),
+        (b"1_000", []),
+        (b"2.0", []),
+        (b"[2.0]", []),
+        (b'["1"]', []),
+        (b"[[1]]", []),
+        (b"1 2", []),
+        (b"9223372036854775808", []),
+        (b"9" * 5000, []),
+        (b"[" * 100_000, []),
+        (b"\xff\xfe", []),
+        (b'{"label": true}', ["label"]),
+        (b'{"label": "3"}', ["label"]),
+        (b'{"label": {"a": 1}}', ["label"]),
+        (b'{"label": ' + b"[" * 100_000, ["label"]),
+        (b'{"label": ' + b"9" * 5000 + b"}", ["label"]),
+        (b"not json", ["label"]),
+        (b"1" * (MAX_LABEL_BYTES + 1), []),
+    ],
+)
+def test_what_is_no_class_index(content, path):
+    with pytest.raises(ValueError):
+        parse_labels(content, path)
+
+
+def test_names_are_values_too():
+    assert label_values(b"n01440764\n", []) == ["n01440764"] and label_values(b"true", []) == ["true"]
+    assert label_values(b'{"label": ["cat", 3]}', ["label"]) == ["cat", 3]
+    assert label_values("\ufeffkäse".encode(), []) == ["käse"]
+    assert json_field(b'{"labels": []}', ["labels"]) == [] and json_field(b"{}", ["labels"]) is None

@@ -1,0 +1,136 @@
+"""Headers of tar archives that lie: each ends in one sentence, in bounded time and memory."""
+
+import io
+import tarfile
+import tracemalloc
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastvit_engine.data.shards.archive import DamagedShard, read_shard
+from fastvit_engine.data.shards.index import write_index
+from fastvit_engine.data.shards.sample import MAX_MEMBER_BYTES
+from fastvit_engine.data.shards.tar import BLOCK, TarError, iterate_members
+from fastvit_engine.errors import UserError
+
+
+def _header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
+    """A ustar header with any size field."""
+    header = bytearray(BLOCK)
+    header[: len(name)] = name
+    header[100:124] = b"0000644\x000000000\x000000000\x00"
+    header[124:136] = size.ljust(12, b"\0")
+    header[136:148] = b"00000000000\x00"
+    header[156:157] = kind
+    header[257:265] = b"ustar\x0000"
+    return bytes(header[:148] + b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:])) + header[156:])
+
+
+def _pad(content: bytes) -> bytes:
+    return content + bytes(-len(content) % BLOCK)
+
+
+def _pax(record: bytes) -> bytes:
+    length = len(record) + 3
+    while len(str(length)) + len(record) + 2 != length:
+        length += 1
+    content = b"%d %s\n" % (length, record)
+    return _header(b"pax", b"%011o" % len(content), b"x") + _pad(content)
+
+
+END = bytes(2 * BLOCK)
+IMAGE = _header(b"a.jpg", b"00000000001") + _pad(b"x")
+LABEL = _header(b"a.cls", b"00000000001") + _pad(b"0")
+LIES = {
+    "negative octal size": _header(b"a.jpg", b"-0000001000") + END,
+    "negative binary size": _header(b"a.jpg", b"\xff" * 12) + END,
+    "size that is no number": _header(b"a.jpg", b"abc") + END,
+    "size with an underscore": _header(b"a.jpg", b"0_1") + END,
+    "pax size that is no number": _pax(b"size=abc") + IMAGE + END,
+    "negative pax size": _pax(b"size=-512") + IMAGE + END,
+    "huge pax size": _pax(b"size=" + b"9" * 15) + IMAGE + END,
+    "pax size of thousands of digits": _pax(b"size=" + b"9" * 9000) + IMAGE + END,
+    "image of 6 GB": IMAGE + _header(b"b.jpg", b"\x80" + (6 * 10**9).to_bytes(11, "big")) + b"only this",
+    "label of 6 GB": IMAGE + _header(b"a.cls", b"\x80" + (6 * 10**9).to_bytes(11, "big")) + b"only this",
+    "long name of 6 GB": _header(b"x", b"\x80" + (6 * 10**9).to_bytes(11, "big"), b"L") + IMAGE + END,
+    "long names that no member follows": (_header(b"x", b"00000000001", b"L") + _pad(b"y")) * 3 + END,
+}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("lie", LIES)
+def test_lies_are_one_sentence(tmp_path: Path, lie: str) -> None:
+    path = tmp_path / "lie.tar"
+    path.write_bytes(LIES[lie])
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"^shard .*lie\.tar ") as by_index:
+        write_index([str(path)], tmp_path / "x.index")
+    with pytest.raises(DamagedShard, match=r"^shard .*lie\.tar is damaged") as by_stream:
+        list(read_shard(str(path)))
+    with pytest.raises(DamagedShard, match="is damaged"):
+        list(read_shard(f"pipe:cat {path}"))
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
+    assert "\n" not in str(by_index.value) + str(by_stream.value)
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (b"[" * 100_000, "which is not a class index"),
+        (b" " * (17 << 20) + b"1", "a label 'cls' of 17,825,793 bytes"),
+    ],
+)
+def test_absurd_labels(tmp_path: Path, label: bytes, message: str) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(IMAGE + _header(b"a.cls", b"%011o" % len(label)) + _pad(label) + END)
+    with pytest.raises(UserError, match=message) as error:
+        write_index([str(path)], tmp_path / "x.index")
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+
+
+def test_a_member_that_no_memory_holds(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with open(path, "wb") as file:
+        size = MAX_MEMBER_BYTES + 1
+        file.write(IMAGE + LABEL + _header(b"b.mp4", b"%011o" % size))
+        file.seek(file.tell() + size + -size % BLOCK)  # a hole
+        file.write(END)
+    with pytest.raises(UserError, match=r"in sample 'b', a member of 2,147,483,649 bytes, which is too large"):
+        write_index([str(path)], tmp_path / "x.index")
+    with pytest.raises(DamagedShard, match="which is too large"):
+        list(read_shard(str(path)))
+
+
+def _whole() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("käse/" * 30 + "a.jpg", "b.jpg", "b.json"):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = 700, 1.5
+            tar.addfile(info, io.BytesIO(b"{}" * 350))
+    return buffer.getvalue().rstrip(b"\0") + END
+
+
+WHOLE = _whole()
+
+
+@settings(max_examples=400, deadline=5000)
+@given(
+    st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.binary(min_size=1, max_size=20)), max_size=4),
+    st.integers(0, len(WHOLE)),
+)
+def test_any_bytes_end_in_members_or_in_an_error(changes: list[tuple[int, bytes]], length: int) -> None:
+    damaged = bytearray(WHOLE)
+    for at, content in changes:
+        damaged[at : at + len(content)] = content
+    content = bytes(damaged[:length])
+    try:
+        members = list(iterate_members(lambda at, n: content[at : at + n], len(content)))
+    except TarError as error:
+        assert str(error)
+    else:
+        assert all(0 <= member.start < member.data <= member.end <= len(content) for member in members)

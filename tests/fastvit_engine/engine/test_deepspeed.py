@@ -1,0 +1,199 @@
+"""What DeepSpeed's insides must look like, and that only one module knows.
+
+A DeepSpeed release that moves one of them fails here with the sentence that a run would be refused with.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fastvit_engine
+from fastvit_engine.engine import deepspeed as module
+from fastvit_engine.engine.deepspeed import (
+    ENGINE_INTERNALS,
+    PARAMETER_INTERNALS,
+    SCALER_INTERNALS,
+    DeepSpeedEngine,
+    Layout,
+    Plain,
+    Unpartitioned16Bit,
+    Zero1And2,
+    Zero1Bf16,
+    Zero3,
+    initialize,
+    missing_internals,
+)
+from fastvit_engine.errors import UserError
+
+LAYOUTS = (Plain, Unpartitioned16Bit, Zero1And2, Zero1Bf16, Zero3)
+SOURCE = Path(module.__file__)
+# Names that PyTorch's optimizers and modules have, too.
+COMMON = {"backward", "module", "optimizer", "param_groups", "state", "step", "zero_grad"}
+
+
+@pytest.fixture
+def build(lone_world, monkeypatch):
+    """build(stage, precision, offload) -> a DeepSpeedEngine of a tiny model."""
+    accelerator = module.import_deepspeed().accelerator.get_accelerator()
+    monkeypatch.setattr(type(accelerator), "is_fp16_supported", lambda self: True)  # a CPU is slow in it, no more
+    engines = []
+
+    def make(stage, precision, offload="none"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 3))
+        zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "reduce_bucket_size": 100}
+        if offload != "none":
+            zero["offload_optimizer"] = {"device": "cpu"}
+        settings = {
+            "train_micro_batch_size_per_gpu": 4,
+            "gradient_clipping": 1.0,
+            "zero_optimization": zero,
+            "bf16": {"enabled": precision == "bf16"},
+            "fp16": {"enabled": precision == "fp16"},
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        if precision != "fp32" and stage > 0:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        engines.append(initialize(model, torch.optim.AdamW(model.parameters()), settings))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+CASES = [
+    (0, "fp32", "none", Plain),
+    (0, "bf16", "none", Unpartitioned16Bit),
+    (0, "fp16", "none", Unpartitioned16Bit),
+    (1, "fp32", "none", Zero1And2),
+    (1, "bf16", "none", Zero1Bf16),
+    (1, "fp16", "none", Zero1And2),
+    (2, "fp32", "none", Zero1And2),
+    (2, "bf16", "optimizer", Zero1And2),
+    (2, "fp16", "none", Zero1And2),
+    (3, "fp32", "none", Zero3),
+    (3, "bf16", "none", Zero3),
+    (3, "fp16", "optimizer", Zero3),
+]
+
+
+@pytest.mark.parametrize(("stage", "precision", "offload", "layout"), CASES)
+def test_everything_used_is_there(build, stage, precision, offload, layout):
+    engine = build(stage, precision, offload)
+    assert type(engine._layout) is layout
+    assert missing_internals(engine._engine, engine._layout) == []
+    norms = []
+    engine.approve_updates(lambda norm: norms.append(float(norm)) or True)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    before = {part.name: part.values.clone() for part in engine.master_weights()}
+    for _ in range(3):  # fp16: until the loss scale is low enough
+        engine.backward(engine.model(torch.ones(4, 12, dtype=dtype)).float().square().mean())
+        engine.step()
+        engine.publish()
+    assert engine.shapes == {"0.weight": [20, 12], "0.bias": [20], "1.weight": [3, 20], "1.bias": [3]}
+    assert before.keys() == engine.shapes.keys()
+    if norms:
+        assert all(norm > 0 for norm in norms)
+        assert any(not torch.equal(part.values, before[part.name]) for part in engine.master_weights())
+        assert engine.optimizer_state().keys() == {"exp_avg", "exp_avg_sq"}
+        assert engine.scalars()["optimizer.step"] >= 1
+    assert norms or precision == "fp16"
+    scaled = {name for name in engine.scalars() if name.startswith("loss_scaler.")}
+    assert bool(scaled) == (precision == "fp16")
+    assert all(hasattr(engine._layout.optimizer, name) for name in layout.internals_later)
+    engine.reset_progress(7)
+    assert (engine._engine.global_steps, engine._engine.micro_steps) == (7, 7)
+
+
+class Without:
+    """An object that lacks one attribute of another."""
+
+    def __init__(self, whole, name):
+        self._whole, self._missing = whole, name
+
+    def __getattr__(self, name):
+        if name == self._missing:
+            raise AttributeError(name)
+        return getattr(self._whole, name)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "layout"),
+    [
+        (0, "fp32", Plain),
+        (0, "bf16", Unpartitioned16Bit),
+        (2, "fp32", Zero1And2),
+        (1, "bf16", Zero1Bf16),
+        (3, "fp32", Zero3),
+    ],
+)
+def test_a_release_that_moves_something_is_refused_by_name(build, stage, precision, layout):
+    whole = build(stage, precision)
+    for name in layout.internals:
+        changed = layout(whole._engine)
+        changed.optimizer = Without(changed.optimizer, name)
+        assert missing_internals(whole._engine, changed) == [f"'{name}' in its {layout.title}"]
+    for name in set(ENGINE_INTERNALS) - {"fp16_enabled", "module"}:  # which the check itself needs
+        missing = missing_internals(Without(whole._engine, name), whole._layout)
+        assert missing == [f"'{name}' in its engine"]
+
+
+def test_the_sentence_names_the_attribute_and_the_version_that_has_it(build, monkeypatch):
+    engine = build(2, "fp32")._engine
+    monkeypatch.setattr(Zero1And2, "internals", (*Zero1And2.internals, "moved_elsewhere"))
+    with pytest.raises(
+        UserError, match=r"has no 'moved_elsewhere' in its optimizer for ZeRO-1 and ZeRO-2.*deepspeed==0"
+    ):
+        DeepSpeedEngine(engine)
+
+
+def test_the_lists_are_complete():
+    """Every attribute that the module takes from DeepSpeed's objects is in the list for that object."""
+    optional = {"backup_optimizer", "_offload_accumulated_param_ids"}  # only with offloading; one only written to
+    tree = ast.parse(SOURCE.read_text())
+    for layout in LAYOUTS:
+        (body,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == layout.__name__]
+        taken = {
+            node.attr
+            for node in ast.walk(body)
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("optimizer", "self.optimizer")
+        }
+        assert taken <= {*layout.internals, *layout.internals_later, *optional}, layout.__name__
+    everything = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    of_engine = {
+        node.attr for node in everything if ast.unparse(node.value) in ("engine", "self._engine", "self.engine")
+    }
+    assert of_engine == set(ENGINE_INTERNALS)
+    assert {node.attr for node in everything if node.attr.startswith("ds_")} <= set(PARAMETER_INTERNALS)
+
+
+def test_no_other_module_knows_the_insides_of_deepspeed():
+    names = {*ENGINE_INTERNALS, *PARAMETER_INTERNALS, *SCALER_INTERNALS}
+    names |= {name for layout in (Layout, *LAYOUTS) for name in getattr(layout, "internals", ())}
+    word = re.compile(r"(\.|[\"'])(" + "|".join(sorted(names - COMMON, key=len, reverse=True)) + r")\b(?!\s*[=:])")
+    found = {}
+    package = Path(fastvit_engine.__file__).parent
+    for path in package.rglob("*.py"):
+        if path.is_relative_to(package / "config"):  # words that users bring to a configuration are no insides
+            continue
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            if (match := word.search(line)) and path != SOURCE:
+                found[f"{path.name}:{number}"] = match[2]
+    # The names that our own configuration gives to DeepSpeed are no insides.
+    assert {place: name for place, name in found.items() if not place.startswith("build.py")} == {}
+
+
+def test_planning_a_run_does_not_import_deepspeed():
+    program = (
+        "import sys; from fastvit_engine.cli import main; "
+        "code = main(['plan', 'quickstart', '--gpus', '8', '--json']); "
+        "sys.exit(code or 'deepspeed' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, check=False).returncode == 0

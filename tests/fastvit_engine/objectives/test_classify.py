@@ -1,0 +1,44 @@
+import numpy as np
+import pytest
+import torch
+
+from fastvit_engine.config import Config
+from fastvit_engine.data import Batch
+from fastvit_engine.data.pixels.mix import mix
+from fastvit_engine.objectives import build_objective
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_a_bad_sample_and_what_is_mixed_with_it_do_not_enter_the_loss(mixup):
+    """The second of four is bad: it has no loss, and with mixup neither has the first, which is mixed with it."""
+    pixels = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    config = Config.model_validate({"augment": {"mixup": mixup}})
+
+    def loss(scale: torch.Tensor) -> torch.Tensor:
+        batch = Batch(pixels, torch.arange(4), torch.tensor([1.0, 0.0, 1.0, 1.0]), list("abcd"), np.arange(4))
+        logits = torch.eye(4) * scale[:, None]
+        return build_objective(config, CPU).losses(lambda images: logits, batch).mean()
+
+    scale = torch.full((4,), 2.0, requires_grad=True)
+    loss(scale).backward()
+    assert (scale.grad != 0).tolist() == [mixup == 0, False, True, True]
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_several_labels_are_what_their_sum_is(mixup):
+    """With a sigmoid loss an image of two classes costs what their binary cross-entropies do together."""
+    pixels = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([[0, 3], [1, -1], [4, 2], [2, -1]])
+    batch = Batch(pixels, labels, torch.ones(4), list("abcd"), np.arange(4))
+    config = Config.model_validate({"augment": {"mixup": mixup}, "loss": {"kind": "sigmoid"}})
+    losses = build_objective(config, CPU).losses(lambda images: logits, batch)
+    hot = torch.tensor([[1, 0, 0, 1, 0], [0, 1, 0, 0, 0], [0, 0, 1, 0, 1], [0, 0, 1, 0, 0]], dtype=torch.float32)
+    if mixup:
+        given = {"mixup": mixup, "cutmix": 0, "mean": config.data.mean, "std": config.data.std}
+        weight = mix(pixels, labels, np.arange(4), **given).weight[:, None]
+        hot = weight * hot + (1 - weight) * hot[[1, 0, 3, 2]]
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, hot, reduction="none").sum(dim=1)
+    torch.testing.assert_close(losses, expected)

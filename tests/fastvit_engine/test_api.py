@@ -1,0 +1,203 @@
+"""`import fastvit_engine`, as someone uses it who has just installed it."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+
+import fastvit_engine
+from fastvit_engine.config import ModelConfig
+from fastvit_engine.distributed.supervise import free_port, rank_environment
+from fastvit_engine.errors import UserError
+from fastvit_engine.objectives.classify import Classify
+from fastvit_engine.observe.events import read_events
+from fastvit_engine.observe.metrics import read_metrics
+from fastvit_engine.observe.run_folder import RunFolder
+from tests.fastvit_engine.conftest import TINY_RUN
+
+SETTINGS = [*TINY_RUN, "train.precision=fp32", "train.duration=8 steps", "schedule.warmup=0 steps", "ema.decay=0.9"]
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def evaluated(digits):
+    return [*SETTINGS, f"data.eval={digits}/eval-*.tar"]
+
+
+def test_importing_the_package_imports_nothing_else():
+    program = (
+        "import sys, fastvit_engine; heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'deepspeed'} & sys.modules.keys(); "
+        "assert not heavy, heavy; assert {'train', 'evaluate', 'load_model'} <= set(dir(fastvit_engine))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_unknown_names_are_attribute_errors():
+    with pytest.raises(AttributeError, match="module 'fastvit_engine' has no attribute 'trian'"):
+        fastvit_engine.trian  # noqa: B018
+    with pytest.raises(ImportError, match="cannot import name 'trian'"):
+        from fastvit_engine import trian  # noqa: F401
+
+
+def test_every_name_is_there_before_and_after_its_package_was_imported():
+    program = """
+import fastvit_engine
+first = [callable(getattr(fastvit_engine, name)) for name in fastvit_engine.__all__]
+import fastvit_engine.train.loop, fastvit_engine.evaluate.classification
+from fastvit_engine import build_model, evaluate, load_config, load_model, train
+assert all(first) and all(map(callable, (build_model, evaluate, load_config, load_model, train)))
+assert fastvit_engine.train.loop.train is not train
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("name", fastvit_engine.__all__)
+def test_every_name_says_what_it_does(name):
+    function = getattr(fastvit_engine, name)
+    assert function.__doc__
+    assert inspect.signature(function).parameters
+    documented = function.__doc__ if name not in ("train", "evaluate") else getattr(fastvit_engine.api, name).__doc__
+    assert "Raises UserError" in documented or name == "build_model"
+
+
+def test_train_then_load_then_evaluate(digits, evaluated, tmp_path):
+    config = fastvit_engine.load_config("quickstart", evaluated)
+    before = dict(os.environ)
+    fastvit_engine.train(config, tmp_path / "run", data=f"{digits}/train-*.tar")
+    assert dict(os.environ) == before
+    training, evaluations = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in training] == list(range(1, 9))
+    for ema, row in enumerate(evaluations):
+        model = fastvit_engine.load_model(tmp_path / "run", ema=bool(ema))
+        accuracy = fastvit_engine.evaluate(model, f"{digits}/eval-*.tar", batch_size=50)
+        assert (accuracy.samples, accuracy.top1) == (359, row["top1"])
+        assert accuracy.loss == pytest.approx(row["loss"], abs=1e-5)
+        assert not model.training
+
+
+def test_a_run_can_be_continued_and_refused_in_one_process(digits, tmp_path):
+    settings = [*SETTINGS, f"data.train={digits}/train-*.tar", "schedule.kind=constant"]
+    config = fastvit_engine.load_config("quickstart", settings)
+    fastvit_engine.train(config, tmp_path / "run")
+    with pytest.raises(UserError, match="already holds a run"):
+        fastvit_engine.train(config, tmp_path / "run")
+    with pytest.raises(UserError, match=r"no shards|nowhere"):  # after which another run can begin
+        fastvit_engine.train(config, tmp_path / "other", data=tmp_path / "nowhere")
+    longer = fastvit_engine.load_config("quickstart", [*settings, "train.duration=10 steps", "zero.stage=3"])
+    linear = torch.nn.functional.linear
+    fastvit_engine.train(longer, tmp_path / "run", resume=True)
+    assert torch.nn.functional.linear is linear
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]] == list(range(1, 11))
+
+
+def test_a_configuration_may_be_a_name_or_a_config(digits, tmp_path):
+    with pytest.raises(UserError, match="did you mean 'quickstart'"):
+        fastvit_engine.train("quickstrat", tmp_path / "run")
+    config = fastvit_engine.load_config("quickstart", [*SETTINGS, "train.duration=1 step"]).config
+    fastvit_engine.train(config, tmp_path / "run", data=digits / "train-000000.tar")
+    assert fastvit_engine.load_model(tmp_path / "run").config.width == 32
+
+
+def test_a_model_of_the_paper_is_built_and_evaluated_as_it_is(digits):
+    config = ModelConfig(name="Ti/4", image_size=8, num_classes=10, width=32, depth=1, heads=2)
+    model = fastvit_engine.build_model(config, mean=(0.5,) * 3, std=(0.5,) * 3)
+    accuracy = fastvit_engine.evaluate(model.train(), digits / "eval-000000.tar")
+    assert accuracy.loss == pytest.approx(2.302585, abs=1e-5)  # of a head that is zero
+    assert model.training
+    with pytest.raises(UserError, match=r"10 classes|label"):
+        fastvit_engine.evaluate(
+            fastvit_engine.build_model(config.model_copy(update={"num_classes": 3}), mean=(0.5,) * 3, std=(0.5,) * 3),
+            digits / "eval-000000.tar",
+        )
+
+
+def pipeline(digits):
+    """A WebDataset pipeline of one's own over the digit scans, which yields pairs of image and label."""
+    shards = sorted(str(path) for path in digits.glob("train-*.tar"))
+    pairs = wds.WebDataset(shards, shardshuffle=False, empty_check=False).decode("pil").to_tuple("png", "cls")
+    return pairs.map_tuple(lambda image: np.asarray(image.convert("RGB")), int)
+
+
+def test_train_on_a_webdataset_pipeline(digits, tmp_path, capsys):
+    config = fastvit_engine.load_config("quickstart", SETTINGS)
+    fastvit_engine.train(config, tmp_path / "run", data=pipeline(digits))
+    assert "reading an iterable of your own" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data\.order iterable and this run has indexed: set it back"):
+        fastvit_engine.train(config, tmp_path / "run", data=digits, resume=True)
+    longer = fastvit_engine.load_config("quickstart", [*SETTINGS, "train.duration=10 steps"])
+    fastvit_engine.train(longer, tmp_path / "run", data=pipeline(digits), resume=True)
+    rows, _ = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_an_iterable_is_still_there_after_the_run_went_back(digits, tmp_path, monkeypatch):
+    losses, calls = Classify.losses, iter(range(1000))
+    monkeypatch.setattr(Classify, "losses", lambda *given: losses(*given) * (float("nan") if next(calls) == 5 else 1))
+    shares = []
+
+    def begin(share):
+        shares.append(share)
+        return pipeline(digits)
+
+    fastvit_engine.train(fastvit_engine.load_config("quickstart", SETTINGS), tmp_path / "run", data=begin)
+    assert [share.consumed for share in shares] == [0, 0]  # from the start, and from the checkpoint before any step
+    assert [event["event"] for event in read_events(RunFolder(tmp_path / "run")) if event["event"] == "rewind"]
+    assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]][-1] == 8
+
+
+@pytest.mark.distributed
+def test_each_rank_reads_its_own_share_of_an_iterable(tmp_path):
+    program = """
+import json, sys, numpy as np, fastvit_engine
+def begin(share):
+    print(share.rank, share.world_size, flush=True)
+    return [(np.full((8, 8, 3), share.rank, np.uint8), share.rank)] * 64
+settings = json.loads(sys.argv[1])
+fastvit_engine.train(fastvit_engine.load_config("quickstart", settings), sys.argv[2], data=begin)
+"""
+    port, out = free_port(), tmp_path / "run"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, json.dumps(SETTINGS), str(out)],
+            env={**os.environ, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **rank_environment(rank, 2, port)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]
+    assert all(f"{rank} 2\n" in text for rank, text in enumerate(printed))
+
+
+@pytest.mark.distributed
+def test_train_is_one_rank_of_a_job_that_a_launcher_started(digits, tmp_path):
+    program = (
+        "import json, sys, fastvit_engine; "
+        "fastvit_engine.train(fastvit_engine.load_config('quickstart', json.loads(sys.argv[1])), sys.argv[2])"
+    )
+    settings = json.dumps([*SETTINGS, f"data.train={digits}/train-*.tar"])
+    port, out = free_port(), tmp_path / "run"
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, settings, str(out)],
+            env={**os.environ, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **rank_environment(rank, 2, port)},
+        )
+        for rank in range(2)
+    ]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    assert json.loads(Path(out, "environment.json").read_text())["world_size"] == 2

@@ -1,0 +1,115 @@
+"""The command line itself: what it costs to ask for help or to mistype, and what `config` prints."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from fastvit_engine.cli import main
+
+HEAVY = ("torch", "deepspeed", "numpy", "pydantic", "yaml", "webdataset")
+
+
+def cpu_seconds(*arguments, expected_code):
+    """User and system time of `fastvit` with these arguments, the best of several, and its standard error."""
+    times = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run(
+            [sys.executable, "-m", "fastvit_engine", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == expected_code, done.stderr
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return min(times), done.stderr
+
+
+def modules_after(code):
+    """Names of the modules that a process has loaded after running `code`."""
+    script = f"import contextlib, io, json, sys\nwith contextlib.redirect_stdout(io.StringIO()):\n{code}\n"
+    script += "print(json.dumps(sorted(sys.modules)))"
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_help_loads_none_of_the_large_packages():
+    code = "    from fastvit_engine.cli import main\n    try: main(['--help'])\n    except SystemExit: pass"
+    assert modules_after(code).isdisjoint(HEAVY)
+
+
+def test_the_configuration_loads_without_pytorch():
+    code = "    from fastvit_engine.config import load_config\n    load_config('vit_h14_jft')"
+    loaded = modules_after(code)
+    assert "pydantic" in loaded and loaded.isdisjoint({"torch", "deepspeed", "numpy"})
+
+
+@pytest.mark.parametrize("command", [["train"], ["plan", "--gpus", "8"]])
+def test_a_typing_error_is_told_before_pytorch_is_loaded(command):
+    name, *options = command
+    for wrong in (["quikstart"], ["quickstart", "--set", "lr=1"]):
+        code = f"    from fastvit_engine.cli import main\n    assert main({[name, *wrong, *options]}) == 2"
+        assert modules_after(code).isdisjoint({"torch", "deepspeed", "numpy"})
+
+
+def test_help_is_quick():
+    seconds, _ = cpu_seconds("--help", expected_code=0)
+    assert seconds < 0.15
+
+
+@pytest.mark.parametrize("wrong", [["vit_h14_jfk"], ["quickstart", "--set", "train.durration=1 epoch"]])
+def test_a_typing_error_is_told_quickly(wrong):
+    seconds, errors = cpu_seconds("train", *wrong, expected_code=2)
+    assert seconds < 0.45
+    assert "did you mean" in errors
+
+
+def test_config_list_names_every_recipe_with_its_purpose(capsys):
+    assert main(["config", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split()[:2] == ["vit_h14_jft", "ViT-H/14"] for line in lines)
+    assert not any(line.startswith("_") for line in lines)
+
+
+def test_config_show_names_the_file_of_base_and_recipe(capsys):
+    assert main(["config", "show", "vit_b16_jft", "--set", "zero.stage=2"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["name:", "B/16", "#", "vit_b16_jft.yaml:5"] in lines
+    assert ["num_classes:", "18291", "#", "_jft.yaml:4"] in lines
+    assert ["stage:", "2", "#", "--set"] in lines
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.name=R50x1"], "model.name 'R50x1'"),
+        (["deepspeed.optimizer={}"], "deepspeed.optimizer is written by the engine"),
+        (["train.duration=100 steps"], "is longer than the whole run of 100 steps"),
+        (["train.duration=1 sample"], "is less than one step of the global batch"),
+    ],
+)
+def test_config_show_refuses_what_training_would_refuse(capsys, overrides, message):
+    words = [word for override in overrides for word in ("--set", override)]
+    assert main(["config", "show", "vit_b16_jft", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_config_explain_in_three_forms(capsys):
+    assert main(["config", "explain", "data.window"]) == 0
+    assert "data.window: integer, > 0; default 1024" in capsys.readouterr().out
+    assert main(["config", "explain", "zero", "--json"]) == 0
+    assert [key["key"] for key in json.loads(capsys.readouterr().out)["sections"][0]["keys"]] == [
+        "zero.stage",
+        "zero.offload",
+    ]
+    assert main(["config", "explain", "--markdown"]) == 0
+    assert capsys.readouterr().out.startswith("# Configuration\n")
+    assert main(["config", "explain", "optimizer.lr"]) == 2
+    assert "did you mean 'optimizer.learning_rate'" in capsys.readouterr().err
