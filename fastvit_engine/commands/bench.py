@@ -29,7 +29,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     train.add_argument("--models", nargs="+", metavar="NAME", help="such as H/14 (default all)")
     train.add_argument("--variants", nargs="+", metavar="NAME", help="such as fastvit, timm (default all)")
     train.add_argument("--shards", metavar="SHARDS", help="also measure steps on images from these shards")
-    train.add_argument("--batch", type=int, metavar="N", help="images a step (default: by the model)")
+    train.add_argument("--batch", type=int, metavar="N", help="images per step (default: by the model)")
     train.add_argument("--largest-batch", action="store_true", help="also find the largest batch that fits a GPU")
 
     data = _suite(actions, "data", "measure data loading: this engine, WebDataset's usual recipe and timm")

@@ -35,7 +35,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     add_recipe(parser)
     parser.add_argument("--gpus", metavar="N", type=int, required=True, help="GPUs of the whole job")
-    parser.add_argument("--gpus-per-node", metavar="N", type=int, help="default: 8, or all where there are fewer")
+    parser.add_argument("--gpus-per-node", metavar="N", type=int, help="default: 8, or all if there are fewer")
     parser.add_argument("--gpu", choices=list(_MEMORY), default="H100", help="their model (default: H100)")
     parser.add_argument("--gpu-memory", metavar="GIB", type=float, help="of each GPU (default: that of the model)")
     parser.add_argument("--mfu", metavar="SHARE", type=float, default=0.4, help="assumed, of 1 (default: 0.4)")
@@ -85,7 +85,7 @@ def _memory_at(chosen: "Chosen", stage: int) -> "Memory":
 
 
 def _time(chosen: "Chosen", gpu: str, mfu: float) -> dict[str, Any]:
-    """Steps, operations and days; None where the length of an epoch is unknown."""
+    """Steps, operations and days; None if the length of an epoch is unknown."""
     from fastvit_engine.models import training_flops
     from fastvit_engine.train.schedule import Schedule
     from fastvit_engine.train.throughput import DATASHEET_PEAK

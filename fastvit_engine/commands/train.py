@@ -11,7 +11,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser = commands.add_parser(
         "train",
         help="pretrain a model",
-        description="Pretrains the model of a recipe: on every GPU of this machine, on CPU processes where it has\n"
+        description="Pretrains the model of a recipe: on every GPU of this machine, on CPU processes if it has\n"
         "none, or as one rank of the job that torchrun, srun or deepspeed started.",
         epilog="example:\n  fastvit train vit_b16_i21k --set data.train=shards/ --out runs/b16 --resume auto\n\n"
         "signals: SIGTERM, SIGUSR1 or Ctrl-C finishes the step, saves and exits with code 76; a second one ends the\n"
@@ -31,7 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         metavar="N",
         type=int,
         default=1,
-        help="processes to start where there is no GPU (default: 1)",
+        help="processes to start if there is no GPU (default: 1)",
     )
     parser.add_argument(
         "--max-restarts",

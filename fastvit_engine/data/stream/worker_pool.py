@@ -126,7 +126,7 @@ def _wait_for_calm() -> None:
 def _foreign_threads_run() -> bool:
     """Whether any thread of this process that Python did not start is running, or waiting for a processor."""
     own = {str(thread.native_id) for thread in threading.enumerate()}
-    for task in Path("/proc/self/task").glob("[0-9]*/stat"):  # nothing where there is no Linux
+    for task in Path("/proc/self/task").glob("[0-9]*/stat"):  # none, except on Linux
         with contextlib.suppress(OSError):  # it has ended
             state = task.read_text().rpartition(")")[2].split()[0]
             if state == "R" and task.parent.name not in own:
