@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 import fastvit_kernels
-from fastvit_kernels import dispatch
+from fastvit_kernels import dispatch, table
 from fastvit_kernels.attention.op import Tiling, forward_tiling
 from fastvit_kernels.dispatch import Gpu
 from fastvit_kernels.gemm import config
 from fastvit_kernels.table import Entry, Provenance, Table, Tunable, tunable
 from fastvit_kernels.tuning import __main__ as tool
-from fastvit_kernels.tuning import search, table
+from fastvit_kernels.tuning import search
 from fastvit_kernels.tuning.search import Case, GpuLost, Model, Trial, Unmeasured
 
 HOPPER = Gpu("sm_90", 132, "X90")  # one that no file is shipped for
