@@ -1,32 +1,47 @@
-# make quickstart   pretrain a small ViT on real images, end to end, on this machine
-# make test         lint, types and the whole test suite
-# make wheels       packages for a GPU machine without a network, in wheels/: benchmarks/README.md
+# `make help` lists the targets. They create .venv on first use, and reuse it.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep ^torch== constraints.txt)
+# One process per core, each with the tests of one file in turn, and one thread in each.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.skips -n auto --dist loadscope --no-loadscope-reorder
 
-.PHONY: quickstart test lint wheels clean
+.PHONY: help quickstart test test-all lint format docs wheels clean
 
-quickstart: $(VENV)/.installed
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
+
+quickstart: $(VENV)/.installed  ## pretrain a small ViT on real images, end to end, on this machine
 	$(BIN)/fastvit data make digits --out data/digits --eval-fraction 0.2 --samples-per-shard 200
 	$(BIN)/fastvit train quickstart --cpu-processes 2 --out runs/quickstart --resume auto
 	$(BIN)/fastvit report runs/quickstart
-	@echo "next: open the report in a browser, or bring your own photos, one folder a class:"
+	@echo "next: open the report in a browser, or train on photos of your own, one folder per class:"
 	@echo "      $(BIN)/fastvit data make PHOTOS --out data/photos"
 	@echo "      $(BIN)/fastvit config show photos"
 
-# A process a core, each with the tests of one file after the other, and one thread in each.
-test: $(VENV)/.installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
+test: lint  ## lint, types and every test but the long matrices
+	$(PYTEST)
 
-lint: $(VENV)/.installed
+# The matrices of tests/cluster also need root and the launchers they start; a test without its launcher is skipped.
+test-all: lint  ## the same with every matrix: all resumes, faults and cluster launchers, and more random kills
+	FASTVIT_TEST_RESUMES=all FASTVIT_TEST_FAULTS=all FASTVIT_TEST_CLUSTER=all FASTVIT_TEST_KILLS=10 $(PYTEST)
+
+lint: $(VENV)/.installed  ## style, formatting, types, and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# torch goes first, alone: whatever is installed after it finds its need for torch already met.
+format: $(VENV)/.installed  ## format the code, and fix what can be fixed by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed  ## write the generated pages: docs/configuration.md, and the results in docs/verification.md
+	$(BIN)/fastvit config explain --markdown > docs/configuration.md.tmp
+	mv docs/configuration.md.tmp docs/configuration.md
+	$(BIN)/fastvit bench readme
+
+# torch is installed first, by itself: packages installed later then find their requirement of torch already satisfied.
 $(VENV)/.installed: pyproject.toml kernels/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
@@ -35,7 +50,7 @@ $(VENV)/.installed: pyproject.toml kernels/pyproject.toml constraints.txt
 
 # For another machine: Linux on x86-64, with the Python of PYTHON_VERSION.
 PYTHON_VERSION ?= 3.12
-wheels:
+wheels:  ## packages for a GPU machine without a network, in wheels/: see benchmarks/README.md
 	rm -rf wheels
 	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --dest wheels \
 		--implementation cp --python-version $(PYTHON_VERSION) \
@@ -44,5 +59,5 @@ wheels:
 	DS_BUILD_OPS=0 $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir wheels --constraint constraints.txt deepspeed
 	@du -sh wheels
 
-clean:
+clean:  ## remove .venv, data and runs
 	rm -rf $(VENV) data runs

@@ -1,0 +1,1 @@
+"""Benchmarks of kernels, training steps and data loading, behind `fastvit bench`."""

@@ -91,6 +91,8 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
+    """How a step ended."""
+
     step: str
     command: list[str]
     exit_code: int | None  # None: it outlasted its time

@@ -45,6 +45,8 @@ SETS = 3  # of inputs, that take turns
 
 @dataclass(frozen=True)
 class Effort:
+    """How long one case is measured."""
+
     rounds: int
     seconds: float  # for the race of one case
 

@@ -36,8 +36,11 @@ def need_cuda(case: Case, half: bool = False) -> None:
 
 
 def need_vision(module: str) -> Any:
-    """A module of timm or transformers. Both import torchvision, which does not load beside a PyTorch of another build:
-    two of its operators must then exist for the import. None of them is used."""
+    """A module of timm or transformers.
+
+    Both import torchvision, which does not load beside a PyTorch of another build: two of its operators must then exist
+    for the import. Neither is used.
+    """
     spec = importlib.util.find_spec("torchvision")
     if spec is not None and spec.submodule_search_locations:
         try:
@@ -63,8 +66,11 @@ def version(package: str) -> str | None:
 
 
 def compiled(function: Any, mode: str | None = None) -> Any:
-    """`torch.compile` for one size. CUDA graphs are left out of max-autotune: they reuse the memory of results that
-    the measurement still holds, and would time the host for one provider only."""
+    """`torch.compile` for one size.
+
+    max-autotune runs without CUDA graphs: they reuse the memory of results that the measurement still holds, and would
+    leave the host's time out for one provider only.
+    """
     return torch.compile(function, dynamic=False, mode=mode)
 
 

@@ -101,6 +101,8 @@ class Provider:
 
 @dataclass(frozen=True)
 class Op:
+    """An operation: its inputs, its plain formula, the least work of a pass, and who can run it."""
+
     name: str
     title: str
     inputs: Callable[[Case, Draw], dict[str, Tensor]]

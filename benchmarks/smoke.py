@@ -58,6 +58,8 @@ OUR_FRAMES = ("fastvit_kernels", "triton/runtime")  # whose values say which ker
 
 @dataclass(frozen=True)
 class Outcome:
+    """How one check ended."""
+
     name: str
     exit_code: int | None  # None: it outlasted its time
     seconds: float

@@ -126,8 +126,11 @@ class Measurement:
 
 
 def _without_key_bias(name: str, weight: Tensor) -> Tensor:
-    """A key bias adds the same to all scores of a query, which softmax drops: its gradient is rounding noise, and Adam
-    scales noise up to full steps."""
+    """The weight without key biases, which two runs of the same training do not share.
+
+    A key bias adds the same to all scores of a query, which softmax drops: its gradient is rounding noise, and Adam
+    scales noise up to full steps.
+    """
     if not name.endswith("attn.qkv.bias"):
         return weight
     query, _, value = weight.chunk(3)
@@ -155,8 +158,11 @@ def measure(cases: Sequence[Case]) -> list[Measurement]:
 
 
 def _share_one_heap() -> None:
-    """Gives all threads the heap of the main thread, which a training run has. With glibc's default, a heap a thread,
-    copies of one and the same loop differed by up to 7 %: some gave memory back to the system at every step."""
+    """Gives all threads the heap of the main thread, which a training run has.
+
+    With glibc's default, a heap per thread, copies of the same loop differed by up to 7 %: some returned memory to the
+    system at every step.
+    """
     m_arena_max = -8  # malloc.h
     if ctypes.CDLL(None).mallopt(m_arena_max, 1) != 1:
         raise RuntimeError("glibc refused M_ARENA_MAX = 1")

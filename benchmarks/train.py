@@ -36,6 +36,8 @@ TIME_LIMIT = 1200  # seconds for one variant
 
 @dataclass(frozen=True)
 class Selection:
+    """What to measure; an empty tuple means all."""
+
     models: tuple[str, ...] = ()
     variants: tuple[str, ...] = ()
     shards: str | None = None  # what to stream; None: data in memory only

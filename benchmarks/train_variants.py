@@ -74,6 +74,8 @@ class Setup:
 
 @dataclass(frozen=True)
 class Variant:
+    """One way to do a training step."""
+
     name: str
     title: str
     build: Callable[[Setup], Step]

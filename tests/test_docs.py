@@ -17,6 +17,10 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted(
     {
         ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "SECURITY.md",
+        ROOT / "kernels" / "CONTRIBUTING.md",
         ROOT / "kernels" / "README.md",
         ROOT / "benchmarks" / "README.md",
         *(ROOT / "docs").glob("**/*.md"),

@@ -20,6 +20,8 @@ from fastvit_engine.data.pixels.draws import uniforms
 
 
 class Choice(NamedTuple):
+    """The cost of one way to decode or resize, and its distance from accurate decoding."""
+
     dataset: str
     stage: str  # decode or resize
     name: str

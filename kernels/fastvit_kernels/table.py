@@ -44,6 +44,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Provenance:
+    """Where the entries of a table come from: GPU, versions, and the rounds of the tool that measured them."""
+
     gpu: str  # as `gpu_name` says
     measured: bool
     note: str
@@ -56,6 +58,8 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Table:
+    """Launch parameters for one GPU, as its JSON file holds them."""
+
     provenance: Provenance
     entries: tuple[Entry, ...] = ()
     failed: Mapping[str, str] = field(default_factory=dict)  # cases that broke the GPU -> how
@@ -79,8 +83,10 @@ def ratio(a: int, b: int) -> float:
 
 
 def gpu_name(device_name: str) -> str:
-    """The name of a GPU's file: the first word of letters and digits, H200 for "NVIDIA H200", H100 for "NVIDIA H100
-    80GB HBM3", MI300X for "AMD Instinct MI300X"; a name without one as it is: "NVIDIA-GeForce-RTX-4090".
+    """The name of a GPU's file: the first word of letters followed by digits.
+
+    H200 for "NVIDIA H200", H100 for "NVIDIA H100 80GB HBM3", MI300X for "AMD Instinct MI300X". A name without such a
+    word stays as it is: "NVIDIA-GeForce-RTX-4090".
     """
     model = re.search(r"\b[A-Z]+\d+[A-Z]*\b", device_name)
     return model[0] if model else re.sub(r"\W+", "-", device_name)

@@ -218,7 +218,7 @@ def test_compiles_without_graph_break(with_options: bool, device: torch.device) 
 
 def test_dropout_and_lengths_compile_without_graph_break(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("the reference loops over sequences, whose lengths it must know")
+        pytest.skip("does not apply: the reference must know the lengths of the sequences")
 
     def function(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> Tensor:
         return attention(qkv, dropout=0.5, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen).sin()
@@ -238,7 +238,7 @@ def test_dropout_and_lengths_compile_without_graph_break(implementation: str, de
 
 def test_registered_operator(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("the operator is the Triton side")
+        pytest.skip("does not apply: the operator is Triton's")
     qkv = random_qkv(1, 5, 2, 16).to(device)
     nothing_else = (None, None, None, None, 0.0, None, None, None, None)
     torch.library.opcheck(op.attention_op, (qkv.clone().requires_grad_(), *nothing_else))
@@ -254,7 +254,7 @@ def test_registered_operator(implementation: str, device: torch.device) -> None:
 
 def test_second_derivative_is_refused(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("a matter of scaled_dot_product_attention")
+        pytest.skip("does not apply: scaled_dot_product_attention decides")
     qkv = random_qkv(2, 5, 1, 16).to(device).requires_grad_()
     gradient = torch.autograd.grad(attention(qkv).sin().sum(), qkv, create_graph=True)[0]
     with pytest.raises(NotImplementedError, match="attention has no second derivative"):
@@ -325,7 +325,7 @@ def test_separate_inputs_in_any_layout(device: torch.device) -> None:
 
 def test_gradients_of_separate_inputs_are_contiguous(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("a matter of scaled_dot_product_attention")
+        pytest.skip("does not apply: scaled_dot_product_attention decides")
     q, k, v = (x.to(device).requires_grad_() for x in random_qkv(2, 5, 2, 16).unbind(2))
     assert all(x.is_contiguous() for x in torch.autograd.grad(attention_qkv(q, k, v).sum(), (q, k, v)))
 
@@ -494,7 +494,7 @@ def test_dropout_is_the_same_mask_in_all_kernels(
     queries: int, keys: int, with_bias: bool, implementation: str, device: torch.device
 ) -> None:
     if implementation == "reference":
-        pytest.skip("a matter of scaled_dot_product_attention")
+        pytest.skip("does not apply: scaled_dot_product_attention decides")
     q, k, v = (x.to(device).requires_grad_() for x in random_q_k_v(1, queries, keys, 2, 80).values())
     bias = torch.randn(2, queries, keys, device=device, requires_grad=True) if with_bias else None
     mask = recovered_mask(q, k, 0.3, bias).detach()
@@ -514,7 +514,7 @@ def test_dropout_mask_does_not_depend_on_the_blocks(
     implementation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if implementation == "reference":
-        pytest.skip("a matter of scaled_dot_product_attention")
+        pytest.skip("does not apply: scaled_dot_product_attention decides")
     q, k = (torch.zeros(1, 70, 2, 80, device=device) for _ in range(2))
     mask = recovered_mask(q, k, 0.5)
     monkeypatch.setattr(op, "forward_tiling", lambda *_: op.Tiling(64, 16, num_warps=4, stages=1))
@@ -523,7 +523,7 @@ def test_dropout_mask_does_not_depend_on_the_blocks(
 
 def test_dropout_of_sequences_is_that_of_images(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("a matter of scaled_dot_product_attention")
+        pytest.skip("does not apply: scaled_dot_product_attention decides")
     qkv = random_qkv(2, 37, 2, 16).to(device).requires_grad_()
     cu_seqlens = torch.tensor([0, 37, 74], dtype=torch.int32, device=device)
     images = with_same_mask(attention, qkv, dropout=0.4)
@@ -537,7 +537,7 @@ def test_dropout_of_sequences_is_that_of_images(implementation: str, device: tor
 def test_dropout_rate_and_independence(implementation: str, device: torch.device) -> None:
     """Of 2 x 2 x 128 x 128 decisions, the share that keeps, and that agrees with a neighbour's, head's or image's."""
     if implementation == "reference":
-        pytest.skip("a matter of scaled_dot_product_attention")
+        pytest.skip("does not apply: scaled_dot_product_attention decides")
     mask = recovered_mask(*torch.zeros(2, 2, 128, 2, 128, device=device), 0.25).sign()
     assert mask.mean().item() == pytest.approx(0.75, abs=0.0085)  # 5 standard deviations
     others = [mask.roll(shift, dim) for dim, shift in ((0, 1), (1, 1), (2, 1), (2, 8), (3, 1), (3, 8))]

@@ -195,7 +195,7 @@ def test_bytes_kept_for_the_backward_pass(
 ) -> None:
     """`numbers` times the width for each token, a float32 for each head and two statistics."""
     if implementation == "reference":
-        pytest.skip("of the kernels")
+        pytest.skip("does not apply: a promise of the kernels alone")
     arguments = leaves(device, torch.bfloat16, 3, 5, 40)
     assert saved(arguments, recompute=recompute) == 3 * 5 * (numbers * 40 * 2 + 2 * 4 + 2 * 4)
     arguments["qkv_weight"].requires_grad_(False)  # only its gradient reads the normalised rows
@@ -206,7 +206,7 @@ def test_nothing_is_kept_without_a_gradient(
     implementation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if implementation == "reference":
-        pytest.skip("of the kernels")
+        pytest.skip("does not apply: a promise of the kernels alone")
     outputs = []
     registered = op.attention_block_op
     monkeypatch.setattr(op, "attention_block_op", lambda *args: outputs.append(registered(*args)) or outputs[-1])
@@ -305,7 +305,7 @@ def test_autocast_computes_products_in_its_dtype(low: torch.dtype, device: torch
 
 def test_backward_under_autocast_of_a_forward_without(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("autocast reaches into the backward pass of plain PyTorch")
+        pytest.skip("does not apply: autocast reaches into the backward pass of plain PyTorch")
     arguments = leaves(device, torch.float32, 2, 3, 16)
     gradients = []
     for autocast in (False, True):
@@ -335,7 +335,7 @@ def test_compiles_without_graph_break(device: torch.device) -> None:
 
 def test_registered_operator(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("the operator is the Triton side")
+        pytest.skip("does not apply: the operator is Triton's")
     *tensors, layer_scale = leaves(device, torch.float32, 2, 3, 16).values()
     path_scale = torch.tensor([0.0, 1.5], device=device)
     torch.library.opcheck(op.attention_block_op, (*tensors, layer_scale, path_scale, 2, EPS, True, True))
@@ -349,7 +349,7 @@ def test_registered_operator(implementation: str, device: torch.device) -> None:
 
 def test_second_derivative_is_refused(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("PyTorch's attention decides")
+        pytest.skip("does not apply: PyTorch's attention decides")
     arguments = leaves(device, torch.float32, 2, 3, 16)
     y = attention_block(**arguments, **BLOCK).sin()
     gradient = torch.autograd.grad(y.sum(), arguments["x"], create_graph=True)[0]

@@ -292,7 +292,7 @@ def test_backward_writes_only_rows_that_are_not_of_a_mean(
     implementation: str, kind: str, sigmoid: bool, device: torch.device
 ) -> None:
     if implementation == "reference":
-        pytest.skip("about the operators of the Triton side")
+        pytest.skip("does not apply: the operators are Triton's")
     logits = torch.randn(4, 37, device=device)
     labels = labelled(kind, 4, 37, device)[0]
     inputs = (logits, labels["labels"], labels.get("labels_b"), labels.get("mix_weight"))
@@ -319,7 +319,7 @@ def test_gradient_of_a_mean_is_known_by_equality(device: torch.device) -> None:
 @pytest.mark.parametrize("sigmoid", [False, True])
 def test_index_that_does_not_exist_gives_nan(implementation: str, sigmoid: bool, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("about the operators of the Triton side")
+        pytest.skip("does not apply: the operators are Triton's")
     logits = torch.randn(5, 9, device=device)
     labels = torch.tensor([0, 9, -1, 2, 8], device=device)
     wrong = [False, True, True, False, False]
@@ -344,7 +344,7 @@ def test_nan_stays_in_its_row(loss: Callable[..., Tensor], device: torch.device)
 
 def test_small_sigmoid_losses_add_up(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("PyTorch's own loss is 1 % off here")
+        pytest.skip("does not apply: PyTorch's own loss is 1 % off here")
     logits, labels = torch.full((1, 1000), -10.0, device=device), torch.tensor([7], device=device)
     logits[0, 7] = 12.0
     exact = 999 * math.log1p(math.exp(-10)) + math.log1p(math.exp(-12))
@@ -396,7 +396,7 @@ def test_compiles_without_graph_break(loss: Callable[..., Tensor], kind: str, de
 @pytest.mark.parametrize(("kind", "sigmoid"), [("index", False), ("pair", True), ("soft", True), ("soft pair", False)])
 def test_registered_operators(implementation: str, kind: str, sigmoid: bool, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("about the operators of the Triton side")
+        pytest.skip("does not apply: the operators are Triton's")
     logits = torch.randn(3, 10, device=device, requires_grad=True)
     labels = labelled(kind, 3, 10, device)[0]
     inputs = (logits, labels["labels"], labels.get("labels_b"), labels.get("mix_weight"))

@@ -18,7 +18,7 @@ FORM = {False: "none", True: "tanh"}
 def route(request: pytest.FixtureRequest, device: torch.device) -> Iterator[str]:
     """Runs a test with the Triton product and with PyTorch's, memory of outputs filled with NaN beforehand."""
     if device.type == "cpu" and not dispatch.INTERPRETED:
-        pytest.skip("on the CPU the kernels run by the interpreter only, which is off")
+        pytest.skip("does not apply: kernels need a GPU or Triton's interpreter")
     with config.triton_for(*config.PRODUCTS if request.param == "triton" else ()):
         torch.use_deterministic_algorithms(True, warn_only=True)
         yield request.param
@@ -184,7 +184,7 @@ def test_gelu_over_its_whole_range(tanh: bool, dtype: torch.dtype, device: torch
 
 def test_gelu_runs_in_place_where_its_input_is_not_kept(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     if device.type == "cpu" and not dispatch.INTERPRETED:
-        pytest.skip("on the CPU the kernels run by the interpreter only, which is off")
+        pytest.skip("does not apply: kernels need a GPU or Triton's interpreter")
     results, addmm = [], torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda *operands: results.append(addmm(*operands)) or results[-1])
     x, weight = torch.randn(3, 5, device=device), torch.randn(4, 5, device=device)
@@ -230,7 +230,7 @@ def hostile(x: Tensor, kind: str) -> Tensor:
 def test_norm_in_the_epilogue(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
     """Against float64, the error may be twice that of normalising first in PyTorch."""
     if device.type == "cpu" and not dispatch.INTERPRETED:
-        pytest.skip("on the CPU the kernels run by the interpreter only, which is off")
+        pytest.skip("does not apply: kernels need a GPU or Triton's interpreter")
     tensors = norm_operands(*shape, dtype, device)
     tensors["x"] = hostile(tensors["x"], kind)
 
@@ -257,7 +257,7 @@ def test_norm_in_the_epilogue(kind: str, shape: tuple[int, int, int], dtype: tor
 
 def test_a_nan_row_does_not_change_how_others_are_normalised(device: torch.device) -> None:
     if device.type == "cpu" and not dispatch.INTERPRETED:
-        pytest.skip("on the CPU the kernels run by the interpreter only, which is off")
+        pytest.skip("does not apply: kernels need a GPU or Triton's interpreter")
     x, *others = norm_operands(20, 33, 36, torch.bfloat16, device).values()
     results = []
     for value in (0.0, torch.nan):

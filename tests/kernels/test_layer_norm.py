@@ -254,7 +254,7 @@ def test_compiles_without_graph_break(device: torch.device) -> None:
 
 def test_registered_operator(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("the operator is the Triton side")
+        pytest.skip("does not apply: the operator is Triton's")
     tensors = {n: t.to(device).requires_grad_() for n, t in add_inputs(3, 5, 40, scaled=True).items()}
     x, weight, bias, branch, layer_scale = tensors.values()
     path_scale = torch.tensor([0.0, 1.5, 1.5], device=device)

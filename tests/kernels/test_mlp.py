@@ -81,7 +81,7 @@ def test_norm_in_the_epilogue(
     shape: tuple[int, int, int, int], activation: str, dtype: torch.dtype, implementation: str, device: torch.device
 ) -> None:
     if implementation == "reference":
-        pytest.skip("of the kernels")
+        pytest.skip("does not apply: a promise of the kernels alone")
     ours = partial(layer_norm_mlp, eps=EPS, activation=activation)
     with config.triton_for("norm gelu"):
         assert_accurate(ours, partial(plain_mlp, activation=activation), inputs(*shape), dtype, device)
@@ -224,7 +224,7 @@ def test_bytes_kept_for_the_backward_pass(
 ) -> None:
     """`numbers` times the width for each token, and two float32 statistics; parameters are kept by the model."""
     if implementation == "reference":
-        pytest.skip("of the kernels")
+        pytest.skip("does not apply: a promise of the kernels alone")
     arguments = leaves(device, torch.bfloat16, 3, 5, 40, 160)
     for name in frozen.split():
         arguments[name].requires_grad_(False)
@@ -255,7 +255,7 @@ def test_gradients_of_frozen_parameters_are_not_computed(
 ) -> None:
     """One input after the other learns alone: its gradient is the same bits as if all did, and little is launched."""
     if implementation == "reference":
-        pytest.skip("of the kernels")
+        pytest.skip("does not apply: a promise of the kernels alone")
     tensors = {n: t.to(device) for n, t in inputs(3, 5, 40, 72, scaled=scaled).items()}
     everything = run({name: tensor.clone().requires_grad_() for name, tensor in tensors.items()})[1:]
     calls: list[str] = []
@@ -280,7 +280,7 @@ def test_nothing_is_kept_without_a_gradient(
     implementation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if implementation == "reference":
-        pytest.skip("of the kernels")
+        pytest.skip("does not apply: a promise of the kernels alone")
     outputs: list[tuple[Tensor, ...]] = []
     registered = op.layer_norm_mlp_op
     monkeypatch.setattr(op, "layer_norm_mlp_op", lambda *args: outputs.append(registered(*args)) or outputs[-1])
@@ -351,7 +351,7 @@ def test_autocast_computes_products_in_its_dtype(low: torch.dtype, device: torch
 
 def test_backward_under_autocast_of_a_forward_without(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("autocast reaches into the backward pass of plain PyTorch")
+        pytest.skip("does not apply: autocast reaches into the backward pass of plain PyTorch")
     arguments = leaves(device, torch.float32, 3, 5, 40, 72)
     gradients = []
     for autocast in (False, True):
@@ -383,7 +383,7 @@ def test_compiles_without_graph_break(device: torch.device) -> None:
 @pytest.mark.parametrize("kept", [(True, True, True), (True, True, False), (False, True, False)])
 def test_registered_operator(kept: tuple[bool, bool, bool], implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("the operator is the Triton side")
+        pytest.skip("does not apply: the operator is Triton's")
     *tensors, layer_scale = leaves(device, torch.float32, 3, 5, 40, 72).values()
     path_scale = torch.tensor([0.0, 1.5, 1.5], device=device)
     for in_triton in ((), config.PRODUCTS):

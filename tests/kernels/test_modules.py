@@ -213,7 +213,7 @@ def test_bytes_that_a_block_keeps_for_the_backward_pass(
 ) -> None:
     """For each token, `numbers` times the width in bfloat16, a float32 a head, and four float32 statistics."""
     if implementation == "reference":
-        pytest.skip("of the kernels")
+        pytest.skip("does not apply: a promise of the kernels alone")
     width, heads = 16, 2
     block = FusedBlock(width, heads, 4 * width, layer_scale=0.1, recompute=recompute).to(device, torch.bfloat16)
     x = torch.randn(5, 3, width, device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -222,7 +222,7 @@ def test_bytes_that_a_block_keeps_for_the_backward_pass(
 
 def test_a_subset_keeps_in_proportion(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("of the kernels")
+        pytest.skip("does not apply: a promise of the kernels alone")
     block = FusedBlock(16, 2, 64, drop_path=0.4, drop_path_mode="subset", layer_scale=0.1).to(device)
     x = torch.randn(5, 3, 16, device=device, requires_grad=True)
     whole, subset = saved_bytes(block.eval(), x), saved_bytes(block.train(), x)

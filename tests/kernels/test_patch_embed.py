@@ -257,7 +257,7 @@ def test_nan_stays_in_its_patch(device: torch.device) -> None:
 
 def test_patch_that_does_not_exist_gives_nan(implementation: str, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("about the operator of the Triton side")
+        pytest.skip("does not apply: the operator is Triton's")
     a = {name: tensor.to(device) for name, tensor in inputs(2, 8, 8, 4, 16).items()}
     keep_indices = torch.tensor([[0, 4], [-1, 3]], device=device)
     tokens = op.patch_embed_op(
@@ -334,7 +334,7 @@ def test_compiles_without_graph_break(device: torch.device) -> None:
 @pytest.mark.parametrize("full", [False, True])
 def test_registered_operators(implementation: str, full: bool, device: torch.device) -> None:
     if implementation == "reference":
-        pytest.skip("the operator is the Triton side")
+        pytest.skip("does not apply: the operator is Triton's")
     a = {name: tensor.to(device).requires_grad_() for name, tensor in inputs(2, 8, 8, 4, 16, registers=3).items()}
     images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
     if full:

@@ -134,7 +134,7 @@ def test_registered_operators(device: torch.device) -> None:
 @pytest.mark.gpu
 def test_the_gpu_is_not_waited_for(device: torch.device) -> None:
     if device.type == "cpu":
-        pytest.skip("a CPU is never waited for")
+        pytest.skip("does not apply: there is no GPU to wait for")
     x = torch.randn(5, 2, 3, device=device, requires_grad=True)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -99,7 +99,7 @@ def by_kernels(model: nn.Module, images: Tensor) -> Tensor:
 @pytest.mark.slow
 def test_kernels_follow_the_loss_curve_of_plain_pytorch() -> None:
     if not dispatch.INTERPRETED:
-        pytest.skip("on the CPU the kernels run by the interpreter only, which is off")
+        pytest.skip("does not apply: kernels need a GPU or Triton's interpreter")
     start = SmallViT(image=8, patch=4, width=16, depth=2, heads=1, classes=4)
     ours, plain = copy.deepcopy(start), copy.deepcopy(start)
     settings = {"image": 8, "classes": 4, "batch": 2, "device": torch.device("cpu")}

@@ -429,7 +429,7 @@ def test_results_may_differ_by_roundings_only() -> None:
 # The cases of the operations, run by Triton's interpreter at a tiny size
 
 
-@pytest.mark.skipif(not dispatch.INTERPRETED, reason="needs Triton's interpreter")
+@pytest.mark.skipif(not dispatch.INTERPRETED, reason="does not apply: needs Triton's interpreter")
 @pytest.mark.parametrize("op", search.OPS)
 def test_every_case_runs_and_its_choice_is_used(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interpreter(FakeGpu):

@@ -1,3 +1,5 @@
+"""Public attention functions, their checks, launches and gradients."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""Public cross-entropy functions, their checks, launches and gradients."""
+
 import math
 from typing import Any, Literal, NamedTuple
 
@@ -303,6 +305,8 @@ def rows_adjacent(tensor: Tensor) -> Tensor:
 
 
 class Block(NamedTuple):
+    """How a program walks along the classes of a row."""
+
     columns: int  # that a program takes at a time
     num_warps: int
 

@@ -51,6 +51,8 @@ def triton_for(*products: Product) -> Iterator[None]:
 
 
 class Tile(NamedTuple):
+    """Launch parameters of a matrix product, and whether Triton is to run it."""
+
     block_m: int
     block_n: int
     block_k: int

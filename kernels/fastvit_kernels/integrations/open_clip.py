@@ -37,6 +37,8 @@ def classes() -> dict[type[nn.Module], type[Fused]]:
 
 
 class OpenClipBlock(FusedBlock):
+    """open_clip's `ResidualAttentionBlock`, with either half fused if it can be."""
+
     def forward(
         self, q_x: Tensor, k_x: Tensor | None = None, v_x: Tensor | None = None, attn_mask: Tensor | None = None
     ) -> Tensor:

@@ -37,6 +37,8 @@ def classes() -> dict[type[nn.Module], type[Fused]]:
 
 
 class TimmBlock(FusedBlock):
+    """timm's `Block`, with either half fused if it can be."""
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         block: Any = self
         if exchanged_forward(self):

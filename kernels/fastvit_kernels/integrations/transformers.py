@@ -168,14 +168,20 @@ class FusedLayer(FusedBlock):
 
 
 class ViTLayer(FusedLayer):
+    """Layers with the names of ViT: DeiT, ViTMAE, ViTMSN and I-JEPA too."""
+
     names = VIT
 
 
 class Dinov2Layer(FusedLayer):
+    """Layers of DINOv2, with and without registers."""
+
     names = DINOV2
 
 
 class ClipLayer(FusedLayer):
+    """Layers with the names of CLIP: MetaCLIP 2, SigLIP and SigLIP 2 too."""
+
     names = CLIP
 
 

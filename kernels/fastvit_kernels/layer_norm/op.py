@@ -1,3 +1,5 @@
+"""Public layer normalisation functions, their checks, launches and gradients."""
+
 from typing import Any, NamedTuple
 
 import torch
@@ -240,12 +242,16 @@ def as_rows(tensor: Tensor) -> Tensor:
 
 
 class ForwardTile(NamedTuple):
+    """Launch parameters of the forward kernel."""
+
     rows: int  # whole ones, of a program
     columns: int  # of a chunk of them
     num_warps: int
 
 
 class BackwardTile(NamedTuple):
+    """Launch parameters of the backward kernel."""
+
     rows: int  # whole ones, that a program holds at once
     columns: int  # of a chunk of them
     num_warps: int

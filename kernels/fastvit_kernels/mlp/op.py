@@ -1,3 +1,5 @@
+"""The public MLP half-block, its checks, launches and gradient."""
+
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 

@@ -1,3 +1,5 @@
+"""The public patch embedding, its checks, launches and gradient."""
+
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -290,6 +292,8 @@ def fake_backward(
 
 
 class Tile(NamedTuple):
+    """Launch parameters of both kernels."""
+
     rows: int  # patches
     columns: int  # of the embedding
     depth: int  # numbers of a patch

@@ -10,7 +10,6 @@ says nothing about speed.
 
 import argparse
 import importlib
-import json
 import os
 import re
 import subprocess
@@ -18,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -213,6 +212,7 @@ def number(pattern: str, text: str) -> int:
 
 
 def markdown(results: Sequence[Compiled]) -> str:
+    """The kernels of one operation as a table with every field but `op`, one line per kernel, case and target."""
     columns = [field.name for field in fields(Compiled) if field.name != "op"]
     lines = [
         "# What the compiler made of each kernel",
@@ -249,8 +249,6 @@ def main() -> None:
     for op in arguments.ops:
         own = [result for result in results if result.op == op]
         write(arguments.output / f"{op}.md", markdown(own))
-        content = {"triton": triton.__version__, "kernels": [asdict(result) for result in own]}
-        write(arguments.output / f"{op}.json", json.dumps(content, indent=1) + "\n")
         spilling = sum(result.spill_stores + result.spill_loads > 0 for result in own)
         print(f"{op}: {len(own)} kernels compiled, {spilling} spill: {arguments.output / op}.md")
 

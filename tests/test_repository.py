@@ -1,0 +1,91 @@
+"""The files around the code agree with it: targets, workflows, hooks and versions."""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import fastvit_engine
+import fastvit_kernels
+
+ROOT = Path(__file__).parent.parent
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+
+
+def read(path: Path) -> dict[Any, Any]:
+    content = yaml.safe_load(path.read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_make_help_lists_every_target() -> None:
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {line.split()[1] for line in done.stdout.splitlines()} == targets()
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", ".ci/run", ".github/pull_request_template.md", ".pre-commit-config.yaml"]
+)
+def test_every_target_that_is_named_exists(page: str) -> None:
+    named = set(re.findall(r"\bmake ([a-z-]+)\b(?=`|;| *#|$)", (ROOT / page).read_text(), re.MULTILINE))
+    assert named and named <= targets()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_workflow_runs_what_a_developer_can_run(path: Path) -> None:
+    steps = [step for job in read(path)["jobs"].values() for step in job["steps"]]
+    commands = [step["run"] for step in steps if "run" in step]
+    assert any(command in (".ci/run", "sudo make test-all") for command in commands)
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("path", [form for form in FORMS if form.stem != "config"], ids=lambda path: path.stem)
+def test_an_issue_form_has_what_github_asks_for(path: Path) -> None:
+    form = read(path)
+    assert form["name"] and form["description"]
+    fields = [field for field in form["body"] if field["type"] != "markdown"]
+    assert len({field["id"] for field in fields}) == len(fields)
+    assert all(field["attributes"]["label"] for field in fields)
+
+
+def test_hooks_run_what_make_lint_runs() -> None:
+    (repository,) = read(ROOT / ".pre-commit-config.yaml")["repos"]
+    assert repository["repo"] == "local"
+    programs = {hook["entry"].split()[0].removeprefix(".venv/bin/") for hook in repository["hooks"]}
+    linted = set(re.findall(r"^\t\$\(BIN\)/([\w-]+)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"ruff", "mypy", "lint-imports"} <= programs & linted
+
+
+def test_one_version_everywhere() -> None:
+    citation = read(ROOT / "CITATION.cff")
+    assert fastvit_engine.__version__ == fastvit_kernels.__version__ == citation["version"]
+    assert citation["license"] == "Apache-2.0" and citation["authors"]
+
+
+def test_owned_paths_exist() -> None:
+    lines = (ROOT / ".github" / "CODEOWNERS").read_text().splitlines()
+    paths = [line.split()[0] for line in lines if line and not line.startswith("#")]
+    assert paths and all((ROOT / path.strip("/")).exists() for path in paths)
+
+
+def test_the_changelog_has_an_unreleased_section() -> None:
+    assert "\n## [Unreleased]\n" in (ROOT / "CHANGELOG.md").read_text()
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "kernels/CONTRIBUTING.md"])
+def test_every_path_that_is_named_exists(page: str) -> None:
+    """Names in capitals and in <> stand for what a contributor chooses."""
+    folder = (ROOT / page).parent
+    named = set(re.findall(r"`([\w.]+(?:/[\w.]+)*/?)`", (ROOT / page).read_text()))
+    paths = {name for name in named if "/" in name and not re.search(r"\b[A-Z]{2,}\b", name)}
+    assert paths
+    missing = {path for path in paths if not any((base / path).exists() for base in (ROOT, folder))}
+    assert not missing
