@@ -11,26 +11,26 @@ from tests.fastvit_engine.observe.conftest import eval_row, train_row
 
 
 def write(run: RunFolder, steps: range, resume_step: int | None = None) -> None:
-    with MetricsWriter(run, resume_step) as writer:
-        for step in steps:
-            writer.write(train_row(step))
+    writer = MetricsWriter(run, resume_step)
+    for step in steps:
+        writer.write(train_row(step))
 
 
 def test_rows_come_back_as_written(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     rows = [train_row(1), train_row(2, grad_norm=None, mfu=None)]
     evaluation = eval_row(2, 0.9, eval="eval_ema", top5=None)
-    with MetricsWriter(run, None) as writer:
-        for row in rows:
-            writer.write(row)
-        writer.write(evaluation)
-        assert read_metrics(run.metrics) == (rows, [evaluation])  # flushed while the writer is open
+    writer = MetricsWriter(run, None)
+    for row in rows:
+        writer.write(row)
+    writer.write(evaluation)
+    assert read_metrics(run.metrics) == (rows, [evaluation])
 
 
 def test_values_that_json_lacks(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    with MetricsWriter(run, None) as writer:
-        writer.write(train_row(1, loss=math.nan, grad_norm=math.inf, lr=-math.inf))
+    writer = MetricsWriter(run, None)
+    writer.write(train_row(1, loss=math.nan, grad_norm=math.inf, lr=-math.inf))
 
     def reject(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -38,18 +38,17 @@ def test_values_that_json_lacks(tmp_path: Path) -> None:
     assert json.loads(run.metrics.read_text(), parse_constant=reject)["loss"] == "nan"
     (row,), _ = read_metrics(run.metrics)
     assert math.isnan(row["loss"]) and row["grad_norm"] == math.inf and row["lr"] == -math.inf
-    with MetricsWriter(run, 1):  # a rewrite keeps them
-        pass
+    MetricsWriter(run, 1)  # a rewrite keeps them
     assert read_metrics(run.metrics)[0][0]["grad_norm"] == math.inf
 
 
 def test_resume_drops_the_steps_after_the_checkpoint(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    with MetricsWriter(run, None) as writer:
-        for step in range(1, 8):
-            writer.write(train_row(step))
-        writer.write(eval_row(5, 0.8))
-        writer.write(eval_row(6, 0.9))
+    writer = MetricsWriter(run, None)
+    for step in range(1, 8):
+        writer.write(train_row(step))
+    writer.write(eval_row(5, 0.8))
+    writer.write(eval_row(6, 0.9))
     write(run, range(6, 10), resume_step=5)
     train, evaluations = read_metrics(run.metrics)
     assert [row["step"] for row in train] == [1, 2, 3, 4, 5, 6, 7, 8, 9]
@@ -84,7 +83,8 @@ def test_a_new_run_does_not_touch_the_metrics_of_another(tmp_path: Path) -> None
 def test_an_incomplete_row_is_a_bug_of_the_caller(tmp_path: Path) -> None:
     row = train_row(1)
     del row["lr"]
-    with MetricsWriter(RunFolder(tmp_path), None) as writer, pytest.raises(ValueError, match="lacks 'lr'"):
+    writer = MetricsWriter(RunFolder(tmp_path), None)
+    with pytest.raises(ValueError, match="lacks 'lr'"):
         writer.write(row)
 
 
