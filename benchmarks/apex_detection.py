@@ -1,7 +1,7 @@
-"""Which `apex` is installed, and what it can do.
+"""Detects which `apex` is installed, and what it can do.
 
-NVIDIA's apex is built from source, part by part, and on PyPI its name belongs to something else, a toolkit for a web
-framework. So it is judged by the parts that it has, without importing a stranger's package.
+NVIDIA's apex is built from source, part by part. In the package index its name belongs to a toolkit for a web
+framework. So it is judged by the parts it has, without importing the other package.
 """
 
 import importlib
@@ -32,7 +32,7 @@ def obstacle(module: str) -> str | None:
         return f"apex is not installed: {FROM_SOURCE}"
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
-        return f"the package apex here is not NVIDIA's (PyPI has another one of that name): {FROM_SOURCE}"
+        return f"the package apex here is not NVIDIA's (the package index has another one of that name): {FROM_SOURCE}"
     file = Path(*module.split(".")[1:]).with_suffix(".py")
     if not any((folder / file).is_file() for folder in folders):
         return f"this version of apex has no {module}"

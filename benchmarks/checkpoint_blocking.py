@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint, against writing it before training goes on.
+"""Measures how long saving a checkpoint blocks training, against writing it before training continues.
 
     python -m benchmarks.checkpoint_blocking [--quick] [--out DIR]
 
@@ -152,17 +152,17 @@ def render(results: Mapping[str, Any]) -> str:
         for kind in blocked
     }
     what = {
-        "synchronous": "written, flushed and published before training goes on",
-        "asynchronous": "copied to host memory before the next update; written while training goes on",
+        "synchronous": "written, flushed and published before training continues",
+        "asynchronous": "copied to host memory before the next update; written while training continues",
     }
     rows = [f"| {kind} | {_spread(blocked[kind])} | {_spread(lost[kind])} | {text} |" for kind, text in what.items()]
     lines = [
-        "# How long training stands still for a checkpoint",
+        "# How long saving a checkpoint blocks training",
         "",
         f"`{environment['command']}`, {environment['started']}: {environment['cpu']}, {environment['cpu_count']} "
         f"cores, {environment['world_size']} processes of one thread (Gloo), ZeRO-1, fp32; load "
         f"average {environment['load_average'][0]:.2f} at the start. ViT {results['model']} at "
-        f"{results['image_size']} pixels, an image a process, {results['parameters']:,} parameters: "
+        f"{results['image_size']} pixels, one image per process, {results['parameters']:,} parameters: "
         f"{results['bytes'] / 1e9:.2f} GB a checkpoint. {len(ratios)} rounds; {results['steps']} steps take "
         f"{_spread(seconds['none'])} s without a checkpoint. Medians and ranges:",
         "",

@@ -1,4 +1,4 @@
-"""Images for measuring the data side where there are none at hand: noise with the spectrum and the size of photos."""
+"""Makes images to measure data loading with, if you have none: noise with the spectrum and size of photos."""
 
 import io
 import tarfile

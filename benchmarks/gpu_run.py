@@ -1,20 +1,20 @@
-"""What a GPU that is yours for ten minutes can tell of this engine, in one call of under nine.
+"""Checks and measures this engine on a GPU in one call of under nine minutes.
 
     python -m benchmarks.gpu_run --out results
     python -m benchmarks.gpu_run --out results --steps smoke kernels
 
-Its steps, those first whose answers are worth most where time is short:
+Steps, the most valuable first, since time is short:
 
 smoke    does every operation compile, run and give the right results, and does training run? A minute or less;
-         where it says no, the figures of the others mean little
+         if it fails, the figures of the others mean little
 kernels  the operations against their peers: all of ViT-H/14 in bf16, then those of other models
 train    whole training steps of ViT-H/14 against peers
 tuning   the fastest launch parameters, as far as time allows
 tests    the kernel tests; last, since they compile thousands of kernels, and `smoke` has run the one size that counts
 
-A step gets its share of the time that is left, and what it does not need goes to those behind it. One that fails or
-outlasts its time leaves what it has, and does not stop the others. The folder has three files, written anew after every
-step: `summary.json` (versions, what ran, how it ended), `report.md` (the tables, and the ends of the logs) and
+A step gets its share of the remaining time, and later steps gain what it does not need. A step that fails or runs out
+of time keeps its partial results and does not stop the others. The folder has three files, rewritten after every step:
+`summary.json` (versions, what ran, how it ended), `report.md` (the tables, and the ends of the logs) and
 `results.tar.gz` (everything: raw figures, pictures, logs), which unpacks in `benchmarks/results/`.
 
 Needs torch, triton and numpy; every peer that is installed takes part. `--wheels` takes a folder of wheels for a
@@ -47,8 +47,8 @@ ROOT = Path(__file__).parent.parent
 PYTHON = [sys.executable, "-m"]
 MINUTES = 8.6  # for everything
 PATIENCE = 15  # seconds between Ctrl-C and the end: for the report of what was measured until then
-STARTING = 20  # seconds that a program takes before it looks at its clock
-GPU_LOST = 3  # how the tuning says that another process can go on
+STARTING = 20  # seconds until a program looks at its clock
+GPU_LOST = 3  # the tuner's exit code if another process can continue
 
 NEEDED = ("torch", "triton", "numpy")
 # What is not done without a package.
@@ -95,7 +95,7 @@ class Outcome:
 
     step: str
     command: list[str]
-    exit_code: int | None  # None: it outlasted its time
+    exit_code: int | None  # None: it ran out of time
     seconds: float
 
 
@@ -128,12 +128,12 @@ def steps(folder: Path, dry: bool) -> list[Step]:
 
 
 def minutes(seconds: float) -> str:
-    """After which a program begins nothing new."""
+    """The limit after which a program starts nothing new."""
     return f"{max(seconds, 1) / 60:.2f}"
 
 
 def limit(step: Step, waiting: Sequence[Step], left: float) -> float:
-    """Seconds for a step: its share of what is left for it and all those behind it, less the patience with it."""
+    """Seconds for a step: its share of the time left for it and all later steps, less the time to stop it."""
     return max(left * step.share / sum(other.share for other in waiting) - PATIENCE, 1)
 
 
@@ -193,7 +193,7 @@ def install(wheels: Path, site: Path) -> list[str]:
 
 
 def dependencies() -> tuple[list[str], list[str]]:
-    """(what is missing without which nothing runs, what is missing and what that costs)."""
+    """(missing packages without which nothing runs, other missing packages and what their absence costs)."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     return missing, [f"{name}: {cost}" for name, cost in WANTED.items() if importlib.util.find_spec(name) is None]
 
@@ -227,7 +227,7 @@ def gpu() -> str | None:
 
 
 def pack(out: Path, folder: Path, found: dict[str, object], outcomes: Sequence[Outcome]) -> None:
-    """The three files, of whatever there is by now."""
+    """Writes the three files from the results so far."""
     summary = found | {"steps": [asdict(outcome) for outcome in outcomes]}
     atomic_write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
     reports = sorted(folder.rglob("*.md"), key=lambda path: path.stat().st_mtime)
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--steps", nargs="+", choices=names, default=names, help="default all; always in this order")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all steps together (default {MINUTES})")
-    parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels to use where a package is not installed")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of packages to install if they are missing")
     parser.add_argument("--dry-run", action="store_true", help="the same for a minute on a CPU")
     parsed = parser.parse_args(arguments)
     if parsed.wheels and not any(parsed.wheels.glob("*.whl")):

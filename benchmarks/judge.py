@@ -59,7 +59,7 @@ class Judge:
         self.gradient_size = sum(exact[name].numel() for name in exact if name.startswith("gradient"))
 
     def judge(self, provider: Provider, bound: Bound) -> Verdict:
-        """ValueError where the results are not even comparable."""
+        """Raises ValueError if the results are not even comparable."""
         results = run(bound, self.cotangents, self.case.op.checked_call)
         given = sum(leaf.numel() for leaf in bound.leaves.values())
         if given != self.gradient_size:
@@ -134,7 +134,7 @@ def sizes(tensor: Tensor) -> tuple[float, float]:
 
 
 def poison(case: Case, inputs: Inputs) -> None:
-    """Leaves NaN in the memory that a GPU's next results are likely to get, so that what is not written shows."""
+    """Fills the memory that the next results are likely to get with NaN, so that unwritten elements show."""
     if case.device.type == "cuda":
         size = 4 * sum(tensor.nbytes for tensor in inputs.values())
         torch.full((size // 4,), torch.nan, device=case.device)

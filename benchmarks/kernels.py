@@ -1,7 +1,7 @@
 """Operations against their peers: checked, raced, written down.
 
-The measurement runs in a process of its own, because a kernel that goes wrong on a GPU takes its process with it. That
-process notes in a journal what it is about to do and what it has done; if it dies, another one goes on behind the
+The measurement runs in its own process, because a kernel that fails on a GPU ends its process. That process
+notes in a journal what it is about to do and what it has done; if it dies, another one continues after the
 provider that was its end.
 """
 
@@ -60,12 +60,12 @@ class Selection:
     providers: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
     quick: bool = False
-    minutes: float | None = None  # no case is begun after them
+    minutes: float | None = None  # no case is started after them
 
 
 @dataclass
 class Progress:
-    """What the measuring processes before this one have left."""
+    """What earlier measuring processes have done."""
 
     done: set[str] = field(default_factory=set)  # cases
     fatal: set[tuple[str, str]] = field(default_factory=set)  # (case, provider) at which a process ended
@@ -117,7 +117,7 @@ def measure_case(
     begin: Callable[[str], None] = lambda name: None,
     skip: Callable[[Provider], str | None] = lambda provider: None,
 ) -> dict[str, Any]:
-    """Checks every provider of a case, races those that are right, and says of each how it did.
+    """Checks every provider of a case, races those that are right, and reports on each.
 
     `begin` hears what is about to run; `skip` says why a provider is left out, or None.
     """
@@ -235,7 +235,7 @@ def is_ours(row: Mapping[str, Any]) -> bool:
 
 
 def peak_bytes(case: Case, bound: Bound, judge: Judge) -> int | None:
-    """The most memory that one call with its gradients takes beyond its inputs; of a GPU only."""
+    """Peak memory of one call with its gradients, beyond its inputs; GPU only."""
     if case.device.type != "cuda":
         return None
     torch.cuda.synchronize(case.device)
@@ -246,7 +246,7 @@ def peak_bytes(case: Case, bound: Bound, judge: Judge) -> int | None:
 
 
 def backends(case: Case, bound: Bound, judge: Judge) -> list[str]:
-    """What really ran, by the time it took: kernels of a GPU, operators of a CPU."""
+    """What ran longest: kernels on a GPU, operators on a CPU."""
     on_gpu = case.device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if on_gpu else [])
     with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
@@ -259,7 +259,7 @@ def backends(case: Case, bound: Bound, judge: Judge) -> list[str]:
 
 
 def check_alive(case: Case) -> None:
-    """Ends this process where an error has made the GPU useless to it; another one goes on."""
+    """Ends this process if an error has made the GPU unusable for it; another one continues."""
     if case.device.type != "cuda":
         return
     try:
@@ -350,7 +350,7 @@ def measure(selection: Selection, report: Callable[[str], None]) -> dict[str, An
             if record.last is None or record.last in progress.fatal:
                 record.error = f"the measuring process ended with exit code {exit_code}: {log[-2000:]}"
                 break
-            report(f"the measuring process ended at {' '.join(record.last)}; another one goes on")
+            report(f"the measuring process ended at {' '.join(record.last)}; another one continues")
             progress.fatal.add(record.last)
             case, stage = record.last
             if stage in ("inputs", "plain", "race"):

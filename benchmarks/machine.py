@@ -89,7 +89,7 @@ def cpu_name() -> str:
 
 
 def sensors(device: torch.device) -> dict[str, float | str] | None:
-    """Clocks, temperature and power now, as nvidia-smi says; None where it says nothing."""
+    """Clocks, temperature and power now, as nvidia-smi reports them; None if it reports nothing."""
     answer = ask(",".join(SENSORS), device) if device.type == "cuda" else None
     if answer is None:
         return None

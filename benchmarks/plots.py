@@ -1,4 +1,4 @@
-"""Results as pictures: bars an operation, a roofline, and where a training step's time goes."""
+"""Draws results: bars per operation, a roofline, and the breakdown of a training step's time."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -36,7 +36,7 @@ def draw_kernels(record: Mapping[str, Any], folder: Path, name: str) -> list[Pat
 
 
 def draw_train(record: Mapping[str, Any], folder: Path, name: str) -> list[Path]:
-    """`NAME-breakdown`: a stacked bar a variant."""
+    """`NAME-breakdown`: a stacked bar per variant."""
     drawn = [case for case in record["cases"] if any(row["status"] == "ok" for row in case["variants"])]
     return save(breakdown(drawn, machine(record)), folder, f"{name}-breakdown") if drawn else []
 

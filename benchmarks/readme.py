@@ -115,7 +115,7 @@ def data_rows(record: Record) -> Iterator[tuple[str, str]]:
             ratio = rates[0] / fast["images_per_cpu_second"][workers]
             figure += f", {ratio:.1f} times WebDataset with the same decoder"
         kind = "images of noise" if record.get("noise") else "photos"
-        yield f"loading {data['samples']} {kind}, {data['name']}, {workers} workers, images a CPU-second", figure
+        yield f"loading {data['samples']} {kind}, {data['name']}, {workers} workers, images per CPU-second", figure
 
 
 def overhead_rows(record: Record) -> Iterator[tuple[str, str]]:
@@ -126,8 +126,8 @@ def overhead_rows(record: Record) -> Iterator[tuple[str, str]]:
         low, _, high = quantiles(own, n=4, method="inclusive")
         yield (
             f"the loop's own cost over a plain loop around the same DeepSpeed engine; {case['name']}, "
-            f"{median(times['loop-0']):.1f} ms a step",
-            f"{median(own):+.1f} ms a step (quartiles {low:+.1f} to {high:+.1f}); DeepSpeed's over plain PyTorch: "
+            f"{median(times['loop-0']):.1f} ms per step",
+            f"{median(own):+.1f} ms per step (quartiles {low:+.1f} to {high:+.1f}); DeepSpeed's over plain PyTorch: "
             f"{engines[0]:+.1f} ms at ZeRO-0, {engines[1]:+.1f} ms at ZeRO-1",
         )
 

@@ -90,7 +90,7 @@ Binder = Callable[[Inputs], Bound]
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to run an operation. `make` is called once a case; Unusable says why it is not measured."""
+    """One way to run an operation. `make` is called once per case; Unusable says why it is not measured."""
 
     name: str
     make: Callable[[Case], Binder]

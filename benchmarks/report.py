@@ -172,7 +172,7 @@ def case_notes(case: Row) -> list[str]:
 
 def train_table(case: Row) -> list[str]:
     searched = any("largest_batch" in row for row in case["variants"])
-    heads = ["ms a step", "images/s", "MFU", "memory", *(["largest batch"] if searched else []), "loss off by", "×"]
+    heads = ["ms per step", "images/s", "MFU", "memory", *(["largest batch"] if searched else []), "loss off by", "×"]
     lines = ["| variant | data | " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(heads)]
     rows = {(row["variant"], row["data"]): row for row in case["variants"]}
     best = rows.get((case["best_peer"], "memory"))

@@ -30,7 +30,7 @@ class Shape:
         return self.width // self.heads
 
 
-# Dosovitskiy et al. 2021, Table 1. The model that the kernels are made for comes first, where time is limited.
+# Dosovitskiy et al. 2021, Table 1. The model that the kernels are designed for comes first, since time may be limited.
 GPU_SHAPES = (
     Shape("H/14", 14, 224, 1280, 16, 5120, 32, (64, 4)),
     Shape("B/16", 16, 224, 768, 12, 3072, 12, (256, 8)),

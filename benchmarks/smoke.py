@@ -1,11 +1,11 @@
-"""Does everything run on this GPU, and is it right? A minute's answer, before anything is measured.
+"""Checks in a minute that everything runs on this GPU and gives right results, before anything is measured.
 
     python -m benchmarks.smoke --out DIR
     python -m benchmarks.smoke --out DIR --only attention block
 
 Runs each operation forward and backward at the size of ViT-H/14 in bf16, judged against float64, and `fastvit train`
-for a few steps of a tiny model on images of noise. Each has a process of its own, because a kernel that goes wrong
-takes its process with it, and several run at the same time, because compiling is work for the CPU. CUDA waits for every
+for a few steps of a tiny model on images of noise. Each has its own process, because a kernel that fails
+ends its process, and several run at the same time, because the CPU compiles. CUDA waits for every
 kernel, so that an error is raised where the kernel was launched; its traceback is shown with the values of our own
 frames. On a CPU: the same, small and without kernels.
 """
@@ -61,7 +61,7 @@ class Outcome:
     """How one check ended."""
 
     name: str
-    exit_code: int | None  # None: it outlasted its time
+    exit_code: int | None  # None: it ran out of time
     seconds: float
     log: str
 
@@ -80,7 +80,7 @@ class Outcome:
 
 
 def cases() -> dict[str, Case]:
-    """Our operations at the first size of all, the one that the kernels are made for."""
+    """Our operations at the first size of all, which the kernels are designed for."""
     found = select(Selection(quick=True), pick_device())
     first = found[0]
     return {
@@ -94,7 +94,7 @@ def cases() -> dict[str, Case]:
 
 
 def check(name: str) -> None:
-    """Runs one of them here: prints how it went, or raises."""
+    """Runs one check in this process: prints the outcome, or raises."""
     if name in TRAININGS:
         check_training(TRAININGS[name])
     else:
@@ -168,7 +168,7 @@ def worker(name: str) -> int:
     return 0
 
 
-# ---- their supervisor
+# ---- the supervisor of these processes
 
 
 def run(name: str, deadline: float) -> Outcome:
@@ -218,12 +218,14 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for smoke.md")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="operations, or 'train ZeRO-1' (default all)")
-    parser.add_argument("--seconds", type=float, default=300, help="what is not done then is ended (default 300)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="operations, or 'train ZeRO-1' (default: all)")
+    parser.add_argument(
+        "--seconds", type=float, default=300, help="checks still running then are stopped (default 300)"
+    )
     parser.add_argument("--worker", metavar="NAME", help=argparse.SUPPRESS)
     parsed = parser.parse_args(arguments)
     if parsed.worker:
-        faulthandler.dump_traceback_later(max(parsed.seconds - LAST_WORDS, 1))  # where one is that is not done
+        faulthandler.dump_traceback_later(max(parsed.seconds - LAST_WORDS, 1))  # of a check that is not done
         return worker(parsed.worker)
     deadline = time.monotonic() + parsed.seconds
     known = [*cases(), *TRAININGS]

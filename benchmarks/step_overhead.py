@@ -2,13 +2,13 @@
 
     python -m benchmarks.step_overhead [--quick] --out DIR
 
-Six training loops live side by side in one process, each on a thread of its own, and only one of them runs at a time:
-the others stand still inside `next(batches)`. A turn of a loop is therefore timed from one request for a batch to the
+Six training loops exist side by side in one process, each on its own thread, and only one of them runs at a time:
+the others are blocked inside `next(batches)`. A turn of a loop is therefore timed from one request for a batch to the
 one N steps later, whatever the loop does in between, and set-up, first steps and the final checkpoint stay outside. In
 every round each loop has one turn, in an order that rotates, so that a slow moment of the machine hits all of them.
 
 `bare`         a plain PyTorch loop: model, loss, backward, clipping, AdamW, learning rate.
-`control`      the same a second time: how far it is from `bare` says what no difference looks like on this machine.
+`control`      the same again: its difference from `bare` is the noise of this machine.
 `deepspeed-Z`  the same through the DeepSpeed engine at ZeRO stage Z, as `build_engine` makes it.
 `loop-Z`       the real training loop, `fastvit_engine.train.loop._train`, on training data that gives the resident
                batches, with its log lines written to a file.
@@ -73,7 +73,7 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A model, and how long it is measured. The training loop logs once a turn, so that every turn costs the same."""
+    """A model, and how long it is measured. The training loop logs once per turn, so that every turn costs the same."""
 
     name: str
     settings: tuple[str, ...]  # over the recipe `quickstart`
@@ -108,7 +108,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Measurement:
-    """Milliseconds an optimizer step of each variant in each round, and the weights each ended with."""
+    """Milliseconds per optimizer step of each variant in each round, and the weights each ended with."""
 
     case: Case
     milliseconds: dict[str, list[float]]
@@ -201,7 +201,7 @@ def _start(variant: str, case: Case, resident: Sequence[Batch], world: World, fo
 
 
 class Racer:
-    """A training loop on a thread of its own, which stands still inside `next(racer.batches)` between its turns."""
+    """A training loop on its own thread, which is blocked inside `next(racer.batches)` between its turns."""
 
     def __init__(self, resident: Sequence[Batch]) -> None:
         self.batches = self._until_told_to_wait(resident)
@@ -315,7 +315,7 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path, batches: Ite
         message="",
         data=ResidentData(batches, samples),
     )
-    watchdog = Watchdog(run, world, resolved.config.watchdog)  # not entered: loops stand still between their turns
+    watchdog = Watchdog(run, world, resolved.config.watchdog)  # not entered: loops are blocked between their turns
     chosen = choose(resolved.config, machine_of(world))
     loop._train(resolved, chosen, run, start, world, watchdog, Preemption())
     return load_file(folder / "model.safetensors")
@@ -400,7 +400,7 @@ def _describe(case: Mapping[str, Any]) -> list[str]:
 
 def _table(milliseconds: Mapping[str, Sequence[float]]) -> list[str]:
     rows = [
-        "| variant | ms a step | quartiles | over | ms | quartiles | % | quartiles |",
+        "| variant | ms per step | quartiles | over | ms | quartiles | % | quartiles |",
         "|---|---:|---:|---|---:|---:|---:|---:|",
     ]
     for variant, against in COMPARISONS:

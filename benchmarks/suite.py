@@ -29,7 +29,7 @@ QUICK_PHOTOS, PHOTOS = 32, 300
 
 
 def run(args: Namespace) -> int:
-    """What `fastvit bench ACTION` does. UserError for names that there are not; exit code 1 where a result is wrong."""
+    """Runs `fastvit bench ACTION`. Raises UserError for unknown names; returns 1 if a result is wrong."""
     if args.action == "readme":
         return readme.update(check=args.check)
     out = args.out or (None if args.quick else RESULTS)  # a quick run never lands among the results by accident
@@ -58,7 +58,7 @@ def run(args: Namespace) -> int:
 
 
 def wrong(record: Mapping[str, Any]) -> bool:
-    """Whether something of ours gave wrong results, or did not run."""
+    """Whether one of our results is wrong or missing."""
     for case in record.get("cases", ()):
         if "failed" in case:
             return True
@@ -76,7 +76,7 @@ def say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-# ---- the suites: each returns its report and its record, and writes both with its pictures where there is a folder
+# ---- the suites: each returns its report and its record, and writes both with its pictures if there is a folder
 
 
 def measure_kernels(args: Namespace, folder: Path | None) -> tuple[str, dict[str, Any]]:
@@ -133,7 +133,7 @@ def measure_data(args: Namespace, folder: Path | None) -> tuple[str, dict[str, A
         effort = QUICK if args.quick else FULL
         if shards is None:
             photos = QUICK_PHOTOS if args.quick else PHOTOS
-            per_shard = -(-photos // (2 * workers))  # WebDataset's readers need a shard a worker
+            per_shard = -(-photos // (2 * workers))  # WebDataset's readers need a shard per worker
             shards = str(write_shards(Path(scratch, "shards"), photos, per_shard=per_shard))
         text, record = bench(
             shards,
@@ -154,7 +154,7 @@ def measure_data(args: Namespace, folder: Path | None) -> tuple[str, dict[str, A
 
 
 def measure_overhead(args: Namespace, folder: Path | None) -> tuple[str, dict[str, Any]]:
-    """The step loop's own cost, `step_overhead`: in a process of its own, since it changes how memory is given out."""
+    """The step loop's own cost, `step_overhead`: in its own process, since it changes how memory is allocated."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "benchmarks.step_overhead", "--out", scratch]
@@ -200,7 +200,7 @@ def write(
     folder: Path | None,
     draw: Callable[[Mapping[str, Any], Path, str], list[Path]] | None = None,
 ) -> str:
-    """Files of one suite, SUITE-DATE.json, .md and pictures: these last, and only where matplotlib is installed."""
+    """Files of one suite, SUITE-DATE.json, .md and pictures: these last, and only if matplotlib is installed."""
     stem = f"{record['suite']}-{record['environment']['started'][:10]}"
     if folder is None:
         return stem

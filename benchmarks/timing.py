@@ -74,7 +74,7 @@ class Racer:
     host_seconds: dict[str, float] = field(default_factory=lambda: {"forward": 0.0, "backward": 0.0})
 
     def turn(self, clock: Clock) -> dict[str, tuple[Any, Any]]:
-        """One call and, where there are leaves, its gradients: the moments around each pass."""
+        """One call and, if there are leaves, its gradients: the moments around each pass."""
         bound = self.sets[self.turns % len(self.sets)]
         self.turns += 1
         bound.before()
@@ -107,7 +107,7 @@ class Times:
 def race(
     racers: Mapping[str, Racer], clock: Clock, *, rounds: int, seconds: float, warmup: int = 2
 ) -> dict[str, Times]:
-    """Everybody once a round, after `warmup` rounds off the record; fewer, but three, once `seconds` are over."""
+    """Times every provider once per round, after `warmup` rounds; ends after `seconds`, but not before round 3."""
     names = list(racers)
     times: dict[str, dict[str, list[float]]] = {name: {} for name in names}
     start = time.monotonic()

@@ -1,8 +1,8 @@
-"""Whole training steps (forward, backward, optimizer), ours and those of others, each in a process of its own.
+"""Measures whole training steps (forward, backward, optimizer), ours and those of peers, each in its own process.
 
 Every variant starts from the same weights and must first follow the losses of plain timm in float32 for a few steps;
-one that does not is shown as wrong, without a ratio. The first variant is measured once more at the end: how far it is
-from itself says what a difference means on this machine.
+one that does not is shown as wrong, without a ratio. The first variant is measured again at the end: its
+difference from itself is the noise of this machine.
 """
 
 import json
@@ -54,7 +54,7 @@ def shapes(device: torch.device, quick: bool) -> tuple[Shape, ...]:
 
 
 def measure(selection: Selection, report: Callable[[str], None]) -> dict[str, Any]:
-    """Measures a selection on this machine. ValueError for a name that there is not."""
+    """Measures a selection on this machine. Raises ValueError for an unknown name."""
     device, names = pick_device(), [variant.name for variant in VARIANTS]
     models = shapes(device, selection.quick)
     pick_known("model", selection.models, [shape.name for shape in models])
@@ -131,7 +131,7 @@ def measure_model(
 
 
 def judged(row: dict[str, Any], expected: dict[str, Any], order: dict[str, Any]) -> dict[str, Any]:
-    """The row, "wrong" where its losses leave those of the reference, and without a verdict where there are none."""
+    """The row, "wrong" if its losses leave those of the reference, and without a verdict if there are none."""
     if row["status"] != "ok":
         return row
     if expected["status"] != "ok":
@@ -168,6 +168,6 @@ def run_variant(order: dict[str, Any]) -> dict[str, Any]:
         if result.exists():
             return dict(json.loads(result.read_text()))
         log.seek(0)
-        last = next((line for line in reversed(log.read().splitlines()) if line.strip()), "it said nothing")
+        last = next((line for line in reversed(log.read().splitlines()) if line.strip()), "it printed nothing")
         why = f"exit code {process.returncode}: {last[:300]}" if finished else f"not done after {TIME_LIMIT} s"
         return {"status": "failed", "reason": why}

@@ -54,7 +54,7 @@ def child(place: Path) -> None:
         result = {"status": "failed", "reason": first_line(error)}
         print(result["reason"], flush=True)
     place.with_name("result.json").write_text(json.dumps(result))
-    os._exit(0)  # an orderly exit would wait for peers that there are none of
+    os._exit(0)  # an orderly exit would wait for peers, of which there are none
 
 
 def measure_variant(order: dict[str, Any], scratch: Path) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def time_steps(step: Any, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock
 
 
 def breakdown(step: Any, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, steps: int = 2) -> dict[str, float]:
-    """Milliseconds a step by what kernels (of a GPU) or operators (of a CPU) are for."""
+    """Milliseconds per step by the purpose of kernels (on a GPU) or operators (on a CPU)."""
     activities = torch.profiler.ProfilerActivity
     kinds = [activities.CPU] + ([activities.CUDA] if clock.on_gpu else [])
     with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
@@ -144,7 +144,7 @@ def classify(name: str) -> str:
 
 
 def largest_batch(step: Any, batch: tuple[Tensor, Tensor]) -> int:
-    """The most images that a step takes before the GPU's memory is full, to a sixteenth."""
+    """The largest batch of a step that fits in the GPU's memory, to a sixteenth."""
 
     def fits(size: int) -> bool:
         times = -(-size // len(batch[0]))

@@ -1,4 +1,4 @@
-"""The ways to do a training step that are measured against each other: same weights, same batches, same optimizer."""
+"""The training steps to compare: same weights, same batches, same optimizer."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -41,7 +41,7 @@ class Setup:
     def config(self, **sections: Any) -> Config:
         shape = self.shape
         model = {
-            "name": f"B/{shape.patch}",  # every number that the size stands for is given
+            "name": f"B/{shape.patch}",  # every number that the size implies is given
             "image_size": shape.image,
             "num_classes": CLASSES,
             "width": shape.width,
@@ -59,7 +59,7 @@ class Setup:
         )
 
     def our_model(self) -> VisionTransformer:
-        """The weights that everybody starts from. The head is not zero, or the first steps would train it alone."""
+        """The weights that all variants start from. The head is not zero, or the first steps would train it alone."""
         torch.manual_seed(0)
         with torch.device(self.world.device):
             model = build_model(self.config().model, mean=MEAN, std=STD)
@@ -250,7 +250,7 @@ def reference(setup: Setup) -> Step:
 REFERENCE = Variant("reference", "the losses that all others must follow", reference)
 COMPILES = "compiles for long"
 BETWEEN = "what it runs is in ZeRO-1, ZeRO-3 and the suite `overhead`"
-# Those that say most come first, where time is limited.
+# The most informative come first, since time may be limited.
 VARIANTS = (
     Variant("fastvit", "this package's model in a bare loop", fastvit, ours=True),
     Variant("fastvit ZeRO-1", "through the engine's DeepSpeed at ZeRO 1", fastvit_deepspeed(1), ours=True),

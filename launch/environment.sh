@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The environment of every launcher here: sourced, never run. What the user has set stays as it is.
+# The environment of every launcher here: sourced, never run. Variables that the user has set are kept.
 #
 #   fastvit_environment HEAD NODES PROCESSES_PER_NODE    sets the variables, and HEAD_ADDRESS, OWN_ADDRESS, INTERFACE
 #   fastvit_show COMMAND...                              prints both, as a shell would take them (--dry-run)

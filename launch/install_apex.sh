@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Installs NVIDIA's apex with its C++ and CUDA extensions, from source at one tag. The engine does not need it; some of
-# the models and optimizers that one compares with do.
+# Installs NVIDIA's apex with its C++ and CUDA extensions, from source at a fixed tag. The engine does not need it; some
+# peers of the benchmarks do.
 set -euo pipefail
 
 TAG=25.09
@@ -15,7 +15,7 @@ fail() {
 # The package index has an unrelated package of the same name, a toolkit for Pyramid web sites.
 summary=$("$PYTHON" -m pip show apex 2>/dev/null | sed -n 's/^Summary: //p' || true)
 if [[ $summary == *Pyramid* ]]; then
-    fail "the installed 'apex' is not NVIDIA's, but PyPI's package of that name ($summary): pip uninstall apex"
+    fail "the installed 'apex' is not NVIDIA's, but an unrelated package of that name ($summary): pip uninstall apex"
 fi
 if "$PYTHON" -c 'import amp_C, apex' 2>/dev/null; then
     echo "NVIDIA's apex with CUDA extensions is already here"
@@ -28,7 +28,7 @@ cuda=$("$PYTHON" -c 'import torch; print(torch.version.cuda or "")' 2>/dev/null)
 nvcc=${CUDA_HOME:+$CUDA_HOME/bin/}nvcc
 command -v "$nvcc" >/dev/null || fail "nvcc is missing: install the CUDA toolkit $cuda, or set CUDA_HOME"
 toolkit=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p')
-[[ $toolkit == "$cuda" ]] || fail "nvcc is of CUDA $toolkit and PyTorch of CUDA $cuda: apex builds only where they agree"
+[[ $toolkit == "$cuda" ]] || fail "nvcc is of CUDA $toolkit and PyTorch of CUDA $cuda: apex builds only if they agree"
 
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

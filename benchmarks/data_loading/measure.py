@@ -14,7 +14,7 @@ from fastvit_engine.errors import UserError
 
 @dataclass
 class Result:
-    """One variant on one dataset; a number a round in each list."""
+    """One variant on one dataset; a number per round in each list."""
 
     dataset: str
     variant: str
@@ -34,7 +34,7 @@ class Result:
         return median(time.images / time.wall for time in self.loaders[workers])
 
     def speedup(self, over: "Result", workers: int) -> tuple[float, float, float]:
-        """How many times as many images a CPU-second as `over` in the same round: median, lowest, highest."""
+        """How many times as many images per CPU-second as `over` in the same round: median, lowest, highest."""
         pairs = zip(self.loaders[workers], over.loaders[workers], strict=True)
         ratios = [(b.cpu / b.images) / (a.cpu / a.images) for a, b in pairs]
         return median(ratios), min(ratios), max(ratios)

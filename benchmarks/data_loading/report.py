@@ -33,11 +33,11 @@ def to_markdown(
         "",
         f"`{environment['command']}`, {environment['started']}: {machine} at the start. {versions}.",
         "",
-        "Images a CPU-second: CPU time of the main process and its workers together, so that other programs on the "
+        "Images per CPU-second: CPU time of the main process and its workers together, so that other programs on the "
         "machine matter little; medians over the rounds. A stage alone is one image after the other in one process. "
-        f"The last columns are whole loaders: without workers, and with {workers}; of the latter also images a second "
-        "by the clock, and how many times as many images a CPU-second it gives as the usual recipe in the same round "
-        "(median, lowest and highest).",
+        f"The last columns are whole loaders: without workers, and with {workers}; of the latter also images per "
+        "second by the clock, and how many times as many images per CPU-second it gives as the usual recipe in the "
+        "same round (median, lowest and highest).",
         "",
         *(f"* `{variant.name}`: {variant.title}" for variant in variants),
     ]
@@ -81,7 +81,7 @@ def _choices(dataset: str, choices: Sequence[Choice]) -> list[str]:
     lines = [
         "What is in bold is used. PSNR is against accurate decoding, over the images that differ: mean and lowest.",
         "",
-        "| stage | how | µs | images a CPU-second | PSNR, dB |",
+        "| stage | how | µs | images per CPU-second | PSNR, dB |",
         "|---|---|---:|---:|---:|",
     ]
     for choice in choices:
@@ -115,7 +115,7 @@ _SCALE = 2  # pixels a unit below
 
 
 def draw(path: Path, datasets: Sequence[Dataset], results: Sequence[Result], workers: int) -> None:
-    """A stacked bar a variant: microseconds of CPU an image, by stage, in a loader with `workers` workers."""
+    """A stacked bar per variant: microseconds of CPU an image, by stage, in a loader with `workers` workers."""
     bars = [[result for result in results if result.dataset == dataset.name] for dataset in datasets]
     width, left, right, bar, gap = 900, 150, 130, 24, 12
     height = 96 + sum(46 + len(own) * (bar + gap) for own in bars)

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, Triton or plain PyTorch, and why.
+"""Chooses which implementation of an operation runs, Triton or plain PyTorch, and says why.
 
 `FASTVIT_KERNELS=auto|triton|reference` is read once, at import. `auto`, the default, runs Triton kernels on CUDA and
 ROCm tensors of float32, bfloat16 or float16, and plain PyTorch on all others. `triton` and `reference` are never
@@ -30,7 +30,7 @@ if choice not in CHOICES:
 
 
 def uses_triton(tensor: Tensor, obstacle: str | None = None) -> bool:
-    """Whether an operation on this tensor runs its Triton kernel; RuntimeError if that was asked for and cannot be.
+    """Whether an operation on this tensor runs its Triton kernel. Raises RuntimeError if it must and cannot.
 
     `obstacle` says why the kernels of this operation cannot take this call, or is None.
     """
@@ -44,7 +44,7 @@ def uses_triton(tensor: Tensor, obstacle: str | None = None) -> bool:
 
 @contextmanager
 def using(implementation: str) -> Iterator[None]:
-    """Runs what is inside with another choice than the environment's: "auto", "triton" or "reference"."""
+    """Overrides the environment's choice inside the `with` block: "auto", "triton" or "reference"."""
     global choice
     if implementation not in CHOICES:
         raise ValueError(f"implementation must be one of {', '.join(CHOICES)}, got {implementation!r}")
@@ -74,7 +74,7 @@ def explain() -> str:
     for folder in sorted(path.parent for path in Path(__file__).parent.glob("*/reference.py")):
         own = ("no Triton kernel: reference",) * 2
         lines.append("{:<16}{:<40}{}".format(folder.name, *((gpu, cpu) if (folder / "codegen.py").exists() else own)))
-    lines.append("These run the reference, or are an error where triton is asked for: float64; attention with a head")
+    lines.append("These run the reference, or raise an error if triton is chosen: float64; attention with a head")
     lines.append("dimension above 128.")
     return "\n".join(lines)
 
@@ -97,7 +97,7 @@ def gpu(device: torch.device) -> Gpu:
 
 @contextmanager
 def compiling_for(target: Gpu) -> Iterator[None]:
-    """Makes launches inside be for a GPU that this machine need not have, see `tuning.codegen`."""
+    """Makes launches inside the `with` block compile for a GPU that need not be here: see `tuning.codegen`."""
     global _compiling_for
     _compiling_for = target
     try:

@@ -1,4 +1,4 @@
-"""Which launch parameters a kernel gets: looked up, never searched while a model runs.
+"""Looks up the launch parameters of a kernel; nothing is searched while a model runs.
 
 A function that chooses launch parameters is marked `@tunable`. It states the default; a table, one JSON file per GPU
 in `tuning/configs/`, may say better for the sizes that `python -m fastvit_kernels.tuning` measured there.
@@ -93,7 +93,7 @@ def gpu_name(device_name: str) -> str:
 
 
 def load(path: Path) -> Table:
-    """Reads a table. ValueError with one sentence if the file is not one."""
+    """Reads a table. Raises ValueError, with one sentence, if the file is not one."""
     try:
         content = json.loads(path.read_text())
         entries, failed = tuple(Entry(**entry) for entry in content.pop("entries")), content.pop("failed")
@@ -138,7 +138,7 @@ def table_for(gpu: str) -> Table | None:
 
 
 def check(entry: Entry, path: Path | None) -> None:
-    """ValueError unless the entry is one of a kernel of this version."""
+    """Raises ValueError unless the entry belongs to a kernel of this version."""
     tunable = TUNABLES.get(entry.kernel)
     if tunable is None or set(entry.where) != set(tunable.names):
         raise ValueError(
@@ -156,7 +156,7 @@ def check(entry: Entry, path: Path | None) -> None:
 
 @contextmanager
 def using(table: Table | None) -> Iterator[None]:
-    """Takes launch parameters inside from this table, where the GPU is the table's."""
+    """Uses this table inside the `with` block, on the GPU that it is for."""
     global _in_use
     before, _in_use = _in_use, table
     forget()
@@ -195,12 +195,12 @@ class Tunable(Generic[Parameters]):
         return self.read(entry.use) if entry else self.default(*key)
 
     def where(self, key: Sequence[Any]) -> dict[str, Any]:
-        """A key as it stands in a file."""
+        """A key as it is written in a file."""
         plain = [value if isinstance(value, int | str) else str(value).removeprefix("torch.") for value in key]
         return dict(zip(self.names, plain, strict=True))
 
     def read(self, use: Mapping[str, Any]) -> Parameters:
-        """Launch parameters as they stand in a file."""
+        """Launch parameters as they are written in a file."""
         fields = self.kind._fields  # type: ignore[attr-defined]  # a NamedTuple
         if set(use) != set(fields):
             raise ValueError(f"launch parameters must be {', '.join(fields)}, got {', '.join(use)}")

@@ -13,7 +13,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
         --dry-run) dry_run=true; shift; continue ;;
         --help | -h) echo "$usage"; exit 0 ;;
         --hostfile | --head | --port | --venv-script | --max-restarts) ;;
-        *) fastvit_fail "unknown option '$1' (arguments of the training go behind --); $usage" ;;
+        *) fastvit_fail "unknown option '$1' (arguments of the training go after --); $usage" ;;
     esac
     [[ $# -gt 1 ]] || fastvit_fail "$1 needs a value; $usage"
     case $1 in
@@ -25,7 +25,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     esac
     shift 2
 done
-[[ $# -gt 1 ]] || fastvit_fail "no recipe behind --; $usage"
+[[ $# -gt 1 ]] || fastvit_fail "no recipe after --; $usage"
 shift
 [[ -n $hostfile ]] || fastvit_fail "--hostfile is missing; $usage"
 [[ -r $hostfile ]] || fastvit_fail "there is no hostfile $hostfile"

@@ -1,9 +1,9 @@
-"""torchrun, for processes whose exit codes mean something: the arguments are torchrun's.
+"""torchrun that respects the exit codes of its processes; it takes torchrun's arguments.
 
-Plain torchrun restarts its processes whatever they exited with, and itself exits with 1 whatever happened. Here bad
-input (2) is not started again, nor is a run that was asked to leave (76), unless the job is elastic: then it was
-another node that has to leave. And what the processes said is the exit code: 2 before 76 before 75, "start the same
-command again", which stands for everything else that went wrong.
+Plain torchrun restarts its processes after any exit code, and itself always exits with 1. This agent does not restart
+after bad input (2), nor a run that was asked to stop (76) unless the job is elastic: then another node has to leave.
+Its exit code is that of the processes: 2 before 76 before 75, "run the same command again", which covers all other
+failures.
 """
 
 import sys
@@ -20,7 +20,7 @@ from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART
 
 
 class Agent(LocalElasticAgent):
-    """Torchrun's agent of one node, which tells failures that a restart may cure from others."""
+    """Torchrun's agent of one node, which tells failures that a restart may fix from others."""
 
     final_codes = {EXIT_BAD_INPUT, EXIT_PREEMPTED}
     causes: set[int] = set()  # with which processes failed, before the agent ended the others for it

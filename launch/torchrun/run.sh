@@ -13,7 +13,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
         --dry-run) dry_run=true; shift; continue ;;
         --help | -h) echo "$usage"; exit 0 ;;
         --head | --nodes | --processes-per-node | --max-restarts | --grace | --id) ;;
-        *) fastvit_fail "unknown option '$1' (arguments of the training go behind --); $usage" ;;
+        *) fastvit_fail "unknown option '$1' (arguments of the training go after --); $usage" ;;
     esac
     [[ $# -gt 1 ]] || fastvit_fail "$1 needs a value; $usage"
     case $1 in
@@ -26,7 +26,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
     esac
     shift 2
 done
-[[ $# -gt 1 ]] || fastvit_fail "no recipe behind --; $usage"
+[[ $# -gt 1 ]] || fastvit_fail "no recipe after --; $usage"
 shift
 [[ $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fastvit_fail "--nodes is '$nodes': a number, or MIN:MAX"
 [[ $restarts =~ ^[0-9]+$ ]] || fastvit_fail "--max-restarts is '$restarts': a number"
@@ -47,7 +47,7 @@ processes=${processes:-gpu}
 [[ $processes != gpu ]] || processes=$((gpus > 0 ? gpus : 1))
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fastvit_fail "--processes-per-node is '$processes': a number, or 'gpu'"
 if [[ $gpus -gt 0 && $processes -gt $gpus ]]; then
-    fastvit_fail "--processes-per-node is $processes but $(hostname) shows $gpus GPU(s): one process a GPU"
+    fastvit_fail "--processes-per-node is $processes but $(hostname) shows $gpus GPU(s): one process per GPU"
 fi
 
 fastvit_environment "$head" "$nodes" "$processes"

@@ -30,12 +30,12 @@ def test_absent(monkeypatch):
     assert obstacle(NORM).startswith("apex is not installed: build NVIDIA's from github.com/NVIDIA/apex")
 
 
-def test_pypis_package_of_that_name_is_told_apart_and_never_imported(site):
+def test_the_other_package_of_that_name_is_told_apart_and_never_imported(site):
     write(site, "apex/lib/__init__.py", "apex/models/__init__.py")
     (site / "apex" / "__init__.py").write_text("raise SystemExit('imported')")
     for module in EXTENSIONS:
         assert "is not NVIDIA's" in obstacle(module)
-    with pytest.raises(Unusable, match="PyPI has another one"):
+    with pytest.raises(Unusable, match="the package index has another one"):
         need_apex(NORM)
 
 

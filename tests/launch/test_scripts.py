@@ -87,9 +87,9 @@ def test_what_is_printed_is_what_a_shell_would_run(script, tmp_path):
         ("torchrun/run.sh", ["--nodes", "4:2", "--", "quickstart"], "the smaller number first"),
         ("torchrun/run.sh", ["--nodes", "two", "--", "quickstart"], "--nodes is 'two'"),
         ("torchrun/run.sh", ["--node", "2", "--", "quickstart"], "unknown option '--node'"),
-        ("torchrun/run.sh", ["quickstart"], "arguments of the training go behind --"),
+        ("torchrun/run.sh", ["quickstart"], "arguments of the training go after --"),
         ("torchrun/run.sh", ["--nodes"], "--nodes needs a value"),
-        ("torchrun/run.sh", [], "no recipe behind --"),
+        ("torchrun/run.sh", [], "no recipe after --"),
         (
             "torchrun/run.sh",
             ["--nodes", "2", "--head", "localhost", "--", "quickstart"],
@@ -121,7 +121,7 @@ def test_more_processes_than_gpus_are_refused(script, tmp_path):
     done = script("torchrun/run.sh", "--processes-per-node", "4", "--", "quickstart", PYTHON=str(python))
     assert done.returncode == 2
     assert "--processes-per-node is 4 but" in done.stderr
-    assert "shows 2 GPU(s): one process a GPU" in done.stderr
+    assert "shows 2 GPU(s): one process per GPU" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_the_other_apex_is_refused(script, tmp_path):
     python.chmod(0o755)
     done = script("install_apex.sh", PYTHON=str(python))
     assert done.returncode == 2
-    assert "the installed 'apex' is not NVIDIA's, but PyPI's package of that name" in done.stderr
+    assert "the installed 'apex' is not NVIDIA's, but an unrelated package of that name" in done.stderr
 
 
 def test_apex_needs_a_pytorch_with_cuda(script):

@@ -34,18 +34,18 @@ def attention(
     """Multi-head self-attention softmax(q k^T / sqrt(d) + bias) v of packed q, k and v (Vaswani et al. 2017).
 
     Args:
-        qkv: [B, N, 3, H, d], any floating dtype: what one linear layer of width 3*H*d gives, unflattened. With
-            `cu_seqlens` [T, 3, H, d]: sequences of different lengths, one behind the other.
+        qkv: [B, N, 3, H, d], any floating dtype: the output of one linear layer of width 3*H*d, unflattened. With
+            `cu_seqlens` [T, 3, H, d]: sequences of different lengths, concatenated.
         bias: broadcastable to [B, H, N, N], the dtype of qkv or float32. -inf keeps a query from a key; a query that
             sees no key has an output and gradients of 0.
         dropout: rate at which attention probabilities are dropped; active whenever above 0.
-        cu_seqlens: [S + 1] int32 on the device of qkv: 0, then where each of S sequences ends; some may be empty.
-            Tokens behind the last end are of no sequence: their output and gradients are 0.
-        max_seqlen: length of the longest sequence, needed with `cu_seqlens`. A smaller number costs speed, no more.
+        cu_seqlens: [S + 1] int32 on the device of qkv: 0, then the end of each of S sequences; some may be empty.
+            Tokens after the last end belong to no sequence: their output and gradients are 0.
+        max_seqlen: length of the longest sequence, required with `cu_seqlens`. A smaller number only costs speed.
 
     Returns [B, N, H*d], or [T, H*d], in the dtype of qkv. Raises ValueError for a wrong shape, device, rate or
-    combination, TypeError for a wrong dtype. d above 128 runs the reference; where Triton was asked for by name, it
-    raises RuntimeError.
+    combination, TypeError for a wrong dtype. d above 128 runs the reference, or raises RuntimeError if
+    FASTVIT_KERNELS=triton.
     """
     check_floating("qkv", qkv)
     if cu_seqlens is None and (qkv.ndim != 5 or qkv.shape[2] != 3):
@@ -76,7 +76,7 @@ def attention_qkv(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
 ) -> Tensor:
-    """`attention` of separate q, k and v: normalised ones, say, or queries of one sequence and keys of another.
+    """`attention` of separate q, k and v, such as normalised ones, or queries of one sequence and keys of another.
 
     Args:
         q: [B, N, H, d], any floating dtype; with `cu_seqlens_q` [T, H, d].
@@ -86,7 +86,7 @@ def attention_qkv(
         cu_seqlens_q, max_seqlen_q: the sequences of q, see `attention`.
         cu_seqlens_k, max_seqlen_k: as many sequences of k and v.
 
-    Returns [B, N, H*d], or [T, H*d], in the dtype of q; 0 where there are no keys. Errors as in `attention`.
+    Returns [B, N, H*d], or [T, H*d], in the dtype of q; 0 for queries without keys. Errors as in `attention`.
     """
     check_floating("q", q)
     if q.ndim != (4 if cu_seqlens_q is None else 3):
@@ -348,7 +348,7 @@ class Tiling(NamedTuple):
     columns: int
     num_warps: int
     stages: int
-    max_registers: int | None = None  # a thread; 128 lets two programs of 8 warps share a multiprocessor
+    max_registers: int | None = None  # per thread; 128 lets two programs of 8 warps share a multiprocessor
 
     def row_tails(self, tokens: int) -> tuple[int, ...]:
         """Rows left over by whole blocks: in blocks of 64, where `rows` allows it, and a single one by itself, as 1."""

@@ -27,7 +27,7 @@ def attention(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-    """[B, N, H, d], in float32 where the bias is."""
+    """[B, N, H, d], in float32 if the bias is."""
     dtype = q.dtype if bias is None else torch.promote_types(q.dtype, bias.dtype)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H, N, d]
     out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), bias, dropout)

@@ -1,4 +1,4 @@
-"""Triton kernels of softmax and sigmoid cross-entropy: one program a row, in blocks of columns, in float32.
+"""Triton kernels of softmax and sigmoid cross-entropy: one program per row, in blocks of columns, in float32.
 
 The target of a block of classes is made on the fly from class indices, soft labels or a pair of either, so class
 indices never become one-hot rows. An optional pointer is None when it is not used.

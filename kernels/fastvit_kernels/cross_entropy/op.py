@@ -300,14 +300,14 @@ def write_gradient(
 
 
 def rows_adjacent(tensor: Tensor) -> Tensor:
-    """With adjacent numbers in a row, or adjacent labels: the tensor itself where strides allow it, else a copy."""
+    """The tensor with adjacent numbers in a row: itself if its strides allow it, else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 class Block(NamedTuple):
     """How a program walks along the classes of a row."""
 
-    columns: int  # that a program takes at a time
+    columns: int  # per iteration of a program
     num_warps: int
 
 

@@ -34,7 +34,7 @@ def sigmoid_cross_entropy(
 
 
 def widen(tensor: Tensor) -> Tensor:
-    """float32, or float64 where the tensor already is."""
+    """The tensor in float32, or in float64 if it already is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

@@ -73,7 +73,7 @@ def accelerate(model: nn.Module) -> Acceleration:
     """Runs the blocks, LayerNorms and patch embeddings of `model` as fused operations, in place.
 
     Parameters stay the same objects under the same names: optimizers, state dicts, hooks and copies keep working.
-    A module is changed only where the result is the same; the table of the returned object says what was left alone,
+    A module is changed only if the result stays the same; the table of the returned object says what was left alone,
     and why. Calls that ask for more than the fused path gives (an attention mask, attention weights) run as the library
     wrote them. Accelerate before wrapping the model (DeepSpeed, FSDP) and before compiling it.
 

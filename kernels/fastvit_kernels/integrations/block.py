@@ -90,7 +90,7 @@ class FusedBlock(Fused):
 
     @classmethod
     def attention_half(cls, block: Any, training: bool | None = None) -> AttentionHalf | str:
-        """The arguments as the block stands, or as they would be in the given mode; or why the half is not standard."""
+        """The arguments in the block's present mode, or in the given one; or why the half is not standard."""
         raise NotImplementedError
 
     @classmethod

@@ -103,7 +103,7 @@ def check_rate(name: str, rate: float) -> str:
 
 
 def in_force(rate: float, module: nn.Module, training: bool | None) -> float:
-    """The rate at which `module` drops as it stands, or as it would in the given mode."""
+    """The rate at which `module` drops in its present mode, or in the given one."""
     return rate if (module.training if training is None else training) else 0.0
 
 

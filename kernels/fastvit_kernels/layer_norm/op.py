@@ -53,7 +53,7 @@ def add_layer_norm(
 
     Args:
         x: [B, ..., D], any floating dtype: the residual stream.
-        branch: the shape of x; the dtype of x, or any floating dtype where x is float32.
+        branch: the shape of x; the dtype of x, or any floating dtype if x is float32.
         weight, bias: [D] of the normalisation, the dtype of x or float32.
         layer_scale: [D], the dtype of x or float32; None leaves it out.
         drop_path: rate at which a sample's whole branch is dropped; kept branches are scaled by 1 / (1 - drop_path).
@@ -236,7 +236,7 @@ def fake_backward(
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """[..., D] as [rows, D] with adjacent columns: a view where strides allow it, else a copy."""
+    """[..., D] as [rows, D] with adjacent columns: a view if strides allow it, else a copy."""
     rows = tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -274,8 +274,8 @@ def backward_tile(width: int, dtype: torch.dtype, layer_scale: bool, rows: int, 
 def whole_rows(width: int, most: int) -> tuple[int, int, int]:
     """Rows, columns of a chunk and warps for a tile of whole rows, where a thread has `most` numbers of a row.
 
-    One warp a row if that is enough, since sums over a row then stay within it, and four warps a program. Chunks of 256
-    columns are 16 bytes a thread in half precision.
+    One warp per row if that is enough, since sums over a row then stay within it, and four warps per program. Chunks of
+    256 columns are 16 bytes per thread in half precision.
     """
     warps_a_row = min(16, triton.next_power_of_2(triton.cdiv(width, 32 * most)))
     columns = next((size for size in (256, 128, 64) if width % size == 0), min(256, triton.next_power_of_2(width)))

@@ -24,7 +24,7 @@ def cases(model: Model, on: Gpu) -> Iterator[Case]:
 
 
 def forward_candidates(width: int) -> list[ForwardTile]:
-    """From one row a warp to few numbers a thread, where bytes in flight are traded for registers."""
+    """From one row per warp to few numbers per thread, where bytes in flight are traded for registers."""
     rows, columns, num_warps = whole_rows(width, most=64)
     tiles = [whole_rows(width, most) for most in (64, 32, 16)]
     tiles += [(2 * rows, columns, num_warps), (2 * rows, columns, 2 * num_warps), (1, columns, max(1, num_warps // 4))]

@@ -3,7 +3,7 @@
     python -m fastvit_kernels.tuning --out H200.json
     python -m fastvit_kernels.tuning --dry-run --arch sm_90 --ops layer_norm --shapes H/14
 
-Cases come in order of importance and the file is written after each: stopped and run again, it goes on where it was.
+Cases come in order of importance and the file is written after each: if stopped and run again, it continues.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from fastvit_kernels.tuning.codegen import TARGETS
 from fastvit_kernels.tuning.gpu import Compiler, LocalGpu
 from fastvit_kernels.tuning.search import MODELS, OPS, GpuLost, Trial, Unmeasured, describe
 
-GPU_LOST = 3  # exit code: run again to go on with the next case
+GPU_LOST = 3  # exit code: run again to continue with the next case
 
 
 def main() -> int:
@@ -56,14 +56,14 @@ def parse() -> argparse.Namespace:
         metavar="MODEL",
         help=f"models, most important first: {', '.join(MODELS)}; default H/14 L/16 B/16",
     )
-    parser.add_argument("--out", type=Path, help="file to write or go on with, default the GPU's name in this folder")
+    parser.add_argument("--out", type=Path, help="file to write or continue (default: the GPU's name, in this folder)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop before this long, default when done")
     parser.add_argument("--quick", action="store_true", help=f"{search.QUICK_ROUNDS} rounds, not {search.ROUNDS}")
     parser.add_argument("--json", action="store_true", help="print what became of each case as JSON, not as a table")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiling processes, default one a core")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compiling processes (default: one per core)")
     parser.add_argument("--dry-run", action="store_true", help="compile and list the candidates for --arch; no GPU")
     parser.add_argument("--arch", choices=TARGETS, default="sm_90", help="for --dry-run, default sm_90")
-    parser.add_argument("--untuned", metavar="GPU", help="write the file of a GPU that nothing was measured on")
+    parser.add_argument("--untuned", metavar="GPU", help="write the file of a GPU without measurements")
     return parser.parse_args()
 
 
@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace, machine: LocalGpu) -> int:
     try:
         table = search.tune(cases, machine, table, path, rounds=rounds, seconds=60 * arguments.minutes, report=report)
     except GpuLost as error:
-        print(f"{error}\nThe GPU is lost to this process. Run the same command again to go on.", file=sys.stderr)
+        print(f"{error}\nThis process lost the GPU. Run the same command again to continue.", file=sys.stderr)
         return GPU_LOST
     if arguments.json:
         print(json.dumps([asdict(trial) for trial in trials], indent=1))
@@ -161,7 +161,7 @@ def dry_run(arguments: argparse.Namespace) -> int:
 
 
 def write_untuned(gpu: str, out: Path | None) -> int:
-    """An empty table: the defaults stand in the code, and only there."""
+    """An empty table: defaults are in the code, and only there."""
     path = out or Path(f"{gpu}.json")
     save(Table(provenance(gpu, measured=False)), path)
     print(f"{path}: {NOTES[False]}")

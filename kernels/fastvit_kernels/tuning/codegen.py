@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel at its production shapes, found without a GPU.
+"""Compiles every kernel at its production shapes, without a GPU, and tabulates what the compiler made of it.
 
     python -m fastvit_kernels.tuning.codegen --output benchmarks/results/codegen
 
@@ -236,13 +236,13 @@ def write(path: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fastvit_kernels.tuning.codegen",
-        description="Compile every kernel for GPUs this machine need not have, and tabulate registers, spills, shared "
-        "memory and matrix instructions.",
+        description="Compile every kernel for GPUs that this machine need not have, and tabulate registers, spills, "
+        "shared memory and matrix instructions.",
     )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/codegen"), help="folder to write to")
-    parser.add_argument("--ops", nargs="+", default=op_names(), choices=op_names(), help="operations, default all")
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS, help="default all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes, default one a core")
+    parser.add_argument("--ops", nargs="+", default=op_names(), choices=op_names(), help="operations (default: all)")
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS, help="default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     arguments = parser.parse_args()
     results = compile_all(arguments.ops, arguments.targets, arguments.jobs)
     arguments.output.mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,7 @@ class Machine(Protocol):
 
 
 class GpuLost(RuntimeError):
-    """A candidate broke the GPU for this process; another process can go on."""
+    """A candidate broke the GPU for this process; another process can continue."""
 
 
 @dataclass(frozen=True)
