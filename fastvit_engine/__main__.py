@@ -1,3 +1,5 @@
+"""`python -m fastvit_engine` is the `fastvit` command."""
+
 from fastvit_engine.cli import main
 
 if __name__ == "__main__":

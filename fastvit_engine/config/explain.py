@@ -48,6 +48,8 @@ class Key:
 
 @dataclass(frozen=True)
 class Section:
+    """A section of the configuration, and its keys."""
+
     section: str  # "" for the keys outside of sections
     description: str
     keys: tuple[Key, ...]

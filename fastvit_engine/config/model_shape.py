@@ -9,6 +9,8 @@ from fastvit_engine.errors import UserError
 
 @dataclass(frozen=True)
 class Size:
+    """The numbers behind a size such as "B"."""
+
     width: int
     depth: int
     heads: int

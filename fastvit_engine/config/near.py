@@ -10,6 +10,6 @@ def near_names(name: str, valid: Sequence[str], *, most: int = 1, cutoff: float 
 
 
 def or_list(names: Iterable[str]) -> str:
-    """ "'a'", "'a' or 'b'", "'a', 'b' or 'c'"."""
+    """Joins names for a sentence: "'a'", "'a' or 'b'", "'a', 'b' or 'c'"."""
     *others, last = [f"'{name}'" for name in names]
     return f"{', '.join(others)} or {last}" if others else last

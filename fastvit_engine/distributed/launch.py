@@ -15,8 +15,9 @@ def processes_here(cpu_processes: int) -> int:
 
 
 def run_with_restarts(arguments: Sequence[str], processes: int, run: RunFolder, max_restarts: int) -> int:
-    """Runs `python -m fastvit_engine ARGUMENTS` once per rank, and again with `--resume auto` after a failure that a
-    restart may cure, at most `max_restarts` times without a new checkpoint between them.
+    """Runs `python -m fastvit_engine ARGUMENTS` once per rank, and restarts it with `--resume auto` if it fails.
+
+    It restarts after a failure that a restart may cure, at most `max_restarts` times without a new checkpoint between.
 
     SIGTERM, SIGUSR1, SIGINT and SIGQUIT are passed on to the ranks. Returns the exit code for the command.
     """

@@ -1,7 +1,7 @@
-"""Preemption: after SIGTERM, SIGUSR1 or Ctrl-C a run finishes its step, saves, and ends with exit code 76.
+r"""Preemption: after SIGTERM, SIGUSR1 or Ctrl-C a run finishes its step, saves, and ends with exit code 76.
 
 Any process of the run may receive the signal; the report of each step tells the others. A second signal, two seconds
-later or more, ends the process at once: the latest checkpoint stays. SIGQUIT, which Ctrl-\\ sends and no scheduler
+later or more, ends the process at once: the latest checkpoint stays. SIGQUIT, which Ctrl-\ sends and no scheduler
 uses, asks for stack traces, as it does in Java and Go.
 """
 
@@ -20,8 +20,10 @@ REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Preemption:
-    """Listens to signals while it is entered, on a thread: the main thread may be deep inside a collective operation,
-    where Python would not call a handler."""
+    """Listens to signals while it is entered.
+
+    On a thread: the main thread may be deep inside a collective operation, where Python would not call a handler.
+    """
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None  # the first that asked this process to leave

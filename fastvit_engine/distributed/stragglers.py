@@ -59,8 +59,10 @@ class Stragglers:
             self._seconds += time.perf_counter() - started
 
     def log_step(self, waited: float, seconds: float, step: int, recorder: Recorder | None) -> None:
-        """Adds `seconds` since the last log step, of which this rank has `waited` for data, and names slow ranks;
-        collective. The device must be idle."""
+        """Adds the time since the last log step, and names slow ranks; collective. The device must be idle.
+
+        seconds: since that step. waited: what of them this rank has waited for data.
+        """
         if self.world.size == 1:
             return
         own = waited + self._seconds + sum(start.elapsed_time(end) for start, end in self._on_gpu) / 1000

@@ -39,8 +39,9 @@ def free_port() -> int:
 def rank_environment(
     rank: int, processes: int, port: int, environment: Mapping[str, str] = os.environ
 ) -> dict[str, str]:
-    """The variables of one rank of a job that runs on this machine alone; those of `environment` take precedence if
-    they do not depend on the rank.
+    """The variables of one rank of a job that runs on this machine alone.
+
+    Those of `environment` take precedence if they do not depend on the rank.
     """
     variables = {
         "RANK": str(rank),

@@ -26,8 +26,11 @@ class BatchSplit:
 
 
 def split_batch(config: Config, world_size: int) -> BatchSplit:
-    """Cuts each process's share of the global batch into the fewest equal micro-batches of at most
-    `train.micro_batch_size`. Raises UserError if the global batch does not divide over the processes."""
+    """Cuts each process's share of the global batch into the fewest equal micro-batches.
+
+    None is larger than `train.micro_batch_size`. Raises UserError if the global batch does not divide over the
+    processes.
+    """
     total = config.train.global_batch_size
     if total % world_size:
         raise UserError(

@@ -124,9 +124,12 @@ class DeepSpeedEngine:
             group["lr"] = learning_rate
 
     def approve_updates(self, approve: Callable[[GradientNorm], bool]) -> None:
-        """Every ZeRO stage reduces the gradients, computes their norm, and only then calls `step` of the PyTorch
+        """See TrainingEngine.
+
+        Every ZeRO stage reduces the gradients, computes their norm, and only then calls `step` of the PyTorch
         optimizer inside it. PyTorch's hooks around that call show it no parameters if the update is not approved, and
-        DeepSpeed then ends the step as always, with its buckets, partitions and counters in order."""
+        DeepSpeed then ends the step as always, with its buckets, partitions and counters in order.
+        """
         for optimizer in self._layout.torch_optimizers():
             self._approve(optimizer, approve)
 

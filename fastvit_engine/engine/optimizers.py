@@ -60,8 +60,10 @@ def check_stage(config: Config) -> None:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> ParameterGroups:
-    """Decays the matrices of dense layers and the patch projection; spares biases, LayerNorm, LayerScale, position
-    embedding and class token, as the paper's code does."""
+    """Decays the matrices of dense layers and the patch projection, as the paper's code does.
+
+    Biases, LayerNorm, LayerScale, position embedding and class token are not decayed.
+    """
     decayed: list[nn.Parameter] = []
     spared: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

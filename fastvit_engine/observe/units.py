@@ -2,7 +2,7 @@
 
 
 def format_duration(seconds: float) -> str:
-    """ "0.4 s", "42 s", "1 min 12 s", "3 h 5 min", "2 d 4 h": the two largest units."""
+    """A duration in its two largest units: "0.4 s", "42 s", "1 min 12 s", "3 h 5 min", "2 d 4 h"."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

@@ -241,8 +241,11 @@ def _buckets(config: Config, machine: Machine, stage: int) -> Buckets:
 
 
 def _reduce_bucket(size: Size, machine: Machine) -> int:
-    """An eighth of the model, so that little is left to reduce when the backward pass ends; but enough numbers for the
-    network to be busy, the more the more hops there are; and never more than the model has."""
+    """The number of gradients that are reduced at once.
+
+    An eighth of the model, so that little is left to reduce when the backward pass ends; but enough for the network to
+    be busy, more with more hops; and never more than the model has.
+    """
     busy = 2**23 * max(1.0, math.log2(machine.processes))
     return int(min(size.parameters, max(size.parameters / 8, busy), 2e8))
 

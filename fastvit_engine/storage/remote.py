@@ -20,6 +20,8 @@ Write = Callable[[int, bytes | memoryview], None]  # (position in the shard, byt
 
 @dataclass(frozen=True)
 class TryPolicy:
+    """How long, and how often, a read of a remote shard is tried."""
+
     retries: int  # consecutive attempts after the first that may fail without a new byte
     timeout: float  # seconds without a byte after which an attempt has failed
     patience: float  # seconds in all, besides the time that the bytes take at SLOWEST

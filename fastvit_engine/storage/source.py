@@ -19,6 +19,8 @@ class Reply:
 
 
 class Source(Protocol):
+    """A kind of server, or store, that shards are read from."""
+
     def open(self, url: str, start: int, stop: int, timeout: float) -> AbstractContextManager[Reply]:
         """Requests bytes [start, stop). The call and the iteration over chunks raise only AttemptFailed or Refused."""
 

@@ -36,6 +36,8 @@ _FEW = 1000  # the fraction of failures is judged over at least this many images
 
 @dataclass(frozen=True)
 class MadeDataset:
+    """The result of `make_dataset`."""
+
     out: Path
     info: DatasetInfo | None  # None if other parts have shards to write
     already_made: bool = False

@@ -21,6 +21,8 @@ _HASHED_AT_ONCE = 1024
 
 
 class Shard(NamedTuple):
+    """One shard to write: which positions of the shuffled order it holds."""
+
     name: str
     split: Split
     start: int  # first and last + 1 position in the split's order
@@ -121,7 +123,7 @@ def _first_of_each(listing: Listing, workers: int, progress: WorkProgress) -> np
     reader = Reader(listing)
 
     def hashes(start: int) -> np.ndarray:
-        """uint64 [n, 2]"""
+        """Returns the hashes of the images, uint64 [n, 2]."""
         digests = bytearray()
         for index in range(start, min(start + _HASHED_AT_ONCE, len(listing))):
             try:

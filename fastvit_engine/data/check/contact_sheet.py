@@ -38,6 +38,8 @@ class Found(NamedTuple):
 
 
 class Tile(NamedTuple):
+    """One picture of a sheet."""
+
     pixels: np.ndarray  # uint8 [H, W, 3]
     caption: str = ""
 

@@ -222,7 +222,7 @@ class Speed:
         return min(_STAGES, key=lambda stage: self.stage_rate(stage, "wall"))
 
     def rows(self) -> list[tuple[str, float, float]]:
-        """(what, images per CPU-second, images per second)"""
+        """Rows of (what, images per CPU-second, images per second)."""
         stage, loader = self.stage_rate, self.loader_rate
         found = [(title, stage(name, "cpu"), stage(name, "wall")) for name, title in _STAGES.items()]
         return found + [(f"loader, {n} workers", loader(n, "cpu"), loader(n, "wall")) for n in self.loaders]

@@ -30,6 +30,8 @@ _CLASSES_SHOWN = 8  # of the largest, and of the smallest
 
 @dataclass
 class ShardStats:
+    """What a set of shards holds."""
+
     where: str
     shards: int
     class_names: list[str]  # in the order of the labels

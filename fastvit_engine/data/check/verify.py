@@ -42,6 +42,8 @@ ERRORS = (
 
 @dataclass
 class Finding:
+    """How often one kind of fault was found, with the first examples."""
+
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
@@ -53,6 +55,8 @@ class Finding:
 
 @dataclass
 class Verdict:
+    """Everything that was found in a set of shards."""
+
     where: str
     shards: int
     samples: int
@@ -247,7 +251,7 @@ def _find_duplicates(findings: dict[str, Finding], shards: ShardSet, seen: dict[
     images = np.concatenate([part.images for part in seen.values()])
 
     def locate(index: int) -> tuple[int, int]:
-        """(number of the shard, row in it)"""
+        """Returns (number of the shard, row in it)."""
         position = int(np.searchsorted(ends, index, side="right"))
         return int(numbers[position]), index - int(ends[position - 1] if position else 0)
 

@@ -28,8 +28,11 @@ def sample_seeds(seed: int, *address: np.ndarray | int) -> np.ndarray:
 
 
 def on_device(drawn: np.ndarray, device: torch.device) -> Tensor:
-    """The numbers on the device. To a GPU they go from pinned memory: any other copy would wait for all that is queued,
-    and the GPU would run dry before its next kernel came."""
+    """Copies the numbers to the device.
+
+    To a GPU they go from pinned memory: any other copy would wait for all that is queued, and the GPU would run dry
+    before its next kernel came.
+    """
     tensor = torch.from_numpy(drawn)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 

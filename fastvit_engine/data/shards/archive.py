@@ -53,7 +53,7 @@ class Archive(NamedTuple):
 
 
 def stamp_of_local(shard: str) -> tuple[int, int]:
-    """(bytes, time of the last change in ns)"""
+    """Returns (bytes, time of the last change in ns)."""
     status = os.stat(shard)
     return status.st_size, status.st_mtime_ns
 

@@ -21,6 +21,8 @@ SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
 class SplitInfo(BaseModel):
+    """The shards of one split in dataset.json."""
+
     model_config = ConfigDict(extra="forbid")
 
     samples: int
@@ -179,6 +181,8 @@ def _shards_of_folder(folder: Path, split: Split | None) -> list[str]:
 
 @dataclass(frozen=True)
 class ShardSet:
+    """The shards that an argument names, and what dataset.json says of them."""
+
     shards: list[str]  # paths or URLs, sorted; those of a dataset.json may be missing
     info: DatasetInfo | None  # dataset.json of their folder
     splits: list[Split | None]  # of each shard

@@ -40,7 +40,7 @@ def is_macos_resource(name: str) -> bool:
 
 
 def describe_ignored(ignored: Ignored) -> str:
-    """ "" or a clause that says how many files were passed over, and why."""
+    """A clause that says how many files were passed over, and why; "" if none were."""
     return "".join(f", {count:,} {reason} ignored" for reason, count in sorted(ignored.items()))
 
 

@@ -31,6 +31,8 @@ class TarError(Exception):
 
 
 class Member(NamedTuple):
+    """A member of an archive, by its headers."""
+
     name: str
     start: int  # of the first header block that belongs to it
     data: int  # of its content
@@ -163,7 +165,7 @@ def _pax_size(text: str, offset: int) -> int:
 
 
 def _pax_records(extension: bytes, offset: int) -> dict[str, str]:
-    """Records of the form b"length key=value\\n"."""
+    r"""Records of the form b"length key=value\n"."""
     records = {}
     at = 0
     while at < len(extension):

@@ -108,8 +108,10 @@ class IndexedData(TrainingData):
         node_ranks: Sequence[int] = (),
         skipped: Sequence[Window] = (),
     ) -> Iterator[Batch]:
-        """See TrainingData. Samples and pixels of a step are a function of the indexed shards, the seed and the step:
-        not of the world size, the number of workers or the step that a run resumed at.
+        """See TrainingData.
+
+        Samples and pixels of a step are a function of the indexed shards, the seed and the step: not of the world size,
+        the number of workers or the step that a run resumed at.
         """
         check_micro_batch(config, world_size, micro_batch_size)
         batch = config.train.global_batch_size
@@ -194,6 +196,8 @@ class _Samples:
 
 
 class TrainSamples(_Samples):
+    """Reads and augments training samples by their positions in the run."""
+
     def __init__(
         self, config: Config, sources: tuple[TrainSource, ...], indexes: list[Index], storage: ShardStorage
     ) -> None:

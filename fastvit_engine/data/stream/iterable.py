@@ -180,7 +180,7 @@ def to_batch(item: Any, config: Config, name: str) -> Batch:
 
 
 def _parts(item: Any, keys: SampleKeys, name: str) -> tuple[Any, Any, Any]:
-    """(image or images, label or labels, key or keys or None)"""
+    """Splits an item into (image or images, label or labels, key or keys or None)."""
     if isinstance(item, Mapping):
         image = next((item[key] for key in ("image", "images", *keys.images) if key in item), None)
         label = next((item[key] for key in ("label", "labels") if key in item), None)
@@ -199,7 +199,7 @@ def _parts(item: Any, keys: SampleKeys, name: str) -> tuple[Any, Any, Any]:
 
 
 def _images(image: Any, size: int, name: str) -> Tensor:
-    """uint8 [S, S, 3] or [B, S, S, 3]"""
+    """Checks an image or a batch of them; returns uint8 [S, S, 3] or [B, S, S, 3]."""
     if isinstance(image, Image.Image):
         image = np.array(image)
     if not isinstance(image, np.ndarray | Tensor):

@@ -90,8 +90,10 @@ def _loader(dataset: Dataset, sampler: Any, *, num_workers: int, prefetch: int) 
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ignores the signals that the parent handles itself: they may reach every process of a job, and the parent still
-    needs its data for the step that it finishes."""
+    """Ignores the signals that the parent handles itself.
+
+    They may reach every process of a job, and the parent still needs its data for the step that it finishes.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT):
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_IGN)

@@ -63,6 +63,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
+    """Images of the evaluation set, and what the model says of them."""
+
     step: int
     class_names: list[str] | None
     samples: list[Sample]
@@ -111,7 +113,7 @@ class RecordedRun:
         return [event for event in self.events if event["event"] == kind]
 
     def describe_incidents(self) -> str:
-        """ "2 restarts, 1 rewind, 1 hang"; empty if nothing went wrong."""
+        """The incidents, as in "2 restarts, 1 rewind, 1 hang"; empty if nothing went wrong."""
         counts = {"restart": len(self.restarts), **{kind: len(self.events_of(kind)) for kind in _INCIDENTS}}
         return ", ".join(
             f"{count:,} {_INCIDENTS.get(kind, (kind, kind + 's'))[count != 1]}"
@@ -123,7 +125,7 @@ class RecordedRun:
         return f"ViT {self.environment['model']}"
 
     def describe_training(self) -> str:
-        """ "840 steps of 64 images on 2 processes (cpu, ZeRO-1) in 1 min 12 s"."""
+        """The run in one clause, as in "840 steps of 64 images on 2 processes (cpu, ZeRO-1) in 1 min 12 s"."""
         environment, total = self.environment, self.environment["total_steps"]
         steps = f"{self.step:,} steps" if self.finished else f"{self.step:,} of {total:,} steps"
         processes = "1 process" if environment["world_size"] == 1 else f"{environment['world_size']:,} processes"

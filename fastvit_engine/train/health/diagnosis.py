@@ -84,7 +84,7 @@ class Diagnosis:
 
     @property
     def at(self) -> str:
-        """ " on rank 2 (node17)", or nothing."""
+        """The ranks in a sentence, as in " on rank 2 (node17)"; "" if none is known."""
         if not self.ranks:
             return ""
         named = ", ".join(f"{rank} ({host})" for rank, host in zip(self.ranks, self.hosts, strict=True))

@@ -16,6 +16,8 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 @dataclass
 class Context:
+    """What every source may use while it lists its images."""
+
     scratch: Path  # a folder for what must be unpacked to be read by offset; kept until the shards are made
     workers: int
     progress: WorkProgress

@@ -26,6 +26,8 @@ _RETRIED_CODES = (408, 425, 429, 500, 502, 503, 504)
 
 
 class Encoded(NamedTuple):
+    """An image of a source as the bytes that it comes in."""
+
     image: bytes
     json: bytes | None = None  # of a WebDataset sample that brings one
 

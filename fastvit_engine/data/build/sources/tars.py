@@ -148,8 +148,10 @@ def _class_of(name: str) -> str:
 
 
 def list_flat_tar(path: Path, context: Context) -> Listing:
-    """A tar of images, with a file of labels (context.labels): one label a line in the order of the sorted names, or
-    lines of name and label. Labels are class names, or indices from 0; ILSVRC's own numbering needs its devkit.
+    """Lists a tar of images, whose labels are in a file of their own (context.labels).
+
+    The file has one label per line in the order of the sorted names, or lines of name and label. Labels are class
+    names, or indices from 0; ILSVRC's own numbering needs its devkit.
     """
     if context.labels is None:
         raise UserError(f"{path} holds images without labels: name the file of their labels with --labels")
