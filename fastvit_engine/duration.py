@@ -44,9 +44,12 @@ Duration = Annotated[str, BeforeValidator(_checked)]
 
 
 def to_steps(
-    duration: str, *, global_batch_size: int, samples_per_epoch: int | None, total_steps: int | None = None
+    duration: str, *, key: str, global_batch_size: int, samples_per_epoch: int | None, total_steps: int | None = None
 ) -> int:
-    """Number of optimizer steps in `duration`, rounded to the nearest; an epoch is `samples_per_epoch` samples."""
+    """Number of optimizer steps in `duration`, rounded to the nearest; an epoch is `samples_per_epoch` samples.
+
+    Raises UserError naming the configuration key `key` if that takes a number that is not known.
+    """
     value, unit = parse_duration(duration)
     if unit == "step":
         steps = value
@@ -55,15 +58,15 @@ def to_steps(
     elif unit == "epoch":
         if samples_per_epoch is None:
             raise UserError(
-                f"'{duration}' is given in epochs but the number of training samples is unknown: "
-                "set data.train_samples, or give the duration in steps or samples"
+                f"{key} = '{duration}' is in epochs, but the number of training samples is unknown: set "
+                "data.train_samples, or write the duration in steps or samples"
             )
         steps = value * samples_per_epoch / global_batch_size
     else:
         if total_steps is None:
             raise UserError(
-                f"'{duration}' is a fraction of the run and cannot be the length of the run itself: use steps, epochs "
-                "or samples"
+                f"{key} = '{duration}' is a fraction of the run and cannot be the length of the run itself: use steps, "
+                "epochs or samples"
             )
         steps = value / 100 * total_steps
     return max(0, math.floor(steps + 0.5))

@@ -63,13 +63,14 @@ def preflight(
     store = store_of(config.checkpoint, run)
     if run.config.exists() and not resume:
         raise UserError(
-            f"{run.path} already holds a run: add --resume auto to continue it, or choose another folder with --out"
+            f"{run.path} already holds a run: add --resume auto (from Python: resume=True) to continue it, or choose "
+            "another folder with --out"
         )
     candidates = usable_checkpoints(store)
     if candidates and not resume:
         raise UserError(
-            f"{store.describe('')} already holds checkpoints of a run: add --resume auto to continue it, or choose "
-            "another checkpoint.path"
+            f"{store.describe('')} already holds checkpoints of a run: add --resume auto (from Python: resume=True) to "
+            "continue it, or choose another checkpoint.path"
         )
     checkpoint, state, damaged = newest_readable(candidates)
     recorded = None if state is None else state.fingerprint.get("data")
