@@ -8,6 +8,13 @@ from pydantic import BeforeValidator
 
 from fastvit_engine.errors import UserError
 
+# What a duration looks like, for people: a test parses each example.
+EXAMPLES = ("90 epochs", "10k steps", "300M samples", "5%")
+SYNTAX = (
+    f"a number with a unit, such as {', '.join(EXAMPLES[:-1])}, or {EXAMPLES[-1]} of the run (not for train.duration); "
+    "k, M and B mean thousand, million and billion"
+)
+
 _PATTERN = re.compile(r"([0-9][0-9_]*\.?[0-9]*)\s*([kMB]?)\s*(steps?|epochs?|samples?|%|percent)")
 _BARE_NUMBER = re.compile(r"[0-9][0-9_]*\.?[0-9]*\s*[kMB]?")
 _MAGNITUDE = {"": 1, "k": 1_000, "M": 1_000_000, "B": 1_000_000_000}

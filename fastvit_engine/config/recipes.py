@@ -38,7 +38,9 @@ def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or f
         return path
     if path.is_dir():
         inside = path / "config.yaml"
-        hint = f"did you mean '{inside}'?" if inside.is_file() else "it must be a YAML file"
+        hint = (
+            f"did you mean '{inside}'?" if inside.is_file() else f"`photos --set data.train={path}` reads shards there"
+        )
         raise UserError(f"{path} is a folder, not a recipe: {hint}")
     near = near_names(Path(recipe).stem, list(shipped), most=3, cutoff=0.6)
     hint = f"did you mean {or_list(near)}?" if near else f"known recipes: {', '.join(shipped)}"

@@ -91,13 +91,16 @@ def test_build_model_takes_a_configuration_in_each_of_its_forms():
     assert means == [(0.1, 0.2, 0.3), (0.1, 0.2, 0.3), (0.5, 0.5, 0.5)]
 
 
-def test_train_then_load_then_evaluate(digits, evaluated, tmp_path):
+def test_train_then_load_then_evaluate(digits, evaluated, tmp_path, capsys):
     config = fastvit_engine.load_config("quickstart", evaluated)
     before = dict(os.environ)
     fastvit_engine.train(config, tmp_path / "run", data=f"{digits}/train-*.tar")
     assert dict(os.environ) == before
     training, evaluations = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [row["step"] for row in training] == list(range(1, 9))
+    out = tmp_path / "run"
+    ending = f"finished {out}: top-1 {100 * evaluations[0]['top1']:.1f} % on 359 images\nnext: fastvit report {out}\n"
+    assert capsys.readouterr().out.endswith(ending)
     for ema, row in enumerate(evaluations):
         model = fastvit_engine.load_model(tmp_path / "run", ema=bool(ema))
         accuracy = fastvit_engine.evaluate(model, f"{digits}/eval-*.tar", batch_size=50)

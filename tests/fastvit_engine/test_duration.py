@@ -1,6 +1,6 @@
 import pytest
 
-from fastvit_engine.duration import parse_duration, to_steps
+from fastvit_engine.duration import EXAMPLES, SYNTAX, parse_duration, to_steps
 from fastvit_engine.errors import UserError
 
 
@@ -20,6 +20,17 @@ from fastvit_engine.errors import UserError
 )
 def test_parses_what_people_write(text, expected):
     assert parse_duration(text) == expected
+
+
+@pytest.mark.parametrize("text", EXAMPLES)
+def test_every_example_of_the_syntax_is_a_duration(text):
+    assert text in SYNTAX
+    assert parse_duration(text)[0] > 0
+
+
+def test_the_letters_that_the_syntax_names_are_magnitudes():
+    assert "k, M and B mean thousand, million and billion" in SYNTAX
+    assert [parse_duration(f"2{letter} samples")[0] for letter in "kMB"] == [2e3, 2e6, 2e9]
 
 
 @pytest.mark.parametrize("text", ["", "10", "ten epochs", "-5 steps", "5 weeks", "5 % epochs", "epochs"])

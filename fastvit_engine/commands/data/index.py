@@ -15,7 +15,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
             "them in an exact order. Damaged shards are named with the byte. Shards that have not changed since the "
             "last time are not read again. Remote shards (s3://, https://, ...) are read through fsspec."
         ),
-        epilog="example:\n  fastvit data index 'shards/train-*.tar' --out shards/shards.index\n\n"
+        epilog="example:\n  fastvit data index 'data/photos/train-*.tar' --out data/photos/shards.index\n\n"
         "Training finds shards.index beside the shards; any other name goes into data.index.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

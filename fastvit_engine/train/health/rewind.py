@@ -100,8 +100,8 @@ def _why_not(
     if recovery.rewinds >= max_rewinds:
         return (
             f"{message}; the run has gone back {counted(recovery.rewinds, 'time')}, and health.max_rewinds = "
-            f"{max_rewinds} allows no more: see {run.events}, remove the cause (a host to leave out, shards to repair, a "
-            "lower optimizer.learning_rate) and run the same command again with a higher health.max_rewinds"
+            f"{max_rewinds} allows no more: see {run.events}, remove the cause (a host to leave out, shards to repair, "
+            "a lower optimizer.learning_rate) and run the same command again with a higher health.max_rewinds"
         )
     if window in recovery.failed and not skip:
         return (

@@ -116,7 +116,7 @@ def test_settings_of_the_recipe_reach_every_command(own_keys, tmp_path, capsys):
     assert _run("data", "index", own_keys, *OWN, "--out", tmp_path / "a.index") == 0
     assert _run("data", "index", own_keys, "--label-key", "json.what", "--out", tmp_path / "b.index") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert all("6 samples in 1 shards, 3 classes, hash" in line and "1 macOS" in line for line in lines)
+    assert all("6 samples in 1 shard, 3 classes, hash" in line and "1 macOS" in line for line in lines)
     assert len({line.partition(", hash")[2] for line in lines}) == 1
 
 
