@@ -10,7 +10,7 @@ _ALL = "measure operations, training steps, data loading and the loop's own cost
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     bench = commands.add_parser(
         "bench",
-        help="measure kernels, training steps and data loading against the best peers",
+        help="measure kernels, training steps and data loading against other libraries",
         description="Measures this engine and its peers on this machine, whatever it is; a peer that is not installed\n"
         "is left out with the reason, one whose results are wrong gets no ratio. Needs a checkout of the repository.",
         epilog="examples:\n  fastvit bench all --quick\n  fastvit bench kernels --ops attention --models H/14\n"

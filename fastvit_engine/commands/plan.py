@@ -179,7 +179,8 @@ def _as_text(args: argparse.Namespace, chosen: "Chosen", rows: list[dict[str, An
         for choice in chosen.choices
     ]
     share = "" if nodes == 1 else f" in {nodes} nodes"
-    with_head = " with the hidden layer of head: mlp" if config.model.head == "mlp" else ""
+    hidden = " and its hidden layer (head: mlp)" if config.model.head == "mlp" else ""
+    with_head = f" with a head for {counted(config.model.num_classes, 'class', 'classes')}{hidden}"
     text = [
         f"ViT {model_title(config.model)}, {format_count(parameter_count(config.model))} parameters{with_head}, "
         f"{config.train.precision}, on {machine.processes} x {args.gpu}{share}: "

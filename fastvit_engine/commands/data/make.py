@@ -43,7 +43,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     source = make.add_argument_group("source")
     source.add_argument("--format", metavar="NAME", help="what SOURCE is (default: seen from what it holds)")
     source.add_argument("--labels", metavar="FILE|COLUMN", help="labels of a flat tar; label column of a list; "
-                        "label member of shards, such as json.label")  # fmt: skip
+                        "label member of shards, such as json.labels")  # fmt: skip
     source.add_argument("--classes", type=Path, metavar="FILE", help="class names in label order, one per line")
     source.add_argument("--eval-source", metavar="SOURCE", help="where the eval split comes from")
     source.add_argument("--eval-labels", metavar="FILE|COLUMN", help="--labels of --eval-source")

@@ -18,7 +18,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     settings = parser.add_argument_group("settings of training (default: those of the engine)")
     settings.add_argument("--recipe", metavar="RECIPE", help="take them from a recipe: a name or a YAML file")
     settings.add_argument("--set", metavar="KEY=VALUE", type=setting, action="append", default=[],
-                          help="override one value: --set data.label_key=json.label")  # fmt: skip
+                          help="override one value: --set data.label_key=json.labels")  # fmt: skip
 
 
 def load_settings(args: argparse.Namespace) -> "Resolved":

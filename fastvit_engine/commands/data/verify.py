@@ -16,7 +16,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
             "that differ from the others in size or classes by more than --skew. Exit code 1 if there are errors."
         ),
         epilog="examples:\n  fastvit data verify data/photos --num-classes 120\n"
-        "  fastvit data verify 's3://bucket/train-*.tar' --set data.label_key=json.label",
+        "  fastvit data verify 's3://bucket/train-*.tar' --set data.label_key=json.labels",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verify.add_argument("shards", metavar="SHARDS", help="a folder, a shard, a glob, a brace pattern or a URL")

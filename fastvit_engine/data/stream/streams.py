@@ -119,8 +119,8 @@ def plan_streams(config: Config, *, world_size: int, shards: int) -> StreamPlan:
         )
     if streams > shards:
         raise UserError(
-            f"data.train has {shards} shards for {streams} parallel streams: make more shards with fewer samples each, "
-            "lower data.streams, or train with fewer processes"
+            f"data.train has {counted(shards, 'shard')} for {streams} parallel streams: make more shards with fewer "
+            "samples each, lower data.streams, or train with fewer processes"
         )
     if batch % streams:
         raise UserError(

@@ -22,7 +22,7 @@ def test_make_digits_end_to_end(tmp_path, capsys, make_config):
     pytest.importorskip("sklearn")
     out = tmp_path / "digits"
     assert _run("data", "make", "digits", "--out", out, "--samples-per-shard", "400") == 0
-    assert "1,617 train samples in 5 shards, 180 eval samples in 1 shards" in capsys.readouterr().out
+    assert "1,617 train samples in 5 shards, 180 eval samples in 1 shard" in capsys.readouterr().out
     assert json.loads((out / "dataset.json").read_text())["source"] == "digits"
     config = make_config(out, eval=out)
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 10})})

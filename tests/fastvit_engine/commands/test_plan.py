@@ -21,7 +21,7 @@ def test_a_page_for_people(capsys):
     ]
     assert "fits, chosen" in text
     assert "4,096 images = 64 GPUs x 64 images x 1 micro-batch" in text
-    assert "ViT H/14, 656 M parameters with the hidden layer of head: mlp, bf16" in text
+    assert "656 M parameters with a head for 18,291 classes and its hidden layer (head: mlp), bf16" in text
     assert "(together = weights + gradients + optimizer + buffers + max(update, activations + work))" in text
     assert "1,035,645 steps" in text and "an assumption" in text
     assert "has not been compared with a GPU's" in text
