@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from fastvit_engine.api import evaluate, train
     from fastvit_engine.checkpoint.load import load_model
     from fastvit_engine.config import load_config
-    from fastvit_engine.models import build_model
+    from fastvit_engine.models.from_config import build_model
 
 __version__ = "0.1.0"
 __all__ = ["build_model", "evaluate", "load_config", "load_model", "train"]
 
 _MODULES = {
-    "build_model": "fastvit_engine.models",
+    "build_model": "fastvit_engine.models.from_config",
     "load_config": "fastvit_engine.config",
     "load_model": "fastvit_engine.checkpoint.load",
 }

@@ -1,7 +1,8 @@
 """Packages that can be called like the function of `fastvit_engine.api` that has their name.
 
 `fastvit_engine.train` is a package, and what a user calls to train. Once Python has imported the package, that name
-means the package everywhere, so there is no room for a function beside it.
+means the package everywhere, so there is no room for a function beside it. `help` shows the function: its signature and
+docstring take the place of the package's.
 """
 
 import inspect
@@ -14,6 +15,13 @@ from typing import Any
 class _CallablePackage(ModuleType):
     def __call__(self, *arguments: Any, **named: Any) -> Any:
         return self._function(*arguments, **named)
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        """The function's signature and docstring, then what the package says of itself."""
+        function = self._function
+        call = f"{function.__name__}{inspect.signature(function)}"
+        return f"{call}\n\n{inspect.getdoc(function)}\n\nThe package of this name: {vars(self)['__doc__']}"
 
     @property
     def _function(self) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from fastvit_engine import __version__
 from fastvit_engine.commands import bench, config, data, export, plan, report, stacks, train
+from fastvit_engine.commands.parser import Parser
 from fastvit_engine.distributed.environment import speaks_for_all
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, Preempted, RestartError, UserError
 
@@ -59,7 +60,7 @@ def _fail(message: str, exit_code: int = EXIT_BAD_INPUT) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastvit", description="Pretrain Vision Transformers at scale.")
+    parser = Parser(prog="fastvit", description="Pretrain Vision Transformers at scale.")
     parser.add_argument("--version", action="version", version=f"fastvit-engine {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (train, plan, data, config, report, export, stacks, bench):

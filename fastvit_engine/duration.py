@@ -8,6 +8,13 @@ from pydantic import BeforeValidator
 
 from fastvit_engine.errors import UserError
 
+# What a duration looks like, for people: a test parses each example.
+EXAMPLES = ("90 epochs", "10k steps", "300M samples", "5%")
+SYNTAX = (
+    f"a number with a unit, such as {', '.join(EXAMPLES[:-1])}, or {EXAMPLES[-1]} of the run (not for train.duration); "
+    "k, M and B mean thousand, million and billion"
+)
+
 _PATTERN = re.compile(r"([0-9][0-9_]*\.?[0-9]*)\s*([kMB]?)\s*(steps?|epochs?|samples?|%|percent)")
 _BARE_NUMBER = re.compile(r"[0-9][0-9_]*\.?[0-9]*\s*[kMB]?")
 _MAGNITUDE = {"": 1, "k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
@@ -44,9 +51,12 @@ Duration = Annotated[str, BeforeValidator(_checked)]
 
 
 def to_steps(
-    duration: str, *, global_batch_size: int, samples_per_epoch: int | None, total_steps: int | None = None
+    duration: str, *, key: str, global_batch_size: int, samples_per_epoch: int | None, total_steps: int | None = None
 ) -> int:
-    """Number of optimizer steps in `duration`, rounded to the nearest; an epoch is `samples_per_epoch` samples."""
+    """Number of optimizer steps in `duration`, rounded to the nearest; an epoch is `samples_per_epoch` samples.
+
+    Raises UserError naming the configuration key `key` if that takes a number that is not known.
+    """
     value, unit = parse_duration(duration)
     if unit == "step":
         steps = value
@@ -55,15 +65,15 @@ def to_steps(
     elif unit == "epoch":
         if samples_per_epoch is None:
             raise UserError(
-                f"'{duration}' is given in epochs but the number of training samples is unknown: "
-                "set data.train_samples, or give the duration in steps or samples"
+                f"{key} = '{duration}' is in epochs, but the number of training samples is unknown: set "
+                "data.train_samples, or write the duration in steps or samples"
             )
         steps = value * samples_per_epoch / global_batch_size
     else:
         if total_steps is None:
             raise UserError(
-                f"'{duration}' is a fraction of the run and cannot be the length of the run itself: use steps, epochs "
-                "or samples"
+                f"{key} = '{duration}' is a fraction of the run and cannot be the length of the run itself: use steps, "
+                "epochs or samples"
             )
         steps = value / 100 * total_steps
     return max(0, math.floor(steps + 0.5))

@@ -2,7 +2,7 @@
 
 EXIT_BAD_INPUT = 2  # the same command would fail again
 EXIT_RESTART = 75  # a failure that the same command may survive when started again (EX_TEMPFAIL of sysexits.h)
-EXIT_PREEMPTED = 76  # asked to stop, and saved: start the same command again when there is room
+EXIT_PREEMPTED = 76  # stopped on request, and saved: start the same command again when the scheduler has capacity
 
 
 class UserError(Exception):

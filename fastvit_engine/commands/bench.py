@@ -10,11 +10,11 @@ _ALL = "measure operations, training steps, data loading and the loop's own cost
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     bench = commands.add_parser(
         "bench",
-        help="measure kernels, training steps and data loading against the best peers",
+        help="measure kernels, training steps and data loading against other libraries",
         description="Measures this engine and its peers on this machine, whatever it is; a peer that is not installed\n"
         "is left out with the reason, one whose results are wrong gets no ratio. Needs a checkout of the repository.",
         epilog="examples:\n  fastvit bench all --quick\n  fastvit bench kernels --ops attention --models H/14\n"
-        "  fastvit bench train --variants fastvit timm --shards 'shards/train-*.tar'",
+        "  fastvit bench train --variants fastvit timm --shards data/photos",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = bench.add_subparsers(dest="action", required=True, metavar="WHAT")
@@ -36,7 +36,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     data.add_argument("shards", nargs="?", metavar="SHARDS", help="your shards (default: images of noise)")
     data.add_argument("--image-size", type=int, metavar="PIXELS", help="of the crops (default 224)")
     data.add_argument("--workers", type=int, metavar="N", help="processes of each loader (default: one per core)")
-    data.add_argument("--rounds", type=int, metavar="N", help="how often everything is measured (default 9)")
+    data.add_argument("--rounds", type=int, metavar="N", help="number of repetitions (default 9)")
     data.add_argument("--repack", type=int, metavar="PIXELS", help="measure on the images with this short side too "
                       "(default 256)")  # fmt: skip
 

@@ -145,7 +145,7 @@ def _as_json(
 def _as_text(args: argparse.Namespace, chosen: "Chosen", rows: list[dict[str, Any]], time: dict[str, Any]) -> str:
     from fastvit_engine.engine.build import split_batch
     from fastvit_engine.models import model_title, parameter_count
-    from fastvit_engine.observe.units import format_bytes, format_count, format_flops, format_share
+    from fastvit_engine.observe.units import counted, format_bytes, format_count, format_flops, format_share
     from fastvit_engine.train.throughput import DATASHEET_PEAK
 
     config, machine = chosen.config, chosen.machine
@@ -153,6 +153,8 @@ def _as_text(args: argparse.Namespace, chosen: "Chosen", rows: list[dict[str, An
     nodes = machine.processes // machine.processes_per_node
     parts = ["weights", "gradients", "optimizer", "average", "buffers", "update", "activations", "work"]
     parts = [part for part in parts if part != "average" or config.ema.decay is not None]
+    together = " + ".join(part for part in parts if part not in ("update", "activations", "work"))
+    together += " + max(update, activations + work)"
     parts += ["host"] if config.zero.offload != "none" else []
     table = [["ZeRO", *parts, "together", "", "largest micro-batch"]]
     for row in rows:
@@ -177,32 +179,34 @@ def _as_text(args: argparse.Namespace, chosen: "Chosen", rows: list[dict[str, An
         for choice in chosen.choices
     ]
     share = "" if nodes == 1 else f" in {nodes} nodes"
+    hidden = " and its hidden layer (head: mlp)" if config.model.head == "mlp" else ""
+    with_head = f" with a head for {counted(config.model.num_classes, 'class', 'classes')}{hidden}"
     text = [
-        f"ViT {model_title(config.model)}, {format_count(parameter_count(config.model))} parameters, "
+        f"ViT {model_title(config.model)}, {format_count(parameter_count(config.model))} parameters{with_head}, "
         f"{config.train.precision}, on {machine.processes} x {args.gpu}{share}: "
         f"{format_bytes(machine.usable)} of {format_bytes(machine.memory)} of each GPU for the model",
         "",
-        f"GiB of each GPU at a micro-batch of {split.micro_batch_size} images (together: the larger of update, and "
-        "activations with work, on top of the rest)",
+        f"GiB of each GPU at a micro-batch of {split.micro_batch_size} images (together = {together})",
         *lines,
         "",
         "settings",
         *choices,
         "",
-        f"global batch  {config.train.global_batch_size:,} images = {machine.processes} GPUs x "
-        f"{split.micro_batch_size} images x {split.accumulation_steps} micro-batch"
-        + ("es" if split.accumulation_steps > 1 else ""),
+        f"global batch  {counted(config.train.global_batch_size, 'image')} = {counted(machine.processes, 'GPU')} x "
+        f"{counted(split.micro_batch_size, 'image')} x "
+        f"{counted(split.accumulation_steps, 'micro-batch', 'micro-batches')}",
     ]
     if time["steps"] is None:
         text.append(f"length        unknown: {time['unknown']}")
     else:
+        images = "image" if time["images"] == 1 else "images"
         text.append(
-            f"length        {time['steps']:,} steps, {format_count(time['images'])} images, "
-            f"{format_flops(time['flops'])} ({format_flops(time['flops_per_image'])} an image)"
+            f"length        {counted(time['steps'], 'step')}, {format_count(time['images'])} {images}, "
+            f"{format_flops(time['flops'])} ({format_flops(time['flops_per_image'])} per image)"
         )
         text.append(
             f"time          {_days(time['days'])}: {time['images_per_second']:,.0f} images/s, if MFU is "
-            f"{format_share(args.mfu)} of {format_flops(DATASHEET_PEAK[args.gpu])}/s a GPU (an assumption), without "
+            f"{format_share(args.mfu)} of {format_flops(DATASHEET_PEAK[args.gpu])}/s per GPU (an assumption), without "
             "evaluations and checkpoints"
         )
     text.append("Memory is computed from shapes, and has not been compared with a GPU's.")

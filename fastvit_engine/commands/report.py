@@ -23,6 +23,5 @@ def _run(args: argparse.Namespace) -> int:
 
     path = write_report(args.run_folder)
     print(load_run(args.run_folder).summary())
-    print(f"run folder: {args.run_folder}")
     print(f"report: {path}")
     return 0

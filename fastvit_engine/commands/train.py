@@ -13,7 +13,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="pretrain a model",
         description="Pretrains the model of a recipe: on every GPU of this machine, on CPU processes if it has\n"
         "none, or as one rank of the job that torchrun, srun or deepspeed started.",
-        epilog="example:\n  fastvit train vit_b16_i21k --set data.train=shards/ --out runs/b16 --resume auto\n\n"
+        epilog="example:\n  fastvit train vit_b16_i21k --set data.train=data/i21k --out runs/b16 --resume auto\n\n"
         "signals: SIGTERM, SIGUSR1 or Ctrl-C finishes the step, saves and exits with code 76; a second one ends the\n"
         "run at once. SIGQUIT writes stack traces into the run folder, as `fastvit stacks` does.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -22,9 +22,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/<name of the recipe>)")
     parser.add_argument(
         "--resume",
+        nargs="?",
         choices=["auto", "never"],
+        const="auto",
         default="never",
-        help="auto: continue the run that the folder holds; never (default): refuse a folder that holds one",
+        help="auto, or no value: continue the run that the folder holds; never (default): refuse a folder that holds "
+        "one",
     )
     parser.add_argument(
         "--cpu-processes",

@@ -1,9 +1,10 @@
 """From a recipe and `--set` to a validated configuration that remembers where each value came from."""
 
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
@@ -15,6 +16,7 @@ from fastvit_engine.config.sections import Config
 from fastvit_engine.errors import UserError
 
 _SET = "--set"
+_OVERRIDES = "overrides"  # where a value comes from that a program gave as a mapping
 
 
 class _OneLineDumper(yaml.SafeDumper):
@@ -40,24 +42,29 @@ class Resolved:
         text = yaml.dump(values, Dumper=_OneLineDumper, sort_keys=False, width=math.inf)
         return _annotate(text, self.origins) if with_origins else text
 
+    if not TYPE_CHECKING:  # a type checker shall find attributes that do not exist
 
-def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Resolved:
-    """Reads a recipe (a name from `fastvit config list` or a path), applies `section.key=value` overrides, validates.
+        def __getattr__(self, name: str) -> Any:
+            """Says where the sections are; Python asks only for what a Resolved does not have."""
+            if name in Config.model_fields:
+                raise AttributeError(f"load_config returns a Resolved, which has sections in .config: .config.{name}")
+            raise AttributeError(f"'Resolved' object has no attribute '{name}'")
 
-    Without a recipe, all values are defaults except for the overrides.
+
+def load_config(recipe: str | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Resolved:
+    """Reads a recipe (a name from `fastvit config list` or a path), applies the overrides, and validates the result.
+
+    overrides: a list of texts as `--set` takes them, ["train.duration=5 epochs"]; or a mapping from keys to values,
+    {"train.duration": "5 epochs", "zero.stage": 2}. Without a recipe, all other values are defaults.
 
     Raises UserError naming the key, its origin and, for an unknown key, the one that was probably meant.
     """
     values, origins = ({}, {}) if recipe is None else read_recipe(find_recipe(recipe))
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        key = key.strip()
-        if not separator or not key:
-            raise UserError(f"--set {override!r} is not of the form section.key=value")
-        value = _value(key, text)
-        _assign(values, key, value)
-        origins.update(dict.fromkeys([key, *_flatten({key: value})], _SET))
-        origins.setdefault(key.partition(".")[0], _SET)
+    origin = _OVERRIDES if isinstance(overrides, Mapping) else _SET
+    for key, value in _pairs(overrides):
+        _assign(values, key, value, origin)
+        origins.update(dict.fromkeys([key, *_flatten({key: value})], origin))
+        origins.setdefault(key.partition(".")[0], origin)
     _check_moved(values, origins)
     try:
         config = Config.model_validate(values)
@@ -65,6 +72,22 @@ def load_config(recipe: str | None, overrides: Sequence[str] = ()) -> Resolved:
         raise UserError(_explain(error, origins)) from None
     check_config(config)
     return Resolved(config, _complete_origins(config, origins))
+
+
+def _pairs(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The keys and values of overrides in either form."""
+    if isinstance(overrides, str):
+        raise UserError(f"overrides is the text {overrides!r}: give a list of such texts, or a mapping")
+    if isinstance(overrides, Mapping):
+        for key, value in _flatten(overrides).items():
+            yield key, os.fspath(value) if isinstance(value, os.PathLike) else value
+        return
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        key = key.strip()
+        if not separator or not key:
+            raise UserError(f"--set {override!r} is not of the form KEY=VALUE: write --set train.duration='5 epochs'")
+        yield key, _value(key, text)
 
 
 def _value(key: str, text: str) -> Any:
@@ -87,12 +110,13 @@ def _looks_like_a_list(text: str) -> bool:
     return text.startswith("[{") or (text.startswith("[") and text.endswith("]"))
 
 
-def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
+def _assign(values: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
     *sections, last = dotted.split(".")
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise UserError(f"--set {dotted}: '{section}' holds a single value, not a section")
+            raise UserError(f"{origin} {dotted}: '{section}' holds a single value, not a section")
+
         values = inner
     values[last] = value
 

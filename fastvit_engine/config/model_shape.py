@@ -43,11 +43,11 @@ class Shape:
 
 
 def resolve_shape(config: ModelConfig) -> Shape:
-    """Reads the name ("H/14" or "ViT-H/14") and the overrides.
+    """Reads the name ("H/14") and the overrides.
 
     Raises UserError naming the configuration key if they do not make a model.
     """
-    match = re.fullmatch(r"(?:ViT-)?(\w+)/(\d+)", config.name)
+    match = re.fullmatch(r"(\w+)/(\d+)", config.name)
     if match is None or match[1] not in SIZES or int(match[2]) == 0:
         raise UserError(
             f"model.name '{config.name}' is not a size and a patch size such as 'H/14'; sizes: {', '.join(SIZES)}"

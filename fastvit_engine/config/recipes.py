@@ -38,7 +38,9 @@ def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or f
         return path
     if path.is_dir():
         inside = path / "config.yaml"
-        hint = f"did you mean '{inside}'?" if inside.is_file() else "it must be a YAML file"
+        hint = (
+            f"did you mean '{inside}'?" if inside.is_file() else f"`photos --set data.train={path}` reads shards there"
+        )
         raise UserError(f"{path} is a folder, not a recipe: {hint}")
     near = near_names(Path(recipe).stem, list(shipped), most=3, cutoff=0.6)
     hint = f"did you mean {or_list(near)}?" if near else f"known recipes: {', '.join(shipped)}"
@@ -76,8 +78,10 @@ def merge(values: dict[str, Any], over: dict[str, Any]) -> None:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    text = ""
     try:
-        loader = _Loader(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        loader = _Loader(text)
         root = loader.get_single_node()
         origins = dict(_lines(root, path.name))
         values = {} if root is None else loader.construct_document(root)
@@ -85,6 +89,9 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        lines = text.splitlines()
+        if mark and mark.line < len(lines) and "\t" in lines[mark.line][: mark.column + 1]:
+            problem = "it holds a tab, which YAML does not take as indentation; use spaces"
         raise UserError(f"{path}{where} is not valid YAML: {problem}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error

@@ -31,7 +31,7 @@ PixelDeviation = Annotated[float, Field(gt=0, le=1)]
 class ModelConfig(_Section):
     """The Vision Transformer, named as in the papers: size and patch size (Dosovitskiy et al. 2021, Table 1)."""
 
-    name: str = "B/16"
+    name: Annotated[str, AfterValidator(lambda name: name.removeprefix("ViT-"))] = "B/16"
     """Size and patch size, such as H/14 or B/8: Ti, S, B, L, H, g or G, and any patch size in pixels."""
 
     image_size: int = Field(224, gt=0)

@@ -31,7 +31,9 @@ def run_with_restarts(arguments: Sequence[str], processes: int, run: RunFolder, 
             if not outcome.restartable:
                 return outcome.exit_code
             if requests.first:
-                print(f"fastvit: asked to leave, and not all was saved: {outcome.cause}", file=sys.stderr, flush=True)
+                print(
+                    f"fastvit: stopped on request, and not all was saved: {outcome.cause}", file=sys.stderr, flush=True
+                )
                 return EXIT_RESTART
             if _latest_checkpoint(run) != latest:
                 restarts, latest = 0, _latest_checkpoint(run)

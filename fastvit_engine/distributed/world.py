@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvit_engine.errors import Preempted, RestartError, UserError
+from fastvit_engine.observe.units import counted
 
 T = TypeVar("T")
 
@@ -100,7 +101,7 @@ def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> It
     on_gpu = torch.cuda.is_available()
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(
-            f"LOCAL_RANK is {local_rank} but this machine shows {torch.cuda.device_count()} GPU(s): "
+            f"LOCAL_RANK is {local_rank} but this machine shows {counted(torch.cuda.device_count(), 'GPU')}: "
             "start one process per GPU, and check CUDA_VISIBLE_DEVICES"
         )
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")

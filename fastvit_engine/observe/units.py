@@ -1,6 +1,11 @@
 """Formats numbers for people."""
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """A count with its noun: "1 shard", "1,438 samples", "2 classes"; `many` is the plural, by default `one` + s."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def format_duration(seconds: float) -> str:
     """A duration in its two largest units: "0.4 s", "42 s", "1 min 12 s", "3 h 5 min", "2 d 4 h"."""
     if seconds < 9.95:

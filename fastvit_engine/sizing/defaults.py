@@ -91,7 +91,7 @@ class Chosen:
 
     def describe(self) -> str:
         """The choices, one line each, as a run prints them at its start."""
-        memory = f"memory a {self.machine.device}: about {format_bytes(self.memory.total)} of "
+        memory = f"memory per {self.machine.device}: about {format_bytes(self.memory.total)} of "
         memory += f"{format_bytes(self.machine.usable)} that can be used"
         lines = [f"  {choice.key} = {_written(choice.value)}: {choice.reason}" for choice in self.choices]
         return "\n".join([memory, *lines])
@@ -261,7 +261,7 @@ def _live(size: Size) -> int:
 def _explain_stage(config: Config, machine: Machine, options: list[Candidate], picked: Candidate) -> Choice:
     need = f"{format_bytes(picked.memory.total)} of {format_bytes(machine.usable)}"
     if config.zero.stage != "auto":
-        reason = "given" if picked.fits else f"given, although it needs about {need} a {machine.device}"
+        reason = "given" if picked.fits else f"given, although it needs about {need} per {machine.device}"
         return Choice("zero.stage", picked.stage, reason, by_user=True)
     before = [candidate for candidate in options if candidate.stage < picked.stage]
     if picked.stage == 0:
@@ -287,11 +287,15 @@ def _explain_micro_batch(config: Config, machine: Machine, picked: Candidate) ->
     share = config.train.global_batch_size // machine.processes
     if config.train.micro_batch_size is not None:
         kept = picked.micro_batch == config.train.micro_batch_size
-        limit = "given" if kept else f"the largest divisor of {share} up to {config.train.micro_batch_size}, as given"
+        limit = (
+            "given"
+            if kept
+            else f"the largest divisor of {share} that does not exceed your {config.train.micro_batch_size}"
+        )
         return Choice(key, picked.micro_batch, limit, by_user=True)
     if picked.micro_batch == share:
         return Choice(key, picked.micro_batch, "the whole share of a process fits: no accumulation")
-    reason = f"the largest divisor of {share} that fits; {picked.accumulation_steps} a step"
+    reason = f"the largest divisor of {share} that fits; {picked.accumulation_steps} per step"
     if picked.stage <= 1:
         reason += ", of which only the last communicates"
     else:
@@ -357,7 +361,7 @@ def _secondary_shards(machine: Machine, picked: Candidate, size: Size, compute: 
 def _nothing_fits(config: Config, machine: Machine, options: list[Candidate]) -> str:
     """One sentence: how much is missing, and what would be the smallest change."""
     least = min(options, key=lambda candidate: candidate.memory.total)
-    each = f"a {machine.device}"
+    each = f"per {machine.device}"
     problem = (
         f"nothing fits: {format_count(model_size(config.model).parameters)} parameters need at least "
         f"{format_bytes(least.memory.total)} {each} (ZeRO stage {least.stage}, micro-batch {least.micro_batch}), of "

@@ -8,7 +8,7 @@ from fastvit_engine.data.stream.batch import StageSeconds
 WARN_FROM = 0.2  # of the time between two log lines
 
 _REMEDIES = {
-    "read": "the storage is slow: copy the shards to a faster disk, or raise data.num_workers ({workers})",
+    "read": "the storage is slow: copy the shards to a faster disk, or try more data.num_workers than cores",
     "decode": "decoding is slow: make the shards again with smaller images; `fastvit data bench SHARDS --repack 256` "
     "measures what that brings",
     "augment": "cropping and resizing is slow: make the shards again with images nearer to model.image_size; "
@@ -44,7 +44,8 @@ class DataWait:
         slowest = max(shares, key=lambda name: shares[name])
         parts = ", ".join(f"{name} {100 * part:.0f} %" for name, part in shares.items())
         cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each rank
-        remedy = _REMEDIES[slowest].format(workers=self._num_workers)
-        if slowest != "read" and self._num_workers + 1 < cores:
-            remedy = f"too few workers: raise data.num_workers ({self._num_workers}; there are {cores} cores per rank)"
+        remedy = _REMEDIES[slowest]
+        if self._num_workers < cores:
+            workers = f"data.num_workers ({self._num_workers}; there are {cores} cores per rank)"
+            remedy = f"first raise {workers}; if that does not help, {remedy}"
         return f"training waited for data {100 * share:.0f} % of the time, mostly for {slowest} ({parts}); {remedy}"

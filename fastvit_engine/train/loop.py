@@ -16,6 +16,7 @@ from fastvit_engine.errors import Preempted
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.units import counted, format_share
 from fastvit_engine.sizing.defaults import Chosen, choose, machine_of
 from fastvit_engine.train.evaluators import build_evaluators, run_evaluators
 from fastvit_engine.train.health.diagnosis import Trace, diagnose
@@ -46,7 +47,7 @@ def train(resolved: Resolved, out: Path, *, resume: bool, data: IterableData | N
         start = world.on_main(lambda: preflight(chosen.config, run, world.size, resume=resume, data=data))
         if world.is_main:
             report_damage(run, start.damaged, start.checkpoint)
-            print(start.message, flush=True)
+            print("\n".join([start.message, *(f"warning: {text}" for text in start.warnings)]), flush=True)
         if start.step < start.total_steps:
             if world.is_main:
                 print(chosen.describe(), flush=True)
@@ -135,7 +136,7 @@ def _train_from(start: Start, job: Job) -> Start | None:
         if leaves:
             _leave(job, done, log)
 
-    _finish(job, log)
+    _finish(job, state, log)
     return None
 
 
@@ -200,18 +201,29 @@ def _recover(job: Job, start: Start, failure: Failure, trace: Trace, recorder: R
 def _leave(job: Job, step: int, log: StepLog) -> None:
     """Waits for the save, writes down why the run stops, and raises Preempted on every process."""
     saved = job.checkpointer.close()
-    message = f"asked to leave: saved {saved}; the same command with --resume auto continues"
+    message = f"stopped on request: saved {saved}; the same command with --resume auto continues"
     log.close()
     if job.world.is_main:
         record_event(job.run, "stop", message, reason="preempted", step=step)
     raise Preempted(message)
 
 
-def _finish(job: Job, log: StepLog) -> None:
+def _finish(job: Job, state: TrainerState, log: StepLog) -> None:
     """The end of a run: its last checkpoint is whole, and the weights are one file."""
     saved: Checkpoint | None = job.checkpointer.close()
     job.world.on_main(lambda: export_run(saved, job.run) if saved else None)
     if job.world.is_main:
         total = job.schedule.total_steps
-        record_event(job.run, "stop", f"finished after {total} steps", step=total, reason="finished")
+        record_event(job.run, "stop", f"finished after {counted(total, 'step')}", step=total, reason="finished")
     log.close()
+    if job.world.is_main:
+        print(f"{_outcome(state, job)}\nnext: fastvit report {job.run.path}", flush=True)
+
+
+def _outcome(state: TrainerState, job: Job) -> str:
+    """Where the finished run is, and how good the model if it was evaluated."""
+    figures = state.accuracy.get("eval", {})
+    top1, samples = figures.get("top1"), figures.get("samples")
+    if top1 is None or samples is None:
+        return f"finished {job.run.path}"
+    return f"finished {job.run.path}: top-1 {format_share(top1)} on {counted(int(samples), 'image')}"

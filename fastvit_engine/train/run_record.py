@@ -9,6 +9,7 @@ from fastvit_engine.files import atomic_write
 from fastvit_engine.models import model_title, parameter_count
 from fastvit_engine.observe.environment import collect_environment
 from fastvit_engine.observe.events import record_event
+from fastvit_engine.observe.units import counted
 from fastvit_engine.sizing.defaults import Chosen
 from fastvit_engine.train.job import Job
 
@@ -35,6 +36,6 @@ def record_start(resolved: Resolved, chosen: Chosen, job: Job, step: int) -> Non
     atomic_write(run.config, resolved.to_yaml())
     atomic_write(run.environment, json.dumps(environment, indent=1))
     hosts = sorted(set(job.processes.watchdog.hosts))
-    where = f"{world.size} process(es) on {', '.join(hosts)}, ZeRO-{config.zero.stage}"
+    where = f"{counted(world.size, 'process', 'processes')} on {', '.join(hosts)}, ZeRO-{config.zero.stage}"
     message = f"training begins at step {step} of {job.schedule.total_steps}: {where}"
     record_event(run, "start", message, step=step, world_size=world.size, zero_stage=config.zero.stage, hosts=hosts)

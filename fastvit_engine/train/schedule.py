@@ -16,9 +16,10 @@ def learning_rate_schedule(config: Config, total_steps: int, samples_per_epoch: 
     warm-up, and falls linearly to the final rate during the cooldown (Scaling Vision Transformers, section 3.5).
     """
 
-    def steps(duration: str) -> int:
+    def steps(name: str) -> int:
         return to_steps(
-            duration,
+            getattr(config.schedule, name),
+            key=f"schedule.{name}",
             global_batch_size=config.train.global_batch_size,
             samples_per_epoch=samples_per_epoch,
             total_steps=total_steps,
@@ -26,9 +27,9 @@ def learning_rate_schedule(config: Config, total_steps: int, samples_per_epoch: 
 
     kind = config.schedule.kind
     base, final = config.optimizer.learning_rate, config.schedule.final_learning_rate
-    warmup = steps(config.schedule.warmup)
-    cooldown = steps(config.schedule.cooldown) if kind == "rsqrt" else 0
-    timescale = max(1, steps(config.schedule.timescale)) if kind == "rsqrt" else 1
+    warmup = steps("warmup")
+    cooldown = steps("cooldown") if kind == "rsqrt" else 0
+    timescale = max(1, steps("timescale")) if kind == "rsqrt" else 1
     if warmup + cooldown > total_steps:
         needed = f"warm-up of {warmup}" + (f" and cooldown of {cooldown}" if cooldown else "")
         raise UserError(
@@ -64,12 +65,14 @@ class Schedule:
     def __init__(self, config: Config, samples_per_epoch: int | None) -> None:
         self.samples_per_epoch = samples_per_epoch
         self.global_batch_size = config.train.global_batch_size
-        self.total_steps = self._steps(config.train.duration)
+        self.total_steps = self._steps("train.duration", config.train.duration)
         if self.total_steps == 0:
             raise UserError(f"train.duration = '{config.train.duration}' is less than one step of the global batch")
-        self.evaluate_every = self._steps(config.evaluate.every, self.total_steps)  # 0: only after the last step
-        self.save_every = self._steps(config.checkpoint.every, self.total_steps)  # likewise
-        self.keep_every = self._steps(config.checkpoint.keep_every, self.total_steps) or None
+        evaluates = config.data.eval is not None
+        # 0: only after the last step
+        self.evaluate_every = self._steps("evaluate.every", config.evaluate.every, self.total_steps) if evaluates else 0
+        self.save_every = self._steps("checkpoint.every", config.checkpoint.every, self.total_steps)
+        self.keep_every = self._steps("checkpoint.keep_every", config.checkpoint.keep_every, self.total_steps) or None
         self.learning_rate = learning_rate_schedule(config, self.total_steps, self.samples_per_epoch)
 
     def is_due(self, every: int, step: int) -> bool:
@@ -85,11 +88,12 @@ class Schedule:
         """Epochs after `step` steps; None if the number of training samples is unknown."""
         return step * self.global_batch_size / self.samples_per_epoch if self.samples_per_epoch else None
 
-    def _steps(self, duration: str | None, total_steps: int | None = None) -> int:
+    def _steps(self, key: str, duration: str | None, total_steps: int | None = None) -> int:
         if duration is None:
             return 0
         return to_steps(
             duration,
+            key=key,
             global_batch_size=self.global_batch_size,
             samples_per_epoch=self.samples_per_epoch,
             total_steps=total_steps,

@@ -24,6 +24,7 @@ from fastvit_engine.engine.build import deepspeed_config, split_batch
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.units import counted
 from fastvit_engine.train.recovery import load_recovery
 from fastvit_engine.train.schedule import Schedule
 
@@ -38,6 +39,7 @@ class Start:
     message: str
     data: TrainingData
     damaged: tuple[str, ...] = ()  # what is wrong with newer checkpoints, which are passed over
+    warnings: tuple[str, ...] = ()  # what is allowed, but hardly meant
 
     @property
     def step(self) -> int:
@@ -63,13 +65,14 @@ def preflight(
     store = store_of(config.checkpoint, run)
     if run.config.exists() and not resume:
         raise UserError(
-            f"{run.path} already holds a run: add --resume auto to continue it, or choose another folder with --out"
+            f"{run.path} already holds a run: add --resume auto (from Python: resume=True) to continue it, or choose "
+            "another folder with --out"
         )
     candidates = usable_checkpoints(store)
     if candidates and not resume:
         raise UserError(
-            f"{store.describe('')} already holds checkpoints of a run: add --resume auto to continue it, or choose "
-            "another checkpoint.path"
+            f"{store.describe('')} already holds checkpoints of a run: add --resume auto (from Python: resume=True) to "
+            "continue it, or choose another checkpoint.path"
         )
     checkpoint, state, damaged = newest_readable(candidates)
     recorded = None if state is None else state.fingerprint.get("data")
@@ -83,8 +86,9 @@ def preflight(
         recovery=load_recovery(run),
         pixels={"mean": config.data.mean, "std": config.data.std, "eval_crop": config.data.eval_crop},
     )
-    message = f"starting {run.path}: {schedule.total_steps} steps, {prepared.describe()}"
-    start = Start(wanted, schedule.total_steps, None, message, prepared, damaged)
+    message = f"starting {run.path}: {counted(schedule.total_steps, 'step')}, {prepared.describe()}"
+    warnings = _doubtful(config, prepared)
+    start = Start(wanted, schedule.total_steps, None, message, prepared, damaged, warnings)
     if checkpoint is None or state is None:
         return start
     _check_same_run(wanted.fingerprint, state.fingerprint, checkpoint)
@@ -93,7 +97,10 @@ def preflight(
     else:
         accuracy = state.accuracy.get("eval")
         top1 = f" and top-1 {accuracy['top1']:.1%}" if accuracy else ""
-        message = f"{run.path} is complete, with {state.step} steps{top1}: nothing to do"
+        longer = ""
+        if state.step > schedule.total_steps:
+            longer = f" (more than the {schedule.total_steps:,} of train.duration = '{config.train.duration}')"
+        message = f"{run.path} is complete, with {counted(state.step, 'step')}{longer}{top1}: nothing to do"
     return replace(start, message=message).at(checkpoint, state)
 
 
@@ -136,6 +143,24 @@ def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
         "seed": config.seed,
         "data": data.fingerprint(config.data),
     }
+
+
+def _doubtful(config: Config, data: TrainingData) -> tuple[str, ...]:
+    """One sentence for each setting that works with this data, but that hardly anybody wants."""
+    warnings = []
+    classes, outputs = len(data.class_names or ()), config.model.num_classes
+    if 0 < classes < outputs:
+        warnings.append(
+            f"data.train has {counted(classes, 'class', 'classes')}, model.num_classes is {outputs}: "
+            f"set model.num_classes={classes}"
+        )
+    batch, samples = config.train.global_batch_size, data.samples_per_epoch
+    if samples is not None and batch > samples:
+        warnings.append(
+            f"train.global_batch_size is {batch:,}, and an epoch has only {counted(samples, 'sample')}: every step "
+            "repeats samples; lower it"
+        )
+    return tuple(warnings)
 
 
 def _check_best(config: Config, schedule: Schedule) -> None:
@@ -187,7 +212,7 @@ def _other_order(now: dict[str, Any], before: dict[str, Any]) -> str:
             return f"was written with data.{name} {before.get(name)} and this run has {now.get(name)}: set it back"
     if len(now["sources"]) != len(before["sources"]):
         return (
-            f"was written with {len(before['sources'])} source(s) in data.train and this run has "
+            f"was written with {counted(len(before['sources']), 'source')} in data.train and this run has "
             f"{len(now['sources'])}: set them back"
         )
     for number, (new, old) in enumerate(zip(now["sources"], before["sources"], strict=True), start=1):
@@ -199,8 +224,8 @@ def _other_order(now: dict[str, Any], before: dict[str, Any]) -> str:
             )
         if new["lanes"] != old["lanes"]:
             return (
-                f"was written with {which} in {old['lanes']} lanes and data.lanes is {new['lanes']} now: set it back "
-                "or leave it out"
+                f"was written with {which} in {counted(old['lanes'], 'lane')} and data.lanes is {new['lanes']} now: "
+                "set it back or leave it out"
             )
     weights = [[source["weight"] for source in sources] for sources in (before["sources"], now["sources"])]
     return f"was written with the weights {weights[0]} in data.train and they are {weights[1]} now: set them back"

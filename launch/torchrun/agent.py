@@ -29,7 +29,7 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: Any) -> Any:
         failed = exit_codes(self._pcontext) - {0}
         result = super()._monitor_workers(worker_group)
-        if result.failures:  # also of those that the agent has ended by now: they may say 76, "asked to leave"
+        if result.failures:  # also of those that the agent has ended by now: they may say 76, "stopped on request"
             self.causes = failed or {failure.exitcode for failure in result.failures.values()}
             if self.final_codes & self.causes:
                 self._remaining_restarts = 0
@@ -66,7 +66,8 @@ def main() -> int:
         return cluster_exit_code(codes)
     except SignalException as error:
         codes = agents[-1].last_codes if agents else set()
-        print(f"launch: asked to leave by {error.sigval.name}; processes ended with {sorted(codes)}", file=sys.stderr)
+        ended = f"processes ended with {sorted(codes)}"
+        print(f"launch: stopped on request by {error.sigval.name}; {ended}", file=sys.stderr)
         return EXIT_PREEMPTED if codes and codes <= {0, EXIT_PREEMPTED} else cluster_exit_code(codes)
     except Exception as error:  # of the rendezvous, in many types: its head node is gone, or never was there
         print(f"launch: error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)

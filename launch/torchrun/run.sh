@@ -47,7 +47,7 @@ processes=${processes:-gpu}
 [[ $processes != gpu ]] || processes=$((gpus > 0 ? gpus : 1))
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fastvit_fail "--processes-per-node is '$processes': a number, or 'gpu'"
 if [[ $gpus -gt 0 && $processes -gt $gpus ]]; then
-    fastvit_fail "--processes-per-node is $processes but $(hostname) shows $gpus GPU(s): one process per GPU"
+    fastvit_fail "--processes-per-node is $processes but $(hostname) has $gpus GPUs: one process per GPU"
 fi
 
 fastvit_environment "$head" "$nodes" "$processes"

@@ -71,7 +71,7 @@ def test_asked_to_leave_the_job_goes_back_into_the_queue_and_on(slurm, submit, l
     wait_until(lambda: (out / "checkpoints" / "latest").exists(), what="the first checkpoint")
     assert slurm.run("scancel", "--batch", "--signal=USR1", job).returncode == 0
     assert wait_for_end(slurm, job, logs) == "COMPLETED", logs(job)
-    assert "asked to leave: back into the queue, for the time number 1 of at most 20" in logs(job)
+    assert "stopped on request: back into the queue, for the time number 1 of at most 20" in logs(job)
     assert {path.name for path in (tmp_path / f"fastvit-{job}").iterdir()} == {f"node-{n}.log" for n in range(2)}
     assert_same_curve(out, single)
 

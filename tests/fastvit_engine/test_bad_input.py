@@ -111,7 +111,7 @@ def train(tmp_path):
         pytest.param(["data.train=nowhere-*.tar"], ["nowhere-*.tar", "matches no shards"], id="no shards match"),
         pytest.param(["data.train=nowhere-{0..3}.tar"], ["nowhere-0.tar", "does not exist"], id="a shard is missing"),
         pytest.param(
-            ["data.order=stream", "data.streams=4"], ["1 shards for 4 parallel streams"], id="more streams than shards"
+            ["data.order=stream", "data.streams=4"], ["1 shard for 4 parallel streams"], id="more streams than shards"
         ),
         pytest.param(["data.lanes=65"], ["data.lanes is 65", "64 samples"], id="more lanes than samples"),
         pytest.param(["data.image_key=tif"], ["'sample0000'", "no 'tif' member"], id="no such image member"),

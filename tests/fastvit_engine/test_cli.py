@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fastvit_engine.cli import main
+from fastvit_engine.cli import _parser, main
 
 HEAVY = ("torch", "deepspeed", "numpy", "pydantic", "yaml", "webdataset")
 
@@ -71,6 +71,52 @@ def test_a_typing_error_is_told_quickly(wrong):
     assert "did you mean" in errors
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["trian"], "unknown fastvit command 'trian': did you mean 'train'? (see `fastvit --help`)"),
+        (["data", "mkae"], "unknown fastvit action 'mkae': did you mean 'make'? (see `fastvit data --help`)"),
+        (["zzz"], "unknown fastvit command 'zzz': there are train, plan, data, config, report, export, stacks, bench"),
+        (["plan", "photos", "--gpus", "1", "--gpu", "H10"], "unknown --gpu 'H10': did you mean 'H100'?"),
+        (["train", "photos", "--set", "train.grad_clip", "0.1"], "'train.grad_clip' has no '=': write --set KEY=VALUE"),
+        (["data", "bench", "x", "--set", "k", "1"], "'k' has no '=': write --set KEY=VALUE"),
+        (["report"], "the following arguments are required: RUN"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(capsys, arguments, sentence):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert errors.startswith("fastvit: error: ") and errors.count("\n") == 1
+    assert sentence in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [([], "pretrain a model"), (["data"], "draw training images"), (["config"], "every value of a recipe")],
+)
+def test_a_command_without_its_action_shows_the_help(capsys, words, shown):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    errors = capsys.readouterr().err
+    assert stop.value.code == 2 and errors.startswith("usage: fastvit") and shown in errors
+
+
+def test_resume_alone_means_auto():
+    def resume(*words):
+        return _parser().parse_args(["train", "photos", *words]).resume
+
+    assert (resume(), resume("--resume"), resume("--resume", "--out", "runs/x")) == ("never", "auto", "auto")
+    assert (resume("--resume", "never"), resume("--resume", "auto")) == ("never", "auto")
+
+
+def test_a_folder_of_shards_in_place_of_a_recipe_is_told_where_it_belongs(capsys, tmp_path):
+    assert main(["data", "show", str(tmp_path), "--sheet", "x.png"]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path} is a folder, not a recipe: `photos --set data.train={tmp_path}` reads shards there" in error
+
+
 def test_config_list_names_every_recipe_with_its_purpose(capsys):
     assert main(["config", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -104,6 +150,8 @@ def test_config_show_refuses_what_training_would_refuse(capsys, overrides, messa
 def test_config_explain_in_three_forms(capsys):
     assert main(["config", "explain", "data.window"]) == 0
     assert "data.window: integer, > 0; default 1024" in capsys.readouterr().out
+    assert main(["config", "explain", "evaluate.every"]) == 0
+    assert "A duration: a number with a unit, such as 90 epochs, 10k steps" in capsys.readouterr().out
     assert main(["config", "explain", "zero", "--json"]) == 0
     assert [key["key"] for key in json.loads(capsys.readouterr().out)["sections"][0]["keys"]] == [
         "zero.stage",

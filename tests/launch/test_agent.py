@@ -76,4 +76,4 @@ def test_told_to_leave_it_tells_its_processes_and_reports_that_they_saved(agent,
     running.send_signal(signal.SIGTERM)
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 76, errors
-    assert "asked to leave by SIGTERM; processes ended with [76]" in errors
+    assert "stopped on request by SIGTERM; processes ended with [76]" in errors

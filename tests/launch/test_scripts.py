@@ -121,7 +121,7 @@ def test_more_processes_than_gpus_are_refused(script, tmp_path):
     done = script("torchrun/run.sh", "--processes-per-node", "4", "--", "quickstart", PYTHON=str(python))
     assert done.returncode == 2
     assert "--processes-per-node is 4 but" in done.stderr
-    assert "shows 2 GPU(s): one process per GPU" in done.stderr
+    assert "has 2 GPUs: one process per GPU" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "data",
         help="make, index, verify and look at shards",
         description=wrapped("Make WebDataset shards, index and verify them, and see what is in them."),
-        epilog="example:\n  fastvit data make photos/ --out shards/photos\n  fastvit data verify shards/photos",
+        epilog="example:\n  fastvit data make photos/ --out data/photos\n  fastvit data verify data/photos",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")

@@ -16,13 +16,13 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
             "give for your shards and your recipe: what tells which stage is slow. Takes the first 256 MB of local "
             "shards and writes nothing beside them. `fastvit bench data` measures other loaders beside it."
         ),
-        epilog="examples:\n  fastvit data bench shards/photos --set data.num_workers=8\n"
-        "  fastvit data bench shards/photos --recipe photos --repack 256",
+        epilog="examples:\n  fastvit data bench data/photos --set data.num_workers=8\n"
+        "  fastvit data bench data/photos --recipe photos --repack 256",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument("shards", metavar="SHARDS", help="a folder, a shard, a glob, a brace pattern or a URL")
     bench.add_argument("--workers", type=int, metavar="N", help="processes of the loader (default: data.num_workers)")
-    bench.add_argument("--rounds", type=int, metavar="N", help="how often everything is measured (default 5)")
+    bench.add_argument("--rounds", type=int, metavar="N", help="number of repetitions (default 5)")
     bench.add_argument("--repack", type=int, metavar="PIXELS", help="measure on the images with this short side too")
     bench.add_argument("--quick", action="store_true", help="two short rounds, for a first impression")
     add_settings(bench)

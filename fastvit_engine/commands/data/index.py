@@ -15,7 +15,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
             "them in an exact order. Damaged shards are named with the byte. Shards that have not changed since the "
             "last time are not read again. Remote shards (s3://, https://, ...) are read through fsspec."
         ),
-        epilog="example:\n  fastvit data index 'shards/train-*.tar' --out shards/shards.index\n\n"
+        epilog="example:\n  fastvit data index 'data/photos/train-*.tar' --out data/photos/shards.index\n\n"
         "Training finds shards.index beside the shards; any other name goes into data.index.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -33,6 +33,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.data.shards.names import list_shards
     from fastvit_engine.data.shards.sample import Ignored, describe_ignored
     from fastvit_engine.errors import UserError
+    from fastvit_engine.observe.units import counted
 
     if args.out.suffix != INDEX_SUFFIX:
         raise UserError(f"--out is {args.out}: let its name end in {INDEX_SUFFIX}, by which training knows an index")
@@ -43,7 +44,8 @@ def _run(args: argparse.Namespace) -> int:
     index = write_index(shards, args.out, label_key=label_key, processes=args.processes, progress=print)
     classes = index.class_counts()
     unlabelled = int(index.unlabelled.sum())
-    labels = f"{len(classes):,} classes" + (f", {unlabelled:,} without a label" if unlabelled else "")
+    labels = counted(len(classes), "class", "classes") + (f", {unlabelled:,} without a label" if unlabelled else "")
     ignored = describe_ignored(sum(index.ignored, Ignored()))
-    print(f"{args.out}: {index.samples:,} samples in {len(shards):,} shards, {labels}, hash {index.hash}{ignored}")
+    found = f"{counted(index.samples, 'sample')} in {counted(len(shards), 'shard')}"
+    print(f"{args.out}: {found}, {labels}, hash {index.hash}{ignored}")
     return 0

@@ -30,9 +30,9 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
             "Write images as globally shuffled WebDataset shards with an evaluation split. A run that was "
             "stopped resumes; running it again when it is done does nothing."
         ),
-        epilog=f"{_SOURCES}\nexamples:\n  fastvit data make photos/ --out shards/photos --eval-fraction 0.05\n"
-        "  fastvit data make winter21_whole.tar.gz --out shards/i21k --resize 256 --workers 16 --max-failed 0.001\n"
-        "  fastvit data make list.csv --out shards/web --max-failed 0.1\n\n"
+        epilog=f"{_SOURCES}\nexamples:\n  fastvit data make photos/ --out data/photos --eval-fraction 0.05\n"
+        "  fastvit data make winter21_whole.tar.gz --out data/i21k --resize 256 --workers 16 --max-failed 0.001\n"
+        "  fastvit data make list.csv --out data/web --max-failed 0.1\n\n"
         "on several machines, here as a SLURM array of 8:\n"
         "  fastvit data make SOURCE --out DIR --plan-only                        # once, first\n"
         "  srun ... fastvit data make SOURCE --out DIR --part $SLURM_ARRAY_TASK_ID/8   # --array=1-8",
@@ -43,12 +43,12 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     source = make.add_argument_group("source")
     source.add_argument("--format", metavar="NAME", help="what SOURCE is (default: seen from what it holds)")
     source.add_argument("--labels", metavar="FILE|COLUMN", help="labels of a flat tar; label column of a list; "
-                        "label member of shards, such as json.label")  # fmt: skip
+                        "label member of shards, such as json.labels")  # fmt: skip
     source.add_argument("--classes", type=Path, metavar="FILE", help="class names in label order, one per line")
     source.add_argument("--eval-source", metavar="SOURCE", help="where the eval split comes from")
     source.add_argument("--eval-labels", metavar="FILE|COLUMN", help="--labels of --eval-source")
-    source.add_argument("--max-failed", type=float, default=0.0, metavar="SHARE", help="of images that may be bad or "
-                        "not be had; they are listed in failed.jsonl (default 0: the first one stops)")  # fmt: skip
+    source.add_argument("--max-failed", type=float, default=0.0, metavar="SHARE", help="fraction of images that may be "
+                        "unreadable or missing; failed.jsonl lists them (default 0: the first one stops)")  # fmt: skip
     shards = make.add_argument_group("shards")
     shards.add_argument("--eval-fraction", type=float, metavar="F", help="share of each class held out (default: the "
                         "source's own split, otherwise 0.1)")  # fmt: skip

@@ -4,6 +4,8 @@ import argparse
 import textwrap
 from typing import TYPE_CHECKING
 
+from fastvit_engine.commands.parser import setting
+
 if TYPE_CHECKING:
     from fastvit_engine.config import Resolved
 
@@ -15,8 +17,8 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     """--recipe and --set: what the keys of labels and images are, and how images are cropped."""
     settings = parser.add_argument_group("settings of training (default: those of the engine)")
     settings.add_argument("--recipe", metavar="RECIPE", help="take them from a recipe: a name or a YAML file")
-    settings.add_argument("--set", metavar="KEY=VALUE", action="append", default=[],
-                          help="override one value: --set data.label_key=json.label")  # fmt: skip
+    settings.add_argument("--set", metavar="KEY=VALUE", type=setting, action="append", default=[],
+                          help="override one value: --set data.label_key=json.labels")  # fmt: skip
 
 
 def load_settings(args: argparse.Namespace) -> "Resolved":

@@ -15,7 +15,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
             "Draw a sheet of training images: originals on the left, and beside each what the recipe's "
             "augmentation makes of it in one epoch after the other."
         ),
-        epilog="example:\n  fastvit data show photos --set data.train=shards/photos --sheet augmented.png",
+        epilog="example:\n  fastvit data show photos --set data.train=data/photos --sheet augmented.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(show)

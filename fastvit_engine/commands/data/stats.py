@@ -14,7 +14,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
             "Say what SHARDS hold: classes, bytes, image sizes and shapes, and mean and standard deviation of "
             "the pixels of evenly spaced images."
         ),
-        epilog="example:\n  fastvit data stats shards/photos --sheet photos.png",
+        epilog="example:\n  fastvit data stats data/photos --sheet photos.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     stats.add_argument("shards", metavar="SHARDS", help="a folder, a shard, a glob, a brace pattern or a URL")

@@ -15,8 +15,8 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
             "occur twice, shards that dataset.json does not agree with. Warnings: images that occur twice, and shards "
             "that differ from the others in size or classes by more than --skew. Exit code 1 if there are errors."
         ),
-        epilog="examples:\n  fastvit data verify shards/photos --num-classes 120\n"
-        "  fastvit data verify 's3://bucket/train-*.tar' --set data.label_key=json.label",
+        epilog="examples:\n  fastvit data verify data/photos --num-classes 120\n"
+        "  fastvit data verify 's3://bucket/train-*.tar' --set data.label_key=json.labels",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verify.add_argument("shards", metavar="SHARDS", help="a folder, a shard, a glob, a brace pattern or a URL")

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import warnings
@@ -26,6 +27,7 @@ from fastvit_engine.data.shards.names import INFO_NAME, DatasetInfo, Split, Spli
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write, atomic_writer, json_lines
 from fastvit_engine.observe.progress import WorkProgress
+from fastvit_engine.observe.units import counted
 
 DEFAULT_EVAL_FRACTION = 0.1
 UNFINISHED_NAME = "dataset.unfinished"  # a folder inside the output: packing, receipts, temporary files
@@ -191,8 +193,19 @@ def _check_equal(out: Path, tense: str, before: dict[str, Any], arguments: dict[
     for name, value in arguments.items():
         if name in before and before[name] != value:
             raise UserError(
-                f"{out} {tense} made with {name} {before[name]}, not {value}: remove the folder or choose another --out"
+                f"{out} {tense} made {_option(name, before[name])}, not {_option(name, value)}: remove the folder "
+                "or choose another --out"
             )
+
+
+def _option(name: str, value: Any) -> str:
+    """An argument as the command line takes it: "with --eval-fraction 0.2", or "without --eval-fraction"."""
+    if name == "source":
+        return f"from {value}"
+    option = f"--{name.replace('_', '-')}"
+    if value is None or value is False:
+        return f"without {option}"
+    return f"with {option}" if value is True else f"with {option} {value}"
 
 
 def _packing(
@@ -368,14 +381,23 @@ class _ShardWriter:
         judged_over = max(self.done.value + 1, min(_FEW, self._total))
         if self.failed.value <= self._max_failed * judged_over:
             return
+        enough = _share_that_allows(self.failed.value, judged_over)
         if self._max_failed == 0:
-            raise UserError(
-                f"image {where} {reason}: repair it, or leave bad images out with --max-failed 0.001, and run again"
-            )
+            remedy = f"repair it, or leave bad images out with --max-failed {enough}, and run again"
+            raise UserError(f"image {where} {reason}: {remedy if enough else 'repair it, and run again'}")
         raise UserError(
             f"{self.failed.value:,} of {self.done.value + 1:,} images failed, more than --max-failed "
-            f"{self._max_failed} allows; the last one, {where}, {reason}: repair the source or allow more"
+            f"{self._max_failed} allows; the last one, {where}, {reason}: repair the source"
+            + (f", or allow more with --max-failed {enough}" if enough else "")
         )
+
+
+def _share_that_allows(failed: int, images: int) -> str | None:
+    """The smallest value of --max-failed, to one digit, with which so many may fail; None if all of them did."""
+    scale = 10.0 ** math.floor(math.log10(failed / images))
+    shares = (float(f"{digit * scale:g}") for digit in range(1, 11))
+    share = next(share for share in shares if failed <= share * images)
+    return f"{share:g}" if share < 1 else None
 
 
 def _json_member(given: bytes | None, labels: list[int]) -> bytes:
@@ -441,11 +463,12 @@ def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callab
     write_index([str(out / name) for name in [*info.train.shards, *info.eval.shards]], out / INDEX_NAME)
     atomic_write(out / INFO_NAME, info.model_dump_json(indent=2) + "\n")
     shutil.rmtree(out / UNFINISHED_NAME, ignore_errors=True)
-    left_out = [f"{info.duplicates:,} duplicates"] if info.duplicates else []
-    left_out += [f"{info.failed:,} images that failed (see {FAILED_NAME})"] if info.failed else []
+    left_out = [counted(info.duplicates, "duplicate")] if info.duplicates else []
+    left_out += [f"{counted(info.failed, 'image')} that failed (see {FAILED_NAME})"] if info.failed else []
     progress(
-        f"{out}: {len(info.classes)} classes, {info.train.samples:,} train samples in {len(info.train.shards)} shards, "
-        f"{info.eval.samples:,} eval samples in {len(info.eval.shards)} shards"
+        f"{out}: {counted(len(info.classes), 'class', 'classes')}, "
+        f"{counted(info.train.samples, 'train sample')} in {counted(len(info.train.shards), 'shard')}, "
+        f"{counted(info.eval.samples, 'eval sample')} in {counted(len(info.eval.shards), 'shard')}"
         + (f"; left out {' and '.join(left_out)}" if left_out else "")
     )
     return MadeDataset(out, info)

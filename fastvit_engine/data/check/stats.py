@@ -20,7 +20,7 @@ from fastvit_engine.data.shards.sample import Ignored, describe_ignored
 from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES, SampleKeys, judge
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.progress import WorkProgress
-from fastvit_engine.observe.units import format_bytes
+from fastvit_engine.observe.units import counted, format_bytes
 
 PIXEL_SAMPLE = 5000  # images whose pixels are looked at
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -78,7 +78,8 @@ class ShardStats:
         formats = ", ".join(f"{count:,} {name}" for name, count in sorted(self.formats.items()))
         total = int(self.bytes.sum())
         lines = [
-            f"{self.where}: {self.images:,} images ({formats}) in {self.shards:,} shards, {format_bytes(total)}, "
+            f"{self.where}: {counted(self.images, 'image')} ({formats}) in {counted(self.shards, 'shard')}, "
+            f"{format_bytes(total)}, "
             f"{format_bytes(total / self.images)} per image{describe_ignored(self.ignored)}",
             *(
                 f"left out: {count:,} of kind '{kind}' (fastvit data verify names them)"
@@ -102,7 +103,7 @@ class ShardStats:
         if not len(counts):
             return ["no labels"]
         low, middle, high = int(counts.min()), float(np.median(counts)), int(counts.max())
-        lines = [f"{len(counts):,} classes of {low:,} to {high:,} images, median {middle:,.0f}"]
+        lines = [f"{counted(len(counts), 'class', 'classes')} of {low:,} to {high:,} images, median {middle:,.0f}"]
         order = np.argsort(-counts, kind="stable").tolist()
         shown, left_out = order, 0
         if len(order) > 2 * _CLASSES_SHOWN + 1:

@@ -21,7 +21,7 @@ from fastvit_engine.data.shards.sample import Ignored, Sample, describe_ignored
 from fastvit_engine.data.shards.usable import MISSING, PLAUSIBLE_CLASSES, UNREADABLE, WRONG_LABEL, SampleKeys, judge
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.progress import WorkProgress
-from fastvit_engine.observe.units import format_bytes
+from fastvit_engine.observe.units import counted, format_bytes
 
 _EXAMPLES = 10  # that are kept of each finding
 _DAMAGED_IMAGE = "damaged image"
@@ -83,8 +83,8 @@ class Verdict:
 
     def report(self) -> str:
         lines = [
-            f"{self.where}: {self.shards:,} shards, {self.samples:,} samples, {format_bytes(self.bytes)}"
-            + describe_ignored(self.ignored)
+            f"{self.where}: {counted(self.shards, 'shard')}, {counted(self.samples, 'sample')}, "
+            f"{format_bytes(self.bytes)}" + describe_ignored(self.ignored)
         ]
         for title, group in (("errors", self.errors), ("warnings", self.warnings)):
             if not group:

@@ -12,12 +12,14 @@ from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fastvit_engine.config.near import near_names
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage.object_store import one_line, require_package
 
 Split = Literal["train", "eval"]
 INFO_NAME = "dataset.json"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class SplitInfo(BaseModel):
@@ -73,9 +75,7 @@ def list_shards(patterns: Iterable[str], split: Split | None = None, *, named: s
         for pattern in _read_list(given[1:], named) if given.startswith("@") else [given]:
             found = _expand(pattern, split, named)
             if not found:
-                raise UserError(
-                    f"{named} is {pattern!r}, which matches no shards: correct it, or make the shards first"
-                )
+                raise UserError(f"{named} is {pattern!r}, which {_why_nothing(pattern)}")
             shards.update(found)
     return sorted(shards)
 
@@ -117,7 +117,9 @@ def _expand_part(part: str, split: Split | None, named: str) -> list[str]:
     if Path(part).is_dir():
         return _shards_of_folder(Path(part), split)
     if not Path(part).is_file():
-        raise UserError(f"{named} names the shard {part}, which does not exist: copy it there or correct it")
+        near = _near_path(part)
+        hint = f"did you mean {near}?" if near else "copy it there or correct it"
+        raise UserError(f"{named} names the shard {part}, which does not exist: {hint}")
     return [part]
 
 
@@ -179,6 +181,34 @@ def _shards_of_folder(folder: Path, split: Split | None) -> list[str]:
     return [str(folder / name) for name in names]
 
 
+def _why_nothing(pattern: str) -> str:
+    """What a pattern names instead of shards, and what to do: the end of a sentence."""
+    folder = Path(pattern).expanduser()
+    if is_local(pattern) and folder.is_dir() and _holds_images(folder):
+        out = Path("data") / folder.resolve().name
+        return f"holds images, not shards: run `fastvit data make {pattern} --out {out}`, and name {out} instead"
+    near = _near_path(pattern) if is_local(pattern) else None
+    return f"matches no shards: {f'did you mean {near}?' if near else 'correct it, or make the shards first'}"
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether there is an image in a folder, in one of its sub-folders, or in one of theirs (train/cat/1.jpg)."""
+    patterns = ("*", "*/*", "*/*/*")
+    return any(path.name.lower().endswith(IMAGE_SUFFIXES) for pattern in patterns for path in folder.glob(pattern))
+
+
+def _near_path(path: str) -> Path | None:
+    """A similar name beside the first folder of a path that does not exist; None for a shard: others are numbered."""
+    whole = Path(path).expanduser()
+    missing = next((part for part in [whole, *whole.parents][::-1] if not part.exists()), None)
+    if missing is None or glob.has_magic(missing.name) or missing.name.endswith(SHARD_SUFFIXES):
+        return None
+    if not missing.parent.is_dir():
+        return None
+    near = near_names(missing.name, sorted(entry.name for entry in missing.parent.iterdir()))
+    return missing.parent / near[0] if near else None
+
+
 @dataclass(frozen=True)
 class ShardSet:
     """The shards that an argument names, and what dataset.json says of them."""
@@ -214,7 +244,7 @@ def shard_set(argument: str, split: Split | None = None) -> ShardSet:
         info = read_info(Path(shards[0]).parent) if shards and is_local(shards[0]) else None
         splits = {Path(shard).name: _split_of(Path(shard).name, info) for shard in shards}
     if not shards:
-        raise UserError(f"SHARDS is {argument!r}, which matches no shards: correct it, or make the shards first")
+        raise UserError(f"SHARDS is {argument!r}, which {_why_nothing(argument)}")
     return ShardSet(shards, info, list(splits.values()))
 
 

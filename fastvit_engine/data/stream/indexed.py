@@ -27,6 +27,7 @@ from fastvit_engine.data.stream.skip import Window, step_starts
 from fastvit_engine.data.stream.source import EvaluationData, TrainingData, check_micro_batch, rank_positions
 from fastvit_engine.data.stream.worker_pool import load
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.units import counted
 from fastvit_engine.storage import ShardStorage
 
 _PADDING = -1  # instead of a position
@@ -94,7 +95,8 @@ class IndexedData(TrainingData):
     def describe(self) -> str:
         samples = sum(source.samples for source in self.train)
         lanes = " + ".join(str(source.lanes) for source in self.train)
-        return f"reading {samples:,} samples, {lanes} part(s) of an epoch in turn (data.lanes)"
+        mixed = " in 1 lane" if lanes == "1" else f", mixed from {lanes} lanes"
+        return f"reading {counted(samples, 'sample')}{mixed} (data.lanes)"
 
     def train_batches(
         self,

@@ -23,6 +23,7 @@ from fastvit_engine.data.stream.skip import Window, step_starts
 from fastvit_engine.data.stream.source import EvaluationData, TrainingData, check_micro_batch
 from fastvit_engine.data.stream.worker_pool import load_stream
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.units import counted
 
 
 class StreamPlan(NamedTuple):
@@ -64,8 +65,9 @@ class StreamData(TrainingData):
 
     def describe(self) -> str:
         return (
-            f"reading {self.plan.streams} data streams with {max(self.plan.num_workers, 1)} process(es) per rank, in "
-            "an order that holds for this number of streams only (data.order: stream)"
+            f"reading {counted(self.plan.streams, 'data stream')} with "
+            f"{counted(max(self.plan.num_workers, 1), 'process', 'processes')} per rank, in an order that holds for "
+            "this number of streams only (data.order: stream)"
         )
 
     def train_batches(
@@ -117,8 +119,8 @@ def plan_streams(config: Config, *, world_size: int, shards: int) -> StreamPlan:
         )
     if streams > shards:
         raise UserError(
-            f"data.train has {shards} shards for {streams} parallel streams: make more shards with fewer samples each, "
-            "lower data.streams, or train with fewer processes"
+            f"data.train has {counted(shards, 'shard')} for {streams} parallel streams: make more shards with fewer "
+            "samples each, lower data.streams, or train with fewer processes"
         )
     if batch % streams:
         raise UserError(

@@ -13,7 +13,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import Event, read_events
 from fastvit_engine.observe.metrics import EvalRow, TrainRow, read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.observe.units import format_count, format_duration, format_share
+from fastvit_engine.observe.units import counted, format_count, format_duration, format_share
 
 # Written by the trainer beside `collect_environment()`: what the report needs, and its types.
 _ENVIRONMENT: dict[str, Any] = {
@@ -127,8 +127,8 @@ class RecordedRun:
     def describe_training(self) -> str:
         """The run in one clause, as in "840 steps of 64 images on 2 processes (cpu, ZeRO-1) in 1 min 12 s"."""
         environment, total = self.environment, self.environment["total_steps"]
-        steps = f"{self.step:,} steps" if self.finished else f"{self.step:,} of {total:,} steps"
-        processes = "1 process" if environment["world_size"] == 1 else f"{environment['world_size']:,} processes"
+        steps = counted(self.step, "step") if self.finished else f"{self.step:,} of {counted(total, 'step')}"
+        processes = counted(environment["world_size"], "process", "processes")
         return (
             f"{steps} of {environment['global_batch_size']:,} images on {processes} "
             f"({environment['device']}, ZeRO-{environment['zero_stage']}) in {format_duration(self.seconds)}"
@@ -141,7 +141,7 @@ class RecordedRun:
             if rows := self.evaluations_of(kind):
                 final, best = rows[-1], best_evaluation(rows)
                 lines.append(
-                    f"{prefix} {format_share(final['top1'])} on {final['samples']:,} held-out images"
+                    f"{prefix} {format_share(final['top1'])} on {counted(final['samples'], 'held-out image')}"
                     + (f" (best {format_share(best['top1'])} at step {best['step']:,})" if best is not final else "")
                 )
         return lines

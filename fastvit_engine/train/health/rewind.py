@@ -12,6 +12,7 @@ from fastvit_engine.data.stream.skip import Window
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.units import counted
 from fastvit_engine.train.health.diagnosis import Diagnosis
 from fastvit_engine.train.health.guard import Anomaly, StepReport
 from fastvit_engine.train.recovery import save_recovery
@@ -98,9 +99,9 @@ def _why_not(
     """Why the run must not go back once more, in a sentence; None if it may."""
     if recovery.rewinds >= max_rewinds:
         return (
-            f"{message}; the run has gone back {recovery.rewinds} time(s), and health.max_rewinds = {max_rewinds} "
-            f"allows no more: see {run.events}, remove the cause (a host to leave out, shards to repair, a lower "
-            "optimizer.learning_rate) and run the same command again with a higher health.max_rewinds"
+            f"{message}; the run has gone back {counted(recovery.rewinds, 'time')}, and health.max_rewinds = "
+            f"{max_rewinds} allows no more: see {run.events}, remove the cause (a host to leave out, shards to repair, "
+            "a lower optimizer.learning_rate) and run the same command again with a higher health.max_rewinds"
         )
     if window in recovery.failed and not skip:
         return (

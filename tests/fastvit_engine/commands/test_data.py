@@ -22,7 +22,7 @@ def test_make_digits_end_to_end(tmp_path, capsys, make_config):
     pytest.importorskip("sklearn")
     out = tmp_path / "digits"
     assert _run("data", "make", "digits", "--out", out, "--samples-per-shard", "400") == 0
-    assert "1,617 train samples in 5 shards, 180 eval samples in 1 shards" in capsys.readouterr().out
+    assert "1,617 train samples in 5 shards, 180 eval samples in 1 shard" in capsys.readouterr().out
     assert json.loads((out / "dataset.json").read_text())["source"] == "digits"
     config = make_config(out, eval=out)
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 10})})
@@ -116,7 +116,7 @@ def test_settings_of_the_recipe_reach_every_command(own_keys, tmp_path, capsys):
     assert _run("data", "index", own_keys, *OWN, "--out", tmp_path / "a.index") == 0
     assert _run("data", "index", own_keys, "--label-key", "json.what", "--out", tmp_path / "b.index") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert all("6 samples in 1 shards, 3 classes, hash" in line and "1 macOS" in line for line in lines)
+    assert all("6 samples in 1 shard, 3 classes, hash" in line and "1 macOS" in line for line in lines)
     assert len({line.partition(", hash")[2] for line in lines}) == 1
 
 

@@ -21,8 +21,18 @@ def test_a_page_for_people(capsys):
     ]
     assert "fits, chosen" in text
     assert "4,096 images = 64 GPUs x 64 images x 1 micro-batch" in text
+    assert "656 M parameters with a head for 18,291 classes and its hidden layer (head: mlp), bf16" in text
+    assert "(together = weights + gradients + optimizer + buffers + max(update, activations + work))" in text
     assert "1,035,645 steps" in text and "an assumption" in text
     assert "has not been compared with a GPU's" in text
+
+
+def test_one_of_each_is_singular(capsys):
+    settings = ["train.duration=1 step", "schedule.warmup=0 steps", "train.global_batch_size=1"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    text = plan(capsys, "vit_b16_i1k", "--gpus", "1", *words)
+    assert "1 image = 1 GPU x 1 image x 1 micro-batch\n" in text
+    assert "length        1 step, 1 image, " in text
 
 
 def test_json(capsys):

@@ -25,7 +25,6 @@ def test_report_writes_the_file_and_prints_a_summary(
     assert capsys.readouterr().out == (
         "ViT Ti/4 (0.4 M parameters): 840 steps of 64 images on 2 processes (cpu, ZeRO-1) in 1 min 12 s\n"
         "top-1 97.5 % on 360 held-out images\n"
-        "run folder: quickstart\n"
         "report: quickstart/report.html\n"
     )
 

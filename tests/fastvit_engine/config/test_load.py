@@ -1,5 +1,8 @@
 """From a recipe and `--set` to a configuration, its origins, and the sentences about bad input."""
 
+import copy
+import pickle
+
 import pytest
 import yaml
 from hypothesis import given
@@ -62,7 +65,7 @@ def test_resolved_yaml_is_a_recipe_again(recipe, tmp_path):
         ("model=B/16", "configuration key 'model' (--set) is 'B/16'"),
         ("model.name.size=B", "--set model.name.size: 'name' holds a single value, not a section"),
         ("base=quickstart", "unknown configuration key 'base' (--set)"),
-        ("train.precision", "is not of the form section.key=value"),
+        ("train.precision", "--set 'train.precision' is not of the form KEY=VALUE"),
         ("train.global_batch_size=[", "the value is not valid YAML"),
     ],
 )
@@ -71,6 +74,38 @@ def test_a_bad_override_is_one_clear_sentence(recipe, override, message):
         load_config(str(recipe), [override])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_overrides_may_be_a_mapping_of_plain_or_nested_keys(recipe, tmp_path):
+    flat = load_config(str(recipe), {"train.duration": "5 epochs", "zero.stage": 2, "data.train": tmp_path})
+    assert (flat.config.train.duration, flat.config.zero.stage) == ("5 epochs", 2)
+    assert flat.config.data.train == str(tmp_path)
+    assert flat.origins["zero.stage"] == "overrides"
+    nested = load_config(str(recipe), {"train": {"duration": "5 epochs"}, "data": {"train": [{"shards": "a"}]}})
+    assert nested.config.train.duration == "5 epochs"
+    assert nested.config.data.sources[0].shards == "a"
+    assert nested.config.model.name == "Ti/4"  # of the recipe
+    with pytest.raises(UserError, match=r"unknown configuration key 'lr' \(overrides\); did you mean 'optimizer"):
+        load_config(str(recipe), {"lr": 1e-3})
+    with pytest.raises(UserError, match="overrides is the text 'zero.stage=2': give a list"):
+        load_config(str(recipe), "zero.stage=2")
+
+
+def test_a_section_asked_of_what_load_config_returns_says_where_it_is(recipe):
+    resolved = load_config(str(recipe))
+    with pytest.raises(AttributeError, match=r"sections in \.config: \.config\.model"):
+        resolved.model  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'modle'"):
+        resolved.modle  # noqa: B018
+    assert pickle.loads(pickle.dumps(resolved)) == copy.deepcopy(resolved) == resolved
+
+
+@pytest.mark.parametrize("text", ["model:\n\tname: B/16\n", "model: \n  name: B/16\n\thead: mlp\n"])
+def test_a_tab_in_a_recipe_is_called_a_tab(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"bad.yaml line \d is not valid YAML: it holds a tab"):
+        load_config(str(path))
 
 
 def test_a_number_without_a_unit_in_a_recipe_is_told_the_units(tmp_path):

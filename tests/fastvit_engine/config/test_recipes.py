@@ -53,7 +53,7 @@ def test_a_run_folder_is_no_recipe_but_holds_one(write, tmp_path):
     with pytest.raises(UserError, match="is a folder, not a recipe: did you mean '.*run/config.yaml'"):
         load_config(str(tmp_path / "run"))
     assert load_config(path).config.name == "again"
-    with pytest.raises(UserError, match="is a folder, not a recipe: it must be a YAML file"):
+    with pytest.raises(UserError, match="is a folder, not a recipe: `photos --set data.train=.*` reads shards there"):
         load_config(str(tmp_path))
 
 

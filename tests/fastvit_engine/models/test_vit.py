@@ -238,6 +238,7 @@ def test_meta_device_holds_no_memory() -> None:
 @pytest.mark.parametrize("name", ["ViT-H/14", "H/14"])
 def test_names(name: str) -> None:
     assert parameter_count(ModelConfig(name=name)) == 632_045_800
+    assert model_title(ModelConfig(name=name)) == "H/14"
 
 
 def test_overrides() -> None:

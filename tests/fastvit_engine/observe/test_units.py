@@ -1,6 +1,18 @@
 import pytest
 
-from fastvit_engine.observe.units import format_bytes, format_count, format_duration, format_flops, format_share
+from fastvit_engine.observe.units import (
+    counted,
+    format_bytes,
+    format_count,
+    format_duration,
+    format_flops,
+    format_share,
+)
+
+
+def test_counted() -> None:
+    assert [counted(n, "shard") for n in (0, 1, 1438)] == ["0 shards", "1 shard", "1,438 shards"]
+    assert [counted(n, "class", "classes") for n in (1, 2)] == ["1 class", "2 classes"]
 
 
 @pytest.mark.parametrize(

@@ -50,11 +50,14 @@ def test_warning_says_what_to_do(monkeypatch):
     seconds = StageSeconds(read=1, decode=6, augment=3)
     assert DataWait(2).warning(0.43, seconds) == (
         "training waited for data 43 % of the time, mostly for decode (read 10 %, decode 60 %, augment 30 %); "
-        "too few workers: raise data.num_workers (2; there are 8 cores per rank)"
+        "first raise data.num_workers (2; there are 8 cores per rank); if that does not help, decoding is slow: make "
+        "the shards again with smaller images; `fastvit data bench SHARDS --repack 256` measures what that brings"
     )
-    assert "smaller images" in DataWait(7).warning(0.43, seconds)
-    assert "nearer to model.image_size" in DataWait(7).warning(0.43, StageSeconds(1, 3, 6))
-    assert "storage is slow" in DataWait(2).warning(0.43, StageSeconds(6, 1, 3))
+    assert "; first raise data.num_workers" in DataWait(2).warning(0.43, StageSeconds(6, 1, 3))
+    assert "; first raise data.num_workers" in DataWait(7).warning(0.43, seconds)
+    assert "; decoding is slow: " in DataWait(8).warning(0.43, seconds)
+    assert "nearer to model.image_size" in DataWait(8).warning(0.43, StageSeconds(1, 3, 6))
+    assert "; the storage is slow: " in DataWait(8).warning(0.43, StageSeconds(6, 1, 3))
 
 
 def test_warns_once_and_not_of_little():

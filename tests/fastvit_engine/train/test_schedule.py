@@ -65,7 +65,13 @@ def test_a_warmup_longer_than_the_run_is_refused():
 
 def whole(**sections):
     train = {"global_batch_size": 10, "duration": "100 steps"}
-    sections = {"train": train, "schedule": {"warmup": "0 steps"}, "checkpoint": {"every": None}, **sections}
+    sections = {
+        "train": train,
+        "schedule": {"warmup": "0 steps"},
+        "checkpoint": {"every": None},
+        "data": {"eval": "shards"},
+        **sections,
+    }
     return Schedule(Config.model_validate(sections), samples_per_epoch=200)
 
 
@@ -90,6 +96,25 @@ def test_whether_every_checkpoint_is_evaluated(evaluate, save, covers):
     assert schedule.evaluates_what_it_saves == covers
 
 
+def test_an_interval_of_evaluations_does_not_matter_without_any():
+    config = {"train": {"duration": "9 steps"}, "schedule": {"warmup": "0 steps"}, "evaluate": {"every": "5 epochs"}}
+    assert Schedule(Config.model_validate(config), samples_per_epoch=None).evaluate_every == 0
+    with pytest.raises(UserError, match=r"evaluate\.every = '5 epochs' is in epochs, .* set data\.train_samples"):
+        Schedule(Config.model_validate({**config, "data": {"eval": "shards"}}), samples_per_epoch=None)
+
+
+@pytest.mark.parametrize(
+    ("key", "section"),
+    [("train.duration", "train"), ("checkpoint.every", "checkpoint"), ("schedule.warmup", "schedule")],
+)
+def test_a_duration_that_cannot_be_converted_is_named(key, section):
+    config = {"train": {"duration": "9 steps"}, "schedule": {"warmup": "0 steps"}, "checkpoint": {"every": None}}
+    config[section] = {key.partition(".")[2]: "2 epochs"}
+    with pytest.raises(UserError, match=rf"^{key} = '2 epochs' is in epochs"):
+        Schedule(Config.model_validate(config), samples_per_epoch=None)
+
+
 def test_a_run_of_less_than_a_step_is_refused():
+
     with pytest.raises(UserError, match="less than one step of the global batch"):
         whole(train={"global_batch_size": 10, "duration": "0 steps"})

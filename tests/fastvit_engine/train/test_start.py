@@ -1,6 +1,7 @@
 """Whether a run may continue from its checkpoint, by what its data was."""
 
 import io
+import json
 import tarfile
 from dataclasses import replace
 
@@ -34,11 +35,11 @@ def shards(tmp_path):
     ]
 
 
-def start(run, train, resume=True, **data):
+def start(run, train, resume=True, duration="100 steps", **data):
     sections = {
         "model": {"name": "Ti/4", "image_size": 8, "num_classes": 10},
         "data": {"train": train, **data},
-        "train": {"global_batch_size": 8, "duration": "100 steps", "precision": "fp32"},
+        "train": {"global_batch_size": 8, "duration": duration, "precision": "fp32"},
         "schedule": {"warmup": "0 steps"},
     }
     return preflight(Config.model_validate(sections), run, 1, resume=resume)
@@ -69,7 +70,40 @@ def test_the_same_content_elsewhere_goes_on(stopped, shards, tmp_path):
     (tmp_path / "a.tar").unlink()
     again = start(run, str(copy))
     assert (again.step, again.state.consumed, again.state.bad_samples) == (40, 320, 3)
-    assert again.data.train[0].lanes == 2 and "300 samples, 2 part(s) of an epoch in turn" in again.message
+    assert again.data.train[0].lanes == 2 and "300 samples, mixed from 2 lanes (data.lanes)" in again.message
+
+
+def test_the_first_line_of_a_run_counts_in_words(shards, tmp_path):
+    message = start(RunFolder(tmp_path / "run"), shards[1], resume=False).message
+    assert message.endswith("100 steps, reading 9 samples in 1 lane (data.lanes)")
+    two = [{"shards": shards[0]}, {"shards": shards[1]}]
+    message = start(RunFolder(tmp_path / "run"), two, resume=False).message
+    assert message.endswith("reading 309 samples, mixed from 2 + 1 lanes (data.lanes)")
+
+
+def test_fewer_classes_than_outputs_and_a_batch_larger_than_the_data_are_warned_of(shards, tmp_path):
+    def warnings(**data):
+        return start(RunFolder(tmp_path / "run"), shards[0], resume=False, **data).warnings
+
+    assert warnings() == ()
+    info = {"classes": list("abcdefghij"), "source": "x", "seed": 0, "eval_fraction": 0.1, "samples_per_shard": 9}
+    info |= {"train": {"samples": 300, "shards": {"a.tar": 300}}, "eval": {"samples": 0, "shards": {}}}
+    (tmp_path / "dataset.json").write_text(json.dumps(info))
+    assert warnings() == ()
+    (tmp_path / "dataset.json").write_text(json.dumps(info | {"classes": ["ant", "bee", "cow"]}))
+    assert warnings() == ("data.train has 3 classes, model.num_classes is 10: set model.num_classes=3",)
+    (tmp_path / "dataset.json").unlink()
+    (large,) = warnings(train_samples=7)
+    assert large.startswith("train.global_batch_size is 8, and an epoch has only 7 samples: ")
+
+
+def test_a_run_that_went_further_than_its_duration_says_so(stopped, shards):
+    run = stopped(shards[0])
+    shorter = start(run, shards[0], duration="20 steps")
+    assert shorter.message == (
+        f"{run.path} is complete, with 40 steps (more than the 20 of train.duration = '20 steps'): nothing to do"
+    )
+    assert start(run, shards[0], duration="40 steps").message.endswith("is complete, with 40 steps: nothing to do")
 
 
 def test_recorded_lanes_hold_when_the_choice_would_be_another(stopped, shards):
@@ -83,7 +117,7 @@ def test_recorded_lanes_hold_when_the_choice_would_be_another(stopped, shards):
         ({"lanes": 4}, "written with data.train in 2 lanes and data.lanes is 4 now: set it back or leave it out"),
         ({"order": "stream", "num_workers": 0}, "written with data.order indexed and this run has stream"),
         ({"train": "other"}, r"written with other shards in data\.train \(index .*restore the shards"),
-        ({"train": [{"shards": "same"}, {"shards": "other"}]}, r"1 source\(s\) in data.train and this run has 2"),
+        ({"train": [{"shards": "same"}, {"shards": "other"}]}, r"1 source in data.train and this run has 2"),
     ],
 )
 def test_another_order_is_refused(stopped, shards, changes, message):

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from fastvit_engine.data.shards.names import IMAGE_SUFFIXES
 from fastvit_engine.data.shards.sample import is_macos_resource
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.observe.progress import WorkProgress
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass

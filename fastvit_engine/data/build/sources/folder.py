@@ -4,8 +4,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastvit_engine.data.build.sources.context import IMAGE_SUFFIXES, Context, is_image, split_of_names
+from fastvit_engine.data.build.sources.context import Context, is_image, split_of_names
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder, join
+from fastvit_engine.data.shards.names import IMAGE_SUFFIXES
 from fastvit_engine.errors import UserError
 
 

@@ -3,6 +3,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections import Counter
@@ -14,7 +15,7 @@ from PIL import Image
 
 import fastvit_engine.data.build.make as make_module
 from fastvit_engine.data.build.encode import encode_for_shard
-from fastvit_engine.data.build.make import UNFINISHED_NAME, make_dataset
+from fastvit_engine.data.build.make import UNFINISHED_NAME, _share_that_allows, make_dataset
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.index import INDEX_NAME, open_index
@@ -129,13 +130,20 @@ CHANGES = [{"seed": 1}, {"eval_fraction": 0.3}, {"samples_per_shard": 9}, {"resi
 @pytest.mark.parametrize("changes", CHANGES)
 def test_other_arguments_are_refused(photos, tmp_path, changes):
     _make(photos, tmp_path / "out")
-    with pytest.raises(UserError, match=f"was made with {next(iter(changes))}"):
+    option = "--" + next(iter(changes)).replace("_", "-")
+    with pytest.raises(UserError, match=rf"was made with(out)? {option}( \S+)?, not with {option}"):
         _make(photos, tmp_path / "out", **changes)
+
+
+def test_an_option_that_was_left_out_is_called_missing(photos, tmp_path):
+    _make(photos, tmp_path / "out", eval_fraction=0.2)
+    with pytest.raises(UserError, match=r"was made with --eval-fraction 0.2, not without --eval-fraction: "):
+        _make(photos, tmp_path / "out", eval_fraction=None)
 
 
 def test_other_arguments_are_refused_for_an_unfinished_run(photos, tmp_path):
     _make(photos, tmp_path / "out", plan_only=True)
-    with pytest.raises(UserError, match="is being made with seed 0, not 1"):
+    with pytest.raises(UserError, match="is being made with --seed 0, not with --seed 1"):
         _make(photos, tmp_path / "out", seed=1)
 
 
@@ -305,7 +313,7 @@ def test_a_packing_outlives_errors_of_later_runs(photos, tmp_path):
     good = bad.read_bytes()
     bad.write_bytes(b"")
     for changes in ({"seed": 1}, {"samples_per_shard": 10}):
-        with pytest.raises(UserError, match="is being made with seed|is not an image"):
+        with pytest.raises(UserError, match="is being made with --seed|is not an image"):
             _make(photos, tmp_path / "out", **changes)
         assert _contents(tmp_path / "out" / UNFINISHED_NAME / "packing") == packing
     bad.write_bytes(good)
@@ -326,6 +334,27 @@ def test_bad_image_can_be_mended_and_the_run_goes_on(photos, tmp_path, photo):
     bad.write_bytes(good)
     _make(photos, tmp_path / "out", samples_per_shard=3, workers=1)
     assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
+
+
+def test_the_share_that_is_proposed_is_enough(tmp_path, photo):
+    folder = tmp_path / "photos"
+    for number in range(21):
+        path = folder / "ab"[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo(number) if number != 8 else b"<html>")
+    with pytest.raises(UserError, match=r"8\.jpg is not an image: .* with --max-failed (\S+), and run again") as error:
+        _make(folder, tmp_path / "out")
+    proposed = re.search(r"--max-failed (\S+),", str(error.value))[1]
+    assert proposed == "0.05"
+    assert _make(folder, tmp_path / "out", max_failed=float(proposed)).info.failed == 1
+
+
+@pytest.mark.parametrize(
+    ("failed", "images", "share"),
+    [(1, 1000, "0.001"), (1, 21, "0.05"), (2, 21, "0.1"), (7, 100, "0.07"), (20, 21, None), (3, 3, None)],
+)
+def test_shares_are_proposed_with_one_digit(failed, images, share):
+    assert _share_that_allows(failed, images) == share
 
 
 def test_failures_are_left_out_and_listed_up_to_a_share(photos, tmp_path):

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from fastvit_engine.data.shards.names import find_shards
+from fastvit_engine.data.shards.names import find_shards, shard_set
 from fastvit_engine.errors import UserError
 
 INFO = {
@@ -54,7 +54,9 @@ def test_urls_are_expanded_but_not_looked_up():
     ("pattern", "message"),
     [
         ("", "data.train is not set"),
-        ("{folder}/none-*.tar", "matches no shards"),
+        ("{folder}/none-*.tar", "matches no shards: correct it"),
+        ("{folder}/train-000007.tar", "train-000007.tar, which does not exist: copy it there"),
+        ("{folder}/zzz", "zzz, which does not exist: copy it there"),
         ("{folder}/train-{{000000..000002}}.tar", "train-000002.tar, which does not exist"),
         ("{folder}/train-{{000000..000001.tar", "braces"),
     ],
@@ -67,6 +69,25 @@ def test_bad_patterns(made, pattern, message):
 def test_empty_folder(tmp_path):
     with pytest.raises(UserError, match="matches no shards"):
         find_shards(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("image", ["1.jpg", "cat/1.JPG", "train/cat/1.png"])
+def test_a_folder_of_images_is_told_how_to_become_shards(tmp_path, image):
+    path = tmp_path / "photos" / image
+    path.parent.mkdir(parents=True)
+    path.touch()
+    makes = rf"holds images, not shards: run `fastvit data make {tmp_path}/photos --out data/photos`"
+    with pytest.raises(UserError, match=makes):
+        find_shards(f"{tmp_path}/photos", "train")
+    with pytest.raises(UserError, match=makes):
+        shard_set(f"{tmp_path}/photos")
+
+
+@pytest.mark.parametrize("pattern", ["photo", "photo/train-*.tar", "photo/"])
+def test_a_missing_folder_is_told_the_one_beside_it(tmp_path, pattern):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(UserError, match=f"did you mean {tmp_path}/photos"):
+        find_shards(f"{tmp_path}/{pattern}", "train")
 
 
 @pytest.mark.parametrize("text", ["{", '{"classes": ["a"]}', json.dumps(INFO | {"classes": 3})])
