@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from pydantic import ValidationError
+
 from fastvit_engine.checkpoint import (
     Checkpoint,
     Checkpointer,
@@ -16,7 +18,7 @@ from fastvit_engine.checkpoint import (
     store_of,
     usable_checkpoints,
 )
-from fastvit_engine.config import Config
+from fastvit_engine.config import Config, ModelConfig
 from fastvit_engine.config.checks import check_config
 from fastvit_engine.data import IterableData, TrainingData, prepare_data
 from fastvit_engine.distributed.world import World
@@ -194,7 +196,14 @@ def _check_same_run(wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpo
                 f"checkpoint {checkpoint} {_other_order(now, before)}, or choose another run folder with --out"
             )
         if name == "model":
-            differing = [f"model.{key} is {now[key]!r}, was {before[key]!r}" for key in now if now[key] != before[key]]
+            before = _as_today(before)
+            differing = [
+                f"model.{key} is {now.get(key)!r}, was {before.get(key)!r}"
+                for key in {**now, **before}
+                if now.get(key) != before.get(key)
+            ]
+            if not differing:
+                continue
             raise UserError(
                 f"checkpoint {checkpoint} belongs to another model ({'; '.join(differing)}): "
                 "choose another run folder with --out"
@@ -203,6 +212,14 @@ def _check_same_run(wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpo
             f"checkpoint {checkpoint} was written with {name} {json.dumps(before)} and this run has {json.dumps(now)}: "
             f"continue with the same {name}, or choose another run folder with --out"
         )
+
+
+def _as_today(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The section `model` of a checkpoint, in today's spelling and with the defaults of keys that are newer than it."""
+    try:
+        return ModelConfig.model_validate(model).model_dump(mode="json")
+    except ValidationError:  # a key or a value that no longer exists
+        return model
 
 
 def _other_order(now: dict[str, Any], before: dict[str, Any]) -> str:

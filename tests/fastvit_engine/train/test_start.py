@@ -137,3 +137,23 @@ def test_other_weights_and_a_changed_source_are_refused(stopped, shards, tmp_pat
     write_shard(tmp_path / "b.tar", [1] * 9)
     with pytest.raises(UserError, match="with other shards in source 2 of data.train"):
         start(run, [{"shards": shards[0], "weight": 2}, {"shards": shards[1]}])
+
+
+def test_a_checkpoint_that_knew_fewer_keys_of_the_model_and_spelt_its_name_otherwise_is_continued(stopped, shards):
+    run = stopped(shards[0])
+    path = run.checkpoints / "step-00000040" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    model = manifest["state"]["fingerprint"]["model"]
+    model["name"] = "ViT-Ti/4"
+    del model["layer_scale"]
+    path.write_text(json.dumps(manifest))
+    assert start(run, shards[0]).step == 40
+    model["layer_scale"] = 0.1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"belongs to another model \(model.layer_scale is None, was 0.1\)"):
+        start(run, shards[0])
+    del model["layer_scale"]
+    model["gone"] = True
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"belongs to another model \(.*model.gone is None, was True"):
+        start(run, shards[0])
