@@ -16,6 +16,7 @@ from fastvit_engine.data.stream.prepare import eval_streams
 from fastvit_engine.distributed.environment import launched_by_cluster
 from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.engine.deepspeed import forget_process_groups
+from fastvit_engine.errors import UserError
 from fastvit_engine.evaluate.classification import Accuracy
 from fastvit_engine.evaluate.classification import evaluate as evaluate_batches
 from fastvit_engine.models import VisionTransformer
@@ -55,6 +56,11 @@ def train(
         section = resolved.config.data.model_copy(update={"train": shards, "index": None})
         origins = {**resolved.origins, "data.train": "train()"}
         resolved = Resolved(resolved.config.model_copy(update={"data": section}), origins)
+    if dist.is_initialized():
+        raise UserError(
+            "this process already belongs to a process group of torch.distributed, and train() makes its own: destroy "
+            "yours first, or call train() in a process that has none"
+        )
     with nullcontext() if launched_by_cluster() else _lone_rank():
         loop.train(resolved, Path(out), resume=resume, data=own)
 

@@ -1,6 +1,7 @@
 """The training loop. Every process of the run executes `train` from top to bottom."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,24 +73,29 @@ def _train(
         save_recovery(run, start.state.recovery)
         record_start(resolved, chosen, job, start.step)
     next_start: Start | None = start
-    while next_start is not None:  # more than once if training has to go back to a checkpoint
-        bound = replace(next_start, data=next_start.data.bind(data))  # an iterable stays in its process
-        next_start = _train_from(bound, job)
-    job.engine.close()
+    try:
+        while next_start is not None:  # more than once if training has to go back to a checkpoint
+            next_start = _train_from(next_start, job, data)
+    finally:
+        job.engine.close()
 
 
-def _train_from(start: Start, job: Job) -> Start | None:
+def _train_from(start: Start, job: Job, data: IterableData | None) -> Start | None:
     """Trains to the end of the run and returns None; or, after a failure, returns where to continue instead."""
-    config, schedule, guard, watchdog = job.config, job.schedule, job.health.guard, job.processes.watchdog
-
-    # ---- the weights of the checkpoint, or the first; and the data, from the first sample that is still to come
-    watchdog.phase("loading", slow=True)
+    # the weights of the checkpoint, or the first; and the data, from the first sample that is still to come
+    job.processes.watchdog.phase("loading", slow=True)
     start = load_start(start, job.checkpointer, job.run, job.world)
+    start = replace(start, data=start.data.bind(data))  # an iterable stays in its process
+    job.health.guard.forget(start.state.recent)
+    log = StepLog(job, start.state)
+    with closing(log), closing(log.watch(_open_batches(start, job))) as batches:  # which ends the data workers
+        return _train_steps(start, job, batches, log)
+
+
+def _train_steps(start: Start, job: Job, batches: Iterator[Batch], log: StepLog) -> Start | None:
+    """The steps from `start` on; returns as `_train_from` does."""
+    config, schedule, guard, watchdog = job.config, job.schedule, job.health.guard, job.processes.watchdog
     state = start.state
-    guard.forget(state.recent)
-    batches = _open_batches(start, job)
-    log = StepLog(job, state)
-    batches = log.watch(batches)
     evaluators = build_evaluators(job, start.data, log.recorder)
     if log.recorder:
         job.checkpointer.say = log.recorder.message

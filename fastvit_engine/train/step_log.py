@@ -1,6 +1,6 @@
 """What is measured of training steps, and the rows of `metrics.jsonl` that it becomes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 
 from fastvit_engine.checkpoint import TrainerState
 from fastvit_engine.data import Batch
@@ -31,7 +31,7 @@ class StepLog:
         self._data_wait = DataWait(config.data.num_workers)
         self._first_step = self._last_logged = state.step
 
-    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def watch(self, batches: Iterable[Batch]) -> Generator[Batch]:
         """The batches; counts bad samples, and the time that training waits for each batch."""
         return self.stopwatch.timed(self.bad_samples.watch(batches))
 

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -85,7 +85,7 @@ class Stopwatch:
         self.waited = 0.0
         self.start = time.perf_counter()
 
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def timed(self, batches: Iterator[Batch]) -> Generator[Batch]:
         """The batches; the time until each comes counts as waiting for data."""
         while True:
             start = time.perf_counter()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import webdataset as wds
 
 import fastvit_engine
@@ -222,3 +223,41 @@ def test_train_is_one_rank_of_a_job_that_a_launcher_started(digits, tmp_path):
     ]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
     assert json.loads(Path(out, "environment.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_a_program_ends_when_a_run_in_it_has_failed(digits, tmp_path, zero_stage):
+    """The data workers end with the run, and PyTorch gets back what ZeRO-3 exchanges."""
+    program = """
+import json, multiprocessing, sys, torch, fastvit_engine
+from fastvit_engine.errors import UserError
+linear = torch.nn.functional.linear
+try:
+    fastvit_engine.train(fastvit_engine.load_config("quickstart", json.loads(sys.argv[1])), sys.argv[2])
+except UserError as error:
+    print(error)
+assert not multiprocessing.active_children() and torch.nn.functional.linear is linear
+"""
+    failing = ["optimizer.learning_rate=1e30", "optimizer.weight_decay=0", "health.max_rewinds=0"]
+    settings = [
+        *SETTINGS,
+        *failing,
+        f"zero.stage={zero_stage}",
+        "data.num_workers=1",
+        f"data.train={digits}/train-*.tar",
+    ]
+    command = [sys.executable, "-c", program, json.dumps(settings), str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "health.max_rewinds" in done.stdout
+
+
+def test_a_process_group_of_the_user_is_left_alone(digits, tmp_path):
+    port = free_port()
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    try:
+        with pytest.raises(UserError, match="already belongs to a process group"):
+            fastvit_engine.train("quickstart", tmp_path / "run", data=digits)
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
