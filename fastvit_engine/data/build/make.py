@@ -214,10 +214,18 @@ def _packing(
     """The packing of a run that was stopped, or of another part; otherwise a new one."""
     unfinished = out / UNFINISHED_NAME
     folder = unfinished / "packing"
-    if folder.exists():
-        packing = Packing.load(folder)
-        _check_equal(out, "is being", packing.arguments, arguments)
-        return packing
+    # Looked for first: another part may store its packing, and then receipts, at any moment.
+    has_receipts = any((unfinished / "receipts").glob("*.json"))
+    for stored in (folder, unfinished / "plan"):  # the second is that of an earlier version
+        if stored.exists():
+            packing = Packing.load(stored)
+            _check_equal(out, "is being", packing.arguments, arguments)
+            return packing
+    if has_receipts and read_info(out) is None:
+        raise UserError(
+            f"{unfinished} says which shards are complete but not what they were made from: remove the folder {out} "
+            "or choose another --out"
+        )
 
     def say(text: str) -> None:
         display.clear()

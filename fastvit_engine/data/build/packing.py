@@ -70,7 +70,9 @@ class Packing:
 
     @classmethod
     def load(cls, folder: Path) -> "Packing":
-        rest = json.loads((folder / "packing.json").read_text())
+        """Reads what `save` has written, also in an earlier version, where one of the files was called plan.json."""
+        earlier = folder / "plan.json"
+        rest = json.loads((earlier if earlier.exists() else folder / "packing.json").read_text())
         orders = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "eval")}
         return cls(listing=Listing.load(folder), **orders, **rest)
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections import Counter
@@ -224,6 +225,40 @@ def test_complete_shards_are_kept_and_others_made_again(many, tmp_path):
     assert kept.stat().st_mtime_ns == before
     _make(many, tmp_path / "whole", samples_per_shard=6)
     assert _contents(out) == _contents(tmp_path / "whole")
+
+
+def _stop_after_some_shards(source: Path, out: Path) -> None:
+    _make(source, out, samples_per_shard=6, part=(1, 4))
+    assert _receipts(out) and not (out / "dataset.json").exists()
+
+
+def test_a_run_begun_by_an_earlier_version_goes_on_from_its_plan(many, tmp_path, photo):
+    _make(many, tmp_path / "whole", samples_per_shard=6)
+    out = tmp_path / "out"
+    _stop_after_some_shards(many, out)
+    plan = out / UNFINISHED_NAME / "plan"
+    (out / UNFINISHED_NAME / "packing").rename(plan)
+    (plan / "packing.json").rename(plan / "plan.json")
+    with pytest.raises(UserError, match="is being made with --seed 0, not with --seed 1: remove the folder"):
+        _make(many, out, samples_per_shard=6, seed=1)
+    with pytest.raises(UserError, match="is being made from .*many.*, not from "):
+        _make(tmp_path, out, samples_per_shard=6)
+    _make(many, out, samples_per_shard=6, plan_only=True)
+    assert not (out / UNFINISHED_NAME / "packing").exists()
+    _make(many, out, samples_per_shard=6)
+    assert _contents(out) == _contents(tmp_path / "whole")
+
+
+def test_complete_shards_without_their_packing_are_refused(many, tmp_path):
+    out = tmp_path / "out"
+    _stop_after_some_shards(many, out)
+    shutil.rmtree(out / UNFINISHED_NAME / "packing")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(
+        UserError, match=rf"not what they were made from: remove the folder {out} or choose another --out"
+    ):
+        _make(many, out, samples_per_shard=6)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_images_added_while_it_was_stopped_do_not_change_the_packing(photos, tmp_path, photo):
