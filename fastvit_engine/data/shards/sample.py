@@ -47,8 +47,8 @@ def describe_ignored(ignored: Ignored) -> str:
 def iterate_files(read: ReadAt, archive_size: int | None, ignored: Ignored) -> Iterator[SampleFile]:
     """The files of a whole archive that belong to samples, in stored order; others are counted in `ignored`.
 
-    Raises TarError on damage, for a sample whose members lie apart from each other, for a member that occurs twice and
-    for one of more than MAX_MEMBER_BYTES.
+    Raises TarError on damage, for a sample whose members lie apart from each other, for a member that occurs twice, for
+    one whose extension begins with "__" and for one of more than MAX_MEMBER_BYTES.
     """
     seen: set[str] = set()
     extensions: set[str] = set()  # of the current sample
@@ -68,12 +68,22 @@ def iterate_files(read: ReadAt, archive_size: int | None, ignored: Ignored) -> I
             seen.add(key)
         if name[1] in extensions:
             raise TarError(f"has the member {name[1]!r} of sample {key!r} twice, the second time", member.start)
+        _check_extension(name[1], key, member)
         if member.size > MAX_MEMBER_BYTES:
             raise TarError(
                 f"has, in sample {key!r}, a member of {member.size:,} bytes, which is too large", member.start
             )
         extensions.add(name[1])
         yield SampleFile(name[0], name[1], member, first)
+
+
+def _check_extension(extension: str, key: str | None, member: Member) -> None:
+    """Raises TarError for a member that would take the place of the sample's "__key__" or "__url__"."""
+    if extension.startswith("__"):
+        raise TarError(
+            f"has, in sample {key!r}, the member {extension!r}, but names with '__' in front are reserved,",
+            member.start,
+        )
 
 
 def read_samples(read: ReadAt, archive_size: int | None, shard: str, ignored: Ignored) -> Iterator[Sample]:
@@ -105,6 +115,7 @@ def parse_sample(content: bytes, shard: str) -> Sample:
         if member.is_file and name:
             if sample.setdefault("__key__", name[0]) != name[0]:
                 raise TarError("has members of another sample")
+            _check_extension(name[1], name[0], member)
             sample[name[1]] = content[member.data : member.data + member.size]
         offset = member.end
     if "__key__" not in sample:

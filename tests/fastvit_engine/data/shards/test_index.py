@@ -12,6 +12,7 @@ import fastvit_engine.data.shards.index as index_module
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.index import open_index, write_index
 from fastvit_engine.data.shards.sample import parse_sample
+from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage import ShardStorage
 
@@ -168,6 +169,10 @@ def test_damage_is_named_with_its_byte(tmp_path, write_tar, sample_members, dama
             [("a.jpg", b"1"), ("b.jpg", b"2"), ("a.cls", b"3")],
             r"has members of sample 'a' apart from each other: one more at byte 2,048",
         ),
+        (
+            [("a.jpg", b"1"), ("a.cls", b"2"), ("a.__KEY__", b"3")],
+            r"has, in sample 'a', the member '__key__', but names with '__' in front are reserved, at byte 2,048",
+        ),
         ([("a.jpg", b"1"), ("a.cls", b"cat")], r"in sample 'a', the label b'cat' in 'cls'.*not a class index.* 1,536"),
         ([("a.cls", b"[1, true]")], "not a class index"),
     ],
@@ -176,6 +181,21 @@ def test_archives_that_are_no_shards(tmp_path, write_tar, members, message):
     path = write_tar(tmp_path / "odd.tar", members)
     with pytest.raises(UserError, match=rf"odd\.tar .*{message.removeprefix('has ')}"):
         write_index([str(path)], tmp_path / "x.index")
+
+
+@pytest.mark.parametrize("extension", ["__key__", "__url__", "__Other"])
+def test_no_member_takes_the_place_of_what_a_sample_says_of_itself(tmp_path, write_tar, extension):
+    members = [("a.jpg", b"1"), ("a.x__key__", b"2"), ("a__b.cls", b"3")]
+    content = write_tar(tmp_path / "good.tar", members[:2]).read_bytes()
+    assert parse_sample(content, "s") == {"__key__": "a", "__url__": "s", "jpg": b"1", "x__key__": b"2"}
+    assert [sample["__key__"] for sample in read_shard(str(write_tar(tmp_path / "2.tar", members)))] == ["a", "a__b"]
+    bad = write_tar(tmp_path / "bad.tar", [*members[:2], (f"a.{extension}", b"other")])
+    with pytest.raises(TarError, match="are reserved, at byte 2,048"):
+        parse_sample(bad.read_bytes(), "s")
+    with pytest.raises(
+        UserError, match=rf"bad\.tar is damaged \(it has, in sample 'a', the member '{extension.lower()}'"
+    ):
+        list(read_shard(str(bad)))
 
 
 def test_at_most_ten_bad_shards_are_named(tmp_path):
