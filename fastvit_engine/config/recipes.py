@@ -106,6 +106,9 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 def _lines(node: yaml.Node | None, file: str, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, "file:line") of each key. Raises UserError for one that is set twice: YAML would drop the first."""
+    if isinstance(node, yaml.SequenceNode):
+        for number, entry in enumerate(node.value):
+            yield from _lines(entry, file, f"{prefix.removesuffix('.')}[{number}].")
     if not isinstance(node, yaml.MappingNode):
         return
     first: dict[Hashable, int] = {}

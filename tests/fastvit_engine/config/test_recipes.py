@@ -71,6 +71,12 @@ def test_a_run_folder_is_no_recipe_but_holds_one(write, tmp_path):
             "bad.yaml:5 sets 'model' again, after line 1",
         ),
         ("model:\n  name: B/16\n  name: L/16\n", "bad.yaml:3 sets 'model.name' again, after line 2"),
+        (
+            "data:\n  train:\n    - {shards: c, weight: 1}\n    - {shards: a, shards: b}\n",
+            r"bad.yaml:4 sets 'data.train\[1\].shards' again, after line 4",
+        ),
+        ("- a\n- b: 1\n  b: 2\n", r"bad.yaml:3 sets '\[1\].b' again, after line 2"),
+        ("data:\n  train: &t\n    - *t\n", "is not valid YAML"),
         ("model: &m\n  name: *m\n", "is not valid YAML"),
     ],
 )
