@@ -6,11 +6,11 @@ import zlib
 from pathlib import Path
 
 import torch
-import yaml
 
 from fastvit_engine.checkpoint import Checkpoint, open_store, usable_checkpoints
 from fastvit_engine.checkpoint.format import Manifest
 from fastvit_engine.checkpoint.reader import Reader
+from fastvit_engine.checkpoint.run_config import read_section
 from fastvit_engine.checkpoint.store import is_step_name
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
@@ -21,14 +21,13 @@ from fastvit_engine.observe.run_folder import RunFolder
 def find_checkpoint(source: str) -> Checkpoint:
     """The checkpoint that a path or URL names: itself, or the latest of a run folder or of a folder of checkpoints.
 
-    Raises UserError if there is none.
+    Raises UserError if there is none, or if the run's config.yaml is damaged.
     """
     parent, _, name = source.rstrip("/").rpartition("/")
     if is_step_name(name):
         return Checkpoint(open_store(parent or "."), name)
     run = RunFolder(Path(source))
-    if "://" not in source and run.config.exists():
-        settings = yaml.safe_load(run.config.read_text()).get("checkpoint", {})
+    if "://" not in source and (settings := read_section(run, "checkpoint")) is not None:
         source = settings.get("path") or str(run.checkpoints)
     found = usable_checkpoints(open_store(source))
     if not found:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from fastvit_engine.checkpoint.export import find_checkpoint, kind_of_weights
 from fastvit_engine.checkpoint.reader import Reader
+from fastvit_engine.checkpoint.run_config import damaged_config, read_section
 from fastvit_engine.checkpoint.store import Checkpoint
 from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.errors import UserError
@@ -46,8 +46,10 @@ def load_model(source: str | Path, *, ema: bool = False) -> VisionTransformer:
 def _pixels_of_run(source: str, checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """How the run prepares images, as its folder has it; for checkpoints of versions that do not say it."""
     for folder in (Path(source), Path(str(checkpoint)).parent.parent):
-        config = RunFolder(folder).config
-        if "://" not in str(folder) and config.exists():
-            data = yaml.safe_load(config.read_text())["data"]
-            return {key: data[key] for key in ("mean", "std", "eval_crop")}
+        run = RunFolder(folder)
+        if "://" not in str(folder) and (data := read_section(run, "data")) is not None:
+            try:
+                return {key: data[key] for key in ("mean", "std", "eval_crop")}
+            except KeyError as error:
+                raise damaged_config(run) from error
     return None

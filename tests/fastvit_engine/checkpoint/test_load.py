@@ -1,6 +1,7 @@
 """`load_model`: the same model from everything that holds one."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -66,6 +67,22 @@ def test_a_checkpoint_of_an_earlier_version_takes_its_pixels_from_the_run(run, t
     (copy / "config.yaml").unlink()
     with pytest.warns(UserWarning, match="does not say mean and std of its pixels"):
         assert load_model(copy / "checkpoints").patch_embed.mean == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("text", ["", "checkpoint: [", "just words", "checkpoint: 3\ndata: 3\n", "\0"])
+def test_a_run_whose_configuration_is_damaged_is_refused_in_a_sentence(run, tmp_path, text):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "config.yaml").write_text(text)
+    message = r"^\S+/run/config\.yaml is empty or damaged: restore it, or move it away and give \S+/run/checkpoints "
+    with pytest.raises(UserError, match=message):
+        find_checkpoint(str(copy))
+    forget_pixels(copy)
+    with pytest.raises(UserError, match=message):
+        load_model(copy / "checkpoints")
+    (copy / "config.yaml").write_text("data: {}\n")  # sound, but it does not say what is needed of it
+    with pytest.raises(UserError, match=message):
+        load_model(copy)
 
 
 def test_what_holds_no_model_is_named(run, tmp_path):
