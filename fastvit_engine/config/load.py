@@ -10,13 +10,14 @@ import yaml
 from pydantic import ValidationError
 
 from fastvit_engine.config.checks import check_config
-from fastvit_engine.config.keys import MOVED, fields, hint, takes_list, takes_null, takes_text
+from fastvit_engine.config.keys import MOVED, fields, hint, sections, takes_list, takes_null, takes_text
 from fastvit_engine.config.recipes import find_recipe, read_recipe
 from fastvit_engine.config.sections import Config
 from fastvit_engine.errors import UserError
 
 _SET = "--set"
 _OVERRIDES = "overrides"  # where a value comes from that a program gave as a mapping
+_NULLS = ("", "~", "null", "Null", "NULL")  # how YAML writes null
 
 
 class _OneLineDumper(yaml.SafeDumper):
@@ -80,7 +81,9 @@ def _pairs(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, 
         raise UserError(f"overrides is the text {overrides!r}: give a list of such texts, or a mapping")
     if isinstance(overrides, Mapping):
         for key, value in _flatten(overrides).items():
-            yield key, os.fspath(value) if isinstance(value, os.PathLike) else value
+            is_empty = isinstance(value, Mapping) and not value
+            if not (is_empty and key in sections()):  # an empty section sets nothing
+                yield key, _with_paths_as_text(value)
         return
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -90,10 +93,20 @@ def _pairs(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, 
         yield key, _value(key, text)
 
 
+def _with_paths_as_text(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _with_paths_as_text(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_paths_as_text(inner) for inner in value]
+    return value
+
+
 def _value(key: str, text: str) -> Any:
     """What `--set key=text` means: for a key that holds text the text as it is, for any other what YAML makes of it."""
     if takes_text(key):
-        if takes_null(key) and text.strip() in ("null", ""):
+        if takes_null(key) and text.strip() in _NULLS:
             return None
         is_list = takes_list(key) and _looks_like_a_list(text)
         if not is_list:

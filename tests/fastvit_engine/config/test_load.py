@@ -85,6 +85,8 @@ def test_overrides_may_be_a_mapping_of_plain_or_nested_keys(recipe, tmp_path):
     assert nested.config.train.duration == "5 epochs"
     assert nested.config.data.sources[0].shards == "a"
     assert nested.config.model.name == "Ti/4"  # of the recipe
+    listed = load_config(str(recipe), {"data.train": [{"shards": tmp_path}, {"shards": "b"}]})
+    assert [source.shards for source in listed.config.data.sources] == [str(tmp_path), "b"]
     with pytest.raises(UserError, match=r"unknown configuration key 'lr' \(overrides\); did you mean 'optimizer"):
         load_config(str(recipe), {"lr": 1e-3})
     with pytest.raises(UserError, match="overrides is the text 'zero.stage=2': give a list"):
@@ -144,7 +146,7 @@ def test_a_key_that_holds_text_takes_it_as_it_is(recipe, text):
     assert [*values, config.data.label_key, config.checkpoint.path] == [text] * len(keys)
 
 
-@given(st.text().filter(lambda text: text.strip() not in ("", "null")))
+@given(st.text().filter(lambda text: text.strip() not in ("", "~", "null", "Null", "NULL")))
 def test_any_text_arrives_and_is_written_down_so_that_it_can_be_read_again(text):
     resolved = load_config("quickstart", [f"data.cache={text}", f"name={text}"])
     assert (resolved.config.data.cache, resolved.config.name) == (text, text)
@@ -158,13 +160,22 @@ def test_a_long_text_stays_on_its_line(recipe):
     assert sum(line.startswith("  train: ") and line.endswith("  # --set") for line in lines) == 1
 
 
-@pytest.mark.parametrize("text", ["null", ""])
+@pytest.mark.parametrize("text", ["null", "", "~", "Null", "NULL", " ~ "])
 def test_null_is_null_where_the_key_may_be_null(recipe, text):
     keys = ["data.train", "data.eval", "checkpoint.path", "checkpoint.every", "checkpoint.keep_best"]
     config = load_config(str(recipe), [f"{key}={text}" for key in keys]).config
     assert config.data.train is config.data.eval is config.checkpoint.path is None
     assert config.checkpoint.every is config.checkpoint.keep_best is None
     assert load_config(str(recipe), ["name=null"]).config.name == "null"
+
+
+def test_an_empty_section_in_a_mapping_changes_nothing(recipe):
+    before = load_config(str(recipe))
+    for empty in ({"train": {}}, {"model": {}, "data": {}}, {}):
+        after = load_config(str(recipe), empty)
+        assert after.config == before.config and after.origins == before.origins
+    with pytest.raises(UserError, match=r"'model\.width' \(overrides\) is \{\}"):
+        load_config(str(recipe), {"model": {"width": {}}})
 
 
 def test_sources_are_a_list(recipe):
