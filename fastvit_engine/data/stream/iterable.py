@@ -204,8 +204,8 @@ def _images(image: Any, size: int, name: str) -> Tensor:
         image = np.array(image)
     if not isinstance(image, np.ndarray | Tensor):
         raise UserError(f"{name} has an image of type {type(image).__name__}: decode it to an array uint8 [H, W, 3]")
-    if isinstance(image, np.ndarray) and not image.flags.writeable:
-        image = image.copy()  # which PyTorch would warn of
+    if isinstance(image, np.ndarray) and (not image.flags.writeable or min(image.strides, default=0) < 0):
+        image = image.copy()  # PyTorch warns of the one and refuses the other, such as image[:, ::-1]
     images = torch.as_tensor(image)
     if images.dtype != torch.uint8:
         raise UserError(

@@ -47,6 +47,9 @@ CHW = np.moveaxis(_image(5), -1, 0)
 ITEMS = {
     "array": (_image(5), 2),
     "planes": (CHW, 2),
+    "flipped": (_image(5)[:, ::-1], 2),
+    "BGR": (_image(5)[..., ::-1], 2),
+    "flipped batch": (_image(5)[None, :, ::-1], [2]),
     "tensor": (torch.from_numpy(_image(5)), torch.tensor(2)),
     "tensor of planes": (torch.from_numpy(CHW.copy()), np.int64(2)),
     "Pillow": (Image.fromarray(_image(5)), 2),
@@ -67,6 +70,12 @@ def test_items(config, kind):
     assert batch.images.shape == (1, SIZE, SIZE, 3) and batch.images.dtype == torch.uint8 and (batch.images == 5).all()
     assert batch.labels.tolist() == [2] and batch.labels.dtype == torch.int64 and batch.weights.tolist() == [1.0]
     assert batch.keys == ["k" if kind == "members" else ""]
+
+
+def test_a_flipped_image_stays_flipped(config):
+    image = np.arange(SIZE * SIZE * 3).reshape(SIZE, SIZE, 3).astype(np.uint8)
+    batch = to_batch((image[:, ::-1, ::-1], 2), config(), "item 0")
+    assert (batch.images[0].numpy() == np.flip(image, (1, 2))).all()
 
 
 def test_several_labels(config):
