@@ -21,6 +21,7 @@ from fastvit_engine.evaluate.classification import Accuracy
 from fastvit_engine.evaluate.classification import evaluate as evaluate_batches
 from fastvit_engine.models import VisionTransformer
 from fastvit_engine.train import loop
+from fastvit_engine.train.health.bad_samples import checked
 from fastvit_kernels import FusedCrossEntropy
 
 
@@ -78,8 +79,11 @@ def evaluate(
     config: whose section `data` says how images and labels are read, and whose `loss` is measured. Default: one label
     per image, cropped as the run that trained the model did. batch_size: images at a time.
 
-    Raises UserError if the data cannot be read, or does not fit the model.
+    Samples without a usable image are left out, and a line on stderr says how many. Raises UserError if they are more
+    than `data.max_bad_share` allows, or all; and if the data cannot be read, or does not fit the model.
     """
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: give the number of images at a time, 1 or more")
     settings = Config() if config is None else _resolved(config).config
     changes: dict[str, Any] = {"eval": str(data), "order": "stream"}
     if config is None and model.eval_crop is not None:
@@ -93,7 +97,8 @@ def _eval_batches(config: Config, batch_size: int) -> Iterator[Batch]:
     shards = eval_streams(config)
     assert shards is not None  # `evaluate` sets data.eval
     pin_memory = torch.cuda.is_available()
-    return shards.eval_batches(config, rank=0, world_size=1, batch_size=batch_size, pin_memory=pin_memory)
+    batches = shards.eval_batches(config, rank=0, world_size=1, batch_size=batch_size, pin_memory=pin_memory)
+    return checked(batches, config.data.max_bad_share)
 
 
 def _resolved(config: Resolved | Config | str) -> Resolved:

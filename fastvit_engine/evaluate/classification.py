@@ -93,20 +93,22 @@ def evaluate(
     device = next(model.parameters()).device if world is None else world.device
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, samples
     examples: list[Example] = []
-    for batch in batches:
-        images = batch.images.to(device, non_blocking=True)
-        labels = batch.labels.to(device, non_blocking=True)
-        weights = batch.weights.to(device, non_blocking=True)  # 0 marks padding
-        logits = model(images).float()
-        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
-        hits = (ranked[:, :, None] == labels.view(len(labels), 1, -1)).any(dim=2)  # [B, 5]
-        losses = criterion(logits, targets(labels, logits.shape[1]), reduction="none")
-        totals += torch.stack(
-            [(hits[:, 0] * weights).sum(), (hits.any(1) * weights).sum(), (losses * weights).sum(), weights.sum()]
-        )
-        if len(examples) < shown:
-            examples += _examples(batch, logits, ranked)[: shown - len(examples)]
-    model.train(was_training)
+    try:
+        for batch in batches:
+            images = batch.images.to(device, non_blocking=True)
+            labels = batch.labels.to(device, non_blocking=True)
+            weights = batch.weights.to(device, non_blocking=True)  # 0 marks padding
+            logits = model(images).float()
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices  # [B, 5]
+            hits = (ranked[:, :, None] == labels.view(len(labels), 1, -1)).any(dim=2)  # [B, 5]
+            losses = criterion(logits, targets(labels, logits.shape[1]), reduction="none")
+            totals += torch.stack(
+                [(hits[:, 0] * weights).sum(), (hits.any(1) * weights).sum(), (losses * weights).sum(), weights.sum()]
+            )
+            if len(examples) < shown:
+                examples += _examples(batch, logits, ranked)[: shown - len(examples)]
+    finally:  # also if the data turns out to be unusable
+        model.train(was_training)
     top1, top5, loss, samples = (totals if world is None else world.sum(totals)).tolist()
     has_top5 = logits.shape[1] > 5
     return (

@@ -16,6 +16,7 @@ import webdataset as wds
 
 import fastvit_engine
 from fastvit_engine.config import ModelConfig
+from fastvit_engine.data.shards.index import write_index
 from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.errors import UserError
 from fastvit_engine.objectives.classify import Classify
@@ -144,6 +145,63 @@ def test_a_model_of_the_paper_is_built_and_evaluated_as_it_is(digits):
             fastvit_engine.build_model(config.model_copy(update={"num_classes": 3}), mean=(0.5,) * 3, std=(0.5,) * 3),
             digits / "eval-000000.tar",
         )
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = ModelConfig(name="Ti/4", image_size=8, num_classes=10, width=32, depth=1, heads=2)
+    return fastvit_engine.build_model(config, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def with_junk(write_tar, photo, path, good: int, junk: int) -> Path:
+    """A shard of images, and then of samples that are none."""
+    images = [photo(0)] * good + [b"junk"] * junk
+    members = [pair for n, image in enumerate(images) for pair in ((f"{n}.jpg", image), (f"{n}.cls", b"1"))]
+    return write_tar(path, members)
+
+
+def test_evaluation_says_how_many_samples_it_leaves_out(tiny, write_tar, photo, tmp_path, capsys):
+    shard = with_junk(write_tar, photo, tmp_path / "some.tar", 20, 9)  # too few to be too large a share
+    assert fastvit_engine.evaluate(tiny, shard).samples == 20
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"left out: 9 of 29 samples; the first, sample '20' of shard {shard} ")
+
+
+def test_evaluation_refuses_too_many_bad_samples(tiny, write_tar, photo, tmp_path):
+    many = with_junk(write_tar, photo, tmp_path / "many.tar", 20, 20)
+    tiny.train()
+    with pytest.raises(UserError, match=r"20 of 40 samples .*max_bad_share = 0\.001 allows; the first, sample '20' of"):
+        fastvit_engine.evaluate(tiny, many, batch_size=16)
+    assert tiny.training
+    tolerant = fastvit_engine.load_config("quickstart", ["data.max_bad_share=0.5"])
+    assert fastvit_engine.evaluate(tiny, many, config=tolerant).samples == 20
+
+
+def test_evaluation_refuses_samples_of_which_none_is_usable(tiny, write_tar, photo, tmp_path):
+    junk = with_junk(write_tar, photo, tmp_path / "junk.tar", 0, 20)
+    with pytest.raises(UserError, match=r"sample '0' of shard .*junk\.tar"):
+        fastvit_engine.evaluate(tiny, junk)
+    nothing = write_tar(tmp_path / "a.tar", [])
+    with pytest.raises(UserError, match="hold no samples"):
+        fastvit_engine.evaluate(tiny, nothing)
+    with_junk(write_tar, photo, tmp_path / "b.tar", 0, 5)  # which is only seen when it is read
+    with pytest.raises(UserError, match=r"none of 5 samples has a usable image; the first, sample '0' of .*b\.tar"):
+        fastvit_engine.evaluate(tiny, f"{tmp_path}/[ab].tar")
+
+
+@pytest.mark.parametrize("batch_size", [0, -3])
+def test_evaluation_refuses_a_batch_size_that_is_none(tiny, digits, batch_size):
+    with pytest.raises(UserError, match=rf"batch_size is {batch_size}: give"):
+        fastvit_engine.evaluate(tiny, digits, batch_size=batch_size)
+
+
+def test_evaluation_takes_an_index_for_the_shards_in_it(tiny, digits, tmp_path):
+    shards = sorted(map(str, digits.glob("eval-*.tar")))
+    write_index(shards, tmp_path / "x.index", label_key="cls")
+    assert fastvit_engine.evaluate(tiny, tmp_path / "x.index") == fastvit_engine.evaluate(tiny, f"{digits}/eval-*.tar")
+    with pytest.raises(UserError, match=r"nowhere\.index"):
+        fastvit_engine.evaluate(tiny, tmp_path / "nowhere.index")
 
 
 def pipeline(digits):

@@ -278,7 +278,11 @@ def eval_streams(config: Config) -> StreamedShards | None:
     """The shards of data.eval, to be read from beginning to end; None if it is not set. Raises UserError."""
     if not config.data.eval:
         return None
-    shards = find_shards(config.data.eval, "eval")
+    named = config.data.eval
+    if named.endswith(INDEX_SUFFIX) and is_local(named):
+        shards = list(open_index(Path(named).expanduser()).shards)
+    else:
+        shards = find_shards(named, "eval")
     _check_stream(shards, "eval", config)
     return StreamedShards(tuple(shards))
 

@@ -1,5 +1,6 @@
 """Samples without a usable image: they have weight 0, are counted and named, and too many of them stop the run."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from fastvit_engine.distributed.world import World
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import append_json_lines, read_json_lines
 from fastvit_engine.observe.recorder import Recorder
+from fastvit_engine.observe.units import counted
 
 _FEWEST = 10  # bad samples that can be too large a share
 _MOST_IN_A_ROW = 100  # on one process
@@ -76,6 +78,35 @@ class BadSamples:
         if recorder and shown < len(new):
             recorder.message(f"left out: more samples, all named in {self.path}")
         self._named |= new.keys()
+
+
+def checked(batches: Iterable[Batch], max_share: float) -> Iterator[Batch]:
+    """The batches of one pass over a data set outside of a run; at its end, stderr says how many samples were bad.
+
+    Raises UserError at the end if more samples were bad than the allowed share, or none was usable.
+    """
+    seen = bad = 0
+    first: BadSample | None = None
+    for batch in batches:
+        for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True):
+            if key:  # no padding
+                seen += 1
+                bad += weight == 0
+        first = first or next(iter(batch.bad), None)
+        yield batch
+    if first is None:
+        return
+    if bad == seen:
+        raise UserError(
+            f"none of {counted(seen, 'sample')} has a usable image; the first, {_sentence(first)}: repair the shards, "
+            "or check data.image_key"
+        )
+    if bad >= _FEWEST and bad > max_share * seen:
+        raise UserError(
+            f"{bad:,} of {seen:,} samples have no usable image, more than data.max_bad_share = {max_share:g} allows; "
+            f"the first, {_sentence(first)}: repair the shards or raise data.max_bad_share"
+        )
+    print(f"left out: {bad:,} of {seen:,} samples; the first, {_sentence(first)}", file=sys.stderr, flush=True)
 
 
 def _sentence(sample: BadSample) -> str:
