@@ -30,9 +30,11 @@ class HttpSource:
         self._threads = threading.local()
 
     @contextmanager
-    def open(self, url: str, start: int, stop: int, timeout: float) -> Iterator[Reply]:
+    def open(self, url: str, start: int, stop: int | None, timeout: float) -> Iterator[Reply]:
+        # Not even "bytes=0-" if all is asked for: some servers answer every range with 416 or 501.
+        headers = {} if start == 0 and stop is None else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
         with _failures(timeout):
-            connection, response = self._get(url, {"Range": f"bytes={start}-{stop - 1}"}, timeout)
+            connection, response = self._get(url, headers, timeout)
         try:
             yield _reply(response, start, timeout)
         finally:

@@ -55,13 +55,15 @@ class FsspecSource:
         require_package(url)
         self._known: dict[str, tuple[int, str | None]] = {}  # URL -> size and version
 
-    def open(self, url: str, start: int, stop: int, timeout: float) -> AbstractContextManager[Reply]:
+    def open(self, url: str, start: int, stop: int | None, timeout: float) -> AbstractContextManager[Reply]:
         with _failures(timeout):
             fs, path = url_to_fs(url)
         if url not in self._known:  # a ranged answer does not tell them
             info = _call(fs, "info", path, timeout=timeout)
             self._known[url] = info["size"], next((str(info[key]) for key in VERSION_KEYS if info.get(key)), None)
-        return nullcontext(Reply(start, *self._known[url], _chunks(fs, path, start, stop, timeout)))
+        size, version = self._known[url]
+        stop = size if stop is None else stop
+        return nullcontext(Reply(start, size, version, _chunks(fs, path, start, stop, timeout)))
 
 
 def _chunks(fs: AbstractFileSystem, path: str, start: int, stop: int, timeout: float) -> Iterator[bytes]:

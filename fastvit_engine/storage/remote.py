@@ -1,8 +1,9 @@
 """Reads remote shards with retries, and raises one error if a shard cannot be read."""
 
+import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from fastvit_engine.errors import UserError
@@ -10,6 +11,8 @@ from fastvit_engine.storage.errors import GaveUp, StaleIndex, public_url
 from fastvit_engine.storage.http import HttpSource
 from fastvit_engine.storage.object_store import FsspecSource
 from fastvit_engine.storage.source import AttemptFailed, Refused, Source
+
+log = logging.getLogger(__name__)
 
 BACKOFF_S = 0.5  # mean of the first pause is half of it; doubles with every failure in a row
 MAX_BACKOFF_S = 30.0
@@ -124,6 +127,48 @@ def fetch(
             pause = random.uniform(0, min(BACKOFF_S * 2 ** (failures - 1), MAX_BACKOFF_S))
             _sleep(min(max(pause, error.retry_after), deadline - time.monotonic()), cancelled)
     return skipped
+
+
+def stream_bytes(url: str, policy: TryPolicy) -> Generator[bytes]:
+    """All bytes of a remote shard, from beginning to end, with one request for as long as its connection holds.
+
+    The server need not know ranges or lengths. A broken transfer resumes where it stopped. Raises UserError if the
+    server refuses, or if the shard changes meanwhile, and GaveUp if `policy.retries` attempts in a row bring nothing.
+    `policy.patience` does not apply: whoever consumes the bytes sets the pace.
+    """
+    source, done, size, version, attempts, failures = open_source(url), 0, None, None, 0, 0
+    while True:
+        before, attempts = done, attempts + 1
+        try:
+            with source.open(url, done, None, policy.timeout) as reply:
+                if _differ(size, reply.size) or _differ(version, reply.version):
+                    raise UserError(f"shard {public_url(url)} changed while it was being read: start again")
+                size, version, position = size or reply.size, version or reply.version, reply.offset
+                for chunk in reply.chunks:
+                    new = chunk[max(done - position, 0) :]  # a server without ranges begins anew
+                    position += len(chunk)
+                    if new:
+                        done += len(new)
+                        yield new
+            if size is None or done >= size:
+                return
+            raise AttemptFailed(f"the connection closed {size - done} bytes before the end")
+        except Refused as error:
+            raise refusal(url, error) from error
+        except AttemptFailed as error:
+            failures = 1 if done > before else failures + 1
+            if failures > policy.retries:
+                raise GaveUp(
+                    f"shard {public_url(url)} could not be read ({error}; attempt {attempts} was the last): "
+                    "check the server and the network, then resume"
+                ) from error
+            log.info("shard %s: %s; trying again", public_url(url), error)
+            pause = random.uniform(0, min(BACKOFF_S * 2 ** (failures - 1), MAX_BACKOFF_S))
+            _sleep(max(pause, error.retry_after))
+
+
+def _differ(before: object, now: object) -> bool:
+    return before is not None and now is not None and before != now
 
 
 def _sleep(seconds: float, cancelled: Callable[[], bool] = lambda: False) -> None:

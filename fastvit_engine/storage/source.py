@@ -10,7 +10,7 @@ MAY_PASS = {408, 425, 429}  # HTTP statuses below 500 that are worth another att
 
 @dataclass
 class Reply:
-    """The response of a server to a request for [start, stop) of a shard."""
+    """The response of a server to a request for [start, stop) of a shard, or for all from start on."""
 
     offset: int  # position of the first byte: start, or 0 if the server ignores ranges
     size: int | None  # of the shard, if the server says it
@@ -21,8 +21,11 @@ class Reply:
 class Source(Protocol):
     """A kind of server, or store, that shards are read from."""
 
-    def open(self, url: str, start: int, stop: int, timeout: float) -> AbstractContextManager[Reply]:
-        """Requests bytes [start, stop). The call and the iteration over chunks raise only AttemptFailed or Refused."""
+    def open(self, url: str, start: int, stop: int | None, timeout: float) -> AbstractContextManager[Reply]:
+        """Requests bytes [start, stop), up to the end if `stop` is None.
+
+        The call and the iteration over chunks raise only AttemptFailed or Refused.
+        """
 
 
 class AttemptFailed(Exception):

@@ -18,11 +18,12 @@ from fastvit_engine.data.shards.sample import Ignored, Sample, read_samples
 from fastvit_engine.data.shards.tar import ReadAt, TarError, windowed
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage import ShardStorage
-from fastvit_engine.storage.remote import TryPolicy, describe
+from fastvit_engine.storage.remote import TryPolicy, describe, stream_bytes
 
 _WINDOW = 1 << 14  # bytes that are read at once when walking over headers
 _REMOTE_WINDOW = 1 << 22  # a request for each header would take longer than for all of the shard
 _PIECE = 1 << 24  # bytes that are asked of a pipe at once
+_TRIES = TryPolicy(retries=10, timeout=30.0, patience=300.0)
 _ONLY_WEBDATASET = ("pipe:", "ais://", "htgs://", "scp://", "sftp://", "ftps://")  # what `storage` does not read
 
 _Decompress = Callable[[BinaryIO], BinaryIO]
@@ -62,7 +63,7 @@ def stamp_of(shard: str) -> tuple[int, int]:
     """(bytes, stamp) of a path or URL. Raises OSError, or UserError if a server does not give them."""
     if is_local(shard):
         return stamp_of_local(shard)
-    size, version = describe(shard, TryPolicy(retries=10, timeout=30.0, patience=300.0))
+    size, version = describe(shard, _TRIES)
     return size, int.from_bytes(blake2b(version.encode(), digest_size=8).digest(), "little")
 
 
@@ -102,9 +103,8 @@ def open_forward(shard: str) -> Iterator[tuple[ReadAt, int | None]]:
             file = stack.enter_context(open(shard, "rb"))
             size = os.fstat(file.fileno()).st_size
         else:
-            archive = stack.enter_context(open_archive(shard))
-            file = io.BufferedReader(_Raw(_in_turn(archive.read)), _WINDOW)
-            size = archive.size
+            chunks = stack.enter_context(contextlib.closing(stream_bytes(shard, _TRIES)))
+            file = io.BufferedReader(_Raw(_next_of(chunks)), _WINDOW)
         start = file.peek(_MAGIC_BYTES)
         for magic, (_, decompress) in _COMPRESSIONS.items():
             if start.startswith(magic):
@@ -174,13 +174,15 @@ class _Raw(io.RawIOBase):
         return len(data)
 
 
-def _in_turn(read: ReadAt) -> Callable[[int], bytes]:
-    at = 0
+def _next_of(chunks: Iterator[bytes]) -> Callable[[int], bytes]:
+    """The chunks' bytes, at most so many at a time; none at the end."""
+    rest = memoryview(b"")
 
     def read_next(count: int) -> bytes:
-        nonlocal at
-        data = read(at, count)
-        at += len(data)
+        nonlocal rest
+        if not rest:
+            rest = memoryview(next(chunks, b""))
+        data, rest = bytes(rest[:count]), rest[count:]
         return data
 
     return read_next

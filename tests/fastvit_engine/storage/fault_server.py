@@ -128,10 +128,10 @@ class _Handler(BaseHTTPRequestHandler):
         content = state.files[path]
         etag = hashlib.md5(content).hexdigest()
         headers = {"ETag": f'"{etag}"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
-        match = re.fullmatch(r"bytes=(\d+)-(\d+)", asked or "")
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", asked or "")
         if match is None or kind == "no range":
             return self._send(path, 200, content, headers, fault)
-        start, last = int(match[1]), min(int(match[2]), len(content) - 1)
+        start, last = int(match[1]), min(int(match[2] or len(content)), len(content) - 1)
         if start >= len(content):
             return self._answer(416, b"", {"Content-Range": f"bytes */{len(content)}"})
         headers["Content-Range"] = f"bytes {start}-{last}/{len(content)}"

@@ -12,6 +12,7 @@ import pytest
 from fastvit_engine.data.shards.archive import DamagedShard, read_shard
 from fastvit_engine.data.shards.sample import Ignored, describe_ignored
 from fastvit_engine.errors import UserError
+from tests.fastvit_engine.storage.fault_server import FaultServer
 
 
 def _keys(shard: Path) -> list[str]:
@@ -51,6 +52,16 @@ def test_url(shard, compress):
     assert [(s["__key__"], s["jpg"]) for s in samples] == [(s["__key__"], s["jpg"]) for s in read_shard(str(shard))]
     with pytest.raises(UserError, match=r"shard memory://archive/gone\.tar cannot be read"):
         list(read_shard("memory://archive/gone.tar"))
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress])
+@pytest.mark.parametrize("behaviour", [None, ("no range",), ("chunked",)])
+def test_a_web_server_is_asked_once_per_pass(shard, photo, compress, behaviour):
+    content = compress(shard.read_bytes())
+    with FaultServer({"/one.tar": content}, always={"/one.tar": behaviour}).running() as server:
+        samples = list(read_shard(server.url("/one.tar")))
+    assert [(s["__key__"], s["jpg"]) for s in samples] == [(s["__key__"], s["jpg"]) for s in read_shard(str(shard))]
+    assert server.requests == [("/one.tar", None)]
 
 
 def test_what_belongs_to_no_sample_is_passed_over_and_counted(tmp_path, write_tar):
