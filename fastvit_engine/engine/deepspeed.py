@@ -162,7 +162,13 @@ class DeepSpeedEngine:
         return list(self._engine.module.named_parameters())
 
     def held_parameters(self) -> list[tuple[str, Tensor]]:
-        return [(name, cast(Any, p).ds_tensor if _sharded(p) else p.data) for name, p in self.named_parameters()]
+        held = []
+        for name, parameter in self.named_parameters():
+            if not _sharded(parameter):
+                held.append((name, parameter.data))
+            elif (count := _shard_of(parameter)[1]) > 0:
+                held.append((name, cast(Any, parameter).ds_tensor.narrow(0, 0, count)))
+        return held
 
     def replicas(self) -> Iterator[Tensor]:
         for _, parameter in self.named_parameters():
@@ -482,12 +488,10 @@ class Zero3(Layout):
     def _spans(self, group: Sequence[Any]) -> Iterator[_Span]:
         offset = 0
         for parameter in group:
-            part = parameter.ds_tensor.ds_numel  # the same on all ranks; the last ones' may be padding
-            start = torch.distributed.get_rank(parameter.ds_process_group) * part
-            count = min(part, parameter.ds_numel - start)
+            start, count = _shard_of(parameter)
             if count > 0:
                 yield _Span(self.names[id(parameter)], start, offset, count)
-            offset += part
+            offset += parameter.ds_tensor.ds_numel
 
     def publish(self) -> None:
         optimizer = self.optimizer
@@ -528,6 +532,17 @@ def missing_internals(engine: Any, layout: Layout) -> list[str]:
 
 def _sharded(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_tensor")
+
+
+def _shard_of(parameter: Any) -> tuple[int, int]:
+    """(first element, number of elements) that this process holds of a flattened parameter.
+
+    Shards have the same size on all ranks. The last ones end in padding, or are nothing else: memory that DeepSpeed
+    never writes to, where anything may be found.
+    """
+    size = parameter.ds_tensor.ds_numel
+    start = torch.distributed.get_rank(parameter.ds_process_group) * size
+    return start, max(0, min(size, parameter.ds_numel - start))
 
 
 def _gathered_for_good(parameter: Any) -> bool:

@@ -64,7 +64,7 @@ class TrainingEngine(Protocol):
         """The parameters to register gradient hooks on; a sharded one may have no elements."""
 
     def held_parameters(self) -> list[tuple[str, Tensor]]:
-        """What this process holds of each parameter the model computes with: the whole, or its shard."""
+        """What this process holds of the parameters the model computes with: the whole, or its shard if it has one."""
 
     def replicas(self) -> Iterator[Tensor]:
         """The parameters and buffers of which every process holds a copy, in the same order everywhere."""

@@ -72,7 +72,10 @@ class Replicas:
 @torch.no_grad()
 def nonfinite_weights(engine: TrainingEngine, device: torch.device) -> tuple[str, ...]:
     """Names of the parameters that this process holds, or holds a shard of, with an element that is not finite."""
-    names, held = zip(*engine.held_parameters(), strict=True)
+    parameters = engine.held_parameters()
+    if not parameters:
+        return ()
+    names, held = zip(*parameters, strict=True)
     # The largest magnitude is not finite if any element is not.
     norms = torch._foreach_norm(held, float("inf"))
     largest = torch.stack([norm.to(device, torch.float32) for norm in norms])  # offloaded shards are elsewhere

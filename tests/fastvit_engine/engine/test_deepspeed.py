@@ -145,6 +145,27 @@ def test_a_release_that_moves_something_is_refused_by_name(build, stage, precisi
         assert missing == [f"'{name}' in its engine"]
 
 
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_padding_of_the_last_shards_is_not_held(build, monkeypatch, rank):
+    """As on 3 processes, where 20 elements are shards of 7, and 3 elements shards of 1."""
+    engine = build(3, "fp32")
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group=None: rank)
+    for _, parameter in engine.named_parameters():
+        size = -(-parameter.ds_numel // 3)
+        shard = torch.full([size], float("nan"))  # what memory that nobody wrote to may hold
+        shard[: max(0, min(size, parameter.ds_numel - rank * size))] = 1.0
+        parameter.ds_tensor.data = shard
+        parameter.ds_tensor.ds_numel = size
+    held = dict(engine.held_parameters())
+    assert {name: len(values) for name, values in held.items()} == {
+        "0.weight": 80,
+        "0.bias": 7 if rank < 2 else 6,
+        "1.weight": 20,
+        "1.bias": 1,
+    }
+    assert all(values.isfinite().all() for values in held.values())
+
+
 def test_the_sentence_names_the_attribute_and_the_version_that_has_it(build, monkeypatch):
     engine = build(2, "fp32")._engine
     monkeypatch.setattr(Zero1And2, "internals", (*Zero1And2.internals, "moved_elsewhere"))
