@@ -42,7 +42,6 @@ class MadeDataset:
 
     out: Path
     info: DatasetInfo | None  # None if other parts have shards to write
-    already_made: bool = False
 
 
 class Receipt(NamedTuple):
@@ -107,7 +106,7 @@ def make_dataset(
         _check_same(out, made, arguments)
         shutil.rmtree(unfinished, ignore_errors=True)
         progress(f"{out} is already made: {made.train.samples:,} train and {made.eval.samples:,} eval samples")
-        return MadeDataset(out, made, already_made=True)
+        return MadeDataset(out, made)
 
     return _make(out, arguments, part, max_failed, workers or default_workers(), plan_only, progress)
 

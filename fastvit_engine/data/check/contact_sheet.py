@@ -28,7 +28,7 @@ _SHARDS, _SAMPLES_A_SHARD = 8, 100  # that images are chosen from
 
 
 class UsableImage(NamedTuple):
-    """A sample of a shard with a usable image."""
+    """An image that training can use, and its label."""
 
     label: int  # -1: none that is usable
     content: bytes

@@ -24,7 +24,7 @@ IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
 
 class LocatedSample(NamedTuple):
-    """A sample in a shard."""
+    """A sample, and the bytes of its shard that hold it."""
 
     key: str
     labels: list[str]
