@@ -33,7 +33,7 @@ from fastvit_engine.distributed.supervise import start_ranks
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.engine.build import build_engine, split_batch
 from fastvit_engine.files import atomic_write
-from fastvit_engine.models import build_model, parameter_count
+from fastvit_engine.models import build_vit, parameter_count
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_kernels import FusedCrossEntropy
 
@@ -55,7 +55,7 @@ def measure(world: World, quick: bool, folder: Path) -> dict[str, Any]:
     """Seconds blocked and seconds of the whole turn, by kind, of each round."""
     config = resolve(quick).config
     torch.manual_seed(0)
-    model = build_model(config.model, mean=config.data.mean, std=config.data.std)
+    model = build_vit(config.model, mean=config.data.mean, std=config.data.std)
     split = split_batch(config, world.size)
     engine, criterion = build_engine(model, config, split, world), FusedCrossEntropy("softmax")
     run = RunFolder(folder)

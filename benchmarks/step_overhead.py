@@ -46,7 +46,7 @@ from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.engine.build import build_engine, split_batch
 from fastvit_engine.engine.optimizers import parameter_groups
 from fastvit_engine.files import atomic_write
-from fastvit_engine.models import build_model, parameter_count
+from fastvit_engine.models import build_vit, parameter_count
 from fastvit_engine.observe.environment import collect_environment
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.defaults import choose, machine_of
@@ -252,7 +252,7 @@ class Racer:
 def train_bare(config: Config, batches: Iterator[Batch]) -> Weights:
     schedule = Schedule(config, config.data.train_samples)
     torch.manual_seed(config.seed)
-    model = build_model(config.model, mean=config.data.mean, std=config.data.std)
+    model = build_vit(config.model, mean=config.data.mean, std=config.data.std)
     criterion = FusedCrossEntropy(config.loss.kind)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer.weight_decay), betas=config.optimizer.betas, eps=config.optimizer.eps
@@ -272,7 +272,7 @@ def train_bare(config: Config, batches: Iterator[Batch]) -> Weights:
 def train_with_deepspeed(config: Config, world: World, batches: Iterator[Batch]) -> Weights:
     schedule = Schedule(config, config.data.train_samples)
     torch.manual_seed(config.seed)
-    model = build_model(config.model, mean=config.data.mean, std=config.data.std)
+    model = build_vit(config.model, mean=config.data.mean, std=config.data.std)
     engine = build_engine(model, config, split_batch(config, world.size), world)
     criterion = FusedCrossEntropy(config.loss.kind)
     engine.model.train()

@@ -19,7 +19,7 @@ from fastvit_engine.data import Batch
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import build_engine, split_batch
 from fastvit_engine.engine.optimizers import parameter_groups
-from fastvit_engine.models import VisionTransformer, build_model
+from fastvit_engine.models import VisionTransformer, build_vit
 from fastvit_kernels import FusedCrossEntropy, accelerate, dispatch
 
 CLASSES = 1000
@@ -62,7 +62,7 @@ class Setup:
         """The weights that all variants start from. The head is not zero, or the first steps would train it alone."""
         torch.manual_seed(0)
         with torch.device(self.world.device):
-            model = build_model(self.config().model, mean=MEAN, std=STD)
+            model = build_vit(self.config().model, mean=MEAN, std=STD)
             nn.init.normal_(model.head.weight, std=0.02)
         return model
 

@@ -1,4 +1,4 @@
-"""The `fastvit` command."""
+"""The `fastvit` command: runs a subcommand, and ends with an exit code and, if it fails, one sentence."""
 
 import argparse
 import errno

@@ -9,11 +9,11 @@ from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from fastvit_engine.checkpoint.format import DamagedCheckpoint, Manifest
-from fastvit_engine.checkpoint.reader import Reader
+from fastvit_engine.checkpoint.reader import CheckpointReader
 from fastvit_engine.checkpoint.retention import stale_checkpoints
 from fastvit_engine.checkpoint.store import Checkpoint, CheckpointStore, step_name
 from fastvit_engine.checkpoint.trainer_state import TrainerState
-from fastvit_engine.checkpoint.writer import HostCopy, Outcome, SaveInFlight
+from fastvit_engine.checkpoint.writer import HostCopy, SaveInFlight, SaveOutcome
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.ema import WeightAverage
@@ -160,7 +160,7 @@ class Checkpointer:
             wanted["buffer"] = self.engine.buffers()
             if self.ema is not None and "ema" in manifest.kinds:
                 wanted["ema"] = self.ema.slices()
-            Reader(checkpoint, manifest).fill(wanted)
+            CheckpointReader(checkpoint, manifest).fill(wanted)
         except UserError as failure:
             error = failure
         except OSError as failure:
@@ -247,7 +247,7 @@ class Checkpointer:
             self.say(text)
 
 
-def _plain(outcome: Outcome | None) -> tuple[str | None, int, float] | None:
+def _plain(outcome: SaveOutcome | None) -> tuple[str | None, int, float] | None:
     return None if outcome is None else (outcome.error, outcome.bytes, outcome.seconds)
 
 

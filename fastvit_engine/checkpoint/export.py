@@ -9,7 +9,7 @@ import torch
 
 from fastvit_engine.checkpoint import Checkpoint, open_store, usable_checkpoints
 from fastvit_engine.checkpoint.format import Manifest
-from fastvit_engine.checkpoint.reader import Reader
+from fastvit_engine.checkpoint.reader import CheckpointReader
 from fastvit_engine.checkpoint.run_config import read_section
 from fastvit_engine.checkpoint.store import is_step_name
 from fastvit_engine.errors import UserError
@@ -53,7 +53,7 @@ def export_weights(checkpoint: Checkpoint, out: Path, kind: str = "weight") -> N
     """
     manifest = checkpoint.read_manifest()
     kind_of_weights(checkpoint, manifest, ema=kind == "ema")
-    reader, files = Reader(checkpoint, manifest), _Files(checkpoint, manifest, kind)
+    reader, files = CheckpointReader(checkpoint, manifest), _Files(checkpoint, manifest, kind)
     sizes = {name: torch.Size(shape).numel() * 4 for name, shape in manifest.parameters.items()}
     state = manifest.state
     metadata = {**model_metadata(state.fingerprint["model"], state.pixels), **_identity(manifest)}

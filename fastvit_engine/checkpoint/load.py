@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fastvit_engine.checkpoint.export import find_checkpoint, kind_of_weights
-from fastvit_engine.checkpoint.reader import Reader
+from fastvit_engine.checkpoint.reader import CheckpointReader
 from fastvit_engine.checkpoint.run_config import damaged_config, read_section
 from fastvit_engine.checkpoint.store import Checkpoint
 from fastvit_engine.engine.protocol import ParameterSlice
@@ -38,7 +38,7 @@ def load_model(source: str | Path, *, ema: bool = False) -> VisionTransformer:
     kind = kind_of_weights(checkpoint, manifest, ema=ema)
     weights = {name: torch.empty(shape) for name, shape in manifest.parameters.items()}
     slices = [ParameterSlice(name, 0, tensor.view(-1)) for name, tensor in weights.items()]
-    Reader(checkpoint, manifest).fill({kind: slices})
+    CheckpointReader(checkpoint, manifest).fill({kind: slices})
     pixels = manifest.state.pixels or _pixels_of_run(text, checkpoint)
     return model_from_weights(manifest.state.fingerprint["model"], pixels, weights, str(checkpoint))
 

@@ -14,7 +14,7 @@ from fastvit_engine.models.weights.safetensors_file import DTYPES
 SlicesByKind = Mapping[str, Sequence[ParameterSlice]]
 
 
-class Reader:
+class CheckpointReader:
     """The stored tensors of one checkpoint."""
 
     def __init__(self, checkpoint: Checkpoint, manifest: Manifest) -> None:

@@ -27,7 +27,7 @@ _POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
-class Outcome:
+class SaveOutcome:
     """How a save ended: with an error in words, or published."""
 
     checkpoint: Checkpoint
@@ -115,7 +115,7 @@ class SaveInFlight:
         self._reports, self._rank, self._size, self._publish = reports, rank, size, publish
         self._store: CheckpointStore = checkpoint.store
         self._started = time.perf_counter()
-        self.outcome: Outcome | None = None
+        self.outcome: SaveOutcome | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -128,7 +128,7 @@ class SaveInFlight:
             try:
                 outcome = self._finish([self._report_of(rank) for rank in range(self._size)])
             except Exception as error:  # whatever it is, the main thread must hear of it
-                outcome = Outcome(self.checkpoint, error=_one_line(error))
+                outcome = SaveOutcome(self.checkpoint, error=_one_line(error))
             if outcome.error is not None:
                 with contextlib.suppress(OSError):  # what is left then goes when the run starts again
                     self._store.discard(self.checkpoint.name)
@@ -151,19 +151,19 @@ class SaveInFlight:
         self._reports.delete_key(key)
         return report
 
-    def _finish(self, reports: Sequence[Mapping[str, Any]]) -> Outcome:
+    def _finish(self, reports: Sequence[Mapping[str, Any]]) -> SaveOutcome:
         failed = [f"{report['error']} on rank {rank}" for rank, report in enumerate(reports) if "error" in report]
         if failed:
-            return Outcome(self.checkpoint, error="; ".join(failed[:3]))
+            return SaveOutcome(self.checkpoint, error="; ".join(failed[:3]))
         for rank, report in enumerate(reports):
             entry = report["file"]
             tensors = [(kind, name, StoredTensor(**tensor)) for kind, name, tensor in entry["tensors"]]
             self._manifest.files[file_name(rank)] = StoredFile(entry["size"], tensors)
         if (gap := self._manifest.gap()) is not None:
-            return Outcome(self.checkpoint, error=gap)
+            return SaveOutcome(self.checkpoint, error=gap)
         self._publish(self._manifest)
         size = sum(file.size for file in self._manifest.files.values())
-        return Outcome(self.checkpoint, bytes=size, seconds=time.perf_counter() - self._started)
+        return SaveOutcome(self.checkpoint, bytes=size, seconds=time.perf_counter() - self._started)
 
 
 def file_name(rank: int) -> str:

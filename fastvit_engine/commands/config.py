@@ -1,4 +1,4 @@
-"""`fastvit config`."""
+"""`fastvit config`: lists recipes, shows the values of one, and explains keys."""
 
 import argparse
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""`fastvit export`."""
+"""`fastvit export`: writes the weights of a checkpoint as one safetensors file."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`fastvit plan`."""
+"""`fastvit plan`: says what a run would need and what the engine would choose, without starting it."""
 
 import argparse
 import json

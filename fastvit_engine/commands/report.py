@@ -1,4 +1,4 @@
-"""`fastvit report`."""
+"""`fastvit report`: writes an HTML report of a run and prints its summary."""
 
 import argparse
 from pathlib import Path

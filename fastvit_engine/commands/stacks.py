@@ -1,4 +1,4 @@
-"""`fastvit stacks`."""
+"""`fastvit stacks`: asks the processes of a run in progress for their stack traces."""
 
 import argparse
 import sys

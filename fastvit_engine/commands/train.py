@@ -1,4 +1,4 @@
-"""`fastvit train`."""
+"""`fastvit train`: pretrains the model of a recipe, in new processes or as one rank of a job already started."""
 
 import argparse
 from pathlib import Path

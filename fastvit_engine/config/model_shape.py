@@ -8,7 +8,7 @@ from fastvit_engine.errors import UserError
 
 
 @dataclass(frozen=True)
-class Size:
+class ModelSize:
     """The numbers behind a size such as "B"."""
 
     width: int
@@ -19,13 +19,13 @@ class Size:
 
 # Ti and S: Steiner et al. 2021; B, L, H: Dosovitskiy et al. 2021, Table 1; g, G: Zhai et al. 2022, Table 2.
 SIZES = {
-    "Ti": Size(192, 12, 3, 768),
-    "S": Size(384, 12, 6, 1536),
-    "B": Size(768, 12, 12, 3072),
-    "L": Size(1024, 24, 16, 4096),
-    "H": Size(1280, 32, 16, 5120),
-    "g": Size(1408, 40, 16, 6144),
-    "G": Size(1664, 48, 16, 8192),
+    "Ti": ModelSize(192, 12, 3, 768),
+    "S": ModelSize(384, 12, 6, 1536),
+    "B": ModelSize(768, 12, 12, 3072),
+    "L": ModelSize(1024, 24, 16, 4096),
+    "H": ModelSize(1280, 32, 16, 5120),
+    "g": ModelSize(1408, 40, 16, 6144),
+    "G": ModelSize(1664, 48, 16, 8192),
 }
 
 

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from fastvit_engine.distributed.supervise import Outcome, Requests, gpu_count, start_ranks, wait_for_ranks
+from fastvit_engine.distributed.supervise import LaunchOutcome, Requests, gpu_count, start_ranks, wait_for_ranks
 from fastvit_engine.errors import EXIT_RESTART
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
@@ -48,7 +48,7 @@ def run_with_restarts(arguments: Sequence[str], processes: int, run: RunFolder, 
             command = resuming
 
 
-def run_processes(arguments: Sequence[str], processes: int, requests: Requests | None = None) -> Outcome:
+def run_processes(arguments: Sequence[str], processes: int, requests: Requests | None = None) -> LaunchOutcome:
     """Runs `python -m fastvit_engine ARGUMENTS` once per rank and waits; the first that fails ends the others."""
     with start_ranks([sys.executable, "-m", "fastvit_engine", *arguments], processes) as children:
         return wait_for_ranks(children, requests or Requests())

@@ -87,7 +87,7 @@ def start_ranks(
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LaunchOutcome:
     """How the processes ended: exit codes by rank, a negative one being the number of the signal that killed it.
 
     Only of those that ended by themselves; once one has failed, the others have a few seconds to do so.
@@ -122,7 +122,7 @@ class Outcome:
 def cluster_exit_code(codes: Set[int]) -> int:
     """The exit code of one node's processes for its cluster, which knows nothing but "start the same command again".
 
-    Unlike `Outcome.exit_code`, whatever is neither bad input nor a request to leave asks for a restart: on many
+    Unlike `LaunchOutcome.exit_code`, whatever is neither bad input nor a request to leave asks for a restart: on many
     machines a traceback or a signal often comes from a machine that the cluster will replace.
     """
     return next((code for code in (EXIT_BAD_INPUT, EXIT_PREEMPTED) if code in codes), EXIT_RESTART)
@@ -167,7 +167,7 @@ class Requests:
             child.send_signal(number)
 
 
-def wait_for_ranks(children: "Sequence[subprocess.Popen[Any]]", requests: Requests) -> Outcome:
+def wait_for_ranks(children: "Sequence[subprocess.Popen[Any]]", requests: Requests) -> LaunchOutcome:
     """Waits until all have ended, or, once one has failed or a second request has come, for some seconds more."""
     requests.pass_on_to(children)
     codes: dict[int, int] = {}
@@ -184,7 +184,7 @@ def wait_for_ranks(children: "Sequence[subprocess.Popen[Any]]", requests: Reques
         time.sleep(0.05)
     if requests.at_once:
         codes |= {rank: -signal.SIGKILL for rank in range(len(children)) if rank not in codes}
-    return Outcome(codes)
+    return LaunchOutcome(codes)
 
 
 def _die_with_parent() -> None:

@@ -1,4 +1,4 @@
-"""The processes of a run: how they join, agree on errors, and reduce small values."""
+"""The processes of a run: how they join, share the result of rank 0, and reduce small values."""
 
 import os
 import re
@@ -55,16 +55,6 @@ class World:
         reduced = torch.as_tensor(values, dtype=dtype, device=self.device)
         dist.all_reduce(reduced, op=operation)
         return reduced.cpu()
-
-    def agree(self, error: Exception | None) -> None:
-        """Raises UserError on every process when any of them holds an error; collective."""
-        errors = self.gather(None if error is None else str(error))
-        failed = [(rank, text) for rank, text in enumerate(errors) if text is not None]
-        if failed:
-            rank, text = failed[0]
-            raise UserError(
-                text if self.size == 1 or len(failed) == self.size else f"{text} (on rank {rank})"
-            ) from error
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Calls `function` on rank 0 and returns its value, or raises its UserError, on every process; collective."""

@@ -269,7 +269,6 @@ class Layout(ABC):
 
     title: ClassVar[str]
     internals: ClassVar[tuple[str, ...]]  # what `self.optimizer` must have
-    internals_later: ClassVar[tuple[str, ...]] = ()  # likewise, from the first step on
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
@@ -426,8 +425,7 @@ class Zero1Bf16(Layout):
     """BF16_Optimizer, which is ZeRO-1 with fp32 gradients: each rank's part of a flattened group."""
 
     title = "optimizer for ZeRO-1 in bf16"
-    internals_later = ("_global_grad_norm",)
-    internals = (
+    internals = (  # without `_global_grad_norm`, which the first step adds
         "bf16_groups",
         "clear_hp_grads",
         "fp32_groups_flat_partition",

@@ -2,11 +2,11 @@
 
 from fastvit_engine.config.model_shape import model_title, resolve_shape
 from fastvit_engine.models.flops import forward_macs, training_flops
-from fastvit_engine.models.vit import VisionTransformer, build_model, parameter_count
+from fastvit_engine.models.vit import VisionTransformer, build_vit, parameter_count
 
 __all__ = [
     "VisionTransformer",
-    "build_model",
+    "build_vit",
     "forward_macs",
     "model_title",
     "parameter_count",

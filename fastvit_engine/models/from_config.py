@@ -22,4 +22,4 @@ def build_model(
     """
     config = config.config if isinstance(config, Resolved) else config
     section, data = (config.model, config.data) if isinstance(config, Config) else (config, DataConfig())
-    return vit.build_model(section, mean=data.mean if mean is None else mean, std=data.std if std is None else std)
+    return vit.build_vit(section, mean=data.mean if mean is None else mean, std=data.std if std is None else std)

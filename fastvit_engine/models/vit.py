@@ -16,7 +16,7 @@ class VisionTransformer(nn.Module):
 
     Images are uint8 [B, H, W, 3] or [B, 3, H, W], normalised inside with `mean` and `std` of pixels in [0, 1], or
     floating [B, 3, H, W] that already are; H and W equal config.image_size. Weights are those of PyTorch's layers
-    until `init_weights` is called; `build_model` calls it.
+    until `init_weights` is called; `build_vit` calls it.
     """
 
     eval_crop: float | None = None  # what evaluation crops images to, as data.eval_crop says; None: nobody has said it
@@ -122,7 +122,7 @@ def lecun_normal_(weight: Tensor) -> None:
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
-def build_model(config: ModelConfig, *, mean: Sequence[float], std: Sequence[float]) -> VisionTransformer:
+def build_vit(config: ModelConfig, *, mean: Sequence[float], std: Sequence[float]) -> VisionTransformer:
     """An initialised model in float32; under torch.device("meta"), one of shapes only."""
     model = VisionTransformer(config, mean=mean, std=std)
     model.init_weights()

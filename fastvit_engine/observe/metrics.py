@@ -47,18 +47,12 @@ class MetricsWriter:
     """Appends rows to `metrics.jsonl`; each outlives a kill at once. One process of the job has one.
 
     `resume_step` is the step training resumes from: rows of later steps, left by the run that died, are dropped, so
-    that no step appears twice; 0 starts over in the same folder. None is a new run, and refuses a folder that already
-    has rows. Raises UserError for that, and for a damaged file.
+    that no step appears twice; 0 is a new run, or one that starts over. Raises UserError for a damaged file.
     """
 
-    def __init__(self, run: RunFolder, resume_step: int | None) -> None:
+    def __init__(self, run: RunFolder, resume_step: int) -> None:
         run.path.mkdir(parents=True, exist_ok=True)
-        if resume_step is not None:
-            _drop_rows_after(run.metrics, resume_step)
-        elif run.metrics.exists() and run.metrics.stat().st_size > 0:
-            raise UserError(
-                f"{run.metrics} already has the metrics of a run: resume that run, or choose another folder"
-            )
+        _drop_rows_after(run.metrics, resume_step)
         self._path = run.metrics
 
     def write(self, row: TrainRow | EvalRow) -> None:

@@ -218,12 +218,6 @@ class TrainingProgress:
             self._draw()
         self._display.leave()
 
-    def __enter__(self) -> "TrainingProgress":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
     @property
     def eta_seconds(self) -> float | None:
         """Seconds of training left at the rate of recent steps, evaluations not included; None before it is known."""

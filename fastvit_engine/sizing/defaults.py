@@ -24,9 +24,8 @@ from fastvit_engine.sizing.memory import (
     COMPUTE_BYTES,
     Buckets,
     Memory,
-    Size,
+    ParameterCounts,
     accumulation_bytes,
-    model_size,
     training_memory,
 )
 
@@ -229,33 +228,33 @@ def _micro_batches(config: Config, machine: Machine) -> Iterator[int]:
 def _buckets(config: Config, machine: Machine, stage: int) -> Buckets:
     """DeepSpeed's buffers as the recipe gives them, else as chosen."""
     given: Mapping[str, Any] = config.deepspeed.get("zero_optimization") or {}
-    size = model_size(config.model)
+    counts = ParameterCounts.of(config.model)
     overlaps = given.get("overlap_comm", _overlaps(machine))
-    gathered = given.get("stage3_max_live_parameters", _live(size)) if stage == 3 else 0
+    gathered = given.get("stage3_max_live_parameters", _live(counts)) if stage == 3 else 0
     return Buckets(
-        reduce=int(given.get("reduce_bucket_size", _reduce_bucket(size, machine))),
+        reduce=int(given.get("reduce_bucket_size", _reduce_bucket(counts, machine))),
         doubled=bool(overlaps),
-        gathered=min(int(gathered), size.parameters),
+        gathered=min(int(gathered), counts.parameters),
         secondary_shards=int(given.get("zero_hpz_partition_size", 1)) if stage == 3 else 1,
     )
 
 
-def _reduce_bucket(size: Size, machine: Machine) -> int:
+def _reduce_bucket(counts: ParameterCounts, machine: Machine) -> int:
     """The number of gradients that are reduced at once.
 
     An eighth of the model, so that little is left to reduce when the backward pass ends; but enough for the network to
     be busy, more with more hops; and never more than the model has.
     """
     busy = 2**23 * max(1.0, math.log2(machine.processes))
-    return int(min(size.parameters, max(size.parameters / 8, busy), 2e8))
+    return int(min(counts.parameters, max(counts.parameters / 8, busy), 2e8))
 
 
 def _overlaps(machine: Machine) -> bool:
     return machine.on_gpu and machine.processes > 1
 
 
-def _live(size: Size) -> int:
-    return 4 * max(size.block, size.largest)
+def _live(counts: ParameterCounts) -> int:
+    return 4 * max(counts.block, counts.largest)
 
 
 def _explain_stage(config: Config, machine: Machine, options: list[Candidate], picked: Candidate) -> Choice:
@@ -318,7 +317,7 @@ def _zero_choices(config: Config, machine: Machine, picked: Candidate, given: Ma
 
 
 def _open_zero_choices(config: Config, machine: Machine, picked: Candidate) -> Iterator[Choice]:
-    size, stage = model_size(config.model), picked.stage
+    counts, stage = ParameterCounts.of(config.model), picked.stage
     in_place = config.train.precision == "bf16" and accumulation_bytes(config, 1) == 4 and config.zero.offload == "none"
     if stage == 0 or (stage == 1 and in_place):
         return  # gradients are reduced where they lie
@@ -327,8 +326,8 @@ def _open_zero_choices(config: Config, machine: Machine, picked: Candidate) -> I
         return Choice(f"deepspeed.zero_optimization.{key}", value, reason)
 
     yield choice("contiguous_gradients", True, "gradients are copied into one buffer as they come: no holes in memory")
-    bucket = _reduce_bucket(size, machine)
-    part = "the whole model" if bucket == size.parameters else f"one in {size.parameters / bucket:.1f} of the model"
+    bucket = _reduce_bucket(counts, machine)
+    part = "the whole model" if bucket == counts.parameters else f"one in {counts.parameters / bucket:.1f} of the model"
     yield choice("reduce_bucket_size", bucket, f"{part}; DeepSpeed's own 500 M would be allocated whole for any model")
     if _overlaps(machine):
         why = "reduces during the backward pass"
@@ -337,21 +336,21 @@ def _open_zero_choices(config: Config, machine: Machine, picked: Candidate) -> I
         why = "one process has nobody to wait for" if machine.processes == 1 else "a CPU has no stream beside the pass"
         yield choice("overlap_comm", False, why)
     if stage == 3:
-        unit = max(size.block, size.largest)
+        unit = max(counts.block, counts.largest)
         yield choice("stage3_prefetch_bucket_size", 2 * unit, "two blocks ahead")
-        yield choice("stage3_max_live_parameters", _live(size), "four blocks whole at a time")
+        yield choice("stage3_max_live_parameters", _live(counts), "four blocks whole at a time")
         yield choice(
             "stage3_max_reuse_distance",
             2 * unit,
             "blocks are let go between forward and backward pass; DeepSpeed's own 1 G would keep most ViTs whole",
         )
-        yield from _secondary_shards(machine, picked, size, COMPUTE_BYTES[config.train.precision])
+        yield from _secondary_shards(machine, picked, counts, COMPUTE_BYTES[config.train.precision])
 
 
-def _secondary_shards(machine: Machine, picked: Candidate, size: Size, compute: int) -> Iterator[Choice]:
+def _secondary_shards(machine: Machine, picked: Candidate, counts: ParameterCounts, compute: int) -> Iterator[Choice]:
     """ZeRO++'s hpZ: a second copy of the weights, sharded within each node, so that the backward pass gathers there."""
     per_node = machine.processes_per_node
-    copy = compute * size.parameters // per_node
+    copy = compute * counts.parameters // per_node
     several_nodes = machine.processes > per_node > 1 and machine.processes % per_node == 0
     if several_nodes and picked.memory.total + copy <= machine.usable:
         reason = f"the backward pass gathers inside the node, for {format_bytes(copy)} more"
@@ -363,7 +362,7 @@ def _nothing_fits(config: Config, machine: Machine, options: list[Candidate]) ->
     least = min(options, key=lambda candidate: candidate.memory.total)
     each = f"per {machine.device}"
     problem = (
-        f"nothing fits: {format_count(model_size(config.model).parameters)} parameters need at least "
+        f"nothing fits: {format_count(ParameterCounts.of(config.model).parameters)} parameters need at least "
         f"{format_bytes(least.memory.total)} {each} (ZeRO stage {least.stage}, micro-batch {least.micro_batch}), of "
         f"{format_bytes(machine.usable)} that can be used"
     )

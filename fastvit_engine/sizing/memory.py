@@ -30,12 +30,22 @@ _UNBUCKETED = 500_000_000  # elements that DeepSpeed's stage 0 reduces at a time
 
 
 @dataclass(frozen=True)
-class Size:
-    """Parameters of a model."""
+class ParameterCounts:
+    """How many parameters a model has: in all, in one block, in the largest tensor."""
 
     parameters: int
     block: int  # of one Transformer block, which ZeRO-3 gathers as a whole
     largest: int  # of the largest tensor
+
+    @staticmethod
+    @lru_cache
+    def of(model: ModelConfig) -> "ParameterCounts":
+        """Counted on a model that holds no memory."""
+        with torch.device("meta"):
+            vit = VisionTransformer(model, mean=(0.5,) * 3, std=(0.5,) * 3)
+        counts = [parameter.numel() for parameter in vit.parameters()]
+        block = sum(parameter.numel() for parameter in vit.blocks[0].parameters())
+        return ParameterCounts(sum(counts), block, max(counts))
 
 
 @dataclass(frozen=True)
@@ -73,21 +83,12 @@ class Memory:
         return self.state + max(self.update, self.activations + self.work)
 
 
-@lru_cache
-def model_size(model: ModelConfig) -> Size:
-    """Counted on a model that holds no memory."""
-    with torch.device("meta"):
-        vit = VisionTransformer(model, mean=(0.5,) * 3, std=(0.5,) * 3)
-    counts = [parameter.numel() for parameter in vit.parameters()]
-    return Size(sum(counts), sum(parameter.numel() for parameter in vit.blocks[0].parameters()), max(counts))
-
-
 def training_memory(
     config: Config, stage: int, world_size: int, micro_batch: int, accumulates: bool, buckets: Buckets, *, on_gpu: bool
 ) -> Memory:
     """Of one of `world_size` processes that take `micro_batch` images at a time, several in a step if `accumulates`."""
     state = state_memory(
-        model_size(config.model),
+        ParameterCounts.of(config.model),
         config.train.precision,
         stage,
         world_size,
@@ -115,7 +116,7 @@ def accumulation_bytes(config: Config, stage: int) -> int:
 
 
 def state_memory(
-    size: Size,
+    counts: ParameterCounts,
     precision: str,
     stage: int,
     world_size: int,
@@ -129,7 +130,7 @@ def state_memory(
 ) -> Memory:
     """All but the activations. See the table above; `update` and `buffers` are explained where they are computed."""
     compute = COMPUTE_BYTES[precision]
-    whole = size.parameters
+    whole = counts.parameters
     share = -(-whole // world_size)
     sums_apart = accumulate_bytes != compute
 
@@ -152,7 +153,7 @@ def state_memory(
         buffers = (accumulate_bytes if stage == 1 else compute) * buckets.reduce * (2 if buckets.doubled else 1)
 
     # The copies that reduction and update make. Fused AdamW, on a GPU, updates in place.
-    temporaries = 0 if on_gpu else 8 * (size.largest if stage == 0 else share)
+    temporaries = 0 if on_gpu else 8 * (counts.largest if stage == 0 else share)
     if stage == 0:
         flattened = compute * min(whole, _UNBUCKETED) if world_size > 1 else 0
         update = max(flattened, temporaries + (4 * whole if compute < 4 else 0))
@@ -164,16 +165,18 @@ def state_memory(
         update = max(temporaries + copied, summand)
 
     state = Memory(weights, gradients, optimizer, 4 * (whole if stage == 0 else share) * average, buffers, update)
-    return state if offload == "none" else _offloaded(state, size, compute, share, stage, everything=offload == "all")
+    return state if offload == "none" else _offloaded(state, counts, compute, share, stage, everything=offload == "all")
 
 
-def _offloaded(state: Memory, size: Size, compute: int, share: int, stage: int, *, everything: bool) -> Memory:
+def _offloaded(
+    state: Memory, counts: ParameterCounts, compute: int, share: int, stage: int, *, everything: bool
+) -> Memory:
     """Optimizer, average and the update's gradients in host memory; with `everything`, the sharded weights too."""
     host = state.optimizer + state.average + 4 * share  # an fp32 gradient beside each master weight
     host += compute * share if stage < 3 else 0  # the new weights on their way to the device
     kept = replace(state, optimizer=0, average=0, update=0, host=host)
     if stage < 3:
-        kept = replace(kept, buffers=state.buffers + 2 * compute * size.largest)
+        kept = replace(kept, buffers=state.buffers + 2 * compute * counts.largest)
     return replace(kept, weights=0, host=host + state.weights) if everything else kept
 
 

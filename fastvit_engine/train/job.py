@@ -13,14 +13,14 @@ from fastvit_engine.distributed.world import World, limit_collectives
 from fastvit_engine.engine.build import BatchSplit, build_engine, split_batch
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
-from fastvit_engine.models import build_model, training_flops
+from fastvit_engine.models import build_vit, training_flops
 from fastvit_engine.objectives import Objective, build_objective
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.health.diagnosis import GradientWatch
 from fastvit_engine.train.health.guard import Guard
 from fastvit_engine.train.health.replicas import Replicas
 from fastvit_engine.train.schedule import Schedule
-from fastvit_engine.train.throughput import Speed, peak_flops
+from fastvit_engine.train.throughput import Utilization, peak_flops
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Job:
     checkpointer: Checkpointer
     health: Health
     processes: Processes
-    speed: Speed
+    utilization: Utilization
 
 
 def build_job(
@@ -64,7 +64,7 @@ def build_job(
 ) -> Job:
     """Builds model, engine and all else of a run on this process; collective. `config`: without open ends."""
     torch.manual_seed(config.seed)
-    model = build_model(config.model, mean=config.data.mean, std=config.data.std)
+    model = build_vit(config.model, mean=config.data.mean, std=config.data.std)
     split = split_batch(config, world.size)
     engine = build_engine(model, config, split, world)
     limit_collectives(config.watchdog.slow_phase_seconds + config.watchdog.timeout_seconds)  # the engine's groups too
@@ -90,5 +90,5 @@ def build_job(
             preemption,
             Stragglers(run, world, config.watchdog, watchdog.hosts, zero_stage=engine.zero_stage),
         ),
-        speed=Speed(peak_flops(world, config.train.precision), training_flops(config.model)),
+        utilization=Utilization(peak_flops(world, config.train.precision), training_flops(config.model)),
     )

@@ -20,9 +20,9 @@ def record_start(resolved: Resolved, chosen: Chosen, job: Job, step: int) -> Non
     environment = collect_environment(
         model=model_title(config.model),
         parameters=parameter_count(config.model),
-        training_flops_per_image=job.speed.flops_per_image,
-        peak_flops=job.speed.peak.flops,
-        peak_flops_source=job.speed.peak.source,
+        training_flops_per_image=job.utilization.flops_per_image,
+        peak_flops=job.utilization.peak.flops,
+        peak_flops_source=job.utilization.peak.source,
         world_size=world.size,
         zero_stage=config.zero.stage,
         precision=config.train.precision,

@@ -68,7 +68,7 @@ class StepLog:
                     "lr": learning_rate,
                     "grad_norm": report.grad_norm,
                     "images_per_second": rate,
-                    "mfu": job.speed.mfu(rate),
+                    "mfu": job.utilization.mfu(rate),
                     "data_wait": wait_share,
                     "memory_bytes": memory_bytes,
                     "samples_hash": f"{samples_hash:016x}",

@@ -33,7 +33,7 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class Speed:
+class Utilization:
     """What turns images per second into MFU."""
 
     peak: Peak

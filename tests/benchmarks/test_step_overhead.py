@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from benchmarks import step_overhead
 from benchmarks.step_overhead import VARIANTS, Case, Racer
-from fastvit_engine.models import build_model
+from fastvit_engine.models import build_vit
 
 TINY = Case(
     "tiny, 8 images",
@@ -37,7 +37,7 @@ def measurement():
 
 def loss_on_the_resident_batches(weights):
     config = TINY.resolve(0).config
-    model = build_model(config.model, mean=config.data.mean, std=config.data.std)
+    model = build_vit(config.model, mean=config.data.mean, std=config.data.std)
     model.load_state_dict(weights)
     batches = step_overhead.resident_batches(config)
     return statistics.mean(F.cross_entropy(model(batch.images), batch.labels).item() for batch in batches)
@@ -46,7 +46,7 @@ def loss_on_the_resident_batches(weights):
 def test_every_variant_trains(measurement):
     config = TINY.resolve(0).config
     torch.manual_seed(config.seed)
-    before = build_model(config.model, mean=config.data.mean, std=config.data.std).state_dict()
+    before = build_vit(config.model, mean=config.data.mean, std=config.data.std).state_dict()
     assert set(measurement.weights) == set(VARIANTS)
     for weights in measurement.weights.values():
         assert weights.keys() == before.keys()

@@ -21,7 +21,7 @@ from fastvit_engine.data.build.parallel import Counter, default_workers, paralle
 from fastvit_engine.data.build.sources import FORMATS, list_source, list_with_eval
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing
-from fastvit_engine.data.build.sources.reading import Reader
+from fastvit_engine.data.build.sources.reading import SourceReader
 from fastvit_engine.data.shards.index import INDEX_NAME, write_index
 from fastvit_engine.data.shards.names import INFO_NAME, DatasetInfo, Split, SplitInfo, read_info
 from fastvit_engine.errors import UserError
@@ -42,7 +42,6 @@ class MadeDataset:
 
     out: Path
     info: DatasetInfo | None  # None if other parts have shards to write
-    already_made: bool = False
 
 
 class Receipt(NamedTuple):
@@ -107,7 +106,7 @@ def make_dataset(
         _check_same(out, made, arguments)
         shutil.rmtree(unfinished, ignore_errors=True)
         progress(f"{out} is already made: {made.train.samples:,} train and {made.eval.samples:,} eval samples")
-        return MadeDataset(out, made, already_made=True)
+        return MadeDataset(out, made)
 
     return _make(out, arguments, part, max_failed, workers or default_workers(), plan_only, progress)
 
@@ -312,7 +311,7 @@ class _ShardWriter:
         self.done, self.failed = Counter(), Counter()  # images, over all workers
         self._out, self._temporary, self._packing = out, temporary, packing
         self._max_failed, self._total = max_failed, total
-        self._reader = Reader(packing.listing)
+        self._reader = SourceReader(packing.listing)
         self._downloads = any(file.kind == "url" for file in packing.listing.files)
 
     def write(self, shard: Shard) -> None:

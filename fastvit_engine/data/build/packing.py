@@ -11,7 +11,7 @@ import numpy as np
 
 from fastvit_engine.data.build.parallel import Counter, ordered_map
 from fastvit_engine.data.build.sources.listing import Listing
-from fastvit_engine.data.build.sources.reading import Reader
+from fastvit_engine.data.build.sources.reading import SourceReader
 from fastvit_engine.data.shards.names import Split
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_folder
@@ -122,7 +122,7 @@ def _first_of_each(listing: Listing, workers: int, progress: WorkProgress) -> np
             "--dedup reads every image twice: make shards of URLs first, then make those again with --dedup"
         )
     done = Counter()
-    reader = Reader(listing)
+    reader = SourceReader(listing)
 
     def hashes(start: int) -> np.ndarray:
         """Returns the hashes of the images, uint64 [n, 2]."""

@@ -27,8 +27,8 @@ _PAPER, _TILE, _INK, _SOFT = "#ffffff", "#f2f1ee", "#1b1d21", "#62666e"
 _SHARDS, _SAMPLES_A_SHARD = 8, 100  # that images are chosen from
 
 
-class Found(NamedTuple):
-    """A sample of a shard with a usable image."""
+class UsableImage(NamedTuple):
+    """An image that training can use, and its label."""
 
     label: int  # -1: none that is usable
     content: bytes
@@ -53,14 +53,14 @@ def class_sheet(
     Raises UserError if there is no other.
     """
     shards = shard_set(argument, split)
-    by_class: dict[int, list[Found]] = {}
+    by_class: dict[int, list[UsableImage]] = {}
     for found in _some_samples(shards, config or Config()):
         of_class = by_class.setdefault(found.label, [])
         if len(of_class) < rows:
             of_class.append(found)
     if not by_class:
         raise UserError(f"the shards of {argument} hold no usable images: see what `fastvit data verify` says of them")
-    chosen: list[list[Found | None]]
+    chosen: list[list[UsableImage | None]]
     if 2 <= len(by_class) <= 10:  # a column for each class
         columns = [by_class[label] for label in sorted(by_class)]
         chosen = [[of_class[row] if row < len(of_class) else None for of_class in columns] for row in range(rows)]
@@ -145,7 +145,7 @@ def save_sheet(sheet: Image.Image, path: Path) -> None:
         raise UserError(f"cannot write {path} ({error.strerror}): choose another --sheet") from error
 
 
-def _some_samples(shards: ShardSet, config: Config, each: int = _SAMPLES_A_SHARD) -> Iterator[Found]:
+def _some_samples(shards: ShardSet, config: Config, each: int = _SAMPLES_A_SHARD) -> Iterator[UsableImage]:
     """The first `each` samples of evenly spaced shards, then the next ones, up to a hundred of each shard."""
     keys = SampleKeys.of(config.data)
     num_classes = len(shards.class_names) if shards.class_names is not None else PLAUSIBLE_CLASSES
@@ -159,7 +159,7 @@ def _some_samples(shards: ShardSet, config: Config, each: int = _SAMPLES_A_SHARD
             for sample in some:
                 judged = judge(sample, keys, num_classes, if_decodes)
                 if judged.image is not None:
-                    yield Found(judged.labels[0] if judged.labels else -1, judged.image)
+                    yield UsableImage(judged.labels[0] if judged.labels else -1, judged.image)
 
 
 def _evenly(values: list[Any], wanted: int) -> list[Any]:

@@ -202,7 +202,7 @@ def _shrink(data: bytes, short_side: int) -> bytes:
 
 
 @dataclass
-class Speed:
+class ShardSpeed:
     """What was measured on one set of shards; an entry per round in each list."""
 
     name: str
@@ -256,7 +256,7 @@ def measure_speed(
     effort: Effort = FULL,
     repack: int | None = None,
     progress: Callable[[str], None] = lambda line: None,
-) -> list[Speed]:
+) -> list[ShardSpeed]:
     """Measures the shards that `argument` names under a configuration and, with `repack`, smaller copies of them.
 
     `workers`: processes of the loader; None: data.num_workers. Local shards are read from the page cache, up to
@@ -281,11 +281,11 @@ def measure_speed(
 
 def _measure(
     name: str, shards: str, config: Config, workers: int, effort: Effort, folder: Path, progress: Callable[[str], None]
-) -> Speed:
+) -> ShardSpeed:
     batch_size = config.train.micro_batch_size or _BATCH
     train = config.train.model_copy(update={"global_batch_size": batch_size})
     config = config.model_copy(update={"data": config.data.model_copy(update={"train": shards}), "train": train})
-    speed = Speed(name, config.model.image_size, batch_size, [], {count: [] for count in sorted({0, workers})})
+    speed = ShardSpeed(name, config.model.image_size, batch_size, [], {count: [] for count in sorted({0, workers})})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in workers
     try:
@@ -307,7 +307,7 @@ def _measure(
     return speed
 
 
-def report(speeds: Sequence[Speed]) -> str:
+def report(speeds: Sequence[ShardSpeed]) -> str:
     """All that was measured, and what to do about the slowest stage."""
     first = speeds[0]
     lines = [speed.report() for speed in speeds]
@@ -323,5 +323,5 @@ def report(speeds: Sequence[Speed]) -> str:
     return "\n\n".join(lines)
 
 
-def to_json(speeds: Sequence[Speed]) -> str:
+def to_json(speeds: Sequence[ShardSpeed]) -> str:
     return json.dumps([speed.to_dict() for speed in speeds], indent=2)

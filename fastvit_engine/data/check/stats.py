@@ -150,7 +150,7 @@ def shard_stats(
     line.start("reading", len(shards.shards), "shards")
 
     def look(shard: str) -> Part:
-        part = look_at(shard, keys, num_classes, quota)
+        part = summarize_shard(shard, keys, num_classes, quota)
         done.add()
         return part
 
@@ -220,7 +220,7 @@ class _Looked(NamedTuple):
     pixels: np.ndarray | None  # int32 [3, 256]: histograms
 
 
-def look_at(shard: str, keys: SampleKeys, num_classes: int, quota: int) -> Part:
+def summarize_shard(shard: str, keys: SampleKeys, num_classes: int, quota: int) -> Part:
     """Reads one shard, and the pixels of `quota` to 2 * `quota` of its images."""
     warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
     part = Part()

@@ -173,7 +173,7 @@ def _look_at_all(
     line.start("verifying", sum(known) if by_image else len(numbers), "images" if by_image else "shards")
     seen: dict[int, Seen] = {}
     results = parallel_map(
-        lambda number: look_at(shards.shards[number], keys, num_classes, images),
+        lambda number: verify_shard(shards.shards[number], keys, num_classes, images),
         numbers,
         workers=workers,
         while_waiting=lambda: line.update(images.value if by_image else len(seen)),
@@ -184,7 +184,7 @@ def _look_at_all(
     return dict(sorted(seen.items()))
 
 
-def look_at(shard: str, keys: SampleKeys, num_classes: int, images: Counter) -> Seen:
+def verify_shard(shard: str, keys: SampleKeys, num_classes: int, images: Counter) -> Seen:
     """Reads one shard to its end, or to where it is damaged; counts up `images` as it goes."""
     warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
     labels: list[int] = []

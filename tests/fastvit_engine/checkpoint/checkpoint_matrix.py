@@ -18,7 +18,7 @@ from fastvit_engine.config import Config
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.engine.build import build_engine, split_batch
 from fastvit_engine.engine.ema import WeightAverage
-from fastvit_engine.models import build_model
+from fastvit_engine.models import build_vit
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_kernels import FusedCrossEntropy
 
@@ -54,7 +54,7 @@ class Job:
         self.config, self.world = config_of(case), world
         self.split = split_batch(self.config, world.size)
         torch.manual_seed(seed)
-        model = build_model(self.config.model, mean=(0.5,) * 3, std=(0.5,) * 3)
+        model = build_vit(self.config.model, mean=(0.5,) * 3, std=(0.5,) * 3)
         self.engine = build_engine(model, self.config, self.split, world)
         self.ema = WeightAverage(self.engine, 0.9) if case.get("ema", True) else None
         self.saver(folder)

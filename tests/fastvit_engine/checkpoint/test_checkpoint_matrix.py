@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastvit_engine.checkpoint import Checkpoint, open_store
-from fastvit_engine.checkpoint.reader import Reader
+from fastvit_engine.checkpoint.reader import CheckpointReader
 from fastvit_engine.distributed.supervise import start_ranks
 from fastvit_engine.engine.protocol import ParameterSlice
 
@@ -70,7 +70,7 @@ def consolidated(path):
         ]
         for kind in sorted(manifest.kinds)
     }
-    Reader(checkpoint, manifest).fill(whole)
+    CheckpointReader(checkpoint, manifest).fill(whole)
     tensors = {(kind, part.name): part.values for kind, slices in whole.items() for part in slices}
     return tensors, {name: value for name, value in manifest.scalars.items() if name == "optimizer.step"}
 

@@ -34,7 +34,7 @@ def test_rank_environment_passes_its_own_check():
     ],
 )
 def test_what_the_exit_codes_of_ranks_mean_for_the_job(codes, exit_code, restartable):
-    outcome = supervise.Outcome(codes)
+    outcome = supervise.LaunchOutcome(codes)
     assert (outcome.exit_code, outcome.restartable) == (exit_code, restartable)
 
 

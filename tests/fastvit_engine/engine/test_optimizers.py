@@ -8,7 +8,7 @@ from fastvit_engine.engine import optimizers
 from fastvit_engine.engine.build import BatchSplit, deepspeed_config
 from fastvit_engine.engine.optimizers import KINDS, OptimizerKind, build_optimizer, parameter_groups, possible_stages
 from fastvit_engine.errors import UserError
-from fastvit_engine.models import build_model
+from fastvit_engine.models import build_vit
 from fastvit_engine.sizing.defaults import Machine, choose
 
 MACHINE = Machine(processes=2, processes_per_node=2, memory=2**34, on_gpu=False)
@@ -20,7 +20,7 @@ def config(**sections):
 
 def model(**changes):
     section = config().model.model_copy(update=changes)
-    return build_model(section, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return build_vit(section, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def test_every_kind_of_the_configuration_can_be_built():

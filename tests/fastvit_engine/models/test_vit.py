@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from fastvit_engine.config import ModelConfig
 from fastvit_engine.errors import UserError
-from fastvit_engine.models import VisionTransformer, build_model, model_title, parameter_count
+from fastvit_engine.models import VisionTransformer, build_vit, model_title, parameter_count
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 SMALL = ModelConfig(name="Ti/4", image_size=12, num_classes=7, width=12, depth=3, heads=3)
@@ -15,7 +15,7 @@ SMALL = ModelConfig(name="Ti/4", image_size=12, num_classes=7, width=12, depth=3
 
 def small(**changes: object) -> VisionTransformer:
     torch.manual_seed(0)
-    return build_model(SMALL.model_copy(update=changes), mean=MEAN, std=STD)
+    return build_vit(SMALL.model_copy(update=changes), mean=MEAN, std=STD)
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -231,7 +231,7 @@ def test_first_logits_are_the_head_bias() -> None:
 
 def test_meta_device_holds_no_memory() -> None:
     with torch.device("meta"):
-        model = build_model(ModelConfig(name="G/14"), mean=MEAN, std=STD)
+        model = build_vit(ModelConfig(name="G/14"), mean=MEAN, std=STD)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
@@ -246,7 +246,7 @@ def test_overrides() -> None:
     assert (shape.width, shape.depth, shape.heads, shape.mlp_dim) == (24, 2, 4, 96)
     assert small(mlp_dim=50).shape.mlp_dim == 50
     with torch.device("meta"):
-        assert build_model(ModelConfig(name="g/14", width=704), mean=MEAN, std=STD).shape.mlp_dim == 3072
+        assert build_vit(ModelConfig(name="g/14", width=704), mean=MEAN, std=STD).shape.mlp_dim == 3072
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from fastvit_engine.observe.run_folder import RunFolder
 from tests.fastvit_engine.observe.conftest import eval_row, train_row
 
 
-def write(run: RunFolder, steps: range, resume_step: int | None = None) -> None:
+def write(run: RunFolder, steps: range, resume_step: int = 0) -> None:
     writer = MetricsWriter(run, resume_step)
     for step in steps:
         writer.write(train_row(step))
@@ -20,7 +20,7 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     rows = [train_row(1), train_row(2, grad_norm=None, mfu=None)]
     evaluation = eval_row(2, 0.9, eval="eval_ema", top5=None)
-    writer = MetricsWriter(run, None)
+    writer = MetricsWriter(run, 0)
     for row in rows:
         writer.write(row)
     writer.write(evaluation)
@@ -29,7 +29,7 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
 
 def test_values_that_json_lacks(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    writer = MetricsWriter(run, None)
+    writer = MetricsWriter(run, 0)
     writer.write(train_row(1, loss=math.nan, grad_norm=math.inf, lr=-math.inf))
 
     def reject(constant: str) -> None:
@@ -44,7 +44,7 @@ def test_values_that_json_lacks(tmp_path: Path) -> None:
 
 def test_resume_drops_the_steps_after_the_checkpoint(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    writer = MetricsWriter(run, None)
+    writer = MetricsWriter(run, 0)
     for step in range(1, 8):
         writer.write(train_row(step))
     writer.write(eval_row(5, 0.8))
@@ -72,18 +72,10 @@ def test_resume_from_step_zero_and_without_a_file(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(run.metrics)[0]] == [1]
 
 
-def test_a_new_run_does_not_touch_the_metrics_of_another(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    write(run, range(1, 3))
-    with pytest.raises(UserError, match=r"metrics\.jsonl already has"):
-        MetricsWriter(run, None)
-    assert len(read_metrics(run.metrics)[0]) == 2
-
-
 def test_an_incomplete_row_is_a_bug_of_the_caller(tmp_path: Path) -> None:
     row = train_row(1)
     del row["lr"]
-    writer = MetricsWriter(RunFolder(tmp_path), None)
+    writer = MetricsWriter(RunFolder(tmp_path), 0)
     with pytest.raises(ValueError, match="lacks 'lr'"):
         writer.write(row)
 

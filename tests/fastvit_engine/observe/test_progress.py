@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 import pty
@@ -50,7 +51,7 @@ def terminal_type(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_plain_lines_when_not_a_terminal() -> None:
     stream, clock = io.StringIO(), Clock()
-    with TrainingProgress(840, stream=stream, clock=clock) as progress:
+    with contextlib.closing(TrainingProgress(840, stream=stream, clock=clock)) as progress:
         for step in range(1, 101):
             clock.now += 0.1
             progress.advance(step)
@@ -73,7 +74,7 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_live_line_is_rewritten_in_place_below_messages() -> None:
     stream, clock = Terminal(), Clock()
-    with TrainingProgress(10, stream=stream, clock=clock) as progress:
+    with contextlib.closing(TrainingProgress(10, stream=stream, clock=clock)) as progress:
         for step in range(1, 11):
             clock.now += 1.0
             progress.log(train_row(step, mfu=None))
@@ -233,7 +234,7 @@ def test_quiet_writes_nothing(stream: io.StringIO) -> None:
     clock.now += 100.0
     work.update(5)
     work.clear()
-    with TrainingProgress(10, stream=stream, clock=clock, quiet=True) as training:
+    with contextlib.closing(TrainingProgress(10, stream=stream, clock=clock, quiet=True)) as training:
         training.log(train_row(10))
         training.log_evaluation(eval_row(10, 0.5))
         training.message("checkpoint saved")

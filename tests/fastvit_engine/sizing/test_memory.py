@@ -9,13 +9,13 @@ import torch
 
 from fastvit_engine.config import Config
 from fastvit_engine.distributed.supervise import free_port, rank_environment
-from fastvit_engine.models import build_model, parameter_count
+from fastvit_engine.models import build_vit, parameter_count
 from fastvit_engine.sizing.memory import (
     Buckets,
+    ParameterCounts,
     activation_bytes,
     block_bytes_a_token,
     block_implementation,
-    model_size,
     state_memory,
     training_memory,
 )
@@ -38,7 +38,7 @@ def state(stage, precision, world_size, **settings):
         "buckets": Buckets(reduce=REDUCE),
         "on_gpu": False,
     }
-    return state_memory(model_size(vit(**MEASURED_MODEL)), precision, stage, world_size, **given | settings)
+    return state_memory(ParameterCounts.of(vit(**MEASURED_MODEL)), precision, stage, world_size, **given | settings)
 
 
 @pytest.mark.distributed
@@ -109,7 +109,7 @@ def test_fused_blocks_keep_what_their_documentation_says(recompute, expected):
 def test_activations_are_what_autograd_keeps(precision, model):
     """Plain PyTorch, on the CPU: every storage saved for the backward pass that is no parameter."""
     config = vit(name="Ti/16", image_size=112, depth=3, **model)
-    built = build_model(config, mean=(0.5,) * 3, std=(0.5,) * 3)
+    built = build_vit(config, mean=(0.5,) * 3, std=(0.5,) * 3)
     built = built.bfloat16() if precision == "bf16" else built
     parameters = {parameter.untyped_storage().data_ptr() for parameter in built.parameters()}
     kept = {}

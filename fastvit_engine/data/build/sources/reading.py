@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
     json: bytes | None = None  # of a WebDataset sample that brings one
 
 
-class Reader:
+class SourceReader:
     """Reads images of a listing in any order; keeps a few files open."""
 
     def __init__(self, listing: Listing, timeout: float = 30.0) -> None:

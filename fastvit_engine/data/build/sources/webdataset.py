@@ -23,8 +23,8 @@ from fastvit_engine.errors import UserError
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
 
-class Found(NamedTuple):
-    """A sample in a shard."""
+class LocatedSample(NamedTuple):
+    """A sample, and the bytes of its shard that hold it."""
 
     key: str
     labels: list[str]
@@ -82,21 +82,21 @@ def _shards(path: Path, context: Context) -> tuple[list[Path], list[Path]]:
     return shards, []
 
 
-def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[Found], Ignored]:
+def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[LocatedSample], Ignored]:
     """The samples of a plain tar. Raises UserError naming the original shard and the key if one lacks a member."""
     plain, name, label_key = task
-    samples: list[Found] = []
+    samples: list[LocatedSample] = []
     ignored = Ignored()
     files: list[SampleFile] = []  # of the current sample
     try:
         with open_archive(str(plain)) as archive:
             for file in iterate_files(archive.read, archive.size, ignored):
                 if file.first and files:
-                    samples.append(_found(files, archive, name, label_key))
+                    samples.append(_located(files, archive, name, label_key))
                     files = []
                 files.append(file)
             if files:
-                samples.append(_found(files, archive, name, label_key))
+                samples.append(_located(files, archive, name, label_key))
     except TarError as error:
         raise UserError(f"shard {name} is damaged (it {error}): copy or make it again") from error
     except OSError as error:
@@ -104,7 +104,7 @@ def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[Found], Ignored]
     return samples, ignored
 
 
-def _found(files: list[SampleFile], archive: Archive, shard: Path, label_key: str | None) -> Found:
+def _located(files: list[SampleFile], archive: Archive, shard: Path, label_key: str | None) -> LocatedSample:
     key, start = files[0].key, files[0].member.start
     where = f"sample '{key}' of shard {shard}"
     members = {file.extension: file.member for file in files}
@@ -125,7 +125,7 @@ def _found(files: list[SampleFile], archive: Archive, shard: Path, label_key: st
         wanted = f"labels in '{label_key}'" if label_key else "a 'cls' member nor labels in a 'json' member"
         advice = "make the shard again with one, or name the member that has them with --labels json.FIELD"
         raise UserError(f"{where} has {'no' if label_key else 'neither'} {wanted}: {advice}")
-    return Found(key, labels, start, files[-1].member.end - start)
+    return LocatedSample(key, labels, start, files[-1].member.end - start)
 
 
 def _labels(read: Callable[[str], bytes], members: Container[str], label_key: str | None) -> list[str] | None:

@@ -21,7 +21,7 @@ from fastvit_engine.data.build.make import make_dataset
 from fastvit_engine.data.build.sources import list_source, list_with_eval, recognise
 from fastvit_engine.data.build.sources.context import Context, split_of_names
 from fastvit_engine.data.build.sources.listing import Listing
-from fastvit_engine.data.build.sources.reading import Reader
+from fastvit_engine.data.build.sources.reading import SourceReader
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.names import read_info
@@ -47,7 +47,7 @@ def listed(context) -> Callable[..., list[tuple]]:
 
 
 def _rows(listing: Listing) -> list[tuple]:
-    reader = Reader(listing)
+    reader = SourceReader(listing)
     return [
         (
             listing.name(index),

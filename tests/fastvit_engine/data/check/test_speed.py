@@ -10,7 +10,7 @@ from PIL import Image
 
 from fastvit_engine.cli import main
 from fastvit_engine.data import prepare_data
-from fastvit_engine.data.check.speed import QUICK, Speed, StageTimes, link_shards, measure_speed, report, stages
+from fastvit_engine.data.check.speed import QUICK, ShardSpeed, StageTimes, link_shards, measure_speed, report, stages
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.stream.batch import StageSeconds
 from fastvit_engine.errors import UserError
@@ -59,7 +59,7 @@ def test_smaller_copies_and_own_keys(tmp_path, write_tar, photo, make_config):
 
 def test_the_slowest_stage_is_named():
     times = StageTimes(10, StageSeconds(1, 5, 2), StageSeconds(9, 5, 2))
-    speed = Speed("x", 224, 64, [times], {})
+    speed = ShardSpeed("x", 224, 64, [times], {})
     assert speed.slowest() == "read" and speed.stage_rate("decode", "cpu") == 2
     assert "data.cache" in report([speed])
 

@@ -207,7 +207,7 @@ def test_everybody_agrees(tmp_path_factory: pytest.TempPathFactory, archive: Arc
     stops_at = next((n for n, sample in enumerate(archive.samples) if sample.labels is None), None)
 
     # ---- verify
-    seen = verify.look_at(str(path), keys, CLASSES, Counter())
+    seen = verify.verify_shard(str(path), keys, CLASSES, Counter())
     found = seen.findings
     assert ("damaged shard" in found) == archive.damaged
     if not archive.damaged:
@@ -221,7 +221,7 @@ def test_everybody_agrees(tmp_path_factory: pytest.TempPathFactory, archive: Arc
 
     # ---- stats
     try:
-        part = stats.look_at(str(path), keys, CLASSES, quota=100)
+        part = stats.summarize_shard(str(path), keys, CLASSES, quota=100)
     except UserError as error:
         assert archive.damaged and "a.tar is damaged" in str(error)
     else:
