@@ -13,7 +13,7 @@ import torch
 
 import fastvit_engine
 
-_PACKAGES = ("torch", "deepspeed", "webdataset", "triton", "numpy")
+_PACKAGES = ("fastvit-kernels", "torch", "deepspeed", "webdataset", "triton", "numpy")
 
 
 def collect_environment(**extra: Any) -> dict[str, Any]:
