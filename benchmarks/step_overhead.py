@@ -39,11 +39,12 @@ from torch import Tensor, nn
 from fastvit_engine.checkpoint import TrainerState
 from fastvit_engine.config import Config, DataConfig, Resolved, load_config
 from fastvit_engine.data import Batch, TrainingData
+from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world
-from fastvit_engine.engine.build import build_engine, split_batch
+from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.optimizers import parameter_groups
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_vit, parameter_count

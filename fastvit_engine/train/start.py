@@ -21,8 +21,9 @@ from fastvit_engine.checkpoint import (
 from fastvit_engine.config import Config, ModelConfig
 from fastvit_engine.config.checks import check_config
 from fastvit_engine.data import IterableData, TrainingData, prepare_data
+from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
 from fastvit_engine.distributed.world import World
-from fastvit_engine.engine.build import deepspeed_config, split_batch
+from fastvit_engine.engine.build import deepspeed_config
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
@@ -63,7 +64,8 @@ def preflight(
     data: takes the place of data.train.
     """
     check_config(config)
-    deepspeed_config(config, split_batch(config, world_size))
+    split = split_batch(config, world_size)
+    deepspeed_config(config, split)
     store = store_of(config.checkpoint, run)
     if run.config.exists() and not resume:
         raise UserError(
@@ -89,7 +91,7 @@ def preflight(
         pixels={"mean": config.data.mean, "std": config.data.std, "eval_crop": config.data.eval_crop},
     )
     message = f"starting {run.path}: {counted(schedule.total_steps, 'step')}, {prepared.describe()}"
-    warnings = _doubtful(config, prepared)
+    warnings = _doubtful(config, prepared, split)
     start = Start(wanted, schedule.total_steps, None, message, prepared, damaged, warnings)
     if checkpoint is None or state is None:
         return start
@@ -147,7 +149,7 @@ def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     }
 
 
-def _doubtful(config: Config, data: TrainingData) -> tuple[str, ...]:
+def _doubtful(config: Config, data: TrainingData, split: BatchSplit) -> tuple[str, ...]:
     """One sentence for each setting that works with this data, but that hardly anybody wants."""
     warnings = []
     classes, outputs = len(data.class_names or ()), config.model.num_classes
@@ -161,6 +163,11 @@ def _doubtful(config: Config, data: TrainingData) -> tuple[str, ...]:
         warnings.append(
             f"train.global_batch_size is {batch:,}, and an epoch has only {counted(samples, 'sample')}: every step "
             "repeats samples; lower it"
+        )
+    if split.idle_ranks:
+        warnings.append(
+            f"{split.idle_ranks} of {split.world_size} processes have nothing to do: images are mixed in pairs, of "
+            f"which train.global_batch_size = {batch:,} has fewer; raise it to {2 * split.world_size:,}"
         )
     return tuple(warnings)
 

@@ -142,9 +142,9 @@ def test_unknown_recipe(refused):
     refused(["train", "vit_h14_jfk"], "vit_h14_jfk", "did you mean 'vit_h14_jft'")
 
 
-def test_batch_not_divisible_over_processes(refused, shard, tmp_path):
-    arguments = train_arguments(tmp_path / "run", f"data.train={shard}", "train.global_batch_size=9", processes=2)
-    refused(arguments, "train.global_batch_size = 9 does not divide over 2 processes")
+def test_more_processes_than_images(refused, shard, tmp_path):
+    arguments = train_arguments(tmp_path / "run", f"data.train={shard}", "train.global_batch_size=1", processes=2)
+    refused(arguments, "train.global_batch_size is 1, fewer images than the 2 processes: raise it, or train with fewer")
 
 
 def test_no_processes(refused, shard, tmp_path):

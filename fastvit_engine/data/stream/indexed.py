@@ -20,11 +20,12 @@ from fastvit_engine.data.shards.index import Index, open_index
 from fastvit_engine.data.shards.names import is_local
 from fastvit_engine.data.shards.sample import Sample, parse_sample
 from fastvit_engine.data.shards.tar import TarError
-from fastvit_engine.data.stream.batch import BadSample, Batch, BatchBuilder, Workspace, rebatch
+from fastvit_engine.data.stream.batch import BadSample, Batch, BatchBuilder, Workspace, micro_batches, rebatch
+from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.order import Integers, Locations, Order, SourceOrder, share_slots
 from fastvit_engine.data.stream.read_ahead import ReadAhead
 from fastvit_engine.data.stream.skip import Window, step_starts
-from fastvit_engine.data.stream.source import EvaluationData, TrainingData, check_micro_batch, rank_positions
+from fastvit_engine.data.stream.source import EvaluationData, TrainingData
 from fastvit_engine.data.stream.worker_pool import load
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted
@@ -115,13 +116,14 @@ class IndexedData(TrainingData):
         Samples and pixels of a step are a function of the indexed shards, the seed and the step: not of the world size,
         the number of workers or the step that a run resumed at.
         """
-        check_micro_batch(config, world_size, micro_batch_size)
+        split = next(possible_splits(config, world_size, micro_batch_size))
         batch = config.train.global_batch_size
         samples = open_train_samples(config, self)
-        own = rank_positions(batch, rank, world_size)
+        own, sizes = split.positions(rank), split.micro_batches(rank)
+        ends = np.cumsum(sizes)[:-1]
         read_ahead = None
         if node_ranks and any(not is_local(shard) for index in samples.indexes for shard in index.shards):
-            positions = np.concatenate([rank_positions(batch, other, world_size) for other in node_ranks])
+            positions = np.concatenate([split.positions(other) for other in node_ranks])
             order = build_order(config, self.train, samples.indexes)
             read_ahead = ReadAhead(order, samples.indexes, samples.storage, positions, batch)
 
@@ -129,10 +131,10 @@ class IndexedData(TrainingData):
             for start in step_starts(consumed, batch, skipped):
                 if read_ahead:
                     read_ahead.at(start)
-                for micro in (start + own).reshape(-1, micro_batch_size):
+                for micro in np.split(start + own, ends):
                     yield from _parts(micro, config)
 
-        return rebatch(_load(samples, requests(), micro_batch_size, config), micro_batch_size, pin_memory)
+        return micro_batches(_load(samples, requests(), max(sizes), config), sizes, config, pin_memory)
 
     def eval_batches(
         self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool

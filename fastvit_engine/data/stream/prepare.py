@@ -79,11 +79,6 @@ def _prepare_eval(config: Config, index_folder: Path) -> IndexedShards | None:
 def _prepare_iterable(config: Config, given: IterableData, world_size: int, index_folder: Path) -> IterableData:
     if config.data.train:
         raise UserError("data.train is set, and training data is given as an iterable too: leave one of them out")
-    if config.train.global_batch_size % world_size:
-        raise UserError(
-            f"train.global_batch_size is {config.train.global_batch_size}, which {world_size} ranks do not divide: "
-            "change it, or the number of processes"
-        )
     streams = config.data.order == "stream"
     evaluation = eval_streams(config) if streams else _prepare_eval(config, index_folder)
     info = info_beside(list(evaluation.shards)) if evaluation else None

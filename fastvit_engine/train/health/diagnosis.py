@@ -124,7 +124,7 @@ def diagnose(
         watch.start()
         repeats = rehearse().anomaly is not None
         again = watch.broken()
-    keys = [key for batch in trace.batches for key in batch.keys]
+    keys = [key for batch in trace.batches for key in batch.keys if key]  # without padding
     own = _Evidence(socket.gethostname(), keys, _suspects(anomaly, trace), weights, watched, again)
     diagnosis = _conclude(anomaly, world.gather(own), in_weights, repeats)
     if not was_on and not diagnosis.unexplained:

@@ -35,14 +35,15 @@ def shards(tmp_path):
     ]
 
 
-def start(run, train, resume=True, duration="100 steps", **data):
+def start(run, train, resume=True, duration="100 steps", processes=1, augment=None, **data):
     sections = {
         "model": {"name": "Ti/4", "image_size": 8, "num_classes": 10},
         "data": {"train": train, **data},
         "train": {"global_batch_size": 8, "duration": duration, "precision": "fp32"},
         "schedule": {"warmup": "0 steps"},
+        "augment": augment or {},
     }
-    return preflight(Config.model_validate(sections), run, 1, resume=resume)
+    return preflight(Config.model_validate(sections), run, processes, resume=resume)
 
 
 @pytest.fixture
@@ -95,6 +96,20 @@ def test_fewer_classes_than_outputs_and_a_batch_larger_than_the_data_are_warned_
     (tmp_path / "dataset.json").unlink()
     (large,) = warnings(train_samples=7)
     assert large.startswith("train.global_batch_size is 8, and an epoch has only 7 samples: ")
+
+
+def test_processes_without_a_pair_of_images_are_warned_of(shards, tmp_path):
+    def warnings(processes, **augment):
+        return start(
+            RunFolder(tmp_path / "run"), shards[0], resume=False, processes=processes, augment=augment
+        ).warnings
+
+    assert warnings(4, mixup=0.2) == warnings(7) == ()
+    (idle,) = warnings(7, mixup=0.2)
+    assert idle == (
+        "3 of 7 processes have nothing to do: images are mixed in pairs, of which train.global_batch_size = 8 has fewer; "
+        "raise it to 14"
+    )
 
 
 def test_a_run_that_went_further_than_its_duration_says_so(stopped, shards):

@@ -119,7 +119,7 @@ def test_streams_need_no_index(gzipped_shards, run, make_config):
         (1, {"order": "stream", "image_key": "tif"}, r"sample 's000' of shard .*part-0\.tar has no 'tif' member"),
         (3, {"order": "stream", "streams": 4}, "do not divide"),
         (8, {"order": "stream"}, "7 shards for 8"),
-        (1, {"order": "stream", "streams": 3}, "global_batch_size is 8"),
+        (1, {"order": "stream", "streams": 5, "batch": 4}, "global_batch_size is 4"),
         (1, {"order": "stream", "train": [{"shards": "x"}]}, "reads one source"),
     ],
 )
