@@ -107,8 +107,8 @@ def test_processes_without_a_pair_of_images_are_warned_of(shards, tmp_path):
     assert warnings(4, mixup=0.2) == warnings(7) == ()
     (idle,) = warnings(7, mixup=0.2)
     assert idle == (
-        "3 of 7 processes have nothing to do: images are mixed in pairs, of which train.global_batch_size = 8 has fewer; "
-        "raise it to 14"
+        "3 of 7 processes have nothing to do: images are mixed in pairs, of which train.global_batch_size = 8 has "
+        "fewer; raise it to 14"
     )
 
 
