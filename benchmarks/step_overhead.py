@@ -310,7 +310,13 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path, batches: Ite
     run.checkpoints.mkdir(parents=True)
     samples = resolved.config.data.train_samples
     start = Start(
-        state=TrainerState(0, fingerprint={"model": resolved.config.model.model_dump(mode="json")}),
+        state=TrainerState(
+            0,
+            fingerprint={
+                "model": resolved.config.model.model_dump(mode="json"),
+                "global_batch_size": resolved.config.train.global_batch_size,
+            },
+        ),
         total_steps=Schedule(resolved.config, samples).total_steps,
         checkpoint=None,
         message="",

@@ -30,6 +30,7 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
+    allow_batch_change: bool = False,
     data: str | Path | Samples | IterableData | None = None,
 ) -> None:
     """Trains a model into the run folder `out`, in this process: `load_model(out)` then gives the model.
@@ -39,6 +40,8 @@ def train(
 
     config: what `load_config` returns, or a Config, or the name or path of a recipe.
     resume: continue from the latest checkpoint of `out`, if any; without, a folder that holds a run is refused.
+    allow_batch_change: continue although `train.global_batch_size` is not what it was. The order of samples continues,
+    and what has a length in epochs or samples keeps it.
     data: what to train on, in place of `data.train` of the configuration: shards; or an iterable of your own, such as a
     WebDataset pipeline, or a function that makes one. See `fastvit_engine.data.IterableData` for what it must yield,
     and for what a resumed run can promise then.
@@ -63,7 +66,7 @@ def train(
             "yours first, or call train() in a process that has none"
         )
     with nullcontext() if launched_by_cluster() else _lone_rank():
-        loop.train(resolved, Path(out), resume=resume, data=own)
+        loop.train(resolved, Path(out), resume=resume, data=own, allow_batch_change=allow_batch_change)
 
 
 def evaluate(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastvit_engine.data.stream.skip import Window
+from fastvit_engine.duration import BatchSizes
 
 Figures = dict[str, float | int | None]  # of one evaluation: "top1", "loss", "samples"
 
@@ -52,6 +53,13 @@ class TrainerState:
     evaluated_at: int | None = None  # the step of that time
     recovery: Recovery = Recovery()
     pixels: Mapping[str, Any] | None = None  # "mean", "std" and "eval_crop" of the images; None: unknown
+    # (step, images per step from then on), see `BatchSizes`; empty: always the one of the fingerprint
+    batch_sizes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def batches(self) -> BatchSizes:
+        """The global batch of each step so far."""
+        return BatchSizes(self.batch_sizes or ((0, self.fingerprint.get("global_batch_size", 1)),))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -65,6 +73,7 @@ class TrainerState:
             "accuracy": dict(self.accuracy),
             "evaluated_at": self.evaluated_at,
             "pixels": None if self.pixels is None else dict(self.pixels),
+            "batch_sizes": self.batch_sizes,
         }
 
     @classmethod
@@ -86,6 +95,7 @@ class TrainerState:
             evaluated_at=None if evaluated_at is None else _integer(evaluated_at),
             recovery=Recovery.from_json(content),
             pixels=pixels,
+            batch_sizes=_batch_sizes(content.get("batch_sizes", ())),
         )
 
 
@@ -97,6 +107,14 @@ def _windows(pairs: Any) -> tuple[Window, ...]:
     if any(not 0 <= first < last for first, last in windows):
         raise ValueError("a window of samples is empty or negative")
     return windows
+
+
+def _batch_sizes(pairs: Any) -> tuple[tuple[int, int], ...]:
+    sizes = tuple((_integer(step), _integer(size)) for step, size in pairs)
+    steps = [step for step, _ in sizes]
+    if steps != sorted(set(steps)) or steps[:1] not in ([], [0]) or any(size < 1 for _, size in sizes):
+        raise ValueError("the batch sizes are not those of rising steps from 0")
+    return sizes
 
 
 def _integer(value: Any) -> int:

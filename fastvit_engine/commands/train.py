@@ -30,6 +30,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "one",
     )
     parser.add_argument(
+        "--allow-batch-change",
+        action="store_true",
+        help="resume with another train.global_batch_size than the checkpoint's. The order of samples continues; what "
+        "has a length in epochs or samples keeps it, and takes another number of steps",
+    )
+    parser.add_argument(
         "--cpu-processes",
         metavar="N",
         type=int,
@@ -68,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
 
         check_rendezvous()
         try:
-            train(resolved, out, resume=resume)
+            train(resolved, out, resume=resume, allow_batch_change=args.allow_batch_change)
         except RuntimeError as error:
             if (message := lost_worker(error)) is None:
                 raise
@@ -81,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--max-restarts is {args.max_restarts}: at least 0")
     processes, run = launch.processes_here(args.cpu_processes), RunFolder(out)
     chosen = choose(resolved.config, machine_here(processes))
-    start = preflight(chosen.config, run, processes, resume=resume)
+    start = preflight(chosen.config, run, processes, resume=resume, allow_batch_change=args.allow_batch_change)
     if start.step == start.total_steps:
         report_damage(run, start.damaged, start.checkpoint)
         if start.checkpoint:
@@ -89,5 +95,6 @@ def _run(args: argparse.Namespace) -> int:
         print(start.message)
         return 0
     overrides = [word for override in args.set for word in ("--set", override)]
-    command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *overrides]
+    allowed = ["--allow-batch-change"] if args.allow_batch_change else []
+    command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *allowed, *overrides]
     return launch.run_with_restarts(command, processes, run, args.max_restarts)

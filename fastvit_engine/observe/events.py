@@ -22,6 +22,7 @@ Kind = Literal[
     "checkpoint_damaged",  # one could not be read; the previous one was used
     "anomaly",  # a loss, gradient or parameter that training must not continue with
     "rewind",  # back to a checkpoint: from_step, to_step
+    "batch_change",  # train.global_batch_size was changed on purpose when the run resumed: before, after
     "skip",  # samples left out on purpose after a rewind: samples [first, last)
     "hang",  # no step in the allowed time: the ranks that are missing or late, and what they were doing
     "slow_rank",  # a rank is slower than the others: rank, ratio

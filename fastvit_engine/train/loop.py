@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fastvit_engine.checkpoint import Checkpoint, TrainerState
@@ -27,15 +28,23 @@ from fastvit_engine.train.job import Job, build_job
 from fastvit_engine.train.recovery import save_recovery
 from fastvit_engine.train.run_record import record_start
 from fastvit_engine.train.schedule import Schedule
-from fastvit_engine.train.start import Start, load_start, preflight, report_damage
+from fastvit_engine.train.start import Start, load_start, preflight, record_batch_change, report_damage
 from fastvit_engine.train.step import take_step
 from fastvit_engine.train.step_log import StepLog
 
 
-def train(resolved: Resolved, out: Path, *, resume: bool, data: IterableData | None = None) -> None:
+def train(
+    resolved: Resolved,
+    out: Path,
+    *,
+    resume: bool,
+    data: IterableData | None = None,
+    allow_batch_change: bool = False,
+) -> None:
     """Trains the model of a configuration into the run folder `out`, on `data` if given and else on `data.train`.
 
     With `resume`, continues from the folder's latest checkpoint, if any; without, refuses a folder that holds a run.
+    With `allow_batch_change`, `train.global_batch_size` may differ from the checkpoint's.
     """
     run, limits = RunFolder(out), resolved.config.watchdog
     with (
@@ -45,7 +54,8 @@ def train(resolved: Resolved, out: Path, *, resume: bool, data: IterableData | N
     ):
         preemption.on_stack_request = watchdog.request_stacks
         chosen = choose(resolved.config, machine_of(world))
-        start = world.on_main(lambda: preflight(chosen.config, run, world.size, resume=resume, data=data))
+        check = partial(preflight, chosen.config, run, world.size, resume=resume, data=data)
+        start = world.on_main(lambda: check(allow_batch_change=allow_batch_change))
         if world.is_main:
             report_damage(run, start.damaged, start.checkpoint)
             print("\n".join([start.message, *(f"warning: {text}" for text in start.warnings)]), flush=True)
@@ -67,11 +77,12 @@ def _train(
     preemption: Preemption,
     data: IterableData | None = None,
 ) -> None:
-    schedule = Schedule(chosen.config, start.data.samples_per_epoch)
+    schedule = Schedule(chosen.config, start.data.samples_per_epoch, start.state.batches)
     job = build_job(chosen.config, run, world, schedule, watchdog, preemption)
     if world.is_main:
         save_recovery(run, start.state.recovery)
         record_start(resolved, chosen, job, start.step)
+        record_batch_change(run, start)
     next_start: Start | None = start
     try:
         while next_start is not None:  # more than once if training has to go back to a checkpoint
@@ -86,6 +97,8 @@ def _train_from(start: Start, job: Job, data: IterableData | None) -> Start | No
     job.processes.watchdog.phase("loading", slow=True)
     start = load_start(start, job.checkpointer, job.run, job.world)
     start = replace(start, data=start.data.bind(data))  # an iterable stays in its process
+    if start.state.batches != job.schedule.batch_sizes:  # it is an older checkpoint, from before the batch changed
+        job = replace(job, schedule=Schedule(job.config, start.data.samples_per_epoch, start.state.batches))
     job.health.guard.forget(start.state.recent)
     log = StepLog(job, start.state)
     with closing(log), closing(log.watch(_open_batches(start, job))) as batches:  # which ends the data workers
@@ -163,8 +176,9 @@ def _open_batches(start: Start, job: Job) -> Iterator[Batch]:
 
 def _next_window(state: TrainerState, config: Config) -> Window:
     """The positions of the next step's samples in the data order."""
-    first = step_start(state.consumed, state.recovery.skipped)
-    return first, first + config.train.global_batch_size
+    batch = config.train.global_batch_size
+    first = step_start(state.consumed, batch, state.recovery.skipped)
+    return first, first + batch
 
 
 def _save(job: Job, state: TrainerState, log: StepLog) -> None:

@@ -2,7 +2,7 @@
 
 The file is written before the run continues. So a run that is killed between going back and its next checkpoint still
 leaves out the same samples, and continues to count. Every checkpoint's manifest has the same in it, for a run folder
-that is lost. Samples can also be left out by hand: add their positions to `skipped`, as whole steps.
+that is lost. Samples can also be left out by hand: add their positions to `skipped`; steps that have one are left out.
 """
 
 import json

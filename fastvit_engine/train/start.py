@@ -23,6 +23,7 @@ from fastvit_engine.config.checks import check_config
 from fastvit_engine.data import IterableData, TrainingData, prepare_data
 from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
 from fastvit_engine.distributed.world import World
+from fastvit_engine.duration import BatchSizes
 from fastvit_engine.engine.build import deepspeed_config
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import record_event
@@ -43,6 +44,7 @@ class Start:
     data: TrainingData
     damaged: tuple[str, ...] = ()  # what is wrong with newer checkpoints, which are passed over
     warnings: tuple[str, ...] = ()  # what is allowed, but hardly meant
+    batch_before: int | None = None  # the checkpoint's train.global_batch_size, if the run is to continue with another
 
     @property
     def step(self) -> int:
@@ -52,16 +54,29 @@ class Start:
     def at(self, checkpoint: Checkpoint, state: TrainerState) -> "Start":
         """The same run from a checkpoint on; what it remembers of going back stays."""
         recovery = state.recovery.merge(self.state.recovery)
-        continued = replace(state, fingerprint=self.state.fingerprint, pixels=self.state.pixels, recovery=recovery)
+        batches = state.batches.then(state.step, self.state.batches.current)
+        continued = replace(
+            state,
+            fingerprint=self.state.fingerprint,
+            pixels=self.state.pixels,
+            recovery=recovery,
+            batch_sizes=batches.changes,
+        )
         return replace(self, state=continued, checkpoint=checkpoint)
 
 
 def preflight(
-    config: Config, run: RunFolder, world_size: int, *, resume: bool, data: IterableData | None = None
+    config: Config,
+    run: RunFolder,
+    world_size: int,
+    *,
+    resume: bool,
+    data: IterableData | None = None,
+    allow_batch_change: bool = False,
 ) -> Start:
     """Checks configuration, data and run folder; raises UserError for what cannot work.
 
-    data: takes the place of data.train.
+    data: takes the place of data.train. allow_batch_change: `train.global_batch_size` may differ from the checkpoint's.
     """
     check_config(config)
     split = split_batch(config, world_size)
@@ -81,7 +96,9 @@ def preflight(
     checkpoint, state, damaged = newest_readable(candidates)
     recorded = None if state is None else state.fingerprint.get("data")
     prepared = prepare_data(config, world_size=world_size, index_folder=run.path, recorded=recorded, given=data)
-    schedule = Schedule(config, prepared.samples_per_epoch)
+    batch = config.train.global_batch_size
+    batches = BatchSizes.always(batch) if state is None else state.batches.then(state.step, batch)
+    schedule = Schedule(config, prepared.samples_per_epoch, batches)
     _check_best(config, schedule)
     _check_writable(run)
     wanted = TrainerState(
@@ -89,13 +106,17 @@ def preflight(
         fingerprint=fingerprint(config, prepared),
         recovery=load_recovery(run),
         pixels={"mean": config.data.mean, "std": config.data.std, "eval_crop": config.data.eval_crop},
+        batch_sizes=BatchSizes.always(batch).changes,
     )
     message = f"starting {run.path}: {counted(schedule.total_steps, 'step')}, {prepared.describe()}"
     warnings = _doubtful(config, prepared, split)
     start = Start(wanted, schedule.total_steps, None, message, prepared, damaged, warnings)
     if checkpoint is None or state is None:
         return start
-    _check_same_run(wanted.fingerprint, state.fingerprint, checkpoint)
+    _check_same_run(wanted.fingerprint, state.fingerprint, checkpoint, allow_batch_change=allow_batch_change)
+    if (before := state.batches.current) != batch:
+        prepared.check_batch_change(config, before)
+        start = replace(start, batch_before=before)
     if state.step < schedule.total_steps:
         message = f"continuing {run.path} from step {state.step} of {schedule.total_steps}, {prepared.describe()}"
     else:
@@ -193,11 +214,19 @@ def _check_writable(run: RunFolder) -> None:
         ) from error
 
 
-def _check_same_run(wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def _check_same_run(
+    wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Checkpoint, *, allow_batch_change: bool
+) -> None:
     for name, before in saved.items():
         now: Any = wanted.get(name)
-        if now == before:
+        if now == before or (name == "global_batch_size" and allow_batch_change):
             continue
+        if name == "global_batch_size":
+            raise UserError(
+                f"checkpoint {checkpoint} was written with train.global_batch_size {before} and this run has {now}: "
+                "set it back, or add --allow-batch-change (from Python: allow_batch_change=True) to continue with "
+                f"{now}"
+            )
         if name == "data":
             raise UserError(
                 f"checkpoint {checkpoint} {_other_order(now, before)}, or choose another run folder with --out"
@@ -269,6 +298,22 @@ def load_start(start: Start, checkpointer: Checkpointer, run: RunFolder, world: 
             if world.is_main:
                 report_damage(run, start.damaged[found:], start.checkpoint)
     return start
+
+
+def record_batch_change(run: RunFolder, start: Start) -> None:
+    """Says on the terminal and among the run's events that the global batch changes, and what the run's length is now.
+
+    Does nothing if it does not.
+    """
+    if start.batch_before is None:
+        return
+    now, before, step = start.state.batches.current, start.batch_before, start.step
+    message = (
+        f"train.global_batch_size is {now} from step {step} on, and was {before}: the run has "
+        f"{counted(start.total_steps, 'step')} now"
+    )
+    print(message, flush=True)
+    record_event(run, "batch_change", message, step=step, before=before, after=now, total_steps=start.total_steps)
 
 
 def report_damage(run: RunFolder, damaged: Sequence[str], used: Checkpoint | None) -> None:

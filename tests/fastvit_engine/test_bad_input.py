@@ -203,7 +203,7 @@ def test_a_folder_that_already_holds_a_run(refused, train, shard, tmp_path):
         pytest.param(
             "train.global_batch_size=16",
             2,
-            ["written with global_batch_size 8 and this run has 16"],
+            ["written with train.global_batch_size 8 and this run has 16: set it back, or add --allow-batch-change"],
             id="another batch",
         ),
     ],

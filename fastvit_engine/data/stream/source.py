@@ -40,6 +40,9 @@ class TrainingData(EvaluationData):
     def describe(self) -> str:
         """What is read and how, as a clause for the first line of a run."""
 
+    def check_batch_change(self, config: Config, before: int) -> None:
+        """Raises UserError if the order cannot continue with this batch where steps of `before` samples left it."""
+
     def bind(self, own: "TrainingData | None") -> "TrainingData":
         """The same, with what does not travel from the main process: `own`, if this process was given its own data."""
         return self

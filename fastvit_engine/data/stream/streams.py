@@ -77,6 +77,17 @@ class StreamData(TrainingData):
             "this number of streams only (data.order: stream)"
         )
 
+    def check_batch_change(self, config: Config, before: int) -> None:
+        """See TrainingData. Streams that always give equally much have given the same part of any number of samples."""
+        train = config.train.model_copy(update={"global_batch_size": before})
+        chunks = _chunks(config.model_copy(update={"train": train}), self.plan.streams)
+        if not self.plan.equal or min(chunks) < max(chunks):
+            raise UserError(
+                f"train.global_batch_size was {before} and is {config.train.global_batch_size} now, which "
+                f"{self.plan.streams} data streams can change only between multiples of "
+                f"{self.plan.streams * (2 if mixes_pairs(config) else 1)}: choose one, or set it back"
+            )
+
     def train_batches(
         self,
         config: Config,

@@ -17,6 +17,7 @@ STATE = TrainerState(
     evaluated_at=40,
     recovery=Recovery(skipped=((32, 64),), failed=((32, 64), (96, 128)), rewinds=2),
     pixels={"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+    batch_sizes=((0, 32), (10, 48)),
 )
 # A manifest as version 0.1.0 wrote it.
 EARLIER = {
@@ -37,6 +38,19 @@ EARLIER = {
     "parameters": {"a": [2, 3]},
     "files": {},
 }
+
+
+@pytest.mark.parametrize(
+    "sizes", [[[1, 32]], [[0, 32], [0, 64]], [[0, 32], [9, 8], [5, 16]], [[0, 0]], [[0.5, 8]], [[0]]]
+)
+def test_batch_sizes_that_make_no_sense_are_damage(sizes):
+    with pytest.raises((ValueError, TypeError)):
+        TrainerState.from_json({**STATE.to_json(), "batch_sizes": sizes})
+
+
+def test_a_state_of_an_earlier_version_had_one_batch():
+    state = TrainerState.from_json({**EARLIER["state"], "fingerprint": {"model": {}, "global_batch_size": 32}})
+    assert state.batches.changes == ((0, 32),)
 
 
 def test_a_state_comes_back_from_its_json():

@@ -12,8 +12,9 @@ from PIL import Image
 from fastvit_engine.checkpoint import Manifest
 from fastvit_engine.config import Config
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.train.start import preflight
+from fastvit_engine.train.start import preflight, record_batch_change
 
 
 def write_shard(path, labels):
@@ -35,15 +36,16 @@ def shards(tmp_path):
     ]
 
 
-def start(run, train, resume=True, duration="100 steps", processes=1, augment=None, **data):
+def start(run, train, resume=True, duration="100 steps", processes=1, augment=None, batch=8, allow=False, **data):
     sections = {
         "model": {"name": "Ti/4", "image_size": 8, "num_classes": 10},
         "data": {"train": train, **data},
-        "train": {"global_batch_size": 8, "duration": duration, "precision": "fp32"},
+        "train": {"global_batch_size": batch, "duration": duration, "precision": "fp32"},
         "schedule": {"warmup": "0 steps"},
         "augment": augment or {},
     }
-    return preflight(Config.model_validate(sections), run, processes, resume=resume)
+    given = {"resume": resume, "allow_batch_change": allow}
+    return preflight(Config.model_validate(sections), run, processes, **given)
 
 
 @pytest.fixture
@@ -96,6 +98,51 @@ def test_fewer_classes_than_outputs_and_a_batch_larger_than_the_data_are_warned_
     (tmp_path / "dataset.json").unlink()
     (large,) = warnings(train_samples=7)
     assert large.startswith("train.global_batch_size is 8, and an epoch has only 7 samples: ")
+
+
+def test_another_batch_is_refused_with_what_allows_it(stopped, shards):
+    run = stopped(shards[0])
+    with pytest.raises(UserError) as refused:
+        start(run, shards[0], batch=12)
+    assert str(refused.value).endswith(
+        "was written with train.global_batch_size 8 and this run has 12: set it back, or add --allow-batch-change "
+        "(from Python: allow_batch_change=True) to continue with 12"
+    )
+
+
+@pytest.mark.parametrize(("duration", "total"), [("100 steps", 100), ("3 epochs", 40 + (900 - 320) / 12)])
+def test_a_batch_changed_on_purpose_continues_the_order(stopped, shards, duration, total):
+    run = stopped(shards[0], duration=duration)
+    changed = start(run, shards[0], batch=12, allow=True, duration=duration)
+    assert changed.total_steps == round(total)
+    assert (changed.step, changed.state.consumed, changed.batch_before) == (40, 320, 8)
+    assert changed.state.batch_sizes == ((0, 8), (40, 12))
+    assert changed.state.fingerprint["global_batch_size"] == 12
+    record_batch_change(run, changed)
+    (event,) = read_events(run)
+    assert (event["event"], event["step"], event["before"], event["after"]) == ("batch_change", 40, 8, 12)
+    assert event["message"].startswith("train.global_batch_size is 12 from step 40 on, and was 8: the run has ")
+
+
+def test_allowing_a_change_changes_nothing_by_itself(stopped, shards):
+    run = stopped(shards[0])
+    same = start(run, shards[0], allow=True)
+    assert (same.batch_before, same.state.batch_sizes) == (None, ((0, 8),))
+    record_batch_change(run, same)
+    assert read_events(run) == []
+
+
+def test_a_batch_that_streams_cannot_continue_with_is_refused(stopped, shards, tmp_path):
+    def changed(batch):
+        return start(run, everything, batch=batch, allow=True, **two)
+
+    everything, two = f"{tmp_path}/*.tar", {"order": "stream", "streams": 2, "num_workers": 0}
+    run = stopped(everything, **two)
+    assert changed(12).state.batch_sizes == ((0, 8), (40, 12))
+    with pytest.raises(
+        UserError, match="was 8 and is 9 now, which 2 data streams can change only between multiples of 2"
+    ):
+        changed(9)
 
 
 def test_processes_without_a_pair_of_images_are_warned_of(shards, tmp_path):

@@ -150,6 +150,17 @@ def test_streams_that_do_not_divide_the_batch_give_the_same_steps(
     assert _steps(config, world_size, steps=3, skipped=[(16, 48)]) == [expected[0], *expected[3:5]]
 
 
+def test_a_batch_that_changes_takes_the_next_samples_of_each_stream(reference, gzipped_shards, make_config):
+    """Six steps of 8, then three of 16: each has the samples of two."""
+    larger = make_config(gzipped_shards, batch=16, streams=STREAMS)
+    batches = _data(larger).train_batches(
+        larger, rank=0, world_size=1, micro_batch_size=16, consumed=6 * BATCH, pin_memory=False
+    )
+    for number, batch in enumerate(islice(batches, 3)):
+        expected = [sample[0] for step in reference[6 + 2 * number :][:2] for sample in step]
+        assert sorted(batch.keys) == sorted(expected)
+
+
 def test_streams_default_to_one_a_process(gzipped_shards, make_config):
     default = next(_train(make_config(gzipped_shards, batch=BATCH, num_workers=2), 0, 1, 8))
     two = next(_train(make_config(gzipped_shards, batch=BATCH, streams=2), 0, 1, 8))
