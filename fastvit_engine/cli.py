@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from fastvit_engine import __version__
 from fastvit_engine.commands import bench, config, data, export, plan, report, stacks, train
@@ -33,7 +34,8 @@ def _run(args: argparse.Namespace) -> int:
     try:
         return int(args.run(args))
     except (UserError, RestartError, Preempted) as error:
-        return _fail(str(error), error.exit_code)
+        failed = getattr(args, "failed", None)  # what a command does then
+        return _fail(str(error), error.exit_code, partial(failed, error) if failed else None)
     except BrokenPipeError:  # the reader of our output has left: `fastvit config list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -50,11 +52,13 @@ def _run(args: argparse.Namespace) -> int:
         return _fail(f"this command needs the package '{error.name}': pip install 'fastvit-engine[train]'")
 
 
-def _fail(message: str, exit_code: int = EXIT_BAD_INPUT) -> int:
+def _fail(message: str, exit_code: int = EXIT_BAD_INPUT, last: Callable[[], None] | None = None) -> int:
     if speaks_for_all():
         prefix = "" if exit_code == EXIT_PREEMPTED else "error: "
         print(f"fastvit: {prefix}{message}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
+        if last:
+            last()
         os._exit(exit_code)  # peers may be inside a collective, and an orderly exit would wait for them
     return exit_code
 

@@ -50,7 +50,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="on one machine: times that processes which hang or are killed are started again, counted from the last "
         "new checkpoint (default: 3)",
     )
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, failed=_tell_others)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -98,3 +98,21 @@ def _run(args: argparse.Namespace) -> int:
     allowed = ["--allow-batch-change"] if args.allow_batch_change else []
     command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *allowed, *overrides]
     return launch.run_with_restarts(command, processes, run, args.max_restarts)
+
+
+def _tell_others(error: Exception) -> None:
+    """Lets the other ranks of a job know if this one has ended, because of bad input, before it joined them."""
+    from fastvit_engine.distributed.environment import launched_by_cluster
+
+    try:
+        if not isinstance(error, UserError) or not launched_by_cluster():
+            return
+    except UserError:  # the environment itself is what is bad
+        return
+
+    import torch.distributed as dist
+
+    from fastvit_engine.distributed.roll_call import PeerEnded, tell_that_this_rank_ends
+
+    if not dist.is_initialized() and not isinstance(error, PeerEnded):
+        tell_that_this_rank_ends(str(error))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastvit_engine.distributed.roll_call import call_roll
 from fastvit_engine.errors import Preempted, RestartError, UserError
 from fastvit_engine.observe.units import counted
 
@@ -85,7 +86,7 @@ def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> It
 
     `timeout_seconds`: that a process waits for the others to join, and in any collective operation until
     `limit_collectives` says otherwise. `dumps`: folder for what NCCL has to tell of an operation that timed out.
-    Raises RestartError if not all processes join.
+    Raises RestartError if not all processes join, UserError if one of them has ended because of bad input.
     """
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available()
@@ -99,6 +100,7 @@ def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> It
         torch.cuda.set_device(device)
         _prepare_nccl(dumps)
     try:
+        store = call_roll(timeout_seconds)
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
     except RuntimeError as error:
         cause = collective_failure(error)
@@ -108,6 +110,7 @@ def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> It
             f"rank {os.environ['RANK']} could not join the other processes at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} within {timeout_seconds:.0f} s: {cause}"
         ) from error
+    del store  # the group has its own
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     except Preempted:  # which all processes are, at once
