@@ -36,7 +36,10 @@ def _pax(record: bytes) -> bytes:
     length = len(record) + 3
     while len(str(length)) + len(record) + 2 != length:
         length += 1
-    content = b"%d %s\n" % (length, record)
+    return _pax_of(b"%d %s\n" % (length, record))
+
+
+def _pax_of(content: bytes) -> bytes:
     return _header(b"pax", b"%011o" % len(content), b"x") + _pad(content)
 
 
@@ -52,9 +55,15 @@ LIES = {
     "negative pax size": _pax(b"size=-512") + IMAGE + END,
     "huge pax size": _pax(b"size=" + b"9" * 15) + IMAGE + END,
     "pax size of thousands of digits": _pax(b"size=" + b"9" * 9000) + IMAGE + END,
+    "pax record of length 0 after another": _pax_of(b"6 a=b\n0 path=x\n") + IMAGE + END,
+    "pax record that ends in its own key": _pax_of(b"3 \nx=y\n") + IMAGE + END,
+    "pax record that is longer than the header": _pax_of(b"99 path=x\n") + IMAGE + END,
+    "pax record without a newline": _pax_of(b"8 path=x") + IMAGE + END,
+    "wrong checksum": IMAGE[:148] + b"0000001\0" + IMAGE[156:] + END,
     "image of 6 GB": IMAGE + _header(b"b.jpg", b"\x80" + (6 * 10**9).to_bytes(11, "big")) + b"only this",
     "label of 6 GB": IMAGE + _header(b"a.cls", b"\x80" + (6 * 10**9).to_bytes(11, "big")) + b"only this",
     "long name of 6 GB": _header(b"x", b"\x80" + (6 * 10**9).to_bytes(11, "big"), b"L") + IMAGE + END,
+    "chain of 65 pax headers": _pax(b"a=b") * 65 + IMAGE + END,
     "long names that no member follows": (_header(b"x", b"00000000001", b"L") + _pad(b"y")) * 3 + END,
 }
 
@@ -74,6 +83,12 @@ def test_lies_are_one_sentence(tmp_path: Path, lie: str) -> None:
     assert tracemalloc.get_traced_memory()[1] < 100 << 20
     tracemalloc.stop()
     assert "\n" not in str(by_index.value) + str(by_stream.value)
+
+
+def test_as_many_pax_headers_as_anybody_writes_are_read() -> None:
+    content = _pax(b"a=b") * 64 + IMAGE + END
+    (member,) = iterate_members(lambda at, n: content[at : at + n], len(content))
+    assert (member.name, member.start, member.size) == ("a.jpg", 0, 1)
 
 
 @pytest.mark.timeout(20)
