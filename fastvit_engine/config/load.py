@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
+from fastvit_engine.config.bounded_yaml import parse_yaml
 from fastvit_engine.config.checks import check_config
 from fastvit_engine.config.keys import MOVED, fields, hint, sections, takes_list, takes_null, takes_text
 from fastvit_engine.config.recipes import find_recipe, read_recipe
@@ -112,7 +113,7 @@ def _value(key: str, text: str) -> Any:
         if not is_list:
             return text
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)[0]
     except yaml.YAMLError as error:
         raise UserError(f"--set {key}={text!r}: the value is not valid YAML") from error
 

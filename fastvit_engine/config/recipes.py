@@ -6,13 +6,13 @@ from typing import Any
 
 import yaml
 
+from fastvit_engine.config.bounded_yaml import parse_yaml, read_yaml
 from fastvit_engine.config.near import near_names, or_list
 from fastvit_engine.errors import UserError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 _BASE = "base"
-_Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
 
 
 def recipe_paths() -> dict[str, Path]:
@@ -80,12 +80,10 @@ def merge(values: dict[str, Any], over: dict[str, Any]) -> None:
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     text = ""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        loader = _Loader(text)
-        root = loader.get_single_node()
+        text = read_yaml(path)
+        values, root = parse_yaml(text)
         origins = dict(_lines(root, path.name))
-        values = {} if root is None else loader.construct_document(root)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastvit_engine.config.near import near_names
+from fastvit_engine.data.shards.braces import expand_braces
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage.object_store import one_line, require_package
 
@@ -100,9 +100,9 @@ def _expand(pattern: str, split: Split | None, named: str) -> list[str]:
     if Path(pattern).is_dir():
         return _shards_of_folder(Path(pattern), split)
     try:
-        parts = list(braceexpand(pattern))
+        parts = expand_braces(pattern)
     except ValueError as error:
-        raise UserError(f"{named} is {pattern!r}, whose braces do not match: {error}") from error
+        raise UserError(f"{named} is {pattern[:500]!r}, whose braces cannot be expanded: {error}") from error
     return [shard for part in parts for shard in _expand_part(part, split, named)]
 
 
