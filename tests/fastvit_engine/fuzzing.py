@@ -6,15 +6,19 @@ import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from fastvit_engine.errors import UserError
 
-EXAMPLES = 20_000 if os.environ.get("FASTVIT_TEST_FUZZ") == "all" else 120
+EXAMPLES = 10_000 if os.environ.get("FASTVIT_TEST_FUZZ") == "all" else 120  # of each test
 SECONDS = 5.0  # of CPU for one parse of a few kilobytes
-MEMORY = 1 << 28  # bytes that one parse may allocate, however small the file
+MEMORY = 1 << 28  # bytes that one parse may use
+ADDRESSES = 1 << 32  # and may ask for, used or not
+T = TypeVar("T")
 
 fuzz = settings(
     max_examples=EXAMPLES,
@@ -29,7 +33,7 @@ _ALWAYS = [b"\0", b"\xff", b"\n", b"\0" * 512, b"\xff" * 8, b"9" * 30, b"-1", b"
 
 @st.composite
 def mutated(draw: st.DrawFn, seeds: Sequence[bytes], dictionary: Sequence[bytes] = ()) -> bytes:
-    """One of the seeds with up to four changes: flips, zeros, cuts, insertions, splices, and words of the dictionary."""
+    """One of the seeds with up to four changes: flips, zeros, cuts, insertions, splices and words."""
     content = bytearray(draw(st.sampled_from(seeds)))
     words = st.one_of(st.sampled_from([*_ALWAYS, *dictionary]), st.binary(min_size=1, max_size=16))
     for _ in range(draw(st.integers(1, 4))):
@@ -59,31 +63,29 @@ def mutated(draw: st.DrawFn, seeds: Sequence[bytes], dictionary: Sequence[bytes]
 
 
 @contextmanager
-def bounded() -> Iterator[None]:
+def bounded(memory: int = MEMORY) -> Iterator[None]:
     """Fails if the block takes too much time or memory."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     tracemalloc.start()
     began = time.process_time()
+    resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESSES, hard))
     try:
         yield
-        seconds, memory = time.process_time() - began, tracemalloc.get_traced_memory()[1]
+        seconds, used = time.process_time() - began, tracemalloc.get_traced_memory()[1]
     finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         tracemalloc.stop()
     assert seconds < SECONDS, f"took {seconds:.1f} s"
-    assert memory < MEMORY, f"took {memory:,} bytes"
+    assert used < memory, f"took {used:,} bytes"
 
 
-def read_or_refuse[T](parse: Callable[[], T], *errors: type[Exception]) -> T | None:
+def read_or_refuse(parse: Callable[[], T], *errors: type[Exception], memory: int = MEMORY) -> T | None:
     """What `parse` gives, None if it refuses with one sentence (a UserError, or one of `errors`); within the bounds."""
-    with bounded():
+    with bounded(memory):
         try:
             return parse()
         except (UserError, *errors) as error:
             assert str(error) and "\n" not in str(error), repr(str(error))
             assert len(str(error)) < 5000
             return None
-
-
-def limit_address_space(extra: int = 4 << 30) -> None:
-    """For a child process: memory that no parser may ask for, not even without using it."""
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + extra, used + extra))

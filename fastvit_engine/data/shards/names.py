@@ -1,5 +1,6 @@
 """Which shards a pattern names, and what the dataset.json beside them says."""
 
+import errno
 import glob
 import os
 from collections.abc import Iterable
@@ -19,6 +20,8 @@ from fastvit_engine.storage.object_store import one_line, require_package
 Split = Literal["train", "eval"]
 INFO_NAME = "dataset.json"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_LONGEST = 1 << 30  # bytes of dataset.json, or of a list of shards
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -73,7 +76,11 @@ def list_shards(patterns: Iterable[str], split: Split | None = None, *, named: s
     shards: set[str] = set()
     for given in patterns:
         for pattern in _read_list(given[1:], named) if given.startswith("@") else [given]:
-            found = _expand(pattern, split, named)
+            try:
+                found = _expand(pattern, split, named)
+            except (OSError, ValueError) as error:  # ValueError: of a name with a zero in it
+                reason = getattr(error, "strerror", None) or one_line(error)
+                raise UserError(f"{named} is {pattern[:500]!r}, which cannot be read ({reason}): correct it") from error
             if not found:
                 raise UserError(f"{named} is {pattern!r}, which {_why_nothing(pattern)}")
             shards.update(found)
@@ -82,10 +89,11 @@ def list_shards(patterns: Iterable[str], split: Split | None = None, *, named: s
 
 def _read_list(path: str, named: str) -> list[str]:
     try:
-        lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+        text = _read_bounded(Path(path).expanduser()).decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: also of a name with a zero in it
         reason = getattr(error, "strerror", None) or "it is not text"
         raise UserError(f"{named} is the list {path}, which cannot be read ({reason}): correct it") from error
+    lines = [line.strip() for line in text.splitlines()]
     patterns = [line for line in lines if line and not line.startswith("#")]
     if not patterns:
         raise UserError(f"{named} is the list {path}, which names no shards: write one path, pattern or URL per line")
@@ -154,7 +162,7 @@ def read_info(folder: Path) -> DatasetInfo | None:
     """dataset.json of a folder of shards, None if there is none. Raises UserError if it cannot be understood."""
     path = folder / INFO_NAME
     try:
-        return DatasetInfo.model_validate_json(path.read_bytes())
+        return DatasetInfo.model_validate_json(_read_bounded(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -170,6 +178,13 @@ def read_info(folder: Path) -> DatasetInfo | None:
 def info_beside(shards: list[str]) -> DatasetInfo | None:
     """dataset.json of the folder that holds the first of `shards`."""
     return read_info(Path(shards[0]).parent) if is_local(shards[0]) else None
+
+
+def _read_bounded(path: Path) -> bytes:
+    """The content of a file. Raises OSError, EFBIG for one that is too long to be what it should be."""
+    if path.stat().st_size > _LONGEST:
+        raise OSError(errno.EFBIG, f"it has more than {_LONGEST:,} bytes", str(path))
+    return path.read_bytes()
 
 
 def _shards_of_folder(folder: Path, split: Split | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 import io
 import lzma
+import math
 import re
 import zlib
 from pathlib import Path
@@ -13,6 +14,8 @@ from fastvit_engine.storage.object_store import one_line
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 _LARGEST = 1 << 24  # bytes of a file in it; the real ones have less than 200 kB
+
+_MOST_SYNSETS = 100_000  # the real file has 1,860
 
 
 def validation_labels(path: Path) -> list[list[str]]:
@@ -68,10 +71,12 @@ def _devkit_file(devkit: Path, name: str) -> bytes:
 def _wnids(meta: bytes, where: Path) -> dict[str, str]:
     """ILSVRC2012_ID -> WordNet id, from meta.mat."""
     try:
-        from scipy.io import loadmat
+        from scipy.io import loadmat, whosmat
     except ImportError as error:
         raise UserError("reading ILSVRC2012's meta.mat needs scipy: pip install scipy") from error
     try:
+        if any(math.prod(shape) > _MOST_SYNSETS for _, shape, _ in whosmat(io.BytesIO(meta))):
+            raise ValueError(f"it has more than {_MOST_SYNSETS:,} synsets")
         synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
         return {str(int(synset["ILSVRC2012_ID"])): str(synset["WNID"]) for synset in synsets}
     except Exception as error:  # scipy raises many kinds on a damaged file

@@ -14,28 +14,7 @@ from fastvit_engine.data.shards.index import write_index
 from fastvit_engine.data.shards.sample import MAX_MEMBER_BYTES
 from fastvit_engine.data.shards.tar import BLOCK, TarError, iterate_members
 from fastvit_engine.errors import UserError
-from tests.fastvit_engine.data.shards.tar_files import END, IMAGE, LABEL, header, pad, pax, pax_of
-
-LIES = {
-    "negative octal size": header(b"a.jpg", b"-0000001000") + END,
-    "negative binary size": header(b"a.jpg", b"\xff" * 12) + END,
-    "size that is no number": header(b"a.jpg", b"abc") + END,
-    "size with an underscore": header(b"a.jpg", b"0_1") + END,
-    "pax size that is no number": pax(b"size=abc") + IMAGE + END,
-    "negative pax size": pax(b"size=-512") + IMAGE + END,
-    "huge pax size": pax(b"size=" + b"9" * 15) + IMAGE + END,
-    "pax size of thousands of digits": pax(b"size=" + b"9" * 9000) + IMAGE + END,
-    "pax record of length 0 after another": pax_of(b"6 a=b\n0 path=x\n") + IMAGE + END,
-    "pax record that ends in its own key": pax_of(b"3 \nx=y\n") + IMAGE + END,
-    "pax record that is longer than the header": pax_of(b"99 path=x\n") + IMAGE + END,
-    "pax record without a newline": pax_of(b"8 path=x") + IMAGE + END,
-    "wrong checksum": IMAGE[:148] + b"0000001\0" + IMAGE[156:] + END,
-    "image of 6 GB": IMAGE + header(b"b.jpg", b"\x80" + (6 * 10**9).to_bytes(11, "big")) + b"only this",
-    "label of 6 GB": IMAGE + header(b"a.cls", b"\x80" + (6 * 10**9).to_bytes(11, "big")) + b"only this",
-    "long name of 6 GB": header(b"x", b"\x80" + (6 * 10**9).to_bytes(11, "big"), b"L") + IMAGE + END,
-    "chain of 65 pax headers": pax(b"a=b") * 65 + IMAGE + END,
-    "long names that no member follows": (header(b"x", b"00000000001", b"L") + pad(b"y")) * 3 + END,
-}
+from tests.fastvit_engine.data.shards.tar_files import END, IMAGE, LABEL, LIES, header, pad, pax
 
 
 @pytest.mark.timeout(20)
