@@ -23,6 +23,10 @@ def read_yaml(path: Path) -> str:
 
 def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
     """What a document holds, and its node for line numbers. Raises yaml.YAMLError for whatever cannot be read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise yaml.YAMLError("it holds bytes that are no UTF-8 text") from error
     _check_bounds(text)
     loader = _Loader(text)
     root = loader.get_single_node()
@@ -58,5 +62,5 @@ def _check_bounds(text: str) -> None:
                 raise _problem(event, f"it holds more than {_MOST_VALUES:,} values, with those that aliases repeat")
 
 
-def _problem(event: yaml.Event, problem: str) -> yaml.YAMLError:
+def _problem(event: Any, problem: str) -> yaml.YAMLError:
     return yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)

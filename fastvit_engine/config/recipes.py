@@ -34,9 +34,13 @@ def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or f
     if recipe in shipped:
         return shipped[recipe]
     path = folder / Path(recipe).expanduser()
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError):  # no file can have that name
+        is_file = is_folder = False
+    if is_file:
         return path
-    if path.is_dir():
+    if is_folder:
         inside = path / "config.yaml"
         hint = (
             f"did you mean '{inside}'?" if inside.is_file() else f"`photos --set data.train={path}` reads shards there"
@@ -44,7 +48,7 @@ def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or f
         raise UserError(f"{path} is a folder, not a recipe: {hint}")
     near = near_names(Path(recipe).stem, list(shipped), most=3, cutoff=0.6)
     hint = f"did you mean {or_list(near)}?" if near else f"known recipes: {', '.join(shipped)}"
-    raise UserError(f"no {named} '{recipe}'; {hint}")
+    raise UserError(f"no {named} '{recipe[:500]}'; {hint}")
 
 
 def read_recipe(path: Path, *, _derived: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:

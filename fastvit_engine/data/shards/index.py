@@ -147,7 +147,7 @@ class Index:
             first, count = self.first[number], self.counts[number]
             starts = self.starts[first : first + count]
             if self.start_checksums is not None:
-                whole = zlib.crc32(starts) == self.start_checksums[number]
+                whole = zlib.crc32(starts.data) == self.start_checksums[number]
             else:
                 whole = bool((starts[1:] > starts[:-1]).all() and (starts[-1:] < self.ends[number]).all())
             if not whole:

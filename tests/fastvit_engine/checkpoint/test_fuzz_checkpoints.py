@@ -112,7 +112,7 @@ def test_configurations_of_runs(tmp_path: Path, content: bytes) -> None:
     run = RunFolder(tmp_path)
     run.config.write_bytes(content)
     for name in ("checkpoint", "data"):
-        section = read_or_refuse(lambda name=name: read_section(run, name))  # type: ignore[misc]
+        section = read_or_refuse(lambda name=name: read_section(run, name))
         assert section is None or isinstance(section, dict)
 
 

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, ClassVar, cast
 
 import numpy as np
 
@@ -179,7 +179,9 @@ APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT GLOBAL STACK_GL
 class _ArraysOnly(pickle._Unpickler):  # in Python: the one in C reserves memory for whatever number a memo is put under
     """A pickle may call any function that it names: this one finds those that NumPy arrays are made of, no others."""
 
-    dispatch = {
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         getattr(pickle, name)[0]: pickle._Unpickler.dispatch[getattr(pickle, name)[0]] for name in _OPCODES.split()
     }
 

@@ -109,7 +109,7 @@ def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[LocatedSample], 
 
 def _located(files: list[SampleFile], archive: Archive, shard: Path, label_key: str | None) -> LocatedSample:
     key, start = files[0].key, files[0].member.start
-    where = f"sample '{key}' of shard {shard}"
+    where = f"sample {key!r} of shard {shard}"
     members = {file.extension: file.member for file in files}
     if not any(extension in members for extension in IMAGE_EXTENSIONS):
         raise UserError(f"{where} has no image, only {sorted(members)}: the members of a sample must be adjacent")

@@ -72,7 +72,7 @@ def test_tars(tmp_path: Path, content: bytes, valid: bool) -> None:
         return content[at : at + length]
 
     for size in (len(content), None):
-        members = read_or_refuse(lambda size=size: list(iterate_members(read, size)), TarError)  # type: ignore[misc]
+        members = read_or_refuse(lambda size=size: list(iterate_members(read, size)), TarError)
         starts = [member.start for member in members or []]
         assert starts == sorted(set(starts))
     read_or_refuse(lambda: parse_sample(content, "a.tar"), TarError)
@@ -99,9 +99,9 @@ def test_tars(tmp_path: Path, content: bytes, valid: bool) -> None:
 )
 def test_labels(content: bytes) -> None:
     for path in ([], ["label"], ["b", "label"]):
-        labels = read_or_refuse(lambda path=path: parse_labels(content, path), ValueError)  # type: ignore[misc]
+        labels = read_or_refuse(lambda path=path: parse_labels(content, path), ValueError)
         assert labels is None or all(type(label) is int and abs(label) <= 2**63 for label in labels)
-        read_or_refuse(lambda path=path: label_values(content, path), ValueError)  # type: ignore[misc]
+        read_or_refuse(lambda path=path: label_values(content, path), ValueError)
     read_or_refuse(lambda: json_field(content, ["label", "a"]), ValueError)
 
 
