@@ -4,7 +4,8 @@ from typing import Any
 
 import yaml
 
-from fastvit_engine.config.bounded_yaml import parse_yaml, read_yaml
+from fastvit_engine.config.bounded_yaml import read_yaml
+from fastvit_engine.config.recipes import parse_yaml
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.run_folder import RunFolder
 
@@ -15,7 +16,7 @@ def read_section(run: RunFolder, name: str) -> dict[str, Any] | None:
     Raises UserError if the file is damaged.
     """
     try:
-        values, _ = parse_yaml(read_yaml(run.config))
+        values = parse_yaml(read_yaml(run.config))
     except FileNotFoundError:
         return None
     except OSError as error:

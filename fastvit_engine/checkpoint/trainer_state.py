@@ -72,18 +72,20 @@ class TrainerState:
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "TrainerState":
         """Raises ValueError or TypeError if the content is not what this or an earlier version wrote."""
-        form = _StateForm.model_validate(content)
+        _StateForm.model_validate(content)
+        fingerprint, accuracy, evaluated_at = content["fingerprint"], content["accuracy"], content.get("evaluated_at")
+        pixels = content.get("pixels")
         return cls(
-            step=form.step,
-            fingerprint=content["fingerprint"],
-            seconds=form.seconds,
-            consumed=form.consumed,
-            bad_samples=form.bad_samples,
-            recent=tuple(form.recent),
-            accuracy=form.accuracy,
-            evaluated_at=form.evaluated_at,
+            step=_integer(content["step"]),
+            fingerprint=fingerprint,
+            seconds=float(content["seconds"]),
+            consumed=_integer(content["consumed"]),
+            bad_samples=_integer(content["bad_samples"]),
+            recent=tuple((float(loss), float(norm)) for loss, norm in content["recent"]),
+            accuracy=accuracy,
+            evaluated_at=None if evaluated_at is None else _integer(evaluated_at),
             recovery=Recovery.from_json(content),
-            pixels=content.get("pixels"),
+            pixels=pixels,
         )
 
 

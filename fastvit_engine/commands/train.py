@@ -86,7 +86,7 @@ def _run(args: argparse.Namespace) -> int:
         report_damage(run, start.damaged, start.checkpoint)
         if start.checkpoint:
             export_run(start.checkpoint, run)  # it may have been killed just before this
-        print("\n".join([start.message, *(f"warning: {text}" for text in start.warnings)]))
+        print(start.message)
         return 0
     overrides = [word for override in args.set for word in ("--set", override)]
     command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *overrides]

@@ -4,44 +4,45 @@ libyaml's own composer overflows the stack on deep nesting, and aliases of alias
 lines. Both show in the parser's events, which cost nothing, before anything is built.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-_Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's if PyYAML was built with it
+_Parser: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's if PyYAML was built with it
 _LONGEST = 1 << 22  # characters
 _DEEPEST = 50  # collections within each other
 _MOST_VALUES = 100_000  # with those that aliases repeat
 
 
 def read_yaml(path: Path) -> str:
-    """The text of a file, or its beginning if `parse_yaml` would refuse it. Raises OSError or UnicodeDecodeError."""
+    """The text of a file, or its beginning if `check_yaml` would refuse it. Raises OSError or UnicodeDecodeError."""
     with open(path, encoding="utf-8-sig") as file:
         return file.read(_LONGEST + 1)
 
 
-def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
-    """What a document holds, and its node for line numbers. Raises yaml.YAMLError for whatever cannot be read."""
+@contextlib.contextmanager
+def yaml_errors() -> Iterator[None]:
+    """Turns what PyYAML lets out while it makes dates, numbers and tags into a yaml.YAMLError."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise yaml.YAMLError(f"a value cannot be read ({' '.join(str(error).split())[:200]})") from error
+
+
+def check_yaml(text: str) -> None:
+    """Raises yaml.YAMLError for a text that must not be given to a loader: it would take too much memory, or crash."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise yaml.YAMLError("it holds bytes that are no UTF-8 text") from error
-    _check_bounds(text)
-    loader = _Loader(text)
-    root = loader.get_single_node()
-    try:
-        return (None if root is None else loader.construct_document(root)), root
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:  # of dates, numbers and tags
-        raise yaml.YAMLError(f"a value cannot be read ({' '.join(str(error).split())[:200]})") from error
-
-
-def _check_bounds(text: str) -> None:
     if len(text) > _LONGEST:
         raise yaml.YAMLError(f"it has more than {_LONGEST:,} characters")
     values: dict[str | None, int] = {}  # in the node of each anchor
     open_nodes: list[list[Any]] = []  # [anchor, values so far]
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in yaml.parse(text, Loader=_Parser):
         count = 0
         if isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append([event.anchor, 1])

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 
-from fastvit_engine.config.bounded_yaml import parse_yaml
 from fastvit_engine.config.checks import check_config
 from fastvit_engine.config.keys import MOVED, fields, hint, sections, takes_list, takes_null, takes_text
-from fastvit_engine.config.recipes import find_recipe, read_recipe
+from fastvit_engine.config.recipes import find_recipe, parse_yaml, read_recipe
 from fastvit_engine.config.sections import Config
 from fastvit_engine.errors import UserError
 
@@ -115,7 +114,7 @@ def _value(key: str, text: str) -> Any:
         if not is_list:
             return text
     try:
-        return parse_yaml(text)[0]
+        return parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {key}={text[:_LONGEST_SHOWN]!r}: the value is not valid YAML") from error
 

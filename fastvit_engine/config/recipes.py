@@ -6,13 +6,14 @@ from typing import Any
 
 import yaml
 
-from fastvit_engine.config.bounded_yaml import parse_yaml, read_yaml
+from fastvit_engine.config.bounded_yaml import check_yaml, read_yaml, yaml_errors
 from fastvit_engine.config.near import near_names, or_list
 from fastvit_engine.errors import UserError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 _BASE = "base"
+_Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
 
 
 def recipe_paths() -> dict[str, Path]:
@@ -23,6 +24,13 @@ def recipe_paths() -> dict[str, Path]:
 
 def recipe_names() -> list[str]:
     return list(recipe_paths())
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document from outside, such as that of `--set`. Raises yaml.YAMLError."""
+    check_yaml(text)
+    with yaml_errors():
+        return yaml.load(text, Loader=_Loader)
 
 
 def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or file named") -> Path:
@@ -85,8 +93,12 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     text = ""
     try:
         text = read_yaml(path)
-        values, root = parse_yaml(text)
+        check_yaml(text)
+        loader = _Loader(text)
+        root = loader.get_single_node()
         origins = dict(_lines(root, path.name))
+        with yaml_errors():
+            values = {} if root is None else loader.construct_document(root)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""

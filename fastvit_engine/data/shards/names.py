@@ -1,6 +1,5 @@
 """Which shards a pattern names, and what the dataset.json beside them says."""
 
-import errno
 import glob
 import os
 from collections.abc import Iterable
@@ -20,8 +19,6 @@ from fastvit_engine.storage.object_store import one_line, require_package
 Split = Literal["train", "eval"]
 INFO_NAME = "dataset.json"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-_LONGEST = 1 << 30  # bytes of dataset.json, or of a list of shards
-
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -89,11 +86,10 @@ def list_shards(patterns: Iterable[str], split: Split | None = None, *, named: s
 
 def _read_list(path: str, named: str) -> list[str]:
     try:
-        text = _read_bounded(Path(path).expanduser()).decode("utf-8-sig")
-    except (OSError, ValueError) as error:  # ValueError: also of a name with a zero in it
+        lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise UserError(f"{named} is the list {path}, which cannot be read ({reason}): correct it") from error
-    lines = [line.strip() for line in text.splitlines()]
     patterns = [line for line in lines if line and not line.startswith("#")]
     if not patterns:
         raise UserError(f"{named} is the list {path}, which names no shards: write one path, pattern or URL per line")
@@ -162,7 +158,7 @@ def read_info(folder: Path) -> DatasetInfo | None:
     """dataset.json of a folder of shards, None if there is none. Raises UserError if it cannot be understood."""
     path = folder / INFO_NAME
     try:
-        return DatasetInfo.model_validate_json(_read_bounded(path))
+        return DatasetInfo.model_validate_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
@@ -178,13 +174,6 @@ def read_info(folder: Path) -> DatasetInfo | None:
 def info_beside(shards: list[str]) -> DatasetInfo | None:
     """dataset.json of the folder that holds the first of `shards`."""
     return read_info(Path(shards[0]).parent) if is_local(shards[0]) else None
-
-
-def _read_bounded(path: Path) -> bytes:
-    """The content of a file. Raises OSError, EFBIG for one that is too long to be what it should be."""
-    if path.stat().st_size > _LONGEST:
-        raise OSError(errno.EFBIG, f"it has more than {_LONGEST:,} bytes", str(path))
-    return path.read_bytes()
 
 
 def _shards_of_folder(folder: Path, split: Split | None) -> list[str]:

@@ -132,4 +132,4 @@ def member_names(sample: Sample) -> list[str]:
 
 def name_of(sample: Sample) -> str:
     """How sentences name a sample."""
-    return f"sample {sample['__key__']!r} of shard {sample['__url__']}"
+    return f"sample '{sample['__key__']}' of shard {sample['__url__']}"
