@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from fastvit_engine.errors import UserError
@@ -25,6 +25,7 @@ fuzz = settings(
     derandomize=True,
     deadline=None,
     database=None,
+    phases=(Phase.generate, Phase.shrink),  # to explain a failure takes far longer than to find it
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )
 

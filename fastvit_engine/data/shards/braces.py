@@ -6,7 +6,7 @@ import re
 
 from braceexpand import braceexpand
 
-MOST_NAMES = 10_000_000
+MOST_NAMES = 1_000_000
 _LONGEST = 10_000  # characters
 _RANGE = re.compile(r"(-?[0-9]+)\.\.(-?[0-9]+)(?:\.\.-?([0-9]+))?")
 

@@ -158,3 +158,16 @@ def test_a_checkpoint_that_knew_fewer_keys_of_the_model_and_spelt_its_name_other
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"belongs to another model \(.*model.gone is None, was True"):
         start(run, shards[0])
+
+
+def test_a_latest_that_names_something_else_is_said_and_the_newest_checkpoint_is_continued(stopped, shards):
+    run = stopped(shards[0])
+    assert start(run, shards[0]).warnings == ()
+    (run.checkpoints / "latest").write_bytes(bytes(13))
+    again = start(run, shards[0])
+    assert again.step == 40
+    (said,) = again.warnings
+    newest = run.checkpoints / "step-00000040"
+    assert said == (
+        f"{run.checkpoints}/latest is damaged: continuing from {newest}, the newest checkpoint that is complete"
+    )
