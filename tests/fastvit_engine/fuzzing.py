@@ -64,26 +64,28 @@ def mutated(draw: st.DrawFn, seeds: Sequence[bytes], dictionary: Sequence[bytes]
 
 
 @contextmanager
-def bounded(memory: int = MEMORY) -> Iterator[None]:
+def bounded(memory: int = MEMORY, seconds: float = SECONDS) -> Iterator[None]:
     """Fails if the block takes too much time or memory."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     tracemalloc.start()
     began = time.process_time()
-    resource.setrlimit(resource.RLIMIT_AS, (used + ADDRESSES, hard))
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + ADDRESSES, hard))
     try:
         yield
-        seconds, used = time.process_time() - began, tracemalloc.get_traced_memory()[1]
+        took, used = time.process_time() - began, tracemalloc.get_traced_memory()[1]
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         tracemalloc.stop()
-    assert seconds < SECONDS, f"took {seconds:.1f} s"
+    assert took < seconds, f"took {took:.1f} s"
     assert used < memory, f"took {used:,} bytes"
 
 
-def read_or_refuse(parse: Callable[[], T], *errors: type[Exception], memory: int = MEMORY) -> T | None:
+def read_or_refuse(
+    parse: Callable[[], T], *errors: type[Exception], memory: int = MEMORY, seconds: float = SECONDS
+) -> T | None:
     """What `parse` gives, None if it refuses with one sentence (a UserError, or one of `errors`); within the bounds."""
-    with bounded(memory):
+    with bounded(memory, seconds):
         try:
             return parse()
         except (UserError, *errors) as error:

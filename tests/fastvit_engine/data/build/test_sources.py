@@ -755,6 +755,20 @@ def test_webdataset_keeps_images_json_and_labels(listed, context, tmp_path, phot
     assert found["00000001_s3"]["jpg"] == photo(3) and found["00000001_s3"]["cls"] == b"1"
 
 
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"{oops", b"\xff"], ids=["deep", "no JSON", "no text"])
+def test_a_json_member_that_cannot_be_read_is_a_failed_image(tmp_path, photo, write_tar, content):
+    """The labels are elsewhere, but the list of labels is to be added to that member."""
+    members = [("a.jpg", photo(1)), ("a.cls", b"[1, 2]"), ("a.json", content)]
+    members += [("b.jpg", photo(2)), ("b.cls", b"[0]"), ("b.json", b'{"text": "hi"}')]
+    path = write_tar(tmp_path / "in.tar", members)
+    arguments = {"labels": "cls", "eval_fraction": 0, "workers": 1, "progress": lambda line: None}
+    with pytest.raises(UserError, match=r"a in .*in.tar has a json member that cannot be read \("):
+        make_dataset(str(path), tmp_path / "none", **arguments)
+    made = make_dataset(str(path), tmp_path / "out", max_failed=0.5, **arguments)
+    (kept,) = read_shard(str(tmp_path / "out" / "train-000000.tar"))
+    assert made.info.failed == 1 and json.loads(kept["json"]) == {"text": "hi", "labels": [0]}
+
+
 def test_webdataset_of_our_own_keeps_split_and_classes(listed, tmp_path, photo):
     _files(tmp_path / "in", tuple(f"{name}/{n}.jpg" for name in ("ant", "bee") for n in range(10, 20)), photo)
     make_dataset(str(tmp_path / "in"), tmp_path / "a", eval_fraction=0.3, samples_per_shard=4, workers=2)
