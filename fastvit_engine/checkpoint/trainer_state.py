@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from fastvit_engine.data.stream.skip import Window
 from fastvit_engine.duration import BatchSizes
@@ -78,12 +80,10 @@ class TrainerState:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "TrainerState":
-        """Raises ValueError, TypeError or KeyError if the content is not what this or an earlier version wrote."""
+        """Raises ValueError or TypeError if the content is not what this or an earlier version wrote."""
+        _StateForm.model_validate(content)
         fingerprint, accuracy, evaluated_at = content["fingerprint"], content["accuracy"], content.get("evaluated_at")
         pixels = content.get("pixels")
-        for entry in (fingerprint["model"], accuracy, {} if pixels is None else pixels):
-            if not isinstance(entry, Mapping):
-                raise TypeError(f"{entry!r} is not an object")
         return cls(
             step=_integer(content["step"]),
             fingerprint=fingerprint,
@@ -97,6 +97,54 @@ class TrainerState:
             pixels=pixels,
             batch_sizes=_batch_sizes(content.get("batch_sizes", ())),
         )
+
+
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+_Number = Annotated[float, Field(strict=True)]  # an integer is one, too
+
+
+class _SourceForm(BaseModel):
+    """One of the sources of data.train in a fingerprint, with what a start reads of it."""
+
+    index: str
+    lanes: Annotated[int, Field(strict=True, ge=1, lt=2**63)]
+    weight: _Number
+
+
+class _DataForm(BaseModel):
+    """The order of the data in a fingerprint."""
+
+    order: str
+    sources: list[_SourceForm] = []
+
+
+class _FingerprintForm(BaseModel):
+    """What of a fingerprint is more than compared."""
+
+    model: dict[str, Any]
+    data: _DataForm | None = None
+
+
+class _PixelsForm(BaseModel):
+    """How images are prepared."""
+
+    mean: tuple[_Number, _Number, _Number]
+    std: tuple[_Number, _Number, _Number]
+    eval_crop: _Number | None = None
+
+
+class _StateForm(BaseModel):
+    """A TrainerState as JSON; keys that a later version may add are passed over."""
+
+    step: _Count
+    seconds: _Number
+    consumed: _Count
+    bad_samples: _Count
+    recent: list[tuple[_Number, _Number]]
+    fingerprint: _FingerprintForm
+    accuracy: dict[str, dict[str, Annotated[int, Field(strict=True)] | _Number | None]]
+    evaluated_at: _Count | None = None
+    pixels: _PixelsForm | None = None
 
 
 _WINDOWS = ("skipped", "failed")

@@ -21,7 +21,8 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.observe.report.recorded_run import load_run
     from fastvit_engine.observe.report.report import write_report
 
-    path = write_report(args.run_folder)
-    print(load_run(args.run_folder).summary())
+    run = load_run(args.run_folder)
+    path = write_report(run)
+    print(run.summary())
     print(f"report: {path}")
     return 0

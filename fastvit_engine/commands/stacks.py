@@ -29,7 +29,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.observe.run_folder import RunFolder
 
     run = RunFolder(args.run_folder)
-    starts = [event for event in read_events(run) if event["event"] == "start"]
+    starts = [event for event in read_events(run) if event["event"] == "start" and "world_size" in event]
     if not starts:
         raise UserError(
             f"{run.path} is not the folder of a run that has started: give the folder that fastvit train names"

@@ -11,12 +11,13 @@ from pydantic import ValidationError
 
 from fastvit_engine.config.checks import check_config
 from fastvit_engine.config.keys import MOVED, fields, hint, sections, takes_list, takes_null, takes_text
-from fastvit_engine.config.recipes import find_recipe, read_recipe
+from fastvit_engine.config.recipes import find_recipe, parse_yaml, read_recipe
 from fastvit_engine.config.sections import Config
 from fastvit_engine.errors import UserError
 
 _SET = "--set"
 _OVERRIDES = "overrides"  # where a value comes from that a program gave as a mapping
+_LONGEST_SHOWN = 2000  # characters of an error, or of a value in it
 _NULLS = ("", "~", "null", "Null", "NULL")  # how YAML writes null
 
 
@@ -70,7 +71,7 @@ def load_config(recipe: str | None, overrides: Sequence[str] | Mapping[str, Any]
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, origins)) from None
+        raise UserError(_explain(error, origins)[:_LONGEST_SHOWN]) from None
     check_config(config)
     return Resolved(config, _complete_origins(config, origins))
 
@@ -88,8 +89,9 @@ def _pairs(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, 
     for override in overrides:
         key, separator, text = override.partition("=")
         key = key.strip()
-        if not separator or not key:
-            raise UserError(f"--set {override!r} is not of the form KEY=VALUE: write --set train.duration='5 epochs'")
+        if not separator or not key or not key.isprintable():
+            given = override[:_LONGEST_SHOWN]
+            raise UserError(f"--set {given!r} is not of the form KEY=VALUE: write --set train.duration='5 epochs'")
         yield key, _value(key, text)
 
 
@@ -112,9 +114,9 @@ def _value(key: str, text: str) -> Any:
         if not is_list:
             return text
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {key}={text!r}: the value is not valid YAML") from error
+        raise UserError(f"--set {key}={text[:_LONGEST_SHOWN]!r}: the value is not valid YAML") from error
 
 
 def _looks_like_a_list(text: str) -> bool:

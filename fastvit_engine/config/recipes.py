@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from fastvit_engine.config.bounded_yaml import check_yaml, read_yaml, yaml_errors
 from fastvit_engine.config.near import near_names, or_list
 from fastvit_engine.errors import UserError
 
@@ -25,6 +26,13 @@ def recipe_names() -> list[str]:
     return list(recipe_paths())
 
 
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document from outside, such as that of `--set`. Raises yaml.YAMLError."""
+    check_yaml(text)
+    with yaml_errors():
+        return yaml.load(text, Loader=_Loader)
+
+
 def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or file named") -> Path:
     """The file of a recipe: a name from `fastvit config list`, or a path, relative to `folder`.
 
@@ -34,9 +42,13 @@ def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or f
     if recipe in shipped:
         return shipped[recipe]
     path = folder / Path(recipe).expanduser()
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError):  # no file can have that name
+        is_file = is_folder = False
+    if is_file:
         return path
-    if path.is_dir():
+    if is_folder:
         inside = path / "config.yaml"
         hint = (
             f"did you mean '{inside}'?" if inside.is_file() else f"`photos --set data.train={path}` reads shards there"
@@ -44,7 +56,7 @@ def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or f
         raise UserError(f"{path} is a folder, not a recipe: {hint}")
     near = near_names(Path(recipe).stem, list(shipped), most=3, cutoff=0.6)
     hint = f"did you mean {or_list(near)}?" if near else f"known recipes: {', '.join(shipped)}"
-    raise UserError(f"no {named} '{recipe}'; {hint}")
+    raise UserError(f"no {named} '{recipe[:500]}'; {hint}")
 
 
 def read_recipe(path: Path, *, _derived: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -80,12 +92,14 @@ def merge(values: dict[str, Any], over: dict[str, Any]) -> None:
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     text = ""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_yaml(path)
+        check_yaml(text)
         loader = _Loader(text)
         root = loader.get_single_node()
         origins = dict(_lines(root, path.name))
-        values = {} if root is None else loader.construct_document(root)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        with yaml_errors():
+            values = {} if root is None else loader.construct_document(root)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())

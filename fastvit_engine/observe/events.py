@@ -6,10 +6,11 @@ removed: a rewind drops rows of `metrics.jsonl`, but not the event that says so.
 
 import os
 import socket
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal, NotRequired, TypedDict, cast, get_args
 
-from fastvit_engine.files import append_json_lines, damaged_line, read_json_lines
+from fastvit_engine.files import append_json_lines, read_json_lines
 from fastvit_engine.observe.run_folder import RunFolder
 
 Kind = Literal[
@@ -57,14 +58,18 @@ def record_event(run: RunFolder, event: Kind, message: str, **facts: Any) -> Non
 
 
 def read_events(run: RunFolder) -> list[Event]:
-    """Reads the events in the order written; none if the run has no such file. Half a last line is left out.
+    """Reads the events in the order written; none if the run has no such file.
 
-    Raises UserError if another line is not an event.
+    Half a last line is left out, and so are damaged lines, which stderr counts. Nothing here decides how a run resumes.
     """
     if not run.events.exists():
         return []
-    rows = read_json_lines(run.events)
-    for number, row in enumerate(rows, start=1):
-        if not all(isinstance(row.get(key), str) for key in ("time", "event", "message")):
-            raise damaged_line(run.events, number, "is not an event")
-    return cast(list[Event], rows)
+    return cast(list[Event], read_json_lines(run.events, _problem))
+
+
+def _problem(row: Mapping[str, Any]) -> str | None:
+    is_text = all(isinstance(row.get(key), str) for key in ("time", "event", "message"))
+    are_numbers = all(
+        type(row[key]) is int and abs(row[key]) < 2**63 for key in ("rank", "step", "world_size") if key in row
+    )
+    return None if is_text and are_numbers else "is not an event"

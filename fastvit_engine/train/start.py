@@ -15,6 +15,7 @@ from fastvit_engine.checkpoint import (
     DamagedCheckpoint,
     Recovery,
     TrainerState,
+    doubt_about_latest,
     store_of,
     usable_checkpoints,
 )
@@ -109,7 +110,8 @@ def preflight(
         batch_sizes=BatchSizes.always(batch).changes,
     )
     message = f"starting {run.path}: {counted(schedule.total_steps, 'step')}, {prepared.describe()}"
-    warnings = _doubtful(config, prepared, split)
+    doubt = doubt_about_latest(store) if candidates else None
+    warnings = (*([doubt] if doubt else []), *_doubtful(config, prepared, split))
     start = Start(wanted, schedule.total_steps, None, message, prepared, damaged, warnings)
     if checkpoint is None or state is None:
         return start

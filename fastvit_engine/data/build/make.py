@@ -23,6 +23,7 @@ from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.reading import SourceReader
 from fastvit_engine.data.shards.index import INDEX_NAME, write_index
+from fastvit_engine.data.shards.labels import json_field
 from fastvit_engine.data.shards.names import INFO_NAME, DatasetInfo, Split, SplitInfo, read_info
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write, atomic_writer, json_lines
@@ -369,18 +370,17 @@ class _ShardWriter:
         try:
             encoded = self._reader.read(index)
             extension, image = encode_for_shard(encoded.image, arguments["resize"], arguments["quality"])
+            labels = listing.labels_of(index)
+            json_member = _json_member(encoded.json, labels) if listing.multi_label else encoded.json
         except ValueError as error:
             return str(error)
         except OSError as error:
             return f"cannot be read ({error.strerror or error})"
         members: dict[str, Any] = {"__key__": _key(index, listing.name(index)), extension: image}
-        labels = listing.labels_of(index)
         if labels:
             members["cls"] = str(labels[0]).encode()
-        if listing.multi_label:
-            members["json"] = _json_member(encoded.json, labels)
-        elif encoded.json is not None:
-            members["json"] = encoded.json
+        if json_member is not None:
+            members["json"] = json_member
         return members
 
     def _count_failure(self, where: str, reason: str) -> None:
@@ -408,8 +408,11 @@ def _share_that_allows(failed: int, images: int) -> str | None:
 
 
 def _json_member(given: bytes | None, labels: list[int]) -> bytes:
-    """Returns the `json` that the sample had, with {"labels": [...]} added."""
-    before = json.loads(given) if given else {}
+    """Returns the `json` that the sample had, with {"labels": [...]} added. Raises ValueError if it is not JSON."""
+    try:
+        before = json_field(given, []) if given else {}
+    except ValueError as error:
+        raise ValueError(f"has a json member that cannot be read ({error})") from error
     return json.dumps((before if isinstance(before, dict) else {}) | {"labels": labels}).encode()
 
 

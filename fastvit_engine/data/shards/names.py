@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastvit_engine.config.near import near_names
+from fastvit_engine.data.shards.braces import expand_braces
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage.object_store import one_line, require_package
 
@@ -73,7 +73,11 @@ def list_shards(patterns: Iterable[str], split: Split | None = None, *, named: s
     shards: set[str] = set()
     for given in patterns:
         for pattern in _read_list(given[1:], named) if given.startswith("@") else [given]:
-            found = _expand(pattern, split, named)
+            try:
+                found = _expand(pattern, split, named)
+            except (OSError, ValueError) as error:  # ValueError: of a name with a zero in it
+                reason = getattr(error, "strerror", None) or one_line(error)
+                raise UserError(f"{named} is {pattern[:500]!r}, which cannot be read ({reason}): correct it") from error
             if not found:
                 raise UserError(f"{named} is {pattern!r}, which {_why_nothing(pattern)}")
             shards.update(found)
@@ -100,9 +104,9 @@ def _expand(pattern: str, split: Split | None, named: str) -> list[str]:
     if Path(pattern).is_dir():
         return _shards_of_folder(Path(pattern), split)
     try:
-        parts = list(braceexpand(pattern))
+        parts = expand_braces(pattern)
     except ValueError as error:
-        raise UserError(f"{named} is {pattern!r}, whose braces do not match: {error}") from error
+        raise UserError(f"{named} is {pattern[:500]!r}, whose braces cannot be expanded: {error}") from error
     return [shard for part in parts for shard in _expand_part(part, split, named)]
 
 

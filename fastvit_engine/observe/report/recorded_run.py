@@ -176,7 +176,7 @@ def load_run(path: Path) -> RecordedRun:
         evaluations=evaluations,
         events=read_events(folder),
         samples=_read_samples(folder.samples) if folder.samples.is_file() else None,
-        config=folder.config.read_text(encoding="utf-8") if folder.config.is_file() else None,
+        config=folder.config.read_text(encoding="utf-8", errors="replace") if folder.config.is_file() else None,
     )
 
 
@@ -230,7 +230,7 @@ def _read_samples(path: Path) -> Samples:
                 for sample in content["samples"]
             ],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} does not hold sample predictions ({error!r}): remove it, or evaluate again") from error
 
 

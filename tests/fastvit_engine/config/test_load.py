@@ -67,6 +67,8 @@ def test_resolved_yaml_is_a_recipe_again(recipe, tmp_path):
         ("base=quickstart", "unknown configuration key 'base' (--set)"),
         ("train.precision", "--set 'train.precision' is not of the form KEY=VALUE"),
         ("train.global_batch_size=[", "the value is not valid YAML"),
+        ("train.global_batch_size=" + "[" * 100_000, "the value is not valid YAML"),
+        ("train.global_batch_size=2024-13-45", "the value is not valid YAML"),
     ],
 )
 def test_a_bad_override_is_one_clear_sentence(recipe, override, message):

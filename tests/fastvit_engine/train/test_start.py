@@ -205,6 +205,7 @@ def test_a_checkpoint_that_knew_fewer_keys_of_the_model_and_spelt_its_name_other
     run = stopped(shards[0])
     path = run.checkpoints / "step-00000040" / "manifest.json"
     manifest = json.loads(path.read_text())
+    del manifest["crc32"]  # earlier versions had none
     model = manifest["state"]["fingerprint"]["model"]
     model["name"] = "ViT-Ti/4"
     del model["layer_scale"]
@@ -219,3 +220,16 @@ def test_a_checkpoint_that_knew_fewer_keys_of_the_model_and_spelt_its_name_other
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"belongs to another model \(.*model.gone is None, was True"):
         start(run, shards[0])
+
+
+def test_a_latest_that_names_something_else_is_said_and_the_newest_checkpoint_is_continued(stopped, shards):
+    run = stopped(shards[0])
+    assert start(run, shards[0]).warnings == ()
+    (run.checkpoints / "latest").write_bytes(bytes(13))
+    again = start(run, shards[0])
+    assert again.step == 40
+    (said,) = again.warnings
+    newest = run.checkpoints / "step-00000040"
+    assert said == (
+        f"{run.checkpoints}/latest is damaged: continuing from {newest}, the newest checkpoint that is complete"
+    )

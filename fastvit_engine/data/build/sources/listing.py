@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES
 from fastvit_engine.errors import UserError
 
 Kind = Literal["path", "url", "bytes", "sample", "pixels"]
@@ -159,9 +160,14 @@ def join(train: Listing, held_out: Listing) -> Listing:
 
 def _class_indices(texts: Sequence[str], classes: list[str] | None, where: str) -> tuple[list[str], np.ndarray]:
     """Class names, and the class index (int32) of each text: a name of a class, or an index of one as a number."""
-    numbers = [int(text) for text in texts if text.isascii() and text.isdecimal() and str(int(text)) == text]
+    numbers = [int(text) for text in texts if _is_number(text) and str(int(text)) == text]
     if classes is None:
         if len(numbers) == len(texts):
+            if (largest := max(numbers, default=0)) >= PLAUSIBLE_CLASSES:
+                raise UserError(
+                    f"{where} has the label {largest:,}, and {PLAUSIBLE_CLASSES:,} classes are allowed: correct it, or "
+                    "name the classes with --classes"
+                )
             classes = [str(number) for number in range(max(numbers, default=-1) + 1)]
         else:
             classes = sorted(texts)
@@ -173,11 +179,16 @@ def _class_indices(texts: Sequence[str], classes: list[str] | None, where: str) 
     for position, text in enumerate(texts):
         if text in by_name:
             indices[position] = by_name[text]
-        elif text.isascii() and text.isdecimal() and int(text) < len(classes):
+        elif _is_number(text) and int(text) < len(classes):
             indices[position] = int(text)
         else:
             raise UserError(
-                f"{where} has the label '{text}', which is neither one of the {len(classes)} class names nor an index "
-                "below that: correct the label or the class names"
+                f"{where} has the label '{text[:200]}', which is neither one of the {len(classes)} class names nor an "
+                "index below that: correct the label or the class names"
             )
     return classes, indices
+
+
+def _is_number(text: str) -> bool:
+    """Whether a label may be an index: more digits than any index has are a name, and would take long to convert."""
+    return text.isascii() and text.isdecimal() and len(text) < 20

@@ -63,7 +63,7 @@ def _json_rows(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also numbers of too many digits
             raise UserError(f"line {number} of {path} is not JSON ({error}): correct it") from error
         if not isinstance(row, dict):
             raise UserError(f"line {number} of {path} is not a JSON object: write one object a line")
@@ -83,7 +83,7 @@ def _labels(value: Any) -> list[str] | None:
     if isinstance(value, str) and value.startswith("["):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return [value]  # a class whose name begins so
     if isinstance(value, list):
         return [str(label) for label in value]

@@ -7,13 +7,12 @@ from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from braceexpand import braceexpand
-
 from fastvit_engine.data.build.parallel import ordered_map
 from fastvit_engine.data.build.sources.context import Context, split_of_names
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.data.build.sources.tars import is_tar_name, plain_tars
 from fastvit_engine.data.shards.archive import Archive, open_archive
+from fastvit_engine.data.shards.braces import expand_braces
 from fastvit_engine.data.shards.labels import MAX_LABEL_BYTES, json_field, label_member, label_values
 from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.data.shards.sample import Ignored, SampleFile, describe_ignored, iterate_files
@@ -75,7 +74,11 @@ def _shards(path: Path, context: Context) -> tuple[list[Path], list[Path]]:
         if left_out:
             context.say(f"{path}: left out {', '.join(left_out[:3])}{' ...' if left_out[3:] else ''}")
         return [path / name for name in train], [path / name for name in held_out]
-    shards = sorted(Path(name) for part in braceexpand(str(path)) for name in (glob.glob(part) or [part]))
+    try:
+        parts = expand_braces(str(path))
+    except ValueError as error:
+        raise UserError(f"the braces of {str(path)[:500]!r} cannot be expanded: {error}") from error
+    shards = sorted(Path(name) for part in parts for name in (glob.glob(part) or [part]))
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
         raise UserError(f"there is no shard {missing[0]}: correct the name")
@@ -106,7 +109,7 @@ def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[LocatedSample], 
 
 def _located(files: list[SampleFile], archive: Archive, shard: Path, label_key: str | None) -> LocatedSample:
     key, start = files[0].key, files[0].member.start
-    where = f"sample '{key}' of shard {shard}"
+    where = f"sample {key!r} of shard {shard}"
     members = {file.extension: file.member for file in files}
     if not any(extension in members for extension in IMAGE_EXTENSIONS):
         raise UserError(f"{where} has no image, only {sorted(members)}: the members of a sample must be adjacent")

@@ -9,6 +9,7 @@ import struct
 import sys
 import tarfile
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,13 +21,16 @@ import fastvit_engine.data.build.sources.reading as reading
 from fastvit_engine.data.build.make import make_dataset
 from fastvit_engine.data.build.sources import list_source, list_with_eval, recognise
 from fastvit_engine.data.build.sources.context import Context, split_of_names
+from fastvit_engine.data.build.sources.devkit import validation_labels
 from fastvit_engine.data.build.sources.listing import Listing
+from fastvit_engine.data.build.sources.pixels import list_cifar
 from fastvit_engine.data.build.sources.reading import SourceReader
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.progress import WorkProgress
+from tests.fastvit_engine.data.shards.tar_files import END, header
 
 
 @pytest.fixture
@@ -381,6 +385,49 @@ def test_damaged_cifar(listed, cifar, batch, message):
         listed(source)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        b"}r\xff\xff\xff\x7f",  # a memo under the number 2**31
+        b"\x96" + struct.pack("<Q", 1 << 40),  # an array of 1 TB
+        b"cnumpy\nndarray\n(\x8a\x05\0\0\0\0\x01tR",  # the same, by a call
+        b"c_codecs\nencode\n(C\x01xU\x03hextR",
+        b"}(K\x01" + b"\x86".join([b"q\x00h\x00"] * 60) + b"K\x01u",  # tuples of tuples as a key
+        b"",
+        b"}" * 100,
+        b"]",
+    ],
+)
+def test_pickles_that_would_take_all_memory_or_time_do_not(listed, cifar, opcodes):
+    source, _ = cifar
+    (source / "data_batch_1").write_bytes(b"\x80\x02" + opcodes + b".")
+    with pytest.raises(UserError, match=r"data_batch_1 of .*: download it again") as error:
+        listed(source)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("meta", [{b"label_names": [7]}, {b"label_names": 7}, {b"label_names": [b"\xff"]}])
+def test_cifar_class_names_that_are_no_text(listed, cifar, meta):
+    source, _ = cifar
+    (source / "batches.meta").write_bytes(_old_pickle(meta))
+    with pytest.raises(UserError, match="batches.meta of .* has class names that are no text"):
+        listed(source)
+
+
+@pytest.mark.timeout(60)
+def test_archives_of_cifar_with_a_negative_size_end(listed, tmp_path):
+    """With which tarfile goes back, and round and round."""
+    path = tmp_path / "cifar-10-python.tar"
+    path.write_bytes(header(b"c/data_batch_1", b"-0000001000") + END)
+    with pytest.raises(UserError, match="is damaged or unreadable .*it has a damaged header at byte 0"):
+        list_cifar(path, None)
+    devkit = tmp_path / "ILSVRC2012_devkit_t12.tar.gz"
+    devkit.write_bytes(gzip.compress(header(b"d/data/meta.mat", b"-0000001000") + END))
+    with pytest.raises(UserError, match="the devkit .* cannot be read .*it has a damaged header at byte 0"):
+        validation_labels(devkit)
+
+
 # --- MNIST and its kin
 
 
@@ -420,6 +467,8 @@ def test_damaged_idx(listed, mnist):
         (_idx(np.zeros(3, np.uint8)), "has 3 labels for the 2 images"),
         (_idx(np.zeros(2, np.uint8))[:-1], r"has 1 bytes of data where \(2,\) are announced"),
         (b"<html>", "is not an idx file of 1-dimensional bytes"),
+        (b"\0\0\x08\x01\xff\xff\xff\xff12", r"has 2 bytes of data where \(4294967295,\) are announced"),
+        (_idx(np.zeros(2, np.uint8)) + b"1", r"has more than 2 bytes of data where \(2,\) are announced"),
     ):
         labels.write_bytes(content)
         with pytest.raises(UserError, match=message):
@@ -427,6 +476,20 @@ def test_damaged_idx(listed, mnist):
     labels.unlink()
     with pytest.raises(UserError, match="has no file of labels t10k-labels-idx1-ubyte"):
         listed(source)
+    images = source / "train-images-idx3-ubyte.gz"
+    good = gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12 + bytes(1000))
+    for content, message in (
+        (good, r"announces \(4294967295, 4294967295, 4294967295\), which are more than 8,589,934,592 bytes"),
+        (gzip.compress(_idx(np.zeros((3, 28, 28), np.uint8)) + bytes(1 << 26)), "has more than 2,352 bytes of data"),
+        (good[:-10], "announces|cannot be read"),
+        (good[:10] + b"\xff" * 9 + good[19:], "cannot be read"),  # zlib's own error
+    ):
+        images.write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(UserError, match=message):
+            listed(source)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+        tracemalloc.stop()
 
 
 # --- Parquet
@@ -690,6 +753,20 @@ def test_webdataset_keeps_images_json_and_labels(listed, context, tmp_path, phot
     assert set(found) == {"00000000_s1", "00000001_s3"}
     assert found["00000000_s1"]["json"] == b'{"text": "hi"}' and found["00000000_s1"]["cls"] == b"2"
     assert found["00000001_s3"]["jpg"] == photo(3) and found["00000001_s3"]["cls"] == b"1"
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"{oops", b"\xff"], ids=["deep", "no JSON", "no text"])
+def test_a_json_member_that_cannot_be_read_is_a_failed_image(tmp_path, photo, write_tar, content):
+    """The labels are elsewhere, but the list of labels is to be added to that member."""
+    members = [("a.jpg", photo(1)), ("a.cls", b"[1, 2]"), ("a.json", content)]
+    members += [("b.jpg", photo(2)), ("b.cls", b"[0]"), ("b.json", b'{"text": "hi"}')]
+    path = write_tar(tmp_path / "in.tar", members)
+    arguments = {"labels": "cls", "eval_fraction": 0, "workers": 1, "progress": lambda line: None}
+    with pytest.raises(UserError, match=r"a in .*in.tar has a json member that cannot be read \("):
+        make_dataset(str(path), tmp_path / "none", **arguments)
+    made = make_dataset(str(path), tmp_path / "out", max_failed=0.5, **arguments)
+    (kept,) = read_shard(str(tmp_path / "out" / "train-000000.tar"))
+    assert made.info.failed == 1 and json.loads(kept["json"]) == {"text": "hi", "labels": [0]}
 
 
 def test_webdataset_of_our_own_keeps_split_and_classes(listed, tmp_path, photo):
