@@ -24,6 +24,7 @@ from fastvit_engine.data import IterableData, TrainingData, prepare_data
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import deepspeed_config, split_batch
 from fastvit_engine.errors import UserError
+from fastvit_engine.models import resolve_shape
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted
@@ -137,7 +138,8 @@ def newest_readable(
 def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: the parameters, and the order of the data.
 
-    The number of processes, the ZeRO stage and the precision may change: checkpoints hold fp32 masters, whole.
+    Of the model, only what shapes its parameters and what they mean is compared: see `_shape`. The number of processes,
+    the ZeRO stage and the precision may change: checkpoints hold fp32 masters, whole.
     """
     return {
         "model": config.model.model_dump(mode="json"),
@@ -197,10 +199,12 @@ def _check_same_run(wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpo
             )
         if name == "model":
             before = _as_today(before)
+            if (shape := _shape(now)) is not None and shape == _shape(before):
+                continue
             differing = [
                 f"model.{key} is {now.get(key)!r}, was {before.get(key)!r}"
                 for key in {**now, **before}
-                if now.get(key) != before.get(key)
+                if now.get(key) != before.get(key) and key not in _FREE
             ]
             if not differing:
                 continue
@@ -212,6 +216,21 @@ def _check_same_run(wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpo
             f"checkpoint {checkpoint} was written with {name} {json.dumps(before)} and this run has {json.dumps(now)}: "
             f"continue with the same {name}, or choose another run folder with --out"
         )
+
+
+# Keys of the model that a run may change: what regularises it, and what only its first weights depended on.
+_FREE = ("dropout", "drop_path", "head_bias")
+
+
+def _shape(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the parameters of a section `model` are, however it spells them; None if this version does not know it."""
+    try:
+        config = ModelConfig.model_validate(model)
+        shape = resolve_shape(config)
+    except (ValidationError, UserError):
+        return None
+    rest = config.model_dump(include={"image_size", "num_classes", "pool", "head", "activation"})
+    return {**rest, "shape": shape, "layer_scale": config.layer_scale is not None}
 
 
 def _as_today(model: Mapping[str, Any]) -> Mapping[str, Any]:
