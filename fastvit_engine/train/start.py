@@ -95,6 +95,7 @@ def preflight(
     if checkpoint is None or state is None:
         return start
     _check_same_run(wanted.fingerprint, state.fingerprint, checkpoint)
+    start = replace(start, warnings=(*start.warnings, *_too_late(config, state)))
     if state.step < schedule.total_steps:
         message = f"continuing {run.path} from step {state.step} of {schedule.total_steps}, {prepared.describe()}"
     else:
@@ -167,6 +168,16 @@ def _doubtful(config: Config, data: TrainingData) -> tuple[str, ...]:
     return tuple(warnings)
 
 
+def _too_late(config: Config, state: TrainerState) -> tuple[str, ...]:
+    """One sentence for each setting of the first weights that differs from the one the run began with."""
+    now, before = config.model.model_dump(mode="json"), _as_today(state.fingerprint["model"])
+    return tuple(
+        f"model.{key} = {now[key]} sets the first weights only: the run continues with those of its checkpoint"
+        for key in _OF_FIRST_WEIGHTS
+        if now[key] != before.get(key, now[key])
+    )
+
+
 def _check_best(config: Config, schedule: Schedule) -> None:
     best = config.checkpoint.keep_best
     if best is not None and not schedule.evaluates_what_it_saves:
@@ -218,7 +229,8 @@ def _check_same_run(wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpo
         )
 
 
-# Keys of the model that a run may change: what regularises it, and what only its first weights depended on.
+# Keys of the model that a run may change: what only its first weights depend on, and what regularises it.
+_OF_FIRST_WEIGHTS = ("head_bias", "layer_scale")
 _FREE = ("dropout", "drop_path", "head_bias")
 
 

@@ -153,6 +153,9 @@ def test_what_does_not_shape_the_parameters_may_change(stopped, shards, before, 
     again = start(run, shards[0], model=now)
     assert again.step == 40
     assert {key: again.state.fingerprint["model"][key] for key in now} == now  # which its next checkpoint says
+    late = [key for key in ("head_bias", "layer_scale") if key in now]
+    assert [text.partition(" ")[0] for text in again.warnings] == [f"model.{key}" for key in late]
+    assert all("sets the first weights only: the run continues with those of" in text for text in again.warnings)
 
 
 @pytest.mark.parametrize(
