@@ -408,4 +408,4 @@ class Config(_Section):
 
     deepspeed: dict[str, Any] = {}
     """Further settings of DeepSpeed, merged over the configuration that the engine writes for it. Keys that another
-    section owns are refused."""
+    section owns, and keys that have no effect here, are refused."""

@@ -81,7 +81,6 @@ def preflight(
     recorded = None if state is None else state.fingerprint.get("data")
     prepared = prepare_data(config, world_size=world_size, index_folder=run.path, recorded=recorded, given=data)
     schedule = Schedule(config, prepared.samples_per_epoch)
-    _check_best(config, schedule)
     _check_writable(run)
     wanted = TrainerState(
         step=0,
@@ -176,15 +175,6 @@ def _too_late(config: Config, state: TrainerState) -> tuple[str, ...]:
         for key in _OF_FIRST_WEIGHTS
         if now[key] != before.get(key, now[key])
     )
-
-
-def _check_best(config: Config, schedule: Schedule) -> None:
-    best = config.checkpoint.keep_best
-    if best is not None and not schedule.evaluates_what_it_saves:
-        raise UserError(
-            f"checkpoint.keep_best = {best} needs an evaluation wherever a checkpoint is written: "
-            "let evaluate.every divide checkpoint.every"
-        )
 
 
 def _check_writable(run: RunFolder) -> None:

@@ -85,8 +85,8 @@ class Diagnosis:
 
     @property
     def at(self) -> str:
-        """The ranks in a sentence, as in " on rank 2 (node17)"; "" if none is known."""
-        if not self.ranks:
+        """The ranks in a sentence, as in " on rank 2 (node17)"; "" if none is known, or all are alike."""
+        if not self.ranks or self.everywhere:
             return ""
         named = ", ".join(f"{rank} ({host})" for rank, host in zip(self.ranks, self.hosts, strict=True))
         return f" on rank{'s' if len(self.ranks) > 1 else ''} {named}"
@@ -96,7 +96,7 @@ class Diagnosis:
         if self.everywhere and not updated:
             return "correct data.mean, data.std, model.head_bias, model.layer_scale or train.precision"
         if self.everywhere:
-            return "lower optimizer.learning_rate, lengthen schedule.warmup, or lower train.grad_clip"
+            return "lower optimizer.learning_rate, lengthen schedule.warmup, or set a lower train.grad_clip"
         if self.in_weights or self.repeats is False:
             hosts = ", ".join(dict.fromkeys(self.hosts)) or "the hosts that fail again"
             return f"leave out {hosts}, or lower optimizer.learning_rate if the hardware is sound"

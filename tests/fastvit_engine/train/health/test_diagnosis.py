@@ -110,7 +110,7 @@ def test_broken_weights_are_named_and_the_step_is_not_repeated():
 def test_a_loss_that_is_not_finite_for_every_sample_is_no_samples_fault():
     anomaly = Anomaly("loss", "the loss is nan")
     everywhere, _ = diagnosed(anomaly, [[math.nan, math.inf], [math.nan, math.nan]], times=2)
-    assert everywhere.everywhere and everywhere.cause.startswith("numerics")
+    assert everywhere.everywhere and everywhere.cause.startswith("numerics") and everywhere.at == ""
     some, _ = diagnosed(anomaly, [[math.nan, 1.0], [math.nan, math.nan]], times=2)
     assert not some.everywhere
     gone, _ = diagnosed(anomaly, [[math.nan], [math.nan]], times=1)
