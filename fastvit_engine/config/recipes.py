@@ -17,7 +17,7 @@ _INTEGER, _NUMBER = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _Base: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
 
 
-class _Loader(_Base):  # type: ignore[misc]
+class _Loader(_Base):
     """YAML whose numbers are decimal: 0100 is 100 and 1:30 is text, where YAML 1.1 reads 64 and 90."""
 
     # A copy, so that PyYAML's own loaders stay as they are.
