@@ -46,6 +46,10 @@ def _run(args: argparse.Namespace) -> int:
         return _fail(f"the disk{where} is full: make room and run the same command again")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except ValueError as error:
+        if not str(error).startswith("FASTVIT_KERNELS must be"):  # which fastvit_kernels says when it is imported
+            raise
+        return _fail(f"environment variable {error}")
     except ModuleNotFoundError as error:
         if importlib.util.find_spec((error.name or "").partition(".")[0]) is not None:
             raise  # an installed package without one of its own parts is not the user's fault

@@ -18,6 +18,7 @@ SYNTAX = (
 
 _PATTERN = re.compile(r"([0-9][0-9_]*\.?[0-9]*)\s*([kMB]?)\s*(steps?|epochs?|samples?|%|percent)")
 _BARE_NUMBER = re.compile(r"[0-9][0-9_]*\.?[0-9]*\s*[kMB]?")
+_LONGEST = 1e15
 _MAGNITUDE = {"": 1, "k": 1_000, "M": 1_000_000, "B": 1_000_000_000}
 
 
@@ -30,13 +31,22 @@ def parse_duration(text: str) -> tuple[float, str]:
     match = _PATTERN.fullmatch(text)
     if match is not None:
         number, magnitude, unit = match.groups()
-        return float(number) * _MAGNITUDE[magnitude], "%" if unit == "percent" else unit.rstrip("s")
+        value, unit = float(number) * _MAGNITUDE[magnitude], "%" if unit == "percent" else unit.rstrip("s")
+        if value > (_LONGEST if unit != "%" else 100):
+            raise ValueError(
+                f"'{_shortened(text)}' is too long: at most {_LONGEST:.0e} steps, epochs or samples, or 100%"
+            )
+        return value, unit
     if _BARE_NUMBER.fullmatch(text):
         raise ValueError(
             f"{text!r} is not a duration without a unit: write '{text} steps', '{text} epochs', '{text} samples' or "
             f"'{text}%'"
         )
     raise ValueError(f"{text!r} is not a duration; write for example '10000 steps', '90 epochs', '300M samples', '5%'")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:20]}...{text[-10:]}"
 
 
 def _checked(value: Any) -> Any:

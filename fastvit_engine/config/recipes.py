@@ -1,5 +1,6 @@
 """Recipes: how they are found by name, and what one says together with the recipes that it is based on."""
 
+import re
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,46 @@ from fastvit_engine.errors import UserError
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 _BASE = "base"
-_Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
+_INTEGER, _NUMBER = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Base: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
+
+
+class _Loader(_Base):
+    """YAML whose numbers are decimal: 0100 is 100 and 1:30 is text, where YAML 1.1 reads 64 and 90."""
+
+    # A copy, so that PyYAML's own loaders stay as they are.
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INTEGER, _NUMBER)]
+        for first, resolvers in _Base.yaml_implicit_resolvers.items()
+    }
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        try:
+            return int(self.construct_scalar(node).replace("_", ""))
+        except ValueError as error:  # Python reads up to 4300 digits
+            problem = "it holds a number of too many digits"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        text = self.construct_scalar(node).replace("_", "").lower()
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_Loader.add_implicit_resolver(_INTEGER, re.compile(r"[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _NUMBER,
+    re.compile(
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+_Loader.add_constructor(_INTEGER, _Loader.construct_integer)
+_Loader.add_constructor(_NUMBER, _Loader.construct_number)
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document, as recipes and `--set` write it. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def recipe_paths() -> dict[str, Path]:

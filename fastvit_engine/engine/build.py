@@ -26,7 +26,7 @@ def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
         raise UserError("train.precision = fp16 needs a GPU: use bf16 or fp32 on a CPU")
     check_stage(config)
     check_zero(config.zero)
-    check_deepspeed(config.deepspeed)
+    check_deepspeed(config)
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}

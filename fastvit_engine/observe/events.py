@@ -14,7 +14,8 @@ from fastvit_engine.files import append_json_lines, read_json_lines
 from fastvit_engine.observe.run_folder import RunFolder
 
 Kind = Literal[
-    "start",  # a job started or resumed: world_size, zero_stage, hosts
+    "start",  # a job started or resumed: world_size, zero_stage, hosts, config (its file in the run folder)
+    "configuration",  # a job resumed with other values: changes, each with key, from and to
     "stop",  # it ended in order: reason "finished" or "preempted"
     "failure",  # it failed: the cause, and the ranks at fault if they are known
     "restart",  # a launcher starts the processes again

@@ -23,6 +23,7 @@ from fastvit_engine.sizing.defaults import Chosen, choose, machine_of
 from fastvit_engine.train.evaluators import build_evaluators, run_evaluators
 from fastvit_engine.train.health.diagnosis import Trace, diagnose
 from fastvit_engine.train.health.guard import StepReport
+from fastvit_engine.train.health.replicas import check_first_weights
 from fastvit_engine.train.health.rewind import Failure, go_back, record_anomaly
 from fastvit_engine.train.job import Job, build_job
 from fastvit_engine.train.recovery import save_recovery
@@ -113,6 +114,7 @@ def _train_steps(start: Start, job: Job, batches: Iterator[Batch], log: StepLog)
     if log.recorder:
         job.checkpointer.say = log.recorder.message
     if start.checkpoint is None:
+        check_first_weights(job.engine, job.world)
         _save(job, state, log)  # to have something to go back to
     watchdog.begin(state.step)
 
@@ -207,10 +209,10 @@ def _recover(job: Job, start: Start, failure: Failure, trace: Trace, recorder: R
         assert recorder is not None
         message = record_anomaly(job.run, failure, diagnosis)
         recorder.message(message)
-        skip, most = not diagnosis.in_weights, job.config.health.max_rewinds
-        there = go_back(job.run, job.checkpointer.store, start, failure, message, skip=skip, max_rewinds=most)
+        most = job.config.health.max_rewinds
+        there = go_back(job.run, job.checkpointer.store, start, failure, message, diagnosis, max_rewinds=most)
         first, last = failure.window
-        left_out = f", leaving out samples {first:,} to {last - 1:,}" if skip else ""
+        left_out = "" if diagnosis.in_weights else f", leaving out samples {first:,} to {last - 1:,}"
         recorder.message(f"going back to step {there.step}{left_out}")
         recorder.close()
         return there

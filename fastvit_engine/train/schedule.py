@@ -105,6 +105,12 @@ class Schedule:
         self.evaluate_every = self._interval("evaluate.every", config.evaluate.every) if evaluates else 0
         self.save_every = self._interval("checkpoint.every", config.checkpoint.every)
         self.keep_every = self._interval("checkpoint.keep_every", config.checkpoint.keep_every) or None
+        best = config.checkpoint.keep_best
+        if best is not None and not self.evaluates_what_it_saves:
+            raise UserError(
+                f"checkpoint.keep_best = {best} needs an evaluation wherever a checkpoint is written: "
+                "let evaluate.every divide checkpoint.every"
+            )
         self.learning_rate = learning_rate_schedule(config, self.total_steps, self.samples_per_epoch, self.batch_sizes)
 
     def is_due(self, every: int, step: int) -> bool:

@@ -27,6 +27,7 @@ from fastvit_engine.distributed.world import World
 from fastvit_engine.duration import BatchSizes
 from fastvit_engine.engine.build import deepspeed_config
 from fastvit_engine.errors import UserError
+from fastvit_engine.models import resolve_shape
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted
@@ -100,7 +101,6 @@ def preflight(
     batch = config.train.global_batch_size
     batches = BatchSizes.always(batch) if state is None else state.batches.then(state.step, batch)
     schedule = Schedule(config, prepared.samples_per_epoch, batches)
-    _check_best(config, schedule)
     _check_writable(run)
     wanted = TrainerState(
         step=0,
@@ -119,6 +119,7 @@ def preflight(
     if (before := state.batches.current) != batch:
         prepared.check_batch_change(config, before)
         start = replace(start, batch_before=before)
+    start = replace(start, warnings=(*start.warnings, *_too_late(config, state)))
     if state.step < schedule.total_steps:
         message = f"continuing {run.path} from step {state.step} of {schedule.total_steps}, {prepared.describe()}"
     else:
@@ -162,7 +163,8 @@ def newest_readable(
 def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: the parameters, and the order of the data.
 
-    The number of processes, the ZeRO stage and the precision may change: checkpoints hold fp32 masters, whole.
+    Of the model, only what shapes its parameters and what they mean is compared: see `_shape`. The number of processes,
+    the ZeRO stage and the precision may change: checkpoints hold fp32 masters, whole.
     """
     return {
         "model": config.model.model_dump(mode="json"),
@@ -195,13 +197,14 @@ def _doubtful(config: Config, data: TrainingData, split: BatchSplit) -> tuple[st
     return tuple(warnings)
 
 
-def _check_best(config: Config, schedule: Schedule) -> None:
-    best = config.checkpoint.keep_best
-    if best is not None and not schedule.evaluates_what_it_saves:
-        raise UserError(
-            f"checkpoint.keep_best = {best} needs an evaluation wherever a checkpoint is written: "
-            "let evaluate.every divide checkpoint.every"
-        )
+def _too_late(config: Config, state: TrainerState) -> tuple[str, ...]:
+    """One sentence for each setting of the first weights that differs from the one the run began with."""
+    now, before = config.model.model_dump(mode="json"), _as_today(state.fingerprint["model"])
+    return tuple(
+        f"model.{key} = {now[key]} sets the first weights only: the run continues with those of its checkpoint"
+        for key in _OF_FIRST_WEIGHTS
+        if now[key] != before.get(key, now[key])
+    )
 
 
 def _check_writable(run: RunFolder) -> None:
@@ -235,10 +238,12 @@ def _check_same_run(
             )
         if name == "model":
             before = _as_today(before)
+            if (shape := _shape(now)) is not None and shape == _shape(before):
+                continue
             differing = [
                 f"model.{key} is {now.get(key)!r}, was {before.get(key)!r}"
                 for key in {**now, **before}
-                if now.get(key) != before.get(key)
+                if now.get(key) != before.get(key) and key not in _FREE
             ]
             if not differing:
                 continue
@@ -250,6 +255,22 @@ def _check_same_run(
             f"checkpoint {checkpoint} was written with {name} {json.dumps(before)} and this run has {json.dumps(now)}: "
             f"continue with the same {name}, or choose another run folder with --out"
         )
+
+
+# Keys of the model that a run may change: what only its first weights depend on, and what regularises it.
+_OF_FIRST_WEIGHTS = ("head_bias", "layer_scale")
+_FREE = ("dropout", "drop_path", "head_bias")
+
+
+def _shape(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the parameters of a section `model` are, however it spells them; None if this version does not know it."""
+    try:
+        config = ModelConfig.model_validate(model)
+        shape = resolve_shape(config)
+    except (ValidationError, UserError):
+        return None
+    rest = config.model_dump(include={"image_size", "num_classes", "pool", "head", "activation"})
+    return {**rest, "shape": shape, "layer_scale": config.layer_scale is not None}
 
 
 def _as_today(model: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -320,6 +320,11 @@ def test_a_diverged_model_is_not_saved(refused, shard, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "parts"),
     [
+        pytest.param(
+            {"FASTVIT_KERNELS": "cuda"},
+            ["environment variable FASTVIT_KERNELS must be one of auto, triton, reference, got 'cuda'"],
+            id="no such kernels",
+        ),
         pytest.param({"RANK": "0"}, ["sets RANK but not LOCAL_RANK, WORLD_SIZE"], id="half an environment"),
         pytest.param(
             {"RANK": "3", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},

@@ -41,6 +41,12 @@ def test_refuses_anything_else(text):
         parse_duration(text)
 
 
+@pytest.mark.parametrize("text", ["9" * 400 + " epochs", "2_000_000B samples", "101%"])
+def test_refuses_what_no_run_can_last(text):
+    with pytest.raises(ValueError, match=r"^'.{1,40}' is too long: at most 1e\+15 steps, epochs or samples, or 100%$"):
+        parse_duration(text)
+
+
 def test_all_units_agree():
     sizes = {
         "key": "train.duration",

@@ -130,12 +130,12 @@ def test_an_empty_recipe_is_all_defaults(write):
 
 
 def test_a_recipe_states_only_what_differs_from_its_base(write):
-    write("bases/base.yaml", "name: base\nmodel:\n  name: Ti/4\n  image_size: 16\ndeepspeed:\n  timers:\n    a: 1\n")
-    path = write("mine.yaml", "base: bases/base.yaml\nmodel:\n  image_size: 32\ndeepspeed:\n  timers:\n    b: 2\n")
+    write("bases/base.yaml", "name: base\nmodel:\n  name: Ti/4\n  image_size: 16\ndeepspeed:\n  wandb:\n    team: a\n")
+    path = write("mine.yaml", "base: bases/base.yaml\nmodel:\n  image_size: 32\ndeepspeed:\n  wandb:\n    group: b\n")
     resolved = load_config(path, ["model.depth=2"])
     model = resolved.config.model
     assert (resolved.config.name, model.name, model.image_size, model.depth) == ("base", "Ti/4", 32, 2)
-    assert resolved.config.deepspeed == {"timers": {"a": 1, "b": 2}}
+    assert resolved.config.deepspeed == {"wandb": {"team": "a", "group": "b"}}
     origins = {key: resolved.origins[key] for key in ("name", "model.name", "model.image_size", "model.depth")}
     assert origins == {
         "name": "base.yaml:1",

@@ -36,9 +36,11 @@ def shards(tmp_path):
     ]
 
 
-def start(run, train, resume=True, duration="100 steps", processes=1, augment=None, batch=8, allow=False, **data):
+def start(
+    run, train, resume=True, duration="100 steps", processes=1, augment=None, batch=8, allow=False, model=None, **data
+):
     sections = {
-        "model": {"name": "Ti/4", "image_size": 8, "num_classes": 10},
+        "model": {"name": "Ti/4", "image_size": 8, "num_classes": 10, **(model or {})},
         "data": {"train": train, **data},
         "train": {"global_batch_size": batch, "duration": duration, "precision": "fp32"},
         "schedule": {"warmup": "0 steps"},
@@ -52,9 +54,9 @@ def start(run, train, resume=True, duration="100 steps", processes=1, augment=No
 def stopped(tmp_path, shards):
     """begin(data.train, ...) -> a run folder with a checkpoint after 40 steps, of which only the state is there."""
 
-    def begin(train, **data):
+    def begin(train, model=None, **data):
         run = RunFolder(tmp_path / "run")
-        began = start(run, train, resume=False, **data)
+        began = start(run, train, resume=False, model=model, **data)
         folder = run.checkpoints / "step-00000040"
         folder.mkdir(parents=True)
         state = replace(began.state, step=40, consumed=320, bad_samples=3, seconds=1.0)
@@ -199,6 +201,43 @@ def test_other_weights_and_a_changed_source_are_refused(stopped, shards, tmp_pat
     write_shard(tmp_path / "b.tar", [1] * 9)
     with pytest.raises(UserError, match="with other shards in source 2 of data.train"):
         start(run, [{"shards": shards[0], "weight": 2}, {"shards": shards[1]}])
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({}, {"drop_path": 0.1, "dropout": 0.2, "head_bias": -10}),
+        ({"layer_scale": 0.1}, {"layer_scale": 1e-5}),
+        ({}, {"width": 192, "depth": 12, "heads": 3, "mlp_dim": 768}),  # what Ti is
+        ({"name": "S/4", "width": 192, "depth": 12, "heads": 3}, {}),
+    ],
+)
+def test_what_does_not_shape_the_parameters_may_change(stopped, shards, before, now):
+    run = stopped(shards[0], model=before)
+    again = start(run, shards[0], model=now)
+    assert again.step == 40
+    assert {key: again.state.fingerprint["model"][key] for key in now} == now  # which its next checkpoint says
+    late = [key for key in ("head_bias", "layer_scale") if key in now]
+    assert [text.partition(" ")[0] for text in again.warnings] == [f"model.{key}" for key in late]
+    assert all("sets the first weights only: the run continues with those of" in text for text in again.warnings)
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"activation": "gelu_tanh"}, "model.activation is 'gelu_tanh', was 'gelu'"),
+        ({"heads": 6}, "model.heads is 6, was None"),
+        ({"pool": "gap", "drop_path": 0.1}, r"\(model.pool is 'gap', was 'cls'\)"),
+        ({"head": "mlp"}, "model.head is 'mlp', was 'linear'"),
+        ({"layer_scale": 0.1}, "model.layer_scale is 0.1, was None"),
+        ({"num_classes": 11}, "model.num_classes is 11, was 10"),
+        ({"name": "Ti/8"}, "model.name is 'Ti/8', was 'Ti/4'"),
+    ],
+)
+def test_other_parameters_or_another_meaning_of_them_is_another_model(stopped, shards, now, message):
+    run = stopped(shards[0])
+    with pytest.raises(UserError, match=f"belongs to another model .*{message}"):
+        start(run, shards[0], model=now)
 
 
 def test_a_checkpoint_that_knew_fewer_keys_of_the_model_and_spelt_its_name_otherwise_is_continued(stopped, shards):

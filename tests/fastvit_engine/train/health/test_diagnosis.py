@@ -40,6 +40,9 @@ def diagnosed(anomaly, losses, *, spoilt=(), times=1, watched=False, weight=None
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         if weight == world.rank:
             model[0].weight.data[1, 1] = math.nan
+        if weight == "all":
+            for parameter in model.parameters():
+                parameter.data.fill_(math.inf)
         engine = PlainEngine(model)
         watch = GradientWatch(engine, world.device)
         if watched:
@@ -101,3 +104,28 @@ def test_broken_weights_are_named_and_the_step_is_not_repeated():
     diagnosis, _ = diagnosed(Anomaly("loss", "the loss is nan"), [[math.nan], [1.0]], weight=0)
     assert (diagnosis.ranks, diagnosis.parameters, diagnosis.repeats) == ([0], ["0.weight"], None)
     assert diagnosis.in_weights
+    assert not diagnosis.everywhere
+
+
+def test_a_loss_that_is_not_finite_for_every_sample_is_no_samples_fault():
+    anomaly = Anomaly("loss", "the loss is nan")
+    everywhere, _ = diagnosed(anomaly, [[math.nan, math.inf], [math.nan, math.nan]], times=2)
+    assert everywhere.everywhere and everywhere.cause.startswith("numerics") and everywhere.at == ""
+    some, _ = diagnosed(anomaly, [[math.nan, 1.0], [math.nan, math.nan]], times=2)
+    assert not some.everywhere
+    gone, _ = diagnosed(anomaly, [[math.nan], [math.nan]], times=1)
+    assert not gone.everywhere and gone.cause.startswith("hardware suspected")
+
+
+def test_gradients_that_are_not_finite_on_every_process_are_no_hosts_fault():
+    everywhere, _ = diagnosed(FAULT, [[1.0], [1.0]], spoilt=[0, 1], times=2)
+    assert everywhere.everywhere and everywhere.parameters == ["1.bias"]
+    one, _ = diagnosed(FAULT, [[1.0], [1.0]], spoilt=[0], times=2)
+    assert not one.everywhere
+
+
+def test_weights_that_are_not_finite_in_every_copy_are_no_hosts_fault():
+    anomaly = Anomaly("loss", "the loss is nan")
+    diverged, _ = diagnosed(anomaly, [[math.nan], [math.nan]], weight="all")
+    assert (diverged.everywhere, diverged.parameters) == (True, ["0.bias", "0.weight", "1.bias", "1.weight"])
+    assert diverged.remedy(updated=True).startswith("lower optimizer.learning_rate")
