@@ -47,6 +47,11 @@ def split_of(name: str, *, folder: bool = False) -> Part | None:
     return next(iter(named))
 
 
+def _split_of_folders(path: str) -> Part | None:
+    folders = path.split("/")[:-1]
+    return next((part for name in reversed(folders) if (part := split_of(name, folder=True))), None)
+
+
 def may_name_split(name: str) -> bool:
     """Whether any word of a name is that of a split, as in the class "training shoes" or the folder "birds-train"."""
     return bool(_named(_words(name)))
@@ -80,7 +85,10 @@ def _is_neutral(word: str) -> bool:
 
 @dataclass(frozen=True)
 class Splits:
-    """Names sorted into splits, in the order in which they were given."""
+    """Names sorted into splits, in the order in which they were given.
+
+    A name that says none is in the split of the nearest folder of its path that says one, as val in val/000000.tar.
+    """
 
     train: list[str]
     val: list[str]
@@ -91,7 +99,7 @@ class Splits:
     def of(cls, names: Sequence[str], *, folder: bool = False) -> "Splits":
         found: dict[Part | None, list[str]] = {None: [], **{part: [] for part in PARTS}}
         for name in names:
-            found[split_of(name, folder=folder)].append(name)
+            found[split_of(name, folder=folder) or _split_of_folders(name)].append(name)
         return cls(found["train"], found["val"], found["test"], found[None])
 
     def named(self) -> dict[Part, list[str]]:
