@@ -13,7 +13,7 @@ from fsspec.core import url_to_fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastvit_engine.config.near import near_names
-from fastvit_engine.data.shards.splits import choose_files, split_of
+from fastvit_engine.data.shards.splits import Splits, choose_files, split_of
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage.errors import public_url
 from fastvit_engine.storage.object_store import one_line, require_package
@@ -88,7 +88,17 @@ def list_shards(
             if not found:
                 raise UserError(f"{named} is {pattern!r}, which {_why_nothing(pattern)}")
             shards.update(found)
+    if split == "train":
+        ask.notes.extend(_about_several_splits(shards, named))
     return sorted(shards)
+
+
+def _about_several_splits(shards: Iterable[str], named: str) -> list[str]:
+    """A clause if patterns that somebody wrote match shards of several splits, which may be meant."""
+    groups = Splits.of(sorted(shard.rpartition("/")[2] for shard in shards)).named()
+    if len(groups) < 2:
+        return []
+    return [f"{named} matches {' and '.join(f'{len(group):,} named {part}' for part, group in groups.items())}"]
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ _WORDS: dict[str, Part] = {
 }
 # What may stand beside the split in the name of a folder of a split; any other word makes it the name of a class.
 _NEUTRAL = {"set", "sets", "split", "splits", "data", "dataset", "images", "image", "imgs", "img", "photos", "folder"}
-_NEUTRAL |= {"of", "part", "full", "seg", "ilsvrc", "imagenet"}
+_NEUTRAL |= {"of", "part", "full", "mini", "small", "seg", "ilsvrc", "imagenet"}
 _ENDINGS = re.compile(r"(\.tar|\.tar\.gz|\.tgz|\.parquet)$", re.IGNORECASE)
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[^\W\d_]+")
 _JOINED = re.compile(r"(train|training|val|validation|eval|test)(set|sets|data|images|split)")  # "trainset", "testdata"

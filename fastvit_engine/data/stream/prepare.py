@@ -16,6 +16,7 @@ from fastvit_engine.data.shards.archive import read_shard, stamp_of_local
 from fastvit_engine.data.shards.index import INDEX_NAME, INDEX_SUFFIX, Index, open_index, write_index
 from fastvit_engine.data.shards.names import Split, fetch_beside, find_shards, info_beside, is_local
 from fastvit_engine.data.shards.sample import Sample, parse_sample
+from fastvit_engine.data.shards.splits import Splits, choose_files
 from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.data.shards.usable import SampleKeys, Unusable, name_of, read_image, read_labels
 from fastvit_engine.data.stream.indexed import IndexedData, IndexedShards, TrainSource, open_storage
@@ -127,7 +128,7 @@ def _find_index(
 ) -> Index:
     """The index of the shards that `pattern` names, in their sorted order; adds to `notes` as `find_shards` does."""
     if pattern.endswith(INDEX_SUFFIX) and is_local(pattern):
-        return open_index(Path(pattern).expanduser())
+        return _of_split(open_index(Path(pattern).expanduser()), split, notes)
     shards = find_shards(pattern, split, notes)
     if named is not None:
         index = open_index(Path(named).expanduser())
@@ -153,6 +154,17 @@ def _find_index(
             return known.select(shards)
     path = next((path for path in paths[:-1] if _may_write(path, config.data.label_key)), paths[-1])
     return _make_index(path, shards, config.data.label_key)
+
+
+def _of_split(index: Index, split: Split, notes: list[str]) -> Index:
+    """The index of the shards of the split, by their names; of all if these do not say two splits or more."""
+    splits = Splits.of(index.shards)
+    wanted = splits.train if split == "train" else splits.val or splits.test
+    if splits.unnamed or not wanted or len(splits.named()) < 2:
+        return index
+    choice = choose_files(index.shards, split, str(index.path), f"data.{split}")
+    notes.append(choice.note)
+    return index.select(choice.names)
 
 
 def _remote_index(shards: Sequence[str], label_key: str, folder: Path) -> Index | None:
@@ -318,7 +330,8 @@ def eval_streams(config: Config, notes: list[str] | None = None) -> StreamedShar
         return None
     named = config.data.eval
     if named.endswith(INDEX_SUFFIX) and is_local(named):
-        shards = list(open_index(Path(named).expanduser()).shards)
+        index = _of_split(open_index(Path(named).expanduser()), "eval", [] if notes is None else notes)
+        shards = list(index.shards)
     else:
         shards = find_shards(named, "eval", notes)
     _check_stream(shards, "eval", config)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastvit_engine.data.build.sources import folder, imagenet, parquet, pixels, table, tars, webdataset
@@ -63,7 +63,47 @@ def list_with_eval(train: str, format: str | None, held_out: str, eval_labels: s
     evaluation = list_source(held_out, None, other)
     if evaluation.held_out.any():
         raise UserError(f"{held_out} has an eval split of its own: name one split of it with --eval-source")
+    _check_apart(listing, evaluation, held_out)
     return join(listing, evaluation)
+
+
+def _check_apart(train: Listing, evaluation: Listing, held_out: str) -> None:
+    """Raises UserError if an image of --eval-source is among those to train on."""
+
+    def places(listing: Listing) -> Iterator[tuple[str, int]]:
+        for index in range(len(listing)):
+            kind, path, _ = listing.files[listing.file[index]]
+            yield _place(kind, path, listing.name(index)), int(listing.offset[index])
+
+    roots = [os.path.realpath(file.path) for file in evaluation.files if file.kind == "path"]
+    files = {os.path.realpath(file.path) for file in evaluation.files if file.kind not in ("path", "url")}
+    apart = not any(
+        file.kind == "url"
+        or os.path.realpath(file.path) in files
+        or _share_a_folder(os.path.realpath(file.path), roots)
+        for file in train.files
+    )
+    if apart:
+        return
+    known = set(places(evaluation))
+    shared = next((place for place in places(train) if place in known), None)
+    if shared is not None:
+        raise UserError(
+            f"--eval-source {held_out} has {shared[0]}, which is among the images to train on: name a source of other "
+            "images"
+        )
+
+
+def _place(kind: str, path: str, name: str) -> str:
+    """Where an image is, besides its offset."""
+    if kind == "url":
+        return name
+    return os.path.join(os.path.realpath(path), name) if kind == "path" else os.path.realpath(path)
+
+
+def _share_a_folder(folder: str, others: list[str]) -> bool:
+    """Whether a folder is one of the others, in one of them, or around one."""
+    return any(f"{folder}/".startswith(f"{other}/") or f"{other}/".startswith(f"{folder}/") for other in others)
 
 
 def recognise(source: str, context: Context | None = None) -> str:

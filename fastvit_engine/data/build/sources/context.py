@@ -64,8 +64,16 @@ class Context:
         if splits.mixed:
             raise UserError(self._about_mixed(splits, kept, where, kind))
         named = splits.named()
-        if len(named) < 2 or "train" not in named:
+        if len(named) < 2:
+            if splits.val or splits.test:
+                self.describe(f"all named {splits.held_out}")
             return Splits(kept, [], [])
+        if "train" not in named:
+            val, test = (f"{where}/{pattern_of(group, kept)}" for group in (splits.val, splits.test))
+            raise UserError(
+                f"the {kind}s in {where} are named val and test, and none is named train: name those to train on, "
+                f"`{self.command('--eval-source', test, source=val)}` or `{self.command(source=val)}`"
+            )
         held_out = splits.val or splits.test
         self.describe(f"{len(splits.train):,} named train, {len(held_out):,} named {splits.held_out} (eval)")
         if splits.val and splits.test:

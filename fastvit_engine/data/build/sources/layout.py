@@ -17,6 +17,11 @@ NOT_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volum
 NOT_CLASSES |= {"@Recently-Snapshot", "#snapshot", "__pycache__"}
 
 
+# Folders beside or around the classes, which are no class themselves.
+_NAMELESS = {"images", "image", "imgs", "img", "jpegimages", "jpg", "jpeg", "png", "annotations", "annotation"}
+_NAMELESS |= {"labels", "label", "trimaps", "masks"}
+
+
 @dataclass
 class Tree:
     """The images below a folder, or in a tar: for each sub-folder (by its path, "" for the top) what is in it."""
@@ -104,6 +109,7 @@ class _Arrangement:
         if self.reading == "split-folders":
             raise UserError(f"{self.where} has no folder that is named train: name one so")
         self._refuse_what_may_be_splits()
+        self._refuse_what_is_nameless()
         self._refuse_what_may_be_nested()
         return self._classes()
 
@@ -157,7 +163,7 @@ class _Arrangement:
             )
         self._refuse_one_nested_class(train, bases)
         usable: dict[Part, list[str]] = {
-            part: [folder for folder in by_part[part] if self._holds_classes(bases[folder])] for part in PARTS
+            part: [folder for folder in by_part[part] if self._holds_named_classes(bases[folder])] for part in PARTS
         }
         held_out: Part = "val" if usable["val"] or not usable["test"] else "test"
         classes = [entry for folder in train for entry in self._classes_in(bases[folder], held_out=False)]
@@ -188,6 +194,11 @@ class _Arrangement:
 
     def _holds_classes(self, folder: str) -> bool:
         return any(self.total[inner] for inner in self.inside[folder])
+
+    def _holds_named_classes(self, folder: str) -> bool:
+        """Whether there are classes in a split, and not only a folder around all images, as in val/images/."""
+        names = [_name(path).lower() for path in self.inside[folder] if self.total[path]]
+        return bool(names) and not (len(names) == 1 and names[0] in _NAMELESS)
 
     def _only_folders(self, folder: str) -> bool:
         return self._holds_classes(folder) and not self.tree.images[folder]
@@ -230,7 +241,8 @@ class _Arrangement:
         self, named: list[str], others: list[str], by_part: Mapping[Part, list[str]]
     ) -> None:
         every = self.command("--format", "class-folders")
-        if by_part["train"] and all(self._holds_classes(folder) for folder in by_part["train"]):
+        train = by_part["train"] or [folder for folder in others if split_of(folder) == "train"]
+        if train and all(self._holds_classes(folder) for folder in train):
             splits = self.command("--format", "split-folders")
             self._two_readings(
                 f"{_listed(named)} as splits of class folders", splits,
@@ -261,6 +273,19 @@ class _Arrangement:
                 f"{_listed(held_out[:3])} as images that are not to be trained on", self.command(*leave_out),
             )  # fmt: skip
 
+    def _refuse_what_is_nameless(self) -> None:
+        """Folders such as images/ beside annotations/, which may hold the classes but are none."""
+        folder = next((folder for folder in self.filled if folder.lower() in _NAMELESS), None)
+        if folder is None:
+            return
+        holder = next((f for f in self.filled if f.lower() in _NAMELESS and self._holds_classes(f)), None)
+        source = f"{self.where}/{holder}" if holder else "LIST.csv"
+        self._two_readings(
+            f"the folders of '{holder}' as classes" if holder else "a list of the images and their labels",
+            self.command(source=source),
+            f"'{folder}' as a class", self.command("--format", "class-folders"),
+        )  # fmt: skip
+
     def _refuse_what_may_be_nested(self) -> None:
         """A folder around the classes, the same classes in several folders, and splits inside of classes."""
         every = self.command("--format", "class-folders")
@@ -268,6 +293,9 @@ class _Arrangement:
             folder: sorted(path.rpartition("/")[2] for path in self.inside[folder] if self.total[path])
             for folder in self.filled
         }
+        only_folders = all(self._only_folders(folder) for folder in self.filled)
+        if only_folders and len(self.filled) == 1:
+            self._refuse_folders_around(inner, every)
         within = sorted(
             folder
             for folder, names in self.tree.images.items()
@@ -282,16 +310,18 @@ class _Arrangement:
                 f"'{within[0]}' as images of the class '{within[0].partition('/')[0]}'", every,
                 "it as a split", self.command(*(leave_out or ["--leave-out", within[0]])),
             )  # fmt: skip
-        only_folders = [folder for folder in self.filled if self._only_folders(folder)]
-        same = len({tuple(inner[folder]) for folder in self.filled}) == 1 and len(inner[self.filled[0]]) > 1
-        if only_folders and len(only_folders) == len(self.filled) and (len(self.filled) == 1 or same):
-            first = self.filled[0]
-            names = inner[first]
-            self._two_readings(
-                f"{_listed(self.filled[:3])} as {'a class' if len(self.filled) == 1 else 'classes'}", every,
-                f"{_listed(names[:3])} as {'a class' if len(names) == 1 else 'classes'}",
-                self.command(source=f"{self.where}/{first}"),
-            )  # fmt: skip
+
+        if only_folders and len({tuple(names) for names in inner.values()}) == 1 and len(inner[self.filled[0]]) > 1:
+            self._refuse_folders_around(inner, every)
+
+    def _refuse_folders_around(self, inner: Mapping[str, list[str]], every: str) -> None:
+        first = self.filled[0]
+        names = inner[first]
+        self._two_readings(
+            f"{_listed(self.filled[:3])} as {'a class' if len(self.filled) == 1 else 'classes'}", every,
+            f"{_listed(names[:3])} as {'a class' if len(names) == 1 else 'classes'}",
+            self.command(source=f"{self.where}/{first}"),
+        )  # fmt: skip
 
     def _refuse_one_nested_class(self, train: list[str], bases: Mapping[str, str]) -> None:
         """A folder around the classes of each split."""
@@ -316,6 +346,10 @@ class _Arrangement:
                 clauses.append(f"{counted(len(self.tree.images[base]), 'image')} {where}{beside}")
         clauses += [f"{count:,} {kind}" for kind, count in sorted(self.tree.others.items())]
         return clauses + [f"the folder {folder}" for folder in sorted(self.tree.left_out)]
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]
 
 
 def _listed(names: list[str]) -> str:

@@ -100,6 +100,7 @@ PLAIN = [
         ["n01/1.jpg", "n02/2.jpg"],
         ["n01/3.jpg", "n02/4.jpg"],
     ),
+    ("train/n01/images/1.jpg train/n02/images/2.jpg val/images/3.jpg", ["n01/images/1.jpg", "n02/images/2.jpg"], []),
     ("train/cat/1.jpg train/dog/2.jpg val/cat/3.jpg annotations/cat/1.xml", ["cat/1.jpg", "dog/2.jpg"], ["cat/3.jpg"]),
 ]
 
@@ -173,6 +174,24 @@ TWO_READINGS = [
         (["cat/1.jpg", "dog/2.jpg"], []),
     ),
     (
+        "data/train/cat/1.jpg data/train/dog/2.jpg data/val/cat/3.jpg",
+        "'data' as a class",
+        (["data/train/cat/1.jpg", "data/train/dog/2.jpg", "data/val/cat/3.jpg"], []),
+        (["cat/1.jpg", "dog/2.jpg"], ["cat/3.jpg"]),
+    ),
+    (
+        "train_large/cat/1.jpg train_large/dog/2.jpg val/cat/3.jpg",
+        "'val' as splits of class folders",
+        (["cat/1.jpg", "dog/2.jpg"], ["cat/3.jpg"]),
+        (["train_large/cat/1.jpg", "train_large/dog/2.jpg", "val/cat/3.jpg"], []),
+    ),
+    (
+        "images/cat/1.jpg images/dog/2.jpg segmentations/cat/1.jpg",
+        "the folders of 'images' as classes",
+        (["cat/1.jpg", "dog/2.jpg"], []),
+        (["images/cat/1.jpg", "images/dog/2.jpg", "segmentations/cat/1.jpg"], []),
+    ),
+    (
         "val/cat/1.jpg val/dog/2.jpg",
         "'val' as a folder of classes",
         (["cat/1.jpg", "dog/2.jpg"], []),
@@ -223,6 +242,7 @@ def test_two_readings_are_refused_with_commands_that_work(source, listed, names,
         ("train/cat/1.jpg val/cat/2.jpg val/emu/3.jpg", r"the class 'emu' is in .*in/val and not among the 1 class to"),
         ("train/cat/1.jpg train/dog/", r"class folder .*in/train/dog holds no image"),
         ("cat/1.jpg dog/notes.txt", r"class folder .*in/dog holds no image"),
+        ("images/1.jpg annotations/1.xml", r"with a list of the images and their labels: `fastvit data make LIST.csv "),
         ("1.jpg 2.jpg", r"folder .*in has no sub-folders \(2 images in .*in itself\): put the images of each class"),
         ("train/0.tar train/1.tar val/0.tar", r"the tars of .*in are in folders, such as train/: name them all as"),
     ],
@@ -238,6 +258,26 @@ def test_a_class_of_the_eval_split_alone_can_be_left_out(source, listed):
         listed(path)
     (command,) = _commands(str(error.value))
     assert _follow(listed, command) == ({"cat/1.jpg": "cat"}, {"cat/2.jpg": "cat"})
+
+
+@pytest.mark.parametrize("held_out", ["in", "in/train", "in/train/../train"])
+def test_an_eval_source_that_is_trained_on(source, tmp_path, held_out):
+    path = source("train/cat/1.jpg train/dog/2.jpg val/cat/3.jpg")
+    arguments = {"eval_source": str(tmp_path / held_out), "workers": 1, "progress": lambda line: None}
+    message = (
+        "has an eval split of its own" if held_out == "in" else r"has .*/1\.jpg, which is among the images to train"
+    )
+    with pytest.raises(UserError, match=message):
+        make_dataset(str(path / "train"), tmp_path / "out", **arguments)
+    made = make_dataset(str(path / "train"), tmp_path / "out", **{**arguments, "eval_source": str(path / "val")})
+    assert (made.info.train.samples, made.info.eval.samples) == (2, 1)
+
+
+def test_an_eval_source_that_is_the_same_tar(tmp_path, photo):
+    _tar(tmp_path / "a.tar", {"1.jpg": photo(1), "1.cls": b"0", "2.jpg": photo(2), "2.cls": b"1"})
+    (tmp_path / "b.tar").symlink_to(tmp_path / "a.tar")
+    with pytest.raises(UserError, match=r"has .*a\.tar, which is among the images to train on"):
+        make_dataset(str(tmp_path / "a.tar"), tmp_path / "out", eval_source=str(tmp_path / "b.tar"), workers=1)
 
 
 def test_leave_out_that_matches_nothing_or_cannot_act(source, listed, tmp_path):
@@ -341,6 +381,16 @@ def test_shards_of_which_some_say_a_split(listed, tmp_path, photo):
     assert first[4:6] == second[4:6] == ["--eval-source", f"{tmp_path}/in/val-0.tar"]
     assert listed(first[3]) == ({"train-0": "1"}, {})
     assert listed(second[3]) == ({"train-0": "1", "part-0": "1", "part-1": "1"}, {})
+
+
+def test_shards_named_for_evaluation_only(listed, tmp_path, photo):
+    for name in ("val-0", "test-0"):
+        _shard(tmp_path / "in" / f"{name}.tar", name, photo)
+    with pytest.raises(UserError, match="are named val and test, and none is named train: name those to train on") as e:
+        listed(tmp_path / "in")
+    both, alone = _commands(str(e.value))
+    assert both[3:6] == [f"{tmp_path}/in/val-0.tar", "--eval-source", f"{tmp_path}/in/test-0.tar"]
+    assert _follow(listed, alone) == ({"val-0": "1"}, {})
 
 
 def test_class_folders_with_a_tar_beside_them(source, listed, photo):

@@ -71,6 +71,20 @@ def test_an_index_for_both(folder, tmp_path, make_config):
         prepare_data(config, world_size=1, index_folder=tmp_path)
 
 
+def test_an_index_of_both_splits_gives_each_its_own(tmp_path, make_config, write_tar, sample_members):
+    names = ["a-train-0.tar", "a-train-1.tar", "a-val-0.tar"]
+    for number, name in enumerate(names):
+        write_tar(tmp_path / name, sample_members(range(10 * number, 10 * number + 10)))
+    write_index([str(tmp_path / name) for name in names], tmp_path / "all.index")
+    config = make_config(tmp_path / "all.index", eval=tmp_path / "all.index")
+    data = prepare_data(config, world_size=1, index_folder=tmp_path)
+    assert [Path(shard).name for shard in data.train[0].data.shards] == names[:2]
+    assert [Path(shard).name for shard in data.eval.shards] == names[2:]
+    assert "data.train: the 2 of" in data.describe() and "data.eval: the 1 of" in data.describe()
+    everything = prepare_data(make_config(f"{tmp_path}/*.tar"), world_size=1, index_folder=tmp_path)
+    assert everything.describe().endswith("; data.train matches 2 named train and 1 named val")
+
+
 def test_shards_that_differ_in_their_images_alone_are_apart(tmp_path, make_config, write_tar, photo, encode):
     """As MNIST's: images of one size, of the same class, under the same keys."""
     for name in ("train", "val"):
