@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +16,14 @@ from fastvit_engine.config.near import near_names
 from fastvit_engine.data.shards.splits import Splits, choose_files, split_of
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage.errors import public_url
+from fastvit_engine.storage.http import HttpSource
 from fastvit_engine.storage.object_store import one_line, require_package
+from fastvit_engine.storage.source import AttemptFailed, Refused
 
 Split = Literal["train", "eval"]
 INFO_NAME = "dataset.json"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_WEB_TIMEOUT = 10.0  # seconds without a byte
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
@@ -210,11 +213,16 @@ def read_info(folder: Path | str) -> DatasetInfo | None:
     path = os.path.join(folder, INFO_NAME)
     try:
         content = Path(path).read_bytes() if is_local(path) else _read_remote(path)
-        return None if content is None else DatasetInfo.model_validate_json(content)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): make it readable") from error
+    return None if content is None else _parse_info(content, public_url(path))
+
+
+def _parse_info(content: bytes, path: str) -> DatasetInfo:
+    try:
+        return DatasetInfo.model_validate_json(content)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the file"
@@ -224,7 +232,9 @@ def read_info(folder: Path | str) -> DatasetInfo | None:
 
 
 def _read_remote(url: str) -> bytes | None:
-    """The content of a small file in an object store, None if it does not exist or, which may look alike, is denied."""
+    """The content of a file on a server; None if it does not exist or, which may look alike, access is denied."""
+    if url.startswith(("http://", "https://")):
+        return _read_web(url)
     require_package(url)
     try:
         fs, path = url_to_fs(url)
@@ -236,21 +246,41 @@ def _read_remote(url: str) -> bytes | None:
         raise UserError(f"{public_url(url)} cannot be read ({one_line(error)}): check your access to it") from error
 
 
-def fetch_beside(folder: str, name: str) -> bytes | None:
-    """The content of a file in a folder of an object store; None if there is none, or for any other kind of folder."""
-    if is_local(folder) or folder.startswith(("http://", "https://", "pipe:")):
+def _read_web(url: str) -> bytes | None:
+    """The content of a file on a web server, None if it cannot be had at once: many serve nothing but the shards."""
+    try:
+        with HttpSource().open(url, 0, None, _WEB_TIMEOUT) as reply:
+            content = b"".join(reply.chunks)
+            return content if reply.size in (None, len(content)) else None
+    except (AttemptFailed, Refused):
+        return None
+
+
+def fetch_beside(shards: Sequence[str], name: str) -> bytes | None:
+    """The content of a file in the remote folder that holds the shards, None if there is none.
+
+    None too for shards on this machine, in several folders, from pipes, or with a query, such as a signature.
+    """
+    folders = {shard.rpartition("/")[0] for shard in shards}
+    folder = folders.pop()
+    if folders or is_local(folder) or folder.startswith("pipe:") or "?" in folder or "?" in shards[0]:
         return None
     return _read_remote(f"{folder}/{name}")
 
 
 def info_beside(shards: list[str]) -> DatasetInfo | None:
-    """dataset.json of the folder that holds the first of `shards`; None for shards of web servers and pipes."""
-    first = shards[0]
-    if is_local(first):
-        return read_info(Path(first).parent)
-    if first.startswith(("http://", "https://", "pipe:")):
+    """dataset.json of the folder that holds the first of `shards`, None if there is none; see `fetch_beside`."""
+    if is_local(shards[0]):
+        return read_info(Path(shards[0]).parent)
+    content = fetch_beside(shards[:1], INFO_NAME)
+    if content is None:
         return None
-    return read_info(first.rpartition("/")[0])
+    try:
+        return _parse_info(content, f"{public_url(shards[0].rpartition('/')[0])}/{INFO_NAME}")
+    except UserError:
+        if shards[0].startswith(("http://", "https://")):
+            return None  # a web server may answer with a page
+        raise
 
 
 def _why_nothing(pattern: str) -> str:

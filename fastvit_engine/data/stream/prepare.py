@@ -13,7 +13,7 @@ import numpy as np
 from fastvit_engine.config import Config, DataSource
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard, stamp_of_local
-from fastvit_engine.data.shards.index import INDEX_NAME, INDEX_SUFFIX, Index, open_index, write_index
+from fastvit_engine.data.shards.index import INDEX_NAME, INDEX_SUFFIX, Index, is_index, open_index, write_index
 from fastvit_engine.data.shards.names import Split, fetch_beside, find_shards, info_beside, is_local
 from fastvit_engine.data.shards.sample import Sample, parse_sample
 from fastvit_engine.data.shards.splits import Splits, choose_files
@@ -168,10 +168,9 @@ def _of_split(index: Index, split: Split, notes: list[str]) -> Index:
 
 
 def _remote_index(shards: Sequence[str], label_key: str, folder: Path) -> Index | None:
-    """The index beside shards in an object store, as `fastvit data make` writes it, copied into `folder`."""
-    folders = {shard.rpartition("/")[0] for shard in shards}
-    content = fetch_beside(folders.pop(), INDEX_NAME) if len(folders) == 1 else None
-    if content is None:
+    """The index beside shards on a server, as `fastvit data make` writes it, copied into `folder`."""
+    content = fetch_beside(shards, INDEX_NAME)
+    if content is None or not is_index(content):
         return None
     path = folder / f"remote-{blake2b(content, digest_size=8).hexdigest()}{INDEX_SUFFIX}"
     if not path.exists():

@@ -143,4 +143,7 @@ def test_a_data_set_copied_into_a_bucket_trains_and_evaluates_as_on_the_disk(dig
     assert {shard.rpartition("/")[2][:5] for shard in there.train[0].data.shards} == {"train"}
     with pytest.raises(UserError, match=rf"both hold the shard {url}/eval-000000\.tar"):
         prepared(f"{url}/*.tar")
+    streamed = prepared(url, order="stream", batch=8)
+    assert streamed.train == there.train[0].data.shards and streamed.eval.shards == there.eval.shards
+    assert streamed.samples_per_epoch == here.samples_per_epoch and streamed.class_names == here.class_names
     store.rm("/overlap", recursive=True)

@@ -96,6 +96,25 @@ def test_an_object_store_gives_the_order_of_the_disk(s3_bucket, folder, make_con
     assert ledger(config, tmp_path, num_workers=num_workers) == expected
 
 
+def test_a_web_server_with_a_whole_data_set(digits, make_config, tmp_path):
+    files = {f"/set/{path.name}": path.read_bytes() for path in digits.iterdir()}
+    with FaultServer(files).running() as server:
+        train, held_out = (f"{server.url('/set/')}{p}" for p in ("train-{000000..000007}.tar", "eval-00000{0,1}.tar"))
+
+        def prepared(train: str, held_out: str):
+            config = make_config(train, eval=held_out, batch=BATCH)
+            config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 10})})
+            return prepare_data(config, world_size=1, index_folder=tmp_path / "run")
+
+        there, here = prepared(train, held_out), prepared(str(digits), str(digits))
+        assert there.class_names == here.class_names == list("0123456789")
+        assert there.train[0].data.hash == here.train[0].data.hash and there.eval.hash == here.eval.hash
+        for name in ("dataset.json", "shards.index"):
+            server.files[f"/set/{name}"] = b"<html>this is not the page that you are looking for"
+        with pytest.raises(UserError, match="make an index of the shards with `fastvit data index"):
+            prepared(train, held_out)
+
+
 def test_a_shard_that_is_gone_for_good_is_one_error(server, folder, make_config, tmp_path):
     config = remote_config(make_config, server, folder, num_workers=2)
     plan = prepare_data(config, world_size=1, index_folder=tmp_path)
