@@ -160,8 +160,10 @@ def _kinds_in(path: Path, names: list[str]) -> dict[str, list[str]]:
         kinds["tars"] = [str(path), "--format", format]
     if kinds and any(_holds_images(path / name) for name in folders if name not in NOT_CLASSES):
         kinds["folders of images"] = [str(path), "--format", "folder"]
-    if not kinds and (inner := next((n for n in folders if any((path / n).glob("*.tar"))), None)) is not None:
-        raise UserError(f"the tars of {path} are in folders, such as {inner}/: name them all as '{path}/*/*.tar'")
+    for ending, what in ((".tar", "tars"), (".parquet", "Parquet files")):
+        inner = None if kinds else next((name for name in folders if any((path / name).glob(f"*{ending}"))), None)
+        if inner is not None:
+            raise UserError(f"the {what} of {path} are in folders, such as {inner}/: name all as '{path}/*/*{ending}'")
     return kinds
 
 

@@ -162,6 +162,7 @@ class _Arrangement:
                 f"`{self.command('--format', 'class-folders')}`"
             )
         self._refuse_one_nested_class(train, bases)
+        self._refuse_splits_in_train([bases[folder] for folder in train])
         usable: dict[Part, list[str]] = {
             part: [folder for folder in by_part[part] if self._holds_named_classes(bases[folder])] for part in PARTS
         }
@@ -319,9 +320,25 @@ class _Arrangement:
         names = inner[first]
         self._two_readings(
             f"{_listed(self.filled[:3])} as {'a class' if len(self.filled) == 1 else 'classes'}", every,
-            f"{_listed(names[:3])} as {'a class' if len(names) == 1 else 'classes'}",
-            self.command(source=f"{self.where}/{first}"),
+            f"{_listed(names[:3])} as {_what_they_are(names)}", self.command(source=f"{self.where}/{first}"),
         )  # fmt: skip
+
+    def _refuse_splits_in_train(self, bases: list[str]) -> None:
+        """Folders such as train/val/CLASS or train/CLASS/test; train/test/1.jpg is an image of the class test."""
+        for base in bases:
+            for folder, names in sorted(self.tree.images.items()):
+                parts = folder.removeprefix(f"{base}/").split("/")
+                if folder == base or not names or not folder.startswith(f"{base}/") or len(parts) < 2:
+                    continue
+                depth = next(
+                    (n for n, part in enumerate(parts) if split_of(part, folder=True) in ("val", "test")), None
+                )
+                if depth is not None and self.reading != "split-folders":
+                    held_out = "/".join([base, *parts[: depth + 1]])
+                    self._two_readings(
+                        f"'{held_out}' as images to train on", self.command("--format", "split-folders"),
+                        "it as a split, to be left out", self.command("--leave-out", held_out),
+                    )  # fmt: skip
 
     def _refuse_one_nested_class(self, train: list[str], bases: Mapping[str, str]) -> None:
         """A folder around the classes of each split."""
@@ -346,6 +363,12 @@ class _Arrangement:
                 clauses.append(f"{counted(len(self.tree.images[base]), 'image')} {where}{beside}")
         clauses += [f"{count:,} {kind}" for kind, count in sorted(self.tree.others.items())]
         return clauses + [f"the folder {folder}" for folder in sorted(self.tree.left_out)]
+
+
+def _what_they_are(names: list[str]) -> str:
+    if any(split_of(name, folder=True) for name in names):
+        return "splits"
+    return "a class" if len(names) == 1 else "classes"
 
 
 def _name(path: str) -> str:

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,17 @@ def list_parquet(path: Path, context: Context) -> Listing:
 
 def _files(path: Path, context: Context) -> tuple[Path, list[str], list[str]]:
     """The folder, and the names of the files in it to train and to evaluate on."""
-    folder = path if path.is_dir() else path.parent
+    folder = path
     if path.is_dir() and not list(path.glob("*.parquet")) and (path / "data").is_dir():
         folder = path / "data"
     if path.is_dir():
         names = sorted(file.name for file in folder.glob("*.parquet"))
+    elif path.is_file():
+        return path.parent, [path.name], []
     else:
-        names = sorted(Path(name).name for part in braceexpand(str(path)) for name in (glob.glob(part) or [part]))
+        files = sorted(Path(name) for part in braceexpand(str(path)) for name in (glob.glob(part) or [part]))
+        folder = Path(os.path.commonpath([file.parent for file in files]))
+        names = [str(file.relative_to(folder)) for file in files]
         if len(Splits.of(names).named()) < 2:
             return folder, names, []
     splits = context.choose_by_name(names, folder, "Parquet file")

@@ -100,6 +100,7 @@ PLAIN = [
         ["n01/1.jpg", "n02/2.jpg"],
         ["n01/3.jpg", "n02/4.jpg"],
     ),
+    ("train/test/1.jpg train/cat/2.jpg val/test/3.jpg", ["test/1.jpg", "cat/2.jpg"], ["test/3.jpg"]),
     ("train/n01/images/1.jpg train/n02/images/2.jpg val/images/3.jpg", ["n01/images/1.jpg", "n02/images/2.jpg"], []),
     ("train/cat/1.jpg train/dog/2.jpg val/cat/3.jpg annotations/cat/1.xml", ["cat/1.jpg", "dog/2.jpg"], ["cat/3.jpg"]),
 ]
@@ -180,6 +181,18 @@ TWO_READINGS = [
         (["cat/1.jpg", "dog/2.jpg"], ["cat/3.jpg"]),
     ),
     (
+        "train/cat/1.jpg train/dog/2.jpg train/val/cat/3.jpg",
+        "'train/val' as images to train on",
+        (["cat/1.jpg", "dog/2.jpg", "val/cat/3.jpg"], []),
+        (["cat/1.jpg", "dog/2.jpg"], []),
+    ),
+    (
+        "train/cat/1.jpg train/dog/2.jpg train/cat/test/3.jpg val/cat/4.jpg",
+        "'train/cat/test' as images to train on",
+        (["cat/1.jpg", "dog/2.jpg", "cat/test/3.jpg"], ["cat/4.jpg"]),
+        (["cat/1.jpg", "dog/2.jpg"], ["cat/4.jpg"]),
+    ),
+    (
         "train_large/cat/1.jpg train_large/dog/2.jpg val/cat/3.jpg",
         "'val' as splits of class folders",
         (["cat/1.jpg", "dog/2.jpg"], ["cat/3.jpg"]),
@@ -244,7 +257,7 @@ def test_two_readings_are_refused_with_commands_that_work(source, listed, names,
         ("cat/1.jpg dog/notes.txt", r"class folder .*in/dog holds no image"),
         ("images/1.jpg annotations/1.xml", r"with a list of the images and their labels: `fastvit data make LIST.csv "),
         ("1.jpg 2.jpg", r"folder .*in has no sub-folders \(2 images in .*in itself\): put the images of each class"),
-        ("train/0.tar train/1.tar val/0.tar", r"the tars of .*in are in folders, such as train/: name them all as"),
+        ("train/0.tar train/1.tar val/0.tar", r"the tars of .*in are in folders, such as train/: name all as"),
     ],
 )
 def test_what_fits_nothing(source, listed, names, message):
@@ -366,7 +379,7 @@ def test_shards_are_split_by_their_folders(listed, tmp_path, photo):
         _shard(tmp_path / "in" / f"{name}.tar", name.replace("/", "-"), photo)
     with pytest.raises(UserError) as error:
         listed(tmp_path / "in")
-    pattern = re.search(r"name them all as '(.+)'$", str(error.value))[1]
+    pattern = re.search(r"name all as '(.+)'$", str(error.value))[1]
     assert listed(pattern) == ({"train-0": "1", "train-1": "1"}, {"val-0": "1"})
 
 

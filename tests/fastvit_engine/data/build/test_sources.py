@@ -489,6 +489,18 @@ def test_parquet_of_which_some_files_say_a_split(listed, tmp_path, photo):
     assert [row[1:3] for row in listed(f"{tmp_path}/in/t*.parquet")] == [(["ant"], False), (["cat"], True)]
 
 
+def test_parquet_in_a_folder_for_each_split(listed, tmp_path, photo):
+    features = {"image": {"_type": "Image"}, "label": CLASS_LABEL}
+    for number, name in enumerate(("test", "train", "validation")):
+        _parquet(tmp_path / "in" / name / "0000.parquet", _image_rows(photo, [number], number), features)
+    with pytest.raises(
+        UserError, match=r"Parquet files of .* are in folders, such as test/: name all as '.*/\*/\*.par"
+    ):
+        listed(tmp_path / "in")
+    rows = listed(f"{tmp_path}/in/*/*.parquet")
+    assert [row[1:] for row in rows] == [(["bee"], False, photo(1)), (["cat"], True, photo(2))]
+
+
 @pytest.mark.parametrize(
     "feature",
     [
