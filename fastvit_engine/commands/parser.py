@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from pathlib import Path
 from typing import NoReturn
 
 _CHOICE = re.compile(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
@@ -37,3 +38,21 @@ def setting(text: str) -> str:
     if not separator or not key.strip():
         raise argparse.ArgumentTypeError(f"'{text}' has no '=': write --set KEY=VALUE, as --set train.precision=fp32")
     return text
+
+
+_URL = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/|pipe:")
+
+
+def local_path(text: str) -> Path:
+    """The type of an argument that is a file or folder of this machine. Raises ArgumentTypeError for a URL."""
+    return Path(local_text(text))
+
+
+def local_text(text: str) -> str:
+    """As `local_path`, for what may also be a pattern or a word. A file:// URL becomes its path."""
+    if _URL.match(text):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is a URL, and this must be on this machine: name a local path, and copy it from or to the URL "
+            "with your store's own tool"
+        )
+    return re.sub(r"^file:(//)?(?=/)", "", text)

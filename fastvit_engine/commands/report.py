@@ -1,7 +1,8 @@
 """`fastvit report`: writes an HTML report of a run and prints its summary."""
 
 import argparse
-from pathlib import Path
+
+from fastvit_engine.commands.parser import local_path
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -13,7 +14,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         epilog="example:\n  fastvit report runs/quickstart",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="the folder that fastvit train wrote")
+    parser.add_argument("run_folder", metavar="RUN", type=local_path, help="the folder that fastvit train wrote")
     parser.set_defaults(run=_run)
 
 

@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-from pathlib import Path
 
+from fastvit_engine.commands.parser import local_path
 from fastvit_engine.errors import UserError
 
 
@@ -16,7 +16,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         epilog="example:\n  fastvit stacks runs/b16",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="the folder that fastvit train writes")
+    parser.add_argument("run_folder", metavar="RUN", type=local_path, help="the folder that fastvit train writes")
     parser.add_argument(
         "--wait", metavar="SECONDS", type=float, default=30.0, help="how long to wait for the processes (default: 30)"
     )

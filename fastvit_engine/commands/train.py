@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from fastvit_engine.commands.parser import local_path
 from fastvit_engine.commands.recipe import add_recipe
 from fastvit_engine.errors import RestartError, UserError
 
@@ -19,7 +20,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/<name of the recipe>)")
+    parser.add_argument("--out", metavar="DIR", type=local_path, help="run folder (default: runs/<name of the recipe>)")
     parser.add_argument(
         "--resume",
         nargs="?",

@@ -135,6 +135,9 @@ class DataConfig(_Section):
     eval: str | None = None
     """Evaluation shards: a folder, a glob, a brace pattern or an index; null: no evaluation."""
 
+    allow_overlap: bool = False
+    """Allow the same shards in train and eval. Otherwise such a run is refused, since it measures nothing."""
+
     index: str | None = None
     """Index file of the training shards; null: shards.index beside them, which is created if it is missing."""
 

@@ -270,7 +270,10 @@ def test_export_of_no_checkpoint(refused, tmp_path):
         (["checkpoint.keep_best=eval.top1"], ["needs an evaluation: set data.eval"]),
         (["checkpoint.keep_best=eval_ema.top1", "data.eval=SHARD"], ["needs an average of the weights: set ema.decay"]),
         (
-            ["checkpoint.keep_best=eval.loss", "data.eval=SHARD", "checkpoint.every=2 steps", "evaluate.every=3 steps"],
+            [
+                *("checkpoint.keep_best=eval.loss", "data.eval=SHARD", "data.allow_overlap=true"),
+                *("checkpoint.every=2 steps", "evaluate.every=3 steps"),
+            ],
             ["let evaluate.every divide checkpoint.every"],
         ),
         (["checkpoint.path=nostore://bucket"], ["nostore://bucket cannot be opened"]),

@@ -1,9 +1,9 @@
 """`fastvit data index`: where each sample of shards begins."""
 
 import argparse
-from pathlib import Path
 
 from fastvit_engine.commands.data.options import add_settings, load_settings, wrapped
+from fastvit_engine.commands.parser import local_path
 
 
 def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,7 +20,9 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     index.add_argument("shards", metavar="SHARDS", nargs="+", help="folders, globs, brace patterns or URLs")
-    index.add_argument("--out", type=Path, required=True, metavar="FILE", help="the index to write or bring up to date")
+    index.add_argument(
+        "--out", type=local_path, required=True, metavar="FILE", help="the index to write or bring up to date"
+    )
     index.add_argument("--label-key", metavar="KEY", help="member, or json.FIELD, with the label: short for --set "
                        "data.label_key=KEY (default cls)")  # fmt: skip
     index.add_argument("--processes", type=int, metavar="N", help="read so many shards at once (default: one per core)")

@@ -1,15 +1,18 @@
 """`fastvit data make`: images from folders, tars, Parquet, lists ... to shards."""
 
 import argparse
-from pathlib import Path
 
 from fastvit_engine.commands.data.options import wrapped
+from fastvit_engine.commands.parser import local_path, local_text
 
 _SOURCES = """\
 sources, recognised by what they are (--format says it explicitly):
-  folder      one sub-folder of images per class; or train/ and val/ with those
-  imagenet    the folder with ILSVRC2012_img_train.tar (and _val.tar and _devkit_t12.tar.gz)
+  folder      one sub-folder of images per class; or train/ and val/ (or test/) with those
+              (class-folders: every sub-folder is a class; split-folders: by the words train, val, test)
+  imagenet    the folder with ILSVRC2012_img_train.tar (and _val.tar and _devkit_t12.tar.gz), or
+              Kaggle's with ILSVRC/Data/CLS-LOC and LOC_val_solution.csv
   class-tars  a tar of class tars, or a folder of them: ImageNet-21k, ImageNet-1k's training images
+  folder-tar  a tar of such a folder as above
   flat-tar    a tar of images, with --labels FILE
   webdataset  shards to be made anew (images, cls, json): a folder, a glob, a brace pattern
   parquet     a file or a folder of Hugging Face's layout; needs pyarrow
@@ -18,7 +21,8 @@ sources, recognised by what they are (--format says it explicitly):
   idx         the folder with MNIST's or Fashion-MNIST's four files
   digits      the word 'digits': scikit-learn's scans
 
-A split that the source has (CIFAR's test images, val/, validation-*.parquet ...) becomes the eval split.
+A split that the source has (CIFAR's test images, val/, validation-*.parquet ...) becomes the eval split. A source
+that can be read in two ways is refused, with a command for each.
 """
 
 
@@ -38,15 +42,17 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "  srun ... fastvit data make SOURCE --out DIR --part $SLURM_ARRAY_TASK_ID/8   # --array=1-8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    make.add_argument("source", metavar="SOURCE", help="a folder, file or pattern; see below")
-    make.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the shards")
+    make.add_argument("source", type=local_text, metavar="SOURCE", help="a folder, file or pattern; see below")
+    make.add_argument("--out", type=local_path, required=True, metavar="DIR", help="new folder for the shards")
     source = make.add_argument_group("source")
     source.add_argument("--format", metavar="NAME", help="what SOURCE is (default: seen from what it holds)")
     source.add_argument("--labels", metavar="FILE|COLUMN", help="labels of a flat tar; label column of a list; "
                         "label member of shards, such as json.labels")  # fmt: skip
-    source.add_argument("--classes", type=Path, metavar="FILE", help="class names in label order, one per line")
-    source.add_argument("--eval-source", metavar="SOURCE", help="where the eval split comes from")
+    source.add_argument("--classes", type=local_path, metavar="FILE", help="class names in label order, one per line")
+    source.add_argument("--eval-source", type=local_text, metavar="SOURCE", help="where the eval split comes from")
     source.add_argument("--eval-labels", metavar="FILE|COLUMN", help="--labels of --eval-source")
+    source.add_argument("--leave-out", metavar="PATTERN", action="append", default=[], help="folders (by their path in "
+                        "SOURCE) or files that are not taken, such as test or '*/test'; may be repeated")  # fmt: skip
     source.add_argument("--max-failed", type=float, default=0.0, metavar="SHARE", help="fraction of images that may be "
                         "unreadable or missing; failed.jsonl lists them (default 0: the first one stops)")  # fmt: skip
     shards = make.add_argument_group("shards")
@@ -78,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
 
     names = (
         "format", "labels", "classes", "eval_source", "eval_labels", "eval_fraction", "samples_per_shard", "seed",
-        "resize", "quality", "dedup", "max_failed", "workers", "part", "plan_only",
+        "resize", "quality", "dedup", "leave_out", "max_failed", "workers", "part", "plan_only",
     )  # fmt: skip
     make_dataset(args.source, args.out, **{name: getattr(args, name) for name in names})
     return 0

@@ -1,9 +1,9 @@
 """`fastvit data stats`: what shards hold."""
 
 import argparse
-from pathlib import Path
 
 from fastvit_engine.commands.data.options import add_common, add_settings, load_settings, wrapped
+from fastvit_engine.commands.parser import local_path
 
 
 def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,7 +19,9 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     )
     stats.add_argument("shards", metavar="SHARDS", help="a folder, a shard, a glob, a brace pattern or a URL")
     stats.add_argument("--split", choices=("train", "eval"), help="of a folder with a dataset.json (default: both)")
-    stats.add_argument("--sheet", type=Path, metavar="FILE.png", help="also draw a sheet of images with class names")
+    stats.add_argument(
+        "--sheet", type=local_path, metavar="FILE.png", help="also draw a sheet of images with class names"
+    )
     add_settings(stats)
     add_common(stats)
     stats.set_defaults(run=_run)

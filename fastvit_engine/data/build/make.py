@@ -68,6 +68,7 @@ def make_dataset(
     resize: int | None = None,
     quality: int = 90,
     dedup: bool = False,
+    leave_out: Sequence[str] = (),
     max_failed: float = 0.0,
     workers: int | None = None,
     part: tuple[int, int] = (1, 1),
@@ -83,8 +84,10 @@ def make_dataset(
     does nothing more.
 
     Samples have an image, `cls` (the index of the first label) and, if the source gives several labels, `json`:
-    {"labels": [...]}. Raises UserError for bad arguments, bad images (more than the fraction `max_failed`) and failed
-    writes.
+    {"labels": [...]}. `leave_out` has patterns of what is not taken: folders, by their path in `source`, or files.
+
+    Raises UserError for bad arguments, sources that can be read in two ways, bad images (more than the fraction
+    `max_failed`) and failed writes.
     """
     _check_arguments(format, eval_fraction, samples_per_shard, seed, resize, quality, max_failed, workers, part)
     arguments: dict[str, Any] = {
@@ -100,6 +103,7 @@ def make_dataset(
         "resize": resize,
         "quality": quality,
         "dedup": dedup,
+        "leave_out": list(leave_out),
     }
     unfinished = out / UNFINISHED_NAME
     made = read_info(out)
@@ -203,8 +207,10 @@ def _option(name: str, value: Any) -> str:
     if name == "source":
         return f"from {value}"
     option = f"--{name.replace('_', '-')}"
-    if value is None or value is False:
+    if value is None or value is False or value == []:
         return f"without {option}"
+    if isinstance(value, list):
+        return f"with {' '.join(f'{option} {entry}' for entry in value)}"
     return f"with {option}" if value is True else f"with {option} {value}"
 
 
@@ -231,7 +237,16 @@ def _packing(
         display.clear()
         progress(text)
 
-    context = Context(unfinished / "unpacked", workers, display, say, labels=arguments["labels"])
+    context = Context(
+        unfinished / "unpacked",
+        workers,
+        display,
+        say,
+        labels=arguments["labels"],
+        leave_out=arguments["leave_out"],
+        source=arguments["source"],
+        out=str(out),
+    )
     if arguments["classes"]:
         context.classes = _class_names(Path(arguments["classes"]))
     source, format = arguments["source"], arguments["format"]
@@ -240,9 +255,25 @@ def _packing(
     else:
         listing = list_source(source, format, context)
     eval_fraction = _eval_fraction(listing, arguments)
+    say(_what_was_found(listing, arguments, eval_fraction, context))
     packing = make_packing(listing, arguments, eval_fraction=eval_fraction, workers=workers, progress=display)
     packing.save(folder)
     return Packing.load(folder)
+
+
+def _what_was_found(listing: Listing, arguments: dict[str, Any], eval_fraction: float | None, context: Context) -> str:
+    """What the source was taken for, in one line: format, splits, classes, images, what is left out and why."""
+    names = listing.classes if len(listing.classes) <= 3 else [*listing.classes[:2], "..."]
+    held_out = int(listing.held_out.sum())
+    split = (
+        f"{counted(held_out, 'image')} to evaluate on"
+        if eval_fraction is None
+        else f"{eval_fraction:.4g} of each class to evaluate on"
+    )
+    found = f"{arguments['source']}: {'; '.join(context.descriptions)}: "
+    found += f"{counted(len(listing.classes), 'class', 'classes')} ({', '.join(names)}), "
+    found += f"{counted(len(listing) - held_out, 'image')} to train on, {split}"
+    return found + (f"; left out: {', '.join(context.left_out)}" if context.left_out else "")
 
 
 def _eval_fraction(listing: Listing, arguments: dict[str, Any]) -> float | None:

@@ -284,7 +284,9 @@ def _measure(
 ) -> ShardSpeed:
     batch_size = config.train.micro_batch_size or _BATCH
     train = config.train.model_copy(update={"global_batch_size": batch_size})
-    config = config.model_copy(update={"data": config.data.model_copy(update={"train": shards}), "train": train})
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"train": shards, "eval": None}), "train": train}
+    )
     speed = ShardSpeed(name, config.model.image_size, batch_size, [], {count: [] for count in sorted({0, workers})})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in workers

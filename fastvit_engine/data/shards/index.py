@@ -178,6 +178,11 @@ class Index:
         self.__dict__.update(state, starts=_map_starts(state["path"]))
 
 
+def is_index(content: bytes) -> bool:
+    """Whether a file begins as an index does; `open_index` says whether it is a whole one."""
+    return content.startswith(_MAGIC)
+
+
 def open_index(path: Path) -> Index:
     """Maps an index into memory. Raises UserError if the file is missing, damaged or of another version."""
     try:

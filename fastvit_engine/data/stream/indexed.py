@@ -88,6 +88,7 @@ class IndexedData(TrainingData):
     eval: IndexedShards | None
     samples_per_epoch: int | None
     class_names: list[str] | None = None
+    notes: tuple[str, ...] = ()  # which shards were chosen by their names
 
     def fingerprint(self, data: DataConfig) -> dict[str, Any]:
         sources = [{"index": s.data.hash, "lanes": s.lanes, "weight": s.weight} for s in self.train]
@@ -97,7 +98,8 @@ class IndexedData(TrainingData):
         samples = sum(source.samples for source in self.train)
         lanes = " + ".join(str(source.lanes) for source in self.train)
         mixed = " in 1 lane" if lanes == "1" else f", mixed from {lanes} lanes"
-        return f"reading {counted(samples, 'sample')}{mixed} (data.lanes)"
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"reading {counted(samples, 'sample')}{mixed} (data.lanes){notes}"
 
     def train_batches(
         self,

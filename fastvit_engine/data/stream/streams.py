@@ -66,6 +66,7 @@ class StreamData(TrainingData):
     eval: StreamedShards | None
     samples_per_epoch: int | None
     class_names: list[str] | None = None
+    notes: tuple[str, ...] = ()  # which shards were chosen by their names
 
     def fingerprint(self, data: DataConfig) -> dict[str, Any]:
         return {"order": "stream", "streams": self.plan.streams, "shuffle_buffer": data.shuffle_buffer}
@@ -74,7 +75,7 @@ class StreamData(TrainingData):
         return (
             f"reading {counted(self.plan.streams, 'data stream')} with "
             f"{counted(max(self.plan.num_workers, 1), 'process', 'processes')} per rank, in an order that holds for "
-            "this number of streams only (data.order: stream)"
+            "this number of streams only (data.order: stream)" + "".join(f"; {note}" for note in self.notes)
         )
 
     def check_batch_change(self, config: Config, before: int) -> None:

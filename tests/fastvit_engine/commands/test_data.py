@@ -38,7 +38,7 @@ def test_make_passes_every_argument_on(tmp_path, monkeypatch):
     words = (
         "--format list --labels tag --classes names.txt --eval-source val.csv --eval-labels other --max-failed 0.1 "
         "--eval-fraction 0.2 --samples-per-shard 7 --seed 3 --resize 64 --quality 80 --dedup --workers 2 --part 2/5 "
-        "--plan-only"
+        "--plan-only --leave-out a --leave-out */b"
     )
     assert _run("data", "make", "list.csv", "--out", tmp_path, *words.split()) == 0
     assert {name: str(value) for name, value in given.items()} == {
@@ -54,6 +54,7 @@ def test_make_passes_every_argument_on(tmp_path, monkeypatch):
         "resize": "64",
         "quality": "80",
         "dedup": "True",
+        "leave_out": "['a', '*/b']",
         "workers": "2",
         "part": "(2, 5)",
         "plan_only": "True",

@@ -1,13 +1,19 @@
 """Parquet files with encoded images, in the layout of Hugging Face's datasets."""
 
+import glob
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvit_engine.data.build.sources.context import Context, split_of_names
+from braceexpand import braceexpand
+
+from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
+from fastvit_engine.data.shards.splits import Splits
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.units import counted
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "png", "bytes", "image_bytes")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
@@ -25,13 +31,7 @@ def list_parquet(path: Path, context: Context) -> Listing:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError("Parquet files need pyarrow: pip install 'fastvit-engine[parquet]'") from error
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() and not list(path.glob("*.parquet")) and (path / "data").is_dir():
-        folder = path / "data"
-    file_names = sorted(file.name for file in folder.glob("*.parquet")) if path.is_dir() else [path.name]
-    train, held_out, left_out = split_of_names(file_names)
-    if left_out:
-        context.say(f"{folder}: left out {', '.join(left_out[:3])}{' ...' if left_out[3:] else ''}")
+    folder, train, held_out = _files(path, context)
     builder = ListingBuilder()
     names: list[str] | None = None
     try:
@@ -43,7 +43,27 @@ def list_parquet(path: Path, context: Context) -> Listing:
             file.close()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({error}): download it again") from error
+    context.describe(f"Parquet, {counted(len(files), 'file')}")
     return builder.finish(context.classes or names, str(path))
+
+
+def _files(path: Path, context: Context) -> tuple[Path, list[str], list[str]]:
+    """The folder, and the names of the files in it to train and to evaluate on."""
+    folder = path
+    if path.is_dir() and not list(path.glob("*.parquet")) and (path / "data").is_dir():
+        folder = path / "data"
+    if path.is_dir():
+        names = sorted(file.name for file in folder.glob("*.parquet"))
+    elif path.is_file():
+        return path.parent, [path.name], []
+    else:
+        files = sorted(Path(name) for part in braceexpand(str(path)) for name in (glob.glob(part) or [part]))
+        folder = Path(os.path.commonpath([file.parent for file in files]))
+        names = [str(file.relative_to(folder)) for file in files]
+        if len(Splits.of(names).named()) < 2:
+            return folder, names, []
+    splits = context.choose_by_name(names, folder, "Parquet file")
+    return folder, splits.train, splits.val
 
 
 def _unpack(path: Path, file: Any, builder: ListingBuilder, context: Context) -> list[str] | None:

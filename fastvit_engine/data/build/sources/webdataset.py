@@ -2,13 +2,14 @@
 
 import contextlib
 import glob
+import json
 import os
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastvit_engine.data.build.parallel import ordered_map
-from fastvit_engine.data.build.sources.context import Context, split_of_names
+from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.data.build.sources.tars import is_tar_name, plain_tars
 from fastvit_engine.data.shards.archive import Archive, open_archive
@@ -16,8 +17,10 @@ from fastvit_engine.data.shards.braces import expand_braces
 from fastvit_engine.data.shards.labels import MAX_LABEL_BYTES, json_field, label_member, label_values
 from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.data.shards.sample import Ignored, SampleFile, describe_ignored, iterate_files
+from fastvit_engine.data.shards.splits import Splits
 from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.units import counted
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
@@ -58,22 +61,22 @@ def list_webdataset(path: Path, context: Context) -> Listing:
                 builder.multi_label |= len(sample.labels) != 1
                 builder.add(sample.key, sample.labels, sample.offset, sample.size)
             context.progress.update(len(builder.files))
+    context.describe(f"WebDataset, {counted(len(shards), 'shard')}")
     if all_ignored:
         context.say(f"{path}: {len(builder):,} samples{describe_ignored(all_ignored)}")
     return builder.finish(context.classes or names, str(path))
 
 
 def _shards(path: Path, context: Context) -> tuple[list[Path], list[Path]]:
+    """The shards to train and to evaluate on."""
     if path.is_dir():
         info = read_info(path)
         if info is not None:
             return [path / name for name in sorted(info.train.shards)], [
                 path / name for name in sorted(info.eval.shards)
             ]
-        train, held_out, left_out = split_of_names(sorted(name for name in os.listdir(path) if is_tar_name(name)))
-        if left_out:
-            context.say(f"{path}: left out {', '.join(left_out[:3])}{' ...' if left_out[3:] else ''}")
-        return [path / name for name in train], [path / name for name in held_out]
+        splits = context.choose_by_name(sorted(name for name in os.listdir(path) if is_tar_name(name)), path, "shard")
+        return [path / name for name in splits.train], [path / name for name in splits.val]
     try:
         parts = expand_braces(str(path))
     except ValueError as error:
@@ -82,7 +85,12 @@ def _shards(path: Path, context: Context) -> tuple[list[Path], list[Path]]:
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
         raise UserError(f"there is no shard {missing[0]}: correct the name")
-    return shards, []
+    folder = Path(os.path.commonpath([shard.parent for shard in shards]))
+    names = [str(shard.relative_to(folder)) for shard in shards]
+    if len(Splits.of(names).named()) < 2:
+        return shards, []
+    splits = context.choose_by_name(names, folder, "shard")
+    return [folder / name for name in splits.train], [folder / name for name in splits.val]
 
 
 def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[LocatedSample], Ignored]:
@@ -127,8 +135,20 @@ def _located(files: list[SampleFile], archive: Archive, shard: Path, label_key: 
     if labels is None:
         wanted = f"labels in '{label_key}'" if label_key else "a 'cls' member nor labels in a 'json' member"
         advice = "make the shard again with one, or name the member that has them with --labels json.FIELD"
-        raise UserError(f"{where} has {'no' if label_key else 'neither'} {wanted}: {advice}")
+        raise UserError(
+            f"{where} has {'no' if label_key else 'neither'} {wanted}, only {_there(read, members)}: {advice}"
+        )
     return LocatedSample(key, labels, start, files[-1].member.end - start)
+
+
+def _there(read: Callable[[str], bytes], members: Mapping[str, Any]) -> str:
+    """The members of a sample, and the fields of its JSON."""
+    names = ", ".join(sorted(members))
+    try:
+        fields = json.loads(read("json")) if "json" in members else None
+    except (ValueError, RecursionError):
+        fields = None
+    return f"{names} (json: {', '.join(map(str, fields))})" if isinstance(fields, dict) and fields else names
 
 
 def _labels(read: Callable[[str], bytes], members: Container[str], label_key: str | None) -> list[str] | None:

@@ -481,7 +481,7 @@ def test_read_only_destination(photos, tmp_path):
         ({"part": (5, 4)}, "--part is 5/4"),
         ({"max_failed": 1.0}, "--max-failed is 1.0"),
         ({"seed": -1}, "--seed is -1"),
-        ({"format": "zip"}, "--format is zip: it must be one of cifar, class-tars"),
+        ({"format": "zip"}, "--format is zip: it must be one of cifar, class-folders, class-tars"),
         ({"eval_fraction": 0.001}, "36 images are too few"),
     ],
 )

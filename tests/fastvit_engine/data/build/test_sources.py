@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import pickle
+import re
+import shlex
 import struct
 import sys
 import tarfile
@@ -20,7 +22,7 @@ import pytest
 import fastvit_engine.data.build.sources.reading as reading
 from fastvit_engine.data.build.make import make_dataset
 from fastvit_engine.data.build.sources import list_source, list_with_eval, recognise
-from fastvit_engine.data.build.sources.context import Context, split_of_names
+from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.devkit import validation_labels
 from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.pixels import list_cifar
@@ -131,7 +133,7 @@ def test_folder_of_splits(listed, tmp_path, photo):
         ("dog/7.jpg", ["dog"], True),
     ]
     _files(tmp_path / "in", ("val/emu/7.jpg",), photo)
-    with pytest.raises(UserError, match="label 'emu', which is neither one of the 2 class names"):
+    with pytest.raises(UserError, match="the class 'emu' is in .*/val and not among the 2 classes to train"):
         listed(tmp_path / "in", classes=None)
 
 
@@ -515,15 +517,14 @@ def _image_rows(photo, labels: list, first: int = 0, column: str = "label") -> l
     ]
 
 
-def test_parquet_of_hugging_face(listed, tmp_path, photo):
+def test_parquet_of_hugging_face(listed, context, tmp_path, photo):
     features = {"image": {"_type": "Image"}, "label": CLASS_LABEL}
     data = tmp_path / "in" / "data"
     _parquet(data / "train-00000-of-00002.parquet", _image_rows(photo, [2, 0, 1]), features)
     _parquet(data / "train-00001-of-00002.parquet", _image_rows(photo, [1], 3), features)
     _parquet(data / "validation-00000-of-00001.parquet", _image_rows(photo, [0, 2], 10), features)
     _parquet(data / "test-00000-of-00001.parquet", _image_rows(photo, [-1], 20), features)  # labels kept secret
-    said: list[str] = []
-    rows = listed(tmp_path / "in", say=said.append)
+    rows = listed(tmp_path / "in")
     assert [row[1:] for row in rows] == [
         (["cat"], False, photo(0)),
         (["ant"], False, photo(1)),
@@ -532,7 +533,35 @@ def test_parquet_of_hugging_face(listed, tmp_path, photo):
         (["ant"], True, photo(10)),
         (["cat"], True, photo(11)),
     ]
-    assert "left out test-00000-of-00001.parquet" in said[0]
+    assert context.left_out == ["test-00000-of-00001.parquet, since there is a validation split"]
+    assert "1 named val (eval)" in context.descriptions[0]
+
+
+def test_parquet_of_which_some_files_say_a_split(listed, tmp_path, photo):
+    features = {"image": {"_type": "Image"}, "label": CLASS_LABEL}
+    for number, name in enumerate(("train-0", "extra-0", "test-0")):
+        _parquet(tmp_path / "in" / f"{name}.parquet", _image_rows(photo, [number], number), features)
+    with pytest.raises(
+        UserError, match="some Parquet files in .* are named by a split, and others, such as extra-0"
+    ) as e:
+        listed(tmp_path / "in")
+    first, second = (shlex.split(command) for command in re.findall("`(fastvit [^`]+)`", str(e.value)))
+    assert first[3:6] == [f"{tmp_path}/in/train-0.parquet", "--eval-source", f"{tmp_path}/in/test-0.parquet"]
+    assert [row[1:3] for row in listed(first[3])] == [(["ant"], False)]
+    assert [row[1:3] for row in listed(second[3])] == [(["bee"], False), (["ant"], False)]  # in sorted order
+    assert [row[1:3] for row in listed(f"{tmp_path}/in/t*.parquet")] == [(["ant"], False), (["cat"], True)]
+
+
+def test_parquet_in_a_folder_for_each_split(listed, tmp_path, photo):
+    features = {"image": {"_type": "Image"}, "label": CLASS_LABEL}
+    for number, name in enumerate(("test", "train", "validation")):
+        _parquet(tmp_path / "in" / name / "0000.parquet", _image_rows(photo, [number], number), features)
+    with pytest.raises(
+        UserError, match=r"Parquet files of .* are in folders, such as test/: name all as '.*/\*/\*.par"
+    ):
+        listed(tmp_path / "in")
+    rows = listed(f"{tmp_path}/in/*/*.parquet")
+    assert [row[1:] for row in rows] == [(["bee"], False, photo(1)), (["cat"], True, photo(2))]
 
 
 @pytest.mark.parametrize(
@@ -874,19 +903,6 @@ def test_unknown_sources(listed, tmp_path, write_tar):
     write_tar(tmp_path / "text.tar", [("README", b"hi")])
     with pytest.raises(UserError, match=r"text\.tar holds README, of no known kind"):
         listed(tmp_path / "text.tar")
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["a", "b"], (["a", "b"], [], [])),
-        (["test-0", "train-0", "train-1"], (["train-0", "train-1"], ["test-0"], [])),
-        (["test", "train", "validation"], (["train"], ["validation"], ["test"])),
-        (["trainer", "valley"], (["trainer", "valley"], [], [])),
-    ],
-)
-def test_splits_by_name(names, expected):
-    assert split_of_names(names) == expected
 
 
 def test_listing_survives_a_round_trip(context, tmp_path):

@@ -1,9 +1,12 @@
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 
-from fastvit_engine.data.shards.names import find_shards, shard_set
+from fastvit_engine.data.shards.names import find_shards, info_beside, shard_set
 from fastvit_engine.errors import UserError
 
 INFO = {
@@ -95,3 +98,61 @@ def test_damaged_dataset_json(made, text):
     (made / "dataset.json").write_text(text)
     with pytest.raises(UserError, match=r"dataset\.json is not what"):
         find_shards(str(made), "train")
+
+
+# ---- splits by name, when nothing else says them
+
+
+def test_names_of_shards_say_the_split(tmp_path):
+    for name in ("imagenet1k-train-0000.tar", "imagenet1k-train-0001.tar", "imagenet1k-validation-00.tar", "train.csv"):
+        (tmp_path / name).touch()
+    notes: list[str] = []
+    assert _names(find_shards(f"{tmp_path}/", "train", notes)) == [
+        "imagenet1k-train-0000.tar",
+        "imagenet1k-train-0001.tar",
+    ]
+    assert _names(find_shards(str(tmp_path), "eval", notes)) == ["imagenet1k-validation-00.tar"]
+    assert notes == [
+        f"data.train: the 2 of {tmp_path}/ that are named train (left out: 1 named val)",
+        f"data.eval: the 1 of {tmp_path} that are named val (left out: 2 named train)",
+    ]
+    assert len(shard_set(str(tmp_path)).shards) == 3 and shard_set(str(tmp_path)).splits == ["train", "train", "eval"]
+    assert _names(shard_set(str(tmp_path), "eval").shards) == ["imagenet1k-validation-00.tar"]
+
+
+def test_the_patterns_that_a_refusal_gives_are_taken(tmp_path):
+    for name in ("train-0.tar", "train-1.tar", "val-0.tar", "extra-0.tar", "extra-1.tar"):
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="holds shards of several kinds: set data.train to") as error:
+        find_shards(str(tmp_path), "train")
+    patterns = re.findall(r"'([^']+)'", str(error.value))
+    found = [_names(find_shards(f"{tmp_path}/{pattern}", "train")) for pattern in patterns]
+    assert found == [["train-0.tar", "train-1.tar"], ["val-0.tar"], ["extra-0.tar", "extra-1.tar"]]
+
+
+# ---- a data set that was copied into an object store
+
+
+@pytest.fixture
+def copied(made) -> Iterator[str]:
+    store = fsspec.filesystem("memory")
+    for path in made.iterdir():
+        store.pipe_file(f"/copied/set/{path.name}", path.read_bytes())
+    yield "memory://copied/set"
+    store.rm("/copied", recursive=True)
+
+
+@pytest.mark.parametrize("end", ["", "/"])
+def test_a_remote_folder_with_dataset_json_gives_the_split_only(copied, end):
+    assert find_shards(copied + end, "train") == [f"{copied}/train-000000.tar", f"{copied}/train-000001.tar"]
+    assert find_shards(copied + end, "eval") == [f"{copied}/eval-000000.tar"]
+    assert info_beside(find_shards(copied, "eval")).classes == ["ant", "bee"]
+    assert shard_set(copied, "eval").class_names == ["ant", "bee"]
+    assert shard_set(copied).splits == ["eval", "train", "train"]
+
+
+def test_a_remote_folder_without_one_gives_the_shards_that_are_named_so(copied):
+    fsspec.filesystem("memory").rm("/copied/set/dataset.json")
+    assert find_shards(copied, "train") == [f"{copied}/train-000000.tar", f"{copied}/train-000001.tar"]
+    assert find_shards(copied, "eval") == [f"{copied}/eval-000000.tar"]
+    assert info_beside(find_shards(copied, "eval")) is None

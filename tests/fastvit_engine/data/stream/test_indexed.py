@@ -110,7 +110,7 @@ def test_steps_are_the_same_for_every_world_size_worker_count_and_stop(damaged_s
 
 
 def test_bad_samples_are_reported_with_key_shard_and_reason(damaged_shards, make_config, plan):
-    config = make_config(damaged_shards, eval=damaged_shards, batch=40, num_workers=2)
+    config = make_config(damaged_shards, eval=damaged_shards, allow_overlap=True, batch=40, num_workers=2)
     data = plan(config)
     for batches in (
         islice(_train(config, data, micro_batch_size=5), 8),
@@ -252,7 +252,7 @@ def test_more_ranks_than_images_are_refused(shards, make_config, plan):
 def test_eval_counts_each_sample_once_in_equally_many_batches(
     shards, make_config, plan, photo, world_size, num_workers, batch_size
 ):
-    config = make_config(shards, eval=shards, num_workers=num_workers)
+    config = make_config(shards, eval=shards, allow_overlap=True, num_workers=num_workers)
     data = plan(config)
     ranks = [
         list(data.eval_batches(config, rank=rank, world_size=world_size, batch_size=batch_size, pin_memory=False))
@@ -275,7 +275,7 @@ def test_eval_counts_each_sample_once_in_equally_many_batches(
 
 def test_real_uneven_shards(real_data, make_config, plan, tmp_path):
     folder = real_data / "fixture-tiny"
-    config = make_config(folder, eval=folder, batch=BATCH)
+    config = make_config(folder, eval=folder, allow_overlap=True, batch=BATCH)
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 1000})})
     data = plan(config)
     assert _steps(config, data, 1, steps=3) == _steps(config, data, 2, steps=3)
