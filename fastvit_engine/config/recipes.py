@@ -51,11 +51,6 @@ _Loader.add_constructor(_INTEGER, _Loader.construct_integer)
 _Loader.add_constructor(_NUMBER, _Loader.construct_number)
 
 
-def parse_yaml(text: str) -> Any:
-    """The value of a YAML document, as recipes and `--set` write it. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
-
-
 def recipe_paths() -> dict[str, Path]:
     """The recipes that come with the engine, by name. Files named _*.yaml are no recipes of their own but bases."""
     found = {path.stem: path for path in RECIPES.rglob("*.yaml") if not path.name.startswith("_")}
