@@ -3,11 +3,11 @@
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from fastvit_engine.data.shards.names import IMAGE_SUFFIXES
+from fastvit_engine.data.shards.image_files import has_image_suffix
 from fastvit_engine.data.shards.sample import is_macos_resource
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.observe.progress import WorkProgress
@@ -23,6 +23,9 @@ class Context:
     say: Callable[[str], None]
     classes: list[str] | None = None  # class names in label order, if they are given
     labels: str | None = None  # a file of labels, or the name of the column that holds them
+    image_column: str | None = None  # of a table
+    label_column: str | None = None
+    column_options: set[str] = field(default_factory=set)  # options about columns that a table has heeded
 
     def scratch_file(self, source: Path, suffix: str) -> Path:
         """A path in the scratch folder that belongs to `source` alone."""
@@ -37,8 +40,25 @@ class Context:
 
 
 def is_image(name: str) -> bool:
+    return why_left_out(name) is None
+
+
+def why_left_out(name: str) -> str | None:
+    """The kind of file that is left out for its name, such as "hidden file"; None for an image."""
     base = name.rpartition("/")[2]
-    return base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith(".") and not is_macos_resource(name)
+    if is_macos_resource(name):
+        return "macOS resource file"
+    if base.startswith("."):
+        return "hidden file"
+    if has_image_suffix(base):
+        return None
+    suffix = base.rpartition(".")[2].lower() if "." in base else ""
+    if not suffix:
+        return "file without a suffix"
+    return f".{suffix} file" if _SUFFIX.fullmatch(suffix) else "file with an unusual suffix"
+
+
+_SUFFIX = re.compile("[a-z][a-z0-9]{0,7}|7z")
 
 
 _EVAL_NAMES = (("validation", "valid", "val", "eval", "dev"), ("test", "t10k"))

@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 from fastvit_engine.errors import UserError
+from fastvit_engine.text import read_lines
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 
@@ -18,11 +19,10 @@ def validation_labels(path: Path) -> list[list[str]]:
     try:
         if path.name.endswith(".tar.gz"):
             return [[wnid] for wnid in _devkit_labels(path)]
-        text = path.read_text()
+        lines = [re.split(r"[,\s]+", line) for line in read_lines(path)]
     except (OSError, UnicodeDecodeError, tarfile.TarError, EOFError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the file of labels {path} cannot be read ({reason}): correct --labels") from error
-    lines = [re.split(r"[,\s]+", line.strip()) for line in text.splitlines() if line.strip()]
     if "ground_truth" in path.name:
         devkit = path.parent / DEVKIT
         meta = path.parent / "meta.mat"

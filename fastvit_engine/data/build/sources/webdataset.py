@@ -14,13 +14,12 @@ from fastvit_engine.data.build.sources.context import Context, split_of_names
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.data.build.sources.tars import is_tar_name, plain_tars
 from fastvit_engine.data.shards.archive import Archive, open_archive
+from fastvit_engine.data.shards.image_files import IMAGE_SUFFIXES
 from fastvit_engine.data.shards.labels import MAX_LABEL_BYTES, json_field, label_member, label_values
 from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.data.shards.sample import Ignored, SampleFile, describe_ignored, iterate_files
 from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.errors import UserError
-
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 
 
 class LocatedSample(NamedTuple):
@@ -59,6 +58,7 @@ def list_webdataset(path: Path, context: Context) -> Listing:
                 builder.multi_label |= len(sample.labels) != 1
                 builder.add(sample.key, sample.labels, sample.offset, sample.size)
             context.progress.update(len(builder.files))
+    builder.left_out.update(all_ignored)
     if all_ignored:
         context.say(f"{path}: {len(builder):,} samples{describe_ignored(all_ignored)}")
     return builder.finish(context.classes or names, str(path))
@@ -108,7 +108,7 @@ def _located(files: list[SampleFile], archive: Archive, shard: Path, label_key: 
     key, start = files[0].key, files[0].member.start
     where = f"sample '{key}' of shard {shard}"
     members = {file.extension: file.member for file in files}
-    if not any(extension in members for extension in IMAGE_EXTENSIONS):
+    if not any(suffix[1:] in members for suffix in IMAGE_SUFFIXES):
         raise UserError(f"{where} has no image, only {sorted(members)}: the members of a sample must be adjacent")
 
     def read(extension: str) -> bytes:
