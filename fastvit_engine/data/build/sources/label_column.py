@@ -46,7 +46,7 @@ def read_cell(value: Any, separator: str | None = None) -> tuple[list[Label], bo
     if isinstance(value, np.ndarray | tuple):
         value = list(value)
     if isinstance(value, bytes):
-        value = value.decode("utf-8")
+        value = _decode(value)
     if isinstance(value, str):
         value = _split(value.strip(), separator)
     if not isinstance(value, list):
@@ -59,7 +59,7 @@ def read_label(value: Any) -> Label:
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, bytes):
-        value = value.decode("utf-8")
+        value = _decode(value)
     if value is None:
         return Label("")
     if isinstance(value, bool):
@@ -73,6 +73,13 @@ def read_label(value: Any) -> Label:
             return Label("")
         return Label(str(int(value)) if math.isfinite(value) and value == int(value) else str(value))
     raise ValueError(f"has a label of type {type(value).__name__}, which is neither a class index nor a name")
+
+
+def _decode(value: bytes) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError("has a label that is not UTF-8 text") from error
 
 
 def _split(text: str, separator: str | None) -> Any:
@@ -143,7 +150,10 @@ def _check_indices(numbers: Collection[int], where: str) -> None:
     lowest, highest = min(numbers), max(numbers)
     remedy = "list all labels in class order, one per line, in a file given as --classes"
     if lowest < 0:
-        raise UserError(f"{where} has the label {lowest}, but class indices begin at 0: {remedy}")
+        raise UserError(
+            f"{where} has the label {lowest}, but class indices begin at 0: leave it empty if it means no label, or "
+            f"{remedy}"
+        )
     if highest >= _LARGEST_SPARSE and highest > 10 * len(numbers):
         raise UserError(
             f"{where} has {len(numbers):,} different labels up to {highest}, which are hardly class indices: {remedy}"

@@ -210,6 +210,8 @@ def join(train: Listing, held_out: Listing) -> Listing:
 
 def describe_classes(listing: Listing) -> str:
     """What the labels were taken for and in which order, for people."""
+    if not listing.classes:
+        return "no labels"
     names = [name if name.isprintable() else repr(name) for name in listing.classes]
     shown = ", ".join(names if len(names) <= 6 else [*names[:4], "...", names[-1]])
     empty = len(names) - len(np.unique(listing.labels))

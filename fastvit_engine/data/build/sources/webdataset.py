@@ -22,6 +22,14 @@ from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.errors import UserError
 
 
+class _Unusable(UserError):
+    """A sample lacks something; the message says it as if no sample had it, `fault` in a few words."""
+
+    def __init__(self, message: str, fault: str) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
 class LocatedSample(NamedTuple):
     """A sample, and the bytes of its shard that hold it."""
 
@@ -29,6 +37,8 @@ class LocatedSample(NamedTuple):
     labels: list[str]
     offset: int  # of its first member's header
     size: int  # up to the end of its last member
+    fault: str = ""  # why it cannot be used, such as "has no label"
+    advice: str = ""  # the same as a whole sentence
 
 
 def list_webdataset(path: Path, context: Context) -> Listing:
@@ -49,15 +59,22 @@ def list_webdataset(path: Path, context: Context) -> Listing:
     builder = ListingBuilder()
     builder.labels_refer_to(names)
     all_ignored = Ignored()
+    advice = ""
     with contextlib.closing(ordered_map(_samples, shards, workers=context.workers)) as results:
         for (plain, shard, _), (samples, ignored) in zip(shards, results, strict=True):
             all_ignored += ignored
             builder.held_out = shard in held_out
             builder.add_file("sample", plain)
             for sample in samples:
+                if sample.fault:
+                    builder.add_faulty(sample.key, sample.fault)
+                    advice = advice or sample.advice
+                    continue
                 builder.multi_label |= len(sample.labels) != 1
                 builder.add(sample.key, sample.labels, sample.offset, sample.size)
             context.progress.update(len(builder.files))
+    if advice and not builder.usable:
+        raise UserError(advice)
     builder.left_out.update(all_ignored)
     if all_ignored:
         context.say(f"{path}: {len(builder):,} samples{describe_ignored(all_ignored)}")
@@ -83,7 +100,7 @@ def _shards(path: Path, context: Context) -> tuple[list[Path], list[Path]]:
 
 
 def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[LocatedSample], Ignored]:
-    """The samples of a plain tar. Raises UserError naming the original shard and the key if one lacks a member."""
+    """The samples of a plain tar. Raises UserError naming the original shard if it is damaged."""
     plain, name, label_key = task
     samples: list[LocatedSample] = []
     ignored = Ignored()
@@ -105,11 +122,19 @@ def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[LocatedSample], 
 
 
 def _located(files: list[SampleFile], archive: Archive, shard: Path, label_key: str | None) -> LocatedSample:
+    try:
+        return _usable(files, archive, shard, label_key)
+    except _Unusable as error:
+        return LocatedSample(files[0].key, [], 0, 0, error.fault, str(error))
+
+
+def _usable(files: list[SampleFile], archive: Archive, shard: Path, label_key: str | None) -> LocatedSample:
     key, start = files[0].key, files[0].member.start
     where = f"sample '{key}' of shard {shard}"
     members = {file.extension: file.member for file in files}
     if not any(suffix[1:] in members for suffix in IMAGE_SUFFIXES):
-        raise UserError(f"{where} has no image, only {sorted(members)}: the members of a sample must be adjacent")
+        message = f"{where} has no image, only {sorted(members)}: the members of a sample must be adjacent"
+        raise _Unusable(message, "has no image")
 
     def read(extension: str) -> bytes:
         member = members[extension]
@@ -120,11 +145,12 @@ def _located(files: list[SampleFile], archive: Archive, shard: Path, label_key: 
     try:
         labels = _labels(read, members, label_key)
     except ValueError as error:
-        raise UserError(f"{where} has a label that cannot be read ({error}): make the shard again") from error
+        message = f"{where} has a label that cannot be read ({error}): make the shard again"
+        raise _Unusable(message, "has a label that cannot be read") from error
     if labels is None:
         wanted = f"labels in '{label_key}'" if label_key else "a 'cls' member nor labels in a 'json' member"
         advice = "make the shard again with one, or name the member that has them with --labels json.FIELD"
-        raise UserError(f"{where} has {'no' if label_key else 'neither'} {wanted}: {advice}")
+        raise _Unusable(f"{where} has {'no' if label_key else 'neither'} {wanted}: {advice}", "has no label")
     return LocatedSample(key, labels, start, files[-1].member.end - start)
 
 

@@ -80,7 +80,7 @@ def test_other_columns_hold_names(column, names):
         ([0.5, 1.0], None, "has the label 0.5 among numbers, which is no class index"),
         (["1", "2.5"], None, "has the label 2.5 among numbers"),
         ([1.0, float("inf")], None, "has the label inf among numbers"),
-        ([1, -1], None, "has the label -1, but class indices begin at 0: list all labels in class order"),
+        ([1, -1], None, "has the label -1, but class indices begin at 0: leave it empty if it means no label, or list"),
         ([4, 1234567], None, "has 2 different labels up to 1234567, which are hardly class indices"),
         ([True, 1], None, "numbers and truth values"),
         ([2], ["a", "b"], "has the label '2', which is neither one of the 2 class names nor an index below that"),
@@ -123,6 +123,12 @@ def test_lists_that_cannot_be_read(text):
         read_cell(text)
 
 
+@pytest.mark.parametrize("value", [b"\xff", [b"\xff"]])
+def test_bytes_that_are_no_text(value):
+    with pytest.raises(ValueError, match="has a label that is not UTF-8 text"):
+        read_cell(value)
+
+
 def test_texts_are_split_only_where_the_source_says_so():
     assert read_cell("ant; bee;;", ";") == ([Label("ant"), Label("bee")], True)
     assert read_cell("ant; bee") == ([Label("ant; bee")], False)
@@ -151,6 +157,7 @@ def test_an_image_without_its_label_is_faulty_and_others_keep_theirs():
         (["2", "0"], False, "labels are class indices, 0 to 2, 1 of them without an image"),
         (["10", "9", "1"], True, "3 class names, which are numbers, in numeric order: 1, 9, 10"),
         (["b", "a\x1b[2J"], False, "2 class names in alphabetical order: 'a\\x1b[2J', b"),
+        ([], False, "no labels"),
         (list("hgfedcba"), False, "8 class names in alphabetical order: a, b, c, d, ..., h"),
     ],
 )

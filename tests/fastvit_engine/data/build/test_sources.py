@@ -976,6 +976,20 @@ def test_webdataset_labels_that_are_none(listed, tmp_path, photo, write_tar, lab
         listed(tmp_path / "a.tar", format="webdataset")
 
 
+def test_webdataset_samples_that_cannot_be_used_are_faulty(context, tmp_path, photo, write_tar):
+    members = [("a.jpg", photo(1)), ("a.cls", b"1"), ("b.jpg", photo(2)), ("b.txt", b""), ("c.cls", b"0")]
+    members += [("d.jpg", photo(3)), ("d.json", b"{"), ("e.jpg", photo(4)), ("e.cls", b"null"), ("f.PPM", b"x")]
+    write_tar(tmp_path / "a.tar", [*members, ("f.cls", b"0.0")])
+    assert _of(list_source(str(tmp_path / "a.tar"), "webdataset", context)) == [
+        ("a", ["1"]),
+        ("b", "has no label"),
+        ("c", "has no image"),
+        ("d", "has a label that cannot be read"),
+        ("e", "has no label"),
+        ("f", ["0"]),
+    ]
+
+
 def test_webdataset_by_pattern(listed, shards):
     rows = listed(f"{shards}/part-{{0..1}}.tar")
     assert [row[0] for row in rows] == [f"s{n:03d}" for n in range(8)]
