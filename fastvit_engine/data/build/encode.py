@@ -37,6 +37,8 @@ def encode_for_shard(data: bytes, resize: int | None = None, quality: int = 90) 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Converts to gray or RGB like the training decoder: transparency dropped, 16 bits scaled to 8."""
     image.load()
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers of unknown range")
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image.copy() if image.mode == "L" else image.convert("RGB")

@@ -13,18 +13,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastvit_engine.config.near import near_names
 from fastvit_engine.data.shards.braces import expand_braces
+from fastvit_engine.data.shards.image_files import has_image_suffix
 from fastvit_engine.data.shards.splits import Splits, choose_files, split_of
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage.errors import public_url
 from fastvit_engine.storage.http import HttpSource
 from fastvit_engine.storage.object_store import one_line, require_package
 from fastvit_engine.storage.source import AttemptFailed, Refused
+from fastvit_engine.text import read_lines
 
 Split = Literal["train", "eval"]
 INFO_NAME = "dataset.json"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _WEB_TIMEOUT = 10.0  # seconds without a byte
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 class SplitInfo(BaseModel):
@@ -48,7 +49,8 @@ class DatasetInfo(BaseModel):
     samples_per_shard: int
     options: dict[str, Any] = {}  # what else `fastvit data make` was asked for
     duplicates: int = 0  # images of the source that were left out because they occur twice
-    failed: int = 0  # those that could not be fetched or decoded
+    failed: int = 0  # those that could not be read or decoded, or have no label
+    left_out: dict[str, int] = {}  # all that was not used, by reason, duplicates and failed images too
     train: SplitInfo
     eval: SplitInfo
 
@@ -119,11 +121,11 @@ class _Request:
 
 def _read_list(path: str, named: str) -> list[str]:
     try:
-        lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
+        lines = read_lines(Path(path).expanduser())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise UserError(f"{named} is the list {path}, which cannot be read ({reason}): correct it") from error
-    patterns = [line for line in lines if line and not line.startswith("#")]
+    patterns = [line for line in lines if not line.startswith("#")]
     if not patterns:
         raise UserError(f"{named} is the list {path}, which names no shards: write one path, pattern or URL per line")
     return patterns
@@ -300,7 +302,7 @@ def _why_nothing(pattern: str) -> str:
 def _holds_images(folder: Path) -> bool:
     """Whether there is an image in a folder, in one of its sub-folders, or in one of theirs (train/cat/1.jpg)."""
     patterns = ("*", "*/*", "*/*/*")
-    return any(path.name.lower().endswith(IMAGE_SUFFIXES) for pattern in patterns for path in folder.glob(pattern))
+    return any(has_image_suffix(path.name) for pattern in patterns for path in folder.glob(pattern))
 
 
 def _near_path(path: str) -> Path | None:

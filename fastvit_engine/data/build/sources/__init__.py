@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def list_source(source: str, format: str | None, context: Context) -> Listing:
         )
     if len(listing) == 0:
         raise UserError(f"{source} holds no image: correct the source, or say with --format what it is")
-    return listing
+    left_out = Counter(listing.left_out) + context.counts
+    context.counts.clear()
+    return dataclasses.replace(listing, left_out=dict(left_out))
 
 
 def list_with_eval(train: str, format: str | None, held_out: str, eval_labels: str | None, context: Context) -> Listing:
@@ -72,8 +75,8 @@ def _check_apart(train: Listing, evaluation: Listing, held_out: str) -> None:
 
     def places(listing: Listing) -> Iterator[tuple[str, int]]:
         for index in range(len(listing)):
-            kind, path, _ = listing.files[listing.file[index]]
-            yield _place(kind, path, listing.name(index)), int(listing.offset[index])
+            file = listing.files[listing.file[index]]
+            yield _place(file.kind, file.path, listing.name(index)), int(listing.offset[index])
 
     roots = [os.path.realpath(file.path) for file in evaluation.files if file.kind == "path"]
     files = {os.path.realpath(file.path) for file in evaluation.files if file.kind not in ("path", "url")}

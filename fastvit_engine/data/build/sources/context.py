@@ -3,19 +3,19 @@
 import contextlib
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
-from fastvit_engine.data.shards.names import IMAGE_SUFFIXES
+from fastvit_engine.data.shards.image_files import has_image_suffix
 from fastvit_engine.data.shards.sample import is_macos_resource
 from fastvit_engine.data.shards.splits import Splits, pattern_of
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.observe.progress import WorkProgress
-from fastvit_engine.observe.units import counted
 
 
 @dataclass
@@ -34,7 +34,8 @@ class Context:
     certain: bool = False  # the format was given: nothing is left to guess
     heeded_leave_out: bool = False
     descriptions: list[str] = field(default_factory=list)  # what sources were taken for
-    left_out: list[str] = field(default_factory=list)  # clauses about what is left out, and why
+    counts: Counter[str] = field(default_factory=Counter)  # of what is left out, by kind and reason, in the singular
+    left_out: list[str] = field(default_factory=list)  # clauses about what else is left out
 
     def describe(self, what: str) -> None:
         """Says what the source was taken for."""
@@ -77,9 +78,7 @@ class Context:
         held_out = splits.val or splits.test
         self.describe(f"{len(splits.train):,} named train, {len(held_out):,} named {splits.held_out} (eval)")
         if splits.val and splits.test:
-            self.left_out.append(
-                f"{', '.join(splits.test[:3])}{' ...' if splits.test[3:] else ''}, since there is a validation split"
-            )
+            self.counts[f"{kind} named test (there is a validation split)"] += len(splits.test)
         return Splits(splits.train, held_out, [])
 
     def kept(self, names: list[str]) -> list[str]:
@@ -94,7 +93,7 @@ class Context:
             if not any(fnmatchcase(name, pattern) for name in names):
                 raise UserError(f"--leave-out is {pattern!r}, which is no {kind} in {where}: correct it")
         if len(kept) < len(names):
-            self.left_out.append(f"{counted(len(names) - len(kept), kind)} of --leave-out")
+            self.counts[f"{kind} of --leave-out"] += len(names) - len(kept)
         return kept
 
     def _about_mixed(self, splits: Splits, names: list[str], where: Path, kind: str) -> str:
@@ -111,6 +110,10 @@ class Context:
             f"those to train on, `{commands[0]}` or `{commands[1]}`"
         )
 
+    image_column: str | None = None  # of a table
+    label_column: str | None = None
+    column_options: set[str] = field(default_factory=set)  # options about columns that a table has heeded
+
     def scratch_file(self, source: Path, suffix: str) -> Path:
         """A path in the scratch folder that belongs to `source` alone."""
         return self.scratch / (re.sub(r"[^A-Za-z0-9.-]+", "_", str(source.resolve())).strip("_")[-200:] + suffix)
@@ -124,5 +127,22 @@ class Context:
 
 
 def is_image(name: str) -> bool:
+    return why_left_out(name) is None
+
+
+def why_left_out(name: str) -> str | None:
+    """The kind of file that is left out for its name, such as "hidden file"; None for an image."""
     base = name.rpartition("/")[2]
-    return base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith(".") and not is_macos_resource(name)
+    if is_macos_resource(name):
+        return "macOS resource file"
+    if base.startswith("."):
+        return "hidden file"
+    if has_image_suffix(base):
+        return None
+    suffix = base.rpartition(".")[2].lower() if "." in base else ""
+    if not suffix:
+        return "file without a suffix"
+    return f".{suffix} file" if _SUFFIX.fullmatch(suffix) else "file with an unusual suffix"
+
+
+_SUFFIX = re.compile("[a-z][a-z0-9]{0,7}|7z")

@@ -11,6 +11,7 @@ from fastvit_engine.data.shards.archive import open_forward
 from fastvit_engine.data.shards.tar import TarError, iterate_members
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage.object_store import one_line
+from fastvit_engine.text import read_lines
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 _LARGEST = 1 << 24  # bytes of a file in it; the real ones have less than 200 kB
@@ -26,11 +27,10 @@ def validation_labels(path: Path) -> list[list[str]]:
     try:
         if path.name.endswith(".tar.gz"):
             return [[wnid] for wnid in _devkit_labels(path)]
-        text = path.read_text()
+        lines = [re.split(r"[,\s]+", line) for line in read_lines(path)]
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"the file of labels {path} cannot be read ({reason}): correct --labels") from error
-    lines = [re.split(r"[,\s]+", line.strip()) for line in text.splitlines() if line.strip()]
     if "ground_truth" in path.name:
         devkit = path.parent / DEVKIT
         meta = path.parent / "meta.mat"

@@ -4,16 +4,20 @@ import os
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fastvit_engine.data.build.sources.context import Context, is_image
+from fastvit_engine.data.build.sources.context import Context, why_left_out
 from fastvit_engine.data.build.sources.layout import NOT_CLASSES, Layout, Reading, Tree, arrange, images_of
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.errors import UserError
 
+DANGLING = "is a dangling symbolic link"
+
 
 def list_folder(path: Path, context: Context) -> Listing:
-    """Images below path/<class>/, or below path/train/<class>/ and path/val/<class>/ (or test), in sorted order.
+    """Images below path/<class>/, or below path/train/<class>/ and path/val/<class>/ (or test).
 
-    Raises UserError if a class has no image, and, with both commands, if the folders can be read in two ways.
+    Files are in sorted order, classes too, or by number if all are numbers. Other files are left out and counted. A
+    link that leads nowhere is a faulty image. Raises UserError if a class has no image, and, with both commands, if
+    the folders can be read in two ways.
     """
     return _list(path, context, "folder")
 
@@ -38,7 +42,8 @@ def _list(path: Path, context: Context, reading: Reading) -> Listing:
 
 
 def _list_classes(path: Path, tree: Tree, layout: Layout, context: Context) -> Listing:
-    builder = ListingBuilder()
+    builder = ListingBuilder(named=True)
+    builder.left_out.update(layout.counts)
     inside = tree.folders_in()
     base: tuple[str, bool] | None = None
     numbers: dict[str, int] = {}
@@ -49,10 +54,14 @@ def _list_classes(path: Path, tree: Tree, layout: Layout, context: Context) -> L
             if entry.base not in numbers:
                 numbers[entry.base] = len(builder.files)
                 builder.add_file("path", path / entry.base if entry.base else path)
-        for name in images_of(tree, inside, entry.path):
-            builder.add(f"{entry.name}/{name}", [entry.name], file=numbers[entry.base])
-    names = sorted({entry.name for entry in layout.classes})
-    return builder.finish(context.classes or names, str(path))
+                for name in sorted(tree.dangling.get(entry.base, ())):
+                    builder.add_faulty(name, DANGLING)
+        for name, dangling in images_of(tree, inside, entry.path):
+            if dangling:
+                builder.add_faulty(f"{entry.name}/{name}", DANGLING, file=numbers[entry.base])
+            else:
+                builder.add(f"{entry.name}/{name}", [entry.name], file=numbers[entry.base])
+    return builder.finish(context.classes, str(path))
 
 
 def read_tree(path: Path, context: Context) -> Tree:
@@ -91,22 +100,23 @@ def _read_folder(
         matches = {pattern for pattern in leave_out if fnmatchcase(inner, pattern)}
         used |= matches
         if matches or (entry.name in NOT_CLASSES and entry.is_dir()):
-            tree.left_out.add(inner)
-        elif entry.name.startswith("."):
-            continue
+            tree.folders_left_out.add(inner)
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            tree.dangling.setdefault(below, []).append(entry.name)
+        elif entry.is_dir() and entry.name.startswith("."):
+            tree.left_out["hidden folder"] += 1
         elif entry.is_dir():
             target = os.path.realpath(entry.path) if entry.is_symlink() else None
             if target is None:
                 folders.append((inner, targets))
             elif target in targets or f"{os.path.realpath(path / below)}/".startswith(f"{target}/"):
-                tree.others["links to a folder around them"] += 1
+                tree.left_out["link to a folder around it"] += 1
             else:
                 folders.append((inner, targets | {target}))
         elif not entry.is_file():
-            tree.others["broken links" if entry.is_symlink() else "special files"] += 1
-        elif is_image(entry.name):
+            tree.left_out["special file"] += 1  # a pipe, socket or device
+        elif (kind := why_left_out(entry.name)) is None:
             names.append(entry.name)
         else:
-            suffix = os.path.splitext(entry.name)[1].lower()
-            tree.others[f"files ({suffix})" if suffix else "files without a suffix"] += 1
+            tree.left_out[kind] += 1
     return folders

@@ -10,7 +10,6 @@ from fastvit_engine.data.build.sources.folder import list_class_folders, list_fo
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder, join
 from fastvit_engine.data.build.sources.tars import list_class_tars, list_flat_tar
 from fastvit_engine.errors import UserError
-from fastvit_engine.observe.units import counted
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 KAGGLE_LABELS = "LOC_val_solution.csv"
@@ -64,15 +63,13 @@ def _list_kaggle(folder: Path, context: Context) -> Listing:
     context.descriptions[-1] = "ImageNet as Kaggle packs it"
     tests = _images_in(folder / "test")
     if tests:
-        context.left_out.append(f"{counted(len(tests), 'image')} in test/, which have no labels")
+        context.counts["image in test/ (no labels)"] += len(tests)
     images = _images_in(folder / "val")
     labels = next(
         (file for parent in (folder, *folder.parents[:4]) if (file := parent / KAGGLE_LABELS).is_file()), None
     )
     if labels is None:
-        context.left_out.append(
-            f"{counted(len(images), 'image')} in val/, whose labels are in {KAGGLE_LABELS}, which is not there"
-        )
+        context.counts[f"image in val/ (no {KAGGLE_LABELS}, which has the labels)"] += len(images)
         return train
     known = _kaggle_labels(labels)
     builder = ListingBuilder()

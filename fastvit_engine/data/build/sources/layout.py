@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from fastvit_engine.data.shards.names import IMAGE_SUFFIXES
 from fastvit_engine.data.shards.splits import PARTS, Part, may_name_split, split_of, without_split
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted
@@ -27,8 +26,9 @@ class Tree:
     """The images below a folder, or in a tar: for each sub-folder (by its path, "" for the top) what is in it."""
 
     images: dict[str, list[str]] = field(default_factory=lambda: {"": []})  # their file names
-    others: Counter[str] = field(default_factory=Counter)  # files that are no images, by kind
-    left_out: set[str] = field(default_factory=set)  # folders that cannot hold classes, or that --leave-out names
+    dangling: dict[str, list[str]] = field(default_factory=dict)  # links in each folder that lead nowhere
+    left_out: Counter[str] = field(default_factory=Counter)  # what is no image, by kind: "hidden file"
+    folders_left_out: set[str] = field(default_factory=set)  # that cannot hold classes, or that --leave-out names
 
     def below(self) -> dict[str, int]:
         """The number of images in each folder and in the folders in it."""
@@ -50,14 +50,15 @@ class Tree:
         return inside
 
 
-def images_of(tree: Tree, inside: dict[str, list[str]], folder: str) -> list[str]:
-    """The images below a folder of the tree, by their sorted paths relative to it."""
-    images: list[str] = []
+def images_of(tree: Tree, inside: dict[str, list[str]], folder: str) -> list[tuple[str, bool]]:
+    """The images below a folder of the tree, by sorted path relative to it, each with whether it is a dangling link."""
+    images: list[tuple[str, bool]] = []
     stack = [folder]
     while stack:
         current = stack.pop()
-        below = current[len(folder) + 1 :]
-        images += [f"{below}/{name}" if below else name for name in tree.images[current]]
+        below = f"{current[len(folder) + 1 :]}/".lstrip("/")
+        images += [(f"{below}{name}", False) for name in tree.images[current]]
+        images += [(f"{below}{name}", True) for name in tree.dangling.get(current, ())]
         stack += inside[current]
     return sorted(images)
 
@@ -80,7 +81,8 @@ class Layout:
 
     classes: list[ClassFolder]  # in sorted order, those of the eval split last
     splits: str  # a clause that says which folders are which split, "" if there are none
-    left_out: list[str]  # a clause for each kind of thing that is left out, and why
+    counts: Counter[str]  # of what is left out, by kind and reason, in the singular: "image beside the class folders"
+    left_out: list[str]  # clauses about what else is left out
 
 
 def arrange(tree: Tree, reading: Reading, where: str, command: Callable[..., str]) -> Layout:
@@ -120,7 +122,7 @@ class _Arrangement:
             self._refuse_what_has_no_folders()
         classes = [ClassFolder("", folder, held_out=False) for folder in self.top]
         self._check_filled(classes)
-        return Layout(classes, "", self._left_out([""]))
+        return Layout(classes, "", self._counts([""]), self._folders_left_out())
 
     def _refuse_what_has_no_folders(self) -> None:
         beside = (
@@ -134,8 +136,8 @@ class _Arrangement:
         for entry in classes:
             if not self.total[entry.path]:
                 raise UserError(
-                    f"class folder {self.where}/{entry.path} holds no image ({', '.join(IMAGE_SUFFIXES)}): fill it or "
-                    "remove it"
+                    f"class folder {self.where}/{entry.path} holds no image (.jpg, .png and others that Pillow reads): "
+                    "fill it or remove it"
                 )
 
     # ---- splits
@@ -171,24 +173,21 @@ class _Arrangement:
         evaluation = [entry for folder in usable[held_out] for entry in self._classes_in(bases[folder], held_out=True)]
         self._check_filled([*classes, *evaluation])
         missing = self._check_same_classes(classes, evaluation)
-        left_out = self._left_out([bases[folder] for folder in [*train, *usable[held_out]]], "beside the class folders")
-        left_out += missing
+        counts = self._counts([bases[folder] for folder in [*train, *usable[held_out]]])
         for part in ("val", "test"):
             for folder in by_part[part]:
                 if folder not in usable[part]:
-                    left_out.append(f"{self._size(folder)}, which are in no class folders")
+                    counts[f"image in {folder}/ (no class folders)"] += self.total[folder]
                 elif part != held_out:
-                    left_out.append(f"{self._size(folder)}, since there is a validation split")
-        left_out += [f"{self._size(folder)}, which is no split" for folder in others]
+                    counts[f"image in {folder}/ (there is a validation split)"] += self.total[folder]
+        counts.update({f"image in {folder}/ (no split)": self.total[folder] for folder in others})
         eval_split = f"{_listed(usable[held_out])} (eval)" if evaluation else "no eval split"
         return Layout(
             sorted(classes, key=lambda entry: entry.name) + sorted(evaluation, key=lambda entry: entry.name),
             f"{_listed(train)} (train) and {eval_split}",
-            left_out,
+            counts,
+            [*self._folders_left_out(), *missing],
         )
-
-    def _size(self, folder: str) -> str:
-        return f"{counted(self.total[folder], 'image')} in {folder}/"
 
     def _classes_in(self, base: str, *, held_out: bool) -> list[ClassFolder]:
         return [ClassFolder(base, path.removeprefix(f"{base}/"), held_out) for path in self.inside[base]]
@@ -355,14 +354,15 @@ class _Arrangement:
 
     # ---- what is left out
 
-    def _left_out(self, bases: list[str], beside: str = "beside the class folders") -> list[str]:
-        clauses = []
+    def _counts(self, bases: list[str]) -> Counter[str]:
+        counts = Counter(self.tree.left_out)
         for base in bases:
             if self.tree.images[base]:
-                where = f"in {base}/ " if base else ""
-                clauses.append(f"{counted(len(self.tree.images[base]), 'image')} {where}{beside}")
-        clauses += [f"{count:,} {kind}" for kind, count in sorted(self.tree.others.items())]
-        return clauses + [f"the folder {folder}" for folder in sorted(self.tree.left_out)]
+                counts[f"image {f'in {base}/ ' if base else ''}beside the class folders"] += len(self.tree.images[base])
+        return counts
+
+    def _folders_left_out(self) -> list[str]:
+        return [f"the folder {folder}" for folder in sorted(self.tree.folders_left_out)]
 
 
 def _what_they_are(names: list[str]) -> str:

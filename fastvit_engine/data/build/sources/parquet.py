@@ -3,20 +3,18 @@
 import glob
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from braceexpand import braceexpand
-
+from fastvit_engine.data.build.sources.columns import BYTES_COLUMNS, LABEL_COLUMNS, image_column, label_column
 from fastvit_engine.data.build.sources.context import Context
+from fastvit_engine.data.build.sources.label_column import is_missing, read_cell
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
+from fastvit_engine.data.shards.braces import expand_braces
 from fastvit_engine.data.shards.splits import Splits
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "png", "bytes", "image_bytes")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
 _ROWS = 64  # read at once
 
 
@@ -41,9 +39,12 @@ def list_parquet(path: Path, context: Context) -> Listing:
             builder.held_out = file_name in held_out
             names = _unpack(folder / file_name, file, builder, context) or names
             file.close()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({error}): download it again") from error
     context.describe(f"Parquet, {counted(len(files), 'file')}")
+    if len(builder) and not builder.usable:
+        fault = next(file.fault for file in builder.files if file.fault)
+        raise UserError(f"every row of {path} {fault}: embed the images in the file, and give each row a label")
     return builder.finish(context.classes or names, str(path))
 
 
@@ -57,7 +58,7 @@ def _files(path: Path, context: Context) -> tuple[Path, list[str], list[str]]:
     elif path.is_file():
         return path.parent, [path.name], []
     else:
-        files = sorted(Path(name) for part in braceexpand(str(path)) for name in (glob.glob(part) or [part]))
+        files = sorted(Path(name) for part in expand_braces(str(path)) for name in (glob.glob(part) or [part]))
         folder = Path(os.path.commonpath([file.parent for file in files]))
         names = [str(file.relative_to(folder)) for file in files]
         if len(Splits.of(names).named()) < 2:
@@ -69,27 +70,33 @@ def _files(path: Path, context: Context) -> tuple[Path, list[str], list[str]]:
 def _unpack(path: Path, file: Any, builder: ListingBuilder, context: Context) -> list[str] | None:
     """Adds the images of one file; returns the class names that its schema has."""
     features = _features(file.schema_arrow)
-    image_column, label_column, classes = _columns(path, file.schema_arrow.names, features, context.labels)
+    image_column, label_column = _columns(path, file.schema_arrow, features, context)
+    classes = _class_names(features.get(label_column))
     builder.labels_refer_to(classes)
     raw = context.scratch_file(path, ".images")
-    builder.add_file("bytes", raw)
+    builder.add_file("bytes", raw, shown=path)
     offset = row = 0
     with context.writing(raw) as target:
         for batch in file.iter_batches(_ROWS, columns=[image_column, label_column], use_threads=False):
             for image, label in zip(
                 *(batch.column(name).to_pylist() for name in (image_column, label_column)), strict=True
             ):
-                content, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-                where = f"row {row} of {path}"
-                if not isinstance(content, bytes):
-                    raise UserError(f"{where} has no image bytes in '{image_column}': embed the images in the file")
-                if label is None or label == -1:
-                    raise UserError(f"{where} has no label in '{label_column}': leave such rows or files out")
-                labels = [str(entry) for entry in label] if isinstance(label, list) else [str(label)]
-                builder.multi_label |= isinstance(label, list)
-                builder.add(f"{path.stem}/{name or row}", labels, offset, len(content))
-                target.write(content)
-                offset += len(content)
+                content: Any = image.get("bytes") if isinstance(image, dict) else image
+                name = image.get("path") if isinstance(image, dict) else None
+                fault = "" if isinstance(content, bytes) else f"has no image bytes in '{image_column}'"
+                try:
+                    labels, several = read_cell(None if classes and label == -1 else label)
+                except ValueError as error:
+                    fault = fault or str(error)
+                if not fault and any(is_missing(entry, classes or context.classes or ()) for entry in labels):
+                    fault = "has no label"
+                if fault:
+                    builder.add_faulty(f"row {row}", fault)
+                else:
+                    builder.multi_label |= several
+                    builder.add(f"{path.stem}/{name or row}", labels, offset, len(content))
+                    target.write(content)
+                    offset += len(content)
                 row += 1
             context.progress.update(len(builder))
     return classes
@@ -104,20 +111,22 @@ def _features(schema: Any) -> dict[str, Any]:
     return features if isinstance(features, dict) else {}
 
 
-def _columns(
-    path: Path, names: Sequence[str], features: dict[str, Any], wanted: str | None
-) -> tuple[str, str, list[str] | None]:
-    """(image column, label column, class names)."""
+def _columns(path: Path, schema: Any, features: dict[str, Any], context: Context) -> tuple[str, str]:
+    """(image column, label column), of those that the features describe or, without such, of the usual names."""
+    names = [str(name) for name in schema.names]
     typed = [name for name in names if _is(features.get(name), "Image")]
-    image = next(iter(typed + [name for name in IMAGE_COLUMNS if name in names]), None)
-    if image is None:
-        raise UserError(f"{path} has no column of images, only {', '.join(names)}: name it 'image'")
+    usual = [name for name in names if name.lower() in BYTES_COLUMNS and _may_hold_images(schema.field(name).type)]
+    image = image_column(names, typed or usual or BYTES_COLUMNS, str(path), context)
     typed = [name for name in names if _class_names(features.get(name))]
-    candidates = [wanted] if wanted else typed + list(LABEL_COLUMNS)
-    label = next((name for name in candidates if name in names), None)
-    if label is None:
-        raise UserError(f"{path} has no column of labels, only {', '.join(names)}: name it with --labels COLUMN")
-    return image, label, _class_names(features.get(label))
+    return image, label_column(names, typed or LABEL_COLUMNS, str(path), context)
+
+
+def _may_hold_images(arrow_type: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(arrow_type):
+        return any(arrow_type.field(index).name == "bytes" for index in range(arrow_type.num_fields))
+    return bool(types.is_binary(arrow_type) or types.is_large_binary(arrow_type))
 
 
 def _is(feature: Any, kind: str) -> bool:

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from fastvit_engine.data.build.sources.listing import Listing
-from fastvit_engine.data.build.sources.webdataset import IMAGE_EXTENSIONS
+from fastvit_engine.data.shards.image_files import IMAGE_SUFFIXES
 from fastvit_engine.data.shards.sample import parse_sample
 from fastvit_engine.data.shards.tar import TarError
 
@@ -43,7 +43,9 @@ class SourceReader:
 
     def read(self, index: int) -> Encoded:
         """Raises OSError or ValueError if the image cannot be had; whether it is a whole image is not checked."""
-        kind, path, shape = self._listing.files[self._listing.file[index]]
+        kind, path, shape, _, fault = self._listing.files[self._listing.file[index]]
+        if fault:
+            raise ValueError(fault)
         if kind == "url":
             return Encoded(download(self._listing.name(index), self._timeout))
         if kind == "path":
@@ -57,11 +59,11 @@ class SourceReader:
 
     def where(self, index: int) -> str:
         """The image's name, for people."""
-        kind, path, _ = self._listing.files[self._listing.file[index]]
+        kind, path, _, shown, _ = self._listing.files[self._listing.file[index]]
         name = self._listing.name(index)
         if kind in ("path", "url"):
             return os.path.join(path, name)
-        return f"{name} in {path}"
+        return f"{name} in {shown or path}"
 
     def close(self) -> None:
         while self._descriptors:
@@ -115,7 +117,7 @@ def _sample(content: bytes) -> Encoded:
         sample = parse_sample(content, "")
     except TarError as error:
         raise ValueError(str(error)) from error
-    image = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
+    image = next(sample[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in sample)
     return Encoded(image, sample.get("json"))
 
 

@@ -1,5 +1,6 @@
 """Tar files read by offset: class tars (ImageNet's training images), and flat ones with a file of labels."""
 
+import collections
 import contextlib
 import gzip
 import lzma
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastvit_engine.data.build.parallel import Counter, ordered_map, parallel_map
-from fastvit_engine.data.build.sources.context import Context, is_image
+from fastvit_engine.data.build.sources.context import Context, why_left_out
 from fastvit_engine.data.build.sources.devkit import validation_labels
 from fastvit_engine.data.build.sources.layout import NOT_CLASSES, Tree, arrange, images_of
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
@@ -125,12 +126,11 @@ def list_class_tars(path: Path, context: Context) -> Listing:
             if member.name.endswith(".tar"):
                 tars.append((_class_of(member.name), plain, member.offset, member.offset + member.size))
     tars.sort(key=lambda entry: entry[0])
-    classes = [name for name, *_ in tars]
-
-    builder = ListingBuilder()
+    builder = ListingBuilder(named=True)
     context.progress.start("listing", len(tars), "class tars")
     with contextlib.closing(ordered_map(_images_of_tar, tars, workers=context.workers)) as results:
-        for done, ((name, file, _, _), images) in enumerate(zip(tars, results, strict=True)):
+        for done, ((name, file, _, _), (images, left_out)) in enumerate(zip(tars, results, strict=True)):
+            builder.left_out.update(left_out)
             if not images:
                 raise UserError(f"the class tar {name}.tar in {path} holds no image: remove it or download it again")
             _check_one_class(path, name, images, context)
@@ -139,7 +139,7 @@ def list_class_tars(path: Path, context: Context) -> Listing:
                 builder.add(image.name, [name], image.offset, image.size)
             context.progress.update(done + 1)
     context.describe("class tars")
-    return builder.finish(context.classes or classes, str(path))
+    return builder.finish(context.classes, str(path))
 
 
 def _check_one_class(path: Path, name: str, images: list[TarFile], context: Context) -> None:
@@ -170,30 +170,31 @@ def list_folder_tar(path: Path, context: Context) -> Listing:
         hidden = next((part for part in folder.split("/") if part in NOT_CLASSES or part.startswith(".")), None)
         if hidden is not None:
             if not hidden.startswith("."):
-                tree.left_out.add(hidden)
-        elif is_image(name):
+                tree.folders_left_out.add(hidden)
+        elif (kind := why_left_out(name)) is None:
             members[name] = member
             while folder not in tree.images:
                 tree.images[folder] = []
                 folder = folder.rpartition("/")[0]
             tree.images[name.rpartition("/")[0]].append(file)
-        elif not is_macos_resource(name) and not file.startswith("."):
-            tree.others[f"files ({os.path.splitext(file)[1].lower()})"] += 1
+        else:
+            tree.left_out[kind] += 1
     tree, top = _without_outer_folders(tree, context.classes or [])
     if not tree.folders_in()[""]:
         return list_flat_tar(path, context)
     layout = arrange(tree, "folder", f"{path}/{top}".rstrip("/"), context.command)
     inside = tree.folders_in()
-    builder = ListingBuilder()
+    builder = ListingBuilder(named=True)
+    builder.left_out.update(layout.counts)
     builder.add_file("bytes", plain)
     for entry in layout.classes:
         builder.held_out = entry.held_out
-        for image in images_of(tree, inside, entry.path):
+        for image, _ in images_of(tree, inside, entry.path):
             member = members[os.path.join(top, entry.path, image)]
             builder.add(f"{entry.name}/{image}", [entry.name], member.offset, member.size)
     context.describe(f"a tar of {f'splits, {layout.splits}' if layout.splits else 'a folder of classes'}")
     context.left_out += layout.left_out
-    return builder.finish(context.classes or sorted({entry.name for entry in layout.classes}), str(path))
+    return builder.finish(context.classes, str(path))
 
 
 def _without_outer_folders(tree: Tree, classes: list[str]) -> tuple[Tree, str]:
@@ -206,12 +207,20 @@ def _without_outer_folders(tree: Tree, classes: list[str]) -> tuple[Tree, str]:
         for folder, names in tree.images.items()
         if folder == top or folder.startswith(f"{top}/" if top else "")
     }
-    return Tree(images, tree.others, tree.left_out), top
+    return Tree(images, {}, tree.left_out, tree.folders_left_out), top
 
 
-def _images_of_tar(entry: tuple[str, Path, int, int]) -> list[TarFile]:
+def _images_of_tar(entry: tuple[str, Path, int, int]) -> tuple[list[TarFile], collections.Counter[str]]:
+    """The images of a tar, and how many other files there are of each kind."""
     _, path, start, end = entry
-    return [member for member in files_of(path, start, end) if is_image(member.name)]
+    images, left_out = [], collections.Counter[str]()
+    for member in files_of(path, start, end):
+        kind = why_left_out(member.name)
+        if kind is None:
+            images.append(member)
+        else:
+            left_out[kind] += 1
+    return images, left_out
 
 
 def _class_of(name: str) -> str:
@@ -227,7 +236,8 @@ def list_flat_tar(path: Path, context: Context) -> Listing:
     if context.labels is None:
         raise UserError(f"{path} holds images without labels: name the file of their labels with --labels")
     (plain,) = plain_tars([path], context)
-    images = sorted((member for member in files_of(plain) if is_image(member.name)), key=lambda member: member.name)
+    images, left_out = _images_of_tar(("", plain, 0, plain.stat().st_size))
+    images.sort(key=lambda member: member.name)
     lines = validation_labels(Path(context.labels).expanduser())
     if len(lines) != len(images):
         raise UserError(f"{context.labels} has {len(lines):,} labels for the {len(images):,} images of {path}")
@@ -240,7 +250,8 @@ def list_flat_tar(path: Path, context: Context) -> Listing:
     else:
         labels = [line[0] for line in lines]
     builder = ListingBuilder()
-    builder.add_file("bytes", plain)
+    builder.left_out.update(left_out)
+    builder.add_file("bytes", plain, shown=path)
     for image, label in zip(images, labels, strict=True):
         builder.add(image.name, [label], image.offset, image.size)
     return builder.finish(context.classes, context.labels)

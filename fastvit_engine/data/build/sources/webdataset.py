@@ -14,6 +14,7 @@ from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.data.build.sources.tars import is_tar_name, plain_tars
 from fastvit_engine.data.shards.archive import Archive, open_archive
 from fastvit_engine.data.shards.braces import expand_braces
+from fastvit_engine.data.shards.image_files import IMAGE_SUFFIXES
 from fastvit_engine.data.shards.labels import MAX_LABEL_BYTES, json_field, label_member, label_values
 from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.data.shards.sample import Ignored, SampleFile, describe_ignored, iterate_files
@@ -22,7 +23,13 @@ from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+
+class _Unusable(UserError):
+    """A sample lacks something; the message says it as if no sample had it, `fault` in a few words."""
+
+    def __init__(self, message: str, fault: str) -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 class LocatedSample(NamedTuple):
@@ -32,6 +39,8 @@ class LocatedSample(NamedTuple):
     labels: list[str]
     offset: int  # of its first member's header
     size: int  # up to the end of its last member
+    fault: str = ""  # why it cannot be used, such as "has no label"
+    advice: str = ""  # the same as a whole sentence
 
 
 def list_webdataset(path: Path, context: Context) -> Listing:
@@ -52,16 +61,24 @@ def list_webdataset(path: Path, context: Context) -> Listing:
     builder = ListingBuilder()
     builder.labels_refer_to(names)
     all_ignored = Ignored()
+    advice = ""
     with contextlib.closing(ordered_map(_samples, shards, workers=context.workers)) as results:
         for (plain, shard, _), (samples, ignored) in zip(shards, results, strict=True):
             all_ignored += ignored
             builder.held_out = shard in held_out
             builder.add_file("sample", plain)
             for sample in samples:
+                if sample.fault:
+                    builder.add_faulty(sample.key, sample.fault)
+                    advice = advice or sample.advice
+                    continue
                 builder.multi_label |= len(sample.labels) != 1
                 builder.add(sample.key, sample.labels, sample.offset, sample.size)
             context.progress.update(len(builder.files))
     context.describe(f"WebDataset, {counted(len(shards), 'shard')}")
+    if advice and not builder.usable:
+        raise UserError(advice)
+    builder.left_out.update(all_ignored)
     if all_ignored:
         context.say(f"{path}: {len(builder):,} samples{describe_ignored(all_ignored)}")
     return builder.finish(context.classes or names, str(path))
@@ -94,7 +111,7 @@ def _shards(path: Path, context: Context) -> tuple[list[Path], list[Path]]:
 
 
 def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[LocatedSample], Ignored]:
-    """The samples of a plain tar. Raises UserError naming the original shard and the key if one lacks a member."""
+    """The samples of a plain tar. Raises UserError naming the original shard if it is damaged."""
     plain, name, label_key = task
     samples: list[LocatedSample] = []
     ignored = Ignored()
@@ -116,11 +133,19 @@ def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[LocatedSample], 
 
 
 def _located(files: list[SampleFile], archive: Archive, shard: Path, label_key: str | None) -> LocatedSample:
+    try:
+        return _usable(files, archive, shard, label_key)
+    except _Unusable as error:
+        return LocatedSample(files[0].key, [], 0, 0, error.fault, str(error))
+
+
+def _usable(files: list[SampleFile], archive: Archive, shard: Path, label_key: str | None) -> LocatedSample:
     key, start = files[0].key, files[0].member.start
     where = f"sample {key!r} of shard {shard}"
     members = {file.extension: file.member for file in files}
-    if not any(extension in members for extension in IMAGE_EXTENSIONS):
-        raise UserError(f"{where} has no image, only {sorted(members)}: the members of a sample must be adjacent")
+    if not any(suffix[1:] in members for suffix in IMAGE_SUFFIXES):
+        message = f"{where} has no image, only {sorted(members)}: the members of a sample must be adjacent"
+        raise _Unusable(message, "has no image")
 
     def read(extension: str) -> bytes:
         member = members[extension]
@@ -131,13 +156,13 @@ def _located(files: list[SampleFile], archive: Archive, shard: Path, label_key: 
     try:
         labels = _labels(read, members, label_key)
     except ValueError as error:
-        raise UserError(f"{where} has a label that cannot be read ({error}): make the shard again") from error
+        message = f"{where} has a label that cannot be read ({error}): make the shard again"
+        raise _Unusable(message, "has a label that cannot be read") from error
     if labels is None:
         wanted = f"labels in '{label_key}'" if label_key else "a 'cls' member nor labels in a 'json' member"
         advice = "make the shard again with one, or name the member that has them with --labels json.FIELD"
-        raise UserError(
-            f"{where} has {'no' if label_key else 'neither'} {wanted}, only {_there(read, members)}: {advice}"
-        )
+        message = f"{where} has {'no' if label_key else 'neither'} {wanted}, only {_there(read, members)}: {advice}"
+        raise _Unusable(message, "has no label")
     return LocatedSample(key, labels, start, files[-1].member.end - start)
 
 

@@ -69,6 +69,13 @@ def test_other_formats_become_png(format):
 
 
 @pytest.mark.parametrize("resize", [None, 16])
+def test_floating_point_pixels_are_refused_as_their_range_is_unknown(resize):
+    data = _save(Image.fromarray(np.linspace(0, 1, 24 * 24, dtype=np.float32).reshape(24, 24)), "TIFF")
+    with pytest.raises(ValueError, match="cannot be decoded .pixels are floating-point numbers of unknown range"):
+        encode_for_shard(data, resize)
+
+
+@pytest.mark.parametrize("resize", [None, 16])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -10,6 +10,7 @@ import shlex
 import struct
 import sys
 import tarfile
+import tempfile
 import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastvit_engine.data.build.sources.reading as reading
 from fastvit_engine.data.build.make import make_dataset
@@ -157,6 +160,30 @@ def test_given_class_names_set_the_order(context, tmp_path, photo):
     assert listing.classes == ["dog", "emu", "cat"] and listing.labels.tolist() == [2, 0]
 
 
+def test_folders_that_are_numbers_are_in_numeric_order(listed, context, tmp_path, photo):
+    _files(tmp_path / "in", tuple(f"{n}/a.jpg" for n in range(1, 12)), photo)
+    listing = list_source(str(tmp_path / "in"), None, context)
+    assert listing.classes == [str(n) for n in range(1, 12)] and listing.order == "numeric"
+    assert all(listing.name(n) == f"{listing.labels_of(n)[0] + 1}/a.jpg" for n in range(11))
+
+
+@given(st.lists(st.sampled_from(["jpg", "PPM", "txt", "", "jpg~", "xml", "avif", "7z", "tar.gz"]), min_size=1))
+def test_every_file_of_a_folder_is_listed_or_counted(suffixes):
+    with tempfile.TemporaryDirectory() as folder:
+        for number, suffix in enumerate(["jpg", *suffixes]):
+            path = Path(
+                folder, "in", "ab"[number % 2 if number > 1 else 0], f"{number}.{suffix}" if suffix else f"{number}"
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        Path(folder, "in", "b").mkdir(exist_ok=True)
+        Path(folder, "in", "b", "0.jpg").touch()
+        context = Context(Path(folder), 1, WorkProgress(quiet=True), lambda text: None)
+        listing = list_source(str(Path(folder, "in")), "folder", context)
+    images = sum(suffix.lower() in ("jpg", "ppm", "avif") for suffix in suffixes)
+    assert len(listing) == 2 + images and len(listing) + sum(listing.left_out.values()) == 2 + len(suffixes)
+
+
 # --- tars of ImageNet
 
 
@@ -203,6 +230,19 @@ def test_class_tars_with_long_names(listed, tmp_path, photo):
             info.size = len(inner.getvalue())
             tar.addfile(info, io.BytesIO(inner.getvalue()))
         assert listed(tmp_path / "all.tar") == [(name, ["n001"], False, photo(3))]
+
+
+def test_files_of_tars_that_are_no_images_are_counted(context, tmp_path, photo):
+    members = [("a.jpg", photo(1)), ("b.PPM", b"x"), ("notes.txt", b"x"), ("._a.jpg", b"x"), (".DS_Store", b"x")]
+    (tmp_path / "all.tar").write_bytes(_tar([("2.tar", _tar(members)), ("10.tar", _tar(members))]))
+    listing = list_source(str(tmp_path / "all.tar"), None, context)
+    assert listing.classes == ["2", "10"] and len(listing) == 4
+    assert listing.left_out == {".txt file": 2, "macOS resource file": 2, "hidden file": 2}
+    (tmp_path / "flat.tar").write_bytes(_tar(members))
+    (tmp_path / "labels.txt").write_text("cat\nant\n")
+    context.labels = str(tmp_path / "labels.txt")
+    listing = list_source(str(tmp_path / "flat.tar"), "flat-tar", context)
+    assert listing.left_out == {".txt file": 1, "macOS resource file": 1, "hidden file": 1}
 
 
 def test_damaged_class_tars(listed, tmp_path, class_tars):
@@ -263,7 +303,14 @@ def test_flat_tar_with_labels_in_several_forms(listed, tmp_path, validation):
     labels = tmp_path / "labels.txt"
     by_name = "\n".join(f"{name} {label}" for name, label in zip(VALIDATION, (2, 0, 0, 1), strict=True))
     reversed_lines = "\n".join(reversed(by_name.splitlines()))
-    for text in ("2\n0\n0\n1\n", "cat\nant\nant\nbee\n", by_name, reversed_lines, reversed_lines.replace(" ", ",")):
+    for text in (
+        "2\n0\n0\n1\n",
+        "cat\nant\nant\nbee\n",
+        "\ufeffcat\nant\nant\nbee\n",
+        by_name,
+        reversed_lines,
+        reversed_lines.replace(" ", ","),
+    ):
         labels.write_text(text)
         rows = listed(validation, labels=str(labels), classes=["ant", "bee", "cat"])
         assert [(name, label) for name, (label,), _, _ in rows] == list(
@@ -533,7 +580,7 @@ def test_parquet_of_hugging_face(listed, context, tmp_path, photo):
         (["ant"], True, photo(10)),
         (["cat"], True, photo(11)),
     ]
-    assert context.left_out == ["test-00000-of-00001.parquet, since there is a validation split"]
+    assert listing.left_out == {"Parquet file named test (there is a validation split)": 1}
     assert "1 named val (eval)" in context.descriptions[0]
 
 
@@ -583,7 +630,7 @@ def test_parquet_with_several_labels(context, tmp_path, photo, feature):
 def test_parquet_without_metadata(listed, tmp_path, photo):
     rows = [{"img": photo(n), "species": name} for n, name in enumerate(("wolf", "fox"))]
     _parquet(tmp_path / "all.parquet", rows, None)
-    with pytest.raises(UserError, match="has no column of labels, only img, species: name it with --labels COLUMN"):
+    with pytest.raises(UserError, match="has no column of labels, only img, species: name it with --label-column"):
         listed(tmp_path / "all.parquet")
     found = listed(tmp_path / "all.parquet", labels="species")
     assert [row[1:] for row in found] == [(["wolf"], False, photo(0)), (["fox"], False, photo(1))]
@@ -591,11 +638,8 @@ def test_parquet_without_metadata(listed, tmp_path, photo):
 
 def test_parquet_that_cannot_serve(listed, tmp_path, photo, monkeypatch):
     path = tmp_path / "all.parquet"
-    _parquet(path, _image_rows(photo, [0, None]), None)
-    with pytest.raises(UserError, match=r"row 1 of .*all\.parquet has no label"):
-        listed(path)
     _parquet(path, [{"image": {"bytes": None, "path": "a.jpg"}, "label": 0}], None)
-    with pytest.raises(UserError, match="row 0 of .* has no image bytes in 'image': embed the images"):
+    with pytest.raises(UserError, match="every row of .* has no image bytes in 'image': embed the images"):
         listed(path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="cannot be read as Parquet"):
@@ -645,19 +689,192 @@ def test_labels_by_index_and_by_name(context, tmp_path, text, classes, expected)
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "name,label\nx,1\n", r"line 2 of .*a\.csv has no path or url or .*, only name, label"),
-        ("a.csv", "path,label\nx,1\n,2\n", r"line 3 of .*a\.csv has no path"),
-        ("a.csv", "path,label\nx,1\ny,\n", r"line 3 of .*a\.csv has no label"),
+        (
+            "a.csv",
+            "name,label\nx,1\n",
+            r"a\.csv has no column of images, only name, label: name it with --image-column",
+        ),
+        ("a.csv", "path,kind\nx,1\n", r"a\.csv has no column of labels, only path, kind: name it with --label-column"),
+        ("a.csv", "path;kind\nx;1\n", r"a\.csv has no column of labels, only path, kind"),
         ("a.csv", "path,label\n", "holds no image"),
-        ("a.jsonl", '{"path": "x", "label": 1}\n{"path"\n', r"line 2 of .*a\.jsonl is not JSON"),
-        ("a.jsonl", "[1]\n", "line 1 of .* is not a JSON object"),
-        ("a.jsonl", '{"path": "x", "label": 1}\n{"path": "y"}\n', "line 2 of .* has no label"),
+        ("a.csv", "\n\n", r"a\.csv is empty: begin it with a line of column names"),
+        ("a.csv", "path,label,url\nx,1,y\n", "choose with --image-column path or --image-column url"),
+        ("a.csv", "path,class,label\nx,1,y\n", "choose with --label-column class or --label-column label"),
+        ("a.csv", "path,path,label\nx,y,1\n", "rename all but one of those called 'path'"),
+        ("a.csv", "path,label\nx,caf\xe9\n".encode("latin-1"), "cannot be read .*: save it as UTF-8 text"),
+        ("a.jsonl", '{"path": "x", "tag": 1}\n', "has no column of labels, only path, tag"),
     ],
 )
 def test_lists_that_cannot_serve(listed, tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         listed(tmp_path / name)
+
+
+def _of(listing: Listing) -> list[tuple[str, list[str] | str]]:
+    """Of each image its name and the names of its classes, or why it is faulty."""
+    return [
+        (
+            listing.name(index),
+            listing.files[listing.file[index]].fault or [listing.classes[n] for n in listing.labels_of(index)],
+        )
+        for index in range(len(listing))
+    ]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_delimiters_and_encodings_of_lists(context, tmp_path, delimiter, suffix, encoding):
+    lines = [("Path ", "note", "LABEL"), ("a;b,c.jpg", 'say "hi"', "bär"), ("d\te.jpg", "", "ant; bär")]
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, delimiter=delimiter).writerows(lines)
+    (tmp_path / f"list.{suffix}").write_bytes(buffer.getvalue().encode(encoding))
+    listing = list_source(str(tmp_path / f"list.{suffix}"), None, context)
+    assert _of(listing) == [("a;b,c.jpg", ["bär"]), ("d\te.jpg", ["ant", "bär"])]
+
+
+def test_the_index_that_pandas_writes_is_no_column_of_ours(context, tmp_path):
+    (tmp_path / "list.csv").write_text(",path,label\n0,a.jpg,3\n1,b.jpg,0\n")
+    listing = list_source(str(tmp_path / "list.csv"), None, context)
+    assert _of(listing) == [("a.jpg", ["3"]), ("b.jpg", ["0"])]
+    (tmp_path / "list.csv").write_text(",path\n0,a.jpg\n1,b.jpg\n")
+    with pytest.raises(UserError, match=r"has no column of labels, only path: name it with --label-column"):
+        list_source(str(tmp_path / "list.csv"), None, context)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_columns_are_chosen_by_name(context, tmp_path, photo, suffix):
+    path = tmp_path / f"list.{suffix}"
+    rows = [
+        {"path": "x", "image": "a.jpg", "label": 7, "kind": "cat"},
+        {"path": "y", "image": "b.jpg", "label": 8, "kind": "ant"},
+    ]
+    if suffix == "csv":
+        path.write_text("\n".join(",".join(map(str, row)) for row in [rows[0], *(row.values() for row in rows)]))
+    elif suffix == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        _parquet(
+            path, [row | {"path": photo(1), "image": {"bytes": photo(2), "path": row["image"]}} for row in rows], None
+        )
+    context.image_column, context.label_column = "image", "kind"
+    listing = list_source(str(path), None, context)
+    assert [labels for _, labels in _of(listing)] == [["cat"], ["ant"]]
+    assert [name.rpartition("/")[2] for name, _ in _of(listing)] == ["a.jpg", "b.jpg"]
+    context.label_column = "none"
+    with pytest.raises(UserError, match="has no column called 'none', only path, image, label, kind"):
+        list_source(str(path), None, context)
+
+
+def test_lines_that_cannot_be_used_are_faulty_and_the_others_are_kept(context, tmp_path):
+    text = "path,label\na,1\nb,\n,1\nc,nan\nd,0,5\n\ne,0,\nf,None\ng\nh,[1;2]\n\"i\",\"['a' 'b']\"\nj,2\n"
+    (tmp_path / "list.csv").write_text(text)
+    assert _of(list_source(str(tmp_path / "list.csv"), None, context)) == [
+        ("a", ["1"]),
+        ("line 3", "has no label"),
+        ("line 4", "has no path or URL of an image"),
+        ("line 5", "has no label"),
+        ("line 6", "has 3 fields, but the header has 2"),
+        ("e", ["0"]),
+        ("line 9", "has no label"),
+        ("line 10", "has no label"),
+        ("line 11", "has a list of labels that is neither JSON nor Python"),
+        ("line 12", "has a list of labels that is neither JSON nor Python"),
+        ("j", ["2"]),
+    ]
+    rows = ['{"path": "a", "label": "x"}', "{", "[1]", "[" * 100_000, '{"path": "b"}', '{"path": 5, "label": "y"}']
+    rows += ['{"path": "c", "label": null}', '{"path": "c", "label": NaN}', '{"path": "c", "label": {"a": 1}}']
+    rows += ['{"path": "c", "label": ["x", null]}', '{"path": "d", "label": ["x", "y"]}']
+    (tmp_path / "list.jsonl").write_text("\n".join(rows))
+    assert _of(list_source(str(tmp_path / "list.jsonl"), None, context)) == [
+        ("a", ["x"]),
+        ("line 2", "is not JSON"),
+        ("line 3", "is not a JSON object"),
+        ("line 4", "is not JSON"),
+        ("line 5", "has no label"),
+        ("line 6", "has no path or URL of an image"),
+        ("line 7", "has no label"),
+        ("line 8", "has no label"),
+        ("line 9", "has a label of type dict, which is neither a class index nor a name"),
+        ("line 10", "has no label"),
+        ("d", ["x", "y"]),
+    ]
+
+
+def test_rows_of_parquet_that_cannot_be_used(context, tmp_path, photo):
+    path = tmp_path / "all.parquet"
+    rows = _image_rows(photo, [2.0, None, 1.0, 0.0, float("nan")])
+    rows[2]["image"]["bytes"] = None
+    rows.append({"image": None, "label": 0.0})
+    _parquet(path, rows, None)
+    listing = list_source(str(path), None, context)
+    assert _of(listing) == [
+        ("all/0.jpg", ["2"]),
+        ("row 1", "has no label"),
+        ("row 2", "has no image bytes in 'image'"),
+        ("all/3.jpg", ["0"]),
+        ("row 4", "has no label"),
+        ("row 5", "has no image bytes in 'image'"),
+    ]
+    assert SourceReader(listing).where(1) == f"row 1 in {path}" and SourceReader(listing).read(3).image == photo(3)
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "int8", "decimal", "binary", "bool"])
+def test_arrow_types_of_labels(context, tmp_path, photo, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    columns = {
+        "dictionary": (pyarrow.array(["fox", "ant", "fox"]).dictionary_encode(), ["fox", "ant", "fox"]),
+        "int8": (pyarrow.array([2, 0, 2], pyarrow.int8()), ["2", "0", "2"]),
+        "decimal": (pyarrow.array([2, 0, 2], pyarrow.decimal128(4, 1)), ["2", "0", "2"]),
+        "binary": (pyarrow.array([b"fox", b"ant", b"fox"]), ["fox", "ant", "fox"]),
+        "bool": (pyarrow.array([True, False, True]), ["True", "False", "True"]),
+    }
+    labels, expected = columns[kind]
+    table = pyarrow.table({"image": [photo(n) for n in range(3)], "label": labels})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "all.parquet")
+    listing = list_source(str(tmp_path / "all.parquet"), None, context)
+    assert [names for _, (names,) in _of(listing)] == expected
+    assert listing.classes == (["0", "1", "2"] if "2" in expected else sorted(set(expected)))
+
+
+def test_two_class_labels_in_parquet_must_be_chosen(context, tmp_path, photo):
+    rows = [{"img": photo(n), "fine_label": n, "coarse_label": 0} for n in range(3)]
+    coarse = {"names": ["beast"], "_type": "ClassLabel"}
+    _parquet(tmp_path / "a.parquet", rows, {"fine_label": CLASS_LABEL, "coarse_label": coarse})
+    with pytest.raises(UserError, match="choose with --label-column fine_label or --label-column coarse_label"):
+        list_source(str(tmp_path / "a.parquet"), None, context)
+    context.label_column = "coarse_label"
+    assert list_source(str(tmp_path / "a.parquet"), None, context).classes == ["beast"]
+
+
+# --- two sources of labels
+
+
+def test_numbers_that_name_folders_and_numbers_that_are_indices_are_refused(context, tmp_path, photo):
+    _files(tmp_path / "a", tuple(f"{n}/x.jpg" for n in range(1, 12)), photo)
+    (tmp_path / "from-0.csv").write_text("path,label\n" + "".join(f"{n}.jpg,{n}\n" for n in range(11)))
+    (tmp_path / "some.csv").write_text("path,label\n1.jpg,1\n2.jpg,2\n")
+    for name in ("from-0.csv", "some.csv"):
+        with pytest.raises(UserError, match="class 0 is called '1', so that 1 could be an index or a name: number the"):
+            list_with_eval(str(tmp_path / "a"), None, str(tmp_path / name), None, context)
+    (tmp_path / "same.csv").write_text("path,label\n" + "".join(f"{n}.jpg,{n}.0\n" for n in range(1, 12)))
+    listing = list_with_eval(str(tmp_path / "a"), None, str(tmp_path / "same.csv"), None, context)
+    assert listing.classes == [str(n) for n in range(1, 12)] and listing.order == "numeric"
+    by_text = [int(n) - 1 for n in sorted(listing.classes)]  # the order of the folders
+    assert listing.first_labels().tolist() == [*by_text, *range(11)]
+    _files(tmp_path / "b", tuple(f"{n}/x.jpg" for n in range(11)), photo)
+    listing = list_with_eval(str(tmp_path / "b"), None, str(tmp_path / "from-0.csv"), None, context)
+    assert listing.first_labels().tolist() == [*(int(n) for n in sorted(listing.classes)), *range(11)]
+
+
+def test_folders_that_are_numbers_are_names_of_given_classes_only_if_all_are_there(context, tmp_path, photo):
+    _files(tmp_path / "in", ("0/a.jpg", "1/a.jpg", "2/a.jpg"), photo)
+    context.classes = ["ant", "bee", "cow"]
+    assert list_source(str(tmp_path / "in"), None, context).labels.tolist() == [0, 1, 2]
+    context.classes = ["ant", "bee", "cow", "dog"]
+    with pytest.raises(UserError, match="has the label '0', which is not one of the 4 class names"):
+        list_source(str(tmp_path / "in"), None, context)
 
 
 def test_several_labels_reach_the_shards(tmp_path, photo):
@@ -863,6 +1080,20 @@ def test_webdataset_labels_that_are_none(listed, tmp_path, photo, write_tar, lab
     write_tar(tmp_path / "a.tar", [("a.jpg", photo(1)), ("a.json", b'{"label": ' + label + b"}")])
     with pytest.raises(UserError, match="sample 'a' of shard .* has a label that cannot be read"):
         listed(tmp_path / "a.tar", format="webdataset")
+
+
+def test_webdataset_samples_that_cannot_be_used_are_faulty(context, tmp_path, photo, write_tar):
+    members = [("a.jpg", photo(1)), ("a.cls", b"1"), ("b.jpg", photo(2)), ("b.txt", b""), ("c.cls", b"0")]
+    members += [("d.jpg", photo(3)), ("d.json", b"{"), ("e.jpg", photo(4)), ("e.cls", b"null"), ("f.PPM", b"x")]
+    write_tar(tmp_path / "a.tar", [*members, ("f.cls", b"0.0")])
+    assert _of(list_source(str(tmp_path / "a.tar"), "webdataset", context)) == [
+        ("a", ["1"]),
+        ("b", "has no label"),
+        ("c", "has no image"),
+        ("d", "has a label that cannot be read"),
+        ("e", "has no label"),
+        ("f", ["0"]),
+    ]
 
 
 def test_webdataset_by_pattern(listed, shards):

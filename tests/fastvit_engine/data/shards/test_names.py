@@ -69,6 +69,16 @@ def test_bad_patterns(made, pattern, message):
         find_shards(pattern.format(folder=made), "train")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_list_of_shards_in_any_encoding(made, tmp_path, encoding):
+    text = f"{made}/train-000000.tar\r\n\r\n# of last year\n{made}/eval-*.tar\n"
+    (tmp_path / "list.txt").write_bytes(text.encode(encoding))
+    assert _names(find_shards(f"@{tmp_path}/list.txt", "train")) == ["eval-000000.tar", "train-000000.tar"]
+    (tmp_path / "list.txt").write_bytes("ä.tar".encode("latin-1"))
+    with pytest.raises(UserError, match="list .* which cannot be read \\(it is not text\\): correct it"):
+        find_shards(f"@{tmp_path}/list.txt", "train")
+
+
 def test_empty_folder(tmp_path):
     with pytest.raises(UserError, match="matches no shards"):
         find_shards(str(tmp_path), "train")
