@@ -36,7 +36,7 @@ class LocalStore:
         try:
             with open(self.folder / "latest", "rb") as file:
                 return name_in_latest(file.read(LONGEST_NAME))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def read(self, name: str, file: str) -> bytes:

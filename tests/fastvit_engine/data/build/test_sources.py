@@ -580,8 +580,9 @@ def test_parquet_of_hugging_face(listed, context, tmp_path, photo):
         (["ant"], True, photo(10)),
         (["cat"], True, photo(11)),
     ]
-    assert listing.left_out == {"Parquet file named test (there is a validation split)": 1}
     assert "1 named val (eval)" in context.descriptions[0]
+    left_out = list_source(str(tmp_path / "in"), None, context).left_out
+    assert left_out == {"Parquet file named test (there is a validation split)": 1}
 
 
 def test_parquet_of_which_some_files_say_a_split(listed, tmp_path, photo):
