@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import say
 
 _LOCK_SECONDS = 5.0  # a process stopped while it holds the lock must not stop all others
 _LONGEST_LINE = 2**26  # bytes of JSON that are worth parsing
@@ -121,7 +122,7 @@ def append_json_lines(path: Path, rows: Iterable[Any], *, durable: bool = True) 
     finally:
         os.close(file)
     if torn:
-        print(f"fastvit: {path} ended in half a line, {torn} bytes, which were removed", file=sys.stderr)
+        say(f"fastvit: {path} ended in half a line, {torn} bytes, which were removed", file=sys.stderr)
 
 
 def json_lines(rows: Iterable[Any]) -> bytes:

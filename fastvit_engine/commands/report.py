@@ -20,8 +20,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.observe.report.recorded_run import load_run
     from fastvit_engine.observe.report.report import write_report
+    from fastvit_engine.shown import say
 
     path = write_report(args.run_folder)
-    print(load_run(args.run_folder).summary())
-    print(f"report: {path}")
+    say(load_run(args.run_folder).summary())
+    say(f"report: {path}")
     return 0

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fastvit_engine.commands.recipe import add_recipe
 from fastvit_engine.errors import RestartError, UserError
+from fastvit_engine.shown import say
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -86,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
         report_damage(run, start.damaged, start.checkpoint)
         if start.checkpoint:
             export_run(start.checkpoint, run)  # it may have been killed just before this
-        print(start.message)
+        say(start.message)
         return 0
     overrides = [word for override in args.set for word in ("--set", override)]
     command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *overrides]

@@ -14,9 +14,11 @@ from fastvit_engine.config.keys import MOVED, fields, hint, sections, takes_list
 from fastvit_engine.config.recipes import find_recipe, read_recipe
 from fastvit_engine.config.sections import Config
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import recorded
 
 _SET = "--set"
 _OVERRIDES = "overrides"  # where a value comes from that a program gave as a mapping
+_SECRETS_LEFT_OUT = "# User names, passwords and queries of URLs are left out here: give them again with --set.\n"
 _NULLS = ("", "~", "null", "Null", "NULL")  # how YAML writes null
 
 
@@ -39,9 +41,12 @@ class Resolved:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def to_yaml(self, *, with_origins: bool = False) -> str:
+        """The configuration as YAML, without the secrets of URLs; a comment at its head says so if there were any."""
         values = self.config.model_dump(mode="json")
-        text = yaml.dump(values, Dumper=_OneLineDumper, sort_keys=False, width=math.inf)
-        return _annotate(text, self.origins) if with_origins else text
+        public = recorded(values)
+        text = yaml.dump(public, Dumper=_OneLineDumper, sort_keys=False, width=math.inf)
+        head = "" if public == values else _SECRETS_LEFT_OUT
+        return head + (_annotate(text, self.origins) if with_origins else text)
 
     if not TYPE_CHECKING:  # a type checker shall find attributes that do not exist
 

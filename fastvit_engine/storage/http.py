@@ -95,8 +95,8 @@ def _failures(timeout: float) -> Iterator[None]:
         yield
     except ssl.SSLCertVerificationError as error:
         raise Refused(f"the server's certificate is not trusted: {error.verify_message}") from error
-    except (http.client.InvalidURL, ValueError) as error:
-        raise Refused(str(error)) from error
+    except (http.client.InvalidURL, ValueError) as error:  # whose message may quote a password or a signature
+        raise Refused("the URL has a port or a character that no URL can have") from error
     except TimeoutError as error:
         raise AttemptFailed(f"no answer for {timeout:g} seconds") from error
     except (OSError, http.client.HTTPException) as error:

@@ -18,6 +18,7 @@ from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted, format_share
+from fastvit_engine.shown import say
 from fastvit_engine.sizing.defaults import Chosen, choose, machine_of
 from fastvit_engine.train.evaluators import build_evaluators, run_evaluators
 from fastvit_engine.train.health.diagnosis import Trace, diagnose
@@ -48,10 +49,10 @@ def train(resolved: Resolved, out: Path, *, resume: bool, data: IterableData | N
         start = world.on_main(lambda: preflight(chosen.config, run, world.size, resume=resume, data=data))
         if world.is_main:
             report_damage(run, start.damaged, start.checkpoint)
-            print("\n".join([start.message, *(f"warning: {text}" for text in start.warnings)]), flush=True)
+            say("\n".join([start.message, *(f"warning: {text}" for text in start.warnings)]))
         if start.step < start.total_steps:
             if world.is_main:
-                print(chosen.describe(), flush=True)
+                say(chosen.describe())
             _train(resolved, chosen, run, start, world, watchdog, preemption, data)
         elif finished := start.checkpoint:
             world.on_main(lambda: export_run(finished, run))  # it may have been killed just before this
@@ -223,7 +224,7 @@ def _finish(job: Job, state: TrainerState, log: StepLog) -> None:
         record_event(job.run, "stop", f"finished after {counted(total, 'step')}", step=total, reason="finished")
     log.close()
     if job.world.is_main:
-        print(f"{_outcome(state, job)}\nnext: fastvit report {job.run.path}", flush=True)
+        say(f"{_outcome(state, job)}\nnext: fastvit report {job.run.path}")
 
 
 def _outcome(state: TrainerState, job: Job) -> str:

@@ -19,6 +19,7 @@ from fastvit_engine.data.shards.names import ShardSet, Split, is_local, shard_se
 from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES, SampleKeys, judge
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
+from fastvit_engine.shown import public_url
 
 _SCALE = 2  # pixels per unit, for sharp text on today's screens; all lengths below are in units
 _CELL, _GAP, _MARGIN = 112, 12, 32  # 28 and 32 pixels fill a cell exactly
@@ -72,7 +73,9 @@ def class_sheet(
         chosen = [list(row_by_row[start : start + width]) for start in range(0, len(row_by_row), width)]
     grid = [[found and Tile(found.pixels(), _name(shards, found.label)) for found in row] for row in chosen]
     names = shards.class_names or by_class
-    return draw_sheet(grid, title=Path(argument).name or argument, note=f"{len(names):,} classes")
+    return draw_sheet(
+        grid, title=Path(public_url(argument)).name or public_url(argument), note=f"{len(names):,} classes"
+    )
 
 
 def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.Image:

@@ -34,6 +34,7 @@ from fastvit_engine.data.stream.sequential import stream_samples
 from fastvit_engine.data.stream.source import TrainingData
 from fastvit_engine.data.stream.streams import StreamData
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import recorded
 
 MOST_BYTES = 1 << 28  # of local shards: what the page cache holds, so that the disk is not what is measured
 _TICKS = os.sysconf("SC_CLK_TCK")  # of /proc/<pid>/stat, per second
@@ -324,4 +325,4 @@ def report(speeds: Sequence[ShardSpeed]) -> str:
 
 
 def to_json(speeds: Sequence[ShardSpeed]) -> str:
-    return json.dumps([speed.to_dict() for speed in speeds], indent=2)
+    return json.dumps([recorded(speed.to_dict()) for speed in speeds], indent=2)

@@ -21,6 +21,7 @@ from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES, SampleKeys, jud
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.progress import WorkProgress
 from fastvit_engine.observe.units import counted, format_bytes
+from fastvit_engine.shown import recorded, shown
 
 PIXEL_SAMPLE = 5000  # images whose pixels are looked at
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -72,13 +73,13 @@ class ShardStats:
             "quantiles": {"of": list(QUANTILES), **self.quantiles()},
             "pixels": {"images": self.pixel_images, "mean": self.mean.tolist(), "std": self.std.tolist()},
         }
-        return json.dumps(content, indent=2)
+        return json.dumps(recorded(content), indent=2)
 
     def report(self) -> str:
-        formats = ", ".join(f"{count:,} {name}" for name, count in sorted(self.formats.items()))
+        formats = ", ".join(f"{count:,} {shown(name)}" for name, count in sorted(self.formats.items()))
         total = int(self.bytes.sum())
         lines = [
-            f"{self.where}: {counted(self.images, 'image')} ({formats}) in {counted(self.shards, 'shard')}, "
+            f"{shown(self.where)}: {counted(self.images, 'image')} ({formats}) in {counted(self.shards, 'shard')}, "
             f"{format_bytes(total)}, "
             f"{format_bytes(total / self.images)} per image{describe_ignored(self.ignored)}",
             *(
@@ -108,7 +109,7 @@ class ShardStats:
         shown, left_out = order, 0
         if len(order) > 2 * _CLASSES_SHOWN + 1:
             shown, left_out = order[:_CLASSES_SHOWN] + order[-_CLASSES_SHOWN:], len(order) - 2 * _CLASSES_SHOWN
-        names = {label: _short(self.class_names[label], 28) for label in shown}
+        names = {label: _short(shown(self.class_names[label]), 28) for label in shown}
         width, digits = max(map(len, names.values())), len(f"{high:,}")
         for number, label in enumerate(shown):
             if left_out and number == _CLASSES_SHOWN:

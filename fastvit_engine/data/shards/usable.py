@@ -10,6 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 from fastvit_engine.config import DataConfig
 from fastvit_engine.data.shards.labels import label_member, parse_labels
 from fastvit_engine.data.shards.sample import Sample
+from fastvit_engine.shown import shown
 
 T = TypeVar("T")
 
@@ -132,4 +133,4 @@ def member_names(sample: Sample) -> list[str]:
 
 def name_of(sample: Sample) -> str:
     """How sentences name a sample."""
-    return f"sample '{sample['__key__']}' of shard {sample['__url__']}"
+    return shown(f"sample '{sample['__key__']}' of shard {sample['__url__']}")

@@ -23,6 +23,7 @@ from fastvit_engine.data.stream.order import CYCLE, choose_lanes, share_slots
 from fastvit_engine.data.stream.source import TrainingData
 from fastvit_engine.data.stream.streams import StreamData, StreamedShards, plan_streams
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import say
 from fastvit_engine.storage import ShardStorage
 
 _LOOKED_AT = 8  # samples whose images are decoded before a run starts
@@ -152,7 +153,7 @@ def _make_index(path: Path, shards: Sequence[str], label_key: str) -> Index:
     everything = {os.path.abspath(shard): shard for shard in [*others, *shards]}
 
     def progress(line: str) -> None:
-        print(f"indexing {path.parent}: {line}", file=sys.stderr, flush=True)
+        say(f"indexing {path.parent}: {line}", file=sys.stderr)
 
     ordered = [everything[name] for name in sorted(everything)]
     return write_index(ordered, path, label_key=label_key, progress=progress).select(shards)

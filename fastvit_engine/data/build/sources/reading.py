@@ -18,6 +18,7 @@ from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.webdataset import IMAGE_EXTENSIONS
 from fastvit_engine.data.shards.sample import parse_sample
 from fastvit_engine.data.shards.tar import TarError
+from fastvit_engine.shown import public_url
 
 MAX_DOWNLOAD = 256 * 2**20  # bytes
 _OPEN_FILES = 64
@@ -60,7 +61,7 @@ class SourceReader:
         kind, path, _ = self._listing.files[self._listing.file[index]]
         name = self._listing.name(index)
         if kind in ("path", "url"):
-            return os.path.join(path, name)
+            return public_url(os.path.join(path, name))
         return f"{name} in {path}"
 
     def close(self) -> None:
