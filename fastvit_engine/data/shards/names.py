@@ -72,8 +72,11 @@ def list_shards(patterns: Iterable[str], split: Split | None = None, *, named: s
     """
     shards: set[str] = set()
     for given in patterns:
-        for pattern in _read_list(given[1:], named) if given.startswith("@") else [given]:
+        from_list = given.startswith("@")
+        for pattern in _read_list(given[1:], named) if from_list else [given]:
             found = _expand(pattern, split, named)
+            if from_list:
+                _check_no_command(found, given[1:], named)
             if not found:
                 raise UserError(f"{named} is {pattern!r}, which {_why_nothing(pattern)}")
             shards.update(found)
@@ -90,6 +93,21 @@ def _read_list(path: str, named: str) -> list[str]:
     if not patterns:
         raise UserError(f"{named} is the list {path}, which names no shards: write one path, pattern or URL per line")
     return patterns
+
+
+def _check_no_command(shards: list[str], path: str, named: str) -> None:
+    """Raises UserError for a pipe that a list file names: whoever writes data must not choose what is run."""
+    for shard in shards:
+        if shard.startswith("pipe:"):
+            raise UserError(
+                f"{named} is the list {path}, which names the command {shard!r}: a command runs only if it is given "
+                "on the command line or in a recipe; give it there, or name a path or a URL in the list"
+            )
+
+
+def _as_paths(found: Iterable[str]) -> list[str]:
+    """Names of files; one that begins like a command gets "./" in front, so that nothing runs it."""
+    return [name if is_local(name) else os.path.join(".", name) for name in found]
 
 
 def _expand(pattern: str, split: Split | None, named: str) -> list[str]:
@@ -113,7 +131,7 @@ def _expand_part(part: str, split: Split | None, named: str) -> list[str]:
     if not is_local(part):
         return _list_remote(part, named)
     if glob.has_magic(part):
-        return sorted(glob.glob(part))
+        return _as_paths(sorted(glob.glob(part)))
     if Path(part).is_dir():
         return _shards_of_folder(Path(part), split)
     if not Path(part).is_file():
@@ -178,7 +196,7 @@ def _shards_of_folder(folder: Path, split: Split | None) -> list[str]:
         names = sorted((info.train if split == "train" else info.eval).shards)
     else:
         names = sorted(path.name for path in folder.iterdir() if path.name.endswith(SHARD_SUFFIXES))
-    return [str(folder / name) for name in names]
+    return _as_paths(str(folder / name) for name in names)
 
 
 def _why_nothing(pattern: str) -> str:
@@ -238,7 +256,7 @@ def shard_set(argument: str, split: Split | None = None) -> ShardSet:
                 for part in _splits(split)
                 for name in sorted((info.train if part == "train" else info.eval).shards)
             }
-        shards = [str(folder / name) for name in splits]
+        shards = _as_paths(str(folder / name) for name in splits)
     else:
         shards = list_shards([argument], named="SHARDS")
         info = read_info(Path(shards[0]).parent) if shards and is_local(shards[0]) else None
