@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastvit_engine.distributed.store import JobStore, is_loopback
 from fastvit_engine.errors import Preempted, RestartError, UserError
 from fastvit_engine.observe.units import counted
 
@@ -79,6 +80,17 @@ class World:
         dist.barrier()
 
 
+def _own_store(timeout: timedelta) -> dict[str, Any]:
+    """The store of a job on one machine that no launcher has started, as arguments of `init_process_group`."""
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if served or not is_loopback(address):
+        return {}
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = JobStore(address, port, size, is_master=rank == 0, timeout=timeout)
+    return {"store": store, "rank": rank, "world_size": size}
+
+
 @contextmanager
 def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> Iterator[World]:
     """Joins the processes that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; leaves after.
@@ -99,7 +111,8 @@ def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> It
         torch.cuda.set_device(device)
         _prepare_nccl(dumps)
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **_own_store(timeout))
     except RuntimeError as error:
         cause = collective_failure(error)
         if cause is None:

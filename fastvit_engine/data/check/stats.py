@@ -106,12 +106,12 @@ class ShardStats:
         low, middle, high = int(counts.min()), float(np.median(counts)), int(counts.max())
         lines = [f"{counted(len(counts), 'class', 'classes')} of {low:,} to {high:,} images, median {middle:,.0f}"]
         order = np.argsort(-counts, kind="stable").tolist()
-        shown, left_out = order, 0
+        listed, left_out = order, 0
         if len(order) > 2 * _CLASSES_SHOWN + 1:
-            shown, left_out = order[:_CLASSES_SHOWN] + order[-_CLASSES_SHOWN:], len(order) - 2 * _CLASSES_SHOWN
-        names = {label: _short(shown(self.class_names[label]), 28) for label in shown}
+            listed, left_out = order[:_CLASSES_SHOWN] + order[-_CLASSES_SHOWN:], len(order) - 2 * _CLASSES_SHOWN
+        names = {label: _short(shown(self.class_names[label]), 28) for label in listed}
         width, digits = max(map(len, names.values())), len(f"{high:,}")
-        for number, label in enumerate(shown):
+        for number, label in enumerate(listed):
             if left_out and number == _CLASSES_SHOWN:
                 lines.append(f"  ... {left_out:,} classes between ...")
             filled = round(_BAR * counts[label] / high) if high else 0
