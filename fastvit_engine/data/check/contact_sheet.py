@@ -1,6 +1,7 @@
 """Sheets of images to look at: what shards hold, and what a recipe's augmentation makes of it."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,9 +34,10 @@ class UsableImage(NamedTuple):
 
     label: int  # -1: none that is usable
     content: bytes
+    max_pixels: int  # that it was checked for
 
     def pixels(self) -> np.ndarray:
-        return decode_image(self.content)
+        return decode_image(self.content, self.max_pixels)
 
 
 class Tile(NamedTuple):
@@ -160,9 +162,9 @@ def _some_samples(shards: ShardSet, config: Config, each: int = _SAMPLES_A_SHARD
             if not some:
                 shown.remove(samples)
             for sample in some:
-                judged = judge(sample, keys, num_classes, if_decodes)
+                judged = judge(sample, keys, num_classes, partial(if_decodes, max_pixels=keys.max_pixels))
                 if judged.image is not None:
-                    yield UsableImage(judged.labels[0] if judged.labels else -1, judged.image)
+                    yield UsableImage(judged.labels[0] if judged.labels else -1, judged.image, keys.max_pixels)
 
 
 def _evenly(values: list[Any], wanted: int) -> list[Any]:

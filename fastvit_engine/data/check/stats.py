@@ -228,7 +228,7 @@ def summarize_shard(shard: str, keys: SampleKeys, num_classes: int, quota: int) 
     kept: list[tuple[int, np.ndarray]] = []  # (row, histograms) of evenly spaced images
     stride = 1
     for row, sample in enumerate(read_shard(shard, part.ignored)):
-        judged = judge(sample, keys, num_classes, partial(_look, with_pixels=row % stride == 0))
+        judged = judge(sample, keys, num_classes, partial(_look, keys.max_pixels, row % stride == 0))
         part.unusable.update(problem.kind for problem in judged.problems)
         part.labels.update(judged.labels or ())
         if (image := judged.image) is None:
@@ -246,8 +246,8 @@ def summarize_shard(shard: str, keys: SampleKeys, num_classes: int, quota: int) 
     return part
 
 
-def _look(data: bytes, *, with_pixels: bool) -> _Looked:
-    pixels = decode_image(data)  # of every image: a header does not tell whether it is usable
+def _look(max_pixels: int, with_pixels: bool, data: bytes) -> _Looked:
+    pixels = decode_image(data, max_pixels)  # of every image: a header does not tell whether it is usable
     try:
         with Image.open(io.BytesIO(data)) as image:
             name = str(image.format)

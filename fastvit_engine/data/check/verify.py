@@ -6,6 +6,7 @@ import statistics
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -196,7 +197,7 @@ def verify_shard(shard: str, keys: SampleKeys, num_classes: int, images: Counter
     try:
         for sample in read_shard(shard, ignored):
             where = f"{sample['__key__']} of {_name(shard)}"
-            judged = judge(sample, keys, num_classes, if_decodes)
+            judged = judge(sample, keys, num_classes, partial(if_decodes, max_pixels=keys.max_pixels))
             for problem in judged.problems:
                 _add(findings, problem.kind, f"{where} {problem}")
             labels.append(judged.labels[0] if judged.labels else -1)
@@ -206,7 +207,7 @@ def verify_shard(shard: str, keys: SampleKeys, num_classes: int, images: Counter
             size += len(image or b"")
             if judged.image is not None:
                 try:
-                    encode_for_shard(judged.image)  # by Pillow, which is stricter than training
+                    encode_for_shard(judged.image, max_pixels=keys.max_pixels)  # by Pillow, stricter than training
                 except ValueError as error:
                     _add(findings, _DAMAGED_IMAGE, f"{where} {error}")
             images.add()

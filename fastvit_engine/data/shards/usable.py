@@ -32,7 +32,7 @@ class Unusable(Exception):
 
 
 class SampleKeys(NamedTuple):
-    """Which members hold the image and the labels of a sample, and how many labels there may be."""
+    """Which members hold the image and the labels of a sample, and how many labels and pixels there may be."""
 
     image_key: str  # data.image_key
     images: tuple[str, ...]  # its members
@@ -40,15 +40,17 @@ class SampleKeys(NamedTuple):
     label_member: str
     label_path: list[str]
     max_labels: int
+    max_pixels: int  # of an image
 
     @classmethod
     def of(cls, data: DataConfig) -> "SampleKeys":
-        return _keys(data.image_key, data.label_key, data.max_labels)
+        return _keys(data.image_key, data.label_key, data.max_labels, data.max_pixels)
 
 
 @lru_cache
-def _keys(image_key: str, label_key: str, max_labels: int) -> SampleKeys:
-    return SampleKeys(image_key, tuple(image_key.split(";")), label_key, *label_member(label_key), max_labels)
+def _keys(image_key: str, label_key: str, max_labels: int, max_pixels: int) -> SampleKeys:
+    images = tuple(image_key.split(";"))
+    return SampleKeys(image_key, images, label_key, *label_member(label_key), max_labels, max_pixels)
 
 
 class Judged(NamedTuple, Generic[T]):

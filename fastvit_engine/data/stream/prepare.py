@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,7 @@ def _check_some(samples: Iterable[Sample], split: Split, config: Config) -> None
     for sample in samples:
         _check_labels(sample, keys, config)
         try:
-            read_image(sample, keys, decode_image)
+            read_image(sample, keys, partial(decode_image, max_pixels=keys.max_pixels))
             return
         except Unusable as problem:
             unusable.append(f"{name_of(sample)} {problem}")
