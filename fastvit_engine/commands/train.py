@@ -61,6 +61,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.observe.run_folder import RunFolder
     from fastvit_engine.sizing.defaults import choose, machine_here
     from fastvit_engine.train.start import preflight, report_damage
+    from fastvit_engine.trusted_folders import trust_compiled_code
 
     out = args.out or Path("runs") / resolved.config.name
     resume = args.resume == "auto"
@@ -80,6 +81,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--cpu-processes is {args.cpu_processes}: at least 1")
     if args.max_restarts < 0:
         raise UserError(f"--max-restarts is {args.max_restarts}: at least 0")
+    trust_compiled_code()
     processes, run = launch.processes_here(args.cpu_processes), RunFolder(out)
     chosen = choose(resolved.config, machine_here(processes))
     start = preflight(chosen.config, run, processes, resume=resume)

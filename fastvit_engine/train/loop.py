@@ -31,6 +31,7 @@ from fastvit_engine.train.schedule import Schedule
 from fastvit_engine.train.start import Start, load_start, preflight, report_damage
 from fastvit_engine.train.step import take_step
 from fastvit_engine.train.step_log import StepLog
+from fastvit_engine.trusted_folders import trust_compiled_code
 
 
 def train(resolved: Resolved, out: Path, *, resume: bool, data: IterableData | None = None) -> None:
@@ -38,6 +39,7 @@ def train(resolved: Resolved, out: Path, *, resume: bool, data: IterableData | N
 
     With `resume`, continues from the folder's latest checkpoint, if any; without, refuses a folder that holds a run.
     """
+    trust_compiled_code()
     run, limits = RunFolder(out), resolved.config.watchdog
     with (
         Preemption() as preemption,
