@@ -6,6 +6,7 @@ run. Names of classes, samples and files come from data that nobody vouches for;
 
 import re
 import sys
+from functools import lru_cache
 from typing import Any, TextIO
 
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -30,6 +31,7 @@ _OF_A_COMMAND = re.compile(
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
+@lru_cache(4096)  # readers ask for each sample
 def public_url(url: str) -> str:
     """The URL without user name, password, query and fragment. A local path and a pattern stay as they are.
 

@@ -28,7 +28,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write, atomic_writer, json_lines
 from fastvit_engine.observe.progress import WorkProgress
 from fastvit_engine.observe.units import counted
-from fastvit_engine.shown import recorded, say
+from fastvit_engine.shown import public_url, recorded, say
 
 DEFAULT_EVAL_FRACTION = 0.1
 UNFINISHED_NAME = "dataset.unfinished"  # a folder inside the output: packing, receipts, temporary files
@@ -416,7 +416,7 @@ def _json_member(given: bytes | None, labels: list[int]) -> bytes:
 
 def _key(index: int, name: str) -> str:
     """Returns a key without dots that fits into a tar header; the number alone makes it unique."""
-    stem = name.rstrip("/").rpartition("/")[2]
+    stem = public_url(name).rstrip("/").rpartition("/")[2]
     stem = stem.rpartition(".")[0] or stem
     return f"{index:08d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:60]}"
 

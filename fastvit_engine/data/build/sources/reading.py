@@ -10,6 +10,7 @@ import urllib.request
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -19,6 +20,7 @@ from fastvit_engine.data.build.sources.webdataset import IMAGE_EXTENSIONS
 from fastvit_engine.data.shards.sample import parse_sample
 from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.shown import public_url
+from fastvit_engine.storage.http import INVALID_URL, authorization
 
 MAX_DOWNLOAD = 256 * 2**20  # bytes
 _OPEN_FILES = 64
@@ -89,8 +91,7 @@ def download(url: str, timeout: float) -> bytes:
     """The content behind an http(s) URL. Raises OSError after four tries, or at once if the server refuses for good."""
     for wait in (*_RETRY_WAITS, None):
         try:
-            request = urllib.request.Request(url, headers={"User-Agent": "fastvit-engine"})
-            with urllib.request.urlopen(request, timeout=timeout) as response:
+            with urllib.request.urlopen(_request(url), timeout=timeout) as response:
                 content: bytes = response.read(MAX_DOWNLOAD + 1)
                 announced = response.headers.get("Content-Length")
             if len(content) > MAX_DOWNLOAD:
@@ -98,6 +99,8 @@ def download(url: str, timeout: float) -> bytes:
             if announced is not None and announced.isdecimal() and len(content) < int(announced):
                 raise http.client.IncompleteRead(content, int(announced) - len(content))
             return content
+        except (http.client.InvalidURL, UnicodeError):  # whose message may quote a password or a signature
+            raise OSError(INVALID_URL) from None
         except urllib.error.HTTPError as error:
             if wait is None or error.code not in _RETRIED_CODES:
                 raise OSError(f"HTTP {error.code} {error.reason}") from error
@@ -109,6 +112,16 @@ def download(url: str, timeout: float) -> bytes:
                 raise OSError(str(error) or type(error).__name__) from error
         time.sleep(wait)
     raise AssertionError("the last try returns or raises")
+
+
+def _request(url: str) -> urllib.request.Request:
+    """The request for a URL, with its user name and password where they belong, and not for other servers."""
+    parts = urlsplit(url)
+    public = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
+    request = urllib.request.Request(public, headers={"User-Agent": "fastvit-engine"})
+    for name, value in authorization(parts).items():
+        request.add_unredirected_header(name, value)
+    return request
 
 
 def _sample(content: bytes) -> Encoded:
