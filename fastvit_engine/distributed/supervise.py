@@ -50,8 +50,9 @@ def rank_environment(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # reachable from here only; host names need not resolve
-        variables[name] = environment.get(name, "lo")
+    # Reachable from here only; and host names need not resolve. "=": this name, not all that begin so.
+    for name, interface in {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}.items():
+        variables[name] = environment.get(name, interface)
     if gpu_count() == 0:
         threads = max(1, (os.cpu_count() or 1) // processes)
         variables["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", str(threads))
