@@ -22,6 +22,7 @@ from fastvit_engine.evaluate.classification import evaluate as evaluate_batches
 from fastvit_engine.models import VisionTransformer
 from fastvit_engine.train import loop
 from fastvit_engine.train.health.bad_samples import checked
+from fastvit_engine.trusted_folders import trust_compiled_code
 from fastvit_kernels import FusedCrossEntropy
 
 
@@ -85,6 +86,7 @@ def evaluate(
     Samples without a usable image are left out, and a line on stderr says how many. Raises UserError if they are more
     than `data.max_bad_share` allows, or all; and if the data cannot be read, or does not fit the model.
     """
+    trust_compiled_code()
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: give the number of images at a time, 1 or more")
     settings = Config() if config is None else _resolved(config).config

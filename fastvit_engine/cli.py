@@ -15,6 +15,7 @@ from fastvit_engine.commands import bench, config, data, export, plan, report, s
 from fastvit_engine.commands.parser import Parser
 from fastvit_engine.distributed.environment import speaks_for_all
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, Preempted, RestartError, UserError
+from fastvit_engine.shown import say, shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
 def _fail(message: str, exit_code: int = EXIT_BAD_INPUT, last: Callable[[], None] | None = None) -> int:
     if speaks_for_all():
         prefix = "" if exit_code == EXIT_PREEMPTED else "error: "
-        print(f"fastvit: {prefix}{message}", file=sys.stderr, flush=True)
+        say(f"fastvit: {prefix}{shown(message)}", file=sys.stderr)
     if "RANK" in os.environ:
         if last:
             last()

@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fastvit_engine.shown import say
+
 _LOCK_SECONDS = 5.0  # a process stopped while it holds the lock must not stop all others
 _LONGEST_LINE = 2**24  # bytes of JSON that are worth parsing
 _BLOCK = 2**16  # bytes
@@ -119,7 +121,7 @@ def append_json_lines(path: Path, rows: Iterable[Any], *, durable: bool = True) 
     finally:
         os.close(file)
     if torn:
-        print(f"fastvit: {path} ended in half a line, {torn} bytes, which were removed", file=sys.stderr)
+        say(f"fastvit: {path} ended in half a line, {torn} bytes, which were removed", file=sys.stderr)
 
 
 def json_lines(rows: Iterable[Any]) -> bytes:

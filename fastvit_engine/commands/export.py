@@ -3,6 +3,7 @@
 import argparse
 
 from fastvit_engine.commands.parser import local_path
+from fastvit_engine.shown import say
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,5 +32,5 @@ def _run(args: argparse.Namespace) -> int:
 
     checkpoint = find_checkpoint(args.source)
     export_weights(checkpoint, args.out, "ema" if args.ema else "weight")
-    print(f"{args.out}: {'average of the weights' if args.ema else 'weights'} of {checkpoint}")
+    say(f"{args.out}: {'average of the weights' if args.ema else 'weights'} of {checkpoint}")
     return 0

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from fastvit_engine.shown import shown
+
 _CHOICE = re.compile(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
 
 
@@ -18,7 +20,7 @@ class Parser(argparse.ArgumentParser):
             self.exit(2)
         if wrong := _CHOICE.fullmatch(message):
             message = _unknown(*wrong.groups())
-        self.exit(2, f"fastvit: error: {message} (see `{self.prog} --help`)\n")
+        self.exit(2, f"fastvit: error: {shown(message)} (see `{self.prog} --help`)\n")
 
 
 def _unknown(argument: str, given: str, listed: str) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastvit_engine.commands.recipe import add_recipe
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
     from fastvit_engine.config import Config
@@ -78,7 +79,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**_as_json(args, chosen, rows, time), "nodes": fewer}, indent=1))
     else:
-        print(_as_text(args, chosen, rows, time, fewer))
+        say(_as_text(args, chosen, rows, time, fewer))
     return 0
 
 

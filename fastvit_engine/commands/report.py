@@ -21,9 +21,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.observe.report.recorded_run import load_run
     from fastvit_engine.observe.report.report import write_report
+    from fastvit_engine.shown import say
 
     run = load_run(args.run_folder)
     path = write_report(run)
-    print(run.summary())
-    print(f"report: {path}")
+    say(run.summary())
+    say(f"report: {path}")
     return 0

@@ -5,6 +5,7 @@ import sys
 
 from fastvit_engine.commands.parser import local_path
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import say
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -42,7 +43,7 @@ def _run(args: argparse.Namespace) -> int:
             "that does not share this folder"
         )
     for file in files:
-        print(file)
+        say(str(file))
     if len(files) < processes:
         print(f"fastvit: {processes - len(files)} of {processes} processes have not answered", file=sys.stderr)
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from fastvit_engine.commands.parser import local_path
 from fastvit_engine.commands.recipe import add_recipe
 from fastvit_engine.errors import RestartError, UserError
+from fastvit_engine.shown import say
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -67,6 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.observe.run_folder import RunFolder
     from fastvit_engine.sizing.defaults import choose, machine_here
     from fastvit_engine.train.start import preflight, report_damage
+    from fastvit_engine.trusted_folders import trust_compiled_code
 
     out = args.out or Path("runs") / resolved.config.name
     resume = args.resume == "auto"
@@ -86,6 +88,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--cpu-processes is {args.cpu_processes}: at least 1")
     if args.max_restarts < 0:
         raise UserError(f"--max-restarts is {args.max_restarts}: at least 0")
+    trust_compiled_code()
     processes, run = launch.processes_here(args.cpu_processes), RunFolder(out)
     chosen = choose(resolved.config, machine_here(processes))
     start = preflight(chosen.config, run, processes, resume=resume, allow_batch_change=args.allow_batch_change)
@@ -93,7 +96,7 @@ def _run(args: argparse.Namespace) -> int:
         report_damage(run, start.damaged, start.checkpoint)
         if start.checkpoint:
             export_run(start.checkpoint, run)  # it may have been killed just before this
-        print(start.message)
+        say(start.message)
         return 0
     overrides = [word for override in args.set for word in ("--set", override)]
     allowed = ["--allow-batch-change"] if args.allow_batch_change else []

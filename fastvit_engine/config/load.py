@@ -16,6 +16,7 @@ from fastvit_engine.config.keys import MOVED, fields, hint, sections, takes_list
 from fastvit_engine.config.recipes import find_recipe, parse_yaml, read_recipe
 from fastvit_engine.config.sections import Config
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import recorded
 
 _SET = "--set"
 _OVERRIDES = "overrides"  # where a value comes from that a program gave as a mapping
@@ -26,6 +27,7 @@ _ADVICE = {  # what to do, by key and by the kind of pydantic's error
     ("data.std", "greater_than"): "a pixel of 0 to 255 has steps of 0.004: give the deviation of pixels in [0, 1]",
     ("data.train", "model_type"): "write entries as [{shards: a.tar, weight: 2}], and a glob in brackets as ./[ab].tar",
 }
+_SECRETS_LEFT_OUT = "# User names, passwords and queries of URLs are left out here: give them again with --set.\n"
 _NULLS = ("", "~", "null", "Null", "NULL")  # how YAML writes null
 
 
@@ -48,9 +50,12 @@ class Resolved:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def to_yaml(self, *, with_origins: bool = False) -> str:
+        """The configuration as YAML, without the secrets of URLs; a comment at its head says so if there were any."""
         values = self.config.model_dump(mode="json")
-        text = yaml.dump(values, Dumper=_OneLineDumper, sort_keys=False, width=math.inf)
-        return _annotate(text, self.origins) if with_origins else text
+        public = recorded(values)
+        text = yaml.dump(public, Dumper=_OneLineDumper, sort_keys=False, width=math.inf)
+        head = "" if public == values else _SECRETS_LEFT_OUT
+        return head + (_annotate(text, self.origins) if with_origins else text)
 
     if not TYPE_CHECKING:  # a type checker shall find attributes that do not exist
 

@@ -169,6 +169,9 @@ class DataConfig(_Section):
     max_bad_share: float = Field(1e-3, ge=0, le=1)
     """Abort when more than this fraction of samples cannot be decoded."""
 
+    max_pixels: int = Field(178_956_970, gt=0, le=2 * 178_956_970)
+    """Most pixels that an image may have. A sample with a larger image is bad, and its image is not decoded."""
+
     streams: int | None = Field(None, gt=0)
     """For order: stream. Number of shard streams that the run reads in parallel; null: one per decoding process."""
 

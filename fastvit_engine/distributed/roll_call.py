@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from fastvit_engine.distributed.store import JobStore, is_loopback
 from fastvit_engine.errors import RestartError, UserError
 
 _POLL_SECONDS = (0.01, 0.2)  # at first, at most
@@ -86,14 +87,15 @@ def _leave(store: dist.Store, rank: int, world: int, deadline: float) -> None:
 
 def _open_store(environment: Mapping[str, str], patience: float) -> dist.Store:
     """The store that the processes will join through; this attempt's part of it."""
-    store = dist.TCPStore(
-        environment["MASTER_ADDR"],
+    address = environment["MASTER_ADDR"]
+    store = JobStore(
+        address,
         int(environment["MASTER_PORT"]),
         int(environment["WORLD_SIZE"]),
         _serves(environment),
-        timedelta(seconds=patience),
+        timeout=timedelta(seconds=patience),
         wait_for_workers=False,
-        multi_tenant=True,  # joining makes the same store again
+        multi_tenant=not is_loopback(address),  # joining makes the same store again
     )
     return dist.PrefixStore(f"roll call {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastvit_engine.distributed.roll_call import call_roll
+from fastvit_engine.distributed.store import JobStore, is_loopback
 from fastvit_engine.errors import Preempted, RestartError, UserError
 from fastvit_engine.observe.units import counted
 
@@ -80,6 +81,20 @@ class World:
         dist.barrier()
 
 
+def _through(store: dist.Store | None, timeout: timedelta) -> dict[str, Any]:
+    """The store of a job on one machine that no launcher serves, as arguments of `init_process_group`.
+
+    `store`: that of the roll call; None if there is one process.
+    """
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if served or not is_loopback(address):
+        return {}
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = store or JobStore(address, port, size, is_master=rank == 0, timeout=timeout)
+    return {"store": store, "rank": rank, "world_size": size}
+
+
 @contextmanager
 def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> Iterator[World]:
     """Joins the processes that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; leaves after.
@@ -100,8 +115,9 @@ def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> It
         torch.cuda.set_device(device)
         _prepare_nccl(dumps)
     try:
+        timeout = timedelta(seconds=timeout_seconds)
         store = call_roll(timeout_seconds)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **_through(store, timeout))
     except RuntimeError as error:
         cause = collective_failure(error)
         if cause is None:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NotRequired, TypedDict, cast, get_args
 
 from fastvit_engine.files import append_json_lines, read_json_lines
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.shown import recorded
 
 Kind = Literal[
     "start",  # a job started or resumed: world_size, zero_stage, hosts, config (its file in the run folder)
@@ -43,7 +44,10 @@ class Event(TypedDict):
 
 
 def record_event(run: RunFolder, event: Kind, message: str, **facts: Any) -> None:
-    """Appends one event to the run's `events.jsonl`, durably. `facts`: numbers, texts and lists."""
+    """Appends one event to the run's `events.jsonl`, durably. `facts`: numbers, texts and lists.
+
+    URLs in them are recorded without their secrets.
+    """
     if event not in get_args(Kind):
         raise ValueError(f"unknown event {event!r}")
     row: dict[str, Any] = {
@@ -55,7 +59,7 @@ def record_event(run: RunFolder, event: Kind, message: str, **facts: Any) -> Non
     if "RANK" in os.environ:
         row["rank"] = int(os.environ["RANK"])
     run.path.mkdir(parents=True, exist_ok=True)
-    append_json_lines(run.events, [{**row, **facts}])
+    append_json_lines(run.events, [recorded({**row, **facts})])
 
 
 def read_events(run: RunFolder) -> list[Event]:

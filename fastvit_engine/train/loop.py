@@ -19,6 +19,7 @@ from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted, format_share
+from fastvit_engine.shown import say
 from fastvit_engine.sizing.defaults import Chosen, choose, machine_of
 from fastvit_engine.train.evaluators import build_evaluators, run_evaluators
 from fastvit_engine.train.health.diagnosis import Trace, diagnose
@@ -32,6 +33,7 @@ from fastvit_engine.train.schedule import Schedule
 from fastvit_engine.train.start import Start, load_start, preflight, record_batch_change, report_damage
 from fastvit_engine.train.step import take_step
 from fastvit_engine.train.step_log import StepLog
+from fastvit_engine.trusted_folders import trust_compiled_code
 
 
 def train(
@@ -47,6 +49,7 @@ def train(
     With `resume`, continues from the folder's latest checkpoint, if any; without, refuses a folder that holds a run.
     With `allow_batch_change`, `train.global_batch_size` may differ from the checkpoint's.
     """
+    trust_compiled_code()
     run, limits = RunFolder(out), resolved.config.watchdog
     with (
         Preemption() as preemption,
@@ -59,10 +62,10 @@ def train(
         start = world.on_main(lambda: check(allow_batch_change=allow_batch_change))
         if world.is_main:
             report_damage(run, start.damaged, start.checkpoint)
-            print("\n".join([start.message, *(f"warning: {text}" for text in start.warnings)]), flush=True)
+            say("\n".join([start.message, *(f"warning: {text}" for text in start.warnings)]))
         if start.step < start.total_steps:
             if world.is_main:
-                print(chosen.describe(), flush=True)
+                say(chosen.describe())
             _train(resolved, chosen, run, start, world, watchdog, preemption, data)
         elif finished := start.checkpoint:
             world.on_main(lambda: export_run(finished, run))  # it may have been killed just before this
@@ -239,7 +242,7 @@ def _finish(job: Job, state: TrainerState, log: StepLog) -> None:
         record_event(job.run, "stop", f"finished after {counted(total, 'step')}", step=total, reason="finished")
     log.close()
     if job.world.is_main:
-        print(f"{_outcome(state, job)}\nnext: fastvit report {job.run.path}", flush=True)
+        say(f"{_outcome(state, job)}\nnext: fastvit report {job.run.path}")
 
 
 def _outcome(state: TrainerState, job: Job) -> str:

@@ -31,6 +31,7 @@ from fastvit_engine.models import resolve_shape
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted
+from fastvit_engine.shown import say
 from fastvit_engine.train.recovery import load_recovery
 from fastvit_engine.train.schedule import Schedule
 
@@ -343,7 +344,7 @@ def report_damage(run: RunFolder, damaged: Sequence[str], used: Checkpoint | Non
     """Says on the terminal and among the run's events what is wrong with checkpoints, and which is `used` instead."""
     for damage in damaged:
         message = f"{damage}: going back to {used}"
-        print(f"warning: {message}", flush=True)
+        say(f"warning: {message}")
         record_event(run, "checkpoint_damaged", message)
 
 

@@ -4,6 +4,7 @@ import argparse
 
 from fastvit_engine.commands.data.options import add_settings, load_settings, wrapped
 from fastvit_engine.commands.parser import local_path
+from fastvit_engine.shown import say
 
 
 def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -43,11 +44,11 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--processes is {args.processes}: at least 1")
     shards = list_shards(args.shards, named="SHARDS")
     label_key = args.label_key or load_settings(args).config.data.label_key
-    index = write_index(shards, args.out, label_key=label_key, processes=args.processes, progress=print)
+    index = write_index(shards, args.out, label_key=label_key, processes=args.processes, progress=say)
     classes = index.class_counts()
     unlabelled = int(index.unlabelled.sum())
     labels = counted(len(classes), "class", "classes") + (f", {unlabelled:,} without a label" if unlabelled else "")
     ignored = describe_ignored(sum(index.ignored, Ignored()))
     found = f"{counted(index.samples, 'sample')} in {counted(len(shards), 'shard')}"
-    print(f"{args.out}: {found}, {labels}, hash {index.hash}{ignored}")
+    say(f"{args.out}: {found}, {labels}, hash {index.hash}{ignored}")
     return 0

@@ -5,6 +5,7 @@ import argparse
 from fastvit_engine.commands.data.options import wrapped
 from fastvit_engine.commands.parser import local_path
 from fastvit_engine.commands.recipe import add_recipe
+from fastvit_engine.shown import say
 
 
 def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,5 +32,5 @@ def _run(args: argparse.Namespace) -> int:
 
     config = load_config(args.recipe, args.set).config
     save_sheet(augmented_sheet(config, rows=args.rows, draws=args.draws), args.sheet)
-    print(args.sheet)
+    say(str(args.sheet))
     return 0

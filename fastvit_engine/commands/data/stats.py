@@ -4,6 +4,7 @@ import argparse
 
 from fastvit_engine.commands.data.options import add_common, add_settings, load_settings, wrapped
 from fastvit_engine.commands.parser import local_path
+from fastvit_engine.shown import say
 
 
 def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -35,5 +36,8 @@ def _run(args: argparse.Namespace) -> int:
     stats = shard_stats(args.shards, config, split=args.split, workers=args.workers)
     if args.sheet is not None:
         save_sheet(class_sheet(args.shards, config, split=args.split), args.sheet)
-    print(stats.to_json() if args.json else stats.report())
+    if args.json:
+        print(stats.to_json())
+    else:
+        say(stats.report())
     return 0

@@ -30,6 +30,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write, atomic_writer, json_lines
 from fastvit_engine.observe.progress import WorkProgress
 from fastvit_engine.observe.units import counted
+from fastvit_engine.shown import public_url, recorded, say
 from fastvit_engine.text import read_lines
 
 DEFAULT_EVAL_FRACTION = 0.1
@@ -77,7 +78,7 @@ def make_dataset(
     workers: int | None = None,
     part: tuple[int, int] = (1, 1),
     plan_only: bool = False,
-    progress: Callable[[str], None] = print,
+    progress: Callable[[str], None] = say,
 ) -> MadeDataset:
     """Writes the images of `source` (see `sources`) to train and eval shards in `out`.
 
@@ -209,7 +210,7 @@ def _check_same(out: Path, made: DatasetInfo, arguments: dict[str, Any]) -> None
 
 def _check_equal(out: Path, tense: str, before: dict[str, Any], arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
-        if name in before and before[name] != value:
+        if name in before and recorded(before[name]) != recorded(value):
             raise UserError(
                 f"{out} {tense} made {_option(name, before[name])}, not {_option(name, value)}: remove the folder "
                 "or choose another --out"
@@ -469,7 +470,7 @@ def _json_member(given: bytes | None, labels: list[int]) -> bytes:
 
 def _key(index: int, name: str) -> str:
     """Returns a key without dots that fits into a tar header; the number alone makes it unique."""
-    stem = name.rstrip("/").rpartition("/")[2]
+    stem = public_url(name).rstrip("/").rpartition("/")[2]
     stem = stem.rpartition(".")[0] or stem
     return f"{index:08d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:60]}"
 
@@ -511,19 +512,23 @@ def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callab
     info = DatasetInfo(
         classes=packing.listing.classes,
         eval_fraction=packing.eval_fraction,
-        options={name: value for name, value in packing.arguments.items() if name not in (*named, "eval_fraction")},
+        options={
+            name: recorded(value) for name, value in packing.arguments.items() if name not in (*named, "eval_fraction")
+        },
         duplicates=packing.duplicates,
         failed=len(failed),
         left_out=not_listed | {f"image that failed ({fault})": count for fault, count in sorted(faults.items())},
         train=split_info("train"),
         eval=split_info("eval"),
-        **{name: packing.arguments[name] for name in named},
+        **{name: recorded(packing.arguments[name]) for name in named},
     )
     if not info.train.samples:
         example = " ".join(failed[0])
         raise UserError(f"no image for training is left of {packing.arguments['source']}, {example}: repair the source")
     if failed:
-        atomic_write(out / FAILED_NAME, json_lines({"image": where, "reason": reason} for where, reason in failed))
+        atomic_write(
+            out / FAILED_NAME, json_lines(recorded({"image": where, "reason": reason}) for where, reason in failed)
+        )
     write_index([str(out / name) for name in [*info.train.shards, *info.eval.shards]], out / INDEX_NAME)
     atomic_write(out / INFO_NAME, info.model_dump_json(indent=2) + "\n")
     shutil.rmtree(out / UNFINISHED_NAME, ignore_errors=True)

@@ -38,6 +38,7 @@ from fastvit_engine.data.shards.scan import NotSeekable, ShardRecord, WrongLabel
 from fastvit_engine.data.shards.tar import BLOCK, TarError
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
+from fastvit_engine.shown import public_url
 
 INDEX_NAME = "shards.index"
 INDEX_SUFFIX = ".index"
@@ -228,6 +229,12 @@ def _read_index(path: Path) -> Index:
         column = np.frombuffer(body, _COLUMNS[name], count, at)
         columns[name] = column if name in ("stamps", "fingerprints") else column.astype(np.int64)
         at += column.nbytes
+    for shard in names["shards"]:
+        if shard.startswith("pipe:"):
+            raise UserError(
+                f"index {path} names the command {shard!r}, which runs only if it is given on the command line or in a "
+                f"recipe: make the index again with `fastvit data index SHARDS --out {path}`"
+            )
     label_ends = columns.pop("label_ends")
     folder = os.path.join(path.parent, "")
     counts = columns["counts"]
@@ -259,6 +266,7 @@ def write_index(
     Shards that an index at `path` already describes, by size and time of change or by a remote file's tag, are not read
     again. Raises UserError before anything is written, naming every bad shard with the byte, up to ten of them.
     """
+    _check_different(shards)
     known = _known_records(path, label_key)
     records = _scan_all(shards, known, label_key, processes, progress)
     try:
@@ -269,6 +277,17 @@ def write_index(
         advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another path for it"
         raise UserError(f"index {path} cannot be written ({error.strerror}): {advice}") from error
     return open_index(path)
+
+
+def _check_different(shards: Sequence[str]) -> None:
+    """Raises UserError for shards that an index could not tell from each other."""
+    first: dict[str, str] = {}
+    for shard in shards:
+        if first.setdefault(_whole(shard), shard) != shard and not is_local(shard):
+            raise UserError(
+                f"two shards are {public_url(shard)} without what follows '?' in their URLs, which an index does not "
+                "record: give them different paths, or copy them to a disk"
+            )
 
 
 # ---- many shards at once
@@ -443,17 +462,18 @@ def _map_starts(path: Path) -> NDArray[np.uint32]:
 
 
 def _whole(shard: str) -> str:
-    return os.path.abspath(shard) if is_local(shard) else shard
+    """What an index knows a shard by: its whole path, or its URL without user names, passwords and queries."""
+    return os.path.abspath(shard) if is_local(shard) else public_url(shard)
 
 
 def _relative(shard: str, folder: Path) -> str:
     """Relative to the index's folder for what lies in it, so that the folder can be moved."""
     if not is_local(shard):
-        return shard
+        return _whole(shard)
     path = Path(_whole(shard))
     inside = path.is_relative_to(_whole(str(folder)))
     return str(path.relative_to(_whole(str(folder)))) if inside else str(path)
 
 
 def _file_name(shard: str) -> str:
-    return shard.rpartition("/")[2]
+    return _whole(shard).rpartition("/")[2]

@@ -88,12 +88,15 @@ def list_shards(
     shards: set[str] = set()
     ask = _Request(split, named, [] if notes is None else notes)
     for given in patterns:
-        for pattern in _read_list(given[1:], named) if given.startswith("@") else [given]:
+        from_list = given.startswith("@")
+        for pattern in _read_list(given[1:], named) if from_list else [given]:
             try:
                 found = _expand(pattern, ask)
             except (OSError, ValueError) as error:  # ValueError: of a name with a zero in it
                 reason = getattr(error, "strerror", None) or one_line(error)
                 raise UserError(f"{named} is {pattern[:500]!r}, which cannot be read ({reason}): correct it") from error
+            if from_list:
+                _check_no_command(found, given[1:], named)
             if not found:
                 raise UserError(f"{named} is {pattern!r}, which {_why_nothing(pattern)}")
             shards.update(found)
@@ -131,6 +134,21 @@ def _read_list(path: str, named: str) -> list[str]:
     return patterns
 
 
+def _check_no_command(shards: list[str], path: str, named: str) -> None:
+    """Raises UserError for a pipe that a list file names: whoever writes data must not choose what is run."""
+    for shard in shards:
+        if shard.startswith("pipe:"):
+            raise UserError(
+                f"{named} is the list {path}, which names the command {shard!r}: a command runs only if it is given "
+                "on the command line or in a recipe; give it there, or name a path or a URL in the list"
+            )
+
+
+def _as_paths(found: Iterable[str]) -> list[str]:
+    """Names of files; one that begins like a command gets "./" in front, so that nothing runs it."""
+    return [name if is_local(name) else os.path.join(".", name) for name in found]
+
+
 def _expand(pattern: str, ask: _Request) -> list[str]:
     if pattern.startswith("file://"):
         pattern = pattern.removeprefix("file://")
@@ -152,7 +170,7 @@ def _expand_part(part: str, ask: _Request) -> list[str]:
     if not is_local(part):
         return _list_remote(part, ask)
     if glob.has_magic(part):
-        return sorted(glob.glob(part))
+        return _as_paths(sorted(glob.glob(part)))
     if Path(part).is_dir():
         return _shards_of_folder(part, ask)
     if not Path(part).is_file():
@@ -208,7 +226,8 @@ def _choose(folder: str, names: Iterable[str], ask: _Request) -> list[str]:
         choice = choose_files(shards, ask.split, folder, ask.named)
         shards = choice.names
         ask.notes.extend([choice.note] if choice.note else [])
-    return [os.path.join(folder, name) for name in shards]
+    paths = [os.path.join(folder, name) for name in shards]
+    return _as_paths(paths) if is_local(folder) else paths
 
 
 def read_info(folder: Path | str) -> DatasetInfo | None:
@@ -348,7 +367,7 @@ def shard_set(argument: str, split: Split | None = None) -> ShardSet:
                 for part in _splits(split)
                 for name in sorted((info.train if part == "train" else info.eval).shards)
             }
-        shards = [str(folder / name) for name in splits]
+        shards = _as_paths(str(folder / name) for name in splits)
     else:
         shards = list_shards([argument], split, named="SHARDS")
         info = info_beside(shards) if shards else None

@@ -113,7 +113,7 @@ class BatchBuilder:
         return self._batch._replace(bad=tuple(self._bad), seconds=StageSeconds(*self._seconds))
 
     def _draw(self, row: int, choose_view: Callable[[int, int], View], data: bytes) -> None:
-        image = open_image(data)
+        image = open_image(data, self._keys.max_pixels)
         view = choose_view(image.height, image.width)
         pixels = image.decode(self._workspace.decoded, view.reduction, fast=view.fast, rows=view.top + view.height)
         self._end_stage(1)

@@ -29,6 +29,7 @@ from fastvit_engine.data.stream.source import EvaluationData, TrainingData
 from fastvit_engine.data.stream.worker_pool import load
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted
+from fastvit_engine.shown import public_url
 from fastvit_engine.storage import ShardStorage
 
 _PADDING = -1  # instead of a position
@@ -196,6 +197,7 @@ class _Samples:
                 yield parse_sample(content, name)
             except TarError as error:
                 # Its key is unknown; this one is the same in every run.
+                name = public_url(name)
                 key = f"{name.rpartition('/')[2]}#{at.row[i]}"
                 reason = f"is damaged: what the index finds at byte {offsets[i]:,} of the shard {error} of it"
                 yield BadSample(key, name, reason)

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
@@ -27,6 +28,7 @@ from fastvit_engine.data.stream.source import TrainingData
 from fastvit_engine.data.stream.streams import StreamData, StreamedShards, plan_streams
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write
+from fastvit_engine.shown import say
 from fastvit_engine.storage import ShardStorage
 
 _LOOKED_AT = 8  # samples whose images are decoded before a run starts
@@ -194,7 +196,7 @@ def _make_index(path: Path, shards: Sequence[str], label_key: str) -> Index:
     everything = {os.path.abspath(shard): shard for shard in [*others, *shards]}
 
     def progress(line: str) -> None:
-        print(f"indexing {path.parent}: {line}", file=sys.stderr, flush=True)
+        say(f"indexing {path.parent}: {line}", file=sys.stderr)
 
     ordered = [everything[name] for name in sorted(everything)]
     return write_index(ordered, path, label_key=label_key, progress=progress).select(shards)
@@ -255,7 +257,7 @@ def _check_some(samples: Iterable[Sample], split: Split, config: Config) -> None
     for sample in samples:
         _check_labels(sample, keys, config)
         try:
-            read_image(sample, keys, decode_image)
+            read_image(sample, keys, partial(decode_image, max_pixels=keys.max_pixels))
             return
         except Unusable as problem:
             unusable.append(f"{name_of(sample)} {problem}")

@@ -14,6 +14,7 @@ from fastvit_engine.observe.events import Event, read_events
 from fastvit_engine.observe.metrics import EvalRow, TrainRow, read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted, format_count, format_duration, format_share
+from fastvit_engine.shown import recorded, without_secrets
 
 # Written by the trainer beside `collect_environment()`: what the report needs, and its types.
 _ENVIRONMENT: dict[str, Any] = {
@@ -160,7 +161,7 @@ def best_evaluation(rows: list[EvalRow]) -> EvalRow:
 
 
 def load_run(path: Path) -> RecordedRun:
-    """Reads a run folder. Raises UserError if it is none, or a file in it is damaged."""
+    """Reads a run folder, without secrets of URLs. Raises UserError if it is none, or a file in it is damaged."""
     folder = RunFolder(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give the folder that fastvit train wrote, such as runs/quickstart")
@@ -171,12 +172,14 @@ def load_run(path: Path) -> RecordedRun:
     train, evaluations = read_metrics(folder.metrics)
     return RecordedRun(
         folder=folder,
-        environment=environment,
+        environment=recorded(environment),
         train=train,
         evaluations=evaluations,
-        events=read_events(folder),
+        events=recorded(read_events(folder)),
         samples=_read_samples(folder.samples) if folder.samples.is_file() else None,
-        config=folder.config.read_text(encoding="utf-8", errors="replace") if folder.config.is_file() else None,
+        config=without_secrets(folder.config.read_text(encoding="utf-8", errors="replace"))
+        if folder.config.is_file()
+        else None,
     )
 
 

@@ -10,6 +10,7 @@ import urllib.request
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -18,6 +19,8 @@ from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.shards.image_files import IMAGE_SUFFIXES
 from fastvit_engine.data.shards.sample import parse_sample
 from fastvit_engine.data.shards.tar import TarError
+from fastvit_engine.shown import public_url
+from fastvit_engine.storage.http import INVALID_URL, authorization
 
 MAX_DOWNLOAD = 256 * 2**20  # bytes
 _OPEN_FILES = 64
@@ -62,7 +65,7 @@ class SourceReader:
         kind, path, _, shown, _ = self._listing.files[self._listing.file[index]]
         name = self._listing.name(index)
         if kind in ("path", "url"):
-            return os.path.join(path, name)
+            return public_url(os.path.join(path, name))
         return f"{name} in {shown or path}"
 
     def close(self) -> None:
@@ -90,8 +93,7 @@ def download(url: str, timeout: float) -> bytes:
     """The content behind an http(s) URL. Raises OSError after four tries, or at once if the server refuses for good."""
     for wait in (*_RETRY_WAITS, None):
         try:
-            request = urllib.request.Request(url, headers={"User-Agent": "fastvit-engine"})
-            with urllib.request.urlopen(request, timeout=timeout) as response:
+            with urllib.request.urlopen(_request(url), timeout=timeout) as response:
                 content: bytes = response.read(MAX_DOWNLOAD + 1)
                 announced = response.headers.get("Content-Length")
             if len(content) > MAX_DOWNLOAD:
@@ -99,6 +101,8 @@ def download(url: str, timeout: float) -> bytes:
             if announced is not None and announced.isdecimal() and len(content) < int(announced):
                 raise http.client.IncompleteRead(content, int(announced) - len(content))
             return content
+        except (http.client.InvalidURL, UnicodeError):  # whose message may quote a password or a signature
+            raise OSError(INVALID_URL) from None
         except urllib.error.HTTPError as error:
             if wait is None or error.code not in _RETRIED_CODES:
                 raise OSError(f"HTTP {error.code} {error.reason}") from error
@@ -110,6 +114,16 @@ def download(url: str, timeout: float) -> bytes:
                 raise OSError(str(error) or type(error).__name__) from error
         time.sleep(wait)
     raise AssertionError("the last try returns or raises")
+
+
+def _request(url: str) -> urllib.request.Request:
+    """The request for a URL, with its user name and password where they belong, and not for other servers."""
+    parts = urlsplit(url)
+    public = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
+    request = urllib.request.Request(public, headers={"User-Agent": "fastvit-engine"})
+    for name, value in authorization(parts).items():
+        request.add_unredirected_header(name, value)
+    return request
 
 
 def _sample(content: bytes) -> Encoded:

@@ -979,6 +979,32 @@ def test_list_of_urls_end_to_end(server, tmp_path, photo, monkeypatch):
         make_dataset(str(tmp_path / "list.csv"), tmp_path / "other", dedup=True, **arguments)
 
 
+def test_secrets_of_urls_are_used_and_appear_nowhere(server, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(reading, "_RETRY_WAITS", (0.0, 0.0, 0.0))
+    url, asked = server
+    given = url.replace("://", "://user:p4ss@")
+    names = [f"{given}/{n}.jpg?sig=s1gn.{n}" for n in range(30)] + [f"{given}/gone.jpg?sig=s1gn.x"]
+    names += [f"{url.replace('://', '://user:p4ss@x:')}/a b.jpg?sig=s1gn"]
+    (tmp_path / "list.csv").write_text("url,label\n" + "".join(f"{name},{n % 2}\n" for n, name in enumerate(names)))
+    arguments = {"eval_fraction": 0.0, "samples_per_shard": 20, "workers": 2}
+    made = make_dataset(str(tmp_path / "list.csv"), tmp_path / "out", max_failed=0.1, **arguments)
+    assert made.info.train.samples == 30 and asked["/7.jpg?sig=s1gn.7"] == 1
+    for name in ("gone", "bad"):
+        with pytest.raises(UserError) as error:
+            make_dataset(str(tmp_path / "list.csv"), tmp_path / name, **arguments)
+        assert "p4ss" not in str(error.value) and "s1gn" not in str(error.value)
+    assert "p4ss" not in "".join(capfd.readouterr())
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or not any(word in path.read_bytes() for word in (b"p4ss", b"s1gn")), path
+
+
+def test_a_password_is_for_the_server_that_the_url_names():
+    request = reading._request("http://me:w%40rd@host/x.jpg?a=b#c")
+    assert request.full_url == "http://host/x.jpg?a=b"
+    assert request.unredirected_hdrs == {"Authorization": "Basic bWU6d0ByZA=="}  # me:w@rd
+    assert request.headers == {"User-agent": "fastvit-engine"}
+
+
 # --- shards made anew
 
 

@@ -337,3 +337,13 @@ def test_what_belongs_to_no_sample_is_kept_by_the_index(tmp_path, write_tar, sam
     assert again.ignored == index.ignored and again.select([str(path)]).ignored == index.ignored
     plain = write_index([str(write_tar(tmp_path / "b.tar", sample_members(range(3))))], tmp_path / "y.index")
     assert b"ignored" not in (tmp_path / "y.index").read_bytes() and plain.ignored[0].total() == 0
+
+
+def test_an_index_names_no_command(tmp_path):
+    """Whoever writes an index must not choose what is run."""
+    columns = {name: [1] for name in index_module._COLUMNS}
+    with open(tmp_path / "x.index", "wb") as file:
+        file.write(bytes(index_module._HEADER.size + 4))
+        index_module.write_columns(file, columns, ["pipe:touch pwned"], "cls")
+    with pytest.raises(UserError, match="x.index names the command 'pipe:touch pwned', which runs only if it is given"):
+        open_index(tmp_path / "x.index")

@@ -166,3 +166,49 @@ def test_a_remote_folder_without_one_gives_the_shards_that_are_named_so(copied):
     assert find_shards(copied, "train") == [f"{copied}/train-000000.tar", f"{copied}/train-000001.tar"]
     assert find_shards(copied, "eval") == [f"{copied}/eval-000000.tar"]
     assert info_beside(find_shards(copied, "eval")) is None
+
+
+# ---- commands
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "pipe:touch pwned",
+        "  pipe:touch pwned; cat {a,b}.tar",
+        "p{ipe:touch pwned,ipe:x.tar}",
+        "{pipe:touch pwned,x.tar}",
+    ],
+)
+def test_a_list_names_no_command(tmp_path, monkeypatch, line):
+    monkeypatch.chdir(tmp_path)
+    Path("x.tar").touch()
+    Path("list.txt").write_text(f"x.tar\n{line}\n")
+    for argument in ("@list.txt", "@./list.txt"):
+        with pytest.raises(UserError) as error:
+            find_shards(argument, "train")
+        assert "list.txt, which names the command 'pipe:touch pwned" in str(error.value)
+    assert not Path("pwned").exists()
+
+
+def test_the_advice_about_a_command_in_a_list_helps(tmp_path):
+    (tmp_path / "list.txt").write_text("pipe:cat x.tar\n")
+    message = "a command runs only if it is given on the command line or in a recipe; give it there, or name a path"
+    with pytest.raises(UserError, match=message):
+        find_shards(f"@{tmp_path}/list.txt", "train")
+    assert find_shards("pipe:cat x.tar", "train") == ["pipe:cat x.tar"]
+
+
+def test_a_file_whose_name_looks_like_a_command_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("pipe:touch pwned;.tar").touch()
+    for pattern in (".", "*.tar", "p*.tar", "./"):
+        assert find_shards(pattern, "train") == ["./pipe:touch pwned;.tar"]
+        assert shard_set(pattern).shards == ["./pipe:touch pwned;.tar"]
+
+
+def test_dataset_json_names_no_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shards = {"samples": 1, "shards": {"pipe:touch pwned": 1}}
+    Path("dataset.json").write_text(json.dumps(INFO | {"train": shards, "eval": shards}))
+    assert find_shards(".", "train") == shard_set(".", "train").shards == ["./pipe:touch pwned"]
