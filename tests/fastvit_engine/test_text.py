@@ -1,7 +1,7 @@
 """Text as editors on any system save it."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvit_engine.text import open_text, read_lines, read_text
@@ -15,6 +15,7 @@ def path(tmp_path_factory):
     return tmp_path_factory.mktemp("text") / "a.txt"
 
 
+@settings(deadline=None)
 @given(text=_TEXT, encoding=st.sampled_from(_ENCODINGS), newline=st.sampled_from(["\n", "\r\n"]))
 def test_text_is_the_same_in_any_encoding(path, text, encoding, newline):
     path.write_bytes(text.replace("\n", newline).encode(encoding))

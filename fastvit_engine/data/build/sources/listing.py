@@ -102,6 +102,7 @@ class ListingBuilder:
         self._current = -1  # index into files
         self._faulty: dict[tuple[int, str], int] = {}  # (file, fault) -> index into files
         self._numbers: dict[Label, int] = {}  # label -> number in order of appearance
+        self._seen: dict[str | Label, int] = {}  # the same, by the label as it was given
         self._class_of: dict[str, str] = {}
         self._file, self._offset, self._size = array("i"), array("q"), array("q")
         self._labels, self._label_start = array("i"), array("q", [0])
@@ -120,32 +121,37 @@ class ListingBuilder:
     def labels_refer_to(self, names: list[str] | None) -> None:
         """Labels that are indices refer to these class names of the source, whatever the order of the final ones."""
         self._class_of = {str(index): name for index, name in enumerate(names or [])}
+        self._seen = {}
 
     def add(
         self, name: str, labels: Iterable[str | Label], offset: int = 0, size: int = 0, *, file: int | None = None
     ) -> None:
         """Adds an image that is in the file added last, or in files[file]."""
-        self._add(name, map(self._label, labels), offset, size, self._current if file is None else file)
+        self._add(name, map(self._number, labels), offset, size, self._current if file is None else file)
         self.usable += 1
 
     def add_faulty(self, name: str, fault: str, *, file: int | None = None) -> None:
         """Adds an image that cannot be used; `fault` says why, after its name: "has no label"."""
         self._add(name, (), 0, 0, self._faulty_file(self._current if file is None else file, fault))
 
-    def _add(self, name: str, labels: Iterable[Label], offset: int, size: int, file: int) -> None:
+    def _add(self, name: str, labels: Iterable[int], offset: int, size: int, file: int) -> None:
         self._file.append(file)
         self._offset.append(offset)
         self._size.append(size)
-        self._labels.extend(self._numbers.setdefault(label, len(self._numbers)) for label in labels)
+        self._labels.extend(labels)
         self._label_start.append(len(self._labels))
         self._names += name.encode("utf-8", "surrogateescape")
         self._name_start.append(len(self._names))
         self._held_out.append(self.held_out)
 
-    def _label(self, label: str | Label) -> Label:
-        text, named = label if isinstance(label, Label) else read_label(label)
-        name = self._class_of.get(text)
-        return Label(text, named or self._named) if name is None else Label(name, named=True)
+    def _number(self, given: str | Label) -> int:
+        number = self._seen.get(given)
+        if number is None:
+            text, named = given if isinstance(given, Label) else read_label(given)
+            name = self._class_of.get(text)
+            label = Label(text, named or self._named) if name is None else Label(name, named=True)
+            number = self._seen[given] = self._numbers.setdefault(label, len(self._numbers))
+        return number
 
     def _faulty_file(self, file: int, fault: str) -> int:
         key = (file, fault)

@@ -6,7 +6,7 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastvit_engine.data.build.sources.label_column import MISSING, MISSING_TEXTS, Label, integer, read_cell, resolve
@@ -24,6 +24,7 @@ def _read(column, classes=None, *, named=False) -> tuple[list[str], list[int | l
 _INTEGER_TYPES = [int, float, str, np.int64, np.int8, np.float32, Decimal, "{}.0".format, " {} ".format, b"%d".__mod__]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 99), st.sampled_from(_INTEGER_TYPES)), min_size=1))
 def test_integers_are_class_indices_in_whatever_type_they_come(cells):
     numbers = [number for number, _ in cells]
@@ -31,6 +32,7 @@ def test_integers_are_class_indices_in_whatever_type_they_come(cells):
     assert indices == numbers and order == "index" and names == [str(n) for n in range(max(numbers) + 1)]
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(min_size=1), min_size=1))
 def test_names_are_sorted_and_each_label_is_the_class_of_its_name(texts):
     texts = [text.strip() for text in texts] + ["a name"]
@@ -39,6 +41,7 @@ def test_names_are_sorted_and_each_label_is_the_class_of_its_name(texts):
     assert names == sorted(set(texts)) and [names[index] for index in indices] == texts and order == "alphabetical"
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(-50, 50000), min_size=1))
 def test_names_that_are_numbers_are_in_numeric_order(numbers):
     names, indices, order = _read([str(n) for n in numbers], named=True)
@@ -102,6 +105,7 @@ def test_the_advice_to_list_them_as_classes_works(column):
     assert _read(column, classes)[:2] == (classes, [0, 1])
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["ant", "bee", 0, 1, 1.0, "1", "0.0"]), min_size=1))
 def test_with_given_classes_a_label_is_a_name_or_an_index(column):
     expected = [["ant", "bee"].index(v) if v in ("ant", "bee") else int(float(v)) for v in column]
@@ -111,6 +115,7 @@ def test_with_given_classes_a_label_is_a_name_or_an_index(column):
 _LABELS = st.lists(st.sampled_from(["ant", "b e", "it's", "ä", 'say "hi"']), max_size=4)
 
 
+@settings(deadline=None)
 @given(_LABELS, st.sampled_from([json.dumps, repr, list, tuple, np.array]))
 def test_lists_in_every_form(labels, form):
     found, several = read_cell(form(labels))
@@ -135,6 +140,7 @@ def test_texts_are_split_only_where_the_source_says_so():
     assert read_cell(" ; ", ";") == ([Label("")], False)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_only_integers_are_integers(text):
     number = integer(text)

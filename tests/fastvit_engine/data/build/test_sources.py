@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastvit_engine.data.build.sources.reading as reading
@@ -167,6 +167,7 @@ def test_folders_that_are_numbers_are_in_numeric_order(listed, context, tmp_path
     assert all(listing.name(n) == f"{listing.labels_of(n)[0] + 1}/a.jpg" for n in range(11))
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["jpg", "PPM", "txt", "", "jpg~", "xml", "avif", "7z", "tar.gz"]), min_size=1))
 def test_every_file_of_a_folder_is_listed_or_counted(suffixes):
     with tempfile.TemporaryDirectory() as folder:
