@@ -25,7 +25,7 @@ from fastvit_engine.data.build.sources.listing import Listing, describe_classes,
 from fastvit_engine.data.build.sources.reading import SourceReader
 from fastvit_engine.data.shards.index import INDEX_NAME, write_index
 from fastvit_engine.data.shards.labels import json_field
-from fastvit_engine.data.shards.names import INFO_NAME, DatasetInfo, Split, SplitInfo, read_info
+from fastvit_engine.data.shards.names import INFO_NAME, UNFINISHED_NAME, DatasetInfo, Split, SplitInfo, read_info
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write, atomic_writer, json_lines
 from fastvit_engine.observe.progress import WorkProgress
@@ -34,7 +34,6 @@ from fastvit_engine.shown import public_url, recorded, say
 from fastvit_engine.text import read_lines
 
 DEFAULT_EVAL_FRACTION = 0.1
-UNFINISHED_NAME = "dataset.unfinished"  # a folder inside the output: packing, receipts, temporary files
 FAILED_NAME = "failed.jsonl"
 _DOWNLOADS = 16  # at once, per worker
 _FEW = 1000  # the fraction of failures is judged over at least this many images

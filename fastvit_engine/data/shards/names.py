@@ -24,6 +24,7 @@ from fastvit_engine.text import read_lines
 
 Split = Literal["train", "eval"]
 INFO_NAME = "dataset.json"
+UNFINISHED_NAME = "dataset.unfinished"  # a folder beside the shards until all of them are made
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _WEB_TIMEOUT = 10.0  # seconds without a byte
 
@@ -223,6 +224,10 @@ def _choose(folder: str, names: Iterable[str], ask: _Request) -> list[str]:
     if info is not None and ask.split is not None:
         shards = sorted((info.train if ask.split == "train" else info.eval).shards)
     elif ask.split is not None and shards:
+        if UNFINISHED_NAME in names:
+            raise UserError(
+                f"{ask.named} is {folder}, whose shards are not all made: run its `fastvit data make` again to the end"
+            )
         choice = choose_files(shards, ask.split, folder, ask.named)
         shards = choice.names
         ask.notes.extend([choice.note] if choice.note else [])

@@ -4,7 +4,8 @@ import filecmp
 import os
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -66,20 +67,22 @@ def _some_samples(index: Index, shard: int, storage: ShardStorage) -> list[bytes
 
 
 def _check_identities(train: Iterable[str], held_out: Iterable[str]) -> None:
-    known = {identity: shard for shard in train for identity in _identities(shard)}
+    real_folder = cache(os.path.realpath)  # many shards are in few folders
+    known = {identity: shard for shard in train for identity in _identities(shard, real_folder)}
     for shard in held_out:
-        for identity in _identities(shard):
+        for identity in _identities(shard, real_folder):
             if identity in known:
                 raise _overlap(known[identity], shard)
 
 
-def _identities(shard: str) -> list[object]:
+def _identities(shard: str, real_folder: Callable[[str], str]) -> list[object]:
     """What is equal if two paths or URLs lead to the same shard."""
     if shard.startswith("pipe:"):
         return [" ".join(shard.split())]
     if not is_local(shard):
         return [_normal_url(shard)]
-    identities: list[object] = [os.path.realpath(shard)]
+    folder, name = os.path.split(shard)
+    identities: list[object] = [os.path.join(real_folder(folder), name)]
     try:
         status = os.stat(shard)
     except OSError:  # reported when it is read

@@ -198,7 +198,7 @@ class _Arrangement:
     def _holds_named_classes(self, folder: str) -> bool:
         """Whether there are classes in a split, and not only a folder around all images, as in val/images/."""
         names = [_name(path).lower() for path in self.inside[folder] if self.total[path]]
-        return bool(names) and not (len(names) == 1 and names[0] in _NAMELESS)
+        return bool(names) and not (len(names) == 1 and names[0] in _NAMELESS | {_name(folder).lower()})
 
     def _only_folders(self, folder: str) -> bool:
         return self._holds_classes(folder) and not self.tree.images[folder]
@@ -209,7 +209,8 @@ class _Arrangement:
             inner = [path for path in self.inside[folder] if self.total[path]]
             if len(inner) != 1 or not self._only_folders(folder) or not self._only_folders(inner[0]):
                 return folder
-            if split_of(inner[0], folder=True) is None and inner[0].rpartition("/")[2] not in ("images", "data"):
+            same = _name(inner[0]) == _name(folder) or _name(inner[0]) in ("images", "data")
+            if not same and split_of(inner[0], folder=self.reading != "split-folders") is None:
                 return folder
             folder = inner[0]
 

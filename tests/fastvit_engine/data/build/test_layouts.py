@@ -198,6 +198,12 @@ TWO_READINGS = [
         (["train_large/cat/1.jpg", "train_large/dog/2.jpg", "val/cat/3.jpg"], []),
     ),
     (
+        "asl_train/asl_train/a/1.jpg asl_train/asl_train/b/2.jpg asl_test/asl_test/3.jpg",
+        "as splits of class folders",
+        (["a/1.jpg", "b/2.jpg"], []),
+        (["asl_train/asl_train/a/1.jpg", "asl_train/asl_train/b/2.jpg", "asl_test/asl_test/3.jpg"], []),
+    ),
+    (
         "images/cat/1.jpg images/dog/2.jpg segmentations/cat/1.jpg",
         "the folders of 'images' as classes",
         (["cat/1.jpg", "dog/2.jpg"], []),

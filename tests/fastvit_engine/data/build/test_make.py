@@ -16,11 +16,11 @@ from PIL import Image
 
 import fastvit_engine.data.build.make as make_module
 from fastvit_engine.data.build.encode import encode_for_shard
-from fastvit_engine.data.build.make import UNFINISHED_NAME, _share_that_allows, make_dataset
+from fastvit_engine.data.build.make import _share_that_allows, make_dataset
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.index import INDEX_NAME, open_index
-from fastvit_engine.data.shards.names import find_shards
+from fastvit_engine.data.shards.names import UNFINISHED_NAME, find_shards
 from fastvit_engine.errors import UserError
 
 CLASSES = {"ant": 20, "bee": 11, "cow": 5}

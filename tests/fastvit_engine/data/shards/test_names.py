@@ -130,6 +130,14 @@ def test_names_of_shards_say_the_split(tmp_path):
     assert _names(shard_set(str(tmp_path), "eval").shards) == ["imagenet1k-validation-00.tar"]
 
 
+def test_a_folder_that_is_being_made_is_no_data_set(tmp_path):
+    (tmp_path / "train-000000.tar").touch()
+    (tmp_path / "dataset.unfinished").mkdir()
+    with pytest.raises(UserError, match="whose shards are not all made: run its `fastvit data make` again to the end"):
+        find_shards(str(tmp_path), "train")
+    assert _names(find_shards(f"{tmp_path}/*.tar", "train")) == ["train-000000.tar"]
+
+
 def test_the_patterns_that_a_refusal_gives_are_taken(tmp_path):
     for name in ("train-0.tar", "train-1.tar", "val-0.tar", "extra-0.tar", "extra-1.tar"):
         (tmp_path / name).touch()
