@@ -60,8 +60,9 @@ def list_cifar(path: Path, context: Context) -> Listing:
     builder.labels_refer_to(classes)
     for name in [*train, *test]:
         batch = _unpickle(files[name](), f"{name} of {path}")
-        pixels, labels = batch.get(b"data"), batch.get(b"labels", batch.get(b"fine_labels"))
-        if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,):
+        array, labels = batch.get(b"data"), batch.get(b"labels", batch.get(b"fine_labels"))
+        pixels = array.pixels if isinstance(array, _Array) else None
+        if pixels is None or pixels.shape[1:] != (3072,):
             raise UserError(f"{name} of {path} holds no uint8 array of 3,072 columns: download it again")
         if not isinstance(labels, list) or len(labels) != len(pixels):
             count = len(labels) if isinstance(labels, list) else 0
@@ -147,11 +148,26 @@ class _ArrayKind:
     """What an array's pickle names as its type; it cannot be called to make an array of any size."""
 
 
-def _empty_array(kind: Any, shape: Any, code: Any) -> np.ndarray:
-    """NumPy's `_reconstruct`: what an array's state is then put into."""
-    if kind is not _ArrayKind or shape != (0,):
-        raise pickle.UnpicklingError("an array is not made as NumPy makes it")
-    return np.empty(0, np.int8)
+class _ElementType:
+    """NumPy's `dtype`, by name alone."""
+
+    def __init__(self, name: str | bytes, *options: bool) -> None:
+        self.name = name.decode() if isinstance(name, bytes) else name
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        """The order of bytes and the like, which single bytes have not."""
+
+
+class _Array:
+    """An array as NumPy pickles it. Its own `__setstate__` crashes on states that are damaged."""
+
+    def __init__(self, kind: Any, shape: Any, code: Any) -> None:
+        self.pixels: np.ndarray | None = None  # None: of another type than uint8
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, element, is_fortran, content = state
+        if isinstance(element, _ElementType) and element.name in ("u1", "uint8"):
+            self.pixels = np.frombuffer(content, np.uint8).reshape(shape, order="F" if is_fortran else "C")
 
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:
@@ -162,10 +178,10 @@ def _latin1(text: str, encoding: str = "latin1") -> bytes:
 
 
 _FOUND = {
-    ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy._core.multiarray", "_reconstruct"): _empty_array,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy._core.multiarray", "_reconstruct"): _Array,
     ("numpy", "ndarray"): _ArrayKind,
-    ("numpy", "dtype"): np.dtype,
+    ("numpy", "dtype"): _ElementType,
     ("_codecs", "encode"): _latin1,
 }
 # What writes dictionaries of lists, numbers, texts and arrays; other opcodes can ask for any memory, or endless time.
