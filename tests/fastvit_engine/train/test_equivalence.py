@@ -136,6 +136,20 @@ def test_a_run_that_loses_a_process_and_gets_it_back_has_the_same_ledger(train, 
     assert {row["samples"] for row in rows(out)} == {32 * step for step in range(1, 13)}
 
 
+@pytest.mark.parametrize(("processes", "batch"), [(3, 32), (2, 32)])
+def test_a_resumed_run_repeats_the_uninterrupted_one_whatever_its_shares(train, tmp_path, processes, batch):
+    """To the bit."""
+    common = ["train.precision=fp32", "schedule.warmup=1 step", "schedule.kind=constant", "model.dropout=0.1", *MIXED]
+    common += ["zero.stage=2", "train.micro_batch_size=4", f"train.global_batch_size={batch}"]
+    whole = train(tmp_path / "whole", *common, "train.duration=8 steps", processes=processes)
+    for steps in (5, 8):
+        length = f"train.duration={steps} steps"
+        train(tmp_path / "run", *common, length, processes=processes, resume="auto")
+    for expected, row in zip(rows(whole), rows(tmp_path / "run"), strict=True):
+        same = ("step", "samples", "loss", "grad_norm", "samples_hash")
+        assert [row[name] for name in same] == [expected[name] for name in same]
+
+
 def test_mixed_and_augmented_images_do_not_depend_on_the_world_size(train, tmp_path):
     settings = ["train.precision=fp32", "train.micro_batch_size=8", "augment.mixup=0.4", "augment.cutmix=1.0"]
     settings += ["augment.randaugment_ops=2", "train.duration=8 steps", "schedule.warmup=1 step"]
