@@ -130,8 +130,11 @@ class RecordedRun:
         environment, total = self.environment, self.environment["total_steps"]
         steps = counted(self.step, "step") if self.finished else f"{self.step:,} of {counted(total, 'step')}"
         processes = counted(environment["world_size"], "process", "processes")
+        images = f"of {environment['global_batch_size']:,} images"
+        if self.events_of("batch_change") and self.train:
+            images = f"with {self.train[-1]['samples']:,} images"
         return (
-            f"{steps} of {environment['global_batch_size']:,} images on {processes} "
+            f"{steps} {images} on {processes} "
             f"({environment['device']}, ZeRO-{environment['zero_stage']}) in {format_duration(self.seconds)}"
         )
 

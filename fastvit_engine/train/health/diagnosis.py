@@ -152,7 +152,7 @@ def _suspects(anomaly: Anomaly, trace: Trace) -> list[str]:
             found += batch.keys
         else:
             finite = losses.isfinite().tolist()
-            found += [key for key, good in zip(batch.keys, finite, strict=True) if not good]
+            found += [key for key, good in zip(batch.keys, finite, strict=True) if key and not good]
     return found
 
 

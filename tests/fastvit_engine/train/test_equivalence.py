@@ -123,6 +123,33 @@ def test_shares_that_differ_train_the_mean_over_the_global_batch(
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
+def test_a_run_that_loses_a_process_and_gets_it_back_has_the_same_ledger(train, curve_of, tmp_path):
+    """32 images on 4 processes, on 3, and on 4 again."""
+    common = ["train.precision=fp32", "schedule.warmup=1 step", "schedule.kind=constant", *MIXED]
+    expected = curve_of(*common, "train.duration=12 steps")
+    out = tmp_path / "run"
+    for steps, processes in ((4, 4), (8, 3), (12, 4)):
+        length = [f"train.duration={steps} steps", "zero.stage=2", "train.micro_batch_size=4"]
+        train(out, *common, *length, processes=processes, resume="auto")
+    assert [row["samples_hash"] for row in rows(out)] == [row["samples_hash"] for row in expected]
+    assert [row["loss"] for row in rows(out)] == pytest.approx([row["loss"] for row in expected], abs=1e-5)
+    assert {row["samples"] for row in rows(out)} == {32 * step for step in range(1, 13)}
+
+
+@pytest.mark.parametrize(("processes", "batch"), [(3, 32), (2, 32)])
+def test_a_resumed_run_repeats_the_uninterrupted_one_whatever_its_shares(train, tmp_path, processes, batch):
+    """To the bit."""
+    common = ["train.precision=fp32", "schedule.warmup=1 step", "schedule.kind=constant", "model.dropout=0.1", *MIXED]
+    common += ["zero.stage=2", "train.micro_batch_size=4", f"train.global_batch_size={batch}"]
+    whole = train(tmp_path / "whole", *common, "train.duration=8 steps", processes=processes)
+    for steps in (5, 8):
+        length = f"train.duration={steps} steps"
+        train(tmp_path / "run", *common, length, processes=processes, resume="auto")
+    for expected, row in zip(rows(whole), rows(tmp_path / "run"), strict=True):
+        same = ("step", "samples", "loss", "grad_norm", "samples_hash")
+        assert [row[name] for name in same] == [expected[name] for name in same]
+
+
 def test_mixed_and_augmented_images_do_not_depend_on_the_world_size(train, tmp_path):
     settings = ["train.precision=fp32", "train.micro_batch_size=8", "augment.mixup=0.4", "augment.cutmix=1.0"]
     settings += ["augment.randaugment_ops=2", "train.duration=8 steps", "schedule.warmup=1 step"]

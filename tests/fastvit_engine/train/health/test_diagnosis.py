@@ -29,10 +29,11 @@ def step(model, watch, inputs, spoil):
         hook.remove()
 
 
-def diagnosed(anomaly, losses, *, spoilt=(), times=1, watched=False, weight=None):
+def diagnosed(anomaly, losses, *, spoilt=(), times=1, watched=False, weight=None, padding=()):
     """The diagnosis, and whether gradients are watched after it.
 
-    `losses`: of each rank's samples. `spoilt`: ranks whose gradient is infinite the first `times` times.
+    `losses`: of each rank's samples, of which those at the places `padding` are none. `spoilt`: ranks whose gradient is
+    infinite the first `times` times.
     """
 
     def of_rank(world):
@@ -48,7 +49,7 @@ def diagnosed(anomaly, losses, *, spoilt=(), times=1, watched=False, weight=None
         if watched:
             watch.start()
         own = torch.tensor(losses[world.rank])
-        keys = [f"{world.rank}-{number}" for number in range(len(own))]
+        keys = ["" if number in padding else f"{world.rank}-{number}" for number in range(len(own))]
         batch = Batch(torch.zeros(len(own), 4), torch.zeros(1), torch.ones(1), keys, np.zeros(1))
         step(model, watch, batch.images, world.rank in spoilt)
 
@@ -69,6 +70,14 @@ def test_the_sample_whose_loss_is_not_finite_is_named():
     diagnosis, _ = diagnosed(Anomaly("loss", "the loss is nan"), [[1.0, 2.0], [1.0, math.nan], [1.0, 1.0]], times=2)
     assert (diagnosis.ranks, diagnosis.keys, diagnosis.repeats) == ([1], ["1-1"], True)
     assert diagnosis.cause.startswith("data or numerics")
+
+
+def test_padding_is_never_at_fault():
+    nan = math.nan
+    broken, _ = diagnosed(Anomaly("loss", "the loss is nan"), [[1.0, 1.0], [nan, nan]], times=2, padding=[1])
+    assert (broken.ranks, broken.keys) == ([1], ["1-0"])
+    unknown, _ = diagnosed(FAULT, [[1.0, 1.0], [1.0, 1.0]], spoilt=[1], padding=[1])
+    assert unknown.keys == ["0-0", "1-0"]
 
 
 @pytest.mark.parametrize("watched", [False, True])
