@@ -58,3 +58,11 @@ def local_text(text: str) -> str:
             "with your store's own tool"
         )
     return re.sub(r"^file:(//)?(?=/)", "", text)
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number

@@ -86,7 +86,7 @@ def _leave(store: dist.Store, rank: int, world: int, deadline: float) -> None:
 
 
 def _open_store(environment: Mapping[str, str], patience: float) -> dist.Store:
-    """The store that the processes will join through; this attempt's part of it."""
+    """The store that the processes will join through, which is new for every attempt to start them."""
     address = environment["MASTER_ADDR"]
     store = JobStore(
         address,
@@ -97,7 +97,8 @@ def _open_store(environment: Mapping[str, str], patience: float) -> dist.Store:
         wait_for_workers=False,
         multi_tenant=not is_loopback(address),  # joining makes the same store again
     )
-    return dist.PrefixStore(f"roll call {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    # Without TORCHELASTIC_RESTART_COUNT: each agent counts the failures of its own processes only.
+    return dist.PrefixStore("roll call", store)
 
 
 def _serves(environment: Mapping[str, str]) -> bool:

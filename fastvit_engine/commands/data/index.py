@@ -3,7 +3,7 @@
 import argparse
 
 from fastvit_engine.commands.data.options import add_settings, load_settings, wrapped
-from fastvit_engine.commands.parser import local_path
+from fastvit_engine.commands.parser import local_path, positive
 from fastvit_engine.shown import say
 
 
@@ -26,7 +26,9 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     )
     index.add_argument("--label-key", metavar="KEY", help="member, or json.FIELD, with the label: short for --set "
                        "data.label_key=KEY (default cls)")  # fmt: skip
-    index.add_argument("--processes", type=int, metavar="N", help="read so many shards at once (default: one per core)")
+    index.add_argument(
+        "--processes", type=positive, metavar="N", help="read so many shards at once (default: one per core)"
+    )
     add_settings(index)
     index.set_defaults(run=_run)
 

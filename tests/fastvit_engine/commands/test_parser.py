@@ -41,3 +41,19 @@ def test_a_local_path_stays_as_it_is(path):
 
 def test_a_file_url_is_its_path():
     assert local_path("file:///data/x") == local_path("file:/data/x") == Path("/data/x")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["data", "verify", "x", "--workers", "0"],
+        ["data", "stats", "x", "--workers", "-1"],
+        ["data", "index", "x", "--out", "y", "--processes", "0"],
+        ["data", "bench", "x", "--workers", "0"],
+    ],
+)
+def test_no_processes_would_look_at_nothing(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(command)
+    assert ended.value.code == 2 and "is less than 1" in capsys.readouterr().err

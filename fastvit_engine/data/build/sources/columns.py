@@ -1,12 +1,15 @@
-"""Which column of a table holds the images, and which the labels."""
+"""Which column of a table holds the images, which the labels, and which the split of each row."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from fastvit_engine.data.build.sources.context import Context
+from fastvit_engine.data.shards.splits import Part, split_of
 from fastvit_engine.errors import UserError
 
 PATH_COLUMNS = ("path", "url", "image", "file", "filename", "file_name", "image_path", "image_url")
 BYTES_COLUMNS = ("image", "img", "jpg", "png", "bytes", "image_bytes")
+SPLIT_COLUMNS = ("split", "subset", "partition")
 LABEL_COLUMNS = ("label", "labels", "class", "classes", "class_name", "cls", "target", "targets", "fine_label")
 
 
@@ -48,3 +51,55 @@ def _only(names: Sequence[str], usual: Sequence[str], wanted: str | None, option
         )
     called = f"of {what}" if wanted is None else f"called '{wanted}'"
     raise NoColumn(f"{where} has no column {called}, only {', '.join(present)}: name it with {option}")
+
+
+def split_column(names: Sequence[str]) -> str | None:
+    """The column that may say the split of each row."""
+    return next((name for name in names if name.strip().lower() in SPLIT_COLUMNS), None)
+
+
+@dataclass(frozen=True)
+class RowSplits:
+    """What a column says of the rows: to train on, to evaluate on, or neither."""
+
+    parts: dict[str, Part]  # by what stands in the column
+
+    @property
+    def held_out(self) -> Part | None:
+        """The part to evaluate on; None if all rows are of one part, and all are taken."""
+        present = set(self.parts.values())
+        return None if len(present) < 2 else "val" if "val" in present else "test"
+
+    def is_held_out(self, value: str) -> bool:
+        return self.held_out is not None and self.parts[value] == self.held_out
+
+    def is_left_out(self, value: str) -> bool:
+        """Whether a row is of the test split although there is a validation split."""
+        return self.held_out is not None and self.parts[value] not in ("train", self.held_out)
+
+
+ROW_LEFT_OUT = "row of the test split (there is a validation split)"
+
+
+def row_splits(column: str, values: Collection[str], where: str) -> RowSplits | None:
+    """The splits that the distinct values of a column name; None if the column is about something else.
+
+    An empty value names none. Raises UserError if a column called "split" has other values, or none means training.
+    """
+    parts = {value: part for value in values if value and (part := split_of(value, folder=True))}
+    other = next((value for value in sorted(values) if value and value not in parts), None)
+    if other is not None or not parts:
+        if column.strip().lower() != "split":
+            return None
+        problem = f"has '{other[:200]}'" if other else "is empty"
+        raise UserError(
+            f"the column '{column}' of {where} {problem}, and splits are called train, val and test: correct it, or "
+            "rename the column if it means something else"
+        )
+    splits = RowSplits(parts)
+    if splits.held_out is not None and "train" not in parts.values():
+        raise UserError(
+            f"the column '{column}' of {where} says val and test, and never train: write the rows to train on, and "
+            "those to evaluate on, into a list each, and name the second one with --eval-source"
+        )
+    return splits

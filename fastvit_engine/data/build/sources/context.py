@@ -112,6 +112,7 @@ class Context:
 
     image_column: str | None = None  # of a table
     label_column: str | None = None
+    split_column: str | None = None  # that the table has
     column_options: set[str] = field(default_factory=set)  # options about columns that a table has heeded
 
     def scratch_file(self, source: Path, suffix: str) -> Path:

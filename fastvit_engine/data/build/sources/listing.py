@@ -239,4 +239,4 @@ def describe_left_out(left_out: dict[str, int]) -> str:
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
-_KIND = re.compile(r"\b(file|folder|image|duplicate|member|shard|link)\b")
+_KIND = re.compile(r"\b(file|folder|image|duplicate|member|shard|link|row)\b")

@@ -6,7 +6,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fastvit_engine.data.build.sources.columns import BYTES_COLUMNS, LABEL_COLUMNS, image_column, label_column
+from fastvit_engine.data.build.sources.columns import (
+    BYTES_COLUMNS,
+    LABEL_COLUMNS,
+    ROW_LEFT_OUT,
+    RowSplits,
+    image_column,
+    label_column,
+    row_splits,
+    split_column,
+)
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.label_column import is_missing, read_cell
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
@@ -33,15 +42,17 @@ def list_parquet(path: Path, context: Context) -> Listing:
     builder = ListingBuilder()
     names: list[str] | None = None
     try:
-        files = [pyarrow.parquet.ParquetFile(folder / name) for name in [*train, *held_out]]
-        context.progress.start("unpacking", sum(file.metadata.num_rows for file in files), "images")
-        for file_name, file in zip([*train, *held_out], files, strict=True):
+        files = {name: pyarrow.parquet.ParquetFile(folder / name) for name in [*train, *held_out]}
+        splits = _row_splits(files, held_out, path, context)
+        context.progress.start("unpacking", sum(file.metadata.num_rows for file in files.values()), "images")
+        for file_name, file in files.items():
             builder.held_out = file_name in held_out
-            names = _unpack(folder / file_name, file, builder, context) or names
+            names = _unpack(folder / file_name, file, builder, splits, context) or names
             file.close()
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({error}): download it again") from error
-    context.describe(f"Parquet, {counted(len(files), 'file')}")
+    column = f" with splits in the column '{context.split_column}'" if splits is not None else ""
+    context.describe(f"Parquet, {counted(len(files), 'file')}{column}")
     if len(builder) and not builder.usable:
         fault = next(file.fault for file in builder.files if file.fault)
         raise UserError(f"every row of {path} {fault}: embed the images in the file, and give each row a label")
@@ -67,7 +78,49 @@ def _files(path: Path, context: Context) -> tuple[Path, list[str], list[str]]:
     return folder, splits.train, splits.val
 
 
-def _unpack(path: Path, file: Any, builder: ListingBuilder, context: Context) -> list[str] | None:
+def _row_splits(files: dict[str, Any], held_out: list[str], path: Path, context: Context) -> RowSplits | None:
+    """What a column says of the rows; None if no column does, or the names of the files do.
+
+    Raises UserError if both do, and disagree.
+    """
+    column = next((found for file in files.values() if (found := split_column(file.schema_arrow.names))), None)
+    if column is None:
+        return None
+    values = {
+        name: {_text(value) for value in file.read(columns=[column])[column].unique().to_pylist()}
+        for name, file in files.items()
+        if column in file.schema_arrow.names
+    }
+    splits = row_splits(column, set().union(*values.values()), str(path))
+    if splits is None:
+        return None
+    for name, own in values.items():
+        wrong = next(
+            (value for value in sorted(own - {""}) if (splits.parts[value] != "train") != (name in held_out)), ""
+        )
+        if held_out and wrong:
+            raise UserError(
+                f"{path} has rows of the split '{wrong}', by the column '{column}', in the file {name}: move them to a "
+                "file that is named so, or remove the column"
+            )
+    if held_out:
+        return None
+    if len(values) < len(files):
+        name = next(name for name in files if name not in values)
+        raise UserError(
+            f"{name} in {path} has no column '{column}', which other files have: add it, or remove it there"
+        )
+    context.split_column = column
+    return splits
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _unpack(
+    path: Path, file: Any, builder: ListingBuilder, splits: RowSplits | None, context: Context
+) -> list[str] | None:
     """Adds the images of one file; returns the class names that its schema has."""
     features = _features(file.schema_arrow)
     image_column, label_column = _columns(path, file.schema_arrow, features, context)
@@ -77,10 +130,19 @@ def _unpack(path: Path, file: Any, builder: ListingBuilder, context: Context) ->
     builder.add_file("bytes", raw, shown=path)
     offset = row = 0
     with context.writing(raw) as target:
-        for batch in file.iter_batches(_ROWS, columns=[image_column, label_column], use_threads=False):
-            for image, label in zip(
-                *(batch.column(name).to_pylist() for name in (image_column, label_column)), strict=True
+        part_column = label_column if splits is None else context.split_column
+        columns = list(dict.fromkeys([image_column, label_column, part_column]))
+        for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
+            for image, label, part in zip(
+                *(batch.column(name).to_pylist() for name in (image_column, label_column, part_column)), strict=True
             ):
+                split = _text(part) if splits is not None else ""
+                if splits is not None and split:
+                    if splits.is_left_out(split):
+                        builder.left_out[ROW_LEFT_OUT] += 1
+                        row += 1
+                        continue
+                    builder.held_out = splits.is_held_out(split)
                 content: Any = image.get("bytes") if isinstance(image, dict) else image
                 name = image.get("path") if isinstance(image, dict) else None
                 fault = "" if isinstance(content, bytes) else f"has no image bytes in '{image_column}'"
@@ -90,6 +152,8 @@ def _unpack(path: Path, file: Any, builder: ListingBuilder, context: Context) ->
                     fault = fault or str(error)
                 if not fault and any(is_missing(entry, classes or context.classes or ()) for entry in labels):
                     fault = "has no label"
+                if not fault and splits is not None and not split:
+                    fault = "has no split"
                 if fault:
                     builder.add_faulty(f"row {row}", fault)
                 else:

@@ -7,7 +7,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastvit_engine.data.build.sources.columns import LABEL_COLUMNS, PATH_COLUMNS, NoColumn, image_column, label_column
+from fastvit_engine.data.build.sources.columns import (
+    LABEL_COLUMNS,
+    PATH_COLUMNS,
+    ROW_LEFT_OUT,
+    NoColumn,
+    RowSplits,
+    image_column,
+    label_column,
+    row_splits,
+    split_column,
+)
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.label_column import is_missing, read_cell
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
@@ -26,22 +36,31 @@ class Row(NamedTuple):
     image: Any
     label: Any
     fault: str = ""  # why the line cannot be read
+    split: str | None = None  # what the column of splits has; None if there is no such column
 
 
 def list_table(path: Path, context: Context) -> Listing:
     """One line per image: a path (relative to the list) or an http(s) URL, and one or several labels.
 
     CSV and TSV have a header line and are separated by commas, semicolons or tabs; several labels are in one field,
-    separated by ";" or as a list. JSONL has one object per line, several labels as a list. Lines that cannot be used
-    are listed as faulty images. Raises UserError if the columns are not known, or the file is no text.
+    separated by ";" or as a list. JSONL has one object per line, several labels as a list. A column "split" says which
+    rows are held out. Lines that cannot be used are listed as faulty images. Raises UserError if the columns are not
+    known, or the file is no text.
     """
     builder = ListingBuilder()
     builder.add_file("bytes", path)  # whose faulty lines are named by their numbers
     folder = builder.add_file("path", path.parent.resolve())
     url: int | None = None
     context.progress.start("listing", os.path.getsize(path), "bytes")
+    read = _json_rows if path.suffix == ".jsonl" else _csv_rows
     try:
-        for line, image, label, fault in (_json_rows if path.suffix == ".jsonl" else _csv_rows)(path, context):
+        splits = _splits(read(path, context), path, context)
+        for line, image, label, fault, split in read(path, context):
+            if splits is not None and split and not fault:
+                if splits.is_left_out(split):
+                    builder.left_out[ROW_LEFT_OUT] += 1
+                    continue
+                builder.held_out = splits.is_held_out(split)
             try:
                 labels = [] if fault else read_cell(label, separator=";")[0]
             except ValueError as error:
@@ -50,6 +69,8 @@ def list_table(path: Path, context: Context) -> Listing:
                 fault = "has no path or URL of an image"
             if not fault and any(is_missing(label, context.classes or ()) for label in labels):
                 fault = "has no label"
+            if not fault and splits is not None and not split:
+                fault = "has no split"
             if fault:
                 builder.add_faulty(f"line {line}", fault, file=0)
                 continue
@@ -65,19 +86,37 @@ def list_table(path: Path, context: Context) -> Listing:
     return builder.finish(context.classes, str(path))
 
 
+def _splits(rows: Iterator[Row], path: Path, context: Context) -> RowSplits | None:
+    """What the column of splits says; None if there is none."""
+    values: set[str] = set()
+    for row in rows:
+        if not row.fault:
+            if row.split is None:
+                return None
+            values.add(row.split)
+    column = context.split_column
+    splits = row_splits(column, values, str(path)) if column is not None else None
+    if splits is not None:
+        context.describe(f"a list with splits in its column '{column}'")
+    return splits
+
+
 def _csv_rows(path: Path, context: Context) -> Iterator[Row]:
     delimiter = _delimiter(path, context)
     with open_text(path, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter)
         names = _header(reader, path)
         image, label = (names.index(name) for name in _columns(names, path, context))
+        context.split_column = split_column(names)
+        split = None if context.split_column is None else names.index(context.split_column)
         for fields in reader:
             if any(fields[len(names) :]):
                 fault = f"has {len(fields)} fields, but the header has {len(names)}"
                 yield Row(reader.line_num, None, None, fault)
             elif fields:
                 fields += [""] * (len(names) - len(fields))
-                yield Row(reader.line_num, fields[image], fields[label])
+                part = None if split is None else fields[split].strip()
+                yield Row(reader.line_num, fields[image], fields[label], split=part)
 
 
 def _delimiter(path: Path, context: Context) -> str:
@@ -123,5 +162,12 @@ def _json_rows(path: Path, context: Context) -> Iterator[Row]:
             if not isinstance(row, dict):
                 yield Row(number, None, None, "is not a JSON object")
                 continue
-            columns = columns or _columns(list(row), path, context)
-            yield Row(number, row.get(columns[0]), row.get(columns[1]))
+            if columns is None:
+                columns = _columns(list(row), path, context)
+                context.split_column = split_column(list(row))
+            split = None if context.split_column is None else _text(row.get(context.split_column))
+            yield Row(number, row.get(columns[0]), row.get(columns[1]), split=split)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()

@@ -654,6 +654,72 @@ def test_parquet_that_cannot_serve(listed, tmp_path, photo, monkeypatch):
 # --- lists
 
 
+SPLIT_ROWS = [
+    ("0.jpg", "fox", "train"),
+    ("1.jpg", "ant", "Test"),
+    ("2.jpg", "ant", "validation"),
+    ("3.jpg", "ant", "train"),
+]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_a_column_of_splits_is_heeded(tmp_path, context, photo, form):
+    path = _table_of(tmp_path, form, SPLIT_ROWS, photo)
+    listing = list_source(str(path), None, context)
+    assert [(listing.classes[listing.labels_of(n)[0]], bool(listing.held_out[n])) for n in range(len(listing))] == [
+        ("fox", False),
+        ("ant", True),
+        ("ant", False),
+    ]
+    assert listing.left_out == {"row of the test split (there is a validation split)": 1}
+    assert "split" in context.descriptions[0]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (["train", "5", "val", "train"], "the column 'split' of .* has '5', and splits are called train, val and test"),
+        (["val", "test", "val", "test"], "says val and test, and never train: write the rows to train on"),
+        (["", "", "", ""], "the column 'split' of .* is empty"),
+    ],
+)
+def test_a_column_of_splits_that_cannot_be_read_is_refused(tmp_path, context, photo, form, parts, message):
+    rows = [(name, label, part) for (name, label, _), part in zip(SPLIT_ROWS, parts, strict=True)]
+    with pytest.raises(UserError, match=message):
+        list_source(str(_table_of(tmp_path, form, rows, photo)), None, context)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_rows_of_one_split_are_all_taken_and_one_without_is_faulty(tmp_path, context, photo, form):
+    rows = [(name, label, "" if name == "2.jpg" else "test") for name, label, _ in SPLIT_ROWS]
+    listing = list_source(str(_table_of(tmp_path, form, rows, photo)), None, context)
+    assert len(listing) == 4 and not listing.held_out.any()
+    assert [listing.files[listing.file[n]].fault for n in range(4)] == ["", "", "has no split", ""]
+
+
+def test_the_names_of_parquet_files_and_a_column_of_splits_must_agree(tmp_path, context, photo):
+    for name, part in (("train.parquet", "train"), ("val.parquet", "train")):
+        rows = [{"image": photo(n), "label": n % 2, "split": part} for n in range(2)]
+        _parquet(tmp_path / "in" / name, rows, None)
+    with pytest.raises(UserError, match=r"rows of the split 'train', by the column 'split', in the file val\.parquet"):
+        list_source(str(tmp_path / "in"), None, context)
+
+
+def _table_of(folder: Path, form: str, rows: list[tuple[str, str, str]], photo) -> Path:
+    path = folder / f"list.{form}"
+    if form == "parquet":
+        _parquet(path, [{"image": photo(n), "label": row[1], "split": row[2]} for n, row in enumerate(rows)], None)
+        return path
+    for number, (name, _, _) in enumerate(rows):
+        (folder / name).write_bytes(photo(number))
+    if form == "jsonl":
+        path.write_text("\n".join(json.dumps(dict(zip(("path", "label", "split"), row, strict=True))) for row in rows))
+    else:
+        path.write_text("\n".join(",".join(row) for row in [("path", "label", "split"), *rows]) + "\n")
+    return path
+
+
 def test_csv_and_jsonl(listed, tmp_path, photo):
     for number in range(3):
         (tmp_path / "images").mkdir(exist_ok=True)
