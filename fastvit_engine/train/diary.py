@@ -15,7 +15,7 @@ from fastvit_engine.config.keys import MOVED
 from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.storage.errors import public_url
+from fastvit_engine.shown import recorded, say
 
 _NAME = re.compile(r"config-(\d{4,})\.yaml")
 _NOT_SET = "not set"  # instead of a value: the key did not exist then, or does not now
@@ -60,10 +60,10 @@ def changes(before: Mapping[str, Any], config: Config) -> list[Change]:
     then = {MOVED.get(key, key): value for key, value in _flat(before).items()}
     found = []
     for key in dict.fromkeys([*now, *then]):
-        old = then.get(key, defaults.get(key, _NOT_SET))
-        new = now.get(key, _NOT_SET)
+        old = _public(then.get(key, defaults.get(key, _NOT_SET)))
+        new = _public(now.get(key, _NOT_SET))
         if old != new:
-            found.append(Change(key, _public(old), _public(new)))
+            found.append(Change(key, old, new))
     return found
 
 
@@ -75,12 +75,12 @@ def _record_changes(run: RunFolder, last: str, resolved: Resolved, step: int) ->
         before = None
     if not isinstance(before, Mapping):
         message = f"the last start's configuration in {run.path} cannot be read: what has changed since is not known"
-        print(f"warning: {message}", flush=True)
+        say(f"warning: {message}")
         record_event(run, "configuration", message, step=step, changes=[])
         return
     if found := changes(before, resolved.config):
         message = f"changed from step {step} on: {'; '.join(change.describe() for change in found)}"
-        print(message, flush=True)
+        say(message)
         facts = [{"key": change.key, "from": change.before, "to": change.now} for change in found]
         record_event(run, "configuration", message, step=step, changes=facts)
 
@@ -114,17 +114,9 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _public(value: Any) -> Any:
-    """The value without the passwords that a URL in it may hold."""
-    if isinstance(value, str):
-        try:
-            return public_url(value)
-        except ValueError:  # no host can be told from the rest
-            return "a malformed URL"
-    if isinstance(value, Mapping):
-        return {str(key): _public(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_public(inner) for inner in value]
-    return value if isinstance(value, bool | int | float | None) else str(value)
+    """The value as a configuration that is written down has it: without secrets, and of JSON's types."""
+    public = recorded(value)
+    return public if isinstance(public, bool | int | float | str | list | None) else str(public)
 
 
 def _shown(value: Any) -> str:

@@ -104,7 +104,7 @@ def test_keys_of_deepspeed_come_and_go_one_by_one(run):
 def test_a_malformed_url_does_not_stop_the_run(run):
     start(run, 0)
     start(run, 1, "data.train=https://me:secret@[host/x.tar")
-    assert read_events(run)[0]["changes"][0]["to"] == "a malformed URL"
+    assert read_events(run)[0]["changes"][0]["to"] == "https://[host/x.tar"
 
 
 def test_passwords_are_not_recorded(run, capsys):
@@ -133,3 +133,10 @@ def test_exactly_the_keys_that_differ_are_found(before, now):
     assert {change.key: (change.before, change.now) for change in found if "://" not in str(change)} == {
         key: values for key, values in expected.items() if "://" not in str(values)
     }
+
+
+def test_another_signature_of_the_same_url_is_no_change(run, capsys):
+    start(run, 0, "data.train=https://host/x.tar?sig=one", "checkpoint.path=s3://me:pw@bucket/run")
+    capsys.readouterr()
+    start(run, 1, "data.train=https://host/x.tar?sig=two", "checkpoint.path=s3://me:pw@bucket/run")
+    assert capsys.readouterr().out == "" and not run.events.exists()
