@@ -16,7 +16,7 @@ from fastvit_engine.data.shards.braces import expand_braces
 from fastvit_engine.data.shards.image_files import has_image_suffix
 from fastvit_engine.data.shards.splits import Splits, choose_files, split_of
 from fastvit_engine.errors import UserError
-from fastvit_engine.storage.errors import public_url
+from fastvit_engine.shown import public_url
 from fastvit_engine.storage.http import HttpSource
 from fastvit_engine.storage.object_store import one_line, require_package
 from fastvit_engine.storage.source import AttemptFailed, Refused

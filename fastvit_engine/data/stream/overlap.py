@@ -15,8 +15,8 @@ from fastvit_engine.data.shards.index import Index
 from fastvit_engine.data.shards.names import SHARD_SUFFIXES, is_local
 from fastvit_engine.data.stream.indexed import open_storage
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import public_url
 from fastvit_engine.storage import ShardStorage
-from fastvit_engine.storage.errors import public_url
 
 _SCHEMES = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "http": "https"}  # other names of the same store
 _COMPARED = 8  # samples of two shards that seem to be the same
