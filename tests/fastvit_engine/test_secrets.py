@@ -25,7 +25,14 @@ def server(digits: Path) -> Iterator[FaultServer]:
 
 
 def train_arguments(url: str, index: Path, out: Path, *settings: str, resume: str = "never") -> list[str]:
-    everything = [f"data.train={url}", f"data.eval={url}", f"data.index={index}", *TINY_RUN[:-3], *settings]
+    everything = [
+        f"data.train={url}",
+        f"data.eval={url}",
+        "data.allow_overlap=true",
+        f"data.index={index}",
+        *TINY_RUN[:-3],
+        *settings,
+    ]
     return [
         *("train", "quickstart", "--out", str(out), "--resume", resume),
         *(word for setting in everything for word in ("--set", setting)),
@@ -110,7 +117,9 @@ def test_without_its_password_a_server_refuses_and_the_advice_helps(guarded, mak
     )
     with pytest.raises(UserError, match=advice):
         prepare_data(make_config(index), world_size=1, index_folder=tmp_path)
-    data = prepare_data(make_config(url, eval=url, index=str(index)), world_size=1, index_folder=tmp_path)
+    data = prepare_data(
+        make_config(url, eval=url, index=str(index), allow_overlap=True), world_size=1, index_folder=tmp_path
+    )
     assert data.samples_per_epoch == 35
 
 
