@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from fastvit_engine.commands.parser import local_path, positive
+
 _ALL = "measure operations, training steps, data loading and the loop's own cost, one after the other"
 
 
@@ -35,7 +37,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     data = _suite(actions, "data", "measure data loading: this engine, WebDataset's usual recipe and timm")
     data.add_argument("shards", nargs="?", metavar="SHARDS", help="your shards (default: images of noise)")
     data.add_argument("--image-size", type=int, metavar="PIXELS", help="of the crops (default 224)")
-    data.add_argument("--workers", type=int, metavar="N", help="processes of each loader (default: one per core)")
+    data.add_argument("--workers", type=positive, metavar="N", help="processes of each loader (default: one per core)")
     data.add_argument("--rounds", type=int, metavar="N", help="number of repetitions (default 9)")
     data.add_argument("--repack", type=int, metavar="PIXELS", help="measure on the images with this short side too "
                       "(default 256)")  # fmt: skip
@@ -60,7 +62,10 @@ def _suite(
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing that compiles for long")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after M minutes a suite")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write to DIR/<machine>/ (default benchmarks/results; --quick: nowhere)"
+        "--out",
+        type=local_path,
+        metavar="DIR",
+        help="write to DIR/<machine>/ (default benchmarks/results; --quick: nowhere)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=_run)

@@ -3,8 +3,10 @@
 import argparse
 
 from fastvit_engine.commands.data.options import add_settings, load_settings, num_classes_of, wrapped
+from fastvit_engine.commands.parser import positive
+from fastvit_engine.shown import say
 
-_ANY_CLASS = 2**31  # labels are not what is measured
+_ANY_CLASS = 10_000_000  # the most that a model may have: labels are not what is measured
 
 
 def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -21,7 +23,9 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument("shards", metavar="SHARDS", help="a folder, a shard, a glob, a brace pattern or a URL")
-    bench.add_argument("--workers", type=int, metavar="N", help="processes of the loader (default: data.num_workers)")
+    bench.add_argument(
+        "--workers", type=positive, metavar="N", help="processes of the loader (default: data.num_workers)"
+    )
     bench.add_argument("--rounds", type=int, metavar="N", help="number of repetitions (default 5)")
     bench.add_argument("--repack", type=int, metavar="PIXELS", help="measure on the images with this short side too")
     bench.add_argument("--quick", action="store_true", help="two short rounds, for a first impression")
@@ -51,7 +55,10 @@ def _run(args: argparse.Namespace) -> int:
         workers=args.workers,
         effort=effort._replace(rounds=args.rounds or effort.rounds),
         repack=args.repack,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        progress=lambda line: say(line, file=sys.stderr),
     )
-    print(to_json(speeds) if args.json else report(speeds))
+    if args.json:
+        print(to_json(speeds))
+    else:
+        say(report(speeds))
     return 0
