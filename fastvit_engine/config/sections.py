@@ -55,6 +55,7 @@ AreaFraction = Annotated[float, Field(gt=0, le=1)]
 PixelMean = Annotated[float, Field(ge=0, le=1)]
 PixelDeviation = Annotated[float, Field(gt=0.002, le=1)]
 EvalTransform = Literal["timm", "big_vision", "fast"]
+BEFORE_EVAL_TRANSFORM: EvalTransform = "fast"  # of runs that are older than data.eval_transform
 
 
 class ModelConfig(_Section):
