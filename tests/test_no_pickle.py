@@ -17,6 +17,7 @@ DANGEROUS = {
     "dill.loads": None,
     "cloudpickle.load": None,
     "cloudpickle.loads": None,
+    "pickle._Unpickler": None,
     "joblib.load": None,
     "marshal.load": None,
     "marshal.loads": None,
@@ -38,7 +39,9 @@ DEFAULTS = {"np.load", "numpy.load"}  # which are safe unless their argument say
 # What is allowed, and why.
 ALLOWED = {
     # CIFAR's files are pickles; its Unpickler finds what arrays are made of and nothing else.
-    ("fastvit_engine/data/build/sources/pixels.py", "pickle.Unpickler"),
+    ("fastvit_engine/data/build/sources/pixels.py", "pickle._Unpickler"),
+    # Its loader is derived from yaml.SafeLoader.
+    ("fastvit_engine/config/recipes.py", "yaml.load"),
 }
 
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from fastvit_engine.commands.parser import local_path, positive
+from fastvit_engine.commands.parser import local_path
 
 _ALL = "measure operations, training steps, data loading and the loop's own cost, one after the other"
 
@@ -37,7 +37,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     data = _suite(actions, "data", "measure data loading: this engine, WebDataset's usual recipe and timm")
     data.add_argument("shards", nargs="?", metavar="SHARDS", help="your shards (default: images of noise)")
     data.add_argument("--image-size", type=int, metavar="PIXELS", help="of the crops (default 224)")
-    data.add_argument("--workers", type=positive, metavar="N", help="processes of each loader (default: one per core)")
+    data.add_argument("--workers", type=int, metavar="N", help="processes of each loader (default: one per core)")
     data.add_argument("--rounds", type=int, metavar="N", help="number of repetitions (default 9)")
     data.add_argument("--repack", type=int, metavar="PIXELS", help="measure on the images with this short side too "
                       "(default 256)")  # fmt: skip

@@ -85,9 +85,9 @@ def test_bad_input_is_said_at_once_and_not_tried_again(jobs, torchrun, training,
 
 
 @matrix
-def test_an_elastic_job_trains_any_batch_on_any_number_of_hosts(training, environment, tmp_path):
+def test_an_elastic_job_trains_any_batch_on_any_number_of_hosts(training, environment, slowly, tmp_path):
     """32 images on 4 hosts, on 3 and again on 4: 8 images each; 11, 11 and 10; 8 each."""
-    out, settings = tmp_path / "run", ["train.global_batch_size=32", "train.duration=60 steps"]
+    out, settings = tmp_path / "run", ["train.global_batch_size=32", "train.duration=60 steps", "train.log_every=1"]
     if reason := missing():
         pytest.skip(reason)
     with Hosts(4) as hosts:

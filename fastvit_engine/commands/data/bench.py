@@ -3,7 +3,6 @@
 import argparse
 
 from fastvit_engine.commands.data.options import add_settings, load_settings, num_classes_of, wrapped
-from fastvit_engine.commands.parser import positive
 from fastvit_engine.shown import say
 
 _ANY_CLASS = 10_000_000  # the most that a model may have: labels are not what is measured
@@ -23,9 +22,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench.add_argument("shards", metavar="SHARDS", help="a folder, a shard, a glob, a brace pattern or a URL")
-    bench.add_argument(
-        "--workers", type=positive, metavar="N", help="processes of the loader (default: data.num_workers)"
-    )
+    bench.add_argument("--workers", type=int, metavar="N", help="processes of the loader (default: data.num_workers)")
     bench.add_argument("--rounds", type=int, metavar="N", help="number of repetitions (default 5)")
     bench.add_argument("--repack", type=int, metavar="PIXELS", help="measure on the images with this short side too")
     bench.add_argument("--quick", action="store_true", help="two short rounds, for a first impression")

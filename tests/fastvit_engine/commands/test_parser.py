@@ -49,7 +49,6 @@ def test_a_file_url_is_its_path():
         ["data", "verify", "x", "--workers", "0"],
         ["data", "stats", "x", "--workers", "-1"],
         ["data", "index", "x", "--out", "y", "--processes", "0"],
-        ["data", "bench", "x", "--workers", "0"],
     ],
 )
 def test_no_processes_would_look_at_nothing(command, tmp_path, monkeypatch, capsys):

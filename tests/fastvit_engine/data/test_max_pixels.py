@@ -27,7 +27,7 @@ def folder(tmp_path, write_tar, photo):
 
 @pytest.mark.parametrize("order", ["indexed", "stream"])
 def test_training_and_evaluation(folder, make_config, order):
-    config = make_config(folder, eval=folder, batch=7, max_pixels=1200, order=order)
+    config = make_config(folder, eval=folder, batch=7, max_pixels=1200, order=order, allow_overlap=True)
     data = prepare_data(config, world_size=1, index_folder=folder)
     options = {"rank": 0, "world_size": 1, "pin_memory": False}
     train = iter(data.train_batches(config, **options, micro_batch_size=7, consumed=0))

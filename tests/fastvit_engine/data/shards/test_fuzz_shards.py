@@ -84,7 +84,7 @@ def test_tars(tmp_path: Path, content: bytes, valid: bool) -> None:
     if index is not None:
         assert samples is not None and len(samples) == index.samples
     verdict = read_or_refuse(
-        lambda: verify_shard(str(path), SampleKeys("jpg", ("jpg",), "cls", "cls", [], 1), 9, Counter())
+        lambda: verify_shard(str(path), SampleKeys("jpg", ("jpg",), "cls", "cls", [], 1, 10**6), 9, Counter())
     )
     assert verdict is not None and (samples is not None) != ("damaged shard" in verdict.findings)
     read_or_refuse(lambda: list(files_of(path)))
