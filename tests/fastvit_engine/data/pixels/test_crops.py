@@ -57,6 +57,12 @@ def test_inception_crop_areas_are_uniform_and_places_vary():
         assert abs(places.mean() - 0.5) < 0.03 and places.min() < 0.01 and places.max() == 1
 
 
+def test_inception_crop_ratios_are_log_uniform():
+    crops = np.array([inception_crop(1000, 1000, (0.05, 0.1), (1 / 4, 4.0), draws) for draws in _draws(4000)])
+    places = (np.log(crops[:, 3] / crops[:, 2]) / np.log(4) + 1) / 2  # of the ratio in its range
+    assert np.abs(np.quantile(places, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.03
+
+
 def test_inception_crop_that_never_fits_is_centred():
     draws = [0.5] * 40
     assert inception_crop(10, 1000, (1.0, 1.0), (3 / 4, 4 / 3), draws) == (0, 493, 10, 13)
