@@ -190,7 +190,7 @@ def test_a_resumed_run_keeps_its_evaluation_unless_another_is_set(stopped, shard
     assert (again.eval_transform, again.state.pixels["eval_transform"]) == (kept, kept)
     notice = f"evaluation stays {kept}, as so far, for figures that can be compared: to change it, set data.eval_transf"
     assert (notice in again.message) == (kept != "timm")
-    resolved = load_config("quickstart", {"data.train": shards[0], "zero.stage": 1})
+    resolved = load_config("photos", {"data.train": shards[0], "zero.stage": 1, "train.precision": "fp32"})
     settled, chosen = again.settle(resolved, choose(resolved.config, Machine(1, 1, 10**11, on_gpu=False)))
     assert settled.config.data.eval_transform == chosen.config.data.eval_transform == kept
     assert settled.origins["data.eval_transform"] == ("default" if kept == "timm" else "checkpoint")
