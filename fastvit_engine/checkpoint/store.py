@@ -51,6 +51,21 @@ class CheckpointStore(Protocol):
     def remove(self, name: str) -> None:
         """Removes a complete checkpoint; killed in the middle, it leaves the whole or nothing of that name."""
 
+    def owners(self) -> list[str]:
+        """The names of the owner records that lie here, in any order. See `owner.py`."""
+
+    def read_owner(self, name: str) -> tuple[bytes, float | None]:
+        """An owner record, and the time of its last heartbeat if the content does not tell it."""
+
+    def create_owner(self, name: str, content: bytes) -> bool:
+        """Creates an owner record; False if it exists. Of several writers at once, one succeeds."""
+
+    def refresh_owner(self, name: str, content: bytes) -> None:
+        """A heartbeat. Raises FileNotFoundError if the record is gone, which is not created again."""
+
+    def remove_owner(self, name: str) -> None:
+        """Removes an owner record, if it exists."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -104,3 +119,7 @@ def step_of(name: str) -> int:
 
 def is_step_name(name: str) -> bool:
     return name.startswith("step-") and name.removeprefix("step-").isdigit()
+
+
+def is_owner_name(name: str) -> bool:
+    return name.startswith("owner-") and name.endswith(".json") and name[6:-5].isdigit()

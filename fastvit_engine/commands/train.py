@@ -1,6 +1,8 @@
 """`fastvit train`: pretrains the model of a recipe, in new processes or as one rank of a job already started."""
 
 import argparse
+import os
+import uuid
 from pathlib import Path
 
 from fastvit_engine.commands.recipe import add_recipe
@@ -53,6 +55,7 @@ def _run(args: argparse.Namespace) -> int:
     resolved = load_config(args.recipe, args.set)  # before PyTorch is loaded: a typing error is told at once
 
     from fastvit_engine.checkpoint.export import export_run
+    from fastvit_engine.checkpoint.owner import RUN_ID, own
     from fastvit_engine.data.stream.worker_pool import lost_worker
     from fastvit_engine.distributed import launch
     from fastvit_engine.distributed.environment import launched_by_cluster
@@ -81,13 +84,15 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--max-restarts is {args.max_restarts}: at least 0")
     processes, run = launch.processes_here(args.cpu_processes), RunFolder(out)
     chosen = choose(resolved.config, machine_here(processes))
-    start = preflight(chosen.config, run, processes, resume=resume)
-    if start.step == start.total_steps:
-        report_damage(run, start.damaged, start.checkpoint)
-        if start.checkpoint:
-            export_run(start.checkpoint, run)  # it may have been killed just before this
-        print(start.message)
-        return 0
-    overrides = [word for override in args.set for word in ("--set", override)]
-    command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *overrides]
-    return launch.run_with_restarts(command, processes, run, args.max_restarts)
+    environment = {**os.environ, RUN_ID: uuid.uuid4().hex}  # of the ranks, which belong to this process
+    with own(chosen.config.checkpoint, run, environment) as owned:
+        start = preflight(chosen.config, run, processes, resume=resume)
+        if start.step == start.total_steps:
+            report_damage(run, start.damaged, start.checkpoint)
+            if start.checkpoint:
+                export_run(start.checkpoint, run)  # it may have been killed just before this
+            print(start.message)
+            return 0
+        overrides = [word for override in args.set for word in ("--set", override)]
+        command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *overrides]
+        return launch.run_with_restarts(command, processes, run, args.max_restarts, environment, owned.check)
