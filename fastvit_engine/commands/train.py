@@ -16,8 +16,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         description="Pretrains the model of a recipe: on every GPU of this machine, on CPU processes if it has\n"
         "none, or as one rank of the job that torchrun, srun or deepspeed started.",
         epilog="example:\n  fastvit train vit_b16_i21k --set data.train=data/i21k --out runs/b16 --resume auto\n\n"
-        "signals: SIGTERM, SIGUSR1 or Ctrl-C finishes the step, saves and exits with code 76; a second one ends the\n"
-        "run at once. SIGQUIT writes stack traces into the run folder, as `fastvit stacks` does.",
+        "signals: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C finishes the step, saves and exits with code 76; a second one\n"
+        "ends the run at once. SIGQUIT writes stack traces into the run folder, as `fastvit stacks` does.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(parser)

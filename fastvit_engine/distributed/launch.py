@@ -28,7 +28,7 @@ def run_with_restarts(
     It restarts after a failure that a restart may cure, at most `max_restarts` times without a new checkpoint between.
     `environment` is that of each rank; `check_owner` raises UserError if the run must not be started again.
 
-    SIGTERM, SIGUSR1, SIGINT and SIGQUIT are passed on to the ranks. Returns the exit code for the command.
+    SIGTERM, SIGUSR1, SIGHUP, SIGINT and SIGQUIT are passed on to the ranks. Returns the exit code for the command.
     """
     # From the latest checkpoint of this run, or from the start if it has none yet. The last --resume counts.
     command, resuming = list(arguments), [*arguments, "--resume", "auto"]
