@@ -29,9 +29,10 @@ import torch
 from benchmarks.step_overhead import describe_machine, resident_batches
 from fastvit_engine.checkpoint import Checkpointer, TrainerState, store_of
 from fastvit_engine.config import Resolved, load_config
+from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.distributed.supervise import start_ranks
 from fastvit_engine.distributed.world import World, join_world
-from fastvit_engine.engine.build import build_engine, split_batch
+from fastvit_engine.engine.build import build_engine
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_vit, parameter_count
 from fastvit_engine.observe.run_folder import RunFolder

@@ -39,11 +39,12 @@ from torch import Tensor, nn
 from fastvit_engine.checkpoint import TrainerState
 from fastvit_engine.config import Config, DataConfig, Resolved, load_config
 from fastvit_engine.data import Batch, TrainingData
+from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world
-from fastvit_engine.engine.build import build_engine, split_batch
+from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.optimizers import parameter_groups
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_vit, parameter_count
@@ -309,7 +310,13 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path, batches: Ite
     run.checkpoints.mkdir(parents=True)
     samples = resolved.config.data.train_samples
     start = Start(
-        state=TrainerState(0, fingerprint={"model": resolved.config.model.model_dump(mode="json")}),
+        state=TrainerState(
+            0,
+            fingerprint={
+                "model": resolved.config.model.model_dump(mode="json"),
+                "global_batch_size": resolved.config.train.global_batch_size,
+            },
+        ),
         total_steps=Schedule(resolved.config, samples).total_steps,
         checkpoint=None,
         message="",

@@ -16,8 +16,9 @@ from benchmarks.registry import Unusable
 from benchmarks.shapes import Shape
 from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
+from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.distributed.world import World
-from fastvit_engine.engine.build import build_engine, split_batch
+from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.optimizers import parameter_groups
 from fastvit_engine.models import VisionTransformer, build_vit
 from fastvit_kernels import FusedCrossEntropy, accelerate, dispatch

@@ -22,6 +22,7 @@ from fastvit_engine.evaluate.classification import evaluate as evaluate_batches
 from fastvit_engine.models import VisionTransformer
 from fastvit_engine.train import loop
 from fastvit_engine.train.health.bad_samples import checked
+from fastvit_engine.trusted_folders import trust_compiled_code
 from fastvit_kernels import FusedCrossEntropy
 
 
@@ -30,6 +31,7 @@ def train(
     out: str | Path,
     *,
     resume: bool = False,
+    allow_batch_change: bool = False,
     data: str | Path | Samples | IterableData | None = None,
 ) -> None:
     """Trains a model into the run folder `out`, in this process: `load_model(out)` then gives the model.
@@ -39,6 +41,8 @@ def train(
 
     config: what `load_config` returns, or a Config, or the name or path of a recipe.
     resume: continue from the latest checkpoint of `out`, if any; without, a folder that holds a run is refused.
+    allow_batch_change: continue although `train.global_batch_size` is not what it was. The order of samples continues,
+    and what has a length in epochs or samples keeps it.
     data: what to train on, in place of `data.train` of the configuration: shards; or an iterable of your own, such as a
     WebDataset pipeline, or a function that makes one. See `fastvit_engine.data.IterableData` for what it must yield,
     and for what a resumed run can promise then.
@@ -63,7 +67,7 @@ def train(
             "yours first, or call train() in a process that has none"
         )
     with nullcontext() if launched_by_cluster() else _lone_rank():
-        loop.train(resolved, Path(out), resume=resume, data=own)
+        loop.train(resolved, Path(out), resume=resume, data=own, allow_batch_change=allow_batch_change)
 
 
 def evaluate(
@@ -82,6 +86,7 @@ def evaluate(
     Samples without a usable image are left out, and a line on stderr says how many. Raises UserError if they are more
     than `data.max_bad_share` allows, or all; and if the data cannot be read, or does not fit the model.
     """
+    trust_compiled_code()
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: give the number of images at a time, 1 or more")
     settings = Config() if config is None else _resolved(config).config

@@ -7,13 +7,15 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from fastvit_engine import __version__
 from fastvit_engine.commands import bench, config, data, export, plan, report, stacks, train
 from fastvit_engine.commands.parser import Parser
 from fastvit_engine.distributed.environment import speaks_for_all
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, Preempted, RestartError, UserError
+from fastvit_engine.shown import say, shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +35,8 @@ def _run(args: argparse.Namespace) -> int:
     try:
         return int(args.run(args))
     except (UserError, RestartError, Preempted) as error:
-        return _fail(str(error), error.exit_code)
+        failed = getattr(args, "failed", None)  # what a command does then
+        return _fail(str(error), error.exit_code, partial(failed, error) if failed else None)
     except BrokenPipeError:  # the reader of our output has left: `fastvit config list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -44,17 +47,23 @@ def _run(args: argparse.Namespace) -> int:
         return _fail(f"the disk{where} is full: make room and run the same command again")
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except ValueError as error:
+        if not str(error).startswith("FASTVIT_KERNELS must be"):  # which fastvit_kernels says when it is imported
+            raise
+        return _fail(f"environment variable {error}")
     except ModuleNotFoundError as error:
         if importlib.util.find_spec((error.name or "").partition(".")[0]) is not None:
             raise  # an installed package without one of its own parts is not the user's fault
         return _fail(f"this command needs the package '{error.name}': pip install 'fastvit-engine[train]'")
 
 
-def _fail(message: str, exit_code: int = EXIT_BAD_INPUT) -> int:
+def _fail(message: str, exit_code: int = EXIT_BAD_INPUT, last: Callable[[], None] | None = None) -> int:
     if speaks_for_all():
         prefix = "" if exit_code == EXIT_PREEMPTED else "error: "
-        print(f"fastvit: {prefix}{message}", file=sys.stderr, flush=True)
+        say(f"fastvit: {prefix}{shown(message)}", file=sys.stderr)
     if "RANK" in os.environ:
+        if last:
+            last()
         os._exit(exit_code)  # peers may be inside a collective, and an orderly exit would wait for them
     return exit_code
 

@@ -9,7 +9,7 @@ What is guaranteed, on a file system that keeps what fsync has written:
 * `append_json_lines`: all lines of a call are appended, or none if it raises. Appenders in other processes and on other
   machines wait for each other if the file system has locks. Half a line, left by a killed writer or a power failure, is
   cut off before the next line is written, so no line ever joins it; that is said once.
-* `read_json_lines`: half a line at the end is left out, every other malformed line is a UserError that names it.
+* `read_json_lines`: half a line at the end is left out; so is every other damaged line, which is said once.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from fastvit_engine.errors import UserError
+from fastvit_engine.shown import say
 
 _LOCK_SECONDS = 5.0  # a process stopped while it holds the lock must not stop all others
-_LONGEST_LINE = 2**26  # bytes of JSON that are worth parsing
+_LONGEST_LINE = 2**24  # bytes of JSON that are worth parsing
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 _BLOCK = 2**16  # bytes
 _ABANDONED_SECONDS = 86400.0  # a temporary file of an unknown machine that has not grown for so long has no writer
@@ -150,7 +150,7 @@ def append_json_lines(path: Path, rows: Iterable[Any], *, durable: bool = True) 
     finally:
         os.close(file)
     if torn:
-        print(f"fastvit: {path} ended in half a line, {torn} bytes, which were removed", file=sys.stderr)
+        say(f"fastvit: {path} ended in half a line, {torn} bytes, which were removed", file=sys.stderr)
 
 
 def json_lines(rows: Iterable[Any]) -> bytes:
@@ -158,30 +158,45 @@ def json_lines(rows: Iterable[Any]) -> bytes:
     return b"".join(json.dumps(row, allow_nan=False).encode() + b"\n" for row in rows)
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(
+    path: Path, problem_of: Callable[[dict[str, Any]], str | None] = lambda row: None
+) -> list[dict[str, Any]]:
     """The JSON objects of the file, one per line. Half a line at its end, left by a killed writer, is left out.
 
-    UserError with file and line if any other line is not a JSON object; OSError if the file cannot be read.
+    So is any other line that is not a JSON object, or in which `problem_of` finds a problem ("is not an event"): stderr
+    names the first of them and says how many there are. OSError if the file cannot be read.
     """
-    *lines, last = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(_parse(line))
-        except ValueError as error:
-            raise damaged_line(path, number, str(error)) from None
-    with contextlib.suppress(ValueError):
-        rows.append(_parse(last))  # an object that lacks only its newline is whole
+    rows, first, damaged = [], "", 0
+    with open(path, "rb") as file:
+        for number, (line, ended) in enumerate(_lines(file), start=1):
+            try:
+                row = _parse(line)
+                if (problem := problem_of(row)) is not None:
+                    raise ValueError(problem)
+                rows.append(row)
+            except ValueError as error:
+                if ended:  # an object that lacks only its newline is whole, and anything else has not been written yet
+                    first = first or f"line {number} {error}"
+                    damaged += 1
+    if damaged:
+        more = f", and {damaged - 1:,} more" * (damaged > 1)
+        print(f"fastvit: {path} {first}{more}: left out", file=sys.stderr)
     return rows
 
 
-def damaged_line(path: Path, number: int, problem: str) -> UserError:
-    """The error for line `number`, counted from 1, of a file of JSON lines: `problem` continues "line 3 ..."."""
-    return UserError(f"{path} line {number} {problem}: the file is damaged, remove that line")
+def _lines(file: BinaryIO) -> Iterator[tuple[bytes, bool]]:
+    """The lines of a file, each with whether a newline ends it; no more than the beginning of one that is too long."""
+    while line := file.readline(_LONGEST_LINE + 1):
+        end = line
+        while len(line) > _LONGEST_LINE and end and not end.endswith(b"\n"):
+            end = file.readline(_BLOCK)
+        yield line.removesuffix(b"\n"), end.endswith(b"\n")
 
 
 def _parse(line: bytes) -> dict[str, Any]:
     """The object in a line; ValueError with what is wrong with it."""
+    if len(line) > _LONGEST_LINE:
+        raise ValueError("is too long")
     try:
         row = json.loads(line.decode())
     except (ValueError, RecursionError):  # ValueError: also text that is not UTF-8, and numbers of too many digits
@@ -198,9 +213,7 @@ def _mend_last_line(file: int) -> int:
     if start == size:
         return 0
     try:
-        if size - start > _LONGEST_LINE:
-            raise ValueError("is too long")
-        _parse(os.pread(file, size - start, start))
+        _parse(os.pread(file, min(size - start, _LONGEST_LINE + 1), start))
     except ValueError:
         os.ftruncate(file, start)
         return size - start

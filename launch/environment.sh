@@ -42,9 +42,7 @@ fastvit_environment() {
 
     # Of several networks, the one that leads to the head node; guesses from the host's name go wrong.
     _fastvit_default GLOO_SOCKET_IFNAME "$INTERFACE" "the interface towards $head"
-    if [[ $nodes != 1 ]]; then
-        _fastvit_default NCCL_SOCKET_IFNAME "=$INTERFACE" "the same for NCCL; '=': this name, not all that begin so"
-    fi
+    _fastvit_default NCCL_SOCKET_IFNAME "=$INTERFACE" "the same for NCCL; '=': this name, not all that begin so"
 
     # A dead peer is an error on all others, and says so.
     _fastvit_default TORCH_NCCL_ASYNC_ERROR_HANDLING 3 "a collective that fails or times out ends its process"

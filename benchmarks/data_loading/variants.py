@@ -31,7 +31,7 @@ from fastvit_engine.data.stream.indexed import IndexedData
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 IMAGE_KEYS = "jpg;jpeg;png;webp"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_ANY_CLASS = 2**31  # labels are not what is measured
+_ANY_CLASS = 10_000_000  # the most that a model may have: labels are not what is measured
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # (images, labels)
 

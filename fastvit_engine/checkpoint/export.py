@@ -2,12 +2,13 @@
 
 import json
 import mmap
+import sys
 import zlib
 from pathlib import Path
 
 import torch
 
-from fastvit_engine.checkpoint import Checkpoint, open_store, usable_checkpoints
+from fastvit_engine.checkpoint import Checkpoint, doubt_about_latest, open_store, usable_checkpoints
 from fastvit_engine.checkpoint.format import Manifest
 from fastvit_engine.checkpoint.reader import CheckpointReader
 from fastvit_engine.checkpoint.run_config import read_section
@@ -16,6 +17,8 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.safetensors_file import model_metadata, safetensors_header
 from fastvit_engine.observe.run_folder import RunFolder
+
+_LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 
 
 def find_checkpoint(source: str) -> Checkpoint:
@@ -29,7 +32,10 @@ def find_checkpoint(source: str) -> Checkpoint:
     run = RunFolder(Path(source))
     if "://" not in source and (settings := read_section(run, "checkpoint")) is not None:
         source = settings.get("path") or str(run.checkpoints)
-    found = usable_checkpoints(open_store(source))
+    store = open_store(source)
+    found = usable_checkpoints(store)
+    if doubt := doubt_about_latest(store):
+        print(f"warning: {doubt}", file=sys.stderr, flush=True)
     if not found:
         raise UserError(
             f"{source} holds no checkpoint: give a run folder, or a checkpoint such as RUN/checkpoints/step-N"
@@ -100,10 +106,11 @@ def _identity(manifest: Manifest) -> dict[str, str]:
 
 
 def _exported_from(path: Path) -> dict[str, str] | None:
-    """The identity that an exported file carries; None if there is no such file."""
+    """The identity that an exported file carries; None if there is no such file, or if it is damaged."""
     try:
         with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size <= _LONGEST_HEADER else {}
         return {key: header["__metadata__"][key] for key in ("step", "checkpoint")}
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None

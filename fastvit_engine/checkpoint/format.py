@@ -4,18 +4,21 @@
 a key of the optimizer such as exp_avg), a parameter, and the position in the flattened parameter where they begin.
 `manifest.json` is written last. It has the state of the run, the shape of every parameter, and where each tensor lies
 in its file, with its CRC-32: one checksum per tensor, so that a process verifies all that it reads and nothing else,
-and an error can name the parameter. CRC-32 comes with Python, runs at 1 to 2 GB/s outside the GIL, and finds
-what happens to files: lost, cut and flipped bytes. There is no pickle.
+and an error can name the parameter. It ends with a CRC-32 of itself. CRC-32 comes with Python, runs at 1 to 2 GB/s
+outside the GIL, and finds what happens to files: lost, cut and flipped bytes. There is no pickle.
 """
 
 import json
+import math
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import BaseModel, Field
 
 from fastvit_engine.checkpoint.trainer_state import TrainerState
 from fastvit_engine.errors import UserError
@@ -24,6 +27,12 @@ from fastvit_engine.models.weights.safetensors_file import DTYPES, safetensors_h
 MANIFEST = "manifest.json"
 FORMAT = 1
 _CHUNK = 2**23  # bytes written and summed at a time
+_CHECKSUM = re.compile(rb', "crc32": ([0-9]{1,10})\}\Z')  # what a manifest ends with
+_UNCHECKED = {"format", "step", "state", "scalars", "parameters", "files"}  # the keys of one without a checksum
+
+# What a manifest may hold, however damaged: every number that is used to read a file is checked first.
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+_Number = Annotated[float, Field(strict=True)]  # an integer is one, too
 
 
 class DamagedCheckpoint(UserError):
@@ -43,10 +52,10 @@ class StoredTensor:
     """Where a slice of a parameter lies in its file."""
 
     dtype: str
-    start: int  # first element in the flattened parameter
-    length: int  # elements
-    offset: int  # bytes, in the file
-    crc32: int
+    start: _Count  # first element in the flattened parameter
+    length: _Count  # elements
+    offset: _Count  # bytes, in the file
+    crc32: _Count
 
     @property
     def stop(self) -> int:
@@ -61,8 +70,17 @@ class StoredTensor:
 class StoredFile:
     """Bytes of a file, and its tensors as (kind, parameter, where it lies)."""
 
-    size: int
+    size: _Count
     tensors: list[tuple[str, str, StoredTensor]]
+
+
+class _Document(BaseModel):
+    """The form of `manifest.json`; keys that a later version may add are passed over."""
+
+    state: dict[str, Any]  # see TrainerState
+    scalars: dict[str, _Number]
+    parameters: dict[str, list[_Count]]
+    files: dict[str, StoredFile]
 
 
 @dataclass(frozen=True)
@@ -113,26 +131,49 @@ class Manifest:
             "parameters": self.parameters,
             "files": {name: asdict(file) for name, file in self.files.items()},
         }
-        return json.dumps(content).encode()
+        text = json.dumps(content).encode()
+        return text[:-1] + b', "crc32": %d}' % zlib.crc32(text)
 
     @classmethod
     def from_json(cls, text: bytes, where: str) -> "Manifest":
-        """Raises DamagedCheckpoint if it is not what `to_json` wrote, UserError if a later version wrote it."""
+        """Raises DamagedCheckpoint if it is not what `to_json` wrote, UserError if a later version wrote it.
+
+        Manifests of earlier versions have no checksum of themselves.
+        """
         try:
             content = json.loads(text)
-            if (written := content["format"]) != FORMAT:
+            if content.keys() != _UNCHECKED:
+                _verify(text)
+            if type(written := content["format"]) is not int:
+                raise TypeError(f"format {written!r} is not a number")
+            if written != FORMAT:
                 raise UserError(f"{where} has format {written}, and this version reads {FORMAT}: use the one it is of")
-            files = {
-                name: StoredFile(
-                    file["size"],
-                    [(kind, parameter, StoredTensor(**tensor)) for kind, parameter, tensor in file["tensors"]],
-                )
-                for name, file in content["files"].items()
-            }
-            state = TrainerState.from_json(content["state"])
-            return cls(state, content["scalars"], content["parameters"], files)
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            document = _Document.model_validate(content)
+            _check_positions(document)
+            state = TrainerState.from_json(document.state)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise DamagedCheckpoint(f"{where} is not what was written there: the file is damaged") from error
+        return cls(state, document.scalars, document.parameters, document.files)
+
+
+def _verify(text: bytes) -> None:
+    """Raises ValueError unless a manifest ends with the checksum of what precedes it."""
+    end = _CHECKSUM.search(text, max(0, len(text) - 64))
+    if end is None or zlib.crc32(text[: end.start()] + b"}") != int(end[1]):
+        raise ValueError("its checksum does not match")
+
+
+def _check_positions(document: _Document) -> None:
+    """Raises ValueError if a tensor lies outside of its file or its parameter."""
+    sizes = {name: math.prod(shape) for name, shape in document.parameters.items()}
+    for file_name, file in document.files.items():
+        if "/" in file_name or "\0" in file_name:
+            raise ValueError(f"{file_name!r} is not the name of a file")
+        for kind, name, tensor in file.tensors:
+            if tensor.dtype not in DTYPES or tensor.offset + tensor.nbytes > file.size:
+                raise ValueError(f"{name} ({kind}) is not in {file_name}")
+            if kind != "buffer" and tensor.stop > sizes[name]:
+                raise ValueError(f"{name} ({kind}) has no element {tensor.stop}")
 
 
 class TensorFile:

@@ -1,7 +1,8 @@
 """Checkpoints in a folder, which all processes of the run must see.
 
 A checkpoint grows under `step-N.partial`; when all of it is on the disk, one rename gives it its name, and only then
-does `latest` point to it. A kill or a full disk at any moment therefore leaves the one before untouched and usable.
+does `latest` name it. A kill or a full disk at any moment therefore leaves the one before untouched and usable. What
+was renamed is complete, whether or not `latest` could be written.
 """
 
 import errno
@@ -12,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint
-from fastvit_engine.checkpoint.store import is_owner_name, is_step_name, step_of
+from fastvit_engine.checkpoint.store import LONGEST_NAME, is_owner_name, is_step_name, name_in_latest, step_of
 from fastvit_engine.files import atomic_create, atomic_write, flush_to_disk
 
 _SPARE = 2**16  # bytes that a checkpoint leaves free on its disk, for the run's records
@@ -32,8 +33,11 @@ class LocalStore:
         return sorted(filter(is_step_name, complete), key=step_of)
 
     def latest(self) -> str | None:
-        pointer = self.folder / "latest"
-        return pointer.read_text().strip() if pointer.exists() else None
+        try:
+            with open(self.folder / "latest", "rb") as file:
+                return name_in_latest(file.read(LONGEST_NAME))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def read(self, name: str, file: str) -> bytes:
         return (self.folder / name / file).read_bytes()
@@ -71,7 +75,7 @@ class LocalStore:
 
     def publish(self, name: str, manifest: bytes) -> None:
         atomic_write(self._partial(name) / MANIFEST, manifest)
-        if (self.folder / name).exists():  # left by a run whose `latest` was set back by hand
+        if (self.folder / name).exists():  # a damaged one, which the run has gone back behind
             self.remove(name)
         os.replace(self._partial(name), self.folder / name)
         flush_to_disk(self.folder)

@@ -27,11 +27,13 @@ from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import is_alive, this_machine
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.shown import say as say_to_user
 
 RUN_ID = "FASTVIT_RUN_ID"  # of one launch with all its restarts; a launcher gives it to each process
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 5 * HEARTBEAT_SECONDS
 _LONG_STALE_SECONDS = 900.0  # too long for a difference of clocks: not watched first
+_LAST_HEARTBEAT_SECONDS = 30.0  # that one may take that has begun
 _WATCH_SECONDS = 1.0  # between two looks at a record
 
 
@@ -73,8 +75,9 @@ class Ownership:
         self._records = records
         self._own = [record for record in records if record[2].token == token]
         self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="owner", daemon=True)
         if self._own:
-            threading.Thread(target=self._refresh, name="owner", daemon=True).start()
+            self._thread.start()
 
     def check(self) -> None:
         """Raises UserError if this process has lost what it owned; OSError if the disk or the store cannot say."""
@@ -90,6 +93,8 @@ class Ownership:
     def release(self) -> None:
         """Gives up what is this process's own; others may take it at once."""
         self._stop.set()
+        if self._own:
+            self._thread.join(_LAST_HEARTBEAT_SECONDS)  # which could bring back the object that is removed now
         for store, name, _ in self._own:
             with contextlib.suppress(OSError):  # its process has ended soon, which says the same
                 store.remove_owner(name)
@@ -106,7 +111,7 @@ def own(
     settings: CheckpointConfig,
     run: RunFolder,
     environment: Mapping[str, str] = os.environ,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say_to_user,
 ) -> Iterator[Ownership]:
     """Owns the run folder and the place of its checkpoints during the block.
 

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 
 from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint
-from fastvit_engine.checkpoint.store import is_owner_name, is_step_name, step_of
-from fastvit_engine.storage.errors import public_url
+from fastvit_engine.checkpoint.store import is_owner_name, is_step_name, name_in_latest, step_of
+from fastvit_engine.shown import public_url
 from fastvit_engine.storage.object_store import FINAL_ERRNOS, FINAL_ERRORS, one_line, require_package
 
 _CHUNK = 2**23  # bytes of one request
@@ -41,7 +41,7 @@ class RemoteStore:
 
     def latest(self) -> str | None:
         try:
-            return self._try(self.fs.cat_file, self._path("latest")).decode().strip()
+            return name_in_latest(self._try(self.fs.cat_file, self._path("latest")))
         except FileNotFoundError:
             return None
 

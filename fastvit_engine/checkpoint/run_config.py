@@ -4,6 +4,8 @@ from typing import Any
 
 import yaml
 
+from fastvit_engine.config.bounded_yaml import read_yaml
+from fastvit_engine.config.recipes import parse_yaml
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.run_folder import RunFolder
 
@@ -14,12 +16,12 @@ def read_section(run: RunFolder, name: str) -> dict[str, Any] | None:
     Raises UserError if the file is damaged.
     """
     try:
-        values = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+        values = parse_yaml(read_yaml(run.config))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise UserError(f"{run.config} cannot be read ({error.strerror}): make it readable") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise damaged_config(run) from error
     section = (values.get(name) or {}) if isinstance(values, dict) else None
     if not isinstance(section, dict):

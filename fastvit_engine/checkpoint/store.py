@@ -1,6 +1,7 @@
 """What checkpoints are kept in: a folder, or a prefix of an object store."""
 
 import mmap
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,9 +9,13 @@ from typing import Protocol
 from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint, Manifest
 from fastvit_engine.errors import UserError
 
+LONGEST_NAME = 1000  # bytes of a file `latest`; more is damage
+
 
 class CheckpointStore(Protocol):
-    """Checkpoints under names `step-N`, which are complete or absent, and the name of the `latest`.
+    """Checkpoints under names `step-N`, which are complete or absent, and the name of the `latest`, for people.
+
+    The newest complete checkpoint is the one to resume from: a full disk or a kill can leave `latest` behind it.
 
     Every method but `describe` raises OSError if the disk or the store fails.
     """
@@ -22,7 +27,7 @@ class CheckpointStore(Protocol):
         """The complete checkpoints, the oldest first."""
 
     def latest(self) -> str | None:
-        """The name of the checkpoint to continue from; None if there is none yet."""
+        """What `latest` holds, which is the name of a checkpoint unless it is damaged; None if there is no `latest`."""
 
     def read(self, name: str, file: str) -> bytes:
         """A whole small file of a checkpoint."""
@@ -93,20 +98,46 @@ class Checkpoint:
 
 
 def usable_checkpoints(store: CheckpointStore) -> list[Checkpoint]:
-    """The latest checkpoint and, after it, the complete ones that are older; none if the run has none.
+    """The complete checkpoints, the newest first; none if the run has none.
 
-    Raises UserError if the disk or the store cannot say.
+    One that `latest` names and that is missing is among them if it would be the newest: reading it says what is wrong.
+    Raises UserError if the disk or the store cannot say, or if `latest` is damaged and there is no checkpoint.
     """
+    names, latest = _look(store)
+    if latest is not None and is_step_name(latest) and (not names or step_of(latest) > step_of(names[0])):
+        names.insert(0, latest)
+    if not names and latest is not None:
+        raise UserError(
+            f"{store.describe('latest')} names no checkpoint, and there is none that is complete: restore them, or "
+            "remove that file to start from the beginning"
+        )
+    return [Checkpoint(store, name) for name in names]
+
+
+def doubt_about_latest(store: CheckpointStore) -> str | None:
+    """A sentence for the user if `latest` does not name the newest complete checkpoint, which is used all the same."""
+    names, latest = _look(store)
+    if not names or latest == names[0]:
+        return None
+    newest, where = Checkpoint(store, names[0]), store.describe("latest")
+    if latest is None:
+        return f"there is no {where}: continuing from {newest}, the newest checkpoint that is complete"
+    if not is_step_name(latest):
+        return f"{where} is damaged: continuing from {newest}, the newest checkpoint that is complete"
+    if step_of(latest) > step_of(names[0]):
+        return None  # which is reported as damage of that checkpoint
+    return (
+        f"{where} names {latest}, and {newest} is newer and complete: continuing from that; to continue from an older "
+        "one, move the newer ones away"
+    )
+
+
+def _look(store: CheckpointStore) -> tuple[list[str], str | None]:
+    """The names of the complete checkpoints, the newest first, and what `latest` holds."""
     try:
-        latest = store.latest()
-        newest_first = [Checkpoint(store, name) for name in reversed(store.names())]
+        return store.names()[::-1], store.latest()
     except OSError as error:
         raise UserError(f"{store.describe('')} cannot be read ({error}): check checkpoint.path, then resume") from error
-    if latest is None:
-        return []
-    if is_step_name(latest):
-        newest_first = [checkpoint for checkpoint in newest_first if checkpoint.step < step_of(latest)]
-    return [Checkpoint(store, latest), *newest_first]
 
 
 def step_name(step: int) -> str:
@@ -118,8 +149,13 @@ def step_of(name: str) -> int:
 
 
 def is_step_name(name: str) -> bool:
-    return name.startswith("step-") and name.removeprefix("step-").isdigit()
+    return re.fullmatch(r"step-[0-9]{1,18}", name) is not None
+
+
+def name_in_latest(content: bytes) -> str:
+    """What a file `latest` holds, as text that can be compared with names, however damaged."""
+    return content[:LONGEST_NAME].decode("utf-8", "backslashreplace").strip()
 
 
 def is_owner_name(name: str) -> bool:
-    return name.startswith("owner-") and name.endswith(".json") and name[6:-5].isdigit()
+    return re.fullmatch(r"owner-[0-9]{1,18}\.json", name) is not None

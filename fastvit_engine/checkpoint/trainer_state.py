@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field
 
 from fastvit_engine.data.stream.skip import Window
+from fastvit_engine.duration import BatchSizes
 
 Figures = dict[str, float | int | None]  # of one evaluation: "top1", "loss", "samples"
 
@@ -52,6 +55,13 @@ class TrainerState:
     evaluated_at: int | None = None  # the step of that time
     recovery: Recovery = Recovery()
     pixels: Mapping[str, Any] | None = None  # "mean", "std" and "eval_crop" of the images; None: unknown
+    # (step, images per step from then on), see `BatchSizes`; empty: always the one of the fingerprint
+    batch_sizes: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def batches(self) -> BatchSizes:
+        """The global batch of each step so far."""
+        return BatchSizes(self.batch_sizes or ((0, self.fingerprint.get("global_batch_size", 1)),))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -65,16 +75,15 @@ class TrainerState:
             "accuracy": dict(self.accuracy),
             "evaluated_at": self.evaluated_at,
             "pixels": None if self.pixels is None else dict(self.pixels),
+            "batch_sizes": self.batch_sizes,
         }
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "TrainerState":
-        """Raises ValueError, TypeError or KeyError if the content is not what this or an earlier version wrote."""
+        """Raises ValueError or TypeError if the content is not what this or an earlier version wrote."""
+        _StateForm.model_validate(content)
         fingerprint, accuracy, evaluated_at = content["fingerprint"], content["accuracy"], content.get("evaluated_at")
         pixels = content.get("pixels")
-        for entry in (fingerprint["model"], accuracy, {} if pixels is None else pixels):
-            if not isinstance(entry, Mapping):
-                raise TypeError(f"{entry!r} is not an object")
         return cls(
             step=_integer(content["step"]),
             fingerprint=fingerprint,
@@ -86,7 +95,56 @@ class TrainerState:
             evaluated_at=None if evaluated_at is None else _integer(evaluated_at),
             recovery=Recovery.from_json(content),
             pixels=pixels,
+            batch_sizes=_batch_sizes(content.get("batch_sizes", ())),
         )
+
+
+_Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+_Number = Annotated[float, Field(strict=True)]  # an integer is one, too
+
+
+class _SourceForm(BaseModel):
+    """One of the sources of data.train in a fingerprint, with what a start reads of it."""
+
+    index: str
+    lanes: Annotated[int, Field(strict=True, ge=1, lt=2**63)]
+    weight: _Number
+
+
+class _DataForm(BaseModel):
+    """The order of the data in a fingerprint."""
+
+    order: str
+    sources: list[_SourceForm] = []
+
+
+class _FingerprintForm(BaseModel):
+    """What of a fingerprint is more than compared."""
+
+    model: dict[str, Any]
+    data: _DataForm | None = None
+
+
+class _PixelsForm(BaseModel):
+    """How images are prepared."""
+
+    mean: tuple[_Number, _Number, _Number]
+    std: tuple[_Number, _Number, _Number]
+    eval_crop: _Number | None = None
+
+
+class _StateForm(BaseModel):
+    """A TrainerState as JSON; keys that a later version may add are passed over."""
+
+    step: _Count
+    seconds: _Number
+    consumed: _Count
+    bad_samples: _Count
+    recent: list[tuple[_Number, _Number]]
+    fingerprint: _FingerprintForm
+    accuracy: dict[str, dict[str, Annotated[int, Field(strict=True)] | _Number | None]]
+    evaluated_at: _Count | None = None
+    pixels: _PixelsForm | None = None
 
 
 _WINDOWS = ("skipped", "failed")
@@ -97,6 +155,14 @@ def _windows(pairs: Any) -> tuple[Window, ...]:
     if any(not 0 <= first < last for first, last in windows):
         raise ValueError("a window of samples is empty or negative")
     return windows
+
+
+def _batch_sizes(pairs: Any) -> tuple[tuple[int, int], ...]:
+    sizes = tuple((_integer(step), _integer(size)) for step, size in pairs)
+    steps = [step for step, _ in sizes]
+    if steps != sorted(set(steps)) or steps[:1] not in ([], [0]) or any(size < 1 for _, size in sizes):
+        raise ValueError("the batch sizes are not those of rising steps from 0")
+    return sizes
 
 
 def _integer(value: Any) -> int:

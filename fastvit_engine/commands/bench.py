@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from fastvit_engine.commands.parser import local_path
+
 _ALL = "measure operations, training steps, data loading and the loop's own cost, one after the other"
 
 
@@ -60,7 +62,10 @@ def _suite(
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing that compiles for long")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after M minutes a suite")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write to DIR/<machine>/ (default benchmarks/results; --quick: nowhere)"
+        "--out",
+        type=local_path,
+        metavar="DIR",
+        help="write to DIR/<machine>/ (default benchmarks/results; --quick: nowhere)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.set_defaults(run=_run)

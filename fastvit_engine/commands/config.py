@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from fastvit_engine.commands.recipe import add_recipe
+from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
     from fastvit_engine.config import Config
@@ -60,7 +61,7 @@ def _show(args: argparse.Namespace) -> int:
 
     resolved = load_config(args.recipe, args.set)
     _check_lengths(resolved.config)
-    print(resolved.to_yaml(with_origins=True), end="")
+    say(resolved.to_yaml(with_origins=True), end="")
     return 0
 
 

@@ -1,7 +1,9 @@
 """`fastvit export`: writes the weights of a checkpoint as one safetensors file."""
 
 import argparse
-from pathlib import Path
+
+from fastvit_engine.commands.parser import local_path
+from fastvit_engine.shown import say
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,7 +22,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         metavar="RUN_OR_CHECKPOINT",
         help="a run folder (its latest checkpoint) or a checkpoint; path or URL",
     )
-    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the file to write")
+    parser.add_argument("--out", metavar="FILE", type=local_path, required=True, help="the file to write")
     parser.add_argument("--ema", action="store_true", help="export the moving average of the weights instead")
     parser.set_defaults(run=_run)
 
@@ -30,5 +32,5 @@ def _run(args: argparse.Namespace) -> int:
 
     checkpoint = find_checkpoint(args.source)
     export_weights(checkpoint, args.out, "ema" if args.ema else "weight")
-    print(f"{args.out}: {'average of the weights' if args.ema else 'weights'} of {checkpoint}")
+    say(f"{args.out}: {'average of the weights' if args.ema else 'weights'} of {checkpoint}")
     return 0

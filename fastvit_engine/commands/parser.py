@@ -3,7 +3,10 @@
 import argparse
 import re
 import sys
+from pathlib import Path
 from typing import NoReturn
+
+from fastvit_engine.shown import shown
 
 _CHOICE = re.compile(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
 
@@ -17,7 +20,7 @@ class Parser(argparse.ArgumentParser):
             self.exit(2)
         if wrong := _CHOICE.fullmatch(message):
             message = _unknown(*wrong.groups())
-        self.exit(2, f"fastvit: error: {message} (see `{self.prog} --help`)\n")
+        self.exit(2, f"fastvit: error: {shown(message)} (see `{self.prog} --help`)\n")
 
 
 def _unknown(argument: str, given: str, listed: str) -> str:
@@ -37,3 +40,29 @@ def setting(text: str) -> str:
     if not separator or not key.strip():
         raise argparse.ArgumentTypeError(f"'{text}' has no '=': write --set KEY=VALUE, as --set train.precision=fp32")
     return text
+
+
+_URL = re.compile(r"(?!file:)[A-Za-z][A-Za-z0-9+.-]+:/|pipe:")
+
+
+def local_path(text: str) -> Path:
+    """The type of an argument that is a file or folder of this machine. Raises ArgumentTypeError for a URL."""
+    return Path(local_text(text))
+
+
+def local_text(text: str) -> str:
+    """As `local_path`, for what may also be a pattern or a word. A file:// URL becomes its path."""
+    if _URL.match(text):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is a URL, and this must be on this machine: name a local path, and copy it from or to the URL "
+            "with your store's own tool"
+        )
+    return re.sub(r"^file:(//)?(?=/)", "", text)
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number

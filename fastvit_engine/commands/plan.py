@@ -6,10 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from fastvit_engine.commands.recipe import add_recipe
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
+    from fastvit_engine.config import Config
+    from fastvit_engine.data.stream.batch_split import BatchSplit
     from fastvit_engine.sizing.defaults import Chosen
     from fastvit_engine.sizing.memory import Memory
+
+_NODE_LINES = 8  # numbers of nodes that are shown one by one
 
 # GiB of the usual variant, from the vendors' datasheets.
 _MEMORY = {
@@ -29,7 +34,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "plan",
         help="what a run would need and what the engine would choose, without starting it",
         description="Says how much memory a run needs under each ZeRO stage, which settings the engine would choose\n"
-        "and why, how the global batch is split, and how long training would take. Needs neither GPU nor data.",
+        "and why, how the global batch is split, on fewer nodes too, and how long training would take. Needs neither\n"
+        "GPU nor data.",
         epilog="example:\n  fastvit plan vit_h14_jft --gpus 64 --gpus-per-node 8 --gpu H100 --mfu 0.4",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -64,15 +70,16 @@ def _run(args: argparse.Namespace) -> int:
     options = candidates(config, machine)
     chosen = choose(config, machine)
     time = _time(chosen, args.gpu, args.mfu)
+    fewer = _on_fewer_nodes(config, chosen, args.gpu, args.mfu)
     rows = [
         {"stage": row.stage, "largest_micro_batch": row.micro_batch if row.fits else None, "memory": memory}
         for row in options
         for memory in [_memory_at(chosen, row.stage)]
     ]
     if args.json:
-        print(json.dumps(_as_json(args, chosen, rows, time), indent=1))
+        print(json.dumps({**_as_json(args, chosen, rows, time), "nodes": fewer}, indent=1))
     else:
-        print(_as_text(args, chosen, rows, time))
+        say(_as_text(args, chosen, rows, time, fewer))
     return 0
 
 
@@ -84,15 +91,54 @@ def _memory_at(chosen: "Chosen", stage: int) -> "Memory":
     return choose(chosen.config.model_copy(update={"zero": zero}), chosen.machine).memory
 
 
+def _images_per_second(chosen: "Chosen", gpu: str, mfu: float) -> float:
+    """The GPUs with the largest share of the global batch set the pace."""
+    from fastvit_engine.data.stream.batch_split import split_batch
+    from fastvit_engine.models import training_flops
+    from fastvit_engine.train.throughput import DATASHEET_PEAK
+
+    split = split_batch(chosen.config, chosen.machine.processes)
+    share = split.global_batch_size / split.largest_share  # GPUs' worth of work that a step has
+    return mfu * DATASHEET_PEAK[gpu] * share / training_flops(chosen.config.model)
+
+
+def _on_fewer_nodes(config: "Config", chosen: "Chosen", gpu: str, mfu: float) -> list[dict[str, Any]]:
+    """What every number of nodes, up to that of the job, would make of the same recipe."""
+    from dataclasses import replace
+
+    from fastvit_engine.data.stream.batch_split import split_batch
+    from fastvit_engine.sizing.defaults import choose
+
+    machine, per_node = chosen.machine, chosen.machine.processes_per_node
+    rows: list[dict[str, Any]] = []
+    for nodes in range(machine.processes // per_node, 0, -1):
+        row: dict[str, Any] = {"nodes": nodes, "gpus": nodes * per_node}
+        try:
+            there = choose(config, replace(machine, processes=nodes * per_node))
+        except UserError as error:
+            rows.append({**row, "problem": str(error)})
+            continue
+        split = split_batch(there.config, there.machine.processes)
+        row |= {
+            "zero_stage": there.config.zero.stage,
+            "largest_share": split.largest_share,
+            "smallest_share": split.smallest_share,
+            "micro_batch_size": split.micro_batch_size,
+            "accumulation_steps": split.accumulation_steps,
+            "images_per_second": _images_per_second(there, gpu, mfu),
+        }
+        rows.append(row)
+    return rows
+
+
 def _time(chosen: "Chosen", gpu: str, mfu: float) -> dict[str, Any]:
     """Steps, operations and days; None if the length of an epoch is unknown."""
     from fastvit_engine.models import training_flops
     from fastvit_engine.train.schedule import Schedule
-    from fastvit_engine.train.throughput import DATASHEET_PEAK
 
     config = chosen.config
     flops = training_flops(config.model)
-    rate = mfu * DATASHEET_PEAK[gpu] * chosen.machine.processes / flops
+    rate = _images_per_second(chosen, gpu, mfu)
     time = {
         "flops_per_image": flops,
         "images_per_second": rate,
@@ -114,7 +160,8 @@ def _as_json(
 ) -> dict[str, Any]:
     from dataclasses import asdict
 
-    from fastvit_engine.engine.build import deepspeed_config, split_batch
+    from fastvit_engine.data.stream.batch_split import split_batch
+    from fastvit_engine.engine.build import deepspeed_config
 
     split = split_batch(chosen.config, chosen.machine.processes)
     stages = [
@@ -142,8 +189,14 @@ def _as_json(
     }
 
 
-def _as_text(args: argparse.Namespace, chosen: "Chosen", rows: list[dict[str, Any]], time: dict[str, Any]) -> str:
-    from fastvit_engine.engine.build import split_batch
+def _as_text(
+    args: argparse.Namespace,
+    chosen: "Chosen",
+    rows: list[dict[str, Any]],
+    time: dict[str, Any],
+    fewer: list[dict[str, Any]],
+) -> str:
+    from fastvit_engine.data.stream.batch_split import split_batch
     from fastvit_engine.models import model_title, parameter_count
     from fastvit_engine.observe.units import counted, format_bytes, format_count, format_flops, format_share
     from fastvit_engine.train.throughput import DATASHEET_PEAK
@@ -192,9 +245,7 @@ def _as_text(args: argparse.Namespace, chosen: "Chosen", rows: list[dict[str, An
         "settings",
         *choices,
         "",
-        f"global batch  {counted(config.train.global_batch_size, 'image')} = {counted(machine.processes, 'GPU')} x "
-        f"{counted(split.micro_batch_size, 'image')} x "
-        f"{counted(split.accumulation_steps, 'micro-batch', 'micro-batches')}",
+        f"global batch  {counted(config.train.global_batch_size, 'image')} = {_split_in_words(split)}",
     ]
     if time["steps"] is None:
         text.append(f"length        unknown: {time['unknown']}")
@@ -209,8 +260,46 @@ def _as_text(args: argparse.Namespace, chosen: "Chosen", rows: list[dict[str, An
             f"{format_share(args.mfu)} of {format_flops(DATASHEET_PEAK[args.gpu])}/s per GPU (an assumption), without "
             "evaluations and checkpoints"
         )
+    if len(fewer) > 1:
+        text += ["", "on other numbers of nodes", *_nodes_table(fewer)]
     text.append("Memory is computed from shapes, and has not been compared with a GPU's.")
     return "\n".join(text)
+
+
+def _split_in_words(split: "BatchSplit") -> str:
+    from fastvit_engine.observe.units import counted
+
+    gpus = counted(split.world_size, "GPU")
+    passes = counted(split.accumulation_steps, "micro-batch", "micro-batches")
+    if split.equal:
+        return f"{gpus} x {counted(split.micro_batch_size, 'image')} x {passes}"
+    shares = _shares(split.largest_share, split.smallest_share)
+    return f"{gpus} x {shares} images, in {passes} of at most {split.micro_batch_size}"
+
+
+def _shares(largest: int, smallest: int) -> str:
+    return f"{largest}" if largest == smallest else f"{largest} or {smallest}"
+
+
+def _nodes_table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each number of nodes; of many, the highest ones and every half."""
+    most, shown = rows[0]["nodes"], {row["nodes"] for row in rows[:_NODE_LINES]}
+    if most > 2 * _NODE_LINES:
+        shown |= {most >> halvings for halvings in range(most.bit_length())}
+    else:
+        shown = {row["nodes"] for row in rows}
+    lines = ["  nodes   GPUs  ZeRO  images per GPU  micro-batches  images/s"]
+    for row in rows:
+        if row["nodes"] not in shown:
+            continue
+        start = f"  {row['nodes']:>5}  {row['gpus']:>5}  "
+        if "problem" in row:
+            lines.append(f"{start}{row['problem']}")
+            continue
+        shares = _shares(row["largest_share"], row["smallest_share"])
+        micro = f"{row['accumulation_steps']} x {row['micro_batch_size']}"
+        lines.append(f"{start}{row['zero_stage']:>4}  {shares:>14}  {micro:>13}  {row['images_per_second']:>8,.0f}")
+    return lines
 
 
 def _days(days: float) -> str:

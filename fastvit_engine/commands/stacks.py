@@ -2,9 +2,10 @@
 
 import argparse
 import sys
-from pathlib import Path
 
+from fastvit_engine.commands.parser import local_path
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import say
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -16,7 +17,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         epilog="example:\n  fastvit stacks runs/b16",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_folder", metavar="RUN", type=Path, help="the folder that fastvit train writes")
+    parser.add_argument("run_folder", metavar="RUN", type=local_path, help="the folder that fastvit train writes")
     parser.add_argument(
         "--wait", metavar="SECONDS", type=float, default=30.0, help="how long to wait for the processes (default: 30)"
     )
@@ -29,7 +30,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.observe.run_folder import RunFolder
 
     run = RunFolder(args.run_folder)
-    starts = [event for event in read_events(run) if event["event"] == "start"]
+    starts = [event for event in read_events(run) if event["event"] == "start" and "world_size" in event]
     if not starts:
         raise UserError(
             f"{run.path} is not the folder of a run that has started: give the folder that fastvit train names"
@@ -42,7 +43,7 @@ def _run(args: argparse.Namespace) -> int:
             "that does not share this folder"
         )
     for file in files:
-        print(file)
+        say(str(file))
     if len(files) < processes:
         print(f"fastvit: {processes - len(files)} of {processes} processes have not answered", file=sys.stderr)
     return 0

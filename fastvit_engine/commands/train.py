@@ -5,8 +5,10 @@ import os
 import uuid
 from pathlib import Path
 
+from fastvit_engine.commands.parser import local_path
 from fastvit_engine.commands.recipe import add_recipe
 from fastvit_engine.errors import RestartError, UserError
+from fastvit_engine.shown import say
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -21,7 +23,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, help="run folder (default: runs/<name of the recipe>)")
+    parser.add_argument("--out", metavar="DIR", type=local_path, help="run folder (default: runs/<name of the recipe>)")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -30,6 +32,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         default="never",
         help="auto, or no value: continue the run that the folder holds; never (default): refuse a folder that holds "
         "one",
+    )
+    parser.add_argument(
+        "--allow-batch-change",
+        action="store_true",
+        help="resume with another train.global_batch_size than the checkpoint's. The order of samples continues; what "
+        "has a length in epochs or samples keeps it, and takes another number of steps",
     )
     parser.add_argument(
         "--cpu-processes",
@@ -46,7 +54,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="on one machine: times that processes which hang or are killed are started again, counted from the last "
         "new checkpoint (default: 3)",
     )
-    parser.set_defaults(run=_run)
+    parser.set_defaults(run=_run, failed=_tell_others)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -63,6 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.observe.run_folder import RunFolder
     from fastvit_engine.sizing.defaults import choose, machine_here
     from fastvit_engine.train.start import preflight, report_damage
+    from fastvit_engine.trusted_folders import trust_compiled_code
 
     out = args.out or Path("runs") / resolved.config.name
     resume = args.resume == "auto"
@@ -71,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
 
         check_rendezvous()
         try:
-            train(resolved, out, resume=resume)
+            train(resolved, out, resume=resume, allow_batch_change=args.allow_batch_change)
         except RuntimeError as error:
             if (message := lost_worker(error)) is None:
                 raise
@@ -82,17 +91,37 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--cpu-processes is {args.cpu_processes}: at least 1")
     if args.max_restarts < 0:
         raise UserError(f"--max-restarts is {args.max_restarts}: at least 0")
+    trust_compiled_code()
     processes, run = launch.processes_here(args.cpu_processes), RunFolder(out)
     chosen = choose(resolved.config, machine_here(processes))
     environment = {**os.environ, RUN_ID: uuid.uuid4().hex}  # of the ranks, which belong to this process
     with own(chosen.config.checkpoint, run, environment) as owned:
-        start = preflight(chosen.config, run, processes, resume=resume)
+        start = preflight(chosen.config, run, processes, resume=resume, allow_batch_change=args.allow_batch_change)
         if start.step == start.total_steps:
             report_damage(run, start.damaged, start.checkpoint)
             if start.checkpoint:
                 export_run(start.checkpoint, run)  # it may have been killed just before this
-            print(start.message)
+            say(start.message)
             return 0
         overrides = [word for override in args.set for word in ("--set", override)]
-        command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *overrides]
+        allowed = ["--allow-batch-change"] if args.allow_batch_change else []
+        command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *allowed, *overrides]
         return launch.run_with_restarts(command, processes, run, args.max_restarts, environment, owned.check)
+
+
+def _tell_others(error: Exception) -> None:
+    """Lets the other ranks of a job know if this one has ended, because of bad input, before it joined them."""
+    from fastvit_engine.distributed.environment import launched_by_cluster
+
+    try:
+        if not isinstance(error, UserError) or not launched_by_cluster():
+            return
+    except UserError:  # the environment itself is what is bad
+        return
+
+    import torch.distributed as dist
+
+    from fastvit_engine.distributed.roll_call import PeerEnded, tell_that_this_rank_ends
+
+    if not dist.is_initialized() and not isinstance(error, PeerEnded):
+        tell_that_this_rank_ends(str(error))

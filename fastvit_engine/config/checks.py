@@ -10,22 +10,67 @@ from fastvit_engine.errors import UserError
 def check_config(config: Config) -> None:
     """Raises UserError, naming the keys, if two values of a valid configuration contradict each other."""
     resolve_shape(config.model)
+    if config.data.max_labels > config.model.num_classes:
+        raise UserError(
+            f"data.max_labels is {config.data.max_labels}, more than model.num_classes = {config.model.num_classes}: "
+            "lower the one or raise the other"
+        )
+    if config.model.num_classes == 1 and config.loss.kind == "softmax":
+        raise UserError("model.num_classes is 1, and a softmax over one class is always 1: set loss.kind=sigmoid")
     if config.data.max_labels > 1 and config.loss.kind == "softmax":
         raise UserError(
             f"data.max_labels is {config.data.max_labels}, and a softmax loss takes one label: set loss.kind=sigmoid"
         )
-    if parse_duration(config.train.duration)[1] == "%":
-        raise UserError(
-            f"train.duration = '{config.train.duration}' is a fraction of the run and cannot be the length of the run "
-            "itself: use steps, epochs or samples"
-        )
+    _check_durations(config)
+    if config.data.order == "stream" and not isinstance(config.data.train, str | None):
+        raise UserError("data.order is stream, which reads one source: mix sources with data.order: indexed")
     best = config.checkpoint.keep_best
     if best is not None and config.data.eval is None:
         raise UserError(f"checkpoint.keep_best = {best} needs an evaluation: set data.eval")
     if best is not None and best.startswith("eval_ema") and config.ema.decay is None:
         raise UserError(f"checkpoint.keep_best = {best} needs an average of the weights: set ema.decay")
     check_zero(config.zero)
-    check_deepspeed(config.deepspeed)
+    check_deepspeed(config)
+
+
+def _check_durations(config: Config) -> None:
+    duration, schedule = config.train.duration, config.schedule
+    length, unit = parse_duration(duration)
+    if unit == "%":
+        raise UserError(
+            f"train.duration = '{duration}' is a fraction of the run and cannot be the length of the run itself: use "
+            "steps, epochs or samples"
+        )
+    intervals = {
+        "evaluate.every": config.evaluate.every,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep_every": config.checkpoint.keep_every,
+    }
+    for key, every in intervals.items():
+        if every is not None and parse_duration(every)[0] == 0:
+            raise UserError(f"{key} = '{every}' is no interval: lengthen it, or set it to null")
+    parts = {"warmup": schedule.warmup} | ({"cooldown": schedule.cooldown} if schedule.kind == "rsqrt" else {})
+    if schedule.kind == "rsqrt" and parse_duration(schedule.timescale)[0] == 0:
+        raise UserError(f"schedule.timescale = '{schedule.timescale}' divides by zero: lengthen it")
+    shares = [_share(part, length, unit) for part in parts.values()]
+    # Rounding to whole steps may shorten the parts of a run that is short; the schedule itself decides then.
+    if None not in shares and sum(share or 0 for share in shares) > 1 + 1e-9 and unit != "step":
+        named = " + ".join(f"schedule.{name} = '{part}'" for name, part in parts.items())
+        raise UserError(f"{named} is longer than train.duration = '{duration}': shorten the one or lengthen the other")
+    rate, final = config.optimizer.learning_rate, schedule.final_learning_rate
+    if schedule.kind != "constant" and final > rate:
+        raise UserError(
+            f"schedule.final_learning_rate = {final:g} is greater than optimizer.learning_rate = {rate:g}, from which "
+            "it falls: lower the one or raise the other"
+        )
+
+
+def _share(part: str, length: float, unit: str) -> float | None:
+    """What fraction of the run `part` takes; None if that depends on the data."""
+    value, of = parse_duration(part)
+    if of == "%":
+        return value / 100
+    return value / length if of == unit and length > 0 else None
 
 
 def check_zero(zero: ZeroConfig) -> None:

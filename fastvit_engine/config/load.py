@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,23 @@ import yaml
 from pydantic import ValidationError
 
 from fastvit_engine.config.checks import check_config
+from fastvit_engine.config.deepspeed_section import as_numbers
 from fastvit_engine.config.keys import MOVED, fields, hint, sections, takes_list, takes_null, takes_text
-from fastvit_engine.config.recipes import find_recipe, read_recipe
+from fastvit_engine.config.recipes import find_recipe, parse_yaml, read_recipe
 from fastvit_engine.config.sections import Config
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import recorded
 
 _SET = "--set"
 _OVERRIDES = "overrides"  # where a value comes from that a program gave as a mapping
+_LONGEST_SHOWN = 2000  # characters of an error, or of a value in it
+_ADVICE = {  # what to do, by key and by the kind of pydantic's error
+    ("data.mean", "less_than_equal"): "pixels are in [0, 1]: divide a mean of 0 to 255 by 255",
+    ("data.std", "less_than_equal"): "pixels are in [0, 1]: divide a deviation of 0 to 255 by 255",
+    ("data.std", "greater_than"): "a pixel of 0 to 255 has steps of 0.004: give the deviation of pixels in [0, 1]",
+    ("data.train", "model_type"): "write entries as [{shards: a.tar, weight: 2}], and a glob in brackets as ./[ab].tar",
+}
+_SECRETS_LEFT_OUT = "# User names, passwords and queries of URLs are left out here: give them again with --set.\n"
 _NULLS = ("", "~", "null", "Null", "NULL")  # how YAML writes null
 
 
@@ -39,9 +50,12 @@ class Resolved:
     origins: Mapping[str, str] = field(default_factory=dict)
 
     def to_yaml(self, *, with_origins: bool = False) -> str:
+        """The configuration as YAML, without the secrets of URLs; a comment at its head says so if there were any."""
         values = self.config.model_dump(mode="json")
-        text = yaml.dump(values, Dumper=_OneLineDumper, sort_keys=False, width=math.inf)
-        return _annotate(text, self.origins) if with_origins else text
+        public = recorded(values)
+        text = yaml.dump(public, Dumper=_OneLineDumper, sort_keys=False, width=math.inf)
+        head = "" if public == values else _SECRETS_LEFT_OUT
+        return head + (_annotate(text, self.origins) if with_origins else text)
 
     if not TYPE_CHECKING:  # a type checker shall find attributes that do not exist
 
@@ -63,14 +77,17 @@ def load_config(recipe: str | None, overrides: Sequence[str] | Mapping[str, Any]
     values, origins = ({}, {}) if recipe is None else read_recipe(find_recipe(recipe))
     origin = _OVERRIDES if isinstance(overrides, Mapping) else _SET
     for key, value in _pairs(overrides):
+        _check_encoding(key, value, origin)
         _assign(values, key, value, origin)
         origins.update(dict.fromkeys([key, *_flatten({key: value})], origin))
         origins.setdefault(key.partition(".")[0], origin)
     _check_moved(values, origins)
+    if isinstance(values.get("deepspeed"), Mapping):
+        values["deepspeed"] = as_numbers(values["deepspeed"])
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise UserError(_explain(error, origins)) from None
+        raise UserError(_explain(error, origins)[:_LONGEST_SHOWN]) from None
     check_config(config)
     return Resolved(config, _complete_origins(config, origins))
 
@@ -88,9 +105,20 @@ def _pairs(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, 
     for override in overrides:
         key, separator, text = override.partition("=")
         key = key.strip()
-        if not separator or not key:
-            raise UserError(f"--set {override!r} is not of the form KEY=VALUE: write --set train.duration='5 epochs'")
+        if not separator or not key or not key.isprintable():
+            given = override[:_LONGEST_SHOWN]
+            raise UserError(f"--set {given!r} is not of the form KEY=VALUE: write --set train.duration='5 epochs'")
         yield key, _value(key, text)
+
+
+def _check_encoding(key: str, value: Any, origin: str) -> None:
+    """Raises UserError for text from bytes that are not UTF-8: no configuration file could hold it."""
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"configuration key '{key}' ({origin}) is {str(value)!a}, which is not UTF-8: rename the file or folder"
+        ) from None
 
 
 def _with_paths_as_text(value: Any) -> Any:
@@ -108,19 +136,31 @@ def _value(key: str, text: str) -> Any:
     if takes_text(key):
         if takes_null(key) and text.strip() in _NULLS:
             return None
-        is_list = takes_list(key) and _looks_like_a_list(text)
-        if not is_list:
+        if not takes_list(key):
+            return text
+        listed = _list_in(text)
+        if listed is not None:
+            return listed
+        if not _STARTS_LIST_OF_MAPPINGS.match(text):  # one that is not valid YAML is a mistake, not a file name
             return text
     try:
-        return yaml.safe_load(text)
+        return parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {key}={text!r}: the value is not valid YAML") from error
+        raise UserError(f"--set {key}={text[:_LONGEST_SHOWN]!r}: the value is not valid YAML") from error
 
 
-def _looks_like_a_list(text: str) -> bool:
-    """A glob may begin with a bracket too, as in "[ab]/*.tar"."""
-    text = text.strip()
-    return text.startswith("[{") or (text.startswith("[") and text.endswith("]"))
+_STARTS_LIST_OF_MAPPINGS = re.compile(r"\s*\[\s*\{")
+
+
+def _list_in(text: str) -> list[Any] | None:
+    """The list that `text` is in YAML's brackets; None for other text, such as the glob "[ab]/x-[0-9].tar"."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        value = parse_yaml(text)
+    except (yaml.YAMLError, RecursionError):
+        return None
+    return value if isinstance(value, list) else None
 
 
 def _assign(values: dict[str, Any], dotted: str, value: Any, origin: str) -> None:
@@ -159,7 +199,8 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     if problem["type"] == "missing":
         return f"configuration key '{key}'{where} is {given!r}: too few values"
     message = problem["msg"].removeprefix("Value error, ")
-    return f"configuration key '{key}'{where} is {given!r}: {message[0].lower()}{message[1:]}"
+    advice = f"; {_ADVICE[key, problem['type']]}" if (key, problem["type"]) in _ADVICE else ""
+    return f"configuration key '{key}'{where} is {given!r}: {message[0].lower()}{message[1:]}{advice}"
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

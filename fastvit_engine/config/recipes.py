@@ -1,18 +1,54 @@
 """Recipes: how they are found by name, and what one says together with the recipes that it is based on."""
 
+import re
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from fastvit_engine.config.bounded_yaml import check_yaml, read_yaml, yaml_errors
 from fastvit_engine.config.near import near_names, or_list
 from fastvit_engine.errors import UserError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 _BASE = "base"
-_Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
+_INTEGER, _NUMBER = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+_Base: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
+
+
+class _Loader(_Base):
+    """YAML whose numbers are decimal: 0100 is 100 and 1:30 is text, where YAML 1.1 reads 64 and 90."""
+
+    # A copy, so that PyYAML's own loaders stay as they are.
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INTEGER, _NUMBER)]
+        for first, resolvers in _Base.yaml_implicit_resolvers.items()
+    }
+
+    def construct_integer(self, node: yaml.ScalarNode) -> int:
+        try:
+            return int(self.construct_scalar(node).replace("_", ""))
+        except ValueError as error:  # Python reads up to 4300 digits
+            problem = "it holds a number of too many digits"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
+    def construct_number(self, node: yaml.ScalarNode) -> float:
+        text = self.construct_scalar(node).replace("_", "").lower()
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_Loader.add_implicit_resolver(_INTEGER, re.compile(r"[-+]?[0-9][0-9_]*$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    _NUMBER,
+    re.compile(
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+][0-9]+)?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+_Loader.add_constructor(_INTEGER, _Loader.construct_integer)
+_Loader.add_constructor(_NUMBER, _Loader.construct_number)
 
 
 def recipe_paths() -> dict[str, Path]:
@@ -25,6 +61,13 @@ def recipe_names() -> list[str]:
     return list(recipe_paths())
 
 
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML document from outside, such as that of `--set`. Raises yaml.YAMLError."""
+    check_yaml(text)
+    with yaml_errors():
+        return yaml.load(text, Loader=_Loader)
+
+
 def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or file named") -> Path:
     """The file of a recipe: a name from `fastvit config list`, or a path, relative to `folder`.
 
@@ -34,9 +77,13 @@ def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or f
     if recipe in shipped:
         return shipped[recipe]
     path = folder / Path(recipe).expanduser()
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError):  # no file can have that name
+        is_file = is_folder = False
+    if is_file:
         return path
-    if path.is_dir():
+    if is_folder:
         inside = path / "config.yaml"
         hint = (
             f"did you mean '{inside}'?" if inside.is_file() else f"`photos --set data.train={path}` reads shards there"
@@ -44,7 +91,7 @@ def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or f
         raise UserError(f"{path} is a folder, not a recipe: {hint}")
     near = near_names(Path(recipe).stem, list(shipped), most=3, cutoff=0.6)
     hint = f"did you mean {or_list(near)}?" if near else f"known recipes: {', '.join(shipped)}"
-    raise UserError(f"no {named} '{recipe}'; {hint}")
+    raise UserError(f"no {named} '{recipe[:500]}'; {hint}")
 
 
 def read_recipe(path: Path, *, _derived: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -80,12 +127,14 @@ def merge(values: dict[str, Any], over: dict[str, Any]) -> None:
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     text = ""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_yaml(path)
+        check_yaml(text)
         loader = _Loader(text)
         root = loader.get_single_node()
         origins = dict(_lines(root, path.name))
-        values = {} if root is None else loader.construct_document(root)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        with yaml_errors():
+            values = {} if root is None else loader.construct_document(root)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())

@@ -4,15 +4,39 @@ The string under a field is its documentation: `fastvit config explain` and docs
 value is, its unit, and what null means.
 """
 
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from fastvit_engine.duration import Duration
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses true and false for a number: pydantic would take them for 1 and 0."""
+        elements = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(element, bool) for element in elements) and _holds_numbers(cls, str(info.field_name)):
+            raise ValueError("write a number, not true or false")
+        return value
+
+
+@cache
+def _holds_numbers(section: type[BaseModel], name: str) -> bool:
+    kinds = _types_in(section.model_fields[name].annotation)
+    return bool({int, float} & kinds) and bool not in kinds
+
+
+def _types_in(annotation: Any) -> set[Any]:
+    """The types, and the values of a Literal as their types, that a nested annotation is made of."""
+    arguments = get_args(annotation)
+    if not arguments:
+        return {annotation if isinstance(annotation, type) else type(annotation)}
+    return set().union(*(_types_in(argument) for argument in arguments))
 
 
 def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
@@ -21,11 +45,15 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
     return pair
 
 
-Positive = Annotated[float, Field(gt=0)]
+# Bounds are wide: they keep out what nobody means, and what would overflow, never end or fill the memory.
+_MOST_SAMPLES = 2**20  # of one batch
+_MONTH = 2_592_000.0  # seconds
+Ratio = Annotated[float, Field(gt=0.01, le=100)]
+LearningRate = Annotated[float, Field(le=1e30)]  # finite in fp32, as are a few hundred updates
 Decay = Annotated[float, Field(ge=0, lt=1)]
 AreaFraction = Annotated[float, Field(gt=0, le=1)]
 PixelMean = Annotated[float, Field(ge=0, le=1)]
-PixelDeviation = Annotated[float, Field(gt=0, le=1)]
+PixelDeviation = Annotated[float, Field(gt=0.002, le=1)]
 
 
 class ModelConfig(_Section):
@@ -34,10 +62,10 @@ class ModelConfig(_Section):
     name: Annotated[str, AfterValidator(lambda name: name.removeprefix("ViT-"))] = "B/16"
     """Size and patch size, such as H/14 or B/8: Ti, S, B, L, H, g or G, and any patch size in pixels."""
 
-    image_size: int = Field(224, gt=0)
+    image_size: int = Field(224, gt=0, le=65536)
     """Height and width of the model's input in pixels. The patch size must divide it."""
 
-    num_classes: int = Field(1000, gt=0)
+    num_classes: int = Field(1000, gt=0, le=10_000_000)
     """Number of classes, which is the number of outputs of the head."""
 
     pool: Literal["cls", "gap"] = "cls"
@@ -55,22 +83,22 @@ class ModelConfig(_Section):
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth: drop rate of the last block. It grows linearly from 0 in the first block."""
 
-    layer_scale: float | None = None
+    layer_scale: float | None = Field(None, ge=0, le=10)
     """Initial value of LayerScale; null: no LayerScale."""
 
-    head_bias: float = 0.0
+    head_bias: float = Field(0.0, ge=-1000, le=1000)
     """Initial bias of the classifier. Use about -10 with a sigmoid loss over many classes."""
 
-    width: int | None = Field(None, gt=0)
+    width: int | None = Field(None, gt=0, le=65536)
     """Embedding dimension; null: the size's own. Use this and the next three keys for small experiments."""
 
-    depth: int | None = Field(None, gt=0)
+    depth: int | None = Field(None, gt=0, le=10_000)
     """Number of transformer blocks; null: the size's own."""
 
-    heads: int | None = Field(None, gt=0)
+    heads: int | None = Field(None, gt=0, le=65536)
     """Number of attention heads, which must divide the width; null: the size's own."""
 
-    mlp_dim: int | None = Field(None, gt=0)
+    mlp_dim: int | None = Field(None, gt=0, le=1_000_000)
     """Hidden dimension of the MLP; null: in proportion to the width, as in the named size."""
 
 
@@ -80,7 +108,7 @@ class DataSource(_Section):
     shards: str
     """The shards of this source: a folder, a glob, a brace pattern or an index."""
 
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=1e9)
     """Share of the training samples that come from this source, relative to the weights of the other sources."""
 
     index: str | None = None
@@ -107,10 +135,13 @@ class DataConfig(_Section):
     eval: str | None = None
     """Evaluation shards: a folder, a glob, a brace pattern or an index; null: no evaluation."""
 
+    allow_overlap: bool = False
+    """Allow the same shards in train and eval. Otherwise such a run is refused, since it measures nothing."""
+
     index: str | None = None
     """Index file of the training shards; null: shards.index beside them, which is created if it is missing."""
 
-    train_samples: int | None = Field(None, gt=0)
+    train_samples: int | None = Field(None, gt=0, le=10**15)
     """Number of samples that durations count as one epoch; null: all samples of the training shards."""
 
     image_key: str = "jpg;jpeg;png;webp"
@@ -119,10 +150,10 @@ class DataConfig(_Section):
     label_key: str = "cls"
     """Member with the class index as text, or a field of a JSON member, such as json.labels."""
 
-    max_labels: int = Field(1, gt=0)
+    max_labels: int = Field(1, gt=0, le=10_000)
     """Most classes that one image may have. More than one needs loss.kind: sigmoid."""
 
-    num_workers: int = Field(4, ge=0)
+    num_workers: int = Field(4, ge=0, le=1024)
     """Decoding processes per rank; 0: decode in the training process."""
 
     order: Literal["indexed", "stream"] = "indexed"
@@ -138,13 +169,16 @@ class DataConfig(_Section):
     max_bad_share: float = Field(1e-3, ge=0, le=1)
     """Abort when more than this fraction of samples cannot be decoded."""
 
+    max_pixels: int = Field(178_956_970, gt=0, le=2 * 178_956_970)
+    """Most pixels that an image may have. A sample with a larger image is bad, and its image is not decoded."""
+
     streams: int | None = Field(None, gt=0)
     """For order: stream. Number of shard streams that the run reads in parallel; null: one per decoding process."""
 
-    shuffle_buffer: int = Field(1024, ge=1)
+    shuffle_buffer: int = Field(1024, ge=1, le=10_000_000)
     """For order: stream. Number of undecoded samples that each stream shuffles within."""
 
-    eval_crop: float = Field(0.875, gt=0, le=1)
+    eval_crop: float = Field(0.875, ge=0.1, le=1)
     """Evaluation resizes the short side to image_size / eval_crop pixels, then takes the centre crop."""
 
     mean: tuple[PixelMean, PixelMean, PixelMean] = (0.5, 0.5, 0.5)
@@ -156,7 +190,7 @@ class DataConfig(_Section):
     cache: str | None = None
     """Folder on a local disk into which remote shards are downloaded; null: remote shards are read by byte range."""
 
-    cache_gb: float | None = Field(None, gt=0)
+    cache_gb: float | None = Field(None, gt=0, le=1e9)
     """Most gigabytes that the cache may hold; null: no limit."""
 
     @property
@@ -176,23 +210,23 @@ class AugmentConfig(_Section):
     crop_scale: Annotated[tuple[AreaFraction, AreaFraction], AfterValidator(_ordered)] = (0.05, 1.0)
     """Smallest and largest area of an inception crop, as a fraction of the image's area."""
 
-    crop_ratio: Annotated[tuple[Positive, Positive], AfterValidator(_ordered)] = (3 / 4, 4 / 3)
+    crop_ratio: Annotated[tuple[Ratio, Ratio], AfterValidator(_ordered)] = (3 / 4, 4 / 3)
     """Smallest and largest aspect ratio (width / height) of an inception crop."""
 
     flip: bool = True
     """Mirror half of the training images."""
 
-    mixup: float = Field(0.0, ge=0)
+    mixup: float = Field(0.0, ge=0, le=1000)
     """Mixup: alpha of the Beta distribution of the mixing weight; 0: off. With cutmix on too, each pair of images gets
     one of the two at random."""
 
-    cutmix: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0, le=1000)
     """CutMix: alpha of the Beta distribution of the mixing weight; 0: off."""
 
-    randaugment_ops: int = Field(0, ge=0)
+    randaugment_ops: int = Field(0, ge=0, le=100)
     """RandAugment: number of operations applied to each training image; 0: off."""
 
-    randaugment_magnitude: float = Field(10.0, ge=0)
+    randaugment_magnitude: float = Field(10.0, ge=0, le=30)
     """RandAugment: strength of the operations, on the paper's scale of 10."""
 
 
@@ -205,16 +239,16 @@ class TrainConfig(_Section):
     duration: Duration = "90 epochs"
     """Length of the run: epochs, steps or samples."""
 
-    global_batch_size: int = Field(4096, gt=0)
+    global_batch_size: int = Field(4096, gt=0, le=_MOST_SAMPLES)
     """Images per optimizer step, over all processes."""
 
-    micro_batch_size: int | None = Field(None, gt=0)
+    micro_batch_size: int | None = Field(None, gt=0, le=_MOST_SAMPLES)
     """Most images that a process takes at a time; null: as many as fit into its memory."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number format of activations and gradients. Master weights and optimizer states are always fp32."""
 
-    grad_clip: float | None = Field(1.0, gt=0)
+    grad_clip: float | None = Field(1.0, gt=0, le=1e9)
     """Largest global norm of the gradient; null: no clipping."""
 
     log_every: int = Field(50, gt=0)
@@ -227,16 +261,16 @@ class OptimizerConfig(_Section):
     kind: Literal["adamw"] = "adamw"
     """The optimizer. adamw: AdamW as in PyTorch (Loshchilov and Hutter 2019)."""
 
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: LearningRate = Field(1e-3, gt=0)
     """Peak learning rate, reached at the end of the warm-up."""
 
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of the averages of the gradient and of its square."""
 
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, ge=1e-30, le=1)
     """Added to the denominator of the update."""
 
-    weight_decay: float = Field(0.1, ge=0)
+    weight_decay: float = Field(0.1, ge=0, le=1000)
     """Decoupled weight decay; 0: off."""
 
 
@@ -255,8 +289,8 @@ class ScheduleConfig(_Section):
     timescale: Duration = "10000 steps"
     """For rsqrt: the rate falls as sqrt(timescale / (steps since warm-up + timescale))."""
 
-    final_learning_rate: float = Field(0.0, ge=0)
-    """Learning rate at the end of the run, for linear, cosine and rsqrt."""
+    final_learning_rate: LearningRate = Field(0.0, ge=0)
+    """Learning rate at the end of the run, for linear, cosine and rsqrt: at most optimizer.learning_rate."""
 
 
 class LossConfig(_Section):
@@ -282,7 +316,7 @@ class EvaluateConfig(_Section):
     every: Duration | None = None
     """Interval between evaluations; null: only at the end of the run, where one is always made."""
 
-    batch_size: int | None = Field(None, gt=0)
+    batch_size: int | None = Field(None, gt=0, le=_MOST_SAMPLES)
     """Images per process and forward pass; null: the training micro-batch."""
 
 
@@ -321,11 +355,11 @@ class ZeroConfig(_Section):
 class HealthConfig(_Section):
     """When training returns to its last checkpoint. A loss, gradient or weight that is not finite always causes it."""
 
-    spike_threshold: float | None = Field(20.0, gt=0)
+    spike_threshold: float | None = Field(20.0, gt=0, le=1e9)
     """A loss or gradient norm above median + spike_threshold x max(MAD, floor) of the last spike_window steps is a
     spike and rewinds the run (MAD: median absolute deviation); null: spikes are ignored."""
 
-    spike_window: int = Field(100, ge=10)
+    spike_window: int = Field(100, ge=10, le=100_000)
     """Number of steps whose median and MAD are used. Detection starts after as many steps."""
 
     max_rewinds: int = Field(3, ge=0)
@@ -342,13 +376,13 @@ class HealthConfig(_Section):
 class WatchdogConfig(_Section):
     """When processes stop waiting for each other and exit for a restart, and which of them are reported as slow."""
 
-    timeout_seconds: float = Field(300.0, gt=0)
+    timeout_seconds: float = Field(300.0, ge=1, le=_MONTH)
     """Exit after this many seconds without progress on any process, during training and evaluation."""
 
-    slow_phase_seconds: float = Field(1800.0, gt=0)
+    slow_phase_seconds: float = Field(1800.0, ge=1, le=_MONTH)
     """The same limit while starting, in the first step, and while saving."""
 
-    slow_rank_ratio: float = Field(1.5, gt=1)
+    slow_rank_ratio: float = Field(1.5, gt=1, le=1e6)
     """A process is slow if its own work takes more than this many times the median process's."""
 
     slow_rank_laps: int = Field(3, gt=0)
@@ -380,4 +414,4 @@ class Config(_Section):
 
     deepspeed: dict[str, Any] = {}
     """Further settings of DeepSpeed, merged over the configuration that the engine writes for it. Keys that another
-    section owns are refused."""
+    section owns, and keys that have no effect here, are refused."""

@@ -8,6 +8,7 @@ from fastvit_engine.distributed.supervise import LaunchOutcome, Requests, gpu_co
 from fastvit_engine.errors import EXIT_RESTART
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.shown import say
 
 
 def processes_here(cpu_processes: int) -> int:
@@ -40,21 +41,19 @@ def run_with_restarts(
             if not outcome.restartable:
                 return outcome.exit_code
             if requests.first:
-                print(
-                    f"fastvit: stopped on request, and not all was saved: {outcome.cause}", file=sys.stderr, flush=True
-                )
+                say(f"fastvit: stopped on request, and not all was saved: {outcome.cause}", file=sys.stderr)
                 return EXIT_RESTART
             if _latest_checkpoint(run) != latest:
                 restarts, latest = 0, _latest_checkpoint(run)
             if restarts == max_restarts:
                 tried = f" after {restarts} restarts without a new checkpoint" if restarts else ""
-                print(f"fastvit: giving up{tried}: {outcome.cause}", file=sys.stderr, flush=True)
+                say(f"fastvit: giving up{tried}: {outcome.cause}", file=sys.stderr)
                 return outcome.exit_code
             check_owner()
             restarts += 1
             message = f"starting again ({restarts} of {max_restarts}): {outcome.cause}"
             record_event(run, "restart", message, attempt=restarts)
-            print(f"fastvit: {message}", file=sys.stderr, flush=True)
+            say(f"fastvit: {message}", file=sys.stderr)
             command = resuming
 
 

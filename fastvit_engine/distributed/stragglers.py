@@ -30,11 +30,21 @@ class Stragglers:
     """
 
     def __init__(
-        self, run: RunFolder, world: World, config: WatchdogConfig, hosts: Sequence[str], *, zero_stage: int
+        self,
+        run: RunFolder,
+        world: World,
+        config: WatchdogConfig,
+        hosts: Sequence[str],
+        *,
+        zero_stage: int,
+        images: Sequence[int] = (),
     ) -> None:
+        """`images`: that each rank computes with in a step, at least one, if they differ."""
         self.run, self.world, self.config = run, world, config
         self.hosts = hosts  # of each rank
         self.measures_forward = zero_stage < 3
+        # How much longer than the fastest a rank may take because it has more to do.
+        self._allowance = [number / min(images) for number in images] or [1.0] * world.size
         self._started = False
         self._interval_seconds = 0.0
         self._work = [0.0] * world.size  # seconds of each rank's own work in this interval
@@ -90,7 +100,8 @@ class Stragglers:
         median = statistics.median_low(self._work)  # low: of two ranks, the faster one is the measure
         named = []
         for rank, own in enumerate(self._work):
-            slow = own > self.config.slow_rank_ratio * median and own - median > _LEAST_COST * self._interval_seconds
+            usual = median * self._allowance[rank]
+            slow = own > self.config.slow_rank_ratio * usual and own - usual > _LEAST_COST * self._interval_seconds
             self._streaks[rank] = self._streaks[rank] + 1 if slow else 0
             if self._streaks[rank] % (_REPEAT * self.config.slow_rank_laps) == self.config.slow_rank_laps:
                 named.append((rank, own / max(median, 1e-9)))

@@ -16,9 +16,9 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from fastvit_engine.distributed.environment import ERROR_SHOWN
+from fastvit_engine.distributed.store import JobStore
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART
 
 SAME_REQUEST_SECONDS = 2.0  # one signal may come twice: to the process group, and passed on by the parent
@@ -52,10 +52,12 @@ def rank_environment(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
+    # Reachable from here only; and host names need not resolve. "=": this name, not all that begin so.
+    for name, interface in {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}.items():
+        variables[name] = environment.get(name, interface)
     if gpu_count() == 0:
         threads = max(1, (os.cpu_count() or 1) // processes)
         variables["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", str(threads))
-        variables["GLOO_SOCKET_IFNAME"] = environment.get("GLOO_SOCKET_IFNAME", "lo")  # host names need not resolve
     return variables
 
 
@@ -69,7 +71,7 @@ def start_ranks(
     processes also end with the thread that starts them.
     """
     # Here and not in rank 0, so that the others can still tell of its end; and no port can be lost to another program.
-    store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
+    store = JobStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="fastvit-") as folder:
         children: list[subprocess.Popen[Any]] = []
         common = {

@@ -30,6 +30,7 @@ from fastvit_engine.distributed.world import World, collective_failure
 from fastvit_engine.errors import EXIT_RESTART, Preempted, RestartError
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.shown import say
 
 T = TypeVar("T")
 
@@ -241,7 +242,7 @@ class Watchdog:
         try:
             write_stacks(self.run, request, self.world.rank, headline)
         except Exception as error:  # whatever it is, it must not end this thread
-            print(f"fastvit: {here} could not write its stack traces: {error}", file=sys.stderr, flush=True)
+            say(f"fastvit: {here} could not write its stack traces: {error}", file=sys.stderr)
 
     # ---- failure of a collective operation, or of a rank that reports its own
 
@@ -306,13 +307,13 @@ class Watchdog:
     def _report(self, kind: Any, message: str, ranks: list[int]) -> None:
         if speaks_for_all():
             self._record(kind, message, ranks)
-            print(f"fastvit: error: {message} (stack traces: {self.run.stacks})", file=sys.stderr, flush=True)
+            say(f"fastvit: error: {message} (stack traces: {self.run.stacks})", file=sys.stderr)
 
     def _record(self, kind: Any, message: str, ranks: list[int]) -> None:
         try:
             record_event(self.run, kind, message, ranks=ranks, step=self._status.step)
         except OSError as error:
-            print(f"fastvit: {self.run.events} could not be written: {error}", file=sys.stderr, flush=True)
+            say(f"fastvit: {self.run.events} could not be written: {error}", file=sys.stderr)
 
     # ---- the thread that watches the first
 

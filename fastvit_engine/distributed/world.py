@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastvit_engine.distributed.roll_call import call_roll
+from fastvit_engine.distributed.store import JobStore, is_loopback
 from fastvit_engine.errors import Preempted, RestartError, UserError
 from fastvit_engine.observe.units import counted
 
@@ -79,13 +81,27 @@ class World:
         dist.barrier()
 
 
+def _through(store: dist.Store | None, timeout: timedelta) -> dict[str, Any]:
+    """The store of a job on one machine that no launcher serves, as arguments of `init_process_group`.
+
+    `store`: that of the roll call; None if there is one process.
+    """
+    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if served or not is_loopback(address):
+        return {}
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = store or JobStore(address, port, size, is_master=rank == 0, timeout=timeout)
+    return {"store": store, "rank": rank, "world_size": size}
+
+
 @contextmanager
 def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> Iterator[World]:
     """Joins the processes that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; leaves after.
 
     `timeout_seconds`: that a process waits for the others to join, and in any collective operation until
     `limit_collectives` says otherwise. `dumps`: folder for what NCCL has to tell of an operation that timed out.
-    Raises RestartError if not all processes join.
+    Raises RestartError if not all processes join, UserError if one of them has ended because of bad input.
     """
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.is_available()
@@ -99,7 +115,9 @@ def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> It
         torch.cuda.set_device(device)
         _prepare_nccl(dumps)
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        timeout = timedelta(seconds=timeout_seconds)
+        store = call_roll(timeout_seconds)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **_through(store, timeout))
     except RuntimeError as error:
         cause = collective_failure(error)
         if cause is None:
@@ -108,6 +126,7 @@ def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> It
             f"rank {os.environ['RANK']} could not join the other processes at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} within {timeout_seconds:.0f} s: {cause}"
         ) from error
+    del store  # the group has its own
     try:
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
     except Preempted:  # which all processes are, at once

@@ -1,7 +1,6 @@
-"""From a configuration to an engine: how the batch is split, and what DeepSpeed is told about ZeRO and precision."""
+"""From a configuration to an engine: what DeepSpeed is told about the batch, ZeRO and precision."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,37 +9,12 @@ from torch import nn
 from fastvit_engine.config import Config
 from fastvit_engine.config.checks import check_zero
 from fastvit_engine.config.deepspeed_section import check_deepspeed
+from fastvit_engine.data.stream.batch_split import BatchSplit
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.deepspeed import initialize
 from fastvit_engine.engine.optimizers import build_optimizer, check_stage
 from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.errors import UserError
-
-
-@dataclass(frozen=True)
-class BatchSplit:
-    """global batch = world size x micro-batch x accumulation steps."""
-
-    micro_batch_size: int
-    accumulation_steps: int
-
-
-def split_batch(config: Config, world_size: int) -> BatchSplit:
-    """Cuts each process's share of the global batch into the fewest equal micro-batches.
-
-    None is larger than `train.micro_batch_size`. Raises UserError if the global batch does not divide over the
-    processes.
-    """
-    total = config.train.global_batch_size
-    if total % world_size:
-        raise UserError(
-            f"train.global_batch_size = {total} does not divide over {world_size} processes: "
-            f"choose a multiple of {world_size}"
-        )
-    share = total // world_size
-    largest = min(config.train.micro_batch_size or share, share)
-    micro = next(size for size in range(largest, 0, -1) if share % size == 0)
-    return BatchSplit(micro_batch_size=micro, accumulation_steps=share // micro)
 
 
 def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
@@ -52,12 +26,14 @@ def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
         raise UserError("train.precision = fp16 needs a GPU: use bf16 or fp32 on a CPU")
     check_stage(config)
     check_zero(config.zero)
-    check_deepspeed(config.deepspeed)
+    check_deepspeed(config)
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     if config.zero.offload == "all":
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    # If the global batch does not divide, their product with the processes, DeepSpeed's batch, is more than the global
+    # batch. DeepSpeed only counts with it; `BatchSplit.loss_scale` makes the gradients right.
     written: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": split.micro_batch_size,
         "gradient_accumulation_steps": split.accumulation_steps,

@@ -39,7 +39,10 @@ class TrainingEngine(Protocol):
     # ---- a step
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulates the gradients of one micro-batch. `loss`: its mean, a scalar."""
+        """Accumulates the gradients of one micro-batch. `loss`: a scalar.
+
+        A step's gradient is that of the mean loss over micro-batches and processes, whatever the sizes of those are.
+        """
 
     def step(self) -> None:
         """Ends a micro-batch; after the last one of a global batch, clips the gradients and updates the weights."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import fastvit_engine
+from fastvit_engine.shown import recorded, without_secrets
 
 _PACKAGES = ("fastvit-kernels", "torch", "deepspeed", "webdataset", "triton", "numpy")
 
@@ -20,9 +21,9 @@ def collect_environment(**extra: Any) -> dict[str, Any]:
     """Returns the content of `environment.json`; `extra` is added and takes precedence.
 
     `versions` maps each package to its version, or None if it is not installed; `gpu` is the name of the current CUDA
-    or ROCm device, or None; `started` is ISO 8601 with the zone's offset.
+    or ROCm device, or None; `started` is ISO 8601 with the zone's offset. URLs are without their secrets.
     """
-    return {
+    content = {
         "versions": {
             "fastvit_engine": fastvit_engine.__version__,
             "python": platform.python_version(),
@@ -31,10 +32,11 @@ def collect_environment(**extra: Any) -> dict[str, Any]:
         "hostname": socket.gethostname(),
         "cpu_count": os.cpu_count(),
         "gpu": _gpu_name(),
-        "command": shlex.join(["fastvit", *sys.argv[1:]]),
+        "command": shlex.join(["fastvit", *map(without_secrets, sys.argv[1:])]),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         **extra,
     }
+    return {name: recorded(value) for name, value in content.items()}
 
 
 def _version(package: str) -> str | None:

@@ -6,14 +6,17 @@ removed: a rewind drops rows of `metrics.jsonl`, but not the event that says so.
 
 import os
 import socket
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal, NotRequired, TypedDict, cast, get_args
 
-from fastvit_engine.files import append_json_lines, damaged_line, read_json_lines
+from fastvit_engine.files import append_json_lines, read_json_lines
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.shown import recorded
 
 Kind = Literal[
-    "start",  # a job started or resumed: world_size, zero_stage, hosts
+    "start",  # a job started or resumed: world_size, zero_stage, hosts, config (its file in the run folder)
+    "configuration",  # a job resumed with other values: changes, each with key, from and to
     "stop",  # it ended in order: reason "finished" or "preempted"
     "failure",  # it failed: the cause, and the ranks at fault if they are known
     "restart",  # a launcher starts the processes again
@@ -22,6 +25,7 @@ Kind = Literal[
     "checkpoint_damaged",  # one could not be read; the previous one was used
     "anomaly",  # a loss, gradient or parameter that training must not continue with
     "rewind",  # back to a checkpoint: from_step, to_step
+    "batch_change",  # train.global_batch_size was changed on purpose when the run resumed: before, after
     "skip",  # samples left out on purpose after a rewind: samples [first, last)
     "hang",  # no step in the allowed time: the ranks that are missing or late, and what they were doing
     "slow_rank",  # a rank is slower than the others: rank, ratio
@@ -40,7 +44,10 @@ class Event(TypedDict):
 
 
 def record_event(run: RunFolder, event: Kind, message: str, **facts: Any) -> None:
-    """Appends one event to the run's `events.jsonl`, durably. `facts`: numbers, texts and lists."""
+    """Appends one event to the run's `events.jsonl`, durably. `facts`: numbers, texts and lists.
+
+    URLs in them are recorded without their secrets.
+    """
     if event not in get_args(Kind):
         raise ValueError(f"unknown event {event!r}")
     row: dict[str, Any] = {
@@ -52,18 +59,22 @@ def record_event(run: RunFolder, event: Kind, message: str, **facts: Any) -> Non
     if "RANK" in os.environ:
         row["rank"] = int(os.environ["RANK"])
     run.path.mkdir(parents=True, exist_ok=True)
-    append_json_lines(run.events, [{**row, **facts}])
+    append_json_lines(run.events, [recorded({**row, **facts})])
 
 
 def read_events(run: RunFolder) -> list[Event]:
-    """Reads the events in the order written; none if the run has no such file. Half a last line is left out.
+    """Reads the events in the order written; none if the run has no such file.
 
-    Raises UserError if another line is not an event.
+    Half a last line is left out, and so are damaged lines, which stderr counts. Nothing here decides how a run resumes.
     """
     if not run.events.exists():
         return []
-    rows = read_json_lines(run.events)
-    for number, row in enumerate(rows, start=1):
-        if not all(isinstance(row.get(key), str) for key in ("time", "event", "message")):
-            raise damaged_line(run.events, number, "is not an event")
-    return cast(list[Event], rows)
+    return cast(list[Event], read_json_lines(run.events, _problem))
+
+
+def _problem(row: Mapping[str, Any]) -> str | None:
+    is_text = all(isinstance(row.get(key), str) for key in ("time", "event", "message"))
+    are_numbers = all(
+        type(row[key]) is int and abs(row[key]) < 2**63 for key in ("rank", "step", "world_size") if key in row
+    )
+    return None if is_text and are_numbers else "is not an event"

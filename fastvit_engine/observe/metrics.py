@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast, get_type_hints
 
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import append_json_lines, atomic_write, damaged_line, json_lines, read_json_lines
+from fastvit_engine.files import append_json_lines, atomic_write, json_lines, read_json_lines
 from fastvit_engine.observe.run_folder import RunFolder
 
 
@@ -47,7 +47,8 @@ class MetricsWriter:
     """Appends rows to `metrics.jsonl`; each outlives a kill at once. One process of the job has one.
 
     `resume_step` is the step training resumes from: rows of later steps, left by the run that died, are dropped, so
-    that no step appears twice; 0 is a new run, or one that starts over. Raises UserError for a damaged file.
+    that no step appears twice; 0 is a new run, or one that starts over. Damaged lines are dropped, too, and counted on
+    stderr: nothing in this file decides how a run resumes.
     """
 
     def __init__(self, run: RunFolder, resume_step: int) -> None:
@@ -63,9 +64,9 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> tuple[list[TrainRow], list[EvalRow]]:
-    """Reads the training and the evaluation rows in the order written. Half a last line is left out.
+    """Reads the training and the evaluation rows in the order written.
 
-    Raises UserError if the file is missing or another line is not a metrics row.
+    Half a last line is left out, and so are damaged lines, which stderr counts. Raises UserError if there is no file.
     """
     rows = _read_rows(path)
     train = [cast(TrainRow, row) for row in rows if "eval" not in row]
@@ -81,14 +82,9 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     try:
-        lines = read_json_lines(path)
+        return [_decode(row) for row in read_json_lines(path, lambda row: _problem(_decode(row)))]
     except OSError as error:
         raise UserError(f"cannot read the metrics of the run, {path}: {error.strerror}") from error
-    rows = [_decode(line) for line in lines]
-    for number, row in enumerate(rows, start=1):
-        if problem := _problem(row):
-            raise damaged_line(path, number, problem)
-    return rows
 
 
 def _problem(row: Mapping[str, Any]) -> str | None:
@@ -100,6 +96,8 @@ def _problem(row: Mapping[str, Any]) -> str | None:
                 return f"lacks '{key}'"
         elif not isinstance(row[key], kind) or isinstance(row[key], bool):
             return f"has {key} {row[key]!r}, not {_NAMES.get(kind, 'a number')}"
+        elif isinstance(row[key], int) and abs(row[key]) >= 2**63:
+            return f"has a {key} of too many digits"
     return None
 
 

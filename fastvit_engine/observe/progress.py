@@ -10,6 +10,7 @@ from typing import TextIO
 
 from fastvit_engine.observe.metrics import EvalRow, TrainRow
 from fastvit_engine.observe.units import format_duration, format_share
+from fastvit_engine.shown import shown, shown_lines
 
 _REDRAW_SECONDS = 0.1
 _LINE_SECONDS = 30.0  # between the plain lines of data work
@@ -52,14 +53,14 @@ class Display:
     def draw(self, text: str) -> None:
         """Shows `text` as the live line, as far as it fits; writes nothing if there is none."""
         if self.live:
-            self._write("\r" + text[: self.columns] + "\x1b[K")
+            self._write("\r" + shown(text)[: self.columns] + "\x1b[K")
             self._drawn_at = self._clock()
 
     def print(self, text: str) -> None:
         """Writes a plain line; the live line goes."""
         self.clear()
         if not self.quiet:
-            self._write(text + "\n")
+            self._write(shown_lines(text) + "\n")
 
     def clear(self) -> None:
         """Erases the live line, so that other output can follow."""

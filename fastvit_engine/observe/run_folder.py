@@ -15,6 +15,11 @@ class RunFolder:
         return self.path / "config.yaml"
 
     @property
+    def configs(self) -> Path:
+        """The configuration of every start, numbered."""
+        return self.path / "configs"
+
+    @property
     def environment(self) -> Path:
         return self.path / "environment.json"
 

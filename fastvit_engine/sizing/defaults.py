@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from fastvit_engine.config import Config
+from fastvit_engine.data.stream.batch_split import BatchSplit, possible_splits, split_batch
 from fastvit_engine.distributed.world import World
-from fastvit_engine.engine.build import split_batch
 from fastvit_engine.engine.optimizers import check_stage, possible_stages
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
@@ -155,7 +155,7 @@ def choose(config: Config, machine: Machine) -> Chosen:
     zero = {choice.key.rpartition(".")[2]: choice.value for choice in choices[2:] if not choice.by_user}
     filled = config.model_copy(
         update={
-            "train": config.train.model_copy(update={"micro_batch_size": picked.micro_batch}),
+            "train": _with_micro_batch(config, picked.micro_batch).train,
             "zero": config.zero.model_copy(update={"stage": picked.stage}),
             "deepspeed": {**config.deepspeed, **({"zero_optimization": {**zero, **given}} if zero or given else {})},
         }
@@ -171,6 +171,10 @@ def choose(config: Config, machine: Machine) -> Chosen:
         on_gpu=machine.on_gpu,
     )
     return Chosen(filled, tuple(choices), memory, machine)
+
+
+def _with_micro_batch(config: Config, size: int | None) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": size})})
 
 
 def candidates(config: Config, machine: Machine) -> list[Candidate]:
@@ -194,15 +198,12 @@ def _candidate(config: Config, machine: Machine, stage: int) -> Candidate:
     Stage 0 would add the micro-batches of a step in the precision of the gradients: with bf16 and fp16 the engine takes
     it for undivided steps only.
     """
-    whole = config.train.global_batch_size // machine.processes
-    tries = list(_micro_batches(config, machine))
+    tries = list(_splits(config, machine))
+    summable = True
     if config.zero.stage == "auto" and stage == 0 and accumulation_bytes(config, 0) < 4:
-        tries = [micro_batch for micro_batch in tries if micro_batch == whole] or tries[:1]
-        summable = tries[0] == whole
-    else:
-        summable = True
-    for micro_batch in tries:
-        steps = whole // micro_batch
+        tries, summable = tries[:1], tries[0].accumulation_steps == 1
+    for split in tries:
+        micro_batch, steps = split.micro_batch_size, split.accumulation_steps
         buckets = _buckets(config, machine, stage)
         memory = training_memory(
             config, stage, machine.processes, micro_batch, steps > 1, buckets, on_gpu=machine.on_gpu
@@ -215,14 +216,12 @@ def _candidate(config: Config, machine: Machine, stage: int) -> Candidate:
     return candidate
 
 
-def _micro_batches(config: Config, machine: Machine) -> Iterator[int]:
-    """Divisors of a process's share of the global batch, the largest first; only the given one if one is given."""
-    largest = split_batch(config, machine.processes).micro_batch_size
+def _splits(config: Config, machine: Machine) -> Iterator[BatchSplit]:
+    """The splits of the global batch, the largest micro-batches first; only one if their size is given."""
     if config.train.micro_batch_size is not None:
-        yield largest
-        return
-    share = config.train.global_batch_size // machine.processes
-    yield from (size for size in range(largest, 0, -1) if share % size == 0)
+        yield split_batch(config, machine.processes)
+    else:
+        yield from possible_splits(config, machine.processes)
 
 
 def _buckets(config: Config, machine: Machine, stage: int) -> Buckets:
@@ -283,23 +282,26 @@ def _explain_stage(config: Config, machine: Machine, options: list[Candidate], p
 
 def _explain_micro_batch(config: Config, machine: Machine, picked: Candidate) -> Choice:
     key = "train.micro_batch_size"
-    share = config.train.global_batch_size // machine.processes
+    split = split_batch(_with_micro_batch(config, picked.micro_batch), machine.processes)
+    share, unequal = split.largest_share, ""
+    if split.smallest_share < share:
+        unequal = f"; processes take {share} or {split.smallest_share} images per step"
     if config.train.micro_batch_size is not None:
-        kept = picked.micro_batch == config.train.micro_batch_size
-        limit = (
-            "given"
-            if kept
-            else f"the largest divisor of {share} that does not exceed your {config.train.micro_batch_size}"
-        )
-        return Choice(key, picked.micro_batch, limit, by_user=True)
-    if picked.micro_batch == share:
-        return Choice(key, picked.micro_batch, "the whole share of a process fits: no accumulation")
-    reason = f"the largest divisor of {share} that fits; {picked.accumulation_steps} per step"
+        if picked.micro_batch == config.train.micro_batch_size:
+            limit = "given"
+        else:
+            how = f"the largest divisor of {share}" if split.equal else f"cuts {share} in the fewest passes"
+            limit = f"{how} that does not exceed your {config.train.micro_batch_size}"
+        return Choice(key, picked.micro_batch, limit + unequal, by_user=True)
+    if picked.accumulation_steps == 1:
+        return Choice(key, picked.micro_batch, f"the whole share of a process fits: no accumulation{unequal}")
+    how = f"the largest divisor of {share} that fits" if split.equal else f"cuts {share} in the fewest passes that fit"
+    reason = f"{how}; {picked.accumulation_steps} per step"
     if picked.stage <= 1:
         reason += ", of which only the last communicates"
     else:
         reason += ", each reduced: a sharded gradient cannot wait"
-    return Choice(key, picked.micro_batch, reason)
+    return Choice(key, picked.micro_batch, reason + unequal)
 
 
 def _zero_choices(config: Config, machine: Machine, picked: Candidate, given: Mapping[str, Any]) -> Iterator[Choice]:
@@ -367,7 +369,7 @@ def _nothing_fits(config: Config, machine: Machine, options: list[Candidate]) ->
         f"{format_bytes(machine.usable)} that can be used"
     )
     if config.train.micro_batch_size is not None:
-        smaller = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": None})})
+        smaller = _with_micro_batch(config, None)
         fitting = [c for stage in _allowed_stages(config) if (c := _candidate(smaller, machine, stage)).fits]
         if fitting:
             return f"{problem}: train.micro_batch_size={max(c.micro_batch for c in fitting)} would fit"
@@ -384,7 +386,7 @@ def _nothing_fits(config: Config, machine: Machine, options: list[Candidate]) ->
                 return f"{problem}: zero.offload={offload} would fit, with the rest in the host's memory, and be slower"
     for factor in (2, 4, 8, 16, 32, 64):
         processes = machine.processes * factor
-        if config.train.global_batch_size % processes == 0:
+        if config.train.global_batch_size >= processes:
             more = Machine(processes, machine.processes_per_node, machine.memory, machine.on_gpu)
             if any(_candidate(config, more, stage).fits for stage in _allowed_stages(config)):
                 return (

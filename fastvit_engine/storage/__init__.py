@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastvit_engine.shown import public_url
 from fastvit_engine.storage.cache import ShardCache, cache_name
 from fastvit_engine.storage.downloads import Downloads
-from fastvit_engine.storage.errors import StaleIndex, public_url
+from fastvit_engine.storage.errors import StaleIndex
 from fastvit_engine.storage.local import LocalFiles, local_path
 from fastvit_engine.storage.remote import Source, TryPolicy, Write, fetch, open_source
 

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage.local import read_exactly
+from fastvit_engine.trusted_folders import trusted_folder
 
 IDLE_S = 30.0  # a shard read or planned within this time is in use, and not evicted
 TOUCH_S = 1.0  # last use is noted this exactly
@@ -64,8 +65,9 @@ class ShardCache:
         self.folder, self.limit = folder, limit
 
     def prepare(self) -> None:
-        """Creates the folder; raises UserError if it cannot be used."""
+        """Creates the folder; raises UserError if it cannot be used, or if others may put shards there."""
         try:
+            trusted_folder(self.folder, "data.cache")
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 pass

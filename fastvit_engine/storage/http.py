@@ -18,6 +18,7 @@ from urllib.request import getproxies, proxy_bypass
 from fastvit_engine.storage.source import MAY_PASS, AttemptFailed, Refused, Reply
 
 CHUNK_BYTES = 2**18  # bytes
+INVALID_URL = "the URL has a port or a character that no URL can have"
 MAX_REDIRECTS = 5
 MAX_CONNECTIONS = 8  # kept open by each thread, to different servers
 MAX_RETRY_AFTER_S = 60.0
@@ -73,7 +74,7 @@ class HttpSource:
         target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (f"?{parts.query}" if parts.query else "")
         if by_proxy:
             target = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{target}"
-        headers = {"Accept-Encoding": "identity", "User-Agent": "fastvit-engine", **headers, **_authorization(parts)}
+        headers = {"Accept-Encoding": "identity", "User-Agent": "fastvit-engine", **headers, **authorization(parts)}
         for fresh in (connection.sock is None, True):
             try:
                 connection.request("GET", target, headers=headers)
@@ -95,8 +96,8 @@ def _failures(timeout: float) -> Iterator[None]:
         yield
     except ssl.SSLCertVerificationError as error:
         raise Refused(f"the server's certificate is not trusted: {error.verify_message}") from error
-    except (http.client.InvalidURL, ValueError) as error:
-        raise Refused(str(error)) from error
+    except (http.client.InvalidURL, ValueError):  # whose message may quote a password or a signature
+        raise Refused(INVALID_URL) from None
     except TimeoutError as error:
         raise AttemptFailed(f"no answer for {timeout:g} seconds") from error
     except (OSError, http.client.HTTPException) as error:
@@ -141,14 +142,15 @@ def _connection(parts: SplitResult, timeout: float) -> tuple[http.client.HTTPCon
         if parts.scheme == "http":
             return http.client.HTTPConnection(at.hostname or "", at.port, timeout=timeout), True
         tunnel = http.client.HTTPSConnection(at.hostname or "", at.port or 80, timeout=timeout, context=_tls())
-        tunnel.set_tunnel(host, parts.port or 443, _authorization(at, "Proxy-Authorization"))
+        tunnel.set_tunnel(host, parts.port or 443, authorization(at, "Proxy-Authorization"))
         return tunnel, False
     if parts.scheme == "https":
         return http.client.HTTPSConnection(host, parts.port, timeout=timeout, context=_tls()), False
     return http.client.HTTPConnection(host, parts.port, timeout=timeout), False
 
 
-def _authorization(parts: SplitResult, header: str = "Authorization") -> dict[str, str]:
+def authorization(parts: SplitResult, header: str = "Authorization") -> dict[str, str]:
+    """The header that says who asks, if a URL names a user."""
     if parts.username is None:
         return {}
     pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"

@@ -12,7 +12,7 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.utils import get_protocol
 
 from fastvit_engine.errors import UserError
-from fastvit_engine.storage.errors import public_url
+from fastvit_engine.shown import public_url, shown
 from fastvit_engine.storage.source import MAY_PASS, AttemptFailed, Refused, Reply
 
 CHUNK_BYTES = 2**23  # bytes: one request
@@ -105,5 +105,5 @@ def _failures(timeout: float) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """Returns the first line of an exception's message, or the name of its class."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """Returns the first line of an exception's message, fit to be shown, or the name of its class."""
+    return shown(next(iter(str(error).splitlines()), "")) or type(error).__name__

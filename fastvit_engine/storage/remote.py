@@ -2,12 +2,14 @@
 
 import logging
 import random
+import re
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 from fastvit_engine.errors import UserError
-from fastvit_engine.storage.errors import GaveUp, StaleIndex, public_url
+from fastvit_engine.shown import public_url
+from fastvit_engine.storage.errors import GaveUp, StaleIndex
 from fastvit_engine.storage.http import HttpSource
 from fastvit_engine.storage.object_store import FsspecSource
 from fastvit_engine.storage.source import AttemptFailed, Refused, Source
@@ -16,6 +18,7 @@ log = logging.getLogger(__name__)
 
 BACKOFF_S = 0.5  # mean of the first pause is half of it; doubles with every failure in a row
 MAX_BACKOFF_S = 30.0
+_NO_ACCESS = re.compile(r"HTTP 40[13]\b")
 SLOWEST = 2**20  # bytes per second: a transfer may take this much longer than TryPolicy.patience
 
 Write = Callable[[int, bytes | memoryview], None]  # (position in the shard, bytes)
@@ -44,7 +47,14 @@ def open_source(url: str) -> Source:
 
 
 def refusal(url: str, error: Refused) -> UserError:
-    return UserError(f"shard {public_url(url)} cannot be read ({error}): correct its URL, or restore it")
+    """The error for a shard that its server does not give."""
+    remedy = "correct its URL, or restore it"
+    if _NO_ACCESS.match(str(error)) and public_url(url) == url:
+        remedy = (
+            "give user name and password, or the signature, in the URLs of data.train or data.eval; an index keeps "
+            "neither, so set data.index to it"
+        )
+    return UserError(f"shard {public_url(url)} cannot be read ({error}): {remedy}")
 
 
 def describe(url: str, policy: TryPolicy) -> tuple[int, str]:

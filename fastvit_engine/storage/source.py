@@ -5,6 +5,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from fastvit_engine.shown import shown
+
 MAY_PASS = {408, 425, 429}  # HTTP statuses below 500 that are worth another attempt
 
 
@@ -32,9 +34,12 @@ class AttemptFailed(Exception):
     """A failure that another attempt may cure: a broken connection, a timeout, an overloaded server."""
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
-        super().__init__(reason)
+        super().__init__(shown(reason))
         self.retry_after = retry_after  # seconds that the server asks to wait
 
 
 class Refused(Exception):
     """A failure that no attempt will cure: the shard does not exist, or access is denied."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(shown(reason))

@@ -7,11 +7,12 @@ import torch
 
 from fastvit_engine.checkpoint import Checkpointer, store_of
 from fastvit_engine.config import Config
+from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
 from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.stragglers import Stragglers
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, limit_collectives
-from fastvit_engine.engine.build import BatchSplit, build_engine, split_batch
+from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.models import build_vit, training_flops
@@ -98,7 +99,14 @@ def build_job(
         processes=Processes(
             watchdog,
             preemption,
-            Stragglers(run, world, config.watchdog, watchdog.hosts, zero_stage=engine.zero_stage),
+            Stragglers(
+                run,
+                world,
+                config.watchdog,
+                watchdog.hosts,
+                zero_stage=engine.zero_stage,
+                images=[split.images_computed(rank) for rank in range(world.size)],
+            ),
         ),
         utilization=Utilization(peak_flops(world, config.train.precision), training_flops(config.model)),
         check_owner=check_owner,

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fastvit_engine.checkpoint import Checkpoint, TrainerState
@@ -19,25 +20,37 @@ from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted, format_share
+from fastvit_engine.shown import say
 from fastvit_engine.sizing.defaults import Chosen, choose, machine_of
 from fastvit_engine.train.evaluators import build_evaluators, run_evaluators
 from fastvit_engine.train.health.diagnosis import Trace, diagnose
 from fastvit_engine.train.health.guard import StepReport
+from fastvit_engine.train.health.replicas import check_first_weights
 from fastvit_engine.train.health.rewind import Failure, go_back, record_anomaly
 from fastvit_engine.train.job import Job, build_job
 from fastvit_engine.train.recovery import save_recovery
 from fastvit_engine.train.run_record import record_start
 from fastvit_engine.train.schedule import Schedule
-from fastvit_engine.train.start import Start, load_start, preflight, report_damage
+from fastvit_engine.train.start import Start, load_start, preflight, record_batch_change, report_damage
 from fastvit_engine.train.step import take_step
 from fastvit_engine.train.step_log import StepLog
+from fastvit_engine.trusted_folders import trust_compiled_code
 
 
-def train(resolved: Resolved, out: Path, *, resume: bool, data: IterableData | None = None) -> None:
+def train(
+    resolved: Resolved,
+    out: Path,
+    *,
+    resume: bool,
+    data: IterableData | None = None,
+    allow_batch_change: bool = False,
+) -> None:
     """Trains the model of a configuration into the run folder `out`, on `data` if given and else on `data.train`.
 
     With `resume`, continues from the folder's latest checkpoint, if any; without, refuses a folder that holds a run.
+    With `allow_batch_change`, `train.global_batch_size` may differ from the checkpoint's.
     """
+    trust_compiled_code()
     run, limits = RunFolder(out), resolved.config.watchdog
     with (
         Preemption() as preemption,
@@ -47,13 +60,14 @@ def train(resolved: Resolved, out: Path, *, resume: bool, data: IterableData | N
     ):
         preemption.on_stack_request = watchdog.request_stacks
         chosen = choose(resolved.config, machine_of(world))
-        start = world.on_main(lambda: preflight(chosen.config, run, world.size, resume=resume, data=data))
+        check = partial(preflight, chosen.config, run, world.size, resume=resume, data=data)
+        start = world.on_main(lambda: check(allow_batch_change=allow_batch_change))
         if world.is_main:
             report_damage(run, start.damaged, start.checkpoint)
-            print("\n".join([start.message, *(f"warning: {text}" for text in start.warnings)]), flush=True)
+            say("\n".join([start.message, *(f"warning: {text}" for text in start.warnings)]))
         if start.step < start.total_steps:
             if world.is_main:
-                print(chosen.describe(), flush=True)
+                say(chosen.describe())
             _train(resolved, chosen, run, start, world, watchdog, preemption, check_owner, data)
         elif finished := start.checkpoint:
             world.on_main(lambda: export_run(finished, run))  # it may have been killed just before this
@@ -79,11 +93,12 @@ def _train(
     check_owner: Callable[[], None],
     data: IterableData | None = None,
 ) -> None:
-    schedule = Schedule(chosen.config, start.data.samples_per_epoch)
+    schedule = Schedule(chosen.config, start.data.samples_per_epoch, start.state.batches)
     job = build_job(chosen.config, run, world, schedule, watchdog, preemption, check_owner)
     if world.is_main:
         save_recovery(run, start.state.recovery)
         record_start(resolved, chosen, job, start.step)
+        record_batch_change(run, start)
     next_start: Start | None = start
     try:
         while next_start is not None:  # more than once if training has to go back to a checkpoint
@@ -98,6 +113,8 @@ def _train_from(start: Start, job: Job, data: IterableData | None) -> Start | No
     job.processes.watchdog.phase("loading", slow=True)
     start = load_start(start, job.checkpointer, job.run, job.world)
     start = replace(start, data=start.data.bind(data))  # an iterable stays in its process
+    if start.state.batches != job.schedule.batch_sizes:  # it is an older checkpoint, from before the batch changed
+        job = replace(job, schedule=Schedule(job.config, start.data.samples_per_epoch, start.state.batches))
     job.health.guard.forget(start.state.recent)
     log = StepLog(job, start.state)
     with closing(log), closing(log.watch(_open_batches(start, job))) as batches:  # which ends the data workers
@@ -112,6 +129,7 @@ def _train_steps(start: Start, job: Job, batches: Iterator[Batch], log: StepLog)
     if log.recorder:
         job.checkpointer.say = log.recorder.message
     if start.checkpoint is None:
+        check_first_weights(job.engine, job.world)
         _save(job, state, log)  # to have something to go back to
     watchdog.begin(state.step)
 
@@ -175,8 +193,9 @@ def _open_batches(start: Start, job: Job) -> Iterator[Batch]:
 
 def _next_window(state: TrainerState, config: Config) -> Window:
     """The positions of the next step's samples in the data order."""
-    first = step_start(state.consumed, state.recovery.skipped)
-    return first, first + config.train.global_batch_size
+    batch = config.train.global_batch_size
+    first = step_start(state.consumed, batch, state.recovery.skipped)
+    return first, first + batch
 
 
 def _save(job: Job, state: TrainerState, log: StepLog) -> None:
@@ -206,10 +225,10 @@ def _recover(job: Job, start: Start, failure: Failure, trace: Trace, recorder: R
         job.check_owner()
         message = record_anomaly(job.run, failure, diagnosis)
         recorder.message(message)
-        skip, most = not diagnosis.in_weights, job.config.health.max_rewinds
-        there = go_back(job.run, job.checkpointer.store, start, failure, message, skip=skip, max_rewinds=most)
+        most = job.config.health.max_rewinds
+        there = go_back(job.run, job.checkpointer.store, start, failure, message, diagnosis, max_rewinds=most)
         first, last = failure.window
-        left_out = f", leaving out samples {first:,} to {last - 1:,}" if skip else ""
+        left_out = "" if diagnosis.in_weights else f", leaving out samples {first:,} to {last - 1:,}"
         recorder.message(f"going back to step {there.step}{left_out}")
         recorder.close()
         return there
@@ -236,7 +255,7 @@ def _finish(job: Job, state: TrainerState, log: StepLog) -> None:
         record_event(job.run, "stop", f"finished after {counted(total, 'step')}", step=total, reason="finished")
     log.close()
     if job.world.is_main:
-        print(f"{_outcome(state, job)}\nnext: fastvit report {job.run.path}", flush=True)
+        say(f"{_outcome(state, job)}\nnext: fastvit report {job.run.path}")
 
 
 def _export(checkpoint: Checkpoint, job: Job) -> None:

@@ -2,7 +2,7 @@
 
 The file is written before the run continues. So a run that is killed between going back and its next checkpoint still
 leaves out the same samples, and continues to count. Every checkpoint's manifest has the same in it, for a run folder
-that is lost. Samples can also be left out by hand: add their positions to `skipped`, as whole steps.
+that is lost. Samples can also be left out by hand: add their positions to `skipped`; steps that have one are left out.
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 from fastvit_engine.checkpoint import Recovery
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import atomic_write
+from fastvit_engine.files import atomic_write, read_json_lines
 from fastvit_engine.observe.run_folder import RunFolder
 
 
@@ -41,13 +41,12 @@ def load_recovery(run: RunFolder) -> Recovery:
 
 
 def _from_events(run: RunFolder) -> Recovery:
-    """Lines that are no events are passed over: a run acted on what it had written whole, and on nothing else."""
+    """Damaged lines are left out: a run acted on what it had written whole, and on nothing else."""
     if not run.events.exists():
         return Recovery()
     windows: dict[str, list[Any]] = {"skip": [], "anomaly": []}
     rewinds = 0
-    for line in run.events.read_bytes().splitlines():
-        event = _event(line)
+    for event in read_json_lines(run.events):
         rewinds += event.get("event") == "rewind"
         if event.get("event") in windows and "samples" in event:
             windows[event["event"]].append(event["samples"])
@@ -56,11 +55,3 @@ def _from_events(run: RunFolder) -> Recovery:
         return Recovery().merge(Recovery.from_json(content))
     except (ValueError, TypeError) as error:
         raise UserError(f"{run.events} names samples that are no window ({error}): correct that line") from error
-
-
-def _event(line: bytes) -> dict[str, Any]:
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    return event if isinstance(event, dict) else {}

@@ -11,11 +11,12 @@ from fastvit_engine.observe.environment import collect_environment
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.units import counted
 from fastvit_engine.sizing.defaults import Chosen
+from fastvit_engine.train.diary import record_configuration
 from fastvit_engine.train.job import Job
 
 
 def record_start(resolved: Resolved, chosen: Chosen, job: Job, step: int) -> None:
-    """Writes `config.yaml` (as given), `environment.json` (with what was chosen), and the event."""
+    """Writes the configuration (as given), `environment.json` (with what was chosen), and the event."""
     config, world, run = job.config, job.world, job.run
     environment = collect_environment(
         model=model_title(config.model),
@@ -33,9 +34,10 @@ def record_start(resolved: Resolved, chosen: Chosen, job: Job, step: int) -> Non
         shards=", ".join(source.shards for source in config.data.sources),
         defaults=chosen.record(),
     )
-    atomic_write(run.config, resolved.to_yaml())
+    kept = record_configuration(run, resolved, step)
     atomic_write(run.environment, json.dumps(environment, indent=1))
     hosts = sorted(set(job.processes.watchdog.hosts))
     where = f"{counted(world.size, 'process', 'processes')} on {', '.join(hosts)}, ZeRO-{config.zero.stage}"
     message = f"training begins at step {step} of {job.schedule.total_steps}: {where}"
-    record_event(run, "start", message, step=step, world_size=world.size, zero_stage=config.zero.stage, hosts=hosts)
+    facts = {"world_size": world.size, "zero_stage": config.zero.stage, "hosts": hosts, "config": kept}
+    record_event(run, "start", message, step=step, **facts)

@@ -15,18 +15,23 @@ from fastvit_engine.checkpoint import (
     DamagedCheckpoint,
     Recovery,
     TrainerState,
+    doubt_about_latest,
     store_of,
     usable_checkpoints,
 )
 from fastvit_engine.config import Config, ModelConfig
 from fastvit_engine.config.checks import check_config
 from fastvit_engine.data import IterableData, TrainingData, prepare_data
+from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
 from fastvit_engine.distributed.world import World
-from fastvit_engine.engine.build import deepspeed_config, split_batch
+from fastvit_engine.duration import BatchSizes
+from fastvit_engine.engine.build import deepspeed_config
 from fastvit_engine.errors import UserError
+from fastvit_engine.models import resolve_shape
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted
+from fastvit_engine.shown import say
 from fastvit_engine.train.recovery import load_recovery
 from fastvit_engine.train.schedule import Schedule
 
@@ -42,6 +47,7 @@ class Start:
     data: TrainingData
     damaged: tuple[str, ...] = ()  # what is wrong with newer checkpoints, which are passed over
     warnings: tuple[str, ...] = ()  # what is allowed, but hardly meant
+    batch_before: int | None = None  # the checkpoint's train.global_batch_size, if the run is to continue with another
 
     @property
     def step(self) -> int:
@@ -51,19 +57,33 @@ class Start:
     def at(self, checkpoint: Checkpoint, state: TrainerState) -> "Start":
         """The same run from a checkpoint on; what it remembers of going back stays."""
         recovery = state.recovery.merge(self.state.recovery)
-        continued = replace(state, fingerprint=self.state.fingerprint, pixels=self.state.pixels, recovery=recovery)
+        batches = state.batches.then(state.step, self.state.batches.current)
+        continued = replace(
+            state,
+            fingerprint=self.state.fingerprint,
+            pixels=self.state.pixels,
+            recovery=recovery,
+            batch_sizes=batches.changes,
+        )
         return replace(self, state=continued, checkpoint=checkpoint)
 
 
 def preflight(
-    config: Config, run: RunFolder, world_size: int, *, resume: bool, data: IterableData | None = None
+    config: Config,
+    run: RunFolder,
+    world_size: int,
+    *,
+    resume: bool,
+    data: IterableData | None = None,
+    allow_batch_change: bool = False,
 ) -> Start:
     """Checks configuration, data and run folder; raises UserError for what cannot work.
 
-    data: takes the place of data.train.
+    data: takes the place of data.train. allow_batch_change: `train.global_batch_size` may differ from the checkpoint's.
     """
     check_config(config)
-    deepspeed_config(config, split_batch(config, world_size))
+    split = split_batch(config, world_size)
+    deepspeed_config(config, split)
     store = store_of(config.checkpoint, run)
     if run.config.exists() and not resume:
         raise UserError(
@@ -79,21 +99,28 @@ def preflight(
     checkpoint, state, damaged = newest_readable(candidates)
     recorded = None if state is None else state.fingerprint.get("data")
     prepared = prepare_data(config, world_size=world_size, index_folder=run.path, recorded=recorded, given=data)
-    schedule = Schedule(config, prepared.samples_per_epoch)
-    _check_best(config, schedule)
+    batch = config.train.global_batch_size
+    batches = BatchSizes.always(batch) if state is None else state.batches.then(state.step, batch)
+    schedule = Schedule(config, prepared.samples_per_epoch, batches)
     _check_writable(run)
     wanted = TrainerState(
         step=0,
         fingerprint=fingerprint(config, prepared),
         recovery=load_recovery(run),
         pixels={"mean": config.data.mean, "std": config.data.std, "eval_crop": config.data.eval_crop},
+        batch_sizes=BatchSizes.always(batch).changes,
     )
     message = f"starting {run.path}: {counted(schedule.total_steps, 'step')}, {prepared.describe()}"
-    warnings = _doubtful(config, prepared)
+    doubt = doubt_about_latest(store) if candidates else None
+    warnings = (*([doubt] if doubt else []), *_doubtful(config, prepared, split))
     start = Start(wanted, schedule.total_steps, None, message, prepared, damaged, warnings)
     if checkpoint is None or state is None:
         return start
-    _check_same_run(wanted.fingerprint, state.fingerprint, checkpoint)
+    _check_same_run(wanted.fingerprint, state.fingerprint, checkpoint, allow_batch_change=allow_batch_change)
+    if (before := state.batches.current) != batch:
+        prepared.check_batch_change(config, before)
+        start = replace(start, batch_before=before)
+    start = replace(start, warnings=(*start.warnings, *_too_late(config, state)))
     if state.step < schedule.total_steps:
         message = f"continuing {run.path} from step {state.step} of {schedule.total_steps}, {prepared.describe()}"
     else:
@@ -137,7 +164,8 @@ def newest_readable(
 def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued: the parameters, and the order of the data.
 
-    The number of processes, the ZeRO stage and the precision may change: checkpoints hold fp32 masters, whole.
+    Of the model, only what shapes its parameters and what they mean is compared: see `_shape`. The number of processes,
+    the ZeRO stage and the precision may change: checkpoints hold fp32 masters, whole.
     """
     return {
         "model": config.model.model_dump(mode="json"),
@@ -147,7 +175,7 @@ def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     }
 
 
-def _doubtful(config: Config, data: TrainingData) -> tuple[str, ...]:
+def _doubtful(config: Config, data: TrainingData, split: BatchSplit) -> tuple[str, ...]:
     """One sentence for each setting that works with this data, but that hardly anybody wants."""
     warnings = []
     classes, outputs = len(data.class_names or ()), config.model.num_classes
@@ -162,16 +190,22 @@ def _doubtful(config: Config, data: TrainingData) -> tuple[str, ...]:
             f"train.global_batch_size is {batch:,}, and an epoch has only {counted(samples, 'sample')}: every step "
             "repeats samples; lower it"
         )
+    if split.idle_ranks:
+        warnings.append(
+            f"{split.idle_ranks} of {split.world_size} processes have nothing to do: images are mixed in pairs, of "
+            f"which train.global_batch_size = {batch:,} has fewer; raise it to {2 * split.world_size:,}"
+        )
     return tuple(warnings)
 
 
-def _check_best(config: Config, schedule: Schedule) -> None:
-    best = config.checkpoint.keep_best
-    if best is not None and not schedule.evaluates_what_it_saves:
-        raise UserError(
-            f"checkpoint.keep_best = {best} needs an evaluation wherever a checkpoint is written: "
-            "let evaluate.every divide checkpoint.every"
-        )
+def _too_late(config: Config, state: TrainerState) -> tuple[str, ...]:
+    """One sentence for each setting of the first weights that differs from the one the run began with."""
+    now, before = config.model.model_dump(mode="json"), _as_today(state.fingerprint["model"])
+    return tuple(
+        f"model.{key} = {now[key]} sets the first weights only: the run continues with those of its checkpoint"
+        for key in _OF_FIRST_WEIGHTS
+        if now[key] != before.get(key, now[key])
+    )
 
 
 def _check_writable(run: RunFolder) -> None:
@@ -186,21 +220,31 @@ def _check_writable(run: RunFolder) -> None:
         ) from error
 
 
-def _check_same_run(wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def _check_same_run(
+    wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Checkpoint, *, allow_batch_change: bool
+) -> None:
     for name, before in saved.items():
         now: Any = wanted.get(name)
-        if now == before:
+        if now == before or (name == "global_batch_size" and allow_batch_change):
             continue
+        if name == "global_batch_size":
+            raise UserError(
+                f"checkpoint {checkpoint} was written with train.global_batch_size {before} and this run has {now}: "
+                "set it back, or add --allow-batch-change (from Python: allow_batch_change=True) to continue with "
+                f"{now}"
+            )
         if name == "data":
             raise UserError(
                 f"checkpoint {checkpoint} {_other_order(now, before)}, or choose another run folder with --out"
             )
         if name == "model":
             before = _as_today(before)
+            if (shape := _shape(now)) is not None and shape == _shape(before):
+                continue
             differing = [
                 f"model.{key} is {now.get(key)!r}, was {before.get(key)!r}"
                 for key in {**now, **before}
-                if now.get(key) != before.get(key)
+                if now.get(key) != before.get(key) and key not in _FREE
             ]
             if not differing:
                 continue
@@ -212,6 +256,22 @@ def _check_same_run(wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpo
             f"checkpoint {checkpoint} was written with {name} {json.dumps(before)} and this run has {json.dumps(now)}: "
             f"continue with the same {name}, or choose another run folder with --out"
         )
+
+
+# Keys of the model that a run may change: what only its first weights depend on, and what regularises it.
+_OF_FIRST_WEIGHTS = ("head_bias", "layer_scale")
+_FREE = ("dropout", "drop_path", "head_bias")
+
+
+def _shape(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What the parameters of a section `model` are, however it spells them; None if this version does not know it."""
+    try:
+        config = ModelConfig.model_validate(model)
+        shape = resolve_shape(config)
+    except (ValidationError, UserError):
+        return None
+    rest = config.model_dump(include={"image_size", "num_classes", "pool", "head", "activation"})
+    return {**rest, "shape": shape, "layer_scale": config.layer_scale is not None}
 
 
 def _as_today(model: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -264,11 +324,27 @@ def load_start(start: Start, checkpointer: Checkpointer, run: RunFolder, world: 
     return start
 
 
+def record_batch_change(run: RunFolder, start: Start) -> None:
+    """Says on the terminal and among the run's events that the global batch changes, and what the run's length is now.
+
+    Does nothing if it does not.
+    """
+    if start.batch_before is None:
+        return
+    now, before, step = start.state.batches.current, start.batch_before, start.step
+    message = (
+        f"train.global_batch_size is {now} from step {step} on, and was {before}: the run has "
+        f"{counted(start.total_steps, 'step')} now"
+    )
+    print(message, flush=True)
+    record_event(run, "batch_change", message, step=step, before=before, after=now, total_steps=start.total_steps)
+
+
 def report_damage(run: RunFolder, damaged: Sequence[str], used: Checkpoint | None) -> None:
     """Says on the terminal and among the run's events what is wrong with checkpoints, and which is `used` instead."""
     for damage in damaged:
         message = f"{damage}: going back to {used}"
-        print(f"warning: {message}", flush=True)
+        say(f"warning: {message}")
         record_event(run, "checkpoint_damaged", message)
 
 

@@ -34,6 +34,8 @@ def take_step(
         with job.processes.stragglers.forward():
             losses = job.objective.losses(engine.model, batch)
             loss = losses.mean()
+            if (scale := job.split.loss_scale(len(losses))) != 1:  # micro-batches differ in size
+                loss = loss * scale
         watchdog.phase("backward")
         engine.backward(loss)
         loss_sum += loss.detach()
@@ -63,5 +65,8 @@ def seed_step(seed: int, step: int, world: World) -> None:
 
 
 def hash_keys(keys: list[str]) -> int:
-    """The sum, modulo 2**64, of each key's 64-bit hash: the same however a global batch is split over processes."""
-    return sum(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") for key in keys) % 2**64
+    """The sum, modulo 2**64, of each key's 64-bit hash: the same however a global batch is split over processes.
+
+    Padding, whose key is "", counts for nothing.
+    """
+    return sum(int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") for key in keys if key) % 2**64

@@ -27,7 +27,7 @@ class StepLog:
             total_steps = job.schedule.total_steps
             self.recorder = Recorder(job.run, total_steps, state.step, trackers, job.check_owner)
         self.stopwatch = Stopwatch(world.device, seconds_before=state.seconds)
-        seen = state.step * config.train.global_batch_size
+        seen = job.schedule.samples(state.step)
         self.bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share, seen=seen, bad=state.bad_samples)
         self._data_wait = DataWait(config.data.num_workers)
         self._first_step = self._last_logged = state.step
@@ -64,7 +64,7 @@ class StepLog:
                 {
                     "step": step,
                     "epoch": job.schedule.epoch(step),
-                    "samples": step * batch_size,
+                    "samples": job.schedule.samples(step),
                     "loss": report.loss,
                     "lr": learning_rate,
                     "grad_norm": report.grad_norm,

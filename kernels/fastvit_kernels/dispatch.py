@@ -24,7 +24,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton's interpreter runs kernels on the CPU, for tests. Triton reads the variable when it is imported.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
-choice = os.environ.get("FASTVIT_KERNELS", "auto")
+choice = os.environ.get("FASTVIT_KERNELS") or "auto"  # empty is unset, as for most variables
 if choice not in CHOICES:
     raise ValueError(f"FASTVIT_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
 

@@ -11,12 +11,15 @@ import sys
 import uuid
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed import run
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
 from torch.distributed.launcher import api
 
+from fastvit_engine.distributed.store import JobStore
 from fastvit_engine.distributed.supervise import cluster_exit_code
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART
 
@@ -65,7 +68,9 @@ def main() -> int:
             agents[-1].final_codes = {EXIT_BAD_INPUT}
         return agents[-1]
 
-    api.LocalElasticAgent = make_agent  # type: ignore[misc, assignment]  # where torchrun looks for it
+    # Where torchrun looks for them.
+    c10d_rendezvous_backend.TCPStore = dist.TCPStore = JobStore  # type: ignore[misc, assignment]
+    api.LocalElasticAgent = make_agent  # type: ignore[misc, assignment]
     try:
         run.run(arguments)
     except ChildFailedError:

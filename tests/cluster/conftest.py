@@ -77,3 +77,22 @@ def jobs(hosts, tmp_path, environment):
     running = Jobs(hosts, tmp_path, environment)
     yield running
     running.close()
+
+
+@pytest.fixture
+def slowly(tmp_path, monkeypatch, environment):
+    """Makes every step take a while, so that what happens happens during the run."""
+    folder = tmp_path / "slowly"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os\n"
+        "if 'RANK' in os.environ:\n"
+        "    import time\n"
+        "    from fastvit_engine.train import loop\n"
+        "    step = loop.take_step\n"
+        "    def slow_step(*arguments, **options):\n"
+        "        time.sleep(1.0)\n"
+        "        return step(*arguments, **options)\n"
+        "    loop.take_step = slow_step\n"
+    )
+    monkeypatch.setitem(environment, "PYTHONPATH", f"{folder}:{environment['PYTHONPATH']}")

@@ -77,7 +77,8 @@ def test_every_stage_on_three_hosts(ssh_hosts, jobs, hostfile, training, single,
 def test_a_killed_host_is_restarted_from_the_checkpoint(ssh_hosts, jobs, hostfile, training, single, tmp_path):
     out = tmp_path / "run"
     jobs.start(0, [*RUN, *hostfile("node-0 slots=1", "node-1 slots=1"), "--", *training(out)])
-    wait_until(lambda: (out / "checkpoints" / "latest").exists(), what="the first checkpoint")
+    begun = [out / "checkpoints" / "latest", out / "metrics.jsonl"]
+    wait_until(lambda: all(path.exists() for path in begun), what="the first checkpoint and the first step")
     assert len(rows(out)) < 12
     ssh_hosts.run(1, ["sh", "-c", "kill -9 $(pgrep -f 'fastvit_engine trai[n]' --ns $$ --nslist net)"])
     codes, output = jobs.wait()

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.harness import EVERYTHING, LAUNCH, SHARD_EVERYTHING, assert_same_curve, rows
-from tests.cluster.hosts import wait_until
+from fastvit_engine.observe.events import read_events
+from fastvit_engine.observe.run_folder import RunFolder
+from tests.cluster.harness import EVERYTHING, LAUNCH, SHARD_EVERYTHING, Jobs, assert_same_curve, losses, rows
+from tests.cluster.hosts import Hosts, missing, wait_until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -75,11 +77,49 @@ def test_three_hosts_follow_the_curve_of_one_process(jobs, torchrun, training, s
 
 @matrix
 def test_bad_input_is_said_at_once_and_not_tried_again(jobs, torchrun, training, tmp_path):
-    torchrun(training(tmp_path / "run", "train.global_batch_size=35"))
+    torchrun(training(tmp_path / "run", "train.global_batch_size=2"))
     codes, output = jobs.wait(60)
     assert 2 in codes, output
-    assert "train.global_batch_size = 35 does not divide over 3 processes" in output
+    assert "train.global_batch_size is 2, fewer images than the 3 processes" in output
     assert "Traceback" not in output
+
+
+@matrix
+def test_an_elastic_job_trains_any_batch_on_any_number_of_hosts(training, environment, slowly, tmp_path):
+    """32 images on 4 hosts, on 3 and again on 4: 8 images each; 11, 11 and 10; 8 each."""
+    out, settings = tmp_path / "run", ["train.global_batch_size=32", "train.duration=60 steps", "train.log_every=1"]
+    if reason := missing():
+        pytest.skip(reason)
+    with Hosts(4) as hosts:
+        jobs = Jobs(hosts, tmp_path, environment)
+
+        def start(host, arguments, nodes):
+            common = ["--head", hosts.name(0), "--nodes", nodes, "--processes-per-node", "1", "--max-restarts", "3"]
+            return jobs.start(host, [*RUN, *common, "--", *arguments])
+
+        try:
+            alone = start(0, training(tmp_path / "alone", *settings), "1")
+            assert alone.wait(timeout=240) == 0, alone.log.read_text()
+            elastic = training(out, *settings, "checkpoint.every=3 steps")
+            first = [start(host, elastic, "3:4") for host in range(4)]
+            wait_until(lambda: steps_done(out) >= 4, what="four steps on four hosts")
+            hosts.kill_all(3)
+            wait_until(lambda: sizes_of(out)[-1] == 3, what="a start on three hosts")
+            before = steps_done(out)
+            wait_until(lambda: steps_done(out) >= before + 4, what="four steps on three hosts")
+            running = [*first[:3], start(3, elastic, "3:4")]
+            codes = [process.wait(timeout=240) for process in running]
+            assert codes == [0] * 4, "".join(process.log.read_text(errors="replace") for process in running)
+        finally:
+            jobs.close()
+    assert sizes_of(out) == [4, 3, 4]
+    assert_same_curve(out, losses(tmp_path / "alone"))
+
+
+def sizes_of(out):
+    """The number of processes of each start of a run, without repetitions."""
+    sizes = [event["world_size"] for event in read_events(RunFolder(out)) if event["event"] == "start"]
+    return [size for number, size in enumerate(sizes) if number == 0 or size != sizes[number - 1]]
 
 
 @matrix

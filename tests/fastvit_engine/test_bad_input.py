@@ -142,9 +142,9 @@ def test_unknown_recipe(refused):
     refused(["train", "vit_h14_jfk"], "vit_h14_jfk", "did you mean 'vit_h14_jft'")
 
 
-def test_batch_not_divisible_over_processes(refused, shard, tmp_path):
-    arguments = train_arguments(tmp_path / "run", f"data.train={shard}", "train.global_batch_size=9", processes=2)
-    refused(arguments, "train.global_batch_size = 9 does not divide over 2 processes")
+def test_more_processes_than_images(refused, shard, tmp_path):
+    arguments = train_arguments(tmp_path / "run", f"data.train={shard}", "train.global_batch_size=1", processes=2)
+    refused(arguments, "train.global_batch_size is 1, fewer images than the 2 processes: raise it, or train with fewer")
 
 
 def test_no_processes(refused, shard, tmp_path):
@@ -203,7 +203,7 @@ def test_a_folder_that_already_holds_a_run(refused, train, shard, tmp_path):
         pytest.param(
             "train.global_batch_size=16",
             2,
-            ["written with global_batch_size 8 and this run has 16"],
+            ["written with train.global_batch_size 8 and this run has 16: set it back, or add --allow-batch-change"],
             id="another batch",
         ),
     ],
@@ -270,7 +270,10 @@ def test_export_of_no_checkpoint(refused, tmp_path):
         (["checkpoint.keep_best=eval.top1"], ["needs an evaluation: set data.eval"]),
         (["checkpoint.keep_best=eval_ema.top1", "data.eval=SHARD"], ["needs an average of the weights: set ema.decay"]),
         (
-            ["checkpoint.keep_best=eval.loss", "data.eval=SHARD", "checkpoint.every=2 steps", "evaluate.every=3 steps"],
+            [
+                *("checkpoint.keep_best=eval.loss", "data.eval=SHARD", "data.allow_overlap=true"),
+                *("checkpoint.every=2 steps", "evaluate.every=3 steps"),
+            ],
             ["let evaluate.every divide checkpoint.every"],
         ),
         (["checkpoint.path=nostore://bucket"], ["nostore://bucket cannot be opened"]),
@@ -320,6 +323,11 @@ def test_a_diverged_model_is_not_saved(refused, shard, tmp_path):
 @pytest.mark.parametrize(
     ("variables", "parts"),
     [
+        pytest.param(
+            {"FASTVIT_KERNELS": "cuda"},
+            ["environment variable FASTVIT_KERNELS must be one of auto, triton, reference, got 'cuda'"],
+            id="no such kernels",
+        ),
         pytest.param({"RANK": "0"}, ["sets RANK but not LOCAL_RANK, WORLD_SIZE"], id="half an environment"),
         pytest.param(
             {"RANK": "3", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},

@@ -138,6 +138,20 @@ def test_config_show_names_the_file_of_base_and_recipe(capsys):
         (["model.name=R50x1"], "model.name 'R50x1'"),
         (["deepspeed.optimizer={}"], "deepspeed.optimizer is written by the engine"),
         (["train.duration=100 steps"], "is longer than the whole run of 100 steps"),
+        (["deepspeed.zero_optimization.stage=1"], "set zero.stage instead"),
+        (["data.mean=[127.5, 127.5, 127.5]"], "pixels are in [0, 1]"),
+        (["data.order=stream", "data.train=[{shards: a}, {shards: b}]"], "data.order is stream, which reads one"),
+        (["schedule.warmup=9 epochs", "train.duration=7 epochs"], "is longer than train.duration = '7 epochs'"),
+        (
+            [
+                "data.eval=x",
+                "checkpoint.keep_best=eval.top1",
+                "checkpoint.every=5 steps",
+                "evaluate.every=2 steps",
+                "train.duration=20k steps",
+            ],
+            "let evaluate.every divide checkpoint.every",
+        ),
         (["train.duration=1 sample"], "is less than one step of the global batch"),
     ],
 )

@@ -62,7 +62,11 @@ def test_explain_names_every_operation_and_its_reason(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize(
     ("value", "code", "said"),
-    [("reference", 0, "reference"), ("cuda", 1, "ValueError: FASTVIT_KERNELS must be one of auto, triton, reference")],
+    [
+        ("reference", 0, "reference"),
+        ("", 0, "auto"),
+        ("cuda", 1, "ValueError: FASTVIT_KERNELS must be one of auto, triton, reference"),
+    ],
 )
 def test_environment_variable_chooses_and_is_checked(value: str, code: int, said: str) -> None:
     program = "import fastvit_kernels.dispatch as dispatch; print(dispatch.choice)"

@@ -3,8 +3,9 @@
 import argparse
 
 from fastvit_engine.commands.data.options import add_settings, load_settings, num_classes_of, wrapped
+from fastvit_engine.shown import say
 
-_ANY_CLASS = 2**31  # labels are not what is measured
+_ANY_CLASS = 10_000_000  # the most that a model may have: labels are not what is measured
 
 
 def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -51,7 +52,10 @@ def _run(args: argparse.Namespace) -> int:
         workers=args.workers,
         effort=effort._replace(rounds=args.rounds or effort.rounds),
         repack=args.repack,
-        progress=lambda line: print(line, file=sys.stderr, flush=True),
+        progress=lambda line: say(line, file=sys.stderr),
     )
-    print(to_json(speeds) if args.json else report(speeds))
+    if args.json:
+        print(to_json(speeds))
+    else:
+        say(report(speeds))
     return 0

@@ -1,9 +1,10 @@
 """`fastvit data index`: where each sample of shards begins."""
 
 import argparse
-from pathlib import Path
 
 from fastvit_engine.commands.data.options import add_settings, load_settings, wrapped
+from fastvit_engine.commands.parser import local_path, positive
+from fastvit_engine.shown import say
 
 
 def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -20,10 +21,14 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     index.add_argument("shards", metavar="SHARDS", nargs="+", help="folders, globs, brace patterns or URLs")
-    index.add_argument("--out", type=Path, required=True, metavar="FILE", help="the index to write or bring up to date")
+    index.add_argument(
+        "--out", type=local_path, required=True, metavar="FILE", help="the index to write or bring up to date"
+    )
     index.add_argument("--label-key", metavar="KEY", help="member, or json.FIELD, with the label: short for --set "
                        "data.label_key=KEY (default cls)")  # fmt: skip
-    index.add_argument("--processes", type=int, metavar="N", help="read so many shards at once (default: one per core)")
+    index.add_argument(
+        "--processes", type=positive, metavar="N", help="read so many shards at once (default: one per core)"
+    )
     add_settings(index)
     index.set_defaults(run=_run)
 
@@ -41,11 +46,11 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--processes is {args.processes}: at least 1")
     shards = list_shards(args.shards, named="SHARDS")
     label_key = args.label_key or load_settings(args).config.data.label_key
-    index = write_index(shards, args.out, label_key=label_key, processes=args.processes, progress=print)
+    index = write_index(shards, args.out, label_key=label_key, processes=args.processes, progress=say)
     classes = index.class_counts()
     unlabelled = int(index.unlabelled.sum())
     labels = counted(len(classes), "class", "classes") + (f", {unlabelled:,} without a label" if unlabelled else "")
     ignored = describe_ignored(sum(index.ignored, Ignored()))
     found = f"{counted(index.samples, 'sample')} in {counted(len(shards), 'shard')}"
-    print(f"{args.out}: {found}, {labels}, hash {index.hash}{ignored}")
+    say(f"{args.out}: {found}, {labels}, hash {index.hash}{ignored}")
     return 0

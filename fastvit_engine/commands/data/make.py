@@ -1,24 +1,32 @@
 """`fastvit data make`: images from folders, tars, Parquet, lists ... to shards."""
 
 import argparse
-from pathlib import Path
 
 from fastvit_engine.commands.data.options import wrapped
+from fastvit_engine.commands.parser import local_path, local_text
 
 _SOURCES = """\
 sources, recognised by what they are (--format says it explicitly):
-  folder      one sub-folder of images per class; or train/ and val/ with those
-  imagenet    the folder with ILSVRC2012_img_train.tar (and _val.tar and _devkit_t12.tar.gz)
+  folder      one sub-folder of images per class; or train/ and val/ (or test/) with those
+              (class-folders: every sub-folder is a class; split-folders: by the words train, val, test)
+  imagenet    the folder with ILSVRC2012_img_train.tar (and _val.tar and _devkit_t12.tar.gz), or
+              Kaggle's with ILSVRC/Data/CLS-LOC and LOC_val_solution.csv
   class-tars  a tar of class tars, or a folder of them: ImageNet-21k, ImageNet-1k's training images
+  folder-tar  a tar of such a folder as above
   flat-tar    a tar of images, with --labels FILE
   webdataset  shards to be made anew (images, cls, json): a folder, a glob, a brace pattern
   parquet     a file or a folder of Hugging Face's layout; needs pyarrow
-  list        .csv, .tsv or .jsonl: path or url, and label or labels
+  list        .csv or .tsv (comma, semicolon or tab) or .jsonl: path or url, and label or labels
   cifar       CIFAR-10 or -100, Python version: folder or tar.gz
   idx         the folder with MNIST's or Fashion-MNIST's four files
   digits      the word 'digits': scikit-learn's scans
 
-A split that the source has (CIFAR's test images, val/, validation-*.parquet ...) becomes the eval split.
+A split that the source has (CIFAR's test images, val/, validation-*.parquet ...) becomes the eval split. A source
+that can be read in two ways is refused, with a command for each.
+
+Labels: integers are class indices from 0, anything else is a class name, in alphabetical order. Folders are always
+names, in numeric order if they are numbers. Null, NaN and empty labels are none; such rows count as failed.
+What is not used is counted by reason, in the last line and in dataset.json.
 """
 
 
@@ -38,17 +46,21 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "  srun ... fastvit data make SOURCE --out DIR --part $SLURM_ARRAY_TASK_ID/8   # --array=1-8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    make.add_argument("source", metavar="SOURCE", help="a folder, file or pattern; see below")
-    make.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the shards")
+    make.add_argument("source", type=local_text, metavar="SOURCE", help="a folder, file or pattern; see below")
+    make.add_argument("--out", type=local_path, required=True, metavar="DIR", help="new folder for the shards")
     source = make.add_argument_group("source")
     source.add_argument("--format", metavar="NAME", help="what SOURCE is (default: seen from what it holds)")
-    source.add_argument("--labels", metavar="FILE|COLUMN", help="labels of a flat tar; label column of a list; "
-                        "label member of shards, such as json.labels")  # fmt: skip
-    source.add_argument("--classes", type=Path, metavar="FILE", help="class names in label order, one per line")
-    source.add_argument("--eval-source", metavar="SOURCE", help="where the eval split comes from")
+    source.add_argument("--labels", metavar="FILE|COLUMN", help="labels of a flat tar; label column of a list "
+                        "or Parquet; label member of shards, such as json.labels")  # fmt: skip
+    source.add_argument("--image-column", metavar="COLUMN", help="column of paths, URLs or images of a list or Parquet")
+    source.add_argument("--label-column", metavar="COLUMN", help="column of labels of a list or Parquet")
+    source.add_argument("--classes", type=local_path, metavar="FILE", help="class names in label order, one per line")
+    source.add_argument("--eval-source", type=local_text, metavar="SOURCE", help="where the eval split comes from")
     source.add_argument("--eval-labels", metavar="FILE|COLUMN", help="--labels of --eval-source")
+    source.add_argument("--leave-out", metavar="PATTERN", action="append", default=[], help="folders (by their path in "
+                        "SOURCE) or files that are not taken, such as test or '*/test'; may be repeated")  # fmt: skip
     source.add_argument("--max-failed", type=float, default=0.0, metavar="SHARE", help="fraction of images that may be "
-                        "unreadable or missing; failed.jsonl lists them (default 0: the first one stops)")  # fmt: skip
+                        "unreadable, missing or unlabelled; failed.jsonl names them (default 0: none)")  # fmt: skip
     shards = make.add_argument_group("shards")
     shards.add_argument("--eval-fraction", type=float, metavar="F", help="share of each class held out (default: the "
                         "source's own split, otherwise 0.1)")  # fmt: skip
@@ -77,8 +89,9 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.data.build.make import make_dataset
 
     names = (
-        "format", "labels", "classes", "eval_source", "eval_labels", "eval_fraction", "samples_per_shard", "seed",
-        "resize", "quality", "dedup", "max_failed", "workers", "part", "plan_only",
+        "format", "labels", "classes", "eval_source", "eval_labels", "image_column", "label_column",
+        "eval_fraction", "samples_per_shard", "seed",
+        "resize", "quality", "dedup", "leave_out", "max_failed", "workers", "part", "plan_only",
     )  # fmt: skip
     make_dataset(args.source, args.out, **{name: getattr(args, name) for name in names})
     return 0

@@ -4,7 +4,7 @@ import argparse
 import textwrap
 from typing import TYPE_CHECKING
 
-from fastvit_engine.commands.parser import setting
+from fastvit_engine.commands.parser import positive, setting
 
 if TYPE_CHECKING:
     from fastvit_engine.config import Resolved
@@ -34,7 +34,7 @@ def num_classes_of(resolved: "Resolved") -> int | None:
 
 
 def add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

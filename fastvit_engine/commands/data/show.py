@@ -1,10 +1,11 @@
 """`fastvit data show`: training images as a recipe augments them."""
 
 import argparse
-from pathlib import Path
 
 from fastvit_engine.commands.data.options import wrapped
+from fastvit_engine.commands.parser import local_path
 from fastvit_engine.commands.recipe import add_recipe
+from fastvit_engine.shown import say
 
 
 def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,7 +20,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(show)
-    show.add_argument("--sheet", type=Path, required=True, metavar="FILE.png", help="the picture to write")
+    show.add_argument("--sheet", type=local_path, required=True, metavar="FILE.png", help="the picture to write")
     show.add_argument("--rows", type=int, default=6, metavar="N", help="originals (default 6)")
     show.add_argument("--draws", type=int, default=8, metavar="N", help="augmented images of each (default 8)")
     show.set_defaults(run=_run)
@@ -31,5 +32,5 @@ def _run(args: argparse.Namespace) -> int:
 
     config = load_config(args.recipe, args.set).config
     save_sheet(augmented_sheet(config, rows=args.rows, draws=args.draws), args.sheet)
-    print(args.sheet)
+    say(str(args.sheet))
     return 0

@@ -1,9 +1,10 @@
 """`fastvit data stats`: what shards hold."""
 
 import argparse
-from pathlib import Path
 
 from fastvit_engine.commands.data.options import add_common, add_settings, load_settings, wrapped
+from fastvit_engine.commands.parser import local_path
+from fastvit_engine.shown import say
 
 
 def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -19,7 +20,9 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     )
     stats.add_argument("shards", metavar="SHARDS", help="a folder, a shard, a glob, a brace pattern or a URL")
     stats.add_argument("--split", choices=("train", "eval"), help="of a folder with a dataset.json (default: both)")
-    stats.add_argument("--sheet", type=Path, metavar="FILE.png", help="also draw a sheet of images with class names")
+    stats.add_argument(
+        "--sheet", type=local_path, metavar="FILE.png", help="also draw a sheet of images with class names"
+    )
     add_settings(stats)
     add_common(stats)
     stats.set_defaults(run=_run)
@@ -33,5 +36,8 @@ def _run(args: argparse.Namespace) -> int:
     stats = shard_stats(args.shards, config, split=args.split, workers=args.workers)
     if args.sheet is not None:
         save_sheet(class_sheet(args.shards, config, split=args.split), args.sheet)
-    print(stats.to_json() if args.json else stats.report())
+    if args.json:
+        print(stats.to_json())
+    else:
+        say(stats.report())
     return 0

@@ -3,6 +3,7 @@
 import argparse
 
 from fastvit_engine.commands.data.options import add_common, add_settings, load_settings, num_classes_of, wrapped
+from fastvit_engine.shown import say
 
 
 def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -41,5 +42,8 @@ def _run(args: argparse.Namespace) -> int:
     settings = load_settings(args)
     num_classes = num_classes_of(settings) if args.num_classes is None else args.num_classes
     verdict = verify_shards(args.shards, settings.config, num_classes=num_classes, skew=args.skew, workers=args.workers)
-    print(verdict.to_json() if args.json else verdict.report())
+    if args.json:
+        print(verdict.to_json())
+    else:
+        say(verdict.report())
     return 1 if verdict.errors or (args.strict and verdict.warnings) else 0

@@ -5,18 +5,22 @@ import io
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from fastvit_engine.data.pixels.decode import MAX_PIXELS, open_safely
+
 _PASSED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format -> extension in a shard
 _DRAFT = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still this many times the target
 
 
-def encode_for_shard(data: bytes, resize: int | None = None, quality: int = 90) -> tuple[str, bytes]:
-    """Returns (extension, bytes). Raises ValueError if the data is not an image, or is cut short.
+def encode_for_shard(
+    data: bytes, resize: int | None = None, quality: int = 90, max_pixels: int = MAX_PIXELS
+) -> tuple[str, bytes]:
+    """Returns (extension, bytes). Raises ValueError if the data is not an image, is cut short, or above `max_pixels`.
 
     JPEG, PNG and WebP stay as they are; other formats become PNG. With `resize`, an image whose short side is longer
     than that is scaled down to it (bicubic, antialiased) and becomes a JPEG of `quality`.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with open_safely(data, max_pixels) as image:
             width, height = image.size
             scale = resize / min(width, height) if resize is not None else 1.0
             if scale >= 1:
@@ -37,6 +41,8 @@ def encode_for_shard(data: bytes, resize: int | None = None, quality: int = 90) 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Converts to gray or RGB like the training decoder: transparency dropped, 16 bits scaled to 8."""
     image.load()
+    if image.mode == "F":
+        raise ValueError("pixels are floating-point numbers of unknown range")
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image.copy() if image.mode == "L" else image.convert("RGB")

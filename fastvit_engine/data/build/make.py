@@ -1,5 +1,6 @@
 """`fastvit data make`: writes images to WebDataset shards, reproducible to the byte, and resumes after a kill."""
 
+import collections
 import contextlib
 import json
 import math
@@ -20,17 +21,19 @@ from fastvit_engine.data.build.packing import Packing, Shard, make_packing
 from fastvit_engine.data.build.parallel import Counter, default_workers, parallel_map
 from fastvit_engine.data.build.sources import FORMATS, list_source, list_with_eval
 from fastvit_engine.data.build.sources.context import Context
-from fastvit_engine.data.build.sources.listing import Listing
+from fastvit_engine.data.build.sources.listing import Listing, describe_classes, describe_left_out
 from fastvit_engine.data.build.sources.reading import SourceReader
 from fastvit_engine.data.shards.index import INDEX_NAME, write_index
-from fastvit_engine.data.shards.names import INFO_NAME, DatasetInfo, Split, SplitInfo, read_info
+from fastvit_engine.data.shards.labels import json_field
+from fastvit_engine.data.shards.names import INFO_NAME, UNFINISHED_NAME, DatasetInfo, Split, SplitInfo, read_info
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write, atomic_writer, json_lines
 from fastvit_engine.observe.progress import WorkProgress
 from fastvit_engine.observe.units import counted
+from fastvit_engine.shown import public_url, recorded, say
+from fastvit_engine.text import read_lines
 
 DEFAULT_EVAL_FRACTION = 0.1
-UNFINISHED_NAME = "dataset.unfinished"  # a folder inside the output: packing, receipts, temporary files
 FAILED_NAME = "failed.jsonl"
 _DOWNLOADS = 16  # at once, per worker
 _FEW = 1000  # the fraction of failures is judged over at least this many images
@@ -67,13 +70,18 @@ def make_dataset(
     resize: int | None = None,
     quality: int = 90,
     dedup: bool = False,
+    leave_out: Sequence[str] = (),
+    image_column: str | None = None,
+    label_column: str | None = None,
     max_failed: float = 0.0,
     workers: int | None = None,
     part: tuple[int, int] = (1, 1),
     plan_only: bool = False,
-    progress: Callable[[str], None] = print,
+    progress: Callable[[str], None] = say,
 ) -> MadeDataset:
     """Writes the images of `source` (see `sources`) to train and eval shards in `out`.
+
+    `image_column` and `label_column` name columns of a list or of Parquet files.
 
     The listing, the split and the global shuffle are decided first and stored; then `workers` processes write shards in
     parallel, each atomically. After a kill, a full disk or a bad image, the same call keeps the complete shards and
@@ -82,10 +90,14 @@ def make_dataset(
     does nothing more.
 
     Samples have an image, `cls` (the index of the first label) and, if the source gives several labels, `json`:
-    {"labels": [...]}. Raises UserError for bad arguments, bad images (more than the fraction `max_failed`) and failed
-    writes.
+    {"labels": [...]}. `leave_out` has patterns of what is not taken: folders, by their path in `source`, or files.
+
+    Raises UserError for bad arguments, sources that can be read in two ways, bad images (more than the fraction
+    `max_failed`) and failed writes.
     """
-    _check_arguments(format, eval_fraction, samples_per_shard, seed, resize, quality, max_failed, workers, part)
+    _check_arguments(
+        format, eval_fraction, samples_per_shard, seed, resize, quality, max_failed, workers, part, labels, label_column
+    )
     arguments: dict[str, Any] = {
         "source": _resolved(source),
         "seed": seed,
@@ -99,6 +111,9 @@ def make_dataset(
         "resize": resize,
         "quality": quality,
         "dedup": dedup,
+        "leave_out": list(leave_out),
+        "image_column": image_column,
+        "label_column": label_column,
     }
     unfinished = out / UNFINISHED_NAME
     made = read_info(out)
@@ -158,6 +173,8 @@ def _check_arguments(
     max_failed: float,
     workers: int | None,
     part: tuple[int, int],
+    labels: str | None,
+    label_column: str | None,
 ) -> None:
     if eval_fraction is not None and not 0 <= eval_fraction < 1:
         raise UserError(f"--eval-fraction is {eval_fraction}: it must be at least 0 and below 1")
@@ -169,6 +186,8 @@ def _check_arguments(
         raise UserError(f"--part is {part[0]}/{part[1]}: it must be between 1/{part[1]} and {part[1]}/{part[1]}")
     if format is not None and format not in FORMATS:
         raise UserError(f"--format is {format}: it must be one of {', '.join(sorted(FORMATS))}")
+    if labels is not None and label_column is not None:
+        raise UserError("--labels and --label-column both name the column of labels: leave out one of them")
     if seed < 0:
         raise UserError(f"--seed is {seed}: it must be at least 0")
     counts = {"--samples-per-shard": samples_per_shard, "--resize": resize, "--workers": workers}
@@ -190,7 +209,7 @@ def _check_same(out: Path, made: DatasetInfo, arguments: dict[str, Any]) -> None
 
 def _check_equal(out: Path, tense: str, before: dict[str, Any], arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
-        if name in before and before[name] != value:
+        if name in before and recorded(before[name]) != recorded(value):
             raise UserError(
                 f"{out} {tense} made {_option(name, before[name])}, not {_option(name, value)}: remove the folder "
                 "or choose another --out"
@@ -202,8 +221,10 @@ def _option(name: str, value: Any) -> str:
     if name == "source":
         return f"from {value}"
     option = f"--{name.replace('_', '-')}"
-    if value is None or value is False:
+    if value is None or value is False or value == []:
         return f"without {option}"
+    if isinstance(value, list):
+        return f"with {' '.join(f'{option} {entry}' for entry in value)}"
     return f"with {option}" if value is True else f"with {option} {value}"
 
 
@@ -230,7 +251,18 @@ def _packing(
         display.clear()
         progress(text)
 
-    context = Context(unfinished / "unpacked", workers, display, say, labels=arguments["labels"])
+    context = Context(
+        unfinished / "unpacked",
+        workers,
+        display,
+        say,
+        labels=arguments["labels"],
+        leave_out=arguments["leave_out"],
+        source=arguments["source"],
+        out=str(out),
+        image_column=arguments["image_column"],
+        label_column=arguments["label_column"],
+    )
     if arguments["classes"]:
         context.classes = _class_names(Path(arguments["classes"]))
     source, format = arguments["source"], arguments["format"]
@@ -238,10 +270,30 @@ def _packing(
         listing = list_with_eval(source, format, arguments["eval_source"], arguments["eval_labels"], context)
     else:
         listing = list_source(source, format, context)
+    for option, value in (("--image-column", context.image_column), ("--label-column", context.label_column)):
+        if value is not None and option not in context.column_options:
+            raise UserError(
+                f"{option} names a column of a list or of Parquet files, but {source} is neither: leave it out"
+            )
     eval_fraction = _eval_fraction(listing, arguments)
+    say(_what_was_found(listing, arguments, eval_fraction, context))
     packing = make_packing(listing, arguments, eval_fraction=eval_fraction, workers=workers, progress=display)
     packing.save(folder)
     return Packing.load(folder)
+
+
+def _what_was_found(listing: Listing, arguments: dict[str, Any], eval_fraction: float | None, context: Context) -> str:
+    """What the source was taken for, in one line: format, splits, classes, images, what is left out and why."""
+    held_out = int(listing.held_out.sum())
+    split = (
+        f"{counted(held_out, 'image')} to evaluate on"
+        if eval_fraction is None
+        else f"{eval_fraction:.4g} of each class to evaluate on"
+    )
+    found = f"{arguments['source']}: {'; '.join(context.descriptions)}: "
+    found += f"{counted(len(listing) - held_out, 'image')} to train on, {split}; {describe_classes(listing)}"
+    left_out = [*([describe_left_out(listing.left_out)] if listing.left_out else []), *context.left_out]
+    return found + (f"; left out: {'; '.join(left_out)}" if left_out else "")
 
 
 def _eval_fraction(listing: Listing, arguments: dict[str, Any]) -> float | None:
@@ -255,7 +307,7 @@ def _eval_fraction(listing: Listing, arguments: dict[str, Any]) -> float | None:
 
 def _class_names(path: Path) -> list[str]:
     try:
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        names = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the class names {path} cannot be read ({error}): write one name per line") from error
     if not names:
@@ -369,18 +421,17 @@ class _ShardWriter:
         try:
             encoded = self._reader.read(index)
             extension, image = encode_for_shard(encoded.image, arguments["resize"], arguments["quality"])
+            labels = listing.labels_of(index)
+            json_member = _json_member(encoded.json, labels) if listing.multi_label else encoded.json
         except ValueError as error:
             return str(error)
         except OSError as error:
             return f"cannot be read ({error.strerror or error})"
         members: dict[str, Any] = {"__key__": _key(index, listing.name(index)), extension: image}
-        labels = listing.labels_of(index)
         if labels:
             members["cls"] = str(labels[0]).encode()
-        if listing.multi_label:
-            members["json"] = _json_member(encoded.json, labels)
-        elif encoded.json is not None:
-            members["json"] = encoded.json
+        if json_member is not None:
+            members["json"] = json_member
         return members
 
     def _count_failure(self, where: str, reason: str) -> None:
@@ -391,7 +442,7 @@ class _ShardWriter:
         enough = _share_that_allows(self.failed.value, judged_over)
         if self._max_failed == 0:
             remedy = f"repair it, or leave bad images out with --max-failed {enough}, and run again"
-            raise UserError(f"image {where} {reason}: {remedy if enough else 'repair it, and run again'}")
+            raise UserError(f"{where} {reason}: {remedy if enough else 'repair it, and run again'}")
         raise UserError(
             f"{self.failed.value:,} of {self.done.value + 1:,} images failed, more than --max-failed "
             f"{self._max_failed} allows; the last one, {where}, {reason}: repair the source"
@@ -408,14 +459,17 @@ def _share_that_allows(failed: int, images: int) -> str | None:
 
 
 def _json_member(given: bytes | None, labels: list[int]) -> bytes:
-    """Returns the `json` that the sample had, with {"labels": [...]} added."""
-    before = json.loads(given) if given else {}
+    """Returns the `json` that the sample had, with {"labels": [...]} added. Raises ValueError if it is not JSON."""
+    try:
+        before = json_field(given, []) if given else {}
+    except ValueError as error:
+        raise ValueError(f"has a json member that cannot be read ({error})") from error
     return json.dumps((before if isinstance(before, dict) else {}) | {"labels": labels}).encode()
 
 
 def _key(index: int, name: str) -> str:
     """Returns a key without dots that fits into a tar header; the number alone makes it unique."""
-    stem = name.rstrip("/").rpartition("/")[2]
+    stem = public_url(name).rstrip("/").rpartition("/")[2]
     stem = stem.rpartition(".")[0] or stem
     return f"{index:08d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:60]}"
 
@@ -451,32 +505,38 @@ def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callab
         return SplitInfo(samples=sum(shards.values()), shards={name: n for name, n in shards.items() if n})
 
     failed = [entry for receipt in complete.values() for entry in receipt.failed]
+    faults = collections.Counter(reason.partition(" (")[0] for _, reason in failed)
+    not_listed = dict(packing.listing.left_out) | ({"duplicate": packing.duplicates} if packing.duplicates else {})
     named = ("source", "seed", "samples_per_shard")
     info = DatasetInfo(
         classes=packing.listing.classes,
         eval_fraction=packing.eval_fraction,
-        options={name: value for name, value in packing.arguments.items() if name not in (*named, "eval_fraction")},
+        options={
+            name: recorded(value) for name, value in packing.arguments.items() if name not in (*named, "eval_fraction")
+        },
         duplicates=packing.duplicates,
         failed=len(failed),
+        left_out=not_listed | {f"image that failed ({fault})": count for fault, count in sorted(faults.items())},
         train=split_info("train"),
         eval=split_info("eval"),
-        **{name: packing.arguments[name] for name in named},
+        **{name: recorded(packing.arguments[name]) for name in named},
     )
     if not info.train.samples:
         example = " ".join(failed[0])
-        raise UserError(f"every image of {packing.arguments['source']} failed, {example}: repair the source")
+        raise UserError(f"no image for training is left of {packing.arguments['source']}, {example}: repair the source")
     if failed:
-        atomic_write(out / FAILED_NAME, json_lines({"image": where, "reason": reason} for where, reason in failed))
+        atomic_write(
+            out / FAILED_NAME, json_lines(recorded({"image": where, "reason": reason}) for where, reason in failed)
+        )
     write_index([str(out / name) for name in [*info.train.shards, *info.eval.shards]], out / INDEX_NAME)
     atomic_write(out / INFO_NAME, info.model_dump_json(indent=2) + "\n")
     shutil.rmtree(out / UNFINISHED_NAME, ignore_errors=True)
-    left_out = [counted(info.duplicates, "duplicate")] if info.duplicates else []
-    left_out += [f"{counted(info.failed, 'image')} that failed (see {FAILED_NAME})"] if info.failed else []
     progress(
         f"{out}: {counted(len(info.classes), 'class', 'classes')}, "
         f"{counted(info.train.samples, 'train sample')} in {counted(len(info.train.shards), 'shard')}, "
         f"{counted(info.eval.samples, 'eval sample')} in {counted(len(info.eval.shards), 'shard')}"
-        + (f"; left out {' and '.join(left_out)}" if left_out else "")
+        + (f"; left out {describe_left_out(info.left_out)}" if info.left_out else "")
+        + (f"; {FAILED_NAME} names those that failed" if failed else "")
     )
     return MadeDataset(out, info)
 

@@ -1,6 +1,7 @@
 """Sheets of images to look at: what shards hold, and what a recipe's augmentation makes of it."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from fastvit_engine.data.shards.names import ShardSet, Split, is_local, shard_se
 from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES, SampleKeys, judge
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
+from fastvit_engine.shown import public_url
 
 _SCALE = 2  # pixels per unit, for sharp text on today's screens; all lengths below are in units
 _CELL, _GAP, _MARGIN = 112, 12, 32  # 28 and 32 pixels fill a cell exactly
@@ -32,9 +34,10 @@ class UsableImage(NamedTuple):
 
     label: int  # -1: none that is usable
     content: bytes
+    max_pixels: int  # that it was checked for
 
     def pixels(self) -> np.ndarray:
-        return decode_image(self.content)
+        return decode_image(self.content, self.max_pixels)
 
 
 class Tile(NamedTuple):
@@ -72,7 +75,9 @@ def class_sheet(
         chosen = [list(row_by_row[start : start + width]) for start in range(0, len(row_by_row), width)]
     grid = [[found and Tile(found.pixels(), _name(shards, found.label)) for found in row] for row in chosen]
     names = shards.class_names or by_class
-    return draw_sheet(grid, title=Path(argument).name or argument, note=f"{len(names):,} classes")
+    return draw_sheet(
+        grid, title=Path(public_url(argument)).name or public_url(argument), note=f"{len(names):,} classes"
+    )
 
 
 def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.Image:
@@ -157,9 +162,9 @@ def _some_samples(shards: ShardSet, config: Config, each: int = _SAMPLES_A_SHARD
             if not some:
                 shown.remove(samples)
             for sample in some:
-                judged = judge(sample, keys, num_classes, if_decodes)
+                judged = judge(sample, keys, num_classes, partial(if_decodes, max_pixels=keys.max_pixels))
                 if judged.image is not None:
-                    yield UsableImage(judged.labels[0] if judged.labels else -1, judged.image)
+                    yield UsableImage(judged.labels[0] if judged.labels else -1, judged.image, keys.max_pixels)
 
 
 def _evenly(values: list[Any], wanted: int) -> list[Any]:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
@@ -34,6 +35,7 @@ from fastvit_engine.data.stream.sequential import stream_samples
 from fastvit_engine.data.stream.source import TrainingData
 from fastvit_engine.data.stream.streams import StreamData
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import recorded
 
 MOST_BYTES = 1 << 28  # of local shards: what the page cache holds, so that the disk is not what is measured
 _TICKS = os.sysconf("SC_CLK_TCK")  # of /proc/<pid>/stat, per second
@@ -121,7 +123,7 @@ def stages(
         try:
             read_labels(sample, keys, config.model.num_classes)
             marks.append(_now())
-            image = read_image(sample, keys, open_image)
+            image = read_image(sample, keys, partial(open_image, max_pixels=keys.max_pixels))
             view = train_view(image.height, image.width, size, config.augment, draws)
             pixels = image.decode(workspace.decoded, view.reduction, fast=view.fast, rows=view.top + view.height)
         except (Unusable, ValueError):
@@ -181,12 +183,12 @@ def repack_shards(source: Path, folder: Path, short_side: int, keys: SampleKeys)
                 members = {name: value for name, value in sample.items() if name == "__key__" or name[:2] != "__"}
                 name = next((name for name in keys.images if name in members), None)
                 if name is not None:
-                    tar.write({**members, name: _shrink(members[name], short_side)})
+                    tar.write({**members, name: _shrink(members[name], short_side, keys.max_pixels)})
 
 
-def _shrink(data: bytes, short_side: int) -> bytes:
+def _shrink(data: bytes, short_side: int, max_pixels: int) -> bytes:
     try:
-        image = Image.fromarray(decode_image(data))
+        image = Image.fromarray(decode_image(data, max_pixels))
     except ValueError:
         return data
     scale = short_side / min(image.size)
@@ -284,7 +286,9 @@ def _measure(
 ) -> ShardSpeed:
     batch_size = config.train.micro_batch_size or _BATCH
     train = config.train.model_copy(update={"global_batch_size": batch_size})
-    config = config.model_copy(update={"data": config.data.model_copy(update={"train": shards}), "train": train})
+    config = config.model_copy(
+        update={"data": config.data.model_copy(update={"train": shards, "eval": None}), "train": train}
+    )
     speed = ShardSpeed(name, config.model.image_size, batch_size, [], {count: [] for count in sorted({0, workers})})
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in workers
@@ -324,4 +328,4 @@ def report(speeds: Sequence[ShardSpeed]) -> str:
 
 
 def to_json(speeds: Sequence[ShardSpeed]) -> str:
-    return json.dumps([speed.to_dict() for speed in speeds], indent=2)
+    return json.dumps([recorded(speed.to_dict()) for speed in speeds], indent=2)

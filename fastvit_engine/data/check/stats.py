@@ -21,6 +21,7 @@ from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES, SampleKeys, jud
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.progress import WorkProgress
 from fastvit_engine.observe.units import counted, format_bytes
+from fastvit_engine.shown import recorded, shown
 
 PIXEL_SAMPLE = 5000  # images whose pixels are looked at
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
@@ -72,13 +73,13 @@ class ShardStats:
             "quantiles": {"of": list(QUANTILES), **self.quantiles()},
             "pixels": {"images": self.pixel_images, "mean": self.mean.tolist(), "std": self.std.tolist()},
         }
-        return json.dumps(content, indent=2)
+        return json.dumps(recorded(content), indent=2)
 
     def report(self) -> str:
-        formats = ", ".join(f"{count:,} {name}" for name, count in sorted(self.formats.items()))
+        formats = ", ".join(f"{count:,} {shown(name)}" for name, count in sorted(self.formats.items()))
         total = int(self.bytes.sum())
         lines = [
-            f"{self.where}: {counted(self.images, 'image')} ({formats}) in {counted(self.shards, 'shard')}, "
+            f"{shown(self.where)}: {counted(self.images, 'image')} ({formats}) in {counted(self.shards, 'shard')}, "
             f"{format_bytes(total)}, "
             f"{format_bytes(total / self.images)} per image{describe_ignored(self.ignored)}",
             *(
@@ -105,12 +106,12 @@ class ShardStats:
         low, middle, high = int(counts.min()), float(np.median(counts)), int(counts.max())
         lines = [f"{counted(len(counts), 'class', 'classes')} of {low:,} to {high:,} images, median {middle:,.0f}"]
         order = np.argsort(-counts, kind="stable").tolist()
-        shown, left_out = order, 0
+        listed, left_out = order, 0
         if len(order) > 2 * _CLASSES_SHOWN + 1:
-            shown, left_out = order[:_CLASSES_SHOWN] + order[-_CLASSES_SHOWN:], len(order) - 2 * _CLASSES_SHOWN
-        names = {label: _short(self.class_names[label], 28) for label in shown}
+            listed, left_out = order[:_CLASSES_SHOWN] + order[-_CLASSES_SHOWN:], len(order) - 2 * _CLASSES_SHOWN
+        names = {label: _short(shown(self.class_names[label]), 28) for label in listed}
         width, digits = max(map(len, names.values())), len(f"{high:,}")
-        for number, label in enumerate(shown):
+        for number, label in enumerate(listed):
             if left_out and number == _CLASSES_SHOWN:
                 lines.append(f"  ... {left_out:,} classes between ...")
             filled = round(_BAR * counts[label] / high) if high else 0
@@ -227,7 +228,7 @@ def summarize_shard(shard: str, keys: SampleKeys, num_classes: int, quota: int) 
     kept: list[tuple[int, np.ndarray]] = []  # (row, histograms) of evenly spaced images
     stride = 1
     for row, sample in enumerate(read_shard(shard, part.ignored)):
-        judged = judge(sample, keys, num_classes, partial(_look, with_pixels=row % stride == 0))
+        judged = judge(sample, keys, num_classes, partial(_look, keys.max_pixels, row % stride == 0))
         part.unusable.update(problem.kind for problem in judged.problems)
         part.labels.update(judged.labels or ())
         if (image := judged.image) is None:
@@ -245,8 +246,8 @@ def summarize_shard(shard: str, keys: SampleKeys, num_classes: int, quota: int) 
     return part
 
 
-def _look(data: bytes, *, with_pixels: bool) -> _Looked:
-    pixels = decode_image(data)  # of every image: a header does not tell whether it is usable
+def _look(max_pixels: int, with_pixels: bool, data: bytes) -> _Looked:
+    pixels = decode_image(data, max_pixels)  # of every image: a header does not tell whether it is usable
     try:
         with Image.open(io.BytesIO(data)) as image:
             name = str(image.format)

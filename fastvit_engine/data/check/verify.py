@@ -6,6 +6,7 @@ import statistics
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fastvit_engine.data.shards.usable import MISSING, PLAUSIBLE_CLASSES, UNREAD
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.progress import WorkProgress
 from fastvit_engine.observe.units import counted, format_bytes
+from fastvit_engine.shown import public_url, recorded, shown
 
 _EXAMPLES = 10  # that are kept of each finding
 _DAMAGED_IMAGE = "damaged image"
@@ -79,11 +81,11 @@ class Verdict:
             for name, group in groups.items()
         }
         totals = {"shards": self.shards, "samples": self.samples, "bytes": self.bytes, "ignored": self.ignored.total()}
-        return json.dumps({"ok": not self.errors, **totals, **content}, indent=2)
+        return json.dumps(recorded({"ok": not self.errors, **totals, **content}), indent=2)
 
     def report(self) -> str:
         lines = [
-            f"{self.where}: {counted(self.shards, 'shard')}, {counted(self.samples, 'sample')}, "
+            f"{shown(self.where)}: {counted(self.shards, 'shard')}, {counted(self.samples, 'sample')}, "
             f"{format_bytes(self.bytes)}" + describe_ignored(self.ignored)
         ]
         for title, group in (("errors", self.errors), ("warnings", self.warnings)):
@@ -91,7 +93,7 @@ class Verdict:
                 lines += ["", f"no {title}"]
             for kind, finding in group.items():
                 lines += ["", f"{title[:-1]}: {kind}, {finding.count:,} found"]
-                lines += [f"  {example}" for example in finding.examples]
+                lines += [f"  {shown(example)}" for example in finding.examples]
                 if finding.count > len(finding.examples):
                     lines.append(f"  and {finding.count - len(finding.examples):,} more")
         return "\n".join(lines)
@@ -194,8 +196,8 @@ def verify_shard(shard: str, keys: SampleKeys, num_classes: int, images: Counter
     ignored = Ignored()
     try:
         for sample in read_shard(shard, ignored):
-            where = f"{sample['__key__']} of {Path(shard).name}"
-            judged = judge(sample, keys, num_classes, if_decodes)
+            where = f"{sample['__key__']} of {_name(shard)}"
+            judged = judge(sample, keys, num_classes, partial(if_decodes, max_pixels=keys.max_pixels))
             for problem in judged.problems:
                 _add(findings, problem.kind, f"{where} {problem}")
             labels.append(judged.labels[0] if judged.labels else -1)
@@ -205,7 +207,7 @@ def verify_shard(shard: str, keys: SampleKeys, num_classes: int, images: Counter
             size += len(image or b"")
             if judged.image is not None:
                 try:
-                    encode_for_shard(judged.image)  # by Pillow, which is stricter than training
+                    encode_for_shard(judged.image, max_pixels=keys.max_pixels)  # by Pillow, stricter than training
                 except ValueError as error:
                     _add(findings, _DAMAGED_IMAGE, f"{where} {error}")
             images.add()
@@ -258,8 +260,7 @@ def _find_duplicates(findings: dict[str, Finding], shards: ShardSet, seen: dict[
     def describe(pair: tuple[int, int]) -> str:
         first, second = (locate(index) for index in pair)
         names = [
-            f"{_key_at(shards.shards[shard], row)} of {Path(shards.shards[shard]).name}"
-            for shard, row in (first, second)
+            f"{_key_at(shards.shards[shard], row)} of {_name(shards.shards[shard])}" for shard, row in (first, second)
         ]
         return " and ".join(names)
 
@@ -283,6 +284,11 @@ def _equal_rows(hashes: np.ndarray) -> Iterator[tuple[int, int]]:
         yield int(order[position]), int(order[position + 1])
 
 
+def _name(shard: str) -> str:
+    """The file name of a shard, for people."""
+    return Path(public_url(shard)).name
+
+
 def _key_at(shard: str, row: int) -> str:
     sample: Sample = next(islice(read_shard(shard), row, None))
     return str(sample["__key__"])
@@ -298,7 +304,7 @@ def _find_skew(findings: dict[str, Finding], shards: ShardSet, seen: dict[int, S
         share = np.bincount(labels + 1) / len(labels)  # of each class; entry 0 is for no label
         names = ["no label", *(shards.class_names or [])]
         for number, part in parts.items():
-            name, size = Path(shards.shards[number]).name, len(part.labels)
+            name, size = _name(shards.shards[number]), len(part.labels)
             if not median / skew <= size <= median * skew:
                 _add(findings, "uneven shard", f"{name} holds {size:,} samples, the median shard {median:,.0f}")
             expected = share * size

@@ -1,12 +1,15 @@
 """Encoded image bytes to RGB pixels."""
 
 import io
+import re
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-MAX_PIXELS = 178_956_970  # Pillow's limit against decompression bombs
+from fastvit_engine.config import DataConfig
+
+MAX_PIXELS = DataConfig().max_pixels
 _OTHER_FRAMES = frozenset(range(0xC1, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of progressive and other JPEGs
 _LARGEST_KEPT = 1 << 26  # bytes of a PixelBuffer
 
@@ -57,7 +60,10 @@ class Jpeg:
                 strict=False,
             )
         except ValueError:  # what libjpeg-turbo gives up on Pillow may still read
-            return _open_with_pillow(self.data).decode(buffer, reduction)
+            other = _open_with_pillow(self.data, self.height * self.width)
+            if (other.height, other.width) != (self.height, self.width):
+                raise ValueError("its header gives two sizes") from None
+            return other.decode(buffer, reduction)
 
 
 class OtherImage:
@@ -106,35 +112,64 @@ def _cut(data: bytes, height: int, rows: int) -> tuple[bytes | bytearray, int]:
     return shorter, needed
 
 
-def open_image(data: bytes) -> Jpeg | OtherImage:
-    """Reads the header of an image. Raises ValueError if there is none."""
+def check_pixels(count: int, most: int) -> None:
+    """Raises ValueError if an image has more pixels than `most`, data.max_pixels."""
+    if count > most:
+        raise ValueError(f"it has {count:,} pixels, more than the {most:,} of data.max_pixels")
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Jpeg | OtherImage:
+    """Reads the header of an image. Raises ValueError if there is none, or if it announces more than `max_pixels`."""
+    image = _open(data, max_pixels)
+    check_pixels(image.height * image.width, max_pixels)
+    return image
+
+
+def _open(data: bytes, max_pixels: int) -> Jpeg | OtherImage:
     if data[:2] == b"\xff\xd8":
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-            if colorspace not in ("CMYK", "YCCK") and height * width <= MAX_PIXELS:
+            if colorspace not in ("CMYK", "YCCK"):
                 return Jpeg(data, height, width)
         except (ValueError, KeyError):
             pass  # rare chroma subsamplings, which Pillow knows; it also refuses what is no image at all
-    return _open_with_pillow(data)
+    return _open_with_pillow(data, max_pixels)
 
 
-def decode_image(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3] RGB of an encoded image. Raises ValueError if nothing decodes.
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """uint8 [H, W, 3] RGB of an encoded image. Raises ValueError if nothing decodes, or for more than `max_pixels`.
 
     Transparency is dropped, EXIF orientation ignored.
     """
-    return open_image(data).decode(PixelBuffer())
+    return open_image(data, max_pixels).decode(PixelBuffer())
 
 
-def if_decodes(data: bytes) -> bytes:
+def if_decodes(data: bytes, max_pixels: int = MAX_PIXELS) -> bytes:
     """`data`. Raises ValueError if training could not decode it."""
-    decode_image(data)
+    decode_image(data, max_pixels)
     return data
 
 
-def _open_with_pillow(data: bytes) -> OtherImage:
+def open_safely(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Pillow's image, of which the header is read. Raises ValueError for one that must not be decoded.
+
+    Raises what Pillow raises for what it cannot open.
+    """
     try:
-        return OtherImage(Image.open(io.BytesIO(data)))
+        image = Image.open(io.BytesIO(data))
+    except Image.DecompressionBombError as error:  # above twice Pillow's own limit, whatever ours is
+        count = re.search(r"\((\d+) pixels\)", str(error))
+        check_pixels(int(count[1]) if count else max_pixels + 1, max_pixels)
+        raise
+    if image.format == "EPS":
+        raise ValueError("it is a PostScript program, which is not run")
+    check_pixels(image.width * image.height, max_pixels)
+    return image
+
+
+def _open_with_pillow(data: bytes, max_pixels: int = MAX_PIXELS) -> OtherImage:
+    try:
+        return OtherImage(open_safely(data, max_pixels))
     except UnidentifiedImageError as error:
         raise ValueError("not an image") from error
     except Exception as error:  # as above

@@ -1,9 +1,13 @@
 """The index of a dataset: where each sample of each shard begins, in one file that is mapped into memory.
 
-    header     magic, version, number of samples, offset and checksum of the rest
+    header     magic, version, number of samples, offset of the names, and a checksum of all but the starts
     starts     a number per sample: the block of 512 bytes of its first header; a sample ends where the next begins
-    columns    a number or a few per shard: bytes, samples, time stamp, fingerprint, labels with their counts, ...
+    columns    a number or a few per shard: bytes, samples, time stamp, fingerprint, checksum of its starts, ...
     names      the shards, relative to the folder of the index if they are in it, and what the columns are
+
+The starts of a shard are verified before they are used: all of them when the index is opened, or if there are very
+many, those of each shard when its first sample is located. Version 1 had no checksum of the starts; there, those of a
+shard must be in ascending order.
 
 Making the index also checks the shards: damage that other readers of tars take for the end of an archive is an error
 here, before training starts.
@@ -15,6 +19,7 @@ import json
 import os
 import struct
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -33,11 +38,12 @@ from fastvit_engine.data.shards.scan import NotSeekable, ShardRecord, WrongLabel
 from fastvit_engine.data.shards.tar import BLOCK, TarError
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
+from fastvit_engine.shown import public_url
 
 INDEX_NAME = "shards.index"
 INDEX_SUFFIX = ".index"
 
-_MAGIC, _VERSION = b"FVINDEX\0", 1
+_MAGIC, _VERSION, _FIRST_VERSION = b"FVINDEX\0", 2, 1
 _HEADER = struct.Struct("<8sIIQQQ16s")  # magic, version, 0, samples, offset and bytes of the names, checksum
 _COLUMNS = {
     "sizes": "<u8",  # bytes
@@ -49,7 +55,9 @@ _COLUMNS = {
     "label_ends": "<u8",  # in the two columns below
     "labels": "<i8",
     "label_counts": "<u4",
+    "start_checksums": "<u4",  # CRC-32
 }
+_VERIFIED_AT_ONCE = 1 << 26  # bytes of starts that an opened index verifies; more would delay a start
 _WORTH_A_POOL = 64  # shards
 _MOST_PROBLEMS = 10
 _REPORT_EVERY = 5.0  # seconds
@@ -74,6 +82,8 @@ class Index:
     labels: NDArray[np.int64]
     label_counts: NDArray[np.int64]
     ignored: list[Ignored]  # of each shard: files that belong to no sample, by reason
+    start_checksums: NDArray[np.int64] | None  # None in version 1
+    verified: NDArray[np.bool_]  # whether the starts of each shard are known to be what was written
 
     @property
     def samples(self) -> int:
@@ -110,19 +120,43 @@ class Index:
                 f"it with `fastvit data index SHARDS --out {self.path}`, where SHARDS names all shards"
             )
         chosen = np.asarray(numbers, dtype=np.int64)
-        columns = ("sizes", "counts", "ends", "stamps", "fingerprints", "unlabelled", "first", "label_ranges")
+        names = ("sizes", "counts", "ends", "stamps", "fingerprints", "unlabelled", "first", "label_ranges", "verified")
+        columns = {name: getattr(self, name)[chosen] for name in names}
+        if self.start_checksums is not None:
+            columns["start_checksums"] = self.start_checksums[chosen]
         ignored = [self.ignored[number] for number in chosen]
-        return replace(
-            self, shards=list(shards), ignored=ignored, **{name: getattr(self, name)[chosen] for name in columns}
-        )
+        return replace(self, shards=list(shards), ignored=ignored, **columns)
 
     def extents(self, shards: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray, NDArray]:
-        """(first byte, number of bytes) of the samples `rows` of `shards`, each [n]."""
+        """(first byte, number of bytes) of the samples `rows` of `shards`, each [n].
+
+        Raises UserError if the index is damaged there.
+        """
+        if not self.verified[shards].all():
+            self.verify(np.unique(shards))
         at = self.first[shards] + rows
         last = rows + 1 == self.counts[shards]
         begin = self.starts[at].astype(np.int64)
         end = np.where(last, self.ends[shards], self.starts[np.where(last, at, at + 1)])
         return begin * BLOCK, (end - begin) * BLOCK
+
+    def verify(self, shards: Iterable[int]) -> None:
+        """Raises UserError if the starts of these shards are not what was written."""
+        for number in shards:
+            if self.verified[number]:
+                continue
+            first, count = self.first[number], self.counts[number]
+            starts = self.starts[first : first + count]
+            if self.start_checksums is not None:
+                whole = zlib.crc32(starts.data) == self.start_checksums[number]
+            else:
+                whole = bool((starts[1:] > starts[:-1]).all() and (starts[-1:] < self.ends[number]).all())
+            if not whole:
+                raise UserError(
+                    f"index {self.path} is damaged (where the samples of {self.shards[number]} begin is not what was "
+                    f"written): make it again with `fastvit data index SHARDS --out {self.path}`"
+                )
+            self.verified[number] = True
 
     def class_counts(self) -> dict[int, int]:
         """Samples of each label in ascending order of labels; a sample with several labels counts for each."""
@@ -145,42 +179,67 @@ class Index:
         self.__dict__.update(state, starts=_map_starts(state["path"]))
 
 
+def is_index(content: bytes) -> bool:
+    """Whether a file begins as an index does; `open_index` says whether it is a whole one."""
+    return content.startswith(_MAGIC)
+
+
 def open_index(path: Path) -> Index:
     """Maps an index into memory. Raises UserError if the file is missing, damaged or of another version."""
     try:
-        with open(path, "rb") as file:
-            magic, version, _, samples, footer, footer_size, checksum = _HEADER.unpack(file.read(_HEADER.size))
-            if magic != _MAGIC:
-                raise ValueError
-            if version != _VERSION:
-                raise UserError(
-                    f"index {path} has version {version} and this engine reads version {_VERSION}: make it again with "
-                    f"`fastvit data index SHARDS --out {path}`"
-                )
-            file.seek(_HEADER.size + 4 * samples)
-            body = file.read()
-        if blake2b(body, digest_size=16).digest() != checksum:
-            raise ValueError
+        index = _read_index(path)
     except FileNotFoundError:
         raise UserError(
             f"there is no index {path}: make it with `fastvit data index SHARDS --out {path}`, or correct its name"
         ) from None
     except OSError as error:
         raise UserError(f"index {path} cannot be read ({error.strerror}): make it readable") from error
-    except (ValueError, struct.error):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         raise UserError(
             f"{path} is not a whole index: make it again with `fastvit data index SHARDS --out {path}`"
         ) from None
-    names = json.loads(body[footer : footer + footer_size])
-    columns: dict[str, Any] = {}
+    if index.starts.nbytes <= _VERIFIED_AT_ONCE:
+        index.verify(range(len(index.shards)))
+    return index
+
+
+def _read_index(path: Path) -> Index:
+    """Raises OSError, or ValueError and the like if the file is damaged."""
+    with open(path, "rb") as file:
+        header = file.read(_HEADER.size)
+        magic, version, _, samples, names_at, names_size, checksum = _HEADER.unpack(header)
+        if magic != _MAGIC:
+            raise ValueError("another kind of file")
+        if not _FIRST_VERSION <= version <= _VERSION:
+            raise UserError(
+                f"index {path} has version {version} and this engine reads version {_VERSION}: make it again with "
+                f"`fastvit data index SHARDS --out {path}`"
+            )
+        if os.fstat(file.fileno()).st_size != _HEADER.size + 4 * samples + names_at + names_size:
+            raise ValueError("too short or too long")
+        file.seek(_HEADER.size + 4 * samples)
+        body = file.read()
+    covered = body if version == _FIRST_VERSION else header[: -len(checksum)] + body
+    if blake2b(covered, digest_size=16).digest() != checksum:
+        raise ValueError("other bytes than were written")
+    names = json.loads(body[names_at:])
+    columns: dict[str, Any] = {"start_checksums": None}
     at = 0
     for name, count in names["columns"].items():
         column = np.frombuffer(body, _COLUMNS[name], count, at)
         columns[name] = column if name in ("stamps", "fingerprints") else column.astype(np.int64)
         at += column.nbytes
+    for shard in names["shards"]:
+        if shard.startswith("pipe:"):
+            raise UserError(
+                f"index {path} names the command {shard!r}, which runs only if it is given on the command line or in a "
+                f"recipe: make the index again with `fastvit data index SHARDS --out {path}`"
+            )
     label_ends = columns.pop("label_ends")
     folder = os.path.join(path.parent, "")
     counts = columns["counts"]
+    if counts.sum() != samples or len(counts) != len(names["shards"]):
+        raise ValueError("other samples than the shards have")
     return Index(
         path=path,
         label_key=names["label_key"],
@@ -189,6 +248,7 @@ def open_index(path: Path) -> Index:
         starts=_map_starts(path),
         label_ranges=np.stack([np.concatenate([[0], label_ends[:-1]]), label_ends], axis=1),
         ignored=[Ignored(counts) for counts in names.get("ignored", [{}] * len(names["shards"]))],
+        verified=np.zeros(len(counts), np.bool_),
         **columns,
     )
 
@@ -206,6 +266,7 @@ def write_index(
     Shards that an index at `path` already describes, by size and time of change or by a remote file's tag, are not read
     again. Raises UserError before anything is written, naming every bad shard with the byte, up to ten of them.
     """
+    _check_different(shards)
     known = _known_records(path, label_key)
     records = _scan_all(shards, known, label_key, processes, progress)
     try:
@@ -216,6 +277,17 @@ def write_index(
         advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another path for it"
         raise UserError(f"index {path} cannot be written ({error.strerror}): {advice}") from error
     return open_index(path)
+
+
+def _check_different(shards: Sequence[str]) -> None:
+    """Raises UserError for shards that an index could not tell from each other."""
+    first: dict[str, str] = {}
+    for shard in shards:
+        if first.setdefault(_whole(shard), shard) != shard and not is_local(shard):
+            raise UserError(
+                f"two shards are {public_url(shard)} without what follows '?' in their URLs, which an index does not "
+                "record: give them different paths, or copy them to a disk"
+            )
 
 
 # ---- many shards at once
@@ -312,7 +384,9 @@ def _write(file: BinaryIO, shards: Sequence[str], records: Iterable[ShardRecord]
     columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
     ignored: list[Ignored] = []
     for record in records:
-        file.write(record.starts.astype("<u4").tobytes())
+        starts = record.starts.astype("<u4").tobytes()
+        file.write(starts)
+        columns["start_checksums"].append(zlib.crc32(starts))
         columns["sizes"].append(record.size)
         columns["counts"].append(len(record.starts))
         columns["ends"].append(record.end)
@@ -333,19 +407,22 @@ def write_columns(
     label_key: str,
     ignored: Sequence[Ignored] = (),
 ) -> None:
-    """Writes what comes after the starts, and then the header. `ignored`: of each shard, or none for all."""
+    """Writes what comes after the starts, and then the header.
+
+    columns: as in `_COLUMNS`, with the checksums of the starts. ignored: of each shard, or none for all.
+    """
     body = b"".join(np.asarray(columns[name], dtype=dtype).tobytes() for name, dtype in _COLUMNS.items())
     lengths = {name: len(columns[name]) for name in _COLUMNS}
     content: dict[str, Any] = {"label_key": label_key, "columns": lengths, "shards": list(shards)}
     if any(ignored):
         content["ignored"] = list(ignored)
     names = json.dumps(content).encode()
-    checksum = blake2b(body + names, digest_size=16).digest()
     file.write(body)
     file.write(names)
     file.seek(0)
     samples = int(np.sum(columns["counts"], dtype=np.int64))
-    file.write(_HEADER.pack(_MAGIC, _VERSION, 0, samples, len(body), len(names), checksum))
+    header = _HEADER.pack(_MAGIC, _VERSION, 0, samples, len(body), len(names), bytes(16))[:-16]
+    file.write(header + blake2b(header + body + names, digest_size=16).digest())
 
 
 def _known_records(path: Path, label_key: str) -> dict[str, ShardRecord]:
@@ -355,7 +432,12 @@ def _known_records(path: Path, label_key: str) -> dict[str, ShardRecord]:
         return {}
     if index.label_key != label_key:
         return {}
-    return {_whole(shard): _record(index, number) for number, shard in enumerate(index.shards)}
+    known = {}
+    for number, shard in enumerate(index.shards):
+        with contextlib.suppress(UserError):  # damaged: the shard is read again
+            index.verify([number])
+            known[_whole(shard)] = _record(index, number)
+    return known
 
 
 def _record(index: Index, number: int) -> ShardRecord:
@@ -380,17 +462,18 @@ def _map_starts(path: Path) -> NDArray[np.uint32]:
 
 
 def _whole(shard: str) -> str:
-    return os.path.abspath(shard) if is_local(shard) else shard
+    """What an index knows a shard by: its whole path, or its URL without user names, passwords and queries."""
+    return os.path.abspath(shard) if is_local(shard) else public_url(shard)
 
 
 def _relative(shard: str, folder: Path) -> str:
     """Relative to the index's folder for what lies in it, so that the folder can be moved."""
     if not is_local(shard):
-        return shard
+        return _whole(shard)
     path = Path(_whole(shard))
     inside = path.is_relative_to(_whole(str(folder)))
     return str(path.relative_to(_whole(str(folder)))) if inside else str(path)
 
 
 def _file_name(shard: str) -> str:
-    return shard.rpartition("/")[2]
+    return _whole(shard).rpartition("/")[2]

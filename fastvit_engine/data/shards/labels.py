@@ -2,9 +2,11 @@
 
 import json
 import re
+from collections import Counter
 from typing import Any
 
 MAX_LABEL_BYTES = 1 << 24  # of a member that holds labels; more is not a label
+_LONGEST_NAME = 10_000  # bytes of a label that is text
 
 _INTEGER = re.compile(rb"[+-]?[0-9]{1,19}")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -29,6 +31,8 @@ def label_values(content: bytes, path: list[str]) -> list[Any]:
     if not path:
         text = _checked(content).strip()
         if not text.startswith(b"["):
+            if len(text) > _LONGEST_NAME:
+                raise ValueError(f"{len(text):,} bytes are too many for a class name")
             return [] if text == b"null" else [text.decode("utf-8", "backslashreplace")]
     value = json_field(content, path)
     return value if isinstance(value, list) else [] if value is None else [value]
@@ -37,12 +41,25 @@ def label_values(content: bytes, path: list[str]) -> list[Any]:
 def json_field(content: bytes, path: list[str]) -> Any:
     """The value at a path of a JSON member, None if it is missing. Raises ValueError as `label_values`."""
     try:
-        value: Any = json.loads(_checked(content))
+        value: Any = json.loads(_checked(content), object_pairs_hook=_Object)
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
     for name in path:
+        if isinstance(value, _Object) and name in value.repeated:
+            raise ValueError(f"the JSON has the key {name!r} twice")
         value = value.get(name) if isinstance(value, dict) else None
     return value
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that remembers which of its keys occur twice: two labels are none."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.repeated: set[str] = set()
+        if len(pairs) > len(self):
+            counts = Counter(name for name, _ in pairs)
+            self.repeated = {name for name, count in counts.items() if count > 1}
 
 
 def _checked(content: bytes) -> bytes:

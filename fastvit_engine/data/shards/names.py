@@ -2,24 +2,31 @@
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastvit_engine.config.near import near_names
+from fastvit_engine.data.shards.braces import expand_braces
+from fastvit_engine.data.shards.image_files import has_image_suffix
+from fastvit_engine.data.shards.splits import Splits, choose_files, split_of
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import public_url
+from fastvit_engine.storage.http import HttpSource
 from fastvit_engine.storage.object_store import one_line, require_package
+from fastvit_engine.storage.source import AttemptFailed, Refused
+from fastvit_engine.text import read_lines
 
 Split = Literal["train", "eval"]
 INFO_NAME = "dataset.json"
+UNFINISHED_NAME = "dataset.unfinished"  # a folder beside the shards until all of them are made
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_WEB_TIMEOUT = 10.0  # seconds without a byte
 
 
 class SplitInfo(BaseModel):
@@ -43,7 +50,8 @@ class DatasetInfo(BaseModel):
     samples_per_shard: int
     options: dict[str, Any] = {}  # what else `fastvit data make` was asked for
     duplicates: int = 0  # images of the source that were left out because they occur twice
-    failed: int = 0  # those that could not be fetched or decoded
+    failed: int = 0  # those that could not be read or decoded, or have no label
+    left_out: dict[str, int] = {}  # all that was not used, by reason, duplicates and failed images too
     train: SplitInfo
     eval: SplitInfo
 
@@ -52,84 +60,134 @@ def is_local(shard: str) -> bool:
     return not shard.startswith("pipe:") and "://" not in shard
 
 
-def find_shards(pattern: str | None, split: Split) -> list[str]:
+def find_shards(pattern: str | None, split: Split, notes: list[str] | None = None) -> list[str]:
     """The sorted shards that data.train or data.eval names; see list_shards."""
     if not pattern:
         raise UserError(
             f"data.{split} is not set: set it to the {split} shards, "
             f'as a folder, a glob, or a brace pattern such as "shards/{split}-{{000000..000099}}.tar"'
         )
-    return list_shards([pattern], split, named=f"data.{split}")
+    return list_shards([pattern], split, named=f"data.{split}", notes=notes)
 
 
-def list_shards(patterns: Iterable[str], split: Split | None = None, *, named: str = "the pattern") -> list[str]:
+def list_shards(
+    patterns: Iterable[str],
+    split: Split | None = None,
+    *,
+    named: str = "the pattern",
+    notes: list[str] | None = None,
+) -> list[str]:
     """The sorted shards that the patterns name, each once.
 
     A pattern is a folder, a glob or a file, with braces or without, on this machine or in an object store (s3://, gs://
     and others that fsspec lists); a URL on a web server, with braces; or @FILE with a pattern on each line. A folder
-    with a dataset.json gives the shards that it lists for `split`; any other folder gives all its tar files.
-    Raises UserError, in which `named` says what the pattern is, if one matches nothing or a file does not exist.
+    with a dataset.json gives the shards that it lists for `split`. Any other folder gives its tar files: those whose
+    names say the split, or all if no name says one (see `splits`). What was chosen by names is added to `notes`.
+    Raises UserError, in which `named` says what the pattern is, if one matches nothing, if a file does not exist, or if
+    only some names in a folder say a split.
     """
     shards: set[str] = set()
+    ask = _Request(split, named, [] if notes is None else notes)
     for given in patterns:
-        for pattern in _read_list(given[1:], named) if given.startswith("@") else [given]:
-            found = _expand(pattern, split, named)
+        from_list = given.startswith("@")
+        for pattern in _read_list(given[1:], named) if from_list else [given]:
+            try:
+                found = _expand(pattern, ask)
+            except (OSError, ValueError) as error:  # ValueError: of a name with a zero in it
+                reason = getattr(error, "strerror", None) or one_line(error)
+                raise UserError(f"{named} is {pattern[:500]!r}, which cannot be read ({reason}): correct it") from error
+            if from_list:
+                _check_no_command(found, given[1:], named)
             if not found:
                 raise UserError(f"{named} is {pattern!r}, which {_why_nothing(pattern)}")
             shards.update(found)
+    if split == "train":
+        ask.notes.extend(_about_several_splits(shards, named))
     return sorted(shards)
+
+
+def _about_several_splits(shards: Iterable[str], named: str) -> list[str]:
+    """A clause if patterns that somebody wrote match shards of several splits, which may be meant."""
+    groups = Splits.of(sorted(shard.rpartition("/")[2] for shard in shards)).named()
+    if len(groups) < 2:
+        return []
+    return [f"{named} matches {' and '.join(f'{len(group):,} named {part}' for part, group in groups.items())}"]
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What shards are wanted for."""
+
+    split: Split | None
+    named: str  # what the pattern is, for errors
+    notes: list[str]  # receives what was chosen by names
 
 
 def _read_list(path: str, named: str) -> list[str]:
     try:
-        lines = [line.strip() for line in Path(path).expanduser().read_text().splitlines()]
+        lines = read_lines(Path(path).expanduser())
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not text"
         raise UserError(f"{named} is the list {path}, which cannot be read ({reason}): correct it") from error
-    patterns = [line for line in lines if line and not line.startswith("#")]
+    patterns = [line for line in lines if not line.startswith("#")]
     if not patterns:
         raise UserError(f"{named} is the list {path}, which names no shards: write one path, pattern or URL per line")
     return patterns
 
 
-def _expand(pattern: str, split: Split | None, named: str) -> list[str]:
+def _check_no_command(shards: list[str], path: str, named: str) -> None:
+    """Raises UserError for a pipe that a list file names: whoever writes data must not choose what is run."""
+    for shard in shards:
+        if shard.startswith("pipe:"):
+            raise UserError(
+                f"{named} is the list {path}, which names the command {shard!r}: a command runs only if it is given "
+                "on the command line or in a recipe; give it there, or name a path or a URL in the list"
+            )
+
+
+def _as_paths(found: Iterable[str]) -> list[str]:
+    """Names of files; one that begins like a command gets "./" in front, so that nothing runs it."""
+    return [name if is_local(name) else os.path.join(".", name) for name in found]
+
+
+def _expand(pattern: str, ask: _Request) -> list[str]:
     if pattern.startswith("file://"):
         pattern = pattern.removeprefix("file://")
     if is_local(pattern):
         pattern = os.path.expanduser(pattern)
     if Path(pattern).is_dir():
-        return _shards_of_folder(Path(pattern), split)
+        return _shards_of_folder(pattern, ask)
     try:
-        parts = list(braceexpand(pattern))
+        parts = expand_braces(pattern)
     except ValueError as error:
-        raise UserError(f"{named} is {pattern!r}, whose braces do not match: {error}") from error
-    return [shard for part in parts for shard in _expand_part(part, split, named)]
+        raise UserError(f"{ask.named} is {pattern[:500]!r}, whose braces cannot be expanded: {error}") from error
+    return [shard for part in parts for shard in _expand_part(part, ask)]
 
 
-def _expand_part(part: str, split: Split | None, named: str) -> list[str]:
+def _expand_part(part: str, ask: _Request) -> list[str]:
     """The shards that a pattern without braces names."""
     if part.startswith("pipe:"):
         return [part]
     if not is_local(part):
-        return _list_remote(part, named)
+        return _list_remote(part, ask)
     if glob.has_magic(part):
-        return sorted(glob.glob(part))
+        return _as_paths(sorted(glob.glob(part)))
     if Path(part).is_dir():
-        return _shards_of_folder(Path(part), split)
+        return _shards_of_folder(part, ask)
     if not Path(part).is_file():
         near = _near_path(part)
         hint = f"did you mean {near}?" if near else "copy it there or correct it"
-        raise UserError(f"{named} names the shard {part}, which does not exist: {hint}")
+        raise UserError(f"{ask.named} names the shard {part}, which does not exist: {hint}")
     return [part]
 
 
-def _list_remote(url: str, named: str) -> list[str]:
+def _list_remote(url: str, ask: _Request) -> list[str]:
     """The shards that a URL without braces names: itself, or what fsspec finds in a folder or by a glob."""
     if url.startswith(("http://", "https://")):
         path = urlsplit(url).path
         if path.endswith("/") or "*" in path:
             raise UserError(
-                f"{named} is {url!r}, but a web server does not list its files: "
+                f"{ask.named} is {url!r}, but a web server does not list its files: "
                 "name them with braces, or in a file given as @FILE"
             )
         return [url]
@@ -144,21 +202,57 @@ def _list_remote(url: str, named: str) -> list[str]:
         return []
     except Exception as error:  # each package has its own classes
         raise UserError(
-            f"{named} is {url!r}, which cannot be listed ({one_line(error)}): check its name and your access to it"
+            f"{ask.named} is {url!r}, which cannot be listed ({one_line(error)}): check its name and your access to it"
         ) from error
     root = url.rstrip("/").removesuffix(path)  # "s3://"
-    return sorted(root + name for name in names if name.endswith(SHARD_SUFFIXES))
+    if glob.has_magic(path):
+        return sorted(root + name for name in names if name.endswith(SHARD_SUFFIXES))
+    return _choose(url.rstrip("/"), [name.rstrip("/").rpartition("/")[2] for name in names], ask)
 
 
-def read_info(folder: Path) -> DatasetInfo | None:
-    """dataset.json of a folder of shards, None if there is none. Raises UserError if it cannot be understood."""
-    path = folder / INFO_NAME
+def _shards_of_folder(folder: str, ask: _Request) -> list[str]:
+    return _choose(folder, os.listdir(folder), ask)
+
+
+def _choose(folder: str, names: Iterable[str], ask: _Request) -> list[str]:
+    """The shards of a folder, local or remote, that serve the split."""
+    names = sorted(names)
+    shards = [name for name in names if name.endswith(SHARD_SUFFIXES)]
+    info = read_info(folder) if INFO_NAME in names else None
+    if info is None and INFO_NAME in names:
+        raise UserError(f"{public_url(folder)}/{INFO_NAME} cannot be read (access is denied): make it readable")
+    if info is not None and ask.split is not None:
+        shards = sorted((info.train if ask.split == "train" else info.eval).shards)
+    elif ask.split is not None and shards:
+        if UNFINISHED_NAME in names:
+            raise UserError(
+                f"{ask.named} is {folder}, whose shards are not all made: run its `fastvit data make` again to the end"
+            )
+        choice = choose_files(shards, ask.split, folder, ask.named)
+        shards = choice.names
+        ask.notes.extend([choice.note] if choice.note else [])
+    paths = [os.path.join(folder, name) for name in shards]
+    return _as_paths(paths) if is_local(folder) else paths
+
+
+def read_info(folder: Path | str) -> DatasetInfo | None:
+    """dataset.json of a folder of shards, on this machine or in an object store; None if there is none.
+
+    Raises UserError if it cannot be read or understood.
+    """
+    path = os.path.join(folder, INFO_NAME)
     try:
-        return DatasetInfo.model_validate_json(path.read_bytes())
+        content = Path(path).read_bytes() if is_local(path) else _read_remote(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): make it readable") from error
+    return None if content is None else _parse_info(content, public_url(path))
+
+
+def _parse_info(content: bytes, path: str) -> DatasetInfo:
+    try:
+        return DatasetInfo.model_validate_json(content)
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"])) or "the file"
@@ -167,18 +261,56 @@ def read_info(folder: Path) -> DatasetInfo | None:
         ) from error
 
 
+def _read_remote(url: str) -> bytes | None:
+    """The content of a file on a server; None if it does not exist or, which may look alike, access is denied."""
+    if url.startswith(("http://", "https://")):
+        return _read_web(url)
+    require_package(url)
+    try:
+        fs, path = url_to_fs(url)
+        content: bytes = fs.cat_file(path)
+        return content
+    except (FileNotFoundError, PermissionError):
+        return None
+    except Exception as error:  # each package has its own classes
+        raise UserError(f"{public_url(url)} cannot be read ({one_line(error)}): check your access to it") from error
+
+
+def _read_web(url: str) -> bytes | None:
+    """The content of a file on a web server, None if it cannot be had at once: many serve nothing but the shards."""
+    try:
+        with HttpSource().open(url, 0, None, _WEB_TIMEOUT) as reply:
+            content = b"".join(reply.chunks)
+            return content if reply.size in (None, len(content)) else None
+    except (AttemptFailed, Refused):
+        return None
+
+
+def fetch_beside(shards: Sequence[str], name: str) -> bytes | None:
+    """The content of a file in the remote folder that holds the shards, None if there is none.
+
+    None too for shards on this machine, in several folders, from pipes, or with a query, such as a signature.
+    """
+    folders = {shard.rpartition("/")[0] for shard in shards}
+    folder = folders.pop()
+    if folders or is_local(folder) or folder.startswith("pipe:") or "?" in folder or "?" in shards[0]:
+        return None
+    return _read_remote(f"{folder}/{name}")
+
+
 def info_beside(shards: list[str]) -> DatasetInfo | None:
-    """dataset.json of the folder that holds the first of `shards`."""
-    return read_info(Path(shards[0]).parent) if is_local(shards[0]) else None
-
-
-def _shards_of_folder(folder: Path, split: Split | None) -> list[str]:
-    info = read_info(folder)
-    if info is not None and split is not None:
-        names = sorted((info.train if split == "train" else info.eval).shards)
-    else:
-        names = sorted(path.name for path in folder.iterdir() if path.name.endswith(SHARD_SUFFIXES))
-    return [str(folder / name) for name in names]
+    """dataset.json of the folder that holds the first of `shards`, None if there is none; see `fetch_beside`."""
+    if is_local(shards[0]):
+        return read_info(Path(shards[0]).parent)
+    content = fetch_beside(shards[:1], INFO_NAME)
+    if content is None:
+        return None
+    try:
+        return _parse_info(content, f"{public_url(shards[0].rpartition('/')[0])}/{INFO_NAME}")
+    except UserError:
+        if shards[0].startswith(("http://", "https://")):
+            return None  # a web server may answer with a page
+        raise
 
 
 def _why_nothing(pattern: str) -> str:
@@ -194,7 +326,7 @@ def _why_nothing(pattern: str) -> str:
 def _holds_images(folder: Path) -> bool:
     """Whether there is an image in a folder, in one of its sub-folders, or in one of theirs (train/cat/1.jpg)."""
     patterns = ("*", "*/*", "*/*/*")
-    return any(path.name.lower().endswith(IMAGE_SUFFIXES) for pattern in patterns for path in folder.glob(pattern))
+    return any(has_image_suffix(path.name) for pattern in patterns for path in folder.glob(pattern))
 
 
 def _near_path(path: str) -> Path | None:
@@ -223,26 +355,28 @@ class ShardSet:
 
 
 def shard_set(argument: str, split: Split | None = None) -> ShardSet:
-    """A folder (the shards of its dataset.json, of `split` or both; else all its tars), or what `list_shards` takes.
+    """A folder (the shards of `split` or all, by its dataset.json or else by their names), or what `list_shards` takes.
 
     Shards of a dataset.json may be missing, which is a finding. Raises UserError if nothing is named.
     """
     folder = Path(argument).expanduser()
     if is_local(argument) and folder.is_dir():
         info = read_info(folder)
-        names = {name: None for name in sorted(path.name for path in folder.iterdir()) if name.endswith(SHARD_SUFFIXES)}
-        splits: dict[str, Split | None] = dict(names)
-        if info is not None:
+        splits: dict[str, Split | None] = {}
+        if info is None:
+            found = _shards_of_folder(str(folder), _Request(split, "SHARDS", []))
+            splits = {Path(shard).name: _split_by_name(shard) for shard in found}
+        else:
             splits = {
                 name: part
                 for part in _splits(split)
                 for name in sorted((info.train if part == "train" else info.eval).shards)
             }
-        shards = [str(folder / name) for name in splits]
+        shards = _as_paths(str(folder / name) for name in splits)
     else:
-        shards = list_shards([argument], named="SHARDS")
-        info = read_info(Path(shards[0]).parent) if shards and is_local(shards[0]) else None
-        splits = {Path(shard).name: _split_of(Path(shard).name, info) for shard in shards}
+        shards = list_shards([argument], split, named="SHARDS")
+        info = info_beside(shards) if shards else None
+        splits = {shard: _split_by_name(shard) if info is None else _recorded_split(shard, info) for shard in shards}
     if not shards:
         raise UserError(f"SHARDS is {argument!r}, which {_why_nothing(argument)}")
     return ShardSet(shards, info, list(splits.values()))
@@ -252,7 +386,11 @@ def _splits(split: Split | None) -> list[Split]:
     return ["train", "eval"] if split is None else [split]
 
 
-def _split_of(name: str, info: DatasetInfo | None) -> Split | None:
-    if info is None:
-        return None
+def _split_by_name(shard: str) -> Split | None:
+    part = split_of(shard)
+    return None if part is None else "train" if part == "train" else "eval"
+
+
+def _recorded_split(shard: str, info: DatasetInfo) -> Split | None:
+    name = shard.rpartition("/")[2]
     return "train" if name in info.train.shards else "eval" if name in info.eval.shards else None

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fastvit_engine.data.shards.tar import Member, ReadAt, TarError, iterate_members, read_member
+from fastvit_engine.shown import public_url
 
-Sample = dict[str, Any]  # "__key__", "__url__", and the bytes of each member by its lower-case extension
+Sample = dict[str, Any]  # "__key__", "__url__" (a public one), and the bytes of each member by lower-case extension
 
 MAX_MEMBER_BYTES = 1 << 31  # a sample is held in memory
 
@@ -93,7 +94,7 @@ def read_samples(read: ReadAt, archive_size: int | None, shard: str, ignored: Ig
         if file.first:
             if sample:
                 yield sample
-            sample = {"__key__": file.key, "__url__": shard}
+            sample = {"__key__": file.key, "__url__": public_url(shard)}
         content = read(file.member.data, file.member.size)
         if len(content) < file.member.size:
             raise TarError("is truncated in the member that begins", file.member.start)
@@ -104,7 +105,7 @@ def read_samples(read: ReadAt, archive_size: int | None, shard: str, ignored: Ig
 
 def parse_sample(content: bytes, shard: str) -> Sample:
     """The sample whose extent in `shard` has this content. Raises TarError if it is not one whole sample."""
-    sample: Sample = {"__url__": shard}
+    sample: Sample = {"__url__": public_url(shard)}
     offset, size = 0, len(content)
 
     def read(at: int, length: int) -> bytes:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 BLOCK = 512
 _ZERO_BLOCK = bytes(BLOCK)
 _LONGEST_EXTENSION = 1 << 20  # bytes of a pax header or a long name; more is damage
+_MOST_EXTENSIONS = 64  # pax headers and long names before one member; archivers write three at most
 
 _OCTAL = re.compile(rb"[0-7]*")
 _DECIMAL = re.compile(r"[0-9]{1,19}")
@@ -48,9 +49,9 @@ def read_member(read: ReadAt, offset: int, archive_size: int | None) -> Member |
     """The member whose headers begin at `offset`, or None at the archive's end marker.
 
     `archive_size`: bytes; None if nobody knows yet (a pipe), in which case the content may turn out to be cut short.
-    Raises TarError on damage. A call reads at most 1 MB per header and always moves forward.
+    Raises TarError on damage. A call reads at most 64 headers, with 1 MB for each, and always moves forward.
     """
-    start, long_name, long_size = offset, None, None
+    start, long_name, long_size, extensions = offset, None, None, 0
     while True:
         header = read(offset, BLOCK)
         if len(header) < BLOCK:
@@ -69,6 +70,9 @@ def read_member(read: ReadAt, offset: int, archive_size: int | None) -> Member |
         data = offset + BLOCK
         if kind not in b"xgLK":
             break
+        extensions += 1
+        if extensions > _MOST_EXTENSIONS:
+            raise TarError("has a chain of long names or pax headers that no member follows,", start)
         extension = read(data, size) if size <= _LONGEST_EXTENSION else b""
         if len(extension) < size:
             raise TarError("is truncated or has a damaged header", offset)
@@ -171,7 +175,8 @@ def _pax_records(extension: bytes, offset: int) -> dict[str, str]:
     while at < len(extension):
         match = re.match(rb"(\d{1,7}) ([^=]+)=", extension[at : at + 256])
         length = int(match[1]) if match else 0
-        if match is None or at + length > len(extension) or extension[at + length - 1 : at + length] != b"\n":
+        # A length that ends within its own key would read the same record again, or half of the next one.
+        if match is None or length <= match.end() or extension[at : at + length][length - 1 :] != b"\n":
             raise TarError("has a damaged pax header", offset)
         records[_text(match[2])] = _text(extension[at + match.end() : at + length - 1])
         at += length

@@ -10,6 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 from fastvit_engine.config import DataConfig
 from fastvit_engine.data.shards.labels import label_member, parse_labels
 from fastvit_engine.data.shards.sample import Sample
+from fastvit_engine.shown import shown
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ class Unusable(Exception):
 
 
 class SampleKeys(NamedTuple):
-    """Which members hold the image and the labels of a sample, and how many labels there may be."""
+    """Which members hold the image and the labels of a sample, and how many labels and pixels there may be."""
 
     image_key: str  # data.image_key
     images: tuple[str, ...]  # its members
@@ -39,15 +40,17 @@ class SampleKeys(NamedTuple):
     label_member: str
     label_path: list[str]
     max_labels: int
+    max_pixels: int  # of an image
 
     @classmethod
     def of(cls, data: DataConfig) -> "SampleKeys":
-        return _keys(data.image_key, data.label_key, data.max_labels)
+        return _keys(data.image_key, data.label_key, data.max_labels, data.max_pixels)
 
 
 @lru_cache
-def _keys(image_key: str, label_key: str, max_labels: int) -> SampleKeys:
-    return SampleKeys(image_key, tuple(image_key.split(";")), label_key, *label_member(label_key), max_labels)
+def _keys(image_key: str, label_key: str, max_labels: int, max_pixels: int) -> SampleKeys:
+    images = tuple(image_key.split(";"))
+    return SampleKeys(image_key, images, label_key, *label_member(label_key), max_labels, max_pixels)
 
 
 class Judged(NamedTuple, Generic[T]):
@@ -132,4 +135,4 @@ def member_names(sample: Sample) -> list[str]:
 
 def name_of(sample: Sample) -> str:
     """How sentences name a sample."""
-    return f"sample '{sample['__key__']}' of shard {sample['__url__']}"
+    return shown(f"sample '{sample['__key__']}' of shard {sample['__url__']}")

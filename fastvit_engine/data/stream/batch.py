@@ -2,8 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import cycle
 from typing import NamedTuple
 
 import numpy as np
@@ -112,7 +113,7 @@ class BatchBuilder:
         return self._batch._replace(bad=tuple(self._bad), seconds=StageSeconds(*self._seconds))
 
     def _draw(self, row: int, choose_view: Callable[[int, int], View], data: bytes) -> None:
-        image = open_image(data)
+        image = open_image(data, self._keys.max_pixels)
         view = choose_view(image.height, image.width)
         pixels = image.decode(self._workspace.decoded, view.reduction, fast=view.fast, rows=view.top + view.height)
         self._end_stage(1)
@@ -125,19 +126,43 @@ class BatchBuilder:
         self._mark = now
 
 
-def rebatch(chunks: Iterable[Batch], size: int, pin_memory: bool) -> Iterator[Batch]:
+def micro_batches(chunks: Iterable[Batch], sizes: Sequence[int], config: Config, pin_memory: bool) -> Iterator[Batch]:
+    """Joins and cuts `chunks` into the micro-batches of a rank, step by step; see `BatchSplit.micro_batches`.
+
+    A micro-batch of size 0 becomes one image of padding. If all are, `chunks` is left alone.
+    """
+    given = [size for size in sizes if size]
+    if len(given) == len(sizes):
+        yield from rebatch(chunks, sizes, pin_memory)
+        return
+    padding = empty_batch(1, config.model.image_size, config.data.max_labels)
+    if pin_memory:
+        images, labels, weights = (tensor.pin_memory() for tensor in padding[:3])
+        padding = padding._replace(images=images, labels=labels, weights=weights)
+    batches = rebatch(chunks, given, pin_memory)
+    for size in cycle(sizes):
+        batch = next(batches, None) if size else padding
+        if batch is None:
+            return
+        yield batch
+
+
+def rebatch(chunks: Iterable[Batch], size: int | Sequence[int], pin_memory: bool) -> Iterator[Batch]:
     """Joins and cuts `chunks` into batches of exactly `size` images, in order; the last one is padded with weight 0.
 
-    A chunk is copied when it comes, and its memory is free again when the next one is asked for.
+    Several sizes take turns. A chunk is copied when it comes, and its memory is free again when the next one is asked
+    for.
     """
-    memory = BatchMemory(pin_memory)
-    batch, filled = None, 0
+    sizes = [size] if isinstance(size, int) else size
+    memory, turns = BatchMemory(pin_memory, max(sizes)), cycle(sizes)
+    batch, filled, whole = None, 0, 0
     for chunk in chunks:
         start = 0
         while start < len(chunk.keys):
             if batch is None:
-                batch, filled = _unfilled(size, chunk, memory), 0
-            count = min(size - filled, len(chunk.keys) - start)
+                whole = next(turns)
+                batch, filled = _unfilled(whole, chunk, memory), 0
+            count = min(whole - filled, len(chunk.keys) - start)
             to, cut = slice(filled, filled + count), slice(start, start + count)
             batch.images[to] = chunk.images[cut]
             batch.labels[to] = chunk.labels[cut]
@@ -147,7 +172,7 @@ def rebatch(chunks: Iterable[Batch], size: int, pin_memory: bool) -> Iterator[Ba
             if start == 0:
                 batch = batch._replace(bad=batch.bad + chunk.bad, seconds=batch.seconds.plus(chunk.seconds))
             start, filled = start + count, filled + count
-            if filled == size:
+            if filled == whole:
                 yield batch
                 batch = None
     if batch is not None:
@@ -170,19 +195,20 @@ class BatchMemory:
     the device has read it; other memory is free here when it has no reference left but this one.
     """
 
-    def __init__(self, pin_memory: bool) -> None:
-        self.pin_memory = pin_memory
+    def __init__(self, pin_memory: bool, most: int) -> None:
+        """`most`: images of the largest batch."""
+        self.pin_memory, self.most = pin_memory, most
         self._kept: list[np.ndarray] = []
 
-    def reserve(self, *shape: int) -> Tensor:
-        """uint8 of a shape that is always the same, with any content."""
+    def reserve(self, images: int, *shape: int) -> Tensor:
+        """uint8 [images, *shape] with any content; `shape` is always the same."""
         if self.pin_memory:
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+            return torch.empty((images, *shape), dtype=torch.uint8, pin_memory=True)
         for number in range(len(self._kept)):
             if sys.getrefcount(self._kept[number]) == 2:  # the list's, and the argument's
-                return torch.from_numpy(self._kept[number])
-        self._kept.append(np.empty(shape, np.uint8))
-        return torch.from_numpy(self._kept[-1])
+                return torch.from_numpy(self._kept[number])[:images]
+        self._kept.append(np.empty((self.most, *shape), np.uint8))
+        return torch.from_numpy(self._kept[-1])[:images]
 
 
 def _unfilled(size: int, chunk: Batch, memory: BatchMemory) -> Batch:

@@ -20,14 +20,16 @@ from fastvit_engine.data.shards.index import Index, open_index
 from fastvit_engine.data.shards.names import is_local
 from fastvit_engine.data.shards.sample import Sample, parse_sample
 from fastvit_engine.data.shards.tar import TarError
-from fastvit_engine.data.stream.batch import BadSample, Batch, BatchBuilder, Workspace, rebatch
+from fastvit_engine.data.stream.batch import BadSample, Batch, BatchBuilder, Workspace, micro_batches, rebatch
+from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.order import Integers, Locations, Order, SourceOrder, share_slots
 from fastvit_engine.data.stream.read_ahead import ReadAhead
 from fastvit_engine.data.stream.skip import Window, step_starts
-from fastvit_engine.data.stream.source import EvaluationData, TrainingData, check_micro_batch, rank_positions
+from fastvit_engine.data.stream.source import EvaluationData, TrainingData
 from fastvit_engine.data.stream.worker_pool import load
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted
+from fastvit_engine.shown import public_url
 from fastvit_engine.storage import ShardStorage
 
 _PADDING = -1  # instead of a position
@@ -87,6 +89,7 @@ class IndexedData(TrainingData):
     eval: IndexedShards | None
     samples_per_epoch: int | None
     class_names: list[str] | None = None
+    notes: tuple[str, ...] = ()  # which shards were chosen by their names
 
     def fingerprint(self, data: DataConfig) -> dict[str, Any]:
         sources = [{"index": s.data.hash, "lanes": s.lanes, "weight": s.weight} for s in self.train]
@@ -96,7 +99,8 @@ class IndexedData(TrainingData):
         samples = sum(source.samples for source in self.train)
         lanes = " + ".join(str(source.lanes) for source in self.train)
         mixed = " in 1 lane" if lanes == "1" else f", mixed from {lanes} lanes"
-        return f"reading {counted(samples, 'sample')}{mixed} (data.lanes)"
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"reading {counted(samples, 'sample')}{mixed} (data.lanes){notes}"
 
     def train_batches(
         self,
@@ -115,13 +119,14 @@ class IndexedData(TrainingData):
         Samples and pixels of a step are a function of the indexed shards, the seed and the step: not of the world size,
         the number of workers or the step that a run resumed at.
         """
-        check_micro_batch(config, world_size, micro_batch_size)
+        split = next(possible_splits(config, world_size, micro_batch_size))
         batch = config.train.global_batch_size
         samples = open_train_samples(config, self)
-        own = rank_positions(batch, rank, world_size)
+        own, sizes = split.positions(rank), split.micro_batches(rank)
+        ends = np.cumsum(sizes)[:-1]
         read_ahead = None
         if node_ranks and any(not is_local(shard) for index in samples.indexes for shard in index.shards):
-            positions = np.concatenate([rank_positions(batch, other, world_size) for other in node_ranks])
+            positions = np.concatenate([split.positions(other) for other in node_ranks])
             order = build_order(config, self.train, samples.indexes)
             read_ahead = ReadAhead(order, samples.indexes, samples.storage, positions, batch)
 
@@ -129,10 +134,10 @@ class IndexedData(TrainingData):
             for start in step_starts(consumed, batch, skipped):
                 if read_ahead:
                     read_ahead.at(start)
-                for micro in (start + own).reshape(-1, micro_batch_size):
+                for micro in np.split(start + own, ends):
                     yield from _parts(micro, config)
 
-        return rebatch(_load(samples, requests(), micro_batch_size, config), micro_batch_size, pin_memory)
+        return micro_batches(_load(samples, requests(), max(sizes), config), sizes, config, pin_memory)
 
     def eval_batches(
         self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool
@@ -192,6 +197,7 @@ class _Samples:
                 yield parse_sample(content, name)
             except TarError as error:
                 # Its key is unknown; this one is the same in every run.
+                name = public_url(name)
                 key = f"{name.rpartition('/')[2]}#{at.row[i]}"
                 reason = f"is damaged: what the index finds at byte {offsets[i]:,} of the shard {error} of it"
                 yield BadSample(key, name, reason)

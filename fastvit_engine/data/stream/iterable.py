@@ -11,9 +11,10 @@ from torch import Tensor
 from fastvit_engine.config import Config, DataConfig
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.shards.usable import SampleKeys
-from fastvit_engine.data.stream.batch import Batch, empty_batch, rebatch
+from fastvit_engine.data.stream.batch import Batch, empty_batch, micro_batches
+from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.skip import Window, step_starts
-from fastvit_engine.data.stream.source import EvaluationData, TrainingData, check_micro_batch, rank_positions
+from fastvit_engine.data.stream.source import EvaluationData, TrainingData
 from fastvit_engine.errors import UserError
 
 _YIELD = 'yield (image, label), batches of them, or dicts with "image" and "label"'
@@ -104,12 +105,12 @@ class IterableData(TrainingData):
         skipped: Sequence[Window] = (),
     ) -> Iterator[Batch]:
         """See TrainingData. Skipped windows count as consumed, but nothing is left out of the iterable."""
-        check_micro_batch(config, world_size, micro_batch_size)
+        split = next(possible_splits(config, world_size, micro_batch_size))
         if self._samples is None:
             raise RuntimeError("this process has no iterable: see IterableData.bind")
-        own = rank_positions(config.train.global_batch_size, rank, world_size)
-        chunks = self._chunks(self._samples, config, Share(rank, world_size, consumed), own, skipped)
-        return rebatch(chunks, micro_batch_size, pin_memory)
+        share, own = Share(rank, world_size, consumed), split.positions(rank)
+        chunks = self._chunks(self._samples, config, share, own, skipped)
+        return micro_batches(chunks, split.micro_batches(rank), config, pin_memory)
 
     def eval_batches(
         self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool

@@ -1,7 +1,7 @@
 """The order of training samples: a pure function of (index, seed, position), and of nothing else.
 
-Position t is the t-th sample of the whole run; step s trains on the positions from s * global batch on, and rank r of R
-on every R-th pair of these, from the r-th. So the samples of a step depend on neither the world size nor the workers,
+Position t is the t-th sample of the whole run; step s trains on the positions from s * global batch on, which the ranks
+divide among them (see `batch_split`). So the samples of a step depend on neither the world size nor the workers,
 the state of the data is the one integer `consumed`, and resuming at any position costs milliseconds.
 
 * An epoch permutes the shards, lays their samples end to end in a circle, rotates it by a random amount and cuts it

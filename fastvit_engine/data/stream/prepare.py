@@ -3,6 +3,8 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,17 +14,21 @@ import numpy as np
 from fastvit_engine.config import Config, DataSource
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard, stamp_of_local
-from fastvit_engine.data.shards.index import INDEX_NAME, INDEX_SUFFIX, Index, open_index, write_index
-from fastvit_engine.data.shards.names import Split, find_shards, info_beside, is_local
+from fastvit_engine.data.shards.index import INDEX_NAME, INDEX_SUFFIX, Index, is_index, open_index, write_index
+from fastvit_engine.data.shards.names import Split, fetch_beside, find_shards, info_beside, is_local
 from fastvit_engine.data.shards.sample import Sample, parse_sample
+from fastvit_engine.data.shards.splits import Splits, choose_files
 from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.data.shards.usable import SampleKeys, Unusable, name_of, read_image, read_labels
 from fastvit_engine.data.stream.indexed import IndexedData, IndexedShards, TrainSource, open_storage
 from fastvit_engine.data.stream.iterable import IterableData
 from fastvit_engine.data.stream.order import CYCLE, choose_lanes, share_slots
+from fastvit_engine.data.stream.overlap import check_indexes_apart, check_streams_apart
 from fastvit_engine.data.stream.source import TrainingData
 from fastvit_engine.data.stream.streams import StreamData, StreamedShards, plan_streams
 from fastvit_engine.errors import UserError
+from fastvit_engine.files import atomic_write
+from fastvit_engine.shown import say
 from fastvit_engine.storage import ShardStorage
 
 _LOOKED_AT = 8  # samples whose images are decoded before a run starts
@@ -49,8 +55,15 @@ def prepare_data(
         return _prepare_streams(config, world_size)
     if not config.data.sources:
         find_shards(None, "train")  # says how to set it
+    notes: list[str] = []
+    indexes = [
+        _find_index(source.shards, source.index or config.data.index, "train", config, index_folder, notes)
+        for source in config.data.sources
+    ]
+    held_out = _find_eval(config, index_folder, notes)
+    check_indexes_apart(indexes, held_out, config.data)
     sources = tuple(
-        _prepare_source(config, number, source, index_folder, recorded)
+        _prepare_source(config, number, source, indexes[number], recorded)
         for number, source in enumerate(config.data.sources)
     )
     for source, slots in zip(config.data.sources, share_slots([s.weight for s in sources]), strict=True):
@@ -62,16 +75,22 @@ def prepare_data(
     info = info_beside(list(sources[0].data.shards))
     return IndexedData(
         train=sources,
-        eval=_prepare_eval(config, index_folder),
+        eval=_prepare_eval(config, held_out),
         samples_per_epoch=config.data.train_samples or sum(source.samples for source in sources),
         class_names=info.classes if info else None,
+        notes=tuple(notes),
     )
 
 
-def _prepare_eval(config: Config, index_folder: Path) -> IndexedShards | None:
+def _find_eval(config: Config, index_folder: Path, notes: list[str]) -> Index | None:
     if not config.data.eval:
         return None
-    index = _find_index(config.data.eval, config.data.index, "eval", config, index_folder)
+    return _find_index(config.data.eval, config.data.index, "eval", config, index_folder, notes)
+
+
+def _prepare_eval(config: Config, index: Index | None) -> IndexedShards | None:
+    if index is None:
+        return None
     _check_samples(index, "eval", config)
     return IndexedShards.of(index)
 
@@ -79,21 +98,15 @@ def _prepare_eval(config: Config, index_folder: Path) -> IndexedShards | None:
 def _prepare_iterable(config: Config, given: IterableData, world_size: int, index_folder: Path) -> IterableData:
     if config.data.train:
         raise UserError("data.train is set, and training data is given as an iterable too: leave one of them out")
-    if config.train.global_batch_size % world_size:
-        raise UserError(
-            f"train.global_batch_size is {config.train.global_batch_size}, which {world_size} ranks do not divide: "
-            "change it, or the number of processes"
-        )
     streams = config.data.order == "stream"
-    evaluation = eval_streams(config) if streams else _prepare_eval(config, index_folder)
+    evaluation = eval_streams(config) if streams else _prepare_eval(config, _find_eval(config, index_folder, []))
     info = info_beside(list(evaluation.shards)) if evaluation else None
     return given.with_evaluation(config, evaluation, info.classes if info else None)
 
 
 def _prepare_source(
-    config: Config, number: int, source: DataSource, index_folder: Path, recorded: Mapping[str, Any] | None
+    config: Config, number: int, source: DataSource, index: Index, recorded: Mapping[str, Any] | None
 ) -> TrainSource:
-    index = _find_index(source.shards, source.index or config.data.index, "train", config, index_folder)
     _check_samples(index, "train", config)
     known = (recorded or {}).get("sources", [])
     lanes = config.data.lanes or (known[number]["lanes"] if number < len(known) else choose_lanes(index.samples))
@@ -107,15 +120,20 @@ def _prepare_source(
 # ---- finding the index
 
 
-def _find_index(pattern: str, named: str | None, split: Split, config: Config, fallback: Path) -> Index:
-    """The index of the shards that `pattern` names, in their sorted order."""
+def _find_index(
+    pattern: str, named: str | None, split: Split, config: Config, fallback: Path, notes: list[str]
+) -> Index:
+    """The index of the shards that `pattern` names, in their sorted order; adds to `notes` as `find_shards` does."""
     if pattern.endswith(INDEX_SUFFIX) and is_local(pattern):
-        return open_index(Path(pattern).expanduser())
-    shards = find_shards(pattern, split)
+        return _of_split(open_index(Path(pattern).expanduser()), split, notes)
+    shards = find_shards(pattern, split, notes)
     if named is not None:
         index = open_index(Path(named).expanduser())
         if split == "train" or None not in index.find(shards):  # which need not hold the evaluation shards
             return _unchanged_in_size(index.select(shards))
+    beside = _remote_index(shards, config.data.label_key, fallback)
+    if beside is not None:
+        return beside
     for shard in shards:
         if not is_local(shard):
             use_it = "set data.index to it" if split == "train" else "set data.eval to it"
@@ -135,6 +153,32 @@ def _find_index(pattern: str, named: str | None, split: Split, config: Config, f
     return _make_index(path, shards, config.data.label_key)
 
 
+def _of_split(index: Index, split: Split, notes: list[str]) -> Index:
+    """The index of the shards of the split, by their names; of all if these do not say two splits or more."""
+    splits = Splits.of(index.shards)
+    wanted = splits.train if split == "train" else splits.val or splits.test
+    if splits.unnamed or not wanted or len(splits.named()) < 2:
+        return index
+    choice = choose_files(index.shards, split, str(index.path), f"data.{split}")
+    notes.append(choice.note)
+    return index.select(choice.names)
+
+
+def _remote_index(shards: Sequence[str], label_key: str, folder: Path) -> Index | None:
+    """The index beside shards on a server, as `fastvit data make` writes it, copied into `folder`."""
+    content = fetch_beside(shards, INDEX_NAME)
+    if content is None or not is_index(content):
+        return None
+    path = folder / f"remote-{blake2b(content, digest_size=8).hexdigest()}{INDEX_SUFFIX}"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, content)
+    index = _known_index(path)
+    if index is None or index.label_key != label_key or None in index.find(shards):
+        return None
+    return index.select(shards)
+
+
 def _unchanged_in_size(index: Index) -> Index:
     for shard, size in zip(index.shards, index.sizes, strict=True):
         if is_local(shard) and os.stat(shard).st_size != size:
@@ -152,7 +196,7 @@ def _make_index(path: Path, shards: Sequence[str], label_key: str) -> Index:
     everything = {os.path.abspath(shard): shard for shard in [*others, *shards]}
 
     def progress(line: str) -> None:
-        print(f"indexing {path.parent}: {line}", file=sys.stderr, flush=True)
+        say(f"indexing {path.parent}: {line}", file=sys.stderr)
 
     ordered = [everything[name] for name in sorted(everything)]
     return write_index(ordered, path, label_key=label_key, progress=progress).select(shards)
@@ -213,7 +257,7 @@ def _check_some(samples: Iterable[Sample], split: Split, config: Config) -> None
     for sample in samples:
         _check_labels(sample, keys, config)
         try:
-            read_image(sample, keys, decode_image)
+            read_image(sample, keys, partial(decode_image, max_pixels=keys.max_pixels))
             return
         except Unusable as problem:
             unusable.append(f"{name_of(sample)} {problem}")
@@ -261,28 +305,31 @@ def _check_classes(shards: Sequence[str], split: Split, config: Config) -> None:
 def _prepare_streams(config: Config, world_size: int) -> StreamData:
     if config.data.train is not None and not isinstance(config.data.train, str):
         raise UserError("data.order is stream, which reads one source: mix sources with data.order: indexed")
-    shards = find_shards(config.data.train, "train")
+    notes: list[str] = []
+    shards = find_shards(config.data.train, "train", notes)
     plan = plan_streams(config, world_size=world_size, shards=len(shards))
     _check_stream(shards, "train", config)
-    held_out = eval_streams(config)
+    held_out = eval_streams(config, notes)
+    check_streams_apart(shards, held_out.shards if held_out else (), config.data)
     info = info_beside(shards)
     samples = config.data.train_samples
     if samples is None and info is not None:
         counts = info.train.shards | info.eval.shards
         names = [Path(shard).name for shard in shards]
         samples = sum(counts[name] for name in names) if all(name in counts for name in names) else None
-    return StreamData(plan, tuple(shards), held_out, samples, info.classes if info else None)
+    return StreamData(plan, tuple(shards), held_out, samples, info.classes if info else None, tuple(notes))
 
 
-def eval_streams(config: Config) -> StreamedShards | None:
+def eval_streams(config: Config, notes: list[str] | None = None) -> StreamedShards | None:
     """The shards of data.eval, to be read from beginning to end; None if it is not set. Raises UserError."""
     if not config.data.eval:
         return None
     named = config.data.eval
     if named.endswith(INDEX_SUFFIX) and is_local(named):
-        shards = list(open_index(Path(named).expanduser()).shards)
+        index = _of_split(open_index(Path(named).expanduser()), "eval", [] if notes is None else notes)
+        shards = list(index.shards)
     else:
-        shards = find_shards(named, "eval")
+        shards = find_shards(named, "eval", notes)
     _check_stream(shards, "eval", config)
     return StreamedShards(tuple(shards))
 

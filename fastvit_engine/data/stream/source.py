@@ -8,13 +8,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from fastvit_engine.config import Config, DataConfig
 from fastvit_engine.data.stream.batch import Batch
-from fastvit_engine.data.stream.order import Integers
 from fastvit_engine.data.stream.skip import Window
-from fastvit_engine.errors import UserError
 
 
 class EvaluationData(ABC):
@@ -44,6 +40,9 @@ class TrainingData(EvaluationData):
     def describe(self) -> str:
         """What is read and how, as a clause for the first line of a run."""
 
+    def check_batch_change(self, config: Config, before: int) -> None:
+        """Raises UserError if the order cannot continue with this batch where steps of `before` samples left it."""
+
     def bind(self, own: "TrainingData | None") -> "TrainingData":
         """The same, with what does not travel from the main process: `own`, if this process was given its own data."""
         return self
@@ -63,26 +62,7 @@ class TrainingData(EvaluationData):
     ) -> Iterator[Batch]:
         """Endless micro-batches of this rank, from position `consumed` of the run on, without the windows `skipped`.
 
-        A step takes train.global_batch_size / world_size images from each rank. `node_ranks`: all ranks of this node,
-        for the one of them that announces to the storage of remote shards what will be read. Raises UserError.
+        A step takes from each rank the micro-batches that `split_batch` gives it, none over `micro_batch_size` images.
+        `node_ranks`: all ranks of this node, for the one of them that announces to the storage of remote shards what
+        will be read. Raises UserError.
         """
-
-
-def check_micro_batch(config: Config, world_size: int, micro_batch_size: int) -> None:
-    """Raises UserError unless each rank's share of the global batch is whole micro-batches."""
-    share = config.train.global_batch_size // world_size
-    if share % micro_batch_size:
-        raise UserError(
-            f"the micro-batch of {micro_batch_size} images does not divide the {share} images that each of "
-            f"{world_size} ranks takes per step: change train.micro_batch_size or train.global_batch_size"
-        )
-
-
-def rank_positions(batch: int, rank: int, world_size: int) -> Integers:
-    """The positions within a global batch that belong to a rank: every world_size-th pair of neighbours.
-
-    In pairs, because images are mixed in pairs: so the world size does not change which images are mixed. Single
-    positions if a rank has an odd number of them.
-    """
-    size = 2 if batch // world_size % 2 == 0 else 1
-    return np.arange(batch).reshape(-1, size)[rank::world_size].ravel()

@@ -2,7 +2,8 @@
 
 A run has S parallel streams of samples and takes B / S samples (a chunk) from each in every step, so that the samples
 of a step depend only on the seed, the shards, B and S. Rank r of R takes the streams s with s % R == r, and its worker
-w of W those with s % (R * W) == w * R + r; workers hand over whole chunks in turn. Another S is another order.
+w of W those with s % (R * W) == w * R + r; workers hand over whole chunks in turn. Another S is another order. If S
+does not divide B, the first streams give one sample more per step than the others; or one pair, if images are mixed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,11 @@ from fastvit_engine.data.pixels.crops import draw_crops, eval_view, train_view
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.sample import Sample
-from fastvit_engine.data.stream.batch import Batch, BatchBuilder, Workspace, empty_batch, rebatch
+from fastvit_engine.data.stream.batch import Batch, BatchBuilder, Workspace, empty_batch, micro_batches, rebatch
+from fastvit_engine.data.stream.batch_split import BatchSplit, mixes_pairs, possible_splits
 from fastvit_engine.data.stream.sequential import stream_samples
 from fastvit_engine.data.stream.skip import Window, step_starts
-from fastvit_engine.data.stream.source import EvaluationData, TrainingData, check_micro_batch
+from fastvit_engine.data.stream.source import EvaluationData, TrainingData
 from fastvit_engine.data.stream.worker_pool import load_stream
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted
@@ -30,9 +32,14 @@ class StreamPlan(NamedTuple):
     """How the steps of a run are divided among its streams."""
 
     streams: int  # S, of the whole run
-    chunk: int  # samples that each stream gives to a step: global batch / S
+    chunks: tuple[int, ...]  # samples that each stream gives to a step
     streams_per_worker: int
     num_workers: int  # decoding processes of each rank; 0: the rank decodes itself
+
+    @property
+    def equal(self) -> bool:
+        """Whether all streams give equally many samples to a step."""
+        return min(self.chunks) == max(self.chunks)
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ class StreamData(TrainingData):
     eval: StreamedShards | None
     samples_per_epoch: int | None
     class_names: list[str] | None = None
+    notes: tuple[str, ...] = ()  # which shards were chosen by their names
 
     def fingerprint(self, data: DataConfig) -> dict[str, Any]:
         return {"order": "stream", "streams": self.plan.streams, "shuffle_buffer": data.shuffle_buffer}
@@ -67,8 +75,19 @@ class StreamData(TrainingData):
         return (
             f"reading {counted(self.plan.streams, 'data stream')} with "
             f"{counted(max(self.plan.num_workers, 1), 'process', 'processes')} per rank, in an order that holds for "
-            "this number of streams only (data.order: stream)"
+            "this number of streams only (data.order: stream)" + "".join(f"; {note}" for note in self.notes)
         )
+
+    def check_batch_change(self, config: Config, before: int) -> None:
+        """See TrainingData. Streams that always give equally much have given the same part of any number of samples."""
+        train = config.train.model_copy(update={"global_batch_size": before})
+        chunks = _chunks(config.model_copy(update={"train": train}), self.plan.streams)
+        if not self.plan.equal or min(chunks) < max(chunks):
+            raise UserError(
+                f"train.global_batch_size was {before} and is {config.train.global_batch_size} now, which "
+                f"{self.plan.streams} data streams can change only between multiples of "
+                f"{self.plan.streams * (2 if mixes_pairs(config) else 1)}: choose one, or set it back"
+            )
 
     def train_batches(
         self,
@@ -83,12 +102,12 @@ class StreamData(TrainingData):
         skipped: Sequence[Window] = (),
     ) -> Iterator[Batch]:
         """See TrainingData. Starting later costs up to two passes over the shards, whose samples are thrown away."""
-        check_micro_batch(config, world_size, micro_batch_size)
+        sizes = next(possible_splits(config, world_size, micro_batch_size)).micro_batches(rank)
         chunks = _TrainChunks(config, list(self.train), self.plan, rank, world_size, consumed, skipped)
         # Each worker keeps its share of two steps ready: a step never waits for decoding that could have been done.
         prefetch = 2 * self.plan.streams_per_worker
         batches = load_stream(chunks, num_workers=self.plan.num_workers, prefetch=prefetch)
-        return rebatch(batches, micro_batch_size, pin_memory)
+        return micro_batches(batches, sizes, config, pin_memory)
 
     def eval_batches(
         self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool
@@ -103,12 +122,14 @@ def plan_streams(config: Config, *, world_size: int, shards: int) -> StreamPlan:
     """Fits streams, decoding processes, shards and global batch together; raises UserError if that cannot be.
 
     Without data.streams every decoding process has one stream, and each rank as many processes, up to data.num_workers,
-    as there are shards for and divide the global batch.
+    as there are shards for and divide the global batch; if the ranks do not divide it, as there are samples for.
     """
     batch = config.train.global_batch_size
     num_workers = config.data.num_workers
     if config.data.streams is None:
-        fitting = (n for n in range(num_workers, 1, -1) if world_size * n <= shards and batch % (world_size * n) == 0)
+        uneven = batch % world_size != 0
+        possible = (n for n in range(num_workers, 1, -1) if world_size * n <= shards)
+        fitting = (n for n in possible if batch % (world_size * n) == 0 or (uneven and _chunks(config, world_size * n)))
         num_workers = next(fitting, min(num_workers, 1))
     processes = world_size * max(num_workers, 1)
     streams = config.data.streams or processes
@@ -122,12 +143,20 @@ def plan_streams(config: Config, *, world_size: int, shards: int) -> StreamPlan:
             f"data.train has {counted(shards, 'shard')} for {streams} parallel streams: make more shards with fewer "
             "samples each, lower data.streams, or train with fewer processes"
         )
-    if batch % streams:
+    chunks = _chunks(config, streams)
+    if not chunks:
+        what = "pairs of images to mix" if mixes_pairs(config) else "images"
         raise UserError(
-            f"train.global_batch_size is {batch}, which the {streams} parallel streams do not divide: "
-            "change it, data.streams or data.num_workers"
+            f"train.global_batch_size is {batch}, fewer {what} than the {streams} parallel streams: raise it, or lower "
+            "data.streams or data.num_workers"
         )
-    return StreamPlan(streams, batch // streams, streams // processes, num_workers)
+    return StreamPlan(streams, chunks, streams // processes, num_workers)
+
+
+def _chunks(config: Config, streams: int) -> tuple[int, ...]:
+    """The samples that each stream gives to a step, divided as a batch is over ranks; none if a stream got none."""
+    split = BatchSplit(config.train.global_batch_size, streams, 1, mixes_pairs(config))
+    return () if split.idle_ranks else tuple(split.micro_batches(stream)[0] for stream in range(streams))
 
 
 class _TrainChunks(IterableDataset):
@@ -154,7 +183,7 @@ class _TrainChunks(IterableDataset):
         try:
             for start in step_starts(self.consumed, batch, self.skipped):
                 for number, samples in streams.items():
-                    for _ in range((start - next_step) // batch * self.plan.chunk):
+                    for _ in range((start - next_step) // batch * self.plan.chunks[number]):
                         next(samples)
                     yield self._chunk(number, samples)
                 next_step = start + batch
@@ -167,14 +196,20 @@ class _TrainChunks(IterableDataset):
             seed=self.config.seed,
             stream=stream,
             shuffle_buffer=self.config.data.shuffle_buffer,
-            first=self.consumed // self.config.train.global_batch_size * self.plan.chunk,
+            first=self._first(stream),
         )
+
+    def _first(self, stream: int) -> int:
+        """The samples that a stream has given to the steps before. Equal chunks need not have had the same size."""
+        if self.plan.equal:
+            return self.consumed // self.plan.streams
+        return self.consumed // self.config.train.global_batch_size * self.plan.chunks[stream]
 
     def _chunk(self, stream: int, samples: Iterator[tuple[int, Sample]]) -> Batch:
         size = self.config.model.image_size
-        batch = empty_batch(self.plan.chunk, size, self.config.data.max_labels)
+        batch = empty_batch(self.plan.chunks[stream], size, self.config.data.max_labels)
         builder = BatchBuilder(batch, self.config, self.workspace)
-        for row in range(self.plan.chunk):
+        for row in range(self.plan.chunks[stream]):
             index, sample = next(samples)
             seeds = sample_seeds(self.config.seed, stream, index)
             batch.seeds[row : row + 1] = seeds

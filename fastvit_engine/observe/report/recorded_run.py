@@ -14,6 +14,7 @@ from fastvit_engine.observe.events import Event, read_events
 from fastvit_engine.observe.metrics import EvalRow, TrainRow, read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted, format_count, format_duration, format_share
+from fastvit_engine.shown import recorded, without_secrets
 
 # Written by the trainer beside `collect_environment()`: what the report needs, and its types.
 _ENVIRONMENT: dict[str, Any] = {
@@ -129,8 +130,11 @@ class RecordedRun:
         environment, total = self.environment, self.environment["total_steps"]
         steps = counted(self.step, "step") if self.finished else f"{self.step:,} of {counted(total, 'step')}"
         processes = counted(environment["world_size"], "process", "processes")
+        images = f"of {environment['global_batch_size']:,} images"
+        if self.events_of("batch_change") and self.train:
+            images = f"with {self.train[-1]['samples']:,} images"
         return (
-            f"{steps} of {environment['global_batch_size']:,} images on {processes} "
+            f"{steps} {images} on {processes} "
             f"({environment['device']}, ZeRO-{environment['zero_stage']}) in {format_duration(self.seconds)}"
         )
 
@@ -160,7 +164,7 @@ def best_evaluation(rows: list[EvalRow]) -> EvalRow:
 
 
 def load_run(path: Path) -> RecordedRun:
-    """Reads a run folder. Raises UserError if it is none, or a file in it is damaged."""
+    """Reads a run folder, without secrets of URLs. Raises UserError if it is none, or a file in it is damaged."""
     folder = RunFolder(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give the folder that fastvit train wrote, such as runs/quickstart")
@@ -171,12 +175,14 @@ def load_run(path: Path) -> RecordedRun:
     train, evaluations = read_metrics(folder.metrics)
     return RecordedRun(
         folder=folder,
-        environment=environment,
+        environment=recorded(environment),
         train=train,
         evaluations=evaluations,
-        events=read_events(folder),
+        events=recorded(read_events(folder)),
         samples=_read_samples(folder.samples) if folder.samples.is_file() else None,
-        config=folder.config.read_text(encoding="utf-8") if folder.config.is_file() else None,
+        config=without_secrets(folder.config.read_text(encoding="utf-8", errors="replace"))
+        if folder.config.is_file()
+        else None,
     )
 
 
@@ -230,7 +236,7 @@ def _read_samples(path: Path) -> Samples:
                 for sample in content["samples"]
             ],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path} does not hold sample predictions ({error!r}): remove it, or evaluate again") from error
 
 

@@ -17,7 +17,7 @@ from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.events import Event
 from fastvit_engine.observe.metrics import TrainRow
 from fastvit_engine.observe.report.chart import Array, Mark, Series, line_chart
-from fastvit_engine.observe.report.recorded_run import RecordedRun, best_evaluation, load_run
+from fastvit_engine.observe.report.recorded_run import RecordedRun, best_evaluation
 from fastvit_engine.observe.units import format_bytes, format_duration, format_flops, format_share
 
 _SMALL_IMAGE = 96  # pixels; below it the report shows an image larger than it is, and its pixels as squares
@@ -57,12 +57,8 @@ class _Events(NamedTuple):
     all: list[_EventRow]  # empty if the newest are all
 
 
-def write_report(run_folder: Path) -> Path:
-    """Writes `report.html` into a run folder, of a finished run or one in progress, and returns its path.
-
-    Raises UserError if `run_folder` is not a run folder or a file in it is damaged.
-    """
-    run = load_run(run_folder)
+def write_report(run: RecordedRun) -> Path:
+    """Writes `report.html` into the folder of a run, finished or in progress, and returns its path."""
     atomic_write(run.folder.report, render(run))
     return run.folder.report
 

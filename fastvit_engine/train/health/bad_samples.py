@@ -10,6 +10,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.files import append_json_lines, read_json_lines
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.units import counted
+from fastvit_engine.shown import public_url, recorded, say, shown
 
 _FEWEST = 10  # bad samples that can be too large a share
 _MOST_IN_A_ROW = 100  # on one process
@@ -70,7 +71,7 @@ class BadSamples:
         new = {(s.shard, s.key): s for s in found if (s.shard, s.key) not in self._named}
         if not new:
             return
-        append_json_lines(self.path, (sample._asdict() for sample in new.values()))
+        append_json_lines(self.path, (recorded(sample._asdict()) for sample in new.values()))
         shown = max(0, _MOST_SHOWN - len(self._named))
         for sample in list(new.values())[:shown]:
             if recorder:
@@ -106,8 +107,8 @@ def checked(batches: Iterable[Batch], max_share: float) -> Iterator[Batch]:
             f"{bad:,} of {seen:,} samples have no usable image, more than data.max_bad_share = {max_share:g} allows; "
             f"the first, {_sentence(first)}: repair the shards or raise data.max_bad_share"
         )
-    print(f"left out: {bad:,} of {seen:,} samples; the first, {_sentence(first)}", file=sys.stderr, flush=True)
+    say(f"left out: {bad:,} of {seen:,} samples; the first, {_sentence(first)}", file=sys.stderr)
 
 
 def _sentence(sample: BadSample) -> str:
-    return f"sample '{sample.key}' of shard {sample.shard} {sample.reason}"
+    return shown(f"sample '{sample.key}' of shard {public_url(sample.shard)} {sample.reason}")

@@ -81,14 +81,26 @@ class Diagnosis:
     repeats: bool | None  # whether computing the step again gave an anomaly again; None if it was not asked
     in_weights: bool  # the weights are at fault, not the data
     unexplained: bool  # a gradient that was not finite, once, nobody knows on which rank
+    everywhere: bool = False  # no sample and no process stands out: neither the data nor a host is at fault
 
     @property
     def at(self) -> str:
-        """The ranks in a sentence, as in " on rank 2 (node17)"; "" if none is known."""
-        if not self.ranks:
+        """The ranks in a sentence, as in " on rank 2 (node17)"; "" if none is known, or all are alike."""
+        if not self.ranks or self.everywhere:
             return ""
         named = ", ".join(f"{rank} ({host})" for rank, host in zip(self.ranks, self.hosts, strict=True))
         return f" on rank{'s' if len(self.ranks) > 1 else ''} {named}"
+
+    def remedy(self, *, updated: bool) -> str:
+        """What to do about it, as in "lower optimizer.learning_rate". `updated`: the weights are not the first ones."""
+        if self.everywhere and not updated:
+            return "correct data.mean, data.std, model.head_bias, model.layer_scale or train.precision"
+        if self.everywhere:
+            return "lower optimizer.learning_rate, lengthen schedule.warmup, or set a lower train.grad_clip"
+        if self.in_weights or self.repeats is False:
+            hosts = ", ".join(dict.fromkeys(self.hosts)) or "the hosts that fail again"
+            return f"leave out {hosts}, or lower optimizer.learning_rate if the hardware is sound"
+        return "repair or remove the samples that are named there, or lower optimizer.learning_rate"
 
 
 class _Evidence(NamedTuple):
@@ -124,7 +136,7 @@ def diagnose(
         watch.start()
         repeats = rehearse().anomaly is not None
         again = watch.broken()
-    keys = [key for batch in trace.batches for key in batch.keys]
+    keys = [key for batch in trace.batches for key in batch.keys if key]  # without padding
     own = _Evidence(socket.gethostname(), keys, _suspects(anomaly, trace), weights, watched, again)
     diagnosis = _conclude(anomaly, world.gather(own), in_weights, repeats)
     if not was_on and not diagnosis.unexplained:
@@ -140,7 +152,7 @@ def _suspects(anomaly: Anomaly, trace: Trace) -> list[str]:
             found += batch.keys
         else:
             finite = losses.isfinite().tolist()
-            found += [key for key, good in zip(batch.keys, finite, strict=True) if not good]
+            found += [key for key, good in zip(batch.keys, finite, strict=True) if key and not good]
     return found
 
 
@@ -154,6 +166,8 @@ def _conclude(anomaly: Anomaly, evidence: list[_Evidence], in_weights: bool, rep
         parameters = sorted({name for rank in ranks for name in evidence[rank].weights})
         keys = [key for rank in ranks for key in evidence[rank].keys]
         cause = "hardware suspected" if anomaly.kind == "replicas" else f"weights are not finite ({_some(parameters)})"
+        # A flipped bit breaks one parameter of one process; updates that overflow break many, in every copy.
+        everywhere = anomaly.kind != "replicas" and len(ranks) == len(evidence) and len(parameters) > 1
     else:
         ranks = ranks_with("suspects") or ranks_with("gradients") or ranks_with("gradients_again")
         if len(ranks) == len(evidence) and anomaly.kind == "loss spike":
@@ -161,7 +175,10 @@ def _conclude(anomaly: Anomaly, evidence: list[_Evidence], in_weights: bool, rep
         shown = [evidence[rank] for rank in ranks] or evidence
         keys = [key for own in shown for key in own.suspects] or [key for own in shown for key in own.keys]
         parameters = sorted({name for own in shown for name in [*own.gradients, *own.gradients_again]})
-        if repeats:
+        everywhere = bool(repeats) and _is_everywhere(anomaly, evidence)
+        if everywhere:
+            cause = "numerics, as no sample and no process stands out when the step is repeated"
+        elif repeats:
             cause = "data or numerics, as it is there again when the step is repeated"
         else:
             cause = "hardware suspected, as it is gone when the step is repeated"
@@ -170,9 +187,15 @@ def _conclude(anomaly: Anomaly, evidence: list[_Evidence], in_weights: bool, rep
     unexplained = anomaly.kind == "gradient" and repeats is False and not ranks
     if unexplained:
         cause += "; which rank is not known, but from now on each one's gradients are watched"
-    return Diagnosis(
-        cause, ranks, [evidence[rank].host for rank in ranks], keys, parameters, repeats, in_weights, unexplained
-    )
+    hosts = [evidence[rank].host for rank in ranks]
+    return Diagnosis(cause, ranks, hosts, keys, parameters, repeats, in_weights, unexplained, everywhere)
+
+
+def _is_everywhere(anomaly: Anomaly, evidence: list[_Evidence]) -> bool:
+    """Whether the loss of every sample is not finite; or, of finite losses, the gradient of every process."""
+    if anomaly.kind == "loss":
+        return all(len(own.suspects) == len(own.keys) for own in evidence)
+    return anomaly.kind == "gradient" and all(own.gradients_again and not own.suspects for own in evidence)
 
 
 def _some(names: list[str], most: int = 3) -> str:

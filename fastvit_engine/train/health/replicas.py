@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.protocol import TrainingEngine
+from fastvit_engine.errors import UserError
 from fastvit_engine.train.health.guard import Anomaly
 
 _CHUNK = 2**22  # elements summed at a time: three temporary tensors of 8 bytes each
@@ -67,6 +68,25 @@ class Replicas:
             draws = np.random.Philox(0).random_raw(size) | np.uint64(1)
             self._multipliers = torch.from_numpy(draws.view(np.int64)).to(self.world.device)
         return self._multipliers[:size]
+
+
+def check_first_weights(engine: TrainingEngine, world: World) -> None:
+    """Raises UserError, on every process, if a weight is not finite before the first update; collective."""
+    found = world.gather(nonfinite_weights(engine, world.device))
+    ranks = [rank for rank, names in enumerate(found) if names]
+    if not ranks:
+        return
+    names = sorted({name for names in found for name in names})
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    if len(ranks) < world.size:
+        named = ", ".join(map(str, ranks))
+        raise UserError(
+            f"before any update, weights are not finite ({shown}) on rank {named} only: leave out the host of that rank"
+        )
+    raise UserError(
+        f"before any update, weights are not finite ({shown}): correct model.head_bias, model.layer_scale or "
+        "train.precision, and start again in another run folder with --out"
+    )
 
 
 @torch.no_grad()

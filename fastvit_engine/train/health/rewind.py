@@ -58,18 +58,20 @@ def go_back(
     start: Start,
     failure: Failure,
     message: str,
+    diagnosis: Diagnosis,
     *,
-    skip: bool,
     max_rewinds: int,
 ) -> Start:
-    """Where the run continues after a failure: its last checkpoint, without the window of the failed step if `skip`.
+    """Where the run continues after a failure: its last checkpoint, without the window of the failed step.
 
-    Writes the decision down first. Raises UserError if the run has gone back `max_rewinds` times already, or if this
-    window failed before and was not skipped, so that going back once more would not help.
+    If the weights are at fault, the window is not skipped. Writes the decision down first. Raises UserError if going
+    back would not help: the run has gone back `max_rewinds` times already, this window failed before and was not
+    skipped, or every sample fails before the first update.
     """
+    skip = not diagnosis.in_weights
     before, window, step = start.state.recovery, failure.window, failure.step
     after = before.merge(Recovery(failed=(window,)))
-    problem = _why_not(run, before, window, message, skip=skip, max_rewinds=max_rewinds)
+    problem = _why_not(run, before, failure, message, diagnosis, max_rewinds)
     if problem is None:
         skipped = Recovery(skipped=(window,) if skip else ())
         after = replace(after.merge(skipped), rewinds=before.rewinds + 1)
@@ -94,19 +96,25 @@ def go_back(
 
 
 def _why_not(
-    run: RunFolder, recovery: Recovery, window: Window, message: str, *, skip: bool, max_rewinds: int
+    run: RunFolder, recovery: Recovery, failure: Failure, message: str, diagnosis: Diagnosis, max_rewinds: int
 ) -> str | None:
     """Why the run must not go back once more, in a sentence; None if it may."""
+    remedy = diagnosis.remedy(updated=failure.step > 0)
+    if diagnosis.everywhere and failure.step == 0:
+        return (
+            f"{message}; no update has been made, so the configuration is at fault: {remedy}, and start again in "
+            "another run folder with --out"
+        )
     if recovery.rewinds >= max_rewinds:
         return (
             f"{message}; the run has gone back {counted(recovery.rewinds, 'time')}, and health.max_rewinds = "
-            f"{max_rewinds} allows no more: see {run.events}, remove the cause (a host to leave out, shards to repair, "
-            "a lower optimizer.learning_rate) and run the same command again with a higher health.max_rewinds"
+            f"{max_rewinds} allows no more: see {run.events}, {remedy}, and run the same command again with --resume "
+            "auto and a higher health.max_rewinds"
         )
-    if window in recovery.failed and not skip:
+    if failure.window in recovery.failed and diagnosis.in_weights:
         return (
-            f"{message}; the same step has failed before, from the same checkpoint: leave out the hosts that "
-            f"{run.events} names, or lower optimizer.learning_rate, and run the same command again"
+            f"{message}; the same step has failed before, from the same checkpoint: see {run.events}, {remedy}, and "
+            "run the same command again with --resume auto"
         )
     return None
 

@@ -15,8 +15,9 @@ import torch
 
 from fastvit_engine.checkpoint import Checkpoint, Checkpointer, TrainerState, open_store, usable_checkpoints
 from fastvit_engine.config import Config
+from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.distributed.world import World, join_world
-from fastvit_engine.engine.build import build_engine, split_batch
+from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.models import build_vit
 from fastvit_engine.observe.run_folder import RunFolder

@@ -20,6 +20,8 @@ from fastvit_engine.checkpoint import (
     DamagedCheckpoint,
     Recovery,
     TrainerState,
+    doubt_about_latest,
+    local,
     open_store,
     usable_checkpoints,
 )
@@ -317,16 +319,97 @@ def test_killed_while_saving(training, tmp_path, world, monkeypatch, moment):
         target = "latest" if moment == "before latest" else "step-00000002"
         monkeypatch.setattr(os, "replace", lambda a, b: (take() if str(b).endswith(target) else None, real(a, b))[1])
     training.train()
-    training.save(2)
+    newer = training.save(2)
     assert aside.exists()
     other = Training(tmp_path / "killed", world, seed=1)
-    (usable,) = usable_checkpoints(other.store)
-    assert usable.name == good.name
-    other.checkpointer.load(usable)
+    usable = usable_checkpoints(other.store)
+    if moment == "before latest":  # the checkpoint is whole
+        assert [checkpoint.name for checkpoint in usable] == [newer.name, good.name]
+        assert other.store.latest() == good.name
+        expected = training.everything()
+    else:
+        assert [checkpoint.name for checkpoint in usable] == [good.name]
+    other.checkpointer.load(usable[0])
     assert_same(other.everything(), expected)
     assert not [name for name in checkpoints(other) if name.endswith(("partial", "removed"))]
     monkeypatch.undo()
-    assert other.save(2).name == "step-00000002"  # also over one that `latest` does not know
+    assert other.save(2).name == "step-00000002"  # also over one that is there
+
+
+@pytest.mark.parametrize("url", [None, "memory://bucket/run"])
+@pytest.mark.parametrize(
+    ("latest", "doubt"),
+    [
+        (b"step-00000004", None),
+        (b"step-00000004\n", None),
+        (
+            b"step-00000003",
+            "latest names step-00000003, and STORE/step-00000004 is newer and complete: ",
+        ),
+        (None, "there is no STORE/latest: continuing from STORE/step-00000004, the newest checkpoint that is complete"),
+        (b"", "latest is damaged: continuing from STORE/step-00000004, the newest checkpoint that is complete"),
+        (bytes(13), "latest is damaged: "),
+        (b"\xff\xfe\x00", "latest is damaged: "),
+        (b"step-00000004" * 10**6, "latest is damaged: "),
+        ("step-²".encode(), "latest is damaged: "),
+        (b"../step-00000003", "latest is damaged: "),
+        (b"step-00000003\nstep-00000004", "latest is damaged: "),
+    ],
+)
+def test_the_newest_complete_checkpoint_is_used_whatever_latest_holds(tmp_path, world, latest, doubt, url):
+    store = LocalStore(tmp_path) if url is None else open_store(url)
+    for step in (3, 4):
+        store.prepare(f"step-{step:08d}", 0)
+        store.publish(f"step-{step:08d}", Manifest(replace(STATE, step=step), {}, {}, {}).to_json())
+    if url is None:
+        (tmp_path / "latest").unlink()
+        (tmp_path / "step-²").mkdir()  # a digit, but no number
+        (tmp_path / "step-²" / "manifest.json").touch()
+        if latest is not None:
+            (tmp_path / "latest").write_bytes(latest)
+    else:
+        store.fs.rm_file(f"{store.root}/latest")
+        if latest is not None:
+            store.fs.pipe_file(f"{store.root}/latest", latest)
+    assert [checkpoint.step for checkpoint in usable_checkpoints(store)] == [4, 3]
+    said = doubt_about_latest(store)
+    if doubt is None:
+        assert said is None
+    else:
+        assert doubt.replace("STORE", store.describe("").rstrip("/")) in said and "\n" not in said
+    if url is not None:
+        store.fs.rm(store.root, recursive=True)
+
+
+def test_a_damaged_latest_without_any_checkpoint_does_not_start_from_the_beginning(tmp_path):
+    (tmp_path / "latest").write_bytes(bytes(13))
+    with pytest.raises(UserError, match=r"latest names no checkpoint, and there is none that is complete: restore"):
+        usable_checkpoints(LocalStore(tmp_path))
+    (tmp_path / "latest").write_text("step-00000099")
+    (missing,) = usable_checkpoints(LocalStore(tmp_path))
+    with pytest.raises(DamagedCheckpoint, match="step-00000099 is not a complete checkpoint"):
+        missing.read_manifest()
+    (tmp_path / "latest").unlink()
+    assert usable_checkpoints(LocalStore(tmp_path)) == []
+
+
+def test_no_room_for_latest_leaves_a_checkpoint_to_resume_from(training, tmp_path, world, monkeypatch):
+    """Inodes or bytes may run out between the rename and `latest`."""
+    training.save(1)
+    real = local.atomic_write
+
+    def full(path, content):
+        if path.name == "latest":
+            raise OSError(28, "No space left on device", str(path))
+        real(path, content)
+
+    monkeypatch.setattr(local, "atomic_write", full)
+    training.train()
+    training.save(2)
+    assert training.store.latest() == "step-00000001" and training.store.names()[-1] == "step-00000002"
+    other = Training(tmp_path / "run", world, seed=1, store=LocalStore(training.store.folder))
+    other.checkpointer.load(usable_checkpoints(other.store)[0])
+    assert_same(other.everything(), training.everything())
 
 
 def test_what_is_kept(tmp_path, world):
@@ -397,11 +480,22 @@ def forget(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     tensors = manifest["files"]["rank-00000.safetensors"]["tensors"]
     tensors.remove(next(entry for entry in tensors if entry[:2] == ["exp_avg", "1.bias"]))
+    del manifest["crc32"]  # as a manifest that was written wrong
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def halve_manifest(folder):
     os.truncate(folder / "manifest.json", 100)
+
+
+def zero_manifest(folder):
+    (folder / "manifest.json").write_bytes(bytes(1000))
+
+
+def flip_a_digit(folder):
+    """One bit of a number: without a checksum, training would continue with other samples."""
+    text = (folder / "manifest.json").read_bytes()
+    (folder / "manifest.json").write_bytes(text.replace(b'"consumed": 8', b'"consumed": 9'))
 
 
 def lose_manifest(folder):
@@ -413,6 +507,8 @@ DAMAGES = [
     (flip, r"rank-00000.safetensors does not hold the bytes of parameter '1.bias' \(ema\) that were written"),
     (lose, r"rank-00000.safetensors does not exist, which parameter '\S+' \(\S+\) is in"),
     (forget, r"manifest.json names no file with element 0 of parameter '1.bias' \(exp_avg\)"),
+    (zero_manifest, r"manifest.json is not what was written there: the file is damaged"),
+    (flip_a_digit, r"manifest.json is not what was written there: the file is damaged"),
     (halve_manifest, r"manifest.json is not what was written there: the file is damaged"),
     (lose_manifest, r"manifest.json does not exist: \S+ is not a complete checkpoint"),
 ]

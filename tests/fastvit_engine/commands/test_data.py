@@ -36,15 +36,18 @@ def test_make_passes_every_argument_on(tmp_path, monkeypatch):
     given = {}
     monkeypatch.setattr("fastvit_engine.data.build.make.make_dataset", lambda *args, **options: given.update(options))
     words = (
-        "--format list --labels tag --classes names.txt --eval-source val.csv --eval-labels other --max-failed 0.1 "
+        "--format list --labels tag --classes names.txt --image-column img --label-column kind "
+        "--eval-source val.csv --eval-labels other --max-failed 0.1 "
         "--eval-fraction 0.2 --samples-per-shard 7 --seed 3 --resize 64 --quality 80 --dedup --workers 2 --part 2/5 "
-        "--plan-only"
+        "--plan-only --leave-out a --leave-out */b"
     )
     assert _run("data", "make", "list.csv", "--out", tmp_path, *words.split()) == 0
     assert {name: str(value) for name, value in given.items()} == {
         "format": "list",
         "labels": "tag",
         "classes": "names.txt",
+        "image_column": "img",
+        "label_column": "kind",
         "eval_source": "val.csv",
         "eval_labels": "other",
         "max_failed": "0.1",
@@ -54,6 +57,7 @@ def test_make_passes_every_argument_on(tmp_path, monkeypatch):
         "resize": "64",
         "quality": "80",
         "dedup": "True",
+        "leave_out": "['a', '*/b']",
         "workers": "2",
         "part": "(2, 5)",
         "plan_only": "True",

@@ -49,6 +49,35 @@ def test_json(capsys):
     assert said["flops"] == pytest.approx(4262e18, rel=0.01)  # the paper's Table 6
 
 
+def test_every_number_of_nodes_has_a_line(capsys):
+    arguments = ["vit_h14_jft", "--gpus", "64"]
+    rows = json.loads(plan(capsys, *arguments, "--json"))["nodes"]
+    assert [(row["nodes"], row["gpus"]) for row in rows] == [(n, 8 * n) for n in range(8, 0, -1)]
+    shares = {row["gpus"]: (row["largest_share"], row["smallest_share"]) for row in rows}
+    assert {gpus: shares[gpus] for gpus in (64, 56, 48, 40, 24)} == {
+        64: (64, 64),
+        56: (74, 73),
+        48: (86, 85),
+        40: (103, 102),
+        24: (171, 170),
+    }
+    for row in rows:
+        assert row["micro_batch_size"] * row["accumulation_steps"] >= row["largest_share"]
+    # The GPUs with 74 images set the pace.
+    assert rows[1]["images_per_second"] / rows[0]["images_per_second"] == pytest.approx(64 / 74)
+    text = plan(capsys, *arguments)
+    (line,) = [line for line in text.splitlines() if line.startswith("      7     56  ")]
+    assert "74 or 73" in line and f"{rows[1]['images_per_second']:,.0f}" in line
+    split = plan(capsys, "vit_h14_jft", "--gpus", "56", "--set", "train.micro_batch_size=64")
+    assert "4,096 images = 56 GPUs x 74 or 73 images, in 2 micro-batches of at most 37" in split
+
+
+def test_a_number_of_nodes_that_cannot_hold_the_model_says_why(capsys):
+    arguments = ["vit_h14_jft", "--gpus", "8", "--gpus-per-node", "1", "--gpu-memory", "7"]
+    rows = json.loads(plan(capsys, *arguments, "--json"))["nodes"]
+    assert "problem" not in rows[0] and rows[-1]["problem"].startswith("nothing fits")
+
+
 def test_twice_the_gpus_take_half_the_time(capsys):
     days = [json.loads(plan(capsys, "vit_l16_jft", "--gpus", str(n), "--json"))["days"] for n in (8, 16)]
     assert days[0] == pytest.approx(2 * days[1])
@@ -68,7 +97,7 @@ def test_an_epoch_of_unknown_length(capsys):
         (["--gpus", "8", "--mfu", "40"], "a share above 0 and up to 1"),
         (["--gpus", "8", "--gpu-memory", "1"], "too little"),
         (["--gpus", "1", "--gpu-memory", "8"], "nothing fits"),
-        (["--gpus", "3"], "does not divide over 3 processes"),
+        (["--gpus", "8", "--set", "train.global_batch_size=7"], "fewer images than the 8 processes"),
     ],
 )
 def test_bad_input(capsys, arguments, part):

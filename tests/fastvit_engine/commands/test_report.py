@@ -29,6 +29,25 @@ def test_report_writes_the_file_and_prints_a_summary(
     )
 
 
+def test_a_run_with_damaged_lines_is_reported_all_the_same(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Half a line, or zeros for a line, is what a power failure leaves."""
+    run = make_run([train_row(839), train_row(840), eval_row(840, 0.975)])
+    monkeypatch.chdir(run.path.parent)
+    event = b'{"time": "2026-01-01T00:00:00+00:00", "event": "rewind", "message": "back", "step": 7}'
+    run.metrics.write_bytes(run.metrics.read_bytes() + bytes(100) + b'\n{"step": 84')
+    run.events.write_bytes(event + b"\n{oops\n[1]\n" + event + b"\n" + bytes(100))
+    args = parse("report", "quickstart")
+    assert args.run(args) == 0
+    said = capsys.readouterr()
+    assert "840 steps of 64 images" in said.out and "incidents: 2 rewinds" in said.out
+    assert said.err.splitlines() == [
+        "fastvit: quickstart/metrics.jsonl line 4 is not JSON: left out",
+        "fastvit: quickstart/events.jsonl line 2 is not JSON, and 1 more: left out",
+    ]
+
+
 def test_not_a_run_folder(tmp_path: Path) -> None:
     args = parse("report", str(tmp_path))
     with pytest.raises(UserError, match="is not a run folder"):

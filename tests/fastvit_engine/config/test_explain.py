@@ -24,7 +24,7 @@ def test_everything_is_explained_once():
     [
         ("checkpoint.keep", "integer", "> 0", 2),
         ("model.dropout", "number", ">= 0, < 1", 0.0),
-        ("model.width", "integer or null", "> 0", None),
+        ("model.width", "integer or null", "> 0, <= 65536", None),
         ("augment.flip", "true or false", None, True),
         ("train.duration", "duration", None, "90 epochs"),
         ("evaluate.every", "duration or null", None, None),

@@ -2,14 +2,32 @@
 
 import copy
 import pickle
+from typing import get_args
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BeforeValidator
 
 from fastvit_engine.config import load_config
+from fastvit_engine.config.keys import alternatives, fields
 from fastvit_engine.errors import UserError
+
+
+def checked(key):
+    """Whether the text of this key has a form of its own, as a duration or the name of a model has."""
+    return (
+        key == "model.name"
+        or key.startswith("data.train.")
+        or any(isinstance(entry, BeforeValidator) for entry in _metadata(fields()[key]))
+    )
+
+
+def _metadata(field):
+    yield from field.metadata
+    for member in (field.annotation, *get_args(field.annotation)):
+        yield from getattr(member, "__metadata__", ())
 
 
 @pytest.fixture
@@ -67,6 +85,15 @@ def test_resolved_yaml_is_a_recipe_again(recipe, tmp_path):
         ("base=quickstart", "unknown configuration key 'base' (--set)"),
         ("train.precision", "--set 'train.precision' is not of the form KEY=VALUE"),
         ("train.global_batch_size=[", "the value is not valid YAML"),
+        ("train.global_batch_size=" + "[" * 100_000, "the value is not valid YAML"),
+        ("train.global_batch_size=2024-13-45", "the value is not valid YAML"),
+        (f"model.width={'9' * 5000}", "the value is not valid YAML"),
+        ("model.image_size=1:30", "'model.image_size' (--set) is '1:30': input should be a valid integer"),
+        ("data.train=\udcff.tar", "'data.train' (--set) is '\\udcff.tar', which is not UTF-8: rename the file"),
+        (
+            "data.train=[a.tar, b.tar]",
+            "write entries as [{shards: a.tar, weight: 2}], and a glob in brackets as ./[",
+        ),
     ],
 )
 def test_a_bad_override_is_one_clear_sentence(recipe, override, message):
@@ -146,12 +173,58 @@ def test_a_key_that_holds_text_takes_it_as_it_is(recipe, text):
     assert [*values, config.data.label_key, config.checkpoint.path] == [text] * len(keys)
 
 
-@given(st.text().filter(lambda text: text.strip() not in ("", "~", "null", "Null", "NULL")))
+TEXT_KEYS = [key for key, field in fields().items() if str in alternatives(field.annotation) and not checked(key)]
+# Random text rarely looks like YAML: mix in what does.
+TEXTS = st.text() | st.text("[]{}#&*!|>%@`'\"-?:,~ \t\na0123._eE", max_size=12)
+
+
+@given(TEXTS.filter(lambda text: text.strip() not in ("", "~", "null", "Null", "NULL")))
+@settings(deadline=None)
+def test_any_text_arrives_unchanged_at_every_key_that_holds_text(text):
+    assert {"name", "data.train", "data.eval", "data.image_key", "checkpoint.path"} <= set(TEXT_KEYS)
+    for key in TEXT_KEYS:
+        if key == "data.train" and text.lstrip().startswith("["):  # may be a list of sources
+            continue
+        section, _, name = key.rpartition(".")
+        config = load_config(None, [f"{key}={text}"]).config
+        assert getattr(getattr(config, section) if section else config, name) == text
+
+
+@given(TEXTS.filter(lambda text: text.strip() not in ("", "~", "null", "Null", "NULL") and "://" not in text))
+@settings(deadline=None)
 def test_any_text_arrives_and_is_written_down_so_that_it_can_be_read_again(text):
     resolved = load_config("quickstart", [f"data.cache={text}", f"name={text}"])
     assert (resolved.config.data.cache, resolved.config.name) == (text, text)
     for written in (resolved.to_yaml(), resolved.to_yaml(with_origins=True)):
         assert yaml.safe_load(written) == resolved.config.model_dump(mode="json")
+
+
+def test_numbers_are_decimal_whatever_their_zeros(recipe, tmp_path):
+    config = load_config(str(recipe), ["train.log_every=0100", "optimizer.learning_rate=1e-3"]).config
+    assert (config.train.log_every, config.optimizer.learning_rate) == (100, 0.001)
+    path = tmp_path / "zeros.yaml"
+    path.write_text("train:\n  log_every: 0100\n  grad_clip: .5\naugment:\n  crop_scale: [0_0.2, 1.]\n")
+    config = load_config(str(path)).config
+    assert (config.train.log_every, config.train.grad_clip, config.augment.crop_scale) == (100, 0.5, (0.2, 1.0))
+
+
+@pytest.mark.parametrize("text", ["[ab]/x-[0-9]", "[ab].tar", "[", "[x", "]"])
+def test_a_glob_that_begins_with_a_bracket_is_text(recipe, text):
+    assert load_config(str(recipe), [f"data.train={text}"]).config.data.train == text
+
+
+def test_secrets_of_urls_are_left_out_of_what_is_written_down_and_a_comment_says_so(recipe):
+    url = "https://user:p4ss@host/{0..9}.tar?sig=s1gn"
+    sources = f"[{{shards: '{url}', index: '{url}'}}]"
+    for value, written in ((url, "https://host/{0..9}.tar"), (sources, {"shards": "https://host/{0..9}.tar"})):
+        resolved = load_config(str(recipe), [f"data.train={value}", f"data.eval={url}", f"checkpoint.path={url}"])
+        assert resolved.config.data.sources[0].shards == resolved.config.data.eval == url  # what training uses
+        for text in (resolved.to_yaml(), resolved.to_yaml(with_origins=True)):
+            assert text.startswith("# User names, passwords and queries of URLs are left out here")
+            assert "p4ss" not in text and "s1gn" not in text
+            train = yaml.safe_load(text)["data"]["train"]
+            assert train == written if isinstance(written, str) else train[0]["shards"] == written["shards"]
+    assert not load_config(str(recipe), ["data.train=s3://bucket/train-?.tar"]).to_yaml().startswith("#")
 
 
 def test_a_long_text_stays_on_its_line(recipe):

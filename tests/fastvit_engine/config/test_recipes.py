@@ -1,5 +1,7 @@
 """Recipes: their names, what they take from a base, and the rows of the paper."""
 
+from itertools import pairwise
+
 import pytest
 
 from fastvit_engine.config import RECIPES, load_config, recipe_names, recipe_paths
@@ -59,6 +61,14 @@ def test_a_run_folder_is_no_recipe_but_holds_one(write, tmp_path):
 
 # ---- files
 
+# Each line has ten times the values of the one before: billions in the end.
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n" for before, name in pairwise("abcdefghij")
+)
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{before}'] * 10)}]}}\n" for before, name in pairwise("abcdefghij")
+)
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -76,13 +86,31 @@ def test_a_run_folder_is_no_recipe_but_holds_one(write, tmp_path):
             r"bad.yaml:4 sets 'data.train\[1\].shards' again, after line 4",
         ),
         ("- a\n- b: 1\n  b: 2\n", r"bad.yaml:3 sets '\[1\].b' again, after line 2"),
-        ("data:\n  train: &t\n    - *t\n", "is not valid YAML"),
-        ("model: &m\n  name: *m\n", "is not valid YAML"),
+        ("data:\n  train: &t\n    - *t\n", r"bad.yaml line 3 is not valid YAML: the alias \*t refers to what it is in"),
+        ("model: &m\n  name: *m\n", r"bad.yaml line 2 is not valid YAML: the alias \*m refers to what it is in"),
+        ("[" * 100_000, "bad.yaml line 1 is not valid YAML: more than 50 collections are nested in each other"),
+        ("- " * 20_000, "more than 50 collections are nested in each other"),
+        (BOMB, "bad.yaml line 5 is not valid YAML: it holds more than 100,000 values, with those that aliases repeat"),
+        (MERGES, "bad.yaml line 6 is not valid YAML: it holds more than 100,000 values, with those that aliases"),
+        ("x" * (1 << 23), "bad.yaml is not valid YAML: it has more than 4,194,304 characters"),
+        ("name: 2024-13-45\n", r"is not valid YAML: a value cannot be read \(month must be in 1..12\)"),
+        ("seed: 0b_\n", r"'seed' \(bad.yaml:1\) is '0b_': input should be a valid integer"),
+        ("seed: " + "9" * 5000, "bad.yaml line 1 is not valid YAML: it holds a number of too many digits"),
+        ("name: !!timestamp x\n", "is not valid YAML: a value cannot be read"),
     ],
 )
 def test_a_file_that_is_not_a_recipe_is_refused(write, text, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as error:
         load_config(write("bad.yaml", text))
+    assert len(str(error.value)) < 1000 and "\n" not in str(error.value)
+
+
+def test_anchors_and_merges_within_reason_are_read(write):
+    text = "x: &a {name: Ti/4, image_size: 8}\nmodel: {<<: *a, num_classes: 3}\n".replace("x: ", "model2: ")
+    with pytest.raises(UserError, match="unknown configuration key 'model2"):
+        load_config(write("mine.yaml", text))
+    path = write("mine.yaml", "augment: {mixup: &p 0.5, cutmix: *p}\n")
+    assert load_config(path).config.augment.cutmix == 0.5
 
 
 def test_bytes_that_are_not_text_and_a_byte_order_mark(tmp_path):
@@ -102,12 +130,12 @@ def test_an_empty_recipe_is_all_defaults(write):
 
 
 def test_a_recipe_states_only_what_differs_from_its_base(write):
-    write("bases/base.yaml", "name: base\nmodel:\n  name: Ti/4\n  image_size: 16\ndeepspeed:\n  timers:\n    a: 1\n")
-    path = write("mine.yaml", "base: bases/base.yaml\nmodel:\n  image_size: 32\ndeepspeed:\n  timers:\n    b: 2\n")
+    write("bases/base.yaml", "name: base\nmodel:\n  name: Ti/4\n  image_size: 16\ndeepspeed:\n  wandb:\n    team: a\n")
+    path = write("mine.yaml", "base: bases/base.yaml\nmodel:\n  image_size: 32\ndeepspeed:\n  wandb:\n    group: b\n")
     resolved = load_config(path, ["model.depth=2"])
     model = resolved.config.model
     assert (resolved.config.name, model.name, model.image_size, model.depth) == ("base", "Ti/4", 32, 2)
-    assert resolved.config.deepspeed == {"timers": {"a": 1, "b": 2}}
+    assert resolved.config.deepspeed == {"wandb": {"team": "a", "group": "b"}}
     origins = {key: resolved.origins[key] for key in ("name", "model.name", "model.image_size", "model.depth")}
     assert origins == {
         "name": "base.yaml:1",

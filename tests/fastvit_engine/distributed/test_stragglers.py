@@ -66,6 +66,19 @@ def test_what_does_not_count(stragglers, own, others):
     assert laps(stragglers, 9, own, others) == []
 
 
+def test_a_rank_with_more_images_may_take_longer(tmp_path):
+    """At most in proportion: 2 images instead of 1 may take from as long to twice as long."""
+
+    def slow(own, others):
+        world = FakeWorld(rank=0, size=4, device=torch.device("cpu"))
+        given = {"zero_stage": 1, "images": [2, 1, 1, 1]}
+        return laps(Stragglers(RunFolder(tmp_path), world, WatchdogConfig(), list("abcd"), **given), 9, own, others)
+
+    assert slow(2.0, [1.0, 1.0, 1.0]) == slow(2.9, [1.0, 1.0, 1.0]) == slow(1.0, [1.0, 1.0, 1.0]) == []
+    assert "rank 0 on a is slow" in slow(3.1, [1.0, 1.0, 1.0])[0]
+    assert "rank 2 on c is slow" in slow(2.0, [1.0, 1.6, 1.0])[0]  # it has no more to do than the others
+
+
 def test_a_rank_that_was_fast_in_between_is_not_named(stragglers):
     laps(stragglers, 1, 1.0, [1.0, 1.0, 1.0])
     for _ in range(3):

@@ -43,8 +43,14 @@ def test_a_cluster_is_told_to_start_again_unless_that_is_pointless(codes, code):
     assert supervise.cluster_exit_code(codes) == code
 
 
+def test_a_job_on_one_machine_talks_over_loopback():
+    environment = supervise.rank_environment(0, 2, 1, {})
+    assert environment["MASTER_ADDR"] == "127.0.0.1"
+    assert (environment["GLOO_SOCKET_IFNAME"], environment["NCCL_SOCKET_IFNAME"]) == ("lo", "=lo")
+
+
 def test_what_the_caller_sets_takes_precedence_over_what_a_rank_would_get():
-    given = {"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "eth7", "RANK": "9"}
+    given = {"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "eth7", "NCCL_SOCKET_IFNAME": "eth8", "RANK": "9"}
     assert given | {"RANK": "1"} == {
         name: value for name, value in supervise.rank_environment(1, 2, 1, given).items() if name in given
     }

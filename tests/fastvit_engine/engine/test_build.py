@@ -1,7 +1,8 @@
 import pytest
 
 from fastvit_engine.config import Config
-from fastvit_engine.engine.build import BatchSplit, deepspeed_config, split_batch
+from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
+from fastvit_engine.engine.build import deepspeed_config
 from fastvit_engine.errors import UserError
 
 
@@ -9,30 +10,17 @@ def config(**sections):
     return Config.model_validate(sections)
 
 
-@pytest.mark.parametrize(
-    ("global_batch", "micro_batch", "world_size", "expected"),
-    [
-        (4096, None, 8, BatchSplit(512, 1)),
-        (4096, 128, 8, BatchSplit(128, 4)),
-        (4096, 128, 64, BatchSplit(64, 1)),  # never more than the process's share
-        (96, 10, 2, BatchSplit(8, 6)),  # the largest divisor of 48 that is at most 10
-    ],
-)
-def test_the_world_size_decides_the_split(global_batch, micro_batch, world_size, expected):
-    train = {"global_batch_size": global_batch, "micro_batch_size": micro_batch}
-    split = split_batch(config(train=train), world_size)
-    assert split == expected
-    assert split.micro_batch_size * split.accumulation_steps * world_size == global_batch
-
-
-def test_a_batch_that_does_not_divide_over_the_processes_is_refused():
-    with pytest.raises(UserError, match="global_batch_size = 100 does not divide over 3 processes"):
-        split_batch(config(train={"global_batch_size": 100}), 3)
+def test_deepspeed_counts_with_the_largest_micro_batch():
+    """100 images over 3 processes, at most 10 at a time: 34, 33 and 33 images in 4 passes."""
+    given = config(train={"global_batch_size": 100, "micro_batch_size": 10})
+    written = deepspeed_config(given, split_batch(given, 3))
+    assert (written["train_micro_batch_size_per_gpu"], written["gradient_accumulation_steps"]) == (9, 4)
+    assert "train_batch_size" not in written  # DeepSpeed's own product, 108
 
 
 def test_expert_settings_go_over_ours_without_removing_the_rest():
     written = deepspeed_config(
-        config(zero={"stage": 2}, deepspeed={"zero_optimization": {"reduce_bucket_size": 7}}), BatchSplit(4, 2)
+        config(zero={"stage": 2}, deepspeed={"zero_optimization": {"reduce_bucket_size": 7}}), BatchSplit(8, 1, 2)
     )
     assert written["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 7}
     assert written["gradient_accumulation_steps"] == 2
@@ -50,4 +38,4 @@ def test_expert_settings_go_over_ours_without_removing_the_rest():
 )
 def test_what_deepspeed_would_ignore_or_fail_on_is_refused(sections, message):
     with pytest.raises(UserError, match=message):
-        deepspeed_config(config(**sections), BatchSplit(1, 1))
+        deepspeed_config(config(**sections), BatchSplit(1, 1, 1))

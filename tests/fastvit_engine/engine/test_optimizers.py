@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fastvit_engine.config import Config, OptimizerConfig
+from fastvit_engine.data.stream.batch_split import BatchSplit
 from fastvit_engine.engine import optimizers
-from fastvit_engine.engine.build import BatchSplit, deepspeed_config
+from fastvit_engine.engine.build import deepspeed_config
 from fastvit_engine.engine.optimizers import KINDS, OptimizerKind, build_optimizer, parameter_groups, possible_stages
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import build_vit
@@ -69,7 +70,7 @@ def picky(monkeypatch):
 def test_a_stage_that_the_kind_cannot_do_is_refused(picky):
     message = r"optimizer.kind = adamw does not work at zero.stage = 3, only at 1, 2: change one of the two"
     wrong = config(zero={"stage": 3})
-    for refuse in (lambda: deepspeed_config(wrong, BatchSplit(1, 1)), lambda: choose(wrong, MACHINE)):
+    for refuse in (lambda: deepspeed_config(wrong, BatchSplit(1, 1, 1)), lambda: choose(wrong, MACHINE)):
         with pytest.raises(UserError, match=message):
             refuse()
     with pytest.raises(UserError, match=r"adamw does not work with zero.offload = all"):

@@ -4,7 +4,6 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.run_folder import RunFolder
 
@@ -50,16 +49,20 @@ def test_half_a_line_of_a_killed_writer_is_left_out_and_no_line_joins_it(tmp_pat
     [
         ('{"time": 1}', "is not an event"),
         ('{"time": "2026", "event": "start", "message": 3}', "is not an event"),
+        ('{"time": "2026", "event": "start", "message": "", "step": "3"}', "is not an event"),
+        ('{"time": "2026", "event": "start", "message": "", "rank": 1e9}', "is not an event"),
+        ('{"time": "2026", "event": "start", "message": "", "world_size": ' + "9" * 99 + "}", "is not an event"),
+        ("\0" * 40, "is not JSON"),
         ("[1]", "is not a JSON object"),
         ("{oops", "is not JSON"),
     ],
 )
-def test_damage_is_named(tmp_path, line, problem):
+def test_damaged_lines_are_left_out_and_counted(tmp_path, line, problem, capsys):
     run = RunFolder(tmp_path)
     record_event(run, "start", "2 processes")
     run.events.write_text(run.events.read_text() + line + "\n" + run.events.read_text())
-    with pytest.raises(UserError, match=rf"events\.jsonl line 2 {problem}: the file is damaged, remove that line"):
-        read_events(run)
+    assert [event["event"] for event in read_events(run)] == ["start", "start"]
+    assert capsys.readouterr().err == f"fastvit: {run.events} line 2 {problem}: left out\n"
 
 
 def test_unknown_kinds_are_refused(tmp_path):

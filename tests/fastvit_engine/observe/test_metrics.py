@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,8 @@ def test_reading_leaves_out_a_half_written_last_line(tmp_path: Path) -> None:
         ('{"eval": "eval", "step": 3}', "line 2 lacks 'top1'"),
         (json.dumps(train_row(1) | {"step": "3"}), "line 2 has step '3', not an integer"),
         (json.dumps(train_row(1) | {"step": 1.0}), "line 2 has step 1.0, not an integer"),
+        ("\0" * 300, "line 2 is not JSON"),
+        (json.dumps(train_row(1) | {"loss": 10**400}), "line 2 has a loss of too many digits"),
         (json.dumps(train_row(1) | {"step": True}), "line 2 has step True, not an integer"),
         (json.dumps(train_row(1) | {"loss": "much"}), "line 2 has loss 'much', not a number"),
         (json.dumps(train_row(1) | {"loss": None}), "line 2 has loss None, not a number"),
@@ -106,12 +109,18 @@ def test_reading_leaves_out_a_half_written_last_line(tmp_path: Path) -> None:
         (json.dumps(train_row(1) | {"bad_samples": {}}), "line 2 has bad_samples {}, not an integer"),
     ],
 )
-def test_other_garbage_names_the_line(tmp_path: Path, line: str, problem: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    good = json.dumps(train_row(1))
-    path.write_text(f"{good}\n{line}\n{good}\n")
-    with pytest.raises(UserError, match=problem):
-        read_metrics(path)
+def test_damaged_lines_are_left_out_and_counted_and_a_resume_drops_them(
+    tmp_path: Path, line: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path)
+    good = [json.dumps(train_row(step)) for step in (1, 2, 3)]
+    run.metrics.write_text(f"{good[0]}\n{line}\n{good[1]}\n{good[2]}\n")
+    assert [row["step"] for row in read_metrics(run.metrics)[0]] == [1, 2, 3]
+    assert re.search(rf"metrics\.jsonl {problem}: left out\n$", capsys.readouterr().err)
+    write(run, [3], resume_step=2)
+    assert re.search(rf"metrics\.jsonl {problem}: left out\n$", capsys.readouterr().err)
+    assert [row["step"] for row in read_metrics(run.metrics)[0]] == [1, 2, 3]
+    assert capsys.readouterr().err == ""
 
 
 def test_missing_file(tmp_path: Path) -> None:

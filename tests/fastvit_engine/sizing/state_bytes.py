@@ -10,8 +10,9 @@ import sys
 import torch
 
 from fastvit_engine.config import Config
+from fastvit_engine.data.stream.batch_split import BatchSplit
 from fastvit_engine.distributed.world import join_world
-from fastvit_engine.engine.build import BatchSplit, build_engine
+from fastvit_engine.engine.build import build_engine
 from fastvit_engine.models import build_vit
 
 MODEL = {"name": "Ti/16", "image_size": 32, "num_classes": 10, "depth": 2}
@@ -41,7 +42,12 @@ def measure(case, world):
             "deepspeed": {"zero_optimization": zero},
         }
     )
-    engine = build_engine(build_vit(config.model, mean=(0.5,) * 3, std=(0.5,) * 3), config, BatchSplit(2, 2), world)
+    engine = build_engine(
+        build_vit(config.model, mean=(0.5,) * 3, std=(0.5,) * 3),
+        config,
+        BatchSplit(4 * world.size, world.size, 2),
+        world,
+    )
     engine.model.train()
     images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     largest = 0

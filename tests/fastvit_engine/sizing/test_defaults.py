@@ -3,7 +3,8 @@ import json
 import pytest
 
 from fastvit_engine.config import Config, load_config
-from fastvit_engine.engine.build import BatchSplit, build_engine, deepspeed_config, split_batch
+from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
+from fastvit_engine.engine.build import build_engine, deepspeed_config
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import parameter_count
 from fastvit_engine.sizing.defaults import Machine, candidates, choose, machine_here
@@ -30,7 +31,8 @@ def zero_settings(chosen):
 def test_what_fits_whole_is_not_sharded():
     chosen = choose(h14(), gpus(64))
     assert chosen.config.zero.stage == 0
-    assert split_batch(chosen.config, 64) == BatchSplit(64, 1)
+    split = split_batch(chosen.config, 64)
+    assert (split.micro_batch_size, split.accumulation_steps) == (64, 1)
     assert zero_settings(chosen) == {"stage": 0}
     assert "fits whole" in reasons(chosen)["zero.stage"]
     assert chosen.memory.total <= chosen.machine.usable
@@ -75,6 +77,19 @@ def test_what_is_chosen_fits_and_gives_the_same_global_batch(count, gib):
     assert split.micro_batch_size * split.accumulation_steps * count == 12288
     assert chosen.memory.total <= chosen.machine.usable
     assert choose(config, gpus(count, gib)) == chosen  # nothing but its arguments decides
+
+
+@pytest.mark.parametrize("gib", [20, 40, 80])
+@pytest.mark.parametrize(
+    ("count", "share"), [(56, "74 or 73"), (48, "86 or 85"), (40, "103 or 102"), (24, "171 or 170")]
+)
+def test_any_number_of_gpus_trains_the_global_batch(count, share, gib):
+    chosen = choose(h14(), gpus(count, gib))
+    split = split_batch(chosen.config, count)
+    assert sum(sum(split.micro_batches(rank)) for rank in range(count)) == 4096
+    assert split.micro_batch_size == chosen.config.train.micro_batch_size
+    assert chosen.memory.total <= chosen.machine.usable
+    assert reasons(chosen)["train.micro_batch_size"].endswith(f"; processes take {share} images per step")
 
 
 def test_given_values_win_and_are_said_to_be_given():
@@ -162,7 +177,7 @@ def test_the_remedy_fits():
 
 def test_an_open_stage_never_reaches_deepspeed():
     with pytest.raises(ValueError, match=r"zero\.stage is still open"):
-        build_engine(None, Config(), BatchSplit(1, 1), None)  # type: ignore[arg-type]
+        build_engine(None, Config(), BatchSplit(1, 1, 1), None)  # type: ignore[arg-type]
 
 
 def test_this_machine_shares_its_memory_among_its_processes():

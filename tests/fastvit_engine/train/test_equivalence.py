@@ -82,6 +82,74 @@ def test_the_options_of_the_recipes_train(train, settings, tmp_path):
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
+@pytest.fixture(scope="module")
+def curve_of(train, tmp_path_factory):
+    """The rows of one process that takes the whole batch in one pass, by the settings of the run."""
+    known = {}
+
+    def measure(*settings):
+        if settings not in known:
+            known[settings] = rows(train(tmp_path_factory.mktemp("one") / "run", "zero.stage=0", *settings))
+        return known[settings]
+
+    return measure
+
+
+MIXED = ["augment.mixup=0.4", "augment.cutmix=1.0"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "stage", "batch", "micro_batch", "settings"),
+    [
+        (2, 0, 33, 8, []),  # 17 and 16 images, in 3 passes
+        (3, 1, 32, 16, []),  # 11, 11 and 10 images, in 1
+        (3, 3, 32, 4, MIXED),  # 12, 10 and 10 images, in 3
+        (5, 2, 33, 2, MIXED),  # 17 pairs, the last without a partner: 3 or 4 of them, in 4 passes, some of padding
+        (7, 3, 32, 3, []),  # 5 or 4 images, in 2
+        (7, 0, 8, None, MIXED),  # 4 pairs: three processes have none
+    ],
+)
+def test_shares_that_differ_train_the_mean_over_the_global_batch(
+    train, curve_of, tmp_path, processes, stage, batch, micro_batch, settings
+):
+    common = ["train.precision=fp32", f"train.global_batch_size={batch}", "train.duration=6 steps", *settings]
+    common += ["schedule.warmup=1 step", "schedule.kind=constant"]
+    own = [f"zero.stage={stage}", *([SHARD_EVERYTHING] if stage == 3 else [])]
+    own += [] if micro_batch is None else [f"train.micro_batch_size={micro_batch}"]
+    run = rows(train(tmp_path / "run", *common, *own, processes=processes))
+    for expected, row in zip(curve_of(*common), run, strict=True):
+        assert (row["samples_hash"], row["samples"]) == (expected["samples_hash"], batch * row["step"])
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_a_run_that_loses_a_process_and_gets_it_back_has_the_same_ledger(train, curve_of, tmp_path):
+    """32 images on 4 processes, on 3, and on 4 again."""
+    common = ["train.precision=fp32", "schedule.warmup=1 step", "schedule.kind=constant", *MIXED]
+    expected = curve_of(*common, "train.duration=12 steps")
+    out = tmp_path / "run"
+    for steps, processes in ((4, 4), (8, 3), (12, 4)):
+        length = [f"train.duration={steps} steps", "zero.stage=2", "train.micro_batch_size=4"]
+        train(out, *common, *length, processes=processes, resume="auto")
+    assert [row["samples_hash"] for row in rows(out)] == [row["samples_hash"] for row in expected]
+    assert [row["loss"] for row in rows(out)] == pytest.approx([row["loss"] for row in expected], abs=1e-5)
+    assert {row["samples"] for row in rows(out)} == {32 * step for step in range(1, 13)}
+
+
+@pytest.mark.parametrize(("processes", "batch"), [(3, 32), (2, 32)])
+def test_a_resumed_run_repeats_the_uninterrupted_one_whatever_its_shares(train, tmp_path, processes, batch):
+    """To the bit."""
+    common = ["train.precision=fp32", "schedule.warmup=1 step", "schedule.kind=constant", "model.dropout=0.1", *MIXED]
+    common += ["zero.stage=2", "train.micro_batch_size=4", f"train.global_batch_size={batch}"]
+    whole = train(tmp_path / "whole", *common, "train.duration=8 steps", processes=processes)
+    for steps in (5, 8):
+        length = f"train.duration={steps} steps"
+        train(tmp_path / "run", *common, length, processes=processes, resume="auto")
+    for expected, row in zip(rows(whole), rows(tmp_path / "run"), strict=True):
+        same = ("step", "samples", "loss", "grad_norm", "samples_hash")
+        assert [row[name] for name in same] == [expected[name] for name in same]
+
+
 def test_mixed_and_augmented_images_do_not_depend_on_the_world_size(train, tmp_path):
     settings = ["train.precision=fp32", "train.micro_batch_size=8", "augment.mixup=0.4", "augment.cutmix=1.0"]
     settings += ["augment.randaugment_ops=2", "train.duration=8 steps", "schedule.warmup=1 step"]

@@ -3,6 +3,7 @@ import math
 import pytest
 
 from fastvit_engine.config import Config
+from fastvit_engine.duration import BatchSizes
 from fastvit_engine.errors import UserError
 from fastvit_engine.train.schedule import Schedule, learning_rate_schedule
 
@@ -118,3 +119,75 @@ def test_a_run_of_less_than_a_step_is_refused():
 
     with pytest.raises(UserError, match="less than one step of the global batch"):
         whole(train={"global_batch_size": 10, "duration": "0 steps"})
+
+
+# ---- the batch has changed
+
+DOUBLED = BatchSizes.always(10).then(500, 20)
+
+
+def changed(duration, batch_sizes=DOUBLED, **section):
+    config = Config.model_validate(
+        {
+            "optimizer": {"learning_rate": 1e-3},
+            "schedule": {"warmup": "100 steps", **section},
+            "train": {"global_batch_size": batch_sizes.current, "duration": duration},
+            "checkpoint": {"every": "1 epoch"},
+        }
+    )
+    return Schedule(config, samples_per_epoch=500, batch_sizes=batch_sizes)
+
+
+@pytest.mark.parametrize("duration", ["20 epochs", "10k samples"])
+def test_a_length_in_epochs_or_samples_stays(duration):
+    schedule = changed(duration)
+    assert schedule.total_steps == 500 + 250
+    assert (schedule.samples(500), schedule.samples(750)) == (5_000, 10_000)
+    assert (schedule.epoch(500), schedule.epoch(625), schedule.epoch(750)) == (10, 15, 20)
+    assert schedule.save_every == 25  # of the batch of today
+
+
+def test_a_length_in_steps_stays():
+    schedule = changed("1000 steps")
+    assert schedule.total_steps == 1_000
+    assert schedule.samples(1_000) == 5_000 + 10_000
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "rsqrt"])
+@pytest.mark.parametrize("duration", ["1000 steps", "20 epochs"])
+@pytest.mark.parametrize("unit", [["100 steps", "300 steps", "200 steps"], ["1000 samples", "6 epochs", "20%"]])
+def test_the_learning_rate_continues_where_it_was(kind, duration, unit):
+    parts = dict(zip(("warmup", "timescale", "cooldown"), unit, strict=True))
+    before = changed(duration, BatchSizes.always(10), kind=kind, **parts).learning_rate
+    schedule = changed(duration, kind=kind, **parts)
+    after = schedule.learning_rate
+    assert [after(step) for step in range(501)] == pytest.approx([before(step) for step in range(501)])
+    rates = [after(step) for step in range(500, schedule.total_steps)]
+    assert rates == sorted(rates, reverse=True)
+    assert after(schedule.total_steps) == pytest.approx(0, abs=1e-12)  # what it falls to
+
+
+def test_in_samples_the_learning_rate_is_that_of_the_samples():
+    before = changed("20 epochs", BatchSizes.always(10), kind="cosine").learning_rate
+    after = changed("20 epochs", kind="cosine").learning_rate
+    for step in range(0, 250, 10):  # after `step` of the larger steps, twice as many of the others
+        assert after(500 + step) == pytest.approx(before(500 + 2 * step))
+
+
+def test_a_warmup_in_samples_continues():
+    sizes = BatchSizes.always(10).then(50, 20)
+    rate = changed("20 epochs", sizes, warmup="1000 samples").learning_rate
+    assert rate(49) == pytest.approx(5e-4)  # 500 of 1000 samples
+    assert rate(50) == pytest.approx(5.2e-4)
+    assert rate(74) == pytest.approx(1e-3)
+
+
+def test_without_a_change_nothing_depends_on_how_it_is_written():
+    """Equal to the bit: a run that was never changed keeps its learning rates."""
+    for duration in ("1000 steps", "20 epochs"):
+        for kind in ("linear", "cosine", "rsqrt"):
+            one = changed(duration, BatchSizes.always(10), kind=kind, cooldown="100 steps")
+            config = {"train": {"global_batch_size": 10, "duration": duration}, "optimizer": {"learning_rate": 1e-3}}
+            config |= {"schedule": {"kind": kind, "warmup": "100 steps", "cooldown": "100 steps"}}
+            plain = Schedule(Config.model_validate({**config, "checkpoint": {"every": None}}), samples_per_epoch=500)
+            assert [one.learning_rate(s) for s in range(1_000)] == [plain.learning_rate(s) for s in range(1_000)]

@@ -12,8 +12,9 @@ from PIL import Image
 from fastvit_engine.checkpoint import Manifest
 from fastvit_engine.config import Config
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.train.start import preflight
+from fastvit_engine.train.start import preflight, record_batch_change
 
 
 def write_shard(path, labels):
@@ -35,23 +36,27 @@ def shards(tmp_path):
     ]
 
 
-def start(run, train, resume=True, duration="100 steps", **data):
+def start(
+    run, train, resume=True, duration="100 steps", processes=1, augment=None, batch=8, allow=False, model=None, **data
+):
     sections = {
-        "model": {"name": "Ti/4", "image_size": 8, "num_classes": 10},
+        "model": {"name": "Ti/4", "image_size": 8, "num_classes": 10, **(model or {})},
         "data": {"train": train, **data},
-        "train": {"global_batch_size": 8, "duration": duration, "precision": "fp32"},
+        "train": {"global_batch_size": batch, "duration": duration, "precision": "fp32"},
         "schedule": {"warmup": "0 steps"},
+        "augment": augment or {},
     }
-    return preflight(Config.model_validate(sections), run, 1, resume=resume)
+    given = {"resume": resume, "allow_batch_change": allow}
+    return preflight(Config.model_validate(sections), run, processes, **given)
 
 
 @pytest.fixture
 def stopped(tmp_path, shards):
     """begin(data.train, ...) -> a run folder with a checkpoint after 40 steps, of which only the state is there."""
 
-    def begin(train, **data):
+    def begin(train, model=None, **data):
         run = RunFolder(tmp_path / "run")
-        began = start(run, train, resume=False, **data)
+        began = start(run, train, resume=False, model=model, **data)
         folder = run.checkpoints / "step-00000040"
         folder.mkdir(parents=True)
         state = replace(began.state, step=40, consumed=320, bad_samples=3, seconds=1.0)
@@ -97,6 +102,65 @@ def test_fewer_classes_than_outputs_and_a_batch_larger_than_the_data_are_warned_
     assert large.startswith("train.global_batch_size is 8, and an epoch has only 7 samples: ")
 
 
+def test_another_batch_is_refused_with_what_allows_it(stopped, shards):
+    run = stopped(shards[0])
+    with pytest.raises(UserError) as refused:
+        start(run, shards[0], batch=12)
+    assert str(refused.value).endswith(
+        "was written with train.global_batch_size 8 and this run has 12: set it back, or add --allow-batch-change "
+        "(from Python: allow_batch_change=True) to continue with 12"
+    )
+
+
+@pytest.mark.parametrize(("duration", "total"), [("100 steps", 100), ("3 epochs", 40 + (900 - 320) / 12)])
+def test_a_batch_changed_on_purpose_continues_the_order(stopped, shards, duration, total):
+    run = stopped(shards[0], duration=duration)
+    changed = start(run, shards[0], batch=12, allow=True, duration=duration)
+    assert changed.total_steps == round(total)
+    assert (changed.step, changed.state.consumed, changed.batch_before) == (40, 320, 8)
+    assert changed.state.batch_sizes == ((0, 8), (40, 12))
+    assert changed.state.fingerprint["global_batch_size"] == 12
+    record_batch_change(run, changed)
+    (event,) = read_events(run)
+    assert (event["event"], event["step"], event["before"], event["after"]) == ("batch_change", 40, 8, 12)
+    assert event["message"].startswith("train.global_batch_size is 12 from step 40 on, and was 8: the run has ")
+
+
+def test_allowing_a_change_changes_nothing_by_itself(stopped, shards):
+    run = stopped(shards[0])
+    same = start(run, shards[0], allow=True)
+    assert (same.batch_before, same.state.batch_sizes) == (None, ((0, 8),))
+    record_batch_change(run, same)
+    assert read_events(run) == []
+
+
+def test_a_batch_that_streams_cannot_continue_with_is_refused(stopped, shards, tmp_path):
+    def changed(batch):
+        return start(run, everything, batch=batch, allow=True, **two)
+
+    everything, two = f"{tmp_path}/*.tar", {"order": "stream", "streams": 2, "num_workers": 0}
+    run = stopped(everything, **two)
+    assert changed(12).state.batch_sizes == ((0, 8), (40, 12))
+    with pytest.raises(
+        UserError, match="was 8 and is 9 now, which 2 data streams can change only between multiples of 2"
+    ):
+        changed(9)
+
+
+def test_processes_without_a_pair_of_images_are_warned_of(shards, tmp_path):
+    def warnings(processes, **augment):
+        return start(
+            RunFolder(tmp_path / "run"), shards[0], resume=False, processes=processes, augment=augment
+        ).warnings
+
+    assert warnings(4, mixup=0.2) == warnings(7) == ()
+    (idle,) = warnings(7, mixup=0.2)
+    assert idle == (
+        "3 of 7 processes have nothing to do: images are mixed in pairs, of which train.global_batch_size = 8 has "
+        "fewer; raise it to 14"
+    )
+
+
 def test_a_run_that_went_further_than_its_duration_says_so(stopped, shards):
     run = stopped(shards[0])
     shorter = start(run, shards[0], duration="20 steps")
@@ -139,10 +203,48 @@ def test_other_weights_and_a_changed_source_are_refused(stopped, shards, tmp_pat
         start(run, [{"shards": shards[0], "weight": 2}, {"shards": shards[1]}])
 
 
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({}, {"drop_path": 0.1, "dropout": 0.2, "head_bias": -10}),
+        ({"layer_scale": 0.1}, {"layer_scale": 1e-5}),
+        ({}, {"width": 192, "depth": 12, "heads": 3, "mlp_dim": 768}),  # what Ti is
+        ({"name": "S/4", "width": 192, "depth": 12, "heads": 3}, {}),
+    ],
+)
+def test_what_does_not_shape_the_parameters_may_change(stopped, shards, before, now):
+    run = stopped(shards[0], model=before)
+    again = start(run, shards[0], model=now)
+    assert again.step == 40
+    assert {key: again.state.fingerprint["model"][key] for key in now} == now  # which its next checkpoint says
+    late = [key for key in ("head_bias", "layer_scale") if key in now]
+    assert [text.partition(" ")[0] for text in again.warnings] == [f"model.{key}" for key in late]
+    assert all("sets the first weights only: the run continues with those of" in text for text in again.warnings)
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"activation": "gelu_tanh"}, "model.activation is 'gelu_tanh', was 'gelu'"),
+        ({"heads": 6}, "model.heads is 6, was None"),
+        ({"pool": "gap", "drop_path": 0.1}, r"\(model.pool is 'gap', was 'cls'\)"),
+        ({"head": "mlp"}, "model.head is 'mlp', was 'linear'"),
+        ({"layer_scale": 0.1}, "model.layer_scale is 0.1, was None"),
+        ({"num_classes": 11}, "model.num_classes is 11, was 10"),
+        ({"name": "Ti/8"}, "model.name is 'Ti/8', was 'Ti/4'"),
+    ],
+)
+def test_other_parameters_or_another_meaning_of_them_is_another_model(stopped, shards, now, message):
+    run = stopped(shards[0])
+    with pytest.raises(UserError, match=f"belongs to another model .*{message}"):
+        start(run, shards[0], model=now)
+
+
 def test_a_checkpoint_that_knew_fewer_keys_of_the_model_and_spelt_its_name_otherwise_is_continued(stopped, shards):
     run = stopped(shards[0])
     path = run.checkpoints / "step-00000040" / "manifest.json"
     manifest = json.loads(path.read_text())
+    del manifest["crc32"]  # earlier versions had none
     model = manifest["state"]["fingerprint"]["model"]
     model["name"] = "ViT-Ti/4"
     del model["layer_scale"]
@@ -157,3 +259,16 @@ def test_a_checkpoint_that_knew_fewer_keys_of_the_model_and_spelt_its_name_other
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"belongs to another model \(.*model.gone is None, was True"):
         start(run, shards[0])
+
+
+def test_a_latest_that_names_something_else_is_said_and_the_newest_checkpoint_is_continued(stopped, shards):
+    run = stopped(shards[0])
+    assert start(run, shards[0]).warnings == ()
+    (run.checkpoints / "latest").write_bytes(bytes(13))
+    again = start(run, shards[0])
+    assert again.step == 40
+    (said,) = again.warnings
+    newest = run.checkpoints / "step-00000040"
+    assert said == (
+        f"{run.checkpoints}/latest is damaged: continuing from {newest}, the newest checkpoint that is complete"
+    )

@@ -2,18 +2,24 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastvit_engine.data.build.sources import imagenet, parquet, pixels, table, tars, webdataset
+from fastvit_engine.data.build.sources import folder, imagenet, parquet, pixels, table, tars, webdataset
 from fastvit_engine.data.build.sources.context import Context, is_image
-from fastvit_engine.data.build.sources.folder import list_folder
+from fastvit_engine.data.build.sources.layout import NOT_CLASSES
 from fastvit_engine.data.build.sources.listing import Listing, join
 from fastvit_engine.data.shards.names import INFO_NAME
+from fastvit_engine.data.shards.sample import split_name
+from fastvit_engine.data.shards.splits import Splits, may_name_split
 from fastvit_engine.errors import UserError
 
 FORMATS: dict[str, Callable[[Path, Context], Listing]] = {
-    "folder": list_folder,
+    "folder": folder.list_folder,
+    "class-folders": folder.list_class_folders,
+    "split-folders": folder.list_split_folders,
+    "folder-tar": tars.list_folder_tar,
     "class-tars": tars.list_class_tars,
     "flat-tar": tars.list_flat_tar,
     "imagenet": imagenet.list_imagenet,
@@ -24,16 +30,31 @@ FORMATS: dict[str, Callable[[Path, Context], Listing]] = {
     "list": table.list_table,
     "digits": lambda path, context: pixels.list_digits(context),
 }
+_UNKNOWN = "of no known kind: say with --format what it is"
 
 
 def list_source(source: str, format: str | None, context: Context) -> Listing:
-    """All images of `source`, in a fixed order. Raises UserError if it is not of the format, or holds no image."""
+    """All images of `source`, in a fixed order; adds to `context` what the source was taken for, and what is left out.
+
+    Raises UserError if it is not of the format, if it holds no image, and, with a command for each, if it can be read
+    in two ways.
+    """
     path = Path(source).expanduser()
-    format = format or recognise(source)
+    context.certain = format is not None
+    format = format or recognise(source, context)
+    described = len(context.descriptions)
     listing = FORMATS[format](path, context)
+    if len(context.descriptions) == described:
+        context.describe(format)
+    if context.leave_out and not context.heeded_leave_out:
+        raise UserError(
+            f"--leave-out is for folders of images, tars or Parquet files, and {source} is {format}: remove it"
+        )
     if len(listing) == 0:
         raise UserError(f"{source} holds no image: correct the source, or say with --format what it is")
-    return listing
+    left_out = Counter(listing.left_out) + context.counts
+    context.counts.clear()
+    return dataclasses.replace(listing, left_out=dict(left_out))
 
 
 def list_with_eval(train: str, format: str | None, held_out: str, eval_labels: str | None, context: Context) -> Listing:
@@ -41,32 +62,76 @@ def list_with_eval(train: str, format: str | None, held_out: str, eval_labels: s
     listing = list_source(train, format, context)
     if listing.held_out.any():
         raise UserError(f"{train} has an eval split of its own: leave out --eval-source")
-    context = dataclasses.replace(context, classes=listing.classes, labels=eval_labels)
-    return join(listing, list_source(held_out, None, context))
+    other = dataclasses.replace(context, classes=listing.classes, labels=eval_labels, source=held_out, leave_out=[])
+    evaluation = list_source(held_out, None, other)
+    if evaluation.held_out.any():
+        raise UserError(f"{held_out} has an eval split of its own: name one split of it with --eval-source")
+    _check_apart(listing, evaluation, held_out)
+    return join(listing, evaluation)
 
 
-def recognise(source: str) -> str:
-    """The format of a source, by its name and what is in it. Raises UserError if none fits."""
+def _check_apart(train: Listing, evaluation: Listing, held_out: str) -> None:
+    """Raises UserError if an image of --eval-source is among those to train on."""
+
+    def places(listing: Listing) -> Iterator[tuple[str, int]]:
+        for index in range(len(listing)):
+            file = listing.files[listing.file[index]]
+            yield _place(file.kind, file.path, listing.name(index)), int(listing.offset[index])
+
+    roots = [os.path.realpath(file.path) for file in evaluation.files if file.kind == "path"]
+    files = {os.path.realpath(file.path) for file in evaluation.files if file.kind not in ("path", "url")}
+    apart = not any(
+        file.kind == "url"
+        or os.path.realpath(file.path) in files
+        or _share_a_folder(os.path.realpath(file.path), roots)
+        for file in train.files
+    )
+    if apart:
+        return
+    known = set(places(evaluation))
+    shared = next((place for place in places(train) if place in known), None)
+    if shared is not None:
+        raise UserError(
+            f"--eval-source {held_out} has {shared[0]}, which is among the images to train on: name a source of other "
+            "images"
+        )
+
+
+def _place(kind: str, path: str, name: str) -> str:
+    """Where an image is, besides its offset."""
+    if kind == "url":
+        return name
+    return os.path.join(os.path.realpath(path), name) if kind == "path" else os.path.realpath(path)
+
+
+def _share_a_folder(folder: str, others: list[str]) -> bool:
+    """Whether a folder is one of the others, in one of them, or around one."""
+    return any(f"{folder}/".startswith(f"{other}/") or f"{other}/".startswith(f"{folder}/") for other in others)
+
+
+def recognise(source: str, context: Context | None = None) -> str:
+    """The format of a source, by its name and what is in it. Raises UserError if none fits, or two do."""
     if source == "digits":
         return "digits"
     path = Path(source).expanduser()
     try:
         if path.is_dir():
-            return _recognise_folder(path)
+            names = sorted(os.listdir(path))
+            kept = context.kept(names) if context else names
+            return _recognise_folder(path, kept, context.command if context else Context.offer(source))
     except OSError as error:
         raise UserError(f"folder {error.filename} cannot be read ({error.strerror}): make it readable") from error
     if path.is_file():
         return _recognise_file(path)
     if any(character in source for character in "*?[{"):
-        return "webdataset"
+        return "parquet" if source.rstrip("}").endswith(".parquet") else "webdataset"
     raise UserError(
         f"there is no folder or file {path}: give one of images, tars, Parquet files or a list, or 'digits'"
     )
 
 
-def _recognise_folder(path: Path) -> str:
-    names = sorted(os.listdir(path))
-    if imagenet.TRAIN in names:
+def _recognise_folder(path: Path, names: list[str], command: Callable[..., str]) -> str:
+    if imagenet.TRAIN in names or imagenet.kaggle_folder(path) is not None:
         return "imagenet"
     if INFO_NAME in names:
         return "webdataset"
@@ -74,12 +139,74 @@ def _recognise_folder(path: Path) -> str:
         return "cifar"
     if any("images" in name and name.endswith(pixels.IDX_SUFFIXES) for name in names):
         return "idx"
-    if any(name.endswith(".parquet") for name in names) or list((path / "data").glob("*.parquet")):
-        return "parquet"
-    tar_names = [name for name in names if tars.is_tar_name(name)]
-    if tar_names:
-        return "webdataset" if _recognise_tar(path / tar_names[0]) == "webdataset" else "class-tars"
-    return "folder"
+    kinds = _kinds_in(path, names)
+    if len(kinds) > 1:
+        commands = " or ".join(f"`{command(*words[1:], source=words[0])}` for {what}" for what, words in kinds.items())
+        raise UserError(f"{path} holds {' and '.join(kinds)}: choose with {commands}")
+    kind = next(iter(kinds.values()), [str(path), "--format", "folder"])
+    if kind[-1] == "class-tars":
+        _check_class_tars(path, [name for name in names if tars.is_tar_name(name)], command)
+    return kind[-1]
+
+
+def _kinds_in(path: Path, names: list[str]) -> dict[str, list[str]]:
+    """What of different kinds a folder holds, with the source and the options that choose it."""
+    kinds: dict[str, list[str]] = {}
+    tables = [name for name in names if name.endswith(".parquet")]
+    archives = [name for name in names if tars.is_tar_name(name)]
+    if archives and tables and all(_is_described(name, names) for name in archives):
+        tables = []  # img2dataset's: the tables repeat what is in the shards
+    folders = [name for name in names if (path / name).is_dir()]
+    if tables or (not archives and any((path / "data").glob("*.parquet"))):
+        kinds["Parquet files"] = [str(path), "--format", "parquet"]
+    if archives and (format := _kind_of_tars(path, archives, alone=not tables and not folders)):
+        kinds["tars"] = [str(path), "--format", format]
+    if kinds and any(_holds_images(path / name) for name in folders if name not in NOT_CLASSES):
+        kinds["folders of images"] = [str(path), "--format", "folder"]
+    for ending, what in ((".tar", "tars"), (".parquet", "Parquet files")):
+        inner = None if kinds else next((name for name in folders if any((path / name).glob(f"*{ending}"))), None)
+        if inner is not None:
+            raise UserError(f"the {what} of {path} are in folders, such as {inner}/: name all as '{path}/*/*{ending}'")
+    return kinds
+
+
+def _is_described(archive: str, names: list[str]) -> bool:
+    """Whether a shard has the table and the figures beside it that img2dataset writes."""
+    stem = archive.partition(".tar")[0]
+    return f"{stem}.parquet" in names and f"{stem}_stats.json" in names
+
+
+def _kind_of_tars(path: Path, names: list[str], *, alone: bool) -> str | None:
+    """The format of the tars of a folder, None if something else there may be meant and they are of no known kind."""
+    try:
+        return "webdataset" if _recognise_tar(path / names[0]) == "webdataset" else "class-tars"
+    except UserError:
+        if alone:
+            raise
+        return None
+
+
+def _check_class_tars(path: Path, names: list[str], command: Callable[..., str]) -> None:
+    """Refuses tars of images whose names may be splits, such as train.tar and val.tar."""
+    named = [name for name in names if may_name_split(name)]
+    if not named:
+        return
+    splits = Splits.of(names)
+    if splits.unnamed or len(splits.train) != 1:
+        other = command(*[word for name in named for word in ("--leave-out", name)])
+        other = f"or leave them out: `{other}`" if len(named) < len(names) else "or unpack the tars of each split"
+    else:
+        held_out = splits.val or splits.test
+        evaluation = ["--eval-source", str(path / held_out[0])] if held_out else []
+        other = f"or with them as splits: `{command(*evaluation, source=str(path / splits.train[0]))}`"
+    raise UserError(
+        f"{path} can be read in two ways: with {', '.join(named[:3])} as classes: "
+        f"`{command('--format', 'class-tars')}`; {other}"
+    )
+
+
+def _holds_images(folder: Path) -> bool:
+    return any(is_image(name) for _, _, names in os.walk(folder) for name in names)
 
 
 def _recognise_file(path: Path) -> str:
@@ -89,7 +216,7 @@ def _recognise_file(path: Path) -> str:
         return "parquet"
     if tars.is_tar_name(path.name):
         return _recognise_tar(path)
-    raise UserError(f"{path} is of no known kind: say with --format what it is ({', '.join(sorted(FORMATS))})")
+    raise UserError(f"{path} is {_UNKNOWN} ({', '.join(sorted(FORMATS))})")
 
 
 def _recognise_tar(path: Path) -> str:
@@ -101,10 +228,14 @@ def _recognise_tar(path: Path) -> str:
         return "class-tars"
     if any(name.rpartition("/")[2] in pixels.CIFAR_FILES for name in names):
         return "cifar"
-    stems = [name.rpartition("/")[2].partition(".")[0] for name in names]
-    has_labels = any(name.endswith((".cls", ".json")) for name in names)
-    if has_labels or (len(set(stems)) < len(stems)):
+    keys = [split[0] for name in names if (split := split_name(name)) is not None]
+    if any(name.endswith(".cls") for name in names) or len(set(keys)) < len(keys):
         return "webdataset"
-    if all(is_image(name) for name in names):
+    images = [name for name in names if is_image(name)]
+    if any("/" in name for name in images):
+        return "folder-tar"
+    if len(images) == len(names):
         return "flat-tar"
-    raise UserError(f"the tar {path} holds {names[0]}, of no known kind: say with --format what it is")
+    if images and any(name.endswith(".json") for name in names):
+        return "webdataset"
+    raise UserError(f"the tar {path} holds {names[0]}, {_UNKNOWN}")

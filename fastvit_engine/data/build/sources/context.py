@@ -2,13 +2,18 @@
 
 import contextlib
 import re
+import shlex
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
-from fastvit_engine.data.shards.names import IMAGE_SUFFIXES
+from fastvit_engine.data.shards.image_files import has_image_suffix
 from fastvit_engine.data.shards.sample import is_macos_resource
+from fastvit_engine.data.shards.splits import Splits, pattern_of
+from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.observe.progress import WorkProgress
 
@@ -23,6 +28,92 @@ class Context:
     say: Callable[[str], None]
     classes: list[str] | None = None  # class names in label order, if they are given
     labels: str | None = None  # a file of labels, or the name of the column that holds them
+    leave_out: list[str] = field(default_factory=list)  # patterns of what is not taken: paths of folders, names of tars
+    source: str = "SOURCE"  # as the command line names it
+    out: str = "DIR"
+    certain: bool = False  # the format was given: nothing is left to guess
+    heeded_leave_out: bool = False
+    descriptions: list[str] = field(default_factory=list)  # what sources were taken for
+    counts: Counter[str] = field(default_factory=Counter)  # of what is left out, by kind and reason, in the singular
+    left_out: list[str] = field(default_factory=list)  # clauses about what else is left out
+
+    def describe(self, what: str) -> None:
+        """Says what the source was taken for."""
+        self.descriptions.append(what)
+
+    def command(self, *options: str, source: str | None = None) -> str:
+        """A command line to offer, with these options."""
+        return Context.offer(source or self.source, self.out)(*options)
+
+    @staticmethod
+    def offer(given: str, out: str = "DIR") -> Callable[..., str]:
+        """What makes command lines to offer: from the source that is given, or another one, to the folder `out`."""
+
+        def command(*options: str, source: str | None = None) -> str:
+            return shlex.join(["fastvit", "data", "make", source or given, *options, "--out", out])
+
+        return command
+
+    def choose_by_name(self, names: list[str], where: Path, kind: str) -> Splits:
+        """The files of a folder by their splits, without those of --leave-out; says which files are which split.
+
+        Files that name no split are for training if none names one. Raises UserError, with both commands, if only some
+        do.
+        """
+        kept = self.take(names, where, kind)
+        splits = Splits.of(kept)
+        if splits.mixed:
+            raise UserError(self._about_mixed(splits, kept, where, kind))
+        named = splits.named()
+        if len(named) < 2:
+            if splits.val or splits.test:
+                self.describe(f"all named {splits.held_out}")
+            return Splits(kept, [], [])
+        if "train" not in named:
+            val, test = (f"{where}/{pattern_of(group, kept)}" for group in (splits.val, splits.test))
+            raise UserError(
+                f"the {kind}s in {where} are named val and test, and none is named train: name those to train on, "
+                f"`{self.command('--eval-source', test, source=val)}` or `{self.command(source=val)}`"
+            )
+        held_out = splits.val or splits.test
+        self.describe(f"{len(splits.train):,} named train, {len(held_out):,} named {splits.held_out} (eval)")
+        if splits.val and splits.test:
+            self.counts[f"{kind} named test (there is a validation split)"] += len(splits.test)
+        return Splits(splits.train, held_out, [])
+
+    def kept(self, names: list[str]) -> list[str]:
+        """Those that no pattern of --leave-out matches."""
+        return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in self.leave_out)]
+
+    def take(self, names: list[str], where: Path, kind: str) -> list[str]:
+        """The files of a folder without those of --leave-out. Raises UserError if one of its patterns matches none."""
+        self.heeded_leave_out = True
+        kept = self.kept(names)
+        for pattern in self.leave_out:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise UserError(f"--leave-out is {pattern!r}, which is no {kind} in {where}: correct it")
+        if len(kept) < len(names):
+            self.counts[f"{kind} of --leave-out"] += len(names) - len(kept)
+        return kept
+
+    def _about_mixed(self, splits: Splits, names: list[str], where: Path, kind: str) -> str:
+        held_out = splits.val or splits.test
+        evaluation = ["--eval-source", f"{where}/{pattern_of(held_out, names)}"] if held_out else []
+        rest = [name for name in names if name not in splits.val and name not in splits.test]
+        commands = [self.command(*evaluation, source=f"{where}/{pattern_of(rest, names)}")]
+        if splits.train:
+            commands.insert(0, self.command(*evaluation, source=f"{where}/{pattern_of(splits.train, names)}"))
+        else:
+            commands.append(self.command(source=f"{where}/{pattern_of(names, names)}"))
+        return (
+            f"some {kind}s in {where} are named by a split, and others, such as {splits.unnamed[0]}, are not: name "
+            f"those to train on, `{commands[0]}` or `{commands[1]}`"
+        )
+
+    image_column: str | None = None  # of a table
+    label_column: str | None = None
+    split_column: str | None = None  # that the table has
+    column_options: set[str] = field(default_factory=set)  # options about columns that a table has heeded
 
     def scratch_file(self, source: Path, suffix: str) -> Path:
         """A path in the scratch folder that belongs to `source` alone."""
@@ -37,27 +128,22 @@ class Context:
 
 
 def is_image(name: str) -> bool:
+    return why_left_out(name) is None
+
+
+def why_left_out(name: str) -> str | None:
+    """The kind of file that is left out for its name, such as "hidden file"; None for an image."""
     base = name.rpartition("/")[2]
-    return base.lower().endswith(IMAGE_SUFFIXES) and not base.startswith(".") and not is_macos_resource(name)
+    if is_macos_resource(name):
+        return "macOS resource file"
+    if base.startswith("."):
+        return "hidden file"
+    if has_image_suffix(base):
+        return None
+    suffix = base.rpartition(".")[2].lower() if "." in base else ""
+    if not suffix:
+        return "file without a suffix"
+    return f".{suffix} file" if _SUFFIX.fullmatch(suffix) else "file with an unusual suffix"
 
 
-_EVAL_NAMES = (("validation", "valid", "val", "eval", "dev"), ("test", "t10k"))
-
-
-def split_of_names(names: list[str]) -> tuple[list[str], list[str], list[str]]:
-    """(train, held out, left out): by the words that names begin with, such as train-000.tar and val-000.tar.
-
-    If there is no "train", all names are for training. A "test" split is held out if there is no "validation".
-    """
-
-    def begins(name: str, words: tuple[str, ...]) -> bool:
-        return re.match(rf"({'|'.join(words)})(?![A-Za-z])", name, re.IGNORECASE) is not None
-
-    train = [name for name in names if begins(name, ("train", "training"))]
-    if not train:
-        return names, [], []
-    for words in _EVAL_NAMES:
-        held_out = [name for name in names if begins(name, words)]
-        if held_out:
-            break
-    return train, held_out, [name for name in names if name not in train and name not in held_out]
+_SUFFIX = re.compile("[a-z][a-z0-9]{0,7}|7z")

@@ -1,64 +1,122 @@
-"""A folder with one sub-folder of images per class."""
+"""A folder with one sub-folder of images per class, or with such a folder for each split."""
 
 import os
-from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from fastvit_engine.data.build.sources.context import Context, is_image, split_of_names
-from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder, join
-from fastvit_engine.data.shards.names import IMAGE_SUFFIXES
+from fastvit_engine.data.build.sources.context import Context, why_left_out
+from fastvit_engine.data.build.sources.layout import NOT_CLASSES, Layout, Reading, Tree, arrange, images_of
+from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.errors import UserError
+
+DANGLING = "is a dangling symbolic link"
 
 
 def list_folder(path: Path, context: Context) -> Listing:
-    """Images below path/<class>/, or below path/train/<class>/ and path/val/<class>/; other files are left out.
+    """Images below path/<class>/, or below path/train/<class>/ and path/val/<class>/ (or test).
 
-    Classes and files in sorted order. Raises UserError if a class has no image.
+    Files are in sorted order, classes too, or by number if all are numbers. Other files are left out and counted. A
+    link that leads nowhere is a faulty image. Raises UserError if a class has no image, and, with both commands, if
+    the folders can be read in two ways.
     """
+    return _list(path, context, "folder")
+
+
+def list_class_folders(path: Path, context: Context) -> Listing:
+    """Every sub-folder as a class, whatever its name is."""
+    return _list(path, context, "class-folders")
+
+
+def list_split_folders(path: Path, context: Context) -> Listing:
+    """Every sub-folder whose name has the word train, val or test as a split of class folders; others are left out."""
+    return _list(path, context, "split-folders")
+
+
+def _list(path: Path, context: Context, reading: Reading) -> Listing:
+    tree = read_tree(path, context)
+    layout = arrange(tree, reading, str(path), context.command)
+    listing = _list_classes(path, tree, layout, context)
+    context.describe("a folder of classes" if not layout.splits else f"a folder of splits, {layout.splits}")
+    context.left_out += layout.left_out
+    return listing
+
+
+def _list_classes(path: Path, tree: Tree, layout: Layout, context: Context) -> Listing:
+    builder = ListingBuilder(named=True)
+    builder.left_out.update(layout.counts)
+    inside = tree.folders_in()
+    base: tuple[str, bool] | None = None
+    numbers: dict[str, int] = {}
+    for entry in layout.classes:
+        if base != (entry.base, entry.held_out):
+            base = (entry.base, entry.held_out)
+            builder.held_out = entry.held_out
+            if entry.base not in numbers:
+                numbers[entry.base] = len(builder.files)
+                builder.add_file("path", path / entry.base if entry.base else path)
+                for name in sorted(tree.dangling.get(entry.base, ())):
+                    builder.add_faulty(name, DANGLING)
+        for name, dangling in images_of(tree, inside, entry.path):
+            if dangling:
+                builder.add_faulty(f"{entry.name}/{name}", DANGLING, file=numbers[entry.base])
+            else:
+                builder.add(f"{entry.name}/{name}", [entry.name], file=numbers[entry.base])
+    return builder.finish(context.classes, str(path))
+
+
+def read_tree(path: Path, context: Context) -> Tree:
+    """The folders below `path` with their images; hidden ones, and those that no class has, are left out.
+
+    Raises UserError if a folder cannot be read, or if a pattern of --leave-out matches nothing.
+    """
+    context.heeded_leave_out = True
+    tree = Tree()
+    used: set[str] = set()
+    level: list[tuple[str, frozenset[str]]] = [("", frozenset())]  # folders, and the links' targets on the way there
     try:
-        folders = _sub_folders(path)
-        train, held_out, left_out = split_of_names(folders)
-        if held_out and len(train) == 1 and len(held_out) == 1 and not left_out and _sub_folders(path / train[0]):
-            listing = _list_classes(path / train[0], context)
-            context.classes = listing.classes
-            return join(listing, _list_classes(path / held_out[0], context))
-        return _list_classes(path, context)
+        while level:
+            context.progress.start("listing", len(level), "folders")
+            deeper: list[tuple[str, frozenset[str]]] = []
+            for done, (below, targets) in enumerate(level):
+                deeper += _read_folder(path, below, targets, tree, context.leave_out, used)
+                context.progress.update(done + 1)
+            level = deeper
     except OSError as error:
         raise UserError(f"folder {error.filename} cannot be read ({error.strerror}): make it readable") from error
+    unused = next((pattern for pattern in context.leave_out if pattern not in used), None)
+    if unused is not None:
+        raise UserError(f"--leave-out is {unused!r}, which is nothing in {path}: correct it")
+    return tree
 
 
-def _list_classes(path: Path, context: Context) -> Listing:
-    folders = _sub_folders(path)
-    if not folders:
-        raise UserError(f"folder {path} has no sub-folders: put the images of each class into a folder of its own")
-    builder = ListingBuilder()
-    builder.add_file("path", path)
-    context.progress.start("listing", len(folders), "class folders")
-    for done, name in enumerate(folders):
-        before = len(builder)
-        for image in sorted(_images_below(path / name)):
-            builder.add(os.path.join(name, image), [name])
-        if len(builder) == before:
-            raise UserError(
-                f"class folder {path / name} holds no image ({', '.join(IMAGE_SUFFIXES)}): fill it or remove it"
-            )
-        context.progress.update(done + 1)
-    return builder.finish(context.classes or folders, str(path))
-
-
-def _sub_folders(path: Path) -> list[str]:
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and not entry.name.startswith("."))
-
-
-def _images_below(folder: Path) -> Iterator[str]:
-    """Paths relative to `folder`; hidden files and folders are left out."""
-    stack = [""]
-    while stack:
-        below = stack.pop()
-        for entry in os.scandir(folder / below):
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                stack.append(os.path.join(below, entry.name))
-            elif is_image(entry.name) and entry.is_file():
-                yield os.path.join(below, entry.name)
+def _read_folder(
+    path: Path, below: str, targets: frozenset[str], tree: Tree, leave_out: list[str], used: set[str]
+) -> list[tuple[str, frozenset[str]]]:
+    """Adds what is in one folder to the tree; returns the folders in it."""
+    names = tree.images.setdefault(below, [])
+    folders: list[tuple[str, frozenset[str]]] = []
+    for entry in os.scandir(path / below):
+        inner = f"{below}/{entry.name}" if below else entry.name
+        matches = {pattern for pattern in leave_out if fnmatchcase(inner, pattern)}
+        used |= matches
+        if matches or (entry.name in NOT_CLASSES and entry.is_dir()):
+            tree.folders_left_out.add(inner)
+        elif entry.is_symlink() and not os.path.exists(entry.path):
+            tree.dangling.setdefault(below, []).append(entry.name)
+        elif entry.is_dir() and entry.name.startswith("."):
+            tree.left_out["hidden folder"] += 1
+        elif entry.is_dir():
+            target = os.path.realpath(entry.path) if entry.is_symlink() else None
+            if target is None:
+                folders.append((inner, targets))
+            elif target in targets or f"{os.path.realpath(path / below)}/".startswith(f"{target}/"):
+                tree.left_out["link to a folder around it"] += 1
+            else:
+                folders.append((inner, targets | {target}))
+        elif not entry.is_file():
+            tree.left_out["special file"] += 1  # a pipe, socket or device
+        elif (kind := why_left_out(entry.name)) is None:
+            names.append(entry.name)
+        else:
+            tree.left_out[kind] += 1
+    return folders

@@ -1,19 +1,32 @@
-"""The official files of ImageNet-1k (ILSVRC2012)."""
+"""ImageNet-1k (ILSVRC2012): its official files, and the folder that Kaggle packs."""
 
+import csv
+import os
 from pathlib import Path
 
-from fastvit_engine.data.build.sources.context import Context
+from fastvit_engine.data.build.sources.context import Context, is_image
 from fastvit_engine.data.build.sources.devkit import DEVKIT
-from fastvit_engine.data.build.sources.listing import Listing, join
+from fastvit_engine.data.build.sources.folder import list_class_folders, list_folder
+from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder, join
 from fastvit_engine.data.build.sources.tars import list_class_tars, list_flat_tar
 from fastvit_engine.errors import UserError
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+KAGGLE_LABELS = "LOC_val_solution.csv"
+_KAGGLE = Path("Data", "CLS-LOC")
 
 
 def list_imagenet(path: Path, context: Context) -> Listing:
-    """A folder with the official training tar and, for the eval split, validation tar and devkit (or --labels)."""
+    """A folder with the official training tar and, for the eval split, validation tar and devkit (or --labels).
+
+    Or Kaggle's folder: ILSVRC/Data/CLS-LOC/train with a folder for each class, val with images whose labels are in
+    LOC_val_solution.csv, and test with images without labels.
+    """
+    kaggle = None if (path / TRAIN).exists() else kaggle_folder(path)
+    if kaggle is not None:
+        return _list_kaggle(kaggle, context)
     train = list_class_tars(path / TRAIN, context)
+    context.describe("ImageNet's tars")
     if not (path / VALIDATION).exists():
         return train
     if context.labels is None:
@@ -24,3 +37,65 @@ def list_imagenet(path: Path, context: Context) -> Listing:
         context.labels = str(path / DEVKIT)
     context.classes = train.classes
     return join(train, list_flat_tar(path / VALIDATION, context))
+
+
+def kaggle_folder(path: Path) -> Path | None:
+    """The folder in `path` that holds train/ and val/ as Kaggle packs them, None if there is none."""
+    for folder in (path / "ILSVRC" / _KAGGLE, path / _KAGGLE, path / "CLS-LOC"):
+        if (folder / "train").is_dir():
+            return folder
+    return path if (path / "train").is_dir() and _holds_validation_images(path / "val") else None
+
+
+def _holds_validation_images(folder: Path) -> bool:
+    """Whether a folder has ImageNet's validation images in no folders of their classes."""
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name.startswith("ILSVRC2012_val_") and entry.is_file() for entry in entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _list_kaggle(folder: Path, context: Context) -> Listing:
+    if not _holds_validation_images(folder / "val"):
+        return list_folder(folder, context)
+    train = list_class_folders(folder / "train", context)
+    context.descriptions[-1] = "ImageNet as Kaggle packs it"
+    tests = _images_in(folder / "test")
+    if tests:
+        context.counts["image in test/ (no labels)"] += len(tests)
+    images = _images_in(folder / "val")
+    labels = next(
+        (file for parent in (folder, *folder.parents[:4]) if (file := parent / KAGGLE_LABELS).is_file()), None
+    )
+    if labels is None:
+        context.counts[f"image in val/ (no {KAGGLE_LABELS}, which has the labels)"] += len(images)
+        return train
+    known = _kaggle_labels(labels)
+    builder = ListingBuilder()
+    builder.held_out = True
+    builder.add_file("path", folder / "val")
+    for image in images:
+        label = known.get(image.partition(".")[0])
+        if label is None:
+            raise UserError(f"{labels} has no label for {image} of {folder / 'val'}: download it again")
+        builder.add(image, [label])
+    return join(train, builder.finish(train.classes, str(labels)))
+
+
+def _images_in(folder: Path) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if is_image(name)) if folder.is_dir() else []
+
+
+def _kaggle_labels(path: Path) -> dict[str, str]:
+    """Name of the image without its suffix -> WordNet id, which the boxes of its object follow."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
+                raise KeyError("it has no such columns")
+            return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError, IndexError, AttributeError) as error:
+        raise UserError(
+            f"{path} cannot be read as ImageId,PredictionString ({error or type(error).__name__}): download it again"
+        ) from error

@@ -1,15 +1,17 @@
 """Where every image of a source is and how it is labelled, as a few arrays."""
 
 import json
+import re
 from array import array
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from fastvit_engine.errors import UserError
+from fastvit_engine.data.build.sources.label_column import MISSING, Label, Order, read_label, resolve
 
 Kind = Literal["path", "url", "bytes", "sample", "pixels"]
 
@@ -25,6 +27,8 @@ class SourceFile(NamedTuple):
     kind: Kind
     path: str
     shape: tuple[int, ...] = ()
+    shown: str = ""  # what people know the file by, if not by its path
+    fault: str = ""  # why none of its images can be used, such as "has no label"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Listing:
     name_start: np.ndarray  # int64 [N + 1]
     held_out: np.ndarray  # bool [N]: in the source's own evaluation split
     multi_label: bool  # images may have any number of labels, also none
+    order: Order = "given"  # of the classes
+    left_out: dict[str, int] = field(default_factory=dict)  # how many of each kind were left out: "hidden file"
 
     def __len__(self) -> int:
         return len(self.file)
@@ -66,28 +72,37 @@ class Listing:
     def save(self, folder: Path) -> None:
         for name in _ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name))
-        rest = {"classes": self.classes, "files": self.files, "multi_label": self.multi_label}
+        rest = {name: getattr(self, name) for name in ("classes", "files", "multi_label", "order", "left_out")}
         (folder / "listing.json").write_text(json.dumps(rest))
 
     @classmethod
     def load(cls, folder: Path) -> "Listing":
         rest = json.loads((folder / "listing.json").read_text())
-        files = [SourceFile(kind, path, tuple(shape)) for kind, path, shape in rest["files"]]
+        files = [SourceFile(kind, path, tuple(shape), *names) for kind, path, shape, *names in rest.pop("files")]
         arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
-        return cls(classes=rest["classes"], files=files, multi_label=rest["multi_label"], **arrays)
+        return cls(files=files, **rest, **arrays)
 
 
 _ARRAYS = ("file", "offset", "size", "labels", "label_start", "names", "name_start", "held_out")
 
 
 class ListingBuilder:
-    """Collects the images of a source one by one. Labels are given as text and become indices in the end."""
+    """Collects the images of a source one by one. What their labels mean is decided in the end, for all at once.
 
-    def __init__(self) -> None:
+    `named`: labels are class names, also if they are numbers.
+    """
+
+    def __init__(self, *, named: bool = False) -> None:
         self.files: list[SourceFile] = []
-        self.texts: dict[str, int] = {}  # label text -> number in order of appearance
         self.multi_label = False
         self.held_out = False  # of the images added from now on
+        self.left_out: Counter[str] = Counter()  # files by kind, in the singular: "hidden file"
+        self.usable = 0  # images, as far as is known before they are decoded
+        self._named = named
+        self._current = -1  # index into files
+        self._faulty: dict[tuple[int, str], int] = {}  # (file, fault) -> index into files
+        self._numbers: dict[Label, int] = {}  # label -> number in order of appearance
+        self._seen: dict[str | Label, int] = {}  # the same, by the label as it was given
         self._class_of: dict[str, str] = {}
         self._file, self._offset, self._size = array("i"), array("q"), array("q")
         self._labels, self._label_start = array("i"), array("q", [0])
@@ -97,42 +112,82 @@ class ListingBuilder:
     def __len__(self) -> int:
         return len(self._file)
 
-    def add_file(self, kind: Kind, path: Path | str, shape: tuple[int, ...] = ()) -> None:
-        """Images added from now on are in this file."""
-        self.files.append(SourceFile(kind, str(path), shape))
+    def add_file(self, kind: Kind, path: Path | str, shape: tuple[int, ...] = (), *, shown: Path | str = "") -> int:
+        """Images added from now on are in this file. Returns its index in `files`."""
+        self._current = len(self.files)
+        self.files.append(SourceFile(kind, str(path), shape, str(shown)))
+        return self._current
 
     def labels_refer_to(self, names: list[str] | None) -> None:
         """Labels that are indices refer to these class names of the source, whatever the order of the final ones."""
         self._class_of = {str(index): name for index, name in enumerate(names or [])}
+        self._seen = {}
 
-    def add(self, name: str, labels: Iterable[str], offset: int = 0, size: int = 0, *, file: int | None = None) -> None:
-        """An image in the file that was added last, or in files[file]."""
-        labels = (self._class_of.get(label, label) for label in labels)
-        self._file.append(len(self.files) - 1 if file is None else file)
+    def add(
+        self, name: str, labels: Iterable[str | Label], offset: int = 0, size: int = 0, *, file: int | None = None
+    ) -> None:
+        """Adds an image that is in the file added last, or in files[file]."""
+        self._add(name, map(self._number, labels), offset, size, self._current if file is None else file)
+        self.usable += 1
+
+    def add_faulty(self, name: str, fault: str, *, file: int | None = None) -> None:
+        """Adds an image that cannot be used; `fault` says why, after its name: "has no label"."""
+        self._add(name, (), 0, 0, self._faulty_file(self._current if file is None else file, fault))
+
+    def _add(self, name: str, labels: Iterable[int], offset: int, size: int, file: int) -> None:
+        self._file.append(file)
         self._offset.append(offset)
         self._size.append(size)
-        self._labels.extend(self.texts.setdefault(label, len(self.texts)) for label in labels)
+        self._labels.extend(labels)
         self._label_start.append(len(self._labels))
         self._names += name.encode("utf-8", "surrogateescape")
         self._name_start.append(len(self._names))
         self._held_out.append(self.held_out)
 
+    def _number(self, given: str | Label) -> int:
+        number = self._seen.get(given)
+        if number is None:
+            text, named = given if isinstance(given, Label) else read_label(given)
+            name = self._class_of.get(text)
+            label = Label(text, named or self._named) if name is None else Label(name, named=True)
+            number = self._seen[given] = self._numbers.setdefault(label, len(self._numbers))
+        return number
+
+    def _faulty_file(self, file: int, fault: str) -> int:
+        key = (file, fault)
+        if key not in self._faulty:
+            self._faulty[key] = len(self.files)
+            self.files.append(self.files[file]._replace(fault=fault))
+        return self._faulty[key]
+
     def finish(self, classes: list[str] | None, where: str) -> Listing:
-        """`classes`: the names in label order, None: those that occur. Raises UserError if a label is none of them."""
-        classes, indices = _class_indices(list(self.texts), classes, where)
-        provisional = np.frombuffer(self._labels, np.int32) if self._labels else np.zeros(0, np.int32)
+        """`classes`: the names in label order, None: those that occur. Raises UserError if a label is none of them.
+
+        An image without the label that it should have is faulty.
+        """
+        resolved = resolve(list(self._numbers), classes, where)
+        labels = resolved.indices[np.asarray(self._labels, np.int64)]
+        label_start = np.asarray(self._label_start, np.int64)
+        file = np.asarray(self._file, np.int32)
+        image_of = np.repeat(np.arange(len(file)), np.diff(label_start))
+        for image in np.unique(image_of[labels == MISSING]).tolist():
+            file[image] = self._faulty_file(int(file[image]), "has no label")
+        has_label = labels != MISSING
+        label_start = np.concatenate([np.zeros(1, np.int64), np.cumsum(has_label)])[label_start]
         return Listing(
-            classes=classes,
+            classes=resolved.names,
             files=self.files,
-            file=np.asarray(self._file, np.int32),
+            file=file,
             offset=np.asarray(self._offset, np.int64),
             size=np.asarray(self._size, np.int64),
-            labels=indices[provisional],
-            label_start=np.asarray(self._label_start, np.int64),
+            labels=labels[has_label],
+            label_start=label_start,
             names=np.frombuffer(bytes(self._names), np.uint8),
             name_start=np.asarray(self._name_start, np.int64),
             held_out=np.asarray(self._held_out, np.bool_),
             multi_label=self.multi_label,
+            order=resolved.order,
+            left_out=dict(self.left_out),
         )
 
 
@@ -152,32 +207,36 @@ def join(train: Listing, held_out: Listing) -> Listing:
         file=np.concatenate([train.file, held_out.file + np.int32(len(train.files))]),
         held_out=np.arange(len(train) + len(held_out)) >= len(train),
         multi_label=train.multi_label or held_out.multi_label,
+        order=train.order,
+        left_out=dict(Counter(train.left_out) + Counter(held_out.left_out)),
         **shifted,
         **rest,
     )
 
 
-def _class_indices(texts: Sequence[str], classes: list[str] | None, where: str) -> tuple[list[str], np.ndarray]:
-    """Class names, and the class index (int32) of each text: a name of a class, or an index of one as a number."""
-    numbers = [int(text) for text in texts if text.isascii() and text.isdecimal() and str(int(text)) == text]
-    if classes is None:
-        if len(numbers) == len(texts):
-            classes = [str(number) for number in range(max(numbers, default=-1) + 1)]
-        else:
-            classes = sorted(texts)
-    by_name = {name: index for index, name in enumerate(classes)}
-    if len(by_name) < len(classes):
-        twice = next(name for index, name in enumerate(classes) if by_name[name] != index)
-        raise UserError(f"the class names of {where} hold '{twice}' twice: give each class a name of its own")
-    indices = np.zeros(len(texts), np.int32)
-    for position, text in enumerate(texts):
-        if text in by_name:
-            indices[position] = by_name[text]
-        elif text.isascii() and text.isdecimal() and int(text) < len(classes):
-            indices[position] = int(text)
-        else:
-            raise UserError(
-                f"{where} has the label '{text}', which is neither one of the {len(classes)} class names nor an index "
-                "below that: correct the label or the class names"
-            )
-    return classes, indices
+def describe_classes(listing: Listing) -> str:
+    """What the labels were taken for and in which order, for people."""
+    if not listing.classes:
+        return "no labels"
+    names = [name if name.isprintable() else repr(name) for name in listing.classes]
+    shown = ", ".join(names if len(names) <= 6 else [*names[:4], "...", names[-1]])
+    empty = len(names) - len(np.unique(listing.labels))
+    without = f", {empty:,} of them without an image" if empty else ""
+    if listing.order == "index":
+        return f"labels are class indices, 0 to {len(names) - 1}{without}"
+    if listing.order == "numeric":
+        return f"{len(names):,} class names, which are numbers, in numeric order: {shown}{without}"
+    order = "in alphabetical order" if listing.order == "alphabetical" else "in the given order"
+    return f"{len(names):,} class names {order}: {shown}{without}"
+
+
+def describe_left_out(left_out: dict[str, int]) -> str:
+    """Counts of what was left out, for people: "2 hidden files and 1 duplicate"."""
+    parts = [
+        f"{count:,} {kind if count == 1 else _KIND.sub(lambda noun: noun[1] + 's', kind, count=1)}"
+        for kind, count in sorted(left_out.items())
+    ]
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+_KIND = re.compile(r"\b(file|folder|image|duplicate|member|shard|link|row)\b")

@@ -1,16 +1,29 @@
 """Parquet files with encoded images, in the layout of Hugging Face's datasets."""
 
+import glob
 import json
-from collections.abc import Sequence
+import os
 from pathlib import Path
 from typing import Any
 
-from fastvit_engine.data.build.sources.context import Context, split_of_names
+from fastvit_engine.data.build.sources.columns import (
+    BYTES_COLUMNS,
+    LABEL_COLUMNS,
+    ROW_LEFT_OUT,
+    RowSplits,
+    image_column,
+    label_column,
+    row_splits,
+    split_column,
+)
+from fastvit_engine.data.build.sources.context import Context
+from fastvit_engine.data.build.sources.label_column import is_missing, read_cell
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
+from fastvit_engine.data.shards.braces import expand_braces
+from fastvit_engine.data.shards.splits import Splits
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.units import counted
 
-IMAGE_COLUMNS = ("image", "img", "jpg", "png", "bytes", "image_bytes")
-LABEL_COLUMNS = ("label", "labels", "fine_label", "cls", "class", "target")
 _ROWS = 64  # read at once
 
 
@@ -25,51 +38,129 @@ def list_parquet(path: Path, context: Context) -> Listing:
         import pyarrow.parquet
     except ImportError as error:
         raise UserError("Parquet files need pyarrow: pip install 'fastvit-engine[parquet]'") from error
-    folder = path if path.is_dir() else path.parent
-    if path.is_dir() and not list(path.glob("*.parquet")) and (path / "data").is_dir():
-        folder = path / "data"
-    file_names = sorted(file.name for file in folder.glob("*.parquet")) if path.is_dir() else [path.name]
-    train, held_out, left_out = split_of_names(file_names)
-    if left_out:
-        context.say(f"{folder}: left out {', '.join(left_out[:3])}{' ...' if left_out[3:] else ''}")
+    folder, train, held_out = _files(path, context)
     builder = ListingBuilder()
     names: list[str] | None = None
     try:
-        files = [pyarrow.parquet.ParquetFile(folder / name) for name in [*train, *held_out]]
-        context.progress.start("unpacking", sum(file.metadata.num_rows for file in files), "images")
-        for file_name, file in zip([*train, *held_out], files, strict=True):
+        files = {name: pyarrow.parquet.ParquetFile(folder / name) for name in [*train, *held_out]}
+        splits = _row_splits(files, held_out, path, context)
+        context.progress.start("unpacking", sum(file.metadata.num_rows for file in files.values()), "images")
+        for file_name, file in files.items():
             builder.held_out = file_name in held_out
-            names = _unpack(folder / file_name, file, builder, context) or names
+            names = _unpack(folder / file_name, file, builder, splits, context) or names
             file.close()
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read as Parquet ({error}): download it again") from error
+    column = f" with splits in the column '{context.split_column}'" if splits is not None else ""
+    context.describe(f"Parquet, {counted(len(files), 'file')}{column}")
+    if len(builder) and not builder.usable:
+        fault = next(file.fault for file in builder.files if file.fault)
+        raise UserError(f"every row of {path} {fault}: embed the images in the file, and give each row a label")
     return builder.finish(context.classes or names, str(path))
 
 
-def _unpack(path: Path, file: Any, builder: ListingBuilder, context: Context) -> list[str] | None:
+def _files(path: Path, context: Context) -> tuple[Path, list[str], list[str]]:
+    """The folder, and the names of the files in it to train and to evaluate on."""
+    folder = path
+    if path.is_dir() and not list(path.glob("*.parquet")) and (path / "data").is_dir():
+        folder = path / "data"
+    if path.is_dir():
+        names = sorted(file.name for file in folder.glob("*.parquet"))
+    elif path.is_file():
+        return path.parent, [path.name], []
+    else:
+        files = sorted(Path(name) for part in expand_braces(str(path)) for name in (glob.glob(part) or [part]))
+        folder = Path(os.path.commonpath([file.parent for file in files]))
+        names = [str(file.relative_to(folder)) for file in files]
+        if len(Splits.of(names).named()) < 2:
+            return folder, names, []
+    splits = context.choose_by_name(names, folder, "Parquet file")
+    return folder, splits.train, splits.val
+
+
+def _row_splits(files: dict[str, Any], held_out: list[str], path: Path, context: Context) -> RowSplits | None:
+    """What a column says of the rows; None if no column does, or the names of the files do.
+
+    Raises UserError if both do, and disagree.
+    """
+    column = next((found for file in files.values() if (found := split_column(file.schema_arrow.names))), None)
+    if column is None:
+        return None
+    values = {
+        name: {_text(value) for value in file.read(columns=[column])[column].unique().to_pylist()}
+        for name, file in files.items()
+        if column in file.schema_arrow.names
+    }
+    splits = row_splits(column, set().union(*values.values()), str(path))
+    if splits is None:
+        return None
+    for name, own in values.items():
+        wrong = next(
+            (value for value in sorted(own - {""}) if (splits.parts[value] != "train") != (name in held_out)), ""
+        )
+        if held_out and wrong:
+            raise UserError(
+                f"{path} has rows of the split '{wrong}', by the column '{column}', in the file {name}: move them to a "
+                "file that is named so, or remove the column"
+            )
+    if held_out:
+        return None
+    if len(values) < len(files):
+        name = next(name for name in files if name not in values)
+        raise UserError(
+            f"{name} in {path} has no column '{column}', which other files have: add it, or remove it there"
+        )
+    context.split_column = column
+    return splits
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def _unpack(
+    path: Path, file: Any, builder: ListingBuilder, splits: RowSplits | None, context: Context
+) -> list[str] | None:
     """Adds the images of one file; returns the class names that its schema has."""
     features = _features(file.schema_arrow)
-    image_column, label_column, classes = _columns(path, file.schema_arrow.names, features, context.labels)
+    image_column, label_column = _columns(path, file.schema_arrow, features, context)
+    classes = _class_names(features.get(label_column))
     builder.labels_refer_to(classes)
     raw = context.scratch_file(path, ".images")
-    builder.add_file("bytes", raw)
+    builder.add_file("bytes", raw, shown=path)
     offset = row = 0
     with context.writing(raw) as target:
-        for batch in file.iter_batches(_ROWS, columns=[image_column, label_column], use_threads=False):
-            for image, label in zip(
-                *(batch.column(name).to_pylist() for name in (image_column, label_column)), strict=True
+        part_column = label_column if splits is None else context.split_column
+        columns = list(dict.fromkeys([image_column, label_column, part_column]))
+        for batch in file.iter_batches(_ROWS, columns=columns, use_threads=False):
+            for image, label, part in zip(
+                *(batch.column(name).to_pylist() for name in (image_column, label_column, part_column)), strict=True
             ):
-                content, name = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
-                where = f"row {row} of {path}"
-                if not isinstance(content, bytes):
-                    raise UserError(f"{where} has no image bytes in '{image_column}': embed the images in the file")
-                if label is None or label == -1:
-                    raise UserError(f"{where} has no label in '{label_column}': leave such rows or files out")
-                labels = [str(entry) for entry in label] if isinstance(label, list) else [str(label)]
-                builder.multi_label |= isinstance(label, list)
-                builder.add(f"{path.stem}/{name or row}", labels, offset, len(content))
-                target.write(content)
-                offset += len(content)
+                split = _text(part) if splits is not None else ""
+                if splits is not None and split:
+                    if splits.is_left_out(split):
+                        builder.left_out[ROW_LEFT_OUT] += 1
+                        row += 1
+                        continue
+                    builder.held_out = splits.is_held_out(split)
+                content: Any = image.get("bytes") if isinstance(image, dict) else image
+                name = image.get("path") if isinstance(image, dict) else None
+                fault = "" if isinstance(content, bytes) else f"has no image bytes in '{image_column}'"
+                try:
+                    labels, several = read_cell(None if classes and label == -1 else label)
+                except ValueError as error:
+                    fault = fault or str(error)
+                if not fault and any(is_missing(entry, classes or context.classes or ()) for entry in labels):
+                    fault = "has no label"
+                if not fault and splits is not None and not split:
+                    fault = "has no split"
+                if fault:
+                    builder.add_faulty(f"row {row}", fault)
+                else:
+                    builder.multi_label |= several
+                    builder.add(f"{path.stem}/{name or row}", labels, offset, len(content))
+                    target.write(content)
+                    offset += len(content)
                 row += 1
             context.progress.update(len(builder))
     return classes
@@ -84,20 +175,22 @@ def _features(schema: Any) -> dict[str, Any]:
     return features if isinstance(features, dict) else {}
 
 
-def _columns(
-    path: Path, names: Sequence[str], features: dict[str, Any], wanted: str | None
-) -> tuple[str, str, list[str] | None]:
-    """(image column, label column, class names)."""
+def _columns(path: Path, schema: Any, features: dict[str, Any], context: Context) -> tuple[str, str]:
+    """(image column, label column), of those that the features describe or, without such, of the usual names."""
+    names = [str(name) for name in schema.names]
     typed = [name for name in names if _is(features.get(name), "Image")]
-    image = next(iter(typed + [name for name in IMAGE_COLUMNS if name in names]), None)
-    if image is None:
-        raise UserError(f"{path} has no column of images, only {', '.join(names)}: name it 'image'")
+    usual = [name for name in names if name.lower() in BYTES_COLUMNS and _may_hold_images(schema.field(name).type)]
+    image = image_column(names, typed or usual or BYTES_COLUMNS, str(path), context)
     typed = [name for name in names if _class_names(features.get(name))]
-    candidates = [wanted] if wanted else typed + list(LABEL_COLUMNS)
-    label = next((name for name in candidates if name in names), None)
-    if label is None:
-        raise UserError(f"{path} has no column of labels, only {', '.join(names)}: name it with --labels COLUMN")
-    return image, label, _class_names(features.get(label))
+    return image, label_column(names, typed or LABEL_COLUMNS, str(path), context)
+
+
+def _may_hold_images(arrow_type: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(arrow_type):
+        return any(arrow_type.field(index).name == "bytes" for index in range(arrow_type.num_fields))
+    return bool(types.is_binary(arrow_type) or types.is_large_binary(arrow_type))
 
 
 def _is(feature: Any, kind: str) -> bool:

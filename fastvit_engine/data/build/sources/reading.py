@@ -10,14 +10,17 @@ import urllib.request
 from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
 from fastvit_engine.data.build.sources.listing import Listing
-from fastvit_engine.data.build.sources.webdataset import IMAGE_EXTENSIONS
+from fastvit_engine.data.shards.image_files import IMAGE_SUFFIXES
 from fastvit_engine.data.shards.sample import parse_sample
 from fastvit_engine.data.shards.tar import TarError
+from fastvit_engine.shown import public_url
+from fastvit_engine.storage.http import INVALID_URL, authorization
 
 MAX_DOWNLOAD = 256 * 2**20  # bytes
 _OPEN_FILES = 64
@@ -43,7 +46,9 @@ class SourceReader:
 
     def read(self, index: int) -> Encoded:
         """Raises OSError or ValueError if the image cannot be had; whether it is a whole image is not checked."""
-        kind, path, shape = self._listing.files[self._listing.file[index]]
+        kind, path, shape, _, fault = self._listing.files[self._listing.file[index]]
+        if fault:
+            raise ValueError(fault)
         if kind == "url":
             return Encoded(download(self._listing.name(index), self._timeout))
         if kind == "path":
@@ -57,11 +62,11 @@ class SourceReader:
 
     def where(self, index: int) -> str:
         """The image's name, for people."""
-        kind, path, _ = self._listing.files[self._listing.file[index]]
+        kind, path, _, shown, _ = self._listing.files[self._listing.file[index]]
         name = self._listing.name(index)
         if kind in ("path", "url"):
-            return os.path.join(path, name)
-        return f"{name} in {path}"
+            return public_url(os.path.join(path, name))
+        return f"{name} in {shown or path}"
 
     def close(self) -> None:
         while self._descriptors:
@@ -88,8 +93,7 @@ def download(url: str, timeout: float) -> bytes:
     """The content behind an http(s) URL. Raises OSError after four tries, or at once if the server refuses for good."""
     for wait in (*_RETRY_WAITS, None):
         try:
-            request = urllib.request.Request(url, headers={"User-Agent": "fastvit-engine"})
-            with urllib.request.urlopen(request, timeout=timeout) as response:
+            with urllib.request.urlopen(_request(url), timeout=timeout) as response:
                 content: bytes = response.read(MAX_DOWNLOAD + 1)
                 announced = response.headers.get("Content-Length")
             if len(content) > MAX_DOWNLOAD:
@@ -97,6 +101,8 @@ def download(url: str, timeout: float) -> bytes:
             if announced is not None and announced.isdecimal() and len(content) < int(announced):
                 raise http.client.IncompleteRead(content, int(announced) - len(content))
             return content
+        except (http.client.InvalidURL, UnicodeError):  # whose message may quote a password or a signature
+            raise OSError(INVALID_URL) from None
         except urllib.error.HTTPError as error:
             if wait is None or error.code not in _RETRIED_CODES:
                 raise OSError(f"HTTP {error.code} {error.reason}") from error
@@ -110,12 +116,22 @@ def download(url: str, timeout: float) -> bytes:
     raise AssertionError("the last try returns or raises")
 
 
+def _request(url: str) -> urllib.request.Request:
+    """The request for a URL, with its user name and password where they belong, and not for other servers."""
+    parts = urlsplit(url)
+    public = parts._replace(netloc=parts.netloc.rpartition("@")[2], fragment="").geturl()
+    request = urllib.request.Request(public, headers={"User-Agent": "fastvit-engine"})
+    for name, value in authorization(parts).items():
+        request.add_unredirected_header(name, value)
+    return request
+
+
 def _sample(content: bytes) -> Encoded:
     try:
         sample = parse_sample(content, "")
     except TarError as error:
         raise ValueError(str(error)) from error
-    image = next(sample[extension] for extension in IMAGE_EXTENSIONS if extension in sample)
+    image = next(sample[suffix[1:]] for suffix in IMAGE_SUFFIXES if suffix[1:] in sample)
     return Encoded(image, sample.get("json"))
 
 

@@ -3,90 +3,171 @@
 import csv
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from fastvit_engine.data.build.sources.columns import (
+    LABEL_COLUMNS,
+    PATH_COLUMNS,
+    ROW_LEFT_OUT,
+    NoColumn,
+    RowSplits,
+    image_column,
+    label_column,
+    row_splits,
+    split_column,
+)
 from fastvit_engine.data.build.sources.context import Context
+from fastvit_engine.data.build.sources.label_column import is_missing, read_cell
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.data.build.sources.reading import is_url
 from fastvit_engine.errors import UserError
+from fastvit_engine.text import open_text
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
-IMAGE_COLUMNS = ("path", "url", "image", "file", "filename", "file_name", "image_path", "image_url")
-LABEL_COLUMNS = ("label", "labels", "class", "classes", "class_name", "target", "targets")
+_DELIMITERS = ",;\t"
+
+
+class Row(NamedTuple):
+    """One image of a table."""
+
+    line: int
+    image: Any
+    label: Any
+    fault: str = ""  # why the line cannot be read
+    split: str | None = None  # what the column of splits has; None if there is no such column
 
 
 def list_table(path: Path, context: Context) -> Listing:
     """One line per image: a path (relative to the list) or an http(s) URL, and one or several labels.
 
-    CSV and TSV have a header line; several labels are in one field, separated by ";" or as a JSON list. JSONL has one
-    object per line, several labels as a list. Raises UserError naming the line if something is missing.
+    CSV and TSV have a header line and are separated by commas, semicolons or tabs; several labels are in one field,
+    separated by ";" or as a list. JSONL has one object per line, several labels as a list. A column "split" says which
+    rows are held out. Lines that cannot be used are listed as faulty images. Raises UserError if the columns are not
+    known, or the file is no text.
     """
     builder = ListingBuilder()
-    builder.add_file("path", path.parent.resolve())
-    image_column = label_column = ""
+    builder.add_file("bytes", path)  # whose faulty lines are named by their numbers
+    folder = builder.add_file("path", path.parent.resolve())
+    url: int | None = None
     context.progress.start("listing", os.path.getsize(path), "bytes")
+    read = _json_rows if path.suffix == ".jsonl" else _csv_rows
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = _json_rows(file, path) if path.suffix == ".jsonl" else _csv_rows(file, path)
-            for number, row in rows:
-                if image_column not in row or label_column not in row:
-                    image_column = _column(row, IMAGE_COLUMNS, path, number)
-                    label_column = _column(row, (context.labels,) if context.labels else LABEL_COLUMNS, path, number)
-                labels = _labels(row[label_column])
-                if not isinstance(row[image_column], str) or not row[image_column]:
-                    raise UserError(f"line {number} of {path} has no {image_column}: complete it or remove it")
-                if labels is None:
-                    raise UserError(f"line {number} of {path} has no {label_column}: complete it or remove it")
-                builder.multi_label |= len(labels) != 1
-                if not is_url(row[image_column]):
-                    builder.add(row[image_column], labels, file=0)
+        splits = _splits(read(path, context), path, context)
+        for line, image, label, fault, split in read(path, context):
+            if splits is not None and split and not fault:
+                if splits.is_left_out(split):
+                    builder.left_out[ROW_LEFT_OUT] += 1
                     continue
-                if len(builder.files) == 1:
-                    builder.add_file("url", "")
-                builder.add(row[image_column], labels, file=1)
+                builder.held_out = splits.is_held_out(split)
+            try:
+                labels = [] if fault else read_cell(label, separator=";")[0]
+            except ValueError as error:
+                fault = str(error)
+            if not fault and (not isinstance(image, str) or not image.strip()):
+                fault = "has no path or URL of an image"
+            if not fault and any(is_missing(label, context.classes or ()) for label in labels):
+                fault = "has no label"
+            if not fault and splits is not None and not split:
+                fault = "has no split"
+            if fault:
+                builder.add_faulty(f"line {line}", fault, file=0)
+                continue
+            builder.multi_label |= len(labels) != 1
+            if not is_url(image):
+                builder.add(image, labels, file=folder)
+                continue
+            if url is None:
+                url = builder.add_file("url", "")
+            builder.add(image, labels, file=url)
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise UserError(f"the list {path} cannot be read ({error}): save it as UTF-8 text") from error
     return builder.finish(context.classes, str(path))
 
 
-def _csv_rows(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", restval="")
-    for row in reader:
-        yield reader.line_num, row
+def _splits(rows: Iterator[Row], path: Path, context: Context) -> RowSplits | None:
+    """What the column of splits says; None if there is none."""
+    values: set[str] = set()
+    for row in rows:
+        if not row.fault:
+            if row.split is None:
+                return None
+            values.add(row.split)
+    column = context.split_column
+    splits = row_splits(column, values, str(path)) if column is not None else None
+    if splits is not None:
+        context.describe(f"a list with splits in its column '{column}'")
+    return splits
 
 
-def _json_rows(file: Any, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
+def _csv_rows(path: Path, context: Context) -> Iterator[Row]:
+    delimiter = _delimiter(path, context)
+    with open_text(path, newline="") as file:
+        reader = csv.reader(file, delimiter=delimiter)
+        names = _header(reader, path)
+        image, label = (names.index(name) for name in _columns(names, path, context))
+        context.split_column = split_column(names)
+        split = None if context.split_column is None else names.index(context.split_column)
+        for fields in reader:
+            if any(fields[len(names) :]):
+                fault = f"has {len(fields)} fields, but the header has {len(names)}"
+                yield Row(reader.line_num, None, None, fault)
+            elif fields:
+                fields += [""] * (len(names) - len(fields))
+                part = None if split is None else fields[split].strip()
+                yield Row(reader.line_num, fields[image], fields[label], split=part)
+
+
+def _delimiter(path: Path, context: Context) -> str:
+    """The delimiter by which the header has the columns that are needed. Raises UserError if none does."""
+    errors: list[tuple[int, NoColumn]] = []
+    for delimiter in _DELIMITERS:
+        with open_text(path, newline="") as file:
+            names = _header(csv.reader(file, delimiter=delimiter), path)
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"line {number} of {path} is not JSON ({error}): correct it") from error
-        if not isinstance(row, dict):
-            raise UserError(f"line {number} of {path} is not a JSON object: write one object a line")
-        yield number, row
+            _columns(names, path, context)
+            return delimiter
+        except NoColumn as error:
+            errors.append((len(names), error))
+    raise max(errors, key=lambda entry: entry[0])[1]
 
 
-def _column(row: dict[str, Any], names: tuple[str, ...], path: Path, number: int) -> str:
-    for name in names:
-        if name in row:
-            return name
-    found = ", ".join(str(name) for name in row)
-    raise UserError(f"line {number} of {path} has no {' or '.join(names)}, only {found}: name the columns so")
+def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
+    names = next((fields for fields in reader if fields), None)
+    if names is None:
+        raise UserError(f"the list {path} is empty: begin it with a line of column names")
+    return names
 
 
-def _labels(value: Any) -> list[str] | None:
-    """None if there are none; a list may be empty."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return [value]  # a class whose name begins so
-    if isinstance(value, list):
-        return [str(label) for label in value]
-    if value is None:
-        return None
-    return [label.strip() for label in str(value).split(";") if label.strip()] or None
+def _columns(names: Sequence[str], path: Path, context: Context) -> tuple[str, str]:
+    return (
+        image_column(names, PATH_COLUMNS, str(path), context),
+        label_column(names, LABEL_COLUMNS, str(path), context),
+    )
+
+
+def _json_rows(path: Path, context: Context) -> Iterator[Row]:
+    """The columns are the keys of the first object."""
+    columns: tuple[str, str] | None = None
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                yield Row(number, None, None, "is not JSON")
+                continue
+            if not isinstance(row, dict):
+                yield Row(number, None, None, "is not a JSON object")
+                continue
+            if columns is None:
+                columns = _columns(list(row), path, context)
+                context.split_column = split_column(list(row))
+            split = None if context.split_column is None else _text(row.get(context.split_column))
+            yield Row(number, row.get(columns[0]), row.get(columns[1]), split=split)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()

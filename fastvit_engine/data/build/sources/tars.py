@@ -1,5 +1,6 @@
 """Tar files read by offset: class tars (ImageNet's training images), and flat ones with a file of labels."""
 
+import collections
 import contextlib
 import gzip
 import lzma
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastvit_engine.data.build.parallel import Counter, ordered_map, parallel_map
-from fastvit_engine.data.build.sources.context import Context, is_image
+from fastvit_engine.data.build.sources.context import Context, why_left_out
 from fastvit_engine.data.build.sources.devkit import validation_labels
+from fastvit_engine.data.build.sources.layout import NOT_CLASSES, Tree, arrange, images_of
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.data.shards.archive import open_forward
 from fastvit_engine.data.shards.sample import is_macos_resource
@@ -114,7 +116,8 @@ def list_class_tars(path: Path, context: Context) -> Listing:
     """A folder of tars or a tar of tars, each named by its class and holding the images of the class."""
     tars: list[tuple[str, Path, int, int]] = []  # class, file, first and last byte of its tar
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if is_tar_name(file.name))
+        kept = context.take([file.name for file in path.iterdir() if is_tar_name(file.name)], path, "tar")
+        files = [path / name for name in sorted(kept)]
         for file, plain in zip(files, plain_tars(files, context), strict=True):
             tars.append((_class_of(file.name), plain, 0, plain.stat().st_size))
     else:
@@ -123,24 +126,101 @@ def list_class_tars(path: Path, context: Context) -> Listing:
             if member.name.endswith(".tar"):
                 tars.append((_class_of(member.name), plain, member.offset, member.offset + member.size))
     tars.sort(key=lambda entry: entry[0])
-    classes = [name for name, *_ in tars]
-
-    builder = ListingBuilder()
+    builder = ListingBuilder(named=True)
     context.progress.start("listing", len(tars), "class tars")
     with contextlib.closing(ordered_map(_images_of_tar, tars, workers=context.workers)) as results:
-        for done, ((name, file, _, _), images) in enumerate(zip(tars, results, strict=True)):
+        for done, ((name, file, _, _), (images, left_out)) in enumerate(zip(tars, results, strict=True)):
+            builder.left_out.update(left_out)
             if not images:
                 raise UserError(f"the class tar {name}.tar in {path} holds no image: remove it or download it again")
+            _check_one_class(path, name, images, context)
             builder.add_file("bytes", file)
             for image in images:
                 builder.add(image.name, [name], image.offset, image.size)
             context.progress.update(done + 1)
-    return builder.finish(context.classes or classes, str(path))
+    context.describe("class tars")
+    return builder.finish(context.classes, str(path))
 
 
-def _images_of_tar(entry: tuple[str, Path, int, int]) -> list[TarFile]:
+def _check_one_class(path: Path, name: str, images: list[TarFile], context: Context) -> None:
+    """Refuses a tar with several folders of images, unless the format was given: these may be the classes."""
+    folders = sorted({image.name.rpartition("/")[0] for image in images})
+    if context.certain or len(folders) < 2:
+        return
+    source = f"{path}/{name}.tar" if path.is_dir() else "FOLDER"
+    raise UserError(
+        f"the tar {name}.tar in {path} has images in several folders, such as {folders[0] or '.'}/ and {folders[1]}/, "
+        f"and can be read in two ways: with the folders as classes: `{context.command(source=source)}`; or with "
+        f"'{name}' as the class: `{context.command('--format', 'class-tars')}`"
+    )
+
+
+def list_folder_tar(path: Path, context: Context) -> Listing:
+    """A tar of a folder of images: a folder for each class, or such folders for each split; see folder.list_folder.
+
+    With context.labels, or if the images are in one folder, it is a flat tar.
+    """
+    if context.labels is not None:
+        return list_flat_tar(path, context)
+    (plain,) = plain_tars([path], context)
+    tree, members = Tree(), {}
+    for member in files_of(plain):
+        name = os.path.normpath(member.name).lstrip("/")
+        folder, _, file = name.rpartition("/")
+        hidden = next((part for part in folder.split("/") if part in NOT_CLASSES or part.startswith(".")), None)
+        if hidden is not None:
+            if not hidden.startswith("."):
+                tree.folders_left_out.add(hidden)
+        elif (kind := why_left_out(name)) is None:
+            members[name] = member
+            while folder not in tree.images:
+                tree.images[folder] = []
+                folder = folder.rpartition("/")[0]
+            tree.images[name.rpartition("/")[0]].append(file)
+        else:
+            tree.left_out[kind] += 1
+    tree, top = _without_outer_folders(tree, context.classes or [])
+    if not tree.folders_in()[""]:
+        return list_flat_tar(path, context)
+    layout = arrange(tree, "folder", f"{path}/{top}".rstrip("/"), context.command)
+    inside = tree.folders_in()
+    builder = ListingBuilder(named=True)
+    builder.left_out.update(layout.counts)
+    builder.add_file("bytes", plain)
+    for entry in layout.classes:
+        builder.held_out = entry.held_out
+        for image, _ in images_of(tree, inside, entry.path):
+            member = members[os.path.join(top, entry.path, image)]
+            builder.add(f"{entry.name}/{image}", [entry.name], member.offset, member.size)
+    context.describe(f"a tar of {f'splits, {layout.splits}' if layout.splits else 'a folder of classes'}")
+    context.left_out += layout.left_out
+    return builder.finish(context.classes, str(path))
+
+
+def _without_outer_folders(tree: Tree, classes: list[str]) -> tuple[Tree, str]:
+    """The tree without the folders around all of its images, up to one of a known class; and their path."""
+    top, inside = "", tree.folders_in()
+    while len(inside[top]) == 1 and not tree.images[top] and inside[top][0].rpartition("/")[2] not in classes:
+        top = inside[top][0]
+    images = {
+        folder[len(top) :].lstrip("/"): names
+        for folder, names in tree.images.items()
+        if folder == top or folder.startswith(f"{top}/" if top else "")
+    }
+    return Tree(images, {}, tree.left_out, tree.folders_left_out), top
+
+
+def _images_of_tar(entry: tuple[str, Path, int, int]) -> tuple[list[TarFile], collections.Counter[str]]:
+    """The images of a tar, and how many other files there are of each kind."""
     _, path, start, end = entry
-    return [member for member in files_of(path, start, end) if is_image(member.name)]
+    images, left_out = [], collections.Counter[str]()
+    for member in files_of(path, start, end):
+        kind = why_left_out(member.name)
+        if kind is None:
+            images.append(member)
+        else:
+            left_out[kind] += 1
+    return images, left_out
 
 
 def _class_of(name: str) -> str:
@@ -156,7 +236,8 @@ def list_flat_tar(path: Path, context: Context) -> Listing:
     if context.labels is None:
         raise UserError(f"{path} holds images without labels: name the file of their labels with --labels")
     (plain,) = plain_tars([path], context)
-    images = sorted((member for member in files_of(plain) if is_image(member.name)), key=lambda member: member.name)
+    images, left_out = _images_of_tar(("", plain, 0, plain.stat().st_size))
+    images.sort(key=lambda member: member.name)
     lines = validation_labels(Path(context.labels).expanduser())
     if len(lines) != len(images):
         raise UserError(f"{context.labels} has {len(lines):,} labels for the {len(images):,} images of {path}")
@@ -169,7 +250,8 @@ def list_flat_tar(path: Path, context: Context) -> Listing:
     else:
         labels = [line[0] for line in lines]
     builder = ListingBuilder()
-    builder.add_file("bytes", plain)
+    builder.left_out.update(left_out)
+    builder.add_file("bytes", plain, shown=path)
     for image, label in zip(images, labels, strict=True):
         builder.add(image.name, [label], image.offset, image.size)
     return builder.finish(context.classes, context.labels)

@@ -2,25 +2,34 @@
 
 import contextlib
 import glob
+import json
 import os
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from braceexpand import braceexpand
-
 from fastvit_engine.data.build.parallel import ordered_map
-from fastvit_engine.data.build.sources.context import Context, split_of_names
+from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.data.build.sources.tars import is_tar_name, plain_tars
 from fastvit_engine.data.shards.archive import Archive, open_archive
+from fastvit_engine.data.shards.braces import expand_braces
+from fastvit_engine.data.shards.image_files import IMAGE_SUFFIXES
 from fastvit_engine.data.shards.labels import MAX_LABEL_BYTES, json_field, label_member, label_values
 from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.data.shards.sample import Ignored, SampleFile, describe_ignored, iterate_files
+from fastvit_engine.data.shards.splits import Splits
 from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.units import counted
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+
+class _Unusable(UserError):
+    """A sample lacks something; the message says it as if no sample had it, `fault` in a few words."""
+
+    def __init__(self, message: str, fault: str) -> None:
+        super().__init__(message)
+        self.fault = fault
 
 
 class LocatedSample(NamedTuple):
@@ -30,6 +39,8 @@ class LocatedSample(NamedTuple):
     labels: list[str]
     offset: int  # of its first member's header
     size: int  # up to the end of its last member
+    fault: str = ""  # why it cannot be used, such as "has no label"
+    advice: str = ""  # the same as a whole sentence
 
 
 def list_webdataset(path: Path, context: Context) -> Listing:
@@ -50,40 +61,57 @@ def list_webdataset(path: Path, context: Context) -> Listing:
     builder = ListingBuilder()
     builder.labels_refer_to(names)
     all_ignored = Ignored()
+    advice = ""
     with contextlib.closing(ordered_map(_samples, shards, workers=context.workers)) as results:
         for (plain, shard, _), (samples, ignored) in zip(shards, results, strict=True):
             all_ignored += ignored
             builder.held_out = shard in held_out
             builder.add_file("sample", plain)
             for sample in samples:
+                if sample.fault:
+                    builder.add_faulty(sample.key, sample.fault)
+                    advice = advice or sample.advice
+                    continue
                 builder.multi_label |= len(sample.labels) != 1
                 builder.add(sample.key, sample.labels, sample.offset, sample.size)
             context.progress.update(len(builder.files))
+    context.describe(f"WebDataset, {counted(len(shards), 'shard')}")
+    if advice and not builder.usable:
+        raise UserError(advice)
+    builder.left_out.update(all_ignored)
     if all_ignored:
         context.say(f"{path}: {len(builder):,} samples{describe_ignored(all_ignored)}")
     return builder.finish(context.classes or names, str(path))
 
 
 def _shards(path: Path, context: Context) -> tuple[list[Path], list[Path]]:
+    """The shards to train and to evaluate on."""
     if path.is_dir():
         info = read_info(path)
         if info is not None:
             return [path / name for name in sorted(info.train.shards)], [
                 path / name for name in sorted(info.eval.shards)
             ]
-        train, held_out, left_out = split_of_names(sorted(name for name in os.listdir(path) if is_tar_name(name)))
-        if left_out:
-            context.say(f"{path}: left out {', '.join(left_out[:3])}{' ...' if left_out[3:] else ''}")
-        return [path / name for name in train], [path / name for name in held_out]
-    shards = sorted(Path(name) for part in braceexpand(str(path)) for name in (glob.glob(part) or [part]))
+        splits = context.choose_by_name(sorted(name for name in os.listdir(path) if is_tar_name(name)), path, "shard")
+        return [path / name for name in splits.train], [path / name for name in splits.val]
+    try:
+        parts = expand_braces(str(path))
+    except ValueError as error:
+        raise UserError(f"the braces of {str(path)[:500]!r} cannot be expanded: {error}") from error
+    shards = sorted(Path(name) for part in parts for name in (glob.glob(part) or [part]))
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
         raise UserError(f"there is no shard {missing[0]}: correct the name")
-    return shards, []
+    folder = Path(os.path.commonpath([shard.parent for shard in shards]))
+    names = [str(shard.relative_to(folder)) for shard in shards]
+    if len(Splits.of(names).named()) < 2:
+        return shards, []
+    splits = context.choose_by_name(names, folder, "shard")
+    return [folder / name for name in splits.train], [folder / name for name in splits.val]
 
 
 def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[LocatedSample], Ignored]:
-    """The samples of a plain tar. Raises UserError naming the original shard and the key if one lacks a member."""
+    """The samples of a plain tar. Raises UserError naming the original shard if it is damaged."""
     plain, name, label_key = task
     samples: list[LocatedSample] = []
     ignored = Ignored()
@@ -105,11 +133,19 @@ def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[LocatedSample], 
 
 
 def _located(files: list[SampleFile], archive: Archive, shard: Path, label_key: str | None) -> LocatedSample:
+    try:
+        return _usable(files, archive, shard, label_key)
+    except _Unusable as error:
+        return LocatedSample(files[0].key, [], 0, 0, error.fault, str(error))
+
+
+def _usable(files: list[SampleFile], archive: Archive, shard: Path, label_key: str | None) -> LocatedSample:
     key, start = files[0].key, files[0].member.start
-    where = f"sample '{key}' of shard {shard}"
+    where = f"sample {key!r} of shard {shard}"
     members = {file.extension: file.member for file in files}
-    if not any(extension in members for extension in IMAGE_EXTENSIONS):
-        raise UserError(f"{where} has no image, only {sorted(members)}: the members of a sample must be adjacent")
+    if not any(suffix[1:] in members for suffix in IMAGE_SUFFIXES):
+        message = f"{where} has no image, only {sorted(members)}: the members of a sample must be adjacent"
+        raise _Unusable(message, "has no image")
 
     def read(extension: str) -> bytes:
         member = members[extension]
@@ -120,12 +156,24 @@ def _located(files: list[SampleFile], archive: Archive, shard: Path, label_key: 
     try:
         labels = _labels(read, members, label_key)
     except ValueError as error:
-        raise UserError(f"{where} has a label that cannot be read ({error}): make the shard again") from error
+        message = f"{where} has a label that cannot be read ({error}): make the shard again"
+        raise _Unusable(message, "has a label that cannot be read") from error
     if labels is None:
         wanted = f"labels in '{label_key}'" if label_key else "a 'cls' member nor labels in a 'json' member"
         advice = "make the shard again with one, or name the member that has them with --labels json.FIELD"
-        raise UserError(f"{where} has {'no' if label_key else 'neither'} {wanted}: {advice}")
+        message = f"{where} has {'no' if label_key else 'neither'} {wanted}, only {_there(read, members)}: {advice}"
+        raise _Unusable(message, "has no label")
     return LocatedSample(key, labels, start, files[-1].member.end - start)
+
+
+def _there(read: Callable[[str], bytes], members: Mapping[str, Any]) -> str:
+    """The members of a sample, and the fields of its JSON."""
+    names = ", ".join(sorted(members))
+    try:
+        fields = json.loads(read("json")) if "json" in members else None
+    except (ValueError, RecursionError):
+        fields = None
+    return f"{names} (json: {', '.join(map(str, fields))})" if isinstance(fields, dict) and fields else names
 
 
 def _labels(read: Callable[[str], bytes], members: Container[str], label_key: str | None) -> list[str] | None:

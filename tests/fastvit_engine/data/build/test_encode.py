@@ -69,6 +69,13 @@ def test_other_formats_become_png(format):
 
 
 @pytest.mark.parametrize("resize", [None, 16])
+def test_floating_point_pixels_are_refused_as_their_range_is_unknown(resize):
+    data = _save(Image.fromarray(np.linspace(0, 1, 24 * 24, dtype=np.float32).reshape(24, 24)), "TIFF")
+    with pytest.raises(ValueError, match="cannot be decoded .pixels are floating-point numbers of unknown range"):
+        encode_for_shard(data, resize)
+
+
+@pytest.mark.parametrize("resize", [None, 16])
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -76,9 +83,19 @@ def test_other_formats_become_png(format):
         (lambda data: b"", "is not an image"),
         (lambda data: b"<html></html>", "is not an image"),
         (lambda data: data[:3], "is not an image"),
+        (lambda data: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n", "which is not run"),
     ],
 )
 def test_what_is_no_whole_image_is_refused(encode, damage, message, resize):
     for format in ("JPEG", "PNG"):
         with pytest.raises(ValueError, match=message):
             encode_for_shard(damage(encode(_smooth(200, 100), format)), resize)
+
+
+@pytest.mark.parametrize("resize", [None, 16])
+def test_an_image_has_at_most_so_many_pixels(encode, resize):
+    for format in ("JPEG", "PNG"):
+        data = encode(_smooth(200, 100), format)
+        assert encode_for_shard(data, resize, max_pixels=20_000)
+        with pytest.raises(ValueError, match="it has 20,000 pixels, more than the 19,999 of data.max_pixels"):
+            encode_for_shard(data, resize, max_pixels=19_999)

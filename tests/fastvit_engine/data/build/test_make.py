@@ -16,11 +16,11 @@ from PIL import Image
 
 import fastvit_engine.data.build.make as make_module
 from fastvit_engine.data.build.encode import encode_for_shard
-from fastvit_engine.data.build.make import UNFINISHED_NAME, _share_that_allows, make_dataset
+from fastvit_engine.data.build.make import _share_that_allows, make_dataset
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.index import INDEX_NAME, open_index
-from fastvit_engine.data.shards.names import find_shards
+from fastvit_engine.data.shards.names import UNFINISHED_NAME, find_shards
 from fastvit_engine.errors import UserError
 
 CLASSES = {"ant": 20, "bee": 11, "cow": 5}
@@ -126,7 +126,11 @@ def test_second_run_does_nothing(photos, tmp_path):
 def test_dataset_json_without_options_is_understood(photos, tmp_path):
     _make(photos, tmp_path / "out")
     path = tmp_path / "out" / "dataset.json"
-    old = {key: value for key, value in json.loads(path.read_text()).items() if key not in ("options", "failed")}
+    old = {
+        key: value
+        for key, value in json.loads(path.read_text()).items()
+        if key not in ("options", "failed", "left_out")
+    }
     path.write_text(json.dumps(old))
     assert _is_already_made(photos, tmp_path / "out")
 
@@ -401,23 +405,27 @@ def test_shares_are_proposed_with_one_digit(failed, images, share):
 def test_failures_are_left_out_and_listed_up_to_a_share(photos, tmp_path):
     (photos / "ant" / "3.jpg").write_bytes(b"<html>")
     (photos / "bee" / "4.jpg").unlink()
-    (photos / "bee" / "4.jpg").symlink_to(photos / "nowhere.jpg")  # listed as no file: not an image of the source
+    (photos / "bee" / "4.jpg").symlink_to(photos / "nowhere.jpg")
     (photos / "cow" / "1.jpg").write_bytes(b"")
     lines: list[str] = []
-    made = _make(photos, tmp_path / "out", max_failed=0.06, progress=lines.append)
-    assert made.info.failed == 2 and made.info.train.samples + made.info.eval.samples == 33
-    assert "left out 2 images that failed (see failed.jsonl)" in lines[-1]
+    made = _make(photos, tmp_path / "out", max_failed=0.09, progress=lines.append)
+    assert made.info.failed == 3 and made.info.train.samples + made.info.eval.samples == 33
+    assert lines[-1].endswith(
+        "left out 1 image that failed (is a dangling symbolic link) and 2 images that failed (is not an image); "
+        "failed.jsonl names those that failed"
+    )
     failed = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
     assert {(Path(entry["image"]).name, entry["reason"]) for entry in failed} == {
         ("3.jpg", "is not an image"),
         ("1.jpg", "is not an image"),
+        ("4.jpg", "is a dangling symbolic link"),
     }
     counts = made.info.train.shards | made.info.eval.shards
     assert all(len(list(read_shard(str(tmp_path / "out" / name)))) == count for name, count in counts.items())
     with pytest.raises(
-        UserError, match=r"2 of \d+ images failed, more than --max-failed 0.05 allows; the last one, .*jpg"
+        UserError, match=r"3 of \d+ images failed, more than --max-failed 0.06 allows; the last one, .*jpg"
     ):
-        _make(photos, tmp_path / "less", max_failed=0.05)
+        _make(photos, tmp_path / "less", max_failed=0.06)
 
 
 def test_disk_full_leaves_nothing_behind(photos, tmp_path, monkeypatch):
@@ -481,7 +489,10 @@ def test_read_only_destination(photos, tmp_path):
         ({"part": (5, 4)}, "--part is 5/4"),
         ({"max_failed": 1.0}, "--max-failed is 1.0"),
         ({"seed": -1}, "--seed is -1"),
-        ({"format": "zip"}, "--format is zip: it must be one of cifar, class-tars"),
+        ({"labels": "a", "label_column": "b"}, "--labels and --label-column both name the column of labels"),
+        ({"image_column": "a"}, "--image-column names a column of a list or of Parquet files, but .* is neither"),
+        ({"label_column": "a"}, "--label-column names a column of a list or of Parquet files, but .* is neither"),
+        ({"format": "zip"}, "--format is zip: it must be one of cifar, class-folders, class-tars"),
         ({"eval_fraction": 0.001}, "36 images are too few"),
     ],
 )
@@ -489,6 +500,129 @@ def test_bad_arguments(photos, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         _make(photos, tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+
+
+# --- what is left out
+
+
+def test_everything_that_is_not_used_is_counted_by_reason(tmp_path, photo, encode):
+    root = tmp_path / "photos"
+    for name in ("ant/0.jpg", "ant/deep/1.JPG", "bee/2.jfif"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(photo(len(name)))
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    (root / "bee" / "3.ppm").write_bytes(encode(pixels, "PPM"))
+    (root / "bee" / "4.jp2").write_bytes(encode(pixels, "JPEG2000"))
+    (root / "bee" / "5.jpg").write_bytes(photo(len("ant/0.jpg")))  # as ant/0.jpg
+    (root / "bee" / "6.png").write_bytes(b"no image")
+    left_out = [
+        "top.jpg",
+        "README.md",
+        "ant/no_suffix",
+        "ant/a.txt",
+        "ant/b.TXT",
+        "ant/.c.jpg",
+        "ant/._0.jpg",
+        "ant/x.12 34",
+    ]
+    for name in left_out:
+        (root / name).touch()
+    (root / ".cache").mkdir()
+    os.mkfifo(root / "ant" / "pipe.jpg")
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    (root / "bee" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    lines: list[str] = []
+    made = _make(root, tmp_path / "out", eval_fraction=0.0, dedup=True, max_failed=0.4, progress=lines.append)
+    assert made.info.left_out == {
+        ".md file": 1,
+        ".txt file": 2,
+        "duplicate": 1,
+        "file with an unusual suffix": 1,
+        "file without a suffix": 1,
+        "hidden file": 1,
+        "hidden folder": 1,
+        "image beside the class folders": 1,
+        "image that failed (is a dangling symbolic link)": 2,
+        "image that failed (is not an image)": 1,
+        "macOS resource file": 1,
+        "special file": 1,
+    }
+    assert made.info.failed == 3 and made.info.train.samples == 5 and made.info.classes == ["ant", "bee"]
+    assert json.loads((tmp_path / "out" / "dataset.json").read_text())["left_out"] == made.info.left_out
+    assert (
+        "; left out 1 .md file, 2 .txt files, 1 duplicate, 1 file with an unusual suffix, 1 file without" in lines[-1]
+    )
+    assert lines[-1].endswith("1 macOS resource file and 1 special file; failed.jsonl names those that failed")
+    assert lines[0].startswith(
+        f"{root}: a folder of classes: 9 images to train on, 0 of each class to evaluate on; 2 class names in "
+        "alphabetical order: ant, bee; left out: 1 .md file, 2 .txt files, "
+    )
+
+
+@pytest.mark.parametrize("link", ["gone", "bee/gone.jpg", "bee/gone"])
+def test_a_dangling_link_is_a_failure(photos, tmp_path, link):
+    (photos / link).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=rf"{link} is a dangling symbolic link: repair it, or leave bad images out"):
+        _make(photos, tmp_path / "out")
+    made = _make(photos, tmp_path / "out", max_failed=0.04)
+    assert made.info.failed == 1 and made.info.train.samples + made.info.eval.samples == 36
+
+
+def _rows_of(form: str, folder: Path, photo) -> Path:
+    """20 rows of two classes in a table; three of them cannot be used."""
+    pyarrow = pytest.importorskip("pyarrow") if form == "parquet" else None
+    rows: list[dict] = [{"image": f"{n}.jpg", "label": n % 2} for n in range(20)]
+    rows[4]["image"], rows[7]["label"] = None, None
+    for n in range(20):
+        (folder / f"{n}.jpg").write_bytes(photo(n) if n != 9 else b"<html>")
+    path = folder / f"list.{form}"
+    if form == "csv":
+        lines = [f"{row['image'] or ''},{'' if row['label'] is None else float(row['label'])}" for row in rows]
+        path.write_text("\n".join(["image,label", *lines]))
+    elif form == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        assert pyarrow is not None
+        for row in rows:
+            name = row["image"]
+            row["image"] = {"bytes": (folder / name).read_bytes() if name else None, "path": name}
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_rows_that_cannot_be_used_are_named_once_and_the_rest_is_made(tmp_path, photo, form):
+    path = _rows_of(form, tmp_path, photo)
+    with pytest.raises(UserError, match=r"(line|row) \d+ in .* has no|9\.jpg.* is not an image"):
+        _make(path, tmp_path / "out")
+    lines: list[str] = []
+    made = _make(path, tmp_path / "out", max_failed=0.15, progress=lines.append)
+    failed = [json.loads(line) for line in (tmp_path / "out" / "failed.jsonl").read_text().splitlines()]
+    lost = "has no image bytes in 'image'" if form == "parquet" else "has no path or URL of an image"
+    row = {"csv": "line {} in", "jsonl": "line {} in", "parquet": "row {} in"}[form]
+    first = {"csv": 2, "jsonl": 1, "parquet": 0}[form]
+    bad = f"list/9.jpg in {path}" if form == "parquet" else str(tmp_path / "9.jpg")
+    assert sorted((entry["image"], entry["reason"]) for entry in failed) == sorted(
+        [
+            (f"{row.format(first + 4)} {path}", lost),
+            (f"{row.format(first + 7)} {path}", "has no label"),
+            (bad, "is not an image"),
+        ]
+    )
+    assert made.info.failed == 3 and sum(made.info.left_out.values()) == 3 and made.info.classes == ["0", "1"]
+    labels = {image: label for split in ("train", "eval") for _, image, label in _triples(tmp_path / "out", split)}
+    assert labels == {photo(n): str(n % 2) for n in range(20) if n not in (4, 7, 9)}
+    with pytest.raises(UserError, match="more than --max-failed 0.1 allows"):
+        _make(path, tmp_path / "less", max_failed=0.1)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_class_names_in_any_encoding(photos, tmp_path, encoding):
+    (tmp_path / "classes.txt").write_bytes("cow\n\n ant \r\nbee\nödland\n".encode(encoding))
+    made = _make(photos, tmp_path / "out", classes=tmp_path / "classes.txt")
+    assert made.info.classes == ["cow", "ant", "bee", "ödland"]
+    labels = Counter(label for split in ("train", "eval") for _, _, label in _triples(tmp_path / "out", split))
+    assert labels == {"0": 5, "1": 20, "2": 11}
 
 
 # --- what is done to images

@@ -5,28 +5,37 @@ import gzip
 import io
 import json
 import pickle
+import re
+import shlex
 import struct
 import sys
 import tarfile
+import tempfile
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fastvit_engine.data.build.sources.reading as reading
 from fastvit_engine.data.build.make import make_dataset
 from fastvit_engine.data.build.sources import list_source, list_with_eval, recognise
-from fastvit_engine.data.build.sources.context import Context, split_of_names
+from fastvit_engine.data.build.sources.context import Context
+from fastvit_engine.data.build.sources.devkit import validation_labels
 from fastvit_engine.data.build.sources.listing import Listing
+from fastvit_engine.data.build.sources.pixels import list_cifar
 from fastvit_engine.data.build.sources.reading import SourceReader
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.progress import WorkProgress
+from tests.fastvit_engine.data.shards.tar_files import END, header
 
 
 @pytest.fixture
@@ -127,7 +136,7 @@ def test_folder_of_splits(listed, tmp_path, photo):
         ("dog/7.jpg", ["dog"], True),
     ]
     _files(tmp_path / "in", ("val/emu/7.jpg",), photo)
-    with pytest.raises(UserError, match="label 'emu', which is neither one of the 2 class names"):
+    with pytest.raises(UserError, match="the class 'emu' is in .*/val and not among the 2 classes to train"):
         listed(tmp_path / "in", classes=None)
 
 
@@ -149,6 +158,31 @@ def test_given_class_names_set_the_order(context, tmp_path, photo):
     context.classes = ["dog", "emu", "cat"]
     listing = list_source(str(tmp_path / "in"), None, context)
     assert listing.classes == ["dog", "emu", "cat"] and listing.labels.tolist() == [2, 0]
+
+
+def test_folders_that_are_numbers_are_in_numeric_order(listed, context, tmp_path, photo):
+    _files(tmp_path / "in", tuple(f"{n}/a.jpg" for n in range(1, 12)), photo)
+    listing = list_source(str(tmp_path / "in"), None, context)
+    assert listing.classes == [str(n) for n in range(1, 12)] and listing.order == "numeric"
+    assert all(listing.name(n) == f"{listing.labels_of(n)[0] + 1}/a.jpg" for n in range(11))
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["jpg", "PPM", "txt", "", "jpg~", "xml", "avif", "7z", "tar.gz"]), min_size=1))
+def test_every_file_of_a_folder_is_listed_or_counted(suffixes):
+    with tempfile.TemporaryDirectory() as folder:
+        for number, suffix in enumerate(["jpg", *suffixes]):
+            path = Path(
+                folder, "in", "ab"[number % 2 if number > 1 else 0], f"{number}.{suffix}" if suffix else f"{number}"
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        Path(folder, "in", "b").mkdir(exist_ok=True)
+        Path(folder, "in", "b", "0.jpg").touch()
+        context = Context(Path(folder), 1, WorkProgress(quiet=True), lambda text: None)
+        listing = list_source(str(Path(folder, "in")), "folder", context)
+    images = sum(suffix.lower() in ("jpg", "ppm", "avif") for suffix in suffixes)
+    assert len(listing) == 2 + images and len(listing) + sum(listing.left_out.values()) == 2 + len(suffixes)
 
 
 # --- tars of ImageNet
@@ -197,6 +231,19 @@ def test_class_tars_with_long_names(listed, tmp_path, photo):
             info.size = len(inner.getvalue())
             tar.addfile(info, io.BytesIO(inner.getvalue()))
         assert listed(tmp_path / "all.tar") == [(name, ["n001"], False, photo(3))]
+
+
+def test_files_of_tars_that_are_no_images_are_counted(context, tmp_path, photo):
+    members = [("a.jpg", photo(1)), ("b.PPM", b"x"), ("notes.txt", b"x"), ("._a.jpg", b"x"), (".DS_Store", b"x")]
+    (tmp_path / "all.tar").write_bytes(_tar([("2.tar", _tar(members)), ("10.tar", _tar(members))]))
+    listing = list_source(str(tmp_path / "all.tar"), None, context)
+    assert listing.classes == ["2", "10"] and len(listing) == 4
+    assert listing.left_out == {".txt file": 2, "macOS resource file": 2, "hidden file": 2}
+    (tmp_path / "flat.tar").write_bytes(_tar(members))
+    (tmp_path / "labels.txt").write_text("cat\nant\n")
+    context.labels = str(tmp_path / "labels.txt")
+    listing = list_source(str(tmp_path / "flat.tar"), "flat-tar", context)
+    assert listing.left_out == {".txt file": 1, "macOS resource file": 1, "hidden file": 1}
 
 
 def test_damaged_class_tars(listed, tmp_path, class_tars):
@@ -257,7 +304,14 @@ def test_flat_tar_with_labels_in_several_forms(listed, tmp_path, validation):
     labels = tmp_path / "labels.txt"
     by_name = "\n".join(f"{name} {label}" for name, label in zip(VALIDATION, (2, 0, 0, 1), strict=True))
     reversed_lines = "\n".join(reversed(by_name.splitlines()))
-    for text in ("2\n0\n0\n1\n", "cat\nant\nant\nbee\n", by_name, reversed_lines, reversed_lines.replace(" ", ",")):
+    for text in (
+        "2\n0\n0\n1\n",
+        "cat\nant\nant\nbee\n",
+        "\ufeffcat\nant\nant\nbee\n",
+        by_name,
+        reversed_lines,
+        reversed_lines.replace(" ", ","),
+    ):
         labels.write_text(text)
         rows = listed(validation, labels=str(labels), classes=["ant", "bee", "cat"])
         assert [(name, label) for name, (label,), _, _ in rows] == list(
@@ -381,6 +435,49 @@ def test_damaged_cifar(listed, cifar, batch, message):
         listed(source)
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "opcodes",
+    [
+        b"}r\xff\xff\xff\x7f",  # a memo under the number 2**31
+        b"\x96" + struct.pack("<Q", 1 << 40),  # an array of 1 TB
+        b"cnumpy\nndarray\n(\x8a\x05\0\0\0\0\x01tR",  # the same, by a call
+        b"c_codecs\nencode\n(C\x01xU\x03hextR",
+        b"}(K\x01" + b"\x86".join([b"q\x00h\x00"] * 60) + b"K\x01u",  # tuples of tuples as a key
+        b"",
+        b"}" * 100,
+        b"]",
+    ],
+)
+def test_pickles_that_would_take_all_memory_or_time_do_not(listed, cifar, opcodes):
+    source, _ = cifar
+    (source / "data_batch_1").write_bytes(b"\x80\x02" + opcodes + b".")
+    with pytest.raises(UserError, match=r"data_batch_1 of .*: download it again") as error:
+        listed(source)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("meta", [{b"label_names": [7]}, {b"label_names": 7}, {b"label_names": [b"\xff"]}])
+def test_cifar_class_names_that_are_no_text(listed, cifar, meta):
+    source, _ = cifar
+    (source / "batches.meta").write_bytes(_old_pickle(meta))
+    with pytest.raises(UserError, match="batches.meta of .* has class names that are no text"):
+        listed(source)
+
+
+@pytest.mark.timeout(60)
+def test_archives_of_cifar_with_a_negative_size_end(listed, tmp_path):
+    """With which tarfile goes back, and round and round."""
+    path = tmp_path / "cifar-10-python.tar"
+    path.write_bytes(header(b"c/data_batch_1", b"-0000001000") + END)
+    with pytest.raises(UserError, match="is damaged or unreadable .*it has a damaged header at byte 0"):
+        list_cifar(path, None)
+    devkit = tmp_path / "ILSVRC2012_devkit_t12.tar.gz"
+    devkit.write_bytes(gzip.compress(header(b"d/data/meta.mat", b"-0000001000") + END))
+    with pytest.raises(UserError, match="the devkit .* cannot be read .*it has a damaged header at byte 0"):
+        validation_labels(devkit)
+
+
 # --- MNIST and its kin
 
 
@@ -420,6 +517,8 @@ def test_damaged_idx(listed, mnist):
         (_idx(np.zeros(3, np.uint8)), "has 3 labels for the 2 images"),
         (_idx(np.zeros(2, np.uint8))[:-1], r"has 1 bytes of data where \(2,\) are announced"),
         (b"<html>", "is not an idx file of 1-dimensional bytes"),
+        (b"\0\0\x08\x01\xff\xff\xff\xff12", r"has 2 bytes of data where \(4294967295,\) are announced"),
+        (_idx(np.zeros(2, np.uint8)) + b"1", r"has more than 2 bytes of data where \(2,\) are announced"),
     ):
         labels.write_bytes(content)
         with pytest.raises(UserError, match=message):
@@ -427,6 +526,20 @@ def test_damaged_idx(listed, mnist):
     labels.unlink()
     with pytest.raises(UserError, match="has no file of labels t10k-labels-idx1-ubyte"):
         listed(source)
+    images = source / "train-images-idx3-ubyte.gz"
+    good = gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12 + bytes(1000))
+    for content, message in (
+        (good, r"announces \(4294967295, 4294967295, 4294967295\), which are more than 8,589,934,592 bytes"),
+        (gzip.compress(_idx(np.zeros((3, 28, 28), np.uint8)) + bytes(1 << 26)), "has more than 2,352 bytes of data"),
+        (good[:-10], "announces|cannot be read"),
+        (good[:10] + b"\xff" * 9 + good[19:], "cannot be read"),  # zlib's own error
+    ):
+        images.write_bytes(content)
+        tracemalloc.start()
+        with pytest.raises(UserError, match=message):
+            listed(source)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+        tracemalloc.stop()
 
 
 # --- Parquet
@@ -452,15 +565,14 @@ def _image_rows(photo, labels: list, first: int = 0, column: str = "label") -> l
     ]
 
 
-def test_parquet_of_hugging_face(listed, tmp_path, photo):
+def test_parquet_of_hugging_face(listed, context, tmp_path, photo):
     features = {"image": {"_type": "Image"}, "label": CLASS_LABEL}
     data = tmp_path / "in" / "data"
     _parquet(data / "train-00000-of-00002.parquet", _image_rows(photo, [2, 0, 1]), features)
     _parquet(data / "train-00001-of-00002.parquet", _image_rows(photo, [1], 3), features)
     _parquet(data / "validation-00000-of-00001.parquet", _image_rows(photo, [0, 2], 10), features)
     _parquet(data / "test-00000-of-00001.parquet", _image_rows(photo, [-1], 20), features)  # labels kept secret
-    said: list[str] = []
-    rows = listed(tmp_path / "in", say=said.append)
+    rows = listed(tmp_path / "in")
     assert [row[1:] for row in rows] == [
         (["cat"], False, photo(0)),
         (["ant"], False, photo(1)),
@@ -469,7 +581,36 @@ def test_parquet_of_hugging_face(listed, tmp_path, photo):
         (["ant"], True, photo(10)),
         (["cat"], True, photo(11)),
     ]
-    assert "left out test-00000-of-00001.parquet" in said[0]
+    assert "1 named val (eval)" in context.descriptions[0]
+    left_out = list_source(str(tmp_path / "in"), None, context).left_out
+    assert left_out == {"Parquet file named test (there is a validation split)": 1}
+
+
+def test_parquet_of_which_some_files_say_a_split(listed, tmp_path, photo):
+    features = {"image": {"_type": "Image"}, "label": CLASS_LABEL}
+    for number, name in enumerate(("train-0", "extra-0", "test-0")):
+        _parquet(tmp_path / "in" / f"{name}.parquet", _image_rows(photo, [number], number), features)
+    with pytest.raises(
+        UserError, match="some Parquet files in .* are named by a split, and others, such as extra-0"
+    ) as e:
+        listed(tmp_path / "in")
+    first, second = (shlex.split(command) for command in re.findall("`(fastvit [^`]+)`", str(e.value)))
+    assert first[3:6] == [f"{tmp_path}/in/train-0.parquet", "--eval-source", f"{tmp_path}/in/test-0.parquet"]
+    assert [row[1:3] for row in listed(first[3])] == [(["ant"], False)]
+    assert [row[1:3] for row in listed(second[3])] == [(["bee"], False), (["ant"], False)]  # in sorted order
+    assert [row[1:3] for row in listed(f"{tmp_path}/in/t*.parquet")] == [(["ant"], False), (["cat"], True)]
+
+
+def test_parquet_in_a_folder_for_each_split(listed, tmp_path, photo):
+    features = {"image": {"_type": "Image"}, "label": CLASS_LABEL}
+    for number, name in enumerate(("test", "train", "validation")):
+        _parquet(tmp_path / "in" / name / "0000.parquet", _image_rows(photo, [number], number), features)
+    with pytest.raises(
+        UserError, match=r"Parquet files of .* are in folders, such as test/: name all as '.*/\*/\*.par"
+    ):
+        listed(tmp_path / "in")
+    rows = listed(f"{tmp_path}/in/*/*.parquet")
+    assert [row[1:] for row in rows] == [(["bee"], False, photo(1)), (["cat"], True, photo(2))]
 
 
 @pytest.mark.parametrize(
@@ -491,7 +632,7 @@ def test_parquet_with_several_labels(context, tmp_path, photo, feature):
 def test_parquet_without_metadata(listed, tmp_path, photo):
     rows = [{"img": photo(n), "species": name} for n, name in enumerate(("wolf", "fox"))]
     _parquet(tmp_path / "all.parquet", rows, None)
-    with pytest.raises(UserError, match="has no column of labels, only img, species: name it with --labels COLUMN"):
+    with pytest.raises(UserError, match="has no column of labels, only img, species: name it with --label-column"):
         listed(tmp_path / "all.parquet")
     found = listed(tmp_path / "all.parquet", labels="species")
     assert [row[1:] for row in found] == [(["wolf"], False, photo(0)), (["fox"], False, photo(1))]
@@ -499,11 +640,8 @@ def test_parquet_without_metadata(listed, tmp_path, photo):
 
 def test_parquet_that_cannot_serve(listed, tmp_path, photo, monkeypatch):
     path = tmp_path / "all.parquet"
-    _parquet(path, _image_rows(photo, [0, None]), None)
-    with pytest.raises(UserError, match=r"row 1 of .*all\.parquet has no label"):
-        listed(path)
     _parquet(path, [{"image": {"bytes": None, "path": "a.jpg"}, "label": 0}], None)
-    with pytest.raises(UserError, match="row 0 of .* has no image bytes in 'image': embed the images"):
+    with pytest.raises(UserError, match="every row of .* has no image bytes in 'image': embed the images"):
         listed(path)
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match="cannot be read as Parquet"):
@@ -514,6 +652,72 @@ def test_parquet_that_cannot_serve(listed, tmp_path, photo, monkeypatch):
 
 
 # --- lists
+
+
+SPLIT_ROWS = [
+    ("0.jpg", "fox", "train"),
+    ("1.jpg", "ant", "Test"),
+    ("2.jpg", "ant", "validation"),
+    ("3.jpg", "ant", "train"),
+]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_a_column_of_splits_is_heeded(tmp_path, context, photo, form):
+    path = _table_of(tmp_path, form, SPLIT_ROWS, photo)
+    listing = list_source(str(path), None, context)
+    assert [(listing.classes[listing.labels_of(n)[0]], bool(listing.held_out[n])) for n in range(len(listing))] == [
+        ("fox", False),
+        ("ant", True),
+        ("ant", False),
+    ]
+    assert listing.left_out == {"row of the test split (there is a validation split)": 1}
+    assert "split" in context.descriptions[0]
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (["train", "5", "val", "train"], "the column 'split' of .* has '5', and splits are called train, val and test"),
+        (["val", "test", "val", "test"], "says val and test, and never train: write the rows to train on"),
+        (["", "", "", ""], "the column 'split' of .* is empty"),
+    ],
+)
+def test_a_column_of_splits_that_cannot_be_read_is_refused(tmp_path, context, photo, form, parts, message):
+    rows = [(name, label, part) for (name, label, _), part in zip(SPLIT_ROWS, parts, strict=True)]
+    with pytest.raises(UserError, match=message):
+        list_source(str(_table_of(tmp_path, form, rows, photo)), None, context)
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_rows_of_one_split_are_all_taken_and_one_without_is_faulty(tmp_path, context, photo, form):
+    rows = [(name, label, "" if name == "2.jpg" else "test") for name, label, _ in SPLIT_ROWS]
+    listing = list_source(str(_table_of(tmp_path, form, rows, photo)), None, context)
+    assert len(listing) == 4 and not listing.held_out.any()
+    assert [listing.files[listing.file[n]].fault for n in range(4)] == ["", "", "has no split", ""]
+
+
+def test_the_names_of_parquet_files_and_a_column_of_splits_must_agree(tmp_path, context, photo):
+    for name, part in (("train.parquet", "train"), ("val.parquet", "train")):
+        rows = [{"image": photo(n), "label": n % 2, "split": part} for n in range(2)]
+        _parquet(tmp_path / "in" / name, rows, None)
+    with pytest.raises(UserError, match=r"rows of the split 'train', by the column 'split', in the file val\.parquet"):
+        list_source(str(tmp_path / "in"), None, context)
+
+
+def _table_of(folder: Path, form: str, rows: list[tuple[str, str, str]], photo) -> Path:
+    path = folder / f"list.{form}"
+    if form == "parquet":
+        _parquet(path, [{"image": photo(n), "label": row[1], "split": row[2]} for n, row in enumerate(rows)], None)
+        return path
+    for number, (name, _, _) in enumerate(rows):
+        (folder / name).write_bytes(photo(number))
+    if form == "jsonl":
+        path.write_text("\n".join(json.dumps(dict(zip(("path", "label", "split"), row, strict=True))) for row in rows))
+    else:
+        path.write_text("\n".join(",".join(row) for row in [("path", "label", "split"), *rows]) + "\n")
+    return path
 
 
 def test_csv_and_jsonl(listed, tmp_path, photo):
@@ -553,19 +757,192 @@ def test_labels_by_index_and_by_name(context, tmp_path, text, classes, expected)
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.csv", "name,label\nx,1\n", r"line 2 of .*a\.csv has no path or url or .*, only name, label"),
-        ("a.csv", "path,label\nx,1\n,2\n", r"line 3 of .*a\.csv has no path"),
-        ("a.csv", "path,label\nx,1\ny,\n", r"line 3 of .*a\.csv has no label"),
+        (
+            "a.csv",
+            "name,label\nx,1\n",
+            r"a\.csv has no column of images, only name, label: name it with --image-column",
+        ),
+        ("a.csv", "path,kind\nx,1\n", r"a\.csv has no column of labels, only path, kind: name it with --label-column"),
+        ("a.csv", "path;kind\nx;1\n", r"a\.csv has no column of labels, only path, kind"),
         ("a.csv", "path,label\n", "holds no image"),
-        ("a.jsonl", '{"path": "x", "label": 1}\n{"path"\n', r"line 2 of .*a\.jsonl is not JSON"),
-        ("a.jsonl", "[1]\n", "line 1 of .* is not a JSON object"),
-        ("a.jsonl", '{"path": "x", "label": 1}\n{"path": "y"}\n', "line 2 of .* has no label"),
+        ("a.csv", "\n\n", r"a\.csv is empty: begin it with a line of column names"),
+        ("a.csv", "path,label,url\nx,1,y\n", "choose with --image-column path or --image-column url"),
+        ("a.csv", "path,class,label\nx,1,y\n", "choose with --label-column class or --label-column label"),
+        ("a.csv", "path,path,label\nx,y,1\n", "rename all but one of those called 'path'"),
+        ("a.csv", "path,label\nx,caf\xe9\n".encode("latin-1"), "cannot be read .*: save it as UTF-8 text"),
+        ("a.jsonl", '{"path": "x", "tag": 1}\n', "has no column of labels, only path, tag"),
     ],
 )
 def test_lists_that_cannot_serve(listed, tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         listed(tmp_path / name)
+
+
+def _of(listing: Listing) -> list[tuple[str, list[str] | str]]:
+    """Of each image its name and the names of its classes, or why it is faulty."""
+    return [
+        (
+            listing.name(index),
+            listing.files[listing.file[index]].fault or [listing.classes[n] for n in listing.labels_of(index)],
+        )
+        for index in range(len(listing))
+    ]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_delimiters_and_encodings_of_lists(context, tmp_path, delimiter, suffix, encoding):
+    lines = [("Path ", "note", "LABEL"), ("a;b,c.jpg", 'say "hi"', "bär"), ("d\te.jpg", "", "ant; bär")]
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, delimiter=delimiter).writerows(lines)
+    (tmp_path / f"list.{suffix}").write_bytes(buffer.getvalue().encode(encoding))
+    listing = list_source(str(tmp_path / f"list.{suffix}"), None, context)
+    assert _of(listing) == [("a;b,c.jpg", ["bär"]), ("d\te.jpg", ["ant", "bär"])]
+
+
+def test_the_index_that_pandas_writes_is_no_column_of_ours(context, tmp_path):
+    (tmp_path / "list.csv").write_text(",path,label\n0,a.jpg,3\n1,b.jpg,0\n")
+    listing = list_source(str(tmp_path / "list.csv"), None, context)
+    assert _of(listing) == [("a.jpg", ["3"]), ("b.jpg", ["0"])]
+    (tmp_path / "list.csv").write_text(",path\n0,a.jpg\n1,b.jpg\n")
+    with pytest.raises(UserError, match=r"has no column of labels, only path: name it with --label-column"):
+        list_source(str(tmp_path / "list.csv"), None, context)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_columns_are_chosen_by_name(context, tmp_path, photo, suffix):
+    path = tmp_path / f"list.{suffix}"
+    rows = [
+        {"path": "x", "image": "a.jpg", "label": 7, "kind": "cat"},
+        {"path": "y", "image": "b.jpg", "label": 8, "kind": "ant"},
+    ]
+    if suffix == "csv":
+        path.write_text("\n".join(",".join(map(str, row)) for row in [rows[0], *(row.values() for row in rows)]))
+    elif suffix == "jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        _parquet(
+            path, [row | {"path": photo(1), "image": {"bytes": photo(2), "path": row["image"]}} for row in rows], None
+        )
+    context.image_column, context.label_column = "image", "kind"
+    listing = list_source(str(path), None, context)
+    assert [labels for _, labels in _of(listing)] == [["cat"], ["ant"]]
+    assert [name.rpartition("/")[2] for name, _ in _of(listing)] == ["a.jpg", "b.jpg"]
+    context.label_column = "none"
+    with pytest.raises(UserError, match="has no column called 'none', only path, image, label, kind"):
+        list_source(str(path), None, context)
+
+
+def test_lines_that_cannot_be_used_are_faulty_and_the_others_are_kept(context, tmp_path):
+    text = "path,label\na,1\nb,\n,1\nc,nan\nd,0,5\n\ne,0,\nf,None\ng\nh,[1;2]\n\"i\",\"['a' 'b']\"\nj,2\n"
+    (tmp_path / "list.csv").write_text(text)
+    assert _of(list_source(str(tmp_path / "list.csv"), None, context)) == [
+        ("a", ["1"]),
+        ("line 3", "has no label"),
+        ("line 4", "has no path or URL of an image"),
+        ("line 5", "has no label"),
+        ("line 6", "has 3 fields, but the header has 2"),
+        ("e", ["0"]),
+        ("line 9", "has no label"),
+        ("line 10", "has no label"),
+        ("line 11", "has a list of labels that is neither JSON nor Python"),
+        ("line 12", "has a list of labels that is neither JSON nor Python"),
+        ("j", ["2"]),
+    ]
+    rows = ['{"path": "a", "label": "x"}', "{", "[1]", "[" * 100_000, '{"path": "b"}', '{"path": 5, "label": "y"}']
+    rows += ['{"path": "c", "label": null}', '{"path": "c", "label": NaN}', '{"path": "c", "label": {"a": 1}}']
+    rows += ['{"path": "c", "label": ["x", null]}', '{"path": "d", "label": ["x", "y"]}']
+    (tmp_path / "list.jsonl").write_text("\n".join(rows))
+    assert _of(list_source(str(tmp_path / "list.jsonl"), None, context)) == [
+        ("a", ["x"]),
+        ("line 2", "is not JSON"),
+        ("line 3", "is not a JSON object"),
+        ("line 4", "is not JSON"),
+        ("line 5", "has no label"),
+        ("line 6", "has no path or URL of an image"),
+        ("line 7", "has no label"),
+        ("line 8", "has no label"),
+        ("line 9", "has a label of type dict, which is neither a class index nor a name"),
+        ("line 10", "has no label"),
+        ("d", ["x", "y"]),
+    ]
+
+
+def test_rows_of_parquet_that_cannot_be_used(context, tmp_path, photo):
+    path = tmp_path / "all.parquet"
+    rows = _image_rows(photo, [2.0, None, 1.0, 0.0, float("nan")])
+    rows[2]["image"]["bytes"] = None
+    rows.append({"image": None, "label": 0.0})
+    _parquet(path, rows, None)
+    listing = list_source(str(path), None, context)
+    assert _of(listing) == [
+        ("all/0.jpg", ["2"]),
+        ("row 1", "has no label"),
+        ("row 2", "has no image bytes in 'image'"),
+        ("all/3.jpg", ["0"]),
+        ("row 4", "has no label"),
+        ("row 5", "has no image bytes in 'image'"),
+    ]
+    assert SourceReader(listing).where(1) == f"row 1 in {path}" and SourceReader(listing).read(3).image == photo(3)
+
+
+@pytest.mark.parametrize("kind", ["dictionary", "int8", "decimal", "binary", "bool"])
+def test_arrow_types_of_labels(context, tmp_path, photo, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    columns = {
+        "dictionary": (pyarrow.array(["fox", "ant", "fox"]).dictionary_encode(), ["fox", "ant", "fox"]),
+        "int8": (pyarrow.array([2, 0, 2], pyarrow.int8()), ["2", "0", "2"]),
+        "decimal": (pyarrow.array([2, 0, 2], pyarrow.decimal128(4, 1)), ["2", "0", "2"]),
+        "binary": (pyarrow.array([b"fox", b"ant", b"fox"]), ["fox", "ant", "fox"]),
+        "bool": (pyarrow.array([True, False, True]), ["True", "False", "True"]),
+    }
+    labels, expected = columns[kind]
+    table = pyarrow.table({"image": [photo(n) for n in range(3)], "label": labels})
+    pytest.importorskip("pyarrow.parquet").write_table(table, tmp_path / "all.parquet")
+    listing = list_source(str(tmp_path / "all.parquet"), None, context)
+    assert [names for _, (names,) in _of(listing)] == expected
+    assert listing.classes == (["0", "1", "2"] if "2" in expected else sorted(set(expected)))
+
+
+def test_two_class_labels_in_parquet_must_be_chosen(context, tmp_path, photo):
+    rows = [{"img": photo(n), "fine_label": n, "coarse_label": 0} for n in range(3)]
+    coarse = {"names": ["beast"], "_type": "ClassLabel"}
+    _parquet(tmp_path / "a.parquet", rows, {"fine_label": CLASS_LABEL, "coarse_label": coarse})
+    with pytest.raises(UserError, match="choose with --label-column fine_label or --label-column coarse_label"):
+        list_source(str(tmp_path / "a.parquet"), None, context)
+    context.label_column = "coarse_label"
+    assert list_source(str(tmp_path / "a.parquet"), None, context).classes == ["beast"]
+
+
+# --- two sources of labels
+
+
+def test_numbers_that_name_folders_and_numbers_that_are_indices_are_refused(context, tmp_path, photo):
+    _files(tmp_path / "a", tuple(f"{n}/x.jpg" for n in range(1, 12)), photo)
+    (tmp_path / "from-0.csv").write_text("path,label\n" + "".join(f"{n}.jpg,{n}\n" for n in range(11)))
+    (tmp_path / "some.csv").write_text("path,label\n1.jpg,1\n2.jpg,2\n")
+    for name in ("from-0.csv", "some.csv"):
+        with pytest.raises(UserError, match="class 0 is called '1', so that 1 could be an index or a name: number the"):
+            list_with_eval(str(tmp_path / "a"), None, str(tmp_path / name), None, context)
+    (tmp_path / "same.csv").write_text("path,label\n" + "".join(f"{n}.jpg,{n}.0\n" for n in range(1, 12)))
+    listing = list_with_eval(str(tmp_path / "a"), None, str(tmp_path / "same.csv"), None, context)
+    assert listing.classes == [str(n) for n in range(1, 12)] and listing.order == "numeric"
+    by_text = [int(n) - 1 for n in sorted(listing.classes)]  # the order of the folders
+    assert listing.first_labels().tolist() == [*by_text, *range(11)]
+    _files(tmp_path / "b", tuple(f"{n}/x.jpg" for n in range(11)), photo)
+    listing = list_with_eval(str(tmp_path / "b"), None, str(tmp_path / "from-0.csv"), None, context)
+    assert listing.first_labels().tolist() == [*(int(n) for n in sorted(listing.classes)), *range(11)]
+
+
+def test_folders_that_are_numbers_are_names_of_given_classes_only_if_all_are_there(context, tmp_path, photo):
+    _files(tmp_path / "in", ("0/a.jpg", "1/a.jpg", "2/a.jpg"), photo)
+    context.classes = ["ant", "bee", "cow"]
+    assert list_source(str(tmp_path / "in"), None, context).labels.tolist() == [0, 1, 2]
+    context.classes = ["ant", "bee", "cow", "dog"]
+    with pytest.raises(UserError, match="has the label '0', which is not one of the 4 class names"):
+        list_source(str(tmp_path / "in"), None, context)
 
 
 def test_several_labels_reach_the_shards(tmp_path, photo):
@@ -669,6 +1046,32 @@ def test_list_of_urls_end_to_end(server, tmp_path, photo, monkeypatch):
         make_dataset(str(tmp_path / "list.csv"), tmp_path / "other", dedup=True, **arguments)
 
 
+def test_secrets_of_urls_are_used_and_appear_nowhere(server, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(reading, "_RETRY_WAITS", (0.0, 0.0, 0.0))
+    url, asked = server
+    given = url.replace("://", "://user:p4ss@")
+    names = [f"{given}/{n}.jpg?sig=s1gn.{n}" for n in range(30)] + [f"{given}/gone.jpg?sig=s1gn.x"]
+    names += [f"{url.replace('://', '://user:p4ss@x:')}/a b.jpg?sig=s1gn"]
+    (tmp_path / "list.csv").write_text("url,label\n" + "".join(f"{name},{n % 2}\n" for n, name in enumerate(names)))
+    arguments = {"eval_fraction": 0.0, "samples_per_shard": 20, "workers": 2}
+    made = make_dataset(str(tmp_path / "list.csv"), tmp_path / "out", max_failed=0.1, **arguments)
+    assert made.info.train.samples == 30 and asked["/7.jpg?sig=s1gn.7"] == 1
+    for name in ("gone", "bad"):
+        with pytest.raises(UserError) as error:
+            make_dataset(str(tmp_path / "list.csv"), tmp_path / name, **arguments)
+        assert "p4ss" not in str(error.value) and "s1gn" not in str(error.value)
+    assert "p4ss" not in "".join(capfd.readouterr())
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or not any(word in path.read_bytes() for word in (b"p4ss", b"s1gn")), path
+
+
+def test_a_password_is_for_the_server_that_the_url_names():
+    request = reading._request("http://me:w%40rd@host/x.jpg?a=b#c")
+    assert request.full_url == "http://host/x.jpg?a=b"
+    assert request.unredirected_hdrs == {"Authorization": "Basic bWU6d0ByZA=="}  # me:w@rd
+    assert request.headers == {"User-agent": "fastvit-engine"}
+
+
 # --- shards made anew
 
 
@@ -690,6 +1093,20 @@ def test_webdataset_keeps_images_json_and_labels(listed, context, tmp_path, phot
     assert set(found) == {"00000000_s1", "00000001_s3"}
     assert found["00000000_s1"]["json"] == b'{"text": "hi"}' and found["00000000_s1"]["cls"] == b"2"
     assert found["00000001_s3"]["jpg"] == photo(3) and found["00000001_s3"]["cls"] == b"1"
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"{oops", b"\xff"], ids=["deep", "no JSON", "no text"])
+def test_a_json_member_that_cannot_be_read_is_a_failed_image(tmp_path, photo, write_tar, content):
+    """The labels are elsewhere, but the list of labels is to be added to that member."""
+    members = [("a.jpg", photo(1)), ("a.cls", b"[1, 2]"), ("a.json", content)]
+    members += [("b.jpg", photo(2)), ("b.cls", b"[0]"), ("b.json", b'{"text": "hi"}')]
+    path = write_tar(tmp_path / "in.tar", members)
+    arguments = {"labels": "cls", "eval_fraction": 0, "workers": 1, "progress": lambda line: None}
+    with pytest.raises(UserError, match=r"a in .*in.tar has a json member that cannot be read \("):
+        make_dataset(str(path), tmp_path / "none", **arguments)
+    made = make_dataset(str(path), tmp_path / "out", max_failed=0.5, **arguments)
+    (kept,) = read_shard(str(tmp_path / "out" / "train-000000.tar"))
+    assert made.info.failed == 1 and json.loads(kept["json"]) == {"text": "hi", "labels": [0]}
 
 
 def test_webdataset_of_our_own_keeps_split_and_classes(listed, tmp_path, photo):
@@ -759,6 +1176,20 @@ def test_webdataset_labels_that_are_none(listed, tmp_path, photo, write_tar, lab
         listed(tmp_path / "a.tar", format="webdataset")
 
 
+def test_webdataset_samples_that_cannot_be_used_are_faulty(context, tmp_path, photo, write_tar):
+    members = [("a.jpg", photo(1)), ("a.cls", b"1"), ("b.jpg", photo(2)), ("b.txt", b""), ("c.cls", b"0")]
+    members += [("d.jpg", photo(3)), ("d.json", b"{"), ("e.jpg", photo(4)), ("e.cls", b"null"), ("f.PPM", b"x")]
+    write_tar(tmp_path / "a.tar", [*members, ("f.cls", b"0.0")])
+    assert _of(list_source(str(tmp_path / "a.tar"), "webdataset", context)) == [
+        ("a", ["1"]),
+        ("b", "has no label"),
+        ("c", "has no image"),
+        ("d", "has a label that cannot be read"),
+        ("e", "has no label"),
+        ("f", ["0"]),
+    ]
+
+
 def test_webdataset_by_pattern(listed, shards):
     rows = listed(f"{shards}/part-{{0..1}}.tar")
     assert [row[0] for row in rows] == [f"s{n:03d}" for n in range(8)]
@@ -797,19 +1228,6 @@ def test_unknown_sources(listed, tmp_path, write_tar):
     write_tar(tmp_path / "text.tar", [("README", b"hi")])
     with pytest.raises(UserError, match=r"text\.tar holds README, of no known kind"):
         listed(tmp_path / "text.tar")
-
-
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        (["a", "b"], (["a", "b"], [], [])),
-        (["test-0", "train-0", "train-1"], (["train-0", "train-1"], ["test-0"], [])),
-        (["test", "train", "validation"], (["train"], ["validation"], ["test"])),
-        (["trainer", "valley"], (["trainer", "valley"], [], [])),
-    ],
-)
-def test_splits_by_name(names, expected):
-    assert split_of_names(names) == expected
 
 
 def test_listing_survives_a_round_trip(context, tmp_path):

@@ -1,5 +1,8 @@
 import base64
 import io
+import struct
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -7,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastvit_engine.data.pixels.decode import Jpeg, PixelBuffer, decode_image, open_image
+from fastvit_engine.data.pixels.decode import Jpeg, PixelBuffer, decode_image, if_decodes, open_image
 
 # 16 x 72 pixels; Pillow writes all colours of a baseline JPEG in one scan.
 _THREE_SCANS = base64.b64decode(
@@ -87,8 +90,55 @@ def test_image_bomb_is_refused(pixels, encode):
     data = bytearray(encode(pixels, "JPEG"))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = b"\xff\xdc\xff\xdc"  # 65500 x 65500
-    with pytest.raises(ValueError, match="exceeds limit"):
+    with pytest.raises(ValueError, match="4,290,250,000 pixels, more than the 178,956,970 of data.max_pixels"):
         decode_image(bytes(data))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
+def test_an_image_has_at_most_so_many_pixels(encode, format):
+    """No more is read than its header: a reader that wants more than the first kilobytes would miss it."""
+    data = encode(np.zeros((60, 70, 3), np.uint8), format)
+    assert decode_image(data, 4200).shape == (60, 70, 3)
+    for function in (decode_image, open_image, if_decodes):
+        with pytest.raises(ValueError, match="it has 4,200 pixels, more than the 4,199 of data.max_pixels"):
+            function(data, 4199)
+
+
+def _png_of(width, height):
+    """A PNG of a few bytes that announces any size, with no pixels."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [14_000, 30_000, 2**31 - 1])
+def test_a_bomb_costs_no_memory(side):
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=f"it has {side * side:,} pixels, more than the 178,956,970"):
+        decode_image(_png_of(side, side))
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
+
+
+def test_a_jpeg_of_two_sizes_is_refused(encode):
+    """One decoder would believe the first frame header, another the second."""
+    data = encode(np.zeros((16, 16, 3), np.uint8), "JPEG")
+    at = data.index(b"\xff\xc0")
+    frame = data[at : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]
+    larger = frame[:5] + (9000).to_bytes(2, "big") * 2 + frame[9:]
+    with pytest.raises(ValueError):
+        decode_image(data[:at] + frame + larger + data[at + len(frame) :], max_pixels=256)
+
+
+def test_postscript_is_not_run():
+    """Pillow would start Ghostscript, whose program the image is."""
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    with pytest.raises(ValueError, match="it is a PostScript program, which is not run"):
+        decode_image(data)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])

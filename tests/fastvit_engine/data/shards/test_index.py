@@ -1,16 +1,19 @@
 """The index against tarfile, and every kind of damage that it must name."""
 
 import io
+import json
 import pickle
 import tarfile
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastvit_engine.data.shards.index as index_module
+from fastvit_engine.cli import main
 from fastvit_engine.data.shards.archive import read_shard
-from fastvit_engine.data.shards.index import open_index, write_index
+from fastvit_engine.data.shards.index import _HEADER, open_index, write_index
 from fastvit_engine.data.shards.sample import parse_sample
 from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.errors import UserError
@@ -214,7 +217,13 @@ def test_at_most_ten_bad_shards_are_named(tmp_path):
         (lambda whole: whole[:-1], "is not a whole index"),
         (lambda whole: whole[:30], "is not a whole index"),
         (lambda whole: b"something else" * 20, "is not a whole index"),
-        (lambda whole: whole[:8] + b"\x09" + whole[9:], "has version 9 and this engine reads version 1"),
+        (lambda whole: b"", "is not a whole index"),
+        (lambda whole: bytes(len(whole)), "is not a whole index"),
+        (lambda whole: whole + b"\0", "is not a whole index"),
+        (lambda whole: whole[:8] + b"\x09" + whole[9:], "has version 9 and this engine reads version 2"),
+        (lambda whole: whole[:8] + b"\x00" + whole[9:], "has version 0 and this engine reads version 2"),
+        (lambda whole: whole[:8] + b"\x01" + whole[9:], "is not a whole index"),
+        (lambda whole: whole[:16] + b"\xff" * 8 + whole[24:], "is not a whole index"),
         (lambda whole: whole.replace(b"cls", b"clx"), "is not a whole index"),
     ],
 )
@@ -228,9 +237,72 @@ def test_an_index_that_cannot_be_used(tmp_path, write_tar, sample_members, chang
         open_index(tmp_path / "gone.index")
 
 
-def test_command(tmp_path, write_tar, sample_members, capsys):
-    from fastvit_engine.cli import main
+def test_no_byte_of_an_index_may_change(tmp_path, write_tar, sample_members):
+    path = tmp_path / "x.index"
+    write_index([str(write_tar(tmp_path / "a.tar", sample_members(range(3))))], path)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(
+            UserError, match=r"x\.index .*make it again with `fastvit data index SHARDS --out .*x\.index`$"
+        ):
+            open_index(path)
 
+
+def _as_version_1(whole: bytes) -> bytes:
+    """The same index as it was written before the starts had checksums."""
+    magic, _, zero, samples, names_at, _, _ = _HEADER.unpack(whole[: _HEADER.size])
+    body = _HEADER.size + 4 * samples
+    names = json.loads(whole[body + names_at :])
+    shards = names["columns"].pop("start_checksums")
+    rest = whole[body : body + names_at - 4 * shards]
+    text = json.dumps(names).encode()
+    checksum = blake2b(rest + text, digest_size=16).digest()
+    return (
+        _HEADER.pack(magic, 1, zero, samples, len(rest), len(text), checksum) + whole[_HEADER.size : body] + rest + text
+    )
+
+
+@pytest.fixture
+def two_shards(tmp_path, write_tar, sample_members) -> list[str]:
+    return [str(write_tar(tmp_path / f"{n}.tar", sample_members(range(4 * n, 4 * n + 4)))) for n in range(2)]
+
+
+def test_an_index_of_version_1_is_read(tmp_path, two_shards):
+    path = tmp_path / "x.index"
+    now = write_index(two_shards, path)
+    path.write_bytes(_as_version_1(path.read_bytes()))
+    before = open_index(path)
+    assert before.hash == now.hash and before.class_counts() == now.class_counts()
+    assert _samples_by_index(before) == _samples_by_index(now)
+    assert _samples_by_index(before.select(two_shards[1:])) == _samples_by_index(now.select(two_shards[1:]))
+    assert write_index(two_shards, path).start_checksums is not None  # and now it has them
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("all_at_once", [True, False])
+def test_zeros_among_the_starts_blame_the_index(tmp_path, two_shards, monkeypatch, version, all_at_once, capsys):
+    path = tmp_path / "x.index"
+    good = _samples_by_index(write_index(two_shards, path))
+    whole = path.read_bytes() if version == 2 else _as_version_1(path.read_bytes())
+    at = _HEADER.size + 4 * 5  # of the second shard
+    path.write_bytes(whole[:at] + bytes(8) + whole[at + 8 :])
+    message = r"x\.index is damaged \(where the samples of .*1\.tar begin .*: make it again with `fastvit data index "
+    if not all_at_once:
+        monkeypatch.setattr(index_module, "_VERIFIED_AT_ONCE", 0)
+        index = open_index(path)
+        assert index.extents(np.zeros(4, np.int64), np.arange(4))[0][0] == 0
+        for damaged in (index, index.select(two_shards[1:]), pickle.loads(pickle.dumps(index))):
+            with pytest.raises(UserError, match=message):
+                _samples_by_index(damaged)
+    else:
+        with pytest.raises(UserError, match=message):
+            open_index(path)
+    assert main(["data", "index", *two_shards, "--out", str(path)]) == 0  # the advice
+    assert _samples_by_index(open_index(path)) == good
+
+
+def test_command(tmp_path, write_tar, sample_members, capsys):
     for n in range(2):
         write_tar(tmp_path / f"{n}.tar", [*sample_members(range(n, n + 4)), ("x.jpg", b"no label")])
     out = tmp_path / "shards.index"
@@ -243,8 +315,6 @@ def test_command(tmp_path, write_tar, sample_members, capsys):
 
 
 def test_advice_of_the_index_works_when_it_is_followed(tmp_path, write_tar, sample_members, capsys):
-    from fastvit_engine.cli import main
-
     out = tmp_path / "all.index"
     shards = [str(write_tar(tmp_path / f"{n}.tar", sample_members(range(4 * n, 4 * n + 4)))) for n in range(2)]
     with pytest.raises(UserError, match=r"make it with `fastvit data index SHARDS --out .*all\.index`"):
@@ -267,3 +337,13 @@ def test_what_belongs_to_no_sample_is_kept_by_the_index(tmp_path, write_tar, sam
     assert again.ignored == index.ignored and again.select([str(path)]).ignored == index.ignored
     plain = write_index([str(write_tar(tmp_path / "b.tar", sample_members(range(3))))], tmp_path / "y.index")
     assert b"ignored" not in (tmp_path / "y.index").read_bytes() and plain.ignored[0].total() == 0
+
+
+def test_an_index_names_no_command(tmp_path):
+    """Whoever writes an index must not choose what is run."""
+    columns = {name: [1] for name in index_module._COLUMNS}
+    with open(tmp_path / "x.index", "wb") as file:
+        file.write(bytes(index_module._HEADER.size + 4))
+        index_module.write_columns(file, columns, ["pipe:touch pwned"], "cls")
+    with pytest.raises(UserError, match="x.index names the command 'pipe:touch pwned', which runs only if it is given"):
+        open_index(tmp_path / "x.index")

@@ -61,11 +61,29 @@ def test_class_indices(content, path, labels):
         (b'{"label": ' + b"9" * 5000 + b"}", ["label"]),
         (b"not json", ["label"]),
         (b"1" * (MAX_LABEL_BYTES + 1), []),
+        (b"NaN", []),
+        (b"[NaN]", []),
+        (b'{"label": Infinity}', ["label"]),
+        (b'{"label": 1e400}', ["label"]),
+        (b'{"label": 1, "label": 2}', ["label"]),
+        (b'{"a": {"b": 1}, "a": {"b": 1}}', ["a", "b"]),
     ],
 )
 def test_what_is_no_class_index(content, path):
     with pytest.raises(ValueError):
         parse_labels(content, path)
+
+
+def test_a_key_that_occurs_twice_matters_only_on_the_way_to_the_label():
+    assert parse_labels(b'{"x": 1, "x": 2, "label": 3, "y": {"label": 1, "label": 2}}', ["label"]) == [3]
+    with pytest.raises(ValueError, match="the JSON has the key 'label' twice"):
+        label_values(b'{"label": 3, "x": 1, "label": 3}', ["label"])
+
+
+def test_a_class_name_has_a_length():
+    assert label_values(b"x" * 10_000, []) == ["x" * 10_000]
+    with pytest.raises(ValueError, match="10,001 bytes are too many for a class name"):
+        label_values(b"x" * 10_001, [])
 
 
 def test_names_are_values_too():

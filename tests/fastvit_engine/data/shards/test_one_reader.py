@@ -25,6 +25,7 @@ from fastvit_engine.data.shards.usable import SampleKeys
 from fastvit_engine.data.stream.indexed import IndexedData, IndexedShards, TrainSource
 from fastvit_engine.data.stream.streams import StreamData, StreamedShards, plan_streams
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import shown
 from fastvit_engine.storage import ShardStorage
 
 CLASSES = 4
@@ -260,7 +261,7 @@ def test_everybody_agrees(tmp_path_factory: pytest.TempPathFactory, archive: Arc
         elif stops_at is not None:
             assert said.stopped and said.stopped.startswith("sample '"), name
             if "evaluation" in name:
-                assert said.stopped.startswith(f"sample '{expected[stops_at][0]}' of shard"), name
+                assert said.stopped.startswith(shown(f"sample '{expected[stops_at][0]}' of shard")), name
         else:
             samples = sorted(said.samples, key=str) if "training" in name else said.samples
             wanted = [(key, labels if image else None, image) for key, labels, image in expected]

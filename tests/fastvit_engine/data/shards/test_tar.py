@@ -14,49 +14,7 @@ from fastvit_engine.data.shards.index import write_index
 from fastvit_engine.data.shards.sample import MAX_MEMBER_BYTES
 from fastvit_engine.data.shards.tar import BLOCK, TarError, iterate_members
 from fastvit_engine.errors import UserError
-
-
-def _header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
-    """A ustar header with any size field."""
-    header = bytearray(BLOCK)
-    header[: len(name)] = name
-    header[100:124] = b"0000644\x000000000\x000000000\x00"
-    header[124:136] = size.ljust(12, b"\0")
-    header[136:148] = b"00000000000\x00"
-    header[156:157] = kind
-    header[257:265] = b"ustar\x0000"
-    return bytes(header[:148] + b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:])) + header[156:])
-
-
-def _pad(content: bytes) -> bytes:
-    return content + bytes(-len(content) % BLOCK)
-
-
-def _pax(record: bytes) -> bytes:
-    length = len(record) + 3
-    while len(str(length)) + len(record) + 2 != length:
-        length += 1
-    content = b"%d %s\n" % (length, record)
-    return _header(b"pax", b"%011o" % len(content), b"x") + _pad(content)
-
-
-END = bytes(2 * BLOCK)
-IMAGE = _header(b"a.jpg", b"00000000001") + _pad(b"x")
-LABEL = _header(b"a.cls", b"00000000001") + _pad(b"0")
-LIES = {
-    "negative octal size": _header(b"a.jpg", b"-0000001000") + END,
-    "negative binary size": _header(b"a.jpg", b"\xff" * 12) + END,
-    "size that is no number": _header(b"a.jpg", b"abc") + END,
-    "size with an underscore": _header(b"a.jpg", b"0_1") + END,
-    "pax size that is no number": _pax(b"size=abc") + IMAGE + END,
-    "negative pax size": _pax(b"size=-512") + IMAGE + END,
-    "huge pax size": _pax(b"size=" + b"9" * 15) + IMAGE + END,
-    "pax size of thousands of digits": _pax(b"size=" + b"9" * 9000) + IMAGE + END,
-    "image of 6 GB": IMAGE + _header(b"b.jpg", b"\x80" + (6 * 10**9).to_bytes(11, "big")) + b"only this",
-    "label of 6 GB": IMAGE + _header(b"a.cls", b"\x80" + (6 * 10**9).to_bytes(11, "big")) + b"only this",
-    "long name of 6 GB": _header(b"x", b"\x80" + (6 * 10**9).to_bytes(11, "big"), b"L") + IMAGE + END,
-    "long names that no member follows": (_header(b"x", b"00000000001", b"L") + _pad(b"y")) * 3 + END,
-}
+from tests.fastvit_engine.data.shards.tar_files import END, IMAGE, LABEL, LIES, header, pad, pax
 
 
 @pytest.mark.timeout(20)
@@ -76,6 +34,12 @@ def test_lies_are_one_sentence(tmp_path: Path, lie: str) -> None:
     assert "\n" not in str(by_index.value) + str(by_stream.value)
 
 
+def test_as_many_pax_headers_as_anybody_writes_are_read() -> None:
+    content = pax(b"a=b") * 64 + IMAGE + END
+    (member,) = iterate_members(lambda at, n: content[at : at + n], len(content))
+    assert (member.name, member.start, member.size) == ("a.jpg", 0, 1)
+
+
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
     ("label", "message"),
@@ -86,7 +50,7 @@ def test_lies_are_one_sentence(tmp_path: Path, lie: str) -> None:
 )
 def test_absurd_labels(tmp_path: Path, label: bytes, message: str) -> None:
     path = tmp_path / "a.tar"
-    path.write_bytes(IMAGE + _header(b"a.cls", b"%011o" % len(label)) + _pad(label) + END)
+    path.write_bytes(IMAGE + header(b"a.cls", b"%011o" % len(label)) + pad(label) + END)
     with pytest.raises(UserError, match=message) as error:
         write_index([str(path)], tmp_path / "x.index")
     assert len(str(error.value)) < 500 and "\n" not in str(error.value)
@@ -96,7 +60,7 @@ def test_a_member_that_no_memory_holds(tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     with open(path, "wb") as file:
         size = MAX_MEMBER_BYTES + 1
-        file.write(IMAGE + LABEL + _header(b"b.mp4", b"%011o" % size))
+        file.write(IMAGE + LABEL + header(b"b.mp4", b"%011o" % size))
         file.seek(file.tell() + size + -size % BLOCK)  # a hole
         file.write(END)
     with pytest.raises(UserError, match=r"in sample 'b', a member of 2,147,483,649 bytes, which is too large"):

@@ -11,9 +11,9 @@ import torch
 from fastvit_engine.data import Batch, prepare_data
 from fastvit_engine.data.pixels.crops import View, eval_view, render
 from fastvit_engine.data.pixels.decode import PixelBuffer, decode_image
+from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.indexed import build_order
 from fastvit_engine.data.stream.read_ahead import ReadAhead
-from fastvit_engine.data.stream.source import rank_positions
 from fastvit_engine.errors import UserError
 
 BATCH = 12
@@ -54,31 +54,23 @@ def _steps(
     config, plan, world_size: int, steps: int, micro_batch_size: int = 2, first_step: int = 0, skipped=()
 ) -> list[list]:
     """For each global step the (key, label, weight, pixels) of its samples in the order of their positions."""
-    share = BATCH // world_size
     result = [[None] * BATCH for _ in range(steps)]
+    split = next(possible_splits(config, world_size, micro_batch_size))
     for rank in range(world_size):
         batches = _train(config, plan, rank, world_size, micro_batch_size, first_step * BATCH, skipped)
-        place, places = 0, rank_positions(BATCH, rank, world_size)
-        for batch in islice(batches, steps * share // micro_batch_size):
-            assert batch.images.shape == (micro_batch_size, 16, 16, 3) and batch.images.dtype == torch.uint8
-            assert batch.labels.dtype == torch.int64 and batch.weights.dtype == torch.float32
-            for sample in zip(batch.keys, batch.labels.tolist(), batch.weights.tolist(), batch.images, strict=True):
-                result[place // share][places[place % share]] = (
-                    *sample[:3],
-                    sample[3].numpy().tobytes(),
-                )
-                place += 1
+        for step in result:
+            places = iter(split.positions(rank))
+            for size in split.micro_batches(rank):
+                batch = next(batches)
+                assert batch.images.shape == (max(size, 1), 16, 16, 3) and batch.images.dtype == torch.uint8
+                assert batch.labels.dtype == torch.int64 and batch.weights.dtype == torch.float32
+                if size == 0:
+                    assert batch.keys == [""] and batch.weights.tolist() == [0] and not batch.images.any()
+                    continue
+                for key, label, weight, image in zip(batch.keys, *batch[1:3], batch.images, strict=True):
+                    step[next(places)] = (key, label.item(), weight.item(), image.numpy().tobytes())
+            assert next(places, None) is None
     return result
-
-
-@pytest.mark.parametrize(
-    ("batch", "world_size"), [(12, 1), (12, 2), (12, 3), (12, 4), (12, 6), (16, 8), (1, 1), (64, 8)]
-)
-def test_ranks_share_a_batch_and_keep_pairs_together(batch, world_size):
-    places = [rank_positions(batch, rank, world_size) for rank in range(world_size)]
-    assert sorted(np.concatenate(places)) == list(range(batch))
-    if batch // world_size % 2 == 0:
-        assert all((own[1::2] == own[::2] + 1).all() and (own[::2] % 2 == 0).all() for own in places)
 
 
 def test_steps_are_the_same_for_every_world_size_worker_count_and_stop(damaged_shards, make_config, plan):
@@ -118,7 +110,7 @@ def test_steps_are_the_same_for_every_world_size_worker_count_and_stop(damaged_s
 
 
 def test_bad_samples_are_reported_with_key_shard_and_reason(damaged_shards, make_config, plan):
-    config = make_config(damaged_shards, eval=damaged_shards, batch=40, num_workers=2)
+    config = make_config(damaged_shards, eval=damaged_shards, allow_overlap=True, batch=40, num_workers=2)
     data = plan(config)
     for batches in (
         islice(_train(config, data, micro_batch_size=5), 8),
@@ -231,10 +223,26 @@ def test_building_data_leaves_the_global_generator_alone(shards, make_config, pl
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_micro_batch_that_does_not_divide_is_refused(shards, make_config, plan):
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("mixup", [0.0, 0.2])
+def test_shares_that_differ_give_the_same_steps(damaged_shards, make_config, plan, num_workers, mixup):
+    """12 images on 5, 7, 8 and 12 ranks, with micro-batches of which some are padding, or a rank without images."""
+
+    def run(workers, *given, **options):
+        config = make_config(damaged_shards, batch=BATCH, num_workers=workers)
+        config = config.model_copy(update={"augment": config.augment.model_copy(update={"mixup": mixup})})
+        return _steps(config, plan(config), *given, **options)
+
+    reference = run(0, 1, 5)
+    for world_size, micro_batch_size in [(5, 12), (5, 2), (7, 2), (8, 2), (12, 2)]:
+        assert run(num_workers, world_size, 5, micro_batch_size=micro_batch_size) == reference
+    assert run(num_workers, 5, 2, first_step=3) == reference[3:]
+
+
+def test_more_ranks_than_images_are_refused(shards, make_config, plan):
     config = make_config(shards, batch=BATCH)
-    with pytest.raises(UserError, match="micro-batch of 5 images does not divide the 6"):
-        _train(config, plan(config), 0, 2, 5)
+    with pytest.raises(UserError, match="global_batch_size is 12, fewer images than the 13 processes"):
+        _train(config, plan(config), 0, 13, 5)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +252,7 @@ def test_micro_batch_that_does_not_divide_is_refused(shards, make_config, plan):
 def test_eval_counts_each_sample_once_in_equally_many_batches(
     shards, make_config, plan, photo, world_size, num_workers, batch_size
 ):
-    config = make_config(shards, eval=shards, num_workers=num_workers)
+    config = make_config(shards, eval=shards, allow_overlap=True, num_workers=num_workers)
     data = plan(config)
     ranks = [
         list(data.eval_batches(config, rank=rank, world_size=world_size, batch_size=batch_size, pin_memory=False))
@@ -267,7 +275,7 @@ def test_eval_counts_each_sample_once_in_equally_many_batches(
 
 def test_real_uneven_shards(real_data, make_config, plan, tmp_path):
     folder = real_data / "fixture-tiny"
-    config = make_config(folder, eval=folder, batch=BATCH)
+    config = make_config(folder, eval=folder, allow_overlap=True, batch=BATCH)
     config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 1000})})
     data = plan(config)
     assert _steps(config, data, 1, steps=3) == _steps(config, data, 2, steps=3)

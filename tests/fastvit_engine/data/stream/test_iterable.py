@@ -250,7 +250,26 @@ def test_what_contradicts_is_refused(config, shards, tmp_path, make_config):
     given = IterableData(_pairs(range(9)))
     with pytest.raises(UserError, match="data.train is set, and training data is given as an iterable too"):
         prepare_data(make_config(shards), world_size=1, index_folder=tmp_path, given=given)
-    with pytest.raises(UserError, match="global_batch_size is 8, which 3 ranks do not divide"):
-        prepare_data(config(), world_size=3, index_folder=tmp_path, given=given)
-    with pytest.raises(UserError, match="micro-batch of 3 images does not divide the 4 images that each of 2 ranks"):
-        _train(given, config(), world_size=2, micro_batch_size=3)
+    with pytest.raises(UserError, match="global_batch_size is 8, fewer images than the 9 processes"):
+        _train(given, config(), world_size=9, micro_batch_size=3)
+
+
+def test_shares_may_differ(config):
+    """8 images on 3 ranks: 3, 3 and 2 images per step, in passes of at most 2."""
+    positions = []
+    for rank, sizes in enumerate([[2, 1], [2, 1], [1, 1]]):
+        data = IterableData(lambda share: _pairs(range(100 * share.rank, 100 * share.rank + 50)))
+        batches = list(islice(_train(data, config(), rank, 3, 2), 4))
+        assert [len(batch.keys) for batch in batches] == 2 * sizes
+        positions += [int(key.removeprefix("position-")) for batch in batches for key in batch.keys]
+        numbers = [int(image[0, 0, 0]) for batch in batches for image in batch.images]
+        assert numbers == list(range(100 * rank, 100 * rank + 2 * sum(sizes)))
+    assert sorted(positions) == list(range(16))
+
+
+def test_a_rank_without_images_gets_padding_and_asks_for_nothing(config):
+    given = config(batch=2)
+    mixed = given.model_copy(update={"augment": given.augment.model_copy(update={"cutmix": 1.0})})
+    data = IterableData(lambda share: pytest.fail("a rank without images has nothing to iterate over"))
+    for batch in islice(_train(data, mixed, rank=1, world_size=2), 3):
+        assert batch.keys == [""] and batch.weights.tolist() == [0] and batch.images.shape == (1, SIZE, SIZE, 3)

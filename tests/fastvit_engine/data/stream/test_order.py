@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import zlib
 from collections import Counter
 from hashlib import blake2b
 
@@ -172,6 +173,7 @@ def test_300_million_samples_cost_no_time_and_no_memory(tmp_path):
     one_each = {name: [1] * shards for name in ("sizes", "ends", "stamps", "fingerprints", "labels", "label_counts")}
     columns = {**one_each, "counts": [samples] * shards, "unlabelled": [0] * shards}
     columns["label_ends"] = list(range(1, shards + 1))
+    columns["start_checksums"] = [zlib.crc32(bytes(4 * samples))] * shards
     path = tmp_path / "shards.index"
     with open(path, "wb") as file:
         file.truncate(_HEADER.size + 4 * shards * samples)

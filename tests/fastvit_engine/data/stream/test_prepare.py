@@ -62,7 +62,7 @@ def test_without_a_place_beside_the_shards_the_run_folder_has_the_index(folder, 
     else:
         write_index([str(shard) for shard in folder.iterdir()], folder / "shards.index", label_key="txt")
     before = sorted(folder.iterdir())
-    plan = _prepare(make_config(folder, eval=folder), run)
+    plan = _prepare(make_config(folder, eval=folder, allow_overlap=True), run)
     assert plan.train[0].data.index == run / "train.index" and plan.eval.index == run / "eval.index"
     assert sorted(folder.iterdir()) == before
 
@@ -96,7 +96,9 @@ def test_recorded_lanes_hold_unless_they_are_set(folder, run, make_config):
 
 
 def test_streams_need_no_index(gzipped_shards, run, make_config):
-    plan = _prepare(make_config(gzipped_shards, eval=gzipped_shards, order="stream", streams=4), run)
+    plan = _prepare(
+        make_config(gzipped_shards, eval=gzipped_shards, allow_overlap=True, order="stream", streams=4), run
+    )
     assert plan.plan.streams == 4 and plan.eval.shards and plan.samples_per_epoch is None
     assert "an order that holds for this number of streams only" in plan.describe()
     assert not (gzipped_shards / "shards.index").exists()
@@ -119,7 +121,7 @@ def test_streams_need_no_index(gzipped_shards, run, make_config):
         (1, {"order": "stream", "image_key": "tif"}, r"sample 's000' of shard .*part-0\.tar has no 'tif' member"),
         (3, {"order": "stream", "streams": 4}, "do not divide"),
         (8, {"order": "stream"}, "7 shards for 8"),
-        (1, {"order": "stream", "streams": 3}, "global_batch_size is 8"),
+        (1, {"order": "stream", "streams": 5, "batch": 4}, "global_batch_size is 4"),
         (1, {"order": "stream", "train": [{"shards": "x"}]}, "reads one source"),
     ],
 )

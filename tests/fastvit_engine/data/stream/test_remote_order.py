@@ -53,7 +53,12 @@ def ledger(config, tmp_path, *, num_workers: int = 0) -> list[tuple]:
 def remote_config(make_config, server: FaultServer, folder: Path, **data):
     """The index of local shards serves the same shards elsewhere."""
     pattern = server.url("/{0..3}.tar")
-    return make_config(pattern, eval=pattern, batch=BATCH, index=str(folder / "shards.index"), **data)
+    data = {"index": str(folder / "shards.index"), "allow_overlap": True} | data
+    return make_config(pattern, eval=pattern, batch=BATCH, **data)
+
+
+def local_config(make_config, folder: Path):
+    return make_config(folder, eval=str(folder / "*.tar"), batch=BATCH, allow_overlap=True)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -61,7 +66,7 @@ def remote_config(make_config, server: FaultServer, folder: Path, **data):
 def test_a_server_that_fails_gives_the_order_of_the_disk(
     server, folder, make_config, tmp_path, monkeypatch, num_workers, cached
 ):
-    expected = ledger(make_config(folder, eval=str(folder / "*.tar"), batch=BATCH), tmp_path)
+    expected = ledger(local_config(make_config, folder), tmp_path)
     script = random.Random(num_workers)
     server.faults = {f"/{name}": [script.choice([*FAULTS, None]) for _ in range(60)] for name in NAMES}
     cache = {"cache": str(tmp_path / "cache"), "cache_gb": 1e-3} if cached else {}
@@ -72,7 +77,7 @@ def test_a_server_that_fails_gives_the_order_of_the_disk(
 
 
 def test_a_server_that_stalls_gives_the_order_of_the_disk(server, folder, make_config, tmp_path, monkeypatch):
-    expected = ledger(make_config(folder, eval=str(folder / "*.tar"), batch=BATCH), tmp_path)
+    expected = ledger(local_config(make_config, folder), tmp_path)
     whole = storage.ShardStorage.__init__
     monkeypatch.setattr(storage.ShardStorage, "__init__", lambda *args, **kw: whole(*args, **kw, timeout=0.3))
     server.faults = {f"/{name}": [None, ("stall", 900)] for name in NAMES}
@@ -82,12 +87,32 @@ def test_a_server_that_stalls_gives_the_order_of_the_disk(server, folder, make_c
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_object_store_gives_the_order_of_the_disk(s3_bucket, folder, make_config, tmp_path, num_workers):
-    expected = ledger(make_config(folder, eval=str(folder / "*.tar"), batch=BATCH), tmp_path)
+    expected = ledger(local_config(make_config, folder), tmp_path)
     for name in NAMES:
         s3_bucket.pipe_file(f"bucket/order/{name}", (folder / name).read_bytes())
     write_index([f"s3://bucket/order/{name}" for name in NAMES], tmp_path / "s3.index")
-    config = make_config("s3://bucket/order", eval="s3://bucket/order", batch=BATCH, index=str(tmp_path / "s3.index"))
+    data = {"batch": BATCH, "index": str(tmp_path / "s3.index"), "allow_overlap": True}
+    config = make_config("s3://bucket/order", eval="s3://bucket/order", **data)
     assert ledger(config, tmp_path, num_workers=num_workers) == expected
+
+
+def test_a_web_server_with_a_whole_data_set(digits, make_config, tmp_path):
+    files = {f"/set/{path.name}": path.read_bytes() for path in digits.iterdir()}
+    with FaultServer(files).running() as server:
+        train, held_out = (f"{server.url('/set/')}{p}" for p in ("train-{000000..000007}.tar", "eval-00000{0,1}.tar"))
+
+        def prepared(train: str, held_out: str):
+            config = make_config(train, eval=held_out, batch=BATCH)
+            config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 10})})
+            return prepare_data(config, world_size=1, index_folder=tmp_path / "run")
+
+        there, here = prepared(train, held_out), prepared(str(digits), str(digits))
+        assert there.class_names == here.class_names == list("0123456789")
+        assert there.train[0].data.hash == here.train[0].data.hash and there.eval.hash == here.eval.hash
+        for name in ("dataset.json", "shards.index"):
+            server.files[f"/set/{name}"] = b"<html>this is not the page that you are looking for"
+        with pytest.raises(UserError, match="make an index of the shards with `fastvit data index"):
+            prepared(train, held_out)
 
 
 def test_a_shard_that_is_gone_for_good_is_one_error(server, folder, make_config, tmp_path):

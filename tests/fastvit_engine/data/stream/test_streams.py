@@ -10,6 +10,7 @@ import torch
 from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
 from fastvit_engine.data.shards.names import find_shards
+from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.streams import StreamData, StreamedShards, plan_streams
 from fastvit_engine.errors import UserError
 
@@ -46,16 +47,20 @@ def _steps(
 ) -> list[list[tuple]]:
     """For each global step the (key, label, pixels) of all ranks' samples, sorted."""
     result: list[list[tuple]] = [[] for _ in range(steps)]
-    a_step = BATCH // world_size // micro_batch_size
+    split = next(possible_splits(config, world_size, micro_batch_size))
     for rank in range(world_size):
         endless = _train(config, rank, world_size, micro_batch_size, first_step, skipped)
-        batches = list(islice(endless, steps * a_step))
-        for number, batch in enumerate(batches):
-            assert batch.images.shape == (micro_batch_size, 16, 16, 3) and batch.images.dtype == torch.uint8
-            assert batch.weights.tolist() == [1.0] * micro_batch_size and batch.weights.dtype == torch.float32
-            assert batch.labels.dtype == torch.int64
-            for key, label, image in zip(batch.keys, batch.labels, batch.images, strict=True):
-                result[number // a_step].append((key, label.item(), image.numpy().tobytes()))
+        for step in result:
+            for size in split.micro_batches(rank):
+                batch = next(endless)
+                if size == 0:
+                    assert batch.weights.tolist() == [0] and not batch.images.any()
+                    continue
+                assert batch.images.shape == (size, 16, 16, 3) and batch.images.dtype == torch.uint8
+                assert batch.weights.tolist() == [1.0] * size and batch.weights.dtype == torch.float32
+                assert batch.labels.dtype == torch.int64
+                for key, label, image in zip(batch.keys, batch.labels, batch.images, strict=True):
+                    step.append((key, label.item(), image.numpy().tobytes()))
     return [sorted(step) for step in result]
 
 
@@ -118,12 +123,42 @@ def test_every_stream_takes_part_equally(gzipped_shards, make_config):
         (1, {"streams": 4, "num_workers": 3}, "1 ranks x 3 data workers do not divide"),
         (8, {}, "7 shards for 8 parallel streams"),
         (1, {"streams": 8}, "7 shards for 8 parallel streams"),
-        (1, {"streams": 3}, "global_batch_size is 8, which the 3 parallel streams do not divide"),
+        (1, {"batch": 4, "streams": 5}, "global_batch_size is 4, fewer images than the 5 parallel streams"),
     ],
 )
 def test_plans_that_do_not_divide_are_refused(gzipped_shards, make_config, world_size, changes, message):
     with pytest.raises(UserError, match=message):
-        _train(make_config(gzipped_shards, batch=BATCH, **changes), 0, world_size, 1)
+        _train(make_config(gzipped_shards, **{"batch": BATCH, **changes}), 0, world_size, 1)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.2])
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (1, 3), (3, 0), (3, 1), (3, 2)])
+def test_streams_that_do_not_divide_the_batch_give_the_same_steps(
+    gzipped_shards, make_config, world_size, num_workers, mixup
+):
+    """16 images from 6 streams: 3, 3, 3, 3, 2, 2; or, in pairs, 4, 4, 2, 2, 2, 2."""
+    given = make_config(gzipped_shards, batch=16, streams=6, num_workers=num_workers)
+    config = given.model_copy(update={"augment": given.augment.model_copy(update={"mixup": mixup})})
+    assert plan_streams(config, world_size=world_size, shards=7).chunks == (
+        (4, 4, 2, 2, 2, 2) if mixup else (3, 3, 3, 3, 2, 2)
+    )
+    alone = config.model_copy(update={"data": config.data.model_copy(update={"num_workers": 0})})
+    expected = _steps(alone, 1, steps=6, micro_batch_size=16)
+    assert [len(step) for step in expected] == [16] * 6
+    assert _steps(config, world_size, steps=4) == expected[:4]
+    assert _steps(config, world_size, steps=2, first_step=4) == expected[4:]
+    assert _steps(config, world_size, steps=3, skipped=[(16, 48)]) == [expected[0], *expected[3:5]]
+
+
+def test_a_batch_that_changes_takes_the_next_samples_of_each_stream(reference, gzipped_shards, make_config):
+    """Six steps of 8, then three of 16: each has the samples of two."""
+    larger = make_config(gzipped_shards, batch=16, streams=STREAMS)
+    batches = _data(larger).train_batches(
+        larger, rank=0, world_size=1, micro_batch_size=16, consumed=6 * BATCH, pin_memory=False
+    )
+    for number, batch in enumerate(islice(batches, 3)):
+        expected = [sample[0] for step in reference[6 + 2 * number :][:2] for sample in step]
+        assert sorted(batch.keys) == sorted(expected)
 
 
 def test_streams_default_to_one_a_process(gzipped_shards, make_config):
@@ -215,6 +250,8 @@ def test_eval_without_samples(tmp_path, write_tar, make_config):
         (2, 4, 100, 64, (8, 4)),
         (2, 4, 5, 64, (4, 2)),  # shards for two processes a rank only
         (1, 4, 100, 6, (3, 3)),  # four would not divide the batch
+        (3, 4, 100, 64, (12, 4)),  # which three ranks do not divide either
+        (3, 4, 100, 8, (6, 2)),  # a stream has to give one image at least
         (2, 4, 3, 64, (2, 1)),
         (1, 0, 3, 64, (1, 0)),
     ],

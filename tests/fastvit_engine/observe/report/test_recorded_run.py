@@ -41,6 +41,16 @@ def test_incidents_are_counted(make_run: MakeRun) -> None:
     assert len(run.restarts) == 1
 
 
+def test_a_run_whose_batch_changed_says_how_many_images_it_had(make_run: MakeRun) -> None:
+    row = train_row(840)
+    folder = make_run([row])
+    event = {"time": "t", "event": "batch_change", "message": "m", "step": 400}
+    folder.events.write_text(json.dumps(event) + "\n")
+    run = load_run(folder.path)
+    assert run.describe_training().startswith(f"840 steps with {row['samples']:,} images on 2 processes (")
+    assert run.describe_incidents() == ""
+
+
 def test_no_events_are_no_incidents(make_run: MakeRun) -> None:
     run = load_run(make_run([train_row(840)]).path)
     assert run.events == [] and run.describe_incidents() == "" and "incidents" not in run.summary()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fastvit_engine.observe.report.recorded_run import load_run
 from fastvit_engine.observe.report.report import write_report
 from fastvit_engine.observe.run_folder import RunFolder
 from tests.fastvit_engine.observe.conftest import MakeRun, eval_row, png_url, train_row
@@ -52,7 +53,7 @@ class Page(HTMLParser):
 
 
 def page_of(run_path: Path) -> Page:
-    return Page(write_report(run_path).read_text(encoding="utf-8"))
+    return Page(write_report(load_run(run_path)).read_text(encoding="utf-8"))
 
 
 def sample(key: str, label: int, width: int, predictions: list[tuple[int, float]]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def test_a_finished_run_has_every_section(make_run: MakeRun) -> None:
     rows += [eval_row(step, 1 - 10 / step) for step in (420, 840)]
     rows += [eval_row(step, 0.5, eval="eval_ema") for step in (420, 840)]
     run = make_run(rows, SAMPLES)
-    assert write_report(run.path) == run.report
+    assert write_report(load_run(run.path)) == run.report
     page = page_of(run.path)
     assert page.headings == [
         "ViT Ti/4",

@@ -29,10 +29,11 @@ def step(model, watch, inputs, spoil):
         hook.remove()
 
 
-def diagnosed(anomaly, losses, *, spoilt=(), times=1, watched=False, weight=None):
+def diagnosed(anomaly, losses, *, spoilt=(), times=1, watched=False, weight=None, padding=()):
     """The diagnosis, and whether gradients are watched after it.
 
-    `losses`: of each rank's samples. `spoilt`: ranks whose gradient is infinite the first `times` times.
+    `losses`: of each rank's samples, of which those at the places `padding` are none. `spoilt`: ranks whose gradient is
+    infinite the first `times` times.
     """
 
     def of_rank(world):
@@ -40,12 +41,15 @@ def diagnosed(anomaly, losses, *, spoilt=(), times=1, watched=False, weight=None
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
         if weight == world.rank:
             model[0].weight.data[1, 1] = math.nan
+        if weight == "all":
+            for parameter in model.parameters():
+                parameter.data.fill_(math.inf)
         engine = PlainEngine(model)
         watch = GradientWatch(engine, world.device)
         if watched:
             watch.start()
         own = torch.tensor(losses[world.rank])
-        keys = [f"{world.rank}-{number}" for number in range(len(own))]
+        keys = ["" if number in padding else f"{world.rank}-{number}" for number in range(len(own))]
         batch = Batch(torch.zeros(len(own), 4), torch.zeros(1), torch.ones(1), keys, np.zeros(1))
         step(model, watch, batch.images, world.rank in spoilt)
 
@@ -66,6 +70,14 @@ def test_the_sample_whose_loss_is_not_finite_is_named():
     diagnosis, _ = diagnosed(Anomaly("loss", "the loss is nan"), [[1.0, 2.0], [1.0, math.nan], [1.0, 1.0]], times=2)
     assert (diagnosis.ranks, diagnosis.keys, diagnosis.repeats) == ([1], ["1-1"], True)
     assert diagnosis.cause.startswith("data or numerics")
+
+
+def test_padding_is_never_at_fault():
+    nan = math.nan
+    broken, _ = diagnosed(Anomaly("loss", "the loss is nan"), [[1.0, 1.0], [nan, nan]], times=2, padding=[1])
+    assert (broken.ranks, broken.keys) == ([1], ["1-0"])
+    unknown, _ = diagnosed(FAULT, [[1.0, 1.0], [1.0, 1.0]], spoilt=[1], padding=[1])
+    assert unknown.keys == ["0-0", "1-0"]
 
 
 @pytest.mark.parametrize("watched", [False, True])
@@ -101,3 +113,28 @@ def test_broken_weights_are_named_and_the_step_is_not_repeated():
     diagnosis, _ = diagnosed(Anomaly("loss", "the loss is nan"), [[math.nan], [1.0]], weight=0)
     assert (diagnosis.ranks, diagnosis.parameters, diagnosis.repeats) == ([0], ["0.weight"], None)
     assert diagnosis.in_weights
+    assert not diagnosis.everywhere
+
+
+def test_a_loss_that_is_not_finite_for_every_sample_is_no_samples_fault():
+    anomaly = Anomaly("loss", "the loss is nan")
+    everywhere, _ = diagnosed(anomaly, [[math.nan, math.inf], [math.nan, math.nan]], times=2)
+    assert everywhere.everywhere and everywhere.cause.startswith("numerics") and everywhere.at == ""
+    some, _ = diagnosed(anomaly, [[math.nan, 1.0], [math.nan, math.nan]], times=2)
+    assert not some.everywhere
+    gone, _ = diagnosed(anomaly, [[math.nan], [math.nan]], times=1)
+    assert not gone.everywhere and gone.cause.startswith("hardware suspected")
+
+
+def test_gradients_that_are_not_finite_on_every_process_are_no_hosts_fault():
+    everywhere, _ = diagnosed(FAULT, [[1.0], [1.0]], spoilt=[0, 1], times=2)
+    assert everywhere.everywhere and everywhere.parameters == ["1.bias"]
+    one, _ = diagnosed(FAULT, [[1.0], [1.0]], spoilt=[0], times=2)
+    assert not one.everywhere
+
+
+def test_weights_that_are_not_finite_in_every_copy_are_no_hosts_fault():
+    anomaly = Anomaly("loss", "the loss is nan")
+    diverged, _ = diagnosed(anomaly, [[math.nan], [math.nan]], weight="all")
+    assert (diverged.everywhere, diverged.parameters) == (True, ["0.bias", "0.weight", "1.bias", "1.weight"])
+    assert diverged.remedy(updated=True).startswith("lower optimizer.learning_rate")

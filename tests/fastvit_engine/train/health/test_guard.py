@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from fastvit_engine.config import Config, HealthConfig
-from fastvit_engine.engine.build import BatchSplit, build_engine
+from fastvit_engine.data.stream.batch_split import BatchSplit
+from fastvit_engine.engine.build import build_engine
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.train.health.guard import Anomaly, Guard
 from tests.fastvit_engine.plain_engine import PlainEngine
@@ -134,7 +135,7 @@ def test_a_discarded_step_leaves_deepspeed_as_if_it_had_not_been(lone_world, sta
     def final_weights(faults):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 3))
-        engine = build_engine(model, config, BatchSplit(4, 2), lone_world)
+        engine = build_engine(model, config, BatchSplit(8, 1, 2), lone_world)
         guard = Guard(engine, lone_world, config.health, precision)
         data = torch.randn(4, 8, 12, generator=torch.Generator().manual_seed(1)).to(next(model.parameters()).dtype)
         first = engine.named_parameters()[0][1]

@@ -1,21 +1,30 @@
+import re
+
 import pytest
 import torch
 from torch import nn
 
-from fastvit_engine.train.health.replicas import Replicas
+from fastvit_engine.errors import UserError
+from fastvit_engine.train.health.replicas import Replicas, check_first_weights
 from tests.fastvit_engine.plain_engine import PlainEngine
 from tests.fastvit_engine.ranks import on_ranks
+
+
+def network(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 5)).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def compare(size, change=lambda rank, model: None, dtype=torch.float32):
     """What the comparison finds where `change` has been made to the copy of each rank."""
 
     def of_rank(world):
-        generator = torch.Generator().manual_seed(0)
-        model = nn.Sequential(nn.Linear(40, 30), nn.BatchNorm1d(30), nn.Linear(30, 5)).to(dtype)
+        model = network(dtype)
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator))
             change(world.rank, model)
         return Replicas(PlainEngine(model), world).compare()
 
@@ -84,3 +93,30 @@ def test_weights_that_are_not_finite_are_named(value):
 
     verdict = compare(3, change)
     assert (verdict.kind, verdict.ranks, verdict.parameters) == ("weights", (2,), ("2.bias",))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ((0, 1), r"before any update, weights are not finite \(0.bias, 2.weight\): correct model.head_bias"),
+        ((1,), r"before any update, weights are not finite \(0.bias, 2.weight\) on rank 1 only: leave out the host"),
+    ],
+)
+def test_first_weights_that_are_not_finite_are_refused_on_every_process(ranks, message):
+    def refusal(world):
+        model = network()
+        if world.rank in ranks:
+            model[0].bias.data[0] = float("nan")
+            model[2].weight.data[0] = float("inf")
+        try:
+            check_first_weights(PlainEngine(model), world)
+        except UserError as error:
+            return str(error)
+        return None
+
+    found = on_ranks(2, refusal)
+    assert found[0] == found[1] and re.match(message, found[0])
+
+
+def test_first_weights_that_are_finite_pass():
+    assert on_ranks(2, lambda world: check_first_weights(PlainEngine(network()), world)) == [None, None]

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -32,14 +33,14 @@ def run(tmp_path):
     return run
 
 
-def fail(run, window, *, skip=True, most=3, recovery=None):
+def fail(run, window, *, skip=True, most=3, recovery=None, step=7, **facts):
     """A step of this window fails in a run that knows `recovery`, or else what its file says."""
     state = TrainerState(0, FINGERPRINT, recovery=load_recovery(run) if recovery is None else recovery)
-    failure = Failure(7, window, Anomaly("loss", "the loss is nan"), StepReport(float("nan"), 1.0, 0.0, None))
-    diagnosis = Diagnosis("data", [1], ["node"], ["key"], [], True, not skip, False)
+    failure = Failure(step, window, Anomaly("loss", "the loss is nan"), StepReport(float("nan"), 1.0, 0.0, None))
+    diagnosis = replace(Diagnosis("data", [1], ["node"], ["key"], [], True, not skip, False), **facts)
     message = record_anomaly(run, failure, diagnosis)
     start = Start(state, 100, None, "", DATA)
-    return go_back(run, LocalStore(run.checkpoints), start, failure, message, skip=skip, max_rewinds=most)
+    return go_back(run, LocalStore(run.checkpoints), start, failure, message, diagnosis, max_rewinds=most)
 
 
 def test_going_back_leaves_out_the_window_and_what_was_left_out_before(run):
@@ -109,3 +110,33 @@ def test_a_rewind_counts_what_only_the_manifest_remembers(run):
     known = Recovery(skipped=((0, 32),), failed=((0, 32), (64, 96)), rewinds=2)
     assert fail(run, (288, 320), recovery=known).state.recovery.rewinds == 3
     assert json.loads(run.recovery.read_text())["failed"] == [[0, 32], [64, 96], [288, 320]]
+
+
+@pytest.mark.parametrize(
+    ("facts", "remedy"),
+    [
+        ({}, "repair or remove the samples that are named there, or lower optimizer.learning_rate"),
+        ({"repeats": False}, "leave out node, or lower optimizer.learning_rate if the hardware is sound"),
+        ({"skip": False, "repeats": None}, "leave out node, or lower optimizer.learning_rate if the hardware is sound"),
+        (
+            {"everywhere": True},
+            "lower optimizer.learning_rate, lengthen schedule.warmup, or set a lower",
+        ),
+    ],
+)
+def test_what_to_do_follows_from_the_diagnosis(run, facts, remedy):
+    with pytest.raises(UserError) as error:
+        fail(run, (288, 320), most=0, **facts)
+    assert f"see {run.events}, {remedy}" in str(error.value)
+    assert str(error.value).endswith(
+        ", and run the same command again with --resume auto and a higher health.max_rewinds"
+    )
+
+
+def test_what_fails_everywhere_before_the_first_update_is_the_configurations_at_once(run):
+    with pytest.raises(UserError) as error:
+        fail(run, (0, 32), step=0, everywhere=True)
+    assert "no update has been made, so the configuration is at fault: correct data.mean, data.std" in str(error.value)
+    assert "host" not in str(error.value) and "shard" not in str(error.value)
+    assert load_recovery(run).rewinds == 0
+    assert fail(run, (0, 32), step=0).state.recovery.rewinds == 1  # one sample may well be at fault
