@@ -13,6 +13,7 @@ What is guaranteed, on a file system that keeps what fsync has written:
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -32,6 +33,7 @@ from fastvit_engine.shown import say
 
 _LOCK_SECONDS = 5.0  # a process stopped while it holds the lock must not stop all others
 _LONGEST_LINE = 2**24  # bytes of JSON that are worth parsing
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EINVAL}
 _BLOCK = 2**16  # bytes
 _ABANDONED_SECONDS = 86400.0  # a temporary file of an unknown machine that has not grown for so long has no writer
 
@@ -40,6 +42,33 @@ def atomic_write(path: Path, content: str | bytes) -> None:
     """Replaces the content of `path` by `content` (text as UTF-8), durably. See the module for what is guaranteed."""
     with atomic_writer(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def atomic_create(path: Path, content: bytes) -> bool:
+    """Creates `path` with all of `content`, durably. Returns False if it exists: of several at once, one succeeds."""
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
+        except OSError as error:  # a file system without hard links
+            if error.errno not in _NO_LINKS:
+                raise
+            try:
+                with open(path, "xb") as file:
+                    file.write(content)
+            except FileExistsError:
+                return False
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    flush_to_disk(path.parent)
+    return True
 
 
 @contextlib.contextmanager
@@ -233,11 +262,11 @@ def _locked(file: int) -> Iterator[None]:
 
 def _temporary(path: Path, folder: Path | None = None) -> Path:
     """A name that belongs to this call alone, whatever machines write to the folder, and that tells who writes."""
-    return (folder or path.parent) / f".{path.name}.{_machine()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
+    return (folder or path.parent) / f".{path.name}.{this_machine()}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp"
 
 
 @functools.cache
-def _machine() -> str:
+def this_machine() -> str:
     """This machine since its start, and this container: within it, a process id has one meaning."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
@@ -256,11 +285,12 @@ def _remove_leftovers(path: Path) -> None:
                 continue
             with contextlib.suppress(OSError):
                 abandoned = time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS
-                if abandoned or (match[1] == _machine() and not _is_alive(int(match[2]))):
+                if abandoned or (match[1] == this_machine() and not is_alive(int(match[2]))):
                     shutil.rmtree(entry.path) if entry.is_dir(follow_symlinks=False) else os.unlink(entry.path)
 
 
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
+    """Whether a process of this machine exists; one that its parent has not yet waited for counts, too."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:

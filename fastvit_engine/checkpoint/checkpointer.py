@@ -29,6 +29,7 @@ class Checkpointer:
     """Saves and loads the state of one run; every public method is collective.
 
     keep_every: steps of which every multiple stays, or None. `say` shows a sentence to the user, on rank 0.
+    `check_owner` raises UserError if this run must not write any more; it is called on rank 0 before each write.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Checkpointer:
         settings: CheckpointConfig,
         keep_every: int | None = None,
         say: Callable[[str], None] = print,
+        check_owner: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.store, self.engine, self.ema, self.world = run, store, engine, ema, world
         self.settings, self.keep_every, self.say = settings, keep_every, say
+        self.check_owner = check_owner
         self._host_copy = HostCopy()
         self._in_flight: SaveInFlight | None = None
         self._seconds_blocked = 0.0
@@ -70,7 +73,7 @@ class Checkpointer:
         checkpoint = Checkpoint(self.store, step_name(state.step))
         slices = self._slices_to_write()
         size = sum(self.world.gather(sum(p.values.nbytes for of_kind in slices.values() for p in of_kind)))
-        if (error := self._on_main(lambda: self.store.prepare(checkpoint.name, size))) is not None:
+        if (error := self._on_main(lambda: self._prepare(checkpoint, size))) is not None:
             self._failed(checkpoint, error)
             return
         manifest = Manifest(state, self.engine.scalars(), self.engine.shapes, files={})
@@ -110,7 +113,9 @@ class Checkpointer:
             time.sleep(0.05)
         save.join()
         self._in_flight = None
-        error, size, seconds = outcome
+        error, lost, size, seconds = outcome
+        if error is not None and lost:
+            raise UserError(error)
         if error is not None:
             self._failed(save.checkpoint, error)
             return None
@@ -185,8 +190,13 @@ class Checkpointer:
             slices = {kind: share(of_kind, rank, size) for kind, of_kind in slices.items()}
         return {**slices, "buffer": share(self.engine.buffers(), rank, size)}
 
+    def _prepare(self, checkpoint: Checkpoint, size: int) -> None:
+        self.check_owner()
+        self.store.prepare(checkpoint.name, size)
+
     def _publish(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         """Completes the checkpoint, then removes those that need not stay. Runs in the thread of rank 0."""
+        self.check_owner()
         self.store.publish(checkpoint.name, manifest.to_json())
         states = {checkpoint.name: manifest.state}
         for name in self.store.names():
@@ -247,8 +257,8 @@ class Checkpointer:
             self.say(text)
 
 
-def _plain(outcome: SaveOutcome | None) -> tuple[str | None, int, float] | None:
-    return None if outcome is None else (outcome.error, outcome.bytes, outcome.seconds)
+def _plain(outcome: SaveOutcome | None) -> tuple[str | None, bool, int, float] | None:
+    return None if outcome is None else (outcome.error, outcome.lost, outcome.bytes, outcome.seconds)
 
 
 def _state_or_nothing(checkpoint: Checkpoint) -> TrainerState:

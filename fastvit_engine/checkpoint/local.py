@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint
-from fastvit_engine.checkpoint.store import LONGEST_NAME, is_step_name, name_in_latest, step_of
-from fastvit_engine.files import atomic_write, flush_to_disk
+from fastvit_engine.checkpoint.store import LONGEST_NAME, is_owner_name, is_step_name, name_in_latest, step_of
+from fastvit_engine.files import atomic_create, atomic_write, flush_to_disk
 
 _SPARE = 2**16  # bytes that a checkpoint leaves free on its disk, for the run's records
 
@@ -89,6 +89,26 @@ class LocalStore:
         doomed = self.folder / f"{name}.removed"
         os.replace(self.folder / name, doomed)
         shutil.rmtree(doomed)
+
+    def owners(self) -> list[str]:
+        try:
+            return list(filter(is_owner_name, os.listdir(self.folder)))
+        except FileNotFoundError:
+            return []
+
+    def read_owner(self, name: str) -> tuple[bytes, float | None]:
+        with open(self.folder / name, "rb") as opened:  # opening asks a file server for the newest state
+            return opened.read(), os.fstat(opened.fileno()).st_mtime
+
+    def create_owner(self, name: str, content: bytes) -> bool:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return atomic_create(self.folder / name, content)
+
+    def refresh_owner(self, name: str, content: bytes) -> None:
+        os.utime(self.folder / name)  # which works on a full disk, too
+
+    def remove_owner(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
 
     def _partial(self, name: str) -> Path:
         return self.folder / f"{name}.partial"

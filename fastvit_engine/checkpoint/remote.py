@@ -4,6 +4,7 @@ An object is there whole or not at all, but several are not written at once: the
 and is the last object of it to be written and the first to be removed.
 """
 
+import contextlib
 import mmap
 import tempfile
 import time
@@ -13,12 +14,13 @@ from typing import Any, TypeVar
 from fsspec.core import url_to_fs
 
 from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint
-from fastvit_engine.checkpoint.store import is_step_name, name_in_latest, step_of
+from fastvit_engine.checkpoint.store import is_owner_name, is_step_name, name_in_latest, step_of
 from fastvit_engine.shown import public_url
 from fastvit_engine.storage.object_store import FINAL_ERRNOS, FINAL_ERRORS, one_line, require_package
 
 _CHUNK = 2**23  # bytes of one request
 _PAUSES = (0.5, 2.0, 8.0)  # seconds before each further attempt, besides what the store's client does by itself
+_SETTLE_SECONDS = 1.0  # between writing an owner record and reading it back
 T = TypeVar("T")
 
 
@@ -94,24 +96,55 @@ class RemoteStore:
             self._try(self.fs.rm_file, self._path(name, MANIFEST))
         self.discard(name)
 
+    def owners(self) -> list[str]:
+        return [name for name in self._listed() if is_owner_name(name)]
+
+    def read_owner(self, name: str) -> tuple[bytes, float | None]:
+        return self._try(self.fs.cat_file, self._path(name)), None
+
+    def create_owner(self, name: str, content: bytes) -> bool:
+        path = self._path(name)
+        try:
+            self._try(self.fs.pipe_file, path, content, mode="create")
+        except FileExistsError:
+            return False
+        time.sleep(_SETTLE_SECONDS)  # a store that ignores the condition lets the last of several writers win
+        try:
+            return self._try(self.fs.cat_file, path) == content
+        except FileNotFoundError:
+            return False
+
+    def refresh_owner(self, name: str, content: bytes) -> None:
+        self.fs.invalidate_cache()
+        if not self._try(self.fs.exists, self._path(name)):
+            raise FileNotFoundError(self.describe(name))
+        self._try(self.fs.pipe_file, self._path(name), content)
+
+    def remove_owner(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._try(self.fs.rm_file, self._path(name))
+
     def _path(self, *parts: str) -> str:
         return "/".join([self.root, *parts])
 
     def _prefixes(self) -> list[str]:
         """The names under which anything lies, complete or not."""
+        return [name for name in self._listed() if is_step_name(name)]
+
+    def _listed(self) -> list[str]:
         self.fs.invalidate_cache()
         try:
             listed = self._try(self.fs.ls, self.root, detail=False)
         except FileNotFoundError:
             return []
-        return [name for path in listed if is_step_name(name := path.rstrip("/").rpartition("/")[2])]
+        return [path.rstrip("/").rpartition("/")[2] for path in listed]
 
     def _try(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
         """Calls a method of the store, a few times if the failure may pass. Raises OSError if it does not."""
         for pause in (*_PAUSES, None):
             try:
                 return call(*arguments, **named)
-            except FileNotFoundError:
+            except (FileNotFoundError, FileExistsError):
                 raise
             except Exception as error:  # each package has its own classes
                 final = getattr(error, "errno", None) in FINAL_ERRNOS or type(error).__name__ in FINAL_ERRORS

@@ -56,6 +56,21 @@ class CheckpointStore(Protocol):
     def remove(self, name: str) -> None:
         """Removes a complete checkpoint; killed in the middle, it leaves the whole or nothing of that name."""
 
+    def owners(self) -> list[str]:
+        """The names of the owner records that lie here, in any order. See `owner.py`."""
+
+    def read_owner(self, name: str) -> tuple[bytes, float | None]:
+        """An owner record, and the time of its last heartbeat if the content does not tell it."""
+
+    def create_owner(self, name: str, content: bytes) -> bool:
+        """Creates an owner record; False if it exists. Of several writers at once, one succeeds."""
+
+    def refresh_owner(self, name: str, content: bytes) -> None:
+        """A heartbeat. Raises FileNotFoundError if the record is gone, which is not created again."""
+
+    def remove_owner(self, name: str) -> None:
+        """Removes an owner record, if it exists."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -140,3 +155,7 @@ def is_step_name(name: str) -> bool:
 def name_in_latest(content: bytes) -> str:
     """What a file `latest` holds, as text that can be compared with names, however damaged."""
     return content[:LONGEST_NAME].decode("utf-8", "backslashreplace").strip()
+
+
+def is_owner_name(name: str) -> bool:
+    return re.fullmatch(r"owner-[0-9]{1,18}\.json", name) is not None

@@ -20,6 +20,7 @@ from torch.distributed import Store
 from fastvit_engine.checkpoint.format import Block, Manifest, StoredFile, StoredTensor, TensorFile
 from fastvit_engine.checkpoint.store import Checkpoint, CheckpointStore
 from fastvit_engine.engine.protocol import ParameterSlice
+from fastvit_engine.errors import UserError
 from fastvit_engine.models.weights.safetensors_file import DTYPES
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -32,6 +33,7 @@ class SaveOutcome:
 
     checkpoint: Checkpoint
     error: str | None = None
+    lost: bool = False  # another run owns the place now: this one must not touch anything there
     bytes: int = 0  # of all files
     seconds: float = 0.0  # from the copy to the publication
 
@@ -127,9 +129,11 @@ class SaveInFlight:
         if self._rank == 0:
             try:
                 outcome = self._finish([self._report_of(rank) for rank in range(self._size)])
+            except UserError as error:
+                outcome = SaveOutcome(self.checkpoint, error=str(error), lost=True)
             except Exception as error:  # whatever it is, the main thread must hear of it
                 outcome = SaveOutcome(self.checkpoint, error=_one_line(error))
-            if outcome.error is not None:
+            if outcome.error is not None and not outcome.lost:
                 with contextlib.suppress(OSError):  # what is left then goes when the run starts again
                     self._store.discard(self.checkpoint.name)
             self.outcome = outcome

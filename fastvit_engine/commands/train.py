@@ -1,6 +1,8 @@
 """`fastvit train`: pretrains the model of a recipe, in new processes or as one rank of a job already started."""
 
 import argparse
+import os
+import uuid
 from pathlib import Path
 
 from fastvit_engine.commands.parser import local_path
@@ -16,8 +18,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         description="Pretrains the model of a recipe: on every GPU of this machine, on CPU processes if it has\n"
         "none, or as one rank of the job that torchrun, srun or deepspeed started.",
         epilog="example:\n  fastvit train vit_b16_i21k --set data.train=data/i21k --out runs/b16 --resume auto\n\n"
-        "signals: SIGTERM, SIGUSR1 or Ctrl-C finishes the step, saves and exits with code 76; a second one ends the\n"
-        "run at once. SIGQUIT writes stack traces into the run folder, as `fastvit stacks` does.",
+        "signals: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C finishes the step, saves and exits with code 76; a second one\n"
+        "ends the run at once. SIGQUIT writes stack traces into the run folder, as `fastvit stacks` does.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(parser)
@@ -61,6 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     resolved = load_config(args.recipe, args.set)  # before PyTorch is loaded: a typing error is told at once
 
     from fastvit_engine.checkpoint.export import export_run
+    from fastvit_engine.checkpoint.owner import RUN_ID, own
     from fastvit_engine.data.stream.worker_pool import lost_worker
     from fastvit_engine.distributed import launch
     from fastvit_engine.distributed.environment import launched_by_cluster
@@ -91,17 +94,19 @@ def _run(args: argparse.Namespace) -> int:
     trust_compiled_code()
     processes, run = launch.processes_here(args.cpu_processes), RunFolder(out)
     chosen = choose(resolved.config, machine_here(processes))
-    start = preflight(chosen.config, run, processes, resume=resume, allow_batch_change=args.allow_batch_change)
-    if start.step == start.total_steps:
-        report_damage(run, start.damaged, start.checkpoint)
-        if start.checkpoint:
-            export_run(start.checkpoint, run)  # it may have been killed just before this
-        say(start.message)
-        return 0
-    overrides = [word for override in args.set for word in ("--set", override)]
-    allowed = ["--allow-batch-change"] if args.allow_batch_change else []
-    command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *allowed, *overrides]
-    return launch.run_with_restarts(command, processes, run, args.max_restarts)
+    environment = {**os.environ, RUN_ID: uuid.uuid4().hex}  # of the ranks, which belong to this process
+    with own(chosen.config.checkpoint, run, environment) as owned:
+        start = preflight(chosen.config, run, processes, resume=resume, allow_batch_change=args.allow_batch_change)
+        if start.step == start.total_steps:
+            report_damage(run, start.damaged, start.checkpoint)
+            if start.checkpoint:
+                export_run(start.checkpoint, run)  # it may have been killed just before this
+            say(start.message)
+            return 0
+        overrides = [word for override in args.set for word in ("--set", override)]
+        allowed = ["--allow-batch-change"] if args.allow_batch_change else []
+        command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *allowed, *overrides]
+        return launch.run_with_restarts(command, processes, run, args.max_restarts, environment, owned.check)
 
 
 def _tell_others(error: Exception) -> None:

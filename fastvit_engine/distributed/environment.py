@@ -6,16 +6,23 @@ from collections.abc import Mapping, MutableMapping
 from fastvit_engine.errors import UserError
 
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What tells a task how many there are, if a launcher that is not torchrun started several.
+_TASK_COUNTS = {
+    "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
+    "mpirun": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+}
 ERROR_SHOWN = "FASTVIT_ERROR_SHOWN"  # a path: the first failing process creates it, and only that one prints its error
 
 
 def launched_by_cluster(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Whether a launcher such as torchrun started this process as a rank of a job. UserError if variables are missing.
 
-    Adds torchrun's variables if another launcher uses other names.
+    Adds torchrun's variables if another launcher uses other names. UserError also for one of several tasks that were
+    started without a rendezvous: each would be a run of its own.
     """
     environment.update(_in_torchrun_names(environment))
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
+        _check_lone_task(environment)
         return False
     missing = [name for name in LAUNCHER_VARIABLES if name not in environment]
     if missing:
@@ -35,6 +42,17 @@ def launched_by_cluster(environment: MutableMapping[str, str] = os.environ) -> b
             "ranks go from 0 to WORLD_SIZE - 1"
         )
     return True
+
+
+def _check_lone_task(environment: Mapping[str, str]) -> None:
+    for launcher, variables in _TASK_COUNTS.items():
+        count = next((environment[name] for name in variables if environment.get(name, "").isdigit()), "1")
+        if int(count) > 1 and not (launcher == "srun" and "SLURM_STEP_ID" not in environment):
+            raise UserError(
+                f"{launcher} started {count} tasks without MASTER_ADDR, so each would be a run of its own: start one "
+                "task per node that uses all its GPUs (srun --ntasks=1 fastvit train ...), submit launch/slurm/"
+                "train.sbatch for several nodes, or export MASTER_ADDR and MASTER_PORT before srun"
+            )
 
 
 def _in_torchrun_names(environment: Mapping[str, str]) -> dict[str, str]:

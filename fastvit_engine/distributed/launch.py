@@ -1,7 +1,8 @@
 """Runs `fastvit` on all GPUs of this machine, and restarts it from its latest checkpoint when it fails."""
 
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fastvit_engine.distributed.supervise import LaunchOutcome, Requests, gpu_count, start_ranks, wait_for_ranks
 from fastvit_engine.errors import EXIT_RESTART
@@ -15,12 +16,20 @@ def processes_here(cpu_processes: int) -> int:
     return gpu_count() or cpu_processes
 
 
-def run_with_restarts(arguments: Sequence[str], processes: int, run: RunFolder, max_restarts: int) -> int:
+def run_with_restarts(
+    arguments: Sequence[str],
+    processes: int,
+    run: RunFolder,
+    max_restarts: int,
+    environment: Mapping[str, str] = os.environ,
+    check_owner: Callable[[], None] = lambda: None,
+) -> int:
     """Runs `python -m fastvit_engine ARGUMENTS` once per rank, and restarts it with `--resume auto` if it fails.
 
     It restarts after a failure that a restart may cure, at most `max_restarts` times without a new checkpoint between.
+    `environment` is that of each rank; `check_owner` raises UserError if the run must not be started again.
 
-    SIGTERM, SIGUSR1, SIGINT and SIGQUIT are passed on to the ranks. Returns the exit code for the command.
+    SIGTERM, SIGUSR1, SIGHUP, SIGINT and SIGQUIT are passed on to the ranks. Returns the exit code for the command.
     """
     # From the latest checkpoint of this run, or from the start if it has none yet. The last --resume counts.
     command, resuming = list(arguments), [*arguments, "--resume", "auto"]
@@ -28,7 +37,7 @@ def run_with_restarts(arguments: Sequence[str], processes: int, run: RunFolder, 
     with requests.passed_on():
         restarts, latest = 0, _latest_checkpoint(run)
         while True:
-            outcome = run_processes(command, processes, requests)
+            outcome = run_processes(command, processes, requests, environment)
             if not outcome.restartable:
                 return outcome.exit_code
             if requests.first:
@@ -40,6 +49,7 @@ def run_with_restarts(arguments: Sequence[str], processes: int, run: RunFolder, 
                 tried = f" after {restarts} restarts without a new checkpoint" if restarts else ""
                 say(f"fastvit: giving up{tried}: {outcome.cause}", file=sys.stderr)
                 return outcome.exit_code
+            check_owner()
             restarts += 1
             message = f"starting again ({restarts} of {max_restarts}): {outcome.cause}"
             record_event(run, "restart", message, attempt=restarts)
@@ -47,9 +57,14 @@ def run_with_restarts(arguments: Sequence[str], processes: int, run: RunFolder, 
             command = resuming
 
 
-def run_processes(arguments: Sequence[str], processes: int, requests: Requests | None = None) -> LaunchOutcome:
+def run_processes(
+    arguments: Sequence[str],
+    processes: int,
+    requests: Requests | None = None,
+    environment: Mapping[str, str] = os.environ,
+) -> LaunchOutcome:
     """Runs `python -m fastvit_engine ARGUMENTS` once per rank and waits; the first that fails ends the others."""
-    with start_ranks([sys.executable, "-m", "fastvit_engine", *arguments], processes) as children:
+    with start_ranks([sys.executable, "-m", "fastvit_engine", *arguments], processes, environment) as children:
         return wait_for_ranks(children, requests or Requests())
 
 

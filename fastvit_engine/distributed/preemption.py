@@ -1,4 +1,4 @@
-r"""Preemption: after SIGTERM, SIGUSR1 or Ctrl-C a run finishes its step, saves, and ends with exit code 76.
+r"""Preemption: after SIGTERM, SIGUSR1, SIGHUP or Ctrl-C a run finishes its step, saves, and ends with exit code 76.
 
 Any process of the run may receive the signal; the report of each step tells the others. A second signal, two seconds
 later or more, ends the process at once: the latest checkpoint stays. SIGQUIT, which Ctrl-\ sends and no scheduler
@@ -14,9 +14,7 @@ from threading import Thread
 from types import TracebackType
 from typing import Any
 
-from fastvit_engine.distributed.supervise import SAME_REQUEST_SECONDS
-
-REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from fastvit_engine.distributed.supervise import REQUESTS, SAME_REQUEST_SECONDS, not_ignored, silence, terminals
 
 
 class Preemption:
@@ -32,8 +30,9 @@ class Preemption:
     def __enter__(self) -> "Preemption":
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
+        self._terminals = terminals()
         self._handlers_before = {
-            number: signal.signal(number, _leave_to_the_thread) for number in (*REQUESTS, signal.SIGQUIT)
+            number: signal.signal(number, _leave_to_the_thread) for number in not_ignored((*REQUESTS, signal.SIGQUIT))
         }
         # Written to by the C code that receives a signal, whatever the main thread is doing.
         self._descriptor_before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
@@ -57,6 +56,8 @@ class Preemption:
                     self.on_stack_request()
                 if number not in REQUESTS:
                     continue
+                if number == signal.SIGHUP:
+                    silence(self._terminals)
                 if self.signal is None:
                     self.signal, asked_at = signal.Signals(number), time.monotonic()
                     if os.environ.get("RANK") == "0":

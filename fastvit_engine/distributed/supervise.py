@@ -22,6 +22,8 @@ from fastvit_engine.distributed.store import JobStore
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART
 
 SAME_REQUEST_SECONDS = 2.0  # one signal may come twice: to the process group, and passed on by the parent
+# What asks a run to leave. SIGHUP comes when its terminal or its ssh connection closes; nohup makes it ignore that.
+REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _GRACE_SECONDS = 10.0  # for ranks whose peer has failed, or that were asked twice: to say why, and to leave
 _GRACE_AFTER_RESTART_CODE = 5.0  # likewise after exit code 75, when ranks have said why and leave together
 
@@ -131,17 +133,18 @@ def cluster_exit_code(codes: Set[int]) -> int:
 
 
 class Requests:
-    """Signals to this process while ranks are running: SIGTERM, SIGUSR1, SIGINT and SIGQUIT are passed on to them."""
+    """Signals to this process while ranks are running: those of REQUESTS and SIGQUIT are passed on to them."""
 
     def __init__(self) -> None:
         self._children: Sequence[subprocess.Popen[Any]] = ()
+        self._terminals: list[int] = []
         self.first: float | None = None  # when the first request to leave came
         self.at_once: float | None = None  # when the second came
 
     @contextmanager
     def passed_on(self) -> Iterator[None]:
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGQUIT)
-        previous = {number: signal.signal(number, self._pass_on) for number in numbers}
+        self._terminals = terminals()
+        previous = {number: signal.signal(number, self._pass_on) for number in not_ignored((*REQUESTS, signal.SIGQUIT))}
         try:
             yield
         finally:
@@ -158,6 +161,8 @@ class Requests:
         if number == signal.SIGQUIT:
             self._send(number)
             return
+        if number == signal.SIGHUP:
+            silence(self._terminals)
         if self.first is None:
             self.first = time.monotonic()
         elif time.monotonic() - self.first > SAME_REQUEST_SECONDS:
@@ -187,6 +192,24 @@ def wait_for_ranks(children: "Sequence[subprocess.Popen[Any]]", requests: Reques
     if requests.at_once:
         codes |= {rank: -signal.SIGKILL for rank in range(len(children)) if rank not in codes}
     return LaunchOutcome(codes)
+
+
+def not_ignored(numbers: Sequence[signal.Signals]) -> list[signal.Signals]:
+    """Without SIGHUP if the process was started so that it ignores it (nohup)."""
+    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+
+
+def terminals() -> list[int]:
+    """Which of standard output and standard error are terminals."""
+    return [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+
+def silence(descriptors: Sequence[int]) -> None:
+    """Sends what is written there nowhere: on a terminal that has closed, each line would be an error."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 def _die_with_parent() -> None:

@@ -1,6 +1,6 @@
 """Writes and shows the progress of a run, in one of its processes (rank 0)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from fastvit_engine.observe.metrics import EvalRow, MetricsWriter, TrainRow
@@ -12,9 +12,20 @@ if TYPE_CHECKING:  # which imports what the trackers are made of
 
 
 class Recorder:
-    """Sends each row to `metrics.jsonl`, to the trackers and to the progress display."""
+    """Sends each row to `metrics.jsonl`, to the trackers and to the progress display.
 
-    def __init__(self, run: RunFolder, total_steps: int, start_step: int, trackers: "Sequence[Tracker]" = ()) -> None:
+    check_owner: raises UserError if this run must not write any more; called before each row.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        total_steps: int,
+        start_step: int,
+        trackers: "Sequence[Tracker]" = (),
+        check_owner: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._check_owner = check_owner
         self._metrics = MetricsWriter(run, resume_step=start_step)
         self._trackers = trackers
         self._progress = TrainingProgress(total_steps, start_step)
@@ -39,6 +50,7 @@ class Recorder:
             tracker.close()
 
     def _write(self, row: TrainRow | EvalRow) -> None:
+        self._check_owner()
         self._metrics.write(row)
         for tracker in self._trackers:
             tracker.write(row)

@@ -1,5 +1,6 @@
 """What lives as long as the processes of a run do, also when training goes back to a checkpoint."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +59,17 @@ class Job:
     health: Health
     processes: Processes
     utilization: Utilization
+    check_owner: Callable[[], None]  # on rank 0: raises UserError if another run owns the run folder by now
 
 
 def build_job(
-    config: Config, run: RunFolder, world: World, schedule: Schedule, watchdog: Watchdog, preemption: Preemption
+    config: Config,
+    run: RunFolder,
+    world: World,
+    schedule: Schedule,
+    watchdog: Watchdog,
+    preemption: Preemption,
+    check_owner: Callable[[], None],
 ) -> Job:
     """Builds model, engine and all else of a run on this process; collective. `config`: without open ends."""
     torch.manual_seed(config.seed)
@@ -84,7 +92,9 @@ def build_job(
         engine=engine,
         objective=build_objective(config, world.device),
         ema=ema,
-        checkpointer=Checkpointer(run, store, engine, ema, world, config.checkpoint, schedule.keep_every),
+        checkpointer=Checkpointer(
+            run, store, engine, ema, world, config.checkpoint, schedule.keep_every, check_owner=check_owner
+        ),
         health=Health(Guard(engine, world, config.health, config.train.precision), Replicas(engine, world), gradients),
         processes=Processes(
             watchdog,
@@ -99,4 +109,5 @@ def build_job(
             ),
         ),
         utilization=Utilization(peak_flops(world, config.train.precision), training_flops(config.model)),
+        check_owner=check_owner,
     )

@@ -1,13 +1,14 @@
 """The training loop. Every process of the run executes `train` from top to bottom."""
 
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from fastvit_engine.checkpoint import Checkpoint, TrainerState
 from fastvit_engine.checkpoint.export import export_run
+from fastvit_engine.checkpoint.owner import own
 from fastvit_engine.config import Config, Resolved
 from fastvit_engine.data import Batch, IterableData
 from fastvit_engine.data.stream.skip import Window, step_start
@@ -55,6 +56,7 @@ def train(
         Preemption() as preemption,
         join_world(limits.slow_phase_seconds + limits.timeout_seconds, run.stacks) as world,
         Watchdog(run, world, limits) as watchdog,
+        _owned(resolved.config, run, world) as check_owner,
     ):
         preemption.on_stack_request = watchdog.request_stacks
         chosen = choose(resolved.config, machine_of(world))
@@ -67,9 +69,18 @@ def train(
         if start.step < start.total_steps:
             if world.is_main:
                 say(chosen.describe())
-            _train(resolved, chosen, run, start, world, watchdog, preemption, data)
+            _train(resolved, chosen, run, start, world, watchdog, preemption, check_owner, data)
         elif finished := start.checkpoint:
             world.on_main(lambda: export_run(finished, run))  # it may have been killed just before this
+
+
+@contextmanager
+def _owned(config: Config, run: RunFolder, world: World) -> Iterator[Callable[[], None]]:
+    """Owns the run during the block, on rank 0, and yields what checks that there. Collective, also in its errors."""
+    with ExitStack() as owned:
+        checks: list[Callable[[], None]] = []
+        world.on_main(lambda: checks.append(owned.enter_context(own(config.checkpoint, run)).check))
+        yield checks[0] if checks else lambda: None
 
 
 def _train(
@@ -80,10 +91,11 @@ def _train(
     world: World,
     watchdog: Watchdog,
     preemption: Preemption,
+    check_owner: Callable[[], None],
     data: IterableData | None = None,
 ) -> None:
     schedule = Schedule(chosen.config, start.data.samples_per_epoch, start.state.batches)
-    job = build_job(chosen.config, run, world, schedule, watchdog, preemption)
+    job = build_job(chosen.config, run, world, schedule, watchdog, preemption, check_owner)
     if world.is_main:
         save_recovery(run, start.state.recovery)
         record_start(resolved, chosen, job, start.step)
@@ -211,6 +223,7 @@ def _recover(job: Job, start: Start, failure: Failure, trace: Trace, recorder: R
 
     def decide() -> Start:
         assert recorder is not None
+        job.check_owner()
         message = record_anomaly(job.run, failure, diagnosis)
         recorder.message(message)
         most = job.config.health.max_rewinds
@@ -237,13 +250,18 @@ def _leave(job: Job, step: int, log: StepLog) -> None:
 def _finish(job: Job, state: TrainerState, log: StepLog) -> None:
     """The end of a run: its last checkpoint is whole, and the weights are one file."""
     saved: Checkpoint | None = job.checkpointer.close()
-    job.world.on_main(lambda: export_run(saved, job.run) if saved else None)
+    job.world.on_main(lambda: _export(saved, job) if saved else None)
     if job.world.is_main:
         total = job.schedule.total_steps
         record_event(job.run, "stop", f"finished after {counted(total, 'step')}", step=total, reason="finished")
     log.close()
     if job.world.is_main:
         say(f"{_outcome(state, job)}\nnext: fastvit report {job.run.path}")
+
+
+def _export(checkpoint: Checkpoint, job: Job) -> None:
+    job.check_owner()
+    export_run(checkpoint, job.run)
 
 
 def _outcome(state: TrainerState, job: Job) -> str:

@@ -24,7 +24,8 @@ class StepLog:
         self.recorder: Recorder | None = None
         if world.is_main:
             trackers = [TensorBoard(job.run, state.step)]
-            self.recorder = Recorder(job.run, job.schedule.total_steps, state.step, trackers)
+            total_steps = job.schedule.total_steps
+            self.recorder = Recorder(job.run, total_steps, state.step, trackers, job.check_owner)
         self.stopwatch = Stopwatch(world.device, seconds_before=state.seconds)
         seen = job.schedule.samples(state.step)
         self.bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share, seen=seen, bad=state.bad_samples)

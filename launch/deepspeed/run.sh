@@ -98,7 +98,9 @@ done
 DS_ENV_FILE=$(mktemp) # mode 600: it may hold secrets
 export DS_ENV_FILE
 trap 'rm -f "$DS_ENV_FILE"' EXIT
-echo "$variables" | sed '/^$/d' >"$DS_ENV_FILE"
+echo "$variables" | sed '/^$/d; /^FASTVIT_RUN_ID=/d' >"$DS_ENV_FILE"
+# A restart takes the run over from the job before at once.
+echo "FASTVIT_RUN_ID=deepspeed-$(hostname)-$$-$(date +%s)" >>"$DS_ENV_FILE"
 
 # ---- the job, and again after a failure that a restart may cure
 stopping=false

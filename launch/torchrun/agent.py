@@ -6,7 +6,9 @@ Its exit code is that of the processes: 2 before 76 before 75, "run the same com
 failures.
 """
 
+import os
 import sys
+import uuid
 from typing import Any
 
 import torch.distributed as dist
@@ -37,6 +39,12 @@ class Agent(LocalElasticAgent):
             if self.final_codes & self.causes:
                 self._remaining_restarts = 0
         return result
+
+    def _start_workers(self, worker_group: Any) -> Any:
+        """All nodes and restarts of this job have one run id, which they agree on where they meet."""
+        rendezvous = getattr(worker_group.store, "underlying_store", worker_group.store)
+        os.environ["FASTVIT_RUN_ID"] = rendezvous.compare_set("fastvit_run_id", "", uuid.uuid4().hex).decode()
+        return super()._start_workers(worker_group)
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
         super()._shutdown(*args, **kwargs)

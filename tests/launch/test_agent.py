@@ -17,7 +17,7 @@ import os, pathlib, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: os._exit(76))
 rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
 notes = pathlib.Path(sys.argv[1])
-(notes / f"{rank}-{attempt}").touch(exist_ok=False)
+with open(notes / f"{rank}-{attempt}", "x") as file: file.write(os.environ["FASTVIT_RUN_ID"])
 while not (notes / f"{1 - rank}-{attempt}").exists():
     time.sleep(0.01)
 told = sys.argv[2 + rank]
@@ -66,6 +66,8 @@ def test_only_what_a_restart_may_cure_is_started_again(agent, tmp_path, told, ot
     assert running.returncode == int(told), errors
     assert started(tmp_path)[-1].endswith(f"-{restarts}")
     assert f"processes of this node ended with [{told}]" in errors
+    (run_id,) = {path.read_text() for path in (tmp_path / "started").iterdir()}  # of all ranks, also after a restart
+    assert len(run_id) == 32
 
 
 def test_told_to_leave_it_tells_its_processes_and_reports_that_they_saved(agent, tmp_path):

@@ -94,7 +94,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
     They may reach every process of a job, and the parent still needs its data for the step that it finishes.
     """
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGQUIT):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGQUIT):
         if callable(signal.getsignal(number)):
             signal.signal(number, signal.SIG_IGN)
 

@@ -247,6 +247,24 @@ def test_a_failed_save_is_an_event_and_the_third_in_a_row_an_error(training):
     assert [c.name for c in usable_checkpoints(training.store)] == ["step-00000004", good.name]
 
 
+@pytest.mark.parametrize("moment", ["before it is prepared", "before it is published"])
+def test_a_run_that_is_not_its_own_any_more_writes_no_checkpoint(training, moment):
+    good, asked = training.save(1), []
+
+    def check():
+        asked.append(checkpoints(training))
+        if len(asked) > (moment == "before it is published"):
+            raise UserError("it belongs to another run")
+
+    training.checkpointer.check_owner = check
+    with pytest.raises(UserError, match="^it belongs to another run$"):
+        training.save(2)
+    assert training.store.latest() == good.name
+    left = ["step-00000002.partial"] if moment == "before it is published" else []  # which is the other run's to remove
+    assert checkpoints(training) == ["latest", good.name, *left]
+    assert [event["event"] for event in read_events(training.run)] == ["checkpoint"]
+
+
 @pytest.mark.parametrize("cause", ["write", "room"])
 def test_the_save_at_the_end_of_a_run_must_not_fail(training, cause, monkeypatch):
     if cause == "write":

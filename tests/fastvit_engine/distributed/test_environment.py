@@ -54,11 +54,30 @@ def test_nodes_of_slurm_may_differ(node, size):
     assert environment["LOCAL_WORLD_SIZE"] == size
 
 
-@pytest.mark.parametrize("absent", ["MASTER_ADDR", "SLURM_STEP_ID"])
-def test_a_shell_under_slurm_is_no_rank(absent):
-    environment = {name: value for name, value in SLURM.items() if name != absent}
+@pytest.mark.parametrize("change", [{"SLURM_STEP_ID": None}, {"MASTER_ADDR": None, "SLURM_STEP_NUM_TASKS": "1"}])
+def test_a_shell_under_slurm_is_no_rank(change):
+    """The script of a job, whose number of tasks is that of its steps, or `srun --pty bash`."""
+    environment = {name: value for name, value in (SLURM | {"SLURM_NTASKS": "4"} | change).items() if value is not None}
     assert not launched_by_cluster(environment)
     assert "RANK" not in environment
+
+
+@pytest.mark.parametrize(
+    ("launcher", "variables"),
+    [
+        ("srun", {name: value for name, value in SLURM.items() if name != "MASTER_ADDR"}),
+        ("srun", {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}),
+        ("mpirun", {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}),
+        ("mpirun", {"PMI_SIZE": "4", "PMI_RANK": "3"}),
+    ],
+)
+def test_several_tasks_that_cannot_meet_are_refused(launcher, variables):
+    with pytest.raises(UserError, match=f"{launcher} started 4 tasks without MASTER_ADDR, so each would be a run"):
+        launched_by_cluster(dict(variables))
+    one = {name: "1" if value == "4" else value for name, value in variables.items()}
+    assert not launched_by_cluster(one)  # the advice: one task
+    if launcher == "srun":  # the other one
+        assert launched_by_cluster(SLURM | variables)
 
 
 def test_torchrun_inside_a_task_of_slurm_has_the_say():

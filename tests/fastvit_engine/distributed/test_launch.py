@@ -86,10 +86,11 @@ def test_gives_up_after_so_many_restarts_without_a_new_checkpoint(fake_engine, c
     assert "giving up after 2 restarts without a new checkpoint: exit code 75 of rank 0" in capfd.readouterr().err
 
 
-def test_requests_are_passed_on_and_end_restarts(fake_engine, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_requests_are_passed_on_and_end_restarts(fake_engine, number):
     fake_engine(
         ATTEMPTS + "import time\n"
-        "signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(76 if rank == '0' else 75))\n"
+        f"signal.signal({int(number)}, lambda number, frame: sys.exit(76 if rank == '0' else 75))\n"
         "pathlib.Path('ready' + rank).touch()\ntime.sleep(60)\n"
     )
     code = "from pathlib import Path\nfrom fastvit_engine.distributed import launch\n"
@@ -100,7 +101,7 @@ def test_requests_are_passed_on_and_end_restarts(fake_engine, tmp_path):
     deadline = time.monotonic() + 60
     while not (Path("ready0").exists() and Path("ready1").exists()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    parent.send_signal(signal.SIGTERM)
+    parent.send_signal(number)
     assert parent.wait(60) == 76
     assert len(attempts(0)) == len(attempts(1)) == 1
 

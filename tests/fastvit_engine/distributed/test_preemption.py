@@ -1,4 +1,5 @@
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ def wait_for(condition, seconds=30):
     assert condition()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_a_request_is_noted_and_handlers_come_back(number):
     before = signal.getsignal(number)
     with Preemption() as preemption:
@@ -26,6 +27,41 @@ def test_a_request_is_noted_and_handlers_come_back(number):
         os.kill(os.getpid(), number)  # forwarded by the parent: no second request
         time.sleep(0.2)
     assert signal.getsignal(number) is before
+
+
+def test_a_process_that_ignores_sighup_continues_to_do_so():
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Preemption() as preemption:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.2)
+            assert preemption.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_closes_asks_to_leave_and_takes_no_output_any_more(tmp_path):
+    """The process finishes its step and prints; on the terminal that would be an error."""
+    done = tmp_path / "done"
+    code = (
+        "import os, sys, time\nfrom fastvit_engine.distributed.preemption import Preemption\n"
+        "with Preemption() as preemption:\n    print('ready', flush=True)\n"
+        "    while preemption.signal is None:\n        time.sleep(0.01)\n    time.sleep(0.2)\n"
+        "    print('saving', flush=True)\n    print('saved', file=sys.stderr, flush=True)\n"
+        f"    open({str(done)!r}, 'w').write(preemption.signal.name)\n"
+    )
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", code])
+    try:
+        seen = b""
+        while b"ready" not in seen:
+            seen += os.read(terminal, 1000)
+    finally:
+        os.close(terminal)
+        _, status = os.waitpid(child, 0)
+    assert (os.waitstatus_to_exitcode(status), done.read_text()) == (0, "SIGHUP")
 
 
 def test_sigquit_asks_for_stack_traces_and_does_not_end_the_run():

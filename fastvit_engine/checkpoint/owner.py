@@ -1,0 +1,268 @@
+"""One run at a time: the owner record of a run folder, and of `checkpoint.path` if that is elsewhere.
+
+`owner-N.json` says which process owns the place. Taking over creates the record of the next number, which only one of
+several processes can do, and then removes the older ones. So an owner that was suspended finds its own record gone,
+and stops before it writes. The owner refreshes its record every `HEARTBEAT_SECONDS`; in a folder, the time of the
+file is the heartbeat. An owner is gone if its process on this machine has ended, or if, on another machine, its
+record does not change for `STALE_SECONDS`. Processes of one launch (`RUN_ID`) take over from each other at once: the
+launcher has ended the old ones before it starts the new.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+from fastvit_engine.checkpoint.local import LocalStore
+from fastvit_engine.checkpoint.open import store_of
+from fastvit_engine.checkpoint.store import CheckpointStore
+from fastvit_engine.config import CheckpointConfig
+from fastvit_engine.errors import UserError
+from fastvit_engine.files import is_alive, this_machine
+from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.shown import say as say_to_user
+
+RUN_ID = "FASTVIT_RUN_ID"  # of one launch with all its restarts; a launcher gives it to each process
+HEARTBEAT_SECONDS = 15.0
+STALE_SECONDS = 5 * HEARTBEAT_SECONDS
+_LONG_STALE_SECONDS = 900.0  # too long for a difference of clocks: not watched first
+_LAST_HEARTBEAT_SECONDS = 30.0  # that one may take that has begun
+_WATCH_SECONDS = 1.0  # between two looks at a record
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The content of a record."""
+
+    host: str
+    machine: str  # since its start, and this container: within it, a process id has one meaning
+    process: int
+    process_started: str  # tells processes of the same id apart
+    run_id: str
+    token: str  # of this record alone
+    since: str  # ISO 8601
+    heartbeat: float  # seconds since 1970
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self) | {"heartbeat": time.time()}).encode()
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was a process of this machine, and is no more."""
+        return self.machine == this_machine() and not (
+            is_alive(self.process) and process_start(self.process) in ("", self.process_started)
+        )
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}"
+
+
+class _RunFolderStore(LocalStore):
+    """The run folder itself, for its owner record alone."""
+
+
+class Ownership:
+    """The records that say so. Those with `token` are kept fresh; others are the parent process's, which does it."""
+
+    def __init__(self, records: Sequence[tuple[CheckpointStore, str, Owner]], token: str) -> None:
+        self._records = records
+        self._own = [record for record in records if record[2].token == token]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._refresh, name="owner", daemon=True)
+        if self._own:
+            self._thread.start()
+
+    def check(self) -> None:
+        """Raises UserError if this process has lost what it owned; OSError if the disk or the store cannot say."""
+        for store, name, owner in self._records:
+            try:
+                held = _parse(store.read_owner(name)[0])
+                lost = held is None or held.token != owner.token or _newest(store.owners()) != name
+            except FileNotFoundError:
+                lost = True
+            if lost:
+                raise UserError(_loss(store))
+
+    def release(self) -> None:
+        """Gives up what is this process's own; others may take it at once."""
+        self._stop.set()
+        if self._own:
+            self._thread.join(_LAST_HEARTBEAT_SECONDS)  # which could bring back the object that is removed now
+        for store, name, _ in self._own:
+            with contextlib.suppress(OSError):  # its process has ended soon, which says the same
+                store.remove_owner(name)
+
+    def _refresh(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            for store, name, owner in self._own:
+                with contextlib.suppress(OSError):  # `check` finds out what it means
+                    store.refresh_owner(name, owner.to_json())
+
+
+@contextlib.contextmanager
+def own(
+    settings: CheckpointConfig,
+    run: RunFolder,
+    environment: Mapping[str, str] = os.environ,
+    say: Callable[[str], None] = say_to_user,
+) -> Iterator[Ownership]:
+    """Owns the run folder and the place of its checkpoints during the block.
+
+    Raises UserError at once if a run that is alive owns one of them. A folder that is empty at the end disappears.
+    """
+    made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    try:
+        ownership = claim(settings, run, environment, say)
+        try:
+            yield ownership
+        finally:
+            ownership.release()
+    finally:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def claim(
+    settings: CheckpointConfig, run: RunFolder, environment: Mapping[str, str], say: Callable[[str], None]
+) -> Ownership:
+    """Takes ownership of both places, or of none."""
+    stores: list[CheckpointStore] = [_RunFolderStore(run.path)]
+    if settings.path is not None:
+        stores.append(store_of(settings, run))
+    owner = Owner(
+        host=socket.gethostname(),
+        machine=this_machine(),
+        process=os.getpid(),
+        process_started=process_start(os.getpid()),
+        run_id=environment.get(RUN_ID) or uuid.uuid4().hex,
+        token=uuid.uuid4().hex,
+        since=datetime.now().astimezone().isoformat(timespec="seconds"),
+        heartbeat=time.time(),
+    )
+    records: list[tuple[CheckpointStore, str, Owner]] = []
+    try:
+        for store in stores:
+            records.append((store, *_take(store, owner, say)))
+    except BaseException:
+        for store, name, taken in records:
+            if taken.token == owner.token:
+                with contextlib.suppress(OSError):
+                    store.remove_owner(name)
+        raise
+    return Ownership(records, owner.token)
+
+
+def process_start(process: int) -> str:
+    """When a process began, in units of the kernel; "" if that is unknown, "ended" for one that is only remembered."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "ended" if fields[0] in "ZX" else fields[19]
+
+
+def _take(store: CheckpointStore, owner: Owner, say: Callable[[str], None]) -> tuple[str, Owner]:
+    """Makes `owner` the owner, if nobody else is; returns the record that counts, which may be the parent process's."""
+    while True:
+        try:
+            names = store.owners()
+            newest = _newest(names)
+            if newest is not None:
+                content, _ = store.read_owner(newest)
+                held = _parse(content)
+                if held is not None and _is_ours(held, owner):
+                    return newest, held
+                if held is None or held.run_id != owner.run_id:
+                    _wait_for_end(store, newest, say)
+            number = 1 if newest is None else _number(newest) + 1
+            name = f"owner-{number}.json"
+            if store.create_owner(name, owner.to_json()):
+                for old in names:
+                    store.remove_owner(old)
+                return name, owner
+        except FileNotFoundError:  # the record has gone meanwhile
+            continue
+        except OSError as error:
+            where, what = _where(store)
+            raise UserError(f"{where} cannot be written ({error.strerror or error}): choose another {what}") from error
+
+
+def _is_ours(held: Owner, owner: Owner) -> bool:
+    """Whether a record is this process's own, or of the parent that started it as a rank and waits for it."""
+    by_parent = held.machine == owner.machine and held.process == os.getppid() and held.run_id == owner.run_id
+    return held.token == owner.token or by_parent
+
+
+def _wait_for_end(store: CheckpointStore, name: str, say: Callable[[str], None]) -> None:
+    """Returns once the owner of a record is known to be gone. Raises UserError if it is alive."""
+    where, what = _where(store)
+    content, modified = store.read_owner(name)
+    held = _parse(content)
+    who = "a process whose record is damaged" if held is None else f"{held}"
+    if held is None or held.machine != this_machine():
+        beat = modified or (0.0 if held is None else held.heartbeat)
+        if time.time() - beat < _LONG_STALE_SECONDS:
+            say(f"{where} belongs to {who}: waiting up to {STALE_SECONDS:.0f} s to see whether that is alive")
+            deadline = time.monotonic() + STALE_SECONDS
+            while store.read_owner(name) == (content, modified):
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(_WATCH_SECONDS)
+            else:
+                raise UserError(_refusal(where, what, held))
+    elif not held.has_ended:
+        raise UserError(_refusal(where, what, held))
+    say(f"taking over {where}: {who} owned it and is gone")
+
+
+def _refusal(where: str, what: str, held: Owner | None) -> str:
+    if held is None:
+        return f"{where} is in use by another run: wait until that has ended, or choose another {what}"
+    return (
+        f"{where} is in use by {held}, since {held.since}: wait until that run has ended, stop it (kill "
+        f"{held.process} on {held.host}), or choose another {what}"
+    )
+
+
+def _loss(store: CheckpointStore) -> str:
+    where, what = _where(store)
+    if isinstance(store, LocalStore) and not store.folder.exists():
+        return f"{where} is gone, removed or unmounted: restore it, or choose another {what}, and start again"
+    by = "another run"
+    with contextlib.suppress(OSError):
+        newest = _newest(store.owners())
+        held = _parse(store.read_owner(newest)[0]) if newest is not None else None
+        by = f"{held}, since {held.since}" if held else by
+    return f"{where} no longer belongs to this run but to {by}: it stops and writes nothing more; choose another {what}"
+
+
+def _where(store: CheckpointStore) -> tuple[str, str]:
+    """The name of a place for people, and what to choose another one of."""
+    if isinstance(store, _RunFolderStore):
+        return f"run folder {store.describe('')}", "one with --out"
+    return store.describe(""), "checkpoint.path"
+
+
+def _newest(names: Sequence[str]) -> str | None:
+    return max(names, key=_number, default=None)
+
+
+def _number(name: str) -> int:
+    return int(name.removeprefix("owner-").removesuffix(".json"))
+
+
+def _parse(content: bytes) -> Owner | None:
+    """None if the record is damaged."""
+    try:
+        owner = Owner(**json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return owner if isinstance(owner.process, int) and isinstance(owner.heartbeat, int | float) else None

@@ -1,0 +1,281 @@
+"""One run at a time: who may write to a run folder and to checkpoint.path, and who finds out that he may not."""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+
+import fsspec
+import pytest
+
+from fastvit_engine.checkpoint import open_store, owner
+from fastvit_engine.checkpoint.owner import RUN_ID, Owner, own, process_start
+from fastvit_engine.config import CheckpointConfig
+from fastvit_engine.errors import UserError
+from fastvit_engine.files import this_machine
+from fastvit_engine.observe.run_folder import RunFolder
+
+HERE = CheckpointConfig()
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunFolder(tmp_path / "runs" / "a")
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(owner, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(owner, "STALE_SECONDS", 1.0)
+    monkeypatch.setattr(owner, "_WATCH_SECONDS", 0.05)
+    monkeypatch.setattr("fastvit_engine.checkpoint.remote._SETTLE_SECONDS", 0.05)
+
+
+@pytest.fixture(params=["folder", "memory", "s3"])
+def place(request, tmp_path):
+    """checkpoint.path, away from the run folder."""
+    if request.param == "folder":
+        yield str(tmp_path / "checkpoints")
+        return
+    if request.param == "s3":
+        request.getfixturevalue("s3_bucket")
+    yield f"{request.param}://bucket/{tmp_path.name}"
+    with contextlib.suppress(FileNotFoundError):
+        fsspec.filesystem(request.param).rm(f"bucket/{tmp_path.name}", recursive=True)
+
+
+def records(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def write_record(folder, number=1, age=0.0, **facts):
+    """A record as another process would have left it; returns it."""
+    facts = {"host": "node-7", "machine": "elsewhere", "process": 4321, "process_started": "17"} | facts
+    held = Owner(**{"run_id": "other", "token": "t", "since": "2026-05-01T10:00:00+02:00", "heartbeat": 0.0} | facts)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"owner-{number}.json"
+    path.write_text(json.dumps(asdict(held) | {"heartbeat": time.time() - age}))
+    os.utime(path, (time.time() - age,) * 2)
+    return path
+
+
+def ended_process():
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    started = process_start(process.pid)
+    process.wait()
+    return {"machine": this_machine(), "process": process.pid, "process_started": started}
+
+
+def test_the_second_start_is_refused_at_once_and_the_next_one_after_the_end_is_not(run):
+    with own(HERE, run) as first:
+        assert records(run.path) == ["owner-1.json"]
+        started = time.monotonic()
+        with pytest.raises(UserError) as refusal, own(HERE, run):
+            pass
+        assert time.monotonic() - started < 0.5
+        first.check()
+    where = f"run folder {run.path} is in use by process {os.getpid()} on {socket.gethostname()}, since 20"
+    assert str(refusal.value).startswith(where)
+    for advice in ("wait until that run has ended", f"stop it (kill {os.getpid()} on ", "another one with --out"):
+        assert advice in str(refusal.value)
+    assert not run.path.parent.exists()  # nothing was written there
+    with own(HERE, run):
+        pass
+
+
+def test_a_checkpoint_path_has_one_owner_too_whatever_the_run_folder(run, tmp_path, place):
+    settings = CheckpointConfig(path=place)
+    with own(settings, run) as first:
+        refused = pytest.raises(UserError, match=r"is in use by process .* or choose another checkpoint\.path")
+        with refused, own(settings, RunFolder(tmp_path / "b")):
+            pass
+        assert not (tmp_path / "b").exists()
+        time.sleep(0.3)  # heartbeats
+        first.check()
+        assert open_store(place).names() == []
+    assert open_store(place).owners() == []
+    with own(settings, RunFolder(tmp_path / "b")) as second:
+        second.check()
+
+
+def test_of_many_starts_in_the_same_moment_one_succeeds(run, place):
+    """Also over the record of an owner that is gone."""
+    settings = CheckpointConfig(path=place)
+    write_record(run.path, **ended_process())
+    together, over = threading.Barrier(8), threading.Event()
+    outcomes = []
+
+    def start():
+        together.wait()
+        try:
+            with own(settings, run, say=lambda text: None) as owned:
+                outcomes.append(owned)
+                over.wait(30)
+                owned.check()
+        except UserError as refusal:
+            outcomes.append(refusal)
+
+    threads = [threading.Thread(target=start) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while len(outcomes) < 8 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    over.set()
+    for thread in threads:
+        thread.join()
+    assert sum(isinstance(outcome, UserError) for outcome in outcomes) == 7 and len(outcomes) == 8
+
+
+def test_a_killed_owner_on_this_machine_is_taken_over_at_once_and_that_is_said(run):
+    write_record(run.path, number=3, host="here", **(gone := ended_process()))
+    said = []
+    with own(HERE, run, say=said.append) as owned:
+        assert records(run.path) == ["owner-4.json"]
+        owned.check()
+    assert said == [f"taking over run folder {run.path}: process {gone['process']} on here owned it and is gone"]
+
+
+def test_a_process_that_got_the_number_of_a_killed_one_is_no_owner(run):
+    write_record(run.path, machine=this_machine(), process=os.getpid(), process_started="1")
+    with own(HERE, run, say=lambda text: None):
+        pass
+
+
+def _own_until_killed(path, ready):
+    with own(HERE, RunFolder(path)):
+        ready.set()
+        time.sleep(600)
+
+
+def test_the_advice_of_the_refusal_helps(run):
+    """Stopping the process that it names."""
+    forks = multiprocessing.get_context("fork")
+    ready = forks.Event()
+    other = forks.Process(target=_own_until_killed, args=[run.path, ready])
+    other.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(UserError, match=rf"kill {other.pid} on "), own(HERE, run):
+            pass
+        other.kill()
+        while process_start(other.pid) != "ended":  # not waited for, as in a container without an init process
+            time.sleep(0.01)
+        with own(HERE, run, say=lambda text: None) as owned:
+            owned.check()
+    finally:
+        other.kill()
+        other.join()
+
+
+def test_an_owner_on_another_machine_is_alive_as_long_as_its_record_changes(run):
+    record = write_record(run.path)
+    stop = threading.Event()
+
+    def beat():
+        while not stop.wait(0.2):
+            os.utime(record)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    said = []
+    try:
+        refused = pytest.raises(UserError, match="in use by process 4321 on node-7, since 2026-05-01")
+        with refused, own(HERE, run, say=said.append):
+            pass
+    finally:
+        stop.set()
+        thread.join()
+    assert said == [
+        f"run folder {run.path} belongs to process 4321 on node-7: waiting up to 1 s to see whether that is alive"
+    ]
+
+
+@pytest.mark.parametrize(("age", "waits"), [(0, True), (-3600, True), (3600, False)])
+def test_an_owner_on_another_machine_without_a_heartbeat_is_taken_over(run, age, waits):
+    """Clocks need not agree: a record is watched, unless it is much older than clocks differ."""
+    write_record(run.path, age=age)
+    started = time.monotonic()
+    with own(HERE, run, say=lambda text: None) as owned:
+        assert (time.monotonic() - started > 0.9) == waits
+        owned.check()
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 300, b'{"host": "x"}', b"[" * 10**5])
+def test_a_damaged_record_is_watched_like_one_of_another_machine(run, content):
+    write_record(run.path).write_bytes(content)
+    with own(HERE, run, say=lambda text: None) as owned:
+        owned.check()
+        assert records(run.path) == ["owner-2.json"]
+
+
+def test_a_restart_of_the_same_launch_takes_over_at_once_from_any_host(run, place):
+    """The launcher has ended the old processes; if it could not reach one, that one finds its record gone."""
+    settings, launch = CheckpointConfig(path=place), {RUN_ID: "job-17"}
+    started = time.monotonic()
+    with own(settings, run, launch) as old, own(settings, run, launch, say=lambda text: None) as new:
+        assert time.monotonic() - started < 5
+        new.check()
+        with pytest.raises(UserError, match="no longer belongs to this run but to process"):
+            old.check()
+        time.sleep(0.3)  # and its heartbeats do not bring it back
+        new.check()
+        with pytest.raises(UserError, match="no longer belongs to this run"):
+            old.check()
+
+
+def _adopt(path, environment, outcome):
+    with own(HERE, RunFolder(path), environment) as owned:
+        owned.check()
+    outcome.put(records(path))
+
+
+def test_ranks_share_the_record_of_the_process_that_started_them(run):
+    launch = {RUN_ID: "launch"}
+    forks = multiprocessing.get_context("fork")
+    with own(HERE, run, launch) as parent:
+        for _ in range(2):  # one start and one restart
+            outcome = forks.Queue()
+            rank = forks.Process(target=_adopt, args=[run.path, launch, outcome])
+            rank.start()
+            assert outcome.get(timeout=30) == ["owner-1.json"]
+            rank.join()
+            parent.check()
+    assert not run.path.exists()
+
+
+def test_an_owner_that_was_suspended_finds_out(run):
+    with own(HERE, run) as suspended:
+        write_record(run.path, number=2)
+        with pytest.raises(UserError, match="no longer belongs to this run but to process 4321 on node-7"):
+            suspended.check()
+        (run.path / "owner-1.json").unlink()
+        (run.path / "owner-2.json").unlink()  # the other one has finished meanwhile
+        with pytest.raises(UserError, match="no longer belongs to this run but to another run"):
+            suspended.check()
+        time.sleep(0.3)
+        assert records(run.path) == []
+
+
+def test_a_run_folder_that_vanishes_is_one_sentence(run):
+    with own(HERE, run) as owned:
+        shutil.rmtree(run.path)
+        with pytest.raises(UserError, match=f"run folder {run.path} is gone, removed or unmounted: restore it"):
+            owned.check()
+        time.sleep(0.3)
+        assert not run.path.exists()
+
+
+@pytest.mark.parametrize("name", ["owner-.json", "owner-x.json", "owner-1.json.tmp", "owners.json"])
+def test_other_files_are_no_records(run, name):
+    run.path.mkdir(parents=True)
+    (run.path / name).touch()
+    with own(HERE, run):
+        assert "owner-1.json" in records(run.path)

@@ -1,0 +1,99 @@
+"""Two starts of a run: the second is refused, and a run that has lost its folder writes nothing more into it."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from fastvit_engine.observe.metrics import read_metrics
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+LONG = ["train.duration=100000 steps", "schedule.warmup=0 steps", "checkpoint.every=20 steps"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def start(train_command):
+    """Starts a run of two processes, which are dead when the test ends."""
+    started = []
+
+    def begin(run, *settings, **options):
+        command = train_command(run, *LONG, *settings, processes=2, resume="auto", **options)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True, **pipes))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def wait_for_steps(run, steps, process, seconds=200):
+    deadline = time.monotonic() + seconds
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("samples_hash") >= steps):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "the run never got there"
+        time.sleep(0.05)
+
+
+def errors_of(process, seconds=120):
+    """The sentences that start with the name of the program."""
+    _, errors = process.communicate(timeout=seconds)
+    return [line for line in errors.splitlines() if line.startswith("fastvit: error:")], errors
+
+
+def test_the_same_command_twice_is_one_run(start, tmp_path):
+    """With another learning rate the second time; also into another folder with the same place for checkpoints."""
+    run, place = tmp_path / "run", f"checkpoint.path={tmp_path}/checkpoints"
+    first = start(run, place)
+    wait_for_steps(run, 2, first)
+    for out, what in ((run, "run folder"), (tmp_path / "other", f"{tmp_path}/checkpoints")):
+        second = start(out, place, "optimizer.learning_rate=0.5")
+        (error,), errors = errors_of(second)
+        assert second.returncode == 2, errors
+        assert what in error and f"is in use by process {first.pid} on " in error
+    assert not (tmp_path / "other").exists()
+
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 76
+    assert not list(tmp_path.rglob("owner-*.json"))
+    steps = [row["step"] for row in read_metrics(run / "metrics.jsonl")[0]]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.parametrize("where", ["run folder", "checkpoints"])
+def test_a_run_that_has_lost_its_place_ends_before_it_writes_and_is_not_restarted(start, tmp_path, where):
+    run, checkpoints = tmp_path / "run", tmp_path / "checkpoints"
+    process = start(run, f"checkpoint.path={checkpoints}", max_restarts=3)
+    wait_for_steps(run, 5, process)
+    place = run if where == "run folder" else checkpoints
+    record = json.loads((place / "owner-1.json").read_text())
+    record |= {"token": "another", "process": 4321, "host": "node-7", "machine": "elsewhere"}
+    (place / "owner-2.json").write_text(json.dumps(record))
+    (error,), errors = errors_of(process)
+    assert process.returncode == 2, errors
+    assert "no longer belongs to this run but to process 4321 on node-7" in error
+    assert "starting again" not in errors
+    assert (place / "owner-2.json").exists() and not list(checkpoints.glob("*.removed"))
+    if where == "checkpoints":
+        assert (checkpoints / "latest").read_text() in {path.name for path in checkpoints.iterdir()}
+
+
+def test_a_run_folder_that_vanishes_ends_the_run_with_one_sentence_and_does_not_come_back(start, tmp_path):
+    run = tmp_path / "run"
+    process = start(run, max_restarts=3)
+    wait_for_steps(run, 5, process)
+    run.rename(tmp_path / "moved")
+    (error,), errors = errors_of(process)
+    assert f"run folder {run} is gone, removed or unmounted" in error
+    assert "Traceback" not in errors and "starting again" not in errors
+    assert not run.exists()
+    shutil.rmtree(tmp_path / "moved")
