@@ -1,4 +1,6 @@
 import os
+import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -7,6 +9,14 @@ import torch
 # so it is set here, before any test module is. It changes nothing for tests that run no Triton kernel.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def hangups_arrive() -> Iterator[None]:
+    """Undoes what `nohup` does to the suite and to every process that a test starts."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import gpu_run
 from benchmarks.gpu_run import GPU_LOST, MINUTES, PATIENCE, ROOT, Step, limit
 from fastvit_kernels.tuning import __main__ as tuning
+from tests.in_full import only_in_full
 
 FILES = ["report.md", "results.tar.gz", "summary.json"]
 
@@ -136,6 +137,7 @@ def test_wheels_have_the_versions_of_the_constraints() -> None:
     assert any(re.match(wanted, need) for need in importlib.metadata.requires("pydantic") or ())
 
 
+@only_in_full
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_dry_run(tmp_path: Path) -> None:

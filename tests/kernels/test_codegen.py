@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from fastvit_kernels.tuning import codegen
+from tests.in_full import IN_FULL
 
+TARGETS = list(codegen.TARGETS) if IN_FULL else ["sm_90", "gfx942"]
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "codegen"
 
 pytestmark = [pytest.mark.codegen, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -34,7 +36,7 @@ def tables(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     folder: Path = tmp_path_factory.mktemp("codegen")
     parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     ops = {of["written"] for of in parameters if "written" in of}
-    run("-m", "fastvit_kernels.tuning.codegen", "--output", str(folder), "--ops", *sorted(ops))
+    run("-m", "fastvit_kernels.tuning.codegen", "--output", str(folder), "--ops", *sorted(ops), "--targets", *TARGETS)
     return folder
 
 
@@ -67,7 +69,7 @@ def kernels(written: Path) -> list[dict[str, Any]]:
 
 
 def test_every_target_is_compiled(kernels: list[dict[str, Any]]) -> None:
-    assert {kernel["target"] for kernel in kernels} == set(codegen.TARGETS)
+    assert {kernel["target"] for kernel in kernels} == set(TARGETS)
     assert all(kernel["registers"] > 0 for kernel in kernels)
 
 
@@ -76,8 +78,10 @@ def test_committed_tables_are_what_the_code_gives(written: Path) -> None:
     fresh, committed = written.read_text(), (COMMITTED / written.name).read_text()
     if compiler(committed) != compiler(fresh):
         pytest.skip(f"{written.name} is by Triton {compiler(committed)}, here is {compiler(fresh)}: {again}")
-    new = [row for row in rows(fresh) if row not in rows(committed)]
-    assert committed == fresh, f"{written.name} is out of date: {again}\nnew are {new}"
+    wanted = [row for row in rows(committed) if row["target"] in TARGETS]
+    new = [row for row in rows(fresh) if row not in wanted]
+    assert wanted == rows(fresh), f"{written.name} is out of date: {again}\nnew are {new}"
+    assert committed == fresh or not IN_FULL, f"{written.name} has other words around its rows: {again}"
 
 
 def test_nothing_spills_on_hopper(kernels: list[dict[str, Any]]) -> None:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit_kernels import FusedBlock, FusedCrossEntropy, FusedLayerNorm, FusedPatchEmbed, dispatch
+from tests.in_full import in_full
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
-STEPS = 200
 Logits = Callable[[nn.Module, Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -61,11 +61,13 @@ def plain_logits(model: SmallViT, images: Tensor) -> Tensor:
     return layer("head", norm("norm", x)[:, 0])
 
 
-def batches(image: int, classes: int, batch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    image: int, classes: int, batch: int, device: torch.device, steps: int = 200
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Noisy copies of one random image a class: uint8 [B, H, W, 3] and labels, the same ones at each call."""
     generator = torch.Generator().manual_seed(2)
     prototypes = torch.randint(0, 256, (classes, image, image, 3), generator=generator)
-    for _ in range(STEPS):
+    for _ in range(steps):
         labels = torch.randint(0, classes, (batch,), generator=generator)
         noise = torch.randint(0, 256, (batch, image, image, 3), generator=generator)
         yield ((2 * prototypes[labels] + noise) // 3).to(device, torch.uint8), labels.to(device)
@@ -97,15 +99,16 @@ def by_kernels(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-def test_kernels_follow_the_loss_curve_of_plain_pytorch() -> None:
+@pytest.mark.parametrize(("steps", "lr"), [(60, 0.1), in_full(200, 0.05)])
+def test_kernels_follow_the_loss_curve_of_plain_pytorch(steps: int, lr: float) -> None:
     if not dispatch.INTERPRETED:
         pytest.skip("does not apply: kernels need a GPU or Triton's interpreter")
     start = SmallViT(image=8, patch=4, width=16, depth=2, heads=1, classes=4)
     ours, plain = copy.deepcopy(start), copy.deepcopy(start)
-    settings = {"image": 8, "classes": 4, "batch": 2, "device": torch.device("cpu")}
-    expected = train(plain, plain_logits, F.cross_entropy, batches(**settings), lr=0.05)
+    settings = {"image": 8, "classes": 4, "batch": 2, "device": torch.device("cpu"), "steps": steps}
+    expected = train(plain, plain_logits, F.cross_entropy, batches(**settings), lr=lr)
     with dispatch.using("triton"):
-        losses = train(ours, by_kernels, FusedCrossEntropy(), batches(**settings), lr=0.05)
+        losses = train(ours, by_kernels, FusedCrossEntropy(), batches(**settings), lr=lr)
 
     assert expected[-20:].mean() < 0.1 * expected[:20].mean()
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
@@ -129,7 +132,7 @@ def test_vit_ti_in_bfloat16_is_as_close_to_float32_as_plain_pytorch() -> None:
         data = batches(image=224, classes=16, batch=64, device=torch.device("cuda"))
         with dispatch.using("triton"), torch.backends.cudnn.flags(allow_tf32=False):
             curve = train(models[name], logits, loss, data, lr=0.02, autocast=dtype)
-        losses[name] = curve.double().unfold(0, 10, 1).mean(1)  # [STEPS - 9]
+        losses[name] = curve.double().unfold(0, 10, 1).mean(1)  # [191]
 
     exact = losses["float32"]
     assert exact[-1] < 0.1 * exact[0]

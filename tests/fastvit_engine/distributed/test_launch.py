@@ -11,6 +11,8 @@ from fastvit_engine.distributed import launch, supervise
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
 
+pytestmark = pytest.mark.usefixtures("hangups_arrive")
+
 
 @pytest.fixture
 def fake_engine(tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ import pytest
 
 from fastvit_engine.distributed.preemption import Preemption
 
+pytestmark = pytest.mark.usefixtures("hangups_arrive")
+
 
 def wait_for(condition, seconds=30):
     deadline = time.monotonic() + seconds

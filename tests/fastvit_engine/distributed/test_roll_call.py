@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from fastvit_engine.distributed import roll_call
 from fastvit_engine.distributed.supervise import free_port, rank_environment
+from tests.in_full import in_full
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -54,13 +55,20 @@ def job():
         process.kill()
 
 
-@pytest.mark.parametrize("served", [False, True])
+@pytest.mark.parametrize("served", [in_full(False), True])
 def test_ranks_that_start_at_different_times_meet(job, served):
     assert job([(0, ""), (1, ""), (0.5, "")], served=served) == ([0, 0, 0], ["all here"] * 3)
 
 
-@pytest.mark.parametrize("served", [False, True])
-@pytest.mark.parametrize(("ended", "late"), [(0, 0), (0, 2), (1, 0), (2, 2)])
+@pytest.mark.parametrize(
+    ("served", "ended", "late"),
+    [
+        (False, 0, 0),
+        (True, 2, 2),
+        *(in_full(False, *case) for case in [(0, 2), (1, 0), (2, 2)]),
+        *(in_full(True, *case) for case in [(0, 0), (0, 2), (1, 0)]),
+    ],
+)
 def test_all_ranks_end_with_the_sentence_of_the_one_that_cannot_join(job, served, ended, late):
     """Whether it ends before the others have started, or while they wait."""
     ranks = [(late, "the file is missing: copy it") if rank == ended else (2 - late, "") for rank in range(3)]
@@ -82,7 +90,7 @@ def test_ranks_that_never_start_are_named(job):
     assert outputs == ["ranks 1, 2 of 3 did not start within 3 s: see what they and their hosts say"]
 
 
-@pytest.mark.parametrize("served", [False, True])
+@pytest.mark.parametrize("served", [False, in_full(True)])
 def test_a_run_ends_on_all_ranks_if_one_has_no_recipe(train_command, tmp_path, served):
     """As on a host without the file; the ranks are started as srun starts them, or with a launcher's store."""
     server = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False) if served else None

@@ -6,6 +6,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fastvit_engine.observe.metrics import read_metrics
+from tests.in_full import in_full
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -38,7 +39,7 @@ def test_every_stage_and_world_size_gives_the_same_fp32_curve(train, reference, 
                 assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2), where
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [in_full(0), 1, in_full(2), 3])
 def test_bf16_trains_and_stays_near_fp32(train, reference, stage, tmp_path):
     bf16 = rows(train(tmp_path / "run", "train.precision=bf16", f"zero.stage={stage}", "ema.decay=0.9", processes=2))
     assert bf16[-1]["loss"] < bf16[0]["loss"] - 0.5 * (reference[0]["loss"] - reference[-1]["loss"])
@@ -101,11 +102,11 @@ MIXED = ["augment.mixup=0.4", "augment.cutmix=1.0"]
 @pytest.mark.parametrize(
     ("processes", "stage", "batch", "micro_batch", "settings"),
     [
-        (2, 0, 33, 8, []),  # 17 and 16 images, in 3 passes
-        (3, 1, 32, 16, []),  # 11, 11 and 10 images, in 1
+        in_full(2, 0, 33, 8, []),  # 17 and 16 images, in 3 passes
+        in_full(3, 1, 32, 16, []),  # 11, 11 and 10 images, in 1
         (3, 3, 32, 4, MIXED),  # 12, 10 and 10 images, in 3
         (5, 2, 33, 2, MIXED),  # 17 pairs, the last without a partner: 3 or 4 of them, in 4 passes, some of padding
-        (7, 3, 32, 3, []),  # 5 or 4 images, in 2
+        in_full(7, 3, 32, 3, []),  # 5 or 4 images, in 2
         (7, 0, 8, None, MIXED),  # 4 pairs: three processes have none
     ],
 )
@@ -136,7 +137,7 @@ def test_a_run_that_loses_a_process_and_gets_it_back_has_the_same_ledger(train, 
     assert {row["samples"] for row in rows(out)} == {32 * step for step in range(1, 13)}
 
 
-@pytest.mark.parametrize(("processes", "batch"), [(3, 32), (2, 32)])
+@pytest.mark.parametrize(("processes", "batch"), [(3, 32), in_full(2, 32)])
 def test_a_resumed_run_repeats_the_uninterrupted_one_whatever_its_shares(train, tmp_path, processes, batch):
     """To the bit."""
     common = ["train.precision=fp32", "schedule.warmup=1 step", "schedule.kind=constant", "model.dropout=0.1", *MIXED]
@@ -169,7 +170,7 @@ def test_torchrun_starts_the_same_run(train_command, execute, reference, tmp_pat
     )
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [in_full(1), 3])
 def test_triton_kernels_follow_the_same_curve(train, train_command, execute, tmp_path, stage):
     """Every layer runs its Triton kernels, forward and backward, under Triton's interpreter."""
     settings = ["train.precision=fp32", f"zero.stage={stage}", "train.duration=6 steps", "train.global_batch_size=8"]
