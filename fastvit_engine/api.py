@@ -92,7 +92,7 @@ def evaluate(
     settings = Config() if config is None else _resolved(config).config
     changes: dict[str, Any] = {"eval": str(data), "order": "stream"}
     if config is None and model.eval_crop is not None:
-        changes["eval_crop"] = model.eval_crop
+        changes |= {"eval_crop": model.eval_crop, "eval_transform": model.eval_transform}
     settings = settings.model_copy(update={"model": model.config, "data": settings.data.model_copy(update=changes)})
     return evaluate_batches(model, _eval_batches(settings, batch_size), FusedCrossEntropy(settings.loss.kind))[0]
 

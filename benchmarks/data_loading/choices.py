@@ -38,7 +38,7 @@ def _decoders() -> dict[str, Callable[[bytes], Any]]:
         return lambda data: simplejpeg.decode_jpeg(data, "RGB", strict=False, buffer=space, **options)
 
     return {
-        "simplejpeg, fast DCT and upsampling (training)": lambda data: open_image(data).decode(buffer, fast=True),
+        "simplejpeg, fast DCT and upsampling (training)": lambda data: open_image(data).decode(buffer, decoding="fast"),
         "simplejpeg, accurate (evaluation)": lambda data: open_image(data).decode(buffer),
         "simplejpeg, fast DCT": turbo(fastdct=True),
         "simplejpeg, fast upsampling": turbo(fastupsample=True),

@@ -77,7 +77,8 @@ def _write_weights(checkpoint: Checkpoint, out: Path, kind: str) -> None:
     reader, files = CheckpointReader(checkpoint, manifest), _Files(checkpoint, manifest, kind)
     sizes = {name: torch.Size(shape).numel() * 4 for name, shape in manifest.parameters.items()}
     state = manifest.state
-    metadata = {**model_metadata(state.fingerprint["model"], state.pixels), **_identity(manifest)}
+    described = model_metadata(state.fingerprint["model"], state.pixels, state.class_names, str(checkpoint))
+    metadata = {**described, **_identity(manifest)}
     with atomic_writer(out) as file:
         file.write(safetensors_header(dict.fromkeys(sizes, "F32"), manifest.parameters, sizes, metadata))
         for name, size in sizes.items():

@@ -10,6 +10,7 @@ from fastvit_engine.checkpoint.export import find_checkpoint, kind_of_weights
 from fastvit_engine.checkpoint.reader import CheckpointReader
 from fastvit_engine.checkpoint.run_config import damaged_config, read_section
 from fastvit_engine.checkpoint.store import Checkpoint
+from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
 from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import VisionTransformer
@@ -49,7 +50,8 @@ def _pixels_of_run(source: str, checkpoint: Checkpoint) -> Mapping[str, Any] | N
         run = RunFolder(folder)
         if "://" not in str(folder) and (data := read_section(run, "data")) is not None:
             try:
-                return {key: data[key] for key in ("mean", "std", "eval_crop")}
+                transform = data.get("eval_transform", BEFORE_EVAL_TRANSFORM)
+                return {key: data[key] for key in ("mean", "std", "eval_crop")} | {"eval_transform": transform}
             except KeyError as error:
                 raise damaged_config(run) from error
     return None

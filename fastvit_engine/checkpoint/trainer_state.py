@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field
 
+from fastvit_engine.config import EvalTransform
 from fastvit_engine.data.stream.skip import Window
 from fastvit_engine.duration import BatchSizes
 
@@ -54,7 +55,9 @@ class TrainerState:
     accuracy: Mapping[str, Figures] = field(default_factory=dict)  # by evaluation, from the last time
     evaluated_at: int | None = None  # the step of that time
     recovery: Recovery = Recovery()
-    pixels: Mapping[str, Any] | None = None  # "mean", "std" and "eval_crop" of the images; None: unknown
+    # "mean", "std", "eval_crop" and "eval_transform" of the images; None: unknown
+    pixels: Mapping[str, Any] | None = None
+    class_names: tuple[str, ...] | None = None  # in the order of the labels; None: unknown
     # (step, images per step from then on), see `BatchSizes`; empty: always the one of the fingerprint
     batch_sizes: tuple[tuple[int, int], ...] = ()
 
@@ -75,6 +78,7 @@ class TrainerState:
             "accuracy": dict(self.accuracy),
             "evaluated_at": self.evaluated_at,
             "pixels": None if self.pixels is None else dict(self.pixels),
+            "class_names": self.class_names,
             "batch_sizes": self.batch_sizes,
         }
 
@@ -83,7 +87,7 @@ class TrainerState:
         """Raises ValueError or TypeError if the content is not what this or an earlier version wrote."""
         _StateForm.model_validate(content)
         fingerprint, accuracy, evaluated_at = content["fingerprint"], content["accuracy"], content.get("evaluated_at")
-        pixels = content.get("pixels")
+        pixels, class_names = content.get("pixels"), content.get("class_names")
         return cls(
             step=_integer(content["step"]),
             fingerprint=fingerprint,
@@ -95,6 +99,7 @@ class TrainerState:
             evaluated_at=None if evaluated_at is None else _integer(evaluated_at),
             recovery=Recovery.from_json(content),
             pixels=pixels,
+            class_names=None if class_names is None else tuple(class_names),
             batch_sizes=_batch_sizes(content.get("batch_sizes", ())),
         )
 
@@ -131,6 +136,7 @@ class _PixelsForm(BaseModel):
     mean: tuple[_Number, _Number, _Number]
     std: tuple[_Number, _Number, _Number]
     eval_crop: _Number | None = None
+    eval_transform: EvalTransform | None = None
 
 
 class _StateForm(BaseModel):
@@ -145,6 +151,7 @@ class _StateForm(BaseModel):
     accuracy: dict[str, dict[str, Annotated[int, Field(strict=True)] | _Number | None]]
     evaluated_at: _Count | None = None
     pixels: _PixelsForm | None = None
+    class_names: list[str] | None = None
 
 
 _WINDOWS = ("skipped", "failed")

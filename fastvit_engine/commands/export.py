@@ -11,7 +11,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "export",
         help="write a checkpoint's weights as one safetensors file",
         description="Writes the fp32 weights of a checkpoint, or their moving average, as one safetensors file with\n"
-        "timm's parameter names. Needs the checkpoint alone: no GPU, no DeepSpeed, little memory.",
+        "timm's parameter names. Prints the Python code that loads it into timm, strictly. The file's metadata holds\n"
+        "this code too, the class names, and how to prepare images. Needs the checkpoint alone: no GPU, little memory.",
         epilog="examples:\n  fastvit export runs/b16 --out b16.safetensors\n"
         "  fastvit export runs/b16/checkpoints/step-00050000 --out b16_ema.safetensors --ema\n"
         "  fastvit export s3://bucket/b16/step-00050000 --out b16.safetensors",
@@ -29,8 +30,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.checkpoint.export import export_weights, find_checkpoint
+    from fastvit_engine.models.weights.safetensors_file import describe_for_timm
 
     checkpoint = find_checkpoint(args.source)
     export_weights(checkpoint, args.out, "ema" if args.ema else "weight")
     say(f"{args.out}: {'average of the weights' if args.ema else 'weights'} of {checkpoint}")
+    say(describe_for_timm(args.out))
     return 0

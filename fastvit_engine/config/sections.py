@@ -54,6 +54,8 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 AreaFraction = Annotated[float, Field(gt=0, le=1)]
 PixelMean = Annotated[float, Field(ge=0, le=1)]
 PixelDeviation = Annotated[float, Field(gt=0.002, le=1)]
+EvalTransform = Literal["timm", "big_vision", "fast"]
+BEFORE_EVAL_TRANSFORM: EvalTransform = "fast"  # of runs that are older than data.eval_transform
 
 
 class ModelConfig(_Section):
@@ -180,6 +182,11 @@ class DataConfig(_Section):
 
     eval_crop: float = Field(0.875, ge=0.1, le=1)
     """Evaluation resizes the short side to image_size / eval_crop pixels, then takes the centre crop."""
+
+    eval_transform: EvalTransform = "timm"
+    """How evaluation resizes and crops. timm: exactly as timm does (antialiased bicubic); big_vision: exactly as
+    big_vision does (area); fast: bilinear without antialiasing, in less time. Figures of different ones differ. A
+    resumed run keeps its own unless this is set."""
 
     mean: tuple[PixelMean, PixelMean, PixelMean] = (0.5, 0.5, 0.5)
     """Mean per colour channel that normalising subtracts from pixels in [0, 1]. With std 0.5, 0.5 gives [-1, 1]."""

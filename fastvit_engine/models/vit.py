@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastvit_engine.config import ModelConfig
+from fastvit_engine.config import EvalTransform, ModelConfig
 from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_kernels import FusedBlock, FusedLayerNorm, FusedPatchEmbed
 
@@ -19,7 +19,9 @@ class VisionTransformer(nn.Module):
     until `init_weights` is called; `build_vit` calls it.
     """
 
-    eval_crop: float | None = None  # what evaluation crops images to, as data.eval_crop says; None: nobody has said it
+    # How evaluation crops images, as data.eval_crop and data.eval_transform say it; None: nobody has said it.
+    eval_crop: float | None = None
+    eval_transform: EvalTransform | None = None
 
     def __init__(self, config: ModelConfig, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()

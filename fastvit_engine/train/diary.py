@@ -12,6 +12,7 @@ import yaml
 
 from fastvit_engine.config import Config, Resolved
 from fastvit_engine.config.keys import MOVED
+from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
 from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.disk import insist
 from fastvit_engine.observe.events import record_event
@@ -19,6 +20,7 @@ from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.shown import recorded, say
 
 _NAME = re.compile(r"config-(\d{4,})\.yaml")
+_BEFORE = {"data.eval_transform": BEFORE_EVAL_TRANSFORM}  # what keys that a file does not have were, if not the default
 _NOT_SET = "not set"  # instead of a value: the key did not exist then, or does not now
 
 
@@ -55,9 +57,9 @@ def record_configuration(run: RunFolder, resolved: Resolved, step: int) -> str:
 def changes(before: Mapping[str, Any], config: Config) -> list[Change]:
     """The keys whose values differ between the content of a `config.yaml`, of any version, and a configuration.
 
-    A key that is newer than the file had its default.
+    A key that is newer than the file had its default, or what `_BEFORE` says.
     """
-    defaults, now = _flat(Config().model_dump(mode="json")), _flat(config.model_dump(mode="json"))
+    defaults, now = _flat(Config().model_dump(mode="json")) | _BEFORE, _flat(config.model_dump(mode="json"))
     then = {MOVED.get(key, key): value for key, value in _flat(before).items()}
     found = []
     for key in dict.fromkeys([*now, *then]):

@@ -65,6 +65,7 @@ def train(
         if world.is_main:
             report_damage(run, start.damaged, start.checkpoint)
             say("\n".join([start.message, *(f"warning: {text}" for text in start.warnings)]))
+        resolved, chosen = start.settle(resolved, chosen)
         if start.step < start.total_steps:
             if world.is_main:
                 say(chosen.describe())

@@ -19,8 +19,9 @@ from fastvit_engine.checkpoint import (
     store_of,
     usable_checkpoints,
 )
-from fastvit_engine.config import Config, ModelConfig
+from fastvit_engine.config import Config, EvalTransform, ModelConfig, Resolved
 from fastvit_engine.config.checks import check_config
+from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
 from fastvit_engine.data import IterableData, TrainingData, prepare_data
 from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
 from fastvit_engine.distributed.world import World
@@ -33,6 +34,7 @@ from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted
 from fastvit_engine.shown import say
+from fastvit_engine.sizing.defaults import Chosen
 from fastvit_engine.train.recovery import load_recovery
 from fastvit_engine.train.schedule import Schedule
 
@@ -48,6 +50,7 @@ class Start:
     data: TrainingData
     damaged: tuple[str, ...] = ()  # what is wrong with newer checkpoints, which are passed over
     warnings: tuple[str, ...] = ()  # what is allowed, but hardly meant
+    eval_transform: EvalTransform = "timm"  # what the run evaluates with: the configuration's, or the checkpoint's
     batch_before: int | None = None  # the checkpoint's train.global_batch_size, if the run is to continue with another
 
     @property
@@ -63,10 +66,22 @@ class Start:
             state,
             fingerprint=self.state.fingerprint,
             pixels=self.state.pixels,
+            class_names=self.state.class_names,
             recovery=recovery,
             batch_sizes=batches.changes,
         )
         return replace(self, state=continued, checkpoint=checkpoint)
+
+    def settle(self, resolved: Resolved, chosen: Chosen) -> tuple[Resolved, Chosen]:
+        """The configuration, as given and without open ends, with the evaluation that the run keeps."""
+        kept = self.eval_transform
+        if resolved.config.data.eval_transform == kept:
+            return resolved, chosen
+        origins = {**resolved.origins, "data.eval_transform": "checkpoint"}
+        return (
+            Resolved(_evaluating_with(resolved.config, kept), origins),
+            replace(chosen, config=_evaluating_with(chosen.config, kept)),
+        )
 
 
 def preflight(
@@ -104,17 +119,24 @@ def preflight(
     batches = BatchSizes.always(batch) if state is None else state.batches.then(state.step, batch)
     schedule = Schedule(config, prepared.samples_per_epoch, batches)
     _check_writable(run)
+    transform = _eval_transform(config, state)
     wanted = TrainerState(
         step=0,
         fingerprint=fingerprint(config, prepared),
         recovery=load_recovery(run),
-        pixels={"mean": config.data.mean, "std": config.data.std, "eval_crop": config.data.eval_crop},
+        pixels={
+            "mean": config.data.mean,
+            "std": config.data.std,
+            "eval_crop": config.data.eval_crop,
+            "eval_transform": transform,
+        },
+        class_names=None if prepared.class_names is None else tuple(prepared.class_names),
         batch_sizes=BatchSizes.always(batch).changes,
     )
     message = f"starting {run.path}: {counted(schedule.total_steps, 'step')}, {prepared.describe()}"
     doubt = doubt_about_latest(store) if candidates else None
     warnings = (*([doubt] if doubt else []), *_doubtful(config, prepared, split))
-    start = Start(wanted, schedule.total_steps, None, message, prepared, damaged, warnings)
+    start = Start(wanted, schedule.total_steps, None, message, prepared, damaged, warnings, transform)
     if checkpoint is None or state is None:
         return start
     _check_same_run(wanted.fingerprint, state.fingerprint, checkpoint, allow_batch_change=allow_batch_change)
@@ -124,6 +146,11 @@ def preflight(
     start = replace(start, warnings=(*start.warnings, *_too_late(config, state)))
     if state.step < schedule.total_steps:
         message = f"continuing {run.path} from step {state.step} of {schedule.total_steps}, {prepared.describe()}"
+        if config.data.eval and transform != config.data.eval_transform:
+            message += (
+                f"\nevaluation stays {transform}, as so far, for figures that can be compared: to change it, set "
+                f"data.eval_transform={config.data.eval_transform}"
+            )
     else:
         accuracy = state.accuracy.get("eval")
         top1 = f" and top-1 {accuracy['top1']:.1%}" if accuracy else ""
@@ -132,6 +159,17 @@ def preflight(
             longer = f" (more than the {schedule.total_steps:,} of train.duration = '{config.train.duration}')"
         message = f"{run.path} is complete, with {counted(state.step, 'step')}{longer}{top1}: nothing to do"
     return replace(start, message=message).at(checkpoint, state)
+
+
+def _eval_transform(config: Config, state: TrainerState | None) -> EvalTransform:
+    """What the run evaluates with: what is set; else, of a run that is continued, what it did so far."""
+    if state is None or "eval_transform" in config.data.model_fields_set:
+        return config.data.eval_transform
+    return (state.pixels or {}).get("eval_transform") or BEFORE_EVAL_TRANSFORM
+
+
+def _evaluating_with(config: Config, transform: EvalTransform) -> Config:
+    return config.model_copy(update={"data": config.data.model_copy(update={"eval_transform": transform})})
 
 
 def move_to_latest(start: Start, store: CheckpointStore, recovery: Recovery) -> Start:

@@ -94,7 +94,7 @@ def test_build_model_takes_a_configuration_in_each_of_its_forms():
 
 
 def test_train_then_load_then_evaluate(digits, evaluated, tmp_path, capsys):
-    config = fastvit_engine.load_config("quickstart", evaluated)
+    config = fastvit_engine.load_config("quickstart", [*evaluated, "data.eval_transform=big_vision"])
     before = dict(os.environ)
     fastvit_engine.train(config, tmp_path / "run", data=f"{digits}/train-*.tar")
     assert dict(os.environ) == before

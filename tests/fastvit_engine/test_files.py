@@ -191,6 +191,29 @@ def test_a_folder_appears_with_all_its_files_or_not_at_all(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_folders_files_are_durable_before_it_has_its_name_and_the_name_thereafter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "folder"
+    real_fsync, real_rename, done = os.fsync, os.rename, []
+
+    def fsync(descriptor: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real_fsync(descriptor)
+
+    def rename(source: Path, target: Path) -> None:
+        done.append("rename")
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    with atomic_folder(path) as folder:
+        for name in ("a", "b"):
+            (folder / name).write_text(name)
+    assert sorted(done[:2]) == [str(folder / "a"), str(folder / "b")]
+    assert done[2:] == [str(folder), "rename", str(tmp_path)]
+
+
 def test_lines_come_back_as_appended(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     rows = [{"text": "a\nb\u2028c\x85"}, {"number": 1.5, "list": [1, None]}]

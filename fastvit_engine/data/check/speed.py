@@ -125,7 +125,9 @@ def stages(
             marks.append(_now())
             image = read_image(sample, keys, partial(open_image, max_pixels=keys.max_pixels))
             view = train_view(image.height, image.width, size, config.augment, draws)
-            pixels = image.decode(workspace.decoded, view.reduction, fast=view.fast, rows=view.top + view.height)
+            pixels = image.decode(
+                workspace.decoded, view.reduction, decoding=view.decoding, rows=view.top + view.height
+            )
         except (Unusable, ValueError):
             marks = [_now()]
             continue

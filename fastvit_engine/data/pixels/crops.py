@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
 
-from fastvit_engine.config import AugmentConfig
-from fastvit_engine.data.pixels.decode import PixelBuffer
+from fastvit_engine.config import AugmentConfig, EvalTransform
+from fastvit_engine.data.pixels.decode import Decoding, PixelBuffer
 from fastvit_engine.data.pixels.draws import uniforms
+from fastvit_engine.data.pixels.resample import pillow_bicubic, tensorflow_area
 
 _CROP_TRIES = 10
 _DRAWS = 1 + 4 * _CROP_TRIES  # mirrored or not; area, aspect ratio and position of each try
@@ -28,11 +29,15 @@ class View(NamedTuple):
     width: int
     resized: tuple[int, int]  # (height, width) of the whole box then, at least the model's image size
     mirrored: bool = False
-    fast: bool = False  # decoded a little less accurately, by less than the way of resizing matters
+    decoding: Decoding = "accurate"
+    resampling: Literal["bilinear", "pillow_bicubic", "tensorflow_area"] = "bilinear"  # which is not antialiased
+    corner: tuple[int, int] | None = None  # (top, left) of what is cut out of the resized box; None: its centre
 
     @property
     def reduction(self) -> int:
         """How many times smaller the image may be decoded (1, 2, 4 or 8) without enlarging the box afterwards."""
+        if self.resampling != "bilinear":
+            return 1
         factor = min(self.height / self.resized[0], self.width / self.resized[1])
         return next((reduction for reduction in (8, 4, 2) if factor >= reduction), 1)
 
@@ -48,11 +53,25 @@ def train_view(height: int, width: int, image_size: int, augment: AugmentConfig,
         box = inception_crop(height, width, augment.crop_scale, augment.crop_ratio, draws[1:])
     else:
         box = (0, 0, height, width)
-    return View(*box, resized=(image_size, image_size), mirrored=augment.flip and draws[0] < 0.5, fast=True)
+    return View(*box, resized=(image_size, image_size), mirrored=augment.flip and draws[0] < 0.5, decoding="fast")
 
 
-def eval_view(height: int, width: int, image_size: int, eval_crop: float) -> View:
-    """The whole image with its short side resized to image_size / eval_crop, to be cut to its centre."""
+def eval_view(height: int, width: int, image_size: int, eval_crop: float, transform: EvalTransform) -> View:
+    """The whole image with its short side resized to image_size / eval_crop, to be cut to its centre.
+
+    timm: as timm's evaluation transform for "bicubic", of torchvision's Resize and CenterCrop. big_vision: as its
+    "decode|resize_small(256)|central_crop(224)", with the sizes of this model. fast: bilinear without antialiasing, of
+    an image that is decoded smaller. They differ in how they resize and in how they round.
+    """
+    if transform == "timm":
+        short = math.floor(image_size / eval_crop)
+        resized = (int(short * height / width), short) if width <= height else (short, int(short * width / height))
+        corner = (round((resized[0] - image_size) / 2), round((resized[1] - image_size) / 2))  # halves to even
+        return View(0, 0, height, width, resized, resampling="pillow_bicubic", corner=corner)
+    if transform == "big_vision":
+        factor = np.float32(math.floor(image_size / eval_crop)) / np.float32(min(height, width))
+        resized = (int(np.rint(np.float32(height) * factor)), int(np.rint(np.float32(width) * factor)))
+        return View(0, 0, height, width, resized, decoding="tensorflow", resampling="tensorflow_area")
     short = max(image_size, round(image_size / eval_crop))
     scale = short / min(height, width)
     return View(0, 0, height, width, resized=(max(short, round(height * scale)), max(short, round(width * scale))))
@@ -87,14 +106,18 @@ def render(pixels: np.ndarray, view: View, reduction: int, out: np.ndarray, scra
     box = pixels[top:bottom, left:right]
     height, width = view.resized
     size = len(out)
+    top, left = view.corner or ((height - size) // 2, (width - size) // 2)
+    if view.resampling != "bilinear":
+        resize = pillow_bicubic if view.resampling == "pillow_bicubic" else tensorflow_area
+        resize(box, view.resized, top, left, out)
+        return
     if (height, width) == (size, size) and not view.mirrored:
         cv2.resize(box, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
         return
     whole = scratch.reserve(height, width)
     cv2.resize(box, (width, height), dst=whole, interpolation=cv2.INTER_LINEAR)
-    top, left = (height - size) // 2, (width - size) // 2
-    centre = whole[top : top + size, left : left + size]
+    cut = whole[top : top + size, left : left + size]
     if view.mirrored:
-        cv2.flip(centre, 1, dst=out)
+        cv2.flip(cut, 1, dst=out)
     else:
-        out[:] = centre
+        out[:] = cut

@@ -115,7 +115,9 @@ class BatchBuilder:
     def _draw(self, row: int, choose_view: Callable[[int, int], View], data: bytes) -> None:
         image = open_image(data, self._keys.max_pixels)
         view = choose_view(image.height, image.width)
-        pixels = image.decode(self._workspace.decoded, view.reduction, fast=view.fast, rows=view.top + view.height)
+        pixels = image.decode(
+            self._workspace.decoded, view.reduction, decoding=view.decoding, rows=view.top + view.height
+        )
         self._end_stage(1)
         render(pixels, view, view.reduction, self._images[row], self._workspace.resized)
         self._end_stage(2)

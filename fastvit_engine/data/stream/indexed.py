@@ -234,7 +234,12 @@ class _EvalSamples(_Samples):
 
     def build(self, positions: Integers, empty: Batch) -> Batch:
         builder = BatchBuilder(empty, self.config, self.workspace)
-        view = partial(eval_view, image_size=self.config.model.image_size, eval_crop=self.config.data.eval_crop)
+        view = partial(
+            eval_view,
+            image_size=self.config.model.image_size,
+            eval_crop=self.config.data.eval_crop,
+            transform=self.config.data.eval_transform,
+        )
         real = positions[positions != _PADDING]  # which is at the end
         shard = np.searchsorted(self.ends, real, side="right")
         row = real - (self.ends - self.indexes[0].counts)[shard]

@@ -234,7 +234,12 @@ class _EvalChunks(IterableDataset):
 
     def _chunks(self) -> Iterator[Batch]:
         index, processes = _process_of(self.rank, self.world_size)
-        view = partial(eval_view, image_size=self.config.model.image_size, eval_crop=self.config.data.eval_crop)
+        view = partial(
+            eval_view,
+            image_size=self.config.model.image_size,
+            eval_crop=self.config.data.eval_crop,
+            transform=self.config.data.eval_transform,
+        )
         total, filled, given = 0, 0, 0
         builder = self._builder()
         for total, sample in enumerate((s for shard in self.shards for s in read_shard(shard)), start=1):

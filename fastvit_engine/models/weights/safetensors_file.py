@@ -1,6 +1,8 @@
 """Our own files of weights: safetensors with timm's names, and the model's configuration in the metadata.
 
-Metadata, each as JSON: `model`, its configuration; `mean`, `std` and `eval_crop`, how images are prepared, if known.
+Metadata, each as JSON: `model`, its configuration; `image_size`; `mean`, `std`, `eval_crop` and `eval_transform`, how
+images are prepared, if known; `class_names`, in the order of the outputs, if known; `timm`, Python code that builds a
+model of timm for the weights.
 """
 
 import json
@@ -15,15 +17,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastvit_engine.config import ModelConfig
+from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
 from fastvit_engine.errors import UserError
 from fastvit_engine.models.vit import VisionTransformer
+from fastvit_engine.models.weights.timm_code import timm_code
 
 # As safetensors calls them.
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_PIXELS = ("mean", "std", "eval_crop")
+_PIXELS = ("mean", "std", "eval_crop", "eval_transform")
+_DESCRIBED = (*_PIXELS, "image_size", "class_names", "timm")
 _USUAL = (0.5, 0.5, 0.5)  # mean and std of the recipes
 
 
@@ -44,13 +49,36 @@ def safetensors_header(
     return len(text).to_bytes(8, "little") + text
 
 
-def model_metadata(model: Mapping[str, Any], pixels: Mapping[str, Any] | None) -> dict[str, str]:
-    """The metadata that `load_safetensors` needs. model: a ModelConfig as JSON. pixels: as in `model_from_weights`."""
-    return {
-        "format": "pt",
-        "model": json.dumps(model),
-        **{key: json.dumps(value) for key, value in (pixels or {}).items()},
-    }
+def model_metadata(
+    model: Mapping[str, Any], pixels: Mapping[str, Any] | None, class_names: Sequence[str] | None, where: str
+) -> dict[str, str]:
+    """The metadata of the module's docstring. model: a ModelConfig as JSON. pixels: as in `model_from_weights`.
+
+    Raises UserError if this version does not know the model in `where`.
+    """
+    config = model_config(model, where)
+    values: dict[str, Any] = {"model": model, "image_size": config.image_size, "timm": timm_code(config)}
+    values |= pixels or {}
+    if class_names is not None:
+        values["class_names"] = list(class_names)
+    return {"format": "pt", **{key: json.dumps(value) for key, value in values.items()}}
+
+
+def describe_for_timm(path: Path) -> str:
+    """What a file that `model_metadata` describes says of itself: how to prepare images, and how to load it in timm."""
+    with safe_open(path, framework="pt") as file:
+        metadata = {key: json.loads(value) for key, value in file.metadata().items() if key in _DESCRIBED}
+    size, pixels = metadata["image_size"], [f"{key} {metadata[key]}" for key in _PIXELS if key in metadata]
+    names = metadata.get("class_names")
+    lines = [
+        f"images: {size} x {size} pixels, {', '.join(pixels) or 'mean and std unknown'}",
+        f"classes: {'names unknown' if names is None else f'{len(names):,} names'}",
+        "in timm:",
+        *(f"    {line}" for line in metadata["timm"].split("\n")),
+        "    from safetensors.torch import load_file",
+        f"    model.load_state_dict(load_file({str(path)!r}))",
+    ]
+    return "\n".join(lines)
 
 
 def load_safetensors(path: Path) -> VisionTransformer:
@@ -85,17 +113,11 @@ def model_from_weights(
 ) -> VisionTransformer:
     """A model of these weights: float32, on the CPU, in eval mode.
 
-    model: a ModelConfig as JSON. pixels: "mean" and "std" of the pixels and, if known, "eval_crop"; None: those of the
-    recipes are taken, with a warning. where: what the weights are from, for the UserError if they do not fit.
+    model: a ModelConfig as JSON. pixels: "mean" and "std" of the pixels and, if known, "eval_crop" and
+    "eval_transform"; None: those of the recipes are taken, with a warning. where: what the weights are from, for the
+    UserError if they do not fit.
     """
-    try:
-        config = ModelConfig.model_validate(model)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise UserError(
-            f"{where} is of a model that this version does not know (model.{key}: {problem['msg']})"
-        ) from error
+    config = model_config(model, where)
     if pixels is None:
         warnings.warn(f"{where} does not say mean and std of its pixels: taking 0.5 and 0.5", stacklevel=2)
         pixels = {"mean": _USUAL, "std": _USUAL}
@@ -109,5 +131,19 @@ def model_from_weights(
                 f"{where}: parameter '{name}' is {there} there and {here} in the model that it says it is of"
             )
     built.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    built.eval_crop = pixels.get("eval_crop")
+    if "eval_crop" in pixels:
+        built.eval_crop = pixels["eval_crop"]
+        built.eval_transform = pixels.get("eval_transform", BEFORE_EVAL_TRANSFORM)
     return built.eval()
+
+
+def model_config(model: Mapping[str, Any], where: str) -> ModelConfig:
+    """The section `model` from its JSON. Raises UserError if this version does not know the model in `where`."""
+    try:
+        return ModelConfig.model_validate(model)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise UserError(
+            f"{where} is of a model that this version does not know (model.{key}: {problem['msg']})"
+        ) from error

@@ -2,15 +2,23 @@
 
 import json
 import shutil
+import textwrap
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastvit_engine.checkpoint.export import export_weights, find_checkpoint
 from fastvit_engine.checkpoint.load import load_model
+from fastvit_engine.cli import main
 from fastvit_engine.errors import UserError
+from tests.kernels.integrations.conftest import TORCHVISION  # lets timm be imported
 
+pytest.importorskip("timm", reason="timm is not installed")
+assert TORCHVISION is None or TORCHVISION.ns == "torchvision"
+
+DESCRIBED = ("class_names", "image_size", "mean", "std", "timm")
 PIXELS = ["data.mean=[0.4, 0.5, 0.6]", "data.std=[0.2, 0.3, 0.4]"]
 
 
@@ -18,7 +26,8 @@ PIXELS = ["data.mean=[0.4, 0.5, 0.6]", "data.std=[0.2, 0.3, 0.4]"]
 def run(train, tmp_path_factory):
     """A run of two processes whose weights lie in shards, with an average and unusual pixels."""
     settings = ["train.precision=fp32", "train.duration=6 steps", "schedule.warmup=0 steps", "ema.decay=0.9"]
-    settings += ["model.head=mlp", "model.layer_scale=0.1", "zero.stage=2", "data.eval_crop=0.9", *PIXELS]
+    settings += ["model.head=mlp", "model.layer_scale=0.1", "zero.stage=2", "data.eval_crop=0.9"]
+    settings += ["data.eval_transform=big_vision", *PIXELS]
     return train(tmp_path_factory.mktemp("load") / "run", *settings, processes=2)
 
 
@@ -38,9 +47,33 @@ def test_run_checkpoint_and_file_hold_the_same_model(run, tmp_path, ema):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert {tensor.dtype for tensor in found.values()} == {torch.float32}
         assert (model.config.head, model.config.layer_scale, model.training) == ("mlp", 0.1, False)
-        pixels = (model.patch_embed.mean, model.patch_embed.std, model.eval_crop)
-        assert pixels == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), 0.9)
+        pixels = (model.patch_embed.mean, model.patch_embed.std, model.eval_crop, model.eval_transform)
+        assert pixels == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), 0.9, "big_vision")
         assert model(torch.zeros(2, 8, 8, 3, dtype=torch.uint8)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_export_prints_how_timm_loads_it_and_the_file_says_it_too(run, tmp_path, capsys, ema):
+    out = tmp_path / "it's exported.safetensors"
+    assert main(["export", str(run), "--out", str(out), *(["--ema"] if ema else [])]) == 0
+    images, classes, heading, *code = capsys.readouterr().out.splitlines()[1:]
+    assert images == (
+        "images: 8 x 8 pixels, mean [0.4, 0.5, 0.6], std [0.2, 0.3, 0.4], eval_crop 0.9, eval_transform big_vision"
+    )
+    assert (classes, heading) == ("classes: 10 names", "in timm:")
+    scope = {}
+    exec(textwrap.dedent("\n".join(code)), scope)  # which loads the file strictly
+    pixels = torch.arange(2 * 8 * 8 * 3, dtype=torch.uint8).view(2, 8, 8, 3)
+    mean, std = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.3, 0.4])
+    expected = load_model(out)(pixels)
+    assert expected.abs().max() > 1e-4
+    torch.testing.assert_close(scope["model"].eval()(((pixels / 255 - mean) / std).permute(0, 3, 1, 2)), expected)
+    for path in (out, run / "model.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            metadata = {key: json.loads(file.metadata()[key]) for key in DESCRIBED}
+        assert metadata["class_names"] == [str(digit) for digit in range(10)]
+        assert (metadata["image_size"], metadata["mean"], metadata["std"]) == (8, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
+        assert metadata["timm"] == textwrap.dedent("\n".join(code[:-2]))
 
 
 def forget_pixels(run):
@@ -65,6 +98,10 @@ def test_a_checkpoint_of_an_earlier_version_takes_its_pixels_from_the_run(run, t
     for source in (copy, copy / "checkpoints" / "step-00000006"):
         model = load_model(source)
         assert (model.patch_embed.mean, model.eval_crop) == ((0.4, 0.5, 0.6), 0.9)
+        assert model.eval_transform == "big_vision"
+    path = copy / "config.yaml"
+    path.write_text(path.read_text().replace("  eval_transform: big_vision\n", ""))
+    assert load_model(copy).eval_transform == "fast"
     (copy / "config.yaml").unlink()
     with pytest.warns(UserWarning, match="does not say mean and std of its pixels"):
         assert load_model(copy / "checkpoints").patch_embed.mean == (0.5, 0.5, 0.5)

@@ -43,7 +43,7 @@ class Rank:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         code = 0
         try:
-            limits = WatchdogConfig(timeout_seconds=4, slow_phase_seconds=8)
+            limits = WatchdogConfig(timeout_seconds=4, slow_phase_seconds=50)
             with join_world(60) as world, Watchdog(run, world, limits) as watchdog:
                 watchdog.begin(7)
                 watchdog.phase("waiting for data")
@@ -97,7 +97,7 @@ def test_a_late_rank_is_named_and_all_leave_with_their_stack_traces(start, run):
     ranks = start(train)
     began = time.monotonic()
     (code, errors), (other_code, other_errors) = (rank.end() for rank in ranks)
-    assert time.monotonic() - began > 3
+    assert 3 < time.monotonic() - began < 40  # not the time of slow phases
     assert (code, other_code) == (75, 75)
     assert "rank 1 on " in errors
     assert "is late, in 'waiting for data' after step 8 for" in errors

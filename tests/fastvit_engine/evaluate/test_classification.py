@@ -40,6 +40,9 @@ def test_padding_does_not_count():
     assert accuracy.samples == 4 and accuracy.top1 == 2 / 4 and accuracy.top5 == 3 / 4  # the third comes sixth
     assert [example["key"] for example in shown] == ["0", "1", "2"] and shown[1]["label"] == 3
     assert [index for index, _ in shown[1]["predictions"]] == [1, 2, 3, 4, 5]
+    ranks = torch.tensor([0, 2, 6, 0])  # of the four right labels: the padding of the second batch would lower the mean
+    losses = ranks + torch.logsumexp(-torch.arange(7.0), dim=0)
+    assert accuracy.loss == pytest.approx(losses.mean().item())
 
 
 def test_any_of_several_labels_is_right():

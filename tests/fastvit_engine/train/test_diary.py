@@ -85,6 +85,15 @@ def test_a_run_of_an_earlier_version_is_compared_in_todays_names_and_its_configu
     assert configurations(run)["config-0001.yaml"] == old
 
 
+@pytest.mark.parametrize(("transform", "said"), [("fast", ""), ("timm", "data.eval_transform fast -> timm")])
+def test_a_run_that_is_older_than_the_key_evaluated_fast(run, transform, said, capsys):
+    old = load_config("quickstart").config.model_dump(mode="json")
+    del old["data"]["eval_transform"]
+    run.config.write_text(yaml.safe_dump(old))
+    start(run, 7, f"data.eval_transform={transform}")
+    assert capsys.readouterr().out == (f"changed from step 7 on: {said}\n" if said else "")
+
+
 @pytest.mark.parametrize("text", ["", "[", "\0\0\0", "- a\n"])
 def test_a_damaged_configuration_is_said_and_does_not_stop_the_run(run, text, capsys):
     run.config.write_text(text)

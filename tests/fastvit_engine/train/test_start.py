@@ -10,10 +10,11 @@ import pytest
 from PIL import Image
 
 from fastvit_engine.checkpoint import Manifest
-from fastvit_engine.config import Config
+from fastvit_engine.config import Config, load_config
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.sizing.defaults import Machine, choose
 from fastvit_engine.train.start import preflight, record_batch_change
 
 
@@ -168,6 +169,40 @@ def test_a_run_that_went_further_than_its_duration_says_so(stopped, shards):
         f"{run.path} is complete, with 40 steps (more than the 20 of train.duration = '20 steps'): nothing to do"
     )
     assert start(run, shards[0], duration="40 steps").message.endswith("is complete, with 40 steps: nothing to do")
+
+
+def record_transform(run, value):
+    """Makes the checkpoint one that evaluated so; None: one of a version that had no such key."""
+    path = run.checkpoints / "step-00000040" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest.pop("crc32", None)
+    manifest["state"]["pixels"].pop("eval_transform")
+    if value is not None:
+        manifest["state"]["pixels"]["eval_transform"] = value
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("recorded", "kept"), [(None, "fast"), ("big_vision", "big_vision"), ("timm", "timm")])
+def test_a_resumed_run_keeps_its_evaluation_unless_another_is_set(stopped, shards, recorded, kept):
+    run = stopped(shards[0])
+    record_transform(run, recorded)
+    again = start(run, shards[0], eval=shards[1])
+    assert (again.eval_transform, again.state.pixels["eval_transform"]) == (kept, kept)
+    notice = f"evaluation stays {kept}, as so far, for figures that can be compared: to change it, set data.eval_transf"
+    assert (notice in again.message) == (kept != "timm")
+    resolved = load_config("photos", {"data.train": shards[0], "zero.stage": 1, "train.precision": "fp32"})
+    settled, chosen = again.settle(resolved, choose(resolved.config, Machine(1, 1, 10**11, on_gpu=False)))
+    assert settled.config.data.eval_transform == chosen.config.data.eval_transform == kept
+    assert settled.origins["data.eval_transform"] == ("default" if kept == "timm" else "checkpoint")
+    for wanted in ("timm", "fast", "big_vision"):
+        again = start(run, shards[0], eval=shards[1], eval_transform=wanted)
+        assert (again.eval_transform, again.state.pixels["eval_transform"]) == (wanted, wanted)
+        assert "evaluation stays" not in again.message
+
+
+def test_a_new_run_evaluates_as_timm(stopped, shards, tmp_path):
+    began = start(RunFolder(tmp_path / "run"), shards[0], resume=False)
+    assert (began.eval_transform, began.state.pixels["eval_transform"]) == ("timm", "timm")
 
 
 def test_recorded_lanes_hold_when_the_choice_would_be_another(stopped, shards):

@@ -1,10 +1,15 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 
-from fastvit_engine.config import AugmentConfig
+from fastvit_engine.config import AugmentConfig, EvalTransform
 from fastvit_engine.data.pixels.crops import View, draw_crops, eval_view, inception_crop, render, train_view
 from fastvit_engine.data.pixels.decode import PixelBuffer
 from fastvit_engine.data.pixels.draws import uniforms
+
+TRANSFORMS = get_args(EvalTransform)
+TRANSFORM = pytest.mark.parametrize("transform", TRANSFORMS)
 
 
 def _ramp(height: int, width: int) -> np.ndarray:
@@ -26,8 +31,8 @@ def _train(image: np.ndarray, size: int, augment: AugmentConfig, seed: int) -> n
     return _render(image, view, size)
 
 
-def _eval(image: np.ndarray, size: int, eval_crop: float) -> np.ndarray:
-    return _render(image, eval_view(*image.shape[:2], size, eval_crop), size)
+def _eval(image: np.ndarray, size: int, eval_crop: float, transform: EvalTransform) -> np.ndarray:
+    return _render(image, eval_view(*image.shape[:2], size, eval_crop, transform), size)
 
 
 def _draws(number: int, stream: int = 0) -> list[list[float]]:
@@ -52,6 +57,12 @@ def test_inception_crop_areas_are_uniform_and_places_vary():
         assert abs(places.mean() - 0.5) < 0.03 and places.min() < 0.01 and places.max() == 1
 
 
+def test_inception_crop_ratios_are_log_uniform():
+    crops = np.array([inception_crop(1000, 1000, (0.05, 0.1), (1 / 4, 4.0), draws) for draws in _draws(4000)])
+    places = (np.log(crops[:, 3] / crops[:, 2]) / np.log(4) + 1) / 2  # of the ratio in its range
+    assert np.abs(np.quantile(places, [0.25, 0.5, 0.75]) - [0.25, 0.5, 0.75]).max() < 0.03
+
+
 def test_inception_crop_that_never_fits_is_centred():
     draws = [0.5] * 40
     assert inception_crop(10, 1000, (1.0, 1.0), (3 / 4, 4 / 3), draws) == (0, 493, 10, 13)
@@ -65,9 +76,15 @@ def test_training_crop_is_a_function_of_the_seed():
     assert not np.array_equal(first, _train(image, 16, augment, 124))
 
 
-def test_evaluation_decodes_accurately():
-    assert not eval_view(60, 80, 16, 0.875).fast
-    assert train_view(60, 80, 16, AugmentConfig(), draw_crops(np.array([1]))[0]).fast
+def test_only_training_decodes_fast():
+    decoding = {transform: eval_view(600, 800, 16, 0.875, transform).decoding for transform in TRANSFORMS}
+    assert decoding == {"timm": "accurate", "big_vision": "tensorflow", "fast": "accurate"}
+    assert train_view(60, 80, 16, AugmentConfig(), draw_crops(np.array([1]))[0]).decoding == "fast"
+
+
+def test_exact_evaluation_decodes_at_full_size():
+    reductions = {transform: eval_view(600, 800, 16, 0.875, transform).reduction for transform in TRANSFORMS}
+    assert reductions == {"timm": 1, "big_vision": 1, "fast": 8}
 
 
 def test_resize_crop_takes_the_whole_image():
@@ -107,8 +124,9 @@ def test_view_of_an_image_that_was_decoded_smaller(reduction):
     assert np.abs(whole.astype(int) - reduced).max() <= 4
 
 
-def test_eval_view_takes_the_centre():
-    out = _eval(_ramp(100, 200), 32, 0.5)  # to 64 x 128, then the middle 32 x 32
+@TRANSFORM
+def test_eval_view_takes_the_centre(transform):
+    out = _eval(_ramp(100, 200), 32, 0.5, transform)  # to 64 x 128, then the middle 32 x 32
     assert out.shape == (32, 32, 3)
     assert abs(int(out[0, 0, 0]) - 250 * 0.25) < 6 and abs(int(out[-1, 0, 0]) - 250 * 0.75) < 6
     assert abs(int(out[0, 0, 1]) - 250 * 0.375) < 6 and abs(int(out[0, -1, 1]) - 250 * 0.625) < 6
@@ -116,9 +134,11 @@ def test_eval_view_takes_the_centre():
 
 @pytest.mark.parametrize(("height", "width"), [(7, 7), (500, 3), (224, 225), (333, 1000)])
 @pytest.mark.parametrize("eval_crop", [0.875, 1.0])
-def test_eval_view_fills_the_image_whatever_the_shape(height, width, eval_crop):
-    assert (_eval(np.zeros((height, width, 3), np.uint8), 32, eval_crop) == 0).all()
+@TRANSFORM
+def test_eval_view_fills_the_image_whatever_the_shape(height, width, eval_crop, transform):
+    assert (_eval(np.zeros((height, width, 3), np.uint8), 32, eval_crop, transform) == 0).all()
 
 
-def test_eval_view_of_right_size_is_the_image():
-    assert np.array_equal(_eval(_ramp(32, 32), 32, 1.0), _ramp(32, 32))
+@TRANSFORM
+def test_eval_view_of_right_size_is_the_image(transform):
+    assert np.array_equal(_eval(_ramp(32, 32), 32, 1.0, transform), _ramp(32, 32))

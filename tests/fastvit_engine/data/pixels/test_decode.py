@@ -158,7 +158,7 @@ def test_fast_decoding_is_near_to_accurate_decoding(photo):
     for number in range(4):
         data = photo(number, height=150, width=200)
         image = open_image(data)
-        error = image.decode(PixelBuffer(), fast=True).astype(int) - image.decode(PixelBuffer())
+        error = image.decode(PixelBuffer(), decoding="fast").astype(int) - image.decode(PixelBuffer())
         assert error.any() and 10 * np.log10(255**2 / (error**2).mean()) > 35  # dB
 
 
@@ -195,7 +195,7 @@ def test_jpeg_that_the_fast_decoder_refuses_goes_to_pillow(pixels, encode, monke
     width=st.integers(1, 70),
     share=st.floats(0, 1),
     reduction=st.sampled_from([1, 2, 4, 8]),
-    fast=st.booleans(),
+    decoding=st.sampled_from(["accurate", "tensorflow", "fast"]),
     options=st.fixed_dictionaries(
         {
             "quality": st.integers(20, 95),
@@ -207,13 +207,13 @@ def test_jpeg_that_the_fast_decoder_refuses_goes_to_pillow(pixels, encode, monke
     ),
     seed=st.integers(0, 9),
 )
-def test_rows_below_those_needed_do_not_change_them(height, width, share, reduction, fast, options, seed):
+def test_rows_below_those_needed_do_not_change_them(height, width, share, reduction, decoding, options, seed):
     coarse = np.random.default_rng(seed).integers(0, 256, (8, 5, 3), dtype=np.uint8)
     picture = Image.fromarray(coarse).resize((width, height)).convert(options.pop("mode"))
     image = open_image(_save(picture, "JPEG", **options))
     rows = max(1, round(share * height))
-    whole = image.decode(PixelBuffer(), reduction, fast=fast)
-    part = image.decode(PixelBuffer(), reduction, fast=fast, rows=rows)
+    whole = image.decode(PixelBuffer(), reduction, decoding=decoding)
+    part = image.decode(PixelBuffer(), reduction, decoding=decoding, rows=rows)
     needed = -(-rows // reduction)
     assert needed <= len(part) <= len(whole)
     assert np.array_equal(part[:needed], whole[:needed])

@@ -268,7 +268,13 @@ def test_eval_counts_each_sample_once_in_equally_many_batches(
             if key:
                 image = decode_image(photo(int(key[1:])))
                 expected = np.empty((16, 16, 3), np.uint8)
-                render(image, eval_view(*image.shape[:2], 16, config.data.eval_crop), 1, expected, PixelBuffer())
+                render(
+                    image,
+                    eval_view(*image.shape[:2], 16, config.data.eval_crop, config.data.eval_transform),
+                    1,
+                    expected,
+                    PixelBuffer(),
+                )
                 assert np.array_equal(batch.images[row].numpy(), expected)
     assert [key for key in seen if key] == ALL_KEYS
 

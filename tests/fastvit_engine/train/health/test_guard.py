@@ -89,6 +89,22 @@ def test_noise_is_no_spike_and_spikes_are():
     assert step(2.1, 1.0)[0].anomaly is None
 
 
+@pytest.mark.parametrize(
+    ("losses", "norms", "loss_limit", "norm_limit"),
+    [
+        ((1.9, 2.1), (1.0, 3.0), 2 + 20 * 0.1, 2 + 20 * 1.0),  # of the spread
+        ((2.0, 2.0), (2.0, 2.0), 2 + 20 * 0.05, 2 + 20 * 1.0),  # of the floors
+        ((1.0, 3.0), (1.0, 9.0), 2 + 20 * 1.0, 5 + 20 * 4.0),
+    ],
+)
+def test_a_spike_is_above_twenty_times_the_spread_over_the_median(losses, norms, loss_limit, norm_limit):
+    guard, step = on_one(lambda world: guarded(world, HealthConfig(spike_window=20)))
+    guard.forget([(losses[number % 2], norms[number % 2]) for number in range(20)])
+    for loss, norm, limit in ((loss_limit + 0.01, 2.0, loss_limit), (2.0, norm_limit + 0.01, norm_limit)):
+        assert step(loss, norm)[0].anomaly.limit == pytest.approx(limit)
+    assert step(loss_limit - 0.01, norm_limit - 0.01)[0].anomaly is None
+
+
 @pytest.mark.parametrize("health", [HEALTH, HealthConfig(spike_threshold=None, spike_window=20)])
 def test_no_spike_before_the_window_is_full_or_where_they_are_let_pass(health):
     _, step = on_one(lambda world: guarded(world, health))

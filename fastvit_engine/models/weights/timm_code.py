@@ -1,0 +1,54 @@
+"""How to load our weights into timm, under the same names: the Python code that builds a model for them."""
+
+from fastvit_engine.config import ModelConfig
+from fastvit_engine.config.model_shape import SIZES, resolve_shape
+
+# timm's architecture of each size: name and patch size. Its image size is 224.
+_ARCHITECTURES = {
+    "Ti": ("vit_tiny_patch16_224", 16),
+    "S": ("vit_small_patch16_224", 16),
+    "B": ("vit_base_patch16_224", 16),
+    "L": ("vit_large_patch16_224", 16),
+    "H": ("vit_huge_patch14_224", 14),
+    "g": ("vit_giant_patch14_224", 14),
+    "G": ("vit_gigantic_patch14_224", 14),
+}
+
+
+def timm_code(config: ModelConfig) -> str:
+    """Lines of Python after which `model.load_state_dict` takes the weights strictly, and the outputs are the same.
+
+    With head: mlp they also add the hidden layer before the classifier, which timm's models do not have.
+    """
+    shape, size = resolve_shape(config), config.name.partition("/")[0]
+    (name, patch_size), usual = _ARCHITECTURES[size], SIZES[size]
+    arguments = {
+        "img_size": (config.image_size, 224),
+        "patch_size": (shape.patch_size, patch_size),
+        "num_classes": (config.num_classes, None),  # always: some architectures have no head unless it is given
+        "embed_dim": (shape.width, usual.width),
+        "depth": (shape.depth, usual.depth),
+        "num_heads": (shape.heads, usual.heads),
+        "mlp_ratio": (_ratio(shape.width, shape.mlp_dim), _ratio(usual.width, usual.mlp_dim)),
+        "init_values": (config.layer_scale, None),
+        "act_layer": (config.activation, "gelu"),
+    }
+    given: dict[str, object] = {key: value for key, (value, default) in arguments.items() if value != default}
+    if config.pool == "gap":
+        given |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+    call = ", ".join([repr(name), *(f"{key}={value!r}" for key, value in given.items())])
+    lines = ["import timm", f"model = timm.create_model({call})"]
+    if config.head == "mlp":
+        lines[:1] = ["from collections import OrderedDict", "import timm", "import torch"]
+        hidden = f"OrderedDict(fc=torch.nn.Linear({shape.width}, {shape.width}), tanh=torch.nn.Tanh())"
+        lines += [
+            f"model.pre_logits = torch.nn.Sequential({hidden})",
+            "model.head.register_forward_pre_hook(lambda head, inputs: (model.pre_logits(inputs[0]),))",
+        ]
+    return "\n".join(lines)
+
+
+def _ratio(width: int, mlp_dim: int) -> float:
+    """What timm multiplies the width with, and cuts off the fraction, to get `mlp_dim`."""
+    ratio = mlp_dim / width
+    return ratio if int(width * ratio) == mlp_dim else (mlp_dim + 0.5) / width

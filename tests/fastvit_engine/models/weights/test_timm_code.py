@@ -1,0 +1,82 @@
+"""The code that an export prints builds a model of timm which takes the weights strictly and computes the same."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from fastvit_engine.config import ModelConfig, load_config, recipe_names
+from fastvit_engine.models.vit import VisionTransformer
+from fastvit_engine.models.weights.timm_code import timm_code
+from tests.kernels.integrations.conftest import TORCHVISION  # lets timm be imported
+
+pytest.importorskip("timm", reason="timm is not installed")
+assert TORCHVISION is None or TORCHVISION.ns == "torchvision"
+
+SMALL = {"name": "Ti/4", "image_size": 12, "num_classes": 7, "width": 32, "depth": 2, "heads": 2}
+USUAL = (0.5, 0.5, 0.5)
+
+
+def _in_timm(code: str) -> torch.nn.Module:
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    return scope["model"].eval()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pool": "gap"},
+        {"head": "mlp"},
+        {"head": "mlp", "pool": "gap"},
+        {"layer_scale": 0.1},
+        {"activation": "gelu_tanh"},
+        {"mlp_dim": 101},
+        {"width": 66, "heads": 3, "mlp_dim": 47},
+        {"name": "H/6"},
+        {"image_size": 224, "name": "B/16", "width": None, "heads": None},
+    ],
+    ids=str,
+)
+def test_the_model_of_the_code_is_the_model(settings):
+    torch.manual_seed(0)
+    config = ModelConfig.model_validate({**SMALL, **settings})
+    ours = VisionTransformer(config, mean=USUAL, std=USUAL).eval()
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    theirs = _in_timm(timm_code(config))
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, config.image_size, config.image_size)
+    with torch.no_grad():
+        expected, found = ours(images), theirs(images)
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_the_models_of_all_recipes_have_the_names_and_shapes_of_timm(recipe):
+    config = load_config(recipe, ["data.train=x"]).config.model
+    with torch.device("meta"):
+        assert _shapes(_in_timm(timm_code(config))) == _shapes(VisionTransformer(config, mean=USUAL, std=USUAL))
+
+
+@pytest.mark.parametrize("name", ["Ti/16", "S/32", "B/8", "L/16", "H/14", "g/14", "G/14"])
+def test_the_models_of_all_sizes_have_the_names_and_shapes_of_timm(name):
+    config = ModelConfig(name=name)
+    with torch.device("meta"):
+        assert _shapes(_in_timm(timm_code(config))) == _shapes(VisionTransformer(config, mean=USUAL, std=USUAL))
+
+
+def test_the_code_is_no_longer_than_it_must_be():
+    assert (
+        timm_code(ModelConfig()) == "import timm\nmodel = timm.create_model('vit_base_patch16_224', num_classes=1000)"
+    )
+    photos = ModelConfig(name="S/16", num_classes=120, pool="gap")
+    assert timm_code(photos).endswith(
+        "create_model('vit_small_patch16_224', num_classes=120, class_token=False, global_pool='avg', fc_norm=False)"
+    )
