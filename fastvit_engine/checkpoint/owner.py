@@ -1,11 +1,12 @@
-"""One run at a time: the owner record of a run folder, and of `checkpoint.path` if that is elsewhere.
+"""One run at a time: the owner records of a run folder and of the folder or store of its checkpoints.
 
 `owner-N.json` says which process owns the place. Taking over creates the record of the next number, which only one of
 several processes can do, and then removes the older ones. So an owner that was suspended finds its own record gone,
 and stops before it writes. The owner refreshes its record every `HEARTBEAT_SECONDS`; in a folder, the time of the
 file is the heartbeat. An owner is gone if its process on this machine has ended, or if, on another machine, its
-record does not change for `STALE_SECONDS`. Processes of one launch (`RUN_ID`) take over from each other at once: the
-launcher has ended the old ones before it starts the new.
+record does not change for `STALE_SECONDS`. It is watched for so long, however old it is: clocks need not agree.
+Processes of one launch (`RUN_ID`) take over from each other at once: the launcher has ended the old ones before it
+starts the new.
 """
 
 import contextlib
@@ -33,7 +34,6 @@ from fastvit_engine.shown import say as say_to_user
 RUN_ID = "FASTVIT_RUN_ID"  # of one launch with all its restarts; a launcher gives it to each process
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 5 * HEARTBEAT_SECONDS
-_LONG_STALE_SECONDS = 900.0  # too long for a difference of clocks: not watched first
 _LAST_HEARTBEAT_SECONDS = 30.0  # that one may take that has begun
 _WATCH_SECONDS = 1.0  # between two looks at a record
 
@@ -118,9 +118,11 @@ def own(
 
     Raises UserError at once if a run that is alive owns one of them. A folder that is empty at the end disappears.
     """
-    made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    stores = (_RunFolderStore(run.path), store_of(settings, run))
+    folders = [store.folder for store in stores[::-1] if isinstance(store, LocalStore)]
+    made = [folder for path in folders for folder in (path, *path.parents) if not folder.exists()]
     try:
-        ownership = claim(settings, run, environment, say)
+        ownership = claim(stores, environment, say)
         try:
             yield ownership
         finally:
@@ -131,13 +133,8 @@ def own(
                 folder.rmdir()
 
 
-def claim(
-    settings: CheckpointConfig, run: RunFolder, environment: Mapping[str, str], say: Callable[[str], None]
-) -> Ownership:
-    """Takes ownership of both places, or of none."""
-    stores: list[CheckpointStore] = [_RunFolderStore(run.path)]
-    if settings.path is not None:
-        stores.append(store_of(settings, run))
+def claim(stores: Sequence[CheckpointStore], environment: Mapping[str, str], say: Callable[[str], None]) -> Ownership:
+    """Takes ownership of all stores, or of none."""
     owner = Owner(
         host=socket.gethostname(),
         machine=this_machine(),
@@ -174,27 +171,24 @@ def _take(store: CheckpointStore, owner: Owner, say: Callable[[str], None]) -> t
     """Makes `owner` the owner, if nobody else is; returns the record that counts, which may be the parent process's."""
     where, what = _where(store)
 
-    def attempt() -> tuple[str, Owner] | None:
-        try:
-            return _try_to_take(store, owner, say)
-        except FileNotFoundError:  # the record has gone meanwhile
-            return None
-
-    while (taken := insist(attempt, where, instead=what)) is None:
+    while (taken := insist(lambda: _try_to_take(store, owner, say), where, instead=what)) is None:
         pass
     return taken
 
 
 def _try_to_take(store: CheckpointStore, owner: Owner, say: Callable[[str], None]) -> tuple[str, Owner] | None:
-    """As `_take`; None if another process was faster."""
+    """As `_take`; None if another process was faster, or the record has gone meanwhile."""
     names = store.owners()
     newest = _newest(names)
     if newest is not None:
-        held = _parse(store.read_owner(newest)[0])
-        if held is not None and _is_ours(held, owner):
-            return newest, held
-        if held is None or held.run_id != owner.run_id:
-            _wait_for_end(store, newest, say)
+        try:
+            held = _parse(store.read_owner(newest)[0])
+            if held is not None and _is_ours(held, owner):
+                return newest, held
+            if held is None or held.run_id != owner.run_id:
+                _wait_for_end(store, newest, say)
+        except FileNotFoundError:
+            return None
     name = f"owner-{1 if newest is None else _number(newest) + 1}.json"
     if not store.create_owner(name, owner.to_json()):
         return None
@@ -216,16 +210,14 @@ def _wait_for_end(store: CheckpointStore, name: str, say: Callable[[str], None])
     held = _parse(content)
     who = "a process whose record is damaged" if held is None else f"{held}"
     if held is None or held.machine != this_machine():
-        beat = modified or (0.0 if held is None else held.heartbeat)
-        if time.time() - beat < _LONG_STALE_SECONDS:
-            say(f"{where} belongs to {who}: waiting up to {STALE_SECONDS:.0f} s to see whether that is alive")
-            deadline = time.monotonic() + STALE_SECONDS
-            while store.read_owner(name) == (content, modified):
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(_WATCH_SECONDS)
-            else:
-                raise UserError(_refusal(where, what, held))
+        say(f"{where} belongs to {who}: waiting up to {STALE_SECONDS:.0f} s to see whether that is alive")
+        deadline = time.monotonic() + STALE_SECONDS
+        while store.read_owner(name) == (content, modified):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_WATCH_SECONDS)
+        else:
+            raise UserError(_refusal(where, what, held))
     elif not held.has_ended:
         raise UserError(_refusal(where, what, held))
     say(f"taking over {where}: {who} owned it and is gone")

@@ -22,7 +22,11 @@ T = TypeVar("T")
 
 PATIENCE_SECONDS = 60.0  # less than the watchdog's limits, unless they are set to less
 _LONGEST_PAUSE = 5.0  # seconds
-_FINAL = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_FINAL = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOENT, errno.EEXIST),  # of the folder above, or a file or a dangling link instead of the folder
+}
+_FINAL_TYPES = (PermissionError, NotADirectoryError, FileNotFoundError, FileExistsError)  # which stores raise without
 _warned: set[str] = set()  # of what, by this process
 
 
@@ -66,7 +70,7 @@ def if_possible(action: Callable[[], object], what: str) -> bool:
 
 def is_final(error: OSError) -> bool:
     """Whether neither time nor another machine would help: the place is wrong, or not for this user."""
-    return error.errno in _FINAL or isinstance(error, PermissionError | NotADirectoryError)
+    return error.errno in _FINAL or isinstance(error, _FINAL_TYPES)
 
 
 def unreadable(what: str, error: OSError) -> UserError | RestartError:
