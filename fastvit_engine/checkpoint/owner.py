@@ -70,9 +70,12 @@ class _RunFolderStore(LocalStore):
 
 
 class Ownership:
-    """The records that say so. Those with `token` are kept fresh; others are the parent process's, which does it."""
+    """The records that say so. Those with `token` are kept fresh; others are the parent process's, which does it.
 
-    def __init__(self, records: Sequence[tuple[CheckpointStore, str, Owner]], token: str) -> None:
+    The first one is the run folder's. Processes that write nothing, all but rank 0, have none.
+    """
+
+    def __init__(self, records: Sequence[tuple[CheckpointStore, str, Owner]] = (), token: str = "") -> None:
         self._records = records
         self._own = [record for record in records if record[2].token == token]
         self._stop = threading.Event()
@@ -82,14 +85,17 @@ class Ownership:
 
     def check(self) -> None:
         """Raises UserError if this process has lost what it owned; OSError if the disk or the store cannot say."""
-        for store, name, owner in self._records:
-            try:
-                held = _parse(store.read_owner(name)[0])
-                lost = held is None or held.token != owner.token or _newest(store.owners()) != name
-            except FileNotFoundError:
-                lost = True
-            if lost:
-                raise UserError(_loss(store))
+        for record in self._records:
+            _check(*record)
+
+    def check_run_folder(self) -> None:
+        """As `check`, without asking the store of the checkpoints, which may be far away."""
+        for record in self._records[:1]:
+            _check(*record)
+
+    def confirm(self) -> None:
+        """As `check`, and asks again if the disk or the store cannot say. Raises RestartError if that goes on."""
+        insist(self.check, "the owner record")
 
     def release(self) -> None:
         """Gives up what is this process's own; others may take it at once."""
@@ -105,6 +111,16 @@ class Ownership:
             for store, name, owner in self._own:
                 with contextlib.suppress(OSError):  # `check` finds out what it means
                     store.refresh_owner(name, owner.to_json())
+
+
+def _check(store: CheckpointStore, name: str, owner: Owner) -> None:
+    try:
+        held = _parse(store.read_owner(name)[0])
+        lost = held is None or held.token != owner.token or _newest(store.owners()) != name
+    except FileNotFoundError:
+        lost = True
+    if lost:
+        raise UserError(_loss(store))
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """One run at a time: who may write to a run folder and to checkpoint.path, and who finds out that he may not."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -333,6 +334,28 @@ def test_an_owner_that_was_suspended_finds_out(run):
             suspended.check()
         time.sleep(0.3)
         assert records(run.path) == []
+
+
+def test_a_store_that_does_not_answer_is_asked_before_a_save_and_not_before_a_row(run, place, monkeypatch):
+    settings = CheckpointConfig(path=place)
+    with own(settings, run) as owned:
+        answer, left = type(open_store(place)).read_owner, [OSError(errno.ETIMEDOUT, "Connection timed out")] * 3
+
+        def no_answer(store, name):
+            if left and store.describe("") == open_store(place).describe(""):
+                raise left.pop()
+            return answer(store, name)
+
+        monkeypatch.setattr(type(open_store(place)), "read_owner", no_answer)
+        owned.check_run_folder()
+        with pytest.raises(OSError, match="timed out"):
+            owned.check()
+        owned.confirm()  # asks again until it answers
+        assert not left
+        open_store(place).remove_owner("owner-1.json")
+        owned.check_run_folder()
+        with pytest.raises(UserError, match="no longer belongs to this run"):
+            owned.confirm()
 
 
 def test_a_run_folder_that_vanishes_is_one_sentence(run):
