@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastvit_engine.checkpoint import TrainerState
+from fastvit_engine.checkpoint.owner import Ownership
 from fastvit_engine.config import Config, DataConfig, Resolved, load_config
 from fastvit_engine.data import Batch, TrainingData
 from fastvit_engine.data.stream.batch_split import split_batch
@@ -324,7 +325,7 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path, batches: Ite
     )
     watchdog = Watchdog(run, world, resolved.config.watchdog)  # not entered: loops are blocked between their turns
     chosen = choose(resolved.config, machine_of(world))
-    loop._train(resolved, chosen, run, start, world, watchdog, Preemption(), check_owner=lambda: None)
+    loop._train(resolved, chosen, run, start, world, watchdog, Preemption(), Ownership())
     return load_file(folder / "model.safetensors")
 
 

@@ -1,11 +1,12 @@
-"""One run at a time: the owner record of a run folder, and of `checkpoint.path` if that is elsewhere.
+"""One run at a time: the owner records of a run folder and of the folder or store of its checkpoints.
 
 `owner-N.json` says which process owns the place. Taking over creates the record of the next number, which only one of
 several processes can do, and then removes the older ones. So an owner that was suspended finds its own record gone,
 and stops before it writes. The owner refreshes its record every `HEARTBEAT_SECONDS`; in a folder, the time of the
 file is the heartbeat. An owner is gone if its process on this machine has ended, or if, on another machine, its
-record does not change for `STALE_SECONDS`. Processes of one launch (`RUN_ID`) take over from each other at once: the
-launcher has ended the old ones before it starts the new.
+record does not change for `STALE_SECONDS`. It is watched for so long, however old it is: clocks need not agree.
+Processes of one launch (`RUN_ID`) take over from each other at once: the launcher has ended the old ones before it
+starts the new.
 """
 
 import contextlib
@@ -26,13 +27,13 @@ from fastvit_engine.checkpoint.store import CheckpointStore
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import is_alive, this_machine
+from fastvit_engine.observe.disk import insist
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.shown import say as say_to_user
 
 RUN_ID = "FASTVIT_RUN_ID"  # of one launch with all its restarts; a launcher gives it to each process
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 5 * HEARTBEAT_SECONDS
-_LONG_STALE_SECONDS = 900.0  # too long for a difference of clocks: not watched first
 _LAST_HEARTBEAT_SECONDS = 30.0  # that one may take that has begun
 _WATCH_SECONDS = 1.0  # between two looks at a record
 
@@ -69,9 +70,12 @@ class _RunFolderStore(LocalStore):
 
 
 class Ownership:
-    """The records that say so. Those with `token` are kept fresh; others are the parent process's, which does it."""
+    """The records that say so. Those with `token` are kept fresh; others are the parent process's, which does it.
 
-    def __init__(self, records: Sequence[tuple[CheckpointStore, str, Owner]], token: str) -> None:
+    The first one is the run folder's. Processes that write nothing, all but rank 0, have none.
+    """
+
+    def __init__(self, records: Sequence[tuple[CheckpointStore, str, Owner]] = (), token: str = "") -> None:
         self._records = records
         self._own = [record for record in records if record[2].token == token]
         self._stop = threading.Event()
@@ -81,14 +85,17 @@ class Ownership:
 
     def check(self) -> None:
         """Raises UserError if this process has lost what it owned; OSError if the disk or the store cannot say."""
-        for store, name, owner in self._records:
-            try:
-                held = _parse(store.read_owner(name)[0])
-                lost = held is None or held.token != owner.token or _newest(store.owners()) != name
-            except FileNotFoundError:
-                lost = True
-            if lost:
-                raise UserError(_loss(store))
+        for record in self._records:
+            _check(*record)
+
+    def check_run_folder(self) -> None:
+        """As `check`, without asking the store of the checkpoints, which may be far away."""
+        for record in self._records[:1]:
+            _check(*record)
+
+    def confirm(self) -> None:
+        """As `check`, and asks again if the disk or the store cannot say. Raises RestartError if that goes on."""
+        insist(self.check, "the owner record")
 
     def release(self) -> None:
         """Gives up what is this process's own; others may take it at once."""
@@ -106,6 +113,16 @@ class Ownership:
                     store.refresh_owner(name, owner.to_json())
 
 
+def _check(store: CheckpointStore, name: str, owner: Owner) -> None:
+    try:
+        held = _parse(store.read_owner(name)[0])
+        lost = held is None or held.token != owner.token or _newest(store.owners()) != name
+    except FileNotFoundError:
+        lost = True
+    if lost:
+        raise UserError(_loss(store))
+
+
 @contextlib.contextmanager
 def own(
     settings: CheckpointConfig,
@@ -117,9 +134,11 @@ def own(
 
     Raises UserError at once if a run that is alive owns one of them. A folder that is empty at the end disappears.
     """
-    made = [folder for folder in (run.path, *run.path.parents) if not folder.exists()]
+    stores = (_RunFolderStore(run.path), store_of(settings, run))
+    folders = [store.folder for store in stores[::-1] if isinstance(store, LocalStore)]
+    made = [folder for path in folders for folder in (path, *path.parents) if not folder.exists()]
     try:
-        ownership = claim(settings, run, environment, say)
+        ownership = claim(stores, environment, say)
         try:
             yield ownership
         finally:
@@ -130,13 +149,8 @@ def own(
                 folder.rmdir()
 
 
-def claim(
-    settings: CheckpointConfig, run: RunFolder, environment: Mapping[str, str], say: Callable[[str], None]
-) -> Ownership:
-    """Takes ownership of both places, or of none."""
-    stores: list[CheckpointStore] = [_RunFolderStore(run.path)]
-    if settings.path is not None:
-        stores.append(store_of(settings, run))
+def claim(stores: Sequence[CheckpointStore], environment: Mapping[str, str], say: Callable[[str], None]) -> Ownership:
+    """Takes ownership of all stores, or of none."""
     owner = Owner(
         host=socket.gethostname(),
         machine=this_machine(),
@@ -171,28 +185,32 @@ def process_start(process: int) -> str:
 
 def _take(store: CheckpointStore, owner: Owner, say: Callable[[str], None]) -> tuple[str, Owner]:
     """Makes `owner` the owner, if nobody else is; returns the record that counts, which may be the parent process's."""
-    while True:
+    where, what = _where(store)
+
+    while (taken := insist(lambda: _try_to_take(store, owner, say), where, instead=what)) is None:
+        pass
+    return taken
+
+
+def _try_to_take(store: CheckpointStore, owner: Owner, say: Callable[[str], None]) -> tuple[str, Owner] | None:
+    """As `_take`; None if another process was faster, or the record has gone meanwhile."""
+    names = store.owners()
+    newest = _newest(names)
+    if newest is not None:
         try:
-            names = store.owners()
-            newest = _newest(names)
-            if newest is not None:
-                content, _ = store.read_owner(newest)
-                held = _parse(content)
-                if held is not None and _is_ours(held, owner):
-                    return newest, held
-                if held is None or held.run_id != owner.run_id:
-                    _wait_for_end(store, newest, say)
-            number = 1 if newest is None else _number(newest) + 1
-            name = f"owner-{number}.json"
-            if store.create_owner(name, owner.to_json()):
-                for old in names:
-                    store.remove_owner(old)
-                return name, owner
-        except FileNotFoundError:  # the record has gone meanwhile
-            continue
-        except OSError as error:
-            where, what = _where(store)
-            raise UserError(f"{where} cannot be written ({error.strerror or error}): choose another {what}") from error
+            held = _parse(store.read_owner(newest)[0])
+            if held is not None and _is_ours(held, owner):
+                return newest, held
+            if held is None or held.run_id != owner.run_id:
+                _wait_for_end(store, newest, say)
+        except FileNotFoundError:
+            return None
+    name = f"owner-{1 if newest is None else _number(newest) + 1}.json"
+    if not store.create_owner(name, owner.to_json()):
+        return None
+    for old in names:
+        store.remove_owner(old)
+    return name, owner
 
 
 def _is_ours(held: Owner, owner: Owner) -> bool:
@@ -208,16 +226,14 @@ def _wait_for_end(store: CheckpointStore, name: str, say: Callable[[str], None])
     held = _parse(content)
     who = "a process whose record is damaged" if held is None else f"{held}"
     if held is None or held.machine != this_machine():
-        beat = modified or (0.0 if held is None else held.heartbeat)
-        if time.time() - beat < _LONG_STALE_SECONDS:
-            say(f"{where} belongs to {who}: waiting up to {STALE_SECONDS:.0f} s to see whether that is alive")
-            deadline = time.monotonic() + STALE_SECONDS
-            while store.read_owner(name) == (content, modified):
-                if time.monotonic() > deadline:
-                    break
-                time.sleep(_WATCH_SECONDS)
-            else:
-                raise UserError(_refusal(where, what, held))
+        say(f"{where} belongs to {who}: waiting up to {STALE_SECONDS:.0f} s to see whether that is alive")
+        deadline = time.monotonic() + STALE_SECONDS
+        while store.read_owner(name) == (content, modified):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(_WATCH_SECONDS)
+        else:
+            raise UserError(_refusal(where, what, held))
     elif not held.has_ended:
         raise UserError(_refusal(where, what, held))
     say(f"taking over {where}: {who} owned it and is gone")

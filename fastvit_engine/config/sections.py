@@ -337,7 +337,7 @@ class CheckpointConfig(_Section):
     """Number of most recent checkpoints to keep."""
 
     keep_every: Duration | None = None
-    """Also keep checkpoints at multiples of this interval; null: none."""
+    """Also keep the first checkpoint at or after each multiple of this interval; null: none."""
 
     keep_best: (
         Literal["eval.top1", "eval.top5", "eval.loss", "eval_ema.top1", "eval_ema.top5", "eval_ema.loss"] | None

@@ -1,11 +1,11 @@
 """What lives as long as the processes of a run do, also when training goes back to a checkpoint."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from fastvit_engine.checkpoint import Checkpointer, store_of
+from fastvit_engine.checkpoint.owner import Ownership
 from fastvit_engine.config import Config
 from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
 from fastvit_engine.distributed.preemption import Preemption
@@ -59,7 +59,7 @@ class Job:
     health: Health
     processes: Processes
     utilization: Utilization
-    check_owner: Callable[[], None]  # on rank 0: raises UserError if another run owns the run folder by now
+    owner: Ownership  # of the run folder and the checkpoints, on rank 0
 
 
 def build_job(
@@ -69,7 +69,7 @@ def build_job(
     schedule: Schedule,
     watchdog: Watchdog,
     preemption: Preemption,
-    check_owner: Callable[[], None],
+    owner: Ownership,
 ) -> Job:
     """Builds model, engine and all else of a run on this process; collective. `config`: without open ends."""
     torch.manual_seed(config.seed)
@@ -93,7 +93,7 @@ def build_job(
         objective=build_objective(config, world.device),
         ema=ema,
         checkpointer=Checkpointer(
-            run, store, engine, ema, world, config.checkpoint, schedule.keep_every, check_owner=check_owner
+            run, store, engine, ema, world, config.checkpoint, schedule.keep_every, check_owner=owner.check
         ),
         health=Health(Guard(engine, world, config.health, config.train.precision), Replicas(engine, world), gradients),
         processes=Processes(
@@ -109,5 +109,5 @@ def build_job(
             ),
         ),
         utilization=Utilization(peak_flops(world, config.train.precision), training_flops(config.model)),
-        check_owner=check_owner,
+        owner=owner,
     )

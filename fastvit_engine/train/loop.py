@@ -1,6 +1,6 @@
 """The training loop. Every process of the run executes `train` from top to bottom."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastvit_engine.checkpoint import Checkpoint, TrainerState
 from fastvit_engine.checkpoint.export import export_run
-from fastvit_engine.checkpoint.owner import own
+from fastvit_engine.checkpoint.owner import Ownership, own
 from fastvit_engine.config import Config, Resolved
 from fastvit_engine.data import Batch, IterableData
 from fastvit_engine.data.stream.skip import Window, step_start
@@ -56,7 +56,7 @@ def train(
         Preemption() as preemption,
         join_world(limits.slow_phase_seconds + limits.timeout_seconds, run.stacks) as world,
         Watchdog(run, world, limits) as watchdog,
-        _owned(resolved.config, run, world) as check_owner,
+        _owned(resolved.config, run, world) as owner,
     ):
         preemption.on_stack_request = watchdog.request_stacks
         chosen = choose(resolved.config, machine_of(world))
@@ -69,18 +69,18 @@ def train(
         if start.step < start.total_steps:
             if world.is_main:
                 say(chosen.describe())
-            _train(resolved, chosen, run, start, world, watchdog, preemption, check_owner, data)
+            _train(resolved, chosen, run, start, world, watchdog, preemption, owner, data)
         elif finished := start.checkpoint:
-            world.on_main(lambda: export_run(finished, run))  # it may have been killed just before this
+            world.on_main(lambda: export_run(finished, run))
 
 
 @contextmanager
-def _owned(config: Config, run: RunFolder, world: World) -> Iterator[Callable[[], None]]:
-    """Owns the run during the block, on rank 0, and yields what checks that there. Collective, also in its errors."""
+def _owned(config: Config, run: RunFolder, world: World) -> Iterator[Ownership]:
+    """Owns the run during the block, on rank 0. Collective, also in its errors."""
     with ExitStack() as owned:
-        checks: list[Callable[[], None]] = []
-        world.on_main(lambda: checks.append(owned.enter_context(own(config.checkpoint, run)).check))
-        yield checks[0] if checks else lambda: None
+        owners = [Ownership()]
+        world.on_main(lambda: owners.append(owned.enter_context(own(config.checkpoint, run))))
+        yield owners[-1]
 
 
 def _train(
@@ -91,21 +91,26 @@ def _train(
     world: World,
     watchdog: Watchdog,
     preemption: Preemption,
-    check_owner: Callable[[], None],
+    owner: Ownership,
     data: IterableData | None = None,
 ) -> None:
     schedule = Schedule(chosen.config, start.data.samples_per_epoch, start.state.batches)
-    job = build_job(chosen.config, run, world, schedule, watchdog, preemption, check_owner)
-    if world.is_main:
-        save_recovery(run, start.state.recovery)
-        record_start(resolved, chosen, job, start.step)
-        record_batch_change(run, start)
+    job = build_job(chosen.config, run, world, schedule, watchdog, preemption, owner)
+    world.on_main(lambda: _record(resolved, chosen, job, start))
     next_start: Start | None = start
     try:
         while next_start is not None:  # more than once if training has to go back to a checkpoint
             next_start = _train_from(next_start, job, data)
     finally:
         job.engine.close()
+
+
+def _record(resolved: Resolved, chosen: Chosen, job: Job, start: Start) -> None:
+    """Writes down that the run starts, and how."""
+    job.owner.confirm()
+    save_recovery(job.run, start.state.recovery)
+    record_start(resolved, chosen, job, start.step)
+    record_batch_change(job.run, start)
 
 
 def _train_from(start: Start, job: Job, data: IterableData | None) -> Start | None:
@@ -223,7 +228,7 @@ def _recover(job: Job, start: Start, failure: Failure, trace: Trace, recorder: R
 
     def decide() -> Start:
         assert recorder is not None
-        job.check_owner()
+        job.owner.confirm()
         message = record_anomaly(job.run, failure, diagnosis)
         recorder.message(message)
         most = job.config.health.max_rewinds
@@ -260,7 +265,7 @@ def _finish(job: Job, state: TrainerState, log: StepLog) -> None:
 
 
 def _export(checkpoint: Checkpoint, job: Job) -> None:
-    job.check_owner()
+    job.owner.confirm()
     export_run(checkpoint, job.run)
 
 

@@ -25,7 +25,7 @@ class StepLog:
         if world.is_main:
             trackers = [TensorBoard(job.run, state.step)]
             total_steps = job.schedule.total_steps
-            self.recorder = Recorder(job.run, total_steps, state.step, trackers, job.check_owner)
+            self.recorder = Recorder(job.run, total_steps, state.step, trackers, job.owner.check_run_folder)
         self.stopwatch = Stopwatch(world.device, seconds_before=state.seconds)
         seen = job.schedule.samples(state.step)
         self.bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share, seen=seen, bad=state.bad_samples)

@@ -41,9 +41,13 @@ class Agent(LocalElasticAgent):
         return result
 
     def _start_workers(self, worker_group: Any) -> Any:
-        """All nodes and restarts of this job have one run id, which they agree on where they meet."""
+        """All nodes and restarts of this job have one run id, which they agree on where they meet.
+
+        One that is set already stays: of a job whose agents are started again, too, with another meeting point.
+        """
+        wanted = os.environ.get("FASTVIT_RUN_ID") or uuid.uuid4().hex
         rendezvous = getattr(worker_group.store, "underlying_store", worker_group.store)
-        os.environ["FASTVIT_RUN_ID"] = rendezvous.compare_set("fastvit_run_id", "", uuid.uuid4().hex).decode()
+        os.environ["FASTVIT_RUN_ID"] = rendezvous.compare_set("fastvit_run_id", "", wanted).decode()
         return super()._start_workers(worker_group)
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,13 @@ def wait_for_steps(run, steps, process, seconds=200):
         time.sleep(0.05)
 
 
+def written(run, checkpoints):
+    """All that another owner would find changed."""
+    names = sorted(path.name for path in checkpoints.iterdir() if path.name[:6] != "owner-" and path.suffix == "")
+    tensorboard = {path.name: path.read_bytes() for path in (run / "tensorboard").iterdir()}
+    return names, (checkpoints / "latest").read_text(), (run / "metrics.jsonl").read_bytes(), tensorboard
+
+
 def errors_of(process, seconds=120):
     """The sentences that start with the name of the program."""
     _, errors = process.communicate(timeout=seconds)
@@ -69,22 +77,46 @@ def test_the_same_command_twice_is_one_run(start, tmp_path):
     assert steps == list(range(1, len(steps) + 1))
 
 
+def test_a_killed_run_is_taken_over_at_once_and_one_whose_rank_was_killed_still_has_its_owner(start, tmp_path):
+    run = tmp_path / "run"
+    first = start(run, max_restarts=3)
+    wait_for_steps(run, 2, first)
+    rank = int(Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()[0])
+    os.kill(rank, signal.SIGKILL)
+    refused = start(run)  # while the first one starts its ranks again
+    (error,), errors = errors_of(refused)
+    assert refused.returncode == 2 and f"is in use by process {first.pid} on " in error, errors
+    first.kill()
+    first.wait()
+    steps = (run / "metrics.jsonl").read_text().count("samples_hash")
+    second = start(run)
+    wait_for_steps(run, steps + 3, second)
+    second.send_signal(signal.SIGTERM)
+    assert second.wait(60) == 76
+    output, _ = second.communicate()
+    assert f"taking over run folder {run}: process {first.pid} on" in output and "waiting" not in output
+
+
 @pytest.mark.parametrize("where", ["run folder", "checkpoints"])
 def test_a_run_that_has_lost_its_place_ends_before_it_writes_and_is_not_restarted(start, tmp_path, where):
     run, checkpoints = tmp_path / "run", tmp_path / "checkpoints"
     process = start(run, f"checkpoint.path={checkpoints}", max_restarts=3)
-    wait_for_steps(run, 5, process)
+    wait_for_steps(run, 25, process)
+    os.killpg(process.pid, signal.SIGSTOP)  # another machine sees no heartbeat any more
     place = run if where == "run folder" else checkpoints
     record = json.loads((place / "owner-1.json").read_text())
     record |= {"token": "another", "process": 4321, "host": "node-7", "machine": "elsewhere"}
     (place / "owner-2.json").write_text(json.dumps(record))
+    (place / "owner-1.json").unlink()
+    before = written(run, checkpoints)
+    os.killpg(process.pid, signal.SIGCONT)
     (error,), errors = errors_of(process)
     assert process.returncode == 2, errors
     assert "no longer belongs to this run but to process 4321 on node-7" in error
     assert "starting again" not in errors
     assert (place / "owner-2.json").exists() and not list(checkpoints.glob("*.removed"))
-    if where == "checkpoints":
-        assert (checkpoints / "latest").read_text() in {path.name for path in checkpoints.iterdir()}
+    changeable = 4 if where == "run folder" else 2  # the run folder is still its own
+    assert written(run, checkpoints)[:changeable] == before[:changeable]
 
 
 def test_a_run_folder_that_vanishes_ends_the_run_with_one_sentence_and_does_not_come_back(start, tmp_path):
