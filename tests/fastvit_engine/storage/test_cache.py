@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -312,6 +313,15 @@ def test_a_full_disk_costs_speed_only(server, open_storage, folder, monkeypatch,
     storage._downloads._broken_until = 0.0  # a minute later
     assert is_right(storage, 5)
     assert cached(folder) == [5]
+
+
+def test_a_folder_that_vanishes_costs_speed_only(open_storage, folder, caplog):
+    storage = open_storage()
+    assert is_right(storage, 0)
+    shutil.rmtree(folder)
+    for shard in range(4):
+        assert is_right(storage, shard)
+    assert len(caplog.records) <= 1
 
 
 def test_a_file_size_limit_costs_speed_only(open_storage, folder):
