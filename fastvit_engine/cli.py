@@ -14,8 +14,12 @@ from fastvit_engine import __version__
 from fastvit_engine.commands import bench, config, data, export, plan, report, stacks, train
 from fastvit_engine.commands.parser import Parser
 from fastvit_engine.distributed.environment import speaks_for_all
-from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, Preempted, RestartError, UserError
+from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART, Preempted, RestartError, UserError
 from fastvit_engine.shown import say, shown
+
+# What a disk says that is full, and one that is broken or on a machine that cannot be reached.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LOST = (errno.EIO, errno.ESTALE, errno.ENOTCONN)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,10 +45,13 @@ def _run(args: argparse.Namespace) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (*_FULL, *_LOST):
             raise
         where = f" of {error.filename}" if error.filename else ""
-        return _fail(f"the disk{where} is full: make room and run the same command again")
+        code = EXIT_RESTART if args.command == "train" else EXIT_BAD_INPUT  # see observe/disk.py
+        if error.errno in _FULL:
+            return _fail(f"the disk{where} is full: make room and run the same command again", code)
+        return _fail(f"the disk{where} fails ({error.strerror}): bring it back and run the same command again", code)
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except ValueError as error:

@@ -140,7 +140,7 @@ def append_json_lines(path: Path, rows: Iterable[Any], *, durable: bool = True) 
             torn = _mend_last_line(file)
             size = os.fstat(file).st_size
             try:
-                _write_all(file, content)
+                write_all(file, content)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.ftruncate(file, size)
@@ -217,7 +217,7 @@ def _mend_last_line(file: int) -> int:
     except ValueError:
         os.ftruncate(file, start)
         return size - start
-    _write_all(file, b"\n")
+    write_all(file, b"\n")
     return 0
 
 
@@ -232,8 +232,11 @@ def _last_line_start(file: int, size: int) -> int:
     return 0
 
 
-def _write_all(file: int, content: bytes) -> None:
-    """One write as a rule, so that lines never mix; a full disk takes a part of it first, and says so at the rest."""
+def write_all(file: int, content: bytes) -> None:
+    """Writes to a file descriptor. Raises OSError if not all can be written.
+
+    One write as a rule, so that lines never mix; a full disk takes a part of it first, and says so at the rest.
+    """
     left = memoryview(content)
     while left:
         left = left[os.write(file, left) :]

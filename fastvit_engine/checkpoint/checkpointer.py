@@ -18,10 +18,12 @@ from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import ParameterSlice, TrainingEngine, share
-from fastvit_engine.errors import UserError
+from fastvit_engine.errors import RestartError, UserError
+from fastvit_engine.observe import disk
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
 
+_LONGEST_PAUSE = 5.0  # seconds between two attempts to save at the end
 _MOST_FAILURES = 3  # saves in a row that may fail while training continues
 
 
@@ -52,24 +54,26 @@ class Checkpointer:
         self._seconds_blocked = 0.0
         self._failures = 0  # in a row
         self._error: str | None = None  # of the last save
-        self._not_removed: str | None = None  # why old checkpoints are still there, from the thread of rank 0
+        self._closing = False
+        self._state: TrainerState | None = None  # of the last save
+        self._remarks: list[str] = []  # on what else went wrong with a save, from the thread of rank 0
         # A name of its own for each Checkpointer, which reports of an earlier one cannot be mistaken for.
         name = world.on_main(lambda: uuid.uuid4().hex)
         self._reports = PrefixStore(f"checkpoint-{name}", _get_default_store())
-        if (problem := self._on_main(self.store.clean)) is not None:
-            raise UserError(f"{store.describe('')} cannot be used for checkpoints ({problem}): check checkpoint.path")
+        world.on_main(lambda: disk.insist(store.clean, store.describe(""), instead="checkpoint.path"))
 
     def save(self, state: TrainerState) -> None:
         """Begins to save `step-N`; training continues, and calls `before_update` next. `settle` tells how it ended.
 
-        Waits for the previous save, if it is still being written. A save that fails is an event; the third in a row, an
-        error.
+        Waits for the previous save, if it is still being written. A save that fails is an event; the third in a row is
+        a RestartError, as `observe/disk.py` explains.
         """
         started = time.perf_counter()
         if self._in_flight is not None:
             if self.world.is_main:
                 self.say(f"step {state.step:,}: waiting until {self._in_flight.checkpoint} is written")
             self.settle(wait=True)
+        self._state = state
         checkpoint = Checkpoint(self.store, step_name(state.step))
         slices = self._slices_to_write()
         size = sum(self.world.gather(sum(p.values.nbytes for of_kind in slices.values() for p in of_kind)))
@@ -103,7 +107,8 @@ class Checkpointer:
         """The checkpoint published since the last call, if any, which becomes an event and a line for the user.
 
         Meant for every logged step: it costs nothing when no save is in flight, and a small broadcast when one is.
-        Raises UserError on every process if three saves in a row have failed. wait: until the save in flight has ended.
+        Raises RestartError on every process if three saves in a row have failed, and UserError if this run does not own
+        the place any more. wait: until the save in flight has ended.
         """
         if (save := self._in_flight) is None:
             return None
@@ -121,9 +126,9 @@ class Checkpointer:
             return None
         self._failures, self._error = 0, None
         if self.world.is_main:
-            if self._not_removed is not None:
-                self.say(self._not_removed)
-                self._not_removed = None
+            for remark in self._remarks:
+                self.say(remark)
+            self._remarks = []
             record_event(
                 self.run,
                 "checkpoint",
@@ -138,10 +143,19 @@ class Checkpointer:
         return save.checkpoint
 
     def close(self) -> Checkpoint | None:
-        """`settle`, for the end of a run: waits for the last save. Raises UserError if that has failed."""
-        published = self.settle(wait=True)
-        if self._error is not None:
-            raise UserError(self._error)
+        """`settle`, for the end of a run: waits for the last save, and tries again for a while if that has failed.
+
+        Raises RestartError if it fails for longer. The state of the engine must be the one of the last save.
+        """
+        self._closing = True
+        published, began, pause = self.settle(wait=True), time.monotonic(), 0.1
+        while self._error is not None and self._state is not None:
+            if self.world.on_main(lambda: time.monotonic() - began >= disk.PATIENCE_SECONDS):
+                raise RestartError(self._error)
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            self.save(self._state)
+            published = self.settle(wait=True)
         return published
 
     def load(self, checkpoint: Checkpoint) -> TrainerState:
@@ -166,10 +180,10 @@ class Checkpointer:
             if self.ema is not None and "ema" in manifest.kinds:
                 wanted["ema"] = self.ema.slices()
             CheckpointReader(checkpoint, manifest).fill(wanted)
-        except UserError as failure:
+        except (UserError, RestartError) as failure:
             error = failure
         except OSError as failure:
-            error = UserError(f"{checkpoint} cannot be read ({failure}): check the disk or the store, then resume")
+            error = disk.unreadable(str(checkpoint), failure)
         self._agree(error)
         self.engine.publish()
         self.engine.reset_progress(manifest.step)
@@ -195,31 +209,48 @@ class Checkpointer:
         self.store.prepare(checkpoint.name, size)
 
     def _publish(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
-        """Completes the checkpoint, then removes those that need not stay. Runs in the thread of rank 0."""
+        """Completes the checkpoint, then removes those that need not stay. Runs in the thread of rank 0.
+
+        A failure after the first step is a remark: the checkpoint is complete, and a resume finds it.
+        """
         self.check_owner()
         self.store.publish(checkpoint.name, manifest.to_json())
-        states = {checkpoint.name: manifest.state}
-        for name in self.store.names():
-            if name != checkpoint.name:
-                states[name] = _state_or_nothing(Checkpoint(self.store, name))
-        keep, best = self.settings.keep, self.settings.keep_best
+        pointed = self._point_latest(checkpoint.name) is None
         try:
-            for name in stale_checkpoints(states, keep=keep, keep_every=self.keep_every, best=best):
-                if name != checkpoint.name:
-                    self.store.remove(name)
-        except OSError as error:  # the new one is there all the same
-            self._not_removed = f"checkpoint {self.store.describe(name)} could not be removed ({error})"
+            self._remove_old(checkpoint.name, manifest.state)
+        except (OSError, RestartError) as error:
+            self._remarks.append(f"old checkpoints in {self.store.describe('')} could not be removed ({error})")
+        # Again, if need be: removing checkpoints has made room.
+        if not pointed and (problem := self._point_latest(checkpoint.name)) is not None:
+            where = self.store.describe("latest")
+            self._remarks.append(f"{where} could not be written ({problem}): a resume finds {checkpoint} all the same")
+
+    def _point_latest(self, name: str) -> str | None:
+        """Why `latest` could not be written, if so."""
+        try:
+            self.store.point_latest(name)
+        except OSError as error:
+            return disk.reason(error)
+        return None
+
+    def _remove_old(self, newest: str, state: TrainerState) -> None:
+        others = [name for name in self.store.names() if name != newest]
+        states = {newest: state} | {name: _state_or_nothing(Checkpoint(self.store, name)) for name in others}
+        keep, best = self.settings.keep, self.settings.keep_best
+        for name in stale_checkpoints(states, keep=keep, keep_every=self.keep_every, best=best):
+            if name != newest:
+                self.store.remove(name)
 
     def _failed(self, checkpoint: Checkpoint, error: str) -> None:
-        """Notes a failed save. UserError on every process when it is one too many in a row."""
+        """Notes a failed save. RestartError on every process when it is one too many in a row."""
         message = f"checkpoint {checkpoint} could not be written ({error}): the previous checkpoint is intact"
         self._failures += 1
         self._error = f"{message}; make room and run the same command again"
-        if self.world.is_main:
+        if self.world.is_main and not (self._closing and self._failures > 1):
             record_event(self.run, "checkpoint_failed", message, step=checkpoint.step, cause=error)
             self.say(message)
-        if self._failures >= _MOST_FAILURES:
-            raise UserError(self._error)
+        if self._failures >= _MOST_FAILURES and not self._closing:
+            raise RestartError(self._error)
 
     def _check_shapes(self, checkpoint: Checkpoint, manifest: Manifest) -> None:
         here, there = self.engine.shapes, manifest.parameters
@@ -232,13 +263,12 @@ class Checkpointer:
 
     def _agree(self, error: Exception | None) -> None:
         """Raises on every process what any of them holds; damage only if there is nothing worse."""
-        found = self.world.gather(None if error is None else (isinstance(error, DamagedCheckpoint), str(error)))
-        failed = [
-            (is_damage, text, rank) for rank, failure in enumerate(found) if failure for is_damage, text in [failure]
-        ]
+        kinds = (UserError, RestartError, DamagedCheckpoint)  # the worst first
+        found = self.world.gather(None if error is None else (kinds.index(type(error)), str(error)))
+        failed = [(kind, rank, text) for rank, failure in enumerate(found) if failure for kind, text in [failure]]
         if failed:
-            is_damage, text, _ = min(failed)
-            raise (DamagedCheckpoint if is_damage else UserError)(text) from error
+            kind, _, text = min(failed)
+            raise kinds[kind](text) from error
 
     def _on_main(self, action: Callable[[], None]) -> str | None:
         """Does something on rank 0; what went wrong, on every process."""

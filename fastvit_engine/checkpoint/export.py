@@ -16,6 +16,7 @@ from fastvit_engine.checkpoint.store import is_step_name
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.safetensors_file import model_metadata, safetensors_header
+from fastvit_engine.observe.disk import insist
 from fastvit_engine.observe.run_folder import RunFolder
 
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
@@ -44,11 +45,18 @@ def find_checkpoint(source: str) -> Checkpoint:
 
 
 def export_run(checkpoint: Checkpoint, run: RunFolder) -> None:
-    """Writes `model.safetensors` and, with an average, `model_ema.safetensors`, unless they are of this checkpoint."""
+    """Writes `model.safetensors` and, with an average, `model_ema.safetensors`, unless they are of this checkpoint.
+
+    For a run at its end, and for one that was killed just before this. Raises RestartError if the disk is full or lost.
+    """
+    insist(lambda: _export_run(checkpoint, run), str(run.path / "model.safetensors"))
+
+
+def _export_run(checkpoint: Checkpoint, run: RunFolder) -> None:
     manifest = checkpoint.read_manifest()
     for name, kind in (("model.safetensors", "weight"), ("model_ema.safetensors", "ema")):
         if kind in manifest.kinds and _exported_from(run.path / name) != _identity(manifest):
-            export_weights(checkpoint, run.path / name, kind)
+            _write_weights(checkpoint, run.path / name, kind)
 
 
 def export_weights(checkpoint: Checkpoint, out: Path, kind: str = "weight") -> None:
@@ -57,6 +65,13 @@ def export_weights(checkpoint: Checkpoint, out: Path, kind: str = "weight") -> N
     Needs no process group and no DeepSpeed, and no more memory than the pages of the file in transit. Raises UserError
     if the checkpoint has no average, is damaged, or `out` cannot be written.
     """
+    try:
+        _write_weights(checkpoint, out, kind)
+    except OSError as error:
+        raise UserError(f"{out} could not be written ({error}): make room and run the same command again") from error
+
+
+def _write_weights(checkpoint: Checkpoint, out: Path, kind: str) -> None:
     manifest = checkpoint.read_manifest()
     kind_of_weights(checkpoint, manifest, ema=kind == "ema")
     reader, files = CheckpointReader(checkpoint, manifest), _Files(checkpoint, manifest, kind)
@@ -64,14 +79,11 @@ def export_weights(checkpoint: Checkpoint, out: Path, kind: str = "weight") -> N
     state = manifest.state
     described = model_metadata(state.fingerprint["model"], state.pixels, state.class_names, str(checkpoint))
     metadata = {**described, **_identity(manifest)}
-    try:
-        with atomic_writer(out) as file:
-            file.write(safetensors_header(dict.fromkeys(sizes, "F32"), manifest.parameters, sizes, metadata))
-            for name, size in sizes.items():
-                for file_name, tensor in reader.overlapping(kind, name, 0, size // 4):
-                    file.write(reader.verified(files.content(file_name), file_name, kind, name, tensor))
-    except OSError as error:
-        raise UserError(f"{out} could not be written ({error}): make room and run the same command again") from error
+    with atomic_writer(out) as file:
+        file.write(safetensors_header(dict.fromkeys(sizes, "F32"), manifest.parameters, sizes, metadata))
+        for name, size in sizes.items():
+            for file_name, tensor in reader.overlapping(kind, name, 0, size // 4):
+                file.write(reader.verified(files.content(file_name), file_name, kind, name, tensor))
 
 
 def kind_of_weights(checkpoint: Checkpoint, manifest: Manifest, *, ema: bool) -> str:

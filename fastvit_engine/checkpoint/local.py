@@ -67,7 +67,7 @@ class LocalStore:
             raise OSError(errno.ENOSPC, f"it takes {size / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free on that disk")
 
     def write(self, name: str, file: str, chunks: Iterable[memoryview]) -> None:
-        with open(self._partial(name) / file, "wb", buffering=0) as opened:
+        with open(self._partial(name) / file, "xb", buffering=0) as opened:  # not what another owner writes by now
             for chunk in chunks:
                 while chunk.nbytes:
                     chunk = chunk[opened.write(chunk) :]
@@ -79,6 +79,8 @@ class LocalStore:
             self.remove(name)
         os.replace(self._partial(name), self.folder / name)
         flush_to_disk(self.folder)
+
+    def point_latest(self, name: str) -> None:
         atomic_write(self.folder / "latest", name)
 
     def discard(self, name: str) -> None:

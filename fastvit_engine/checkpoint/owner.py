@@ -26,6 +26,7 @@ from fastvit_engine.checkpoint.store import CheckpointStore
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import is_alive, this_machine
+from fastvit_engine.observe.disk import insist
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.shown import say as say_to_user
 
@@ -171,28 +172,35 @@ def process_start(process: int) -> str:
 
 def _take(store: CheckpointStore, owner: Owner, say: Callable[[str], None]) -> tuple[str, Owner]:
     """Makes `owner` the owner, if nobody else is; returns the record that counts, which may be the parent process's."""
-    while True:
+    where, what = _where(store)
+
+    def attempt() -> tuple[str, Owner] | None:
         try:
-            names = store.owners()
-            newest = _newest(names)
-            if newest is not None:
-                content, _ = store.read_owner(newest)
-                held = _parse(content)
-                if held is not None and _is_ours(held, owner):
-                    return newest, held
-                if held is None or held.run_id != owner.run_id:
-                    _wait_for_end(store, newest, say)
-            number = 1 if newest is None else _number(newest) + 1
-            name = f"owner-{number}.json"
-            if store.create_owner(name, owner.to_json()):
-                for old in names:
-                    store.remove_owner(old)
-                return name, owner
+            return _try_to_take(store, owner, say)
         except FileNotFoundError:  # the record has gone meanwhile
-            continue
-        except OSError as error:
-            where, what = _where(store)
-            raise UserError(f"{where} cannot be written ({error.strerror or error}): choose another {what}") from error
+            return None
+
+    while (taken := insist(attempt, where, instead=what)) is None:
+        pass
+    return taken
+
+
+def _try_to_take(store: CheckpointStore, owner: Owner, say: Callable[[str], None]) -> tuple[str, Owner] | None:
+    """As `_take`; None if another process was faster."""
+    names = store.owners()
+    newest = _newest(names)
+    if newest is not None:
+        held = _parse(store.read_owner(newest)[0])
+        if held is not None and _is_ours(held, owner):
+            return newest, held
+        if held is None or held.run_id != owner.run_id:
+            _wait_for_end(store, newest, say)
+    name = f"owner-{1 if newest is None else _number(newest) + 1}.json"
+    if not store.create_owner(name, owner.to_json()):
+        return None
+    for old in names:
+        store.remove_owner(old)
+    return name, owner
 
 
 def _is_ours(held: Owner, owner: Owner) -> bool:

@@ -85,6 +85,8 @@ class RemoteStore:
 
     def publish(self, name: str, manifest: bytes) -> None:
         self._try(self.fs.pipe_file, self._path(name, MANIFEST), manifest)
+
+    def point_latest(self, name: str) -> None:
         self._try(self.fs.pipe_file, self._path("latest"), name.encode())
 
     def discard(self, name: str) -> None:
@@ -148,7 +150,9 @@ class RemoteStore:
                 raise
             except Exception as error:  # each package has its own classes
                 final = getattr(error, "errno", None) in FINAL_ERRNOS or type(error).__name__ in FINAL_ERRORS
-                if final or pause is None or isinstance(error, PermissionError):
-                    raise OSError(f"{public_url(self.url)}: {one_line(error)}") from error
+                final = final or isinstance(error, PermissionError)
+                if final or pause is None:
+                    kind = PermissionError if final else OSError
+                    raise kind(f"{public_url(self.url)}: {one_line(error)}") from error
             time.sleep(pause)
         raise AssertionError("unreachable")

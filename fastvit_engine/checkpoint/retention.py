@@ -10,14 +10,15 @@ def stale_checkpoints(
 ) -> list[str]:
     """The names of the checkpoints to remove.
 
-    states: of each complete checkpoint. keep: number of most recent ones to keep. keep_every: multiples of this many
-    steps are kept, too. best: "eval.top1" or the like; keeps the best by this figure of an evaluation made at the
-    checkpoint's own step.
+    states: of each complete checkpoint. keep: number of most recent ones to keep. keep_every: the first one at or after
+    each multiple of this many steps is kept, too; saves need not fall on multiples. best: "eval.top1" or the like;
+    keeps the best by this figure of an evaluation made at the checkpoint's own step.
     """
     by_step = sorted(states, key=lambda name: states[name].step)
     kept = set(by_step[-keep:])
     if keep_every:
-        kept |= {name for name in by_step if states[name].step % keep_every == 0}
+        first = {states[name].step // keep_every: name for name in reversed(by_step)}  # of each interval
+        kept |= {name for interval, name in first.items() if interval > 0 or states[name].step == 0}
     if best and (scores := {name: score for name in by_step if (score := _score(states[name], best)) is not None}):
         kept.add(max(reversed(by_step), key=lambda name: scores.get(name, float("-inf"))))  # the latest of equals
     return [name for name in by_step if name not in kept]

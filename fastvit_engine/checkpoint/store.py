@@ -8,6 +8,7 @@ from typing import Protocol
 
 from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint, Manifest
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.disk import unreadable
 
 LONGEST_NAME = 1000  # bytes of a file `latest`; more is damage
 
@@ -48,7 +49,10 @@ class CheckpointStore(Protocol):
         """Writes a file of a checkpoint that was prepared; it is durable on return."""
 
     def publish(self, name: str, manifest: bytes) -> None:
-        """Completes a checkpoint whose files are all written, and makes it the latest."""
+        """Completes a checkpoint whose files are all written."""
+
+    def point_latest(self, name: str) -> None:
+        """Writes the name of a complete checkpoint into `latest`."""
 
     def discard(self, name: str) -> None:
         """Removes a checkpoint that was prepared and not published."""
@@ -87,21 +91,21 @@ class Checkpoint:
         return self.store.describe(self.name)
 
     def read_manifest(self) -> Manifest:
-        """Raises DamagedCheckpoint if the manifest is missing or damaged."""
+        """Raises DamagedCheckpoint if the manifest is missing or damaged, and as `unreadable` says."""
         where = f"{self}/{MANIFEST}"
         try:
             return Manifest.from_json(self.store.read(self.name, MANIFEST), where)
         except FileNotFoundError as error:
             raise DamagedCheckpoint(f"{where} does not exist: {self} is not a complete checkpoint") from error
         except OSError as error:
-            raise UserError(f"{where} cannot be read ({error}): check the disk or the store, then resume") from error
+            raise unreadable(where, error) from error
 
 
 def usable_checkpoints(store: CheckpointStore) -> list[Checkpoint]:
     """The complete checkpoints, the newest first; none if the run has none.
 
     One that `latest` names and that is missing is among them if it would be the newest: reading it says what is wrong.
-    Raises UserError if the disk or the store cannot say, or if `latest` is damaged and there is no checkpoint.
+    Raises as `unreadable` says, and UserError if `latest` is damaged and there is no checkpoint.
     """
     names, latest = _look(store)
     if latest is not None and is_step_name(latest) and (not names or step_of(latest) > step_of(names[0])):
@@ -137,7 +141,7 @@ def _look(store: CheckpointStore) -> tuple[list[str], str | None]:
     try:
         return store.names()[::-1], store.latest()
     except OSError as error:
-        raise UserError(f"{store.describe('')} cannot be read ({error}): check checkpoint.path, then resume") from error
+        raise unreadable(store.describe(""), error) from error
 
 
 def step_name(step: int) -> str:

@@ -62,8 +62,10 @@ def _run(args: argparse.Namespace) -> int:
 
     resolved = load_config(args.recipe, args.set)  # before PyTorch is loaded: a typing error is told at once
 
+    from fastvit_engine.checkpoint import store_of
     from fastvit_engine.checkpoint.export import export_run
     from fastvit_engine.checkpoint.owner import RUN_ID, own
+    from fastvit_engine.checkpoint.store import step_of
     from fastvit_engine.data.stream.worker_pool import lost_worker
     from fastvit_engine.distributed import launch
     from fastvit_engine.distributed.environment import launched_by_cluster
@@ -100,13 +102,20 @@ def _run(args: argparse.Namespace) -> int:
         if start.step == start.total_steps:
             report_damage(run, start.damaged, start.checkpoint)
             if start.checkpoint:
-                export_run(start.checkpoint, run)  # it may have been killed just before this
+                export_run(start.checkpoint, run)
             say(start.message)
             return 0
         overrides = [word for override in args.set for word in ("--set", override)]
         allowed = ["--allow-batch-change"] if args.allow_batch_change else []
         command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *allowed, *overrides]
-        return launch.run_with_restarts(command, processes, run, args.max_restarts, environment, owned.check)
+        store = store_of(chosen.config.checkpoint, run)
+
+        def newest_checkpoint() -> str | None:
+            return max(store.names(), key=step_of, default=None)
+
+        return launch.run_with_restarts(
+            command, processes, run, args.max_restarts, environment, owned.check, newest_checkpoint
+        )
 
 
 def _tell_others(error: Exception) -> None:

@@ -18,7 +18,6 @@ KEYS: dict[str, Any] = {
         "samples_log_interval": int,
         "project": str,
         "workspace": str,
-        "api_key": str,
         "experiment_name": str,
         "experiment_key": str,
         "online": bool,
@@ -190,13 +189,14 @@ WITHOUT_EFFECT = {  # dotted key: why
     "zero_optimization.offload_param.max_in_cpu": _NO_NVME,
     "zero_optimization.offload_param.nvme_path": _NO_NVME,
 }
+SECRETS = {"comet.api_key": "COMET_API_KEY"}  # dotted key: the environment variable that Comet itself reads
 _FLOAT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")  # which YAML 1.1 takes for text, but JSON does not
 
 
 def check_deepspeed(config: Config) -> None:
     """Raises UserError for a key that DeepSpeed does not know, that another section owns, or that has no effect.
 
-    Also for a value that the key cannot hold.
+    Also for a secret, and for a value that the key cannot hold.
     """
     for dotted, value in _entries(config.deepspeed):
         _check_acts(dotted, config)
@@ -226,6 +226,10 @@ def _check_acts(dotted: str, config: Config) -> None:
         raise UserError(f"deepspeed.{dotted} is written by the engine: set {OWNED[dotted]} instead")
     if dotted in WITHOUT_EFFECT:
         raise UserError(f"deepspeed.{dotted} has no effect: {WITHOUT_EFFECT[dotted]}; remove it")
+    if dotted in SECRETS:
+        raise UserError(
+            f"deepspeed.{dotted} would be recorded with the run: set the environment variable {SECRETS[dotted]} instead"
+        )
     section, _, inner = dotted.partition(".")
     if section in ("bf16", "fp16") and inner and _known(dotted) and config.train.precision != section:
         raise UserError(

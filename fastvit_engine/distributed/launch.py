@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from fastvit_engine.distributed.supervise import LaunchOutcome, Requests, gpu_count, start_ranks, wait_for_ranks
 from fastvit_engine.errors import EXIT_RESTART
+from fastvit_engine.observe.disk import insist
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.shown import say
@@ -23,11 +24,13 @@ def run_with_restarts(
     max_restarts: int,
     environment: Mapping[str, str] = os.environ,
     check_owner: Callable[[], None] = lambda: None,
+    newest_checkpoint: Callable[[], str | None] = lambda: None,
 ) -> int:
     """Runs `python -m fastvit_engine ARGUMENTS` once per rank, and restarts it with `--resume auto` if it fails.
 
     It restarts after a failure that a restart may cure, at most `max_restarts` times without a new checkpoint between.
     `environment` is that of each rank; `check_owner` raises UserError if the run must not be started again.
+    `newest_checkpoint` returns the name of the newest one; OSError if the disk or the store cannot say.
 
     SIGTERM, SIGUSR1, SIGHUP, SIGINT and SIGQUIT are passed on to the ranks. Returns the exit code for the command.
     """
@@ -35,7 +38,7 @@ def run_with_restarts(
     command, resuming = list(arguments), [*arguments, "--resume", "auto"]
     requests = Requests()
     with requests.passed_on():
-        restarts, latest = 0, _latest_checkpoint(run)
+        restarts, newest = 0, _newest_or(newest_checkpoint, None)
         while True:
             outcome = run_processes(command, processes, requests, environment)
             if not outcome.restartable:
@@ -43,13 +46,13 @@ def run_with_restarts(
             if requests.first:
                 say(f"fastvit: stopped on request, and not all was saved: {outcome.cause}", file=sys.stderr)
                 return EXIT_RESTART
-            if _latest_checkpoint(run) != latest:
-                restarts, latest = 0, _latest_checkpoint(run)
+            if (now := _newest_or(newest_checkpoint, newest)) != newest:
+                restarts, newest = 0, now
             if restarts == max_restarts:
                 tried = f" after {restarts} restarts without a new checkpoint" if restarts else ""
                 say(f"fastvit: giving up{tried}: {outcome.cause}", file=sys.stderr)
                 return outcome.exit_code
-            check_owner()
+            insist(check_owner, f"the owner record of run folder {run.path}")
             restarts += 1
             message = f"starting again ({restarts} of {max_restarts}): {outcome.cause}"
             record_event(run, "restart", message, attempt=restarts)
@@ -68,6 +71,9 @@ def run_processes(
         return wait_for_ranks(children, requests or Requests())
 
 
-def _latest_checkpoint(run: RunFolder) -> bytes:
-    pointer = run.checkpoints / "latest"
-    return pointer.read_bytes() if pointer.exists() else b""
+def _newest_or(newest_checkpoint: Callable[[], str | None], before: str | None) -> str | None:
+    """The newest checkpoint; `before` if the disk or the store cannot say."""
+    try:
+        return newest_checkpoint()
+    except OSError:
+        return before

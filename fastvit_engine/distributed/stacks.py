@@ -35,10 +35,10 @@ def write_stacks(run: RunFolder, request: str, rank: int, headline: str) -> None
 
 
 def requested(run: RunFolder) -> str:
-    """Returns the request that `collect_stacks` has put into the run folder; empty if there is none."""
+    """Returns the request that `collect_stacks` has put into the run folder; empty if there is none, or no disk."""
     try:
         return _request_file(run).read_text()
-    except FileNotFoundError:
+    except OSError:
         return ""
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from fastvit_engine.distributed.roll_call import call_roll
 from fastvit_engine.distributed.store import JobStore, is_loopback
 from fastvit_engine.errors import Preempted, RestartError, UserError
+from fastvit_engine.observe.disk import if_possible
 from fastvit_engine.observe.units import counted
 
 T = TypeVar("T")
@@ -59,15 +61,18 @@ class World:
         return reduced.cpu()
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Calls `function` on rank 0 and returns its value, or raises its UserError, on every process; collective."""
-        outcome: list[T | UserError | None] = [None]
+        """Calls `function` on rank 0 and returns its value, or raises its UserError or RestartError, on every process.
+
+        Collective.
+        """
+        outcome: list[T | UserError | RestartError | None] = [None]
         if self.is_main:
             try:
                 outcome = [function()]
-            except UserError as error:
+            except (UserError, RestartError) as error:
                 outcome = [error]
         dist.broadcast_object_list(outcome, src=0)
-        if isinstance(outcome[0], UserError):
+        if isinstance(outcome[0], UserError | RestartError):
             raise outcome[0]
         return cast(T, outcome[0])
 
@@ -167,8 +172,11 @@ def _prepare_nccl(dumps: Path | None) -> None:
     }
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" in os.environ:  # the older name
         del settings["TORCH_FR_BUFFER_SIZE"]
-    if dumps is not None and "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:  # likewise
-        dumps.mkdir(parents=True, exist_ok=True)
+    if (
+        dumps is not None
+        and "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ  # likewise
+        and if_possible(partial(dumps.mkdir, parents=True, exist_ok=True), str(dumps))
+    ):
         settings["TORCH_FR_DUMP_TEMP_FILE"] = str(dumps / "nccl-rank-")  # the rank is appended
     for name, value in settings.items():
         os.environ.setdefault(name, value)

@@ -8,9 +8,11 @@ import os
 import socket
 from collections.abc import Mapping
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast, get_args
 
 from fastvit_engine.files import append_json_lines, read_json_lines
+from fastvit_engine.observe.disk import if_possible
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.shown import recorded
 
@@ -43,10 +45,14 @@ class Event(TypedDict):
     step: NotRequired[int]  # optimizer steps taken when it happened
 
 
+_made: set[Path] = set()  # run folders that were there when this process first wrote to them
+
+
 def record_event(run: RunFolder, event: Kind, message: str, **facts: Any) -> None:
     """Appends one event to the run's `events.jsonl`, durably. `facts`: numbers, texts and lists.
 
-    URLs in them are recorded without their secrets.
+    URLs in them are recorded without their secrets. Events are for people: if the disk is full or lost, a warning takes
+    their place.
     """
     if event not in get_args(Kind):
         raise ValueError(f"unknown event {event!r}")
@@ -58,8 +64,15 @@ def record_event(run: RunFolder, event: Kind, message: str, **facts: Any) -> Non
     }
     if "RANK" in os.environ:
         row["rank"] = int(os.environ["RANK"])
-    run.path.mkdir(parents=True, exist_ok=True)
-    append_json_lines(run.events, [recorded({**row, **facts})])
+    if_possible(lambda: _append(run, recorded({**row, **facts})), str(run.events))
+
+
+def _append(run: RunFolder, row: Mapping[str, Any]) -> None:
+    if run.path not in _made:  # one that has vanished since is not made again
+        run.path.mkdir(parents=True, exist_ok=True)
+        _made.add(run.path)
+    if run.path.exists():
+        append_json_lines(run.events, [row])
 
 
 def read_events(run: RunFolder) -> list[Event]:

@@ -48,7 +48,7 @@ class MetricsWriter:
 
     `resume_step` is the step training resumes from: rows of later steps, left by the run that died, are dropped, so
     that no step appears twice; 0 is a new run, or one that starts over. Damaged lines are dropped, too, and counted on
-    stderr: nothing in this file decides how a run resumes.
+    stderr: nothing in this file decides how a run resumes. Raises OSError if the disk is full or lost.
     """
 
     def __init__(self, run: RunFolder, resume_step: int) -> None:
@@ -68,7 +68,10 @@ def read_metrics(path: Path) -> tuple[list[TrainRow], list[EvalRow]]:
 
     Half a last line is left out, and so are damaged lines, which stderr counts. Raises UserError if there is no file.
     """
-    rows = _read_rows(path)
+    try:
+        rows = _read_rows(path)
+    except OSError as error:
+        raise UserError(f"cannot read the metrics of the run, {path}: {error.strerror}") from error
     train = [cast(TrainRow, row) for row in rows if "eval" not in row]
     return train, [cast(EvalRow, row) for row in rows if "eval" in row]
 
@@ -81,10 +84,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [_decode(row) for row in read_json_lines(path, lambda row: _problem(_decode(row)))]
-    except OSError as error:
-        raise UserError(f"cannot read the metrics of the run, {path}: {error.strerror}") from error
+    return [_decode(row) for row in read_json_lines(path, lambda row: _problem(_decode(row)))]
 
 
 def _problem(row: Mapping[str, Any]) -> str | None:

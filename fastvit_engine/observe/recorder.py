@@ -1,8 +1,10 @@
 """Writes and shows the progress of a run, in one of its processes (rank 0)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+from fastvit_engine.observe.disk import if_possible, insist
 from fastvit_engine.observe.metrics import EvalRow, MetricsWriter, TrainRow
 from fastvit_engine.observe.progress import TrainingProgress
 from fastvit_engine.observe.run_folder import RunFolder
@@ -26,8 +28,9 @@ class Recorder:
         check_owner: Callable[[], None] = lambda: None,
     ) -> None:
         self._check_owner = check_owner
-        self._metrics = MetricsWriter(run, resume_step=start_step)
-        self._trackers = trackers
+        self._path = run.metrics
+        self._metrics = insist(lambda: self._open(run, start_step), str(run.metrics))
+        self._trackers = list(trackers)
         self._progress = TrainingProgress(total_steps, start_step)
 
     def advance(self, step: int) -> None:
@@ -47,10 +50,17 @@ class Recorder:
     def close(self) -> None:
         self._progress.close()
         for tracker in self._trackers:
-            tracker.close()
+            if_possible(tracker.close, str(tracker))
 
     def _write(self, row: TrainRow | EvalRow) -> None:
+        insist(lambda: self._append(row), str(self._path))
+        # One that has failed gets no more rows: part of its last one may be in the file.
+        self._trackers = [t for t in self._trackers if if_possible(partial(t.write, row), str(t))]
+
+    def _open(self, run: RunFolder, start_step: int) -> MetricsWriter:
+        self._check_owner()
+        return MetricsWriter(run, resume_step=start_step)
+
+    def _append(self, row: TrainRow | EvalRow) -> None:
         self._check_owner()
         self._metrics.write(row)
-        for tracker in self._trackers:
-            tracker.write(row)

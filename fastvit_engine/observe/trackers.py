@@ -3,10 +3,18 @@
 This module imports TensorBoard; only a process that writes figures needs it.
 """
 
-from typing import Protocol
+import io
+import os
+import socket
+import time
+import uuid
+from typing import Any, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from fastvit_engine.files import write_all
 from fastvit_engine.observe.metrics import EvalRow, TrainRow
 from fastvit_engine.observe.run_folder import RunFolder
 
@@ -14,27 +22,59 @@ from fastvit_engine.observe.run_folder import RunFolder
 class Tracker(Protocol):
     """Takes every row that `metrics.jsonl` gets, in the same order. One process of a job has trackers."""
 
+    def __str__(self) -> str:
+        """What it writes to."""
+
     def write(self, row: TrainRow | EvalRow) -> None:
-        """Takes the numbers of one row."""
+        """Takes the numbers of one row. Raises OSError if it cannot take this and further ones."""
 
     def close(self) -> None:
         """Writes out what it still holds."""
 
 
 class TensorBoard:
-    """Event files in the run folder, with a scalar per number: "train/loss", "eval/top1".
+    """An event file in the run folder, with a scalar per number: "train/loss", "eval/top1".
+
+    The file is made at the first row, and each row is in it at once. PyTorch's SummaryWriter writes from a thread of
+    its own, which prints a traceback when the disk is full.
 
     start_step: training continues from there. What an earlier file says of later steps is hidden.
     """
 
     def __init__(self, run: RunFolder, start_step: int) -> None:
-        self._events = SummaryWriter(str(run.tensorboard), purge_step=start_step + 1, flush_secs=15)
+        self._folder, self._start_step = run.tensorboard, start_step
+        self._file: int | None = None
+
+    def __str__(self) -> str:
+        return str(self._folder)
 
     def write(self, row: TrainRow | EvalRow) -> None:
         group = row.get("eval", "train")
-        for key, value in row.items():
-            if key != "step" and isinstance(value, int | float):
-                self._events.add_scalar(f"{group}/{key}", value, row["step"])
+        numbers = {f"{group}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
+        del numbers[f"{group}/step"]
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
+        event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
+        if self._file is None:
+            self._file = self._open()
+        write_all(self._file, _record(event))
 
     def close(self) -> None:
-        self._events.close()
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def _open(self) -> int:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files of a folder in the order of their names.
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        file = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        write_all(file, _record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+        start = SessionLog(status=SessionLog.START)
+        write_all(file, _record(Event(wall_time=time.time(), step=self._start_step + 1, session_log=start)))
+        return file
+
+
+def _record(event: Any) -> bytes:
+    content = io.BytesIO()
+    RecordWriter(content).write(event.SerializeToString())
+    return content.getvalue()

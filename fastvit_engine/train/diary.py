@@ -14,6 +14,7 @@ from fastvit_engine.config import Config, Resolved
 from fastvit_engine.config.keys import MOVED
 from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
 from fastvit_engine.files import atomic_write
+from fastvit_engine.observe.disk import insist
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.shown import recorded, say
@@ -37,7 +38,7 @@ class Change(NamedTuple):
 def record_configuration(run: RunFolder, resolved: Resolved, step: int) -> str:
     """Keeps the configuration of a start at `step`; returns the name of its file in the run folder.
 
-    Prints and records what differs from the last start.
+    Prints and records what differs from the last start. Raises RestartError if the disk is full or lost for long.
     """
     text = resolved.to_yaml()
     number, last = _last(run)
@@ -49,7 +50,7 @@ def record_configuration(run: RunFolder, resolved: Resolved, step: int) -> str:
     if number == 0 or last != text:
         number += 1
         _keep(run, number, text)
-    atomic_write(run.config, text)
+    insist(lambda: atomic_write(run.config, text), str(run.config))
     return str(_file(run, number).relative_to(run.path))
 
 
@@ -99,8 +100,13 @@ def _last(run: RunFolder) -> tuple[int, str | None]:
 
 
 def _keep(run: RunFolder, number: int, text: str) -> None:
-    run.configs.mkdir(exist_ok=True)
-    atomic_write(_file(run, number), text)
+    path = _file(run, number)
+
+    def write() -> None:
+        run.configs.mkdir(exist_ok=True)
+        atomic_write(path, text)
+
+    insist(write, str(path))
 
 
 def _file(run: RunFolder, number: int) -> Path:

@@ -8,6 +8,7 @@ from fastvit_engine.data import Batch, TrainingData
 from fastvit_engine.evaluate.classification import Classification, Example
 from fastvit_engine.evaluate.protocol import Evaluator
 from fastvit_engine.files import atomic_write
+from fastvit_engine.observe.disk import if_possible
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.train.health.bad_samples import BadSamples
 from fastvit_engine.train.job import Job
@@ -36,7 +37,7 @@ def build_evaluators(job: Job, data: TrainingData, recorder: Recorder | None) ->
 
     def show(step: int, examples: list[Example]) -> None:
         shown = {"step": step, "class_names": data.class_names, "samples": examples}
-        atomic_write(job.run.samples, json.dumps(shown))
+        if_possible(lambda: atomic_write(job.run.samples, json.dumps(shown)), str(job.run.samples))
 
     return [
         Classification(

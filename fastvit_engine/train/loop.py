@@ -71,7 +71,7 @@ def train(
                 say(chosen.describe())
             _train(resolved, chosen, run, start, world, watchdog, preemption, check_owner, data)
         elif finished := start.checkpoint:
-            world.on_main(lambda: export_run(finished, run))  # it may have been killed just before this
+            world.on_main(lambda: export_run(finished, run))
 
 
 @contextmanager
@@ -96,16 +96,21 @@ def _train(
 ) -> None:
     schedule = Schedule(chosen.config, start.data.samples_per_epoch, start.state.batches)
     job = build_job(chosen.config, run, world, schedule, watchdog, preemption, check_owner)
-    if world.is_main:
-        save_recovery(run, start.state.recovery)
-        record_start(resolved, chosen, job, start.step)
-        record_batch_change(run, start)
+    world.on_main(lambda: _record(resolved, chosen, job, start))
     next_start: Start | None = start
     try:
         while next_start is not None:  # more than once if training has to go back to a checkpoint
             next_start = _train_from(next_start, job, data)
     finally:
         job.engine.close()
+
+
+def _record(resolved: Resolved, chosen: Chosen, job: Job, start: Start) -> None:
+    """Writes down that the run starts, and how."""
+    job.check_owner()
+    save_recovery(job.run, start.state.recovery)
+    record_start(resolved, chosen, job, start.step)
+    record_batch_change(job.run, start)
 
 
 def _train_from(start: Start, job: Job, data: IterableData | None) -> Start | None:

@@ -11,17 +11,22 @@ from typing import Any
 from fastvit_engine.checkpoint import Recovery
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write, read_json_lines
+from fastvit_engine.observe.disk import insist, unreadable
 from fastvit_engine.observe.run_folder import RunFolder
 
 
 def save_recovery(run: RunFolder, recovery: Recovery) -> None:
-    """Writes the file; it is durable on return."""
-    run.path.mkdir(parents=True, exist_ok=True)
-    atomic_write(run.recovery, json.dumps(recovery.to_json()) + "\n")
+    """Writes the file; it is durable on return. Raises RestartError if the disk is full or lost for long."""
+
+    def write() -> None:
+        run.path.mkdir(parents=True, exist_ok=True)
+        atomic_write(run.recovery, json.dumps(recovery.to_json()) + "\n")
+
+    insist(write, str(run.recovery))
 
 
 def load_recovery(run: RunFolder) -> Recovery:
-    """What the run remembers; nothing for a new run. Raises UserError if the file is damaged.
+    """What the run remembers; nothing for a new run. Raises UserError if the file is damaged, or as `unreadable` says.
 
     Runs of earlier versions have no such file: they are remembered from their events, which is the only time that
     `events.jsonl` is read back (see `save_recovery`, which every start calls).
@@ -31,7 +36,7 @@ def load_recovery(run: RunFolder) -> Recovery:
     except FileNotFoundError:
         return _from_events(run)
     except OSError as error:
-        raise UserError(f"{run.recovery} cannot be read ({error.strerror}): check the disk, then resume") from error
+        raise unreadable(str(run.recovery), error) from error
     try:
         return Recovery.from_json(json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:

@@ -7,6 +7,7 @@ import torch
 from fastvit_engine.config import Resolved
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import model_title, parameter_count
+from fastvit_engine.observe.disk import if_possible
 from fastvit_engine.observe.environment import collect_environment
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.units import counted
@@ -35,7 +36,7 @@ def record_start(resolved: Resolved, chosen: Chosen, job: Job, step: int) -> Non
         defaults=chosen.record(),
     )
     kept = record_configuration(run, resolved, step)
-    atomic_write(run.environment, json.dumps(environment, indent=1))
+    if_possible(lambda: atomic_write(run.environment, json.dumps(environment, indent=1)), str(run.environment))
     hosts = sorted(set(job.processes.watchdog.hosts))
     where = f"{counted(world.size, 'process', 'processes')} on {', '.join(hosts)}, ZeRO-{config.zero.stage}"
     message = f"training begins at step {step} of {job.schedule.total_steps}: {where}"

@@ -29,6 +29,7 @@ from fastvit_engine.duration import BatchSizes
 from fastvit_engine.engine.build import deepspeed_config
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
+from fastvit_engine.observe.disk import insist
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted
@@ -247,15 +248,13 @@ def _too_late(config: Config, state: TrainerState) -> tuple[str, ...]:
 
 
 def _check_writable(run: RunFolder) -> None:
-    probe = run.checkpoints / ".writable"
-    try:
+    def probe() -> None:
+        path = run.checkpoints / ".writable"
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(
-            f"run folder {run.path} cannot be written ({error.strerror}): choose another one with --out"
-        ) from error
+        path.touch()
+        path.unlink()
+
+    insist(probe, f"run folder {run.path}", instead="one with --out")
 
 
 def _check_same_run(

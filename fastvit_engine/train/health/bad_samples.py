@@ -8,6 +8,7 @@ from fastvit_engine.data.stream.batch import BadSample, Batch
 from fastvit_engine.distributed.world import World
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import append_json_lines, read_json_lines
+from fastvit_engine.observe.disk import if_possible
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.units import counted
 from fastvit_engine.shown import public_url, recorded, say, shown
@@ -71,7 +72,7 @@ class BadSamples:
         new = {(s.shard, s.key): s for s in found if (s.shard, s.key) not in self._named}
         if not new:
             return
-        append_json_lines(self.path, (recorded(sample._asdict()) for sample in new.values()))
+        if_possible(lambda: append_json_lines(self.path, (recorded(s._asdict()) for s in new.values())), str(self.path))
         shown = max(0, _MOST_SHOWN - len(self._named))
         for sample in list(new.values())[:shown]:
             if recorder:

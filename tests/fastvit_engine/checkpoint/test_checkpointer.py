@@ -28,12 +28,15 @@ from fastvit_engine.checkpoint import (
 from fastvit_engine.checkpoint.export import export_run, export_weights, find_checkpoint
 from fastvit_engine.checkpoint.format import Block, Manifest
 from fastvit_engine.checkpoint.local import LocalStore
+from fastvit_engine.checkpoint.retention import stale_checkpoints
+from fastvit_engine.checkpoint.store import step_name
 from fastvit_engine.checkpoint.writer import HostCopy, SaveInFlight
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import ParameterSlice, share
-from fastvit_engine.errors import UserError
+from fastvit_engine.errors import RestartError, UserError
+from fastvit_engine.observe import disk
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.start import Start, load_start
@@ -239,7 +242,7 @@ def test_a_failed_save_is_an_event_and_the_third_in_a_row_an_error(training):
     training.store.error = OSError(errno.EIO, "the disk has a hole")
     for step in (5, 6):
         training.save(step)
-    with pytest.raises(UserError, match=r"step-00000007.*previous checkpoint is intact; make room"):
+    with pytest.raises(RestartError, match=r"step-00000007.*previous checkpoint is intact; make room"):
         training.save(7)
     kinds = [event["event"] for event in read_events(training.run)]
     assert kinds == ["checkpoint", *["checkpoint_failed"] * 2, "checkpoint", *["checkpoint_failed"] * 3]
@@ -266,15 +269,41 @@ def test_a_run_that_is_not_its_own_any_more_writes_no_checkpoint(training, momen
 
 
 @pytest.mark.parametrize("cause", ["write", "room"])
-def test_the_save_at_the_end_of_a_run_must_not_fail(training, cause, monkeypatch):
+def test_the_save_at_the_end_of_a_run_is_tried_again_until_patience_ends(training, cause, monkeypatch):
+    monkeypatch.setattr(disk, "PATIENCE_SECONDS", 0.5)
     if cause == "write":
         training.store.error = OSError(errno.ENOSPC, "No space left on device")
     else:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=66_000))
     training.checkpointer.save(STATE)
-    with pytest.raises(UserError, match="step-00000003 could not be written .*make room and run the same command"):
+    with pytest.raises(RestartError, match="step-00000003 could not be written .*make room and run the same command"):
         training.checkpointer.close()
     assert checkpoints(training) == []
+    assert len(training.said) == 1  # however often it was tried
+
+
+def test_the_save_at_the_end_of_a_run_waits_for_room(training, tmp_path, world):
+    expected = training.everything()
+    training.store.error = OSError(errno.ENOSPC, "No space left on device")
+    training.checkpointer.save(STATE)
+    threading.Timer(1.0, lambda: setattr(training.store, "error", None)).start()
+    saved = training.checkpointer.close()
+    assert (saved.name, checkpoints(training)) == ("step-00000003", ["latest", "step-00000003"])
+    other = Training(tmp_path / "run", world, seed=1)
+    assert other.checkpointer.load(saved) == STATE
+    assert_same(other.everything(), expected)
+
+
+def test_a_disk_that_cannot_be_read_for_now_asks_for_a_restart(training, monkeypatch):
+    """Not for another checkpoint: this one may be whole."""
+    saved = training.save(3)
+
+    def lost(*arguments):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(training.store, "map", lost)
+    with pytest.raises(RestartError, match=r"step-00000003 cannot be read \(.*Stale file handle\): check the disk"):
+        training.checkpointer.load(saved)
 
 
 def test_a_disk_without_room_is_noticed_before_it_is_filled(training, monkeypatch):
@@ -361,6 +390,7 @@ def test_the_newest_complete_checkpoint_is_used_whatever_latest_holds(tmp_path, 
     for step in (3, 4):
         store.prepare(f"step-{step:08d}", 0)
         store.publish(f"step-{step:08d}", Manifest(replace(STATE, step=step), {}, {}, {}).to_json())
+        store.point_latest(f"step-{step:08d}")
     if url is None:
         (tmp_path / "latest").unlink()
         (tmp_path / "step-²").mkdir()  # a digit, but no number
@@ -405,11 +435,78 @@ def test_no_room_for_latest_leaves_a_checkpoint_to_resume_from(training, tmp_pat
 
     monkeypatch.setattr(local, "atomic_write", full)
     training.train()
-    training.save(2)
+    assert str(training.save(2)).endswith("step-00000002")  # which is no failed save
+    assert [event["event"] for event in read_events(training.run)] == ["checkpoint", "checkpoint"]
+    folder = training.store.folder
+    assert training.said == [
+        f"{folder}/latest could not be written (No space left on device): a resume finds {folder}/step-00000002 all "
+        "the same"
+    ]
     assert training.store.latest() == "step-00000001" and training.store.names()[-1] == "step-00000002"
     other = Training(tmp_path / "run", world, seed=1, store=LocalStore(training.store.folder))
     other.checkpointer.load(usable_checkpoints(other.store)[0])
     assert_same(other.everything(), training.everything())
+
+
+def test_the_room_of_an_old_checkpoint_is_enough_for_latest(tmp_path, world, monkeypatch):
+    training = Training(tmp_path / "run", world, keep=1)
+    training.save(1)
+    real = local.atomic_write
+
+    def full(path, content):
+        if path.name == "latest" and (training.store.folder / "step-00000001").exists():
+            raise OSError(28, "No space left on device", str(path))
+        real(path, content)
+
+    monkeypatch.setattr(local, "atomic_write", full)
+    training.save(2)
+    assert checkpoints(training) == ["latest", "step-00000002"] and training.store.latest() == "step-00000002"
+    assert training.said == []
+
+
+def test_a_best_checkpoint_that_cannot_be_read_for_now_is_not_removed(tmp_path, world, monkeypatch):
+    training = Training(tmp_path / "run", world, keep=1, keep_best="eval.top1")
+    training.save(1, accuracy={"eval": {"top1": 0.9}}, evaluated_at=1)
+    read = training.store.read
+
+    def lost(name, file):
+        if name == "step-00000001":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(name, file)
+
+    monkeypatch.setattr(training.store, "read", lost)
+    training.save(2, accuracy={"eval": {"top1": 0.1}}, evaluated_at=2)
+    assert "step-00000001" in checkpoints(training) and training.store.latest() == "step-00000002"
+    assert "could not be removed" in training.said[0] and "Input/output error" in training.said[0]
+
+
+@pytest.mark.parametrize(("number", "kind"), [("EIO", RestartError), ("ESTALE", RestartError), ("EACCES", UserError)])
+def test_a_folder_that_cannot_be_read_for_now_is_no_bad_input(tmp_path, monkeypatch, number, kind):
+    store = LocalStore(tmp_path)
+    store.prepare("step-00000003", 0)
+    store.publish("step-00000003", Manifest(STATE, {}, {}, {}).to_json())
+    (saved,) = usable_checkpoints(store)
+
+    def lost(*_):
+        raise OSError(getattr(errno, number), "the reason")
+
+    monkeypatch.setattr(store, "read", lost)
+    with pytest.raises(kind, match=r"step-00000003/manifest\.json cannot be read \(the reason\): check the disk"):
+        saved.read_manifest()
+    monkeypatch.setattr(store, "names", lost)
+    with pytest.raises(kind, match=r"cannot be read \(the reason\): check the disk or the store, and start again"):
+        usable_checkpoints(store)
+
+
+def test_a_file_that_another_owner_writes_by_now_is_not_touched(tmp_path):
+    """A process that was suspended between two steps of its save, whose run another machine has taken over since."""
+    store = LocalStore(tmp_path)
+    store.prepare("step-00000003", 0)
+    store.write("step-00000003", "rank-00001.safetensors", [memoryview(b"the new owner's")])
+    with pytest.raises(FileExistsError):
+        store.write("step-00000003", "rank-00001.safetensors", [memoryview(b"old")])
+    written = tmp_path / "step-00000003.partial" / "rank-00001.safetensors"
+    assert written.read_bytes() == b"the new owner's"
 
 
 def test_what_is_kept(tmp_path, world):
@@ -419,6 +516,25 @@ def test_what_is_kept(tmp_path, world):
         evaluated = {"evaluated_at": step if step != 70 else 60}  # an old figure is none
         training.save(step, accuracy={"eval": {"top1": top1}}, **evaluated)
     assert checkpoints(training) == ["latest", *(f"step-000000{step}" for step in (20, 40, 60, 70))]
+
+
+@pytest.mark.parametrize(
+    ("saved", "keep_every", "kept"),
+    [
+        (range(0, 6000, 313), 1563, [0, 1565, 3130, 4695, 5947]),  # which no save is a multiple of
+        (range(0, 71, 10), 40, [0, 40, 70]),
+        ([0, 250, 290, 310, 500], 100, [0, 250, 310, 500]),  # two multiples since the save before
+        ([5, 12, 19], 10, [12, 19]),
+        ([5, 12, 19], None, [19]),
+    ],
+)
+def test_the_first_checkpoint_at_or_after_each_multiple_is_kept(saved, keep_every, kept):
+    left = {}
+    for step in saved:
+        left[step_name(step)] = replace(STATE, step=step)
+        for stale in stale_checkpoints(left, keep=1, keep_every=keep_every, best=None):
+            del left[stale]
+    assert [state.step for state in left.values()] == kept
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(tmp_path, world, monkeypatch):
@@ -431,7 +547,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_is_no_failed_save(tmp_path, wo
     monkeypatch.setattr(training.store, "remove", refuse)
     assert training.save(2).name == training.store.latest()
     assert training.said == [
-        f"checkpoint {training.store.describe('step-00000001')} could not be removed (Operation not permitted)"
+        f"old checkpoints in {training.store.describe('')} could not be removed (Operation not permitted)"
     ]
 
 

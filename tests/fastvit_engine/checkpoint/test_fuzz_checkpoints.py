@@ -40,6 +40,7 @@ def _publish(store: LocalStore, step: int) -> Path:
     store.write(name, "rank-00000.safetensors", file.chunks())
     manifest = Manifest(replace(STATE, step=step), {"x": 1.0}, {"a": [2, 3]}, {"rank-00000.safetensors": file.stored()})
     store.publish(name, manifest.to_json())
+    store.point_latest(name)
     return store.folder / name
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fastvit_engine.config import load_config
-from fastvit_engine.config.deepspeed_section import KEYS, OWNED, WITHOUT_EFFECT
+from fastvit_engine.config.deepspeed_section import KEYS, OWNED, SECRETS, WITHOUT_EFFECT
 from fastvit_engine.errors import UserError
 
 
@@ -112,6 +112,12 @@ def test_deepspeed_keys_that_another_section_owns_or_that_do_nothing(override, m
     assert message in str(error.value)
 
 
+def test_a_secret_of_deepspeed_is_neither_taken_nor_shown():
+    with pytest.raises(UserError, match=r"deepspeed\.comet\.api_key .*COMET_API_KEY") as error:
+        load_config("quickstart", ["deepspeed.comet.api_key=k3y"])
+    assert "k3y" not in str(error.value)
+
+
 def test_every_key_of_deepspeed_is_known_to_act_to_be_owned_or_to_do_nothing():
     """Against the models of the installed DeepSpeed: a new version's keys are to be decided on."""
     from deepspeed.comm.config import CommsLoggerConfig
@@ -138,7 +144,7 @@ def test_every_key_of_deepspeed_is_known_to_act_to_be_owned_or_to_do_nothing():
         "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
     }.items():
         theirs = {f"{section}.{field.alias or name}" for name, field in model.model_fields.items()}
-        refused = {key for key in (*OWNED, *WITHOUT_EFFECT) if key.rpartition(".")[0] == section}
+        refused = {key for key in (*OWNED, *SECRETS, *WITHOUT_EFFECT) if key.rpartition(".")[0] == section}
         ours = KEYS
         for part in section.split("."):
             ours = ours[part]

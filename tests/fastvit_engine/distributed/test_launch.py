@@ -1,3 +1,4 @@
+import errno
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastvit_engine.distributed import launch, supervise
+from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
 
@@ -81,9 +83,38 @@ def test_never_starts_again_after(fake_engine, code):
 
 def test_gives_up_after_so_many_restarts_without_a_new_checkpoint(fake_engine, capfd):
     fake_engine(ATTEMPTS + "latest(['a', 'a', 'b', 'b', 'b', 'b'][attempt])\nsys.exit(75)\n")
-    assert launch.run_with_restarts([], 1, RunFolder(Path("run")), max_restarts=2) == 75
+    asked = []
+
+    def newest():
+        """A disk that cannot be read in between is no new checkpoint, and no end of the run."""
+        asked.append(1)
+        if len(asked) == 3:
+            raise OSError(errno.EIO, "Input/output error")
+        latest = Path("run/checkpoints/latest")
+        return latest.read_text() if latest.exists() else None
+
+    run = RunFolder(Path("run"))
+    assert launch.run_with_restarts([], 1, run, max_restarts=2, newest_checkpoint=newest) == 75
     assert len(attempts(0)) == 5  # one more for each of 'a', and 'b' from its second time on
     assert "giving up after 2 restarts without a new checkpoint: exit code 75 of rank 0" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_whose_run_it_is_is_asked_before_a_restart_and_again_if_the_disk_cannot_say(fake_engine, lost):
+    fake_engine(ATTEMPTS + "sys.exit([75, 0][attempt])\n")
+    answers = [OSError(errno.ESTALE, "Stale file handle"), UserError("it belongs to another run") if lost else None]
+
+    def check():
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    run = RunFolder(Path("run"))
+    if lost:
+        with pytest.raises(UserError, match="it belongs to another run"):
+            launch.run_with_restarts([], 1, run, max_restarts=1, check_owner=check)
+    else:
+        assert launch.run_with_restarts([], 1, run, max_restarts=1, check_owner=check) == 0
+    assert len(attempts(0)) == (1 if lost else 2) and not answers
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

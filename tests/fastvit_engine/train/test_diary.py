@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from fastvit_engine.config import Config, load_config
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.train import diary
 from fastvit_engine.train.diary import changes, record_configuration
 
 FLAT = {
@@ -149,3 +150,20 @@ def test_another_signature_of_the_same_url_is_no_change(run, capsys):
     capsys.readouterr()
     start(run, 1, "data.train=https://host/x.tar?sig=two", "checkpoint.path=s3://me:pw@bucket/run")
     assert capsys.readouterr().out == "" and not run.events.exists()
+
+
+def test_a_full_disk_repeats_no_line_of_the_diary(run, capsys, monkeypatch):
+    start(run, 0)
+    capsys.readouterr()
+    real, left = diary.atomic_write, [OSError(28, "No space left on device")] * 3
+
+    def write(path, content):
+        if left:
+            raise left.pop()
+        real(path, content)
+
+    monkeypatch.setattr(diary, "atomic_write", write)
+    start(run, 5, "seed=7")
+    assert [event["step"] for event in read_events(run)] == [5]
+    assert capsys.readouterr().out.count("changed from step 5 on") == 1
+    assert "seed: 7" in run.config.read_text()

@@ -7,7 +7,8 @@ import pytest
 from fastvit_engine.checkpoint import Manifest, Recovery, TrainerState
 from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.data.stream.indexed import IndexedData
-from fastvit_engine.errors import UserError
+from fastvit_engine.errors import RestartError, UserError
+from fastvit_engine.observe import disk
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.health import rewind
@@ -30,6 +31,7 @@ def run(tmp_path):
     store = LocalStore(run.checkpoints)
     store.prepare("step-00000005", 0)
     store.publish("step-00000005", Manifest(state, {}, {}, {}).to_json())
+    store.point_latest("step-00000005")
     return run
 
 
@@ -73,7 +75,8 @@ def test_a_decision_that_cannot_be_written_is_not_acted_on(run, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", no_space)
-    with pytest.raises(OSError, match="No space left"):
+    monkeypatch.setattr(disk, "PATIENCE_SECONDS", 0.1)
+    with pytest.raises(RestartError, match=r"recovery\.json could not be written .*No space left"):
         fail(run, (288, 320))
     assert load_recovery(run) == Recovery(failed=((288, 320),))  # from the event of the anomaly
     assert [event["event"] for event in read_events(run)] == ["anomaly"]
