@@ -120,6 +120,22 @@ def test_examples_in_python_import_what_exists(page):
             assert hasattr(fastvit_engine, name), f"fastvit_engine has no {name}"
 
 
+def test_every_row_of_what_happens_when_is_proven_by_a_test_that_exists():
+    """Each row names the functions that prove it, with the files that they are in."""
+    page = ROOT / "docs" / "verification.md"
+    text = page.read_text()
+    section = text[text.index("## What happens when") : text.index("## What has been measured")]
+    tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)]
+    rows = [row for table in tables for row in table[2:]]
+    assert len(tables) == 6 and len(rows) >= 48
+    for row in rows:
+        proofs = re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", row.split(" | ")[-1])
+        assert row.count(" | ") == 3 and proofs, row
+        for function, path in proofs:
+            source = (page.parent / path).resolve()
+            assert re.search(rf"^def {function}\(", source.read_text(), re.MULTILINE), f"{path} has no {function}"
+
+
 def test_readme_is_short_and_names_the_two_commands():
     text = (ROOT / "README.md").read_text()
     assert len(text.split()) <= 1000

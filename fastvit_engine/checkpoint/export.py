@@ -16,7 +16,7 @@ from fastvit_engine.checkpoint.store import is_step_name
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.safetensors_file import model_metadata, safetensors_header
-from fastvit_engine.observe.disk import insist
+from fastvit_engine.observe.disk import insist, is_final, reason
 from fastvit_engine.observe.run_folder import RunFolder
 
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
@@ -68,7 +68,8 @@ def export_weights(checkpoint: Checkpoint, out: Path, kind: str = "weight") -> N
     try:
         _write_weights(checkpoint, out, kind)
     except OSError as error:
-        raise UserError(f"{out} could not be written ({error}): make room and run the same command again") from error
+        remedy = "choose another --out" if is_final(error) else "make room and run the same command again"
+        raise UserError(f"{out} could not be written ({reason(error)}): {remedy}") from error
 
 
 def _write_weights(checkpoint: Checkpoint, out: Path, kind: str) -> None:

@@ -144,6 +144,8 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise UserError(f"{path}{where} is not valid YAML: {problem}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not text.strip():  # as a lost disk leaves it
+        raise UserError(f"{path} is empty: restore it, or write `name: ` and a name into it for a recipe of defaults")
     if values is None:
         return {}, {}
     if not isinstance(values, dict):

@@ -12,7 +12,8 @@ class StaleIndex(UserError):
     def __init__(self, url: str, what: str) -> None:
         self._arguments = public_url(url), what
         super().__init__(
-            f"shard {public_url(url)} {what}: the index is stale, run `fastvit data index` again, or restore the shard"
+            f"shard {public_url(url)} {what}: restore the shard, or make the index again with "
+            "`fastvit data index SHARDS --out FILE.index`"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

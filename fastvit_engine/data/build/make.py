@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import errno
 import json
 import math
 import re
@@ -157,10 +158,17 @@ def _make(
         if isinstance(error, FileNotFoundError) and (made := read_info(out)) is not None:
             return MadeDataset(out, made)  # another part was faster: all is written, and the packing removed
         if isinstance(error, OSError):
-            raise UserError(f"cannot write to {out} ({error.strerror}): make room or choose another --out") from error
+            raise UserError(
+                f"cannot write to {out} ({error.strerror}): {_advice(error)}choose another --out"
+            ) from error
         raise
     finally:
         display.clear()
+
+
+def _advice(error: OSError, again: str = "") -> str:
+    """What helps besides another folder."""
+    return f"make room{again} or " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
 
 
 def _check_arguments(
@@ -371,10 +379,8 @@ class _ShardWriter:
         try:
             self._write_receipt(shard, self._write_shard(shard))
         except OSError as error:
-            raise UserError(
-                f"cannot write to {self._out} ({error.strerror}): make room and run the same command again, "
-                "or choose another --out"
-            ) from error
+            advice = _advice(error, " and run the same command again,")
+            raise UserError(f"cannot write to {self._out} ({error.strerror}): {advice}choose another --out") from error
 
     def _write_shard(self, shard: Shard) -> Receipt:
         """Writes the shard, unless all of its images have failed."""

@@ -13,6 +13,8 @@ BLOCK = 512
 _ZERO_BLOCK = bytes(BLOCK)
 _LONGEST_EXTENSION = 1 << 20  # bytes of a pax header or a long name; more is damage
 _MOST_EXTENSIONS = 64  # pax headers and long names before one member; archivers write three at most
+_RECORD = 20 * BLOCK  # archivers fill the last record with zeros; most write records of this size,
+_LARGEST_RECORD = 1 << 24  # others of a power of two, up to this
 
 _OCTAL = re.compile(rb"[0-7]*")
 _DECIMAL = re.compile(r"[0-9]{1,19}")
@@ -98,19 +100,34 @@ def read_member(read: ReadAt, offset: int, archive_size: int | None) -> Member |
 
 
 def iterate_members(read: ReadAt, archive_size: int | None) -> Iterator[Member]:
-    """The members of a whole archive in stored order. Raises TarError on damage, and for data after the end marker."""
+    """The members of a whole archive in stored order.
+
+    Raises TarError on damage, for data after the end marker, and for more zeros there than an archiver writes: a lost
+    disk leaves zeros in place of the members that it had not written yet.
+    """
     if not read(0, 1):
         raise TarError("is an empty file")
     offset = 0
     while (member := read_member(read, offset, archive_size)) is not None:
         yield member
         offset = member.end
+    end = offset
     while rest := read(offset, 1 << 20):  # a zeroed header looks like the end: only padding may follow the real one
         if data := rest.lstrip(b"\0"):
             raise TarError("has data after its end marker,", offset + len(rest) - len(data))
         offset += len(rest)
     if archive_size is not None and offset < archive_size:
         raise TarError("was cut short while it was read,", offset)
+    if not _is_padding(offset - end, offset):
+        raise TarError(f"holds only zeros, {offset - end:,} bytes of them," if end else "holds only zeros", end or None)
+
+
+def _is_padding(zeros: int, size: int) -> bool:
+    """Whether an archiver writes so many zeros, end marker included, at the end of an archive of `size` bytes."""
+    if zeros < 2 * BLOCK + _RECORD:
+        return True
+    record = min(size & -size, _LARGEST_RECORD)  # the largest power of two that divides the size
+    return zeros < size and zeros < 2 * BLOCK + record
 
 
 def windowed(read: ReadAt, window: int) -> ReadAt:

@@ -98,14 +98,18 @@ def read_labels(sample: Sample, keys: SampleKeys, num_classes: int) -> list[int]
         raise Unusable(
             WRONG_LABEL,
             f"has {len(labels)} labels in '{keys.label_key}', and training takes 1 to {keys.max_labels}",
-            "correct the shard, or set data.label_key or data.max_labels",
+            f"set data.max_labels={len(labels)} and loss.kind=sigmoid, or correct the shard"
+            if labels
+            else "correct the shard or set data.label_key to the member that holds the labels",
         )
     for label in labels:
         if not 0 <= label < num_classes:
             raise Unusable(
                 WRONG_LABEL,
                 f"has label {label}, outside 0..{num_classes - 1}",
-                "correct the shard or raise model.num_classes",
+                f"correct the shard or set model.num_classes={label + 1} or more"
+                if label >= 0
+                else "correct the shard",
             )
     return labels
 
@@ -125,7 +129,9 @@ def read_image(sample: Sample, keys: SampleKeys, decode: Callable[[bytes], T]) -
         raise Unusable(
             UNREADABLE,
             f"has an image in '{name}' that cannot be decoded ({error})",
-            "set data.image_key to the shards' extension, or make the shards again",
+            "raise data.max_pixels, or leave such images out of the shards"
+            if "of data.max_pixels" in str(error)
+            else "set data.image_key to the shards' extension, or make the shards again",
         ) from error
 
 

@@ -238,15 +238,12 @@ def _checked(labels: list[Any], config: Config, name: str) -> list[int]:
     if not all(type(label) is int for label in labels):
         raise UserError(f"{name} has the label {_short(labels)}: give class indices, as integers")
     if not 1 <= len(labels) <= config.data.max_labels:
-        raise UserError(
-            f"{name} has {len(labels)} labels, and training takes 1 to {config.data.max_labels}: set data.max_labels"
-        )
+        remedy = f"set data.max_labels={len(labels)} and loss.kind=sigmoid" if labels else "give it one"
+        raise UserError(f"{name} has {len(labels)} labels, and training takes 1 to {config.data.max_labels}: {remedy}")
     for label in labels:
         if not 0 <= label < config.model.num_classes:
-            raise UserError(
-                f"{name} has label {label}, outside 0..{config.model.num_classes - 1}: correct it or raise "
-                "model.num_classes"
-            )
+            remedy = f"correct it or set model.num_classes={label + 1} or more" if label >= 0 else "correct it"
+            raise UserError(f"{name} has label {label}, outside 0..{config.model.num_classes - 1}: {remedy}")
     return labels
 
 

@@ -91,7 +91,7 @@ def load_safetensors(path: Path) -> VisionTransformer:
         raise UserError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is not a complete safetensors file ({error}): make it again with `fastvit export`"
+            f"{path} is not a complete safetensors file ({error}): make it again with `fastvit export RUN --out {path}`"
         ) from error
     if "model" not in metadata:
         raise UserError(

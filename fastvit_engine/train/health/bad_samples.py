@@ -65,7 +65,7 @@ class BadSamples:
             if self._in_a_row >= _MOST_IN_A_ROW:
                 raise UserError(
                     f"the last {self._in_a_row} samples have no usable image; one of them, "
-                    f"{_sentence(self._found[-1])}: repair the shards, or check data.image_key"
+                    f"{_sentence(self._found[-1])}: repair the shards, or {_setting(self._found[-1])}"
                 )
 
     def _name(self, found: list[BadSample], recorder: Recorder | None) -> None:
@@ -101,7 +101,7 @@ def checked(batches: Iterable[Batch], max_share: float) -> Iterator[Batch]:
     if bad == seen:
         raise UserError(
             f"none of {counted(seen, 'sample')} has a usable image; the first, {_sentence(first)}: repair the shards, "
-            "or check data.image_key"
+            f"or {_setting(first)}"
         )
     if bad >= _FEWEST and bad > max_share * seen:
         raise UserError(
@@ -109,6 +109,11 @@ def checked(batches: Iterable[Batch], max_share: float) -> Iterator[Batch]:
             f"the first, {_sentence(first)}: repair the shards or raise data.max_bad_share"
         )
     say(f"left out: {bad:,} of {seen:,} samples; the first, {_sentence(first)}", file=sys.stderr)
+
+
+def _setting(sample: BadSample) -> str:
+    """The setting that may be why no image is usable."""
+    return "raise data.max_pixels" if "of data.max_pixels" in sample.reason else "set data.image_key to what they hold"
 
 
 def _sentence(sample: BadSample) -> str:

@@ -587,6 +587,11 @@ def flip(folder):
     file.write_bytes(content)
 
 
+def zero(folder):
+    file = folder / "rank-00000.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+
+
 def lose(folder):
     (folder / "rank-00000.safetensors").unlink()
 
@@ -621,6 +626,7 @@ def lose_manifest(folder):
 DAMAGES = [
     (cut, r"rank-00000.safetensors has 900 bytes instead of [\d,]+, which parameter '\S+' \(\S+\) is in"),
     (flip, r"rank-00000.safetensors does not hold the bytes of parameter '1.bias' \(ema\) that were written"),
+    (zero, r"rank-00000.safetensors does not hold the bytes of parameter '\S+' \(\S+\) that were written"),
     (lose, r"rank-00000.safetensors does not exist, which parameter '\S+' \(\S+\) is in"),
     (forget, r"manifest.json names no file with element 0 of parameter '1.bias' \(exp_avg\)"),
     (zero_manifest, r"manifest.json is not what was written there: the file is damaged"),

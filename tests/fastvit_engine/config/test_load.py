@@ -137,6 +137,32 @@ def test_a_tab_in_a_recipe_is_called_a_tab(tmp_path, text):
         load_config(str(path))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model:\n  name: 'B/1", "line 2 is not valid YAML: .*"),
+        (b"data: {train: a.tar, ev", "line 2 is not valid YAML: .*"),
+        (b"model:\n  nam", r"'model' \(.*\) is '?nam'?.*"),
+        (bytes(400), " is not valid YAML: .*"),
+        (b"model:\n  name: B/16\n" + bytes(400), " is not valid YAML: .*"),
+        (b"", " is empty: restore it, or write `name: ` and a name into it for a recipe of defaults"),
+        (b"\n  \n", " is empty: restore it, .*"),
+    ],
+)
+def test_a_torn_recipe_is_refused(tmp_path, content, message):
+    path = tmp_path / "torn.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_config(str(path))
+
+
+def test_a_recipe_of_defaults(tmp_path):
+    """The advice of the refusal of an empty file."""
+    path = tmp_path / "defaults.yaml"
+    path.write_text("name: mine\n")
+    assert load_config(str(path)).config.name == "mine"
+
+
 def test_a_number_without_a_unit_in_a_recipe_is_told_the_units(tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text("train:\n  duration: 90\n")

@@ -126,3 +126,13 @@ def test_damaged_lines_are_left_out_and_counted_and_a_resume_drops_them(
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read the metrics.*metrics\.jsonl"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("content", [b"", bytes(700), bytes(1 << 20)])
+def test_a_file_of_zeros_holds_no_row_and_a_resume_continues_it(tmp_path: Path, content: bytes) -> None:
+    run = RunFolder(tmp_path)
+    run.metrics.write_bytes(content)
+    assert read_metrics(run.metrics) == ([], [])
+    write(run, range(6, 9), resume_step=5)
+    assert [row["step"] for row in read_metrics(run.metrics)[0]] == [6, 7, 8]
+    assert b"\0" not in run.metrics.read_bytes()

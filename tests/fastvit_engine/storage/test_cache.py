@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -125,7 +126,10 @@ def test_a_shard_of_another_size_or_gone_is_one_error(server, open_storage, fold
     server.files["/3.tar"] = CONTENTS[3][:-1]
     server.always["/4.tar"] = ("status", 404)
     storage = open_storage()
-    with pytest.raises(UserError, match=r"/3\.tar has 100002 bytes instead of the 100003.*data index` again"):
+    with pytest.raises(
+        UserError,
+        match=r"/3\.tar has 100002 bytes instead of the 100003 in the index: restore the shard, or make",
+    ):
         storage.read(3, 0, 10)
     with pytest.raises(UserError, match=r"/4\.tar cannot be read \(HTTP 404"):
         storage.read(4, 0, 10)
@@ -312,6 +316,15 @@ def test_a_full_disk_costs_speed_only(server, open_storage, folder, monkeypatch,
     storage._downloads._broken_until = 0.0  # a minute later
     assert is_right(storage, 5)
     assert cached(folder) == [5]
+
+
+def test_a_folder_that_vanishes_costs_speed_only(open_storage, folder, caplog):
+    storage = open_storage()
+    assert is_right(storage, 0)
+    shutil.rmtree(folder)
+    for shard in range(4):
+        assert is_right(storage, shard)
+    assert len(caplog.records) <= 1
 
 
 def test_a_file_size_limit_costs_speed_only(open_storage, folder):

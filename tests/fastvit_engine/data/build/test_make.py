@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import time
 from collections import Counter
 from pathlib import Path
@@ -463,9 +464,32 @@ def test_disk_full_keeps_whole_shards(photos, tmp_path, monkeypatch):
     assert _contents(tmp_path / "out") == _contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("option", ["size=64k", "nr_inodes=12"])
+def test_a_disk_without_room_or_inodes(photos, tmp_path, option):
+    """On a file system of its own, for which root is needed. The advice is followed: room is made, and it goes on."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.strip()}")
+    try:
+        (disk / "ballast").mkdir()
+        for number in range(4):
+            (disk / "ballast" / str(number)).write_bytes(bytes(4096))
+        message = r"cannot write to .*out \(No space left on device\): make room "
+        with pytest.raises(UserError, match=message):
+            _make(photos, disk / "out", workers=1, samples_per_shard=4)
+        subprocess.run(["mount", "-o", "remount,size=8m,nr_inodes=100", disk], check=True)
+        _make(photos, disk / "out", workers=1, samples_per_shard=4)
+        _make(photos, tmp_path / "whole", samples_per_shard=4)
+        assert _contents(disk / "out") == _contents(tmp_path / "whole")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 def test_destination_that_cannot_be_written(photos, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write to .*file/out \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"cannot write to .*file/out \(Not a directory\): choose another --out"):
         _make(photos, tmp_path / "file" / "out")
 
 

@@ -2,16 +2,22 @@
 
 import bz2
 import gzip
+import io
 import lzma
+import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from fastvit_engine.data.build.make import make_dataset
 from fastvit_engine.data.shards.archive import DamagedShard, read_shard
+from fastvit_engine.data.shards.index import write_index
 from fastvit_engine.data.shards.sample import Ignored, describe_ignored
 from fastvit_engine.errors import UserError
+from tests.fastvit_engine.data.shards.tar_files import END, IMAGE, LABEL, header
 from tests.fastvit_engine.storage.fault_server import FaultServer
 
 
@@ -128,3 +134,51 @@ def test_not_a_tar_missing_file_and_double_member(tmp_path, write_tar):
     double = write_tar(tmp_path / "double.tar", [("a.jpg", b"1"), ("a.jpg", b"2")])
     with pytest.raises(UserError, match=r"double\.tar is damaged \(it has the member 'jpg' of sample 'a' twice"):
         _keys(double)
+
+
+def test_links_devices_and_names_that_lead_outside_do_nothing(tmp_path, photo):
+    """A link or a device gives no image; `..` and absolute names are keys, of which no file is made."""
+    path = tmp_path / "deep" / "odd.tar"
+    path.parent.mkdir()
+    with tarfile.open(path, "w") as tar:
+        for name, target, kind in [
+            ("0.jpg", "/etc/passwd", tarfile.SYMTYPE),
+            ("0.png", "../../secret.jpg", tarfile.LNKTYPE),
+            ("1.jpg", "", tarfile.CHRTYPE),
+            ("2.jpg", "", tarfile.FIFOTYPE),
+        ]:
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+        for number, key in enumerate(("../../escaped", "/absolute", "3")):
+            for extension, content in (("jpg", photo(number)), ("cls", b"%d" % (number % 2))):
+                info = tarfile.TarInfo(f"{key}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    keys = ["../../escaped", "/absolute", "3"]
+    assert _keys(path) == keys
+    index = write_index([str(path)], tmp_path / "deep" / "x.index")
+    assert index.samples == 3
+    before = sorted(tmp_path.rglob("*"))
+    made = make_dataset(str(path), tmp_path / "deep" / "out", eval_fraction=0, workers=1)
+    assert made.info is not None and made.info.train.samples == 3
+    after = {file for file in tmp_path.rglob("*") if tmp_path / "deep" / "out" not in file.parents}
+    assert after == {*before, tmp_path / "deep" / "out"} and not Path("/absolute.jpg").exists()
+    (shard,) = (tmp_path / "deep" / "out").glob("train-*.tar")
+    assert all("/" not in sample["__key__"] and "." not in sample["__key__"] for sample in read_shard(str(shard)))
+
+
+@pytest.mark.parametrize("what", ["zeros after the end", "an image", "a header"])
+def test_a_compressed_bomb_takes_no_memory(tmp_path, what):
+    """A quarter of a gigabyte in a megabyte."""
+    size = 3 << 30 if what == "an image" else 1 << 28
+    member = header(b"b.jpg", b"\x80" + size.to_bytes(11, "big"), b"L" if what == "a header" else b"0")
+    with gzip.open(tmp_path / "a.tar.gz", "wb", compresslevel=1) as file:
+        file.write((IMAGE + LABEL + member) if what != "zeros after the end" else IMAGE + LABEL + END)
+        for _ in range(1 << 4):
+            file.write(bytes(1 << 24))
+    tracemalloc.start()
+    with pytest.raises(DamagedShard, match="too large|holds only zeros|damaged header|is truncated"):
+        list(read_shard(str(tmp_path / "a.tar.gz")))
+    assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    tracemalloc.stop()

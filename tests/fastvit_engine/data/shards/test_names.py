@@ -103,7 +103,7 @@ def test_a_missing_folder_is_told_the_one_beside_it(tmp_path, pattern):
         find_shards(f"{tmp_path}/{pattern}", "train")
 
 
-@pytest.mark.parametrize("text", ["{", '{"classes": ["a"]}', json.dumps(INFO | {"classes": 3})])
+@pytest.mark.parametrize("text", ["{", '{"classes": ["a"]}', json.dumps(INFO | {"classes": 3}), "", "\0" * 700])
 def test_damaged_dataset_json(made, text):
     (made / "dataset.json").write_text(text)
     with pytest.raises(UserError, match=r"dataset\.json is not what"):

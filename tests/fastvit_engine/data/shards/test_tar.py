@@ -1,6 +1,7 @@
 """Headers of tar archives that lie: each ends in one sentence, in bounded time and memory."""
 
 import io
+import subprocess
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -98,3 +99,32 @@ def test_any_bytes_end_in_members_or_in_an_error(changes: list[tuple[int, bytes]
         assert str(error)
     else:
         assert all(0 <= member.start < member.data <= member.end <= len(content) for member in members)
+
+
+def _zeroed(tail: int) -> bytes:
+    """An archive of twenty members of 10 kB, of which a lost disk has left the first `tail` bytes and zeros."""
+    images = [header(b"%d.cls" % n, b"%011o" % 10_000) + pad(b"1" + b" " * 9_999) for n in range(20)]
+    content = b"".join(images) + END
+    content += bytes(-len(content) % 10240)
+    return content[:tail] + bytes(len(content) - tail)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 10, 18], ids=lambda kept: f"{kept} of 20 members")
+def test_zeros_in_place_of_members_are_damage(tmp_path: Path, kept: int) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(_zeroed(kept * (512 + 10_240)))
+    with pytest.raises(UserError, match=r"a\.tar holds only zeros.*: copy or make it again") as by_index:
+        write_index([str(path)], tmp_path / "x.index")
+    assert kept == 0 or f"at byte {kept * 10_752:,}" in str(by_index.value)
+    for shard in (str(path), f"pipe:cat {path}"):
+        with pytest.raises(DamagedShard, match=r"is damaged \(it holds only zeros"):
+            list(read_shard(shard))
+
+
+@pytest.mark.parametrize("factor", [1, 20, 128, 2048, 32768])
+def test_the_padding_of_any_archiver_is_taken(tmp_path: Path, factor: int) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x")
+    subprocess.run(["tar", "-b", str(factor), "-cf", "a.tar", "a.jpg"], cwd=tmp_path, check=True)
+    assert (tmp_path / "a.tar").stat().st_size == max(1536 + 512, factor * 512)
+    (sample,) = read_shard(str(tmp_path / "a.tar"))
+    assert sample["jpg"] == b"x"
