@@ -24,7 +24,8 @@ def _batches(dataset: Dataset, workers: int, endless: bool) -> Batches:
 
     pipeline: Any = Pipeline(dataset.batch_size, max(1, workers), device_id=None, seed=0)
     with pipeline:
-        images, labels = fn.readers.webdataset(  # finds the samples of the shards itself, before the first batch
+        readers: Any = fn.readers
+        images, labels = readers.webdataset(  # finds the samples of the shards itself, before the first batch
             name="shards",
             paths=dataset.shards,
             ext=[IMAGE_KEYS, "cls"],
