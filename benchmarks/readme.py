@@ -105,21 +105,24 @@ def data_rows(record: Record) -> Iterator[tuple[str, str]]:
     workers = str(record["workers"])
     for data in record["datasets"]:
         rows = {row["variant"]: row for row in record["results"] if row["dataset"] == data["name"]}
-        own, recipe, fast, timm = (rows.get(name) for name in ("fastvit", "wds + PIL", "wds + simplejpeg", "timm"))
+        own, recipe, fast = (rows.get(name) for name in ("fastvit", "wds + PIL", "wds + simplejpeg"))
         if not own or own["skipped"] or not recipe or recipe["skipped"]:
             continue
         rates = [row["images_per_cpu_second"][workers] for row in (own, recipe)]
         against = f"({rates[0]:,.0f} against {rates[1]:,.0f})"
         figure = f"{own['over_recipe']:.1f} times the usual WebDataset + Pillow recipe {against}"
-        antialiasing = "The recipe antialiases its crops"
-        if timm and not timm["skipped"]:
-            rate = timm["images_per_cpu_second"][workers]
-            figure += f", {rates[0] / rate:.1f} times timm's loader ({rate:,.0f})"
-            antialiasing = "The recipe and timm antialias their crops"
+        smoothed = ["The recipe"]  # those that antialias
+        for name, title in (("timm", "timm's loader"), ("dali", "DALI on the CPU"), ("spdl", "SPDL's pipeline")):
+            if name in rows and not rows[name]["skipped"]:
+                rate = rows[name]["images_per_cpu_second"][workers]
+                figure += f", {rates[0] / rate:.1f} times {title} ({rate:,.0f})"
+                smoothed.append(title.split()[0].removesuffix("'s"))
         if fast and not fast["skipped"]:
             ratio = rates[0] / fast["images_per_cpu_second"][workers]
             figure += f", {ratio:.1f} times WebDataset with the same decoder"
-        figure += f". {antialiasing}, this loader does not"
+        listed = " and ".join(filter(None, (", ".join(smoothed[:-1]), smoothed[-1])))
+        verb = "antialias their" if smoothed[1:] else "antialiases its"
+        figure += f". {listed} {verb} crops, this loader does not"
         kind = "images of noise" if record.get("noise") else "photos"
         yield f"loading {data['samples']} {kind}, {data['name']}, {workers} workers, images per CPU-second", figure
 

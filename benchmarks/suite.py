@@ -58,7 +58,9 @@ def run(args: Namespace) -> int:
 
 
 def wrong(record: Mapping[str, Any]) -> bool:
-    """Whether one of our results is wrong or missing."""
+    """Whether one of our results is wrong or missing, or a loader that is installed failed."""
+    if any(row.get("failed") for row in record.get("results", ())):
+        return True
     for case in record.get("cases", ()):
         if "failed" in case:
             return True

@@ -4,11 +4,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import settings
 
 # Without a GPU, Triton kernels are tested by Triton's interpreter, on the CPU. Triton reads this when it is imported,
 # so it is set here, before any test module is. It changes nothing for tests that run no Triton kernel.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# No property test depends on how busy the machine is; pytest-timeout ends one that hangs.
+settings.register_profile("any load", deadline=None)
+settings.load_profile("any load")
 
 
 @pytest.fixture

@@ -8,17 +8,29 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.data_loading import variants
 from benchmarks.data_loading.choices import Choice, measure_choices
+from benchmarks.data_loading.dali import DALI
 from benchmarks.data_loading.measure import Result, measure
 from benchmarks.data_loading.report import BASELINE, draw, to_markdown
 from benchmarks.data_loading.shards import read_photos
-from benchmarks.data_loading.variants import VARIANTS, Dataset, open_dataset
+from benchmarks.data_loading.spdl import SPDL
+from benchmarks.data_loading.variants import Dataset, open_dataset
 from fastvit_engine.data.check.speed import link_shards, repack_shards
 from fastvit_engine.data.shards.usable import SampleKeys
 from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.environment import collect_environment
 
-_PACKAGES = ("pillow", "simplejpeg", "opencv-python-headless", "timm", "torchvision")
+VARIANTS = (*variants.VARIANTS, DALI, SPDL)
+_PACKAGES = (
+    "pillow",
+    "simplejpeg",
+    "opencv-python-headless",
+    "timm",
+    "torchvision",
+    *(f"nvidia-dali-cuda{cuda}" for cuda in (110, 120, 130)),  # one at most
+    "spdl",
+)
 
 
 class Effort(NamedTuple):
@@ -47,8 +59,7 @@ def bench(
     """Measures on the shards and, with `repack`, on the same images with that short side.
 
     Returns the report in Markdown and everything that was measured; with `out`, both are written there beside a
-    picture, as data_bench.md, .json and .png. UserError for shards that cannot be trained on, and where a variant does
-    not give each sample once.
+    picture, as data_bench.md, .json and .png. Raises UserError for shards that cannot be trained on.
     """
     environment = _environment()
     with tempfile.TemporaryDirectory() as scratch:
@@ -104,7 +115,8 @@ def _record(
     baselines = {result.dataset: result for result in results if result.variant == BASELINE}
     rows = []
     for result in results:
-        row: dict[str, Any] = {"dataset": result.dataset, "variant": result.variant, "skipped": result.skipped}
+        row: dict[str, Any] = {"dataset": result.dataset, "variant": result.variant}
+        row |= {"skipped": result.skipped, "failed": result.failed}
         if not result.skipped:
             row["images_per_cpu_second"] = {count: 1 / result.cpu(count) for count in result.loaders}
             row["images_per_second"] = {count: result.wall_rate(count) for count in result.loaders}

@@ -1,7 +1,7 @@
 """The ways of turning shards into training batches that are measured against each other.
 
 All take random crops of 8 to 100 % of the area and mirror half of them. Each provider runs as its own users would run
-it; where one is not installed or cannot work here, the reason stands in the results instead.
+it; if one is not installed or fails here, the results say why instead.
 """
 
 import importlib.util
@@ -31,6 +31,7 @@ from fastvit_engine.data.stream.indexed import IndexedData
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 IMAGE_KEYS = "jpg;jpeg;png;webp"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SHUFFLE_BUFFER = 1000  # samples, of the loaders that shuffle what they read in order
 _ANY_CLASS = 10_000_000  # the most that a model may have: labels are not what is measured
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # (images, labels)
@@ -63,16 +64,27 @@ class Variant:
 
     name: str
     title: str
-    packages: tuple[str, ...]
+    packages: tuple[str, ...]  # modules that it imports; none: it is this engine's own
     image_shape: Callable[[int], tuple[int, ...]]
     dtype: torch.dtype
     batches: Callable[[Dataset, int, bool], Batches]
     stages: Callable[[Dataset, int], StageTimes] | None = None
     exact: bool = True  # an epoch has each sample once
+    install: str = ""  # what pip installs it from
 
     def missing(self) -> str | None:
-        absent = [package for package in self.packages if importlib.util.find_spec(package) is None]
-        return f"{' and '.join(absent)} not installed" if absent else None
+        """What is not installed and how to install it; None if it can be imported."""
+        absent = [package for package in self.packages if not _is_installed(package)]
+        if not absent:
+            return None
+        return f"{' and '.join(absent)} not installed: pip install {self.install or ' '.join(absent)}"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package that holds it
+        return False
 
 
 def open_dataset(name: str, pattern: str, image_size: int, batch_size: int, scratch: Path) -> Dataset:
@@ -128,7 +140,7 @@ def _webdataset(dataset: Dataset, endless: bool) -> Any:
 
     data = wds.WebDataset(
         dataset.shards, shardshuffle=len(dataset.shards), detshuffle=True, seed=0, empty_check=False
-    ).shuffle(1000)
+    ).shuffle(SHUFFLE_BUFFER)
     return data.repeat() if endless else data
 
 
@@ -162,7 +174,7 @@ def _collate(samples: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
     return torch.stack(images), torch.tensor(labels)
 
 
-def _random_crop(height: int, width: int) -> tuple[int, int, int, int]:
+def random_crop(height: int, width: int) -> tuple[int, int, int, int]:
     return inception_crop(height, width, CROP_SCALE, CROP_RATIO, [random.random() for _ in range(40)])
 
 
@@ -189,7 +201,7 @@ def _pil_decode(data: bytes, size: int) -> Image.Image:
 
 def _pil_crop(image: Image.Image, size: int) -> Image.Image:
     """torchvision's RandomResizedCrop (bilinear, antialias) and RandomHorizontalFlip of a Pillow image."""
-    top, left, height, width = _random_crop(image.height, image.width)
+    top, left, height, width = random_crop(image.height, image.width)
     image = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BILINEAR)
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if random.random() < 0.5 else image
 
@@ -212,7 +224,7 @@ def _fast_decode(data: bytes, size: int) -> np.ndarray:
 
 
 def _fast_crop(image: np.ndarray, size: int) -> Tensor:
-    top, left, height, width = _random_crop(*image.shape[:2])
+    top, left, height, width = random_crop(*image.shape[:2])
     image = cv2.resize(image[top : top + height, left : left + width], (size, size))
     return torch.from_numpy(cv2.flip(image, 1) if random.random() < 0.5 else image)
 
@@ -273,7 +285,7 @@ def _torchvision_operators() -> Iterator[None]:
 _OPERATORS: list[torch.library.Library] = []
 
 
-def _bytes_shape(size: int) -> tuple[int, ...]:
+def bytes_shape(size: int) -> tuple[int, ...]:
     return (size, size, 3)
 
 
@@ -286,7 +298,7 @@ VARIANTS = (
         "fastvit",
         "this engine: indexed reads, exact order; simplejpeg and OpenCV, bytes",
         (),
-        _bytes_shape,
+        bytes_shape,
         torch.uint8,
         _our_batches,
         _our_stages,
@@ -304,7 +316,7 @@ VARIANTS = (
         "wds + simplejpeg",
         "WebLoader; simplejpeg and OpenCV, bytes",
         ("webdataset",),
-        _bytes_shape,
+        bytes_shape,
         torch.uint8,
         lambda dataset, workers, endless: _webloader(dataset, workers, endless, _fast),
         lambda dataset, count: _staged(dataset, count, _fast_decode, _fast_crop),

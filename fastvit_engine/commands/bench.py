@@ -34,7 +34,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     train.add_argument("--batch", type=int, metavar="N", help="images per step (default: by the model)")
     train.add_argument("--largest-batch", action="store_true", help="also find the largest batch that fits a GPU")
 
-    data = _suite(actions, "data", "measure data loading: this engine, WebDataset's usual recipe and timm")
+    data = _suite(actions, "data", "measure data loading: this engine, WebDataset's usual recipe, timm, DALI and SPDL")
     data.add_argument("shards", nargs="?", metavar="SHARDS", help="your shards (default: images of noise)")
     data.add_argument("--image-size", type=int, metavar="PIXELS", help="of the crops (default 224)")
     data.add_argument("--workers", type=int, metavar="N", help="processes of each loader (default: one per core)")

@@ -21,6 +21,7 @@ from fastvit_engine.shown import recorded
 _SET = "--set"
 _OVERRIDES = "overrides"  # where a value comes from that a program gave as a mapping
 _LONGEST_SHOWN = 2000  # characters of an error, or of a value in it
+_MOST_PARTS = 32  # of a key, which DeepSpeed's own options make longer than ours are
 _ADVICE = {  # what to do, by key and by the kind of pydantic's error
     ("data.mean", "less_than_equal"): "pixels are in [0, 1]: divide a mean of 0 to 255 by 255",
     ("data.std", "less_than_equal"): "pixels are in [0, 1]: divide a deviation of 0 to 255 by 255",
@@ -77,6 +78,8 @@ def load_config(recipe: str | None, overrides: Sequence[str] | Mapping[str, Any]
     values, origins = ({}, {}) if recipe is None else read_recipe(find_recipe(recipe))
     origin = _OVERRIDES if isinstance(overrides, Mapping) else _SET
     for key, value in _pairs(overrides):
+        if key.count(".") >= _MOST_PARTS:
+            raise UserError(f"unknown configuration key '{_shortened(key)}' ({origin}): no key has so many parts")
         _check_encoding(key, value, origin)
         _assign(values, key, value, origin)
         origins.update(dict.fromkeys([key, *_flatten({key: value})], origin))
@@ -106,9 +109,14 @@ def _pairs(overrides: Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, 
         key, separator, text = override.partition("=")
         key = key.strip()
         if not separator or not key or not key.isprintable():
-            given = override[:_LONGEST_SHOWN]
-            raise UserError(f"--set {given!r} is not of the form KEY=VALUE: write --set train.duration='5 epochs'")
+            given = _shortened(repr(override))
+            raise UserError(f"--set {given} is not of the form KEY=VALUE: write --set train.duration='5 epochs'")
         yield key, _value(key, text)
+
+
+def _shortened(quoted: str) -> str:
+    """As much of a quoted key or value as a sentence may hold. Escapes count as they are shown."""
+    return quoted if len(quoted) <= _LONGEST_SHOWN else f"{quoted[:_LONGEST_SHOWN]}..."
 
 
 def _check_encoding(key: str, value: Any, origin: str) -> None:
@@ -117,7 +125,8 @@ def _check_encoding(key: str, value: Any, origin: str) -> None:
         str(value).encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"configuration key '{key}' ({origin}) is {str(value)!a}, which is not UTF-8: rename the file or folder"
+            f"configuration key '{_shortened(key)}' ({origin}) is {_shortened(ascii(str(value)))}, which is not UTF-8: "
+            "rename the file or folder"
         ) from None
 
 
@@ -146,7 +155,8 @@ def _value(key: str, text: str) -> Any:
     try:
         return parse_yaml(text)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {key}={text[:_LONGEST_SHOWN]!r}: the value is not valid YAML") from error
+        given = f"{_shortened(key)}={_shortened(repr(text))}"
+        raise UserError(f"--set {given}: the value is not valid YAML") from error
 
 
 _STARTS_LIST_OF_MAPPINGS = re.compile(r"\s*\[\s*\{")
@@ -168,8 +178,9 @@ def _assign(values: dict[str, Any], dotted: str, value: Any, origin: str) -> Non
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise UserError(f"{origin} {dotted}: '{section}' holds a single value, not a section")
-
+            raise UserError(
+                f"{origin} {_shortened(dotted)}: '{_shortened(section)}' holds a single value, not a section"
+            )
         values = inner
     values[last] = value
 

@@ -1,12 +1,14 @@
 """Chooses which implementation of an operation runs, Triton or plain PyTorch, and says why.
 
-`FASTVIT_KERNELS=auto|triton|reference` is read once, at import. `auto`, the default, runs Triton kernels on CUDA and
-ROCm tensors of float32, bfloat16 or float16, and plain PyTorch on all others. `triton` and `reference` are never
-replaced by the other: what they cannot run is an error.
+`FASTVIT_KERNELS=auto|triton|reference` is read once, at import; another value is a ValueError there, and a sentence
+from `python -m fastvit_kernels...`. `auto`, the default, runs Triton kernels on CUDA and ROCm tensors of float32,
+bfloat16 or float16, and plain PyTorch on all others. `triton` and `reference` are never replaced by the other: what
+they cannot run is an error.
 """
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -26,7 +28,11 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 choice = os.environ.get("FASTVIT_KERNELS") or "auto"  # empty is unset, as for most variables
 if choice not in CHOICES:
-    raise ValueError(f"FASTVIT_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
+    _message = f"FASTVIT_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}"
+    if sys.argv[:1] == ["-m"]:  # Python is still locating the command `python -m fastvit_kernels...`
+        print(f"fastvit_kernels: {_message}", file=sys.stderr)
+        raise SystemExit(2)
+    raise ValueError(_message)
 
 
 def uses_triton(tensor: Tensor, obstacle: str | None = None) -> bool:

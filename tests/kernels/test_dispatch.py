@@ -74,3 +74,12 @@ def test_environment_variable_chooses_and_is_checked(value: str, code: int, said
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.returncode == code
     assert said in (result.stdout + result.stderr).splitlines()[-1]
+
+
+@pytest.mark.parametrize("module", ["fastvit_kernels.tuning", "fastvit_kernels.tuning.codegen"])
+def test_commands_say_in_one_sentence_that_the_variable_is_wrong(module: str) -> None:
+    environment = os.environ | {"FASTVIT_KERNELS": "cuda"}
+    command = [sys.executable, "-m", module, "--help"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == ("fastvit_kernels: FASTVIT_KERNELS must be one of auto, triton, reference, got 'cuda'\n")

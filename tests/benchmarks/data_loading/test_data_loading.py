@@ -1,5 +1,6 @@
 import importlib.util
 import json
+from dataclasses import replace
 from time import process_time
 
 import pytest
@@ -7,8 +8,11 @@ import torch
 from PIL import Image
 
 from benchmarks.data_loading import variants
+from benchmarks.data_loading.dali import DALI
 from benchmarks.data_loading.measure import Result, measure
+from benchmarks.data_loading.spdl import SPDL
 from benchmarks.data_loading.variants import VARIANTS, StageTimes, Variant, open_dataset
+from benchmarks.suite import wrong
 from fastvit_engine.cli import main
 from fastvit_engine.data.check.speed import LoaderTime, link_shards
 from fastvit_engine.errors import UserError
@@ -75,10 +79,84 @@ def test_variants_that_lose_samples_or_shape_are_refused(dataset):
             measure([dataset], [_variant(batches)], workers=0, rounds=1, images=8, progress=lambda line: None)
 
 
-def test_what_is_not_installed_is_named(dataset):
-    absent = _variant(None, packages=("no_such_package",))
-    (result,) = measure([dataset], [absent], workers=0, rounds=1, images=8, progress=lambda line: None)
-    assert result.skipped == "no_such_package not installed"
+def _good(dataset, workers, endless):
+    while True:
+        yield torch.zeros(40, 16, 16, 3, dtype=torch.uint8), torch.zeros(40)
+        if not endless:
+            return
+
+
+def _breaks_at_once(dataset, workers, endless):
+    raise OSError("libx.so: cannot open\nmore")
+    yield
+
+
+def _breaks_in_a_round(dataset, workers, endless):
+    if endless:
+        raise ValueError
+    yield from _good(dataset, workers, endless)
+
+
+def _loses_one(dataset, workers, endless):
+    yield torch.zeros(39, 16, 16, 3, dtype=torch.uint8), torch.zeros(39)
+
+
+PEERS = [
+    (_variant(None, "a", ("no_such_package",)), "no_such_package not installed: pip install no_such_package", False),
+    (
+        replace(_variant(None, "b", ("no_such.part", "torch")), install="such"),
+        "no_such.part not installed: pip install such",
+        False,
+    ),
+    (_variant(_breaks_at_once, "c", ("torch",)), "failed: OSError: libx.so: cannot open", True),
+    (_variant(_breaks_in_a_round, "d", ("torch",)), "failed: ValueError", True),
+    (_variant(_loses_one, "e", ("torch",)), "failed: e gives 39 of the 40 samples of photos", True),
+    (_variant(_good, "f", ("torch",)), None, False),
+]
+
+
+def test_a_peer_that_is_absent_or_fails_is_named_and_the_others_go_on(dataset):
+    lines = []
+    results = measure([dataset], [peer for peer, *_ in PEERS], workers=0, rounds=2, images=8, progress=lines.append)
+    assert [(result.skipped, result.failed) for result in results] == [(why, failed) for _, why, failed in PEERS]
+    assert [len(result.loaders.get(0, [])) for result in results] == [0, 0, 0, 0, 0, 2]
+    assert all(any(why in line for line in lines) for _, why, _ in PEERS if why)
+
+
+def test_a_peer_that_fails_is_in_the_report_and_the_exit_code(plain_shards, capsys, monkeypatch):
+    chosen = [VARIANTS[0], *(peer for peer, *_ in PEERS[:3]), VARIANTS[1]]
+    monkeypatch.setattr("benchmarks.data_loading.run.VARIANTS", chosen)
+    run = ["bench", "data", str(plain_shards), "--quick", "--image-size", "16", "--workers", "1", "--rounds", "1"]
+    assert main(run) == 1
+    report = capsys.readouterr().out
+    assert all(why in report for _, why, _ in PEERS[:3])
+
+
+def test_a_peer_that_is_absent_is_no_failure():
+    assert not wrong({"results": [{"variant": "a", "skipped": "a not installed", "failed": False}]})
+    assert wrong({"results": [{"variant": "a", "skipped": "failed: ValueError", "failed": True}]})
+
+
+@pytest.mark.parametrize("peer", [DALI, SPDL], ids=lambda peer: peer.name)
+def test_dali_and_spdl_give_each_sample_once(peer, tmp_path_factory, write_tar, photo):
+    if peer.missing():
+        pytest.skip(f"{peer.name} is not installed")
+    folder = tmp_path_factory.mktemp("bench") / "links"
+    shards = tmp_path_factory.mktemp("labels")
+    for first in (0, 12):
+        pairs = [((f"a/s.{n}.jpg", photo(n, 40, 50)), (f"a/s.{n}.cls", b"%d" % n)) for n in range(first, first + 12)]
+        members = [(name.replace("s.", "s"), content) for pair in pairs for name, content in pair]
+        write_tar(shards / f"{first}.tar", members)
+    link_shards(str(shards), folder)
+    dataset = open_dataset("photos", str(folder), 16, 8, folder)
+    for workers in (0, 2):
+        found = list(peer.batches(dataset, workers, False))
+        assert sorted(label for _, labels in found for label in labels.tolist()) == list(range(24))
+        assert all(images.shape == (8, 16, 16, 3) and images.dtype == torch.uint8 for images, _ in found)
+    (result,) = measure([dataset], [peer], workers=2, rounds=1, images=32, progress=lambda line: None)
+    assert result.skipped is None and result.cpu(2) > 0
+    ours = torch.cat([images for images, _ in VARIANTS[0].batches(dataset, 0, False)]).float().mean((0, 1, 2))
+    assert torch.cat([images for images, _ in found]).float().mean((0, 1, 2)) == pytest.approx(ours, abs=25)
 
 
 class _Burner(torch.utils.data.IterableDataset):

@@ -253,6 +253,16 @@ def test_secrets_of_urls_are_left_out_of_what_is_written_down_and_a_comment_says
     assert not load_config(str(recipe), ["data.train=s3://bucket/train-?.tar"]).to_yaml().startswith("#")
 
 
+@pytest.mark.parametrize("text", ["x", "é", "\udcff", "\x01", "'\"", "x."])
+@pytest.mark.parametrize("form", ["{}", "data.mean=[{}", "data.mean={}]", "data.cache={}", "{}=1", "seed.{}=1"])
+def test_sentences_about_a_long_override_are_short(form, text):
+    try:
+        load_config("quickstart", [form.format(text * 4000)])
+    except UserError as error:
+        assert len(str(error)) < 5000 and "\n" not in str(error)
+        assert "--set" in str(error) or "configuration key" in str(error)
+
+
 def test_a_long_text_stays_on_its_line(recipe):
     text = "shards of many words " * 20
     lines = load_config(str(recipe), [f"data.train={text}"]).to_yaml(with_origins=True).splitlines()

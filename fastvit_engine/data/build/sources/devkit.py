@@ -1,12 +1,11 @@
 """Files of labels for flat tars, ImageNet-1k's among them, whose validation labels use a numbering of their own."""
 
-import io
 import lzma
-import math
 import re
 import zlib
 from pathlib import Path
 
+from fastvit_engine.data.build.sources.matlab import read_structs
 from fastvit_engine.data.shards.archive import open_forward
 from fastvit_engine.data.shards.tar import TarError, iterate_members
 from fastvit_engine.errors import UserError
@@ -15,8 +14,7 @@ from fastvit_engine.text import read_lines
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 _LARGEST = 1 << 24  # bytes of a file in it; the real ones have less than 200 kB
-
-_MOST_SYNSETS = 100_000  # the real file has 1,860
+_WNID = re.compile(r"n\d{1,20}", re.ASCII)
 
 
 def validation_labels(path: Path) -> list[list[str]]:
@@ -35,8 +33,7 @@ def validation_labels(path: Path) -> list[list[str]]:
         devkit = path.parent / DEVKIT
         meta = path.parent / "meta.mat"
         if meta.exists():
-            with open(meta, "rb") as file:
-                wnids = _wnids(file.read(_LARGEST), meta)
+            wnids = _wnids(_beside(meta), meta)
         elif devkit.exists():
             wnids = _wnids(_devkit_file(devkit, "meta.mat"), devkit)
         else:
@@ -49,7 +46,7 @@ def validation_labels(path: Path) -> list[list[str]]:
 
 
 def _devkit_labels(devkit: Path) -> list[str]:
-    numbers = _devkit_file(devkit, "ILSVRC2012_validation_ground_truth.txt").decode().split()
+    numbers = _devkit_file(devkit, "ILSVRC2012_validation_ground_truth.txt").decode("ascii", "replace").split()
     wnids = _wnids(_devkit_file(devkit, "meta.mat"), devkit)
     return [_wnid(wnids, number, devkit) for number in numbers]
 
@@ -68,22 +65,33 @@ def _devkit_file(devkit: Path, name: str) -> bytes:
     raise UserError(f"{devkit} holds no data/{name}: it is not ILSVRC2012's devkit; download it again")
 
 
+def _beside(meta: Path) -> bytes:
+    try:
+        with open(meta, "rb") as file:
+            return file.read(_LARGEST)
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(
+            f"{meta} cannot be read ({reason}): correct its permissions or download the devkit again"
+        ) from error
+
+
 def _wnids(meta: bytes, where: Path) -> dict[str, str]:
     """ILSVRC2012_ID -> WordNet id, from meta.mat."""
+    found: dict[str, str] = {}
     try:
-        from scipy.io import loadmat, whosmat
-    except ImportError as error:
-        raise UserError("reading ILSVRC2012's meta.mat needs scipy: pip install scipy") from error
-    try:
-        if any(math.prod(shape) > _MOST_SYNSETS for _, shape, _ in whosmat(io.BytesIO(meta))):
-            raise ValueError(f"it has more than {_MOST_SYNSETS:,} synsets")
-        synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
-        return {str(int(synset["ILSVRC2012_ID"])): str(synset["WNID"]) for synset in synsets}
-    except Exception as error:  # scipy raises many kinds on a damaged file
+        for number, wnid in read_structs(meta, "synsets", ("ILSVRC2012_ID", "WNID")):
+            if not isinstance(number, float) or not number.is_integer() or str(int(number)) in found:
+                raise ValueError(f"the class number {number} is no whole number or comes twice")
+            if not isinstance(wnid, str) or not _WNID.fullmatch(wnid):
+                raise ValueError(f"class {int(number)} has no WordNet id")
+            found[str(int(number))] = wnid
+    except ValueError as error:
         raise UserError(f"meta.mat of {where} cannot be read ({one_line(error)}): download the devkit again") from error
+    return found
 
 
 def _wnid(wnids: dict[str, str], number: str, where: Path) -> str:
     if number not in wnids:
-        raise UserError(f"{where} has the label {number}, which meta.mat does not know: download the devkit again")
+        raise UserError(f"{where} has the label {number:.40}, which meta.mat does not know: download the devkit again")
     return wnids[number]

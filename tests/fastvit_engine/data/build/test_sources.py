@@ -275,11 +275,13 @@ def validation(tmp_path, photo) -> Path:
     return path
 
 
-def _meta() -> bytes:
+ROWS = [(1, "n003", "c", 0), (2, "n001", "a", 0), (3, "n002", "b", 0), (4, "n900", "group", 3)]
+
+
+def _meta(rows=ROWS) -> bytes:
     """meta.mat: ids that are not in the order of the WordNet ids, and one for a group of classes."""
     savemat = pytest.importorskip("scipy.io").savemat
     kind = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("num_children", "f8")]
-    rows = [(1, "n003", "c", 0), (2, "n001", "a", 0), (3, "n002", "b", 0), (4, "n900", "group", 3)]
     buffer = io.BytesIO()
     savemat(buffer, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
     return buffer.getvalue()
@@ -298,6 +300,21 @@ def test_imagenet_folder_with_devkit(listed, tmp_path, class_tars, validation, p
         (name, [wnid], True) for name, wnid in zip(VALIDATION, ("n002", "n003", "n003", "n001"), strict=True)
     ]
     assert [row[3] for row in rows[6:]] == [photo(90 + n) for n in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([(1, "n001"), (1, "n002")], "the class number 1.0 is no whole number or comes twice"),
+        ([(1.5, "n001")], "the class number 1.5 is no whole number"),
+        ([(1, "dog")], "class 1 has no WordNet id"),
+    ],
+)
+def test_a_devkit_whose_classes_are_damaged_is_refused(tmp_path, rows, reason):
+    (tmp_path / "meta.mat").write_bytes(_meta([(number, wnid, "a", 0) for number, wnid in rows]))
+    (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n")
+    with pytest.raises(UserError, match=rf"meta\.mat of .* cannot be read \({reason}.*: download the devkit again"):
+        validation_labels(tmp_path / "ILSVRC2012_validation_ground_truth.txt")
 
 
 def test_flat_tar_with_labels_in_several_forms(listed, tmp_path, validation):

@@ -83,7 +83,7 @@ def _whole() -> bytes:
 WHOLE = _whole()
 
 
-@settings(max_examples=400, deadline=5000)
+@settings(max_examples=400)
 @given(
     st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.binary(min_size=1, max_size=20)), max_size=4),
     st.integers(0, len(WHOLE)),
