@@ -1,5 +1,6 @@
 """Which checkpoints stay: the newest, one every so often, and the best by an evaluation."""
 
+import math
 from collections.abc import Mapping
 
 from fastvit_engine.checkpoint.trainer_state import TrainerState
@@ -25,9 +26,9 @@ def stale_checkpoints(
 
 
 def _score(state: TrainerState, metric: str) -> float | None:
-    """Higher is better; None if this checkpoint was not evaluated."""
+    """Higher is better; None if this checkpoint was not evaluated, or to nothing that compares (NaN)."""
     evaluation, _, figure = metric.partition(".")
     value = state.accuracy.get(evaluation, {}).get(figure)
-    if value is None or state.evaluated_at != state.step:
+    if value is None or math.isnan(value) or state.evaluated_at != state.step:
         return None
     return -value if figure == "loss" else value

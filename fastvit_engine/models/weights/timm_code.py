@@ -14,6 +14,19 @@ _ARCHITECTURES = {
     "G": ("vit_gigantic_patch14_224", 14),
 }
 
+# A class, not a hook: a copy of the model has its own hidden layer then.
+_WITH_HIDDEN_LAYER = """\
+from collections import OrderedDict
+import timm
+import torch
+class WithHiddenLayer(timm.models.VisionTransformer):
+    def forward_head(self, x, pre_logits=False):
+        x = self.pre_logits(super().forward_head(x, pre_logits=True))
+        return x if pre_logits else self.head(x)
+{create}
+model.pre_logits = torch.nn.Sequential(OrderedDict(fc=torch.nn.Linear({width}, {width}), tanh=torch.nn.Tanh()))
+model.__class__ = WithHiddenLayer"""
+
 
 def timm_code(config: ModelConfig) -> str:
     """Lines of Python after which `model.load_state_dict` takes the weights strictly, and the outputs are the same.
@@ -30,22 +43,18 @@ def timm_code(config: ModelConfig) -> str:
         "depth": (shape.depth, usual.depth),
         "num_heads": (shape.heads, usual.heads),
         "mlp_ratio": (_ratio(shape.width, shape.mlp_dim), _ratio(usual.width, usual.mlp_dim)),
-        "init_values": (config.layer_scale, None),
+        # timm leaves LayerScale out if its initial value is 0; the weights replace the value anyway
+        "init_values": (1.0 if config.layer_scale == 0 else config.layer_scale, None),
         "act_layer": (config.activation, "gelu"),
     }
     given: dict[str, object] = {key: value for key, (value, default) in arguments.items() if value != default}
     if config.pool == "gap":
         given |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
     call = ", ".join([repr(name), *(f"{key}={value!r}" for key, value in given.items())])
-    lines = ["import timm", f"model = timm.create_model({call})"]
-    if config.head == "mlp":
-        lines[:1] = ["from collections import OrderedDict", "import timm", "import torch"]
-        hidden = f"OrderedDict(fc=torch.nn.Linear({shape.width}, {shape.width}), tanh=torch.nn.Tanh())"
-        lines += [
-            f"model.pre_logits = torch.nn.Sequential({hidden})",
-            "model.head.register_forward_pre_hook(lambda head, inputs: (model.pre_logits(inputs[0]),))",
-        ]
-    return "\n".join(lines)
+    create = f"model = timm.create_model({call})"
+    if config.head == "linear":
+        return f"import timm\n{create}"
+    return _WITH_HIDDEN_LAYER.format(create=create, width=shape.width)
 
 
 def _ratio(width: int, mlp_dim: int) -> float:

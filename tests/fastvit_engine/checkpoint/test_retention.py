@@ -53,6 +53,12 @@ def test_a_figure_of_another_step_or_evaluation_does_not_count():
     assert kept(states([0.1, None, 0.2, None]), best="eval.top1") == [30, 40]
 
 
+def test_a_loss_that_is_no_number_is_not_the_best():
+    nan = float("nan")
+    assert kept(states([nan, 2.0, 1.0, 3.0, nan], figure="loss"), best="eval.loss") == [30, 50]
+    assert kept(states([nan, nan, nan], figure="loss"), best="eval.loss") == [30]
+
+
 def test_nothing_is_stale_twice_and_names_come_oldest_first():
     found = dict(reversed(states().items()))
     assert stale_checkpoints(found, keep=2, keep_every=None, best=None) == ["step-10", "step-20", "step-30", "step-40"]

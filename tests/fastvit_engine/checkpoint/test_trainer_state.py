@@ -17,7 +17,8 @@ STATE = TrainerState(
     accuracy={"eval": {"top1": 0.5, "top5": None, "loss": 1.5, "samples": 4}},
     evaluated_at=40,
     recovery=Recovery(skipped=((32, 64),), failed=((32, 64), (96, 128)), rewinds=2),
-    pixels={"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
+    pixels={"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "eval_crop": 0.9, "eval_transform": "big_vision"},
+    class_names=("cat", "dog"),
     batch_sizes=((0, 32), (10, 48)),
 )
 # A manifest as version 0.1.0 wrote it.

@@ -39,3 +39,19 @@ def test_expert_settings_go_over_ours_without_removing_the_rest():
 def test_what_deepspeed_would_ignore_or_fail_on_is_refused(sections, message):
     with pytest.raises(UserError, match=message):
         deepspeed_config(config(**sections), BatchSplit(1, 1, 1))
+
+
+@pytest.mark.parametrize(("limit", "written"), [(1.0, 1.0), (0.3, 0.3), (None, 1e30)])
+def test_gradients_are_clipped_at_the_limit_of_the_configuration(limit, written):
+    config = Config.model_validate({"train": {"grad_clip": limit}, "zero": {"stage": 1}})
+    assert deepspeed_config(config, BatchSplit(8, 1, 8))["gradient_clipping"] == written
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "added_in"), [("bf16", 1, "fp32"), ("bf16", 3, "fp32"), ("bf16", 0, None), ("fp32", 1, None)]
+)
+def test_gradients_of_low_precision_are_added_up_in_fp32(precision, stage, added_in):
+    config = Config.model_validate({"train": {"precision": precision}, "zero": {"stage": stage}})
+    written = deepspeed_config(config, BatchSplit(8, 1, 8))
+    assert written.get("data_types", {}).get("grad_accum_dtype") == added_in
+    assert written["bf16"]["enabled"] == (precision == "bf16")

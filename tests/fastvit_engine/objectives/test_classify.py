@@ -5,6 +5,7 @@ import torch
 from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
 from fastvit_engine.data.pixels.mix import mix
+from fastvit_engine.data.pixels.randaugment import randaugment
 from fastvit_engine.objectives import build_objective
 
 CPU = torch.device("cpu")
@@ -42,3 +43,30 @@ def test_several_labels_are_what_their_sum_is(mixup):
         hot = weight * hot + (1 - weight) * hot[[1, 0, 3, 2]]
     expected = torch.nn.functional.binary_cross_entropy_with_logits(logits, hot, reduction="none").sum(dim=1)
     torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_label_smoothing_is_that_of_pytorch(smoothing):
+    pixels, labels = torch.zeros((4, 8, 8, 3), dtype=torch.uint8), torch.tensor([3, 0, 2, 2])
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    batch = Batch(pixels, labels, torch.ones(4), list("abcd"), np.arange(4))
+    config = Config.model_validate({"loss": {"label_smoothing": smoothing}, "augment": {"mixup": 0, "cutmix": 0}})
+    losses = build_objective(config, CPU).losses(lambda images: logits, batch)
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(losses, expected)
+
+
+@pytest.mark.parametrize(("operations", "magnitude"), [(0, 9.0), (2, 9.0), (3, 1.0)])
+def test_the_model_sees_images_that_have_passed_through_as_many_operations_as_configured(operations, magnitude):
+    pixels = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    batch = Batch(pixels, torch.arange(4), torch.ones(4), list("abcd"), np.arange(4))
+    augment = {"randaugment_ops": operations, "randaugment_magnitude": magnitude, "mixup": 0, "cutmix": 0}
+    seen = []
+
+    def model(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return torch.zeros(4, 5)
+
+    build_objective(Config.model_validate({"augment": augment}), CPU).losses(model, batch)
+    expected = randaugment(pixels, np.arange(4), num_ops=operations, magnitude=magnitude)
+    assert torch.equal(seen[0], expected) and torch.equal(expected, pixels) == (operations == 0)

@@ -76,14 +76,20 @@ def _photos(real_data: Path) -> Iterator[bytes]:
     height=st.integers(1, 400),
     width=st.integers(1, 400),
     size=st.sampled_from([16, 32, 37, 224]),
-    eval_crop=st.sampled_from([0.875, 0.9, 0.95, 1.0]),
+    eval_crop=st.one_of(st.sampled_from([0.875, 0.9, 0.95, 0.96, 1.0]), st.floats(0.5, 1.0)),
     format=st.sampled_from(["PNG", "JPEG"]),
+    mode=st.sampled_from(["RGB", "L", "CMYK", "1", "P", "RGBA", "LA"]),
+    orientation=st.integers(1, 8),
 )
-def test_timm_gives_the_pixels_of_timm(height, width, size, eval_crop, format):
-    if max(height, width) > 40 * min(height, width):  # megabytes, when resized
+def test_timm_gives_the_pixels_of_timm(height, width, size, eval_crop, format, mode, orientation):
+    if max(height, width) > 50 * min(height, width):  # megabytes, when resized
         height = width
-    buffer = io.BytesIO()
-    Image.fromarray(_picture(height, width)).save(buffer, format)
+    buffer, exif = io.BytesIO(), Image.Exif()
+    exif[0x112] = orientation  # which both ignore
+    lacks = {"JPEG": ("P", "RGBA", "LA"), "PNG": ("CMYK",)}[format]
+    picture = Image.fromarray(_picture(height, width)).convert("RGB" if mode in lacks else mode)
+    transparent = {"transparency": 3} if picture.mode == "P" else {}
+    picture.save(buffer, format, exif=exif, **transparent)
     data = buffer.getvalue()
     assert np.array_equal(_evaluated(data, size, eval_crop, "timm"), _with_timm(data, size, eval_crop))
 

@@ -1,5 +1,6 @@
 """The code that an export prints builds a model of timm which takes the weights strictly and computes the same."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -31,11 +32,13 @@ def _in_timm(code: str) -> torch.nn.Module:
         {"head": "mlp"},
         {"head": "mlp", "pool": "gap"},
         {"layer_scale": 0.1},
+        {"layer_scale": 0.0, "pool": "gap", "head": "mlp"},
         {"activation": "gelu_tanh"},
         {"mlp_dim": 101},
         {"width": 66, "heads": 3, "mlp_dim": 47},
         {"name": "H/6"},
-        {"image_size": 224, "name": "B/16", "width": None, "heads": None},
+        {"name": "G/4", "head": "mlp"},
+        {"image_size": 224, "name": "Ti/16", "width": None, "heads": None},
     ],
     ids=str,
 )
@@ -54,13 +57,28 @@ def test_the_model_of_the_code_is_the_model(settings):
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+def test_models_with_a_hidden_layer_keep_their_own_beside_others_and_in_copies():
+    config, images = ModelConfig.model_validate({**SMALL, "head": "mlp"}), torch.randn(2, 3, 12, 12)
+    scope: dict[str, Any] = {}
+    exec(timm_code(config), scope)
+    first = scope["model"].eval()
+    torch.nn.init.normal_(first.pre_logits.fc.weight)
+    copied, before = copy.deepcopy(first), first(images)
+    exec(timm_code(config), scope)  # another model under the same name
+    assert torch.equal(first(images), before)
+    torch.nn.init.zeros_(first.pre_logits.fc.weight)
+    assert torch.equal(copied(images), before) and not torch.equal(first(images), before)
+    tokens = copied.forward_features(images)
+    assert torch.equal(copied.head(copied.forward_head(tokens, pre_logits=True)), before)
+
+
 def _shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_the_models_of_all_recipes_have_the_names_and_shapes_of_timm(recipe):
-    config = load_config(recipe, ["data.train=x"]).config.model
+    config = load_config(recipe, ["data.train=x", "model.depth=1"]).config.model
     with torch.device("meta"):
         assert _shapes(_in_timm(timm_code(config))) == _shapes(VisionTransformer(config, mean=USUAL, std=USUAL))
 
