@@ -95,6 +95,7 @@ def ratios(taken: Mapping[str, Sequence[LoaderTime]], name: str, clock: str) -> 
 
 def report(record: Mapping[str, Any], taken: Mapping[str, Sequence[LoaderTime]]) -> str:
     """The table in Markdown."""
+    shared = "Other work ran on the machine, so figures vary more than they should. "
     lines = [
         "# The loader on shards in an object store",
         "",
@@ -103,7 +104,7 @@ def report(record: Mapping[str, Any], taken: Mapping[str, Sequence[LoaderTime]])
         f"{record['workers']} data workers, images of {record['image_size']} pixels, {record['rounds']} rounds of "
         f"{record['images']} images in turns. The server speaks S3 on the same machine; its CPU time is not counted, "
         "but it takes processor time from the loader. No cache folder. Medians, and ratios to the local disk round by "
-        "round with their range:",
+        f"round with their range. {shared if record['load_average'][0] > 1 else ''}",
         "",
         "| shards on | images per CPU-second | ratio | images per second | ratio |",
         "|---|---:|---:|---:|---:|",

@@ -9,6 +9,7 @@ import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from typing import Any
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -81,7 +82,7 @@ class HttpSource:
         if proxy is not None and proxy_bypass(parts.hostname or ""):
             proxy = None
         if proxy not in self._pools:
-            kept = {"num_pools": MAX_SERVERS, "maxsize": MAX_CONNECTIONS, "ssl_context": _tls()}
+            kept: dict[str, Any] = {"num_pools": MAX_SERVERS, "maxsize": MAX_CONNECTIONS, "ssl_context": _tls()}
             if proxy is None:
                 self._pools[proxy] = urllib3.PoolManager(**kept)
             else:

@@ -101,7 +101,7 @@ def client_of(config: StoreConfig) -> Any:
                 config.root, **_s3_options(urlsplit(config.root).netloc, environment, endpoint), **common
             )
         if config.kind == "gs":
-            options = {}
+            options: dict[str, Any] = {}
             if emulator := environment.get("STORAGE_EMULATOR_HOST"):
                 base = emulator if "://" in emulator else f"http://{emulator}"
                 client["allow_http"] = base.startswith("http://")

@@ -167,7 +167,7 @@ def _answer_all(connection: Connection) -> None:
                 adopt_environment(config.environment)
                 for item in CALLS[name](config, *arguments, *([] if chunks is None else [chunks])):
                     connection.send((_ITEM, item))
-                answer = _END, None
+                answer: tuple[str, Exception | None] = _END, None
             except (AttemptFailed, Refused, UserError) as error:
                 answer = _ERROR, _alone(error)
             if chunks is not None:
