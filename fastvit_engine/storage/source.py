@@ -43,3 +43,30 @@ class Refused(Exception):
 
     def __init__(self, reason: str) -> None:
         super().__init__(shown(reason))
+
+
+class Missing(Refused):
+    """There is no such object, or no such bucket."""
+
+    def __init__(self, reason: str = "it does not exist") -> None:
+        super().__init__(reason)
+
+
+class Exists(Refused):
+    """An object that was to be created exists already."""
+
+    def __init__(self, reason: str = "it exists already") -> None:
+        super().__init__(reason)
+
+
+class Denied(Refused):
+    """The store does not let this user in, or has no such object and does not say so."""
+
+
+class BehindEnd(Refused):
+    """The object ends before the range that was asked for."""
+
+
+def one_line(error: Exception | str) -> str:
+    """Returns the first line of an exception's message, fit to be shown, or the name of its class."""
+    return shown(next(iter(str(error).splitlines()), "")) or type(error).__name__

@@ -14,7 +14,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         description=wrapped(
             "Read the headers of plain tar shards and write where each sample begins, which training needs to read "
             "them in an exact order. Damaged shards are named with the byte. Shards that have not changed since the "
-            "last time are not read again. Remote shards (s3://, https://, ...) are read through fsspec."
+            "last time are not read again. Remote shards (s3://, https://, ...) are read where they are."
         ),
         epilog="example:\n  fastvit data index 'data/photos/train-*.tar' --out data/photos/shards.index\n\n"
         "Training finds shards.index beside the shards; any other name goes into data.index.",
