@@ -14,7 +14,6 @@ from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.reading import SourceReader
 from fastvit_engine.data.shards.names import Split
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import atomic_folder
 from fastvit_engine.observe.progress import WorkProgress
 
 _HASHED_AT_ONCE = 1024
@@ -60,13 +59,12 @@ class Packing:
         return (self.train if shard.split == "train" else self.eval)[shard.start : shard.end]
 
     def save(self, folder: Path) -> None:
-        """Writes all files or none; an existing packing stays."""
-        with atomic_folder(folder) as temporary:
-            self.listing.save(temporary)
-            np.save(temporary / "train.npy", self.train)
-            np.save(temporary / "eval.npy", self.eval)
-            rest = {"arguments": self.arguments, "eval_fraction": self.eval_fraction, "duplicates": self.duplicates}
-            (temporary / "packing.json").write_text(json.dumps(rest))
+        """Writes its files into an empty folder."""
+        self.listing.save(folder)
+        np.save(folder / "train.npy", self.train)
+        np.save(folder / "eval.npy", self.eval)
+        rest = {"arguments": self.arguments, "eval_fraction": self.eval_fraction, "duplicates": self.duplicates}
+        (folder / "packing.json").write_text(json.dumps(rest))
 
     @classmethod
     def load(cls, folder: Path) -> "Packing":

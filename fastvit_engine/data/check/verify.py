@@ -17,7 +17,7 @@ from fastvit_engine.data.build.encode import encode_for_shard
 from fastvit_engine.data.build.parallel import Counter, default_workers, parallel_map
 from fastvit_engine.data.pixels.decode import if_decodes
 from fastvit_engine.data.shards.archive import DamagedShard, read_shard
-from fastvit_engine.data.shards.names import ShardSet, is_local, shard_set
+from fastvit_engine.data.shards.names import ShardSet, shard_set
 from fastvit_engine.data.shards.sample import Ignored, Sample, describe_ignored
 from fastvit_engine.data.shards.usable import MISSING, PLAUSIBLE_CLASSES, UNREADABLE, WRONG_LABEL, SampleKeys, judge
 from fastvit_engine.errors import UserError
@@ -137,7 +137,7 @@ def verify_shards(
     findings: dict[str, Finding] = {}
     present: list[int] = []
     for number, shard in enumerate(shards.shards):
-        if is_local(shard) and not Path(shard).is_file():
+        if shard in shards.missing:
             _add(findings, "missing shard", f"{shard}, which dataset.json lists, does not exist")
         else:
             present.append(number)

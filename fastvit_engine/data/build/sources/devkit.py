@@ -5,9 +5,9 @@ import lzma
 import math
 import re
 import zlib
-from pathlib import Path
 
 from fastvit_engine.data.shards.archive import open_forward
+from fastvit_engine.data.shards.remote_path import AnyPath
 from fastvit_engine.data.shards.tar import TarError, iterate_members
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage.object_store import one_line
@@ -19,7 +19,7 @@ _LARGEST = 1 << 24  # bytes of a file in it; the real ones have less than 200 kB
 _MOST_SYNSETS = 100_000  # the real file has 1,860
 
 
-def validation_labels(path: Path) -> list[list[str]]:
+def validation_labels(path: AnyPath) -> list[list[str]]:
     """The words of each line of a file of labels: a label, or an image's file name and its label.
 
     ILSVRC's ground truth (its devkit, or the text file of it beside the devkit) comes out as WordNet ids.
@@ -35,7 +35,7 @@ def validation_labels(path: Path) -> list[list[str]]:
         devkit = path.parent / DEVKIT
         meta = path.parent / "meta.mat"
         if meta.exists():
-            with open(meta, "rb") as file:
+            with meta.open("rb") as file:
                 wnids = _wnids(file.read(_LARGEST), meta)
         elif devkit.exists():
             wnids = _wnids(_devkit_file(devkit, "meta.mat"), devkit)
@@ -48,13 +48,13 @@ def validation_labels(path: Path) -> list[list[str]]:
     return lines
 
 
-def _devkit_labels(devkit: Path) -> list[str]:
+def _devkit_labels(devkit: AnyPath) -> list[str]:
     numbers = _devkit_file(devkit, "ILSVRC2012_validation_ground_truth.txt").decode().split()
     wnids = _wnids(_devkit_file(devkit, "meta.mat"), devkit)
     return [_wnid(wnids, number, devkit) for number in numbers]
 
 
-def _devkit_file(devkit: Path, name: str) -> bytes:
+def _devkit_file(devkit: AnyPath, name: str) -> bytes:
     try:
         with open_forward(str(devkit)) as (read, size):
             for member in iterate_members(read, size):
@@ -68,7 +68,7 @@ def _devkit_file(devkit: Path, name: str) -> bytes:
     raise UserError(f"{devkit} holds no data/{name}: it is not ILSVRC2012's devkit; download it again")
 
 
-def _wnids(meta: bytes, where: Path) -> dict[str, str]:
+def _wnids(meta: bytes, where: AnyPath) -> dict[str, str]:
     """ILSVRC2012_ID -> WordNet id, from meta.mat."""
     try:
         from scipy.io import loadmat, whosmat
@@ -83,7 +83,7 @@ def _wnids(meta: bytes, where: Path) -> dict[str, str]:
         raise UserError(f"meta.mat of {where} cannot be read ({one_line(error)}): download the devkit again") from error
 
 
-def _wnid(wnids: dict[str, str], number: str, where: Path) -> str:
+def _wnid(wnids: dict[str, str], number: str, where: AnyPath) -> str:
     if number not in wnids:
         raise UserError(f"{where} has the label {number}, which meta.mat does not know: download the devkit again")
     return wnids[number]
