@@ -43,3 +43,21 @@ class Refused(Exception):
 
     def __init__(self, reason: str) -> None:
         super().__init__(shown(reason))
+
+
+class Missing(Refused):
+    """There is no such object, or no such bucket."""
+
+    def __init__(self, reason: str = "it does not exist") -> None:
+        super().__init__(reason)
+
+
+class Exists(Refused):
+    """An object that was to be created exists already."""
+
+    def __init__(self, reason: str = "it exists already") -> None:
+        super().__init__(reason)
+
+
+class BehindEnd(Refused):
+    """The object ends before the range that was asked for."""
