@@ -173,7 +173,7 @@ class RemoteOutput:
         return not self.exists()
 
     def begin(self) -> None:
-        """Folders of an object store need not be made."""
+        remote_files.write(f"{self._unfinished}/begun", b"")  # whoever may not write is told before the work begins
 
     def stored_packing(self) -> Path | None:
         try:
@@ -196,7 +196,7 @@ class RemoteOutput:
                     packed.add(path, path.name)
             shutil.rmtree(folder)
             with contextlib.suppress(FileExistsError):  # of another part, which was faster
-                remote_files.create(self._packing, file)
+                remote_files.write(self._packing, file, create=True)
         stored = self.stored_packing()
         if stored is None:
             raise FileNotFoundError(f"{self._packing} has disappeared")

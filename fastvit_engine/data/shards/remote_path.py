@@ -52,8 +52,9 @@ class _Tree:
         for path, size in remote_files.list_files(self.root):
             below, _, name = path.rpartition("/")
             self._folder(found, below)
-            if name:  # an object whose name ends in "/" is how some tools mark an empty folder
-                found[below].files[name] = size
+            found[below].files[name] = size
+        for folder in found.values():  # some tools mark a folder by an empty object of its name
+            folder.files = {name: size for name, size in folder.files.items() if name not in folder.folders}
         return found
 
     def _folder(self, found: dict[str, _Folder], path: str) -> None:

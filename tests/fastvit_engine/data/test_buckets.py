@@ -1,11 +1,17 @@
-"""What is in a bucket is as what is on a disk: the same shards, dataset.json and messages, but for the path."""
+"""What is in a bucket is as what is on a disk: the same shards, dataset.json and messages, but for the path.
+
+FASTVIT_TEST_BUCKETS=all goes through all kinds of sources.
+"""
 
 import csv
 import io
 import itertools
 import json
+import os
 import re
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +20,7 @@ import pytest
 
 import fastvit_engine.data.build.output as output_module
 import fastvit_engine.data.shards.index as index_module
+from fastvit_engine.cli import main
 from fastvit_engine.data.build.make import make_dataset
 from fastvit_engine.data.check.contact_sheet import class_sheet, save_sheet
 from fastvit_engine.data.check.speed import Effort, measure_speed
@@ -164,14 +171,27 @@ def _idx(folder: Path, photo: Callable[..., bytes], write_tar: Any) -> str:
     return ""
 
 
-SOURCES = (
-    _class_folders, _split_folders, _class_tars, _folder_tar, _webdataset, _webdataset_glob, _webdataset_braces, _csv,
-    _parquet, _idx,
-)  # fmt: skip
+SOURCES = [_class_folders, _webdataset_glob, _csv, _parquet]
+OTHER_SOURCES = [_split_folders, _class_tars, _folder_tar, _webdataset, _webdataset_braces, _idx]
+ALL = os.environ.get("FASTVIT_TEST_BUCKETS") == "all"
 
 
-@pytest.mark.parametrize("write_source", SOURCES, ids=lambda function: function.__name__.lstrip("_"))
+def _name(function: Any) -> str:
+    return str(function.__name__).lstrip("_")
+
+
+@pytest.mark.parametrize("write_source", SOURCES, ids=_name)
 def test_a_source_in_a_bucket_gives_the_shards_of_one_on_a_disk(client, url, tmp_path, photo, write_tar, write_source):
+    _check_source(client, url, tmp_path, photo, write_tar, write_source)
+
+
+@pytest.mark.skipif(not ALL, reason="FASTVIT_TEST_BUCKETS=all goes through all kinds of sources")
+@pytest.mark.parametrize("write_source", OTHER_SOURCES, ids=_name)
+def test_any_other_source_too(client, url, tmp_path, photo, write_tar, write_source):
+    _check_source(client, url, tmp_path, photo, write_tar, write_source)
+
+
+def _check_source(client: Bucket, url: str, tmp_path: Path, photo: Any, write_tar: Any, write_source: Any) -> None:
     (tmp_path / "in").mkdir()
     name = write_source(tmp_path / "in", photo, write_tar)
     _upload(client, tmp_path / "in", f"{url}/in")
@@ -373,3 +393,70 @@ def test_paths_on_servers():
     assert str(path.with_name("c")) == "s3://bucket/a/c" and path.parent / "b.tar.gz" == path
     signed = RemotePath.of("https://host/a/list.csv?sig=x/y")
     assert (signed.name, signed.suffix, str(signed.parent)) == ("list.csv", ".csv", "https://host/a")
+
+
+def _ends_in_one_sentence(capsys: Any, *words: str) -> str:
+    """The message of a command that ends with exit code 2."""
+    assert main(["data", *words]) == 2
+    message: str = capsys.readouterr().err
+    assert message.count("\n") == 1 and "Traceback" not in message
+    return message
+
+
+def _commands(url: str, folder: Path) -> list[list[str]]:
+    return [
+        ["make", str(folder), "--out", f"{url}/out"],
+        ["make", f"{url}/in", "--out", str(folder / "out")],
+        ["index", f"{url}/in"],
+        ["verify", f"{url}/in"],
+        ["stats", f"{url}/in/a.tar"],
+    ]
+
+
+def test_a_bucket_that_does_not_exist(client, tmp_path, photo, capsys):
+    for command in _commands("s3://no-such-bucket", _photos(tmp_path / "in", photo, 4)):
+        assert "s3://no-such-bucket/" in _ends_in_one_sentence(capsys, *command)
+
+
+def test_access_that_is_denied(client, tmp_path, photo, capsys, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Denying)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
+    try:
+        for command in _commands("s3://bucket", _photos(tmp_path / "in", photo, 4)):
+            message = _ends_in_one_sentence(capsys, *command)
+            assert "s3://bucket/" in message and "denied" in message.lower()
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+class _Denying(BaseHTTPRequestHandler):
+    """A store that gives nothing."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_PUT = do_HEAD = do_POST = do_DELETE = do_GET
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+def test_credentials_that_are_missing(client, tmp_path, photo, capsys, monkeypatch):
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".aws").mkdir()
+    (tmp_path / ".aws" / "config").write_text("[default]\nregion = us-east-1\n")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    for command in _commands("s3://bucket", _photos(tmp_path / "in", photo, 4)):
+        assert "s3://bucket/" in _ends_in_one_sentence(capsys, *command)
