@@ -1,8 +1,9 @@
 """`fastvit data index`: where each sample of shards begins."""
 
 import argparse
+from functools import partial
 
-from fastvit_engine.commands.data.options import add_settings, load_settings, wrapped
+from fastvit_engine.commands.data.options import add_ray, add_settings, load_settings, workers_of, wrapped
 from fastvit_engine.commands.parser import local_path, positive
 from fastvit_engine.shown import say
 
@@ -29,11 +30,13 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     index.add_argument(
         "--processes", type=positive, metavar="N", help="read so many shards at once (default: one per core)"
     )
+    add_ray(index)
     add_settings(index)
     index.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    from fastvit_engine.data.build.parallel import check_workers, ordered_map, some_of
     from fastvit_engine.data.shards.index import INDEX_SUFFIX, write_index
     from fastvit_engine.data.shards.names import list_shards
     from fastvit_engine.data.shards.sample import Ignored, describe_ignored
@@ -46,7 +49,10 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--processes is {args.processes}: at least 1")
     shards = list_shards(args.shards, named="SHARDS")
     label_key = args.label_key or load_settings(args).config.data.label_key
-    index = write_index(shards, args.out, label_key=label_key, processes=args.processes, progress=say)
+    with workers_of(args.ray, args.processes) as workers:
+        run = None if workers is None or isinstance(workers, int) else partial(ordered_map, workers=workers)
+        check_workers(workers, some_of(shards))
+        index = write_index(shards, args.out, label_key=label_key, processes=args.processes, run=run, progress=say)
     classes = index.class_counts()
     unlabelled = int(index.unlabelled.sum())
     labels = counted(len(classes), "class", "classes") + (f", {unlabelled:,} without a label" if unlabelled else "")

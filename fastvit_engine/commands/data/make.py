@@ -2,8 +2,9 @@
 
 import argparse
 
-from fastvit_engine.commands.data.options import wrapped
+from fastvit_engine.commands.data.options import add_ray, workers_of, wrapped
 from fastvit_engine.commands.parser import local_path, local_text
+from fastvit_engine.errors import UserError
 
 _SOURCES = """\
 sources, recognised by what they are (--format says it explicitly):
@@ -43,7 +44,9 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "  fastvit data make list.csv --out data/web --max-failed 0.1\n\n"
         "on several machines, here as a SLURM array of 8:\n"
         "  fastvit data make SOURCE --out DIR --plan-only                        # once, first\n"
-        "  srun ... fastvit data make SOURCE --out DIR --part $SLURM_ARRAY_TASK_ID/8   # --array=1-8",
+        "  srun ... fastvit data make SOURCE --out DIR --part $SLURM_ARRAY_TASK_ID/8   # --array=1-8\n\n"
+        "on a Ray cluster, from one of its nodes:\n"
+        "  fastvit data make SOURCE --out DIR --ray auto",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     make.add_argument("source", type=local_text, metavar="SOURCE", help="a folder, file or pattern; see below")
@@ -74,6 +77,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     work = make.add_argument_group("work")
     work.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     work.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="write every N-th shard, from the I-th")
+    add_ray(work)
     work.add_argument("--plan-only", action="store_true", help="list and shuffle, for --part to start from")
     make.set_defaults(run=_run)
 
@@ -91,7 +95,10 @@ def _run(args: argparse.Namespace) -> int:
     names = (
         "format", "labels", "classes", "eval_source", "eval_labels", "image_column", "label_column",
         "eval_fraction", "samples_per_shard", "seed",
-        "resize", "quality", "dedup", "leave_out", "max_failed", "workers", "part", "plan_only",
+        "resize", "quality", "dedup", "leave_out", "max_failed", "part", "plan_only",
     )  # fmt: skip
-    make_dataset(args.source, args.out, **{name: getattr(args, name) for name in names})
+    if args.ray is not None and args.part != (1, 1):
+        raise UserError("--part and --ray both share out the work: leave out one of them")
+    with workers_of(args.ray, args.workers) as workers:
+        make_dataset(args.source, args.out, workers=workers, **{name: getattr(args, name) for name in names})
     return 0

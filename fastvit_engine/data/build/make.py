@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,15 @@ from webdataset.writer import TarWriter
 
 from fastvit_engine.data.build.encode import encode_for_shard
 from fastvit_engine.data.build.packing import Packing, Shard, make_packing
-from fastvit_engine.data.build.parallel import Counter, default_workers, parallel_map
+from fastvit_engine.data.build.parallel import (
+    Counter,
+    Workers,
+    check_workers,
+    default_workers,
+    ordered_map,
+    parallel_map,
+    some_of,
+)
 from fastvit_engine.data.build.sources import FORMATS, list_source, list_with_eval
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing, describe_classes, describe_left_out
@@ -74,7 +83,7 @@ def make_dataset(
     image_column: str | None = None,
     label_column: str | None = None,
     max_failed: float = 0.0,
-    workers: int | None = None,
+    workers: Workers | None = None,
     part: tuple[int, int] = (1, 1),
     plan_only: bool = False,
     progress: Callable[[str], None] = say,
@@ -83,11 +92,11 @@ def make_dataset(
 
     `image_column` and `label_column` name columns of a list or of Parquet files.
 
-    The listing, the split and the global shuffle are decided first and stored; then `workers` processes write shards in
-    parallel, each atomically. After a kill, a full disk or a bad image, the same call keeps the complete shards and
-    writes the others, byte for byte as without the interruption. `part` (i, n) writes every n-th shard from the i-th.
-    The part that completes the last shard writes dataset.json; a folder that has it is complete, and the same call
-    does nothing more.
+    The listing, the split and the global shuffle are decided first and stored; then `workers` processes, or those of an
+    executor, write shards in parallel, each atomically. After a kill, a full disk or a bad image, the same call keeps
+    the complete shards and writes the others, byte for byte as without the interruption. `part` (i, n) writes every
+    n-th shard from the i-th. The part that completes the last shard writes dataset.json; a folder that has it is
+    complete, and the same call does nothing more.
 
     Samples have an image, `cls` (the index of the first label) and, if the source gives several labels, `json`:
     {"labels": [...]}. `leave_out` has patterns of what is not taken: folders, by their path in `source`, or files.
@@ -131,7 +140,7 @@ def _make(
     arguments: dict[str, Any],
     part: tuple[int, int],
     max_failed: float,
-    workers: int,
+    workers: Workers,
     plan_only: bool,
     progress: Callable[[str], None],
 ) -> MadeDataset:
@@ -143,14 +152,16 @@ def _make(
         if existed and not begun and any(out.iterdir()):
             raise UserError(f"{out} is not empty and was not made by `fastvit data make`: choose another --out")
         (unfinished / "receipts").mkdir(parents=True, exist_ok=True)
+        check_workers(workers, [arguments["source"]], unfinished)
         packing = _packing(out, arguments, workers, display, progress)
         if plan_only:
             display.clear()
             progress(f"{out}: planned {len(packing.train):,} train and {len(packing.eval):,} eval samples")
             return MadeDataset(out, None)
+        check_workers(workers, some_of(_local_files(packing.listing)), unfinished)
         _write_shards(out, packing, part, max_failed, workers, display, progress)
         display.clear()
-        return _finish(out, packing, part, progress)
+        return _finish(out, packing, part, workers, progress)
     except Exception as error:
         if part == (1, 1) and not begun:
             _remove_if_nothing_is_complete(out, remove_folder=not existed)
@@ -171,7 +182,7 @@ def _check_arguments(
     resize: int | None,
     quality: int,
     max_failed: float,
-    workers: int | None,
+    workers: Workers | None,
     part: tuple[int, int],
     labels: str | None,
     label_column: str | None,
@@ -190,7 +201,11 @@ def _check_arguments(
         raise UserError("--labels and --label-column both name the column of labels: leave out one of them")
     if seed < 0:
         raise UserError(f"--seed is {seed}: it must be at least 0")
-    counts = {"--samples-per-shard": samples_per_shard, "--resize": resize, "--workers": workers}
+    counts = {
+        "--samples-per-shard": samples_per_shard,
+        "--resize": resize,
+        "--workers": workers if isinstance(workers, int) else None,
+    }
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}: it must be at least 1")
@@ -229,7 +244,7 @@ def _option(name: str, value: Any) -> str:
 
 
 def _packing(
-    out: Path, arguments: dict[str, Any], workers: int, display: WorkProgress, progress: Callable[[str], None]
+    out: Path, arguments: dict[str, Any], workers: Workers, display: WorkProgress, progress: Callable[[str], None]
 ) -> Packing:
     """The packing of a run that was stopped, or of another part; otherwise a new one."""
     unfinished = out / UNFINISHED_NAME
@@ -315,12 +330,19 @@ def _class_names(path: Path) -> list[str]:
     return names
 
 
+def _local_files(listing: Listing) -> list[str]:
+    """A few of the local files that images are read from."""
+    holding = [file.path for file in listing.files if file.kind not in ("path", "url")]
+    images = [(listing.files[listing.file[index]], listing.name(index)) for index in some_of(range(len(listing)))]
+    return [*some_of(holding), *(str(Path(file.path, name)) for file, name in images if file.kind == "path")]
+
+
 def _write_shards(
     out: Path,
     packing: Packing,
     part: tuple[int, int],
     max_failed: float,
-    workers: int,
+    workers: Workers,
     display: WorkProgress,
     progress: Callable[[str], None],
 ) -> None:
@@ -365,6 +387,12 @@ class _ShardWriter:
         self._max_failed, self._total = max_failed, total
         self._reader = SourceReader(packing.listing)
         self._downloads = any(file.kind == "url" for file in packing.listing.files)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}  # whose listing is that of the packing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _reader=SourceReader(state["_packing"].listing))
 
     def write(self, shard: Shard) -> None:
         warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
@@ -487,7 +515,9 @@ def _receipt(out: Path, shard: Shard) -> Receipt | None:
     return None
 
 
-def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callable[[str], None]) -> MadeDataset:
+def _finish(
+    out: Path, packing: Packing, part: tuple[int, int], workers: Workers, progress: Callable[[str], None]
+) -> MadeDataset:
     """Writes dataset.json if all shards are complete."""
     receipts = {shard: _receipt(out, shard) for shard in packing.shards()}
     complete = {shard: receipt for shard, receipt in receipts.items() if receipt is not None}
@@ -528,7 +558,11 @@ def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callab
         atomic_write(
             out / FAILED_NAME, json_lines(recorded({"image": where, "reason": reason}) for where, reason in failed)
         )
-    write_index([str(out / name) for name in [*info.train.shards, *info.eval.shards]], out / INDEX_NAME)
+    write_index(
+        [str(out / name) for name in [*info.train.shards, *info.eval.shards]],
+        out / INDEX_NAME,
+        run=None if isinstance(workers, int) else partial(ordered_map, workers=workers),
+    )
     atomic_write(out / INFO_NAME, info.model_dump_json(indent=2) + "\n")
     shutil.rmtree(out / UNFINISHED_NAME, ignore_errors=True)
     progress(

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
+from fastvit_engine.data.build.parallel import Workers
 from fastvit_engine.data.shards.image_files import has_image_suffix
 from fastvit_engine.data.shards.sample import is_macos_resource
 from fastvit_engine.data.shards.splits import Splits, pattern_of
@@ -23,7 +24,7 @@ class Context:
     """What every source may use while it lists its images."""
 
     scratch: Path  # a folder for what must be unpacked to be read by offset; kept until the shards are made
-    workers: int
+    workers: Workers
     progress: WorkProgress
     say: Callable[[str], None]
     classes: list[str] | None = None  # class names in label order, if they are given
@@ -119,8 +120,9 @@ class Context:
         """A path in the scratch folder that belongs to `source` alone."""
         return self.scratch / (re.sub(r"[^A-Za-z0-9.-]+", "_", str(source.resolve())).strip("_")[-200:] + suffix)
 
+    @staticmethod
     @contextlib.contextmanager
-    def writing(self, path: Path) -> Iterator[BinaryIO]:
+    def writing(path: Path) -> Iterator[BinaryIO]:
         """Writes a scratch file that exists whole or not at all, also when several processes write it at once."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_writer(path) as file:

@@ -9,6 +9,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,20 +89,24 @@ def plain_tars(paths: list[Path], context: Context) -> list[Path]:
         context.progress.start("decompressing", len(gzipped), "tars")
         done = Counter()
 
-        def decompress(pair: tuple[Path, Path]) -> None:
-            path, copy = pair
-            with context.writing(copy) as target, gzip.open(path, "rb") as packed:
-                try:
-                    shutil.copyfileobj(packed, target, 2**20)
-                except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                    raise UserError(f"{path} is damaged ({error}): copy or download it again") from error
-            done.add()
-
         for _ in parallel_map(
-            decompress, gzipped, workers=context.workers, while_waiting=lambda: context.progress.update(done.value)
+            partial(_decompress, done),
+            gzipped,
+            workers=context.workers,
+            while_waiting=lambda: context.progress.update(done.value),
         ):
             pass
     return plain
+
+
+def _decompress(done: Counter, pair: tuple[Path, Path]) -> None:
+    path, copy = pair
+    with Context.writing(copy) as target, gzip.open(path, "rb") as packed:
+        try:
+            shutil.copyfileobj(packed, target, 2**20)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is damaged ({error}): copy or download it again") from error
+    done.add()
 
 
 def _is_gzipped(path: Path) -> bool:
