@@ -1,8 +1,9 @@
 """`fastvit data index`: where each sample of shards begins."""
 
 import argparse
+from functools import partial
 
-from fastvit_engine.commands.data.options import add_settings, load_settings, wrapped
+from fastvit_engine.commands.data.options import add_ray, add_settings, load_settings, workers_of, wrapped
 from fastvit_engine.commands.parser import output_path_or_url, positive
 from fastvit_engine.shown import say
 
@@ -31,11 +32,13 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     index.add_argument(
         "--processes", type=positive, metavar="N", help="read so many shards at once (default: one per core)"
     )
+    add_ray(index)
     add_settings(index)
     index.set_defaults(run=_run)
 
 
 def _run(args: argparse.Namespace) -> int:
+    from fastvit_engine.data.build.parallel import check_workers, ordered_map, some_of
     from fastvit_engine.data.shards.index import INDEX_NAME, INDEX_SUFFIX, write_index
     from fastvit_engine.data.shards.names import list_shards
     from fastvit_engine.data.shards.remote_path import any_path, common_folder
@@ -50,7 +53,10 @@ def _run(args: argparse.Namespace) -> int:
     shards = list_shards(args.shards, named="SHARDS")
     label_key = args.label_key or load_settings(args).config.data.label_key
     out = any_path(args.out) if args.out else common_folder([any_path(shard) for shard in shards]) / INDEX_NAME
-    index = write_index(shards, out, label_key=label_key, processes=args.processes, progress=say)
+    with workers_of(args.ray, args.processes) as workers:
+        run = None if workers is None or isinstance(workers, int) else partial(ordered_map, workers=workers)
+        check_workers(workers, some_of(shards))
+        index = write_index(shards, out, label_key=label_key, processes=args.processes, run=run, progress=say)
     classes = index.class_counts()
     unlabelled = int(index.unlabelled.sum())
     labels = counted(len(classes), "class", "classes") + (f", {unlabelled:,} without a label" if unlabelled else "")

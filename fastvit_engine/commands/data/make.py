@@ -2,8 +2,9 @@
 
 import argparse
 
-from fastvit_engine.commands.data.options import wrapped
+from fastvit_engine.commands.data.options import add_ray, workers_of, wrapped
 from fastvit_engine.commands.parser import output_path_or_url, path_or_url
+from fastvit_engine.errors import UserError
 
 _SOURCES = """\
 sources, recognised by what they are (--format says it explicitly):
@@ -44,7 +45,9 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         "  fastvit data make s3://bucket/photos --out s3://bucket/shards\n\n"
         "on several machines, here as a SLURM array of 8:\n"
         "  fastvit data make SOURCE --out DIR --plan-only                        # once, first\n"
-        "  srun ... fastvit data make SOURCE --out DIR --part $SLURM_ARRAY_TASK_ID/8   # --array=1-8",
+        "  srun ... fastvit data make SOURCE --out DIR --part $SLURM_ARRAY_TASK_ID/8   # --array=1-8\n\n"
+        "on a Ray cluster, from one of its nodes:\n"
+        "  fastvit data make SOURCE --out DIR --ray auto",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     make.add_argument("source", type=path_or_url, metavar="SOURCE", help="a folder, file, pattern or URL; see below")
@@ -78,6 +81,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     work = make.add_argument_group("work")
     work.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     work.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="write every N-th shard, from the I-th")
+    add_ray(work)
     work.add_argument("--plan-only", action="store_true", help="list and shuffle, for --part to start from")
     make.set_defaults(run=_run)
 
@@ -96,10 +100,13 @@ def _run(args: argparse.Namespace) -> int:
     names = (
         "format", "labels", "classes", "eval_source", "eval_labels", "image_column", "label_column",
         "eval_fraction", "samples_per_shard", "seed",
-        "resize", "quality", "max_pixels", "dedup", "leave_out", "max_failed", "workers", "part", "plan_only",
+        "resize", "quality", "max_pixels", "dedup", "leave_out", "max_failed", "part", "plan_only",
     )  # fmt: skip
     options = {name: getattr(args, name) for name in names}
     if args.classes is not None:
         options["classes"] = any_path(args.classes)
-    make_dataset(args.source, args.out, **options)
+    if args.ray is not None and args.part != (1, 1):
+        raise UserError("--part and --ray both share out the work: leave out one of them")
+    with workers_of(args.ray, args.workers) as workers:
+        make_dataset(args.source, args.out, workers=workers, **options)
     return 0

@@ -12,7 +12,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -22,7 +23,15 @@ from webdataset.writer import TarWriter
 from fastvit_engine.data.build.encode import encode_for_shard
 from fastvit_engine.data.build.output import Output, open_output
 from fastvit_engine.data.build.packing import Packing, Shard, make_packing
-from fastvit_engine.data.build.parallel import Counter, default_workers, parallel_map
+from fastvit_engine.data.build.parallel import (
+    Counter,
+    Workers,
+    check_workers,
+    default_workers,
+    ordered_map,
+    parallel_map,
+    some_of,
+)
 from fastvit_engine.data.build.sources import FORMATS, list_source, list_with_eval
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing, describe_classes, describe_left_out
@@ -87,7 +96,7 @@ def make_dataset(
     image_column: str | None = None,
     label_column: str | None = None,
     max_failed: float = 0.0,
-    workers: int | None = None,
+    workers: Workers | None = None,
     part: tuple[int, int] = (1, 1),
     plan_only: bool = False,
     progress: Callable[[str], None] = say,
@@ -96,11 +105,11 @@ def make_dataset(
 
     `image_column` and `label_column` name columns of a list or of Parquet files.
 
-    The listing, the split and the global shuffle are decided first and stored; then `workers` processes write shards in
-    parallel, each atomically. After a kill, a full disk or a bad image, the same call keeps the complete shards and
-    writes the others, byte for byte as without the interruption. `part` (i, n) writes every n-th shard from the i-th.
-    The part that completes the last shard writes dataset.json; a folder that has it is complete, and the same call
-    does nothing more.
+    The listing, the split and the global shuffle are decided first and stored; then `workers` processes, or those of an
+    executor, write shards in parallel, each atomically. After a kill, a full disk or a bad image, the same call keeps
+    the complete shards and writes the others, byte for byte as without the interruption. `part` (i, n) writes every
+    n-th shard from the i-th. The part that completes the last shard writes dataset.json; a folder that has it is
+    complete, and the same call does nothing more.
 
     Samples have an image, `cls` (the index of the first label) and, if the source gives several labels, `json`:
     {"labels": [...]}. An image with more than `max_pixels` (default: as data.max_pixels) has failed. `leave_out` has
@@ -157,7 +166,7 @@ def _make(
     arguments: dict[str, Any],
     part: tuple[int, int],
     max_failed: float,
-    workers: int,
+    workers: Workers,
     plan_only: bool,
     progress: Callable[[str], None],
 ) -> MadeDataset:
@@ -169,14 +178,16 @@ def _make(
         if existed and not begun and not output.is_empty():
             raise UserError(f"{out} is not empty and was not made by `fastvit data make`: choose another --out")
         output.begin()
+        check_workers(workers, [arguments["source"]], output.shared_folder)
         packing = _packing(output, arguments, workers, display, progress)
         if plan_only:
             display.clear()
             progress(f"{out}: planned {len(packing.train):,} train and {len(packing.eval):,} eval samples")
             return MadeDataset(out, None)
+        check_workers(workers, some_of(_local_files(packing.listing)), output.shared_folder)
         _write_shards(output, packing, part, max_failed, workers, display, progress)
         display.clear()
-        return _finish(output, packing, part, progress)
+        return _finish(output, packing, part, workers, progress)
     except Exception as error:
         if part == (1, 1) and not begun:
             _remove_if_nothing_is_complete(output, remove_folder=not existed)
@@ -198,7 +209,7 @@ def _check_arguments(
     quality: int,
     max_pixels: int | None,
     max_failed: float,
-    workers: int | None,
+    workers: Workers | None,
     part: tuple[int, int],
     labels: str | None,
     label_column: str | None,
@@ -219,7 +230,11 @@ def _check_arguments(
         raise UserError("--labels and --label-column both name the column of labels: leave out one of them")
     if seed < 0:
         raise UserError(f"--seed is {seed}: it must be at least 0")
-    counts = {"--samples-per-shard": samples_per_shard, "--resize": resize, "--workers": workers}
+    counts = {
+        "--samples-per-shard": samples_per_shard,
+        "--resize": resize,
+        "--workers": workers if isinstance(workers, int) else None,
+    }
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}: it must be at least 1")
@@ -268,7 +283,7 @@ def _option(name: str, value: Any) -> str:
 
 
 def _packing(
-    output: Output, arguments: dict[str, Any], workers: int, display: WorkProgress, progress: Callable[[str], None]
+    output: Output, arguments: dict[str, Any], workers: Workers, display: WorkProgress, progress: Callable[[str], None]
 ) -> Packing:
     """The packing of a run that was stopped, or of another part; otherwise a new one."""
     out = output.path
@@ -276,7 +291,7 @@ def _packing(
     has_receipts = bool(output.receipts())
     stored = output.stored_packing()
     if stored is not None:
-        packing = Packing.load(stored)
+        packing = _loaded(output, stored)
         _check_equal(out, "is being", packing.arguments, arguments)
         return packing
     if has_receipts and read_info(str(out)) is None:
@@ -316,7 +331,13 @@ def _packing(
     eval_fraction = _eval_fraction(listing, arguments)
     say(_what_was_found(listing, arguments, eval_fraction, context))
     packing = make_packing(listing, arguments, eval_fraction=eval_fraction, workers=workers, progress=display)
-    return Packing.load(output.save_packing(packing.save))
+    return _loaded(output, output.save_packing(packing.save))
+
+
+def _loaded(output: Output, folder: Path) -> Packing:
+    """The packing in a folder; without the folder's name if other machines do not see it."""
+    packing = Packing.load(folder)
+    return packing if output.shared_folder is not None else replace(packing, folder=None)
 
 
 def _what_was_found(listing: Listing, arguments: dict[str, Any], eval_fraction: float | None, context: Context) -> str:
@@ -352,12 +373,20 @@ def _class_names(path: AnyPath) -> list[str]:
     return names
 
 
+def _local_files(listing: Listing) -> list[str]:
+    """A few of the local files that images are read from."""
+    holding = [file.path for file in listing.files if file.kind not in ("path", "url")]
+    images = [(listing.files[listing.file[index]], listing.name(index)) for index in some_of(range(len(listing)))]
+    paths = [*some_of(holding), *(os.path.join(file.path, name) for file, name in images if file.kind == "path")]
+    return [path for path in paths if not is_remote(path)]
+
+
 def _write_shards(
     output: Output,
     packing: Packing,
     part: tuple[int, int],
     max_failed: float,
-    workers: int,
+    workers: Workers,
     display: WorkProgress,
     progress: Callable[[str], None],
 ) -> None:
@@ -396,6 +425,12 @@ class _ShardWriter:
         self._max_failed, self._total = max_failed, total
         self._reader = SourceReader(packing.listing)
         self._downloads = any(file.kind == "url" or is_remote(file.path) for file in packing.listing.files)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}  # whose listing is that of the packing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _reader=SourceReader(state["_packing"].listing))
 
     def write(self, shard: Shard) -> None:
         warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
@@ -538,7 +573,9 @@ def _complete(output: Output, shards: Sequence[Shard]) -> dict[Shard, Receipt]:
     }
 
 
-def _finish(output: Output, packing: Packing, part: tuple[int, int], progress: Callable[[str], None]) -> MadeDataset:
+def _finish(
+    output: Output, packing: Packing, part: tuple[int, int], workers: Workers, progress: Callable[[str], None]
+) -> MadeDataset:
     """Writes dataset.json if all shards are complete."""
     out, shards = output.path, packing.shards()
     complete = _complete(output, shards)
@@ -585,7 +622,8 @@ def _finish(output: Output, packing: Packing, part: tuple[int, int], progress: C
         if receipt.record is not None and receipt.stamp is not None
     }
     names = [*info.train.shards, *info.eval.shards]
-    write_index([str(out / name) for name in names], out / INDEX_NAME, records=records)
+    run = None if isinstance(workers, int) else partial(ordered_map, workers=workers)
+    write_index([str(out / name) for name in names], out / INDEX_NAME, records=records, run=run)
     output.write(INFO_NAME, (info.model_dump_json(indent=2) + "\n").encode())
     output.finish()
     progress(

@@ -32,6 +32,7 @@ class Output(Protocol):
 
     path: AnyPath
     unpacked: AnyPath  # folder for what sources are unpacked to
+    shared_folder: Path | None  # that every machine with workers must see; None: a store, which all see
 
     def exists(self) -> bool: ...
 
@@ -79,6 +80,7 @@ class LocalOutput:
         self.path: AnyPath = path
         self._path = path
         self._unfinished = path / UNFINISHED_NAME
+        self.shared_folder: Path | None = self._unfinished
         self._packing = self._unfinished / "packing"
         self.unpacked: AnyPath = self._unfinished / "unpacked"
 
@@ -161,6 +163,7 @@ class RemoteOutput:
         self._url, self._local = path.url, local  # a folder of this process alone
         self._unfinished = f"{self._url}/{UNFINISHED_NAME}"
         self._packing = f"{self._unfinished}/packing.tar"
+        self.shared_folder: Path | None = None
         self.unpacked: AnyPath = RemotePath.of(f"{self._unfinished}/unpacked")
 
     def exists(self) -> bool:
@@ -222,7 +225,7 @@ class RemoteOutput:
 
     @contextlib.contextmanager
     def new_shard(self, name: str, temporary: Path) -> Iterator[BinaryIO]:
-        with tempfile.TemporaryFile(dir=temporary) as file:
+        with tempfile.TemporaryFile(prefix="fastvit-make-") as file:  # not in `temporary`: this may be another machine
             yield file
             remote_files.write(f"{self._url}/{name}", file)
 

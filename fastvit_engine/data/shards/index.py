@@ -289,18 +289,20 @@ def write_index(
     label_key: str = "cls",
     processes: int | None = None,
     records: Mapping[str, ShardRecord] | None = None,
+    run: Callable[..., Iterable[Any]] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Index:
     """Makes the index of `shards` (paths or URLs of plain tar archives) in their order, and returns it.
 
     Shards that `records` or an index at `path` already describes, by size and time of change or by a remote file's tag,
-    are not read again. Raises UserError before anything is written, naming every bad shard with the byte, up to ten.
+    are not read again. `run`: an ordered map, run(function, tasks), that reads the shards in place of `processes` here.
+    Raises UserError before anything is written, naming every bad shard with the byte, up to ten.
     """
     _check_different(shards)
     if not isinstance(path, Path):
         check_writable(path.url)  # before much is read
     known = _known_records(path, label_key) | {_whole(shard): record for shard, record in (records or {}).items()}
-    scanned = _scan_all(shards, known, label_key, processes, progress)
+    scanned = _scan_all(shards, known, label_key, processes, run, progress)
     try:
         if isinstance(path, Path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -354,17 +356,18 @@ def _scan_all(
     known: dict[str, ShardRecord],
     label_key: str,
     processes: int | None,
+    run: Callable[..., Iterable[Any]] | None,
     progress: Callable[[str], None],
 ) -> Iterator[ShardRecord]:
     """The records of the shards, in order. Raises UserError once all have been seen, or ten of them are bad."""
-    tasks = (
+    tasks = [
         (s, label_key, (known[_whole(s)].size, known[_whole(s)].stamp) if _whole(s) in known else None) for s in shards
-    )
+    ]
     problems: list[tuple[str, TarError]] = []
     started = reported = time.monotonic()
     samples = 0
-    with _pool(shards, processes) as run:
-        for done, (shard, result) in enumerate(zip(shards, run(_scan, tasks), strict=True), start=1):
+    with _pool(shards, processes, run) as results_of:
+        for done, (shard, result) in enumerate(zip(shards, results_of(_scan, tasks), strict=True), start=1):
             if isinstance(result, TarError):
                 problems.append((shard, result))
                 if len(problems) == _MOST_PROBLEMS:
@@ -399,8 +402,13 @@ def _explain(problems: list[tuple[str, TarError]]) -> str:
 
 
 @contextlib.contextmanager
-def _pool(shards: Sequence[str], processes: int | None) -> Iterator[Callable[..., Iterable[Any]]]:
-    """An ordered, lazy map over processes for local shards, and over threads for remote ones."""
+def _pool(
+    shards: Sequence[str], processes: int | None, run: Callable[..., Iterable[Any]] | None
+) -> Iterator[Callable[..., Iterable[Any]]]:
+    """An ordered, lazy map: `run`, or over processes for local shards, and over threads for remote ones."""
+    if run is not None:
+        yield run
+        return
     remote = not all(is_local(shard) for shard in shards)
     if processes is None:
         processes = 32 if remote else min(32, len(os.sched_getaffinity(0)))

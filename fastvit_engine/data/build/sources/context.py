@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
+from fastvit_engine.data.build.parallel import Workers
 from fastvit_engine.data.shards.image_files import has_image_suffix
 from fastvit_engine.data.shards.remote_path import AnyPath, any_path, new_file
 from fastvit_engine.data.shards.sample import is_macos_resource
@@ -24,7 +25,7 @@ class Context:
     """What every source may use while it lists its images."""
 
     scratch: AnyPath  # a folder for what must be unpacked to be read by offset; kept until the shards are made
-    workers: int
+    workers: Workers
     progress: WorkProgress
     say: Callable[[str], None]
     classes: list[str] | None = None  # class names in label order, if they are given
@@ -121,8 +122,9 @@ class Context:
         name = re.sub(r"[^A-Za-z0-9.-]+", "_", public_url(str(source.resolve()))).strip("_")[-200:]
         return any_path(f"{self.scratch}/{name}{suffix}")
 
+    @staticmethod
     @contextlib.contextmanager
-    def writing(self, path: AnyPath) -> Iterator[BinaryIO]:
+    def writing(path: AnyPath) -> Iterator[BinaryIO]:
         """Writes a scratch file that exists whole or not at all, also when several processes write it at once."""
         if isinstance(path, Path):
             path.parent.mkdir(parents=True, exist_ok=True)

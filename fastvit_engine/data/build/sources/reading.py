@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -47,6 +47,9 @@ class SourceReader:
         self._lock = threading.Lock()
         self._descriptors: OrderedDict[str, int] = OrderedDict()
         self._remote: dict[str, ShardStorage] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SourceReader, (self._listing, self._timeout)  # open files belong to a process
 
     def read(self, index: int) -> Encoded:
         """Raises OSError or ValueError if the image cannot be had; whether it is a whole image is not checked.

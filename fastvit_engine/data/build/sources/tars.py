@@ -8,6 +8,7 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from fastvit_engine.data.build.parallel import Counter, ordered_map, parallel_map
@@ -87,23 +88,27 @@ def plain_tars(paths: list[AnyPath], context: Context) -> list[AnyPath]:
         context.progress.start("decompressing", len(gzipped), "tars")
         done = Counter()
 
-        def decompress(pair: tuple[AnyPath, AnyPath]) -> None:
-            path, copy = pair
-            with context.writing(copy) as target, open_forward(str(path)) as (read, _):
-                try:
-                    at = 0
-                    while piece := read(at, _PIECE):
-                        target.write(piece)
-                        at += len(piece)
-                except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                    raise UserError(f"{path} is damaged ({error}): copy or download it again") from error
-            done.add()
-
         for _ in parallel_map(
-            decompress, gzipped, workers=context.workers, while_waiting=lambda: context.progress.update(done.value)
+            partial(_decompress, done),
+            gzipped,
+            workers=context.workers,
+            while_waiting=lambda: context.progress.update(done.value),
         ):
             pass
     return plain
+
+
+def _decompress(done: Counter, pair: tuple[AnyPath, AnyPath]) -> None:
+    path, copy = pair
+    with Context.writing(copy) as target, open_forward(str(path)) as (read, _):
+        try:
+            at = 0
+            while piece := read(at, _PIECE):
+                target.write(piece)
+                at += len(piece)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is damaged ({error}): copy or download it again") from error
+    done.add()
 
 
 def _is_gzipped(path: AnyPath) -> bool:
