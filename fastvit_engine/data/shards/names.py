@@ -210,6 +210,7 @@ def _listed(url: str, named: str) -> list[str]:
         fs, path = url_to_fs(url.rstrip("/"))
         fs.invalidate_cache()
         names = fs.glob(path) if glob.has_magic(path) else fs.ls(path, detail=False)
+        fs.invalidate_cache()
     except FileNotFoundError:
         return []
     except Exception as error:  # each package has its own classes
