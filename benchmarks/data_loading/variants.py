@@ -75,13 +75,16 @@ class Variant:
         return f"{' and '.join(absent)} not installed" if absent else None
 
 
-def open_dataset(name: str, pattern: str, image_size: int, batch_size: int, scratch: Path) -> Dataset:
-    """Finds or makes the index; UserError where the shards cannot be trained on."""
+def open_dataset(
+    name: str, pattern: str, image_size: int, batch_size: int, scratch: Path, *, index: Path | None = None
+) -> Dataset:
+    """Finds or makes the index, unless it is given; UserError where the shards cannot be trained on."""
     config = Config.model_validate(
         {
             "model": {"name": f"Ti/{image_size}", "image_size": image_size, "num_classes": _ANY_CLASS},
             "data": {
                 "train": pattern,
+                "index": index and str(index),
                 "image_key": IMAGE_KEYS,
                 "lanes": 1,  # so that an epoch has every sample
             },

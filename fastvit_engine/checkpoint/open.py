@@ -15,7 +15,7 @@ def store_of(settings: CheckpointConfig, run: RunFolder) -> CheckpointStore:
 
 
 def open_store(location: str) -> CheckpointStore:
-    """A folder, or a URL of a store that fsspec knows."""
+    """A folder, or a URL of an object store."""
     if "://" in location and not location.startswith("file://"):
         return RemoteStore(location)
     return LocalStore(Path(location.removeprefix("file://")))

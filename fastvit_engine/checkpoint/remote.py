@@ -1,4 +1,4 @@
-"""Checkpoints in an object store (s3://, gs://, ...) or whatever else fsspec knows.
+"""Checkpoints in an object store (s3://, gs:// or az://).
 
 An object is there whole or not at all, but several are not written at once: the manifest makes a checkpoint complete,
 and is the last object of it to be written and the first to be removed.
@@ -8,50 +8,46 @@ import contextlib
 import mmap
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
-
-from fsspec.core import url_to_fs
+from collections.abc import Iterable, Iterator
 
 from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint
 from fastvit_engine.checkpoint.store import is_owner_name, is_step_name, name_in_latest, step_of
 from fastvit_engine.shown import public_url
-from fastvit_engine.storage.object_store import FINAL_ERRNOS, FINAL_ERRORS, one_line, require_package
+from fastvit_engine.storage.source import AttemptFailed, Exists, Missing, Refused
+from fastvit_engine.storage.stores import open_store
 
-_CHUNK = 2**23  # bytes of one request
-_PAUSES = (0.5, 2.0, 8.0)  # seconds before each further attempt, besides what the store's client does by itself
 _SETTLE_SECONDS = 1.0  # between writing an owner record and reading it back
-T = TypeVar("T")
 
 
 class RemoteStore:
     """A CheckpointStore in an object store."""
 
     def __init__(self, url: str) -> None:
-        require_package(url)
         self.url = url.rstrip("/")
-        self.fs, self.root = url_to_fs(self.url)
+        self.store, self.root = open_store(self.url)
 
     def describe(self, name: str) -> str:
         return f"{public_url(self.url)}/{name}"
 
     def names(self) -> list[str]:
-        complete = [name for name in self._prefixes() if self._try(self.fs.exists, self._path(name, MANIFEST))]
+        with self._failures():
+            complete = [name for name in self._prefixes() if self.store.exists(self._key(name, MANIFEST))]
         return sorted(complete, key=step_of)
 
     def latest(self) -> str | None:
         try:
-            return name_in_latest(self._try(self.fs.cat_file, self._path("latest")))
+            return name_in_latest(self._read("latest"))
         except FileNotFoundError:
             return None
 
     def read(self, name: str, file: str) -> bytes:
-        return self._try(self.fs.cat_file, self._path(name, file))
+        return self._read(name, file)
 
     def map(self, name: str, file: str, size: int, start: int, stop: int) -> mmap.mmap:
-        path, where = self._path(name, file), f"{self.describe(name)}/{file}"
+        key, where = self._key(name, file), f"{self.describe(name)}/{file}"
         try:
-            found = self._try(self.fs.info, path)["size"]
+            with self._failures():
+                found = self.store.head(key).size
         except FileNotFoundError as error:
             raise DamagedCheckpoint(f"{where} does not exist") from error
         if found != size:
@@ -59,12 +55,11 @@ class RemoteStore:
         with tempfile.TemporaryFile(prefix="fastvit-checkpoint-") as copy:
             copy.truncate(size)  # with a hole before `start`
             copy.seek(start)
-            for first in range(start, stop, _CHUNK):
-                end = min(first + _CHUNK, stop)
-                chunk = self._try(self.fs.cat_file, path, start=first, end=end)
-                if len(chunk) != end - first:
-                    raise OSError(f"{where}: {len(chunk)} bytes came of [{first}, {end})")
-                copy.write(chunk)
+            with self._failures():
+                for chunk in self.store.open(key, start, stop).chunks if stop > start else ():
+                    copy.write(chunk)
+            if copy.tell() != stop:
+                raise OSError(f"{where}: {copy.tell() - start} bytes came of [{start}, {stop})")
             copy.flush()
             return mmap.mmap(copy.fileno(), 0)
 
@@ -79,76 +74,82 @@ class RemoteStore:
             self.remove(name)
 
     def write(self, name: str, file: str, chunks: Iterable[memoryview]) -> None:
-        with self.fs.open(self._path(name, file), "wb") as opened:  # in parts; the object appears on closing
-            for chunk in chunks:
-                opened.write(chunk)
+        with self._failures():
+            self.store.write_stream(self._key(name, file), chunks)
 
     def publish(self, name: str, manifest: bytes) -> None:
-        self._try(self.fs.pipe_file, self._path(name, MANIFEST), manifest)
-        self._try(self.fs.pipe_file, self._path("latest"), name.encode())
+        with self._failures():
+            self.store.write(self._key(name, MANIFEST), manifest)
+            self.store.write(self._key("latest"), name.encode())
 
     def discard(self, name: str) -> None:
-        if name in self._prefixes():
-            self._try(self.fs.rm, self._path(name), recursive=True)
+        with self._failures():
+            self.store.delete(*[info.key for info in self.store.list_all(self._key(name))])
 
     def remove(self, name: str) -> None:
-        if self._try(self.fs.exists, self._path(name, MANIFEST)):
-            self._try(self.fs.rm_file, self._path(name, MANIFEST))
+        with self._failures():
+            if self.store.exists(self._key(name, MANIFEST)):
+                self.store.delete(self._key(name, MANIFEST))
         self.discard(name)
 
     def owners(self) -> list[str]:
         return [name for name in self._listed() if is_owner_name(name)]
 
     def read_owner(self, name: str) -> tuple[bytes, float | None]:
-        return self._try(self.fs.cat_file, self._path(name)), None
+        return self._read(name), None
 
     def create_owner(self, name: str, content: bytes) -> bool:
-        path = self._path(name)
         try:
-            self._try(self.fs.pipe_file, path, content, mode="create")
+            with self._failures():
+                self.store.write(self._key(name), content, create=True)
         except FileExistsError:
-            return False
+            # Perhaps this very content, written by an attempt whose answer was lost.
+            return self._holds(name, content)
         time.sleep(_SETTLE_SECONDS)  # a store that ignores the condition lets the last of several writers win
+        return self._holds(name, content)
+
+    def refresh_owner(self, name: str, content: bytes) -> None:
+        with self._failures():
+            self.store.head(self._key(name))
+            self.store.write(self._key(name), content)
+
+    def remove_owner(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError), self._failures():
+            self.store.delete(self._key(name))
+
+    def _holds(self, name: str, content: bytes) -> bool:
         try:
-            return self._try(self.fs.cat_file, path) == content
+            return self._read(name) == content
         except FileNotFoundError:
             return False
 
-    def refresh_owner(self, name: str, content: bytes) -> None:
-        self.fs.invalidate_cache()
-        if not self._try(self.fs.exists, self._path(name)):
-            raise FileNotFoundError(self.describe(name))
-        self._try(self.fs.pipe_file, self._path(name), content)
+    def _read(self, *parts: str) -> bytes:
+        with self._failures():
+            return self.store.read(self._key(*parts))
 
-    def remove_owner(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._try(self.fs.rm_file, self._path(name))
-
-    def _path(self, *parts: str) -> str:
-        return "/".join([self.root, *parts])
+    def _key(self, *parts: str) -> str:
+        return "/".join(filter(None, [self.root, *parts]))
 
     def _prefixes(self) -> list[str]:
         """The names under which anything lies, complete or not."""
         return [name for name in self._listed() if is_step_name(name)]
 
     def _listed(self) -> list[str]:
-        self.fs.invalidate_cache()
         try:
-            listed = self._try(self.fs.ls, self.root, detail=False)
+            with self._failures():
+                return [info.key.rpartition("/")[2] for info in self.store.list_folder(self.root)]
         except FileNotFoundError:
             return []
-        return [path.rstrip("/").rpartition("/")[2] for path in listed]
 
-    def _try(self, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Calls a method of the store, a few times if the failure may pass. Raises OSError if it does not."""
-        for pause in (*_PAUSES, None):
-            try:
-                return call(*arguments, **named)
-            except (FileNotFoundError, FileExistsError):
-                raise
-            except Exception as error:  # each package has its own classes
-                final = getattr(error, "errno", None) in FINAL_ERRNOS or type(error).__name__ in FINAL_ERRORS
-                if final or pause is None or isinstance(error, PermissionError):
-                    raise OSError(f"{public_url(self.url)}: {one_line(error)}") from error
-            time.sleep(pause)
-        raise AssertionError("unreachable")
+    @contextlib.contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Raises OSError, or one of its classes that says what is missing, instead of the errors of a store."""
+        where = public_url(self.url)
+        try:
+            yield
+        except Missing as error:
+            raise FileNotFoundError(f"{where}: {error}") from error
+        except Exists as error:
+            raise FileExistsError(f"{where}: {error}") from error
+        except (AttemptFailed, Refused) as error:
+            raise OSError(f"{where}: {error}") from error

@@ -1,9 +1,9 @@
 """Reads bytes of shards by position, from local disks, web servers and object stores.
 
 `ShardStorage.read` is all that a reader of samples needs. Local shards are read from their files (local.py). Remote
-shards are read by HTTP (http.py) or through fsspec (object_store.py), with retries (remote.py); with a cache folder
-they are downloaded whole (cache.py), by background threads that a missed read or a read-ahead hint starts
-(downloads.py).
+shards are read from web servers (http.py) or object stores (object_store.py), with retries (remote.py) and many at a
+time (together.py); with a cache folder they are downloaded whole (cache.py), by background threads that a missed read
+or a read-ahead hint starts (downloads.py). stores.py is for all else that is done with object stores.
 """
 
 import logging
@@ -11,7 +11,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from fastvit_engine.storage.downloads import Downloads
 from fastvit_engine.storage.errors import StaleIndex
 from fastvit_engine.storage.local import LocalFiles, local_path
 from fastvit_engine.storage.remote import Source, TryPolicy, Write, fetch, open_source
+from fastvit_engine.storage.together import read_together
 
 __all__ = ["Counters", "ShardStorage"]
 
 log = logging.getLogger(__name__)
+
+_READS_AT_ONCE = 16  # of a batch, in one process
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Counters:
 
 
 class ShardStorage:
-    """Reads byte ranges of shards: local paths, file://, http(s)://, s3://, gs:// and whatever else fsspec supports.
+    """Reads byte ranges of shards: local paths, file://, http(s)://, s3://, gs:// and az://.
 
     Threads may share one. It may be pickled, and a forked process may keep using it: connections, threads and counters
     belong to a process and are created again there; all processes of a node share the cache folder.
@@ -89,6 +93,7 @@ class ShardStorage:
         self._sources: dict[str, Source] = {}
         self._no_wait_until = 0.0
         self._told_no_ranges = False
+        self._readers: ThreadPoolExecutor | None = None
         self._cache: ShardCache | None = None
         if self._cache_dir is not None and None in self._paths:
             self._cache = ShardCache(self._cache_dir, self._cache_bytes)
@@ -112,11 +117,8 @@ class ShardStorage:
         server has not answered within the limits given to the constructor.
         """
         started = time.perf_counter()
+        self._check(shard, offset, length)
         path = self._paths[shard]
-        if offset < 0 or length < 0 or offset + length > self._sizes[shard]:
-            raise StaleIndex(
-                self._urls[shard], f"has {self._sizes[shard]} bytes, but bytes {offset} to {offset + length} are asked"
-            )
         if path is not None:
             data = self._local.read(path, self._sizes[shard], offset, length)
         elif self._cache is not None:
@@ -125,6 +127,43 @@ class ShardStorage:
             data = self._read_range(shard, offset, length)
         self._count(reads=1, bytes=length, seconds=time.perf_counter() - started)
         return data
+
+    def read_many(self, ranges: Sequence[tuple[int, int, int]]) -> Iterator[bytes]:
+        """The bytes of each (shard, offset, length), in order; raises as `read` does, when it is their turn.
+
+        Ranges that come straight from servers are read ahead, several at a time, and neighbours with one request.
+        """
+        direct = self._cache is None and any(self._paths[shard] is None for shard, _, _ in ranges)
+        if not direct or len(ranges) < 2:
+            for one in ranges:
+                yield self.read(*one)
+            return
+        for one in ranges:
+            self._check(*one)
+        with self._count_lock:
+            if self._readers is None:
+                self._readers = ThreadPoolExecutor(_READS_AT_ONCE, "shard read")
+        contents = read_together(ranges, self._read_directly, self._readers)
+        try:
+            for _ in ranges:
+                started = time.perf_counter()
+                data = next(contents)
+                self._count(reads=1, bytes=len(data), seconds=time.perf_counter() - started)
+                yield data
+        finally:
+            contents.close()
+
+    def _read_directly(self, shard: int, offset: int, length: int) -> bytes:
+        path = self._paths[shard]
+        if path is not None:
+            return self._local.read(path, self._sizes[shard], offset, length)
+        return self._read_range(shard, offset, length)
+
+    def _check(self, shard: int, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > self._sizes[shard]:
+            raise StaleIndex(
+                self._urls[shard], f"has {self._sizes[shard]} bytes, but bytes {offset} to {offset + length} are asked"
+            )
 
     def will_need(self, shards: Iterable[int]) -> None:
         """Announces which shards will be read, the next first; replaces the announcement before.
@@ -198,7 +237,7 @@ class ShardStorage:
     def _source(self, url: str) -> Source:
         scheme = url.partition("://")[0]
         if scheme not in self._sources:
-            self._sources[scheme] = open_source(url)
+            self._sources.setdefault(scheme, open_source(url))  # of threads that come together, one wins
         return self._sources[scheme]
 
     def _name_of(self, shard: int) -> str:

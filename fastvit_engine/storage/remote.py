@@ -11,8 +11,9 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.shown import public_url
 from fastvit_engine.storage.errors import GaveUp, StaleIndex
 from fastvit_engine.storage.http import HttpSource
-from fastvit_engine.storage.object_store import FsspecSource
+from fastvit_engine.storage.object_store import StoreSource
 from fastvit_engine.storage.source import AttemptFailed, Refused, Source
+from fastvit_engine.storage.stores import open_store
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ def open_source(url: str) -> Source:
         raise UserError(f"shard {url} is a command, which cannot be read by position: give a path or a URL")
     if url.startswith(("http://", "https://")):
         return HttpSource()
-    return FsspecSource(url)
+    open_store(url)  # raises UserError if the scheme is unknown, or obstore is missing
+    return StoreSource()
 
 
 def refusal(url: str, error: Refused) -> UserError:

@@ -59,5 +59,14 @@ class Exists(Refused):
         super().__init__(reason)
 
 
+class Denied(Refused):
+    """The store does not let this user in, or has no such object and does not say so."""
+
+
 class BehindEnd(Refused):
     """The object ends before the range that was asked for."""
+
+
+def one_line(error: Exception | str) -> str:
+    """Returns the first line of an exception's message, fit to be shown, or the name of its class."""
+    return shown(next(iter(str(error).splitlines()), "")) or type(error).__name__

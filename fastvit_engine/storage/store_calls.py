@@ -14,12 +14,15 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import urllib3
 
 from fastvit_engine.errors import UserError
-from fastvit_engine.shown import shown
-from fastvit_engine.storage.source import MAY_PASS, AttemptFailed, BehindEnd, Exists, Missing, Refused
+from fastvit_engine.storage.http import HttpSource
+from fastvit_engine.storage.source import MAY_PASS, AttemptFailed, BehindEnd, Denied, Exists, Missing, Refused, one_line
 
-CHUNK_BYTES = 2**20  # of a reply
+CHUNK_BYTES = 1  # at least so many of a reply at once: what has come is kept if the connection breaks
 LISTED_AT_ONCE = 1000
 PART_BYTES = 2**25  # of an upload; S3 takes 10,000 parts
 PARTS_AT_ONCE = 4
@@ -94,9 +97,11 @@ def client_of(config: StoreConfig) -> Any:
     with _failures(config.timeout):
         if config.kind == "s3":
             client["allow_http"] = endpoint.startswith("http://")
-            return stores.S3Store.from_url(config.root, **_s3_options(environment, endpoint), **common)
+            return stores.S3Store.from_url(
+                config.root, **_s3_options(urlsplit(config.root).netloc, environment, endpoint), **common
+            )
         if config.kind == "gs":
-            options: dict[str, Any] = {}
+            options = {}
             if emulator := environment.get("STORAGE_EMULATOR_HOST"):
                 base = emulator if "://" in emulator else f"http://{emulator}"
                 client["allow_http"] = base.startswith("http://")
@@ -111,23 +116,33 @@ _EMULATOR_KEY = (
 )
 
 
-def _s3_options(environment: dict[str, str], endpoint: str) -> dict[str, Any]:
+def _s3_options(bucket: str, environment: dict[str, str], endpoint: str) -> dict[str, Any]:
     """Endpoint, region and credentials, from the variables and files that AWS's own clients read."""
     options: dict[str, Any] = {"endpoint": endpoint} if endpoint else {}
     if environment.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "yes"):
-        return options | {"skip_signature": True}
+        options["skip_signature"] = True
+    elif _has_profile(environment):
+        options |= _of_profile()
+    if not endpoint and "region" not in options and not {"AWS_REGION", "AWS_DEFAULT_REGION"} & environment.keys():
+        region = _region_of(bucket)
+        options |= {"region": region} if region else {}
+    return options
+
+
+def _has_profile(environment: dict[str, str]) -> bool:
+    """Whether the credentials are to be looked for in files; those of the environment come first, as for AWS."""
     given = {"AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI"}
-    if not environment.get("AWS_PROFILE") and (
-        given & environment.keys() or "AWS_CONTAINER_CREDENTIALS_FULL_URI" in environment
-    ):
-        return options
+    if (given | {"AWS_CONTAINER_CREDENTIALS_FULL_URI"}) & environment.keys():
+        return False
     home = Path(environment.get("HOME", "~")).expanduser() / ".aws"
     files = [
         Path(environment.get("AWS_SHARED_CREDENTIALS_FILE") or home / "credentials").expanduser(),
         Path(environment.get("AWS_CONFIG_FILE") or home / "config").expanduser(),
     ]
-    if not environment.get("AWS_PROFILE") and not any(file.is_file() for file in files):
-        return options  # of the machine's role
+    return bool(environment.get("AWS_PROFILE")) or any(file.is_file() for file in files)
+
+
+def _of_profile() -> dict[str, Any]:
     try:
         import boto3  # noqa: PLC0415 - an optional package
         from obstore.auth.boto3 import Boto3CredentialProvider  # noqa: PLC0415 - which needs it
@@ -137,11 +152,23 @@ def _s3_options(environment: dict[str, str], endpoint: str) -> dict[str, Any]:
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from error
     session = boto3.Session()
+    options: dict[str, Any] = {"region": session.region_name} if session.region_name else {}
     if session.get_credentials() is not None:
         options["credential_provider"] = Boto3CredentialProvider(session)
-    if session.region_name:
-        options["region"] = session.region_name
     return options
+
+
+_AWS = "https://s3.amazonaws.com"
+
+
+def _region_of(bucket: str) -> str | None:
+    """The region of a bucket, which AWS tells anybody; None if it does not answer."""
+    url = f"{_AWS}/{bucket}"
+    try:
+        answer = HttpSource().pool(urlsplit(url)).request("HEAD", url, redirect=False, retries=False, timeout=5.0)
+    except (OSError, urllib3.exceptions.HTTPError):
+        return None
+    return answer.headers.get("x-amz-bucket-region")
 
 
 # ---- The calls. Each gives its results one by one, and raises only AttemptFailed, Refused or UserError.
@@ -264,8 +291,8 @@ def _translated(error: Exception, timeout: float) -> Exception:
         )
     if "without LOCATION" in text or (code and code[1] == "PermanentRedirect"):
         return Refused("the bucket is in another region: set AWS_REGION to that")
-    if kind in ("PermissionDeniedError", "UnauthenticatedError"):
-        return Refused(f"access is denied: {reason}")
+    if kind in ("PermissionDeniedError", "UnauthenticatedError") or number in (401, 403):
+        return Denied(f"access is denied: {reason}")
     if kind in _FINAL or (300 <= number < 500 and number not in MAY_PASS):
         return Refused(reason)
     if not status and re.search(r"timed? ?out", text, re.I):
@@ -274,14 +301,12 @@ def _translated(error: Exception, timeout: float) -> Exception:
 
 
 _FINAL = {
+    "ConfigParseError",
     "InvalidPathError",
     "NotSupportedError",
+    "PartialCredentialsError",
     "PreconditionError",
+    "ProfileNotFound",
     "UnknownConfigurationKeyError",
     "ValueError",
 }
-
-
-def one_line(error: Exception | str) -> str:
-    """Returns the first line of an exception's message, fit to be shown, or the name of its class."""
-    return shown(next(iter(str(error).splitlines()), "")) or type(error).__name__

@@ -31,6 +31,7 @@ from fastvit_engine.storage.store_calls import CALLS, StoreConfig, adopt_environ
 
 log = logging.getLogger(__name__)
 
+_HELPER = "from fastvit_engine.storage.store_process import main; main()"
 _ITEM, _END, _ERROR = "item", "end", "error"
 _forked_after_use = False
 
@@ -118,7 +119,7 @@ def _start() -> socket.socket:
     paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
     with theirs:
         subprocess.Popen(
-            [sys.executable, "-m", "fastvit_engine.storage.store_process", str(theirs.fileno())],
+            [sys.executable, "-c", _HELPER, str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -205,7 +206,3 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     serve(socket.socket(fileno=int(sys.argv[1])))
     os._exit(0)  # without waiting for requests that nobody waits for
-
-
-if __name__ == "__main__":
-    main()

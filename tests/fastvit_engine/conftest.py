@@ -9,11 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pytest
 import torch
-from fsspec import AbstractFileSystem
 from PIL import Image
 
 from fastvit_engine.config import Config
@@ -217,10 +215,42 @@ def lone_world() -> Iterator[World]:
 # ---- an object store
 
 
-@pytest.fixture(scope="session")  # file systems remember the server that they were made for
-def s3_bucket() -> Iterator[AbstractFileSystem]:
+class Bucket:
+    """What tests do to objects behind the engine's back, by "BUCKET/KEY"."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    def pipe_file(self, path: str, content: bytes) -> None:
+        bucket, _, key = path.partition("/")
+        self.client.put_object(Bucket=bucket, Key=key, Body=content)
+
+    def cat_file(self, path: str) -> bytes:
+        bucket, _, key = path.partition("/")
+        content: bytes = self.client.get_object(Bucket=bucket, Key=key)["Body"].read()
+        return content
+
+    def find(self, path: str) -> list[str]:
+        """The paths that begin so."""
+        bucket, _, prefix = path.partition("/")
+        found = self.client.list_objects_v2(Bucket=bucket, Prefix=prefix).get("Contents", [])
+        return [f"{bucket}/{entry['Key']}" for entry in found]
+
+    def exists(self, path: str) -> bool:
+        return path in self.find(path)
+
+    def rm(self, path: str) -> None:
+        """Removes what begins so."""
+        for found in self.find(path):
+            bucket, _, key = found.partition("/")
+            self.client.delete_object(Bucket=bucket, Key=key)
+
+
+@pytest.fixture(scope="session")
+def s3_bucket() -> Iterator[Bucket]:
     """A server that speaks S3, with an empty bucket named "bucket"; s3:// leads to it."""
-    pytest.importorskip("s3fs", reason="needs s3fs: pip install s3fs")
+    pytest.importorskip("obstore", reason="needs obstore: pip install obstore")
+    boto3 = pytest.importorskip("boto3", reason="needs boto3: pip install boto3")
     server_module = pytest.importorskip("moto.server", reason="needs moto: pip install 'moto[s3]' flask flask-cors")
     with pytest.MonkeyPatch.context() as patch:
         server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -231,7 +261,7 @@ def s3_bucket() -> Iterator[AbstractFileSystem]:
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        bucket = fsspec.filesystem("s3", skip_instance_cache=True)
-        bucket.mkdir("bucket")
-        yield bucket
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="bucket")
+        yield Bucket(client)
         server.stop()

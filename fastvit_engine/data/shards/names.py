@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from fsspec.core import url_to_fs
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fastvit_engine.config.near import near_names
@@ -18,8 +17,8 @@ from fastvit_engine.data.shards.splits import Splits, choose_files, split_of
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import public_url
 from fastvit_engine.storage.http import HttpSource
-from fastvit_engine.storage.object_store import one_line, require_package
-from fastvit_engine.storage.source import AttemptFailed, Refused
+from fastvit_engine.storage.source import AttemptFailed, Denied, Missing, Refused, one_line
+from fastvit_engine.storage.stores import open_store
 from fastvit_engine.text import read_lines
 
 Split = Literal["train", "eval"]
@@ -79,8 +78,8 @@ def list_shards(
 ) -> list[str]:
     """The sorted shards that the patterns name, each once.
 
-    A pattern is a folder, a glob or a file, with braces or without, on this machine or in an object store (s3://, gs://
-    and others that fsspec lists); a URL on a web server, with braces; or @FILE with a pattern on each line. A folder
+    A pattern is a folder, a glob or a file, with braces or without, on this machine or in an object store (s3://, gs://,
+    az://); a URL on a web server, with braces; or @FILE with a pattern on each line. A folder
     with a dataset.json gives the shards that it lists for `split`. Any other folder gives its tar files: those whose
     names say the split, or all if no name says one (see `splits`). What was chosen by names is added to `notes`.
     Raises UserError, in which `named` says what the pattern is, if one matches nothing, if a file does not exist, or if
@@ -205,20 +204,17 @@ def _names_of(url: str, named: str) -> list[str]:
 
 def _listed(url: str, named: str) -> list[str]:
     """The URLs of what is in a folder of an object store, or matches a glob there; none if it does not exist."""
-    require_package(url)
+    store, key = open_store(url)
+    root = url.rstrip("/").removesuffix(key)  # "s3://bucket/"
     try:
-        fs, path = url_to_fs(url.rstrip("/"))
-        fs.invalidate_cache()
-        names = fs.glob(path) if glob.has_magic(path) else fs.ls(path, detail=False)
-        fs.invalidate_cache()
-    except FileNotFoundError:
+        keys = store.glob(key) if glob.has_magic(key) else [info.key for info in store.list_folder(key)]
+    except Missing:
         return []
-    except Exception as error:  # each package has its own classes
+    except (AttemptFailed, Refused) as error:
         raise UserError(
             f"{named} is {url!r}, which cannot be listed ({one_line(error)}): check its name and your access to it"
         ) from error
-    root = url.rstrip("/").removesuffix(path)  # "s3://"
-    return [root + name for name in names]
+    return [root + found for found in keys]
 
 
 def _shards_of_folder(folder: str, ask: _Request) -> list[str]:
@@ -276,14 +272,12 @@ def _read_remote(url: str) -> bytes | None:
     """The content of a file on a server; None if it does not exist or, which may look alike, access is denied."""
     if url.startswith(("http://", "https://")):
         return _read_web(url)
-    require_package(url)
+    store, key = open_store(url)
     try:
-        fs, path = url_to_fs(url)
-        content: bytes = fs.cat_file(path)
-        return content
-    except (FileNotFoundError, PermissionError):
+        return store.read(key)
+    except (Missing, Denied):
         return None
-    except Exception as error:  # each package has its own classes
+    except (AttemptFailed, Refused) as error:
         raise UserError(f"{public_url(url)} cannot be read ({one_line(error)}): check your access to it") from error
 
 

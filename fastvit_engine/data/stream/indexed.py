@@ -184,15 +184,15 @@ class _Samples:
         raise NotImplementedError
 
     def read(self, at: Locations) -> Iterator[Sample | BadSample]:
-        """The samples at these locations, in order, each with one read."""
+        """The samples at these locations, in order; reads of remote shards are in flight together."""
         offsets, lengths = np.empty_like(at.row), np.empty_like(at.row)
         for source in np.unique(at.source):
             own = at.source == source
             offsets[own], lengths[own] = self.indexes[source].extents(at.shard[own], at.row[own])
         numbers = self.first_shard[at.source] + at.shard
-        for i in range(len(offsets)):
+        ranges = list(zip(numbers.tolist(), offsets.tolist(), lengths.tolist(), strict=True))
+        for i, content in enumerate(self.storage.read_many(ranges)):
             name = self.indexes[at.source[i]].shards[at.shard[i]]
-            content = self.storage.read(int(numbers[i]), int(offsets[i]), int(lengths[i]))
             try:
                 yield parse_sample(content, name)
             except TarError as error:

@@ -63,7 +63,8 @@ def _some_samples(index: Index, shard: int, storage: ShardStorage) -> list[bytes
     """Evenly spaced samples of a shard, as they are in it."""
     rows = np.unique(np.linspace(0, index.counts[shard] - 1, _COMPARED).astype(np.int64))
     offsets, lengths = index.extents(np.full(len(rows), shard), rows)
-    return [storage.read(shard, *extent) for extent in zip(offsets.tolist(), lengths.tolist(), strict=True)]
+    extents = zip(offsets.tolist(), lengths.tolist(), strict=True)
+    return list(storage.read_many([(shard, *extent) for extent in extents]))
 
 
 def _check_identities(train: Iterable[str], held_out: Iterable[str]) -> None:

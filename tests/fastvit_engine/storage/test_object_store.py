@@ -1,22 +1,18 @@
-import asyncio
-import errno
+"""Shards in object stores: a real client against servers that speak S3."""
+
 import itertools
 import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
-from fsspec import AbstractFileSystem
-from fsspec.asyn import AsyncFileSystem
-from fsspec.registry import known_implementations
 
 from fastvit_engine.data.shards.names import find_shards, list_shards
 from fastvit_engine.errors import UserError
-from fastvit_engine.storage import ShardStorage, object_store, remote
+from fastvit_engine.storage import ShardStorage, remote, store_calls
+from tests.fastvit_engine.conftest import Bucket
 from tests.fastvit_engine.storage.fault_server import FaultServer
 
 SIZE = 200_000
@@ -26,137 +22,10 @@ CONTENT = random.Random(0).randbytes(SIZE)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "BACKOFF_S", 0.001)
-    monkeypatch.setattr(object_store, "CHUNK_BYTES", 50_000)
-
-
-# A file system of fsspec that is not asynchronous
-
-
-@pytest.fixture
-def memory() -> Iterator[str]:
-    fs = fsspec.filesystem("memory")
-    for number in range(3):
-        fs.pipe_file(f"/folder/{number}.tar", CONTENT[: SIZE - number])
-    fs.pipe_file("/folder/README.md", b"")
-    fs.pipe_file("/folder/deeper/3.tar", b"")
-    yield "memory://folder"
-    fs.rm("/folder", recursive=True)
-
-
-def test_any_file_system_that_fsspec_knows(memory, tmp_path):
-    urls, sizes = [f"{memory}/{number}.tar" for number in range(3)], [SIZE, SIZE - 1, SIZE - 2]
-    for storage in (ShardStorage(urls, sizes), ShardStorage(urls, sizes, cache_dir=tmp_path)):
-        for shard in range(3):
-            assert storage.read(shard, 100, 150_000) == CONTENT[100:150_100]
-    assert {path.read_bytes() for path in tmp_path.glob("*.shard")} == {CONTENT[:size] for size in sizes}
-
-
-def test_errors_name_the_shard(memory):
-    with pytest.raises(UserError, match=r"shard memory://folder/9\.tar cannot be read \(it does not exist\)"):
-        ShardStorage([f"{memory}/9.tar"], [SIZE]).read(0, 0, 10)
-    with pytest.raises(UserError, match=r"/1\.tar has 199999 bytes instead of the 200000 in the index"):
-        ShardStorage([f"{memory}/1.tar"], [SIZE]).read(0, 0, 10)
-
-
-def test_a_missing_package_is_named(monkeypatch):
-    known = {"class": "no_such_package.FileSystem", "err": "Install no_such_package to access a farstore"}
-    monkeypatch.setitem(known_implementations, "far", known)
-    with pytest.raises(UserError, match="far://a.tar cannot be opened: Install no_such_package"):
-        ShardStorage(["far://a.tar"], [SIZE]).read(0, 0, 10)
-    with pytest.raises(UserError, match="far://a/ cannot be opened: Install no_such_package"):
-        find_shards("far://a/", "train")
-
-
-# An asynchronous one that misbehaves by script
-
-
-class FaultyFileSystem(AsyncFileSystem):
-    protocol = "faulty"
-    cachable = False
-    script: list[Any] = []
-    calls = 0
-
-    async def _info(self, path: str, **_: Any) -> dict[str, Any]:
-        return {"name": path, "size": SIZE, "type": "file"}
-
-    async def _cat_file(self, path: str, start: int = 0, end: int = 0, **_: Any) -> bytes:
-        FaultyFileSystem.calls += 1
-        fault = self.script.pop(0) if self.script else None
-        if isinstance(fault, Exception):
-            raise fault
-        if fault == "stall":
-            await asyncio.sleep(60)
-        return CONTENT[start:end][: fault if isinstance(fault, int) else None]
-
-
-class NoCredentialsError(Exception):
-    pass
-
-
-class StatusError(Exception):
-    def __init__(self, status: int) -> None:
-        self.status = status
-
-
-@pytest.fixture
-def faulty() -> Iterator[ShardStorage]:
-    fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
-    FaultyFileSystem.script, FaultyFileSystem.calls = [], 0
-    yield ShardStorage(["faulty://a.tar"], [SIZE], timeout=0.5, retries=3)
-    FaultyFileSystem.script = []
-
-
-def test_passing_failures_of_a_store(faulty):
-    FaultyFileSystem.script = [
-        OSError(errno.EBUSY, "SlowDown"),
-        StatusError(503),
-        StatusError(429),
-        None,
-        10_000,  # a short piece
-        ConnectionResetError(),
-        "stall",
-        None,
-        RuntimeError("?"),
-    ]
-    started = time.monotonic()
-    assert faulty.read(0, 7, SIZE - 7) == CONTENT[7:]
-    assert faulty.counters().retries == 7
-    assert time.monotonic() - started < 5
-    assert not FaultyFileSystem.script
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        FileNotFoundError(),
-        PermissionError("denied"),
-        OSError(errno.EINVAL, "InvalidBucketName"),
-        NoCredentialsError("Unable to locate credentials"),
-        StatusError(401),
-    ],
-    ids=repr,
-)
-def test_lasting_failures_of_a_store_are_not_tried_again(faulty, error):
-    FaultyFileSystem.script = [error]
-    with pytest.raises(UserError, match=r"shard faulty://a\.tar cannot be read"):
-        faulty.read(0, 0, 10)
-    assert FaultyFileSystem.calls == 1
-
-
-def test_a_store_that_stays_broken_ends_in_one_error(faulty):
-    FaultyFileSystem.script = [OSError(errno.EBUSY, "SlowDown")] * 100
-    with pytest.raises(
-        UserError, match=r"shard faulty://a\.tar could not be read \(.*SlowDown; attempt 4 was the last"
-    ):
-        faulty.read(0, 0, 10)
-    assert FaultyFileSystem.calls == 4
-
-
-# A real client against an S3-compatible server
 
 
 @pytest.fixture(scope="module")
-def s3(s3_bucket: AbstractFileSystem) -> str:
+def s3(s3_bucket: Bucket) -> str:
     """A bucket with four shards; its URL."""
     for number in range(4):
         s3_bucket.pipe_file(f"bucket/data/part-{number}.tar", CONTENT[: SIZE - number])
@@ -189,19 +58,117 @@ def test_s3_forked_after_use(s3):
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [("status", 503), ("drop", 20_000), ("stall", 20_000)],
-    ids=str,
-)
-def test_s3_client_under_faults(s3, monkeypatch, fault):
+@pytest.fixture
+def faulty(s3_bucket: Bucket, monkeypatch: pytest.MonkeyPatch):
+    """A server before which the client behaves as before S3, and that fails by script; a bucket with one object."""
     with FaultServer({"/bucket/a.tar": CONTENT}).running() as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url(""))
-        monkeypatch.setattr(fsspec.get_filesystem_class("s3"), "_cache", {})
-        server.faults["/bucket/a.tar"] = [None, fault, fault]
-        storage = ShardStorage(["s3://bucket/a.tar"], [SIZE], timeout=1)
-        assert storage.read(0, 7, 120_000) == CONTENT[7:120_007]
-        assert not server.faults["/bucket/a.tar"]
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("faults", "retries"),
+    [
+        ([], 0),
+        ([("status", 503)], 1),
+        ([("status", 503), ("status", 500), ("status", 429), ("status", 408)], 4),
+        ([("drop", 20_000)], 1),
+        ([("short", 20_000), ("short", 1), ("drop", 0)], 3),
+        ([("stall", 20_000)], 1),
+        ([("stall", 0)], 1),
+        ([("hang up",)], 0),
+    ],
+    ids=str,
+)
+def test_a_read_under_faults(faulty, faults, retries):
+    faulty.faults["/bucket/a.tar"] = list(faults)
+    storage = ShardStorage(["s3://bucket/a.tar"], [SIZE], timeout=1)
+    assert storage.read(0, 7, 120_000) == CONTENT[7:120_007]
+    assert storage.read(0, SIZE - 5, 5) == CONTENT[-5:]
+    assert not faulty.faults["/bucket/a.tar"]
+    assert storage.counters().retries == retries
+
+
+def test_a_broken_transfer_resumes_where_it_stopped(faulty):
+    faulty.faults["/bucket/a.tar"] = [("short", 60_000)]
+    storage = ShardStorage(["s3://bucket/a.tar"], [SIZE], timeout=1)
+    assert storage.read(0, 1000, 100_000) == CONTENT[1000:101_000]
+    assert [asked for _, asked in faulty.requests] == ["bytes=1000-100999", "bytes=61000-100999"]
+
+
+def test_a_shard_that_changes_between_two_attempts_is_read_from_the_start_again(faulty, monkeypatch):
+    other = bytes(SIZE)
+    monkeypatch.setattr(remote, "_sleep", lambda *_: faulty.files.update({"/bucket/a.tar": other}))
+    faulty.faults["/bucket/a.tar"] = [("short", 60_000)]
+    assert ShardStorage(["s3://bucket/a.tar"], [SIZE]).read(0, 0, 100_000) == other[:100_000]
+
+
+@pytest.mark.parametrize("fault", [("drop", 0), ("stall", 0), ("status", 503)], ids=str)
+def test_a_store_that_stays_broken_ends_in_one_error(faulty, fault):
+    faulty.always["/bucket/a.tar"] = fault
+    storage = ShardStorage(["s3://bucket/a.tar"], [SIZE], timeout=0.3, retries=3)
+    with pytest.raises(UserError, match=r"shard s3://bucket/a\.tar could not be read \(.*; attempt 4 was the last"):
+        storage.read(0, 0, 10)
+    assert storage.counters().retries == 3 and len(faulty.requests) == 4
+
+
+@pytest.mark.parametrize("fault", [("status", 503), ("slow", 20)], ids=str)
+def test_patience_bounds_a_read_whatever_the_attempts(faulty, fault):
+    faulty.always["/bucket/a.tar"] = fault
+    storage = ShardStorage(["s3://bucket/a.tar"], [SIZE], retries=10**6, patience=0.5)
+    started = time.monotonic()
+    with pytest.raises(UserError, match="could not be read"):
+        storage.read(0, 0, 50_000)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(403, "access is denied: HTTP 403"), (401, "access is denied: HTTP 401"), (400, "HTTP 400"), (404, "not exist")],
+)
+def test_what_no_attempt_will_cure(faulty, status, message):
+    faulty.always["/bucket/a.tar"] = ("status", status)
+    with pytest.raises(UserError, match=rf"shard s3://bucket/a\.tar cannot be read \(.*{message}"):
+        ShardStorage(["s3://bucket/a.tar"], [SIZE]).read(0, 0, 10)
+    assert len(faulty.requests) == 1
+
+
+@pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1000])
+def test_another_size_than_the_index_says(faulty, size):
+    with pytest.raises(UserError, match=f"a.tar has {SIZE} bytes instead of the {size} in the index"):
+        ShardStorage(["s3://bucket/a.tar"], [size]).read(0, size - 10, 10)
+
+
+def test_no_credentials_are_asked_for_public_objects(faulty, monkeypatch):
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    assert ShardStorage(["s3://bucket/a.tar"], [SIZE]).read(0, 0, 10) == CONTENT[:10]
+    assert "authorization" not in {name.lower() for name in faulty.headers[0]}
+
+
+def test_credentials_of_a_profile(faulty, monkeypatch, tmp_path: Path):
+    (tmp_path / "credentials").write_text("[mine]\naws_access_key_id = MYKEY\naws_secret_access_key = hush\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert ShardStorage(["s3://bucket/a.tar"], [SIZE]).read(0, 0, 10) == CONTENT[:10]
+    assert "Credential=MYKEY/" in faulty.headers[0]["authorization"]
+
+
+def test_the_region_of_a_bucket_is_asked_of_aws_unless_it_is_set(monkeypatch):
+    with FaultServer({}).running() as server:
+        server.always["/far"] = ("status", 403, {"x-amz-bucket-region": "eu-north-1"})
+        monkeypatch.setattr(store_calls, "_AWS", server.url(""))
+        keys = {"AWS_ACCESS_KEY_ID": "a"}
+        assert store_calls._s3_options("far", keys, "") == {"region": "eu-north-1"}
+        assert store_calls._s3_options("far", keys | {"AWS_REGION": "us-east-2"}, "") == {}
+        assert store_calls._s3_options("far", keys, "http://minio") == {"endpoint": "http://minio"}
+
+
+def test_google_storage_of_an_emulator(monkeypatch):
+    with FaultServer({"/bucket/a%2Etar": CONTENT}).running() as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url("").removeprefix("http://"))
+        assert ShardStorage(["gs://bucket/a.tar"], [SIZE]).read(0, 7, 1000) == CONTENT[7:1007]
 
 
 @pytest.mark.parametrize("path", ["bucket/data/part-9.tar", "no-such-bucket/part-0.tar"])
@@ -221,46 +188,36 @@ def test_s3_listing(s3):
             list_shards([empty])
 
 
-# Listing, on the file system that needs no server
-
-
-def test_remote_listing(memory):
-    shards = [f"memory://folder/{number}.tar" for number in range(3)]
-    for pattern in ("memory://folder", "memory://folder/", "memory://folder/*.tar", "memory://{folder,folder}/?.tar"):
-        assert find_shards(pattern, "train") == shards
-    assert list_shards(["memory://folder/1.tar", "memory://folder/{2..2}.tar"]) == shards[1:]
-
-
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("memory://nothing/", "'memory://nothing/', which matches no shards"),
-        ("memory://folder/x*.tar", "which matches no shards"),
         ("http://host/folder/", "a web server does not list its files"),
         ("http://host/part-*.tar", "a web server does not list its files"),
+        ("nope://x/", "nope:// is not a kind of storage that is known"),
     ],
 )
-def test_remote_patterns_that_cannot_be(memory, pattern, message):
+def test_remote_patterns_that_cannot_be(pattern, message):
     with pytest.raises(UserError, match=message):
         find_shards(pattern, "train")
 
 
 def test_a_store_that_cannot_be_listed(faulty):
-    with pytest.raises(UserError, match=r"'faulty://x/', which cannot be listed \(NotImplementedError\)"):
-        find_shards("faulty://x/", "train")
+    faulty.always["/bucket"] = ("status", 403)
+    with pytest.raises(UserError, match=r"'s3://bucket/x/', which cannot be listed \(access is denied: HTTP 403"):
+        find_shards("s3://bucket/x/", "train")
 
 
-def test_a_list_file(memory, tmp_path: Path):
+def test_a_list_file(s3, tmp_path: Path):
     for name in ("b.tar", "a.tar"):
         (tmp_path / name).touch()
-    (tmp_path / "list.txt").write_text(f"# mine\nhttps://host/s-{{0..1}}.tar\n\n{memory}/*.tar\n{tmp_path}/?.tar\n")
+    (tmp_path / "list.txt").write_text(f"# mine\nhttps://host/s-{{0..1}}.tar\n\n{s3}/data/*.tar\n{tmp_path}/?.tar\n")
     expected = [f"{tmp_path}/a.tar", f"{tmp_path}/b.tar", "https://host/s-0.tar", "https://host/s-1.tar"]
-    expected += [f"memory://folder/{number}.tar" for number in range(3)]
+    expected += [f"{s3}/data/part-{number}.tar" for number in range(4)]
     assert find_shards(f"@{tmp_path}/list.txt", "train") == expected
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(UserError, match="which names no shards"):
         find_shards(f"@{tmp_path}/empty.txt", "train")
-    (tmp_path / "list.txt").write_text(f"{memory}/x*.tar\n")
+    (tmp_path / "list.txt").write_text(f"{s3}/data/x*.tar\n")
     with pytest.raises(UserError, match=r"x\*\.tar', which matches no shards"):
         find_shards(f"@{tmp_path}/list.txt", "train")
     with pytest.raises(UserError, match=r"none\.txt, which cannot be read"):

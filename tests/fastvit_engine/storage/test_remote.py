@@ -3,7 +3,6 @@
 import random
 from collections.abc import Iterator
 
-import fsspec
 import pytest
 
 from fastvit_engine.errors import UserError
@@ -73,6 +72,6 @@ def test_what_no_attempt_will_cure(server):
     assert len(server.requests) == 1
 
 
-def test_object_store():
-    fsspec.filesystem("memory").pipe("memory://stream/a.tar", CONTENT)
-    assert b"".join(stream_bytes("memory://stream/a.tar", POLICY)) == CONTENT
+def test_object_store(s3_bucket):
+    s3_bucket.pipe_file("bucket/stream/a.tar", CONTENT)
+    assert b"".join(stream_bytes("s3://bucket/stream/a.tar", TryPolicy(retries=2, timeout=10, patience=0.0))) == CONTENT

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from fastvit_engine.errors import UserError
-from fastvit_engine.storage import ShardStorage, http, local, remote
+from fastvit_engine.storage import ShardStorage, http, local, remote, together
 from tests.fastvit_engine.storage.fault_server import FaultServer
 
 SIZE = 300_000
@@ -186,6 +186,46 @@ def test_random_faults_under_many_threads(server):
     assert (counters.reads, counters.bytes, counters.downloaded) == (200, 200_000, 200_000)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_reads_of_a_batch_come_in_order_whatever_the_faults(server, seed, monkeypatch):
+    """Merged or not, with more bytes than may be held or not."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(together, "MOST_HELD", rng.choice([10, 20_000, 10**8]))
+    monkeypatch.setattr(together, "GAP_BYTES", rng.choice([-1, 0, 3000]))
+    server.files["/b.tar"] = CONTENT[::-1]
+    server.faults["/a.tar"] = [rng.choice([None, ("short", 300), ("status", 503), ("no range",)]) for _ in range(40)]
+    storage = ShardStorage([server.url("/a.tar"), server.url("/b.tar")], [SIZE, SIZE], timeout=5)
+    starts = [rng.randrange(SIZE - 3000) for _ in range(60)]
+    ranges = [(rng.randrange(2), start, rng.choice([0, 1, 3000])) for start in starts]
+    expected = [(CONTENT, CONTENT[::-1])[shard][start : start + length] for shard, start, length in ranges]
+    assert list(storage.read_many(ranges)) == expected
+    counters = storage.counters()
+    assert (counters.reads, counters.bytes) == (60, sum(map(len, expected)))
+
+
+def test_neighbours_are_read_with_one_request(server, storage):
+    ranges = [(0, start, 1000) for start in (9000, 1000, 2000, 200_000, 5000)]
+    assert list(storage.read_many(ranges)) == [CONTENT[start : start + 1000] for _, start, _ in ranges]
+    assert sorted(asked for _, asked in server.requests) == ["bytes=1000-9999", "bytes=200000-200999"]
+
+
+def test_reads_of_a_batch_wait_for_the_server_together(server, storage):
+    server.files = {f"/{number}.tar": CONTENT for number in range(16)}
+    server.always = dict.fromkeys(server.files, ("slow", 0.5))
+    storage = ShardStorage([server.url(path) for path in server.files], [SIZE] * 16)
+    started = time.monotonic()
+    assert all(data == CONTENT[:5000] for data in storage.read_many([(shard, 0, 5000) for shard in range(16)]))
+    assert time.monotonic() - started < 4  # one after the other: 8
+
+
+def test_a_batch_fails_where_its_shard_is_gone(server, storage):
+    storage = ShardStorage([server.url("/a.tar"), server.url("/gone.tar")], [SIZE, SIZE])
+    contents = storage.read_many([(0, 0, 10), (1, 0, 10), (0, 100_000, 10)])
+    assert next(contents) == CONTENT[:10]
+    with pytest.raises(UserError, match=r"gone\.tar cannot be read \(HTTP 404"):
+        next(contents)
+
+
 def test_a_broken_transfer_goes_on_where_it_stopped(server, storage):
     server.faults["/a.tar"] = [("short", 60_000)]
     assert storage.read(0, 1000, 100_000) == CONTENT[1000:101_000]
@@ -352,7 +392,7 @@ def test_paths_are_quoted_as_needed(server, path):
     ("url", "message"),
     [
         ("pipe:cat a.tar", "is a command, which cannot be read by position"),
-        ("nope://a.tar", "nope://a.tar cannot be opened: Protocol not known: nope"),
+        ("nope://a.tar", "nope://a.tar cannot be opened: nope:// is not a kind of storage that is known"),
         ("http:///a.tar", "names no web server"),
         ("http://host:port/a.tar", "cannot be read"),
     ],

@@ -10,7 +10,7 @@ from fastvit_engine.data.shards.archive import open_forward
 from fastvit_engine.data.shards.remote_path import AnyPath
 from fastvit_engine.data.shards.tar import TarError, iterate_members
 from fastvit_engine.errors import UserError
-from fastvit_engine.storage.object_store import one_line
+from fastvit_engine.storage.source import one_line
 from fastvit_engine.text import read_lines
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"

@@ -20,7 +20,7 @@ from fastvit_engine.data.shards.archive import open_forward
 from fastvit_engine.data.shards.remote_path import AnyPath
 from fastvit_engine.data.shards.tar import TarError, iterate_members
 from fastvit_engine.errors import UserError
-from fastvit_engine.storage.object_store import one_line
+from fastvit_engine.storage.source import one_line
 
 CIFAR_TRAIN = ("train", *(f"data_batch_{number}" for number in range(1, 6)))
 CIFAR_FILES = (*CIFAR_TRAIN, "test", "test_batch", "meta", "batches.meta")

@@ -1,7 +1,6 @@
 import json
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pytest
 
@@ -143,11 +142,10 @@ def test_shards_on_a_server_that_speaks_s3(s3_bucket, tmp_path, write_tar, sampl
     assert stats.images == 15 and stats.class_counts.tolist() == [5, 5, 5]
 
 
-def test_shards_in_an_object_store(tmp_path, write_tar, sample_members):
-    memory = fsspec.filesystem("memory")
-    memory.pipe("memory://verify/a.tar", write_tar(tmp_path / "a.tar", sample_members(range(5))).read_bytes())
-    assert _verify("memory://verify/*.tar", workers=1).findings == {}
-    verdict = _verify("memory://verify/{a,gone}.tar", workers=1)
+def test_a_shard_that_is_not_in_the_store(s3_bucket, tmp_path, write_tar, sample_members):
+    s3_bucket.pipe_file("bucket/verify-one/a.tar", write_tar(tmp_path / "a.tar", sample_members(range(5))).read_bytes())
+    assert _verify("s3://bucket/verify-one/*.tar", workers=1).findings == {}
+    verdict = _verify("s3://bucket/verify-one/{a,gone}.tar", workers=1)
     assert set(verdict.errors) == {"unreadable shard"} and verdict.samples == 5
 
 

@@ -6,7 +6,6 @@ import lzma
 from collections.abc import Callable
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from fastvit_engine.data.shards.archive import DamagedShard, read_shard
@@ -45,13 +44,12 @@ def test_pipe(shard):
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])
-def test_url(shard, compress):
-    memory = fsspec.filesystem("memory")
-    memory.pipe("memory://archive/one.tar", compress(shard.read_bytes()))
-    samples = list(read_shard("memory://archive/one.tar"))
+def test_url(s3_bucket, shard, compress):
+    s3_bucket.pipe_file("bucket/archive/one.tar", compress(shard.read_bytes()))
+    samples = list(read_shard("s3://bucket/archive/one.tar"))
     assert [(s["__key__"], s["jpg"]) for s in samples] == [(s["__key__"], s["jpg"]) for s in read_shard(str(shard))]
-    with pytest.raises(UserError, match=r"shard memory://archive/gone\.tar cannot be read"):
-        list(read_shard("memory://archive/gone.tar"))
+    with pytest.raises(UserError, match=r"shard s3://bucket/archive/gone\.tar cannot be read"):
+        list(read_shard("s3://bucket/archive/gone.tar"))
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress])

@@ -117,19 +117,17 @@ def test_several_processes_give_the_same_index(tmp_path, write_tar, sample_membe
     assert not list(tmp_path.glob("*c.index*"))
 
 
-def test_remote_shards_are_read_through_fsspec(tmp_path, write_tar, sample_members):
-    fsspec = pytest.importorskip("fsspec")
-    memory = fsspec.filesystem("memory")
+def test_shards_in_an_object_store_are_read_in_processes(s3_bucket, tmp_path, write_tar, sample_members):
     content = write_tar(tmp_path / "a.tar", sample_members(range(3))).read_bytes()
-    urls = [f"memory://bucket/{n}.tar" for n in range(70)]
+    urls = [f"s3://bucket/index/{n}.tar" for n in range(70)]
     for url in urls:
-        memory.pipe(url, content)
+        s3_bucket.pipe_file(url.removeprefix("s3://"), content)
     index = write_index(urls, tmp_path / "remote.index")
     assert index.samples == 210 and index.shards == urls
     local = write_index([str(tmp_path / "a.tar")] * 70, tmp_path / "local.index")
     assert index.hash == local.hash
-    with pytest.raises(UserError, match=r"shard memory://bucket/gone\.tar cannot be read"):
-        write_index(["memory://bucket/gone.tar"], tmp_path / "x.index")
+    with pytest.raises(UserError, match=r"shard s3://bucket/index/gone\.tar cannot be read"):
+        write_index(["s3://bucket/index/gone.tar"], tmp_path / "x.index")
 
 
 def _damages(whole: bytes) -> dict[str, tuple[bytes, str]]:

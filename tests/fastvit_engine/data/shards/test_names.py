@@ -3,7 +3,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from fastvit_engine.data.shards.names import find_shards, info_beside, shard_set
@@ -152,12 +151,11 @@ def test_the_patterns_that_a_refusal_gives_are_taken(tmp_path):
 
 
 @pytest.fixture
-def copied(made) -> Iterator[str]:
-    store = fsspec.filesystem("memory")
+def copied(made, s3_bucket) -> Iterator[str]:
     for path in made.iterdir():
-        store.pipe_file(f"/copied/set/{path.name}", path.read_bytes())
-    yield "memory://copied/set"
-    store.rm("/copied", recursive=True)
+        s3_bucket.pipe_file(f"bucket/copied/set/{path.name}", path.read_bytes())
+    yield "s3://bucket/copied/set"
+    s3_bucket.rm("bucket/copied/")
 
 
 @pytest.mark.parametrize("end", ["", "/"])
@@ -169,8 +167,8 @@ def test_a_remote_folder_with_dataset_json_gives_the_split_only(copied, end):
     assert shard_set(copied).splits == ["train", "train", "eval"]
 
 
-def test_a_remote_folder_without_one_gives_the_shards_that_are_named_so(copied):
-    fsspec.filesystem("memory").rm("/copied/set/dataset.json")
+def test_a_remote_folder_without_one_gives_the_shards_that_are_named_so(copied, s3_bucket):
+    s3_bucket.rm("bucket/copied/set/dataset.json")
     assert find_shards(copied, "train") == [f"{copied}/train-000000.tar", f"{copied}/train-000001.tar"]
     assert find_shards(copied, "eval") == [f"{copied}/eval-000000.tar"]
     assert info_beside(find_shards(copied, "eval")) is None

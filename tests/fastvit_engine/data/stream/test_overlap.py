@@ -5,7 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from fastvit_engine.data import prepare_data
@@ -126,11 +125,10 @@ def test_other_urls_are_apart(train, held_out, make_config):
     check_streams_apart([train], [held_out], make_config("x", order="stream").data)
 
 
-def test_a_data_set_copied_into_a_bucket_trains_and_evaluates_as_on_the_disk(digits, tmp_path, make_config):
-    store = fsspec.filesystem("memory")
+def test_a_data_set_copied_into_a_bucket_trains_and_evaluates_as_on_the_disk(digits, tmp_path, make_config, s3_bucket):
     for path in digits.iterdir():
-        store.pipe_file(f"/overlap/digits/{path.name}", path.read_bytes())
-    url = "memory://overlap/digits"
+        s3_bucket.pipe_file(f"bucket/overlap/digits/{path.name}", path.read_bytes())
+    url = "s3://bucket/overlap/digits"
 
     def prepared(where: str, **data):
         config = make_config(where, eval=where, **data)
@@ -146,4 +144,3 @@ def test_a_data_set_copied_into_a_bucket_trains_and_evaluates_as_on_the_disk(dig
     streamed = prepared(url, order="stream", batch=8)
     assert streamed.train == there.train[0].data.shards and streamed.eval.shards == there.eval.shards
     assert streamed.samples_per_epoch == here.samples_per_epoch and streamed.class_names == here.class_names
-    store.rm("/overlap", recursive=True)
