@@ -119,19 +119,9 @@ def make_dataset(
     `max_failed`) and failed writes.
     """
     _check_arguments(
-        format,
-        eval_fraction,
-        samples_per_shard,
-        seed,
-        resize,
-        quality,
-        max_pixels,
-        max_failed,
-        workers,
-        part,
-        labels,
+        format, eval_fraction, samples_per_shard, seed, resize, quality, max_pixels, max_failed, workers, part, labels,
         label_column,
-    )
+    )  # fmt: skip
     arguments: dict[str, Any] = {
         "source": _resolved(source),
         "seed": seed,
