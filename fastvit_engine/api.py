@@ -20,6 +20,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.evaluate.classification import Accuracy
 from fastvit_engine.evaluate.classification import evaluate as evaluate_batches
 from fastvit_engine.models import VisionTransformer
+from fastvit_engine.observe.run_folder import run_folder_path
 from fastvit_engine.train import loop
 from fastvit_engine.train.health.bad_samples import checked
 from fastvit_engine.trusted_folders import trust_compiled_code
@@ -50,7 +51,7 @@ def train(
     Raises UserError, with a sentence on what to change, for anything that cannot work; Preempted if it was asked to
     stop, after it has saved.
     """
-    resolved = _resolved(config)
+    resolved, folder = _resolved(config), run_folder_path(out)
     own = None
     if data is not None:
         shards = None
@@ -67,7 +68,7 @@ def train(
             "yours first, or call train() in a process that has none"
         )
     with nullcontext() if launched_by_cluster() else _lone_rank():
-        loop.train(resolved, Path(out), resume=resume, data=own, allow_batch_change=allow_batch_change)
+        loop.train(resolved, folder, resume=resume, data=own, allow_batch_change=allow_batch_change)
 
 
 def evaluate(

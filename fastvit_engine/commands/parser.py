@@ -60,6 +60,24 @@ def local_text(text: str) -> str:
     return re.sub(r"^file:(//)?(?=/)", "", text)
 
 
+def path_or_url(text: str) -> str:
+    """The type of an argument that is on this machine or on a server. A file:// URL becomes its path."""
+    if _URL.match(text) and "://" not in text:
+        fix = f": write {text.replace(':/', '://', 1)}" if ":/" in text else ", and this must be a path or a URL"
+        raise argparse.ArgumentTypeError(f"'{text}' is no URL{fix}")
+    return re.sub(r"^file:(//)?(?=/)", "", text)
+
+
+def output_path_or_url(text: str) -> str:
+    """As `path_or_url`, for what is written. Raises ArgumentTypeError for a web server, which is only read."""
+    if re.match(r"https?:/", text):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is on a web server, which is only read: name a local path or an object store (s3://, gs://, "
+            "az://), or write to a local path and copy it there"
+        )
+    return path_or_url(text)
+
+
 def positive(text: str) -> int:
     """An integer of at least 1."""
     number = int(text)

@@ -5,7 +5,6 @@ import os
 import uuid
 from pathlib import Path
 
-from fastvit_engine.commands.parser import local_path
 from fastvit_engine.commands.recipe import add_recipe
 from fastvit_engine.errors import RestartError, UserError
 from fastvit_engine.shown import say
@@ -23,7 +22,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(parser)
-    parser.add_argument("--out", metavar="DIR", type=local_path, help="run folder (default: runs/<name of the recipe>)")
+    parser.add_argument("--out", metavar="DIR", help="run folder, on this machine (default: runs/<name of the recipe>)")
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -70,12 +69,12 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.distributed import launch
     from fastvit_engine.distributed.environment import launched_by_cluster
     from fastvit_engine.distributed.rendezvous import check_rendezvous
-    from fastvit_engine.observe.run_folder import RunFolder
+    from fastvit_engine.observe.run_folder import RunFolder, run_folder_path
     from fastvit_engine.sizing.defaults import choose, machine_here
     from fastvit_engine.train.start import preflight, report_damage
     from fastvit_engine.trusted_folders import trust_compiled_code
 
-    out = args.out or Path("runs") / resolved.config.name
+    out = run_folder_path(args.out or Path("runs") / resolved.config.name)
     resume = args.resume == "auto"
     if launched_by_cluster():
         from fastvit_engine.train.loop import train

@@ -141,7 +141,7 @@ class DataConfig(_Section):
     """Allow the same shards in train and eval. Otherwise such a run is refused, since it measures nothing."""
 
     index: str | None = None
-    """Index file of the training shards; null: shards.index beside them, which is created if it is missing."""
+    """Index of the training shards, a file or a URL; null: shards.index beside them, which is made if it is missing."""
 
     train_samples: int | None = Field(None, gt=0, le=10**15)
     """Number of samples that durations count as one epoch; null: all samples of the training shards."""

@@ -2,8 +2,9 @@
 
 import argparse
 
-from fastvit_engine.commands.data.options import wrapped
-from fastvit_engine.commands.parser import local_path, local_text
+from fastvit_engine.commands.data.options import add_ray, workers_of, wrapped
+from fastvit_engine.commands.parser import output_path_or_url, path_or_url
+from fastvit_engine.errors import UserError
 
 _SOURCES = """\
 sources, recognised by what they are (--format says it explicitly):
@@ -40,22 +41,26 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         ),
         epilog=f"{_SOURCES}\nexamples:\n  fastvit data make photos/ --out data/photos --eval-fraction 0.05\n"
         "  fastvit data make winter21_whole.tar.gz --out data/i21k --resize 256 --workers 16 --max-failed 0.001\n"
-        "  fastvit data make list.csv --out data/web --max-failed 0.1\n\n"
+        "  fastvit data make list.csv --out data/web --max-failed 0.1\n"
+        "  fastvit data make s3://bucket/photos --out s3://bucket/shards\n\n"
         "on several machines, here as a SLURM array of 8:\n"
         "  fastvit data make SOURCE --out DIR --plan-only                        # once, first\n"
-        "  srun ... fastvit data make SOURCE --out DIR --part $SLURM_ARRAY_TASK_ID/8   # --array=1-8",
+        "  srun ... fastvit data make SOURCE --out DIR --part $SLURM_ARRAY_TASK_ID/8   # --array=1-8\n\n"
+        "on a Ray cluster, from one of its nodes:\n"
+        "  fastvit data make SOURCE --out DIR --ray auto",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    make.add_argument("source", type=local_text, metavar="SOURCE", help="a folder, file or pattern; see below")
-    make.add_argument("--out", type=local_path, required=True, metavar="DIR", help="new folder for the shards")
+    make.add_argument("source", type=path_or_url, metavar="SOURCE", help="a folder, file, pattern or URL; see below")
+    make.add_argument("--out", type=output_path_or_url, required=True, metavar="DIR", help="new folder for the shards, "
+                      "here or in an object store")  # fmt: skip
     source = make.add_argument_group("source")
     source.add_argument("--format", metavar="NAME", help="what SOURCE is (default: seen from what it holds)")
     source.add_argument("--labels", metavar="FILE|COLUMN", help="labels of a flat tar; label column of a list "
                         "or Parquet; label member of shards, such as json.labels")  # fmt: skip
     source.add_argument("--image-column", metavar="COLUMN", help="column of paths, URLs or images of a list or Parquet")
     source.add_argument("--label-column", metavar="COLUMN", help="column of labels of a list or Parquet")
-    source.add_argument("--classes", type=local_path, metavar="FILE", help="class names in label order, one per line")
-    source.add_argument("--eval-source", type=local_text, metavar="SOURCE", help="where the eval split comes from")
+    source.add_argument("--classes", type=path_or_url, metavar="FILE", help="class names in label order, one per line")
+    source.add_argument("--eval-source", type=path_or_url, metavar="SOURCE", help="where the eval split comes from")
     source.add_argument("--eval-labels", metavar="FILE|COLUMN", help="--labels of --eval-source")
     source.add_argument("--leave-out", metavar="PATTERN", action="append", default=[], help="folders (by their path in "
                         "SOURCE) or files that are not taken, such as test or '*/test'; may be repeated")  # fmt: skip
@@ -70,10 +75,13 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
                         "images keep their bytes")  # fmt: skip
     shards.add_argument("--quality", type=int, default=90, metavar="Q", help="of JPEGs that --resize writes "
                         "(default 90)")  # fmt: skip
+    shards.add_argument("--max-pixels", type=int, metavar="N", help="images with more have failed (default: that of "
+                        "data.max_pixels)")  # fmt: skip
     shards.add_argument("--dedup", action="store_true", help="leave out images whose bytes occur twice")
     work = make.add_argument_group("work")
     work.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     work.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="write every N-th shard, from the I-th")
+    add_ray(work)
     work.add_argument("--plan-only", action="store_true", help="list and shuffle, for --part to start from")
     make.set_defaults(run=_run)
 
@@ -87,11 +95,18 @@ def _part(text: str) -> tuple[int, int]:
 
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.data.build.make import make_dataset
+    from fastvit_engine.data.shards.remote_path import any_path
 
     names = (
         "format", "labels", "classes", "eval_source", "eval_labels", "image_column", "label_column",
         "eval_fraction", "samples_per_shard", "seed",
-        "resize", "quality", "dedup", "leave_out", "max_failed", "workers", "part", "plan_only",
+        "resize", "quality", "max_pixels", "dedup", "leave_out", "max_failed", "part", "plan_only",
     )  # fmt: skip
-    make_dataset(args.source, args.out, **{name: getattr(args, name) for name in names})
+    options = {name: getattr(args, name) for name in names}
+    if args.classes is not None:
+        options["classes"] = any_path(args.classes)
+    if args.ray is not None and args.part != (1, 1):
+        raise UserError("--part and --ray both share out the work: leave out one of them")
+    with workers_of(args.ray, args.workers) as workers:
+        make_dataset(args.source, args.out, workers=workers, **options)
     return 0

@@ -3,7 +3,7 @@
 import argparse
 
 from fastvit_engine.commands.data.options import add_common, add_settings, load_settings, wrapped
-from fastvit_engine.commands.parser import local_path
+from fastvit_engine.commands.parser import output_path_or_url
 from fastvit_engine.shown import say
 
 
@@ -21,7 +21,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     stats.add_argument("shards", metavar="SHARDS", help="a folder, a shard, a glob, a brace pattern or a URL")
     stats.add_argument("--split", choices=("train", "eval"), help="of a folder with a dataset.json (default: both)")
     stats.add_argument(
-        "--sheet", type=local_path, metavar="FILE.png", help="also draw a sheet of images with class names"
+        "--sheet", type=output_path_or_url, metavar="FILE.png", help="also draw a sheet of images with class names"
     )
     add_settings(stats)
     add_common(stats)
@@ -31,11 +31,12 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.data.check.contact_sheet import class_sheet, save_sheet
     from fastvit_engine.data.check.stats import shard_stats
+    from fastvit_engine.data.shards.remote_path import any_path
 
     config = load_settings(args).config
     stats = shard_stats(args.shards, config, split=args.split, workers=args.workers)
     if args.sheet is not None:
-        save_sheet(class_sheet(args.shards, config, split=args.split), args.sheet)
+        save_sheet(class_sheet(args.shards, config, split=args.split), any_path(args.sheet))
     if args.json:
         print(stats.to_json())
     else:

@@ -2,7 +2,15 @@
 
 import argparse
 
-from fastvit_engine.commands.data.options import add_common, add_settings, load_settings, num_classes_of, wrapped
+from fastvit_engine.commands.data.options import (
+    add_common,
+    add_ray,
+    add_settings,
+    load_settings,
+    num_classes_of,
+    workers_of,
+    wrapped,
+)
 from fastvit_engine.shown import say
 
 
@@ -33,6 +41,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     verify.add_argument("--strict", action="store_true", help="exit code 1 for warnings too")
     add_settings(verify)
     add_common(verify)
+    add_ray(verify)
     verify.set_defaults(run=_run)
 
 
@@ -41,7 +50,8 @@ def _run(args: argparse.Namespace) -> int:
 
     settings = load_settings(args)
     num_classes = num_classes_of(settings) if args.num_classes is None else args.num_classes
-    verdict = verify_shards(args.shards, settings.config, num_classes=num_classes, skew=args.skew, workers=args.workers)
+    with workers_of(args.ray, args.workers) as workers:
+        verdict = verify_shards(args.shards, settings.config, num_classes=num_classes, skew=args.skew, workers=workers)
     if args.json:
         print(verdict.to_json())
     else:

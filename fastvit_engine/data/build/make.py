@@ -5,30 +5,47 @@ import contextlib
 import errno
 import json
 import math
+import os
 import re
-import shutil
+import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 from webdataset.writer import TarWriter
 
 from fastvit_engine.data.build.encode import encode_for_shard
+from fastvit_engine.data.build.output import Output, open_output
 from fastvit_engine.data.build.packing import Packing, Shard, make_packing
-from fastvit_engine.data.build.parallel import Counter, default_workers, parallel_map
+from fastvit_engine.data.build.parallel import (
+    Counter,
+    Workers,
+    check_workers,
+    default_workers,
+    ordered_map,
+    parallel_map,
+    some_of,
+)
 from fastvit_engine.data.build.sources import FORMATS, list_source, list_with_eval
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing, describe_classes, describe_left_out
 from fastvit_engine.data.build.sources.reading import SourceReader
+from fastvit_engine.data.pixels.decode import MAX_PIXELS
 from fastvit_engine.data.shards.index import INDEX_NAME, write_index
 from fastvit_engine.data.shards.labels import json_field
 from fastvit_engine.data.shards.names import INFO_NAME, UNFINISHED_NAME, DatasetInfo, Split, SplitInfo, read_info
+from fastvit_engine.data.shards.remote_path import AnyPath, any_path, is_remote
+from fastvit_engine.data.shards.sample import Ignored
+from fastvit_engine.data.shards.scan import ShardRecord, scan_shard
+from fastvit_engine.data.shards.tar import windowed
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import atomic_write, atomic_writer, json_lines
+from fastvit_engine.files import json_lines
 from fastvit_engine.observe.progress import WorkProgress
 from fastvit_engine.observe.units import counted
 from fastvit_engine.shown import public_url, recorded, say
@@ -37,6 +54,7 @@ from fastvit_engine.text import read_lines
 DEFAULT_EVAL_FRACTION = 0.1
 FAILED_NAME = "failed.jsonl"
 _DOWNLOADS = 16  # at once, per worker
+_WINDOW = 1 << 14  # bytes that are read at once when walking over headers
 _FEW = 1000  # the fraction of failures is judged over at least this many images
 
 
@@ -44,7 +62,7 @@ _FEW = 1000  # the fraction of failures is judged over at least this many images
 class MadeDataset:
     """The result of `make_dataset`."""
 
-    out: Path
+    out: AnyPath
     info: DatasetInfo | None  # None if other parts have shards to write
 
 
@@ -54,15 +72,17 @@ class Receipt(NamedTuple):
     samples: int
     bytes: int
     failed: list[list[str]]  # name and reason
+    stamp: int | None = None  # of the version of the object, in a store
+    record: dict[str, Any] | None = None  # what the index keeps of a shard in a store, which is not read again
 
 
 def make_dataset(
     source: str,
-    out: Path,
+    out: AnyPath | str,
     *,
     format: str | None = None,
     labels: str | None = None,
-    classes: Path | None = None,
+    classes: AnyPath | None = None,
     eval_source: str | None = None,
     eval_labels: str | None = None,
     eval_fraction: float | None = None,
@@ -70,35 +90,38 @@ def make_dataset(
     seed: int = 0,
     resize: int | None = None,
     quality: int = 90,
+    max_pixels: int | None = None,
     dedup: bool = False,
     leave_out: Sequence[str] = (),
     image_column: str | None = None,
     label_column: str | None = None,
     max_failed: float = 0.0,
-    workers: int | None = None,
+    workers: Workers | None = None,
     part: tuple[int, int] = (1, 1),
     plan_only: bool = False,
     progress: Callable[[str], None] = say,
 ) -> MadeDataset:
-    """Writes the images of `source` (see `sources`) to train and eval shards in `out`.
+    """Writes the images of `source` (see `sources`) to train and eval shards in `out`; both may be in object stores.
 
     `image_column` and `label_column` name columns of a list or of Parquet files.
 
-    The listing, the split and the global shuffle are decided first and stored; then `workers` processes write shards in
-    parallel, each atomically. After a kill, a full disk or a bad image, the same call keeps the complete shards and
-    writes the others, byte for byte as without the interruption. `part` (i, n) writes every n-th shard from the i-th.
-    The part that completes the last shard writes dataset.json; a folder that has it is complete, and the same call
-    does nothing more.
+    The listing, the split and the global shuffle are decided first and stored; then `workers` processes, or those of an
+    executor, write shards in parallel, each atomically. After a kill, a full disk or a bad image, the same call keeps
+    the complete shards and writes the others, byte for byte as without the interruption. `part` (i, n) writes every
+    n-th shard from the i-th. The part that completes the last shard writes dataset.json; a folder that has it is
+    complete, and the same call does nothing more.
 
     Samples have an image, `cls` (the index of the first label) and, if the source gives several labels, `json`:
-    {"labels": [...]}. `leave_out` has patterns of what is not taken: folders, by their path in `source`, or files.
+    {"labels": [...]}. An image with more than `max_pixels` (default: as data.max_pixels) has failed. `leave_out` has
+    patterns of what is not taken: folders, by their path in `source`, or files.
 
     Raises UserError for bad arguments, sources that can be read in two ways, bad images (more than the fraction
     `max_failed`) and failed writes.
     """
     _check_arguments(
-        format, eval_fraction, samples_per_shard, seed, resize, quality, max_failed, workers, part, labels, label_column
-    )
+        format, eval_fraction, samples_per_shard, seed, resize, quality, max_pixels, max_failed, workers, part, labels,
+        label_column,
+    )  # fmt: skip
     arguments: dict[str, Any] = {
         "source": _resolved(source),
         "seed": seed,
@@ -111,64 +134,60 @@ def make_dataset(
         "eval_labels": eval_labels,
         "resize": resize,
         "quality": quality,
+        "max_pixels": max_pixels,
         "dedup": dedup,
         "leave_out": list(leave_out),
         "image_column": image_column,
         "label_column": label_column,
     }
-    unfinished = out / UNFINISHED_NAME
-    made = read_info(out)
-    if made is not None:
-        _check_same(out, made, arguments)
-        shutil.rmtree(unfinished, ignore_errors=True)
-        progress(f"{out} is already made: {made.train.samples:,} train and {made.eval.samples:,} eval samples")
-        return MadeDataset(out, made)
-
-    return _make(out, arguments, part, max_failed, workers or default_workers(), plan_only, progress)
+    path = any_path(out) if isinstance(out, str) else out
+    with open_output(path) as output:
+        made = read_info(str(path))
+        if made is not None:
+            _check_same(path, made, arguments)
+            output.finish()
+            progress(f"{path} is already made: {made.train.samples:,} train and {made.eval.samples:,} eval samples")
+            return MadeDataset(path, made)
+        return _make(output, arguments, part, max_failed, workers or default_workers(), plan_only, progress)
 
 
 def _make(
-    out: Path,
+    output: Output,
     arguments: dict[str, Any],
     part: tuple[int, int],
     max_failed: float,
-    workers: int,
+    workers: Workers,
     plan_only: bool,
     progress: Callable[[str], None],
 ) -> MadeDataset:
     """Begins or resumes a data set; removes what it began if no shard was completed."""
-    unfinished = out / UNFINISHED_NAME
-    existed, begun = out.exists(), unfinished.exists()
+    out = output.path
+    existed, begun = output.exists(), output.is_begun()
     display = WorkProgress()
     try:
-        if existed and not begun and any(out.iterdir()):
+        if existed and not begun and not output.is_empty():
             raise UserError(f"{out} is not empty and was not made by `fastvit data make`: choose another --out")
-        (unfinished / "receipts").mkdir(parents=True, exist_ok=True)
-        packing = _packing(out, arguments, workers, display, progress)
+        output.begin()
+        check_workers(workers, [arguments["source"]], output.shared_folder)
+        packing = _packing(output, arguments, workers, display, progress)
         if plan_only:
             display.clear()
             progress(f"{out}: planned {len(packing.train):,} train and {len(packing.eval):,} eval samples")
             return MadeDataset(out, None)
-        _write_shards(out, packing, part, max_failed, workers, display, progress)
+        check_workers(workers, some_of(_local_files(packing.listing)), output.shared_folder)
+        _write_shards(output, packing, part, max_failed, workers, display, progress)
         display.clear()
-        return _finish(out, packing, part, progress)
+        return _finish(output, packing, part, workers, progress)
     except Exception as error:
         if part == (1, 1) and not begun:
-            _remove_if_nothing_is_complete(out, remove_folder=not existed)
-        if isinstance(error, FileNotFoundError) and (made := read_info(out)) is not None:
+            _remove_if_nothing_is_complete(output, remove_folder=not existed)
+        if isinstance(error, FileNotFoundError) and (made := read_info(str(out))) is not None:
             return MadeDataset(out, made)  # another part was faster: all is written, and the packing removed
         if isinstance(error, OSError):
-            raise UserError(
-                f"cannot write to {out} ({error.strerror}): {_advice(error)}choose another --out"
-            ) from error
+            raise UserError(f"cannot write to {out} ({_reason(error)}): {_advice(output, error)}") from error
         raise
     finally:
         display.clear()
-
-
-def _advice(error: OSError, again: str = "") -> str:
-    """What helps besides another folder."""
-    return f"make room{again} or " if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
 
 
 def _check_arguments(
@@ -178,8 +197,9 @@ def _check_arguments(
     seed: int,
     resize: int | None,
     quality: int,
+    max_pixels: int | None,
     max_failed: float,
-    workers: int | None,
+    workers: Workers | None,
     part: tuple[int, int],
     labels: str | None,
     label_column: str | None,
@@ -190,6 +210,8 @@ def _check_arguments(
         raise UserError(f"--max-failed is {max_failed}: it must be at least 0 and below 1")
     if not 1 <= quality <= 100:
         raise UserError(f"--quality is {quality}: it must be between 1 and 100")
+    if max_pixels is not None and not 1 <= max_pixels <= 2 * MAX_PIXELS:
+        raise UserError(f"--max-pixels is {max_pixels}: it must be between 1 and {2 * MAX_PIXELS}, as data.max_pixels")
     if not 1 <= part[0] <= part[1]:
         raise UserError(f"--part is {part[0]}/{part[1]}: it must be between 1/{part[1]} and {part[1]}/{part[1]}")
     if format is not None and format not in FORMATS:
@@ -198,24 +220,40 @@ def _check_arguments(
         raise UserError("--labels and --label-column both name the column of labels: leave out one of them")
     if seed < 0:
         raise UserError(f"--seed is {seed}: it must be at least 0")
-    counts = {"--samples-per-shard": samples_per_shard, "--resize": resize, "--workers": workers}
+    counts = {
+        "--samples-per-shard": samples_per_shard,
+        "--resize": resize,
+        "--workers": workers if isinstance(workers, int) else None,
+    }
     for name, value in counts.items():
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}: it must be at least 1")
 
 
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _advice(output: Output, error: OSError, again: str = "") -> str:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "choose another --out"
+    if is_remote(str(output.path)):
+        return f"make room in {tempfile.gettempdir()}{again}, or set TMPDIR to a folder of another disk"
+    return f"make room{again}, or choose another --out"
+
+
 def _resolved(source: str) -> str:
-    return source if source == "digits" else str(Path(source).expanduser().resolve())
+    return source if source == "digits" else str(any_path(source).resolve())
 
 
-def _check_same(out: Path, made: DatasetInfo, arguments: dict[str, Any]) -> None:
+def _check_same(out: AnyPath, made: DatasetInfo, arguments: dict[str, Any]) -> None:
     before = {name: getattr(made, name) for name in ("source", "seed", "eval_fraction", "samples_per_shard")}
     if arguments["eval_fraction"] is None and made.eval_fraction in (None, DEFAULT_EVAL_FRACTION):
         before["eval_fraction"] = None
     _check_equal(out, "was", before | made.options, arguments)
 
 
-def _check_equal(out: Path, tense: str, before: dict[str, Any], arguments: dict[str, Any]) -> None:
+def _check_equal(out: AnyPath, tense: str, before: dict[str, Any], arguments: dict[str, Any]) -> None:
     for name, value in arguments.items():
         if name in before and recorded(before[name]) != recorded(value):
             raise UserError(
@@ -237,22 +275,21 @@ def _option(name: str, value: Any) -> str:
 
 
 def _packing(
-    out: Path, arguments: dict[str, Any], workers: int, display: WorkProgress, progress: Callable[[str], None]
+    output: Output, arguments: dict[str, Any], workers: Workers, display: WorkProgress, progress: Callable[[str], None]
 ) -> Packing:
     """The packing of a run that was stopped, or of another part; otherwise a new one."""
-    unfinished = out / UNFINISHED_NAME
-    folder = unfinished / "packing"
+    out = output.path
     # Looked for first: another part may store its packing, and then receipts, at any moment.
-    has_receipts = any((unfinished / "receipts").glob("*.json"))
-    for stored in (folder, unfinished / "plan"):  # the second is that of an earlier version
-        if stored.exists():
-            packing = Packing.load(stored)
-            _check_equal(out, "is being", packing.arguments, arguments)
-            return packing
-    if has_receipts and read_info(out) is None:
+    has_receipts = bool(output.receipts())
+    stored = output.stored_packing()
+    if stored is not None:
+        packing = _loaded(output, stored)
+        _check_equal(out, "is being", packing.arguments, arguments)
+        return packing
+    if has_receipts and read_info(str(out)) is None:
         raise UserError(
-            f"{unfinished} says which shards are complete but not what they were made from: remove the folder {out} "
-            "or choose another --out"
+            f"{out}/{UNFINISHED_NAME} says which shards are complete but not what they were made from: "
+            f"remove the folder {out} or choose another --out"
         )
 
     def say(text: str) -> None:
@@ -260,7 +297,7 @@ def _packing(
         progress(text)
 
     context = Context(
-        unfinished / "unpacked",
+        output.unpacked,
         workers,
         display,
         say,
@@ -272,7 +309,7 @@ def _packing(
         label_column=arguments["label_column"],
     )
     if arguments["classes"]:
-        context.classes = _class_names(Path(arguments["classes"]))
+        context.classes = _class_names(any_path(arguments["classes"]))
     source, format = arguments["source"], arguments["format"]
     if arguments["eval_source"]:
         listing = list_with_eval(source, format, arguments["eval_source"], arguments["eval_labels"], context)
@@ -286,8 +323,13 @@ def _packing(
     eval_fraction = _eval_fraction(listing, arguments)
     say(_what_was_found(listing, arguments, eval_fraction, context))
     packing = make_packing(listing, arguments, eval_fraction=eval_fraction, workers=workers, progress=display)
-    packing.save(folder)
-    return Packing.load(folder)
+    return _loaded(output, output.save_packing(packing.save))
+
+
+def _loaded(output: Output, folder: Path) -> Packing:
+    """The packing in a folder; without the folder's name if other machines do not see it."""
+    packing = Packing.load(folder)
+    return packing if output.shared_folder is not None else replace(packing, folder=None)
 
 
 def _what_was_found(listing: Listing, arguments: dict[str, Any], eval_fraction: float | None, context: Context) -> str:
@@ -313,7 +355,7 @@ def _eval_fraction(listing: Listing, arguments: dict[str, Any]) -> float | None:
     return None
 
 
-def _class_names(path: Path) -> list[str]:
+def _class_names(path: AnyPath) -> list[str]:
     try:
         names = read_lines(path)
     except (OSError, UnicodeDecodeError) as error:
@@ -323,41 +365,43 @@ def _class_names(path: Path) -> list[str]:
     return names
 
 
+def _local_files(listing: Listing) -> list[str]:
+    """A few of the local files that images are read from."""
+    holding = [file.path for file in listing.files if file.kind not in ("path", "url")]
+    images = [(listing.files[listing.file[index]], listing.name(index)) for index in some_of(range(len(listing)))]
+    paths = [*some_of(holding), *(os.path.join(file.path, name) for file, name in images if file.kind == "path")]
+    return [path for path in paths if not is_remote(path)]
+
+
 def _write_shards(
-    out: Path,
+    output: Output,
     packing: Packing,
     part: tuple[int, int],
     max_failed: float,
-    workers: int,
+    workers: Workers,
     display: WorkProgress,
     progress: Callable[[str], None],
 ) -> None:
     """Writes the shards of `part` that are not complete yet."""
     mine = packing.shards()[part[0] - 1 :: part[1]]
-    receipts = {shard: _receipt(out, shard) for shard in mine}
-    missing = [shard for shard, receipt in receipts.items() if receipt is None]
+    receipts = _complete(output, mine)
+    missing = [shard for shard in mine if shard not in receipts]
     if len(missing) < len(mine):
-        progress(f"{out}: {len(mine) - len(missing):,} of {len(mine):,} shards are complete, making the others")
-    temporary = out / UNFINISHED_NAME / f"part-{part[0]}-of-{part[1]}"
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed run of this part
-    temporary.mkdir(exist_ok=True)
+        progress(f"{output.path}: {len(mine) - len(missing):,} of {len(mine):,} shards are complete, making the others")
     total = sum(shard.end - shard.start for shard in mine)
-    writer = _ShardWriter(out, temporary, packing, max_failed, total)
-    for shard, receipt in receipts.items():
-        if receipt is not None:
+    with output.temporary_folder(f"part-{part[0]}-of-{part[1]}") as temporary:
+        writer = _ShardWriter(output, temporary, packing, max_failed, total)
+        for shard, receipt in receipts.items():
             writer.done.add(shard.end - shard.start)
             writer.failed.add(len(receipt.failed))
 
-    def show() -> None:
-        failed = writer.failed.value
-        display.update(writer.done.value, f"{failed:,} failed" if failed else "")
+        def show() -> None:
+            failed = writer.failed.value
+            display.update(writer.done.value, f"{failed:,} failed" if failed else "")
 
-    display.start("writing", total, "images")
-    try:
+        display.start("writing", total, "images")
         for _ in parallel_map(writer.write, missing, workers=workers, while_waiting=show):
             pass
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _NothingToWrite(Exception):
@@ -367,27 +411,35 @@ class _NothingToWrite(Exception):
 class _ShardWriter:
     """Writes shards, one at a time, in a worker process."""
 
-    def __init__(self, out: Path, temporary: Path, packing: Packing, max_failed: float, total: int) -> None:
+    def __init__(self, output: Output, temporary: Path, packing: Packing, max_failed: float, total: int) -> None:
         self.done, self.failed = Counter(), Counter()  # images, over all workers
-        self._out, self._temporary, self._packing = out, temporary, packing
+        self._output, self._temporary, self._packing = output, temporary, packing
         self._max_failed, self._total = max_failed, total
         self._reader = SourceReader(packing.listing)
-        self._downloads = any(file.kind == "url" for file in packing.listing.files)
+        self._downloads = any(file.kind == "url" or is_remote(file.path) for file in packing.listing.files)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_reader": None}  # whose listing is that of the packing
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _reader=SourceReader(state["_packing"].listing))
 
     def write(self, shard: Shard) -> None:
         warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
         try:
-            self._write_receipt(shard, self._write_shard(shard))
+            receipt = self._write_shard(shard)
+            self._output.write_receipt(shard.name, json.dumps(receipt._asdict()).encode(), self._temporary)
         except OSError as error:
-            advice = _advice(error, " and run the same command again,")
-            raise UserError(f"cannot write to {self._out} ({error.strerror}): {advice}choose another --out") from error
+            advice = _advice(self._output, error, " and run the same command again")
+            raise UserError(f"cannot write to {self._output.path} ({_reason(error)}): {advice}") from error
 
     def _write_shard(self, shard: Shard) -> Receipt:
         """Writes the shard, unless all of its images have failed."""
         failed: list[list[str]] = []
         samples = size = 0
-        path = self._out / shard.name
-        with contextlib.suppress(_NothingToWrite), atomic_writer(path, temporary_folder=self._temporary) as file:
+        record: ShardRecord | None = None
+        new_shard = self._output.new_shard(shard.name, self._temporary)
+        with contextlib.suppress(_NothingToWrite), new_shard as file:
             with TarWriter(file, user="fastvit", group="fastvit", mtime=0, encoder=False) as tar:
                 for index, members in self._samples(self._packing.indices(shard).tolist()):
                     if isinstance(members, str):
@@ -400,11 +452,12 @@ class _ShardWriter:
             if not samples:
                 raise _NothingToWrite
             size = file.tell()
-        return Receipt(samples, size, failed)
-
-    def _write_receipt(self, shard: Shard, receipt: Receipt) -> None:
-        with atomic_writer(_receipt_path(self._out, shard), temporary_folder=self._temporary) as file:
-            file.write(json.dumps(receipt._asdict()).encode())
+            if is_remote(str(self._output.path)):
+                record = _scan(file, size)
+        if record is None:
+            return Receipt(samples, size, failed)
+        stamp = self._output.stamps([shard.name])[shard.name][1]
+        return Receipt(samples, size, failed, stamp, _to_json(record))
 
     def _samples(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Any] | str]]:
         """Yields (index, members, or why there are none) in the given order; downloads run ahead."""
@@ -426,7 +479,9 @@ class _ShardWriter:
         listing, arguments = self._packing.listing, self._packing.arguments
         try:
             encoded = self._reader.read(index)
-            extension, image = encode_for_shard(encoded.image, arguments["resize"], arguments["quality"])
+            extension, image = encode_for_shard(
+                encoded.image, arguments["resize"], arguments["quality"], arguments.get("max_pixels") or MAX_PIXELS
+            )
             labels = listing.labels_of(index)
             json_member = _json_member(encoded.json, labels) if listing.multi_label else encoded.json
         except ValueError as error:
@@ -480,28 +535,47 @@ def _key(index: int, name: str) -> str:
     return f"{index:08d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:60]}"
 
 
-def _receipt_path(out: Path, shard: Shard) -> Path:
-    return out / UNFINISHED_NAME / "receipts" / f"{shard.name}.json"
+def _scan(file: BinaryIO, size: int) -> ShardRecord:
+    """What the index keeps of a shard that has just been written."""
+    file.flush()
+    read = windowed(lambda at, length: os.pread(file.fileno(), length, at), _WINDOW)
+    return scan_shard(read, size, 0, "cls")
 
 
-def _receipt(out: Path, shard: Shard) -> Receipt | None:
-    """Returns the receipt of a shard, None if the shard is not complete or its receipt is damaged."""
-    with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
-        receipt = Receipt(**json.loads(_receipt_path(out, shard).read_text()))
-        if receipt.samples == 0 or (out / shard.name).stat().st_size == receipt.bytes:
-            return receipt
-    return None
+def _to_json(record: ShardRecord) -> dict[str, Any]:
+    return record._asdict() | {"starts": record.starts.tolist(), "labels": list(record.labels.items())}
 
 
-def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callable[[str], None]) -> MadeDataset:
+def _from_json(record: dict[str, Any], stamp: int) -> ShardRecord:
+    starts, labels = np.asarray(record["starts"], np.uint32), dict(record["labels"])
+    return ShardRecord(**record | {"starts": starts, "labels": labels, "stamp": stamp, "ignored": Ignored()})
+
+
+def _complete(output: Output, shards: Sequence[Shard]) -> dict[Shard, Receipt]:
+    """The receipts of the shards that are complete: there, and as their receipts say. A damaged receipt is none."""
+    stored, receipts = output.receipts(), dict[Shard, Receipt]()
+    for shard in shards:
+        with contextlib.suppress(KeyError, ValueError, TypeError):
+            receipts[shard] = Receipt(**json.loads(stored[shard.name]))
+    stamps = output.stamps([shard.name for shard, receipt in receipts.items() if receipt.samples])
+    return {
+        shard: receipt
+        for shard, receipt in receipts.items()
+        if receipt.samples == 0 or stamps.get(shard.name) == (receipt.bytes, receipt.stamp)
+    }
+
+
+def _finish(
+    output: Output, packing: Packing, part: tuple[int, int], workers: Workers, progress: Callable[[str], None]
+) -> MadeDataset:
     """Writes dataset.json if all shards are complete."""
-    receipts = {shard: _receipt(out, shard) for shard in packing.shards()}
-    complete = {shard: receipt for shard, receipt in receipts.items() if receipt is not None}
-    if len(complete) < len(receipts):
-        made = read_info(out)  # another part may have finished it in the meantime, and removed the receipts
+    out, shards = output.path, packing.shards()
+    complete = _complete(output, shards)
+    if len(complete) < len(shards):
+        made = read_info(str(out))  # another part may have finished it in the meantime, and removed the receipts
         if made is None:
             progress(
-                f"{out}: part {part[0]} of {part[1]} is complete, {len(receipts) - len(complete):,} shards are left to "
+                f"{out}: part {part[0]} of {part[1]} is complete, {len(shards) - len(complete):,} shards are left to "
                 "other parts"
             )
         return MadeDataset(out, made)
@@ -522,7 +596,8 @@ def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callab
         },
         duplicates=packing.duplicates,
         failed=len(failed),
-        left_out=not_listed | {f"image that failed ({fault})": count for fault, count in sorted(faults.items())},
+        left_out=dict(sorted(not_listed.items()))
+        | {f"image that failed ({fault})": count for fault, count in sorted(faults.items())},
         train=split_info("train"),
         eval=split_info("eval"),
         **{name: recorded(packing.arguments[name]) for name in named},
@@ -531,12 +606,18 @@ def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callab
         example = " ".join(failed[0])
         raise UserError(f"no image for training is left of {packing.arguments['source']}, {example}: repair the source")
     if failed:
-        atomic_write(
-            out / FAILED_NAME, json_lines(recorded({"image": where, "reason": reason}) for where, reason in failed)
-        )
-    write_index([str(out / name) for name in [*info.train.shards, *info.eval.shards]], out / INDEX_NAME)
-    atomic_write(out / INFO_NAME, info.model_dump_json(indent=2) + "\n")
-    shutil.rmtree(out / UNFINISHED_NAME, ignore_errors=True)
+        lines = json_lines(recorded({"image": where, "reason": reason}) for where, reason in failed)
+        output.write(FAILED_NAME, lines)
+    records = {
+        str(out / shard.name): _from_json(receipt.record, receipt.stamp)
+        for shard, receipt in complete.items()
+        if receipt.record is not None and receipt.stamp is not None
+    }
+    names = [*info.train.shards, *info.eval.shards]
+    run = None if isinstance(workers, int) else partial(ordered_map, workers=workers)
+    write_index([str(out / name) for name in names], out / INDEX_NAME, records=records, run=run)
+    output.write(INFO_NAME, (info.model_dump_json(indent=2) + "\n").encode())
+    output.finish()
     progress(
         f"{out}: {counted(len(info.classes), 'class', 'classes')}, "
         f"{counted(info.train.samples, 'train sample')} in {counted(len(info.train.shards), 'shard')}, "
@@ -547,14 +628,6 @@ def _finish(out: Path, packing: Packing, part: tuple[int, int], progress: Callab
     return MadeDataset(out, info)
 
 
-def _remove_if_nothing_is_complete(out: Path, *, remove_folder: bool) -> None:
-    unfinished = out / UNFINISHED_NAME
-    if not unfinished.is_dir() or any((unfinished / "receipts").glob("*.json")):
-        return
-    for split in ("train", "eval"):  # a worker may have been stopped between a shard and its receipt
-        for path in out.glob(f"{split}-*.tar"):
-            path.unlink()
-    shutil.rmtree(unfinished)
-    if remove_folder:
-        with contextlib.suppress(OSError):  # not empty
-            out.rmdir()
+def _remove_if_nothing_is_complete(output: Output, *, remove_folder: bool) -> None:
+    if output.is_begun() and not output.receipts():
+        output.abandon(remove_folder=remove_folder)  # a worker may have been stopped between a shard and its receipt

@@ -3,18 +3,18 @@
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastvit_engine.data.build.parallel import Counter, ordered_map
+from fastvit_engine.data.build.parallel import Counter, Workers, ordered_map
 from fastvit_engine.data.build.sources.listing import Listing
 from fastvit_engine.data.build.sources.reading import SourceReader
 from fastvit_engine.data.shards.names import Split
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import atomic_folder
 from fastvit_engine.observe.progress import WorkProgress
 
 _HASHED_AT_ONCE = 1024
@@ -43,6 +43,15 @@ class Packing:
     eval: np.ndarray
     eval_fraction: float | None
     duplicates: int
+    folder: Path | None = field(default=None, compare=False)  # that it was loaded from
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The name of its folder, so that a process that unpickles it maps the same files into memory."""
+        return self.__dict__ if self.folder is None else {"folder": self.folder}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        folder = state["folder"]
+        self.__dict__.update(state if folder is None else Packing.load(folder).__dict__)
 
     def shards(self) -> list[Shard]:
         """Returns all shards; those of a split differ by at most one sample."""
@@ -60,13 +69,12 @@ class Packing:
         return (self.train if shard.split == "train" else self.eval)[shard.start : shard.end]
 
     def save(self, folder: Path) -> None:
-        """Writes all files or none; an existing packing stays."""
-        with atomic_folder(folder) as temporary:
-            self.listing.save(temporary)
-            np.save(temporary / "train.npy", self.train)
-            np.save(temporary / "eval.npy", self.eval)
-            rest = {"arguments": self.arguments, "eval_fraction": self.eval_fraction, "duplicates": self.duplicates}
-            (temporary / "packing.json").write_text(json.dumps(rest))
+        """Writes its files into an empty folder."""
+        self.listing.save(folder)
+        np.save(folder / "train.npy", self.train)
+        np.save(folder / "eval.npy", self.eval)
+        rest = {"arguments": self.arguments, "eval_fraction": self.eval_fraction, "duplicates": self.duplicates}
+        (folder / "packing.json").write_text(json.dumps(rest))
 
     @classmethod
     def load(cls, folder: Path) -> "Packing":
@@ -74,7 +82,7 @@ class Packing:
         earlier = folder / "plan.json"
         rest = json.loads((earlier if earlier.exists() else folder / "packing.json").read_text())
         orders = {split: np.load(folder / f"{split}.npy", mmap_mode="r") for split in ("train", "eval")}
-        return cls(listing=Listing.load(folder), **orders, **rest)
+        return cls(listing=Listing.load(folder), folder=folder, **orders, **rest)
 
 
 def make_packing(
@@ -82,7 +90,7 @@ def make_packing(
     arguments: dict[str, Any],
     *,
     eval_fraction: float | None,
-    workers: int,
+    workers: Workers,
     progress: WorkProgress,
 ) -> Packing:
     """Splits the listing and shuffles each split globally.
@@ -115,31 +123,35 @@ def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
     return chosen
 
 
-def _first_of_each(listing: Listing, workers: int, progress: WorkProgress) -> np.ndarray:
+def _first_of_each(listing: Listing, workers: Workers, progress: WorkProgress) -> np.ndarray:
     """Finds duplicates: bool [N], False for images whose bytes occur earlier, or in the source's own eval split."""
     if any(file.kind == "url" for file in listing.files):
         raise UserError(
             "--dedup reads every image twice: make shards of URLs first, then make those again with --dedup"
         )
     done = Counter()
-    reader = SourceReader(listing)
-
-    def hashes(start: int) -> np.ndarray:
-        """Returns the hashes of the images, uint64 [n, 2]."""
-        digests = bytearray()
-        for index in range(start, min(start + _HASHED_AT_ONCE, len(listing))):
-            try:
-                content = reader.read(index).image
-            except (OSError, ValueError):
-                content = b"unreadable" + index.to_bytes(8, "little")  # no duplicate; fails again when it is written
-            digests += hashlib.blake2b(content, digest_size=16).digest()
-            done.add()
-        return np.frombuffer(bytes(digests), np.uint64).reshape(-1, 2)
-
     progress.start("looking for duplicates in", len(listing), "images")
     starts = range(0, len(listing), _HASHED_AT_ONCE)
-    parts = ordered_map(hashes, starts, workers=workers, while_waiting=lambda: progress.update(done.value))
+    parts = ordered_map(
+        partial(_hashes, SourceReader(listing), len(listing), done),
+        starts,
+        workers=workers,
+        while_waiting=lambda: progress.update(done.value),
+    )
     return first_of_each(np.concatenate(list(parts)), preferred=listing.held_out)
+
+
+def _hashes(reader: SourceReader, images: int, done: Counter, start: int) -> np.ndarray:
+    """The hashes of up to 1,024 images of a listing of so many, uint64 [n, 2]."""
+    digests = bytearray()
+    for index in range(start, min(start + _HASHED_AT_ONCE, images)):
+        try:
+            content = reader.read(index).image
+        except (OSError, ValueError):
+            content = b"unreadable" + index.to_bytes(8, "little")  # no duplicate; fails again when it is written
+        digests += hashlib.blake2b(content, digest_size=16).digest()
+        done.add()
+    return np.frombuffer(bytes(digests), np.uint64).reshape(-1, 2)
 
 
 def first_of_each(digests: np.ndarray, preferred: np.ndarray | None = None) -> np.ndarray:

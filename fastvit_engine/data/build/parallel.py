@@ -1,4 +1,4 @@
-"""Maps a function over tasks in forked processes, for the commands that make and check shards."""
+"""Maps a function over tasks in forked processes or by an executor, for the commands that make and check shards."""
 
 import contextlib
 import multiprocessing
@@ -8,8 +8,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from multiprocessing.connection import Connection, wait
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from fastvit_engine.errors import UserError
 
@@ -39,19 +41,54 @@ class Counter:
     def value(self) -> int:
         return int(self._value.value)
 
+    def set(self, value: int) -> None:
+        """Replaces the number: for an executor, whose workers cannot reach it."""
+        with self._value.get_lock():
+            self._value.value = value
+
+
+class Executor(Protocol):
+    """Runs tasks elsewhere than in forked processes. Functions, tasks and results are pickled."""
+
+    def check(self, reads: Sequence[str], writes: Path | None = None) -> None:
+        """Raises UserError if a machine does not see the paths or URLs `reads`, or cannot write to a shared folder."""
+
+    def map(
+        self, function: Callable[[Any], Any], tasks: Sequence[Any], while_waiting: Callable[[], None]
+    ) -> Generator[tuple[Any, Any], None, None]:
+        """What `parallel_map` promises."""
+
+
+Workers = int | Executor  # forked processes, or an executor
+
+
+def check_workers(workers: Workers | None, reads: Sequence[str], writes: Path | None = None) -> None:
+    """`Executor.check`; forked processes see what this one sees."""
+    if workers is not None and not isinstance(workers, int):
+        workers.check(reads, writes)
+
+
+def some_of(items: Sequence[Task], count: int = 8) -> list[Task]:
+    """Up to `count` of the items, evenly spaced: a sample of paths for `check_workers`."""
+    return [items[number * len(items) // count] for number in range(count)] if len(items) > count else list(items)
+
 
 def parallel_map(
     function: Callable[[Task], Result],
     tasks: Sequence[Task],
     *,
-    workers: int,
+    workers: Workers,
     while_waiting: Callable[[], None] = lambda: None,
 ) -> Generator[tuple[Task, Result], None, None]:
-    """Yields (task, function(task)) as they finish, in no fixed order; results are pickled, tasks and `function` not.
+    """Yields (task, function(task)) as they finish, in no fixed order.
 
-    `while_waiting` is called a few times per second. UserErrors of `function` are raised here, and so is the death of a
-    worker; all workers have ended when the iterator is exhausted, has raised or is closed.
+    Results are pickled; tasks and `function` are not, except by an executor. `while_waiting` is called a few times per
+    second. UserErrors of `function` are raised here, and so is the death of a worker; all workers have ended when the
+    iterator is exhausted, has raised or is closed.
     """
+    if not isinstance(workers, int):
+        yield from workers.map(function, tasks, while_waiting)
+        return
     next_task = _fork.Value("q", 0)
     processes, open_ends = [], []
     try:
@@ -92,20 +129,24 @@ def ordered_map(
     function: Callable[[Task], Result],
     tasks: Sequence[Task],
     *,
-    workers: int,
+    workers: Workers,
     while_waiting: Callable[[], None] = lambda: None,
 ) -> Generator[Result, None, None]:
     """Like `parallel_map`, but the results come in the order of the tasks."""
     ready: dict[int, Result] = {}
     number = 0
     numbered = list(enumerate(tasks))
-    results = parallel_map(lambda task: function(task[1]), numbered, workers=workers, while_waiting=while_waiting)
+    results = parallel_map(partial(_call, function), numbered, workers=workers, while_waiting=while_waiting)
     with contextlib.closing(results):
         for (index, _), result in results:
             ready[index] = result
             while number in ready:
                 yield ready.pop(number)
                 number += 1
+
+
+def _call(function: Callable[[Task], Result], numbered: tuple[int, Task]) -> Result:
+    return function(numbered[1])
 
 
 def _work(

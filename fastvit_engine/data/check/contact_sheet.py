@@ -16,10 +16,10 @@ from fastvit_engine.data.pixels.decode import PixelBuffer, decode_image, if_deco
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.pixels.randaugment import randaugment
 from fastvit_engine.data.shards.archive import read_shard
-from fastvit_engine.data.shards.names import ShardSet, Split, is_local, shard_set
+from fastvit_engine.data.shards.names import ShardSet, Split, shard_set
+from fastvit_engine.data.shards.remote_path import AnyPath, new_file
 from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES, SampleKeys, judge
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import atomic_writer
 from fastvit_engine.shown import public_url
 
 _SCALE = 2  # pixels per unit, for sharp text on today's screens; all lengths below are in units
@@ -141,20 +141,20 @@ def draw_sheet(
     return sheet
 
 
-def save_sheet(sheet: Image.Image, path: Path) -> None:
+def save_sheet(sheet: Image.Image, path: AnyPath) -> None:
     """Writes a PNG file, whole or not at all. Raises UserError if it cannot be written."""
     try:
-        with atomic_writer(path) as file:
+        with new_file(path) as file:
             sheet.save(file, "PNG", optimize=True)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}): choose another --sheet") from error
+        raise UserError(f"cannot write {path} ({error.strerror or error}): choose another --sheet") from error
 
 
 def _some_samples(shards: ShardSet, config: Config, each: int = _SAMPLES_A_SHARD) -> Iterator[UsableImage]:
     """The first `each` samples of evenly spaced shards, then the next ones, up to a hundred of each shard."""
     keys = SampleKeys.of(config.data)
     num_classes = len(shards.class_names) if shards.class_names is not None else PLAUSIBLE_CLASSES
-    present = [shard for shard in shards.shards if not is_local(shard) or Path(shard).is_file()]
+    present = [shard for shard in shards.shards if shard not in shards.missing]
     shown = [islice(read_shard(shard), _SAMPLES_A_SHARD) for shard in _evenly(present, _SHARDS)]
     while shown:
         for samples in list(shown):

@@ -14,10 +14,10 @@ import numpy as np
 
 from fastvit_engine.config import Config
 from fastvit_engine.data.build.encode import encode_for_shard
-from fastvit_engine.data.build.parallel import Counter, default_workers, parallel_map
+from fastvit_engine.data.build.parallel import Counter, Workers, check_workers, default_workers, parallel_map, some_of
 from fastvit_engine.data.pixels.decode import if_decodes
 from fastvit_engine.data.shards.archive import DamagedShard, read_shard
-from fastvit_engine.data.shards.names import ShardSet, is_local, shard_set
+from fastvit_engine.data.shards.names import ShardSet, shard_set
 from fastvit_engine.data.shards.sample import Ignored, Sample, describe_ignored
 from fastvit_engine.data.shards.usable import MISSING, PLAUSIBLE_CLASSES, UNREADABLE, WRONG_LABEL, SampleKeys, judge
 from fastvit_engine.errors import UserError
@@ -117,7 +117,7 @@ def verify_shards(
     *,
     num_classes: int | None = None,
     skew: float = 2.0,
-    workers: int | None = None,
+    workers: Workers | None = None,
 ) -> Verdict:
     """Reads all samples of the shards that `argument` names, in parallel, with the keys of `config` (or the defaults).
 
@@ -137,10 +137,11 @@ def verify_shards(
     findings: dict[str, Finding] = {}
     present: list[int] = []
     for number, shard in enumerate(shards.shards):
-        if is_local(shard) and not Path(shard).is_file():
+        if shard in shards.missing:
             _add(findings, "missing shard", f"{shard}, which dataset.json lists, does not exist")
         else:
             present.append(number)
+    check_workers(workers, some_of([shards.shards[number] for number in present]))
     keys = SampleKeys.of((config or Config()).data)
     bound = PLAUSIBLE_CLASSES if num_classes is None else num_classes
     seen = _look_at_all(shards, present, keys, bound, default_workers() if workers is None else workers)
@@ -163,7 +164,7 @@ def verify_shards(
 
 
 def _look_at_all(
-    shards: ShardSet, numbers: list[int], keys: SampleKeys, num_classes: int, workers: int
+    shards: ShardSet, numbers: list[int], keys: SampleKeys, num_classes: int, workers: Workers
 ) -> dict[int, Seen]:
     """What is in each shard, by its number."""
     images = Counter()
@@ -175,7 +176,7 @@ def _look_at_all(
     line.start("verifying", sum(known) if by_image else len(numbers), "images" if by_image else "shards")
     seen: dict[int, Seen] = {}
     results = parallel_map(
-        lambda number: verify_shard(shards.shards[number], keys, num_classes, images),
+        partial(_verify_numbered, shards.shards, keys, num_classes, images),
         numbers,
         workers=workers,
         while_waiting=lambda: line.update(images.value if by_image else len(seen)),
@@ -184,6 +185,10 @@ def _look_at_all(
         seen[number] = part
     line.clear()
     return dict(sorted(seen.items()))
+
+
+def _verify_numbered(shards: list[str], keys: SampleKeys, num_classes: int, images: Counter, number: int) -> Seen:
+    return verify_shard(shards[number], keys, num_classes, images)
 
 
 def verify_shard(shard: str, keys: SampleKeys, num_classes: int, images: Counter) -> Seen:

@@ -64,7 +64,12 @@ def stamp_of(shard: str) -> tuple[int, int]:
     if is_local(shard):
         return stamp_of_local(shard)
     size, version = describe(shard, _TRIES)
-    return size, int.from_bytes(blake2b(version.encode(), digest_size=8).digest(), "little")
+    return size, stamp_of_tag(version)
+
+
+def stamp_of_tag(tag: str) -> int:
+    """The stamp of a version that a server knows by this tag."""
+    return int.from_bytes(blake2b(tag.encode(), digest_size=8).digest(), "little")
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import errno
 import json
 import os
 import struct
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -33,11 +34,12 @@ from numpy.typing import NDArray
 
 from fastvit_engine.data.shards.archive import open_archive, stamp_of
 from fastvit_engine.data.shards.names import is_local
+from fastvit_engine.data.shards.remote_path import AnyPath, RemotePath, check_writable, write_file
 from fastvit_engine.data.shards.sample import Ignored
 from fastvit_engine.data.shards.scan import NotSeekable, ShardRecord, WrongLabel, scan_shard
 from fastvit_engine.data.shards.tar import BLOCK, TarError
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import atomic_writer
+from fastvit_engine.files import atomic_write, atomic_writer
 from fastvit_engine.shown import public_url
 
 INDEX_NAME = "shards.index"
@@ -67,7 +69,8 @@ _REPORT_EVERY = 5.0  # seconds
 class Index:
     """Shards in a fixed order, and the extent of every sample in them; see `select` for some of them."""
 
-    path: Path
+    path: Path  # the file that is mapped: where it was made, or a copy of a remote one
+    where: str  # the path or URL that people know it by
     label_key: str  # what `labels` were read from
     shards: list[str]  # paths or URLs
     sizes: NDArray[np.int64]
@@ -116,8 +119,8 @@ class Index:
         numbers = self.find(shards)
         if None in numbers:
             raise UserError(
-                f"shard {shards[numbers.index(None)]} is not in the index {self.path}, or has another size there: add "
-                f"it with `fastvit data index SHARDS --out {self.path}`, where SHARDS names all shards"
+                f"shard {shards[numbers.index(None)]} is not in the index {self.where}, or has another size there: add "
+                f"it with `fastvit data index SHARDS --out {self.where}`, where SHARDS names all shards"
             )
         chosen = np.asarray(numbers, dtype=np.int64)
         names = ("sizes", "counts", "ends", "stamps", "fingerprints", "unlabelled", "first", "label_ranges", "verified")
@@ -153,8 +156,8 @@ class Index:
                 whole = bool((starts[1:] > starts[:-1]).all() and (starts[-1:] < self.ends[number]).all())
             if not whole:
                 raise UserError(
-                    f"index {self.path} is damaged (where the samples of {self.shards[number]} begin is not what was "
-                    f"written): make it again with `fastvit data index SHARDS --out {self.path}`"
+                    f"index {self.where} is damaged (where the samples of {self.shards[number]} begin is not what was "
+                    f"written): make it again with `fastvit data index SHARDS --out {self.where}`"
                 )
             self.verified[number] = True
 
@@ -184,27 +187,52 @@ def is_index(content: bytes) -> bool:
     return content.startswith(_MAGIC)
 
 
-def open_index(path: Path) -> Index:
-    """Maps an index into memory. Raises UserError if the file is missing, damaged or of another version."""
+def open_index(path: AnyPath, copies: Path | None = None) -> Index:
+    """Maps an index into memory. Raises UserError if the file is missing, damaged or of another version.
+
+    A remote one is copied into the folder `copies`, where it must stay if the index is to be pickled; or else into a
+    temporary one.
+    """
+    shown = public_url(str(path))
     try:
-        index = _read_index(path)
+        if isinstance(path, Path):
+            index = _read_index(path, path)
+        elif copies is not None:
+            index = _read_index(_copy(path, copies), path)
+        else:
+            with tempfile.TemporaryDirectory(prefix="fastvit-index-") as folder:
+                index = _read_index(_copy(path, Path(folder)), path)  # which stays mapped
     except FileNotFoundError:
         raise UserError(
-            f"there is no index {path}: make it with `fastvit data index SHARDS --out {path}`, or correct its name"
+            f"there is no index {shown}: make it with `fastvit data index SHARDS --out {shown}`, or correct its name"
         ) from None
     except OSError as error:
-        raise UserError(f"index {path} cannot be read ({error.strerror}): make it readable") from error
+        raise UserError(f"index {shown} cannot be read ({error.strerror or error}): make it readable") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         raise UserError(
-            f"{path} is not a whole index: make it again with `fastvit data index SHARDS --out {path}`"
+            f"{shown} is not a whole index: make it again with `fastvit data index SHARDS --out {shown}`"
         ) from None
     if index.starts.nbytes <= _VERIFIED_AT_ONCE:
         index.verify(range(len(index.shards)))
     return index
 
 
-def _read_index(path: Path) -> Index:
-    """Raises OSError, or ValueError and the like if the file is damaged."""
+def _copy(path: RemotePath, folder: Path) -> Path:
+    """A remote file in a local folder, under a name that tells its content."""
+    content = path.read_bytes()
+    copy = folder / f"remote-{blake2b(content, digest_size=8).hexdigest()}{INDEX_SUFFIX}"
+    if not copy.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(copy, content)
+    return copy
+
+
+def _read_index(path: Path, where: AnyPath) -> Index:
+    """The index in the file `path`, which was made as `where`: names of shards are relative to that folder.
+
+    Raises OSError, or ValueError and the like if the file is damaged.
+    """
+    shown = public_url(str(where))
     with open(path, "rb") as file:
         header = file.read(_HEADER.size)
         magic, version, _, samples, names_at, names_size, checksum = _HEADER.unpack(header)
@@ -212,8 +240,8 @@ def _read_index(path: Path) -> Index:
             raise ValueError("another kind of file")
         if not _FIRST_VERSION <= version <= _VERSION:
             raise UserError(
-                f"index {path} has version {version} and this engine reads version {_VERSION}: make it again with "
-                f"`fastvit data index SHARDS --out {path}`"
+                f"index {shown} has version {version} and this engine reads version {_VERSION}: make it again with "
+                f"`fastvit data index SHARDS --out {shown}`"
             )
         if os.fstat(file.fileno()).st_size != _HEADER.size + 4 * samples + names_at + names_size:
             raise ValueError("too short or too long")
@@ -232,16 +260,17 @@ def _read_index(path: Path) -> Index:
     for shard in names["shards"]:
         if shard.startswith("pipe:"):
             raise UserError(
-                f"index {path} names the command {shard!r}, which runs only if it is given on the command line or in a "
-                f"recipe: make the index again with `fastvit data index SHARDS --out {path}`"
+                f"index {shown} names the command {shard!r}, which runs only if it is given on the command line or "
+                f"in a recipe: make the index again with `fastvit data index SHARDS --out {shown}`"
             )
     label_ends = columns.pop("label_ends")
-    folder = os.path.join(path.parent, "")
+    folder = os.path.join(str(where.parent), "")
     counts = columns["counts"]
     if counts.sum() != samples or len(counts) != len(names["shards"]):
         raise ValueError("other samples than the shards have")
     return Index(
         path=path,
+        where=shown,
         label_key=names["label_key"],
         shards=[shard if shard.startswith("/") or not is_local(shard) else folder + shard for shard in names["shards"]],
         first=np.cumsum(counts) - counts,
@@ -255,28 +284,41 @@ def _read_index(path: Path) -> Index:
 
 def write_index(
     shards: Sequence[str],
-    path: Path,
+    path: AnyPath,
     *,
     label_key: str = "cls",
     processes: int | None = None,
+    records: Mapping[str, ShardRecord] | None = None,
+    run: Callable[..., Iterable[Any]] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Index:
     """Makes the index of `shards` (paths or URLs of plain tar archives) in their order, and returns it.
 
-    Shards that an index at `path` already describes, by size and time of change or by a remote file's tag, are not read
-    again. Raises UserError before anything is written, naming every bad shard with the byte, up to ten of them.
+    Shards that `records` or an index at `path` already describes, by size and time of change or by a remote file's tag,
+    are not read again. `run`: an ordered map, run(function, tasks), that reads the shards in place of `processes` here.
+    Raises UserError before anything is written, naming every bad shard with the byte, up to ten.
     """
     _check_different(shards)
-    known = _known_records(path, label_key)
-    records = _scan_all(shards, known, label_key, processes, progress)
+    if not isinstance(path, Path):
+        check_writable(path.url)  # before much is read
+    known = _known_records(path, label_key) | {_whole(shard): record for shard, record in (records or {}).items()}
+    scanned = _scan_all(shards, known, label_key, processes, run, progress)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(path) as file:
-            _write(file, shards, records, label_key, path.parent)
+        if isinstance(path, Path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_writer(path) as file:
+                _write(file, shards, scanned, label_key, path.parent)
+            return open_index(path)
+        with tempfile.TemporaryDirectory(prefix="fastvit-index-") as folder:
+            copy = Path(folder) / INDEX_NAME
+            with atomic_writer(copy) as file:
+                _write(file, shards, scanned, label_key, path.parent)
+            write_file(path, copy.read_bytes())
+            return _read_index(copy, path)  # which stays mapped
     except OSError as error:
         advice = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another path for it"
-        raise UserError(f"index {path} cannot be written ({error.strerror}): {advice}") from error
-    return open_index(path)
+        shown, reason = public_url(str(path)), error.strerror or error
+        raise UserError(f"index {shown} cannot be written ({reason}): {advice}") from error
 
 
 def _check_different(shards: Sequence[str]) -> None:
@@ -314,17 +356,18 @@ def _scan_all(
     known: dict[str, ShardRecord],
     label_key: str,
     processes: int | None,
+    run: Callable[..., Iterable[Any]] | None,
     progress: Callable[[str], None],
 ) -> Iterator[ShardRecord]:
     """The records of the shards, in order. Raises UserError once all have been seen, or ten of them are bad."""
-    tasks = (
+    tasks = [
         (s, label_key, (known[_whole(s)].size, known[_whole(s)].stamp) if _whole(s) in known else None) for s in shards
-    )
+    ]
     problems: list[tuple[str, TarError]] = []
     started = reported = time.monotonic()
     samples = 0
-    with _pool(shards, processes) as run:
-        for done, (shard, result) in enumerate(zip(shards, run(_scan, tasks), strict=True), start=1):
+    with _pool(shards, processes, run) as results_of:
+        for done, (shard, result) in enumerate(zip(shards, results_of(_scan, tasks), strict=True), start=1):
             if isinstance(result, TarError):
                 problems.append((shard, result))
                 if len(problems) == _MOST_PROBLEMS:
@@ -359,8 +402,13 @@ def _explain(problems: list[tuple[str, TarError]]) -> str:
 
 
 @contextlib.contextmanager
-def _pool(shards: Sequence[str], processes: int | None) -> Iterator[Callable[..., Iterable[Any]]]:
-    """An ordered, lazy map over processes for local shards, and over threads for remote ones."""
+def _pool(
+    shards: Sequence[str], processes: int | None, run: Callable[..., Iterable[Any]] | None
+) -> Iterator[Callable[..., Iterable[Any]]]:
+    """An ordered, lazy map: `run`, or over processes for local shards, and over threads for remote ones."""
+    if run is not None:
+        yield run
+        return
     remote = not all(is_local(shard) for shard in shards)
     if processes is None:
         processes = 32 if remote else min(32, len(os.sched_getaffinity(0)))
@@ -379,7 +427,9 @@ def _pool(shards: Sequence[str], processes: int | None) -> Iterator[Callable[...
 # ---- the file
 
 
-def _write(file: BinaryIO, shards: Sequence[str], records: Iterable[ShardRecord], label_key: str, folder: Path) -> None:
+def _write(
+    file: BinaryIO, shards: Sequence[str], records: Iterable[ShardRecord], label_key: str, folder: AnyPath
+) -> None:
     file.write(bytes(_HEADER.size))
     columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
     ignored: list[Ignored] = []
@@ -425,7 +475,7 @@ def write_columns(
     file.write(header + blake2b(header + body + names, digest_size=16).digest())
 
 
-def _known_records(path: Path, label_key: str) -> dict[str, ShardRecord]:
+def _known_records(path: AnyPath, label_key: str) -> dict[str, ShardRecord]:
     try:
         index = open_index(path)
     except UserError:
@@ -466,10 +516,13 @@ def _whole(shard: str) -> str:
     return os.path.abspath(shard) if is_local(shard) else public_url(shard)
 
 
-def _relative(shard: str, folder: Path) -> str:
-    """Relative to the index's folder for what lies in it, so that the folder can be moved."""
+def _relative(shard: str, folder: AnyPath) -> str:
+    """Relative to the index's folder for what lies in it, so that the folder can be moved or copied."""
     if not is_local(shard):
-        return _whole(shard)
+        whole = _whole(shard)
+        above, _, name = whole.rpartition("/")
+        # Deeper in the folder, names of files would not tell the shards of a copy from each other.
+        return name if above == public_url(str(folder)) else whole
     path = Path(_whole(shard))
     inside = path.is_relative_to(_whole(str(folder)))
     return str(path.relative_to(_whole(str(folder)))) if inside else str(path)

@@ -192,19 +192,29 @@ def _list_remote(url: str, ask: _Request) -> list[str]:
         return [url]
     if url.endswith(SHARD_SUFFIXES) and not glob.has_magic(url):
         return [url]
+    if glob.has_magic(url):
+        return sorted(found for found in _listed(url, ask.named) if found.endswith(SHARD_SUFFIXES))
+    return _choose(url.rstrip("/"), _names_of(url, ask.named), ask)
+
+
+def _names_of(url: str, named: str) -> list[str]:
+    """The names of what is in a folder of an object store; none if it does not exist."""
+    return [found.rstrip("/").rpartition("/")[2] for found in _listed(url, named)]
+
+
+def _listed(url: str, named: str) -> list[str]:
+    """The URLs of what is in a folder of an object store, or matches a glob there; none if it does not exist."""
     store, key = open_store(url)
     root = url.rstrip("/").removesuffix(key)  # "s3://bucket/"
     try:
-        if glob.has_magic(key):
-            return [root + name for name in store.glob(key) if name.endswith(SHARD_SUFFIXES)]
-        names = [info.key.rpartition("/")[2] for info in store.list_folder(key)]
+        keys = store.glob(key) if glob.has_magic(key) else [info.key for info in store.list_folder(key)]
     except Missing:
         return []
     except (AttemptFailed, Refused) as error:
         raise UserError(
-            f"{ask.named} is {url!r}, which cannot be listed ({one_line(error)}): check its name and your access to it"
+            f"{named} is {url!r}, which cannot be listed ({one_line(error)}): check its name and your access to it"
         ) from error
-    return _choose(url.rstrip("/"), names, ask)
+    return [root + found for found in keys]
 
 
 def _shards_of_folder(folder: str, ask: _Request) -> list[str]:
@@ -343,6 +353,7 @@ class ShardSet:
     shards: list[str]  # paths or URLs, sorted; those of a dataset.json may be missing
     info: DatasetInfo | None  # dataset.json of their folder
     splits: list[Split | None]  # of each shard
+    missing: frozenset[str]  # shards that a dataset.json lists and that are not there, as far as a listing tells
 
     @property
     def class_names(self) -> list[str] | None:
@@ -354,27 +365,40 @@ def shard_set(argument: str, split: Split | None = None) -> ShardSet:
 
     Shards of a dataset.json may be missing, which is a finding. Raises UserError if nothing is named.
     """
-    folder = Path(argument).expanduser()
-    if is_local(argument) and folder.is_dir():
-        info = read_info(folder)
-        splits: dict[str, Split | None] = {}
-        if info is None:
-            found = _shards_of_folder(str(folder), _Request(split, "SHARDS", []))
-            splits = {Path(shard).name: _split_by_name(shard) for shard in found}
-        else:
-            splits = {
-                name: part
-                for part in _splits(split)
-                for name in sorted((info.train if part == "train" else info.eval).shards)
-            }
-        shards = _as_paths(str(folder / name) for name in splits)
+    folder, names = _folder(argument)
+    missing: frozenset[str] = frozenset()
+    splits: dict[str, Split | None] = {}
+    if names is not None and INFO_NAME in names and (info := read_info(folder)) is not None:
+        splits = {
+            name: part
+            for part in _splits(split)
+            for name in sorted((info.train if part == "train" else info.eval).shards)
+        }
+        shards = [os.path.join(folder, name) for name in splits]
+        shards = _as_paths(shards) if is_local(folder) else shards
+        missing = frozenset(shard for shard in shards if shard.rpartition("/")[2] not in names)
+    elif names is not None:
+        info = None
+        shards = _choose(folder, names, _Request(split, "SHARDS", []))
+        splits = {shard: _split_by_name(shard) for shard in shards}
     else:
         shards = list_shards([argument], split, named="SHARDS")
         info = info_beside(shards) if shards else None
         splits = {shard: _split_by_name(shard) if info is None else _recorded_split(shard, info) for shard in shards}
     if not shards:
         raise UserError(f"SHARDS is {argument!r}, which {_why_nothing(argument)}")
-    return ShardSet(shards, info, list(splits.values()))
+    return ShardSet(shards, info, list(splits.values()), missing)
+
+
+def _folder(argument: str) -> tuple[str, set[str] | None]:
+    """An argument as a folder, and the names of what is in it; None for what is no folder or cannot be listed."""
+    if is_local(argument):
+        path = Path(argument).expanduser()
+        return str(path), set(os.listdir(path)) if path.is_dir() else None
+    plain = not argument.startswith(("http://", "https://", "pipe:")) and not argument.endswith(SHARD_SUFFIXES)
+    if plain and not glob.has_magic(argument) and expand_braces(argument) == [argument]:
+        return argument.rstrip("/"), set(_names_of(argument, "SHARDS"))
+    return argument, None
 
 
 def _splits(split: Split | None) -> list[Split]:

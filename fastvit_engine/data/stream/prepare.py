@@ -16,6 +16,7 @@ from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard, stamp_of_local
 from fastvit_engine.data.shards.index import INDEX_NAME, INDEX_SUFFIX, Index, is_index, open_index, write_index
 from fastvit_engine.data.shards.names import Split, fetch_beside, find_shards, info_beside, is_local
+from fastvit_engine.data.shards.remote_path import any_path
 from fastvit_engine.data.shards.sample import Sample, parse_sample
 from fastvit_engine.data.shards.splits import Splits, choose_files
 from fastvit_engine.data.shards.tar import TarError
@@ -124,11 +125,11 @@ def _find_index(
     pattern: str, named: str | None, split: Split, config: Config, fallback: Path, notes: list[str]
 ) -> Index:
     """The index of the shards that `pattern` names, in their sorted order; adds to `notes` as `find_shards` does."""
-    if pattern.endswith(INDEX_SUFFIX) and is_local(pattern):
-        return _of_split(open_index(Path(pattern).expanduser()), split, notes)
+    if pattern.endswith(INDEX_SUFFIX):
+        return _of_split(open_index(any_path(pattern), fallback), split, notes)
     shards = find_shards(pattern, split, notes)
     if named is not None:
-        index = open_index(Path(named).expanduser())
+        index = open_index(any_path(named), fallback)
         if split == "train" or None not in index.find(shards):  # which need not hold the evaluation shards
             return _unchanged_in_size(index.select(shards))
     beside = _remote_index(shards, config.data.label_key, fallback)
@@ -159,7 +160,7 @@ def _of_split(index: Index, split: Split, notes: list[str]) -> Index:
     wanted = splits.train if split == "train" else splits.val or splits.test
     if splits.unnamed or not wanted or len(splits.named()) < 2:
         return index
-    choice = choose_files(index.shards, split, str(index.path), f"data.{split}")
+    choice = choose_files(index.shards, split, index.where, f"data.{split}")
     notes.append(choice.note)
     return index.select(choice.names)
 
@@ -183,8 +184,8 @@ def _unchanged_in_size(index: Index) -> Index:
     for shard, size in zip(index.shards, index.sizes, strict=True):
         if is_local(shard) and os.stat(shard).st_size != size:
             raise UserError(
-                f"shard {shard} has changed since the index {index.path} was made: make it again with "
-                f"`fastvit data index SHARDS --out {index.path}`"
+                f"shard {shard} has changed since the index {index.where} was made: make it again with "
+                f"`fastvit data index SHARDS --out {index.where}`"
             )
     return index
 
@@ -281,13 +282,13 @@ def _read_rows(index: Index, storage: ShardStorage, shard: int, rows: Sequence[i
             yield parse_sample(storage.read(shard, offset, length), index.shards[shard])
         except TarError as error:
             raise UserError(
-                f"shard {index.shards[shard]} is not what the index {index.path} describes (the sample at byte "
+                f"shard {index.shards[shard]} is not what the index {index.where} describes (the sample at byte "
                 f"{offset:,} {error}): {_again(index)}"
             ) from error
 
 
 def _again(index: Index) -> str:
-    return f"remove the index, and make it again with `fastvit data index SHARDS --out {index.path}`"
+    return f"remove the index, and make it again with `fastvit data index SHARDS --out {index.where}`"
 
 
 def _check_classes(shards: Sequence[str], split: Split, config: Config) -> None:
@@ -325,8 +326,8 @@ def eval_streams(config: Config, notes: list[str] | None = None) -> StreamedShar
     if not config.data.eval:
         return None
     named = config.data.eval
-    if named.endswith(INDEX_SUFFIX) and is_local(named):
-        index = _of_split(open_index(Path(named).expanduser()), "eval", [] if notes is None else notes)
+    if named.endswith(INDEX_SUFFIX):
+        index = _of_split(open_index(any_path(named)), "eval", [] if notes is None else notes)
         shards = list(index.shards)
     else:
         shards = find_shards(named, "eval", notes)

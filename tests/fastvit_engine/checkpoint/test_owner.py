@@ -1,6 +1,5 @@
 """One run at a time: who may write to a run folder and to checkpoint.path, and who finds out that he may not."""
 
-import contextlib
 import errno
 import json
 import multiprocessing

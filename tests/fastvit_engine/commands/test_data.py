@@ -38,8 +38,8 @@ def test_make_passes_every_argument_on(tmp_path, monkeypatch):
     words = (
         "--format list --labels tag --classes names.txt --image-column img --label-column kind "
         "--eval-source val.csv --eval-labels other --max-failed 0.1 "
-        "--eval-fraction 0.2 --samples-per-shard 7 --seed 3 --resize 64 --quality 80 --dedup --workers 2 --part 2/5 "
-        "--plan-only --leave-out a --leave-out */b"
+        "--eval-fraction 0.2 --samples-per-shard 7 --seed 3 --resize 64 --quality 80 --max-pixels 900 --dedup "
+        "--workers 2 --part 2/5 --plan-only --leave-out a --leave-out */b"
     )
     assert _run("data", "make", "list.csv", "--out", tmp_path, *words.split()) == 0
     assert {name: str(value) for name, value in given.items()} == {
@@ -56,6 +56,7 @@ def test_make_passes_every_argument_on(tmp_path, monkeypatch):
         "seed": "3",
         "resize": "64",
         "quality": "80",
+        "max_pixels": "900",
         "dedup": "True",
         "leave_out": "['a', '*/b']",
         "workers": "2",

@@ -4,18 +4,23 @@ from pathlib import Path
 
 import pytest
 
+from fastvit_engine import train
 from fastvit_engine.cli import main
 from fastvit_engine.commands.parser import local_path
+from fastvit_engine.errors import UserError
 
-COMMANDS = [
+WRITING = [
     ["data", "make", "SOURCE", "--out", "URL"],
-    ["data", "make", "URL", "--out", "out"],
-    ["data", "make", "SOURCE", "--out", "out", "--eval-source", "URL"],
-    ["data", "make", "SOURCE", "--out", "out", "--classes", "URL"],
     ["data", "index", "SOURCE", "--out", "URL.index"],
     ["data", "stats", "SOURCE", "--sheet", "URL.png"],
     ["data", "show", "photos", "--sheet", "URL.png"],
-    ["train", "quickstart", "--out", "URL"],
+]
+READING = [
+    ["data", "make", "URL", "--out", "out"],
+    ["data", "make", "SOURCE", "--out", "out", "--eval-source", "URL"],
+    ["data", "make", "SOURCE", "--out", "out", "--classes", "URL"],
+]
+LOCAL = [
     ["export", "SOURCE", "--out", "URL.safetensors"],
     ["report", "URL"],
     ["stacks", "URL"],
@@ -23,15 +28,45 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+@pytest.mark.parametrize("command", LOCAL, ids=" ".join)
 @pytest.mark.parametrize("url", ["s3://bucket/x", "gs://bucket/x", "https://host/x", "memory:/x"])
 def test_a_url_in_place_of_a_local_path(command, url, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main([word.replace("URL", url) for word in command])
-    assert ended.value.code == 2 and not list(tmp_path.iterdir())
+    message = _refusal(command, url, tmp_path, monkeypatch, capsys)
+    assert url in message and "is a URL, and this must be on this machine" in message
+
+
+def _refusal(command, url, folder, monkeypatch, capsys) -> str:
+    """The sentence with which a command ends before any work."""
+    monkeypatch.chdir(folder)
+    try:
+        code = main([word.replace("URL", url) for word in command])
+    except SystemExit as ended:
+        code = ended.code
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and f"{url}" in message and "is a URL, and this must be on this machine" in message
+    assert code == 2 and not list(folder.iterdir()) and message.count("\n") == 1
+    return message
+
+
+@pytest.mark.parametrize("command", WRITING, ids=" ".join)
+def test_a_web_server_is_not_written_to(command, tmp_path, monkeypatch, capsys):
+    message = _refusal(command, "https://me:secret@host/x", tmp_path, monkeypatch, capsys)
+    assert "https://host/x" in message and "is on a web server, which is only read: name a local path" in message
+    assert "secret" not in message
+
+
+@pytest.mark.parametrize("command", [*WRITING, *READING], ids=" ".join)
+def test_a_url_that_lacks_a_slash(command, tmp_path, monkeypatch, capsys):
+    assert "is no URL: write s3://bucket/x" in _refusal(command, "s3:/bucket/x", tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "gs://bucket/x", "https://me:secret@host/x", "s3:/bucket/x"])
+def test_a_run_folder_is_local_and_the_sentence_names_the_key_for_buckets(url, tmp_path, monkeypatch, capsys):
+    message = _refusal(["train", "quickstart", "--out", "URL"], url, tmp_path, monkeypatch, capsys)
+    shown = url.replace("me:secret@", "").replace(":/", "://").replace(":///", "://")
+    assert f"the run folder is {shown}, and it must be on this machine" in message and "checkpoint.path" in message
+    with pytest.raises(UserError, match="set checkpoint.path to the URL"):
+        train("quickstart", url)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("path", ["runs/b16", "/data/a:b", "a:/b", "~/x", "s3", "with space/x", "{a,b}/*.tar", "c:"])

@@ -47,6 +47,18 @@ def test_verify_stats_and_sheets(folder):
         class_sheet(str(folder), Config.model_validate({"data": {"max_pixels": 1199}}))
 
 
+def test_data_make_has_the_bound_as_an_option(folder, tmp_path):
+    options = {"workers": 1, "eval_fraction": 0, "progress": lambda line: None}
+    with pytest.raises(
+        UserError, match=r"s3 in .*a\.tar cannot be decoded \(it has 1,260 pixels, more than the 1,200 of"
+    ):
+        make_dataset(str(folder / "a.tar"), tmp_path / "out", max_pixels=1200, **options)
+    made = make_dataset(str(folder / "a.tar"), tmp_path / "out", max_pixels=1200, max_failed=0.2, **options)
+    assert made.info is not None and made.info.train.samples == 6 and made.info.options["max_pixels"] == 1200
+    with pytest.raises(UserError, match="--max-pixels is 0: it must be between 1 and 357913940"):
+        make_dataset(str(folder / "a.tar"), tmp_path / "other", max_pixels=0, **options)
+
+
 def test_data_make_counts_a_bomb_as_failed(tmp_path, encode):
     for name in ("a", "b"):
         (tmp_path / "source" / name).mkdir(parents=True)

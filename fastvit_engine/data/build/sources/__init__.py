@@ -4,18 +4,18 @@ import dataclasses
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from fastvit_engine.data.build.sources import folder, imagenet, parquet, pixels, table, tars, webdataset
 from fastvit_engine.data.build.sources.context import Context, is_image
 from fastvit_engine.data.build.sources.layout import NOT_CLASSES
 from fastvit_engine.data.build.sources.listing import Listing, join
 from fastvit_engine.data.shards.names import INFO_NAME
+from fastvit_engine.data.shards.remote_path import AnyPath, RemotePath, any_path, is_pattern, is_remote
 from fastvit_engine.data.shards.sample import split_name
 from fastvit_engine.data.shards.splits import Splits, may_name_split
 from fastvit_engine.errors import UserError
 
-FORMATS: dict[str, Callable[[Path, Context], Listing]] = {
+FORMATS: dict[str, Callable[[AnyPath, Context], Listing]] = {
     "folder": folder.list_folder,
     "class-folders": folder.list_class_folders,
     "split-folders": folder.list_split_folders,
@@ -39,9 +39,9 @@ def list_source(source: str, format: str | None, context: Context) -> Listing:
     Raises UserError if it is not of the format, if it holds no image, and, with a command for each, if it can be read
     in two ways.
     """
-    path = Path(source).expanduser()
+    path = any_path(source)
     context.certain = format is not None
-    format = format or recognise(source, context)
+    format = format or recognise(source, context, path)
     described = len(context.descriptions)
     listing = FORMATS[format](path, context)
     if len(context.descriptions) == described:
@@ -78,12 +78,10 @@ def _check_apart(train: Listing, evaluation: Listing, held_out: str) -> None:
             file = listing.files[listing.file[index]]
             yield _place(file.kind, file.path, listing.name(index)), int(listing.offset[index])
 
-    roots = [os.path.realpath(file.path) for file in evaluation.files if file.kind == "path"]
-    files = {os.path.realpath(file.path) for file in evaluation.files if file.kind not in ("path", "url")}
+    roots = [_real(file.path) for file in evaluation.files if file.kind == "path"]
+    files = {_real(file.path) for file in evaluation.files if file.kind not in ("path", "url")}
     apart = not any(
-        file.kind == "url"
-        or os.path.realpath(file.path) in files
-        or _share_a_folder(os.path.realpath(file.path), roots)
+        file.kind == "url" or _real(file.path) in files or _share_a_folder(_real(file.path), roots)
         for file in train.files
     )
     if apart:
@@ -101,7 +99,12 @@ def _place(kind: str, path: str, name: str) -> str:
     """Where an image is, besides its offset."""
     if kind == "url":
         return name
-    return os.path.join(os.path.realpath(path), name) if kind == "path" else os.path.realpath(path)
+    return os.path.join(_real(path), name) if kind == "path" else _real(path)
+
+
+def _real(path: str) -> str:
+    """A local path without links; a URL as it is."""
+    return path if is_remote(path) else os.path.realpath(path)
 
 
 def _share_a_folder(folder: str, others: list[str]) -> bool:
@@ -109,28 +112,31 @@ def _share_a_folder(folder: str, others: list[str]) -> bool:
     return any(f"{folder}/".startswith(f"{other}/") or f"{other}/".startswith(f"{folder}/") for other in others)
 
 
-def recognise(source: str, context: Context | None = None) -> str:
-    """The format of a source, by its name and what is in it. Raises UserError if none fits, or two do."""
+def recognise(source: str, context: Context | None = None, path: AnyPath | None = None) -> str:
+    """The format of a source, by its name and what is in it. Raises UserError if none fits, or two do.
+
+    `path` is the source as a path, if it has been made: a remote one is listed once for all that ask it.
+    """
     if source == "digits":
         return "digits"
-    path = Path(source).expanduser()
+    path = any_path(source) if path is None else path
+    if is_pattern(source) and (is_remote(source) or not path.exists()):
+        return "parquet" if source.rstrip("}").endswith(".parquet") else "webdataset"
     try:
         if path.is_dir():
-            names = sorted(os.listdir(path))
+            names = sorted(file.name for file in path.iterdir())
             kept = context.kept(names) if context else names
             return _recognise_folder(path, kept, context.command if context else Context.offer(source))
     except OSError as error:
         raise UserError(f"folder {error.filename} cannot be read ({error.strerror}): make it readable") from error
     if path.is_file():
         return _recognise_file(path)
-    if any(character in source for character in "*?[{"):
-        return "parquet" if source.rstrip("}").endswith(".parquet") else "webdataset"
     raise UserError(
         f"there is no folder or file {path}: give one of images, tars, Parquet files or a list, or 'digits'"
     )
 
 
-def _recognise_folder(path: Path, names: list[str], command: Callable[..., str]) -> str:
+def _recognise_folder(path: AnyPath, names: list[str], command: Callable[..., str]) -> str:
     if imagenet.TRAIN in names or imagenet.kaggle_folder(path) is not None:
         return "imagenet"
     if INFO_NAME in names:
@@ -149,7 +155,7 @@ def _recognise_folder(path: Path, names: list[str], command: Callable[..., str])
     return kind[-1]
 
 
-def _kinds_in(path: Path, names: list[str]) -> dict[str, list[str]]:
+def _kinds_in(path: AnyPath, names: list[str]) -> dict[str, list[str]]:
     """What of different kinds a folder holds, with the source and the options that choose it."""
     kinds: dict[str, list[str]] = {}
     tables = [name for name in names if name.endswith(".parquet")]
@@ -176,7 +182,7 @@ def _is_described(archive: str, names: list[str]) -> bool:
     return f"{stem}.parquet" in names and f"{stem}_stats.json" in names
 
 
-def _kind_of_tars(path: Path, names: list[str], *, alone: bool) -> str | None:
+def _kind_of_tars(path: AnyPath, names: list[str], *, alone: bool) -> str | None:
     """The format of the tars of a folder, None if something else there may be meant and they are of no known kind."""
     try:
         return "webdataset" if _recognise_tar(path / names[0]) == "webdataset" else "class-tars"
@@ -186,7 +192,7 @@ def _kind_of_tars(path: Path, names: list[str], *, alone: bool) -> str | None:
         return None
 
 
-def _check_class_tars(path: Path, names: list[str], command: Callable[..., str]) -> None:
+def _check_class_tars(path: AnyPath, names: list[str], command: Callable[..., str]) -> None:
     """Refuses tars of images whose names may be splits, such as train.tar and val.tar."""
     named = [name for name in names if may_name_split(name)]
     if not named:
@@ -205,11 +211,12 @@ def _check_class_tars(path: Path, names: list[str], command: Callable[..., str])
     )
 
 
-def _holds_images(folder: Path) -> bool:
-    return any(is_image(name) for _, _, names in os.walk(folder) for name in names)
+def _holds_images(folder: AnyPath) -> bool:
+    below = folder.files_below() if isinstance(folder, RemotePath) else os.walk(folder)
+    return any(is_image(name) for _, _, names in below for name in names)
 
 
-def _recognise_file(path: Path) -> str:
+def _recognise_file(path: AnyPath) -> str:
     if path.suffix in table.SUFFIXES:
         return "list"
     if path.suffix == ".parquet":
@@ -219,7 +226,7 @@ def _recognise_file(path: Path) -> str:
     raise UserError(f"{path} is {_UNKNOWN} ({', '.join(sorted(FORMATS))})")
 
 
-def _recognise_tar(path: Path) -> str:
+def _recognise_tar(path: AnyPath) -> str:
     """By the first few files in it."""
     names = tars.first_members(path, 8)
     if not names:

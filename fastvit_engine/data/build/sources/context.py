@@ -10,20 +10,22 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO
 
+from fastvit_engine.data.build.parallel import Workers
 from fastvit_engine.data.shards.image_files import has_image_suffix
+from fastvit_engine.data.shards.remote_path import AnyPath, any_path, new_file
 from fastvit_engine.data.shards.sample import is_macos_resource
 from fastvit_engine.data.shards.splits import Splits, pattern_of
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import atomic_writer
 from fastvit_engine.observe.progress import WorkProgress
+from fastvit_engine.shown import public_url
 
 
 @dataclass
 class Context:
     """What every source may use while it lists its images."""
 
-    scratch: Path  # a folder for what must be unpacked to be read by offset; kept until the shards are made
-    workers: int
+    scratch: AnyPath  # a folder for what must be unpacked to be read by offset; kept until the shards are made
+    workers: Workers
     progress: WorkProgress
     say: Callable[[str], None]
     classes: list[str] | None = None  # class names in label order, if they are given
@@ -54,7 +56,7 @@ class Context:
 
         return command
 
-    def choose_by_name(self, names: list[str], where: Path, kind: str) -> Splits:
+    def choose_by_name(self, names: list[str], where: AnyPath, kind: str) -> Splits:
         """The files of a folder by their splits, without those of --leave-out; says which files are which split.
 
         Files that name no split are for training if none names one. Raises UserError, with both commands, if only some
@@ -85,7 +87,7 @@ class Context:
         """Those that no pattern of --leave-out matches."""
         return [name for name in names if not any(fnmatchcase(name, pattern) for pattern in self.leave_out)]
 
-    def take(self, names: list[str], where: Path, kind: str) -> list[str]:
+    def take(self, names: list[str], where: AnyPath, kind: str) -> list[str]:
         """The files of a folder without those of --leave-out. Raises UserError if one of its patterns matches none."""
         self.heeded_leave_out = True
         kept = self.kept(names)
@@ -96,7 +98,7 @@ class Context:
             self.counts[f"{kind} of --leave-out"] += len(names) - len(kept)
         return kept
 
-    def _about_mixed(self, splits: Splits, names: list[str], where: Path, kind: str) -> str:
+    def _about_mixed(self, splits: Splits, names: list[str], where: AnyPath, kind: str) -> str:
         held_out = splits.val or splits.test
         evaluation = ["--eval-source", f"{where}/{pattern_of(held_out, names)}"] if held_out else []
         rest = [name for name in names if name not in splits.val and name not in splits.test]
@@ -115,15 +117,18 @@ class Context:
     split_column: str | None = None  # that the table has
     column_options: set[str] = field(default_factory=set)  # options about columns that a table has heeded
 
-    def scratch_file(self, source: Path, suffix: str) -> Path:
+    def scratch_file(self, source: AnyPath, suffix: str) -> AnyPath:
         """A path in the scratch folder that belongs to `source` alone."""
-        return self.scratch / (re.sub(r"[^A-Za-z0-9.-]+", "_", str(source.resolve())).strip("_")[-200:] + suffix)
+        name = re.sub(r"[^A-Za-z0-9.-]+", "_", public_url(str(source.resolve()))).strip("_")[-200:]
+        return any_path(f"{self.scratch}/{name}{suffix}")
 
+    @staticmethod
     @contextlib.contextmanager
-    def writing(self, path: Path) -> Iterator[BinaryIO]:
+    def writing(path: AnyPath) -> Iterator[BinaryIO]:
         """Writes a scratch file that exists whole or not at all, also when several processes write it at once."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_writer(path) as file:
+        if isinstance(path, Path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path) as file:
             yield file
 
 

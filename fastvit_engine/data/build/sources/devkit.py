@@ -3,10 +3,10 @@
 import lzma
 import re
 import zlib
-from pathlib import Path
 
 from fastvit_engine.data.build.sources.matlab import read_structs
 from fastvit_engine.data.shards.archive import open_forward
+from fastvit_engine.data.shards.remote_path import AnyPath
 from fastvit_engine.data.shards.tar import TarError, iterate_members
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage.source import one_line
@@ -17,7 +17,7 @@ _LARGEST = 1 << 24  # bytes of a file in it; the real ones have less than 200 kB
 _WNID = re.compile(r"n\d{1,20}", re.ASCII)
 
 
-def validation_labels(path: Path) -> list[list[str]]:
+def validation_labels(path: AnyPath) -> list[list[str]]:
     """The words of each line of a file of labels: a label, or an image's file name and its label.
 
     ILSVRC's ground truth (its devkit, or the text file of it beside the devkit) comes out as WordNet ids.
@@ -45,13 +45,13 @@ def validation_labels(path: Path) -> list[list[str]]:
     return lines
 
 
-def _devkit_labels(devkit: Path) -> list[str]:
+def _devkit_labels(devkit: AnyPath) -> list[str]:
     numbers = _devkit_file(devkit, "ILSVRC2012_validation_ground_truth.txt").decode("ascii", "replace").split()
     wnids = _wnids(_devkit_file(devkit, "meta.mat"), devkit)
     return [_wnid(wnids, number, devkit) for number in numbers]
 
 
-def _devkit_file(devkit: Path, name: str) -> bytes:
+def _devkit_file(devkit: AnyPath, name: str) -> bytes:
     try:
         with open_forward(str(devkit)) as (read, size):
             for member in iterate_members(read, size):
@@ -65,9 +65,9 @@ def _devkit_file(devkit: Path, name: str) -> bytes:
     raise UserError(f"{devkit} holds no data/{name}: it is not ILSVRC2012's devkit; download it again")
 
 
-def _beside(meta: Path) -> bytes:
+def _beside(meta: AnyPath) -> bytes:
     try:
-        with open(meta, "rb") as file:
+        with meta.open("rb") as file:
             return file.read(_LARGEST)
     except OSError as error:
         reason = error.strerror or one_line(error)
@@ -76,7 +76,7 @@ def _beside(meta: Path) -> bytes:
         ) from error
 
 
-def _wnids(meta: bytes, where: Path) -> dict[str, str]:
+def _wnids(meta: bytes, where: AnyPath) -> dict[str, str]:
     """ILSVRC2012_ID -> WordNet id, from meta.mat."""
     found: dict[str, str] = {}
     try:
@@ -91,7 +91,7 @@ def _wnids(meta: bytes, where: Path) -> dict[str, str]:
     return found
 
 
-def _wnid(wnids: dict[str, str], number: str, where: Path) -> str:
+def _wnid(wnids: dict[str, str], number: str, where: AnyPath) -> str:
     if number not in wnids:
         raise UserError(f"{where} has the label {number:.40}, which meta.mat does not know: download the devkit again")
     return wnids[number]

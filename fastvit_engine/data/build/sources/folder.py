@@ -7,12 +7,13 @@ from pathlib import Path
 from fastvit_engine.data.build.sources.context import Context, why_left_out
 from fastvit_engine.data.build.sources.layout import NOT_CLASSES, Layout, Reading, Tree, arrange, images_of
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
+from fastvit_engine.data.shards.remote_path import AnyPath, RemotePath
 from fastvit_engine.errors import UserError
 
 DANGLING = "is a dangling symbolic link"
 
 
-def list_folder(path: Path, context: Context) -> Listing:
+def list_folder(path: AnyPath, context: Context) -> Listing:
     """Images below path/<class>/, or below path/train/<class>/ and path/val/<class>/ (or test).
 
     Files are in sorted order, classes too, or by number if all are numbers. Other files are left out and counted. A
@@ -22,17 +23,17 @@ def list_folder(path: Path, context: Context) -> Listing:
     return _list(path, context, "folder")
 
 
-def list_class_folders(path: Path, context: Context) -> Listing:
+def list_class_folders(path: AnyPath, context: Context) -> Listing:
     """Every sub-folder as a class, whatever its name is."""
     return _list(path, context, "class-folders")
 
 
-def list_split_folders(path: Path, context: Context) -> Listing:
+def list_split_folders(path: AnyPath, context: Context) -> Listing:
     """Every sub-folder whose name has the word train, val or test as a split of class folders; others are left out."""
     return _list(path, context, "split-folders")
 
 
-def _list(path: Path, context: Context, reading: Reading) -> Listing:
+def _list(path: AnyPath, context: Context, reading: Reading) -> Listing:
     tree = read_tree(path, context)
     layout = arrange(tree, reading, str(path), context.command)
     listing = _list_classes(path, tree, layout, context)
@@ -41,7 +42,7 @@ def _list(path: Path, context: Context, reading: Reading) -> Listing:
     return listing
 
 
-def _list_classes(path: Path, tree: Tree, layout: Layout, context: Context) -> Listing:
+def _list_classes(path: AnyPath, tree: Tree, layout: Layout, context: Context) -> Listing:
     builder = ListingBuilder(named=True)
     builder.left_out.update(layout.counts)
     inside = tree.folders_in()
@@ -64,7 +65,7 @@ def _list_classes(path: Path, tree: Tree, layout: Layout, context: Context) -> L
     return builder.finish(context.classes, str(path))
 
 
-def read_tree(path: Path, context: Context) -> Tree:
+def read_tree(path: AnyPath, context: Context) -> Tree:
     """The folders below `path` with their images; hidden ones, and those that no class has, are left out.
 
     Raises UserError if a folder cannot be read, or if a pattern of --leave-out matches nothing.
@@ -72,21 +73,28 @@ def read_tree(path: Path, context: Context) -> Tree:
     context.heeded_leave_out = True
     tree = Tree()
     used: set[str] = set()
-    level: list[tuple[str, frozenset[str]]] = [("", frozenset())]  # folders, and the links' targets on the way there
     try:
-        while level:
-            context.progress.start("listing", len(level), "folders")
-            deeper: list[tuple[str, frozenset[str]]] = []
-            for done, (below, targets) in enumerate(level):
-                deeper += _read_folder(path, below, targets, tree, context.leave_out, used)
-                context.progress.update(done + 1)
-            level = deeper
+        if isinstance(path, Path):
+            _read_local(path, tree, context, used)
+        else:
+            _read_remote(path, tree, context.leave_out, used)
     except OSError as error:
         raise UserError(f"folder {error.filename} cannot be read ({error.strerror}): make it readable") from error
     unused = next((pattern for pattern in context.leave_out if pattern not in used), None)
     if unused is not None:
         raise UserError(f"--leave-out is {unused!r}, which is nothing in {path}: correct it")
     return tree
+
+
+def _read_local(path: Path, tree: Tree, context: Context, used: set[str]) -> None:
+    level: list[tuple[str, frozenset[str]]] = [("", frozenset())]  # folders, and the links' targets on the way there
+    while level:
+        context.progress.start("listing", len(level), "folders")
+        deeper: list[tuple[str, frozenset[str]]] = []
+        for done, (below, targets) in enumerate(level):
+            deeper += _read_folder(path, below, targets, tree, context.leave_out, used)
+            context.progress.update(done + 1)
+        level = deeper
 
 
 def _read_folder(
@@ -120,3 +128,32 @@ def _read_folder(
         else:
             tree.left_out[kind] += 1
     return folders
+
+
+def _read_remote(path: RemotePath, tree: Tree, leave_out: list[str], used: set[str]) -> None:
+    """Adds everything below a folder of an object store to the tree, by the rules of `_read_folder`."""
+    passed_over: set[str] = set()
+    for below, folders, names in path.files_below():
+        if below in passed_over:
+            passed_over |= {f"{below}/{name}" for name in folders}
+            continue
+        images = tree.images.setdefault(below, [])
+        for name in folders + names:
+            inner = f"{below}/{name}" if below else name
+            matches = {pattern for pattern in leave_out if fnmatchcase(inner, pattern)}
+            used |= matches
+            is_folder = name in folders
+            if matches or (name in NOT_CLASSES and is_folder):
+                tree.folders_left_out.add(inner)
+            elif is_folder and name.startswith("."):
+                tree.left_out["hidden folder"] += 1
+            elif is_folder:
+                continue
+            elif (kind := why_left_out(name)) is None:
+                images.append(name)
+                continue
+            else:
+                tree.left_out[kind] += 1
+                continue
+            if is_folder:
+                passed_over.add(inner)

@@ -1,7 +1,7 @@
 """ImageNet-1k (ILSVRC2012): its official files, and the folder that Kaggle packs."""
 
 import csv
-import os
+import io
 from pathlib import Path
 
 from fastvit_engine.data.build.sources.context import Context, is_image
@@ -9,6 +9,7 @@ from fastvit_engine.data.build.sources.devkit import DEVKIT
 from fastvit_engine.data.build.sources.folder import list_class_folders, list_folder
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder, join
 from fastvit_engine.data.build.sources.tars import list_class_tars, list_flat_tar
+from fastvit_engine.data.shards.remote_path import AnyPath
 from fastvit_engine.errors import UserError
 
 TRAIN, VALIDATION = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
@@ -16,7 +17,7 @@ KAGGLE_LABELS = "LOC_val_solution.csv"
 _KAGGLE = Path("Data", "CLS-LOC")
 
 
-def list_imagenet(path: Path, context: Context) -> Listing:
+def list_imagenet(path: AnyPath, context: Context) -> Listing:
     """A folder with the official training tar and, for the eval split, validation tar and devkit (or --labels).
 
     Or Kaggle's folder: ILSVRC/Data/CLS-LOC/train with a folder for each class, val with images whose labels are in
@@ -39,7 +40,7 @@ def list_imagenet(path: Path, context: Context) -> Listing:
     return join(train, list_flat_tar(path / VALIDATION, context))
 
 
-def kaggle_folder(path: Path) -> Path | None:
+def kaggle_folder(path: AnyPath) -> AnyPath | None:
     """The folder in `path` that holds train/ and val/ as Kaggle packs them, None if there is none."""
     for folder in (path / "ILSVRC" / _KAGGLE, path / _KAGGLE, path / "CLS-LOC"):
         if (folder / "train").is_dir():
@@ -47,16 +48,15 @@ def kaggle_folder(path: Path) -> Path | None:
     return path if (path / "train").is_dir() and _holds_validation_images(path / "val") else None
 
 
-def _holds_validation_images(folder: Path) -> bool:
+def _holds_validation_images(folder: AnyPath) -> bool:
     """Whether a folder has ImageNet's validation images in no folders of their classes."""
     try:
-        with os.scandir(folder) as entries:
-            return any(entry.name.startswith("ILSVRC2012_val_") and entry.is_file() for entry in entries)
+        return any(path.name.startswith("ILSVRC2012_val_") and path.is_file() for path in folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return False
 
 
-def _list_kaggle(folder: Path, context: Context) -> Listing:
+def _list_kaggle(folder: AnyPath, context: Context) -> Listing:
     if not _holds_validation_images(folder / "val"):
         return list_folder(folder, context)
     train = list_class_folders(folder / "train", context)
@@ -83,14 +83,14 @@ def _list_kaggle(folder: Path, context: Context) -> Listing:
     return join(train, builder.finish(train.classes, str(labels)))
 
 
-def _images_in(folder: Path) -> list[str]:
-    return sorted(name for name in os.listdir(folder) if is_image(name)) if folder.is_dir() else []
+def _images_in(folder: AnyPath) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if is_image(path.name)) if folder.is_dir() else []
 
 
-def _kaggle_labels(path: Path) -> dict[str, str]:
+def _kaggle_labels(path: AnyPath) -> dict[str, str]:
     """Name of the image without its suffix -> WordNet id, which the boxes of its object follow."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with path.open("rb") as binary, io.TextIOWrapper(binary, newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             if not {"ImageId", "PredictionString"} <= set(rows.fieldnames or ()):
                 raise KeyError("it has no such columns")

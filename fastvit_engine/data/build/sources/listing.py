@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from fastvit_engine.data.build.sources.label_column import MISSING, Label, Order, read_label, resolve
+from fastvit_engine.data.shards.remote_path import AnyPath
 
 Kind = Literal["path", "url", "bytes", "sample", "pixels"]
 
@@ -112,7 +113,9 @@ class ListingBuilder:
     def __len__(self) -> int:
         return len(self._file)
 
-    def add_file(self, kind: Kind, path: Path | str, shape: tuple[int, ...] = (), *, shown: Path | str = "") -> int:
+    def add_file(
+        self, kind: Kind, path: AnyPath | str, shape: tuple[int, ...] = (), *, shown: AnyPath | str = ""
+    ) -> int:
         """Images added from now on are in this file. Returns its index in `files`."""
         self._current = len(self.files)
         self.files.append(SourceFile(kind, str(path), shape, str(shown)))

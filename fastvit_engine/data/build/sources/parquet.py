@@ -1,8 +1,6 @@
 """Parquet files with encoded images, in the layout of Hugging Face's datasets."""
 
-import glob
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from fastvit_engine.data.build.sources.columns import (
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.label_column import is_missing, read_cell
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
-from fastvit_engine.data.shards.braces import expand_braces
+from fastvit_engine.data.shards.remote_path import AnyPath, common_folder, matching_files, names_in
 from fastvit_engine.data.shards.splits import Splits
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted
@@ -27,7 +25,7 @@ from fastvit_engine.observe.units import counted
 _ROWS = 64  # read at once
 
 
-def list_parquet(path: Path, context: Context) -> Listing:
+def list_parquet(path: AnyPath, context: Context) -> Listing:
     """A Parquet file, or a folder of them: a column of images ({bytes, path} or bytes), and one of labels.
 
     Labels are class indices or names, or lists of them; the names come from the schema's ClassLabel. A row of a Parquet
@@ -42,7 +40,7 @@ def list_parquet(path: Path, context: Context) -> Listing:
     builder = ListingBuilder()
     names: list[str] | None = None
     try:
-        files = {name: pyarrow.parquet.ParquetFile(folder / name) for name in [*train, *held_out]}
+        files = {name: pyarrow.parquet.ParquetFile(_opened(folder / name)) for name in [*train, *held_out]}
         splits = _row_splits(files, held_out, path, context)
         context.progress.start("unpacking", sum(file.metadata.num_rows for file in files.values()), "images")
         for file_name, file in files.items():
@@ -59,7 +57,7 @@ def list_parquet(path: Path, context: Context) -> Listing:
     return builder.finish(context.classes or names, str(path))
 
 
-def _files(path: Path, context: Context) -> tuple[Path, list[str], list[str]]:
+def _files(path: AnyPath, context: Context) -> tuple[AnyPath, list[str], list[str]]:
     """The folder, and the names of the files in it to train and to evaluate on."""
     folder = path
     if path.is_dir() and not list(path.glob("*.parquet")) and (path / "data").is_dir():
@@ -69,16 +67,21 @@ def _files(path: Path, context: Context) -> tuple[Path, list[str], list[str]]:
     elif path.is_file():
         return path.parent, [path.name], []
     else:
-        files = sorted(Path(name) for part in expand_braces(str(path)) for name in (glob.glob(part) or [part]))
-        folder = Path(os.path.commonpath([file.parent for file in files]))
-        names = [str(file.relative_to(folder)) for file in files]
+        files = matching_files(path)
+        folder = common_folder(files)
+        names = names_in(folder, files)
         if len(Splits.of(names).named()) < 2:
             return folder, names, []
     splits = context.choose_by_name(names, folder, "Parquet file")
     return folder, splits.train, splits.val
 
 
-def _row_splits(files: dict[str, Any], held_out: list[str], path: Path, context: Context) -> RowSplits | None:
+def _opened(path: AnyPath) -> Any:
+    """What pyarrow takes: a local path, or a remote file that is read by position."""
+    return path if isinstance(path, Path) else path.open()
+
+
+def _row_splits(files: dict[str, Any], held_out: list[str], path: AnyPath, context: Context) -> RowSplits | None:
     """What a column says of the rows; None if no column does, or the names of the files do.
 
     Raises UserError if both do, and disagree.
@@ -119,7 +122,7 @@ def _text(value: Any) -> str:
 
 
 def _unpack(
-    path: Path, file: Any, builder: ListingBuilder, splits: RowSplits | None, context: Context
+    path: AnyPath, file: Any, builder: ListingBuilder, splits: RowSplits | None, context: Context
 ) -> list[str] | None:
     """Adds the images of one file; returns the class names that its schema has."""
     features = _features(file.schema_arrow)
@@ -175,7 +178,7 @@ def _features(schema: Any) -> dict[str, Any]:
     return features if isinstance(features, dict) else {}
 
 
-def _columns(path: Path, schema: Any, features: dict[str, Any], context: Context) -> tuple[str, str]:
+def _columns(path: AnyPath, schema: Any, features: dict[str, Any], context: Context) -> tuple[str, str]:
     """(image column, label column), of those that the features describe or, without such, of the usual names."""
     names = [str(name) for name in schema.names]
     typed = [name for name in names if _is(features.get(name), "Image")]

@@ -17,6 +17,7 @@ import numpy as np
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.data.shards.archive import open_forward
+from fastvit_engine.data.shards.remote_path import AnyPath
 from fastvit_engine.data.shards.tar import TarError, iterate_members
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage.source import one_line
@@ -43,7 +44,7 @@ def list_digits(context: Context) -> Listing:
     return builder.finish(context.classes or [str(digit) for digit in range(10)], "digits")
 
 
-def list_cifar(path: Path, context: Context) -> Listing:
+def list_cifar(path: AnyPath, context: Context) -> Listing:
     """The Python version of CIFAR-10 or CIFAR-100 (fine labels): its folder or its tar.gz."""
     files = _cifar_files(path)
     train = [name for name in CIFAR_TRAIN if name in files]
@@ -75,7 +76,7 @@ def list_cifar(path: Path, context: Context) -> Listing:
     return builder.finish(context.classes or classes, str(path))
 
 
-def list_idx(path: Path, context: Context) -> Listing:
+def list_idx(path: AnyPath, context: Context) -> Listing:
     """A folder with ...images-idx3-ubyte[.gz] and ...labels-idx1-ubyte[.gz] of MNIST's format; t10k is held out."""
     images = sorted(file for file in path.iterdir() if "images" in file.name and file.name.endswith(IDX_SUFFIXES))
     images.sort(key=lambda file: file.name.startswith(("t10k", "test")))
@@ -97,7 +98,7 @@ def list_idx(path: Path, context: Context) -> Listing:
     return builder.finish(context.classes, str(path))
 
 
-def _add(builder: ListingBuilder, context: Context, source: Path, pixels: np.ndarray, labels: list[str]) -> None:
+def _add(builder: ListingBuilder, context: Context, source: AnyPath, pixels: np.ndarray, labels: list[str]) -> None:
     """Puts the pixels, [N, H, W] or [N, H, W, C], into a scratch file and their offsets into the listing."""
     raw = context.scratch_file(source, ".pixels")
     with context.writing(raw) as file:
@@ -108,7 +109,7 @@ def _add(builder: ListingBuilder, context: Context, source: Path, pixels: np.nda
         builder.add(f"{source.name}/{index}", [label], index * size, size)
 
 
-def _cifar_files(path: Path) -> dict[str, Callable[[], bytes]]:
+def _cifar_files(path: AnyPath) -> dict[str, Callable[[], bytes]]:
     """A function that reads each of CIFAR's files, by the file's name."""
     if path.is_dir():
         return {name: partial(_read_file, path / name) for name in CIFAR_FILES if (path / name).is_file()}
@@ -127,7 +128,7 @@ def _cifar_files(path: Path) -> dict[str, Callable[[], bytes]]:
     return {name: partial(bytes, content) for name, content in contents.items()}
 
 
-def _read_file(path: Path) -> bytes:
+def _read_file(path: AnyPath) -> bytes:
     try:
         if (size := path.stat().st_size) > _LARGEST_PICKLE:
             raise UserError(f"{path} has {size:,} bytes, which no file of CIFAR has: download it again")
@@ -234,10 +235,10 @@ def _unpickle(content: bytes, where: str) -> dict[bytes, Any]:
     return {key.encode() if isinstance(key, str) else key: entry for key, entry in value.items()}
 
 
-def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+def _read_idx(path: AnyPath, dimensions: int) -> np.ndarray:
     """uint8 array of an idx file: 0, 0, type 8 = uint8, the number of dimensions, big-endian sizes, data."""
     try:
-        with gzip.open(path) if path.name.endswith(".gz") else open(path, "rb") as file:
+        with path.open("rb") as opened, gzip.open(opened) if path.name.endswith(".gz") else opened as file:
             header = file.read(4 + 4 * dimensions)
             if header[:4] != bytes([0, 0, 8, dimensions]) or len(header) < 4 + 4 * dimensions:
                 raise UserError(f"{path} is not an idx file of {dimensions}-dimensional bytes: download it again")

@@ -9,17 +9,20 @@ import urllib.error
 import urllib.request
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
 
 from fastvit_engine.data.build.sources.listing import Listing
+from fastvit_engine.data.shards.archive import stamp_of
 from fastvit_engine.data.shards.image_files import IMAGE_SUFFIXES
+from fastvit_engine.data.shards.remote_path import is_remote
 from fastvit_engine.data.shards.sample import parse_sample
 from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.shown import public_url
+from fastvit_engine.storage import ShardStorage, remote_files
 from fastvit_engine.storage.http import INVALID_URL, authorization
 
 MAX_DOWNLOAD = 256 * 2**20  # bytes
@@ -43,15 +46,24 @@ class SourceReader:
         self._timeout = timeout
         self._lock = threading.Lock()
         self._descriptors: OrderedDict[str, int] = OrderedDict()
+        self._remote: dict[str, ShardStorage] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SourceReader, (self._listing, self._timeout)  # open files belong to a process
 
     def read(self, index: int) -> Encoded:
-        """Raises OSError or ValueError if the image cannot be had; whether it is a whole image is not checked."""
+        """Raises OSError or ValueError if the image cannot be had; whether it is a whole image is not checked.
+
+        Raises UserError if an object store refuses or does not answer: nothing is wrong with the image then.
+        """
         kind, path, shape, _, fault = self._listing.files[self._listing.file[index]]
         if fault:
             raise ValueError(fault)
         if kind == "url":
-            return Encoded(download(self._listing.name(index), self._timeout))
+            return Encoded(self._whole(self._listing.name(index)))
         if kind == "path":
+            if is_remote(path):
+                return Encoded(self._whole(f"{path}/{self._listing.name(index)}"))
             return Encoded(Path(path, self._listing.name(index)).read_bytes())
         content = self._pread(path, int(self._listing.offset[index]), int(self._listing.size[index]))
         if kind == "pixels":
@@ -72,7 +84,17 @@ class SourceReader:
         while self._descriptors:
             os.close(self._descriptors.popitem()[1])
 
+    def _whole(self, url: str) -> bytes:
+        """The content behind a URL."""
+        on_web_server = url.startswith(remote_files.ON_WEB_SERVERS)
+        return download(url, self._timeout) if on_web_server else remote_files.read(url)
+
     def _pread(self, path: str, offset: int, size: int) -> bytes:
+        if is_remote(path):
+            with self._lock:
+                if path not in self._remote:
+                    self._remote[path] = ShardStorage([path], [stamp_of(path)[0]])
+            return self._remote[path].read(0, offset, size)
         with self._lock:
             if path not in self._descriptors:
                 if len(self._descriptors) >= _OPEN_FILES:
@@ -83,10 +105,6 @@ class SourceReader:
         if len(content) < size:
             raise ValueError(f"{path} ends before byte {offset + size}")
         return content
-
-
-def is_url(name: str) -> bool:
-    return name.startswith(("http://", "https://"))
 
 
 def download(url: str, timeout: float) -> bytes:

@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastvit_engine.data.build.sources.columns import (
@@ -21,7 +19,7 @@ from fastvit_engine.data.build.sources.columns import (
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.label_column import is_missing, read_cell
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
-from fastvit_engine.data.build.sources.reading import is_url
+from fastvit_engine.data.shards.remote_path import AnyPath, is_remote
 from fastvit_engine.errors import UserError
 from fastvit_engine.text import open_text
 
@@ -39,8 +37,8 @@ class Row(NamedTuple):
     split: str | None = None  # what the column of splits has; None if there is no such column
 
 
-def list_table(path: Path, context: Context) -> Listing:
-    """One line per image: a path (relative to the list) or an http(s) URL, and one or several labels.
+def list_table(path: AnyPath, context: Context) -> Listing:
+    """One line per image: a path (relative to the list) or a URL, and one or several labels.
 
     CSV and TSV have a header line and are separated by commas, semicolons or tabs; several labels are in one field,
     separated by ";" or as a list. JSONL has one object per line, several labels as a list. A column "split" says which
@@ -51,7 +49,7 @@ def list_table(path: Path, context: Context) -> Listing:
     builder.add_file("bytes", path)  # whose faulty lines are named by their numbers
     folder = builder.add_file("path", path.parent.resolve())
     url: int | None = None
-    context.progress.start("listing", os.path.getsize(path), "bytes")
+    context.progress.start("listing", path.stat().st_size, "bytes")
     read = _json_rows if path.suffix == ".jsonl" else _csv_rows
     try:
         splits = _splits(read(path, context), path, context)
@@ -75,7 +73,7 @@ def list_table(path: Path, context: Context) -> Listing:
                 builder.add_faulty(f"line {line}", fault, file=0)
                 continue
             builder.multi_label |= len(labels) != 1
-            if not is_url(image):
+            if not is_remote(image):
                 builder.add(image, labels, file=folder)
                 continue
             if url is None:
@@ -86,7 +84,7 @@ def list_table(path: Path, context: Context) -> Listing:
     return builder.finish(context.classes, str(path))
 
 
-def _splits(rows: Iterator[Row], path: Path, context: Context) -> RowSplits | None:
+def _splits(rows: Iterator[Row], path: AnyPath, context: Context) -> RowSplits | None:
     """What the column of splits says; None if there is none."""
     values: set[str] = set()
     for row in rows:
@@ -101,7 +99,7 @@ def _splits(rows: Iterator[Row], path: Path, context: Context) -> RowSplits | No
     return splits
 
 
-def _csv_rows(path: Path, context: Context) -> Iterator[Row]:
+def _csv_rows(path: AnyPath, context: Context) -> Iterator[Row]:
     delimiter = _delimiter(path, context)
     with open_text(path, newline="") as file:
         reader = csv.reader(file, delimiter=delimiter)
@@ -119,7 +117,7 @@ def _csv_rows(path: Path, context: Context) -> Iterator[Row]:
                 yield Row(reader.line_num, fields[image], fields[label], split=part)
 
 
-def _delimiter(path: Path, context: Context) -> str:
+def _delimiter(path: AnyPath, context: Context) -> str:
     """The delimiter by which the header has the columns that are needed. Raises UserError if none does."""
     errors: list[tuple[int, NoColumn]] = []
     for delimiter in _DELIMITERS:
@@ -133,21 +131,21 @@ def _delimiter(path: Path, context: Context) -> str:
     raise max(errors, key=lambda entry: entry[0])[1]
 
 
-def _header(reader: Iterator[list[str]], path: Path) -> list[str]:
+def _header(reader: Iterator[list[str]], path: AnyPath) -> list[str]:
     names = next((fields for fields in reader if fields), None)
     if names is None:
         raise UserError(f"the list {path} is empty: begin it with a line of column names")
     return names
 
 
-def _columns(names: Sequence[str], path: Path, context: Context) -> tuple[str, str]:
+def _columns(names: Sequence[str], path: AnyPath, context: Context) -> tuple[str, str]:
     return (
         image_column(names, PATH_COLUMNS, str(path), context),
         label_column(names, LABEL_COLUMNS, str(path), context),
     )
 
 
-def _json_rows(path: Path, context: Context) -> Iterator[Row]:
+def _json_rows(path: AnyPath, context: Context) -> Iterator[Row]:
     """The columns are the keys of the first object."""
     columns: tuple[str, str] | None = None
     with open_text(path) as file:

@@ -6,10 +6,9 @@ import gzip
 import lzma
 import os
 import re
-import shutil
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 from fastvit_engine.data.build.parallel import Counter, ordered_map, parallel_map
@@ -17,12 +16,13 @@ from fastvit_engine.data.build.sources.context import Context, why_left_out
 from fastvit_engine.data.build.sources.devkit import validation_labels
 from fastvit_engine.data.build.sources.layout import NOT_CLASSES, Tree, arrange, images_of
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
-from fastvit_engine.data.shards.archive import open_forward
+from fastvit_engine.data.shards.archive import open_archive, open_forward
+from fastvit_engine.data.shards.remote_path import AnyPath, any_path
 from fastvit_engine.data.shards.sample import is_macos_resource
-from fastvit_engine.data.shards.tar import TarError, iterate_members, windowed
+from fastvit_engine.data.shards.tar import TarError, iterate_members
 from fastvit_engine.errors import UserError
 
-_WINDOW = 1 << 14  # bytes that are read at once when walking over headers
+_PIECE = 1 << 20  # bytes that are decompressed at once
 
 
 class TarFile(NamedTuple):
@@ -33,19 +33,19 @@ class TarFile(NamedTuple):
     size: int
 
 
-def files_of(path: Path | str, start: int = 0, end: int | None = None) -> Iterator[TarFile]:
+def files_of(path: AnyPath | str, start: int = 0, end: int | None = None) -> Iterator[TarFile]:
     """The files in the tar that bytes [start, end) of a file hold, by their headers alone.
 
     Raises UserError unless these bytes are a whole tar and nothing but it.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
-            size = (os.fstat(file.fileno()).st_size if end is None else end) - start
+        with open_archive(str(path)) as archive:
+            size = (archive.size if end is None else end) - start
 
             def read(at: int, length: int) -> bytes:
-                return os.pread(file.fileno(), max(0, min(length, size - at)), start + at)
+                return archive.read(start + at, max(0, min(length, size - at)))
 
-            for member in iterate_members(windowed(read, _WINDOW), size):
+            for member in iterate_members(read, size):
                 if member.is_file:
                     yield TarFile(member.name, start + member.data, member.size)
     except TarError as error:
@@ -53,14 +53,14 @@ def files_of(path: Path | str, start: int = 0, end: int | None = None) -> Iterat
         moved = TarError(problem, byte if byte is None else start + byte)
         raise UserError(f"the tar {path} is damaged (it {moved}): copy or make it again") from error
     except OSError as error:
-        raise UserError(f"the tar {path} cannot be read ({error.strerror}): make it readable") from error
+        raise UserError(f"the tar {path} cannot be read ({error.strerror or error}): make it readable") from error
 
 
 def is_tar_name(name: str) -> bool:
     return name.endswith((".tar", ".tar.gz", ".tgz"))
 
 
-def first_members(path: Path, count: int) -> list[str]:
+def first_members(path: AnyPath, count: int) -> list[str]:
     """The names of the first files in a tar, compressed or not. Raises UserError if it is no tar."""
     names: list[str] = []
     try:
@@ -78,7 +78,7 @@ def first_members(path: Path, count: int) -> list[str]:
     return names
 
 
-def plain_tars(paths: list[Path], context: Context) -> list[Path]:
+def plain_tars(paths: list[AnyPath], context: Context) -> list[AnyPath]:
     """Each path itself, or a plain copy in the scratch folder if it is gzipped, which its name need not say."""
     plain = [context.scratch_file(path, ".tar") if _is_gzipped(path) else path for path in paths]
     gzipped = [(path, copy) for path, copy in zip(paths, plain, strict=True) if copy != path and not copy.exists()]
@@ -88,33 +88,40 @@ def plain_tars(paths: list[Path], context: Context) -> list[Path]:
         context.progress.start("decompressing", len(gzipped), "tars")
         done = Counter()
 
-        def decompress(pair: tuple[Path, Path]) -> None:
-            path, copy = pair
-            with context.writing(copy) as target, gzip.open(path, "rb") as packed:
-                try:
-                    shutil.copyfileobj(packed, target, 2**20)
-                except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-                    raise UserError(f"{path} is damaged ({error}): copy or download it again") from error
-            done.add()
-
         for _ in parallel_map(
-            decompress, gzipped, workers=context.workers, while_waiting=lambda: context.progress.update(done.value)
+            partial(_decompress, done),
+            gzipped,
+            workers=context.workers,
+            while_waiting=lambda: context.progress.update(done.value),
         ):
             pass
     return plain
 
 
-def _is_gzipped(path: Path) -> bool:
+def _decompress(done: Counter, pair: tuple[AnyPath, AnyPath]) -> None:
+    path, copy = pair
+    with Context.writing(copy) as target, open_forward(str(path)) as (read, _):
+        try:
+            at = 0
+            while piece := read(at, _PIECE):
+                target.write(piece)
+                at += len(piece)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{path} is damaged ({error}): copy or download it again") from error
+    done.add()
+
+
+def _is_gzipped(path: AnyPath) -> bool:
     try:
-        with open(path, "rb") as file:
-            return file.read(2) == b"\x1f\x8b"
+        with open_archive(str(path)) as archive:
+            return archive.read(0, 2) == b"\x1f\x8b"
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): make it readable") from error
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): make it readable") from error
 
 
-def list_class_tars(path: Path, context: Context) -> Listing:
+def list_class_tars(path: AnyPath, context: Context) -> Listing:
     """A folder of tars or a tar of tars, each named by its class and holding the images of the class."""
-    tars: list[tuple[str, Path, int, int]] = []  # class, file, first and last byte of its tar
+    tars: list[tuple[str, AnyPath, int, int]] = []  # class, file, first and last byte of its tar
     if path.is_dir():
         kept = context.take([file.name for file in path.iterdir() if is_tar_name(file.name)], path, "tar")
         files = [path / name for name in sorted(kept)]
@@ -142,7 +149,7 @@ def list_class_tars(path: Path, context: Context) -> Listing:
     return builder.finish(context.classes, str(path))
 
 
-def _check_one_class(path: Path, name: str, images: list[TarFile], context: Context) -> None:
+def _check_one_class(path: AnyPath, name: str, images: list[TarFile], context: Context) -> None:
     """Refuses a tar with several folders of images, unless the format was given: these may be the classes."""
     folders = sorted({image.name.rpartition("/")[0] for image in images})
     if context.certain or len(folders) < 2:
@@ -155,7 +162,7 @@ def _check_one_class(path: Path, name: str, images: list[TarFile], context: Cont
     )
 
 
-def list_folder_tar(path: Path, context: Context) -> Listing:
+def list_folder_tar(path: AnyPath, context: Context) -> Listing:
     """A tar of a folder of images: a folder for each class, or such folders for each split; see folder.list_folder.
 
     With context.labels, or if the images are in one folder, it is a flat tar.
@@ -210,7 +217,7 @@ def _without_outer_folders(tree: Tree, classes: list[str]) -> tuple[Tree, str]:
     return Tree(images, {}, tree.left_out, tree.folders_left_out), top
 
 
-def _images_of_tar(entry: tuple[str, Path, int, int]) -> tuple[list[TarFile], collections.Counter[str]]:
+def _images_of_tar(entry: tuple[str, AnyPath, int, int]) -> tuple[list[TarFile], collections.Counter[str]]:
     """The images of a tar, and how many other files there are of each kind."""
     _, path, start, end = entry
     images, left_out = [], collections.Counter[str]()
@@ -227,7 +234,7 @@ def _class_of(name: str) -> str:
     return re.sub(r"\.(tar|tar\.gz|tgz)$", "", os.path.basename(name))
 
 
-def list_flat_tar(path: Path, context: Context) -> Listing:
+def list_flat_tar(path: AnyPath, context: Context) -> Listing:
     """Lists a tar of images, whose labels are in a file of their own (context.labels).
 
     The file has one label per line in the order of the sorted names, or lines of name and label. Labels are class
@@ -238,7 +245,7 @@ def list_flat_tar(path: Path, context: Context) -> Listing:
     (plain,) = plain_tars([path], context)
     images, left_out = _images_of_tar(("", plain, 0, plain.stat().st_size))
     images.sort(key=lambda member: member.name)
-    lines = validation_labels(Path(context.labels).expanduser())
+    lines = validation_labels(any_path(context.labels))
     if len(lines) != len(images):
         raise UserError(f"{context.labels} has {len(lines):,} labels for the {len(images):,} images of {path}")
     if lines and len(lines[0]) > 1:

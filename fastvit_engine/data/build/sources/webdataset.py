@@ -1,22 +1,20 @@
 """WebDataset shards that are to be made anew."""
 
 import contextlib
-import glob
 import json
-import os
 from collections.abc import Callable, Container, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastvit_engine.data.build.parallel import ordered_map
+from fastvit_engine.data.build.sources.columns import ROW_LEFT_OUT, RowSplits, row_splits, split_column
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.data.build.sources.tars import is_tar_name, plain_tars
 from fastvit_engine.data.shards.archive import Archive, open_archive
-from fastvit_engine.data.shards.braces import expand_braces
 from fastvit_engine.data.shards.image_files import IMAGE_SUFFIXES
 from fastvit_engine.data.shards.labels import MAX_LABEL_BYTES, json_field, label_member, label_values
 from fastvit_engine.data.shards.names import read_info
+from fastvit_engine.data.shards.remote_path import AnyPath, common_folder, matching_files, names_in
 from fastvit_engine.data.shards.sample import Ignored, SampleFile, describe_ignored, iterate_files
 from fastvit_engine.data.shards.splits import Splits
 from fastvit_engine.data.shards.tar import TarError
@@ -41,41 +39,51 @@ class LocatedSample(NamedTuple):
     size: int  # up to the end of its last member
     fault: str = ""  # why it cannot be used, such as "has no label"
     advice: str = ""  # the same as a whole sentence
+    split: str = ""  # what a field of its json says, "" if nothing
 
 
-def list_webdataset(path: Path, context: Context) -> Listing:
+def list_webdataset(path: AnyPath, context: Context) -> Listing:
     """A shard, a folder of them, or a glob or brace pattern, with an image and a label member in each sample.
 
     The labels are those of the member or JSON field that context.labels names, as data.label_key does; otherwise
     "labels" (a list) in `json`, `cls`, or "label" in `json`. The shards of a dataset.json keep their split and class
-    names; without one, the names of shards say the split (train..., val..., test...). Other members are left out.
+    names; without one, the names of shards say the split (train..., val..., test...), or the field "split" of `json`,
+    as a column of a table does. Other members are left out.
     """
     train, held_out = _shards(path, context)
-    info = read_info(train[0].parent)
+    info = read_info(str(train[0].parent))
     names = info.classes if info else None
     everything = [*train, *held_out]
-    shards = [
-        (plain, shard, context.labels) for plain, shard in zip(plain_tars(everything, context), everything, strict=True)
-    ]
+    plain_shards = plain_tars(everything, context)
+    column = None if info else _split_field(plain_shards[0], everything[0])
+    shards = [_Task(*paths, context.labels, column) for paths in zip(plain_shards, everything, strict=True)]
     context.progress.start("listing", len(shards), "shards")
+    splits = None if column is None else _sample_splits(column, shards, held_out, path, context)
     builder = ListingBuilder()
     builder.labels_refer_to(names)
     all_ignored = Ignored()
     advice = ""
     with contextlib.closing(ordered_map(_samples, shards, workers=context.workers)) as results:
-        for (plain, shard, _), (samples, ignored) in zip(shards, results, strict=True):
+        for task, (samples, ignored) in zip(shards, results, strict=True):
             all_ignored += ignored
-            builder.held_out = shard in held_out
-            builder.add_file("sample", plain)
+            builder.held_out = task.shard in held_out
+            builder.add_file("sample", task.plain)
             for sample in samples:
-                if sample.fault:
-                    builder.add_faulty(sample.key, sample.fault)
+                if splits is not None and sample.split:
+                    if splits.is_left_out(sample.split):
+                        builder.left_out[ROW_LEFT_OUT] += 1
+                        continue
+                    builder.held_out = splits.is_held_out(sample.split)
+                fault = sample.fault or ("has no split" if splits is not None and not sample.split else "")
+                if fault:
+                    builder.add_faulty(sample.key, fault)
                     advice = advice or sample.advice
                     continue
                 builder.multi_label |= len(sample.labels) != 1
                 builder.add(sample.key, sample.labels, sample.offset, sample.size)
             context.progress.update(len(builder.files))
-    context.describe(f"WebDataset, {counted(len(shards), 'shard')}")
+    by_field = f" with splits in the field '{column}' of json" if splits is not None else ""
+    context.describe(f"WebDataset, {counted(len(shards), 'shard')}{by_field}")
     if advice and not builder.usable:
         raise UserError(advice)
     builder.left_out.update(all_ignored)
@@ -84,35 +92,89 @@ def list_webdataset(path: Path, context: Context) -> Listing:
     return builder.finish(context.classes or names, str(path))
 
 
-def _shards(path: Path, context: Context) -> tuple[list[Path], list[Path]]:
+def _shards(path: AnyPath, context: Context) -> tuple[list[AnyPath], list[AnyPath]]:
     """The shards to train and to evaluate on."""
     if path.is_dir():
-        info = read_info(path)
+        info = read_info(str(path))
         if info is not None:
             return [path / name for name in sorted(info.train.shards)], [
                 path / name for name in sorted(info.eval.shards)
             ]
-        splits = context.choose_by_name(sorted(name for name in os.listdir(path) if is_tar_name(name)), path, "shard")
+        splits = context.choose_by_name(
+            sorted(file.name for file in path.iterdir() if is_tar_name(file.name)), path, "shard"
+        )
         return [path / name for name in splits.train], [path / name for name in splits.val]
-    try:
-        parts = expand_braces(str(path))
-    except ValueError as error:
-        raise UserError(f"the braces of {str(path)[:500]!r} cannot be expanded: {error}") from error
-    shards = sorted(Path(name) for part in parts for name in (glob.glob(part) or [part]))
+    shards = matching_files(path)
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
         raise UserError(f"there is no shard {missing[0]}: correct the name")
-    folder = Path(os.path.commonpath([shard.parent for shard in shards]))
-    names = [str(shard.relative_to(folder)) for shard in shards]
+    folder = common_folder(shards)
+    names = names_in(folder, shards)
     if len(Splits.of(names).named()) < 2:
         return shards, []
     splits = context.choose_by_name(names, folder, "shard")
     return [folder / name for name in splits.train], [folder / name for name in splits.val]
 
 
-def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[LocatedSample], Ignored]:
+class _Task(NamedTuple):
+    """A shard to list."""
+
+    plain: AnyPath  # the shard, or a decompressed copy
+    shard: AnyPath
+    label_key: str | None
+    split_field: str | None  # of json
+
+
+def _split_field(plain: AnyPath, shard: AnyPath) -> str | None:
+    """The field of json that may say the split of each sample, by the first sample that has a json."""
+    try:
+        with open_archive(str(plain)) as archive:
+            first = next(
+                (f for f in iterate_files(archive.read, archive.size, Ignored()) if f.extension == "json"), None
+            )
+            if first is None or first.member.size > MAX_LABEL_BYTES:
+                return None
+            fields = json.loads(archive.read(first.member.data, first.member.size))
+    except TarError as error:
+        raise UserError(f"shard {shard} is damaged (it {error}): copy or make it again") from error
+    except OSError as error:
+        raise UserError(f"shard {shard} cannot be read ({error.strerror or error}): make it readable") from error
+    except (ValueError, RecursionError):
+        return None
+    return split_column(list(fields)) if isinstance(fields, dict) else None
+
+
+def _sample_splits(
+    column: str, shards: list[_Task], held_out: list[AnyPath], path: AnyPath, context: Context
+) -> RowSplits | None:
+    """What the field says of the samples; None if it says nothing of splits, or if the names of the shards do.
+
+    Raises UserError if both do, and disagree.
+    """
+    values: dict[AnyPath, set[str]] = {}
+    with contextlib.closing(ordered_map(_splits_of, shards, workers=context.workers)) as results:
+        for task, found in zip(shards, results, strict=True):
+            values[task.shard] = found
+    splits = row_splits(column, set().union(*values.values()), str(path))
+    if splits is None or not held_out:
+        return splits
+    for shard, own in values.items():
+        for value in sorted(own - {""}):
+            if (splits.parts[value] != "train") != (shard in held_out):
+                raise UserError(
+                    f"{path} has samples of the split '{value}', by the field '{column}' of json, in the shard "
+                    f"{shard.name}: move them to a shard that is named so, or remove the field"
+                )
+    return None
+
+
+def _splits_of(task: _Task) -> set[str]:
+    return {sample.split for sample in _samples(task)[0]}
+
+
+def _samples(task: _Task) -> tuple[list[LocatedSample], Ignored]:
     """The samples of a plain tar. Raises UserError naming the original shard if it is damaged."""
-    plain, name, label_key = task
+    plain, name, label_key, split_field = task
     samples: list[LocatedSample] = []
     ignored = Ignored()
     files: list[SampleFile] = []  # of the current sample
@@ -120,26 +182,40 @@ def _samples(task: tuple[Path, Path, str | None]) -> tuple[list[LocatedSample], 
         with open_archive(str(plain)) as archive:
             for file in iterate_files(archive.read, archive.size, ignored):
                 if file.first and files:
-                    samples.append(_located(files, archive, name, label_key))
+                    samples.append(_located(files, archive, name, label_key, split_field))
                     files = []
                 files.append(file)
             if files:
-                samples.append(_located(files, archive, name, label_key))
+                samples.append(_located(files, archive, name, label_key, split_field))
     except TarError as error:
         raise UserError(f"shard {name} is damaged (it {error}): copy or make it again") from error
     except OSError as error:
-        raise UserError(f"shard {name} cannot be read ({error.strerror}): make it readable") from error
+        raise UserError(f"shard {name} cannot be read ({error.strerror or error}): make it readable") from error
     return samples, ignored
 
 
-def _located(files: list[SampleFile], archive: Archive, shard: Path, label_key: str | None) -> LocatedSample:
+def _located(
+    files: list[SampleFile], archive: Archive, shard: AnyPath, label_key: str | None, split_field: str | None
+) -> LocatedSample:
+    split = "" if split_field is None else _split_in(files, archive, split_field)
     try:
-        return _usable(files, archive, shard, label_key)
+        return _usable(files, archive, shard, label_key)._replace(split=split)
     except _Unusable as error:
-        return LocatedSample(files[0].key, [], 0, 0, error.fault, str(error))
+        return LocatedSample(files[0].key, [], 0, 0, error.fault, str(error), split)
 
 
-def _usable(files: list[SampleFile], archive: Archive, shard: Path, label_key: str | None) -> LocatedSample:
+def _split_in(files: list[SampleFile], archive: Archive, field: str) -> str:
+    member = next((file.member for file in files if file.extension == "json"), None)
+    if member is None or member.size > MAX_LABEL_BYTES:
+        return ""
+    try:
+        value = json_field(archive.read(member.data, member.size), [field])
+    except ValueError:
+        return ""
+    return "" if value is None else str(value).strip()
+
+
+def _usable(files: list[SampleFile], archive: Archive, shard: AnyPath, label_key: str | None) -> LocatedSample:
     key, start = files[0].key, files[0].member.start
     where = f"sample {key!r} of shard {shard}"
     members = {file.extension: file.member for file in files}

@@ -18,6 +18,7 @@ from PIL import Image
 import fastvit_engine.data.build.make as make_module
 from fastvit_engine.data.build.encode import encode_for_shard
 from fastvit_engine.data.build.make import _share_that_allows, make_dataset
+from fastvit_engine.data.build.output import LocalOutput
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.index import INDEX_NAME, open_index
@@ -346,7 +347,7 @@ def test_shard_without_a_receipt_is_removed_with_the_rest(photos, tmp_path, monk
         assert (tmp_path / "out" / "train-000000.tar").exists()
         raise UserError("stopped at the last moment")
 
-    monkeypatch.setattr(make_module._ShardWriter, "_write_receipt", stopped)
+    monkeypatch.setattr(LocalOutput, "write_receipt", stopped)
     with pytest.raises(UserError, match="stopped at the last moment"):
         _make(photos, tmp_path / "out", samples_per_shard=100, eval_fraction=0.0)
     assert not (tmp_path / "out").exists()

@@ -2,8 +2,10 @@ import hashlib
 
 import numpy as np
 
+from fastvit_engine.data.build.output import LocalOutput
 from fastvit_engine.data.build.packing import Packing, first_of_each, make_packing
 from fastvit_engine.data.build.sources.listing import ListingBuilder
+from fastvit_engine.data.shards.names import UNFINISHED_NAME
 from fastvit_engine.observe.progress import WorkProgress
 
 
@@ -53,9 +55,10 @@ def test_own_split_is_kept():
 
 def test_shards_cover_the_order_and_a_saved_plan_is_the_same(tmp_path):
     packing = _packing([0] * 103, fraction=0.11, size=10)
-    packing.save(tmp_path / "packing")
-    packing.save(tmp_path / "packing")  # another part was faster
-    again = Packing.load(tmp_path / "packing")
+    output = LocalOutput(tmp_path)
+    output.begin()
+    output.save_packing(packing.save)
+    again = Packing.load(output.save_packing(packing.save))  # another part was faster
     assert again.shards() == packing.shards() and [shard.name for shard in packing.shards()][-3:] == [
         "train-000009.tar",
         "eval-000000.tar",
@@ -65,7 +68,7 @@ def test_shards_cover_the_order_and_a_saved_plan_is_the_same(tmp_path):
         parts = [again.indices(shard) for shard in again.shards() if shard.split == split]
         assert np.array_equal(np.concatenate(parts), getattr(packing, split))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    assert [path.name for path in tmp_path.iterdir()] == ["packing"]
+    assert sorted(path.name for path in (tmp_path / UNFINISHED_NAME).iterdir()) == ["packing", "receipts"]
 
 
 def test_first_of_each():

@@ -679,7 +679,7 @@ SPLIT_ROWS = [
 ]
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "tar"])
 def test_a_column_of_splits_is_heeded(tmp_path, context, photo, form):
     path = _table_of(tmp_path, form, SPLIT_ROWS, photo)
     listing = list_source(str(path), None, context)
@@ -692,7 +692,7 @@ def test_a_column_of_splits_is_heeded(tmp_path, context, photo, form):
     assert "split" in context.descriptions[0]
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "tar"])
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
@@ -707,7 +707,7 @@ def test_a_column_of_splits_that_cannot_be_read_is_refused(tmp_path, context, ph
         list_source(str(_table_of(tmp_path, form, rows, photo)), None, context)
 
 
-@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet", "tar"])
 def test_rows_of_one_split_are_all_taken_and_one_without_is_faulty(tmp_path, context, photo, form):
     rows = [(name, label, "" if name == "2.jpg" else "test") for name, label, _ in SPLIT_ROWS]
     listing = list_source(str(_table_of(tmp_path, form, rows, photo)), None, context)
@@ -723,10 +723,26 @@ def test_the_names_of_parquet_files_and_a_column_of_splits_must_agree(tmp_path, 
         list_source(str(tmp_path / "in"), None, context)
 
 
+def test_the_names_of_shards_and_a_field_of_splits_must_agree(tmp_path, context, photo):
+    (tmp_path / "in").mkdir()
+    for name, part in (("train.tar", "train"), ("val.tar", "train")):
+        members = [("0.jpg", photo(0)), ("0.json", json.dumps({"label": 0, "split": part}).encode())]
+        (tmp_path / "in" / name).write_bytes(_tar(members))
+    with pytest.raises(UserError, match=r"samples of the split 'train', by the field 'split' of json, in"):
+        list_source(str(tmp_path / "in"), "webdataset", context)
+
+
 def _table_of(folder: Path, form: str, rows: list[tuple[str, str, str]], photo) -> Path:
     path = folder / f"list.{form}"
     if form == "parquet":
         _parquet(path, [{"image": photo(n), "label": row[1], "split": row[2]} for n, row in enumerate(rows)], None)
+        return path
+    if form == "tar":
+        members = []
+        for number, (name, label, split) in enumerate(rows):
+            fields = json.dumps({"label": label, "split": split}).encode()
+            members += [(name, photo(number)), (name.replace("jpg", "json"), fields)]
+        path.write_bytes(_tar(members))
         return path
     for number, (name, _, _) in enumerate(rows):
         (folder / name).write_bytes(photo(number))

@@ -164,7 +164,7 @@ def test_a_remote_folder_with_dataset_json_gives_the_split_only(copied, end):
     assert find_shards(copied + end, "eval") == [f"{copied}/eval-000000.tar"]
     assert info_beside(find_shards(copied, "eval")).classes == ["ant", "bee"]
     assert shard_set(copied, "eval").class_names == ["ant", "bee"]
-    assert shard_set(copied).splits == ["eval", "train", "train"]
+    assert shard_set(copied).splits == ["train", "train", "eval"]
 
 
 def test_a_remote_folder_without_one_gives_the_shards_that_are_named_so(copied, s3_bucket):
