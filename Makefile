@@ -23,7 +23,7 @@ test: lint  ## lint, types and every test but the long matrices
 	$(PYTEST)
 
 # The matrices of tests/cluster also need root and the launchers they start; a test without its launcher is skipped.
-test-all: lint  ## the same with every matrix: all resumes, faults, cluster launchers, malformed files, and more random kills
+test-all: lint  ## the same with every matrix: all resumes, faults, launchers, malformed files, buckets, Ray, and more random kills
 	FASTVIT_TEST_RESUMES=all FASTVIT_TEST_FAULTS=all FASTVIT_TEST_CLUSTER=all FASTVIT_TEST_FUZZ=all \
 		FASTVIT_TEST_BUCKETS=all FASTVIT_TEST_RAY=all FASTVIT_TEST_LONG=all FASTVIT_TEST_KILLS=10 $(PYTEST)
 

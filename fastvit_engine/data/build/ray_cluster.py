@@ -5,8 +5,10 @@ Workers read the source and write shards themselves, so that the object store ho
 """
 
 import contextlib
+import logging
 import os
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -32,9 +34,11 @@ from fastvit_engine.data.build.ray_worker import (
     Token,
     Work,
     check_node,
+    fetch,
     identity,
     run_task,
     seen,
+    wait_for_end,
 )
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted
@@ -43,6 +47,7 @@ _POLL_SECONDS = 0.2
 _RETRIES = 3  # of a task whose worker or node died
 _LOOK_SECONDS = 5.0  # between looks at the nodes
 _EMPTY_SECONDS = 60.0  # that the cluster may be without a CPU
+_ANSWER_SECONDS = 10.0  # for a connection to the cluster
 _CHECK_SECONDS = 120.0  # for a process to start on a node and to check it
 _END_SECONDS = 10.0  # for cancelled tasks to end
 
@@ -54,36 +59,58 @@ def ray_cluster(address: str | None, tasks: int | None, say: Callable[[str], Non
     A local Ray that this starts ends with it, and one that the process has already connected to stays. `tasks`: how
     many run at once (default: one per CPU of the cluster). Raises UserError if there is no such cluster.
     """
-    connected = ray.is_initialized()
-    if not connected:
-        _connect(address)
-    cluster = RayCluster(tasks)
-    try:
-        say(cluster.describe())
-        yield cluster
-    finally:
-        cluster.close()
-        if not connected:
-            ray.shutdown()
+    with contextlib.nullcontext() if ray.is_initialized() else connected(address):
+        cluster = RayCluster(tasks)
+        try:
+            say(cluster.describe())
+            yield cluster
+        finally:
+            cluster.close()
 
 
-def _connect(address: str | None) -> None:
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Connects this process to Ray, without Ray's words on the terminal. Raises UserError."""
+    _check_answers(address or os.environ.get("RAY_ADDRESS") or "")
     # Ray prints its events, such as the death of a worker, to stdout, and has no setting for it. What matters of them
     # is in the sentences of this file, and the rest in Ray's own logs.
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
+    worker: Any = ray._private.worker
+    printing = getattr(worker, "print_to_stdstream", None)
+    worker.print_to_stdstream = lambda *_, **__: None
+    on_terminate = signal.getsignal(signal.SIGTERM)  # which Ray replaces
     try:
-        ray.init(address, logging_level="CRITICAL", log_to_driver=False, include_dashboard=False)
+        ray.init(address, logging_level=logging.CRITICAL, log_to_driver=False, include_dashboard=False)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate if callable(on_terminate) else _leave)
+        yield
     except (RayError, OSError, RuntimeError, ValueError) as error:
+        if ray.is_initialized():  # it is of the work
+            raise
         reason = str(error).strip().partition("\n")[0].rstrip(".: ")
-        where = address or os.environ.get("RAY_ADDRESS") or "on this machine"
-        raise UserError(
-            f"the Ray cluster {where} cannot be reached ({reason}): run the command on one of its nodes, or start one "
-            "with `ray start --head`"
-        ) from error
-    if on_main_thread and before is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, _leave)
+        raise UserError(_unreachable(address or os.environ.get("RAY_ADDRESS") or "on this machine", reason)) from error
+    finally:
+        ray.shutdown()
+        worker.print_to_stdstream = printing
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)
+
+
+def _check_answers(address: str) -> None:
+    """Raises UserError if nothing listens at HOST:PORT; Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+            raise UserError(_unreachable(address, reason)) from error
+
+
+def _unreachable(where: str, reason: str) -> str:
+    return (
+        f"the Ray cluster {where} cannot be reached ({reason}): run the command on one of its nodes, or start one with "
+        "`ray start --head`"
+    )
 
 
 def _leave(number: int, frame: object) -> None:
@@ -100,16 +127,14 @@ class RayCluster:
         self._counters: dict[str, tuple[Counter, int]] = {}  # those of the current map, with their value before it
         self._run = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(run_task)
         self._check = ray.remote(num_cpus=0, max_retries=_RETRIES)(check_node)
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self._progress = ray.remote(num_cpus=0, scheduling_strategy=here)(Progress).remote()
-        ray.util.register_serializer(Counter, serializer=self._register, deserializer=TaskCounter)
+        self._wait = ray.remote(num_cpus=0, max_retries=0)(wait_for_end)
+        here = _on(ray.get_runtime_context().get_node_id())
+        self._progress: Any = ray.remote(num_cpus=0)(Progress).options(scheduling_strategy=here).remote()
 
     def close(self) -> None:
-        ray.util.deregister_serializer(Counter)
-        ray.kill(self._progress)
-        if self._token is not None:
-            with contextlib.suppress(OSError):
-                self._token.unlink()
+        with contextlib.suppress(RayError):
+            ray.kill(self._progress)
+        self._remove_token()
 
     def describe(self) -> str:
         """Which cluster it is, in one line. Raises UserError if it has no CPU."""
@@ -123,7 +148,8 @@ class RayCluster:
         """Runs the check of a node on each of them. Later tasks and nodes must pass the same."""
         token = None
         if writes is not None:
-            self._token = self._token or writes / f".nodes-{uuid.uuid4().hex}"
+            self._remove_token()
+            self._token = writes / f".nodes-{uuid.uuid4().hex}"
             token = Token(str(self._token), self._token.name)
             try:
                 self._token.write_text(token.content)
@@ -135,9 +161,7 @@ class RayCluster:
                 expected.append((path, seen(path)))
         self._admission = ray.put(Admission(identity(), _umask(), os.getcwd(), expected, token))
         checks = {
-            node["NodeID"]: self._check.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            ).remote([self._admission])
+            node["NodeID"]: self._check.options(scheduling_strategy=_on(node["NodeID"])).remote([self._admission])
             for node in _nodes()
         }
         deadline = time.monotonic() + _CHECK_SECONDS
@@ -145,12 +169,8 @@ class RayCluster:
             name = next((f"{n['NodeManagerHostname']} ({node[:8]})" for n in ray.nodes() if n["NodeID"] == node), node)
             try:
                 problem = ray.get(check, timeout=max(1.0, deadline - time.monotonic()))
-            except RayTaskError as error:  # before the task's own code: its module cannot be imported
-                reason = str(error).strip().rpartition("\n")[2]
-                raise UserError(
-                    f"node {name} of the Ray cluster cannot load fastvit_engine ({reason}): install the version of "
-                    "this machine on every node"
-                ) from error
+            except RayTaskError as error:  # before the task's own code
+                raise UserError(_cannot_load(f"node {name}", error)) from error
             except RayError as error:
                 reason = str(error).strip().partition("\n")[0].rstrip(".")
                 raise UserError(
@@ -170,7 +190,7 @@ class RayCluster:
         waiting = iter(range(len(tasks)))
         try:
             ray.get(self._progress.start.remote(name))
-            work = Work(name, self._admission, ray.put(function), self._progress)  # collects the counters
+            work = Work(name, self._admission, self._put(function), self._progress)
             limit = _Limit(self._tasks)
             while True:
                 for number in islice(waiting, max(0, limit.current() - len(pending))):
@@ -184,10 +204,25 @@ class RayCluster:
                 self._update_counters()
                 while_waiting()
             self._update_counters()
+        except RayTaskError as error:  # before the task's own code, on a node that has joined since the check
+            raise UserError(_cannot_load("a node", error)) from error
         except RayError as error:
             raise UserError(_about_loss(error)) from error
         finally:
-            _cancel(list(pending))
+            self._cancel(pending)
+
+    def _remove_token(self) -> None:
+        if self._token is not None:
+            with contextlib.suppress(OSError):
+                self._token.unlink()
+
+    def _put(self, function: Callable[[Any], Any]) -> ray.ObjectRef:
+        """Puts a function into the object store, its counters as those of tasks."""
+        ray.util.register_serializer(Counter, serializer=self._register, deserializer=TaskCounter)
+        try:
+            return ray.put(function)
+        finally:
+            ray.util.deregister_serializer(Counter)
 
     def _register(self, counter: Counter) -> tuple[str, int]:
         """How a counter is pickled: by a name, under which tasks report."""
@@ -198,9 +233,25 @@ class RayCluster:
         self._counters[key] = counter, counter.value
         return key, counter.value
 
+    def _cancel(self, pending: dict[ray.ObjectRef, int]) -> None:
+        """Ends tasks by force, and waits until their processes have ended: none writes after that."""
+        if not pending or not ray.is_initialized():
+            return
+        with contextlib.suppress(RayError):
+            for reference in pending:
+                ray.cancel(reference, force=True)
+            ray.wait(list(pending), num_returns=len(pending), timeout=_END_SECONDS)
+            processes: dict[str, list[int]] = fetch(self._progress.processes.remote(list(pending.values())))
+            ends = [
+                self._wait.options(scheduling_strategy=_on(node)).remote(processes[node], _END_SECONDS)
+                for node in (node["NodeID"] for node in _nodes())
+                if node in processes
+            ]
+            ray.get(ends, timeout=2 * _END_SECONDS)
+
     def _update_counters(self) -> None:
         if self._counters:
-            totals: dict[str, int] = ray.get(self._progress.totals.remote())
+            totals: dict[str, int] = fetch(self._progress.totals.remote())
             for key, (counter, before) in self._counters.items():
                 counter.set(before + totals.get(key, 0))
 
@@ -237,6 +288,10 @@ def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
 
 
+def _on(node: str) -> NodeAffinitySchedulingStrategy:
+    return NodeAffinitySchedulingStrategy(node, soft=False)
+
+
 def _cpus(nodes: list[dict[str, Any]]) -> int:
     return sum(int(node["Resources"]["CPU"]) for node in nodes)
 
@@ -257,18 +312,17 @@ def _result(outcome: Outcome) -> Any:
     return outcome.result
 
 
+def _cannot_load(node: str, error: RayTaskError) -> str:
+    reason = str(error).strip().rpartition("\n")[2]
+    return (
+        f"{node} of the Ray cluster cannot load fastvit_engine ({reason}): install the version of this machine on "
+        "every node"
+    )
+
+
 def _about_loss(error: RayError) -> str:
     reason = str(error).strip().partition("\n")[0].partition(". ")[0].rstrip(".")
     return (
         f"a task on the Ray cluster was lost {_RETRIES + 1} times, perhaps for lack of memory ({reason}): run the same "
         "command again, with fewer --workers"
     )
-
-
-def _cancel(pending: list[ray.ObjectRef]) -> None:
-    """Ends the tasks by force, and waits until they have ended: none writes after that."""
-    with contextlib.suppress(RayError):
-        for reference in pending:
-            ray.cancel(reference, force=True)
-        if pending:
-            ray.wait(pending, num_returns=len(pending), timeout=_END_SECONDS)

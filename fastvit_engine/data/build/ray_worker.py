@@ -23,6 +23,7 @@ from fastvit_engine.data.build.parallel import Counter
 from fastvit_engine.data.shards.archive import stamp_of
 from fastvit_engine.data.shards.names import is_local
 from fastvit_engine.errors import UserError
+from fastvit_engine.files import is_alive
 
 _REPORT_SECONDS = 0.5
 _VISIBLE_SECONDS = 10.0  # within which a network file system shows a new file to another machine
@@ -107,6 +108,13 @@ def check_node(admission: list[ray.ObjectRef]) -> str | None:
     return None
 
 
+def wait_for_end(processes: list[int], seconds: float) -> None:
+    """Waits until these processes of this node, whose tasks were cancelled, have ended."""
+    deadline = time.monotonic() + seconds
+    while any(process != os.getpid() and is_alive(process) for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
 def node_name() -> str:
     """The name of this process's node, for people."""
     return f"{socket.gethostname()} ({ray.get_runtime_context().get_node_id()[:8]})"
@@ -189,6 +197,11 @@ def _check_shared(token: Token) -> None:
 # ---- functions and counts
 
 
+def fetch(reference: ray.ObjectRef) -> Any:
+    """`ray.get` for what an actor returns, whose type Ray does not know."""
+    return ray.get(reference)
+
+
 _loaded: dict[str, Callable[[Any], Any]] = {}
 
 
@@ -210,10 +223,23 @@ class Progress:
         self._map = ""
         self._by_task: dict[int, dict[str, int]] = {}
         self._totals: Totals[str] = Totals()
+        self._processes: dict[int, tuple[str, int]] = {}
 
     def start(self, map: str) -> None:
         """Begins another map."""
-        self._map, self._by_task, self._totals = map, {}, Totals()
+        self._map, self._by_task, self._totals, self._processes = map, {}, Totals(), {}
+
+    def begin(self, map: str, number: int, node: str, process: int) -> None:
+        """Remembers the process that runs a task."""
+        if map == self._map:
+            self._processes[number] = node, process
+
+    def processes(self, numbers: list[int]) -> dict[str, list[int]]:
+        """The processes that have begun these tasks, by node."""
+        by_node: dict[str, list[int]] = {}
+        for node, process in (self._processes[number] for number in numbers if number in self._processes):
+            by_node.setdefault(node, []).append(process)
+        return by_node
 
     def report(self, map: str, number: int, counts: dict[str, int]) -> None:
         """Replaces the counts of a task."""
@@ -234,8 +260,11 @@ class _Report:
         self._work: Work | None = None
 
     def begin(self, work: Work, number: int) -> None:
+        """Raises RayError."""
         self._work, self._number, self._counts = work, number, Totals[str]()
         self._sent_at = time.monotonic()
+        node = ray.get_runtime_context().get_node_id()
+        ray.get(work.progress.begin.remote(work.map, number, node, os.getpid()))
 
     def add(self, key: str, count: int) -> None:
         self._counts[key] += count
@@ -246,7 +275,7 @@ class _Report:
         """Over all tasks of the map. Raises RayError."""
         assert self._work is not None
         ray.get(self._send())
-        totals: dict[str, int] = ray.get(self._work.progress.totals.remote())
+        totals: dict[str, int] = fetch(self._work.progress.totals.remote())
         return totals.get(key, 0)
 
     def end(self) -> None:

@@ -11,18 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 from PIL import Image
+from ray.cluster_utils import Cluster
 
+import fastvit_engine
 from fastvit_engine.cli import main
+from fastvit_engine.data.build import ray_cluster, ray_worker
 from fastvit_engine.data.build.make import make_dataset
 from fastvit_engine.data.build.parallel import Counter, ordered_map, parallel_map
 from fastvit_engine.errors import UserError
-
-pytest.importorskip("ray")
-import ray
-from ray.cluster_utils import Cluster
-
-from fastvit_engine.data.build import ray_cluster, ray_worker
 
 STORE = 80 * 2**20  # bytes, the smallest object store that Ray takes
 matrix = pytest.mark.skipif(os.environ.get("FASTVIT_TEST_RAY") != "all", reason="set FASTVIT_TEST_RAY=all")
@@ -34,16 +32,21 @@ def cluster():
     node = {"num_cpus": 1, "object_store_memory": STORE}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     cluster.add_node(**node)
-    ray_cluster._connect(cluster.address)
-    yield cluster
-    ray.shutdown()
+    with ray_cluster.connected(cluster.address):
+        yield cluster
     cluster.shutdown()
 
 
-@pytest.fixture
-def executor(cluster):
+@pytest.fixture(scope="module")
+def kept_executor(cluster):
     with ray_cluster.ray_cluster(None, None, print) as executor:
         yield executor
+
+
+@pytest.fixture
+def executor(kept_executor):
+    kept_executor.check([])  # forgets what the test before has asked of the nodes
+    return kept_executor
 
 
 @pytest.fixture(scope="module")
@@ -174,12 +177,10 @@ def test_a_node_that_sees_other_files_or_has_another_version_is_named(executor, 
     try:  # paths that only this process has
         with pytest.raises(UserError, match=rf"{node}cannot read /proc/self/fd/{file} \(No such file or directory\)"):
             executor.check([f"/proc/self/fd/{file}"])
-        executor.close()
-        only_here = ray_cluster.RayCluster(None)
         with pytest.raises(UserError, match=rf"{node}does not see the folder /proc/self/fd/{folder} of this machine"):
-            only_here.check([], Path(f"/proc/self/fd/{folder}"))
-        only_here.close()
+            executor.check([], Path(f"/proc/self/fd/{folder}"))
     finally:
+        executor._remove_token()
         os.close(file)
         os.close(folder)
     assert not list(shared.iterdir())
@@ -191,6 +192,8 @@ def test_a_node_that_sees_other_files_or_has_another_version_is_named(executor, 
         monkeypatch.setattr(ray_cluster, "identity", lambda changed=changed: versions | changed)
         with pytest.raises(UserError, match=node + words):
             executor.check([])
+    monkeypatch.undo()
+    executor.check([])
 
 
 def test_without_ray_the_sentence_says_what_to_install(monkeypatch, tmp_path, capsys):
@@ -310,8 +313,47 @@ def test_a_task_that_always_kills_its_worker_ends_with_a_sentence(executor):
 
 @matrix
 @pytest.mark.slow
-def test_a_cluster_that_cannot_be_reached(tmp_path):
-    process = start(tmp_path, tmp_path / "out", "127.0.0.1:9")
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 2
-    assert said.startswith("fastvit: error: the Ray cluster 127.0.0.1:9 cannot be reached (") and said.count("\n") == 1
+@pytest.mark.parametrize("node", ["has no package", "has other code", "has other code and joins later"])
+def test_a_node_on_which_shards_might_differ_is_refused(node, other_cluster, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # Ray lets workers import from the folder of the command
+    package = tmp_path / "installed" / "fastvit_engine"
+    if node == "has no package":
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("raise ImportError('there is no package')")
+    else:
+        shutil.copytree(Path(fastvit_engine.__file__).parent, package)
+        with (package / "data" / "build" / "encode.py").open("a") as file:
+            file.write("# changed\n")
+    code = r"node \S+ \(........\) of the Ray cluster has other code of fastvit-engine 0\.1\.0 than the machine of this"
+    words = r"cannot load fastvit_engine \(.*\): install the version" if node == "has no package" else code
+
+    def add_node() -> None:
+        other_cluster.add_node(
+            num_cpus=1,
+            object_store_memory=STORE,
+            env_vars={"PYTHONPATH": f"{package.parent}:{os.environ.get('PYTHONPATH', '')}"},
+        )
+
+    def wait(number: int) -> None:
+        time.sleep(0.2)
+
+    if not node.endswith("later"):
+        add_node()
+    with (
+        ray_cluster.ray_cluster(other_cluster.address, None, print) as executor,
+        pytest.raises(UserError, match=words),
+    ):
+        executor.check([])
+        add_node()
+        list(parallel_map(wait, range(300), workers=executor))
+
+
+def test_an_address_at_which_nothing_listens(monkeypatch):
+    sentence = (
+        r"^the Ray cluster 127\.0\.0\.1:9 cannot be reached \(Connection refused\): run the command on one of its nod"
+    )
+    with pytest.raises(UserError, match=sentence), ray_cluster.connected("127.0.0.1:9"):
+        pass
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    with pytest.raises(UserError, match=sentence), ray_cluster.connected(None):
+        pass
