@@ -11,7 +11,7 @@ import torch
 from benchmarks.data_loading.variants import Dataset, StageTimes, Variant
 from fastvit_engine.data.check.speed import LoaderTime, time_loader
 from fastvit_engine.errors import UserError
-from fastvit_engine.storage.object_store import one_line
+from fastvit_engine.storage.source import one_line
 
 _LONGEST_REASON = 300  # characters
 
