@@ -41,6 +41,8 @@ def _check_durations(config: Config) -> None:
             f"train.duration = '{duration}' is a fraction of the run and cannot be the length of the run itself: use "
             "steps, epochs or samples"
         )
+    if length == 0:
+        raise UserError(f"train.duration = '{duration}' trains nothing: lengthen it")
     intervals = {
         "evaluate.every": config.evaluate.every,
         "checkpoint.every": config.checkpoint.every,

@@ -231,7 +231,7 @@ def test_what_is_advised_about_a_large_image_helps(tmp_path, photo):
         ("data make PHOTOS --out FILE/out", "choose another --out", "data make PHOTOS --out FOLDER/out"),
         (
             "data make PHOTOS --out FOLDER/few --eval-fraction 0.01",
-            "too few for --eval-fraction",
+            "too few for --eval-fraction 0.01: set --eval-fraction 0.5",
             "data make PHOTOS --out FOLDER/few --eval-fraction 0.5",
         ),
         ("data verify SHARDS --skew 1", "it must be above 1", "data verify SHARDS --skew 2"),

@@ -110,8 +110,15 @@ def make_packing(
         held_out = _stratified(listing.first_labels()[order], eval_fraction)
     train, evaluation = order[~held_out], order[held_out]
     if not len(train) or (eval_fraction and not len(evaluation)):
-        raise UserError(f"{len(order)} images are too few for --eval-fraction {eval_fraction}: change it")
+        raise UserError(_too_few(len(order), eval_fraction))
     return Packing(arguments, listing, train, evaluation, eval_fraction, duplicates=int(len(kept) - kept.sum()))
+
+
+def _too_few(images: int, eval_fraction: float | None) -> str:
+    if eval_fraction is None:
+        return f"all {images} images are in the source's eval split: add images to train on"
+    wanted = "0" if images < 2 else "0.5, or 0 to train on all of them"
+    return f"{images} images are too few for --eval-fraction {eval_fraction}: set --eval-fraction {wanted}"
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:

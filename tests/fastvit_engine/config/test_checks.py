@@ -20,6 +20,7 @@ from fastvit_engine.errors import UserError
             ["data.order=stream", "data.train=[{shards: a}, {shards: b}]"],
             "data.order is stream, which reads one",
         ),
+        (["train.duration=0 steps"], "train.duration = '0 steps' trains nothing: lengthen it"),
         (["checkpoint.every=0 steps"], "checkpoint.every = '0 steps' is no interval: lengthen it, or set it to null"),
         (["evaluate.every=0%"], "evaluate.every = '0%' is no interval"),
         (["checkpoint.keep_every=0 epochs"], "checkpoint.keep_every = '0 epochs' is no interval"),
