@@ -34,7 +34,7 @@ def test_the_newest_stay_whatever_the_order_they_are_listed_in(keep, steps):
 
 def test_one_every_so_often_stays():
     assert kept(states(), keep_every=20) == [20, 40, 60]
-    assert kept(states(), keep_every=25) == [50, 60]
+    assert kept(states(), keep_every=25) == [30, 50, 60]  # the first at or after each multiple
 
 
 def test_the_best_stays_and_of_equals_the_latest():
