@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.machine import ROOT
 from benchmarks.suite import SUITES, is_ours
+from tests.in_full import only_in_full
 
 MODULE = [sys.executable, "-m"]
 
@@ -23,6 +24,7 @@ def run(*words: str, seconds: float) -> str:
     return done.stdout
 
 
+@only_in_full
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_everything_is_measured_quickly(tmp_path: Path) -> None:

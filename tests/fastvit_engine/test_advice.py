@@ -36,7 +36,7 @@ SHOWN_BY = {
     "fastvit_engine/commands/data/verify.py": ["data verify"],
     "fastvit_engine/commands/data/bench.py": ["data bench"],
 }
-OTHER_PROGRAMS = {"--editable", "--ntasks", "--array"}  # of pip, srun and sbatch
+OTHER_PROGRAMS = {"--editable", "--ntasks", "--array", "--head", "--address"}  # of pip, srun, sbatch and ray
 
 
 def _sentences() -> Iterator[tuple[str, int, str]]:

@@ -331,7 +331,7 @@ def test_an_index_is_made_beside_the_shards_and_read_again_only_what_changed(cli
     monkeypatch.setattr(index_module, "scan_shard", lambda *given: scanned.append(given[1]) or real(*given))
     write_index(shards, any_path(f"{there}/{INDEX_NAME}"))
     assert scanned == []
-    content = (here / "train-000000.tar").read_bytes() + bytes(10240)
+    content = (here / "train-000000.tar").read_bytes() + bytes(512)
     client.put_object(Bucket="bucket", Key=f"{_key(there)}/train-000000.tar", Body=content)
     write_index(shards, any_path(f"{there}/{INDEX_NAME}"))
     assert scanned == [len(content)]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastvit_engine.observe.metrics import read_metrics
+from tests.in_full import in_full, only_in_full
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -77,6 +78,7 @@ def test_the_same_command_twice_is_one_run(start, tmp_path):
     assert steps == list(range(1, len(steps) + 1))
 
 
+@only_in_full
 def test_a_killed_run_is_taken_over_at_once_and_one_whose_rank_was_killed_still_has_its_owner(start, tmp_path):
     run = tmp_path / "run"
     first = start(run, max_restarts=3)
@@ -97,7 +99,7 @@ def test_a_killed_run_is_taken_over_at_once_and_one_whose_rank_was_killed_still_
     assert f"taking over run folder {run}: process {first.pid} on" in output and "waiting" not in output
 
 
-@pytest.mark.parametrize("where", ["run folder", "checkpoints"])
+@pytest.mark.parametrize("where", ["run folder", in_full("checkpoints")])
 def test_a_run_that_has_lost_its_place_ends_before_it_writes_and_is_not_restarted(start, tmp_path, where):
     run, checkpoints = tmp_path / "run", tmp_path / "checkpoints"
     process = start(run, f"checkpoint.path={checkpoints}", max_restarts=3)

@@ -477,7 +477,7 @@ def test_a_disk_without_room_or_inodes(photos, tmp_path, option):
         (disk / "ballast").mkdir()
         for number in range(4):
             (disk / "ballast" / str(number)).write_bytes(bytes(4096))
-        message = r"cannot write to .*out \(No space left on device\): make room "
+        message = r"cannot write to .*out \(No space left on device\): make room"
         with pytest.raises(UserError, match=message):
             _make(photos, disk / "out", workers=1, samples_per_shard=4)
         subprocess.run(["mount", "-o", "remount,size=8m,nr_inodes=100", disk], check=True)

@@ -18,7 +18,7 @@ from fastvit_engine.data.build import ray_cluster
 from fastvit_engine.data.build.make import make_dataset
 from fastvit_engine.data.build.parallel import parallel_map
 from fastvit_engine.errors import UserError
-from tests.fastvit_engine.data.build.test_ray import STORE, contents, matrix
+from tests.fastvit_engine.data.build.ray_cases import STORE, contents
 
 
 @pytest.fixture
@@ -58,7 +58,6 @@ def wait_for_shards(out: Path, count: int, process: subprocess.Popen) -> set[Pat
     return shards
 
 
-@matrix
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["worker", "node", "command", "interrupted command"])
 def test_what_is_lost_while_shards_are_written_changes_no_byte(lost, large, other_cluster, tmp_path):
@@ -100,7 +99,6 @@ def workers() -> list[int]:
     return found
 
 
-@matrix
 @pytest.mark.slow
 @pytest.mark.parametrize("node", ["has no package", "has other code", "has other code and joins later"])
 def test_a_node_on_which_shards_might_differ_is_refused(node, other_cluster, tmp_path, monkeypatch):
