@@ -53,17 +53,20 @@ def test_a_terminal_that_closes_asks_to_leave_and_takes_no_output_any_more(tmp_p
         "    print('saving', flush=True)\n    print('saved', file=sys.stderr, flush=True)\n"
         f"    open({str(done)!r}, 'w').write(preemption.signal.name)\n"
     )
-    child, terminal = pty.fork()
-    if child == 0:
-        os.execv(sys.executable, [sys.executable, "-c", code])
+    terminal, inside = pty.openpty()
+    own_terminal = "import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", own_terminal + code], stdin=inside, stdout=inside, stderr=inside, start_new_session=True
+    )
+    os.close(inside)
     try:
         seen = b""
         while b"ready" not in seen:
             seen += os.read(terminal, 1000)
     finally:
         os.close(terminal)
-        _, status = os.waitpid(child, 0)
-    assert (os.waitstatus_to_exitcode(status), done.read_text()) == (0, "SIGHUP")
+        process.wait(60)
+    assert (process.returncode, done.read_text()) == (0, "SIGHUP")
 
 
 def test_sigquit_asks_for_stack_traces_and_does_not_end_the_run():
