@@ -55,14 +55,14 @@ def differences(photos: list[bytes]) -> list[dict[str, Any]]:
     """dB between the pixels of timm and those of the others, in the median and at worst, at each size."""
     rows, space = [], PixelBuffer()
     for size, crop in _CROPS:
-        decibels: dict[str, list[float]] = {name: [] for name in _TRANSFORMS if name != "timm"}
+        decibels: dict[EvalTransform, list[float]] = {name: [] for name in _TRANSFORMS if name != "timm"}
         for data in photos:
             timm = evaluated(data, size, crop, "timm", space).astype(int)
             for name, values in decibels.items():
-                error = ((evaluated(data, size, crop, name, space) - timm) ** 2).mean()  # type: ignore[arg-type]
+                error = ((evaluated(data, size, crop, name, space) - timm) ** 2).mean()
                 values.append(10 * np.log10(255**2 / max(error, 1e-9)))
         row: dict[str, Any] = {"image_size": size, "eval_crop": crop}
-        row |= {name: {"median": float(np.median(v)), "worst": min(v)} for name, v in decibels.items()}
+        row |= {str(name): {"median": float(np.median(v)), "worst": min(v)} for name, v in decibels.items()}
         rows.append(row)
     return rows
 

@@ -94,7 +94,7 @@ class Ownership:
             _check(*record)
 
     def confirm(self) -> None:
-        """As `check`, and asks again if the disk or the store cannot say. Raises RestartError if that goes on."""
+        """As `check`, and asks again if the disk or the store cannot say. Raises RestartError if it keeps failing."""
         insist(self.check, "the owner record")
 
     def release(self) -> None:

@@ -5,7 +5,6 @@ All functions raise UserError, in one sentence that names the file, if a store r
 
 import errno
 import os
-import time
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -17,7 +16,6 @@ from fastvit_engine.storage.stores import ObjectInfo, open_store
 
 ON_WEB_SERVERS = ("http://", "https://")
 _POLICY = TryPolicy(retries=10, timeout=30.0, patience=300.0)
-_PAUSES = (0.5, 2.0, 8.0)  # seconds before each further attempt, besides those of the store's client
 _AT_ONCE = 2**26  # bytes of a file that is written with one request
 _CHUNK = 2**23  # bytes
 T = TypeVar("T")
@@ -42,11 +40,21 @@ def list_files(url: str) -> Iterator[tuple[str, int]]:
         return list(store.list_all(folder))
 
     try:
-        infos = _try(url, "listed", found)
+        infos = _call(url, "listed", found)
     except FileNotFoundError:
         return
     for info in infos:
         yield info.key[start:], info.size
+
+
+def glob_files(pattern: str) -> list[str]:
+    """The sorted URLs of the files in an object store that match; "*", "?" and "[...]" match no "/"."""
+    store, key = open_store(pattern)
+    root = pattern.rstrip("/").removesuffix(key)  # "s3://bucket/"
+    try:
+        return [root + found for found in _call(pattern, "listed", lambda: store.glob(key))]
+    except FileNotFoundError:
+        return []
 
 
 def version_of(url: str) -> Version | None:
@@ -55,7 +63,7 @@ def version_of(url: str) -> Version | None:
         return Version(*describe(url, _POLICY))
     store, key = open_store(url)
     try:
-        info = _try(url, "read", lambda: store.head(key))
+        info = _call(url, "read", lambda: store.head(key))
     except FileNotFoundError:
         return None
     return Version(info.size, info.version)
@@ -66,7 +74,7 @@ def read(url: str, start: int = 0, stop: int | None = None) -> bytes:
     if url.startswith(ON_WEB_SERVERS):
         return b"".join(stream_bytes(url, _POLICY))[start:stop]
     store, key = open_store(url)
-    return _try(url, "read", lambda: store.read(key, start, stop))
+    return _call(url, "read", lambda: store.read(key, start, stop))
 
 
 def write(url: str, content: bytes | BinaryIO, *, create: bool = False) -> None:
@@ -93,7 +101,7 @@ def write(url: str, content: bytes | BinaryIO, *, create: bool = False) -> None:
         store.write_stream(key, iter(lambda: content.read(_CHUNK), b""))
 
     try:
-        _try(url, "written", put)
+        _call(url, "written", put)
     except FileNotFoundError as error:
         raise UserError(f"{public_url(url)} cannot be written: there is no such bucket; correct its name") from error
 
@@ -102,29 +110,25 @@ def delete(url: str) -> None:
     """Removes a file, if it exists."""
     store, key = open_store(url)
     try:
-        _try(url, "removed", lambda: store.delete(key))
+        _call(url, "removed", lambda: store.delete(key))
     except FileNotFoundError:
         return
 
 
-def _try(url: str, done: str, call: Callable[[], T]) -> T:
-    """Calls a method of a store, a few times if the failure may pass. `done` says what cannot be done."""
-    for pause in (*_PAUSES, None):
-        try:
-            return call()
-        except Missing as error:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
-        except Exists as error:
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
-        except Refused as error:
-            raise UserError(
-                f"{public_url(url)} cannot be {done} ({error}): check its name and your access to it"
-            ) from error
-        except AttemptFailed as error:
-            if pause is None:
-                raise UserError(
-                    f"{public_url(url)} cannot be {done} ({error}): check the network and the store, and run the same "
-                    "command again"
-                ) from error
-        time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+def _call(url: str, done: str, call: Callable[[], T]) -> T:
+    """Calls a method of a store, which tries again by itself. `done` says what cannot be done."""
+    try:
+        return call()
+    except Missing as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
+    except Exists as error:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from error
+    except Refused as error:
+        raise UserError(
+            f"{public_url(url)} cannot be {done} ({error}): check its name and your access to it"
+        ) from error
+    except AttemptFailed as error:
+        raise UserError(
+            f"{public_url(url)} cannot be {done} ({error}): check the network and the store, and run the same command "
+            "again"
+        ) from error

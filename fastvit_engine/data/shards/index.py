@@ -517,7 +517,7 @@ def _whole(shard: str) -> str:
 
 
 def _relative(shard: str, folder: AnyPath) -> str:
-    """Relative to the index's folder for what lies in it, so that the folder can be moved or copied."""
+    """Relative to the index's folder for shards inside it, so that the folder can be moved or copied."""
     if not is_local(shard):
         whole = _whole(shard)
         above, _, name = whole.rpartition("/")

@@ -223,25 +223,10 @@ def matching_files(pattern: AnyPath) -> list[AnyPath]:
         if not is_remote(part):
             found += map(Path, glob.glob(part) or [part])
         elif glob.has_magic(part) and not part.startswith(ON_WEB_SERVERS):
-            found += map(RemotePath.of, remote_glob(part) or [part])
+            found += map(RemotePath.of, remote_files.glob_files(part) or [part])
         else:
             found.append(RemotePath.of(part))
     return sorted(found, key=lambda file: str(file).split("/"))
-
-
-def remote_glob(pattern: str) -> list[str]:
-    """The URLs of files in an object store that match a glob, whose wildcards stop at "/" as those of a disk do."""
-    scheme, _, path = pattern.partition("://")
-    parts = path.split("/")
-    fixed = next(number for number, part in enumerate(parts) if glob.has_magic(part))
-    root = f"{scheme}://{'/'.join(parts[:fixed])}"
-    wanted = parts[fixed:]
-    found = []
-    for name, _ in remote_files.list_files(root):
-        given = name.split("/")
-        if len(given) == len(wanted) and all(map(fnmatch.fnmatchcase, given, wanted)):
-            found.append(f"{root}/{name}")
-    return found
 
 
 def common_folder(files: list[AnyPath]) -> AnyPath:

@@ -467,7 +467,7 @@ def test_disk_full_keeps_whole_shards(photos, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("option", ["size=64k", "nr_inodes=12"])
 def test_a_disk_without_room_or_inodes(photos, tmp_path, option):
-    """On a file system of its own, for which root is needed. The advice is followed: room is made, and it goes on."""
+    """On a file system of its own, for which root is needed. The advice is followed: room is made, and it continues."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", disk], capture_output=True, text=True)
