@@ -14,7 +14,7 @@ import torch
 import fastvit_engine
 from fastvit_engine.shown import recorded, without_secrets
 
-_PACKAGES = ("fastvit-kernels", "torch", "deepspeed", "webdataset", "triton", "numpy")
+_PACKAGES = ("fastvit-kernels", "deepspeed", "webdataset", "triton", "numpy")
 
 
 def collect_environment(**extra: Any) -> dict[str, Any]:
@@ -27,6 +27,7 @@ def collect_environment(**extra: Any) -> dict[str, Any]:
         "versions": {
             "fastvit_engine": fastvit_engine.__version__,
             "python": platform.python_version(),
+            "torch": torch.__version__,  # which names its build, as the version of its wheel may not
             **{package: _version(package) for package in _PACKAGES},
         },
         "hostname": socket.gethostname(),

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fastvit_engine.observe.metrics import read_metrics
-from tests.in_full import in_full
+from tests.in_full import in_full, only_in_full
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -201,6 +201,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
     assert record(run) == uninterrupted
 
 
+@only_in_full
 def test_a_full_disk_in_the_middle_of_a_run_is_named(train_command, small_disk, settings, impatient):
     run = small_disk / "run"
     command = train_command(run, *settings, "checkpoint.every=null", "train.duration=100000 steps")
