@@ -5,6 +5,7 @@ This module imports TensorBoard; only a process that writes figures needs it.
 
 import io
 import os
+import re
 import socket
 import time
 import uuid
@@ -17,6 +18,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from fastvit_engine.files import write_all
 from fastvit_engine.observe.metrics import EvalRow, TrainRow
 from fastvit_engine.observe.run_folder import RunFolder
+
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
 
 
 class Tracker(Protocol):
@@ -65,8 +68,11 @@ class TensorBoard:
 
     def _open(self) -> int:
         self._folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a folder in the order of their names.
-        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        # TensorBoard reads the files of a folder in the order of their names: the second of this one must come after
+        # those of earlier starts, also of one in the same second or on a machine whose clock is ahead.
+        earlier = [int(found[1]) for path in self._folder.iterdir() if (found := _EVENT_FILE.match(path.name))]
+        second = max([int(time.time()), *(second + 1 for second in earlier)])
+        name = f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         file = os.open(self._folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         write_all(file, _record(Event(wall_time=time.time(), file_version="brain.Event:2")))
         start = SessionLog(status=SessionLog.START)

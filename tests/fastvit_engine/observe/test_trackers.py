@@ -1,5 +1,6 @@
 """What TensorBoard is told of a run."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,17 @@ from fastvit_engine.observe.trackers import TensorBoard
 from tests.fastvit_engine.observe.conftest import eval_row, train_row
 
 
-def test_tensorboard_has_the_numbers_of_every_row_and_forgets_the_steps_of_a_dead_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("second", [1_800_000_000, 1_799_999_000], ids=["same second", "clock set back"])
+def test_tensorboard_has_the_numbers_of_every_row_and_forgets_the_steps_of_a_dead_run(
+    second: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = RunFolder(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 1_800_000_000.0)
     before = TensorBoard(run, 0)
     for step in range(1, 8):
         before.write(train_row(step))
     before.close()
+    monkeypatch.setattr(time, "time", lambda: float(second))
     after = TensorBoard(run, 4)
     after.write(train_row(5, loss=99.0, mfu=None))
     after.write(eval_row(5, 0.75))
