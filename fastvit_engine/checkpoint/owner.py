@@ -32,6 +32,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.files import is_alive, this_machine
 from fastvit_engine.observe.disk import insist
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.shown import public_url
 from fastvit_engine.shown import say as say_to_user
 
 RUN_ID = "FASTVIT_RUN_ID"  # of one launch with all its restarts; a launcher gives it to each process
@@ -69,11 +70,20 @@ class Owner:
 
 
 class _RunFolderStore(LocalStore):
-    """The run folder itself, for its owner record alone."""
+    """The run folder on this machine, for its owner record alone."""
+
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__(run.path)
+        working = "" if run.url is None else f" (working folder {run.path})"
+        self.title = f"run folder {run}{working}"
 
 
 class _RunUrlStore(RemoteStore):
     """The run folder in an object store, for its owner record alone."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.title = f"run folder {public_url(url)}"
 
 
 class Ownership:
@@ -147,7 +157,7 @@ def own(
     Raises UserError at once if a run that is alive owns one of them. A folder that is empty at the end disappears.
     """
     in_bucket = [] if run.url is None else [_RunUrlStore(run.url)]
-    stores: list[CheckpointStore] = [_RunFolderStore(run.path), *in_bucket, store_of(settings, run)]
+    stores: list[CheckpointStore] = [_RunFolderStore(run), *in_bucket, store_of(settings, run)]
     folders = [store.folder for store in stores[::-1] if isinstance(store, LocalStore)]
     made = [folder for path in folders for folder in (path, *path.parents) if not folder.exists()]
     try:
@@ -282,7 +292,7 @@ def _loss(store: CheckpointStore) -> str:
 def _where(store: CheckpointStore) -> tuple[str, str]:
     """The name of a place for people, and what to choose another one of."""
     if isinstance(store, _RunFolderStore | _RunUrlStore):
-        return f"run folder {store.describe('')}", "one with --out"
+        return store.title, "one with --out"
     return store.describe(""), "checkpoint.path"
 
 

@@ -198,10 +198,13 @@ def test_a_run_in_a_store_has_one_owner_whatever_machine_and_checkpoint_path(her
     elsewhere = CheckpointConfig(path=str(tmp_path / "checkpoints"))
     with own(CheckpointConfig(), here) as owner:
         owner.check()
-        refused = pytest.raises(UserError, match=rf"run folder {here.url}/ is in use by process \d+ on .*--out")
+        refused = pytest.raises(UserError, match=rf"run folder {here.url} is in use by process \d+ on .*--out")
         with refused, own(elsewhere, there):
             pass
         assert not there.path.exists()
+        refused = pytest.raises(UserError, match=rf"run folder {here.url} \(working folder {here.path}\) is in use")
+        with refused, own(elsewhere, here):
+            pass
 
 
 def test_threads_may_upload_at_once(here, there):
