@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from fastvit_engine.checkpoint import TrainerState
 from fastvit_engine.checkpoint.owner import Ownership
+from fastvit_engine.checkpoint.records import Records
 from fastvit_engine.config import Config, DataConfig, Resolved, load_config
 from fastvit_engine.data import Batch, TrainingData
 from fastvit_engine.data.stream.batch_split import split_batch
@@ -325,7 +326,7 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path, batches: Ite
     )
     watchdog = Watchdog(run, world, resolved.config.watchdog)  # not entered: loops are blocked between their turns
     chosen = choose(resolved.config, machine_of(world))
-    loop._train(resolved, chosen, run, start, world, watchdog, Preemption(), Ownership())
+    loop._train(resolved, chosen, run, start, world, watchdog, Preemption(), Ownership(), Records(run))
     return load_file(folder / "model.safetensors")
 
 

@@ -20,7 +20,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.evaluate.classification import Accuracy
 from fastvit_engine.evaluate.classification import evaluate as evaluate_batches
 from fastvit_engine.models import VisionTransformer
-from fastvit_engine.observe.run_folder import run_folder_path
+from fastvit_engine.observe.run_folder import run_folder
 from fastvit_engine.train import loop
 from fastvit_engine.train.health.bad_samples import checked
 from fastvit_engine.trusted_folders import trust_compiled_code
@@ -48,10 +48,12 @@ def train(
     WebDataset pipeline, or a function that makes one. See `fastvit_engine.data.IterableData` for what it must yield,
     and for what a resumed run can promise then.
 
+    out: a path, or a URL of an object store, whose records are kept in a working folder on this machine meanwhile.
+
     Raises UserError, with a sentence on what to change, for anything that cannot work; Preempted if it was asked to
     stop, after it has saved.
     """
-    resolved, folder = _resolved(config), run_folder_path(out)
+    resolved, run = _resolved(config), run_folder(out)
     own = None
     if data is not None:
         shards = None
@@ -68,7 +70,7 @@ def train(
             "yours first, or call train() in a process that has none"
         )
     with nullcontext() if launched_by_cluster() else _lone_rank():
-        loop.train(resolved, folder, resume=resume, data=own, allow_batch_change=allow_batch_change)
+        loop.train(resolved, run, resume=resume, data=own, allow_batch_change=allow_batch_change)
 
 
 def evaluate(

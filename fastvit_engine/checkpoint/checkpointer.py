@@ -32,6 +32,7 @@ class Checkpointer:
 
     keep_every: steps of which every multiple stays, or None. `say` shows a sentence to the user, on rank 0.
     `check_owner` raises UserError if this run must not write any more; it is called on rank 0 before each write.
+    `upload_records` brings the run's records to where they are kept; a checkpoint is published only after it returns.
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class Checkpointer:
         keep_every: int | None = None,
         say: Callable[[str], None] = print,
         check_owner: Callable[[], None] = lambda: None,
+        upload_records: Callable[[], None] = lambda: None,
     ) -> None:
         self.run, self.store, self.engine, self.ema, self.world = run, store, engine, ema, world
         self.settings, self.keep_every, self.say = settings, keep_every, say
-        self.check_owner = check_owner
+        self.check_owner, self.upload_records = check_owner, upload_records
         self._host_copy = HostCopy()
         self._in_flight: SaveInFlight | None = None
         self._seconds_blocked = 0.0
@@ -213,6 +215,7 @@ class Checkpointer:
 
         A failure after the first step is a remark: the checkpoint is complete, and a resume finds it.
         """
+        self.upload_records()
         self.check_owner()
         self.store.publish(checkpoint.name, manifest.to_json())
         pointed = self._point_latest(checkpoint.name) is None

@@ -4,6 +4,7 @@ import json
 import mmap
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,14 +12,18 @@ import torch
 from fastvit_engine.checkpoint import Checkpoint, doubt_about_latest, open_store, usable_checkpoints
 from fastvit_engine.checkpoint.format import Manifest
 from fastvit_engine.checkpoint.reader import CheckpointReader
+from fastvit_engine.checkpoint.remote import store_failures
 from fastvit_engine.checkpoint.run_config import read_section
 from fastvit_engine.checkpoint.store import is_step_name
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.safetensors_file import model_metadata, safetensors_header
 from fastvit_engine.observe.disk import insist, is_final, reason
-from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.run_folder import RunFolder, run_folder
+from fastvit_engine.storage.stores import Store, is_store
+from fastvit_engine.storage.stores import open_store as open_bucket
 
+_CHUNK = 2**23  # bytes
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 
 
@@ -30,9 +35,10 @@ def find_checkpoint(source: str) -> Checkpoint:
     parent, _, name = source.rstrip("/").rpartition("/")
     if is_step_name(name):
         return Checkpoint(open_store(parent or "."), name)
-    run = RunFolder(Path(source))
-    if "://" not in source and (settings := read_section(run, "checkpoint")) is not None:
-        source = settings.get("path") or str(run.checkpoints)
+    if "://" not in source or is_store(source):
+        run = run_folder(source)
+        if (settings := read_section(run, "checkpoint")) is not None:
+            source = settings.get("path") or run.checkpoint_location
     store = open_store(source)
     found = usable_checkpoints(store)
     if doubt := doubt_about_latest(store):
@@ -47,16 +53,22 @@ def find_checkpoint(source: str) -> Checkpoint:
 def export_run(checkpoint: Checkpoint, run: RunFolder) -> None:
     """Writes `model.safetensors` and, with an average, `model_ema.safetensors`, unless they are of this checkpoint.
 
-    For a run at its end, and for one that was killed just before this. Raises RestartError if the disk is full or lost.
+    For a run at its end, and for one that was killed just before this. A run in an object store gets them there. Raises
+    RestartError if the disk is full or lost.
     """
-    insist(lambda: _export_run(checkpoint, run), str(run.path / "model.safetensors"))
+    insist(lambda: _export_run(checkpoint, run), run.describe(run.path / "model.safetensors"))
 
 
 def _export_run(checkpoint: Checkpoint, run: RunFolder) -> None:
     manifest = checkpoint.read_manifest()
+    identity = _identity(manifest)
     for name, kind in (("model.safetensors", "weight"), ("model_ema.safetensors", "ema")):
-        if kind in manifest.kinds and _exported_from(run.path / name) != _identity(manifest):
+        if kind not in manifest.kinds or (run.url and _uploaded_from(run.url, name) == identity):
+            continue
+        if _exported_from(run.path / name) != identity:
             _write_weights(checkpoint, run.path / name, kind)
+        if run.url:
+            _upload(run.path / name, run.url, name)
 
 
 def export_weights(checkpoint: Checkpoint, out: Path, kind: str = "weight") -> None:
@@ -123,8 +135,37 @@ def _exported_from(path: Path) -> dict[str, str] | None:
     """The identity that an exported file carries; None if there is no such file, or if it is damaged."""
     try:
         with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size <= _LONGEST_HEADER else {}
-        return {key: header["__metadata__"][key] for key in ("step", "checkpoint")}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+            return _identity_in(lambda start, stop: file.read(stop - start))
+    except FileNotFoundError:
         return None
+
+
+def _uploaded_from(url: str, name: str) -> dict[str, str] | None:
+    """As `_exported_from`, for a file in an object store, of which only the header is read."""
+    store, key = _object(url, name)
+    try:
+        with store_failures(url):
+            return _identity_in(lambda start, stop: store.read(key, start, stop))
+    except FileNotFoundError:
+        return None
+
+
+def _identity_in(read: Callable[[int, int], bytes]) -> dict[str, str] | None:
+    """The identity in a safetensors file; `read` gives its bytes [start, stop), in order."""
+    try:
+        size = int.from_bytes(read(0, 8), "little")
+        header = json.loads(read(8, 8 + size)) if size <= _LONGEST_HEADER else {}
+        return {key: header["__metadata__"][key] for key in ("step", "checkpoint")}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _upload(path: Path, url: str, name: str) -> None:
+    store, key = _object(url, name)
+    with open(path, "rb") as file, store_failures(url):
+        store.write_stream(key, iter(lambda: file.read(_CHUNK), b""))
+
+
+def _object(url: str, name: str) -> tuple[Store, str]:
+    store, folder = open_bucket(url)
+    return store, f"{folder}/{name}".lstrip("/")

@@ -11,7 +11,7 @@ from fastvit_engine.observe.run_folder import RunFolder
 
 def store_of(settings: CheckpointConfig, run: RunFolder) -> CheckpointStore:
     """The store that the configuration names for the checkpoints of a run. Raises UserError if it cannot be opened."""
-    return open_store(settings.path or str(run.checkpoints))
+    return open_store(settings.path or run.checkpoint_location)
 
 
 def open_store(location: str) -> CheckpointStore:

@@ -1,5 +1,7 @@
 """One run at a time: the owner records of a run folder and of the folder or store of its checkpoints.
 
+A run folder in an object store has two: one there, and one in its working folder.
+
 `owner-N.json` says which process owns the place. Taking over creates the record of the next number, which only one of
 several processes can do, and then removes the older ones. So an owner that was suspended finds its own record gone,
 and stops before it writes. The owner refreshes its record every `HEARTBEAT_SECONDS`; in a folder, the time of the
@@ -23,12 +25,14 @@ from pathlib import Path
 
 from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.checkpoint.open import store_of
+from fastvit_engine.checkpoint.remote import RemoteStore
 from fastvit_engine.checkpoint.store import CheckpointStore
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import is_alive, this_machine
 from fastvit_engine.observe.disk import insist
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.shown import public_url
 from fastvit_engine.shown import say as say_to_user
 
 RUN_ID = "FASTVIT_RUN_ID"  # of one launch with all its restarts; a launcher gives it to each process
@@ -66,13 +70,26 @@ class Owner:
 
 
 class _RunFolderStore(LocalStore):
-    """The run folder itself, for its owner record alone."""
+    """The run folder on this machine, for its owner record alone."""
+
+    def __init__(self, run: RunFolder) -> None:
+        super().__init__(run.path)
+        working = "" if run.url is None else f" (working folder {run.path})"
+        self.title = f"run folder {run}{working}"
+
+
+class _RunUrlStore(RemoteStore):
+    """The run folder in an object store, for its owner record alone."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        self.title = f"run folder {public_url(url)}"
 
 
 class Ownership:
     """The records that say so. Those with `token` are kept fresh; others are the parent process's, which does it.
 
-    The first one is the run folder's. Processes that write nothing, all but rank 0, have none.
+    The first one is the run folder's on this machine. Processes that write nothing, all but rank 0, have none.
     """
 
     def __init__(self, records: Sequence[tuple[CheckpointStore, str, Owner]] = (), token: str = "") -> None:
@@ -82,6 +99,11 @@ class Ownership:
         self._thread = threading.Thread(target=self._refresh, name="owner", daemon=True)
         if self._own:
             self._thread.start()
+
+    @property
+    def is_new(self) -> bool:
+        """Whether this process took the run over, from nobody or from another process that was not its parent."""
+        return bool(self._own)
 
     def check(self) -> None:
         """Raises UserError if this process has lost what it owned; OSError if the disk or the store cannot say."""
@@ -134,10 +156,12 @@ def own(
 
     Raises UserError at once if a run that is alive owns one of them. A folder that is empty at the end disappears.
     """
-    stores = (_RunFolderStore(run.path), store_of(settings, run))
+    in_bucket = [] if run.url is None else [_RunUrlStore(run.url)]
+    stores: list[CheckpointStore] = [_RunFolderStore(run), *in_bucket, store_of(settings, run)]
     folders = [store.folder for store in stores[::-1] if isinstance(store, LocalStore)]
     made = [folder for path in folders for folder in (path, *path.parents) if not folder.exists()]
     try:
+        run.prepare()
         ownership = claim(stores, environment, say)
         try:
             yield ownership
@@ -162,9 +186,10 @@ def claim(stores: Sequence[CheckpointStore], environment: Mapping[str, str], say
         heartbeat=time.time(),
     )
     records: list[tuple[CheckpointStore, str, Owner]] = []
+    gone: set[str] = set()  # the tokens of owners that need not be watched once more
     try:
         for store in stores:
-            records.append((store, *_take(store, owner, say)))
+            records.append((store, *_take(store, owner, gone, say)))
     except BaseException:
         for store, name, taken in records:
             if taken.token == owner.token:
@@ -183,16 +208,18 @@ def process_start(process: int) -> str:
     return "ended" if fields[0] in "ZX" else fields[19]
 
 
-def _take(store: CheckpointStore, owner: Owner, say: Callable[[str], None]) -> tuple[str, Owner]:
+def _take(store: CheckpointStore, owner: Owner, gone: set[str], say: Callable[[str], None]) -> tuple[str, Owner]:
     """Makes `owner` the owner, if nobody else is; returns the record that counts, which may be the parent process's."""
     where, what = _where(store)
 
-    while (taken := insist(lambda: _try_to_take(store, owner, say), where, instead=what)) is None:
+    while (taken := insist(lambda: _try_to_take(store, owner, gone, say), where, instead=what)) is None:
         pass
     return taken
 
 
-def _try_to_take(store: CheckpointStore, owner: Owner, say: Callable[[str], None]) -> tuple[str, Owner] | None:
+def _try_to_take(
+    store: CheckpointStore, owner: Owner, gone: set[str], say: Callable[[str], None]
+) -> tuple[str, Owner] | None:
     """As `_take`; None if another process was faster, or the record has gone meanwhile."""
     names = store.owners()
     newest = _newest(names)
@@ -201,8 +228,10 @@ def _try_to_take(store: CheckpointStore, owner: Owner, say: Callable[[str], None
             held = _parse(store.read_owner(newest)[0])
             if held is not None and _is_ours(held, owner):
                 return newest, held
-            if held is None or held.run_id != owner.run_id:
+            if held is None or (held.run_id != owner.run_id and held.token not in gone):
                 _wait_for_end(store, newest, say)
+            if held is not None:
+                gone.add(held.token)
         except FileNotFoundError:
             return None
     name = f"owner-{1 if newest is None else _number(newest) + 1}.json"
@@ -262,8 +291,8 @@ def _loss(store: CheckpointStore) -> str:
 
 def _where(store: CheckpointStore) -> tuple[str, str]:
     """The name of a place for people, and what to choose another one of."""
-    if isinstance(store, _RunFolderStore):
-        return f"run folder {store.describe('')}", "one with --out"
+    if isinstance(store, _RunFolderStore | _RunUrlStore):
+        return store.title, "one with --out"
     return store.describe(""), "checkpoint.path"
 
 

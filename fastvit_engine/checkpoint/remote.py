@@ -30,7 +30,7 @@ class RemoteStore:
         return f"{public_url(self.url)}/{name}"
 
     def names(self) -> list[str]:
-        with self._failures():
+        with store_failures(self.url):
             complete = [name for name in self._prefixes() if self.store.exists(self._key(name, MANIFEST))]
         return sorted(complete, key=step_of)
 
@@ -46,7 +46,7 @@ class RemoteStore:
     def map(self, name: str, file: str, size: int, start: int, stop: int) -> mmap.mmap:
         key, where = self._key(name, file), f"{self.describe(name)}/{file}"
         try:
-            with self._failures():
+            with store_failures(self.url):
                 found = self.store.head(key).size
         except FileNotFoundError as error:
             raise DamagedCheckpoint(f"{where} does not exist") from error
@@ -55,7 +55,7 @@ class RemoteStore:
         with tempfile.TemporaryFile(prefix="fastvit-checkpoint-") as copy:
             copy.truncate(size)  # with a hole before `start`
             copy.seek(start)
-            with self._failures():
+            with store_failures(self.url):
                 for chunk in self.store.open(key, start, stop).chunks if stop > start else ():
                     copy.write(chunk)
             if copy.tell() != stop:
@@ -74,23 +74,23 @@ class RemoteStore:
             self.remove(name)
 
     def write(self, name: str, file: str, chunks: Iterable[memoryview]) -> None:
-        with self._failures():
+        with store_failures(self.url):
             self.store.write_stream(self._key(name, file), chunks)
 
     def publish(self, name: str, manifest: bytes) -> None:
-        with self._failures():
+        with store_failures(self.url):
             self.store.write(self._key(name, MANIFEST), manifest)
 
     def point_latest(self, name: str) -> None:
-        with self._failures():
+        with store_failures(self.url):
             self.store.write(self._key("latest"), name.encode())
 
     def discard(self, name: str) -> None:
-        with self._failures():
+        with store_failures(self.url):
             self.store.delete(*[info.key for info in self.store.list_all(self._key(name))])
 
     def remove(self, name: str) -> None:
-        with self._failures():
+        with store_failures(self.url):
             if self.store.exists(self._key(name, MANIFEST)):
                 self.store.delete(self._key(name, MANIFEST))
         self.discard(name)
@@ -103,7 +103,7 @@ class RemoteStore:
 
     def create_owner(self, name: str, content: bytes) -> bool:
         try:
-            with self._failures():
+            with store_failures(self.url):
                 self.store.write(self._key(name), content, create=True)
         except FileExistsError:
             # Perhaps this very content, written by an attempt whose answer was lost.
@@ -112,12 +112,12 @@ class RemoteStore:
         return self._holds(name, content)
 
     def refresh_owner(self, name: str, content: bytes) -> None:
-        with self._failures():
+        with store_failures(self.url):
             self.store.head(self._key(name))
             self.store.write(self._key(name), content)
 
     def remove_owner(self, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError), self._failures():
+        with contextlib.suppress(FileNotFoundError), store_failures(self.url):
             self.store.delete(self._key(name))
 
     def _holds(self, name: str, content: bytes) -> bool:
@@ -127,7 +127,7 @@ class RemoteStore:
             return False
 
     def _read(self, *parts: str) -> bytes:
-        with self._failures():
+        with store_failures(self.url):
             return self.store.read(self._key(*parts))
 
     def _key(self, *parts: str) -> str:
@@ -139,22 +139,23 @@ class RemoteStore:
 
     def _listed(self) -> list[str]:
         try:
-            with self._failures():
+            with store_failures(self.url):
                 return [info.key.rpartition("/")[2] for info in self.store.list_folder(self.root)]
         except FileNotFoundError:
             return []
 
-    @contextlib.contextmanager
-    def _failures(self) -> Iterator[None]:
-        """Raises OSError, or one of its classes that says what is missing, instead of the errors of a store."""
-        where = public_url(self.url)
-        try:
-            yield
-        except Missing as error:
-            raise FileNotFoundError(f"{where}: {error}") from error
-        except Exists as error:
-            raise FileExistsError(f"{where}: {error}") from error
-        except Refused as error:
-            raise PermissionError(f"{where}: {error}") from error
-        except AttemptFailed as error:
-            raise OSError(f"{where}: {error}") from error
+
+@contextlib.contextmanager
+def store_failures(url: str) -> Iterator[None]:
+    """Raises OSError, or one of its classes that says what is missing, instead of the errors of a store."""
+    where = public_url(url)
+    try:
+        yield
+    except Missing as error:
+        raise FileNotFoundError(f"{where}: {error}") from error
+    except Exists as error:
+        raise FileExistsError(f"{where}: {error}") from error
+    except Refused as error:
+        raise PermissionError(f"{where}: {error}") from error
+    except AttemptFailed as error:
+        raise OSError(f"{where}: {error}") from error

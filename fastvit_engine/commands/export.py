@@ -15,7 +15,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "this code too, the class names, and how to prepare images. Needs the checkpoint alone: no GPU, little memory.",
         epilog="examples:\n  fastvit export runs/b16 --out b16.safetensors\n"
         "  fastvit export runs/b16/checkpoints/step-00050000 --out b16_ema.safetensors --ema\n"
-        "  fastvit export s3://bucket/b16/step-00050000 --out b16.safetensors",
+        "  fastvit export s3://bucket/b16 --out b16.safetensors",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

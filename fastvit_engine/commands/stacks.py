@@ -3,7 +3,6 @@
 import argparse
 import sys
 
-from fastvit_engine.commands.parser import local_path
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
 
@@ -17,7 +16,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         epilog="example:\n  fastvit stacks runs/b16",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_folder", metavar="RUN", type=local_path, help="the folder that fastvit train writes")
+    parser.add_argument("run_folder", metavar="RUN", help="the folder that fastvit train writes; path or URL")
     parser.add_argument(
         "--wait", metavar="SECONDS", type=float, default=30.0, help="how long to wait for the processes (default: 30)"
     )
@@ -27,19 +26,17 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.distributed.stacks import collect_stacks
     from fastvit_engine.observe.events import read_events
-    from fastvit_engine.observe.run_folder import RunFolder
+    from fastvit_engine.observe.run_folder import run_folder
 
-    run = RunFolder(args.run_folder)
+    run = run_folder(args.run_folder)
     starts = [event for event in read_events(run) if event["event"] == "start" and "world_size" in event]
     if not starts:
-        raise UserError(
-            f"{run.path} is not the folder of a run that has started: give the folder that fastvit train names"
-        )
+        raise UserError(f"{run} is not the folder of a run that has started: give the folder that fastvit train names")
     processes = int(starts[-1]["world_size"])  # type: ignore[typeddict-item]
     files = collect_stacks(run, processes, args.wait)
     if not files:
         raise UserError(
-            f"no process of {run.path} has answered within {args.wait:g} s: it is not running, or runs on a machine "
+            f"no process of {run} has answered within {args.wait:g} s: it is not running, or runs on a machine "
             "that does not share this folder"
         )
     for file in files:

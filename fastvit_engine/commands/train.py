@@ -3,7 +3,6 @@
 import argparse
 import os
 import uuid
-from pathlib import Path
 
 from fastvit_engine.commands.recipe import add_recipe
 from fastvit_engine.errors import RestartError, UserError
@@ -22,7 +21,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(parser)
-    parser.add_argument("--out", metavar="DIR", help="run folder, on this machine (default: runs/<name of the recipe>)")
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help="run folder, a path or a URL of an object store such as s3://BUCKET/RUN (default: runs/<name of the "
+        "recipe>)",
+    )
     parser.add_argument(
         "--resume",
         nargs="?",
@@ -64,24 +68,25 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.checkpoint import store_of
     from fastvit_engine.checkpoint.export import export_run
     from fastvit_engine.checkpoint.owner import RUN_ID, own
+    from fastvit_engine.checkpoint.records import kept_records
     from fastvit_engine.checkpoint.store import step_of
     from fastvit_engine.data.stream.worker_pool import lost_worker
     from fastvit_engine.distributed import launch
     from fastvit_engine.distributed.environment import launched_by_cluster
     from fastvit_engine.distributed.rendezvous import check_rendezvous
-    from fastvit_engine.observe.run_folder import RunFolder, run_folder_path
+    from fastvit_engine.observe.run_folder import run_folder
     from fastvit_engine.sizing.defaults import choose, machine_here
     from fastvit_engine.train.start import preflight, report_damage
     from fastvit_engine.trusted_folders import trust_compiled_code
 
-    out = run_folder_path(args.out or Path("runs") / resolved.config.name)
+    run = run_folder(args.out or f"runs/{resolved.config.name}")
     resume = args.resume == "auto"
     if launched_by_cluster():
         from fastvit_engine.train.loop import train
 
         check_rendezvous()
         try:
-            train(resolved, out, resume=resume, allow_batch_change=args.allow_batch_change)
+            train(resolved, run, resume=resume, allow_batch_change=args.allow_batch_change)
         except RuntimeError as error:
             if (message := lost_worker(error)) is None:
                 raise
@@ -93,20 +98,30 @@ def _run(args: argparse.Namespace) -> int:
     if args.max_restarts < 0:
         raise UserError(f"--max-restarts is {args.max_restarts}: at least 0")
     trust_compiled_code()
-    processes, run = launch.processes_here(args.cpu_processes), RunFolder(out)
+    processes = launch.processes_here(args.cpu_processes)
     chosen = choose(resolved.config, machine_here(processes))
     environment = {**os.environ, RUN_ID: uuid.uuid4().hex}  # of the ranks, which belong to this process
-    with own(chosen.config.checkpoint, run, environment) as owned:
+    with own(chosen.config.checkpoint, run, environment) as owned, kept_records(run, owned) as records:
         start = preflight(chosen.config, run, processes, resume=resume, allow_batch_change=args.allow_batch_change)
         if start.step == start.total_steps:
             report_damage(run, start.damaged, start.checkpoint)
             if start.checkpoint:
                 export_run(start.checkpoint, run)
+            records.insist()
             say(start.message)
             return 0
         overrides = [word for override in args.set for word in ("--set", override)]
         allowed = ["--allow-batch-change"] if args.allow_batch_change else []
-        command = ["train", args.recipe, "--out", str(out), "--resume", args.resume, *allowed, *overrides]
+        command = [
+            "train",
+            args.recipe,
+            "--out",
+            run.url or str(run.path),
+            "--resume",
+            args.resume,
+            *allowed,
+            *overrides,
+        ]
         store = store_of(chosen.config.checkpoint, run)
 
         def newest_checkpoint() -> str | None:

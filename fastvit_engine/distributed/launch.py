@@ -52,7 +52,7 @@ def run_with_restarts(
                 tried = f" after {restarts} restarts without a new checkpoint" if restarts else ""
                 say(f"fastvit: giving up{tried}: {outcome.cause}", file=sys.stderr)
                 return outcome.exit_code
-            insist(check_owner, f"the owner record of run folder {run.path}")
+            insist(check_owner, f"the owner record of run folder {run}")
             restarts += 1
             message = f"starting again ({restarts} of {max_restarts}): {outcome.cause}"
             record_event(run, "restart", message, attempt=restarts)

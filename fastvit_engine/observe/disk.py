@@ -5,6 +5,8 @@ its last checkpoint when it is started again: `metrics.jsonl`, `config.yaml`, `r
 exported weights. So are checkpoints, see `checkpoint.checkpointer`. What is for people is left out, with one warning:
 `events.jsonl`, `environment.json`, `samples.json`, `bad_samples.jsonl` and TensorBoard's events.
 
+Of a run in an object store, records that cannot be uploaded are a checkpoint that cannot be written.
+
 A run folder that vanishes is neither: that run ends with exit code 2, because a restart would begin another run at
 step 0 in its place.
 """

@@ -6,6 +6,7 @@ import torch
 
 from fastvit_engine.checkpoint import Checkpointer, store_of
 from fastvit_engine.checkpoint.owner import Ownership
+from fastvit_engine.checkpoint.records import Records
 from fastvit_engine.config import Config
 from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
 from fastvit_engine.distributed.preemption import Preemption
@@ -60,6 +61,7 @@ class Job:
     processes: Processes
     utilization: Utilization
     owner: Ownership  # of the run folder and the checkpoints, on rank 0
+    records: Records  # used on rank 0
 
 
 def build_job(
@@ -70,6 +72,7 @@ def build_job(
     watchdog: Watchdog,
     preemption: Preemption,
     owner: Ownership,
+    records: Records,
 ) -> Job:
     """Builds model, engine and all else of a run on this process; collective. `config`: without open ends."""
     torch.manual_seed(config.seed)
@@ -93,7 +96,15 @@ def build_job(
         objective=build_objective(config, world.device),
         ema=ema,
         checkpointer=Checkpointer(
-            run, store, engine, ema, world, config.checkpoint, schedule.keep_every, check_owner=owner.check
+            run,
+            store,
+            engine,
+            ema,
+            world,
+            config.checkpoint,
+            schedule.keep_every,
+            check_owner=owner.check,
+            upload_records=records.upload,
         ),
         health=Health(Guard(engine, world, config.health, config.train.precision), Replicas(engine, world), gradients),
         processes=Processes(
@@ -110,4 +121,5 @@ def build_job(
         ),
         utilization=Utilization(peak_flops(world, config.train.precision), training_flops(config.model)),
         owner=owner,
+        records=records,
     )

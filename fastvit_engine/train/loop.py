@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from fastvit_engine.checkpoint import Checkpoint, TrainerState
 from fastvit_engine.checkpoint.export import export_run
 from fastvit_engine.checkpoint.owner import Ownership, own
+from fastvit_engine.checkpoint.records import Records, kept_records
 from fastvit_engine.config import Config, Resolved
 from fastvit_engine.data import Batch, IterableData
 from fastvit_engine.data.stream.skip import Window, step_start
@@ -39,24 +39,25 @@ from fastvit_engine.trusted_folders import trust_compiled_code
 
 def train(
     resolved: Resolved,
-    out: Path,
+    run: RunFolder,
     *,
     resume: bool,
     data: IterableData | None = None,
     allow_batch_change: bool = False,
 ) -> None:
-    """Trains the model of a configuration into the run folder `out`, on `data` if given and else on `data.train`.
+    """Trains the model of a configuration into a run folder, on `data` if given and else on `data.train`.
 
     With `resume`, continues from the folder's latest checkpoint, if any; without, refuses a folder that holds a run.
     With `allow_batch_change`, `train.global_batch_size` may differ from the checkpoint's.
     """
     trust_compiled_code()
-    run, limits = RunFolder(out), resolved.config.watchdog
+    run.prepare()
+    limits = resolved.config.watchdog
     with (
         Preemption() as preemption,
         join_world(limits.slow_phase_seconds + limits.timeout_seconds, run.stacks) as world,
         Watchdog(run, world, limits) as watchdog,
-        _owned(resolved.config, run, world) as owner,
+        _owned(resolved.config, run, world) as (owner, records),
     ):
         preemption.on_stack_request = watchdog.request_stacks
         chosen = choose(resolved.config, machine_of(world))
@@ -69,18 +70,24 @@ def train(
         if start.step < start.total_steps:
             if world.is_main:
                 say(chosen.describe())
-            _train(resolved, chosen, run, start, world, watchdog, preemption, owner, data)
+            _train(resolved, chosen, run, start, world, watchdog, preemption, owner, records, data)
         elif finished := start.checkpoint:
             world.on_main(lambda: export_run(finished, run))
+            world.on_main(records.insist)
 
 
 @contextmanager
-def _owned(config: Config, run: RunFolder, world: World) -> Iterator[Ownership]:
-    """Owns the run during the block, on rank 0. Collective, also in its errors."""
+def _owned(config: Config, run: RunFolder, world: World) -> Iterator[tuple[Ownership, Records]]:
+    """Owns the run and keeps its records during the block, on rank 0. Collective, also in its errors."""
     with ExitStack() as owned:
-        owners = [Ownership()]
-        world.on_main(lambda: owners.append(owned.enter_context(own(config.checkpoint, run))))
-        yield owners[-1]
+        owners, records = [Ownership()], [Records(run)]
+
+        def take() -> None:
+            owners.append(owned.enter_context(own(config.checkpoint, run)))
+            records.append(owned.enter_context(kept_records(run, owners[-1])))
+
+        world.on_main(take)
+        yield owners[-1], records[-1]
 
 
 def _train(
@@ -92,10 +99,11 @@ def _train(
     watchdog: Watchdog,
     preemption: Preemption,
     owner: Ownership,
+    records: Records,
     data: IterableData | None = None,
 ) -> None:
     schedule = Schedule(chosen.config, start.data.samples_per_epoch, start.state.batches)
-    job = build_job(chosen.config, run, world, schedule, watchdog, preemption, owner)
+    job = build_job(chosen.config, run, world, schedule, watchdog, preemption, owner, records)
     world.on_main(lambda: _record(resolved, chosen, job, start))
     next_start: Start | None = start
     try:
@@ -111,6 +119,7 @@ def _record(resolved: Resolved, chosen: Chosen, job: Job, start: Start) -> None:
     save_recovery(job.run, start.state.recovery)
     record_start(resolved, chosen, job, start.step)
     record_batch_change(job.run, start)
+    job.records.insist()
 
 
 def _train_from(start: Start, job: Job, data: IterableData | None) -> Start | None:
@@ -232,7 +241,10 @@ def _recover(job: Job, start: Start, failure: Failure, trace: Trace, recorder: R
         message = record_anomaly(job.run, failure, diagnosis)
         recorder.message(message)
         most = job.config.health.max_rewinds
-        there = go_back(job.run, job.checkpointer.store, start, failure, message, diagnosis, max_rewinds=most)
+        try:
+            there = go_back(job.run, job.checkpointer.store, start, failure, message, diagnosis, max_rewinds=most)
+        finally:
+            job.records.insist()  # recovery.json, also of a run that does not go back
         first, last = failure.window
         left_out = "" if diagnosis.in_weights else f", leaving out samples {first:,} to {last - 1:,}"
         recorder.message(f"going back to step {there.step}{left_out}")
@@ -249,6 +261,7 @@ def _leave(job: Job, step: int, log: StepLog) -> None:
     log.close()
     if job.world.is_main:
         record_event(job.run, "stop", message, reason="preempted", step=step)
+    job.world.on_main(job.records.insist)
     raise Preempted(message)
 
 
@@ -260,8 +273,9 @@ def _finish(job: Job, state: TrainerState, log: StepLog) -> None:
         total = job.schedule.total_steps
         record_event(job.run, "stop", f"finished after {counted(total, 'step')}", step=total, reason="finished")
     log.close()
+    job.world.on_main(job.records.insist)
     if job.world.is_main:
-        say(f"{_outcome(state, job)}\nnext: fastvit report {job.run.path}")
+        say(f"{_outcome(state, job)}\nnext: fastvit report {job.run}")
 
 
 def _export(checkpoint: Checkpoint, job: Job) -> None:
@@ -274,5 +288,5 @@ def _outcome(state: TrainerState, job: Job) -> str:
     figures = state.accuracy.get("eval", {})
     top1, samples = figures.get("top1"), figures.get("samples")
     if top1 is None or samples is None:
-        return f"finished {job.run.path}"
-    return f"finished {job.run.path}: top-1 {format_share(top1)} on {counted(int(samples), 'image')}"
+        return f"finished {job.run}"
+    return f"finished {job.run}: top-1 {format_share(top1)} on {counted(int(samples), 'image')}"

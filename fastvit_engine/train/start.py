@@ -103,7 +103,7 @@ def preflight(
     store = store_of(config.checkpoint, run)
     if run.config.exists() and not resume:
         raise UserError(
-            f"{run.path} already holds a run: add --resume auto (from Python: resume=True) to continue it, or choose "
+            f"{run} already holds a run: add --resume auto (from Python: resume=True) to continue it, or choose "
             "another folder with --out"
         )
     candidates = usable_checkpoints(store)
@@ -133,7 +133,8 @@ def preflight(
         class_names=None if prepared.class_names is None else tuple(prepared.class_names),
         batch_sizes=BatchSizes.always(batch).changes,
     )
-    message = f"starting {run.path}: {counted(schedule.total_steps, 'step')}, {prepared.describe()}"
+    working = "" if run.url is None else f"\nworking folder: {run.path}"
+    message = f"starting {run}: {counted(schedule.total_steps, 'step')}, {prepared.describe()}{working}"
     doubt = doubt_about_latest(store) if candidates else None
     warnings = (*([doubt] if doubt else []), *_doubtful(config, prepared, split))
     start = Start(wanted, schedule.total_steps, None, message, prepared, damaged, warnings, transform)
@@ -145,7 +146,7 @@ def preflight(
         start = replace(start, batch_before=before)
     start = replace(start, warnings=(*start.warnings, *_too_late(config, state)))
     if state.step < schedule.total_steps:
-        message = f"continuing {run.path} from step {state.step} of {schedule.total_steps}, {prepared.describe()}"
+        message = f"continuing {run} from step {state.step} of {schedule.total_steps}, {prepared.describe()}{working}"
         if config.data.eval and transform != config.data.eval_transform:
             message += (
                 f"\nevaluation stays {transform}, as so far, for figures that can be compared: to change it, set "
@@ -157,7 +158,7 @@ def preflight(
         longer = ""
         if state.step > schedule.total_steps:
             longer = f" (more than the {schedule.total_steps:,} of train.duration = '{config.train.duration}')"
-        message = f"{run.path} is complete, with {counted(state.step, 'step')}{longer}{top1}: nothing to do"
+        message = f"{run} is complete, with {counted(state.step, 'step')}{longer}{top1}: nothing to do"
     return replace(start, message=message).at(checkpoint, state)
 
 
@@ -248,9 +249,11 @@ def _too_late(config: Config, state: TrainerState) -> tuple[str, ...]:
 
 
 def _check_writable(run: RunFolder) -> None:
+    folder = run.checkpoints if run.url is None else run.path
+
     def probe() -> None:
-        path = run.checkpoints / ".writable"
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
+        path = folder / ".writable"
+        folder.mkdir(parents=True, exist_ok=True)
         path.touch()
         path.unlink()
 

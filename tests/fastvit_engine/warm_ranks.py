@@ -6,7 +6,7 @@ A rank does what it does under torchrun: it finds its place in the environment, 
 import multiprocessing.connection
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -27,8 +27,17 @@ _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(_IMPORTED)
 
 
-def run_ranks(arguments: Sequence[str], processes: int, log: Path, seconds: float = 300) -> bool:
-    """Runs `fastvit ARGUMENTS` once a rank, to the end; whether all ended well. `log` takes what they print."""
+def run_ranks(
+    arguments: Sequence[str],
+    processes: int,
+    log: Path,
+    environment_of: Callable[[int], Mapping[str, str]] = lambda rank: {},
+    seconds: float = 300,
+) -> bool:
+    """Runs `fastvit ARGUMENTS` once a rank, to the end; whether all ended well. `log` takes what they print.
+
+    environment_of: what a rank has in its environment besides.
+    """
     store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     ranks: list[ForkServerProcess] = []
     with pytest.MonkeyPatch.context() as patch:  # what is imported first may look at these
@@ -37,6 +46,7 @@ def run_ranks(arguments: Sequence[str], processes: int, log: Path, seconds: floa
         for rank in range(processes):
             environment = {**os.environ, **rank_environment(rank, processes, store.port)}
             environment |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            environment |= environment_of(rank)
             ranks.append(_forks.Process(target=_run_rank, args=(list(arguments), environment, log)))
             ranks[-1].start()
     deadline = time.monotonic() + seconds

@@ -163,14 +163,19 @@ def best_evaluation(rows: list[EvalRow]) -> EvalRow:
     return max(reversed(rows), key=lambda row: row["top1"])
 
 
-def load_run(path: Path) -> RecordedRun:
-    """Reads a run folder, without secrets of URLs. Raises UserError if it is none, or a file in it is damaged."""
-    folder = RunFolder(path)
-    if not path.is_dir():
-        raise UserError(f"{path} is not a folder: give the folder that fastvit train wrote, such as runs/quickstart")
+def load_run(source: Path | RunFolder) -> RecordedRun:
+    """Reads a run folder, without secrets of URLs. Raises UserError if it is none, or a file in it is damaged.
+
+    One with a URL has been fetched to its path.
+    """
+    folder = source if isinstance(source, RunFolder) else RunFolder(source)
+    if not folder.path.is_dir():
+        raise UserError(f"{folder} is not a folder: give the folder that fastvit train wrote, such as runs/quickstart")
     missing = [file.name for file in (folder.environment, folder.metrics) if not file.is_file()]
     if missing:
-        raise UserError(f"{path} is not a run folder: it has no {missing[0]}; give the folder that fastvit train wrote")
+        raise UserError(
+            f"{folder} is not a run folder: it has no {missing[0]}; give the folder that fastvit train wrote"
+        )
     environment = _read_environment(folder.environment)
     train, evaluations = read_metrics(folder.metrics)
     return RecordedRun(

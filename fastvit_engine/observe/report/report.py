@@ -68,7 +68,7 @@ def render(run: RecordedRun) -> str:
     environment, done = run.environment, 100 * run.step // run.environment["total_steps"]
     return _template().render(
         style=Markup(_resource("style.css")),
-        name=run.folder.path.resolve().name,
+        name=run.folder.name,
         model=run.describe_model(),
         training=run.describe_training(),
         progress="" if run.finished else f"{run.step:,} of {environment['total_steps']:,} steps ({done} %)",

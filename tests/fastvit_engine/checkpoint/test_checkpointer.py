@@ -281,6 +281,22 @@ def test_the_save_at_the_end_of_a_run_is_tried_again_until_patience_ends(trainin
     assert len(training.said) == 1  # however often it was tried
 
 
+def test_a_checkpoint_is_published_only_after_the_records_up_to_it(training):
+    """A resume finds them where it finds the checkpoint; while they cannot be uploaded, the previous one counts."""
+    seen = []
+    training.checkpointer.upload_records = lambda: seen.append(checkpoints(training))
+    assert training.save(3) is not None and seen == [["step-00000003.partial"]]
+
+    def refuse():
+        raise OSError(errno.ETIMEDOUT, "no answer")
+
+    training.checkpointer.upload_records = refuse
+    assert training.save(4) is None
+    assert checkpoints(training) == ["latest", "step-00000003"] and "no answer" in training.said[-1]
+    training.checkpointer.upload_records = lambda: None
+    assert training.save(5) is not None
+
+
 def test_the_save_at_the_end_of_a_run_waits_for_room(training, tmp_path, world):
     expected = training.everything()
     training.store.error = OSError(errno.ENOSPC, "No space left on device")

@@ -22,8 +22,6 @@ READING = [
 ]
 LOCAL = [
     ["export", "SOURCE", "--out", "URL.safetensors"],
-    ["report", "URL"],
-    ["stacks", "URL"],
     ["bench", "data", "--out", "URL"],
 ]
 
@@ -59,12 +57,13 @@ def test_a_url_that_lacks_a_slash(command, tmp_path, monkeypatch, capsys):
     assert "is no URL: write s3://bucket/x" in _refusal(command, "s3:/bucket/x", tmp_path, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/x", "gs://bucket/x", "https://me:secret@host/x", "s3:/bucket/x"])
-def test_a_run_folder_is_local_and_the_sentence_names_the_key_for_buckets(url, tmp_path, monkeypatch, capsys):
-    message = _refusal(["train", "quickstart", "--out", "URL"], url, tmp_path, monkeypatch, capsys)
-    shown = url.replace("me:secret@", "").replace(":/", "://").replace(":///", "://")
-    assert f"the run folder is {shown}, and it must be on this machine" in message and "checkpoint.path" in message
-    with pytest.raises(UserError, match="set checkpoint.path to the URL"):
+@pytest.mark.parametrize("command", [["train", "quickstart", "--out", "URL"], ["report", "URL"], ["stacks", "URL"]])
+@pytest.mark.parametrize("url", ["hdfs://host/x", "https://me:secret@host/x", "memory:/x"])
+def test_a_run_folder_is_on_this_machine_or_in_an_object_store(command, url, tmp_path, monkeypatch, capsys):
+    message = _refusal(command, url, tmp_path, monkeypatch, capsys)
+    shown = url.replace("me:secret@", "").replace("memory:/", "memory://")
+    assert f"the run folder is {shown}, which no run can be written to: name a local folder, or an object" in message
+    with pytest.raises(UserError, match=r"name a local folder, or an object store \(s3://"):
         train("quickstart", url)
     assert not list(tmp_path.iterdir())
 

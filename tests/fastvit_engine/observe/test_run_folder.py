@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastvit_engine.errors import UserError
 from fastvit_engine.observe.environment import collect_environment
-from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.run_folder import RunFolder, run_folder
 
 
 def test_paths() -> None:
@@ -15,6 +16,46 @@ def test_paths() -> None:
     assert run.metrics == Path("runs/a/metrics.jsonl")
     assert run.checkpoints == Path("runs/a/checkpoints")
     assert run.report == Path("runs/a/report.html")
+
+
+def test_a_run_folder_on_this_machine_is_its_own_working_folder(tmp_path: Path) -> None:
+    run = run_folder("runs/a")
+    assert (run, str(run), run.checkpoint_location) == (RunFolder(Path("runs/a")), "runs/a", "runs/a/checkpoints")
+    assert run.describe(run.metrics) == "runs/a/metrics.jsonl"
+    assert run_folder(f"file://{tmp_path}/a") == run_folder(tmp_path / "a") == RunFolder(tmp_path / "a")
+
+
+def test_the_working_folder_follows_from_the_url(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    settings = {"FASTVIT_RUNS": str(tmp_path)}
+    run = run_folder("s3://bucket/runs/b16/", settings)
+    assert (run.url, str(run), run.name) == ("s3://bucket/runs/b16", "s3://bucket/runs/b16", "b16")
+    assert run.checkpoint_location == "s3://bucket/runs/b16/checkpoints"
+    assert run.describe(run.metrics) == "s3://bucket/runs/b16/metrics.jsonl"
+    assert run.path.parent == tmp_path and run.path.name.startswith("bucket-runs-b16-")
+    for spelling in ("s3:/bucket/runs/b16", "s3a://bucket/runs/b16", "S3://bucket/runs/b16//"):
+        assert run_folder(spelling, settings).path == run.path
+    for other in ("s3://bucket/runs-b16", "gs://bucket/runs/b16", "s3://bucket/runs/b17", "s3://bucket"):
+        assert run_folder(other, settings).path != run.path
+    assert run_folder("s3://b/x", {"XDG_CACHE_HOME": "/c"}).path.parent == Path("/c/fastvit/runs")
+    assert run_folder("s3://b/x", {}).path.parent == Path.home() / ".cache/fastvit/runs"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_working_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    run = run_folder("s3://bucket/run", {"FASTVIT_RUNS": str(shared)})
+    run.prepare()
+    assert run.path.stat().st_mode & 0o777 == 0o700
+    run.path.chmod(0o777)
+    with pytest.raises(UserError, match=r"other users may write to .* \(FASTVIT_RUNS\)"):
+        run.prepare()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot be the working folder of s3://bucket/run .*set FASTVIT_RUNS"):
+        run_folder("s3://bucket/run", {"FASTVIT_RUNS": str(tmp_path / "file")}).prepare()
 
 
 def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
