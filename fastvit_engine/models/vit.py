@@ -55,10 +55,17 @@ class VisionTransformer(nn.Module):
         tokens = self.pos_drop(self.patch_embed(images, self.pos_embed, self.cls_token))
         return self.norm(self.blocks(tokens))
 
+    def represent(self, images: Tensor) -> Tensor:
+        """What the head sees of images [B, D]: pooled tokens, after the tanh layer if there is one."""
+        return self._pool(self.forward_features(images))
+
     def forward_head(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> logits [B, C], from the class token or from the mean over the tokens."""
+        return self.head(self._pool(tokens))
+
+    def _pool(self, tokens: Tensor) -> Tensor:
         pooled = tokens[:, 0] if self.config.pool == "cls" else tokens.mean(dim=1)  # [B, D]
-        return self.head(pooled if self.pre_logits is None else self.pre_logits(pooled))
+        return pooled if self.pre_logits is None else self.pre_logits(pooled)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(images))

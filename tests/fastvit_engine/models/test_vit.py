@@ -158,6 +158,7 @@ def test_features_and_head_make_the_model() -> None:
     tokens = model.forward_features(images)
     assert tokens.shape == (2, 10, 12)
     assert torch.equal(model.forward_head(tokens), model(images))
+    assert torch.equal(model.head(model.represent(images)), model(images))
 
 
 def test_bfloat16_model_trains_on_pixels() -> None:
