@@ -127,7 +127,7 @@ def refuse_variable(sentence: str) -> NoReturn:
 
 _in_use: Table | None = None  # by `using`
 _own = os.environ.get("FASTVIT_TUNING")
-_own_table = None
+_own_table: Table | None = None
 if _own:
     try:
         _own_table = load(Path(_own))

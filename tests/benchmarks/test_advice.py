@@ -1,5 +1,6 @@
 """Advice of the benchmarks: packages, commands and variables that sentences name exist, and following them helps."""
 
+import importlib
 import importlib.metadata
 import re
 import tomllib
@@ -7,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import apex_detection
 from benchmarks.apex_detection import APART, EXTENSIONS, obstacle
 from benchmarks.data_loading.dali import DALI
 from benchmarks.data_loading.spdl import SPDL
@@ -77,7 +77,7 @@ def test_apex_that_is_built_as_advised_has_the_extension(module, tmp_path, monke
     for variable in re.findall(r"APEX_\w+=1", sentence):
         for extension in built[variable]:
             (tmp_path / f"{extension}.py").touch()
-    apex_detection.importlib.invalidate_caches()
+    importlib.invalidate_caches()
     assert obstacle(module) is None
     assert APART.keys() <= set(EXTENSIONS.values())
 
