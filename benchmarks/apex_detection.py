@@ -12,6 +12,8 @@ from typing import Any
 from benchmarks.registry import Unusable
 
 FROM_SOURCE = "build NVIDIA's from github.com/NVIDIA/apex, with APEX_CPP_EXT=1 APEX_CUDA_EXT=1"
+# Extensions that the two do not build, and the variables that apex's setup.py reads for them.
+APART = {"fast_layer_norm": "APEX_FAST_LAYER_NORM=1", "xentropy_cuda": "APEX_XENTROPY=1"}
 # What each of its modules needs compiled.
 EXTENSIONS = {
     "apex.normalization.fused_layer_norm": "fused_layer_norm_cuda",
@@ -24,21 +26,22 @@ EXTENSIONS = {
 
 def obstacle(module: str) -> str | None:
     """Why a module of NVIDIA's apex cannot be used, or None."""
+    extension = EXTENSIONS[module]
+    from_source = f"{FROM_SOURCE} {APART[extension]}" if extension in APART else FROM_SOURCE
     try:
         spec = importlib.util.find_spec("apex")
     except (ImportError, ValueError) as error:  # something put a half-made module in its place
         return f"the package apex here cannot be looked into: {error}"
     if spec is None:
-        return f"apex is not installed: {FROM_SOURCE}"
+        return f"apex is not installed: {from_source}"
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     if not any((folder / "multi_tensor_apply").is_dir() for folder in folders):
-        return f"the package apex here is not NVIDIA's (the package index has another one of that name): {FROM_SOURCE}"
+        return f"the package apex here is not NVIDIA's (the package index has another one of that name): {from_source}"
     file = Path(*module.split(".")[1:]).with_suffix(".py")
     if not any((folder / file).is_file() for folder in folders):
         return f"this version of apex has no {module}"
-    extension = EXTENSIONS[module]
     if importlib.util.find_spec(extension) is None:
-        return f"apex was installed without its extension {extension}: {FROM_SOURCE}"
+        return f"apex was installed without its extension {extension}: {from_source}"
     return None
 
 

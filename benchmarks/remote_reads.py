@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.data_loading.variants import VARIANTS, Dataset, open_dataset
 from benchmarks.machine import ROOT, commit
 from benchmarks.step_overhead import describe_machine
-from fastvit_engine.data.check.speed import LoaderTime, link_shards, time_loader
+from fastvit_engine.data.check.speed import LoaderTime, link_shards, naming_linked_shards, time_loader
 from fastvit_engine.data.shards.index import write_index
 from fastvit_engine.files import atomic_write
 
@@ -61,6 +61,7 @@ def measure(
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         link_shards(pattern, scratch / "local")
+        stack.enter_context(naming_linked_shards(scratch / "local"))
         shards = sorted(path.name for path in (scratch / "local").glob("*.tar"))
         urls = [f"s3://bucket/{name}" for name in shards]
         (scratch / "list.txt").write_text("".join(f"{url}\n" for url in urls))

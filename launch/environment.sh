@@ -4,6 +4,7 @@
 #   fastvit_environment HEAD NODES PROCESSES_PER_NODE    sets the variables, and HEAD_ADDRESS, OWN_ADDRESS, INTERFACE
 #   fastvit_show COMMAND...                              prints both, as a shell would take them (--dry-run)
 #   fastvit_fail SENTENCE                                ends the script: bad input, exit code 2
+#   fastvit_python                                       ends the script if PYTHON is not there
 #   fastvit_wait PROCESS                                 waits for a child and returns its exit code, whatever traps run
 #
 # PYTHON is the interpreter of the ranks (default: python).
@@ -17,6 +18,10 @@ declare -A FASTVIT_CHOSEN=() # names of the variables that were not set before
 fastvit_fail() {
     echo "launch: error: $1" >&2
     exit 2
+}
+
+fastvit_python() {
+    command -v "$PYTHON" >/dev/null || fastvit_fail "there is no '$PYTHON' on the PATH: activate the environment, or set PYTHON"
 }
 
 # _fastvit_default NAME VALUE WHY
@@ -35,7 +40,7 @@ _fastvit_default() {
 fastvit_environment() {
     local head=$1 nodes=$2 processes=$3 alone=() route threads caches
     [[ $nodes == 1 ]] && alone=(--alone)
-    command -v "$PYTHON" >/dev/null || fastvit_fail "there is no '$PYTHON' on the PATH: activate the environment, or set PYTHON"
+    fastvit_python
     route=$("$PYTHON" "$FASTVIT_LAUNCH/route.py" "$head" "${alone[@]}") || exit $?
     # shellcheck disable=SC2034  # for the launcher that sources this
     read -r HEAD_ADDRESS OWN_ADDRESS INTERFACE <<<"$route"

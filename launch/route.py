@@ -2,11 +2,13 @@
 
     python route.py HEAD [--alone]     prints: HEAD's address, this host's address towards it, the interface between
 
+GLOO_SOCKET_IFNAME names the interface if it is set.
 HEAD is a name or an address. Without `--alone` there are other hosts, and an address that only this host can use
 (127.0.1.1, which Debian gives a host's own name) is refused. Bad input: one sentence and exit code 2.
 """
 
 import ipaddress
+import os
 import socket
 import sys
 import time
@@ -38,6 +40,8 @@ def own_address_towards(address: str) -> str:
 
 
 def interface_with(address: str) -> str:
+    if chosen := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return chosen
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == address for entry in addresses):
             return name

@@ -1,5 +1,6 @@
 """The pages say what is true of this checkout: links, commands, settings and figures."""
 
+import argparse
 import importlib
 import re
 import shlex
@@ -23,6 +24,8 @@ PAGES = sorted(
         ROOT / "kernels" / "CONTRIBUTING.md",
         ROOT / "kernels" / "README.md",
         ROOT / "benchmarks" / "README.md",
+        ROOT / "benchmarks" / "NOTES.md",
+        *(ROOT / "kernels" / "fastvit_kernels").glob("**/*.md"),
         *(ROOT / "docs").glob("**/*.md"),
         *(ROOT / "launch").glob("**/*.md"),
     }
@@ -108,6 +111,22 @@ def test_commands_are_accepted_by_the_command_line(page, tmp_path, monkeypatch):
             pytest.fail(f"not a command: fastvit {shlex.join(words)}")
         if recipe := getattr(arguments, "recipe", None):
             load_config(recipe, getattr(arguments, "set", None) or [])
+
+
+def test_commands_within_sentences_exist(page):
+    """Those of tables and advice: their command, and each option of it."""
+    for words in re.findall(r"`fastvit ([a-z][^`]*)`", FENCE.sub("", page.read_text())):
+        parser = _parser()
+        for word in words.split():
+            below = next((a.choices for a in parser._actions if isinstance(a, argparse._SubParsersAction)), None)
+            if below is None or not re.fullmatch(r"[a-z-]+", word) or word.startswith("-"):
+                break
+            assert word in below, f"not a command: fastvit {words}"
+            parser = below[word]
+        options = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", words))
+        if any(isinstance(a, argparse._SubParsersAction) for a in parser._actions):  # of several: `data ... --ray`
+            continue
+        assert options <= set(parser._option_string_actions), f"no such option: fastvit {words}"
 
 
 def test_examples_in_python_import_what_exists(page):

@@ -16,7 +16,7 @@ from benchmarks.data_loading.report import BASELINE, draw, to_markdown
 from benchmarks.data_loading.shards import read_photos
 from benchmarks.data_loading.spdl import SPDL
 from benchmarks.data_loading.variants import Dataset, open_dataset
-from fastvit_engine.data.check.speed import link_shards, repack_shards
+from fastvit_engine.data.check.speed import link_shards, naming_linked_shards, repack_shards
 from fastvit_engine.data.shards.usable import SampleKeys
 from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.environment import collect_environment
@@ -64,16 +64,18 @@ def bench(
     environment = _environment()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        link_shards(pattern, folder / "as-they-are")
-        datasets = [_open("as they are", folder / "as-they-are", image_size, effort)]
-        if repack:
-            progress(f"making the images smaller: short side {repack}")
-            keys = SampleKeys.of(datasets[0].config.data)
-            repack_shards(folder / "as-they-are", folder / "repacked", repack, keys)
-            datasets.append(_open(f"short side {repack}", folder / "repacked", image_size, effort))
-        results = measure(
-            datasets, VARIANTS, workers=workers, rounds=effort.rounds, images=effort.images, progress=progress
-        )
+        links = folder / "as-they-are"
+        link_shards(pattern, links)
+        with naming_linked_shards(links):
+            datasets = [_open("as they are", links, image_size, effort)]
+            if repack:
+                progress(f"making the images smaller: short side {repack}")
+                keys = SampleKeys.of(datasets[0].config.data)
+                repack_shards(links, folder / "repacked", repack, keys)
+                datasets.append(_open(f"short side {repack}", folder / "repacked", image_size, effort))
+            results = measure(
+                datasets, VARIANTS, workers=workers, rounds=effort.rounds, images=effort.images, progress=progress
+            )
         choices: list[Choice] = []
         for dataset in datasets:
             if photos := read_photos(dataset.shards, effort.photos):

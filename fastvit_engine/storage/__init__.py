@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class ShardStorage:
     patience: seconds after which a read has failed, whatever the number of attempts (slow transfers have longer).
     wait: seconds that a read waits for its shard to be downloaded before it asks the server for its byte range only.
     threads: number of shards that one process downloads at a time.
+    remedies: for each shard, what errors advise if it has another size; None: to run the same command again.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class ShardStorage:
         patience: float = 300.0,
         wait: float = 5.0,
         threads: int = 8,
+        remedies: Sequence[str] | None = None,
     ) -> None:
         if len(urls) != len(sizes):
             raise ValueError(f"{len(urls)} urls but {len(sizes)} sizes")
@@ -82,6 +85,7 @@ class ShardStorage:
         self._cache_dir, self._cache_bytes = cache_dir, cache_bytes
         self._policy = TryPolicy(retries, timeout, patience)
         self._wait, self._threads = wait, threads
+        self._remedies = remedies
         self._start()
         if self._cache is not None:
             self._cache.prepare()
@@ -101,7 +105,7 @@ class ShardStorage:
         _storages.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = "_urls", "_sizes", "_paths", "_cache_dir", "_cache_bytes", "_policy", "_wait", "_threads"
+        kept = "_urls", "_sizes", "_paths", "_cache_dir", "_cache_bytes", "_policy", "_wait", "_threads", "_remedies"
         return {name: getattr(self, name) for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,14 +121,15 @@ class ShardStorage:
         server has not answered within the limits given to the constructor.
         """
         started = time.perf_counter()
-        self._check(shard, offset, length)
-        path = self._paths[shard]
-        if path is not None:
-            data = self._local.read(path, self._sizes[shard], offset, length)
-        elif self._cache is not None:
-            data = self._read_through_cache(self._cache, shard, offset, length)
-        else:
-            data = self._read_range(shard, offset, length)
+        with self._advising(shard):
+            self._check(shard, offset, length)
+            path = self._paths[shard]
+            if path is not None:
+                data = self._local.read(path, self._sizes[shard], offset, length)
+            elif self._cache is not None:
+                data = self._read_through_cache(self._cache, shard, offset, length)
+            else:
+                data = self._read_range(shard, offset, length)
         self._count(reads=1, bytes=length, seconds=time.perf_counter() - started)
         return data
 
@@ -139,15 +144,17 @@ class ShardStorage:
                 yield self.read(*one)
             return
         for one in ranges:
-            self._check(*one)
+            with self._advising(one[0]):
+                self._check(*one)
         with self._count_lock:
             if self._readers is None:
                 self._readers = ThreadPoolExecutor(_READS_AT_ONCE, "shard read")
         contents = read_together(ranges, self._read_directly, self._readers)
         try:
-            for _ in ranges:
+            for shard, _, _ in ranges:
                 started = time.perf_counter()
-                data = next(contents)
+                with self._advising(shard):
+                    data = next(contents)
                 self._count(reads=1, bytes=len(data), seconds=time.perf_counter() - started)
                 yield data
         finally:
@@ -158,6 +165,13 @@ class ShardStorage:
         if path is not None:
             return self._local.read(path, self._sizes[shard], offset, length)
         return self._read_range(shard, offset, length)
+
+    @contextmanager
+    def _advising(self, shard: int) -> Iterator[None]:
+        try:
+            yield
+        except StaleIndex as error:
+            raise (error if self._remedies is None else error.advising(self._remedies[shard])) from error.__cause__
 
     def _check(self, shard: int, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self._sizes[shard]:

@@ -63,7 +63,7 @@ class LocalFiles:
                 file = _File(path)
                 found = os.fstat(file.fd).st_size
                 if found != size:
-                    raise StaleIndex(path, f"has {found} bytes instead of the {size} in the index")
+                    raise StaleIndex(path, f"has {found} bytes instead of {size}")
                 self._open[path] = file
             self._open.move_to_end(path)
             if len(self._open) > self._most_open:

@@ -105,7 +105,7 @@ def fetch(
         try:
             with source.open(url, done, stop, policy.timeout) as reply:
                 if reply.size is not None and reply.size != size:
-                    raise StaleIndex(url, f"has {reply.size} bytes instead of the {size} in the index")
+                    raise StaleIndex(url, f"has {reply.size} bytes instead of {size}")
                 if done > start and reply.version != version:
                     done = start
                 version, position = reply.version, reply.offset

@@ -8,7 +8,6 @@ they cannot run is an error.
 
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -28,11 +27,7 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 choice = os.environ.get("FASTVIT_KERNELS") or "auto"  # empty is unset, as for most variables
 if choice not in CHOICES:
-    _message = f"FASTVIT_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}"
-    if sys.argv[:1] == ["-m"]:  # Python is still locating the command `python -m fastvit_kernels...`
-        print(f"fastvit_kernels: {_message}", file=sys.stderr)
-        raise SystemExit(2)
-    raise ValueError(_message)
+    table.refuse_variable(f"FASTVIT_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
 
 
 def uses_triton(tensor: Tensor, obstacle: str | None = None) -> bool:

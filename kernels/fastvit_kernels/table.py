@@ -11,16 +11,18 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 CONFIGS = Path(__file__).parent / "tuning" / "configs"
 TOOL = 1  # version of this format and of the way of measuring
 FARTHEST = 2.0  # an entry serves sizes up to twice, and down to half, of what was measured
+AGAIN = "remove it, unset FASTVIT_TUNING, and measure again with `python -m fastvit_kernels.tuning`"
 NOTES = {
     False: "defaults chosen from the compiler's tables; no GPU has measured them",
     True: "the fastest of the candidates that were measured on this GPU",
@@ -99,9 +101,9 @@ def load(path: Path) -> Table:
         entries, failed = tuple(Entry(**entry) for entry in content.pop("entries")), content.pop("failed")
         return Table(Provenance(**content), entries, failed, path)
     except OSError as error:
-        raise ValueError(f"tuning file {path} cannot be read: {error.strerror}") from None
+        raise ValueError(f"tuning file {path} cannot be read: {error.strerror}: correct the path") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"tuning file {path} is not one that fastvit_kernels.tuning wrote: {error}") from None
+        raise ValueError(f"tuning file {path} is not one that fastvit_kernels.tuning wrote: {error}: {AGAIN}") from None
 
 
 def save(table: Table, path: Path) -> None:
@@ -115,9 +117,22 @@ def save(table: Table, path: Path) -> None:
     temporary.replace(path)
 
 
+def refuse_variable(sentence: str) -> NoReturn:
+    """For a wrong variable of the environment, at import. Raises ValueError; commands end with the sentence and 2."""
+    if sys.argv[:1] == ["-m"]:  # Python is still locating the command `python -m fastvit_kernels...`
+        print(f"fastvit_kernels: {sentence}", file=sys.stderr)
+        raise SystemExit(2)
+    raise ValueError(sentence)
+
+
 _in_use: Table | None = None  # by `using`
 _own = os.environ.get("FASTVIT_TUNING")
-_own_table = load(Path(_own)) if _own else None
+_own_table: Table | None = None
+if _own:
+    try:
+        _own_table = load(Path(_own))
+    except ValueError as error:
+        refuse_variable(str(error))
 
 
 @lru_cache
@@ -127,7 +142,10 @@ def table_for(gpu: str) -> Table | None:
     if table is None and _own_table is not None:
         table = _own_table
         if gpu and table.provenance.gpu != gpu:
-            raise ValueError(f"FASTVIT_TUNING={_own} is for {table.provenance.gpu}, but this GPU is {gpu}")
+            raise ValueError(
+                f"FASTVIT_TUNING={_own} is for {table.provenance.gpu}, but this GPU is {gpu}: unset it, or measure this"
+                " GPU with `python -m fastvit_kernels.tuning`"
+            )
     elif table is None and (path := CONFIGS / f"{gpu}.json").exists():
         table = load(path)
     if table is None or table.provenance.gpu != gpu:
@@ -143,7 +161,7 @@ def check(entry: Entry, path: Path | None) -> None:
     if tunable is None or set(entry.where) != set(tunable.names):
         raise ValueError(
             f"tuning file {path} has {entry.kernel!r} for {', '.join(entry.where)}, which this version of"
-            " fastvit_kernels does not have: measure again"
+            f" fastvit_kernels does not have: {AGAIN}"
         )
     try:
         for name in tunable.sizes:
@@ -151,7 +169,7 @@ def check(entry: Entry, path: Path | None) -> None:
                 raise TypeError(f"{name} must be a whole number, got {entry.where[name]!r}")
         tunable.read(entry.use)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"tuning file {path}, {entry.kernel!r} for {dict(entry.where)}: {error}") from None
+        raise ValueError(f"tuning file {path}, {entry.kernel!r} for {dict(entry.where)}: {error}: {AGAIN}") from None
 
 
 @contextmanager

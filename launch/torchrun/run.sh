@@ -42,7 +42,9 @@ if [[ $head =~ ^([^:]+):([0-9]+)$ ]]; then
     head=${BASH_REMATCH[1]} port=${BASH_REMATCH[2]}
 fi
 
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+fastvit_python
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) ||
+    fastvit_fail "'$PYTHON' cannot import torch: activate the environment, or set PYTHON"
 processes=${processes:-gpu}
 [[ $processes != gpu ]] || processes=$((gpus > 0 ? gpus : 1))
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fastvit_fail "--processes-per-node is '$processes': a number, or 'gpu'"

@@ -17,7 +17,10 @@ from fastvit_engine.config import load_config
 from fastvit_engine.config.deepspeed_section import OWNED
 from fastvit_engine.config.keys import fields, sections
 from fastvit_engine.data.pixels.decode import decode_image
+from fastvit_engine.data.shards.index import _HEADER, open_index, write_index
 from fastvit_engine.data.shards.usable import SampleKeys, Unusable, read_image, read_labels
+from fastvit_engine.data.stream.indexed import IndexedData
+from fastvit_engine.data.stream.prepare import prepare_data
 from fastvit_engine.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +124,7 @@ def test_commands_that_sentences_name_are_accepted():
                     _parser().parse_args([*words, "x"] if words == ["config", "explain"] else words)
                 except SystemExit:
                     wrong.append(f"{path}:{line}: fastvit {command}")
-    assert wrong == [] and checked >= 10
+    assert wrong == [] and checked >= 7  # more is made by `index_command`, and followed below
 
 
 def test_packages_that_sentences_tell_to_install_are_extras():
@@ -259,3 +262,83 @@ def test_a_command_that_is_advised_works(refused, advice, followed, tmp_path, wr
     assert filled(advice) in capsys.readouterr().err
     if followed:
         assert main(shlex.split(filled(followed))) == 0
+
+
+def _index_command(sentence: str, shards: Path) -> list[str]:
+    (command,) = re.findall(r"`fastvit (data index SHARDS [^`]*)`", sentence)
+    return shlex.split(command.replace("SHARDS", shlex.quote(str(shards))))
+
+
+@pytest.mark.parametrize("labels", ["cls", "json.label"])
+@pytest.mark.parametrize("problem", ["missing", "no index", "another version", "damaged", "changed", "added", "cut"])
+def test_an_index_that_is_made_as_advised_serves_the_run(problem, labels, tmp_path, write_tar, photo, monkeypatch):
+    """Wherever the labels are: an index that took them from another member would say that there are none."""
+    folder, index = tmp_path / "my shards", tmp_path / "my index" / "all.index"
+
+    def write(name: str, numbers: range) -> None:
+        members = [(f"{n}.{ext}", data) for n in numbers for ext, data in (("jpg", photo(n)), _label(labels, n))]
+        write_tar(folder / name, members)
+
+    folder.mkdir()
+    write("a.tar", range(6))
+    config = load_config(
+        "quickstart",
+        [f"data.train={folder}", "data.eval=null", f"data.index={index}", f"data.label_key={labels}"],
+    ).config
+
+    def prepare() -> IndexedData:
+        data = prepare_data(config, world_size=1, index_folder=tmp_path / "run")
+        assert isinstance(data, IndexedData)
+        return data
+
+    if problem != "missing":
+        index.parent.mkdir()
+        write_index([str(folder / "a.tar")], index, label_key=labels)
+    content = bytearray(index.read_bytes()) if index.exists() else bytearray()
+    if problem == "no index":
+        index.write_text("something else")
+    elif problem == "another version":
+        content[8] = 9
+        index.write_bytes(content)
+    elif problem == "damaged":
+        content[_HEADER.size] ^= 1
+        index.write_bytes(content)
+    elif problem == "changed":
+        write("a.tar", range(9))
+    elif problem == "added":
+        write("b.tar", range(6, 9))
+    elif problem == "cut":  # found only when samples are read
+        monkeypatch.setattr("fastvit_engine.data.stream.prepare._unchanged_in_size", lambda index: index)
+        write("a.tar", range(9))
+    with pytest.raises(UserError) as refused:
+        prepare()
+    command = _index_command(str(refused.value), folder)
+    assert ("--label-key" in command) == (labels != "cls")
+    assert main(command) == 0
+    expected = 9 if problem in ("changed", "added", "cut") else 6
+    data = prepare()
+    assert data.samples_per_epoch == expected
+    made = open_index(index)
+    assert made.label_key == labels and made.class_counts() == dict.fromkeys(range(expected), 1)
+
+
+def _label(key: str, number: int) -> tuple[str, bytes]:
+    return ("cls", b"%d" % number) if key == "cls" else ("json", b'{"label": %d}' % number)
+
+
+def test_a_benchmark_of_bad_shards_names_the_shards_that_can_be_repaired(tmp_path, write_tar, photo, capsys):
+    """It measures on links to them, in a folder that is gone when people read of it."""
+    members = [(f"{n}.{ext}", data) for n in range(4) for ext, data in (("jpg", photo(n)), ("cls", b"cat"))]
+    write_tar(tmp_path / "a.tar", members)
+    arguments = ["data", "bench", str(tmp_path), "--quick", "--rounds", "1", "--workers", "0"]
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"shard {tmp_path}/a.tar" in said and "as-they-are" not in said
+    assert "with data.label_key" in said
+    write_tar(tmp_path / "a.tar", [member for member in members if member[0].endswith("jpg")])
+    assert main(arguments) == 2
+    assert f"shard {tmp_path}/a.tar" in capsys.readouterr().err
+    (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:700])
+    for words in ([], ["--repack", "16"]):
+        assert main([*arguments, *words]) == 2
+        assert f"shard {tmp_path}/a.tar" in capsys.readouterr().err

@@ -121,4 +121,5 @@ def test_errors_are_one_line_without_secrets_also_in_another_process():
         assert str(error) == str(pickle.loads(pickle.dumps(error))) == r"shard https://h/x.tar holds \x1b[2J\n"
     stale = StaleIndex("https://u:p@h/x.tar?sig=a", "is shorter")
     assert str(stale) == str(pickle.loads(pickle.dumps(stale)))
-    assert str(stale).startswith("shard https://h/x.tar is shorter: restore the shard, or make the index again with")
+    assert str(stale) == "shard https://h/x.tar is shorter: run the same command again"
+    assert str(pickle.loads(pickle.dumps(stale.advising("restore it")))).endswith("is shorter: restore it")

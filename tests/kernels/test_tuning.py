@@ -494,7 +494,7 @@ def test_the_command_prints_a_table_and_writes_the_file(command: Callable[..., i
     ]
     assert "cost=50 fault=0\n    left out cost=10 fault=1: wrong: result 0 differs" in printed.out
     assert "1 cases left, about" in printed.err
-    assert "X90.json: all cases are measured. Use it with FASTVIT_TUNING=X90.json" in printed.err
+    assert f"X90.json: all cases are measured. Use it with FASTVIT_TUNING={Path.cwd()}/X90.json" in printed.err
     written = table.load(Path("X90.json"))
     assert written.provenance.measured and written.provenance.quick and len(written.entries) == 2
     assert command("--quick", "--json") == 0  # nothing is left to do

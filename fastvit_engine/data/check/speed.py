@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -176,6 +177,19 @@ def link_shards(pattern: str, folder: Path) -> None:
         (folder / f"{number:06d}-{Path(shard).name}").symlink_to(Path(shard).resolve())
 
 
+@contextmanager
+def naming_linked_shards(folder: Path) -> Iterator[None]:
+    """Errors inside name the shards that the links in `folder` lead to, which people know, and not the links."""
+    try:
+        yield
+    except UserError as error:
+        sentence = str(error)
+        for link in folder.iterdir() if folder.is_dir() else ():
+            if link.is_symlink():
+                sentence = sentence.replace(str(link), str(link.resolve()))
+        raise UserError(sentence) from error
+
+
 def repack_shards(source: Path, folder: Path, short_side: int, keys: SampleKeys) -> None:
     """Writes the samples again with images of at most this short side in pixels, as JPEG of quality 90."""
     folder.mkdir()
@@ -270,17 +284,19 @@ def measure_speed(
     workers = config.data.num_workers if workers is None else workers
     with tempfile.TemporaryDirectory() as scratch:
         folder, pattern = Path(scratch), argument
+        links = folder / "as-they-are"
         if all(is_local(shard) for shard in list_shards([argument], named="SHARDS")):
-            link_shards(argument, folder / "as-they-are")
-            pattern = str(folder / "as-they-are")
+            link_shards(argument, links)
+            pattern = str(links)
         found = [(argument, pattern)]
-        if repack is not None:
-            if pattern == argument:
-                raise UserError("--repack needs local shards: copy some to a local disk to measure on")
-            progress(f"making the images smaller: short side {repack}")
-            repack_shards(Path(pattern), folder / "repacked", repack, SampleKeys.of(config.data))
-            found.append((f"{argument}, short side {repack}", str(folder / "repacked")))
-        return [_measure(name, shards, config, workers, effort, folder, progress) for name, shards in found]
+        with naming_linked_shards(links):
+            if repack is not None:
+                if pattern == argument:
+                    raise UserError("--repack needs local shards: copy some to a local disk to measure on")
+                progress(f"making the images smaller: short side {repack}")
+                repack_shards(links, folder / "repacked", repack, SampleKeys.of(config.data))
+                found.append((f"{argument}, short side {repack}", str(folder / "repacked")))
+            return [_measure(name, shards, config, workers, effort, folder, progress) for name, shards in found]
 
 
 def _measure(

@@ -17,6 +17,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import struct
 import tempfile
 import time
@@ -44,6 +45,7 @@ from fastvit_engine.shown import public_url
 
 INDEX_NAME = "shards.index"
 INDEX_SUFFIX = ".index"
+LABEL_KEY = "cls"  # where labels are unless data.label_key says otherwise
 
 _MAGIC, _VERSION, _FIRST_VERSION = b"FVINDEX\0", 2, 1
 _HEADER = struct.Struct("<8sIIQQQ16s")  # magic, version, 0, samples, offset and bytes of the names, checksum
@@ -120,7 +122,7 @@ class Index:
         if None in numbers:
             raise UserError(
                 f"shard {shards[numbers.index(None)]} is not in the index {self.where}, or has another size there: add "
-                f"it with `fastvit data index SHARDS --out {self.where}`, where SHARDS names all shards"
+                f"it with `{self.command()}`, where SHARDS names all shards"
             )
         chosen = np.asarray(numbers, dtype=np.int64)
         names = ("sizes", "counts", "ends", "stamps", "fingerprints", "unlabelled", "first", "label_ranges", "verified")
@@ -157,9 +159,13 @@ class Index:
             if not whole:
                 raise UserError(
                     f"index {self.where} is damaged (where the samples of {self.shards[number]} begin is not what was "
-                    f"written): make it again with `fastvit data index SHARDS --out {self.where}`"
+                    f"written): make it again with `{self.command()}`"
                 )
             self.verified[number] = True
+
+    def command(self) -> str:
+        """The command that makes this index again, with its own source of labels."""
+        return index_command(self.where, self.label_key)
 
     def class_counts(self) -> dict[int, int]:
         """Samples of each label in ascending order of labels; a sample with several labels counts for each."""
@@ -182,18 +188,25 @@ class Index:
         self.__dict__.update(state, starts=_map_starts(state["path"]))
 
 
+def index_command(out: str, label_key: str) -> str:
+    """The command that makes the index `out`, for sentences that advise it."""
+    chosen = "" if label_key == LABEL_KEY else f" --label-key {shlex.quote(label_key)}"
+    return f"fastvit data index SHARDS --out {shlex.quote(out)}{chosen}"
+
+
 def is_index(content: bytes) -> bool:
     """Whether a file begins as an index does; `open_index` says whether it is a whole one."""
     return content.startswith(_MAGIC)
 
 
-def open_index(path: AnyPath, copies: Path | None = None) -> Index:
+def open_index(path: AnyPath, copies: Path | None = None, *, label_key: str = LABEL_KEY) -> Index:
     """Maps an index into memory. Raises UserError if the file is missing, damaged or of another version.
 
     A remote one is copied into the folder `copies`, where it must stay if the index is to be pickled; or else into a
-    temporary one.
+    temporary one. `label_key`: what errors advise to read labels from if they advise to make the index again.
     """
     shown = public_url(str(path))
+    again = index_command(shown, label_key)
     try:
         if isinstance(path, Path):
             index = _read_index(path, path)
@@ -203,18 +216,20 @@ def open_index(path: AnyPath, copies: Path | None = None) -> Index:
             with tempfile.TemporaryDirectory(prefix="fastvit-index-") as folder:
                 index = _read_index(_copy(path, Path(folder)), path)  # which stays mapped
     except FileNotFoundError:
-        raise UserError(
-            f"there is no index {shown}: make it with `fastvit data index SHARDS --out {shown}`, or correct its name"
-        ) from None
+        raise UserError(f"there is no index {shown}: make it with `{again}`, or correct its name") from None
     except OSError as error:
         raise UserError(f"index {shown} cannot be read ({error.strerror or error}): make it readable") from error
+    except _OtherVersion as error:
+        raise UserError(f"index {shown} {error}: make it again with `{again}`") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
-        raise UserError(
-            f"{shown} is not a whole index: make it again with `fastvit data index SHARDS --out {shown}`"
-        ) from None
+        raise UserError(f"{shown} is not a whole index: make it again with `{again}`") from None
     if index.starts.nbytes <= _VERIFIED_AT_ONCE:
         index.verify(range(len(index.shards)))
     return index
+
+
+class _OtherVersion(Exception):
+    """What the version of an index is, and should be."""
 
 
 def _copy(path: RemotePath, folder: Path) -> Path:
@@ -230,7 +245,7 @@ def _copy(path: RemotePath, folder: Path) -> Path:
 def _read_index(path: Path, where: AnyPath) -> Index:
     """The index in the file `path`, which was made as `where`: names of shards are relative to that folder.
 
-    Raises OSError, or ValueError and the like if the file is damaged.
+    Raises OSError, _OtherVersion, or ValueError and the like if the file is damaged.
     """
     shown = public_url(str(where))
     with open(path, "rb") as file:
@@ -239,10 +254,7 @@ def _read_index(path: Path, where: AnyPath) -> Index:
         if magic != _MAGIC:
             raise ValueError("another kind of file")
         if not _FIRST_VERSION <= version <= _VERSION:
-            raise UserError(
-                f"index {shown} has version {version} and this engine reads version {_VERSION}: make it again with "
-                f"`fastvit data index SHARDS --out {shown}`"
-            )
+            raise _OtherVersion(f"has version {version} and this engine reads version {_VERSION}")
         if os.fstat(file.fileno()).st_size != _HEADER.size + 4 * samples + names_at + names_size:
             raise ValueError("too short or too long")
         file.seek(_HEADER.size + 4 * samples)
@@ -261,7 +273,7 @@ def _read_index(path: Path, where: AnyPath) -> Index:
         if shard.startswith("pipe:"):
             raise UserError(
                 f"index {shown} names the command {shard!r}, which runs only if it is given on the command line or "
-                f"in a recipe: make the index again with `fastvit data index SHARDS --out {shown}`"
+                f"in a recipe: make the index again with `{index_command(shown, names['label_key'])}`"
             )
     label_ends = columns.pop("label_ends")
     folder = os.path.join(str(where.parent), "")
@@ -286,7 +298,7 @@ def write_index(
     shards: Sequence[str],
     path: AnyPath,
     *,
-    label_key: str = "cls",
+    label_key: str = LABEL_KEY,
     processes: int | None = None,
     records: Mapping[str, ShardRecord] | None = None,
     run: Callable[..., Iterable[Any]] | None = None,

@@ -160,7 +160,10 @@ def open_storage(indexes: list[Index], data: DataConfig) -> ShardStorage:
     sizes = [int(size) for index in indexes for size in index.sizes]
     cache_bytes = None if data.cache_gb is None else int(data.cache_gb * 1e9)
     cache_dir = None if data.cache is None else Path(data.cache)
-    return ShardStorage(shards, sizes, cache_dir=cache_dir, cache_bytes=cache_bytes)
+    remedies: list[str] = []
+    for index in indexes:
+        remedies += [f"restore the shard, or make the index again with `{index.command()}`"] * len(index.shards)
+    return ShardStorage(shards, sizes, cache_dir=cache_dir, cache_bytes=cache_bytes, remedies=remedies)
 
 
 def build_order(config: Config, sources: tuple[TrainSource, ...], indexes: list[Index]) -> Order:

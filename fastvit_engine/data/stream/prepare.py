@@ -14,7 +14,15 @@ import numpy as np
 from fastvit_engine.config import Config, DataSource
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard, stamp_of_local
-from fastvit_engine.data.shards.index import INDEX_NAME, INDEX_SUFFIX, Index, is_index, open_index, write_index
+from fastvit_engine.data.shards.index import (
+    INDEX_NAME,
+    INDEX_SUFFIX,
+    Index,
+    index_command,
+    is_index,
+    open_index,
+    write_index,
+)
 from fastvit_engine.data.shards.names import Split, fetch_beside, find_shards, info_beside, is_local
 from fastvit_engine.data.shards.remote_path import any_path
 from fastvit_engine.data.shards.sample import Sample, parse_sample
@@ -126,10 +134,10 @@ def _find_index(
 ) -> Index:
     """The index of the shards that `pattern` names, in their sorted order; adds to `notes` as `find_shards` does."""
     if pattern.endswith(INDEX_SUFFIX):
-        return _of_split(open_index(any_path(pattern), fallback), split, notes)
+        return _of_split(open_index(any_path(pattern), fallback, label_key=config.data.label_key), split, notes)
     shards = find_shards(pattern, split, notes)
     if named is not None:
-        index = open_index(any_path(named), fallback)
+        index = open_index(any_path(named), fallback, label_key=config.data.label_key)
         if split == "train" or None not in index.find(shards):  # which need not hold the evaluation shards
             return _unchanged_in_size(index.select(shards))
     beside = _remote_index(shards, config.data.label_key, fallback)
@@ -140,7 +148,7 @@ def _find_index(
             use_it = "set data.index to it" if split == "train" else "set data.eval to it"
             raise UserError(
                 f"data.{split} names the shard {shard}, which is not local: make an index of the shards with "
-                f"`fastvit data index SHARDS --out FILE.index` and {use_it}, or set data.order to stream"
+                f"`{index_command('FILE.index', config.data.label_key)}` and {use_it}, or set data.order to stream"
             )
     folders = {os.path.dirname(shard) for shard in shards}
     paths = [fallback / f"{split}{INDEX_SUFFIX}"]
@@ -185,7 +193,7 @@ def _unchanged_in_size(index: Index) -> Index:
         if is_local(shard) and os.stat(shard).st_size != size:
             raise UserError(
                 f"shard {shard} has changed since the index {index.where} was made: make it again with "
-                f"`fastvit data index SHARDS --out {index.where}`"
+                f"`{index.command()}`"
             )
     return index
 
@@ -288,7 +296,7 @@ def _read_rows(index: Index, storage: ShardStorage, shard: int, rows: Sequence[i
 
 
 def _again(index: Index) -> str:
-    return f"remove the index, and make it again with `fastvit data index SHARDS --out {index.where}`"
+    return f"remove the index, and make it again with `{index.command()}`"
 
 
 def _check_classes(shards: Sequence[str], split: Split, config: Config) -> None:
@@ -327,7 +335,9 @@ def eval_streams(config: Config, notes: list[str] | None = None) -> StreamedShar
         return None
     named = config.data.eval
     if named.endswith(INDEX_SUFFIX):
-        index = _of_split(open_index(any_path(named)), "eval", [] if notes is None else notes)
+        index = _of_split(
+            open_index(any_path(named), label_key=config.data.label_key), "eval", [] if notes is None else notes
+        )
         shards = list(index.shards)
     else:
         shards = find_shards(named, "eval", notes)

@@ -9,6 +9,7 @@ Cases come in order of importance and the file is written after each: if stopped
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -104,7 +105,7 @@ def measure(arguments: argparse.Namespace, machine: LocalGpu) -> int:
         print(f"passed over, as it broke the GPU: {case} ({reason})", file=sys.stderr)
     left = unknown(table, cases)
     what = f"{left} cases are left: run the same command again" if left else "all cases are measured"
-    print(f"{path}: {what}. Use it with FASTVIT_TUNING={path}", file=sys.stderr)
+    print(f"{path}: {what}. Use it with FASTVIT_TUNING={shlex.quote(str(path.resolve()))}", file=sys.stderr)
     return 0
 
 

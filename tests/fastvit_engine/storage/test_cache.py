@@ -128,7 +128,7 @@ def test_a_shard_of_another_size_or_gone_is_one_error(server, open_storage, fold
     storage = open_storage()
     with pytest.raises(
         UserError,
-        match=r"/3\.tar has 100002 bytes instead of the 100003 in the index: restore the shard, or make",
+        match=r"/3\.tar has 100002 bytes instead of 100003: run the same command again",
     ):
         storage.read(3, 0, 10)
     with pytest.raises(UserError, match=r"/4\.tar cannot be read \(HTTP 404"):

@@ -143,7 +143,7 @@ def test_what_no_attempt_will_cure(faulty, status, message):
 
 @pytest.mark.parametrize("size", [SIZE - 1, SIZE + 1000])
 def test_another_size_than_the_index_says(faulty, size):
-    with pytest.raises(UserError, match=f"a.tar has {SIZE} bytes instead of the {size} in the index"):
+    with pytest.raises(UserError, match=f"a.tar has {SIZE} bytes instead of {size}"):
         ShardStorage(["s3://bucket/a.tar"], [size]).read(0, size - 10, 10)
 
 

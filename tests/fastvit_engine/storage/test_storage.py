@@ -110,7 +110,7 @@ def test_local_errors_name_the_shard(files):
     files[1].write_bytes(b"x" * 1002)
     with pytest.raises(
         UserError,
-        match=r"/1\.tar has 1002 bytes instead of the 1001 in the index: restore the shard, or make",
+        match=r"/1\.tar has 1002 bytes instead of 1001: run the same command again",
     ):
         storage.read(1, 0, 10)
     storage.read(2, 0, 10)
@@ -294,7 +294,7 @@ def test_another_size_than_the_index_says(server, fault, size):
     server.always = {"/a.tar": fault} if fault else {}
     with pytest.raises(
         UserError,
-        match=f"/a.tar has {SIZE} bytes instead of the {size} in the index: restore the shard, or make",
+        match=f"/a.tar has {SIZE} bytes instead of {size}: run the same command again",
     ):
         ShardStorage([server.url("/a.tar")], [size]).read(0, size - 10, 10)
 

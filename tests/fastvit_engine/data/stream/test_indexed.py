@@ -137,7 +137,9 @@ def test_a_shard_that_is_damaged_while_training_costs_its_samples(
     assert bad.key == "a.tar#2" and "has a damaged header" in bad.reason
     assert {key: weight for key, weight in zip(batch.keys, batch.weights, strict=True) if weight == 0} == {"a.tar#2": 0}
     path.write_bytes(whole[:third])
-    with pytest.raises(UserError, match=r"a\.tar has .* bytes instead of the .* in the index"):
+    with pytest.raises(
+        UserError, match=r"a\.tar has .* bytes instead of .*: restore the shard, or make the index again"
+    ):
         next(_train(config, data, micro_batch_size=6))
     path.unlink()
     with pytest.raises(UserError, match=r"a\.tar does not exist"):
