@@ -98,6 +98,11 @@ def test_flip_mirrors_half_of_the_images():
     assert 160 < sum(mirrored) < 240
 
 
+def test_without_flip_no_image_is_mirrored():
+    augment = AugmentConfig(crop="resize", flip=False)
+    assert not any(_train(_ramp(20, 20), 16, augment, seed)[0, 0, 1] > 125 for seed in range(40))
+
+
 def test_mirrored_view_is_the_other_one_mirrored():
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     view = View(5, 9, 31, 43, resized=(24, 24))
