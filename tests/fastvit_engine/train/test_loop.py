@@ -1,6 +1,7 @@
-"""A whole run against the same training written out in plain PyTorch."""
+"""A whole run, and one that resumes, against the same training written out in plain PyTorch."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ SETTINGS = [
     "optimizer.eps=1e-3",
     "optimizer.weight_decay=0.2",
     f"ema.decay={DECAY}",
+    "checkpoint.every=2 steps",
     "augment.randaugment_ops=1",
     "augment.mixup=0.3",
     "loss.label_smoothing=0.1",
@@ -69,6 +71,17 @@ def test_a_run_is_the_training_that_its_configuration_describes(train, tmp_path)
         expected.append((step + 1, loss.item(), norm.item(), rate))
 
     assert max(norm for _, _, norm, _ in expected) > CLIP
+    assert_trained(run, expected, parameters, average)
+    shutil.rmtree(run / "checkpoints" / "step-00000006")  # as if it had been killed before that
+    (run / "checkpoints" / "latest").write_text("step-00000004")
+    for file in ("model.safetensors", "model_ema.safetensors"):
+        (run / file).unlink()
+    train(run, *SETTINGS, resume="auto")
+    assert_trained(run, expected, parameters, average)
+
+
+def assert_trained(run, expected, parameters, average):
+    """Each step with its loss, gradient norm and learning rate, and the weights at the end with their average."""
     rows, _ = read_metrics(run / "metrics.jsonl")
     for row, values in zip(rows, expected, strict=True):
         assert (row["step"], row["loss"], row["grad_norm"], row["lr"]) == pytest.approx(values, rel=1e-4)
