@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastvit_engine.data.build.make import make_dataset
+from fastvit_engine.files import atomic_write
 from tests.cluster.harness import REPOSITORY, STEPS, Jobs, losses
 from tests.cluster.hosts import Hosts, missing
 
@@ -96,3 +97,29 @@ def slowly(tmp_path, monkeypatch, environment):
         "    loop.take_step = slow_step\n"
     )
     monkeypatch.setitem(environment, "PYTHONPATH", f"{folder}:{environment['PYTHONPATH']}")
+
+
+@pytest.fixture
+def pace(tmp_path, monkeypatch, environment):
+    """`pace(steps)` lets runs do that many steps and then wait there for more, or until they are asked to leave."""
+    folder = tmp_path / "pace"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os\n"
+        "if 'RANK' in os.environ:\n"
+        "    import time\n"
+        "    from fastvit_engine.train import loop\n"
+        "    take_step = loop.take_step\n"
+        "    def step_in_time(job, step, *arguments, **options):\n"
+        f"        while step >= int(open({str(folder / 'steps')!r}).read()) and not job.processes.preemption.signal:\n"
+        "            time.sleep(0.02)\n"
+        "        return take_step(job, step, *arguments, **options)\n"
+        "    loop.take_step = step_in_time\n"
+    )
+    monkeypatch.setitem(environment, "PYTHONPATH", f"{folder}:{environment['PYTHONPATH']}")
+
+    def allow(steps):
+        atomic_write(folder / "steps", str(steps))
+
+    allow(10**9)
+    return allow

@@ -15,6 +15,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 RUN = ["bash", str(LAUNCH / "torchrun" / "run.sh")]
 matrix = pytest.mark.skipif(not EVERYTHING, reason="the whole matrix takes minutes: FASTVIT_TEST_CLUSTER=all")
+SLOW = 400  # seconds that anything may take on a machine that does other things too
 
 
 @pytest.fixture
@@ -85,40 +86,55 @@ def test_bad_input_is_said_at_once_and_not_tried_again(jobs, torchrun, training,
 
 
 @matrix
-def test_an_elastic_job_trains_any_batch_on_any_number_of_hosts(training, environment, slowly, tmp_path):
-    """32 images on 4 hosts, on 3 and again on 4: 8 images each; 11, 11 and 10; 8 each."""
-    out, settings = tmp_path / "run", ["train.global_batch_size=32", "train.duration=60 steps", "train.log_every=1"]
+@pytest.mark.timeout(1800)
+def test_an_elastic_job_trains_any_batch_on_any_number_of_hosts(training, environment, pace, tmp_path):
+    """32 images on 4 hosts, on 3 and again on 4: 8 images each; 11, 11 and 10; 8 each.
+
+    However slow the machine is, hosts leave and come only while the job waits for them.
+    """
+    out, settings = tmp_path / "run", ["train.global_batch_size=32", "train.duration=40 steps", "train.log_every=1"]
     if reason := missing():
         pytest.skip(reason)
     with Hosts(4) as hosts:
         jobs = Jobs(hosts, tmp_path, environment)
 
         def start(host, arguments, nodes):
-            common = ["--head", hosts.name(0), "--nodes", nodes, "--processes-per-node", "1", "--max-restarts", "3"]
+            common = ["--head", hosts.name(0), "--nodes", nodes, "--processes-per-node", "1", "--max-restarts", "9"]
             return jobs.start(host, [*RUN, *common, "--", *arguments])
+
+        def train_on(size):
+            """Four steps on so many hosts; then the job waits."""
+            started = f"a start on {size} hosts"
+            wait_until(lambda: sizes_of(out)[-1:] == [size], SLOW, what=started)
+            steps = steps_done(out) + 4
+            pace(steps)
+            wait_until(lambda: steps_done(out) == steps, SLOW, what=f"{steps} steps, the last on {size} hosts")
 
         try:
             alone = start(0, training(tmp_path / "alone", *settings), "1")
-            assert alone.wait(timeout=240) == 0, alone.log.read_text()
+            assert alone.wait(timeout=SLOW) == 0, alone.log.read_text()
+            pace(0)
             elastic = training(out, *settings, "checkpoint.every=3 steps")
             first = [start(host, elastic, "3:4") for host in range(4)]
-            wait_until(lambda: steps_done(out) >= 4, what="four steps on four hosts")
+            train_on(4)
             hosts.kill_all(3)
-            wait_until(lambda: sizes_of(out)[-1] == 3, what="a start on three hosts")
-            before = steps_done(out)
-            wait_until(lambda: steps_done(out) >= before + 4, what="four steps on three hosts")
+            train_on(3)
             running = [*first[:3], start(3, elastic, "3:4")]
-            codes = [process.wait(timeout=240) for process in running]
+            train_on(4)
+            pace(10**9)
+            codes = [process.wait(timeout=SLOW) for process in running]
             assert codes == [0] * 4, "".join(process.log.read_text(errors="replace") for process in running)
         finally:
             jobs.close()
-    assert sizes_of(out) == [4, 3, 4]
+    assert sizes_of(out)[-3:] == [4, 3, 4]  # it may have begun on three, if the fourth was late
     assert_same_curve(out, losses(tmp_path / "alone"))
 
 
 def sizes_of(out):
     """The number of processes of each start of a run, without repetitions."""
-    sizes = [event["world_size"] for event in read_events(RunFolder(out)) if event["event"] == "start"]
+    if not (run := RunFolder(out)).events.exists():
+        return []
+    sizes = [event["world_size"] for event in read_events(run) if event["event"] == "start"]
     return [size for number, size in enumerate(sizes) if number == 0 or size != sizes[number - 1]]
 
 

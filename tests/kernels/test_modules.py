@@ -80,6 +80,16 @@ def test_layer_scale_starts_at_its_initial_value() -> None:
     assert block.state_dict()["ls1.gamma"].tolist() == block.state_dict()["ls2.gamma"].tolist() == [0.25] * 8
 
 
+def test_the_default_eps_is_that_of_vision_transformers() -> None:
+    """1e-6, with which inputs as small as these differ from those under PyTorch's 1e-5 by half."""
+    x = 1e-3 * torch.randn(2, 3, 8)
+    expected = torch.nn.functional.layer_norm(x, (8,), eps=1e-6)
+    torch.testing.assert_close(FusedLayerNorm(8)(x), expected)
+    torch.testing.assert_close(layer_norm(x, torch.ones(8), torch.zeros(8)), expected)
+    block, mlp = FusedBlock(8, 2, 20), FusedLayerNormMLP(8, 20)
+    assert {norm.eps for norm in (block.norm1, block.norm2, mlp.norm)} == {block.eps, mlp.eps} == {1e-6}
+
+
 def test_layer_norm_uses_its_parameters_and_eps() -> None:
     module, x = randomise(FusedLayerNorm(8, eps=0.5)), torch.randn(2, 3, 8)
     assert torch.equal(module(x), layer_norm(x, module.weight, module.bias, eps=0.5))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels import attention_block, dispatch, drop_path_subset, layer_norm_mlp
-from fastvit_kernels.residual import merge_samples_op, split_samples_op
+from fastvit_kernels.residual import draw_path_scale, merge_samples_op, split_samples_op
 from tests.kernels.numerics import assert_accurate
 
 RATE = 0.4
@@ -146,3 +146,13 @@ def test_the_gpu_is_not_waited_for(device: torch.device) -> None:
 def test_rate_is_checked() -> None:
     with pytest.raises(ValueError, match="drop_path must be at least 0 and below 1, got 1"):
         drop_path_subset(half_block, torch.zeros(2, 1, 1), drop_path=1.0)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.8])
+def test_kept_branches_are_scaled_so_that_the_expectation_does_not_change(rate: float) -> None:
+    scale = draw_path_scale(torch.empty(20_000, 1), rate)
+    assert scale is not None
+    kept = scale[scale != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - rate)))
+    assert abs(len(kept) / len(scale) - (1 - rate)) < 0.02
+    assert draw_path_scale(torch.empty(4, 1), 0.0) is None

@@ -34,11 +34,11 @@ from fastvit_engine.data.build.ray_worker import (
     Token,
     Work,
     check_node,
+    end_processes,
     fetch,
     identity,
     run_task,
     seen,
-    wait_for_end,
 )
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted
@@ -49,7 +49,7 @@ _LOOK_SECONDS = 5.0  # between looks at the nodes
 _EMPTY_SECONDS = 60.0  # that the cluster may be without a CPU
 _ANSWER_SECONDS = 10.0  # for a connection to the cluster
 _CHECK_SECONDS = 120.0  # for a process to start on a node and to check it
-_END_SECONDS = 10.0  # for cancelled tasks to end
+_END_SECONDS = 10.0  # for the processes of tasks to end
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ class RayCluster:
         self._counters: dict[str, tuple[Counter, int]] = {}  # those of the current map, with their value before it
         self._run = ray.remote(num_cpus=1, max_retries=_RETRIES, scheduling_strategy="SPREAD")(run_task)
         self._check = ray.remote(num_cpus=0, max_retries=_RETRIES)(check_node)
-        self._wait = ray.remote(num_cpus=0, max_retries=0)(wait_for_end)
+        self._end = ray.remote(num_cpus=0, max_retries=0)(end_processes)
         here = _on(ray.get_runtime_context().get_node_id())
         self._progress: Any = ray.remote(num_cpus=0)(Progress).options(scheduling_strategy=here).remote()
 
@@ -209,7 +209,7 @@ class RayCluster:
         except RayError as error:
             raise UserError(_about_loss(error)) from error
         finally:
-            self._cancel(pending)
+            self._end_tasks(pending)
 
     def _remove_token(self) -> None:
         if self._token is not None:
@@ -233,17 +233,18 @@ class RayCluster:
         self._counters[key] = counter, counter.value
         return key, counter.value
 
-    def _cancel(self, pending: dict[ray.ObjectRef, int]) -> None:
-        """Ends tasks by force, and waits until their processes have ended: none writes after that."""
+    def _end_tasks(self, pending: dict[ray.ObjectRef, int]) -> None:
+        """Ends the tasks of the map by force, and waits until their processes have ended: none writes after that.
+
+        Not with ray.cancel: Ray 2.60 ends this process if it is told to cancel a task whose result is just arriving.
+        Ray starts tasks again whose process was killed; they find that their map has ended, and return.
+        """
         if not pending or not ray.is_initialized():
             return
         with contextlib.suppress(RayError):
-            for reference in pending:
-                ray.cancel(reference, force=True)
-            ray.wait(list(pending), num_returns=len(pending), timeout=_END_SECONDS)
-            processes: dict[str, list[int]] = fetch(self._progress.processes.remote(list(pending.values())))
+            processes: dict[str, list[int]] = fetch(self._progress.stop.remote(list(pending.values())))
             ends = [
-                self._wait.options(scheduling_strategy=_on(node)).remote(processes[node], _END_SECONDS)
+                self._end.options(scheduling_strategy=_on(node)).remote(processes[node], _END_SECONDS)
                 for node in (node["NodeID"] for node in _nodes())
                 if node in processes
             ]

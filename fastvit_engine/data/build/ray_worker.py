@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import signal
 import socket
 import time
 import traceback
@@ -85,10 +86,10 @@ def seen(path: str) -> tuple[int, ...]:
 def run_task(work: Work, number: int, task: Any) -> Outcome:
     """Runs one task, on a node that has been checked."""
     try:
+        if not _report.begin(work, number):
+            return Outcome(lost="its map has ended")
         _admit(work.admission)
-        function = _function(work.function)
-        _report.begin(work, number)
-        result = function(task)
+        result = _function(work.function)(task)
         _report.end()
         return Outcome(result)
     except UserError as error:
@@ -108,10 +109,14 @@ def check_node(admission: list[ray.ObjectRef]) -> str | None:
     return None
 
 
-def wait_for_end(processes: list[int], seconds: float) -> None:
-    """Waits until these processes of this node, whose tasks were cancelled, have ended."""
+def end_processes(processes: list[int], seconds: float) -> None:
+    """Kills these processes of this node, whose tasks are no longer wanted, and waits until they have ended."""
+    others = [process for process in processes if process != os.getpid()]
+    for process in others:
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
     deadline = time.monotonic() + seconds
-    while any(process != os.getpid() and is_alive(process) for process in processes) and time.monotonic() < deadline:
+    while any(is_alive(process) for process in others) and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
@@ -229,13 +234,16 @@ class Progress:
         """Begins another map."""
         self._map, self._by_task, self._totals, self._processes = map, {}, Totals(), {}
 
-    def begin(self, map: str, number: int, node: str, process: int) -> None:
-        """Remembers the process that runs a task."""
-        if map == self._map:
-            self._processes[number] = node, process
+    def begin(self, map: str, number: int, node: str, process: int) -> bool:
+        """Remembers the process that runs a task; False if the map has ended, and the task must not run."""
+        if map != self._map:
+            return False
+        self._processes[number] = node, process
+        return True
 
-    def processes(self, numbers: list[int]) -> dict[str, list[int]]:
-        """The processes that have begun these tasks, by node."""
+    def stop(self, numbers: list[int]) -> dict[str, list[int]]:
+        """Ends the map: no more of its tasks begin. Returns the processes that have begun these tasks, by node."""
+        self._map = ""
         by_node: dict[str, list[int]] = {}
         for node, process in (self._processes[number] for number in numbers if number in self._processes):
             by_node.setdefault(node, []).append(process)
@@ -259,12 +267,12 @@ class _Report:
     def __init__(self) -> None:
         self._work: Work | None = None
 
-    def begin(self, work: Work, number: int) -> None:
-        """Raises RayError."""
+    def begin(self, work: Work, number: int) -> bool:
+        """Whether the task may run: its map has not ended. Raises RayError."""
         self._work, self._number, self._counts = work, number, Totals[str]()
         self._sent_at = time.monotonic()
         node = ray.get_runtime_context().get_node_id()
-        ray.get(work.progress.begin.remote(work.map, number, node, os.getpid()))
+        return bool(fetch(work.progress.begin.remote(work.map, number, node, os.getpid())))
 
     def add(self, key: str, count: int) -> None:
         self._counts[key] += count

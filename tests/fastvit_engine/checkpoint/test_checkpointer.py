@@ -152,6 +152,32 @@ def test_all_comes_back_in_another_process_and_in_this_one(training, tmp_path, w
     assert_same(training.everything(), other.everything())
 
 
+def test_the_engine_publishes_what_was_loaded_and_counts_from_there(training, monkeypatch):
+    saved, expected = training.save(3), training.everything()
+    training.train(2)
+    told = []
+    monkeypatch.setattr(training.engine, "publish", lambda: told.append(("publish", training.everything())))
+    monkeypatch.setattr(training.engine, "reset_progress", lambda step: told.append(("reset", step)))
+    training.checkpointer.load(saved)
+    (publish, published), reset = told
+    assert publish == "publish" and reset == ("reset", 3)
+    assert_same(published, expected)
+
+
+@pytest.mark.parametrize("place", [0, 1, 31, 64, 100, 139])
+def test_every_byte_of_a_parameter_is_covered_by_its_checksum(training, place):
+    saved = training.save(3)
+    stored = saved.read_manifest().files["rank-00000.safetensors"]
+    (tensor,) = [tensor for kind, name, tensor in stored.tensors if (kind, name) == ("weight", "0.weight")]
+    assert tensor.nbytes == 7 * 5 * 4
+    path = training.store.folder / saved.name / "rank-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[tensor.offset + place] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DamagedCheckpoint, match=r"does not hold the bytes of parameter '0\.weight' \(weight\)"):
+        training.checkpointer.load(saved)
+
+
 def test_a_checkpoint_before_the_first_step_leaves_no_moments(tmp_path, world):
     training = Training(tmp_path / "run", world)
     saved, expected = training.save(0), training.everything()

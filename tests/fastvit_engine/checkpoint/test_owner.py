@@ -15,6 +15,7 @@ from dataclasses import asdict
 import pytest
 
 from fastvit_engine.checkpoint import open_store, owner
+from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.checkpoint.owner import RUN_ID, Owner, own, process_start
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.errors import UserError
@@ -234,6 +235,20 @@ def test_an_owner_on_another_machine_is_alive_as_long_as_its_record_changes(run)
     assert said == [
         f"run folder {run.path} belongs to process 4321 on node-7: waiting up to 1 s to see whether that is alive"
     ]
+
+
+def test_an_owner_keeps_all_its_records_fresh(run, place):
+    """Another machine sees that it is alive: neither record stays as it is, even if nothing is written."""
+    stores = [LocalStore(run.path), open_store(place)]
+    with own(CheckpointConfig(path=place), run) as owned:
+        seen = [{store.read_owner("owner-1.json")} for store in stores]
+        deadline = time.monotonic() + 30
+        while min(map(len, seen)) < 4:  # the first, and three heartbeats
+            assert time.monotonic() < deadline, [len(contents) for contents in seen]
+            time.sleep(0.02)
+            for store, contents in zip(stores, seen, strict=True):
+                contents.add(store.read_owner("owner-1.json"))
+        owned.check()
 
 
 @pytest.mark.parametrize("age", [0, -3600, 50 * 365 * 86400])

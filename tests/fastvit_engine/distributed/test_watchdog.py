@@ -5,14 +5,17 @@ import signal
 import sys
 import time
 from multiprocessing import get_context
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from fastvit_engine.config import WatchdogConfig
+from fastvit_engine.distributed import watchdog as module
 from fastvit_engine.distributed.stacks import collect_stacks
 from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.distributed.watchdog import Watchdog
-from fastvit_engine.distributed.world import join_world
+from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.errors import RestartError, UserError
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
@@ -181,3 +184,49 @@ def test_stack_traces_on_request_come_from_all_ranks(start, run):
     assert not (run.stacks / "request").exists()
     assert collect_stacks(run, 2, seconds=0) == []
     assert read_events(run) == []
+
+
+class MemoryStore:
+    """The job's key-value store, within this process."""
+
+    def __init__(self):
+        self.values = {}
+
+    def set(self, key, value):
+        self.values[key] = value.encode()
+
+    def get(self, key):
+        return self.values.get(key, b"")
+
+    def multi_get(self, keys):
+        return [self.get(key) for key in keys]
+
+    def compare_set(self, key, expected, value):
+        if self.get(key) == expected.encode():
+            self.set(key, value)
+        return self.get(key)
+
+
+@pytest.mark.parametrize(("slow", "bound"), [(False, 4.0), (True, 50.0)])
+def test_a_hang_is_one_as_soon_as_nothing_has_happened_for_the_time_that_is_configured(run, monkeypatch, slow, bound):
+    clock, left = [100.0], []
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    world = World(0, 1, torch.device("cpu"))
+    watchdog = Watchdog(run, world, WatchdogConfig(timeout_seconds=4, slow_phase_seconds=50))
+    watchdog._store, watchdog._heard = MemoryStore(), [100.0]
+    monkeypatch.setattr(watchdog, "_leave_together", lambda **hang: left.append(hang))
+
+    def exchange(at):
+        clock[0] = at
+        watchdog._exchange()
+
+    watchdog.begin(7)
+    watchdog.step_done(8)
+    for began in (101.0, 200.0):  # the second is progress
+        watchdog.phase("backward", slow=slow)
+        exchange(began)
+        exchange(began + bound - 0.1)
+        assert not left
+    exchange(200.0 + bound + 0.1)
+    assert len(left) == 1

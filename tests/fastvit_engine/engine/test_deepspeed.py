@@ -60,7 +60,8 @@ def build(lone_world, monkeypatch):
         }
         if precision != "fp32" and stage > 0:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        engines.append(initialize(model, torch.optim.AdamW(model.parameters()), settings))
+        groups = [{"params": [layer.weight for layer in model]}, {"params": [layer.bias for layer in model]}]
+        engines.append(initialize(model, torch.optim.AdamW(groups), settings))
         return engines[-1]
 
     yield make
@@ -109,6 +110,92 @@ def test_everything_used_is_there(build, stage, precision, offload, layout):
     assert bool(scaled) == (precision == "fp16")
     engine.reset_progress(7)
     assert (engine._engine.global_steps, engine._engine.micro_steps) == (7, 7)
+
+
+def take_step(engine, precision, inputs):
+    """One step with gradients that are far above the clipping limit of 1."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    engine.backward(engine.model(inputs.to(dtype)).float().square().mean() * 50)
+    engine.step()
+
+
+def everything(engine):
+    slices = {"weight": engine.master_weights(), **engine.optimizer_state()}
+    return {(kind, part.name): part.values.clone() for kind, of_kind in slices.items() for part in of_kind}
+
+
+def weights(engine):
+    return {part.name: part.values.clone() for part in engine.master_weights()}
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    assert [key for key, values in one.items() if not torch.equal(values, other[key])] == []
+
+
+STEPPING = [
+    (0, "fp32", Plain),
+    (0, "bf16", Unpartitioned16Bit),
+    (2, "fp32", Zero1And2),
+    (2, "fp16", Zero1And2),
+    (1, "bf16", Zero1Bf16),
+    (3, "fp32", Zero3),
+]
+
+
+@pytest.mark.parametrize(("stage", "precision", "layout"), STEPPING)
+def test_a_step_clips_learns_at_the_rate_of_all_groups_and_changes_nothing_unless_approved(
+    build, stage, precision, layout
+):
+    engine, inputs = build(stage, precision), torch.ones(4, 12)
+    approved, norms = [True], []
+
+    def approve(norm):
+        norms.append(float(norm))
+        return approved[0]
+
+    engine.approve_updates(approve)
+    engine.set_learning_rate(0.0)
+    first = weights(engine)
+    while not norms:  # fp16: until the loss scale is low enough
+        take_step(engine, precision, inputs)
+    after = everything(engine)
+    assert norms[0] > 2  # before clipping
+    moments = torch.cat([values for (kind, _), values in after.items() if kind == "exp_avg"])
+    assert moments.norm().item() / 0.1 == pytest.approx(1.0, rel=0.02)  # 1 - beta of a gradient of norm 1
+    assert_equal(first, weights(engine))
+
+    approved[0], asked = False, len(norms)
+    engine.set_learning_rate(0.01)
+    take_step(engine, precision, inputs)
+    assert len(norms) > asked
+    assert_equal(after, everything(engine))
+
+    approved[0] = True
+    take_step(engine, precision, inputs)
+    assert [name for name, values in weights(engine).items() if torch.equal(values, first[name])] == []
+
+
+@pytest.mark.parametrize(("stage", "precision", "layout"), STEPPING)
+def test_an_engine_with_the_state_of_another_goes_on_as_that_one(build, stage, precision, layout):
+    inputs = torch.randn(4, 12, generator=torch.Generator().manual_seed(1))
+    one, other = build(stage, precision), build(stage, precision)
+    while one.scalars().get("optimizer.step", 0) < 3:
+        take_step(one, precision, inputs)
+    take_step(other, precision, 2 * inputs)  # another past
+    other.backward(other.model(next(iter(other.model.parameters())).new_ones(4, 12)).float().mean())  # half a step
+    saved, scalars = everything(one), one.scalars()
+    other.prepare_optimizer(["exp_avg", "exp_avg_sq"], scalars)
+    for kind, slices in {"weight": other.master_weights(), **other.optimizer_state()}.items():
+        for part in slices:
+            part.values.copy_(saved[kind, part.name])
+    other.publish()
+    other.reset_progress(3)
+    assert other.scalars() == scalars
+    for engine in (one, other):
+        take_step(engine, precision, inputs)
+    assert_equal(everything(one), everything(other))
+    assert one.scalars() == other.scalars()
 
 
 class Without:

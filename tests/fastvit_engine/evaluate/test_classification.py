@@ -80,6 +80,20 @@ def test_the_evaluator_writes_a_row_and_shows_its_examples():
     assert model.training and (evaluator.name, evaluator.every_steps) == ("eval", 5)
 
 
+class Dropping(Ranking):
+    """Leaves out most of what it says while it trains."""
+
+    def forward(self, images):
+        return torch.nn.functional.dropout(super().forward(images), 0.9, self.training)
+
+
+def test_nothing_that_is_random_in_training_is_active():
+    batch, criterion = _batch([0, 1, 2, 3], [0, 3, 1, 3], [1.0] * 4), FusedCrossEntropy("softmax")
+    training = Dropping().train()
+    assert evaluate(training, [batch], criterion, WORLD) == evaluate(Ranking(), [batch], criterion, WORLD)
+    assert training.training
+
+
 def test_without_a_world_it_is_this_process_alone():
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 7))
     batch = _batch([0, 1], [0, 3], [1.0, 1.0])._replace(images=torch.ones(2, 2, 2, 3))

@@ -70,3 +70,25 @@ def test_the_model_sees_images_that_have_passed_through_as_many_operations_as_co
     build_objective(Config.model_validate({"augment": augment}), CPU).losses(model, batch)
     expected = randaugment(pixels, np.arange(4), num_ops=operations, magnitude=magnitude)
     assert torch.equal(seen[0], expected) and torch.equal(expected, pixels) == (operations == 0)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.5, 0.0), (0.0, 1.0), (0.5, 1.0)])
+def test_the_model_sees_images_that_are_mixed_as_configured_and_their_labels_have_the_weights(mixup, cutmix):
+    pixels = torch.randint(0, 256, (16, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels, logits = torch.arange(16) % 5, torch.randn(16, 5, generator=torch.Generator().manual_seed(1))
+    data = {"mean": [0.5, 0.4, 0.3], "std": [0.5, 0.25, 0.2]}
+    config = Config.model_validate({"augment": {"mixup": mixup, "cutmix": cutmix}, "data": data})
+    seen = []
+
+    def model(images: torch.Tensor) -> torch.Tensor:
+        seen.append(images)
+        return logits
+
+    batch = Batch(pixels, labels, torch.ones(16), list("abcdefghijklmnop"), np.arange(16))
+    losses = build_objective(config, CPU).losses(model, batch)
+    expected = mix(pixels, labels, np.arange(16), mixup=mixup, cutmix=cutmix, **data)
+    assert torch.equal(seen[0], expected.images)
+    own, partners = (
+        torch.nn.functional.cross_entropy(logits, given, reduction="none") for given in (labels, expected.labels_b)
+    )
+    torch.testing.assert_close(losses, expected.weight * own + (1 - expected.weight) * partners)

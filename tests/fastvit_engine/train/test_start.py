@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvit_engine.checkpoint import Manifest
+from fastvit_engine.checkpoint import Manifest, Recovery
 from fastvit_engine.config import Config, load_config
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.defaults import Machine, choose
+from fastvit_engine.train.recovery import save_recovery
 from fastvit_engine.train.start import preflight, record_batch_change
 
 
@@ -38,9 +39,20 @@ def shards(tmp_path):
 
 
 def start(
-    run, train, resume=True, duration="100 steps", processes=1, augment=None, batch=8, allow=False, model=None, **data
+    run,
+    train,
+    resume=True,
+    duration="100 steps",
+    processes=1,
+    augment=None,
+    batch=8,
+    allow=False,
+    model=None,
+    seed=0,
+    **data,
 ):
     sections = {
+        "seed": seed,
         "model": {"name": "Ti/4", "image_size": 8, "num_classes": 10, **(model or {})},
         "data": {"train": train, **data},
         "train": {"global_batch_size": batch, "duration": duration, "precision": "fp32"},
@@ -236,6 +248,34 @@ def test_other_weights_and_a_changed_source_are_refused(stopped, shards, tmp_pat
     write_shard(tmp_path / "b.tar", [1] * 9)
     with pytest.raises(UserError, match="with other shards in source 2 of data.train"):
         start(run, [{"shards": shards[0], "weight": 2}, {"shards": shards[1]}])
+
+
+def test_another_seed_is_another_order_and_refused(stopped, shards):
+    with pytest.raises(UserError, match="was written with seed 0 and this run has 1: continue with the same seed"):
+        start(stopped(shards[0]), shards[0], seed=1)
+
+
+def test_what_is_left_out_is_what_the_run_folder_and_the_checkpoint_remember(stopped, shards):
+    run = stopped(shards[0])
+    path = run.checkpoints / "step-00000040" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["state"] |= {"skipped": [[8, 16]], "failed": [[8, 16]], "rewinds": 1}
+    del manifest["crc32"]
+    path.write_text(json.dumps(manifest))
+    save_recovery(run, Recovery(skipped=((64, 72),), failed=((64, 72), (80, 88)), rewinds=2))
+    recovery = start(run, shards[0]).state.recovery
+    assert recovery.skipped == ((8, 16), (64, 72))
+    assert recovery.failed == ((8, 16), (64, 72), (80, 88))
+    assert recovery.rewinds == 2
+
+
+def test_checkpoints_will_say_how_images_are_prepared_and_what_the_classes_are_called(digits, tmp_path):
+    train = f"{digits}/train-*.tar"
+    prepared = {"mean": (0.5, 0.4, 0.3), "std": (0.3, 0.2, 0.1), "eval_crop": 0.6}
+    run = RunFolder(tmp_path / "run")
+    state = start(run, train, resume=False, eval_transform="fast", **prepared).state
+    assert state.pixels == {**prepared, "eval_transform": "fast"}
+    assert state.class_names == tuple(str(digit) for digit in range(10))
 
 
 @pytest.mark.parametrize(

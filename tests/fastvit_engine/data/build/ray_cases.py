@@ -106,6 +106,26 @@ def test_tasks_run_on_every_node_and_only_their_results_come_back(executor):
     assert list(parallel_map(where, [], workers=executor)) == []
 
 
+def test_tasks_end_with_their_map_and_none_begins_later(executor, tmp_path):
+    def work(number: int) -> None:
+        for _ in range(1000):
+            with open(tmp_path / str(number), "a") as file:
+                file.write("x")
+            time.sleep(0.02)
+
+    def interrupt() -> None:
+        if any(tmp_path.iterdir()):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(parallel_map(work, range(20), workers=executor, while_waiting=interrupt))
+    written = contents(tmp_path)
+    assert written
+    assert list(ordered_map(lambda number: -number, range(20), workers=executor)) == [-n for n in range(20)]
+    time.sleep(3)  # within which Ray starts the killed tasks again
+    assert contents(tmp_path) == written
+
+
 def test_a_killed_worker_is_replaced_and_its_images_count_once(executor, tmp_path, capfd):
     done = Counter()
     done.add(100)  # of an earlier run

@@ -72,7 +72,7 @@ def test_what_is_lost_while_shards_are_written_changes_no_byte(lost, large, othe
         other_cluster.remove_node(other_cluster.nodes[0], allow_graceful=False)
     else:
         process.send_signal(signal.SIGKILL if lost == "command" else signal.SIGINT)
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=240)[0]
         assert process.returncode == (-signal.SIGKILL if lost == "command" else 130), said
         times = {path: path.stat().st_mtime_ns for path in complete}
         process = start(large, out, other_cluster.address)

@@ -98,6 +98,27 @@ def test_flip_mirrors_half_of_the_images():
     assert 160 < sum(mirrored) < 240
 
 
+@pytest.mark.parametrize(("scale", "ratio"), [(0.5, 1.0), (0.1, 2.0), (0.3, 0.5)])
+def test_random_crops_have_the_share_and_the_shape_that_are_configured(scale, ratio):
+    augment = AugmentConfig(crop="inception", crop_scale=(scale, scale), crop_ratio=(ratio, ratio))
+    for draws in draw_crops(np.arange(50)):
+        view = train_view(1000, 1000, 16, augment, draws)
+        assert view.height * view.width == pytest.approx(scale * 1000 * 1000, rel=0.01)
+        assert view.width / view.height == pytest.approx(ratio, rel=0.01)
+
+
+@pytest.mark.parametrize(("short", "corner"), [(32, 0), (33, 0), (34, 1), (35, 2), (37, 2), (39, 4)])
+def test_the_centre_of_timm_rounds_halves_to_even(short, corner):
+    """As `int(round(difference / 2))` of torchvision's CenterCrop."""
+    view = eval_view(short, short, 32, 32 / (short + 0.5), "timm")
+    assert (view.resized, view.corner) == ((short, short), (corner, corner))
+
+
+def test_without_flip_no_image_is_mirrored():
+    augment = AugmentConfig(crop="resize", flip=False)
+    assert not any(_train(_ramp(20, 20), 16, augment, seed)[0, 0, 1] > 125 for seed in range(40))
+
+
 def test_mirrored_view_is_the_other_one_mirrored():
     image = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
     view = View(5, 9, 31, 43, resized=(24, 24))

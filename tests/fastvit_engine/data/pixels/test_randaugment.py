@@ -108,3 +108,25 @@ def test_strong_magnitudes_stay_valid():
     images = torch.from_numpy(np.stack([_photo_like(n) for n in range(60)]))
     out = ra.randaugment(images, np.arange(60), num_ops=3, magnitude=20)
     assert out.shape == images.shape and out.float().std() > 10
+
+
+def test_each_operation_and_each_direction_is_drawn_anew(monkeypatch):
+    """Each operation multiplies by 14 and adds its number; or doubles, and adds 1 if its direction is positive."""
+
+    def number_of(number):
+        return lambda pixels, strength: pixels * 14 + number
+
+    def direction(pixels, strength):
+        assert torch.equal(strength.abs(), torch.full_like(strength, 0.5))
+        return pixels * 2 + (strength > 0).to(torch.uint8)[:, None, None, None]
+
+    images, seeds = torch.zeros(4000, 1, 1, 3, dtype=torch.uint8), np.arange(4000)
+    monkeypatch.setattr(ra, "OPERATIONS", [number_of(number) for number in range(14)])
+    first, second = np.divmod(ra.randaugment(images, seeds, num_ops=2, magnitude=5.0)[:, 0, 0, 0].numpy(), 14)
+    assert np.abs((first == second).mean() - 1 / 14) < 0.02
+    for drawn in (first, second):
+        assert np.abs(np.bincount(drawn, minlength=14) / 4000 - 1 / 14).max() < 0.02
+
+    monkeypatch.setattr(ra, "OPERATIONS", [direction] * 14)
+    drawn = ra.randaugment(images, seeds, num_ops=2, magnitude=5.0)[:, 0, 0, 0].numpy()  # two bits
+    assert np.abs(np.bincount(drawn, minlength=4) / 4000 - 1 / 4).max() < 0.04

@@ -1,6 +1,23 @@
-import torch
+import io
 
-from fastvit_engine.data.stream.batch import BadSample, Batch, StageSeconds, empty_batch, rebatch, targets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastvit_engine.config import Config
+from fastvit_engine.data.pixels.crops import View
+from fastvit_engine.data.stream.batch import (
+    BadSample,
+    Batch,
+    BatchBuilder,
+    StageSeconds,
+    Workspace,
+    empty_batch,
+    rebatch,
+    targets,
+)
+from fastvit_engine.errors import UserError
 
 
 def _chunk(first: int, size: int) -> Batch:
@@ -98,3 +115,48 @@ def test_memory_that_autograd_keeps_is_not_used_again():
 def test_memory_grows_with_the_batches_that_are_held():
     batches = list(rebatch((_chunk(first, 2) for first in range(0, 20, 2)), size=2, pin_memory=False))
     assert len({batch.images.data_ptr() for batch in batches}) == 10
+
+
+def _sample(grey: int, labels: bytes, key: str) -> dict[str, bytes | str]:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), grey, np.uint8)).save(buffer, "PNG")
+    return {"__key__": key, "__url__": "a.tar", "png": buffer.getvalue(), "cls": labels}
+
+
+def _built(max_labels: int, *samples: dict[str, bytes | str] | BadSample) -> Batch:
+    """One row more than samples, in memory that held other images before."""
+    config = Config.model_validate(
+        {"model": {"num_classes": 5, "image_size": 8}, "data": {"max_labels": max_labels}, "loss": {"kind": "sigmoid"}}
+    )
+    empty = empty_batch(len(samples) + 1, 8, max_labels)
+    empty.images.fill_(99)
+    builder = BatchBuilder(empty, config, Workspace())
+    for row, sample in enumerate(samples):
+        if isinstance(sample, BadSample):
+            builder.add_bad(row, sample)
+        else:
+            builder.add(row, sample, lambda height, width: View(0, 0, height, width, (8, 8)))
+    return builder.build()
+
+
+def test_each_sample_has_its_row_and_what_has_no_image_is_black_and_weighs_nothing():
+    broken = {**_sample(0, b"4", "broken"), "png": b"no image"}
+    bad = BadSample("bad", "a.tar", "is damaged")
+    batch = _built(1, _sample(50, b"3", "first"), bad, _sample(70, b"2", "third"), broken)
+    assert batch.images.amin(dim=(1, 2, 3)).tolist() == batch.images.amax(dim=(1, 2, 3)).tolist() == [50, 0, 70, 0, 0]
+    assert batch.labels.tolist() == [3, 0, 2, 0, 0]
+    assert batch.weights.tolist() == [1, 0, 1, 0, 0]
+    assert batch.keys == ["first", "bad", "third", "broken", ""]
+    assert [sample.key for sample in batch.bad] == ["bad", "broken"]
+
+
+def test_all_labels_of_a_sample_are_kept():
+    batch = _built(3, _sample(50, b"[3, 0]", "two"), _sample(70, b"[2]", "one"), _sample(0, b"[4, 1, 0]", "three"))
+    assert [sorted(row) for row in batch.labels.tolist()] == [[-1, 0, 3], [-1, -1, 2], [0, 1, 4], [-1, -1, -1]]
+    assert targets(batch.labels, 5)[0].tolist() == [1, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("labels", [b"[1, 2]", b"5", b"-1", b"cat"])
+def test_labels_that_cannot_be_trained_on_are_refused(labels):
+    with pytest.raises(UserError, match=r"sample 'k'.*a\.tar"):
+        _built(1, _sample(0, labels, "k"))

@@ -10,7 +10,7 @@ import torch
 
 from fastvit_engine.data import Batch, prepare_data
 from fastvit_engine.data.pixels.crops import View, eval_view, render
-from fastvit_engine.data.pixels.decode import PixelBuffer, decode_image
+from fastvit_engine.data.pixels.decode import PixelBuffer, decode_image, open_image
 from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.indexed import build_order
 from fastvit_engine.data.stream.read_ahead import ReadAhead
@@ -279,6 +279,43 @@ def test_eval_counts_each_sample_once_in_equally_many_batches(
                 )
                 assert np.array_equal(batch.images[row].numpy(), expected)
     assert [key for key in seen if key] == ALL_KEYS
+
+
+@pytest.mark.parametrize("transform", ["timm", "fast", "big_vision"])
+def test_eval_images_are_prepared_as_configured(shards, make_config, plan, photo, transform):
+    config = make_config(shards, eval=shards, allow_overlap=True, eval_crop=0.6, eval_transform=transform)
+    batch = next(plan(config).eval_batches(config, rank=0, world_size=1, batch_size=8, pin_memory=False))
+    assert batch.keys == ALL_KEYS[:8]
+    for key, image in zip(batch.keys, batch.images.numpy(), strict=True):
+        pixels = open_image(photo(int(key[1:])), 10**6)
+        view = eval_view(pixels.height, pixels.width, 16, 0.6, transform)
+        decoded = pixels.decode(PixelBuffer(), view.reduction, decoding=view.decoding, rows=view.top + view.height)
+        expected = np.empty((16, 16, 3), np.uint8)
+        render(decoded, view, view.reduction, expected, PixelBuffer())
+        assert np.array_equal(image, expected)
+
+
+def test_what_is_random_about_a_sample_differs_in_every_epoch_and_with_every_seed(shards, make_config, plan):
+    def seeds(seed):
+        config = make_config(shards, batch=BATCH, seed=seed)
+        return [seed for batch in islice(_train(config, plan(config)), 9) for seed in batch.seeds.tolist()]
+
+    drawn = [seeds(seed) for seed in range(3)]  # each of three epochs
+    assert len(set(sum(drawn, []))) == 3 * 9 * BATCH
+
+
+def test_an_index_that_is_not_the_one_the_run_was_planned_with_is_refused(
+    tmp_path, write_tar, sample_members, make_config, plan
+):
+    shard = write_tar(tmp_path / "a.tar", sample_members(range(12)))
+    config = make_config(tmp_path, eval=shard, allow_overlap=True, batch=6)
+    planned = plan(config)
+    write_tar(shard, sample_members(range(1, 13)))
+    plan(config)  # makes the index anew
+    with pytest.raises(UserError, match=r"shards\.index was written anew while the run was starting"):
+        next(_train(config, planned, micro_batch_size=6))
+    with pytest.raises(UserError, match="was written anew"):
+        next(planned.eval_batches(config, rank=0, world_size=1, batch_size=6, pin_memory=False))
 
 
 def test_real_uneven_shards(real_data, make_config, plan, tmp_path):

@@ -150,6 +150,8 @@ def test_draws_are_by_the_position_in_the_run(config):
     assert later.seeds.tolist() == whole[4].seeds.tolist()
     skipped = next(_train(IterableData(_pairs(range(99))), config(), skipped=[(0, 8)]))
     assert skipped.seeds.tolist() == whole[2].seeds.tolist()
+    reseeded = next(_train(IterableData(_pairs(range(99))), config(seed=1)))
+    assert not set(reseeded.seeds.tolist()) & set(seeds.tolist())
 
 
 def test_a_function_gets_its_share(config):

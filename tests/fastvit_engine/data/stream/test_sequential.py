@@ -54,6 +54,17 @@ def test_large_buffer_mixes_shards(gzipped_shards):
     assert sum(bool(first & run) for run in runs) >= 3
 
 
+def test_each_epoch_reads_the_shards_in_another_order(gzipped_shards):
+    """Also without a buffer, which keeps the order within a shard."""
+    pairs = _stream(gzipped_shards, 8 * 35, shuffle_buffer=1)
+    epochs = [[key for _, key in pairs[start : start + 35]] for start in range(0, 8 * 35, 35)]
+    first = {epoch[0] for epoch in epochs}
+    assert len(first) > 2
+    for epoch in epochs:
+        jumps = sum(int(after[1:]) != int(before[1:]) + 1 for before, after in zip(epoch, epoch[1:], strict=False))
+        assert 0 < jumps < 7  # whole shards, of which there are seven
+
+
 def test_stream_without_samples(tmp_path, write_tar):
     empty = write_tar(tmp_path / "empty.tar", [])
     with pytest.raises(UserError, match=r"empty\.tar hold no samples"):

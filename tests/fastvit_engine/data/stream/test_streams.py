@@ -4,11 +4,14 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
 from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
+from fastvit_engine.data.pixels.crops import eval_view, render
+from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
 from fastvit_engine.data.shards.names import find_shards
 from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.streams import StreamData, StreamedShards, plan_streams
@@ -235,6 +238,30 @@ def test_eval_counts_each_sample_once_in_equally_many_batches(
             assert (weight == 0.0 and key == "") or (weight == 1.0 and label == int(key[1:]) % 3)
             seen.append(key)
     assert sorted(filter(None, seen)) == ALL_KEYS
+
+
+@pytest.mark.parametrize("transform", ["timm", "fast", "big_vision"])
+def test_eval_images_are_prepared_as_configured(gzipped_shards, make_config, photo, transform):
+    config = make_config(gzipped_shards, eval=gzipped_shards, eval_crop=0.6, eval_transform=transform)
+    batch = next(_eval(config, batch_size=8))
+    for key, image in zip(batch.keys, batch.images.numpy(), strict=True):
+        pixels = open_image(photo(int(key[1:])), 10**6)
+        view = eval_view(pixels.height, pixels.width, 16, 0.6, transform)
+        decoded = pixels.decode(PixelBuffer(), view.reduction, decoding=view.decoding, rows=view.top + view.height)
+        expected = np.empty((16, 16, 3), np.uint8)
+        render(decoded, view, view.reduction, expected, PixelBuffer())
+        assert np.array_equal(image, expected)
+
+
+def test_what_is_random_about_a_sample_differs_in_every_stream_and_epoch_and_with_every_seed(
+    gzipped_shards, make_config
+):
+    def seeds(seed):
+        config = make_config(gzipped_shards, batch=BATCH, streams=STREAMS, seed=seed)
+        return [seed for batch in islice(_train(config, 0, 1, BATCH), 12) for seed in batch.seeds.tolist()]
+
+    drawn = [seeds(seed) for seed in range(3)]
+    assert len(set(sum(drawn, []))) == 3 * 12 * BATCH
 
 
 def test_eval_without_samples(tmp_path, write_tar, make_config):
