@@ -217,7 +217,7 @@ def _holds_images(folder: AnyPath) -> bool:
 
 
 def _recognise_file(path: AnyPath) -> str:
-    if path.suffix in table.SUFFIXES:
+    if path.suffix.lower() in table.SUFFIXES:
         return "list"
     if path.suffix == ".parquet":
         return "parquet"

@@ -804,12 +804,55 @@ def test_labels_by_index_and_by_name(context, tmp_path, text, classes, expected)
         ("a.csv", "path,path,label\nx,y,1\n", "rename all but one of those called 'path'"),
         ("a.csv", "path,label\nx,caf\xe9\n".encode("latin-1"), "cannot be read .*: save it as UTF-8 text"),
         ("a.jsonl", '{"path": "x", "tag": 1}\n', "has no column of labels, only path, tag"),
+        ("a.jsonl", "[1]\nx\n", "has no JSON object in its first lines"),
+        ("a.csv", 'path,label\nx,a\ny,"a\nz,b\n', r"cannot be read from line 3 on .* double those in it"),
+        ("a.csv", 'path,label\nx,"a\ny,"b"\n', r"cannot be read from line 2 on .* double those in it"),
     ],
 )
 def test_lists_that_cannot_serve(listed, tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         listed(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["LIST.CSV", "List.Csv", "LIST.JSONL"])
+def test_lists_with_an_upper_case_suffix(context, tmp_path, name):
+    rows = '{"path": "a.jpg", "label": 1}\n' if "J" in name else "path,label\na.jpg,1\n"
+    (tmp_path / name).write_text(rows)
+    assert _of(list_source(str(tmp_path / name), None, context)) == [("a.jpg", ["1"])]
+
+
+def test_a_line_break_in_a_field_is_a_fault_of_its_row(context, tmp_path):
+    (tmp_path / "a.csv").write_text('"path";"label"\n"a.jpg";"ant\nb.jpg;bee"\n"c.jpg";"a ""b"" c"\n')
+    assert _of(list_source(str(tmp_path / "a.csv"), None, context)) == [
+        ("line 3", "has a line break in its path or label"),
+        ("c.jpg", ['a "b" c']),
+    ]
+
+
+def test_the_first_object_may_lack_a_column(context, tmp_path):
+    rows = [{"path": "a.jpg"}, {"path": "b.jpg", "label": 1}, {"label": 0, "path": "c.jpg"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert _of(list_source(str(tmp_path / "a.jsonl"), None, context)) == [
+        ("line 1", "has no label"),
+        ("b.jpg", ["1"]),
+        ("c.jpg", ["0"]),
+    ]
+
+
+def test_labels_of_the_eval_split_are_those_of_the_training_images(context, tmp_path):
+    path, rows = tmp_path / "a.csv", ["x,0,train", "y,1,train", "z,ant,val", "w,1,val"]
+    path.write_text("\n".join(["path,label,split", *rows]))
+    with pytest.raises(UserError, match=r"has the label 'ant' among the images to evaluate on, .* as --classes"):
+        list_source(str(path), None, context)
+    context.classes = ["bee", "ant"]  # what the sentence proposes
+    assert [labels for _, labels in _of(list_source(str(path), None, context))] == [["bee"], ["ant"], ["ant"], ["ant"]]
+    context.classes = None
+    path.write_text("path,label,split\nx,ant;bee,train\ny,ant;rare,val\n")
+    assert list_source(str(path), None, context).classes == ["ant", "bee", "rare"]
+    path.write_text("path,label,split\nx,ant;bee,train\ny,0;1,val\n")
+    with pytest.raises(UserError, match="has the label '0' among the images to evaluate on"):
+        list_source(str(path), None, context)
 
 
 def _of(listing: Listing) -> list[tuple[str, list[str] | str]]:
