@@ -486,9 +486,10 @@ def test_one_line_says_what_a_source_was_taken_for(source, tmp_path):
     made = make_dataset(str(path), tmp_path / "out", workers=1, progress=lines.append)
     assert lines[0] == (
         f"{path}: a folder of splits, 'train' (train) and 'val' (eval): 3 images to train on, 1 image to evaluate on; "
-        "2 class names in alphabetical order: cat, dog; left out: 1 .txt file, 2 images in test/ (there is a "
-        "validation split) and 1 image in train/ beside the class folders; the folder __MACOSX; no eval image of 'dog'"
+        "2 class names in alphabetical order: cat, dog; left out: 1 .txt file, 1 folder called '__MACOSX', 2 images in "
+        "test/ (there is a validation split) and 1 image in train/ beside the class folders; no eval image of 'dog'"
     )
+    assert "1 folder called '__MACOSX'" in lines[-1] and made.info.left_out["folder called '__MACOSX'"] == 1
     assert made.info.train.samples == 3 and made.info.eval.samples == 1
 
 
@@ -503,4 +504,4 @@ def test_leaving_out_is_an_option_of_the_command(source, tmp_path, capsys):
         assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "3 class names in alphabetical order: ant, bee, test" in said
-    assert "2 class names in alphabetical order: ant, bee; left out: the folder test\n" in said
+    assert "2 class names in alphabetical order: ant, bee; left out: 1 folder called 'test'\n" in said
