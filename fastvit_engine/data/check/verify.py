@@ -216,6 +216,8 @@ def verify_shard(shard: str, keys: SampleKeys, num_classes: int, images: Counter
                 except ValueError as error:
                     _add(findings, _DAMAGED_IMAGE, f"{where} {error}")
             images.add()
+        if not labels:  # which training refuses; an archive of nothing, or zeros in place of one
+            _add(findings, "damaged shard", f"shard {shard} holds no samples")
     except DamagedShard as error:
         _add(findings, "damaged shard", f"{str(error).rpartition(': ')[0]}, after {len(labels):,} whole samples")
     except UserError as error:

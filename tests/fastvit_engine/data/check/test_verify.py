@@ -43,6 +43,14 @@ def test_whole_shards(shards):
     assert json.loads(verdict.to_json())["ok"] is True
 
 
+@pytest.mark.parametrize("content", [bytes(10240), bytes(1024)])
+def test_a_shard_without_samples(write_shards, content):
+    folder = write_shards([[0, 1], [1, 0]])
+    (folder / "1.tar").write_bytes(content)
+    verdict = _verify(folder)
+    assert verdict.errors["damaged shard"].examples == [f"shard {folder / '1.tar'} holds no samples"]
+
+
 def test_real_photos_are_whole(real_data):
     verdict = verify_shards(str(real_data / "fixture-tiny"))
     assert verdict.errors == {} and verdict.samples == 64
