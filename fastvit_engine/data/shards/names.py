@@ -354,6 +354,7 @@ class ShardSet:
     info: DatasetInfo | None  # dataset.json of their folder
     splits: list[Split | None]  # of each shard
     missing: frozenset[str]  # shards that a dataset.json lists and that are not there, as far as a listing tells
+    unlisted: list[str]  # names of shards that are there, and that the dataset.json does not list
 
     @property
     def class_names(self) -> list[str] | None:
@@ -367,6 +368,7 @@ def shard_set(argument: str, split: Split | None = None) -> ShardSet:
     """
     folder, names = _folder(argument)
     missing: frozenset[str] = frozenset()
+    unlisted: list[str] = []
     splits: dict[str, Split | None] = {}
     if names is not None and INFO_NAME in names and (info := read_info(folder)) is not None:
         splits = {
@@ -377,6 +379,8 @@ def shard_set(argument: str, split: Split | None = None) -> ShardSet:
         shards = [os.path.join(folder, name) for name in splits]
         shards = _as_paths(shards) if is_local(folder) else shards
         missing = frozenset(shard for shard in shards if shard.rpartition("/")[2] not in names)
+        known = info.train.shards.keys() | info.eval.shards.keys()
+        unlisted = sorted(name for name in names - known if name.endswith(SHARD_SUFFIXES))
     elif names is not None:
         info = None
         shards = _choose(folder, names, _Request(split, "SHARDS", []))
@@ -387,7 +391,7 @@ def shard_set(argument: str, split: Split | None = None) -> ShardSet:
         splits = {shard: _split_by_name(shard) if info is None else _recorded_split(shard, info) for shard in shards}
     if not shards:
         raise UserError(f"SHARDS is {argument!r}, which {_why_nothing(argument)}")
-    return ShardSet(shards, info, list(splits.values()), missing)
+    return ShardSet(shards, info, list(splits.values()), missing, unlisted)
 
 
 def _folder(argument: str) -> tuple[str, set[str] | None]:
