@@ -25,6 +25,7 @@ Split = Literal["train", "eval"]
 INFO_NAME = "dataset.json"
 UNFINISHED_NAME = "dataset.unfinished"  # a folder beside the shards until all of them are made
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_SOURCES = (".csv", ".tsv", ".jsonl", ".parquet")  # tables of images, which somebody may take for shards
 _WEB_TIMEOUT = 10.0  # seconds without a byte
 
 
@@ -99,10 +100,21 @@ def list_shards(
                 _check_no_command(found, given[1:], named)
             if not found:
                 raise UserError(f"{named} is {pattern!r}, which {_why_nothing(pattern)}")
+            _check_no_source(found, named)
             shards.update(found)
     if split == "train":
         ask.notes.extend(_about_several_splits(shards, named))
     return sorted(shards)
+
+
+def _check_no_source(files: Iterable[str], named: str) -> None:
+    """Raises UserError if a file is what shards are made of, by its suffix."""
+    for file in files:
+        if file.lower().endswith(_SOURCES):
+            raise UserError(
+                f"{named} names {file}, which is no shard: run `fastvit data make {file} --out data/new`, and name "
+                "data/new instead"
+            )
 
 
 def _about_several_splits(shards: Iterable[str], named: str) -> list[str]:

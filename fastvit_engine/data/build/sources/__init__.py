@@ -223,6 +223,8 @@ def _recognise_file(path: AnyPath) -> str:
         return "parquet"
     if tars.is_tar_name(path.name):
         return _recognise_tar(path)
+    if path.suffix.lower() in (".zip", ".7z", ".rar"):
+        raise UserError(f"{path} is an archive that is not read in place: unpack it, and name the folder instead")
     raise UserError(f"{path} is {_UNKNOWN} ({', '.join(sorted(FORMATS))})")
 
 

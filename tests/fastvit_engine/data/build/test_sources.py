@@ -822,6 +822,13 @@ def test_lists_with_an_upper_case_suffix(context, tmp_path, name):
     assert _of(list_source(str(tmp_path / name), None, context)) == [("a.jpg", ["1"])]
 
 
+@pytest.mark.parametrize("name", ["photos.zip", "PHOTOS.ZIP", "photos.7z"])
+def test_archives_that_are_not_read_are_to_be_unpacked(context, tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(UserError, match=rf"{name} is an archive that is not read in place: unpack it, and name the f"):
+        list_source(str(tmp_path / name), None, context)
+
+
 def test_a_line_break_in_a_field_is_a_fault_of_its_row(context, tmp_path):
     (tmp_path / "a.csv").write_text('"path";"label"\n"a.jpg";"ant\nb.jpg;bee"\n"c.jpg";"a ""b"" c"\n')
     assert _of(list_source(str(tmp_path / "a.csv"), None, context)) == [
