@@ -33,6 +33,7 @@ _UNLISTED = "unlisted shard"
 ERRORS = (
     "missing shard",
     "damaged shard",
+    "empty shard",
     "unreadable shard",
     "wrong sample count",
     MISSING,
@@ -157,6 +158,8 @@ def verify_shards(
             whole = findings.setdefault(kind, Finding())
             whole.count += finding.count
             whole.examples = [*whole.examples, *finding.examples][:_EXAMPLES]
+        if not len(part.labels) and not part.findings:  # which training refuses; zeros in place of an archive, for one
+            _add(findings, "empty shard", f"shard {shards.shards[number]} holds no samples")
         _compare_count(findings, shards, number, part)
     _find_duplicates(findings, shards, seen)
     _find_skew(findings, shards, seen, skew)
@@ -223,8 +226,6 @@ def verify_shard(shard: str, keys: SampleKeys, num_classes: int, images: Counter
                 except ValueError as error:
                     _add(findings, _DAMAGED_IMAGE, f"{where} {error}")
             images.add()
-        if not labels:  # which training refuses; an archive of nothing, or zeros in place of one
-            _add(findings, "damaged shard", f"shard {shard} holds no samples")
     except DamagedShard as error:
         _add(findings, "damaged shard", f"{str(error).rpartition(': ')[0]}, after {len(labels):,} whole samples")
     except UserError as error:

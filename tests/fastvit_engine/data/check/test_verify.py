@@ -48,7 +48,7 @@ def test_a_shard_without_samples(write_shards, content):
     folder = write_shards([[0, 1], [1, 0]])
     (folder / "1.tar").write_bytes(content)
     verdict = _verify(folder)
-    assert verdict.errors["damaged shard"].examples == [f"shard {folder / '1.tar'} holds no samples"]
+    assert verdict.errors["empty shard"].examples == [f"shard {folder / '1.tar'} holds no samples"]
 
 
 def test_a_shard_that_dataset_json_does_not_list(tmp_path, photo, write_tar):
