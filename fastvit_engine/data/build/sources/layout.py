@@ -119,6 +119,7 @@ class _Arrangement:
             raise UserError(f"{self.where} has no folder that is named train: name one so")
         self._refuse_what_may_be_splits()
         self._refuse_what_is_nameless()
+        self._refuse_one_folder_beside_a_list()
         self._refuse_what_may_be_nested()
         return self._classes()
 
@@ -293,6 +294,15 @@ class _Arrangement:
             self.command(source=source),
             f"'{folder}' as a class", self.command("--format", "class-folders"),
         )  # fmt: skip
+
+    def _refuse_one_folder_beside_a_list(self) -> None:
+        """One folder of images beside a table, as competitions have them, which is hardly one class."""
+        kind = next((kind for kind in ("csv", "tsv", "jsonl") if self.tree.left_out[f".{kind} file"]), None)
+        if len(self.filled) == 1 and kind is not None:
+            self._two_readings(
+                "a list of the images and their labels", self.command(source=f"{self.where}/LIST.{kind}"),
+                f"'{self.filled[0]}' as the only class", self.command("--format", "class-folders"),
+            )  # fmt: skip
 
     def _refuse_what_may_be_nested(self) -> None:
         """A folder around the classes, the same classes in several folders, and splits inside of classes."""

@@ -151,7 +151,10 @@ class ListingBuilder:
     def _number(self, given: str | Label) -> int:
         number = self._seen.get(given)
         if number is None:
-            text, named = given if isinstance(given, Label) else read_label(given)
+            if self._named and isinstance(given, str):
+                text, named = given, True  # with its spaces: 'a' and ' a' are two folders
+            else:
+                text, named = given if isinstance(given, Label) else read_label(given)
             name = self._class_of.get(text)
             label = Label(text, named or self._named) if name is None else Label(name, named=True)
             number = self._seen[given] = self._numbers.setdefault(label, len(self._numbers))

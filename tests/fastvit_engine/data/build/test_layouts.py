@@ -474,6 +474,24 @@ def test_tars_with_several_classes_in_each(listed, tmp_path, photo):
     assert set(_follow(listed, by_tar)[0].values()) == {"images_1", "images_2"}
 
 
+def test_one_folder_beside_a_list_is_hardly_one_class(source, listed, tmp_path):
+    path = source("train.csv test.csv images_png/1.jpg images_png/2.jpg")
+    with pytest.raises(UserError, match="can be read in two ways, with a list of the images and their labels") as error:
+        listed(path)
+    by_list, by_folder = _commands(str(error.value))
+    assert by_list[3] == f"{path}/LIST.csv"
+    assert set(_follow(listed, by_folder)[0].values()) == {"images_png"}
+    assert listed(source("meta.csv cat/1.jpg dog/2.jpg images_png/1.jpg"))[0]["cat/1.jpg"] == "cat"
+
+
+def test_spaces_tell_class_folders_apart(tmp_path, listed, photo):
+    for name in (" ant", "ant", "ant "):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.jpg").write_bytes(photo(1))
+    found, _ = listed(tmp_path / "in")
+    assert found == {" ant/1.jpg": " ant", "ant/1.jpg": "ant", "ant /1.jpg": "ant "}
+
+
 # ---- what is said
 
 

@@ -1192,6 +1192,19 @@ def test_a_json_member_that_cannot_be_read_is_a_failed_image(tmp_path, photo, wr
     assert made.info.failed == 1 and json.loads(kept["json"]) == {"text": "hi", "labels": [0]}
 
 
+def test_what_lies_beside_shards_is_counted(context, tmp_path, photo, write_tar):
+    (tmp_path / "in" / "logs").mkdir(parents=True)
+    write_tar(tmp_path / "in" / "0.tar", [("a.jpg", photo(1)), ("a.cls", b"0")])
+    for name in ("1.tar.part", "README.md", "shards.index", "x.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    assert list_source(str(tmp_path / "in"), None, context).left_out == {
+        ".md file": 1,
+        ".part file": 1,
+        "folder called 'logs'": 1,
+        "image beside the shards": 1,
+    }
+
+
 def test_webdataset_of_our_own_keeps_split_and_classes(listed, tmp_path, photo):
     _files(tmp_path / "in", tuple(f"{name}/{n}.jpg" for name in ("ant", "bee") for n in range(10, 20)), photo)
     make_dataset(str(tmp_path / "in"), tmp_path / "a", eval_fraction=0.3, samples_per_shard=4, workers=2)
@@ -1299,9 +1312,9 @@ def test_webdataset_that_cannot_serve(listed, tmp_path, write_tar, members, mess
 
 
 def test_unknown_sources(listed, tmp_path, write_tar):
-    (tmp_path / "a.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"a\.zip is of no known kind: say with --format"):
-        listed(tmp_path / "a.zip")
+    (tmp_path / "a.xyz").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"a\.xyz is of no known kind: say with --format"):
+        listed(tmp_path / "a.xyz")
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(UserError, match=r"a\.tar is damaged \(it has a damaged header at byte 0\)"):
         listed(tmp_path / "a.tar")
