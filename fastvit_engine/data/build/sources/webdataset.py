@@ -100,7 +100,7 @@ def _shards(path: AnyPath, context: Context) -> tuple[list[AnyPath], list[AnyPat
             return [path / name for name in sorted(info.train.shards)], [
                 path / name for name in sorted(info.eval.shards)
             ]
-        files = list(path.iterdir())
+        files: list[AnyPath] = list(path.iterdir())
         splits = context.choose_by_name(sorted(file.name for file in files if is_tar_name(file.name)), path, "shard")
         context.counts.update(_left_out(file) for file in files if not is_tar_name(file.name) and not _is_ours(file))
         return [path / name for name in splits.train], [path / name for name in splits.val]
