@@ -21,8 +21,9 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         description=wrapped(
             "Read every sample of SHARDS and say what is wrong. Errors are what would stop or falsify a "
             "training run: damaged tars, images that do not decode, missing members, labels out of range, keys that "
-            "occur twice, shards that dataset.json does not agree with. Warnings: images that occur twice, and shards "
-            "that differ from the others in size or classes by more than --skew. Exit code 1 if there are errors."
+            "occur twice, shards that dataset.json does not agree with. Warnings: images that occur twice, shards "
+            "that dataset.json does not list, and shards that differ from the others in size or classes by more than "
+            "--skew. Exit code 1 if there are errors."
         ),
         epilog="examples:\n  fastvit data verify data/photos --num-classes 120\n"
         "  fastvit data verify 's3://bucket/train-*.tar' --set data.label_key=json.labels",

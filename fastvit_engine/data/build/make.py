@@ -145,6 +145,7 @@ def make_dataset(
         made = read_info(str(path))
         if made is not None:
             _check_same(path, made, arguments)
+            _check_whole(path, made)
             output.finish()
             progress(f"{path} is already made: {made.train.samples:,} train and {made.eval.samples:,} eval samples")
             return MadeDataset(path, made)
@@ -251,6 +252,18 @@ def _check_same(out: AnyPath, made: DatasetInfo, arguments: dict[str, Any]) -> N
     if arguments["eval_fraction"] is None and made.eval_fraction in (None, DEFAULT_EVAL_FRACTION):
         before["eval_fraction"] = None
     _check_equal(out, "was", before | made.options, arguments)
+
+
+def _check_whole(out: AnyPath, made: DatasetInfo) -> None:
+    """Raises UserError if a shard of a finished data set is gone."""
+    present = {file.name for file in out.iterdir()}
+    missing = sorted((made.train.shards.keys() | made.eval.shards.keys()) - present)
+    if missing:
+        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
+        raise UserError(
+            f"{out} was made, but {missing[0]}{more}, which its {INFO_NAME} lists, does not exist: copy it there, or "
+            "remove the folder and make it again"
+        )
 
 
 def _check_equal(out: AnyPath, tense: str, before: dict[str, Any], arguments: dict[str, Any]) -> None:

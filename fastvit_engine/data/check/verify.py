@@ -27,11 +27,13 @@ from fastvit_engine.shown import public_url, recorded, shown
 
 _EXAMPLES = 10  # that are kept of each finding
 _DAMAGED_IMAGE = "damaged image"
+_UNLISTED = "unlisted shard"
 
 # What a training run would stop at, or be falsified by; all others are warnings.
 ERRORS = (
     "missing shard",
     "damaged shard",
+    "empty shard",
     "unreadable shard",
     "wrong sample count",
     MISSING,
@@ -141,6 +143,12 @@ def verify_shards(
             _add(findings, "missing shard", f"{shard}, which dataset.json lists, does not exist")
         else:
             present.append(number)
+    for name in shards.unlisted:
+        _add(
+            findings,
+            _UNLISTED,
+            f"{name} is not in dataset.json: a folder is read without it, and a pattern such as train-*.tar with it",
+        )
     check_workers(workers, some_of([shards.shards[number] for number in present]))
     keys = SampleKeys.of((config or Config()).data)
     bound = PLAUSIBLE_CLASSES if num_classes is None else num_classes
@@ -150,6 +158,8 @@ def verify_shards(
             whole = findings.setdefault(kind, Finding())
             whole.count += finding.count
             whole.examples = [*whole.examples, *finding.examples][:_EXAMPLES]
+        if not len(part.labels) and not part.findings:  # which training refuses; zeros in place of an archive, for one
+            _add(findings, "empty shard", f"shard {shards.shards[number]} holds no samples")
         _compare_count(findings, shards, number, part)
     _find_duplicates(findings, shards, seen)
     _find_skew(findings, shards, seen, skew)

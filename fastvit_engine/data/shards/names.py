@@ -25,6 +25,7 @@ Split = Literal["train", "eval"]
 INFO_NAME = "dataset.json"
 UNFINISHED_NAME = "dataset.unfinished"  # a folder beside the shards until all of them are made
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+_SOURCES = (".csv", ".tsv", ".jsonl", ".parquet")  # tables of images, which somebody may take for shards
 _WEB_TIMEOUT = 10.0  # seconds without a byte
 
 
@@ -99,10 +100,21 @@ def list_shards(
                 _check_no_command(found, given[1:], named)
             if not found:
                 raise UserError(f"{named} is {pattern!r}, which {_why_nothing(pattern)}")
+            _check_no_source(found, named)
             shards.update(found)
     if split == "train":
         ask.notes.extend(_about_several_splits(shards, named))
     return sorted(shards)
+
+
+def _check_no_source(files: Iterable[str], named: str) -> None:
+    """Raises UserError if a file is what shards are made of, by its suffix."""
+    for file in files:
+        if file.lower().endswith(_SOURCES):
+            raise UserError(
+                f"{named} names {file}, which is no shard: run `fastvit data make {file} --out data/new`, and name "
+                "data/new instead"
+            )
 
 
 def _about_several_splits(shards: Iterable[str], named: str) -> list[str]:
@@ -354,6 +366,7 @@ class ShardSet:
     info: DatasetInfo | None  # dataset.json of their folder
     splits: list[Split | None]  # of each shard
     missing: frozenset[str]  # shards that a dataset.json lists and that are not there, as far as a listing tells
+    unlisted: list[str]  # names of shards that are there, and that the dataset.json does not list
 
     @property
     def class_names(self) -> list[str] | None:
@@ -367,6 +380,7 @@ def shard_set(argument: str, split: Split | None = None) -> ShardSet:
     """
     folder, names = _folder(argument)
     missing: frozenset[str] = frozenset()
+    unlisted: list[str] = []
     splits: dict[str, Split | None] = {}
     if names is not None and INFO_NAME in names and (info := read_info(folder)) is not None:
         splits = {
@@ -377,6 +391,8 @@ def shard_set(argument: str, split: Split | None = None) -> ShardSet:
         shards = [os.path.join(folder, name) for name in splits]
         shards = _as_paths(shards) if is_local(folder) else shards
         missing = frozenset(shard for shard in shards if shard.rpartition("/")[2] not in names)
+        known = info.train.shards.keys() | info.eval.shards.keys()
+        unlisted = sorted(name for name in names - known if name.endswith(SHARD_SUFFIXES))
     elif names is not None:
         info = None
         shards = _choose(folder, names, _Request(split, "SHARDS", []))
@@ -387,7 +403,7 @@ def shard_set(argument: str, split: Split | None = None) -> ShardSet:
         splits = {shard: _split_by_name(shard) if info is None else _recorded_split(shard, info) for shard in shards}
     if not shards:
         raise UserError(f"SHARDS is {argument!r}, which {_why_nothing(argument)}")
-    return ShardSet(shards, info, list(splits.values()), missing)
+    return ShardSet(shards, info, list(splits.values()), missing, unlisted)
 
 
 def _folder(argument: str) -> tuple[str, set[str] | None]:

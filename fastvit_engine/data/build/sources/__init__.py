@@ -217,12 +217,14 @@ def _holds_images(folder: AnyPath) -> bool:
 
 
 def _recognise_file(path: AnyPath) -> str:
-    if path.suffix in table.SUFFIXES:
+    if path.suffix.lower() in table.SUFFIXES:
         return "list"
     if path.suffix == ".parquet":
         return "parquet"
     if tars.is_tar_name(path.name):
         return _recognise_tar(path)
+    if path.suffix.lower() in (".zip", ".7z", ".rar"):
+        raise UserError(f"{path} is an archive that is not read in place: unpack it, and name the folder instead")
     raise UserError(f"{path} is {_UNKNOWN} ({', '.join(sorted(FORMATS))})")
 
 

@@ -108,7 +108,7 @@ def _read_folder(
         matches = {pattern for pattern in leave_out if fnmatchcase(inner, pattern)}
         used |= matches
         if matches or (entry.name in NOT_CLASSES and entry.is_dir()):
-            tree.folders_left_out.add(inner)
+            tree.leave_out(inner, is_folder=entry.is_dir())
         elif entry.is_symlink() and not os.path.exists(entry.path):
             tree.dangling.setdefault(below, []).append(entry.name)
         elif entry.is_dir() and entry.name.startswith("."):
@@ -144,7 +144,7 @@ def _read_remote(path: RemotePath, tree: Tree, leave_out: list[str], used: set[s
             used |= matches
             is_folder = name in folders
             if matches or (name in NOT_CLASSES and is_folder):
-                tree.folders_left_out.add(inner)
+                tree.leave_out(inner, is_folder=is_folder)
             elif is_folder and name.startswith("."):
                 tree.left_out["hidden folder"] += 1
             elif is_folder:

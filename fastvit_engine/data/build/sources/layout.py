@@ -30,6 +30,13 @@ class Tree:
     left_out: Counter[str] = field(default_factory=Counter)  # what is no image, by kind: "hidden file"
     folders_left_out: set[str] = field(default_factory=set)  # that cannot hold classes, or that --leave-out names
 
+    def leave_out(self, path: str, *, is_folder: bool) -> None:
+        """Leaves out a folder with all that is in it, or a file that --leave-out names."""
+        if is_folder:
+            self.folders_left_out.add(path)
+        else:
+            self.left_out["file of --leave-out"] += 1
+
     def below(self) -> dict[str, int]:
         """The number of images in each folder and in the folders in it."""
         totals: Counter[str] = Counter()
@@ -112,6 +119,7 @@ class _Arrangement:
             raise UserError(f"{self.where} has no folder that is named train: name one so")
         self._refuse_what_may_be_splits()
         self._refuse_what_is_nameless()
+        self._refuse_one_folder_beside_a_list()
         self._refuse_what_may_be_nested()
         return self._classes()
 
@@ -122,7 +130,7 @@ class _Arrangement:
             self._refuse_what_has_no_folders()
         classes = [ClassFolder("", folder, held_out=False) for folder in self.top]
         self._check_filled(classes)
-        return Layout(classes, "", self._counts([""]), self._folders_left_out())
+        return Layout(classes, "", self._counts([""]), [])
 
     def _refuse_what_has_no_folders(self) -> None:
         beside = (
@@ -186,7 +194,7 @@ class _Arrangement:
             sorted(classes, key=lambda entry: entry.name) + sorted(evaluation, key=lambda entry: entry.name),
             f"{_listed(train)} (train) and {eval_split}",
             counts,
-            [*self._folders_left_out(), *missing],
+            missing,
         )
 
     def _classes_in(self, base: str, *, held_out: bool) -> list[ClassFolder]:
@@ -287,6 +295,15 @@ class _Arrangement:
             f"'{folder}' as a class", self.command("--format", "class-folders"),
         )  # fmt: skip
 
+    def _refuse_one_folder_beside_a_list(self) -> None:
+        """One folder of images beside a table, as competitions have them, which is hardly one class."""
+        kind = next((kind for kind in ("csv", "tsv", "jsonl") if self.tree.left_out[f".{kind} file"]), None)
+        if len(self.filled) == 1 and kind is not None:
+            self._two_readings(
+                "a list of the images and their labels", self.command(source=f"{self.where}/LIST.{kind}"),
+                f"'{self.filled[0]}' as the only class", self.command("--format", "class-folders"),
+            )  # fmt: skip
+
     def _refuse_what_may_be_nested(self) -> None:
         """A folder around the classes, the same classes in several folders, and splits inside of classes."""
         every = self.command("--format", "class-folders")
@@ -360,10 +377,8 @@ class _Arrangement:
         for base in bases:
             if self.tree.images[base]:
                 counts[f"image {f'in {base}/ ' if base else ''}beside the class folders"] += len(self.tree.images[base])
+        counts.update(f"folder called '{_name(folder)}'" for folder in self.tree.folders_left_out)
         return counts
-
-    def _folders_left_out(self) -> list[str]:
-        return [f"the folder {folder}" for folder in sorted(self.tree.folders_left_out)]
 
 
 def _what_they_are(names: list[str]) -> str:

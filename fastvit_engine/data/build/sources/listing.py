@@ -13,6 +13,7 @@ import numpy as np
 
 from fastvit_engine.data.build.sources.label_column import MISSING, Label, Order, read_label, resolve
 from fastvit_engine.data.shards.remote_path import AnyPath
+from fastvit_engine.errors import UserError
 
 Kind = Literal["path", "url", "bytes", "sample", "pixels"]
 
@@ -150,7 +151,10 @@ class ListingBuilder:
     def _number(self, given: str | Label) -> int:
         number = self._seen.get(given)
         if number is None:
-            text, named = given if isinstance(given, Label) else read_label(given)
+            if self._named and isinstance(given, str):
+                text, named = given, True  # with its spaces: 'a' and ' a' are two folders
+            else:
+                text, named = given if isinstance(given, Label) else read_label(given)
             name = self._class_of.get(text)
             label = Label(text, named or self._named) if name is None else Label(name, named=True)
             number = self._seen[given] = self._numbers.setdefault(label, len(self._numbers))
@@ -176,6 +180,9 @@ class ListingBuilder:
         for image in np.unique(image_of[labels == MISSING]).tolist():
             file[image] = self._faulty_file(int(file[image]), "has no label")
         has_label = labels != MISSING
+        if resolved.order in ("numeric", "alphabetical"):
+            held_out = np.asarray(self._held_out, np.bool_)[image_of[has_label]]
+            self._check_trained(labels[has_label], held_out, resolved.names, where)
         label_start = np.concatenate([np.zeros(1, np.int64), np.cumsum(has_label)])[label_start]
         return Listing(
             classes=resolved.names,
@@ -192,6 +199,20 @@ class ListingBuilder:
             order=resolved.order,
             left_out=dict(self.left_out),
         )
+
+    def _check_trained(self, labels: np.ndarray, held_out: np.ndarray, names: list[str], where: str) -> None:
+        """Raises UserError if a class is evaluated and not trained: then a split has indices, or names of its own.
+
+        With several labels per image, a rare one may be in one split only, but not all of them.
+        """
+        evaluated, trained = np.unique(labels[held_out]), np.unique(labels[~held_out])
+        unknown = np.setdiff1d(evaluated, trained)
+        if len(unknown) and len(trained) and (not self.multi_label or len(unknown) == len(evaluated)):
+            raise UserError(
+                f"{where} has the label '{names[unknown[0]]}' among the images to evaluate on, and not among those to "
+                "train on: correct the labels, or list all class names in label order, one per line, in a file given "
+                "as --classes"
+            )
 
 
 def join(train: Listing, held_out: Listing) -> Listing:

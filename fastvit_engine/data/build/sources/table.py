@@ -3,7 +3,8 @@
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple, TextIO
 
 from fastvit_engine.data.build.sources.columns import (
     LABEL_COLUMNS,
@@ -25,6 +26,7 @@ from fastvit_engine.text import open_text
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 _DELIMITERS = ",;\t"
+_FIRST_ROWS = 1000  # of a JSONL list that tell its columns
 
 
 class Row(NamedTuple):
@@ -50,7 +52,7 @@ def list_table(path: AnyPath, context: Context) -> Listing:
     folder = builder.add_file("path", path.parent.resolve())
     url: int | None = None
     context.progress.start("listing", path.stat().st_size, "bytes")
-    read = _json_rows if path.suffix == ".jsonl" else _csv_rows
+    read = _json_rows if path.suffix.lower() == ".jsonl" else _csv_rows
     try:
         splits = _splits(read(path, context), path, context)
         for line, image, label, fault, split in read(path, context):
@@ -65,6 +67,8 @@ def list_table(path: AnyPath, context: Context) -> Listing:
                 fault = str(error)
             if not fault and (not isinstance(image, str) or not image.strip()):
                 fault = "has no path or URL of an image"
+            if not fault and any(mark in str(cell) for cell in (image, label) for mark in "\r\n"):
+                fault = "has a line break in its path or label"
             if not fault and any(is_missing(label, context.classes or ()) for label in labels):
                 fault = "has no label"
             if not fault and splits is not None and not split:
@@ -102,19 +106,19 @@ def _splits(rows: Iterator[Row], path: AnyPath, context: Context) -> RowSplits |
 def _csv_rows(path: AnyPath, context: Context) -> Iterator[Row]:
     delimiter = _delimiter(path, context)
     with open_text(path, newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter)
-        names = _header(reader, path)
+        reader = _rows(file, delimiter, path)
+        _, names = next(reader)
         image, label = (names.index(name) for name in _columns(names, path, context))
         context.split_column = split_column(names)
         split = None if context.split_column is None else names.index(context.split_column)
-        for fields in reader:
+        for line, fields in reader:
             if any(fields[len(names) :]):
                 fault = f"has {len(fields)} fields, but the header has {len(names)}"
-                yield Row(reader.line_num, None, None, fault)
-            elif fields:
+                yield Row(line, None, None, fault)
+            else:
                 fields += [""] * (len(names) - len(fields))
                 part = None if split is None else fields[split].strip()
-                yield Row(reader.line_num, fields[image], fields[label], split=part)
+                yield Row(line, fields[image], fields[label], split=part)
 
 
 def _delimiter(path: AnyPath, context: Context) -> str:
@@ -122,7 +126,9 @@ def _delimiter(path: AnyPath, context: Context) -> str:
     errors: list[tuple[int, NoColumn]] = []
     for delimiter in _DELIMITERS:
         with open_text(path, newline="") as file:
-            names = _header(csv.reader(file, delimiter=delimiter), path)
+            names = next((fields for fields in csv.reader(file, delimiter=delimiter) if fields), None)
+        if names is None:
+            raise UserError(f"the list {path} is empty: begin it with a line of column names")
         try:
             _columns(names, path, context)
             return delimiter
@@ -131,11 +137,23 @@ def _delimiter(path: AnyPath, context: Context) -> str:
     raise max(errors, key=lambda entry: entry[0])[1]
 
 
-def _header(reader: Iterator[list[str]], path: AnyPath) -> list[str]:
-    names = next((fields for fields in reader if fields), None)
-    if names is None:
-        raise UserError(f"the list {path} is empty: begin it with a line of column names")
-    return names
+def _rows(file: TextIO, delimiter: str, path: AnyPath) -> Iterator[tuple[int, list[str]]]:
+    """(last line, fields) of each row that is not empty, the header first.
+
+    Raises UserError for quotation marks that do not pair: all rows up to the next one would be taken for one field.
+    """
+    reader = csv.reader(file, delimiter=delimiter, strict=True)
+    end = 0
+    try:
+        for fields in reader:
+            if fields:
+                yield reader.line_num, fields
+            end = reader.line_num
+    except csv.Error as error:
+        raise UserError(
+            f"the list {path} cannot be read from line {end + 1} on ({error}): put a field that has quotation marks "
+            "into quotation marks, and double those in it"
+        ) from error
 
 
 def _columns(names: Sequence[str], path: AnyPath, context: Context) -> tuple[str, str]:
@@ -146,25 +164,33 @@ def _columns(names: Sequence[str], path: AnyPath, context: Context) -> tuple[str
 
 
 def _json_rows(path: AnyPath, context: Context) -> Iterator[Row]:
-    """The columns are the keys of the first object."""
-    columns: tuple[str, str] | None = None
+    """The columns are the keys of the first thousand objects, since one may lack a label."""
+    keys: dict[str, None] = {}
+    with open_text(path) as file:
+        for line in islice(file, _FIRST_ROWS):
+            keys |= dict.fromkeys(row if isinstance(row := _parsed(line), dict) else {})
+    if not keys:
+        raise UserError(f"the list {path} has no JSON object in its first lines: write one per line")
+    columns = _columns(list(keys), path, context)
+    context.split_column = split_column(list(keys))
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
-                yield Row(number, None, None, "is not JSON")
-                continue
+            row = _parsed(line)
             if not isinstance(row, dict):
-                yield Row(number, None, None, "is not a JSON object")
+                yield Row(number, None, None, "is not JSON" if row is None else "is not a JSON object")
                 continue
-            if columns is None:
-                columns = _columns(list(row), path, context)
-                context.split_column = split_column(list(row))
             split = None if context.split_column is None else _text(row.get(context.split_column))
             yield Row(number, row.get(columns[0]), row.get(columns[1]), split=split)
+
+
+def _parsed(line: str) -> Any:
+    """What a line holds; None if it is not JSON."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _text(value: Any) -> str:

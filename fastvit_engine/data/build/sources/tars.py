@@ -171,13 +171,15 @@ def list_folder_tar(path: AnyPath, context: Context) -> Listing:
         return list_flat_tar(path, context)
     (plain,) = plain_tars([path], context)
     tree, members = Tree(), {}
+    hidden_folders: set[str] = set()
     for member in files_of(plain):
         name = os.path.normpath(member.name).lstrip("/")
         folder, _, file = name.rpartition("/")
-        hidden = next((part for part in folder.split("/") if part in NOT_CLASSES or part.startswith(".")), None)
-        if hidden is not None:
-            if not hidden.startswith("."):
-                tree.folders_left_out.add(hidden)
+        parts = folder.split("/")
+        left = next((n for n, part in enumerate(parts) if part in NOT_CLASSES or part.startswith(".")), None)
+        if left is not None:
+            inner = "/".join(parts[: left + 1])
+            (hidden_folders if parts[left].startswith(".") else tree.folders_left_out).add(inner)
         elif (kind := why_left_out(name)) is None:
             members[name] = member
             while folder not in tree.images:
@@ -186,6 +188,8 @@ def list_folder_tar(path: AnyPath, context: Context) -> Listing:
             tree.images[name.rpartition("/")[0]].append(file)
         else:
             tree.left_out[kind] += 1
+    if hidden_folders:
+        tree.left_out["hidden folder"] += len(hidden_folders)
     tree, top = _without_outer_folders(tree, context.classes or [])
     if not tree.folders_in()[""]:
         return list_flat_tar(path, context)

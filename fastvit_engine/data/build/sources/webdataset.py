@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from fastvit_engine.data.build.parallel import ordered_map
 from fastvit_engine.data.build.sources.columns import ROW_LEFT_OUT, RowSplits, row_splits, split_column
-from fastvit_engine.data.build.sources.context import Context
+from fastvit_engine.data.build.sources.context import Context, why_left_out
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.data.build.sources.tars import is_tar_name, plain_tars
 from fastvit_engine.data.shards.archive import Archive, open_archive
@@ -100,9 +100,9 @@ def _shards(path: AnyPath, context: Context) -> tuple[list[AnyPath], list[AnyPat
             return [path / name for name in sorted(info.train.shards)], [
                 path / name for name in sorted(info.eval.shards)
             ]
-        splits = context.choose_by_name(
-            sorted(file.name for file in path.iterdir() if is_tar_name(file.name)), path, "shard"
-        )
+        files: list[AnyPath] = list(path.iterdir())
+        splits = context.choose_by_name(sorted(file.name for file in files if is_tar_name(file.name)), path, "shard")
+        context.counts.update(_left_out(file) for file in files if not is_tar_name(file.name) and not _is_ours(file))
         return [path / name for name in splits.train], [path / name for name in splits.val]
     shards = matching_files(path)
     missing = [shard for shard in shards if not shard.is_file()]
@@ -114,6 +114,17 @@ def _shards(path: AnyPath, context: Context) -> tuple[list[AnyPath], list[AnyPat
         return shards, []
     splits = context.choose_by_name(names, folder, "shard")
     return [folder / name for name in splits.train], [folder / name for name in splits.val]
+
+
+def _left_out(file: AnyPath) -> str:
+    """What lies beside the shards, such as half of a download: ".part file"."""
+    if file.is_dir():
+        return f"folder called '{file.name}'"
+    return why_left_out(file.name) or "image beside the shards"
+
+
+def _is_ours(file: AnyPath) -> bool:
+    return file.name.endswith(".index")
 
 
 class _Task(NamedTuple):

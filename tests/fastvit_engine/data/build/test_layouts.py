@@ -474,6 +474,24 @@ def test_tars_with_several_classes_in_each(listed, tmp_path, photo):
     assert set(_follow(listed, by_tar)[0].values()) == {"images_1", "images_2"}
 
 
+def test_one_folder_beside_a_list_is_hardly_one_class(source, listed, tmp_path):
+    path = source("train.csv test.csv images_png/1.jpg images_png/2.jpg")
+    with pytest.raises(UserError, match="can be read in two ways, with a list of the images and their labels") as error:
+        listed(path)
+    by_list, by_folder = _commands(str(error.value))
+    assert by_list[3] == f"{path}/LIST.csv"
+    assert set(_follow(listed, by_folder)[0].values()) == {"images_png"}
+    assert listed(source("meta.csv cat/1.jpg dog/2.jpg images_png/1.jpg"))[0]["cat/1.jpg"] == "cat"
+
+
+def test_spaces_tell_class_folders_apart(tmp_path, listed, photo):
+    for name in (" ant", "ant", "ant "):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.jpg").write_bytes(photo(1))
+    found, _ = listed(tmp_path / "in")
+    assert found == {" ant/1.jpg": " ant", "ant/1.jpg": "ant", "ant /1.jpg": "ant "}
+
+
 # ---- what is said
 
 
@@ -486,9 +504,10 @@ def test_one_line_says_what_a_source_was_taken_for(source, tmp_path):
     made = make_dataset(str(path), tmp_path / "out", workers=1, progress=lines.append)
     assert lines[0] == (
         f"{path}: a folder of splits, 'train' (train) and 'val' (eval): 3 images to train on, 1 image to evaluate on; "
-        "2 class names in alphabetical order: cat, dog; left out: 1 .txt file, 2 images in test/ (there is a "
-        "validation split) and 1 image in train/ beside the class folders; the folder __MACOSX; no eval image of 'dog'"
+        "2 class names in alphabetical order: cat, dog; left out: 1 .txt file, 1 folder called '__MACOSX', 2 images in "
+        "test/ (there is a validation split) and 1 image in train/ beside the class folders; no eval image of 'dog'"
     )
+    assert "1 folder called '__MACOSX'" in lines[-1] and made.info.left_out["folder called '__MACOSX'"] == 1
     assert made.info.train.samples == 3 and made.info.eval.samples == 1
 
 
@@ -503,4 +522,4 @@ def test_leaving_out_is_an_option_of_the_command(source, tmp_path, capsys):
         assert main(arguments) == 0
     said = capsys.readouterr().out
     assert "3 class names in alphabetical order: ant, bee, test" in said
-    assert "2 class names in alphabetical order: ant, bee; left out: the folder test\n" in said
+    assert "2 class names in alphabetical order: ant, bee; left out: 1 folder called 'test'\n" in said

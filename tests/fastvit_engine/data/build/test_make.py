@@ -125,6 +125,16 @@ def test_second_run_does_nothing(photos, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
 
 
+@pytest.mark.parametrize("lost", [["train-000000.tar"], ["eval-000000.tar", "train-000000.tar"]])
+def test_a_second_run_does_not_call_made_what_has_lost_a_shard(photos, tmp_path, lost):
+    _make(photos, tmp_path / "out", eval_fraction=None)
+    for name in lost:
+        (tmp_path / "out" / name).unlink()
+    more = " and 1 more" if len(lost) > 1 else ""
+    with pytest.raises(UserError, match=rf"{lost[0]}{more}, which its dataset.json lists, does not exist: copy it"):
+        _make(photos, tmp_path / "out", eval_fraction=None)
+
+
 def test_dataset_json_without_options_is_understood(photos, tmp_path):
     _make(photos, tmp_path / "out")
     path = tmp_path / "out" / "dataset.json"

@@ -804,12 +804,62 @@ def test_labels_by_index_and_by_name(context, tmp_path, text, classes, expected)
         ("a.csv", "path,path,label\nx,y,1\n", "rename all but one of those called 'path'"),
         ("a.csv", "path,label\nx,caf\xe9\n".encode("latin-1"), "cannot be read .*: save it as UTF-8 text"),
         ("a.jsonl", '{"path": "x", "tag": 1}\n', "has no column of labels, only path, tag"),
+        ("a.jsonl", "[1]\nx\n", "has no JSON object in its first lines"),
+        ("a.csv", 'path,label\nx,a\ny,"a\nz,b\n', r"cannot be read from line 3 on .* double those in it"),
+        ("a.csv", 'path,label\nx,"a\ny,"b"\n', r"cannot be read from line 2 on .* double those in it"),
     ],
 )
 def test_lists_that_cannot_serve(listed, tmp_path, name, text, message):
     (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=message):
         listed(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["LIST.CSV", "List.Csv", "LIST.JSONL"])
+def test_lists_with_an_upper_case_suffix(context, tmp_path, name):
+    rows = '{"path": "a.jpg", "label": 1}\n' if "J" in name else "path,label\na.jpg,1\n"
+    (tmp_path / name).write_text(rows)
+    assert _of(list_source(str(tmp_path / name), None, context)) == [("a.jpg", ["1"])]
+
+
+@pytest.mark.parametrize("name", ["photos.zip", "PHOTOS.ZIP", "photos.7z"])
+def test_archives_that_are_not_read_are_to_be_unpacked(context, tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(UserError, match=rf"{name} is an archive that is not read in place: unpack it, and name the f"):
+        list_source(str(tmp_path / name), None, context)
+
+
+def test_a_line_break_in_a_field_is_a_fault_of_its_row(context, tmp_path):
+    (tmp_path / "a.csv").write_text('"path";"label"\n"a.jpg";"ant\nb.jpg;bee"\n"c.jpg";"a ""b"" c"\n')
+    assert _of(list_source(str(tmp_path / "a.csv"), None, context)) == [
+        ("line 3", "has a line break in its path or label"),
+        ("c.jpg", ['a "b" c']),
+    ]
+
+
+def test_the_first_object_may_lack_a_column(context, tmp_path):
+    rows = [{"path": "a.jpg"}, {"path": "b.jpg", "label": 1}, {"label": 0, "path": "c.jpg"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert _of(list_source(str(tmp_path / "a.jsonl"), None, context)) == [
+        ("line 1", "has no label"),
+        ("b.jpg", ["1"]),
+        ("c.jpg", ["0"]),
+    ]
+
+
+def test_labels_of_the_eval_split_are_those_of_the_training_images(context, tmp_path):
+    path, rows = tmp_path / "a.csv", ["x,0,train", "y,1,train", "z,ant,val", "w,1,val"]
+    path.write_text("\n".join(["path,label,split", *rows]))
+    with pytest.raises(UserError, match=r"has the label 'ant' among the images to evaluate on, .* as --classes"):
+        list_source(str(path), None, context)
+    context.classes = ["bee", "ant"]  # what the sentence proposes
+    assert [labels for _, labels in _of(list_source(str(path), None, context))] == [["bee"], ["ant"], ["ant"], ["ant"]]
+    context.classes = None
+    path.write_text("path,label,split\nx,ant;bee,train\ny,ant;rare,val\n")
+    assert list_source(str(path), None, context).classes == ["ant", "bee", "rare"]
+    path.write_text("path,label,split\nx,ant;bee,train\ny,0;1,val\n")
+    with pytest.raises(UserError, match="has the label '0' among the images to evaluate on"):
+        list_source(str(path), None, context)
 
 
 def _of(listing: Listing) -> list[tuple[str, list[str] | str]]:
@@ -1142,6 +1192,19 @@ def test_a_json_member_that_cannot_be_read_is_a_failed_image(tmp_path, photo, wr
     assert made.info.failed == 1 and json.loads(kept["json"]) == {"text": "hi", "labels": [0]}
 
 
+def test_what_lies_beside_shards_is_counted(context, tmp_path, photo, write_tar):
+    (tmp_path / "in" / "logs").mkdir(parents=True)
+    write_tar(tmp_path / "in" / "0.tar", [("a.jpg", photo(1)), ("a.cls", b"0")])
+    for name in ("1.tar.part", "README.md", "shards.index", "x.jpg"):
+        (tmp_path / "in" / name).write_bytes(b"x")
+    assert list_source(str(tmp_path / "in"), None, context).left_out == {
+        ".md file": 1,
+        ".part file": 1,
+        "folder called 'logs'": 1,
+        "image beside the shards": 1,
+    }
+
+
 def test_webdataset_of_our_own_keeps_split_and_classes(listed, tmp_path, photo):
     _files(tmp_path / "in", tuple(f"{name}/{n}.jpg" for name in ("ant", "bee") for n in range(10, 20)), photo)
     make_dataset(str(tmp_path / "in"), tmp_path / "a", eval_fraction=0.3, samples_per_shard=4, workers=2)
@@ -1249,9 +1312,9 @@ def test_webdataset_that_cannot_serve(listed, tmp_path, write_tar, members, mess
 
 
 def test_unknown_sources(listed, tmp_path, write_tar):
-    (tmp_path / "a.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"a\.zip is of no known kind: say with --format"):
-        listed(tmp_path / "a.zip")
+    (tmp_path / "a.xyz").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"a\.xyz is of no known kind: say with --format"):
+        listed(tmp_path / "a.xyz")
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(UserError, match=r"a\.tar is damaged \(it has a damaged header at byte 0\)"):
         listed(tmp_path / "a.tar")

@@ -43,6 +43,29 @@ def test_whole_shards(shards):
     assert json.loads(verdict.to_json())["ok"] is True
 
 
+@pytest.mark.parametrize("content", [bytes(10240), bytes(1024)])
+def test_a_shard_without_samples(write_shards, content):
+    folder = write_shards([[0, 1], [1, 0]])
+    (folder / "1.tar").write_bytes(content)
+    verdict = _verify(folder)
+    assert verdict.errors["empty shard"].examples == [f"shard {folder / '1.tar'} holds no samples"]
+
+
+def test_a_shard_that_dataset_json_does_not_list(tmp_path, photo, write_tar):
+    for number in range(8):
+        path = tmp_path / "in" / f"c{number % 2}" / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photo(number))
+    made = tmp_path / "out"
+    make_dataset(str(tmp_path / "in"), made, eval_fraction=0.25, workers=1, progress=lambda line: None)
+    assert _verify(made).findings == {}
+    (made / "train-000007.tar").write_bytes((made / "train-000000.tar").read_bytes())
+    verdict = _verify(made)
+    assert verdict.shards == 2 and list(verdict.warnings) == ["unlisted shard"] and verdict.errors == {}
+    (example,) = verdict.warnings["unlisted shard"].examples
+    assert example.startswith("train-000007.tar is not in dataset.json: a folder is read without it, and a pattern")
+
+
 def test_real_photos_are_whole(real_data):
     verdict = verify_shards(str(real_data / "fixture-tiny"))
     assert verdict.errors == {} and verdict.samples == 64

@@ -83,6 +83,16 @@ def test_empty_folder(tmp_path):
         find_shards(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize("name", ["list.csv", "LIST.TSV", "list.jsonl", "train-0.parquet"])
+def test_a_table_of_images_is_told_how_to_become_shards(tmp_path, name):
+    (tmp_path / name).touch()
+    makes = rf"names {tmp_path}/{name}, which is no shard: run `fastvit data make {tmp_path}/{name} --out data/new`"
+    with pytest.raises(UserError, match=makes):
+        find_shards(f"{tmp_path}/{name}", "train")
+    with pytest.raises(UserError, match=makes):
+        shard_set(f"{tmp_path}/*{name[-5:]}")
+
+
 @pytest.mark.parametrize("image", ["1.jpg", "cat/1.JPG", "train/cat/1.png"])
 def test_a_folder_of_images_is_told_how_to_become_shards(tmp_path, image):
     path = tmp_path / "photos" / image
