@@ -16,6 +16,7 @@ from fastvit_engine.data.build.sources.reading import SourceReader
 from fastvit_engine.data.shards.names import Split
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.progress import WorkProgress
+from fastvit_engine.observe.units import counted
 
 _HASHED_AT_ONCE = 1024
 
@@ -95,8 +96,8 @@ def make_packing(
 ) -> Packing:
     """Splits the listing and shuffles each split globally.
 
-    Each class gives the same fraction of its images to the eval split, within one image, unless the source has a split
-    of its own.
+    Each class gives the same fraction of its images to the eval split, within one image, and keeps at least one to
+    train on, unless the source has a split of its own.
     """
     kept = np.ones(len(listing), np.bool_)
     if arguments["dedup"]:
@@ -110,23 +111,35 @@ def make_packing(
         held_out = _stratified(listing.first_labels()[order], eval_fraction)
     train, evaluation = order[~held_out], order[held_out]
     if not len(train) or (eval_fraction and not len(evaluation)):
-        raise UserError(_too_few(len(order), eval_fraction))
+        raise UserError(_too_few(listing.first_labels()[order], eval_fraction))
     return Packing(arguments, listing, train, evaluation, eval_fraction, duplicates=int(len(kept) - kept.sum()))
 
 
-def _too_few(images: int, eval_fraction: float | None) -> str:
+def _too_few(labels: np.ndarray, eval_fraction: float | None) -> str:
+    images = counted(len(labels), "image")
     if eval_fraction is None:
-        return f"all {images} images are in the source's eval split: add images to train on"
-    wanted = "0" if images < 2 else "0.5, or 0 to train on all of them"
-    return f"{images} images are too few for --eval-fraction {eval_fraction}: set --eval-fraction {wanted}"
+        return f"all {images} are in the source's eval split: add images to train on"
+    alone = np.unique(labels, return_counts=True)[1].max(initial=0) < 2
+    images += ", no two of one class," if alone and len(labels) > 1 else ""
+    wanted = "0" if alone else "0.5, or 0 to train on all of them"
+    return f"{images} are too few for --eval-fraction {eval_fraction}: set --eval-fraction {wanted}"
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:
-    """Chooses `fraction` of each class, within one image, given the classes of shuffled images: bool [N]."""
-    chosen = np.zeros(len(labels), np.bool_)
+    """Chooses `fraction` of each class, within one image, given the classes of shuffled images: bool [N].
+
+    Never a whole class: it would be evaluated without having been trained.
+    """
+    order = np.argsort(labels, kind="stable")
     # Evenly spaced positions in the class order: round(n * fraction) of them in any run of n.
     marks = np.floor(np.arange(len(labels) + 1) * fraction + 0.5)
-    chosen[np.argsort(labels, kind="stable")] = np.diff(marks) > 0
+    by_class = np.diff(marks) > 0
+    _, first, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    if len(first):
+        whole = np.add.reduceat(by_class, first, dtype=np.int64) == sizes
+        by_class[first[whole]] = False
+    chosen = np.zeros(len(labels), np.bool_)
+    chosen[order] = by_class
     return chosen
 
 

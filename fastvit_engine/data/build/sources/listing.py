@@ -1,11 +1,13 @@
 """Where every image of a source is and how it is labelled, as a few arrays."""
 
+import hashlib
 import json
+import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -213,6 +215,57 @@ class ListingBuilder:
                 "train on: correct the labels, or list all class names in label order, one per line, in a file given "
                 "as --classes"
             )
+
+
+REPEATED = "row that repeats an image"
+
+
+def without_repeats(listing: Listing, where: str) -> Listing:
+    """Leaves out each path and URL that occurs before with the same labels, and counts them.
+
+    Raises UserError if one occurs with other labels, or in both splits.
+    """
+    is_named = np.array([file.kind in ("path", "url") and not file.fault for file in listing.files], np.bool_)
+    rows = np.flatnonzero(is_named[listing.file])
+    digests = b"".join(hashlib.blake2b(_place(listing, row), digest_size=8).digest() for row in rows.tolist())
+    _, first, inverse = np.unique(np.frombuffer(digests, np.uint64), return_index=True, return_inverse=True)
+    earliest = rows[first][inverse]
+    kept = np.ones(len(listing), np.bool_)
+    for row, earlier in np.stack([rows, earliest], axis=1)[rows != earliest].tolist():
+        if _place(listing, row) != _place(listing, earlier):
+            continue  # two names with the same digest
+        labels, before = (sorted(listing.classes[label] for label in listing.labels_of(one)) for one in (row, earlier))
+        if labels != before:
+            raise UserError(
+                f"{where} has {listing.name(row)} twice, with the labels {before} and {labels}: list an image once, "
+                'with all its labels, separated by ";"'
+            )
+        if listing.held_out[row] != listing.held_out[earlier]:
+            raise UserError(f"{where} has {listing.name(row)} in both splits: remove it from one of them")
+        kept[row] = False
+    return listing if kept.all() else _select(listing, kept, {REPEATED: int((~kept).sum())})
+
+
+def _place(listing: Listing, row: int) -> bytes:
+    """The URL, or the path in its shortest form."""
+    name = listing.name(row)
+    is_path = listing.files[listing.file[row]].kind == "path"
+    return (os.path.normpath(name) if is_path else name).encode("utf-8", "surrogateescape")
+
+
+def _select(listing: Listing, kept: np.ndarray, left_out: Mapping[str, int]) -> Listing:
+    """The images with kept[i]. left_out: what is added to its counts."""
+    labels, names = np.diff(listing.label_start), np.diff(listing.name_start)
+    zero = np.zeros(1, np.int64)
+    return replace(
+        listing,
+        **{name: getattr(listing, name)[kept] for name in ("file", "offset", "size", "held_out")},
+        labels=listing.labels[np.repeat(kept, labels)],
+        label_start=np.concatenate([zero, np.cumsum(labels[kept])]),
+        names=listing.names[np.repeat(kept, names)],
+        name_start=np.concatenate([zero, np.cumsum(names[kept])]),
+        left_out=dict(Counter(listing.left_out) + Counter(left_out)),
+    )
 
 
 def join(train: Listing, held_out: Listing) -> Listing:

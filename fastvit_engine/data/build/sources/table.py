@@ -19,7 +19,7 @@ from fastvit_engine.data.build.sources.columns import (
 )
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.label_column import is_missing, read_cell
-from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
+from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder, without_repeats
 from fastvit_engine.data.shards.remote_path import AnyPath, is_remote
 from fastvit_engine.errors import UserError
 from fastvit_engine.text import open_text
@@ -44,8 +44,8 @@ def list_table(path: AnyPath, context: Context) -> Listing:
 
     CSV and TSV have a header line and are separated by commas, semicolons or tabs; several labels are in one field,
     separated by ";" or as a list. JSONL has one object per line, several labels as a list. A column "split" says which
-    rows are held out. Lines that cannot be used are listed as faulty images. Raises UserError if the columns are not
-    known, or the file is no text.
+    rows are held out. Lines that cannot be used are listed as faulty images, and those that repeat an image are left
+    out. Raises UserError if the columns are not known, if the file is no text, and as `without_repeats`.
     """
     builder = ListingBuilder()
     builder.add_file("bytes", path)  # whose faulty lines are named by their numbers
@@ -85,7 +85,7 @@ def list_table(path: AnyPath, context: Context) -> Listing:
             builder.add(image, labels, file=url)
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise UserError(f"the list {path} cannot be read ({error}): save it as UTF-8 text") from error
-    return builder.finish(context.classes, str(path))
+    return without_repeats(builder.finish(context.classes, str(path)), str(path))
 
 
 def _splits(rows: Iterator[Row], path: AnyPath, context: Context) -> RowSplits | None:

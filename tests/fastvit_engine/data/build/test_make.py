@@ -528,7 +528,7 @@ def test_read_only_destination(photos, tmp_path):
         ({"image_column": "a"}, "--image-column names a column of a list or of Parquet files, but .* is neither"),
         ({"label_column": "a"}, "--label-column names a column of a list or of Parquet files, but .* is neither"),
         ({"format": "zip"}, "--format is zip: it must be one of cifar, class-folders, class-tars"),
-        ({"eval_fraction": 0.001}, "36 images are too few"),
+        ({"eval_fraction": 0.001}, "36 images are too few for --eval-fraction 0.001: set --eval-fraction 0.5"),
     ],
 )
 def test_bad_arguments(photos, tmp_path, changes, message):

@@ -1,11 +1,13 @@
 import hashlib
 
 import numpy as np
+import pytest
 
 from fastvit_engine.data.build.output import LocalOutput
 from fastvit_engine.data.build.packing import Packing, first_of_each, make_packing
 from fastvit_engine.data.build.sources.listing import ListingBuilder
 from fastvit_engine.data.shards.names import UNFINISHED_NAME
+from fastvit_engine.errors import UserError
 from fastvit_engine.observe.progress import WorkProgress
 
 
@@ -29,6 +31,25 @@ def test_every_image_is_in_one_split_and_the_classes_keep_their_shares():
         assert sorted([*packing.train, *packing.eval]) == list(range(len(labels)))
         counts = np.bincount(np.array(labels)[packing.eval], minlength=4)
         assert all(abs(counts - fraction * np.bincount(labels)) <= 1)
+        assert all(np.bincount(np.array(labels)[packing.train], minlength=4) >= 1)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.99])
+def test_every_class_that_is_evaluated_is_trained(fraction: float):
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        labels = rng.integers(0, 40, 80).tolist()  # most classes have an image or two, or three
+        packing = _packing(labels, fraction=fraction, seed=int(rng.integers(1000)))
+        trained, evaluated = (
+            set(packing.listing.first_labels()[split].tolist()) for split in (packing.train, packing.eval)
+        )
+        assert evaluated and evaluated <= trained and len(trained) == len(set(labels))
+
+
+def test_classes_of_one_image_each_cannot_be_split():
+    with pytest.raises(UserError, match="3 images, no two of one class, are too few for .* set --eval-fraction 0$"):
+        _packing([0, 1, 2], fraction=0.5)
+    assert len(_packing([0, 1, 2], fraction=0).train) == 3
 
 
 def test_order_is_a_uniform_shuffle_that_depends_on_the_seed():

@@ -772,6 +772,31 @@ def test_csv_and_jsonl(listed, tmp_path, photo):
         ]
 
 
+def test_an_image_that_a_list_names_twice_is_taken_once_and_counted(context, tmp_path):
+    rows = ["a.jpg,fox", "b.jpg,ant", "./a.jpg,fox", "https://x.example/a.jpg,ant", "d/../b.jpg,ant", "c.jpg,"]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows, "https://x.example/a.jpg,ant"]) + "\n")
+    listing = list_source(str(tmp_path / "list.csv"), None, context)
+    assert [listing.name(n) for n in range(4)] == ["a.jpg", "b.jpg", "https://x.example/a.jpg", "line 7"]
+    assert [listing.labels_of(n) for n in range(4)] == [[1], [0], [0], []]
+    assert len(listing) == 4 and listing.left_out == {"row that repeats an image": 3}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            ["a.jpg,fox,train", "a.jpg,ant,train"],
+            r"a.jpg twice, with the labels \['fox'\] and \['ant'\]: list an image",
+        ),
+        (["a.jpg,fox,train", "./a.jpg,fox,val"], r"./a.jpg in both splits: remove it from one"),
+    ],
+)
+def test_a_list_that_contradicts_itself_is_refused(context, tmp_path, rows, message):
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,split", *rows, "b.jpg,ant,train"]) + "\n")
+    with pytest.raises(UserError, match=message):
+        list_source(str(tmp_path / "list.csv"), None, context)
+
+
 @pytest.mark.parametrize(
     ("text", "classes", "expected"),
     [
