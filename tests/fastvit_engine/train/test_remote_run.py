@@ -81,7 +81,7 @@ def start(train_arguments, tmp_path, bad_sample):
     return begin
 
 
-def test_killed_and_continued_on_other_machines(start, url, s3_bucket, train_arguments, tmp_path, monkeypatch, capsys):
+def test_killed_and_continued_on_other_machines(start, url, tmp_path):
     """A sample whose loss is NaN makes each run go back, also the one that nothing else happens to."""
     code, text = start(tmp_path / "undisturbed")
     assert code == 0, text
@@ -116,6 +116,14 @@ def test_killed_and_continued_on_other_machines(start, url, s3_bucket, train_arg
 
     ours, theirs = load_model(Path(url)).state_dict(), load_model(undisturbed.path).state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@only_all
+def test_a_finished_run_is_exported_and_reported_and_left_alone(
+    start, url, s3_bucket, train_arguments, tmp_path, monkeypatch, capsys
+):
+    code, text = start(url)
+    assert code == 0, text
     weights = f"{url.removeprefix('s3://')}/model.safetensors"
     assert main(["export", url, "--out", str(tmp_path / "weights.safetensors")]) == 0
     exported = (tmp_path / "weights.safetensors").read_bytes()
