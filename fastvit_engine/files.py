@@ -159,12 +159,13 @@ def json_lines(rows: Iterable[Any]) -> bytes:
 
 
 def read_json_lines(
-    path: Path, problem_of: Callable[[dict[str, Any]], str | None] = lambda row: None
+    path: Path, problem_of: Callable[[dict[str, Any]], str | None] = lambda row: None, named: str | None = None
 ) -> list[dict[str, Any]]:
     """The JSON objects of the file, one per line. Half a line at its end, left by a killed writer, is left out.
 
     So is any other line that is not a JSON object, or in which `problem_of` finds a problem ("is not an event"): stderr
-    names the first of them and says how many there are. OSError if the file cannot be read.
+    names the first of them and says how many there are. OSError if the file cannot be read. named: what to call the
+    file, if not by its path.
     """
     rows, first, damaged = [], "", 0
     with open(path, "rb") as file:
@@ -180,7 +181,7 @@ def read_json_lines(
                     damaged += 1
     if damaged:
         more = f", and {damaged - 1:,} more" * (damaged > 1)
-        print(f"fastvit: {path} {first}{more}: left out", file=sys.stderr)
+        print(f"fastvit: {named or path} {first}{more}: left out", file=sys.stderr)
     return rows
 
 

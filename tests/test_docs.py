@@ -146,7 +146,7 @@ def test_every_row_of_what_happens_when_is_proven_by_a_test_that_exists():
     section = text[text.index("## What happens when") : text.index("## What has been measured")]
     tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", section, re.MULTILINE)]
     rows = [row for table in tables for row in table[2:]]
-    assert len(tables) == 6 and len(rows) >= 48
+    assert len(tables) == 7 and len(rows) >= 61
     for row in rows:
         proofs = re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", row.split(" | ")[-1])
         assert row.count(" | ") == 3 and proofs, row

@@ -19,7 +19,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.safetensors_file import model_metadata, safetensors_header
 from fastvit_engine.observe.disk import insist, is_final, reason
-from fastvit_engine.observe.run_folder import RunFolder, run_folder
+from fastvit_engine.observe.run_folder import RunFolder, run_folder, with_both_slashes
 from fastvit_engine.storage.stores import Store, is_store
 from fastvit_engine.storage.stores import open_store as open_bucket
 
@@ -32,6 +32,7 @@ def find_checkpoint(source: str) -> Checkpoint:
 
     Raises UserError if there is none, or if the run's config.yaml is damaged.
     """
+    source = with_both_slashes(source)
     parent, _, name = source.rstrip("/").rpartition("/")
     if is_step_name(name):
         return Checkpoint(open_store(parent or "."), name)
@@ -154,7 +155,7 @@ def _identity_in(read: Callable[[int, int], bytes]) -> dict[str, str] | None:
     """The identity in a safetensors file; `read` gives its bytes [start, stop), in order."""
     try:
         size = int.from_bytes(read(0, 8), "little")
-        header = json.loads(read(8, 8 + size)) if size <= _LONGEST_HEADER else {}
+        header = json.loads(read(8, 8 + size)) if 0 < size <= _LONGEST_HEADER else {}
         return {key: header["__metadata__"][key] for key in ("step", "checkpoint")}
     except (ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -1,5 +1,6 @@
 """A trained model from wherever it lies: a run folder, one of its checkpoints, or a file of weights."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import VisionTransformer
 from fastvit_engine.models.weights.safetensors_file import load_safetensors, model_from_weights
-from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.run_folder import RunFolder, run_folder, with_both_slashes
+from fastvit_engine.storage.stores import is_store
 
 
 def load_model(source: str | Path, *, ema: bool = False) -> VisionTransformer:
@@ -46,9 +48,11 @@ def load_model(source: str | Path, *, ema: bool = False) -> VisionTransformer:
 
 def _pixels_of_run(source: str, checkpoint: Checkpoint) -> Mapping[str, Any] | None:
     """How the run prepares images, as its folder has it; for checkpoints of versions that do not say it."""
-    for folder in (Path(source), Path(str(checkpoint)).parent.parent):
-        run = RunFolder(folder)
-        if "://" not in str(folder) and (data := read_section(run, "data")) is not None:
+    for folder in (with_both_slashes(source).rstrip("/"), re.sub(r"/+[^/]+/+[^/]+/*$", "", str(checkpoint))):
+        if "://" in folder and not is_store(folder):
+            continue
+        run = run_folder(folder) if is_store(folder) else RunFolder(Path(folder))
+        if (data := read_section(run, "data")) is not None:
             try:
                 transform = data.get("eval_transform", BEFORE_EVAL_TRANSFORM)
                 return {key: data[key] for key in ("mean", "std", "eval_crop")} | {"eval_transform": transform}

@@ -28,10 +28,10 @@ from fastvit_engine.checkpoint.open import store_of
 from fastvit_engine.checkpoint.remote import RemoteStore
 from fastvit_engine.checkpoint.store import CheckpointStore
 from fastvit_engine.config import CheckpointConfig
-from fastvit_engine.errors import UserError
+from fastvit_engine.errors import RestartError, UserError
 from fastvit_engine.files import is_alive, this_machine
 from fastvit_engine.observe.disk import insist
-from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.run_folder import WORKING_FOLDERS, RunFolder
 from fastvit_engine.shown import public_url
 from fastvit_engine.shown import say as say_to_user
 
@@ -74,6 +74,7 @@ class _RunFolderStore(LocalStore):
 
     def __init__(self, run: RunFolder) -> None:
         super().__init__(run.path)
+        self.is_working_folder = run.url is not None
         working = "" if run.url is None else f" (working folder {run.path})"
         self.title = f"run folder {run}{working}"
 
@@ -106,7 +107,10 @@ class Ownership:
         return bool(self._own)
 
     def check(self) -> None:
-        """Raises UserError if this process has lost what it owned; OSError if the disk or the store cannot say."""
+        """Raises UserError if this process has lost what it owned; OSError if the disk or the store cannot say.
+
+        RestartError if only the working folder of a run in an object store is gone.
+        """
         for record in self._records:
             _check(*record)
 
@@ -142,7 +146,7 @@ def _check(store: CheckpointStore, name: str, owner: Owner) -> None:
     except FileNotFoundError:
         lost = True
     if lost:
-        raise UserError(_loss(store))
+        raise _loss(store)
 
 
 @contextlib.contextmanager
@@ -211,7 +215,8 @@ def process_start(process: int) -> str:
 def _take(store: CheckpointStore, owner: Owner, gone: set[str], say: Callable[[str], None]) -> tuple[str, Owner]:
     """Makes `owner` the owner, if nobody else is; returns the record that counts, which may be the parent process's."""
     where, what = _where(store)
-
+    if isinstance(store, _RunFolderStore) and store.is_working_folder:
+        where, what = f"working folder {store.folder}", f"folder with {WORKING_FOLDERS}"
     while (taken := insist(lambda: _try_to_take(store, owner, gone, say), where, instead=what)) is None:
         pass
     return taken
@@ -277,16 +282,30 @@ def _refusal(where: str, what: str, held: Owner | None) -> str:
     )
 
 
-def _loss(store: CheckpointStore) -> str:
+def _loss(store: CheckpointStore) -> UserError | RestartError:
     where, what = _where(store)
     if isinstance(store, LocalStore) and not store.folder.exists():
-        return f"{where} is gone, removed or unmounted: restore it, or choose another {what}, and start again"
+        if isinstance(store, _RunFolderStore) and store.is_working_folder:
+            return RestartError(
+                f"{where} is gone, removed or unmounted: run the same command again with --resume auto, which fetches "
+                "the records"
+            )
+        return UserError(
+            f"{where} is gone, removed or unmounted: restore it, or choose another {what}, and start again"
+        )
     by = "another run"
     with contextlib.suppress(OSError):
         newest = _newest(store.owners())
-        held = _parse(store.read_owner(newest)[0]) if newest is not None else None
+        if newest is None:
+            return UserError(
+                f"{where} no longer belongs to this run: its owner record is gone, removed by hand or by another run "
+                f"that has ended since; it stops and writes nothing more: start again, or choose another {what}"
+            )
+        held = _parse(store.read_owner(newest)[0])
         by = f"{held}, since {held.since}" if held else by
-    return f"{where} no longer belongs to this run but to {by}: it stops and writes nothing more; choose another {what}"
+    return UserError(
+        f"{where} no longer belongs to this run but to {by}: it stops and writes nothing more; choose another {what}"
+    )
 
 
 def _where(store: CheckpointStore) -> tuple[str, str]:

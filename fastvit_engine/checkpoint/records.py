@@ -3,8 +3,8 @@
 Records grow line by line, which no object does. So a run writes them to its working folder, and uploads every file that
 has changed, whole. Those in the store are the truth: whoever takes the run over, on any machine, replaces its working
 folder by them. They are enough for that, because a checkpoint is published only after all records up to it have been
-uploaded, and a resume drops later rows. Of events, which no resume needs, those that a killed process could not upload
-are kept if the run continues on the same machine.
+uploaded, and a resume drops later rows. Of events and stack traces, which no resume needs, those that a killed process
+could not upload are kept if the run continues on the same machine.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastvit_engine.checkpoint.owner import Ownership
-from fastvit_engine.checkpoint.remote import store_failures
-from fastvit_engine.errors import UserError
+from fastvit_engine.checkpoint.remote import PROMPT_SECONDS, store_failures
+from fastvit_engine.errors import RestartError, UserError
 from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.disk import insist, reason, unreadable, warn
-from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.run_folder import WORKING_FOLDERS, RunFolder
 from fastvit_engine.storage.stores import open_store
 
 _FOLDERS = ("", "configs", "tensorboard")  # that records are in
@@ -28,13 +28,14 @@ _RECORD = re.compile(
 )
 _STACKS = re.compile(r"stacks/[A-Za-z0-9._-]+\.txt")  # of the processes on this machine: uploaded, and never fetched
 _LOGS = ("events.jsonl", "bad_samples.jsonl")  # of which no line is ever removed
+_AT_ONCE = 2**25  # bytes of a file that is uploaded with one request
 _Version = tuple[int, int, int]  # of a file of the working folder
 
 
 class Records:
     """Fetches and uploads the records of a run; does nothing for a run that has no URL.
 
-    check_owner: raises UserError if this run must not write any more; called before each upload. Threads may share one.
+    check_owner: raises UserError if this run must not write any more; called before each write. Threads may share one.
     """
 
     def __init__(self, run: RunFolder, check_owner: Callable[[], None] = lambda: None) -> None:
@@ -43,13 +44,18 @@ class Records:
         self._lock = threading.Lock()
 
     def fetch(self) -> None:
-        """Replaces the records in the working folder by those in the store. Raises as `unreadable` says."""
+        """Replaces the records in the working folder by those in the store.
+
+        Raises as `unreadable` says; UserError or RestartError if the working folder cannot be written.
+        """
         if self._run.url is None:
             return
         try:
-            self._fetch(self._run.url)
+            contents = self._read(self._run.url)
         except OSError as error:
             raise unreadable(str(self._run), error) from error
+        what = f"working folder {self._run.path}"
+        insist(lambda: self._replace(contents), what, instead=f"folder with {WORKING_FOLDERS}")
 
     def upload(self) -> None:
         """Uploads the records that have changed since the last call. Raises OSError, and as `check_owner`.
@@ -60,34 +66,46 @@ class Records:
             return
         with self._lock:
             changed = {name: now for name, now in self._versions().items() if now != self._uploaded.get(name)}
-            if not changed:
-                return
-            self._check_owner()
-            store, folder = open_store(self._run.url)
             for name, version in changed.items():
-                content = (self._run.path / name).read_bytes()
+                try:
+                    content = (self._run.path / name).read_bytes()
+                except FileNotFoundError:  # removed meanwhile
+                    continue
                 if name.endswith(".jsonl"):
                     content = content[: content.rfind(b"\n") + 1]
-                with store_failures(self._run.url):
-                    store.write(f"{folder}/{name}".lstrip("/"), content)
+                self._check_owner()
+                self._write(self._run.url, name, content)
                 self._uploaded[name] = version
 
     def insist(self) -> None:
         """As `upload`, and tries again for a while. Raises RestartError if it fails for longer."""
-        insist(self.upload, f"the records in {self._run}")
+        insist(self.upload, f"the records in {self._run}", remedy="check the store and your access to it")
 
-    def _fetch(self, url: str) -> None:
+    def _write(self, url: str, name: str, content: bytes) -> None:
+        store, folder = open_store(url, patience=PROMPT_SECONDS)
+        key = f"{folder}/{name}".lstrip("/")
+        with store_failures(url):
+            if len(content) <= _AT_ONCE:
+                store.write(key, content)
+            else:
+                store.write_stream(key, (content[at : at + _AT_ONCE] for at in range(0, len(content), _AT_ONCE)))
+
+    def _read(self, url: str) -> dict[str, bytes]:
+        """The records in the store."""
         store, folder = open_store(url)
         start = len(folder) + 1 if folder else 0
         with store_failures(url):
             infos = [info for sub in _FOLDERS for info in store.list_folder(f"{folder}/{sub}".strip("/"))]
             names = {info.key[start:] for info in infos if not info.is_folder and _RECORD.fullmatch(info.key[start:])}
+            return {name: store.read(f"{folder}/{name}".lstrip("/")) for name in sorted(names)}
+
+    def _replace(self, contents: dict[str, bytes]) -> None:
+        events = contents.get("events.jsonl")
+        was_here = events is not None and _begins_with(self._run.events, events)  # when it was last run
         for name in self._versions():
-            if name not in names:
+            if name not in contents and not (was_here and _STACKS.fullmatch(name)):
                 (self._run.path / name).unlink()
-        for name in sorted(names):
-            with store_failures(url):
-                content = store.read(f"{folder}/{name}".lstrip("/"))
+        for name, content in contents.items():
             path = self._run.path / name
             if not (name in _LOGS and _begins_with(path, content)):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,10 +117,14 @@ class Records:
         """The records in the working folder."""
         found = {}
         for folder in (*_FOLDERS, "stacks"):
-            with contextlib.suppress(FileNotFoundError):
-                for path in sorted((self._run.path / folder).iterdir()):
-                    name = path.relative_to(self._run.path).as_posix()
-                    if _RECORD.fullmatch(name) or _STACKS.fullmatch(name):
+            try:
+                paths = sorted((self._run.path / folder).iterdir())
+            except FileNotFoundError:
+                continue
+            for path in paths:
+                name = path.relative_to(self._run.path).as_posix()
+                if _RECORD.fullmatch(name) or _STACKS.fullmatch(name):
+                    with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                         found[name] = _version(path)
         return found
 
@@ -119,7 +141,7 @@ def kept_records(run: RunFolder, owner: Ownership) -> Iterator[Records]:
     try:
         yield records
     finally:
-        with contextlib.suppress(UserError):  # the run is another process's by now
+        with contextlib.suppress(UserError, RestartError):  # the run is another process's, or has no working folder
             try:
                 records.upload()
             except OSError as error:

@@ -16,6 +16,9 @@ from fastvit_engine.shown import public_url
 from fastvit_engine.storage.source import AttemptFailed, Exists, Missing, Refused
 from fastvit_engine.storage.stores import open_store
 
+# Seconds after which a write that must not come late is not tried again. With the last attempt, for which the store's
+# timeout is added, it ends before another machine may have taken the run over (`owner.STALE_SECONDS`).
+PROMPT_SECONDS = 20.0
 _SETTLE_SECONDS = 1.0  # between writing an owner record and reading it back
 
 
@@ -25,6 +28,7 @@ class RemoteStore:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self.store, self.root = open_store(self.url)
+        self._prompt_store, _ = open_store(self.url, patience=PROMPT_SECONDS)
 
     def describe(self, name: str) -> str:
         return f"{public_url(self.url)}/{name}"
@@ -79,11 +83,11 @@ class RemoteStore:
 
     def publish(self, name: str, manifest: bytes) -> None:
         with store_failures(self.url):
-            self.store.write(self._key(name, MANIFEST), manifest)
+            self._prompt_store.write(self._key(name, MANIFEST), manifest)
 
     def point_latest(self, name: str) -> None:
         with store_failures(self.url):
-            self.store.write(self._key("latest"), name.encode())
+            self._prompt_store.write(self._key("latest"), name.encode())
 
     def discard(self, name: str) -> None:
         with store_failures(self.url):

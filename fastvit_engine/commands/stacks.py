@@ -26,10 +26,15 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.distributed.stacks import collect_stacks
     from fastvit_engine.observe.events import read_events
-    from fastvit_engine.observe.run_folder import run_folder
+    from fastvit_engine.observe.run_folder import WORKING_FOLDERS, run_folder
 
     run = run_folder(args.run_folder)
     starts = [event for event in read_events(run) if event["event"] == "start" and "world_size" in event]
+    if not starts and run.url is not None:
+        raise UserError(
+            f"no process of {run} has a working folder here, in {run.path}: run this on a machine of the run, as the "
+            f"same user and with the same {WORKING_FOLDERS}"
+        )
     if not starts:
         raise UserError(f"{run} is not the folder of a run that has started: give the folder that fastvit train names")
     processes = int(starts[-1]["world_size"])  # type: ignore[typeddict-item]

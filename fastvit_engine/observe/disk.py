@@ -32,11 +32,17 @@ _FINAL_TYPES = (PermissionError, NotADirectoryError, FileNotFoundError, FileExis
 _warned: set[str] = set()  # of what, by this process
 
 
-def insist(action: Callable[[], T], what: str, *, instead: str | None = None) -> T:
+def insist(
+    action: Callable[[], T],
+    what: str,
+    *,
+    instead: str | None = None,
+    remedy: str = "make room on that disk or bring it back",
+) -> T:
     """Returns what `action` returns, which writes `what` and is tried again if it raises OSError.
 
-    Raises RestartError if it has failed for `PATIENCE_SECONDS`. `instead`: what to choose another one of; then an error
-    that time does not cure is a UserError at once.
+    Raises RestartError, with the remedy, if it has failed for `PATIENCE_SECONDS`. `instead`: what to choose another one
+    of; then an error that time does not cure is a UserError at once.
     """
     began, pause, told = time.monotonic(), 0.1, False
     while True:
@@ -48,8 +54,8 @@ def insist(action: Callable[[], T], what: str, *, instead: str | None = None) ->
             waited = time.monotonic() - began
             if waited >= PATIENCE_SECONDS:
                 raise RestartError(
-                    f"{what} could not be written for {waited:.0f} s ({reason(error)}): make room on that disk or "
-                    "bring it back, and run the same command again with --resume auto"
+                    f"{what} could not be written for {waited:.0f} s ({reason(error)}): {remedy}, and run "
+                    "the same command again with --resume auto"
                 ) from error
             if not told:
                 told = True

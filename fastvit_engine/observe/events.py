@@ -82,7 +82,7 @@ def read_events(run: RunFolder) -> list[Event]:
     """
     if not run.events.exists():
         return []
-    return cast(list[Event], read_json_lines(run.events, _problem))
+    return cast(list[Event], read_json_lines(run.events, _problem, run.describe(run.events)))
 
 
 def _problem(row: Mapping[str, Any]) -> str | None:

@@ -63,15 +63,16 @@ class MetricsWriter:
         append_json_lines(self._path, [_encode(row)], durable=False)
 
 
-def read_metrics(path: Path) -> tuple[list[TrainRow], list[EvalRow]]:
+def read_metrics(path: Path, named: str | None = None) -> tuple[list[TrainRow], list[EvalRow]]:
     """Reads the training and the evaluation rows in the order written.
 
     Half a last line is left out, and so are damaged lines, which stderr counts. Raises UserError if there is no file.
+    named: what to call the file, if not by its path.
     """
     try:
-        rows = _read_rows(path)
+        rows = _read_rows(path, named)
     except OSError as error:
-        raise UserError(f"cannot read the metrics of the run, {path}: {error.strerror}") from error
+        raise UserError(f"cannot read the metrics of the run, {named or path}: {error.strerror}") from error
     train = [cast(TrainRow, row) for row in rows if "eval" not in row]
     return train, [cast(EvalRow, row) for row in rows if "eval" in row]
 
@@ -83,8 +84,8 @@ def _drop_rows_after(path: Path, step: int) -> None:
         atomic_write(path, json_lines(_encode(row) for row in _read_rows(path) if row["step"] <= step))
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    return [_decode(row) for row in read_json_lines(path, lambda row: _problem(_decode(row)))]
+def _read_rows(path: Path, named: str | None = None) -> list[dict[str, Any]]:
+    return [_decode(row) for row in read_json_lines(path, lambda row: _problem(_decode(row)), named)]
 
 
 def _problem(row: Mapping[str, Any]) -> str | None:

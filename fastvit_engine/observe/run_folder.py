@@ -23,22 +23,32 @@ def run_folder(out: str | Path, environment: Mapping[str, str] = os.environ) -> 
     """The run folder that a path or a URL of an object store names; asks no server, and creates nothing.
 
     A file:// URL becomes its path. The working folder of a URL follows from the URL alone. Raises UserError for any
-    other URL.
+    other URL, and for one with secrets: paths, owner records and command lines of ranks would hold them.
     """
     text = str(out)
     if not _URL.match(text):
         return RunFolder(Path(re.sub(r"^file:(//)?(?=/)", "", text)))
-    url = re.sub(r"^([A-Za-z0-9+.-]+):/+", r"\1://", text).rstrip("/")
+    url = with_both_slashes(text).rstrip("/")
     if not is_store(url):
         raise UserError(
             f"the run folder is {public_url(url)}, which no run can be written to: name a local folder, or an object "
             "store (s3://, gs://, az://)"
+        )
+    if public_url(url) != url:
+        raise UserError(
+            f"the run folder is {public_url(url)} with a user name, a password or parameters: leave them out, and set "
+            "the store's credentials in the environment"
         )
     store, key = open_store(url)
     place = f"{store.config.root.rstrip('/')}/{key}"  # the same for every spelling of the scheme
     readable = re.sub(r"[^A-Za-z0-9._]+", "-", place.partition("://")[2]).strip("-.")[-60:]
     digest = hashlib.sha256(place.encode()).hexdigest()[:12]
     return RunFolder(_working_folders(environment) / f"{readable}-{digest}", url)
+
+
+def with_both_slashes(source: str) -> str:
+    """A URL whose second slash is lost, as in a `pathlib.Path`, with both; anything else as it is."""
+    return re.sub(r"^(?!file:)([A-Za-z][A-Za-z0-9+.-]+):/+(?=[^/])", r"\1://", source)
 
 
 def _working_folders(environment: Mapping[str, str]) -> Path:

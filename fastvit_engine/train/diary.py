@@ -77,7 +77,7 @@ def _record_changes(run: RunFolder, last: str, resolved: Resolved, step: int) ->
     except (yaml.YAMLError, RecursionError):
         before = None
     if not isinstance(before, Mapping):
-        message = f"the last start's configuration in {run.path} cannot be read: what has changed since is not known"
+        message = f"the last start's configuration in {run} cannot be read: what has changed since is not known"
         say(f"warning: {message}")
         record_event(run, "configuration", message, step=step, changes=[])
         return

@@ -36,12 +36,13 @@ def load_recovery(run: RunFolder) -> Recovery:
     except FileNotFoundError:
         return _from_events(run)
     except OSError as error:
-        raise unreadable(str(run.recovery), error) from error
+        raise unreadable(run.describe(run.recovery), error) from error
     try:
         return Recovery.from_json(json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{run.recovery} is damaged ({error}): correct it, or remove it to have it made again from {run.events}"
+            f"{run.describe(run.recovery)} is damaged ({error}): correct it, or remove it to have it made again from "
+            f"{run.describe(run.events)}"
         ) from error
 
 
@@ -59,4 +60,6 @@ def _from_events(run: RunFolder) -> Recovery:
     try:
         return Recovery().merge(Recovery.from_json(content))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{run.events} names samples that are no window ({error}): correct that line") from error
+        raise UserError(
+            f"{run.describe(run.events)} names samples that are no window ({error}): correct that line"
+        ) from error

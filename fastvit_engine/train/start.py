@@ -19,6 +19,7 @@ from fastvit_engine.checkpoint import (
     store_of,
     usable_checkpoints,
 )
+from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.config import Config, EvalTransform, ModelConfig, Resolved
 from fastvit_engine.config.checks import check_config
 from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
@@ -30,8 +31,8 @@ from fastvit_engine.engine.build import deepspeed_config
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
 from fastvit_engine.observe.disk import insist
-from fastvit_engine.observe.events import record_event
-from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.events import read_events, record_event
+from fastvit_engine.observe.run_folder import WORKING_FOLDERS, RunFolder
 from fastvit_engine.observe.units import counted
 from fastvit_engine.shown import say
 from fastvit_engine.sizing.defaults import Chosen
@@ -112,6 +113,8 @@ def preflight(
             f"{store.describe('')} already holds checkpoints of a run: add --resume auto (from Python: resume=True) to "
             "continue it, or choose another checkpoint.path"
         )
+    if not candidates:
+        _check_none_elsewhere(run, store)
     checkpoint, state, damaged = newest_readable(candidates)
     recorded = None if state is None else state.fingerprint.get("data")
     prepared = prepare_data(config, world_size=world_size, index_folder=run.path, recorded=recorded, given=data)
@@ -257,7 +260,24 @@ def _check_writable(run: RunFolder) -> None:
         path.touch()
         path.unlink()
 
-    insist(probe, f"run folder {run.path}", instead="one with --out")
+    if run.url is None:
+        insist(probe, f"run folder {run.path}", instead="one with --out")
+    else:
+        insist(probe, f"working folder {run.path}", instead=f"folder with {WORKING_FOLDERS}")
+
+
+def _check_none_elsewhere(run: RunFolder, store: CheckpointStore) -> None:
+    """Raises UserError if a run that has no checkpoint here has saved one elsewhere: it would begin again."""
+    saved = [event["path"] for event in read_events(run) if event["event"] == "checkpoint" and "path" in event]  # type: ignore[typeddict-item]
+    if not saved:
+        return
+    place, here = str(saved[-1]).rpartition("/")[0], store.describe("").rstrip("/")
+    stays_behind = run.url is not None and isinstance(store, LocalStore)  # on the machine that wrote it
+    if stays_behind or place != here:
+        raise UserError(
+            f"{run} has saved checkpoints in {place}, and {here} has none: set checkpoint.path to where "
+            "they are now, or choose another run folder with --out"
+        )
 
 
 def _check_same_run(

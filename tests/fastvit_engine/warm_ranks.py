@@ -34,9 +34,21 @@ def run_ranks(
     environment_of: Callable[[int], Mapping[str, str]] = lambda rank: {},
     seconds: float = 300,
 ) -> bool:
-    """Runs `fastvit ARGUMENTS` once a rank, to the end; whether all ended well. `log` takes what they print.
+    """Runs `fastvit ARGUMENTS` once a rank, to the end; whether all ended well. See `exit_codes_of`."""
+    return not any(exit_codes_of(arguments, processes, log, environment_of, seconds))
 
-    environment_of: what a rank has in its environment besides.
+
+def exit_codes_of(
+    arguments: Sequence[str],
+    processes: int,
+    log: Path,
+    environment_of: Callable[[int], Mapping[str, str]] = lambda rank: {},
+    seconds: float = 300,
+    before: Callable[[], None] | None = None,
+) -> list[int | None]:
+    """Runs `fastvit ARGUMENTS` once a rank, to the end; returns the exit codes. `log` takes what they print.
+
+    environment_of: what a rank has in its environment besides. before: a function that a rank calls first.
     """
     store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     ranks: list[ForkServerProcess] = []
@@ -47,7 +59,7 @@ def run_ranks(
             environment = {**os.environ, **rank_environment(rank, processes, store.port)}
             environment |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True"}
             environment |= environment_of(rank)
-            ranks.append(_forks.Process(target=_run_rank, args=(list(arguments), environment, log)))
+            ranks.append(_forks.Process(target=_run_rank, args=(list(arguments), environment, log, before)))
             ranks[-1].start()
     deadline = time.monotonic() + seconds
     while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
@@ -58,14 +70,16 @@ def run_ranks(
         rank.join(10)  # once one has failed, the others say what they saw
         rank.kill()
         rank.join()
-    return all(rank.exitcode == 0 for rank in ranks)
+    return [rank.exitcode for rank in ranks]
 
 
-def _run_rank(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+def _run_rank(arguments: list[str], environment: dict[str, str], log: Path, before: Callable[[], None] | None) -> None:
     os.environ.update(environment)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     from fastvit_engine.cli import main
 
+    if before is not None:
+        before()
     raise SystemExit(main(arguments))

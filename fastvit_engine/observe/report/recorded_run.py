@@ -176,33 +176,34 @@ def load_run(source: Path | RunFolder) -> RecordedRun:
         raise UserError(
             f"{folder} is not a run folder: it has no {missing[0]}; give the folder that fastvit train wrote"
         )
-    environment = _read_environment(folder.environment)
-    train, evaluations = read_metrics(folder.metrics)
+    environment = _read_environment(folder)
+    train, evaluations = read_metrics(folder.metrics, folder.describe(folder.metrics))
     return RecordedRun(
         folder=folder,
         environment=recorded(environment),
         train=train,
         evaluations=evaluations,
         events=recorded(read_events(folder)),
-        samples=_read_samples(folder.samples) if folder.samples.is_file() else None,
+        samples=_read_samples(folder) if folder.samples.is_file() else None,
         config=without_secrets(folder.config.read_text(encoding="utf-8", errors="replace"))
         if folder.config.is_file()
         else None,
     )
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, named: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: the file is damaged") from error
+        raise UserError(f"{named} is not valid JSON: the file is damaged") from error
 
 
-def _read_environment(path: Path) -> dict[str, Any]:
-    environment = _read_json(path)
+def _read_environment(folder: RunFolder) -> dict[str, Any]:
+    named = folder.describe(folder.environment)
+    environment = _read_json(folder.environment, named)
     problem = _problem(environment)
     if problem:
-        raise UserError(f"{path} {problem}: it was not written by fastvit train, or is damaged")
+        raise UserError(f"{named} {problem}: it was not written by fastvit train, or is damaged")
     return dict(environment)
 
 
@@ -224,8 +225,9 @@ def _problem(environment: Any) -> str | None:
     return None
 
 
-def _read_samples(path: Path) -> Samples:
-    content = _read_json(path)
+def _read_samples(folder: RunFolder) -> Samples:
+    named = folder.describe(folder.samples)
+    content = _read_json(folder.samples, named)
     try:
         return Samples(
             step=int(content["step"]),
@@ -242,7 +244,8 @@ def _read_samples(path: Path) -> Samples:
             ],
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} does not hold sample predictions ({error!r}): remove it, or evaluate again") from error
+        problem = f"does not hold sample predictions ({error!r})"
+        raise UserError(f"{named} {problem}: remove it, or evaluate again") from error
 
 
 def _png_width(url: str) -> int:

@@ -99,7 +99,7 @@ def _why_not(
     run: RunFolder, recovery: Recovery, failure: Failure, message: str, diagnosis: Diagnosis, max_rewinds: int
 ) -> str | None:
     """Why the run must not go back once more, in a sentence; None if it may."""
-    remedy = diagnosis.remedy(updated=failure.step > 0)
+    remedy, events = diagnosis.remedy(updated=failure.step > 0), run.describe(run.events)
     if diagnosis.everywhere and failure.step == 0:
         return (
             f"{message}; no update has been made, so the configuration is at fault: {remedy}, and start again in "
@@ -108,12 +108,12 @@ def _why_not(
     if recovery.rewinds >= max_rewinds:
         return (
             f"{message}; the run has gone back {counted(recovery.rewinds, 'time')}, and health.max_rewinds = "
-            f"{max_rewinds} allows no more: see {run.events}, {remedy}, and run the same command again with --resume "
+            f"{max_rewinds} allows no more: see {events}, {remedy}, and run the same command again with --resume "
             "auto and a higher health.max_rewinds"
         )
     if failure.window in recovery.failed and diagnosis.in_weights:
         return (
-            f"{message}; the same step has failed before, from the same checkpoint: see {run.events}, {remedy}, and "
+            f"{message}; the same step has failed before, from the same checkpoint: see {events}, {remedy}, and "
             "run the same command again with --resume auto"
         )
     return None

@@ -341,7 +341,7 @@ def test_an_owner_that_was_suspended_finds_out(run):
             suspended.check()
         (run.path / "owner-1.json").unlink()
         (run.path / "owner-2.json").unlink()  # the other one has finished meanwhile
-        with pytest.raises(UserError, match="no longer belongs to this run but to another run"):
+        with pytest.raises(UserError, match="no longer belongs to this run: its owner record is gone"):
             suspended.check()
         time.sleep(0.3)
         assert records(run.path) == []
@@ -363,6 +363,8 @@ def test_a_store_that_does_not_answer_is_asked_before_a_save_and_not_before_a_ro
             owned.check()
         owned.confirm()  # asks again until it answers
         assert not left
+        owned._stop.set()
+        owned._thread.join()  # a heartbeat that has looked already would bring the object back
         open_store(place).remove_owner("owner-1.json")
         owned.check_run_folder()
         with pytest.raises(UserError, match="no longer belongs to this run"):

@@ -90,3 +90,12 @@ def test_no_processes_would_look_at_nothing(command, tmp_path, monkeypatch, caps
     with pytest.raises(SystemExit) as ended:
         main(command)
     assert ended.value.code == 2 and "is less than 1" in capsys.readouterr().err
+
+
+def test_stacks_of_a_run_on_another_machine(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("obstore")
+    monkeypatch.setenv("FASTVIT_RUNS", str(tmp_path / "runs"))
+    assert main(["stacks", "s3://bucket/run"]) == 2
+    message = capsys.readouterr().err
+    assert "no process of s3://bucket/run has a working folder here" in message and "FASTVIT_RUNS" in message
+    assert not list(tmp_path.iterdir())

@@ -42,6 +42,17 @@ def test_the_working_folder_follows_from_the_url(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("url", ["s3://me:hunter2@bucket/run", "s3://bucket/run?sig=hunter2", "s3:/me:hunter2@bucket"])
+def test_a_run_folder_with_secrets_is_refused_without_showing_them(url: str, tmp_path: Path) -> None:
+    """They would be in the name of the working folder, the owner record and the command lines of ranks."""
+    with pytest.raises(UserError, match=r"^the run folder is s3://bucket(/run)? with a user name.*in the environ") as e:
+        run_folder(url, {"FASTVIT_RUNS": str(tmp_path)})
+    assert "hunter2" not in str(e.value)
+    pytest.importorskip("obstore")
+    account = "abfss://container@account.dfs.core.windows.net/run"  # which is a place, and no user
+    assert run_folder(account, {"FASTVIT_RUNS": str(tmp_path)}).url == account
+
+
 def test_a_working_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
     pytest.importorskip("obstore")
     shared = tmp_path / "shared"

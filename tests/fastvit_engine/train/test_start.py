@@ -10,13 +10,14 @@ import pytest
 from PIL import Image
 
 from fastvit_engine.checkpoint import Manifest, Recovery
+from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.config import Config, load_config
 from fastvit_engine.errors import UserError
-from fastvit_engine.observe.events import read_events
+from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.defaults import Machine, choose
 from fastvit_engine.train.recovery import save_recovery
-from fastvit_engine.train.start import preflight, record_batch_change
+from fastvit_engine.train.start import _check_none_elsewhere, preflight, record_batch_change
 
 
 def write_shard(path, labels):
@@ -89,6 +90,20 @@ def test_the_same_content_elsewhere_goes_on(stopped, shards, tmp_path):
     again = start(run, str(copy))
     assert (again.step, again.state.consumed, again.state.bad_samples) == (40, 320, 3)
     assert again.data.train[0].lanes == 2 and "300 samples, mixed from 2 lanes (data.lanes)" in again.message
+
+
+def test_a_run_that_has_saved_checkpoints_elsewhere_does_not_begin_again(shards, tmp_path):
+    """--resume auto with another checkpoint.path, or on a machine that does not have that folder."""
+    run = RunFolder(tmp_path / "run")
+    record_event(run, "checkpoint", "saved", step=40, path="s3://bucket/b16/step-00000040")
+    message = rf"{run} has saved checkpoints in s3://bucket/b16, and {run.checkpoints} has none: set checkpoint.path"
+    with pytest.raises(UserError, match=message):
+        start(run, shards[1])
+    run.events.unlink()
+    record_event(run, "checkpoint", "saved", step=40, path=f"{run.checkpoints}/step-00000040")
+    assert start(run, shards[1]).step == 0  # they were removed on purpose
+    with pytest.raises(UserError, match=rf"{run.checkpoints}, and .* has none: set checkpoint.path to where they are"):
+        _check_none_elsewhere(RunFolder(run.path, "s3://bucket/run"), LocalStore(run.checkpoints))
 
 
 def test_the_first_line_of_a_run_counts_in_words(shards, tmp_path):
