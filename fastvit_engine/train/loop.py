@@ -104,11 +104,11 @@ def _train(
 ) -> None:
     schedule = Schedule(chosen.config, start.data.samples_per_epoch, start.state.batches)
     job = build_job(chosen.config, run, world, schedule, watchdog, preemption, owner, records)
-    world.on_main(lambda: _record(resolved, chosen, job, start))
-    next_start: Start | None = start
     try:
-        while next_start is not None:  # more than once if training has to go back to a checkpoint
-            next_start = _train_from(next_start, job, data)
+        start = _load(start, job)
+        world.on_main(lambda: _record(resolved, chosen, job, start))
+        while (earlier := _train_from(start, job, data)) is not None:
+            start = _load(earlier, job)
     finally:
         job.engine.close()
 
@@ -122,11 +122,15 @@ def _record(resolved: Resolved, chosen: Chosen, job: Job, start: Start) -> None:
     job.records.insist()
 
 
+def _load(start: Start, job: Job) -> Start:
+    """Loads the weights of the checkpoint, if any; returns where training starts, which may be an older checkpoint."""
+    job.processes.watchdog.phase("loading", slow=True)
+    return load_start(start, job.checkpointer, job.run, job.world)
+
+
 def _train_from(start: Start, job: Job, data: IterableData | None) -> Start | None:
     """Trains to the end of the run and returns None; or, after a failure, returns where to continue instead."""
-    # the weights of the checkpoint, or the first; and the data, from the first sample that is still to come
-    job.processes.watchdog.phase("loading", slow=True)
-    start = load_start(start, job.checkpointer, job.run, job.world)
+    # the data, from the first sample that is still to come
     start = replace(start, data=start.data.bind(data))  # an iterable stays in its process
     if start.state.batches != job.schedule.batch_sizes:  # it is an older checkpoint, from before the batch changed
         job = replace(job, schedule=Schedule(job.config, start.data.samples_per_epoch, start.state.batches))

@@ -40,7 +40,7 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.data.build.parallel import check_workers, ordered_map, some_of
     from fastvit_engine.data.shards.index import INDEX_NAME, INDEX_SUFFIX, write_index
-    from fastvit_engine.data.shards.names import list_shards
+    from fastvit_engine.data.shards.names import list_shards, shard_set
     from fastvit_engine.data.shards.remote_path import any_path, common_folder
     from fastvit_engine.data.shards.sample import Ignored, describe_ignored
     from fastvit_engine.errors import UserError
@@ -63,4 +63,6 @@ def _run(args: argparse.Namespace) -> int:
     ignored = describe_ignored(sum(index.ignored, Ignored()))
     found = f"{counted(index.samples, 'sample')} in {counted(len(shards), 'shard')}"
     say(f"{out}: {found}, {labels}, hash {index.hash}{ignored}")
+    for missing in sorted(set().union(*(shard_set(argument).missing for argument in args.shards))):
+        say(f"warning: {missing}, which dataset.json lists, does not exist: copy it there, or make the shards again")
     return 0

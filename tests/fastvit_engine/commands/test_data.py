@@ -125,6 +125,21 @@ def test_settings_of_the_recipe_reach_every_command(own_keys, tmp_path, capsys):
     assert len({line.partition(", hash")[2] for line in lines}) == 1
 
 
+def test_an_index_of_a_data_set_that_has_lost_a_shard_says_so(tmp_path, photo, capsys):
+    for number in range(8):
+        (tmp_path / "photos" / "ab"[number % 2]).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / "ab"[number % 2] / f"{number}.jpg").write_bytes(photo(number))
+    made = tmp_path / "made"
+    assert _run("data", "make", tmp_path / "photos", "--out", made, "--samples-per-shard", "2") == 0
+    capsys.readouterr()
+    assert _run("data", "index", made) == 0
+    assert "does not exist" not in capsys.readouterr().out
+    lost = made / "train-000001.tar"
+    lost.unlink()
+    assert _run("data", "index", made) == 0
+    assert f"warning: {lost}, which dataset.json lists, does not exist" in capsys.readouterr().out
+
+
 def test_settings_come_from_a_recipe_too(own_keys, tmp_path, capsys):
     recipe = tmp_path / "own.yaml"
     recipe.write_text(

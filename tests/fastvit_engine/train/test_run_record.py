@@ -31,16 +31,20 @@ def test_a_run_leaves_its_choices_and_events(train, tmp_path):
 
 
 def test_a_run_that_resumes_with_other_values_says_and_records_which(train, execute, train_command, tmp_path):
-    folder = train(tmp_path / "run", "train.duration=2 steps", "model.drop_path=0.0")
-    changed = ["train.duration=4 steps", "model.drop_path=0.1", "loss.label_smoothing=0.1"]
+    """Its newest checkpoint is damaged, and so it resumes at the one before: step 1."""
+    every = "checkpoint.every=1 steps"
+    folder = train(tmp_path / "run", every, "train.duration=2 steps", "model.drop_path=0.0")
+    damaged = folder / "checkpoints" / "step-00000002" / "rank-00000.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    changed = [every, "train.duration=4 steps", "model.drop_path=0.1", "loss.label_smoothing=0.1"]
     printed = execute(train_command(folder, *changed, resume="auto")).stdout
     sentence = (
-        "changed from step 2 on: model.drop_path 0.0 -> 0.1; train.duration 2 steps -> 4 steps; "
+        "changed from step 1 on: model.drop_path 0.0 -> 0.1; train.duration 2 steps -> 4 steps; "
         "loss.label_smoothing 0.0 -> 0.1"
     )
     assert sentence in printed
     events = [event for event in read_events(RunFolder(folder)) if event["event"] in ("start", "configuration")]
-    assert [(event["event"], event["step"]) for event in events] == [("start", 0), ("configuration", 2), ("start", 2)]
+    assert [(event["event"], event["step"]) for event in events] == [("start", 0), ("configuration", 1), ("start", 1)]
     assert events[1]["message"] == sentence
     kept = [yaml.safe_load((folder / event["config"]).read_text()) for event in events[::2]]
     assert [config["train"]["duration"] for config in kept] == ["2 steps", "4 steps"]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -175,6 +176,8 @@ class ListingBuilder:
         An image without the label that it should have is faulty.
         """
         resolved = resolve(list(self._numbers), classes, where)
+        if classes is None:
+            _check_distinct(resolved.names, where)
         labels = resolved.indices[np.asarray(self._labels, np.int64)]
         label_start = np.asarray(self._label_start, np.int64)
         file = np.asarray(self._file, np.int32)
@@ -214,6 +217,17 @@ class ListingBuilder:
                 f"{where} has the label '{names[unknown[0]]}' among the images to evaluate on, and not among those to "
                 "train on: correct the labels, or list all class names in label order, one per line, in a file given "
                 "as --classes"
+            )
+
+
+def _check_distinct(names: list[str], where: str) -> None:
+    """Raises UserError if two names look the same: an accented letter is one character in one, and two in the other."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if (other := seen.setdefault(unicodedata.normalize("NFC", name), name)) != name:
+            raise UserError(
+                f"{where} has two classes that both look like '{name}', in characters {ascii(other)} and "
+                f"{ascii(name)}: rename one as the other, or list all class names in a file given as --classes"
             )
 
 

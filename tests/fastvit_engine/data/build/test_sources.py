@@ -128,6 +128,14 @@ def test_keys_have_no_dot_and_are_unique(tmp_path, photo):
     assert keys == {"00000000_a_x", "00000001_a_x"}
 
 
+def test_class_names_that_look_the_same_are_refused(listed, tmp_path, photo):
+    _files(tmp_path / "in", ("caf\u00e9/1.jpg", "cafe\u0301/2.jpg", "tea/3.jpg"), photo)  # as Linux and macOS write it
+    with pytest.raises(UserError, match="two classes that both look like .*: rename one"):
+        listed(tmp_path / "in")
+    rows = listed(tmp_path / "in", classes=["cafe\u0301", "caf\u00e9", "tea"])
+    assert [row[1] for row in rows] == [["cafe\u0301"], ["caf\u00e9"], ["tea"]]
+
+
 def test_folder_of_splits(listed, tmp_path, photo):
     _files(tmp_path / "in", ("train/dog/1.jpg", "train/cat/1.jpg", "val/dog/7.jpg"), photo)
     assert [row[:3] for row in listed(tmp_path / "in")] == [
