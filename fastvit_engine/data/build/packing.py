@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.observe.progress import WorkProgress
 
 _HASHED_AT_ONCE = 1024
+_VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})(?!\d)", re.ASCII)
 
 
 class Shard(NamedTuple):
@@ -96,7 +98,8 @@ def make_packing(
     """Splits the listing and shuffles each split globally.
 
     Each class gives the same fraction of its images to the eval split, within one image, unless the source has a split
-    of its own.
+    of its own. ImageNet's validation images, if they are that split, keep the order of their numbers: other labels of
+    them, such as ReaL's, are lists in that order.
     """
     kept = np.ones(len(listing), np.bool_)
     if arguments["dedup"]:
@@ -109,7 +112,9 @@ def make_packing(
     else:
         held_out = _stratified(listing.first_labels()[order], eval_fraction)
     train, evaluation = order[~held_out], order[held_out]
-    if not len(train) or (eval_fraction and not len(evaluation)):
+    if eval_fraction is None:
+        evaluation = _by_number(listing, evaluation)
+    if (not len(train) and not listing.eval_only) or (eval_fraction and not len(evaluation)):
         raise UserError(_too_few(len(order), eval_fraction))
     return Packing(arguments, listing, train, evaluation, eval_fraction, duplicates=int(len(kept) - kept.sum()))
 
@@ -119,6 +124,17 @@ def _too_few(images: int, eval_fraction: float | None) -> str:
         return f"all {images} images are in the source's eval split: add images to train on"
     wanted = "0" if images < 2 else "0.5, or 0 to train on all of them"
     return f"{images} images are too few for --eval-fraction {eval_fraction}: set --eval-fraction {wanted}"
+
+
+def _by_number(listing: Listing, images: np.ndarray) -> np.ndarray:
+    """ImageNet's validation images in the order of their numbers; any other images as they are."""
+    numbers = np.empty(len(images), np.int64)
+    for position, image in enumerate(images.tolist()):
+        match = _VALIDATION_IMAGE.match(listing.name(image).rpartition("/")[2])
+        if match is None:
+            return images
+        numbers[position] = int(match[1])
+    return images if len(np.unique(numbers)) < len(images) else images[np.argsort(numbers)]
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:

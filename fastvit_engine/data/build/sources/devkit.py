@@ -14,6 +14,7 @@ from fastvit_engine.text import read_lines
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 _LARGEST = 1 << 24  # bytes of a file in it; the real ones have less than 200 kB
+_CLASSES = 1000
 _WNID = re.compile(r"n\d{1,20}", re.ASCII)
 
 
@@ -43,6 +44,12 @@ def validation_labels(path: AnyPath) -> list[list[str]]:
             )
         return [[_wnid(wnids, line[0], path)] for line in lines]
     return lines
+
+
+def class_ids(devkit: AnyPath) -> list[str]:
+    """The WordNet ids of the classes, in label order; meta.mat has groups of classes too, with numbers above 1,000."""
+    wnids = _wnids(_devkit_file(devkit, "meta.mat"), devkit)
+    return sorted(wnid for number, wnid in wnids.items() if int(number) <= _CLASSES)
 
 
 def _devkit_labels(devkit: AnyPath) -> list[str]:

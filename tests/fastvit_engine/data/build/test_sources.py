@@ -1249,9 +1249,9 @@ def test_webdataset_that_cannot_serve(listed, tmp_path, write_tar, members, mess
 
 
 def test_unknown_sources(listed, tmp_path, write_tar):
-    (tmp_path / "a.zip").write_bytes(b"PK")
-    with pytest.raises(UserError, match=r"a\.zip is of no known kind: say with --format"):
-        listed(tmp_path / "a.zip")
+    (tmp_path / "a.rar").write_bytes(b"Rar!")
+    with pytest.raises(UserError, match=r"a\.rar is of no known kind: say with --format"):
+        listed(tmp_path / "a.rar")
     (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(UserError, match=r"a\.tar is damaged \(it has a damaged header at byte 0\)"):
         listed(tmp_path / "a.tar")
