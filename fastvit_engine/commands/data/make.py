@@ -61,8 +61,8 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
                       "here or in an object store")  # fmt: skip
     source = make.add_argument_group("source")
     source.add_argument("--format", metavar="NAME", help="what SOURCE is (default: seen from what it holds)")
-    source.add_argument("--labels", metavar="FILE|COLUMN", help="labels of a flat tar; label column of a list "
-                        "or Parquet; label member of shards, such as json.labels")  # fmt: skip
+    source.add_argument("--labels", metavar="FILE|COLUMN", help="labels of a flat tar, also ReaL's real.json; "
+                        "label column of a list or Parquet; label member of shards, such as json.labels")  # fmt: skip
     source.add_argument("--image-column", metavar="COLUMN", help="column of paths, URLs or images of a list or Parquet")
     source.add_argument("--label-column", metavar="COLUMN", help="column of labels of a list or Parquet")
     source.add_argument("--classes", type=path_or_url, metavar="FILE", help="class names in label order, one per line")

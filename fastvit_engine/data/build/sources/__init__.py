@@ -47,6 +47,7 @@ FORMATS: dict[str, Callable[[AnyPath, Context], Listing]] = {
     "objectnet": objectnet.list_objectnet,
     "digits": lambda path, context: pixels.list_digits(context),
 }
+_LABELLED = {"imagenet", "folder-tar", "flat-tar", "webdataset", "parquet", "list"}  # by what --labels names
 _UNKNOWN = "of no known kind: say with --format what it is"
 
 
@@ -59,6 +60,10 @@ def list_source(source: str, format: str | None, context: Context) -> Listing:
     path = any_path(source)
     context.certain = format is not None
     format = format or recognise(source, context, path)
+    if context.labels is not None and format not in _LABELLED:
+        raise UserError(
+            f"{source} is {format}, which has labels of its own: leave out --labels (--eval-labels of --eval-source)"
+        )
     described = len(context.descriptions)
     listing = FORMATS[format](path, context)
     if len(context.descriptions) == described:

@@ -42,7 +42,8 @@ def list_flowers(path: AnyPath, context: Context) -> Listing:
             else:
                 images.leave_out(f"image_{number:05d}.jpg", f"of the {split} split")
     images.finish()
-    context.describe(f"Flowers-102, {' and '.join(f'{s} (eval)' if s == held_out else s for s in taken)}")
+    train = " and ".join(split for split in taken if split != held_out)
+    context.describe(f"Flowers-102, {f'{train} (train)' if train else 'none'} and {held_out or 'none'} (eval)")
     return builder.finish(names, str(path))
 
 

@@ -23,10 +23,13 @@ _KAGGLE = Path("Data", "CLS-LOC")
 def list_imagenet(path: AnyPath, context: Context) -> Listing:
     """A folder with the official training tar and, for the eval split, validation tar and devkit (or --labels).
 
-    Without the training tar, the validation tar is to be evaluated on, with the classes of the devkit (or --classes).
+    Without the training tar, the validation tar is to be evaluated on, with the classes of the devkit (or --classes, or
+    of labels that are indices).
     Or Kaggle's folder: ILSVRC/Data/CLS-LOC/train with a folder for each class, val with images whose labels are in
     LOC_val_solution.csv, and test with images without labels.
     """
+    if context.labels is not None and not (path / VALIDATION).exists():
+        raise UserError(f"--labels names the labels of {VALIDATION}, which is not in {path}: leave it out")
     kaggle = None if (path / TRAIN).exists() else kaggle_folder(path)
     if kaggle is not None:
         return _list_kaggle(kaggle, context)
@@ -53,7 +56,7 @@ def _check_labels(path: AnyPath, context: Context) -> None:
 def _list_validation(path: AnyPath, context: Context) -> Listing:
     """The validation tar alone, all of it held out."""
     _check_labels(path, context)
-    if context.classes is None:
+    if context.classes is None and ((path / DEVKIT).exists() or not str(context.labels).endswith(".json")):
         if not (path / DEVKIT).exists():
             raise UserError(
                 f"{path} has neither {TRAIN} nor {DEVKIT}, which say the classes: put one there, or list them with "

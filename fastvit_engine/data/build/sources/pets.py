@@ -51,7 +51,7 @@ def list_pets(path: AnyPath, context: Context) -> Listing:
             else:
                 images.leave_out(f"{line.name}.jpg", f"of the {split} split")
     images.finish()
-    splits = {"train": "trainval.txt", "test": "test.txt (eval)"}
+    splits = {"train": "trainval.txt (train)", "test": "test.txt (eval)"}
     context.describe(f"Oxford-IIIT Pets, {' and '.join(splits[split] for split in taken)}")
     return builder.finish(context.classes or classes, str(path))
 

@@ -53,7 +53,9 @@ def list_split_lists(path: AnyPath, context: Context) -> Listing:
         seen |= own
     for name in sorted(set(found) - set(used)):
         builder.left_out[f"row of {name}"] += sum(1 for _ in text_rows(path / name))
-    context.describe(f"lists of images, {train} and {'no eval split' if held_out is None else f'{held_out} (eval)'}")
+    context.describe(
+        f"lists of images, {train} (train) and {'no eval split' if held_out is None else f'{held_out} (eval)'}"
+    )
     return builder.finish(context.classes, str(path))
 
 

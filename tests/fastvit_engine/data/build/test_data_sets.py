@@ -134,9 +134,9 @@ def test_pets_from_the_archives_have_the_classes_and_splits_of_the_lists(make, p
     assert made.info.left_out == {".mat file": 2, "image that no list names": 1}
     (taken,) = [line for line in made.lines if "Oxford" in line]
     assert taken.endswith(
-        ": Oxford-IIIT Pets, trainval.txt and test.txt (eval): 4 images to train on, 4 images to evaluate on; 3 class "
-        "names in the given order: Abyssinian, american_bulldog, Bengal; left out: 2 .mat files and 1 image that no "
-        "list names"
+        ": Oxford-IIIT Pets, trainval.txt (train) and test.txt (eval): 4 images to train on, 4 images to evaluate on; "
+        "3 class names in the given order: Abyssinian, american_bulldog, Bengal; left out: 2 .mat files and 1 image "
+        "that no list names"
     )
     assert made.lines[-1].endswith("; left out 2 .mat files and 1 image that no list names")
     images = {_name(sample): sample for split in ("train", "eval") for sample in _samples(made.folder, split)}
@@ -247,7 +247,7 @@ def test_flowers_train_on_train_and_val_and_evaluate_on_test(make, flowers):
     assert (made.train, made.eval) == (_of("trnid", "valid"), _of("tstid"))
     assert made.info.left_out == {"image that no list names": 1}
     assert (
-        ": Flowers-102, train and val and test (eval): 5 images to train on, 3 images to evaluate on; "
+        ": Flowers-102, train and val (train) and test (eval): 5 images to train on, 3 images to evaluate on; "
         in made.lines[-2]
     )
 
@@ -515,6 +515,58 @@ def test_validation_images_keep_their_order_in_every_layout(make, tmp_path, phot
     assert len(made.train) == 9
 
 
+REAL = [[3], [1, 0], [], [2], [0], [3, 1, 2], [0], [], [1], [2], [0]]
+
+
+@pytest.mark.parametrize("devkit", [True, False])
+def test_real_labels_of_the_validation_images(make, tmp_path, photo, devkit):
+    names = _validation(tmp_path / "imagenet", photo)
+    if not devkit:
+        (tmp_path / "imagenet" / "ILSVRC2012_devkit_t12.tar.gz").unlink()
+    (tmp_path / "real.json").write_text(json.dumps(REAL))
+    made = make(tmp_path / "imagenet", labels=str(tmp_path / "real.json"))
+    labels = {_name(s): json.loads(s["json"])["labels"] for s in _samples(made.folder, "eval")}
+    assert list(labels.items()) == [(name, label) for name, label in zip(names, REAL, strict=True) if label]
+    assert made.info.classes == (["n001", "n002", "n003", "n004"] if devkit else ["0", "1", "2", "3"])
+    assert made.info.left_out == {"image without a label": 2}
+    assert (
+        "ImageNet's validation tar; a tar of images with up to 3 labels each: 9 images to evaluate on" in made.lines[-2]
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps(REAL[:-1]), "real.json has 10 labels for the 11 images of"),
+        (
+            json.dumps([*REAL[:-1], [4]]),
+            "has the label '4', which is neither one of the 4 class names nor an index below",
+        ),
+        (json.dumps([*REAL[:-1], 0]), "is no list with a list of class indices for each image"),
+        (json.dumps([*REAL[:-1], [True]]), "is no list with a list of class indices"),
+        (json.dumps([*REAL[:-1], [-1]]), "is no list with a list of class indices"),
+        (json.dumps({"1": [0]}), "is no list with a list of class indices"),
+        (json.dumps(REAL)[:-1], "the file of labels .*real.json cannot be read"),
+        ("[" * 100_000, "the file of labels .*real.json cannot be read"),
+        ("\ud800", "the file of labels .*real.json cannot be read"),
+    ],
+)
+def test_real_labels_that_do_not_fit_are_refused(make, tmp_path, photo, content, message):
+    _validation(tmp_path / "imagenet", photo)
+    (tmp_path / "real.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match=message):
+        make(tmp_path / "imagenet", labels=str(tmp_path / "real.json"))
+
+
+def test_labels_for_what_has_its_own_are_refused(make, tmp_path, packed_pets, photo):
+    (tmp_path / "real.json").write_text(json.dumps(REAL))
+    message = _refused(lambda: make(packed_pets, labels=str(tmp_path / "real.json")))
+    assert "is pets, which has labels of its own: leave out --labels" in message
+    _write(tmp_path / "kaggle", {"train/n001/1.JPEG": photo(1), "val/ILSVRC2012_val_00000001.JPEG": photo(2)})
+    message = _refused(lambda: make(tmp_path / "kaggle", labels=str(tmp_path / "real.json")))
+    assert "--labels names the labels of ILSVRC2012_img_val.tar, which is not in" in message
+
+
 def _pack_plain(tar: tarfile.TarFile, name: str, files: dict[str, bytes]) -> None:
     inner = io.BytesIO()
     with tarfile.open(fileobj=inner, mode="w") as packed:
@@ -563,7 +615,7 @@ def test_lists_of_splits(make, vtab, left_out, train, evaluation, unused):
     assert sorted(made.eval.values()) == sorted(map(str, ROWS[evaluation]))
     assert made.info.left_out == unused
     name = "train800val200.txt" if len(train) == 2 else "train800.txt"
-    assert f": lists of images, {name} and {evaluation}.txt (eval): " in made.lines[-2]
+    assert f": lists of images, {name} (train) and {evaluation}.txt (eval): " in made.lines[-2]
     assert "labels are class indices, 0 to " in made.lines[-2]
 
 
