@@ -177,6 +177,18 @@ def test_a_split_can_be_left_out_to_choose_a_learning_rate_or_only_to_evaluate(m
     assert "--leave-out is 'val', which is no split in" in message
 
 
+def test_a_class_number_that_no_image_of_pets_has_keeps_its_place(make, packed_pets, pets):
+    lists = {f"annotations/{name}": text.replace(b"Bengal", b"Sphynx").replace(b" 3 1 2", b" 4 1 3")
+             for name, text in {"trainval.txt": TRAINVAL, "test.txt": TEST}.items()}  # fmt: skip
+    images = {name.replace("Bengal", "Sphynx"): image for name, image in pets[0].items()}
+    _pack(packed_pets / "annotations.tar.gz", pets[1] | lists)
+    _pack(packed_pets / "images.tar.gz", images)
+    made = make(packed_pets)
+    assert made.info.classes == ["Abyssinian", "american_bulldog", "3", "Sphynx"]
+    assert {name: label for name, label in made.train.items() if label == "Sphynx"} == {"Sphynx_2": "Sphynx"}
+    assert ", 1 of them without an image" in made.lines[-2]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -378,7 +390,7 @@ def test_the_border_of_objectnet_is_cut_off(make, objectnet, resize):
 
 def test_any_of_several_right_classes_counts_as_a_hit(make, objectnet):
     made = make(objectnet)
-    labels = {"label_key": "json.labels", "max_labels": 2}
+    labels = {"label_key": "json.labels", "max_labels": 2, "num_workers": 0}
     config = Config.model_validate({"data": labels, "loss": {"kind": "sigmoid"}, "model": {"num_classes": 7}})
     shape = ModelConfig(name="Ti/4", image_size=8, width=32, depth=1, heads=2, num_classes=7)
     model = build_model(shape, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
