@@ -19,7 +19,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.observe.progress import WorkProgress
 
 _HASHED_AT_ONCE = 1024
-_VALIDATION_IMAGE = re.compile(r"ILSVRC2012_val_(\d{8})(?!\d)", re.ASCII)
+_VALIDATION_IMAGE = re.compile(r"(?:^|_)ILSVRC2012_val_(\d{8})(?!\d)", re.ASCII)
 
 
 class Shard(NamedTuple):
@@ -130,7 +130,7 @@ def _by_number(listing: Listing, images: np.ndarray) -> np.ndarray:
     """ImageNet's validation images in the order of their numbers; any other images as they are."""
     numbers = np.empty(len(images), np.int64)
     for position, image in enumerate(images.tolist()):
-        match = _VALIDATION_IMAGE.match(listing.name(image).rpartition("/")[2])
+        match = _VALIDATION_IMAGE.search(listing.name(image).rpartition("/")[2])
         if match is None:
             return images
         numbers[position] = int(match[1])

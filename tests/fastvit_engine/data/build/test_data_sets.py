@@ -5,7 +5,7 @@ import json
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -459,6 +459,17 @@ def test_nothing_can_be_trained_on_objectnet(make, objectnet):
     assert message.endswith("which has images to evaluate on only: name another folder")
 
 
+def test_a_set_that_is_only_evaluated_on_can_be_made_again_and_be_an_eval_source(make, objectnet, tmp_path, photo):
+    made = make(objectnet)
+    again = make(made.folder, samples_per_shard=2)
+    assert again.info.train.samples == 0 and len(again.info.eval.shards) == 2
+    labels = sorted(json.loads(s["json"])["labels"] for s in _samples(again.folder, "eval"))
+    assert labels == [[2], [5, 3], [5, 3], [6]] and again.info.classes == made.info.classes
+    _write(tmp_path / "train", {f"{name}/1.jpg": photo(number) for number, name in enumerate(made.info.classes)})
+    joined = make(tmp_path / "train", eval_source=str(made.folder), classes=_classes(tmp_path, made.info.classes))
+    assert joined.info.train.samples == 7 and joined.info.eval.samples == 4
+
+
 @pytest.mark.parametrize("encrypted", [False, True])
 def test_a_zip_archive_is_to_be_unpacked_first(make, tmp_path, encrypted):
     path = tmp_path / "objectnet-1.0.zip"
@@ -504,6 +515,8 @@ def test_the_validation_tar_alone_is_evaluated_on_in_the_order_of_its_numbers(ma
     assert list(made.eval) == names, "so that a list of other labels fits"
     assert list(made.eval.values()) == [["n003", "n001", "n002"][number % 3] for number in range(11)]
     assert made.info.train.samples == 0 and "ImageNet's validation tar" in made.lines[-2]
+    again = make(made.folder, seed=4)
+    assert [name.partition("_")[2] for name in again.eval] == names, "also when they are packed again"
 
 
 @pytest.mark.parametrize("layout", ["tars", "folders", "kaggle"])
@@ -644,7 +657,7 @@ def test_one_list_of_paths_and_labels(make, vtab):
     assert make(vtab / "test.txt", max_failed=0.5, eval_fraction=0).info.failed == 1
 
 
-def _classes(folder: Path, names: str) -> Path:
+def _classes(folder: Path, names: Iterable[str]) -> Path:
     (folder / "names").write_text("\n".join(names))
     return folder / "names"
 
