@@ -80,8 +80,9 @@ def _choose(names: list[str], path: AnyPath, context: Context) -> tuple[str, str
     if "both" in by_part and ("test" in by_part or "train" not in by_part):
         return by_part["both"], by_part.get("test")
     if "train" not in by_part:
+        one = f"{path}/{names[0] if names else 'LIST.txt'}"
         raise UserError(
-            f"{path} has no list to train on, such as train.txt, but {', '.join(names) or 'none at all'}: name the "
-            f"list that you mean, as `{context.command(source=f'{path}/LIST.txt')}`"
+            f"{path} has no list of images to train on, but {', '.join(names) or 'none at all'}: add one, or name one "
+            f"list to take its images: `{context.command(source=one)}`"
         )
     return by_part["train"], by_part.get("val") or by_part.get("test")

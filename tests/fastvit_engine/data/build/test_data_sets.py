@@ -664,6 +664,9 @@ def _classes(folder: Path, names: Iterable[str]) -> Path:
 
 def test_lists_that_could_mean_several_things_are_refused(make, vtab, photo):
     assert f"make each by itself, as `fastvit data make {vtab} " in _refused(lambda: make(vtab.parent))
+    message = _refused(lambda: make(vtab, leave_out=["train800*"], format="split-lists"))
+    assert "no list of images to train on, but test.txt, val200.txt: add one, or name one list" in message
+    assert f"`fastvit data make {vtab}/test.txt --out" in message
     _write(vtab, {"val200.txt": (vtab / "val200.txt").read_bytes() + b"\nimages/train800/train800 0.jpg 0\n"})
     message = _refused(lambda: make(vtab, leave_out=["test.txt"]))
     assert "is in train800.txt and in val200.txt of" in message and "--leave-out val200.txt" in message
