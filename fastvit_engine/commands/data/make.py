@@ -11,13 +11,19 @@ sources, recognised by what they are (--format says it explicitly):
   folder      one sub-folder of images per class; or train/ and val/ (or test/) with those
               (class-folders: every sub-folder is a class; split-folders: by the words train, val, test)
   imagenet    the folder with ILSVRC2012_img_train.tar (and _val.tar and _devkit_t12.tar.gz), or
-              Kaggle's with ILSVRC/Data/CLS-LOC and LOC_val_solution.csv
+              Kaggle's with ILSVRC/Data/CLS-LOC and LOC_val_solution.csv; or without the training tar,
+              to evaluate only
+  pets        the folder with images.tar.gz and annotations.tar.gz (Oxford-IIIT Pets)
+  flowers     the folder with 102flowers.tgz, imagelabels.mat and setid.mat; trains on train and val
+  objectnet   the unpacked folder objectnet-1.0, to evaluate a model of ImageNet-1k
   class-tars  a tar of class tars, or a folder of them: ImageNet-21k, ImageNet-1k's training images
   folder-tar  a tar of such a folder as above
   flat-tar    a tar of images, with --labels FILE
   webdataset  shards to be made anew (images, cls, json): a folder, a glob, a brace pattern
   parquet     a file or a folder of Hugging Face's layout; needs pyarrow
-  list        .csv or .tsv (comma, semicolon or tab) or .jsonl: path or url, and label or labels
+  list        .csv or .tsv (comma, semicolon or tab) or .jsonl: path or url, and label or labels;
+              .txt: a path and a label on each line
+  split-lists the folder with such .txt lists: train, val, test, or train800val200 (VTAB-1k)
   cifar       CIFAR-10 or -100, Python version: folder or tar.gz
   idx         the folder with MNIST's or Fashion-MNIST's four files
   digits      the word 'digits': scikit-learn's scans
@@ -55,15 +61,16 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
                       "here or in an object store")  # fmt: skip
     source = make.add_argument_group("source")
     source.add_argument("--format", metavar="NAME", help="what SOURCE is (default: seen from what it holds)")
-    source.add_argument("--labels", metavar="FILE|COLUMN", help="labels of a flat tar; label column of a list "
-                        "or Parquet; label member of shards, such as json.labels")  # fmt: skip
+    source.add_argument("--labels", metavar="FILE|COLUMN", help="labels of a flat tar, also ReaL's real.json; "
+                        "label column of a list or Parquet; label member of shards, such as json.labels")  # fmt: skip
     source.add_argument("--image-column", metavar="COLUMN", help="column of paths, URLs or images of a list or Parquet")
     source.add_argument("--label-column", metavar="COLUMN", help="column of labels of a list or Parquet")
     source.add_argument("--classes", type=path_or_url, metavar="FILE", help="class names in label order, one per line")
     source.add_argument("--eval-source", type=path_or_url, metavar="SOURCE", help="where the eval split comes from")
     source.add_argument("--eval-labels", metavar="FILE|COLUMN", help="--labels of --eval-source")
     source.add_argument("--leave-out", metavar="PATTERN", action="append", default=[], help="folders (by their path in "
-                        "SOURCE) or files that are not taken, such as test or '*/test'; may be repeated")  # fmt: skip
+                        "SOURCE), files, or splits of pets and flowers that are not taken, such as test or '*/test'; "
+                        "may be repeated")  # fmt: skip
     source.add_argument("--max-failed", type=float, default=0.0, metavar="SHARE", help="fraction of images that may be "
                         "unreadable, missing or unlabelled; failed.jsonl names them (default 0: none)")  # fmt: skip
     shards = make.add_argument_group("shards")

@@ -12,25 +12,35 @@ _DRAFT = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still 
 
 
 def encode_for_shard(
-    data: bytes, resize: int | None = None, quality: int = 90, max_pixels: int = MAX_PIXELS
+    data: bytes, resize: int | None = None, quality: int = 90, max_pixels: int = MAX_PIXELS, border: int = 0
 ) -> tuple[str, bytes]:
     """Returns (extension, bytes). Raises ValueError if the data is not an image, is cut short, or above `max_pixels`.
 
     JPEG, PNG and WebP stay as they are; other formats become PNG. With `resize`, an image whose short side is longer
-    than that is scaled down to it (bicubic, antialiased) and becomes a JPEG of `quality`.
+    than that is scaled down to it (bicubic, antialiased) and becomes a JPEG of `quality`. A `border` of so many pixels
+    is cut off first; what is left is never passed on as it is.
     """
     try:
         with open_safely(data, max_pixels) as image:
-            width, height = image.size
+            width, height = (side - 2 * border for side in image.size)
+            if width < 1 or height < 1:
+                raise ValueError(f"it has {image.width} x {image.height} pixels, all of them of its border")
             scale = resize / min(width, height) if resize is not None else 1.0
+            inner = border, border, border + width, border + height
+            if scale >= 1 and border:
+                return "png", _save(_eight_bits(image).crop(inner), "PNG")
             if scale >= 1:
                 image.load()  # Pillow, unlike the training decoder, refuses truncated JPEGs
                 if image.format in _PASSED:
                     return _PASSED[image.format], data
                 return "png", _save(_eight_bits(image), "PNG")
             size = max(1, round(width * scale)), max(1, round(height * scale))
-            image.draft(None, (size[0] * _DRAFT, size[1] * _DRAFT))
-            small = _eight_bits(image).resize(size, Image.Resampling.BICUBIC)
+            if border:
+                whole = _eight_bits(image).crop(inner)
+            else:
+                image.draft(None, (size[0] * _DRAFT, size[1] * _DRAFT))
+                whole = _eight_bits(image)
+            small = whole.resize(size, Image.Resampling.BICUBIC)
             return "jpg", _save(small, "JPEG", quality=quality)
     except UnidentifiedImageError as error:
         raise ValueError("is not an image") from error

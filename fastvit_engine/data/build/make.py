@@ -354,7 +354,8 @@ def _what_was_found(listing: Listing, arguments: dict[str, Any], eval_fraction: 
         else f"{eval_fraction:.4g} of each class to evaluate on"
     )
     found = f"{arguments['source']}: {'; '.join(context.descriptions)}: "
-    found += f"{counted(len(listing) - held_out, 'image')} to train on, {split}; {describe_classes(listing)}"
+    train = "" if listing.eval_only else f"{counted(len(listing) - held_out, 'image')} to train on, "
+    found += f"{train}{split}{', none to train on' if listing.eval_only else ''}; {describe_classes(listing)}"
     left_out = [*([describe_left_out(listing.left_out)] if listing.left_out else []), *context.left_out]
     return found + (f"; left out: {'; '.join(left_out)}" if left_out else "")
 
@@ -493,7 +494,11 @@ class _ShardWriter:
         try:
             encoded = self._reader.read(index)
             extension, image = encode_for_shard(
-                encoded.image, arguments["resize"], arguments["quality"], arguments.get("max_pixels") or MAX_PIXELS
+                encoded.image,
+                arguments["resize"],
+                arguments["quality"],
+                arguments.get("max_pixels") or MAX_PIXELS,
+                listing.files[listing.file[index]].border,
             )
             labels = listing.labels_of(index)
             json_member = _json_member(encoded.json, labels) if listing.multi_label else encoded.json
@@ -615,9 +620,10 @@ def _finish(
         eval=split_info("eval"),
         **{name: recorded(packing.arguments[name]) for name in named},
     )
-    if not info.train.samples:
+    if not (info.eval if packing.listing.eval_only else info.train).samples:
         example = " ".join(failed[0])
-        raise UserError(f"no image for training is left of {packing.arguments['source']}, {example}: repair the source")
+        use = "evaluation" if packing.listing.eval_only else "training"
+        raise UserError(f"no image for {use} is left of {packing.arguments['source']}, {example}: repair the source")
     if failed:
         lines = json_lines(recorded({"image": where, "reason": reason}) for where, reason in failed)
         output.write(FAILED_NAME, lines)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from fastvit_engine.observe.progress import WorkProgress
 from fastvit_engine.observe.units import counted
 
 _HASHED_AT_ONCE = 1024
+_VALIDATION_IMAGE = re.compile(r"(?:^|_)ILSVRC2012_val_(\d{8})(?!\d)", re.ASCII)
 
 
 class Shard(NamedTuple):
@@ -97,7 +99,8 @@ def make_packing(
     """Splits the listing and shuffles each split globally.
 
     Each class gives the same fraction of its images to the eval split, within one image, and keeps at least one to
-    train on, unless the source has a split of its own.
+    train on, unless the source has a split of its own. ImageNet's validation images, if they are that split, keep the
+    order of their numbers: other labels of them, such as ReaL's, are lists in that order.
     """
     kept = np.ones(len(listing), np.bool_)
     if arguments["dedup"]:
@@ -110,7 +113,9 @@ def make_packing(
     else:
         held_out = _stratified(listing.first_labels()[order], eval_fraction)
     train, evaluation = order[~held_out], order[held_out]
-    if not len(train) or (eval_fraction and not len(evaluation)):
+    if eval_fraction is None:
+        evaluation = _by_number(listing, evaluation)
+    if (not len(train) and not listing.eval_only) or (eval_fraction and not len(evaluation)):
         raise UserError(_too_few(listing.first_labels()[order], eval_fraction))
     return Packing(arguments, listing, train, evaluation, eval_fraction, duplicates=int(len(kept) - kept.sum()))
 
@@ -123,6 +128,17 @@ def _too_few(labels: np.ndarray, eval_fraction: float | None) -> str:
     images += ", no two of one class," if alone and len(labels) > 1 else ""
     wanted = "0" if alone else "0.5, or 0 to train on all of them"
     return f"{images} are too few for --eval-fraction {eval_fraction}: set --eval-fraction {wanted}"
+
+
+def _by_number(listing: Listing, images: np.ndarray) -> np.ndarray:
+    """ImageNet's validation images in the order of their numbers; any other images as they are."""
+    numbers = np.empty(len(images), np.int64)
+    for position, image in enumerate(images.tolist()):
+        match = _VALIDATION_IMAGE.search(listing.name(image).rpartition("/")[2])
+        if match is None:
+            return images
+        numbers[position] = int(match[1])
+    return images if len(np.unique(numbers)) < len(images) else images[np.argsort(numbers)]
 
 
 def _stratified(labels: np.ndarray, fraction: float) -> np.ndarray:

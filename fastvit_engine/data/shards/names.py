@@ -242,6 +242,9 @@ def _choose(folder: str, names: Iterable[str], ask: _Request) -> list[str]:
         raise UserError(f"{public_url(folder)}/{INFO_NAME} cannot be read (access is denied): make it readable")
     if info is not None and ask.split is not None:
         shards = sorted((info.train if ask.split == "train" else info.eval).shards)
+        if not shards and (info.train.shards or info.eval.shards):
+            other = "evaluate" if ask.split == "train" else "train"
+            raise UserError(f"{ask.named} is {folder}, which has images to {other} on only: name another folder")
     elif ask.split is not None and shards:
         if UNFINISHED_NAME in names:
             raise UserError(

@@ -171,8 +171,57 @@ def _idx(folder: Path, photo: Callable[..., bytes], write_tar: Any) -> str:
     return ""
 
 
+def _pets(folder: Path, photo: Callable[..., bytes], write_tar: Any) -> str:
+    lists = {split: [f"{('Ant', 'bee')[n % 2]}_{n}" for n in numbers] for split, numbers in SPLIT_NUMBERS.items()}
+    images = [(f"images/{name}.jpg", photo(n)) for n, name in enumerate([*lists["trainval"], *lists["test"]])]
+    lines = {split: "".join(f"{name} {1 + (name[0] == 'b')} 1 1\n" for name in names) for split, names in lists.items()}
+    write_tar(folder / "images.tar.gz", [*images, ("images/._x.jpg", b""), ("images/Ant_1.mat", b"")])
+    write_tar(
+        folder / "annotations.tar.gz", [(f"annotations/{name}.txt", text.encode()) for name, text in lines.items()]
+    )
+    return ""
+
+
+def _flowers(folder: Path, photo: Callable[..., bytes], write_tar: Any) -> str:
+    savemat = pytest.importorskip("scipy.io").savemat
+    (folder / "jpg").mkdir()
+    for n in range(1, 10):
+        (folder / "jpg" / f"image_{n:05d}.jpg").write_bytes(photo(n))
+    savemat(folder / "imagelabels.mat", {"labels": np.array([[1, 2, 1, 2, 1, 2, 1, 2, 2]], np.uint8)})
+    savemat(folder / "setid.mat", {"trnid": [[1, 2, 3]], "valid": [[4, 5]], "tstid": [[6, 7, 8]]})
+    return ""
+
+
+def _objectnet(folder: Path, photo: Callable[..., bytes], write_tar: Any) -> str:
+    mappings = {
+        "folder_to_objectnet_label.json": {"pen": "Pen", "toy": "Toy"},
+        "objectnet_to_imagenet_1k.json": {"Pen": "b; a"},
+    }
+    mappings["pytorch_to_imagenet_2012_id.json"] = {"0": 1, "1": 0}
+    (folder / "mappings").mkdir()
+    (folder / "mappings" / "imagenet_to_label_2012_v2").write_text("a\nb\n")
+    for name, content in mappings.items():
+        (folder / "mappings" / name).write_text(json.dumps(content))
+    for n in range(8):
+        path = folder / "images" / ("pen", "toy")[n % 2] / f"{n}.png"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(photo(n))
+    return ""
+
+
+def _split_lists(folder: Path, photo: Callable[..., bytes], write_tar: Any) -> str:
+    (folder / "images").mkdir()
+    for split, numbers in SPLIT_NUMBERS.items():
+        (folder / f"{split}.txt").write_text("".join(f"images/{n} x.jpg {n % 3}\n" for n in numbers))
+        for n in numbers:
+            (folder / "images" / f"{n} x.jpg").write_bytes(photo(n))
+    return ""
+
+
+SPLIT_NUMBERS = {"trainval": range(8), "test": range(8, 12)}
 SOURCES = [_class_folders, _webdataset_glob, _csv, _parquet]
 OTHER_SOURCES = [_split_folders, _class_tars, _folder_tar, _webdataset, _webdataset_braces, _idx]
+OTHER_SOURCES += [_pets, _flowers, _objectnet, _split_lists]
 ALL = os.environ.get("FASTVIT_TEST_BUCKETS") == "all"
 
 

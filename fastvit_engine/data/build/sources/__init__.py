@@ -5,14 +5,27 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 
-from fastvit_engine.data.build.sources import folder, imagenet, parquet, pixels, table, tars, webdataset
+from fastvit_engine.data.build.sources import (
+    flowers,
+    folder,
+    imagenet,
+    objectnet,
+    parquet,
+    pets,
+    pixels,
+    split_lists,
+    table,
+    tars,
+    webdataset,
+    zips,
+)
 from fastvit_engine.data.build.sources.context import Context, is_image
-from fastvit_engine.data.build.sources.layout import NOT_CLASSES
+from fastvit_engine.data.build.sources.layout import NAMELESS, NOT_CLASSES
 from fastvit_engine.data.build.sources.listing import Listing, join
 from fastvit_engine.data.shards.names import INFO_NAME
 from fastvit_engine.data.shards.remote_path import AnyPath, RemotePath, any_path, is_pattern, is_remote
 from fastvit_engine.data.shards.sample import split_name
-from fastvit_engine.data.shards.splits import Splits, may_name_split
+from fastvit_engine.data.shards.splits import Splits, may_name_split, split_of
 from fastvit_engine.errors import UserError
 
 FORMATS: dict[str, Callable[[AnyPath, Context], Listing]] = {
@@ -28,8 +41,13 @@ FORMATS: dict[str, Callable[[AnyPath, Context], Listing]] = {
     "idx": pixels.list_idx,
     "parquet": parquet.list_parquet,
     "list": table.list_table,
+    "split-lists": split_lists.list_split_lists,
+    "pets": pets.list_pets,
+    "flowers": flowers.list_flowers,
+    "objectnet": objectnet.list_objectnet,
     "digits": lambda path, context: pixels.list_digits(context),
 }
+_LABELLED = {"imagenet", "folder-tar", "flat-tar", "webdataset", "parquet", "list"}  # by what --labels names
 _UNKNOWN = "of no known kind: say with --format what it is"
 
 
@@ -42,6 +60,10 @@ def list_source(source: str, format: str | None, context: Context) -> Listing:
     path = any_path(source)
     context.certain = format is not None
     format = format or recognise(source, context, path)
+    if context.labels is not None and format not in _LABELLED:
+        raise UserError(
+            f"{source} is {format}, which has labels of its own: leave out --labels (--eval-labels of --eval-source)"
+        )
     described = len(context.descriptions)
     listing = FORMATS[format](path, context)
     if len(context.descriptions) == described:
@@ -60,11 +82,13 @@ def list_source(source: str, format: str | None, context: Context) -> Listing:
 def list_with_eval(train: str, format: str | None, held_out: str, eval_labels: str | None, context: Context) -> Listing:
     """The images of two sources, those of `held_out` as the eval split, with the class names of `train`."""
     listing = list_source(train, format, context)
+    if listing.eval_only:
+        raise UserError(f"{train} is to be evaluated on: name it with --eval-source, and what to train on as SOURCE")
     if listing.held_out.any():
         raise UserError(f"{train} has an eval split of its own: leave out --eval-source")
     other = dataclasses.replace(context, classes=listing.classes, labels=eval_labels, source=held_out, leave_out=[])
     evaluation = list_source(held_out, None, other)
-    if evaluation.held_out.any():
+    if evaluation.held_out.any() and not evaluation.eval_only:
         raise UserError(f"{held_out} has an eval split of its own: name one split of it with --eval-source")
     _check_apart(listing, evaluation, held_out)
     return join(listing, evaluation)
@@ -137,14 +161,21 @@ def recognise(source: str, context: Context | None = None, path: AnyPath | None 
 
 
 def _recognise_folder(path: AnyPath, names: list[str], command: Callable[..., str]) -> str:
-    if imagenet.TRAIN in names or imagenet.kaggle_folder(path) is not None:
-        return "imagenet"
     if INFO_NAME in names:
         return "webdataset"
+    if (known := _recognise_data_set(path, names, command)) is not None:
+        return known
     if any((path / name).is_file() for name in ("data_batch_1", "batches.meta", "meta")):
         return "cifar"
     if any("images" in name and name.endswith(pixels.IDX_SUFFIXES) for name in names):
         return "idx"
+    inner = next((name for name in names if not name.startswith(".") and (path / name).is_dir()), None)
+    below = [] if inner is None else sorted(file.name for file in (path / inner).iterdir())
+    if inner is not None and split_lists.holds_split_lists(path / inner, below):
+        raise UserError(
+            f"the lists of {path} are in folders, such as {inner}: make each by itself, as "
+            f"`{command(source=f'{path}/{inner}')}`"
+        )
     kinds = _kinds_in(path, names)
     if len(kinds) > 1:
         commands = " or ".join(f"`{command(*words[1:], source=words[0])}` for {what}" for what, words in kinds.items())
@@ -153,6 +184,38 @@ def _recognise_folder(path: AnyPath, names: list[str], command: Callable[..., st
     if kind[-1] == "class-tars":
         _check_class_tars(path, [name for name in names if tars.is_tar_name(name)], command)
     return kind[-1]
+
+
+def _recognise_data_set(path: AnyPath, names: list[str], command: Callable[..., str]) -> str | None:
+    """The format of a data set that has its own files, None if there is none. Refuses what may be two things."""
+    found: dict[str, str] = {}
+    if imagenet.holds_imagenet(path, names):
+        found["imagenet"] = "ImageNet"
+    if pets.holds_pets(path, names):
+        found["pets"] = "Oxford-IIIT Pets"
+    if flowers.holds_flowers(names):
+        found["flowers"] = "Flowers-102"
+    if objectnet.holds_objectnet(path, names):
+        found["objectnet"] = "ObjectNet"
+    if split_lists.holds_split_lists(path, names):
+        found["split-lists"] = "lists of images"
+    if found and "imagenet" not in found:
+        other = next((name for name in names if _may_be_a_class(path, name)), None)
+        if other is not None:
+            found["folder"] = f"class folders, as {other} may be"
+    if len(found) > 1:
+        commands = " or ".join(f"`{command('--format', format)}` for {what}" for format, what in found.items())
+        raise UserError(f"{path} holds {' and '.join(found.values())}: choose with {commands}")
+    return next(iter(found), None)
+
+
+def _may_be_a_class(path: AnyPath, name: str) -> bool:
+    """Whether a folder holds images and may be a class, or a split with classes, and no folder around all images."""
+    if name in NOT_CLASSES or name.lower() in NAMELESS or name.startswith(".") or not (path / name).is_dir():
+        return False
+    if split_of(name, folder=True) is None:
+        return _holds_images(path / name)
+    return any(file.is_dir() and _holds_images(file) for file in (path / name).iterdir())
 
 
 def _kinds_in(path: AnyPath, names: list[str]) -> dict[str, list[str]]:
@@ -193,7 +256,13 @@ def _kind_of_tars(path: AnyPath, names: list[str], *, alone: bool) -> str | None
 
 
 def _check_class_tars(path: AnyPath, names: list[str], command: Callable[..., str]) -> None:
-    """Refuses tars of images whose names may be splits, such as train.tar and val.tar."""
+    """Refuses tars whose names may be splits, as train.tar and val.tar, or no classes, as images.tar.gz."""
+    nameless = next((name for name in names if name.partition(".")[0].lower() in NAMELESS), None)
+    if nameless is not None:
+        raise UserError(
+            f"{path} can be read in two ways: with what is in {nameless}: `{command(source=str(path / nameless))}`; or "
+            f"with '{nameless.partition('.')[0]}' as a class: `{command('--format', 'class-tars')}`"
+        )
     named = [name for name in names if may_name_split(name)]
     if not named:
         return
@@ -223,7 +292,9 @@ def _recognise_file(path: AnyPath) -> str:
         return "parquet"
     if tars.is_tar_name(path.name):
         return _recognise_tar(path)
-    if path.suffix.lower() in (".zip", ".7z", ".rar"):
+    if path.suffix.lower() == ".zip":
+        raise UserError(zips.why_not_read(path))
+    if path.suffix.lower() in (".7z", ".rar"):
         raise UserError(f"{path} is an archive that is not read in place: unpack it, and name the folder instead")
     raise UserError(f"{path} is {_UNKNOWN} ({', '.join(sorted(FORMATS))})")
 

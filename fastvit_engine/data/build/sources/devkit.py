@@ -1,8 +1,10 @@
 """Files of labels for flat tars, ImageNet-1k's among them, whose validation labels use a numbering of their own."""
 
+import json
 import lzma
 import re
 import zlib
+from typing import Any
 
 from fastvit_engine.data.build.sources.matlab import read_structs
 from fastvit_engine.data.shards.archive import open_forward
@@ -10,10 +12,12 @@ from fastvit_engine.data.shards.remote_path import AnyPath
 from fastvit_engine.data.shards.tar import TarError, iterate_members
 from fastvit_engine.errors import UserError
 from fastvit_engine.storage.source import one_line
-from fastvit_engine.text import read_lines
+from fastvit_engine.text import read_lines, read_text
 
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
 _LARGEST = 1 << 24  # bytes of a file in it; the real ones have less than 200 kB
+_CLASSES = 1000
+_MOST_CLASSES = 1_000_000
 _WNID = re.compile(r"n\d{1,20}", re.ASCII)
 
 
@@ -43,6 +47,28 @@ def validation_labels(path: AnyPath) -> list[list[str]]:
             )
         return [[_wnid(wnids, line[0], path)] for line in lines]
     return lines
+
+
+def listed_labels(path: AnyPath) -> list[list[int]]:
+    """The class indices of each image, any number of them, from a JSON list of lists, as ReaL's real.json is."""
+    try:
+        lists = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise UserError(f"the file of labels {path} cannot be read ({reason}): correct --labels") from error
+    if not isinstance(lists, list) or not all(map(_is_list_of_indices, lists)):
+        raise UserError(f"{path} is no list with a list of class indices for each image: correct it, or --labels")
+    return lists
+
+
+def _is_list_of_indices(value: Any) -> bool:
+    return isinstance(value, list) and all(type(index) is int and 0 <= index < _MOST_CLASSES for index in value)
+
+
+def class_ids(devkit: AnyPath) -> list[str]:
+    """The WordNet ids of the classes, in label order; meta.mat has groups of classes too, with numbers above 1,000."""
+    wnids = _wnids(_devkit_file(devkit, "meta.mat"), devkit)
+    return sorted(wnid for number, wnid in wnids.items() if int(number) <= _CLASSES)
 
 
 def _devkit_labels(devkit: AnyPath) -> list[str]:

@@ -1,11 +1,14 @@
 """ImageNet-1k (ILSVRC2012): its official files, and the folder that Kaggle packs."""
 
 import csv
+import dataclasses
 import io
 from pathlib import Path
 
+import numpy as np
+
 from fastvit_engine.data.build.sources.context import Context, is_image
-from fastvit_engine.data.build.sources.devkit import DEVKIT
+from fastvit_engine.data.build.sources.devkit import DEVKIT, class_ids
 from fastvit_engine.data.build.sources.folder import list_class_folders, list_folder
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder, join
 from fastvit_engine.data.build.sources.tars import list_class_tars, list_flat_tar
@@ -20,24 +23,54 @@ _KAGGLE = Path("Data", "CLS-LOC")
 def list_imagenet(path: AnyPath, context: Context) -> Listing:
     """A folder with the official training tar and, for the eval split, validation tar and devkit (or --labels).
 
+    Without the training tar, the validation tar is to be evaluated on, with the classes of the devkit (or --classes, or
+    of labels that are indices).
     Or Kaggle's folder: ILSVRC/Data/CLS-LOC/train with a folder for each class, val with images whose labels are in
     LOC_val_solution.csv, and test with images without labels.
     """
+    if context.labels is not None and not (path / VALIDATION).exists():
+        raise UserError(f"--labels names the labels of {VALIDATION}, which is not in {path}: leave it out")
     kaggle = None if (path / TRAIN).exists() else kaggle_folder(path)
     if kaggle is not None:
         return _list_kaggle(kaggle, context)
+    if not (path / TRAIN).exists():
+        return _list_validation(path, context)
     train = list_class_tars(path / TRAIN, context)
     context.describe("ImageNet's tars")
     if not (path / VALIDATION).exists():
         return train
+    _check_labels(path, context)
+    context.classes = train.classes
+    return join(train, list_flat_tar(path / VALIDATION, context))
+
+
+def _check_labels(path: AnyPath, context: Context) -> None:
     if context.labels is None:
         if not (path / DEVKIT).exists():
             raise UserError(
                 f"{path} has {VALIDATION} but not its labels: put {DEVKIT} there or name a file of labels with --labels"
             )
         context.labels = str(path / DEVKIT)
-    context.classes = train.classes
-    return join(train, list_flat_tar(path / VALIDATION, context))
+
+
+def _list_validation(path: AnyPath, context: Context) -> Listing:
+    """The validation tar alone, all of it held out."""
+    _check_labels(path, context)
+    if context.classes is None and ((path / DEVKIT).exists() or not str(context.labels).endswith(".json")):
+        if not (path / DEVKIT).exists():
+            raise UserError(
+                f"{path} has neither {TRAIN} nor {DEVKIT}, which say the classes: put one there, or list them with "
+                "--classes"
+            )
+        context.classes = class_ids(path / DEVKIT)
+    context.describe("ImageNet's validation tar")
+    listing = list_flat_tar(path / VALIDATION, context)
+    return dataclasses.replace(listing, held_out=np.ones(len(listing), np.bool_), eval_only=True)
+
+
+def holds_imagenet(path: AnyPath, names: list[str]) -> bool:
+    """Whether a folder with these names in it holds official tars of ImageNet-1k, or what Kaggle packs."""
+    return TRAIN in names or VALIDATION in names or kaggle_folder(path) is not None
 
 
 def kaggle_folder(path: AnyPath) -> AnyPath | None:

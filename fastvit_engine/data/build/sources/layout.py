@@ -17,8 +17,8 @@ NOT_CLASSES |= {"@Recently-Snapshot", "#snapshot", "__pycache__"}
 
 
 # Folders beside or around the classes, which are no class themselves.
-_NAMELESS = {"images", "image", "imgs", "img", "jpegimages", "jpg", "jpeg", "png", "annotations", "annotation"}
-_NAMELESS |= {"labels", "label", "trimaps", "masks"}
+NAMELESS = {"images", "image", "imgs", "img", "jpegimages", "jpg", "jpeg", "png", "annotations", "annotation"}
+NAMELESS |= {"labels", "label", "trimaps", "masks", "segmim"}
 
 
 @dataclass
@@ -206,7 +206,7 @@ class _Arrangement:
     def _holds_named_classes(self, folder: str) -> bool:
         """Whether there are classes in a split, and not only a folder around all images, as in val/images/."""
         names = [_name(path).lower() for path in self.inside[folder] if self.total[path]]
-        return bool(names) and not (len(names) == 1 and names[0] in _NAMELESS | {_name(folder).lower()})
+        return bool(names) and not (len(names) == 1 and names[0] in NAMELESS | {_name(folder).lower()})
 
     def _only_folders(self, folder: str) -> bool:
         return self._holds_classes(folder) and not self.tree.images[folder]
@@ -284,10 +284,10 @@ class _Arrangement:
 
     def _refuse_what_is_nameless(self) -> None:
         """Folders such as images/ beside annotations/, which may hold the classes but are none."""
-        folder = next((folder for folder in self.filled if folder.lower() in _NAMELESS), None)
+        folder = next((folder for folder in self.filled if folder.lower() in NAMELESS), None)
         if folder is None:
             return
-        holder = next((f for f in self.filled if f.lower() in _NAMELESS and self._holds_classes(f)), None)
+        holder = next((f for f in self.filled if f.lower() in NAMELESS and self._holds_classes(f)), None)
         source = f"{self.where}/{holder}" if holder else "LIST.csv"
         self._two_readings(
             f"the folders of '{holder}' as classes" if holder else "a list of the images and their labels",

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class SourceFile(NamedTuple):
     shape: tuple[int, ...] = ()
     shown: str = ""  # what people know the file by, if not by its path
     fault: str = ""  # why none of its images can be used, such as "has no label"
+    border: int = 0  # pixels on each side of its images that belong to none of them
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Listing:
     multi_label: bool  # images may have any number of labels, also none
     order: Order = "given"  # of the classes
     left_out: dict[str, int] = field(default_factory=dict)  # how many of each kind were left out: "hidden file"
+    eval_only: bool = False  # the source is an evaluation set: there is nothing to train on
 
     def __len__(self) -> int:
         return len(self.file)
@@ -77,7 +79,7 @@ class Listing:
     def save(self, folder: Path) -> None:
         for name in _ARRAYS:
             np.save(folder / f"{name}.npy", getattr(self, name))
-        rest = {name: getattr(self, name) for name in ("classes", "files", "multi_label", "order", "left_out")}
+        rest = {name: getattr(self, name) for name in _REST}
         (folder / "listing.json").write_text(json.dumps(rest))
 
     @classmethod
@@ -89,6 +91,7 @@ class Listing:
 
 
 _ARRAYS = ("file", "offset", "size", "labels", "label_start", "names", "name_start", "held_out")
+_REST = ("classes", "files", "multi_label", "order", "left_out", "eval_only")
 
 
 class ListingBuilder:
@@ -101,6 +104,7 @@ class ListingBuilder:
         self.files: list[SourceFile] = []
         self.multi_label = False
         self.held_out = False  # of the images added from now on
+        self.eval_only = False  # see Listing
         self.left_out: Counter[str] = Counter()  # files by kind, in the singular: "hidden file"
         self.usable = 0  # images, as far as is known before they are decoded
         self._named = named
@@ -118,11 +122,17 @@ class ListingBuilder:
         return len(self._file)
 
     def add_file(
-        self, kind: Kind, path: AnyPath | str, shape: tuple[int, ...] = (), *, shown: AnyPath | str = ""
+        self,
+        kind: Kind,
+        path: AnyPath | str,
+        shape: tuple[int, ...] = (),
+        *,
+        shown: AnyPath | str = "",
+        border: int = 0,
     ) -> int:
         """Images added from now on are in this file. Returns its index in `files`."""
         self._current = len(self.files)
-        self.files.append(SourceFile(kind, str(path), shape, str(shown)))
+        self.files.append(SourceFile(kind, str(path), shape, str(shown), border=border))
         return self._current
 
     def labels_refer_to(self, names: list[str] | None) -> None:
@@ -203,6 +213,7 @@ class ListingBuilder:
             multi_label=self.multi_label,
             order=resolved.order,
             left_out=dict(self.left_out),
+            eval_only=self.eval_only,
         )
 
     def _check_trained(self, labels: np.ndarray, held_out: np.ndarray, names: list[str], where: str) -> None:
@@ -285,10 +296,10 @@ def _select(listing: Listing, kept: np.ndarray, left_out: Mapping[str, int]) -> 
 def join(train: Listing, held_out: Listing) -> Listing:
     """Both listings as one, the images of the second one held out. Classes are the first one's."""
     ends = {"label_start": train.label_start[-1], "name_start": train.name_start[-1]}
-    shifted = {
+    shifted: dict[str, Any] = {
         name: np.concatenate([getattr(train, name), getattr(held_out, name)[1:] + end]) for name, end in ends.items()
     }
-    rest = {
+    rest: dict[str, Any] = {
         name: np.concatenate([getattr(train, name), getattr(held_out, name)])
         for name in ("offset", "size", "labels", "names")
     }

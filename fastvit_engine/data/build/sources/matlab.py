@@ -1,4 +1,4 @@
-"""Reads an array of structs from a MATLAB 5 file, as far as ILSVRC2012's meta.mat needs it."""
+"""Reads structs and whole numbers from MATLAB 5 files, as far as ILSVRC2012 and Flowers-102 need it."""
 
 import math
 import struct
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 _MOST_BYTES = 1 << 24  # after decompression; the real file has under 2 MB
 _MOST_VARIABLES, _MOST_STRUCTS, _MOST_FIELDS = 100, 10_000, 32  # the real file has 1 of 1,860 structs of 8 fields
+_MOST_NUMBERS = 1_000_000  # the real files have up to 8,189
 
 # Types of elements, and classes of arrays, of the MAT-file format's level 5.
 _NUMBERS = {1: "b", 2: "B", 3: "h", 4: "H", 5: "i", 6: "I", 7: "f", 9: "d", 12: "q", 13: "Q"}
@@ -29,6 +30,27 @@ def read_structs(data: bytes, name: str, fields: Sequence[str]) -> list[tuple[fl
 
     Raises ValueError, whose text continues "it cannot be read:", for anything else. Time and memory are bounded.
     """
+    array, order = _variable(data, name)
+    return _structs(array, fields, order)
+
+
+def read_numbers(data: bytes, name: str) -> list[int]:
+    """The whole numbers in the variable `name`, a row or a column of any numeric type; raises as `read_structs`."""
+    array, order = _variable(data, name)
+    count = math.prod(array.shape)
+    if not _DOUBLE <= array.kind <= _UINT64 or count != max(array.shape) or count > _MOST_NUMBERS:
+        raise ValueError(f"{name} is no row or column of at most {_MOST_NUMBERS:,} numbers")
+    kind, values = next(array.content, (0, memoryview(b"")))
+    if kind not in _NUMBERS or len(values) != count * struct.calcsize(_NUMBERS[kind]) or next(array.content, None):
+        raise ValueError(f"{name} does not have the numbers that it claims")
+    numbers = struct.unpack(f"{order}{count}{_NUMBERS[kind]}", values)
+    if not all(float(number).is_integer() for number in numbers):
+        raise ValueError(f"{name} has numbers that are not whole")
+    return [int(number) for number in numbers]
+
+
+def _variable(data: bytes, name: str) -> tuple[_Array, str]:
+    """The array of a variable, and the byte order of the file."""
     order = {b"IM": "<", b"MI": ">"}.get(data[126:128])
     if order is None:
         raise ValueError("it is not a MATLAB 5 file")
@@ -41,7 +63,7 @@ def read_structs(data: bytes, name: str, fields: Sequence[str]) -> list[tuple[fl
         if kind == _MATRIX:
             array = _array(content, order)
             if array.name == name.encode():
-                return _structs(array, fields, order)
+                return array, order
     raise ValueError(f"it has no variable {name}")
 
 

@@ -56,7 +56,7 @@ class SourceReader:
 
         Raises UserError if an object store refuses or does not answer: nothing is wrong with the image then.
         """
-        kind, path, shape, _, fault = self._listing.files[self._listing.file[index]]
+        kind, path, shape, _, fault, _ = self._listing.files[self._listing.file[index]]
         if fault:
             raise ValueError(fault)
         if kind == "url":
@@ -74,7 +74,7 @@ class SourceReader:
 
     def where(self, index: int) -> str:
         """The image's name, for people."""
-        kind, path, _, shown, _ = self._listing.files[self._listing.file[index]]
+        kind, path, _, shown, *_ = self._listing.files[self._listing.file[index]]
         name = self._listing.name(index)
         if kind in ("path", "url"):
             return public_url(os.path.join(path, name))

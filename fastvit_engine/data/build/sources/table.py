@@ -1,4 +1,4 @@
-"""A CSV, TSV or JSONL list of image files or URLs with their labels."""
+"""A CSV, TSV, JSONL or text list of image files or URLs with their labels."""
 
 import csv
 import json
@@ -20,11 +20,12 @@ from fastvit_engine.data.build.sources.columns import (
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.label_column import is_missing, read_cell
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder, without_repeats
+from fastvit_engine.data.shards.image_files import has_image_suffix
 from fastvit_engine.data.shards.remote_path import AnyPath, is_remote
 from fastvit_engine.errors import UserError
 from fastvit_engine.text import open_text
 
-SUFFIXES = (".csv", ".tsv", ".jsonl")
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
 _DELIMITERS = ",;\t"
 _FIRST_ROWS = 1000  # of a JSONL list that tell its columns
 
@@ -44,48 +45,80 @@ def list_table(path: AnyPath, context: Context) -> Listing:
 
     CSV and TSV have a header line and are separated by commas, semicolons or tabs; several labels are in one field,
     separated by ";" or as a list. JSONL has one object per line, several labels as a list. A column "split" says which
-    rows are held out. Lines that cannot be used are listed as faulty images, and those that repeat an image are left
-    out. Raises UserError if the columns are not known, if the file is no text, and as `without_repeats`.
+    rows are held out. A .txt has a path and a label on each line, and no header. Lines that cannot be used are listed
+    as faulty images, and those that repeat an image are left out. Raises UserError if the columns are not known, if the
+    file is no text, and as `without_repeats`.
     """
     builder = ListingBuilder()
-    builder.add_file("bytes", path)  # whose faulty lines are named by their numbers
-    folder = builder.add_file("path", path.parent.resolve())
-    url: int | None = None
+    rows = RowAdder(builder, path, context)
     context.progress.start("listing", path.stat().st_size, "bytes")
+    if path.suffix.lower() == ".txt":
+        context.describe("a list of paths and labels")
+        for row in text_rows(path):
+            rows.add(row)
+        return without_repeats(builder.finish(context.classes, str(path)), str(path))
     read = _json_rows if path.suffix.lower() == ".jsonl" else _csv_rows
     try:
         splits = _splits(read(path, context), path, context)
-        for line, image, label, fault, split in read(path, context):
-            if splits is not None and split and not fault:
-                if splits.is_left_out(split):
+        for row in read(path, context):
+            if splits is not None and row.split and not row.fault:
+                if splits.is_left_out(row.split):
                     builder.left_out[ROW_LEFT_OUT] += 1
                     continue
-                builder.held_out = splits.is_held_out(split)
-            try:
-                labels = [] if fault else read_cell(label, separator=";")[0]
-            except ValueError as error:
-                fault = str(error)
-            if not fault and (not isinstance(image, str) or not image.strip()):
-                fault = "has no path or URL of an image"
-            if not fault and any(mark in str(cell) for cell in (image, label) for mark in "\r\n"):
-                fault = "has a line break in its path or label"
-            if not fault and any(is_missing(label, context.classes or ()) for label in labels):
-                fault = "has no label"
-            if not fault and splits is not None and not split:
-                fault = "has no split"
-            if fault:
-                builder.add_faulty(f"line {line}", fault, file=0)
-                continue
-            builder.multi_label |= len(labels) != 1
-            if not is_remote(image):
-                builder.add(image, labels, file=folder)
-                continue
-            if url is None:
-                url = builder.add_file("url", "")
-            builder.add(image, labels, file=url)
+                builder.held_out = splits.is_held_out(row.split)
+            rows.add(row, "has no split" if splits is not None and not row.split else "")
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise UserError(f"the list {path} cannot be read ({error}): save it as UTF-8 text") from error
     return without_repeats(builder.finish(context.classes, str(path)), str(path))
+
+
+class RowAdder:
+    """Adds the rows of one list to a listing."""
+
+    def __init__(self, builder: ListingBuilder, path: AnyPath, context: Context) -> None:
+        self._builder, self._classes = builder, context.classes or ()
+        self._list = builder.add_file("bytes", path)  # whose faulty lines are named by their numbers
+        self._folder = builder.add_file("path", path.parent.resolve())
+        self._url: int | None = None
+
+    def add(self, row: Row, other_fault: str = "") -> None:
+        """Adds the image of a row, or a faulty one if the row cannot be used; `other_fault`: nothing worse is wrong."""
+        fault, labels = row.fault, []
+        try:
+            labels = [] if fault else read_cell(row.label, separator=";")[0]
+        except ValueError as error:
+            fault = str(error)
+        if not fault and (not isinstance(row.image, str) or not row.image.strip()):
+            fault = "has no path or URL of an image"
+        if not fault and any(mark in str(cell) for cell in (row.image, row.label) for mark in "\r\n"):
+            fault = "has a line break in its path or label"
+        if not fault and any(is_missing(label, self._classes) for label in labels):
+            fault = "has no label"
+        fault = fault or other_fault
+        if fault:
+            self._builder.add_faulty(f"line {row.line}", fault, file=self._list)
+            return
+        self._builder.multi_label |= len(labels) != 1
+        if not is_remote(row.image):
+            self._builder.add(row.image, labels, file=self._folder)
+            return
+        if self._url is None:
+            self._url = self._builder.add_file("url", "")
+        self._builder.add(row.image, labels, file=self._url)
+
+
+def text_rows(path: AnyPath) -> Iterator[Row]:
+    """The lines "PATH LABEL" of a text file; the path may have spaces. Raises UserError if it cannot be read."""
+    try:
+        with open_text(path) as file:
+            for number, line in enumerate(file, 1):
+                image, label = ([*line.rsplit(None, 1), "", ""])[:2]
+                if label and has_image_suffix(image):
+                    yield Row(number, image.strip(), label)
+                elif line.strip():
+                    yield Row(number, None, None, "is not the path of an image and a label")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"the list {path} cannot be read ({error}): save it as UTF-8 text") from error
 
 
 def _splits(rows: Iterator[Row], path: AnyPath, context: Context) -> RowSplits | None:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from fastvit_engine.data.build.parallel import Counter, ordered_map, parallel_map
 from fastvit_engine.data.build.sources.context import Context, why_left_out
-from fastvit_engine.data.build.sources.devkit import validation_labels
+from fastvit_engine.data.build.sources.devkit import listed_labels, validation_labels
+from fastvit_engine.data.build.sources.label_column import Label
 from fastvit_engine.data.build.sources.layout import NOT_CLASSES, Tree, arrange, images_of
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.data.shards.archive import open_archive, open_forward
@@ -242,16 +243,18 @@ def list_flat_tar(path: AnyPath, context: Context) -> Listing:
     """Lists a tar of images, whose labels are in a file of their own (context.labels).
 
     The file has one label per line in the order of the sorted names, or lines of name and label. Labels are class
-    names, or indices from 0; ILSVRC's own numbering needs its devkit.
+    names, or indices from 0; ILSVRC's own numbering needs its devkit. A JSON file has a list of indices for each image
+    instead, in the order of the sorted names; images of an empty list are left out.
     """
     if context.labels is None:
         raise UserError(f"{path} holds images without labels: name the file of their labels with --labels")
     (plain,) = plain_tars([path], context)
     images, left_out = _images_of_tar(("", plain, 0, plain.stat().st_size))
     images.sort(key=lambda member: member.name)
+    if context.labels.endswith(".json"):
+        return _list_with_several_labels(path, plain, images, left_out, context)
     lines = validation_labels(any_path(context.labels))
-    if len(lines) != len(images):
-        raise UserError(f"{context.labels} has {len(lines):,} labels for the {len(images):,} images of {path}")
+    _check_count(len(lines), len(images), path, context)
     if lines and len(lines[0]) > 1:
         by_name = {line[0]: line[-1] for line in lines}
         missing = [m.name for m in images if os.path.basename(m.name) not in by_name]
@@ -265,4 +268,29 @@ def list_flat_tar(path: AnyPath, context: Context) -> Listing:
     builder.add_file("bytes", plain, shown=path)
     for image, label in zip(images, labels, strict=True):
         builder.add(image.name, [label], image.offset, image.size)
+    return builder.finish(context.classes, context.labels)
+
+
+def _check_count(labels: int, images: int, path: AnyPath, context: Context) -> None:
+    if labels != images:
+        raise UserError(f"{context.labels} has {labels:,} labels for the {images:,} images of {path}")
+
+
+def _list_with_several_labels(
+    path: AnyPath, plain: AnyPath, images: list[TarFile], left_out: collections.Counter[str], context: Context
+) -> Listing:
+    """A tar of images with the labels of a JSON file."""
+    assert context.labels is not None  # the file
+    lists = listed_labels(any_path(context.labels))
+    _check_count(len(lists), len(images), path, context)
+    builder = ListingBuilder()
+    builder.multi_label = True
+    builder.left_out.update(left_out)
+    builder.add_file("bytes", plain, shown=path)
+    for image, labels in zip(images, lists, strict=True):
+        if labels:
+            builder.add(image.name, [Label(str(index)) for index in labels], image.offset, image.size)
+        else:
+            builder.left_out["image without a label"] += 1
+    context.describe(f"a tar of images with up to {max(map(len, lists), default=0)} labels each")
     return builder.finish(context.classes, context.labels)

@@ -51,7 +51,7 @@ def list_webdataset(path: AnyPath, context: Context) -> Listing:
     as a column of a table does. Other members are left out.
     """
     train, held_out = _shards(path, context)
-    info = read_info(str(train[0].parent))
+    info = read_info(str((train or held_out)[0].parent))
     names = info.classes if info else None
     everything = [*train, *held_out]
     plain_shards = plain_tars(everything, context)
@@ -60,6 +60,7 @@ def list_webdataset(path: AnyPath, context: Context) -> Listing:
     context.progress.start("listing", len(shards), "shards")
     splits = None if column is None else _sample_splits(column, shards, held_out, path, context)
     builder = ListingBuilder()
+    builder.eval_only = not train
     builder.labels_refer_to(names)
     all_ignored = Ignored()
     advice = ""
@@ -97,9 +98,8 @@ def _shards(path: AnyPath, context: Context) -> tuple[list[AnyPath], list[AnyPat
     if path.is_dir():
         info = read_info(str(path))
         if info is not None:
-            return [path / name for name in sorted(info.train.shards)], [
-                path / name for name in sorted(info.eval.shards)
-            ]
+            train, held_out = (sorted(split.shards) for split in (info.train, info.eval))
+            return [path / name for name in train], [path / name for name in held_out]
         files: list[AnyPath] = list(path.iterdir())
         splits = context.choose_by_name(sorted(file.name for file in files if is_tar_name(file.name)), path, "shard")
         context.counts.update(_left_out(file) for file in files if not is_tar_name(file.name) and not _is_ours(file))

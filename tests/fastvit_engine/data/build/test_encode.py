@@ -99,3 +99,20 @@ def test_an_image_has_at_most_so_many_pixels(encode, resize):
         assert encode_for_shard(data, resize, max_pixels=20_000)
         with pytest.raises(ValueError, match="it has 20,000 pixels, more than the 19,999 of data.max_pixels"):
             encode_for_shard(data, resize, max_pixels=19_999)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF"])
+def test_a_border_is_cut_off_and_the_rest_is_lossless(format):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    data = buffer.getvalue()
+    for border in (1, 2, 4):
+        extension, encoded = encode_for_shard(data, border=border)
+        whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        assert extension == "png"
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded))), whole[border:-border, border:-border])
+    extension, encoded = encode_for_shard(data, resize=4, border=2)
+    assert extension == "jpg" and Image.open(io.BytesIO(encoded)).size == (6, 4)
+    with pytest.raises(ValueError, match="it has 12 x 9 pixels, all of them of its border"):
+        encode_for_shard(data, border=5)

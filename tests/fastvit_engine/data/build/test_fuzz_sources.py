@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from fastvit_engine.data.build.sources import list_source
 from fastvit_engine.data.build.sources.context import Context
@@ -151,3 +152,80 @@ def test_tars(tmp_path: Path, listed: Callable[[Path, str], None], content: byte
     (tmp_path / "a.tar").write_bytes(content)
     for format in ("webdataset", "class-tars", "flat-tar"):
         listed(tmp_path / "a.tar", format)
+
+
+# ---- the files that say which images are which
+
+
+def _rows_of_numbers(compressed: bool) -> bytes:
+    buffer = io.BytesIO()
+    variables = {"labels": np.array([[1, 2]], np.uint8), "trnid": np.array([[1.0]]), "valid": np.array([[2.0]])}
+    pytest.importorskip("scipy.io").savemat(buffer, variables | {"tstid": np.ones((1, 1))}, do_compression=compressed)
+    return buffer.getvalue()
+
+
+@fuzz
+@given(
+    content=mutated([_rows_of_numbers(False), _rows_of_numbers(True)], [b"\xff\xff\xff\x7f", b"\x0f\0\0\0", b"\6\0"])
+)
+def test_labels_and_splits_of_flowers(tmp_path: Path, listed: Callable[[Path, str], None], content: bytes) -> None:
+    (tmp_path / "flowers" / "jpg").mkdir(parents=True, exist_ok=True)
+    for name in ("imagelabels.mat", "setid.mat"):
+        for other in ("imagelabels.mat", "setid.mat"):
+            (tmp_path / "flowers" / other).write_bytes(content if other == name else _rows_of_numbers(True))
+        listed(tmp_path / "flowers", "flowers")
+
+
+@fuzz
+@given(content=mutated([b"# a comment\nBengal_1 2 1 1\nSphynx_2 1 1 2\n"], [b"\xff\xfe", b" 1 1", b"99999999999"]))
+def test_lists_of_pets(tmp_path: Path, listed: Callable[[Path, str], None], content: bytes) -> None:
+    for folder in ("images", "annotations"):
+        (tmp_path / "pets" / folder).mkdir(parents=True, exist_ok=True)
+    (tmp_path / "pets" / "annotations" / "test.txt").write_bytes(b"Bengal_3 2 1 1\n")
+    (tmp_path / "pets" / "annotations" / "trainval.txt").write_bytes(content)
+    listed(tmp_path / "pets", "pets")
+
+
+@fuzz
+@given(
+    content=mutated(
+        [_tar({"annotations/trainval.txt": b"A_1 1 1 1\n", "annotations/test.txt": b"A_2 1 1 1\n"}), *LIES.values()]
+    )
+)
+def test_archives_of_pets(tmp_path: Path, listed: Callable[[Path, str], None], content: bytes) -> None:
+    (tmp_path / "packed").mkdir(exist_ok=True)
+    for name in ("annotations.tar.gz", "images.tar.gz"):
+        (tmp_path / "packed" / name).write_bytes(gzip.compress(content, 1))
+    listed(tmp_path / "packed", "pets")
+
+
+MAPPINGS = {
+    "folder_to_objectnet_label.json": b'{"pen": "Pen", "toy": "Toy"}',
+    "objectnet_to_imagenet_1k.json": b'{"Pen": "quill; ballpoint"}',
+    "imagenet_to_label_2012_v2": b"quill\nballpoint\n",
+    "pytorch_to_imagenet_2012_id.json": b'{"0": 1, "1": 0}',
+}
+
+
+@fuzz
+@given(
+    content=mutated(list(MAPPINGS.values()), [b"null", b"[]", b"1e999", b'"Pen"', b"; "]),
+    name=st.sampled_from(list(MAPPINGS)),
+)
+def test_mappings_of_objectnet(tmp_path: Path, listed: Callable[[Path, str], None], content: bytes, name: str) -> None:
+    folder = tmp_path / "objectnet"
+    (folder / "images" / "pen").mkdir(parents=True, exist_ok=True)
+    (folder / "images" / "pen" / "1.png").touch()
+    (folder / "mappings").mkdir(exist_ok=True)
+    for other, whole in MAPPINGS.items():
+        (folder / "mappings" / other).write_bytes(content if other == name else whole)
+    listed(folder, "objectnet")
+
+
+@fuzz
+@given(content=mutated([b"images/a.jpg 1\nb c.png 2\n\nd.jpg ant\n"], [b"\xff\xfe", b".jpg", b" ", b"1.0"]))
+def test_lists_of_splits(tmp_path: Path, listed: Callable[[Path, str], None], content: bytes) -> None:
+    (tmp_path / "lists").mkdir(exist_ok=True)
+    (tmp_path / "lists" / "train.txt").write_bytes(content)
+    (tmp_path / "lists" / "val.txt").write_bytes(b"images/e.jpg 1\n")
+    listed(tmp_path / "lists", "split-lists")

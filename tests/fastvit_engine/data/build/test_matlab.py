@@ -1,4 +1,4 @@
-"""Arrays of structs that SciPy wrote come back, and anything else is refused."""
+"""Structs and rows of numbers that SciPy wrote come back, and anything else is refused."""
 
 import io
 import struct
@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 
-from fastvit_engine.data.build.sources.matlab import read_structs
+from fastvit_engine.data.build.sources.matlab import read_numbers, read_structs
 
 savemat = pytest.importorskip("scipy.io").savemat
 FIELDS = ("ILSVRC2012_ID", "WNID")
@@ -96,3 +96,55 @@ def test_damage_of_compressed_data_is_noticed():
         changed = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
         with pytest.raises(ValueError, match="compressed data"):
             read_structs(bytes(changed), "synsets", FIELDS)
+
+
+# ---- rows and columns of numbers
+
+
+def _numbers(compressed: bool = True, **variables) -> bytes:
+    buffer = io.BytesIO()
+    savemat(buffer, variables, do_compression=compressed)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("kind", ["f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"])
+def test_rows_and_columns_of_numbers_come_back(kind, compressed):
+    values = [1, 0, 102, 7, 99]
+    for shape in ((1, 5), (5, 1)):
+        data = _numbers(compressed, first=np.eye(2), ids=np.array(values, kind).reshape(shape), last="text")
+        assert read_numbers(data, "ids") == values
+    assert read_numbers(_numbers(compressed, ids=np.array([[70_000, -3]], "i8")), "ids") == [70_000, -3]
+
+
+def test_doubles_that_matlab_packs_as_bytes_and_either_byte_order():
+    for order in "<>":
+        row = _matrix(6, (1, 6), b"labels", _element(4, struct.pack(f"{order}6H", 1, 2, 3, 77, 300, 5), order), order)
+        data = bytes(124) + struct.pack(f"{order}HH", 0x100, 0x4D49) + row
+        assert read_numbers(data, "labels") == [1, 2, 3, 77, 300, 5]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.eye(3), "ids is no row or column"),
+        (np.zeros((1, 2, 2)), "ids is no row or column"),
+        ("text", "ids is no row or column"),
+        (np.zeros((1, 1_000_001), np.uint8), "at most 1,000,000 numbers"),
+        (np.array([[1.0, 2.5]]), "numbers that are not whole"),
+        (np.array([[1.0, np.inf]]), "numbers that are not whole"),
+        (np.array([[1.0, np.nan]]), "numbers that are not whole"),
+        (np.array([[1.0, 2j]]), "does not have the numbers that it claims"),
+    ],
+)
+def test_what_is_no_row_of_whole_numbers_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        read_numbers(_numbers(ids=values), "ids")
+    with pytest.raises(ValueError, match="has no variable other"):
+        read_numbers(_numbers(ids=values), "other")
+
+
+def test_a_row_that_is_shorter_than_it_claims_is_refused():
+    row = _matrix(6, (1, 7), b"labels", _element(4, struct.pack("<6H", 1, 2, 3, 4, 5, 6), "<"), "<")
+    with pytest.raises(ValueError, match="does not have the numbers that it claims"):
+        read_numbers(bytes(124) + b"\x00\x01IM" + row, "labels")

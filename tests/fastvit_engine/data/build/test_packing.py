@@ -74,6 +74,34 @@ def test_own_split_is_kept():
     assert sorted(packing.eval) == [3, 4, 19] and len(packing.train) == 17
 
 
+def _packing_of(names: list[str], held_out: int) -> Packing:
+    builder = ListingBuilder()
+    builder.add_file("path", "/nowhere")
+    for index, name in enumerate(names):
+        builder.held_out = index >= len(names) - held_out
+        builder.add(name, ["0"])
+    arguments = {"seed": 0, "dedup": False, "samples_per_shard": 10}
+    listing = builder.finish(None, "test")
+    return make_packing(listing, arguments, eval_fraction=None, workers=1, progress=WorkProgress(quiet=True))
+
+
+def test_validation_images_of_imagenet_are_in_the_order_of_their_numbers():
+    numbers = [30, 2, 50_000, 7, 1, 12]
+    for name in ("val/n01/ILSVRC2012_val_{:08d}.JPEG", "ILSVRC2012_val_{:08d}_n01440764.JPEG"):
+        names = [f"train/{n}.JPEG" for n in range(5)] + [name.format(number) for number in numbers]
+        packing = _packing_of(names, held_out=6)
+        assert [numbers[index - 5] for index in packing.eval] == sorted(numbers)
+        assert sorted(packing.train) == list(range(5))
+
+
+def test_other_images_are_shuffled_also_if_some_are_called_like_those_of_imagenet():
+    several = [f"ILSVRC2012_val_{number:08d}.JPEG" for number in range(1, 50)]
+    longer = [f"ILSVRC2012_val_{number:09d}.JPEG" for number in range(1, 51)]
+    for names in ([*several, "other.jpg"], [*several, f"x/{several[0]}"], longer):
+        packing = _packing_of(["a.jpg", *names], held_out=50)
+        assert sorted(packing.eval) == list(range(1, 51)) and list(packing.eval) != list(range(1, 51))
+
+
 def test_shards_cover_the_order_and_a_saved_plan_is_the_same(tmp_path):
     packing = _packing([0] * 103, fraction=0.11, size=10)
     output = LocalOutput(tmp_path)
