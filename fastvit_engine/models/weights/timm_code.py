@@ -14,6 +14,8 @@ _ARCHITECTURES = {
     "G": ("vit_gigantic_patch14_224", 14),
 }
 
+TIMM_EPS = 1e-6  # of LayerNorm in timm's Vision Transformers
+
 # A class, not a hook: a copy of the model has its own hidden layer then.
 _WITH_HIDDEN_LAYER = """\
 from collections import OrderedDict
@@ -50,11 +52,15 @@ def timm_code(config: ModelConfig) -> str:
     given: dict[str, object] = {key: value for key, (value, default) in arguments.items() if value != default}
     if config.pool == "gap":
         given |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    call = ", ".join([repr(name), *(f"{key}={value!r}" for key, value in given.items())])
-    create = f"model = timm.create_model({call})"
-    if config.head == "linear":
-        return f"import timm\n{create}"
-    return _WITH_HIDDEN_LAYER.format(create=create, width=shape.width)
+    arguments_text = [repr(name), *(f"{key}={value!r}" for key, value in given.items())]
+    imports = ""
+    if config.layer_norm_eps != TIMM_EPS:
+        imports = "from functools import partial\n"
+        arguments_text.append(f"norm_layer=partial(torch.nn.LayerNorm, eps={config.layer_norm_eps!r})")
+    create = f"model = timm.create_model({', '.join(arguments_text)})"
+    if config.head == "mlp":
+        return imports + _WITH_HIDDEN_LAYER.format(create=create, width=shape.width)
+    return f"{imports}import timm\n{'import torch' + chr(10) if imports else ''}{create}"
 
 
 def _ratio(width: int, mlp_dim: int) -> float:
