@@ -161,11 +161,15 @@ def write_folder(model: Pretrained, folder: Path) -> list[str]:
     if kind == "dinov2":
         shapes["embeddings.mask_token"] = (1, shape.width)
 
+    made: dict[str, Tensor] = {}  # the rest of the parameter that was read last
+
     def read(inner: str) -> Tensor:
         if inner not in by_name:
             return torch.zeros(shapes[inner])
-        entry = by_name[inner]
-        return entry.to_theirs(model.read(entry.ours))[inner]
+        if inner not in made:
+            entry = by_name[inner]
+            made.update(entry.to_theirs(model.read(entry.ours)))
+        return made.pop(inner)
 
     with atomic_folder(folder) as temporary:
         write_tensors(temporary / WEIGHTS, shapes, {"format": "pt"}, read)
