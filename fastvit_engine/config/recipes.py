@@ -14,6 +14,7 @@ from fastvit_engine.errors import UserError
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 _BASE = "base"
+_OF_WEIGHTS = (".npz", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _INTEGER, _NUMBER = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _Base: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
 
@@ -126,6 +127,8 @@ def merge(values: dict[str, Any], over: dict[str, Any]) -> None:
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     text = ""
+    if path.suffix in _OF_WEIGHTS and path.is_file():
+        raise UserError(f"{path} is a file of weights, and this must be a recipe, in YAML")
     try:
         text = read_yaml(path)
         check_yaml(text)

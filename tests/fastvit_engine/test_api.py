@@ -196,6 +196,12 @@ def test_evaluation_refuses_a_batch_size_that_is_none(tiny, digits, batch_size):
         fastvit_engine.evaluate(tiny, digits, batch_size=batch_size)
 
 
+def test_evaluation_refuses_a_model_without_a_head(tmp_path):
+    config = ModelConfig(name="Ti/4", image_size=8, width=32, depth=1, heads=2, num_classes=0)
+    with pytest.raises(UserError, match="the model has no head .num_classes is 0., so it has no classes to measure"):
+        fastvit_engine.evaluate(fastvit_engine.build_model(config), tmp_path)
+
+
 def test_evaluation_takes_an_index_for_the_shards_in_it(tiny, digits, tmp_path):
     shards = sorted(map(str, digits.glob("eval-*.tar")))
     write_index(shards, tmp_path / "x.index", label_key="cls")

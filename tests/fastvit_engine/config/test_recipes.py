@@ -122,6 +122,13 @@ def test_bytes_that_are_not_text_and_a_byte_order_mark(tmp_path):
     assert load_config(str(path)).config.name == "marked"
 
 
+@pytest.mark.parametrize("name", ["b16.npz", "b16.safetensors", "b16.pth"])
+def test_a_file_of_weights_is_told_from_a_recipe(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK\xff")
+    with pytest.raises(UserError, match=f"{name} is a file of weights, and this must be a recipe, in YAML"):
+        load_config(str(tmp_path / name))
+
+
 def test_an_empty_recipe_is_all_defaults(write):
     assert set(load_config(write("empty.yaml", "# nothing\n")).origins.values()) == {"default"}
 
