@@ -120,8 +120,8 @@ class WorkProgress:
         self._clock = clock
         self.start("", 0, "")
 
-    def start(self, doing: str, total: int, unit: str) -> None:
-        """Begins other work: `doing` ("writing"), `total` of `unit` ("images")."""
+    def start(self, doing: str, total: int | None, unit: str) -> None:
+        """Begins other work: `doing` ("writing"), `total` of `unit` ("images"); None: nobody knows how many."""
         self._doing, self._total, self._unit = doing, total, unit
         self._printed_at = self._clock()
         self._rate = Rate(_WORK_MEMORY_SECONDS)
@@ -146,11 +146,13 @@ class WorkProgress:
 
     def _figures(self, done: int) -> list[str]:
         percent = f" ({100 * done / self._total:.0f} %)" if self._total else ""
-        figures = [f"{self._doing} {done:,} of {self._total:,} {self._unit}{percent}"]
+        total = "" if self._total is None else f" of {self._total:,}"
+        figures = [f"{self._doing} {done:,}{total} {self._unit}{percent}"]
         rate = self._rate.per_second
         if rate is not None:
             figures.append(f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s")
-            figures.append(f"ETA {format_duration((self._total - done) / rate)}")
+            if self._total is not None:
+                figures.append(f"ETA {format_duration(max(0, self._total - done) / rate)}")
         return figures
 
 
