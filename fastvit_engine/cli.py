@@ -20,6 +20,7 @@ from fastvit_engine.commands import (
     features,
     fewshot,
     plan,
+    predict,
     report,
     stacks,
     train,
@@ -91,6 +92,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fastvit", description="Pretrain Vision Transformers at scale.")
     parser.add_argument("--version", action="version", version=f"fastvit-engine {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (train, evaluate, fewshot, features, plan, data, config, report, export, stacks, bench):
+    for command in (train, evaluate, predict, fewshot, features, plan, data, config, report, export, stacks, bench):
         command.add(commands)
     return parser

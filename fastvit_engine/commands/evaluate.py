@@ -68,7 +68,8 @@ def _run(args: argparse.Namespace) -> int:
 
     import numpy as np
 
-    found, lines = [], []
+    found: list[dict[str, Any]] = []
+    lines: list[str] = []
     for source in args.models:
         figures, lines = _evaluate(source, resolved, args)
         found.append(figures)
@@ -107,7 +108,8 @@ def _evaluate(source: str, resolved: "Resolved", args: argparse.Namespace) -> tu
     right, notes = Right.all(outputs), list(shards.notes)
     if args.classes is not None:
         groups = read_classes(args.classes, names, outputs)
-        right, note = right_outputs(groups, outputs, data_names and len(data_names), args.labels)
+        data_classes = None if data_names is None else len(data_names)
+        right, note = right_outputs(groups, outputs, data_classes, args.labels)
         notes.append(note)
     elif not args.ignore_names:
         check_names(names, data_names)

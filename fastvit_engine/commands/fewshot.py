@@ -20,8 +20,8 @@ from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
     from fastvit_engine.evaluate.features import Features
-    from fastvit_engine.evaluate.fewshot import Figures
     from fastvit_engine.evaluate.one_pass import OnePass
+    from fastvit_engine.observe.metrics import ShotFigures
     from fastvit_engine.observe.progress import WorkProgress
 
 
@@ -171,7 +171,7 @@ def _check_widths(train: "Features", evaluation: "Features", paths: list[Path]) 
         )
 
 
-def _table(figures: "dict[str, Figures]", samples: int) -> str:
+def _table(figures: "dict[str, ShotFigures]", samples: int) -> str:
     lines = [f"accuracy on {samples:,} images, mean and standard deviation over the seeds:"]
     for shots, found in figures.items():
         each = ", ".join(f"{100 * accuracy:.1f}" for accuracy in found["seeds"])

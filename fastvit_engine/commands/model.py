@@ -16,13 +16,19 @@ MODEL_HELP = "a run folder (its latest checkpoint), a checkpoint, or a file of w
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--ema, --image-size and --batch-size."""
+    """--ema, --image-size, --batch-size and --precision."""
     parser.add_argument("--ema", action="store_true", help="use the moving average of a run's weights")
     parser.add_argument(
         "--image-size", metavar="N", type=positive, help="pixels, if not the model's: its position table is resampled"
     )
     parser.add_argument(
         "--batch-size", metavar="N", type=positive, default=64, help="images per forward pass (default: 64)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="number format of weights and activations; bf16 is what a run in bf16 evaluates with (default: fp32)",
     )
 
 
@@ -43,7 +49,8 @@ def load(source: str, args: argparse.Namespace) -> "VisionTransformer":
     if args.image_size not in (None, model.config.image_size):
         resampled: dict[str, Any] = {"image_size": args.image_size}
         model = load_model(source, ema=args.ema, **resampled)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
 
 
 def check_folder_of(path: Path) -> None:

@@ -38,7 +38,8 @@ class Confusion:
         found = hits(ranked, right)
         first = right[np.arange(len(right)), (right >= 0).argmax(axis=1)]
         self.truth = np.where(found[:, 0], ranked[:, 0], first)  # of several right classes, the one that was said
-        self.said, self.in_top5 = ranked[:, 0], found.any(axis=1)
+        self.said = ranked[:, 0]
+        self.in_top5: NDArray[np.bool_] = np.any(found, axis=1)
         self.classes = np.unique(np.concatenate([self.truth, self.said]))  # numbers of outputs, that occur
 
     def matrix(self) -> NDArray[np.int64]:
@@ -96,7 +97,7 @@ class Confusion:
         for row in range(size):
             middle = _MARGIN + row * cell + cell // 2
             draw.text((_MARGIN + left - 8, middle), labels[row], fill=_INK, font=font, anchor="rm")
-            for column in np.flatnonzero(shares[row]):
+            for column in np.flatnonzero(shares[row]).tolist():
                 share = shares[row, column]
                 centre = (_MARGIN + left + column * cell + cell // 2, middle)
                 draw.text(centre, f"{100 * share:.0f}", fill=_PAPER if share > 0.5 else _INK, font=font, anchor="mm")

@@ -5,12 +5,13 @@ whitened features, towards targets of -1 and +1. All arithmetic is in float64.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.metrics import ShotFigures
 
 SHOTS = (1, 5, 10, 25)
 SEEDS = 3
@@ -27,14 +28,6 @@ class Task(NamedTuple):
 
     shots: int
     seed: int
-
-
-class Figures(TypedDict):
-    """Accuracies of the classifiers with one number of shots."""
-
-    mean: float
-    std: float  # over the seeds: the population's standard deviation
-    seeds: list[float]
 
 
 def few_shot_accuracy(
@@ -92,7 +85,7 @@ def tasks(shots: Iterable[int], seeds: int) -> list[Task]:
     return [Task(number, seed) for number in shots for seed in range(seeds)]
 
 
-def summarize(accuracies: Iterable[tuple[Task, float]]) -> dict[str, Figures]:
+def summarize(accuracies: Iterable[tuple[Task, float]]) -> dict[str, ShotFigures]:
     """The figures by the number of shots, as text: the form of `fastvit fewshot --json` and of `metrics.jsonl`."""
     by_shots: dict[int, list[float]] = {}
     for task, accuracy in sorted(accuracies):

@@ -1,7 +1,7 @@
 """What a model says of each image of a labelled set, and the figures that follow from it."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -65,8 +65,10 @@ class Figures(NamedTuple):
 
 
 @torch.no_grad()
-def record_answers(model: nn.Module, batches: Iterable[Batch], right: Right, loss: str) -> Record:
-    """Ranks the outputs that count for every usable image. loss: "softmax" or "sigmoid", as loss.kind.
+def record_answers(
+    model: nn.Module, batches: Iterable[Batch], right: Right, loss: Literal["softmax", "sigmoid"]
+) -> Record:
+    """Ranks the outputs that count for every usable image. loss: as loss.kind.
 
     With a softmax, the loss of an image with several right outputs is that of their joint probability. Raises UserError
     for labels that `right` does not know, and if no image is usable.
@@ -102,8 +104,10 @@ def record_answers(model: nn.Module, batches: Iterable[Batch], right: Right, los
     return Record(
         positions[order],
         [keys[row] for row in order],
-        *(np.concatenate([part[column] for part in parts])[order] for column in (2, 3, 4)),
-        outputs=len(right.outputs),
+        np.concatenate([part[2] for part in parts])[order],
+        np.concatenate([part[3] for part in parts])[order],
+        np.concatenate([part[4] for part in parts])[order],
+        len(right.outputs),
     )
 
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
@@ -27,12 +28,19 @@ from fastvit_engine.data.shards.remote_path import any_path
 from fastvit_engine.data.shards.sample import Sample, parse_sample
 from fastvit_engine.data.shards.splits import Splits, choose_files
 from fastvit_engine.data.shards.tar import TarError
-from fastvit_engine.data.shards.usable import SampleKeys, Unusable, name_of, read_image, read_labels
+from fastvit_engine.data.shards.usable import (
+    PLAUSIBLE_CLASSES,
+    SampleKeys,
+    Unusable,
+    name_of,
+    read_image,
+    read_labels,
+)
 from fastvit_engine.data.stream.indexed import IndexedData, IndexedShards, TrainSource, open_storage
 from fastvit_engine.data.stream.iterable import IterableData
 from fastvit_engine.data.stream.order import CYCLE, choose_lanes, share_slots
 from fastvit_engine.data.stream.overlap import check_indexes_apart, check_streams_apart
-from fastvit_engine.data.stream.source import TrainingData
+from fastvit_engine.data.stream.source import EvaluationData, TrainingData
 from fastvit_engine.data.stream.streams import StreamData, StreamedShards, plan_streams
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write
@@ -149,6 +157,11 @@ def _find_index(
                 f"data.{split} names the shard {shard}, which is not local: make an index of the shards with "
                 f"`fastvit data index SHARDS --out FILE.index` and {use_it}, or set data.order to stream"
             )
+    return _local_index(shards, split, config, fallback)
+
+
+def _local_index(shards: Sequence[str], split: Split, config: Config, fallback: Path) -> Index:
+    """The index beside shards of this machine or in the folder `fallback`, which is made if it is missing."""
     folders = {os.path.dirname(shard) for shard in shards}
     paths = [fallback / f"{split}{INDEX_SUFFIX}"]
     if len(folders) == 1:
@@ -233,6 +246,51 @@ def _is_unchanged(index: Index, number: int) -> bool:
 def _may_write(path: Path, label_key: str) -> bool:
     before = _known_index(path)
     return os.access(path.parent, os.W_OK) and (before is None or before.label_key == label_key)
+
+
+# ---- few-shot evaluation
+
+
+@dataclass(frozen=True)
+class FewShotData:
+    """What evaluate.fewshot reads."""
+
+    config: Config  # with which the images are read: one label each, of whatever classes
+    train: EvaluationData
+    eval: EvaluationData
+
+
+def prepare_few_shot(config: Config, index_folder: Path) -> FewShotData | None:
+    """Finds the shards of evaluate.fewshot, None if they are not set; an index that is missing is made, if it can be.
+
+    Raises UserError, naming the shard, for whatever can be known now.
+    """
+    few_shot = config.evaluate.fewshot
+    if few_shot.train is None or few_shot.eval is None:
+        return None
+    model = config.model.model_copy(update={"num_classes": PLAUSIBLE_CLASSES})
+    data = config.data.model_copy(update={"max_labels": 1})
+    reading = config.model_copy(update={"model": model, "data": data})
+    train = _evaluation_shards(few_shot.train, "train", reading, "evaluate.fewshot.train", index_folder)
+    evaluation = _evaluation_shards(few_shot.eval, "eval", reading, "evaluate.fewshot.eval", index_folder)
+    return FewShotData(reading, train, evaluation)
+
+
+def _evaluation_shards(pattern: str, split: Split, config: Config, named: str, index_folder: Path) -> EvaluationData:
+    """Shards by position, of which each process reads its share only; or else from beginning to end."""
+    notes: list[str] = []
+    if config.data.order == "stream":
+        return streamed_shards(pattern, split, config, named=named)
+    if pattern.endswith(INDEX_SUFFIX):
+        index = _of_split(open_index(any_path(pattern), index_folder), split, notes, named)
+    else:
+        shards = list_shards([pattern], split, named=named, notes=notes)
+        beside = _remote_index(shards, config.data.label_key, index_folder)
+        if beside is None and not all(is_local(shard) and shard.endswith(".tar") for shard in shards):
+            return streamed_shards(pattern, split, config, named=named)
+        index = beside or _local_index(shards, split, config, index_folder)
+    _check_samples(index, named, config)
+    return IndexedShards.of(index)
 
 
 # ---- looking at the samples

@@ -13,7 +13,7 @@ QUICK = ("--set", "data.num_workers=0")
 
 @pytest.fixture
 def evaluate(fastvit, digits):
-    """evaluate(model, ..., "--json") on the digits that are held out, whose names are numerals; the model's are words."""
+    """evaluate(model, ..., "--json") on held-out digits, whose names are numerals; the model's are words."""
     return lambda *words: fastvit("evaluate", *words, "--data", digits, *QUICK)
 
 

@@ -140,3 +140,10 @@ def test_bad_input_is_one_sentence(fastvit, bad, words, sentence):
     assert code == 2 and sentence in errors and out == ""
     assert errors.startswith("fastvit: error: ") and errors.count("\n") == 1
     assert not bad["OUT"].exists()
+
+
+def test_features_in_bf16_are_near_those_in_fp32(fastvit, model_file, digits, made, tmp_path):
+    words = ("--data", digits, "--limit", 9, "--precision", "bf16", "--out", tmp_path / "f.npz", *QUICK)
+    assert fastvit("features", model_file, *words)[0] == 0
+    found, expected = np.load(tmp_path / "f.npz")["features"], np.load(made / "eval.npz")["features"][:9]
+    assert found.dtype == np.float32 and 1e-5 < np.abs(found - expected).max() < 0.1
