@@ -19,6 +19,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
+    from fastvit_engine.config import Resolved
     from fastvit_engine.evaluate.features import Features
     from fastvit_engine.evaluate.one_pass import OnePass
     from fastvit_engine.observe.metrics import ShotFigures
@@ -58,13 +59,17 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def _run(args: argparse.Namespace) -> int:
     _check(args)
+    from fastvit_engine.commands.data.options import load_settings
+
+    resolved = load_settings(args)  # before PyTorch is loaded: a typing error is told at once
+
     from fastvit_engine.evaluate.features import load_both, load_features, save_both
     from fastvit_engine.evaluate.fewshot import classes_of, few_shot_accuracy, shortages, summarize, tasks
     from fastvit_engine.observe.progress import WorkProgress
 
     progress = WorkProgress()
     if args.features is None:
-        train, evaluation = _extract(args, progress)
+        train, evaluation = _extract(args, resolved, progress)
     elif len(args.features) == 1:
         train, evaluation = load_both(args.features[0])
     else:
@@ -123,12 +128,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--features has {len(args.features)} files: give two, of the training and evaluation images")
 
 
-def _extract(args: argparse.Namespace, progress: "WorkProgress") -> "tuple[Features, Features]":
+def _extract(args: argparse.Namespace, resolved: "Resolved", progress: "WorkProgress") -> "tuple[Features, Features]":
     """The features of both sets by the model. Raises UserError."""
-    from fastvit_engine.commands.data.options import load_settings
-
-    resolved = load_settings(args)
-
     from fastvit_engine.evaluate.features import extract_features
     from fastvit_engine.evaluate.one_pass import OnePass, config_for
 
@@ -137,7 +138,9 @@ def _extract(args: argparse.Namespace, progress: "WorkProgress") -> "tuple[Featu
     train = OnePass.over(args.train, "train", config, named="--train")
     evaluation = OnePass.over(args.eval, "eval", config, named="--eval")
     _check_classes(train, evaluation)
-    for note in (*train.notes, *evaluation.notes):
+    both = set(train.shards.shards) & set(evaluation.shards.shards)
+    overlap = [f"{len(both):,} of the shards of --eval are in --train too: the figures flatter"] if both else []
+    for note in (*train.notes, *evaluation.notes, *overlap):
         say(f"note: {note}", file=sys.stderr)
     return (
         extract_features(model, train.batches(args.batch_size, doing="features of training", progress=progress)),

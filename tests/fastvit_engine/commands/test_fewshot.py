@@ -60,6 +60,12 @@ def test_the_table_names_mean_deviation_and_seeds(fastvit, made):
     assert code == 0 and out.startswith("accuracy on 359 images") and "5-shot" in out and "±" in out
 
 
+def test_shards_in_both_sets_are_said(fastvit, model_file, digits):
+    words = ("--train", digits / "eval-000000.tar", "--eval", f"{digits}/eval-*.tar", "--shots", 1, "--json")
+    code, _, errors = fastvit("fewshot", model_file, *words, *QUICK)
+    assert code == 0 and "note: 1 of the shards of --eval are in --train too: the figures flatter" in errors
+
+
 def test_classes_with_few_samples_are_named(fastvit, tmp_path):
     rng = np.random.default_rng(0)
     labels = np.array([0] * 6 + [1] * 2)
