@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from fastvit_engine.config import Config, Resolved, load_config
 from fastvit_engine.data import Batch, IterableData
+from fastvit_engine.data.stream.bad_samples import checked
 from fastvit_engine.data.stream.iterable import Samples
 from fastvit_engine.data.stream.prepare import eval_streams
 from fastvit_engine.distributed.environment import launched_by_cluster
@@ -22,7 +23,6 @@ from fastvit_engine.evaluate.classification import evaluate as evaluate_batches
 from fastvit_engine.models import VisionTransformer
 from fastvit_engine.observe.run_folder import run_folder
 from fastvit_engine.train import loop
-from fastvit_engine.train.health.bad_samples import checked
 from fastvit_engine.trusted_folders import trust_compiled_code
 from fastvit_kernels import FusedCrossEntropy
 

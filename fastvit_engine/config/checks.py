@@ -28,6 +28,13 @@ def check_config(config: Config) -> None:
     _check_durations(config)
     if config.data.order == "stream" and not isinstance(config.data.train, str | None):
         raise UserError("data.order is stream, which reads one source: mix sources with data.order: indexed")
+    few_shot = config.evaluate.fewshot
+    if (few_shot.train is None) != (few_shot.eval is None):
+        given, missing = ("train", "eval") if few_shot.eval is None else ("eval", "train")
+        raise UserError(
+            f"evaluate.fewshot.{given} is set and evaluate.fewshot.{missing} is not: few-shot accuracy needs images to "
+            "fit classifiers to, and others to measure them on"
+        )
     best = config.checkpoint.keep_best
     if best is not None and config.data.eval is None:
         raise UserError(f"checkpoint.keep_best = {best} needs an evaluation: set data.eval")
@@ -49,6 +56,7 @@ def _check_durations(config: Config) -> None:
         raise UserError(f"train.duration = '{duration}' trains nothing: lengthen it")
     intervals = {
         "evaluate.every": config.evaluate.every,
+        "evaluate.fewshot.every": config.evaluate.fewshot.every,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep_every": config.checkpoint.keep_every,
     }

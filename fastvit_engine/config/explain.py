@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fastvit_engine.config.keys import alternatives, hint, sections
+from fastvit_engine.config.keys import alternatives, hint, keys_of, sections
 from fastvit_engine.config.sections import Config, DataSource
 from fastvit_engine.duration import SYNTAX, Duration
 from fastvit_engine.errors import UserError
@@ -109,10 +109,10 @@ def as_markdown(found: Iterable[Section]) -> str:
 
 def _sections() -> Iterator[Section]:
     inner = sections()
-    outside = tuple(_key(Config, name) for name in Config.model_fields if name not in inner)
+    outside = tuple(_key(Config, name) for name in keys_of(Config))
     yield Section("", _paragraph(Config), outside)
     for name, model in inner.items():
-        keys = tuple(_key(model, field, f"{name}.") for field in model.model_fields)
+        keys = tuple(_key(model, field, f"{name}.") for field in keys_of(model))
         yield Section(name, _paragraph(model), keys)
 
 
@@ -149,7 +149,9 @@ def _type(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
-        return "list of sources" if arguments[0] is DataSource else f"list of {len(arguments)} numbers"
+        if Ellipsis in arguments:
+            return "list of sources" if arguments[0] is DataSource else "list of numbers"
+        return f"list of {len(arguments)} numbers"
     return _NAMES[origin or kind]
 
 

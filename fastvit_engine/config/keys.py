@@ -85,23 +85,35 @@ _MEANT = {word: key for key, words in (_ALIASES | _OPTIONS).items() for word in 
 
 
 def sections() -> dict[str, type[BaseModel]]:
-    """The sections by name, with the entries of data.train's list form as the section "data.train"."""
+    """The sections by name, those in others too, and the entries of data.train's list form as "data.train"."""
     found: dict[str, type[BaseModel]] = {}
-    for name, field in Config.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found[name] = field.annotation
+    for name, section in _sections_in(Config):
+        found[name] = section
+        found |= {f"{name}.{inner}": kind for inner, kind in _sections_in(section)}
         if name == SOURCES.partition(".")[0]:
             found[SOURCES] = DataSource
     return found
+
+
+def _sections_in(model: type[BaseModel]) -> Iterator[tuple[str, type[BaseModel]]]:
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield name, field.annotation
+
+
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """The keys of a section that hold values, not sections."""
+    inner = {name for name, _ in _sections_in(model)}
+    return [name for name in model.model_fields if name not in inner]
 
 
 @cache
 def fields() -> dict[str, FieldInfo]:
     """Every key that holds a value, by its dotted name, in the order of the sections."""
     inner = sections()
-    found = {name: field for name, field in Config.model_fields.items() if name not in inner}
+    found = {name: Config.model_fields[name] for name in keys_of(Config)}
     for section, model in inner.items():
-        found |= {f"{section}.{name}": field for name, field in model.model_fields.items()}
+        found |= {f"{section}.{name}": model.model_fields[name] for name in keys_of(model)}
     return found
 
 

@@ -51,6 +51,7 @@ _MONTH = 2_592_000.0  # seconds
 Ratio = Annotated[float, Field(gt=0.01, le=100)]
 LearningRate = Annotated[float, Field(le=1e30)]  # finite in fp32, as are a few hundred updates
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Shots = Annotated[int, Field(gt=0, le=1_000_000)]
 AreaFraction = Annotated[float, Field(gt=0, le=1)]
 PixelMean = Annotated[float, Field(ge=0, le=1)]
 PixelDeviation = Annotated[float, Field(gt=0.002, le=1)]
@@ -321,6 +322,23 @@ class EmaConfig(_Section):
     """Decay rate per step of the exponential moving average; null: no average."""
 
 
+class FewShotConfig(_Section):
+    """Few-shot accuracy during training: a linear classifier on the model's features, as `fastvit fewshot` has it."""
+
+    train: str | None = None
+    """Shards whose images the classifiers are fitted to: a folder, a glob, a brace pattern or an index; null: no
+    few-shot evaluation. Their classes need not be those of data.train."""
+
+    eval: str | None = None
+    """Shards of the same classes on which the classifiers are measured."""
+
+    shots: tuple[Shots, ...] = Field((1, 5, 10, 25), min_length=1)
+    """Numbers of images per class. Each is repeated with three choices of images."""
+
+    every: Duration | None = None
+    """Interval between few-shot evaluations; null: only at the end of the run, where one is always made."""
+
+
 class EvaluateConfig(_Section):
     """Evaluation during training on the shards of data.eval."""
 
@@ -329,6 +347,8 @@ class EvaluateConfig(_Section):
 
     batch_size: int | None = Field(None, gt=0, le=_MOST_SAMPLES)
     """Images per process and forward pass; null: the training micro-batch."""
+
+    fewshot: FewShotConfig = FewShotConfig()
 
 
 class CheckpointConfig(_Section):

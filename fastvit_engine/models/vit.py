@@ -22,6 +22,7 @@ class VisionTransformer(nn.Module):
     # How evaluation crops images, as data.eval_crop and data.eval_transform say it; None: nobody has said it.
     eval_crop: float | None = None
     eval_transform: EvalTransform | None = None
+    class_names: tuple[str, ...] | None = None  # in the order of the outputs; None: not known
 
     def __init__(self, config: ModelConfig, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()

@@ -4,9 +4,9 @@ JSON has no NaN and no infinity; they are written as the strings "nan", "inf" an
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast, get_type_hints
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast, get_type_hints
 
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import append_json_lines, atomic_write, json_lines, read_json_lines
@@ -43,6 +43,33 @@ class EvalRow(TypedDict):
     seconds: float  # this evaluation
 
 
+class ShotFigures(TypedDict):
+    """Accuracies of the classifiers with one number of shots, fractions of the images."""
+
+    mean: float
+    std: float  # over the seeds: the population's standard deviation
+    seeds: list[float]
+
+
+class FewShotRow(TypedDict):
+    """Few-shot accuracy on frozen features."""
+
+    step: int
+    eval: str  # "fewshot", or "fewshot_ema" for the moving average of the weights
+    shots: dict[str, ShotFigures]  # by the number of images per class, as `fastvit fewshot --json` has them
+    l2: float
+    samples: int  # images evaluated
+    seconds: float  # this evaluation
+
+
+class Metrics(NamedTuple):
+    """The rows of `metrics.jsonl` by their form, in the order written."""
+
+    train: list[TrainRow]
+    evaluations: list[EvalRow]
+    few_shot: list[FewShotRow]
+
+
 class MetricsWriter:
     """Appends rows to `metrics.jsonl`; each outlives a kill at once. One process of the job has one.
 
@@ -56,7 +83,7 @@ class MetricsWriter:
         _drop_rows_after(run.metrics, resume_step)
         self._path = run.metrics
 
-    def write(self, row: TrainRow | EvalRow) -> None:
+    def write(self, row: TrainRow | EvalRow | FewShotRow) -> None:
         """Writes one row of plain Python numbers. Raises ValueError if a key of its form is missing or no number."""
         if problem := _problem(row):
             raise ValueError(f"metrics row {problem}")
@@ -69,12 +96,24 @@ def read_metrics(path: Path, named: str | None = None) -> tuple[list[TrainRow], 
     Half a last line is left out, and so are damaged lines, which stderr counts. Raises UserError if there is no file.
     named: what to call the file, if not by its path.
     """
+    return read_all_metrics(path, named)[:2]
+
+
+def read_all_metrics(path: Path, named: str | None = None) -> Metrics:
+    """Reads all rows; see `read_metrics`."""
     try:
         rows = _read_rows(path, named)
     except OSError as error:
         raise UserError(f"cannot read the metrics of the run, {named or path}: {error.strerror}") from error
-    train = [cast(TrainRow, row) for row in rows if "eval" not in row]
-    return train, [cast(EvalRow, row) for row in rows if "eval" in row]
+    metrics = Metrics([], [], [])
+    for row in rows:
+        if _form_of(row) is TrainRow:
+            metrics.train.append(cast(TrainRow, row))
+        elif _form_of(row) is EvalRow:
+            metrics.evaluations.append(cast(EvalRow, row))
+        else:
+            metrics.few_shot.append(cast(FewShotRow, row))
+    return metrics
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
@@ -90,16 +129,37 @@ def _read_rows(path: Path, named: str | None = None) -> list[dict[str, Any]]:
 
 def _problem(row: Mapping[str, Any]) -> str | None:
     """Why `row` is not a metrics row, or None if it is one."""
-    form = EvalRow if "eval" in row else TrainRow
+    form = _form_of(row)
     for key, kind in _KINDS[form].items():
         if key not in row:
             if key in form.__required_keys__:
                 return f"lacks '{key}'"
+        elif key == "shots":
+            if not _are_shots(row[key]):
+                return f"has shots {row[key]!r}, not figures of few-shot accuracy"
         elif not isinstance(row[key], kind) or isinstance(row[key], bool):
             return f"has {key} {row[key]!r}, not {_NAMES.get(kind, 'a number')}"
         elif isinstance(row[key], int) and abs(row[key]) >= 2**63:
             return f"has a {key} of too many digits"
     return None
+
+
+def _form_of(row: Mapping[str, Any]) -> Any:
+    if "eval" not in row:
+        return TrainRow
+    return FewShotRow if "shots" in row else EvalRow
+
+
+def _are_shots(value: Any) -> bool:
+    """Whether a value is what FewShotRow has as `shots`."""
+    return isinstance(value, dict) and all(
+        shots.isdecimal()
+        and isinstance(found, dict)
+        and found.keys() == {"mean", "std", "seeds"}
+        and isinstance(found["seeds"], list)
+        and all(type(number) in (int, float) for number in (found["mean"], found["std"], *found["seeds"]))
+        for shots, found in value.items()
+    )
 
 
 _NAMES: dict[Any, str] = {int: "an integer", str: "a text"}
@@ -110,19 +170,24 @@ def _kinds(form: type) -> dict[str, Any]:
     return {key: kind if kind in (int, str) else int | kind for key, kind in get_type_hints(form).items()}
 
 
-_KINDS: dict[type, dict[str, Any]] = {TrainRow: _kinds(TrainRow), EvalRow: _kinds(EvalRow)}
+_KINDS: dict[type, dict[str, Any]] = {form: _kinds(form) for form in (TrainRow, EvalRow)}
+_KINDS[FewShotRow] = _kinds(FewShotRow)
 
 
-def _encode(row: Mapping[str, Any]) -> dict[str, Any]:
+def _encode(row: Any) -> Any:
     """The row as JSON can hold it."""
-    return {
-        key: str(float(value)) if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
+    if isinstance(row, float) and not math.isfinite(row):
+        return str(float(row))
+    return _in_all_parts(_encode, row)
 
 
-def _decode(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        key: float(value) if isinstance(value, str) and value in ("nan", "inf", "-inf") else value
-        for key, value in row.items()
-    }
+def _decode(row: Any) -> Any:
+    if isinstance(row, str) and row in ("nan", "inf", "-inf"):
+        return float(row)
+    return _in_all_parts(_decode, row)
+
+
+def _in_all_parts(change: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: change(part) for key, part in value.items()}
+    return [change(part) for part in value] if isinstance(value, list) else value

@@ -6,9 +6,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from typing import TextIO
+from typing import TextIO, cast
 
-from fastvit_engine.observe.metrics import EvalRow, TrainRow
+from fastvit_engine.observe.metrics import EvalRow, FewShotRow, TrainRow
 from fastvit_engine.observe.units import format_duration, format_share
 from fastvit_engine.shown import shown, shown_lines
 
@@ -120,8 +120,8 @@ class WorkProgress:
         self._clock = clock
         self.start("", 0, "")
 
-    def start(self, doing: str, total: int, unit: str) -> None:
-        """Begins other work: `doing` ("writing"), `total` of `unit` ("images")."""
+    def start(self, doing: str, total: int | None, unit: str) -> None:
+        """Begins other work: `doing` ("writing"), `total` of `unit` ("images"); None: nobody knows how many."""
         self._doing, self._total, self._unit = doing, total, unit
         self._printed_at = self._clock()
         self._rate = Rate(_WORK_MEMORY_SECONDS)
@@ -146,11 +146,13 @@ class WorkProgress:
 
     def _figures(self, done: int) -> list[str]:
         percent = f" ({100 * done / self._total:.0f} %)" if self._total else ""
-        figures = [f"{self._doing} {done:,} of {self._total:,} {self._unit}{percent}"]
+        total = "" if self._total is None else f" of {self._total:,}"
+        figures = [f"{self._doing} {done:,}{total} {self._unit}{percent}"]
         rate = self._rate.per_second
         if rate is not None:
             figures.append(f"{rate:,.0f} {self._unit}/s" if rate >= 10 else f"{rate:.2g} {self._unit}/s")
-            figures.append(f"ETA {format_duration((self._total - done) / rate)}")
+            if self._total is not None:
+                figures.append(f"ETA {format_duration(max(0, self._total - done) / rate)}")
         return figures
 
 
@@ -197,12 +199,20 @@ class TrainingProgress:
         else:
             self._display.print("  ".join([f"step {self._step}/{self._total_steps}", *self._figures()]))
 
-    def log_evaluation(self, row: EvalRow) -> None:
+    def log_evaluation(self, row: EvalRow | FewShotRow) -> None:
         """Prints the result of an evaluation as a line of its own; its time does not count as training time."""
-        which = "EMA weights, " if row["eval"] == "eval_ema" else ""
-        top5 = "" if row["top5"] is None else f"top-5 {format_share(row['top5'])}  "
+        which = "EMA weights, " if row["eval"].endswith("_ema") else ""
+        if "shots" in row:
+            few_shot = cast(FewShotRow, row)
+            kind = "few-shot accuracy"
+            figures = [f"{shots}-shot {format_share(found['mean'])}" for shots, found in few_shot["shots"].items()]
+        else:
+            one = cast(EvalRow, row)
+            kind, figures = "evaluation", [f"top-1 {format_share(one['top1'])}"]
+            figures += [] if one["top5"] is None else [f"top-5 {format_share(one['top5'])}"]
+            figures.append(f"loss {one['loss']:.4g}")
         self.message(
-            f"evaluation ({which}step {row['step']}): top-1 {format_share(row['top1'])}  {top5}loss {row['loss']:.4g}  "
+            f"{kind} ({which}step {row['step']}): {'  '.join(figures)}  "
             f"({row['samples']:,} images in {format_duration(row['seconds'])})"
         )
         self._rate.start(self._step, self._clock())

@@ -5,7 +5,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fastvit_engine.observe.disk import if_possible, insist
-from fastvit_engine.observe.metrics import EvalRow, MetricsWriter, TrainRow
+from fastvit_engine.observe.metrics import EvalRow, FewShotRow, MetricsWriter, TrainRow
 from fastvit_engine.observe.progress import TrainingProgress
 from fastvit_engine.observe.run_folder import RunFolder
 
@@ -40,7 +40,7 @@ class Recorder:
         self._write(row)
         self._progress.log(row)
 
-    def evaluation(self, row: EvalRow) -> None:
+    def evaluation(self, row: EvalRow | FewShotRow) -> None:
         self._write(row)
         self._progress.log_evaluation(row)
 
@@ -52,7 +52,7 @@ class Recorder:
         for tracker in self._trackers:
             if_possible(tracker.close, str(tracker))
 
-    def _write(self, row: TrainRow | EvalRow) -> None:
+    def _write(self, row: TrainRow | EvalRow | FewShotRow) -> None:
         insist(lambda: self._append(row), str(self._path))
         # One that has failed gets no more rows: part of its last one may be in the file.
         self._trackers = [t for t in self._trackers if if_possible(partial(t.write, row), str(t))]
@@ -61,6 +61,6 @@ class Recorder:
         self._check_owner()
         return MetricsWriter(run, resume_step=start_step)
 
-    def _append(self, row: TrainRow | EvalRow) -> None:
+    def _append(self, row: TrainRow | EvalRow | FewShotRow) -> None:
         self._check_owner()
         self._metrics.write(row)

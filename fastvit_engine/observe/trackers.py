@@ -9,14 +9,14 @@ import re
 import socket
 import time
 import uuid
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from fastvit_engine.files import write_all
-from fastvit_engine.observe.metrics import EvalRow, TrainRow
+from fastvit_engine.observe.metrics import EvalRow, FewShotRow, TrainRow
 from fastvit_engine.observe.run_folder import RunFolder
 
 _EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
@@ -28,7 +28,7 @@ class Tracker(Protocol):
     def __str__(self) -> str:
         """What it writes to."""
 
-    def write(self, row: TrainRow | EvalRow) -> None:
+    def write(self, row: TrainRow | EvalRow | FewShotRow) -> None:
         """Takes the numbers of one row. Raises OSError if it cannot take this and further ones."""
 
     def close(self) -> None:
@@ -36,7 +36,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """An event file in the run folder, with a scalar per number: "train/loss", "eval/top1".
+    """An event file in the run folder, with a scalar per number: "train/loss", "eval/top1", "fewshot/5-shot".
 
     The file is made at the first row, and each row is in it at once. PyTorch's SummaryWriter writes from a thread of
     its own, which prints a traceback when the disk is full.
@@ -51,10 +51,12 @@ class TensorBoard:
     def __str__(self) -> str:
         return str(self._folder)
 
-    def write(self, row: TrainRow | EvalRow) -> None:
+    def write(self, row: TrainRow | EvalRow | FewShotRow) -> None:
         group = row.get("eval", "train")
         numbers = {f"{group}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
         del numbers[f"{group}/step"]
+        shots = cast(FewShotRow, row)["shots"] if "shots" in row else {}
+        numbers |= {f"{group}/{number}-shot": found["mean"] for number, found in shots.items()}
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
         event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
         if self._file is None:

@@ -2,13 +2,20 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import cast
 
 from fastvit_engine.checkpoint.trainer_state import Figures
+from fastvit_engine.config import Config
 from fastvit_engine.data import Batch, TrainingData
+from fastvit_engine.data.stream.prepare import FewShotData
+from fastvit_engine.data.stream.source import EvaluationData
 from fastvit_engine.evaluate.classification import Classification, Example
+from fastvit_engine.evaluate.fewshot_evaluator import FewShot
 from fastvit_engine.evaluate.protocol import Evaluator
 from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.disk import if_possible
+from fastvit_engine.observe.metrics import EvalRow
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.train.health.bad_samples import BadSamples
 from fastvit_engine.train.job import Job
@@ -17,44 +24,65 @@ from fastvit_kernels import FusedCrossEntropy
 SHOWN_SAMPLES = 48  # images of the evaluation set whose predictions the report shows
 
 
-def build_evaluators(job: Job, data: TrainingData, recorder: Recorder | None) -> list[Evaluator]:
+def build_evaluators(
+    job: Job, data: TrainingData, few_shot: FewShotData | None, recorder: Recorder | None
+) -> list[Evaluator]:
     """What the configuration asks to be measured while the model trains."""
-    config, world = job.config, job.world
-    if config.data.eval is None:
-        return []
-
-    def batches() -> Iterator[Batch]:
-        bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share)
-        loaded = data.eval_batches(
-            config,
-            rank=world.rank,
-            world_size=world.size,
-            batch_size=config.evaluate.batch_size or job.split.micro_batch_size,
-            pin_memory=world.device.type == "cuda",
+    found: list[Evaluator] = []
+    if job.config.data.eval is not None:
+        found.append(_classification(job, data, recorder))
+    if few_shot is not None:
+        watchdog = job.processes.watchdog
+        found.append(
+            FewShot(
+                partial(_one_pass, job, few_shot.train, few_shot.config, recorder),
+                partial(_one_pass, job, few_shot.eval, few_shot.config, recorder),
+                job.config.evaluate.fewshot.shots,
+                job.world,
+                every_steps=job.schedule.few_shot_every,
+                marked=lambda classifiers: watchdog.marked(classifiers, "fitting few-shot classifiers"),
+            )
         )
-        yield from job.processes.watchdog.marked(bad_samples.watch(loaded), "evaluating")
-        bad_samples.settle(world, recorder)
+    return found
+
+
+def _one_pass(job: Job, shards: EvaluationData, config: Config, recorder: Recorder | None) -> Iterator[Batch]:
+    """This process's share of the images of some shards; collective at its end."""
+    world = job.world
+    bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share)
+    loaded = shards.eval_batches(
+        config,
+        rank=world.rank,
+        world_size=world.size,
+        batch_size=config.evaluate.batch_size or job.split.micro_batch_size,
+        pin_memory=world.device.type == "cuda",
+    )
+    yield from job.processes.watchdog.marked(bad_samples.watch(loaded), "evaluating")
+    bad_samples.settle(world, recorder)
+
+
+def _classification(job: Job, data: TrainingData, recorder: Recorder | None) -> Classification:
+    """The evaluator of data.eval."""
 
     def show(step: int, examples: list[Example]) -> None:
         shown = {"step": step, "class_names": data.class_names, "samples": examples}
         if_possible(lambda: atomic_write(job.run.samples, json.dumps(shown)), str(job.run.samples))
 
-    return [
-        Classification(
-            batches,
-            FusedCrossEntropy(config.loss.kind),
-            world,
-            every_steps=job.schedule.evaluate_every,
-            shown=SHOWN_SAMPLES if world.is_main else 0,
-            on_examples=show if world.is_main else None,
-        )
-    ]
+    is_main = job.world.is_main
+    return Classification(
+        partial(_one_pass, job, data, job.config, recorder),
+        FusedCrossEntropy(job.config.loss.kind),
+        job.world,
+        every_steps=job.schedule.evaluate_every,
+        shown=SHOWN_SAMPLES if is_main else 0,
+        on_examples=show if is_main else None,
+    )
 
 
 def run_evaluators(
     evaluators: Sequence[Evaluator], job: Job, step: int, recorder: Recorder | None
 ) -> dict[str, Figures]:
-    """Runs them on the weights and on their average, if there is one; returns the figures of each row by its name."""
+    """Runs them on the weights and on their average, if there is one; returns the accuracy and loss of each by name."""
     figures: dict[str, Figures] = {}
 
     def run_all(suffix: str) -> None:
@@ -62,8 +90,14 @@ def run_evaluators(
             for row in evaluator.run(job.engine.model, step=step, name=evaluator.name + suffix):
                 if recorder:
                     recorder.evaluation(row)
-                measured = {"top1": row["top1"], "top5": row["top5"], "loss": row["loss"], "samples": row["samples"]}
-                figures[row["eval"]] = measured
+                if "shots" not in row:
+                    one = cast(EvalRow, row)
+                    figures[one["eval"]] = {
+                        "top1": one["top1"],
+                        "top5": one["top5"],
+                        "loss": one["loss"],
+                        "samples": one["samples"],
+                    }
 
     run_all("")
     if job.ema is not None:

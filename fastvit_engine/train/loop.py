@@ -144,7 +144,7 @@ def _train_steps(start: Start, job: Job, batches: Iterator[Batch], log: StepLog)
     """The steps from `start` on; returns as `_train_from` does."""
     config, schedule, guard, watchdog = job.config, job.schedule, job.health.guard, job.processes.watchdog
     state = start.state
-    evaluators = build_evaluators(job, start.data, log.recorder)
+    evaluators = build_evaluators(job, start.data, start.few_shot, log.recorder)
     if log.recorder:
         job.checkpointer.say = log.recorder.message
     if start.checkpoint is None:
@@ -179,7 +179,8 @@ def _train_steps(start: Start, job: Job, batches: Iterator[Batch], log: StepLog)
         if due := [evaluator for evaluator in evaluators if schedule.is_due(evaluator.every_steps, done)]:
             with log.stopwatch.paused():
                 figures = run_evaluators(due, job, done, log.recorder)
-            state = replace(state, accuracy=figures, evaluated_at=done)
+            if figures:
+                state = replace(state, accuracy=figures, evaluated_at=done)
 
         # ---- save, but never weights that are broken
         if saves:

@@ -103,6 +103,9 @@ class Schedule:
         evaluates = config.data.eval is not None
         # 0: only after the last step
         self.evaluate_every = self._interval("evaluate.every", config.evaluate.every) if evaluates else 0
+        few_shot = config.evaluate.fewshot
+        measures = few_shot.train is not None
+        self.few_shot_every = self._interval("evaluate.fewshot.every", few_shot.every) if measures else 0
         self.save_every = self._interval("checkpoint.every", config.checkpoint.every)
         self.keep_every = self._interval("checkpoint.keep_every", config.checkpoint.keep_every) or None
         best = config.checkpoint.keep_best

@@ -25,6 +25,7 @@ from fastvit_engine.config.checks import check_config
 from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
 from fastvit_engine.data import IterableData, TrainingData, prepare_data
 from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
+from fastvit_engine.data.stream.prepare import FewShotData, prepare_few_shot
 from fastvit_engine.distributed.world import World
 from fastvit_engine.duration import BatchSizes
 from fastvit_engine.engine.build import deepspeed_config
@@ -52,6 +53,7 @@ class Start:
     damaged: tuple[str, ...] = ()  # what is wrong with newer checkpoints, which are passed over
     warnings: tuple[str, ...] = ()  # what is allowed, but hardly meant
     eval_transform: EvalTransform = "timm"  # what the run evaluates with: the configuration's, or the checkpoint's
+    few_shot: FewShotData | None = None  # what evaluate.fewshot reads
     batch_before: int | None = None  # the checkpoint's train.global_batch_size, if the run is to continue with another
 
     @property
@@ -140,7 +142,8 @@ def preflight(
     message = f"starting {run}: {counted(schedule.total_steps, 'step')}, {prepared.describe()}{working}"
     doubt = doubt_about_latest(store) if candidates else None
     warnings = (*([doubt] if doubt else []), *_doubtful(config, prepared, split))
-    start = Start(wanted, schedule.total_steps, None, message, prepared, damaged, warnings, transform)
+    few_shot = prepare_few_shot(_evaluating_with(config, transform), run.path)
+    start = Start(wanted, schedule.total_steps, None, message, prepared, damaged, warnings, transform, few_shot)
     if checkpoint is None or state is None:
         return start
     _check_same_run(wanted.fingerprint, state.fingerprint, checkpoint, allow_batch_change=allow_batch_change)

@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [B]; with data.max_labels = L above 1, [B, L], filled up with -1
     weights: Tensor  # float32 [B]: 1, or 0 for padding and bad samples, which are black and of label 0
     keys: list[str]  # B sample keys; "" for padding
-    seeds: np.ndarray  # int64 [B], of what is random about each sample
+    seeds: np.ndarray  # int64 [B], of what is random about each sample; in evaluation, its position among all
     # Of this batch, or of the chunks whose beginning is in it:
     bad: tuple[BadSample, ...] = ()
     seconds: StageSeconds = StageSeconds()
@@ -78,6 +78,7 @@ class BatchBuilder:
         self._keys, self._num_classes = SampleKeys.of(config.data), config.model.num_classes
         # NumPy's views of it: setting an element of a tensor takes microseconds.
         self._images, self._labels, self._weights = (tensor.numpy() for tensor in batch[:3])
+        self.seeds = batch.seeds
         self._bad: list[BadSample] = []
         self._seconds = [0.0, 0.0, 0.0]
         self._mark = time.perf_counter()

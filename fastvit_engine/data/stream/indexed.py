@@ -244,6 +244,7 @@ class _EvalSamples(_Samples):
             transform=self.config.data.eval_transform,
         )
         real = positions[positions != _PADDING]  # which is at the end
+        empty.seeds[: len(real)] = real
         shard = np.searchsorted(self.ends, real, side="right")
         row = real - (self.ends - self.indexes[0].counts)[shard]
         zero = np.zeros_like(real)

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
@@ -23,17 +24,31 @@ from fastvit_engine.data.shards.index import (
     open_index,
     write_index,
 )
-from fastvit_engine.data.shards.names import Split, fetch_beside, find_shards, info_beside, is_local
+from fastvit_engine.data.shards.names import (
+    Split,
+    fetch_beside,
+    find_shards,
+    info_beside,
+    is_local,
+    list_shards,
+)
 from fastvit_engine.data.shards.remote_path import any_path
 from fastvit_engine.data.shards.sample import Sample, parse_sample
 from fastvit_engine.data.shards.splits import Splits, choose_files
 from fastvit_engine.data.shards.tar import TarError
-from fastvit_engine.data.shards.usable import SampleKeys, Unusable, name_of, read_image, read_labels
+from fastvit_engine.data.shards.usable import (
+    PLAUSIBLE_CLASSES,
+    SampleKeys,
+    Unusable,
+    name_of,
+    read_image,
+    read_labels,
+)
 from fastvit_engine.data.stream.indexed import IndexedData, IndexedShards, TrainSource, open_storage
 from fastvit_engine.data.stream.iterable import IterableData
 from fastvit_engine.data.stream.order import CYCLE, choose_lanes, share_slots
 from fastvit_engine.data.stream.overlap import check_indexes_apart, check_streams_apart
-from fastvit_engine.data.stream.source import TrainingData
+from fastvit_engine.data.stream.source import EvaluationData, TrainingData
 from fastvit_engine.data.stream.streams import StreamData, StreamedShards, plan_streams
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write
@@ -100,7 +115,7 @@ def _find_eval(config: Config, index_folder: Path, notes: list[str]) -> Index | 
 def _prepare_eval(config: Config, index: Index | None) -> IndexedShards | None:
     if index is None:
         return None
-    _check_samples(index, "eval", config)
+    _check_samples(index, "data.eval", config)
     return IndexedShards.of(index)
 
 
@@ -116,7 +131,7 @@ def _prepare_iterable(config: Config, given: IterableData, world_size: int, inde
 def _prepare_source(
     config: Config, number: int, source: DataSource, index: Index, recorded: Mapping[str, Any] | None
 ) -> TrainSource:
-    _check_samples(index, "train", config)
+    _check_samples(index, "data.train", config)
     known = (recorded or {}).get("sources", [])
     lanes = config.data.lanes or (known[number]["lanes"] if number < len(known) else choose_lanes(index.samples))
     if lanes > index.samples:
@@ -134,7 +149,8 @@ def _find_index(
 ) -> Index:
     """The index of the shards that `pattern` names, in their sorted order; adds to `notes` as `find_shards` does."""
     if pattern.endswith(INDEX_SUFFIX):
-        return _of_split(open_index(any_path(pattern), fallback, label_key=config.data.label_key), split, notes)
+        index = open_index(any_path(pattern), fallback, label_key=config.data.label_key)
+        return _of_split(index, split, notes, f"data.{split}")
     shards = find_shards(pattern, split, notes)
     if named is not None:
         index = open_index(any_path(named), fallback, label_key=config.data.label_key)
@@ -150,6 +166,11 @@ def _find_index(
                 f"data.{split} names the shard {shard}, which is not local: make an index of the shards with "
                 f"`{index_command('FILE.index', config.data.label_key)}` and {use_it}, or set data.order to stream"
             )
+    return _local_index(shards, split, config, fallback)
+
+
+def _local_index(shards: Sequence[str], split: Split, config: Config, fallback: Path) -> Index:
+    """The index beside shards of this machine or in the folder `fallback`, which is made if it is missing."""
     folders = {os.path.dirname(shard) for shard in shards}
     paths = [fallback / f"{split}{INDEX_SUFFIX}"]
     if len(folders) == 1:
@@ -162,13 +183,13 @@ def _find_index(
     return _make_index(path, shards, config.data.label_key)
 
 
-def _of_split(index: Index, split: Split, notes: list[str]) -> Index:
+def _of_split(index: Index, split: Split, notes: list[str], named: str) -> Index:
     """The index of the shards of the split, by their names; of all if these do not say two splits or more."""
     splits = Splits.of(index.shards)
     wanted = splits.train if split == "train" else splits.val or splits.test
     if splits.unnamed or not wanted or len(splits.named()) < 2:
         return index
-    choice = choose_files(index.shards, split, index.where, f"data.{split}")
+    choice = choose_files(index.shards, split, index.where, named)
     notes.append(choice.note)
     return index.select(choice.names)
 
@@ -236,11 +257,57 @@ def _may_write(path: Path, label_key: str) -> bool:
     return os.access(path.parent, os.W_OK) and (before is None or before.label_key == label_key)
 
 
+# ---- few-shot evaluation
+
+
+@dataclass(frozen=True)
+class FewShotData:
+    """What evaluate.fewshot reads."""
+
+    config: Config  # with which the images are read: one label each, of whatever classes
+    train: EvaluationData
+    eval: EvaluationData
+
+
+def prepare_few_shot(config: Config, index_folder: Path) -> FewShotData | None:
+    """Finds the shards of evaluate.fewshot, None if they are not set; an index that is missing is made, if it can be.
+
+    Raises UserError, naming the shard, for whatever can be known now.
+    """
+    few_shot = config.evaluate.fewshot
+    if few_shot.train is None or few_shot.eval is None:
+        return None
+    model = config.model.model_copy(update={"num_classes": PLAUSIBLE_CLASSES})
+    data = config.data.model_copy(update={"max_labels": 1})
+    reading = config.model_copy(update={"model": model, "data": data})
+    train = _evaluation_shards(few_shot.train, "train", reading, "evaluate.fewshot.train", index_folder)
+    evaluation = _evaluation_shards(few_shot.eval, "eval", reading, "evaluate.fewshot.eval", index_folder)
+    return FewShotData(reading, train, evaluation)
+
+
+def _evaluation_shards(pattern: str, split: Split, config: Config, named: str, index_folder: Path) -> EvaluationData:
+    """Shards by position, of which each process reads its share only; or else from beginning to end."""
+    notes: list[str] = []
+    if config.data.order == "stream":
+        return streamed_shards(pattern, split, config, named=named)
+    if pattern.endswith(INDEX_SUFFIX):
+        index = open_index(any_path(pattern), index_folder, label_key=config.data.label_key)
+        index = _of_split(index, split, notes, named)
+    else:
+        shards = list_shards([pattern], split, named=named, notes=notes)
+        beside = _remote_index(shards, config.data.label_key, index_folder)
+        if beside is None and not all(is_local(shard) and shard.endswith(".tar") for shard in shards):
+            return streamed_shards(pattern, split, config, named=named)
+        index = beside or _local_index(shards, split, config, index_folder)
+    _check_samples(index, named, config)
+    return IndexedShards.of(index)
+
+
 # ---- looking at the samples
 
 
-def _check_samples(index: Index, split: Split, config: Config) -> None:
-    _check_classes(index.shards, split, config)
+def _check_samples(index: Index, named: str, config: Config) -> None:
+    _check_classes(index.shards, named, config)
     storage = open_storage([index], config.data)
     keys = SampleKeys.of(config.data)
     if index.label_key == config.data.label_key:
@@ -256,10 +323,10 @@ def _check_samples(index: Index, split: Split, config: Config) -> None:
             shard = int(np.searchsorted(ends, number, side="right"))
             yield from _read_rows(index, storage, shard, [int(number - (ends[shard] - index.counts[shard]))])
 
-    _check_some(samples(), split, config)
+    _check_some(samples(), named, config)
 
 
-def _check_some(samples: Iterable[Sample], split: Split, config: Config) -> None:
+def _check_some(samples: Iterable[Sample], named: str, config: Config) -> None:
     """Raises UserError for labels that are not usable, and if no image is."""
     keys = SampleKeys.of(config.data)
     unusable = []
@@ -272,7 +339,7 @@ def _check_some(samples: Iterable[Sample], split: Split, config: Config) -> None
             unusable.append(f"{name_of(sample)} {problem}")
             remedy = problem.remedy
     if unusable:
-        others = f", and {len(unusable) - 1} others of data.{split} are no better" if len(unusable) > 1 else ""
+        others = f", and {len(unusable) - 1} others of {named} are no better" if len(unusable) > 1 else ""
         raise UserError(f"{unusable[0]}{others}: {remedy}")
 
 
@@ -299,11 +366,11 @@ def _again(index: Index) -> str:
     return f"remove the index, and make it again with `{index.command()}`"
 
 
-def _check_classes(shards: Sequence[str], split: Split, config: Config) -> None:
+def _check_classes(shards: Sequence[str], named: str, config: Config) -> None:
     info = info_beside(list(shards))
     if info is not None and len(info.classes) > config.model.num_classes:
         raise UserError(
-            f"data.{split} has {len(info.classes)} classes but model.num_classes is {config.model.num_classes}: "
+            f"{named} has {len(info.classes)} classes but model.num_classes is {config.model.num_classes}: "
             f"set model.num_classes to {len(info.classes)}"
         )
 
@@ -317,7 +384,7 @@ def _prepare_streams(config: Config, world_size: int) -> StreamData:
     notes: list[str] = []
     shards = find_shards(config.data.train, "train", notes)
     plan = plan_streams(config, world_size=world_size, shards=len(shards))
-    _check_stream(shards, "train", config)
+    _check_stream(shards, "data.train", config)
     held_out = eval_streams(config, notes)
     check_streams_apart(shards, held_out.shards if held_out else (), config.data)
     info = info_beside(shards)
@@ -331,24 +398,33 @@ def _prepare_streams(config: Config, world_size: int) -> StreamData:
 
 def eval_streams(config: Config, notes: list[str] | None = None) -> StreamedShards | None:
     """The shards of data.eval, to be read from beginning to end; None if it is not set. Raises UserError."""
-    if not config.data.eval:
-        return None
-    named = config.data.eval
-    if named.endswith(INDEX_SUFFIX):
-        index = _of_split(
-            open_index(any_path(named), label_key=config.data.label_key), "eval", [] if notes is None else notes
-        )
-        shards = list(index.shards)
+    return (
+        streamed_shards(config.data.eval, "eval", config, named="data.eval", notes=notes) if config.data.eval else None
+    )
+
+
+def streamed_shards(
+    pattern: str, split: Split, config: Config, *, named: str, notes: list[str] | None = None
+) -> StreamedShards:
+    """Shards to be read from beginning to end, after a look at the first samples.
+
+    pattern: as data.eval; of a folder or an index, the shards of `split`. named: what the pattern is, for the UserError
+    that is raised if there are no shards, or they do not fit `config`.
+    """
+    notes = [] if notes is None else notes
+    if pattern.endswith(INDEX_SUFFIX):
+        index = open_index(any_path(pattern), label_key=config.data.label_key)
+        shards = list(_of_split(index, split, notes, named).shards)
     else:
-        shards = find_shards(named, "eval", notes)
-    _check_stream(shards, "eval", config)
-    return StreamedShards(tuple(shards))
+        shards = list_shards([pattern], split, named=named, notes=notes)
+    _check_stream(shards, named, config)
+    return StreamedShards(tuple(shards), named)
 
 
-def _check_stream(shards: list[str], split: Split, config: Config) -> None:
+def _check_stream(shards: list[str], named: str, config: Config) -> None:
     local = [shard for shard in shards if is_local(shard)]
     for shard in local:
         if Path(shard).stat().st_size == 0:
-            raise UserError(f"shard {shard} of data.{split} is an empty file: copy or make it again")
-    _check_classes(shards, split, config)
-    _check_some((sample for shard in local[:1] for sample in islice(read_shard(shard), _LOOKED_AT)), split, config)
+            raise UserError(f"shard {shard} of {named} is an empty file: copy or make it again")
+    _check_classes(shards, named, config)
+    _check_some((sample for shard in local[:1] for sample in islice(read_shard(shard), _LOOKED_AT)), named, config)

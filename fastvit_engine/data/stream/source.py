@@ -22,7 +22,8 @@ class EvaluationData(ABC):
     ) -> Iterator[Batch]:
         """One pass over the shards: each sample once over all ranks, in equally many equal batches per rank.
 
-        Batches are padded with weight 0. Raises UserError.
+        Batches are padded with weight 0; `seeds` are the samples' positions in the order of the shards, the same for
+        any number of ranks and workers. Raises UserError.
         """
 
 

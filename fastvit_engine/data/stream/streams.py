@@ -47,13 +47,14 @@ class StreamedShards(EvaluationData):
     """Shards that are read from beginning to end."""
 
     shards: tuple[str, ...]  # paths, URLs and pipes
+    named: str = "data.eval"  # what names them, for errors
 
     def eval_batches(
         self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool
     ) -> Iterator[Batch]:
         num_workers = config.data.num_workers
         chunk = -(-batch_size // max(num_workers, 1))
-        chunks = _EvalChunks(config, list(self.shards), chunk, rank, world_size)
+        chunks = _EvalChunks(config, list(self.shards), self.named, chunk, rank, world_size)
         return rebatch(load_stream(chunks, num_workers=num_workers, prefetch=2), batch_size, pin_memory)
 
 
@@ -221,8 +222,8 @@ class _TrainChunks(IterableDataset):
 class _EvalChunks(IterableDataset):
     """This process's share of the evaluation samples in chunks, padded to the same number of chunks everywhere."""
 
-    def __init__(self, config: Config, shards: list[str], chunk: int, rank: int, world_size: int) -> None:
-        self.config, self.shards, self.chunk = config, shards, chunk
+    def __init__(self, config: Config, shards: list[str], named: str, chunk: int, rank: int, world_size: int) -> None:
+        self.config, self.shards, self.named, self.chunk = config, shards, named, chunk
         self.rank, self.world_size = rank, world_size
         self.workspace = Workspace()
 
@@ -246,12 +247,13 @@ class _EvalChunks(IterableDataset):
             if (total - 1) % processes != index:
                 continue
             builder.add(filled, sample, view)
+            builder.seeds[filled] = total - 1
             filled += 1
             if filled == self.chunk:
                 yield builder.build()
                 builder, filled, given = self._builder(), 0, given + 1
         if total == 0:
-            raise UserError(f"the evaluation shards of data.eval ({self.config.data.eval}) hold no samples")
+            raise UserError(f"the shards of {self.named}, the first {self.shards[0]}, hold no samples: name others")
         # The whole is known to every process only now: the largest share decides the number of chunks.
         largest_share = -(-total // processes)
         while given * self.chunk < largest_share:

@@ -72,6 +72,7 @@ class Pretrained:
         with torch.device("meta"):
             model = VisionTransformer(self.config, mean=tuple(pixels["mean"]), std=tuple(pixels["std"]))
         model.load_state_dict(self.load(list(self.shapes)), assign=True)
+        model.class_names = self.class_names
         if "eval_crop" in pixels:
             model.eval_crop = pixels["eval_crop"]
             model.eval_transform = pixels.get("eval_transform", BEFORE_EVAL_TRANSFORM)

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import Event, read_events
-from fastvit_engine.observe.metrics import EvalRow, TrainRow, read_metrics
+from fastvit_engine.observe.metrics import EvalRow, FewShotRow, TrainRow, read_all_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted, format_count, format_duration, format_share
 from fastvit_engine.shown import recorded, without_secrets
@@ -83,6 +83,7 @@ class RecordedRun:
     environment: dict[str, Any]
     train: list[TrainRow]
     evaluations: list[EvalRow]
+    few_shot: list[FewShotRow]
     events: list[Event]
     samples: Samples | None
     config: str | None  # YAML text
@@ -90,7 +91,8 @@ class RecordedRun:
     @property
     def step(self) -> int:
         """The last step known to be done."""
-        return max((row["step"] for row in [*self.train[-1:], *self.evaluations[-1:]]), default=0)
+        last = [*self.train[-1:], *self.evaluations[-1:], *self.few_shot[-1:]]
+        return max((row["step"] for row in last), default=0)
 
     @property
     def finished(self) -> bool:
@@ -177,12 +179,13 @@ def load_run(source: Path | RunFolder) -> RecordedRun:
             f"{folder} is not a run folder: it has no {missing[0]}; give the folder that fastvit train wrote"
         )
     environment = _read_environment(folder)
-    train, evaluations = read_metrics(folder.metrics, folder.describe(folder.metrics))
+    train, evaluations, few_shot = read_all_metrics(folder.metrics, folder.describe(folder.metrics))
     return RecordedRun(
         folder=folder,
         environment=recorded(environment),
         train=train,
         evaluations=evaluations,
+        few_shot=few_shot,
         events=recorded(read_events(folder)),
         samples=_read_samples(folder) if folder.samples.is_file() else None,
         config=without_secrets(folder.config.read_text(encoding="utf-8", errors="replace"))

@@ -15,13 +15,14 @@ from markupsafe import Markup
 import fastvit_engine
 from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.events import Event
-from fastvit_engine.observe.metrics import TrainRow
+from fastvit_engine.observe.metrics import FewShotRow, TrainRow
 from fastvit_engine.observe.report.chart import Array, Mark, Series, line_chart
 from fastvit_engine.observe.report.recorded_run import RecordedRun, best_evaluation
 from fastvit_engine.observe.units import format_bytes, format_duration, format_flops, format_share
 
 _SMALL_IMAGE = 96  # pixels; below it the report shows an image larger than it is, and its pixels as squares
 _EVENTS_SHOWN = 25
+_SHOT_STYLES = 4  # colours of few-shot lines, in the style sheet
 _TICKS_UP_TO = 100  # checkpoints; more are a bar at the bottom of every chart
 _KINDS = (("eval", "held-out", "eval"), ("eval_ema", "held-out, EMA weights", "ema"))  # row kind, name, style class
 
@@ -161,11 +162,33 @@ def _learning(run: RecordedRun) -> _Section:
     charts = [line_chart("Loss", "cross-entropy, nats per image", loss, form=_short, marks=marks)]
     if run.evaluations:
         charts.append(line_chart("Accuracy", "% of held-out images", accuracy, form="{:.1f} %".format, marks=marks))
+    if run.few_shot:
+        lines = _few_shot(run.few_shot)
+        unit = "% of images, by a linear classifier on the features"
+        charts.append(line_chart("Few-shot accuracy", unit, lines, form="{:.1f} %".format, marks=marks))
     note = "" if run.evaluations else "The run has not been evaluated on held-out images."
     broken = sum(not np.isfinite(row["loss"]) for row in run.train)
     if broken:
         note += f" The training loss is not finite in {broken:,} of {len(run.train):,} logged steps."
-    return _section("Learning", charts if run.train or run.evaluations else [], note)
+    return _section("Learning", charts if run.train or run.evaluations or run.few_shot else [], note)
+
+
+def _few_shot(rows: Sequence[FewShotRow]) -> list[Series]:
+    """A line per number of shots, for the weights and, dashed, for their average."""
+    numbers = sorted({int(shots) for row in rows for shots in row["shots"]})
+    lines = []
+    for kind, prefix in (("fewshot", ""), ("fewshot_ema", "EMA ")):
+        own = [row for row in rows if row["eval"] == kind]
+        for place, number in enumerate(numbers):
+            means = [{"step": row["step"], "mean": _mean(row, str(number))} for row in own]
+            style = f"shots-{min(place, _SHOT_STYLES - 1)}"
+            name = f"{prefix}{number}-shot"
+            lines.append(_series(name, style, means, "mean", scale=100, points=True, dashed=kind != "fewshot"))
+    return lines
+
+
+def _mean(row: FewShotRow, shots: str) -> float | None:
+    return row["shots"][shots]["mean"] if shots in row["shots"] else None
 
 
 def _throughput(run: RecordedRun) -> _Section:

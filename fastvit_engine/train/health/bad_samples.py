@@ -1,19 +1,17 @@
 """Samples without a usable image: they have weight 0, are counted and named, and too many of them stop the run."""
 
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from fastvit_engine.data.stream.bad_samples import FEWEST, sentence_about, setting_for
 from fastvit_engine.data.stream.batch import BadSample, Batch
 from fastvit_engine.distributed.world import World
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import append_json_lines, read_json_lines
 from fastvit_engine.observe.disk import if_possible
 from fastvit_engine.observe.recorder import Recorder
-from fastvit_engine.observe.units import counted
-from fastvit_engine.shown import public_url, recorded, say, shown
+from fastvit_engine.shown import recorded
 
-_FEWEST = 10  # bad samples that can be too large a share
 _MOST_IN_A_ROW = 100  # on one process
 _MOST_SHOWN = 20  # on the terminal; the file has all
 
@@ -46,11 +44,11 @@ class BadSamples:
         if bad:
             found = [sample for samples in world.gather(self._found) for sample in samples]
             world.on_main(lambda: self._name(found, recorder))
-            if self.bad >= _FEWEST and self.bad > self.max_share * self.seen:
+            if self.bad >= FEWEST and self.bad > self.max_share * self.seen:
                 raise UserError(
                     f"{self.bad:,} of {self.seen:,} samples have no usable image, more than data.max_bad_share = "
-                    f"{self.max_share:g} allows; the last, {_sentence(found[-1])}: repair the shards (all are named in "
-                    f"{self.path}) or raise data.max_bad_share"
+                    f"{self.max_share:g} allows; the last, {sentence_about(found[-1])}: repair the shards (all are "
+                    f"named in {self.path}) or raise data.max_bad_share"
                 )
         self._seen_here, self._bad_here, self._found = 0, 0, []
         return self.bad
@@ -65,7 +63,7 @@ class BadSamples:
             if self._in_a_row >= _MOST_IN_A_ROW:
                 raise UserError(
                     f"the last {self._in_a_row} samples have no usable image; one of them, "
-                    f"{_sentence(self._found[-1])}: repair the shards, or {_setting(self._found[-1])}"
+                    f"{sentence_about(self._found[-1])}: repair the shards, or {setting_for(self._found[-1])}"
                 )
 
     def _name(self, found: list[BadSample], recorder: Recorder | None) -> None:
@@ -76,45 +74,7 @@ class BadSamples:
         shown = max(0, _MOST_SHOWN - len(self._named))
         for sample in list(new.values())[:shown]:
             if recorder:
-                recorder.message(f"left out: {_sentence(sample)}")
+                recorder.message(f"left out: {sentence_about(sample)}")
         if recorder and shown < len(new):
             recorder.message(f"left out: more samples, all named in {self.path}")
         self._named |= new.keys()
-
-
-def checked(batches: Iterable[Batch], max_share: float) -> Iterator[Batch]:
-    """The batches of one pass over a data set outside of a run; at its end, stderr says how many samples were bad.
-
-    Raises UserError at the end if more samples were bad than the allowed share, or none was usable.
-    """
-    seen = bad = 0
-    first: BadSample | None = None
-    for batch in batches:
-        for key, weight in zip(batch.keys, batch.weights.tolist(), strict=True):
-            if key:  # no padding
-                seen += 1
-                bad += weight == 0
-        first = first or next(iter(batch.bad), None)
-        yield batch
-    if first is None:
-        return
-    if bad == seen:
-        raise UserError(
-            f"none of {counted(seen, 'sample')} has a usable image; the first, {_sentence(first)}: repair the shards, "
-            f"or {_setting(first)}"
-        )
-    if bad >= _FEWEST and bad > max_share * seen:
-        raise UserError(
-            f"{bad:,} of {seen:,} samples have no usable image, more than data.max_bad_share = {max_share:g} allows; "
-            f"the first, {_sentence(first)}: repair the shards or raise data.max_bad_share"
-        )
-    say(f"left out: {bad:,} of {seen:,} samples; the first, {_sentence(first)}", file=sys.stderr)
-
-
-def _setting(sample: BadSample) -> str:
-    """The setting that may be why no image is usable."""
-    return "raise data.max_pixels" if "of data.max_pixels" in sample.reason else "set data.image_key to what they hold"
-
-
-def _sentence(sample: BadSample) -> str:
-    return shown(f"sample '{sample.key}' of shard {public_url(sample.shard)} {sample.reason}")

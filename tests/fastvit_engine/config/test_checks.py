@@ -12,6 +12,9 @@ from fastvit_engine.errors import UserError
     [
         (["model.name=R50x1"], "model.name 'R50x1' is not a size and a patch size"),
         (["model.image_size=30"], "model.image_size 30 is not a multiple of the patch size 4"),
+        (["evaluate.fewshot.train=x"], "evaluate.fewshot.train is set and evaluate.fewshot.eval is not: few-shot"),
+        (["evaluate.fewshot.eval=x"], "evaluate.fewshot.eval is set and evaluate.fewshot.train is not"),
+        (["evaluate.fewshot.every=0 steps"], "evaluate.fewshot.every = '0 steps' is no interval"),
         (["model.heads=5"], "model.heads 5 does not divide model.width 64"),
         (["data.max_labels=3"], "data.max_labels is 3, and a softmax loss takes one label: set loss.kind=sigmoid"),
         (["data.max_labels=11", "loss.kind=sigmoid"], "data.max_labels is 11, more than model.num_classes = 10"),

@@ -39,7 +39,8 @@ def test_the_key_that_is_meant(unknown, meant):
 
 
 def test_a_name_that_several_sections_have_is_offered_with_all_of_them():
-    assert hint("every") == "did you mean 'evaluate.every' or 'checkpoint.every'?"
+    assert hint("every") == "did you mean 'evaluate.every', 'evaluate.fewshot.every' or 'checkpoint.every'?"
+    assert hint("evaluate.fewshot.shot") == "did you mean 'evaluate.fewshot.shots'?"
 
 
 def test_an_option_of_the_command_line():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastvit_engine.observe.metrics import EvalRow, TrainRow
+from fastvit_engine.observe.metrics import EvalRow, FewShotRow, TrainRow
 from fastvit_engine.observe.run_folder import RunFolder
 
 ENVIRONMENT = {
@@ -52,6 +52,12 @@ def train_row(step: int, **values: Any) -> TrainRow:
         "seconds": step * 72 / 840,
     }
     return row | values
+
+
+def few_shot_row(step: int, *means: float, **values: Any) -> FewShotRow:
+    """One whose means are those of 1, 5, 10 and 25 shots, as far as they are given."""
+    shots = {str(n): {"mean": m, "std": 0.01, "seeds": [m]} for n, m in zip((1, 5, 10, 25), means, strict=False)}
+    return {"step": step, "eval": "fewshot", "shots": shots, "l2": 1024.0, "samples": 360, "seconds": 2.0} | values
 
 
 def eval_row(step: int, top1: float, **values: Any) -> EvalRow:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from fastvit_engine.errors import UserError
-from fastvit_engine.observe.metrics import MetricsWriter, read_metrics
+from fastvit_engine.observe.metrics import MetricsWriter, read_all_metrics, read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
-from tests.fastvit_engine.observe.conftest import eval_row, train_row
+from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, train_row
 
 
 def write(run: RunFolder, steps: range, resume_step: int = 0) -> None:
@@ -26,6 +26,30 @@ def test_rows_come_back_as_written(tmp_path: Path) -> None:
         writer.write(row)
     writer.write(evaluation)
     assert read_metrics(run.metrics) == (rows, [evaluation])
+
+
+def test_rows_of_few_shot_accuracy_are_rows_of_their_own(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    rows = [few_shot_row(2, 0.25, 0.5), few_shot_row(2, 0.5, math.nan, eval="fewshot_ema")]
+    writer = MetricsWriter(run, 0)
+    writer.write(train_row(1))
+    for row in rows:
+        writer.write(row)
+    found = read_all_metrics(run.metrics)
+    assert (len(found.train), found.evaluations, found.few_shot[0]) == (1, [], rows[0])
+    assert math.isnan(found.few_shot[1]["shots"]["5"]["mean"])
+    assert read_metrics(run.metrics) == (found.train, [])
+    MetricsWriter(run, 1)
+    assert read_all_metrics(run.metrics).few_shot == []
+
+
+@pytest.mark.parametrize("shots", [{"a": {}}, {"5": {"mean": 0.5}}, {"5": {"mean": 1, "std": 0, "seeds": ["x"]}}, [1]])
+def test_other_figures_of_few_shot_accuracy_are_damage(tmp_path: Path, shots: object) -> None:
+    run = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match="has shots"):
+        MetricsWriter(run, 0).write(few_shot_row(1, shots=shots))
+    run.metrics.write_text(json.dumps(few_shot_row(1, shots=shots)) + "\n")
+    assert read_all_metrics(run.metrics).few_shot == []
 
 
 def test_values_that_json_lacks(tmp_path: Path) -> None:

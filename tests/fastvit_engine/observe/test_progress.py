@@ -7,7 +7,7 @@ import re
 import pytest
 
 from fastvit_engine.observe.progress import TrainingProgress, WorkProgress
-from tests.fastvit_engine.observe.conftest import eval_row, train_row
+from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, train_row
 
 
 class Clock:
@@ -81,6 +81,7 @@ def test_live_line_is_rewritten_in_place_below_messages() -> None:
             if step == 5:
                 progress.log_evaluation(eval_row(5, 0.972))
                 progress.log_evaluation(eval_row(5, 0.975, eval="eval_ema", top5=None))
+                progress.log_evaluation(few_shot_row(5, 0.25, 0.5))
                 progress.message("checkpoint saved")
                 above = stream.screen()
                 assert above[-1].endswith("5/10  loss 0.4000  ETA 5.0 s  750 images/s  data wait 1.0 %")
@@ -88,6 +89,7 @@ def test_live_line_is_rewritten_in_place_below_messages() -> None:
     assert stream.screen() == [
         "evaluation (step 5): top-1 97.2 %  top-5 99.0 %  loss 0.1  (360 images in 0.4 s)",
         "evaluation (EMA weights, step 5): top-1 97.5 %  loss 0.1  (360 images in 0.4 s)",
+        "few-shot accuracy (step 5): 1-shot 25.0 %  5-shot 50.0 %  (360 images in 2.0 s)",
         "checkpoint saved",
         "━" * 30 + " 10/10  loss 0.2000  750 images/s  data wait 1.0 %",
         "",

@@ -9,7 +9,7 @@ import pytest
 from fastvit_engine.observe.report.recorded_run import load_run
 from fastvit_engine.observe.report.report import write_report
 from fastvit_engine.observe.run_folder import RunFolder
-from tests.fastvit_engine.observe.conftest import MakeRun, eval_row, png_url, train_row
+from tests.fastvit_engine.observe.conftest import MakeRun, eval_row, few_shot_row, png_url, train_row
 
 _VOID = {"meta", "img", "br", "link", "input"}
 
@@ -252,3 +252,11 @@ def table_rows(run: RunFolder) -> list[list[str]]:
     """The rows of each table of the report, as text."""
     tables = re.findall(r"<tbody>(.*?)</tbody>", run.report.read_text(encoding="utf-8"), flags=re.DOTALL)
     return [[re.sub(r"<[^>]*>", " ", row) for row in table.split("</tr>")[:-1]] for table in tables]
+
+
+def test_few_shot_accuracy_has_a_line_per_number_of_shots(make_run: MakeRun) -> None:
+    rows = [train_row(1), *(few_shot_row(step, 0.1 * step, 0.2 * step) for step in (1, 2))]
+    page = page_of(make_run([*rows, few_shot_row(2, 0.125, eval="fewshot_ema")]).path)
+    assert "Few-shot accuracy" in page.headings
+    text = " ".join(page.text.split())
+    assert "1-shot 20.0 % 5-shot 40.0 %" in text and "EMA 1-shot 12.5 %" in text and "EMA 5-shot" not in text

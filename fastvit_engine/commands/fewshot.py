@@ -1,0 +1,182 @@
+"""`fastvit fewshot`: how well a linear classifier does on a model's features, from a few images of each class."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastvit_engine.commands.model import (
+    MODEL_HELP,
+    add_model_options,
+    add_reading,
+    check_folder_of,
+    load,
+    model_source,
+)
+from fastvit_engine.commands.parser import local_path, positive
+from fastvit_engine.errors import UserError
+from fastvit_engine.shown import say
+
+if TYPE_CHECKING:
+    from fastvit_engine.config import Resolved
+    from fastvit_engine.evaluate.features import Features
+    from fastvit_engine.evaluate.one_pass import OnePass
+    from fastvit_engine.observe.metrics import ShotFigures
+    from fastvit_engine.observe.progress import WorkProgress
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "fewshot",
+        help="accuracy of a linear classifier on a model's features, from a few images per class",
+        description="Fits a linear classifier in closed form (regularised least squares, in float64) to the\n"
+        "features of a few training images per class, and measures it on the evaluation images: the few-shot accuracy\n"
+        "of the ViT paper. Each number of shots is repeated with different images; the mean and the standard\n"
+        "deviation (of the population) over these seeds are printed.",
+        epilog="examples:\n  fastvit fewshot runs/b16 --train data/photos --eval data/photos\n"
+        "  fastvit fewshot --features train.npz eval.npz --shots 5 --json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", nargs="?", type=model_source, help=MODEL_HELP)
+    parser.add_argument("--train", metavar="SHARDS", help="shards whose images the classifiers are fitted to")
+    parser.add_argument("--eval", metavar="SHARDS", help="shards whose images they are measured on")
+    parser.add_argument("--features", metavar="F.npz", type=local_path, nargs="+",
+                        help="in place of a model and shards: the features of both, two files of `fastvit features`, "
+                        "or one of --features-out")  # fmt: skip
+    parser.add_argument("--features-out", metavar="F.npz", type=local_path,
+                        help="also write the features: train_x, train_y, train_keys, and the same of eval")  # fmt: skip
+    parser.add_argument("--shots", metavar="N", type=positive, nargs="+", default=[1, 5, 10, 25],
+                        help="images per class (default: 1 5 10 25)")  # fmt: skip
+    parser.add_argument("--seeds", metavar="N", type=positive, default=3, help="repetitions of each (default: 3)")
+    parser.add_argument("--l2", metavar="X", type=float, default=1024.0,
+                        help="strength of the regularisation (default: 1024)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_model_options(parser)
+    add_reading(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    _check(args)
+    from fastvit_engine.commands.data.options import load_settings
+
+    resolved = load_settings(args)  # before PyTorch is loaded: a typing error is told at once
+
+    from fastvit_engine.evaluate.features import load_both, load_features, save_both
+    from fastvit_engine.evaluate.fewshot import classes_of, few_shot_accuracy, shortages, summarize, tasks
+    from fastvit_engine.observe.progress import WorkProgress
+
+    progress = WorkProgress()
+    if args.features is None:
+        train, evaluation = _extract(args, resolved, progress)
+    elif len(args.features) == 1:
+        train, evaluation = load_both(args.features[0])
+    else:
+        train, evaluation = (load_features(path) for path in args.features)
+        _check_widths(train, evaluation, args.features)
+    if args.features_out is not None:
+        save_both(args.features_out, train, evaluation)
+    shots = sorted(set(args.shots))
+    for sentence in shortages(train.labels, evaluation.labels, shots):
+        say(f"note: {sentence}", file=sys.stderr)
+    wanted = tasks(shots, args.seeds)
+    progress.start("fitting", len(wanted), "classifiers")
+    accuracies, num_classes = [], classes_of(train.labels, evaluation.labels)
+    for task in wanted:
+        accuracies.append(
+            few_shot_accuracy(
+                train.features,
+                train.labels,
+                evaluation.features,
+                evaluation.labels,
+                shots=task.shots,
+                num_classes=num_classes,
+                seed=task.seed,
+                l2=args.l2,
+            )
+        )
+        progress.update(len(accuracies))
+    progress.clear()
+    figures = summarize(zip(wanted, accuracies, strict=True))
+    if args.json:
+        print(json.dumps({"shots": figures, "l2": args.l2}))
+    else:
+        say(_table(figures, len(evaluation.labels)))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError unless there is one source of features."""
+    if not 0 < args.l2 < float("inf"):
+        raise UserError(f"--l2 is {args.l2:g}: give a number above 0, such as 1024")
+    if args.features_out is not None:
+        check_folder_of(args.features_out)
+    if args.features is None:
+        missing = [name for name in ("model", "train", "eval") if getattr(args, name) is None]
+        if missing:
+            named = "MODEL" if missing[0] == "model" else f"--{missing[0]} SHARDS"
+            raise UserError(
+                f"{named} is missing: give MODEL --train SHARDS --eval SHARDS, or --features TRAIN.npz EVAL.npz"
+            )
+        return
+    given = [name for name in ("model", "train", "eval") if getattr(args, name) is not None]
+    if given:
+        named = "MODEL" if given[0] == "model" else f"--{given[0]}"
+        raise UserError(f"--features takes the place of {named}: leave one of them out")
+    if len(args.features) > 2:
+        raise UserError(f"--features has {len(args.features)} files: give two, of the training and evaluation images")
+
+
+def _extract(args: argparse.Namespace, resolved: "Resolved", progress: "WorkProgress") -> "tuple[Features, Features]":
+    """The features of both sets by the model. Raises UserError."""
+    from fastvit_engine.evaluate.features import extract_features
+    from fastvit_engine.evaluate.one_pass import OnePass, config_for
+
+    model = load(args.model, args)
+    config = config_for(model, resolved)
+    train = OnePass.over(args.train, "train", config, named="--train")
+    evaluation = OnePass.over(args.eval, "eval", config, named="--eval")
+    _check_classes(train, evaluation)
+    both = set(train.shards.shards) & set(evaluation.shards.shards)
+    overlap = [f"{len(both):,} of the shards of --eval are in --train too: the figures flatter"] if both else []
+    for note in (*train.notes, *evaluation.notes, *overlap):
+        say(f"note: {note}", file=sys.stderr)
+    return (
+        extract_features(model, train.batches(args.batch_size, doing="features of training", progress=progress)),
+        extract_features(model, evaluation.batches(args.batch_size, doing="features of evaluation", progress=progress)),
+    )
+
+
+def _check_classes(train: "OnePass", evaluation: "OnePass") -> None:
+    """Raises UserError if the sets say that their classes are not the same."""
+    if train.info is None or evaluation.info is None or train.info.classes == evaluation.info.classes:
+        return
+    one, other = train.info.classes, evaluation.info.classes
+    if len(one) != len(other):
+        raise UserError(
+            f"--train has {len(one):,} classes and --eval {len(other):,}: give shards of the same classes, in the same "
+            "order"
+        )
+    number = next(n for n, names in enumerate(zip(one, other, strict=True)) if names[0] != names[1])
+    raise UserError(
+        f"class {number} is '{one[number]}' in --train and '{other[number]}' in --eval: give shards of the same "
+        "classes, in the same order"
+    )
+
+
+def _check_widths(train: "Features", evaluation: "Features", paths: list[Path]) -> None:
+    widths = [part.features.shape[1] for part in (train, evaluation)]
+    if widths[0] != widths[1]:
+        raise UserError(
+            f"{paths[0]} has {widths[0]:,} features per image and {paths[1]} has {widths[1]:,}: make both with one "
+            "model"
+        )
+
+
+def _table(figures: "dict[str, ShotFigures]", samples: int) -> str:
+    lines = [f"accuracy on {samples:,} images, mean and standard deviation over the seeds:"]
+    for shots, found in figures.items():
+        each = ", ".join(f"{100 * accuracy:.1f}" for accuracy in found["seeds"])
+        lines.append(f"{shots:>6}-shot  {100 * found['mean']:5.1f} % ± {100 * found['std']:.1f}  ({each})")
+    return "\n".join(lines)
