@@ -64,6 +64,7 @@ class Setup:
         torch.manual_seed(0)
         with torch.device(self.world.device):
             model = build_vit(self.config().model, mean=MEAN, std=STD)
+            assert isinstance(model.head, nn.Linear)
             nn.init.normal_(model.head.weight, std=0.02)
         return model
 

@@ -92,6 +92,10 @@ def evaluate(
     trust_compiled_code()
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: give the number of images at a time, 1 or more")
+    if model.config.num_classes == 0:
+        raise UserError(
+            "the model has no head (num_classes is 0), so it has no classes to measure: load it with a head"
+        )
     settings = Config() if config is None else _resolved(config).config
     changes: dict[str, Any] = {"eval": str(data), "order": "stream"}
     if config is None and model.eval_crop is not None:

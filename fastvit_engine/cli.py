@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from fastvit_engine import __version__
-from fastvit_engine.commands import bench, config, data, export, plan, report, stacks, train
+from fastvit_engine.commands import bench, config, convert, data, export, plan, report, stacks, train
 from fastvit_engine.commands.parser import Parser
 from fastvit_engine.distributed.environment import speaks_for_all
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART, Preempted, RestartError, UserError
@@ -79,6 +79,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fastvit", description="Pretrain Vision Transformers at scale.")
     parser.add_argument("--version", action="version", version=f"fastvit-engine {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (train, plan, data, config, report, export, stacks, bench):
+    for command in (train, plan, data, config, report, export, convert, stacks, bench):
         command.add(commands)
     return parser

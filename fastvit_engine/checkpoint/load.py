@@ -1,10 +1,11 @@
-"""A trained model from wherever it lies: a run folder, one of its checkpoints, or a file of weights."""
+"""A model from wherever it lies: a run folder, one of its checkpoints, or weights in any layout that is read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastvit_engine.checkpoint.export import find_checkpoint, kind_of_weights
 from fastvit_engine.checkpoint.reader import CheckpointReader
@@ -14,34 +15,91 @@ from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
 from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import VisionTransformer
-from fastvit_engine.models.weights.safetensors_file import load_safetensors, model_from_weights
+from fastvit_engine.models.weights.huggingface import CONFIG, open_folder, read_json
+from fastvit_engine.models.weights.npz import open_npz
+from fastvit_engine.models.weights.position import Interpolation
+from fastvit_engine.models.weights.pretrained import Pretrained, from_tensors, model_config
+from fastvit_engine.models.weights.safetensors_file import open_safetensors
+from fastvit_engine.models.weights.timm_files import open_timm_folder
 from fastvit_engine.observe.run_folder import RunFolder
 
 
-def load_model(source: str | Path, *, ema: bool = False) -> VisionTransformer:
-    """Loads a trained model: float32, on the CPU, in eval mode; `model.config` says what it is.
+def load_model(
+    source: str | Path,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    interpolation: Interpolation = "bilinear",
+    *,
+    ema: bool = False,
+    name: str | None = None,
+) -> VisionTransformer:
+    """Loads a model: float32, on the CPU, in eval mode; `model.config` says what it is.
 
-    source: a run folder (its latest checkpoint), a checkpoint such as RUN/checkpoints/step-N, either also by URL, or a
-    `.safetensors` file that `fastvit export` wrote. ema: the moving average of the weights in their place.
+    source: a run folder (its latest checkpoint), a checkpoint such as RUN/checkpoints/step-N, either also by URL; a
+    `.safetensors` file of `fastvit export` or `fastvit convert`, or with timm's names and `name`; an official `.npz`; a
+    folder of Hugging Face's transformers (`vit`, `dinov2`) or of timm, with config.json and model.safetensors.
+    image_size: for images of another size, with the position table resampled: "bilinear" with corners aligned, as in
+    the authors' code, or "bicubic", as in DINOv2. num_classes: a new head of zeros, in the place of head and tanh
+    layer; 0: no head. ema: the moving average of the weights of a run. name: "B/16" or "vit_base_patch16_224", for
+    weights that do not say it.
 
-    Raises UserError if there is no model, if it is damaged, or if it has no average.
+    Raises UserError if there is no model, if it is damaged, if it is none of ours, or if it has no average.
 
         >>> model = load_model("runs/quickstart")
         >>> logits = model(images)  # uint8 [B, H, W, 3] -> [B, classes]
+        >>> model = load_model("ViT-B_16.npz", image_size=384, num_classes=10)
+    """
+    if interpolation not in ("bilinear", "bicubic"):
+        raise UserError(f"interpolation is '{interpolation}': there are bilinear and bicubic")
+    model = open_model(source, ema=ema, name=name, head=num_classes is None)
+    return model.changed(image_size=image_size, num_classes=num_classes, interpolation=interpolation).build()
+
+
+def open_model(source: str | Path, *, ema: bool = False, name: str | None = None, head: bool = True) -> Pretrained:
+    """Finds a model and reads what it is; its parameters are read when they are asked for. See `load_model`.
+
+    head: False if head and tanh layer will not be used, so that they may be what no model of ours has.
     """
     text = str(source)
+    path = Path(text)
+    of_file = text.endswith((".safetensors", ".npz"))
+    of_folder = "://" not in text and (path / CONFIG).is_file()
+    if ema and (of_file or of_folder):
+        raise UserError(f"{text} holds one set of weights: give the file of the average, and leave ema out")
+    if of_file and "://" in text:
+        raise UserError(f"{text} is on a server: download the file, and give its path")
     if text.endswith(".safetensors"):
-        if ema:
-            raise UserError(f"{text} holds one set of weights: give the file of the average, and leave ema out")
-        return load_safetensors(Path(text))
-    checkpoint = find_checkpoint(text)
+        return open_safetensors(path, name)
+    if name is not None:
+        raise UserError(f"{text} says itself which model it is of: leave the name '{name}' out")
+    if text.endswith(".npz"):
+        return open_npz(path)
+    if of_folder:
+        config = read_json(path / CONFIG)
+        return open_timm_folder(path, config) if "architecture" in config else open_folder(path, config, head=head)
+    if "://" not in text and path.is_file():
+        raise UserError(
+            f"{text} is a file, and no .npz or .safetensors: give one of those, a run folder, a checkpoint, or a "
+            f"folder with {CONFIG}"
+        )
+    return _open_checkpoint(text, ema=ema)
+
+
+def _open_checkpoint(source: str, *, ema: bool) -> Pretrained:
+    checkpoint = find_checkpoint(source)
     manifest = checkpoint.read_manifest()
-    kind = kind_of_weights(checkpoint, manifest, ema=ema)
-    weights = {name: torch.empty(shape) for name, shape in manifest.parameters.items()}
-    slices = [ParameterSlice(name, 0, tensor.view(-1)) for name, tensor in weights.items()]
-    CheckpointReader(checkpoint, manifest).fill({kind: slices})
-    pixels = manifest.state.pixels or _pixels_of_run(text, checkpoint)
-    return model_from_weights(manifest.state.fingerprint["model"], pixels, weights, str(checkpoint))
+    kind, state, where = kind_of_weights(checkpoint, manifest, ema=ema), manifest.state, str(checkpoint)
+    shapes = {name: tuple(shape) for name, shape in manifest.parameters.items()}
+    reader = CheckpointReader(checkpoint, manifest)
+
+    def load(names: Sequence[str]) -> dict[str, Tensor]:
+        weights = {name: torch.empty(shapes[name]) for name in names}
+        reader.fill({kind: [ParameterSlice(name, 0, tensor.view(-1)) for name, tensor in weights.items()]})
+        return weights
+
+    pixels = state.pixels or _pixels_of_run(source, checkpoint)
+    names = None if state.class_names is None else tuple(state.class_names)
+    return from_tensors(where, model_config(state.fingerprint["model"], where), shapes, load, pixels, names)
 
 
 def _pixels_of_run(source: str, checkpoint: Checkpoint) -> Mapping[str, Any] | None:

@@ -10,6 +10,10 @@ from fastvit_engine.errors import UserError
 def check_config(config: Config) -> None:
     """Raises UserError, naming the keys, if two values of a valid configuration contradict each other."""
     resolve_shape(config.model)
+    if config.model.num_classes == 0:
+        raise UserError(
+            "model.num_classes is 0, a model without a head, and training needs one: set the number of classes"
+        )
     if config.data.max_labels > config.model.num_classes:
         raise UserError(
             f"data.max_labels is {config.data.max_labels}, more than model.num_classes = {config.model.num_classes}: "

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from fastvit_engine.config.sections import ModelConfig
 from fastvit_engine.errors import UserError
@@ -76,3 +77,16 @@ def model_title(config: ModelConfig) -> str:
     """The paper's name, with what differs from the size it names: "Ti/4, width 64, depth 4"."""
     overrides = {key: getattr(config, key) for key in ("width", "depth", "heads", "mlp_dim")}
     return ", ".join([config.name, *(f"{key} {value}" for key, value in overrides.items() if value is not None)])
+
+
+def model_of_shape(*, patch_size: int, width: int, depth: int, heads: int, mlp_dim: int) -> dict[str, Any]:
+    """`name` of a section `model` with these numbers, and the keys that differ from the size that is the nearest."""
+    numbers = {"width": width, "depth": depth, "heads": heads}
+    found = []
+    for name, size in SIZES.items():
+        usual = {"width": size.width, "depth": size.depth, "heads": size.heads}
+        keys: dict[str, Any] = {key: value for key, value in numbers.items() if value != usual[key]}
+        if mlp_dim != width * size.mlp_dim // size.width:
+            keys["mlp_dim"] = mlp_dim
+        found.append({"name": f"{name}/{patch_size}"} | keys)
+    return min(found, key=len)

@@ -67,8 +67,9 @@ class ModelConfig(_Section):
     image_size: int = Field(224, gt=0, le=65536)
     """Height and width of the model's input in pixels. The patch size must divide it."""
 
-    num_classes: int = Field(1000, gt=0, le=10_000_000)
-    """Number of classes, which is the number of outputs of the head."""
+    num_classes: int = Field(1000, ge=0, le=10_000_000)
+    """Number of classes, which is the number of outputs of the head. 0: no head, for weights that have none; such a
+    model gives representations, and cannot be trained."""
 
     pool: Literal["cls", "gap"] = "cls"
     """What the head sees. cls: the class token; gap: the mean of all patch tokens, and the model has no class token."""
@@ -78,6 +79,9 @@ class ModelConfig(_Section):
 
     activation: Literal["gelu", "gelu_tanh"] = "gelu"
     """Activation of the MLP. gelu: exact, with erf; gelu_tanh: the approximation that the official JAX weights use."""
+
+    layer_norm_eps: float = Field(1e-6, gt=0, le=0.1)
+    """What LayerNorm adds to the variance. Weights of Hugging Face's ViT usually have 1e-12."""
 
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout rate after the position embedding and after every dense layer except the query, key, value projection."""

@@ -42,13 +42,14 @@ class VisionTransformer(nn.Module):
                     dropout=config.dropout,
                     drop_path=config.drop_path * index / max(shape.depth - 1, 1),
                     layer_scale=config.layer_scale,
+                    eps=config.layer_norm_eps,
                 )
                 for index in range(shape.depth)
             )
         )
-        self.norm = FusedLayerNorm(width)
+        self.norm = FusedLayerNorm(width, config.layer_norm_eps)
         self.pre_logits = PreLogits(width) if config.head == "mlp" else None
-        self.head = nn.Linear(width, config.num_classes)
+        self.head = nn.Linear(width, config.num_classes) if config.num_classes else nn.Identity()
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Normalised tokens of the last block [B, N, D]; the class token, if there is one, comes first."""
@@ -59,8 +60,25 @@ class VisionTransformer(nn.Module):
         """What the head sees of images [B, D]: pooled tokens, after the tanh layer if there is one."""
         return self._pool(self.forward_features(images))
 
+    @torch.no_grad()
+    def attention_maps(self, images: Tensor) -> Tensor:
+        """The attention probabilities of every block, query by key: float32 [L, B, H, N, N], for inspection.
+
+        Computed by plain layers beside the fused ones, without gradient. N^2 numbers per block, image and head: 2.4 MB
+        per image and block of a B/16.
+        """
+        tokens = self.pos_drop(self.patch_embed(images, self.pos_embed, self.cls_token))
+        maps = []
+        for block in self.blocks:
+            assert isinstance(block, FusedBlock)
+            qkv = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.heads, -1)).float()  # [B, N, 3, H, d]
+            queries, keys = (qkv[:, :, index].transpose(1, 2) for index in (0, 1))  # [B, H, N, d]
+            maps.append((queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])).softmax(dim=-1))
+            tokens = block(tokens)
+        return torch.stack(maps)
+
     def forward_head(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> logits [B, C], from the class token or from the mean over the tokens."""
+        """[B, N, D] -> logits [B, C], from the class token or from the mean over the tokens; without a head, [B, D]."""
         return self.head(self._pool(tokens))
 
     def _pool(self, tokens: Tensor) -> Tensor:
@@ -91,7 +109,8 @@ class VisionTransformer(nn.Module):
                 init_block(module, self.config.layer_scale)
             elif isinstance(module, PreLogits):
                 init_linear(module.fc, lecun_normal_)
-        init_linear(self.head, nn.init.zeros_, bias=self.config.head_bias)
+        if isinstance(self.head, nn.Linear):
+            init_linear(self.head, nn.init.zeros_, bias=self.config.head_bias)
 
 
 class PreLogits(nn.Module):

@@ -6,30 +6,28 @@ model of timm for the weights.
 """
 
 import json
-import warnings
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fastvit_engine.config import ModelConfig
-from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
 from fastvit_engine.errors import UserError
-from fastvit_engine.models.vit import VisionTransformer
+from fastvit_engine.files import atomic_writer
+from fastvit_engine.models.weights.described import PIXELS, described
+from fastvit_engine.models.weights.pretrained import Pretrained, from_tensors, model_config
 from fastvit_engine.models.weights.timm_code import timm_code
+from fastvit_engine.models.weights.timm_names import open_timm_tensors
 
 # As safetensors calls them.
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_PIXELS = ("mean", "std", "eval_crop", "eval_transform")
-_DESCRIBED = (*_PIXELS, "image_size", "class_names", "timm")
-_USUAL = (0.5, 0.5, 0.5)  # mean and std of the recipes
+_DESCRIBED = (*PIXELS, "image_size", "class_names", "timm")
 
 
 def safetensors_header(
@@ -52,7 +50,7 @@ def safetensors_header(
 def model_metadata(
     model: Mapping[str, Any], pixels: Mapping[str, Any] | None, class_names: Sequence[str] | None, where: str
 ) -> dict[str, str]:
-    """The metadata of the module's docstring. model: a ModelConfig as JSON. pixels: as in `model_from_weights`.
+    """The metadata of the module's docstring. model: a ModelConfig as JSON. pixels: as in `Pretrained`.
 
     Raises UserError if this version does not know the model in `where`.
     """
@@ -68,7 +66,7 @@ def describe_for_timm(path: Path) -> str:
     """What a file that `model_metadata` describes says of itself: how to prepare images, and how to load it in timm."""
     with safe_open(path, framework="pt") as file:
         metadata = {key: json.loads(value) for key, value in file.metadata().items() if key in _DESCRIBED}
-    size, pixels = metadata["image_size"], [f"{key} {metadata[key]}" for key in _PIXELS if key in metadata]
+    size, pixels = metadata["image_size"], [f"{key} {metadata[key]}" for key in PIXELS if key in metadata]
     names = metadata.get("class_names")
     lines = [
         f"images: {size} x {size} pixels, {', '.join(pixels) or 'mean and std unknown'}",
@@ -81,69 +79,72 @@ def describe_for_timm(path: Path) -> str:
     return "\n".join(lines)
 
 
-def load_safetensors(path: Path) -> VisionTransformer:
-    """The model in a file of ours: float32, on the CPU, in eval mode. Raises UserError for any other file."""
+def open_safetensors(path: Path, name: str | None = None) -> Pretrained:
+    """The model in a file of ours; or in one with timm's names, if `name` says which. Reads the header alone.
+
+    name: a name of the papers, "B/16", or of timm, "vit_base_patch16_224". Raises UserError for any other file.
+    """
+    where = str(path)
+    metadata, shapes, load = read_header(path)
+    if "model" not in metadata:
+        if name is None:
+            raise UserError(
+                f"{where} does not say which model its weights are of (no 'model' in its metadata): it is not a file "
+                "that `fastvit export` wrote; if its names are those of timm, name the model, as in --name B/16 (from "
+                "Python: name=)"
+            )
+        return open_timm_tensors(where, name, shapes, load)
+    if name is not None:
+        raise UserError(f"{where} says itself which model it is of: leave the name '{name}' out")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        model = dict(json.loads(metadata["model"]))
+        said = {key: json.loads(metadata[key]) for key in (*PIXELS, "class_names") if key in metadata}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path} has damaged metadata ({error}): export the model again") from error
+    pixels, class_names = described(said, where)
+    return from_tensors(where, model_config(model, where), shapes, load, pixels, class_names)
+
+
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]], Callable[[Sequence[str]], dict]]:
+    """Metadata and shapes of a safetensors file, and what reads its tensors as float32, in memory of their own.
+
+    Raises UserError if the file is damaged, or if its tensors are no floating-point numbers.
+    """
+    try:
+        file = safe_open(path, framework="pt")
+        metadata = file.metadata() or {}
+        names = list(file.keys())
+        slices = {name: file.get_slice(name) for name in names}
+        shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+        dtypes = {name: part.get_dtype() for name, part in slices.items()}
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is not a complete safetensors file ({error}): make it again with `fastvit export RUN --out {path}`"
+            f"{path} is not a complete safetensors file ({error}): get it again, or make it again with "
+            "`fastvit export` or `fastvit convert`"
         ) from error
-    if "model" not in metadata:
-        raise UserError(
-            f"{path} does not say which model its weights are of (no 'model' in its metadata): it is not a file that "
-            "`fastvit export` wrote"
-        )
-    try:
-        model = dict(json.loads(metadata["model"]))
-        pixels = {key: json.loads(metadata[key]) for key in _PIXELS if key in metadata}
-        if pixels.keys() & {"mean", "std"} == {"mean"}:
-            raise KeyError("std")
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} has damaged metadata ({error}): export the model again") from error
-    return model_from_weights(model, pixels or None, weights, str(path))
+    for name, dtype in dtypes.items():
+        if not (dtype in DTYPES and DTYPES[dtype].is_floating_point):
+            raise UserError(f"{path}: tensor '{name}' holds {dtype}, and weights are floating-point")
+
+    def load(wanted: Sequence[str]) -> dict[str, Tensor]:
+        return {name: file.get_tensor(name).to(torch.float32, copy=True) for name in wanted}
+
+    return metadata, shapes, load
 
 
-def model_from_weights(
-    model: Mapping[str, Any], pixels: Mapping[str, Any] | None, weights: Mapping[str, Tensor], where: str
-) -> VisionTransformer:
-    """A model of these weights: float32, on the CPU, in eval mode.
-
-    model: a ModelConfig as JSON. pixels: "mean" and "std" of the pixels and, if known, "eval_crop" and
-    "eval_transform"; None: those of the recipes are taken, with a warning. where: what the weights are from, for the
-    UserError if they do not fit.
-    """
-    config = model_config(model, where)
-    if pixels is None:
-        warnings.warn(f"{where} does not say mean and std of its pixels: taking 0.5 and 0.5", stacklevel=2)
-        pixels = {"mean": _USUAL, "std": _USUAL}
-    built = VisionTransformer(config, mean=tuple(pixels["mean"]), std=tuple(pixels["std"]))
-    expected = {name: tensor.shape for name, tensor in built.state_dict().items()}
-    found = {name: tensor.shape for name, tensor in weights.items()}
-    for name in [*expected, *found]:
-        if expected.get(name) != found.get(name):
-            there, here = (list(shapes[name]) if name in shapes else "absent" for shapes in (found, expected))
-            raise UserError(
-                f"{where}: parameter '{name}' is {there} there and {here} in the model that it says it is of"
-            )
-    built.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    if "eval_crop" in pixels:
-        built.eval_crop = pixels["eval_crop"]
-        built.eval_transform = pixels.get("eval_transform", BEFORE_EVAL_TRANSFORM)
-    return built.eval()
+def write_safetensors(path: Path, model: Pretrained, metadata: Mapping[str, str]) -> None:
+    """Writes the parameters under our names, which are timm's, in float32; whole or not at all."""
+    write_tensors(path, dict(model.shapes), metadata, model.read)
 
 
-def model_config(model: Mapping[str, Any], where: str) -> ModelConfig:
-    """The section `model` from its JSON. Raises UserError if this version does not know the model in `where`."""
-    try:
-        return ModelConfig.model_validate(model)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        raise UserError(
-            f"{where} is of a model that this version does not know (model.{key}: {problem['msg']})"
-        ) from error
+def write_tensors(
+    path: Path, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], read: Callable[[str], Tensor]
+) -> None:
+    """Writes float32 tensors, one in memory at a time; whole or not at all."""
+    sizes = {name: math.prod(shape) * 4 for name, shape in shapes.items()}
+    with atomic_writer(path) as file:
+        file.write(safetensors_header(dict.fromkeys(sizes, "F32"), shapes, sizes, metadata))
+        for name in sizes:
+            file.write(read(name).contiguous().numpy().tobytes())

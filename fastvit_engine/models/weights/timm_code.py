@@ -1,10 +1,12 @@
 """How to load our weights into timm, under the same names: the Python code that builds a model for them."""
 
+from typing import Any
+
 from fastvit_engine.config import ModelConfig
 from fastvit_engine.config.model_shape import SIZES, resolve_shape
 
 # timm's architecture of each size: name and patch size. Its image size is 224.
-_ARCHITECTURES = {
+ARCHITECTURES = {
     "Ti": ("vit_tiny_patch16_224", 16),
     "S": ("vit_small_patch16_224", 16),
     "B": ("vit_base_patch16_224", 16),
@@ -13,6 +15,8 @@ _ARCHITECTURES = {
     "g": ("vit_giant_patch14_224", 14),
     "G": ("vit_gigantic_patch14_224", 14),
 }
+
+TIMM_EPS = 1e-6  # of LayerNorm in timm's Vision Transformers
 
 # A class, not a hook: a copy of the model has its own hidden layer then.
 _WITH_HIDDEN_LAYER = """\
@@ -28,13 +32,29 @@ model.pre_logits = torch.nn.Sequential(OrderedDict(fc=torch.nn.Linear({width}, {
 model.__class__ = WithHiddenLayer"""
 
 
-def timm_code(config: ModelConfig) -> str:
+def timm_code(config: ModelConfig, **more: object) -> str:
     """Lines of Python after which `model.load_state_dict` takes the weights strictly, and the outputs are the same.
 
-    With head: mlp they also add the hidden layer before the classifier, which timm's models do not have.
+    With head: mlp they also add the hidden layer before the classifier, which timm's models do not have. more: further
+    arguments of `create_model`.
     """
+    name, given = timm_arguments(config)
+    call = [repr(name), *(f"{key}={value!r}" for key, value in given.items())]
+    imports = ["import timm"]
+    if config.layer_norm_eps != TIMM_EPS:
+        imports = ["from functools import partial", "import timm", "import torch"]
+        call.append(f"norm_layer=partial(torch.nn.LayerNorm, eps={config.layer_norm_eps!r})")
+    create = f"model = timm.create_model({', '.join([*call, *(f'{key}={value!r}' for key, value in more.items())])})"
+    if config.head == "mlp":
+        code = _WITH_HIDDEN_LAYER.format(create=create, width=resolve_shape(config).width)
+        return "\n".join([line for line in imports if line.startswith("from")] + [code])
+    return "\n".join([*imports, create])
+
+
+def timm_arguments(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """timm's architecture for a model, and the arguments of `create_model` that differ from its defaults."""
     shape, size = resolve_shape(config), config.name.partition("/")[0]
-    (name, patch_size), usual = _ARCHITECTURES[size], SIZES[size]
+    (name, patch_size), usual = ARCHITECTURES[size], SIZES[size]
     arguments = {
         "img_size": (config.image_size, 224),
         "patch_size": (shape.patch_size, patch_size),
@@ -47,14 +67,10 @@ def timm_code(config: ModelConfig) -> str:
         "init_values": (1.0 if config.layer_scale == 0 else config.layer_scale, None),
         "act_layer": (config.activation, "gelu"),
     }
-    given: dict[str, object] = {key: value for key, (value, default) in arguments.items() if value != default}
+    given: dict[str, Any] = {key: value for key, (value, default) in arguments.items() if value != default}
     if config.pool == "gap":
         given |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
-    call = ", ".join([repr(name), *(f"{key}={value!r}" for key, value in given.items())])
-    create = f"model = timm.create_model({call})"
-    if config.head == "linear":
-        return f"import timm\n{create}"
-    return _WITH_HIDDEN_LAYER.format(create=create, width=shape.width)
+    return name, given
 
 
 def _ratio(width: int, mlp_dim: int) -> float:

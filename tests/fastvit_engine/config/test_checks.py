@@ -15,6 +15,7 @@ from fastvit_engine.errors import UserError
         (["model.heads=5"], "model.heads 5 does not divide model.width 64"),
         (["data.max_labels=3"], "data.max_labels is 3, and a softmax loss takes one label: set loss.kind=sigmoid"),
         (["data.max_labels=11", "loss.kind=sigmoid"], "data.max_labels is 11, more than model.num_classes = 10"),
+        (["model.num_classes=0"], "model.num_classes is 0, a model without a head, and training needs one"),
         (["model.num_classes=1"], "a softmax over one class is always 1: set loss.kind=sigmoid"),
         (
             ["data.order=stream", "data.train=[{shards: a}, {shards: b}]"],

@@ -82,13 +82,22 @@ class PlainEncoder(nn.Module):
         super().__init__()
         state = model.state_dict()
         self.gap = "cls_token" not in state
+        self.eps = model.config.layer_norm_eps
         self.weights = nn.ParameterDict(
             {name.replace(".", "/"): value.clone() for name, value in state.items() if not name.startswith("blocks.")}
         )
         self.layers = nn.ModuleList()
         for index in range(3):
             layer = nn.TransformerEncoderLayer(
-                12, 3, 48, 0.0, activation, 1e-6, batch_first=True, norm_first=True, dtype=torch.float64
+                12,
+                3,
+                48,
+                0.0,
+                activation,
+                model.config.layer_norm_eps,
+                batch_first=True,
+                norm_first=True,
+                dtype=torch.float64,
             )
             names = {"self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.fc1."}
             names |= {"linear2.": "mlp.fc2.", "norm1.": "norm1.", "norm2.": "norm2."}
@@ -110,7 +119,7 @@ class PlainEncoder(nn.Module):
         x = x + w["pos_embed"]
         for layer in self.layers:
             x = layer(x)
-        x = F.layer_norm(x, (12,), w["norm/weight"], w["norm/bias"], 1e-6)
+        x = F.layer_norm(x, (12,), w["norm/weight"], w["norm/bias"], self.eps)
         x = x.mean(dim=1) if self.gap else x[:, 0]
         if "pre_logits/fc/weight" in w:
             x = torch.tanh(F.linear(x, w["pre_logits/fc/weight"], w["pre_logits/fc/bias"]))
@@ -118,7 +127,9 @@ class PlainEncoder(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"pool": "gap"}, {"head": "mlp"}, {"activation": "gelu_tanh"}], ids=lambda c: str(c or "default")
+    "changes",
+    [{}, {"pool": "gap"}, {"head": "mlp"}, {"activation": "gelu_tanh"}, {"layer_norm_eps": 0.05}],
+    ids=lambda c: str(c or "default"),
 )
 def test_equals_plain_encoder(changes: dict[str, object]) -> None:
     model = randomise(small(**changes).double())
@@ -159,6 +170,31 @@ def test_features_and_head_make_the_model() -> None:
     assert tokens.shape == (2, 10, 12)
     assert torch.equal(model.forward_head(tokens), model(images))
     assert torch.equal(model.head(model.represent(images)), model(images))
+
+
+@pytest.mark.parametrize("changes", [{}, {"head": "mlp"}, {"pool": "gap"}], ids=str)
+def test_without_a_head_the_model_gives_representations(changes):
+    model, images = randomise(small(num_classes=0, **changes)), torch.randn(2, 3, 12, 12)
+    assert not [name for name in model.state_dict() if name.startswith("head.")]
+    assert model(images).shape == (2, 12) and torch.equal(model(images), model.represent(images))
+    assert parameter_count(model.config) == sum(p.numel() for p in model.parameters())
+
+
+def test_attention_maps_are_the_probabilities_that_the_blocks_attend_with():
+    model, images = randomise(small()).eval(), torch.randn(2, 3, 12, 12)
+    seen: list[Tensor] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    maps = model.attention_maps(images)
+    assert maps.shape == (3, 2, 3, 10, 10) and maps.dtype == torch.float32 and not maps.requires_grad
+    assert torch.allclose(maps.sum(dim=-1), torch.ones(3, 2, 3, 10), atol=1e-5)
+    for block, tokens, probabilities in zip(model.blocks, list(seen), maps, strict=True):
+        values = block.attn.qkv(block.norm1(tokens))[..., 24:].unflatten(-1, (3, 4)).transpose(1, 2)  # [B, H, N, d]
+        attended = (probabilities @ values).transpose(1, 2).flatten(2)
+        after = tokens + block.attn.proj(attended)
+        expected = after + block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(after))))
+        torch.testing.assert_close(block(tokens), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(model.bfloat16().attention_maps(images).sum().isfinite(), torch.tensor(True))
 
 
 def test_bfloat16_model_trains_on_pixels() -> None:

@@ -261,6 +261,7 @@ def test_what_does_not_shape_the_parameters_may_change(stopped, shards, before, 
     ("now", "message"),
     [
         ({"activation": "gelu_tanh"}, "model.activation is 'gelu_tanh', was 'gelu'"),
+        ({"layer_norm_eps": 1e-12}, "model.layer_norm_eps is 1e-12, was 1e-06"),
         ({"heads": 6}, "model.heads is 6, was None"),
         ({"pool": "gap", "drop_path": 0.1}, r"\(model.pool is 'gap', was 'cls'\)"),
         ({"head": "mlp"}, "model.head is 'mlp', was 'linear'"),
@@ -282,7 +283,7 @@ def test_a_checkpoint_that_knew_fewer_keys_of_the_model_and_spelt_its_name_other
     del manifest["crc32"]  # earlier versions had none
     model = manifest["state"]["fingerprint"]["model"]
     model["name"] = "ViT-Ti/4"
-    del model["layer_scale"]
+    del model["layer_scale"], model["layer_norm_eps"]
     path.write_text(json.dumps(manifest))
     assert start(run, shards[0]).step == 40
     model["layer_scale"] = 0.1

@@ -1,0 +1,367 @@
+"""Official `.npz` files of the Vision Transformer: those of vision_transformer (with AugReg) and of big_vision.
+
+Names and shapes say the model. What they do not say is the convention of that code: the tanh approximation of GELU,
+LayerNorm with eps 1e-6, and pixels in [-1, 1]. The comment of the zip archive, which other readers pass over, says what
+differs in a file that we write, and the class names.
+"""
+
+import contextlib
+import json
+import math
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from torch import Tensor
+
+from fastvit_engine.config import ModelConfig
+from fastvit_engine.config.model_shape import Shape, model_of_shape, resolve_shape
+from fastvit_engine.errors import UserError
+from fastvit_engine.files import atomic_writer
+from fastvit_engine.models.weights.described import described
+from fastvit_engine.models.weights.entries import Dimensions, Entry, check_shapes, same
+from fastvit_engine.models.weights.position import grid_side
+from fastvit_engine.models.weights.pretrained import USUAL, Pretrained, from_entries, model_config
+
+_PREFIXES = ("opt/target/", "params/")
+_OF_TRAINING = ("opt/", "extra/", "chrono/", "states/", "step")  # beside a prefix: no weights
+_CONVENTION: dict[str, Any] = {"activation": "gelu_tanh", "layer_norm_eps": 1e-6}
+_PIXELS: dict[str, Any] = {"mean": [*USUAL], "std": [*USUAL]}
+_BLOCK = re.compile(r"Transformer/encoderblock_(\d{1,9})/(.+)")
+_STACKED = "Transformer/encoderblock/"
+_OFFICIAL = ("MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
+_BIG_VISION = ("MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
+_MOST_ARRAYS = 200_000
+_SPARE, _MOST_COMPRESSED = 2**28, 50  # bytes, and bytes of arrays per byte of the file: weights hardly compress
+_LONGEST_COMMENT = 65_535  # bytes, as zip has it
+_UNREADABLE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    OverflowError,
+    TypeError,
+    RuntimeError,
+    NotImplementedError,
+    SyntaxError,
+    RecursionError,
+    MemoryError,
+)  # fmt: skip - what zipfile and numpy raise for damaged, encrypted and unknown archives
+
+
+class _Array(NamedTuple):
+    member: zipfile.ZipInfo
+    shape: Dimensions
+    dtype: np.dtype[Any]
+    fortran: bool
+
+
+def open_npz(path: Path) -> Pretrained:
+    """The model in an official file. Reads names and shapes; arrays are read when they are asked for.
+
+    Raises UserError if the file is damaged, holds pickled objects, or is of no Vision Transformer of ours.
+    """
+    with _readable(path):
+        archive = zipfile.ZipFile(path)
+        arrays = _without_prefix({array.member.filename[:-4]: array for array in _arrays(archive, path)})
+        said = _said(archive.comment)
+    names, where = _Names(arrays, str(path)), str(path)
+    config = names.config(said)
+    entries = [*npz_entries(config, names)]
+    expected = {theirs: shape for entry in entries for theirs, shape in entry.theirs.items()}
+    check_shapes(expected, names.shapes, where, "array")
+    stacked: dict[str, Tensor] = {}
+
+    def fetch(theirs: str) -> Tensor:
+        name, layer = names.stored(theirs)
+        with _readable(path):
+            if layer is None:
+                return _read(archive, arrays[name])
+            if name not in stacked:
+                stacked[name] = _read(archive, arrays[name])
+            return stacked[name][layer]
+
+    pixels, class_names = described(said, where)
+    return from_entries(where, config, entries, fetch, pixels or _PIXELS, class_names)
+
+
+def write_npz(model: Pretrained, path: Path) -> list[str]:
+    """Writes an official file, per block, whole or not at all; returns what readers of it should know, in sentences.
+
+    Raises UserError, naming the parameters, if the official layout has no room for them.
+    """
+    if model.config.layer_scale is not None:
+        raise UserError(
+            f"{model.where} has LayerScale ('blocks.0.ls1.gamma' and its like), for which an official .npz has no "
+            "arrays: write --to timm"
+        )
+    said, notes = _differences(model)
+    with atomic_writer(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for entry in npz_entries(model.config):
+            for name, tensor in entry.to_theirs(model.read(entry.ours)).items():
+                member = zipfile.ZipInfo(f"{name}.npy")  # without the time, so that equal weights are equal files
+                with archive.open(member, "w", force_zip64=True) as out:
+                    npy.write_array(out, tensor.numpy(), allow_pickle=False)
+        archive.comment = _comment(said) if said else b""
+    return notes
+
+
+def _differences(model: Pretrained) -> tuple[dict[str, Any], list[str]]:
+    """What the comment says of a model, and a sentence for each convention that others will apply and it breaks."""
+    said = {key: getattr(model.config, key) for key in _CONVENTION if getattr(model.config, key) != _CONVENTION[key]}
+    pixels = {key: list(value) if isinstance(value, tuple) else value for key, value in (model.pixels or {}).items()}
+    if pixels and pixels != _PIXELS:
+        said |= pixels
+    usual = _CONVENTION | _PIXELS
+    notes = [
+        f"other programs that read the file take {key} {usual[key]}, and this model has {value}"
+        for key, value in said.items()
+        if key in usual and value != usual[key]
+    ]
+    if model.class_names is not None:
+        named = {**said, "class_names": list(model.class_names)}
+        if len(_comment(named)) > _LONGEST_COMMENT:
+            notes.append(f"the names of the {len(model.class_names):,} classes have no room in the file")
+        else:
+            said = named
+    return said, notes
+
+
+# ---- names and shapes
+
+
+class _Names:
+    """The arrays of a file under the official names of a model with one array per block."""
+
+    def __init__(self, arrays: Mapping[str, _Array], where: str) -> None:
+        self._where = where
+        self._stored: dict[str, tuple[str, int | None]] = {}
+        self.shapes: dict[str, Dimensions] = {}
+        blocks = (_OFFICIAL, _BIG_VISION)
+        self.big_vision = not any(f"/{_OFFICIAL[0]}/" in name for name in arrays)
+        self.attention, self.norm2, self.mlp = blocks[self.big_vision]
+        self.positions = "pos_embedding" if "pos_embedding" in arrays else "Transformer/posembed_input/pos_embedding"
+        depths = set()
+        for name, array in arrays.items():
+            if not name.startswith(_STACKED):
+                self._add(name, name, None, array.shape)
+                continue
+            layers = array.shape[0] if array.shape else 0
+            depths.add(layers)
+            if len(depths) > 1 or not 0 < layers <= _MOST_ARRAYS // len(arrays):
+                raise UserError(
+                    f"{where}: array '{name}' has shape {list(array.shape)}, and the first axis of every array of "
+                    f"'{_STACKED}' must be the number of blocks"
+                )
+            for layer in range(layers):
+                inner = f"Transformer/encoderblock_{layer}/{name.removeprefix(_STACKED)}"
+                self._add(inner, name, layer, array.shape[1:])
+
+    def _add(self, name: str, stored: str, layer: int | None, shape: Dimensions) -> None:
+        if name in self.shapes:
+            raise UserError(f"{self._where}: array '{name}' is there twice, also in '{_STACKED}'")
+        self._stored[name], self.shapes[name] = (stored, layer), shape
+
+    def stored(self, name: str) -> tuple[str, int | None]:
+        """The array of the file that holds `name`, and the block within it."""
+        return self._stored[name]
+
+    def config(self, said: Mapping[str, Any]) -> ModelConfig:
+        """The model that the shapes are of."""
+        side, _, channels, width = self._shape_of("embedding/kernel", "patch height, patch width, 3, width", 4)
+        depth = len({match[1] for name in self.shapes if (match := _BLOCK.fullmatch(name))})
+        query = f"Transformer/encoderblock_0/{self.attention}/query/kernel"
+        _, heads, head_width = self._shape_of(query, "width, heads, head width", 3)
+        _, mlp_dim = self._shape_of(f"Transformer/encoderblock_0/{self.mlp}/Dense_0/kernel", "width, hidden width", 2)
+        _, positions, _ = self._shape_of(self.positions, "1, positions, width", 3)
+        pool = "cls" if "cls" in self.shapes else "gap"
+        what = f"{self._where}: array '{self.positions}'"
+        grid = grid_side(positions, int(pool == "cls" and self.positions != "pos_embedding"), what)
+        num_classes = self._shape_of("head/kernel", "width, classes", 2)[1] if "head/kernel" in self.shapes else 0
+        if heads * head_width != width:
+            raise UserError(
+                f"{self._where}: array '{query}' has {heads} heads of {head_width}, which do not make the width {width}"
+            )
+        if side == 0 or channels != 3:
+            raise UserError(f"{self._where}: array 'embedding/kernel' is no kernel for RGB images")
+        numbers = {"patch_size": side, "width": width, "depth": depth, "heads": heads, "mlp_dim": mlp_dim}
+        model = model_of_shape(**numbers) | {
+            "image_size": grid * side,
+            "num_classes": num_classes,
+            "pool": pool,
+            "head": "mlp" if "pre_logits/kernel" in self.shapes else "linear",
+        }
+        differs = {key: said[key] for key in _CONVENTION if key in said}
+        config = model_config(model | _CONVENTION | differs, self._where)
+        resolve_shape(config)
+        return config
+
+    def _shape_of(self, name: str, meaning: str, axes: int) -> Dimensions:
+        shape = self.shapes.get(name)
+        if shape is None:
+            others = ", ".join(f"'{other}'" for other in sorted(self.shapes)[:3])
+            raise UserError(
+                f"{self._where} has no array '{name}', and is no Vision Transformer that this version knows "
+                f"(it has {others or 'nothing'})"
+            )
+        if len(shape) != axes:
+            raise UserError(f"{self._where}: array '{name}' has shape {list(shape)}, and must be [{meaning}]")
+        return shape
+
+
+def npz_entries(config: ModelConfig, names: _Names | None = None) -> Iterator[Entry]:
+    """One entry per parameter of the model. names: as the file has them; default: as the official code has them."""
+    shape = resolve_shape(config)
+    width, patch = shape.width, shape.patch_size
+    attention, norm2, mlp = _OFFICIAL if names is None else (names.attention, names.norm2, names.mlp)
+    positions = "Transformer/posembed_input/pos_embedding" if names is None else names.positions
+    # big_vision adds the class token after the positions, and it has none
+    absent = int(config.pool == "cls" and positions == "pos_embedding")
+    if config.pool == "cls":
+        yield same("cls_token", "cls", 1, 1, width)
+    table = (1, shape.tokens, width)
+    yield Entry("pos_embed", table, {positions: (1, shape.tokens - absent, width)}, absent_rows=absent)
+    kernel = {"embedding/kernel": (patch, patch, 3, width)}
+    yield Entry("patch_embed.proj.weight", (width, 3, patch, patch), kernel, axes=(2, 3, 1, 0))
+    yield same("patch_embed.proj.bias", "embedding/bias", width)
+    for index in range(shape.depth):
+        block = f"Transformer/encoderblock_{index}"
+        yield from _block(shape, f"blocks.{index}", block, f"{block}/{attention}", f"{block}/{norm2}", f"{block}/{mlp}")
+    yield from _norm("norm", "Transformer/encoder_norm", width)
+    if config.head == "mlp":
+        yield from _linear("pre_logits.fc", "pre_logits", width, width)
+    if config.num_classes:
+        yield from _linear("head", "head", width, config.num_classes)
+
+
+def _block(shape: Shape, ours: str, block: str, attention: str, norm2: str, mlp: str) -> Iterator[Entry]:
+    width, heads, head_width = shape.width, shape.heads, shape.width // shape.heads
+    yield from _norm(f"{ours}.norm1", f"{block}/LayerNorm_0", width)
+    kernels = {f"{attention}/{part}/kernel": (width, heads, head_width) for part in ("query", "key", "value")}
+    biases = {f"{attention}/{part}/bias": (heads, head_width) for part in ("query", "key", "value")}
+    yield Entry(f"{ours}.attn.qkv.weight", (3 * width, width), kernels, axes=(1, 0))
+    yield Entry(f"{ours}.attn.qkv.bias", (3 * width,), biases)
+    out = {f"{attention}/out/kernel": (heads, head_width, width)}
+    yield Entry(f"{ours}.attn.proj.weight", (width, width), out, axes=(1, 0))
+    yield same(f"{ours}.attn.proj.bias", f"{attention}/out/bias", width)
+    yield from _norm(f"{ours}.norm2", norm2, width)
+    yield from _linear(f"{ours}.mlp.fc1", f"{mlp}/Dense_0", width, shape.mlp_dim)
+    yield from _linear(f"{ours}.mlp.fc2", f"{mlp}/Dense_1", shape.mlp_dim, width)
+
+
+def _norm(ours: str, theirs: str, width: int) -> Iterator[Entry]:
+    yield same(f"{ours}.weight", f"{theirs}/scale", width)
+    yield same(f"{ours}.bias", f"{theirs}/bias", width)
+
+
+def _linear(ours: str, theirs: str, inputs: int, outputs: int) -> Iterator[Entry]:
+    yield Entry(f"{ours}.weight", (outputs, inputs), {f"{theirs}/kernel": (inputs, outputs)}, axes=(1, 0))
+    yield same(f"{ours}.bias", f"{theirs}/bias", outputs)
+
+
+# ---- bytes
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what a damaged archive raises into one sentence."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except UserError:
+        raise
+    except _UNREADABLE as error:
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} is not a complete .npz file ({reason}): get it again") from error
+
+
+def _arrays(archive: zipfile.ZipFile, path: Path) -> Iterator[_Array]:
+    """The arrays of an archive, by their headers, which are checked against the sizes of the members."""
+    members = archive.infolist()
+    total, size = sum(member.file_size for member in members), path.stat().st_size
+    if len(members) > _MOST_ARRAYS or total > _SPARE + _MOST_COMPRESSED * size:
+        raise UserError(
+            f"{path} has {size:,} bytes and says that it holds {len(members):,} arrays of {total:,} bytes: no weights "
+            "compress so well, it is damaged or made to fill the memory"
+        )
+    seen: set[str] = set()
+    for member in members:
+        if not member.filename.endswith(".npy") or member.filename in seen:
+            raise UserError(f"{path} holds '{member.filename}', which is no array or is there twice")
+        seen.add(member.filename)
+        with archive.open(member) as file:
+            shape, fortran, dtype = _header(file)
+            stored = file.tell() + math.prod(shape) * dtype.itemsize
+        if dtype.hasobject:
+            raise UserError(f"{path}: array '{member.filename[:-4]}' holds pickled Python objects, which are not read")
+        if _floats(dtype) is None:
+            raise UserError(f"{path}: array '{member.filename[:-4]}' holds {dtype}, and weights are floating-point")
+        if stored != member.file_size:
+            raise ValueError(f"array '{member.filename[:-4]}' has not the size of its shape {shape}")
+        yield _Array(member, shape, dtype, fortran)
+
+
+def _header(file: IO[bytes]) -> tuple[Dimensions, bool, np.dtype[Any]]:
+    version = npy.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"an array has version {version} of the format")
+    read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if any(length < 0 for length in shape):
+        raise ValueError(f"an array has shape {shape}")
+    return shape, fortran, dtype
+
+
+def _floats(dtype: np.dtype[Any]) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Makes float32 of an array of this type; None if it holds no floating-point numbers."""
+    if dtype.kind == "f" and dtype.itemsize in (2, 4, 8):
+        return lambda array: array.astype("<f4")
+    if dtype.kind == "V" and dtype.itemsize == 2 and dtype.fields is None and dtype.subdtype is None:  # bfloat16
+        return lambda array: (array.view("<u2").astype("<u4") << 16).view("<f4")
+    return None
+
+
+def _read(archive: zipfile.ZipFile, array: _Array) -> Tensor:
+    """The array as float32, after its checksum was verified."""
+    with archive.open(array.member) as file:
+        _header(file)
+        content = file.read()
+    convert = _floats(array.dtype)
+    assert convert is not None  # _arrays has refused others
+    values = convert(np.frombuffer(content, array.dtype))
+    return torch.from_numpy(values.reshape(array.shape, order="F" if array.fortran else "C").copy(order="C"))
+
+
+def _without_prefix(arrays: dict[str, _Array]) -> dict[str, _Array]:
+    """The weights alone, of a file that has the state of a training too."""
+    for prefix in _PREFIXES:
+        if f"{prefix}embedding/kernel" in arrays:
+            return {
+                name.removeprefix(prefix): array
+                for name, array in arrays.items()
+                if name.startswith(prefix) or not name.startswith(_OF_TRAINING)
+            }
+    return arrays
+
+
+def _comment(said: Mapping[str, Any]) -> bytes:
+    return json.dumps({"fastvit": said}).encode()
+
+
+def _said(comment: bytes) -> dict[str, Any]:
+    """What the comment of the archive says; nothing if it is not of ours."""
+    try:
+        said = json.loads(comment)["fastvit"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}

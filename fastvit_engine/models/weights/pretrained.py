@@ -1,0 +1,183 @@
+"""A model as a source of weights has it, whatever its format: what every reader returns and every writer takes."""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from fastvit_engine.config import ModelConfig
+from fastvit_engine.config.model_shape import resolve_shape
+from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
+from fastvit_engine.errors import UserError
+from fastvit_engine.models.vit import VisionTransformer
+from fastvit_engine.models.weights.entries import Entry, check_shapes
+from fastvit_engine.models.weights.position import Interpolation, resample_positions
+
+USUAL = (0.5, 0.5, 0.5)  # mean and std of the recipes, and of the authors' code
+_OF_HEAD = ("pre_logits.", "head.")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A configuration, and the parameters that belong to it, under our names, which are read when they are asked for.
+
+    where: the source, for sentences. shapes: of the parameters, in the order of the model's state dict. load: reads
+    some of them: float32, on the CPU, in memory of their own; UserError if the source is damaged. pixels: "mean" and
+    "std" of the pixels in [0, 1] per colour channel and, if known, "eval_crop" and "eval_transform"; None: not known.
+    class_names: in the order of the outputs; None: not known.
+    """
+
+    where: str
+    config: ModelConfig
+    shapes: Mapping[str, tuple[int, ...]]
+    load: Callable[[Sequence[str]], dict[str, Tensor]]
+    pixels: Mapping[str, Any] | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def read(self, name: str) -> Tensor:
+        """One parameter."""
+        return self.load([name])[name]
+
+    def changed(
+        self,
+        *,
+        image_size: int | None = None,
+        num_classes: int | None = None,
+        interpolation: Interpolation = "bilinear",
+    ) -> "Pretrained":
+        """The same model for other images or classes; None: as it is.
+
+        image_size: the grid part of the position table is resampled, see `resample_positions`. num_classes: the tanh
+        layer and the head are replaced by one linear layer of zeros; 0: by nothing.
+
+        Raises UserError if there is no such model.
+        """
+        changed = self
+        if num_classes is not None:
+            changed = changed._with_head(num_classes)
+        if image_size is not None and image_size != self.config.image_size:
+            changed = changed._at_image_size(image_size, interpolation)
+        return changed
+
+    def build(self) -> VisionTransformer:
+        """The model: float32, on the CPU, in eval mode. Takes 0.5 for mean and std, with a warning, if unknown."""
+        pixels = self.pixels
+        if pixels is None:
+            warnings.warn(f"{self.where} does not say mean and std of its pixels: taking 0.5 and 0.5", stacklevel=3)
+            pixels = {"mean": USUAL, "std": USUAL}
+        with torch.device("meta"):
+            model = VisionTransformer(self.config, mean=tuple(pixels["mean"]), std=tuple(pixels["std"]))
+        model.load_state_dict(self.load(list(self.shapes)), assign=True)
+        if "eval_crop" in pixels:
+            model.eval_crop = pixels["eval_crop"]
+            model.eval_transform = pixels.get("eval_transform", BEFORE_EVAL_TRANSFORM)
+        return model.eval()
+
+    def _with_head(self, num_classes: int) -> "Pretrained":
+        config = _changed(self.config, "num_classes", num_classes, head="linear", head_bias=0.0)
+        kept = {name: shape for name, shape in self.shapes.items() if not name.startswith(_OF_HEAD)}
+        width = resolve_shape(config).width
+        new = {"head.weight": (num_classes, width), "head.bias": (num_classes,)} if num_classes else {}
+
+        def load(names: Sequence[str]) -> dict[str, Tensor]:
+            found = self.load([name for name in names if name not in new])
+            return {name: found[name] if name in found else torch.zeros(new[name]) for name in names}
+
+        return replace(self, config=config, shapes=kept | new, load=load, class_names=None)
+
+    def _at_image_size(self, image_size: int, interpolation: Interpolation) -> "Pretrained":
+        config = _changed(self.config, "image_size", image_size)
+        shape, class_tokens = resolve_shape(config), int(config.pool == "cls")
+        side = image_size // shape.patch_size
+
+        def load(names: Sequence[str]) -> dict[str, Tensor]:
+            found = self.load(names)
+            if "pos_embed" in found:
+                table = found["pos_embed"]
+                found["pos_embed"] = resample_positions(
+                    table, side, class_tokens=class_tokens, interpolation=interpolation
+                )
+            return found
+
+        shapes = {**self.shapes, "pos_embed": (1, shape.tokens, shape.width)}
+        return replace(self, config=config, shapes=shapes, load=load)
+
+
+def from_entries(
+    where: str,
+    config: ModelConfig,
+    entries: Iterable[Entry],
+    fetch: Callable[[str], Tensor],
+    pixels: Mapping[str, Any] | None,
+    class_names: tuple[str, ...] | None = None,
+) -> Pretrained:
+    """A model whose parameters are stored under other names and in other layouts. fetch: reads a tensor of theirs."""
+    by_name = {entry.ours: entry for entry in entries}
+    shapes = {name: by_name[name].shape for name in parameter_shapes(config)}
+
+    def load(names: Sequence[str]) -> dict[str, Tensor]:
+        found = {}
+        for name in names:
+            entry = by_name[name]
+            found[name] = entry.to_ours([fetch(theirs) for theirs in entry.theirs]).to(torch.float32, copy=True)
+        return found
+
+    return Pretrained(where, config, shapes, load, pixels, class_names)
+
+
+def from_tensors(
+    where: str,
+    config: ModelConfig,
+    found: Mapping[str, Sequence[int]],
+    load: Callable[[Sequence[str]], dict[str, Tensor]],
+    pixels: Mapping[str, Any] | None,
+    class_names: tuple[str, ...] | None = None,
+) -> Pretrained:
+    """A model whose parameters are stored under our names.
+
+    found: their shapes. Raises UserError if they are not those of `config`.
+    """
+    expected = parameter_shapes(config)
+    check_shapes(expected, found, where, "parameter")
+    return Pretrained(where, config, expected, load, pixels, class_names)
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of a model and their shapes, in the order of its state dict. Cheap, whatever the size."""
+    depth = resolve_shape(config).depth
+    with torch.device("meta"):
+        model = VisionTransformer(config.model_copy(update={"depth": 1}), mean=USUAL, std=USUAL)
+    shapes: dict[str, tuple[int, ...]] = {}
+    one = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    of_block = {name.removeprefix("blocks.0."): shape for name, shape in one.items() if name.startswith("blocks.")}
+    for name, shape in one.items():
+        if not name.startswith("blocks."):
+            shapes[name] = shape
+        elif "blocks.0.norm1.weight" not in shapes:
+            shapes |= {f"blocks.{index}.{inner}": size for index in range(depth) for inner, size in of_block.items()}
+    return shapes
+
+
+def model_config(model: Mapping[str, Any], where: str) -> ModelConfig:
+    """The section `model` from its JSON. Raises UserError if this version does not know the model in `where`."""
+    try:
+        return ModelConfig.model_validate(model)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        raise UserError(
+            f"{where} is of a model that this version does not know (model.{key}: {problem['msg']})"
+        ) from error
+
+
+def _changed(config: ModelConfig, key: str, value: int, **others: Any) -> ModelConfig:
+    try:
+        changed = ModelConfig.model_validate({**config.model_dump(), key: value, **others})
+    except ValidationError as error:
+        raise UserError(f"{key} is {value}: {error.errors()[0]['msg'].lower()}") from error
+    resolve_shape(changed)
+    return changed

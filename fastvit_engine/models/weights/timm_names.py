@@ -1,0 +1,100 @@
+"""Weights of timm's Vision Transformers, whose names are ours: which model they are of, and what timm's cfg says."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastvit_engine.config.model_shape import SIZES, model_of_shape, resolve_shape
+from fastvit_engine.errors import UserError
+from fastvit_engine.models.weights.position import grid_side
+from fastvit_engine.models.weights.pretrained import Pretrained, from_tensors, model_config
+from fastvit_engine.models.weights.timm_code import ARCHITECTURES
+
+_SIZES = {architecture.split("_")[1]: size for size, (architecture, _) in ARCHITECTURES.items()}
+# Names whose model has nothing but what the weights show; of others, the name says more.
+_PLAIN = re.compile(r"vit_(\w+?)_patch(\d+)(?:_gap)?(?:_\d+|_dinov2)?(?:\.\S*)?")
+_ACTIVATIONS = ("gelu", "gelu_tanh")
+# Arguments of timm's models that we know, and the value of each if it is not given; img_size is seen in the weights.
+_KNOWN = {"img_size", "num_classes", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values",
+          "act_layer", "class_token", "global_pool", "fc_norm", "drop_rate", "drop_path_rate"}  # fmt: skip
+
+Load = Callable[[Sequence[str]], dict[str, Tensor]]
+
+
+def open_timm_tensors(
+    where: str,
+    name: str,
+    shapes: Mapping[str, Sequence[int]],
+    load: Load,
+    *,
+    arguments: Mapping[str, Any] | None = None,
+    pixels: Mapping[str, Any] | None = None,
+    class_names: tuple[str, ...] | None = None,
+) -> Pretrained:
+    """The model of these weights.
+
+    name: of the papers or of timm; it says what the weights do not show, the number of heads. arguments: those of
+    timm's `create_model` beside it. Raises UserError if the weights are not of that model.
+    """
+    arguments = arguments or {}
+    if unknown := [key for key in arguments if key not in _KNOWN]:
+        raise UserError(f"{where}: model_args has '{unknown[0]}', which this version does not know")
+    model = _numbers(name, arguments, where)
+    pool = "cls" if "cls_token" in shapes else "gap"
+    if arguments.get("global_pool", "token") not in ("token", "") and pool == "cls":
+        raise UserError(f"{where} pools '{arguments['global_pool']}' beside a class token ('cls_token')")
+    activation = arguments.get("act_layer", "gelu")
+    if activation not in _ACTIVATIONS:
+        raise UserError(f"{where} has the activation '{activation}': there are {' and '.join(_ACTIVATIONS)}")
+    table = shapes.get("pos_embed", ())
+    if len(table) != 3:
+        raise UserError(f"{where}: parameter 'pos_embed' is {[*table] or 'absent'} there, and must be [1, N, D]")
+    side = grid_side(table[1], int(pool == "cls"), f"{where}: parameter 'pos_embed'")
+    head = shapes.get("head.weight", (0,))
+    model |= {
+        "image_size": side * int(model["name"].partition("/")[2]),
+        "num_classes": head[0] if head else 0,
+        "pool": pool,
+        "head": "mlp" if "pre_logits.fc.weight" in shapes else "linear",
+        "activation": activation,
+        "layer_scale": _layer_scale(arguments, shapes),
+    }
+    config = model_config(model, where)
+    resolve_shape(config)
+    return from_tensors(where, config, shapes, load, pixels, class_names)
+
+
+def _numbers(name: str, arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`name` of a section `model`, and the numbers that differ from it."""
+    if match := re.fullmatch(r"(?:ViT-)?(\w+)/(\d{1,5})", name):
+        if match[1] in SIZES:
+            return {"name": f"{match[1]}/{int(match[2])}"}
+    elif (match := _PLAIN.fullmatch(name)) and match[1] in _SIZES:
+        size = SIZES[_SIZES[match[1]]]
+        try:
+            width = int(arguments.get("embed_dim", size.width))
+            ratio = float(arguments.get("mlp_ratio", size.mlp_dim / size.width))
+            return model_of_shape(
+                patch_size=int(arguments.get("patch_size", match[2])),
+                width=width,
+                depth=int(arguments.get("depth", size.depth)),
+                heads=int(arguments.get("num_heads", size.heads)),
+                mlp_dim=int(width * ratio),
+            )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{where}: model_args makes no model ({error})") from error
+    known = ", ".join(f"vit_{size}_patch16_224" for size in ("tiny", "base"))
+    raise UserError(
+        f"'{name}' names no model that this version knows: give a size and a patch size, as in B/16 "
+        f"(sizes: {', '.join(SIZES)}), or a plain Vision Transformer of timm, as {known}"
+    )
+
+
+def _layer_scale(arguments: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> float | None:
+    """Its initial value, which matters no more; None if the weights have none."""
+    if "blocks.0.ls1.gamma" not in shapes:
+        return None
+    value = arguments.get("init_values")
+    return float(value) if isinstance(value, int | float) and 0 <= value <= 10 else 1.0
