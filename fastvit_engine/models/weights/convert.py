@@ -36,7 +36,8 @@ def convert(model: Pretrained, destination: Path, target: Target) -> Written:
     if not destination.absolute().parent.is_dir():
         raise UserError(f"{destination.absolute().parent} is no folder: make it first")
     if target == "npz":
-        return Written(write_npz(model, destination), [])
+        code = ["from fastvit_engine import load_model", f"model = load_model({str(destination)!r})"]
+        return Written(write_npz(model, destination), code)
     write: Callable[[Pretrained, Path], list[str]]
     write = {"timm": write_timm, "hf": write_folder, "hub-folder": write_hub_folder}[target]
     notes = [] if model.pixels else ["mean and std of the pixels are unknown: 0.5 and 0.5 are written"]

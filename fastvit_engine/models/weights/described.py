@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from fastvit_engine.config import DataConfig
 from fastvit_engine.errors import UserError
+from fastvit_engine.models.weights.entries import brief
 
 PIXELS = ("mean", "std", "eval_crop", "eval_transform")  # keys of section `data`
 
@@ -29,5 +30,5 @@ def described(said: Mapping[str, Any], where: str) -> tuple[dict[str, Any] | Non
             f"{where} has damaged metadata ({problem['loc'][0]}: {problem['msg']}): make the file again"
         ) from error
     except ValueError as error:
-        raise UserError(f"{where} has damaged metadata ({error}): make the file again") from error
+        raise UserError(f"{where} has damaged metadata ({brief(error)}): make the file again") from error
     return checked, None if names is None else tuple(names)

@@ -9,6 +9,13 @@ from torch import Tensor
 from fastvit_engine.errors import UserError
 
 Dimensions = tuple[int, ...]
+_LONGEST_SHOWN = 200  # characters
+
+
+def brief(value: object) -> str:
+    """As much of what a file says as a sentence may hold."""
+    text = str(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,10 @@ def check_shapes(
     for name in [*expected, *found]:
         here, there = (None if name not in shapes else list(shapes[name]) for shapes in (expected, found))
         if here != there:
-            texts = ["absent" if shape is None else str(shape) for shape in (there, here)]
-            raise UserError(f"{where}: {what} '{name}' is {texts[0]} there and {texts[1]} in the model that it is of")
+            texts = ["absent" if shape is None else brief(shape) for shape in (there, here)]
+            raise UserError(
+                f"{where}: {what} '{brief(name)}' is {texts[0]} there and {texts[1]} in the model that it is of"
+            )
 
 
 def same(ours: str, theirs: str, *shape: int) -> Entry:

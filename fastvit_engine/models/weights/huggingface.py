@@ -18,7 +18,7 @@ from fastvit_engine.config.model_shape import model_of_shape, resolve_shape
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_folder, atomic_write
 from fastvit_engine.models.weights.described import described
-from fastvit_engine.models.weights.entries import Entry, check_shapes, same
+from fastvit_engine.models.weights.entries import Entry, brief, check_shapes, same
 from fastvit_engine.models.weights.pretrained import Pretrained, from_entries, model_config
 from fastvit_engine.models.weights.safetensors_file import read_header, write_tensors
 
@@ -72,7 +72,7 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, head: bool = True) -
     """
     where, kind = str(folder), str(config.get("model_type"))
     if kind not in _KINDS:
-        raise UserError(f"{where} holds a model of type '{kind}': there are {' and '.join(_KINDS)}")
+        raise UserError(f"{where} holds a model of type '{brief(kind)}': there are {' and '.join(_KINDS)}")
     if not (folder / WEIGHTS).exists():
         raise UserError(
             f"{where} has no {WEIGHTS}: save the model again with transformers, "
@@ -81,7 +81,9 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, head: bool = True) -
     _, shapes, load = read_header(folder / WEIGHTS)
     for key, needed in _NEEDED.items():
         if config.get(key, needed) != needed:
-            raise UserError(f"{where}: '{key}' is {config[key]!r} in {CONFIG}, and only {needed!r} can be read")
+            raise UserError(
+                f"{where}: '{key}' is {brief(repr(config[key]))} in {CONFIG}, and only {needed!r} can be read"
+            )
     prefix = f"{kind}." if any(name.startswith(f"{kind}.") for name in shapes) else ""
     ignored = {f"{prefix}embeddings.mask_token"}  # of masked training; a model that sees all patches has no use for it
     pooler = f"{prefix}pooler.dense"
@@ -159,11 +161,15 @@ def write_folder(model: Pretrained, folder: Path) -> list[str]:
     if kind == "dinov2":
         shapes["embeddings.mask_token"] = (1, shape.width)
 
+    made: dict[str, Tensor] = {}  # the rest of the parameter that was read last
+
     def read(inner: str) -> Tensor:
         if inner not in by_name:
             return torch.zeros(shapes[inner])
-        entry = by_name[inner]
-        return entry.to_theirs(model.read(entry.ours))[inner]
+        if inner not in made:
+            entry = by_name[inner]
+            made.update(entry.to_theirs(model.read(entry.ours)))
+        return made.pop(inner)
 
     with atomic_folder(folder) as temporary:
         write_tensors(temporary / WEIGHTS, shapes, {"format": "pt"}, read)
@@ -209,7 +215,7 @@ def read_json(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             content = json.loads(file.read(_LONGEST))
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): get it again") from error
+        raise UserError(f"{path} cannot be read ({brief(error)}): get it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object: get it again")
     return content
@@ -230,12 +236,14 @@ def _model(config: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
         if key in ("image_size", "patch_size") and isinstance(value, list) and len(set(map(str, value))) == 1:
             value = value[0]  # height and width
         if type(value) is not int and not (isinstance(default, float) and isinstance(value, float)):
-            raise UserError(f"{where}: '{key}' is {value!r} in {CONFIG}, and must be a number, the same in both axes")
+            raise UserError(
+                f"{where}: '{key}' is {brief(repr(value))} in {CONFIG}, and must be a number, the same in both axes"
+            )
         numbers[key] = value
     if not all(value > 0 for value in numbers.values()):
-        raise UserError(f"{where}: {CONFIG} has a number that is not positive: {numbers}")
+        raise UserError(f"{where}: {CONFIG} has a number that is not positive: {brief(numbers)}")
     if (activation := str(known.get("hidden_act", "gelu"))) not in _ACTIVATIONS:
-        raise UserError(f"{where} has the activation '{activation}': there are {', '.join(_ACTIVATIONS)}")
+        raise UserError(f"{where} has the activation '{brief(activation)}': there are {', '.join(_ACTIVATIONS)}")
     width = numbers["hidden_size"]
     return model_of_shape(
         patch_size=numbers["patch_size"],

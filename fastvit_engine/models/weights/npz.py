@@ -25,7 +25,7 @@ from fastvit_engine.config.model_shape import Shape, model_of_shape, resolve_sha
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.described import described
-from fastvit_engine.models.weights.entries import Dimensions, Entry, check_shapes, same
+from fastvit_engine.models.weights.entries import Dimensions, Entry, brief, check_shapes, same
 from fastvit_engine.models.weights.position import grid_side
 from fastvit_engine.models.weights.pretrained import USUAL, Pretrained, from_entries, model_config
 
@@ -159,8 +159,8 @@ class _Names:
             depths.add(layers)
             if len(depths) > 1 or not 0 < layers <= _MOST_ARRAYS // len(arrays):
                 raise UserError(
-                    f"{where}: array '{name}' has shape {list(array.shape)}, and the first axis of every array of "
-                    f"'{_STACKED}' must be the number of blocks"
+                    f"{where}: array '{brief(name)}' has shape {list(array.shape)}, and the first axis of every array "
+                    f"of '{_STACKED}' must be the number of blocks"
                 )
             for layer in range(layers):
                 inner = f"Transformer/encoderblock_{layer}/{name.removeprefix(_STACKED)}"
@@ -168,7 +168,7 @@ class _Names:
 
     def _add(self, name: str, stored: str, layer: int | None, shape: Dimensions) -> None:
         if name in self.shapes:
-            raise UserError(f"{self._where}: array '{name}' is there twice, also in '{_STACKED}'")
+            raise UserError(f"{self._where}: array '{brief(name)}' is there twice, also in '{_STACKED}'")
         self._stored[name], self.shapes[name] = (stored, layer), shape
 
     def stored(self, name: str) -> tuple[str, int | None]:
@@ -208,13 +208,13 @@ class _Names:
     def _shape_of(self, name: str, meaning: str, axes: int) -> Dimensions:
         shape = self.shapes.get(name)
         if shape is None:
-            others = ", ".join(f"'{other}'" for other in sorted(self.shapes)[:3])
+            others = ", ".join(f"'{brief(other)}'" for other in sorted(self.shapes)[:3])
             raise UserError(
                 f"{self._where} has no array '{name}', and is no Vision Transformer that this version knows "
                 f"(it has {others or 'nothing'})"
             )
         if len(shape) != axes:
-            raise UserError(f"{self._where}: array '{name}' has shape {list(shape)}, and must be [{meaning}]")
+            raise UserError(f"{self._where}: array '{brief(name)}' has shape {list(shape)}, and must be [{meaning}]")
         return shape
 
 
@@ -281,7 +281,7 @@ def _readable(path: Path) -> Iterator[None]:
     except UserError:
         raise
     except _UNREADABLE as error:
-        reason = str(error) or type(error).__name__
+        reason = brief(error) or type(error).__name__
         raise UserError(f"{path} is not a complete .npz file ({reason}): get it again") from error
 
 
@@ -297,17 +297,18 @@ def _arrays(archive: zipfile.ZipFile, path: Path) -> Iterator[_Array]:
     seen: set[str] = set()
     for member in members:
         if not member.filename.endswith(".npy") or member.filename in seen:
-            raise UserError(f"{path} holds '{member.filename}', which is no array or is there twice")
+            raise UserError(f"{path} holds '{brief(member.filename)}', which is no array or is there twice")
         seen.add(member.filename)
         with archive.open(member) as file:
             shape, fortran, dtype = _header(file)
             stored = file.tell() + math.prod(shape) * dtype.itemsize
+        name = brief(member.filename[:-4])
         if dtype.hasobject:
-            raise UserError(f"{path}: array '{member.filename[:-4]}' holds pickled Python objects, which are not read")
+            raise UserError(f"{path}: array '{name}' holds pickled Python objects, which are not read")
         if _floats(dtype) is None:
-            raise UserError(f"{path}: array '{member.filename[:-4]}' holds {dtype}, and weights are floating-point")
+            raise UserError(f"{path}: array '{name}' holds {brief(dtype)}, and weights are floating-point")
         if stored != member.file_size:
-            raise ValueError(f"array '{member.filename[:-4]}' has not the size of its shape {shape}")
+            raise ValueError(f"array '{name}' has not the size of its shape {shape}")
         yield _Array(member, shape, dtype, fortran)
 
 

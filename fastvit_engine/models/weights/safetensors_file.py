@@ -18,6 +18,7 @@ from torch import Tensor
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.described import PIXELS, described
+from fastvit_engine.models.weights.entries import brief
 from fastvit_engine.models.weights.pretrained import Pretrained, from_tensors, model_config
 from fastvit_engine.models.weights.timm_code import timm_code
 from fastvit_engine.models.weights.timm_names import open_timm_tensors
@@ -100,7 +101,7 @@ def open_safetensors(path: Path, name: str | None = None) -> Pretrained:
         model = dict(json.loads(metadata["model"]))
         said = {key: json.loads(metadata[key]) for key in (*PIXELS, "class_names") if key in metadata}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} has damaged metadata ({error}): export the model again") from error
+        raise UserError(f"{path} has damaged metadata ({brief(error)}): export the model again") from error
     pixels, class_names = described(said, where)
     return from_tensors(where, model_config(model, where), shapes, load, pixels, class_names)
 
@@ -121,12 +122,12 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]],
         raise UserError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is not a complete safetensors file ({error}): get it again, or make it again with "
+            f"{path} is not a complete safetensors file ({brief(error)}): get it again, or make it again with "
             "`fastvit export` or `fastvit convert`"
         ) from error
     for name, dtype in dtypes.items():
         if not (dtype in DTYPES and DTYPES[dtype].is_floating_point):
-            raise UserError(f"{path}: tensor '{name}' holds {dtype}, and weights are floating-point")
+            raise UserError(f"{path}: tensor '{brief(name)}' holds {dtype}, and weights are floating-point")
 
     def load(wanted: Sequence[str]) -> dict[str, Tensor]:
         return {name: file.get_tensor(name).to(torch.float32, copy=True) for name in wanted}

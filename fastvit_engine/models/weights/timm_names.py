@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastvit_engine.config.model_shape import SIZES, model_of_shape, resolve_shape
 from fastvit_engine.errors import UserError
+from fastvit_engine.models.weights.entries import brief
 from fastvit_engine.models.weights.position import grid_side
 from fastvit_engine.models.weights.pretrained import Pretrained, from_tensors, model_config
 from fastvit_engine.models.weights.timm_code import ARCHITECTURES
@@ -40,14 +41,14 @@ def open_timm_tensors(
     """
     arguments = arguments or {}
     if unknown := [key for key in arguments if key not in _KNOWN]:
-        raise UserError(f"{where}: model_args has '{unknown[0]}', which this version does not know")
+        raise UserError(f"{where}: model_args has '{brief(unknown[0])}', which this version does not know")
     model = _numbers(name, arguments, where)
     pool = "cls" if "cls_token" in shapes else "gap"
     if arguments.get("global_pool", "token") not in ("token", "") and pool == "cls":
-        raise UserError(f"{where} pools '{arguments['global_pool']}' beside a class token ('cls_token')")
+        raise UserError(f"{where} pools '{brief(arguments['global_pool'])}' beside a class token ('cls_token')")
     activation = arguments.get("act_layer", "gelu")
     if activation not in _ACTIVATIONS:
-        raise UserError(f"{where} has the activation '{activation}': there are {' and '.join(_ACTIVATIONS)}")
+        raise UserError(f"{where} has the activation '{brief(activation)}': there are {' and '.join(_ACTIVATIONS)}")
     table = shapes.get("pos_embed", ())
     if len(table) != 3:
         raise UserError(f"{where}: parameter 'pos_embed' is {[*table] or 'absent'} there, and must be [1, N, D]")
@@ -84,10 +85,10 @@ def _numbers(name: str, arguments: Mapping[str, Any], where: str) -> dict[str, A
                 mlp_dim=int(width * ratio),
             )
         except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{where}: model_args makes no model ({error})") from error
+            raise UserError(f"{where}: model_args makes no model ({brief(error)})") from error
     known = ", ".join(f"vit_{size}_patch16_224" for size in ("tiny", "base"))
     raise UserError(
-        f"'{name}' names no model that this version knows: give a size and a patch size, as in B/16 "
+        f"'{brief(name)}' names no model that this version knows: give a size and a patch size, as in B/16 "
         f"(sizes: {', '.join(SIZES)}), or a plain Vision Transformer of timm, as {known}"
     )
 

@@ -73,12 +73,14 @@ def test_there_and_back_every_array_is_the_same_to_the_bit(tmp_path, between, ki
     assert open_model(second).config == open_model(first).config
 
 
-def test_big_vision_becomes_the_official_layout(tmp_path):
+def test_big_vision_becomes_the_official_layout(tmp_path, capsys):
     arrays = random_arrays()
     arrays["Transformer/posembed_input/pos_embedding"][:, 0] = 0  # the class token has no position there
     source = save(tmp_path / "first.npz", big_vision(arrays, stacked=True), "params/")
     converted(source, tmp_path / "second.npz", "--to", "npz")
     same_arrays(arrays, np.load(tmp_path / "second.npz"))
+    with torch.no_grad():
+        torch.testing.assert_close(run_code(capsys)(IMAGES), load_model(source)(IMAGES), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [{}, {"token": False}, {"classes": 0}], ids=str)
