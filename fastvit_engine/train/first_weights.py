@@ -21,6 +21,7 @@ from fastvit_engine.config.model_shape import Shape, resolve_shape
 from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.errors import UserError
 from fastvit_engine.models.weights.pretrained import Pretrained
+from fastvit_engine.models.weights.safetensors_file import read_header
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.shown import public_url
 from fastvit_engine.train.job import Job
@@ -64,7 +65,18 @@ def fill_in(resolved: Resolved, run: RunFolder | None, *, resume: bool) -> Fille
         return _from_checkpoint(config, state)
     if config.init.from_ is None:
         return Filled()
-    return _from_weights(resolved, open_model(config.init.from_, head=config.init.head == "keep"))
+    return _from_weights(resolved, _open(config.init))
+
+
+def _open(settings: InitConfig) -> Pretrained:
+    assert settings.from_ is not None
+    path = Path(settings.from_)
+    if path.suffix == ".safetensors" and path.is_file() and "model" not in read_header(path)[0]:
+        raise UserError(
+            f"{path} does not say which model its weights are of; if it has the names of timm, `fastvit convert {path} "
+            "NEW.safetensors --to timm --name B/16`, with its own name, makes a file to start from"
+        )
+    return open_model(settings.from_, head=settings.head == "keep")
 
 
 def _state_of(config: Config, run: RunFolder) -> TrainerState | None:
@@ -246,9 +258,8 @@ def load_first_weights(job: Job) -> None:
 
 def _read(config: Config, shapes: Mapping[str, list[int]]) -> dict[str, torch.Tensor]:
     settings, model = config.init, config.model
-    assert settings.from_ is not None
     keeps = settings.head == "keep"
-    weights = open_model(settings.from_, head=keeps).changed(
+    weights = _open(settings).changed(
         image_size=model.image_size,
         num_classes=None if keeps else model.num_classes,
         interpolation=settings.interpolation,

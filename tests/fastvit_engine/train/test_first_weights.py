@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from fastvit_engine.checkpoint import load
 from fastvit_engine.config import load_config
@@ -117,6 +119,13 @@ def test_a_filled_recipe_makes_a_model(npz, recipe):
     config = filled(npz, recipe, model__image_size=16).config
     model = build_vit(config.model, mean=config.data.mean, std=config.data.std)
     assert model.pos_embed.shape == (1, 17, 24)
+
+
+def test_timms_names_alone_do_not_say_the_model(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file({"cls_token": torch.zeros(1, 1, 8)}, path)
+    with pytest.raises(UserError, match=rf"`fastvit convert {path} NEW.safetensors --to timm --name B/16`"):
+        filled(str(path))
 
 
 def test_weights_that_are_none_are_refused(tmp_path):
