@@ -258,7 +258,7 @@ def train_bare(config: Config, batches: Iterator[Batch]) -> Weights:
     model = build_vit(config.model, mean=config.data.mean, std=config.data.std)
     criterion = FusedCrossEntropy(config.loss.kind)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer.weight_decay), betas=config.optimizer.betas, eps=config.optimizer.eps
+        parameter_groups(model, config.optimizer), betas=config.optimizer.betas, eps=config.optimizer.eps
     )
     assert config.train.grad_clip is not None
     for step, batch in zip(range(schedule.total_steps), batches, strict=False):

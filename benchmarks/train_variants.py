@@ -89,7 +89,7 @@ def bare_loop(setup: Setup, model: nn.Module, loss_of: Callable[[Tensor, Tensor]
     """Autocast, backward pass, clipping, AdamW: what a training script without an engine does."""
     config = setup.config()
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer.weight_decay),
+        parameter_groups(model, config.optimizer),
         lr=LEARNING_RATE,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
@@ -231,7 +231,7 @@ def reference(setup: Setup) -> Step:
         dispatch.choice = "reference"
         model = setup.our_model().train()
         run = model
-    groups = parameter_groups(model, setup.config().optimizer.weight_decay)
+    groups = parameter_groups(model, setup.config().optimizer)
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=setup.config().optimizer.betas)
     at_once = 8
 

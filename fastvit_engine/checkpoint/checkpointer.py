@@ -82,7 +82,7 @@ class Checkpointer:
         if (error := self._on_main(lambda: self._prepare(checkpoint, size))) is not None:
             self._failed(checkpoint, error)
             return
-        manifest = Manifest(state, self.engine.scalars(), self.engine.shapes, files={})
+        manifest = Manifest(state, self.engine.scalars(), self.engine.shapes, files={}, frozen=self.engine.frozen)
         blocks = self._host_copy.begin(slices)
         self._in_flight = SaveInFlight(
             checkpoint,

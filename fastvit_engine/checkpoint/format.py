@@ -2,10 +2,11 @@
 
 `rank-00003.safetensors` holds 1-D tensors named `weight/blocks.0.mlp.fc1.weight@4096`: a kind (weight, ema, buffer, or
 a key of the optimizer such as exp_avg), a parameter, and the position in the flattened parameter where they begin.
-`manifest.json` is written last. It has the state of the run, the shape of every parameter, and where each tensor lies
-in its file, with its CRC-32: one checksum per tensor, so that a process verifies all that it reads and nothing else,
-and an error can name the parameter. It ends with a CRC-32 of itself. CRC-32 comes with Python, runs at 1 to 2 GB/s
-outside the GIL, and finds what happens to files: lost, cut and flipped bytes. There is no pickle.
+`manifest.json` is written last. It has the state of the run, the shape of every parameter, which of them do not learn
+and so have no optimizer state, and where each tensor lies in its file, with its CRC-32: one checksum per tensor, so
+that a process verifies all that it reads and nothing else, and an error can name the parameter. It ends with a CRC-32
+of itself. CRC-32 comes with Python, runs at 1 to 2 GB/s outside the GIL, and finds what happens to files: lost, cut and
+flipped bytes. There is no pickle.
 """
 
 import json
@@ -81,6 +82,7 @@ class _Document(BaseModel):
     scalars: dict[str, _Number]
     parameters: dict[str, list[_Count]]
     files: dict[str, StoredFile]
+    frozen: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class Manifest:
     scalars: dict[str, float]  # the optimizer's counters, the loss scale
     parameters: dict[str, list[int]]  # shapes
     files: dict[str, StoredFile]
+    frozen: frozenset[str] = frozenset()  # parameters that do not learn, of which the optimizer keeps nothing
 
     @property
     def step(self) -> int:
@@ -116,6 +119,8 @@ class Manifest:
         for kind in sorted(self.kinds - {"buffer"}):
             stored = self.stored(kind)
             for name, shape in self.parameters.items():
+                if name in self.frozen and kind not in ("weight", "ema"):
+                    continue
                 size = torch.Size(shape).numel()
                 ends = [0, *(edge for _, t in stored.get(name, []) for edge in (t.start, t.stop)), size]
                 if any(stop != start for stop, start in list(pairwise(ends))[::2]):
@@ -130,6 +135,7 @@ class Manifest:
             "scalars": self.scalars,
             "parameters": self.parameters,
             "files": {name: asdict(file) for name, file in self.files.items()},
+            **({"frozen": sorted(self.frozen)} if self.frozen else {}),
         }
         text = json.dumps(content).encode()
         return text[:-1] + b', "crc32": %d}' % zlib.crc32(text)
@@ -153,7 +159,7 @@ class Manifest:
             state = TrainerState.from_json(document.state)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise DamagedCheckpoint(f"{where} is not what was written there: the file is damaged") from error
-        return cls(state, document.scalars, document.parameters, document.files)
+        return cls(state, document.scalars, document.parameters, document.files, frozenset(document.frozen))
 
 
 def _verify(text: bytes) -> None:

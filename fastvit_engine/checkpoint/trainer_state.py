@@ -60,6 +60,7 @@ class TrainerState:
     class_names: tuple[str, ...] | None = None  # in the order of the labels; None: unknown
     # (step, images per step from then on), see `BatchSizes`; empty: always the one of the fingerprint
     batch_sizes: tuple[tuple[int, int], ...] = ()
+    init: Mapping[str, str] | None = None  # the weights that the run began with; None: from scratch
 
     @property
     def batches(self) -> BatchSizes:
@@ -80,6 +81,7 @@ class TrainerState:
             "pixels": None if self.pixels is None else dict(self.pixels),
             "class_names": self.class_names,
             "batch_sizes": self.batch_sizes,
+            "init": None if self.init is None else dict(self.init),
         }
 
     @classmethod
@@ -101,6 +103,7 @@ class TrainerState:
             pixels=pixels,
             class_names=None if class_names is None else tuple(class_names),
             batch_sizes=_batch_sizes(content.get("batch_sizes", ())),
+            init=content.get("init"),
         )
 
 
@@ -152,6 +155,7 @@ class _StateForm(BaseModel):
     evaluated_at: _Count | None = None
     pixels: _PixelsForm | None = None
     class_names: list[str] | None = None
+    init: dict[str, str] | None = None
 
 
 _WINDOWS = ("skipped", "failed")

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from fastvit_engine.commands.recipe import add_recipe
+from fastvit_engine.commands.recipe import add_init, add_recipe, settings_of, with_weights
 from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(show)
+    add_init(show)
     show.set_defaults(run=_show)
     explain = actions.add_parser(
         "explain",
@@ -59,7 +60,7 @@ def _list(args: argparse.Namespace) -> int:
 def _show(args: argparse.Namespace) -> int:
     from fastvit_engine.config import load_config
 
-    resolved = load_config(args.recipe, args.set)
+    resolved = with_weights(load_config(args.recipe, settings_of(args)))
     _check_lengths(resolved.config)
     say(resolved.to_yaml(with_origins=True), end="")
     return 0

@@ -4,7 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from fastvit_engine.commands.recipe import add_recipe
+from fastvit_engine.commands.recipe import add_init, add_recipe, settings_of, with_weights
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
 
@@ -40,6 +40,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(parser)
+    add_init(parser)
     parser.add_argument("--gpus", metavar="N", type=int, required=True, help="GPUs of the whole job")
     parser.add_argument("--gpus-per-node", metavar="N", type=int, help="default: 8, or all if there are fewer")
     parser.add_argument("--gpu", choices=list(_MEMORY), default="H100", help="their model (default: H100)")
@@ -62,7 +63,7 @@ def _run(args: argparse.Namespace) -> int:
     gib = args.gpu_memory or _MEMORY[args.gpu]
     if gib <= 2:
         raise UserError(f"--gpu-memory is {gib:g} GiB: too little for any training")
-    config = load_config(args.recipe, args.set).config
+    config = with_weights(load_config(args.recipe, settings_of(args))).config
 
     from fastvit_engine.sizing.defaults import Machine, candidates, choose
 
@@ -99,7 +100,8 @@ def _images_per_second(chosen: "Chosen", gpu: str, mfu: float) -> float:
 
     split = split_batch(chosen.config, chosen.machine.processes)
     share = split.global_batch_size / split.largest_share  # GPUs' worth of work that a step has
-    return mfu * DATASHEET_PEAK[gpu] * share / training_flops(chosen.config.model)
+    flops = training_flops(chosen.config.model, frozen=chosen.config.optimizer.frozen)
+    return mfu * DATASHEET_PEAK[gpu] * share / flops
 
 
 def _on_fewer_nodes(config: "Config", chosen: "Chosen", gpu: str, mfu: float) -> list[dict[str, Any]]:
@@ -137,7 +139,7 @@ def _time(chosen: "Chosen", gpu: str, mfu: float) -> dict[str, Any]:
     from fastvit_engine.train.schedule import Schedule
 
     config = chosen.config
-    flops = training_flops(config.model)
+    flops = training_flops(config.model, frozen=config.optimizer.frozen)
     rate = _images_per_second(chosen, gpu, mfu)
     time = {
         "flops_per_image": flops,

@@ -1,10 +1,10 @@
-"""`fastvit train`: pretrains the model of a recipe, in new processes or as one rank of a job already started."""
+"""`fastvit train`: trains the model of a recipe, in new processes or as one rank of a job already started."""
 
 import argparse
 import os
 import uuid
 
-from fastvit_engine.commands.recipe import add_recipe
+from fastvit_engine.commands.recipe import add_init, add_recipe, settings_of
 from fastvit_engine.errors import RestartError, UserError
 from fastvit_engine.shown import say
 
@@ -12,15 +12,17 @@ from fastvit_engine.shown import say
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "train",
-        help="pretrain a model",
-        description="Pretrains the model of a recipe: on every GPU of this machine, on CPU processes if it has\n"
-        "none, or as one rank of the job that torchrun, srun or deepspeed started.",
-        epilog="example:\n  fastvit train vit_b16_i21k --set data.train=data/i21k --out runs/b16 --resume auto\n\n"
+        help="train a model, from scratch or from weights",
+        description="Trains the model of a recipe, from scratch or from the weights of another: on every GPU of this\n"
+        "machine, on CPU processes if it has none, or as one rank of the job that torchrun, srun or deepspeed started.",
+        epilog="examples:\n  fastvit train vit_b16_i21k --set data.train=data/i21k --out runs/b16 --resume auto\n"
+        "  fastvit train finetune_photos --init ViT-B_16.npz --set data.train=photos --set model.num_classes=12\n\n"
         "signals: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C finishes the step, saves and exits with code 76; a second one\n"
         "ends the run at once. SIGQUIT writes stack traces into the run folder, as `fastvit stacks` does.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(parser)
+    add_init(parser)
     parser.add_argument(
         "--out",
         metavar="DIR",
@@ -63,7 +65,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.config import load_config
 
-    resolved = load_config(args.recipe, args.set)  # before PyTorch is loaded: a typing error is told at once
+    settings = settings_of(args)
+    resolved = load_config(args.recipe, settings)  # before PyTorch is loaded: a typing error is told at once
 
     from fastvit_engine.checkpoint import store_of
     from fastvit_engine.checkpoint.export import export_run
@@ -76,6 +79,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.distributed.rendezvous import check_rendezvous
     from fastvit_engine.observe.run_folder import run_folder
     from fastvit_engine.sizing.defaults import choose, machine_here
+    from fastvit_engine.train.first_weights import fill_in
     from fastvit_engine.train.start import preflight, report_damage
     from fastvit_engine.trusted_folders import trust_compiled_code
 
@@ -99,6 +103,7 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--max-restarts is {args.max_restarts}: at least 0")
     trust_compiled_code()
     processes = launch.processes_here(args.cpu_processes)
+    resolved = fill_in(resolved, run, resume=resume).apply(resolved)
     chosen = choose(resolved.config, machine_here(processes))
     environment = {**os.environ, RUN_ID: uuid.uuid4().hex}  # of the ranks, which belong to this process
     with own(chosen.config.checkpoint, run, environment) as owned, kept_records(run, owned) as records:
@@ -110,7 +115,7 @@ def _run(args: argparse.Namespace) -> int:
             records.insist()
             say(start.message)
             return 0
-        overrides = [word for override in args.set for word in ("--set", override)]
+        overrides = [word for override in settings for word in ("--set", override)]
         allowed = ["--allow-batch-change"] if args.allow_batch_change else []
         command = [
             "train",

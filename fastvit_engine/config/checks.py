@@ -1,5 +1,7 @@
 """Combinations of values that cannot work, whatever the data and the machine: refused before anything is loaded."""
 
+from collections.abc import Mapping
+
 from fastvit_engine.config.deepspeed_section import check_deepspeed
 from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.config.sections import Config, ZeroConfig
@@ -9,10 +11,16 @@ from fastvit_engine.errors import UserError
 
 def check_config(config: Config) -> None:
     """Raises UserError, naming the keys, if two values of a valid configuration contradict each other."""
-    resolve_shape(config.model)
+    if config.init.from_ is None or "name" in config.model.model_fields_set:
+        resolve_shape(config.model)  # else the weights say the name
     if config.model.num_classes == 0:
         raise UserError(
             "model.num_classes is 0, a model without a head, and training needs one: set the number of classes"
+        )
+    if config.optimizer.frozen != "none" and _quantizes_what_is_frozen(config):
+        raise UserError(
+            f"optimizer.frozen = {config.optimizer.frozen} keeps every bit of the weights, and "
+            "deepspeed.zero_optimization.zero_quantized_nontrainable_weights rounds them: leave one of them out"
         )
     if config.data.max_labels > config.model.num_classes:
         raise UserError(
@@ -42,6 +50,11 @@ def check_config(config: Config) -> None:
         raise UserError(f"checkpoint.keep_best = {best} needs an average of the weights: set ema.decay")
     check_zero(config.zero)
     check_deepspeed(config)
+
+
+def _quantizes_what_is_frozen(config: Config) -> bool:
+    zero = config.deepspeed.get("zero_optimization")
+    return isinstance(zero, Mapping) and bool(zero.get("zero_quantized_nontrainable_weights"))
 
 
 def _check_durations(config: Config) -> None:

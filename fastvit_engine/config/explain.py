@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from fastvit_engine.config.keys import alternatives, hint, keys_of, sections
+from fastvit_engine.config.keys import alternatives, hint, keys_of, sections, written_name
 from fastvit_engine.config.sections import Config, DataSource
 from fastvit_engine.duration import SYNTAX, Duration
 from fastvit_engine.errors import UserError
@@ -122,7 +122,7 @@ def _key(model: type[BaseModel], name: str, prefix: str = "") -> Key:
     default = None if field.is_required() else json.loads(json.dumps(field.default))
     kinds = [*dict.fromkeys(_type(kind) for kind in _members(annotation))]
     return Key(
-        key=f"{prefix}{name}",
+        key=f"{prefix}{written_name(name, field)}",
         type=" or ".join(sorted(kinds, key=lambda kind: kind == "null")),
         range=_range(field.metadata) or _range_of_elements(annotation),
         default=default,

@@ -30,9 +30,13 @@ MOVED = {  # former name: new name
 _ALIASES = {  # words from other code bases, whatever section they are looked for in
     "optimizer.learning_rate": "lr base_lr max_lr peak_lr blr initial_lr",
     "optimizer.weight_decay": "wd decay l2",
-    "optimizer.betas": "beta beta1 beta2 adam_betas opt_betas momentum",
+    "optimizer.betas": "beta beta1 beta2 adam_betas opt_betas",
     "optimizer.eps": "epsilon adam_eps opt_eps",
     "optimizer.kind": "opt optim optimizer_name",
+    "optimizer.momentum": "sgd_momentum",
+    "optimizer.layer_decay": "layer_wise_lr_decay llrd layerwise_decay lr_decay_rate",
+    "optimizer.frozen": "freeze freeze_backbone frozen_backbone linear_probe",
+    "init.from": "finetune pretrained pretrained_model init_from load_from checkpoint_path resume_weights",
     "train.global_batch_size": "batch_size batchsize bs batch global_batch total_batch_size train_batch_size",
     "train.micro_batch_size": "micro_batch mini_batch_size batch_size_per_gpu per_device_batch_size "
     "accum_iter grad_accum grad_accum_steps accumulation_steps gradient_accumulation_steps",
@@ -113,8 +117,14 @@ def fields() -> dict[str, FieldInfo]:
     inner = sections()
     found = {name: Config.model_fields[name] for name in keys_of(Config)}
     for section, model in inner.items():
-        found |= {f"{section}.{name}": model.model_fields[name] for name in keys_of(model)}
+        values = {name: model.model_fields[name] for name in keys_of(model)}
+        found |= {f"{section}.{written_name(name, field)}": field for name, field in values.items()}
     return found
+
+
+def written_name(name: str, field: FieldInfo) -> str:
+    """The name of a field in a recipe: "from" is no name that Python takes."""
+    return field.alias or name
 
 
 def alternatives(annotation: Any) -> Iterator[Any]:
@@ -160,7 +170,11 @@ def hint(unknown: str) -> str:
     if meant:
         return f"did you mean {or_list(meant)}?"
     inner = sections()
-    return f"valid: {', '.join(inner[section].model_fields if section in inner else Config.model_fields)}"
+    return f"valid: {', '.join(_names_in(inner.get(section, Config)))}"
+
+
+def _names_in(section: type[BaseModel]) -> list[str]:
+    return [written_name(name, field) for name, field in section.model_fields.items()]
 
 
 def suggestions(unknown: str) -> list[str]:
@@ -175,8 +189,8 @@ def suggestions(unknown: str) -> list[str]:
     if same := [name for name in known if name.rpartition(".")[2] == word]:
         return same[:3]
     inner = sections()
-    beside = inner[section].model_fields if section in inner else Config.model_fields if not section else {}
-    if near := near_names(word, list(beside), cutoff=0.5):
+    beside = _names_in(inner[section]) if section in inner else [] if section else _names_in(Config)
+    if near := near_names(word, beside, cutoff=0.5):
         return [f"{section}.{near[0]}" if section else near[0]]
     if near := near_names(unknown, list(known), cutoff=0.75):
         return near

@@ -14,7 +14,7 @@ from fastvit_engine.errors import UserError
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 _BASE = "base"
-_OF_WEIGHTS = (".npz", ".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_OF_A_MODEL = ("config.json", "manifest.json", "model.safetensors")  # in a folder
 _INTEGER, _NUMBER = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
 _Base: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's where PyYAML was built with it
 
@@ -83,7 +83,10 @@ def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or f
     except (OSError, ValueError):  # no file can have that name
         is_file = is_folder = False
     if is_file:
+        _check_no_weights(path)
         return path
+    if is_folder and any((path / name).is_file() for name in _OF_A_MODEL):
+        raise UserError(f"{path} is a model, not a recipe: {_start_from(path)}")
     if is_folder:
         inside = path / "config.yaml"
         hint = (
@@ -93,6 +96,27 @@ def find_recipe(recipe: str, *, folder: Path = Path(), named: str = "recipe or f
     near = near_names(Path(recipe).stem, list(shipped), most=3, cutoff=0.6)
     hint = f"did you mean {or_list(near)}?" if near else f"known recipes: {', '.join(shipped)}"
     raise UserError(f"no {named} '{recipe[:500]}'; {hint}")
+
+
+def _check_no_weights(path: Path) -> None:
+    """Raises UserError for a file of weights, by its name or by what npz and safetensors begin with."""
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise UserError(
+            f"{path} is a file of weights, not a recipe, and a pickle, which is not read: save its tensors as "
+            "safetensors, and `fastvit train RECIPE --init FILE.safetensors` starts from them"
+        )
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+    except OSError:  # whoever reads it says what is wrong
+        return
+    is_safetensors = b"\0" in head[:8] and head[8:] == b"{"
+    if path.suffix in (".npz", ".safetensors") or head.startswith(b"PK\3\4") or is_safetensors:
+        raise UserError(f"{path} is a file of weights, not a recipe: {_start_from(path)}")
+
+
+def _start_from(path: Path) -> str:
+    return f"write `fastvit train RECIPE --init {path}` to start a run from it, such as finetune_photos"
 
 
 def read_recipe(path: Path, *, _derived: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -127,8 +151,6 @@ def merge(values: dict[str, Any], over: dict[str, Any]) -> None:
 
 def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     text = ""
-    if path.suffix in _OF_WEIGHTS and path.is_file():
-        raise UserError(f"{path} is a file of weights, and this must be a recipe, in YAML")
     try:
         text = read_yaml(path)
         check_yaml(text)

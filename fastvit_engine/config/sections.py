@@ -13,7 +13,9 @@ from fastvit_engine.duration import Duration
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, serialize_by_alias=True
+    )
 
     @field_validator("*", mode="before")
     @classmethod
@@ -267,23 +269,53 @@ class TrainConfig(_Section):
     """Steps between two rows of metrics."""
 
 
+class InitConfig(_Section):
+    """The weights that a run starts from, read once, before its first step; a resumed run does not read them again.
+
+    Keys of `model`, and `data.mean` and `data.std`, that the recipe leaves open come from there, but for num_classes.
+    """
+
+    from_: str | None = Field(None, alias="from")
+    """A run folder, one of its checkpoints, or a file of weights; null: from scratch. A value of `model` that is given
+    and contradicts it is refused; image_size and num_classes may differ."""
+
+    head: Literal["new", "keep"] = "new"
+    """new: one linear layer of zeros in place of the head and its tanh layer; keep: the head as it is, for the same
+    classes."""
+
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How the position embedding is resampled for another image_size. bilinear: as the authors' code, with corners
+    aligned; bicubic: as DINOv2 and transformers."""
+
+
 class OptimizerConfig(_Section):
     """What updates the weights. Weight decay is multiplied by the learning rate and applies to matrices only."""
 
-    kind: Literal["adamw"] = "adamw"
-    """The optimizer. adamw: AdamW as in PyTorch (Loshchilov and Hutter 2019)."""
+    kind: Literal["adamw", "sgd"] = "adamw"
+    """The optimizer. adamw: AdamW as in PyTorch (Loshchilov and Hutter 2019); sgd: SGD with momentum as in PyTorch."""
 
     learning_rate: LearningRate = Field(1e-3, gt=0)
     """Peak learning rate, reached at the end of the warm-up."""
 
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Decay rates of the averages of the gradient and of its square."""
+    """For adamw: decay rates of the averages of the gradient and of its square."""
 
     eps: float = Field(1e-8, ge=1e-30, le=1)
-    """Added to the denominator of the update."""
+    """For adamw: added to the denominator of the update."""
+
+    momentum: Decay = 0.9
+    """For sgd: decay rate of the sum of the gradients; 0: no momentum."""
 
     weight_decay: float = Field(0.1, ge=0, le=1000)
-    """Decoupled weight decay; 0: off."""
+    """Weight decay; 0: off. adamw: decoupled from the gradient; sgd: added to the gradient, before the momentum."""
+
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Layer-wise decay d: the learning rate is multiplied by d^(depth + 1 - layer). The embeddings are layer 0, the
+    first block is layer 1, and the final norm and the head, layer depth + 1, learn at the full rate; null: off."""
+
+    frozen: Literal["none", "backbone"] = "none"
+    """What does not learn. backbone: all but the last linear layer, which is a linear probe. What is frozen computes as
+    in evaluation, without dropout, and keeps every bit."""
 
 
 class ScheduleConfig(_Section):
@@ -430,6 +462,7 @@ class Config(_Section):
     """Seed of the initial weights, the data order, augmentation and dropout."""
 
     model: ModelConfig = ModelConfig()
+    init: InitConfig = InitConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()

@@ -82,6 +82,10 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrites a tensor on the world's device with that of rank 0; collective."""
+        dist.broadcast(tensor, src=0)
+
     def barrier(self) -> None:
         dist.barrier()
 

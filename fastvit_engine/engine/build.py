@@ -44,6 +44,7 @@ def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
         "fp16": {"enabled": config.train.precision == "fp16"},
         "steps_per_print": None,
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,  # DeepSpeed's list leaves out SGD, whose update is elementwise too
     }
     if config.train.precision != "fp32" and config.zero.stage != 0:
         written["data_types"] = {"grad_accum_dtype": "fp32"}  # low-precision sums drift as accumulation grows

@@ -18,6 +18,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from fastvit_engine.engine.optimizers import RATE_SCALE
 from fastvit_engine.engine.protocol import GradientNorm, ParameterSlice
 from fastvit_engine.errors import UserError
 
@@ -58,6 +59,9 @@ def import_deepspeed() -> Any:
     except ImportError as error:
         raise UserError(f"training needs DeepSpeed ({error}): pip install 'fastvit-engine[train]'") from error
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = _nothing  # it prints six lines for every group of parameters
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
@@ -106,6 +110,8 @@ class DeepSpeedEngine:
             raise UserError("checkpoints of state that DeepSpeed keeps on NVMe are not supported: offload to cpu")
         self.zero_stage: int = engine.zero_optimization_stage()
         _keep_fp32_gradient_norm(engine)
+        self._layout.begin()
+        self._frozen = frozen_weights(engine, self._layout)
 
     @property
     def replicated(self) -> bool:
@@ -121,7 +127,7 @@ class DeepSpeedEngine:
 
     def set_learning_rate(self, learning_rate: float) -> None:
         for group in self._layout.base.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get(RATE_SCALE, 1.0)
 
     def approve_updates(self, approve: Callable[[GradientNorm], bool]) -> None:
         """See TrainingEngine.
@@ -156,14 +162,18 @@ class DeepSpeedEngine:
 
     @property
     def shapes(self) -> dict[str, list[int]]:
-        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.named_parameters()}
+        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self._engine.module.named_parameters()}
+
+    @property
+    def frozen(self) -> frozenset[str]:
+        return frozenset(name for name, p in self._engine.module.named_parameters() if not p.requires_grad)
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self._engine.module.named_parameters())
+        return [(name, p) for name, p in self._engine.module.named_parameters() if p.requires_grad]
 
     def held_parameters(self) -> list[tuple[str, Tensor]]:
         held = []
-        for name, parameter in self.named_parameters():
+        for name, parameter in self._engine.module.named_parameters():
             if not _sharded(parameter):
                 held.append((name, parameter.data))
             elif (count := _shard_of(parameter)[1]) > 0:
@@ -171,7 +181,7 @@ class DeepSpeedEngine:
         return held
 
     def replicas(self) -> Iterator[Tensor]:
-        for _, parameter in self.named_parameters():
+        for parameter in self._engine.module.parameters():
             if not _sharded(parameter) or _gathered_for_good(parameter):
                 yield parameter.data
         yield from self._engine.module.buffers()
@@ -179,7 +189,8 @@ class DeepSpeedEngine:
     # ---- state
 
     def master_weights(self) -> list[ParameterSlice]:
-        return [part for masters in self._layout.masters() for part in masters.slices(masters.tensor)]
+        learning = [part for masters in self._layout.masters() for part in masters.slices(masters.tensor)]
+        return [*learning, *(frozen.slice for frozen in self._frozen if frozen.slice.values.numel())]
 
     def optimizer_state(self) -> dict[str, list[ParameterSlice]]:
         slices: dict[str, list[ParameterSlice]] = {}
@@ -198,7 +209,7 @@ class DeepSpeedEngine:
         found: dict[str, float] = {}
         for masters in self._layout.masters():
             for key, value in self._layout.state_of(masters.tensor).items():
-                if not _is_like(value, masters.tensor):
+                if value is not None and not _is_like(value, masters.tensor):
                     found[f"optimizer.{key}"] = float(value)
         for field, value in self._layout.loss_scaling().items():
             found[f"loss_scaler.{field}"] = float(value)
@@ -223,6 +234,8 @@ class DeepSpeedEngine:
 
     @torch.no_grad()
     def publish(self) -> None:
+        for frozen in self._frozen:  # before the layout, which gathers anew what ZeRO-3 keeps whole
+            frozen.publish()
         self._layout.publish()
 
     def reset_progress(self, step: int) -> None:
@@ -264,6 +277,79 @@ class _FlatMasters:
         return [ParameterSlice(s.name, s.start, flat.narrow(0, s.offset, s.count)) for s in self.spans]
 
 
+class FrozenWeight(ABC):
+    """A parameter that does not learn: DeepSpeed has no master of it, but what it computes with, rounded to 16 bits.
+
+    slice: what this process holds of it, in fp32. The whole under stage 0, which needs the whole to write; an equal
+    part of it under stages 1 and 2; its shard under stage 3.
+    """
+
+    slice: ParameterSlice
+
+    @abstractmethod
+    def publish(self) -> None:
+        """Copies the slice to the weight that the model computes with; collective."""
+
+
+class FrozenWhole(FrozenWeight):
+    """Without ZeRO."""
+
+    def __init__(self, name: str, parameter: nn.Parameter) -> None:
+        self._weight = parameter.data
+        self.slice = ParameterSlice(name, 0, self._weight.float().view(-1))  # itself, if it is fp32
+
+    def publish(self) -> None:
+        self._weight.view(-1).copy_(self.slice.values)
+
+
+class FrozenShare(FrozenWeight):
+    """Under ZeRO-1 and 2."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, device: torch.device) -> None:
+        self._weight, rank, size = parameter.data, torch.distributed.get_rank(), torch.distributed.get_world_size()
+        count = -(-parameter.numel() // size)
+        self._padded = torch.zeros(count, dtype=torch.float32, device=device)
+        start = min(rank * count, parameter.numel())
+        held = self._padded[: max(0, min(count, parameter.numel() - start))]
+        held.copy_(self._weight.view(-1)[start : start + len(held)])
+        self.slice = ParameterSlice(name, start, held)
+
+    def publish(self) -> None:
+        share = self._padded.to(self._weight.device)
+        whole = share.new_empty(len(share) * torch.distributed.get_world_size())
+        torch.distributed.all_gather_into_tensor(whole, share)
+        self._weight.view(-1).copy_(whole[: self._weight.numel()])
+
+
+class FrozenShard(FrozenWeight):
+    """Under ZeRO-3."""
+
+    def __init__(self, name: str, parameter: nn.Parameter, device: torch.device) -> None:
+        start, count = _shard_of(parameter)
+        self._shard = cast(Any, parameter).ds_tensor.narrow(0, 0, count)
+        held = torch.empty(count, dtype=torch.float32, device=device).copy_(self._shard)
+        self.slice = ParameterSlice(name, min(start, cast(Any, parameter).ds_numel), held)
+
+    def publish(self) -> None:
+        self._shard.copy_(self.slice.values)
+
+
+def frozen_weights(engine: Any, layout: "Layout") -> list[FrozenWeight]:
+    """What does not learn, on the device that the masters of all else are on."""
+    frozen: list[FrozenWeight] = []
+    device = next(iter(layout.masters())).tensor.device
+    for name, parameter in engine.module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        if _sharded(parameter):
+            frozen.append(FrozenShard(name, parameter, device))
+        elif engine.zero_optimization_stage() == 0:
+            frozen.append(FrozenWhole(name, parameter))
+        else:
+            frozen.append(FrozenShare(name, parameter, device))
+    return frozen
+
+
 class Layout(ABC):
     """Where one of DeepSpeed's optimizers keeps its state."""
 
@@ -281,6 +367,9 @@ class Layout(ABC):
     @abstractmethod
     def publish(self) -> None:
         """Copies the master weights to the weights that the model computes with; collective."""
+
+    def begin(self) -> None:  # noqa: B027 - most begin with the weights as they are
+        """Undoes what making the optimizer has changed."""
 
     def drop_gradients(self) -> None:  # noqa: B027 - `zero_grad` is enough for some
         """Drops what of an unfinished step `zero_grad` leaves."""
@@ -367,6 +456,13 @@ class Unpartitioned16Bit(Layout):
     def masters(self) -> Iterator[_FlatMasters]:
         for parameter, master in self._pairs():
             yield _FlatMasters(master, [_Span(self.names[id(parameter)], 0, 0, master.numel())])
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """DeepSpeed makes one step with gradients of zero, which decays the weights and counts as the first."""
+        self.base.state.clear()
+        for parameter, master in self._pairs():
+            master.copy_(parameter)
 
     def publish(self) -> None:
         for parameter, master in self._pairs():
@@ -560,6 +656,10 @@ def _keep_fp32_gradient_norm(engine: Any) -> None:
         engine._global_grad_norm = nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping())
 
     engine.clip_fp32_gradients = clip_fp32_gradients
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    pass
 
 
 def _version() -> str:

@@ -48,7 +48,7 @@ class TrainingEngine(Protocol):
         """Ends a micro-batch; after the last one of a global batch, clips the gradients and updates the weights."""
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Sets the learning rate of the next update."""
+        """Sets the learning rate of the next update, that of the head if layers differ (optimizer.layer_decay)."""
 
     def approve_updates(self, approve: Callable[[GradientNorm], bool]) -> None:
         """Calls `approve` before each update with the gradient norm (over all processes, unscaled, before clipping).
@@ -63,8 +63,12 @@ class TrainingEngine(Protocol):
     def shapes(self) -> dict[str, list[int]]:
         """The whole shape of each parameter, however it is sharded."""
 
+    @property
+    def frozen(self) -> frozenset[str]:
+        """The parameters that do not learn: they have master weights, and no optimizer state."""
+
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """The parameters to register gradient hooks on; a sharded one may have no elements."""
+        """The parameters that learn, to register gradient hooks on; a sharded one may have no elements."""
 
     def held_parameters(self) -> list[tuple[str, Tensor]]:
         """What this process holds of the parameters the model computes with: the whole, or its shard if it has one."""

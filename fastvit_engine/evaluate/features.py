@@ -90,8 +90,10 @@ def save_features(path: Path, features: Features) -> None:
 
 def save_both(path: Path, train: Features, evaluation: Features) -> None:
     """Writes the features that few-shot figures follow from as one .npz file, under the names of `BOTH`."""
-    arrays = zip(BOTH, (train, evaluation), strict=True)
-    save_arrays(path, {name: array for names, part in arrays for name, array in zip(names, part, strict=True)})
+    arrays: dict[str, np.ndarray] = {}
+    for names, part in zip(BOTH, (train, evaluation), strict=True):
+        arrays |= dict(zip(names, part, strict=True))
+    save_arrays(path, arrays)
 
 
 def load_features(path: Path) -> Features:

@@ -15,14 +15,18 @@ def forward_macs(config: ModelConfig) -> int:
     projections = tokens * 4 * width**2  # queries, keys, values and output
     attention = 2 * tokens**2 * width  # scores and weighted values
     mlp = 2 * tokens * width * shape.mlp_dim
-    head = width * config.num_classes + (width**2 if config.head == "mlp" else 0)
-    return patch_projection + shape.depth * (projections + attention + mlp) + head
+    hidden = width**2 if config.head == "mlp" else 0
+    return patch_projection + shape.depth * (projections + attention + mlp) + hidden + width * config.num_classes
 
 
-def training_flops(config: ModelConfig) -> int:
+def training_flops(config: ModelConfig, *, frozen: str = "none") -> int:
     """Floating-point operations that one image costs in training: 6 x MACs.
 
     Two operations a MAC, and a backward pass of twice the forward (gradients of inputs and of weights). With the
-    epochs and images of pretraining this gives the exaFLOPs of Dosovitskiy et al. 2021, Table 6.
+    epochs and images of pretraining this gives the exaFLOPs of Dosovitskiy et al. 2021, Table 6. A frozen backbone (see
+    `optimizer.frozen`) has a forward pass only, and the head below it no gradient of its inputs.
     """
-    return 6 * forward_macs(config)
+    if frozen == "none":
+        return 6 * forward_macs(config)
+    head = resolve_shape(config).width * config.num_classes
+    return 2 * forward_macs(config) + 2 * head

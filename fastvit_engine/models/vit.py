@@ -19,6 +19,8 @@ class VisionTransformer(nn.Module):
     until `init_weights` is called; `build_vit` calls it.
     """
 
+    backbone_frozen = False  # by `freeze_backbone`
+
     # How evaluation crops images, as data.eval_crop and data.eval_transform say it; None: nobody has said it.
     eval_crop: float | None = None
     eval_transform: EvalTransform | None = None
@@ -87,7 +89,25 @@ class VisionTransformer(nn.Module):
         return pooled if self.pre_logits is None else self.pre_logits(pooled)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(images))
+        if not self.backbone_frozen:
+            return self.forward_head(self.forward_features(images))
+        with torch.no_grad():
+            represented = self.represent(images)
+        return self.head(represented)
+
+    def freeze_backbone(self) -> None:
+        """From now on only `head` learns: all else gets no gradient, and computes as in evaluation, without dropout."""
+        self.backbone_frozen = True
+        self.requires_grad_(False)
+        self.head.requires_grad_(True)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "VisionTransformer":
+        super().train(mode)
+        if self.backbone_frozen:
+            for part in self.children():
+                part.train(mode and part is self.head)
+        return self
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -227,7 +227,7 @@ def _splits(config: Config, machine: Machine) -> Iterator[BatchSplit]:
 def _buckets(config: Config, machine: Machine, stage: int) -> Buckets:
     """DeepSpeed's buffers as the recipe gives them, else as chosen."""
     given: Mapping[str, Any] = config.deepspeed.get("zero_optimization") or {}
-    counts = ParameterCounts.of(config.model)
+    counts = _counts(config)
     overlaps = given.get("overlap_comm", _overlaps(machine))
     gathered = given.get("stage3_max_live_parameters", _live(counts)) if stage == 3 else 0
     return Buckets(
@@ -238,6 +238,10 @@ def _buckets(config: Config, machine: Machine, stage: int) -> Buckets:
     )
 
 
+def _counts(config: Config) -> ParameterCounts:
+    return ParameterCounts.of(config.model, frozen=config.optimizer.frozen)
+
+
 def _reduce_bucket(counts: ParameterCounts, machine: Machine) -> int:
     """The number of gradients that are reduced at once.
 
@@ -245,7 +249,7 @@ def _reduce_bucket(counts: ParameterCounts, machine: Machine) -> int:
     be busy, more with more hops; and never more than the model has.
     """
     busy = 2**23 * max(1.0, math.log2(machine.processes))
-    return int(min(counts.parameters, max(counts.parameters / 8, busy), 2e8))
+    return int(min(counts.learning, max(counts.learning / 8, busy), 2e8))
 
 
 def _overlaps(machine: Machine) -> bool:
@@ -319,7 +323,7 @@ def _zero_choices(config: Config, machine: Machine, picked: Candidate, given: Ma
 
 
 def _open_zero_choices(config: Config, machine: Machine, picked: Candidate) -> Iterator[Choice]:
-    counts, stage = ParameterCounts.of(config.model), picked.stage
+    counts, stage = _counts(config), picked.stage
     in_place = config.train.precision == "bf16" and accumulation_bytes(config, 1) == 4 and config.zero.offload == "none"
     if stage == 0 or (stage == 1 and in_place):
         return  # gradients are reduced where they lie
@@ -329,7 +333,7 @@ def _open_zero_choices(config: Config, machine: Machine, picked: Candidate) -> I
 
     yield choice("contiguous_gradients", True, "gradients are copied into one buffer as they come: no holes in memory")
     bucket = _reduce_bucket(counts, machine)
-    part = "the whole model" if bucket == counts.parameters else f"one in {counts.parameters / bucket:.1f} of the model"
+    part = "all gradients" if bucket == counts.learning else f"one in {counts.learning / bucket:.1f} of the gradients"
     yield choice("reduce_bucket_size", bucket, f"{part}; DeepSpeed's own 500 M would be allocated whole for any model")
     if _overlaps(machine):
         why = "reduces during the backward pass"
@@ -364,7 +368,7 @@ def _nothing_fits(config: Config, machine: Machine, options: list[Candidate]) ->
     least = min(options, key=lambda candidate: candidate.memory.total)
     each = f"per {machine.device}"
     problem = (
-        f"nothing fits: {format_count(ParameterCounts.of(config.model).parameters)} parameters need at least "
+        f"nothing fits: {format_count(_counts(config).parameters)} parameters need at least "
         f"{format_bytes(least.memory.total)} {each} (ZeRO stage {least.stage}, micro-batch {least.micro_batch}), of "
         f"{format_bytes(machine.usable)} that can be used"
     )

@@ -1,7 +1,8 @@
 """How many bytes a process needs to train a model: state under each ZeRO stage, activations, and what passes through.
 
 The state is what DeepSpeed 0.19 allocates, part by part; a test counts its tensors. P is the number of parameters, W
-the number of processes, c the bytes of a computed number (4; 2 for bf16 and fp16), a those of an accumulated gradient:
+the number of processes, c the bytes of a computed number (4; 2 for bf16 and fp16), a those of an accumulated gradient.
+With AdamW:
 
 | stage             | weights | gradients      | optimizer             |
 |-------------------|---------|----------------|-----------------------|
@@ -11,6 +12,9 @@ the number of processes, c the bytes of a computed number (4; 2 for bf16 and fp1
 | 1, a > c          | c P     | (a + c) P      | 12 P / W              |
 | 2                 | c P     | a P / W        | 12 P / W              |
 | 3                 | c P / W | a P / W        | 12 P / W              |
+
+SGD has one moment for AdamW's two: 4 P less, or 8 P less without momentum. Parameters that do not learn have weights
+and, but for stage 0 in fp32, an fp32 copy (4 P; 4 P / W from stage 1 on), and neither gradients nor moments.
 """
 
 from dataclasses import dataclass, replace
@@ -20,6 +24,7 @@ from typing import Literal
 import torch
 
 from fastvit_engine.config import Config, ModelConfig
+from fastvit_engine.engine.optimizers import KINDS
 from fastvit_engine.models import VisionTransformer, resolve_shape
 from fastvit_kernels import dispatch
 from fastvit_kernels.mlp.op import Recompute
@@ -36,16 +41,21 @@ class ParameterCounts:
     parameters: int
     block: int  # of one Transformer block, which ZeRO-3 gathers as a whole
     largest: int  # of the largest tensor
+    learning: int  # in all that learns
+    largest_learning: int
 
     @staticmethod
     @lru_cache
-    def of(model: ModelConfig) -> "ParameterCounts":
-        """Counted on a model that holds no memory."""
+    def of(model: ModelConfig, *, frozen: str = "none") -> "ParameterCounts":
+        """Counted on a model that holds no memory. frozen: as optimizer.frozen."""
         with torch.device("meta"):
             vit = VisionTransformer(model, mean=(0.5,) * 3, std=(0.5,) * 3)
+        if frozen == "backbone":
+            vit.freeze_backbone()
         counts = [parameter.numel() for parameter in vit.parameters()]
+        learning = [parameter.numel() for parameter in vit.parameters() if parameter.requires_grad]
         block = sum(parameter.numel() for parameter in vit.blocks[0].parameters())
-        return ParameterCounts(sum(counts), block, max(counts))
+        return ParameterCounts(sum(counts), block, max(counts), sum(learning), max(learning))
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,7 @@ class Memory:
 
     weights: int
     gradients: int
-    optimizer: int  # fp32 weights and Adam's moments
+    optimizer: int  # fp32 weights and moments
     average: int  # of the weights
     buffers: int  # reduction buckets, gathered parameters
     update: int  # while gradients are reduced and weights updated: passes before the next forward pass
@@ -87,8 +97,9 @@ def training_memory(
     config: Config, stage: int, world_size: int, micro_batch: int, accumulates: bool, buckets: Buckets, *, on_gpu: bool
 ) -> Memory:
     """Of one of `world_size` processes that take `micro_batch` images at a time, several in a step if `accumulates`."""
+    frozen, kind = config.optimizer.frozen, KINDS[config.optimizer.kind]
     state = state_memory(
-        ParameterCounts.of(config.model),
+        ParameterCounts.of(config.model, frozen=frozen),
         config.train.precision,
         stage,
         world_size,
@@ -98,13 +109,17 @@ def training_memory(
         average=config.ema.decay is not None,
         buckets=buckets,
         on_gpu=on_gpu,
+        moments=kind.moments(config.optimizer),
+        temporaries=kind.temporaries(config.optimizer),
     )
     implementation = block_implementation(config.model, on_gpu=on_gpu)
-    return replace(
-        state,
-        activations=micro_batch * activation_bytes(config.model, config.train.precision, implementation),
-        work=micro_batch * work_bytes(config.model, config.train.precision, implementation),
-    )
+    precision = config.train.precision
+    if frozen == "backbone":  # a forward pass, which keeps nothing but the one block that it is in
+        activations = frozen_activation_bytes(config.model, precision, implementation)
+    else:
+        activations = activation_bytes(config.model, precision, implementation)
+    work = work_bytes(config.model, precision, implementation)
+    return replace(state, activations=micro_batch * activations, work=micro_batch * work)
 
 
 def accumulation_bytes(config: Config, stage: int) -> int:
@@ -127,16 +142,21 @@ def state_memory(
     average: bool,
     buckets: Buckets,
     on_gpu: bool,
+    moments: int = 2,
+    temporaries: int = 2,
 ) -> Memory:
-    """All but the activations. See the table above; `update` and `buffers` are explained where they are computed."""
+    """All but the activations. See the table above; `update` and `buffers` are explained where they are computed.
+
+    moments, temporaries: numbers that the optimizer keeps for each parameter, and that its update makes on a CPU.
+    """
     compute = COMPUTE_BYTES[precision]
-    whole = counts.parameters
-    share = -(-whole // world_size)
+    total, whole = counts.parameters, counts.learning
+    total_share, share = -(-total // world_size), -(-whole // world_size)
     sums_apart = accumulate_bytes != compute
 
-    masters = 0 if stage == 0 and precision == "fp32" else 4 * (whole if stage == 0 else share)
-    optimizer = masters + 8 * (whole if stage == 0 else share)
-    weights = compute * (share if stage == 3 else whole)
+    masters = 0 if stage == 0 and precision == "fp32" else 4 * (total if stage == 0 else total_share)
+    optimizer = masters + 4 * moments * (whole if stage == 0 else share)
+    weights = compute * (total_share if stage == 3 else total)
     if stage <= 1:
         gradients = (compute + accumulate_bytes if stage == 1 and sums_apart else compute) * whole
     else:
@@ -146,25 +166,26 @@ def state_memory(
     in_place = stage == 0 or (precision == "bf16" and sums_apart and stage == 1 and offload == "none")
     if stage == 3:
         buffers = compute * (buckets.reduce + buckets.gathered)
-        buffers += compute * -(-whole // buckets.secondary_shards) if buckets.secondary_shards > 1 else 0
+        buffers += compute * -(-total // buckets.secondary_shards) if buckets.secondary_shards > 1 else 0
     elif in_place:
         buffers = 0
     else:
         buffers = (accumulate_bytes if stage == 1 else compute) * buckets.reduce * (2 if buckets.doubled else 1)
 
     # The copies that reduction and update make. Fused AdamW, on a GPU, updates in place.
-    temporaries = 0 if on_gpu else 8 * (counts.largest if stage == 0 else share)
+    made = 0 if on_gpu else 4 * temporaries * (counts.largest_learning if stage == 0 else share)
     if stage == 0:
         flattened = compute * min(whole, _UNBUCKETED) if world_size > 1 else 0
-        update = max(flattened, temporaries + (4 * whole if compute < 4 else 0))
+        update = max(flattened, made + (4 * whole if compute < 4 else 0))
     elif in_place:
-        update = max(compute * whole, temporaries)
+        update = max(compute * whole, made)
     else:
         copied = 4 * share if stage == 3 or not sums_apart else 0
         summand = accumulate_bytes * share if stage == 2 and accumulates and not sums_apart else 0
-        update = max(temporaries + copied, summand)
+        update = max(made + copied, summand)
 
-    state = Memory(weights, gradients, optimizer, 4 * (whole if stage == 0 else share) * average, buffers, update)
+    averages = 4 * (total if stage == 0 else total_share) * average
+    state = Memory(weights, gradients, optimizer, averages, buffers, update)
     return state if offload == "none" else _offloaded(state, counts, compute, share, stage, everything=offload == "all")
 
 
@@ -226,6 +247,15 @@ def activation_bytes(model: ModelConfig, precision: str, implementation: Impleme
     final = shape.tokens * ((4 if plain else compute) * shape.width + 8)  # input of the last norm
     head = (compute + 8) * model.num_classes  # logits, their float32 form and gradient
     return shape.tokens * shape.depth * block + pixels + final + head
+
+
+def frozen_activation_bytes(model: ModelConfig, precision: str, implementation: Implementation) -> int:
+    """As `activation_bytes`, of a model whose head alone learns: its input, and its output."""
+    shape, compute = resolve_shape(model), COMPUTE_BYTES[precision]
+    plain = implementation == "reference"
+    pixels = 3 * model.image_size**2 * (1 + compute if plain else 1)
+    tokens = 2 * shape.tokens * shape.width * compute  # the input of a block and its output
+    return pixels + tokens + compute * shape.width + (compute + 8) * model.num_classes
 
 
 def work_bytes(model: ModelConfig, precision: str, implementation: Implementation) -> int:

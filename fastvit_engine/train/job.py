@@ -77,6 +77,8 @@ def build_job(
     """Builds model, engine and all else of a run on this process; collective. `config`: without open ends."""
     torch.manual_seed(config.seed)
     model = build_vit(config.model, mean=config.data.mean, std=config.data.std)
+    if config.optimizer.frozen == "backbone":
+        model.freeze_backbone()
     split = split_batch(config, world.size)
     engine = build_engine(model, config, split, world)
     limit_collectives(config.watchdog.slow_phase_seconds + config.watchdog.timeout_seconds)  # the engine's groups too
@@ -86,6 +88,7 @@ def build_job(
         gradients.start()
     engine.model.train()
     store = store_of(config.checkpoint, run)
+    flops = training_flops(config.model, frozen=config.optimizer.frozen)
     return Job(
         config=config,
         run=run,
@@ -119,7 +122,7 @@ def build_job(
                 images=[split.images_computed(rank) for rank in range(world.size)],
             ),
         ),
-        utilization=Utilization(peak_flops(world, config.train.precision), training_flops(config.model)),
+        utilization=Utilization(peak_flops(world, config.train.precision), flops),
         owner=owner,
         records=records,
     )

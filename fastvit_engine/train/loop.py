@@ -23,6 +23,7 @@ from fastvit_engine.observe.units import counted, format_share
 from fastvit_engine.shown import say
 from fastvit_engine.sizing.defaults import Chosen, choose, machine_of
 from fastvit_engine.train.evaluators import build_evaluators, run_evaluators
+from fastvit_engine.train.first_weights import describe_weights, fill_in, load_first_weights
 from fastvit_engine.train.health.diagnosis import Trace, diagnose
 from fastvit_engine.train.health.guard import StepReport
 from fastvit_engine.train.health.replicas import check_first_weights
@@ -60,12 +61,19 @@ def train(
         _owned(resolved.config, run, world) as (owner, records),
     ):
         preemption.on_stack_request = watchdog.request_stacks
+        given = resolved
+        filled = world.on_main(lambda: fill_in(given, run, resume=resume))
+        resolved = filled.apply(given)
         chosen = choose(resolved.config, machine_of(world))
         check = partial(preflight, chosen.config, run, world.size, resume=resume, data=data)
         start = world.on_main(lambda: check(allow_batch_change=allow_batch_change))
+        if start.checkpoint is None and resolved.config.init.from_ is not None:
+            settings = resolved.config.init
+            start = start.beginning_with(world.on_main(lambda: describe_weights(settings)))
         if world.is_main:
             report_damage(run, start.damaged, start.checkpoint)
-            say("\n".join([start.message, *(f"warning: {text}" for text in start.warnings)]))
+            warnings = (*start.warnings, *filled.warnings)
+            say("\n".join([start.message, *(f"warning: {text}" for text in warnings)]))
         resolved, chosen = start.settle(resolved, chosen)
         if start.step < start.total_steps:
             if world.is_main:
@@ -117,15 +125,18 @@ def _record(resolved: Resolved, chosen: Chosen, job: Job, start: Start) -> None:
     """Writes down that the run starts, and how."""
     job.owner.confirm()
     save_recovery(job.run, start.state.recovery)
-    record_start(resolved, chosen, job, start.step)
+    record_start(resolved, chosen, job, start.step, start.state.init)
     record_batch_change(job.run, start)
     job.records.insist()
 
 
 def _load(start: Start, job: Job) -> Start:
-    """Loads the weights of the checkpoint, if any; returns where training starts, which may be an older checkpoint."""
+    """Loads the weights of the checkpoint, or the first; returns where training starts, maybe an older checkpoint."""
     job.processes.watchdog.phase("loading", slow=True)
-    return load_start(start, job.checkpointer, job.run, job.world)
+    start = load_start(start, job.checkpointer, job.run, job.world)
+    if start.checkpoint is None:
+        load_first_weights(job)
+    return start
 
 
 def _train_from(start: Start, job: Job, data: IterableData | None) -> Start | None:

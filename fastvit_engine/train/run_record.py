@@ -1,6 +1,7 @@
 """What a run writes down once, when it starts: its configuration, its environment, and that it started."""
 
 import json
+from collections.abc import Mapping
 
 import torch
 
@@ -16,8 +17,13 @@ from fastvit_engine.train.diary import record_configuration
 from fastvit_engine.train.job import Job
 
 
-def record_start(resolved: Resolved, chosen: Chosen, job: Job, step: int) -> None:
-    """Writes the configuration (as given), `environment.json` (with what was chosen), and the event."""
+def record_start(
+    resolved: Resolved, chosen: Chosen, job: Job, step: int, init: Mapping[str, str] | None = None
+) -> None:
+    """Writes the configuration (as given), `environment.json` (with what was chosen), and the event.
+
+    init: the weights that the run began with, see `describe_weights`.
+    """
     config, world, run = job.config, job.world, job.run
     environment = collect_environment(
         model=model_title(config.model),
@@ -33,6 +39,7 @@ def record_start(resolved: Resolved, chosen: Chosen, job: Job, step: int) -> Non
         global_batch_size=config.train.global_batch_size,
         samples_per_epoch=job.schedule.samples_per_epoch,
         shards=", ".join(source.shards for source in config.data.sources),
+        init=None if init is None else dict(init),
         defaults=chosen.record(),
     )
     kept = record_configuration(run, resolved, step)

@@ -35,7 +35,7 @@ from fastvit_engine.observe.disk import insist
 from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.run_folder import WORKING_FOLDERS, RunFolder
 from fastvit_engine.observe.units import counted
-from fastvit_engine.shown import say
+from fastvit_engine.shown import public_url, say
 from fastvit_engine.sizing.defaults import Chosen
 from fastvit_engine.train.recovery import load_recovery
 from fastvit_engine.train.schedule import Schedule
@@ -74,6 +74,11 @@ class Start:
             batch_sizes=batches.changes,
         )
         return replace(self, state=continued, checkpoint=checkpoint)
+
+    def beginning_with(self, init: Mapping[str, str]) -> "Start":
+        """The same start, of a run that begins with weights of another."""
+        begins = f"{self.message}\nstarting from the weights of {init['file']}, head {init['head']}"
+        return replace(self, state=replace(self.state, init=init), message=begins)
 
     def settle(self, resolved: Resolved, chosen: Chosen) -> tuple[Resolved, Chosen]:
         """The configuration, as given and without open ends, with the evaluation that the run keeps."""
@@ -218,6 +223,7 @@ def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
         "global_batch_size": config.train.global_batch_size,
         "seed": config.seed,
         "data": data.fingerprint(config.data),
+        "optimizer": {"kind": config.optimizer.kind, "frozen": config.optimizer.frozen},
     }
 
 
@@ -227,8 +233,8 @@ def _doubtful(config: Config, data: TrainingData, split: BatchSplit) -> tuple[st
     classes, outputs = len(data.class_names or ()), config.model.num_classes
     if 0 < classes < outputs:
         warnings.append(
-            f"data.train has {counted(classes, 'class', 'classes')}, model.num_classes is {outputs}: "
-            f"set model.num_classes={classes}"
+            f"data.train has {counted(classes, 'class', 'classes')} and model.num_classes is {outputs:,}, so "
+            f"{counted(outputs - classes, 'output')} will never see an image: set model.num_classes={classes}"
         )
     batch, samples = config.train.global_batch_size, data.samples_per_epoch
     if samples is not None and batch > samples:
@@ -247,7 +253,14 @@ def _doubtful(config: Config, data: TrainingData, split: BatchSplit) -> tuple[st
 def _too_late(config: Config, state: TrainerState) -> tuple[str, ...]:
     """One sentence for each setting of the first weights that differs from the one the run began with."""
     now, before = config.model.model_dump(mode="json"), _as_today(state.fingerprint["model"])
-    return tuple(
+    source, began_with = config.init.from_, (state.init or {}).get("from")
+    other_weights: tuple[str, ...] = ()
+    if source is not None and public_url(source) != began_with:
+        other_weights = (
+            f"init.from = {public_url(source)} sets the first weights only, and this run began with "
+            f"{began_with or 'weights of its own'}: it continues with those of its checkpoint",
+        )
+    return other_weights + tuple(
         f"model.{key} = {now[key]} sets the first weights only: the run continues with those of its checkpoint"
         for key in _OF_FIRST_WEIGHTS
         if now[key] != before.get(key, now[key])
@@ -286,7 +299,7 @@ def _check_none_elsewhere(run: RunFolder, store: CheckpointStore) -> None:
 def _check_same_run(
     wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Checkpoint, *, allow_batch_change: bool
 ) -> None:
-    for name, before in saved.items():
+    for name, before in {"optimizer": _FIRST_OPTIMIZER, **saved}.items():
         now: Any = wanted.get(name)
         if now == before or (name == "global_batch_size" and allow_batch_change):
             continue
@@ -295,6 +308,13 @@ def _check_same_run(
                 f"checkpoint {checkpoint} was written with train.global_batch_size {before} and this run has {now}: "
                 "set it back, or add --allow-batch-change (from Python: allow_batch_change=True) to continue with "
                 f"{now}"
+            )
+        if name == "optimizer":
+            key = next(key for key in {**now, **before} if now.get(key) != before.get(key))
+            raise UserError(
+                f"checkpoint {checkpoint} holds the optimizer state of optimizer.{key} = {before.get(key)}, and this "
+                f"run has {now.get(key)}: set it back, or start another run from these weights, with --init "
+                f"{checkpoint} and another --out"
             )
         if name == "data":
             raise UserError(
@@ -320,6 +340,8 @@ def _check_same_run(
             f"continue with the same {name}, or choose another run folder with --out"
         )
 
+
+_FIRST_OPTIMIZER = {"kind": "adamw", "frozen": "none"}  # of runs of versions that had no other
 
 # Keys of the model that a run may change: what only its first weights depend on, and what regularises it.
 _OF_FIRST_WEIGHTS = ("head_bias", "layer_scale")

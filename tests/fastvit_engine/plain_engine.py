@@ -12,6 +12,7 @@ class PlainEngine:
     """A model and its optimizer; the master weights are the model's parameters."""
 
     replicated = True
+    frozen = frozenset()
     zero_stage = 0
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -84,8 +84,8 @@ def check_first_weights(engine: TrainingEngine, world: World) -> None:
             f"before any update, weights are not finite ({shown}) on rank {named} only: leave out the host of that rank"
         )
     raise UserError(
-        f"before any update, weights are not finite ({shown}): correct model.head_bias, model.layer_scale or "
-        "train.precision, and start again in another run folder with --out"
+        f"before any update, weights are not finite ({shown}): correct model.head_bias, model.layer_scale, "
+        "train.precision or the weights of init.from, and start again in another run folder with --out"
     )
 
 

@@ -41,6 +41,7 @@ ALLOWED = {  # what makes sense, or is looked at again when the data is known
     "model.head_bias": {"-1", "0"},
     "model.layer_scale": {"0"},
     "optimizer.betas": {"0"},
+    "optimizer.momentum": {"0"},
     "optimizer.weight_decay": {"0"},
     "schedule.final_learning_rate": {"0"},
     "seed": {"0"},

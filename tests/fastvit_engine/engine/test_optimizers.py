@@ -1,5 +1,7 @@
 """Which optimizer a configuration gets, over which parameters, and at which ZeRO stages."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from fastvit_engine.config import Config, OptimizerConfig
 from fastvit_engine.data.stream.batch_split import BatchSplit
 from fastvit_engine.engine import optimizers
 from fastvit_engine.engine.build import deepspeed_config
-from fastvit_engine.engine.optimizers import KINDS, OptimizerKind, build_optimizer, parameter_groups, possible_stages
+from fastvit_engine.engine.optimizers import KINDS, RATE_SCALE, build_optimizer, parameter_groups, possible_stages
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import build_vit
 from fastvit_engine.sizing.defaults import Machine, choose
@@ -41,9 +43,47 @@ def test_adamw_gets_its_settings():
         assert (group["lr"], group["betas"], group["eps"]) == (3e-4, (0.8, 0.95), 1e-7)
 
 
+def test_sgd_gets_its_settings():
+    section = {"kind": "sgd", "learning_rate": 3e-2, "momentum": 0.8, "weight_decay": 0.3, "betas": (0.1, 0.2)}
+    built = build_optimizer(model(), config(optimizer=section), on_gpu=False)
+    assert isinstance(built, torch.optim.SGD)
+    assert [group["weight_decay"] for group in built.param_groups] == [0.3, 0.0]
+    for group in built.param_groups:
+        assert (group["lr"], group["momentum"], group["nesterov"], group["dampening"]) == (3e-2, 0.8, False, 0)
+
+
+@pytest.mark.parametrize(("depth", "decay"), [(1, 0.5), (3, 0.75), (3, 1.0)])
+@pytest.mark.parametrize("changes", [{}, {"head": "mlp", "layer_scale": 1e-4}, {"pool": "gap"}])
+def test_layer_decay_lowers_the_rate_layer_by_layer(depth, decay, changes):
+    built = model(depth=depth, **changes)
+    names = {id(parameter): name for name, parameter in built.named_parameters()}
+    groups = parameter_groups(built, OptimizerConfig(weight_decay=0.3, layer_decay=decay))
+    found = {names[id(p)]: (group[RATE_SCALE], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert found.keys() == set(names.values())
+    for name, (scale, weight_decay) in found.items():
+        if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+            layer = 0
+        elif name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        else:
+            layer = depth + 1
+        assert scale == pytest.approx(decay ** (depth + 1 - layer)), name
+        assert weight_decay == (0.3 if name.endswith(".weight") and "norm" not in name else 0), name
+    assert all(group["params"] for group in groups)
+
+
+def test_what_is_frozen_is_in_no_group():
+    built = model(head="mlp", dropout=0.5, drop_path=0.5)
+    built.train()
+    built.freeze_backbone()
+    groups = parameter_groups(built, OptimizerConfig(layer_decay=0.75))
+    assert {id(p) for group in groups for p in group["params"]} == {id(built.head.weight), id(built.head.bias)}
+    assert {group[RATE_SCALE] for group in groups} == {1.0}
+
+
 def test_weight_decay_reaches_the_matrices_only():
     built = model(head="mlp", layer_scale=1e-4)
-    decayed, spared = parameter_groups(built, 0.3)
+    decayed, spared = parameter_groups(built, OptimizerConfig(weight_decay=0.3))
     names = {id(parameter): name for name, parameter in built.named_parameters()}
     assert {names[id(p)] for p in decayed["params"]} == {
         "patch_embed.proj.weight",
@@ -63,7 +103,7 @@ def test_weight_decay_reaches_the_matrices_only():
 @pytest.fixture
 def picky(monkeypatch):
     """AdamW, as if it worked at ZeRO-1 and 2 only."""
-    kind = OptimizerKind(KINDS["adamw"].build, frozenset({1, 2}))
+    kind = dataclasses.replace(KINDS["adamw"], stages=frozenset({1, 2}))
     monkeypatch.setitem(optimizers.KINDS, "adamw", kind)
 
 

@@ -1,6 +1,6 @@
 """One process of a job that counts what DeepSpeed allocates: prints, for each case, bytes after two optimizer steps.
 
-Started by test_memory.py, with the cases as JSON in its argument: {"precision", "stage", "reduce"}.
+Started by test_memory.py, with the cases as JSON in its argument: {"precision", "stage", "reduce", "optimizer"}.
 """
 
 import gc
@@ -39,21 +39,21 @@ def measure(case, world):
             "model": MODEL,
             "train": {"precision": case["precision"]},
             "zero": {"stage": case["stage"]},
+            "optimizer": case["optimizer"],
             "deepspeed": {"zero_optimization": zero},
         }
     )
-    engine = build_engine(
-        build_vit(config.model, mean=(0.5,) * 3, std=(0.5,) * 3),
-        config,
-        BatchSplit(4 * world.size, world.size, 2),
-        world,
-    )
+    model = build_vit(config.model, mean=(0.5,) * 3, std=(0.5,) * 3)
+    if config.optimizer.frozen == "backbone":
+        model.freeze_backbone()
+    engine = build_engine(model, config, BatchSplit(4 * world.size, world.size, 2), world)
+    del model
     engine.model.train()
     images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     largest = 0
     for micro_step in range(4):
         engine.backward(engine.model(images).float().square().mean())
-        if micro_step >= 2:  # Adam's moments are there from the second step on
+        if micro_step >= 2:  # moments are there from the second step on
             now = {address: storage for address, storage in storages().items() if address not in before}
             largest = max(largest, sum(storage.nbytes() for storage in now.values()))
             del now

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvit_engine.config import Config
+from fastvit_engine.config import Config, OptimizerConfig
 from fastvit_engine.distributed.supervise import free_port, rank_environment
+from fastvit_engine.engine.optimizers import KINDS
 from fastvit_engine.models import build_vit, parameter_count
 from fastvit_engine.sizing.memory import (
     Buckets,
@@ -20,16 +21,27 @@ from fastvit_engine.sizing.memory import (
     training_memory,
 )
 from fastvit_kernels import FusedCrossEntropy, dispatch
+from tests.in_full import IN_FULL
 
 MEASURED_MODEL = {"name": "Ti/16", "image_size": 32, "num_classes": 10, "depth": 2}  # that of state_bytes.py
 REDUCE = 50_000
+SGD, PROBE = {"kind": "sgd"}, {"frozen": "backbone"}
+OTHERS = [  # precision and stage, and another optimizer
+    (("bf16", 0), SGD),
+    (("bf16", 2), PROBE),
+    (("fp32", 3), PROBE),
+    (("fp32", 1), SGD),
+    (("bf16", 3), SGD),
+    (("bf16", 0), PROBE),
+    (("bf16", 3), PROBE),
+]
 
 
 def vit(**model):
     return Config.model_validate({"model": model}).model
 
 
-def state(stage, precision, world_size, **settings):
+def state(stage, precision, world_size, frozen="none", **settings):
     given = {
         "offload": "none",
         "accumulate_bytes": 4 if stage or precision == "fp32" else 2,
@@ -38,7 +50,8 @@ def state(stage, precision, world_size, **settings):
         "buckets": Buckets(reduce=REDUCE),
         "on_gpu": False,
     }
-    return state_memory(ParameterCounts.of(vit(**MEASURED_MODEL)), precision, stage, world_size, **given | settings)
+    counts = ParameterCounts.of(vit(**MEASURED_MODEL), frozen=frozen)
+    return state_memory(counts, precision, stage, world_size, **given | settings)
 
 
 @pytest.mark.distributed
@@ -46,9 +59,13 @@ def test_the_state_is_what_deepspeed_allocates(execute, tmp_path):
     """Two processes, every kind of state: all tensors there are before the second optimizer step."""
     stages = {"fp32": (1, 3), "bf16": (0, 1, 2, 3)}
     cases = [
-        {"precision": precision, "stage": stage, "reduce": REDUCE}
+        {"precision": precision, "stage": stage, "reduce": REDUCE, "optimizer": {}}
         for precision, tried in stages.items()
         for stage in tried
+    ]
+    others = OTHERS if IN_FULL else OTHERS[:2]
+    cases += [
+        {**case, "optimizer": own} for case in cases for at, own in others if (case["precision"], case["stage"]) == at
     ]
     command = [sys.executable, str(Path(__file__).with_name("state_bytes.py")), json.dumps(cases)]
     port = free_port()
@@ -62,7 +79,12 @@ def test_the_state_is_what_deepspeed_allocates(execute, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr + said.decode()
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("measured ")]
     for case, measured in zip(cases, json.loads(line.removeprefix("measured ")), strict=True):
-        computed = state(case["stage"], case["precision"], 2).state
+        chosen = OptimizerConfig(**case["optimizer"])
+        moments = KINDS[chosen.kind].moments(chosen)
+        # DeepSpeed's default keeps a model of this size gathered until a backward pass, which the backbone has not.
+        kept = parameter_count(vit(**MEASURED_MODEL)) if chosen.frozen == "backbone" and case["stage"] == 3 else 0
+        settings = {"moments": moments, "buckets": Buckets(reduce=REDUCE, gathered=kept)}
+        computed = state(case["stage"], case["precision"], 2, chosen.frozen, **settings).state
         assert computed == pytest.approx(measured, rel=0.04), case
 
 
@@ -96,6 +118,22 @@ def test_offloading_moves_the_optimizer_to_the_host():
     everything = state(3, "bf16", 4, offload="all")
     assert everything.weights == 0
     assert everything.host >= state(3, "bf16", 4).weights + state(3, "bf16", 4).optimizer
+
+
+def test_sgd_needs_one_moment_less_and_a_frozen_backbone_none():
+    model = vit(**MEASURED_MODEL)
+    parameters, head = parameter_count(model), 192 * 10 + 10
+    assert state(0, "fp32", 1, moments=1).optimizer == 4 * parameters
+    assert state(0, "bf16", 1, moments=0).optimizer == 4 * parameters
+    probe = state(0, "bf16", 1, "backbone")
+    assert (probe.optimizer, probe.gradients) == (4 * parameters + 8 * head, 2 * head)
+    assert probe.weights == state(0, "bf16", 1).weights
+
+    def of_step(frozen):
+        config = Config.model_validate({"model": MEASURED_MODEL, "optimizer": {"frozen": frozen}})
+        return training_memory(config, 0, 1, 8, False, Buckets(), on_gpu=False)
+
+    assert of_step("backbone").activations < of_step("none").activations / 5
 
 
 @pytest.mark.parametrize(("recompute", "expected"), [("none", 41_040), ("gelu", 30_800), ("all", 25_680)])

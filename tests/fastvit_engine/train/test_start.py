@@ -124,7 +124,8 @@ def test_fewer_classes_than_outputs_and_a_batch_larger_than_the_data_are_warned_
     (tmp_path / "dataset.json").write_text(json.dumps(info))
     assert warnings() == ()
     (tmp_path / "dataset.json").write_text(json.dumps(info | {"classes": ["ant", "bee", "cow"]}))
-    assert warnings() == ("data.train has 3 classes, model.num_classes is 10: set model.num_classes=3",)
+    unseen = "so 7 outputs will never see an image: set model.num_classes=3"
+    assert warnings() == (f"data.train has 3 classes and model.num_classes is 10, {unseen}",)
     (tmp_path / "dataset.json").unlink()
     (large,) = warnings(train_samples=7)
     assert large.startswith("train.global_batch_size is 8, and an epoch has only 7 samples: ")
