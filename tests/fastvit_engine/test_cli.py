@@ -94,7 +94,7 @@ def test_a_wrong_argument_is_one_sentence(capsys, arguments, sentence):
 
 @pytest.mark.parametrize(
     ("words", "shown"),
-    [([], "pretrain a model"), (["data"], "draw training images"), (["config"], "every value of a recipe")],
+    [([], "train a model"), (["data"], "draw training images"), (["config"], "every value of a recipe")],
 )
 def test_a_command_without_its_action_shows_the_help(capsys, words, shown):
     with pytest.raises(SystemExit) as stop:
