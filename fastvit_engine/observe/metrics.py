@@ -139,6 +139,8 @@ def _problem(row: Mapping[str, Any]) -> str | None:
                 return f"has shots {row[key]!r}, not figures of few-shot accuracy"
         elif not isinstance(row[key], kind) or isinstance(row[key], bool):
             return f"has {key} {row[key]!r}, not {_NAMES.get(kind, 'a number')}"
+        elif key == "seconds" and not math.isfinite(row[key]):
+            return f"has seconds {row[key]}, not a duration"
         elif isinstance(row[key], int) and abs(row[key]) >= 2**63:
             return f"has a {key} of too many digits"
     return None

@@ -10,6 +10,7 @@ what is not there. Whatever ends the process that made them, the next `Hosts` on
 
 import atexit
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -22,6 +23,7 @@ from typing import Any
 
 NAMESPACES = Path("/run/netns")
 FILES_OF_HOSTS = Path("/etc/netns")  # `ip netns exec NAME` mounts /etc/netns/NAME/* over /etc/*
+_NUMBERS = itertools.count()  # of the networks of this process, of which a test may have two
 CABLE = Path(__file__).with_name("cable.py")
 
 
@@ -46,7 +48,7 @@ class Hosts:
     def __init__(self, count: int = 3) -> None:
         _remove_leftovers()
         self.count = count
-        self.prefix = f"fastvit-{os.getpid()}"
+        self.prefix = f"fastvit-{os.getpid()}-{next(_NUMBERS)}"
         self.network = f"10.77.{os.getpid() % 250 + 1}"
         self.switch = f"{self.prefix}-switch"
         self.cables: dict[int, subprocess.Popen[bytes]] = {}

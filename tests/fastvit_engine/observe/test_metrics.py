@@ -125,6 +125,7 @@ def test_reading_leaves_out_a_half_written_last_line(tmp_path: Path) -> None:
         (json.dumps(train_row(1) | {"step": 1.0}), "line 2 has step 1.0, not an integer"),
         ("\0" * 300, "line 2 is not JSON"),
         (json.dumps(train_row(1) | {"loss": 10**400}), "line 2 has a loss of too many digits"),
+        (json.dumps(train_row(1) | {"seconds": 1}).replace("1}", "1e999}"), "line 2 has seconds inf, not a duration"),
         (json.dumps(train_row(1) | {"step": True}), "line 2 has step True, not an integer"),
         (json.dumps(train_row(1) | {"loss": "much"}), "line 2 has loss 'much', not a number"),
         (json.dumps(train_row(1) | {"loss": None}), "line 2 has loss None, not a number"),

@@ -10,6 +10,7 @@ from fastvit_engine.errors import UserError
 PATH_COLUMNS = ("path", "url", "image", "file", "filename", "file_name", "image_path", "image_url")
 BYTES_COLUMNS = ("image", "img", "jpg", "png", "bytes", "image_bytes")
 SPLIT_COLUMNS = ("split", "subset", "partition")
+_MOST_SHOWN, _LONGEST_SHOWN = 40, 60  # names, characters
 LABEL_COLUMNS = ("label", "labels", "class", "classes", "class_name", "cls", "target", "targets", "fine_label")
 
 
@@ -50,7 +51,13 @@ def _only(names: Sequence[str], usual: Sequence[str], wanted: str | None, option
             + (f"choose with {choices}" if len(set(found)) > 1 else f"rename all but one of those called '{found[0]}'")
         )
     called = f"of {what}" if wanted is None else f"called '{wanted}'"
-    raise NoColumn(f"{where} has no column {called}, only {', '.join(present)}: name it with {option}")
+    raise NoColumn(f"{where} has no column {called}, only {_listed(present)}: name it with {option}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names for a sentence, which holds only so much."""
+    shown = [name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}..." for name in names[:_MOST_SHOWN]]
+    return ", ".join(shown) + (f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else "")
 
 
 def split_column(names: Sequence[str]) -> str | None:

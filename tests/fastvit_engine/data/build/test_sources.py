@@ -830,6 +830,11 @@ def test_labels_by_index_and_by_name(context, tmp_path, text, classes, expected)
         ),
         ("a.csv", "path,kind\nx,1\n", r"a\.csv has no column of labels, only path, kind: name it with --label-column"),
         ("a.csv", "path;kind\nx;1\n", r"a\.csv has no column of labels, only path, kind"),
+        (
+            "a.csv",
+            f"{'x' * 9000},{'y,' * 90}\n1,2\n",
+            r"no column of images, only x{60}\.\.\., (y, )+y and 51 more: name",
+        ),
         ("a.csv", "path,label\n", "holds no image"),
         ("a.csv", "\n\n", r"a\.csv is empty: begin it with a line of column names"),
         ("a.csv", "path,label,url\nx,1,y\n", "choose with --image-column path or --image-column url"),
