@@ -31,6 +31,12 @@ _OF_A_COMMAND = re.compile(
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
+def brief(value: object, most: int = 200) -> str:
+    """As much of what a file says as a sentence may hold, in characters."""
+    text = str(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 @lru_cache(4096)  # readers ask for each sample
 def public_url(url: str) -> str:
     """The URL without user name, password, query and fragment. A local path and a pattern stay as they are.

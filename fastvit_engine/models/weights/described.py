@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from fastvit_engine.config import DataConfig
 from fastvit_engine.errors import UserError
-from fastvit_engine.models.weights.entries import brief
+from fastvit_engine.shown import brief
 
 PIXELS = ("mean", "std", "eval_crop", "eval_transform")  # keys of section `data`
 

@@ -7,15 +7,9 @@ import torch
 from torch import Tensor
 
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import brief
 
 Dimensions = tuple[int, ...]
-_LONGEST_SHOWN = 200  # characters
-
-
-def brief(value: object) -> str:
-    """As much of what a file says as a sentence may hold."""
-    text = str(value)
-    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 @dataclass(frozen=True)

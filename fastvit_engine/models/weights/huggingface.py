@@ -18,9 +18,10 @@ from fastvit_engine.config.model_shape import model_of_shape, resolve_shape
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_folder, atomic_write
 from fastvit_engine.models.weights.described import described
-from fastvit_engine.models.weights.entries import Entry, brief, check_shapes, same
+from fastvit_engine.models.weights.entries import Entry, check_shapes, same
 from fastvit_engine.models.weights.pretrained import Pretrained, from_entries, model_config
 from fastvit_engine.models.weights.safetensors_file import read_header, write_tensors
+from fastvit_engine.shown import brief
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 _LONGEST = 2**24  # bytes of JSON

@@ -25,9 +25,10 @@ from fastvit_engine.config.model_shape import Shape, model_of_shape, resolve_sha
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.described import described
-from fastvit_engine.models.weights.entries import Dimensions, Entry, brief, check_shapes, same
+from fastvit_engine.models.weights.entries import Dimensions, Entry, check_shapes, same
 from fastvit_engine.models.weights.position import grid_side
 from fastvit_engine.models.weights.pretrained import USUAL, Pretrained, from_entries, model_config
+from fastvit_engine.shown import brief
 
 _PREFIXES = ("opt/target/", "params/")
 _OF_TRAINING = ("opt/", "extra/", "chrono/", "states/", "step")  # beside a prefix: no weights

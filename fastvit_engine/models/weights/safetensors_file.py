@@ -18,10 +18,10 @@ from torch import Tensor
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.described import PIXELS, described
-from fastvit_engine.models.weights.entries import brief
 from fastvit_engine.models.weights.pretrained import Pretrained, from_tensors, model_config
 from fastvit_engine.models.weights.timm_code import timm_code
 from fastvit_engine.models.weights.timm_names import open_timm_tensors
+from fastvit_engine.shown import brief
 
 # As safetensors calls them.
 DTYPES = {

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from fastvit_engine.config.model_shape import SIZES, model_of_shape, resolve_shape
 from fastvit_engine.errors import UserError
-from fastvit_engine.models.weights.entries import brief
 from fastvit_engine.models.weights.position import grid_side
 from fastvit_engine.models.weights.pretrained import Pretrained, from_tensors, model_config
 from fastvit_engine.models.weights.timm_code import ARCHITECTURES
+from fastvit_engine.shown import brief
 
 _SIZES = {architecture.split("_")[1]: size for size, (architecture, _) in ARCHITECTURES.items()}
 # Names whose model has nothing but what the weights show; of others, the name says more.

@@ -295,7 +295,7 @@ def _recognise_file(path: AnyPath) -> str:
     if path.suffix.lower() == ".zip":
         raise UserError(zips.why_not_read(path))
     if path.suffix.lower() in (".7z", ".rar"):
-        raise UserError(f"{path} is an archive that is not read in place: unpack it, and name the folder instead")
+        raise UserError(f"{path} is an archive, which is not read in place: unpack it, and name the folder instead")
     raise UserError(f"{path} is {_UNKNOWN} ({', '.join(sorted(FORMATS))})")
 
 

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.shards.splits import Part, split_of
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import brief
 
 PATH_COLUMNS = ("path", "url", "image", "file", "filename", "file_name", "image_path", "image_url")
 BYTES_COLUMNS = ("image", "img", "jpg", "png", "bytes", "image_bytes")
 SPLIT_COLUMNS = ("split", "subset", "partition")
-_MOST_SHOWN, _LONGEST_SHOWN = 40, 60  # names, characters
+_MOST_SHOWN = 40  # names
 LABEL_COLUMNS = ("label", "labels", "class", "classes", "class_name", "cls", "target", "targets", "fine_label")
 
 
@@ -56,8 +57,8 @@ def _only(names: Sequence[str], usual: Sequence[str], wanted: str | None, option
 
 def _listed(names: Sequence[str]) -> str:
     """Names for a sentence, which holds only so much."""
-    shown = [name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}..." for name in names[:_MOST_SHOWN]]
-    return ", ".join(shown) + (f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else "")
+    more = f" and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
+    return ", ".join(brief(name, 60) for name in names[:_MOST_SHOWN]) + more
 
 
 def split_column(names: Sequence[str]) -> str | None:

@@ -17,6 +17,7 @@ import numpy as np
 from fastvit_engine.data.build.sources.label_column import MISSING, Label, Order, read_label, resolve
 from fastvit_engine.data.shards.remote_path import AnyPath
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import brief
 
 Kind = Literal["path", "url", "bytes", "sample", "pixels"]
 
@@ -225,9 +226,9 @@ class ListingBuilder:
         unknown = np.setdiff1d(evaluated, trained)
         if len(unknown) and len(trained) and (not self.multi_label or len(unknown) == len(evaluated)):
             raise UserError(
-                f"{where} has the label '{names[unknown[0]]}' among the images to evaluate on, and not among those to "
-                "train on: correct the labels, or list all class names in label order, one per line, in a file given "
-                "as --classes"
+                f"{where} has the label '{brief(names[unknown[0]])}' among the images to evaluate on, and not among "
+                "those to train on: correct the labels, or list all class names in label order, one per line, in a "
+                "file given as --classes"
             )
 
 
@@ -237,8 +238,8 @@ def _check_distinct(names: list[str], where: str) -> None:
     for name in names:
         if (other := seen.setdefault(unicodedata.normalize("NFC", name), name)) != name:
             raise UserError(
-                f"{where} has two classes that both look like '{name}', in characters {ascii(other)} and "
-                f"{ascii(name)}: rename one as the other, or list all class names in a file given as --classes"
+                f"{where} has two classes that both look like '{brief(name)}', in characters {brief(ascii(other))} and "
+                f"{brief(ascii(name))}: rename one as the other, or list all class names in a file given as --classes"
             )
 
 
@@ -262,11 +263,11 @@ def without_repeats(listing: Listing, where: str) -> Listing:
         labels, before = (sorted(listing.classes[label] for label in listing.labels_of(one)) for one in (row, earlier))
         if labels != before:
             raise UserError(
-                f"{where} has {listing.name(row)} twice, with the labels {before} and {labels}: list an image once, "
-                'with all its labels, separated by ";"'
+                f"{where} has {brief(listing.name(row))} twice, with the labels {brief(before)} and {brief(labels)}: "
+                'list an image once, with all its labels, separated by ";"'
             )
         if listing.held_out[row] != listing.held_out[earlier]:
-            raise UserError(f"{where} has {listing.name(row)} in both splits: remove it from one of them")
+            raise UserError(f"{where} has {brief(listing.name(row))} in both splits: remove it from one of them")
         kept[row] = False
     return listing if kept.all() else _select(listing, kept, {REPEATED: int((~kept).sum())})
 

@@ -13,6 +13,7 @@ import tarfile
 import tempfile
 import threading
 import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -862,8 +863,11 @@ def test_lists_with_an_upper_case_suffix(context, tmp_path, name):
 
 @pytest.mark.parametrize("name", ["photos.zip", "PHOTOS.ZIP", "photos.7z"])
 def test_archives_that_are_not_read_are_to_be_unpacked(context, tmp_path, name):
-    (tmp_path / name).write_bytes(b"PK")
-    with pytest.raises(UserError, match=rf"{name} is an archive that is not read in place: unpack it, and name the f"):
+    if name.endswith("7z"):
+        (tmp_path / name).write_bytes(b"7z")
+    else:
+        zipfile.ZipFile(tmp_path / name, "w").close()
+    with pytest.raises(UserError, match=rf"{name} is an? (zip )?archive, .* not read .*: unpack it.* name the folder"):
         list_source(str(tmp_path / name), None, context)
 
 
