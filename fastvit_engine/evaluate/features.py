@@ -19,6 +19,7 @@ from fastvit_engine.files import atomic_writer
 
 # The arrays of a file with both sets of few-shot features, as `few_shot_accuracy` names its arguments.
 BOTH = (("train_x", "train_y", "train_keys"), ("eval_x", "eval_y", "eval_keys"))
+_COMMAND = "`fastvit features MODEL --data SHARDS --out FILE`"
 
 
 class Features(NamedTuple):
@@ -110,7 +111,7 @@ def load_both(path: Path) -> tuple[Features, Features]:
 
 def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of an .npz file; none that is pickled, which could run code. Raises UserError if it is damaged."""
-    again = "make it again with `fastvit features`"
+    again = f"make it again with {_COMMAND}"
     try:
         found = np.load(path, allow_pickle=False)
         if not isinstance(found, np.lib.npyio.NpzFile):
@@ -129,7 +130,7 @@ def _features_in(path: Path, arrays: Mapping[str, NDArray[Any]], names: tuple[st
     if missing := [name for name in names if name not in arrays]:
         raise UserError(
             f"{path} has no array '{missing[0]}', only {', '.join(sorted(arrays)) or 'none'}: give a file of `fastvit "
-            "features` for each of the two sets, or one of `fastvit fewshot --features-out` for both"
+            "features` for each of the two sets, or the one that `fastvit fewshot` wrote with --features-out"
         )
     features, labels, keys = (arrays[name] for name in names)
     if (
@@ -143,5 +144,5 @@ def _features_in(path: Path, arrays: Mapping[str, NDArray[Any]], names: tuple[st
     ):
         forms = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in
                           zip(names, (features, labels, keys), strict=True))  # fmt: skip
-        raise UserError(f"{path} holds no features and labels ({forms}): make it again with `fastvit features`")
+        raise UserError(f"{path} holds no features and labels ({forms}): make it again with {_COMMAND}")
     return Features(features.astype(np.float32, copy=False), labels.astype(np.int64), keys)

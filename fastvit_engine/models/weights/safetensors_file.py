@@ -123,7 +123,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]],
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is not a complete safetensors file ({brief(error)}): get it again, or make it again with "
-            "`fastvit export` or `fastvit convert`"
+            "`fastvit export RUN --out FILE` or `fastvit convert MODEL FILE --to timm`"
         ) from error
     for name, dtype in dtypes.items():
         if not (dtype in DTYPES and DTYPES[dtype].is_floating_point):
