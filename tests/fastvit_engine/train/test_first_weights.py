@@ -109,6 +109,21 @@ def test_mean_and_deviation_come_from_the_weights_and_others_are_said(npz, monke
     assert "does not say mean and std" in warning
 
 
+def test_a_head_that_is_kept_for_other_classes_than_those_of_the_data_is_said(npz, monkeypatch):
+    names = ("ant", "bee", "cat", "cow", "dog", "eel", "fox")
+
+    def opened(source, **options):
+        return replace(load.open_model(source, **options), class_names=names)
+
+    monkeypatch.setattr(first_weights, "open_model", opened)
+    kept = fill_in(load_config(None, {"init.from": npz, "init.head": "keep"}), None, resume=False)
+    (doubt,) = kept.doubts(["ant", "cat", "bee"])
+    assert "class 1 is 'bee' in the weights of init.from and 'cat' in data.train" in doubt
+    assert kept.doubts(names) == kept.doubts(names[:5]) == kept.doubts(None) == ()
+    new = fill_in(load_config("probe", {"init.from": npz}), None, resume=False)
+    assert new.doubts(["other", "classes"]) == ()
+
+
 def test_without_weights_nothing_is_filled_in():
     resolved = load_config("quickstart")
     assert fill_in(resolved, None, resume=False).apply(resolved) is resolved
