@@ -47,6 +47,11 @@ def test_the_head_is_kept_with_its_tanh_layer_and_classes(npz):
     assert (model.head, model.num_classes) == ("mlp", 7)
 
 
+@pytest.mark.parametrize("recipe", ["finetune_photos", "probe"])
+def test_a_recipe_for_any_classes_keeps_those_of_the_head(npz, recipe):
+    assert filled(npz, recipe, init__head="keep", model__image_size=16).config.model.num_classes == 7
+
+
 def test_images_may_have_another_size_and_the_model_other_regularisation(npz):
     model = filled(
         npz, model__image_size=20, model__dropout=0.1, model__drop_path=0.2, model__head_bias=-3
