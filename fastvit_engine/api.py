@@ -1,7 +1,7 @@
 """What the commands do, as functions: `fastvit_engine.train` and `fastvit_engine.evaluate`."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from fastvit_engine.config import Config, Resolved, load_config
 from fastvit_engine.data import Batch, IterableData
+from fastvit_engine.data.shards.names import info_beside
 from fastvit_engine.data.stream.bad_samples import checked
 from fastvit_engine.data.stream.iterable import Samples
 from fastvit_engine.data.stream.prepare import eval_streams
@@ -18,6 +19,7 @@ from fastvit_engine.distributed.environment import launched_by_cluster
 from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.engine.deepspeed import forget_process_groups
 from fastvit_engine.errors import UserError
+from fastvit_engine.evaluate.class_lists import check_names
 from fastvit_engine.evaluate.classification import Accuracy
 from fastvit_engine.evaluate.classification import evaluate as evaluate_batches
 from fastvit_engine.models import VisionTransformer
@@ -25,6 +27,8 @@ from fastvit_engine.observe.run_folder import run_folder
 from fastvit_engine.train import loop
 from fastvit_engine.trusted_folders import trust_compiled_code
 from fastvit_kernels import FusedCrossEntropy
+
+_SAME_CLASSES = "evaluate on shards of its classes, or set model.class_names = None if only the spelling differs"
 
 
 def train(
@@ -87,7 +91,8 @@ def evaluate(
     per image, cropped as the run that trained the model did. batch_size: images at a time.
 
     Samples without a usable image are left out, and a line on stderr says how many. Raises UserError if they are more
-    than `data.max_bad_share` allows, or all; and if the data cannot be read, or does not fit the model.
+    than `data.max_bad_share` allows, or all; and if the data cannot be read, or does not fit the model. It does not if
+    `model.class_names` and the `dataset.json` beside the shards name different classes.
     """
     trust_compiled_code()
     if batch_size < 1:
@@ -101,13 +106,16 @@ def evaluate(
     if config is None and model.eval_crop is not None:
         changes |= {"eval_crop": model.eval_crop, "eval_transform": model.eval_transform}
     settings = settings.model_copy(update={"model": model.config, "data": settings.data.model_copy(update=changes)})
-    return evaluate_batches(model, _eval_batches(settings, batch_size), FusedCrossEntropy(settings.loss.kind))[0]
+    batches = _eval_batches(settings, batch_size, model.class_names)
+    return evaluate_batches(model, batches, FusedCrossEntropy(settings.loss.kind))[0]
 
 
-def _eval_batches(config: Config, batch_size: int) -> Iterator[Batch]:
-    """Reads the shards of `data.eval` from beginning to end, which needs no index."""
+def _eval_batches(config: Config, batch_size: int, class_names: Sequence[str] | None) -> Iterator[Batch]:
+    """Reads the shards of `data.eval` from beginning to end, which needs no index. class_names: of the model."""
     shards = eval_streams(config)
     assert shards is not None  # `evaluate` sets data.eval
+    info = info_beside(list(shards.shards))
+    check_names(class_names, None if info is None else info.classes, _SAME_CLASSES)
     pin_memory = torch.cuda.is_available()
     batches = shards.eval_batches(config, rank=0, world_size=1, batch_size=batch_size, pin_memory=pin_memory)
     return checked(batches, config.data.max_bad_share)

@@ -32,7 +32,7 @@ def find_checkpoint(source: str) -> Checkpoint:
 
     Raises UserError if there is none, or if the run's config.yaml is damaged.
     """
-    source = with_both_slashes(source)
+    source = given = with_both_slashes(source)
     parent, _, name = source.rstrip("/").rpartition("/")
     if is_step_name(name):
         return Checkpoint(open_store(parent or "."), name)
@@ -45,9 +45,8 @@ def find_checkpoint(source: str) -> Checkpoint:
     if doubt := doubt_about_latest(store):
         print(f"warning: {doubt}", file=sys.stderr, flush=True)
     if not found:
-        raise UserError(
-            f"{source} holds no checkpoint: give a run folder, or a checkpoint such as RUN/checkpoints/step-N"
-        )
+        lacks = "holds no checkpoint" if "://" in given or Path(given).exists() else "does not exist"
+        raise UserError(f"{source} {lacks}: give a run folder, or a checkpoint such as RUN/checkpoints/step-N")
     return found[0]
 
 

@@ -108,14 +108,15 @@ def right_outputs(
     return Right.among([group[0] for group in groups], outputs), f"{len(groups):,} of {outputs:,} outputs count"
 
 
-def check_names(model: Sequence[str] | None, data: Sequence[str] | None) -> None:
-    """Raises UserError if model and data both name their classes, and not alike."""
+_ADVICE = (
+    "name the model's outputs for the data's classes with --classes, or add --ignore-names if only the spelling differs"
+)
+
+
+def check_names(model: Sequence[str] | None, data: Sequence[str] | None, advice: str = _ADVICE) -> None:
+    """Raises UserError, with `advice`, if model and data both name their classes, and not alike."""
     if model is None or data is None or list(model) == list(data):
         return
-    advice = (
-        "name the model's outputs for the data's classes with --classes, or add --ignore-names if only the spelling "
-        "differs"
-    )
     differing = next((n for n, pair in enumerate(zip(model, data, strict=False)) if pair[0] != pair[1]), None)
     if differing is None:
         if len(data) < len(model):

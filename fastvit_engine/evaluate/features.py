@@ -20,6 +20,7 @@ from fastvit_engine.files import atomic_writer
 # The arrays of a file with both sets of few-shot features, as `few_shot_accuracy` names its arguments.
 BOTH = (("train_x", "train_y", "train_keys"), ("eval_x", "eval_y", "eval_keys"))
 _COMMAND = "`fastvit features MODEL --data SHARDS --out FILE`"
+_SHOWN = 5  # names of arrays in a sentence
 
 
 class Features(NamedTuple):
@@ -128,8 +129,9 @@ def load_arrays(path: Path) -> dict[str, NDArray[Any]]:
 def _features_in(path: Path, arrays: Mapping[str, NDArray[Any]], names: tuple[str, str, str]) -> Features:
     """The features among the arrays of a file. Raises UserError if one is missing, or is not what its name says."""
     if missing := [name for name in names if name not in arrays]:
+        there = [*sorted(arrays)[:_SHOWN], *(["..."] if len(arrays) > _SHOWN else [])]
         raise UserError(
-            f"{path} has no array '{missing[0]}', only {', '.join(sorted(arrays)) or 'none'}: give a file of `fastvit "
+            f"{path} has no array '{missing[0]}', only {', '.join(there) or 'none'}: give a file of `fastvit "
             "features` for each of the two sets, or the one that `fastvit fewshot` wrote with --features-out"
         )
     features, labels, keys = (arrays[name] for name in names)

@@ -4,7 +4,7 @@ They are read once, before the first step. A resumed run takes all that from its
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,15 @@ _WEIGHTS = "model.safetensors"  # in a folder with config.json
 
 @dataclass(frozen=True)
 class Filled:
-    """The values that a configuration takes from weights, by section and key, and remarks on them."""
+    """The values that a configuration takes from weights, by section and key, and remarks on them.
+
+    class_names: what the outputs of a head that is kept mean, if known.
+    """
 
     values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     origin: str = "init.from"
+    class_names: tuple[str, ...] | None = None
 
     def apply(self, resolved: Resolved) -> Resolved:
         """The configuration with these values. Raises UserError if that is none."""
@@ -53,6 +57,18 @@ class Filled:
             origins |= {f"{section}.{key}": self.origin for key in values}
         check_config(config)
         return Resolved(config, origins)
+
+    def doubts(self, data: Sequence[str] | None) -> tuple[str, ...]:
+        """The remarks, and one more if the head that is kept was trained for other classes than those of `data`."""
+        for number, (theirs, ours) in enumerate(zip(self.class_names or (), data or (), strict=False)):
+            if theirs != ours:
+                return (
+                    *self.warnings,
+                    f"class {number} is '{theirs}' in the weights of init.from and '{ours}' in data.train, and "
+                    "init.head = keep: the head begins with answers to other classes; set init.head=new unless only "
+                    "the spelling differs",
+                )
+        return self.warnings
 
 
 def fill_in(resolved: Resolved, run: RunFolder | None, *, resume: bool) -> Filled:
@@ -134,7 +150,8 @@ def _from_weights(resolved: Resolved, weights: Pretrained) -> Filled:
             "model.head=linear, or init.head=keep"
         )
     pixels, warnings = _fill_pixels(config, weights)
-    return Filled({"model": values, "data": pixels}, warnings)
+    names = weights.class_names if config.init.head == "keep" else None
+    return Filled({"model": values, "data": pixels}, warnings, class_names=names)
 
 
 def _fill_sizes(model: ModelConfig, there: ModelConfig, values: dict[str, Any], refuse: Any) -> None:

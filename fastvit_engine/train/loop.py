@@ -72,7 +72,7 @@ def train(
             start = start.beginning_with(world.on_main(lambda: describe_weights(settings)))
         if world.is_main:
             report_damage(run, start.damaged, start.checkpoint)
-            warnings = (*start.warnings, *filled.warnings)
+            warnings = (*start.warnings, *filled.doubts(start.data.class_names))
             say("\n".join([start.message, *(f"warning: {text}" for text in warnings)]))
         resolved, chosen = start.settle(resolved, chosen)
         if start.step < start.total_steps:

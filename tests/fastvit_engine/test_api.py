@@ -35,6 +35,16 @@ def cpu(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
+def test_a_model_of_other_classes_is_refused(digits):
+    config = ModelConfig(name="Ti/4", image_size=8, num_classes=10, width=32, depth=1, heads=2)
+    model = fastvit_engine.build_model(config, mean=(0.5,) * 3, std=(0.5,) * 3)
+    model.class_names = ("0", "1", "2", "4", "3", *"56789")
+    with pytest.raises(UserError, match=r"class 3 is '4' in the model and '3' in the data: .*model.class_names = None"):
+        fastvit_engine.evaluate(model, digits / "eval-000000.tar")
+    model.class_names = None
+    assert fastvit_engine.evaluate(model, digits / "eval-000000.tar").samples > 0
+
+
 @pytest.fixture(scope="module")
 def evaluated(digits):
     return [*SETTINGS, f"data.eval={digits}/eval-*.tar"]

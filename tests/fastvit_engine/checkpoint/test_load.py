@@ -126,6 +126,8 @@ def test_a_run_whose_configuration_is_damaged_is_refused_in_a_sentence(run, tmp_
 def test_what_holds_no_model_is_named(run, tmp_path):
     with pytest.raises(UserError, match="holds no checkpoint: give a run folder"):
         load_model(tmp_path)
+    with pytest.raises(UserError, match="/runs/typo does not exist: give a run folder"):
+        load_model(tmp_path / "runs" / "typo")
     with pytest.raises(UserError, match=r"nothing.safetensors does not exist"):
         load_model(tmp_path / "nothing.safetensors")
     with pytest.raises(UserError, match="holds one set of weights"):

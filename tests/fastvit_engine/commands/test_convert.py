@@ -295,7 +295,7 @@ def test_bad_arguments_are_one_sentence(tmp_path, capsys):
     for words, message in [
         ([tmp_path / "gone.npz", tmp_path / "y.npz", *npz], "gone.npz does not exist"),
         ([tmp_path / "gone.safetensors", tmp_path / "y.npz", *npz], "gone.safetensors does not exist"),
-        ([tmp_path / "gone", tmp_path / "y.npz", *npz], "holds no checkpoint: give a run folder"),
+        ([tmp_path / "gone", tmp_path / "y.npz", *npz], "gone does not exist: give a run folder"),
         ([tmp_path / "text.yaml", tmp_path / "y.npz", *npz], "is a file, and no .npz or .safetensors"),
         ([tmp_path / "empty.npz", tmp_path / "y.npz", *npz], "is not a complete .npz file"),
         ([tmp_path / "empty.safetensors", tmp_path / "y.npz", *npz], "is not a complete safetensors file"),

@@ -298,5 +298,5 @@ def test_a_row_of_table_4(name):
 @pytest.mark.parametrize("name", ["finetune_photos", "probe"])
 def test_our_own_finetuning_takes_any_model(name):
     config = load_config(name, {"init.from": "weights.npz"}).config
-    assert config.model.model_fields_set <= {"image_size", "num_classes", "dropout", "drop_path"}
+    assert config.model.model_fields_set <= {"image_size", "dropout", "drop_path"}  # classes: of the data, or the head
     assert config.optimizer.frozen == ("backbone" if name == "probe" else "none")

@@ -151,6 +151,10 @@ def test_what_is_written_is_read_back(tmp_path):
         ({"keys": np.array(["a"])}, "holds no features and labels"),
         ({"keys": np.array([{"a": 1}, 2], dtype=object)}, "allow_pickle=False"),
         ({"labels": None}, "has no array 'labels', only features, keys"),
+        (
+            {"features": None, **{f"block_{n}": np.zeros(1) for n in range(9)}},
+            "has no array 'features', only block_0, block_1, block_2, block_3, block_4, ...: give a file",
+        ),
     ],
 )
 def test_other_arrays_are_refused(tmp_path, changes, message):

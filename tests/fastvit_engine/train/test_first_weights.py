@@ -47,6 +47,11 @@ def test_the_head_is_kept_with_its_tanh_layer_and_classes(npz):
     assert (model.head, model.num_classes) == ("mlp", 7)
 
 
+@pytest.mark.parametrize("recipe", ["finetune_photos", "probe"])
+def test_a_recipe_for_any_classes_keeps_those_of_the_head(npz, recipe):
+    assert filled(npz, recipe, init__head="keep", model__image_size=16).config.model.num_classes == 7
+
+
 def test_images_may_have_another_size_and_the_model_other_regularisation(npz):
     model = filled(
         npz, model__image_size=20, model__dropout=0.1, model__drop_path=0.2, model__head_bias=-3
@@ -107,6 +112,21 @@ def test_mean_and_deviation_come_from_the_weights_and_others_are_said(npz, monke
     known = None
     (warning,) = fill_in(load_config("probe", {"init.from": npz}), None, resume=False).warnings
     assert "does not say mean and std" in warning
+
+
+def test_a_head_that_is_kept_for_other_classes_than_those_of_the_data_is_said(npz, monkeypatch):
+    names = ("ant", "bee", "cat", "cow", "dog", "eel", "fox")
+
+    def opened(source, **options):
+        return replace(load.open_model(source, **options), class_names=names)
+
+    monkeypatch.setattr(first_weights, "open_model", opened)
+    kept = fill_in(load_config(None, {"init.from": npz, "init.head": "keep"}), None, resume=False)
+    (doubt,) = kept.doubts(["ant", "cat", "bee"])
+    assert "class 1 is 'bee' in the weights of init.from and 'cat' in data.train" in doubt
+    assert kept.doubts(names) == kept.doubts(names[:5]) == kept.doubts(None) == ()
+    new = fill_in(load_config("probe", {"init.from": npz}), None, resume=False)
+    assert new.doubts(["other", "classes"]) == ()
 
 
 def test_without_weights_nothing_is_filled_in():
