@@ -356,6 +356,9 @@ def _what_was_found(listing: Listing, arguments: dict[str, Any], eval_fraction: 
     found = f"{arguments['source']}: {'; '.join(context.descriptions)}: "
     train = "" if listing.eval_only else f"{counted(len(listing) - held_out, 'image')} to train on, "
     found += f"{train}{split}{', none to train on' if listing.eval_only else ''}; {describe_classes(listing)}"
+    if listing.multi_label:
+        most = max(1, int(np.diff(listing.label_start).max(initial=0)))
+        found += f", up to {most} per image (read them with data.label_key=json.labels and data.max_labels={most})"
     left_out = [*([describe_left_out(listing.left_out)] if listing.left_out else []), *context.left_out]
     return found + (f"; left out: {'; '.join(left_out)}" if left_out else "")
 

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 import fastvit_engine.data.build.make as make_module
+from fastvit_engine.config import load_config
+from fastvit_engine.data import prepare_data
 from fastvit_engine.data.build.encode import encode_for_shard
 from fastvit_engine.data.build.make import _share_that_allows, make_dataset
 from fastvit_engine.data.build.output import LocalOutput
@@ -592,6 +594,22 @@ def test_everything_that_is_not_used_is_counted_by_reason(tmp_path, photo, encod
         f"{root}: a folder of classes: 9 images to train on, 0 of each class to evaluate on; 2 class names in "
         "alphabetical order: ant, bee; left out: 1 .md file, 2 .txt files, "
     )
+
+
+def test_the_first_line_says_how_several_labels_are_read(tmp_path, photo):
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(photo(number))
+    rows = ["0.jpg,ant;bee;cat", "1.jpg,ant", "2.jpg,bee;cat", "3.jpg,cat"]
+    (tmp_path / "list.csv").write_text("\n".join(["path,labels", *rows]) + "\n")
+    lines: list[str] = []
+    make_dataset(str(tmp_path / "list.csv"), tmp_path / "out", eval_fraction=0, workers=1, progress=lines.append)
+    keys = re.search(r"up to 3 per image \(read them with (.*) and (.*)\)", lines[0])
+    assert keys
+    config = load_config(
+        None, [*keys.groups(), "loss.kind=sigmoid", "model.num_classes=3", f"data.train={tmp_path}/out"]
+    )
+    data = prepare_data(config.config, world_size=1, index_folder=tmp_path)
+    assert data.class_names == ["ant", "bee", "cat"]
 
 
 @pytest.mark.parametrize("link", ["gone", "bee/gone.jpg", "bee/gone"])
