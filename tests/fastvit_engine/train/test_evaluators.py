@@ -92,13 +92,13 @@ def job(tmp_path):
 
 
 def measure(job, data=None, step=30):
-    evaluators = build_evaluators(job, data or Data(), None)
+    evaluators = build_evaluators(job, data or Data(), None, None)
     assert [evaluator.every_steps for evaluator in evaluators] == [30]
     return run_evaluators(evaluators, job, step, None)
 
 
 def test_without_evaluation_data_nothing_is_measured(job):
-    assert build_evaluators(job(data={"eval": None}), Data(), None) == []
+    assert build_evaluators(job(data={"eval": None}), Data(), None, None) == []
 
 
 @pytest.mark.parametrize(("given", "batch_size"), [(None, 7), (5, 5)])
