@@ -21,9 +21,7 @@ def evaluate(fastvit, digits):
 def test_figures_are_those_of_the_function(evaluate, model_file, digits):
     code, figures, errors = evaluate(model_file, "--json", "--ignore-names")
     model = fastvit_engine.load_model(model_file)
-    with pytest.raises(
-        UserError, match="class 0 is 'zero' in the model and '0' in .* model.class_names = None"
-    ):
+    with pytest.raises(UserError, match="class 0 is 'zero' in the model and '0' in .* model.class_names = None"):
         fastvit_engine.evaluate(model, digits)
     model.class_names = None
     expected = fastvit_engine.evaluate(model, digits)
