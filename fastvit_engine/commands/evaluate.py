@@ -5,8 +5,8 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from fastvit_engine.commands.model import MODEL_HELP, add_model_options, add_reading, load, model_source
-from fastvit_engine.commands.parser import local_path, positive
+from fastvit_engine.commands.model import MODEL_HELP, add_model_options, load
+from fastvit_engine.commands.parser import local_path, path_or_url, positive
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
 
@@ -31,7 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "  fastvit evaluate b16.safetensors --data data/imagenet-r --classes imagenet-r.txt --labels list",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("models", metavar="MODEL", nargs="+", type=model_source, help=MODEL_HELP)
+    parser.add_argument("models", metavar="MODEL", nargs="+", type=path_or_url, help=MODEL_HELP)
     parser.add_argument("--data", metavar="SHARDS", required=True, help="a folder (its evaluation shards), a shard, a "
                         "glob or a URL")  # fmt: skip
     parser.add_argument("--real", metavar="FILE.json", type=local_path, help="also measure with several right "
@@ -51,7 +51,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
                         "answer, darker: more)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_options(parser)
-    add_reading(parser)
     parser.set_defaults(run=_run)
 
 

@@ -2,15 +2,8 @@
 
 import argparse
 
-from fastvit_engine.commands.model import (
-    MODEL_HELP,
-    add_model_options,
-    add_reading,
-    check_folder_of,
-    load,
-    model_source,
-)
-from fastvit_engine.commands.parser import local_path, positive
+from fastvit_engine.commands.model import MODEL_HELP, add_model_options, check_folder_of, load
+from fastvit_engine.commands.parser import local_path, path_or_url, positive
 from fastvit_engine.shown import say
 
 
@@ -24,7 +17,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         epilog="example:\n  fastvit features runs/b16 --data data/photos --split train --out photos-train.npz",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", type=model_source, help=MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", type=path_or_url, help=MODEL_HELP)
     parser.add_argument("--data", metavar="SHARDS", required=True, help="a folder, a shard, a glob or a URL")
     parser.add_argument("--out", metavar="F.npz", type=local_path, required=True, help="the file to write")
     parser.add_argument(
@@ -35,7 +28,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     parser.add_argument("--limit", metavar="N", type=positive, help="only the first N samples")
     add_model_options(parser)
-    add_reading(parser)
     parser.set_defaults(run=_run)
 
 

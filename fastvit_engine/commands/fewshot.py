@@ -6,15 +6,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastvit_engine.commands.model import (
-    MODEL_HELP,
-    add_model_options,
-    add_reading,
-    check_folder_of,
-    load,
-    model_source,
-)
-from fastvit_engine.commands.parser import local_path, positive
+from fastvit_engine.commands.model import MODEL_HELP, add_model_options, check_folder_of, load
+from fastvit_engine.commands.parser import local_path, path_or_url, positive
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
 
@@ -38,7 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "  fastvit fewshot --features train.npz eval.npz --shots 5 --json",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", nargs="?", type=model_source, help=MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", nargs="?", type=path_or_url, help=MODEL_HELP)
     parser.add_argument("--train", metavar="SHARDS", help="shards whose images the classifiers are fitted to")
     parser.add_argument("--eval", metavar="SHARDS", help="shards whose images they are measured on")
     parser.add_argument("--features", metavar="F.npz", type=local_path, nargs="+",
@@ -53,7 +46,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
                         help="strength of the regularisation (default: 1024)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_options(parser)
-    add_reading(parser)
     parser.set_defaults(run=_run)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastvit_engine.commands.data.options import add_settings
-from fastvit_engine.commands.parser import path_or_url, positive
+from fastvit_engine.commands.parser import positive
 from fastvit_engine.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ MODEL_HELP = (
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--name, --ema, --image-size, --batch-size and --precision."""
+    """--name, --ema, --image-size, --batch-size, --precision, and --recipe and --set for how images are read."""
     parser.add_argument("--name", help="B/16 or vit_base_patch16_224, for weights with timm's names that do not say it")
     parser.add_argument("--ema", action="store_true", help="use the moving average of a run's weights")
     parser.add_argument(
@@ -34,10 +34,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="fp32",
         help="number format of weights and activations; bf16 is what a run in bf16 evaluates with (default: fp32)",
     )
-
-
-def add_reading(parser: argparse.ArgumentParser) -> None:
-    """--recipe and --set, for shards whose members have other names, and for other crops than the run's."""
     add_settings(parser)
 
 
@@ -58,8 +54,3 @@ def check_folder_of(path: Path) -> None:
     """Raises UserError if a file cannot be written there, before hours of work are lost to that."""
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(f"{path} cannot be written: {path.parent} is no folder that you may write to")
-
-
-def model_source(text: str) -> str:
-    """The type of an argument that is a MODEL."""
-    return path_or_url(text)

@@ -5,15 +5,8 @@ import json
 import sys
 from typing import Any
 
-from fastvit_engine.commands.model import (
-    MODEL_HELP,
-    add_model_options,
-    add_reading,
-    check_folder_of,
-    load,
-    model_source,
-)
-from fastvit_engine.commands.parser import local_path, local_text, positive
+from fastvit_engine.commands.model import MODEL_HELP, add_model_options, check_folder_of, load
+from fastvit_engine.commands.parser import local_path, local_text, path_or_url, positive
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say, shown
 
@@ -30,13 +23,12 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         "  fastvit predict runs/photos holiday/ --out sheet.png",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", metavar="MODEL", type=model_source, help=MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", type=path_or_url, help=MODEL_HELP)
     parser.add_argument("images", metavar="IMAGE", nargs="+", type=local_text, help="an image, or a folder of images")
     parser.add_argument("--top", metavar="K", type=positive, default=5, help="classes per image (default: 5)")
     parser.add_argument("--out", metavar="SHEET.png", type=local_path, help="also draw the images with their classes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_model_options(parser)
-    add_reading(parser)
     parser.set_defaults(run=_run)
 
 
