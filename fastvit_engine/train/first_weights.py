@@ -31,6 +31,7 @@ _SIZES = ("width", "depth", "heads", "mlp_dim")
 # What a run decides by itself: the images and classes that it trains on, and how it is regularised.
 _OWN = {"image_size", "num_classes", "dropout", "drop_path", "head_bias"}
 _PIXELS = ("mean", "std")
+_EVALUATION = ("eval_crop", "eval_transform")
 _WEIGHTS = "model.safetensors"  # in a folder with config.json
 
 
@@ -38,11 +39,13 @@ _WEIGHTS = "model.safetensors"  # in a folder with config.json
 class Filled:
     """The values that a configuration takes from weights, by section and key, and remarks on them.
 
-    class_names: what the outputs of a head that is kept mean, if known.
+    notes: what the run does otherwise than the weights say, as it should. class_names: what the outputs of a head that
+    is kept mean, if known.
     """
 
     values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     origin: str = "init.from"
     class_names: tuple[str, ...] | None = None
 
@@ -151,7 +154,7 @@ def _from_weights(resolved: Resolved, weights: Pretrained) -> Filled:
         )
     pixels, warnings = _fill_pixels(config, weights)
     names = weights.class_names if config.init.head == "keep" else None
-    return Filled({"model": values, "data": pixels}, warnings, class_names=names)
+    return Filled({"model": values, "data": pixels}, warnings, _other_evaluation(config, weights), class_names=names)
 
 
 def _fill_sizes(model: ModelConfig, there: ModelConfig, values: dict[str, Any], refuse: Any) -> None:
@@ -214,6 +217,20 @@ def _fill_pixels(config: Config, weights: Pretrained) -> tuple[dict[str, Any], t
                 "to take that"
             )
     return values, tuple(warnings)
+
+
+def _other_evaluation(config: Config, weights: Pretrained) -> tuple[str, ...]:
+    """What evaluation does otherwise than the weights say they are evaluated: it follows the recipe."""
+    known = {key: value for key in _EVALUATION if (value := (weights.pixels or {}).get(key)) is not None}
+    here = {key: getattr(config.data, key) for key in known}
+    if all(_same(here[key], known[key]) for key in known):
+        return ()
+    ours, theirs = (", ".join(f"data.{key}={value}" for key, value in said.items()) for said in (here, known))
+    return (f"evaluating with {ours}, as the recipe says; {weights.where} itself is evaluated with {theirs}",)
+
+
+def _same(one: Any, other: Any) -> bool:
+    return abs(one - other) < 1e-3 if isinstance(one, float) else bool(one == other)
 
 
 def _shown(value: Any) -> str:

@@ -69,7 +69,7 @@ def train(
         start = world.on_main(lambda: check(allow_batch_change=allow_batch_change))
         if start.checkpoint is None and resolved.config.init.from_ is not None:
             settings = resolved.config.init
-            start = start.beginning_with(world.on_main(lambda: describe_weights(settings)))
+            start = start.beginning_with(world.on_main(lambda: describe_weights(settings)), filled.notes)
         if world.is_main:
             report_damage(run, start.damaged, start.checkpoint)
             warnings = (*start.warnings, *filled.doubts(start.data.class_names))

@@ -75,10 +75,10 @@ class Start:
         )
         return replace(self, state=continued, checkpoint=checkpoint)
 
-    def beginning_with(self, init: Mapping[str, str]) -> "Start":
-        """The same start, of a run that begins with weights of another."""
+    def beginning_with(self, init: Mapping[str, str], notes: Sequence[str] = ()) -> "Start":
+        """The same start, of a run that begins with weights of another. notes: on them, for the log."""
         begins = f"{self.message}\nstarting from the weights of {init['file']}, head {init['head']}"
-        return replace(self, state=replace(self.state, init=init), message=begins)
+        return replace(self, state=replace(self.state, init=init), message="\n".join([begins, *notes]))
 
     def settle(self, resolved: Resolved, chosen: Chosen) -> tuple[Resolved, Chosen]:
         """The configuration, as given and without open ends, with the evaluation that the run keeps."""

@@ -75,8 +75,15 @@ class _Builder(Dataset):
         return batch.labels.numpy(), batch.weights.numpy(), batch[3:]
 
 
+class _Loader(DataLoader):
+    """A DataLoader that does not warn of more processes than cores: whether data is waited for is measured."""
+
+    def check_worker_number_rationality(self) -> None:
+        pass
+
+
 def _loader(dataset: Dataset, sampler: Any, *, num_workers: int, prefetch: int) -> DataLoader:
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_size=None,
         sampler=sampler,

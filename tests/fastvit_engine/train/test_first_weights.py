@@ -114,6 +114,34 @@ def test_mean_and_deviation_come_from_the_weights_and_others_are_said(npz, monke
     assert "does not say mean and std" in warning
 
 
+@pytest.mark.parametrize(
+    ("known", "settings", "note"),
+    [
+        ({"eval_crop": 0.9, "eval_transform": "fast"}, {}, "data.eval_crop=0.875, data.eval_transform=timm"),
+        ({"eval_crop": 0.9}, {}, "evaluating with data.eval_crop=0.875, as the recipe says; "),
+        ({"eval_crop": 0.875}, {"data.eval_transform": "fast"}, None),  # the weights do not say theirs
+        ({"eval_crop": 0.87500001, "eval_transform": "timm"}, {}, None),
+        ({"eval_crop": 0.9, "eval_transform": "timm"}, {"data.eval_crop": 0.9}, None),
+        ({}, {}, None),
+    ],
+    ids=str,
+)
+def test_evaluation_follows_the_recipe_and_the_run_says_so_if_the_weights_say_otherwise(
+    npz, monkeypatch, known, settings, note
+):
+    def opened(source, **options):
+        return replace(load.open_model(source, **options), pixels={"mean": [0.5] * 3, "std": [0.5] * 3} | known)
+
+    monkeypatch.setattr(first_weights, "open_model", opened)
+    resolved = load_config("probe", {"init.from": npz, **settings})
+    found = fill_in(resolved, None, resume=False)
+    data = found.apply(resolved).config.data
+    assert (data.eval_crop, data.eval_transform) == (resolved.config.data.eval_crop, resolved.config.data.eval_transform)
+    assert found.warnings == () and len(found.notes) == (note is not None)
+    if note is not None:
+        assert note in found.notes[0] and "w.npz itself is evaluated with data.eval_crop=0.9" in found.notes[0]
+
+
 def test_a_head_that_is_kept_for_other_classes_than_those_of_the_data_is_said(npz, monkeypatch):
     names = ("ant", "bee", "cat", "cow", "dog", "eel", "fox")
 

@@ -49,6 +49,12 @@ def test_user_error_of_a_worker_comes_in_one_piece(num_workers):
         next(batches)
 
 
+@pytest.mark.filterwarnings("error")
+def test_more_processes_than_cores_are_no_warning_of_pytorch(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    assert len(list(_load(_build, [np.arange(3)], 2))) == 1
+
+
 def test_workers_end_when_their_batches_are_dropped():
     before = len(multiprocessing.active_children())
     batches = _load(_build, (np.array([n % 100]) for n in range(10**9)), 2)
