@@ -27,6 +27,7 @@ PAGES = sorted(
         ROOT / "benchmarks" / "NOTES.md",
         *(ROOT / "kernels" / "fastvit_kernels").glob("**/*.md"),
         *(ROOT / "docs").glob("**/*.md"),
+        *(ROOT / "examples").glob("**/*.md"),
         *(ROOT / "launch").glob("**/*.md"),
     }
 )
@@ -96,7 +97,7 @@ def test_a_broken_link_is_found(tmp_path):
 def test_every_page_is_in_the_index():
     index = ROOT / "docs" / "README.md"
     linked = {(index.parent / link.partition("#")[0]).resolve() for link in LINK.findall(prose(index))}
-    assert set(index.parent.glob("*.md")) - {index} <= linked
+    assert set(index.parent.glob("**/*.md")) - {index} <= linked
 
 
 def test_commands_are_accepted_by_the_command_line(page, tmp_path, monkeypatch):

@@ -136,7 +136,10 @@ def test_evaluation_follows_the_recipe_and_the_run_says_so_if_the_weights_say_ot
     resolved = load_config("probe", {"init.from": npz, **settings})
     found = fill_in(resolved, None, resume=False)
     data = found.apply(resolved).config.data
-    assert (data.eval_crop, data.eval_transform) == (resolved.config.data.eval_crop, resolved.config.data.eval_transform)
+    assert (data.eval_crop, data.eval_transform) == (
+        resolved.config.data.eval_crop,
+        resolved.config.data.eval_transform,
+    )
     assert found.warnings == () and len(found.notes) == (note is not None)
     if note is not None:
         assert note in found.notes[0] and "w.npz itself is evaluated with data.eval_crop=0.9" in found.notes[0]
