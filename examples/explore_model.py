@@ -114,7 +114,8 @@ rollout = maps[0]
 for layer in maps[1:]:
     rollout = layer @ rollout
 seen = (rollout[:, 0] if class_tokens else rollout.mean(dim=1))[:, class_tokens:].unflatten(1, (grid, grid))
-seen = seen / seen.amax(dim=(1, 2), keepdim=True)
+bright = seen.flatten(1).quantile(0.95, dim=1)[:, None, None]  # a few patches may outshine all others
+seen = (seen / bright).clamp(0.1, 1)
 masks = torch.nn.functional.interpolate(seen[:, None], size=(size, size), mode="bilinear")[:, 0, :, :, None]
 tiles = [Tile(image) for image in some.numpy()]
 attended = [Tile(image) for image in (some * masks).to(torch.uint8).numpy()]
@@ -162,7 +163,8 @@ settings = {
     "data.eval": str(shards),
     "train.duration": "10 steps",
     "train.global_batch_size": 16,
-    "optimizer.learning_rate": 1e-3,
+    "evaluate.every": "100%",
+    "checkpoint.every": "100%",
 }
 fastvit.train(load_config("finetune_photos", settings), OUT / "fine-tuned", resume=True)
 tuned = fastvit.load_model(OUT / "fine-tuned")

@@ -42,14 +42,17 @@ class Reader:
     scope: dict[str, Any] = field(default_factory=dict)
     ran: list[list[str]] = field(default_factory=list)  # the commands, without what `smaller` adds
     printed: dict[str, str] = field(default_factory=dict)  # by the command, without `fastvit`
+    spoken: str = ""  # what the Python of the page has printed
 
     def follow(self, page: Path, *, section: str | None = None) -> None:
-        """Runs the whole page, or one section of it. An AssertionError quotes the step that does not do as it says."""
+        """Runs the whole page, or what is between a heading and the next one.
+
+        An AssertionError quotes the step that does not do as the page says.
+        """
         text = page.read_text()
         if section is not None:
-            text = text[text.index(f"\n{section}\n") :]
-            level = section.partition(" ")[0]
-            text = re.split(rf"^#{{1,{len(level)}}} ", text[len(section) + 2 :], maxsplit=1, flags=re.MULTILINE)[0]
+            text = re.split(r"^#+ ", text.partition(f"\n{section}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+            assert text, f"{page.name} has no heading {section}"
         blocks, output = FENCE.findall(text), ""
         for number, (language, block) in enumerate(blocks):
             if language == "bash":
@@ -103,6 +106,7 @@ class Reader:
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             exec(compile(block, "page", "exec"), self.scope)
+        self.spoken += said.getvalue()
         return said.getvalue()
 
     def _compare(self, shown: str, output: str) -> None:
