@@ -109,15 +109,15 @@ def shortages(train_y: NDArray[np.int64], eval_y: NDArray[np.int64], shots: Sequ
     if len(missing):
         lost = int(np.isin(eval_y, missing).sum())
         said.append(
-            f"{_classes(len(missing))} of the evaluation data, the first {missing[0]}, {_have(len(missing))} no "
+            f"{_classes(len(missing))} of the evaluation data (first: class {missing[0]}) {_have(len(missing))} no "
             f"training sample: their {lost:,} of {len(eval_y):,} evaluation samples cannot be right"
         )
     for number in shots:
         few = present[counts < number]
         if len(few):
             said.append(
-                f"{number} shots: {_classes(len(few))}, the first {few[0]}, {_have(len(few))} fewer training samples "
-                "and give all of them"
+                f"{number} shots: {_classes(len(few))} (first: class {few[0]}) {_have(len(few))} fewer training "
+                "samples and give all of them"
             )
     return said
 

@@ -76,8 +76,8 @@ def test_classes_with_few_samples_are_named(fastvit, tmp_path):
         "fewshot", "--features", tmp_path / "train.npz", tmp_path / "eval.npz", "--shots", 5, "--json"
     )
     assert code == 0 and figures["shots"]["5"]["mean"] <= 6 / 8
-    assert "note: 1 class of the evaluation data, the first 3, has no training sample: their 2 of 8" in errors
-    assert "note: 5 shots: 1 class, the first 1, has fewer training samples" in errors
+    assert "note: 1 class of the evaluation data (first: class 3) has no training sample: their 2 of 8" in errors
+    assert "note: 5 shots: 1 class (first: class 1) has fewer training samples" in errors
 
 
 def test_a_limit_and_the_order_of_the_file(fastvit, model_file, digits, made, tmp_path):

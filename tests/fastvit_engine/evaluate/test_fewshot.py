@@ -127,9 +127,9 @@ def test_what_makes_figures_other_than_they_seem_is_said():
     train, evaluation = np.array([0, 0, 0, 1, 3]), np.array([0, 2, 2, 3, 5])
     assert classes_of(train, evaluation) == 6
     assert shortages(train, evaluation, [1, 2]) == [
-        "2 classes of the evaluation data, the first 2, have no training sample: their 3 of 5 evaluation samples "
+        "2 classes of the evaluation data (first: class 2) have no training sample: their 3 of 5 evaluation samples "
         "cannot be right",
-        "2 shots: 2 classes, the first 1, have fewer training samples and give all of them",
+        "2 shots: 2 classes (first: class 1) have fewer training samples and give all of them",
     ]
     assert shortages(train, train, [1]) == []
 
