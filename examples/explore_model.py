@@ -155,7 +155,7 @@ for shots in (1, 5):
 # On small images and for a few steps, to see it work; docs/guides/photos.md is about doing it well.
 
 # %%
-settings = {
+brief = {
     "init.from": MODEL,
     "model.num_classes": len(classes),
     "model.image_size": min(size, 8 * patch),
@@ -166,6 +166,6 @@ settings = {
     "evaluate.every": "100%",
     "checkpoint.every": "100%",
 }
-fastvit.train(load_config("finetune_photos", settings), OUT / "fine-tuned", resume=True)
+fastvit.train(load_config("finetune_photos", brief), OUT / "fine-tuned", resume=True)
 tuned = fastvit.load_model(OUT / "fine-tuned")
 print(f"top-1 after 10 steps: {fastvit.evaluate(tuned, shards).top1:.1%}")
