@@ -41,6 +41,7 @@ def test_a_named_model_and_photos(explored, official, photos):
     assert left["tuned"].class_names == ("bird", "dog", "insect", "reptile")
 
 
+@only_in_full
 def test_a_model_without_class_token_and_head(explored, official, photos):
     model = official("ViT-B_16.npz", token=False, classes=0)
     printed, left = explored(MODEL=model, PHOTOS=photos, IMAGE_SIZE=160)
