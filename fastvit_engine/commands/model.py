@@ -19,11 +19,17 @@ MODEL_HELP = (
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """--name, --ema, --image-size, --batch-size, --precision, and --recipe and --set for how images are read."""
+    """Which weights, at which resolution and precision; and --recipe and --set for how images are read."""
     parser.add_argument("--name", help="B/16 or vit_base_patch16_224, for weights with timm's names that do not say it")
     parser.add_argument("--ema", action="store_true", help="use the moving average of a run's weights")
     parser.add_argument(
         "--image-size", metavar="N", type=positive, help="pixels, if not the model's: its position table is resampled"
+    )
+    parser.add_argument(
+        "--interpolation",
+        choices=("bilinear", "bicubic"),
+        default="bilinear",
+        help="how: bilinear, as the authors' code (default), or bicubic, as DINOv2 and transformers",
     )
     parser.add_argument(
         "--batch-size", metavar="N", type=positive, default=64, help="images per forward pass (default: 64)"
@@ -45,7 +51,9 @@ def load(source: str, args: argparse.Namespace) -> "VisionTransformer":
     from fastvit_engine.trusted_folders import trust_compiled_code
 
     trust_compiled_code()
-    model = load_model(source, image_size=args.image_size, ema=args.ema, name=args.name)
+    model = load_model(
+        source, image_size=args.image_size, ema=args.ema, name=args.name, interpolation=args.interpolation
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
 

@@ -6,6 +6,9 @@ import torch
 from benchmarks.ops.layer_norm import LAYER_NORM
 from benchmarks.registry import Case
 from benchmarks.shapes import Shape
+from tests.fastvit_engine.conftest import photo, write_tar
+
+__all__ = ["photo", "write_tar"]  # fixtures
 
 TINY = Shape("tiny/8@16", 8, 16, 32, 2, 64, 2, (2,))
 

@@ -91,6 +91,19 @@ def test_the_size_of_the_model_may_be_repeated(fastvit, model_file, digits, tmp_
     assert fastvit("features", model_file, *words)[0] == 0
 
 
+def test_the_position_table_is_resampled_as_asked(fastvit, model_file, digits, tmp_path):
+    words = ("--data", digits, "--limit", 5, "--out", tmp_path / "f.npz", *QUICK)
+    found = {}
+    for kind in ("bilinear", "bicubic"):
+        resampled = ("--image-size", 16, "--interpolation", kind)
+        assert fastvit("features", model_file, *resampled, *words)[0] == 0
+        found[kind] = np.load(tmp_path / "f.npz")["features"]
+        assert fastvit("convert", model_file, tmp_path / "m.safetensors", "--to", "timm", *resampled)[0] == 0
+        assert fastvit("features", tmp_path / "m.safetensors", *words)[0] == 0
+        np.testing.assert_array_equal(np.load(tmp_path / "f.npz")["features"], found[kind])
+    assert np.abs(found["bilinear"] - found["bicubic"]).max() > 1e-4
+
+
 @pytest.fixture
 def bad(made, model_file, digits, tmp_path):
     """Words that stand for bad files."""

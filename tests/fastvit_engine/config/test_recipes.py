@@ -274,7 +274,7 @@ TABLE_4 = {
 
 def test_the_finetune_folder_holds_the_rows_of_table_4_and_our_own():
     found = {name for name, path in recipe_paths().items() if path.parent.name == "finetune"}
-    assert found == {*TABLE_4, "finetune_photos", "probe"}
+    assert found == {*TABLE_4, "finetune_cifar10_cpu", "finetune_photos", "probe"}
 
 
 @pytest.mark.parametrize("name", TABLE_4)
@@ -295,7 +295,7 @@ def test_a_row_of_table_4(name):
     assert config.data.model_fields_set.isdisjoint({"mean", "std"})
 
 
-@pytest.mark.parametrize("name", ["finetune_photos", "probe"])
+@pytest.mark.parametrize("name", ["finetune_cifar10_cpu", "finetune_photos", "probe"])
 def test_our_own_finetuning_takes_any_model(name):
     config = load_config(name, {"init.from": "weights.npz"}).config
     assert config.model.model_fields_set <= {"image_size", "dropout", "drop_path"}  # classes: of the data, or the head

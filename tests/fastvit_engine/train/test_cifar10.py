@@ -19,7 +19,7 @@ pytestmark = [
 def test_100_steps_lower_the_loss_and_raise_the_accuracy(tmp_path):
     run = tmp_path / "run"
     settings = [f"data.train={CIFAR10}/train-*.tar.gz", f"data.eval={CIFAR10}/test-000000.tar.gz"]
-    settings += ["train.duration=100 steps"]
+    settings += ["train.duration=100 steps", "evaluate.every=50%"]
     arguments = ["train", "cifar10_cpu", "--out", str(run)]
     arguments += [word for setting in settings for word in ("--set", setting)]
     assert run_ranks(arguments, 2, tmp_path / "log"), (tmp_path / "log").read_text()

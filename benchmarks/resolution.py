@@ -1,0 +1,334 @@
+"""Pretraining at 32 pixels and fine-tuning at 48 against training at 48 from scratch, for the same FLOPs, on CIFAR-10.
+
+    python -m benchmarks.resolution FOLDER --out DIR [--pretrain-steps N] [--finetune-steps N] [--seeds 3]
+
+FOLDER has `train-*.tar` and `test-*.tar`, gzipped or not. Everything is done by `fastvit train` and `fastvit evaluate`,
+and FLOPs are those that each run recorded. Each side first tries as many learning rates as the other, with a third of
+the steps, on all training shards but the last, which measures them. The test images choose nothing.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+from benchmarks.machine import commit
+from benchmarks.plots import OURS, machine, pyplot, save
+from benchmarks.plots import head as title_of
+from benchmarks.step_overhead import describe_machine
+from fastvit_engine.config import load_config
+from fastvit_engine.files import atomic_write
+from fastvit_engine.models import training_flops
+from fastvit_engine.observe.metrics import read_metrics
+
+SIDES = {"two": "32, then 48 pixels", "one": "48 pixels from scratch"}
+NAME = "resolution"
+_PRETRAIN = ("train", "cifar10_cpu")
+_FINETUNE = ("train", "finetune_cifar10_cpu")
+_FROM_SCRATCH = ("train", "cifar10_cpu", "--set", "model.image_size=48", "--set", "data.eval_transform=fast")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is compared. Learning rates are tried in turn; one alone is taken without a try."""
+
+    train: tuple[str, ...]  # shards
+    test: tuple[str, ...]
+    pretrain_steps: int
+    finetune_steps: int
+    seeds: int = 3
+    processes: int = 2
+    model: tuple[str, ...] = ("model.name=Ti/8",)  # of the pretraining and of the run from scratch
+    settings: tuple[str, ...] = ()  # of every training
+    pretrain_rate: float = 2e-3  # the recipe's
+    finetune_rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    scratch_rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+
+    def steps(self, share: float = 1.0) -> tuple[int, int, int]:
+        """Steps of pretraining, of fine-tuning, and of training from scratch with the FLOPs of both, or a step more."""
+        small, large = (self._flops_per_step(size) for size in (32, 48))
+        pretrain, finetune = (max(1, round(share * steps)) for steps in (self.pretrain_steps, self.finetune_steps))
+        return pretrain, finetune, finetune + math.ceil(pretrain * small / large)
+
+    def _flops_per_step(self, image_size: int) -> int:
+        settings = [*self.model, *self.settings, f"model.image_size={image_size}"]
+        config = load_config("cifar10_cpu", settings).config
+        return training_flops(config.model) * config.train.global_batch_size
+
+
+@dataclass
+class Ran:
+    """What a command printed and took, child processes included."""
+
+    output: str
+    wall_s: float
+    cpu_s: float
+
+
+@dataclass
+class Trained:
+    """A run of `fastvit train` and what it says of itself."""
+
+    run: Path
+    command: str
+    wall_s: float
+    cpu_s: float
+    flops: float
+    top1: float  # of its last evaluation
+    curve: list[tuple[float, float]] = field(default_factory=list)  # FLOPs, top-1 on data.eval
+
+
+Command = Callable[[Sequence[str]], Ran]
+
+
+def fastvit(arguments: Sequence[str]) -> Ran:
+    """Runs a command of `fastvit`; raises CalledProcessError if it fails."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "fastvit_engine", *arguments], check=True, stdout=subprocess.PIPE, text=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Ran(done.stdout, time.monotonic() - began, cpu)
+
+
+@dataclass
+class Experiment:
+    """All trainings of both sides, one after the other, in one folder of runs."""
+
+    setup: Setup
+    runs: Path
+    command: Command = fastvit
+
+    def train(self, words: Sequence[str], name: str, steps: int, rate: float, seed: int, tried: bool) -> Trained:
+        """Runs one training; `tried`: the last training shard is its evaluation data."""
+        setup, run = self.setup, self.runs / name
+        train, held_out = (setup.train[:-1], setup.train[-1]) if tried else (setup.train, setup.test[0])
+        lists = {}
+        for split, shards in (("train", train), ("eval", [held_out])):
+            lists[split] = self.runs / f"{split}-{'tries' if tried else 'all'}.txt"
+            atomic_write(lists[split], "".join(f"{shard}\n" for shard in shards))
+        settings = [f"data.train=@{lists['train']}", f"data.eval=@{lists['eval']}", f"train.duration={steps} steps"]
+        settings += [f"optimizer.learning_rate={rate:g}", f"seed={seed}", *setup.settings]
+        settings += setup.model if "--init" not in words else ()
+        arguments = [*words, *(word for setting in settings for word in ("--set", setting))]
+        arguments += ["--cpu-processes", str(setup.processes), "--out", str(run)]
+        ran = self.command(arguments)
+        training, evaluations = read_metrics(run / "metrics.jsonl")
+        environment = json.loads((run / "environment.json").read_text())
+        per_image, batch = environment["training_flops_per_image"], environment["global_batch_size"]
+        curve = [(row["step"] * batch * per_image, row["top1"]) for row in evaluations]
+        shown = shlex.join(["fastvit", *(word.replace(f"{self.runs}/", "") for word in arguments)])
+        flops = training[-1]["step"] * batch * per_image
+        return Trained(run, shown, ran.wall_s, ran.cpu_s, flops, evaluations[-1]["top1"], curve)
+
+    def tries(self) -> tuple[dict[str, Any], float, float]:
+        """What each learning rate reached on the last training shard, and the best of either side."""
+        setup = self.setup
+        if len(setup.finetune_rates) == len(setup.scratch_rates) == 1:
+            return {}, setup.finetune_rates[0], setup.scratch_rates[0]
+        pretrain, finetune, scratch = setup.steps(1 / 3)
+        first = self.train(_PRETRAIN, "try-32", pretrain, setup.pretrain_rate, 0, True)
+        two, one = {}, {}
+        for rate in setup.finetune_rates:
+            words = (*_FINETUNE, "--init", str(first.run))
+            two[rate] = self.train(words, f"try-32-48-{rate:g}", finetune, rate, 0, True).top1
+        for rate in setup.scratch_rates:
+            one[rate] = self.train(_FROM_SCRATCH, f"try-48-{rate:g}", scratch, rate, 0, True).top1
+        record = {"steps": {"pretrain": pretrain, "finetune": finetune, "scratch": scratch}, "seed": 0}
+        return record | {"two": two, "one": one}, max(two, key=two.__getitem__), max(one, key=one.__getitem__)
+
+    def measure(self) -> dict[str, Any]:
+        """Both sides with every seed, and what `fastvit evaluate` says of them on all test images."""
+        tried, finetune_rate, scratch_rate = self.tries()
+        pretrain, finetune, scratch = self.setup.steps()
+        trained: dict[str, list[list[Trained]]] = {side: [] for side in SIDES}
+        for seed in range(self.setup.seeds):
+            first = self.train(_PRETRAIN, f"32-{seed}", pretrain, self.setup.pretrain_rate, seed, False)
+            words = (*_FINETUNE, "--init", str(first.run))
+            trained["two"].append([first, self.train(words, f"32-48-{seed}", finetune, finetune_rate, seed, False)])
+            trained["one"].append([self.train(_FROM_SCRATCH, f"48-{seed}", scratch, scratch_rate, seed, False)])
+        tests = self.runs / "test.txt"
+        atomic_write(tests, "".join(f"{shard}\n" for shard in self.setup.test))
+        sides = {}
+        for side, seeds in trained.items():
+            models = [str(phases[-1].run) for phases in seeds]
+            ran = self.command(["evaluate", *models, "--data", f"@{tests}", "--json"])
+            sides[side] = _side(seeds, json.loads(ran.output), ran)
+        rates = {"pretrain": self.setup.pretrain_rate, "finetune": finetune_rate, "scratch": scratch_rate}
+        steps = {"pretrain": pretrain, "finetune": finetune, "scratch": scratch}
+        return {"tries": tried, "learning_rates": rates, "steps": steps, "sides": sides}
+
+
+def _side(seeds: Sequence[Sequence[Trained]], found: Mapping[str, Any], evaluation: Ran) -> dict[str, Any]:
+    """The record of one side: every run, and means and standard deviations (of the population) over the seeds."""
+    measured = found.get("models", [found])  # one model alone is not in a list
+    runs = []
+    for seed, (phases, figures) in enumerate(zip(seeds, measured, strict=True)):
+        row: dict[str, Any] = {"seed": seed, **{name: figures[name] for name in ("samples", "top1", "loss")}}
+        row |= {name: sum(getattr(phase, name) for phase in phases) for name in ("flops", "wall_s", "cpu_s")}
+        row["phases"] = [asdict(phase) | {"run": phase.run.name} for phase in phases]
+        runs.append(row)
+    return {
+        "top1": {"mean": mean(row["top1"] for row in runs), "std": pstdev(row["top1"] for row in runs)},
+        "evaluation": {"wall_s": evaluation.wall_s, "cpu_s": evaluation.cpu_s},
+        "runs": runs,
+    }
+
+
+def report(record: Mapping[str, Any]) -> str:
+    """The figures in Markdown."""
+    environment, steps, rates = record["environment"], record["steps"], record["learning_rates"]
+    versions, load, sides = environment["versions"], environment["load_average"], record["sides"]
+    runs = sides["two"]["runs"]
+    lines = [
+        "# The same FLOPs at two resolutions, on CIFAR-10 (JPEG copy)",
+        "",
+        f"`{environment['command']}`, {environment['started']}: {environment['cpu']}, {environment['cpu_count']} cores,"
+        f" {record['processes']} processes; Python {versions['python']}, PyTorch {versions['torch']}; load average "
+        f"{load[0]:.2f} at the start and {record['load_average_after']:.2f} at the end.",
+        "",
+        f"Top-1 on all {runs[0]['samples']:,} test images at 48 pixels, by `fastvit evaluate`; mean and standard "
+        f"deviation (of the population) over {len(runs)} seed(s). FLOPs are the engine's own count. Times are those of "
+        "whole `fastvit train` commands: start, evaluations and checkpoints included.",
+        "",
+        "| training | steps | learning rate | TFLOP | top-1 | of each seed | CPU seconds per run | seconds per run |",
+        "|---|---:|---:|---:|---:|---|---:|---:|",
+    ]
+    cells = {
+        "two": (f"{steps['pretrain']:,} + {steps['finetune']:,}", f"{rates['pretrain']:g}, {rates['finetune']:g}"),
+        "one": (f"{steps['scratch']:,}", f"{rates['scratch']:g}"),
+    }
+    for side, title in SIDES.items():
+        rows, top1 = sides[side]["runs"], sides[side]["top1"]
+        each = ", ".join(f"{100 * row['top1']:.1f}" for row in rows)
+        average = [mean(row[name] for row in rows) for name in ("flops", "cpu_s", "wall_s")]
+        lines.append(
+            f"| {title} | {cells[side][0]} | {cells[side][1]} | {average[0] / 1e12:.2f} | {100 * top1['mean']:.1f} % ± "
+            f"{100 * top1['std']:.1f} | {each} | {average[1]:.0f} | {average[2]:.0f} |"
+        )
+    lines += ["", verdict(record)]
+    if record["tries"]:
+        lines += ["", _tries(record["tries"])]
+    lines += ["", "The commands of the first seed, with lists of shards in place of patterns:", "", "```bash"]
+    lines += [phase["command"] for side in SIDES for phase in sides[side]["runs"][0]["phases"]]
+    return "\n".join([*lines, "```", ""])
+
+
+def verdict(record: Mapping[str, Any]) -> str:
+    """What the figures say of the claim."""
+    two, one = (record["sides"][side] for side in ("two", "one"))
+    gain = 100 * (two["top1"]["mean"] - one["top1"]["mean"])
+    apart = min(row["top1"] for row in two["runs"]) > max(row["top1"] for row in one["runs"])
+    flops = [mean(row["flops"] for row in side["runs"]) for side in (two, one)]
+    every = "every run of it above every run from scratch" if apart else "the runs of both overlap"
+    outcome = f"{abs(gain):.1f} points {'better' if gain > 0 else 'worse'}"
+    return (
+        f"Pretraining at 32 and fine-tuning at 48 pixels is {outcome} than training at 48 from scratch with "
+        f"{100 * flops[0] / flops[1]:.2f} % of its FLOPs; {every}."
+    )
+
+
+def _tries(tried: Mapping[str, Any]) -> str:
+    steps = tried["steps"]
+    listed = {
+        side: ", ".join(f"{float(rate):g}: {100 * top1:.1f} %" for rate, top1 in tried[side].items()) for side in SIDES
+    }
+    return (
+        f"Learning rates tried before, with {steps['pretrain']} + {steps['finetune']} and {steps['scratch']} steps, on "
+        f"all training shards but the last, which gave these top-1: fine-tuning {listed['two']}; from scratch "
+        f"{listed['one']}. Pretraining has the recipe's."
+    )
+
+
+def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Accuracy against the FLOPs spent, a line per run; the files written."""
+    figure, axis = pyplot().subplots(figsize=(8, 4.6), layout="constrained")
+    title_of(figure, "The same FLOPs at two resolutions, CIFAR-10 (JPEG copy)", machine(record))
+    for side, colour in (("two", OURS), ("one", "#8d887e")):
+        for row in record["sides"][side]["runs"]:
+            spent, points = 0.0, []
+            for phase in row["phases"]:
+                points.append([(spent + flops, top1) for flops, top1 in phase["curve"]])
+                spent += phase["flops"]
+            for phase, style in zip(points, ("--", "-") if len(points) == 2 else ("-",), strict=True):
+                label = {"--": "32 pixels", "-": "48 pixels, fine-tuned"}[style] if side == "two" else SIDES["one"]
+                axis.plot(
+                    [flops / 1e12 for flops, _ in phase],
+                    [100 * top1 for _, top1 in phase],
+                    style,
+                    marker="o",
+                    markersize=3,
+                    color=colour,
+                    label=label if row["seed"] == 0 else None,
+                )
+    axis.set_xlabel("training compute (TFLOP)")
+    axis.set_ylabel("top-1 on the first test shard (%)")
+    axis.legend(frameon=False, fontsize=8.5)
+    return save(figure, folder, NAME)
+
+
+def shards_of(folder: Path, split: str) -> tuple[str, ...]:
+    """The shards of a split, in order. Exits with a message if there are none."""
+    found = sorted(str(path) for ending in ("tar", "tar.gz") for path in folder.resolve().glob(f"{split}-*.{ending}"))
+    if not found:
+        raise SystemExit(f"{folder} has no {split}-*.tar or {split}-*.tar.gz")
+    return tuple(found)
+
+
+def main(arguments: Sequence[str] | None = None, command: Command = fastvit) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="shards train-* and test-*")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where resolution.json, .md, .svg go")
+    parser.add_argument("--pretrain-steps", metavar="N", type=int, default=1400)
+    parser.add_argument("--finetune-steps", metavar="N", type=int, default=400)
+    parser.add_argument("--seeds", metavar="N", type=int, default=3)
+    parser.add_argument("--processes", metavar="N", type=int, default=2, help="--cpu-processes of each training")
+    parser.add_argument("--finetune-rates", metavar="X", type=float, nargs="+", default=list(Setup.finetune_rates))
+    parser.add_argument("--scratch-rates", metavar="X", type=float, nargs="+", default=list(Setup.scratch_rates))
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of every training")
+    given = parser.parse_args(arguments)
+    if len(given.finetune_rates) != len(given.scratch_rates):
+        parser.error("both sides take the same number of learning rates")
+    setup = Setup(
+        train=shards_of(given.folder, "train"),
+        test=shards_of(given.folder, "test"),
+        pretrain_steps=given.pretrain_steps,
+        finetune_steps=given.finetune_steps,
+        seeds=given.seeds,
+        processes=given.processes,
+        settings=tuple(given.set),
+        finetune_rates=tuple(given.finetune_rates),
+        scratch_rates=tuple(given.scratch_rates),
+    )
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    words = ["FOLDER" if word == str(given.folder) else word for word in words]
+    environment = describe_machine(shlex.join(["python", "-m", "benchmarks.resolution", *words]))
+    environment.pop("hostname", None)
+    record: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
+    with tempfile.TemporaryDirectory() as scratch:
+        record |= {"environment": environment, "processes": setup.processes}
+        record |= Experiment(setup, Path(scratch), command).measure()
+    record["load_average_after"] = os.getloadavg()[0]
+    given.out.mkdir(parents=True, exist_ok=True)
+    atomic_write(given.out / f"{NAME}.json", json.dumps(record, indent=1) + "\n")
+    text = report(record)
+    atomic_write(given.out / f"{NAME}.md", text)
+    draw(record, given.out)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

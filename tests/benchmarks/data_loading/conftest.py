@@ -1,3 +1,0 @@
-from tests.fastvit_engine.conftest import photo, write_tar
-
-__all__ = ["photo", "write_tar"]  # fixtures
