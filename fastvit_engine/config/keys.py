@@ -51,7 +51,7 @@ _ALIASES = {  # words from other code bases, whatever section they are looked fo
     "model.name": "arch architecture model_name backbone variant",
     "model.image_size": "img_size input_size imgsz image_res resolution crop_size size",
     "model.num_classes": "nb_classes n_classes classes num_labels nclasses",
-    "model.pool": "global_pool pooling",
+    "model.pool": "global_pool pooling pool_type",
     "model.drop_path": "drop_path_rate stochastic_depth sd_prob droppath",
     "model.dropout": "drop drop_rate dropout_rate",
     "model.layer_scale": "init_values layerscale",

@@ -74,8 +74,9 @@ class ModelConfig(_Section):
     """Number of classes, which is the number of outputs of the head. 0: no head, for weights that have none; such a
     model gives representations, and cannot be trained."""
 
-    pool: Literal["cls", "gap"] = "cls"
-    """What the head sees. cls: the class token; gap: the mean of all patch tokens, and the model has no class token."""
+    pool: Literal["cls", "gap", "map"] = "cls"
+    """What the head sees. cls: the class token; gap: the mean of all patch tokens; map: what a learned query attends to
+    among them, the attention pooling of Zhai et al. 2022. Models of gap and map have no class token."""
 
     head: Literal["linear", "mlp"] = "linear"
     """linear: one linear layer; mlp: a hidden tanh layer before it, the paper's head for pretraining."""

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from fastvit_engine.config import EvalTransform, ModelConfig
 from fastvit_engine.config.model_shape import resolve_shape
+from fastvit_engine.models.attention_pool import AttentionPool
 from fastvit_kernels import FusedBlock, FusedLayerNorm, FusedPatchEmbed
+from fastvit_kernels.modules import Mlp
 
 
 class VisionTransformer(nn.Module):
@@ -51,6 +53,11 @@ class VisionTransformer(nn.Module):
             )
         )
         self.norm = FusedLayerNorm(width, config.layer_norm_eps)
+        self.attn_pool = (
+            AttentionPool(width, shape.heads, shape.mlp_dim, config.activation, config.layer_norm_eps)
+            if config.pool == "map"
+            else None
+        )
         self.pre_logits = PreLogits(width) if config.head == "mlp" else None
         self.head = nn.Linear(width, config.num_classes) if config.num_classes else nn.Identity()
 
@@ -81,11 +88,14 @@ class VisionTransformer(nn.Module):
         return torch.stack(maps)
 
     def forward_head(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> logits [B, C], from the class token or from the mean over the tokens; without a head, [B, D]."""
+        """[B, N, D] -> logits [B, C], from the tokens as `config.pool` pools them; without a head, [B, D]."""
         return self.head(self._pool(tokens))
 
     def _pool(self, tokens: Tensor) -> Tensor:
-        pooled = tokens[:, 0] if self.config.pool == "cls" else tokens.mean(dim=1)  # [B, D]
+        if self.attn_pool is not None:
+            pooled = self.attn_pool(tokens)  # [B, D]
+        else:
+            pooled = tokens[:, 0] if self.config.pool == "cls" else tokens.mean(dim=1)
         return pooled if self.pre_logits is None else self.pre_logits(pooled)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -128,6 +138,8 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, FusedBlock):
                 init_block(module, self.config.layer_scale)
+            elif isinstance(module, AttentionPool):
+                init_attention_pool(module)
             elif isinstance(module, PreLogits):
                 init_linear(module.fc, lecun_normal_)
         if isinstance(self.head, nn.Linear):
@@ -156,12 +168,25 @@ def init_block(block: FusedBlock, layer_scale: float | None) -> None:
         nn.init.xavier_uniform_(projection)
     nn.init.zeros_(block.attn.qkv.bias)
     init_linear(block.attn.proj, nn.init.xavier_uniform_)
-    for linear in (block.mlp.fc1, block.mlp.fc2):
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.normal_(linear.bias, std=1e-6)
+    init_mlp(block.mlp)
     for scale in (block.ls1, block.ls2):
         if scale is not None and layer_scale is not None:
             nn.init.constant_(scale.gamma, layer_scale)
+
+
+def init_attention_pool(pool: AttentionPool) -> None:
+    nn.init.xavier_uniform_(pool.latent[0])  # [1, D]: one input for D outputs
+    for projection in (pool.q.weight, *pool.kv.weight.chunk(2), pool.proj.weight):
+        nn.init.xavier_uniform_(projection)
+    for linear in (pool.q, pool.kv, pool.proj):
+        nn.init.zeros_(linear.bias)
+    init_mlp(pool.mlp)
+
+
+def init_mlp(mlp: Mlp) -> None:
+    for linear in (mlp.fc1, mlp.fc2):
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.normal_(linear.bias, std=1e-6)
 
 
 def lecun_normal_(weight: Tensor) -> None:

@@ -318,6 +318,11 @@ def _preprocessor(model: Pretrained) -> dict[str, Any]:
 
 def _refuse_what_does_not_fit(model: Pretrained, kind: str) -> None:
     config, shape = model.config, resolve_shape(model.config)
+    if config.pool == "map":
+        raise UserError(
+            f"{model.where} has attention pooling ('attn_pool.latent' and its like), which the models of transformers "
+            "lack that this version writes: write --to timm, or --to npz"
+        )
     if config.pool != "cls":
         raise UserError(
             f"{model.where} has no class token ('cls_token'), which the models of transformers have: write --to timm"

@@ -16,6 +16,7 @@ ARCHITECTURES = {
     "G": ("vit_gigantic_patch14_224", 14),
 }
 
+GLOBAL_POOLS = {"cls": "token", "gap": "avg", "map": "map"}  # timm's names of model.pool
 TIMM_EPS = 1e-6  # of LayerNorm in timm's Vision Transformers
 
 # A class, not a hook: a copy of the model has its own hidden layer then.
@@ -68,8 +69,10 @@ def timm_arguments(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         "act_layer": (config.activation, "gelu"),
     }
     given: dict[str, Any] = {key: value for key, (value, default) in arguments.items() if value != default}
+    if config.pool != "cls":
+        given |= {"class_token": False, "global_pool": GLOBAL_POOLS[config.pool]}
     if config.pool == "gap":
-        given |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+        given["fc_norm"] = False
     return name, given
 
 

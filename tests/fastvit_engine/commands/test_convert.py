@@ -73,6 +73,18 @@ def test_there_and_back_every_array_is_the_same_to_the_bit(tmp_path, between, ki
     assert open_model(second).config == open_model(first).config
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("between", ["timm", "npz", "hub-folder"])
+def test_attention_pooling_there_and_back(tmp_path, between, stacked):
+    arrays = random_arrays(attention_pool=True)
+    first = save(tmp_path / "first.npz", big_vision(arrays, stacked=stacked), "params/")
+    middle = tmp_path / {"timm": "x.safetensors", "npz": "x.npz"}.get(between, "folder")
+    converted(first, middle, "--to", between)
+    converted(middle, tmp_path / "second.npz", "--to", "npz")
+    same_arrays(big_vision(arrays, stacked=False), np.load(tmp_path / "second.npz"))
+    assert open_model(tmp_path / "second.npz").config == open_model(first).config
+
+
 def test_big_vision_becomes_the_official_layout(tmp_path, capsys):
     arrays = random_arrays()
     arrays["Transformer/posembed_input/pos_embedding"][:, 0] = 0  # the class token has no position there
@@ -83,7 +95,7 @@ def test_big_vision_becomes_the_official_layout(tmp_path, capsys):
         torch.testing.assert_close(run_code(capsys)(IMAGES), load_model(source)(IMAGES), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [{}, {"token": False}, {"classes": 0}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"token": False}, {"classes": 0}, {"attention_pool": True}], ids=str)
 def test_timm_loads_the_file_by_the_line_that_is_printed(tmp_path, capsys, kind):
     pytest.importorskip("timm", reason="timm is not installed")
     source, path = save(tmp_path / "x.npz", random_arrays(**kind)), tmp_path / "it's.safetensors"
@@ -97,7 +109,7 @@ def test_timm_loads_the_file_by_the_line_that_is_printed(tmp_path, capsys, kind)
     assert (cfg["input_size"], cfg["crop_pct"]) == ([3, 48, 48], 0.875)
 
 
-@pytest.mark.parametrize("kind", [{}, {"token": False}, {"classes": 0}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"token": False}, {"classes": 0}, {"attention_pool": True}], ids=str)
 def test_timm_loads_the_folder_of_a_model_page(tmp_path, capsys, kind):
     pytest.importorskip("timm", reason="timm is not installed")
     source, folder = save(tmp_path / "x.npz", random_arrays(**kind)), tmp_path / "page"
@@ -148,7 +160,8 @@ def test_a_folder_of_timm_is_read_without_our_metadata(tmp_path):
         ({"architecture": "resnet50"}, "'resnet50' names no model that this version knows"),
         ({"architecture": "vit_base_patch16_clip_224"}, "names no model that this version knows"),
         ({"architecture": "vit_small_patch16_224"}, r"parameter 'cls_token' is \[1, 1, 192\] there and \[1, 1, 384\]"),
-        ({"global_pool": "avg"}, r"pools 'avg' beside a class token"),
+        ({"global_pool": "avg"}, r"is said to pool 'avg', and has the parameters of 'token'"),
+        ({"global_pool": "map"}, r"is said to pool 'map', and has the parameters of 'token'"),
         ({"model_args": {"act_layer": "quick_gelu"}}, "has the activation 'quick_gelu'"),
         ({"model_args": {"depth": "many"}}, "model_args makes no model"),
         ({"pretrained_cfg": 3}, "has no pretrained_cfg and model_args of timm"),
@@ -232,6 +245,7 @@ def misfits():
     yield tanh, "hub-folder", "'pre_logits.fc.weight'.*: --head none .*, --to npz keeps both"
     yield tanh, "hf", "'pre_logits.fc.weight'.*: --head none .*, --to npz keeps both"
     yield token, "hf", "has no class token .'cls_token'"
+    yield random_arrays(attention_pool=True), "hf", "has attention pooling .'attn_pool.latent'.*--to timm, or --to npz"
     yield {**tanh, "head/bias": np.zeros(3, np.float32)}, "npz", r"array 'head/bias' is \[3\] there and \[7\] in the"
 
 
