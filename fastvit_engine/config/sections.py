@@ -369,7 +369,8 @@ class FewShotConfig(_Section):
     """Numbers of images per class. Each is repeated with three choices of images."""
 
     every: Duration | None = None
-    """Interval between few-shot evaluations; null: only at the end of the run, where one is always made."""
+    """Interval between few-shot evaluations; null: only at the end of the run, where one is always made. With
+    optimizer.frozen: backbone, whose features stay the same, only there."""
 
 
 class EvaluateConfig(_Section):

@@ -152,9 +152,7 @@ def write_folder(model: Pretrained, folder: Path) -> list[str]:
     else:
         theirs |= {"mlp_ratio": shape.mlp_dim // shape.width, "layerscale_value": 1.0, "use_swiglu_ffn": False}
     if ours.num_classes:
-        names = [f"LABEL_{index}" for index in range(ours.num_classes)]
-        named = (model.class_names or ())[: ours.num_classes]
-        names[: len(named)] = named
+        names = model.output_names or [f"LABEL_{index}" for index in range(ours.num_classes)]
         theirs["id2label"] = {str(index): text for index, text in enumerate(names)}
         theirs["label2id"] = {text: index for index, text in enumerate(names)}
     by_name = {inner: entry for entry in hf_entries(ours, kind, prefix) for inner in entry.theirs}

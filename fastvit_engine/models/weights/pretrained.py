@@ -42,6 +42,17 @@ class Pretrained:
         """One parameter."""
         return self.load([name])[name]
 
+    @property
+    def output_names(self) -> list[str] | None:
+        """A name for every output, as other programs need them: LABEL_n for output n if it has none.
+
+        None if there is no head, or if no name is known.
+        """
+        outputs, names = self.config.num_classes, list(self.class_names or ())
+        if not outputs or not names:
+            return None
+        return names[:outputs] + [f"LABEL_{index}" for index in range(len(names), outputs)]
+
     def changed(
         self,
         *,

@@ -79,8 +79,8 @@ def pretrained_cfg(model: Pretrained) -> dict[str, Any]:
         "crop_pct": pixels.get("eval_crop") or 0.875,
         "num_classes": model.config.num_classes,
     }
-    if model.class_names is not None:
-        cfg["label_names"] = list(model.class_names)
+    if model.output_names is not None:
+        cfg["label_names"] = model.output_names
     return cfg
 
 

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fastvit_engine import load_model
 from fastvit_engine.checkpoint.load import open_model
 from fastvit_engine.cli import main
 from fastvit_engine.errors import UserError
+from fastvit_engine.models.weights.convert import convert
 from tests.fastvit_engine.models.weights.official import big_vision, random_arrays, save
 from tests.kernels.integrations.conftest import TORCHVISION  # lets timm and transformers be imported
 
@@ -234,6 +236,23 @@ def test_timms_cfg_holds_the_names_of_the_classes(tmp_path, capsys):
     config = json.loads((tmp_path / "page" / "config.json").read_text())
     assert config["pretrained_cfg"]["label_names"][6] == "class 6"
     assert "class 0, class 1" in (tmp_path / "page" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("target", ["hf", "hub-folder"])
+def test_every_output_gets_a_name_and_it_is_said(tmp_path, target):
+    """transformers takes the number of classes from `id2label`."""
+    model = replace(open_model(save(tmp_path / "x.npz", random_arrays())), class_names=("a", "b", "c"))
+    notes = convert(model, tmp_path / "out", target).notes
+    assert "the model has 7 outputs and the names of 3 classes: output n is called LABEL_n from n = 3 on" in notes
+    named = ["a", "b", "c", "LABEL_3", "LABEL_4", "LABEL_5", "LABEL_6"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (list(config["id2label"].values()) if target == "hf" else config["pretrained_cfg"]["label_names"]) == named
+    assert len(load_model(tmp_path / "out").class_names) in (3, 7)
+    whole = replace(model, class_names=tuple("abcdefg"))
+    assert not [note for note in convert(whole, tmp_path / "whole", target).notes if "names" in note]
+    more = replace(model, class_names=tuple("abcdefghi"))
+    assert "names of 9 classes: the last ones are left out" in convert(more, tmp_path / "more", target).notes[-1]
+    assert load_model(tmp_path / "more")
 
 
 # ---- what is refused
