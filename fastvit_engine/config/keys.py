@@ -52,6 +52,7 @@ _ALIASES = {  # words from other code bases, whatever section they are looked fo
     "model.image_size": "img_size input_size imgsz image_res resolution crop_size size",
     "model.num_classes": "nb_classes n_classes classes num_labels nclasses",
     "model.pool": "global_pool pooling pool_type",
+    "model.registers": "reg_tokens register_tokens num_register_tokens num_registers",
     "model.drop_path": "drop_path_rate stochastic_depth sd_prob droppath",
     "model.dropout": "drop drop_rate dropout_rate",
     "model.layer_scale": "init_values layerscale",

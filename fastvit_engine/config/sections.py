@@ -78,6 +78,10 @@ class ModelConfig(_Section):
     """What the head sees. cls: the class token; gap: the mean of all patch tokens; map: what a learned query attends to
     among them, the attention pooling of Zhai et al. 2022. Models of gap and map have no class token."""
 
+    registers: int = Field(0, ge=0, le=1024)
+    """Number of register tokens (Darcet et al. 2024), which the blocks use and pooling leaves out. They come after the
+    class token and have no position; with registers the class token has none either, as in timm."""
+
     head: Literal["linear", "mlp"] = "linear"
     """linear: one linear layer; mlp: a hidden tanh layer before it, the paper's head for pretraining."""
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit_engine.config import EvalTransform, ModelConfig
@@ -34,7 +35,8 @@ class VisionTransformer(nn.Module):
         width = shape.width
         self.config, self.shape = config, shape
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.pool == "cls" else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, shape.tokens, width))
+        self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, shape.positions, width))
         self.patch_embed = FusedPatchEmbed(shape.patch_size, width, mean, std)
         self.pos_drop = nn.Dropout(config.dropout)
         self.blocks = nn.Sequential(
@@ -62,9 +64,8 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(width, config.num_classes) if config.num_classes else nn.Identity()
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Normalised tokens of the last block [B, N, D]; the class token, if there is one, comes first."""
-        tokens = self.pos_drop(self.patch_embed(images, self.pos_embed, self.cls_token))
-        return self.norm(self.blocks(tokens))
+        """Normalised tokens of the last block [B, N, D]: the class token, if there is one, registers, patches."""
+        return self.norm(self.blocks(self._embed(images)))
 
     def represent(self, images: Tensor) -> Tensor:
         """What the head sees of images [B, D]: pooled tokens, after the tanh layer if there is one."""
@@ -77,7 +78,7 @@ class VisionTransformer(nn.Module):
         Computed by plain layers beside the fused ones, without gradient. N^2 numbers per block, image and head: 2.4 MB
         per image and block of a B/16.
         """
-        tokens = self.pos_drop(self.patch_embed(images, self.pos_embed, self.cls_token))
+        tokens = self._embed(images)
         maps = []
         for block in self.blocks:
             assert isinstance(block, FusedBlock)
@@ -91,11 +92,19 @@ class VisionTransformer(nn.Module):
         """[B, N, D] -> logits [B, C], from the tokens as `config.pool` pools them; without a head, [B, D]."""
         return self.head(self._pool(tokens))
 
+    def _embed(self, images: Tensor) -> Tensor:
+        """The tokens that the first block gets [B, N, D]."""
+        positions: Tensor = self.pos_embed
+        if self.cls_token is not None and self.reg_token is not None:
+            positions = F.pad(positions, (0, 0, 1, 0))  # zeros for the class token, which has no position then
+        return self.pos_drop(self.patch_embed(images, positions, self.cls_token, self.reg_token))
+
     def _pool(self, tokens: Tensor) -> Tensor:
+        patches = tokens[:, self.shape.prefix :]
         if self.attn_pool is not None:
-            pooled = self.attn_pool(tokens)  # [B, D]
+            pooled = self.attn_pool(patches)  # [B, D]
         else:
-            pooled = tokens[:, 0] if self.config.pool == "cls" else tokens.mean(dim=1)
+            pooled = tokens[:, 0] if self.config.pool == "cls" else patches.mean(dim=1)
         return pooled if self.pre_logits is None else self.pre_logits(pooled)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -129,6 +138,8 @@ class VisionTransformer(nn.Module):
         """
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=1e-6)  # equal ones would stay equal
         nn.init.normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, FusedPatchEmbed):

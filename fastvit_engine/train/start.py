@@ -365,7 +365,9 @@ def _shape(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
         shape = resolve_shape(config)
     except (ValidationError, UserError):
         return None
-    rest = config.model_dump(include={"image_size", "num_classes", "pool", "head", "activation", "layer_norm_eps"})
+    rest = config.model_dump(
+        include={"image_size", "num_classes", "pool", "registers", "head", "activation", "layer_norm_eps"}
+    )
     return {**rest, "shape": shape, "layer_scale": config.layer_scale is not None}
 
 

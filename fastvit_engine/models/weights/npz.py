@@ -116,6 +116,10 @@ def write_npz(model: Pretrained, path: Path) -> list[str]:
 
     Raises UserError, naming the parameters, if the official layout has no room for them.
     """
+    if model.config.registers:
+        raise UserError(
+            f"{model.where} has register tokens ('reg_token'), for which an official .npz has no array: write --to timm"
+        )
     if model.config.layer_scale is not None:
         raise UserError(
             f"{model.where} has LayerScale ('blocks.0.ls1.gamma' and its like), for which an official .npz has no "
@@ -255,8 +259,8 @@ def npz_entries(config: ModelConfig, layout: _Layout) -> Iterator[Entry]:
     absent = int(config.pool == "cls" and layout.positions == _BIG_VISION.positions)
     if config.pool == "cls":
         yield same("cls_token", "cls", 1, 1, width)
-    table = (1, shape.tokens, width)
-    yield Entry("pos_embed", table, {layout.positions: (1, shape.tokens - absent, width)}, absent_rows=absent)
+    table = (1, shape.positions, width)
+    yield Entry("pos_embed", table, {layout.positions: (1, shape.positions - absent, width)}, absent_rows=absent)
     kernel = {"embedding/kernel": (patch, patch, 3, width)}
     yield Entry("patch_embed.proj.weight", (width, 3, patch, patch), kernel, axes=(2, 3, 1, 0))
     yield same("patch_embed.proj.bias", "embedding/bias", width)

@@ -103,7 +103,8 @@ class Pretrained:
 
     def _at_image_size(self, image_size: int, interpolation: Interpolation) -> "Pretrained":
         config = _changed(self.config, "image_size", image_size)
-        shape, class_tokens = resolve_shape(config), int(config.pool == "cls")
+        shape = resolve_shape(config)
+        class_tokens = shape.positions - shape.patches
         side = image_size // shape.patch_size
 
         def load(names: Sequence[str]) -> dict[str, Tensor]:
@@ -115,7 +116,7 @@ class Pretrained:
                 )
             return found
 
-        shapes = {**self.shapes, "pos_embed": (1, shape.tokens, shape.width)}
+        shapes = {**self.shapes, "pos_embed": (1, shape.positions, shape.width)}
         return replace(self, config=config, shapes=shapes, load=load)
 
 

@@ -67,6 +67,8 @@ def timm_arguments(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         # timm leaves LayerScale out if its initial value is 0; the weights replace the value anyway
         "init_values": (1.0 if config.layer_scale == 0 else config.layer_scale, None),
         "act_layer": (config.activation, "gelu"),
+        "reg_tokens": (config.registers, 0),
+        "no_embed_class": (config.registers > 0, False),
     }
     given: dict[str, Any] = {key: value for key, (value, default) in arguments.items() if value != default}
     if config.pool != "cls":

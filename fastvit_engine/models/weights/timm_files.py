@@ -133,6 +133,7 @@ def model_card(model: Pretrained, name: str) -> str:
         "pixels": f"in [0, 1], minus {cfg['mean']}, divided by {cfg['std']}{unknown}",
         "resizing": f"short side to image size / {cfg['crop_pct']:g}, {cfg['interpolation']}, then the centre crop",
         "pooling": _POOLS[config.pool],
+        "registers": f"{config.registers}",
         "activation": config.activation,
         "classes": classes,
     }

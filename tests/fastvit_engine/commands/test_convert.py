@@ -128,6 +128,34 @@ def test_timm_loads_the_folder_of_a_model_page(tmp_path, capsys, kind):
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
 
+def test_a_folder_of_timm_with_registers_there_and_back(tmp_path, capsys):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    given = {"img_size": 28, "depth": 2, "num_classes": 3}
+    theirs = timm.create_model("vit_small_patch14_reg4_dinov2", **given).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path / "page"
+    folder.mkdir()
+    save_file(theirs.state_dict(), folder / "model.safetensors")
+    config = {"architecture": "vit_small_patch14_reg4_dinov2", "num_classes": 3, "global_pool": "token"}
+    config |= {"model_args": given, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (folder / "config.json").write_text(json.dumps(config))
+    images, ours = torch.randn(2, 3, 28, 28), load_model(folder)
+    assert ours.config.registers == 4
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=1e-5)
+    converted(folder, tmp_path / "again", "--to", "hub-folder")
+    again = run_code(capsys).state_dict()
+    assert again.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(again[name], value) for name, value in theirs.state_dict().items())
+    for target, name in (("npz", "y.npz"), ("hf", "y")):
+        message = refused(capsys, folder, tmp_path / name, "--to", target)
+        assert "has register tokens ('reg_token'), " in message and message.endswith("write --to timm")
+    (folder / "config.json").write_text(json.dumps(config | {"architecture": "vit_small_patch16_224"}))
+    message = refused(capsys, folder, tmp_path / "y.npz", "--to", "npz")
+    assert "has register tokens with a position (no no_embed_class), and ours have none" in message
+
+
 def test_a_folder_of_timm_is_read_without_our_metadata(tmp_path):
     timm = pytest.importorskip("timm", reason="timm is not installed")
     folder = tmp_path / "page"

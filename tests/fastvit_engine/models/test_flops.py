@@ -40,7 +40,11 @@ def test_no_class_token_is_one_token_less() -> None:
     assert without < with_token
 
 
-@pytest.mark.parametrize("changes", [{}, {"pool": "gap"}, {"pool": "map"}, {"pool": "map", "head": "mlp"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"pool": "gap"}, {"pool": "map"}, {"pool": "map", "head": "mlp", "registers": 3}, {"registers": 2}],
+    ids=str,
+)
 def test_a_counter_of_operations_finds_the_same(changes: dict) -> None:
     """On plain layers, which it sees. It counts two operations per MAC."""
     config = ModelConfig(name="Ti/2", image_size=8, width=12, depth=2, heads=2, mlp_dim=20, num_classes=7).model_copy(
