@@ -22,6 +22,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.evaluate.class_lists import check_names
 from fastvit_engine.evaluate.classification import Accuracy
 from fastvit_engine.evaluate.classification import evaluate as evaluate_batches
+from fastvit_engine.evaluate.one_pass import workers_for
 from fastvit_engine.models import VisionTransformer
 from fastvit_engine.observe.run_folder import run_folder
 from fastvit_engine.train import loop
@@ -102,7 +103,7 @@ def evaluate(
             "the model has no head (num_classes is 0), so it has no classes to measure: load it with a head"
         )
     settings = Config() if config is None else _resolved(config).config
-    changes: dict[str, Any] = {"eval": str(data), "order": "stream"}
+    changes: dict[str, Any] = {"eval": str(data), "order": "stream", "num_workers": workers_for(settings)}
     if config is None and model.eval_crop is not None:
         changes |= {"eval_crop": model.eval_crop, "eval_transform": model.eval_transform}
     settings = settings.model_copy(update={"model": model.config, "data": settings.data.model_copy(update=changes)})

@@ -24,6 +24,7 @@ from fastvit_engine.storage.stores import Store, is_store
 from fastvit_engine.storage.stores import open_store as open_bucket
 
 _CHUNK = 2**23  # bytes
+_OF_WEIGHTS = "config.json"  # in folders of transformers and of timm
 _LONGEST_HEADER = 100_000_000  # bytes, as safetensors itself has it
 
 
@@ -36,6 +37,8 @@ def find_checkpoint(source: str) -> Checkpoint:
     parent, _, name = source.rstrip("/").rpartition("/")
     if is_step_name(name):
         return Checkpoint(open_store(parent or "."), name)
+    if "://" not in source and Path(source).is_file():
+        raise UserError(_without_checkpoint(given, source))
     if "://" not in source or is_store(source):
         run = run_folder(source)
         if (settings := read_section(run, "checkpoint")) is not None:
@@ -45,9 +48,31 @@ def find_checkpoint(source: str) -> Checkpoint:
     if doubt := doubt_about_latest(store):
         print(f"warning: {doubt}", file=sys.stderr, flush=True)
     if not found:
-        lacks = "holds no checkpoint" if "://" in given or Path(given).exists() else "does not exist"
-        raise UserError(f"{source} {lacks}: give a run folder, or a checkpoint such as RUN/checkpoints/step-N")
+        raise UserError(_without_checkpoint(given, source))
     return found[0]
+
+
+def _without_checkpoint(given: str, source: str) -> str:
+    """Why there is no checkpoint in `source`, to which `given` has led, and what to do."""
+    path, remedy = Path(given), "give a run folder, or a checkpoint such as RUN/checkpoints/step-N"
+    if "://" in given:
+        return f"{source} holds no checkpoint: {remedy}"
+    if not path.exists():
+        return f"{source} does not exist: {remedy}"
+    if (path / _OF_WEIGHTS).is_file():
+        return (
+            f"{given} is a folder of weights ({_OF_WEIGHTS}), which holds no checkpoint: `fastvit convert {given} "
+            "NEW.safetensors --to timm` writes them to one file"
+        )
+    if path.suffix in (".npz", ".safetensors") and path.is_file():
+        return f"{given} is a file of weights, which holds no checkpoint: `fastvit convert` writes them in other forms"
+    if path.is_file():
+        return f"{given} is a file, which holds no checkpoint: {remedy}"
+    if path.is_dir() and not any(path.iterdir()):
+        return f"{given} is an empty folder, which holds no checkpoint: {remedy}"
+    if RunFolder(path).config.is_file():
+        return f"{source} holds no checkpoint, and {given} is a run without one: start the run again"
+    return f"{source} holds no checkpoint: {remedy}"
 
 
 def export_run(checkpoint: Checkpoint, run: RunFolder) -> None:

@@ -14,7 +14,6 @@ from fastvit_engine.shown import say
 if TYPE_CHECKING:
     from fastvit_engine.config import Resolved
     from fastvit_engine.evaluate.features import Features
-    from fastvit_engine.evaluate.one_pass import OnePass
     from fastvit_engine.observe.metrics import ShotFigures
     from fastvit_engine.observe.progress import WorkProgress
 
@@ -122,6 +121,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _extract(args: argparse.Namespace, resolved: "Resolved", progress: "WorkProgress") -> "tuple[Features, Features]":
     """The features of both sets by the model. Raises UserError."""
+    from fastvit_engine.data.shards.names import check_same_classes
     from fastvit_engine.evaluate.features import extract_features
     from fastvit_engine.evaluate.one_pass import OnePass, config_for
 
@@ -129,7 +129,7 @@ def _extract(args: argparse.Namespace, resolved: "Resolved", progress: "WorkProg
     config = config_for(model, resolved)
     train = OnePass.over(args.train, "train", config, named="--train")
     evaluation = OnePass.over(args.eval, "eval", config, named="--eval")
-    _check_classes(train, evaluation)
+    check_same_classes(train.info, evaluation.info, "--train", "--eval")
     both = set(train.shards.shards) & set(evaluation.shards.shards)
     overlap = [f"{len(both):,} of the shards of --eval are in --train too: the figures flatter"] if both else []
     for note in (*train.notes, *evaluation.notes, *overlap):
@@ -137,23 +137,6 @@ def _extract(args: argparse.Namespace, resolved: "Resolved", progress: "WorkProg
     return (
         extract_features(model, train.batches(args.batch_size, doing="features of training", progress=progress)),
         extract_features(model, evaluation.batches(args.batch_size, doing="features of evaluation", progress=progress)),
-    )
-
-
-def _check_classes(train: "OnePass", evaluation: "OnePass") -> None:
-    """Raises UserError if the sets say that their classes are not the same."""
-    if train.info is None or evaluation.info is None or train.info.classes == evaluation.info.classes:
-        return
-    one, other = train.info.classes, evaluation.info.classes
-    if len(one) != len(other):
-        raise UserError(
-            f"--train has {len(one):,} classes and --eval {len(other):,}: give shards of the same classes, in the same "
-            "order"
-        )
-    number = next(n for n, names in enumerate(zip(one, other, strict=True)) if names[0] != names[1])
-    raise UserError(
-        f"class {number} is '{one[number]}' in --train and '{other[number]}' in --eval: give shards of the same "
-        "classes, in the same order"
     )
 
 

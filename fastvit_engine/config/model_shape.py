@@ -36,11 +36,17 @@ class Shape:
 
     patch_size: int
     patches: int  # of one image
-    tokens: int  # patches, and the class token if there is one
+    tokens: int  # patches, and before them the class token, if there is one, and registers
+    positions: int  # rows of the position table: patches, and the class token if there are no registers
     width: int
     depth: int
     heads: int
     mlp_dim: int
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches."""
+        return self.tokens - self.patches
 
 
 def resolve_shape(config: ModelConfig) -> Shape:
@@ -65,7 +71,8 @@ def resolve_shape(config: ModelConfig) -> Shape:
     return Shape(
         patch_size=patch_size,
         patches=patches,
-        tokens=patches + (config.pool == "cls"),
+        tokens=patches + (config.pool == "cls") + config.registers,
+        positions=patches + (config.pool == "cls" and config.registers == 0),
         width=width,
         depth=config.depth or size.depth,
         heads=heads,

@@ -74,8 +74,13 @@ class ModelConfig(_Section):
     """Number of classes, which is the number of outputs of the head. 0: no head, for weights that have none; such a
     model gives representations, and cannot be trained."""
 
-    pool: Literal["cls", "gap"] = "cls"
-    """What the head sees. cls: the class token; gap: the mean of all patch tokens, and the model has no class token."""
+    pool: Literal["cls", "gap", "map"] = "cls"
+    """What the head sees. cls: the class token; gap: the mean of all patch tokens; map: what a learned query attends to
+    among them, the attention pooling of Zhai et al. 2022. Models of gap and map have no class token."""
+
+    registers: int = Field(0, ge=0, le=1024)
+    """Number of register tokens (Darcet et al. 2024), which the blocks use and pooling leaves out. They come after the
+    class token and have no position; with registers the class token has none either, as in timm."""
 
     head: Literal["linear", "mlp"] = "linear"
     """linear: one linear layer; mlp: a hidden tanh layer before it, the paper's head for pretraining."""
@@ -368,7 +373,8 @@ class FewShotConfig(_Section):
     """Numbers of images per class. Each is repeated with three choices of images."""
 
     every: Duration | None = None
-    """Interval between few-shot evaluations; null: only at the end of the run, where one is always made."""
+    """Interval between few-shot evaluations; null: only at the end of the run, where one is always made. With
+    optimizer.frozen: backbone, whose features stay the same, only there."""
 
 
 class EvaluateConfig(_Section):

@@ -70,12 +70,15 @@ def read_classes(text: str, names: Sequence[str] | None, outputs: int) -> list[l
         entries = _entries(path)
     else:
         entries = [part.strip() for part in text.split(",") if part.strip()]
-        if len(entries) == 1 and path.suffix and not entries[0].isdigit() and entries[0] not in (names or ()):
-            raise UserError(f"--classes {text} does not exist: name a file, or classes separated by commas")
+        if len(entries) == 1 and not entries[0].isdigit() and entries[0] not in (names or ()):
+            if path.is_dir():
+                raise UserError(f"--classes {text} is a folder: give a file, or classes separated by commas")
+            if path.suffix:
+                raise UserError(f"--classes {text} does not exist: name a file, or classes separated by commas")
     groups = [[_output(value, names, outputs) for value in _as_list(entry)] for entry in entries]
     if not groups or not all(groups):
         raise UserError(
-            f"--classes {text} has {'an empty entry' if groups else 'no class'}: name the outputs that count"
+            f"--classes '{text}' has {'an empty entry' if groups else 'no class'}: name the outputs that count"
         )
     every = [output for group in groups for output in group]
     if len(set(every)) < len(every):

@@ -147,4 +147,6 @@ def _features_in(path: Path, arrays: Mapping[str, NDArray[Any]], names: tuple[st
         forms = ", ".join(f"{name} {array.dtype} {list(array.shape)}" for name, array in
                           zip(names, (features, labels, keys), strict=True))  # fmt: skip
         raise UserError(f"{path} holds no features and labels ({forms}): make it again with {_COMMAND}")
+    if labels.min() < 0:
+        raise UserError(f"{path} has the label {labels.min()}, and classes are counted from 0: correct its labels")
     return Features(features.astype(np.float32, copy=False), labels.astype(np.int64), keys)

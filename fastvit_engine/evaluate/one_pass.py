@@ -25,11 +25,16 @@ def config_for(model: VisionTransformer, resolved: Resolved) -> Config:
         for key, value in (("eval_crop", model.eval_crop), ("eval_transform", model.eval_transform))
         if value is not None and resolved.origins.get(f"data.{key}", "default") == "default"
     }
-    if resolved.origins.get("data.num_workers", "default") == "default":
-        changes["data.num_workers"] = min(resolved.config.data.num_workers, len(os.sched_getaffinity(0)))
+    changes["data.num_workers"] = workers_for(resolved.config)
     data = resolved.config.data.model_copy(update={key.partition(".")[2]: value for key, value in changes.items()})
     section = model.config.model_copy(update={"num_classes": PLAUSIBLE_CLASSES})
     return resolved.config.model_copy(update={"model": section, "data": data})
+
+
+def workers_for(config: Config) -> int:
+    """Decoding processes: data.num_workers; unless somebody has set it, no more than this process has CPUs."""
+    workers = config.data.num_workers
+    return workers if "num_workers" in config.data.model_fields_set else min(workers, len(os.sched_getaffinity(0)))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What a model costs, counted from its shape: profilers that patch PyTorch functions do not see custom kernels."""
 
 from fastvit_engine.config import ModelConfig
-from fastvit_engine.config.model_shape import resolve_shape
+from fastvit_engine.config.model_shape import Shape, resolve_shape
 
 
 def forward_macs(config: ModelConfig) -> int:
@@ -16,7 +16,16 @@ def forward_macs(config: ModelConfig) -> int:
     attention = 2 * tokens**2 * width  # scores and weighted values
     mlp = 2 * tokens * width * shape.mlp_dim
     hidden = width**2 if config.head == "mlp" else 0
-    return patch_projection + shape.depth * (projections + attention + mlp) + hidden + width * config.num_classes
+    pooling = _attention_pool_macs(shape) if config.pool == "map" else 0
+    blocks = shape.depth * (projections + attention + mlp)
+    return patch_projection + blocks + pooling + hidden + width * config.num_classes
+
+
+def _attention_pool_macs(shape: Shape) -> int:
+    """Of one query that attends to all patches, and of the MLP behind it."""
+    width = shape.width
+    projections = 2 * width**2 + shape.patches * 2 * width**2  # query and output; keys and values
+    return projections + 2 * shape.patches * width + 2 * width * shape.mlp_dim
 
 
 def training_flops(config: ModelConfig, *, frozen: str = "none") -> int:

@@ -4,11 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit_engine.config import EvalTransform, ModelConfig
 from fastvit_engine.config.model_shape import resolve_shape
+from fastvit_engine.models.attention_pool import AttentionPool
 from fastvit_kernels import FusedBlock, FusedLayerNorm, FusedPatchEmbed
+from fastvit_kernels.modules import Mlp
 
 
 class VisionTransformer(nn.Module):
@@ -32,7 +35,8 @@ class VisionTransformer(nn.Module):
         width = shape.width
         self.config, self.shape = config, shape
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.pool == "cls" else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, shape.tokens, width))
+        self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, shape.positions, width))
         self.patch_embed = FusedPatchEmbed(shape.patch_size, width, mean, std)
         self.pos_drop = nn.Dropout(config.dropout)
         self.blocks = nn.Sequential(
@@ -51,13 +55,17 @@ class VisionTransformer(nn.Module):
             )
         )
         self.norm = FusedLayerNorm(width, config.layer_norm_eps)
+        self.attn_pool = (
+            AttentionPool(width, shape.heads, shape.mlp_dim, config.activation, config.layer_norm_eps)
+            if config.pool == "map"
+            else None
+        )
         self.pre_logits = PreLogits(width) if config.head == "mlp" else None
         self.head = nn.Linear(width, config.num_classes) if config.num_classes else nn.Identity()
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Normalised tokens of the last block [B, N, D]; the class token, if there is one, comes first."""
-        tokens = self.pos_drop(self.patch_embed(images, self.pos_embed, self.cls_token))
-        return self.norm(self.blocks(tokens))
+        """Normalised tokens of the last block [B, N, D]: the class token, if there is one, registers, patches."""
+        return self.norm(self.blocks(self._embed(images)))
 
     def represent(self, images: Tensor) -> Tensor:
         """What the head sees of images [B, D]: pooled tokens, after the tanh layer if there is one."""
@@ -70,7 +78,7 @@ class VisionTransformer(nn.Module):
         Computed by plain layers beside the fused ones, without gradient. N^2 numbers per block, image and head: 2.4 MB
         per image and block of a B/16.
         """
-        tokens = self.pos_drop(self.patch_embed(images, self.pos_embed, self.cls_token))
+        tokens = self._embed(images)
         maps = []
         for block in self.blocks:
             assert isinstance(block, FusedBlock)
@@ -81,11 +89,22 @@ class VisionTransformer(nn.Module):
         return torch.stack(maps)
 
     def forward_head(self, tokens: Tensor) -> Tensor:
-        """[B, N, D] -> logits [B, C], from the class token or from the mean over the tokens; without a head, [B, D]."""
+        """[B, N, D] -> logits [B, C], from the tokens as `config.pool` pools them; without a head, [B, D]."""
         return self.head(self._pool(tokens))
 
+    def _embed(self, images: Tensor) -> Tensor:
+        """The tokens that the first block gets [B, N, D]."""
+        positions: Tensor = self.pos_embed
+        if self.cls_token is not None and self.reg_token is not None:
+            positions = F.pad(positions, (0, 0, 1, 0))  # zeros for the class token, which has no position then
+        return self.pos_drop(self.patch_embed(images, positions, self.cls_token, self.reg_token))
+
     def _pool(self, tokens: Tensor) -> Tensor:
-        pooled = tokens[:, 0] if self.config.pool == "cls" else tokens.mean(dim=1)  # [B, D]
+        patches = tokens[:, self.shape.prefix :]
+        if self.attn_pool is not None:
+            pooled = self.attn_pool(patches)  # [B, D]
+        else:
+            pooled = tokens[:, 0] if self.config.pool == "cls" else patches.mean(dim=1)
         return pooled if self.pre_logits is None else self.pre_logits(pooled)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -119,6 +138,8 @@ class VisionTransformer(nn.Module):
         """
         if self.cls_token is not None:
             nn.init.zeros_(self.cls_token)
+        if self.reg_token is not None:
+            nn.init.normal_(self.reg_token, std=1e-6)  # equal ones would stay equal
         nn.init.normal_(self.pos_embed, std=0.02)
         for module in self.modules():
             if isinstance(module, FusedPatchEmbed):
@@ -128,6 +149,8 @@ class VisionTransformer(nn.Module):
                 nn.init.zeros_(module.bias)
             elif isinstance(module, FusedBlock):
                 init_block(module, self.config.layer_scale)
+            elif isinstance(module, AttentionPool):
+                init_attention_pool(module)
             elif isinstance(module, PreLogits):
                 init_linear(module.fc, lecun_normal_)
         if isinstance(self.head, nn.Linear):
@@ -156,12 +179,25 @@ def init_block(block: FusedBlock, layer_scale: float | None) -> None:
         nn.init.xavier_uniform_(projection)
     nn.init.zeros_(block.attn.qkv.bias)
     init_linear(block.attn.proj, nn.init.xavier_uniform_)
-    for linear in (block.mlp.fc1, block.mlp.fc2):
-        nn.init.xavier_uniform_(linear.weight)
-        nn.init.normal_(linear.bias, std=1e-6)
+    init_mlp(block.mlp)
     for scale in (block.ls1, block.ls2):
         if scale is not None and layer_scale is not None:
             nn.init.constant_(scale.gamma, layer_scale)
+
+
+def init_attention_pool(pool: AttentionPool) -> None:
+    nn.init.xavier_uniform_(pool.latent[0])  # [1, D]: one input for D outputs
+    for projection in (pool.q.weight, *pool.kv.weight.chunk(2), pool.proj.weight):
+        nn.init.xavier_uniform_(projection)
+    for linear in (pool.q, pool.kv, pool.proj):
+        nn.init.zeros_(linear.bias)
+    init_mlp(pool.mlp)
+
+
+def init_mlp(mlp: Mlp) -> None:
+    for linear in (mlp.fc1, mlp.fc2):
+        nn.init.xavier_uniform_(linear.weight)
+        nn.init.normal_(linear.bias, std=1e-6)
 
 
 def lecun_normal_(weight: Tensor) -> None:

@@ -17,7 +17,7 @@ from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.shown import recorded
 
 Kind = Literal[
-    "start",  # a job started or resumed: world_size, zero_stage, hosts, config (its file in the run folder)
+    "start",  # a job started or resumed: world_size, zero_stage, total_steps, hosts, config (file in the run folder)
     "configuration",  # a job resumed with other values: changes, each with key, from and to
     "stop",  # it ended in order: reason "finished" or "preempted"
     "failure",  # it failed: the cause, and the ranks at fault if they are known

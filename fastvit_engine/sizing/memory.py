@@ -246,6 +246,8 @@ def activation_bytes(model: ModelConfig, precision: str, implementation: Impleme
     pixels = 3 * model.image_size**2 * (1 + compute if plain else 1)  # plain PyTorch keeps patches
     final = shape.tokens * ((4 if plain else compute) * shape.width + 8)  # input of the last norm
     head = (compute + 8) * model.num_classes  # logits, their float32 form and gradient
+    if model.pool == "map":  # the tokens, their keys and values
+        final += shape.patches * 3 * compute * shape.width
     return shape.tokens * shape.depth * block + pixels + final + head
 
 

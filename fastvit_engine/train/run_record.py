@@ -48,4 +48,5 @@ def record_start(
     where = f"{counted(world.size, 'process', 'processes')} on {', '.join(hosts)}, ZeRO-{config.zero.stage}"
     message = f"training begins at step {step} of {job.schedule.total_steps}: {where}"
     facts = {"world_size": world.size, "zero_stage": config.zero.stage, "hosts": hosts, "config": kept}
+    facts["total_steps"] = job.schedule.total_steps
     record_event(run, "start", message, step=step, **facts)

@@ -105,7 +105,8 @@ class Schedule:
         self.evaluate_every = self._interval("evaluate.every", config.evaluate.every) if evaluates else 0
         few_shot = config.evaluate.fewshot
         measures = few_shot.train is not None
-        self.few_shot_every = self._interval("evaluate.fewshot.every", few_shot.every) if measures else 0
+        every = self._interval("evaluate.fewshot.every", few_shot.every) if measures else 0
+        self.few_shot_every = 0 if config.optimizer.frozen == "backbone" else every  # features that stay as they are
         self.save_every = self._interval("checkpoint.every", config.checkpoint.every)
         self.keep_every = self._interval("checkpoint.keep_every", config.checkpoint.keep_every) or None
         best = config.checkpoint.keep_best

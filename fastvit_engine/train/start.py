@@ -106,6 +106,11 @@ def preflight(
     data: takes the place of data.train. allow_batch_change: `train.global_batch_size` may differ from the checkpoint's.
     """
     check_config(config)
+    if config.init.from_ is not None and "num_classes" not in config.model.model_fields_set:
+        raise UserError(
+            "model.num_classes is not set, and the new head of a model that starts from init.from needs the number of "
+            "classes of your data: set model.num_classes=N (--set model.num_classes=N), or init.head=keep"
+        )
     split = split_batch(config, world_size)
     deepspeed_config(config, split)
     store = store_of(config.checkpoint, run)
@@ -236,6 +241,11 @@ def _doubtful(config: Config, data: TrainingData, split: BatchSplit) -> tuple[st
             f"data.train has {counted(classes, 'class', 'classes')} and model.num_classes is {outputs:,}, so "
             f"{counted(outputs - classes, 'output')} will never see an image: set model.num_classes={classes}"
         )
+    if config.optimizer.frozen == "backbone" and config.evaluate.fewshot.every is not None:
+        warnings.append(
+            "optimizer.frozen = backbone keeps the features as they are, so few-shot accuracy is measured once, at the "
+            "end, and not every evaluate.fewshot.every: leave that out"
+        )
     batch, samples = config.train.global_batch_size, data.samples_per_epoch
     if samples is not None and batch > samples:
         warnings.append(
@@ -355,7 +365,9 @@ def _shape(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
         shape = resolve_shape(config)
     except (ValidationError, UserError):
         return None
-    rest = config.model_dump(include={"image_size", "num_classes", "pool", "head", "activation", "layer_norm_eps"})
+    rest = config.model_dump(
+        include={"image_size", "num_classes", "pool", "registers", "head", "activation", "layer_norm_eps"}
+    )
     return {**rest, "shape": shape, "layer_scale": config.layer_scale is not None}
 
 

@@ -258,7 +258,21 @@ def test_latest_names_no_checkpoint(refused, train, shard, tmp_path, capfd):
 
 
 def test_export_of_no_checkpoint(refused, tmp_path):
-    refused(["export", tmp_path, "--out", tmp_path / "x.safetensors"], f"{tmp_path} holds no checkpoint")
+    out = ["--out", tmp_path / "x.safetensors"]
+    no_checkpoint = "which holds no checkpoint"
+    empty = f"{tmp_path} is an empty folder, {no_checkpoint}: give a run folder, or a checkpoint such as"
+    refused(["export", tmp_path, *out], empty)
+    refused(["evaluate", tmp_path, "--data", "x.tar"], empty)
+    (tmp_path / "notes.txt").touch()
+    refused(["export", tmp_path, *out], f"{tmp_path} holds no checkpoint: give a run folder")
+    weights, convert = tmp_path / "hf", f"`fastvit convert {tmp_path}/hf NEW.safetensors --to timm`"
+    weights.mkdir()
+    (weights / "config.json").write_text("{}")
+    refused(["export", weights, *out], f"{weights} is a folder of weights (config.json), {no_checkpoint}: {convert}")
+    (tmp_path / "w.npz").touch()
+    refused(["export", tmp_path / "w.npz", *out], f"w.npz is a file of weights, {no_checkpoint}: `fastvit convert`")
+    (tmp_path / "config.yaml").write_text("checkpoint: {path: null}")
+    refused(["export", tmp_path, *out], f"{tmp_path} is a run without one: start the run again")
     step = tmp_path / "step-00000004"
     refused(["export", step, "--out", tmp_path / "x.safetensors"], step, "not a complete checkpoint")
 

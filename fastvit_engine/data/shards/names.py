@@ -432,3 +432,20 @@ def _split_by_name(shard: str) -> Split | None:
 def _recorded_split(shard: str, info: DatasetInfo) -> Split | None:
     name = shard.rpartition("/")[2]
     return "train" if name in info.train.shards else "eval" if name in info.eval.shards else None
+
+
+def check_same_classes(one: DatasetInfo | None, other: DatasetInfo | None, named: str, other_named: str) -> None:
+    """Raises UserError if two data sets say that their classes are not the same."""
+    if one is None or other is None or one.classes == other.classes:
+        return
+    ours, theirs = one.classes, other.classes
+    if len(ours) != len(theirs):
+        raise UserError(
+            f"{named} has {len(ours):,} classes and {other_named} {len(theirs):,}: give shards of the same classes, in "
+            "the same order"
+        )
+    number = next(n for n, names in enumerate(zip(ours, theirs, strict=True)) if names[0] != names[1])
+    raise UserError(
+        f"class {number} is '{ours[number]}' in {named} and '{theirs[number]}' in {other_named}: give shards of the "
+        "same classes, in the same order"
+    )

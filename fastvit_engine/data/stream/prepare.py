@@ -26,6 +26,7 @@ from fastvit_engine.data.shards.index import (
 )
 from fastvit_engine.data.shards.names import (
     Split,
+    check_same_classes,
     fetch_beside,
     find_shards,
     info_beside,
@@ -282,10 +283,14 @@ def prepare_few_shot(config: Config, index_folder: Path) -> FewShotData | None:
     reading = config.model_copy(update={"model": model, "data": data})
     train = _evaluation_shards(few_shot.train, "train", reading, "evaluate.fewshot.train", index_folder)
     evaluation = _evaluation_shards(few_shot.eval, "eval", reading, "evaluate.fewshot.eval", index_folder)
+    one, other = info_beside(list(train.shards)), info_beside(list(evaluation.shards))
+    check_same_classes(one, other, "evaluate.fewshot.train", "evaluate.fewshot.eval")
     return FewShotData(reading, train, evaluation)
 
 
-def _evaluation_shards(pattern: str, split: Split, config: Config, named: str, index_folder: Path) -> EvaluationData:
+def _evaluation_shards(
+    pattern: str, split: Split, config: Config, named: str, index_folder: Path
+) -> IndexedShards | StreamedShards:
     """Shards by position, of which each process reads its share only; or else from beginning to end."""
     notes: list[str] = []
     if config.data.order == "stream":

@@ -41,6 +41,10 @@ def convert(model: Pretrained, destination: Path, target: Target) -> Written:
     write: Callable[[Pretrained, Path], list[str]]
     write = {"timm": write_timm, "hf": write_folder, "hub-folder": write_hub_folder}[target]
     notes = [] if model.pixels else ["mean and std of the pixels are unknown: 0.5 and 0.5 are written"]
+    outputs, named = model.config.num_classes, len(model.class_names or ())
+    if outputs and named and named != outputs:
+        rest = f"output n is called LABEL_n from n = {named} on" if named < outputs else "the last ones are left out"
+        notes.append(f"the model has {outputs:,} outputs and the names of {named:,} classes: {rest}")
     return Written(notes, write(model, destination))
 
 

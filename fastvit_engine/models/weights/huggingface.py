@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's transformers: `vit` and `dinov2`, as save_pretrained leaves them on the disk.
+"""Folders of Hugging Face's transformers: `vit`, `dinov2`, with registers too, as save_pretrained leaves them.
 
 transformers 5 renames parameters in memory (`layers.0.attention.q_proj`); the names on the disk are those of before
 (`encoder.layer.0.attention.attention.query`), and they are what is read and written here.
@@ -57,6 +57,9 @@ _KINDS = {
         ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     ),
 }
+_KINDS["dinov2_with_registers"] = _KINDS["dinov2"]._replace(
+    defaults={**_KINDS["dinov2"].defaults, "patch_size": 16, "num_register_tokens": 4}
+)
 # Settings under which their code computes what ours does; each is so if it is not given.
 _NEEDED: Mapping[str, Any] = {
     "num_channels": 3, "qkv_bias": True, "use_swiglu_ffn": False, "apply_layernorm": True, "pooler_act": "tanh",
@@ -73,7 +76,7 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, head: bool = True) -
     """
     where, kind = str(folder), str(config.get("model_type"))
     if kind not in _KINDS:
-        raise UserError(f"{where} holds a model of type '{brief(kind)}': there are {' and '.join(_KINDS)}")
+        raise UserError(f"{where} holds a model of type '{brief(kind)}': there are {', '.join(_KINDS)}")
     if not (folder / WEIGHTS).exists():
         raise UserError(
             f"{where} has no {WEIGHTS}: save the model again with transformers, "
@@ -104,7 +107,10 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, head: bool = True) -
     resolve_shape(ours)
     entries = [*hf_entries(ours, kind, prefix)]
     expected = {theirs: shape for entry in entries for theirs, shape in entry.theirs.items()}
-    if kind == "dinov2" and ours.num_classes and shapes["classifier.weight"][1:] == (2 * resolve_shape(ours).width,):
+    positions = f"{prefix}embeddings.position_embeddings"
+    if ours.registers:  # theirs have a position for the class token
+        expected[positions] = (1, expected[positions][1] + 1, *expected[positions][2:])
+    if kind != "vit" and ours.num_classes and shapes["classifier.weight"][1:] == (2 * resolve_shape(ours).width,):
         raise UserError(
             f"{where}: tensor 'classifier.weight' is {list(shapes['classifier.weight'])} there and "
             f"{list(expected['classifier.weight'])} in a model of ours, since it also sees the mean of the patches: "
@@ -113,6 +119,11 @@ def open_folder(folder: Path, config: Mapping[str, Any], *, head: bool = True) -
     check_shapes(expected, shapes, where)
 
     def fetch(name: str) -> Tensor:
+        if ours.registers and name == positions:
+            return load([name])[name][:, 1:]
+        if ours.registers and name == f"{prefix}embeddings.cls_token":  # which is where that position goes
+            both = load([name, positions])
+            return both[name] + both[positions][:, :1]
         return load([name])[name]
 
     pixels, _ = described(_pixels(folder, kind), where)
@@ -152,9 +163,7 @@ def write_folder(model: Pretrained, folder: Path) -> list[str]:
     else:
         theirs |= {"mlp_ratio": shape.mlp_dim // shape.width, "layerscale_value": 1.0, "use_swiglu_ffn": False}
     if ours.num_classes:
-        names = [f"LABEL_{index}" for index in range(ours.num_classes)]
-        named = (model.class_names or ())[: ours.num_classes]
-        names[: len(named)] = named
+        names = model.output_names or [f"LABEL_{index}" for index in range(ours.num_classes)]
         theirs["id2label"] = {str(index): text for index, text in enumerate(names)}
         theirs["label2id"] = {text: index for index, text in enumerate(names)}
     by_name = {inner: entry for entry in hf_entries(ours, kind, prefix) for inner in entry.theirs}
@@ -186,7 +195,9 @@ def hf_entries(config: ModelConfig, kind: str, prefix: str) -> Iterator[Entry]:
     width, patch, parts = shape.width, shape.patch_size, _KINDS[kind].parts
     embeddings = f"{prefix}embeddings"
     yield same("cls_token", f"{embeddings}.cls_token", 1, 1, width)
-    yield same("pos_embed", f"{embeddings}.position_embeddings", 1, shape.tokens, width)
+    if config.registers:
+        yield same("reg_token", f"{embeddings}.register_tokens", 1, config.registers, width)
+    yield same("pos_embed", f"{embeddings}.position_embeddings", 1, shape.positions, width)
     projection = f"{embeddings}.patch_embeddings.projection"
     yield same("patch_embed.proj.weight", f"{projection}.weight", width, 3, patch, patch)
     yield same("patch_embed.proj.bias", f"{projection}.bias", width)
@@ -241,7 +252,8 @@ def _model(config: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
                 f"{where}: '{key}' is {brief(repr(value))} in {CONFIG}, and must be a number, the same in both axes"
             )
         numbers[key] = value
-    if not all(value > 0 for value in numbers.values()):
+    registers = numbers.pop("num_register_tokens", 0)
+    if not all(value > 0 for value in numbers.values()) or registers < 0:
         raise UserError(f"{where}: {CONFIG} has a number that is not positive: {brief(numbers)}")
     if (activation := str(known.get("hidden_act", "gelu"))) not in _ACTIVATIONS:
         raise UserError(f"{where} has the activation '{brief(activation)}': there are {', '.join(_ACTIVATIONS)}")
@@ -254,6 +266,7 @@ def _model(config: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
         mlp_dim=numbers["intermediate_size"] if kind == "vit" else width * numbers["mlp_ratio"],
     ) | {
         "image_size": numbers["image_size"],
+        "registers": registers,
         "activation": _ACTIVATIONS[activation],
         "layer_norm_eps": numbers["layer_norm_eps"],
         "layer_scale": None if kind == "vit" else 1.0,
@@ -318,6 +331,16 @@ def _preprocessor(model: Pretrained) -> dict[str, Any]:
 
 def _refuse_what_does_not_fit(model: Pretrained, kind: str) -> None:
     config, shape = model.config, resolve_shape(model.config)
+    if config.registers:
+        raise UserError(
+            f"{model.where} has register tokens ('reg_token'), which the models of transformers lack that this version "
+            "writes: write --to timm"
+        )
+    if config.pool == "map":
+        raise UserError(
+            f"{model.where} has attention pooling ('attn_pool.latent' and its like), which the models of transformers "
+            "lack that this version writes: write --to timm, or --to npz"
+        )
     if config.pool != "cls":
         raise UserError(
             f"{model.where} has no class token ('cls_token'), which the models of transformers have: write --to timm"

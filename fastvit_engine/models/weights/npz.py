@@ -30,14 +30,13 @@ from fastvit_engine.models.weights.position import grid_side
 from fastvit_engine.models.weights.pretrained import USUAL, Pretrained, from_entries, model_config
 from fastvit_engine.shown import brief
 
-_PREFIXES = ("opt/target/", "params/")
-_OF_TRAINING = ("opt/", "extra/", "chrono/", "states/", "step")  # beside a prefix: no weights
+_OF_TRAINING = ("opt/", "extra/", "chrono/", "states/", "step")
+# Prefixes of the weights, and of what is beside them: in the last, the text model that images were trained with.
+_PREFIXES = {"opt/target/": _OF_TRAINING, "params/": _OF_TRAINING, "params/img/": (*_OF_TRAINING, "params/")}
 _CONVENTION: dict[str, Any] = {"activation": "gelu_tanh", "layer_norm_eps": 1e-6}
 _PIXELS: dict[str, Any] = {"mean": [*USUAL], "std": [*USUAL]}
 _BLOCK = re.compile(r"Transformer/encoderblock_(\d{1,9})/(.+)")
 _STACKED = "Transformer/encoderblock/"
-_OFFICIAL = ("MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
-_BIG_VISION = ("MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
 _MOST_ARRAYS = 200_000
 _SPARE, _MOST_COMPRESSED = 2**28, 50  # bytes, and bytes of arrays per byte of the file: weights hardly compress
 _LONGEST_COMMENT = 65_535  # bytes, as zip has it
@@ -59,6 +58,23 @@ _UNREADABLE = (
 )  # fmt: skip - what zipfile and numpy raise for damaged, encrypted and unknown archives
 
 
+class _Layout(NamedTuple):
+    """What differs between the two programs: parts of a block, and the position table."""
+
+    attention: str
+    norm2: str
+    mlp: str
+    positions: str
+
+
+_OFFICIAL = _Layout(
+    "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3", "Transformer/posembed_input/pos_embedding"
+)
+_BIG_VISION = _Layout("MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0", "pos_embedding")
+_POOL = "MAPHead_0"
+_OF_RESNET = re.compile(r"(.*/)?(conv_root|block1|resnet)/.*")  # in hybrids and in BiT
+
+
 class _Array(NamedTuple):
     member: zipfile.ZipInfo
     shape: Dimensions
@@ -77,7 +93,7 @@ def open_npz(path: Path) -> Pretrained:
         said = _said(archive.comment)
     names, where = _Names(arrays, str(path)), str(path)
     config = names.config(said)
-    entries = [*npz_entries(config, names)]
+    entries = [*npz_entries(config, names.layout)]
     expected = {theirs: shape for entry in entries for theirs, shape in entry.theirs.items()}
     check_shapes(expected, names.shapes, where, "array")
     stacked: dict[str, Tensor] = {}
@@ -100,6 +116,10 @@ def write_npz(model: Pretrained, path: Path) -> list[str]:
 
     Raises UserError, naming the parameters, if the official layout has no room for them.
     """
+    if model.config.registers:
+        raise UserError(
+            f"{model.where} has register tokens ('reg_token'), for which an official .npz has no array: write --to timm"
+        )
     if model.config.layer_scale is not None:
         raise UserError(
             f"{model.where} has LayerScale ('blocks.0.ls1.gamma' and its like), for which an official .npz has no "
@@ -107,7 +127,8 @@ def write_npz(model: Pretrained, path: Path) -> list[str]:
         )
     said, notes = _differences(model)
     with atomic_writer(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        for entry in npz_entries(model.config):
+        # the first of the two programs has no attention pooling
+        for entry in npz_entries(model.config, _BIG_VISION if model.config.pool == "map" else _OFFICIAL):
             for name, tensor in entry.to_theirs(model.read(entry.ours)).items():
                 member = zipfile.ZipInfo(f"{name}.npy")  # without the time, so that equal weights are equal files
                 with archive.open(member, "w", force_zip64=True) as out:
@@ -147,10 +168,9 @@ class _Names:
         self._where = where
         self._stored: dict[str, tuple[str, int | None]] = {}
         self.shapes: dict[str, Dimensions] = {}
-        blocks = (_OFFICIAL, _BIG_VISION)
-        self.big_vision = not any(f"/{_OFFICIAL[0]}/" in name for name in arrays)
-        self.attention, self.norm2, self.mlp = blocks[self.big_vision]
-        self.positions = "pos_embedding" if "pos_embedding" in arrays else "Transformer/posembed_input/pos_embedding"
+        official = any(f"/{_OFFICIAL.attention}/" in name for name in arrays)
+        table = (_BIG_VISION if _BIG_VISION.positions in arrays else _OFFICIAL).positions
+        self.layout = (_OFFICIAL if official else _BIG_VISION)._replace(positions=table)
         depths = set()
         for name, array in arrays.items():
             if not name.startswith(_STACKED):
@@ -178,15 +198,27 @@ class _Names:
 
     def config(self, said: Mapping[str, Any]) -> ModelConfig:
         """The model that the shapes are of."""
+        layout, others = self.layout, [name for name in self.shapes if _OF_RESNET.fullmatch(name)]
+        if others:
+            raise UserError(
+                f"{self._where} has array '{brief(others[0])}': it is a ResNet (BiT), or a hybrid of one and a Vision "
+                "Transformer (R50+ViT-B_16 and its like), which this version does not support; it reads Vision "
+                "Transformers on patches of pixels, such as ViT-B_16: convert one of those"
+            )
         side, _, channels, width = self._shape_of("embedding/kernel", "patch height, patch width, 3, width", 4)
         depth = len({match[1] for name in self.shapes if (match := _BLOCK.fullmatch(name))})
-        query = f"Transformer/encoderblock_0/{self.attention}/query/kernel"
+        query = f"Transformer/encoderblock_0/{layout.attention}/query/kernel"
         _, heads, head_width = self._shape_of(query, "width, heads, head width", 3)
-        _, mlp_dim = self._shape_of(f"Transformer/encoderblock_0/{self.mlp}/Dense_0/kernel", "width, hidden width", 2)
-        _, positions, _ = self._shape_of(self.positions, "1, positions, width", 3)
-        pool = "cls" if "cls" in self.shapes else "gap"
-        what = f"{self._where}: array '{self.positions}'"
-        grid = grid_side(positions, int(pool == "cls" and self.positions != "pos_embedding"), what)
+        _, mlp_dim = self._shape_of(f"Transformer/encoderblock_0/{layout.mlp}/Dense_0/kernel", "width, hidden width", 2)
+        _, positions, _ = self._shape_of(layout.positions, "1, positions, width", 3)
+        pool = "map" if f"{_POOL}/probe" in self.shapes else "cls" if "cls" in self.shapes else "gap"
+        if pool == "map" and "cls" in self.shapes:
+            raise UserError(
+                f"{self._where} has a class token, array 'cls', beside attention pooling, array '{_POOL}/probe': no "
+                "model of this version has both"
+            )
+        what = f"{self._where}: array '{layout.positions}'"
+        grid = grid_side(positions, int(pool == "cls" and layout.positions != _BIG_VISION.positions), what)
         num_classes = self._shape_of("head/kernel", "width, classes", 2)[1] if "head/kernel" in self.shapes else 0
         if heads * head_width != width:
             raise UserError(
@@ -219,44 +251,68 @@ class _Names:
         return shape
 
 
-def npz_entries(config: ModelConfig, names: _Names | None = None) -> Iterator[Entry]:
-    """One entry per parameter of the model. names: as the file has them; default: as the official code has them."""
+def npz_entries(config: ModelConfig, layout: _Layout) -> Iterator[Entry]:
+    """One entry per parameter of the model."""
     shape = resolve_shape(config)
     width, patch = shape.width, shape.patch_size
-    attention, norm2, mlp = _OFFICIAL if names is None else (names.attention, names.norm2, names.mlp)
-    positions = "Transformer/posembed_input/pos_embedding" if names is None else names.positions
     # big_vision adds the class token after the positions, and it has none
-    absent = int(config.pool == "cls" and positions == "pos_embedding")
+    absent = int(config.pool == "cls" and layout.positions == _BIG_VISION.positions)
     if config.pool == "cls":
         yield same("cls_token", "cls", 1, 1, width)
-    table = (1, shape.tokens, width)
-    yield Entry("pos_embed", table, {positions: (1, shape.tokens - absent, width)}, absent_rows=absent)
+    table = (1, shape.positions, width)
+    yield Entry("pos_embed", table, {layout.positions: (1, shape.positions - absent, width)}, absent_rows=absent)
     kernel = {"embedding/kernel": (patch, patch, 3, width)}
     yield Entry("patch_embed.proj.weight", (width, 3, patch, patch), kernel, axes=(2, 3, 1, 0))
     yield same("patch_embed.proj.bias", "embedding/bias", width)
     for index in range(shape.depth):
-        block = f"Transformer/encoderblock_{index}"
-        yield from _block(shape, f"blocks.{index}", block, f"{block}/{attention}", f"{block}/{norm2}", f"{block}/{mlp}")
+        yield from _block(shape, f"blocks.{index}", f"Transformer/encoderblock_{index}", layout)
     yield from _norm("norm", "Transformer/encoder_norm", width)
+    if config.pool == "map":
+        yield from _attention_pool(shape)
     if config.head == "mlp":
         yield from _linear("pre_logits.fc", "pre_logits", width, width)
     if config.num_classes:
         yield from _linear("head", "head", width, config.num_classes)
 
 
-def _block(shape: Shape, ours: str, block: str, attention: str, norm2: str, mlp: str) -> Iterator[Entry]:
+def _block(shape: Shape, ours: str, block: str, layout: _Layout) -> Iterator[Entry]:
+    yield from _norm(f"{ours}.norm1", f"{block}/LayerNorm_0", shape.width)
+    attention = f"{block}/{layout.attention}"
+    yield from _projections(shape, f"{ours}.attn.qkv", attention, "query", "key", "value")
+    yield from _output(shape, f"{ours}.attn.proj", attention)
+    yield from _norm(f"{ours}.norm2", f"{block}/{layout.norm2}", shape.width)
+    yield from _mlp(shape, f"{ours}.mlp", f"{block}/{layout.mlp}")
+
+
+def _attention_pool(shape: Shape) -> Iterator[Entry]:
+    ours, attention = "attn_pool", f"{_POOL}/{_BIG_VISION.attention}"
+    yield same(f"{ours}.latent", f"{_POOL}/probe", 1, 1, shape.width)
+    yield from _projections(shape, f"{ours}.q", attention, "query")
+    yield from _projections(shape, f"{ours}.kv", attention, "key", "value")
+    yield from _output(shape, f"{ours}.proj", attention)
+    yield from _norm(f"{ours}.norm", f"{_POOL}/LayerNorm_0", shape.width)
+    yield from _mlp(shape, f"{ours}.mlp", f"{_POOL}/{_BIG_VISION.mlp}")
+
+
+def _projections(shape: Shape, ours: str, attention: str, *parts: str) -> Iterator[Entry]:
+    """One linear layer of ours that has several of theirs, each divided into heads."""
     width, heads, head_width = shape.width, shape.heads, shape.width // shape.heads
-    yield from _norm(f"{ours}.norm1", f"{block}/LayerNorm_0", width)
-    kernels = {f"{attention}/{part}/kernel": (width, heads, head_width) for part in ("query", "key", "value")}
-    biases = {f"{attention}/{part}/bias": (heads, head_width) for part in ("query", "key", "value")}
-    yield Entry(f"{ours}.attn.qkv.weight", (3 * width, width), kernels, axes=(1, 0))
-    yield Entry(f"{ours}.attn.qkv.bias", (3 * width,), biases)
-    out = {f"{attention}/out/kernel": (heads, head_width, width)}
-    yield Entry(f"{ours}.attn.proj.weight", (width, width), out, axes=(1, 0))
-    yield same(f"{ours}.attn.proj.bias", f"{attention}/out/bias", width)
-    yield from _norm(f"{ours}.norm2", norm2, width)
-    yield from _linear(f"{ours}.mlp.fc1", f"{mlp}/Dense_0", width, shape.mlp_dim)
-    yield from _linear(f"{ours}.mlp.fc2", f"{mlp}/Dense_1", shape.mlp_dim, width)
+    kernels = {f"{attention}/{part}/kernel": (width, heads, head_width) for part in parts}
+    biases = {f"{attention}/{part}/bias": (heads, head_width) for part in parts}
+    yield Entry(f"{ours}.weight", (len(parts) * width, width), kernels, axes=(1, 0))
+    yield Entry(f"{ours}.bias", (len(parts) * width,), biases)
+
+
+def _output(shape: Shape, ours: str, attention: str) -> Iterator[Entry]:
+    width, heads = shape.width, shape.heads
+    kernel = {f"{attention}/out/kernel": (heads, width // heads, width)}
+    yield Entry(f"{ours}.weight", (width, width), kernel, axes=(1, 0))
+    yield same(f"{ours}.bias", f"{attention}/out/bias", width)
+
+
+def _mlp(shape: Shape, ours: str, theirs: str) -> Iterator[Entry]:
+    yield from _linear(f"{ours}.fc1", f"{theirs}/Dense_0", shape.width, shape.mlp_dim)
+    yield from _linear(f"{ours}.fc2", f"{theirs}/Dense_1", shape.mlp_dim, shape.width)
 
 
 def _norm(ours: str, theirs: str, width: int) -> Iterator[Entry]:
@@ -345,13 +401,13 @@ def _read(archive: zipfile.ZipFile, array: _Array) -> Tensor:
 
 
 def _without_prefix(arrays: dict[str, _Array]) -> dict[str, _Array]:
-    """The weights alone, of a file that has the state of a training too."""
-    for prefix in _PREFIXES:
+    """The weights alone, of a file that has the state of a training, or a text model, too."""
+    for prefix, others in _PREFIXES.items():
         if f"{prefix}embedding/kernel" in arrays:
             return {
                 name.removeprefix(prefix): array
                 for name, array in arrays.items()
-                if name.startswith(prefix) or not name.startswith(_OF_TRAINING)
+                if name.startswith(prefix) or not name.startswith(others)
             }
     return arrays
 

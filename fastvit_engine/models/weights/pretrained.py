@@ -42,6 +42,17 @@ class Pretrained:
         """One parameter."""
         return self.load([name])[name]
 
+    @property
+    def output_names(self) -> list[str] | None:
+        """A name for every output, as other programs need them: LABEL_n for output n if it has none.
+
+        None if there is no head, or if no name is known.
+        """
+        outputs, names = self.config.num_classes, list(self.class_names or ())
+        if not outputs or not names:
+            return None
+        return names[:outputs] + [f"LABEL_{index}" for index in range(len(names), outputs)]
+
     def changed(
         self,
         *,
@@ -92,7 +103,8 @@ class Pretrained:
 
     def _at_image_size(self, image_size: int, interpolation: Interpolation) -> "Pretrained":
         config = _changed(self.config, "image_size", image_size)
-        shape, class_tokens = resolve_shape(config), int(config.pool == "cls")
+        shape = resolve_shape(config)
+        class_tokens = shape.positions - shape.patches
         side = image_size // shape.patch_size
 
         def load(names: Sequence[str]) -> dict[str, Tensor]:
@@ -104,7 +116,7 @@ class Pretrained:
                 )
             return found
 
-        shapes = {**self.shapes, "pos_embed": (1, shape.tokens, shape.width)}
+        shapes = {**self.shapes, "pos_embed": (1, shape.positions, shape.width)}
         return replace(self, config=config, shapes=shapes, load=load)
 
 

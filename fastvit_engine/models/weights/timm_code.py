@@ -16,6 +16,7 @@ ARCHITECTURES = {
     "G": ("vit_gigantic_patch14_224", 14),
 }
 
+GLOBAL_POOLS = {"cls": "token", "gap": "avg", "map": "map"}  # timm's names of model.pool
 TIMM_EPS = 1e-6  # of LayerNorm in timm's Vision Transformers
 
 # A class, not a hook: a copy of the model has its own hidden layer then.
@@ -66,10 +67,14 @@ def timm_arguments(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         # timm leaves LayerScale out if its initial value is 0; the weights replace the value anyway
         "init_values": (1.0 if config.layer_scale == 0 else config.layer_scale, None),
         "act_layer": (config.activation, "gelu"),
+        "reg_tokens": (config.registers, 0),
+        "no_embed_class": (config.registers > 0, False),
     }
     given: dict[str, Any] = {key: value for key, (value, default) in arguments.items() if value != default}
+    if config.pool != "cls":
+        given |= {"class_token": False, "global_pool": GLOBAL_POOLS[config.pool]}
     if config.pool == "gap":
-        given |= {"class_token": False, "global_pool": "avg", "fc_norm": False}
+        given["fc_norm"] = False
     return name, given
 
 

@@ -18,11 +18,12 @@ from fastvit_engine.models.weights.safetensors_file import (
     read_header,
     write_safetensors,
 )
-from fastvit_engine.models.weights.timm_code import TIMM_EPS, timm_arguments, timm_code
+from fastvit_engine.models.weights.timm_code import GLOBAL_POOLS, TIMM_EPS, timm_arguments, timm_code
 from fastvit_engine.models.weights.timm_names import open_timm_tensors
 
 _INTERPOLATIONS = {"fast": "bilinear"}  # of data.eval_transform; others are timm's own, or the nearest that it has
 _TRANSFORMS = {"bicubic": "timm", "bilinear": "fast"}
+_POOLS = {"cls": "class token", "gap": "mean of the patches", "map": "attention pooling of the patches"}
 _MOST_NAMES = 20  # that fit a line
 
 
@@ -56,7 +57,7 @@ def write_hub_folder(model: Pretrained, folder: Path) -> list[str]:
         "architecture": architecture,
         "num_classes": model.config.num_classes,
         "num_features": resolve_shape(model.config).width,
-        "global_pool": "token" if model.config.pool == "cls" else "avg",
+        "global_pool": GLOBAL_POOLS[model.config.pool],
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": pretrained_cfg(model),
     }
@@ -78,8 +79,8 @@ def pretrained_cfg(model: Pretrained) -> dict[str, Any]:
         "crop_pct": pixels.get("eval_crop") or 0.875,
         "num_classes": model.config.num_classes,
     }
-    if model.class_names is not None:
-        cfg["label_names"] = list(model.class_names)
+    if model.output_names is not None:
+        cfg["label_names"] = model.output_names
     return cfg
 
 
@@ -102,7 +103,7 @@ def open_timm_folder(folder: Path, config: Mapping[str, Any]) -> Pretrained:
     if cfg.get("interpolation") in _TRANSFORMS and isinstance(cfg.get("crop_pct"), int | float):
         said |= {"eval_crop": cfg["crop_pct"], "eval_transform": _TRANSFORMS[cfg["interpolation"]]}
     pixels, names = described(said, where)
-    arguments = {"global_pool": config.get("global_pool", "token"), **arguments}
+    arguments = {key: config[key] for key in ("global_pool",) if key in config} | arguments
     return open_timm_tensors(
         where,
         str(config["architecture"]),
@@ -131,7 +132,8 @@ def model_card(model: Pretrained, name: str) -> str:
         "images": f"{config.image_size} x {config.image_size} pixels, {shape.patches} patches of {shape.patch_size}",
         "pixels": f"in [0, 1], minus {cfg['mean']}, divided by {cfg['std']}{unknown}",
         "resizing": f"short side to image size / {cfg['crop_pct']:g}, {cfg['interpolation']}, then the centre crop",
-        "pooling": "class token" if config.pool == "cls" else "mean of the patches",
+        "pooling": _POOLS[config.pool],
+        "registers": f"{config.registers}",
         "activation": config.activation,
         "classes": classes,
     }

@@ -6,20 +6,23 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvit_engine.config.model_shape import SIZES, model_of_shape, resolve_shape
+from fastvit_engine.config.model_shape import SIZES, ModelSize, model_of_shape, resolve_shape
 from fastvit_engine.errors import UserError
 from fastvit_engine.models.weights.position import grid_side
 from fastvit_engine.models.weights.pretrained import Pretrained, from_tensors, model_config
-from fastvit_engine.models.weights.timm_code import ARCHITECTURES
+from fastvit_engine.models.weights.timm_code import ARCHITECTURES, GLOBAL_POOLS
 from fastvit_engine.shown import brief
 
-_SIZES = {architecture.split("_")[1]: size for size, (architecture, _) in ARCHITECTURES.items()}
-# Names whose model has nothing but what the weights show; of others, the name says more.
-_PLAIN = re.compile(r"vit_(\w+?)_patch(\d+)(?:_gap)?(?:_\d+|_dinov2)?(?:\.\S*)?")
+_SIZES = {architecture.split("_")[1]: SIZES[size] for size, (architecture, _) in ARCHITECTURES.items()}
+_SIZES |= {"so400m": ModelSize(1152, 27, 16, 4304), "giantopt": ModelSize(1536, 40, 16, 6144)}  # of SigLIP alone
+# Names whose model has nothing but what the weights show, or the name of SigLIP; of others, the name says more.
+_PLAIN = re.compile(r"vit_([a-z0-9]+)_patch(\d+)(?:_reg\d+)?(_siglip)?(_gap)?(?:_\d+|_dinov2)?(?:\.\S*)?")
+_SIGLIP_WITH_TANH = re.compile(r"vit_(base_patch32_|large_patch16_siglip(_gap)?_512|so400m_patch16_|giantopt_)")
 _ACTIVATIONS = ("gelu", "gelu_tanh")
 # Arguments of timm's models that we know, and the value of each if it is not given; img_size is seen in the weights.
 _KNOWN = {"img_size", "num_classes", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values",
-          "act_layer", "class_token", "global_pool", "fc_norm", "drop_rate", "drop_path_rate"}  # fmt: skip
+          "act_layer", "class_token", "global_pool", "fc_norm", "drop_rate", "drop_path_rate", "reg_tokens",
+          "no_embed_class"}  # fmt: skip
 
 Load = Callable[[Sequence[str]], dict[str, Tensor]]
 
@@ -43,21 +46,31 @@ def open_timm_tensors(
     if unknown := [key for key in arguments if key not in _KNOWN]:
         raise UserError(f"{where}: model_args has '{brief(unknown[0])}', which this version does not know")
     model = _numbers(name, arguments, where)
-    pool = "cls" if "cls_token" in shapes else "gap"
-    if arguments.get("global_pool", "token") not in ("token", "") and pool == "cls":
-        raise UserError(f"{where} pools '{brief(arguments['global_pool'])}' beside a class token ('cls_token')")
+    pool = "map" if "attn_pool.latent" in shapes else "cls" if "cls_token" in shapes else "gap"
     activation = arguments.get("act_layer", "gelu")
+    if (match := _PLAIN.fullmatch(name)) and match[3]:
+        arguments = {"global_pool": "avg" if match[4] else "map"} | dict(arguments)
+        activation = arguments.get("act_layer", "gelu_tanh" if _SIGLIP_WITH_TANH.match(name) else "gelu")
+    if arguments.get("global_pool", GLOBAL_POOLS[pool]) not in (GLOBAL_POOLS[pool], ""):
+        raise UserError(
+            f"{where} is said to pool '{brief(arguments['global_pool'])}', and has the parameters of "
+            f"'{GLOBAL_POOLS[pool]}': 'cls_token' is of 'token', 'attn_pool.latent' of 'map', neither of 'avg'"
+        )
     if activation not in _ACTIVATIONS:
         raise UserError(f"{where} has the activation '{brief(activation)}': there are {' and '.join(_ACTIVATIONS)}")
+    registers = shapes["reg_token"][1] if len(shapes.get("reg_token", ())) == 3 else 0
+    if registers and not arguments.get("no_embed_class", not arguments or "_reg" in name):
+        raise UserError(f"{where} has register tokens with a position (no no_embed_class), and ours have none")
     table = shapes.get("pos_embed", ())
     if len(table) != 3:
         raise UserError(f"{where}: parameter 'pos_embed' is {[*table] or 'absent'} there, and must be [1, N, D]")
-    side = grid_side(table[1], int(pool == "cls"), f"{where}: parameter 'pos_embed'")
+    side = grid_side(table[1], int(pool == "cls" and not registers), f"{where}: parameter 'pos_embed'")
     head = shapes.get("head.weight", (0,))
     model |= {
         "image_size": side * int(model["name"].partition("/")[2]),
         "num_classes": head[0] if head else 0,
         "pool": pool,
+        "registers": registers,
         "head": "mlp" if "pre_logits.fc.weight" in shapes else "linear",
         "activation": activation,
         "layer_scale": _layer_scale(arguments, shapes),
@@ -73,7 +86,7 @@ def _numbers(name: str, arguments: Mapping[str, Any], where: str) -> dict[str, A
         if match[1] in SIZES:
             return {"name": f"{match[1]}/{int(match[2])}"}
     elif (match := _PLAIN.fullmatch(name)) and match[1] in _SIZES:
-        size = SIZES[_SIZES[match[1]]]
+        size = _SIZES[match[1]]
         try:
             width = int(arguments.get("embed_dim", size.width))
             ratio = float(arguments.get("mlp_ratio", size.mlp_dim / size.width))

@@ -3,6 +3,7 @@
 import base64
 import binascii
 import json
+import math
 import re
 from dataclasses import dataclass
 from datetime import datetime
@@ -109,8 +110,10 @@ class RecordedRun:
 
     @property
     def restarts(self) -> list[Event]:
-        """The starts of the run after its first."""
-        return [event for event in self.events if event["event"] == "start"][1:]
+        """The starts of the run after its first, but for those that made it longer when it was done."""
+        starts = self.events_of("start")
+        pairs = zip(starts, starts[1:], strict=False)
+        return [event for before, event in pairs if event.get("step") != before.get("total_steps", math.nan)]
 
     def events_of(self, kind: str) -> list[Event]:
         return [event for event in self.events if event["event"] == kind]

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from fastvit_engine import load_model
 from fastvit_engine.checkpoint.load import open_model
 from fastvit_engine.cli import main
 from fastvit_engine.errors import UserError
+from fastvit_engine.models.weights.convert import convert
 from tests.fastvit_engine.models.weights.official import big_vision, random_arrays, save
 from tests.kernels.integrations.conftest import TORCHVISION  # lets timm and transformers be imported
 
@@ -73,6 +75,18 @@ def test_there_and_back_every_array_is_the_same_to_the_bit(tmp_path, between, ki
     assert open_model(second).config == open_model(first).config
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("between", ["timm", "npz", "hub-folder"])
+def test_attention_pooling_there_and_back(tmp_path, between, stacked):
+    arrays = random_arrays(attention_pool=True)
+    first = save(tmp_path / "first.npz", big_vision(arrays, stacked=stacked), "params/")
+    middle = tmp_path / {"timm": "x.safetensors", "npz": "x.npz"}.get(between, "folder")
+    converted(first, middle, "--to", between)
+    converted(middle, tmp_path / "second.npz", "--to", "npz")
+    same_arrays(big_vision(arrays, stacked=False), np.load(tmp_path / "second.npz"))
+    assert open_model(tmp_path / "second.npz").config == open_model(first).config
+
+
 def test_big_vision_becomes_the_official_layout(tmp_path, capsys):
     arrays = random_arrays()
     arrays["Transformer/posembed_input/pos_embedding"][:, 0] = 0  # the class token has no position there
@@ -83,7 +97,7 @@ def test_big_vision_becomes_the_official_layout(tmp_path, capsys):
         torch.testing.assert_close(run_code(capsys)(IMAGES), load_model(source)(IMAGES), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [{}, {"token": False}, {"classes": 0}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"token": False}, {"classes": 0}, {"attention_pool": True}], ids=str)
 def test_timm_loads_the_file_by_the_line_that_is_printed(tmp_path, capsys, kind):
     pytest.importorskip("timm", reason="timm is not installed")
     source, path = save(tmp_path / "x.npz", random_arrays(**kind)), tmp_path / "it's.safetensors"
@@ -97,7 +111,7 @@ def test_timm_loads_the_file_by_the_line_that_is_printed(tmp_path, capsys, kind)
     assert (cfg["input_size"], cfg["crop_pct"]) == ([3, 48, 48], 0.875)
 
 
-@pytest.mark.parametrize("kind", [{}, {"token": False}, {"classes": 0}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"token": False}, {"classes": 0}, {"attention_pool": True}], ids=str)
 def test_timm_loads_the_folder_of_a_model_page(tmp_path, capsys, kind):
     pytest.importorskip("timm", reason="timm is not installed")
     source, folder = save(tmp_path / "x.npz", random_arrays(**kind)), tmp_path / "page"
@@ -112,6 +126,34 @@ def test_timm_loads_the_folder_of_a_model_page(tmp_path, capsys, kind):
     task = "image-feature-extraction" if kind.get("classes") == 0 else "image-classification"
     assert f"pipeline_tag: {task}\n" in header
     assert {path.name for path in folder.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_a_folder_of_timm_with_registers_there_and_back(tmp_path, capsys):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    given = {"img_size": 28, "depth": 2, "num_classes": 3}
+    theirs = timm.create_model("vit_small_patch14_reg4_dinov2", **given).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    folder = tmp_path / "page"
+    folder.mkdir()
+    save_file(theirs.state_dict(), folder / "model.safetensors")
+    config = {"architecture": "vit_small_patch14_reg4_dinov2", "num_classes": 3, "global_pool": "token"}
+    config |= {"model_args": given, "pretrained_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
+    (folder / "config.json").write_text(json.dumps(config))
+    images, ours = torch.randn(2, 3, 28, 28), load_model(folder)
+    assert ours.config.registers == 4
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=1e-5)
+    converted(folder, tmp_path / "again", "--to", "hub-folder")
+    again = run_code(capsys).state_dict()
+    assert again.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(again[name], value) for name, value in theirs.state_dict().items())
+    for target, name in (("npz", "y.npz"), ("hf", "y")):
+        message = refused(capsys, folder, tmp_path / name, "--to", target)
+        assert "has register tokens ('reg_token'), " in message and message.endswith("write --to timm")
+    (folder / "config.json").write_text(json.dumps(config | {"architecture": "vit_small_patch16_224"}))
+    message = refused(capsys, folder, tmp_path / "y.npz", "--to", "npz")
+    assert "has register tokens with a position (no no_embed_class), and ours have none" in message
 
 
 def test_a_folder_of_timm_is_read_without_our_metadata(tmp_path):
@@ -148,7 +190,8 @@ def test_a_folder_of_timm_is_read_without_our_metadata(tmp_path):
         ({"architecture": "resnet50"}, "'resnet50' names no model that this version knows"),
         ({"architecture": "vit_base_patch16_clip_224"}, "names no model that this version knows"),
         ({"architecture": "vit_small_patch16_224"}, r"parameter 'cls_token' is \[1, 1, 192\] there and \[1, 1, 384\]"),
-        ({"global_pool": "avg"}, r"pools 'avg' beside a class token"),
+        ({"global_pool": "avg"}, r"is said to pool 'avg', and has the parameters of 'token'"),
+        ({"global_pool": "map"}, r"is said to pool 'map', and has the parameters of 'token'"),
         ({"model_args": {"act_layer": "quick_gelu"}}, "has the activation 'quick_gelu'"),
         ({"model_args": {"depth": "many"}}, "model_args makes no model"),
         ({"pretrained_cfg": 3}, "has no pretrained_cfg and model_args of timm"),
@@ -223,6 +266,23 @@ def test_timms_cfg_holds_the_names_of_the_classes(tmp_path, capsys):
     assert "class 0, class 1" in (tmp_path / "page" / "README.md").read_text()
 
 
+@pytest.mark.parametrize("target", ["hf", "hub-folder"])
+def test_every_output_gets_a_name_and_it_is_said(tmp_path, target):
+    """transformers takes the number of classes from `id2label`."""
+    model = replace(open_model(save(tmp_path / "x.npz", random_arrays())), class_names=("a", "b", "c"))
+    notes = convert(model, tmp_path / "out", target).notes
+    assert "the model has 7 outputs and the names of 3 classes: output n is called LABEL_n from n = 3 on" in notes
+    named = ["a", "b", "c", "LABEL_3", "LABEL_4", "LABEL_5", "LABEL_6"]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (list(config["id2label"].values()) if target == "hf" else config["pretrained_cfg"]["label_names"]) == named
+    assert len(load_model(tmp_path / "out").class_names) in (3, 7)
+    whole = replace(model, class_names=tuple("abcdefg"))
+    assert not [note for note in convert(whole, tmp_path / "whole", target).notes if "names" in note]
+    more = replace(model, class_names=tuple("abcdefghi"))
+    assert "names of 9 classes: the last ones are left out" in convert(more, tmp_path / "more", target).notes[-1]
+    assert load_model(tmp_path / "more")
+
+
 # ---- what is refused
 
 
@@ -232,6 +292,7 @@ def misfits():
     yield tanh, "hub-folder", "'pre_logits.fc.weight'.*: --head none .*, --to npz keeps both"
     yield tanh, "hf", "'pre_logits.fc.weight'.*: --head none .*, --to npz keeps both"
     yield token, "hf", "has no class token .'cls_token'"
+    yield random_arrays(attention_pool=True), "hf", "has attention pooling .'attn_pool.latent'.*--to timm, or --to npz"
     yield {**tanh, "head/bias": np.zeros(3, np.float32)}, "npz", r"array 'head/bias' is \[3\] there and \[7\] in the"
 
 

@@ -84,13 +84,33 @@ def test_only_some_classes_count(evaluate, model_file):
         (["MODEL", "--real", "SHORT", "--ignore-names"], "--real has 2 lists and --data 359 images"),
         (["MODEL", "--real", "SHORT", "--classes", "1"], "--real and --classes say differently"),
         (["MODEL", "--labels", "list"], "--labels says what the labels count among --classes"),
+        (["MODEL", "--classes", ""], "--classes '' has no class: name the outputs that count"),
+        (["MODEL", "--classes", "-1"], "--classes has '-1', which is no class of the model"),
+        (["MODEL", "--classes", "3,10"], "--classes has 10, outside of the model's outputs 0..9"),
+        (["MODEL", "--classes", "FOLDER"], "folder is a folder: give a file, or classes separated by commas"),
+        (["MODEL", "--classes", "BYTES"], "bytes.json is not valid JSON: it must be a list"),
+        (["MODEL", "--classes", "EMPTY"], "empty.txt' has no class: name the outputs that count"),
+        (["MODEL", "--classes", "OBJECT"], "object.json is not a JSON list: give the outputs that count as a list"),
+        (["MODEL", "--real", "FOLDER", "--ignore-names"], "folder cannot be read (Is a directory)"),
+        (["MODEL", "--real", "BYTES", "--ignore-names"], "bytes.json is not valid JSON: it must be a list"),
+        (["MODEL", "--real", "EMPTY", "--ignore-names"], "empty.txt is not valid JSON: it must be a list"),
+        (["MODEL", "--real", "OBJECT", "--ignore-names"], "object.json is not a JSON list of lists"),
+        (["MODEL", "--real", "NONE", "--ignore-names"], "--real has 0 lists and --data 359 images"),
+        (["MODEL", "--real", "BARE", "--ignore-names"], "no image has a label in --real"),
+        (["MODEL", "--real", "OUTSIDE", "--ignore-names"], "has 10 for image 1, which is none of the model's outputs"),
         (["SMALL"], "has label 9, outside 0..2: evaluate with a model of as many classes as the data"),
         (["gone.safetensors"], "gone.safetensors does not exist"),
     ],
 )
 def test_bad_input_is_one_sentence(evaluate, model_file, write_model, tmp_path, words, sentence):
     (tmp_path / "short.json").write_text("[[1], [2]]")
-    files = {"MODEL": model_file, "SHORT": tmp_path / "short.json"}
+    files = {"MODEL": model_file, "SHORT": tmp_path / "short.json", "FOLDER": tmp_path / "folder"}
+    files["FOLDER"].mkdir()
+    bad = {"bytes.json": b"[\xff]", "empty.txt": b"", "object.json": b'{"a": [1]}', "none.json": b"[]"}
+    bad |= {"bare.json": str([[]] * 359).encode(), "outside.json": b"[[1], [10]]"}
+    for name, content in bad.items():
+        files[name.partition(".")[0].upper()] = tmp_path / name
+        (tmp_path / name).write_bytes(content)
     if "SMALL" in words:
         files["SMALL"] = write_model(names=None, num_classes=3)
     code, out, errors = evaluate(*(files.get(word, word) for word in words))

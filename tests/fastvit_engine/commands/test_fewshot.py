@@ -60,6 +60,21 @@ def test_the_table_names_mean_deviation_and_seeds(fastvit, made):
     assert code == 0 and out.startswith("accuracy on 359 images") and "5-shot" in out and "±" in out
 
 
+def test_labels_that_only_one_set_has_are_said(fastvit, tmp_path):
+    """As of shards whose classes are others, or more, than those of the training."""
+    rng = np.random.default_rng(0)
+    features = Features(rng.normal(size=(6, 4)).astype(np.float32), np.arange(6) // 2, np.array(list("abcdef")))
+    save_features(tmp_path / "train.npz", features)
+    save_features(tmp_path / "eval.npz", features._replace(labels=features.labels + 10))
+    words = ("--features", tmp_path / "train.npz", tmp_path / "eval.npz", "--shots", 1, "--json")
+    code, figures, errors = fastvit("fewshot", *words)
+    assert code == 0 and figures["shots"]["1"]["mean"] == 0
+    assert "3 classes of the evaluation data, the first 10, have no training sample: their 6 of 6" in errors
+    save_features(tmp_path / "eval.npz", features._replace(labels=features.labels - 1))
+    code, _, errors = fastvit("fewshot", *words)
+    assert code == 2 and errors.count("\n") == 1 and "eval.npz has the label -1, and classes are counted" in errors
+
+
 def test_shards_in_both_sets_are_said(fastvit, model_file, digits):
     words = ("--train", digits / "eval-000000.tar", "--eval", f"{digits}/eval-*.tar", "--shots", 1, "--json")
     code, _, errors = fastvit("fewshot", model_file, *words, *QUICK)

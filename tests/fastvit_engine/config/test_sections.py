@@ -40,6 +40,7 @@ ALLOWED = {  # what makes sense, or is looked at again when the data is known
     "model.dropout": {"0"},
     "model.head_bias": {"-1", "0"},
     "model.layer_scale": {"0"},
+    "model.registers": {"0"},
     "optimizer.betas": {"0"},
     "optimizer.momentum": {"0"},
     "optimizer.weight_decay": {"0"},

@@ -53,7 +53,9 @@ def test_sgd_gets_its_settings():
 
 
 @pytest.mark.parametrize(("depth", "decay"), [(1, 0.5), (3, 0.75), (3, 1.0)])
-@pytest.mark.parametrize("changes", [{}, {"head": "mlp", "layer_scale": 1e-4}, {"pool": "gap"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"head": "mlp", "layer_scale": 1e-4}, {"pool": "gap"}, {"pool": "map", "registers": 2}]
+)
 def test_layer_decay_lowers_the_rate_layer_by_layer(depth, decay, changes):
     built = model(depth=depth, **changes)
     names = {id(parameter): name for name, parameter in built.named_parameters()}
@@ -61,7 +63,7 @@ def test_layer_decay_lowers_the_rate_layer_by_layer(depth, decay, changes):
     found = {names[id(p)]: (group[RATE_SCALE], group["weight_decay"]) for group in groups for p in group["params"]}
     assert found.keys() == set(names.values())
     for name, (scale, weight_decay) in found.items():
-        if name in ("cls_token", "pos_embed") or name.startswith("patch_embed."):
+        if name in ("cls_token", "reg_token", "pos_embed") or name.startswith("patch_embed."):
             layer = 0
         elif name.startswith("blocks."):
             layer = int(name.split(".")[1]) + 1
@@ -72,8 +74,9 @@ def test_layer_decay_lowers_the_rate_layer_by_layer(depth, decay, changes):
     assert all(group["params"] for group in groups)
 
 
-def test_what_is_frozen_is_in_no_group():
-    built = model(head="mlp", dropout=0.5, drop_path=0.5)
+@pytest.mark.parametrize("pool", ["cls", "map"])
+def test_what_is_frozen_is_in_no_group(pool):
+    built = model(head="mlp", dropout=0.5, drop_path=0.5, pool=pool)
     built.train()
     built.freeze_backbone()
     groups = parameter_groups(built, OptimizerConfig(layer_decay=0.75))

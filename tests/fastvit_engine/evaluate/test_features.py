@@ -26,9 +26,9 @@ from tests.fastvit_engine.ranks import on_ranks
 SETTINGS = ["data.num_workers=0", "loss.kind=sigmoid"]
 
 
-@pytest.fixture(scope="module", params=["linear", "mlp", "gap"])
+@pytest.fixture(scope="module", params=["linear", "mlp", "gap", "map"])
 def model(request):
-    changes = {"pool": "gap"} if request.param == "gap" else {"head": request.param}
+    changes = {"pool" if request.param in ("gap", "map") else "head": request.param}
     config = ModelConfig(name="Ti/4", image_size=16, num_classes=3, width=32, depth=1, heads=2, **changes)
     torch.manual_seed(1)
     return build_vit(config, mean=(0.5,) * 3, std=(0.5,) * 3)

@@ -1,7 +1,10 @@
 import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit_engine.config import ModelConfig
-from fastvit_engine.models import forward_macs, training_flops
+from fastvit_engine.models import build_vit, forward_macs, training_flops
 
 
 @pytest.mark.parametrize(
@@ -35,6 +38,23 @@ def test_no_class_token_is_one_token_less() -> None:
     with_token, without = (forward_macs(ModelConfig(name="H/14", pool=pool)) for pool in ("cls", "gap"))
     assert without == pytest.approx(with_token * 256 / 257, rel=1e-3)
     assert without < with_token
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"pool": "gap"}, {"pool": "map"}, {"pool": "map", "head": "mlp", "registers": 3}, {"registers": 2}],
+    ids=str,
+)
+def test_a_counter_of_operations_finds_the_same(changes: dict) -> None:
+    """On plain layers, which it sees. It counts two operations per MAC."""
+    config = ModelConfig(name="Ti/2", image_size=8, width=12, depth=2, heads=2, mlp_dim=20, num_classes=7).model_copy(
+        update=changes
+    )
+    model = build_vit(config, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
+    # the counter sees the two products of attention in this form of it alone, on a CPU
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.zeros(1, 3, 8, 8))
+    assert counter.get_total_flops() == 2 * forward_macs(config)
 
 
 def test_resolution_changes_tokens() -> None:

@@ -34,6 +34,7 @@ def randomise(model: nn.Module) -> nn.Module:
         ("B/16", 86_567_656, {}),
         ("B/32", 88_224_232, {}),
         ("B/16", 86_566_120, {"pool": "gap"}),
+        ("B/16", 92_884_224, {"pool": "map", "num_classes": 0}),  # of SigLIP
         ("B/16", 103_186_515, {"head": "mlp", "num_classes": 21_843}),
         ("L/14", 304_203_752, {}),
         ("L/16", 304_326_632, {}),
@@ -54,6 +55,14 @@ BLOCK_NAMES = [
     for layer in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
     for kind in ("weight", "bias")
 ]
+ATTENTION_POOL = [
+    "attn_pool.latent",
+    *(
+        f"attn_pool.{layer}.{kind}"
+        for layer in ("q", "kv", "proj", "norm", "mlp.fc1", "mlp.fc2")
+        for kind in ("weight", "bias")
+    ),
+]
 ENDS = ["patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias", "head.weight", "head.bias"]
 
 
@@ -62,6 +71,9 @@ ENDS = ["patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm
     [
         ({}, ["cls_token", "pos_embed"], BLOCK_NAMES),
         ({"pool": "gap"}, ["pos_embed"], BLOCK_NAMES),
+        ({"pool": "map"}, ["pos_embed", *ATTENTION_POOL], BLOCK_NAMES),
+        ({"registers": 4}, ["cls_token", "reg_token", "pos_embed"], BLOCK_NAMES),
+        ({"registers": 4, "pool": "gap"}, ["reg_token", "pos_embed"], BLOCK_NAMES),
         ({"head": "mlp"}, ["cls_token", "pos_embed", "pre_logits.fc.weight", "pre_logits.fc.bias"], BLOCK_NAMES),
         ({"layer_scale": 0.1}, ["cls_token", "pos_embed"], [*BLOCK_NAMES, "ls1.gamma", "ls2.gamma"]),
     ],
@@ -70,7 +82,8 @@ def test_state_has_the_names_of_timm(changes: dict[str, object], extra: list[str
     expected = {*ENDS, *extra, *(f"blocks.{index}.{name}" for index in range(3) for name in block_names)}
     state = small(**changes).state_dict()
     assert set(state) == expected
-    assert list(state["pos_embed"].shape) == [1, 9 if changes.get("pool") == "gap" else 10, 12]
+    has_row = changes.get("pool", "cls") == "cls" and "registers" not in changes  # of the class token
+    assert list(state["pos_embed"].shape) == [1, 9 + has_row, 12]
     assert list(state["patch_embed.proj.weight"].shape) == [12, 3, 4, 4]
     assert list(state["blocks.2.attn.qkv.weight"].shape) == [36, 12]
 
@@ -81,7 +94,8 @@ class PlainEncoder(nn.Module):
     def __init__(self, model: VisionTransformer, activation: nn.Module) -> None:
         super().__init__()
         state = model.state_dict()
-        self.gap = "cls_token" not in state
+        self.pool, self.registers = model.config.pool, model.config.registers
+        self.activation = activation
         self.eps = model.config.layer_norm_eps
         self.weights = nn.ParameterDict(
             {name.replace(".", "/"): value.clone() for name, value in state.items() if not name.startswith("blocks.")}
@@ -114,21 +128,60 @@ class PlainEncoder(nn.Module):
         w = self.weights
         x = F.conv2d(images, w["patch_embed/proj/weight"], w["patch_embed/proj/bias"], stride=4)
         x = x.flatten(2).transpose(1, 2)
-        if not self.gap:
+        if self.registers:
+            x = x + w["pos_embed"]
+            x = torch.cat([w["reg_token"].expand(len(images), -1, 12), x], dim=1)
+        if self.pool == "cls":
             x = torch.cat([w["cls_token"].expand(len(images), 1, 12), x], dim=1)
-        x = x + w["pos_embed"]
+        x = x if self.registers else x + w["pos_embed"]
         for layer in self.layers:
             x = layer(x)
         x = F.layer_norm(x, (12,), w["norm/weight"], w["norm/bias"], self.eps)
-        x = x.mean(dim=1) if self.gap else x[:, 0]
+        patches = x[:, self.registers + (self.pool == "cls") :]
+        pool = {"map": self.pooled_by_attention, "gap": lambda patches: patches.mean(dim=1), "cls": lambda _: x[:, 0]}
+        x = pool[self.pool](patches)
         if "pre_logits/fc/weight" in w:
             x = torch.tanh(F.linear(x, w["pre_logits/fc/weight"], w["pre_logits/fc/bias"]))
         return F.linear(x, w["head/weight"], w["head/bias"])
 
+    def pooled_by_attention(self, x: Tensor) -> Tensor:
+        own = [name for name in self.weights if name.startswith("attn_pool/")]
+        w = {name.removeprefix("attn_pool/"): self.weights[name] for name in own}
+        x, _ = F.multi_head_attention_forward(
+            w["latent"].expand(len(x), 1, 12).transpose(0, 1),
+            x.transpose(0, 1),
+            x.transpose(0, 1),
+            12,
+            3,
+            torch.cat([w["q/weight"], w["kv/weight"]]),
+            torch.cat([w["q/bias"], w["kv/bias"]]),
+            None,
+            None,
+            False,
+            0.0,
+            w["proj/weight"],
+            w["proj/bias"],
+            need_weights=False,
+        )
+        y = F.layer_norm(x[0], (12,), w["norm/weight"], w["norm/bias"], self.eps)
+        y = self.activation(F.linear(y, w["mlp/fc1/weight"], w["mlp/fc1/bias"]))
+        return x[0] + F.linear(y, w["mlp/fc2/weight"], w["mlp/fc2/bias"])
+
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"pool": "gap"}, {"head": "mlp"}, {"activation": "gelu_tanh"}, {"layer_norm_eps": 0.05}],
+    [
+        {},
+        {"pool": "gap"},
+        {"pool": "map"},
+        {"pool": "map", "head": "mlp", "activation": "gelu_tanh", "layer_norm_eps": 0.05},
+        {"registers": 2},
+        {"registers": 2, "pool": "gap"},
+        {"registers": 3, "pool": "map"},
+        {"head": "mlp"},
+        {"activation": "gelu_tanh"},
+        {"layer_norm_eps": 0.05},
+    ],
     ids=lambda c: str(c or "default"),
 )
 def test_equals_plain_encoder(changes: dict[str, object]) -> None:
@@ -172,7 +225,7 @@ def test_features_and_head_make_the_model() -> None:
     assert torch.equal(model.head(model.represent(images)), model(images))
 
 
-@pytest.mark.parametrize("changes", [{}, {"head": "mlp"}, {"pool": "gap"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"head": "mlp"}, {"pool": "gap"}, {"pool": "map"}], ids=str)
 def test_without_a_head_the_model_gives_representations(changes):
     model, images = randomise(small(num_classes=0, **changes)), torch.randn(2, 3, 12, 12)
     assert not [name for name in model.state_dict() if name.startswith("head.")]
@@ -180,14 +233,16 @@ def test_without_a_head_the_model_gives_representations(changes):
     assert parameter_count(model.config) == sum(p.numel() for p in model.parameters())
 
 
-def test_attention_maps_are_the_probabilities_that_the_blocks_attend_with():
-    model, images = randomise(small()).eval(), torch.randn(2, 3, 12, 12)
+@pytest.mark.parametrize("registers", [0, 2])
+def test_attention_maps_are_the_probabilities_that_the_blocks_attend_with(registers):
+    model, images = randomise(small(registers=registers)).eval(), torch.randn(2, 3, 12, 12)
     seen: list[Tensor] = []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     maps = model.attention_maps(images)
-    assert maps.shape == (3, 2, 3, 10, 10) and maps.dtype == torch.float32 and not maps.requires_grad
-    assert torch.allclose(maps.sum(dim=-1), torch.ones(3, 2, 3, 10), atol=1e-5)
+    tokens = 10 + registers
+    assert maps.shape == (3, 2, 3, tokens, tokens) and maps.dtype == torch.float32 and not maps.requires_grad
+    assert torch.allclose(maps.sum(dim=-1), torch.ones(3, 2, 3, tokens), atol=1e-5)
     for block, tokens, probabilities in zip(model.blocks, list(seen), maps, strict=True):
         values = block.attn.qkv(block.norm1(tokens))[..., 24:].unflatten(-1, (3, 4)).transpose(1, 2)  # [B, H, N, d]
         attended = (probabilities @ values).transpose(1, 2).flatten(2)
@@ -197,8 +252,9 @@ def test_attention_maps_are_the_probabilities_that_the_blocks_attend_with():
     assert torch.equal(model.bfloat16().attention_maps(images).sum().isfinite(), torch.tensor(True))
 
 
-def test_bfloat16_model_trains_on_pixels() -> None:
-    model = randomise(small(dropout=0.1, drop_path=0.1, layer_scale=0.1)).bfloat16()
+@pytest.mark.parametrize("changes", [{}, {"pool": "map"}, {"registers": 2}], ids=str)
+def test_bfloat16_model_trains_on_pixels(changes: dict[str, object]) -> None:
+    model = randomise(small(dropout=0.1, drop_path=0.1, layer_scale=0.1, **changes)).bfloat16()
     logits = model(torch.randint(0, 256, (2, 3, 12, 12), dtype=torch.uint8))
     assert logits.dtype == torch.bfloat16
     logits.float().square().sum().backward()
@@ -253,6 +309,30 @@ def test_initial_weights() -> None:
     for name in ("norm", "blocks.0.norm1", "blocks.1.norm2"):
         assert (state[f"{name}.weight"] == 1).all() and not state[f"{name}.bias"].any()
     assert (state["blocks.1.ls1.gamma"] == 0.1).all() and (state["blocks.0.ls2.gamma"] == 0.1).all()
+
+
+def test_registers_begin_small_and_unequal() -> None:
+    registers = small(registers=4, width=384, heads=3).reg_token
+    assert registers.std().item() == pytest.approx(1e-6, rel=0.1)
+    assert len(torch.unique(registers[0], dim=0)) == 4
+
+
+def test_initial_weights_of_attention_pooling() -> None:
+    """Those of big_vision, in which the query, [1, 1, D], has one input and D outputs."""
+    config = ModelConfig(name="Ti/8", image_size=32, num_classes=10, pool="map", width=768, depth=1, heads=3)
+    torch.manual_seed(0)
+    model = VisionTransformer(config, mean=MEAN, std=STD)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    model.init_weights()
+    assert not any(tensor.isnan().any() for tensor in model.state_dict().values())
+    pool = model.attn_pool
+    for weight in (pool.q.weight, *pool.kv.weight.split(768), pool.proj.weight):
+        check_xavier(weight, 768 + 768)
+    check_xavier(pool.mlp.fc1.weight, 768 + 3072)
+    assert 0.95 * math.sqrt(6 / 769) < pool.latent.abs().max().item() <= math.sqrt(6 / 769)
+    assert pool.mlp.fc1.bias.std().item() == pytest.approx(1e-6, rel=0.2)
+    assert not any(layer.bias.any() for layer in (pool.q, pool.kv, pool.proj, pool.norm))
 
 
 def check_xavier(weight: Tensor, fans: int) -> None:

@@ -143,10 +143,13 @@ def test_fused_blocks_keep_what_their_documentation_says(recompute, expected):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("model", [{"dropout": 0.0}, {"dropout": 0.1, "num_classes": 1000}, {"layer_scale": 1e-4}])
+@pytest.mark.parametrize(
+    "model",
+    [{"dropout": 0.0}, {"dropout": 0.1, "num_classes": 1000}, {"layer_scale": 1e-4}, {"pool": "map"}],
+)
 def test_activations_are_what_autograd_keeps(precision, model):
     """Plain PyTorch, on the CPU: every storage saved for the backward pass that is no parameter."""
-    config = vit(name="Ti/16", image_size=112, depth=3, **model)
+    config = vit(**{"name": "Ti/16", "image_size": 112, "depth": 3, **model})
     built = build_vit(config, mean=(0.5,) * 3, std=(0.5,) * 3)
     built = built.bfloat16() if precision == "bf16" else built
     parameters = {parameter.untyped_storage().data_ptr() for parameter in built.parameters()}

@@ -74,7 +74,7 @@ def test_weight_average_and_exported_weights_are_the_same_at_every_stage(train, 
     [
         ["loss.kind=sigmoid", "model.head_bias=-2", "model.head=mlp"],
         ["loss.label_smoothing=0.1", "augment.mixup=0.4", "model.pool=gap"],
-        ["model.dropout=0.1", "model.drop_path=0.2", "model.layer_scale=0.1"],
+        ["model.dropout=0.1", "model.drop_path=0.2", "model.layer_scale=0.1", "model.pool=map", "model.registers=2"],
     ],
 )
 def test_the_options_of_the_recipes_train(train, settings, tmp_path):

@@ -20,7 +20,7 @@ from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from tests.fastvit_engine.conftest import TINY_RUN
-from tests.fastvit_engine.models.weights.official import random_arrays
+from tests.fastvit_engine.models.weights.official import big_vision, random_arrays
 from tests.fastvit_engine.warm_ranks import run_ranks
 from tests.in_full import in_full
 
@@ -158,6 +158,15 @@ def npz(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def pooled_npz(tmp_path_factory):
+    """The same with attention pooling instead of the class token and the tanh layer, as big_vision has it."""
+    path = tmp_path_factory.mktemp("pooled") / "weights.npz"
+    arrays = random_arrays(patch=4, width=24, depth=2, heads=2, hidden=40, grid=2, attention_pool=True)
+    np.savez(path, **big_vision(arrays, stacked=True))
+    return path
+
+
+@pytest.fixture(scope="module")
 def finetune(digits, tmp_path_factory):
     """Runs a tiny fine-tuning: finetune(out, weights, *settings, processes=2, resume="auto")."""
 
@@ -214,10 +223,36 @@ def test_finetuning_is_the_same_on_any_number_of_processes(finetune, npz, tmp_pa
         assert torch.equal(whole(run, 0)[name], values), name
 
 
-def test_a_resumed_finetuning_needs_its_weights_no_more_and_repeats_to_the_bit(finetune, npz, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "settings"),
+    [
+        (3, ["optimizer.layer_decay=0.75"]),
+        (3, ["optimizer.frozen=backbone"]),
+        in_full(1, ["optimizer.layer_decay=0.75"]),
+    ],
+)
+def test_finetuning_a_model_with_attention_pooling(finetune, pooled_npz, tmp_path, stage, settings):
+    """A linear probe learns the last linear layer alone; else the pooling learns too."""
+    common = ["train.duration=4 steps", "model.drop_path=0", *settings]
+    alone = finetune(tmp_path / "alone", pooled_npz, "zero.stage=0", *common)
+    run = finetune(tmp_path / "run", pooled_npz, *common, *at_stage(stage), processes=2)
+    assert losses(run) == pytest.approx(losses(alone), abs=1e-5)
+    start, end, source = whole(run, 0), whole(run, 4), load_model(str(pooled_npz), image_size=16, num_classes=10)
+    assert load_config(str(run / "config.yaml")).config.model.pool == "map"
+    for name, values in source.named_parameters():
+        assert torch.equal(start[name], values.flatten()), name
+    changed = {name for name in start if not torch.equal(start[name], end[name])}
+    if "optimizer.frozen=backbone" in settings:
+        assert changed == {"head.weight", "head.bias"}
+    else:
+        assert {"attn_pool.kv.weight", "attn_pool.mlp.fc2.weight", "head.weight", "blocks.0.attn.qkv.weight"} < changed
+
+
+@pytest.mark.parametrize("optimizer", [[], in_full([*SGD, "zero.stage=1"])], ids=["adamw", "sgd"])
+def test_a_resumed_finetuning_needs_its_weights_no_more_and_repeats_to_the_bit(finetune, npz, tmp_path, optimizer):
     weights = tmp_path / "weights.npz"
     shutil.copy(npz, weights)
-    settings = ["ema.decay=0.9", "model.dropout=0.1"]
+    settings = ["ema.decay=0.9", "model.dropout=0.1", *optimizer]
     uninterrupted = finetune(tmp_path / "whole", weights, *settings)
     out = finetune(tmp_path / "run", weights, *settings, "train.duration=3 steps")
     before = json.loads((out / "environment.json").read_text())["init"]
@@ -225,7 +260,7 @@ def test_a_resumed_finetuning_needs_its_weights_no_more_and_repeats_to_the_bit(f
     finetune(out, weights, *settings, "train.duration=5 steps", resume="auto")
     finetune(out, tmp_path / "other.npz", *settings, resume="auto")
     assert figures(out) == figures(uninterrupted)
-    for kind in ("weight", "exp_avg", "ema"):
+    for kind in ("weight", "momentum_buffer" if optimizer else "exp_avg", "ema"):
         ours, theirs = whole(out, 8, kind), whole(uninterrupted, 8, kind)
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), kind
     assert json.loads((out / "environment.json").read_text())["init"] == before

@@ -11,10 +11,12 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from fastvit_engine.observe.metrics import read_metrics
+from tests.fastvit_engine.models.weights.official import random_arrays
 from tests.in_full import in_full, only_in_full
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -91,10 +93,82 @@ def test_killed_in_the_middle_of_training(train, train_command, settings, tmp_pa
         assert evaluations[-1][2] == pytest.approx(uninterrupted[1][-1][2], abs=0.01)
 
 
+@pytest.fixture(scope="module")
+def from_weights(settings, tmp_path_factory):
+    """The settings of a run that starts from an official file."""
+    path = tmp_path_factory.mktemp("weights") / "weights.npz"
+    np.savez(path, **random_arrays(patch=4, width=32, depth=2, heads=2, hidden=128, grid=2))
+    return [*settings, f"init.from={path}"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted_from_weights(train, from_weights, tmp_path_factory):
+    return record(train(tmp_path_factory.mktemp("uninterrupted") / "run", *from_weights, processes=2))
+
+
+_KILLED_AT = """
+import os, signal
+from fastvit_engine.distributed.world import World
+from fastvit_engine.train import first_weights
+
+read, broadcast, sent = first_weights._read, World.broadcast, []
+
+def reading(*arguments):
+    weights = read(*arguments)
+    sent.append(0)  # from now on, weights are sent
+    if {moment!r} == "reading":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return weights
+
+def sending(*arguments):
+    broadcast(*arguments)
+    if sent:
+        sent.append(1)
+        if {moment!r} == "sending" and len(sent) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+first_weights._read, World.broadcast = reading, sending
+"""
+
+
+@pytest.mark.parametrize("moment", [in_full("reading"), "sending"])
+def test_killed_while_the_first_weights_are_read_or_sent(
+    train, train_command, from_weights, tmp_path, uninterrupted_from_weights, moment
+):
+    """Rank 0, before the first checkpoint; the same command begins again."""
+    run, options = tmp_path / "run", {"processes": 2, "resume": "auto"}
+    (tmp_path / "sitecustomize.py").write_text(_KILLED_AT.format(moment=moment))
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    killed = subprocess.run(
+        train_command(run, *from_weights, **options), env=variables, capture_output=True, text=True, timeout=SLOW
+    )
+    assert killed.returncode != 0 and "SIGKILL" in killed.stderr, killed.stderr
+    assert not (run / "checkpoints" / "latest").exists() and not (run / "metrics.jsonl").exists()
+    train(run, *from_weights, **options)
+    assert record(run) == uninterrupted_from_weights
+
+
+@only_in_full
+@pytest.mark.timeout(600 + 100 * KILLS)
+def test_a_run_from_weights_is_killed_again_and_again(
+    train, train_command, from_weights, tmp_path, uninterrupted_from_weights
+):
+    kill_again_and_again(train_command, from_weights, tmp_path / "run")
+    train(tmp_path / "run", *from_weights, "data.num_workers=1", processes=2, resume="auto")
+    assert record(tmp_path / "run") == uninterrupted_from_weights
+
+
 @pytest.mark.timeout(600 + 100 * KILLS)
 def test_killed_again_and_again_while_workers_change(train, train_command, settings, tmp_path, uninterrupted):
+    kill_again_and_again(train_command, settings, tmp_path / "run")
+    train(tmp_path / "run", *settings, "data.num_workers=1", processes=2, resume="auto")
+    assert record(tmp_path / "run") == uninterrupted
+
+
+def kill_again_and_again(train_command, settings, run):
     """The run, one of its ranks or one of its data workers, at random moments; each time with other data workers."""
-    run, chance = tmp_path / "run", random.Random(0)
+    chance = random.Random(0)
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     kills = 0
     while kills < KILLS:
@@ -112,8 +186,6 @@ def test_killed_again_and_again_while_workers_change(train, train_command, setti
         if not (run / "model.safetensors").exists():  # it was not done: all of it ends with the process
             assert ended == -signal.SIGKILL if victim == parent.pid else ended != 0
         kills += 1
-    train(run, *settings, "data.num_workers=1", processes=2, resume="auto")
-    assert record(run) == uninterrupted
 
 
 def descendants(pid):

@@ -88,6 +88,12 @@ def test_what_is_due_every_so_often_is_due_at_the_end_too():
     assert [step for step in range(1, 101) if schedule.is_due(0, step)] == [100]
 
 
+def test_features_that_stay_the_same_are_measured_once():
+    few_shot = {"fewshot": {"train": "a", "eval": "b", "every": "10 steps"}}
+    assert whole(evaluate=few_shot).few_shot_every == 10
+    assert whole(evaluate=few_shot, optimizer={"frozen": "backbone"}).few_shot_every == 0
+
+
 @pytest.mark.parametrize(
     ("evaluate", "save", "covers"),
     [("10 steps", "30 steps", True), ("20 steps", "30 steps", False), (None, None, True)],

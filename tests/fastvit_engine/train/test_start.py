@@ -12,6 +12,7 @@ from PIL import Image
 from fastvit_engine.checkpoint import Manifest, Recovery
 from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.config import Config, load_config
+from fastvit_engine.data.stream.prepare import prepare_few_shot
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.run_folder import RunFolder
@@ -129,6 +130,29 @@ def test_fewer_classes_than_outputs_and_a_batch_larger_than_the_data_are_warned_
     (tmp_path / "dataset.json").unlink()
     (large,) = warnings(train_samples=7)
     assert large.startswith("train.global_batch_size is 8, and an epoch has only 7 samples: ")
+
+
+def test_few_shot_data_of_two_kinds_of_classes_is_refused(shards, tmp_path):
+    """Their classes may be others, and more, than those of data.train, but must be the same in both."""
+    info = {"source": "x", "seed": 0, "eval_fraction": 0.1, "samples_per_shard": 9}
+    info |= {"train": {"samples": 300, "shards": {"a.tar": 300}}, "eval": {"samples": 0, "shards": {}}}
+    words = [f"class {number}" for number in range(20)]
+
+    def prepared(train, evaluation):
+        for name, classes in (("one", train), ("two", evaluation)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes())
+            (tmp_path / name / "dataset.json").write_text(json.dumps(info | {"classes": classes}))
+        few_shot = {"train": f"{tmp_path}/one/a.tar", "eval": f"{tmp_path}/two/a.tar"}
+        sections = {"model": {"num_classes": 10}, "evaluate": {"fewshot": few_shot}}
+        return prepare_few_shot(Config.model_validate(sections), tmp_path)
+
+    assert prepared(words, words) is not None
+    with pytest.raises(UserError, match="fewshot.train has 20 classes and evaluate.fewshot.eval 19: give shards of"):
+        prepared(words, words[:-1])
+    other = r"class 0 is 'class 0' in evaluate.fewshot.train and 'class 19' in evaluate.fewshot.eval"
+    with pytest.raises(UserError, match=other):
+        prepared(words, words[::-1])
 
 
 def test_another_batch_is_refused_with_what_allows_it(stopped, shards):
@@ -320,6 +344,7 @@ def test_what_does_not_shape_the_parameters_may_change(stopped, shards, before, 
         ({"layer_norm_eps": 1e-12}, "model.layer_norm_eps is 1e-12, was 1e-06"),
         ({"heads": 6}, "model.heads is 6, was None"),
         ({"pool": "gap", "drop_path": 0.1}, r"\(model.pool is 'gap', was 'cls'\)"),
+        ({"registers": 2}, r"\(model.registers is 2, was 0\)"),
         ({"head": "mlp"}, "model.head is 'mlp', was 'linear'"),
         ({"layer_scale": 0.1}, "model.layer_scale is 0.1, was None"),
         ({"num_classes": 11}, "model.num_classes is 11, was 10"),

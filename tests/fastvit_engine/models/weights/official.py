@@ -1,6 +1,7 @@
 """Random files in the official layouts, and what the paper computes with them: float64, in numpy alone."""
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,24 @@ _BIG_VISION = {"Attention_1": "Attention_0", "LayerNorm_2": "LayerNorm_1", "MlpB
 
 
 def random_arrays(
-    *, patch=16, width=48, depth=2, heads=3, hidden=96, grid=3, classes=7, token=True, tanh=False, seed=0
+    *,
+    patch=16,
+    width=48,
+    depth=2,
+    heads=3,
+    hidden=96,
+    grid=3,
+    classes=7,
+    token=True,
+    tanh=False,
+    seed=0,
+    attention_pool=False,
 ) -> Arrays:
-    """Arrays under the names of google-research/vision_transformer, on the scale that trained ones have."""
+    """Arrays under the names of google-research/vision_transformer, on the scale that trained ones have.
+
+    attention_pool: of big_vision's MAPHead, and no class token.
+    """
+    token = token and not attention_pool
     rng = np.random.default_rng(seed)
 
     def dense(*shape, fan_in):
@@ -21,6 +37,16 @@ def random_arrays(
 
     def some(*shape):
         return rng.standard_normal(shape, np.float32) * 0.2
+
+    def attention_and_mlp(attention, mlp):
+        for part in ("query", "key", "value"):
+            arrays[f"{attention}/{part}/kernel"] = dense(width, heads, width // heads, fan_in=width) * 1.5
+            arrays[f"{attention}/{part}/bias"] = some(heads, width // heads)
+        arrays[f"{attention}/out/kernel"] = dense(heads, width // heads, width, fan_in=width)
+        arrays[f"{attention}/out/bias"] = some(width)
+        for name, (inputs, outputs) in {"Dense_0": (width, hidden), "Dense_1": (hidden, width)}.items():
+            arrays[f"{mlp}/{name}/kernel"] = dense(inputs, outputs, fan_in=inputs)
+            arrays[f"{mlp}/{name}/bias"] = some(outputs)
 
     arrays = {
         "embedding/kernel": dense(patch, patch, 3, width, fan_in=patch * patch * 3),
@@ -35,15 +61,11 @@ def random_arrays(
         block = f"Transformer/encoderblock_{index}"
         for norm in ("LayerNorm_0", "LayerNorm_2"):
             arrays |= {f"{block}/{norm}/scale": 1 + some(width), f"{block}/{norm}/bias": some(width)}
-        attention = f"{block}/MultiHeadDotProductAttention_1"
-        for part in ("query", "key", "value"):
-            arrays[f"{attention}/{part}/kernel"] = dense(width, heads, width // heads, fan_in=width) * 1.5
-            arrays[f"{attention}/{part}/bias"] = some(heads, width // heads)
-        arrays[f"{attention}/out/kernel"] = dense(heads, width // heads, width, fan_in=width)
-        arrays[f"{attention}/out/bias"] = some(width)
-        for name, (inputs, outputs) in {"Dense_0": (width, hidden), "Dense_1": (hidden, width)}.items():
-            arrays[f"{block}/MlpBlock_3/{name}/kernel"] = dense(inputs, outputs, fan_in=inputs)
-            arrays[f"{block}/MlpBlock_3/{name}/bias"] = some(outputs)
+        attention_and_mlp(f"{block}/MultiHeadDotProductAttention_1", f"{block}/MlpBlock_3")
+    if attention_pool:
+        arrays["MAPHead_0/probe"] = some(1, 1, width) * 5
+        arrays |= {"MAPHead_0/LayerNorm_0/scale": 1 + some(width), "MAPHead_0/LayerNorm_0/bias": some(width)}
+        attention_and_mlp("MAPHead_0/MultiHeadDotProductAttention_0", "MAPHead_0/MlpBlock_0")
     if tanh:
         arrays |= {"pre_logits/kernel": dense(width, width, fan_in=width), "pre_logits/bias": some(width)}
     if classes:
@@ -101,22 +123,32 @@ def forward(arrays: Arrays, images: np.ndarray, *, eps=1e-6, exact_gelu=False) -
             return x * (1 + erf(x / math.sqrt(2))) / 2
         return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
-    for index in range(len([name for name in w if name.endswith("LayerNorm_0/scale")])):
-        block = f"Transformer/encoderblock_{index}"
-        attention, y = f"{block}/MultiHeadDotProductAttention_1", norm(x, f"{block}/LayerNorm_0")
+    def attend(queries, tokens, name):
         query, key, value = (
-            np.einsum("bnd,dhe->bhne", y, w[f"{attention}/{part}/kernel"]) + w[f"{attention}/{part}/bias"][:, None]
-            for part in ("query", "key", "value")
+            np.einsum("bnd,dhe->bhne", y, w[f"{name}/{part}/kernel"]) + w[f"{name}/{part}/bias"][:, None]
+            for part, y in (("query", queries), ("key", tokens), ("value", tokens))
         )
         scores = query @ key.swapaxes(-1, -2) / math.sqrt(query.shape[-1])
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         attended = weights / weights.sum(-1, keepdims=True) @ value
-        x = x + np.einsum("bhne,hed->bnd", attended, w[f"{attention}/out/kernel"]) + w[f"{attention}/out/bias"]
-        mlp, y = f"{block}/MlpBlock_3", norm(x, f"{block}/LayerNorm_2")
-        hidden = gelu(y @ w[f"{mlp}/Dense_0/kernel"] + w[f"{mlp}/Dense_0/bias"])
-        x = x + hidden @ w[f"{mlp}/Dense_1/kernel"] + w[f"{mlp}/Dense_1/bias"]
+        return np.einsum("bhne,hed->bnd", attended, w[f"{name}/out/kernel"]) + w[f"{name}/out/bias"]
+
+    def mlp(x, name):
+        hidden = gelu(x @ w[f"{name}/Dense_0/kernel"] + w[f"{name}/Dense_0/bias"])
+        return hidden @ w[f"{name}/Dense_1/kernel"] + w[f"{name}/Dense_1/bias"]
+
+    for index in range(len([name for name in w if re.fullmatch(r".*block_\d+/LayerNorm_0/scale", name)])):
+        block = f"Transformer/encoderblock_{index}"
+        y = norm(x, f"{block}/LayerNorm_0")
+        x = x + attend(y, y, f"{block}/MultiHeadDotProductAttention_1")
+        x = x + mlp(norm(x, f"{block}/LayerNorm_2"), f"{block}/MlpBlock_3")
     tokens = norm(x, "Transformer/encoder_norm")
-    pooled = tokens[:, 0] if "cls" in w else tokens.mean(axis=1)
+    if "MAPHead_0/probe" in w:  # Zhai et al. 2022, section 3.2
+        probe = np.broadcast_to(w["MAPHead_0/probe"], (batch, 1, width))
+        pooled = attend(probe, tokens, "MAPHead_0/MultiHeadDotProductAttention_0")
+        pooled = (pooled + mlp(norm(pooled, "MAPHead_0/LayerNorm_0"), "MAPHead_0/MlpBlock_0"))[:, 0]
+    else:
+        pooled = tokens[:, 0] if "cls" in w else tokens.mean(axis=1)
     if "pre_logits/kernel" in w:
         pooled = np.tanh(pooled @ w["pre_logits/kernel"] + w["pre_logits/bias"])
     logits = pooled @ w["head/kernel"] + w["head/bias"] if "head/kernel" in w else pooled

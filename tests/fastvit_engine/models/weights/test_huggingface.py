@@ -130,7 +130,7 @@ DENSE = {"vit.pooler.dense.weight": torch.zeros(48, 48), "vit.pooler.dense.bias"
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        ({"model_type": "swin"}, TENSORS, "holds a model of type 'swin': there are vit and dinov2"),
+        ({"model_type": "swin"}, TENSORS, "holds a model of type 'swin': there are vit, dinov2, dinov2_with_registers"),
         ({"qkv_bias": False}, TENSORS, "'qkv_bias' is False in config.json, and only True can be read"),
         ({"num_channels": 1}, TENSORS, "'num_channels' is 1 in config.json, and only 3 can be read"),
         ({"hidden_act": "relu"}, TENSORS, "has the activation 'relu': there are gelu, gelu_pytorch_tanh, gelu_new"),
@@ -234,6 +234,21 @@ def test_a_dinov2_is_theirs_also_for_larger_images(transformers, tmp_path):
         ours = load_model(tmp_path, image_size=70, interpolation="bicubic")
         expected = theirs(larger).last_hidden_state
         torch.testing.assert_close(ours.forward_features(larger), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*has no preprocessor_config.json")
+def test_dinov2_with_registers(transformers, tmp_path):
+    """Their class token has a position, ours has the sum; registers have none in either."""
+    config = transformers.Dinov2WithRegistersConfig(**SIZE, num_register_tokens=3)
+    theirs = randomise(transformers.Dinov2WithRegistersModel(config))
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    assert (ours.config.registers, ours.reg_token.shape[1], ours.config.layer_scale) == (3, 3, 1.0)
+    assert load_model(tmp_path, image_size=2 * ours.config.image_size).pos_embed.shape[1] == 4 * ours.shape.patches
+    with torch.no_grad():
+        expected = theirs(IMAGES)
+        torch.testing.assert_close(ours.forward_features(IMAGES), expected.last_hidden_state, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours.represent(IMAGES), expected.pooler_output, rtol=0, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:.*has no preprocessor_config.json")

@@ -21,7 +21,15 @@ from tests.kernels.integrations.conftest import TORCHVISION  # lets timm be impo
 
 assert TORCHVISION is None or TORCHVISION.ns == "torchvision"
 TABLE = "Transformer/posembed_input/pos_embedding"
-KINDS = {"class token": {}, "mean": {"token": False}, "tanh": {"tanh": True}, "no head": {"classes": 0}}
+POOL = {"attention_pool": True}
+KINDS = {
+    "class token": {},
+    "mean": {"token": False},
+    "tanh": {"tanh": True},
+    "no head": {"classes": 0},
+    "attention pooling": POOL,
+    "pooling, tanh": {**POOL, "tanh": True},
+}
 WIDTHS = {  # of the paper's sizes, not deep
     "B/32": {"patch": 32, "width": 768, "heads": 12, "hidden": 3072, "depth": 2, "grid": 2},
     "L/16": {"patch": 16, "width": 1024, "heads": 16, "hidden": 4096, "depth": 1, "grid": 2},
@@ -67,7 +75,9 @@ def test_a_file_computes_what_the_paper_says(tmp_path, kind, patch):
     check_against_numpy(model, arrays, 3 * patch)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("B/32", "tanh"), ("L/16", "mean"), ("H/14", "class token")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("B/32", "tanh"), ("L/16", "mean"), ("H/14", "class token"), ("B/32", "attention pooling")]
+)
 def test_at_the_widths_of_the_paper(tmp_path, name, kind):
     arrays = random_arrays(**WIDTHS[name], **KINDS[kind])
     model = load_model(save(tmp_path / "x.npz", arrays))
@@ -86,9 +96,10 @@ def test_at_another_resolution(tmp_path, kind, grid):
 
 @pytest.mark.parametrize("prefix", ["opt/target/", "params/"])
 @pytest.mark.parametrize("stacked", [None, False, True], ids=["official", "big_vision", "stacked"])
-@pytest.mark.parametrize("token", [True, False])
-def test_all_layouts_hold_the_same_model(tmp_path, prefix, stacked, token):
-    arrays = random_arrays(token=token, tanh=True)
+@pytest.mark.parametrize("pool", ["token", "mean", "attention"])
+def test_all_layouts_hold_the_same_model(tmp_path, prefix, stacked, pool):
+    token = pool == "token"
+    arrays = random_arrays(token=token, tanh=True, attention_pool=pool == "attention")
     stored = arrays if stacked is None else big_vision(arrays, stacked=stacked)
     path = save(tmp_path / "x.npz", stored, prefix)
     with_state = {prefix + name: array for name, array in stored.items()}
@@ -96,6 +107,14 @@ def test_all_layouts_hold_the_same_model(tmp_path, prefix, stacked, token):
     if stacked is not None:  # which adds no position to the class token
         arrays[TABLE][:, : int(token)] = 0
     check_against_numpy(load_model(path), arrays, 48)
+
+
+def test_the_image_model_of_a_file_with_a_text_model(tmp_path):
+    arrays = random_arrays(**POOL, classes=0)
+    stored = {f"params/img/{name}": array for name, array in big_vision(arrays, stacked=True).items()}
+    text = {f"params/txt/{name}": array for name, array in big_vision(random_arrays(seed=1), stacked=True).items()}
+    np.savez(tmp_path / "x.npz", **stored, **text, **{"params/t": np.float32([2.3]), "params/b": np.float32([-10])})
+    check_against_numpy(load_model(tmp_path / "x.npz"), arrays, 48)
 
 
 def test_bfloat16_stored_as_two_bytes_is_read_exactly(tmp_path):
@@ -127,6 +146,7 @@ def test_other_ways_to_store_numbers(tmp_path, change):
 def test_any_shape_is_read_as_it_is_written(tmp_path_factory, data):
     draw = data.draw
     heads, depth, grid = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    pool = draw(st.booleans())
     arrays = random_arrays(
         patch=draw(st.integers(1, 9)),
         heads=heads,
@@ -137,6 +157,7 @@ def test_any_shape_is_read_as_it_is_written(tmp_path_factory, data):
         classes=draw(st.integers(0, 5)),
         token=draw(st.booleans()),
         tanh=draw(st.booleans()),
+        attention_pool=pool,
         seed=draw(st.integers(0, 2**31)),
     )
     folder = tmp_path_factory.mktemp("shapes")
@@ -147,7 +168,8 @@ def test_any_shape_is_read_as_it_is_written(tmp_path_factory, data):
         found = model(torch.from_numpy(images_of(size)).permute(0, 3, 1, 2)).numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
     write_npz(open_model(folder / "x.npz"), folder / "y.npz")
-    same_arrays(arrays, np.load(folder / "y.npz"))
+    # attention pooling is written as the one program that has it does
+    same_arrays(big_vision(arrays, stacked=False) if pool else arrays, np.load(folder / "y.npz"))
 
 
 def same_arrays(expected, found):
@@ -157,13 +179,20 @@ def same_arrays(expected, found):
         assert found[name].tobytes() == array.tobytes(), name
 
 
-@pytest.mark.parametrize("kind", ["class token", "mean", "no head"])
-def test_equals_the_loader_of_timm_at_the_resolution_of_the_file(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "layout"),  # timm has a position for the class token, and big_vision none
+    [(kind, "official") for kind in ("class token", "mean", "no head", "attention pooling")]
+    + [(kind, "big_vision") for kind in ("mean", "attention pooling")],
+)
+def test_equals_the_loader_of_timm_at_the_resolution_of_the_file(tmp_path, kind, layout):
     """At another one, timm's does not align the corners of the grids, as the authors' code does."""
     timm = pytest.importorskip("timm", reason="timm is not installed")
     arrays = random_arrays(width=192, hidden=768, heads=3, **KINDS[kind])
-    path = save(tmp_path / "x.npz", arrays)
-    arguments = {"class_token": False, "global_pool": "avg", "fc_norm": False} if kind == "mean" else {}
+    path = save(tmp_path / "x.npz", arrays if layout == "official" else big_vision(arrays, stacked=True))
+    arguments = {
+        "mean": {"class_token": False, "global_pool": "avg", "fc_norm": False},
+        "attention pooling": {"class_token": False, "global_pool": "map"},
+    }.get(kind, {})
     theirs = timm.create_model(
         "vit_tiny_patch16_224",
         img_size=48,
@@ -222,7 +251,24 @@ def damages():
     yield {TABLE: np.zeros((10, 48), np.float32)}, r"shape \[10, 48\], and must be \[1, positions, width\]"
     yield {"embedding/kernel": np.zeros((16, 16, 1, 48), np.float32)}, "'embedding/kernel' is no kernel for RGB images"
     yield {"embedding/kernel": np.zeros((16, 8, 3, 48), np.float32)}, "'embedding/kernel' is"
-    yield {"MAPHead_0/probe": np.zeros((1, 1, 48), np.float32)}, "array 'MAPHead_0/probe' is .* and absent in the model"
+    probe = {"MAPHead_0/probe": np.zeros((1, 1, 48), np.float32)}
+    yield probe, "has a class token, array 'cls', beside attention pooling, array 'MAPHead_0/probe'"
+    lone = dict.fromkeys(random_arrays()) | random_arrays(token=False) | probe
+    yield lone, "array 'MAPHead_0/MultiHeadDotProductAttention_0/query/kernel' is absent there and"
+    pooled = dict.fromkeys(random_arrays()) | random_arrays(**POOL)
+    yield pooled | {"MAPHead_0/probe": None}, r"array 'MAPHead_0/LayerNorm_0/scale' is \[48\] there and absent in the"
+    yield pooled | {"MAPHead_0/probe": np.zeros((1, 2, 48), np.float32)}, r"'MAPHead_0/probe' is \[1, 2, 48\] there and"
+    yield pooled | {"MAPHead_0/MlpBlock_0/Dense_1/bias": None}, "'MAPHead_0/MlpBlock_0/Dense_1/bias' is absent there"
+    extra = {"MAPHead_0/LayerNorm_1/bias": np.zeros(48, np.float32)}
+    yield pooled | extra, "'MAPHead_0/LayerNorm_1/bias' is .* and absent in"
+    hybrid = {"conv_root/kernel": (7, 7, 3, 64), "gn_root/scale": (64,), "block1/unit1/conv1/kernel": (1, 1, 64, 64)}
+    hybrid |= {"block1/unit1/conv_proj/kernel": (1, 1, 64, 256), "embedding/kernel": (1, 1, 1024, 48)}
+    arrays = {name: np.zeros(shape, np.float32) for name, shape in hybrid.items()}
+    sentence = "is a ResNet .*, or a hybrid .*, which this version does not support; it reads Vision Transformers"
+    yield arrays, rf"has array 'conv_root/kernel': it {sentence}"
+    name = "opt/target/resnet/root_block/standardized_conv2d/kernel"
+    resnet = {name: np.zeros((7, 7, 3, 64), np.float32)}
+    yield dict.fromkeys(random_arrays()) | resnet, rf"has array '{name}': it {sentence}"
     yield {"cls": np.zeros((1, 1, 48), np.int32)}, "array 'cls' holds int32, and weights are floating-point"
     yield {"cls": np.zeros((1, 1, 48), "V4")}, r"array 'cls' holds \|V4, and weights are floating-point"
     yield {"cls": np.array([{}], dtype=object)}, "array 'cls' holds pickled Python objects, which are not read"

@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from fastvit_engine.config import ModelConfig, load_config, recipe_names
+from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.models.vit import VisionTransformer
 from fastvit_engine.models.weights.timm_code import timm_code
+from fastvit_engine.models.weights.timm_names import open_timm_tensors
 from tests.kernels.integrations.conftest import TORCHVISION  # lets timm be imported
 
-pytest.importorskip("timm", reason="timm is not installed")
+timm = pytest.importorskip("timm", reason="timm is not installed")
 assert TORCHVISION is None or TORCHVISION.ns == "torchvision"
 
 SMALL = {"name": "Ti/4", "image_size": 12, "num_classes": 7, "width": 32, "depth": 2, "heads": 2}
@@ -31,6 +33,11 @@ def _in_timm(code: str) -> torch.nn.Module:
         {"pool": "gap"},
         {"head": "mlp"},
         {"head": "mlp", "pool": "gap"},
+        {"pool": "map"},
+        {"registers": 4},
+        {"registers": 2, "pool": "gap", "head": "mlp"},
+        {"registers": 1, "pool": "map", "layer_scale": 0.1},
+        {"head": "mlp", "pool": "map", "mlp_dim": 101, "layer_norm_eps": 0.01, "activation": "gelu_tanh"},
         {"layer_scale": 0.1},
         {"layer_scale": 0.0, "pool": "gap", "head": "mlp"},
         {"activation": "gelu_tanh"},
@@ -92,6 +99,20 @@ def test_the_models_of_all_sizes_have_the_names_and_shapes_of_timm(name):
     config = ModelConfig(name=name)
     with torch.device("meta"):
         assert _shapes(_in_timm(timm_code(config))) == _shapes(VisionTransformer(config, mean=USUAL, std=USUAL))
+
+
+SIGLIP = [name for name in timm.list_models("vit_*_siglip_*", exclude_filters="*qkvb*") if "_patch" in name]
+
+
+@pytest.mark.parametrize("name", SIGLIP)
+def test_the_models_of_siglip_are_known_by_name(name):
+    with torch.device("meta"):
+        theirs = timm.create_model(name)
+        found = open_timm_tensors("x", name, {key: tuple(shape) for key, shape in _shapes(theirs).items()}, dict)
+        assert _shapes(VisionTransformer(found.config, mean=USUAL, std=USUAL)) == _shapes(theirs)
+    assert found.config.pool == ("gap" if "_gap" in name else "map")
+    assert found.config.activation == ("gelu_tanh" if "Tanh" in type(theirs.blocks[0].mlp.act).__name__ else "gelu")
+    assert resolve_shape(found.config).heads == theirs.blocks[0].attn.num_heads
 
 
 def test_the_code_is_no_longer_than_it_must_be():

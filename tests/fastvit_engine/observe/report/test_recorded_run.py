@@ -41,6 +41,18 @@ def test_incidents_are_counted(make_run: MakeRun) -> None:
     assert len(run.restarts) == 1
 
 
+def test_a_run_that_was_made_longer_was_not_restarted(make_run: MakeRun) -> None:
+    folder = make_run([train_row(840)])
+    starts = [(0, 500), (300, 500), (500, 840), (700, 840)]  # killed at 300; done at 500, and made longer; killed again
+    events = [
+        {"time": "t", "event": "start", "message": "m", "step": step, "total_steps": total} for step, total in starts
+    ]
+    folder.events.write_text("".join(json.dumps(event) + "\n" for event in events))
+    run = load_run(folder.path)
+    assert [event.get("step") for event in run.restarts] == [300, 700]
+    assert run.describe_incidents() == "2 restarts"
+
+
 def test_a_run_whose_batch_changed_says_how_many_images_it_had(make_run: MakeRun) -> None:
     row = train_row(840)
     folder = make_run([row])
