@@ -86,11 +86,14 @@ def test_only_some_classes_count(evaluate, model_file):
         (["MODEL", "--labels", "list"], "--labels says what the labels count among --classes"),
         (["SMALL"], "has label 9, outside 0..2: evaluate with a model of as many classes as the data"),
         (["gone.safetensors"], "gone.safetensors does not exist"),
+        (["gone.safetensors", "--out", "FILE"], "short.json is no folder that you may write to"),
+        (["gone.safetensors", "--out", "FILE/below"], "short.json is no folder that you may write to"),
     ],
 )
 def test_bad_input_is_one_sentence(evaluate, model_file, write_model, tmp_path, words, sentence):
     (tmp_path / "short.json").write_text("[[1], [2]]")
     files = {"MODEL": model_file, "SHORT": tmp_path / "short.json"}
+    files |= {"FILE": tmp_path / "short.json", "FILE/below": tmp_path / "short.json" / "below"}
     if "SMALL" in words:
         files["SMALL"] = write_model(names=None, num_classes=3)
     code, out, errors = evaluate(*(files.get(word, word) for word in words))
