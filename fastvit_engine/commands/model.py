@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from fastvit_engine.commands.data.options import add_settings
 from fastvit_engine.commands.parser import positive
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
     from fastvit_engine.models import VisionTransformer
@@ -52,13 +54,20 @@ def given_model_options(args: argparse.Namespace) -> list[str]:
 
 def load(source: str, args: argparse.Namespace) -> "VisionTransformer":
     """The model that an argument names, on the first GPU or the CPU. Raises UserError."""
+    import warnings
+
     import torch
 
     from fastvit_engine.checkpoint.load import load_model
     from fastvit_engine.trusted_folders import trust_compiled_code
 
     trust_compiled_code()
-    model = load_model(source, image_size=args.image_size, ema=args.ema, name=args.name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = load_model(source, image_size=args.image_size, ema=args.ema, name=args.name)
+    for one in caught:
+        if issubclass(one.category, UserWarning):
+            say(f"note: {one.message}", file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
 

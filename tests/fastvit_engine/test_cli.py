@@ -1,5 +1,6 @@
 """The command line itself: what it costs to ask for help or to mistype, and what `config` prints."""
 
+import argparse
 import json
 import os
 import resource
@@ -101,6 +102,33 @@ def test_a_command_without_its_action_shows_the_help(capsys, words, shown):
         main(words)
     errors = capsys.readouterr().err
     assert stop.value.code == 2 and errors.startswith("usage: fastvit") and shown in errors
+
+
+def commands_of(parser, words=()):
+    """The words of every command, and what its --help prints."""
+    chosen = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if words:
+        yield " ".join(words), parser.format_help()
+    for action in chosen:
+        for name, inner in action.choices.items():
+            yield from commands_of(inner, (*words, name))
+
+
+def test_the_help_of_every_command_ends_with_an_example():
+    found = dict(commands_of(_parser()))
+    assert {
+        "train",
+        "convert",
+        "evaluate",
+        "predict",
+        "features",
+        "fewshot",
+        "data index",
+        "config show",
+    } <= found.keys()
+    for words, text in found.items():
+        last = text.rstrip().splitlines()[-1]
+        assert last.startswith(f"  fastvit {words}"), f"{words}: {last}"
 
 
 def test_resume_alone_means_auto():

@@ -103,3 +103,13 @@ def test_scores_that_overflow_are_refused(fastvit, write_model, photos):
     save_file(state | {"head.weight": torch.full_like(state["head.weight"], 3e38)}, path, metadata=metadata)
     code, out, errors = fastvit("predict", path, photos / "0.jpg", "--json")
     assert code == 2 and out == "" and f"the scores of '{photos}/0.jpg' are not finite" in errors
+
+
+def test_what_the_weights_do_not_say_is_a_note(fastvit, model_file, photos, tmp_path):
+    with safe_open(model_file, "pt") as file:
+        said = {key: text for key, text in file.metadata().items() if key not in ("mean", "std")}
+    path = tmp_path / "unsaid.safetensors"
+    save_file(load_file(model_file), path, metadata=said)
+    code, _, errors = fastvit("predict", path, photos / "0.jpg", "--json")
+    assert code == 0
+    assert errors == f"note: {path} does not say mean and std of its pixels: taking 0.5 and 0.5\n"
