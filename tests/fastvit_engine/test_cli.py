@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from fastvit_engine import cli
 from fastvit_engine.cli import _parser, main
 
 HEAVY = ("torch", "deepspeed", "numpy", "pydantic", "yaml", "webdataset")
@@ -203,3 +204,11 @@ def test_config_explain_in_three_forms(capsys):
     assert capsys.readouterr().out.startswith("# Configuration\n")
     assert main(["config", "explain", "optimizer.lr"]) == 2
     assert "did you mean 'optimizer.learning_rate'" in capsys.readouterr().err
+
+
+def test_a_warning_of_ours_is_a_line_without_source_code():
+    text = "h says no mean: taking 0.5"
+    ours = os.path.join(os.path.dirname(cli.__file__), "train", "first_weights.py")
+    assert cli._format_warning(UserWarning(text), UserWarning, ours, 95) == f"warning: {text}\n"
+    for category, filename in [(UserWarning, json.__file__), (DeprecationWarning, ours), (UserWarning, "/x.py")]:
+        assert f"{filename}:7: {category.__name__}: {text}\n" in cli._format_warning(text, category, filename, 7)
