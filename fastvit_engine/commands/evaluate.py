@@ -113,6 +113,11 @@ def _evaluate(source: str, resolved: "Resolved", args: argparse.Namespace) -> tu
         notes.append(note)
     elif not args.ignore_names:
         check_names(names, data_names)
+    if args.classes is None and data_names is not None and len(data_names) < outputs:
+        notes.append(
+            f"the model has {outputs:,} outputs and the data {len(data_names):,} classes: an answer of the other "
+            "outputs is wrong; --classes says which count"
+        )
     lists = None if args.real is None else read_real(args.real, outputs)
     batches = shards.batches(args.batch_size, doing="evaluating", progress=WorkProgress())
     record = record_answers(model, batches, right, resolved.config.loss.kind)

@@ -65,6 +65,14 @@ def test_real_labels_and_the_images_without_any(evaluate, model_file, tmp_path):
     assert evaluate(model_file, "--real", tmp_path / "all.json", *limited)[1]["samples"] == 20
 
 
+def test_outputs_that_the_data_has_no_class_for_are_said(evaluate, write_model):
+    code, figures, errors = evaluate(write_model(names=None, num_classes=12), "--json")
+    assert code == 0 and figures["samples"] == 359
+    assert errors.startswith(
+        "note: the model has 12 outputs and the data 10 classes: an answer of the other outputs is"
+    )
+
+
 def test_only_some_classes_count(evaluate, model_file):
     code, figures, errors = evaluate(model_file, "--classes", "three,4,5", "--json")
     assert code == 0 and figures["top5"] is None and "3 of 10 outputs count" in errors
