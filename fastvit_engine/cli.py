@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -39,6 +40,7 @@ _LOST = (errno.EIO, errno.ESTALE, errno.ENOTCONN)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code, see `errors`. An expected failure prints one sentence."""
     args = _parser().parse_args(arguments)
+    warnings.formatwarning = _format_warning
     try:
         return _run(args)
     except Exception:  # a bug: if other processes wait for this one, it must exit at once, see _fail
@@ -76,6 +78,20 @@ def _run(args: argparse.Namespace) -> int:
         if importlib.util.find_spec((error.name or "").partition(".")[0]) is not None:
             raise  # an installed package without one of its own parts is not the user's fault
         return _fail(f"this command needs the package '{error.name}': pip install 'fastvit-engine[train]'")
+
+
+_usual_format = warnings.formatwarning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning of ours as a line for people; one of a library as Python shows it, with its source."""
+    if category is UserWarning and os.path.dirname(__file__) == os.path.commonpath(
+        [os.path.abspath(filename), __file__]
+    ):
+        return f"warning: {shown(str(message))}\n"
+    return _usual_format(message, category, filename, lineno, line)
 
 
 def _fail(message: str, exit_code: int = EXIT_BAD_INPUT, last: Callable[[], None] | None = None) -> int:

@@ -1,5 +1,6 @@
 """A model from wherever it lies: a run folder, one of its checkpoints, or weights in any layout that is read."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -65,7 +66,7 @@ def open_model(source: str | Path, *, ema: bool = False, name: str | None = None
     text = str(source)
     path = Path(text)
     of_file = text.endswith((".safetensors", ".npz"))
-    of_folder = not is_store(text) and "://" not in text and (path / CONFIG).is_file()
+    of_folder = not is_store(text) and "://" not in text and os.path.isfile(path / CONFIG)
     if ema and (of_file or of_folder):
         raise UserError(f"{text} holds one set of weights: give the file of the average, and leave ema out")
     if of_file and "://" in text:
@@ -79,12 +80,15 @@ def open_model(source: str | Path, *, ema: bool = False, name: str | None = None
     if of_folder:
         config = read_json(path / CONFIG)
         return open_timm_folder(path, config) if "architecture" in config else open_folder(path, config, head=head)
-    if "://" not in text and path.is_file():
+    if "://" not in text and os.path.isfile(path):
         raise UserError(
             f"{text} is a file, and no .npz or .safetensors: give one of those, a run folder, a checkpoint, or a "
             f"folder with {CONFIG}"
         )
-    return _open_checkpoint(text, ema=ema)
+    try:
+        return _open_checkpoint(text, ema=ema)
+    except PermissionError as error:
+        raise UserError(f"{error.filename or text} cannot be read ({error.strerror}): make it readable") from error
 
 
 def _open_checkpoint(source: str, *, ema: bool) -> Pretrained:

@@ -46,7 +46,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     _suite(actions, "all", _ALL)
 
     readme = actions.add_parser("readme", help="write the results into docs/verification.md", description="Writes the\n"
-                     "table of results in docs/verification.md, from the newest files of each machine.")  # fmt: skip
+                     "table of results in docs/verification.md, from the newest files of each machine.",
+                     epilog="example:\n  fastvit bench readme --check",
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     readme.add_argument(
         "--check", action="store_true", help="only say whether it is up to date (exit code 1: it is not)"
     )

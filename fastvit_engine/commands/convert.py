@@ -2,10 +2,12 @@
 
 import argparse
 
+from fastvit_engine.commands.model import same_file
 from fastvit_engine.commands.parser import local_path, path_or_url, positive
 from fastvit_engine.shown import say
 
-_TARGETS = ("npz", "timm", "hf", "hub-folder")
+_FILES = ("npz", "timm")
+_TARGETS = (*_FILES, "hf", "hub-folder")
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -52,6 +54,8 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.models.weights.convert import convert
     from fastvit_engine.observe.disk import is_final, reason
 
+    if args.to in _FILES and same_file(args.destination, args.model):
+        raise UserError(f"{args.destination} is MODEL itself, which would be replaced: name another DEST")
     keep = args.head == "keep"
     model = open_model(args.model, ema=args.ema, name=args.name, head=keep)
     model = model.changed(image_size=args.image_size, num_classes=None if keep else 0, interpolation=args.interpolation)

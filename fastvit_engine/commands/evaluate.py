@@ -5,7 +5,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from fastvit_engine.commands.model import MODEL_HELP, add_model_options, load
+from fastvit_engine.commands.model import MODEL_HELP, add_model_options, check_output_folder, load
 from fastvit_engine.commands.parser import local_path, path_or_url, positive
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
@@ -61,6 +61,8 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError("--real and --classes say differently which classes are right: leave one of them out")
     if args.labels is not None and args.classes is None:
         raise UserError("--labels says what the labels count among --classes: add them, or leave it out")
+    if args.out is not None:
+        check_output_folder(args.out)
     from fastvit_engine.config import load_config
 
     resolved = load_config(args.recipe, args.set)
@@ -111,6 +113,11 @@ def _evaluate(source: str, resolved: "Resolved", args: argparse.Namespace) -> tu
         notes.append(note)
     elif not args.ignore_names:
         check_names(names, data_names)
+    if args.classes is None and data_names is not None and len(data_names) < outputs:
+        notes.append(
+            f"the model has {outputs:,} outputs and the data {len(data_names):,} classes: an answer of the other "
+            "outputs is wrong; --classes says which count"
+        )
     lists = None if args.real is None else read_real(args.real, outputs)
     batches = shards.batches(args.batch_size, doing="evaluating", progress=WorkProgress())
     record = record_answers(model, batches, right, resolved.config.loss.kind)
@@ -143,7 +150,7 @@ def _write(confusion: "Confusion", names: "tuple[str, ...] | None", out: "Path")
         atomic_write(out / "per_class.csv", confusion.csv(names))
     except OSError as error:
         raise UserError(f"cannot write to {out} ({error.strerror}): choose another --out") from error
-    save_sheet(confusion.picture(names), out / "confusion.png")
+    save_sheet(confusion.picture(names), out / "confusion.png", option="--out")
     say(f"{out}: per_class.csv, confusion.png", file=sys.stderr)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastvit_engine.commands.model import MODEL_HELP, add_model_options, check_folder_of, load
+from fastvit_engine.commands.model import MODEL_HELP, add_model_options, check_output, load
 from fastvit_engine.commands.parser import local_path, path_or_url, positive
 from fastvit_engine.shown import say
 
@@ -34,10 +34,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.commands.data.options import load_settings
 
-    check_folder_of(args.out)
+    check_output(args.out, "--out", (args.model, args.data))
     resolved = load_settings(args)
 
-    from fastvit_engine.evaluate.features import extract_features, save_features
+    from fastvit_engine.evaluate.features import check_features, extract_features, save_features
     from fastvit_engine.evaluate.one_pass import OnePass, config_for
     from fastvit_engine.observe.progress import WorkProgress
     from fastvit_engine.observe.units import counted
@@ -47,6 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     shards = OnePass.over(args.data, args.split, config, named="--data", limit=args.limit)
     batches = shards.batches(args.batch_size, doing="features of", progress=WorkProgress())
     found = extract_features(model, batches)
+    check_features(found, args.model)
     save_features(args.out, found)
     notes = "".join(f"; {note}" for note in shards.notes)
     say(f"{args.out}: {counted(len(found.labels), 'image')}, {found.features.shape[1]:,} features each{notes}")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastvit_engine.commands.model import MODEL_HELP, add_model_options, check_folder_of, load
+from fastvit_engine.commands.model import MODEL_HELP, add_model_options, check_output, given_model_options, load
 from fastvit_engine.commands.parser import local_path, path_or_url, positive
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
 
     resolved = load_settings(args)  # before PyTorch is loaded: a typing error is told at once
 
-    from fastvit_engine.evaluate.features import load_both, load_features, save_both
+    from fastvit_engine.evaluate.features import check_features, load_both, load_features, save_both
     from fastvit_engine.evaluate.fewshot import classes_of, few_shot_accuracy, shortages, summarize, tasks
     from fastvit_engine.observe.progress import WorkProgress
 
@@ -66,6 +66,9 @@ def _run(args: argparse.Namespace) -> int:
     else:
         train, evaluation = (load_features(path) for path in args.features)
         _check_widths(train, evaluation, args.features)
+    sources = args.features or [args.model]
+    check_features(train, sources[0])
+    check_features(evaluation, sources[-1])
     if args.features_out is not None:
         save_both(args.features_out, train, evaluation)
     shots = sorted(set(args.shots))
@@ -102,7 +105,8 @@ def _check(args: argparse.Namespace) -> None:
     if not 0 < args.l2 < float("inf"):
         raise UserError(f"--l2 is {args.l2:g}: give a number above 0, such as 1024")
     if args.features_out is not None:
-        check_folder_of(args.features_out)
+        inputs = (args.model, args.train, args.eval, *(args.features or ()))
+        check_output(args.features_out, "--features-out", inputs)
     if args.features is None:
         missing = [name for name in ("model", "train", "eval") if getattr(args, name) is None]
         if missing:
@@ -115,6 +119,8 @@ def _check(args: argparse.Namespace) -> None:
     if given:
         named = "MODEL" if given[0] == "model" else f"--{given[0]}"
         raise UserError(f"--features takes the place of {named}: leave one of them out")
+    if unused := given_model_options(args):
+        raise UserError(f"{unused[0]} is for a model, and --features are computed already: leave one of them out")
     if len(args.features) > 2:
         raise UserError(f"--features has {len(args.features)} files: give two, of the training and evaluation images")
 

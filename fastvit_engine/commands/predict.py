@@ -5,7 +5,7 @@ import json
 import sys
 from typing import Any
 
-from fastvit_engine.commands.model import MODEL_HELP, add_model_options, check_folder_of, load
+from fastvit_engine.commands.model import MODEL_HELP, add_model_options, check_output, load
 from fastvit_engine.commands.parser import local_path, local_text, path_or_url, positive
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say, shown
@@ -34,7 +34,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def _run(args: argparse.Namespace) -> int:
     if args.out is not None:
-        check_folder_of(args.out)
+        check_output(args.out, "--out", (args.model, *args.images))
     from fastvit_engine.commands.data.options import load_settings
 
     resolved = load_settings(args)
@@ -46,6 +46,8 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.observe.progress import WorkProgress
 
     paths = find_images(args.images)
+    if args.out is not None:
+        check_output(args.out, "--out", paths)
     model = load(args.model, args)
     if model.config.num_classes < 1:
         raise UserError(f"{args.model} has no head, so it names no class: use `fastvit fewshot` on its features")
@@ -78,6 +80,6 @@ def _run(args: argparse.Namespace) -> int:
             images.append({"image": one.path, "classes": classes})
         print(json.dumps({"images": images, "failed": [one._asdict() for one in failed]}))
     if args.out is not None:
-        save_sheet(prediction_sheet(found, config, names), args.out)
+        save_sheet(prediction_sheet(found, config, names), args.out, option="--out")
         say(f"{args.out}: {min(len(found), 200):,} images", file=sys.stderr)
     return 0

@@ -35,6 +35,8 @@ def settings_of(args: argparse.Namespace) -> list[str]:
     """The overrides of a command line, --init among them. Raises UserError if init.from is set twice."""
     if args.init is None:
         return list(args.set)
+    if args.init.strip() in ("", "~", "null", "Null", "NULL"):  # for init.from, these mean none
+        raise UserError(f"--init '{args.init}' names no model: name one, or leave --init out to start from scratch")
     if any(setting.partition("=")[0].strip() == "init.from" for setting in args.set):
         raise UserError(f"--init {args.init} and --set init.from=... say the same thing twice: leave one of them out")
     return [*args.set, f"init.from={args.init}"]

@@ -15,10 +15,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="train a model, from scratch or from weights",
         description="Trains the model of a recipe, from scratch or from the weights of another: on every GPU of this\n"
         "machine, on CPU processes if it has none, or as one rank of the job that torchrun, srun or deepspeed started.",
-        epilog="examples:\n  fastvit train vit_b16_i21k --set data.train=data/i21k --out runs/b16 --resume auto\n"
-        "  fastvit train finetune_photos --init ViT-B_16.npz --set data.train=photos --set model.num_classes=12\n\n"
-        "signals: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C finishes the step, saves and exits with code 76; a second one\n"
-        "ends the run at once. SIGQUIT writes stack traces into the run folder, as `fastvit stacks` does.",
+        epilog="signals: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C finishes the step, saves and exits with code 76; a\n"
+        "second one ends the run at once. SIGQUIT writes stack traces into the run folder, as\n"
+        "`fastvit stacks` does.\n\n"
+        "examples:\n  fastvit train vit_b16_i21k --set data.train=data/i21k --out runs/b16 --resume auto\n"
+        "  fastvit train finetune_photos --init ViT-B_16.npz --set data.train=photos --set model.num_classes=12",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_recipe(parser)

@@ -63,6 +63,16 @@ def extract_features(model: nn.Module, batches: Iterable[Batch], world: World | 
     return Features(features[order], labels[order], keys[order])
 
 
+def check_features(found: Features, where: object) -> None:
+    """Raises UserError, naming the first sample, if features are not finite. where: their source, for the sentence."""
+    bad = ~np.isfinite(found.features).all(axis=1)
+    if bad.any():
+        raise UserError(
+            f"{where}: the features of sample '{found.keys[bad.argmax()]}' are not finite: the model's weights are "
+            "broken, or it overflows in this precision"
+        )
+
+
 @contextmanager
 def _input_of_head(model: nn.Module) -> Iterator[list[Tensor]]:
     """A list to which each forward pass appends what the head gets: the representation [B, R]."""

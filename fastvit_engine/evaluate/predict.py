@@ -1,6 +1,6 @@
 """What a model says of images that are files, without labels."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
 from fastvit_engine.data.shards.image_files import has_image_suffix
 from fastvit_engine.errors import UserError
 from fastvit_engine.evaluate.confusion import name_of
+from fastvit_engine.evaluate.record import check_scores
 
 _COLUMNS, _MOST_SHOWN = 8, 200  # tiles of a sheet
 
@@ -65,7 +66,10 @@ def prepare_image(path: Path, config: Config) -> np.ndarray:
 def predict(
     model: nn.Module, paths: Sequence[Path], config: Config, *, top: int, batch_size: int
 ) -> Iterator[Prediction | Unreadable]:
-    """What `model`, in eval mode, says of each image, in order: `top` outputs. config: as `config_for` makes it."""
+    """What `model`, in eval mode, says of each image, in order: `top` outputs. config: as `config_for` makes it.
+
+    Raises UserError if the scores of an image are not finite.
+    """
     device = next(model.parameters()).device
     for start in range(0, len(paths), batch_size):
         images: dict[Path, np.ndarray] = {}
@@ -75,7 +79,7 @@ def predict(
                 images[path] = prepare_image(path, config)
             except (ValueError, OSError) as error:
                 problems[path] = str(getattr(error, "strerror", None) or error)
-        ranked = _ranked(model, images.values(), device, top) if images else iter(())
+        ranked = _ranked(model, images, device, top) if images else iter(())
         answers = dict(zip(images, ranked, strict=True))
         for path in paths[start : start + batch_size]:
             if path in problems:
@@ -86,9 +90,10 @@ def predict(
 
 
 def _ranked(
-    model: nn.Module, images: Iterable[np.ndarray], device: torch.device, top: int
+    model: nn.Module, images: Mapping[Path, np.ndarray], device: torch.device, top: int
 ) -> Iterator[tuple[list[int], list[float]]]:
-    logits: Tensor = model(torch.from_numpy(np.stack(list(images))).to(device)).float()
+    logits: Tensor = model(torch.from_numpy(np.stack(list(images.values()))).to(device)).float()
+    check_scores(logits, list(images))
     probabilities, outputs = logits.softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
     yield from zip(outputs.tolist(), probabilities.tolist(), strict=True)
 

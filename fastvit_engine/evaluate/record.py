@@ -71,7 +71,7 @@ def record_answers(
     """Ranks the outputs that count for every usable image. loss: as loss.kind.
 
     With a softmax, the loss of an image with several right outputs is that of their joint probability. Raises UserError
-    for labels that `right` does not know, and if no image is usable.
+    for labels that `right` does not know, for scores that are not finite, and if no image is usable.
     """
     was_training = model.training
     model.eval()
@@ -88,6 +88,7 @@ def record_answers(
                 continue
             wanted = _right_outputs(batch, kept, right)
             scores = model(batch.images.to(device, non_blocking=True)).float()[torch.from_numpy(kept).to(device)]
+            check_scores(scores, [batch.keys[row] for row in kept])
             scores = scores[:, outputs]
             ranked = outputs[scores.topk(min(_RANKED, len(outputs)), dim=1).indices].cpu().numpy()
             answers = torch.from_numpy(np.where(wanted >= 0, columns[wanted], -1)).to(device)
@@ -109,6 +110,16 @@ def record_answers(
         np.concatenate([part[4] for part in parts])[order],
         len(right.outputs),
     )
+
+
+def check_scores(scores: Tensor, keys: Sequence[object]) -> None:
+    """Raises UserError, naming the first image, if scores [N, K] of the images `keys` are not finite."""
+    bad = ~scores.isfinite().all(dim=1)
+    if bad.any():
+        raise UserError(
+            f"the scores of '{keys[int(bad.int().argmax())]}' are not finite: the model's weights are broken, or it "
+            "overflows in this precision"
+        )
 
 
 def _right_outputs(batch: Batch, kept: Integers, right: Right) -> Integers:

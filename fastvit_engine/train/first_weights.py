@@ -163,7 +163,7 @@ def _fill_sizes(model: ModelConfig, there: ModelConfig, values: dict[str, Any], 
     for key in _SIZES:
         if getattr(model, key) is not None and getattr(model, key) != getattr(shape, key):
             raise refuse(key, f"{key} {getattr(shape, key)}")
-    if "name" in given and model.name != there.name:
+    if "name" in given:
         patch = model.name.rpartition("/")[2]
         size = int(patch) if patch.isdecimal() and int(patch) else model.image_size
         named = resolve_shape(ModelConfig(name=model.name, image_size=size, **{k: getattr(model, k) for k in _SIZES}))

@@ -1,5 +1,6 @@
 """The command line itself: what it costs to ask for help or to mistype, and what `config` prints."""
 
+import argparse
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 
+from fastvit_engine import cli
 from fastvit_engine.cli import _parser, main
 
 HEAVY = ("torch", "deepspeed", "numpy", "pydantic", "yaml", "webdataset")
@@ -103,6 +105,33 @@ def test_a_command_without_its_action_shows_the_help(capsys, words, shown):
     assert stop.value.code == 2 and errors.startswith("usage: fastvit") and shown in errors
 
 
+def commands_of(parser, words=()):
+    """The words of every command, and what its --help prints."""
+    chosen = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if words:
+        yield " ".join(words), parser.format_help()
+    for action in chosen:
+        for name, inner in action.choices.items():
+            yield from commands_of(inner, (*words, name))
+
+
+def test_the_help_of_every_command_ends_with_an_example():
+    found = dict(commands_of(_parser()))
+    assert {
+        "train",
+        "convert",
+        "evaluate",
+        "predict",
+        "features",
+        "fewshot",
+        "data index",
+        "config show",
+    } <= found.keys()
+    for words, text in found.items():
+        last = text.rstrip().splitlines()[-1]
+        assert last.startswith(f"  fastvit {words}"), f"{words}: {last}"
+
+
 def test_resume_alone_means_auto():
     def resume(*words):
         return _parser().parse_args(["train", "photos", *words]).resume
@@ -175,3 +204,11 @@ def test_config_explain_in_three_forms(capsys):
     assert capsys.readouterr().out.startswith("# Configuration\n")
     assert main(["config", "explain", "optimizer.lr"]) == 2
     assert "did you mean 'optimizer.learning_rate'" in capsys.readouterr().err
+
+
+def test_a_warning_of_ours_is_a_line_without_source_code():
+    text = "h says no mean: taking 0.5"
+    ours = os.path.join(os.path.dirname(cli.__file__), "train", "first_weights.py")
+    assert cli._format_warning(UserWarning(text), UserWarning, ours, 95) == f"warning: {text}\n"
+    for category, filename in [(UserWarning, json.__file__), (DeprecationWarning, ours), (UserWarning, "/x.py")]:
+        assert f"{filename}:7: {category.__name__}: {text}\n" in cli._format_warning(text, category, filename, 7)

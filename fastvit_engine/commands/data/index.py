@@ -17,9 +17,9 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
             "them in an exact order. Damaged shards are named with the byte. Shards that have not changed since the "
             "last time are not read again. Shards and index may be in object stores, and shards on web servers."
         ),
-        epilog="example:\n  fastvit data index 'data/photos/train-*.tar' --out data/photos/shards.index\n"
-        "  fastvit data index s3://bucket/photos\n\n"
-        "Training finds shards.index beside the shards; any other name goes into data.index.",
+        epilog="Training finds shards.index beside the shards; any other name goes into data.index.\n\n"
+        "examples:\n  fastvit data index 'data/photos/train-*.tar' --out data/photos/shards.index\n"
+        "  fastvit data index s3://bucket/photos",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     index.add_argument("shards", metavar="SHARDS", nargs="+", help="folders, globs, brace patterns or URLs")

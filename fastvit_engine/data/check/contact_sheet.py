@@ -141,13 +141,13 @@ def draw_sheet(
     return sheet
 
 
-def save_sheet(sheet: Image.Image, path: AnyPath) -> None:
-    """Writes a PNG file, whole or not at all. Raises UserError if it cannot be written."""
+def save_sheet(sheet: Image.Image, path: AnyPath, *, option: str = "--sheet") -> None:
+    """Writes a PNG file, whole or not at all. Raises UserError, which tells to change `option`, if it cannot be."""
     try:
         with new_file(path) as file:
             sheet.save(file, "PNG", optimize=True)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}): choose another --sheet") from error
+        raise UserError(f"cannot write {path} ({error.strerror or error}): choose another {option}") from error
 
 
 def _some_samples(shards: ShardSet, config: Config, each: int = _SAMPLES_A_SHARD) -> Iterator[UsableImage]:

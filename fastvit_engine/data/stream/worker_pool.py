@@ -3,10 +3,12 @@
 import contextlib
 import mmap
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -91,12 +93,23 @@ def _loader(dataset: Dataset, sampler: Any, *, num_workers: int, prefetch: int) 
         collate_fn=_unchanged,
         prefetch_factor=prefetch if num_workers else None,
         multiprocessing_context="fork" if num_workers else None,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_start_worker,
         generator=torch.Generator(),  # or the loader would draw from, and so move, the global generator
     )
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def _start_worker(worker: int) -> None:
+    _leave_signals_to_the_parent()
+    sys.excepthook = _unless_the_parent_has_left
+
+
+def _unless_the_parent_has_left(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+    """Shows an error, but not that the parent ended, as Ctrl-C ends it, while a thread was handing it a batch."""
+    if not issubclass(kind, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, where)
+
+
+def _leave_signals_to_the_parent() -> None:
     """Ignores the signals that the parent handles itself.
 
     They may reach every process of a job, and the parent still needs its data for the step that it finishes.

@@ -68,6 +68,14 @@ def check_shapes(
             )
 
 
+def check_finite(tensors: Mapping[str, Tensor], where: str, what: str = "tensor") -> None:
+    """Raises UserError naming the first tensor with NaN or infinity, of which every answer of a model would be NaN."""
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            found = "NaN" if tensor.isnan().any() else "numbers that are infinite in float32"
+            raise UserError(f"{where}: {what} '{brief(name)}' holds {found}: the weights are broken, get others")
+
+
 def same(ours: str, theirs: str, *shape: int) -> Entry:
     """A parameter that differs in its name only."""
     return Entry(ours, shape, {theirs: shape})

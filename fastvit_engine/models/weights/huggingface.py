@@ -19,7 +19,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_folder, atomic_write
 from fastvit_engine.models.weights.described import described
 from fastvit_engine.models.weights.entries import Entry, check_shapes, same
-from fastvit_engine.models.weights.pretrained import Pretrained, from_entries, model_config
+from fastvit_engine.models.weights.pretrained import Pretrained, check_readable, from_entries, model_config
 from fastvit_engine.models.weights.safetensors_file import read_header, write_tensors
 from fastvit_engine.shown import brief
 
@@ -223,6 +223,7 @@ def hf_entries(config: ModelConfig, kind: str, prefix: str) -> Iterator[Entry]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError if it is none."""
+    check_readable(path)
     try:
         with open(path, "rb") as file:
             content = json.loads(file.read(_LONGEST))

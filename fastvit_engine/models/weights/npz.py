@@ -27,7 +27,7 @@ from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.described import described
 from fastvit_engine.models.weights.entries import Dimensions, Entry, check_shapes, same
 from fastvit_engine.models.weights.position import grid_side
-from fastvit_engine.models.weights.pretrained import USUAL, Pretrained, from_entries, model_config
+from fastvit_engine.models.weights.pretrained import USUAL, Pretrained, check_readable, from_entries, model_config
 from fastvit_engine.shown import brief
 
 _OF_TRAINING = ("opt/", "extra/", "chrono/", "states/", "step")
@@ -87,6 +87,7 @@ def open_npz(path: Path) -> Pretrained:
 
     Raises UserError if the file is damaged, holds pickled objects, or is of no Vision Transformer of ours.
     """
+    check_readable(path)
     with _readable(path):
         archive = zipfile.ZipFile(path)
         arrays = _without_prefix({array.member.filename[:-4]: array for array in _arrays(archive, path)})
@@ -108,7 +109,7 @@ def open_npz(path: Path) -> Pretrained:
             return stacked[name][layer]
 
     pixels, class_names = described(said, where)
-    return from_entries(where, config, entries, fetch, pixels or _PIXELS, class_names)
+    return from_entries(where, config, entries, fetch, pixels or _PIXELS, class_names, what="array")
 
 
 def write_npz(model: Pretrained, path: Path) -> list[str]:
@@ -396,7 +397,8 @@ def _read(archive: zipfile.ZipFile, array: _Array) -> Tensor:
         content = file.read()
     convert = _floats(array.dtype)
     assert convert is not None  # _arrays has refused others
-    values = convert(np.frombuffer(content, array.dtype))
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused by its name
+        values = convert(np.frombuffer(content, array.dtype))
     return torch.from_numpy(values.reshape(array.shape, order="F" if array.fortran else "C").copy(order="C"))
 
 

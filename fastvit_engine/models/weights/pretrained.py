@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
 from fastvit_engine.errors import UserError
 from fastvit_engine.models.vit import VisionTransformer
-from fastvit_engine.models.weights.entries import Entry, check_shapes
+from fastvit_engine.models.weights.entries import Entry, check_finite, check_shapes
 from fastvit_engine.models.weights.position import Interpolation, resample_positions
 
 USUAL = (0.5, 0.5, 0.5)  # mean and std of the recipes, and of the authors' code
@@ -120,6 +121,19 @@ class Pretrained:
         return replace(self, config=config, shapes=shapes, load=load)
 
 
+def check_readable(path: Path) -> None:
+    """Raises UserError unless a file can be opened. Libraries call one without permission absent or damaged."""
+    try:
+        with open(path, "rb"):
+            pass
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder, and by its name it must be a file") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): make it readable") from error
+
+
 def from_entries(
     where: str,
     config: ModelConfig,
@@ -127,8 +141,13 @@ def from_entries(
     fetch: Callable[[str], Tensor],
     pixels: Mapping[str, Any] | None,
     class_names: tuple[str, ...] | None = None,
+    *,
+    what: str = "tensor",
 ) -> Pretrained:
-    """A model whose parameters are stored under other names and in other layouts. fetch: reads a tensor of theirs."""
+    """A model whose parameters are stored under other names and in other layouts. fetch: reads a tensor of theirs.
+
+    what: the word for one of theirs. Reading raises UserError if a number is not finite.
+    """
     by_name = {entry.ours: entry for entry in entries}
     shapes = {name: by_name[name].shape for name in parameter_shapes(config)}
 
@@ -136,7 +155,9 @@ def from_entries(
         found = {}
         for name in names:
             entry = by_name[name]
-            found[name] = entry.to_ours([fetch(theirs) for theirs in entry.theirs]).to(torch.float32, copy=True)
+            parts = {theirs: fetch(theirs) for theirs in entry.theirs}
+            check_finite(parts, where, what)
+            found[name] = entry.to_ours(list(parts.values())).to(torch.float32, copy=True)
         return found
 
     return Pretrained(where, config, shapes, load, pixels, class_names)
@@ -152,11 +173,17 @@ def from_tensors(
 ) -> Pretrained:
     """A model whose parameters are stored under our names.
 
-    found: their shapes. Raises UserError if they are not those of `config`.
+    found: their shapes. Raises UserError if they are not those of `config`; reading does if a number is not finite.
     """
     expected = parameter_shapes(config)
     check_shapes(expected, found, where, "parameter")
-    return Pretrained(where, config, expected, load, pixels, class_names)
+
+    def load_finite(names: Sequence[str]) -> dict[str, Tensor]:
+        tensors = load(names)
+        check_finite(tensors, where, "parameter")
+        return tensors
+
+    return Pretrained(where, config, expected, load_finite, pixels, class_names)
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

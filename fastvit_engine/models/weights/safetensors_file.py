@@ -18,7 +18,7 @@ from torch import Tensor
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.described import PIXELS, described
-from fastvit_engine.models.weights.pretrained import Pretrained, from_tensors, model_config
+from fastvit_engine.models.weights.pretrained import Pretrained, check_readable, from_tensors, model_config
 from fastvit_engine.models.weights.timm_code import timm_code
 from fastvit_engine.models.weights.timm_names import open_timm_tensors
 from fastvit_engine.shown import brief
@@ -111,6 +111,7 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]],
 
     Raises UserError if the file is damaged, or if its tensors are no floating-point numbers.
     """
+    check_readable(path)
     try:
         file = safe_open(path, framework="pt")
         metadata = file.metadata() or {}

@@ -367,6 +367,7 @@ def test_bad_arguments_are_one_sentence(tmp_path, capsys):
         ([source, tmp_path / "no" / "y.npz", *npz], "no is no folder: make it first"),
         ([source, full, "--to", "hf"], "full exists, and --to hf writes a new folder"),
         ([source, source, "--to", "hub-folder"], "exists, and --to hub-folder writes a new folder"),
+        ([source, source, *npz, "--head", "none"], "x.npz is MODEL itself, which would be replaced"),
         ([source, tmp_path / "y.npz", *npz, "--image-size", "50"], "model.image_size 50 is not a multiple of"),
         ([source, tmp_path / "y.npz", *npz, "--ema"], "holds one set of weights"),
         ([source, tmp_path / "y.npz", *npz, "--name", "B/16"], "says itself which model it is of"),

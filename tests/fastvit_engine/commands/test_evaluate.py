@@ -65,6 +65,14 @@ def test_real_labels_and_the_images_without_any(evaluate, model_file, tmp_path):
     assert evaluate(model_file, "--real", tmp_path / "all.json", *limited)[1]["samples"] == 20
 
 
+def test_outputs_that_the_data_has_no_class_for_are_said(evaluate, write_model):
+    code, figures, errors = evaluate(write_model(names=None, num_classes=12), "--json")
+    assert code == 0 and figures["samples"] == 359
+    assert errors.startswith(
+        "note: the model has 12 outputs and the data 10 classes: an answer of the other outputs is"
+    )
+
+
 def test_only_some_classes_count(evaluate, model_file):
     code, figures, errors = evaluate(model_file, "--classes", "three,4,5", "--json")
     assert code == 0 and figures["top5"] is None and "3 of 10 outputs count" in errors
@@ -100,11 +108,14 @@ def test_only_some_classes_count(evaluate, model_file):
         (["MODEL", "--real", "OUTSIDE", "--ignore-names"], "has 10 for image 1, which is none of the model's outputs"),
         (["SMALL"], "has label 9, outside 0..2: evaluate with a model of as many classes as the data"),
         (["gone.safetensors"], "gone.safetensors does not exist"),
+        (["gone.safetensors", "--out", "FILE"], "short.json is no folder that you may write to"),
+        (["gone.safetensors", "--out", "FILE/below"], "short.json is no folder that you may write to"),
     ],
 )
 def test_bad_input_is_one_sentence(evaluate, model_file, write_model, tmp_path, words, sentence):
     (tmp_path / "short.json").write_text("[[1], [2]]")
     files = {"MODEL": model_file, "SHORT": tmp_path / "short.json", "FOLDER": tmp_path / "folder"}
+    files |= {"FILE": tmp_path / "short.json", "FILE/below": tmp_path / "short.json" / "below"}
     files["FOLDER"].mkdir()
     bad = {"bytes.json": b"[\xff]", "empty.txt": b"", "object.json": b'{"a": [1]}', "none.json": b"[]"}
     bad |= {"bare.json": str([[]] * 359).encode(), "outside.json": b"[[1], [10]]"}

@@ -103,3 +103,11 @@ def test_an_epoch_of_unknown_length(capsys):
 def test_bad_input(capsys, arguments, part):
     assert main(["plan", "vit_h14_jft", *arguments]) == 2
     assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("empty", ["", " ", "null", "~"])
+@pytest.mark.parametrize("command", [["plan", "probe", "--gpus", "1"], ["config", "show", "probe"], ["train", "probe"]])
+def test_an_empty_name_of_weights_is_not_a_start_from_scratch(capsys, command, empty):
+    assert main([*command, "--init", empty]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and f"--init '{empty}' names no model: name one, or leave --init out" in captured.err

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import fastvit_engine
 from fastvit_engine.config import load_config
@@ -79,6 +81,9 @@ def test_files_that_are_no_images_are_named_one_by_one(fastvit, model_file, phot
         (["MODEL", "EMPTY"], "holds no images: name a folder of images"),
         (["gone.safetensors", "0.jpg"], "gone.safetensors does not exist"),
         (["MODEL", "0.jpg", "--out", "nowhere/sheet.png"], "nowhere/sheet.png cannot be written"),
+        (["MODEL", "0.jpg", "--out", "EMPTY"], "it is a folder, and --out names a file"),
+        (["MODEL", "1.jpg", "0.jpg", "--out", "0.jpg"], "0.jpg is an input of this command, which --out would replace"),
+        (["MODEL", ".", "--out", "more/4.JPG"], "more/4.JPG is an input of this command"),
     ],
 )
 def test_bad_input_is_one_sentence(fastvit, model_file, photos, tmp_path, monkeypatch, words, sentence):
@@ -88,3 +93,23 @@ def test_bad_input_is_one_sentence(fastvit, model_file, photos, tmp_path, monkey
     code, out, errors = fastvit("predict", *(files.get(word, word) for word in words))
     assert code == 2 and sentence in errors.splitlines()[-1] and out == ""
     assert errors.splitlines()[-1].startswith("fastvit: error: ")
+
+
+def test_scores_that_overflow_are_refused(fastvit, write_model, photos):
+    path = write_model(names=None)
+    state = load_file(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file(state | {"head.weight": torch.full_like(state["head.weight"], 3e38)}, path, metadata=metadata)
+    code, out, errors = fastvit("predict", path, photos / "0.jpg", "--json")
+    assert code == 2 and out == "" and f"the scores of '{photos}/0.jpg' are not finite" in errors
+
+
+def test_what_the_weights_do_not_say_is_a_note(fastvit, model_file, photos, tmp_path):
+    with safe_open(model_file, "pt") as file:
+        said = {key: text for key, text in file.metadata().items() if key not in ("mean", "std")}
+    path = tmp_path / "unsaid.safetensors"
+    save_file(load_file(model_file), path, metadata=said)
+    code, _, errors = fastvit("predict", path, photos / "0.jpg", "--json")
+    assert code == 0
+    assert errors == f"note: {path} does not say mean and std of its pixels: taking 0.5 and 0.5\n"

@@ -101,6 +101,15 @@ def test_labels_that_the_model_does_not_have_are_refused():
         figures_of(record_answers(Scores(), batches([1, 2]), Right.among([3, 4], 7), "softmax"))
 
 
+@pytest.mark.parametrize("number", [torch.nan, torch.inf, -torch.inf])
+def test_scores_that_are_not_finite_are_refused(number):
+    model = Scores()
+    model.table.data[7, 2] = number
+    with pytest.raises(UserError, match="the scores of 'k7' are not finite: the model's weights are broken"):
+        record_answers(model, batches(), Right.all(7), "softmax")
+    assert figures_of(record_answers(model, batches(bad={7}), Right.all(7), "softmax")).samples == 11
+
+
 def test_real_labels_leave_out_images_without_any():
     record = record_answers(Scores(), batches(bad={1}), Right.all(7), "softmax")
     firsts = dict(zip(record.positions.tolist(), record.ranked[:, 0].tolist(), strict=True))

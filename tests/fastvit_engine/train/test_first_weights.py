@@ -74,6 +74,7 @@ def test_values_that_say_the_same_are_no_contradiction(npz):
     ("settings", "sentence"),
     [
         ({"model.name": "Ti/16", "model.image_size": 16}, r"model.name = Ti/16 \(overrides\) contradicts .*w.npz has"),
+        ({"model.name": "Ti/4"}, r"model.name = Ti/4 .* has width 24, depth 2, heads 2, mlp_dim 40"),
         ({"model.name": "B/4"}, r"w.npz has width 24, depth 2, heads 2, mlp_dim 40"),
         ({"model.width": 48}, r"model.width = 48 .*w.npz has width 24; leave model.width out, or start from other"),
         ({"model.mlp_dim": 48}, r"has mlp_dim 40"),

@@ -1,3 +1,4 @@
+import builtins
 import multiprocessing
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastvit_engine.data.stream import worker_pool
 from fastvit_engine.data.stream.batch import Batch, BatchBuilder, StageSeconds, Workspace, empty_batch
 from fastvit_engine.data.stream.worker_pool import load, lost_worker
 from fastvit_engine.errors import UserError
@@ -94,6 +96,28 @@ _wait_for_calm()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def _raised(error):
+    try:
+        raise getattr(builtins, error)(error)
+    except Exception:
+        return sys.exc_info()
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [("BrokenPipeError", False), ("ConnectionResetError", False), ("EOFError", False), ("ValueError", True)],
+)
+def test_a_worker_is_silent_if_its_parent_ends_while_it_hands_over_a_batch(capsys, monkeypatch, error, shown):
+    monkeypatch.setattr(worker_pool, "_leave_signals_to_the_parent", lambda: None)  # of this process they stay
+    before = sys.excepthook
+    try:
+        worker_pool._start_worker(0)
+        sys.excepthook(*_raised(error))  # as multiprocessing's thread calls it
+    finally:
+        sys.excepthook = before
+    assert (error in capsys.readouterr().err) == shown
+
+
 def test_threads_that_python_did_not_start_are_waited_for():
     done = subprocess.run([sys.executable, "-c", THREADS_OF_OPENMP], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -285,6 +285,18 @@ def test_what_does_not_fit_is_named_with_both_shapes(tmp_path, change, message):
     assert str(refused.value).startswith(str(path))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "value", "said"),
+    [("<f4", np.nan, "NaN"), ("<f2", -np.inf, "infinite"), ("<f8", 1e39, "infinite in float32")],
+)
+def test_numbers_that_are_not_finite_are_refused_by_the_name_of_their_array(tmp_path, dtype, value, said):
+    arrays = {name: array.astype(dtype) for name, array in random_arrays().items()}
+    name = "Transformer/encoderblock_1/MlpBlock_3/Dense_0/kernel"
+    arrays[name][2, 1] = value
+    with pytest.raises(UserError, match=rf"x.npz: array '{name}' holds .*{said}.*: the weights are broken"):
+        load_model(save(tmp_path / "x.npz", arrays))
+
+
 def npy_claiming(shape, dtype="<f4"):
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, {"descr": dtype, "fortran_order": False, "shape": shape})

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastvit_engine import load_model
 from fastvit_engine.config import ModelConfig
 from fastvit_engine.errors import UserError
 from fastvit_engine.models.vit import build_vit
@@ -51,3 +52,33 @@ def test_a_new_head_is_zero_and_has_no_class_names():
     assert torch.equal(headless(images), model.represent(images))
     with pytest.raises(UserError, match="num_classes is -1"):
         source.changed(num_classes=-1)
+
+
+def test_parameters_that_are_not_finite_are_refused_by_name():
+    state = build_vit(CONFIG, mean=(0.5,) * 3, std=(0.5,) * 3).state_dict()
+    state["blocks.0.norm2.bias"][3] = torch.nan
+    source = from_tensors("w", CONFIG, {n: tuple(t.shape) for n, t in state.items()}, lambda names: state, PIXELS)
+    with pytest.raises(UserError, match="w: parameter 'blocks.0.norm2.bias' holds NaN: the weights are broken"):
+        source.build()
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+@pytest.mark.parametrize("name", ["x.npz", "x.safetensors", "folder"])
+def test_a_file_that_cannot_be_opened_is_neither_absent_nor_damaged(tmp_path, monkeypatch, name, error):
+    (tmp_path / "folder").mkdir()
+    for file in ("x.npz", "x.safetensors", "folder/config.json"):
+        (tmp_path / file).write_text("{}")
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr("builtins.open", refuse)  # permissions do not bind root
+    with pytest.raises(UserError, match=rf"{name}\S* cannot be read \({error.strerror}\): make it readable"):
+        load_model(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.npz", "x.safetensors"])
+def test_a_folder_with_the_name_of_a_file_is_called_a_folder(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is a folder, and by its name it must be a file"):
+        load_model(tmp_path / name)
