@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from fastvit_engine.config import ModelConfig, Resolved, load_config
+from fastvit_engine import api
+from fastvit_engine.config import Config, ModelConfig, Resolved, load_config
 from fastvit_engine.data.stream.prepare import eval_streams, prepare_data
+from fastvit_engine.data.stream.streams import StreamedShards
 from fastvit_engine.errors import UserError
+from fastvit_engine.evaluate import one_pass as one_pass_module
 from fastvit_engine.evaluate.features import (
     Features,
     extract_features,
@@ -18,7 +21,7 @@ from fastvit_engine.evaluate.features import (
     save_both,
     save_features,
 )
-from fastvit_engine.evaluate.one_pass import OnePass, config_for
+from fastvit_engine.evaluate.one_pass import OnePass, config_for, workers_for
 from fastvit_engine.models import build_vit
 from fastvit_engine.observe.progress import WorkProgress
 from tests.fastvit_engine.ranks import on_ranks
@@ -43,6 +46,24 @@ def features_of(model, shards, *settings, batch_size=6, **given):
     progress = WorkProgress(quiet=True)
     batches = one_pass(model, shards, *settings, **given).batches(batch_size, doing="features of", progress=progress)
     return extract_features(model, batches)
+
+
+def test_workers_are_no_more_than_cpus_unless_somebody_sets_them(monkeypatch, model, shards):
+    monkeypatch.setattr(one_pass_module.os, "sched_getaffinity", lambda pid: {0, 1})
+    given = Config.model_validate({"data": {"num_workers": 3}})
+    assert (workers_for(Config()), workers_for(given)) == (2, 3)
+    assert config_for(model, load_config(None)).data.num_workers == 2
+    seen = []
+
+    def eval_batches(self, config, **given):
+        seen.append(config.data.num_workers)
+        raise UserError("enough")
+
+    monkeypatch.setattr(StreamedShards, "eval_batches", eval_batches)
+    for config in (None, given):
+        with pytest.raises(UserError, match="enough"):
+            api.evaluate(model, str(shards), config=config)
+    assert seen == [2, 3]
 
 
 def test_features_are_the_representations_in_the_order_of_the_shards(model, shards):

@@ -132,6 +132,15 @@ def test_fewer_classes_than_outputs_and_a_batch_larger_than_the_data_are_warned_
     assert large.startswith("train.global_batch_size is 8, and an epoch has only 7 samples: ")
 
 
+def test_a_new_head_needs_the_number_of_classes(tmp_path):
+    sections = {"init": {"from": "weights.npz"}, "data": {"train": "x"}}
+    with pytest.raises(UserError, match="model.num_classes is not set, and the new head .*: set model.num_classes=N"):
+        preflight(Config.model_validate(sections), RunFolder(tmp_path), 1, resume=False)
+    for model in ({"num_classes": 1000}, {"num_classes": 7}):
+        with pytest.raises(UserError, match="x"):  # the shards
+            preflight(Config.model_validate({**sections, "model": model}), RunFolder(tmp_path), 1, resume=False)
+
+
 def test_few_shot_data_of_two_kinds_of_classes_is_refused(shards, tmp_path):
     """Their classes may be others, and more, than those of data.train, but must be the same in both."""
     info = {"source": "x", "seed": 0, "eval_fraction": 0.1, "samples_per_shard": 9}
