@@ -69,7 +69,7 @@ def test_labels_that_only_one_set_has_are_said(fastvit, tmp_path):
     words = ("--features", tmp_path / "train.npz", tmp_path / "eval.npz", "--shots", 1, "--json")
     code, figures, errors = fastvit("fewshot", *words)
     assert code == 0 and figures["shots"]["1"]["mean"] == 0
-    assert "3 classes of the evaluation data, the first 10, have no training sample: their 6 of 6" in errors
+    assert "3 classes of the evaluation data (first: class 10) have no training sample: their 6 of 6" in errors
     save_features(tmp_path / "eval.npz", features._replace(labels=features.labels - 1))
     code, _, errors = fastvit("fewshot", *words)
     assert code == 2 and errors.count("\n") == 1 and "eval.npz has the label -1, and classes are counted" in errors
