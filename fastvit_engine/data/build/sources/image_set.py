@@ -13,6 +13,7 @@ from fastvit_engine.data.shards.remote_path import AnyPath
 from fastvit_engine.data.shards.sample import is_macos_resource
 from fastvit_engine.data.shards.tar import TarError, iterate_members
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import brief
 from fastvit_engine.storage.source import one_line
 
 _LARGEST = 1 << 24  # bytes of a file that describes images; the real ones have less than 1 MB
@@ -31,7 +32,9 @@ class ImageSet:
     def add(self, name: str, label: str) -> None:
         """Adds an image to the listing, as a faulty one if it is not there. Raises UserError if it has been added."""
         if name in self.used:
-            raise UserError(f"{name} of {self.where} is listed twice: download the files that list the images again")
+            raise UserError(
+                f"{brief(name)} of {self.where} is listed twice: download the files that list the images again"
+            )
         self.used.add(name)
         if name not in self.images:
             self.builder.add_faulty(name, "is missing", file=self.file)

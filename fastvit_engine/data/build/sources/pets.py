@@ -7,6 +7,7 @@ from fastvit_engine.data.build.sources.image_set import find_texts, open_images,
 from fastvit_engine.data.build.sources.listing import Listing, ListingBuilder
 from fastvit_engine.data.shards.remote_path import AnyPath
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import brief
 
 IMAGES, ANNOTATIONS = "images.tar.gz", "annotations.tar.gz"
 _LISTS = {"train": "trainval.txt", "test": "test.txt"}
@@ -70,7 +71,7 @@ def _read_list(lines: list[str] | None, name: str, path: AnyPath) -> list[_Line]
     found = [line for line in parsed if line is not None]
     if len(found) < len(lines):
         raise UserError(
-            f"{name} of {path} has the line '{lines[parsed.index(None)][:200]}', which is not NAME CLASS SPECIES "
+            f"{name} of {path} has the line '{brief(lines[parsed.index(None)])}', which is not NAME CLASS SPECIES "
             "BREED: download it again"
         )
     return found
@@ -84,7 +85,7 @@ def _class_names(lines: list[_Line], path: AnyPath) -> list[str]:
         breed = name.rpartition("_")[0] or name
         if names.setdefault(number, breed) != breed or numbers.setdefault(breed, number) != number:
             raise UserError(
-                f"the lists of {path} give class {number} the names {names[number]} and {breed}, or {breed} two "
-                "numbers: download them again"
+                f"the lists of {path} give class {number} the names {brief(names[number])} and {brief(breed)}, or the "
+                "latter two numbers: download them again"
             )
     return [names.get(number, str(number)) for number in range(1, max(names) + 1)]

@@ -12,6 +12,7 @@ from fastvit_engine.data.build.sources.table import RowAdder, text_rows
 from fastvit_engine.data.shards.remote_path import AnyPath
 from fastvit_engine.data.shards.splits import split_of
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import brief
 
 _BOTH = re.compile(r"train\d*_?val\d*", re.ASCII | re.IGNORECASE)  # train800val200, trainval
 
@@ -45,8 +46,8 @@ def list_split_lists(path: AnyPath, context: Context) -> Listing:
         for row in text_rows(path / name):
             if not row.fault and row.image in (seen if builder.held_out else ()):
                 raise UserError(
-                    f"{row.image} is in {train} and in {name} of {path}, so that it would be trained and evaluated on: "
-                    f"correct the lists, or leave one out: `{context.command('--leave-out', name)}`"
+                    f"{brief(row.image)} is in {train} and in {name} of {path}, so that it would be trained and "
+                    f"evaluated on: correct the lists, or leave one out: `{context.command('--leave-out', name)}`"
                 )
             own.add(row.image)
             rows.add(row)

@@ -202,6 +202,7 @@ def test_a_class_number_that_no_image_of_pets_has_keeps_its_place(make, packed_p
             "give class 2 the names american_bulldog and Bengal",
         ),
         ({"annotations/trainval.txt": TRAINVAL + b"Sphynx_3 3 1 1\n"}, "give class 3 the names Bengal and Sphynx"),
+        ({"annotations/test.txt": TEST + b"S" * 9000 + b"_3 3 1 1\n"}, r"the names Bengal and S{200}\.\.\., or the "),
         ({"annotations/test.txt": TEST + b"Bengal_2 3 1 2\n"}, "Bengal_2.jpg of .*images.tar.gz is listed twice"),
         (
             {"annotations/trainval.txt": TRAINVAL + b"Bengal_3 3 1 2\n"},
