@@ -131,7 +131,7 @@ first_weights._read, World.broadcast = reading, sending
 """
 
 
-@pytest.mark.parametrize("moment", [in_full("reading"), "sending"])
+@pytest.mark.parametrize("moment", [in_full("reading"), in_full("sending")])
 def test_killed_while_the_first_weights_are_read_or_sent(
     train, train_command, from_weights, tmp_path, uninterrupted_from_weights, moment
 ):
@@ -159,6 +159,7 @@ def test_a_run_from_weights_is_killed_again_and_again(
     assert record(tmp_path / "run") == uninterrupted_from_weights
 
 
+@only_in_full
 @pytest.mark.timeout(600 + 100 * KILLS)
 def test_killed_again_and_again_while_workers_change(train, train_command, settings, tmp_path, uninterrupted):
     kill_again_and_again(train_command, settings, tmp_path / "run")
@@ -297,6 +298,7 @@ def test_a_full_disk_in_the_middle_of_a_run_is_named(train_command, small_disk, 
     assert re.search(sentence, errors), errors
 
 
+@only_in_full
 def test_a_full_disk_that_gets_room_in_time_changes_nothing(train_command, small_disk, settings, uninterrupted):
     run = small_disk / "run"
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
