@@ -2,6 +2,7 @@
 
 from fastvit_kernels.attention import attention, attention_qkv
 from fastvit_kernels.attention_block import attention_block
+from fastvit_kernels.block import transformer_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
 from fastvit_kernels.dispatch import explain
 from fastvit_kernels.integrations import accelerate
@@ -39,4 +40,5 @@ __all__ = [
     "layer_norm_mlp",
     "patch_embed",
     "sigmoid_cross_entropy",
+    "transformer_block",
 ]

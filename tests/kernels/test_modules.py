@@ -38,7 +38,7 @@ def test_public_names() -> None:
         *("attention", "attention_block", "cross_entropy", "layer_norm", "layer_norm_mlp", "patch_embed"),
         *("sigmoid_cross_entropy", "FusedAttention", "FusedBlock", "FusedCrossEntropy", "FusedLayerNorm"),
         *("FusedLayerNormMLP", "FusedPatchEmbed", "accelerate", "add_layer_norm", "attention_qkv"),
-        *("drop_path_subset", "explain"),
+        *("drop_path_subset", "explain", "transformer_block"),
     }
     assert all(callable(getattr(fastvit_kernels, name)) for name in fastvit_kernels.__all__)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.checks import check_device, check_floating, check_parameter, check_rate
+from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
 from fastvit_kernels.layer_norm import reference
 from fastvit_kernels.registration import register_gradient, register_op
@@ -96,13 +97,35 @@ def launch_forward(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, normed, mean, rstd = fake_forward(x, branch, layer_scale, path_scale, weight, bias, eps)
+    return normalise(x, weight, bias, eps, x.dtype, branch=branch, layer_scale=layer_scale, path_scale=path_scale)
+
+
+def normalise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    branch: Tensor | None = None,
+    branch_bias: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    path_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = x + path_scale * layer_scale * (branch + branch_bias), norm(y) in `dtype`, and the statistics of its rows.
+
+    x and branch are [..., D]. Without a branch, y is empty and x is normalised. Statistics, mean and 1 / deviation, are
+    [...] float32.
+    """
+    y, _, mean, rstd = fake_forward(x, branch, layer_scale, path_scale, weight, bias, eps)
+    normed = x.new_empty(x.shape, dtype=dtype)
     x_rows, branch_rows = as_rows(x), None if branch is None else as_rows(branch)
     rows, width = x_rows.shape
     tile = forward_tile(width, x.dtype, branch is not None, rows, gpu(x.device))
     kernels.layer_norm_fwd_kernel[triton.cdiv(rows, tile.rows),](
         x_rows,
         branch_rows,
+        None if branch_bias is None else branch_bias.contiguous(),
         None if layer_scale is None else layer_scale.contiguous(),
         path_scale,
         weight.contiguous(),
@@ -124,12 +147,6 @@ def launch_forward(
         num_warps=tile.num_warps,
     )
     return y, normed, mean, rstd
-
-
-def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """For operators that begin with it: layer normalisation of x [B, N, D] as [T, D] in `dtype`, and statistics [T]."""
-    _, normed, mean, rstd = launch_forward(x, None, None, None, weight, bias, eps)
-    return as_rows(normed).to(dtype), mean.view(-1), rstd.view(-1)
 
 
 def fake_forward(
@@ -159,19 +176,64 @@ def launch_backward(
     bias: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    learns: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch, layer_scale, weight and bias; unless `learns`, the last three are left unwritten."""
     gradients = fake_backward(
         grad_y, grad_normed, y, branch, branch_dtype, layer_scale, path_scale, weight, bias, mean, rstd
     )
     grad_x, grad_branch, grad_layer_scale, grad_weight, grad_bias = gradients
+    partial = launch_gradient(
+        grad_y,
+        grad_normed,
+        y,
+        weight,
+        mean,
+        rstd,
+        grad_x,
+        branch=branch,
+        layer_scale=layer_scale,
+        path_scale=path_scale,
+        grad_branch=grad_branch if grad_branch.shape == y.shape else None,
+    )
+    sums = ColumnSums()
+    outs = {"weight": grad_weight, "bias": grad_bias, "layer_scale": grad_layer_scale}
+    for name, part in partial.items():
+        sums.add(part, outs[name])
+    sums.launch()
+    return gradients
+
+
+def launch_gradient(
+    grad_y: Tensor | None,
+    grad_normed: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_x: Tensor,
+    *,
+    branch: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    path_scale: Tensor | None = None,
+    unscaled: Tensor | None = None,
+    grad_branch: Tensor | None = None,
+    learns: bool = True,
+    sum_grad_y: bool = False,
+    sum_branch: bool = False,
+) -> dict[str, Tensor]:
+    """Writes the gradient of x, of y = x + branch, to `grad_x`, and what else is asked for.
+
+    With G = path_scale * grad_x, G goes to `unscaled` and layer_scale * G to `grad_branch`. Returns partial column sums
+    for `ColumnSums`, each [programs, D]: gradients of "weight" and "bias" if it `learns`, of "layer_scale" with a
+    `branch`, and sums of "grad_y" and of G, "branch", if asked for.
+    """
     grad_y_rows, grad_normed_rows = None if grad_y is None else as_rows(grad_y), as_rows(grad_normed)
-    y_rows, branch_rows = as_rows(y), None if branch is None else as_rows(branch)
+    y_rows, branch_rows = as_rows(y), None if layer_scale is None or branch is None else as_rows(branch)
     rows, width = y_rows.shape
-    tile = backward_tile(width, y.dtype, layer_scale is not None, rows, gpu(y.device))
+    wanted = ["weight", "bias"] * learns + ["layer_scale"] * (branch_rows is not None)
+    wanted += ["grad_y"] * sum_grad_y + ["branch"] * sum_branch
+    tile = backward_tile(width, y.dtype, len(wanted), rows, gpu(y.device))
     programs = min(tile.programs * gpu(y.device).multiprocessors, triton.cdiv(rows, tile.rows))
-    partial = y.new_empty(2 if layer_scale is None else 3, programs, width, dtype=torch.float32)
+    partial = y.new_empty(len(wanted), programs, width, dtype=torch.float32)
     kernels.layer_norm_bwd_kernel[programs,](
         grad_y_rows,
         grad_normed_rows,
@@ -183,8 +245,9 @@ def launch_backward(
         mean,
         rstd,
         grad_x,
-        grad_branch if grad_branch.shape == y.shape else None,
-        partial if learns else None,
+        unscaled,
+        grad_branch,
+        partial,
         rows,
         width,
         0 if path_scale is None else rows // len(path_scale),
@@ -196,23 +259,13 @@ def launch_backward(
         BLOCK_N=tile.columns,
         CHUNKS=triton.cdiv(width, tile.columns),
         MASKED=width % tile.columns > 0,
+        SUM_PARAMETERS=learns,
+        SUM_GRAD_Y=sum_grad_y,
+        SUM_BRANCH=sum_branch,
         STAGES=tile.stages,
         num_warps=tile.num_warps,
     )
-    if not learns:
-        return gradients
-    kernels.column_sum_kernel[triton.cdiv(width, 32), len(partial)](
-        partial,
-        grad_weight,
-        grad_bias,
-        None if layer_scale is None else grad_layer_scale,
-        programs,
-        width,
-        BLOCK_M=64,
-        BLOCK_N=32,
-        num_warps=4,
-    )
-    return gradients
+    return dict(zip(wanted, partial, strict=True))
 
 
 def fake_backward(
@@ -265,9 +318,9 @@ def forward_tile(width: int, dtype: torch.dtype, branch: bool, rows: int, on: Gp
 
 
 @tunable(BackwardTile, "layer_norm_bwd_kernel", sizes=("rows",))
-def backward_tile(width: int, dtype: torch.dtype, layer_scale: bool, rows: int, on: Gpu) -> BackwardTile:
-    """A thread holds each number of a row, its gradient and two sums, or three: as many as 255 registers allow."""
-    tile = whole_rows(width, most=26 if layer_scale else 52)
+def backward_tile(width: int, dtype: torch.dtype, sums: int, rows: int, on: Gpu) -> BackwardTile:
+    """A thread holds each number of a row, its gradient and up to five sums: as many as 255 registers allow."""
+    tile = whole_rows(width, most=52 if sums <= 2 else 26)
     return BackwardTile(*tile, stages=2 if width <= 4096 else 1, programs=2)
 
 
