@@ -4,7 +4,8 @@ A half-block is x + path_scale * layer_scale * (inner(norm(x)) w^T + bias). Thes
 operators and know no autograd.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,20 @@ from torch import Tensor
 from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.gemm import products
 from fastvit_kernels.gemm.products import BranchGradient
-from fastvit_kernels.layer_norm.op import as_rows, launch_gradient
+from fastvit_kernels.layer_norm.op import launch_gradient
+
+
+def empty_gradients(learned: Sequence[Any], needed: Sequence[bool]) -> tuple[Tensor, ...]:
+    """A tensor like each input that may have a gradient, empty where that is not needed: for fake implementations."""
+    x = learned[0]
+    return tuple(
+        x.new_empty(0) if not need else like.new_empty(like.shape) for like, need in zip(learned, needed, strict=True)
+    )
+
+
+def needed_gradients(found: Sequence[Any], needed: Sequence[bool], x: Tensor) -> tuple[Tensor, ...]:
+    """What an operator returns, which cannot be None: an empty tensor for what is not needed."""
+    return tuple(gradient if need else x.new_empty(0) for gradient, need in zip(found, needed, strict=True))
 
 
 class End(NamedTuple):
@@ -43,12 +57,11 @@ class End(NamedTuple):
         return scaled or grad_y.dtype != self.weight.dtype
 
     def gradient(self, grad_y: Tensor, column_sum: bool) -> BranchGradient:
-        """Of the branch, given that of the half-block's output [B, N, D]."""
+        """Of the branch, given that of the half-block's output, [T, D]."""
         return products.branch_gradient(
-            as_rows(grad_y),
+            grad_y,
             self.layer_scale,
             self.path_scale,
-            grad_y.shape[1],
             self.weight.dtype,
             unscaled=self.needs_product,
             scaled=self.needs_inner,
@@ -61,12 +74,15 @@ class End(NamedTuple):
         """Of weight, bias and layer_scale, as far as needed; `sums` may write that of the bias."""
         product = products.weight_gradient(grad.unscaled, inner) if self.needs_product else None
         if self.layer_scale is None:
-            if self.needs_bias and grad.partial.numel():
-                return product, sums.add(grad.partial, self.bias.new_empty(self.bias.shape)), None
-            return product, None, None
+            if not self.needs_bias or grad.partial.numel() == 0:
+                return product, None, None
+            grad_bias = torch.empty_like(self.bias)
+            sums.add(grad.partial, grad_bias)
+            return product, grad_bias, None
         if not self.needs_sum:
             return None, None, None
-        column_sum = sums.add(grad.partial, grad.partial.new_empty(self.bias.shape))
+        column_sum = torch.empty_like(self.bias, dtype=torch.float32)
+        sums.add(grad.partial, column_sum)
         sums.launch()  # what follows reads it
         if product is None:
             return None, (self.layer_scale * column_sum).to(self.bias.dtype), None
@@ -74,7 +90,7 @@ class End(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """The normalisation of x [B, N, D] at the start of a half-block, and which gradients are needed."""
+    """The normalisation of x [T, D] at the start of a half-block, and which gradients are needed."""
 
     x: Tensor
     weight: Tensor
@@ -93,7 +109,7 @@ class Norm(NamedTuple):
         grad_y_sum: Tensor | None = None,
         before: End | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, BranchGradient | None]:
-        """Of x, weight and bias, in one pass, with grad_y [B, N, D] that of the residual.
+        """Of x, weight and bias, in one pass, with grad_y [T, D] that of the residual.
 
         The pass may also add up the columns of grad_y, to `grad_y_sum` [D], and give the gradient of the branch that
         ended in x, if its `End` is given. Sums are there after `sums.launch()`.
@@ -123,15 +139,18 @@ class Norm(NamedTuple):
             sum_grad_y=grad_y_sum is not None,
             sum_branch=before is not None and before.needs_sum,
         )
-        grad_weight, grad_bias = self.weight.new_empty(self.weight.shape), self.bias.new_empty(self.bias.shape)
-        if learns:
-            sums.add(partial["weight"], grad_weight)
-            sums.add(partial["bias"], grad_bias)
-        if grad_y_sum is not None:
-            sums.add(partial["grad_y"], grad_y_sum)
+        grad_weight, grad_bias = torch.empty_like(self.weight), torch.empty_like(self.bias)
+        outs = ((grad_weight, grad_bias) if learns else ()) + (() if grad_y_sum is None else (grad_y_sum,))
+        if outs:
+            sums.add(partial[: len(outs)], *outs)
         if before is None:
             return grad_x, grad_weight, grad_bias, None
-        unscaled = as_rows(grad_x if unscaled is None else unscaled)
-        branch_sum = partial.get("branch", grad_x.new_empty(0, dtype=torch.float32))
-        grad = BranchGradient(unscaled, unscaled if scaled is None else as_rows(scaled), branch_sum)
-        return grad_x, grad_weight, grad_bias, grad
+        if unscaled is None:
+            unscaled = grad_x
+        branch_sum = partial[-1] if before.needs_sum else grad_x.new_empty(0, dtype=torch.float32)
+        return (
+            grad_x,
+            grad_weight,
+            grad_bias,
+            BranchGradient(unscaled, unscaled if scaled is None else scaled, branch_sum),
+        )

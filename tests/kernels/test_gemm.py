@@ -123,7 +123,7 @@ def test_residual(
     if layer_scale is not None and path_scale is not None:
         branch *= layer_scale.double() * path_scale.double().repeat_interleave(tokens)[:, None]
     for wide in (residual, residual.float()):  # the residual stream may be wider than the branch
-        result = products.linear_residual(x, weight, bias, wide, layer_scale, path_scale, tokens)
+        result = products.linear_residual(x, weight, bias, wide, layer_scale, path_scale)
         assert result.dtype == wide.dtype
         assert_close(result, wide.double() + branch, dtype)
     if scaled:
@@ -139,7 +139,7 @@ def test_gradients_of_layer_scale(dtype: torch.dtype, device: torch.device) -> N
     scaled = grad.double() * path_scale.double().repeat_interleave(5)[:, None]
     expected = torch.autograd.grad(leaves[2] * (x.double() @ leaves[0].T + leaves[1]), leaves, scaled)
 
-    branch, scaled_branch, partial = products.branch_gradient(grad, layer_scale, path_scale, 5, dtype)
+    branch, scaled_branch, partial = products.branch_gradient(grad, layer_scale, path_scale, dtype)
     assert_close(branch, scaled, dtype)
     assert_close(scaled_branch, scaled * layer_scale.double(), dtype)
     column_sum = partial.sum(0)
@@ -150,8 +150,8 @@ def test_gradients_of_layer_scale(dtype: torch.dtype, device: torch.device) -> N
 
 def test_branch_gradient_is_the_gradient_where_nothing_changes(device: torch.device) -> None:
     grad = torch.randn(6, 5, device=device)
-    assert all(result is grad for result in products.branch_gradient(grad, None, None, 1, torch.float32)[:2])
-    cast, scaled, partial = products.branch_gradient(grad, None, None, 1, torch.bfloat16)
+    assert all(result is grad for result in products.branch_gradient(grad, None, None, torch.float32)[:2])
+    cast, scaled, partial = products.branch_gradient(grad, None, None, torch.bfloat16)
     assert cast.dtype == torch.bfloat16 and scaled is cast
     torch.testing.assert_close(partial.sum(0), grad.sum(0))
 
@@ -163,11 +163,11 @@ def test_branch_gradient_computes_what_is_needed(device: torch.device) -> None:
         torch.ones(6, device=device),
     )
     for scale in (None, layer_scale):
-        everything = products.branch_gradient(grad, scale, path_scale, 1, torch.float32)
+        everything = products.branch_gradient(grad, scale, path_scale, torch.float32)
         for wanted in itertools.product([False, True], repeat=3):
             names = ("unscaled", "scaled", "column_sum")
             some = products.branch_gradient(
-                grad, scale, path_scale, 1, torch.float32, **dict(zip(names, wanted, strict=True))
+                grad, scale, path_scale, torch.float32, **dict(zip(names, wanted, strict=True))
             )
             for name, want, ours, full in zip(names, wanted, some, everything, strict=True):
                 if want:
@@ -217,14 +217,16 @@ def test_column_sums_of_several_matrices_in_one_launch(device: torch.device) -> 
     sums = ColumnSums()
     shapes = ((1, 5, torch.float32), (130, 70, torch.bfloat16), (3, 64, torch.float16), (65, 33, torch.float32))
     partials = [torch.randn(rows, width, device=device) for rows, width, _ in shapes]
-    outs = [
-        sums.add(partial, torch.full((partial.shape[1],), torch.nan, dtype=dtype, device=device))
-        for partial, (_, _, dtype) in zip(partials, shapes, strict=True)
-    ]
+    outs = [torch.full((width,), torch.nan, dtype=dtype, device=device) for _, width, dtype in shapes]
+    stack, of_stack = torch.randn(2, 9, 40, device=device), torch.full((2, 40), torch.nan, device=device)
+    for partial, out in zip(partials, outs, strict=True):
+        sums.add(partial, out)
+    sums.add(stack, *of_stack)
     assert all(out.isnan().all() for out in outs)  # nothing is written before
     sums.launch()
     for partial, out in zip(partials, outs, strict=True):
         assert_close(out, partial.double().sum(0), out.dtype)
+    assert_close(of_stack, stack.double().sum(1), torch.float32)
     outs[0].fill_(-1)
     sums.launch()  # has nothing left to write
     assert (outs[0] == -1).all()

@@ -15,7 +15,7 @@ from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import uses_triton
 from fastvit_kernels.gemm import products
 from fastvit_kernels.gemm.products import BranchGradient
-from fastvit_kernels.half_block import End, Norm
+from fastvit_kernels.half_block import End, Norm, empty_gradients, needed_gradients
 from fastvit_kernels.layer_norm.op import as_rows, normalise
 from fastvit_kernels.registration import no_autocast, register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
@@ -84,7 +84,7 @@ def attention_block(
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     keep_normed = keep and recompute == "none" and qkv_weight.requires_grad
     call = Call(*tensors, draw_path_scale(x, drop_path), heads, eps, keep, keep_normed)
-    return attention_block_op(*call)[0]
+    return call_operator(*call)
 
 
 # Matrices are [T, D] inside, with T = B * N tokens. Operators cannot return None, so what is not kept for the backward
@@ -119,7 +119,7 @@ LEARNED = Call._fields[:8]  # inputs that may have a gradient
 class Kept(NamedTuple):
     """What the forward pass leaves for the backward pass, besides its arguments."""
 
-    mean: Tensor  # [B, N] float32, as is rstd
+    mean: Tensor  # [T] float32, as is rstd
     rstd: Tensor
     normed: Tensor  # [T, D]
     qkv: Tensor  # [B, N, 3, H, d]
@@ -134,23 +134,23 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
     """y [B, N, D] and what is `Kept`; the arguments are those of `Call`."""
     call = Call(*arguments)
     with no_autocast(call.x.device):
-        kept = forward_before_projection(call)
+        x = as_rows(call.x)
+        kept = forward_before_projection(call, x)
         y = products.linear_residual(
             as_rows(kept.attended),
             as_rows(call.proj_weight),
             call.proj_bias.contiguous(),
-            as_rows(call.x),
+            x,
             None if call.layer_scale is None else call.layer_scale.contiguous(),
             call.path_scale,
-            rows_per_sample=call.x.shape[1],
         )
     return y.view(call.x.shape), *(kept if call.keep else (tensor.new_empty(0) for tensor in kept))
 
 
-def forward_before_projection(call: Call) -> Kept:
+def forward_before_projection(call: Call, x: Tensor) -> Kept:
+    """What is kept, for x [T, D]."""
     batch, tokens, width = call.x.shape
-    _, normed, mean, rstd = normalise(call.x, call.norm_weight, call.norm_bias, call.eps, call.qkv_weight.dtype)
-    normed = as_rows(normed)
+    _, normed, mean, rstd = normalise(x, call.norm_weight, call.norm_bias, call.eps, call.qkv_weight.dtype)
     qkv = products.linear(normed, as_rows(call.qkv_weight), call.qkv_bias.contiguous())
     qkv = qkv.view(batch, tokens, 3, call.heads, width // call.heads)
     attended, lse = attention_forward(qkv)
@@ -160,7 +160,7 @@ def forward_before_projection(call: Call) -> Kept:
 def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments)
     (batch, tokens, width), heads, keep = call.x.shape, call.heads, call.keep
-    mean, rstd = (call.x.new_empty((batch, tokens) if keep else 0, dtype=torch.float32) for _ in range(2))
+    mean, rstd = (call.x.new_empty(batch * tokens if keep else 0, dtype=torch.float32) for _ in range(2))
     normed = call.qkv_weight.new_empty((batch * tokens, width) if call.keep_normed else 0)
     qkv = call.qkv_weight.new_empty((batch, tokens, 3, heads, width // heads) if keep else 0)
     attended = call.qkv_weight.new_empty((batch, tokens, width) if keep else 0)
@@ -173,9 +173,12 @@ def launch_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tup
     kept, call, sums = Kept(*others[:6]), Call(*others[6:]), ColumnSums()
     needs = dict(zip(LEARNED, needed, strict=True))
     with no_autocast(call.x.device):
-        gradients = half_gradients(grad_y, end_of(call, needs), call, kept, needs, sums)
+        end = end_of(call, needs)
+        gradients = half_gradients(as_rows(grad_y), as_rows(call.x), end, call, kept, needs, sums)
         sums.launch()
-    return tuple(gradients[name] if needs[name] else call.x.new_empty(0) for name in LEARNED)
+    if needs["x"]:
+        gradients["x"] = gradients["x"].view(call.x.shape)
+    return needed_gradients([gradients.get(name) for name in LEARNED], needed, call.x)
 
 
 def end_of(call: Call, needs: Mapping[str, bool]) -> End:
@@ -194,6 +197,7 @@ def end_of(call: Call, needs: Mapping[str, bool]) -> End:
 
 def half_gradients(
     grad_y: Tensor,
+    x: Tensor,
     end: End,
     call: Call,
     kept: Kept,
@@ -201,7 +205,10 @@ def half_gradients(
     sums: ColumnSums,
     grad: BranchGradient | None = None,
 ) -> dict[str, Any]:
-    """The gradients of what is needed; `grad` is that of the branch, if it is there. `sums` has still to launch."""
+    """The gradients of what is needed; `grad` is that of the branch, if it is there. `sums` has still to launch.
+
+    grad_y and x are [T, D], as is the gradient of x.
+    """
     below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
     # where LayerNorm's gradient reads grad_y as it is, it also adds up its columns
     sum_in_norm = grad is None and below_norm and end.needs_sum and not end.changes(grad_y)
@@ -215,24 +222,23 @@ def half_gradients(
         return gradients
 
     grad_attended = products.input_gradient(grad.scaled, end.weight).view(kept.attended.shape)
-    grad_qkv = attention_backward(grad_attended, kept.qkv, kept.attended, kept.lse).view(-1, len(call.qkv_weight))
+    grad_qkv = attention_backward(grad_attended, kept.qkv, kept.attended, kept.lse).view(-1, call.qkv_weight.shape[0])
     if needs["qkv_bias"]:
         partial = products.scale_gradient(grad_qkv, None)
-        gradients["qkv_bias"] = sums.add(partial, call.qkv_bias.new_empty(call.qkv_bias.shape))
+        gradients["qkv_bias"] = torch.empty_like(call.qkv_bias)
+        sums.add(partial, gradients["qkv_bias"])
     if needs["qkv_weight"]:
         normed = kept.normed
         if normed.ndim != 2:
-            normed = as_rows(normalise(call.x, call.norm_weight, call.norm_bias, call.eps, grad_qkv.dtype)[1])
+            normed = normalise(x, call.norm_weight, call.norm_bias, call.eps, grad_qkv.dtype)[1]
         gradients["qkv_weight"] = products.weight_gradient(grad_qkv, normed)
     if not below_norm:
         return gradients
 
-    grad_normed = products.input_gradient(grad_qkv, as_rows(call.qkv_weight)).view(call.x.shape)
-    norm = Norm(
-        call.x, call.norm_weight, call.norm_bias, kept.mean, kept.rstd, needs["norm_weight"], needs["norm_bias"]
-    )
+    grad_normed = products.input_gradient(grad_qkv, as_rows(call.qkv_weight))
+    norm = Norm(x, call.norm_weight, call.norm_bias, kept.mean, kept.rstd, needs["norm_weight"], needs["norm_bias"])
     if sum_in_norm:
-        gradients["proj_bias"] = end.bias.new_empty(end.bias.shape)
+        gradients["proj_bias"] = torch.empty_like(end.bias)
     gradients["x"], gradients["norm_weight"], gradients["norm_bias"], _ = norm.gradients(
         grad_y, grad_normed, sums, grad_y_sum=gradients["proj_bias"] if sum_in_norm else None
     )
@@ -240,11 +246,7 @@ def half_gradients(
 
 
 def fake_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tuple[Tensor, ...]:
-    call = Call(*others[6:])
-    likes = call[: len(LEARNED)]
-    return tuple(
-        like.new_empty(like.shape) if need else call.x.new_empty(0) for like, need in zip(likes, needed, strict=True)
-    )
+    return empty_gradients(Call(*others[6:])[: len(LEARNED)], needed)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -268,4 +270,4 @@ attention_block_backward_op = register_op(
     launch_backward,
     fake_backward,
 )
-register_gradient(attention_block_op, attention_block_backward_op, setup_context, backward)
+call_operator = register_gradient(attention_block_op, attention_block_backward_op, setup_context, backward)

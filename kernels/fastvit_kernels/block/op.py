@@ -1,6 +1,7 @@
 """The public Transformer block, its checks, launches and gradient."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -13,6 +14,7 @@ from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
 from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import uses_triton
 from fastvit_kernels.gemm import products
+from fastvit_kernels.half_block import empty_gradients, needed_gradients
 from fastvit_kernels.layer_norm.op import as_rows, normalise
 from fastvit_kernels.mlp import op as mlp_half
 from fastvit_kernels.mlp.op import Activation, Recompute
@@ -67,51 +69,54 @@ def transformer_block(
     its dtype, normalisations and sums with x in that of x. Raises ValueError for a wrong shape, device, rate or choice
     and TypeError for a wrong dtype.
     """
-    check_arguments(
-        x,
-        {
-            "norm1_weight": norm1_weight,
-            "norm1_bias": norm1_bias,
-            "qkv_weight": qkv_weight,
-            "qkv_bias": qkv_bias,
-            "proj_weight": proj_weight,
-            "proj_bias": proj_bias,
-            "layer_scale1": layer_scale1,
-            "norm2_weight": norm2_weight,
-            "norm2_bias": norm2_bias,
-            "fc1_weight": fc1_weight,
-            "fc1_bias": fc1_bias,
-            "fc2_weight": fc2_weight,
-            "fc2_bias": fc2_bias,
-            "layer_scale2": layer_scale2,
-        },
-        heads,
-    )
+    check_tokens("x", x)
+    norm1, norm2 = (norm1_weight, norm1_bias), (norm2_weight, norm2_bias)
+    first, second = [qkv_weight, qkv_bias, proj_weight, proj_bias], [fc1_weight, fc1_bias, fc2_weight, fc2_bias]
+    parameters = *norm1, *first, layer_scale1, *norm2, *second, layer_scale2
+    looks = [None if tensor is None else Look(tensor.shape, tensor.dtype, tensor.device) for tensor in (x, *parameters)]
+    # as good as always the same, and not a matter of the values, so what has been checked once need not be again
+    check = check_parameters.__wrapped__ if torch.compiler.is_compiling() else check_parameters
+    check(heads, *looks)
     if activation not in get_args(Activation):
         raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
     if recompute not in get_args(Recompute):
         raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, got {recompute!r}")
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
-    norm1, norm2 = (norm1_weight, norm1_bias), (norm2_weight, norm2_bias)
-    matrices = qkv_weight, qkv_bias, proj_weight, proj_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias
     if dropout > 0 or x.shape[-1] // heads > MAX_HEAD_DIM or not uses_triton(x):
-        half1, half2 = (*norm1, *matrices[:4], layer_scale1), (*norm2, *matrices[4:], layer_scale2)
-        return reference.transformer_block(x, *half1, *half2, heads, eps, activation, dropout, drop_path, recompute)
+        return reference.transformer_block(
+            x,
+            *parameters,
+            heads=heads,
+            eps=eps,
+            activation=activation,
+            dropout=dropout,
+            drop_path=drop_path,
+            recompute=recompute,
+        )
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(torch.promote_types(x.dtype, dtype))
-        matrices = tuple(tensor.to(dtype) for tensor in matrices)
-    tensors = x, *norm1, *matrices[:4], layer_scale1, *norm2, *matrices[4:], layer_scale2
-    path_scales = draw_path_scale(x, drop_path), draw_path_scale(x, drop_path)
+        first, second = ([tensor.to(dtype) for tensor in tensors] for tensors in (first, second))
+    tensors = x, *norm1, *first, layer_scale1, *norm2, *second, layer_scale2
     keep = kept_for(recompute, [tensor is not None and tensor.requires_grad for tensor in tensors])
-    return transformer_block_op(*tensors, *path_scales, heads, eps, activation == "gelu_tanh", *keep)[0]
+    path_scales = draw_path_scale(x, drop_path), draw_path_scale(x, drop_path)
+    return call_operator(*tensors, *path_scales, heads, eps, activation == "gelu_tanh", *keep)
 
 
-def check_arguments(x: Tensor, parameters: dict[str, Tensor | None], heads: int) -> None:
-    check_tokens("x", x)
-    width, fc1_weight = x.shape[-1], parameters["fc1_weight"]
-    hidden = 0 if fc1_weight is None or fc1_weight.ndim == 0 else fc1_weight.shape[0]
+class Look(NamedTuple):
+    """What a tensor is checked for."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+@lru_cache(maxsize=1024)
+def check_parameters(heads: int, x: Look, *parameters: Look | None) -> None:
+    """Raises ValueError or TypeError unless the parameters, `LEARNED` but x, belong together."""
+    width, fc1_weight = x.shape[-1], parameters[LEARNED.index("fc1_weight") - 1]
+    hidden = fc1_weight.shape[0] if fc1_weight is not None and len(fc1_weight.shape) > 0 else 0
     if heads < 1 or width % heads:
         raise ValueError(f"heads must divide the width {width} of x, got {heads}")
     shapes = {
@@ -124,9 +129,9 @@ def check_arguments(x: Tensor, parameters: dict[str, Tensor | None], heads: int)
         "fc2_weight": [width, hidden],
         "fc2_bias": [width],
     }
-    for name, tensor in parameters.items():
-        if tensor is not None:
-            check_parameter(name, tensor, shapes.get(name, [width]), like=x, fp32_allowed=name not in shapes)
+    for name, look in zip(LEARNED[1:], parameters, strict=True):
+        if look is not None:
+            check_parameter(name, look, shapes.get(name, [width]), like=x, fp32_allowed=name not in shapes)
 
 
 # Matrices are [T, D] and [T, M] inside, with T = B * N tokens. Operators cannot return None, so what is not kept for
@@ -167,9 +172,10 @@ class Call(NamedTuple):
         scales = self.layer_scale1, self.path_scale1
         return attention_half.Call(*self[:7], *scales, self.heads, self.eps, self.keep1, self.keep_normed1)
 
-    def mlp(self, middle: Tensor) -> mlp_half.Call:
+    def mlp(self) -> mlp_half.Call:
+        """With x in the place of the sum after the attention half, for its shape and dtype."""
         scales, keep = (self.layer_scale2, self.path_scale2), (self.keep_normed2, self.keep_pre, self.keep_post)
-        return mlp_half.Call(middle, *self[8:14], *scales, self.eps, self.tanh, *keep)
+        return mlp_half.Call(self.x, *self[8:14], *scales, self.eps, self.tanh, *keep)
 
 
 ARGUMENTS = (
@@ -200,35 +206,36 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
     """y [B, N, D], what the attention half keeps, the sum after it, and what the MLP half keeps."""
     call = Call(*arguments)
     with no_autocast(call.x.device):
-        kept = attention_half.forward_before_projection(call.attention())
-        middle, normed, mean, rstd = end_of_attention(call, kept.attended)
+        x = as_rows(call.x)
+        kept = attention_half.forward_before_projection(call.attention(), x)
+        middle, normed, mean, rstd = end_of_attention(call, x, kept.attended)
         if not call.keep1:
             kept = attention_half.Kept(*(tensor.new_empty(0) for tensor in kept))
-        y, *kept_by_mlp = mlp_half.forward_after_norm(call.mlp(middle), normed, mean, rstd)
+        y, *kept_by_mlp = mlp_half.forward_after_norm(call.mlp(), middle, normed)
     if not call.keep2:
-        middle, *kept_by_mlp = (tensor.new_empty(0) for tensor in (middle, *kept_by_mlp))
-    return y, *kept, middle, *kept_by_mlp
+        middle, mean, rstd = (tensor.new_empty(0) for tensor in (middle, mean, rstd))
+    return y.view(call.x.shape), *kept, middle, mean, rstd, *kept_by_mlp
 
 
-def end_of_attention(call: Call, attended: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The projection and the sum with x, its normalisation, and the statistics of that."""
+def end_of_attention(call: Call, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The projection and the sum with x [T, D], its normalisation, and the statistics of that."""
     rows, weight, bias = as_rows(attended), as_rows(call.proj_weight), call.proj_bias.contiguous()
     norm = call.norm2_weight, call.norm2_bias, call.eps, call.fc1_weight.dtype
     scales = None if call.layer_scale1 is None else call.layer_scale1.contiguous(), call.path_scale1
-    if products.runs_triton("residual", rows.dtype, rows.device, len(rows), *weight.shape):
-        middle = products.linear_residual(rows, weight, bias, as_rows(call.x), *scales, call.x.shape[1])
-        middle = middle.view(call.x.shape)
+    if products.runs_triton("residual", rows.dtype, rows.device, rows.shape[0], *weight.shape):
+        middle = products.linear_residual(rows, weight, bias, x, *scales)
         return middle, *normalise(middle, *norm)[1:]
-    branch = torch.mm(rows, weight.T).view(call.x.shape)
+    branch = torch.mm(rows, weight.T)
     layer_scale, path_scale = scales
-    return normalise(call.x, *norm, branch=branch, branch_bias=bias, layer_scale=layer_scale, path_scale=path_scale)
+    return normalise(x, *norm, branch=branch, branch_bias=bias, layer_scale=layer_scale, path_scale=path_scale)
 
 
 def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments)
     y, *kept = attention_half.fake_forward(*call.attention())
-    middle = call.x.new_empty(call.x.shape if call.keep2 else 0)
-    _, *kept_by_mlp = mlp_half.fake_forward(*call.mlp(call.x))
+    (batch, tokens, width), keep = call.x.shape, call.keep2
+    middle = call.x.new_empty((batch * tokens, width) if keep else 0)
+    _, *kept_by_mlp = mlp_half.fake_forward(*call.mlp())
     if not call.keep2:
         kept_by_mlp = [tensor.new_empty(0) for tensor in kept_by_mlp]
     return y, *kept, middle, *kept_by_mlp
@@ -246,24 +253,24 @@ def launch_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tup
     with no_autocast(call.x.device):
         end = attention_half.end_of(attention_call, needs) if below else None
         gradients_of_mlp, branch = mlp_half.half_gradients(
-            grad_y, call.mlp(middle), kept_by_mlp, needs_of_mlp, sums, before=end
+            as_rows(grad_y), middle, call.mlp(), kept_by_mlp, needs_of_mlp, sums, before=end
         )
         gradients = {}
         if end is not None:
             grad_middle = gradients_of_mlp["x"]
-            gradients = attention_half.half_gradients(grad_middle, end, attention_call, kept, needs, sums, branch)
+            gradients = attention_half.half_gradients(
+                grad_middle, as_rows(call.x), end, attention_call, kept, needs, sums, branch
+            )
         sums.launch()
+    if needed[0]:
+        gradients["x"] = gradients["x"].view(call.x.shape)
     found = [gradients.get(name) for name in attention_half.LEARNED]
     found += [gradients_of_mlp.get(name) for name in mlp_half.LEARNED[1:]]
-    return tuple(g if need else call.x.new_empty(0) for g, need in zip(found, needed, strict=True))
+    return needed_gradients(found, needed, call.x)
 
 
 def fake_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tuple[Tensor, ...]:
-    call = Call(*others[KEPT_LENGTH:])
-    likes = call[: len(LEARNED)]
-    return tuple(
-        like.new_empty(like.shape) if need else call.x.new_empty(0) for like, need in zip(likes, needed, strict=True)
-    )
+    return empty_gradients(Call(*others[KEPT_LENGTH:])[: len(LEARNED)], needed)
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -289,4 +296,4 @@ transformer_block_backward_op = register_op(
     launch_backward,
     fake_backward,
 )
-register_gradient(transformer_block_op, transformer_block_backward_op, setup_context, backward)
+call_operator = register_gradient(transformer_block_op, transformer_block_backward_op, setup_context, backward)

@@ -1,5 +1,7 @@
 """A pre-norm block as its two halves, each of which chooses its implementation."""
 
+from typing import Any
+
 from torch import Tensor
 
 from fastvit_kernels.attention_block import attention_block
@@ -9,20 +11,7 @@ from fastvit_kernels.mlp.op import Recompute
 
 def transformer_block(
     x: Tensor,
-    norm1_weight: Tensor,
-    norm1_bias: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    layer_scale1: Tensor | None,
-    norm2_weight: Tensor,
-    norm2_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    layer_scale2: Tensor | None,
+    *parameters: Any,
     heads: int,
     eps: float,
     activation: Activation,
@@ -30,32 +19,25 @@ def transformer_block(
     drop_path: float,
     recompute: Recompute,
 ) -> Tensor:
+    """Each half has seven parameters: of its normalisation and its two layers, weight then bias, and a LayerScale."""
+    *first, layer_scale = parameters[:7]
     x = attention_block(
         x,
-        norm1_weight,
-        norm1_bias,
-        qkv_weight,
-        qkv_bias,
-        proj_weight,
-        proj_bias,
+        *first,
         heads=heads,
         eps=eps,
-        layer_scale=layer_scale1,
+        layer_scale=layer_scale,
         dropout=dropout,
         drop_path=drop_path,
         recompute="norm" if recompute == "all" else "none",
     )
+    *second, layer_scale = parameters[7:]
     return layer_norm_mlp(
         x,
-        norm2_weight,
-        norm2_bias,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
+        *second,
         eps=eps,
         activation=activation,
-        layer_scale=layer_scale2,
+        layer_scale=layer_scale,
         dropout=dropout,
         drop_path=drop_path,
         recompute=recompute,

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from fastvit_kernels.dispatch import HAS_TRITON
+from fastvit_kernels.registration import cdiv
 
 if HAS_TRITON:
     from fastvit_kernels.column_sums import kernels
@@ -18,20 +19,22 @@ class ColumnSums:
     """
 
     def __init__(self) -> None:
-        self.noted: list[tuple[Tensor, Tensor, int, int]] = []
+        self.noted: list[tuple[Tensor, tuple[Tensor, ...], int, int]] = []
+        self.blocks = 0
 
-    def add(self, partial: Tensor, out: Tensor) -> Tensor:
-        """Returns `out` [width], any floating dtype, which holds the sums of partial [programs, width] after `launch`.
+    def add(self, partial: Tensor, *outs: Tensor) -> None:
+        """Notes that out [width], any floating dtype, shall hold the sums of the rows of partial [programs, width].
 
-        `partial` is float32 and contiguous.
+        With several `outs`, partial is [outs, programs, width]. It is float32 and contiguous.
         """
-        self.noted.append((partial, out, *partial.shape))  # type: ignore[arg-type]  # partial has two dimensions
-        return out
+        programs, width = partial.shape[-2:]
+        self.noted.append((partial, outs, programs, width))
+        self.blocks += cdiv(width, BLOCK_N) * len(outs)
 
     def launch(self) -> None:
         """Writes all that was added since the last launch."""
         if not self.noted:
             return
-        blocks = sum(-(-width // BLOCK_N) for _, _, _, width in self.noted)
-        kernels.column_sums_kernel[blocks,](tuple(self.noted), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4)
+        kernels.column_sums_kernel[self.blocks,](tuple(self.noted), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4)
         self.noted.clear()
+        self.blocks = 0

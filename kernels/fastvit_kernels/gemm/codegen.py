@@ -50,7 +50,7 @@ def gelu(
 def residual(rows: int, width: int, out: int, triton: bool) -> None:
     scales = meta(out), meta(64, dtype=FULL)
     with triton_for(*PRODUCTS if triton else ()):
-        products.linear_residual(meta(rows, width), meta(out, width), meta(out), meta(rows, out), *scales, rows // 64)
+        products.linear_residual(meta(rows, width), meta(out, width), meta(out), meta(rows, out), *scales)
 
 
 def gelu_gradient(rows: int, width: int, out: int, tanh: bool, triton: bool) -> None:
@@ -74,9 +74,9 @@ def plain(rows: int, width: int, out: int) -> None:
 
 
 def layer_scale(rows: int, width: int, out: int) -> None:
-    grad = products.branch_gradient(meta(rows, out), meta(out), meta(64, dtype=FULL), rows // 64, HALF)
-    sums = ColumnSums()
-    column_sum = sums.add(grad.partial, meta(out, dtype=FULL))
+    grad = products.branch_gradient(meta(rows, out), meta(out), meta(64, dtype=FULL), HALF)
+    sums, column_sum = ColumnSums(), meta(out, dtype=FULL)
+    sums.add(grad.partial, column_sum)
     sums.launch()
     products.layer_scale_gradients(meta(out, width), meta(out, width), meta(out), meta(out), column_sum)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastvit_kernels.dispatch import HAS_TRITON, gpu
 from fastvit_kernels.gemm.config import Product, gelu_block, gradient_block, residual_block, runs_triton, tile
+from fastvit_kernels.registration import cdiv
 
 if HAS_TRITON:
-    import triton
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from fastvit_kernels.gemm import kernels
@@ -22,21 +22,21 @@ if HAS_TRITON:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x w^T + bias, for x [T, K], weight [N, K] and bias [N]: [T, N]."""
-    if not runs_triton("plain", x.dtype, x.device, len(x), *weight.shape):
+    if not runs_triton("plain", x.dtype, x.device, x.shape[0], *weight.shape):
         return torch.addmm(bias, x, weight.T)
-    out = x.new_empty(len(x), len(weight))
+    out = x.new_empty(x.shape[0], weight.shape[0])
     gemm("plain", x, weight, out, b_transposed=True, bias=bias)
     return out
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool, keep_pre: bool = True) -> tuple[Tensor, Tensor]:
     """x w^T + bias, empty unless `keep_pre`, and its GELU, for x [T, K], weight [N, K] and bias [N]: both [T, N]."""
-    if not runs_triton("gelu", x.dtype, x.device, len(x), *weight.shape):
+    if not runs_triton("gelu", x.dtype, x.device, x.shape[0], *weight.shape):
         pre = torch.addmm(bias, x, weight.T)  # cuBLAS adds the bias in its epilogue
         if keep_pre:
             return pre, gelu(pre, tanh)
         return pre.new_empty(0), gelu(pre, tanh, out=pre)
-    pre, post = x.new_empty((len(x), len(weight)) if keep_pre else 0), x.new_empty(len(x), len(weight))
+    pre, post = x.new_empty((x.shape[0], weight.shape[0]) if keep_pre else 0), x.new_empty(x.shape[0], weight.shape[0])
     gemm("gelu", x, weight, pre if keep_pre else None, b_transposed=True, bias=bias, post=post, tanh=tanh)
     return pre, post
 
@@ -48,14 +48,13 @@ def linear_residual(
     residual: Tensor,
     layer_scale: Tensor | None,
     path_scale: Tensor | None,
-    rows_per_sample: int,
 ) -> Tensor:
     """residual + path_scale * layer_scale * (x w^T + bias), [T, N] in the dtype of `residual`, which may be wider.
 
-    layer_scale is [N], path_scale [T / rows_per_sample] float32.
+    layer_scale is [N], path_scale [B] float32: of samples of T / B rows each.
     """
     out = residual.new_empty(residual.shape)
-    if runs_triton("residual", x.dtype, x.device, len(x), *weight.shape):
+    if runs_triton("residual", x.dtype, x.device, x.shape[0], *weight.shape):
         gemm(
             "residual",
             x,
@@ -66,12 +65,11 @@ def linear_residual(
             residual=residual,
             layer_scale=layer_scale,
             path_scale=path_scale,
-            rows_per_sample=rows_per_sample,
         )
         return out
     branch = torch.mm(x, weight.T)
     (rows, width), block = out.shape, residual_block(x.dtype, *out.shape, gpu(x.device))
-    kernels.residual_fwd_kernel[triton.cdiv(rows, block.rows), triton.cdiv(width, block.columns)](
+    kernels.residual_fwd_kernel[cdiv(rows, block.rows), cdiv(width, block.columns)](
         residual,
         branch,
         bias,
@@ -80,7 +78,7 @@ def linear_residual(
         out,
         rows,
         width,
-        rows_per_sample,
+        rows_of_sample(rows, path_scale),
         residual.stride(0),
         BLOCK_M=block.rows,
         BLOCK_N=block.columns,
@@ -93,7 +91,7 @@ def gelu(pre: Tensor, tanh: bool, out: Tensor | None = None) -> Tensor:
     """GELU of a contiguous tensor, in `out` if given, which may be `pre`."""
     post = torch.empty_like(pre) if out is None else out
     block = gelu_block(pre.dtype, pre.numel(), gpu(pre.device))
-    kernels.gelu_fwd_kernel[triton.cdiv(pre.numel(), block.columns),](
+    kernels.gelu_fwd_kernel[cdiv(pre.numel(), block.columns),](
         pre, post, pre.numel(), TANH=tanh, BLOCK=block.columns, num_warps=block.num_warps
     )
     return post
@@ -101,9 +99,9 @@ def gelu(pre: Tensor, tanh: bool, out: Tensor | None = None) -> Tensor:
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """grad w, for grad [T, N] and weight [N, K]: [T, K]."""
-    if not runs_triton("input gradient", grad.dtype, grad.device, len(grad), *weight.shape[::-1]):
+    if not runs_triton("input gradient", grad.dtype, grad.device, grad.shape[0], *weight.shape[::-1]):
         return torch.mm(grad, weight)
-    out = grad.new_empty(len(grad), weight.shape[1])
+    out = grad.new_empty(grad.shape[0], weight.shape[1])
     gemm("input gradient", grad, weight, out)
     return out
 
@@ -117,15 +115,15 @@ def gelu_gradient(
     `recompute`.
     """
     post = pre.new_empty(pre.shape if recompute else 0)
-    if not runs_triton("gelu gradient", grad.dtype, grad.device, len(grad), *weight.shape[::-1]):
+    if not runs_triton("gelu gradient", grad.dtype, grad.device, grad.shape[0], *weight.shape[::-1]):
         grad_pre = torch.mm(grad, weight)
         partial = scale_gradient(
             grad_pre, grad_pre, pre=pre, post=post if recompute else None, tanh=tanh, column_sum=column_sum
         )
     else:
         grad_pre = torch.empty_like(pre)
-        t = tile("gelu gradient", grad.dtype, len(grad), *weight.shape[::-1], gpu(grad.device))
-        tiles_m = triton.cdiv(len(pre), t.block_m)
+        t = tile("gelu gradient", grad.dtype, grad.shape[0], *weight.shape[::-1], gpu(grad.device))
+        tiles_m = cdiv(pre.shape[0], t.block_m)
         partial = pre.new_empty((tiles_m, pre.shape[1]) if column_sum else 0, dtype=torch.float32)
         gemm(
             "gelu gradient",
@@ -142,7 +140,7 @@ def gelu_gradient(
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T x, for grad [T, N] and x [T, K]: [N, K]."""
-    if not runs_triton("weight gradient", grad.dtype, grad.device, grad.shape[1], x.shape[1], len(x)):
+    if not runs_triton("weight gradient", grad.dtype, grad.device, grad.shape[1], x.shape[1], x.shape[0]):
         return torch.mm(grad.T, x)
     out = grad.new_empty(grad.shape[1], x.shape[1])
     gemm("weight gradient", grad, x, out, a_transposed=True)
@@ -164,7 +162,6 @@ def branch_gradient(
     grad: Tensor,
     layer_scale: Tensor | None,
     path_scale: Tensor | None,
-    rows_per_sample: int,
     dtype: torch.dtype,
     *,
     unscaled: bool = True,
@@ -182,7 +179,6 @@ def branch_gradient(
         scaled=scaled_out if scaled and layer_scale is not None else None,
         layer_scale=layer_scale,
         path_scale=path_scale,
-        rows_per_sample=rows_per_sample,
         column_sum=column_sum,
     )
     return BranchGradient(out, scaled_out, partial)
@@ -197,7 +193,6 @@ def scale_gradient(
     scaled: Tensor | None = None,
     layer_scale: Tensor | None = None,
     path_scale: Tensor | None = None,
-    rows_per_sample: int = 0,
     tanh: bool = False,
     column_sum: bool = True,
 ) -> Tensor:
@@ -207,8 +202,8 @@ def scale_gradient(
     """
     rows, width = grad.shape
     block = gradient_block(grad.dtype, pre is not None, rows, width, gpu(grad.device))
-    blocks_n = triton.cdiv(width, block.columns)
-    programs = min(triton.cdiv(rows, block.rows), triton.cdiv(8 * gpu(grad.device).multiprocessors, blocks_n))
+    blocks_n = cdiv(width, block.columns)
+    programs = min(cdiv(rows, block.rows), cdiv(8 * gpu(grad.device).multiprocessors, blocks_n))
     partial = grad.new_empty((programs, width) if column_sum else 0, dtype=torch.float32)
     if out is None and scaled is None and not column_sum:
         return partial
@@ -223,7 +218,7 @@ def scale_gradient(
         partial if column_sum else None,
         rows,
         width,
-        rows_per_sample,
+        rows_of_sample(rows, path_scale),
         grad.stride(0),
         TANH=tanh,
         BLOCK_M=block.rows,
@@ -243,8 +238,8 @@ def layer_scale_gradients(
     `product` is overwritten.
     """
     grad_layer_scale, grad_bias = torch.empty_like(layer_scale), torch.empty_like(bias)
-    rows, block_m = len(weight), 2
-    kernels.layer_scale_bwd_kernel[triton.cdiv(rows, block_m),](
+    rows, block_m = weight.shape[0], 2
+    kernels.layer_scale_bwd_kernel[cdiv(rows, block_m),](
         product,
         weight,
         bias,
@@ -277,14 +272,13 @@ def gemm(
     layer_scale: Tensor | None = None,
     path_scale: Tensor | None = None,
     partial: Tensor | None = None,
-    rows_per_sample: int = 0,
     tanh: bool = False,
 ) -> None:
     """Launches the Triton kernel: `a` is stored [k, m] if `a_transposed`, else [m, k]; `b` [n, k] or [k, n]."""
     (k, m), n = a.shape if a_transposed else a.shape[::-1], b.shape[0 if b_transposed else 1]
     t = tile(product, a.dtype, m, n, k, gpu(a.device))
     descriptors = t.descriptors and describable(a) and describable(b)
-    tiles = triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n)
+    tiles = cdiv(m, t.block_m) * cdiv(n, t.block_n)
     block_a = (t.block_k, t.block_m) if a_transposed else (t.block_m, t.block_k)
     block_b = (t.block_n, t.block_k) if b_transposed else (t.block_k, t.block_n)
     kernels.gemm_kernel[min(tiles, t.programs * gpu(a.device).multiprocessors),](
@@ -301,7 +295,7 @@ def gemm(
         m,
         n,
         k,
-        rows_per_sample,
+        rows_of_sample(m, path_scale),
         a.stride(0),
         b.stride(0),
         0 if residual is None else residual.stride(0),
@@ -318,6 +312,10 @@ def gemm(
         FLATTEN=t.flatten,
         num_warps=t.warps,
     )
+
+
+def rows_of_sample(rows: int, path_scale: Tensor | None) -> int:
+    return 0 if path_scale is None else rows // path_scale.shape[0]
 
 
 def describable(matrix: Tensor) -> bool:

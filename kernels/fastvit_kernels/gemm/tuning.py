@@ -93,14 +93,14 @@ def branch_gradient(grad: Tensor) -> Tensor:
 
 
 def column_sums(partial_sums: Tensor) -> Tensor:
-    sums = ColumnSums()
-    total = sums.add(partial_sums, partial_sums.new_empty(partial_sums.shape[1], dtype=HALF))
+    sums, total = ColumnSums(), partial_sums.new_empty(partial_sums.shape[1], dtype=HALF)
+    sums.add(partial_sums, total)
     sums.launch()
     return total
 
 
 def residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    return products.linear_residual(x, weight, bias, residual, None, None, 1)
+    return products.linear_residual(x, weight, bias, residual, None, None)
 
 
 # What runs a product [m, k] x [k, n] as training does, and the shapes of its inputs.

@@ -9,7 +9,7 @@ from fastvit_kernels.checks import check_device, check_floating, check_parameter
 from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
 from fastvit_kernels.layer_norm import reference
-from fastvit_kernels.registration import register_gradient, register_op
+from fastvit_kernels.registration import cdiv, register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
 from fastvit_kernels.table import tunable
 
@@ -97,7 +97,18 @@ def launch_forward(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return normalise(x, weight, bias, eps, x.dtype, branch=branch, layer_scale=layer_scale, path_scale=path_scale)
+    results = normalise(
+        as_rows(x),
+        weight,
+        bias,
+        eps,
+        x.dtype,
+        branch=None if branch is None else as_rows(branch),
+        layer_scale=layer_scale,
+        path_scale=path_scale,
+    )
+    shapes = 0 if branch is None else x.shape, x.shape, x.shape[:-1], x.shape[:-1]
+    return tuple(result.view(shape) for result, shape in zip(results, shapes, strict=True))  # type: ignore[return-value]  # four
 
 
 def normalise(
@@ -114,17 +125,16 @@ def normalise(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = x + path_scale * layer_scale * (branch + branch_bias), norm(y) in `dtype`, and the statistics of its rows.
 
-    x and branch are [..., D]. Without a branch, y is empty and x is normalised. Statistics, mean and 1 / deviation, are
-    [...] float32.
+    x and branch are [T, D] with adjacent columns, see `as_rows`. Without a branch, y is empty and x is normalised.
+    Statistics, mean and 1 / deviation, are [T] float32.
     """
-    y, _, mean, rstd = fake_forward(x, branch, layer_scale, path_scale, weight, bias, eps)
-    normed = x.new_empty(x.shape, dtype=dtype)
-    x_rows, branch_rows = as_rows(x), None if branch is None else as_rows(branch)
-    rows, width = x_rows.shape
+    rows, width = x.shape
+    y, normed = x.new_empty(0 if branch is None else (rows, width)), x.new_empty((rows, width), dtype=dtype)
+    mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
     tile = forward_tile(width, x.dtype, branch is not None, rows, gpu(x.device))
-    kernels.layer_norm_fwd_kernel[triton.cdiv(rows, tile.rows),](
-        x_rows,
-        branch_rows,
+    kernels.layer_norm_fwd_kernel[cdiv(rows, tile.rows),](
+        x,
+        branch,
         None if branch_bias is None else branch_bias.contiguous(),
         None if layer_scale is None else layer_scale.contiguous(),
         path_scale,
@@ -136,13 +146,13 @@ def normalise(
         rstd,
         rows,
         width,
-        0 if path_scale is None else rows // len(path_scale),
-        x_rows.stride(0),
-        0 if branch_rows is None else branch_rows.stride(0),
+        0 if path_scale is None else rows // path_scale.shape[0],
+        x.stride(0),
+        0 if branch is None else branch.stride(0),
         eps,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
-        CHUNKS=triton.cdiv(width, tile.columns),
+        CHUNKS=cdiv(width, tile.columns),
         MASKED=width % tile.columns > 0,
         num_warps=tile.num_warps,
     )
@@ -182,22 +192,20 @@ def launch_backward(
     )
     grad_x, grad_branch, grad_layer_scale, grad_weight, grad_bias = gradients
     partial = launch_gradient(
-        grad_y,
-        grad_normed,
-        y,
+        None if grad_y is None else as_rows(grad_y),
+        as_rows(grad_normed),
+        as_rows(y),
         weight,
         mean,
         rstd,
         grad_x,
-        branch=branch,
+        branch=None if branch is None or layer_scale is None else as_rows(branch),
         layer_scale=layer_scale,
         path_scale=path_scale,
         grad_branch=grad_branch if grad_branch.shape == y.shape else None,
     )
     sums = ColumnSums()
-    outs = {"weight": grad_weight, "bias": grad_bias, "layer_scale": grad_layer_scale}
-    for name, part in partial.items():
-        sums.add(part, outs[name])
+    sums.add(partial, grad_weight, grad_bias, *(() if layer_scale is None else (grad_layer_scale,)))
     sums.launch()
     return gradients
 
@@ -219,26 +227,24 @@ def launch_gradient(
     learns: bool = True,
     sum_grad_y: bool = False,
     sum_branch: bool = False,
-) -> dict[str, Tensor]:
-    """Writes the gradient of x, of y = x + branch, to `grad_x`, and what else is asked for.
+) -> Tensor:
+    """Writes the gradient of x, where y = x + path_scale * layer_scale * branch, to `grad_x`, and what is asked for.
 
-    With G = path_scale * grad_x, G goes to `unscaled` and layer_scale * G to `grad_branch`. Returns partial column sums
-    for `ColumnSums`, each [programs, D]: gradients of "weight" and "bias" if it `learns`, of "layer_scale" with a
-    `branch`, and sums of "grad_y" and of G, "branch", if asked for.
+    Inputs are [T, D] with adjacent columns, see `as_rows`. With G = path_scale * grad_x, G goes to `unscaled` and
+    layer_scale * G to `grad_branch`. Returns partial column sums for `ColumnSums`, [sums, programs, D], in this order:
+    gradients of weight and bias if it `learns`, of layer_scale if there is a `branch`, and sums of grad_y and of G, if
+    asked for.
     """
-    grad_y_rows, grad_normed_rows = None if grad_y is None else as_rows(grad_y), as_rows(grad_normed)
-    y_rows, branch_rows = as_rows(y), None if layer_scale is None or branch is None else as_rows(branch)
-    rows, width = y_rows.shape
-    wanted = ["weight", "bias"] * learns + ["layer_scale"] * (branch_rows is not None)
-    wanted += ["grad_y"] * sum_grad_y + ["branch"] * sum_branch
-    tile = backward_tile(width, y.dtype, len(wanted), rows, gpu(y.device))
-    programs = min(tile.programs * gpu(y.device).multiprocessors, triton.cdiv(rows, tile.rows))
-    partial = y.new_empty(len(wanted), programs, width, dtype=torch.float32)
+    rows, width = y.shape
+    wanted = 2 * learns + (branch is not None) + sum_grad_y + sum_branch
+    tile = backward_tile(width, y.dtype, wanted, rows, gpu(y.device))
+    programs = min(tile.programs * gpu(y.device).multiprocessors, cdiv(rows, tile.rows))
+    partial = y.new_empty((wanted, programs, width), dtype=torch.float32)
     kernels.layer_norm_bwd_kernel[programs,](
-        grad_y_rows,
-        grad_normed_rows,
-        y_rows,
-        branch_rows,
+        grad_y,
+        grad_normed,
+        y,
+        branch,
         None if layer_scale is None else layer_scale.contiguous(),
         path_scale,
         weight.contiguous(),
@@ -250,14 +256,14 @@ def launch_gradient(
         partial,
         rows,
         width,
-        0 if path_scale is None else rows // len(path_scale),
-        0 if grad_y_rows is None else grad_y_rows.stride(0),
-        grad_normed_rows.stride(0),
-        y_rows.stride(0),
-        0 if branch_rows is None else branch_rows.stride(0),
+        0 if path_scale is None else rows // path_scale.shape[0],
+        0 if grad_y is None else grad_y.stride(0),
+        grad_normed.stride(0),
+        y.stride(0),
+        0 if branch is None else branch.stride(0),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
-        CHUNKS=triton.cdiv(width, tile.columns),
+        CHUNKS=cdiv(width, tile.columns),
         MASKED=width % tile.columns > 0,
         SUM_PARAMETERS=learns,
         SUM_GRAD_Y=sum_grad_y,
@@ -265,7 +271,7 @@ def launch_gradient(
         STAGES=tile.stages,
         num_warps=tile.num_warps,
     )
-    return dict(zip(wanted, partial, strict=True))
+    return partial
 
 
 def fake_backward(
@@ -290,7 +296,7 @@ def fake_backward(
 
 def as_rows(tensor: Tensor) -> Tensor:
     """[..., D] as [rows, D] with adjacent columns: a view if strides allow it, else a copy."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 

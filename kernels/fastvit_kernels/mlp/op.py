@@ -11,7 +11,7 @@ from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import uses_triton
 from fastvit_kernels.gemm import products
 from fastvit_kernels.gemm.products import BranchGradient
-from fastvit_kernels.half_block import End, Norm
+from fastvit_kernels.half_block import End, Norm, empty_gradients, needed_gradients
 from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.layer_norm.op import as_rows, normalise
 from fastvit_kernels.mlp import reference
@@ -86,7 +86,7 @@ def layer_norm_mlp(
     tensors = x, *norm, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale
     keep = kept_for(recompute, *(tensor is not None and tensor.requires_grad for tensor in tensors))
     call = Call(*tensors, draw_path_scale(x, drop_path), eps, activation == "gelu_tanh", *keep)
-    return layer_norm_mlp_op(*call)[0]
+    return call_operator(*call)
 
 
 # Matrices are [T, D] and [T, M] inside, with T = B * N tokens. Operators cannot return None, so what is not kept for
@@ -123,7 +123,7 @@ LEARNED = Call._fields[:8]  # inputs that may have a gradient
 class Kept(NamedTuple):
     """What the forward pass leaves for the backward pass, besides its arguments."""
 
-    mean: Tensor  # [B, N] float32, as is rstd
+    mean: Tensor  # [T] float32, as is rstd
     rstd: Tensor
     normed: Tensor  # [T, D]
     pre: Tensor  # [T, M], GELU's input
@@ -160,32 +160,34 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
     """y [B, N, D] and what is `Kept`; the arguments are those of `Call`."""
     call = Call(*arguments)
     with no_autocast(call.x.device):
-        _, normed, mean, rstd = normalise(call.x, call.norm_weight, call.norm_bias, call.eps, call.fc1_weight.dtype)
-        return forward_after_norm(call, normed, mean, rstd)
+        x, dtype = as_rows(call.x), call.fc1_weight.dtype
+        _, normed, mean, rstd = normalise(x, call.norm_weight, call.norm_bias, call.eps, dtype)
+        y, *kept = forward_after_norm(call, x, normed)
+    return y.view(call.x.shape), mean, rstd, *kept
 
 
-def forward_after_norm(call: Call, normed: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
-    x, normed, fc1_weight = call.x, as_rows(normed), as_rows(call.fc1_weight)
-    pre, post = products.linear_gelu(normed, fc1_weight, call.fc1_bias.contiguous(), call.tanh, call.keep_pre)
+def forward_after_norm(call: Call, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and norm(x), GELU's input and its output as far as they are kept; all matrices of T rows, as x and norm(x)."""
+    fc1_weight, fc1_bias = as_rows(call.fc1_weight), call.fc1_bias.contiguous()
+    pre, post = products.linear_gelu(normed, fc1_weight, fc1_bias, call.tanh, call.keep_pre)
     if not call.keep_normed:
         normed = normed.new_empty(0)
     y = products.linear_residual(
         post,
         as_rows(call.fc2_weight),
         call.fc2_bias.contiguous(),
-        as_rows(x),
+        x,
         None if call.layer_scale is None else call.layer_scale.contiguous(),
         call.path_scale,
-        rows_per_sample=x.shape[1],
     )
-    return y.view(x.shape), mean, rstd, normed, pre, post if call.keep_post else post.new_empty(0)
+    return y, normed, pre, post if call.keep_post else post.new_empty(0)
 
 
 def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments)
     x, weight, tokens = call.x, call.fc1_weight, call.x.shape[0] * call.x.shape[1]
     hidden, width = weight.shape
-    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    mean, rstd = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
     normed = weight.new_empty((tokens, width) if call.keep_normed else 0)
     pre, post = (weight.new_empty((tokens, hidden) if keep else 0) for keep in (call.keep_pre, call.keep_post))
     return x.new_empty(x.shape), mean, rstd, normed, pre, post
@@ -196,15 +198,26 @@ def launch_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tup
     kept, call, sums = Kept(*others[:5]), Call(*others[5:]), ColumnSums()
     needs = dict(zip(LEARNED, needed, strict=True))
     with no_autocast(call.x.device):
-        gradients, _ = half_gradients(grad_y, call, kept, needs, sums)
+        gradients, _ = half_gradients(as_rows(grad_y), as_rows(call.x), call, kept, needs, sums)
         sums.launch()
-    return tuple(gradients[name] if needs[name] else call.x.new_empty(0) for name in LEARNED)
+    if needs["x"]:
+        gradients["x"] = gradients["x"].view(call.x.shape)
+    return needed_gradients([gradients.get(name) for name in LEARNED], needed, call.x)
 
 
 def half_gradients(
-    grad_y: Tensor, call: Call, kept: Kept, needs: Mapping[str, bool], sums: ColumnSums, before: End | None = None
+    grad_y: Tensor,
+    x: Tensor,
+    call: Call,
+    kept: Kept,
+    needs: Mapping[str, bool],
+    sums: ColumnSums,
+    before: End | None = None,
 ) -> tuple[dict[str, Any], BranchGradient | None]:
-    """The gradients of what is needed, and of the branch before, if its `End` is given. `sums` has still to launch."""
+    """The gradients of what is needed, and of the branch before, if its `End` is given. `sums` has still to launch.
+
+    grad_y and x are [T, D], as is the gradient of x.
+    """
     below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
     below_gelu = below_norm or needs["fc1_weight"] or needs["fc1_bias"]
     end = End(
@@ -229,7 +242,8 @@ def half_gradients(
             grad.scaled, end.weight, kept.pre, call.tanh, recompute, column_sum=needs["fc1_bias"]
         )
         if needs["fc1_bias"]:
-            gradients["fc1_bias"] = sums.add(partial, call.fc1_bias.new_empty(call.fc1_bias.shape))
+            gradients["fc1_bias"] = torch.empty_like(call.fc1_bias)
+            sums.add(partial, gradients["fc1_bias"])
     elif recompute:
         recomputed = products.gelu(kept.pre, call.tanh)
     if recompute:
@@ -240,17 +254,15 @@ def half_gradients(
     if needs["fc1_weight"]:
         normed = kept.normed
         if not is_kept(normed):
-            normed = as_rows(normalise(call.x, call.norm_weight, call.norm_bias, call.eps, grad_pre.dtype)[1])
+            normed = normalise(x, call.norm_weight, call.norm_bias, call.eps, grad_pre.dtype)[1]
         gradients["fc1_weight"] = products.weight_gradient(grad_pre, normed)
     if not below_norm:
         return gradients, None
 
-    grad_normed = products.input_gradient(grad_pre, as_rows(call.fc1_weight)).view(call.x.shape)
-    norm = Norm(
-        call.x, call.norm_weight, call.norm_bias, kept.mean, kept.rstd, needs["norm_weight"], needs["norm_bias"]
-    )
+    grad_normed = products.input_gradient(grad_pre, as_rows(call.fc1_weight))
+    norm = Norm(x, call.norm_weight, call.norm_bias, kept.mean, kept.rstd, needs["norm_weight"], needs["norm_bias"])
     if sum_in_norm:
-        gradients["fc2_bias"] = end.bias.new_empty(end.bias.shape)
+        gradients["fc2_bias"] = torch.empty_like(end.bias)
     gradients["x"], gradients["norm_weight"], gradients["norm_bias"], branch = norm.gradients(
         grad_y, grad_normed, sums, grad_y_sum=gradients["fc2_bias"] if sum_in_norm else None, before=before
     )
@@ -258,11 +270,7 @@ def half_gradients(
 
 
 def fake_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tuple[Tensor, ...]:
-    call = Call(*others[5:])
-    likes = call[: len(LEARNED)]
-    return tuple(
-        like.new_empty(like.shape) if need else call.x.new_empty(0) for like, need in zip(likes, needed, strict=True)
-    )
+    return empty_gradients(Call(*others[5:])[: len(LEARNED)], needed)
 
 
 def is_kept(tensor: Tensor) -> bool:
@@ -292,4 +300,4 @@ layer_norm_mlp_backward_op = register_op(
     launch_backward,
     fake_backward,
 )
-register_gradient(layer_norm_mlp_op, layer_norm_mlp_backward_op, setup_context, backward)
+call_operator = register_gradient(layer_norm_mlp_op, layer_norm_mlp_backward_op, setup_context, backward)
