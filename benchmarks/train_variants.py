@@ -228,7 +228,7 @@ def reference(setup: Setup) -> Step:
         model = timm_model(setup)
         run: Callable[[Tensor], Tensor] = lambda images: model(normalised(images))  # noqa: E731
     except Unusable:
-        dispatch.choice = "reference"
+        dispatch.use("reference")
         model = setup.our_model().train()
         run = model
     groups = parameter_groups(model, setup.config().optimizer)
