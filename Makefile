@@ -6,7 +6,7 @@ TORCH := $(shell grep ^torch== constraints.txt)
 # One process per core, each with the tests of one file in turn, and one thread in each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.skips -n auto --dist loadscope --no-loadscope-reorder
 
-.PHONY: help quickstart test test-all lint format docs wheels clean
+.PHONY: help quickstart test test-all lint format docs hub-kernel wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -42,6 +42,10 @@ docs: $(VENV)/.installed  ## write the generated pages: docs/configuration.md, a
 	mv docs/configuration.md.tmp docs/configuration.md
 	$(BIN)/fastvit bench readme
 
+hub-kernel: $(VENV)/.installed  ## write the kernels for Hugging Face's `kernels` package, to build/fastvit-kernels
+	rm -rf build/fastvit-kernels
+	$(BIN)/python -m fastvit_kernels.hub --out build/fastvit-kernels
+
 # torch is installed first, by itself: packages installed later then find their requirement of torch already satisfied.
 $(VENV)/.installed: pyproject.toml kernels/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -57,6 +61,7 @@ wheels:  ## packages for a GPU machine without a network, in wheels/: see benchm
 		--implementation cp --python-version $(PYTHON_VERSION) \
 		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
 		--constraint constraints.txt --requirement launch/wheels.txt
+	$(PYTHON) -m benchmarks.slim_wheel wheels/nvidia_cuda_nvcc-*.whl '*/bin/ptxas'
 	DS_BUILD_OPS=0 $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir wheels --constraint constraints.txt deepspeed
 	@du -sh wheels
 

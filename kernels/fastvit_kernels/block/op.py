@@ -83,7 +83,7 @@ def transformer_block(
         raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, got {recompute!r}")
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
-    if dropout > 0 or x.shape[-1] // heads > MAX_HEAD_DIM or not uses_triton(x):
+    if dropout > 0 or x.shape[-1] // heads > MAX_HEAD_DIM or not uses_triton("block", x):
         return reference.transformer_block(
             x,
             *parameters,

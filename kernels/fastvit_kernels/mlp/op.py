@@ -10,9 +10,12 @@ from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
 from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import uses_triton
 from fastvit_kernels.gemm import products
+<<<<<<< HEAD
 from fastvit_kernels.gemm.products import BranchGradient
 from fastvit_kernels.half_block import End, Norm, empty_gradients, needed_gradients
 from fastvit_kernels.layer_norm import layer_norm
+=======
+>>>>>>> main
 from fastvit_kernels.layer_norm.op import as_rows, normalise
 from fastvit_kernels.mlp import reference
 from fastvit_kernels.registration import no_autocast, register_gradient, register_op
@@ -74,11 +77,8 @@ def layer_norm_mlp(
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
     norm, fc1, fc2 = (norm_weight, norm_bias), (fc1_weight, fc1_bias), (fc2_weight, fc2_bias)
-    if not uses_triton(x):
+    if dropout > 0 or not uses_triton("mlp", x):
         return reference.layer_norm_mlp(x, *norm, *fc1, *fc2, eps, activation, layer_scale, dropout, drop_path)
-    if dropout > 0:
-        normed = layer_norm(x, *norm, eps=eps)
-        return reference.mlp(x, normed, *fc1, *fc2, activation, layer_scale, dropout, drop_path)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(torch.promote_types(x.dtype, dtype))
