@@ -35,7 +35,7 @@ OPERATIONS = {
     "gemm": Operation(choices=("auto", "triton", "cublas")),  # the products inside block operators
     "layer_norm": Operation(),
     "mlp": Operation(parts=("layer_norm",), multiplies=True, autocasts=True),
-    "patch_embed": Operation(multiplies=True),
+    "patch_embed": Operation(multiplies=True, autocasts=True),
 }
 
 

@@ -121,9 +121,9 @@ def explain() -> str:
     products = "cublas, or triton where the table says so" if asked == "auto" else f"{asked} (asked for)"
     lines.append(f"{'gemm':<17}{products}: products of block, attention_block, mlp, where those run triton")
     lines.append(
-        "Under autocast, block, attention_block and mlp run as in its dtype. The reference also runs for float64, and for"
+        "Under autocast, blocks, mlp and patch_embed run as in its dtype. The reference also runs for float64,"
     )
-    lines.append("attention with a head dimension above 128; both are errors if triton is asked for.")
+    lines.append("and for attention with a head dimension above 128; both are errors if triton is asked for.")
     here = [row[0 if on_gpu else 2].runs for row in plans.values()]
     counts = [f"{here.count(runs)} {runs}" for runs in ("triton", "reference", "error") if runs in here]
     lines.append(f"{len(here)} operations on {'this GPU, in bf16' if on_gpu else 'the CPU'}: {', '.join(counts)}")

@@ -101,7 +101,7 @@ def test_a_setting_chooses_for_each_operation(setting: str, expected: dict[str, 
         ("cublas", "implementation must be one of auto, triton, reference, got 'cublas': write gemm=cublas"),
         ("auto,", "implementation must be one of auto, triton, reference, got ''"),
         ("layer_norm=cublas", "of auto, triton, reference, got 'cublas' in 'layer_norm=cublas' for layer_norm"),
-        ("atention=triton", "implementation must name one of *, attention, attention_block, cross_entropy, gemm"),
+        ("atention=triton", "implementation must name one of *, attention, attention_block, block, cross_entropy, gemm"),
         ("mlp=auto,mlp=triton", "implementation must be one choice for mlp, got two in 'mlp=auto,mlp=triton'"),
         ("auto,*=triton", "implementation must be one choice for all operations, got two in 'auto,*=triton'"),
         (
@@ -190,7 +190,7 @@ def test_explain_names_every_operation_and_its_reason(monkeypatch: pytest.Monkey
 def test_explain_ends_with_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with dispatch.using("auto"):
-        assert fastvit_kernels.explain().splitlines()[-1] == "6 operations on the CPU: 6 reference"
+        assert fastvit_kernels.explain().splitlines()[-1] == "7 operations on the CPU: 7 reference"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     with dispatch.using("attention=reference"):

@@ -10,12 +10,8 @@ from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
 from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import uses_triton
 from fastvit_kernels.gemm import products
-<<<<<<< HEAD
 from fastvit_kernels.gemm.products import BranchGradient
 from fastvit_kernels.half_block import End, Norm, empty_gradients, needed_gradients
-from fastvit_kernels.layer_norm import layer_norm
-=======
->>>>>>> main
 from fastvit_kernels.layer_norm.op import as_rows, normalise
 from fastvit_kernels.mlp import reference
 from fastvit_kernels.registration import no_autocast, register_gradient, register_op
