@@ -63,7 +63,7 @@ def import_deepspeed() -> Any:
 
     bf16_optimizer.see_memory_usage = _nothing  # it prints six lines for every group of parameters
     if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.comm.torch.build_shm_op = _nothing
     return deepspeed
 
 
