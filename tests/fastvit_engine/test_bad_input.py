@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastvit_engine.cli import main
 from fastvit_engine.observe.metrics import read_metrics
-from tests.fastvit_engine.warm_ranks import run_ranks
+from tests.fastvit_engine.warm_ranks import exit_codes_of, run_ranks
 
 MODEL = ["model.name=Ti/4", "model.image_size=8", "model.width=32", "model.depth=1", "model.heads=2"]
 RUN = [
@@ -74,6 +74,19 @@ def refused(capfd):
         assert len(errors) == 1, errors
         for part in parts:
             assert str(part) in errors[0]
+
+    return check
+
+
+@pytest.fixture
+def fails(tmp_path):
+    """Runs a training of one process and checks that it ends with one sentence that holds all the given parts."""
+
+    def check(arguments, *parts):
+        log = tmp_path / "log"
+        assert exit_codes_of(arguments, 1, log) == [2], log.read_text()
+        (error,) = [line for line in log.read_text().splitlines() if line.startswith("fastvit: error:")]
+        assert all(part in error for part in parts), error
 
     return check
 
@@ -319,17 +332,17 @@ def test_output_folder_under_a_file(refused, shard):
     refused(train_arguments(shard / "run", f"data.train={shard}"), "cannot be written", "Not a directory")
 
 
-def test_diverged_loss(refused, shard, tmp_path):
+def test_diverged_loss(fails, shard, tmp_path):
     settings = ["optimizer.learning_rate=1e30", "train.log_every=1", "train.grad_clip=null", "train.precision=fp32"]
-    refused(
+    fails(
         train_arguments(tmp_path / "run", f"data.train={shard}", *settings), "the loss is", "at step", "learning_rate"
     )
 
 
-def test_a_diverged_model_is_not_saved(refused, shard, tmp_path):
+def test_a_diverged_model_is_not_saved(fails, shard, tmp_path):
     settings = ["optimizer.learning_rate=1e30", "train.log_every=1000", "checkpoint.every=2 steps"]
     settings += ["train.grad_clip=null", "train.precision=fp32", "train.duration=6 steps"]
-    refused(train_arguments(tmp_path / "run", f"data.train={shard}", *settings), "at step 2", "the loss is")
+    fails(train_arguments(tmp_path / "run", f"data.train={shard}", *settings), "at step 2", "the loss is")
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000000"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000000"]
 
