@@ -15,7 +15,7 @@ $(MAKE) --no-print-directory types > $(VENV)/types.log 2>&1 & types=$$!; failed=
 	$(1) || failed=$$?; wait $$types || failed=1; cat $(VENV)/types.log; exit $$failed
 endef
 
-.PHONY: help quickstart test test-all lint style types format docs wheels clean
+.PHONY: help quickstart test test-all lint style types format docs hub-kernel wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -54,6 +54,10 @@ docs: $(VENV)/.installed  ## write the generated pages: docs/configuration.md, a
 	mv docs/configuration.md.tmp docs/configuration.md
 	$(BIN)/fastvit bench readme
 
+hub-kernel: $(VENV)/.installed  ## write the kernels for Hugging Face's `kernels` package, to build/fastvit-kernels
+	rm -rf build/fastvit-kernels
+	$(BIN)/python -m fastvit_kernels.hub --out build/fastvit-kernels
+
 # torch is installed first, by itself: packages installed later then find their requirement of torch already satisfied.
 $(VENV)/.installed: pyproject.toml kernels/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -69,6 +73,7 @@ wheels:  ## packages for a GPU machine without a network, in wheels/: see benchm
 		--implementation cp --python-version $(PYTHON_VERSION) \
 		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
 		--constraint constraints.txt --requirement launch/wheels.txt
+	$(PYTHON) -m benchmarks.slim_wheel wheels/nvidia_cuda_nvcc-*.whl '*/bin/ptxas'
 	DS_BUILD_OPS=0 $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir wheels --constraint constraints.txt deepspeed
 	@du -sh wheels
 
