@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from fastvit_engine.cli import main
+from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.observe.metrics import read_metrics
 from tests.fastvit_engine.warm_ranks import exit_codes_of, run_ranks
 
@@ -82,9 +84,9 @@ def refused(capfd):
 def fails(tmp_path):
     """Runs a training of one process and checks that it ends with one sentence that holds all the given parts."""
 
-    def check(arguments, *parts):
+    def check(arguments, *parts, before=None):
         log = tmp_path / "log"
-        assert exit_codes_of(arguments, 1, log) == [2], log.read_text()
+        assert exit_codes_of(arguments, 1, log, before=before) == [2], log.read_text()
         (error,) = [line for line in log.read_text().splitlines() if line.startswith("fastvit: error:")]
         assert all(part in error for part in parts), error
 
@@ -363,10 +365,16 @@ def test_a_diverged_model_is_not_saved(fails, shard, tmp_path):
         ),
     ],
 )
-def test_wrong_launch_environment(refused, monkeypatch, shard, tmp_path, variables, parts):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    refused(train_arguments(tmp_path / "run", f"data.train={shard}"), *parts)
+def test_wrong_launch_environment(fails, shard, tmp_path, variables, parts):
+    """In a process of its own, which a rank that fails ends at once."""
+    arguments = train_arguments(tmp_path / "run", f"data.train={shard}")
+    fails(arguments, *parts, before=partial(replace_launch_environment, variables))
+
+
+def replace_launch_environment(variables):
+    for name in rank_environment(0, 1, 0):
+        os.environ.pop(name, None)
+    os.environ.update(variables)
 
 
 def test_a_wrong_choice_of_kernels(shard, tmp_path):
@@ -382,8 +390,6 @@ def test_a_wrong_choice_of_kernels(shard, tmp_path):
 def test_missing_package(shard, tmp_path, package):
     code = f"import sys; sys.modules[{package!r}] = None; from fastvit_engine.cli import main; sys.exit(main())"
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    from fastvit_engine.distributed.supervise import free_port
-
     environment = os.environ | alone | {"MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", code, *train_arguments(tmp_path / "run", f"data.train={shard}")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
