@@ -247,14 +247,14 @@ def test_a_corrupt_image_is_left_out_and_named_once(train, shard, tmp_path):
     assert printed.count("left out: sample 'sample0020'") == 1
 
 
-def test_damaged_checkpoint(refused, train, shard, tmp_path):
+def test_damaged_checkpoint(refused, fails, train, shard, tmp_path):
     out = tmp_path / "run"
     settings = f"data.train={shard}", "checkpoint.keep=1"  # not the one from before the first step
     train(train_arguments(out, *settings))
     weights = out / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     arguments = train_arguments(out, *settings, "train.duration=6 steps", resume="auto")
-    refused(arguments, weights, "has 1,000 bytes instead of", "parameter", "no older checkpoint to continue from")
+    fails(arguments, str(weights), "has 1,000 bytes instead of", "parameter", "no older checkpoint to continue from")
     refused(["export", out, "--out", tmp_path / "x.safetensors"], weights, "has 1,000 bytes instead of")
 
 
