@@ -6,7 +6,7 @@ from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
 from fastvit_kernels.dispatch import explain
 from fastvit_kernels.integrations import accelerate
 from fastvit_kernels.layer_norm import add_layer_norm, layer_norm
-from fastvit_kernels.mlp import layer_norm_mlp
+from fastvit_kernels.mlp import layer_norm_mlp, mlp
 from fastvit_kernels.modules import (
     FusedAttention,
     FusedBlock,
@@ -44,6 +44,7 @@ __all__ = [
     "layer_norm",
     "layer_norm_mlp",
     "layer_norm_swiglu",
+    "mlp",
     "patch_embed",
     "rotary_qk_norm",
     "rotary_qk_norm_separate",

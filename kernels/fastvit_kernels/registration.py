@@ -13,11 +13,12 @@ import torch
 
 from fastvit_kernels.dispatch import INTERPRETED
 
-library = torch.library.Library("fastvit", "FRAGMENT")
+NAMESPACE = "fastvit"  # another in a kernel that `hub` builds
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def register_op(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Defines `fastvit::<schema>` and returns it, ready to be called.
+    """Defines `<NAMESPACE>::<schema>` and returns it, ready to be called.
 
     Args:
         schema: as in "scale(Tensor x, float factor) -> Tensor"; outputs never alias an input or each other.
@@ -38,8 +39,8 @@ def register_op(schema: str, launch: Callable[..., Any], fake: Callable[..., Any
     library.impl(name, launch_on_device, "CUDA")
     if INTERPRETED:
         library.impl(name, launch, "CPU")
-    torch.library.register_fake(f"fastvit::{name}", fake, lib=library)
-    return getattr(torch.ops.fastvit, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def register_gradient(
@@ -61,9 +62,9 @@ def register_composite(
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastvit::{name}", function, lib=library)
-    torch.library.register_autograd(f"fastvit::{name}", backward, setup_context=setup_context, lib=library)
-    return getattr(torch.ops.fastvit, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
