@@ -53,7 +53,7 @@ if rank == 0:
 
 # %%
 precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if on_gpu else None, reduce_dtype=torch.float32)
-for block in model.blocks:
+for block in model.get_submodule("blocks").children():
     fully_shard(block, mesh=mesh, mp_policy=precision)
 fully_shard(model, mesh=mesh, mp_policy=precision)
 optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)

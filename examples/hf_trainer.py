@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import EvalPrediction, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 from fastvit_kernels import accelerate
 
@@ -51,7 +51,7 @@ torch.manual_seed(0)
 model = ViTForImageClassification(
     ViTConfig(
         image_size=8, patch_size=2, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-        num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        id2label={label: str(label) for label in range(10)}, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )
 )  # fmt: skip
 print(accelerate(model))
@@ -78,8 +78,8 @@ arguments = TrainingArguments(
 )
 
 
-def top1(predictions: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-    logits, labels = predictions
+def top1(predictions: EvalPrediction) -> dict[str, float]:
+    logits, labels = np.asarray(predictions.predictions), predictions.label_ids
     return {"top1": float((logits.argmax(axis=-1) == labels).mean())}
 
 
@@ -93,8 +93,9 @@ print(f"top-1 {trainer.evaluate()['eval_top1']:.1%}")
 
 # %%
 trainer.save_model(str(OUT / "model"))
-plain = ViTForImageClassification.from_pretrained(OUT / "model").to(model.device).eval()
-images = torch.stack([eval_set[index]["pixel_values"] for index in range(64)]).to(model.device)
+plain = ViTForImageClassification.from_pretrained(OUT / "model").eval()
+fused = model.cpu().eval()
+images = torch.stack([eval_set[index]["pixel_values"] for index in range(64)])
 with torch.no_grad():
-    difference = (plain(images).logits - model.eval()(images).logits).abs().max().item()
+    difference = (plain(images).logits - fused(images).logits).abs().max().item()
 print(f"largest difference from plain transformers: {difference:.1e}")

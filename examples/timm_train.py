@@ -19,6 +19,7 @@ Takes a minute on a CPU; EPOCHS=3 shows that it works. Needs timm and scikit-lea
 
 # %%
 import os
+from typing import Any
 
 import timm
 import torch
@@ -54,9 +55,10 @@ class Digits(Dataset):
         return self.transform(image) if callable(self.transform) else image, int(self.labels[index])
 
 
-def loader(training: bool):
+def loader(training: bool) -> Any:
+    dataset: Any = Digits(training)  # `create_loader` sets its transform
     return create_loader(
-        Digits(training),
+        dataset,
         input_size=(3, SIZE, SIZE),
         batch_size=BATCH,
         is_training=training,

@@ -23,18 +23,18 @@ def packed(
     tokens: int, prefix: int, heads: int, head_dim: int, *, norm: bool, interleaved: bool, dtype: torch.dtype = HALF
 ) -> None:
     qkv = meta(64, tokens, 3, heads, head_dim, dtype=dtype)
-    angles = (meta(tokens - prefix, head_dim, dtype=FULL),) * 2
-    weights = (meta(head_dim, dtype=dtype),) * 4 if norm else (None,) * 4
-    options = prefix, interleaved, False, 1e-6
-    out, _ = launch_forward(qkv, None, *angles, *weights, *options)
-    launch_backward(out, None, qkv if norm else None, None, *angles, *weights, *options)
+    angles = meta(tokens - prefix, head_dim, dtype=FULL), meta(tokens - prefix, head_dim, dtype=FULL)
+    weight = meta(head_dim, dtype=dtype) if norm else None
+    call = (*angles, weight, weight, weight, weight, prefix, interleaved, False, 1e-6)
+    out, _ = launch_forward(qkv, None, *call)
+    launch_backward(out, None, qkv if norm else None, None, *call)
 
 
 def apart(tokens: int, heads: int, head_dim: int) -> None:
     q, weight = meta(64, tokens, heads, head_dim, dtype=HALF), meta(head_dim, dtype=HALF)
-    weights, options = (weight, None, weight, None), (0, False, True, 1e-6)
-    out = launch_forward(q, q, None, None, *weights, *options)
-    launch_backward(*out, q, q, None, None, *weights, *options)
+    call = None, None, weight, None, weight, None, 0, False, True, 1e-6
+    q_out, k_out = launch_forward(q, q, *call)
+    launch_backward(q_out, k_out, q, q, *call)
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:

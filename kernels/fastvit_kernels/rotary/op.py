@@ -58,7 +58,7 @@ def rotary_qk_norm(
     weights = Weights(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
     check(qkv[:, :, 0], sin, cos, weights, prefix, layout, norm)
     options = prefix, layout == "interleaved", norm == "rms", eps
-    if uses_triton(qkv):
+    if uses_triton("rotary", qkv):
         return rotary_op(qkv, None, sin, cos, *weights, *options)[0]
     q, k, v = qkv.unbind(2)
     return torch.stack([*both(q, k, sin, cos, weights, *options), v], dim=2)
@@ -87,7 +87,7 @@ def rotary_qk_norm_separate(
     weights = Weights(q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
     check(q, sin, cos, weights, prefix, layout, norm)
     options = prefix, layout == "interleaved", norm == "rms", eps
-    if uses_triton(q):
+    if uses_triton("rotary", q):
         return rotary_op(q, k, sin, cos, *weights, *options)
     return both(q, k, sin, cos, weights, *options)
 
@@ -267,7 +267,8 @@ def fake_backward(
 def parts(q: Tensor, k: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """q, k and, if packed, v, [B, N, H, d]: the numbers of a head, and the heads of a token, adjacent in memory."""
     if k is None:
-        return adjacent(q).unbind(2)
+        packed = adjacent(q)
+        return packed[:, :, 0], packed[:, :, 1], packed[:, :, 2]
     return adjacent(q), adjacent(k), None
 
 

@@ -52,7 +52,7 @@ def swiglu_mlp(
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape [..., D], got {list(x.shape)}")
     fc1_weight, fc1_bias, fc2_bias = checked(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, recompute)
-    if not uses_triton(x):
+    if not uses_triton("swiglu", x):
         return reference.swiglu_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -101,8 +101,11 @@ def layer_norm_swiglu(
     check_rate("drop_path", drop_path)
     path_scale = draw_path_scale(x, drop_path)
     inputs = Inputs(x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale, path_scale)
-    if not uses_triton(x):
-        return reference.layer_norm_swiglu(*inputs, eps)
+    if not uses_triton("swiglu", x):
+        fc2 = fc2_weight, fc2_bias
+        return reference.layer_norm_swiglu(
+            x, norm_weight, norm_bias, fc1_weight, fc1_bias, *fc2, layer_scale, path_scale, eps
+        )
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         inputs = inputs._replace(

@@ -1,9 +1,9 @@
-"""SwiGLU MLP in plain PyTorch: the CPU path and the oracle."""
+"""LayerNorm and gated MLP: `layer_norm`, which chooses its implementation, and plain PyTorch."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit_kernels.layer_norm.reference import layer_norm
+from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.residual import add_scaled
 
 
@@ -24,5 +24,5 @@ def layer_norm_swiglu(
     path_scale: Tensor | None,
     eps: float,
 ) -> Tensor:
-    normed = layer_norm(x, norm_weight, norm_bias, eps)
+    normed = layer_norm(x, norm_weight, norm_bias, eps=eps)
     return add_scaled(x, swiglu_mlp(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias), layer_scale, path_scale)
