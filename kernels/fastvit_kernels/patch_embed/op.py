@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit_kernels.checks import check_device, check_floating, check_parameter
-from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
+from fastvit_kernels.dispatch import HAS_TRITON, Gpu, computed_dtype, gpu, unmeasured, uses_triton
 from fastvit_kernels.patch_embed import reference
 from fastvit_kernels.registration import register_gradient, register_op
-from fastvit_kernels.table import tunable
+from fastvit_kernels.table import Runs, tunable
 
 if HAS_TRITON:
     import triton
@@ -46,11 +46,12 @@ def patch_embed(
         mean, std: of the three channels, for pixels scaled to [0, 1].
 
     Returns [B, N, D], or [B, 1 + R + N, D] with the class token and R registers first, in the dtype of weight, also
-    under autocast, whose dtype products have; K in place of N with `keep_indices`. Raises ValueError for a wrong shape or device and TypeError for a wrong dtype. An
-    index outside 0..N-1, or given twice, is a ValueError on the CPU. A GPU does not wait to look: there the token of
-    such an index is NaN (the reference trips a device-side assertion), and a patch given twice has a wrong gradient of
-    its position. Only the reference has a gradient for images, so with images that require one it runs, and it is a
-    RuntimeError if FASTVIT_KERNELS=triton was asked for. Source: Dosovitskiy et al. 2021, equation 1.
+    under autocast, which acts on the product; K in place of N with `keep_indices`. Raises ValueError for a wrong shape
+    or device and TypeError for a wrong dtype. An index outside 0..N-1, or given twice, is a ValueError on the CPU. A
+    GPU does not wait to look: there the token of such an index is NaN (the reference trips a device-side assertion),
+    and a patch given twice has a wrong gradient of its position. Only the reference has a gradient for images, so with
+    images that require one it runs, and it is a RuntimeError if FASTVIT_KERNELS=triton was asked for. Source:
+    Dosovitskiy et al. 2021, equation 1.
     """
     check_floating("weight", weight)
     if weight.ndim != 4 or weight.shape[1] != 3 or weight.shape[2] != weight.shape[3]:
@@ -77,11 +78,24 @@ def patch_embed(
     if keep_indices is not None:
         check_indices(keep_indices, images, patches)
     learns = images.requires_grad and torch.is_grad_enabled()
-    if uses_triton("patch_embed", weight, "patch_embed has no gradient for images" if learns else None):
+    obstacle = "patch_embed has no gradient for images" if learns else None
+    tensors = weight, bias, pos_embed, cls_token, register_tokens
+    if uses_triton("patch_embed", weight, obstacle, lambda: runs_for(images, weight, keep_indices)):
         if torch.is_autocast_enabled(weight.device.type):
-            weight = weight.to(torch.get_autocast_dtype(weight.device.type))
-        return patch_embed_op(images, weight, bias, pos_embed, cls_token, register_tokens, keep_indices, mean, std)
-    return reference.patch_embed(images, weight, bias, pos_embed, cls_token, register_tokens, keep_indices, mean, std)
+            tensors = weight.to(torch.get_autocast_dtype(weight.device.type)), *tensors[1:]
+        return patch_embed_op(images, *tensors, keep_indices, mean, std)
+    return reference.patch_embed(images, *tensors, keep_indices, mean, std)
+
+
+def runs_for(images: Tensor, weight: Tensor, keep_indices: Tensor | None) -> Runs:
+    (width, *_, patch), (batch, _, height, columns) = weight.shape, images.shape
+    kept = (height // patch) * (columns // patch) if keep_indices is None else keep_indices.shape[1]
+    return runs(patch, images.dtype, computed_dtype("patch_embed", weight), width, batch * kept, gpu(images.device))
+
+
+@tunable(Runs, "patch_embed", sizes=("width", "patches"), providers=("triton", "reference"))
+def runs(patch: int, images: torch.dtype, dtype: torch.dtype, width: int, patches: int, on: Gpu) -> Runs:
+    return unmeasured("patch_embed", dtype)
 
 
 def check_indices(indices: Tensor, images: Tensor, patches: int) -> None:
@@ -149,6 +163,7 @@ def launch_forward(
         *normalisation(mean, std),
         CHANNELS_LAST=channels_last(images),
         PRECISION="ieee",
+        SEPARATE=gpu(images.device).arch in ("sm_90", "interpreter"),  # where products are wgmma, and where tests run
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=tile.depth,
@@ -408,8 +423,8 @@ patch_embed_op = register_op(
 )
 patch_embed_backward_op = register_op(
     "patch_embed_backward(Tensor grad, Tensor images, Tensor weight, Tensor? keep_indices, bool has_cls, int registers,"
-    " float[] mean, float[] std, bool with_weight, ScalarType dtype) -> (Tensor grad_weight, Tensor grad_bias, Tensor grad_pos,"
-    " Tensor grad_cls, Tensor grad_registers)",
+    " float[] mean, float[] std, bool with_weight, ScalarType dtype) -> (Tensor grad_weight, Tensor grad_bias,"
+    " Tensor grad_pos, Tensor grad_cls, Tensor grad_registers)",
     launch_backward,
     fake_backward,
 )
