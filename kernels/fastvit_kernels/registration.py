@@ -61,7 +61,7 @@ def register_gradient(
 
     implement_autograd(backward_op, lambda ctx, inputs, outputs: None, refuse)
     implement_autograd(op, setup_context, backward)
-    first = with_gradient(op, setup_context, backward, lambda outputs: outputs[0])
+    first = with_gradient(op, setup_context, backward, only_first=True)
 
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
@@ -76,7 +76,7 @@ def implement_autograd(op: Any, setup_context: Callable[..., None], backward: Ca
 
     Keyword arguments and lists of tensors, which that also takes, do not occur here.
     """
-    function = with_gradient(op, setup_context, backward, lambda outputs: outputs)
+    function = with_gradient(op, setup_context, backward)
     library.impl(op.name().partition("::")[2], function, "Autograd")
 
 
@@ -84,9 +84,11 @@ def with_gradient(
     op: Any,
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
-    given_back: Callable[[Any], Any],
+    only_first: bool = False,
 ) -> Callable[..., Any]:
-    """`op` as a function with this gradient, which gives back what `given_back` takes of its outputs."""
+    """`op` as a function with this gradient, which gives back all outputs or, if there are several, `only_first`."""
+    others = len(op._schema.returns) - 1 if only_first else 0
+    without: tuple[None, ...] = (None,) * others  # gradients of what is not given back
 
     class Gradient(torch.autograd.Function):
         @staticmethod
@@ -94,14 +96,14 @@ def with_gradient(
             with torch._C._AutoDispatchBelowAutograd():
                 outputs = op(*inputs)
             setup_context(ctx, inputs, outputs)
-            return given_back(outputs)
+            return outputs[0] if others else outputs
 
         @staticmethod
         def backward(ctx: Any, *gradients: Any) -> Any:
             if torch.is_grad_enabled():  # create_graph=True
-                return backward(ctx, *gradients)
+                return backward(ctx, *gradients, *without)
             with torch._C._AutoDispatchBelowAutograd():
-                return backward(ctx, *gradients)
+                return backward(ctx, *gradients, *without)
 
     Gradient.__name__ = Gradient.__qualname__ = op.name().replace("::", "_")
     apply = Gradient.apply
@@ -112,7 +114,8 @@ def with_gradient(
                 if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
                     return apply(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
-            return given_back(op(*inputs))
+            outputs = op(*inputs)
+            return outputs[0] if others else outputs
 
     return function
 

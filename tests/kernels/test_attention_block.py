@@ -329,12 +329,13 @@ def test_backward_under_autocast_of_a_forward_without(implementation: str, devic
     assert equal(*gradients)
 
 
-def test_compiles_without_graph_break(device: torch.device) -> None:
+def test_compiles_without_graph_break(implementation: str, device: torch.device) -> None:
     arguments = leaves(device, torch.float32, 3, 3, 16)
     compiled = torch.compile(
         lambda **tensors: attention_block(**tensors, **BLOCK).sin(), fullgraph=True, backend="aot_eager", dynamic=True
     )
-    for batch, frozen, autocast in ((3, "", False), (2, "", True), (2, "qkv_weight", False)):
+    calls = ((3, "", False), (2, "", True), (2, "qkv_weight", False))
+    for batch, frozen, autocast in calls if implementation == "triton" or IN_FULL else calls[:2]:
         tensors = arguments | {"x": arguments["x"][:batch].detach().requires_grad_()}
         tensors = {name: tensor.detach() if name == frozen else tensor for name, tensor in tensors.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):

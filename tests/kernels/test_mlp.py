@@ -479,7 +479,8 @@ def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
 
 
 def test_dropout_acts_on_activations_and_output(device: torch.device) -> None:
-    arguments = {name: tensor.to(device) for name, tensor in inputs(500, 5, 8, 8).items()}
+    batch = 60
+    arguments = {name: tensor.to(device) for name, tensor in inputs(batch, 5, 8, 8).items()}
     # an identity fc2: an output survives when its activation and it are both kept, scaled by 1 / 0.6 twice
     arguments |= {"fc2_weight": torch.eye(8, device=device), "fc2_bias": torch.zeros(8, device=device)}
     x = arguments["x"]
@@ -487,7 +488,9 @@ def test_dropout_acts_on_activations_and_output(device: torch.device) -> None:
     out = layer_norm_mlp(**arguments, eps=EPS, dropout=0.4) - x
     kept = out != 0
     assert torch.allclose(out[kept], branch[kept] / 0.36, atol=1e-5)
-    assert kept.float().mean().item() == pytest.approx(0.36, abs=0.018)  # 5 standard deviations
+    assert kept.float().mean().item() == pytest.approx(
+        0.36, abs=5 * (0.2304 / out.numel()) ** 0.5
+    )  # 5 standard deviations
 
 
 @pytest.mark.parametrize(
