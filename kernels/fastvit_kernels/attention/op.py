@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit_kernels.attention import reference
+from fastvit_kernels.attention import providers, reference
 from fastvit_kernels.checks import check_device, check_floating, check_parameter, check_rate
-from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
+from fastvit_kernels.dispatch import HAS_TRITON, Gpu, asked_for, gpu, provider
 from fastvit_kernels.registration import register_gradient, register_op
-from fastvit_kernels.table import tunable
+from fastvit_kernels.table import Runs, tunable
 
 if HAS_TRITON:
     import triton
@@ -56,7 +56,7 @@ def attention(
     check_rate("dropout", dropout)
     tokens, heads = qkv.shape[-4], qkv.shape[-2]
     bias = checked_bias(bias, [len(qkv), heads, tokens, tokens], cu_seqlens, like=qkv)
-    if uses_triton("attention", qkv, obstacle(qkv.shape[-1])):
+    if uses_operator(qkv, tokens, bias is None and dropout == 0 and cu_seqlens is None):
         seed = draw_seed(dropout, like=qkv)
         call = Call(qkv, None, None, bias, seed, dropout, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         return attention_op(*call)[0]
@@ -105,7 +105,7 @@ def attention_qkv(
         )
     check_rate("dropout", dropout)
     bias = checked_bias(bias, [len(q), q.shape[-2], q.shape[-3], keys], cu_seqlens_q, like=q)
-    if uses_triton("attention", q, obstacle(q.shape[-1])):
+    if uses_operator(q, q.shape[-3], bias is None and dropout == 0 and cu_seqlens_q is None):
         seed = draw_seed(dropout, like=q)
         call = Call(q, k, v, bias, seed, dropout, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return attention_op(*call)[0]
@@ -152,6 +152,17 @@ def obstacle(head_dim: int) -> str | None:
     return None
 
 
+def uses_operator(q: Tensor, tokens: int, plain: bool) -> bool:
+    """Whether the registered operator computes a call of q [..., H, d], and not the reference; `plain` as in `Call`."""
+    asked = asked_for("attention")
+    blocked = providers.obstacle(asked, q, plain) if asked in providers.PROVIDERS else obstacle(q.shape[-1])
+
+    def measured() -> Runs:
+        return providers.forward_runs(q.shape[-1], q.dtype, tokens, gpu(q.device))
+
+    return provider("attention", q, blocked, measured) != "reference"
+
+
 class Call(NamedTuple):
     """The arguments of the operator. `q` alone, without k and v, is packed [..., 3, H, d], and so is its gradient."""
 
@@ -166,6 +177,11 @@ class Call(NamedTuple):
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is softmax(q k^T) v and nothing else, which all of `providers` compute."""
+        return self.bias is None and self.seed is None and self.cu_seqlens_q is None
+
 
 def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Output and `lse`, see `fake_forward`; the arguments are those of `Call`."""
@@ -173,6 +189,8 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     q, k, v = separate(call)
     if out.numel() == 0 or k.numel() == 0:  # without keys, the output is 0
         return out.zero_(), lse.fill_(math.inf)
+    if (runs := providers.chosen(providers.forward_runs, q, call.plain)) != "triton":
+        return providers.forward(runs, q, k, v)
     programs, cut = cuts(forward_tiling, call, q, k, call.max_seqlen_q)
     kernels.attention_fwd_kernel[programs,](q, k, v, out, lse, **common_arguments(call, q, k, v), **cut)
     return out, lse
@@ -203,6 +221,11 @@ def launch_gradients(
     if q.numel() == 0 or k.numel() == 0:
         for gradient in gradients:
             gradient.zero_()
+        return gradients
+    if (runs := providers.chosen(providers.backward_runs, q, call.plain)) != "triton":
+        of_each = providers.backward(runs, grad_out, q, k, v, out, lse)
+        for gradient, computed in zip((grad_q, grad_k, grad_v), of_each, strict=True):
+            gradient.copy_(computed)
         return gradients
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
