@@ -157,10 +157,8 @@ def explain() -> str:
         lines.append("{:<17}{:<34}{:<34}{}".format(operation, *cells))
     asked = asked_for("gemm")
     products = "cublas, or triton where the table says so" if asked == "auto" else f"{asked} (asked for)"
-    lines.append(f"{'gemm':<17}{products}: products of attention_block and mlp, where those run triton")
-    lines.append(
-        "Under autocast, attention_block and mlp run as in its dtype. The reference also runs for float64, and for"
-    )
+    lines.append(f"{'gemm':<17}{products}: products inside block operators that run triton")
+    lines.append("Under autocast, block operators run as in its dtype. The reference also runs for float64, and for")
     lines.append("attention with a head dimension above 128; both are errors if triton is asked for.")
     here = [row[0 if on_gpu else 2].runs for row in plans.values()]
     counts = [f"{here.count(runs)} {runs}" for runs in sorted(set(here), reverse=True)]

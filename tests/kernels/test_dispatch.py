@@ -190,23 +190,24 @@ def test_a_block_without_one_of_its_kernels_is_a_composition_of_the_others(monke
     x = torch.randn(2, 3, 16)
     with dispatch.using("reference"):
         expected = block(x)
-    called: dict[str, bool] = {}
+    called: dict[str, str] = {}
 
-    def spy(operation: str, *args: Any, **kwargs: Any) -> bool:
+    def spy(operation: str, *args: Any, **kwargs: Any) -> str:
         called[operation] = original(operation, *args, **kwargs)
         return called[operation]
 
-    original = dispatch.uses_triton
-    for name in ("attention", "attention_block", "layer_norm", "mlp"):
-        monkeypatch.setattr(sys.modules[f"fastvit_kernels.{name}.op"], "uses_triton", spy)
+    original = dispatch.provider
+    monkeypatch.setattr(dispatch, "provider", spy)
+    monkeypatch.setattr(sys.modules["fastvit_kernels.attention.op"], "provider", spy)
     interpreted = dispatch.INTERPRETED
     for setting in ("attention=reference,layer_norm=triton,mlp=reference", "layer_norm=reference,attention=triton"):
         called.clear()
         with dispatch.using(setting if interpreted else "reference"):
             torch.testing.assert_close(block(x), expected)
-        wanted = {"attention_block": False, "mlp": False, "attention": "attention=triton" in setting}
-        wanted["layer_norm"] = "layer_norm=triton" in setting
-        assert called == (wanted if interpreted else dict.fromkeys(wanted, False))
+        wanted = dict.fromkeys(("attention_block", "mlp", "attention", "layer_norm"), "reference")
+        if interpreted:
+            wanted["attention" if "attention=triton" in setting else "layer_norm"] = "triton"
+        assert {operation: called[operation] for operation in wanted} == wanted
 
 
 def test_gemm_chooses_who_multiplies() -> None:
