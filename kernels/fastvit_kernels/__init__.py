@@ -13,10 +13,14 @@ from fastvit_kernels.modules import (
     FusedCrossEntropy,
     FusedLayerNorm,
     FusedLayerNormMLP,
+    FusedLayerNormSwiGLU,
     FusedPatchEmbed,
+    FusedSwiGLU,
 )
 from fastvit_kernels.patch_embed import patch_embed
 from fastvit_kernels.residual import drop_path_subset
+from fastvit_kernels.rotary import rotary_qk_norm, rotary_qk_norm_separate
+from fastvit_kernels.swiglu import layer_norm_swiglu, swiglu_mlp
 
 __version__ = "0.1.0"
 
@@ -26,7 +30,9 @@ __all__ = [
     "FusedCrossEntropy",
     "FusedLayerNorm",
     "FusedLayerNormMLP",
+    "FusedLayerNormSwiGLU",
     "FusedPatchEmbed",
+    "FusedSwiGLU",
     "accelerate",
     "add_layer_norm",
     "attention",
@@ -37,7 +43,11 @@ __all__ = [
     "explain",
     "layer_norm",
     "layer_norm_mlp",
+    "layer_norm_swiglu",
     "mlp",
     "patch_embed",
+    "rotary_qk_norm",
+    "rotary_qk_norm_separate",
     "sigmoid_cross_entropy",
+    "swiglu_mlp",
 ]
