@@ -2,8 +2,8 @@
 
 `FASTVIT_KERNELS=auto|triton|reference` is read once, at import; another value is a ValueError there, and a sentence
 from `python -m fastvit_kernels...`. `auto`, the default, runs Triton kernels on CUDA and ROCm tensors of float32,
-bfloat16 or float16, and plain PyTorch on all others. `triton` and `reference` are never replaced by the other: what
-they cannot run is an error.
+bfloat16 or float16, and plain PyTorch on all others and under a transform (`transforms.py`). `triton` and `reference`
+are never replaced by the other: what they cannot run is an error.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit_kernels import table
+from fastvit_kernels import table, transforms
 
 CHOICES = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # kernels compute in float32, so not float64
@@ -38,6 +38,8 @@ def uses_triton(tensor: Tensor, obstacle: str | None = None) -> bool:
     if choice == "reference":
         return False
     runs = HAS_TRITON and tensor.dtype in KERNEL_DTYPES and (tensor.is_cuda or (INTERPRETED and choice == "triton"))
+    if runs and obstacle is None:
+        obstacle = transforms.obstacle()
     if choice == "triton" and not (runs and obstacle is None):
         raise RuntimeError(_refusal(tensor, obstacle))
     return runs and obstacle is None
