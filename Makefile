@@ -6,7 +6,7 @@ TORCH := $(shell grep ^torch== constraints.txt)
 # One process per core, each with the tests of one file in turn, and one thread in each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.skips -n auto --dist loadscope --no-loadscope-reorder
 
-.PHONY: help quickstart test test-all lint format docs wheels clean
+.PHONY: help quickstart test test-all lint format docs hub-kernel wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -41,6 +41,10 @@ docs: $(VENV)/.installed  ## write the generated pages: docs/configuration.md, a
 	$(BIN)/fastvit config explain --markdown > docs/configuration.md.tmp
 	mv docs/configuration.md.tmp docs/configuration.md
 	$(BIN)/fastvit bench readme
+
+hub-kernel: $(VENV)/.installed  ## write the kernels for Hugging Face's `kernels` package, to build/fastvit-kernels
+	rm -rf build/fastvit-kernels
+	$(BIN)/python -m fastvit_kernels.hub --out build/fastvit-kernels
 
 # torch is installed first, by itself: packages installed later then find their requirement of torch already satisfied.
 $(VENV)/.installed: pyproject.toml kernels/pyproject.toml constraints.txt

@@ -267,6 +267,10 @@ class TrainConfig(_Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Number format of activations and gradients. Master weights and optimizer states are always fp32."""
 
+    recompute: Literal["auto", "none", "gelu", "all"] = "auto"
+    """What the backward pass of a fused block computes again instead of keeping it: nothing, the GELU, or both
+    normalisations too. auto: as little as memory allows. Has no effect on plain PyTorch."""
+
     grad_clip: float | None = Field(1.0, gt=0, le=1e9)
     """Largest global norm of the gradient; null: no clipping."""
 

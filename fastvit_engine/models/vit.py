@@ -11,6 +11,7 @@ from fastvit_engine.config import EvalTransform, ModelConfig
 from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.models.attention_pool import AttentionPool
 from fastvit_kernels import FusedBlock, FusedLayerNorm, FusedPatchEmbed
+from fastvit_kernels.mlp.op import Recompute
 from fastvit_kernels.modules import Mlp
 
 
@@ -113,6 +114,12 @@ class VisionTransformer(nn.Module):
         with torch.no_grad():
             represented = self.represent(images)
         return self.head(represented)
+
+    def recompute(self, mode: Recompute) -> None:
+        """Sets what the backward pass of every block computes again instead of keeping it, see FusedBlock."""
+        for block in self.blocks:
+            assert isinstance(block, FusedBlock)
+            block.recompute = mode
 
     def freeze_backbone(self) -> None:
         """From now on only `head` learns: all else gets no gradient, and computes as in evaluation, without dropout."""

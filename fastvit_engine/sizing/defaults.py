@@ -1,4 +1,4 @@
-"""What the engine chooses if a recipe leaves it open: ZeRO stage, micro-batch, DeepSpeed's buffers; and why.
+"""What the engine chooses if a recipe leaves it open: ZeRO stage, micro-batch, recomputation, buffers; and why.
 
 A choice is a function of the recipe, the processes and the memory of the smallest device, so every process makes the
 same. Explicit settings take precedence.
@@ -26,6 +26,8 @@ from fastvit_engine.sizing.memory import (
     Memory,
     ParameterCounts,
     accumulation_bytes,
+    block_implementation,
+    recompute_mode,
     training_memory,
 )
 
@@ -135,7 +137,11 @@ def device_memory(processes_per_node: int, *, on_gpu: bool) -> int:
 def choose(config: Config, machine: Machine) -> Chosen:
     """Fills in what `config` leaves open. Raises UserError, with numbers and the nearest remedy, if nothing fits."""
     check_stage(config)
-    options = [_candidate(config, machine, stage) for stage in _allowed_stages(config)]
+    recompute_is_open = config.train.recompute == "auto" and _recompute_matters(config, machine)
+    options = _options(config, machine)
+    if recompute_is_open and not any(candidate.fits for candidate in options):
+        config = _with_train(config, recompute="all")
+        options = _options(config, machine)
     fitting = [candidate for candidate in options if candidate.fits]
     insists = config.zero.stage != "auto" and config.train.micro_batch_size is not None
     if not fitting and not insists:
@@ -160,21 +166,59 @@ def choose(config: Config, machine: Machine) -> Chosen:
             "deepspeed": {**config.deepspeed, **({"zero_optimization": {**zero, **given}} if zero or given else {})},
         }
     )
-    final = _buckets(filled, machine, picked.stage)
-    memory = training_memory(
-        filled,
-        picked.stage,
-        machine.processes,
-        picked.micro_batch,
-        picked.accumulation_steps > 1,
-        final,
-        on_gpu=machine.on_gpu,
-    )
+    if recompute_is_open:
+        filled = _least_recompute(filled, machine, picked)
+    memory = _memory(filled, machine, picked)
+    if _recompute_matters(config, machine):
+        choices.insert(2, _explain_recompute(filled, machine, memory, by_user=not recompute_is_open))
     return Chosen(filled, tuple(choices), memory, machine)
 
 
+def _options(config: Config, machine: Machine) -> list[Candidate]:
+    return [_candidate(config, machine, stage) for stage in _allowed_stages(config)]
+
+
+def _memory(config: Config, machine: Machine, picked: Candidate) -> Memory:
+    """With a configuration that is filled in."""
+    stage, accumulates = picked.stage, picked.accumulation_steps > 1
+    buckets = _buckets(config, machine, stage)
+    return training_memory(
+        config, stage, machine.processes, picked.micro_batch, accumulates, buckets, on_gpu=machine.on_gpu
+    )
+
+
+def _recompute_matters(config: Config, machine: Machine) -> bool:
+    """Only the fused block decides what to keep, and nothing is kept where only the head learns."""
+    fused = block_implementation(config.model, on_gpu=machine.on_gpu) == "fused"
+    return fused and config.optimizer.frozen != "backbone"
+
+
+def _least_recompute(config: Config, machine: Machine, picked: Candidate) -> Config:
+    """With memory left beside the micro-batch that was picked, more is kept."""
+    without = _with_train(config, recompute="none")
+    fits = _memory(without, machine, picked).total <= machine.usable
+    return without if fits else _with_train(config, recompute=recompute_mode(config))
+
+
+def _explain_recompute(config: Config, machine: Machine, memory: Memory, *, by_user: bool) -> Choice:
+    mode = config.train.recompute
+    if by_user:
+        reason = "given"
+    elif mode == "none":
+        reason = f"all that the backward pass reads fits ({format_bytes(memory.total)})"
+    elif mode == "gelu":
+        reason = f"the results of the GELUs would not fit into {format_bytes(machine.usable)} too"
+    else:
+        reason = "nothing fits unless both normalisations are recomputed too"
+    return Choice("train.recompute", mode, reason, by_user)
+
+
+def _with_train(config: Config, **settings: Any) -> Config:
+    return config.model_copy(update={"train": config.train.model_copy(update=settings)})
+
+
 def _with_micro_batch(config: Config, size: int | None) -> Config:
-    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch_size": size})})
+    return _with_train(config, micro_batch_size=size)
 
 
 def candidates(config: Config, machine: Machine) -> list[Candidate]:

@@ -117,7 +117,7 @@ def training_memory(
     if frozen == "backbone":  # a forward pass, which keeps nothing but the one block that it is in
         activations = frozen_activation_bytes(config.model, precision, implementation)
     else:
-        activations = activation_bytes(config.model, precision, implementation)
+        activations = activation_bytes(config.model, precision, implementation, recompute_mode(config))
     work = work_bytes(config.model, precision, implementation)
     return replace(state, activations=micro_batch * activations, work=micro_batch * work)
 
@@ -208,6 +208,11 @@ def block_implementation(model: ModelConfig, *, on_gpu: bool) -> Implementation:
     return "composed" if model.dropout > 0 else "fused"
 
 
+def recompute_mode(config: Config) -> Recompute:
+    """What the blocks recompute, where the recipe does not say it: the GELU."""
+    return "gelu" if config.train.recompute == "auto" else config.train.recompute
+
+
 def block_bytes_a_token(
     width: int,
     heads: int,
@@ -234,11 +239,19 @@ def block_bytes_a_token(
     return inputs + compute * (6 * width + 2 * mlp_dim) + masks + statistics
 
 
-def activation_bytes(model: ModelConfig, precision: str, implementation: Implementation) -> int:
+def activation_bytes(
+    model: ModelConfig, precision: str, implementation: Implementation, recompute: Recompute = "gelu"
+) -> int:
     """Kept for the backward pass by the whole model, for each image."""
     shape, compute = resolve_shape(model), COMPUTE_BYTES[precision]
     block = block_bytes_a_token(
-        shape.width, shape.heads, shape.mlp_dim, compute, implementation, dropout=model.dropout > 0
+        shape.width,
+        shape.heads,
+        shape.mlp_dim,
+        compute,
+        implementation,
+        recompute=recompute,
+        dropout=model.dropout > 0,
     )
     if model.layer_scale is not None and implementation != "fused":
         block += 2 * compute * shape.width  # what is scaled

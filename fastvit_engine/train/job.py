@@ -19,6 +19,7 @@ from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.models import build_vit, training_flops
 from fastvit_engine.objectives import Objective, build_objective
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.sizing.memory import recompute_mode
 from fastvit_engine.train.health.diagnosis import GradientWatch
 from fastvit_engine.train.health.guard import Guard
 from fastvit_engine.train.health.replicas import Replicas
@@ -79,6 +80,7 @@ def build_job(
     model = build_vit(config.model, mean=config.data.mean, std=config.data.std)
     if config.optimizer.frozen == "backbone":
         model.freeze_backbone()
+    model.recompute(recompute_mode(config))
     split = split_batch(config, world.size)
     engine = build_engine(model, config, split, world)
     limit_collectives(config.watchdog.slow_phase_seconds + config.watchdog.timeout_seconds)  # the engine's groups too

@@ -7,7 +7,7 @@ from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
 from fastvit_kernels.dispatch import explain
 from fastvit_kernels.integrations import accelerate, restore
 from fastvit_kernels.layer_norm import add_layer_norm, layer_norm
-from fastvit_kernels.mlp import layer_norm_mlp
+from fastvit_kernels.mlp import layer_norm_mlp, mlp
 from fastvit_kernels.modules import (
     FusedAttention,
     FusedBlock,
@@ -38,6 +38,7 @@ __all__ = [
     "explain",
     "layer_norm",
     "layer_norm_mlp",
+    "mlp",
     "patch_embed",
     "restore",
     "sigmoid_cross_entropy",

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import register_flop_formula
 from fastvit_kernels.attention_block import op as attention_block
 from fastvit_kernels.mlp import op as mlp
 from fastvit_kernels.patch_embed.op import patch_grid
-from fastvit_kernels.registration import library
+from fastvit_kernels.registration import NAMESPACE
 
 # operators that multiply no matrices; nor do their gradients
 WITHOUT_PRODUCTS = ("layer_norm", "cross_entropy", "split_samples", "merge_samples")
@@ -22,7 +22,7 @@ WITHOUT_PRODUCTS = ("layer_norm", "cross_entropy", "split_samples", "merge_sampl
 
 def counts(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
     """Registers a formula for `fastvit::<name>`: a function of some of its arguments, which are passed by name."""
-    operator = getattr(getattr(torch.ops, library.ns), name)
+    operator = getattr(getattr(torch.ops, NAMESPACE), name)
     names = [argument.name for argument in operator.default._schema.arguments]
 
     def register(formula: Callable[..., int]) -> Callable[..., int]:
@@ -105,6 +105,20 @@ def layer_norm_mlp_backward_flops(x: Tensor, fc1_weight: Tensor, needed: Sequenc
     below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
     below_gelu = below_norm or needs["fc1_weight"] or needs["fc1_bias"]
     return (needs["fc2_weight"] + below_gelu + needs["fc1_weight"] + below_norm) * linear(x, fc1_weight)
+
+
+@counts("mlp")
+def mlp_flops(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, **_: Any) -> int:
+    tokens = x.numel() // x.shape[-1]
+    return 2 * tokens * (fc1_weight.numel() + fc2_weight.numel())
+
+
+@counts("mlp_backward")
+def mlp_backward_flops(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, needed: Sequence[bool], **_: Any) -> int:
+    tokens = x.numel() // x.shape[-1]
+    x_needs, fc1_needs, fc1_bias_needs, fc2_needs, _ = needed
+    below_gelu = x_needs or fc1_needs or fc1_bias_needs
+    return 2 * tokens * ((x_needs + fc1_needs) * fc1_weight.numel() + (below_gelu + fc2_needs) * fc2_weight.numel())
 
 
 @counts("patch_embed")

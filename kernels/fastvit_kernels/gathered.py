@@ -17,10 +17,14 @@ class GatheredWhole(nn.Module):
     _z3_leaf = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._backward_hooks and torch.is_grad_enabled() and not any(map(needs_gradient, (*args, *kwargs.values()))):
-            if any(parameter.requires_grad for parameter in self.parameters()):
-                args = tuple(map(with_gradient, args))
-                kwargs = {name: with_gradient(value) for name, value in kwargs.items()}
+        if (
+            self._backward_hooks
+            and torch.is_grad_enabled()
+            and not any(map(needs_gradient, (*args, *kwargs.values())))
+            and any(parameter.requires_grad for parameter in self.parameters())
+        ):
+            args = tuple(map(with_gradient, args))
+            kwargs = {name: with_gradient(value) for name, value in kwargs.items()}
         return super().__call__(*args, **kwargs)
 
 

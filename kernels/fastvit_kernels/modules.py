@@ -42,7 +42,7 @@ class FusedLayerNorm(nn.Module):
 
 
 class PatchProjection(nn.Conv2d):
-    """The convolution of `FusedPatchEmbed`, which calls it with the options of `patch_embed`: ZeRO-3 gathers on a call."""
+    """The convolution of `FusedPatchEmbed`, which calls it, as ZeRO-3 gathers the parameters of what is called."""
 
     def forward(  # type: ignore[override]
         self,

@@ -14,7 +14,8 @@ from torch.autograd import forward_ad
 
 from fastvit_kernels.dispatch import INTERPRETED
 
-library = torch.library.Library("fastvit", "FRAGMENT")
+NAMESPACE = "fastvit"  # another in a kernel that `hub` builds
+library = torch.library.Library(NAMESPACE, "FRAGMENT")
 REFERENCE = (
     "plain PyTorch has one; run the forward pass with FASTVIT_KERNELS=reference, or inside "
     '`with fastvit_kernels.dispatch.using("reference")`'
@@ -22,7 +23,7 @@ REFERENCE = (
 
 
 def register_op(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Defines `fastvit::<schema>` and returns it, ready to be called.
+    """Defines `<NAMESPACE>::<schema>` and returns it, ready to be called.
 
     Args:
         schema: as in "scale(Tensor x, float factor) -> Tensor"; outputs never alias an input or each other.
@@ -36,7 +37,7 @@ def register_op(schema: str, launch: Callable[..., Any], fake: Callable[..., Any
     @wraps(launch)
     def launch_on_host(*args: Any) -> Any:
         if forward_ad._current_level >= 0:  # a compiled graph or a direct call: `uses_triton` was not asked
-            raise NotImplementedError(f"fastvit::{name} has no forward-mode derivative: {REFERENCE}")
+            raise NotImplementedError(f"{NAMESPACE}::{name} has no forward-mode derivative: {REFERENCE}")
         return launch(*args)
 
     @wraps(launch)
@@ -49,8 +50,8 @@ def register_op(schema: str, launch: Callable[..., Any], fake: Callable[..., Any
     library.impl(name, launch_on_device, "CUDA")
     if INTERPRETED:
         library.impl(name, launch_on_host, "CPU")
-    torch.library.register_fake(f"fastvit::{name}", fake, lib=library)
-    return getattr(torch.ops.fastvit, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def register_gradient(
@@ -72,9 +73,9 @@ def register_composite(
     name = schema.partition("(")[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastvit::{name}", function, lib=library)
-    torch.library.register_autograd(f"fastvit::{name}", backward, setup_context=setup_context, lib=library)
-    return getattr(torch.ops.fastvit, name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", function, lib=library)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=library)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager:

@@ -35,7 +35,7 @@ def shapes(module: nn.Module) -> dict[str, list[int]]:
 
 def test_public_names() -> None:
     assert set(fastvit_kernels.__all__) == {
-        *("attention", "attention_block", "cross_entropy", "layer_norm", "layer_norm_mlp", "patch_embed"),
+        *("attention", "attention_block", "cross_entropy", "layer_norm", "layer_norm_mlp", "mlp", "patch_embed"),
         *("sigmoid_cross_entropy", "FusedAttention", "FusedBlock", "FusedCrossEntropy", "FusedLayerNorm"),
         *("FusedLayerNormMLP", "FusedPatchEmbed", "accelerate", "add_layer_norm", "attention_qkv"),
         *("drop_path_subset", "explain"),

@@ -119,7 +119,7 @@ def registry() -> Registry:
     for name, needed in LIBRARIES.items():
         if needed in sys.modules:
             try:
-                known |= importlib.import_module(f"fastvit_kernels.integrations.{name}").classes()
+                known |= importlib.import_module(f"{__package__}.{name}").classes()
             except (ImportError, AttributeError) as error:
                 version = getattr(sys.modules[name], "__version__", "of unknown version")
                 warnings.warn(f"{name} {version} is not known here, its blocks are left alone: {error}", stacklevel=3)

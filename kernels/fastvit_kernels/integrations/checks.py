@@ -15,6 +15,7 @@ from fastvit_kernels.integrations.fused import base_class
 from fastvit_kernels.mlp import Activation
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)  # not: sharded, quantised or otherwise special subclasses
+NOT_FOR_ATTENTION = ("output_hidden_states", "return_dict", "use_cache", "num_items_in_batch")  # of transformers
 
 
 def check_type(name: str, module: Any, classes: Collection[type[nn.Module]]) -> str:
@@ -94,7 +95,7 @@ def check_hooks(modules: Mapping[str, nn.Module | None], but_forward: bool = Fal
             return f"{name} has a hook"
         if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{name} has a hook"
-        if "forward" in module.__dict__:
+        if "forward" in module.__dict__ and getattr(module.forward, "__func__", None) is not type(module).forward:
             return f"{name} has a forward of its own"
     return ""
 
@@ -120,6 +121,13 @@ def activation_name(module: nn.Module, names: Mapping[type[nn.Module], Activatio
     if base_class(module) is nn.GELU:
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     return names.get(base_class(module))
+
+
+def asks(kwargs: dict[str, Any]) -> bool:
+    """Whether an option of transformers may concern attention: is_causal, output_attentions, a packed sequence."""
+    return any(
+        value is not None and value is not False and name not in NOT_FOR_ATTENTION for name, value in kwargs.items()
+    )
 
 
 def fits(x: Any, weight: Tensor) -> bool:

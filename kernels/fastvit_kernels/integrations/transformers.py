@@ -15,6 +15,7 @@ from transformers.utils import output_capturing
 from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, MlpHalf
 from fastvit_kernels.integrations.checks import (
     activation_name,
+    asks,
     check_children,
     check_forward,
     check_hooks,
@@ -36,7 +37,6 @@ GELUS: dict[type[nn.Module], Activation] = {
     activations.NewGELUActivation: "gelu_tanh",
 }
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # one function, five ways
-NOT_FOR_ATTENTION = ("output_hidden_states", "return_dict", "use_cache", "num_items_in_batch")
 
 
 class Names(NamedTuple):
@@ -209,13 +209,6 @@ def classes() -> dict[type[nn.Module], type[Fused]]:
         if layer is not None and layer.forward.__annotations__.get("return") in (Tensor, torch.FloatTensor):
             found[layer] = mixin
     return found
-
-
-def asks(kwargs: dict[str, Any]) -> bool:
-    """Whether an option may concern attention: is_causal, output_attentions, those of a packed sequence."""
-    return any(
-        value is not None and value is not False and name not in NOT_FOR_ATTENTION for name, value in kwargs.items()
-    )
 
 
 def check_parts(layer: nn.Module, names: Names) -> str:

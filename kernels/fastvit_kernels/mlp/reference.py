@@ -40,9 +40,22 @@ def mlp(
     drop_path: float,
 ) -> Tensor:
     """What follows the normalisation."""
-    hidden = F.linear(normed, fc1_weight, fc1_bias)  # [B, N, M]
+    added = branch(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, dropout)
+    return add_branch(x, added, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
+
+
+def branch(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    activation: str,
+    dropout: float,
+) -> Tensor:
+    """The two layers: [..., D] -> [..., K]."""
+    hidden = F.linear(x, fc1_weight, fc1_bias)  # [..., M]
     hidden = F.gelu(hidden, approximate=GELU_FORM[activation])
     if dropout > 0:
         hidden = F.dropout(hidden, dropout)
-    branch = F.linear(hidden, fc2_weight, fc2_bias)  # [B, N, D]
-    return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
+    return F.linear(hidden, fc2_weight, fc2_bias)

@@ -189,5 +189,31 @@ def test_this_machine_shares_its_memory_among_its_processes():
 
 def test_the_record_is_plain_json():
     record = json.loads(json.dumps(choose(h14(), gpus(8)).record()))
-    assert [choice["key"] for choice in record["choices"]] == ["zero.stage", "train.micro_batch_size"]
+    keys = [choice["key"] for choice in record["choices"]]
+    assert keys == ["zero.stage", "train.micro_batch_size", "train.recompute"]
     assert record["memory_estimate_bytes"] <= record["memory_usable_bytes"]
+
+
+@pytest.mark.parametrize("mode", ["none", "gelu", "all"])
+def test_blocks_recompute_as_little_as_memory_allows(mode):
+    settings = ("zero.stage=1", "train.micro_batch_size=64")
+    needs = choose(h14(*settings, f"train.recompute={mode}"), gpus(64)).memory.total
+    just_enough = next(gib / 4 for gib in range(400) if gpus(64, gib / 4).usable >= needs)
+    chosen = choose(h14(*settings), gpus(64, just_enough))
+    assert chosen.config.train.recompute == mode
+    assert chosen.memory.total == needs
+    assert reasons(chosen)["train.recompute"] != "given"
+
+
+def test_recompute_is_as_given_and_has_no_say_on_plain_pytorch():
+    given = choose(h14("train.recompute=all"), gpus(64))
+    assert given.config.train.recompute == "all" and reasons(given)["train.recompute"] == "given"
+    kept = {mode: choose(h14(f"train.recompute={mode}", "train.micro_batch_size=32"), gpus(64)) for mode in MODES}
+    activations = [kept[mode].memory.activations for mode in MODES]
+    assert activations == sorted(activations, reverse=True) and len(set(activations)) == 3
+    for settings, machine in (("model.dropout=0.1",), gpus(64)), ((), Machine(2, 2, 64 * GIB, on_gpu=False)):
+        plain = choose(h14(*settings), machine)
+        assert plain.config.train.recompute == "auto" and "train.recompute" not in reasons(plain)
+
+
+MODES = ("none", "gelu", "all")

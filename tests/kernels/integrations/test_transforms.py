@@ -145,6 +145,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] 
     "attention_qkv": (fk.attention_qkv, ((1, 3, 2, 2), (1, 2, 2, 2), (1, 2, 2, 2))),
     "attention_block": (lambda *x: fk.attention_block(*x, heads=2, eps=1e-5), ((1, 3, 4), *NORM, *ATTENTION)),
     "layer_norm_mlp": (lambda *x: fk.layer_norm_mlp(*x, eps=1e-5), ((1, 3, 4), *NORM, *MLP)),
+    "mlp": (fk.mlp, ((3, 4), *MLP)),
     "drop_path_subset": (
         lambda x, weight, bias: fk.drop_path_subset(
             lambda own, layer_scale: own + layer_scale * fk.layer_norm(own, weight, bias), x, drop_path=0.5

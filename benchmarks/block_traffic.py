@@ -1,0 +1,272 @@
+"""What one Transformer block launches and moves, forward and backward, and the least time that takes on a GPU.
+
+    python -m benchmarks.block_traffic
+    python -m benchmarks.block_traffic --out benchmarks/results/model/blocks.json
+
+Traces `fastvit_kernels.FusedBlock` on tensors without data, so it needs no GPU: the block's own code runs, and every
+Triton kernel, matrix product and other PyTorch operator that it would launch is written down. Each tensor of a launch
+is counted once, at its full size: an input is read, an output written, and what is changed in place is both. A launch
+takes at least
+
+    max(bytes / COPY_BYTES_PER_SECOND, FLOPs / PRODUCT_FLOPS)
+
+so the times are calculated, not measured. `benchmarks.step_model` makes a training step of them.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils.flop_counter import flop_registry
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+from benchmarks.machine import commit
+from benchmarks.shapes import GPU_SHAPES, Shape
+from fastvit_engine.files import atomic_write
+from fastvit_kernels import FusedBlock, dispatch
+from fastvit_kernels.tuning.codegen import TARGETS
+
+# One H200: a copy on the device, bytes read and written together, and an 8192 x 8192 x 8192 product of random bf16.
+COPY_BYTES_PER_SECOND = 4.3e12
+PRODUCT_FLOPS = 790e12
+# Products of [tokens, tokens, head dimension] per head. The backward pass computes the scores once per kernel.
+ATTENTION_PRODUCTS = {
+    "attention_fwd_kernel": 2,
+    "attention_bwd_query_kernel": 3,
+    "attention_bwd_key_kernel": 4,
+}
+KERNELS: tuple[Any, ...] = (JITFunction, InterpretedFunction)
+PRODUCTS, ATTENTION, ELEMENTWISE = "products", "attention", "elementwise"
+ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel: what it is for, what it moves and multiplies, and its least time."""
+
+    during: str  # the forward or the backward pass
+    name: str  # of the Triton kernel or of PyTorch's operator
+    library: str  # triton, cublas or torch
+    kind: str  # products, attention or elementwise
+    bytes: int
+    flops: int
+
+    @property
+    def microseconds(self) -> float:
+        return 1e6 * max(self.bytes / COPY_BYTES_PER_SECOND, self.flops / PRODUCT_FLOPS)
+
+
+class Setting(NamedTuple):
+    """How a block is trained."""
+
+    autocast: bool  # float32 weights and stream under autocast to bf16, or all in bf16
+    recompute: str
+
+
+SETTINGS = {
+    "bf16": Setting(False, "gelu"),
+    "bf16, nothing recomputed": Setting(False, "none"),
+    "autocast": Setting(True, "gelu"),
+    "autocast, nothing recomputed": Setting(True, "none"),
+}
+
+
+def trace(shape: Shape, batch: int, setting: Setting) -> list[Launch]:
+    """Every launch of one block, in order. Raises ValueError for a kernel that this module cannot count."""
+    stream = torch.float32 if setting.autocast else torch.bfloat16
+    with torch.device("meta"):
+        block = FusedBlock(shape.width, shape.heads, shape.mlp_dim, recompute=setting.recompute).to(stream)
+        x = torch.empty(batch, shape.tokens, shape.width, dtype=stream, requires_grad=True)
+        grad = torch.empty_like(x)
+    product = 2 * batch * shape.heads * shape.tokens**2 * shape.head_dim
+    record = Record(product)
+    with recording(record, autocast=setting.autocast):
+        y = block(x)
+        record.during = "backward"
+        torch.autograd.grad(y, [x, *block.parameters()], grad)
+    if not any(launch.library == "triton" for launch in record.launches):
+        raise RuntimeError("the block launched no Triton kernel: FASTVIT_KERNELS must not be 'reference' for a trace")
+    return record.launches
+
+
+class Record:
+    """Launches so far."""
+
+    def __init__(self, attention_product: int) -> None:
+        self.launches: list[Launch] = []
+        self.during = "forward"
+        self._attention_product = attention_product
+
+    def kernel(self, kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        """Takes the place of a Triton kernel's `run`."""
+        name = kernel.fn.__name__
+        given = dict(zip(kernel.arg_names, arguments, strict=False)) | options
+        tensors = [getattr(value, "base", value) for value in given.values()]  # a descriptor has the tensor as its base
+        moved = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
+        if name in ATTENTION_PRODUCTS:
+            self._add(name, "triton", ATTENTION, moved, ATTENTION_PRODUCTS[name] * self._attention_product)
+        elif name == "gemm_kernel":
+            m, n, k = (int(given[size]) for size in ("m", "n", "k"))
+            self._add(name, "triton", PRODUCTS, moved, 2 * m * n * k)
+        elif "attention" in name:
+            raise ValueError(f"how much {name} multiplies is not known: add it to ATTENTION_PRODUCTS in {__file__}")
+        else:
+            self._add(name, "triton", ELEMENTWISE, moved, 0)
+
+    def operator(self, op: Any, arguments: tuple[Any, ...], options: Mapping[str, Any], result: Any) -> None:
+        name = op.overloadpacket.__name__.strip("_")
+        if op.is_view or name in ALLOCATIONS or op.overloadpacket.__name__ in ALLOCATIONS:
+            return
+        counted = flop_registry.get(op.overloadpacket)
+        flops = counted(*arguments, **options, out_val=result) if counted else 0
+        # what is changed in place is an argument and the result: read and written
+        moved = sum(t.nbytes for t in tree_iter((arguments, options, result)) if isinstance(t, Tensor))
+        if moved == 0:
+            return
+        attends = "attention" in name
+        library = "cublas" if counted and not attends else "torch"
+        self._add(name, library, ATTENTION if attends else PRODUCTS if counted else ELEMENTWISE, moved, flops)
+
+    def _add(self, name: str, library: str, kind: str, moved: int, flops: int) -> None:
+        self.launches.append(Launch(self.during, name, library, kind, moved, flops))
+
+
+@contextmanager
+def recording(record: Record, *, autocast: bool) -> Iterator[None]:
+    """Inside, tensors without data pass for those of an H200, and what they would launch is recorded."""
+    runs, enabled = {kind: kind.run for kind in KERNELS}, torch.is_autocast_enabled("cuda")
+    try:
+        for kind in KERNELS:
+            kind.run = lambda kernel, *arguments, **options: record.kernel(kernel, *arguments, **options)
+        torch.set_autocast_enabled("cuda", autocast)
+        with (
+            warnings.catch_warnings(action="ignore", category=UserWarning),  # autocast, of a GPU that is not there
+            dispatch.compiling_for(TARGETS["sm_90"].gpu),
+            PosesAsCuda(),
+            Operators(record),
+        ):
+            yield
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
+        for kind, run in runs.items():
+            kind.run = run
+
+
+class PosesAsCuda(TorchFunctionMode):
+    """Tensors without data say that they are on a GPU, and what asks for a GPU gets tensors without data."""
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, arguments: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        if function == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return True
+        if function == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+            return torch.device("cuda", 0)
+        elsewhere = lambda device: torch.device("meta") if device.type == "cuda" else device  # noqa: E731
+        arguments, options = tree_map_only(torch.device, elsewhere, (arguments, options or {}))
+        return function(*arguments, **options)
+
+
+class Operators(TorchDispatchMode):
+    """Records PyTorch's operators; this package's own run their launch functions, which a tensor without data skips."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_dispatch__(self, op: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None) -> Any:
+        on_gpu = torch._C.DispatchKey.CUDA
+        if op.namespace == "fastvit" and op.has_kernel_for_dispatch_key(on_gpu):
+            with self:
+                return op._op_dk(on_gpu, *arguments, **(options or {}))
+        with self:
+            result = op.decompose(*arguments, **(options or {}))  # `to` and the like, into what launches
+        if result is not NotImplemented:
+            return result
+        result = op(*arguments, **(options or {}))
+        self._record.operator(op, arguments, options or {}, result)
+        return result
+
+
+# ---- tables
+
+
+def totals(launches: Sequence[Launch]) -> dict[str, Any]:
+    """Launches, bytes, FLOPs and milliseconds of a block, together and by what they are for."""
+
+    def of(some: Sequence[Launch]) -> dict[str, Any]:
+        return {
+            "launches": len(some),
+            "bytes": sum(launch.bytes for launch in some),
+            "flops": sum(launch.flops for launch in some),
+            "ms": 1e-3 * sum(launch.microseconds for launch in some),
+        }
+
+    kinds = (PRODUCTS, ATTENTION, ELEMENTWISE)
+    return of(launches) | {kind: of([launch for launch in launches if launch.kind == kind]) for kind in kinds}
+
+
+def table(launches: Sequence[Launch]) -> str:
+    lines = [f"{'pass':<10}{'launch':<34}{'by':<8}{'MB':>9}{'GFLOP':>9}{'us':>9}"]
+    for launch in launches:
+        flops = f"{launch.flops / 1e9:,.0f}" if launch.flops else ""
+        lines.append(
+            f"{launch.during:<10}{launch.name:<34}{launch.library:<8}{launch.bytes / 1e6:>9,.0f}{flops:>9}"
+            f"{launch.microseconds:>9,.0f}"
+        )
+    return "\n".join(lines)
+
+
+def summary(total: Mapping[str, Any]) -> str:
+    parts = ", ".join(
+        f"{kind} {total[kind]['bytes'] / 1e9:.2f} GB in {total[kind]['launches']} launches"
+        for kind in (PRODUCTS, ATTENTION, ELEMENTWISE)
+    )
+    return f"{total['launches']} launches, {total['bytes'] / 1e9:.2f} GB, at least {total['ms']:.2f} ms: {parts}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.block_traffic",
+        description="Trace one Transformer block without a GPU: launches, bytes, FLOPs and least time of both passes.",
+        epilog="example: python -m benchmarks.block_traffic --batch 64 --settings bf16",
+    )
+    shapes = {shape.name: shape for shape in GPU_SHAPES}
+    parser.add_argument("--model", choices=shapes, default="H/14", help="default H/14")
+    parser.add_argument("--batch", type=int, default=256, help="images (default 256)")
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME", help=", ".join(SETTINGS)
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the launches as JSON, and as text beside it")
+    parsed = parser.parse_args(arguments)
+    if parsed.batch < 1:
+        parser.error(f"--batch is {parsed.batch}: give at least 1")
+    text, blocks = [f"One block of ViT-{parsed.model}, {parsed.batch} images; calculated, not measured."], {}
+    for name in parsed.settings:
+        launches = trace(shapes[parsed.model], parsed.batch, SETTINGS[name])
+        total = totals(launches)
+        blocks[name] = {"totals": total, "launches": [asdict(launch) for launch in launches]}
+        text += ["", f"{name}: {summary(total)}", "", table(launches)]
+    print("\n".join(text))
+    if parsed.out:
+        found = {"model": parsed.model, "batch": parsed.batch, "commit": commit(), "blocks": blocks}
+        parsed.out.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(parsed.out, json.dumps(found, indent=1) + "\n")
+        atomic_write(parsed.out.with_suffix(".txt"), "\n".join(text) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""A training step of ViT-H/14 at batch 256 on one H200, by arithmetic: nothing here is measured.
+
+    python -m benchmarks.step_model
+    python -m benchmarks.step_model --trace blocks.json --plot step.png
+
+Launches, bytes and FLOPs of this package's blocks come from `benchmarks.block_traffic`; everything else is one of the
+constants below, each with its source. An error of 8 % in the sum is to be expected.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import plots
+from benchmarks.block_traffic import COPY_BYTES_PER_SECOND
+from fastvit_engine.config import Config
+from fastvit_engine.files import atomic_write
+from fastvit_engine.models import training_flops
+
+MODEL, BATCH, DEPTH = "H/14", 256, 32
+PARAMETERS = 632_045_800  # Dosovitskiy et al. 2021, Table 1: 632 M; with a head of 1,000 classes
+PEAK_FLOPS = 989e12  # dense bf16, NVIDIA's datasheet of the H200
+
+# Assumed of the hardware. 690: below the 790 of one large product, since a training step runs at the power limit.
+PRODUCT_FLOPS = 690e12
+BYTES_PER_SECOND = 0.85 * COPY_BYTES_PER_SECOND  # an elementwise kernel against a plain copy
+
+# Milliseconds of attention in all blocks, both passes, at 257 tokens and 16 heads of 80: from published figures of
+# Hopper GPUs at 256 to 577 tokens and head dimensions of 64 to 80.
+ATTENTION_MS = {
+    "serialised": 60.0,  # our kernels when ptxas makes each wgmma wait for the one before it
+    "overlapped": 48.0,  # our kernels otherwise
+    "cuDNN": 45.0,
+    "FlashAttention-2": 95.0,  # what PyTorch's default backend is
+}
+
+# GB a block moves elementwise, both passes, counted from the operators of timm's block: PyTorch's eager kernels, and
+# the fusions that torch.compile makes. Under autocast the stream between blocks is float32.
+TIMM_EAGER_GB, TIMM_COMPILED_GB, TIMM_COMPILED_BF16_GB = 17.3, 10.9, 8.6
+
+# Bytes per parameter and step. AdamW reads weight, gradient and two moments in float32 and writes three of them;
+# clipping reads the gradients for their norm, and reads and writes them to scale them; autocast casts weights to bf16
+# and gradients back.
+ADAMW_BYTES, CLIP_BYTES, CAST_BYTES = 28, 12, 12
+# DeepSpeed's bf16 optimizer at stage 1 on one GPU: besides AdamW, it adds bf16 gradients up in float32, clips, and
+# copies the new weights to bf16. An estimate from its code.
+DEEPSPEED_MS = 14.0
+# The patch embedding, position embedding, final normalisation, head and loss; in float32 the products of the patch
+# embedding miss the tensor cores.
+ENDS_MS, FP32_PATCH_EMBED_MS = 3.0, 9.5
+
+COLOURS = {
+    "products": plots.KINDS["matrix products"],
+    "attention": plots.KINDS["attention"],
+    "elementwise": plots.KINDS["normalisation"],
+    "optimizer": plots.KINDS["optimizer"],
+    "ends": plots.KINDS["elementwise and rest"],
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One way to train, with the milliseconds of each part."""
+
+    name: str
+    products: float
+    attention: float
+    elementwise: float
+    optimizer: float
+    ends: float  # what comes before and after the blocks
+
+    @property
+    def ms(self) -> float:
+        return self.products + self.attention + self.elementwise + self.optimizer + self.ends
+
+    @property
+    def images_per_second(self) -> float:
+        return 1e3 * BATCH / self.ms
+
+    @property
+    def mfu(self) -> float:
+        return self.images_per_second * flops_per_image() / PEAK_FLOPS
+
+
+def flops_per_image() -> float:
+    config = Config.model_validate({"model": {"name": MODEL, "image_size": 224, "num_classes": 1000}})
+    return training_flops(config.model)
+
+
+def ours(trace: Mapping[str, Any], attention: str, patch_embed: str) -> list[Step]:
+    """By setting of the trace: those in bf16 through DeepSpeed at ZeRO-1, those under autocast in a bare loop.
+
+    Raises ValueError for a trace of another model or batch.
+    """
+    if (trace["model"], trace["batch"]) != (MODEL, BATCH):
+        raise ValueError(
+            f"the trace is of {trace['model']} at batch {trace['batch']}, and this model is of {MODEL} at batch {BATCH}"
+        )
+    steps = []
+    for setting, block in trace["blocks"].items():
+        totals, bare = block["totals"], setting.startswith("autocast")
+        steps.append(
+            Step(
+                f"fastvit, {'bare loop' if bare else 'ZeRO-1'}, {setting}",
+                products=1e3 * DEPTH * totals["products"]["flops"] / PRODUCT_FLOPS,
+                attention=ATTENTION_MS[attention],
+                elementwise=moved(DEPTH * totals["elementwise"]["bytes"]),
+                optimizer=moved(PARAMETERS * (ADAMW_BYTES + CLIP_BYTES)) if bare else DEEPSPEED_MS,
+                ends=ENDS_MS + (FP32_PATCH_EMBED_MS if bare and patch_embed == "fp32" else 0),
+            )
+        )
+    return steps
+
+
+def peers(product_flops: float) -> list[Step]:
+    """timm in a bare loop; `product_flops` of a block are the same for everybody."""
+    products = 1e3 * DEPTH * product_flops / PRODUCT_FLOPS
+    optimizer = moved(PARAMETERS * (ADAMW_BYTES + CLIP_BYTES))
+    casts = moved(PARAMETERS * CAST_BYTES)
+
+    def step(name: str, attention: str, gigabytes: float, optimizer: float) -> Step:
+        return Step(name, products, ATTENTION_MS[attention], moved(DEPTH * gigabytes * 1e9), optimizer, ENDS_MS)
+
+    return [
+        step("timm eager, autocast", "FlashAttention-2", TIMM_EAGER_GB, optimizer + casts),
+        step("timm compiled, autocast", "cuDNN", TIMM_COMPILED_GB, optimizer + casts),
+        step("timm compiled, bf16 weights", "cuDNN", TIMM_COMPILED_BF16_GB, optimizer),
+    ]
+
+
+def moved(size: float) -> float:
+    """Milliseconds of elementwise kernels."""
+    return 1e3 * size / BYTES_PER_SECOND
+
+
+def table(steps: Sequence[Step]) -> str:
+    heads = "".join(f"{part:>13}" for part in COLOURS)
+    lines = [f"{'calculated, in ms':<48}{heads}{'step':>8}{'images/s':>10}{'MFU':>7}"]
+    for step in steps:
+        parts = "".join(f"{getattr(step, part):>13.0f}" for part in COLOURS)
+        lines.append(f"{step.name:<48}{parts}{step.ms:>8.0f}{step.images_per_second:>10.0f}{100 * step.mfu:>6.0f}%")
+    return "\n".join(lines)
+
+
+def draw(steps: Sequence[Step], path: Path) -> None:
+    """A stacked bar per variant."""
+    plt = plots.pyplot()
+    figure, axis = plt.subplots(figsize=(10, 1.9 + 0.42 * len(steps)), layout="constrained")
+    plots.head(
+        figure,
+        f"A training step of ViT-{MODEL}, {BATCH} images: calculated, not measured",
+        "one H200; from the bytes and FLOPs of each launch and the constants of benchmarks/step_model.py; about ±8 %",
+    )
+    left = [0.0] * len(steps)
+    for part, colour in COLOURS.items():
+        widths = [getattr(step, part) for step in steps]
+        axis.barh(range(len(steps)), widths, left=left, color=colour, height=0.72, label=part)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    for place, step in enumerate(steps):
+        axis.text(step.ms, place, f"  {step.images_per_second:,.0f} images/s", va="center", fontsize=8)
+    axis.set_yticks(range(len(steps)), [step.name for step in steps], fontsize=8.5)
+    axis.set_xlabel("ms per step")
+    axis.invert_yaxis()
+    axis.margins(x=0.16)
+    axis.set_xlim(left=0)
+    axis.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=5, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110, metadata={"Date": None} if path.suffix == ".svg" else None)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step_model",
+        description="Calculate a training step of ViT-H/14 at batch 256 on one H200 from what its blocks launch.",
+        epilog="example: python -m benchmarks.step_model --trace blocks.json --attention serialised",
+    )
+    default = Path(__file__).parent / "results" / "model" / "blocks.json"
+    parser.add_argument("--trace", type=Path, default=default, help="what `benchmarks.block_traffic --out` wrote")
+    own = ("serialised", "overlapped", "cuDNN")
+    parser.add_argument("--attention", choices=own, default="overlapped", help="how ours runs (default overlapped)")
+    parser.add_argument(
+        "--patch-embed", choices=("bf16", "fp32"), default="bf16", help="of ours under autocast (default bf16)"
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the parts as JSON, and the table beside it")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw stacked bars (png or svg)")
+    parsed = parser.parse_args(arguments)
+    try:
+        trace = json.loads(parsed.trace.read_text())
+        steps = ours(trace, parsed.attention, parsed.patch_embed)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"--trace {parsed.trace}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    some = next(iter(trace["blocks"].values()))
+    steps += peers(some["totals"]["products"]["flops"])
+    print(table(steps))
+    if parsed.out:
+        parsed.out.parent.mkdir(parents=True, exist_ok=True)
+        rows = [asdict(s) | {"ms": s.ms, "images_per_second": s.images_per_second, "mfu": s.mfu} for s in steps]
+        found = {"trace": parsed.trace.name, "attention": parsed.attention, "patch_embed": parsed.patch_embed}
+        atomic_write(parsed.out, json.dumps(found | {"measured": False, "steps": rows}, indent=1) + "\n")
+        atomic_write(parsed.out.with_suffix(".txt"), table(steps) + "\n")
+    if parsed.plot:
+        draw(steps, parsed.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""This package as a kernel of the Hugging Face Hub: `python -m fastvit_kernels.hub --help`."""

@@ -1,0 +1,81 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from triton.runtime.jit import JITFunction
+
+from benchmarks import block_traffic, step_model
+from benchmarks.block_traffic import ATTENTION, ELEMENTWISE, KERNELS, PRODUCTS, SETTINGS, Record, main, totals, trace
+from benchmarks.shapes import GPU_SHAPES
+from tests.benchmarks.conftest import TINY
+
+H14 = GPU_SHAPES[0]
+
+
+def test_a_block_of_the_large_model_moves_and_multiplies_what_arithmetic_says() -> None:
+    runs = [kind.run for kind in KERNELS]
+    launches = trace(H14, 256, SETTINGS["bf16"])
+    assert [kind.run for kind in KERNELS] == runs and not torch.is_autocast_enabled("cuda")
+    total, tokens, width = totals(launches), 256 * 257, 1280
+    assert (
+        total["launches"]
+        == len(launches)
+        == sum(total[kind]["launches"] for kind in (PRODUCTS, ATTENTION, ELEMENTWISE))
+    )
+    # qkv, projection and both layers of the MLP: [D, 3 D], [D, D], [D, 4 D], [4 D, D], three products each
+    assert total[PRODUCTS]["flops"] == 3 * 2 * tokens * width * 12 * width and total[PRODUCTS]["launches"] == 12
+    assert total[ATTENTION]["flops"] == 9 * 2 * 256 * 16 * 257**2 * 80
+    first = next(launch for launch in launches if launch.kind == PRODUCTS)
+    weights = 3 * width * width + 3 * width
+    assert first.bytes == 2 * (tokens * width + weights + tokens * 3 * width)  # input, qkv and its bias, output
+    assert first.microseconds == pytest.approx(1e6 * first.flops / block_traffic.PRODUCT_FLOPS)
+    moved = next(launch for launch in launches if launch.kind == ELEMENTWISE)
+    assert moved.name.startswith("layer_norm") and moved.microseconds == 1e6 * moved.bytes / 4.3e12
+    assert total["ms"] <= 12.31  # what two half-blocks take
+
+
+def test_casts_under_autocast_are_launches() -> None:
+    plain, autocast = (trace(TINY, 2, SETTINGS[name]) for name in ("bf16", "autocast"))
+    assert totals(plain)[PRODUCTS]["flops"] == totals(autocast)[PRODUCTS]["flops"]
+    assert totals(plain)["bytes"] < totals(autocast)["bytes"]
+    qkv = next(launch for launch in autocast if launch.name == "to_copy")
+    assert qkv.bytes == (4 + 2) * 3 * TINY.width**2  # float32 read, bf16 written
+    assert all(launch.name != "to_copy" for launch in plain)
+
+
+def test_a_kernel_that_multiplies_in_an_unknown_way_is_refused() -> None:
+    kernel = JITFunction(attention_of_tomorrow_kernel)
+    with pytest.raises(ValueError, match="how much attention_of_tomorrow_kernel multiplies is not known"):
+        Record(1).kernel(kernel, torch.empty(2, device="meta"), grid=(1,), warmup=False)
+
+
+def attention_of_tomorrow_kernel(q_ptr):
+    pass
+
+
+def test_the_model_of_a_step_gives_what_was_predicted_of_the_first_kernels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = Path(step_model.__file__).parent / "results" / "model" / "blocks-before.json"
+    options = ["--attention", "serialised", "--patch-embed", "fp32"]
+    out = tmp_path / "steps.json"
+    assert step_model.main(["--trace", str(before), *options, "--out", str(out)]) == 0
+    rows = {row["name"]: row["images_per_second"] for row in json.loads(out.read_text())["steps"]}
+    assert round(rows["fastvit, ZeRO-1, bf16"]) == 506
+    assert round(rows["fastvit, bare loop, autocast"]) == 469
+    assert round(rows["timm compiled, autocast"]) == 500
+    assert out.with_suffix(".txt").read_text() == capsys.readouterr().out
+    assert step_model.flops_per_image() == pytest.approx(1.004e12, rel=1e-3)
+
+
+def test_the_commands_write_what_the_other_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    blocks, picture = tmp_path / "blocks.json", tmp_path / "step.png"
+    assert main(["--settings", "bf16", "--out", str(blocks)]) == 0
+    assert blocks.with_suffix(".txt").read_text() == capsys.readouterr().out
+    assert step_model.main(["--trace", str(blocks), "--plot", str(picture)]) == 0
+    assert picture.stat().st_size > 10_000
+    assert main(["--batch", "8", "--settings", "bf16", "--out", str(blocks)]) == 0
+    assert step_model.main(["--trace", str(blocks)]) == 2
+    assert "the trace is of H/14 at batch 8, and this model is of H/14 at batch 256" in capsys.readouterr().err
