@@ -61,6 +61,7 @@ wheels:  ## packages for a GPU machine without a network, in wheels/: see benchm
 		--implementation cp --python-version $(PYTHON_VERSION) \
 		--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux1_x86_64 \
 		--constraint constraints.txt --requirement launch/wheels.txt
+	$(PYTHON) -m benchmarks.slim_wheel wheels/nvidia_cuda_nvcc-*.whl '*/bin/ptxas'
 	DS_BUILD_OPS=0 $(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir wheels --constraint constraints.txt deepspeed
 	@du -sh wheels
 

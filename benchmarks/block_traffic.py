@@ -36,6 +36,7 @@ from benchmarks.machine import commit
 from benchmarks.shapes import GPU_SHAPES, Shape
 from fastvit_engine.files import atomic_write
 from fastvit_kernels import FusedBlock, dispatch
+from fastvit_kernels.modules import Recompute
 from fastvit_kernels.tuning.codegen import TARGETS
 
 # One H200: a copy on the device, bytes read and written together, and an 8192 x 8192 x 8192 product of random bf16.
@@ -72,7 +73,7 @@ class Setting(NamedTuple):
     """How a block is trained."""
 
     autocast: bool  # float32 weights and stream under autocast to bf16, or all in bf16
-    recompute: str
+    recompute: Recompute
 
 
 SETTINGS = {
@@ -172,7 +173,7 @@ class PosesAsCuda(TorchFunctionMode):
     ) -> Any:
         if function == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return True
-        if function == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+        if function == torch.Tensor.device.__get__:
             return torch.device("cuda", 0)
         elsewhere = lambda device: torch.device("meta") if device.type == "cuda" else device  # noqa: E731
         arguments, options = tree_map_only(torch.device, elsewhere, (arguments, options or {}))

@@ -1,24 +1,25 @@
-"""Checks and measures this engine on a GPU in one call of under nine minutes.
+"""Checks, measures and tunes this engine on a GPU, in four calls of some minutes each.
 
-    python -m benchmarks.gpu_run --out results
-    python -m benchmarks.gpu_run --out results --steps smoke kernels
+    python -m benchmarks.gpu_run --call 1 --out results1
+    python -m benchmarks.gpu_run --call 2 --out results2 --previous results1
+    python -m benchmarks.gpu_run --call 3 --out results3 --previous results2
+    python -m benchmarks.gpu_run --call 4 --out results4 --previous results3
 
-Steps, the most valuable first, since time is short:
+call 1  what the machine can do at best; is everything right, with Triton's own assembler and with a current one;
+        attention alone, against flash and cuDNN
+call 2  training steps of ViT-H/14 at batch 256 and 64: this engine and timm, with a table of each one's kernels
+call 3  launch parameters of attention and layer normalisation, then training with what was found
+call 4  all operations against their peers, and the tests that need a GPU
 
-smoke    does every operation compile, run and give the right results, and does training run? A minute or less;
-         if it fails, the figures of the others mean little
-kernels  the operations against their peers: all of ViT-H/14 in bf16, then those of other models
-train    whole training steps of ViT-H/14 against peers
-tuning   the fastest launch parameters, as far as time allows
-tests    the kernel tests; last, since they compile thousands of kernels, and `smoke` has run the one size that counts
-
-A step gets its share of the remaining time, and later steps gain what it does not need. A step that fails or runs out
-of time keeps its partial results and does not stop the others. The folder has three files, rewritten after every step:
+A call takes over what the one before it left: which assembler gives right results, the table of launch parameters, and
+all files. Given a folder of the same call as --previous, it repeats only the parts that did not succeed. The most
+valuable parts come first; a part that fails or runs out of time keeps what it has and does not stop the others, and one
+for which no time is left is left out with a line that says so. The folder has three files, rewritten after every part:
 `summary.json` (versions, what ran, how it ended), `report.md` (the tables, and the ends of the logs) and
-`results.tar.gz` (everything: raw figures, pictures, logs), which unpacks in `benchmarks/results/`.
+`results.tar.gz` (everything so far: raw figures, pictures, logs).
 
 Needs torch, triton and numpy; every peer that is installed takes part. `--wheels` takes a folder of wheels for a
-machine without a network, as `make wheels` fills it.
+machine without a network, as `make wheels` fills it: among them the current assembler.
 """
 
 import argparse
@@ -36,19 +37,19 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+from benchmarks.gpu_calls import PYTHON, Command, Part, Place, conclusions, parts
 from fastvit_engine.files import atomic_write
 
 ROOT = Path(__file__).parent.parent
-PYTHON = [sys.executable, "-m"]
-MINUTES = 8.6  # for everything
+MINUTES = 6.5  # for a call
 PATIENCE = 15  # seconds between Ctrl-C and the end: for the report of what was measured until then
-STARTING = 20  # seconds until a program looks at its clock
-GPU_LOST = 3  # the tuner's exit code if another process can continue
+ARCHIVE = "results.tar.gz"
 
 NEEDED = ("torch", "triton", "numpy")
 # What is not done without a package.
@@ -76,87 +77,54 @@ WANTED = {
     "xformers": "no xformers",
     "torchao": "no float8",
     "apex": "no apex (NVIDIA's, built from source)",
+    "rich": "figures of operations in a Markdown table",
 }
 
 
 @dataclass(frozen=True)
-class Step:
-    """One program."""
-
-    name: str
-    share: float  # of the time, in proportion to the shares of the other steps
-    command: Callable[[float], list[str]]  # for so many seconds
-    again_on: int | None = None  # the exit code that asks for the same command once more
-
-
-@dataclass(frozen=True)
 class Outcome:
-    """How a step ended."""
+    """How one program of a part ended."""
 
-    step: str
+    call: int
+    part: str
+    name: str  # of the program and its log
     command: list[str]
-    exit_code: int | None  # None: it ran out of time
+    environment: dict[str, str]
+    exit_code: int | None  # None: it ran out of time, or was not begun
     seconds: float
+    note: str = ""  # why it was not begun
 
 
-def steps(folder: Path, dry: bool) -> list[Step]:
-    """In order of importance. A dry run is the same on a CPU, with next to nothing to measure."""
-    bench, out = [*PYTHON, "fastvit_engine", "bench"], ["--quick", "--out", str(folder)]
-    smoke = [*PYTHON, "benchmarks.smoke", "--out", str(folder)]
-    tuning = [*PYTHON, "fastvit_kernels.tuning"]
-    tests = [*PYTHON, "pytest", "tests/kernels", "-m", "gpu", "-o", "addopts=-ra", "--continue-on-collection-errors"]
-    if dry:
-        smoke += ["--only", "layer_norm"]
-        small = ["--ops", "layer_norm", "--models", "tiny/14@56"]
-        return [
-            Step("smoke", 24, lambda seconds: [*smoke, "--seconds", f"{seconds - STARTING:.0f}"]),
-            Step("kernels", 31, lambda seconds: [*bench, "kernels", *out, *small]),
-            Step("train", 24, lambda seconds: [*bench, "train", *out, "--variants", "fastvit"]),
-            Step("tuning", 11, lambda seconds: [*tuning, "--dry-run", "--ops", "cross_entropy", "--shapes", "B/16"]),
-            Step("tests", 10, lambda seconds: [*tests, "--collect-only", "-q"]),
-        ]
-    if importlib.util.find_spec("xdist"):  # most of the time goes into compiling
-        tests += ["-n", str(min(14, os.cpu_count() or 1))]
-    tuning += ["--quick", "--out", str(folder / "tuning.json")]
-    return [
-        Step("smoke", 24, lambda seconds: [*smoke, "--seconds", f"{seconds - STARTING:.0f}"]),
-        Step("kernels", 31, lambda seconds: [*bench, "kernels", *out, "--minutes", minutes(seconds - 30)]),
-        Step("train", 24, lambda seconds: [*bench, "train", *out, "--minutes", minutes(seconds - 30)]),
-        Step("tuning", 11, lambda seconds: [*tuning, "--minutes", minutes(seconds - 15)], GPU_LOST),
-        Step("tests", 10, lambda seconds: [*tests, "-q", f"--junit-xml={folder / 'tests.xml'}"]),
-    ]
+# ---- running a part
 
 
-def minutes(seconds: float) -> str:
-    """The limit after which a program starts nothing new."""
-    return f"{max(seconds, 1) / 60:.2f}"
+def run(part: Part, call: int, seconds: float, folder: Path) -> list[Outcome]:
+    """Runs the programs of a part at the same time, each with its output in `callN-NAME.log`."""
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(lambda command: run_one(part, call, command, seconds, folder), part.commands(seconds)))
 
 
-def limit(step: Step, waiting: Sequence[Step], left: float) -> float:
-    """Seconds for a step: its share of the time left for it and all later steps, less the time to stop it."""
-    return max(left * step.share / sum(other.share for other in waiting) - PATIENCE, 1)
-
-
-# ---- running a step
-
-
-def run(step: Step, seconds: float, folder: Path) -> Outcome:
-    """Runs a step with its output in `<step>.log`, as often as it asks for within its limit."""
-    start, command = time.monotonic(), step.command(seconds)
-    with (folder / f"{step.name}.log").open("w") as log:
+def run_one(part: Part, call: int, command: Command, seconds: float, folder: Path) -> Outcome:
+    """As often as the program asks for within its limit."""
+    start = time.monotonic()
+    with (folder / f"call{call}-{command.name}.log").open("w") as log:
         code = attempt(command, log, seconds)
-        while code is not None and code == step.again_on:
+        while code is not None and code == part.again_on:
             left = seconds - (time.monotonic() - start)
-            code = attempt(step.command(left), log, left)
-    return Outcome(step.name, command, code, round(time.monotonic() - start, 1))
+            again = next(other for other in part.commands(left) if other.name == command.name)
+            code = attempt(again, log, left)
+    taken = round(time.monotonic() - start, 1)
+    return Outcome(call, part.name, command.name, command.words, command.environment, code, taken)
 
 
-def attempt(command: list[str], log: TextIO, seconds: float) -> int | None:
-    """The exit code, or None: after its time a command is stopped as by Ctrl-C, on which it writes what it has."""
+def attempt(command: Command, log: TextIO, seconds: float) -> int | None:
+    """The exit code, or None: after its time a program is stopped as by Ctrl-C, on which it writes what it has."""
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"} | command.environment
     try:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            command.words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
     except OSError as error:
         log.write(f"{error}\n")
         return 127
@@ -223,48 +191,79 @@ def gpu() -> str | None:
         return None
 
 
-# ---- what it leaves
+def assembler() -> Path | None:
+    """The ptxas of the package nvidia-cuda-nvcc, if it is installed."""
+    for folder in map(Path, sys.path):
+        for path in sorted(folder.glob("nvidia/*/bin/ptxas")):
+            if os.access(path, os.X_OK):
+                return path
+    return None
 
 
-def pack(out: Path, folder: Path, found: dict[str, object], outcomes: Sequence[Outcome]) -> None:
+# ---- what it takes over, and what it leaves
+
+
+def take_over(previous: Path, folder: Path) -> list[Outcome]:
+    """Unpacks the results of earlier calls, and returns how their parts ended. Raises ValueError if there are none."""
+    archive, summary = previous / ARCHIVE, previous / "summary.json"
+    if not (archive.is_file() and summary.is_file()):
+        raise ValueError(f"--previous {previous}: there is no {ARCHIVE} with its summary.json, as a call leaves them")
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    return [Outcome(**outcome) for outcome in json.loads(summary.read_text())["parts"]]
+
+
+def done(outcomes: Sequence[Outcome], call: int, part: Part) -> bool:
+    """Whether every program of this part has succeeded before."""
+    codes = [outcome.exit_code for outcome in outcomes if (outcome.call, outcome.part) == (call, part.name)]
+    return bool(codes) and all(code == 0 for code in codes)
+
+
+def pack(out: Path, place: Place, found: dict[str, object], outcomes: Sequence[Outcome]) -> None:
     """Writes the three files from the results so far."""
-    summary = found | {"steps": [asdict(outcome) for outcome in outcomes]}
-    atomic_write(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    folder = place.folder
+    atomic_write(out / "summary.json", json.dumps(found | {"parts": [asdict(o) for o in outcomes]}, indent=1) + "\n")
     reports = sorted(folder.rglob("*.md"), key=lambda path: path.stat().st_mtime)
-    text = [steps_table(outcomes), *(path.read_text() for path in reports), logs(outcomes, folder)]
+    text = [parts_table(outcomes), *conclusions(place), *(path.read_text() for path in reports), logs(outcomes, folder)]
     atomic_write(out / "report.md", "\n\n".join(text))
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as archive:
         archive.add(folder, arcname=".")
-    atomic_write(out / "results.tar.gz", packed.getvalue())
+    atomic_write(out / ARCHIVE, packed.getvalue())
 
 
-def steps_table(outcomes: Sequence[Outcome]) -> str:
-    lines = ["# Steps", "", "| step | exit code | s |", "|---|---|---:|"]
+def parts_table(outcomes: Sequence[Outcome]) -> str:
+    lines = ["# Parts", "", "| call | part | exit code | s |", "|---:|---|---|---:|"]
     for outcome in outcomes:
-        code = "not done" if outcome.exit_code is None else outcome.exit_code
-        lines.append(f"| {outcome.step} | {code} | {outcome.seconds:.0f} |")
+        code = outcome.note or ("not done" if outcome.exit_code is None else outcome.exit_code)
+        lines.append(f"| {outcome.call} | {outcome.name} | {code} | {outcome.seconds:.0f} |")
     return "\n".join(lines)
 
 
 def logs(outcomes: Sequence[Outcome], folder: Path, lines: int = 30) -> str:
-    """How the output of every step ends."""
+    """How the output of every program ends."""
     parts = ["# Logs"]
     for outcome in outcomes:
-        written = (folder / f"{outcome.step}.log").read_text(errors="replace").splitlines()
-        parts += ["", f"## {outcome.step}", "", "```", *(line[:300] for line in written[-lines:]), "```"]
+        path = folder / f"call{outcome.call}-{outcome.name}.log"
+        if path.exists():
+            written = path.read_text(errors="replace").splitlines()
+            parts += ["", f"## {path.stem}", "", "```", *(line[:300] for line in written[-lines:]), "```"]
     return "\n".join(parts) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     start = time.monotonic()
-    names = [step.name for step in steps(Path(), dry=False)]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_run", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_run",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="example: python -m benchmarks.gpu_run --call 1 --out results1 --wheels wheels",
+    )
+    parser.add_argument("--call", type=int, required=True, choices=(1, 2, 3, 4), help="which of the four")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
-    parser.add_argument("--steps", nargs="+", choices=names, default=names, help="default all; always in this order")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all steps together (default {MINUTES})")
+    parser.add_argument("--previous", type=Path, metavar="DIR", help="the --out of the call before, or of this one")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for this call (default {MINUTES})")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of packages to install if they are missing")
-    parser.add_argument("--dry-run", action="store_true", help="the same for a minute on a CPU")
+    parser.add_argument("--dry-run", action="store_true", help="the same programs on a CPU, measuring next to nothing")
     parsed = parser.parse_args(arguments)
     if parsed.wheels and not any(parsed.wheels.glob("*.whl")):
         parser.error(f"there are no wheels in {parsed.wheels}")
@@ -273,6 +272,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder, site = Path(scratch, "results"), Path(scratch, "site")
         folder.mkdir()
+        try:
+            outcomes = take_over(parsed.previous, folder) if parsed.previous else []
+        except (ValueError, tarfile.TarError) as error:
+            parser.error(str(error))
         unfit = install(parsed.wheels, site) if parsed.wheels else []
         if unfit:
             print(f"wheels that cannot be installed here: {', '.join(unfit)}")
@@ -281,19 +284,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"not installed, and nothing runs without: {', '.join(missing)}")
             return 2
         print("\n".join(["not installed, and therefore:", *(f"  {line}" for line in poorer)]), flush=True)
+        place = Place(folder, parsed.dry_run, assembler())
         found: dict[str, object] = {"versions": versions(), "not_installed": poorer, "unfit_wheels": unfit}
-        outcomes: list[Outcome] = []
-        waiting = [step for step in steps(folder, parsed.dry_run) if step.name in parsed.steps]
-        while waiting:
-            step = waiting[0]
-            seconds = limit(step, waiting, 60 * parsed.minutes - (time.monotonic() - start))
-            print(f"{step.name}, {seconds:.0f} s at most", flush=True)
-            outcomes.append(run(step, seconds, folder))
-            print(f"{step.name}: exit code {outcomes[-1].exit_code} after {outcomes[-1].seconds} s", flush=True)
-            pack(out, folder, found, outcomes)
-            waiting.pop(0)
-        print(logs(outcomes, folder) + "\n" + steps_table(outcomes))
-    return int(any(outcome.exit_code != 0 for outcome in outcomes))
+        found["current_assembler"] = place.ptxas is not None
+        deadline = start + 60 * parsed.minutes
+        own = run_call(parsed.call, place, outcomes, deadline, lambda those: pack(out, place, found, those))
+        print("\n".join([logs(own, folder), parts_table(own), "", *conclusions(place)]))
+    return int(any(outcome.exit_code != 0 for outcome in own))
+
+
+def run_call(
+    call: int, place: Place, before: Sequence[Outcome], deadline: float, keep: Callable[[Sequence[Outcome]], None]
+) -> list[Outcome]:
+    """The outcomes of this call's parts, handed to `keep` with those before after every part."""
+    if call > 1:
+        print(place.assembler()[1], flush=True)
+    elif place.ptxas is None:
+        print("There is no current ptxas (nvidia-cuda-nvcc): kernels are checked with Triton's own alone.", flush=True)
+    others = [outcome for outcome in before if outcome.call != call]
+    own: list[Outcome] = []
+    for part in parts(call, place):
+        left = deadline - time.monotonic() - PATIENCE
+        earlier = [outcome for outcome in before if (outcome.call, outcome.part) == (call, part.name)]
+        if done(before, call, part):
+            print(f"{part.name}: done in an earlier call", flush=True)
+            own += earlier
+        elif left < part.least:
+            note = f"no time was left for it: it needs {part.least:.0f} s, and there were {max(left, 0):.0f}"
+            print(f"{part.name}: {note}", flush=True)
+            own.append(Outcome(call, part.name, part.name, [], {}, None, 0, note))
+        else:
+            seconds = min(left, part.most)
+            print(f"{part.name}, {seconds:.0f} s at most", flush=True)
+            ended = run(part, call, seconds, place.folder)
+            for outcome in ended:
+                print(f"{outcome.name}: exit code {outcome.exit_code} after {outcome.seconds} s", flush=True)
+            own += ended
+        keep([*others, *own])
+    return own
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.apex_detection import first_line
+from benchmarks.custom import with_providers
 from benchmarks.judge import Judge, poison, run
 from benchmarks.machine import ROOT, describe, measure_ceilings, pick_device, sensors
 from benchmarks.ops import all_ops
@@ -35,8 +36,10 @@ from benchmarks.registry import (
     Work,
     all_cases,
 )
+from benchmarks.report import is_ours
 from benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_CPU_SHAPES, Shape
 from benchmarks.timing import Clock, Racer, Times, race
+from fastvit_kernels import dispatch
 
 SILENCE = 900  # seconds without a word after which the measuring process counts as stuck: compilers take their time
 VERY_SLOW = ("max-autotune", "deepspeed")  # compile for a minute or more: not in a quick run on a GPU either
@@ -58,6 +61,7 @@ class Selection:
     ops: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     providers: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()  # FILE.py:FUNCTION, kernels of the user's
     dtypes: tuple[str, ...] = ()
     quick: bool = False
     minutes: float | None = None  # no case is started after them
@@ -87,16 +91,20 @@ def select(selection: Selection, device: torch.device) -> list[Case]:
     """The cases of a selection. ValueError for a name that there is not."""
     ops, models = all_ops(), shapes(device, selection.quick)
     pick_known("operation", selection.ops, [op.name for op in ops])
+    ops = with_providers(ops, selection.ops, selection.own)
     pick_known("model", selection.models, [shape.name for shape in models])
     pick_known("dtype", selection.dtypes, list(DTYPES))
     pick_known("provider", selection.providers, sorted({p.name for op in ops for p in op.providers}))
     dtypes = selection.dtypes or (("bf16",) if device.type == "cuda" else ("fp32",))
-    return all_cases(
+    cases = all_cases(
         [op for op in ops if not selection.ops or op.name in selection.ops],
         [shape for shape in models if not selection.models or shape.name in selection.models],
         [DTYPES[name] for name in dtypes],
         device,
     )
+    if not cases:
+        raise ValueError(f"{', '.join(selection.ops)} is not measured at {', '.join(selection.models)}: see --list")
+    return cases
 
 
 def pick_known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
@@ -128,6 +136,8 @@ def measure_case(
     rows, racers = [], {}
     for provider in case.op.providers:
         row: dict[str, Any] = {"provider": provider.name, "version": provider.package and version(provider.package)}
+        row |= {"path": "reference"} if is_ours(row) and runs_reference(case) else {}
+        row |= {"own": True} if provider.own else {}
         rows.append(row)
         reason = skip(provider)
         if reason is not None:
@@ -184,7 +194,10 @@ def works(case: Case) -> dict[str, Work]:
 def fill_in_times(
     case: Case, rows: Sequence[dict[str, Any]], times: Mapping[str, Times], ceilings: Mapping[str, Any]
 ) -> None:
-    """Adds to each row that raced its times, rates and share of the ceiling, and to ours the ratio to the best peer."""
+    """Adds to each row that raced its times, rates and share of the ceiling, and the ratios.
+
+    Ours has one to the best peer, and each peer has how many times as fast as it ours is.
+    """
     best = best_peers(rows, times)
     for row in rows:
         if row["provider"] not in times:
@@ -195,8 +208,14 @@ def fill_in_times(
         for name, work in works(case).items():
             row["passes"][name] = summarize(own.device[name], work, ceilings, case.dtype)
             if is_ours(row) and best.get(name):
-                ratios = [b / a for a, b in zip(own.device[name], times[best[name]].device[name], strict=True)]
-                row["passes"][name] |= {"times_as_fast": spread(ratios), "as": best[name]}
+                row["passes"][name] |= {"times_as_fast": over(times[best[name]], own, name), "as": best[name]}
+            elif not is_ours(row) and OURS in times:
+                row["passes"][name] |= {"fastvit_times_as_fast": over(own, times[OURS], name)}
+
+
+def over(slow: Times, fast: Times, name: str) -> list[float]:
+    """How many times as fast one is as another, round by round."""
+    return spread([a / b for a, b in zip(slow.device[name], fast.device[name], strict=True)])
 
 
 def summarize(
@@ -225,13 +244,19 @@ def spread(values: Sequence[float]) -> list[float]:
 
 def best_peers(rows: Sequence[Mapping[str, Any]], times: Mapping[str, Times]) -> dict[str, str]:
     """By pass: the fastest that is not ours, is right, and computes in the case's own precision."""
-    peers = [r["provider"] for r in rows if r["provider"] in times and not is_ours(r) and "precision" not in r]
+    peers = [
+        row["provider"]
+        for row in rows
+        if row["provider"] in times and not is_ours(row) and "precision" not in row and "own" not in row
+    ]
     passes = {name for peer in peers for name in times[peer].device}
     return {name: min(peers, key=lambda peer: median(times[peer].device[name])) for name in sorted(passes)}
 
 
-def is_ours(row: Mapping[str, Any]) -> bool:
-    return bool(row["provider"] == OURS)
+def runs_reference(case: Case) -> bool:
+    """Whether ours has no kernel here, and runs its plain PyTorch path."""
+    interpreted = dispatch.INTERPRETED and "triton" in os.environ.get("FASTVIT_KERNELS", "")
+    return case.device.type == "cpu" and not interpreted
 
 
 def peak_bytes(case: Case, bound: Bound, judge: Judge) -> int | None:

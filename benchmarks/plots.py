@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import number
+from benchmarks.report import number, title_of
 
 OURS, PEER, INK, SOFT, PAGE, HAIR = "#2a6fdb", "#b9b4aa", "#1b1d21", "#62666e", "#fbfaf8", "#e5e2dc"
 KINDS = {  # of the time of a step
@@ -59,7 +59,7 @@ def bars(cases: Sequence[Mapping[str, Any]], title: str, subtitle: str) -> Any:
         squeeze=False,
         layout="constrained",
     )
-    head(figure, title, f"{subtitle}; milliseconds, forward dark, backward light, quartiles of both")
+    head(figure, title, f"{subtitle}; medians of the rounds")
     for axis, case in zip(axes[:, 0], cases, strict=True):
         whole = "both" if "both" in case["work"] else next(iter(case["work"]))
         rows = [row for row in case["providers"] if row["status"] == "ok"]
@@ -74,12 +74,18 @@ def bars(cases: Sequence[Mapping[str, Any]], title: str, subtitle: str) -> Any:
             axis.text(
                 max(high, middle) + 0.01 * longest, place, f" {number(middle)}", va="center", fontsize=8, color=INK
             )
-        axis.set_yticks(range(len(rows)), [row["provider"] for row in rows], fontsize=8)
+        axis.set_yticks(range(len(rows)), [title_of(row) for row in rows], fontsize=8)
         for label, row in zip(axis.get_yticklabels(), rows, strict=True):
             label.set_fontweight("bold" if row["provider"] == "fastvit" else "normal")
         axis.invert_yaxis()
         axis.set_xlim(0, 1.12 * longest)
         axis.set_title(f"{case['title']} ({case['dtype']})", loc="left", fontsize=9.5)
+        axis.set_xlabel("ms", fontsize=8)
+    shades = [("fastvit, forward", OURS, 1.0), ("fastvit, backward", OURS, 0.45)]
+    shades += [("peer, forward", "#8d887e", 1.0), ("peer, backward", "#8d887e", 0.45)]
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour, alpha=alpha, label=name) for name, colour, alpha in shades]
+    quartiles = plt.Line2D([], [], color=INK, linewidth=1, label="quartiles of both")
+    figure.legend(handles=[*patches, quartiles], loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
@@ -135,7 +141,7 @@ def draw_products(axis: Any, points: Sequence[Point], copy: float, products: Map
     if points:
         title = "blue: fastvit, grey: best peer"
         axis.legend(fontsize=8, frameon=False, loc="lower right", title=title, title_fontsize=8)
-    axis.set_xlabel("FLOP a byte that must be moved")
+    axis.set_xlabel("FLOPs per byte that must be moved")
     axis.set_ylabel(f"{letter}FLOP/s")
 
 
@@ -147,10 +153,13 @@ def draw_moves(axis: Any, points: Sequence[Point], copy: float) -> None:
         title = "" if case["case"] == before else f"{case['case'].rpartition('/')[0]}: "
         labels.append(title + provider)
         before = case["case"]
-    axis.axvline(copy / 1e9, color=INK, linewidth=1.2)
+    line = axis.axvline(copy / 1e9, color=INK, linewidth=1.2, label="copy on this machine")
+    patches = [pyplot().Rectangle((0, 0), 1, 1, color=colour, label=name)
+               for name, colour in (("fastvit", OURS), ("best peer", PEER))]  # fmt: skip
+    axis.legend(handles=[*patches, line], fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     axis.set_yticks(range(len(labels)), labels, fontsize=7.5)
     axis.invert_yaxis()
-    axis.set_xlabel("GB/s; the line is a copy")
+    axis.set_xlabel("GB/s")
 
 
 def breakdown(cases: Sequence[Mapping[str, Any]], subtitle: str) -> Any:
@@ -162,7 +171,7 @@ def breakdown(cases: Sequence[Mapping[str, Any]], subtitle: str) -> Any:
         if row["status"] == "ok"
     ]
     figure, axis = plt.subplots(figsize=(10, 1.7 + 0.36 * len(rows)), layout="constrained")
-    note = f"{subtitle}; milliseconds; the line is the time of a step by the clock"
+    note = f"{subtitle}; the line is the time of a step by the clock"
     head(figure, "Where the time of a training step goes", note)
     for place, (_, _, row) in enumerate(rows):
         start = 0.0
@@ -181,6 +190,7 @@ def breakdown(cases: Sequence[Mapping[str, Any]], subtitle: str) -> Any:
     axis.invert_yaxis()
     axis.margins(x=0.16)
     axis.set_xlim(left=0)
+    axis.set_xlabel("ms per step")
     axis.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=4, fontsize=8, frameon=False)
     return figure
 

@@ -97,6 +97,7 @@ class Provider:
     package: str | None = None  # whose version is noted; None for PyTorch and for this package
     slow: bool = False  # compiles for long, and is left out of a quick run
     precision: float | None = None  # relative rounding of a format coarser than the case's: never the best peer
+    own: bool = False  # the user's, from a file: shown beside the others, never the peer to beat
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,8 @@ def all_cases(
             for batch in shape.batches[level : level + 1]:
                 for dtype in dtypes:
                     for op in ops:
+                        if shape.only and op.name not in shape.only:
+                            continue
                         case = Case(op, shape, batch, op.dtype or dtype, device)
                         found.setdefault(case.id, case)
     return list(found.values())

@@ -18,9 +18,11 @@ def kernels_markdown(record: Row) -> str:
     lines += [
         "",
         "Milliseconds are medians over the rounds, with quartiles in brackets; `both` is a forward and a backward pass "
-        "together. `of the ceiling` is the least time that this machine's copy and matrix product allow for the work "
-        "(whichever is longer), over the time taken; above 100 % the data stayed in a cache, or the machine was slower "
-        "while the ceiling was measured. A provider whose results are wrong has no time. "
+        "together. `fastvit ×` is how many times as fast as that provider `fastvit` is, over the whole; `host` is what "
+        "Python takes to start the work. `of the ceiling` is the least time that this machine's copy and matrix "
+        "product allow for the work (whichever is longer), over the time taken; above 100 % the data stayed in a "
+        "cache, or the machine was slower while the ceiling was measured. A provider whose results are wrong has no "
+        "time. "
         "What the compiler makes of the kernels, without a GPU: [tables](../codegen).",
     ]
     measured = [case for case in record["cases"] if "providers" in case]
@@ -53,7 +55,8 @@ def train_markdown(record: Row) -> str:
         "",
         "One step is forward, backward, clipping and AdamW, on one device; milliseconds are medians over the steps, "
         "quartiles in brackets. `images/s` and MFU follow from the median; MFU counts the model's own matrix products "
-        "against the peak named under each table. `loss off by` is how far the first losses are from those of plain "
+        "against the peak named under each table. `host` is at most what Python takes to start a step: part of it may "
+        "be waiting for room in the driver's queue. `loss off by` is how far the first losses are from those of plain "
         "timm in float32; × says how many times as fast as the best peer one of ours is. "
         "Each variant runs in a process of its own, one after the other; `control`, where there is one, is "
         "the first again, at the end.",
@@ -92,6 +95,21 @@ def case_title(case: Row) -> str:
     return f"{case['op']}: {at}{case['batch']} images, {case['dtype']}"
 
 
+def size_of(case: Row) -> str:
+    return f"{case['model']}, {case['batch']}" if case["model"] else str(case["batch"])
+
+
+def is_ours(row: Row) -> bool:
+    return bool(row["provider"] == "fastvit")
+
+
+def title_of(row: Row) -> str:
+    """A provider's name, with what else must be known of it."""
+    notes = [row["path"]] if row.get("path") else []
+    notes += ["coarser numbers"] if "precision" in row else []
+    return f"{row['provider']} ({', '.join(notes)})" if notes else str(row["provider"])
+
+
 def summary_table(cases: Sequence[Row]) -> list[str]:
     lines = [
         "| operation | size | `fastvit`, ms | best peer | its ms | forward × | backward × | both × | of the ceiling |",
@@ -101,15 +119,16 @@ def summary_table(cases: Sequence[Row]) -> list[str]:
         own = next((row for row in case["providers"] if row["provider"] == "fastvit"), None)
         if own is None:
             continue
-        size = f"{case['model']}, {case['batch']}" if case["model"] else str(case["batch"])
+        size = size_of(case)
+        name = f"{case['op']} ({own['path']})" if own.get("path") else case["op"]
         if own["status"] != "ok":
-            lines.append(f"| {case['op']} | {size} | {own['status']} | | | | | | |")
+            lines.append(f"| {name} | {size} | {own['status']} | | | | | | |")
             continue
         passes, best = own["passes"], case["best_peer"].get("both")
         peer = next((row for row in case["providers"] if row["provider"] == best), None)
         ratios = [times(passes[name]) if name in passes else "" for name in ("forward", "backward", "both")]
         lines.append(
-            f"| {case['op']} | {size} | {number(passes['both']['ms'][1])} | {best or 'none'} | "
+            f"| {name} | {size} | {number(passes['both']['ms'][1])} | {best or 'none'} | "
             f"{number(peer['passes']['both']['ms'][1]) if peer else ''} | {' | '.join(ratios)} | "
             f"{percent(passes['both']['share_of_ceiling'])} |"
         )
@@ -124,23 +143,24 @@ def case_table(case: Row) -> list[str]:
     names = list(case["work"])
     whole = "both" if "both" in names else names[0]
     ran = [row for row in case["providers"] if row["status"] == "ok"]
-    on_gpu = any(row["peak_bytes"] is not None for row in ran)  # elsewhere memory is unknown, and all time the host's
-    of_gpu = ["memory", "host, ms"] if on_gpu else []
-    heads = [*(f"{name}, ms" for name in names), "rate", "of the ceiling", *of_gpu]
+    on_gpu = any(row["peak_bytes"] is not None for row in ran)  # elsewhere memory is unknown
+    memory = ["memory"] if on_gpu else []
+    heads = [*(f"{name}, ms" for name in names), "fastvit ×", "rate", "of the ceiling", *memory, "host, ms"]
     lines = [
         "| provider | " + " | ".join(heads) + " | what ran longest |",
         "|---|" + "---:|" * len(heads) + "---|",
     ]
     for row in sorted(ran, key=lambda row: row["passes"][whole]["ms"][1]):
-        title = f"**{row['provider']}**" if row["provider"] == "fastvit" else row["provider"]
+        title = f"**{title_of(row)}**" if is_ours(row) else title_of(row)
         version = f" {row['version']}" if row["version"] else ""
         cells = [milliseconds(row["passes"][name]["ms"]) for name in names]
         of_whole = row["passes"][whole]
+        ratio = of_whole.get("fastvit_times_as_fast")
+        cells += [f"{ratio[1]:.2f}" if ratio else ""]
         cells += [rate(of_whole["per_second"], of_whole["scarce"]), percent(of_whole["share_of_ceiling"])]
-        cells += [megabytes(row["peak_bytes"]), number(row["host_ms"])] if on_gpu else []
-        cells += [f"`{row['backend'][0][:60]}`"]
-        coarse = " (coarser numbers)" if "precision" in row else ""
-        lines.append(f"| {title}{version}{coarse} | " + " | ".join(cells) + " |")
+        cells += [megabytes(row["peak_bytes"])] if on_gpu else []
+        cells += [number(row["host_ms"]), f"`{row['backend'][0][:60]}`"]
+        lines.append(f"| {title}{version} | " + " | ".join(cells) + " |")
     for row in case["providers"]:
         if row["status"] in ("wrong", "failed"):
             lines.append(f"| {row['provider']} | **{row['status']}** |" + " |" * len(heads))
@@ -172,7 +192,16 @@ def case_notes(case: Row) -> list[str]:
 
 def train_table(case: Row) -> list[str]:
     searched = any("largest_batch" in row for row in case["variants"])
-    heads = ["ms per step", "images/s", "MFU", "memory", *(["largest batch"] if searched else []), "loss off by", "×"]
+    heads = [
+        "ms per step",
+        "images/s",
+        "MFU",
+        "memory",
+        "host, ms",
+        *(["largest batch"] if searched else []),
+        "loss off by",
+        "×",
+    ]
     lines = ["| variant | data | " + " | ".join(heads) + " |", "|---|---|" + "---:|" * len(heads)]
     rows = {(row["variant"], row["data"]): row for row in case["variants"]}
     best = rows.get((case["best_peer"], "memory"))
@@ -187,7 +216,7 @@ def train_table(case: Row) -> list[str]:
             lines.append(f"| {name} | {row['data']} | {row['status']}: {row['reason']} |" + " |" * (len(heads) - 1))
             continue
         cells = [milliseconds(row["ms"]), f"{row['images_per_second']:,.0f}", percent(row["mfu"])]
-        cells += [megabytes(row["memory_bytes"])]
+        cells += [megabytes(row["memory_bytes"]), number(row["host_ms"])]
         cells += [str(row.get("largest_batch", ""))] if searched else []
         cells += [f"{100 * row['loss_distance']:.2g} %"]
         compared = best if row["ours"] and row["data"] == "memory" else None
@@ -203,6 +232,24 @@ def train_table(case: Row) -> list[str]:
         if case["best_peer"]:
             lines[-1] += f" Best peer: {case['best_peer']}."
         lines += ["", *breakdown_table(done)]
+        for row in done:
+            if row["data"] == "memory":
+                lines += ["", *slowest_table(row)]
+    return lines
+
+
+def slowest_table(row: Row) -> list[str]:
+    lines = [
+        f"The slowest kernels of {row['variant']} (on a CPU, operators):",
+        "",
+        "| ms per step | share | calls | for | kernel |",
+        "|---:|---:|---:|---|---|",
+    ]
+    total = sum(row["breakdown_ms"].values())
+    for kernel in row["slowest"]:
+        name = kernel["name"][:100].replace("|", "\\|")
+        share = percent(kernel["ms"] / total) if total else ""
+        lines.append(f"| {number(kernel['ms'])} | {share} | {kernel['calls']:g} | {kernel['kind']} | `{name}` |")
     return lines
 
 

@@ -18,8 +18,10 @@ from typing import Any
 
 from benchmarks import kernels, readme
 from benchmarks.machine import ROOT, pick_device, slug
+from benchmarks.ops import all_ops
 from benchmarks.plots import draw_kernels, draw_train
 from benchmarks.report import aligned, kernels_markdown, train_markdown
+from benchmarks.terminal import kernels_text, listing
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write
 
@@ -32,6 +34,14 @@ def run(args: Namespace) -> int:
     """Runs `fastvit bench ACTION`. Raises UserError for unknown names; returns 1 if a result is wrong."""
     if args.action == "readme":
         return readme.update(check=args.check)
+    if getattr(args, "list", False):
+        chosen = tuple(args.ops or ())
+        try:
+            kernels.pick_known("operation", chosen, [op.name for op in all_ops()])
+        except ValueError as error:
+            raise UserError(f"fastvit bench kernels: {error}") from error
+        print(listing(all_ops(), kernels.shapes(pick_device(), args.quick), chosen), end="")
+        return 0
     out = args.out or (None if args.quick else RESULTS)  # a quick run never lands among the results by accident
     folder = out and out / slug(pick_device())
     if folder is not None:
@@ -50,7 +60,8 @@ def run(args: Namespace) -> int:
             say(f"{name} failed: {type(error).__name__}: {error}")  # the other suites still run
             worst = 1
             continue
-        print(json.dumps(finite(record)) if args.json else aligned(text), flush=True)
+        shown = kernels_text(record) if name == "kernels" else aligned(text)
+        print(json.dumps(finite(record)) if args.json else shown, flush=True)
         worst = max(worst, int(wrong(record)))
     if folder is not None:
         say(f"results: {folder}")
@@ -58,14 +69,14 @@ def run(args: Namespace) -> int:
 
 
 def wrong(record: Mapping[str, Any]) -> bool:
-    """Whether one of our results is wrong or missing, or a loader that is installed failed."""
+    """Whether a result of ours or of the user's kernel is wrong or missing, or a loader that is installed failed."""
     if any(row.get("failed") for row in record.get("results", ())):
         return True
     for case in record.get("cases", ()):
         if "failed" in case:
             return True
         rows = case.get("providers", case.get("variants", ()))
-        if any(is_ours(row) and row["status"] in ("wrong", "failed") for row in rows):
+        if any((is_ours(row) or row.get("own")) and row["status"] in ("wrong", "failed") for row in rows):
             return True
     return bool(record.get("error"))
 
@@ -86,6 +97,7 @@ def measure_kernels(args: Namespace, folder: Path | None) -> tuple[str, dict[str
         ops=names(args, "ops"),
         models=names(args, "models") if args.action == "kernels" else (),
         providers=names(args, "providers"),
+        own=names(args, "provider"),
         dtypes=names(args, "dtypes"),
         quick=args.quick,
         minutes=args.minutes,
@@ -102,7 +114,7 @@ def measure_train(args: Namespace, folder: Path | None) -> tuple[str, dict[str, 
 
     with tempfile.TemporaryDirectory() as scratch:
         shards = getattr(args, "shards", None) if args.action == "train" else None
-        if shards is None and args.quick:  # so that the path from shards runs too
+        if shards is None and args.quick and not getattr(args, "no_shards", False):  # that this path runs too
             shards = str(write_shards(Path(scratch, "shards"), 64, height=96, width=128))
         selection = train.Selection(
             models=names(args, "models") if args.action == "train" else (),

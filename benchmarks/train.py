@@ -59,7 +59,8 @@ def measure(selection: Selection, report: Callable[[str], None]) -> dict[str, An
     models = shapes(device, selection.quick)
     pick_known("model", selection.models, [shape.name for shape in models])
     pick_known("variant", selection.variants, names)
-    chosen = [variant for variant in VARIANTS if not selection.variants or variant.name in selection.variants]
+    by_name = {variant.name: variant for variant in VARIANTS}
+    chosen = [by_name[name] for name in selection.variants or by_name]  # in the order asked for
     environment, start = describe(device), time.time()
     cases: list[dict[str, Any]] = []
     error = None

@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import cycle
@@ -30,6 +31,7 @@ from fastvit_engine.models import training_flops
 from fastvit_engine.train.throughput import Peak, peak_flops, peak_memory_bytes
 
 CHECKED_STEPS = 5
+SLOWEST = 40  # kernels of a step that are listed
 
 # What a kernel or operator is for, by its name; the first that fits.
 CLASSES = (
@@ -86,7 +88,8 @@ def measure_variant(order: dict[str, Any], scratch: Path) -> dict[str, Any]:
             "memory_bytes": peak_memory_bytes(world.device),
             "sensors": [before, sensors(world.device)],
         }
-        result["breakdown_ms"] = breakdown(step, batches, clock)
+        result["host_ms"] = host_milliseconds(step, batches, clock)
+        result |= profile_steps(step, batches, clock)
         if order["largest_batch"]:
             result["largest_batch"] = largest_batch(step, resident[0])
         return result
@@ -122,8 +125,23 @@ def time_steps(step: Any, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock
     return [clock.milliseconds(start, end) for start, end in zip(marks, marks[1:], strict=False)]
 
 
-def breakdown(step: Any, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, steps: int = 2) -> dict[str, float]:
-    """Milliseconds per step by the purpose of kernels (on a GPU) or operators (on a CPU)."""
+def host_milliseconds(step: Any, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, steps: int = 3) -> float:
+    """From the call of a step to its return, with an idle GPU at the start: at most what Python and launching take.
+
+    A driver's queue is finite: where the GPU is slower than the host, part of this is waiting for room in it.
+    """
+    taken = []
+    for _ in range(steps):
+        batch = next(batches)
+        clock.wait()
+        start = time.perf_counter()
+        step(*batch)
+        taken.append(1e3 * (time.perf_counter() - start))
+    return median(taken)
+
+
+def profile_steps(step: Any, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock, steps: int = 2) -> dict[str, Any]:
+    """Milliseconds per step by the purpose of kernels (on a GPU) or operators (on a CPU), and the slowest by name."""
     activities = torch.profiler.ProfilerActivity
     kinds = [activities.CPU] + ([activities.CUDA] if clock.on_gpu else [])
     with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
@@ -131,12 +149,15 @@ def breakdown(step: Any, batches: Iterator[tuple[Tensor, Tensor]], clock: Clock,
             step(*next(batches))
         clock.wait()
     totals: dict[str, float] = defaultdict(float)
+    kernels = []
     for event in profile.key_averages():
         if clock.on_gpu and event.device_type != torch.autograd.DeviceType.CUDA:
             continue
-        taken = event.self_device_time_total if clock.on_gpu else event.self_cpu_time_total
-        totals[classify(event.key)] += 1e-3 * taken / steps
-    return dict(sorted(totals.items()))
+        taken = 1e-3 * (event.self_device_time_total if clock.on_gpu else event.self_cpu_time_total) / steps
+        totals[classify(event.key)] += taken
+        kernels.append({"name": event.key, "ms": taken, "calls": event.count / steps, "kind": classify(event.key)})
+    kernels.sort(key=lambda kernel: -kernel["ms"])
+    return {"breakdown_ms": dict(sorted(totals.items())), "slowest": kernels[:SLOWEST]}
 
 
 def classify(name: str) -> str:

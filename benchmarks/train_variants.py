@@ -223,12 +223,17 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def reference(setup: Setup) -> Step:
-    """Plain timm in float32 without autocast, a few images at a time; without timm, our plain PyTorch path."""
+    """Plain timm in float32 without autocast, a few images at a time; without timm, our plain PyTorch path.
+
+    On a GPU products are in TF32: eight times as fast, and a hundredth of the distance that bf16 may have.
+    """
+    if setup.world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     try:
         model = timm_model(setup)
         run: Callable[[Tensor], Tensor] = lambda images: model(normalised(images))  # noqa: E731
     except Unusable:
-        dispatch.choice = "reference"
+        dispatch.use("reference")
         model = setup.our_model().train()
         run = model
     groups = parameter_groups(model, setup.config().optimizer)

@@ -71,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except ValueError as error:
-        if not str(error).startswith("FASTVIT_KERNELS must be"):  # which fastvit_kernels says when it is imported
+        if not str(error).startswith("FASTVIT_KERNELS must "):  # which fastvit_kernels says when it is imported
             raise
         return _fail(f"environment variable {error}")
     except ModuleNotFoundError as error:

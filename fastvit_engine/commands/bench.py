@@ -21,16 +21,24 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     actions = bench.add_subparsers(dest="action", required=True, metavar="WHAT")
 
-    kernels = _suite(actions, "kernels", "measure operations, each against those who can do it")
+    kernels = _suite(actions, "kernels", "measure operations, each against those who can do it",
+                     "--ops attention --shape H/14", "--ops layer_norm --provider mine.py:layer_norm")  # fmt: skip
     kernels.add_argument("--ops", nargs="+", metavar="NAME", help="operations (default all)")
-    kernels.add_argument("--models", nargs="+", metavar="NAME", help="sizes such as H/14 (default all)")
+    kernels.add_argument("--shape", "--models", nargs="+", metavar="NAME", dest="models",
+                         help="sizes such as H/14 (default all)")  # fmt: skip
     kernels.add_argument("--providers", nargs="+", metavar="NAME", help="such as fastvit, eager (default all)")
+    kernels.add_argument("--provider", action="append", metavar="FILE.py:FUNCTION", help="also measure a kernel of "
+                         "yours for the operation of --ops: it takes the tensors by name, see --list")  # fmt: skip
+    kernels.add_argument("--list", action="store_true", help="only list operations, providers and sizes")
     kernels.add_argument("--dtypes", nargs="+", metavar="NAME", help="fp32, bf16, fp16 (default bf16; on a CPU fp32)")
 
     train = _suite(actions, "train", "measure whole training steps")
     train.add_argument("--models", nargs="+", metavar="NAME", help="such as H/14 (default all)")
     train.add_argument("--variants", nargs="+", metavar="NAME", help="such as fastvit, timm (default all)")
     train.add_argument("--shards", metavar="SHARDS", help="also measure steps on images from these shards")
+    train.add_argument(
+        "--no-shards", action="store_true", help="--quick: only images in memory, not from noise in shards"
+    )
     train.add_argument("--batch", type=int, metavar="N", help="images per step (default: by the model)")
     train.add_argument("--largest-batch", action="store_true", help="also find the largest batch that fits a GPU")
 
@@ -56,10 +64,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _suite(
-    actions: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, purpose: str
+    actions: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, purpose: str, *examples: str
 ) -> argparse.ArgumentParser:
+    lines = "\n".join(f"  fastvit bench {name} {options}" for options in ("--quick", *examples))
     parser = actions.add_parser(name, help=purpose, description=f"{purpose[0].upper()}{purpose[1:]}.",
-                                epilog=f"example:\n  fastvit bench {name} --quick",
+                                epilog=f"example{'s' if examples else ''}:\n{lines}",
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing that compiles for long")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after M minutes a suite")

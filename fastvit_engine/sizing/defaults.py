@@ -189,7 +189,7 @@ def _memory(config: Config, machine: Machine, picked: Candidate) -> Memory:
 
 def _recompute_matters(config: Config, machine: Machine) -> bool:
     """Only the fused block decides what to keep, and nothing is kept where only the head learns."""
-    fused = block_implementation(config.model, on_gpu=machine.on_gpu) == "fused"
+    fused = block_implementation(config.model, config.train.precision, on_gpu=machine.on_gpu) == "fused"
     return fused and config.optimizer.frozen != "backbone"
 
 

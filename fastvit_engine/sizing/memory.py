@@ -29,8 +29,10 @@ from fastvit_engine.models import VisionTransformer, resolve_shape
 from fastvit_kernels import dispatch
 from fastvit_kernels.mlp.op import Recompute
 
-Implementation = Literal["fused", "composed", "reference"]  # of a block: Triton; its parts, with dropout; plain PyTorch
+# of a block: Triton; a composition of operations that choose for themselves, as with dropout; plain PyTorch
+Implementation = Literal["fused", "composed", "reference"]
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNBUCKETED = 500_000_000  # elements that DeepSpeed's stage 0 reduces at a time
 
 
@@ -112,8 +114,8 @@ def training_memory(
         moments=kind.moments(config.optimizer),
         temporaries=kind.temporaries(config.optimizer),
     )
-    implementation = block_implementation(config.model, on_gpu=on_gpu)
     precision = config.train.precision
+    implementation = block_implementation(config.model, precision, on_gpu=on_gpu)
     if frozen == "backbone":  # a forward pass, which keeps nothing but the one block that it is in
         activations = frozen_activation_bytes(config.model, precision, implementation)
     else:
@@ -201,11 +203,12 @@ def _offloaded(
     return replace(kept, weights=0, host=host + state.weights) if everything else kept
 
 
-def block_implementation(model: ModelConfig, *, on_gpu: bool) -> Implementation:
+def block_implementation(model: ModelConfig, precision: str, *, on_gpu: bool) -> Implementation:
     """What `fastvit_kernels` runs for a block."""
-    if not on_gpu or dispatch.choice == "reference":
-        return "reference"
-    return "composed" if model.dropout > 0 else "fused"
+    on = _DTYPES[precision], on_gpu
+    if model.dropout == 0 and all(dispatch.plan(half, *on).runs == "triton" for half in ("attention_block", "mlp")):
+        return "fused"
+    return "composed" if dispatch.plan("layer_norm", *on).runs == "triton" else "reference"
 
 
 def recompute_mode(config: Config) -> Recompute:
@@ -256,7 +259,7 @@ def activation_bytes(
     if model.layer_scale is not None and implementation != "fused":
         block += 2 * compute * shape.width  # what is scaled
     plain = implementation == "reference"
-    pixels = 3 * model.image_size**2 * (1 + compute if plain else 1)  # plain PyTorch keeps patches
+    pixels = pixel_bytes(model, precision, implementation)
     final = shape.tokens * ((4 if plain else compute) * shape.width + 8)  # input of the last norm
     head = (compute + 8) * model.num_classes  # logits, their float32 form and gradient
     if model.pool == "map":  # the tokens, their keys and values
@@ -264,11 +267,16 @@ def activation_bytes(
     return shape.tokens * shape.depth * block + pixels + final + head
 
 
+def pixel_bytes(model: ModelConfig, precision: str, implementation: Implementation) -> int:
+    """Of an image; and of its patches, which plain PyTorch keeps."""
+    plain = implementation == "reference" or (implementation == "composed" and precision == "fp32")
+    return 3 * model.image_size**2 * (1 + COMPUTE_BYTES[precision] if plain else 1)
+
+
 def frozen_activation_bytes(model: ModelConfig, precision: str, implementation: Implementation) -> int:
     """As `activation_bytes`, of a model whose head alone learns: its input, and its output."""
     shape, compute = resolve_shape(model), COMPUTE_BYTES[precision]
-    plain = implementation == "reference"
-    pixels = 3 * model.image_size**2 * (1 + compute if plain else 1)
+    pixels = pixel_bytes(model, precision, implementation)
     tokens = 2 * shape.tokens * shape.width * compute  # the input of a block and its output
     return pixels + tokens + compute * shape.width + (compute + 8) * model.num_classes
 

@@ -1,83 +1,135 @@
 """Chooses which implementation of an operation runs, Triton or plain PyTorch, and says why.
 
-`FASTVIT_KERNELS=auto|triton|reference` is read once, at import; another value is a ValueError there, and a sentence
-from `python -m fastvit_kernels...`. `auto`, the default, runs Triton kernels on CUDA and ROCm tensors of float32,
-bfloat16 or float16, and plain PyTorch on all others and under a transform (`transforms.py`). `triton` and `reference`
-are never replaced by the other: what they cannot run is an error.
+`FASTVIT_KERNELS` is read once, at import: `auto`, `triton` or `reference` for all operations, or a choice for each, as
+in `auto,patch_embed=reference`; its grammar is in `choices`. Another value is a ValueError there, and a sentence from
+`python -m fastvit_kernels...`.
+
+`auto`, the default, runs Triton kernels on CUDA and ROCm tensors of bfloat16 and float16, and plain PyTorch on all
+others. Float32 tensors run the kernels of operations without matrix products. Products of float32 are PyTorch's, which
+has the faster kernels and obeys `torch.set_float32_matmul_precision`; under autocast, blocks compute in its dtype, and
+run their kernels. Plain PyTorch also runs under the transforms of `transforms.py`. `triton` and `reference` are never
+replaced by the other: what they cannot run is an error.
 """
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastvit_kernels import table, transforms
+from fastvit_kernels.choices import OPERATIONS, Choice, parse
 
-CHOICES = ("auto", "triton", "reference")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # kernels compute in float32, so not float64
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton's interpreter runs kernels on the CPU, for tests. Triton reads the variable when it is imported.
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
-choice = os.environ.get("FASTVIT_KERNELS") or "auto"  # empty is unset, as for most variables
-if choice not in CHOICES:
-    table.refuse_variable(f"FASTVIT_KERNELS must be one of {', '.join(CHOICES)}, got {choice!r}")
+_setting = os.environ.get("FASTVIT_KERNELS") or "auto"  # empty is unset, as for most variables
+_choices: Mapping[str, Choice] = {}
+try:
+    _choices = parse(_setting, "FASTVIT_KERNELS")
+except ValueError as error:
+    table.refuse_variable(str(error))
 
 
-def uses_triton(tensor: Tensor, obstacle: str | None = None) -> bool:
+class Plan(NamedTuple):
+    """What runs an operation, "triton", "reference" or, where it cannot run as asked, "error"; and why."""
+
+    runs: str
+    why: str = ""
+
+
+def uses_triton(operation: str, tensor: Tensor, obstacle: str | None = None) -> bool:
     """Whether an operation on this tensor runs its Triton kernel. Raises RuntimeError if it must and cannot.
 
-    `obstacle` says why the kernels of this operation cannot take this call, or is None.
+    `operation` is one of `choices.OPERATIONS`. `obstacle` says why its kernels cannot take this call, or is None.
     """
-    if choice == "reference":
-        return False
-    runs = HAS_TRITON and tensor.dtype in KERNEL_DTYPES and (tensor.is_cuda or (INTERPRETED and choice == "triton"))
+    runs = plan(operation, computed_dtype(operation, tensor), tensor.is_cuda).runs == "triton"
     if runs and obstacle is None:
         obstacle = transforms.obstacle()
-    if choice == "triton" and not (runs and obstacle is None):
+    if asked_for(operation) == "triton" and not (runs and obstacle is None):
         raise RuntimeError(_refusal(tensor, obstacle))
     return runs and obstacle is None
 
 
+def asked_for(operation: str) -> str:
+    """The choice in force: "auto" or another of `choices.OPERATIONS[operation].choices`."""
+    return _choices[operation].asked
+
+
+def plan(operation: str, dtype: torch.dtype, on_gpu: bool) -> Plan:
+    """What runs an operation that computes in `dtype`, if nothing in the call itself is in the way."""
+    asked, why = _choices[operation]
+    if asked == "reference":
+        return Plan("reference", why)
+    unless = "error" if asked == "triton" else "reference"
+    if not HAS_TRITON:
+        return Plan(unless, "triton is not installed")
+    if dtype not in KERNEL_DTYPES:
+        return Plan(unless, f"not {str(dtype).removeprefix('torch.')}")
+    if not on_gpu:
+        return Plan("triton", "interpreted") if asked == "triton" and INTERPRETED else Plan(unless, "needs a GPU")
+    if asked == "auto" and dtype == torch.float32 and OPERATIONS[operation].multiplies:
+        return Plan("reference", "float32 products")
+    return Plan("triton", why)
+
+
+def computed_dtype(operation: str, tensor: Tensor) -> torch.dtype:
+    """The dtype of the tensor, or that of autocast if the operation obeys it."""
+    kind = tensor.device.type
+    if OPERATIONS[operation].autocasts and kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return tensor.dtype
+
+
 @contextmanager
 def using(implementation: str) -> Iterator[None]:
-    """Overrides the environment's choice inside the `with` block: "auto", "triton" or "reference"."""
-    global choice
-    if implementation not in CHOICES:
-        raise ValueError(f"implementation must be one of {', '.join(CHOICES)}, got {implementation!r}")
-    before, choice = choice, implementation
+    """Puts a setting, say "auto,attention=reference", in the place of the environment's inside the `with` block."""
+    before = use(implementation)
     try:
         yield
     finally:
-        choice = before
+        use(before)
+
+
+def use(implementation: str) -> str:
+    """As `using`, from now on. Returns the setting that was in force."""
+    global _setting, _choices
+    chosen, before = parse(implementation, "implementation"), _setting
+    _setting, _choices = implementation, chosen
+    return before
 
 
 def explain() -> str:
     """What runs on this machine for each operation, and why, as text to print."""
-    if choice == "reference":
-        gpu = cpu = "reference (asked for)"
-    elif not HAS_TRITON:
-        gpu = cpu = "reference (triton is not installed)" if choice == "auto" else "error (triton is not installed)"
-    elif choice == "triton":
-        gpu, cpu = "triton", "triton, interpreted" if INTERPRETED else "error (Triton needs a GPU)"
-    else:
-        gpu, cpu = "triton", "reference"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    on_gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else "none"
+    columns = ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False))
+    operations = [operation for operation in OPERATIONS if operation != "gemm"]
+    plans = {operation: [plan(operation, *column) for column in columns] for operation in operations}
     lines = [
-        f"FASTVIT_KERNELS={choice}, GPU: {device}",
-        table.describe(None if device == "none" else table.gpu_name(device)),
-        f"{'operation':<16}{'on a GPU':<40}on the CPU",
+        f"FASTVIT_KERNELS={_setting}, GPU: {device}",
+        table.describe(table.gpu_name(device) if on_gpu else None),
+        f"{'operation':<17}{'bf16, fp16 on a GPU':<34}{'fp32 on a GPU':<34}on the CPU",
     ]
-    for folder in sorted(path.parent for path in Path(__file__).parent.glob("*/reference.py")):
-        lines.append(f"{folder.name:<16}{gpu:<40}{cpu}")
-    lines.append("These run the reference, or raise an error if triton is chosen: float64; attention with a head")
-    lines.append("dimension above 128.")
+    for operation, row in plans.items():
+        cells = [plan.runs + (f" ({plan.why})" if plan.why else "") for plan in row]
+        lines.append("{:<17}{:<34}{:<34}{}".format(operation, *cells))
+    asked = asked_for("gemm")
+    products = "cublas, or triton where the table says so" if asked == "auto" else f"{asked} (asked for)"
+    lines.append(f"{'gemm':<17}{products}: products of attention_block and mlp, where those run triton")
+    lines.append(
+        "Under autocast, attention_block and mlp run as in its dtype. The reference also runs for float64, and for"
+    )
+    lines.append("attention with a head dimension above 128; both are errors if triton is asked for.")
+    here = [row[0 if on_gpu else 2].runs for row in plans.values()]
+    counts = [f"{here.count(runs)} {runs}" for runs in ("triton", "reference", "error") if runs in here]
+    lines.append(f"{len(here)} operations on {'this GPU, in bf16' if on_gpu else 'the CPU'}: {', '.join(counts)}")
     return "\n".join(lines)
 
 
@@ -128,4 +180,4 @@ def _refusal(tensor: Tensor, obstacle: str | None) -> str:
         reason = f"the kernels take float32, bfloat16 and float16, not {tensor.dtype}"
     else:
         reason = f"Triton runs on a GPU, not on {tensor.device}, unless TRITON_INTERPRET=1 is set before Python starts"
-    return f"FASTVIT_KERNELS=triton was asked for, but {reason}"
+    return f"FASTVIT_KERNELS={_setting} was asked for, but {reason}"

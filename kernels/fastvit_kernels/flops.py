@@ -116,7 +116,7 @@ def mlp_flops(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, **_: Any) -> in
 @counts("mlp_backward")
 def mlp_backward_flops(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, needed: Sequence[bool], **_: Any) -> int:
     tokens = x.numel() // x.shape[-1]
-    x_needs, fc1_needs, fc1_bias_needs, fc2_needs, _ = needed
+    x_needs, fc1_needs, fc1_bias_needs, fc2_needs = needed[:4]
     below_gelu = x_needs or fc1_needs or fc1_bias_needs
     return 2 * tokens * ((x_needs + fc1_needs) * fc1_weight.numel() + (below_gelu + fc2_needs) * fc2_weight.numel())
 

@@ -1,28 +1,43 @@
+import dataclasses
 import importlib.metadata
 import json
 import re
 import subprocess
 import sys
 import tarfile
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
-from benchmarks import gpu_run
-from benchmarks.gpu_run import GPU_LOST, MINUTES, PATIENCE, ROOT, Step, limit
+from benchmarks import ceilings, gpu_calls, gpu_run, slim_wheel, smoke, train
+from benchmarks.gpu_calls import GPU_LOST, Command, Part, Place
+from benchmarks.gpu_run import MINUTES, PATIENCE, ROOT
+from benchmarks.kernels import Selection, pick_known, select
+from benchmarks.smoke_record import BUNDLED, Outcome, save
+from benchmarks.train_variants import VARIANTS
+from fastvit_engine.cli import _parser
 from fastvit_kernels.tuning import __main__ as tuning
 from tests.in_full import only_in_full
 
 FILES = ["report.md", "results.tar.gz", "summary.json"]
+CALLS = (1, 2, 3, 4)
 
 
-def step(name: str, text: str, share: float = 1, again_on: int | None = None) -> Step:
-    return Step(name, share, lambda seconds: [sys.executable, "-c", text], again_on)
+def part(name: str, *texts: str, least: float = 1, most: float = 60, again_on: int | None = None) -> Part:
+    commands = [
+        Command(f"{name}{number or ''}", [sys.executable, "-c", text], {"GIVEN": "1"})
+        for number, text in enumerate(texts)
+    ]
+    return Part(name, least, most, lambda seconds: commands, again_on)
 
 
-def test_every_step_has_its_turn_and_its_log(
+def place(folder: Path, *, dry: bool = False, ptxas: Path | None = Path("/x/ptxas")) -> Place:
+    return Place(folder, dry, ptxas)
+
+
+def test_every_part_has_its_turn_and_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     once, out = tmp_path / "once", tmp_path / "out"
@@ -32,74 +47,178 @@ def test_every_step_has_its_turn_and_its_log(
     )
     sleeper = f"{handler}\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('interrupted', flush=True)"
 
-    def steps(folder: Path, dry: bool) -> list[Step]:
-        table = (  # what the step before it has left is there already
+    def parts(call: int, place: Place) -> list[Part]:
+        table = (  # what the part before it has left is there already
             f"import pathlib; assert 'smoke' in pathlib.Path({str(out)!r}, 'summary.json').read_text();"
-            f"p = pathlib.Path({str(folder)!r}, 'gpu'); p.mkdir(); (p / 'a.md').write_text('# Seen')"
+            f"p = pathlib.Path({str(place.folder)!r}, 'gpu'); p.mkdir(); (p / 'a.md').write_text('# Seen')"
         )
         return [
-            step("smoke", "print('said'); raise SystemExit(1)", 10),
-            Step("absent", 10, lambda seconds: [str(tmp_path / "no-such-program")]),
-            step("kernels", table, 10),
-            step("train", sleeper),
-            step("tuning", again, 10, GPU_LOST),
-            step("tests", "raise SystemExit(3)", 1, GPU_LOST),
+            part("smoke", "import os; print('said', os.environ['GIVEN']); raise SystemExit(1)", "print('beside')"),
+            part("kernels", table),
+            part("train", sleeper, most=2),
+            part("tuning", again, again_on=GPU_LOST),
+            part("long", "print('never')", least=500),
         ]
 
-    monkeypatch.setattr(gpu_run, "steps", steps)
+    monkeypatch.setattr(gpu_run, "parts", parts)
     monkeypatch.setattr(gpu_run, "PATIENCE", 1)
-    start = time.monotonic()
-    assert gpu_run.main(["--out", str(out), "--minutes", "1", "--steps", "smoke", "kernels", "train", "tuning"]) == 1
-    assert time.monotonic() - start < 60
+    assert gpu_run.main(["--call", "1", "--out", str(out), "--minutes", "1"]) == 1
     assert sorted(path.name for path in out.iterdir()) == FILES
     summary = json.loads((out / "summary.json").read_text())
-    assert {s["step"]: s["exit_code"] for s in summary["steps"]} == {
-        "smoke": 1,
-        "kernels": 0,
-        "train": None,
-        "tuning": 0,
-    }
+    codes = {outcome["name"]: outcome["exit_code"] for outcome in summary["parts"]}
+    assert codes == {"smoke": 1, "smoke1": 0, "kernels": 0, "train": None, "tuning": 0, "long": None}
     assert summary["versions"]["torch"]
-    report = (out / "report.md").read_text()
-    assert "| train | not done |" in report and "# Seen" in report and "interrupted" in report
+    printed, report = capsys.readouterr().out, (out / "report.md").read_text()
+    assert "long: no time was left for it: it needs 500 s, and there were " in printed
+    assert "| 1 | train | not done |" in report and "| 1 | long | no time was left for it" in report
+    assert "# Seen" in report and "interrupted" in report
+    assert "## call1-smoke\n\n```\nsaid 1" in printed
     with tarfile.open(out / "results.tar.gz") as archive:
-        assert {"./gpu/a.md", "./smoke.log", "./train.log"} <= set(archive.getnames())
-    assert "## smoke\n\n```\nsaid" in capsys.readouterr().out
+        assert {"./gpu/a.md", "./call1-smoke.log", "./call1-train.log"} <= set(archive.getnames())
+
+    # the same call again repeats what did not succeed; the next one takes everything over
+    monkeypatch.setattr(gpu_run, "parts", lambda call, place: [part("kernels", "1/0"), part("smoke", "print('well')")])
+    second, third = tmp_path / "second", tmp_path / "third"
+    assert gpu_run.main(["--call", "1", "--out", str(second), "--previous", str(out)]) == 0
+    assert "kernels: done in an earlier call" in capsys.readouterr().out
+    monkeypatch.setattr(gpu_run, "parts", lambda call, place: [part("new", "print('new')")])
+    assert gpu_run.main(["--call", "2", "--out", str(third), "--previous", str(second)]) == 0
+    summary = json.loads((third / "summary.json").read_text())
+    assert [(outcome["call"], outcome["name"]) for outcome in summary["parts"]] == [
+        (1, "kernels"), (1, "smoke"), (2, "new"),
+    ]  # fmt: skip
+    with tarfile.open(third / "results.tar.gz") as archive:
+        assert {"./gpu/a.md", "./call1-smoke.log", "./call2-new.log"} <= set(archive.getnames())
 
 
 def test_a_program_that_is_not_there_and_one_that_never_ends_well(tmp_path: Path) -> None:
-    absent = Step("absent", 1, lambda seconds: [str(tmp_path / "no-such-program")])
-    assert gpu_run.run(absent, 30, tmp_path).exit_code == 127
-    assert gpu_run.run(step("lost", "raise SystemExit(3)", again_on=GPU_LOST), 1, tmp_path).exit_code is None
+    absent = Part("absent", 1, 9, lambda seconds: [Command("absent", [str(tmp_path / "no-such-program")])])
+    assert [outcome.exit_code for outcome in gpu_run.run(absent, 1, 30, tmp_path)] == [127]
+    (lost,) = gpu_run.run(part("lost", "raise SystemExit(3)", again_on=GPU_LOST), 1, 1, tmp_path)
+    assert lost.exit_code is None
     assert tuning.GPU_LOST == GPU_LOST
 
 
-@pytest.mark.parametrize("chosen", [["smoke", "kernels", "train", "tuning", "tests"], ["smoke", "train"], ["tests"]])
-def test_the_whole_run_ends_within_nine_minutes(tmp_path: Path, chosen: list[str]) -> None:
-    waiting = [step for step in gpu_run.steps(tmp_path, dry=False) if step.name in chosen]
-    assert [step.name for step in waiting] == chosen  # in the order of the documentation
-    total = 0.0
-    while waiting:
-        total += limit(waiting[0], waiting, 60 * MINUTES - total) + PATIENCE  # each outlasts its time
-        waiting.pop(0)
-    assert total == pytest.approx(60 * MINUTES) and total < 9 * 60 - PATIENCE
+@pytest.mark.parametrize("dry", [False, True])
+@pytest.mark.parametrize("call", CALLS)
+def test_what_a_call_starts_exists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int, dry: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every program's own parser takes the options, and every name is one that there is to measure."""
+    device = torch.device("cpu" if dry else "cuda")
+    monkeypatch.setattr(smoke, "pick_device", lambda: device)
+    monkeypatch.setattr(smoke, "run_all", lambda names, deadline, **options: iter(()))
+    monkeypatch.setattr(
+        ceilings, "measure", lambda **options: {"copy_bytes_per_second": 1, "batches": [], "left_out": []}
+    )
+    names = []
+    for part in gpu_calls.parts(call, place(tmp_path, dry=dry)):
+        assert part.least <= part.most
+        for command in part.commands(120):
+            names.append(command.name)
+            module, options = command.words[2], command.words[3:]
+            if module == "fastvit_engine":
+                parsed = _parser().parse_args(options)
+                if parsed.action == "train":
+                    pick_known("variant", parsed.variants, [variant.name for variant in VARIANTS])
+                    models = [shape.name for shape in train.shapes(device, quick=True)]
+                    pick_known("model", parsed.models or (), models)
+                else:
+                    providers = tuple(parsed.providers or ())
+                    chosen = Selection(ops=tuple(parsed.ops or ()), models=tuple(parsed.models or ()), quick=True)
+                    cases = select(dataclasses.replace(chosen, providers=providers), device)
+                    assert {case.shape.name for case in cases} >= set(chosen.models)
+            elif module == "fastvit_kernels.tuning":
+                monkeypatch.setattr(sys, "argv", ["tuning", *options])
+                assert tuning.parse().out == tmp_path / "tuning.json"
+            elif module == "pytest":
+                assert options[0] == "tests/kernels" and (ROOT / options[0]).is_dir()
+            else:
+                assert {"benchmarks.smoke": smoke.main, "benchmarks.ceilings": ceilings.main}[module](options) == 0
+    assert (
+        names
+        == {
+            1: ["ceilings", "smoke-bundled", "smoke-current", "attention"],
+            2: ["train-256", "train-64"],
+            3: ["tuning", "train-256-tuned"],
+            4: ["kernels", "tests"],
+        }[call]
+    )
 
 
-def test_time_that_a_step_leaves_goes_to_those_behind_it(tmp_path: Path) -> None:
-    first, *rest = gpu_run.steps(tmp_path, dry=False)
-    used = limit(first, [first, *rest], 500) + PATIENCE
-    assert limit(rest[0], rest, 500 - used / 2) > limit(rest[0], rest, 500 - used)
-    assert rest[0].command(150)[-2:] == ["--minutes", "2.00"]
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_ends_within_its_time_and_gives_each_part_enough(tmp_path: Path, call: int) -> None:
+    left = 60 * MINUTES - PATIENCE
+    for part in gpu_calls.parts(call, place(tmp_path)):
+        assert left >= part.least, part.name  # if every part before it takes all that it may
+        left -= min(left, part.most) + (PATIENCE if part.most < left else 0)
+    assert left > -PATIENCE - 1
+
+
+def test_the_assembler_that_gives_right_results_is_taken(tmp_path: Path) -> None:
+    def ended(name: str, code: int | None) -> Outcome:
+        return Outcome(name, code, 1.0, "")
+
+    found = place(tmp_path)
+    assert found.assembler()[0] == {} and "unchecked" in found.assembler()[1]
+    folder = tmp_path / "smoke"
+    save(folder, BUNDLED, [ended("mlp", 0), ended("block", None), ended("train ZeRO-1", 1)])
+    assert found.assembler() == ({}, "Every check passed with Triton's own ptxas, which assembles the kernels.")
+    save(folder, BUNDLED, [ended("mlp", 0), ended("attention", 1)])
+    assert found.assembler()[1].startswith("WARNING: ") and found.assembler()[0] == {}
+    save(folder, gpu_calls.CURRENT, [ended("mlp", 0), ended("attention", 0)])
+    variables, sentence = found.assembler()
+    assert variables == {"TRITON_PTXAS_PATH": "/x/ptxas"} and "these were wrong: attention" in sentence
+    (command,) = gpu_calls.parts(2, found)[0].commands(100)
+    assert command.environment == variables
+    assert place(tmp_path, ptxas=None).assembler()[0] == {}
+
+
+def test_training_after_tuning_uses_the_table(tmp_path: Path) -> None:
+    (command,) = gpu_calls.parts(3, place(tmp_path))[1].commands(100)
+    assert "FASTVIT_TUNING" not in command.environment
+    (tmp_path / "tuning.json").touch()
+    (command,) = gpu_calls.parts(3, place(tmp_path))[1].commands(100)
+    assert command.environment["FASTVIT_TUNING"] == str(tmp_path / "tuning.json")
+
+
+def test_conclusions_are_a_line_per_variant(tmp_path: Path) -> None:
+    folder = tmp_path / "train-256" / "nvidia-h200"
+    folder.mkdir(parents=True)
+    rows = [
+        {"variant": "fastvit", "data": "memory", "status": "ok", "images_per_second": 500.4, "mfu": 0.5, "host_ms": 90},
+        {"variant": "timm", "data": "memory", "status": "failed", "reason": "no timm"},
+    ]
+    (folder / "train-2026-01-02.json").write_text(json.dumps({"cases": [{"variants": rows}]}))
+    assert gpu_calls.conclusions(place(tmp_path)) == [
+        "train-256: fastvit: 500 images/s, MFU 50 %, host 90 ms",
+        "train-256: timm: failed: no timm",
+    ]
+
+
+def test_what_cannot_be_continued_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        gpu_run.main(["--call", "2", "--out", str(tmp_path / "out"), "--previous", str(tmp_path)])
+    assert f"--previous {tmp_path}: there is no results.tar.gz" in capsys.readouterr().err
+
+
+def test_the_assembler_is_found_where_wheels_are_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert gpu_run.assembler() is None
+    ptxas = tmp_path / "nvidia" / "cu13" / "bin" / "ptxas"
+    ptxas.parent.mkdir(parents=True)
+    ptxas.touch(mode=0o755)
+    assert gpu_run.assembler() == ptxas
 
 
 def test_it_says_what_it_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(gpu_run, "NEEDED", ("torch", "no_such_package"))
-    assert gpu_run.main(["--out", str(tmp_path)]) == 2
+    assert gpu_run.main(["--call", "1", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().out == "not installed, and nothing runs without: no_such_package\n"
     with pytest.raises(SystemExit, match="2"):
-        gpu_run.main(["--out", str(tmp_path), "--wheels", str(tmp_path)])
+        gpu_run.main(["--call", "1", "--out", str(tmp_path), "--wheels", str(tmp_path)])
     assert f"there are no wheels in {tmp_path}" in capsys.readouterr().err
     monkeypatch.setattr(gpu_run, "WANTED", {"no_such_package": "no miracles"})
     assert gpu_run.dependencies()[1] == ["no_such_package: no miracles"]
@@ -125,14 +244,27 @@ def test_wheels_are_installed_where_something_is_missing(tmp_path: Path, monkeyp
     assert gpu_run.install(wheels, site) == ["elsewhere-1.0-cp39-cp39-win_amd64.whl"]
     assert {path.name for path in site.glob("*.py")} == {"of_a_wheel.py"}
     assert gpu_run.version("of_a_wheel") == "1.0"
-    outcome = gpu_run.run(step("wheel", "import of_a_wheel; print(of_a_wheel.answer)"), 30, tmp_path)
-    assert outcome.exit_code == 0 and (tmp_path / "wheel.log").read_text() == "42\n"
+    (outcome,) = gpu_run.run(part("wheel", "import of_a_wheel; print(of_a_wheel.answer)"), 1, 30, tmp_path)
+    assert outcome.exit_code == 0 and (tmp_path / "call1-wheel.log").read_text() == "42\n"
+
+
+def test_a_wheel_can_be_made_smaller(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wheel(tmp_path, "large", "py3-none-any")
+    (path,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("tools/ptxas", "x")
+        archive.writestr("tools/nvlink", "y" * 1000)
+    assert slim_wheel.main([str(path), "*/ptxas"]) == 0
+    with zipfile.ZipFile(path) as archive:
+        assert {name for name in archive.namelist() if "dist-info" not in name} == {"tools/ptxas"}
+    assert slim_wheel.main([str(path), "*/nvlink"]) == 1
+    assert "has no file like */nvlink" in capsys.readouterr().err
 
 
 def test_wheels_have_the_versions_of_the_constraints() -> None:
     """pydantic takes one version of its core alone, which the constraints do not name."""
     listed = [line.split("#")[0].strip() for line in (ROOT / "launch" / "wheels.txt").read_text().splitlines()]
-    (core,) = [line for line in listed if "==" in line]
+    (core,) = [line for line in listed if line.startswith("pydantic_core==")]
     wanted = re.escape(core.replace("_", "-"))
     assert any(re.match(wanted, need) for need in importlib.metadata.requires("pydantic") or ())
 
@@ -140,13 +272,20 @@ def test_wheels_have_the_versions_of_the_constraints() -> None:
 @only_in_full
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_dry_run(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_run", "--out", str(tmp_path), "--dry-run", "--minutes", "5"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=320)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
-    report = (tmp_path / "report.md").read_text()
-    assert all(title in report for title in ("# Does it run?", "# Operations", "# Training steps"))
-    with tarfile.open(tmp_path / "results.tar.gz") as archive:
-        names = archive.getnames()
-    assert {"smoke", "kernels", "train", "tuning", "tests"} == {Path(n).stem for n in names if n.endswith(".log")}
+def test_a_dry_run_of_all_calls(tmp_path: Path) -> None:
+    before: list[str] = []
+    for call in CALLS:
+        out = tmp_path / str(call)
+        words = ["--call", str(call), "--out", str(out), "--dry-run", "--minutes", "8", *before]
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.gpu_run", *words], cwd=ROOT, capture_output=True, text=True, timeout=540
+        )
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+        assert sorted(path.name for path in out.iterdir()) == FILES
+        before = ["--previous", str(out)]
+    report = (out / "report.md").read_text()
+    assert all(title in report for title in ("# Ceilings", "# Does it run?", "# Operations", "# Training steps"))
+    with tarfile.open(out / "results.tar.gz") as archive:
+        logs = {Path(name).stem for name in archive.getnames() if name.endswith(".log")}
+    assert logs >= {"call1-ceilings", "call1-smoke-bundled", "call1-attention", "call2-train-256", "call2-train-64"}
+    assert logs >= {"call3-tuning", "call3-train-256-tuned", "call4-kernels", "call4-tests"}

@@ -60,6 +60,7 @@ def test_a_case_with_everything_that_can_happen(case, environment):
     assert row["best_peer"] == {"forward": "eager", "backward": "eager", "both": "eager"}  # never a coarser format
     assert rows["fastvit"]["passes"]["both"]["as"] == "eager"
     assert "times_as_fast" not in rows["eager"]["passes"]["both"]
+    assert rows["eager"]["passes"]["both"]["fastvit_times_as_fast"][1] > 0
     assert "aten::native_layer_norm" in rows["eager"]["backend"]
     text = report(environment, row)
     assert "| quick but wrong | **wrong** |" in text
@@ -73,7 +74,7 @@ def test_no_speed_up_is_shown_where_ours_is_wrong(case, environment):
     assert all("times_as_fast" not in of_pass for row in rows.values() for of_pass in row.get("passes", {}).values())
     text = report(environment, row)
     assert "times as fast as eager" not in text
-    assert "| layer_norm | tiny/8@16, 2 | wrong | | | | | | |" in text
+    assert "| layer_norm (reference) | tiny/8@16, 2 | wrong | | | | | | |" in text
 
 
 def test_ratios_are_taken_within_a_round(case):
@@ -89,6 +90,7 @@ def test_ratios_are_taken_within_a_round(case):
     moved = 2 * 2 * 5 * 32 * 4  # x read and y written: 2 images, 5 tokens, 32 wide, 4 bytes
     assert forward["per_second"] == pytest.approx(moved / 2e-3) and forward["scarce"] == "bytes"
     assert forward["share_of_ceiling"] == pytest.approx(moved / 1e9 / 2e-3)
+    assert [row["passes"]["both"].get("fastvit_times_as_fast") for row in rows] == [None, [3.0] * 3, [2.0] * 3]
 
 
 def test_a_measuring_process_that_dies_costs_one_provider(monkeypatch, capsys):

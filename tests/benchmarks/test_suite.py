@@ -19,10 +19,20 @@ from fastvit_engine.errors import UserError
 def test_the_command_measures_checks_and_writes(tmp_path, capsys):
     """From the command line through the measuring process to the files; the rest of the suite is the same path."""
     pytest.importorskip("matplotlib")
-    arguments = ["--quick", "--ops", "layer_norm", "adamw", "--models", "tiny/14@56", "--out", str(tmp_path)]
-    assert main(["bench", "kernels", *arguments]) == 0
+    chosen = ["--ops", "layer_norm", "adamw", "--shape", "tiny/14@56", "--providers", "fastvit", "eager", "torch fused"]
+    assert main(["bench", "kernels", "--quick", *chosen, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"\| layer_norm +\| tiny/14@56, 4 \|", printed)
+    assert max(map(len, printed.splitlines())) <= 80
+    for line in (
+        r"layer_norm: layer normalisation\nmilliseconds of +forward +backward +both +fastvit × +of ceiling +host_ms\n",
+        r"tiny/14@56, 4 images, fp32\n",
+        r"  fastvit \(reference\)( +[\d.,]+){3} ",
+        r"  eager( +[\d.,]+){4} ",
+        r"adamw: ",
+        r"Summary: .*\n.*\nlayer_norm +tiny/14@56, 4 +[\d.,]+ eager ( +[\d.]+){3}\s+\(reference\)",  # last
+    ):
+        assert re.search(line, printed), (line, printed)
+    assert printed.index("adamw: ") < printed.index("Summary: ")
     (place,) = tmp_path.glob("cpu/kernels-*.json")
     record = json.loads(place.read_text())
     assert [case["op"] for case in record["cases"]] == ["layer_norm", "adamw"] and record["quick"]
@@ -30,7 +40,8 @@ def test_the_command_measures_checks_and_writes(tmp_path, capsys):
     assert all(row["status"] in ("ok", "skipped") for case in record["cases"] for row in case["providers"])
     pictures = sorted(path.name.split("-", 4)[-1] for path in place.parent.glob("*.png"))
     assert pictures == ["bars-tiny-14-56-4.png", "roofline.png"]
-    assert printed.strip() in aligned(place.with_suffix(".md").read_text())
+    (text,) = place.parent.glob("*.md")
+    assert "| **fastvit (reference)** |" in text.read_text() and "| layer_norm (reference) |" in text.read_text()
 
 
 def test_figures_are_written_without_matplotlib_and_without_nan(tmp_path, monkeypatch, capsys):
@@ -50,11 +61,14 @@ def test_figures_are_written_without_matplotlib_and_without_nan(tmp_path, monkey
 
 def test_a_wrong_result_of_ours_is_an_exit_code(monkeypatch, capsys):
     def measure(args, folder):
-        return "text", {"cases": [{"providers": [{"provider": "fastvit", "status": "wrong"}]}]}
+        return "text", {"cases": [{"providers": [{"provider": args.action, "ours": True, "status": "wrong"}]}]}
 
-    monkeypatch.setitem(suite.MEASURE, "kernels", measure)
-    assert main(["bench", "kernels", "--quick"]) == 1
+    monkeypatch.setitem(suite.MEASURE, "train", measure)
+    assert main(["bench", "train", "--quick"]) == 1
     assert capsys.readouterr().out == "text\n"
+    for row in ({"provider": "fastvit"}, {"provider": "my.py:norm", "own": True}):
+        assert suite.wrong({"cases": [{"providers": [row | {"status": "wrong"}]}]})
+    assert not suite.wrong({"cases": [{"providers": [{"provider": "timm", "status": "wrong"}]}]})
 
 
 def test_all_goes_on_behind_a_suite_that_fails(monkeypatch, capsys):
@@ -62,11 +76,13 @@ def test_all_goes_on_behind_a_suite_that_fails(monkeypatch, capsys):
         raise UserError("no luck")
 
     for name in suite.SUITES:
-        monkeypatch.setitem(suite.MEASURE, name, lambda args, folder, name=name: (name, {"cases": []}))
+        record = {"cases": [], "unmeasured": [], "environment": {"gpu": "G"}}
+        monkeypatch.setitem(suite.MEASURE, name, lambda args, folder, name=name, record=record: (name, record))
     monkeypatch.setitem(suite.MEASURE, "train", fails)
     assert main(["bench", "all", "--quick"]) == 1
     printed = capsys.readouterr()
-    assert printed.out.split() == ["kernels", "data", "overhead"]
+    assert [line for line in printed.out.splitlines() if line in suite.SUITES] == ["data", "overhead"]
+    assert "Summary" in printed.out  # of the kernels
     assert "train failed: UserError: no luck" in printed.err
 
 

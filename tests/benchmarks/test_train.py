@@ -7,7 +7,7 @@ import torch
 from benchmarks import train
 from benchmarks.report import train_markdown
 from benchmarks.train import QUICK_CPU_SHAPE, Selection, best_peer, judged
-from benchmarks.train_process import CHECKED_STEPS, classify
+from benchmarks.train_process import CHECKED_STEPS, SLOWEST, classify
 from benchmarks.train_variants import REFERENCE, VARIANTS, Setup, resident_batches
 from fastvit_engine.distributed.world import World
 
@@ -41,7 +41,8 @@ def test_a_variant_in_its_own_process(tmp_path):
     assert row["images_per_second"] == pytest.approx(8 / (1e-3 * row["ms"][1]))
     flops = 6 * 3 * (17 * 4 * 96**2 + 2 * 17**2 * 96 + 2 * 17 * 96 * 384) + 6 * (16 * 768 * 96 + 96 * 1000)
     assert row["mfu"] == pytest.approx(row["images_per_second"] * flops / 1e9)
-    assert row["breakdown_ms"]["matrix products"] > 0
+    assert row["breakdown_ms"]["matrix products"] > 0 and row["host_ms"] > 0
+    assert len(row["slowest"]) == SLOWEST and row["slowest"][0]["ms"] >= row["slowest"][-1]["ms"] >= 0
     assert judged(row, {"status": "ok", "losses": losses(REFERENCE)}, ORDER)["status"] == "ok"
 
 
@@ -62,6 +63,7 @@ def test_report_and_best_peer(environment):
         return given | {
             "ms": [milliseconds] * 3, "images_per_second": 1.0, "mfu": 0.5, "memory_bytes": 2**21,
             "loss_distance": 0.0, "peak_flops": 1e12, "peak_source": "s", "breakdown_ms": {"attention": 1.0},
+            "host_ms": 3.0, "slowest": [{"name": "attention|x", "ms": 0.5, "calls": 32.0, "kind": "attention"}],
         }  # fmt: skip
 
     rows = [
@@ -74,9 +76,10 @@ def test_report_and_best_peer(environment):
     assert best_peer(rows) == "timm"
     case = {"model": "B/16", "batch": 8, "precision": "fp32", "best_peer": "timm", "variants": rows}
     text = train_markdown({"suite": "train", "quick": True, "environment": environment, "cases": [case]})
-    assert "| **fastvit** | memory | 10 (10 to 10) | 1 | 50 % | 2 MiB | 0 % | 1.50 |" in text
+    assert "| **fastvit** | memory | 10 (10 to 10) | 1 | 50 % | 2 MiB | 3 | 0 % | 1.50 |" in text
     assert "| fast and wrong | memory | wrong: why |" in text
     assert "Left out: timm compile (why)." in text
+    assert "| 0.5 | 50 % | 32 | attention | `attention\\|x` |" in text and text.count("The slowest kernels of") == 2
     assert "A quick run" in text
 
 

@@ -240,7 +240,7 @@ def test_each_choice_that_a_sentence_lists_is_taken(call: Callable[..., Any], na
             result = call(**{name: choice})
             if call is dispatch.using:
                 with result:
-                    assert dispatch.choice == choice
+                    assert dispatch.asked_for("mlp") == choice
             elif isinstance(result, Tensor):
                 assert result.isfinite().all()
 

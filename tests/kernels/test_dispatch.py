@@ -1,75 +1,213 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastvit_kernels
-from fastvit_kernels import dispatch
+from fastvit_kernels import choices, dispatch
+
+PRODUCTS = ("attention", "attention_block", "mlp", "patch_embed")
+OTHERS = ("cross_entropy", "layer_norm")
+
+
+def runs(operation: str, dtype: torch.dtype = torch.bfloat16, on_gpu: bool = True) -> str:
+    return dispatch.plan(operation, dtype, on_gpu).runs
 
 
 def test_auto_is_triton_on_a_gpu_and_the_reference_on_the_cpu(device: torch.device) -> None:
     with dispatch.using("auto"):
-        for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert dispatch.uses_triton(torch.empty(2, dtype=dtype, device=device)) == (device.type == "cuda")
-        assert not dispatch.uses_triton(torch.empty(2, dtype=torch.float64, device=device))
+        for dtype in (torch.bfloat16, torch.float16):
+            for operation in (*PRODUCTS, *OTHERS):
+                tensor = torch.empty(2, dtype=dtype, device=device)
+                assert dispatch.uses_triton(operation, tensor) == (device.type == "cuda")
+        assert not dispatch.uses_triton("layer_norm", torch.empty(2, dtype=torch.float64, device=device))
+
+
+def test_float32_products_are_those_of_pytorch_in_auto_only() -> None:
+    for setting, expected in [("auto", "reference"), ("triton", "triton"), ("reference", "reference")]:
+        with dispatch.using(setting):
+            assert {runs(operation, torch.float32) for operation in PRODUCTS} == {expected}
+    with dispatch.using("auto"):
+        assert {runs(operation, torch.float32) for operation in OTHERS} == {"triton"}
+
+
+def test_blocks_under_autocast_compute_in_its_dtype() -> None:
+    x = torch.empty(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dispatch.computed_dtype("mlp", x) == dispatch.computed_dtype("attention_block", x) == torch.bfloat16
+        assert dispatch.computed_dtype("attention", x) == torch.float32
+    assert dispatch.computed_dtype("mlp", x) == torch.float32
+    assert dispatch.computed_dtype("mlp", torch.empty(2, device="meta")) == torch.float32
 
 
 def test_reference_is_always_available(device: torch.device) -> None:
     with dispatch.using("reference"):
-        assert not dispatch.uses_triton(torch.empty(2, device=device))
+        assert not dispatch.uses_triton("layer_norm", torch.empty(2, device=device))
 
 
 def test_triton_runs_on_the_cpu_only_by_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     with dispatch.using("triton"):
         monkeypatch.setattr(dispatch, "INTERPRETED", True)
-        assert dispatch.uses_triton(torch.empty(2))
+        assert dispatch.uses_triton("attention", torch.empty(2))
         monkeypatch.setattr(dispatch, "INTERPRETED", False)
         with pytest.raises(RuntimeError, match="FASTVIT_KERNELS=triton was asked for, but Triton runs on a GPU"):
-            dispatch.uses_triton(torch.empty(2))
+            dispatch.uses_triton("attention", torch.empty(2))
         monkeypatch.setattr(dispatch, "HAS_TRITON", False)
         with pytest.raises(RuntimeError, match="triton is not installed"):
-            dispatch.uses_triton(torch.empty(2))
+            dispatch.uses_triton("attention", torch.empty(2))
+
+
+def test_an_obstacle_is_passed_over_in_auto_and_an_error_where_triton_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dispatch, "INTERPRETED", True)
+    for setting in ("auto", "triton,layer_norm=auto", "layer_norm=reference"):
+        with dispatch.using(setting):
+            assert not dispatch.uses_triton("layer_norm", torch.empty(2), "it is too wide")
+    with (
+        dispatch.using("layer_norm=triton"),
+        pytest.raises(RuntimeError, match="FASTVIT_KERNELS=layer_norm=triton was asked for, but it is too wide"),
+    ):
+        dispatch.uses_triton("layer_norm", torch.empty(2), "it is too wide")
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("triton", {"attention": "triton", "layer_norm": "triton", "gemm": "auto"}),
+        ("*=reference", {"attention": "reference", "cross_entropy": "reference", "gemm": "auto"}),
+        ("attention=reference", {"attention": "reference", "layer_norm": "auto", "mlp": "auto"}),
+        ("attention=reference,*=triton", {"attention": "reference", "layer_norm": "triton"}),
+        (" auto , mlp = reference, gemm=cublas", {"mlp": "reference", "attention": "auto", "gemm": "cublas"}),
+        # block operators contain others
+        ("attention=reference,*=triton", {"attention_block": "reference", "mlp": "triton"}),
+        ("layer_norm=reference", {"attention_block": "reference", "mlp": "reference", "attention": "auto"}),
+        ("*=reference,mlp=triton", {"mlp": "triton", "attention_block": "reference", "layer_norm": "reference"}),
+        ("triton,layer_norm=auto", {"mlp": "triton", "layer_norm": "auto"}),
+    ],
+)  # fmt: skip
+def test_a_setting_chooses_for_each_operation(setting: str, expected: dict[str, str]) -> None:
+    with dispatch.using(setting):
+        assert {operation: dispatch.asked_for(operation) for operation in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("cuda", "implementation must be one of auto, triton, reference, got 'cuda'"),
+        ("cublas", "implementation must be one of auto, triton, reference, got 'cublas': write gemm=cublas"),
+        ("auto,", "implementation must be one of auto, triton, reference, got ''"),
+        ("layer_norm=cublas", "of auto, triton, reference, got 'cublas' in 'layer_norm=cublas' for layer_norm"),
+        ("atention=triton", "implementation must name one of *, attention, attention_block, cross_entropy, gemm"),
+        ("mlp=auto,mlp=triton", "implementation must be one choice for mlp, got two in 'mlp=auto,mlp=triton'"),
+        ("auto,*=triton", "implementation must be one choice for all operations, got two in 'auto,*=triton'"),
+        (
+            "mlp=triton,layer_norm=reference",
+            "the kernels of mlp contain layer_norm, so set mlp to auto, or layer_norm to triton",
+        ),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_a_sentence_that_says_what_is_possible(setting: str, said: str) -> None:
+    before = [dispatch.asked_for(operation) for operation in choices.OPERATIONS]
+    with pytest.raises(ValueError) as refused:
+        dispatch.use(setting)
+    assert said in str(refused.value)
+    assert [dispatch.asked_for(operation) for operation in choices.OPERATIONS] == before
 
 
 def test_using_restores_the_choice_after_an_error() -> None:
-    before = dispatch.choice
-    with pytest.raises(KeyError), dispatch.using("reference"):
+    before = dispatch.asked_for("mlp")
+    with pytest.raises(KeyError), dispatch.using("mlp=reference"):
         raise KeyError
-    assert dispatch.choice == before
-    with pytest.raises(ValueError, match="implementation must be one of auto, triton, reference, got 'cuda'"):
-        dispatch.using("cuda").__enter__()
+    assert dispatch.asked_for("mlp") == before
+
+
+def test_each_folder_with_a_reference_is_an_operation() -> None:
+    folders = {path.parent.name for path in Path(fastvit_kernels.__file__).parent.glob("*/reference.py")}
+    assert folders == set(choices.OPERATIONS) - {"gemm"}
+
+
+def test_a_block_without_one_of_its_kernels_is_a_composition_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which implementation each part runs, by what the parts are asked; and the result is that of plain PyTorch."""
+    block = fastvit_kernels.FusedBlock(16, 2, 32)
+    x = torch.randn(2, 3, 16)
+    with dispatch.using("reference"):
+        expected = block(x)
+    called: dict[str, bool] = {}
+
+    def spy(operation: str, tensor: torch.Tensor, obstacle: str | None = None) -> bool:
+        called[operation] = original(operation, tensor, obstacle)
+        return called[operation]
+
+    original = dispatch.uses_triton
+    for name in ("attention", "attention_block", "layer_norm", "mlp"):
+        monkeypatch.setattr(sys.modules[f"fastvit_kernels.{name}.op"], "uses_triton", spy)
+    interpreted = dispatch.INTERPRETED
+    for setting in ("attention=reference,layer_norm=triton,mlp=reference", "layer_norm=reference,attention=triton"):
+        called.clear()
+        with dispatch.using(setting if interpreted else "reference"):
+            torch.testing.assert_close(block(x), expected)
+        wanted = {"attention_block": False, "mlp": False, "attention": "attention=triton" in setting}
+        wanted["layer_norm"] = "layer_norm=triton" in setting
+        assert called == (wanted if interpreted else dict.fromkeys(wanted, False))
+
+
+def test_gemm_chooses_who_multiplies() -> None:
+    from fastvit_kernels.gemm.config import runs_triton
+
+    where = ("gelu", torch.float32, torch.device("cpu"), 64, 64, 64)
+    for setting, expected in [("auto", False), ("gemm=triton", True), ("gemm=cublas", False)]:
+        with dispatch.using(setting):
+            assert runs_triton(*where) == expected
 
 
 def test_explain_names_every_operation_and_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     def row(operation: str) -> list[str]:
         lines = fastvit_kernels.explain().splitlines()
-        return next(line for line in lines if line.startswith(operation)).split(maxsplit=1)[1].split("  ")
+        cells = next(line for line in lines if line.startswith(f"{operation} ")).split(maxsplit=1)[1]
+        return [cell.strip() for cell in cells.split("  ") if cell]
 
-    for operation in ("attention", "cross_entropy", "layer_norm", "mlp", "patch_embed"):
-        assert row(operation)
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
-    for choice, gpu, cpu in [
-        ("auto", "triton", "reference"),
-        ("triton", "triton", "error (Triton needs a GPU)"),
-        ("reference", "reference (asked for)", "reference (asked for)"),
-    ]:
-        with dispatch.using(choice):
-            assert (row("layer_norm")[0], row("layer_norm")[-1].strip()) == (gpu, cpu)
-            assert f"FASTVIT_KERNELS={choice}" in fastvit_kernels.explain()
+    plain = ["reference (asked for)"] * 3
+    failing = ["triton (asked for)", "triton (asked for)", "error (needs a GPU)"]
+    for setting, norm, attention in [
+        ("auto", ["triton", "triton", "reference (needs a GPU)"],
+         ["triton", "reference (float32 products)", "reference (needs a GPU)"]),
+        ("triton", failing, failing),
+        ("reference", plain, plain),
+        ("attention=reference", ["triton", "triton", "reference (needs a GPU)"], plain),
+    ]:  # fmt: skip
+        with dispatch.using(setting):
+            assert (row("layer_norm"), row("attention")) == (norm, attention)
+            assert f"FASTVIT_KERNELS={setting}" in fastvit_kernels.explain()
+    with dispatch.using("attention=reference"):
+        assert row("attention_block") == ["reference (attention=reference)"] * 3
+
+
+def test_explain_ends_with_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with dispatch.using("auto"):
+        assert fastvit_kernels.explain().splitlines()[-1] == "6 operations on the CPU: 6 reference"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    with dispatch.using("attention=reference"):
+        last = "6 operations on this GPU, in bf16: 4 triton, 2 reference"
+        assert fastvit_kernels.explain().splitlines()[-1] == last
 
 
 @pytest.mark.parametrize(
     ("value", "code", "said"),
     [
-        ("reference", 0, "reference"),
         ("", 0, "auto"),
+        ("auto,layer_norm=triton", 0, "triton"),
         ("cuda", 1, "ValueError: FASTVIT_KERNELS must be one of auto, triton, reference"),
     ],
 )
 def test_environment_variable_chooses_and_is_checked(value: str, code: int, said: str) -> None:
-    program = "import fastvit_kernels.dispatch as dispatch; print(dispatch.choice)"
+    program = "import fastvit_kernels.dispatch as dispatch; print(dispatch.asked_for('layer_norm'))"
     environment = os.environ | {"FASTVIT_KERNELS": value}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.returncode == code

@@ -56,7 +56,7 @@ def attention(
     check_rate("dropout", dropout)
     tokens, heads = qkv.shape[-4], qkv.shape[-2]
     bias = checked_bias(bias, [len(qkv), heads, tokens, tokens], cu_seqlens, like=qkv)
-    if uses_triton(qkv, obstacle(qkv.shape[-1])):
+    if uses_triton("attention", qkv, obstacle(qkv.shape[-1])):
         seed = draw_seed(dropout, like=qkv)
         call = Call(qkv, None, None, bias, seed, dropout, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
         return attention_op(*call)[0]
@@ -105,7 +105,7 @@ def attention_qkv(
         )
     check_rate("dropout", dropout)
     bias = checked_bias(bias, [len(q), q.shape[-2], q.shape[-3], keys], cu_seqlens_q, like=q)
-    if uses_triton(q, obstacle(q.shape[-1])):
+    if uses_triton("attention", q, obstacle(q.shape[-1])):
         seed = draw_seed(dropout, like=q)
         call = Call(q, k, v, bias, seed, dropout, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         return attention_op(*call)[0]

@@ -71,7 +71,7 @@ def attention_block(
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
     norm, qkv, proj = (norm_weight, norm_bias), (qkv_weight, qkv_bias), (proj_weight, proj_bias)
-    if dropout > 0 or width // heads > MAX_HEAD_DIM or not uses_triton(x):
+    if dropout > 0 or width // heads > MAX_HEAD_DIM or not uses_triton("attention_block", x):
         return reference.attention_block(x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -52,7 +52,7 @@ def cross_entropy(
     check_arguments(logits, labels, labels_b, mix_weight, label_smoothing, reduction)
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
-    if uses_triton(logits):
+    if uses_triton("cross_entropy", logits):
         losses = triton_losses(logits, labels, labels_b, mix_weight, label_smoothing, z_loss, sigmoid=False)
     else:
         losses = reference.cross_entropy(logits, labels, labels_b, mix_weight, label_smoothing, z_loss)
@@ -74,7 +74,7 @@ def sigmoid_cross_entropy(
     `cross_entropy`; soft labels may be multi-hot and need not sum to 1. The mean is over the batch, not over classes.
     """
     check_arguments(logits, labels, labels_b, mix_weight, label_smoothing, reduction)
-    if uses_triton(logits):
+    if uses_triton("cross_entropy", logits):
         losses = triton_losses(logits, labels, labels_b, mix_weight, label_smoothing, z_loss=0.0, sigmoid=True)
     else:
         losses = reference.sigmoid_cross_entropy(logits, labels, labels_b, mix_weight, label_smoothing)

@@ -2,7 +2,8 @@
 
 The rule is that nothing may be slower than PyTorch's best. A product whose Triton kernel has been measured faster on a
 GPU is marked so in that GPU's table, see `tuning`; every other product is cuBLAS (hipBLASLt on AMD) with one fused
-elementwise kernel after it. No GPU has measured any of them yet, so every product goes to cuBLAS.
+elementwise kernel after it. No GPU has measured any of them yet, so every product goes to cuBLAS, unless
+`FASTVIT_KERNELS` says `gemm=triton`.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from fastvit_kernels.dispatch import Gpu, gpu
+from fastvit_kernels.dispatch import Gpu, asked_for, gpu
 from fastvit_kernels.table import tunable
 
 Product = Literal[
@@ -36,6 +37,8 @@ def runs_triton(product: Product, dtype: torch.dtype, device: torch.device, m: i
     """Whether the product [m, k] x [k, n] runs in the Triton kernel rather than in cuBLAS."""
     if _asked_for is not None:
         return product in _asked_for
+    if (asked := asked_for("gemm")) != "auto":
+        return asked == "triton" and product in NORM_BEFORE
     return tile(product, dtype, m, n, k, gpu(device)).beats_cublas
 
 

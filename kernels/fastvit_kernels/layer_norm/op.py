@@ -34,7 +34,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) ->
         raise ValueError(f"x must have a last dimension to normalise, got shape {list(x.shape)}")
     check_parameter("weight", weight, x.shape[-1:], like=x, fp32_allowed=True)
     check_parameter("bias", bias, x.shape[-1:], like=x, fp32_allowed=True)
-    if uses_triton(x):
+    if uses_triton("layer_norm", x):
         return layer_norm_op(x, None, None, None, weight, bias, eps)[1]
     return reference.layer_norm(x, weight, bias, eps)
 
@@ -78,7 +78,7 @@ def add_layer_norm(
         check_parameter("layer_scale", layer_scale, x.shape[-1:], like=x, fp32_allowed=True)
     check_rate("drop_path", drop_path)
     path_scale = draw_path_scale(branch, drop_path)
-    if uses_triton(x):
+    if uses_triton("layer_norm", x):
         return layer_norm_op(x, branch, layer_scale, path_scale, weight, bias, eps)[:2]
     return reference.add_layer_norm(x, branch, weight, bias, layer_scale, path_scale, eps)
 

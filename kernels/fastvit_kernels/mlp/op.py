@@ -9,7 +9,6 @@ from torch import Tensor
 from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
 from fastvit_kernels.dispatch import uses_triton
 from fastvit_kernels.gemm import products
-from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.layer_norm.op import as_rows, normalise
 from fastvit_kernels.layer_norm.op import launch_backward as layer_norm_backward
 from fastvit_kernels.mlp import reference
@@ -72,11 +71,8 @@ def layer_norm_mlp(
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
     norm, fc1, fc2 = (norm_weight, norm_bias), (fc1_weight, fc1_bias), (fc2_weight, fc2_bias)
-    if not uses_triton(x):
+    if dropout > 0 or not uses_triton("mlp", x):
         return reference.layer_norm_mlp(x, *norm, *fc1, *fc2, eps, activation, layer_scale, dropout, drop_path)
-    if dropout > 0:
-        normed = layer_norm(x, *norm, eps=eps)
-        return reference.mlp(x, normed, *fc1, *fc2, activation, layer_scale, dropout, drop_path)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(torch.promote_types(x.dtype, dtype))

@@ -46,7 +46,7 @@ def mlp(
     check_parameter("fc2_bias", fc2_bias, width, like=x)
     if activation not in get_args(Activation):
         raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
-    if not uses_triton(x):
+    if not uses_triton("mlp", x):
         return reference.branch(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, 0.0)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

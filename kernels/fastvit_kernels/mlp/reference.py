@@ -1,9 +1,9 @@
-"""LayerNorm and two-layer MLP in plain PyTorch: the CPU path and the oracle."""
+"""LayerNorm and two-layer MLP: `layer_norm`, which chooses its implementation, and plain PyTorch."""
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit_kernels.layer_norm.reference import layer_norm
+from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.residual import add_branch
 
 GELU_FORM = {"gelu": "none", "gelu_tanh": "tanh"}  # activation -> `approximate` of F.gelu
@@ -23,23 +23,7 @@ def layer_norm_mlp(
     dropout: float,
     drop_path: float,
 ) -> Tensor:
-    normed = layer_norm(x, norm_weight, norm_bias, eps)
-    return mlp(x, normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, layer_scale, dropout, drop_path)
-
-
-def mlp(
-    x: Tensor,
-    normed: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    activation: str,
-    layer_scale: Tensor | None,
-    dropout: float,
-    drop_path: float,
-) -> Tensor:
-    """What follows the normalisation."""
+    normed = layer_norm(x, norm_weight, norm_bias, eps=eps)
     added = branch(normed, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, dropout)
     return add_branch(x, added, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
 

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit_kernels import dispatch
 from fastvit_kernels.checks import check_device, check_floating, check_parameter
 from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
 from fastvit_kernels.patch_embed import reference
@@ -78,10 +77,8 @@ def patch_embed(
     if keep_indices is not None:
         check_indices(keep_indices, images, patches)
     arguments = (images, weight, bias, pos_embed, cls_token, register_tokens, keep_indices, mean, std)
-    if images.requires_grad and torch.is_grad_enabled():
-        if dispatch.choice == "triton":
-            raise RuntimeError("FASTVIT_KERNELS=triton was asked for, but patch_embed has no gradient for images")
-    elif uses_triton(weight):
+    learns = images.requires_grad and torch.is_grad_enabled()
+    if uses_triton("patch_embed", weight, "patch_embed has no gradient for images" if learns else None):
         return patch_embed_op(*arguments)
     return reference.patch_embed(*arguments)
 

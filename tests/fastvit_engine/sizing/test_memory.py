@@ -169,10 +169,24 @@ def test_activations_are_what_autograd_keeps(precision, model):
 
 
 def test_plain_layers_on_a_gpu_keep_what_they_keep_on_a_cpu():
-    assert block_implementation(vit(), on_gpu=True) == "fused"
-    assert block_implementation(vit(dropout=0.1), on_gpu=True) == "composed"
+    assert block_implementation(vit(), "bf16", on_gpu=True) == "fused"
+    assert block_implementation(vit(dropout=0.1), "bf16", on_gpu=True) == "composed"
     with dispatch.using("reference"):
-        assert block_implementation(vit(), on_gpu=True) == "reference"
+        assert block_implementation(vit(), "bf16", on_gpu=True) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("setting", "precision", "implementation"),
+    [
+        ("auto", "fp32", "composed"),  # products by cuBLAS, the normalisation by its kernel
+        ("triton", "fp32", "fused"),
+        ("attention=reference", "bf16", "composed"),
+        ("layer_norm=reference", "bf16", "reference"),
+    ],
+)
+def test_blocks_on_a_gpu_run_what_is_chosen_for_their_precision(setting, precision, implementation):
+    with dispatch.using(setting):
+        assert block_implementation(vit(), precision, on_gpu=True) == implementation
 
 
 def test_activations_of_the_huge_model():

@@ -185,7 +185,7 @@ def test_builds_live_beside_each_other_and_beside_the_package(folder: Path, kern
     assert len({kernel.__name__, other.__name__, fastvit_kernels.__name__}) == 3
     x, weight, bias = torch.randn(3, 24), torch.rand(24), torch.rand(24)
     with kernel.dispatch.using("reference"):  # the choice of one is not that of another
-        assert kernel.dispatch.choice == "reference" != other.dispatch.choice
+        assert kernel.dispatch.asked_for("attention") == "reference" != other.dispatch.asked_for("attention")
     operators = {package.registration.library.ns for package in (kernel, other, fastvit_kernels)}
     assert operators == {kernel.__name__, other.__name__, "fastvit"}
     results = [package.layer_norm(x, weight, bias) for package in (kernel, other, fastvit_kernels)]

@@ -198,13 +198,13 @@ def push(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], ways: tupl
 
 
 def test_auto_runs_the_reference_under_transforms() -> None:
-    on_gpu: Any = SimpleNamespace(dtype=torch.float32, is_cuda=True)
+    on_gpu: Any = SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, device=torch.device("cuda"))
     seen = []
     with dispatch.using("auto"):
-        outside = dispatch.uses_triton(on_gpu)
-        vmap(lambda x: seen.append(dispatch.uses_triton(on_gpu)) or x)(torch.ones(2))
+        outside = dispatch.uses_triton("attention", on_gpu)
+        vmap(lambda x: seen.append(dispatch.uses_triton("attention", on_gpu)) or x)(torch.ones(2))
         with forward_ad.dual_level():
-            seen.append(dispatch.uses_triton(on_gpu))
+            seen.append(dispatch.uses_triton("attention", on_gpu))
     assert outside == dispatch.HAS_TRITON and seen == [False, False]
 
 

@@ -1,0 +1,230 @@
+"""What the four calls of `benchmarks.gpu_run` do: their parts, in order of importance, and the commands of each.
+
+A part knows the least time in which it is worth starting, and the most that it may take. Its commands run at the same
+time. On a dry run the same programs measure next to nothing on a CPU.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.smoke_record import BUNDLED, broken, saved
+
+PYTHON = [sys.executable, "-m"]
+STARTING = 20  # seconds until a program looks at its clock
+GPU_LOST = 3  # the tuner's exit code if another process can continue
+CURRENT = "ptxas 13.3"  # of `launch/wheels.txt`
+VARIANTS = ("fastvit ZeRO-1", "fastvit", "timm compile cudnn", "timm")
+ATTENTION_SHAPES = ("H/14 gap", "H/14", "B/16", "H/14@336")  # 256, 257, 197 and 577 tokens
+ATTENTION_PROVIDERS = ("fastvit", "sdpa cudnn", "sdpa flash")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One program, with variables of its environment; `name` is that of its log."""
+
+    name: str
+    words: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Programs that run at the same time, for so many seconds."""
+
+    name: str
+    least: float  # with fewer seconds left it is not begun
+    most: float
+    commands: Callable[[float], list[Command]]
+    again_on: int | None = None  # the exit code that asks for the same command once more
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the calls of one machine leave their results, and what the next ones take from there."""
+
+    folder: Path
+    dry: bool
+    ptxas: Path | None  # a current assembler beside Triton's own
+
+    @property
+    def tuning(self) -> Path:
+        return self.folder / "tuning.json"
+
+    def assembler(self) -> tuple[dict[str, str], str]:
+        """Variables for the programs to come, and a sentence on which assembler they use, by the checks of call 1."""
+        checks = saved(self.folder / "smoke")
+        bundled, current = (broken(checks, name) for name in (BUNDLED, CURRENT))
+        if not checks:
+            return {}, "No check of call 1 is here: kernels are assembled by Triton's own ptxas, unchecked."
+        if not bundled:
+            return {}, "Every check passed with Triton's own ptxas, which assembles the kernels."
+        if self.ptxas is not None and CURRENT in checks and not current:
+            names = ", ".join(sorted(bundled))
+            return ptxas(self.ptxas), f"{CURRENT} assembles the kernels: with Triton's own, these were wrong: {names}."
+        both = ", ".join(sorted(bundled))
+        return (
+            {},
+            f"WARNING: these checks failed, and no other assembler mends them all; their figures mean little: {both}.",
+        )
+
+    def tuned(self) -> dict[str, str]:
+        """The variable that has kernels use the table of call 3, if there is one."""
+        return {"FASTVIT_TUNING": str(self.tuning)} if self.tuning.exists() else {}
+
+
+def ptxas(path: Path) -> dict[str, str]:
+    return {"TRITON_PTXAS_PATH": str(path)}
+
+
+def parts(call: int, place: Place) -> list[Part]:
+    return {1: first, 2: second, 3: third, 4: fourth}[call](place)
+
+
+def first(place: Place) -> list[Part]:
+    """Ceilings; is everything right, with both assemblers; attention against flash and cuDNN."""
+    ceilings = [*PYTHON, "benchmarks.ceilings", "--out", str(place.folder / "ceilings")]
+    attention = bench(place, "kernels", "attention", "--ops", "attention")
+    attention += ["--shape", *(["tiny/14@56"] if place.dry else ATTENTION_SHAPES)]
+    attention += ["--providers", *(["fastvit", "sdpa"] if place.dry else ATTENTION_PROVIDERS)]
+    # each process needs up to 8 GB of the GPU, so two programs share the room of one
+    smoke = [*PYTHON, "benchmarks.smoke", "--out", str(place.folder / "smoke"), "--at-once", "1" if place.dry else "7"]
+    smoke += ["--only", "layer_norm", "--repetitions", "3"] if place.dry else []
+
+    def both(seconds: float) -> list[Command]:
+        until = ["--seconds", f"{seconds - STARTING:.0f}"]
+        commands = [Command("smoke-bundled", [*smoke, *until], own_cache(place, "bundled"))]
+        if place.ptxas is not None:
+            named = [*smoke, "--assembler", CURRENT, "--operations", *until]
+            commands.append(Command("smoke-current", named, ptxas(place.ptxas) | own_cache(place, "current")))
+        return commands
+
+    return [
+        Part("ceilings", 20, 45, one("ceilings", lambda seconds: [*ceilings, *(["--quick"] if place.dry else [])])),
+        Part("smoke", 60, 210, both),
+        Part("attention", 45, math.inf, one("attention", lambda seconds: [*attention, *minutes(seconds - 30)])),
+    ]
+
+
+def second(place: Place) -> list[Part]:
+    """Training steps at both batch sizes against timm, with a table of each one's kernels."""
+    return [training(place, 256, VARIANTS, most=260), training(place, 64, VARIANTS)]
+
+
+def third(place: Place) -> list[Part]:
+    """Launch parameters of attention and layer normalisation for H/14, then training with what was found."""
+    tuning = [*PYTHON, "fastvit_kernels.tuning", "--out", str(place.tuning)]
+    if place.dry:
+        tuning += ["--untuned", "H200"]
+    else:
+        tuning += ["--quick", "--ops", "attention", "layer_norm", "--shapes", "H/14"]
+    search: Callable[[float], list[str]] = lambda seconds: [  # noqa: E731
+        *tuning,
+        *([] if place.dry else minutes(seconds - 15)),
+    ]
+    return [
+        Part("tuning", 60, 250, one("tuning", search, place.assembler()[0]), GPU_LOST),
+        training(place, 256, VARIANTS[:2], tuned=True),
+    ]
+
+
+def fourth(place: Place) -> list[Part]:
+    """The kernel suite, and the tests that need a GPU."""
+    suite = bench(place, "kernels", "kernels")
+    suite += ["--ops", "layer_norm", "--shape", "tiny/14@56"] if place.dry else []
+    tests = [
+        *PYTHON,
+        "pytest",
+        "tests/kernels",
+        "-m",
+        "gpu",
+        "-o",
+        "addopts=-ra",
+        "--continue-on-collection-errors",
+        "-q",
+    ]
+    if place.dry:
+        tests += ["--collect-only"]
+    else:
+        tests += [f"--junit-xml={place.folder / 'tests.xml'}"]
+        if importlib.util.find_spec("xdist"):  # most of the time goes into compiling
+            tests += ["-n", str(min(14, os.cpu_count() or 1))]
+    variables = place.assembler()[0]
+    return [
+        Part(
+            "kernels",
+            60,
+            250,
+            one("kernels", lambda seconds: [*suite, *minutes(seconds - 30)], variables | place.tuned()),
+        ),
+        Part("tests", 30, math.inf, one("tests", lambda seconds: tests, variables)),
+    ]
+
+
+def training(place: Place, batch: int, variants: Sequence[str], *, most: float = math.inf, tuned: bool = False) -> Part:
+    name = f"train-{batch}{'-tuned' if tuned else ''}"
+    words = bench(place, "train", name, "--no-shards", "--variants", *(["fastvit"] if place.dry else variants))
+    words += [] if place.dry else ["--models", "H/14", "--batch", str(batch)]
+
+    def commands(seconds: float) -> list[Command]:
+        # what the parts before have found is asked for when this one begins
+        variables = place.assembler()[0] | (place.tuned() if tuned else {})
+        return [Command(name, [*words, *minutes(seconds - 30)], variables)]
+
+    return Part(name, 60, most, commands)
+
+
+def bench(place: Place, suite: str, name: str, *options: str) -> list[str]:
+    """`fastvit bench`, into a folder of its own: two runs of a suite on one day have files of the same name."""
+    return [*PYTHON, "fastvit_engine", "bench", suite, "--quick", "--out", str(place.folder / name), *options]
+
+
+def one(
+    name: str, words: Callable[[float], list[str]], environment: dict[str, str] | None = None
+) -> Callable[[float], list[Command]]:
+    return lambda seconds: [Command(name, words(seconds), environment or {})]
+
+
+def own_cache(place: Place, name: str) -> dict[str, str]:
+    """Triton keeps what it has compiled by source, whichever assembler did it."""
+    return {"TRITON_CACHE_DIR": str(place.folder.parent / f"cache-{name}")}
+
+
+def minutes(seconds: float) -> list[str]:
+    """The limit after which a program starts nothing new."""
+    return ["--minutes", f"{max(seconds, 1) / 60:.2f}"]
+
+
+# ---- what the calls come to
+
+
+def conclusions(place: Place) -> list[str]:
+    """What all calls so far say, in a few lines."""
+    lines = []
+    for name, path in train_records(place.folder):
+        for case in json.loads(path.read_text())["cases"]:
+            for row in case["variants"]:
+                if row["status"] == "ok":
+                    lines.append(
+                        f"{name}: {row['variant']}{', again' if row['data'] == 'control' else ''}: "
+                        f"{row['images_per_second']:,.0f} images/s, MFU {100 * row['mfu']:.0f} %, "
+                        f"host {row['host_ms']:.0f} ms"
+                    )
+                else:
+                    lines.append(f"{name}: {row['variant']}: {row['status']}: {row['reason']}")
+    checks: dict[str, list[dict[str, Any]]] = saved(place.folder / "smoke")
+    for assembler, rows in checks.items():
+        failed = [row["name"] for row in rows if row["exit_code"] != 0]
+        lines.append(f"smoke, {assembler}: {len(rows) - len(failed)} of {len(rows)} checks passed")
+        lines += [f"  not passed: {name}" for name in failed]
+    return lines
+
+
+def train_records(folder: Path) -> list[tuple[str, Path]]:
+    return [(path.parts[-3], path) for path in sorted(folder.glob("train-*/*/train-*.json"))]
