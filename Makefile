@@ -3,10 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep ^torch== constraints.txt)
-# One process per core, each with the tests of one file in turn, and one thread in each.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p tests.skips -n auto --dist loadscope --no-loadscope-reorder
+# One process per core, each with the tests of one file in turn, and one thread in each. The processes that tests start
+# find the code compiled, also where the environment forbids to keep that.
+PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -p tests.skips -n auto --dist loadscope --no-loadscope-reorder
 
-.PHONY: help quickstart test test-all lint format docs hub-kernel wheels clean
+EVERYTHING := FASTVIT_TEST_RESUMES=all FASTVIT_TEST_FAULTS=all FASTVIT_TEST_CLUSTER=all FASTVIT_TEST_FUZZ=all \
+	FASTVIT_TEST_BUCKETS=all FASTVIT_TEST_RAY=all FASTVIT_TEST_LONG=all FASTVIT_TEST_KILLS=10
+# Types are checked beside the tests, which do not keep all cores busy; what that says comes last.
+define with_types
+$(MAKE) --no-print-directory types > $(VENV)/types.log 2>&1 & types=$$!; failed=0; \
+	$(1) || failed=$$?; wait $$types || failed=1; cat $(VENV)/types.log; exit $$failed
+endef
+
+.PHONY: help quickstart test test-all lint style types format docs hub-kernel wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -19,17 +28,20 @@ quickstart: $(VENV)/.installed  ## pretrain a small ViT on real images, end to e
 	@echo "      $(BIN)/fastvit data make PHOTOS --out data/photos"
 	@echo "      $(BIN)/fastvit config show photos"
 
-test: lint  ## lint, types and every test but the long matrices
-	$(PYTEST)
+test: style  ## lint, types and every test but the long matrices
+	$(call with_types,$(PYTEST))
 
 # The matrices of tests/cluster also need root and the launchers they start; a test without its launcher is skipped.
-test-all: lint  ## the same with every matrix: all resumes, faults, launchers, malformed files, buckets, Ray, and more random kills
-	FASTVIT_TEST_RESUMES=all FASTVIT_TEST_FAULTS=all FASTVIT_TEST_CLUSTER=all FASTVIT_TEST_FUZZ=all \
-		FASTVIT_TEST_BUCKETS=all FASTVIT_TEST_RAY=all FASTVIT_TEST_LONG=all FASTVIT_TEST_KILLS=10 $(PYTEST)
+test-all: style  ## the same with every matrix: all resumes, faults, launchers, malformed files, buckets, Ray, and more random kills
+	$(call with_types,$(EVERYTHING) $(PYTEST))
 
-lint: $(VENV)/.installed  ## style, formatting, types, and the direction of imports
+lint: style types  ## style, formatting, types, and the direction of imports
+
+style: $(VENV)/.installed  ## style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed  ## types, and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

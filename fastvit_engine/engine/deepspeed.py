@@ -5,6 +5,7 @@ up by rules of its own. A *layout* below knows one of these optimizers. It lists
 an engine that lacks one is refused when it is built, with a sentence that names the attribute.
 """
 
+import importlib
 import logging
 import os
 import sys
@@ -63,7 +64,8 @@ def import_deepspeed() -> Any:
 
     bf16_optimizer.see_memory_usage = _nothing  # it prints six lines for every group of parameters
     if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        communication: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of this name is PyTorch
+        communication.build_shm_op = _nothing
     return deepspeed
 
 

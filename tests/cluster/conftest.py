@@ -1,7 +1,6 @@
 """A tiny run on real digit scans, started on several hosts as users start it: with the scripts of `launch/`."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from fastvit_engine.data.build.make import make_dataset
 from fastvit_engine.files import atomic_write
 from tests.cluster.harness import REPOSITORY, STEPS, Jobs, losses
 from tests.cluster.hosts import Hosts, missing
+from tests.fastvit_engine.warm_ranks import run_ranks
 
 
 @pytest.fixture(scope="session")
@@ -64,13 +64,12 @@ def environment():
 
 
 @pytest.fixture(scope="session")
-def single(training, environment, tmp_path_factory):
+def single(training, tmp_path_factory):
     """The losses of the run in a single process."""
-    out = tmp_path_factory.mktemp("single") / "run"
-    command = [sys.executable, "-m", "fastvit_engine", "train", *training(out, "zero.stage=0")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return losses(out)
+    folder = tmp_path_factory.mktemp("single")
+    log = folder / "log"
+    assert run_ranks(["train", *training(folder / "run", "zero.stage=0")], 1, log), log.read_text()
+    return losses(folder / "run")
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ class Jobs:
         self.started.append(process)
         return process
 
-    def wait(self, seconds=240):
+    def wait(self, seconds=400):
         """The exit codes of all, and what they wrote."""
         codes = [process.wait(timeout=seconds) for process in self.started]
         return codes, "".join(process.log.read_text(errors="replace") for process in self.started)

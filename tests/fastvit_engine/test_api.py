@@ -6,6 +6,7 @@ import os
 import pydoc
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,16 @@ import webdataset as wds
 import fastvit_engine
 from fastvit_engine.config import ModelConfig
 from fastvit_engine.data.shards.index import write_index
-from fastvit_engine.distributed.supervise import free_port, rank_environment
+from fastvit_engine.distributed.supervise import free_port
 from fastvit_engine.errors import UserError
 from fastvit_engine.objectives.classify import Classify
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from tests.fastvit_engine.conftest import TINY_RUN
+from tests.fastvit_engine.warm_rank import run_program
+from tests.fastvit_engine.warm_ranks import exit_codes_of
+from tests.in_full import in_full
 
 SETTINGS = [*TINY_RUN, "train.precision=fp32", "train.duration=8 steps", "schedule.warmup=0 steps", "ema.decay=0.9"]
 
@@ -265,19 +269,10 @@ def begin(share):
 settings = json.loads(sys.argv[1])
 fastvit_engine.train(fastvit_engine.load_config("quickstart", settings), sys.argv[2], data=begin)
 """
-    port, out = free_port(), tmp_path / "run"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, json.dumps(SETTINGS), str(out)],
-            env={**os.environ, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **rank_environment(rank, 2, port)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    printed = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
-    assert all(f"{rank} 2\n" in text for rank, text in enumerate(printed))
+    log = tmp_path / "log"
+    run = partial(run_program, program, json.dumps(SETTINGS), str(tmp_path / "run"))
+    assert exit_codes_of([], 2, log, before=run) == [0, 0], log.read_text()
+    assert {"0 2", "1 2"} <= set(log.read_text().splitlines())
 
 
 @pytest.mark.distributed
@@ -287,19 +282,13 @@ def test_train_is_one_rank_of_a_job_that_a_launcher_started(digits, tmp_path):
         "fastvit_engine.train(fastvit_engine.load_config('quickstart', json.loads(sys.argv[1])), sys.argv[2])"
     )
     settings = json.dumps([*SETTINGS, f"data.train={digits}/train-*.tar"])
-    port, out = free_port(), tmp_path / "run"
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, settings, str(out)],
-            env={**os.environ, "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", **rank_environment(rank, 2, port)},
-        )
-        for rank in range(2)
-    ]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    log, out = tmp_path / "log", tmp_path / "run"
+    run = partial(run_program, program, settings, str(out))
+    assert exit_codes_of([], 2, log, before=run) == [0, 0], log.read_text()
     assert json.loads(Path(out, "environment.json").read_text())["world_size"] == 2
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [in_full(1), 3])
 def test_a_program_ends_when_a_run_in_it_has_failed(digits, tmp_path, zero_stage):
     """The data workers end with the run, and PyTorch gets back what ZeRO-3 exchanges."""
     program = """

@@ -14,15 +14,17 @@ import pytest
 import torch.distributed as dist
 
 from fastvit_engine.distributed.supervise import rank_environment
+from tests.fastvit_engine.warm_rank import run_rank
 
-# the last two are imported by DeepSpeed and PyTorch when a training begins, which takes as long as all the rest
+# the last two are imported by DeepSpeed and PyTorch when a training begins, which takes longer than all the rest
 _IMPORTED = [
     "deepspeed",
-    "torch.utils.tensorboard",
     "fastvit_engine.train.loop",
+    "fastvit_engine.distributed.launch",
     "torch._dynamo",
     "deepspeed.runtime.zero.muon.muon_optimizer",
 ]
+_SEEN = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "TRITON_INTERPRET": "1"}
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(_IMPORTED)
 
@@ -53,13 +55,13 @@ def exit_codes_of(
     store = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     ranks: list[ForkServerProcess] = []
     with pytest.MonkeyPatch.context() as patch:  # what is imported first may look at these
-        for name, value in {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}.items():
+        for name, value in _SEEN.items():
             patch.setenv(name, value)
         for rank in range(processes):
             environment = {**os.environ, **rank_environment(rank, processes, store.port)}
             environment |= {"LOCAL_WORLD_SIZE": str(processes), "TORCHELASTIC_USE_AGENT_STORE": "True"}
             environment |= environment_of(rank)
-            ranks.append(_forks.Process(target=_run_rank, args=(list(arguments), environment, log, before)))
+            ranks.append(_forks.Process(target=run_rank, args=(list(arguments), environment, log, before)))
             ranks[-1].start()
     deadline = time.monotonic() + seconds
     while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
@@ -71,15 +73,3 @@ def exit_codes_of(
         rank.kill()
         rank.join()
     return [rank.exitcode for rank in ranks]
-
-
-def _run_rank(arguments: list[str], environment: dict[str, str], log: Path, before: Callable[[], None] | None) -> None:
-    os.environ.update(environment)
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    from fastvit_engine.cli import main
-
-    if before is not None:
-        before()
-    raise SystemExit(main(arguments))

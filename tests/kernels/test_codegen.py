@@ -89,6 +89,15 @@ def test_nothing_spills_on_hopper(kernels: list[dict[str, Any]]) -> None:
     assert not spilling
 
 
+def test_matrix_products_overlap_on_hopper(kernels: list[dict[str, Any]]) -> None:
+    """With other work; waits that follow every product would also show in a kernel of which ptxas says nothing."""
+    assert not [k for k in kernels if k["serialised"] or k["waits"] >= k["matrix_instructions"] > 1]
+
+
+def test_nothing_overwrites_what_a_matrix_product_reads(kernels: list[dict[str, Any]]) -> None:
+    assert not [k for k in kernels if k["hazards"]]
+
+
 def test_shared_memory_fits(kernels: list[dict[str, Any]]) -> None:
     assert not [k for k in kernels if k["shared_bytes"] > codegen.TARGETS[k["target"]].shared_limit]
 

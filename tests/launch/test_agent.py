@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.in_full import in_full
+
 REPOSITORY = Path(__file__).parents[2]
 # A rank that notes that it was started, waits for the other, and ends as it is told: with a code, or with 76 when it
 # gets SIGTERM.
@@ -54,7 +56,7 @@ def started(folder):
     [
         ("2", "2", "1", 0),
         ("76", "76", "1", 0),
-        ("75", "75", "1", 1),
+        in_full("75", "75", "1", 1),
         ("76", "76", "1:2", 1),
         ("2", "wait", "1", 0),
         ("75", "wait", "1", 1),  # the agent ends the other one, which says 76: that is no request to leave

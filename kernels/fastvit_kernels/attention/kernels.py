@@ -6,6 +6,9 @@ for 257 tokens, 128 + 128 + 1 rows that programs own, against 64 + 64 + 64 + 64 
 smallest matrix product of a Hopper GPU has 64 rows but may have 16 columns, which is why they differ; a single row
 left over, the class token, is computed by vectors.
 
+A program streams the tail before the whole blocks. If it came after that loop, which may run zero times, its
+accumulators would be merged from two paths while a wgmma is in flight, and ptxas would serialise every product.
+
 Queries, keys and values are [B, N, H, HEAD_DIM], heads adjacent, with `*_strides` from image to image and from token to
 token. Their gradients have tokens `stride_grad` apart and adjacent images and heads. The output is contiguous
 [B, N, H, HEAD_DIM]. `lse` and `delta` are [B, H, N] float32, as all statistics and sums are. `scale` is
@@ -304,6 +307,15 @@ def attend_rows(
     weight = tl.full([ROWS], 0.0, tl.float32)
     total = zero_rows(ROWS, PIECES)
     whole = keys // BLOCK_N * BLOCK_N
+    if TAIL_N > 0:  # before the loop, see above
+        tail_column = whole + tl.arange(0, TAIL_N)
+        tail_k = load_rows(k_ptr, whole, keys, stride_k, TAIL_N, True, HEAD_DIM, PIECES)
+        tail_v = load_rows(v_ptr, whole, keys, stride_v, TAIL_N, True, HEAD_DIM, PIECES)
+        tail_bias = load_bias(bias, first, queries, whole, keys, ROWS, TAIL_N)
+        tail_kept = draw_kept(dropout, first, whole, ROWS, TAIL_N, False)
+        top, weight, total = attend(
+            q, tail_k, tail_v, tail_column < keys, tail_bias, tail_kept, scale, top, weight, total
+        )
     for key in tl.range(0, keys if ANY_LENGTH else whole, BLOCK_N, num_stages=STAGES):
         column = key + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, key, keys, stride_k, BLOCK_N, ANY_LENGTH, HEAD_DIM, PIECES)
@@ -312,13 +324,6 @@ def attend_rows(
         bias_block = load_bias(bias, first, queries, key, keys, ROWS, BLOCK_N)
         kept = draw_kept(dropout, first, key, ROWS, BLOCK_N, False)
         top, weight, total = attend(q, k, v, inside, bias_block, kept, scale, top, weight, total)
-    if TAIL_N > 0:
-        column = whole + tl.arange(0, TAIL_N)
-        k = load_rows(k_ptr, whole, keys, stride_k, TAIL_N, True, HEAD_DIM, PIECES)
-        v = load_rows(v_ptr, whole, keys, stride_v, TAIL_N, True, HEAD_DIM, PIECES)
-        bias_block = load_bias(bias, first, queries, whole, keys, ROWS, TAIL_N)
-        kept = draw_kept(dropout, first, whole, ROWS, TAIL_N, False)
-        top, weight, total = attend(q, k, v, column < keys, bias_block, kept, scale, top, weight, total)
     if ANY_LENGTH or bias is not None:  # without keys, an output of 0 and an lse of inf
         top = tl.where(weight == 0, float("inf"), top)
         weight = tl.where(weight == 0, 1.0, weight)
@@ -454,6 +459,14 @@ def query_gradient(
     grad_q = zero_rows(ROWS, PIECES)
     whole = keys // BLOCK_N * BLOCK_N
     # fmt: off
+    if TAIL_N > 0:  # before the loop, see above
+        tail_inside = whole + tl.arange(0, TAIL_N) < keys
+        tail_k = load_rows(k_ptr, whole, keys, stride_k, TAIL_N, True, HEAD_DIM, PIECES)
+        tail_v = load_rows(v_ptr, whole, keys, stride_v, TAIL_N, True, HEAD_DIM, PIECES)
+        tail_bias = load_bias(bias, first, queries, whole, keys, ROWS, TAIL_N)
+        tail_kept = draw_kept(dropout, first, whole, ROWS, TAIL_N, False)
+        grad_q = add_query_gradient(grad_q, q, grad_out, lse, delta, tail_k, tail_v, tail_inside, tail_bias, tail_kept,
+                                    dropout, scale)
     for key in tl.range(0, keys if ANY_LENGTH else whole, BLOCK_N, num_stages=STAGES):
         column = key + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, key, keys, stride_k, BLOCK_N, ANY_LENGTH, HEAD_DIM, PIECES)
@@ -461,14 +474,6 @@ def query_gradient(
         inside = column < keys if ANY_LENGTH else None
         bias_block = load_bias(bias, first, queries, key, keys, ROWS, BLOCK_N)
         kept = draw_kept(dropout, first, key, ROWS, BLOCK_N, False)
-        grad_q = add_query_gradient(grad_q, q, grad_out, lse, delta, k, v, inside, bias_block, kept, dropout, scale)
-    if TAIL_N > 0:
-        column = whole + tl.arange(0, TAIL_N)
-        k = load_rows(k_ptr, whole, keys, stride_k, TAIL_N, True, HEAD_DIM, PIECES)
-        v = load_rows(v_ptr, whole, keys, stride_v, TAIL_N, True, HEAD_DIM, PIECES)
-        inside = column < keys
-        bias_block = load_bias(bias, first, queries, whole, keys, ROWS, TAIL_N)
-        kept = draw_kept(dropout, first, whole, ROWS, TAIL_N, False)
         grad_q = add_query_gradient(grad_q, q, grad_out, lse, delta, k, v, inside, bias_block, kept, dropout, scale)
     # fmt: on
     store_rows(grad_q_ptr, scale_rows(grad_q, HEAD_DIM**-0.5), first, queries, stride_grad, HEAD_DIM, PIECES)
@@ -624,14 +629,14 @@ def key_gradients(
     grad_k, grad_v = zero_rows(ROWS, PIECES), zero_rows(ROWS, PIECES)
     whole = queries // BLOCK_N * BLOCK_N
     # fmt: off
+    if TAIL_N > 0:  # before the loop, see above
+        grad_k, grad_v = add_key_gradients(grad_k, grad_v, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, bias,
+                                           dropout, first, keys, whole, queries, stride_q, stride_grad_out, scale,
+                                           TAIL_N, True, HEAD_DIM, PIECES)
     for row in tl.range(0, queries if ANY_LENGTH else whole, BLOCK_N, num_stages=STAGES):
         grad_k, grad_v = add_key_gradients(grad_k, grad_v, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, bias,
                                            dropout, first, keys, row, queries, stride_q, stride_grad_out, scale,
                                            BLOCK_N, ANY_LENGTH, HEAD_DIM, PIECES)
-    if TAIL_N > 0:
-        grad_k, grad_v = add_key_gradients(grad_k, grad_v, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, bias,
-                                           dropout, first, keys, whole, queries, stride_q, stride_grad_out, scale,
-                                           TAIL_N, True, HEAD_DIM, PIECES)
     # fmt: on
     if dropout is not None:
         grad_v = scale_rows(grad_v, kept_scale(dropout))

@@ -403,7 +403,7 @@ def backward_query_tiling(head_dim: int, dtype: torch.dtype, tokens: int, on: Gp
 @tunable(Tiling, "attention_bwd_key_kernel", sizes=("tokens",))
 def backward_key_tiling(head_dim: int, dtype: torch.dtype, tokens: int, on: Gpu) -> Tiling:
     if dtype == torch.float32:
-        return Tiling(32, 32, num_warps=8 if on.arch in ("sm_90", "sm_100") else 4, stages=1)
+        return Tiling(32, 32, num_warps=4 if on.arch.startswith("gfx") else 8, stages=1)
     if on.arch.startswith("gfx"):
         return Tiling(64, 32, num_warps=4, stages=1)
     if on.arch == "sm_80" and head_dim <= 112:
@@ -411,7 +411,7 @@ def backward_key_tiling(head_dim: int, dtype: torch.dtype, tokens: int, on: Gpu)
     if on.arch == "sm_80":
         return Tiling(128, 16, num_warps=8, stages=2)
     if on.arch == "sm_90" and head_dim <= 64:  # narrower blocks, so that two programs share a multiprocessor
-        return Tiling(128, 32, num_warps=8, stages=3, max_registers=128)
+        return Tiling(128, 16, num_warps=8, stages=3, max_registers=128)
     return Tiling(128, 64 if head_dim <= 80 else 32, num_warps=8, stages=2)
 
 

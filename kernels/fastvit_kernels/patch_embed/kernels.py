@@ -44,6 +44,7 @@ def patch_embed_fwd_kernel(
     shift_b,
     CHANNELS_LAST: tl.constexpr,
     PRECISION: tl.constexpr,
+    SEPARATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -69,7 +70,14 @@ def patch_embed_fwd_kernel(
         weight = tl.load(
             weight_ptr + column.to(tl.int64)[:, None] * padded_depth + k[None, :], mask=column_mask[:, None], other=0
         )  # [BLOCK_N, BLOCK_K]
-        total = tl.dot(pixels.to(weight.dtype), weight.T, total, input_precision=PRECISION)
+        if SEPARATE and pixels.dtype != weight.dtype and weight.dtype != tl.float32:
+            # Converted pixels go from registers into a wgmma. If it added to `total`, it would still be running while
+            # the next pixels are computed, and ptxas may give those the same registers. The minus signs keep Triton
+            # from merging product and sum; the result of a separate product is waited for.
+            negative = -pixels.to(tl.float32)
+            total -= tl.dot(negative.to(weight.dtype), weight.T, input_precision=PRECISION)
+        else:
+            total = tl.dot(pixels.to(weight.dtype), weight.T, total, input_precision=PRECISION)
 
     element = tokens_ptr.dtype.element_ty
     mask = row_mask[:, None] & column_mask[None, :]

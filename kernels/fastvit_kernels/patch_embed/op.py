@@ -148,6 +148,7 @@ def launch_forward(
         *normalisation(mean, std),
         CHANNELS_LAST=channels_last(images),
         PRECISION="ieee",
+        SEPARATE=gpu(images.device).arch in ("sm_90", "interpreter"),  # where products are wgmma, and where tests run
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         BLOCK_K=tile.depth,

@@ -6,17 +6,22 @@ Each operation lists its cases in a `codegen.py` beside its kernels. A case call
 does, on meta tensors; here the launches are compiled for each target instead of run, and registers, spills, shared
 memory and matrix instructions are read from the machine code. So what is compiled is what training would launch. It
 says nothing about speed.
+
+Three columns are about the asynchronous matrix products of Hopper. `serialised` counts the messages by which ptxas says
+that it lets none of them overlap with anything, which costs a large part of their speed; `waits` is then as large as
+`matrix instructions`. `hazards` counts instructions that overwrite what a product has still to read: see `sass`.
 """
 
 import argparse
 import importlib
+import io
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from multiprocessing import get_context
@@ -26,10 +31,12 @@ from typing import Any
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from fastvit_kernels import dispatch
+from fastvit_kernels.tuning import sass
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -75,6 +82,9 @@ class Compiled:
     spill_loads: int
     shared_bytes: int  # a program
     matrix_instructions: int  # HMMA on sm_80, HGMMA on sm_90, tcgen05 on sm_100, MFMA on gfx942
+    waits: int  # for HGMMA; this and the next two are of sm_90, and 0 elsewhere
+    serialised: int  # messages C7510 to C7515 of ptxas
+    hazards: int
     is_matrix_kernel: bool
 
 
@@ -168,19 +178,33 @@ def read_nvidia(kernel: Any, target: str) -> dict[str, int]:
     cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
     usage = cuobjdump(cubin, "-res-usage")
     stack_bytes = number(r"STACK:(\d+)", usage)
+    asynchronous = "wgmma.mma_async" in ptx
     # without a stack nothing spills, and without mma in PTX there is none in the machine code: no need to look
-    sass = cuobjdump(cubin, "-sass") if stack_bytes or ("mma" in ptx and target != "sm_100") else ""
+    text = cuobjdump(cubin, "-sass") if stack_bytes or ("mma" in ptx and target != "sm_100") else ""
     if target == "sm_100":
         matrix_instructions = len(re.findall(r"tcgen05\.mma", ptx))
     else:
-        matrix_instructions = len(re.findall(r"\bHGMMA\b" if target == "sm_90" else r"\bHMMA\b", sass))
+        matrix_instructions = len(re.findall(r"\bHGMMA\b" if target == "sm_90" else r"\bHMMA\b", text))
     return {
         "registers": number(r"REG:(\d+)", usage),
         "stack_bytes": stack_bytes,
-        "spill_stores": len(re.findall(r"\bSTL\b", sass)),  # stores to local memory, where spilled registers live
-        "spill_loads": len(re.findall(r"\bLDL\b", sass)),
+        "spill_stores": len(re.findall(r"\bSTL\b", text)),  # stores to local memory, where spilled registers live
+        "spill_loads": len(re.findall(r"\bLDL\b", text)),
         "matrix_instructions": matrix_instructions,
+        "waits": sass.waits(text) if asynchronous else 0,
+        "serialised": len(re.findall(r"\(C751[0-5]\)", messages(kernel))) if asynchronous else 0,
+        "hazards": sass.hazards(text) if asynchronous else 0,
     }
+
+
+def messages(kernel: Any) -> str:
+    """What ptxas says when it assembles a kernel. It is assembled again, as Triton keeps no messages."""
+    target = kernel.metadata.target
+    said = io.StringIO()
+    with knobs.nvidia.scope(), redirect_stdout(said):
+        knobs.nvidia.dump_ptxas_log = True
+        CUDABackend(target).make_cubin(kernel.asm["ptx"], {}, kernel.metadata, target.arch)
+    return said.getvalue()
 
 
 def read_amd(kernel: Any) -> dict[str, int]:
@@ -191,6 +215,9 @@ def read_amd(kernel: Any) -> dict[str, int]:
         "spill_stores": len(re.findall(r"\bscratch_store", assembly)),
         "spill_loads": len(re.findall(r"\bscratch_load", assembly)),
         "matrix_instructions": len(re.findall(r"\bv_mfma", assembly)),
+        "waits": 0,
+        "serialised": 0,
+        "hazards": 0,
     }
 
 

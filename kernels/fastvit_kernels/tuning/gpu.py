@@ -45,6 +45,10 @@ class Compiler:
         for kernel in compiled:
             if kernel.spill_stores + kernel.spill_loads > 0:
                 return f"spills registers ({kernel.stack_bytes} bytes of stack)"
+            if kernel.serialised:
+                return "ptxas serialises its matrix products"
+            if kernel.hazards:
+                return f"{kernel.hazards} instructions overwrite registers that a matrix product still reads"
             if kernel.shared_bytes > self.target.shared_limit:
                 return f"needs {kernel.shared_bytes} bytes of shared memory of {self.target.shared_limit}"
         return None

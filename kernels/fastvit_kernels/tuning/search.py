@@ -26,6 +26,7 @@ from fastvit_kernels.tuning.codegen import PACKAGE
 HALF = torch.bfloat16  # what is trained in
 LEAST_GAIN = 0.01  # a candidate that is not at least this much faster is not worth leaving the default for
 ROUNDS, QUICK_ROUNDS = 40, 12
+CONFIRMATIONS = 50  # equal runs of what is to be used: a race between instructions shows in few runs of many
 ROUNDINGS = 8  # by how many roundings of its dtype a result may differ from the default's
 FLOAT32_ERROR = 1e-4  # the same for float32 results, which are sums of thousands of numbers in another order
 
@@ -228,6 +229,10 @@ def try_case(case: Case, machine: Machine, rounds: int) -> tuple[Trial, Entry]:
         raise CannotRun(f"it cannot be measured: {first_line(error)}") from error
     times = [[milliseconds / len(sets) for milliseconds in round_] for round_ in times]
     best, noise = choose(times)
+    while best and (reason := instability(case, usable[best], inputs)):
+        discarded[describe(usable.pop(best))] = reason
+        times = [[*round_[:best], *round_[best + 1 :]] for round_ in times]
+        best, noise = choose(times)
     default_ms, ms = (statistics.median(round_[i] for round_ in times) for i in (0, best))
     use = usable[best]._asdict()
     where = case.tunable.where(case.key)
@@ -292,6 +297,15 @@ def difference(ours: Sequence[Tensor], expected: Sequence[Tensor], again: Sequen
         error = ((a - b).abs() / (b.abs() + b.square().mean().sqrt() + torch.finfo(torch.float32).tiny)).max().item()
         if not error <= tolerance:
             return f"wrong: result {i} differs from the default's by {error:.2g}, allowed {tolerance:.2g}"
+    return None
+
+
+def instability(case: Case, option: Any, inputs: tuple) -> str | None:
+    """Says so if one of many runs gives other bits than the first."""
+    first = run(case, option, inputs)
+    for number in range(2, CONFIRMATIONS + 1):
+        if not all(torch.equal(a, b) for a, b in zip(first, run(case, option, inputs), strict=True)):
+            return f"wrong: run {number} of {CONFIRMATIONS} differs from the first"
     return None
 
 

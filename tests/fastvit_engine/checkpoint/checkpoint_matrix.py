@@ -1,10 +1,9 @@
 """One rank of a job that trains a tiny ViT in many ways, saves, loads what others saved, and notes what it saw.
 
-    python checkpoint_matrix.py FOLDER JOBS
-
-JOBS is a JSON list, done one after the other in one process group: {"write": name, "case": {...}} trains from the
-beginning, saves after STEPS steps into FOLDER/name and trains on; {"read": name, "case": {...}} loads that, saves at
-once what it has loaded, and trains on. Rank 0 appends a JSON line for each job to FOLDER/results.jsonl.
+Its arguments are FOLDER and JOBS, a JSON list, done one after the other in one process group: {"write": name, "case":
+{...}} trains from the beginning, saves after STEPS steps into FOLDER/name and trains on; {"read": name, "case": {...}}
+loads that, saves at once what it has loaded, and trains on. Rank 0 appends a JSON line for each job to
+FOLDER/results.jsonl.
 """
 
 import json

@@ -5,8 +5,7 @@ Continuous integration goes a few ways through the matrix; FASTVIT_TEST_RESUMES=
 
 import json
 import os
-import subprocess
-import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -15,8 +14,9 @@ import torch
 
 from fastvit_engine.checkpoint import Checkpoint, open_store
 from fastvit_engine.checkpoint.reader import CheckpointReader
-from fastvit_engine.distributed.supervise import start_ranks
 from fastvit_engine.engine.protocol import ParameterSlice
+from tests.fastvit_engine.warm_rank import run_program
+from tests.fastvit_engine.warm_ranks import exit_codes_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -50,11 +50,9 @@ def launch(folder, jobs, processes):
     """Does the jobs in one process group and returns what they noted."""
     results = folder / "results.jsonl"
     before = len(results.read_text().splitlines()) if results.exists() else 0
-    command = [sys.executable, str(PROGRAM), str(folder), json.dumps(jobs)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    with start_ranks(command, processes, environment, stderr=subprocess.PIPE) as ranks:
-        errors = [rank.communicate(timeout=1800)[1].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * processes, errors
+    program = partial(run_program, PROGRAM.read_text(), str(folder), json.dumps(jobs))
+    codes = exit_codes_of([], processes, folder / "log", seconds=1800, before=program)
+    assert codes == [0] * processes, (folder / "log").read_text()
     return [json.loads(line) for line in results.read_text().splitlines()[before:]]
 
 

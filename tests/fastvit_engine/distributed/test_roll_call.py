@@ -1,24 +1,25 @@
 """Ranks that start while one of them ends because of bad input, each a process of its own."""
 
-import os
-import subprocess
-import sys
+import json
 import time
+from functools import partial
 
 import pytest
-import torch.distributed as dist
 
 from fastvit_engine.distributed import roll_call
 from fastvit_engine.distributed.supervise import free_port, rank_environment
+from tests.fastvit_engine.warm_rank import run_program
+from tests.fastvit_engine.warm_ranks import exit_codes_of
 from tests.in_full import in_full
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 CALL = """
-import sys, time
+import json, os, sys, time
 from fastvit_engine.distributed.roll_call import call_roll, tell_that_this_rank_ends
 from fastvit_engine.errors import RestartError, UserError
-patience, late, ends = float(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+patience, ranks = float(sys.argv[1]), json.loads(sys.argv[2])
+late, ends = ranks[int(os.environ["RANK"])]
 time.sleep(late)
 if ends:
     tell_that_this_rank_ends(ends)
@@ -26,33 +27,58 @@ if ends:
 try:
     store = call_roll(patience)
 except (UserError, RestartError) as error:
-    print(error)
+    print(error, flush=True)
     sys.exit(error.exit_code)
-print("all here")
+print("all here", flush=True)
 time.sleep(1)  # the store lives as long as rank 0 does
 """
 
 
+TRAIN = """
+import json, os, sys
+from fastvit_engine.cli import main
+arguments = json.loads(sys.argv[1])
+if os.environ["RANK"] == "2":
+    arguments[arguments.index("quickstart")] = "here.yaml"
+sys.exit(main(arguments))
+"""
+# what a rank says has a place of its own
+APART = """
+import os, sys
+os.dup2(os.open(sys.argv.pop() + os.environ["RANK"], os.O_WRONLY | os.O_CREAT), 1)
+os.dup2(1, 2)
+"""
+
+
 @pytest.fixture
-def job():
+def call(tmp_path):
+    """call(program, ranks, arguments...) -> exit codes, and what each rank printed.
+
+    served: by a store of the launcher, not of rank 0. world: of so many ranks in all.
+    """
+
+    def run(program, ranks, *arguments, served=False, world=None, seconds=60):
+        port = free_port()
+
+        def alone(rank):
+            return rank_environment(rank, world or ranks, port) | {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+
+        environment_of = (lambda rank: {}) if served else alone
+        before = partial(run_program, APART + program, *arguments, f"{tmp_path}/said-by-")
+        codes = exit_codes_of([], ranks, tmp_path / "log", environment_of, seconds, before)
+        return codes, [(tmp_path / f"said-by-{rank}").read_text().strip() for rank in range(ranks)]
+
+    return run
+
+
+@pytest.fixture
+def job(call):
     """job([(seconds late, sentence of bad input or ""), ...]) -> exit codes, and what each rank printed."""
-    started = []
 
-    def run(ranks, patience=60, seconds=60, served=False, world=None):
-        server = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False) if served else None
-        port = server.port if server else free_port()
-        for rank, (late, ends) in enumerate(ranks):
-            environment = {**os.environ, **rank_environment(rank, world or len(ranks), port)}
-            environment["TORCHELASTIC_USE_AGENT_STORE"] = str(served)
-            command = [sys.executable, "-c", CALL, str(patience), str(late), ends]
-            started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
-        deadline = time.monotonic() + seconds
-        outputs = [process.communicate(timeout=deadline - time.monotonic())[0].strip() for process in started]
-        return [process.returncode for process in started], outputs
+    def run(ranks, patience=60, **options):
+        return call(CALL, len(ranks), str(patience), json.dumps(ranks), **options)
 
-    yield run
-    for process in started:
-        process.kill()
+    return run
 
 
 @pytest.mark.parametrize("served", [in_full(False), True])
@@ -91,25 +117,15 @@ def test_ranks_that_never_start_are_named(job):
 
 
 @pytest.mark.parametrize("served", [False, in_full(True)])
-def test_a_run_ends_on_all_ranks_if_one_has_no_recipe(train_command, tmp_path, served):
+def test_a_run_ends_on_all_ranks_if_one_has_no_recipe(train_arguments, call, tmp_path, served):
     """As on a host without the file; the ranks are started as srun starts them, or with a launcher's store."""
-    server = dist.TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False) if served else None
-    command, port = train_command(tmp_path / "run"), server.port if server else free_port()
-    ranks = []
-    for rank in range(3):
-        words = ["here.yaml" if rank == 2 and word == "quickstart" else word for word in command]
-        environment = {**os.environ, **rank_environment(rank, 3, port), "LOCAL_WORLD_SIZE": "3"}
-        environment["TORCHELASTIC_USE_AGENT_STORE"] = str(served)
-        ranks.append(subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [2, 2, 2]
-    assert "here.yaml" in errors[2]
-    for error in errors[:2]:
-        (line,) = [line for line in error.splitlines() if line.startswith("fastvit: error: ")]
+    arguments = train_arguments(tmp_path / "run")
+    codes, outputs = call(TRAIN, 3, json.dumps(arguments), served=served)
+    assert codes == [2, 2, 2]
+    errors = [[line for line in output.splitlines() if line.startswith("fastvit: error: ")] for output in outputs]
+    assert [len(lines) for lines in errors] == [1, 1, 1]
+    assert "here.yaml" in errors[2][0]
+    for (line,) in errors[:2]:
         assert line.startswith("fastvit: error: rank 2 on ") and "here.yaml" in line
     assert not (tmp_path / "run").exists()
 

@@ -297,6 +297,11 @@ def test_no_other_module_knows_the_insides_of_deepspeed():
     assert {place: name for place, name in found.items() if not place.startswith("build.py")} == {}
 
 
+def test_no_extension_is_compiled_for_a_collective_on_cpu(build):
+    build(0, "fp32")
+    assert module.import_deepspeed().comm.cdb.shm_comm_op is None
+
+
 def test_planning_a_run_does_not_import_deepspeed():
     program = (
         "import sys; from fastvit_engine.cli import main; "

@@ -1,6 +1,6 @@
 """One process of a job that counts what DeepSpeed allocates: prints, for each case, bytes after two optimizer steps.
 
-Started by test_memory.py, with the cases as JSON in its argument: {"precision", "stage", "reduce", "optimizer"}.
+test_memory.py runs it, with the cases as JSON in its argument: {"precision", "stage", "reduce", "optimizer"}.
 """
 
 import gc

@@ -1,14 +1,11 @@
 import json
-import os
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastvit_engine.config import Config, OptimizerConfig
-from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.engine.optimizers import KINDS
 from fastvit_engine.models import build_vit, parameter_count
 from fastvit_engine.sizing.memory import (
@@ -21,6 +18,8 @@ from fastvit_engine.sizing.memory import (
     training_memory,
 )
 from fastvit_kernels import FusedCrossEntropy, dispatch
+from tests.fastvit_engine.warm_rank import run_program
+from tests.fastvit_engine.warm_ranks import exit_codes_of
 from tests.in_full import IN_FULL
 
 MEASURED_MODEL = {"name": "Ti/16", "image_size": 32, "num_classes": 10, "depth": 2}  # that of state_bytes.py
@@ -55,7 +54,7 @@ def state(stage, precision, world_size, frozen="none", **settings):
 
 
 @pytest.mark.distributed
-def test_the_state_is_what_deepspeed_allocates(execute, tmp_path):
+def test_the_state_is_what_deepspeed_allocates(tmp_path):
     """Two processes, every kind of state: all tensors there are before the second optimizer step."""
     stages = {"fp32": (1, 3), "bf16": (0, 1, 2, 3)}
     cases = [
@@ -67,17 +66,10 @@ def test_the_state_is_what_deepspeed_allocates(execute, tmp_path):
     cases += [
         {**case, "optimizer": own} for case in cases for at, own in others if (case["precision"], case["stage"]) == at
     ]
-    command = [sys.executable, str(Path(__file__).with_name("state_bytes.py")), json.dumps(cases)]
-    port = free_port()
-    other = subprocess.Popen(
-        command, env=process_environment(1, port), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    try:
-        done = execute(command, **process_environment(0, port))
-    finally:
-        said, _ = other.communicate(timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr + said.decode()
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("measured ")]
+    program, log = Path(__file__).with_name("state_bytes.py").read_text(), tmp_path / "log"
+    run = partial(run_program, program, json.dumps(cases))
+    assert exit_codes_of([], 2, log, before=run) == [0, 0], log.read_text()
+    (line,) = [line for line in log.read_text().splitlines() if line.startswith("measured ")]
     for case, measured in zip(cases, json.loads(line.removeprefix("measured ")), strict=True):
         chosen = OptimizerConfig(**case["optimizer"])
         moments = KINDS[chosen.kind].moments(chosen)
@@ -86,10 +78,6 @@ def test_the_state_is_what_deepspeed_allocates(execute, tmp_path):
         settings = {"moments": moments, "buckets": Buckets(reduce=REDUCE, gathered=kept)}
         computed = state(case["stage"], case["precision"], 2, chosen.frozen, **settings).state
         assert computed == pytest.approx(measured, rel=0.04), case
-
-
-def process_environment(rank, port):
-    return {**os.environ, **rank_environment(rank, 2, port), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.mark.parametrize("world_size", [1, 7, 64])

@@ -6,7 +6,9 @@ import pytest
 from safetensors.torch import load_file
 
 from fastvit_engine.observe.metrics import read_metrics
-from tests.in_full import in_full
+from fastvit_kernels import dispatch
+from tests.fastvit_engine.warm_ranks import exit_codes_of
+from tests.in_full import IN_FULL, in_full
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -27,7 +29,7 @@ def test_every_stage_and_world_size_gives_the_same_fp32_curve(train, reference, 
     assert len(reference) == 20
     assert reference[-1]["loss"] < reference[0]["loss"]
     for world_size in (1, 2):
-        for stage in (0, 1, 2, 3):
+        for stage in (0, 1, 2, 3) if world_size > 1 or IN_FULL else (0, 3):
             settings = ["train.precision=fp32", f"zero.stage={stage}", "train.micro_batch_size=8"]
             if stage == 3:
                 settings.append(SHARD_EVERYTHING)
@@ -170,14 +172,21 @@ def test_torchrun_starts_the_same_run(train_command, execute, reference, tmp_pat
     )
 
 
+def take_triton_kernels():
+    """As FASTVIT_KERNELS=triton does in a process that starts."""
+    import tests.kernels.conftest  # noqa: F401 - makes the interpreter faster
+
+    dispatch.choice = "triton"
+
+
 @pytest.mark.parametrize("stage", [in_full(1), 3])
-def test_triton_kernels_follow_the_same_curve(train, train_command, execute, tmp_path, stage):
+def test_triton_kernels_follow_the_same_curve(train, train_arguments, tmp_path, stage):
     """Every layer runs its Triton kernels, forward and backward, under Triton's interpreter."""
     settings = ["train.precision=fp32", f"zero.stage={stage}", "train.duration=6 steps", "train.global_batch_size=8"]
     settings += ["model.depth=1", "schedule.warmup=1 step", "schedule.kind=constant"]
     expected = rows(train(tmp_path / "plain", *settings))
-    kernels = execute(train_command(tmp_path / "kernels", *settings), FASTVIT_KERNELS="triton", TRITON_INTERPRET="1")
-    assert kernels.returncode == 0, kernels.stderr
+    log, arguments = tmp_path / "log", train_arguments(tmp_path / "kernels", *settings)
+    assert exit_codes_of(arguments, 1, log, before=take_triton_kernels) == [0], log.read_text()
     measured = rows(tmp_path / "kernels")
     assert [row["samples_hash"] for row in measured] == [row["samples_hash"] for row in expected]
     assert [row["loss"] for row in measured] == pytest.approx([row["loss"] for row in expected], abs=1e-4)

@@ -9,14 +9,18 @@ import shutil
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from fastvit_engine.cli import main
 from fastvit_engine.observe.metrics import read_metrics
 from tests.fastvit_engine.models.weights.official import random_arrays
+from tests.fastvit_engine.train import killed_rank
+from tests.fastvit_engine.warm_ranks import exit_codes_of
 from tests.in_full import in_full, only_in_full
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -198,36 +202,29 @@ def descendants(pid):
     return children + [below for child in children for below in descendants(child)]
 
 
-def test_killed_in_the_middle_of_saving(train, train_command, settings, tmp_path, uninterrupted):
+def train_until_killed(arguments, log, moment):
+    """Trains on two ranks that kill themselves, which leaves what they had written by then."""
+    codes = exit_codes_of(arguments, 2, log, before=moment)
+    assert -signal.SIGKILL in codes and 0 not in codes, log.read_text()
+
+
+def test_killed_in_the_middle_of_saving(train, train_arguments, settings, tmp_path, uninterrupted):
     run = tmp_path / "run"
-    options = {"processes": 2, "resume": "auto"}
-    folder = run / "checkpoints"
-    for _ in range(10):  # a save takes milliseconds: try until the kill falls into one
-        shutil.rmtree(run, ignore_errors=True)
-
-        def saving_the_third():
-            return (folder / "step-00000015.partial").exists()
-
-        start_and_kill(train_command(run, *settings, **options), saving_the_third)
-        if (folder / "step-00000015.partial").exists():
-            break
+    moment = partial(killed_rank.while_saving, "step-00000015")
+    train_until_killed(train_arguments(run, *settings), tmp_path / "log", moment)
     assert "step-00000015.partial" in checkpoints(run)
-    assert (folder / "latest").read_text() == "step-00000010"
-    train(run, *settings, **options)
+    assert (run / "checkpoints" / "latest").read_text() == "step-00000010"
+    train(run, *settings, processes=2, resume="auto")
     assert record(run) == uninterrupted
     assert checkpoints(run) == ["latest", "step-00000035", "step-00000040"]
 
 
-def test_killed_before_the_first_checkpoint(train, train_command, settings, tmp_path, uninterrupted):
+def test_killed_before_the_first_checkpoint(train, train_arguments, settings, tmp_path, uninterrupted):
     run = tmp_path / "run"
-    options = {"processes": 2, "resume": "auto"}
-
-    def past_step_2():
-        metrics = run / "metrics.jsonl"
-        return metrics.exists() and metrics.read_text().count("samples_hash") >= 2
-
-    start_and_kill(train_command(run, *settings, "checkpoint.every=35 steps", **options), past_step_2)
-    train(run, *settings, **options)
+    arguments = train_arguments(run, *settings, "checkpoint.every=35 steps")
+    train_until_killed(arguments, tmp_path / "log", partial(killed_rank.after_step, 2))
+    assert [step[0] for step in record(run)[0]] == [1, 2]
+    train(run, *settings, processes=2, resume="auto")
     assert record(run) == uninterrupted
 
 
@@ -334,12 +331,11 @@ def test_settings_of_the_optimizer_are_those_of_the_resumed_command(train, tmp_p
     assert norms[50] < 0.9 * norms[0]
 
 
-def test_a_finished_run_says_so_and_changes_nothing(train, train_command, execute, tmp_path):
+def test_a_finished_run_says_so_and_changes_nothing(train, train_arguments, capsys, tmp_path):
     run = train(tmp_path / "run", "train.duration=3 steps", "schedule.warmup=0 steps")
     before = (run / "metrics.jsonl").read_bytes()
-    again = execute(train_command(run, "train.duration=3 steps", "schedule.warmup=0 steps", resume="auto"))
-    assert again.returncode == 0
-    assert f"{run} is complete, with 3 steps: nothing to do" in again.stdout
+    assert main(train_arguments(run, "train.duration=3 steps", "schedule.warmup=0 steps", resume="auto")) == 0
+    assert f"{run} is complete, with 3 steps: nothing to do" in capsys.readouterr().out
     assert (run / "metrics.jsonl").read_bytes() == before
 
 

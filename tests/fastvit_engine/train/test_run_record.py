@@ -4,6 +4,7 @@ import yaml
 
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
+from tests.fastvit_engine.warm_ranks import run_ranks
 
 
 def test_a_run_leaves_its_choices_and_events(train, tmp_path):
@@ -30,19 +31,20 @@ def test_a_run_leaves_its_choices_and_events(train, tmp_path):
     assert events[-1]["reason"] == "finished"
 
 
-def test_a_run_that_resumes_with_other_values_says_and_records_which(train, execute, train_command, tmp_path):
+def test_a_run_that_resumes_with_other_values_says_and_records_which(train, train_arguments, tmp_path):
     """Its newest checkpoint is damaged, and so it resumes at the one before: step 1."""
     every = "checkpoint.every=1 steps"
     folder = train(tmp_path / "run", every, "train.duration=2 steps", "model.drop_path=0.0")
     damaged = folder / "checkpoints" / "step-00000002" / "rank-00000.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     changed = [every, "train.duration=4 steps", "model.drop_path=0.1", "loss.label_smoothing=0.1"]
-    printed = execute(train_command(folder, *changed, resume="auto")).stdout
+    log = tmp_path / "log"
+    assert run_ranks(train_arguments(folder, *changed, resume="auto"), 1, log), log.read_text()
     sentence = (
         "changed from step 1 on: model.drop_path 0.0 -> 0.1; train.duration 2 steps -> 4 steps; "
         "loss.label_smoothing 0.0 -> 0.1"
     )
-    assert sentence in printed
+    assert sentence in log.read_text()
     events = [event for event in read_events(RunFolder(folder)) if event["event"] in ("start", "configuration")]
     assert [(event["event"], event["step"]) for event in events] == [("start", 0), ("configuration", 1), ("start", 1)]
     assert events[1]["message"] == sentence

@@ -7,8 +7,6 @@ every ZeRO stage and precision, and each fault also alone.
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,12 +14,13 @@ import pytest
 from fastvit_engine.checkpoint import Recovery
 from fastvit_engine.config import load_config
 from fastvit_engine.data import prepare_data
-from fastvit_engine.distributed.supervise import start_ranks
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.recovery import save_recovery
 from fastvit_engine.train.step import hash_keys
+from tests.fastvit_engine.train.health.faulty_rank import make_faulty
+from tests.fastvit_engine.warm_ranks import exit_codes_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -54,23 +53,15 @@ def keys(digits, tmp_path_factory) -> list[list[str]]:
     return [next(batches).keys for _ in range(STEPS + 4)]
 
 
-@pytest.fixture(scope="module")
-def train_with(train_command):
-    """Runs a training on two processes with faults, to its end; returns exit codes, folder and what was printed."""
+@pytest.fixture
+def train_with(train_arguments, tmp_path):
+    """Runs a training on two processes with faults, to its end; returns exit codes and what was printed."""
 
-    def run(out: Path, faults: list[dict], *settings: str) -> tuple[list[int], str]:
-        command = train_command(out, *SETTINGS, *settings)
-        command = [sys.executable, str(Path(__file__).with_name("faulty_run.py")), *command[3:]]
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "FASTVIT_FAULTS": json.dumps(faults),
-        }
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with start_ranks(command, 2, environment, **options) as ranks:
-            printed = [rank.communicate(timeout=240)[0] for rank in ranks]
-        return [rank.returncode for rank in ranks], "\n".join(printed)
+    def run(out: Path, faults: list[dict], *settings: str) -> tuple[list[int | None], str]:
+        environment = {"FASTVIT_FAULTS": json.dumps(faults)}
+        arguments, log = train_arguments(out, *SETTINGS, *settings), tmp_path / "log"
+        codes = exit_codes_of(arguments, 2, log, lambda rank: environment, before=make_faulty)
+        return codes, log.read_text()
 
     return run
 

@@ -2,21 +2,20 @@
 
 import json
 import os
-import subprocess
-import sys
-import time
-from pathlib import Path
+import signal
 
 import pytest
 
 from fastvit_engine.checkpoint import Recovery
 from fastvit_engine.config import load_config
 from fastvit_engine.data import prepare_data
-from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.train.health import rewind
 from fastvit_engine.train.recovery import load_recovery, save_recovery
+from tests.fastvit_engine.train.health.faulty_rank import make_faulty
+from tests.fastvit_engine.warm_ranks import exit_codes_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -37,17 +36,28 @@ def bad_key(digits, tmp_path_factory):
 
 
 @pytest.fixture
-def start(train_command, bad_key):
-    """Starts, as the only rank, a run that the bad sample breaks whenever it comes."""
+def train_with_it(train_arguments, bad_key, tmp_path):
+    """Runs, as the only rank, a training that the bad sample breaks whenever it comes; returns the exit code."""
 
-    def begin(out, resume):
-        command = train_command(out, *SETTINGS, resume=resume)
-        command = [sys.executable, str(Path(__file__).with_name("faulty_run.py")), *command[3:]]
-        faults = json.dumps([{"what": "bad_sample", "key": bad_key}])
-        variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "FASTVIT_FAULTS": faults}
-        return subprocess.Popen(command, env={**os.environ, **variables, **rank_environment(0, 1, free_port())})
+    def run(out, resume, before=make_faulty):
+        environment = {"FASTVIT_FAULTS": json.dumps([{"what": "bad_sample", "key": bad_key}])}
+        arguments = train_arguments(out, *SETTINGS, resume=resume)
+        (code,) = exit_codes_of(arguments, 1, tmp_path / "log", lambda rank: environment, before=before)
+        return code
 
-    return begin
+    return run
+
+
+def kill_when_decided():
+    """The rank kills itself once it has written down what it will leave out."""
+    make_faulty()
+    save = rewind.save_recovery
+
+    def save_and_die(*arguments):
+        save(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    rewind.save_recovery = save_and_die
 
 
 def record(run):
@@ -55,22 +65,17 @@ def record(run):
     return [(row["step"], row["loss"], row["grad_norm"], row["samples_hash"]) for row in rows]
 
 
-def test_the_decision_outlives_the_process(start, train, tmp_path):
+def test_the_decision_outlives_the_process(train_with_it, train, tmp_path):
     run = RunFolder(tmp_path / "run")
-    process = start(run.path, "never")
-    deadline = time.monotonic() + 120
-    while not (run.recovery.exists() and load_recovery(run).rewinds):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.0005)
-    process.kill()
-    process.wait()
+    assert train_with_it(run.path, "never", kill_when_decided) == -signal.SIGKILL, (tmp_path / "log").read_text()
+    assert load_recovery(run).rewinds == 1
     assert (run.checkpoints / "latest").read_text() == "step-00000010"
     manifest = json.loads((run.checkpoints / "step-00000010" / "manifest.json").read_text())
     assert manifest["state"]["skipped"] == []  # it is older than the decision
 
     with open(run.events, "ab") as file:  # what happens to a log for people does not matter
         file.write(b'{"time": "2026-')
-    assert start(run.path, "auto").wait(120) == 0
+    assert train_with_it(run.path, "auto") == 0, (tmp_path / "log").read_text()
     recovery = Recovery(skipped=(WINDOW,), failed=(WINDOW,), rewinds=1)
     assert load_recovery(run) == recovery
     manifest = json.loads((run.checkpoints / "step-00000020" / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""`python -m fastvit_engine`, with faults: what FASTVIT_FAULTS asks for happens in it, from outside the engine.
+"""Faults of a rank: what FASTVIT_FAULTS asks for happens in it, from outside the engine.
 
 The variable holds a JSON list of faults, each an object with `what` and, where it applies, the `rank` it happens on:
 
@@ -15,18 +15,16 @@ large: so every rewind also shows that no update came before its end.
 
 import json
 import os
-import sys
 import time
 
 import torch
 
 from fastvit_engine.checkpoint.writer import HostCopy
-from fastvit_engine.cli import main
 from fastvit_engine.objectives.classify import Classify
 from fastvit_engine.train import loop
 
-FAULTS = json.loads(os.environ["FASTVIT_FAULTS"])
 PARAMETER = "blocks.0.mlp.fc1.weight"
+FAULTS = []  # of this process
 came = []  # faults that come once, and came
 jobs = []  # of this process: one
 hooks = []  # of the step in progress
@@ -95,7 +93,9 @@ def spoil(gradient):
     return spoilt
 
 
-Classify.losses = with_bad_samples(Classify.losses)
-loop.take_step = with_faults(loop.take_step)
-HostCopy._copy = slowly(HostCopy._copy)
-raise SystemExit(main(sys.argv[1:]))
+def make_faulty():
+    """What a rank calls before it begins."""
+    FAULTS[:] = json.loads(os.environ["FASTVIT_FAULTS"])
+    Classify.losses = with_bad_samples(Classify.losses)
+    loop.take_step = with_faults(loop.take_step)
+    HostCopy._copy = slowly(HostCopy._copy)
