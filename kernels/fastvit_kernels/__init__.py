@@ -14,10 +14,14 @@ from fastvit_kernels.modules import (
     FusedCrossEntropy,
     FusedLayerNorm,
     FusedLayerNormMLP,
+    FusedLayerNormSwiGLU,
     FusedPatchEmbed,
+    FusedSwiGLU,
 )
 from fastvit_kernels.patch_embed import patch_embed
 from fastvit_kernels.residual import drop_path_subset
+from fastvit_kernels.rotary import rotary_qk_norm, rotary_qk_norm_separate
+from fastvit_kernels.swiglu import layer_norm_swiglu, swiglu_mlp
 
 __version__ = "0.1.0"
 
@@ -27,7 +31,9 @@ __all__ = [
     "FusedCrossEntropy",
     "FusedLayerNorm",
     "FusedLayerNormMLP",
+    "FusedLayerNormSwiGLU",
     "FusedPatchEmbed",
+    "FusedSwiGLU",
     "accelerate",
     "add_layer_norm",
     "attention",
@@ -38,8 +44,12 @@ __all__ = [
     "explain",
     "layer_norm",
     "layer_norm_mlp",
+    "layer_norm_swiglu",
     "mlp",
     "patch_embed",
     "restore",
+    "rotary_qk_norm",
+    "rotary_qk_norm_separate",
     "sigmoid_cross_entropy",
+    "swiglu_mlp",
 ]

@@ -35,6 +35,8 @@ OPERATIONS = {
     "layer_norm": Operation(),
     "mlp": Operation(parts=("layer_norm",), multiplies=True, autocasts=True),
     "patch_embed": Operation(multiplies=True),
+    "rotary": Operation(),
+    "swiglu": Operation(parts=("layer_norm",), multiplies=True, autocasts=True),
 }
 
 

@@ -7,13 +7,14 @@ in `auto,patch_embed=reference`; its grammar is in `choices`. Another value is a
 `auto`, the default, runs Triton kernels on CUDA and ROCm tensors of bfloat16 and float16, and plain PyTorch on all
 others. Float32 tensors run the kernels of operations without matrix products. Products of float32 are PyTorch's, which
 has the faster kernels and obeys `torch.set_float32_matmul_precision`; under autocast, blocks compute in its dtype, and
-run their kernels. Plain PyTorch also runs under the transforms of `transforms.py`. `triton` and `reference` are never
-replaced by the other: what they cannot run is an error.
+run their kernels. Where the table of the GPU says that another implementation was measured faster, that one runs. Plain
+PyTorch runs under the transforms of `transforms.py`. What is asked for by name is never replaced by another: what it
+cannot run is an error.
 """
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from fastvit_kernels import table, transforms
 from fastvit_kernels.choices import OPERATIONS, Choice, parse
+from fastvit_kernels.table import Runs
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # kernels compute in float32, so not float64
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -38,23 +40,50 @@ except ValueError as error:
 
 
 class Plan(NamedTuple):
-    """What runs an operation, "triton", "reference" or, where it cannot run as asked, "error"; and why."""
+    """What runs an operation, one of its choices or, where it cannot run as asked, "error"; and why."""
 
     runs: str
     why: str = ""
 
 
-def uses_triton(operation: str, tensor: Tensor, obstacle: str | None = None) -> bool:
-    """Whether an operation on this tensor runs its Triton kernel. Raises RuntimeError if it must and cannot.
+def uses_triton(
+    operation: str, tensor: Tensor, obstacle: str | None = None, measured: Callable[[], Runs] | None = None
+) -> bool:
+    """Whether an operation on this tensor runs its Triton kernel, see `provider`."""
+    return provider(operation, tensor, obstacle, measured) == "triton"
 
-    `operation` is one of `choices.OPERATIONS`. `obstacle` says why its kernels cannot take this call, or is None.
+
+def provider(
+    operation: str, tensor: Tensor, obstacle: str | None = None, measured: Callable[[], Runs] | None = None
+) -> str:
+    """What runs an operation on this tensor. Raises RuntimeError where what was asked for cannot.
+
+    Args:
+        operation: one of `choices.OPERATIONS`.
+        obstacle: why no implementation but the reference can take this call, or None.
+        measured: says what the table has for this call; asked in `auto` on a GPU, but not while PyTorch compiles,
+            whose graphs may be for many sizes.
     """
-    runs = plan(operation, computed_dtype(operation, tensor), tensor.is_cuda).runs == "triton"
-    if runs and obstacle is None:
+    asked, dtype, on_gpu = asked_for(operation), computed_dtype(operation, tensor), is_on_gpu(tensor)
+    runs = plan(operation, dtype, on_gpu).runs
+    if asked == "auto" and measured is not None and can_run(dtype, on_gpu) and not torch.compiler.is_compiling():
+        runs = measured().provider
+    if obstacle is None and runs not in ("error", "reference"):
         obstacle = transforms.obstacle()
-    if asked_for(operation) == "triton" and not (runs and obstacle is None):
-        raise RuntimeError(_refusal(tensor, obstacle))
-    return runs and obstacle is None
+    if runs != "error" and (obstacle is None or asked == "reference"):
+        return runs
+    if asked == "auto":
+        return "reference"
+    raise RuntimeError(refusal(tensor, obstacle))
+
+
+def can_run(dtype: torch.dtype, on_gpu: bool) -> bool:
+    """Whether there are kernels in `auto`."""
+    return HAS_TRITON and on_gpu and dtype in KERNEL_DTYPES
+
+
+def is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 def asked_for(operation: str) -> str:
@@ -67,6 +96,9 @@ def plan(operation: str, dtype: torch.dtype, on_gpu: bool) -> Plan:
     asked, why = _choices[operation]
     if asked == "reference":
         return Plan("reference", why)
+    if asked not in ("auto", "triton"):  # a library
+        fits = on_gpu and dtype in (torch.bfloat16, torch.float16)
+        return Plan(asked, why) if fits else Plan("error", "needs bf16 or fp16 on a GPU")
     unless = "error" if asked == "triton" else "reference"
     if not HAS_TRITON:
         return Plan(unless, "triton is not installed")
@@ -74,9 +106,14 @@ def plan(operation: str, dtype: torch.dtype, on_gpu: bool) -> Plan:
         return Plan(unless, f"not {str(dtype).removeprefix('torch.')}")
     if not on_gpu:
         return Plan("triton", "interpreted") if asked == "triton" and INTERPRETED else Plan(unless, "needs a GPU")
-    if asked == "auto" and dtype == torch.float32 and OPERATIONS[operation].multiplies:
+    if asked == "auto" and unmeasured(operation, dtype).provider == "reference":
         return Plan("reference", "float32 products")
     return Plan("triton", why)
+
+
+def unmeasured(operation: str, dtype: torch.dtype) -> Runs:
+    """What runs an operation in `auto` on a GPU whose table does not say it."""
+    return Runs("reference" if dtype == torch.float32 and OPERATIONS[operation].multiplies else "triton")
 
 
 def computed_dtype(operation: str, tensor: Tensor) -> torch.dtype:
@@ -115,6 +152,7 @@ def explain() -> str:
     lines = [
         f"FASTVIT_KERNELS={_setting}, GPU: {device}",
         table.describe(table.gpu_name(device) if on_gpu else None),
+        *(table.choices_of_providers(table.gpu_name(device)) if on_gpu else ()),
         f"{'operation':<17}{'bf16, fp16 on a GPU':<34}{'fp32 on a GPU':<34}on the CPU",
     ]
     for operation, row in plans.items():
@@ -128,7 +166,7 @@ def explain() -> str:
     )
     lines.append("attention with a head dimension above 128; both are errors if triton is asked for.")
     here = [row[0 if on_gpu else 2].runs for row in plans.values()]
-    counts = [f"{here.count(runs)} {runs}" for runs in ("triton", "reference", "error") if runs in here]
+    counts = [f"{here.count(runs)} {runs}" for runs in sorted(set(here), reverse=True)]
     lines.append(f"{len(here)} operations on {'this GPU, in bf16' if on_gpu else 'the CPU'}: {', '.join(counts)}")
     return "\n".join(lines)
 
@@ -171,7 +209,8 @@ def _properties(device: torch.device) -> Gpu:
     return Gpu(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count, name)
 
 
-def _refusal(tensor: Tensor, obstacle: str | None) -> str:
+def refusal(tensor: Tensor, obstacle: str | None) -> str:
+    """The sentence for what cannot run as it was asked for."""
     if obstacle is not None:
         reason = obstacle
     elif not HAS_TRITON:

@@ -5,6 +5,7 @@ products, masks and biases change nothing, and a gradient that nothing needs cos
 """
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -15,9 +16,11 @@ from fastvit_kernels.attention_block import op as attention_block
 from fastvit_kernels.mlp import op as mlp
 from fastvit_kernels.patch_embed.op import patch_grid
 from fastvit_kernels.registration import NAMESPACE
+from fastvit_kernels.swiglu import op as _swiglu  # noqa: F401, so that its operators exist
 
 # operators that multiply no matrices; nor do their gradients
-WITHOUT_PRODUCTS = ("layer_norm", "cross_entropy", "split_samples", "merge_samples")
+WITHOUT_PRODUCTS = ("layer_norm", "cross_entropy", "rotary_qk_norm", "split_samples", "merge_samples")
+PURE_MLP = ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")  # inputs of `mlp` that may have a gradient
 
 
 def counts(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
@@ -29,7 +32,8 @@ def counts(name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
         def by_name(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
             return formula(**dict(zip(names, args, strict=False)), **kwargs)
 
-        return register_flop_formula(operator, get_raw=True)(by_name)
+        register_flop_formula(operator, get_raw=True)(by_name)
+        return formula
 
     return register
 
@@ -95,30 +99,25 @@ def own_scores(x: Tensor) -> int:
 
 
 @counts("layer_norm_mlp")
-def layer_norm_mlp_flops(x: Tensor, fc1_weight: Tensor, **_: Any) -> int:
-    return 2 * linear(x, fc1_weight)  # fc2 is of the same size
-
-
-@counts("layer_norm_mlp_backward")
-def layer_norm_mlp_backward_flops(x: Tensor, fc1_weight: Tensor, needed: Sequence[bool], **_: Any) -> int:
-    needs = dict(zip(mlp.LEARNED, needed, strict=True))
-    below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
-    below_gelu = below_norm or needs["fc1_weight"] or needs["fc1_bias"]
-    return (needs["fc2_weight"] + below_gelu + needs["fc1_weight"] + below_norm) * linear(x, fc1_weight)
-
-
 @counts("mlp")
+@counts("swiglu_mlp")
 def mlp_flops(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, **_: Any) -> int:
     tokens = x.numel() // x.shape[-1]
     return 2 * tokens * (fc1_weight.numel() + fc2_weight.numel())
 
 
+@counts("layer_norm_mlp_backward")
 @counts("mlp_backward")
-def mlp_backward_flops(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, needed: Sequence[bool], **_: Any) -> int:
+@counts("swiglu_mlp_backward")
+def mlp_backward_flops(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, needed: Sequence[bool], **others: Any) -> int:
+    learned = mlp.LEARNED if "norm_weight" in others else PURE_MLP
+    needs = set(compress(learned, needed))
+    below_norm = not needs.isdisjoint(("x", "norm_weight", "norm_bias"))
+    below_activation = below_norm or not needs.isdisjoint(("fc1_weight", "fc1_bias"))
     tokens = x.numel() // x.shape[-1]
-    x_needs, fc1_needs, fc1_bias_needs, fc2_needs = needed[:4]
-    below_gelu = x_needs or fc1_needs or fc1_bias_needs
-    return 2 * tokens * ((x_needs + fc1_needs) * fc1_weight.numel() + (below_gelu + fc2_needs) * fc2_weight.numel())
+    first = ("fc1_weight" in needs) + below_norm
+    second = ("fc2_weight" in needs) + below_activation
+    return 2 * tokens * (first * fc1_weight.numel() + second * fc2_weight.numel())
 
 
 @counts("patch_embed")

@@ -24,6 +24,8 @@ from fastvit_kernels.mlp import Activation, layer_norm_mlp
 from fastvit_kernels.mlp.op import Recompute
 from fastvit_kernels.patch_embed import patch_embed
 from fastvit_kernels.residual import drop_path_subset
+from fastvit_kernels.swiglu import layer_norm_swiglu, swiglu_mlp
+from fastvit_kernels.swiglu.op import Recompute as GateRecompute
 
 DropPathMode = Literal["mask", "subset"]
 
@@ -170,6 +172,64 @@ class FusedLayerNormMLP(GatheredWhole):
             eps=self.eps,
             activation=self.activation,
             dropout=self.dropout if self.training else 0.0,
+            recompute=self.recompute,
+        )
+        return with_drop_path(half_block, x, self.ls, self.drop_path if self.training else 0.0, self.drop_path_mode)
+
+
+class FusedSwiGLU(GatheredWhole):
+    """A gated MLP, see `swiglu_mlp`: [..., D] -> [..., D]. Parameters: fc1.* [2M, D], the gate first, and fc2.*."""
+
+    def __init__(self, width: int, hidden: int, recompute: GateRecompute = "gate") -> None:
+        super().__init__()
+        check_choice("recompute", recompute, get_args(GateRecompute))
+        self.recompute: GateRecompute = recompute
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fc1, fc2 = self.fc1, self.fc2
+        return swiglu_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, recompute=self.recompute)
+
+
+class FusedLayerNormSwiGLU(GatheredWhole):
+    """The MLP half of a pre-norm block with a gated MLP, see `layer_norm_swiglu`: [B, N, D] -> [B, N, D].
+
+    Parameters: norm.*, fc1.* [2M, D], the gate first, fc2.*, and ls.gamma unless `layer_scale` (its initial value) is
+    None.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        drop_path: float = 0.0,
+        layer_scale: float | None = None,
+        eps: float = 1e-6,
+        drop_path_mode: DropPathMode = "mask",
+        recompute: GateRecompute = "gate",
+    ) -> None:
+        super().__init__()
+        check_choice("drop_path_mode", drop_path_mode, get_args(DropPathMode))
+        check_choice("recompute", recompute, get_args(GateRecompute))
+        self.drop_path, self.eps = drop_path, eps
+        self.drop_path_mode: DropPathMode = drop_path_mode
+        self.recompute: GateRecompute = recompute
+        self.norm = FusedLayerNorm(width, eps)
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.ls = None if layer_scale is None else LayerScale(width, layer_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half_block = partial(
+            layer_norm_swiglu,
+            norm_weight=self.norm.weight,
+            norm_bias=self.norm.bias,
+            fc1_weight=self.fc1.weight,
+            fc1_bias=self.fc1.bias,
+            fc2_weight=self.fc2.weight,
+            fc2_bias=self.fc2.bias,
+            eps=self.eps,
             recompute=self.recompute,
         )
         return with_drop_path(half_block, x, self.ls, self.drop_path if self.training else 0.0, self.drop_path_mode)

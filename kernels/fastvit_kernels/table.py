@@ -1,9 +1,9 @@
 """Looks up the launch parameters of a kernel; nothing is searched while a model runs.
 
-A function that chooses launch parameters is marked `@tunable`. It states the default; a table, one JSON file per GPU
-in `tuning/configs/`, may say better for the sizes that `python -m fastvit_kernels.tuning` measured there.
-`FASTVIT_TUNING=<file>` puts a file of your own in the place of the shipped one. The choice is a pure function of the
-file, the GPU and the sizes, hence the same on every rank.
+A function that chooses launch parameters, or who runs an operation, is marked `@tunable`. It states the default; a
+table, one JSON file per GPU in `tuning/configs/`, may say better for the sizes that `python -m fastvit_kernels.tuning`
+measured there. `FASTVIT_TUNING=<file>` puts a file of your own in the place of the shipped one. The choice is a pure
+function of the file, the GPU and the sizes, hence the same on every rank.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 CONFIGS = Path(__file__).parent / "tuning" / "configs"
 TOOL = 1  # version of this format and of the way of measuring
@@ -29,6 +29,12 @@ NOTES = {
 }
 
 Parameters = TypeVar("Parameters")
+
+
+class Runs(NamedTuple):
+    """Who runs an operation: "triton", "reference", or a library that the operation knows."""
+
+    provider: str
 
 
 @dataclass(frozen=True)
@@ -195,9 +201,14 @@ class Tunable(Generic[Parameters]):
     """A function that chooses launch parameters, called as (*key, gpu); made by `tunable`."""
 
     def __init__(
-        self, default: Callable[..., Parameters], kind: type[Parameters], kernel: str, sizes: tuple[str, ...]
+        self,
+        default: Callable[..., Parameters],
+        kind: type[Parameters],
+        kernel: str,
+        sizes: tuple[str, ...],
+        providers: tuple[str, ...],
     ) -> None:
-        self.default, self.kind, self.kernel, self.sizes = default, kind, kernel, sizes
+        self.default, self.kind, self.kernel, self.sizes, self.providers = default, kind, kernel, sizes, providers
         self.names = tuple(inspect.signature(default).parameters)[:-1]
         self.chosen = lru_cache(maxsize=None)(self.choose)
         self.forced: tuple[Parameters] | None = None
@@ -223,7 +234,10 @@ class Tunable(Generic[Parameters]):
         if set(use) != set(fields):
             raise ValueError(f"launch parameters must be {', '.join(fields)}, got {', '.join(use)}")
         for name, value in use.items():
-            if value is not None and not isinstance(value, int):
+            if name == "provider":
+                if value not in self.providers:
+                    raise ValueError(f"provider must be one of {', '.join(self.providers)}, got {value!r}")
+            elif value is not None and not isinstance(value, int):
                 raise TypeError(f"{name} must be a whole number, got {value!r}")
         return self.kind(**use)
 
@@ -241,19 +255,20 @@ TUNABLES: dict[str, Tunable] = {}
 
 
 def tunable(
-    kind: type[Parameters], kernel: str, *, sizes: tuple[str, ...]
+    kind: type[Parameters], kernel: str, *, sizes: tuple[str, ...], providers: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Parameters]], Tunable[Parameters]]:
     """Makes a function of (*key, gpu) the default for the launch parameters of `kernel`.
 
     Args:
-        kind: the NamedTuple that the function returns, of whole numbers, truth values and None.
+        kind: the NamedTuple that the function returns, of whole numbers, truth values and None; or `Runs`.
         kernel: the name in tables.
         sizes: arguments that need not be those that were measured: the nearest entry by ratio is taken, at most a
             factor of 2 away in each. All others must be equal.
+        providers: for `Runs`, those that a table may choose.
     """
 
     def mark(default: Callable[..., Parameters]) -> Tunable[Parameters]:
-        TUNABLES[kernel] = Tunable(default, kind, kernel, sizes)
+        TUNABLES[kernel] = Tunable(default, kind, kernel, sizes, providers)
         return TUNABLES[kernel]
 
     return mark
@@ -272,3 +287,14 @@ def describe(gpu: str | None) -> str:
     source = "FASTVIT_TUNING" if table is _own_table else "shipped"
     measured = f"measured {made.date} with Triton {made.triton}" if made.measured else "not measured"
     return f"launch parameters: {table.path} ({source}, {measured}: {made.note})"
+
+
+def choices_of_providers(gpu: str) -> list[str]:
+    """Who runs what by the table of this GPU, a line for each size that was measured."""
+    table = table_for(gpu)
+    lines = []
+    for entry in table.entries if table else ():
+        if "provider" in entry.use:
+            where = ", ".join(f"{name} {value}" for name, value in entry.where.items())
+            lines.append(f"{entry.kernel} ({where}): {entry.use['provider']}")
+    return lines

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ import pytest
 from PIL import Image
 
 from fastvit_engine.cli import main
+from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.observe.metrics import read_metrics
-from tests.fastvit_engine.warm_ranks import run_ranks
+from tests.fastvit_engine.warm_ranks import exit_codes_of, run_ranks
 
 MODEL = ["model.name=Ti/4", "model.image_size=8", "model.width=32", "model.depth=1", "model.heads=2"]
 RUN = [
@@ -74,6 +76,19 @@ def refused(capfd):
         assert len(errors) == 1, errors
         for part in parts:
             assert str(part) in errors[0]
+
+    return check
+
+
+@pytest.fixture
+def fails(tmp_path):
+    """Runs a training of one process and checks that it ends with one sentence that holds all the given parts."""
+
+    def check(arguments, *parts, before=None):
+        log = tmp_path / "log"
+        assert exit_codes_of(arguments, 1, log, before=before) == [2], log.read_text()
+        (error,) = [line for line in log.read_text().splitlines() if line.startswith("fastvit: error:")]
+        assert all(part in error for part in parts), error
 
     return check
 
@@ -232,14 +247,14 @@ def test_a_corrupt_image_is_left_out_and_named_once(train, shard, tmp_path):
     assert printed.count("left out: sample 'sample0020'") == 1
 
 
-def test_damaged_checkpoint(refused, train, shard, tmp_path):
+def test_damaged_checkpoint(refused, fails, train, shard, tmp_path):
     out = tmp_path / "run"
     settings = f"data.train={shard}", "checkpoint.keep=1"  # not the one from before the first step
     train(train_arguments(out, *settings))
     weights = out / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     arguments = train_arguments(out, *settings, "train.duration=6 steps", resume="auto")
-    refused(arguments, weights, "has 1,000 bytes instead of", "parameter", "no older checkpoint to continue from")
+    fails(arguments, str(weights), "has 1,000 bytes instead of", "parameter", "no older checkpoint to continue from")
     refused(["export", out, "--out", tmp_path / "x.safetensors"], weights, "has 1,000 bytes instead of")
 
 
@@ -319,17 +334,17 @@ def test_output_folder_under_a_file(refused, shard):
     refused(train_arguments(shard / "run", f"data.train={shard}"), "cannot be written", "Not a directory")
 
 
-def test_diverged_loss(refused, shard, tmp_path):
+def test_diverged_loss(fails, shard, tmp_path):
     settings = ["optimizer.learning_rate=1e30", "train.log_every=1", "train.grad_clip=null", "train.precision=fp32"]
-    refused(
+    fails(
         train_arguments(tmp_path / "run", f"data.train={shard}", *settings), "the loss is", "at step", "learning_rate"
     )
 
 
-def test_a_diverged_model_is_not_saved(refused, shard, tmp_path):
+def test_a_diverged_model_is_not_saved(fails, shard, tmp_path):
     settings = ["optimizer.learning_rate=1e30", "train.log_every=1000", "checkpoint.every=2 steps"]
     settings += ["train.grad_clip=null", "train.precision=fp32", "train.duration=6 steps"]
-    refused(train_arguments(tmp_path / "run", f"data.train={shard}", *settings), "at step 2", "the loss is")
+    fails(train_arguments(tmp_path / "run", f"data.train={shard}", *settings), "at step 2", "the loss is")
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000000"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000000"]
 
@@ -350,10 +365,16 @@ def test_a_diverged_model_is_not_saved(refused, shard, tmp_path):
         ),
     ],
 )
-def test_wrong_launch_environment(refused, monkeypatch, shard, tmp_path, variables, parts):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    refused(train_arguments(tmp_path / "run", f"data.train={shard}"), *parts)
+def test_wrong_launch_environment(fails, shard, tmp_path, variables, parts):
+    """In a process of its own, which a rank that fails ends at once."""
+    arguments = train_arguments(tmp_path / "run", f"data.train={shard}")
+    fails(arguments, *parts, before=partial(replace_launch_environment, variables))
+
+
+def replace_launch_environment(variables):
+    for name in rank_environment(0, 1, 0):
+        os.environ.pop(name, None)
+    os.environ.update(variables)
 
 
 def test_a_wrong_choice_of_kernels(shard, tmp_path):
@@ -369,8 +390,6 @@ def test_a_wrong_choice_of_kernels(shard, tmp_path):
 def test_missing_package(shard, tmp_path, package):
     code = f"import sys; sys.modules[{package!r}] = None; from fastvit_engine.cli import main; sys.exit(main())"
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    from fastvit_engine.distributed.supervise import free_port
-
     environment = os.environ | alone | {"MASTER_PORT": str(free_port())}
     command = [sys.executable, "-c", code, *train_arguments(tmp_path / "run", f"data.train={shard}")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)

@@ -1,5 +1,6 @@
 """What a process does that `warm_ranks` forks. Importing this takes no time: each of them does so first."""
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ def run_rank(
     arguments: Sequence[str], environment: dict[str, str], log: Path, before: Callable[[], None] | None
 ) -> None:
     """`fastvit ARGUMENTS`, after `before()`."""
+    gc.freeze()  # what was there before the fork is neither looked through nor, for that, copied
     os.environ.update(environment)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)

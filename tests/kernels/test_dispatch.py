@@ -2,12 +2,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import fastvit_kernels
-from fastvit_kernels import choices, dispatch
+from fastvit_kernels import choices, dispatch, table
+from fastvit_kernels.dispatch import Gpu
+from fastvit_kernels.table import Entry, Provenance, Runs, Table
 
 PRODUCTS = ("attention", "attention_block", "mlp", "patch_embed")
 OTHERS = ("cross_entropy", "layer_norm")
@@ -74,6 +77,57 @@ def test_an_obstacle_is_passed_over_in_auto_and_an_error_where_triton_is_asked_f
         dispatch.uses_triton("layer_norm", torch.empty(2), "it is too wide")
 
 
+MEASURED = Provenance("X90", True, "measured in a test", "2026-01-01", "3.6", "2.11", table.TOOL)
+
+
+def test_the_table_of_a_gpu_says_who_runs_an_operation_in_auto(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "is_on_gpu", lambda tensor: True)
+    here = Gpu("interpreter", 2, "X90")
+    norm = {"width": 8, "dtype": "bfloat16", "branch": False, "rows": 6}
+    patches = {"patch": 2, "images": "uint8", "dtype": "float32", "width": 8, "patches": 16}
+    loss = {"sigmoid": False, "classes": 4, "soft": False, "dtype": "bfloat16", "batch": 3}
+    entries = [
+        Entry("layer_norm", norm, {"provider": "reference"}, 2.0, 1.0, 0.01, "source"),
+        Entry("cross_entropy_loss", loss, {"provider": "reference"}, 2.0, 1.0, 0.01, "source"),
+        Entry("patch_embed", patches, {"provider": "triton"}, 2.0, 1.0, 0.01, "source"),
+    ]
+    ran: list[str] = []
+    for name, operators in (("layer_norm", "layer_norm_op"), ("cross_entropy", "cross_entropy_op"),
+                            ("patch_embed", "patch_embed_op")):  # fmt: skip
+        module = sys.modules[f"fastvit_kernels.{name}.op"]
+
+        def operator(*args: object, name: str = name) -> list[torch.Tensor]:
+            ran.append(name)
+            return [torch.zeros(())] * 3
+
+        monkeypatch.setattr(module, operators, operator)
+
+    def run(width: int) -> list[str]:
+        ran.clear()
+        x = torch.randn(2, 3, width).bfloat16()
+        fastvit_kernels.layer_norm(x, torch.ones(width), torch.zeros(width))
+        fastvit_kernels.cross_entropy(torch.randn(3, width // 2).bfloat16(), torch.zeros(3, dtype=torch.int64))
+        images, weight = torch.zeros(4, 4, 4, 3, dtype=torch.uint8), torch.randn(width, 3, 2, 2)
+        fastvit_kernels.patch_embed(images, weight, torch.zeros(width), mean=(0.5,) * 3, std=(0.5,) * 3)
+        return list(ran)
+
+    with table.using(Table(MEASURED, tuple(entries))), dispatch.compiling_for(here), dispatch.using("auto"):
+        assert run(8) == ["patch_embed"]
+        assert run(20) == ["layer_norm", "cross_entropy"]  # sizes that were not measured
+        with dispatch.using("triton,patch_embed=reference"):
+            monkeypatch.setattr(dispatch, "INTERPRETED", True)
+            assert run(8) == ["layer_norm", "cross_entropy"]
+
+
+def test_a_compiled_graph_does_not_follow_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its sizes may be symbols."""
+    monkeypatch.setattr(dispatch, "is_on_gpu", lambda tensor: True)
+    with dispatch.using("auto"):
+        assert dispatch.provider("layer_norm", torch.empty(2), measured=lambda: Runs("reference")) == "reference"
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert dispatch.provider("layer_norm", torch.empty(2), measured=lambda: Runs("reference")) == "triton"
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
@@ -138,8 +192,8 @@ def test_a_block_without_one_of_its_kernels_is_a_composition_of_the_others(monke
         expected = block(x)
     called: dict[str, bool] = {}
 
-    def spy(operation: str, tensor: torch.Tensor, obstacle: str | None = None) -> bool:
-        called[operation] = original(operation, tensor, obstacle)
+    def spy(operation: str, *args: Any, **kwargs: Any) -> bool:
+        called[operation] = original(operation, *args, **kwargs)
         return called[operation]
 
     original = dispatch.uses_triton
@@ -189,12 +243,13 @@ def test_explain_names_every_operation_and_its_reason(monkeypatch: pytest.Monkey
 
 def test_explain_ends_with_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    count = len(choices.OPERATIONS) - 1  # all but the products inside others
     with dispatch.using("auto"):
-        assert fastvit_kernels.explain().splitlines()[-1] == "6 operations on the CPU: 6 reference"
+        assert fastvit_kernels.explain().splitlines()[-1] == f"{count} operations on the CPU: {count} reference"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     with dispatch.using("attention=reference"):
-        last = "6 operations on this GPU, in bf16: 4 triton, 2 reference"
+        last = f"{count} operations on this GPU, in bf16: {count - 2} triton, 2 reference"
         assert fastvit_kernels.explain().splitlines()[-1] == last
 
 

@@ -36,8 +36,17 @@ def shapes(module: nn.Module) -> dict[str, list[int]]:
 def test_public_names() -> None:
     assert set(fastvit_kernels.__all__) == {
         *("attention", "attention_block", "cross_entropy", "layer_norm", "layer_norm_mlp", "mlp", "patch_embed"),
+        *("layer_norm_swiglu", "rotary_qk_norm", "rotary_qk_norm_separate", "swiglu_mlp"),
         *("sigmoid_cross_entropy", "FusedAttention", "FusedBlock", "FusedCrossEntropy", "FusedLayerNorm"),
-        *("FusedLayerNormMLP", "FusedPatchEmbed", "accelerate", "add_layer_norm", "attention_qkv"),
+        *(
+            "FusedLayerNormMLP",
+            "FusedLayerNormSwiGLU",
+            "FusedPatchEmbed",
+            "FusedSwiGLU",
+            "accelerate",
+            "add_layer_norm",
+            "attention_qkv",
+        ),
         *("drop_path_subset", "explain"),
     }
     assert all(callable(getattr(fastvit_kernels, name)) for name in fastvit_kernels.__all__)

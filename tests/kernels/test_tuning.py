@@ -99,6 +99,8 @@ def test_every_operation_with_candidates_is_tuned() -> None:
 def other_parameters(choice: Tunable, default: Any) -> dict[str, Any]:
     """Launch parameters that are not the default's, without a claim that they would work."""
     use = default._asdict()
+    if "provider" in use:
+        return {"provider": next(name for name in choice.providers if name != default.provider)}
     return {name: not v if isinstance(v, bool) else 7 if v is None else v + 1 for name, v in use.items()}
 
 
@@ -142,8 +144,13 @@ def test_shipped_files_are_of_this_version_and_unmeasured_ones_are_empty() -> No
         ({"where": {"head_dim": 80, "dtype": "bfloat16", "tokens": "257"}}, "tokens must be a whole number, got '257'"),
         ({"use": {"rows": 64}}, "launch parameters must be rows, columns, num_warps, stages, max_registers, got rows"),
         ({"use": Tiling(64, 32, 4, 1)._asdict() | {"rows": "64"}}, "rows must be a whole number, got '64'"),
+        (
+            {"kernel": "layer_norm", "where": {"width": 8, "dtype": "bfloat16", "branch": False, "rows": 4},
+             "use": {"provider": "apex"}},
+            "provider must be one of triton, reference, got 'apex'",
+        ),
     ],
-)
+)  # fmt: skip
 def test_entries_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     table.save(Table(PROVENANCE, (replace(entry(257, 64), **change),)), tmp_path / "own.json")
     with table.using(table.load(tmp_path / "own.json")), pytest.raises(ValueError, match=said) as error:

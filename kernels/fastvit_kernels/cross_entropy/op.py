@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastvit_kernels.checks import check_device, check_floating, check_rate
 from fastvit_kernels.cross_entropy import reference
-from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
+from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, unmeasured, uses_triton
 from fastvit_kernels.registration import register_gradient, register_op
-from fastvit_kernels.table import tunable
+from fastvit_kernels.table import Runs, tunable
 
 if HAS_TRITON:
     import triton
@@ -52,7 +52,7 @@ def cross_entropy(
     check_arguments(logits, labels, labels_b, mix_weight, label_smoothing, reduction)
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"z_loss must be at least 0 and finite, got {z_loss}")
-    if uses_triton("cross_entropy", logits):
+    if uses_triton("cross_entropy", logits, measured=lambda: runs_for(logits, labels, sigmoid=False)):
         losses = triton_losses(logits, labels, labels_b, mix_weight, label_smoothing, z_loss, sigmoid=False)
     else:
         losses = reference.cross_entropy(logits, labels, labels_b, mix_weight, label_smoothing, z_loss)
@@ -74,11 +74,21 @@ def sigmoid_cross_entropy(
     `cross_entropy`; soft labels may be multi-hot and need not sum to 1. The mean is over the batch, not over classes.
     """
     check_arguments(logits, labels, labels_b, mix_weight, label_smoothing, reduction)
-    if uses_triton("cross_entropy", logits):
+    if uses_triton("cross_entropy", logits, measured=lambda: runs_for(logits, labels, sigmoid=True)):
         losses = triton_losses(logits, labels, labels_b, mix_weight, label_smoothing, z_loss=0.0, sigmoid=True)
     else:
         losses = reference.sigmoid_cross_entropy(logits, labels, labels_b, mix_weight, label_smoothing)
     return reduce(losses, reduction)
+
+
+def runs_for(logits: Tensor, labels: Tensor, sigmoid: bool) -> Runs:
+    batch, classes = logits.shape
+    return runs(sigmoid, classes, labels.ndim == 2, logits.dtype, batch, gpu(logits.device))
+
+
+@tunable(Runs, "cross_entropy_loss", sizes=("batch",), providers=("triton", "reference"))
+def runs(sigmoid: bool, classes: int, soft: bool, dtype: torch.dtype, batch: int, on: Gpu) -> Runs:
+    return unmeasured("cross_entropy", dtype)
 
 
 def reduce(losses: Tensor, reduction: Reduction) -> Tensor:

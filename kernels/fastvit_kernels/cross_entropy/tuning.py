@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastvit_kernels.cross_entropy import op
 from fastvit_kernels.cross_entropy.op import Block
 from fastvit_kernels.dispatch import Gpu
+from fastvit_kernels.table import Runs
 from fastvit_kernels.tuning.search import HALF, Case, Model
 
 BATCH = 1024  # of a whole training step: the loss is the same for every model
@@ -26,6 +29,15 @@ def cases(model: Model, on: Gpu) -> Iterator[Case]:
             op.launch_forward,
             (kernel,),
         )
+        yield Case(
+            f"cross_entropy, {kind}, who runs it",
+            op.runs,
+            (sigmoid, classes, soft, HALF, BATCH),
+            [Runs("reference")],
+            partial(inputs, sigmoid, classes, soft),
+            step,
+            (),
+        )
 
 
 def inputs(sigmoid: bool, classes: int, soft: bool, device: torch.device) -> tuple:
@@ -36,3 +48,12 @@ def inputs(sigmoid: bool, classes: int, soft: bool, device: torch.device) -> tup
     else:
         labels = torch.randint(classes, (BATCH,), device=device)
     return logits, labels, None, None, 0.1, 0.0, sigmoid, True
+
+
+def step(logits: Tensor, labels: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """Forward and backward pass of the same loss."""
+    *_, smoothing, _, sigmoid, _ = others
+    loss = op.sigmoid_cross_entropy if sigmoid else op.cross_entropy
+    logits = logits.detach().requires_grad_()
+    mean = loss(logits, labels, label_smoothing=smoothing)
+    return mean.detach(), *torch.autograd.grad(mean, logits)

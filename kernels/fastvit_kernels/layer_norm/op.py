@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.checks import check_device, check_floating, check_parameter, check_rate
-from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
+from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, unmeasured, uses_triton
 from fastvit_kernels.layer_norm import reference
 from fastvit_kernels.registration import register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
-from fastvit_kernels.table import tunable
+from fastvit_kernels.table import Runs, tunable
 
 if HAS_TRITON:
     import triton
@@ -34,7 +34,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) ->
         raise ValueError(f"x must have a last dimension to normalise, got shape {list(x.shape)}")
     check_parameter("weight", weight, x.shape[-1:], like=x, fp32_allowed=True)
     check_parameter("bias", bias, x.shape[-1:], like=x, fp32_allowed=True)
-    if uses_triton("layer_norm", x):
+    if uses_triton("layer_norm", x, measured=lambda: runs_for(x, branch=False)):
         return layer_norm_op(x, None, None, None, weight, bias, eps)[1]
     return reference.layer_norm(x, weight, bias, eps)
 
@@ -78,9 +78,18 @@ def add_layer_norm(
         check_parameter("layer_scale", layer_scale, x.shape[-1:], like=x, fp32_allowed=True)
     check_rate("drop_path", drop_path)
     path_scale = draw_path_scale(branch, drop_path)
-    if uses_triton("layer_norm", x):
+    if uses_triton("layer_norm", x, measured=lambda: runs_for(x, branch=True)):
         return layer_norm_op(x, branch, layer_scale, path_scale, weight, bias, eps)[:2]
     return reference.add_layer_norm(x, branch, weight, bias, layer_scale, path_scale, eps)
+
+
+def runs_for(x: Tensor, branch: bool) -> Runs:
+    return runs(x.shape[-1], x.dtype, branch, x.numel() // x.shape[-1], gpu(x.device))
+
+
+@tunable(Runs, "layer_norm", sizes=("rows",), providers=("triton", "reference"))
+def runs(width: int, dtype: torch.dtype, branch: bool, rows: int, on: Gpu) -> Runs:
+    return unmeasured("layer_norm", dtype)
 
 
 # One operator does both: without a branch nothing is added, and the sum y, which would be x itself, is empty. Operators

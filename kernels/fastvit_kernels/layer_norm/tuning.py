@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from fastvit_kernels.dispatch import Gpu
 from fastvit_kernels.layer_norm import op
 from fastvit_kernels.layer_norm.op import BackwardTile, ForwardTile, whole_rows
+from fastvit_kernels.table import Runs
 from fastvit_kernels.tuning.search import HALF, Case, Model
 
 
@@ -20,6 +22,8 @@ def cases(model: Model, on: Gpu) -> Iterator[Case]:
     yield Case(f"{model.name} layer_norm gradient", op.backward_tile, (width, HALF, False, rows),
                backward_candidates(width), partial(backward_inputs, rows, width), op.launch_backward,
                ("layer_norm_bwd_kernel",))
+    yield Case(f"{model.name} layer_norm, who runs it", op.runs, (width, HALF, False, rows), [Runs("reference")],
+               partial(step_inputs, rows, width), step, ())
     # fmt: on
 
 
@@ -57,3 +61,15 @@ def backward_inputs(rows: int, width: int, device: torch.device) -> tuple:
     weight, bias = (torch.randn(width, dtype=HALF, device=device) for _ in range(2))
     _, _, mean, rstd = op.launch_forward(x, None, None, None, weight, bias, 1e-6)
     return grad_y, grad_normed, x, None, HALF, None, None, weight, bias, mean, rstd
+
+
+def step_inputs(rows: int, width: int, device: torch.device) -> tuple[Tensor, ...]:
+    x, grad = (torch.randn(rows, width, dtype=HALF, device=device) for _ in range(2))
+    weight, bias = (torch.randn(width, dtype=HALF, device=device) for _ in range(2))
+    return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), grad
+
+
+def step(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward pass."""
+    y = op.layer_norm(x, weight, bias)
+    return y.detach(), *torch.autograd.grad(y, (x, weight, bias), grad)

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit_kernels.checks import check_device, check_floating, check_parameter
-from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, uses_triton
+from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, unmeasured, uses_triton
 from fastvit_kernels.patch_embed import reference
 from fastvit_kernels.registration import register_gradient, register_op
-from fastvit_kernels.table import tunable
+from fastvit_kernels.table import Runs, tunable
 
 if HAS_TRITON:
     import triton
@@ -78,9 +78,21 @@ def patch_embed(
         check_indices(keep_indices, images, patches)
     arguments = (images, weight, bias, pos_embed, cls_token, register_tokens, keep_indices, mean, std)
     learns = images.requires_grad and torch.is_grad_enabled()
-    if uses_triton("patch_embed", weight, "patch_embed has no gradient for images" if learns else None):
+    obstacle = "patch_embed has no gradient for images" if learns else None
+    if uses_triton("patch_embed", weight, obstacle, lambda: runs_for(images, weight, keep_indices)):
         return patch_embed_op(*arguments)
     return reference.patch_embed(*arguments)
+
+
+def runs_for(images: Tensor, weight: Tensor, keep_indices: Tensor | None) -> Runs:
+    (width, *_, patch), (batch, _, height, columns) = weight.shape, images.shape
+    kept = (height // patch) * (columns // patch) if keep_indices is None else keep_indices.shape[1]
+    return runs(patch, images.dtype, weight.dtype, width, batch * kept, gpu(images.device))
+
+
+@tunable(Runs, "patch_embed", sizes=("width", "patches"), providers=("triton", "reference"))
+def runs(patch: int, images: torch.dtype, dtype: torch.dtype, width: int, patches: int, on: Gpu) -> Runs:
+    return unmeasured("patch_embed", dtype)
 
 
 def check_indices(indices: Tensor, images: Tensor, patches: int) -> None:

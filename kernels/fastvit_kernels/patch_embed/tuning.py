@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from fastvit_kernels.dispatch import Gpu
 from fastvit_kernels.patch_embed import op
 from fastvit_kernels.patch_embed.op import Tile
+from fastvit_kernels.table import Runs
 from fastvit_kernels.tuning.search import HALF, Case, Model
 
 SCALE = [0.5, 0.5, 0.5]
@@ -20,6 +22,8 @@ def cases(model: Model, on: Gpu) -> Iterator[Case]:
                partial(forward_inputs, model), op.launch_forward, ("patch_embed_fwd_kernel",))
     yield Case(f"{model.name} patch_embed, weight gradient", op.backward_tile, key, backward_candidates(on),
                partial(backward_inputs, model), op.launch_backward, ("patch_embed_bwd_kernel",))
+    yield Case(f"{model.name} patch_embed, who runs it", op.runs, key, [Runs("reference")],
+               partial(step_inputs, model), step, ())
     # fmt: on
 
 
@@ -59,3 +63,17 @@ def backward_inputs(model: Model, device: torch.device) -> tuple:
     images, weight, *_ = forward_inputs(model, device)
     grad = torch.randn(model.batch, model.tokens, model.width, dtype=HALF, device=device)
     return grad, images, weight, None, True, 0, SCALE, SCALE, True
+
+
+def step_inputs(model: Model, device: torch.device) -> tuple[Tensor, ...]:
+    images, *learned = forward_inputs(model, device)[:5]
+    grad = torch.randn(model.batch, model.tokens, model.width, dtype=HALF, device=device)
+    return images, *(tensor.requires_grad_() for tensor in learned), grad
+
+
+def step(images: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Forward and backward pass."""
+    *learned, grad = others
+    weight, bias, pos_embed, cls_token = learned
+    tokens = op.patch_embed(images, weight, bias, pos_embed=pos_embed, cls_token=cls_token, mean=SCALE, std=SCALE)
+    return tokens.detach(), *torch.autograd.grad(tokens, learned, grad)

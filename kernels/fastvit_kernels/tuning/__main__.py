@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import triton
 
+from fastvit_kernels import dispatch
 from fastvit_kernels.table import NOTES, TOOL, Provenance, Table, load, save
 from fastvit_kernels.tuning import search
 from fastvit_kernels.tuning.codegen import TARGETS
@@ -95,7 +96,10 @@ def measure(arguments: argparse.Namespace, machine: LocalGpu) -> int:
         print(f"{gpu}: {len(cases)} cases, {len(cases) - unknown(table, cases)} known already\n{HEADER}", flush=True)
     rounds = search.QUICK_ROUNDS if arguments.quick else search.ROUNDS
     try:
-        table = search.tune(cases, machine, table, path, rounds=rounds, seconds=60 * arguments.minutes, report=report)
+        with dispatch.using("auto"):  # the table decides only there
+            table = search.tune(
+                cases, machine, table, path, rounds=rounds, seconds=60 * arguments.minutes, report=report
+            )
     except GpuLost as error:
         print(f"{error}\nThis process lost the GPU. Run the same command again to continue.", file=sys.stderr)
         return GPU_LOST

@@ -5,12 +5,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from fastvit_engine.cli import main
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
@@ -93,7 +93,7 @@ def start(train_command, tmp_path):
 
 
 @pytest.mark.timeout(600 + 60 * KILLS)
-def test_a_run_that_loses_ranks_hangs_and_is_asked_to_leave(start, train, tmp_path):
+def test_a_run_that_loses_ranks_hangs_and_is_asked_to_leave(start, train, tmp_path, capsys):
     chance = random.Random(KILLS)
     run = RunFolder(tmp_path / "run")
     process = start(run)
@@ -125,11 +125,10 @@ def test_a_run_that_loses_ranks_hangs_and_is_asked_to_leave(start, train, tmp_pa
     print(f"a stopped rank was named after {detected_after:.1f} s of 8")
 
     # ---- somebody looks, and a rank is slow
-    looked = subprocess.run(
-        [sys.executable, "-m", "fastvit_engine", "stacks", run.path], capture_output=True, text=True
-    )
-    files = [Path(line) for line in looked.stdout.splitlines()]
-    assert [file.name.partition("-rank-")[2] for file in files] == ["0.txt", "1.txt"], looked.stderr
+    capsys.readouterr()
+    assert main(["stacks", str(run.path)]) == 0
+    files = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [file.name.partition("-rank-")[2] for file in files] == ["0.txt", "1.txt"]
     assert "_listen" in files[0].read_text()  # the thread that waits for signals
     wait_for(lambda: events(run, "slow_rank"), process)
     assert all(event["ranks"] == [1] for event in events(run, "slow_rank"))

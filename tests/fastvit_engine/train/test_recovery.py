@@ -17,9 +17,10 @@ import pytest
 from safetensors.torch import load_file
 
 from fastvit_engine.cli import main
+from fastvit_engine.distributed.environment import ERROR_SHOWN
 from fastvit_engine.observe.metrics import read_metrics
 from tests.fastvit_engine.models.weights.official import random_arrays
-from tests.fastvit_engine.train import killed_rank
+from tests.fastvit_engine.train import ill_fated_rank
 from tests.fastvit_engine.warm_ranks import exit_codes_of
 from tests.in_full import in_full, only_in_full
 
@@ -210,7 +211,7 @@ def train_until_killed(arguments, log, moment):
 
 def test_killed_in_the_middle_of_saving(train, train_arguments, settings, tmp_path, uninterrupted):
     run = tmp_path / "run"
-    moment = partial(killed_rank.while_saving, "step-00000015")
+    moment = partial(ill_fated_rank.while_saving, "step-00000015")
     train_until_killed(train_arguments(run, *settings), tmp_path / "log", moment)
     assert "step-00000015.partial" in checkpoints(run)
     assert (run / "checkpoints" / "latest").read_text() == "step-00000010"
@@ -222,7 +223,7 @@ def test_killed_in_the_middle_of_saving(train, train_arguments, settings, tmp_pa
 def test_killed_before_the_first_checkpoint(train, train_arguments, settings, tmp_path, uninterrupted):
     run = tmp_path / "run"
     arguments = train_arguments(run, *settings, "checkpoint.every=35 steps")
-    train_until_killed(arguments, tmp_path / "log", partial(killed_rank.after_step, 2))
+    train_until_killed(arguments, tmp_path / "log", partial(ill_fated_rank.after_step, 2))
     assert [step[0] for step in record(run)[0]] == [1, 2]
     train(run, *settings, processes=2, resume="auto")
     assert record(run) == uninterrupted
@@ -249,22 +250,14 @@ def impatient(tmp_path):
 
 
 def test_a_full_disk_keeps_the_previous_checkpoint(
-    train, train_command, settings, small_disk, impatient, uninterrupted
+    train, train_arguments, settings, small_disk, tmp_path, uninterrupted
 ):
-    run = small_disk / "run"
-    options = {"processes": 2, "resume": "auto"}
-    command = train_command(run, *settings, **options)
-    ballast = small_disk / "ballast"
-    process = subprocess.Popen(command, env=impatient, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    latest = run / "checkpoints" / "latest"
-    deadline = time.monotonic() + 120
-    while not (latest.exists() and latest.read_text() == "step-00000010") and time.monotonic() < deadline:
-        time.sleep(0.001)
-    free = shutil.disk_usage(small_disk).free
-    ballast.write_bytes(bytes(max(0, free - 120_000)))  # room for the metrics, none for a checkpoint
-    _, errors = process.communicate(timeout=60)
-
-    assert process.returncode == 75, errors
+    run, log, ballast = small_disk / "run", tmp_path / "log", small_disk / "ballast"
+    moment = partial(ill_fated_rank.fill_disk, ballast, "step-00000010")
+    environment = {ERROR_SHOWN: str(tmp_path / "shown")}  # as a launcher makes sure that one rank speaks
+    codes = exit_codes_of(train_arguments(run, *settings), 2, log, lambda rank: environment, before=moment)
+    latest, errors = run / "checkpoints" / "latest", log.read_text()
+    assert codes == [75, 75], errors
     assert errors.count("fastvit: error:") == 1
     assert "could not be written" in errors
     assert "the previous checkpoint is intact; make room and run the same command again" in errors
@@ -272,7 +265,7 @@ def test_a_full_disk_keeps_the_previous_checkpoint(
     assert latest.read_text() in checkpoints(run)
 
     ballast.unlink()
-    train(run, *settings, **options)
+    train(run, *settings, processes=2, resume="auto")
     assert record(run) == uninterrupted
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import fastvit_kernels
 from fastvit_kernels.hub.build import BACKENDS, build
-from tests.kernels.integrations.equality import assert_equal, randomised
+from tests.kernels.integrations.equality import BOTH, assert_equal, randomised, rows
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip(
@@ -179,13 +179,23 @@ def test_tanh_gelu_and_attention_dropout(folder: Path, calls: collections.Counte
     assert calls["mlp"] == 2 and calls["attention_qkv"] == 3
 
 
+def test_accelerate_of_a_kernel_fuses_whole_blocks(kernel: ModuleType) -> None:
+    model = plain("vit").train()
+    ours = copy.deepcopy(model)
+    acceleration = kernel.accelerate(ours)
+    assert rows(acceleration)["layers.0"] == BOTH
+    assert type(ours.layers[0]).__mro__[1].__module__ == f"{kernel.__name__}.integrations.transformers"
+    assert_equal(ours, model, run)
+
+
 def test_builds_live_beside_each_other_and_beside_the_package(folder: Path, kernel: ModuleType, tmp_path: Path) -> None:
     build(tmp_path / "other", "other")
     other = kernels.get_local_kernel(tmp_path / "other")
     assert len({kernel.__name__, other.__name__, fastvit_kernels.__name__}) == 3
     x, weight, bias = torch.randn(3, 24), torch.rand(24), torch.rand(24)
     with kernel.dispatch.using("reference"):  # the choice of one is not that of another
-        assert kernel.dispatch.asked_for("attention") == "reference" != other.dispatch.asked_for("attention")
+        said = [package.explain().splitlines()[0] for package in (kernel, other, fastvit_kernels)]
+        assert ["FASTVIT_KERNELS=reference" in line for line in said] == [True, False, False]
     operators = {package.registration.library.ns for package in (kernel, other, fastvit_kernels)}
     assert operators == {kernel.__name__, other.__name__, "fastvit"}
     results = [package.layer_norm(x, weight, bias) for package in (kernel, other, fastvit_kernels)]
@@ -219,4 +229,4 @@ def test_the_card_shows_code_that_runs(folder: Path, monkeypatch: pytest.MonkeyP
         "MLP.forward",
     ]
     exec(everything_else, names)
-    assert names["kernel"].__name__.startswith("_fastvit_kernels_cpu_")
+    assert names["kernel"].__name__.startswith("_fastvit_kernels_")

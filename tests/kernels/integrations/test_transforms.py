@@ -137,6 +137,8 @@ def tensors(*shapes: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 
 NORM, ATTENTION, MLP = ((4,), (4,)), ((12, 4), (12,), (4, 4), (4,)), ((6, 4), (6,), (4, 6), (4,))
+ANGLES = torch.outer(torch.arange(3.0), torch.tensor([1.0, 0.1, 1.0, 0.1]))
+GATED = ((12, 4), (12,), (4, 6), (4,))
 LABELS = torch.tensor([2, 0, 1])
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] = {
     "layer_norm": (fk.layer_norm, ((2, 4), *NORM)),
@@ -146,6 +148,13 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]] 
     "attention_block": (lambda *x: fk.attention_block(*x, heads=2, eps=1e-5), ((1, 3, 4), *NORM, *ATTENTION)),
     "layer_norm_mlp": (lambda *x: fk.layer_norm_mlp(*x, eps=1e-5), ((1, 3, 4), *NORM, *MLP)),
     "mlp": (fk.mlp, ((3, 4), *MLP)),
+    "layer_norm_swiglu": (lambda *x: fk.layer_norm_swiglu(*x, eps=1e-5), ((1, 3, 4), *NORM, *GATED)),
+    "rotary_qk_norm": (
+        lambda qkv, weight: fk.rotary_qk_norm(
+            qkv, ANGLES.to(qkv.dtype).sin(), ANGLES.to(qkv.dtype).cos(), q_norm_weight=weight
+        ),
+        ((1, 3, 3, 2, 4), (4,)),
+    ),
     "drop_path_subset": (
         lambda x, weight, bias: fk.drop_path_subset(
             lambda own, layer_scale: own + layer_scale * fk.layer_norm(own, weight, bias), x, drop_path=0.5
