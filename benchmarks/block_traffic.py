@@ -114,7 +114,7 @@ class Record:
         """Takes the place of a Triton kernel's `run`."""
         name = kernel.fn.__name__
         given = dict(zip(kernel.arg_names, arguments, strict=False)) | options
-        tensors = [getattr(value, "base", value) for value in given.values()]  # a descriptor has the tensor as its base
+        tensors = [getattr(value, "base", value) for value in tree_iter(list(given.values()))]  # `base` of a descriptor
         moved = sum(value.nbytes for value in tensors if isinstance(value, Tensor))
         if name in ATTENTION_PRODUCTS:
             self._add(name, "triton", ATTENTION, moved, ATTENTION_PRODUCTS[name] * self._attention_product)

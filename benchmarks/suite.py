@@ -123,6 +123,7 @@ def measure_train(args: Namespace, folder: Path | None) -> tuple[str, dict[str, 
             batch=getattr(args, "batch", None),
             quick=args.quick,
             largest_batch=getattr(args, "largest_batch", False),
+            control=not getattr(args, "no_control", False),
             minutes=args.minutes,
         )
         record = train.measure(selection, say)

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,7 +51,18 @@ def test_a_kernel_that_multiplies_in_an_unknown_way_is_refused() -> None:
         Record(1).kernel(kernel, torch.empty(2, device="meta"), grid=(1,), warmup=False)
 
 
+def test_tensors_in_tuples_and_descriptors_are_counted() -> None:
+    record, tensor = Record(1), torch.empty(10, dtype=torch.float32, device="meta")
+    described = SimpleNamespace(base=tensor)
+    record.kernel(JITFunction(sum_kernel), ((tensor, (tensor, 3)),), described, None, grid=(1,), warmup=False, SIZE=2)
+    assert [launch.bytes for launch in record.launches] == [3 * 40]
+
+
 def attention_of_tomorrow_kernel(q_ptr):
+    pass
+
+
+def sum_kernel(stacks, x_ptr, y_ptr, SIZE):
     pass
 
 

@@ -182,16 +182,46 @@ def test_training_after_tuning_uses_the_table(tmp_path: Path) -> None:
     assert command.environment["FASTVIT_TUNING"] == str(tmp_path / "tuning.json")
 
 
-def test_conclusions_are_a_line_per_variant(tmp_path: Path) -> None:
-    folder = tmp_path / "train-256" / "nvidia-h200"
-    folder.mkdir(parents=True)
+def test_conclusions_are_a_line_each(tmp_path: Path) -> None:
     rows = [
-        {"variant": "fastvit", "data": "memory", "status": "ok", "images_per_second": 500.4, "mfu": 0.5, "host_ms": 90},
-        {"variant": "timm", "data": "memory", "status": "failed", "reason": "no timm"},
+        {"variant": "fastvit", "status": "ok", "images_per_second": 500.4, "mfu": 0.5, "host_ms": 90,
+         "memory_bytes": 86 << 30},
+        {"variant": "timm", "status": "failed", "reason": "no timm"},
+    ]  # fmt: skip
+    own = {
+        "provider": "fastvit",
+        "status": "ok",
+        "passes": {"forward": {"times_as_fast": [1, 1.5, 2], "as": "sdpa cudnn"}},
+    }
+    cases = [
+        {"case": "attention/H/14/64/bf16", "providers": [own]},
+        {"case": "block/H/14/64/bf16", "providers": [{"provider": "fastvit", "status": "wrong", "reason": "by much"}]},
+        {"case": "mlp/H/14/64/bf16", "failed": "no memory"},
     ]
-    (folder / "train-2026-01-02.json").write_text(json.dumps({"cases": [{"variants": rows}]}))
+    products = [{"ms": 1.0, "flops_per_second": 6e14}, {"ms": 3.0, "flops_per_second": 8e14}]
+    records = {
+        "train-256/h200/train-2026-01-02.json": {"cases": [{"variants": rows}]},
+        "attention/h200/kernels-2026-01-02.json": {"cases": cases},
+        "ceilings/ceilings.json": {"copy_bytes_per_second": 4.3e12, "batches": [{"batch": 256, "products": products}]},
+    }
+    for name, record in records.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(json.dumps(record))
+    save(
+        tmp_path / "smoke",
+        BUNDLED,
+        [Outcome("mlp", 0, 1.0, ""), Outcome("block", 1, 1.0, "kernels: a_kernel\nwrong: x")],
+    )
     assert gpu_calls.conclusions(place(tmp_path)) == [
-        "train-256: fastvit: 500 images/s, MFU 50 %, host 90 ms",
+        "copy: 4.30 TB/s",
+        "products of a block, batch 256: 750 TFLOP/s, 4.00 ms",
+        "smoke, bundled ptxas: 1 of 2 checks passed",
+        "  block: exit code 1: wrong: x",
+        "  a_kernel, bundled ptxas: in question: block",
+        "attention/H/14/64/bf16: 1.50 times as fast as sdpa cudnn (forward)",
+        "block/H/14/64/bf16: wrong: by much",
+        "mlp/H/14/64/bf16: no memory",
+        "train-256: fastvit: 500 images/s, MFU 50 %, 86 GiB, host 90 ms",
         "train-256: timm: failed: no timm",
     ]
 
