@@ -589,6 +589,9 @@ def test_the_dry_run_compiles_the_candidates_without_a_gpu() -> None:
     }
     assert {row["case"] for row in rows} == losses | {f"{loss}, who runs it" for loss in losses}
     for row in rows:
+        if row["case"] not in losses:  # PyTorch's own kernels need no compilation
+            assert row["obstacle"] is None
+            continue
         (kernel,) = (value for name, value in row.items() if name.endswith("_kernel"))
         assert row["obstacle"] is None and 0 < kernel["registers"] < 256
 
