@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastvit_kernels.attention import attention
 from fastvit_kernels.attention_block import attention_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
+from fastvit_kernels.dispatch import shown
 from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.mlp import Activation, layer_norm_mlp
 from fastvit_kernels.mlp.op import Recompute
@@ -38,6 +39,9 @@ class FusedLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
+    def extra_repr(self) -> str:
+        return shown(self.weight, "layer_norm")
+
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
@@ -55,6 +59,9 @@ class FusedPatchEmbed(nn.Module):
         super().__init__()
         self.mean, self.std = tuple(mean), tuple(std)
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def extra_repr(self) -> str:
+        return shown(self.proj.weight, "patch_embed")
 
     def forward(
         self,
@@ -92,6 +99,9 @@ class FusedAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
+
+    def extra_repr(self) -> str:
+        return shown(self.qkv.weight, "attention")
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, d]
@@ -148,6 +158,9 @@ class FusedLayerNormMLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
         self.ls = None if layer_scale is None else LayerScale(width, layer_scale)
 
+    def extra_repr(self) -> str:
+        return shown(self.fc1.weight, "mlp")
+
     def forward(self, x: Tensor) -> Tensor:
         half_block = partial(
             layer_norm_mlp,
@@ -176,6 +189,9 @@ class FusedSwiGLU(nn.Module):
         self.recompute: GateRecompute = recompute
         self.fc1 = nn.Linear(width, 2 * hidden)
         self.fc2 = nn.Linear(hidden, width)
+
+    def extra_repr(self) -> str:
+        return shown(self.fc1.weight, "swiglu")
 
     def forward(self, x: Tensor) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
@@ -211,6 +227,9 @@ class FusedLayerNormSwiGLU(nn.Module):
         self.fc1 = nn.Linear(width, 2 * hidden)
         self.fc2 = nn.Linear(hidden, width)
         self.ls = None if layer_scale is None else LayerScale(width, layer_scale)
+
+    def extra_repr(self) -> str:
+        return shown(self.fc1.weight, "swiglu")
 
     def forward(self, x: Tensor) -> Tensor:
         half_block = partial(
@@ -265,6 +284,9 @@ class FusedBlock(nn.Module):
         self.norm2 = FusedLayerNorm(width, eps)
         self.mlp = Mlp(width, mlp_dim)
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
+
+    def extra_repr(self) -> str:
+        return shown(self.mlp.fc1.weight, "attention_block", "mlp")
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
