@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastvit_kernels import FusedBlock, attention, attention_qkv, dispatch, table
 from fastvit_kernels.attention import providers
-from fastvit_kernels.attention.op import attention_op, launch_forward
+from fastvit_kernels.attention.launch import attention_op, launch_forward
 from fastvit_kernels.dispatch import Gpu
 from fastvit_kernels.table import Entry, Provenance, Table
 

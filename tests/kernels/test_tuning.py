@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastvit_kernels
 from fastvit_kernels import dispatch, table
-from fastvit_kernels.attention.op import Tiling, forward_tiling
+from fastvit_kernels.attention.tiling import Tiling, forward_tiling
 from fastvit_kernels.dispatch import Gpu
 from fastvit_kernels.gemm import config
 from fastvit_kernels.table import Entry, Provenance, Table, Tunable, tunable
@@ -160,7 +160,7 @@ def test_entries_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, A
 
 def test_a_file_of_ones_own(tmp_path: Path) -> None:
     program = (
-        "import torch; from fastvit_kernels.attention.op import forward_tiling;"
+        "import torch; from fastvit_kernels.attention.tiling import forward_tiling;"
         "from fastvit_kernels.dispatch import Gpu;"
         "from fastvit_kernels import table;"
         "print(forward_tiling(80, torch.bfloat16, 257, Gpu('sm_90', 132, 'X90')).rows);"
