@@ -7,8 +7,9 @@ in `auto,patch_embed=reference`; its grammar is in `choices`. Another value is a
 `auto`, the default, runs Triton kernels on CUDA and ROCm tensors of bfloat16 and float16, and plain PyTorch on all
 others. Float32 tensors run the kernels of operations without matrix products. Products of float32 are PyTorch's, which
 has the faster kernels and obeys `torch.set_float32_matmul_precision`; under autocast, blocks compute in its dtype, and
-run their kernels. Where the table of the GPU says that another implementation was measured faster, that one runs. What
-is asked for by name is never replaced by another: what it cannot run is an error.
+run their kernels. Where the table of the GPU says that another implementation was measured faster, that one runs. Plain
+PyTorch runs under the transforms of `transforms.py`. What is asked for by name is never replaced by another: what it
+cannot run is an error.
 """
 
 import importlib.util
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit_kernels import table
+from fastvit_kernels import table, transforms
 from fastvit_kernels.choices import OPERATIONS, Choice, parse
 from fastvit_kernels.table import Runs
 
@@ -67,6 +68,8 @@ def provider(
     runs = plan(operation, dtype, on_gpu).runs
     if asked == "auto" and measured is not None and can_run(dtype, on_gpu) and not torch.compiler.is_compiling():
         runs = measured().provider
+    if obstacle is None and runs not in ("error", "reference"):
+        obstacle = transforms.obstacle()
     if runs != "error" and (obstacle is None or asked == "reference"):
         return runs
     if asked == "auto":

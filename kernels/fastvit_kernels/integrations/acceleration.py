@@ -4,9 +4,9 @@ import importlib
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import nn
 
@@ -69,12 +69,11 @@ class Acceleration:
         return "\n".join([*lines, count(rows)])
 
     def undo(self) -> None:
-        """Gives every module that this call changed its class back. Weights, hooks and modes stay as they are now."""
-        for module, fused in self._changed.items():
-            if type(module) is not fused:
-                raise RuntimeError(f"a {fused.__name__} changed its class after accelerate: {type(module).__name__}")
-        for module, fused in self._changed.items():
-            module.__class__ = fused.original
+        """Gives every module that this call changed its class back. Weights, hooks and modes stay as they are now.
+
+        For a copy of the model, or one that was loaded from a pickle, see `restore`.
+        """
+        give_back([module for module, fused in self._changed.items() if type(module) is not fused.original])
         self._changed.clear()
 
     def __enter__(self) -> "Acceleration":
@@ -110,6 +109,25 @@ def accelerate(model: nn.Module) -> Acceleration:
     for module, fused in changed.items():
         module.__class__ = fused
     return Acceleration(model, classes, changed)
+
+
+def restore(model: nn.Module) -> None:
+    """Takes back what `accelerate` did to `model`, or to the model that it is a copy of, in place.
+
+    Raises RuntimeError, and restores nothing, if a module has been given another class since, as FSDP2 does.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    give_back([module for module in model.modules() if isinstance(module, Fused)])
+
+
+def give_back(modules: Collection[nn.Module]) -> None:
+    """All of them, or none."""
+    for module in modules:
+        if not isinstance(module, Fused) or "original" not in vars(type(module)):
+            raise RuntimeError(f"a module changed its class after accelerate: it is {type(module).__name__} now")
+    for module in modules:
+        module.__class__ = cast(Fused, module).original
 
 
 def registry() -> Registry:
