@@ -111,6 +111,19 @@ def plan(operation: str, dtype: torch.dtype, on_gpu: bool) -> Plan:
     return Plan("triton", why)
 
 
+def plan_for(operation: str, weight: Tensor) -> Plan:
+    """What runs an operation with this weight, here and now: `plan` for its dtype, or that of autocast, and device."""
+    return plan(operation, computed_dtype(operation, weight), is_on_gpu(weight))
+
+
+def shown(weight: Tensor, *operations: str) -> str:
+    """Who runs a module that consists of these operations, for its `repr`: "runs=triton"."""
+    runs = [plan_for(operation, weight).runs for operation in operations]
+    if len(set(runs)) == 1:
+        return f"runs={runs[0]}"
+    return ", ".join(f"{operation}={one}" for operation, one in zip(operations, runs, strict=True))
+
+
 def unmeasured(operation: str, dtype: torch.dtype) -> Runs:
     """What runs an operation in `auto` on a GPU whose table does not say it."""
     return Runs("reference" if dtype == torch.float32 and OPERATIONS[operation].multiplies else "triton")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastvit_kernels.attention import attention
 from fastvit_kernels.attention_block import attention_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
+from fastvit_kernels.dispatch import shown
 from fastvit_kernels.gathered import GatheredWhole
 from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.mlp import Activation, layer_norm_mlp
@@ -38,6 +39,9 @@ class FusedLayerNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
+
+    def extra_repr(self) -> str:
+        return shown(self.weight, "layer_norm")
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
@@ -81,6 +85,9 @@ class FusedPatchEmbed(nn.Module):
         self.mean, self.std = tuple(mean), tuple(std)
         self.proj = PatchProjection(3, width, kernel_size=patch_size, stride=patch_size)
 
+    def extra_repr(self) -> str:
+        return shown(self.proj.weight, "patch_embed")
+
     def forward(
         self,
         images: Tensor,
@@ -106,6 +113,9 @@ class FusedAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
+
+    def extra_repr(self) -> str:
+        return shown(self.qkv.weight, "attention")
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, d]
@@ -160,6 +170,9 @@ class FusedLayerNormMLP(GatheredWhole):
         self.fc2 = nn.Linear(hidden, width)
         self.ls = None if layer_scale is None else LayerScale(width, layer_scale)
 
+    def extra_repr(self) -> str:
+        return shown(self.fc1.weight, "mlp")
+
     def forward(self, x: Tensor) -> Tensor:
         half_block = partial(
             layer_norm_mlp,
@@ -186,6 +199,9 @@ class FusedSwiGLU(GatheredWhole):
         self.recompute: GateRecompute = recompute
         self.fc1 = nn.Linear(width, 2 * hidden)
         self.fc2 = nn.Linear(hidden, width)
+
+    def extra_repr(self) -> str:
+        return shown(self.fc1.weight, "swiglu")
 
     def forward(self, x: Tensor) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
@@ -219,6 +235,9 @@ class FusedLayerNormSwiGLU(GatheredWhole):
         self.fc1 = nn.Linear(width, 2 * hidden)
         self.fc2 = nn.Linear(hidden, width)
         self.ls = None if layer_scale is None else LayerScale(width, layer_scale)
+
+    def extra_repr(self) -> str:
+        return shown(self.fc1.weight, "swiglu")
 
     def forward(self, x: Tensor) -> Tensor:
         half_block = partial(
@@ -271,6 +290,9 @@ class FusedBlock(GatheredWhole):
         self.norm2 = FusedLayerNorm(width, eps)
         self.mlp = Mlp(width, mlp_dim)
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
+
+    def extra_repr(self) -> str:
+        return shown(self.mlp.fc1.weight, "attention_block", "mlp")
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0

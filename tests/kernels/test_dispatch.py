@@ -210,6 +210,23 @@ def test_a_block_without_one_of_its_kernels_is_a_composition_of_the_others(monke
         assert {operation: called[operation] for operation in wanted} == wanted
 
 
+def test_modules_show_who_runs_them() -> None:
+    block = fastvit_kernels.FusedBlock(16, 2, 32)
+    with dispatch.using("reference"):
+        assert repr(block).startswith("FusedBlock(\n  runs=reference\n")
+    with dispatch.using("mlp=reference,attention=triton,attention_block=triton"):
+        runs = "triton" if dispatch.INTERPRETED else "error"
+        assert f"  attention_block={runs}, mlp=reference\n" in repr(block)
+        assert f"runs={runs}" in repr(block.attn)
+    with dispatch.using("auto"), torch.device("meta"):
+        for module in (
+            fastvit_kernels.FusedLayerNorm(8),
+            fastvit_kernels.FusedLayerNormMLP(8, 16),
+            fastvit_kernels.FusedPatchEmbed(4, 8, (0.5,) * 3, (0.5,) * 3),
+        ):
+            assert "runs=reference" in repr(module)
+
+
 def test_gemm_chooses_who_multiplies() -> None:
     from fastvit_kernels.gemm.config import runs_triton
 
