@@ -9,12 +9,11 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from benchmarks.smoke_record import BUNDLED, broken, saved
+from benchmarks.smoke_record import BUNDLED, broken, kernel_verdicts, passed, saved
 
 PYTHON = [sys.executable, "-m"]
 STARTING = 20  # seconds until a program looks at its clock
@@ -23,6 +22,20 @@ CURRENT = "ptxas 13.3"  # of `launch/wheels.txt`
 VARIANTS = ("fastvit ZeRO-1", "fastvit", "timm compile cudnn", "timm")
 ATTENTION_SHAPES = ("H/14 gap", "H/14", "B/16", "H/14@336")  # 256, 257, 197 and 577 tokens
 ATTENTION_PROVIDERS = ("fastvit", "sdpa cudnn", "sdpa flash")
+
+# What FASTVIT_KERNELS calls the operations that `benchmarks.smoke` checks.
+OPERATIONS = {
+    "attention": ("attention",),
+    "layer_norm": ("layer_norm",),
+    "add_layer_norm": ("layer_norm",),
+    "layer_norm_mlp": ("mlp",),
+    "layer_norm_mlp_tanh": ("mlp",),
+    "attention_block": ("attention_block",),
+    "block": ("attention_block", "mlp"),
+    "patch_embed": ("patch_embed",),
+    "cross_entropy": ("cross_entropy",),
+    "soft_cross_entropy": ("cross_entropy",),
+}
 
 
 @dataclass(frozen=True)
@@ -60,19 +73,32 @@ class Place:
     def assembler(self) -> tuple[dict[str, str], str]:
         """Variables for the programs to come, and a sentence on which assembler they use, by the checks of call 1."""
         checks = saved(self.folder / "smoke")
-        bundled, current = (broken(checks, name) for name in (BUNDLED, CURRENT))
-        if not checks:
+        if BUNDLED not in checks:
             return {}, "No check of call 1 is here: kernels are assembled by Triton's own ptxas, unchecked."
-        if not bundled:
-            return {}, "Every check passed with Triton's own ptxas, which assembles the kernels."
-        if self.ptxas is not None and CURRENT in checks and not current:
-            names = ", ".join(sorted(bundled))
-            return ptxas(self.ptxas), f"{CURRENT} assembles the kernels: with Triton's own, these were wrong: {names}."
-        both = ", ".join(sorted(bundled))
-        return (
-            {},
-            f"WARNING: these checks failed, and no other assembler mends them all; their figures mean little: {both}.",
-        )
+        wrong = broken(checks, BUNDLED)
+        if not wrong:
+            return {}, "No check failed with Triton's own ptxas, which assembles the kernels."
+        names = ", ".join(sorted(wrong))
+        if self.ptxas is not None and self.is_mended():
+            return ptxas(self.ptxas), f"{CURRENT} assembles the kernels: with Triton's own, these failed: {names}."
+        return {}, f"WARNING: these checks failed, and no other assembler mends them all: {names}."
+
+    def is_mended(self) -> bool:
+        """Whether the current assembler gets right all that failed with Triton's own, and fails nowhere."""
+        checks = saved(self.folder / "smoke")
+        wrong = broken(checks, BUNDLED)
+        return self.ptxas is not None and wrong <= passed(checks, CURRENT) and not broken(checks, CURRENT)
+
+    def fallback(self) -> tuple[dict[str, str], str]:
+        """The variable that has training run plain PyTorch for what no assembler gets right, and a sentence on it."""
+        wrong = set() if self.is_mended() else broken(saved(self.folder / "smoke"), BUNDLED)
+        # training is in bf16: what fails in float32 alone is no part of it
+        trained = {name.partition("/")[0] for name in wrong if name.endswith(("/bf16", " autocast"))}
+        operations = sorted({operation for name in trained for operation in OPERATIONS.get(name, ())})
+        if not operations:
+            return {}, ""
+        setting = ",".join(["auto", *(f"{operation}=reference" for operation in operations)])
+        return {"FASTVIT_KERNELS": setting}, f"Training runs with FASTVIT_KERNELS={setting}."
 
     def tuned(self) -> dict[str, str]:
         """The variable that has kernels use the table of call 3, if there is one."""
@@ -93,8 +119,8 @@ def first(place: Place) -> list[Part]:
     attention = bench(place, "kernels", "attention", "--ops", "attention")
     attention += ["--shape", *(["tiny/14@56"] if place.dry else ATTENTION_SHAPES)]
     attention += ["--providers", *(["fastvit", "sdpa"] if place.dry else ATTENTION_PROVIDERS)]
-    # each process needs up to 8 GB of the GPU, so two programs share the room of one
-    smoke = [*PYTHON, "benchmarks.smoke", "--out", str(place.folder / "smoke"), "--at-once", "1" if place.dry else "7"]
+    # a process needs up to 16 GB of the GPU, most far less, and there are two programs
+    smoke = [*PYTHON, "benchmarks.smoke", "--out", str(place.folder / "smoke"), "--at-once", "1" if place.dry else "6"]
     smoke += ["--only", "layer_norm", "--repetitions", "3"] if place.dry else []
 
     def both(seconds: float) -> list[Command]:
@@ -105,16 +131,21 @@ def first(place: Place) -> list[Part]:
             commands.append(Command("smoke-current", named, ptxas(place.ptxas) | own_cache(place, "current")))
         return commands
 
+    def alone(seconds: float) -> list[Command]:
+        variables = place.assembler()[0]  # whose kernels are compiled already
+        variables |= own_cache(place, "current" if variables else "bundled")
+        return [Command("attention", [*attention, *minutes(seconds - 30)], variables)]
+
     return [
         Part("ceilings", 20, 45, one("ceilings", lambda seconds: [*ceilings, *(["--quick"] if place.dry else [])])),
         Part("smoke", 60, 210, both),
-        Part("attention", 45, math.inf, one("attention", lambda seconds: [*attention, *minutes(seconds - 30)])),
+        Part("attention", 45, math.inf, alone),
     ]
 
 
 def second(place: Place) -> list[Part]:
     """Training steps at both batch sizes against timm, with a table of each one's kernels."""
-    return [training(place, 256, VARIANTS, most=260), training(place, 64, VARIANTS)]
+    return [training(place, 256, VARIANTS, most=285), training(place, 64, VARIANTS)]
 
 
 def third(place: Place) -> list[Part]:
@@ -169,12 +200,14 @@ def fourth(place: Place) -> list[Part]:
 
 def training(place: Place, batch: int, variants: Sequence[str], *, most: float = math.inf, tuned: bool = False) -> Part:
     name = f"train-{batch}{'-tuned' if tuned else ''}"
-    words = bench(place, "train", name, "--no-shards", "--variants", *(["fastvit"] if place.dry else variants))
+    words = bench(
+        place, "train", name, "--no-shards", "--no-control", "--variants", *(["fastvit"] if place.dry else variants)
+    )
     words += [] if place.dry else ["--models", "H/14", "--batch", str(batch)]
 
     def commands(seconds: float) -> list[Command]:
         # what the parts before have found is asked for when this one begins
-        variables = place.assembler()[0] | (place.tuned() if tuned else {})
+        variables = place.assembler()[0] | place.fallback()[0] | (place.tuned() if tuned else {})
         return [Command(name, [*words, *minutes(seconds - 30)], variables)]
 
     return Part(name, 60, most, commands)
@@ -206,25 +239,60 @@ def minutes(seconds: float) -> list[str]:
 
 def conclusions(place: Place) -> list[str]:
     """What all calls so far say, in a few lines."""
-    lines = []
-    for name, path in train_records(place.folder):
+    return [*of_ceilings(place.folder), *of_checks(place.folder), *of_kernels(place.folder), *of_training(place.folder)]
+
+
+def of_ceilings(folder: Path) -> Iterator[str]:
+    path = folder / "ceilings" / "ceilings.json"
+    if not path.exists():
+        return
+    record = json.loads(path.read_text())
+    yield f"copy: {record['copy_bytes_per_second'] / 1e12:.2f} TB/s"
+    for case in record["batches"]:
+        rows = case["products"]
+        total = sum(row["ms"] for row in rows)
+        mean = sum(row["flops_per_second"] * row["ms"] for row in rows) / total
+        yield f"products of a block, batch {case['batch']}: {mean / 1e12:.0f} TFLOP/s, {total:.2f} ms"
+
+
+def of_checks(folder: Path) -> Iterator[str]:
+    checks = saved(folder / "smoke")
+    for assembler, rows in checks.items():
+        failed = [row for row in rows if row["exit_code"] != 0]
+        yield f"smoke, {assembler}: {len(rows) - len(failed)} of {len(rows)} checks passed"
+        for row in failed:
+            yield f"  {row['name']}: {row['word'].strip('*')}: {row['said'][:200]}"
+    for kernel, verdicts in kernel_verdicts(checks).items():
+        for assembler, verdict in verdicts.items():
+            if verdict != "ok":
+                yield f"  {kernel}, {assembler}: {verdict.replace('**', '')}"
+
+
+def of_kernels(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("*/*/kernels-*.json")):
+        for case in json.loads(path.read_text())["cases"]:
+            own = next((row for row in case.get("providers", ()) if row["provider"] == "fastvit"), None)
+            if own is None or own["status"] != "ok":
+                yield f"{case['case']}: {case.get('failed') or (own and own['status'] + ': ' + own['reason'])}"
+                continue
+            ratios = [
+                f"{of_pass['times_as_fast'][1]:.2f} times as fast as {of_pass['as']} ({name})"
+                for name, of_pass in own["passes"].items()
+                if "times_as_fast" in of_pass
+            ]
+            yield f"{case['case']}: {', '.join(ratios) or 'no peer'}"
+
+
+def of_training(folder: Path) -> Iterator[str]:
+    for path in sorted(folder.glob("train-*/*/train-*.json")):
+        part = path.parts[-3]
         for case in json.loads(path.read_text())["cases"]:
             for row in case["variants"]:
-                if row["status"] == "ok":
-                    lines.append(
-                        f"{name}: {row['variant']}{', again' if row['data'] == 'control' else ''}: "
-                        f"{row['images_per_second']:,.0f} images/s, MFU {100 * row['mfu']:.0f} %, "
-                        f"host {row['host_ms']:.0f} ms"
-                    )
-                else:
-                    lines.append(f"{name}: {row['variant']}: {row['status']}: {row['reason']}")
-    checks: dict[str, list[dict[str, Any]]] = saved(place.folder / "smoke")
-    for assembler, rows in checks.items():
-        failed = [row["name"] for row in rows if row["exit_code"] != 0]
-        lines.append(f"smoke, {assembler}: {len(rows) - len(failed)} of {len(rows)} checks passed")
-        lines += [f"  not passed: {name}" for name in failed]
-    return lines
-
-
-def train_records(folder: Path) -> list[tuple[str, Path]]:
-    return [(path.parts[-3], path) for path in sorted(folder.glob("train-*/*/train-*.json"))]
+                if row["status"] != "ok":
+                    yield f"{part}: {row['variant']}: {row['status']}: {row['reason']}"
+                    continue
+                memory = f"{row['memory_bytes'] / 2**30:.0f} GiB, " if row["memory_bytes"] else ""
+                yield (
+                    f"{part}: {row['variant']}: {row['images_per_second']:,.0f} images/s, "
+                    f"MFU {100 * row['mfu']:.0f} %, {memory}host {row['host_ms']:.0f} ms"
+                )

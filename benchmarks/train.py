@@ -44,6 +44,7 @@ class Selection:
     batch: int | None = None
     quick: bool = False
     largest_batch: bool = False
+    control: bool = True  # the first variant once more at the end
     minutes: float | None = None
 
 
@@ -114,7 +115,7 @@ def measure_model(
     if selection.shards:
         streaming = SHARDS_VARIANTS[:1] if selection.quick else SHARDS_VARIANTS
         jobs += [(variant, "shards") for variant in chosen if variant.name in streaming]
-    if not (selection.quick and device.type == "cpu"):  # which is not for comparing
+    if selection.control and not (selection.quick and device.type == "cpu"):  # which is not for comparing
         jobs.append((chosen[0], CONTROL))
     for variant, data in jobs:
         row = {"variant": variant.name, "title": variant.title, "ours": variant.ours, "data": data}

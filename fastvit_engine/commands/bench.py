@@ -39,6 +39,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     train.add_argument(
         "--no-shards", action="store_true", help="--quick: only images in memory, not from noise in shards"
     )
+    train.add_argument("--no-control", action="store_true", help="do not measure the first variant again at the end")
     train.add_argument("--batch", type=int, metavar="N", help="images per step (default: by the model)")
     train.add_argument("--largest-batch", action="store_true", help="also find the largest batch that fits a GPU")
 

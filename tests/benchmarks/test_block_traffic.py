@@ -1,12 +1,14 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
 from benchmarks import block_traffic, step_model
-from benchmarks.block_traffic import ATTENTION, ELEMENTWISE, KERNELS, PRODUCTS, SETTINGS, Record, main, totals, trace
+from benchmarks.block_traffic import ATTENTION, ELEMENTWISE, PRODUCTS, SETTINGS, Record, main, totals, trace
+from benchmarks.launches import KERNELS
 from benchmarks.shapes import GPU_SHAPES
 from tests.benchmarks.conftest import TINY
 
@@ -50,7 +52,18 @@ def test_a_kernel_that_multiplies_in_an_unknown_way_is_refused() -> None:
         Record(1).kernel(kernel, torch.empty(2, device="meta"), grid=(1,), warmup=False)
 
 
+def test_tensors_in_tuples_and_descriptors_are_counted() -> None:
+    record, tensor = Record(1), torch.empty(10, dtype=torch.float32, device="meta")
+    described = SimpleNamespace(base=tensor)
+    record.kernel(JITFunction(sum_kernel), ((tensor, (tensor, 3)),), described, None, grid=(1,), warmup=False, SIZE=2)
+    assert [launch.bytes for launch in record.launches] == [3 * 40]
+
+
 def attention_of_tomorrow_kernel(q_ptr):
+    pass
+
+
+def sum_kernel(stacks, x_ptr, y_ptr, SIZE):
     pass
 
 

@@ -18,6 +18,7 @@ from benchmarks.kernels import Selection, pick_known, select
 from benchmarks.smoke_record import BUNDLED, Outcome, save
 from benchmarks.train_variants import VARIANTS
 from fastvit_engine.cli import _parser
+from fastvit_kernels import choices
 from fastvit_kernels.tuning import __main__ as tuning
 from tests.in_full import only_in_full
 
@@ -163,15 +164,32 @@ def test_the_assembler_that_gives_right_results_is_taken(tmp_path: Path) -> None
     assert found.assembler()[0] == {} and "unchecked" in found.assembler()[1]
     folder = tmp_path / "smoke"
     save(folder, BUNDLED, [ended("mlp", 0), ended("block", None), ended("train ZeRO-1", 1)])
-    assert found.assembler() == ({}, "Every check passed with Triton's own ptxas, which assembles the kernels.")
+    assert found.assembler() == ({}, "No check failed with Triton's own ptxas, which assembles the kernels.")
     save(folder, BUNDLED, [ended("mlp", 0), ended("attention", 1)])
     assert found.assembler()[1].startswith("WARNING: ") and found.assembler()[0] == {}
+    save(folder, gpu_calls.CURRENT, [ended("mlp", 0), ended("attention", None)])  # which proves nothing
+    assert found.assembler()[0] == {}
     save(folder, gpu_calls.CURRENT, [ended("mlp", 0), ended("attention", 0)])
     variables, sentence = found.assembler()
-    assert variables == {"TRITON_PTXAS_PATH": "/x/ptxas"} and "these were wrong: attention" in sentence
+    assert variables == {"TRITON_PTXAS_PATH": "/x/ptxas"} and "these failed: attention" in sentence
     (command,) = gpu_calls.parts(2, found)[0].commands(100)
     assert command.environment == variables
     assert place(tmp_path, ptxas=None).assembler()[0] == {}
+
+
+def test_training_does_without_the_kernels_that_no_assembler_gets_right(tmp_path: Path) -> None:
+    assert {name for names in gpu_calls.OPERATIONS.values() for name in names} <= choices.OPERATIONS.keys()
+    assert gpu_calls.OPERATIONS.keys() == {check.case.op.name for check in smoke.checks().values()}
+    failed = ["attention/H/14/64/bf16", "layer_norm/H/14/64/fp32", "block/H/14/64/fp32 autocast"]
+    save(tmp_path / "smoke", BUNDLED, [Outcome(name, 1, 1.0, "") for name in failed])
+    found = place(tmp_path)
+    setting = "auto,attention=reference,attention_block=reference,mlp=reference"
+    assert found.fallback() == ({"FASTVIT_KERNELS": setting}, f"Training runs with FASTVIT_KERNELS={setting}.")
+    choices.parse(setting, "FASTVIT_KERNELS")
+    (command,) = gpu_calls.parts(2, found)[0].commands(100)
+    assert command.environment == {"FASTVIT_KERNELS": setting}
+    save(tmp_path / "smoke", BUNDLED, [Outcome(failed[1], 1, 1.0, "")])
+    assert found.fallback() == ({}, "")
 
 
 def test_training_after_tuning_uses_the_table(tmp_path: Path) -> None:
@@ -182,16 +200,46 @@ def test_training_after_tuning_uses_the_table(tmp_path: Path) -> None:
     assert command.environment["FASTVIT_TUNING"] == str(tmp_path / "tuning.json")
 
 
-def test_conclusions_are_a_line_per_variant(tmp_path: Path) -> None:
-    folder = tmp_path / "train-256" / "nvidia-h200"
-    folder.mkdir(parents=True)
+def test_conclusions_are_a_line_each(tmp_path: Path) -> None:
     rows = [
-        {"variant": "fastvit", "data": "memory", "status": "ok", "images_per_second": 500.4, "mfu": 0.5, "host_ms": 90},
-        {"variant": "timm", "data": "memory", "status": "failed", "reason": "no timm"},
+        {"variant": "fastvit", "status": "ok", "images_per_second": 500.4, "mfu": 0.5, "host_ms": 90,
+         "memory_bytes": 86 << 30},
+        {"variant": "timm", "status": "failed", "reason": "no timm"},
+    ]  # fmt: skip
+    own = {
+        "provider": "fastvit",
+        "status": "ok",
+        "passes": {"forward": {"times_as_fast": [1, 1.5, 2], "as": "sdpa cudnn"}},
+    }
+    cases = [
+        {"case": "attention/H/14/64/bf16", "providers": [own]},
+        {"case": "block/H/14/64/bf16", "providers": [{"provider": "fastvit", "status": "wrong", "reason": "by much"}]},
+        {"case": "mlp/H/14/64/bf16", "failed": "no memory"},
     ]
-    (folder / "train-2026-01-02.json").write_text(json.dumps({"cases": [{"variants": rows}]}))
+    products = [{"ms": 1.0, "flops_per_second": 6e14}, {"ms": 3.0, "flops_per_second": 8e14}]
+    records = {
+        "train-256/h200/train-2026-01-02.json": {"cases": [{"variants": rows}]},
+        "attention/h200/kernels-2026-01-02.json": {"cases": cases},
+        "ceilings/ceilings.json": {"copy_bytes_per_second": 4.3e12, "batches": [{"batch": 256, "products": products}]},
+    }
+    for name, record in records.items():
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(json.dumps(record))
+    save(
+        tmp_path / "smoke",
+        BUNDLED,
+        [Outcome("mlp", 0, 1.0, ""), Outcome("block", 1, 1.0, "kernels: a_kernel\nwrong: x")],
+    )
     assert gpu_calls.conclusions(place(tmp_path)) == [
-        "train-256: fastvit: 500 images/s, MFU 50 %, host 90 ms",
+        "copy: 4.30 TB/s",
+        "products of a block, batch 256: 750 TFLOP/s, 4.00 ms",
+        "smoke, bundled ptxas: 1 of 2 checks passed",
+        "  block: exit code 1: wrong: x",
+        "  a_kernel, bundled ptxas: in question: block",
+        "attention/H/14/64/bf16: 1.50 times as fast as sdpa cudnn (forward)",
+        "block/H/14/64/bf16: wrong: by much",
+        "mlp/H/14/64/bf16: no memory",
+        "train-256: fastvit: 500 images/s, MFU 50 %, 86 GiB, host 90 ms",
         "train-256: timm: failed: no timm",
     ]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastvit_kernels
 from fastvit_kernels import dispatch, table
-from fastvit_kernels.attention.op import Tiling, forward_tiling
+from fastvit_kernels.attention.tiling import Tiling, forward_tiling
 from fastvit_kernels.attention_block.op import attention_block
 from fastvit_kernels.dispatch import Gpu
 from fastvit_kernels.table import Entry, Provenance, Table

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastvit_kernels import attention, attention_qkv, dispatch
-from fastvit_kernels.attention import op
+from fastvit_kernels.attention import launch, tiling
 from tests.kernels.numerics import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -241,15 +241,15 @@ def test_registered_operator(implementation: str, device: torch.device) -> None:
         pytest.skip("does not apply: the operator is Triton's")
     qkv = random_qkv(1, 5, 2, 16).to(device)
     nothing_else = (None, None, None, None, 0.0, None, None, None, None)
-    torch.library.opcheck(op.attention_op, (qkv.clone().requires_grad_(), *nothing_else))
-    torch.library.opcheck(op.attention_op, (qkv.transpose(0, 1), *nothing_else))
+    torch.library.opcheck(launch.attention_op, (qkv.clone().requires_grad_(), *nothing_else))
+    torch.library.opcheck(launch.attention_op, (qkv.transpose(0, 1), *nothing_else))
     q, k, v = (x.clone().requires_grad_() for x in qkv.unbind(2))
     bias = torch.randn(1, 2, 5, 5, device=device, requires_grad=True)
     seed = torch.tensor([7], device=device)
-    torch.library.opcheck(op.attention_op, (q, k, v, bias, seed, 0.5, None, None, None, None))
+    torch.library.opcheck(launch.attention_op, (q, k, v, bias, seed, 0.5, None, None, None, None))
     packed = qkv.flatten(0, 1).requires_grad_()
     cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32, device=device)
-    torch.library.opcheck(op.attention_op, (packed, None, None, None, None, 0.0, cu_seqlens, cu_seqlens, 3, 3))
+    torch.library.opcheck(launch.attention_op, (packed, None, None, None, None, 0.0, cu_seqlens, cu_seqlens, 3, 3))
 
 
 def test_second_derivative_is_refused(implementation: str, device: torch.device) -> None:
@@ -263,26 +263,26 @@ def test_second_derivative_is_refused(implementation: str, device: torch.device)
 
 def test_pieces_of_a_head_are_powers_of_two_with_little_padding() -> None:
     known = {80: (64, 16), 72: (64, 16), 88: (64, 32), 104: (64, 32, 16), 96: (64, 32), 128: (128,), 5: (16,)}
-    assert {head_dim: op.pieces(head_dim) for head_dim in known} == known
-    for head_dim in range(1, op.MAX_HEAD_DIM + 1):
-        assert head_dim <= sum(op.pieces(head_dim)) < head_dim + 16
+    assert {head_dim: tiling.pieces(head_dim) for head_dim in known} == known
+    for head_dim in range(1, tiling.MAX_HEAD_DIM + 1):
+        assert head_dim <= sum(tiling.pieces(head_dim)) < head_dim + 16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "gfx942"])
-@pytest.mark.parametrize("tiling_of", [op.forward_tiling, op.backward_query_tiling, op.backward_key_tiling])
+@pytest.mark.parametrize("tiling_of", [tiling.forward_tiling, tiling.backward_query_tiling, tiling.backward_key_tiling])
 def test_blocks_cover_all_tokens(tiling_of: object, arch: str, dtype: torch.dtype) -> None:
-    tiling = tiling_of(80, dtype, 257, dispatch.Gpu(arch, 132))
-    assert tiling.row_tails(257) == (1,)
+    cut = tiling_of(80, dtype, 257, dispatch.Gpu(arch, 132))
+    assert cut.row_tails(257) == (1,)
     for tokens in range(1, 700):
-        *whole_tails, last = *tiling.row_tails(tokens), 0
-        covered = tokens // tiling.rows * tiling.rows + sum(whole_tails)
+        *whole_tails, last = *cut.row_tails(tokens), 0
+        covered = tokens // cut.rows * cut.rows + sum(whole_tails)
         assert last == 0 and tokens <= covered < tokens + 64
-        assert tiling.blocks(tokens) == tokens // tiling.rows + len(whole_tails)
-        tail = tiling.options(tokens)["TAIL_N"]
-        columns = tokens // tiling.columns * tiling.columns + tail
+        assert cut.blocks(tokens) == tokens // cut.rows + len(whole_tails)
+        tail = cut.options(tokens)["TAIL_N"]
+        columns = tokens // cut.columns * cut.columns + tail
         assert tokens <= columns < tokens + max(16, tail / 2)
-        assert tail in (0, 16, 32, 64) and tail <= tiling.columns
+        assert tail in (0, 16, 32, 64) and tail <= cut.columns
 
 
 # Separate q, k and v
@@ -517,7 +517,7 @@ def test_dropout_mask_does_not_depend_on_the_blocks(
         pytest.skip("does not apply: scaled_dot_product_attention decides")
     q, k = (torch.zeros(1, 70, 2, 80, device=device) for _ in range(2))
     mask = recovered_mask(q, k, 0.5)
-    monkeypatch.setattr(op, "forward_tiling", lambda *_: op.Tiling(64, 16, num_warps=4, stages=1))
+    monkeypatch.setattr(launch, "forward_tiling", lambda *_: tiling.Tiling(64, 16, num_warps=4, stages=1))
     assert torch.equal(recovered_mask(q, k, 0.5), mask)
 
 

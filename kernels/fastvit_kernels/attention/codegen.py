@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastvit_kernels.attention.op import Call, launch_forward, launch_gradients
+from fastvit_kernels.attention.launch import Call, launch_forward, launch_gradients
 from fastvit_kernels.tuning.codegen import Case
 
 KERNELS = ("attention_fwd_kernel", "attention_bwd_query_kernel", "attention_bwd_key_kernel")

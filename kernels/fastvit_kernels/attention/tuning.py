@@ -6,22 +6,36 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastvit_kernels.attention import op
-from fastvit_kernels.attention.op import Tiling
+from fastvit_kernels.attention import launch, tiling
+from fastvit_kernels.attention.providers import PROVIDERS, backward_runs, forward_runs
+from fastvit_kernels.attention.tiling import Tiling
 from fastvit_kernels.dispatch import Gpu
+from fastvit_kernels.table import Runs
 from fastvit_kernels.tuning.search import HALF, Case, Model
 
 
 def cases(model: Model, on: Gpu) -> Iterator[Case]:
     key = (model.width // model.heads, HALF, model.tokens)
     # fmt: off
-    yield Case(f"{model.name} attention", op.forward_tiling, key, forward_candidates(on),
-               partial(forward_inputs, model), op.launch_forward, ("attention_fwd_kernel",))
-    yield Case(f"{model.name} attention, query gradient", op.backward_query_tiling, key, backward_candidates(on),
-               partial(backward_inputs, model), op.launch_backward, ("attention_bwd_query_kernel",))
-    yield Case(f"{model.name} attention, key and value gradients", op.backward_key_tiling, key,
-               key_candidates(model, on), partial(backward_inputs, model), op.launch_backward,
+    yield Case(f"{model.name} attention", tiling.forward_tiling, key, forward_candidates(on),
+               partial(forward_inputs, model), launch.launch_forward, ("attention_fwd_kernel",))
+    yield Case(f"{model.name} attention, query gradient", tiling.backward_query_tiling, key, backward_candidates(on),
+               partial(backward_inputs, model), launch.launch_backward, ("attention_bwd_query_kernel",))
+    yield Case(f"{model.name} attention, key and value gradients", tiling.backward_key_tiling, key,
+               key_candidates(model, on), partial(backward_inputs, model), launch.launch_backward,
                ("attention_bwd_key_kernel",))
+    # fmt: on
+    yield from library_cases(model, key, on)
+
+
+def library_cases(model: Model, key: tuple, on: Gpu) -> Iterator[Case]:
+    """A library's gradients are chosen only if they have the same bits in all runs."""
+    libraries = [Runs(name) for name in PROVIDERS] if on.arch.startswith("sm_") else []
+    # fmt: off
+    yield Case(f"{model.name} attention, who runs it", forward_runs, key, libraries, partial(forward_inputs, model),
+               launch.launch_forward, ())
+    yield Case(f"{model.name} attention, who runs its gradient", backward_runs, key, libraries,
+               partial(backward_inputs, model), launch.launch_backward, ())
     # fmt: on
 
 
@@ -69,5 +83,5 @@ def forward_inputs(model: Model, device: torch.device) -> tuple[Tensor, ...]:
 
 def backward_inputs(model: Model, device: torch.device) -> tuple[Tensor, ...]:
     (qkv,) = forward_inputs(model, device)
-    out, lse = op.launch_forward(qkv)
+    out, lse = launch.launch_forward(qkv)
     return torch.randn(out.shape, dtype=HALF, device=device), qkv, out, lse

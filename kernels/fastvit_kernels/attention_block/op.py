@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from fastvit_kernels.attention.op import MAX_HEAD_DIM
-from fastvit_kernels.attention.op import launch_backward as attention_backward
-from fastvit_kernels.attention.op import launch_forward as attention_forward
+from fastvit_kernels.attention.launch import launch_backward as attention_backward
+from fastvit_kernels.attention.launch import launch_forward as attention_forward
+from fastvit_kernels.attention.tiling import MAX_HEAD_DIM
 from fastvit_kernels.attention_block import reference
 from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
 from fastvit_kernels.column_sums import ColumnSums

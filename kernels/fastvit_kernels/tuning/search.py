@@ -186,7 +186,8 @@ def identity(case: Case) -> str:
 
 def source_hash(tunable: Tunable) -> str:
     op = tunable.default.__module__.split(".")[1]
-    return hashlib.sha256((PACKAGE / op / "kernels.py").read_bytes()).hexdigest()[:12]
+    files = sorted((PACKAGE / op).glob("kernels.py")) + sorted((PACKAGE / op / "kernels").glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 class CannotRun(RuntimeError):

@@ -1,0 +1,248 @@
+"""The launches of attention, its registered operators, and their gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels.attention import providers
+from fastvit_kernels.attention.tiling import (
+    Tiling,
+    backward_key_tiling,
+    backward_query_tiling,
+    bias_gradient_tiling,
+    forward_tiling,
+    pieces,
+)
+from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu
+from fastvit_kernels.registration import register_gradient, register_op
+
+if HAS_TRITON:
+    import triton
+
+    from fastvit_kernels.attention import kernels
+
+
+class Call(NamedTuple):
+    """The arguments of the operator. `q` alone, without k and v, is packed [..., 3, H, d], and so is its gradient."""
+
+    q: Tensor
+    k: Tensor | None = None
+    v: Tensor | None = None
+    bias: Tensor | None = None  # [B or 1, H or 1, N, M]
+    seed: Tensor | None = None  # of dropout
+    dropout: float = 0.0
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int | None = None
+    max_seqlen_k: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is softmax(q k^T) v and nothing else, which all of `providers` compute."""
+        return self.bias is None and self.seed is None and self.cu_seqlens_q is None
+
+
+def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Output and `lse`, see `fake_forward`; the arguments are those of `Call`."""
+    call, (out, lse) = Call(*arguments), fake_forward(*arguments)
+    q, k, v = separate(call)
+    if out.numel() == 0 or k.numel() == 0:  # without keys, the output is 0
+        return out.zero_(), lse.fill_(math.inf)
+    if (runs := providers.chosen(providers.forward_runs, q, call.plain)) != "triton":
+        return providers.forward(runs, q, k, v)
+    programs, cut = cuts(forward_tiling, call, q, k, call.max_seqlen_q)
+    kernels.attention_fwd_kernel[programs,](out_ptr=out, lse_ptr=lse, **common_arguments(call, q, k, v), **cut)
+    return out, lse
+
+
+def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    call = Call(*arguments)
+    q = call.q.select(-3, 0) if call.k is None else call.q
+    *images, tokens, heads, head_dim = q.shape
+    return (
+        q.new_empty(*images, tokens, heads * head_dim),
+        q.new_empty(*images, heads, tokens, dtype=torch.float32),  # log2 of the sum of 2 ** (scale * q k^T)
+    )
+
+
+def launch_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
+    """The gradient of packed q, k and v in a call without anything else."""
+    return launch_gradients(grad_out, out, lse, False, qkv)[0]
+
+
+def launch_gradients(
+    grad_out: Tensor, out: Tensor, lse: Tensor, bias_needs_it: bool, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and the bias, see `fake_gradients`; `arguments` are those of `Call`."""
+    call, gradients = Call(*arguments), fake_gradients(grad_out, out, lse, bias_needs_it, *arguments)
+    q, k, v = separate(call)
+    grad_q, grad_k, grad_v = gradients[0].unbind(-3) if call.k is None else gradients[:3]
+    if q.numel() == 0 or k.numel() == 0:
+        for gradient in gradients:
+            gradient.zero_()
+        return gradients
+    if (runs := providers.chosen(providers.backward_runs, q, call.plain)) != "triton":
+        of_each = providers.backward(runs, grad_out, q, k, v, out, lse)
+        for gradient, computed in zip((grad_q, grad_k, grad_v), of_each, strict=True):
+            gradient.copy_(computed)
+        return gradients
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    delta = torch.empty_like(lse)
+    common = common_arguments(call, q, k, v) | {
+        "grad_out_ptr": grad_out,
+        "grad_out_strides": strides(grad_out, 1),
+        "lse_ptr": lse,
+    }
+    programs, cut = cuts(backward_query_tiling, call, q, k, call.max_seqlen_q)
+    kernels.attention_bwd_query_kernel[programs,](
+        out_ptr=out, delta_ptr=delta, grad_q_ptr=grad_q, stride_grad=grad_q.stride(-3), **common, **cut
+    )
+    programs, cut = cuts(backward_key_tiling, call, k, q, call.max_seqlen_k)
+    kernels.attention_bwd_key_kernel[programs,](
+        delta_ptr=delta, grad_k_ptr=grad_k, grad_v_ptr=grad_v, stride_grad=grad_k.stride(-3), **common, **cut
+    )
+    if call.bias is not None and bias_needs_it:
+        launch_bias_gradient(q, k, delta, gradients[3], common)
+    return gradients
+
+
+def launch_bias_gradient(q: Tensor, k: Tensor, delta: Tensor, grad_bias: Tensor, common: dict[str, Any]) -> None:
+    """A sum over the images and heads that have a bias in common: in shares, until there are programs enough."""
+    device, (batch, tokens, heads, head_dim), keys = gpu(q.device), q.shape, k.shape[1]
+    bias_batch, bias_heads = grad_bias.shape[:2]
+    tiling = bias_gradient_tiling(head_dim, q.dtype, device.arch)
+    blocks = bias_batch * bias_heads * triton.cdiv(tokens, tiling.rows) * triton.cdiv(keys, tiling.columns)
+    images_in_common, heads_in_common = batch // bias_batch, heads // bias_heads
+    shares = min(images_in_common * heads_in_common, triton.cdiv(2 * device.multiprocessors, blocks))
+    parts = torch.empty(shares, *grad_bias.shape, dtype=torch.float32, device=q.device)
+    kernels.attention_bwd_bias_kernel[shares * blocks,](
+        delta_ptr=delta,
+        grad_bias_ptr=parts,
+        bias_heads=bias_heads,
+        images_in_common=images_in_common,
+        heads_in_common=heads_in_common,
+        shares=shares,
+        BLOCK_M=tiling.rows,
+        BLOCK_N=tiling.columns,
+        STAGES=tiling.stages,
+        num_warps=tiling.num_warps,
+        **common,
+    )
+    grad_bias.copy_(parts.sum(0))
+
+
+def fake_gradients(
+    grad_out: Tensor, out: Tensor, lse: Tensor, bias_needs_it: bool, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = Call(*arguments)
+    grad_k, grad_v = (call.q.new_empty(0 if part is None else part.shape) for part in (call.k, call.v))
+    bias = call.bias if bias_needs_it else None
+    grad_bias = call.q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return call.q.new_empty(call.q.shape), grad_k, grad_v, grad_bias
+
+
+def separate(call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, [B, N, H, d] or [T, H, d]: the numbers of a head, and the heads of a token, adjacent in memory."""
+
+    def adjacent(x: Tensor) -> Tensor:
+        heads, head_dim = x.shape[-2:]
+        return x if x.stride(-1) == 1 and (heads == 1 or x.stride(-2) == head_dim) else x.contiguous()
+
+    if call.k is None or call.v is None:
+        q, k, v = adjacent(call.q).unbind(-3)
+        return q, k, v
+    return adjacent(call.q), adjacent(call.k), adjacent(call.v)
+
+
+def cuts(
+    tiling_of: Callable[[int, torch.dtype, int, Gpu], Tiling],
+    call: Call,
+    owned: Tensor,
+    streamed: Tensor,
+    longest: int | None,
+) -> tuple[int, dict[str, Any]]:
+    """How many programs a kernel has, and how they divide the tokens they own and stream, as arguments by name."""
+    tokens, heads, head_dim = owned.shape[-3:]
+    tiling = with_room(tiling_of(head_dim, owned.dtype, longest or tokens, gpu(owned.device)), call)
+    if call.cu_seqlens_q is None or call.cu_seqlens_k is None or longest is None:
+        programs = len(owned) * heads * tiling.blocks(tokens)
+        return programs, {"lengths": None, **tiling.options(tokens, streamed.shape[-3])}
+    sequences, blocks = len(call.cu_seqlens_q) - 1, max(1, triton.cdiv(longest, tiling.rows))
+    lengths = call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous(), sequences, blocks
+    programs = (sequences + 1) * heads * blocks  # one more for what lies behind the last sequence
+    return programs, {"lengths": lengths, **tiling.options(0)}  # every block is masked, there are no tails
+
+
+def common_arguments(call: Call, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """Those that all kernels have, by name. Strides that all three have are given once, see `kernels`."""
+    tokens, heads, head_dim = q.shape[-3:]
+    of_each = tuple(strides(x, 2) for x in (q, k, v))
+    bias = None
+    if call.bias is not None:
+        (images, bias_heads), (of_image, of_head, of_query, of_key) = call.bias.shape[:2], call.bias.stride()
+        bias = call.bias, of_image if images > 1 else 0, of_head if bias_heads > 1 else 0, of_query, of_key
+    return {
+        "qkv": (q, k, v, *(of_each[:1] if len(set(of_each)) == 1 else of_each)),
+        "bias": bias,
+        "dropout": None if call.seed is None else (call.seed, call.dropout),
+        "tokens": tokens,
+        "keys": None if k.shape[-3] == tokens else k.shape[-3],
+        "heads": heads,
+        "scale": base_2_scale(head_dim),
+        "HEAD_DIM": head_dim,
+        "PIECES": pieces(head_dim),
+    }
+
+
+def strides(x: Tensor, inner: int) -> tuple[int, int]:
+    """From image to image and from token to token of [B, N, ...] or [T, ...], where "..." are `inner` dimensions."""
+    return x.stride(0) if x.ndim == inner + 2 else 0, x.stride(-1 - inner)
+
+
+def base_2_scale(head_dim: int) -> float:
+    return math.log2(math.e) * head_dim**-0.5
+
+
+def with_room(tiling: Tiling, call: Call) -> Tiling:
+    """A bias, dropout and masks of lengths need registers: half the columns for each, and no limit on registers."""
+    needs = sum(option is not None for option in (call.bias, call.seed, call.cu_seqlens_q))
+    return tiling._replace(columns=max(16, tiling.columns >> needs), max_registers=None) if needs else tiling
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    out, lse = output
+    tensors = [argument if isinstance(argument, Tensor) else None for argument in inputs]
+    ctx.save_for_backward(out, lse, *tensors)
+    ctx.numbers = [None if isinstance(argument, Tensor) else argument for argument in inputs]
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def backward(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    out, lse, *tensors = ctx.saved_tensors
+    call = Call(*(number if tensor is None else tensor for tensor, number in zip(tensors, ctx.numbers, strict=True)))
+    wanted = call.bias is not None and ctx.needs_input_grad[3]
+    grad_q, grad_k, grad_v, grad_bias = attention_backward_op(grad_out, out, lse, wanted, *call)
+    packed = call.k is None
+    gradients = grad_q, None if packed else grad_k, None if packed else grad_v, grad_bias if wanted else None
+    return *gradients, *[None] * (len(call) - 4)
+
+
+ARGUMENTS = (
+    "Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? seed, float dropout, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k"
+)
+attention_op = register_op(f"attention({ARGUMENTS}) -> (Tensor out, Tensor lse)", launch_forward, fake_forward)
+attention_backward_op = register_op(
+    f"attention_backward(Tensor grad_out, Tensor out, Tensor lse, bool bias_needs_it, {ARGUMENTS}) "
+    "-> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_bias)",
+    launch_gradients,
+    fake_gradients,
+)
+register_gradient(attention_op, attention_backward_op, setup_context, backward)
