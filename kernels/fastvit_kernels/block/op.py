@@ -21,6 +21,8 @@ from fastvit_kernels.mlp.op import Activation, Recompute
 from fastvit_kernels.registration import no_autocast, register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
 
+ACTIVATIONS, RECOMPUTE = get_args(Activation), get_args(Recompute)
+
 
 def transformer_block(
     x: Tensor,
@@ -77,10 +79,10 @@ def transformer_block(
     # as good as always the same, and not a matter of the values, so what has been checked once need not be again
     check = check_parameters.__wrapped__ if torch.compiler.is_compiling() else check_parameters
     check(heads, *looks)
-    if activation not in get_args(Activation):
-        raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
-    if recompute not in get_args(Recompute):
-        raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, got {recompute!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
     if dropout > 0 or x.shape[-1] // heads > MAX_HEAD_DIM or not uses_triton("block", x):
