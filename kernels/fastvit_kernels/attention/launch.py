@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastvit_kernels.attention import providers
 from fastvit_kernels.attention.tiling import (
     Tiling,
     backward_key_tiling,
@@ -40,6 +41,11 @@ class Call(NamedTuple):
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is softmax(q k^T) v and nothing else, which all of `providers` compute."""
+        return self.bias is None and self.seed is None and self.cu_seqlens_q is None
+
 
 def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Output and `lse`, see `fake_forward`; the arguments are those of `Call`."""
@@ -47,6 +53,8 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     q, k, v = separate(call)
     if out.numel() == 0 or k.numel() == 0:  # without keys, the output is 0
         return out.zero_(), lse.fill_(math.inf)
+    if (runs := providers.chosen(providers.forward_runs, q, call.plain)) != "triton":
+        return providers.forward(runs, q, k, v)
     programs, cut = cuts(forward_tiling, call, q, k, call.max_seqlen_q)
     kernels.attention_fwd_kernel[programs,](out_ptr=out, lse_ptr=lse, **common_arguments(call, q, k, v), **cut)
     return out, lse
@@ -77,6 +85,11 @@ def launch_gradients(
     if q.numel() == 0 or k.numel() == 0:
         for gradient in gradients:
             gradient.zero_()
+        return gradients
+    if (runs := providers.chosen(providers.backward_runs, q, call.plain)) != "triton":
+        of_each = providers.backward(runs, grad_out, q, k, v, out, lse)
+        for gradient, computed in zip((grad_q, grad_k, grad_v), of_each, strict=True):
+            gradient.copy_(computed)
         return gradients
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
