@@ -267,7 +267,9 @@ def test_explain_ends_with_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fastvit_kernels.explain().splitlines()[-1] == f"{count} operations on the CPU: {count} reference"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    with dispatch.using("attention=reference"):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with dispatch.using("attention=reference"), dispatch.compiling_for(Gpu("sm_90", 132, "H200")):
+        assert "\nassembler: ptxas " in fastvit_kernels.explain()
         last = f"{count} operations on this GPU, in bf16: {count - 2} triton, 2 reference"
         assert fastvit_kernels.explain().splitlines()[-1] == last
 
