@@ -58,8 +58,10 @@ def attention(
     if uses_triton("attention", qkv, obstacle(qkv.shape[-1])):
         seed = draw_seed(dropout, like=qkv)
         lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
-        return results(*attention_op(*Call(qkv, None, None, bias, seed, dropout, *lengths, scale, causal)), return_lse)
-    return by_reference(*qkv.unbind(-3), bias, dropout, cu_seqlens, cu_seqlens, scale, causal, return_lse=return_lse)
+        out, lse = attention_op(*Call(qkv, None, None, bias, seed, dropout, *lengths, scale, causal))
+        return results(out, lse, return_lse)
+    q, k, v = qkv.unbind(-3)
+    return by_reference(q, k, v, bias, dropout, cu_seqlens, cu_seqlens, scale, causal, return_lse=return_lse)
 
 
 def attention_qkv(
@@ -112,7 +114,8 @@ def attention_qkv(
     if uses_triton("attention", q, obstacle(q.shape[-1])):
         seed = draw_seed(dropout, like=q)
         lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
-        return results(*attention_op(*Call(q, k, v, bias, seed, dropout, *lengths, scale, causal)), return_lse)
+        out, lse = attention_op(*Call(q, k, v, bias, seed, dropout, *lengths, scale, causal))
+        return results(out, lse, return_lse)
     return by_reference(q, k, v, bias, dropout, cu_seqlens_q, cu_seqlens_k, scale, causal, return_lse=return_lse)
 
 
