@@ -29,9 +29,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.flop_counter import flop_registry
-from triton.runtime.interpreter import InterpretedFunction
-from triton.runtime.jit import JITFunction
 
+from benchmarks.launches import launched_by
 from benchmarks.machine import commit
 from benchmarks.shapes import GPU_SHAPES, Shape
 from fastvit_engine.files import atomic_write
@@ -48,7 +47,6 @@ ATTENTION_PRODUCTS = {
     "attention_bwd_query_kernel": 3,
     "attention_bwd_key_kernel": 4,
 }
-KERNELS: tuple[Any, ...] = (JITFunction, InterpretedFunction)
 PRODUCTS, ATTENTION, ELEMENTWISE = "products", "attention", "elementwise"
 ALLOCATIONS = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "detach", "alias"}
 
@@ -147,13 +145,12 @@ class Record:
 @contextmanager
 def recording(record: Record, *, autocast: bool) -> Iterator[None]:
     """Inside, tensors without data pass for those of an H200, and what they would launch is recorded."""
-    runs, enabled = {kind: kind.run for kind in KERNELS}, torch.is_autocast_enabled("cuda")
+    enabled = torch.is_autocast_enabled("cuda")
     try:
-        for kind in KERNELS:
-            kind.run = lambda kernel, *arguments, **options: record.kernel(kernel, *arguments, **options)
         torch.set_autocast_enabled("cuda", autocast)
         with (
             warnings.catch_warnings(action="ignore", category=UserWarning),  # autocast, of a GPU that is not there
+            launched_by(lambda run, kernel, *arguments, **options: record.kernel(kernel, *arguments, **options)),
             dispatch.compiling_for(TARGETS["sm_90"].gpu),
             PosesAsCuda(),
             Operators(record),
@@ -161,8 +158,6 @@ def recording(record: Record, *, autocast: bool) -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_enabled("cuda", enabled)
-        for kind, run in runs.items():
-            kind.run = run
 
 
 class PosesAsCuda(TorchFunctionMode):

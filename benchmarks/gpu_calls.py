@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.smoke_record import BUNDLED, broken, kernel_verdicts, saved
+from benchmarks.smoke_record import BUNDLED, broken, kernel_verdicts, passed, saved
 
 PYTHON = [sys.executable, "-m"]
 STARTING = 20  # seconds until a program looks at its clock
@@ -22,6 +22,20 @@ CURRENT = "ptxas 13.3"  # of `launch/wheels.txt`
 VARIANTS = ("fastvit ZeRO-1", "fastvit", "timm compile cudnn", "timm")
 ATTENTION_SHAPES = ("H/14 gap", "H/14", "B/16", "H/14@336")  # 256, 257, 197 and 577 tokens
 ATTENTION_PROVIDERS = ("fastvit", "sdpa cudnn", "sdpa flash")
+
+# What FASTVIT_KERNELS calls the operations that `benchmarks.smoke` checks.
+OPERATIONS = {
+    "attention": ("attention",),
+    "layer_norm": ("layer_norm",),
+    "add_layer_norm": ("layer_norm",),
+    "layer_norm_mlp": ("mlp",),
+    "layer_norm_mlp_tanh": ("mlp",),
+    "attention_block": ("attention_block",),
+    "block": ("attention_block", "mlp"),
+    "patch_embed": ("patch_embed",),
+    "cross_entropy": ("cross_entropy",),
+    "soft_cross_entropy": ("cross_entropy",),
+}
 
 
 @dataclass(frozen=True)
@@ -59,19 +73,32 @@ class Place:
     def assembler(self) -> tuple[dict[str, str], str]:
         """Variables for the programs to come, and a sentence on which assembler they use, by the checks of call 1."""
         checks = saved(self.folder / "smoke")
-        bundled, current = (broken(checks, name) for name in (BUNDLED, CURRENT))
-        if not checks:
+        if BUNDLED not in checks:
             return {}, "No check of call 1 is here: kernels are assembled by Triton's own ptxas, unchecked."
-        if not bundled:
-            return {}, "Every check passed with Triton's own ptxas, which assembles the kernels."
-        if self.ptxas is not None and CURRENT in checks and not current:
-            names = ", ".join(sorted(bundled))
-            return ptxas(self.ptxas), f"{CURRENT} assembles the kernels: with Triton's own, these were wrong: {names}."
-        both = ", ".join(sorted(bundled))
-        return (
-            {},
-            f"WARNING: these checks failed, and no other assembler mends them all; their figures mean little: {both}.",
-        )
+        wrong = broken(checks, BUNDLED)
+        if not wrong:
+            return {}, "No check failed with Triton's own ptxas, which assembles the kernels."
+        names = ", ".join(sorted(wrong))
+        if self.ptxas is not None and self.is_mended():
+            return ptxas(self.ptxas), f"{CURRENT} assembles the kernels: with Triton's own, these failed: {names}."
+        return {}, f"WARNING: these checks failed, and no other assembler mends them all: {names}."
+
+    def is_mended(self) -> bool:
+        """Whether the current assembler gets right all that failed with Triton's own, and fails nowhere."""
+        checks = saved(self.folder / "smoke")
+        wrong = broken(checks, BUNDLED)
+        return self.ptxas is not None and wrong <= passed(checks, CURRENT) and not broken(checks, CURRENT)
+
+    def fallback(self) -> tuple[dict[str, str], str]:
+        """The variable that has training run plain PyTorch for what no assembler gets right, and a sentence on it."""
+        wrong = set() if self.is_mended() else broken(saved(self.folder / "smoke"), BUNDLED)
+        # training is in bf16: what fails in float32 alone is no part of it
+        trained = {name.partition("/")[0] for name in wrong if name.endswith(("/bf16", " autocast"))}
+        operations = sorted({operation for name in trained for operation in OPERATIONS.get(name, ())})
+        if not operations:
+            return {}, ""
+        setting = ",".join(["auto", *(f"{operation}=reference" for operation in operations)])
+        return {"FASTVIT_KERNELS": setting}, f"Training runs with FASTVIT_KERNELS={setting}."
 
     def tuned(self) -> dict[str, str]:
         """The variable that has kernels use the table of call 3, if there is one."""
@@ -180,7 +207,7 @@ def training(place: Place, batch: int, variants: Sequence[str], *, most: float =
 
     def commands(seconds: float) -> list[Command]:
         # what the parts before have found is asked for when this one begins
-        variables = place.assembler()[0] | (place.tuned() if tuned else {})
+        variables = place.assembler()[0] | place.fallback()[0] | (place.tuned() if tuned else {})
         return [Command(name, [*words, *minutes(seconds - 30)], variables)]
 
     return Part(name, 60, most, commands)

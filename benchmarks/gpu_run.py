@@ -298,7 +298,7 @@ def run_call(
 ) -> list[Outcome]:
     """The outcomes of this call's parts, handed to `keep` with those before after every part."""
     if call > 1:
-        print(place.assembler()[1], flush=True)
+        print("\n".join(filter(None, [place.assembler()[1], place.fallback()[1]])), flush=True)
     elif place.ptxas is None:
         print("There is no current ptxas (nvidia-cuda-nvcc): kernels are checked with Triton's own alone.", flush=True)
     others = [outcome for outcome in before if outcome.call != call]

@@ -23,6 +23,7 @@ import torch
 from benchmarks.apex_detection import first_line
 from benchmarks.custom import with_providers
 from benchmarks.judge import Judge, poison, run
+from benchmarks.launches import launches
 from benchmarks.machine import ROOT, describe, measure_ceilings, pick_device, sensors
 from benchmarks.ops import all_ops
 from benchmarks.peers import version
@@ -39,7 +40,6 @@ from benchmarks.registry import (
 from benchmarks.report import is_ours
 from benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_CPU_SHAPES, Shape
 from benchmarks.timing import Clock, Racer, Times, race
-from fastvit_kernels import dispatch
 
 SILENCE = 900  # seconds without a word after which the measuring process counts as stuck: compilers take their time
 VERY_SLOW = ("max-autotune", "deepspeed")  # compile for a minute or more: not in a quick run on a GPU either
@@ -136,7 +136,6 @@ def measure_case(
     rows, racers = [], {}
     for provider in case.op.providers:
         row: dict[str, Any] = {"provider": provider.name, "version": provider.package and version(provider.package)}
-        row |= {"path": "reference"} if is_ours(row) and runs_reference(case) else {}
         row |= {"own": True} if provider.own else {}
         rows.append(row)
         reason = skip(provider)
@@ -147,7 +146,10 @@ def measure_case(
         try:
             binder = provider.make(case)
             poison(case, sets[0])
-            verdict = judge.judge(provider, binder(sets[0]))
+            with launches() as launched:
+                verdict = judge.judge(provider, binder(sets[0]))
+            if is_ours(row) and not launched:
+                row["path"] = "reference" if case.device.type == "cpu" else "no Triton kernel"
             row["error"] = {"of": verdict.result, "measure": verdict.measure, "error": verdict.error,
                             "allowed": verdict.bound}  # fmt: skip
             if not verdict.passes:
@@ -251,12 +253,6 @@ def best_peers(rows: Sequence[Mapping[str, Any]], times: Mapping[str, Times]) ->
     ]
     passes = {name for peer in peers for name in times[peer].device}
     return {name: min(peers, key=lambda peer: median(times[peer].device[name])) for name in sorted(passes)}
-
-
-def runs_reference(case: Case) -> bool:
-    """Whether ours has no kernel here, and runs its plain PyTorch path."""
-    interpreted = dispatch.INTERPRETED and "triton" in os.environ.get("FASTVIT_KERNELS", "")
-    return case.device.type == "cpu" and not interpreted
 
 
 def peak_bytes(case: Case, bound: Bound, judge: Judge) -> int | None:

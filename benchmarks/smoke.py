@@ -37,6 +37,7 @@ import torch
 from benchmarks.judge import Judge, poison
 from benchmarks.judge import run as results_of
 from benchmarks.kernels import Selection, pick_known, select
+from benchmarks.launches import launches
 from benchmarks.machine import ROOT, pick_device
 from benchmarks.registry import OURS, Bound, Case, Unusable
 from benchmarks.smoke_record import BUNDLED, KERNELS, SKIPPED, TRAININGS, Outcome, save
@@ -123,14 +124,14 @@ def check_operation(chosen: Check, repetitions: int) -> None:
     case = chosen.case
     provider = next(provider for provider in case.op.providers if provider.name == OURS)
     judge = AutocastJudge(case, case.inputs(seed=0)) if chosen.autocast else Judge(case, case.inputs(seed=0))
-    launched = note_launches()
     bound = provider.make(case)(judge.inputs)
     if chosen.autocast:
         provider = replace(provider, precision=torch.finfo(torch.bfloat16).eps)
         bound = replace(bound, forward=under_autocast(bound, case.device))
     poison(case, judge.inputs)
     start = time.perf_counter()
-    verdict = judge.judge(provider, bound)
+    with launches() as launched:
+        verdict = judge.judge(provider, bound)
     first = time.perf_counter() - start
     print(KERNELS + ", ".join(sorted(launched)))
     if not verdict.passes:
@@ -158,9 +159,12 @@ def compare_repetitions(bound: Bound, judge: Judge, repetitions: int) -> None:
 class AutocastJudge(Judge):
     """For float32 inputs under autocast to bf16: the yardstick is the plain formula under autocast."""
 
+    _computed = 0
+
     def _plain(self, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+        self._computed += 1  # the first is the yardstick, the second exact
         device = self.case.device.type
-        with torch.autocast(device, torch.bfloat16) if dtype == self.case.dtype else nullcontext():
+        with torch.autocast(device, torch.bfloat16) if self._computed == 1 else nullcontext():
             return super()._plain(dtype)
 
 
@@ -170,23 +174,6 @@ def under_autocast(bound: Bound, device: torch.device) -> Any:
             return bound.forward()
 
     return forward
-
-
-def note_launches() -> set[str]:
-    """The names of the Triton kernels that this process launches from now on, in a set that grows."""
-    launched: set[str] = set()
-    if importlib.util.find_spec("triton") is None:
-        return launched
-    from triton.runtime.jit import JITFunction
-
-    run = JITFunction.run
-
-    def noted(kernel: Any, *arguments: Any, **options: Any) -> Any:
-        launched.add(kernel.fn.__name__)
-        return run(kernel, *arguments, **options)
-
-    JITFunction.run = noted
-    return launched
 
 
 def check_training(stage: int) -> None:

@@ -80,6 +80,10 @@ def broken(by_assembler: Saved, assembler: str) -> set[str]:
     return {row["name"] for row in rows if row["exit_code"] not in (0, None) and row["name"] not in TRAININGS}
 
 
+def passed(by_assembler: Saved, assembler: str) -> set[str]:
+    return {row["name"] for row in by_assembler.get(assembler, []) if row["exit_code"] == 0}
+
+
 def markdown(by_assembler: Saved) -> str:
     assemblers = list(by_assembler)
     rows: dict[str, dict[str, dict[str, Any]]] = {}

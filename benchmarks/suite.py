@@ -21,7 +21,6 @@ from benchmarks.machine import ROOT, pick_device, slug
 from benchmarks.ops import all_ops
 from benchmarks.plots import draw_kernels, draw_train
 from benchmarks.report import aligned, kernels_markdown, train_markdown
-from benchmarks.terminal import kernels_text, listing
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write
 
@@ -35,13 +34,7 @@ def run(args: Namespace) -> int:
     if args.action == "readme":
         return readme.update(check=args.check)
     if getattr(args, "list", False):
-        chosen = tuple(args.ops or ())
-        try:
-            kernels.pick_known("operation", chosen, [op.name for op in all_ops()])
-        except ValueError as error:
-            raise UserError(f"fastvit bench kernels: {error}") from error
-        print(listing(all_ops(), kernels.shapes(pick_device(), args.quick), chosen), end="")
-        return 0
+        return list_kernels(args)
     out = args.out or (None if args.quick else RESULTS)  # a quick run never lands among the results by accident
     folder = out and out / slug(pick_device())
     if folder is not None:
@@ -60,12 +53,38 @@ def run(args: Namespace) -> int:
             say(f"{name} failed: {type(error).__name__}: {error}")  # the other suites still run
             worst = 1
             continue
-        shown = kernels_text(record) if name == "kernels" else aligned(text)
-        print(json.dumps(finite(record)) if args.json else shown, flush=True)
+        print(json.dumps(finite(record)) if args.json else shown(name, record, text), flush=True)
         worst = max(worst, int(wrong(record)))
     if folder is not None:
         say(f"results: {folder}")
     return worst
+
+
+def shown(name: str, record: Mapping[str, Any], text: str) -> str:
+    """A suite's report for a terminal."""
+    if name == "kernels":
+        try:
+            from benchmarks.terminal import kernels_text
+        except ModuleNotFoundError as error:
+            say(f"no table for terminals: {error.name} is not installed (pip install 'fastvit-engine[bench]')")
+        else:
+            return kernels_text(record)
+    return aligned(text)
+
+
+def list_kernels(args: Namespace) -> int:
+    """`fastvit bench kernels --list`."""
+    chosen = tuple(args.ops or ())
+    try:
+        from benchmarks.terminal import listing
+
+        kernels.pick_known("operation", chosen, [op.name for op in all_ops()])
+    except ModuleNotFoundError as error:
+        raise UserError(f"--list needs {error.name}: pip install 'fastvit-engine[bench]'") from error
+    except ValueError as error:
+        raise UserError(f"fastvit bench kernels: {error}") from error
+    print(listing(all_ops(), kernels.shapes(pick_device(), args.quick), chosen), end="")
+    return 0
 
 
 def wrong(record: Mapping[str, Any]) -> bool:

@@ -6,17 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_kernels import FusedLayerNorm, layer_norm_mlp
+from fastvit_kernels.gathered import GatheredWhole
 from fastvit_kernels.mlp import Activation
 from fastvit_kernels.modules import Mlp
 
 
-class AttentionPool(nn.Module):
+class AttentionPool(GatheredWhole):  # forward reads the parameters of norm and mlp
     """One learned query attends to the tokens; an MLP with a residual follows: [B, N, D] -> [B, D].
 
     Parameters: latent [1, 1, D] (the query before its projection), q.*, kv.*, proj.*, norm.*, mlp.fc1.*, mlp.fc2.*.
     """
-
-    _z3_leaf = True  # forward reads the parameters of norm and mlp
 
     def __init__(self, width: int, heads: int, mlp_dim: int, activation: Activation, eps: float) -> None:
         super().__init__()

@@ -1,10 +1,11 @@
 """Vision Transformer building blocks: functions on tensors, and modules with timm's parameter names."""
 
+from fastvit_kernels import flops as _flops  # noqa: F401, its formulas register themselves
 from fastvit_kernels.attention import attention, attention_qkv
 from fastvit_kernels.attention_block import attention_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
 from fastvit_kernels.dispatch import explain
-from fastvit_kernels.integrations import accelerate
+from fastvit_kernels.integrations import accelerate, restore
 from fastvit_kernels.layer_norm import add_layer_norm, layer_norm
 from fastvit_kernels.mlp import layer_norm_mlp, mlp
 from fastvit_kernels.modules import (
@@ -46,6 +47,7 @@ __all__ = [
     "layer_norm_swiglu",
     "mlp",
     "patch_embed",
+    "restore",
     "rotary_qk_norm",
     "rotary_qk_norm_separate",
     "sigmoid_cross_entropy",

@@ -5,7 +5,7 @@ A setting is a list of choices between commas, in any order. `triton` is for all
 
     reference
     auto,patch_embed=reference
-    attention=reference,*=triton
+    attention=cudnn,*=triton
 
 The matrix products inside block operators, `gemm`, are not set by what is said of all. Block operators contain other
 operations. If such a part is set to `reference` by its name, the block operator runs as the composition of its
@@ -28,7 +28,7 @@ class Operation(NamedTuple):
 
 
 OPERATIONS = {
-    "attention": Operation(multiplies=True),
+    "attention": Operation(choices=("auto", "triton", "cudnn", "flash", "reference"), multiplies=True),
     "attention_block": Operation(parts=("layer_norm", "attention"), multiplies=True, autocasts=True),
     "cross_entropy": Operation(),
     "gemm": Operation(choices=("auto", "triton", "cublas")),  # the products inside block operators

@@ -7,8 +7,9 @@ in `auto,patch_embed=reference`; its grammar is in `choices`. Another value is a
 `auto`, the default, runs Triton kernels on CUDA and ROCm tensors of bfloat16 and float16, and plain PyTorch on all
 others. Float32 tensors run the kernels of operations without matrix products. Products of float32 are PyTorch's, which
 has the faster kernels and obeys `torch.set_float32_matmul_precision`; under autocast, blocks compute in its dtype, and
-run their kernels. Where the table of the GPU says that another implementation was measured faster, that one runs. What
-is asked for by name is never replaced by another: what it cannot run is an error.
+run their kernels. Where the table of the GPU says that another implementation was measured faster, that one runs. Plain
+PyTorch runs under the transforms of `transforms.py`. What is asked for by name is never replaced by another: what it
+cannot run is an error.
 """
 
 import importlib.util
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit_kernels import table
+from fastvit_kernels import table, transforms
 from fastvit_kernels.choices import OPERATIONS, Choice, parse
 from fastvit_kernels.table import Runs
 
@@ -67,6 +68,8 @@ def provider(
     runs = plan(operation, dtype, on_gpu).runs
     if asked == "auto" and measured is not None and can_run(dtype, on_gpu) and not torch.compiler.is_compiling():
         runs = measured().provider
+    if obstacle is None and runs not in ("error", "reference"):
+        obstacle = transforms.obstacle()
     if runs != "error" and (obstacle is None or asked == "reference"):
         return runs
     if asked == "auto":
@@ -106,6 +109,19 @@ def plan(operation: str, dtype: torch.dtype, on_gpu: bool) -> Plan:
     if asked == "auto" and unmeasured(operation, dtype).provider == "reference":
         return Plan("reference", "float32 products")
     return Plan("triton", why)
+
+
+def plan_for(operation: str, weight: Tensor) -> Plan:
+    """What runs an operation with this weight, here and now: `plan` for its dtype, or that of autocast, and device."""
+    return plan(operation, computed_dtype(operation, weight), is_on_gpu(weight))
+
+
+def shown(weight: Tensor, *operations: str) -> str:
+    """Who runs a module that consists of these operations, for its `repr`: "runs=triton"."""
+    runs = [plan_for(operation, weight).runs for operation in operations]
+    if len(set(runs)) == 1:
+        return f"runs={runs[0]}"
+    return ", ".join(f"{operation}={one}" for operation, one in zip(operations, runs, strict=True))
 
 
 def unmeasured(operation: str, dtype: torch.dtype) -> Runs:
@@ -157,10 +173,8 @@ def explain() -> str:
         lines.append("{:<17}{:<34}{:<34}{}".format(operation, *cells))
     asked = asked_for("gemm")
     products = "cublas, or triton where the table says so" if asked == "auto" else f"{asked} (asked for)"
-    lines.append(f"{'gemm':<17}{products}: products of attention_block and mlp, where those run triton")
-    lines.append(
-        "Under autocast, attention_block and mlp run as in its dtype. The reference also runs for float64, and for"
-    )
+    lines.append(f"{'gemm':<17}{products}: products inside block operators that run triton")
+    lines.append("Under autocast, block operators run as in its dtype. The reference also runs for float64, and for")
     lines.append("attention with a head dimension above 128; both are errors if triton is asked for.")
     here = [row[0 if on_gpu else 2].runs for row in plans.values()]
     counts = [f"{here.count(runs)} {runs}" for runs in sorted(set(here), reverse=True)]

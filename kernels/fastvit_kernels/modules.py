@@ -4,8 +4,8 @@ Dropout and stochastic depth are active in training mode only. `drop_path_mode` 
 branch is dropped: "mask" computes and discards it, each sample drawn for itself; "subset" computes the others only and
 draws a fixed share of the batch, see `drop_path_subset`.
 
-A module that reads the parameters of its children, without calling them, says `_z3_leaf = True`: DeepSpeed ZeRO-3
-gathers the sharded parameters of the module that is called, and those of its children too only with this mark.
+A module that reads the parameters of its children, without calling them, is `GatheredWhole`: DeepSpeed ZeRO-3 gathers
+the sharded parameters of the module that is called, and those of its children too only then.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from fastvit_kernels.attention import attention
 from fastvit_kernels.attention_block import attention_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
+from fastvit_kernels.dispatch import shown
+from fastvit_kernels.gathered import GatheredWhole
 from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.mlp import Activation, layer_norm_mlp
 from fastvit_kernels.mlp.op import Recompute
@@ -38,8 +40,37 @@ class FusedLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
+    def extra_repr(self) -> str:
+        return shown(self.weight, "layer_norm")
+
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
+
+
+class PatchProjection(nn.Conv2d):
+    """The convolution of `FusedPatchEmbed`, which calls it, as ZeRO-3 gathers the parameters of what is called."""
+
+    def forward(  # type: ignore[override]
+        self,
+        images: Tensor,
+        pos_embed: Tensor | None,
+        cls_token: Tensor | None,
+        register_tokens: Tensor | None,
+        keep_indices: Tensor | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> Tensor:
+        return patch_embed(
+            images,
+            self.weight,
+            cast(Tensor, self.bias),  # a Conv2d may have none, this one has
+            pos_embed=pos_embed,
+            cls_token=cls_token,
+            register_tokens=register_tokens,
+            keep_indices=keep_indices,
+            mean=mean,
+            std=std,
+        )
 
 
 class FusedPatchEmbed(nn.Module):
@@ -49,12 +80,13 @@ class FusedPatchEmbed(nn.Module):
     the patches to embed where not all are.
     """
 
-    _z3_leaf = True  # forward reads proj.weight and proj.bias
-
     def __init__(self, patch_size: int, width: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.mean, self.std = tuple(mean), tuple(std)
-        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchProjection(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def extra_repr(self) -> str:
+        return shown(self.proj.weight, "patch_embed")
 
     def forward(
         self,
@@ -64,18 +96,7 @@ class FusedPatchEmbed(nn.Module):
         register_tokens: Tensor | None = None,
         keep_indices: Tensor | None = None,
     ) -> Tensor:
-        bias = cast(Tensor, self.proj.bias)  # a Conv2d may have none, this one has
-        return patch_embed(
-            images,
-            self.proj.weight,
-            bias,
-            pos_embed=pos_embed,
-            cls_token=cls_token,
-            register_tokens=register_tokens,
-            keep_indices=keep_indices,
-            mean=self.mean,
-            std=self.std,
-        )
+        return self.proj(images, pos_embed, cls_token, register_tokens, keep_indices, self.mean, self.std)
 
 
 class FusedAttention(nn.Module):
@@ -92,6 +113,9 @@ class FusedAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
+
+    def extra_repr(self) -> str:
+        return shown(self.qkv.weight, "attention")
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, d]
@@ -116,13 +140,11 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
 
-class FusedLayerNormMLP(nn.Module):
+class FusedLayerNormMLP(GatheredWhole):
     """The MLP half of a pre-norm block, residual included, see `layer_norm_mlp`: [B, N, D] -> [B, N, D].
 
     Parameters: norm.*, fc1.*, fc2.*, and ls.gamma unless `layer_scale` (its initial value) is None.
     """
-
-    _z3_leaf = True  # forward reads the parameters of every child
 
     def __init__(
         self,
@@ -148,6 +170,9 @@ class FusedLayerNormMLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
         self.ls = None if layer_scale is None else LayerScale(width, layer_scale)
 
+    def extra_repr(self) -> str:
+        return shown(self.fc1.weight, "mlp")
+
     def forward(self, x: Tensor) -> Tensor:
         half_block = partial(
             layer_norm_mlp,
@@ -165,10 +190,8 @@ class FusedLayerNormMLP(nn.Module):
         return with_drop_path(half_block, x, self.ls, self.drop_path if self.training else 0.0, self.drop_path_mode)
 
 
-class FusedSwiGLU(nn.Module):
+class FusedSwiGLU(GatheredWhole):
     """A gated MLP, see `swiglu_mlp`: [..., D] -> [..., D]. Parameters: fc1.* [2M, D], the gate first, and fc2.*."""
-
-    _z3_leaf = True  # forward reads the parameters of every child
 
     def __init__(self, width: int, hidden: int, recompute: GateRecompute = "gate") -> None:
         super().__init__()
@@ -177,19 +200,20 @@ class FusedSwiGLU(nn.Module):
         self.fc1 = nn.Linear(width, 2 * hidden)
         self.fc2 = nn.Linear(hidden, width)
 
+    def extra_repr(self) -> str:
+        return shown(self.fc1.weight, "swiglu")
+
     def forward(self, x: Tensor) -> Tensor:
         fc1, fc2 = self.fc1, self.fc2
         return swiglu_mlp(x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, recompute=self.recompute)
 
 
-class FusedLayerNormSwiGLU(nn.Module):
+class FusedLayerNormSwiGLU(GatheredWhole):
     """The MLP half of a pre-norm block with a gated MLP, see `layer_norm_swiglu`: [B, N, D] -> [B, N, D].
 
     Parameters: norm.*, fc1.* [2M, D], the gate first, fc2.*, and ls.gamma unless `layer_scale` (its initial value) is
     None.
     """
-
-    _z3_leaf = True  # forward reads the parameters of every child
 
     def __init__(
         self,
@@ -212,6 +236,9 @@ class FusedLayerNormSwiGLU(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
         self.ls = None if layer_scale is None else LayerScale(width, layer_scale)
 
+    def extra_repr(self) -> str:
+        return shown(self.fc1.weight, "swiglu")
+
     def forward(self, x: Tensor) -> Tensor:
         half_block = partial(
             layer_norm_swiglu,
@@ -227,7 +254,7 @@ class FusedLayerNormSwiGLU(nn.Module):
         return with_drop_path(half_block, x, self.ls, self.drop_path if self.training else 0.0, self.drop_path_mode)
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(GatheredWhole):
     """A pre-norm Transformer block: `attention_block`, then `layer_norm_mlp`: [B, N, D] -> [B, N, D].
 
     Parameters: norm1.*, attn.qkv.*, attn.proj.*, norm2.*, mlp.fc1.*, mlp.fc2.*, and ls1.gamma, ls2.gamma unless
@@ -235,8 +262,6 @@ class FusedBlock(nn.Module):
     `recompute` says what the backward pass computes again instead of keeping it: nothing ("none"), the GELU ("gelu"),
     or both normalisations too ("all"); matrix products and attention never.
     """
-
-    _z3_leaf = True  # forward reads the parameters of every child
 
     def __init__(
         self,
@@ -265,6 +290,9 @@ class FusedBlock(nn.Module):
         self.norm2 = FusedLayerNorm(width, eps)
         self.mlp = Mlp(width, mlp_dim)
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
+
+    def extra_repr(self) -> str:
+        return shown(self.mlp.fc1.weight, "attention_block", "mlp")
 
     def forward(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0

@@ -10,11 +10,16 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from fastvit_kernels.dispatch import INTERPRETED
 
 NAMESPACE = "fastvit"  # another in a kernel that `hub` builds
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
+REFERENCE = (
+    "plain PyTorch has one; run the forward pass with FASTVIT_KERNELS=reference, or inside "
+    '`with fastvit_kernels.dispatch.using("reference")`'
+)
 
 
 def register_op(schema: str, launch: Callable[..., Any], fake: Callable[..., Any]) -> Any:
@@ -30,15 +35,21 @@ def register_op(schema: str, launch: Callable[..., Any], fake: Callable[..., Any
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     @wraps(launch)
+    def launch_on_host(*args: Any) -> Any:
+        if forward_ad._current_level >= 0:  # a compiled graph or a direct call: `uses_triton` was not asked
+            raise NotImplementedError(f"{NAMESPACE}::{name} has no forward-mode derivative: {REFERENCE}")
+        return launch(*args)
+
+    @wraps(launch)
     def launch_on_device(*args: Any) -> Any:
         with torch.cuda.device_of(
             next(arg for arg in args if isinstance(arg, torch.Tensor))
         ):  # Triton launches on the current device
-            return launch(*args)
+            return launch_on_host(*args)
 
     library.impl(name, launch_on_device, "CUDA")
     if INTERPRETED:
-        library.impl(name, launch, "CPU")
+        library.impl(name, launch_on_host, "CPU")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=library)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -49,7 +60,7 @@ def register_gradient(
     """Gives `op` the gradient `backward`, which calls `backward_op`; a second derivative is refused with an error."""
 
     def refuse(ctx: Any, *gradients: Any) -> None:
-        raise NotImplementedError(f"{op.name()} has no second derivative")
+        raise NotImplementedError(f"{op.name()} has no second derivative: {REFERENCE}")
 
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=library)
     torch.library.register_autograd(backward_op.name(), refuse, lib=library)

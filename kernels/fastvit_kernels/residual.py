@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit_kernels import transforms
 from fastvit_kernels.checks import check_rate
 from fastvit_kernels.registration import register_composite
 
@@ -70,6 +71,9 @@ def drop_path_subset(
         layer_scale = x.new_ones(x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32))
     layer_scale = layer_scale.to(torch.promote_types(layer_scale.dtype, torch.float32)) * (batch / kept)
     order = torch.randperm(batch, device=x.device)
+    if transforms.obstacle():  # the operators have a gradient only
+        computed, passed = split_samples(x, order, kept)
+        return torch.cat([half_block(computed, layer_scale=layer_scale), passed]).index_select(0, order.argsort())
     computed, passed = split_samples_op(x, order, kept)
     return merge_samples_op(half_block(computed, layer_scale=layer_scale), passed, order)
 

@@ -7,7 +7,8 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from benchmarks import block_traffic, step_model
-from benchmarks.block_traffic import ATTENTION, ELEMENTWISE, KERNELS, PRODUCTS, SETTINGS, Record, main, totals, trace
+from benchmarks.block_traffic import ATTENTION, ELEMENTWISE, PRODUCTS, SETTINGS, Record, main, totals, trace
+from benchmarks.launches import KERNELS
 from benchmarks.shapes import GPU_SHAPES
 from tests.benchmarks.conftest import TINY
 

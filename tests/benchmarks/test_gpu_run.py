@@ -18,6 +18,7 @@ from benchmarks.kernels import Selection, pick_known, select
 from benchmarks.smoke_record import BUNDLED, Outcome, save
 from benchmarks.train_variants import VARIANTS
 from fastvit_engine.cli import _parser
+from fastvit_kernels import choices
 from fastvit_kernels.tuning import __main__ as tuning
 from tests.in_full import only_in_full
 
@@ -163,15 +164,32 @@ def test_the_assembler_that_gives_right_results_is_taken(tmp_path: Path) -> None
     assert found.assembler()[0] == {} and "unchecked" in found.assembler()[1]
     folder = tmp_path / "smoke"
     save(folder, BUNDLED, [ended("mlp", 0), ended("block", None), ended("train ZeRO-1", 1)])
-    assert found.assembler() == ({}, "Every check passed with Triton's own ptxas, which assembles the kernels.")
+    assert found.assembler() == ({}, "No check failed with Triton's own ptxas, which assembles the kernels.")
     save(folder, BUNDLED, [ended("mlp", 0), ended("attention", 1)])
     assert found.assembler()[1].startswith("WARNING: ") and found.assembler()[0] == {}
+    save(folder, gpu_calls.CURRENT, [ended("mlp", 0), ended("attention", None)])  # which proves nothing
+    assert found.assembler()[0] == {}
     save(folder, gpu_calls.CURRENT, [ended("mlp", 0), ended("attention", 0)])
     variables, sentence = found.assembler()
-    assert variables == {"TRITON_PTXAS_PATH": "/x/ptxas"} and "these were wrong: attention" in sentence
+    assert variables == {"TRITON_PTXAS_PATH": "/x/ptxas"} and "these failed: attention" in sentence
     (command,) = gpu_calls.parts(2, found)[0].commands(100)
     assert command.environment == variables
     assert place(tmp_path, ptxas=None).assembler()[0] == {}
+
+
+def test_training_does_without_the_kernels_that_no_assembler_gets_right(tmp_path: Path) -> None:
+    assert {name for names in gpu_calls.OPERATIONS.values() for name in names} <= choices.OPERATIONS.keys()
+    assert gpu_calls.OPERATIONS.keys() == {check.case.op.name for check in smoke.checks().values()}
+    failed = ["attention/H/14/64/bf16", "layer_norm/H/14/64/fp32", "block/H/14/64/fp32 autocast"]
+    save(tmp_path / "smoke", BUNDLED, [Outcome(name, 1, 1.0, "") for name in failed])
+    found = place(tmp_path)
+    setting = "auto,attention=reference,attention_block=reference,mlp=reference"
+    assert found.fallback() == ({"FASTVIT_KERNELS": setting}, f"Training runs with FASTVIT_KERNELS={setting}.")
+    choices.parse(setting, "FASTVIT_KERNELS")
+    (command,) = gpu_calls.parts(2, found)[0].commands(100)
+    assert command.environment == {"FASTVIT_KERNELS": setting}
+    save(tmp_path / "smoke", BUNDLED, [Outcome(failed[1], 1, 1.0, "")])
+    assert found.fallback() == ({}, "")
 
 
 def test_training_after_tuning_uses_the_table(tmp_path: Path) -> None:

@@ -59,6 +59,15 @@ def test_figures_are_written_without_matplotlib_and_without_nan(tmp_path, monkey
     assert "no pictures: matplotlib is not installed" in capsys.readouterr().err
 
 
+def test_without_rich_there_is_the_markdown_and_a_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.terminal", raising=False)
+    assert suite.shown("kernels", {}, "# text\n") == "# text\n"
+    assert "no table for terminals: rich.console is not installed" in capsys.readouterr().err
+    assert main(["bench", "kernels", "--list"]) == 2
+    assert "--list needs rich.console: pip install" in capsys.readouterr().err
+
+
 def test_a_wrong_result_of_ours_is_an_exit_code(monkeypatch, capsys):
     def measure(args, folder):
         return "text", {"cases": [{"providers": [{"provider": args.action, "ours": True, "status": "wrong"}]}]}

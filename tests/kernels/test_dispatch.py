@@ -190,23 +190,41 @@ def test_a_block_without_one_of_its_kernels_is_a_composition_of_the_others(monke
     x = torch.randn(2, 3, 16)
     with dispatch.using("reference"):
         expected = block(x)
-    called: dict[str, bool] = {}
+    called: dict[str, str] = {}
 
-    def spy(operation: str, *args: Any, **kwargs: Any) -> bool:
+    def spy(operation: str, *args: Any, **kwargs: Any) -> str:
         called[operation] = original(operation, *args, **kwargs)
         return called[operation]
 
-    original = dispatch.uses_triton
-    for name in ("attention", "attention_block", "layer_norm", "mlp"):
-        monkeypatch.setattr(sys.modules[f"fastvit_kernels.{name}.op"], "uses_triton", spy)
+    original = dispatch.provider
+    monkeypatch.setattr(dispatch, "provider", spy)
+    monkeypatch.setattr(sys.modules["fastvit_kernels.attention.op"], "provider", spy)
     interpreted = dispatch.INTERPRETED
     for setting in ("attention=reference,layer_norm=triton,mlp=reference", "layer_norm=reference,attention=triton"):
         called.clear()
         with dispatch.using(setting if interpreted else "reference"):
             torch.testing.assert_close(block(x), expected)
-        wanted = {"attention_block": False, "mlp": False, "attention": "attention=triton" in setting}
-        wanted["layer_norm"] = "layer_norm=triton" in setting
-        assert called == (wanted if interpreted else dict.fromkeys(wanted, False))
+        wanted = dict.fromkeys(("attention_block", "mlp", "attention", "layer_norm"), "reference")
+        if interpreted:
+            wanted["attention" if "attention=triton" in setting else "layer_norm"] = "triton"
+        assert {operation: called[operation] for operation in wanted} == wanted
+
+
+def test_modules_show_who_runs_them() -> None:
+    block = fastvit_kernels.FusedBlock(16, 2, 32)
+    with dispatch.using("reference"):
+        assert repr(block).startswith("FusedBlock(\n  runs=reference\n")
+    with dispatch.using("mlp=reference,attention=triton,attention_block=triton"):
+        runs = "triton" if dispatch.INTERPRETED else "error"
+        assert f"  attention_block={runs}, mlp=reference\n" in repr(block)
+        assert f"runs={runs}" in repr(block.attn)
+    with dispatch.using("auto"), torch.device("meta"):
+        for module in (
+            fastvit_kernels.FusedLayerNorm(8),
+            fastvit_kernels.FusedLayerNormMLP(8, 16),
+            fastvit_kernels.FusedPatchEmbed(4, 8, (0.5,) * 3, (0.5,) * 3),
+        ):
+            assert "runs=reference" in repr(module)
 
 
 def test_gemm_chooses_who_multiplies() -> None:

@@ -119,6 +119,13 @@ def test_operators_take_the_new_arguments(implementation: str, device: torch.dev
     torch.library.opcheck(launch.attention_backward_op, (out, out, lse, False, *detached), test_utils=checks[:2])
 
 
+def test_libraries_are_not_asked_for_what_they_are_not_told() -> None:
+    """They compute softmax(q k^T / sqrt(d)) v."""
+    q = torch.empty(1, 5, 2, 16)
+    assert launch.Call(q, q, q).plain and launch.Call(q, q, q, scale=0.25).plain
+    assert not launch.Call(q, q, q, scale=0.1).plain and not launch.Call(q, q, q, causal=True).plain
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -582,12 +582,16 @@ def test_the_dry_run_compiles_the_candidates_without_a_gpu() -> None:
         [sys.executable, "-m", "fastvit_kernels.tuning", *arguments], env=environment, capture_output=True, check=True
     )
     rows = json.loads(result.stdout)
-    assert {row["case"] for row in rows} == {
+    losses = {
         "cross_entropy, softmax, 1000 classes",
         "cross_entropy, softmax, 1000 soft labels",
         "cross_entropy, sigmoid, 21843 classes",
     }
+    assert {row["case"] for row in rows} == losses | {f"{loss}, who runs it" for loss in losses}
     for row in rows:
+        if row["case"] not in losses:  # PyTorch's own kernels need no compilation
+            assert row["obstacle"] is None
+            continue
         (kernel,) = (value for name, value in row.items() if name.endswith("_kernel"))
         assert row["obstacle"] is None and 0 < kernel["registers"] < 256
 

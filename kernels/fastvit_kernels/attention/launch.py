@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastvit_kernels.attention import providers
 from fastvit_kernels.attention.tiling import (
     Tiling,
     backward_key_tiling,
@@ -42,6 +43,12 @@ class Call(NamedTuple):
     scale: float | None = None  # of scores, before the bias; None is 1 / sqrt(d)
     causal: bool = False  # the last query sees all keys, the one before it all but the last
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is softmax(q k^T / sqrt(d)) v and nothing else, which all of `providers` compute."""
+        usual = self.scale in (None, self.q.shape[-1] ** -0.5) and not self.causal
+        return usual and self.bias is None and self.seed is None and self.cu_seqlens_q is None
+
 
 def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Output and `lse`, see `fake_forward`; the arguments are those of `Call`."""
@@ -49,6 +56,8 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     q, k, v = separate(call)
     if out.numel() == 0 or k.numel() == 0:  # without keys, the output is 0
         return out.zero_(), lse.fill_(math.inf)
+    if (runs := providers.chosen(providers.forward_runs, q, call.plain)) != "triton":
+        return providers.forward(runs, q, k, v)
     programs, cut = cuts(forward_tiling, call, q, k, call.max_seqlen_q)
     kernels.attention_fwd_kernel[programs,](out_ptr=out, lse_ptr=lse, **common_arguments(call, q, k, v), **cut)
     return out, lse
@@ -79,6 +88,11 @@ def launch_gradients(
     if q.numel() == 0 or k.numel() == 0:
         for gradient in gradients:
             gradient.zero_()
+        return gradients
+    if (runs := providers.chosen(providers.backward_runs, q, call.plain)) != "triton":
+        of_each = providers.backward(runs, grad_out, q, k, v, out, lse)
+        for gradient, computed in zip((grad_q, grad_k, grad_v), of_each, strict=True):
+            gradient.copy_(computed)
         return gradients
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_kernels.attention import reference
+from fastvit_kernels.attention import providers, reference
 from fastvit_kernels.attention.launch import Call, attention_op
 from fastvit_kernels.attention.tiling import MAX_HEAD_DIM
 from fastvit_kernels.checks import check_device, check_floating, check_parameter, check_rate
-from fastvit_kernels.dispatch import uses_triton
+from fastvit_kernels.dispatch import asked_for, gpu, provider
+from fastvit_kernels.table import Runs
 
 
 def attention(
@@ -55,7 +56,8 @@ def attention(
     check_rate("dropout", dropout)
     tokens, heads = qkv.shape[-4], qkv.shape[-2]
     bias = checked_bias(bias, [len(qkv), heads, tokens, tokens], cu_seqlens, like=qkv)
-    if uses_triton("attention", qkv, obstacle(qkv.shape[-1])):
+    plain = Call(qkv, bias=bias, cu_seqlens_q=cu_seqlens, scale=scale, causal=causal).plain and dropout == 0
+    if uses_operator(qkv, tokens, plain):
         seed = draw_seed(dropout, like=qkv)
         lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
         out, lse = attention_op(*Call(qkv, None, None, bias, seed, dropout, *lengths, scale, causal))
@@ -111,7 +113,8 @@ def attention_qkv(
         )
     check_rate("dropout", dropout)
     bias = checked_bias(bias, [len(q), q.shape[-2], q.shape[-3], keys], cu_seqlens_q, like=q)
-    if uses_triton("attention", q, obstacle(q.shape[-1])):
+    plain = Call(q, bias=bias, cu_seqlens_q=cu_seqlens_q, scale=scale, causal=causal).plain and dropout == 0
+    if uses_operator(q, q.shape[-3], plain):
         seed = draw_seed(dropout, like=q)
         lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
         out, lse = attention_op(*Call(q, k, v, bias, seed, dropout, *lengths, scale, causal))
@@ -181,3 +184,14 @@ def obstacle(head_dim: int) -> str | None:
     if head_dim > MAX_HEAD_DIM:
         return f"the attention kernels take head dimensions up to {MAX_HEAD_DIM}, not {head_dim}"
     return None
+
+
+def uses_operator(q: Tensor, tokens: int, plain: bool) -> bool:
+    """Whether the registered operator computes a call of q [..., H, d], and not the reference; `plain` as in `Call`."""
+    asked = asked_for("attention")
+    blocked = providers.obstacle(asked, q, plain) if asked in providers.PROVIDERS else obstacle(q.shape[-1])
+
+    def measured() -> Runs:
+        return providers.forward_runs(q.shape[-1], q.dtype, tokens, gpu(q.device))
+
+    return provider("attention", q, blocked, measured) != "reference"

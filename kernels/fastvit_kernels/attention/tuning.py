@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.attention import launch, tiling
+from fastvit_kernels.attention.providers import PROVIDERS, backward_runs, forward_runs
 from fastvit_kernels.attention.tiling import Tiling
 from fastvit_kernels.dispatch import Gpu
+from fastvit_kernels.table import Runs
 from fastvit_kernels.tuning.search import HALF, Case, Model
 
 
@@ -22,6 +24,18 @@ def cases(model: Model, on: Gpu) -> Iterator[Case]:
     yield Case(f"{model.name} attention, key and value gradients", tiling.backward_key_tiling, key,
                key_candidates(model, on), partial(backward_inputs, model), launch.launch_backward,
                ("attention_bwd_key_kernel",))
+    # fmt: on
+    yield from library_cases(model, key, on)
+
+
+def library_cases(model: Model, key: tuple, on: Gpu) -> Iterator[Case]:
+    """A library's gradients are chosen only if they have the same bits in all runs."""
+    libraries = [Runs(name) for name in PROVIDERS] if on.arch.startswith("sm_") else []
+    # fmt: off
+    yield Case(f"{model.name} attention, who runs it", forward_runs, key, libraries, partial(forward_inputs, model),
+               launch.launch_forward, ())
+    yield Case(f"{model.name} attention, who runs its gradient", backward_runs, key, libraries,
+               partial(backward_inputs, model), launch.launch_backward, ())
     # fmt: on
 
 

@@ -3,12 +3,14 @@
 import importlib
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import nn
 
+from fastvit_kernels.dispatch import Plan
 from fastvit_kernels.integrations.fused import Fused, base_class, fused_class
 from fastvit_kernels.integrations.layers import FusedLayerNorm, FusedPatchConv
 
@@ -23,12 +25,23 @@ Registry = Mapping[type[nn.Module], type[Fused]]
 
 
 class Row(NamedTuple):
-    """A module, the operations it runs as, and why it, or a part of it, was left alone."""
+    """A module, the operations it runs as, why it, or a part of it, was left alone, and who runs each operation."""
 
     path: str
     type: str
     fused: tuple[str, ...]
     left_alone: str
+    plans: tuple[Plan, ...] = ()
+
+
+def count(rows: Sequence[Row]) -> str:
+    """How many modules are fused, and who runs them, with the reason: "3 of 4 modules fused: 2 triton, 1 reference"."""
+    runs: Counter[str] = Counter()
+    for row in rows:
+        if row.fused:
+            runs[" + ".join(dict.fromkeys(f"{by} ({why})" if why else by for by, why in row.plans))] += 1
+    fused = f"{runs.total()} of {len(rows)} modules fused"
+    return ": ".join(filter(None, (fused, ", ".join(f"{number} {by}" for by, number in runs.most_common()))))
 
 
 class Acceleration:
@@ -43,21 +56,24 @@ class Acceleration:
         return list(survey(self.model, self._registry))
 
     def __str__(self) -> str:
-        head = ("module", "type", "runs as", "left alone")
-        table = [head] + [(row.path, row.type, " + ".join(row.fused) or "-", row.left_alone) for row in self.rows]
-        widths = [max(len(line[column]) for line in table) for column in range(3)]
-        return "\n".join(
-            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]).rstrip()
+        rows = self.rows
+        table = [("module", "type", "runs as", "by", "left alone")]
+        for row in rows:
+            by = " + ".join(plan.runs for plan in row.plans)
+            table.append((row.path, row.type, " + ".join(row.fused) or "-", by, row.left_alone))
+        widths = [max(len(line[column]) for line in table) for column in range(4)]
+        lines = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[4]]).rstrip()
             for line in table
-        )
+        ]
+        return "\n".join([*lines, count(rows)])
 
     def undo(self) -> None:
-        """Gives every module that this call changed its class back. Weights, hooks and modes stay as they are now."""
-        for module, fused in self._changed.items():
-            if type(module) is not fused:
-                raise RuntimeError(f"a {fused.__name__} changed its class after accelerate: {type(module).__name__}")
-        for module, fused in self._changed.items():
-            module.__class__ = fused.original
+        """Gives every module that this call changed its class back. Weights, hooks and modes stay as they are now.
+
+        For a copy of the model, or one that was loaded from a pickle, see `restore`.
+        """
+        give_back([module for module, fused in self._changed.items() if type(module) is not fused.original])
         self._changed.clear()
 
     def __enter__(self) -> "Acceleration":
@@ -95,6 +111,25 @@ def accelerate(model: nn.Module) -> Acceleration:
     return Acceleration(model, classes, changed)
 
 
+def restore(model: nn.Module) -> None:
+    """Takes back what `accelerate` did to `model`, or to the model that it is a copy of, in place.
+
+    Raises RuntimeError, and restores nothing, if a module has been given another class since, as FSDP2 does.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    give_back([module for module in model.modules() if isinstance(module, Fused)])
+
+
+def give_back(modules: Collection[nn.Module]) -> None:
+    """All of them, or none."""
+    for module in modules:
+        if not isinstance(module, Fused) or "original" not in vars(type(module)):
+            raise RuntimeError(f"a module changed its class after accelerate: it is {type(module).__name__} now")
+    for module in modules:
+        module.__class__ = cast(Fused, module).original
+
+
 def registry() -> Registry:
     """The classes that can be fused. Imports no library: a model of one implies that it is imported."""
     known: dict[type[nn.Module], type[Fused]] = {nn.LayerNorm: FusedLayerNorm, nn.Conv2d: FusedPatchConv}
@@ -121,7 +156,7 @@ def survey(
         fused, reasons = mixin.reading(module)
         if not isinstance(module, Fused):
             fused, reasons = (), reasons or ("not accelerated",)
-        yield Row(path, own.__name__, fused, "; ".join(reasons))
+        yield Row(path, own.__name__, fused, "; ".join(reasons), tuple(mixin.plans(module)) if fused else ())
         if not reasons:
             return
         told = True

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_kernels.attention_block import attention_block
+from fastvit_kernels.gathered import GatheredWhole
 from fastvit_kernels.integrations.checks import check_forward, fits
 from fastvit_kernels.integrations.fused import Fused, Reading
 from fastvit_kernels.mlp import Activation, layer_norm_mlp
@@ -85,10 +86,8 @@ class MlpHalf(NamedTuple):
         )
 
 
-class FusedBlock(Fused):
+class FusedBlock(GatheredWhole, Fused):
     """What the blocks of all libraries share. `block` is one of the library's class, fused or not."""
-
-    _z3_leaf = True  # forward reads the parameters of its children: DeepSpeed ZeRO-3 must gather them all
 
     @classmethod
     def attention_half(cls, block: Any, training: bool | None = None) -> AttentionHalf | str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from fastvit_kernels import transforms
 from fastvit_kernels.integrations.fused import base_class
 from fastvit_kernels.mlp import Activation
 
@@ -133,7 +134,8 @@ def fits(x: Any, weight: Tensor) -> bool:
     """Whether x is what the operations take.
 
     Under autocast that is float32: there they do as the library does, products in the narrow dtype beside a residual
-    stream in float32. For another input autocast widens some results, and the operations keep the dtype of x.
+    stream in float32. For another input autocast widens some results, and the operations keep the dtype of x. Under
+    torch.func and forward-mode differentiation the library's own code runs, which supports what it always did.
     """
     return (
         type(x) in PLAIN_TENSORS
@@ -142,6 +144,7 @@ def fits(x: Any, weight: Tensor) -> bool:
         and x.device == weight.device
         and not x.is_nested
         and (x.dtype == torch.float32 or not autocasts(x.device.type))
+        and transforms.obstacle() is None
     )
 
 

@@ -7,6 +7,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
+from fastvit_kernels import dispatch
+
+OPERATION_OF = {"layer_norm_mlp": "mlp"}  # the function that a module runs as -> its name in FASTVIT_KERNELS
+
 
 class Reading(NamedTuple):
     """What of a module runs fused, and why the rest does not."""
@@ -24,6 +28,16 @@ class Fused(nn.Module):
     def reading(cls, module: nn.Module) -> Reading:
         raise NotImplementedError
 
+    @classmethod
+    def plans(cls, module: nn.Module) -> list[dispatch.Plan]:
+        """Who runs each of the operations that `reading` says the module consists of, with the weights it has now."""
+        weight = next(module.parameters())
+        return [dispatch.plan_for(OPERATION_OF.get(name, name), weight) for name in cls.reading(module).fused]
+
+    def extra_repr(self) -> str:
+        runs = " + ".join(dict.fromkeys(plan.runs for plan in self.plans(self)))
+        return ", ".join(filter(None, (super().extra_repr(), f"runs={runs}" if runs else "")))
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # the subclass exists in this process only: copies and pickles name the two classes it is made of
         return _empty, (_mixin(type(self)), self.original), self.__getstate__()
@@ -35,7 +49,7 @@ _made: dict[tuple[type, type], type[Fused]] = {}
 def fused_class(mixin: type[Fused], original: type[nn.Module]) -> type[Fused]:
     """The subclass of `original` with the forward of `mixin`; it bears the name of `original`.
 
-    Libraries find modules by class name (device maps, sharding policies), and the printed model stays as it was.
+    Libraries find modules by class name (device maps, sharding policies). The printed model gains `runs=...` only.
     """
     if (mixin, original) not in _made:
         names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}

@@ -44,7 +44,8 @@ class FusedPatchConv(Fused):
             mean, std = UNUSED
             tokens = patch_embed(images, conv.weight, bias, mean=mean, std=std)  # [B, N, D]
             grid = (images.shape[2] // patch, images.shape[3] // patch)
-            return tokens.transpose(1, 2).unflatten(2, grid)  # [B, D, H / P, W / P], a view
+            result = tokens.transpose(1, 2).unflatten(2, grid)  # [B, D, H / P, W / P], channels last
+            return result if channels_last(images) or channels_last(conv.weight) else result.contiguous()
         return super().forward(*args, **kwargs)
 
 
@@ -56,6 +57,11 @@ def not_patches(conv: Any) -> str:
     if conv.padding not in ("valid", (0, 0)) or conv.dilation != (1, 1) or conv.groups != 1:
         return "padded, dilated or grouped"
     return check_tensor("weight", conv.weight)
+
+
+def channels_last(tensor: Tensor) -> bool:
+    """Whether a convolution of or with this tensor returns its result channels last."""
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def takes(images: Any, weight: Tensor) -> bool:

@@ -58,6 +58,7 @@ class TimmBlock(FusedBlock):
         norm, attn, scale = block.norm1, block.attn, block.ls1
         reason = (
             check_children("the block", block, BLOCK)
+            or check_wish(block)
             or check_layer_norm("norm1", norm, LAYER_NORMS)
             or check_type("attn", attn, (timm_vit.Attention,))
             or check_forward("attn", attn)
@@ -96,6 +97,7 @@ class TimmBlock(FusedBlock):
         norm, mlp, scale = block.norm2, block.mlp, block.ls2
         reason = (
             check_children("the block", block, BLOCK)
+            or check_wish(block)
             or check_layer_norm("norm2", norm, LAYER_NORMS)
             or check_type("mlp", mlp, (timm_vit.Mlp,))
             or check_forward("mlp", mlp)
@@ -122,6 +124,11 @@ class TimmBlock(FusedBlock):
         if reason := check_rate("mlp.drop1", dropout) or check_rate("drop_path2", drop_path):
             return reason
         return MlpHalf(norm, mlp.fc1, mlp.fc2, activation, getattr(scale, "gamma", None), dropout, drop_path)
+
+
+def check_wish(block: Any) -> str:
+    """timm's switch for attention in single steps, set by those who need a second derivative or the attention map."""
+    return "" if getattr(block.attn, "fused_attn", True) else "attn.fused_attn is off, a wish for timm's own code"
 
 
 def check_heads(attn: Any, width: int) -> str:

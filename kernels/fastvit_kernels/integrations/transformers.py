@@ -1,4 +1,4 @@
-"""Layers of Hugging Face transformers (5.0 and later): ViT and its kin, DINOv2, and the towers of CLIP and SigLIP.
+"""Layers of Hugging Face transformers (5.17 and later): ViT and its kin, DINOv2, and the towers of CLIP and SigLIP.
 
 Queries, keys and values are three Linear layers there. Their weights are packed at each call (see `AttentionHalf`), so
 that the parameters, and with them state dicts and optimizers, stay three.

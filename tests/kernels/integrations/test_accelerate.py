@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 import fastvit_kernels
-from fastvit_kernels import accelerate
+from fastvit_kernels import accelerate, dispatch
 from tests.kernels.integrations.equality import accelerated, assert_equal, randomised, rows
 
 
@@ -50,13 +51,31 @@ def test_layers_give_the_same(calls: Counter[str], bias: bool) -> None:
 
 
 def test_table_is_readable() -> None:
-    table = str(accelerate(Embedder())).splitlines()
+    with dispatch.using("auto"):
+        table = str(accelerate(Embedder())).splitlines()
     assert table == [
-        "module   type       runs as      left alone",
-        "patches  Conv2d     patch_embed",
-        "norm     LayerNorm  layer_norm",
-        "head     Linear     -            no fused form of Linear",
+        "module   type       runs as      by         left alone",
+        "patches  Conv2d     patch_embed  reference",
+        "norm     LayerNorm  layer_norm   reference",
+        "head     Linear     -                       no fused form of Linear",
+        "2 of 3 modules fused: 2 reference (needs a GPU)",
     ]
+
+
+def test_table_and_repr_say_who_runs_what_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "is_on_gpu", lambda tensor: True)
+    model = Embedder()
+    with dispatch.using("auto"), accelerate(model) as acceleration:
+        assert [row.plans for row in acceleration.rows[:2]] == [(("reference", "float32 products"),), (("triton", ""),)]
+        assert str(acceleration).endswith("2 of 3 modules fused: 1 reference (float32 products), 1 triton")
+        assert "stride=(4, 4), runs=reference)" in repr(model.patches) and "runs=triton)" in repr(model.norm)
+        model.bfloat16()
+        assert str(acceleration).endswith("2 of 3 modules fused: 2 triton")
+        with dispatch.using("patch_embed=reference"):
+            assert str(acceleration).endswith("2 of 3 modules fused: 1 reference (asked for), 1 triton")
+            assert "runs=reference)" in repr(model.patches)
+    assert "runs=" not in repr(model)
+    assert str(acceleration).endswith("0 of 3 modules fused")
 
 
 def test_everything_but_forward_stays() -> None:
@@ -66,7 +85,7 @@ def test_everything_but_forward_stays() -> None:
     seen = []
     model.norm.register_forward_hook(lambda *_: seen.append("norm"))
     with accelerate(model):
-        assert str(model) == printed
+        assert re.sub(", runs=[a-z]+", "", str(model)) == printed
         assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
         assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
         assert isinstance(model.norm, nn.LayerNorm) and type(model.norm) is not nn.LayerNorm
