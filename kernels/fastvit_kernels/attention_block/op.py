@@ -37,6 +37,7 @@ def attention_block(
     layer_scale: Tensor | None = None,
     dropout: float = 0.0,
     drop_path: float = 0.0,
+    causal: bool = False,
     recompute: Recompute = "none",
 ) -> Tensor:
     """The attention half of a pre-norm block: x + drop_path(layer_scale * dropout(proj(attention(qkv(norm(x)))))).
@@ -49,8 +50,9 @@ def attention_block(
         layer_scale: [D], the dtype of x or float32; None leaves it out.
         dropout: rate on the projected output. Attention probabilities are not dropped, as in Dosovitskiy et al. 2021.
         drop_path: rate at which a sample's whole branch is dropped; kept branches are scaled by 1 / (1 - drop_path).
+        causal: a token sees itself and those before it only, as in text towers.
         recompute: what the kernels' backward pass computes again instead of keeping it: nothing, or the normalisation.
-            Gradients are the same. No effect on the reference, or with dropout, where autograd keeps all.
+            Gradients are the same. No effect on the reference, with dropout or causal, where autograd keeps all.
 
     Rates are active whenever above 0. Returns [B, N, D] in the dtype of x, also under autocast, which acts as on
     `torch.nn.functional.linear`: products and attention run in its dtype, the normalisation and the sum with x in that
@@ -73,8 +75,8 @@ def attention_block(
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
     norm, qkv, proj = (norm_weight, norm_bias), (qkv_weight, qkv_bias), (proj_weight, proj_bias)
-    if dropout > 0 or width // heads > MAX_HEAD_DIM or not uses_triton("attention_block", x):
-        return reference.attention_block(x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path)
+    if dropout > 0 or causal or width // heads > MAX_HEAD_DIM or not uses_triton("attention_block", x):
+        return reference.attention_block(x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path, causal)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(torch.promote_types(x.dtype, dtype))
