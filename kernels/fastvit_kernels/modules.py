@@ -294,7 +294,11 @@ class FusedBlock(GatheredWhole):
     def extra_repr(self) -> str:
         return shown(self.mlp.fc1.weight, "attention_block", "mlp")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
+        """With `outputs`, the first tokens of the result alone: [B, outputs, D].
+
+        Keys and values are still those of all tokens; what else there is to compute, and to keep, is not.
+        """
         dropout = self.dropout if self.training else 0.0
         drop_path = self.drop_path if self.training else 0.0
         attention_half = partial(
@@ -309,6 +313,7 @@ class FusedBlock(GatheredWhole):
             eps=self.eps,
             dropout=dropout,
             recompute="norm" if self.recompute == "all" else "none",
+            outputs=outputs,
         )
         mlp_half = partial(
             layer_norm_mlp,
@@ -323,7 +328,7 @@ class FusedBlock(GatheredWhole):
             dropout=dropout,
             recompute=self.recompute,
         )
-        x = with_drop_path(attention_half, x, self.ls1, drop_path, self.drop_path_mode)
+        x = with_drop_path(attention_half, x, self.ls1, drop_path, self.drop_path_mode, outputs)
         return with_drop_path(mlp_half, x, self.ls2, drop_path, self.drop_path_mode)
 
 
@@ -359,11 +364,16 @@ class FusedCrossEntropy(nn.Module):
 
 
 def with_drop_path(
-    half_block: Callable[..., Tensor], x: Tensor, scale: LayerScale | None, drop_path: float, mode: DropPathMode
+    half_block: Callable[..., Tensor],
+    x: Tensor,
+    scale: LayerScale | None,
+    drop_path: float,
+    mode: DropPathMode,
+    outputs: int | None = None,
 ) -> Tensor:
     layer_scale = None if scale is None else scale.gamma
     if mode == "subset":
-        return drop_path_subset(half_block, x, layer_scale=layer_scale, drop_path=drop_path)
+        return drop_path_subset(half_block, x, layer_scale=layer_scale, drop_path=drop_path, outputs=outputs)
     return half_block(x, layer_scale=layer_scale, drop_path=drop_path)
 
 

@@ -36,6 +36,7 @@ def attention_block(
     dropout: float = 0.0,
     drop_path: float = 0.0,
     recompute: Recompute = "none",
+    outputs: int | None = None,
 ) -> Tensor:
     """The attention half of a pre-norm block: x + drop_path(layer_scale * dropout(proj(attention(qkv(norm(x)))))).
 
@@ -48,9 +49,11 @@ def attention_block(
         dropout: rate on the projected output. Attention probabilities are not dropped, as in Dosovitskiy et al. 2021.
         drop_path: rate at which a sample's whole branch is dropped; kept branches are scaled by 1 / (1 - drop_path).
         recompute: what the kernels' backward pass computes again instead of keeping it: nothing, or the normalisation.
-            Gradients are the same. No effect on the reference, or with dropout, where autograd keeps all.
+            Gradients are the same. No effect on the reference, or with dropout or `outputs`, where autograd keeps all.
+        outputs: how many tokens of the result are wanted, the first ones; None: all N. Queries, projection and sum are
+            computed for these alone, keys and values for all tokens.
 
-    Rates are active whenever above 0. Returns [B, N, D] in the dtype of x, also under autocast, which acts as on
+    Rates are active whenever above 0. Returns [B, N, D], or [B, outputs, D], in the dtype of x, also under autocast, which acts as on
     `torch.nn.functional.linear`: products and attention run in its dtype, the normalisation and the sum with x in that
     of x. Raises ValueError for a wrong shape, device, rate or recompute and TypeError for a wrong dtype.
     """
@@ -70,9 +73,11 @@ def attention_block(
         raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, got {recompute!r}")
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
+    outputs = checked_outputs(outputs, x)
     norm, qkv, proj = (norm_weight, norm_bias), (qkv_weight, qkv_bias), (proj_weight, proj_bias)
-    if dropout > 0 or width // heads > MAX_HEAD_DIM or not uses_triton("attention_block", x):
-        return reference.attention_block(x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path)
+    composed = dropout > 0 or outputs is not None
+    if composed or width // heads > MAX_HEAD_DIM or not uses_triton("attention_block", x):
+        return reference.attention_block(x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path, outputs)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(torch.promote_types(x.dtype, dtype))
@@ -82,6 +87,13 @@ def attention_block(
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     keep_normed = keep and recompute == "none" and qkv_weight.requires_grad
     return attention_block_op(*tensors, draw_path_scale(x, drop_path), heads, eps, keep, keep_normed)[0]
+
+
+def checked_outputs(outputs: int | None, x: Tensor) -> int | None:
+    """None if the result has all tokens of x [B, N, D]."""
+    if outputs is not None and not 1 <= outputs <= x.shape[1]:
+        raise ValueError(f"outputs must be at least 1 and at most the {x.shape[1]} tokens of x, got {outputs}")
+    return None if outputs == x.shape[1] else outputs
 
 
 # Matrices are [T, D] inside, with T = B * N tokens. Operators cannot return None, so what is not kept for the backward
