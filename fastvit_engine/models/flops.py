@@ -7,7 +7,8 @@ from fastvit_engine.config.model_shape import Shape, resolve_shape
 def forward_macs(config: ModelConfig) -> int:
     """Multiply-accumulates of the whole model for one image, forward, matrix products only (1 MAC = 2 FLOPs).
 
-    The figure that papers and profilers give of a Vision Transformer: every block is counted for every token. Elementwise work, softmax and normalisation are left out, as is usual (Kaplan et al. 2020, section 2.1).
+    The figure that papers and profilers give of a Vision Transformer: every block is counted for every token.
+    Elementwise work, softmax and normalisation are left out, as is usual (Kaplan et al. 2020, section 2.1).
     """
     shape = resolve_shape(config)
     tokens, width = shape.tokens, shape.width
