@@ -65,8 +65,8 @@ def drop_path_subset(
         drop_path: share of the samples to drop, at least 0 and below 1.
         outputs: how many tokens the half-block gives back, the first ones; None: all N.
 
-    Returns [B, N, D], or [B, outputs, D], in the dtype of x. Raises ValueError for a wrong rate, and what the half-block
-    raises.
+    Returns [B, N, D], or [B, outputs, D], in the dtype of x. Raises ValueError for a wrong rate, and what the
+    half-block raises.
     """
     check_rate("drop_path", drop_path)
     batch = x.shape[0]
