@@ -108,6 +108,12 @@ def test_products_of_other_tokens_are_keys_and_values_alone(implementation: str,
     assert counter.get_total_flops() == 2 * batch * (2 * keys_and_values + scores + 2 * of_outputs)
 
 
+def test_causal(device: torch.device) -> None:
+    arguments = {name: tensor.to(device) for name, tensor in block_inputs(2, 5, 16).items()}
+    whole = attention_block(**arguments, **BLOCK, causal=True)
+    torch.testing.assert_close(attention_block(**arguments, **BLOCK, causal=True, outputs=2), whole[:, :2])
+
+
 @pytest.mark.parametrize("outputs", [0, 4, -1])
 def test_number_is_checked(outputs: int) -> None:
     message = f"outputs must be at least 1 and at most the 3 tokens of x, got {outputs}"

@@ -21,6 +21,7 @@ def attention_block(
     layer_scale: Tensor | None,
     dropout: float,
     drop_path: float,
+    causal: bool,
     outputs: int | None,
 ) -> Tensor:
     normed = layer_norm(x, norm_weight, norm_bias, eps=eps)
@@ -29,7 +30,7 @@ def attention_block(
         branch = F.linear(attended, proj_weight, proj_bias)  # [B, outputs, D]
         return add_branch(x[:, :outputs], branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
     qkv = F.linear(normed, qkv_weight, qkv_bias).unflatten(-1, (3, heads, -1))  # [B, N, 3, H, d]
-    branch = F.linear(attention(qkv), proj_weight, proj_bias)  # [B, N, D]
+    branch = F.linear(attention(qkv, causal=causal), proj_weight, proj_bias)  # [B, N, D]
     return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
 
 
