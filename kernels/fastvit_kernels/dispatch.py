@@ -130,9 +130,10 @@ def unmeasured(operation: str, dtype: torch.dtype) -> Runs:
 
 
 def computed_dtype(operation: str, tensor: Tensor) -> torch.dtype:
-    """The dtype of the tensor, or that of autocast if the operation obeys it."""
+    """The dtype of the tensor, or that of autocast if the operation obeys it; autocast leaves float64 as it is."""
     kind = tensor.device.type
-    if OPERATIONS[operation].autocasts and kind != "meta" and torch.is_autocast_enabled(kind):
+    obeys = OPERATIONS[operation].autocasts and kind != "meta" and tensor.dtype != torch.float64
+    if obeys and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return tensor.dtype
 

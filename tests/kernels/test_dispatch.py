@@ -43,6 +43,7 @@ def test_blocks_under_autocast_compute_in_its_dtype() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert dispatch.computed_dtype("mlp", x) == dispatch.computed_dtype("attention_block", x) == torch.bfloat16
         assert dispatch.computed_dtype("attention", x) == torch.float32
+        assert dispatch.computed_dtype("mlp", x.double()) == torch.float64  # as torch.nn.functional.linear
     assert dispatch.computed_dtype("mlp", x) == torch.float32
     assert dispatch.computed_dtype("mlp", torch.empty(2, device="meta")) == torch.float32
 
