@@ -21,7 +21,7 @@ def test_bilinear_is_scipy_zoom_of_order_1(before, after, class_tokens, layers, 
     assert np.array_equal(found[:, :class_tokens], table[:, :class_tokens])  # to the bit
     for layer, resampled in zip(table[:, class_tokens:], found[:, class_tokens:], strict=True):
         grid = layer.reshape(before, before, 5)
-        # "nearest": a last coordinate that rounding puts beyond the grid, as from 24 to 22, has the value of its edge, not 0
+        # "nearest": where rounding puts the last coordinate beyond the grid, as from 24 to 22, SciPy's default is 0
         zoomed = scipy.ndimage.zoom(grid, (after / before, after / before, 1), order=1, mode="nearest")
         expected = zoomed.reshape(after**2, 5)
         np.testing.assert_allclose(resampled, expected, rtol=0, atol=1e-15 * max(1, np.abs(grid).max() * 16))
