@@ -30,11 +30,12 @@ class Operation(NamedTuple):
 OPERATIONS = {
     "attention": Operation(choices=("auto", "triton", "cudnn", "flash", "reference"), multiplies=True),
     "attention_block": Operation(parts=("layer_norm", "attention"), multiplies=True, autocasts=True),
+    "block": Operation(parts=("layer_norm", "attention", "attention_block", "mlp"), multiplies=True, autocasts=True),
     "cross_entropy": Operation(),
     "gemm": Operation(choices=("auto", "triton", "cublas")),  # the products inside block operators
     "layer_norm": Operation(),
     "mlp": Operation(parts=("layer_norm",), multiplies=True, autocasts=True),
-    "patch_embed": Operation(multiplies=True),
+    "patch_embed": Operation(multiplies=True, autocasts=True),
     "rotary": Operation(),
     "swiglu": Operation(parts=("layer_norm",), multiplies=True, autocasts=True),
 }
@@ -57,8 +58,11 @@ def parse(setting: str, name: str) -> Mapping[str, Choice]:
             raise ValueError(f"{name} must name one of *, {', '.join(OPERATIONS)}, got {operation!r} in {setting!r}")
         choices = ALL if operation == "*" else OPERATIONS[operation].choices
         if choice not in choices:
-            of = "" if operation == "*" else f" in {setting!r} for {operation}"
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}{of}{hint(operation, choice)}")
+            within = "" if choice == setting else f" in {setting!r}"
+            of = "" if operation == "*" else f" for {operation}"
+            raise ValueError(
+                f"{name} must be one of {', '.join(choices)}, got {choice!r}{within}{of}{hint(operation, choice)}"
+            )
         if operation in named:
             whose = "all operations" if operation == "*" else operation
             raise ValueError(f"{name} must be one choice for {whose}, got two in {setting!r}")
@@ -81,5 +85,7 @@ def settle(operation: str, named: Mapping[str, str], setting: str, name: str) ->
 
 def hint(operation: str, choice: str) -> str:
     """Where a choice that is wrong here belongs."""
+    if operation == "*" and choice in OPERATIONS:
+        return f": write {choice}=reference, say"
     having = [other for other, its in OPERATIONS.items() if choice in its.choices]
     return f": write {having[0]}={choice}" if operation == "*" and having else ""

@@ -117,6 +117,16 @@ def add_weighted(total, weights, tiles):
 
 
 @triton.jit
+def sees(first, queries, key, keys, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A block of a causal mask, [ROWS, COLUMNS]: which queries, from `first` on, see which keys, from `key` on.
+
+    The last query sees the last key, and every query one key more than the query before it.
+    """
+    row, column = first + tl.arange(0, ROWS), key + tl.arange(0, COLUMNS)
+    return column[None, :] <= row[:, None] + (keys - queries)
+
+
+@triton.jit
 def owned(tokens, heads, lengths, BLOCK_M: tl.constexpr, TAILS_M: tl.constexpr):
     """Which part of the work is this program's: head among all, image or sequence, head in it, block, blocks."""
     blocks = tokens // BLOCK_M + len(TAILS_M) if lengths is None else lengths[3]
