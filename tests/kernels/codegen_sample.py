@@ -19,15 +19,13 @@ from tests.kernels import codegen_probe
 
 H_14, B_16 = "H/14: 257 tokens, 16 x 80", "B/16: 197 tokens, 12 x 64"
 # Every kernel for sm_90, and one or more of each operation for the others: (operation, case, kernels or None for all).
-# The half-blocks have no kernels of their own.
+# Blocks have no kernels of their own.
 ON_HOPPER: list[tuple[str, str, tuple[str, ...] | None]] = [
     ("attention", H_14, None),
     ("attention", B_16, None),
     ("attention", "H/14, bias", ("attention_bwd_bias_kernel",)),
     ("layer_norm", "768, bfloat16", None),
     ("gemm", "H/14, fc1 with GELU alone", None),
-    ("gemm", "ViT-H/14, norm and qkv", ("row_statistics_kernel", "fold_norm_kernel")),
-    ("gemm", "ViT-H/14, fc2 with residual, statistics", ("combine_moments_kernel",)),
     ("gemm", "H/14, cuBLAS, GELU", None),
     ("gemm", "H/14, cuBLAS, residual", None),
     ("gemm", "H/14, cuBLAS, GELU'", None),
@@ -65,7 +63,7 @@ def compile_sample() -> dict[str, Any]:
             for kernel in codegen.launched(case, codegen.TARGETS[target], wanted):
                 row = codegen.result(op, case, codegen.TARGETS[target], kernel)
                 rows.append(asdict(row))
-                if target == "sm_90" and name in SECOND.get(op, ()):
+                if target == "sm_90" and name in SECOND.get(op, ()) and second_ptxas():
                     second.append(asdict(row) | assembled_again(kernel))
     return {"first": rows, "second": second, "probe": codegen_probe.read_all()}
 
@@ -91,7 +89,7 @@ def assembled_again(kernel: Any) -> dict[str, int]:
 @contextmanager
 def second_assembler() -> Iterator[None]:
     """Inside, ptxas is that of the package nvidia-cuda-nvcc."""
-    os.environ["TRITON_PTXAS_PATH"] = str(ptxas_of_package())
+    os.environ["TRITON_PTXAS_PATH"] = str(second_ptxas())
     try:
         yield
     finally:
@@ -99,8 +97,12 @@ def second_assembler() -> Iterator[None]:
 
 
 @lru_cache
-def ptxas_of_package() -> Path:
-    files = metadata.files("nvidia-cuda-nvcc") or ()
+def second_ptxas() -> Path | None:
+    """None where the package is not installed."""
+    try:
+        files = metadata.files("nvidia-cuda-nvcc") or []
+    except metadata.PackageNotFoundError:
+        return None
     return next(Path(str(file.locate())) for file in files if file.name == "ptxas")
 
 

@@ -251,7 +251,7 @@ def chained_products(ttir: str) -> int:
 
 
 def messages(kernel: Any) -> str:
-    """What ptxas says when it assembles a kernel. One from Triton's cache, which keeps no messages, it assembles again."""
+    """What ptxas says when it assembles a kernel: again, for one from Triton's cache, which keeps no messages."""
     ptx = kernel.asm["ptx"]
     if ptx not in _said:
         _said[ptx] = assembled(kernel)[1]
