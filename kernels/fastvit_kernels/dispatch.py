@@ -174,8 +174,8 @@ def explain() -> str:
     asked = asked_for("gemm")
     products = "cublas, or triton where the table says so" if asked == "auto" else f"{asked} (asked for)"
     lines.append(f"{'gemm':<17}{products}: products inside block operators that run triton")
-    lines.append("Under autocast, block operators run as in its dtype. The reference also runs for float64, and for")
-    lines.append("attention with a head dimension above 128; both are errors if triton is asked for.")
+    lines.append("Under autocast, block operators and patch_embed run as in its dtype. The reference also runs for")
+    lines.append("float64, and for attention with a head dimension above 128; both are errors if triton is asked for.")
     here = [row[0 if on_gpu else 2].runs for row in plans.values()]
     counts = [f"{here.count(runs)} {runs}" for runs in sorted(set(here), reverse=True)]
     lines.append(f"{len(here)} operations on {'this GPU, in bf16' if on_gpu else 'the CPU'}: {', '.join(counts)}")

@@ -155,7 +155,7 @@ def test_a_setting_chooses_for_each_operation(setting: str, expected: dict[str, 
         ("cublas", "implementation must be one of auto, triton, reference, got 'cublas': write gemm=cublas"),
         ("auto,", "implementation must be one of auto, triton, reference, got ''"),
         ("layer_norm=cublas", "of auto, triton, reference, got 'cublas' in 'layer_norm=cublas' for layer_norm"),
-        ("atention=triton", "implementation must name one of *, attention, attention_block, cross_entropy, gemm"),
+        ("atention=triton", "implementation must name one of *, attention, attention_block, block, cross_entropy,"),
         ("mlp=auto,mlp=triton", "implementation must be one choice for mlp, got two in 'mlp=auto,mlp=triton'"),
         ("auto,*=triton", "implementation must be one choice for all operations, got two in 'auto,*=triton'"),
         (
@@ -216,7 +216,7 @@ def test_modules_show_who_runs_them() -> None:
         assert repr(block).startswith("FusedBlock(\n  runs=reference\n")
     with dispatch.using("mlp=reference,attention=triton,attention_block=triton"):
         runs = "triton" if dispatch.INTERPRETED else "error"
-        assert f"  attention_block={runs}, mlp=reference\n" in repr(block)
+        assert f"  block=reference, attention_block={runs}, mlp=reference\n" in repr(block)
         assert f"runs={runs}" in repr(block.attn)
     with dispatch.using("auto"), torch.device("meta"):
         for module in (
@@ -267,7 +267,7 @@ def test_explain_ends_with_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
     with dispatch.using("attention=reference"):
-        last = f"{count} operations on this GPU, in bf16: {count - 2} triton, 2 reference"
+        last = f"{count} operations on this GPU, in bf16: {count - 3} triton, 3 reference"
         assert fastvit_kernels.explain().splitlines()[-1] == last
 
 
