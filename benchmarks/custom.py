@@ -4,7 +4,9 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -48,17 +50,10 @@ def load(place: str) -> Callable[..., Any]:
         raise ValueError(f"--provider {place}: give a file and a function in it, FILE.py:FUNCTION")
     if not Path(path).is_file():
         raise ValueError(f"--provider {place}: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"provider_{Path(path).stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where Triton and pickle look a function's module up
-    sys.path.insert(0, str(Path(path).parent))  # a kernel may import its neighbours
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        module = imported(Path(path).resolve())
+    except (Exception, SystemExit) as error:
         raise ValueError(f"--provider {place}: {path} cannot be imported: {first_line(error)}") from error
-    finally:
-        sys.path.pop(0)
     function = getattr(module, name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -66,6 +61,21 @@ def load(place: str) -> Callable[..., Any]:
             f"--provider {place}: {path} has no function {name}; it has {', '.join(functions) or 'none at all'}"
         )
     return function
+
+
+@lru_cache
+def imported(path: Path) -> ModuleType:
+    """The module of a file, which runs once however many of its functions are measured."""
+    spec = importlib.util.spec_from_file_location(f"provider_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where Triton and pickle look a function's module up
+    sys.path.insert(0, str(path.parent))  # a kernel may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(path.parent))
+    return module
 
 
 def signature(op: Op, *, sizes: bool) -> str:

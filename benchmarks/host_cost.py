@@ -90,7 +90,7 @@ class Driver:
 def without_gpu() -> Iterator[None]:
     """Inside, the kernels' path runs on CPU tensors, and a launch ends where the driver would start."""
     if knobs.runtime.interpret:
-        raise RuntimeError("the cost of a launch cannot be measured while TRITON_INTERPRET=1 is set: unset it")
+        raise RuntimeError("host_cost measures launches, and TRITON_INTERPRET=1 replaces them: unset it")
 
     def no_compilation(kernel: Any, key: Any, signature: Any, device: Any, *others: Any) -> Kernel:
         assert kernel.cache_key  # finds the globals that each launch checks

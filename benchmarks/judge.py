@@ -47,7 +47,9 @@ class Judge:
 
     def __init__(self, case: Case, inputs: Inputs) -> None:
         self.case, self.inputs = case, inputs
+        self.copies = {name: tensor.clone() for name, tensor in inputs.items()}
         plain, self.cotangents = self._plain(case.dtype)
+        self.dtypes = {name: tensor.dtype for name, tensor in plain.items()}
         try:
             exact, _ = self._plain(torch.float64)
             self.exact_dtype = "float64"
@@ -61,6 +63,7 @@ class Judge:
     def judge(self, provider: Provider, bound: Bound) -> Verdict:
         """Raises ValueError if the results are not even comparable."""
         results = run(bound, self.cotangents, self.case.op.checked_call)
+        self.check_inputs()
         given = sum(leaf.numel() for leaf in bound.leaves.values())
         if given != self.gradient_size:
             raise ValueError(f"takes gradients of {given:,} numbers, not of {self.gradient_size:,}")
@@ -71,12 +74,24 @@ class Judge:
                 continue
             if results[name].shape != exact.shape:
                 raise ValueError(f"the {name} has shape {list(results[name].shape)}, not {list(exact.shape)}")
+            if provider.own and results[name].dtype != self.dtypes[name]:
+                raise ValueError(f"the {name} is {results[name].dtype}, not {self.dtypes[name]}")
             errors = sizes(results[name].double() - exact.double())
             for measure, error, plain, size in zip(
                 ("largest", "RMS"), errors, self.plain_errors[name], (largest, rms), strict=True
             ):
                 verdicts.append(Verdict(name, measure, error, 2 * plain + (rounding + SUM) * size))
         return max(verdicts, key=lambda verdict: verdict.severity)
+
+    def check_inputs(self) -> None:
+        """ValueError, with the inputs put right again, if a provider has written into them: all take the same ones."""
+        if "backward" not in self.case.op.passes:
+            return  # an optimizer updates its tensors
+        changed = [name for name, copy in self.copies.items() if not torch.equal(copy, self.inputs[name])]
+        for name in changed:
+            self.inputs[name].copy_(self.copies[name])
+        if changed:
+            raise ValueError(f"writes into its input {changed[0]}, which others take too")
 
     def _plain(self, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[Tensor]]:
         cast = {name: self._cast(name, tensor, dtype) for name, tensor in self.inputs.items()}
@@ -108,12 +123,19 @@ def results_of(
 ) -> dict[str, Tensor]:
     results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
     if leaves:
+        if len(outputs) != len(cotangents):
+            raise ValueError(f"gives {len(outputs)} outputs, not {len(cotangents)}")
         for i, (cotangent, output) in enumerate(zip(cotangents, outputs, strict=True)):
             if output.shape != cotangent.shape:
                 raise ValueError(f"output {i} has shape {list(output.shape)}, not {list(cotangent.shape)}")
+            if not output.requires_grad:
+                raise ValueError(f"output {i} has no gradient")
         given = [c.to(output.dtype) for c, output in zip(cotangents, outputs, strict=True)]
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), given)
-        results |= {f"gradient of {name}": grad for name, grad in zip(leaves, gradients, strict=True)}
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), given, allow_unused=True)
+        for name, gradient in zip(leaves, gradients, strict=True):
+            if gradient is None:
+                raise ValueError(f"gives no gradient of {name}")
+            results[f"gradient of {name}"] = gradient
     return results
 
 

@@ -92,7 +92,7 @@ def select(selection: Selection, device: torch.device) -> list[Case]:
     ops, models = all_ops(), shapes(device, selection.quick)
     pick_known("operation", selection.ops, [op.name for op in ops])
     ops = with_providers(ops, selection.ops, selection.own)
-    pick_known("model", selection.models, [shape.name for shape in models])
+    pick_known("size", selection.models, [shape.name for shape in models])
     pick_known("dtype", selection.dtypes, list(DTYPES))
     pick_known("provider", selection.providers, sorted({p.name for op in ops for p in op.providers}))
     dtypes = selection.dtypes or (("bf16",) if device.type == "cuda" else ("fp32",))
@@ -310,7 +310,7 @@ def measure_all(selection: Selection, progress: Progress, deadline: float, journ
         def skip(provider: Provider, case: Case = case) -> str | None:
             if (case.id, provider.name) in progress.fatal:
                 return "ended the process that measured it"
-            if selection.providers and provider.name not in selection.providers:
+            if selection.providers and provider.name not in selection.providers and not provider.own:
                 return "not asked for"
             if selection.quick and provider.slow and (device.type == "cpu" or provider.name.endswith(VERY_SLOW)):
                 return "compiles for long: not in a quick run"

@@ -142,7 +142,11 @@ def leaves_of(op: Op, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def as_tuple(outputs: Any) -> Outputs:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    """ValueError unless they are a tensor or a sequence of tensors."""
+    found = (outputs,) if isinstance(outputs, Tensor) else outputs
+    if not isinstance(found, (tuple, list)) or not all(isinstance(output, Tensor) for output in found):
+        raise ValueError(f"gives {type(outputs).__name__}, not tensors")
+    return tuple(found)
 
 
 def all_cases(

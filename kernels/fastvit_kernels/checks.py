@@ -46,3 +46,10 @@ def check_tokens(name: str, tensor: Tensor) -> None:
     check_floating(name, tensor)
     if tensor.ndim != 3 or tensor.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [B, N, D], got {list(tensor.shape)}")
+
+
+def checked_outputs(outputs: int | None, x: Tensor) -> int | None:
+    """None if the result has all tokens of x [B, N, D]."""
+    if outputs is not None and not 1 <= outputs <= x.shape[1]:
+        raise ValueError(f"outputs must be at least 1 and at most the {x.shape[1]} tokens of x, got {outputs}")
+    return None if outputs == x.shape[1] else outputs

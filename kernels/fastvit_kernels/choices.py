@@ -58,8 +58,11 @@ def parse(setting: str, name: str) -> Mapping[str, Choice]:
             raise ValueError(f"{name} must name one of *, {', '.join(OPERATIONS)}, got {operation!r} in {setting!r}")
         choices = ALL if operation == "*" else OPERATIONS[operation].choices
         if choice not in choices:
-            of = "" if operation == "*" else f" in {setting!r} for {operation}"
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {choice!r}{of}{hint(operation, choice)}")
+            within = "" if choice == setting else f" in {setting!r}"
+            of = "" if operation == "*" else f" for {operation}"
+            raise ValueError(
+                f"{name} must be one of {', '.join(choices)}, got {choice!r}{within}{of}{hint(operation, choice)}"
+            )
         if operation in named:
             whose = "all operations" if operation == "*" else operation
             raise ValueError(f"{name} must be one choice for {whose}, got two in {setting!r}")
@@ -82,5 +85,7 @@ def settle(operation: str, named: Mapping[str, str], setting: str, name: str) ->
 
 def hint(operation: str, choice: str) -> str:
     """Where a choice that is wrong here belongs."""
+    if operation == "*" and choice in OPERATIONS:
+        return f": write {choice}=reference, say"
     having = [other for other, its in OPERATIONS.items() if choice in its.choices]
     return f": write {having[0]}={choice}" if operation == "*" and having else ""

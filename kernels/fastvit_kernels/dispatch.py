@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit_kernels import table, transforms
+from fastvit_kernels import table, toolchain, transforms
 from fastvit_kernels.choices import OPERATIONS, Choice, parse
 from fastvit_kernels.table import Runs
 
@@ -130,9 +130,10 @@ def unmeasured(operation: str, dtype: torch.dtype) -> Runs:
 
 
 def computed_dtype(operation: str, tensor: Tensor) -> torch.dtype:
-    """The dtype of the tensor, or that of autocast if the operation obeys it."""
+    """The dtype of the tensor, or that of autocast if the operation obeys it; autocast leaves float64 as it is."""
     kind = tensor.device.type
-    if OPERATIONS[operation].autocasts and kind != "meta" and torch.is_autocast_enabled(kind):
+    obeys = OPERATIONS[operation].autocasts and kind != "meta" and tensor.dtype != torch.float64
+    if obeys and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
     return tensor.dtype
 
@@ -166,6 +167,7 @@ def explain() -> str:
         f"FASTVIT_KERNELS={_setting}, GPU: {device}",
         table.describe(table.gpu_name(device) if on_gpu else None),
         *(table.choices_of_providers(table.gpu_name(device)) if on_gpu else ()),
+        *([compiled_by(gpu(torch.device("cuda", torch.cuda.current_device())).arch)] if on_gpu and HAS_TRITON else ()),
         f"{'operation':<17}{'bf16, fp16 on a GPU':<34}{'fp32 on a GPU':<34}on the CPU",
     ]
     for operation, row in plans.items():
@@ -180,6 +182,13 @@ def explain() -> str:
     counts = [f"{here.count(runs)} {runs}" for runs in sorted(set(here), reverse=True)]
     lines.append(f"{len(here)} operations on {'this GPU, in bf16' if on_gpu else 'the CPU'}: {', '.join(counts)}")
     return "\n".join(lines)
+
+
+def compiled_by(arch: str) -> str:
+    try:
+        return toolchain.describe(arch)
+    except RuntimeError as error:
+        return f"assembler: {error}"
 
 
 class Gpu(NamedTuple):

@@ -295,11 +295,15 @@ class FusedBlock(GatheredWhole):
     def extra_repr(self) -> str:
         return shown(self.mlp.fc1.weight, "block", "attention_block", "mlp")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
+        """With `outputs`, the first tokens of the result alone: [B, outputs, D].
+
+        Keys and values are still those of all tokens; what else there is to compute, and to keep, is not.
+        """
         dropout = self.dropout if self.training else 0.0
         drop_path = self.drop_path if self.training else 0.0
         if drop_path > 0 and self.drop_path_mode == "subset":
-            return self.forward_of_subsets(x, dropout, drop_path)
+            return self.forward_of_subsets(x, outputs, dropout, drop_path)
         attn, mlp = self.attn, self.mlp
         return transformer_block(
             x,
@@ -323,9 +327,10 @@ class FusedBlock(GatheredWhole):
             dropout=dropout,
             drop_path=drop_path,
             recompute=self.recompute,
+            outputs=outputs,
         )
 
-    def forward_of_subsets(self, x: Tensor, dropout: float, drop_path: float) -> Tensor:
+    def forward_of_subsets(self, x: Tensor, outputs: int | None, dropout: float, drop_path: float) -> Tensor:
         """Each half on samples of its own, see `drop_path_subset`."""
         attention_half = partial(
             attention_block,
@@ -339,6 +344,7 @@ class FusedBlock(GatheredWhole):
             eps=self.eps,
             dropout=dropout,
             recompute="norm" if self.recompute == "all" else "none",
+            outputs=outputs,
         )
         mlp_half = partial(
             layer_norm_mlp,
@@ -353,7 +359,7 @@ class FusedBlock(GatheredWhole):
             dropout=dropout,
             recompute=self.recompute,
         )
-        x = with_drop_path(attention_half, x, self.ls1, drop_path, "subset")
+        x = with_drop_path(attention_half, x, self.ls1, drop_path, "subset", outputs)
         return with_drop_path(mlp_half, x, self.ls2, drop_path, "subset")
 
 
@@ -389,11 +395,16 @@ class FusedCrossEntropy(nn.Module):
 
 
 def with_drop_path(
-    half_block: Callable[..., Tensor], x: Tensor, scale: LayerScale | None, drop_path: float, mode: DropPathMode
+    half_block: Callable[..., Tensor],
+    x: Tensor,
+    scale: LayerScale | None,
+    drop_path: float,
+    mode: DropPathMode,
+    outputs: int | None = None,
 ) -> Tensor:
     layer_scale = None if scale is None else scale.gamma
     if mode == "subset":
-        return drop_path_subset(half_block, x, layer_scale=layer_scale, drop_path=drop_path)
+        return drop_path_subset(half_block, x, layer_scale=layer_scale, drop_path=drop_path, outputs=outputs)
     return half_block(x, layer_scale=layer_scale, drop_path=drop_path)
 
 

@@ -101,23 +101,22 @@ def with_gradient(
     others = len(op._schema.returns) - 1 if only_first else 0
     without: tuple[None, ...] = (None,) * others  # gradients of what is not given back
 
-    class Gradient(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                outputs = op(*inputs)
-            setup_context(ctx, inputs, outputs)
-            return outputs[0] if others else outputs
+    def run(ctx: Any, *inputs: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = op(*inputs)
+        setup_context(ctx, inputs, outputs)
+        return outputs[0] if others else outputs
 
-        @staticmethod
-        def backward(ctx: Any, *gradients: Any) -> Any:
-            if torch.is_grad_enabled():  # create_graph=True
-                return backward(ctx, *gradients, *without)
-            with torch._C._AutoDispatchBelowAutograd():
-                return backward(ctx, *gradients, *without)
+    def run_backward(ctx: Any, *gradients: Any) -> Any:
+        if torch.is_grad_enabled():  # create_graph=True
+            return backward(ctx, *gradients, *without)
+        with torch._C._AutoDispatchBelowAutograd():
+            return backward(ctx, *gradients, *without)
 
-    Gradient.__name__ = Gradient.__qualname__ = op.name().replace("::", "_")
-    apply = Gradient.apply
+    # made with its name, which profilers show and `grad_fn` bears
+    members = {"forward": staticmethod(run), "backward": staticmethod(run_backward)}
+    function_class: Any = type(op.name().replace("::", "_"), (torch.autograd.Function,), members)
+    apply = function_class.apply
 
     def function(*inputs: Any) -> Any:
         if torch.is_grad_enabled():

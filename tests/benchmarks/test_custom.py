@@ -77,6 +77,26 @@ def test_a_file_that_does_not_load_says_why(tmp_path: Path, capsys: pytest.Captu
         load(f"{path}:norm")
     assert main(["bench", "kernels", "--quick", "--ops", "layer_norm", "--provider", f"{path}:norm"]) == 2
     assert "fastvit bench kernels: --provider" in capsys.readouterr().err
+    script = tmp_path / "script.py"
+    script.write_text("raise SystemExit('usage: script.py')")
+    with pytest.raises(ValueError, match="cannot be imported: SystemExit: usage: script.py"):
+        load(f"{script}:norm")
+
+
+def test_a_file_runs_once_for_all_its_functions(source: Path) -> None:
+    assert load(f"{source}:norm").__globals__ is load(f"{source}:off").__globals__
+
+
+def test_a_kernel_of_ones_own_is_asked_for_whatever_peers_are(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "measure_ceilings", lambda *_: CEILINGS)
+    monkeypatch.setattr(kernels, "effort", lambda *_: Effort(rounds=2, seconds=0.1))
+    selection = Selection(
+        quick=True, ops=("layer_norm",), models=("tiny/14@56",), providers=("eager",), own=(f"{source}:norm",)
+    )
+    found: list[dict] = []
+    kernels.measure_all(selection, kernels.Progress(), float("inf"), found.append)
+    (case,) = (entry["case"] for entry in found if "case" in entry)
+    assert {row["provider"] for row in case["providers"] if row["status"] == "ok"} == {"eager", "mine.py:norm"}
 
 
 def test_the_list_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:

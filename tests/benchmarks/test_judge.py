@@ -70,3 +70,34 @@ def test_a_result_of_another_shape_is_not_compared(case):
         verdict(
             case, lambda x, weight, bias: torch_norm(x, weight, bias).flatten(0, 1)[None].expand(1, -1, -1)[0][None]
         )
+
+
+def changing(x, weight, bias):
+    with torch.no_grad():
+        x.mul_(2)
+    return torch_norm(x, weight, bias)
+
+
+@pytest.mark.parametrize(
+    "function, said",
+    [
+        (lambda **given: None, "gives NoneType, not tensors"),
+        (lambda **given: 2 * (torch_norm(**given),), "gives 2 outputs, not 1"),
+        (lambda **given: torch_norm(**given).detach(), "output 0 has no gradient"),
+        (lambda x, weight, bias: torch_norm(x, weight, bias.detach()), "gives no gradient of bias"),
+        (lambda **given: torch_norm(**given).double(), "the output 0 is torch.float64, not torch.float32"),
+        (changing, "writes into its input x"),
+    ],
+)
+def test_what_is_no_answer_is_named(case, function, said):
+    with pytest.raises(ValueError, match=said):
+        verdict(case, function, own=True)
+
+
+def test_the_next_provider_gets_what_one_has_written_into(case):
+    inputs = case.inputs(0)
+    judge, expected = Judge(case, inputs), inputs["x"].clone()
+    provider = Provider("someone", functional(lambda _: changing))
+    with pytest.raises(ValueError, match="writes into its input x"):
+        judge.judge(provider, provider.make(case)(inputs))
+    assert torch.equal(inputs["x"], expected)

@@ -11,6 +11,7 @@ import fastvit_kernels
 from fastvit_kernels import choices, dispatch, table
 from fastvit_kernels.dispatch import Gpu
 from fastvit_kernels.table import Entry, Provenance, Runs, Table
+from tests.in_full import in_full
 
 PRODUCTS = ("attention", "attention_block", "mlp", "patch_embed")
 OTHERS = ("cross_entropy", "layer_norm")
@@ -42,6 +43,7 @@ def test_blocks_under_autocast_compute_in_its_dtype() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert dispatch.computed_dtype("mlp", x) == dispatch.computed_dtype("attention_block", x) == torch.bfloat16
         assert dispatch.computed_dtype("attention", x) == torch.float32
+        assert dispatch.computed_dtype("mlp", x.double()) == torch.float64  # as torch.nn.functional.linear
     assert dispatch.computed_dtype("mlp", x) == torch.float32
     assert dispatch.computed_dtype("mlp", torch.empty(2, device="meta")) == torch.float32
 
@@ -266,7 +268,9 @@ def test_explain_ends_with_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fastvit_kernels.explain().splitlines()[-1] == f"{count} operations on the CPU: {count} reference"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    with dispatch.using("attention=reference"):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with dispatch.using("attention=reference"), dispatch.compiling_for(Gpu("sm_90", 132, "H200")):
+        assert "\nassembler: ptxas " in fastvit_kernels.explain()
         last = f"{count} operations on this GPU, in bf16: {count - 3} triton, 3 reference"
         assert fastvit_kernels.explain().splitlines()[-1] == last
 
@@ -274,9 +278,9 @@ def test_explain_ends_with_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("value", "code", "said"),
     [
-        ("", 0, "auto"),
+        in_full("", 0, "auto"),
         ("auto,layer_norm=triton", 0, "triton"),
-        ("cuda", 1, "ValueError: FASTVIT_KERNELS must be one of auto, triton, reference"),
+        in_full("cuda", 1, "ValueError: FASTVIT_KERNELS must be one of auto, triton, reference"),
     ],
 )
 def test_environment_variable_chooses_and_is_checked(value: str, code: int, said: str) -> None:
@@ -287,7 +291,7 @@ def test_environment_variable_chooses_and_is_checked(value: str, code: int, said
     assert said in (result.stdout + result.stderr).splitlines()[-1]
 
 
-@pytest.mark.parametrize("module", ["fastvit_kernels.tuning", "fastvit_kernels.tuning.codegen"])
+@pytest.mark.parametrize("module", [in_full("fastvit_kernels.tuning"), "fastvit_kernels.tuning.codegen"])
 def test_commands_say_in_one_sentence_that_the_variable_is_wrong(module: str) -> None:
     environment = os.environ | {"FASTVIT_KERNELS": "cuda"}
     command = [sys.executable, "-m", module, "--help"]

@@ -216,6 +216,9 @@ def test_no_second_derivative(implementation: str, device: torch.device) -> None
         ({"x": torch.zeros(3, 40)}, ValueError, r"x must have shape \[B, N, D\]"),
         ({"fc1_weight": torch.zeros(72, 40)}, ValueError, r"fc1_weight must have shape \[144, 40\], got \[72, 40\]"),
         ({"fc1_weight": (torch.zeros(72, 40), torch.zeros(71, 40))}, ValueError, "fc1_weight of the value must"),
+        ({"fc1_weight": 3 * (torch.zeros(48, 40),)}, ValueError, "fc1_weight must be a tensor, or a pair of tensors"),
+        ({"fc1_bias": (torch.zeros(72), None)}, ValueError, "fc1_bias must be a tensor, or a pair of tensors"),
+        ({"fc2_weight": torch.zeros(40, 0)}, ValueError, r"fc2_weight must have shape \[40, M\], got \[40, 0\]"),
         ({"fc2_bias": torch.zeros(40, dtype=torch.float64)}, TypeError, "fc2_bias must be torch.float32"),
         ({"recompute": "gelu"}, ValueError, "recompute must be one of none, gate, all, got 'gelu'"),
         ({"drop_path": 1.0}, ValueError, "drop_path must be at least 0 and below 1"),
@@ -223,8 +226,9 @@ def test_no_second_derivative(implementation: str, device: torch.device) -> None
 )
 def test_wrong_arguments(change: dict[str, object], error: type[Exception], said: str, device: torch.device) -> None:
     moved = {n: t.to(device) if isinstance(t, Tensor) else t for n, t in (inputs(3, 5, 40, 72) | change).items()}
-    if isinstance(moved["fc1_weight"], tuple):
-        moved["fc1_weight"] = tuple(part.to(device) for part in moved["fc1_weight"])
+    for name, given in moved.items():
+        if isinstance(given, tuple):
+            moved[name] = tuple(part if part is None else part.to(device) for part in given)
     with pytest.raises(error, match=said):
         layer_norm_swiglu(**moved, eps=EPS)
 

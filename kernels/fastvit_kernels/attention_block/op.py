@@ -11,7 +11,7 @@ from fastvit_kernels.attention.launch import launch_backward_and_sums as attenti
 from fastvit_kernels.attention.launch import launch_forward as attention_forward
 from fastvit_kernels.attention.tiling import MAX_HEAD_DIM
 from fastvit_kernels.attention_block import reference
-from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
+from fastvit_kernels.checks import check_parameter, check_rate, check_tokens, checked_outputs
 from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import uses_triton
 from fastvit_kernels.gemm import products
@@ -38,7 +38,9 @@ def attention_block(
     layer_scale: Tensor | None = None,
     dropout: float = 0.0,
     drop_path: float = 0.0,
+    causal: bool = False,
     recompute: Recompute = "none",
+    outputs: int | None = None,
 ) -> Tensor:
     """The attention half of a pre-norm block: x + drop_path(layer_scale * dropout(proj(attention(qkv(norm(x)))))).
 
@@ -50,12 +52,17 @@ def attention_block(
         layer_scale: [D], the dtype of x or float32; None leaves it out.
         dropout: rate on the projected output. Attention probabilities are not dropped, as in Dosovitskiy et al. 2021.
         drop_path: rate at which a sample's whole branch is dropped; kept branches are scaled by 1 / (1 - drop_path).
+        causal: a token sees itself and those before it only, as in text towers.
         recompute: what the kernels' backward pass computes again instead of keeping it: nothing, or the normalisation.
-            Gradients are the same. No effect on the reference, or with dropout, where autograd keeps all.
+            Gradients are the same. No effect on the reference, with dropout, causal or outputs, where autograd keeps
+            all.
+        outputs: how many tokens of the result are wanted, the first ones; None: all N. Queries, projection and sum are
+            computed for these alone, keys and values for all tokens that these see.
 
-    Rates are active whenever above 0. Returns [B, N, D] in the dtype of x, also under autocast, which acts as on
-    `torch.nn.functional.linear`: products and attention run in its dtype, the normalisation and the sum with x in that
-    of x. Raises ValueError for a wrong shape, device, rate or recompute and TypeError for a wrong dtype.
+    Rates are active whenever above 0. Returns [B, N, D], or [B, outputs, D], in the dtype of x, also under autocast,
+    which acts as on `torch.nn.functional.linear`: products and attention run in its dtype, the normalisation and the
+    sum with x in that of x. Raises ValueError for a wrong shape, device, rate, recompute or outputs and TypeError for a
+    wrong dtype.
     """
     check_tokens("x", x)
     width = x.shape[-1]
@@ -73,9 +80,15 @@ def attention_block(
         raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, got {recompute!r}")
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
+    outputs = checked_outputs(outputs, x)
+    if causal and outputs is not None:  # they see no other
+        x, outputs = x[:, :outputs], None
     norm, qkv, proj = (norm_weight, norm_bias), (qkv_weight, qkv_bias), (proj_weight, proj_bias)
-    if dropout > 0 or width // heads > MAX_HEAD_DIM or not uses_triton("attention_block", x):
-        return reference.attention_block(x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path)
+    composed = dropout > 0 or causal or outputs is not None
+    if composed or width // heads > MAX_HEAD_DIM or not uses_triton("attention_block", x):
+        return reference.attention_block(
+            x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path, causal, outputs
+        )
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(torch.promote_types(x.dtype, dtype))

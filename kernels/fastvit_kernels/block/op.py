@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvit_kernels.attention.op import MAX_HEAD_DIM
 from fastvit_kernels.attention_block import op as attention_half
 from fastvit_kernels.block import reference
-from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
+from fastvit_kernels.checks import check_parameter, check_rate, check_tokens, checked_outputs
 from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import uses_triton
 from fastvit_kernels.gemm import products
@@ -20,6 +20,8 @@ from fastvit_kernels.mlp import op as mlp_half
 from fastvit_kernels.mlp.op import Activation, Recompute
 from fastvit_kernels.registration import no_autocast, register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
+
+ACTIVATIONS, RECOMPUTE = get_args(Activation), get_args(Recompute)
 
 
 def transformer_block(
@@ -45,6 +47,7 @@ def transformer_block(
     dropout: float = 0.0,
     drop_path: float = 0.0,
     recompute: Recompute = "gelu",
+    outputs: int | None = None,
 ) -> Tensor:
     """A pre-norm block: `attention_block`, then `layer_norm_mlp` (Dosovitskiy et al. 2021), as one operator.
 
@@ -63,11 +66,13 @@ def transformer_block(
             1 / (1 - drop_path).
         recompute: what the backward pass computes again instead of keeping it: nothing ("none"), the GELU, or both
             normalisations too ("all"). Gradients are the same. No effect on the reference.
+        outputs: how many tokens of the result are wanted, the first ones; None: all N. Only keys, values and the
+            normalisation before them are then computed for all tokens.
 
-    Rates are active whenever above 0; a dropout above 0 runs the two halves, one after the other. Returns [B, N, D] in
-    the dtype of x, also under autocast, which acts as on `torch.nn.functional.linear`: products and attention run in
-    its dtype, normalisations and sums with x in that of x. Raises ValueError for a wrong shape, device, rate or choice
-    and TypeError for a wrong dtype.
+    Rates are active whenever above 0; a dropout above 0, or `outputs`, runs the two halves, one after the other.
+    Returns [B, N, D], or [B, outputs, D], in the dtype of x, also under autocast, which acts as on
+    `torch.nn.functional.linear`: products and attention run in its dtype, normalisations and sums with x in that of x.
+    Raises ValueError for a wrong shape, device, rate, choice or number and TypeError for a wrong dtype.
     """
     check_tokens("x", x)
     norm1, norm2 = (norm1_weight, norm1_bias), (norm2_weight, norm2_bias)
@@ -77,13 +82,14 @@ def transformer_block(
     # as good as always the same, and not a matter of the values, so what has been checked once need not be again
     check = check_parameters.__wrapped__ if torch.compiler.is_compiling() else check_parameters
     check(heads, *looks)
-    if activation not in get_args(Activation):
-        raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
-    if recompute not in get_args(Recompute):
-        raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, got {recompute!r}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
-    if dropout > 0 or x.shape[-1] // heads > MAX_HEAD_DIM or not uses_triton("block", x):
+    outputs = checked_outputs(outputs, x)
+    if dropout > 0 or outputs is not None or x.shape[-1] // heads > MAX_HEAD_DIM or not uses_triton("block", x):
         return reference.transformer_block(
             x,
             *parameters,
@@ -93,6 +99,7 @@ def transformer_block(
             dropout=dropout,
             drop_path=drop_path,
             recompute=recompute,
+            outputs=outputs,
         )
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

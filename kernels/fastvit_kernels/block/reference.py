@@ -18,6 +18,7 @@ def transformer_block(
     dropout: float,
     drop_path: float,
     recompute: Recompute,
+    outputs: int | None,
 ) -> Tensor:
     """Each half has seven parameters: of its normalisation and its two layers, weight then bias, and a LayerScale."""
     *first, layer_scale = parameters[:7]
@@ -30,6 +31,7 @@ def transformer_block(
         dropout=dropout,
         drop_path=drop_path,
         recompute="norm" if recompute == "all" else "none",
+        outputs=outputs,
     )
     *second, layer_scale = parameters[7:]
     return layer_norm_mlp(

@@ -57,16 +57,18 @@ def forward_rows(
     mask = (row < rows)[:, None] & column_mask  # [BLOCK_M, BLOCK_D]
     start = x_ptr + locate(row, tokens, heads, head_dim, stride_image, stride_token)
     x = tl.load(start + column, mask=mask, other=0).to(tl.float32)
-    if weight_ptr is not None or sin_ptr is not None:
+    if sin_ptr is not None:  # an odd head_dim, which only normalises, has a channel without a partner
         partner, sign = partners(column, head_dim, INTERLEAVED)
         other = tl.load(start + partner, mask=mask, other=0).to(tl.float32)
     if weight_ptr is not None:
         mean, rstd = centre(x, column_mask, head_dim, eps, RMS)
         x = (x - mean) * rstd * tl.load(weight_ptr + column, mask=column_mask, other=0).to(tl.float32)
-        other = (other - mean) * rstd * tl.load(weight_ptr + partner, mask=column_mask, other=0).to(tl.float32)
         if bias_ptr is not None:
             x += tl.load(bias_ptr + column, mask=column_mask, other=0).to(tl.float32)
-            other += tl.load(bias_ptr + partner, mask=column_mask, other=0).to(tl.float32)
+        if sin_ptr is not None:
+            other = (other - mean) * rstd * tl.load(weight_ptr + partner, mask=column_mask, other=0).to(tl.float32)
+            if bias_ptr is not None:
+                other += tl.load(bias_ptr + partner, mask=column_mask, other=0).to(tl.float32)
     if sin_ptr is not None:
         sin, rotates = load_angles(sin_ptr, row, column, tokens, heads, prefix, stride_sin, mask)
         cos, rotates = load_angles(cos_ptr, row, column, tokens, heads, prefix, stride_cos, mask)

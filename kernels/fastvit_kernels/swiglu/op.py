@@ -22,8 +22,8 @@ if HAS_TRITON:
     from fastvit_kernels.swiglu import kernels
 
 Recompute = Literal["none", "gate", "all"]
-Weight = Tensor | tuple[Tensor, Tensor]
-Bias = Tensor | tuple[Tensor, Tensor] | None
+Weight = Tensor | Sequence[Tensor]
+Bias = Tensor | Sequence[Tensor] | None
 
 
 def swiglu_mlp(
@@ -123,16 +123,12 @@ def checked(
     x: Tensor, fc1_weight: Weight, fc1_bias: Bias, fc2_weight: Tensor, fc2_bias: Tensor | None, recompute: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """fc1's weight [2M, D] and bias [2M], and fc2's bias [D]."""
-    width, hidden = x.shape[-1], fc2_weight.shape[-1]
-    if isinstance(fc1_weight, tuple):
-        for part, weight in zip(("gate", "value"), fc1_weight, strict=True):
-            check_parameter(f"fc1_weight of the {part}", weight, [hidden, width], like=x)
-        fc1_weight = torch.cat(fc1_weight)
-    if isinstance(fc1_bias, tuple):
-        for part, bias in zip(("gate", "value"), fc1_bias, strict=True):
-            check_parameter(f"fc1_bias of the {part}", bias, [hidden], like=x)
-        fc1_bias = torch.cat(fc1_bias)
-    fc1_bias = fc1_weight.new_zeros(2 * hidden) if fc1_bias is None else fc1_bias
+    width = x.shape[-1]
+    if fc2_weight.ndim != 2 or fc2_weight.numel() == 0:
+        raise ValueError(f"fc2_weight must have shape [{width}, M], got {list(fc2_weight.shape)}")
+    hidden = fc2_weight.shape[1]
+    fc1_weight = joined("fc1_weight", fc1_weight, [hidden, width], x)
+    fc1_bias = fc1_weight.new_zeros(2 * hidden) if fc1_bias is None else joined("fc1_bias", fc1_bias, [hidden], x)
     fc2_bias = fc2_weight.new_zeros(width) if fc2_bias is None else fc2_bias
     check_parameter("fc2_weight", fc2_weight, [width, hidden], like=x)
     check_parameter("fc2_bias", fc2_bias, [width], like=x)
@@ -141,6 +137,17 @@ def checked(
     if recompute not in get_args(Recompute):
         raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, got {recompute!r}")
     return fc1_weight, fc1_bias, fc2_bias
+
+
+def joined(name: str, given: Tensor | Sequence[Tensor], shape: list[int], x: Tensor) -> Tensor:
+    """The gate's part and the value's, each of this shape, as one tensor, if they are given as a pair."""
+    if isinstance(given, Tensor):
+        return given
+    if len(given) != 2 or not all(isinstance(part, Tensor) for part in given):
+        raise ValueError(f"{name} must be a tensor, or a pair of tensors: of the gate and of the value")
+    for part, tensor in zip(("gate", "value"), given, strict=True):
+        check_parameter(f"{name} of the {part}", tensor, shape, like=x)
+    return torch.cat(tuple(given))
 
 
 class Inputs(NamedTuple):
