@@ -30,7 +30,7 @@ from benchmarks.plots import head as title_of
 from benchmarks.step_overhead import describe_machine
 from fastvit_engine.config import load_config
 from fastvit_engine.files import atomic_write
-from fastvit_engine.models import training_flops
+from fastvit_engine.models import computed_flops
 from fastvit_engine.observe.metrics import read_metrics
 
 SIDES = {"two": "32, then 48 pixels", "one": "48 pixels from scratch"}
@@ -65,7 +65,7 @@ class Setup:
     def _flops_per_step(self, image_size: int) -> int:
         settings = [*self.model, *self.settings, f"model.image_size={image_size}"]
         config = load_config("cifar10_cpu", settings).config
-        return training_flops(config.model) * config.train.global_batch_size
+        return computed_flops(config.model) * config.train.global_batch_size
 
 
 @dataclass

@@ -27,7 +27,6 @@ from benchmarks.timing import Clock
 from benchmarks.train_variants import REFERENCE, VARIANTS, Setup, resident_batches
 from fastvit_engine.data import prepare_data
 from fastvit_engine.distributed.world import join_world
-from fastvit_engine.models import training_flops
 from fastvit_engine.train.throughput import Peak, peak_flops, peak_memory_bytes
 
 CHECKED_STEPS = 5
@@ -82,7 +81,7 @@ def measure_variant(order: dict[str, Any], scratch: Path) -> dict[str, Any]:
             "ms": spread(milliseconds),
             "steps": len(milliseconds),
             "images_per_second": rate,
-            "mfu": rate * training_flops(setup.config().model) / peak.flops,
+            "mfu": rate * variant.flops(setup.config().model) / peak.flops,
             "peak_flops": peak.flops,
             "peak_source": peak.source,
             "memory_bytes": peak_memory_bytes(world.device),

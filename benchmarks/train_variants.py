@@ -14,13 +14,13 @@ from benchmarks import step_overhead
 from benchmarks.peers import MAX_AUTOTUNE, need, need_vision
 from benchmarks.registry import Unusable
 from benchmarks.shapes import Shape
-from fastvit_engine.config import Config
+from fastvit_engine.config import Config, ModelConfig
 from fastvit_engine.data import Batch
 from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.optimizers import parameter_groups
-from fastvit_engine.models import VisionTransformer, build_vit
+from fastvit_engine.models import VisionTransformer, build_vit, computed_flops, training_flops
 from fastvit_kernels import FusedCrossEntropy, accelerate, dispatch
 
 CLASSES = 1000
@@ -82,6 +82,7 @@ class Variant:
     title: str
     build: Callable[[Setup], Step]
     ours: bool = False
+    flops: Callable[[ModelConfig], int] = training_flops  # that it computes for an image
     slow: str | None = None  # why a quick run on a CPU leaves it out
 
 
@@ -259,18 +260,29 @@ COMPILES = "compiles for long"
 BETWEEN = "what it runs is in ZeRO-1, ZeRO-3 and the suite `overhead`"
 # The most informative come first, since time may be limited.
 VARIANTS = (
-    Variant("fastvit", "this package's model in a bare loop", fastvit, ours=True),
-    Variant("fastvit ZeRO-1", "through the engine's DeepSpeed at ZeRO 1", fastvit_deepspeed(1), ours=True),
+    Variant("fastvit", "this package's model in a bare loop", fastvit, ours=True, flops=computed_flops),
+    Variant(
+        "fastvit ZeRO-1",
+        "through the engine's DeepSpeed at ZeRO 1",
+        fastvit_deepspeed(1),
+        ours=True,
+        flops=computed_flops,
+    ),
     Variant("timm", "timm, eager", timm()),
     Variant("timm compile", "timm, torch.compile", timm("default"), slow=COMPILES),
-    Variant("fastvit ZeRO-3", "at ZeRO 3", fastvit_deepspeed(3), ours=True),
+    Variant("fastvit ZeRO-3", "at ZeRO 3", fastvit_deepspeed(3), ours=True, flops=computed_flops),
     Variant(
         "timm compile cudnn", "timm, torch.compile, cuDNN attention first", timm("default", cudnn=True), slow=COMPILES
     ),
     Variant(
-        "fastvit ZeRO-0", "through the engine's DeepSpeed without ZeRO", fastvit_deepspeed(0), ours=True, slow=BETWEEN
+        "fastvit ZeRO-0",
+        "through the engine's DeepSpeed without ZeRO",
+        fastvit_deepspeed(0),
+        ours=True,
+        flops=computed_flops,
+        slow=BETWEEN,
     ),
-    Variant("fastvit ZeRO-2", "at ZeRO 2", fastvit_deepspeed(2), ours=True, slow=BETWEEN),
+    Variant("fastvit ZeRO-2", "at ZeRO 2", fastvit_deepspeed(2), ours=True, flops=computed_flops, slow=BETWEEN),
     Variant("timm + fastvit", "timm's model after `fastvit_kernels.accelerate`", timm(fused=True), ours=True),
     Variant("transformers", "Hugging Face transformers, SDPA", transformers),
     Variant(

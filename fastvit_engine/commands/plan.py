@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastvit_engine.commands.recipe import add_init, add_recipe, settings_of, with_weights
@@ -95,12 +96,12 @@ def _memory_at(chosen: "Chosen", stage: int) -> "Memory":
 def _images_per_second(chosen: "Chosen", gpu: str, mfu: float) -> float:
     """The GPUs with the largest share of the global batch set the pace."""
     from fastvit_engine.data.stream.batch_split import split_batch
-    from fastvit_engine.models import training_flops
+    from fastvit_engine.models import computed_flops
     from fastvit_engine.train.throughput import DATASHEET_PEAK
 
     split = split_batch(chosen.config, chosen.machine.processes)
     share = split.global_batch_size / split.largest_share  # GPUs' worth of work that a step has
-    flops = training_flops(chosen.config.model, frozen=chosen.config.optimizer.frozen)
+    flops = computed_flops(chosen.config.model, frozen=chosen.config.optimizer.frozen)
     return mfu * DATASHEET_PEAK[gpu] * share / flops
 
 
@@ -135,7 +136,7 @@ def _on_fewer_nodes(config: "Config", chosen: "Chosen", gpu: str, mfu: float) ->
 
 def _time(chosen: "Chosen", gpu: str, mfu: float) -> dict[str, Any]:
     """Steps, operations and days; None if the length of an epoch is unknown."""
-    from fastvit_engine.models import training_flops
+    from fastvit_engine.models import computed_flops, training_flops
     from fastvit_engine.train.schedule import Schedule
 
     config = chosen.config
@@ -143,6 +144,7 @@ def _time(chosen: "Chosen", gpu: str, mfu: float) -> dict[str, Any]:
     rate = _images_per_second(chosen, gpu, mfu)
     time = {
         "flops_per_image": flops,
+        "computed_flops_per_image": computed_flops(config.model, frozen=config.optimizer.frozen),
         "images_per_second": rate,
         "steps": None,
         "images": None,
@@ -155,6 +157,13 @@ def _time(chosen: "Chosen", gpu: str, mfu: float) -> dict[str, Any]:
         return {**time, "unknown": str(error)}
     images = steps * config.train.global_batch_size
     return {**time, "steps": steps, "images": images, "flops": images * flops, "days": images / rate / 86400}
+
+
+def _computed(time: Mapping[str, Any]) -> str:
+    from fastvit_engine.observe.units import format_flops
+
+    computed = time["computed_flops_per_image"]
+    return "" if computed == time["flops_per_image"] else f", {format_flops(computed)} of them computed"
 
 
 def _as_json(
@@ -255,7 +264,7 @@ def _as_text(
         images = "image" if time["images"] == 1 else "images"
         text.append(
             f"length        {counted(time['steps'], 'step')}, {format_count(time['images'])} {images}, "
-            f"{format_flops(time['flops'])} ({format_flops(time['flops_per_image'])} per image)"
+            f"{format_flops(time['flops'])} ({format_flops(time['flops_per_image'])} per image{_computed(time)})"
         )
         text.append(
             f"time          {_days(time['days'])}: {time['images_per_second']:,.0f} images/s, if MFU is "

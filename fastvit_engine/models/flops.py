@@ -5,8 +5,9 @@ from fastvit_engine.config.model_shape import Shape, resolve_shape
 
 
 def forward_macs(config: ModelConfig) -> int:
-    """Multiply-accumulates of one image's forward pass, matrix products only (1 MAC = 2 FLOPs).
+    """Multiply-accumulates of the whole model for one image, forward, matrix products only (1 MAC = 2 FLOPs).
 
+    The figure that papers and profilers give of a Vision Transformer: every block is counted for every token.
     Elementwise work, softmax and normalisation are left out, as is usual (Kaplan et al. 2020, section 2.1).
     """
     shape = resolve_shape(config)
@@ -21,6 +22,19 @@ def forward_macs(config: ModelConfig) -> int:
     return patch_projection + blocks + pooling + hidden + width * config.num_classes
 
 
+def computed_macs(config: ModelConfig) -> int:
+    """As `forward_macs`, of what `VisionTransformer` computes: with a class token, the last block is for it alone.
+
+    The block still has keys and values of all tokens; queries, attention, output projection and MLP are of one.
+    """
+    if config.pool != "cls":
+        return forward_macs(config)
+    shape = resolve_shape(config)
+    width = shape.width
+    of_a_token = 2 * width**2 + 2 * shape.tokens * width + 2 * width * shape.mlp_dim
+    return forward_macs(config) - (shape.tokens - 1) * of_a_token
+
+
 def _attention_pool_macs(shape: Shape) -> int:
     """Of one query that attends to all patches, and of the MLP behind it."""
     width = shape.width
@@ -29,13 +43,22 @@ def _attention_pool_macs(shape: Shape) -> int:
 
 
 def training_flops(config: ModelConfig, *, frozen: str = "none") -> int:
-    """Floating-point operations that one image costs in training: 6 x MACs.
+    """Floating-point operations of the whole model in training, for one image: 6 x MACs, see `forward_macs`.
 
     Two operations a MAC, and a backward pass of twice the forward (gradients of inputs and of weights). With the
     epochs and images of pretraining this gives the exaFLOPs of Dosovitskiy et al. 2021, Table 6. A frozen backbone (see
     `optimizer.frozen`) has a forward pass only, and the head below it no gradient of its inputs.
     """
+    return _training_flops(forward_macs(config), config, frozen)
+
+
+def computed_flops(config: ModelConfig, *, frozen: str = "none") -> int:
+    """As `training_flops`, of what is computed, see `computed_macs`: what speed and utilisation are counted in."""
+    return _training_flops(computed_macs(config), config, frozen)
+
+
+def _training_flops(macs: int, config: ModelConfig, frozen: str) -> int:
     if frozen == "none":
-        return 6 * forward_macs(config)
+        return 6 * macs
     head = resolve_shape(config).width * config.num_classes
-    return 2 * forward_macs(config) + 2 * head
+    return 2 * macs + 2 * head

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +42,7 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, shape.positions, width))
         self.patch_embed = FusedPatchEmbed(shape.patch_size, width, mean, std)
         self.pos_drop = nn.Dropout(config.dropout)
-        self.blocks = nn.Sequential(
+        self.blocks = Blocks(
             *(
                 FusedBlock(
                     width,
@@ -69,8 +71,14 @@ class VisionTransformer(nn.Module):
         return self.norm(self.blocks(self._embed(images)))
 
     def represent(self, images: Tensor) -> Tensor:
-        """What the head sees of images [B, D]: pooled tokens, after the tanh layer if there is one."""
-        return self._pool(self.forward_features(images))
+        """What the head sees of images [B, D]: pooled tokens, after the tanh layer if there is one.
+
+        Where that is the class token, the last block gives this token alone, [B, 1, D], unless a hook is there to read
+        the others.
+        """
+        if self.config.pool != "cls" or is_hooked(self.blocks, self.blocks[-1], self.norm):
+            return self._pool(self.forward_features(images))
+        return self._pool(self.norm(self.blocks(self._embed(images), outputs=1)))
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> Tensor:
@@ -110,7 +118,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if not self.backbone_frozen:
-            return self.forward_head(self.forward_features(images))
+            return self.head(self.represent(images))
         with torch.no_grad():
             represented = self.represent(images)
         return self.head(represented)
@@ -162,6 +170,33 @@ class VisionTransformer(nn.Module):
                 init_linear(module.fc, lecun_normal_)
         if isinstance(self.head, nn.Linear):
             init_linear(self.head, nn.init.zeros_, bias=self.config.head_bias)
+
+
+class Blocks(nn.Sequential):
+    """Blocks one after the other, [B, N, D] -> [B, N, D], or [B, outputs, D] of the first `outputs` tokens."""
+
+    def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
+        *others, last = self
+        for block in others:
+            x = block(x)
+        return last(x) if outputs is None else last(x, outputs=outputs)
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether a hook may read what these modules compute: not those of PyTorch and DeepSpeed, which move parameters."""
+    return any(
+        root_module(hook) not in ("torch", "deepspeed")
+        for module in modules
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        for hook in hooks.values()
+    )
+
+
+def root_module(function: Any) -> str:
+    """The package that a function, or what functools.partial made of it, comes from."""
+    while isinstance(function, partial):
+        function = function.func
+    return (getattr(function, "__module__", None) or "").partition(".")[0]
 
 
 class PreLogits(nn.Module):

@@ -242,6 +242,11 @@ def block_bytes_a_token(
     return inputs + compute * (6 * width + 2 * mlp_dim) + masks + statistics
 
 
+def last_block_bytes_a_token(width: int, compute: int, implementation: Implementation) -> int:
+    """As `block_bytes_a_token`, where the class token alone is computed: x, norm(x), keys, values and statistics."""
+    return width * (4 if implementation == "reference" else compute) + compute * 3 * width + 8
+
+
 def activation_bytes(
     model: ModelConfig, precision: str, implementation: Implementation, recompute: Recompute = "gelu"
 ) -> int:
@@ -260,11 +265,16 @@ def activation_bytes(
         block += 2 * compute * shape.width  # what is scaled
     plain = implementation == "reference"
     pixels = pixel_bytes(model, precision, implementation)
-    final = shape.tokens * ((4 if plain else compute) * shape.width + 8)  # input of the last norm
+    blocks, last_tokens = shape.tokens * shape.depth * block, shape.tokens
+    if model.pool == "cls":  # the last block is for one token
+        last_tokens = 1
+        keys = last_block_bytes_a_token(shape.width, compute, implementation)
+        blocks = shape.tokens * ((shape.depth - 1) * block + keys) + block
+    final = last_tokens * ((4 if plain else compute) * shape.width + 8)  # input of the last norm
     head = (compute + 8) * model.num_classes  # logits, their float32 form and gradient
     if model.pool == "map":  # the tokens, their keys and values
         final += shape.patches * 3 * compute * shape.width
-    return shape.tokens * shape.depth * block + pixels + final + head
+    return blocks + pixels + final + head
 
 
 def pixel_bytes(model: ModelConfig, precision: str, implementation: Implementation) -> int:

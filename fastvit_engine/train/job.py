@@ -16,7 +16,7 @@ from fastvit_engine.distributed.world import World, limit_collectives
 from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
-from fastvit_engine.models import build_vit, training_flops
+from fastvit_engine.models import build_vit, computed_flops
 from fastvit_engine.objectives import Objective, build_objective
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.memory import recompute_mode
@@ -90,7 +90,7 @@ def build_job(
         gradients.start()
     engine.model.train()
     store = store_of(config.checkpoint, run)
-    flops = training_flops(config.model, frozen=config.optimizer.frozen)
+    flops = computed_flops(config.model, frozen=config.optimizer.frozen)
     return Job(
         config=config,
         run=run,

@@ -3,6 +3,7 @@
 from fastvit_kernels import flops as _flops  # noqa: F401, its formulas register themselves
 from fastvit_kernels.attention import attention, attention_qkv
 from fastvit_kernels.attention_block import attention_block
+from fastvit_kernels.block import transformer_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
 from fastvit_kernels.dispatch import explain
 from fastvit_kernels.integrations import accelerate, restore
@@ -52,4 +53,5 @@ __all__ = [
     "rotary_qk_norm_separate",
     "sigmoid_cross_entropy",
     "swiglu_mlp",
+    "transformer_block",
 ]

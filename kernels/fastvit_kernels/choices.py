@@ -30,11 +30,12 @@ class Operation(NamedTuple):
 OPERATIONS = {
     "attention": Operation(choices=("auto", "triton", "cudnn", "flash", "reference"), multiplies=True),
     "attention_block": Operation(parts=("layer_norm", "attention"), multiplies=True, autocasts=True),
+    "block": Operation(parts=("layer_norm", "attention", "attention_block", "mlp"), multiplies=True, autocasts=True),
     "cross_entropy": Operation(),
     "gemm": Operation(choices=("auto", "triton", "cublas")),  # the products inside block operators
     "layer_norm": Operation(),
     "mlp": Operation(parts=("layer_norm",), multiplies=True, autocasts=True),
-    "patch_embed": Operation(multiplies=True),
+    "patch_embed": Operation(multiplies=True, autocasts=True),
     "rotary": Operation(),
     "swiglu": Operation(parts=("layer_norm",), multiplies=True, autocasts=True),
 }

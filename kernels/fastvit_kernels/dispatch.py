@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit_kernels import table, transforms
+from fastvit_kernels import table, toolchain, transforms
 from fastvit_kernels.choices import OPERATIONS, Choice, parse
 from fastvit_kernels.table import Runs
 
@@ -167,6 +167,7 @@ def explain() -> str:
         f"FASTVIT_KERNELS={_setting}, GPU: {device}",
         table.describe(table.gpu_name(device) if on_gpu else None),
         *(table.choices_of_providers(table.gpu_name(device)) if on_gpu else ()),
+        *([compiled_by(gpu(torch.device("cuda", torch.cuda.current_device())).arch)] if on_gpu and HAS_TRITON else ()),
         f"{'operation':<17}{'bf16, fp16 on a GPU':<34}{'fp32 on a GPU':<34}on the CPU",
     ]
     for operation, row in plans.items():
@@ -175,12 +176,19 @@ def explain() -> str:
     asked = asked_for("gemm")
     products = "cublas, or triton where the table says so" if asked == "auto" else f"{asked} (asked for)"
     lines.append(f"{'gemm':<17}{products}: products inside block operators that run triton")
-    lines.append("Under autocast, block operators run as in its dtype. The reference also runs for float64, and for")
-    lines.append("attention with a head dimension above 128; both are errors if triton is asked for.")
+    lines.append("Under autocast, block operators and patch_embed run as in its dtype. The reference also runs for")
+    lines.append("float64, and for attention with a head dimension above 128; both are errors if triton is asked for.")
     here = [row[0 if on_gpu else 2].runs for row in plans.values()]
     counts = [f"{here.count(runs)} {runs}" for runs in sorted(set(here), reverse=True)]
     lines.append(f"{len(here)} operations on {'this GPU, in bf16' if on_gpu else 'the CPU'}: {', '.join(counts)}")
     return "\n".join(lines)
+
+
+def compiled_by(arch: str) -> str:
+    try:
+        return toolchain.describe(arch)
+    except RuntimeError as error:
+        return f"assembler: {error}"
 
 
 class Gpu(NamedTuple):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastvit_kernels.attention_block import op as attention_block
+from fastvit_kernels.block import op as _block  # noqa: F401, so that its operators exist
 from fastvit_kernels.mlp import op as mlp
 from fastvit_kernels.patch_embed.op import patch_grid
 from fastvit_kernels.registration import NAMESPACE
@@ -118,6 +119,18 @@ def mlp_backward_flops(x: Tensor, fc1_weight: Tensor, fc2_weight: Tensor, needed
     first = ("fc1_weight" in needs) + below_norm
     second = ("fc2_weight" in needs) + below_activation
     return 2 * tokens * (first * fc1_weight.numel() + second * fc2_weight.numel())
+
+
+@counts("transformer_block")
+def block_flops(**call: Any) -> int:
+    return attention_block_flops(**call) + mlp_flops(**call)
+
+
+@counts("transformer_block_backward")
+def block_backward_flops(needed: Sequence[bool], **call: Any) -> int:
+    first = attention_block_backward_flops(needed=needed[:8], **call)
+    rest = (any(needed[:8]), *needed[8:])  # x of the MLP half is the output of the attention half
+    return first + mlp_backward_flops(needed=rest, norm_weight=call["norm2_weight"], **call)
 
 
 @counts("patch_embed")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastvit_kernels.attention import attention
 from fastvit_kernels.attention_block import attention_block
+from fastvit_kernels.block import transformer_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
 from fastvit_kernels.dispatch import shown
 from fastvit_kernels.gathered import GatheredWhole
@@ -255,7 +256,7 @@ class FusedLayerNormSwiGLU(GatheredWhole):
 
 
 class FusedBlock(GatheredWhole):
-    """A pre-norm Transformer block: `attention_block`, then `layer_norm_mlp`: [B, N, D] -> [B, N, D].
+    """A pre-norm Transformer block, see `transformer_block`: [B, N, D] -> [B, N, D].
 
     Parameters: norm1.*, attn.qkv.*, attn.proj.*, norm2.*, mlp.fc1.*, mlp.fc2.*, and ls1.gamma, ls2.gamma unless
     `layer_scale` (their initial value) is None. The children hold parameters; `forward` does not call them.
@@ -292,11 +293,45 @@ class FusedBlock(GatheredWhole):
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
     def extra_repr(self) -> str:
-        return shown(self.mlp.fc1.weight, "attention_block", "mlp")
+        return shown(self.mlp.fc1.weight, "block", "attention_block", "mlp")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
+        """With `outputs`, the first tokens of the result alone: [B, outputs, D].
+
+        Keys and values are still those of all tokens; what else there is to compute, and to keep, is not.
+        """
         dropout = self.dropout if self.training else 0.0
         drop_path = self.drop_path if self.training else 0.0
+        if drop_path > 0 and self.drop_path_mode == "subset":
+            return self.forward_of_subsets(x, outputs, dropout, drop_path)
+        attn, mlp = self.attn, self.mlp
+        return transformer_block(
+            x,
+            self.norm1.weight,
+            self.norm1.bias,
+            attn.qkv.weight,
+            attn.qkv.bias,
+            attn.proj.weight,
+            attn.proj.bias,
+            self.norm2.weight,
+            self.norm2.bias,
+            mlp.fc1.weight,
+            mlp.fc1.bias,
+            mlp.fc2.weight,
+            mlp.fc2.bias,
+            heads=self.heads,
+            eps=self.eps,
+            activation=self.activation,
+            layer_scale1=None if self.ls1 is None else self.ls1.gamma,
+            layer_scale2=None if self.ls2 is None else self.ls2.gamma,
+            dropout=dropout,
+            drop_path=drop_path,
+            recompute=self.recompute,
+            outputs=outputs,
+        )
+
+    def forward_of_subsets(self, x: Tensor, outputs: int | None, dropout: float, drop_path: float) -> Tensor:
+        """Each half on samples of its own, see `drop_path_subset`."""
         attention_half = partial(
             attention_block,
             norm_weight=self.norm1.weight,
@@ -309,6 +344,7 @@ class FusedBlock(GatheredWhole):
             eps=self.eps,
             dropout=dropout,
             recompute="norm" if self.recompute == "all" else "none",
+            outputs=outputs,
         )
         mlp_half = partial(
             layer_norm_mlp,
@@ -323,8 +359,8 @@ class FusedBlock(GatheredWhole):
             dropout=dropout,
             recompute=self.recompute,
         )
-        x = with_drop_path(attention_half, x, self.ls1, drop_path, self.drop_path_mode)
-        return with_drop_path(mlp_half, x, self.ls2, drop_path, self.drop_path_mode)
+        x = with_drop_path(attention_half, x, self.ls1, drop_path, "subset", outputs)
+        return with_drop_path(mlp_half, x, self.ls2, drop_path, "subset")
 
 
 class FusedCrossEntropy(nn.Module):
@@ -359,11 +395,16 @@ class FusedCrossEntropy(nn.Module):
 
 
 def with_drop_path(
-    half_block: Callable[..., Tensor], x: Tensor, scale: LayerScale | None, drop_path: float, mode: DropPathMode
+    half_block: Callable[..., Tensor],
+    x: Tensor,
+    scale: LayerScale | None,
+    drop_path: float,
+    mode: DropPathMode,
+    outputs: int | None = None,
 ) -> Tensor:
     layer_scale = None if scale is None else scale.gamma
     if mode == "subset":
-        return drop_path_subset(half_block, x, layer_scale=layer_scale, drop_path=drop_path)
+        return drop_path_subset(half_block, x, layer_scale=layer_scale, drop_path=drop_path, outputs=outputs)
     return half_block(x, layer_scale=layer_scale, drop_path=drop_path)
 
 

@@ -44,7 +44,12 @@ def add_scaled(x: Tensor, branch: Tensor, layer_scale: Tensor | None, path_scale
 
 
 def drop_path_subset(
-    half_block: Callable[..., Tensor], x: Tensor, *, layer_scale: Tensor | None = None, drop_path: float
+    half_block: Callable[..., Tensor],
+    x: Tensor,
+    *,
+    layer_scale: Tensor | None = None,
+    drop_path: float,
+    outputs: int | None = None,
 ) -> Tensor:
     """Stochastic depth that skips the dropped samples instead of masking them (Oquab et al. 2024, section 5).
 
@@ -58,8 +63,10 @@ def drop_path_subset(
         x: [B, N, D], any floating dtype.
         layer_scale: [D], the dtype of x or float32; None leaves it out.
         drop_path: share of the samples to drop, at least 0 and below 1.
+        outputs: how many tokens the half-block gives back, the first ones; None: all N.
 
-    Returns [B, N, D] in the dtype of x. Raises ValueError for a wrong rate, and what the half-block raises.
+    Returns [B, N, D], or [B, outputs, D], in the dtype of x. Raises ValueError for a wrong rate, and what the
+    half-block raises.
     """
     check_rate("drop_path", drop_path)
     batch = x.shape[0]
@@ -73,9 +80,10 @@ def drop_path_subset(
     order = torch.randperm(batch, device=x.device)
     if transforms.obstacle():  # the operators have a gradient only
         computed, passed = split_samples(x, order, kept)
-        return torch.cat([half_block(computed, layer_scale=layer_scale), passed]).index_select(0, order.argsort())
+        changed = half_block(computed, layer_scale=layer_scale)
+        return torch.cat([changed, passed[:, :outputs]]).index_select(0, order.argsort())
     computed, passed = split_samples_op(x, order, kept)
-    return merge_samples_op(half_block(computed, layer_scale=layer_scale), passed, order)
+    return merge_samples_op(half_block(computed, layer_scale=layer_scale), passed[:, :outputs], order)
 
 
 # Each of the next two operators is the gradient of the other, and reads and writes every sample once. Indexing x twice

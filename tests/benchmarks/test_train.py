@@ -39,7 +39,8 @@ def test_a_variant_in_its_own_process(tmp_path):
     assert row["status"] == "ok", row
     assert len(row["losses"]) == CHECKED_STEPS and row["steps"] == 2
     assert row["images_per_second"] == pytest.approx(8 / (1e-3 * row["ms"][1]))
-    flops = 6 * 3 * (17 * 4 * 96**2 + 2 * 17**2 * 96 + 2 * 17 * 96 * 384) + 6 * (16 * 768 * 96 + 96 * 1000)
+    flops = 6 * 2 * (17 * 4 * 96**2 + 2 * 17**2 * 96 + 2 * 17 * 96 * 384) + 6 * (16 * 768 * 96 + 96 * 1000)
+    flops += 6 * (17 * 2 * 96**2 + 2 * 96**2 + 2 * 17 * 96 + 2 * 96 * 384)  # the last block, for the class token
     assert row["mfu"] == pytest.approx(row["images_per_second"] * flops / 1e9)
     assert row["breakdown_ms"]["matrix products"] > 0 and row["host_ms"] > 0
     assert len(row["slowest"]) == SLOWEST and row["slowest"][0]["ms"] >= row["slowest"][-1]["ms"] >= 0

@@ -11,6 +11,7 @@ import fastvit_kernels
 from fastvit_kernels import choices, dispatch, table
 from fastvit_kernels.dispatch import Gpu
 from fastvit_kernels.table import Entry, Provenance, Runs, Table
+from tests.in_full import in_full
 
 PRODUCTS = ("attention", "attention_block", "mlp", "patch_embed")
 OTHERS = ("cross_entropy", "layer_norm")
@@ -157,7 +158,7 @@ def test_a_setting_chooses_for_each_operation(setting: str, expected: dict[str, 
         ("auto,", "implementation must be one of auto, triton, reference, got '' in 'auto,'"),
         ("swiglu", "implementation must be one of auto, triton, reference, got 'swiglu': write swiglu=reference, say"),
         ("layer_norm=cublas", "of auto, triton, reference, got 'cublas' in 'layer_norm=cublas' for layer_norm"),
-        ("atention=triton", "implementation must name one of *, attention, attention_block, cross_entropy, gemm"),
+        ("atention=triton", "implementation must name one of *, attention, attention_block, block, cross_entropy,"),
         ("mlp=auto,mlp=triton", "implementation must be one choice for mlp, got two in 'mlp=auto,mlp=triton'"),
         ("auto,*=triton", "implementation must be one choice for all operations, got two in 'auto,*=triton'"),
         (
@@ -218,7 +219,7 @@ def test_modules_show_who_runs_them() -> None:
         assert repr(block).startswith("FusedBlock(\n  runs=reference\n")
     with dispatch.using("mlp=reference,attention=triton,attention_block=triton"):
         runs = "triton" if dispatch.INTERPRETED else "error"
-        assert f"  attention_block={runs}, mlp=reference\n" in repr(block)
+        assert f"  block=reference, attention_block={runs}, mlp=reference\n" in repr(block)
         assert f"runs={runs}" in repr(block.attn)
     with dispatch.using("auto"), torch.device("meta"):
         for module in (
@@ -268,17 +269,19 @@ def test_explain_ends_with_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
         assert fastvit_kernels.explain().splitlines()[-1] == f"{count} operations on the CPU: {count} reference"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
-    with dispatch.using("attention=reference"):
-        last = f"{count} operations on this GPU, in bf16: {count - 2} triton, 2 reference"
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with dispatch.using("attention=reference"), dispatch.compiling_for(Gpu("sm_90", 132, "H200")):
+        assert "\nassembler: ptxas " in fastvit_kernels.explain()
+        last = f"{count} operations on this GPU, in bf16: {count - 3} triton, 3 reference"
         assert fastvit_kernels.explain().splitlines()[-1] == last
 
 
 @pytest.mark.parametrize(
     ("value", "code", "said"),
     [
-        ("", 0, "auto"),
+        in_full("", 0, "auto"),
         ("auto,layer_norm=triton", 0, "triton"),
-        ("cuda", 1, "ValueError: FASTVIT_KERNELS must be one of auto, triton, reference"),
+        in_full("cuda", 1, "ValueError: FASTVIT_KERNELS must be one of auto, triton, reference"),
     ],
 )
 def test_environment_variable_chooses_and_is_checked(value: str, code: int, said: str) -> None:
@@ -289,7 +292,7 @@ def test_environment_variable_chooses_and_is_checked(value: str, code: int, said
     assert said in (result.stdout + result.stderr).splitlines()[-1]
 
 
-@pytest.mark.parametrize("module", ["fastvit_kernels.tuning", "fastvit_kernels.tuning.codegen"])
+@pytest.mark.parametrize("module", [in_full("fastvit_kernels.tuning"), "fastvit_kernels.tuning.codegen"])
 def test_commands_say_in_one_sentence_that_the_variable_is_wrong(module: str) -> None:
     environment = os.environ | {"FASTVIT_KERNELS": "cuda"}
     command = [sys.executable, "-m", module, "--help"]

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastvit_kernels import dispatch
+from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.gemm import config, products
+from tests.in_full import IN_FULL, in_full
 
 FORM = {False: "none", True: "tanh"}
 
@@ -61,25 +63,34 @@ def check_all(rows: int, width: int, out: int, tanh: bool, dtype: torch.dtype, d
     assert_close(products.input_gradient(grad, weight), grad64 @ weight64, dtype)
     assert_close(products.weight_gradient(grad, x), grad64.T @ x64, dtype)
     post, slope = exact_gelu(x, tanh)
-    grad_x, sums, again = products.gelu_gradient(grad, weight, x, tanh, recompute=True)
+    grad_x, partial, again = products.gelu_gradient(grad, weight, x, tanh, recompute=True)
     assert_close(grad_x, grad64 @ weight64 * slope, dtype)
     # the terms of a sum over rows are rounded one by one where cuBLAS hands them over
-    assert_close(sums / rows**0.5, (grad64 @ weight64 * slope).sum(0) / rows**0.5, dtype)
+    column_sums = partial.double().sum(0)
+    assert_close(column_sums / rows**0.5, (grad64 @ weight64 * slope).sum(0) / rows**0.5, dtype)
     assert_close(again, post, dtype)
     alone, *others = products.gelu_gradient(grad, weight, x, tanh, recompute=False, column_sum=False)
     assert torch.equal(alone, grad_x) and all(other.numel() == 0 for other in others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("tanh", [False, True])
-@pytest.mark.parametrize("shape", [(1, 16, 16), (5, 40, 72), (33, 7, 65), (70, 33, 1)])
+@pytest.mark.parametrize(
+    ("shape", "tanh"),
+    [((5, 40, 72), False), ((33, 7, 65), True)]
+    + [in_full(shape, tanh) for shape in [(1, 16, 16), (70, 33, 1)] for tanh in (False, True)],
+)
 def test_products(
     shape: tuple[int, int, int], tanh: bool, dtype: torch.dtype, route: str, device: torch.device
 ) -> None:
     check_all(*shape, tanh, dtype, device)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=10 if IN_FULL else 4,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(rows=st.integers(1, 80), width=st.integers(1, 70), out=st.integers(1, 70), tanh=st.booleans())
 def test_any_shape(rows: int, width: int, out: int, tanh: bool, route: str, device: torch.device) -> None:
     torch.manual_seed(0)
@@ -112,7 +123,7 @@ def test_residual(
     if layer_scale is not None and path_scale is not None:
         branch *= layer_scale.double() * path_scale.double().repeat_interleave(tokens)[:, None]
     for wide in (residual, residual.float()):  # the residual stream may be wider than the branch
-        result = products.linear_residual(x, weight, bias, wide, layer_scale, path_scale, tokens)
+        result = products.linear_residual(x, weight, bias, wide, layer_scale, path_scale)
         assert result.dtype == wide.dtype
         assert_close(result, wide.double() + branch, dtype)
     if scaled:
@@ -128,10 +139,10 @@ def test_gradients_of_layer_scale(dtype: torch.dtype, device: torch.device) -> N
     scaled = grad.double() * path_scale.double().repeat_interleave(5)[:, None]
     expected = torch.autograd.grad(leaves[2] * (x.double() @ leaves[0].T + leaves[1]), leaves, scaled)
 
-    branch, scaled_branch, partial = products.branch_gradient(grad, layer_scale, path_scale, 5, dtype)
+    branch, scaled_branch, partial = products.branch_gradient(grad, layer_scale, path_scale, dtype)
     assert_close(branch, scaled, dtype)
     assert_close(scaled_branch, scaled * layer_scale.double(), dtype)
-    column_sum = products.sum_partial(partial, torch.empty(33, device=device))
+    column_sum = partial.sum(0)
     results = products.layer_scale_gradients(branch.T @ x, weight, bias, layer_scale, column_sum)
     for result, exact in zip(results, expected, strict=True):
         assert_close(result, exact, dtype)
@@ -139,8 +150,8 @@ def test_gradients_of_layer_scale(dtype: torch.dtype, device: torch.device) -> N
 
 def test_branch_gradient_is_the_gradient_where_nothing_changes(device: torch.device) -> None:
     grad = torch.randn(6, 5, device=device)
-    assert all(result is grad for result in products.branch_gradient(grad, None, None, 1, torch.float32)[:2])
-    cast, scaled, partial = products.branch_gradient(grad, None, None, 1, torch.bfloat16)
+    assert all(result is grad for result in products.branch_gradient(grad, None, None, torch.float32)[:2])
+    cast, scaled, partial = products.branch_gradient(grad, None, None, torch.bfloat16)
     assert cast.dtype == torch.bfloat16 and scaled is cast
     torch.testing.assert_close(partial.sum(0), grad.sum(0))
 
@@ -152,11 +163,11 @@ def test_branch_gradient_computes_what_is_needed(device: torch.device) -> None:
         torch.ones(6, device=device),
     )
     for scale in (None, layer_scale):
-        everything = products.branch_gradient(grad, scale, path_scale, 1, torch.float32)
+        everything = products.branch_gradient(grad, scale, path_scale, torch.float32)
         for wanted in itertools.product([False, True], repeat=3):
             names = ("unscaled", "scaled", "column_sum")
             some = products.branch_gradient(
-                grad, scale, path_scale, 1, torch.float32, **dict(zip(names, wanted, strict=True))
+                grad, scale, path_scale, torch.float32, **dict(zip(names, wanted, strict=True))
             )
             for name, want, ours, full in zip(names, wanted, some, everything, strict=True):
                 if want:
@@ -200,103 +211,25 @@ def test_gelu_of_nan_and_infinity(device: torch.device) -> None:
         assert result[0].isnan() and result[1] == torch.inf and result[2] == 0
 
 
-def norm_operands(rows: int, width: int, out: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    x, weight = torch.randn(rows, width), torch.randn(out, width) / width**0.5
-    norm = {"norm_weight": 1 + 0.2 * torch.randn(width), "norm_bias": 0.1 * torch.randn(width)}
-    tensors = {"x": x, **norm, "weight": weight, "bias": 0.1 * torch.randn(out)}
-    return {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-
-
-def hostile(x: Tensor, kind: str) -> Tensor:
-    """Rows that a normalisation after the product would lose, among others."""
-    x = x.clone()
-    if kind == "offset":
-        x[::2] += 1000
-    elif kind == "just below":  # mean / deviation is 6: not normalised before the product
-        x += 6
-    elif kind == "one huge":
-        x[:, 1] = 3e4
-    elif kind == "constant":
-        x[1::3] = 500
-    return x
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("kind", "shape"),
-    [("plain", (1, 16, 16)), ("plain", (40, 80, 72))]
-    + [(kind, (35, 33, 40)) for kind in ("plain", "offset", "just below", "one huge", "constant")],
-)
-def test_norm_in_the_epilogue(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
-    """Against float64, the error may be twice that of normalising first in PyTorch."""
+def test_column_sums_of_several_matrices_in_one_launch(device: torch.device) -> None:
     if device.type == "cpu" and not dispatch.INTERPRETED:
         pytest.skip("does not apply: kernels need a GPU or Triton's interpreter")
-    tensors = norm_operands(*shape, dtype, device)
-    tensors["x"] = hostile(tensors["x"], kind)
-
-    def plain(to: torch.dtype) -> Tensor:
-        x, norm_weight, norm_bias, weight, bias = (tensor.to(to) for tensor in tensors.values())
-        wide = torch.promote_types(to, torch.float32)
-        normed = F.layer_norm(x.to(wide), x.shape[1:], norm_weight.to(wide), norm_bias.to(wide), 1e-6).to(to)
-        return normed @ weight.T + bias
-
-    exact, in_pytorch = plain(torch.float64), plain(dtype).double()
-    statistics = products.row_statistics(tensors["x"], 1e-6)
-    operands = (tensors.pop("x"), *statistics, *tensors.values())
-    ours = products.norm_linear(*operands)
-    for measure in (torch.amax, torch.mean):
-        error, theirs, size = (measure(t.abs(), dim=(0, 1)) for t in (ours.double() - exact, in_pytorch - exact, exact))
-        assert error <= 2 * theirs + torch.finfo(dtype).eps * size
-    assert torch.equal(ours, products.norm_linear(*operands))
-    pre, post = products.norm_linear_gelu(*operands, kind == "plain")
-    assert torch.equal(pre, ours)
-    assert_close(post, exact_gelu(pre, kind == "plain")[0], dtype)
-    none, alone = products.norm_linear_gelu(*operands, kind == "plain", keep_pre=False)
-    assert none.numel() == 0 and torch.equal(alone, post)
-
-
-def test_a_nan_row_does_not_change_how_others_are_normalised(device: torch.device) -> None:
-    if device.type == "cpu" and not dispatch.INTERPRETED:
-        pytest.skip("does not apply: kernels need a GPU or Triton's interpreter")
-    x, *others = norm_operands(20, 33, 36, torch.bfloat16, device).values()
-    results = []
-    for value in (0.0, torch.nan):
-        x[7, 5] = value
-        x[8] = 1000
-        results.append(products.norm_linear(x, *products.row_statistics(x, 1e-6), *others))
-    assert results[1].isnan().all(1).tolist() == results[1].isnan().any(1).tolist() == [row == 7 for row in range(20)]
-    keeps = torch.arange(20, device=device) != 7
-    assert torch.equal(results[0][keeps], results[1][keeps])
-
-
-def test_norm_in_the_epilogue_is_for_operands_of_16_bits(device: torch.device) -> None:
-    half, full = torch.zeros(2, 2, dtype=torch.bfloat16, device=device), torch.zeros(2, 2, device=device)
-    assert not products.norm_in_epilogue("norm gelu", half, half)
-    with config.triton_for("norm gelu"):
-        assert products.norm_in_epilogue("norm gelu", half, half)
-        assert not products.norm_in_epilogue("norm plain", half, half)
-        assert not products.norm_in_epilogue("norm gelu", full, full)
-        assert not products.norm_in_epilogue("norm gelu", full, half)  # autocast
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5, 8, 16), (40, 33, 65), (3, 20, 300)])
-@pytest.mark.parametrize("offset", [0, 1000])
-def test_statistics_of_the_residual(
-    offset: float, shape: tuple[int, int, int], dtype: torch.dtype, route: str, device: torch.device
-) -> None:
-    rows, width, out = shape
-    x, weight = normal(rows, width, dtype=dtype, device=device), normal(out, width, dtype=dtype, device=device)
-    operands = (x, weight, weight[:, 0].contiguous(), normal(rows, out, dtype=dtype, device=device) + offset)
-    expected = products.linear_residual(*operands, None, None, 1)
-    result, *statistics = products.linear_residual_statistics(*operands, None, None, 1, 1e-6)
-    assert torch.equal(result, expected)
-    exact = expected.double()
-    mean, rstd = exact.mean(1), torch.rsqrt(exact.var(1, correction=0) + 1e-6)
-    for ours in (statistics, products.row_statistics(expected, 1e-6)):
-        assert [t.dtype for t in ours] == [torch.float32, torch.float32]
-        torch.testing.assert_close(ours[0].double(), mean, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(ours[1].double(), rstd, rtol=1e-5, atol=0)
+    sums = ColumnSums()
+    shapes = ((1, 5, torch.float32), (130, 70, torch.bfloat16), (3, 64, torch.float16), (65, 33, torch.float32))
+    partials = [torch.randn(rows, width, device=device) for rows, width, _ in shapes]
+    outs = [torch.full((width,), torch.nan, dtype=dtype, device=device) for _, width, dtype in shapes]
+    stack, of_stack = torch.randn(2, 9, 40, device=device), torch.full((2, 40), torch.nan, device=device)
+    for partial, out in zip(partials, outs, strict=True):
+        sums.add(partial, out)
+    sums.add(stack, *of_stack)
+    assert all(out.isnan().all() for out in outs)  # nothing is written before
+    sums.launch()
+    for partial, out in zip(partials, outs, strict=True):
+        assert_close(out, partial.double().sum(0), out.dtype)
+    assert_close(of_stack, stack.double().sum(1), torch.float32)
+    outs[0].fill_(-1)
+    sums.launch()  # has nothing left to write
+    assert (outs[0] == -1).all()
 
 
 def test_nan_stays_in_its_row(route: str, device: torch.device) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from fastvit_kernels import add_layer_norm, dispatch, layer_norm
 from fastvit_kernels.layer_norm import op
 from fastvit_kernels.residual import draw_path_scale
+from tests.in_full import IN_FULL
 from tests.kernels.numerics import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -82,7 +83,12 @@ def test_hostile_rows(hostile: str, dtype: torch.dtype, device: torch.device) ->
     assert_accurate(layer_norm, plain_layer_norm, arguments, dtype, device, condition=condition)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=25 if IN_FULL else 8,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     width=st.integers(8, 300),
@@ -176,7 +182,8 @@ def test_residual_stream_may_be_wider_than_the_branch(low: torch.dtype, device: 
 
 
 def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
-    arguments = {name: tensor.to(device) for name, tensor in add_inputs(1000, 2, 8, scaled=True).items()}
+    batch = 200
+    arguments = {name: tensor.to(device) for name, tensor in add_inputs(batch, 2, 8, scaled=True).items()}
     arguments["branch"].requires_grad_()
     y, normed = add_layer_norm(**arguments, drop_path=0.2)
     gradient = torch.autograd.grad(y.sum(), arguments["branch"])[0]
@@ -185,7 +192,7 @@ def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
     assert torch.allclose(scale[kept], torch.tensor(1.25, device=device), atol=1e-2)
     assert (y[~kept] == arguments["x"][~kept]).all() and (gradient[~kept] == 0).all()
     assert torch.allclose(gradient[kept], (1.25 * arguments["layer_scale"]).expand_as(gradient[kept]))
-    assert kept.float().mean().item() == pytest.approx(0.8, abs=0.063)  # 5 standard deviations
+    assert kept.float().mean().item() == pytest.approx(0.8, abs=2 / batch**0.5)  # 5 standard deviations
     assert torch.allclose(normed, plain_layer_norm(y, arguments["weight"], arguments["bias"]), atol=1e-5)
 
 
@@ -215,7 +222,7 @@ def test_only_one_result_is_used(used: int, device: torch.device) -> None:
     assert_accurate(ours, plain, arguments, torch.float32, device)
 
 
-@pytest.mark.parametrize("shape", [(2, 33, 1280), pytest.param((64, 257, 1280), marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("shape", [(2, 9, 1280), pytest.param((64, 257, 1280), marks=pytest.mark.gpu)])
 def test_gradients_are_the_same_bits_in_every_run(shape: tuple[int, ...], device: torch.device) -> None:
     if device.type == "cpu" and shape[0] > 2:
         pytest.skip("too slow without a GPU")

@@ -1,3 +1,4 @@
+import itertools
 from functools import partial
 from types import ModuleType
 
@@ -8,10 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastvit_kernels import FusedBlock, FusedLayerNormMLP, dispatch, explain, layer_norm_mlp
+from fastvit_kernels import FusedLayerNormMLP, dispatch, explain, layer_norm_mlp
 from fastvit_kernels.gemm import config, products
 from fastvit_kernels.mlp import op
 from fastvit_kernels.residual import draw_path_scale
+from tests.in_full import IN_FULL, in_full
 from tests.kernels.numerics import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -56,10 +58,20 @@ def inputs(batch: int, tokens: int, width: int, hidden: int, scaled: bool = Fals
     return tensors | ({"layer_scale": 0.3 + 0.1 * torch.randn(width)} if scaled else {})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-@pytest.mark.parametrize("shape", [(1, 1, 64, 256), (3, 5, 80, 100), (2, 17, 33, 65)])
-@pytest.mark.parametrize("scaled", [False, True])
+SHAPES = [(1, 1, 64, 256), (3, 5, 80, 100), (2, 17, 33, 65)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+QUICK = [  # each shape, dtype, activation and LayerScale at least once
+    ((1, 1, 64, 256), "gelu", False, torch.bfloat16),
+    ((3, 5, 80, 100), "gelu_tanh", True, torch.bfloat16),
+    ((2, 17, 33, 65), "gelu", True, torch.float32),
+    ((3, 5, 80, 100), "gelu", False, torch.float16),
+]
+FULL = list(itertools.product(SHAPES, ["gelu", "gelu_tanh"], [False, True], DTYPES))
+
+
+@pytest.mark.parametrize(
+    ("shape", "activation", "scaled", "dtype"), QUICK + [in_full(*case) for case in FULL if case not in QUICK]
+)
 def test_matches_independent_formulation(
     shape: tuple[int, int, int, int], activation: str, scaled: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -67,36 +79,21 @@ def test_matches_independent_formulation(
     assert_accurate(ours, partial(plain_mlp, activation=activation), inputs(*shape, scaled=scaled), dtype, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, in_full(torch.float32)])
 @pytest.mark.parametrize("product", config.PRODUCTS)
 def test_each_product_may_run_in_triton(product: config.Product, dtype: torch.dtype, device: torch.device) -> None:
     with config.triton_for(product):
         assert_accurate(partial(layer_norm_mlp, eps=EPS), plain_mlp, inputs(3, 5, 40, 72, scaled=True), dtype, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-@pytest.mark.parametrize("shape", [(1, 1, 64, 256), (3, 5, 80, 100), (2, 17, 33, 65)])
-def test_norm_in_the_epilogue(
-    shape: tuple[int, int, int, int], activation: str, dtype: torch.dtype, implementation: str, device: torch.device
-) -> None:
-    if implementation == "reference":
-        pytest.skip("does not apply: a promise of the kernels alone")
-    ours = partial(layer_norm_mlp, eps=EPS, activation=activation)
-    with config.triton_for("norm gelu"):
-        assert_accurate(ours, partial(plain_mlp, activation=activation), inputs(*shape), dtype, device)
-
-
-@pytest.mark.parametrize("tokens", [197, 257])
+@pytest.mark.parametrize("tokens", [257, in_full(197)])
 def test_tokens_of_vision_transformers(tokens: int, device: torch.device) -> None:
     ours = partial(layer_norm_mlp, eps=EPS)
-    assert_accurate(ours, plain_mlp, inputs(3, tokens, 33, 65, scaled=True), torch.bfloat16, device)
+    assert_accurate(ours, plain_mlp, inputs(1, tokens, 33, 65, scaled=True), torch.bfloat16, device)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "products", [(), config.NORM_BEFORE, config.PRODUCTS], ids=["cuBLAS", "triton products", "norm in epilogue"]
-)
+@pytest.mark.parametrize("products", [(), config.PRODUCTS], ids=["cuBLAS", "triton products"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "width"), [(197, 768), (197, 1024), (257, 1280)])
 def test_production_sizes(
@@ -109,7 +106,12 @@ def test_production_sizes(
         assert_accurate(partial(layer_norm_mlp, eps=EPS), plain_mlp, arguments, dtype, device)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=12 if IN_FULL else 5,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(8, 50), st.integers(1, 90)),
     scaled=st.booleans(),
@@ -138,13 +140,10 @@ def test_hostile_rows(hostile: str, device: torch.device) -> None:
     ours = partial(layer_norm_mlp, eps=EPS)
     for dtype in (torch.float32, torch.bfloat16):
         assert_accurate(ours, plain_mlp, arguments, dtype, device, condition=condition)
-    with config.triton_for("norm gelu"):
-        for dtype in (torch.bfloat16, torch.float16):
-            assert_accurate(ours, plain_mlp, arguments, dtype, device, condition=condition)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("products", [(), config.PRODUCTS], ids=["cuBLAS", "triton products"])
+@pytest.mark.parametrize("products", [(), in_full(config.PRODUCTS)], ids=["cuBLAS", "triton products"])
 def test_gradients_with_drop_path(scaled: bool, products: tuple[config.Product, ...], device: torch.device) -> None:
     def redrawn(**tensors: Tensor) -> Tensor:
         torch.manual_seed(7)
@@ -185,8 +184,8 @@ def leaves(device: torch.device, dtype: torch.dtype, *shape: int) -> dict[str, T
     return {n: t.to(device, dtype).requires_grad_() for n, t in inputs(*shape, scaled=True).items()}
 
 
-@pytest.mark.parametrize("products", [(), config.PRODUCTS], ids=["cuBLAS", "triton products"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("products", [(), in_full(config.PRODUCTS)], ids=["cuBLAS", "triton products"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, in_full(torch.float32)])
 def test_recomputation_changes_no_bit(
     dtype: torch.dtype, products: tuple[config.Product, ...], device: torch.device
 ) -> None:
@@ -199,25 +198,22 @@ def test_recomputation_changes_no_bit(
 
 
 @pytest.mark.parametrize(
-    ("recompute", "frozen", "products", "numbers"),
+    ("recompute", "frozen", "numbers"),
     [
-        ("none", "", (), 10),
-        ("gelu", "", (), 6),
-        ("all", "", (), 5),
-        ("none", "", ("norm gelu",), 9),
-        ("gelu", "", ("norm gelu",), 5),
-        ("none", "fc1_weight", (), 9),
-        ("none", "fc2_weight layer_scale", (), 6),
-        ("gelu", "fc1_weight fc2_weight layer_scale", (), 5),
-        ("none", "x norm_weight norm_bias fc1_weight fc1_bias", (), 5),
-        ("gelu", "x norm_weight norm_bias fc1_weight fc1_bias", (), 5),
-        ("gelu", "x norm_weight norm_bias fc1_weight fc1_bias fc2_weight layer_scale", (), 1),
+        ("none", "", 10),
+        ("gelu", "", 6),
+        ("all", "", 5),
+        ("none", "fc1_weight", 9),
+        ("none", "fc2_weight layer_scale", 6),
+        ("gelu", "fc1_weight fc2_weight layer_scale", 5),
+        ("none", "x norm_weight norm_bias fc1_weight fc1_bias", 5),
+        ("gelu", "x norm_weight norm_bias fc1_weight fc1_bias", 5),
+        ("gelu", "x norm_weight norm_bias fc1_weight fc1_bias fc2_weight layer_scale", 1),
     ],
 )
 def test_bytes_kept_for_the_backward_pass(
     recompute: str,
     frozen: str,
-    products: tuple[config.Product, ...],
     numbers: int,
     implementation: str,
     device: torch.device,
@@ -230,7 +226,7 @@ def test_bytes_kept_for_the_backward_pass(
         arguments[name].requires_grad_(False)
     kept: dict[int, Tensor] = {}
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.data_ptr(), t), lambda t: t)
-    with hooks, config.triton_for(*products):
+    with hooks:
         layer_norm_mlp(**arguments, eps=EPS, recompute=recompute)
     given = {t.data_ptr() for name, t in arguments.items() if name != "x"}
     size = sum(t.numel() * t.element_size() for pointer, t in kept.items() if pointer not in given)
@@ -238,9 +234,9 @@ def test_bytes_kept_for_the_backward_pass(
 
 
 WORK = {  # launches that the gradient of one input needs
-    "x": {"gelu_gradient", "input_gradient", "layer_norm_backward"},
-    "norm_weight": {"gelu_gradient", "input_gradient", "layer_norm_backward"},
-    "norm_bias": {"gelu_gradient", "input_gradient", "layer_norm_backward"},
+    "x": {"gelu_gradient", "input_gradient", "norm_gradients"},
+    "norm_weight": {"gelu_gradient", "input_gradient", "norm_gradients"},
+    "norm_bias": {"gelu_gradient", "input_gradient", "norm_gradients"},
     "fc1_weight": {"gelu_gradient", "weight_gradient"},
     "fc1_bias": {"gelu_gradient"},
     "fc2_weight": {"gelu", "weight_gradient"},
@@ -253,26 +249,30 @@ WORK = {  # launches that the gradient of one input needs
 def test_gradients_of_frozen_parameters_are_not_computed(
     scaled: bool, implementation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One input after the other learns alone: its gradient is the same bits as if all did, and little is launched."""
+    """One input after the other learns alone: its gradient is the same bits as if all did, and little is launched.
+
+    Only the sum for the bias of fc2 may be added up elsewhere: in the normalisation's gradient, where that is computed.
+    """
     if implementation == "reference":
         pytest.skip("does not apply: a promise of the kernels alone")
     tensors = {n: t.to(device) for n, t in inputs(3, 5, 40, 72, scaled=scaled).items()}
     everything = run({name: tensor.clone().requires_grad_() for name, tensor in tensors.items()})[1:]
     calls: list[str] = []
 
-    def recorded(module: ModuleType, name: str) -> None:
-        function = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, **options: calls.append(name) or function(*args, **options))
+    def recorded(owner: ModuleType | type, name: str, known_as: str) -> None:
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **options: calls.append(known_as) or function(*args, **options))
 
     for name in ("gelu_gradient", "input_gradient", "weight_gradient", "gelu"):
-        recorded(products, name)
-    recorded(op, "layer_norm_backward")
+        recorded(products, name, name)
+    recorded(op.Norm, "gradients", "norm_gradients")
     for (name, tensor), expected in zip(tensors.items(), everything, strict=True):
         leaf = tensor.clone().requires_grad_()
         y = layer_norm_mlp(**tensors | {name: leaf}, eps=EPS)
         calls.clear()
         cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-        assert torch.equal(torch.autograd.grad(y, leaf, cotangent)[0], expected), name
+        exact = {"rtol": 1e-6, "atol": 1e-6} if name == "fc2_bias" else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(torch.autograd.grad(y, leaf, cotangent)[0], expected, **exact, msg=name)
         assert sorted(calls) == sorted(WORK[name]), name
 
 
@@ -283,10 +283,10 @@ def test_nothing_is_kept_without_a_gradient(
         pytest.skip("does not apply: a promise of the kernels alone")
     outputs: list[tuple[Tensor, ...]] = []
     registered = op.layer_norm_mlp_op
-    monkeypatch.setattr(op, "layer_norm_mlp_op", lambda *args: outputs.append(registered(*args)) or outputs[-1])
+    monkeypatch.setattr(op, "call_operator", lambda *args: outputs.append(registered(*args)) or outputs[-1][0])
     arguments = leaves(device, torch.bfloat16, 3, 5, 40, 72)
     frozen = {name: tensor.detach() for name, tensor in arguments.items()}
-    for in_triton in ((), config.NORM_BEFORE, config.PRODUCTS):
+    for in_triton in ((), config.PRODUCTS):
         with config.triton_for(*in_triton):
             y = layer_norm_mlp(**arguments, eps=EPS, recompute="none")
             with torch.no_grad():
@@ -366,9 +366,9 @@ def test_compiles_without_graph_break(device: torch.device) -> None:
     compiled = torch.compile(
         lambda **tensors: layer_norm_mlp(**tensors, eps=EPS).sin(), fullgraph=True, backend="aot_eager", dynamic=True
     )
-    for batch in (3, 2):
+    for batch, autocasts in ((3, (False, True)), (2, (False,))):
         tensors = arguments | {"x": arguments["x"][:batch].detach().requires_grad_()}
-        for autocast in (False, True):
+        for autocast in autocasts:
             with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 result = compiled(**tensors)
                 expected = layer_norm_mlp(**tensors, eps=EPS).sin()
@@ -380,17 +380,14 @@ def test_compiles_without_graph_break(device: torch.device) -> None:
                 torch.testing.assert_close(actual, wanted)
 
 
-@pytest.mark.parametrize("kept", [(True, True, True), (True, True, False), (False, True, False)])
+@pytest.mark.parametrize("kept", [(True, True, False), in_full((True, True, True)), in_full((False, True, False))])
 def test_registered_operator(kept: tuple[bool, bool, bool], implementation: str, device: torch.device) -> None:
     if implementation == "reference":
         pytest.skip("does not apply: the operator is Triton's")
     *tensors, layer_scale = leaves(device, torch.float32, 3, 5, 40, 72).values()
     path_scale = torch.tensor([0.0, 1.5, 1.5], device=device)
-    for in_triton in ((), config.PRODUCTS):
-        with config.triton_for(*in_triton):
-            torch.library.opcheck(op.layer_norm_mlp_op, (*tensors, layer_scale, path_scale, EPS, False, *kept))
-    tensors = list(leaves(device, torch.bfloat16, 3, 5, 40, 72).values())[:-1]
-    with config.triton_for("norm gelu"):
+    torch.library.opcheck(op.layer_norm_mlp_op, (*tensors, layer_scale, path_scale, EPS, False, *kept))
+    with config.triton_for(*config.PRODUCTS):
         torch.library.opcheck(op.layer_norm_mlp_op, (*tensors, None, None, EPS, True, *kept))
 
 
@@ -445,17 +442,15 @@ def test_explain_says_that_there_are_kernels() -> None:
     assert "no Triton kernel" not in line
 
 
-def test_modules_use_the_kernels(implementation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_module_uses_the_kernels(implementation: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    registered = op.layer_norm_mlp_op
-    monkeypatch.setattr(op, "layer_norm_mlp_op", lambda *arguments: calls.append(1) or registered(*arguments))
-    x = torch.randn(2, 5, 8, device=device)
-    for module in (FusedLayerNormMLP(8, 20, layer_scale=0.1), FusedBlock(8, 2, 20, layer_scale=0.1)):
-        module.to(device)
-        result = module(x)
-        with dispatch.using("reference"):
-            torch.testing.assert_close(result, module(x))
-    assert len(calls) == (2 if implementation == "triton" else 0)
+    registered = op.call_operator
+    monkeypatch.setattr(op, "call_operator", lambda *arguments: calls.append(1) or registered(*arguments))
+    x, module = torch.randn(2, 5, 8, device=device), FusedLayerNormMLP(8, 20, layer_scale=0.1).to(device)
+    result = module(x)
+    with dispatch.using("reference"):
+        torch.testing.assert_close(result, module(x))
+    assert len(calls) == (implementation == "triton")
 
 
 def test_the_two_activations_differ(device: torch.device) -> None:
@@ -473,17 +468,19 @@ def test_non_contiguous_input(device: torch.device) -> None:
 
 
 def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
-    arguments = {name: tensor.to(device) for name, tensor in inputs(1000, 2, 8, 16).items()}
+    batch = 300
+    arguments = {name: tensor.to(device) for name, tensor in inputs(batch, 2, 8, 16).items()}
     x = arguments["x"]
     branch = layer_norm_mlp(**arguments, eps=EPS) - x
     dropped = layer_norm_mlp(**arguments, eps=EPS, drop_path=0.2) - x
     kept = dropped.flatten(1).abs().amax(dim=1) > 0  # [B]
     assert torch.allclose(dropped[kept], branch[kept] / 0.8, atol=1e-5)
-    assert kept.float().mean().item() == pytest.approx(0.8, abs=0.063)  # 5 standard deviations
+    assert kept.float().mean().item() == pytest.approx(0.8, abs=2 / batch**0.5)  # 5 standard deviations
 
 
 def test_dropout_acts_on_activations_and_output(device: torch.device) -> None:
-    arguments = {name: tensor.to(device) for name, tensor in inputs(500, 5, 8, 8).items()}
+    batch = 60
+    arguments = {name: tensor.to(device) for name, tensor in inputs(batch, 5, 8, 8).items()}
     # an identity fc2: an output survives when its activation and it are both kept, scaled by 1 / 0.6 twice
     arguments |= {"fc2_weight": torch.eye(8, device=device), "fc2_bias": torch.zeros(8, device=device)}
     x = arguments["x"]
@@ -491,7 +488,9 @@ def test_dropout_acts_on_activations_and_output(device: torch.device) -> None:
     out = layer_norm_mlp(**arguments, eps=EPS, dropout=0.4) - x
     kept = out != 0
     assert torch.allclose(out[kept], branch[kept] / 0.36, atol=1e-5)
-    assert kept.float().mean().item() == pytest.approx(0.36, abs=0.018)  # 5 standard deviations
+    assert kept.float().mean().item() == pytest.approx(
+        0.36, abs=5 * (0.2304 / out.numel()) ** 0.5
+    )  # 5 standard deviations
 
 
 @pytest.mark.parametrize(

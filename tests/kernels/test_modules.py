@@ -47,7 +47,7 @@ def test_public_names() -> None:
             "add_layer_norm",
             "attention_qkv",
         ),
-        *("drop_path_subset", "explain", "restore"),
+        *("drop_path_subset", "explain", "restore", "transformer_block"),
     }
     assert all(callable(getattr(fastvit_kernels, name)) for name in fastvit_kernels.__all__)
 

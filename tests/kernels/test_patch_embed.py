@@ -347,7 +347,31 @@ def test_registered_operators(implementation: str, full: bool, device: torch.dev
     weight = a["weight"].detach()
     backward = (grad, images, weight, optional[3], full, 3 if full else 0, MEAN, STD)
     for with_weight in (True, False):
-        torch.library.opcheck(op.patch_embed_backward_op, (*backward, with_weight))
+        torch.library.opcheck(op.patch_embed_backward_op, (*backward, with_weight, torch.float32))
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_autocast_multiplies_in_its_dtype(bare: bool, device: torch.device) -> None:
+    """Tokens and gradients stay in the dtype of the parameters; what is only added is not rounded."""
+    a = {n: t.to(device).requires_grad_() for n, t in inputs(2, 8, 8, 4, 16, cls=not bare, registers=2).items()}
+    if bare:
+        del a["pos_embed"], a["register_tokens"]
+    images = a.pop("images").detach()
+    results = []
+    for autocast in (False, True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            tokens = OURS(images, **a)
+        cotangent = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(1)).to(tokens)
+        results.append([tokens, *torch.autograd.grad(tokens, list(a.values()), cotangent)])
+    assert [tensor.dtype for tensor in results[1]] == [torch.float32] * (1 + len(a))
+    full, low = (dict(zip(("tokens", *a), tensors, strict=True)) for tensors in results)
+    eps = torch.finfo(torch.bfloat16).eps
+    for name in ("tokens", "weight"):
+        error = (low[name] - full[name]).abs().max() / full[name].abs().max()
+        assert 0 < error < 4 * eps, name
+    if not bare:
+        assert torch.equal(low["tokens"][:, :3], full["tokens"][:, :3])  # class token and registers
+        torch.testing.assert_close(low["pos_embed"], full["pos_embed"])
 
 
 def test_second_derivative(implementation: str, device: torch.device) -> None:

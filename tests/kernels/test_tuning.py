@@ -195,7 +195,9 @@ def test_explain_says_which_file_is_in_force(monkeypatch: pytest.MonkeyPatch) ->
         ("NVIDIA T4", "launch parameters: defaults, unmeasured (no file for T4; python -m fastvit_kernels.tuning"),
     ]:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=device: device)
-        assert said in fastvit_kernels.explain()
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        with dispatch.compiling_for(HOPPER):
+            assert said in fastvit_kernels.explain()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "launch parameters: defaults (no GPU)" in fastvit_kernels.explain()
 

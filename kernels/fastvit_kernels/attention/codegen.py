@@ -33,6 +33,12 @@ def cases() -> Iterator[Case]:
     qkv = on_meta(BATCH, 257, 3, 16, 80)
     bias = on_meta(1, 16, 257, 257, dtype=torch.float32)
     seed = on_meta(1, dtype=torch.int64)
+    yield Case(
+        "CLIP's text, causal: 77 tokens, 8 x 64",
+        partial(launch, Call(on_meta(BATCH, 77, 3, 8, 64), causal=True)),
+        KERNELS,
+    )
+    yield Case("H/14, causal", partial(launch, Call(qkv, causal=True)), KERNELS)
     ends = on_meta(BATCH + 1, dtype=torch.int32)
     with_bias = (*KERNELS, "attention_bwd_bias_kernel")
     yield Case("H/14, bias", partial(launch, Call(qkv, bias=bias)), with_bias)

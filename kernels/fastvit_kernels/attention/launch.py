@@ -40,11 +40,14 @@ class Call(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int | None = None
     max_seqlen_k: int | None = None
+    scale: float | None = None  # of scores, before the bias; None is 1 / sqrt(d)
+    causal: bool = False  # the last query sees all keys, the one before it all but the last
 
     @property
     def plain(self) -> bool:
-        """Whether it is softmax(q k^T) v and nothing else, which all of `providers` compute."""
-        return self.bias is None and self.seed is None and self.cu_seqlens_q is None
+        """Whether it is softmax(q k^T / sqrt(d)) v and nothing else, which all of `providers` compute."""
+        usual = self.scale in (None, self.q.shape[-1] ** -0.5) and not self.causal
+        return usual and self.bias is None and self.seed is None and self.cu_seqlens_q is None
 
 
 def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -172,7 +175,8 @@ def cuts(
     tiling = with_room(tiling_of(head_dim, owned.dtype, longest or tokens, gpu(owned.device)), call)
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None or longest is None:
         programs = len(owned) * heads * tiling.blocks(tokens)
-        return programs, {"lengths": None, **tiling.options(tokens, streamed.shape[-3])}
+        tail_of = 0 if call.causal else streamed.shape[-3]  # a causal mask is laid over every block
+        return programs, {"lengths": None, **tiling.options(tokens, tail_of)}
     sequences, blocks = len(call.cu_seqlens_q) - 1, max(1, triton.cdiv(longest, tiling.rows))
     lengths = call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous(), sequences, blocks
     programs = (sequences + 1) * heads * blocks  # one more for what lies behind the last sequence
@@ -194,7 +198,8 @@ def common_arguments(call: Call, q: Tensor, k: Tensor, v: Tensor) -> dict[str, A
         "tokens": tokens,
         "keys": None if k.shape[-3] == tokens else k.shape[-3],
         "heads": heads,
-        "scale": base_2_scale(head_dim),
+        "scale": math.log2(math.e) * (head_dim**-0.5 if call.scale is None else call.scale),
+        "CAUSAL": call.causal,
         "HEAD_DIM": head_dim,
         "PIECES": pieces(head_dim),
     }
@@ -205,13 +210,10 @@ def strides(x: Tensor, inner: int) -> tuple[int, int]:
     return x.stride(0) if x.ndim == inner + 2 else 0, x.stride(-1 - inner)
 
 
-def base_2_scale(head_dim: int) -> float:
-    return math.log2(math.e) * head_dim**-0.5
-
-
 def with_room(tiling: Tiling, call: Call) -> Tiling:
-    """A bias, dropout and masks of lengths need registers: half the columns for each, and no limit on registers."""
-    needs = sum(option is not None for option in (call.bias, call.seed, call.cu_seqlens_q))
+    """A bias, dropout, and masks, need registers: half the columns for each, and no limit on registers."""
+    masked = call.causal or call.cu_seqlens_q is not None
+    needs = sum([call.bias is not None, call.seed is not None, masked])
     return tiling._replace(columns=max(16, tiling.columns >> needs), max_registers=None) if needs else tiling
 
 
@@ -236,7 +238,8 @@ def backward(ctx: Any, grad_out: Tensor, _: None) -> tuple[Tensor | None, ...]:
 
 ARGUMENTS = (
     "Tensor q, Tensor? k, Tensor? v, Tensor? bias, Tensor? seed, float dropout, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k"
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "float? scale=None, bool causal=False"
 )
 attention_op = register_op(f"attention({ARGUMENTS}) -> (Tensor out, Tensor lse)", launch_forward, fake_forward)
 attention_backward_op = register_op(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,10 +21,13 @@ def attention(
     *,
     bias: Tensor | None = None,
     dropout: float = 0.0,
+    scale: float | None = None,
+    causal: bool = False,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
-) -> Tensor:
-    """Multi-head self-attention softmax(q k^T / sqrt(d) + bias) v of packed q, k and v (Vaswani et al. 2017).
+    return_lse: bool = False,
+) -> Any:
+    """Multi-head self-attention softmax(scale * q k^T + bias) v of packed q, k and v (Vaswani et al. 2017).
 
     Args:
         qkv: [B, N, 3, H, d], any floating dtype: the output of one linear layer of width 3*H*d, unflattened. With
@@ -29,13 +35,17 @@ def attention(
         bias: broadcastable to [B, H, N, N], the dtype of qkv or float32. -inf keeps a query from a key; a query that
             sees no key has an output and gradients of 0.
         dropout: rate at which attention probabilities are dropped; active whenever above 0.
+        scale: of scores; None is 1 / sqrt(d).
+        causal: a token sees itself and those before it only.
         cu_seqlens: [S + 1] int32 on the device of qkv: 0, then the end of each of S sequences; some may be empty.
             Tokens after the last end belong to no sequence: their output and gradients are 0.
         max_seqlen: length of the longest sequence, required with `cu_seqlens`. A smaller number only costs speed.
+        return_lse: also return the logarithm of each softmax's denominator.
 
-    Returns [B, N, H*d], or [T, H*d], in the dtype of qkv. Raises ValueError for a wrong shape, device, rate or
-    combination, TypeError for a wrong dtype. d above 128 runs the reference, or raises RuntimeError if
-    FASTVIT_KERNELS=triton.
+    Returns [B, N, H*d], or [T, H*d], in the dtype of qkv. With `return_lse` also log(sum(exp(scale * q k^T + bias))) of
+    each query, [B, H, N] or [H, T] float32, without a gradient: inf for a query that sees no key. Raises ValueError for
+    a wrong shape, device, rate or combination, TypeError for a wrong dtype. d above 128 runs the reference, or raises
+    RuntimeError if FASTVIT_KERNELS=triton.
     """
     check_floating("qkv", qkv)
     if cu_seqlens is None and (qkv.ndim != 5 or qkv.shape[2] != 3):
@@ -46,12 +56,14 @@ def attention(
     check_rate("dropout", dropout)
     tokens, heads = qkv.shape[-4], qkv.shape[-2]
     bias = checked_bias(bias, [len(qkv), heads, tokens, tokens], cu_seqlens, like=qkv)
-    if uses_operator(qkv, tokens, bias is None and dropout == 0 and cu_seqlens is None):
+    plain = Call(qkv, bias=bias, cu_seqlens_q=cu_seqlens, scale=scale, causal=causal).plain and dropout == 0
+    if uses_operator(qkv, tokens, plain):
         seed = draw_seed(dropout, like=qkv)
-        call = Call(qkv, None, None, bias, seed, dropout, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
-        return attention_op(*call)[0]
+        lengths = cu_seqlens, cu_seqlens, max_seqlen, max_seqlen
+        out, lse = attention_op(*Call(qkv, None, None, bias, seed, dropout, *lengths, scale, causal))
+        return results(out, lse, return_lse)
     q, k, v = qkv.unbind(-3)
-    return reference.attention(q, k, v, bias, dropout, cu_seqlens, cu_seqlens)
+    return by_reference(q, k, v, bias, dropout, cu_seqlens, cu_seqlens, scale, causal, return_lse=return_lse)
 
 
 def attention_qkv(
@@ -61,11 +73,14 @@ def attention_qkv(
     *,
     bias: Tensor | None = None,
     dropout: float = 0.0,
+    scale: float | None = None,
+    causal: bool = False,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Any:
     """`attention` of separate q, k and v, such as normalised ones, or queries of one sequence and keys of another.
 
     Args:
@@ -73,6 +88,9 @@ def attention_qkv(
         k, v: [B, M, H, d], the dtype of q; with `cu_seqlens_k` [U, H, d].
         bias: broadcastable to [B, H, N, M], the dtype of q or float32.
         dropout: rate at which attention probabilities are dropped.
+        scale, return_lse: as in `attention`.
+        causal: the last query sees all keys, the one before it all but the last, and so on; with more queries than
+            keys, the first ones see none. So does flash-attn from version 2.1 on.
         cu_seqlens_q, max_seqlen_q: the sequences of q, see `attention`.
         cu_seqlens_k, max_seqlen_k: as many sequences of k and v.
 
@@ -95,11 +113,37 @@ def attention_qkv(
         )
     check_rate("dropout", dropout)
     bias = checked_bias(bias, [len(q), q.shape[-2], q.shape[-3], keys], cu_seqlens_q, like=q)
-    if uses_operator(q, q.shape[-3], bias is None and dropout == 0 and cu_seqlens_q is None):
+    plain = Call(q, bias=bias, cu_seqlens_q=cu_seqlens_q, scale=scale, causal=causal).plain and dropout == 0
+    if uses_operator(q, q.shape[-3], plain):
         seed = draw_seed(dropout, like=q)
-        call = Call(q, k, v, bias, seed, dropout, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return attention_op(*call)[0]
-    return reference.attention(q, k, v, bias, dropout, cu_seqlens_q, cu_seqlens_k)
+        lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
+        out, lse = attention_op(*Call(q, k, v, bias, seed, dropout, *lengths, scale, causal))
+        return results(out, lse, return_lse)
+    return by_reference(q, k, v, bias, dropout, cu_seqlens_q, cu_seqlens_k, scale, causal, return_lse=return_lse)
+
+
+def results(out: Tensor, base_2_lse: Tensor, return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
+    return (out, base_2_lse * math.log(2)) if return_lse else out
+
+
+def by_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    dropout: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    *,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = reference.attention(q, k, v, bias, dropout, cu_seqlens_q, cu_seqlens_k, scale, causal)
+    if not return_lse:
+        return out
+    return out, reference.log_sum_exp(q.detach(), k.detach(), bias, cu_seqlens_q, cu_seqlens_k, scale, causal)
 
 
 def check_lengths(name: str, cu_seqlens: Tensor | None, max_name: str, max_seqlen: int | None, *, like: Tensor) -> None:

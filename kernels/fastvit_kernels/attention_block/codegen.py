@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from fastvit_kernels.attention_block.op import launch_backward, launch_forward
+from fastvit_kernels.attention_block.op import Call, launch_backward, launch_forward
 from fastvit_kernels.gemm.config import PRODUCTS, Product, triton_for
 from fastvit_kernels.tuning.codegen import Case
 
@@ -35,16 +35,11 @@ def half_block(
     qkv_weight, qkv_bias = meta(3 * width, width), meta(3 * width)
     proj = meta(width, width), meta(width)
     layer_scale, path_scale = (meta(width, dtype=stream), meta(64, dtype=FULL)) if scaled else (None, None)
-    scales = layer_scale, path_scale
+    parameters = norm, norm, qkv_weight, qkv_bias, *proj, layer_scale
+    call = Call(x, *parameters, path_scale, heads, 1e-6, keep=True, keep_normed=True)
     with triton_for(*products):
-        y, mean, rstd, normed, qkv, attended, lse = launch_forward(
-            x, norm, norm, qkv_weight, qkv_bias, *proj, *scales, heads, 1e-6, True, True
-        )
-        kept_normed = normed if normed.numel() else None
-        needed = [True] * 7 + [scaled]
-        launch_backward(
-            y, x, norm, norm, qkv_weight, *proj, *scales, mean, rstd, kept_normed, qkv, attended, lse, 1e-6, needed
-        )
+        y, *kept = launch_forward(*call)
+        launch_backward(y, [True] * 7 + [scaled], *kept, *call)
 
 
 def meta(*shape: int, dtype: torch.dtype = HALF) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The public attention half-block, its checks, launches and gradient."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -10,11 +10,13 @@ from fastvit_kernels.attention.launch import launch_backward as attention_backwa
 from fastvit_kernels.attention.launch import launch_forward as attention_forward
 from fastvit_kernels.attention.tiling import MAX_HEAD_DIM
 from fastvit_kernels.attention_block import reference
-from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
+from fastvit_kernels.checks import check_parameter, check_rate, check_tokens, checked_outputs
+from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import uses_triton
 from fastvit_kernels.gemm import products
+from fastvit_kernels.gemm.products import BranchGradient
+from fastvit_kernels.half_block import End, Norm, empty_gradients, needed_gradients
 from fastvit_kernels.layer_norm.op import as_rows, normalise
-from fastvit_kernels.layer_norm.op import launch_backward as layer_norm_backward
 from fastvit_kernels.registration import no_autocast, register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
 
@@ -35,7 +37,9 @@ def attention_block(
     layer_scale: Tensor | None = None,
     dropout: float = 0.0,
     drop_path: float = 0.0,
+    causal: bool = False,
     recompute: Recompute = "none",
+    outputs: int | None = None,
 ) -> Tensor:
     """The attention half of a pre-norm block: x + drop_path(layer_scale * dropout(proj(attention(qkv(norm(x)))))).
 
@@ -47,12 +51,17 @@ def attention_block(
         layer_scale: [D], the dtype of x or float32; None leaves it out.
         dropout: rate on the projected output. Attention probabilities are not dropped, as in Dosovitskiy et al. 2021.
         drop_path: rate at which a sample's whole branch is dropped; kept branches are scaled by 1 / (1 - drop_path).
+        causal: a token sees itself and those before it only, as in text towers.
         recompute: what the kernels' backward pass computes again instead of keeping it: nothing, or the normalisation.
-            Gradients are the same. No effect on the reference, or with dropout, where autograd keeps all.
+            Gradients are the same. No effect on the reference, with dropout, causal or outputs, where autograd keeps
+            all.
+        outputs: how many tokens of the result are wanted, the first ones; None: all N. Queries, projection and sum are
+            computed for these alone, keys and values for all tokens that these see.
 
-    Rates are active whenever above 0. Returns [B, N, D] in the dtype of x, also under autocast, which acts as on
-    `torch.nn.functional.linear`: products and attention run in its dtype, the normalisation and the sum with x in that
-    of x. Raises ValueError for a wrong shape, device, rate or recompute and TypeError for a wrong dtype.
+    Rates are active whenever above 0. Returns [B, N, D], or [B, outputs, D], in the dtype of x, also under autocast,
+    which acts as on `torch.nn.functional.linear`: products and attention run in its dtype, the normalisation and the
+    sum with x in that of x. Raises ValueError for a wrong shape, device, rate, recompute or outputs and TypeError for a
+    wrong dtype.
     """
     check_tokens("x", x)
     width = x.shape[-1]
@@ -70,9 +79,15 @@ def attention_block(
         raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, got {recompute!r}")
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
+    outputs = checked_outputs(outputs, x)
+    if causal and outputs is not None:  # they see no other
+        x, outputs = x[:, :outputs], None
     norm, qkv, proj = (norm_weight, norm_bias), (qkv_weight, qkv_bias), (proj_weight, proj_bias)
-    if dropout > 0 or width // heads > MAX_HEAD_DIM or not uses_triton("attention_block", x):
-        return reference.attention_block(x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path)
+    composed = dropout > 0 or causal or outputs is not None
+    if composed or width // heads > MAX_HEAD_DIM or not uses_triton("attention_block", x):
+        return reference.attention_block(
+            x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path, causal, outputs
+        )
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(torch.promote_types(x.dtype, dtype))
@@ -81,217 +96,191 @@ def attention_block(
     # asked here, since operators run below autograd and cannot know: without a gradient nothing is kept for one
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     keep_normed = keep and recompute == "none" and qkv_weight.requires_grad
-    return attention_block_op(*tensors, draw_path_scale(x, drop_path), heads, eps, keep, keep_normed)[0]
+    call = Call(*tensors, draw_path_scale(x, drop_path), heads, eps, keep, keep_normed)
+    return call_operator(*call)
 
 
 # Matrices are [T, D] inside, with T = B * N tokens. Operators cannot return None, so what is not kept for the backward
 # pass, and a gradient that nothing needs, is an empty tensor.
 
 
-def launch_forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    layer_scale: Tensor | None,
-    path_scale: Tensor | None,
-    heads: int,
-    eps: float,
-    keep: bool,
-    keep_normed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, tokens, width = x.shape
-    with no_autocast(x.device):
-        if products.norm_in_epilogue("norm plain", x, qkv_weight):
-            normed = qkv_weight.new_empty(0)
-            mean, rstd = products.row_statistics(as_rows(x), eps)
-            norm = norm_weight.contiguous(), norm_bias.contiguous()
-            qkv = products.norm_linear(as_rows(x), mean, rstd, *norm, as_rows(qkv_weight), qkv_bias.contiguous())
-        else:
-            normed, mean, rstd = normalise(x, norm_weight, norm_bias, eps, qkv_weight.dtype)
-            qkv = products.linear(normed, as_rows(qkv_weight), qkv_bias.contiguous())
-        if not keep_normed:
-            normed = normed.new_empty(0)
-        qkv = qkv.view(batch, tokens, 3, heads, width // heads)
-        attended, lse = attention_forward(qkv)
+class Call(NamedTuple):
+    """The arguments of the operator."""
+
+    x: Tensor  # [B, N, D]
+    norm_weight: Tensor
+    norm_bias: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    proj_weight: Tensor
+    proj_bias: Tensor
+    layer_scale: Tensor | None
+    path_scale: Tensor | None  # [B] float32
+    heads: int
+    eps: float
+    keep: bool  # all but norm(x)
+    keep_normed: bool
+
+
+ARGUMENTS = (
+    "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, Tensor qkv_bias, Tensor proj_weight,"
+    " Tensor proj_bias, Tensor? layer_scale, Tensor? path_scale, int heads, float eps, bool keep, bool keep_normed"
+)
+LEARNED = Call._fields[:8]  # inputs that may have a gradient
+
+
+class Kept(NamedTuple):
+    """What the forward pass leaves for the backward pass, besides its arguments."""
+
+    mean: Tensor  # [T] float32, as is rstd
+    rstd: Tensor
+    normed: Tensor  # [T, D]
+    qkv: Tensor  # [B, N, 3, H, d]
+    attended: Tensor  # [B, N, D]
+    lse: Tensor  # [B, H, N] float32, of attention
+
+
+KEPT = "Tensor mean, Tensor rstd, Tensor normed, Tensor qkv, Tensor attended, Tensor lse"
+
+
+def launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """y [B, N, D] and what is `Kept`; the arguments are those of `Call`."""
+    call = Call(*arguments)
+    with no_autocast(call.x.device):
+        x = as_rows(call.x)
+        kept = forward_before_projection(call, x)
         y = products.linear_residual(
-            as_rows(attended),
-            as_rows(proj_weight),
-            proj_bias.contiguous(),
-            as_rows(x),
-            None if layer_scale is None else layer_scale.contiguous(),
-            path_scale,
-            rows_per_sample=tokens,
+            as_rows(kept.attended),
+            as_rows(call.proj_weight),
+            call.proj_bias.contiguous(),
+            x,
+            None if call.layer_scale is None else call.layer_scale.contiguous(),
+            call.path_scale,
         )
-    if not keep:
-        mean, rstd, qkv, attended, lse = (tensor.new_empty(0) for tensor in (mean, rstd, qkv, attended, lse))
-    return y.view(x.shape), mean, rstd, normed, qkv, attended, lse
+    return y.view(call.x.shape), *(kept if call.keep else (tensor.new_empty(0) for tensor in kept))
 
 
-def fake_forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    layer_scale: Tensor | None,
-    path_scale: Tensor | None,
-    heads: int,
-    eps: float,
-    keep: bool,
-    keep_normed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, tokens, width = x.shape
-    keep_normed = keep_normed and not products.norm_in_epilogue("norm plain", x, qkv_weight)
-    y = x.new_empty(x.shape)
-    mean, rstd = (x.new_empty(batch * tokens if keep else 0, dtype=torch.float32) for _ in range(2))
-    normed = qkv_weight.new_empty((batch * tokens, width) if keep_normed else 0)
-    qkv = qkv_weight.new_empty((batch, tokens, 3, heads, width // heads) if keep else 0)
-    attended = qkv_weight.new_empty((batch, tokens, width) if keep else 0)
-    lse = x.new_empty((batch, heads, tokens) if keep else 0, dtype=torch.float32)
-    return y, mean, rstd, normed, qkv, attended, lse
+def forward_before_projection(call: Call, x: Tensor) -> Kept:
+    """What is kept, for x [T, D]."""
+    batch, tokens, width = call.x.shape
+    _, normed, mean, rstd = normalise(x, call.norm_weight, call.norm_bias, call.eps, call.qkv_weight.dtype)
+    qkv = products.linear(normed, as_rows(call.qkv_weight), call.qkv_bias.contiguous())
+    qkv = qkv.view(batch, tokens, 3, call.heads, width // call.heads)
+    attended, lse = attention_forward(qkv)
+    return Kept(mean, rstd, normed if call.keep_normed else normed.new_empty(0), qkv, attended, lse)
 
 
-def launch_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qkv_weight: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    layer_scale: Tensor | None,
-    path_scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    normed: Tensor | None,
-    qkv: Tensor,
-    attended: Tensor,
-    lse: Tensor,
-    eps: float,
-    needed: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of `LEARNED`; `needed` says of each whether anything needs it, others are empty."""
+def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments)
+    (batch, tokens, width), heads, keep = call.x.shape, call.heads, call.keep
+    mean, rstd = (call.x.new_empty(batch * tokens if keep else 0, dtype=torch.float32) for _ in range(2))
+    normed = call.qkv_weight.new_empty((batch * tokens, width) if call.keep_normed else 0)
+    qkv = call.qkv_weight.new_empty((batch, tokens, 3, heads, width // heads) if keep else 0)
+    attended = call.qkv_weight.new_empty((batch, tokens, width) if keep else 0)
+    lse = call.x.new_empty((batch, heads, tokens) if keep else 0, dtype=torch.float32)
+    return call.x.new_empty(call.x.shape), mean, rstd, normed, qkv, attended, lse
+
+
+def launch_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tuple[Tensor, ...]:
+    """Gradients of `LEARNED`; `needed` says of each whether anything needs it. `others` are Kept and Call."""
+    kept, call, sums = Kept(*others[:6]), Call(*others[6:]), ColumnSums()
     needs = dict(zip(LEARNED, needed, strict=True))
-    below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
-    below_attention = below_norm or needs["qkv_weight"] or needs["qkv_bias"]
-    above_attention = needs["proj_weight"] or needs["layer_scale"]
-    gradients: dict[str, Tensor] = {}
-    qkv_weight, proj_weight, dtype = as_rows(qkv_weight), as_rows(proj_weight), qkv_weight.dtype
-    with no_autocast(x.device):
-        if layer_scale is not None:
-            layer_scale = layer_scale.contiguous()
-        grad, scaled_grad, partial = products.branch_gradient(
-            as_rows(grad_y), layer_scale, path_scale, x.shape[1], dtype
-        )
-        if above_attention:
-            gradients["proj_weight"] = products.weight_gradient(grad, as_rows(attended))
-        if layer_scale is None:
-            if needs["proj_bias"]:
-                gradients["proj_bias"] = products.sum_partial(partial, proj_bias.new_empty(proj_bias.shape))
-        elif above_attention or needs["proj_bias"]:
-            column_sums = products.sum_partial(partial, x.new_empty(x.shape[-1], dtype=torch.float32))
-            if above_attention:
-                # the weight gradient before LayerScale gives that of LayerScale too: the branch is not kept for it
-                gradients["proj_weight"], gradients["proj_bias"], gradients["layer_scale"] = (
-                    products.layer_scale_gradients(
-                        gradients["proj_weight"], proj_weight, proj_bias.contiguous(), layer_scale, column_sums
-                    )
-                )
-            else:
-                gradients["proj_bias"] = (layer_scale * column_sums).to(dtype)
-        if below_attention:
-            grad_attended = products.input_gradient(scaled_grad, proj_weight).view(attended.shape)
-            grad_qkv = attention_backward(grad_attended, qkv, attended, lse).view(-1, len(qkv_weight))  # [T, 3 * D]
-        if needs["qkv_bias"]:
-            partial = products.scale_gradient(grad_qkv, None)
-            gradients["qkv_bias"] = products.sum_partial(partial, grad_qkv.new_empty(len(qkv_weight)))
-        if needs["qkv_weight"]:
-            if normed is None:
-                normed, _, _ = normalise(x, norm_weight, norm_bias, eps, dtype)
-            gradients["qkv_weight"] = products.weight_gradient(grad_qkv, normed)
-        if below_norm:
-            grad_normed = products.input_gradient(grad_qkv, qkv_weight).view(x.shape)
-            gradients["x"], _, _, gradients["norm_weight"], gradients["norm_bias"] = layer_norm_backward(
-                grad_y, grad_normed, x, None, x.dtype, None, None, norm_weight, norm_bias, mean, rstd
-            )
-    return tuple(gradients[name] if needs[name] else x.new_empty(0) for name in LEARNED)
+    with no_autocast(call.x.device):
+        end = end_of(call, needs)
+        gradients = half_gradients(as_rows(grad_y), as_rows(call.x), end, call, kept, needs, sums)
+        sums.launch()
+    if needs["x"]:
+        gradients["x"] = gradients["x"].view(call.x.shape)
+    return needed_gradients([gradients.get(name) for name in LEARNED], needed, call.x)
 
 
-# inputs that may have a gradient, in the order of the operator's arguments
-LEARNED = ("x", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias", "layer_scale")
-
-
-def fake_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    qkv_weight: Tensor,
-    proj_weight: Tensor,
-    proj_bias: Tensor,
-    layer_scale: Tensor | None,
-    *others: Any,
-) -> tuple[Tensor, ...]:
-    likes = x, norm_weight, norm_bias, qkv_weight, qkv_weight[:, 0], proj_weight, proj_bias, layer_scale
-    needed = others[-1]
-    return tuple(
-        like.new_empty(like.shape) if like is not None and need else x.new_empty(0)
-        for like, need in zip(likes, needed, strict=True)
+def end_of(call: Call, needs: Mapping[str, bool]) -> End:
+    below_attention = any(needs[name] for name in ("x", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias"))
+    return End(
+        as_rows(call.proj_weight),
+        call.proj_bias.contiguous(),
+        None if call.layer_scale is None else call.layer_scale.contiguous(),
+        call.path_scale,
+        needs_weight=needs["proj_weight"],
+        needs_bias=needs["proj_bias"],
+        needs_layer_scale=needs["layer_scale"],
+        needs_inner=below_attention,
     )
 
 
+def half_gradients(
+    grad_y: Tensor,
+    x: Tensor,
+    end: End,
+    call: Call,
+    kept: Kept,
+    needs: Mapping[str, bool],
+    sums: ColumnSums,
+    grad: BranchGradient | None = None,
+) -> dict[str, Any]:
+    """The gradients of what is needed; `grad` is that of the branch, if it is there. `sums` has still to launch.
+
+    grad_y and x are [T, D], as is the gradient of x.
+    """
+    below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
+    # where LayerNorm's gradient reads grad_y as it is, it also adds up its columns
+    sum_in_norm = grad is None and below_norm and end.needs_sum and not end.changes(grad_y)
+    if grad is None:
+        grad = end.gradient(grad_y, column_sum=end.needs_sum and not sum_in_norm)
+    gradients: dict[str, Any] = {}
+    gradients["proj_weight"], gradients["proj_bias"], gradients["layer_scale"] = end.parameter_gradients(
+        grad, as_rows(kept.attended), sums
+    )
+    if not end.needs_inner:
+        return gradients
+
+    grad_attended = products.input_gradient(grad.scaled, end.weight).view(kept.attended.shape)
+    grad_qkv = attention_backward(grad_attended, kept.qkv, kept.attended, kept.lse).view(-1, call.qkv_weight.shape[0])
+    if needs["qkv_bias"]:
+        partial = products.scale_gradient(grad_qkv, None)
+        gradients["qkv_bias"] = torch.empty_like(call.qkv_bias)
+        sums.add(partial, gradients["qkv_bias"])
+    if needs["qkv_weight"]:
+        normed = kept.normed
+        if normed.ndim != 2:
+            normed = normalise(x, call.norm_weight, call.norm_bias, call.eps, grad_qkv.dtype)[1]
+        gradients["qkv_weight"] = products.weight_gradient(grad_qkv, normed)
+    if not below_norm:
+        return gradients
+
+    grad_normed = products.input_gradient(grad_qkv, as_rows(call.qkv_weight))
+    norm = Norm(x, call.norm_weight, call.norm_bias, kept.mean, kept.rstd, needs["norm_weight"], needs["norm_bias"])
+    if sum_in_norm:
+        gradients["proj_bias"] = torch.empty_like(end.bias)
+    gradients["x"], gradients["norm_weight"], gradients["norm_bias"], _ = norm.gradients(
+        grad_y, grad_normed, sums, grad_y_sum=gradients["proj_bias"] if sum_in_norm else None
+    )
+    return gradients
+
+
+def fake_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tuple[Tensor, ...]:
+    return empty_gradients(Call(*others[6:])[: len(LEARNED)], needed)
+
+
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (
-        x,
-        norm_weight,
-        norm_bias,
-        qkv_weight,
-        _,
-        proj_weight,
-        proj_bias,
-        layer_scale,
-        path_scale,
-        _,
-        eps,
-        _,
-        keep_normed,
-    ) = inputs
-    _, mean, rstd, normed, *attention = output
-    keep_normed = keep_normed and not products.norm_in_epilogue("norm plain", x, qkv_weight)
-    ctx.eps = eps
-    parameters = norm_weight, norm_bias, qkv_weight, proj_weight, proj_bias, layer_scale, path_scale
-    ctx.save_for_backward(x, *parameters, mean, rstd, normed if keep_normed else None, *attention)
+    call = Call(*inputs)
+    ctx.save_for_backward(*output[1:], *call[:9])
+    ctx.options = call[9:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx: Any, grad_y: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[: len(LEARNED)]
-    gradients = attention_block_backward_op(grad_y, *ctx.saved_tensors, ctx.eps, needed)
+    gradients = attention_block_backward_op(grad_y, needed, *ctx.saved_tensors, *ctx.options)
     return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None, None, None
 
 
-attention_block_op = register_op(
-    "attention_block(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, Tensor qkv_bias,"
-    " Tensor proj_weight, Tensor proj_bias, Tensor? layer_scale, Tensor? path_scale, int heads, float eps, bool keep,"
-    " bool keep_normed)"
-    " -> (Tensor y, Tensor mean, Tensor rstd, Tensor normed, Tensor qkv, Tensor attended, Tensor lse)",
-    launch_forward,
-    fake_forward,
-)
+attention_block_op = register_op(f"attention_block({ARGUMENTS}) -> (Tensor y, {KEPT})", launch_forward, fake_forward)
 attention_block_backward_op = register_op(
-    "attention_block_backward(Tensor grad_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight,"
-    " Tensor proj_weight, Tensor proj_bias, Tensor? layer_scale, Tensor? path_scale, Tensor mean, Tensor rstd,"
-    " Tensor? normed, Tensor qkv, Tensor attended, Tensor lse, float eps, bool[] needed)"
-    " -> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_qkv_weight, Tensor grad_qkv_bias,"
-    " Tensor grad_proj_weight, Tensor grad_proj_bias, Tensor grad_layer_scale)",
+    f"attention_block_backward(Tensor grad_y, bool[] needed, {KEPT}, {ARGUMENTS})"
+    f" -> ({', '.join(f'Tensor grad_{name}' for name in LEARNED)})",
     launch_backward,
     fake_backward,
 )
-register_gradient(attention_block_op, attention_block_backward_op, setup_context, backward)
+call_operator = register_gradient(attention_block_op, attention_block_backward_op, setup_context, backward)

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.gemm import products
 from fastvit_kernels.gemm.config import PRODUCTS, triton_for
 from fastvit_kernels.tuning.codegen import Case
@@ -25,18 +26,13 @@ def cases() -> Iterator[Case]:
         yield Case(f"{name}, fc1 gradient", partial(input_gradient, rows, width, hidden), kernel)
         yield Case(f"{name}, fc1 weight gradient", partial(weight_gradient, rows, width, hidden), kernel)
         yield Case(f"{name}, qkv", partial(plain, rows, width, 3 * width), kernel)
-        yield Case(f"{name}, norm and qkv", partial(norm_plain, rows, width, 3 * width), kernel)
-        yield Case(f"{name}, norm and fc1 with GELU", partial(norm_gelu, rows, width, hidden, True), kernel)
-        yield Case(f"{name}, fc2 with residual, statistics", partial(residual_statistics, rows, hidden, width), kernel)
     yield Case("H/14, fc1 with tanh GELU", partial(gelu, rows, width, hidden, True, True), kernel)
     yield Case("H/14, fc1 with GELU alone", partial(gelu, rows, width, hidden, False, True, keep_pre=False), kernel)
-    yield Case("H/14, norm and fc1 with GELU alone", partial(norm_gelu, rows, width, hidden, False), kernel)
     yield Case("H/14, fc2 gradient with tanh GELU'", partial(gelu_gradient, rows, hidden, width, True, True), kernel)
     yield Case("H/14, fc1 with GELU, float32", partial(gelu, rows, width, hidden, False, True, FULL))
     yield Case("H/14, cuBLAS, GELU", partial(gelu, rows, width, hidden, False, False))
     yield Case("H/14, cuBLAS, tanh GELU", partial(gelu, rows, width, hidden, True, False))
     yield Case("H/14, cuBLAS, residual", partial(residual, rows, hidden, width, False))
-    yield Case("H/14, cuBLAS, residual, statistics", partial(residual_statistics, rows, hidden, width, False))
     yield Case("H/14, cuBLAS, GELU'", partial(gelu_gradient, rows, hidden, width, False, False))
     yield Case("H/14, cuBLAS, tanh GELU'", partial(gelu_gradient, rows, hidden, width, True, False))
     yield Case("H/14, branch and LayerScale gradients", partial(layer_scale, rows, hidden, width))
@@ -54,24 +50,7 @@ def gelu(
 def residual(rows: int, width: int, out: int, triton: bool) -> None:
     scales = meta(out), meta(64, dtype=FULL)
     with triton_for(*PRODUCTS if triton else ()):
-        products.linear_residual(meta(rows, width), meta(out, width), meta(out), meta(rows, out), *scales, rows // 64)
-
-
-def residual_statistics(rows: int, width: int, out: int, triton: bool = True) -> None:
-    operands = meta(rows, width), meta(out, width), meta(out), meta(rows, out)
-    with triton_for(*PRODUCTS if triton else ()):
-        products.linear_residual_statistics(*operands, None, None, rows // 64, 1e-6)
-
-
-def norm_gelu(rows: int, width: int, out: int, keep_pre: bool) -> None:
-    x, norm = meta(rows, width), (meta(width), meta(width))
-    statistics = products.row_statistics(x, 1e-6)
-    products.norm_linear_gelu(x, *statistics, *norm, meta(out, width), meta(out), False, keep_pre)
-
-
-def norm_plain(rows: int, width: int, out: int) -> None:
-    x, norm = meta(rows, width), (meta(width), meta(width))
-    products.norm_linear(x, *products.row_statistics(x, 1e-6), *norm, meta(out, width), meta(out))
+        products.linear_residual(meta(rows, width), meta(out, width), meta(out), meta(rows, out), *scales)
 
 
 def gelu_gradient(rows: int, width: int, out: int, tanh: bool, triton: bool) -> None:
@@ -95,8 +74,10 @@ def plain(rows: int, width: int, out: int) -> None:
 
 
 def layer_scale(rows: int, width: int, out: int) -> None:
-    _, _, partial_sums = products.branch_gradient(meta(rows, out), meta(out), meta(64, dtype=FULL), rows // 64, HALF)
-    column_sum = products.sum_partial(partial_sums, meta(out, dtype=FULL))
+    grad = products.branch_gradient(meta(rows, out), meta(out), meta(64, dtype=FULL), HALF)
+    sums, column_sum = ColumnSums(), meta(out, dtype=FULL)
+    sums.add(grad.partial, column_sum)
+    sums.launch()
     products.layer_scale_gradients(meta(out, width), meta(out, width), meta(out), meta(out), column_sum)
 
 

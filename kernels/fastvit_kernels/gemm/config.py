@@ -22,13 +22,8 @@ Product = Literal[
     "input gradient",  # grad w
     "gelu gradient",  # grad w * GELU'(pre), its column sums, GELU(pre)
     "weight gradient",  # grad^T x
-    # The LayerNorm before a product is a kernel of its own, unless these are chosen: then the product takes rows that
-    # are not normalised, and its epilogue normalises.
-    "norm plain",  # norm(x) w^T + bias, without more
-    "norm gelu",  # norm(x) w^T + bias, and its GELU
 ]
 PRODUCTS: tuple[Product, ...] = get_args(Product)
-NORM_BEFORE: tuple[Product, ...] = tuple(product for product in PRODUCTS if not product.startswith("norm"))
 
 _asked_for: frozenset[Product] | None = None
 
@@ -38,7 +33,7 @@ def runs_triton(product: Product, dtype: torch.dtype, device: torch.device, m: i
     if _asked_for is not None:
         return product in _asked_for
     if (asked := asked_for("gemm")) != "auto":
-        return asked == "triton" and product in NORM_BEFORE
+        return asked == "triton"
     return tile(product, dtype, m, n, k, gpu(device)).beats_cublas
 
 

@@ -1,15 +1,12 @@
 """Triton kernels of linear layers: a persistent matrix product with fused epilogues, and the same work on its own.
 
-What an epilogue does (GELU, its slope, LayerScale, stochastic depth, residual, column sums, row statistics) is also
-done by the elementwise kernels below, for products that run in cuBLAS. All arithmetic is float32. An optional pointer
+What an epilogue does (GELU, its slope, LayerScale, stochastic depth, residual, column sums) is also done by the
+elementwise kernels below, for products that run in cuBLAS. All arithmetic is float32. An optional pointer
 is None when it is not used.
 """
 
 import triton
 import triton.language as tl
-
-# rows with |mean| / deviation above this are normalised before they are multiplied, see `gemm_kernel`
-FAR_FROM_ZERO = tl.constexpr(8.0)
 
 
 @triton.jit
@@ -75,56 +72,10 @@ def load_tile(
 
 
 @triton.jit
-def tile_product(
-    a,
-    b,
-    mean_ptr,
-    rstd_ptr,
-    start_m,
-    start_n,
-    m,
-    n,
-    k,
-    stride_a,
-    stride_b,
-    STANDARDISED: tl.constexpr,
-    A_TRANSPOSED: tl.constexpr,
-    B_TRANSPOSED: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """The tile of a b, or of (a - mean) rstd b if STANDARDISED, that starts at (start_m, start_n)."""
-    if STANDARDISED:
-        row = start_m.to(tl.int64) + tl.arange(0, BLOCK_M)
-        mean = tl.load(mean_ptr + row, mask=row < m, other=0)[:, None]
-        rstd = tl.load(rstd_ptr + row, mask=row < m, other=0)[:, None]
-    product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    # at least one step, over zeros for k = 0: what the compiler knows to run it can merge with the loop over tiles
-    for start_k in tl.range(0, max(k, 1), BLOCK_K, num_stages=STAGES):
-        if A_TRANSPOSED:
-            left = load_tile(a, start_k, start_m, k, m, stride_a, BLOCK_K, BLOCK_M, DESCRIPTORS).T
-        else:
-            left = load_tile(a, start_m, start_k, m, k, stride_a, BLOCK_M, BLOCK_K, DESCRIPTORS)
-        if B_TRANSPOSED:
-            right = load_tile(b, start_n, start_k, n, k, stride_b, BLOCK_N, BLOCK_K, DESCRIPTORS).T
-        else:
-            right = load_tile(b, start_k, start_n, k, n, stride_b, BLOCK_K, BLOCK_N, DESCRIPTORS)
-        if STANDARDISED:
-            inside = (start_k + tl.arange(0, BLOCK_K) < k)[None, :]
-            left = tl.where(inside, (left.to(tl.float32) - mean) * rstd, 0.0).to(right.dtype)
-        product = tl.dot(left, right, product, input_precision="ieee")  # for float32: no TF32
-    return product
-
-
-@triton.jit
 def store_product(
     value,  # float32 [BLOCK_M, BLOCK_N], a part of the product
     tile_m,
     column_start,
-    standardised,  # whether rows were normalised before the product
     out_ptr,
     post_ptr,
     bias_ptr,
@@ -133,10 +84,6 @@ def store_product(
     layer_scale_ptr,
     path_scale_ptr,
     partial_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_sum_ptr,
-    moments_ptr,
     m,
     n,
     rows_per_sample,
@@ -151,14 +98,12 @@ def store_product(
         HALF: tl.constexpr = BLOCK_N // 2
         left, right = tl.split(tl.permute(tl.reshape(value, (BLOCK_M, 2, HALF)), (0, 2, 1)))
         store_product(
-            left, tile_m, column_start, standardised, out_ptr, post_ptr, bias_ptr, pre_ptr, residual_ptr,
-            layer_scale_ptr, path_scale_ptr, partial_ptr, mean_ptr, rstd_ptr, weight_sum_ptr, moments_ptr, m, n,
-            rows_per_sample, stride_residual, TANH, BLOCK_M, HALF, PARTS // 2,
+            left, tile_m, column_start, out_ptr, post_ptr, bias_ptr, pre_ptr, residual_ptr, layer_scale_ptr,
+            path_scale_ptr, partial_ptr, m, n, rows_per_sample, stride_residual, TANH, BLOCK_M, HALF, PARTS // 2,
         )  # fmt: skip
         store_product(
-            right, tile_m, column_start + HALF, standardised, out_ptr, post_ptr, bias_ptr, pre_ptr, residual_ptr,
-            layer_scale_ptr, path_scale_ptr, partial_ptr, mean_ptr, rstd_ptr, weight_sum_ptr, moments_ptr, m, n,
-            rows_per_sample, stride_residual, TANH, BLOCK_M, HALF, PARTS // 2,
+            right, tile_m, column_start + HALF, out_ptr, post_ptr, bias_ptr, pre_ptr, residual_ptr, layer_scale_ptr,
+            path_scale_ptr, partial_ptr, m, n, rows_per_sample, stride_residual, TANH, BLOCK_M, HALF, PARTS // 2,
         )  # fmt: skip
     else:
         row = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
@@ -167,11 +112,6 @@ def store_product(
         mask = row_mask[:, None] & column_mask[None, :]
         offset = row[:, None] * n + column[None, :]
 
-        if mean_ptr is not None:  # (a - mean) rstd b = rstd (a b - mean colsum(b))
-            rstd = tl.load(rstd_ptr + row, mask=row_mask, other=0)
-            shift = tl.where(standardised, 0.0, tl.load(mean_ptr + row, mask=row_mask, other=0) * rstd)
-            weight_sum = tl.load(weight_sum_ptr + column, mask=column_mask, other=0)
-            value = value * tl.where(standardised, 1.0, rstd)[:, None] - shift[:, None] * weight_sum[None, :]
         if bias_ptr is not None:
             value += tl.load(bias_ptr + column, mask=column_mask, other=0).to(tl.float32)[None, :]
         if pre_ptr is not None:
@@ -188,29 +128,12 @@ def store_product(
         if partial_ptr is not None:  # rows beyond m are 0
             tl.store(partial_ptr + tile_m * n + column, tl.sum(value, axis=0), mask=column_mask)
         if out_ptr is not None:
-            stored = value.to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + offset, stored, mask=mask)
-            if moments_ptr is not None:
-                store_moments(stored, moments_ptr, row, column_start, m, n, BLOCK_N)
+            tl.store(out_ptr + offset, value.to(out_ptr.dtype.element_ty), mask=mask)
         if post_ptr is not None:
             if pre_ptr is None:  # of what is stored, so that GELU can be computed again from it, bit by bit
                 element: tl.constexpr = post_ptr.dtype.element_ty
                 post, slope = gelu_and_slope(value.to(element).to(tl.float32), TANH, element)
             tl.store(post_ptr + offset, post.to(post_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_moments(value, moments_ptr, row, column_start, rows, width, BLOCK_N: tl.constexpr):
-    """Mean of each row of `value` [BLOCK_M, BLOCK_N], and its sum of squared deviations from that, within the width."""
-    part, parts = column_start // BLOCK_N, tl.cdiv(width, BLOCK_N)
-    mask = (row < rows) & (part < parts)
-    value = value.to(tl.float32)
-    inside = (column_start + tl.arange(0, BLOCK_N) < width)[None, :]
-    mean = tl.sum(tl.where(inside, value, 0.0), axis=1) / max(min(width - column_start, BLOCK_N), 1)
-    deviation = tl.where(inside, value - mean[:, None], 0.0)
-    moment = moments_ptr + part.to(tl.int64) * rows + row
-    tl.store(moment, mean, mask=mask)
-    tl.store(moment + parts.to(tl.int64) * rows, tl.sum(deviation * deviation, axis=1), mask=mask)
 
 
 @triton.jit
@@ -225,10 +148,6 @@ def gemm_kernel(
     layer_scale_ptr,  # [n] or None
     path_scale_ptr,  # [samples] or None
     partial_ptr,  # out [ceil(m / BLOCK_M), n] float32 or None: sums of the rows of `out` in each row of tiles
-    mean_ptr,  # [m] or None: (a - mean) rstd takes the place of a
-    rstd_ptr,  # [m], with mean_ptr
-    weight_sum_ptr,  # [n] float32, with mean_ptr: column sums of b
-    moments_ptr,  # out [2, ceil(n PARTS / BLOCK_N), m] float32 or None: of each row of `out`, see `store_moments`
     m,
     n,
     k,
@@ -260,32 +179,21 @@ def gemm_kernel(
         tile_n = tile % tiles_a_group // group_m
         start_m, start_n = tile_m * BLOCK_M, tile_n * BLOCK_N
 
-        standardised = False
-        if mean_ptr is not None:
-            # a b - mean colsum(b) cancels where a row lies far from 0: such rows are normalised before the product
-            row = start_m.to(tl.int64) + tl.arange(0, BLOCK_M)
-            mean = tl.load(mean_ptr + row, mask=row < m, other=0)
-            rstd = tl.load(rstd_ptr + row, mask=row < m, other=0)
-            standardised = tl.max((tl.abs(mean) * rstd > FAR_FROM_ZERO).to(tl.int32), axis=0) > 0
-            if standardised:
-                product = tile_product(
-                    a, b, mean_ptr, rstd_ptr, start_m, start_n, m, n, k, stride_a, stride_b, True, A_TRANSPOSED,
-                    B_TRANSPOSED, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K, 1,
-                )  # fmt: skip
+        product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        # at least one step, over zeros for k = 0: what the compiler knows to run it can merge with the loop over tiles
+        for start_k in tl.range(0, max(k, 1), BLOCK_K, num_stages=STAGES):
+            if A_TRANSPOSED:
+                left = load_tile(a, start_k, start_m, k, m, stride_a, BLOCK_K, BLOCK_M, DESCRIPTORS).T
             else:
-                product = tile_product(
-                    a, b, mean_ptr, rstd_ptr, start_m, start_n, m, n, k, stride_a, stride_b, False, A_TRANSPOSED,
-                    B_TRANSPOSED, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
-                )  # fmt: skip
-        else:
-            product = tile_product(
-                a, b, mean_ptr, rstd_ptr, start_m, start_n, m, n, k, stride_a, stride_b, False, A_TRANSPOSED,
-                B_TRANSPOSED, DESCRIPTORS, BLOCK_M, BLOCK_N, BLOCK_K, STAGES,
-            )  # fmt: skip
+                left = load_tile(a, start_m, start_k, m, k, stride_a, BLOCK_M, BLOCK_K, DESCRIPTORS)
+            if B_TRANSPOSED:
+                right = load_tile(b, start_n, start_k, n, k, stride_b, BLOCK_N, BLOCK_K, DESCRIPTORS).T
+            else:
+                right = load_tile(b, start_k, start_n, k, n, stride_b, BLOCK_K, BLOCK_N, DESCRIPTORS)
+            product = tl.dot(left, right, product, input_precision="ieee")  # for float32: no TF32
         store_product(
-            product, tile_m, start_n, standardised, out_ptr, post_ptr, bias_ptr, pre_ptr, residual_ptr,
-            layer_scale_ptr, path_scale_ptr, partial_ptr, mean_ptr, rstd_ptr, weight_sum_ptr, moments_ptr, m, n,
-            rows_per_sample, stride_residual, TANH, BLOCK_M, BLOCK_N, PARTS,
+            product, tile_m, start_n, out_ptr, post_ptr, bias_ptr, pre_ptr, residual_ptr, layer_scale_ptr,
+            path_scale_ptr, partial_ptr, m, n, rows_per_sample, stride_residual, TANH, BLOCK_M, BLOCK_N, PARTS,
         )  # fmt: skip
 
 
@@ -312,7 +220,6 @@ def residual_fwd_kernel(
     layer_scale_ptr,  # [width] or None
     path_scale_ptr,  # [samples] or None
     out_ptr,  # out [rows, width]: residual + path_scale * layer_scale * (branch + bias)
-    moments_ptr,  # out [2, ceil(width / BLOCK_N), rows] float32 or None: of each row of `out`, see `store_moments`
     rows,
     width,
     rows_per_sample,
@@ -332,101 +239,7 @@ def residual_fwd_kernel(
     if path_scale_ptr is not None:
         value *= tl.load(path_scale_ptr + row // rows_per_sample, mask=row_mask, other=0)[:, None]
     residual = tl.load(residual_ptr + row[:, None] * stride_residual + column[None, :], mask=mask, other=0)
-    stored = (residual.to(tl.float32) + value).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + offset, stored, mask=mask)
-    if moments_ptr is not None:
-        store_moments(stored, moments_ptr, row, tl.program_id(1) * BLOCK_N, rows, width, BLOCK_N)
-
-
-@triton.jit
-def combine_moments_kernel(
-    moments_ptr,  # [2, parts, rows] float32: for each range of `part_width` columns its mean and squared deviations
-    mean_ptr,  # out [rows]
-    rstd_ptr,  # out [rows]: 1 / sqrt(variance + eps)
-    rows,
-    width,
-    part_width,
-    eps,
-    BLOCK_M: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    mask = row < rows
-    parts = tl.cdiv(width, part_width)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    moment = moments_ptr + row
-    for part in range(parts):
-        columns = min(width - part * part_width, part_width)
-        total += columns * tl.load(moment, mask=mask, other=0)
-        moment += rows
-    mean = total / width
-    squares = tl.zeros([BLOCK_M], tl.float32)  # of deviations from the mean of the row (Chan et al. 1983)
-    means = moments_ptr + row
-    for part in range(parts):
-        columns = min(width - part * part_width, part_width)
-        apart = tl.load(means, mask=mask, other=0) - mean
-        squares += tl.load(moment, mask=mask, other=0) + columns * apart * apart
-        means += rows
-        moment += rows
-    tl.store(mean_ptr + row, mean, mask=mask)
-    tl.store(rstd_ptr + row, tl.rsqrt(squares / width + eps), mask=mask)
-
-
-@triton.jit
-def row_statistics_kernel(
-    x_ptr,  # [rows, width], rows `stride_x` apart
-    mean_ptr,  # out [rows]
-    rstd_ptr,  # out [rows]: 1 / sqrt(variance + eps)
-    rows,
-    width,
-    stride_x,
-    eps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
-    column = tl.arange(0, BLOCK_N)  # [BLOCK_N]: whole rows
-    mask = (row < rows)[:, None] & (column < width)[None, :]
-    x = tl.load(x_ptr + row[:, None] * stride_x + column[None, :], mask=mask, other=0).to(tl.float32)
-    mean = tl.sum(x, axis=1) / width
-    centred = tl.where(mask, x - mean[:, None], 0.0)
-    tl.store(mean_ptr + row, mean, mask=row < rows)
-    tl.store(rstd_ptr + row, tl.rsqrt(tl.sum(centred * centred, axis=1) / width + eps), mask=row < rows)
-
-
-@triton.jit
-def fold_norm_kernel(
-    weight_ptr,  # [out, width], rows `stride_weight` apart
-    bias_ptr,  # [out]
-    norm_weight_ptr,  # [width]
-    norm_bias_ptr,  # [width]
-    folded_ptr,  # out [out, width]: weight * norm_weight
-    weight_sum_ptr,  # out [out] float32: row sums of `folded`, as stored
-    shift_ptr,  # out [out] float32: weight norm_bias + bias
-    out,
-    width,
-    stride_weight,
-    BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = row < out
-    weight_sum = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    shift = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
-    for start in range(0, width, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        column_mask = column < width
-        mask = row_mask[:, None] & column_mask[None, :]
-        weight = tl.load(weight_ptr + row[:, None] * stride_weight + column[None, :], mask=mask, other=0)
-        weight = weight.to(tl.float32)
-        norm_weight = tl.load(norm_weight_ptr + column, mask=column_mask, other=0).to(tl.float32)
-        norm_bias = tl.load(norm_bias_ptr + column, mask=column_mask, other=0).to(tl.float32)
-        folded = (weight * norm_weight[None, :]).to(folded_ptr.dtype.element_ty)
-        tl.store(folded_ptr + row[:, None] * width + column[None, :], folded, mask=mask)
-        weight_sum += folded.to(tl.float32)
-        shift += weight * norm_bias[None, :]
-    bias = tl.load(bias_ptr + row, mask=row_mask, other=0).to(tl.float32)
-    tl.store(weight_sum_ptr + row, tl.sum(weight_sum, axis=1), mask=row_mask)
-    tl.store(shift_ptr + row, tl.sum(shift, axis=1) + bias, mask=row_mask)
+    tl.store(out_ptr + offset, (residual.to(tl.float32) + value).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -475,25 +288,6 @@ def gradient_kernel(
         total += value
     if partial_ptr is not None:
         tl.store(partial_ptr + program * width + column, tl.sum(total, axis=0), mask=column_mask)
-
-
-@triton.jit
-def sum_partial_kernel(
-    partial_ptr,  # [programs, width] float32
-    out_ptr,  # out [width]
-    programs,
-    width,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = column < width
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, programs, BLOCK_M):
-        program = start + tl.arange(0, BLOCK_M)
-        mask = (program < programs)[:, None] & column_mask[None, :]
-        total += tl.load(partial_ptr + program[:, None] * width + column[None, :], mask=mask, other=0)
-    tl.store(out_ptr + column, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=column_mask)
 
 
 @triton.jit

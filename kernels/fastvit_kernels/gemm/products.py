@@ -5,14 +5,16 @@ functions run inside registered operators: they allocate, launch and know no gra
 product between the Triton kernel and cuBLAS with an elementwise kernel; results differ by rounding only.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastvit_kernels.dispatch import HAS_TRITON, gpu
 from fastvit_kernels.gemm.config import Product, gelu_block, gradient_block, residual_block, runs_triton, tile
+from fastvit_kernels.registration import cdiv
 
 if HAS_TRITON:
-    import triton
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from fastvit_kernels.gemm import kernels
@@ -20,115 +22,23 @@ if HAS_TRITON:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x w^T + bias, for x [T, K], weight [N, K] and bias [N]: [T, N]."""
-    if not runs_triton("plain", x.dtype, x.device, len(x), *weight.shape):
+    if not runs_triton("plain", x.dtype, x.device, x.shape[0], *weight.shape):
         return torch.addmm(bias, x, weight.T)
-    out = x.new_empty(len(x), len(weight))
+    out = x.new_empty(x.shape[0], weight.shape[0])
     gemm("plain", x, weight, out, b_transposed=True, bias=bias)
     return out
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool, keep_pre: bool = True) -> tuple[Tensor, Tensor]:
     """x w^T + bias, empty unless `keep_pre`, and its GELU, for x [T, K], weight [N, K] and bias [N]: both [T, N]."""
-    if not runs_triton("gelu", x.dtype, x.device, len(x), *weight.shape):
+    if not runs_triton("gelu", x.dtype, x.device, x.shape[0], *weight.shape):
         pre = torch.addmm(bias, x, weight.T)  # cuBLAS adds the bias in its epilogue
         if keep_pre:
             return pre, gelu(pre, tanh)
         return pre.new_empty(0), gelu(pre, tanh, out=pre)
-    pre, post = x.new_empty((len(x), len(weight)) if keep_pre else 0), x.new_empty(len(x), len(weight))
+    pre, post = x.new_empty((x.shape[0], weight.shape[0]) if keep_pre else 0), x.new_empty(x.shape[0], weight.shape[0])
     gemm("gelu", x, weight, pre if keep_pre else None, b_transposed=True, bias=bias, post=post, tanh=tanh)
     return pre, post
-
-
-NOMINAL_ROWS = 64 * 257
-
-
-def norm_in_epilogue(product: Product, x: Tensor, weight: Tensor) -> bool:
-    """Whether "norm plain" or "norm gelu" shall normalise x in its epilogue, rather than a LayerNorm kernel before it.
-
-    Only for 16 bit rows that are operands as they are: the scheme multiplies x unrounded, and float32 has no digits to
-    spare for what cancels. The number of rows does not matter, since what is kept for the backward pass depends on it.
-    """
-    fits = x.dtype == weight.dtype and x.element_size() == 2
-    return fits and runs_triton(product, weight.dtype, weight.device, NOMINAL_ROWS, *weight.shape)
-
-
-def norm_linear(
-    x: Tensor, mean: Tensor, rstd: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
-    """norm(x) w^T + bias without norm(x), see `norm_in_epilogue`, for x [T, K], weight [N, K] and bias [N]: [T, N].
-
-    mean and rstd are [T] float32, of `row_statistics` or `linear_residual_statistics`.
-    """
-    out = x.new_empty(len(x), len(weight))
-    folded, weight_sum, shift = fold_norm(weight, bias, norm_weight, norm_bias)
-    statistics = (mean, rstd, weight_sum)
-    gemm("norm plain", x, folded, out, b_transposed=True, bias=shift, statistics=statistics)
-    return out
-
-
-def norm_linear_gelu(
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    tanh: bool,
-    keep_pre: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """`norm_linear`, empty unless `keep_pre`, and its GELU."""
-    pre, post = x.new_empty((len(x), len(weight)) if keep_pre else 0), x.new_empty(len(x), len(weight))
-    folded, weight_sum, shift = fold_norm(weight, bias, norm_weight, norm_bias)
-    gemm(
-        "norm gelu",
-        x,
-        folded,
-        pre if keep_pre else None,
-        b_transposed=True,
-        bias=shift,
-        post=post,
-        statistics=(mean, rstd, weight_sum),
-        tanh=tanh,
-    )
-    return pre, post
-
-
-def fold_norm(weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What makes norm(x) w^T + bias a product of x: w norm_weight [N, K], its row sums, and w norm_bias + bias.
-
-    The sums are those of the rounded weights, so that a row's mean cancels exactly; both vectors are [N] float32.
-    """
-    folded = weight.new_empty(weight.shape)
-    weight_sum, shift = (weight.new_empty(len(weight), dtype=torch.float32) for _ in range(2))
-    block_m = 4
-    kernels.fold_norm_kernel[triton.cdiv(len(weight), block_m),](
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        folded,
-        weight_sum,
-        shift,
-        len(weight),
-        weight.shape[1],
-        weight.stride(0),
-        BLOCK_M=block_m,
-        BLOCK_K=512,
-        num_warps=4,
-    )
-    return folded, weight_sum, shift
-
-
-def row_statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / sqrt(variance + eps) of each row of x [T, K]: both [T] float32."""
-    mean, rstd = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
-    block_n = triton.next_power_of_2(x.shape[1])
-    block_m = max(1, 4096 // block_n)
-    kernels.row_statistics_kernel[triton.cdiv(len(x), block_m),](
-        x, mean, rstd, len(x), x.shape[1], x.stride(0), eps, BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4
-    )
-    return mean, rstd
 
 
 def linear_residual(
@@ -138,62 +48,13 @@ def linear_residual(
     residual: Tensor,
     layer_scale: Tensor | None,
     path_scale: Tensor | None,
-    rows_per_sample: int,
 ) -> Tensor:
     """residual + path_scale * layer_scale * (x w^T + bias), [T, N] in the dtype of `residual`, which may be wider.
 
-    layer_scale is [N], path_scale [T / rows_per_sample] float32.
+    layer_scale is [N], path_scale [B] float32: of samples of T / B rows each.
     """
-    return add_linear(x, weight, bias, residual, layer_scale, path_scale, rows_per_sample, False)[0]
-
-
-def linear_residual_statistics(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    layer_scale: Tensor | None,
-    path_scale: Tensor | None,
-    rows_per_sample: int,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`linear_residual`, and the `row_statistics` of what it returns, for which that is not read again.
-
-    Mean and squared deviations of one column range after another leave the epilogue, and are combined in a fixed order
-    (Chan et al. 1983).
-    """
-    out, moments, part_width = add_linear(x, weight, bias, residual, layer_scale, path_scale, rows_per_sample, True)
-    (rows, width), block_m = out.shape, 64
-    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    kernels.combine_moments_kernel[triton.cdiv(rows, block_m),](
-        moments, mean, rstd, rows, width, part_width, eps, BLOCK_M=block_m, num_warps=2
-    )
-    return out, mean, rstd
-
-
-def add_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor,
-    layer_scale: Tensor | None,
-    path_scale: Tensor | None,
-    rows_per_sample: int,
-    moments: bool,
-) -> tuple[Tensor, Tensor, int]:
-    """`linear_residual`, moments [2, ranges, T] of its column ranges, empty unless asked for, and their width."""
     out = residual.new_empty(residual.shape)
-    rows, width = out.shape
-    in_triton = runs_triton("residual", x.dtype, x.device, len(x), *weight.shape)
-    if in_triton:
-        t = tile("residual", x.dtype, len(x), *weight.shape, gpu(x.device))
-        part_width = t.block_n // t.parts
-    else:
-        block = residual_block(x.dtype, rows, width, gpu(x.device))
-        part_width = block.columns
-    shape = (2, triton.cdiv(width, part_width), rows) if moments else (0,)
-    moments_of_parts = x.new_empty(shape, dtype=torch.float32)
-    if in_triton:
+    if runs_triton("residual", x.dtype, x.device, x.shape[0], *weight.shape):
         gemm(
             "residual",
             x,
@@ -204,35 +65,33 @@ def add_linear(
             residual=residual,
             layer_scale=layer_scale,
             path_scale=path_scale,
-            moments=moments_of_parts if moments else None,
-            rows_per_sample=rows_per_sample,
         )
-    else:
-        branch = torch.mm(x, weight.T)
-        kernels.residual_fwd_kernel[triton.cdiv(rows, block.rows), triton.cdiv(width, part_width)](
-            residual,
-            branch,
-            bias,
-            layer_scale,
-            path_scale,
-            out,
-            moments_of_parts if moments else None,
-            rows,
-            width,
-            rows_per_sample,
-            residual.stride(0),
-            BLOCK_M=block.rows,
-            BLOCK_N=part_width,
-            num_warps=block.num_warps,
-        )
-    return out, moments_of_parts, part_width
+        return out
+    branch = torch.mm(x, weight.T)
+    (rows, width), block = out.shape, residual_block(x.dtype, *out.shape, gpu(x.device))
+    kernels.residual_fwd_kernel[cdiv(rows, block.rows), cdiv(width, block.columns)](
+        residual,
+        branch,
+        bias,
+        layer_scale,
+        path_scale,
+        out,
+        rows,
+        width,
+        rows_of_sample(rows, path_scale),
+        residual.stride(0),
+        BLOCK_M=block.rows,
+        BLOCK_N=block.columns,
+        num_warps=block.num_warps,
+    )
+    return out
 
 
 def gelu(pre: Tensor, tanh: bool, out: Tensor | None = None) -> Tensor:
     """GELU of a contiguous tensor, in `out` if given, which may be `pre`."""
     post = torch.empty_like(pre) if out is None else out
     block = gelu_block(pre.dtype, pre.numel(), gpu(pre.device))
-    kernels.gelu_fwd_kernel[triton.cdiv(pre.numel(), block.columns),](
+    kernels.gelu_fwd_kernel[cdiv(pre.numel(), block.columns),](
         pre, post, pre.numel(), TANH=tanh, BLOCK=block.columns, num_warps=block.num_warps
     )
     return post
@@ -240,9 +99,9 @@ def gelu(pre: Tensor, tanh: bool, out: Tensor | None = None) -> Tensor:
 
 def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
     """grad w, for grad [T, N] and weight [N, K]: [T, K]."""
-    if not runs_triton("input gradient", grad.dtype, grad.device, len(grad), *weight.shape[::-1]):
+    if not runs_triton("input gradient", grad.dtype, grad.device, grad.shape[0], *weight.shape[::-1]):
         return torch.mm(grad, weight)
-    out = grad.new_empty(len(grad), weight.shape[1])
+    out = grad.new_empty(grad.shape[0], weight.shape[1])
     gemm("input gradient", grad, weight, out)
     return out
 
@@ -252,18 +111,19 @@ def gelu_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradient of GELU's input: grad w * GELU'(pre), for grad [T, N], weight [N, K] and pre [T, K].
 
-    Returns it, its column sums [K], empty unless `column_sum`, and GELU(pre), empty unless `recompute`.
+    Returns it, partial column sums of it [programs, K], empty unless `column_sum`, and GELU(pre), empty unless
+    `recompute`.
     """
     post = pre.new_empty(pre.shape if recompute else 0)
-    if not runs_triton("gelu gradient", grad.dtype, grad.device, len(grad), *weight.shape[::-1]):
+    if not runs_triton("gelu gradient", grad.dtype, grad.device, grad.shape[0], *weight.shape[::-1]):
         grad_pre = torch.mm(grad, weight)
         partial = scale_gradient(
             grad_pre, grad_pre, pre=pre, post=post if recompute else None, tanh=tanh, column_sum=column_sum
         )
     else:
         grad_pre = torch.empty_like(pre)
-        t = tile("gelu gradient", grad.dtype, len(grad), *weight.shape[::-1], gpu(grad.device))
-        tiles_m = triton.cdiv(len(pre), t.block_m)
+        t = tile("gelu gradient", grad.dtype, grad.shape[0], *weight.shape[::-1], gpu(grad.device))
+        tiles_m = cdiv(pre.shape[0], t.block_m)
         partial = pre.new_empty((tiles_m, pre.shape[1]) if column_sum else 0, dtype=torch.float32)
         gemm(
             "gelu gradient",
@@ -275,34 +135,40 @@ def gelu_gradient(
             partial=partial if column_sum else None,
             tanh=tanh,
         )
-    return grad_pre, sum_partial(partial, pre.new_empty(pre.shape[1])) if column_sum else pre.new_empty(0), post
+    return grad_pre, partial, post
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad^T x, for grad [T, N] and x [T, K]: [N, K]."""
-    if not runs_triton("weight gradient", grad.dtype, grad.device, grad.shape[1], x.shape[1], len(x)):
+    if not runs_triton("weight gradient", grad.dtype, grad.device, grad.shape[1], x.shape[1], x.shape[0]):
         return torch.mm(grad.T, x)
     out = grad.new_empty(grad.shape[1], x.shape[1])
     gemm("weight gradient", grad, x, out, a_transposed=True)
     return out
 
 
+class BranchGradient(NamedTuple):
+    """The gradient of a half-block's branch, as `branch_gradient` or the LayerNorm of the next half-block left it.
+
+    With G = path_scale * grad: what would equal another is that other, and what nothing needs may be empty.
+    """
+
+    unscaled: Tensor  # [T, D]: G
+    scaled: Tensor  # [T, D]: layer_scale * G
+    partial: Tensor  # [programs, D] float32: partial column sums of G
+
+
 def branch_gradient(
     grad: Tensor,
     layer_scale: Tensor | None,
     path_scale: Tensor | None,
-    rows_per_sample: int,
     dtype: torch.dtype,
     *,
     unscaled: bool = True,
     scaled: bool = True,
     column_sum: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """G = path_scale * grad and layer_scale * G, both in `dtype`, and partial column sums of G for `sum_partial`.
-
-    What would equal another is that other: G may be `grad`. What the last three arguments say is not needed may be
-    empty.
-    """
+) -> BranchGradient:
+    """The gradient of a branch in `dtype`, given that of the half-block's output; the last arguments say what of it."""
     changes = path_scale is not None or grad.dtype != dtype
     unscaled = unscaled or (scaled and layer_scale is None)
     out = grad.new_empty(grad.shape if unscaled else 0, dtype=dtype) if changes else grad
@@ -313,10 +179,9 @@ def branch_gradient(
         scaled=scaled_out if scaled and layer_scale is not None else None,
         layer_scale=layer_scale,
         path_scale=path_scale,
-        rows_per_sample=rows_per_sample,
         column_sum=column_sum,
     )
-    return out, scaled_out, partial
+    return BranchGradient(out, scaled_out, partial)
 
 
 def scale_gradient(
@@ -328,7 +193,6 @@ def scale_gradient(
     scaled: Tensor | None = None,
     layer_scale: Tensor | None = None,
     path_scale: Tensor | None = None,
-    rows_per_sample: int = 0,
     tanh: bool = False,
     column_sum: bool = True,
 ) -> Tensor:
@@ -338,8 +202,8 @@ def scale_gradient(
     """
     rows, width = grad.shape
     block = gradient_block(grad.dtype, pre is not None, rows, width, gpu(grad.device))
-    blocks_n = triton.cdiv(width, block.columns)
-    programs = min(triton.cdiv(rows, block.rows), triton.cdiv(8 * gpu(grad.device).multiprocessors, blocks_n))
+    blocks_n = cdiv(width, block.columns)
+    programs = min(cdiv(rows, block.rows), cdiv(8 * gpu(grad.device).multiprocessors, blocks_n))
     partial = grad.new_empty((programs, width) if column_sum else 0, dtype=torch.float32)
     if out is None and scaled is None and not column_sum:
         return partial
@@ -354,7 +218,7 @@ def scale_gradient(
         partial if column_sum else None,
         rows,
         width,
-        rows_per_sample,
+        rows_of_sample(rows, path_scale),
         grad.stride(0),
         TANH=tanh,
         BLOCK_M=block.rows,
@@ -362,15 +226,6 @@ def scale_gradient(
         num_warps=block.num_warps,
     )
     return partial
-
-
-def sum_partial(partial: Tensor, out: Tensor) -> Tensor:
-    """Adds partial sums [programs, width], always in the same order, into `out` [width], and returns it."""
-    programs, width = partial.shape
-    kernels.sum_partial_kernel[triton.cdiv(width, 32),](
-        partial, out, programs, width, BLOCK_M=64, BLOCK_N=32, num_warps=4
-    )
-    return out
 
 
 def layer_scale_gradients(
@@ -383,8 +238,8 @@ def layer_scale_gradients(
     `product` is overwritten.
     """
     grad_layer_scale, grad_bias = torch.empty_like(layer_scale), torch.empty_like(bias)
-    rows, block_m = len(weight), 2
-    kernels.layer_scale_bwd_kernel[triton.cdiv(rows, block_m),](
+    rows, block_m = weight.shape[0], 2
+    kernels.layer_scale_bwd_kernel[cdiv(rows, block_m),](
         product,
         weight,
         bias,
@@ -417,19 +272,13 @@ def gemm(
     layer_scale: Tensor | None = None,
     path_scale: Tensor | None = None,
     partial: Tensor | None = None,
-    statistics: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None] = (None, None, None),
-    moments: Tensor | None = None,
-    rows_per_sample: int = 0,
     tanh: bool = False,
 ) -> None:
-    """Launches the Triton kernel: `a` is stored [k, m] if `a_transposed`, else [m, k]; `b` [n, k] or [k, n].
-
-    `statistics` are mean and rstd of the rows of `a`, which is then normalised by them, and the column sums of `b`.
-    """
+    """Launches the Triton kernel: `a` is stored [k, m] if `a_transposed`, else [m, k]; `b` [n, k] or [k, n]."""
     (k, m), n = a.shape if a_transposed else a.shape[::-1], b.shape[0 if b_transposed else 1]
     t = tile(product, a.dtype, m, n, k, gpu(a.device))
     descriptors = t.descriptors and describable(a) and describable(b)
-    tiles = triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n)
+    tiles = cdiv(m, t.block_m) * cdiv(n, t.block_n)
     block_a = (t.block_k, t.block_m) if a_transposed else (t.block_m, t.block_k)
     block_b = (t.block_n, t.block_k) if b_transposed else (t.block_k, t.block_n)
     kernels.gemm_kernel[min(tiles, t.programs * gpu(a.device).multiprocessors),](
@@ -443,12 +292,10 @@ def gemm(
         layer_scale,
         path_scale,
         partial,
-        *statistics,
-        moments,
         m,
         n,
         k,
-        rows_per_sample,
+        rows_of_sample(m, path_scale),
         a.stride(0),
         b.stride(0),
         0 if residual is None else residual.stride(0),
@@ -465,6 +312,10 @@ def gemm(
         FLATTEN=t.flatten,
         num_warps=t.warps,
     )
+
+
+def rows_of_sample(rows: int, path_scale: Tensor | None) -> int:
+    return 0 if path_scale is None else rows // path_scale.shape[0]
 
 
 def describable(matrix: Tensor) -> bool:

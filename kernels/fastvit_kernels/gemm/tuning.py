@@ -9,13 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import Gpu
 from fastvit_kernels.gemm import config, products
 from fastvit_kernels.gemm.config import Block, Product, Tile
-from fastvit_kernels.layer_norm.op import launch_forward as layer_norm_forward
 from fastvit_kernels.tuning.search import HALF, Case, Model
 
-NORM_EPS = 1e-6
 BLOCKS = (
     Block(16, 128, 4),
     Block(32, 128, 4),
@@ -51,8 +50,6 @@ def cases(model: Model, on: Gpu) -> Iterator[Case]:
         yield product(f"{model.name} {layer}", forward, (rows, n, k), on)
         yield product(f"{model.name} {layer}", backward, (rows, k, n), on)
         yield product(f"{model.name} {layer}", "weight gradient", (n, k, rows), on)
-    yield product(f"{model.name} norm and fc1", "norm gelu", (rows, *fc1), on)
-    yield product(f"{model.name} norm and qkv", "norm plain", (rows, *qkv), on)
 
 
 def product(layer: str, product: Product, size: tuple[int, int, int], on: Gpu) -> Case:
@@ -88,37 +85,22 @@ def random(*shapes: tuple[int, ...], device: torch.device) -> tuple[Tensor, ...]
 
 def gelu_gradient(grad: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
     out, post = torch.empty_like(grad), torch.empty_like(pre)
-    partial_sums = products.scale_gradient(grad, out, pre=pre, post=post)
-    return out, post, products.sum_partial(partial_sums, grad.new_empty(grad.shape[1]))
+    return out, post, column_sums(products.scale_gradient(grad, out, pre=pre, post=post))
 
 
 def branch_gradient(grad: Tensor) -> Tensor:
-    _, _, partial_sums = products.branch_gradient(grad, None, None, 1, grad.dtype)
-    return products.sum_partial(partial_sums, grad.new_empty(grad.shape[1]))
+    return column_sums(products.scale_gradient(grad, None))
+
+
+def column_sums(partial_sums: Tensor) -> Tensor:
+    sums, total = ColumnSums(), partial_sums.new_empty(partial_sums.shape[1], dtype=HALF)
+    sums.add(partial_sums, total)
+    sums.launch()
+    return total
 
 
 def residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    return products.linear_residual(x, weight, bias, residual, None, None, 1)
-
-
-def norm_linear(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
-    if products.norm_in_epilogue("norm plain", x, weight):
-        statistics = products.row_statistics(x, NORM_EPS)
-        return products.norm_linear(x, *statistics, norm_weight, norm_bias, weight, bias)
-    return products.linear(layer_norm(x, norm_weight, norm_bias), weight, bias)
-
-
-def norm_linear_gelu(
-    x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor
-) -> tuple[Tensor, Tensor]:
-    if products.norm_in_epilogue("norm gelu", x, weight):
-        statistics = products.row_statistics(x, NORM_EPS)
-        return products.norm_linear_gelu(x, *statistics, norm_weight, norm_bias, weight, bias, tanh=False)
-    return products.linear_gelu(layer_norm(x, norm_weight, norm_bias), weight, bias, tanh=False)
-
-
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return layer_norm_forward(x, None, None, None, weight, bias, NORM_EPS)[1]
+    return products.linear_residual(x, weight, bias, residual, None, None)
 
 
 # What runs a product [m, k] x [k, n] as training does, and the shapes of its inputs.
@@ -132,6 +114,4 @@ LAUNCHES: dict[Product, tuple[Callable[..., object], Callable[[int, int, int], t
         lambda m, n, k: ((m, k), (k, n), (m, n)),
     ),
     "weight gradient": (products.weight_gradient, lambda m, n, k: ((k, m), (k, n))),
-    "norm plain": (norm_linear, lambda m, n, k: ((m, k), (n, k), (n,), (k,), (k,))),
-    "norm gelu": (norm_linear_gelu, lambda m, n, k: ((m, k), (n, k), (n,), (k,), (k,))),
 }

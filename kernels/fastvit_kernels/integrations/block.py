@@ -28,6 +28,7 @@ class AttentionHalf(NamedTuple):
     layer_scale: Tensor | None
     dropout: float
     drop_path: float
+    causal: bool = False
 
     def accepts(self, x: Any) -> bool:
         return fits(x, self.proj.weight) and x.ndim == 3
@@ -50,6 +51,7 @@ class AttentionHalf(NamedTuple):
             layer_scale=self.layer_scale,
             dropout=self.dropout,
             drop_path=self.drop_path,
+            causal=self.causal,
         )
 
 

@@ -1,10 +1,12 @@
-"""Blocks of open_clip's transformers, of the image tower and, for their MLP half, of the text tower."""
+"""Blocks of open_clip's transformers, of the image tower and, with their causal mask, of the text tower."""
 
 from typing import Any
 
+import torch
 from open_clip import transformer
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, MlpHalf
 from fastvit_kernels.integrations.checks import (
@@ -36,6 +38,28 @@ def classes() -> dict[type[nn.Module], type[Fused]]:
     }
 
 
+_looked_at = WeakTensorKeyDictionary()  # masks, and for each of their views whether it is causal
+
+
+def may_mask(mask: Tensor | None, tokens: int) -> bool:
+    """Whether there is no mask, or an additive one [N, N] that hides from each token those behind it, and nothing else.
+
+    Every layer is given a view of the same buffer: its numbers are read once, for which a GPU has to be waited for. A
+    compiler cannot read them, so under torch.compile no mask is known to be causal.
+    """
+    if mask is None:
+        return True
+    if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or mask.is_inference():
+        return False
+    if mask.shape != (tokens, tokens) or not mask.is_floating_point() or mask.requires_grad:
+        return False
+    views = _looked_at.setdefault(mask if mask._base is None else mask._base, {})
+    view = (mask._version, mask.storage_offset(), mask.shape, mask.stride())
+    if view not in views:
+        views[view] = torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
+    return views[view]
+
+
 class OpenClipBlock(FusedBlock):
     """open_clip's `ResidualAttentionBlock`, with either half fused if it can be."""
 
@@ -46,10 +70,10 @@ class OpenClipBlock(FusedBlock):
         if k_x is not None or v_x is not None or exchanged_forward(self):
             return super().forward(q_x, k_x, v_x, attn_mask)
         attention, mlp = self.attention_half(self), self.mlp_half(self)
-        if isinstance(attention, str) or attn_mask is not None or not attention.accepts(q_x):
+        if isinstance(attention, str) or not attention.accepts(q_x) or not may_mask(attn_mask, q_x.shape[1]):
             x = q_x + block.ls_1(block.attention(q_x=block.ln_1(q_x), attn_mask=attn_mask))
         else:
-            x = attention(q_x)
+            x = attention._replace(causal=attn_mask is not None)(q_x)
         if isinstance(mlp, str) or not mlp.accepts(x):
             return x + block.ls_2(block.mlp(block.ln_2(x)))
         return mlp(x)

@@ -43,11 +43,12 @@ def load_columns(ptr, column, mask):
 def layer_norm_fwd_kernel(
     x_ptr,  # [rows, width], rows `stride_x` apart
     branch_ptr,  # [rows, width], rows `stride_branch` apart, or None: plain layer normalisation of x
+    branch_bias_ptr,  # [width] or None
     layer_scale_ptr,  # [width] or None
     path_scale_ptr,  # [samples] or None
     weight_ptr,  # [width]
     bias_ptr,  # [width]
-    y_ptr,  # out [rows, width]: x + path_scale * layer_scale * branch; None without a branch
+    y_ptr,  # out [rows, width]: x + path_scale * layer_scale * (branch + branch_bias); None without a branch
     normed_ptr,  # out [rows, width]
     mean_ptr,  # out [rows]
     rstd_ptr,  # out [rows]: 1 / sqrt(variance + eps)
@@ -77,6 +78,8 @@ def layer_norm_fwd_kernel(
         chunk = tl.load(x_ptr + row * stride_x + column, mask=mask, other=0).to(tl.float32)
         if branch_ptr is not None:
             branch = tl.load(branch_ptr + row * stride_branch + column, mask=mask, other=0).to(tl.float32)
+            if branch_bias_ptr is not None:
+                branch += load_columns(branch_bias_ptr, column, column_mask)
             if layer_scale_ptr is not None:
                 branch *= load_columns(layer_scale_ptr, column, column_mask)
             if path_scale_ptr is not None:
@@ -116,15 +119,17 @@ def layer_norm_bwd_kernel(
     grad_y_ptr,  # [rows, width], rows `stride_grad_y` apart, or None: no gradient of the sum itself
     grad_normed_ptr,  # [rows, width], rows `stride_grad_normed` apart
     y_ptr,  # [rows, width], rows `stride_y` apart: what was normalised
-    branch_ptr,  # [rows, width], rows `stride_branch` apart; None without a layer_scale
+    branch_ptr,  # [rows, width], rows `stride_branch` apart, or None: no gradient of layer_scale
     layer_scale_ptr,  # [width] or None
     path_scale_ptr,  # [samples] or None
     weight_ptr,  # [width]
     mean_ptr,  # [rows]
     rstd_ptr,  # [rows]
     grad_x_ptr,  # out [rows, width]
-    grad_branch_ptr,  # out [rows, width], or None where it equals grad_x
-    partial_ptr,  # out [2 or 3, programs, width] float32 or None: its share of grad weight, bias, layer_scale
+    unscaled_ptr,  # out [rows, width] or None: path_scale * grad_x
+    grad_branch_ptr,  # out [rows, width] or None: layer_scale * path_scale * grad_x
+    partial_ptr,  # out [sums, programs, width] float32: this program's share of those sums that are computed, in this
+    #               order: gradients of weight and bias, of layer_scale, columns of grad_y, of path_scale * grad_x
     rows,
     width,
     rows_per_sample,
@@ -136,14 +141,20 @@ def layer_norm_bwd_kernel(
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
     MASKED: tl.constexpr,
+    SUM_PARAMETERS: tl.constexpr,
+    SUM_GRAD_Y: tl.constexpr,
+    SUM_BRANCH: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     program, programs = tl.program_id(0), tl.num_programs(0)
     weight_sums, bias_sums, layer_scale_sums = (), (), ()  # type: tuple, tuple, tuple
+    grad_y_sums, branch_sums = (), ()  # type: tuple, tuple
     for _ in tl.static_range(CHUNKS):
         weight_sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
         bias_sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
         layer_scale_sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)  # no code where nothing is added
+        grad_y_sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+        branch_sums += (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
 
     # each program always takes the same rows in the same order, so the sums are the same bits in every run
     for start in tl.range(program * BLOCK_M, rows, programs * BLOCK_M, num_stages=STAGES):
@@ -157,6 +168,7 @@ def layer_norm_bwd_kernel(
 
         standards, grad_standards = (), ()  # type: tuple, tuple
         new_weight_sums, new_bias_sums, new_layer_scale_sums = (), (), ()  # type: tuple, tuple, tuple
+        new_grad_y_sums, new_branch_sums = (), ()  # type: tuple, tuple
         grad_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         product_total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for i in tl.static_range(CHUNKS):
@@ -187,56 +199,45 @@ def layer_norm_bwd_kernel(
             out = row * width + column
             grad_x = grad_standards[i] * rstd + (standards[i] * slope + offset)
             if grad_y_ptr is not None:
-                grad_x += tl.load(grad_y_ptr + row * stride_grad_y + column, mask=mask, other=0).to(tl.float32)
+                grad_y = tl.load(grad_y_ptr + row * stride_grad_y + column, mask=mask, other=0).to(tl.float32)
+                grad_x += grad_y
+                if SUM_GRAD_Y:
+                    new_grad_y_sums += (grad_y_sums[i] + grad_y,)
             tl.store(grad_x_ptr + out, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+            grad_branch = grad_x
+            if path_scale_ptr is not None:
+                grad_branch *= path_scale
+            if SUM_BRANCH:
+                new_branch_sums += (branch_sums[i] + grad_branch,)
+            if unscaled_ptr is not None:
+                tl.store(unscaled_ptr + out, grad_branch.to(unscaled_ptr.dtype.element_ty), mask=mask)
             if grad_branch_ptr is not None:
-                grad_branch = grad_x
-                if path_scale_ptr is not None:
-                    grad_branch *= path_scale
-                if layer_scale_ptr is not None:
+                if branch_ptr is not None:
                     branch = tl.load(branch_ptr + row * stride_branch + column, mask=mask, other=0)
                     new_layer_scale_sums += (layer_scale_sums[i] + grad_branch * branch.to(tl.float32),)
+                if layer_scale_ptr is not None:
                     grad_branch *= load_columns(layer_scale_ptr, column, column_mask)
                 tl.store(grad_branch_ptr + out, grad_branch.to(grad_branch_ptr.dtype.element_ty), mask=mask)
-        if layer_scale_ptr is not None:
+        if branch_ptr is not None:
             layer_scale_sums = new_layer_scale_sums
+        if SUM_GRAD_Y:
+            grad_y_sums = new_grad_y_sums
+        if SUM_BRANCH:
+            branch_sums = new_branch_sums
 
-    if partial_ptr is not None:
-        for i in tl.static_range(CHUNKS):
-            column = i * BLOCK_N + tl.arange(0, BLOCK_N)
-            partial = partial_ptr + program * width + column
-            tl.store(partial, tl.sum(weight_sums[i], axis=0), mask=column < width)
-            tl.store(partial + programs * width, tl.sum(bias_sums[i], axis=0), mask=column < width)
-            if layer_scale_ptr is not None:
-                tl.store(partial + 2 * programs * width, tl.sum(layer_scale_sums[i], axis=0), mask=column < width)
-
-
-@triton.jit
-def column_sum_kernel(
-    partial_ptr,  # [2 or 3, programs, width] float32
-    grad_weight_ptr,  # out [width]
-    grad_bias_ptr,  # out [width]
-    grad_layer_scale_ptr,  # out [width] or None
-    programs,
-    width,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    which = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-    column_mask = column < width
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, programs, BLOCK_M):
-        program = start + tl.arange(0, BLOCK_M)
-        mask = (program < programs)[:, None] & column_mask[None, :]
-        offset = (which * programs + program)[:, None] * width + column[None, :]
-        total += tl.load(partial_ptr + offset, mask=mask, other=0)
-    column_sum = tl.sum(total, axis=0)
-    if which == 0:
-        tl.store(grad_weight_ptr + column, column_sum.to(grad_weight_ptr.dtype.element_ty), mask=column_mask)
-    elif which == 1:
-        tl.store(grad_bias_ptr + column, column_sum.to(grad_bias_ptr.dtype.element_ty), mask=column_mask)
-    else:
-        if grad_layer_scale_ptr is not None:
-            element = grad_layer_scale_ptr.dtype.element_ty
-            tl.store(grad_layer_scale_ptr + column, column_sum.to(element), mask=column_mask)
+    for i in tl.static_range(CHUNKS):
+        column = i * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        column_mask = column < width
+        partial = partial_ptr + program * width + column
+        if SUM_PARAMETERS:
+            tl.store(partial, tl.sum(weight_sums[i], axis=0), mask=column_mask)
+            tl.store(partial + programs * width, tl.sum(bias_sums[i], axis=0), mask=column_mask)
+            partial += 2 * programs * width
+        if branch_ptr is not None:
+            tl.store(partial, tl.sum(layer_scale_sums[i], axis=0), mask=column_mask)
+            partial += programs * width
+        if SUM_GRAD_Y:
+            tl.store(partial, tl.sum(grad_y_sums[i], axis=0), mask=column_mask)
+            partial += programs * width
+        if SUM_BRANCH:
+            tl.store(partial, tl.sum(branch_sums[i], axis=0), mask=column_mask)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.checks import check_device, check_floating, check_parameter, check_rate
+from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, unmeasured, uses_triton
 from fastvit_kernels.layer_norm import reference
-from fastvit_kernels.registration import register_gradient, register_op
+from fastvit_kernels.registration import cdiv, register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
 from fastvit_kernels.table import Runs, tunable
 
@@ -105,13 +106,45 @@ def launch_forward(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, normed, mean, rstd = fake_forward(x, branch, layer_scale, path_scale, weight, bias, eps)
-    x_rows, branch_rows = as_rows(x), None if branch is None else as_rows(branch)
-    rows, width = x_rows.shape
+    results = normalise(
+        as_rows(x),
+        weight,
+        bias,
+        eps,
+        x.dtype,
+        branch=None if branch is None else as_rows(branch),
+        layer_scale=layer_scale,
+        path_scale=path_scale,
+    )
+    shapes = 0 if branch is None else x.shape, x.shape, x.shape[:-1], x.shape[:-1]
+    return tuple(result.view(shape) for result, shape in zip(results, shapes, strict=True))  # type: ignore[return-value]  # four
+
+
+def normalise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    *,
+    branch: Tensor | None = None,
+    branch_bias: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    path_scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y = x + path_scale * layer_scale * (branch + branch_bias), norm(y) in `dtype`, and the statistics of its rows.
+
+    x and branch are [T, D] with adjacent columns, see `as_rows`. Without a branch, y is empty and x is normalised.
+    Statistics, mean and 1 / deviation, are [T] float32.
+    """
+    rows, width = x.shape
+    y, normed = x.new_empty(0 if branch is None else (rows, width)), x.new_empty((rows, width), dtype=dtype)
+    mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
     tile = forward_tile(width, x.dtype, branch is not None, rows, gpu(x.device))
-    kernels.layer_norm_fwd_kernel[triton.cdiv(rows, tile.rows),](
-        x_rows,
-        branch_rows,
+    kernels.layer_norm_fwd_kernel[cdiv(rows, tile.rows),](
+        x,
+        branch,
+        None if branch_bias is None else branch_bias.contiguous(),
         None if layer_scale is None else layer_scale.contiguous(),
         path_scale,
         weight.contiguous(),
@@ -122,23 +155,17 @@ def launch_forward(
         rstd,
         rows,
         width,
-        0 if path_scale is None else rows // len(path_scale),
-        x_rows.stride(0),
-        0 if branch_rows is None else branch_rows.stride(0),
+        0 if path_scale is None else rows // path_scale.shape[0],
+        x.stride(0),
+        0 if branch is None else branch.stride(0),
         eps,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
-        CHUNKS=triton.cdiv(width, tile.columns),
+        CHUNKS=cdiv(width, tile.columns),
         MASKED=width % tile.columns > 0,
         num_warps=tile.num_warps,
     )
     return y, normed, mean, rstd
-
-
-def normalise(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """For operators that begin with it: layer normalisation of x [B, N, D] as [T, D] in `dtype`, and statistics [T]."""
-    _, normed, mean, rstd = launch_forward(x, None, None, None, weight, bias, eps)
-    return as_rows(normed).to(dtype), mean.view(-1), rstd.view(-1)
 
 
 def fake_forward(
@@ -168,60 +195,92 @@ def launch_backward(
     bias: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    learns: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, branch, layer_scale, weight and bias; unless `learns`, the last three are left unwritten."""
     gradients = fake_backward(
         grad_y, grad_normed, y, branch, branch_dtype, layer_scale, path_scale, weight, bias, mean, rstd
     )
     grad_x, grad_branch, grad_layer_scale, grad_weight, grad_bias = gradients
-    grad_y_rows, grad_normed_rows = None if grad_y is None else as_rows(grad_y), as_rows(grad_normed)
-    y_rows, branch_rows = as_rows(y), None if branch is None else as_rows(branch)
-    rows, width = y_rows.shape
-    tile = backward_tile(width, y.dtype, layer_scale is not None, rows, gpu(y.device))
-    programs = min(tile.programs * gpu(y.device).multiprocessors, triton.cdiv(rows, tile.rows))
-    partial = y.new_empty(2 if layer_scale is None else 3, programs, width, dtype=torch.float32)
+    partial = launch_gradient(
+        None if grad_y is None else as_rows(grad_y),
+        as_rows(grad_normed),
+        as_rows(y),
+        weight,
+        mean,
+        rstd,
+        grad_x,
+        branch=None if branch is None or layer_scale is None else as_rows(branch),
+        layer_scale=layer_scale,
+        path_scale=path_scale,
+        grad_branch=grad_branch if grad_branch.shape == y.shape else None,
+    )
+    sums = ColumnSums()
+    sums.add(partial, grad_weight, grad_bias, *(() if layer_scale is None else (grad_layer_scale,)))
+    sums.launch()
+    return gradients
+
+
+def launch_gradient(
+    grad_y: Tensor | None,
+    grad_normed: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_x: Tensor,
+    *,
+    branch: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    path_scale: Tensor | None = None,
+    unscaled: Tensor | None = None,
+    grad_branch: Tensor | None = None,
+    learns: bool = True,
+    sum_grad_y: bool = False,
+    sum_branch: bool = False,
+) -> Tensor:
+    """Writes the gradient of x, where y = x + path_scale * layer_scale * branch, to `grad_x`, and what is asked for.
+
+    Inputs are [T, D] with adjacent columns, see `as_rows`. With G = path_scale * grad_x, G goes to `unscaled` and
+    layer_scale * G to `grad_branch`. Returns partial column sums for `ColumnSums`, [sums, programs, D], in this order:
+    gradients of weight and bias if it `learns`, of layer_scale if there is a `branch`, and sums of grad_y and of G, if
+    asked for.
+    """
+    rows, width = y.shape
+    wanted = 2 * learns + (branch is not None) + sum_grad_y + sum_branch
+    tile = backward_tile(width, y.dtype, wanted, rows, gpu(y.device))
+    programs = min(tile.programs * gpu(y.device).multiprocessors, cdiv(rows, tile.rows))
+    partial = y.new_empty((wanted, programs, width), dtype=torch.float32)
     kernels.layer_norm_bwd_kernel[programs,](
-        grad_y_rows,
-        grad_normed_rows,
-        y_rows,
-        branch_rows,
+        grad_y,
+        grad_normed,
+        y,
+        branch,
         None if layer_scale is None else layer_scale.contiguous(),
         path_scale,
         weight.contiguous(),
         mean,
         rstd,
         grad_x,
-        grad_branch if grad_branch.shape == y.shape else None,
-        partial if learns else None,
+        unscaled,
+        grad_branch,
+        partial,
         rows,
         width,
-        0 if path_scale is None else rows // len(path_scale),
-        0 if grad_y_rows is None else grad_y_rows.stride(0),
-        grad_normed_rows.stride(0),
-        y_rows.stride(0),
-        0 if branch_rows is None else branch_rows.stride(0),
+        0 if path_scale is None else rows // path_scale.shape[0],
+        0 if grad_y is None else grad_y.stride(0),
+        grad_normed.stride(0),
+        y.stride(0),
+        0 if branch is None else branch.stride(0),
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
-        CHUNKS=triton.cdiv(width, tile.columns),
+        CHUNKS=cdiv(width, tile.columns),
         MASKED=width % tile.columns > 0,
+        SUM_PARAMETERS=learns,
+        SUM_GRAD_Y=sum_grad_y,
+        SUM_BRANCH=sum_branch,
         STAGES=tile.stages,
         num_warps=tile.num_warps,
     )
-    if not learns:
-        return gradients
-    kernels.column_sum_kernel[triton.cdiv(width, 32), len(partial)](
-        partial,
-        grad_weight,
-        grad_bias,
-        None if layer_scale is None else grad_layer_scale,
-        programs,
-        width,
-        BLOCK_M=64,
-        BLOCK_N=32,
-        num_warps=4,
-    )
-    return gradients
+    return partial
 
 
 def fake_backward(
@@ -246,7 +305,7 @@ def fake_backward(
 
 def as_rows(tensor: Tensor) -> Tensor:
     """[..., D] as [rows, D] with adjacent columns: a view if strides allow it, else a copy."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
+    rows = tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
@@ -274,9 +333,9 @@ def forward_tile(width: int, dtype: torch.dtype, branch: bool, rows: int, on: Gp
 
 
 @tunable(BackwardTile, "layer_norm_bwd_kernel", sizes=("rows",))
-def backward_tile(width: int, dtype: torch.dtype, layer_scale: bool, rows: int, on: Gpu) -> BackwardTile:
-    """A thread holds each number of a row, its gradient and two sums, or three: as many as 255 registers allow."""
-    tile = whole_rows(width, most=26 if layer_scale else 52)
+def backward_tile(width: int, dtype: torch.dtype, sums: int, rows: int, on: Gpu) -> BackwardTile:
+    """A thread holds each number of a row, its gradient and up to five sums: as many as 255 registers allow."""
+    tile = whole_rows(width, most=52 if sums <= 2 else 26)
     return BackwardTile(*tile, stages=2 if width <= 4096 else 1, programs=2)
 
 

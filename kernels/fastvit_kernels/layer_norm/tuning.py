@@ -19,7 +19,7 @@ def cases(model: Model, on: Gpu) -> Iterator[Case]:
     for name, branch in (("layer_norm", False), ("add_layer_norm", True)):
         yield Case(f"{model.name} {name}", op.forward_tile, (width, HALF, branch, rows), forward_candidates(width),
                    partial(forward_inputs, rows, width, branch), op.launch_forward, ("layer_norm_fwd_kernel",))
-    yield Case(f"{model.name} layer_norm gradient", op.backward_tile, (width, HALF, False, rows),
+    yield Case(f"{model.name} layer_norm gradient", op.backward_tile, (width, HALF, 2, rows),
                backward_candidates(width), partial(backward_inputs, rows, width), op.launch_backward,
                ("layer_norm_bwd_kernel",))
     yield Case(f"{model.name} layer_norm, who runs it", op.runs, (width, HALF, False, rows), [Runs("reference")],

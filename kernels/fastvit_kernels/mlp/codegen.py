@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from fastvit_kernels.gemm.config import NORM_BEFORE, PRODUCTS, Product, triton_for
-from fastvit_kernels.mlp.op import launch_backward, launch_forward
+from fastvit_kernels.gemm.config import PRODUCTS, Product, triton_for
+from fastvit_kernels.mlp.op import Call, launch_backward, launch_forward
 from fastvit_kernels.tuning.codegen import Case
 
 HALF, FULL = torch.bfloat16, torch.float32
@@ -15,9 +15,8 @@ HALF, FULL = torch.bfloat16, torch.float32
 def cases() -> Iterator[Case]:
     for model, tokens, width in (("B/16", 197, 768), ("L/16", 197, 1024), ("H/14", 257, 1280)):
         yield Case(f"ViT-{model}", partial(half_block, tokens, width))
-        for products, scheme in ((NORM_BEFORE, "products in Triton"), (PRODUCTS, "norm in an epilogue")):
-            in_triton = partial(half_block, tokens, width, products=products)
-            yield Case(f"ViT-{model}, {scheme}", in_triton, ("gemm_kernel",))
+        in_triton = partial(half_block, tokens, width, products=PRODUCTS)
+        yield Case(f"ViT-{model}, products in Triton", in_triton, ("gemm_kernel",))
     yield Case("ViT-H/14, tanh GELU", partial(half_block, 257, 1280, tanh=True))
     yield Case("ViT-H/14, LayerScale and drop-path", partial(half_block, 257, 1280, scaled=True))
     yield Case("ViT-H/14, autocast", partial(half_block, 257, 1280, stream=FULL))
@@ -39,13 +38,11 @@ def half_block(
     fc1_weight, fc1_bias = meta(hidden, width, dtype=dtype), meta(hidden, dtype=dtype)
     fc2_weight, fc2_bias = meta(width, hidden, dtype=dtype), meta(width, dtype=dtype)
     layer_scale, path_scale = (meta(width, dtype=stream), meta(64, dtype=FULL)) if scaled else (None, None)
-    fc2, scales = (fc2_weight, fc2_bias), (layer_scale, path_scale)
+    parameters = norm, norm, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale
+    call = Call(x, *parameters, path_scale, 1e-6, tanh, keep_normed=True, keep_pre=True, keep_post=False)
     with triton_for(*products):
-        y, mean, rstd, normed, pre, post = launch_forward(
-            x, norm, norm, fc1_weight, fc1_bias, *fc2, *scales, 1e-6, tanh, True, True, False
-        )
-        kept = mean, rstd, normed, pre, post
-        launch_backward(y, x, norm, norm, fc1_weight, *fc2, *scales, *kept, 1e-6, tanh, [True] * 7 + [scaled])
+        y, *kept = launch_forward(*call)
+        launch_backward(y, [True] * 7 + [scaled], *kept, *call)
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:

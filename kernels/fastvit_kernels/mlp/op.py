@@ -1,16 +1,18 @@
 """The public MLP half-block, its checks, launches and gradient."""
 
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
+from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import uses_triton
 from fastvit_kernels.gemm import products
+from fastvit_kernels.gemm.products import BranchGradient
+from fastvit_kernels.half_block import End, Norm, empty_gradients, needed_gradients
 from fastvit_kernels.layer_norm.op import as_rows, normalise
-from fastvit_kernels.layer_norm.op import launch_backward as layer_norm_backward
 from fastvit_kernels.mlp import reference
 from fastvit_kernels.registration import no_autocast, register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
@@ -77,226 +79,194 @@ def layer_norm_mlp(
         dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(torch.promote_types(x.dtype, dtype))
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = (t.to(dtype) for t in (*fc1, *fc2))
-    path_scale = draw_path_scale(x, drop_path)
-    # what the backward pass will read: norm(x) for W_1, GELU's input for all below it, its output for all above
-    below_gelu = any(tensor.requires_grad for tensor in (x, *norm, fc1_weight, fc1_bias))
-    above_gelu = fc2_weight.requires_grad or (layer_scale is not None and layer_scale.requires_grad)
-    learns, keep_post = torch.is_grad_enabled(), above_gelu and recompute == "none"
-    return layer_norm_mlp_op(
-        x,
-        norm_weight,
-        norm_bias,
-        fc1_weight,
-        fc1_bias,
-        fc2_weight,
-        fc2_bias,
-        layer_scale,
-        path_scale,
-        eps,
-        activation == "gelu_tanh",
-        learns and fc1_weight.requires_grad and recompute != "all",
-        learns and (below_gelu or (above_gelu and not keep_post)),
-        learns and keep_post,
-    )[0]
+    tensors = x, *norm, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale
+    keep = kept_for(recompute, *(tensor is not None and tensor.requires_grad for tensor in tensors))
+    call = Call(*tensors, draw_path_scale(x, drop_path), eps, activation == "gelu_tanh", *keep)
+    return call_operator(*call)
 
 
 # Matrices are [T, D] and [T, M] inside, with T = B * N tokens. Operators cannot return None, so what is not kept for
 # the backward pass, and a gradient that is not needed, is an empty tensor [0].
 
 
-def launch_forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    layer_scale: Tensor | None,
-    path_scale: Tensor | None,
-    eps: float,
-    tanh: bool,
-    keep_normed: bool,
-    keep_pre: bool,
-    keep_post: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x_rows, fc1_weight, fc1_bias = as_rows(x), as_rows(fc1_weight), fc1_bias.contiguous()
-    with no_autocast(x.device):
-        if products.norm_in_epilogue("norm gelu", x, fc1_weight):
-            normed = fc1_weight.new_empty(0)
-            mean, rstd = products.row_statistics(x_rows, eps)
-            norm = norm_weight.contiguous(), norm_bias.contiguous()
-            pre, post = products.norm_linear_gelu(x_rows, mean, rstd, *norm, fc1_weight, fc1_bias, tanh, keep_pre)
-        else:
-            normed, mean, rstd = normalise(x, norm_weight, norm_bias, eps, fc1_weight.dtype)
-            pre, post = products.linear_gelu(normed, fc1_weight, fc1_bias, tanh, keep_pre)
-            if not keep_normed:
-                normed = normed.new_empty(0)
-        y = products.linear_residual(
-            post,
-            as_rows(fc2_weight),
-            fc2_bias.contiguous(),
-            x_rows,
-            None if layer_scale is None else layer_scale.contiguous(),
-            path_scale,
-            rows_per_sample=x.shape[1],
-        )
-    if not keep_post:
-        post = post.new_empty(0)
-    return y.view(x.shape), mean, rstd, normed, pre, post
+class Call(NamedTuple):
+    """The arguments of the operator."""
+
+    x: Tensor  # [B, N, D]
+    norm_weight: Tensor
+    norm_bias: Tensor
+    fc1_weight: Tensor
+    fc1_bias: Tensor
+    fc2_weight: Tensor
+    fc2_bias: Tensor
+    layer_scale: Tensor | None
+    path_scale: Tensor | None  # [B] float32
+    eps: float
+    tanh: bool
+    keep_normed: bool
+    keep_pre: bool
+    keep_post: bool
 
 
-def fake_forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc1_bias: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    layer_scale: Tensor | None,
-    path_scale: Tensor | None,
-    eps: float,
-    tanh: bool,
-    keep_normed: bool,
-    keep_pre: bool,
-    keep_post: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tokens, (hidden, width) = x.shape[0] * x.shape[1], fc1_weight.shape
-    keep_normed = keep_normed and not products.norm_in_epilogue("norm gelu", x, fc1_weight)
-    y = x.new_empty(x.shape)
+ARGUMENTS = (
+    "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias, Tensor fc2_weight,"
+    " Tensor fc2_bias, Tensor? layer_scale, Tensor? path_scale, float eps, bool tanh, bool keep_normed, bool keep_pre,"
+    " bool keep_post"
+)
+LEARNED = Call._fields[:8]  # inputs that may have a gradient
+
+
+class Kept(NamedTuple):
+    """What the forward pass leaves for the backward pass, besides its arguments."""
+
+    mean: Tensor  # [T] float32, as is rstd
+    rstd: Tensor
+    normed: Tensor  # [T, D]
+    pre: Tensor  # [T, M], GELU's input
+    post: Tensor  # [T, M], its output
+
+
+KEPT = "Tensor mean, Tensor rstd, Tensor normed, Tensor pre, Tensor post"
+
+
+def kept_for(
+    recompute: Recompute,
+    x: bool,
+    norm_weight: bool,
+    norm_bias: bool,
+    fc1_weight: bool,
+    fc1_bias: bool,
+    fc2_weight: bool,
+    fc2_bias: bool,
+    layer_scale: bool,
+) -> tuple[bool, bool, bool]:
+    """Whether norm(x), GELU's input and its output are kept, given which inputs require a gradient.
+
+    The backward pass reads norm(x) for W_1, GELU's input for all below it, and its output for all above.
+    """
+    if not torch.is_grad_enabled():
+        return False, False, False
+    below_gelu = x or norm_weight or norm_bias or fc1_weight or fc1_bias
+    above_gelu = fc2_weight or layer_scale
+    keep_post = above_gelu and recompute == "none"
+    return fc1_weight and recompute != "all", below_gelu or (above_gelu and not keep_post), keep_post
+
+
+def launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """y [B, N, D] and what is `Kept`; the arguments are those of `Call`."""
+    call = Call(*arguments)
+    with no_autocast(call.x.device):
+        x, dtype = as_rows(call.x), call.fc1_weight.dtype
+        _, normed, mean, rstd = normalise(x, call.norm_weight, call.norm_bias, call.eps, dtype)
+        y, *kept = forward_after_norm(call, x, normed)
+    return y.view(call.x.shape), mean, rstd, *kept
+
+
+def forward_after_norm(call: Call, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and norm(x), GELU's input and its output as far as they are kept; all matrices of T rows, as x and norm(x)."""
+    fc1_weight, fc1_bias = as_rows(call.fc1_weight), call.fc1_bias.contiguous()
+    pre, post = products.linear_gelu(normed, fc1_weight, fc1_bias, call.tanh, call.keep_pre)
+    if not call.keep_normed:
+        normed = normed.new_empty(0)
+    y = products.linear_residual(
+        post,
+        as_rows(call.fc2_weight),
+        call.fc2_bias.contiguous(),
+        x,
+        None if call.layer_scale is None else call.layer_scale.contiguous(),
+        call.path_scale,
+    )
+    return y, normed, pre, post if call.keep_post else post.new_empty(0)
+
+
+def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments)
+    x, weight, tokens = call.x, call.fc1_weight, call.x.shape[0] * call.x.shape[1]
+    hidden, width = weight.shape
     mean, rstd = (x.new_empty(tokens, dtype=torch.float32) for _ in range(2))
-    normed = fc1_weight.new_empty((tokens, width) if keep_normed else 0)
-    pre = fc1_weight.new_empty((tokens, hidden) if keep_pre else 0)
-    post = fc1_weight.new_empty((tokens, hidden) if keep_post else 0)
-    return y, mean, rstd, normed, pre, post
+    normed = weight.new_empty((tokens, width) if call.keep_normed else 0)
+    pre, post = (weight.new_empty((tokens, hidden) if keep else 0) for keep in (call.keep_pre, call.keep_post))
+    return x.new_empty(x.shape), mean, rstd, normed, pre, post
 
 
-def launch_backward(
+def launch_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tuple[Tensor, ...]:
+    """Gradients of `LEARNED`; `needed` says of each whether anything needs it. `others` are Kept and Call."""
+    kept, call, sums = Kept(*others[:5]), Call(*others[5:]), ColumnSums()
+    needs = dict(zip(LEARNED, needed, strict=True))
+    with no_autocast(call.x.device):
+        gradients, _ = half_gradients(as_rows(grad_y), as_rows(call.x), call, kept, needs, sums)
+        sums.launch()
+    if needs["x"]:
+        gradients["x"] = gradients["x"].view(call.x.shape)
+    return needed_gradients([gradients.get(name) for name in LEARNED], needed, call.x)
+
+
+def half_gradients(
     grad_y: Tensor,
     x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    layer_scale: Tensor | None,
-    path_scale: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    normed: Tensor,
-    pre: Tensor,
-    post: Tensor,
-    eps: float,
-    tanh: bool,
-    needed: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    needs = dict(zip(LEARNED, needed, strict=True))
+    call: Call,
+    kept: Kept,
+    needs: Mapping[str, bool],
+    sums: ColumnSums,
+    before: End | None = None,
+) -> tuple[dict[str, Any], BranchGradient | None]:
+    """The gradients of what is needed, and of the branch before, if its `End` is given. `sums` has still to launch.
+
+    grad_y and x are [T, D], as is the gradient of x.
+    """
     below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
     below_gelu = below_norm or needs["fc1_weight"] or needs["fc1_bias"]
-    above_gelu = needs["fc2_weight"] or needs["layer_scale"]
-    recompute = above_gelu and not is_kept(post)
-    sums = needs["fc2_bias"] or (above_gelu and layer_scale is not None)
-    gradients: dict[str, Tensor] = {}
-    fc1_weight, fc2_weight, dtype = as_rows(fc1_weight), as_rows(fc2_weight), fc2_weight.dtype
-    with no_autocast(x.device):
-        if layer_scale is not None:
-            layer_scale = layer_scale.contiguous()
-        grad, scaled_grad, partial = products.branch_gradient(
-            as_rows(grad_y),
-            layer_scale,
-            path_scale,
-            x.shape[1],
-            dtype,
-            unscaled=above_gelu,
-            scaled=below_gelu,
-            column_sum=sums,
+    end = End(
+        as_rows(call.fc2_weight),
+        call.fc2_bias.contiguous(),
+        None if call.layer_scale is None else call.layer_scale.contiguous(),
+        call.path_scale,
+        needs_weight=needs["fc2_weight"],
+        needs_bias=needs["fc2_bias"],
+        needs_layer_scale=needs["layer_scale"],
+        needs_inner=below_gelu,
+    )
+    gradients: dict[str, Any] = {}
+    # where LayerNorm's gradient reads grad_y as it is, it also adds up its columns
+    sum_in_norm = below_norm and end.needs_sum and not end.changes(grad_y)
+    grad = end.gradient(grad_y, column_sum=end.needs_sum and not sum_in_norm)
+
+    post = kept.post
+    recompute = end.needs_product and not is_kept(post)
+    if below_gelu:
+        grad_pre, partial, recomputed = products.gelu_gradient(
+            grad.scaled, end.weight, kept.pre, call.tanh, recompute, column_sum=needs["fc1_bias"]
         )
-        if below_gelu:
-            grad_pre, gradients["fc1_bias"], recomputed = products.gelu_gradient(
-                scaled_grad, fc2_weight, pre, tanh, recompute, column_sum=needs["fc1_bias"]
-            )
-        elif recompute:
-            recomputed = products.gelu(pre, tanh)
-        if recompute:
-            post = recomputed
-            del recomputed
+        if needs["fc1_bias"]:
+            gradients["fc1_bias"] = torch.empty_like(call.fc1_bias)
+            sums.add(partial, gradients["fc1_bias"])
+    elif recompute:
+        recomputed = products.gelu(kept.pre, call.tanh)
+    if recompute:
+        post = recomputed
+        del recomputed
+    gradients["fc2_weight"], gradients["fc2_bias"], gradients["layer_scale"] = end.parameter_gradients(grad, post, sums)
+    del post  # [T, M], where it was recomputed
+    if needs["fc1_weight"]:
+        normed = kept.normed
+        if not is_kept(normed):
+            normed = normalise(x, call.norm_weight, call.norm_bias, call.eps, grad_pre.dtype)[1]
+        gradients["fc1_weight"] = products.weight_gradient(grad_pre, normed)
+    if not below_norm:
+        return gradients, None
 
-        if above_gelu:
-            gradients["fc2_weight"] = products.weight_gradient(grad, post)
-            post = post.new_empty(0)  # frees [T, M] where it was recomputed
-        if sums:
-            column_sum = products.sum_partial(
-                partial, fc2_bias.new_empty(fc2_bias.shape, dtype=dtype if layer_scale is None else torch.float32)
-            )
-            if layer_scale is None:
-                gradients["fc2_bias"] = column_sum
-            elif above_gelu:
-                # the weight gradient before LayerScale gives that of LayerScale too, for which fc2's output is not kept
-                gradients["fc2_weight"], gradients["fc2_bias"], gradients["layer_scale"] = (
-                    products.layer_scale_gradients(
-                        gradients["fc2_weight"], fc2_weight, fc2_bias.contiguous(), layer_scale, column_sum
-                    )
-                )
-            else:
-                gradients["fc2_bias"] = (layer_scale * column_sum).to(dtype)
-        if needs["fc1_weight"]:
-            if not is_kept(normed):
-                normed, _, _ = normalise(x, norm_weight, norm_bias, eps, dtype)
-            gradients["fc1_weight"] = products.weight_gradient(grad_pre, normed)
-        if below_norm:
-            grad_normed = products.input_gradient(grad_pre, fc1_weight).view(x.shape)
-            gradients["x"], _, _, gradients["norm_weight"], gradients["norm_bias"] = layer_norm_backward(
-                grad_y,
-                grad_normed,
-                x,
-                None,
-                x.dtype,
-                None,
-                None,
-                norm_weight,
-                norm_bias,
-                mean,
-                rstd,
-                learns=needs["norm_weight"] or needs["norm_bias"],
-            )
-    likes = of_learned(x, norm_weight, norm_bias, fc1_weight, fc2_weight, fc2_bias, layer_scale)
-    return tuple(gradients[name] if needs[name] else like.new_empty(0) for name, like in likes.items())
+    grad_normed = products.input_gradient(grad_pre, as_rows(call.fc1_weight))
+    norm = Norm(x, call.norm_weight, call.norm_bias, kept.mean, kept.rstd, needs["norm_weight"], needs["norm_bias"])
+    if sum_in_norm:
+        gradients["fc2_bias"] = torch.empty_like(end.bias)
+    gradients["x"], gradients["norm_weight"], gradients["norm_bias"], branch = norm.gradients(
+        grad_y, grad_normed, sums, grad_y_sum=gradients["fc2_bias"] if sum_in_norm else None, before=before
+    )
+    return gradients, branch
 
 
-def fake_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    layer_scale: Tensor | None,
-    *others: Any,
-) -> tuple[Tensor, ...]:
-    likes = of_learned(x, norm_weight, norm_bias, fc1_weight, fc2_weight, fc2_bias, layer_scale)
-    needed = others[-1]
-    return tuple(like.new_empty(like.shape if need else 0) for like, need in zip(likes.values(), needed, strict=True))
-
-
-# inputs that may have a gradient, in the order of the operator's arguments
-LEARNED = ("x", "norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "layer_scale")
-
-
-def of_learned(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    fc1_weight: Tensor,
-    fc2_weight: Tensor,
-    fc2_bias: Tensor,
-    layer_scale: Tensor | None,
-) -> dict[str, Tensor]:
-    """A tensor of the shape and dtype of each of `LEARNED`; any for a layer_scale that is None, and has no gradient."""
-    fc1_bias, scale = fc1_weight[:, 0], norm_weight if layer_scale is None else layer_scale
-    tensors = x, norm_weight, norm_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias, scale
-    return dict(zip(LEARNED, tensors, strict=True))
+def fake_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tuple[Tensor, ...]:
+    return empty_gradients(Call(*others[5:])[: len(LEARNED)], needed)
 
 
 def is_kept(tensor: Tensor) -> bool:
@@ -305,37 +275,25 @@ def is_kept(tensor: Tensor) -> bool:
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, norm_weight, norm_bias, fc1_weight, _, fc2_weight, fc2_bias, layer_scale, path_scale, eps, tanh, *_ = inputs
-    ctx.options = eps, tanh
-    ctx.save_for_backward(
-        x, norm_weight, norm_bias, fc1_weight, fc2_weight, fc2_bias, layer_scale, path_scale, *output[1:]
-    )
+    call = Call(*inputs)
+    ctx.save_for_backward(*output[1:], *call[:9])
+    ctx.options = call[9:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def backward(ctx: Any, grad_y: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[: len(LEARNED)]
-    gradients = layer_norm_mlp_backward_op(grad_y, *ctx.saved_tensors, *ctx.options, needed)
+    gradients = layer_norm_mlp_backward_op(grad_y, needed, *ctx.saved_tensors, *ctx.options)
     without = (None,) * 6  # path_scale, and what is no tensor
     return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *without
 
 
-layer_norm_mlp_op = register_op(
-    "layer_norm_mlp(Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight, Tensor fc1_bias,"
-    " Tensor fc2_weight, Tensor fc2_bias, Tensor? layer_scale, Tensor? path_scale, float eps, bool tanh,"
-    " bool keep_normed, bool keep_pre, bool keep_post)"
-    " -> (Tensor y, Tensor mean, Tensor rstd, Tensor normed, Tensor pre, Tensor post)",
-    launch_forward,
-    fake_forward,
-)
+layer_norm_mlp_op = register_op(f"layer_norm_mlp({ARGUMENTS}) -> (Tensor y, {KEPT})", launch_forward, fake_forward)
 layer_norm_mlp_backward_op = register_op(
-    "layer_norm_mlp_backward(Tensor grad_y, Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor fc1_weight,"
-    " Tensor fc2_weight, Tensor fc2_bias, Tensor? layer_scale, Tensor? path_scale, Tensor mean, Tensor rstd,"
-    " Tensor normed, Tensor pre, Tensor post, float eps, bool tanh, bool[] needed)"
-    " -> (Tensor grad_x, Tensor grad_norm_weight, Tensor grad_norm_bias, Tensor grad_fc1_weight, Tensor grad_fc1_bias,"
-    " Tensor grad_fc2_weight, Tensor grad_fc2_bias, Tensor grad_layer_scale)",
+    f"layer_norm_mlp_backward(Tensor grad_y, bool[] needed, {KEPT}, {ARGUMENTS})"
+    f" -> ({', '.join(f'Tensor grad_{name}' for name in LEARNED)})",
     launch_backward,
     fake_backward,
 )
-register_gradient(layer_norm_mlp_op, layer_norm_mlp_backward_op, setup_context, backward)
+call_operator = register_gradient(layer_norm_mlp_op, layer_norm_mlp_backward_op, setup_context, backward)

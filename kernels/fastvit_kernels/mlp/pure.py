@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.checks import check_floating, check_parameter
+from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import uses_triton
 from fastvit_kernels.gemm import products
 from fastvit_kernels.layer_norm.op import as_rows
@@ -53,7 +54,7 @@ def mlp(
         tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = (tensor.to(dtype) for tensor in tensors)
     keep_pre = torch.is_grad_enabled() and any(t.requires_grad for t in (x, fc1_weight, fc1_bias, fc2_weight))
-    return mlp_op(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation == "gelu_tanh", keep_pre)[0]
+    return call_operator(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation == "gelu_tanh", keep_pre)
 
 
 # Matrices are [T, D], [T, M] and [T, K] inside, with T tokens. What is not kept or not needed is an empty tensor [0].
@@ -101,20 +102,24 @@ def launch_backward(
     grad_x, grad_fc1_weight, grad_fc1_bias, grad_fc2_weight, grad_fc2_bias = gradients
     needs_x, needs_fc1_weight, needs_fc1_bias, needs_fc2_weight, needs_fc2_bias = needed
     grad, x_rows, fc1_weight, fc2_weight = (as_rows(t) for t in (grad_y, x, fc1_weight, fc2_weight))
+    sums = ColumnSums()
     with no_autocast(x.device):
         if needs_fc2_bias:
-            products.sum_partial(products.scale_gradient(grad, None), grad_fc2_bias)
+            sums.add(products.scale_gradient(grad, None), grad_fc2_bias)
         post = pre.new_empty(0)
         if needs_x or needs_fc1_weight or needs_fc1_bias:
-            grad_pre, grad_fc1_bias, post = products.gelu_gradient(
+            grad_pre, partial, post = products.gelu_gradient(
                 grad, fc2_weight, pre, tanh, needs_fc2_weight, column_sum=needs_fc1_bias
             )
+            if needs_fc1_bias:
+                sums.add(partial, grad_fc1_bias)
         if needs_fc2_weight:
             grad_fc2_weight = products.weight_gradient(grad, post if is_kept(post) else products.gelu(pre, tanh))
         if needs_fc1_weight:
             grad_fc1_weight = products.weight_gradient(grad_pre, x_rows)
         if needs_x:
             grad_x = products.input_gradient(grad_pre, fc1_weight).view(x.shape)
+        sums.launch()
     return grad_x, grad_fc1_weight, grad_fc1_bias, grad_fc2_weight, grad_fc2_bias
 
 
@@ -156,4 +161,4 @@ mlp_backward_op = register_op(
     launch_backward,
     fake_backward,
 )
-register_gradient(mlp_op, mlp_backward_op, setup_context, backward)
+call_operator = register_gradient(mlp_op, mlp_backward_op, setup_context, backward)

@@ -40,7 +40,7 @@ def embed(
     tokens = launch_forward(
         images, weight, cls_token[0, 0], pos_embed, cls_token, register_tokens, keep_indices, scale, scale
     )
-    launch_backward(tokens, images, weight, keep_indices, True, registers, scale, scale, True)
+    launch_backward(tokens, images, weight, keep_indices, True, registers, scale, scale, True, dtype)
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit_kernels.checks import check_device, check_floating, check_parameter
-from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, unmeasured, uses_triton
+from fastvit_kernels.dispatch import HAS_TRITON, Gpu, computed_dtype, gpu, unmeasured, uses_triton
 from fastvit_kernels.patch_embed import reference
 from fastvit_kernels.registration import register_gradient, register_op
 from fastvit_kernels.table import Runs, tunable
@@ -45,12 +45,13 @@ def patch_embed(
             image names a patch once. None embeds all.
         mean, std: of the three channels, for pixels scaled to [0, 1].
 
-    Returns [B, N, D], or [B, 1 + R + N, D] with the class token and R registers first, in the dtype of weight; K in
-    place of N with `keep_indices`. Raises ValueError for a wrong shape or device and TypeError for a wrong dtype. An
-    index outside 0..N-1, or given twice, is a ValueError on the CPU. A GPU does not wait to look: there the token of
-    such an index is NaN (the reference trips a device-side assertion), and a patch given twice has a wrong gradient of
-    its position. Only the reference has a gradient for images, so with images that require one it runs, and it is a
-    RuntimeError if FASTVIT_KERNELS=triton was asked for. Source: Dosovitskiy et al. 2021, equation 1.
+    Returns [B, N, D], or [B, 1 + R + N, D] with the class token and R registers first, in the dtype of weight, also
+    under autocast, which acts on the product; K in place of N with `keep_indices`. Raises ValueError for a wrong shape
+    or device and TypeError for a wrong dtype. An index outside 0..N-1, or given twice, is a ValueError on the CPU. A
+    GPU does not wait to look: there the token of such an index is NaN (the reference trips a device-side assertion),
+    and a patch given twice has a wrong gradient of its position. Only the reference has a gradient for images, so with
+    images that require one it runs, and it is a RuntimeError if FASTVIT_KERNELS=triton was asked for. Source:
+    Dosovitskiy et al. 2021, equation 1.
     """
     check_floating("weight", weight)
     if weight.ndim != 4 or weight.shape[1] != 3 or weight.shape[2] != weight.shape[3]:
@@ -76,18 +77,20 @@ def patch_embed(
         check_parameter("pos_embed", pos_embed, [1, positions, embed_dim], like=weight)
     if keep_indices is not None:
         check_indices(keep_indices, images, patches)
-    arguments = (images, weight, bias, pos_embed, cls_token, register_tokens, keep_indices, mean, std)
     learns = images.requires_grad and torch.is_grad_enabled()
     obstacle = "patch_embed has no gradient for images" if learns else None
+    tensors = weight, bias, pos_embed, cls_token, register_tokens
     if uses_triton("patch_embed", weight, obstacle, lambda: runs_for(images, weight, keep_indices)):
-        return patch_embed_op(*arguments)
-    return reference.patch_embed(*arguments)
+        if torch.is_autocast_enabled(weight.device.type):
+            tensors = weight.to(torch.get_autocast_dtype(weight.device.type)), *tensors[1:]
+        return patch_embed_op(images, *tensors, keep_indices, mean, std)
+    return reference.patch_embed(images, *tensors, keep_indices, mean, std)
 
 
 def runs_for(images: Tensor, weight: Tensor, keep_indices: Tensor | None) -> Runs:
     (width, *_, patch), (batch, _, height, columns) = weight.shape, images.shape
     kept = (height // patch) * (columns // patch) if keep_indices is None else keep_indices.shape[1]
-    return runs(patch, images.dtype, weight.dtype, width, batch * kept, gpu(images.device))
+    return runs(patch, images.dtype, computed_dtype("patch_embed", weight), width, batch * kept, gpu(images.device))
 
 
 @tunable(Runs, "patch_embed", sizes=("width", "patches"), providers=("triton", "reference"))
@@ -183,7 +186,7 @@ def fake_forward(
 ) -> Tensor:
     kept = patch_grid(images, weight.shape[-1])[0] if keep_indices is None else keep_indices.shape[1]
     prefix = sum(tensor.shape[1] for tensor in (cls_token, register_tokens) if tensor is not None)
-    return weight.new_empty(images.shape[0], prefix + kept, weight.shape[0])
+    return bias.new_empty(images.shape[0], prefix + kept, weight.shape[0])
 
 
 def launch_backward(
@@ -196,7 +199,9 @@ def launch_backward(
     mean: Sequence[float],
     std: Sequence[float],
     with_weight: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the weight, in its dtype, and of bias, pos_embed, cls_token and register_tokens in `dtype`."""
     batch, width, patch = images.shape[0], weight.shape[0], weight.shape[-1]
     patches, columns = patch_grid(images, patch)
     prefix = has_cls + registers
@@ -228,7 +233,7 @@ def launch_backward(
     grad_weight = (
         weight_gradient(grad, images, weight, keep_indices, prefix, mean, std) if with_weight else weight.new_empty(0)
     )
-    return grad_weight, *(tensor.to(weight.dtype, copy=True) for tensor in others)  # type: ignore[return-value]  # five in all
+    return grad_weight, *(tensor.to(dtype, copy=True) for tensor in others)  # type: ignore[return-value]  # five in all
 
 
 def weight_gradient(
@@ -244,6 +249,7 @@ def weight_gradient(
     width, patch = weight.shape[0], weight.shape[-1]
     patches, columns = patch_grid(images, patch)
     kept, depth = grad.shape[1] - prefix, 3 * patch * patch
+    grad = grad.to(weight.dtype)  # wider under autocast
     rows = images.shape[0] * kept
     tile = backward_tile(patch, images.dtype, weight.dtype, width, rows, gpu(images.device))
     tiles = triton.cdiv(width, tile.columns) * triton.cdiv(depth, tile.depth)
@@ -290,14 +296,15 @@ def fake_backward(
     mean: Sequence[float],
     std: Sequence[float],
     with_weight: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     width, positions = weight.shape[0], patch_grid(images, weight.shape[-1])[0] + int(has_cls)
     return (
         weight.new_empty(weight.shape if with_weight else 0),
-        weight.new_empty(width),
-        weight.new_empty(1, positions, width),
-        weight.new_empty(1, int(has_cls), width),
-        weight.new_empty(1, registers, width),
+        weight.new_empty(width, dtype=dtype),
+        weight.new_empty(1, positions, width, dtype=dtype),
+        weight.new_empty(1, int(has_cls), width, dtype=dtype),
+        weight.new_empty(1, registers, width, dtype=dtype),
     )
 
 
@@ -374,7 +381,8 @@ def normalisation(mean: Sequence[float], std: Sequence[float]) -> list[float]:
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, weight, _, pos_embed, cls_token, register_tokens, keep_indices, ctx.mean, ctx.std = inputs
+    images, weight, bias, pos_embed, cls_token, register_tokens, keep_indices, ctx.mean, ctx.std = inputs
+    ctx.dtype = bias.dtype
     ctx.save_for_backward(images, weight, keep_indices)  # the weight for its shape and dtype
     ctx.has_pos, ctx.has_cls = pos_embed is not None, cls_token is not None
     ctx.registers = None if register_tokens is None else register_tokens.shape[1]
@@ -383,7 +391,16 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     images, weight, keep_indices = ctx.saved_tensors
     grad_weight, grad_bias, grad_pos, grad_cls, grad_registers = patch_embed_backward_op(
-        grad, images, weight, keep_indices, ctx.has_cls, ctx.registers or 0, ctx.mean, ctx.std, ctx.needs_input_grad[1]
+        grad,
+        images,
+        weight,
+        keep_indices,
+        ctx.has_cls,
+        ctx.registers or 0,
+        ctx.mean,
+        ctx.std,
+        ctx.needs_input_grad[1],
+        ctx.dtype,
     )
     return (
         None,
@@ -406,8 +423,8 @@ patch_embed_op = register_op(
 )
 patch_embed_backward_op = register_op(
     "patch_embed_backward(Tensor grad, Tensor images, Tensor weight, Tensor? keep_indices, bool has_cls, int registers,"
-    " float[] mean, float[] std, bool with_weight) -> (Tensor grad_weight, Tensor grad_bias, Tensor grad_pos,"
-    " Tensor grad_cls, Tensor grad_registers)",
+    " float[] mean, float[] std, bool with_weight, ScalarType dtype) -> (Tensor grad_weight, Tensor grad_bias,"
+    " Tensor grad_pos, Tensor grad_cls, Tensor grad_registers)",
     launch_backward,
     fake_backward,
 )

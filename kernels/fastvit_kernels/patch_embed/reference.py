@@ -23,6 +23,7 @@ def patch_embed(
     batch, has_cls = images.shape[0], cls_token is not None
     patches = to_patches(images.to(weight.dtype), weight.shape[-1])
     tokens = F.linear(keep(patches, keep_indices), weight.flatten(1), bias)  # [B, K, D]
+    tokens = tokens.to(bias.dtype)  # autocast gives its own, the tokens stay in that of the parameters
     if pos_embed is not None:
         tokens = tokens + keep(pos_embed[:, has_cls:], keep_indices)
     prefix = []

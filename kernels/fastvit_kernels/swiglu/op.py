@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.checks import check_floating, check_parameter, check_rate, check_tokens
+from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import HAS_TRITON, gpu, uses_triton
 from fastvit_kernels.gemm import products
+from fastvit_kernels.half_block import End, Norm, needed_gradients
 from fastvit_kernels.layer_norm.op import as_rows, normalise
-from fastvit_kernels.layer_norm.op import launch_backward as layer_norm_backward
 from fastvit_kernels.registration import no_autocast, register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale
 from fastvit_kernels.swiglu import reference
@@ -60,7 +61,7 @@ def swiglu_mlp(
             t.to(dtype) for t in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         )
     inputs = Inputs(x, None, None, fc1_weight, fc1_bias, fc2_weight, fc2_bias, None, None)
-    return swiglu_mlp_op(*inputs, 0.0, *kept(inputs, recompute))[0]
+    return call_operator(*inputs, 0.0, *kept(inputs, recompute))
 
 
 def layer_norm_swiglu(
@@ -115,7 +116,7 @@ def layer_norm_swiglu(
             fc2_weight=fc2_weight.to(dtype),
             fc2_bias=fc2_bias.to(dtype),
         )
-    return swiglu_mlp_op(*inputs, eps, *kept(inputs, recompute))[0]
+    return call_operator(*inputs, eps, *kept(inputs, recompute))
 
 
 def checked(
@@ -200,7 +201,7 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
             y = products.linear(post, *fc2)
         else:
             scale = None if inputs.layer_scale is None else inputs.layer_scale.contiguous()
-            y = products.linear_residual(post, *fc2, rows, scale, inputs.path_scale, rows_per_sample=x.shape[1])
+            y = products.linear_residual(post, *fc2, rows, scale, inputs.path_scale)
     kept_tensors = (
         t if keep else t.new_empty(0) for t, keep in ((normed, keep_normed), (pre, keep_pre), (post, keep_post))
     )
@@ -226,7 +227,7 @@ def operand(inputs: Inputs, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     if inputs.norm_weight is None or inputs.norm_bias is None:
         mean, rstd = (inputs.x.new_empty(0, dtype=torch.float32) for _ in range(2))
         return as_rows(inputs.x), mean, rstd
-    return normalise(inputs.x, inputs.norm_weight, inputs.norm_bias, eps, inputs.fc1_weight.dtype)
+    return normalise(as_rows(inputs.x), inputs.norm_weight, inputs.norm_bias, eps, inputs.fc1_weight.dtype)[1:]
 
 
 BLOCK_M, BLOCK_N, WARPS = 16, 128, 4  # of the elementwise kernels, which wait for memory whatever their tiles
@@ -245,7 +246,7 @@ def gate(pre: Tensor) -> Tensor:
 
 
 def gate_gradient(grad: Tensor, pre: Tensor, recompute: bool, column_sum: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of pre [T, 2M] for that of `gate(pre)`, its column sums if wanted, and `gate(pre)` if wanted."""
+    """The gradient of pre [T, 2M] for that of `gate(pre)`, its partial column sums, and `gate(pre)`, if wanted."""
     (rows, width), on = grad.shape, gpu(grad.device)
     blocks_n = triton.cdiv(width, BLOCK_N)
     programs = min(triton.cdiv(rows, BLOCK_M), triton.cdiv(8 * on.multiprocessors, blocks_n))
@@ -263,94 +264,76 @@ def gate_gradient(grad: Tensor, pre: Tensor, recompute: bool, column_sum: bool) 
         BLOCK_N=BLOCK_N,
         num_warps=WARPS,
     )
-    sums = products.sum_partial(partial, pre.new_empty(2 * width)) if column_sum else pre.new_empty(0)
-    return grad_pre, sums, post
+    return grad_pre, partial, post
 
 
 def launch_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of `LEARNED`; arguments are `Inputs`, the outputs of the forward pass but y, eps and what is needed."""
     inputs, (mean, rstd, normed, pre, post, eps, needed) = Inputs(*arguments[: len(Inputs._fields)]), arguments[-7:]
-    x, scale, dtype = inputs.x, inputs.layer_scale, inputs.fc2_weight.dtype
     needs = dict(zip(LEARNED, needed, strict=True))
-    fc1_weight, fc2_weight = as_rows(inputs.fc1_weight), as_rows(inputs.fc2_weight)
     below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
     below_gate = below_norm or needs["fc1_weight"] or needs["fc1_bias"]
-    above_gate = needs["fc2_weight"] or needs["layer_scale"]
-    recompute = above_gate and not is_kept(post)
-    sums = needs["fc2_bias"] or (above_gate and scale is not None)
-    found: dict[str, Tensor] = {}
-    with no_autocast(x.device):
-        grad, scaled_grad, partial = products.branch_gradient(
-            as_rows(grad_y),
-            None if scale is None else scale.contiguous(),
-            inputs.path_scale,
-            x.shape[1] if x.ndim > 1 else 1,
-            dtype,
-            unscaled=above_gate,
-            scaled=below_gate,
-            column_sum=sums,
-        )
+    end = End(
+        as_rows(inputs.fc2_weight),
+        inputs.fc2_bias.contiguous(),
+        None if inputs.layer_scale is None else inputs.layer_scale.contiguous(),
+        inputs.path_scale,
+        needs_weight=needs["fc2_weight"],
+        needs_bias=needs["fc2_bias"],
+        needs_layer_scale=needs["layer_scale"],
+        needs_inner=below_gate,
+    )
+    recompute, grad_rows, sums = end.needs_product and not is_kept(post), as_rows(grad_y), ColumnSums()
+    has_norm = inputs.norm_weight is not None
+    # where LayerNorm's gradient reads grad_y as it is, it also adds up its columns
+    sum_in_norm = has_norm and below_norm and end.needs_sum and not end.changes(grad_y)
+    found: dict[str, Any] = {}
+    with no_autocast(grad_y.device):
+        grad = end.gradient(grad_rows, column_sum=end.needs_sum and not sum_in_norm)
         if below_gate:
-            grad_post = products.input_gradient(scaled_grad, fc2_weight)
-            grad_pre, found["fc1_bias"], again = gate_gradient(grad_post, pre, recompute, needs["fc1_bias"])
+            grad_post = products.input_gradient(grad.scaled, end.weight)
+            grad_pre, partial, again = gate_gradient(grad_post, pre, recompute, needs["fc1_bias"])
+            if needs["fc1_bias"]:
+                found["fc1_bias"] = torch.empty_like(inputs.fc1_bias)
+                sums.add(partial, found["fc1_bias"])
             post = again if recompute else post
             del grad_post, again
         elif recompute:
             post = gate(pre)
-        if above_gate:
-            found["fc2_weight"] = products.weight_gradient(grad, post)
-            post = post.new_empty(0)  # frees [T, M] if it was computed again
-        if sums:
-            found |= bias_and_scale_gradients(inputs, partial, found.get("fc2_weight"))
+        found["fc2_weight"], found["fc2_bias"], found["layer_scale"] = end.parameter_gradients(grad, post, sums)
+        post = post.new_empty(0)  # frees [T, M] if it was computed again
         if needs["fc1_weight"]:
             if not is_kept(normed):
                 normed, _, _ = operand(inputs, eps)
             found["fc1_weight"] = products.weight_gradient(grad_pre, normed)
         if below_norm:
-            found |= input_gradients(inputs, grad_y, products.input_gradient(grad_pre, fc1_weight), mean, rstd, needs)
-    return tuple(
-        found[name] if needs[name] else x.new_empty(0) for name in LEARNED
-    )  # `found` may have more, which came by the way
-
-
-def bias_and_scale_gradients(inputs: Inputs, partial: Tensor, product: Tensor | None) -> dict[str, Tensor]:
-    """The gradients of fc2's bias and, if fc2's weight gradient before LayerScale is given, of both with LayerScale."""
-    bias, scale, dtype = inputs.fc2_bias, inputs.layer_scale, inputs.fc2_weight.dtype
-    column_sum = products.sum_partial(
-        partial, bias.new_empty(bias.shape, dtype=dtype if scale is None else torch.float32)
-    )
-    if scale is None:
-        return {"fc2_bias": column_sum}
-    if product is None:
-        return {"fc2_bias": (scale * column_sum).to(dtype)}
-    gradients = products.layer_scale_gradients(
-        product, as_rows(inputs.fc2_weight), bias.contiguous(), scale.contiguous(), column_sum
-    )
-    return dict(zip(("fc2_weight", "fc2_bias", "layer_scale"), gradients, strict=True))
+            grad_normed = products.input_gradient(grad_pre, as_rows(inputs.fc1_weight))
+            if sum_in_norm:
+                found["fc2_bias"] = torch.empty_like(end.bias)
+            found |= input_gradients(
+                inputs, grad_rows, grad_normed, mean, rstd, needs, sums, found["fc2_bias"] if sum_in_norm else None
+            )
+        sums.launch()
+    return needed_gradients([found.get(name) for name in LEARNED], needed, inputs.x)
 
 
 def input_gradients(
-    inputs: Inputs, grad_y: Tensor, grad_normed: Tensor, mean: Tensor, rstd: Tensor, needs: dict[str, bool]
+    inputs: Inputs,
+    grad_y: Tensor,
+    grad_normed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    needs: dict[str, bool],
+    sums: ColumnSums,
+    grad_y_sum: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The gradients of x and the normalisation, for that of what fc1 multiplies."""
+    """The gradients of x and the normalisation, for that of what fc1 multiplies; grad_y is [T, D]."""
     x, weight, bias = inputs.x, inputs.norm_weight, inputs.norm_bias
     if weight is None or bias is None:
         return {"x": grad_normed.view(x.shape)}
-    grad_x, _, _, grad_weight, grad_bias = layer_norm_backward(
-        grad_y,
-        grad_normed.view(x.shape),
-        x,
-        None,
-        x.dtype,
-        None,
-        None,
-        weight,
-        bias,
-        mean,
-        rstd,
-        learns=needs["norm_weight"] or needs["norm_bias"],
-    )
-    return {"x": grad_x, "norm_weight": grad_weight, "norm_bias": grad_bias}
+    norm = Norm(as_rows(x), weight, bias, mean, rstd, needs["norm_weight"], needs["norm_bias"])
+    grad_x, grad_weight, grad_bias, _ = norm.gradients(grad_y, grad_normed, sums, grad_y_sum=grad_y_sum)
+    return {"x": grad_x.view(x.shape), "norm_weight": grad_weight, "norm_bias": grad_bias}
 
 
 def fake_backward(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -398,4 +381,4 @@ swiglu_mlp_backward_op = register_op(
     launch_backward,
     fake_backward,
 )
-register_gradient(swiglu_mlp_op, swiglu_mlp_backward_op, setup_context, backward)
+call_operator = register_gradient(swiglu_mlp_op, swiglu_mlp_backward_op, setup_context, backward)

@@ -35,7 +35,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from fastvit_kernels import dispatch
+from fastvit_kernels import dispatch, toolchain
 from fastvit_kernels.tuning import sass
 
 PACKAGE = Path(__file__).parent.parent
@@ -270,7 +270,13 @@ def main() -> None:
     parser.add_argument("--ops", nargs="+", default=op_names(), choices=op_names(), help="operations (default: all)")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS, help="default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
+    parser.add_argument("--ptxas", type=Path, help="another assembler for all NVIDIA targets, such as a newer one")
     arguments = parser.parse_args()
+    if arguments.ptxas:
+        path = str(arguments.ptxas.resolve(strict=True))
+        os.environ |= {"TRITON_PTXAS_PATH": path, "TRITON_PTXAS_BLACKWELL_PATH": path}
+    for target in arguments.targets:
+        print(toolchain.describe(target))
     results = compile_all(arguments.ops, arguments.targets, arguments.jobs)
     arguments.output.mkdir(parents=True, exist_ok=True)
     for op in arguments.ops:

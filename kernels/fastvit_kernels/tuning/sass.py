@@ -6,6 +6,7 @@ may write those registers. ptxas has failed to see that (triton#9433), and the n
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
@@ -49,6 +50,7 @@ def waits(sass: str) -> int:
     return len(re.findall(r"\bWARPGROUP\.DEPBAR\b", sass))
 
 
+@lru_cache  # cases often share a kernel
 def hazards(sass: str) -> int:
     """How many instructions may overwrite a register that an HGMMA has still to read, on any path, loops included."""
     return sum(len(overwriting(code)) for code in functions(sass))

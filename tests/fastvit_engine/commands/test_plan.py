@@ -43,8 +43,8 @@ def test_json(capsys):
     assert said["micro_batch_size"] * said["accumulation_steps"] * 8 == 4096
     assert said["deepspeed"]["zero_optimization"]["stage"] == said["zero_stage"]
     assert said["choices"][0]["reason"]
-    # 8 H100 at half of 989 TFLOP/s, 1.004 TFLOP an image
-    assert said["images_per_second"] == pytest.approx(8 * 0.5 * 989e12 / 1.004e12, rel=0.002)
+    # 8 H100 at half of 989 TFLOP/s, 1.004 TFLOP an image, of which 2.6 % are tokens that the head does not read
+    assert said["images_per_second"] == pytest.approx(8 * 0.5 * 989e12 / 0.978e12, rel=0.002)
     assert said["days"] == pytest.approx(said["images"] / said["images_per_second"] / 86400)
     assert said["flops"] == pytest.approx(4262e18, rel=0.01)  # the paper's Table 6
 

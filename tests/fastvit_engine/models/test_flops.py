@@ -4,7 +4,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit_engine.config import ModelConfig
-from fastvit_engine.models import build_vit, forward_macs, training_flops
+from fastvit_engine.models import build_vit, computed_flops, computed_macs, forward_macs, training_flops
 
 
 @pytest.mark.parametrize(
@@ -53,8 +53,20 @@ def test_a_counter_of_operations_finds_the_same(changes: dict) -> None:
     model = build_vit(config, mean=(0.5,) * 3, std=(0.5,) * 3).eval()
     # the counter sees the two products of attention in this form of it alone, on a CPU
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model(torch.zeros(1, 3, 8, 8))
-    assert counter.get_total_flops() == 2 * forward_macs(config)
+        images = torch.zeros(1, 3, 8, 8)
+        model.forward_head(model.forward_features(images))
+        whole = counter.get_total_flops()
+        model(images)
+    assert whole == 2 * forward_macs(config)
+    assert counter.get_total_flops() - whole == 2 * computed_macs(config)
+    assert (computed_macs(config) < forward_macs(config)) == (config.pool == "cls")
+
+
+def test_what_is_computed_of_the_huge_model() -> None:
+    config = ModelConfig(name="H/14")
+    assert computed_flops(config) / training_flops(config) == pytest.approx(1 - 0.026, abs=5e-4)
+    head = 1280 * config.num_classes
+    assert computed_flops(config, frozen="backbone") == 2 * computed_macs(config) + 2 * head
 
 
 def test_resolution_changes_tokens() -> None:

@@ -1,4 +1,6 @@
 import math
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -221,7 +223,7 @@ def test_features_and_head_make_the_model() -> None:
     model, images = randomise(small()), torch.randn(2, 3, 12, 12)
     tokens = model.forward_features(images)
     assert tokens.shape == (2, 10, 12)
-    assert torch.equal(model.forward_head(tokens), model(images))
+    torch.testing.assert_close(model.forward_head(tokens), model(images))  # the last block computes one token
     assert torch.equal(model.head(model.represent(images)), model(images))
 
 
@@ -259,6 +261,47 @@ def test_bfloat16_model_trains_on_pixels(changes: dict[str, object]) -> None:
     assert logits.dtype == torch.bfloat16
     logits.float().square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("changes", [{"registers": 2, "layer_scale": 0.5, "drop_path": 0.5}, {"depth": 1}], ids=str)
+def test_last_block_for_the_class_token_alone_is_the_same_function(changes: dict[str, object]) -> None:
+    model, images = randomise(small(**changes)).double(), torch.randn(4, 3, 12, 12).double()
+
+    def outcome(of_all_tokens: bool) -> list[Tensor]:
+        torch.manual_seed(1)  # of the dropped paths
+        logits = model.forward_head(model.forward_features(images)) if of_all_tokens else model(images)
+        return [logits, *torch.autograd.grad(logits.square().sum(), list(model.parameters()))]
+
+    for result, expected in zip(outcome(False), outcome(True), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("pool", "tokens"), [("cls", 1), ("gap", 9), ("map", 9)])
+def test_tokens_that_the_head_does_not_read_are_computed_for_hooks_alone(pool: str, tokens: int) -> None:
+    model, images = small(pool=pool), torch.randn(2, 3, 12, 12)
+    seen: list[int] = []
+
+    def look(*passed: Any) -> None:
+        seen.append(passed[-1].shape[1])
+
+    def move(*passed: Any) -> None:
+        look(*passed)
+
+    move.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    for hooked in (model.blocks, model.blocks[-1], model.norm):
+        handle = hooked.register_forward_hook(partial(move))
+        model(images)
+        handle.remove()
+        handle = hooked.register_forward_hook(look)
+        model(images)
+        handle.remove()
+    assert seen == [tokens, 10 if pool == "cls" else 9] * 3
+
+
+def test_last_block_compiles_without_graph_break() -> None:
+    model, images = randomise(small(depth=2)), torch.randn(2, 3, 12, 12)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(images), model(images))
 
 
 def test_drop_path_grows_linearly_and_dropout_reaches_every_block() -> None:

@@ -121,7 +121,7 @@ def test_sgd_needs_one_moment_less_and_a_frozen_backbone_none():
         config = Config.model_validate({"model": MEASURED_MODEL, "optimizer": {"frozen": frozen}})
         return training_memory(config, 0, 1, 8, False, Buckets(), on_gpu=False)
 
-    assert of_step("backbone").activations < of_step("none").activations / 5
+    assert of_step("backbone").activations < of_step("none").activations / 4
 
 
 @pytest.mark.parametrize(("recompute", "expected"), [("none", 41_040), ("gelu", 30_800), ("all", 25_680)])
@@ -178,8 +178,8 @@ def test_blocks_on_a_gpu_run_what_is_chosen_for_their_precision(setting, precisi
 
 
 def test_activations_of_the_huge_model():
-    """64 images of ViT-H/14 keep 16.2 GB in 32 blocks, kernels/README.md."""
+    """64 images of ViT-H/14 keep 15.9 GB: 31/32 of what kernels/README.md has of 32 blocks, and a third of the last."""
     config = Config.model_validate({"model": {"name": "H/14"}})
     memory = training_memory(config, 0, 1, 64, False, Buckets(), on_gpu=True)
-    assert memory.activations == pytest.approx(16.2e9, rel=0.01)
+    assert memory.activations == pytest.approx(15.9e9, rel=0.005)
     assert memory.total > memory.state + memory.activations

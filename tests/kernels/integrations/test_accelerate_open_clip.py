@@ -10,6 +10,7 @@ from tests.kernels.integrations.equality import BOTH, accelerated, assert_equal,
 open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
 
 IMAGES = torch.randn(3, 3, 24, 40, generator=torch.Generator().manual_seed(5))
+CAUSAL = torch.full((5, 5), -torch.inf).triu(1)
 
 
 def tower(**options: Any) -> nn.Module:
@@ -78,7 +79,7 @@ def test_sequence_first_blocks_keep_their_attention(calls: Counter[str]) -> None
 
 
 def test_a_whole_clip_model(calls: Counter[str]) -> None:
-    """The text tower is causal: its masked attention stays, its MLPs are fused."""
+    """The text tower has a causal mask, which runs fused too."""
     model = randomised(
         open_clip.model.CLIP(
             embed_dim=16,
@@ -94,8 +95,50 @@ def test_a_whole_clip_model(calls: Counter[str]) -> None:
         return scale * image @ words.T
 
     assert_equal(ours, model, logits)
-    assert calls["attention_block"] == 1 and calls["layer_norm_mlp"] == 2
+    assert calls["attention_block"] == calls["layer_norm_mlp"] == 2
     assert rows(acceleration)["token_embedding"] == ("", "no fused form of Embedding")
+
+
+@pytest.mark.parametrize(
+    ("mask", "fused"),
+    [
+        (CAUSAL, 2),
+        (CAUSAL.masked_fill(torch.eye(5).roll(2).bool(), 0.5), 0),
+        (CAUSAL.T, 0),
+        (CAUSAL.expand(6, 5, 5), 0),  # one for each head of each image
+        (CAUSAL.isinf(), 0),
+    ],
+    ids=["causal", "causal but for one number", "backwards", "per head", "boolean"],
+)
+def test_only_causal_masks_are_fused(mask: torch.Tensor, fused: int, calls: Counter[str]) -> None:
+    model = randomised(open_clip.transformer.Transformer(width=24, layers=1, heads=3, batch_first=True))
+    ours, _ = accelerated(model)
+    x = torch.randn(2, 5, 24)
+    if mask.dtype == torch.bool:  # open_clip makes numbers of it, 1 for what a boolean mask would hide
+        assert torch.equal(ours(x, attn_mask=mask), model(x, attn_mask=mask))
+        return
+    assert_equal(ours, model, lambda m: m(x, attn_mask=mask[:5, :5] if mask.ndim == 2 else mask))
+    mask = mask.clone()
+    assert_equal(ours, model, lambda m: m(x, attn_mask=mask))
+    assert calls["attention_block"] == fused
+
+
+def test_a_changed_mask_is_looked_at_again(calls: Counter[str]) -> None:
+    model = randomised(open_clip.transformer.Transformer(width=24, layers=1, heads=3, batch_first=True))
+    ours, _ = accelerated(model)
+    x, mask = torch.randn(2, 4, 24), CAUSAL.clone()
+    assert_equal(ours, model, lambda m: m(x, attn_mask=mask[:4, :4]))
+    mask[3, 0] = -1.0
+    assert_equal(ours, model, lambda m: m(x, attn_mask=mask[:4, :4]))
+    assert calls["attention_block"] == 1
+
+
+def test_a_compiled_text_tower_is_equal() -> None:
+    model = randomised(open_clip.transformer.Transformer(width=24, layers=1, heads=3, batch_first=True))
+    ours, _ = accelerated(model)
+    ours.compile(backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 5, 24)
+    assert_equal(ours, model, lambda m: m(x, attn_mask=CAUSAL))
 
 
 def test_checkpointing_and_compiling() -> None:

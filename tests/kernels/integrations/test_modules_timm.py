@@ -39,8 +39,8 @@ def test_patch_embed_exchanges_weights_with_timm() -> None:
 
 def test_accelerated_block_runs_the_kernels(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    registered = op.attention_block_op
-    monkeypatch.setattr(op, "attention_block_op", lambda *args: calls.append(1) or registered(*args))
+    registered = op.call_operator
+    monkeypatch.setattr(op, "call_operator", lambda *args: calls.append(1) or registered(*args))
     block, x = randomised(timm_vit.Block(16, 2, qkv_bias=True, init_values=0.1)), torch.randn(1, 3, 16)
     expected = block(x)
     expected_gradients = torch.autograd.grad(expected.sin().sum(), list(block.parameters()))

@@ -12,17 +12,20 @@ accumulators would be merged from two paths while a wgmma is in flight, and ptxa
 Queries, keys and values are [B, N, H, HEAD_DIM], heads adjacent. `qkv` is a tuple: their three pointers, then the
 strides of images and of tokens, one pair for all three or one for each. Their gradients have tokens `stride_grad` apart
 and adjacent images and heads. The output is contiguous [B, N, H, HEAD_DIM]. `lse` and `delta` are [B, H, N] float32, as
-all statistics and sums are. `scale` is log2(e) / sqrt(HEAD_DIM), so a probability is 2 ** (scale * q k^T - lse).
-Products of float32 numbers are "ieee", never TF32.
+all statistics and sums are. `scale` is log2(e) times what scores are scaled by, as a rule 1 / sqrt(HEAD_DIM), so a
+probability is 2 ** (scale * q k^T - lse). Products of float32 numbers are "ieee", never TF32.
 
 What a call does not use is None, at compile time, and leaves no trace in the machine code:
 
 - `keys`, the number of key tokens, if it is that of the queries;
-- `bias`: a pointer and the strides of images, heads, queries and keys. It is added to q k^T / sqrt(HEAD_DIM);
+- `bias`: a pointer and the strides of images, heads, queries and keys. It is added to the scaled q k^T;
 - `dropout`: a pointer to a seed, and the rate. A probability is kept or not by seed, head, query and key alone;
 - `lengths`, for B concatenated sequences of different lengths, tokens [T, H, HEAD_DIM] and statistics [H, T]: pointers
   to where the sequences of queries and of keys begin, int32 [B + 1], B, and the number of blocks that programs share in
   a sequence. Tokens behind the last sequence have no keys and no queries: output and gradients are 0 there.
+
+If CAUSAL, the last query sees all keys, the one before it all but the last, and so on. What no query of a block sees is
+skipped, and the rest is masked, a tail like a whole block: where the keys of a query end has nothing to do with it.
 
 A query without keys, or with a bias of -inf for all of them, has an output of 0; its lse is inf, which makes every
 probability 0.

@@ -23,11 +23,14 @@ from fastvit_kernels.attention.kernels.tiles import (
     row_dots,
     scale_rows,
     scores,
+    sees,
     span,
     store_rows,
     strides_of,
     zero_rows,
 )
+
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)  # `scale` has log2(e) in it, gradients have not
 
 
 @triton.jit
@@ -54,6 +57,7 @@ def attention_bwd_query_kernel(
     BLOCK_N: tl.constexpr,
     TAIL_N: tl.constexpr,
     STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """A program owns the gradient of a block of queries of one head."""
     if keys is None:
@@ -77,17 +81,17 @@ def attention_bwd_query_kernel(
     if lengths is not None:
         for first in tl.range(block * BLOCK_M, queries, blocks * BLOCK_M):
             query_gradient(q, k, v, out, grad_out, lse_ptr, delta_ptr, grad_q, bias, dropout, first, scale,
-                           BLOCK_M, True, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, True, STAGES)
+                           BLOCK_M, True, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, True, STAGES, CAUSAL)
     else:
         whole = tokens // BLOCK_M
         if block < whole:
             query_gradient(q, k, v, out, grad_out, lse_ptr, delta_ptr, grad_q, bias, dropout, block * BLOCK_M, scale,
-                           BLOCK_M, False, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, False, STAGES)
+                           BLOCK_M, False, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, CAUSAL, STAGES, CAUSAL)
         for t in tl.static_range(len(TAILS_M)):
             if block == whole + t:
                 first = whole * BLOCK_M + first_of(TAILS_M, t)
                 query_gradient(q, k, v, out, grad_out, lse_ptr, delta_ptr, grad_q, bias, dropout, first, scale,
-                               TAILS_M[t], TAILS_M[t] > 1, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, False, STAGES)
+                               TAILS_M[t], TAILS_M[t] > 1, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, CAUSAL, STAGES, CAUSAL)
     # fmt: on
 
 
@@ -113,6 +117,7 @@ def query_gradient(
     TAIL_N: tl.constexpr,
     ANY_LENGTH: tl.constexpr,
     STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """The gradient of ROWS queries of one head, from `first` on."""
     queries, keys = q[2], k[2]
@@ -127,12 +132,15 @@ def query_gradient(
     # fmt: off
     if TAIL_N > 0:
         total = add_query_gradient(total, own, own_grad, lse, delta, k, v, bias, dropout, first, queries, whole, keys,
-                                   scale, TAIL_N, True, HEAD_DIM, PIECES)
-    for key in tl.range(0, keys if ANY_LENGTH else whole, BLOCK_N, num_stages=STAGES):
+                                   scale, TAIL_N, True, HEAD_DIM, PIECES, CAUSAL)
+    end = keys if ANY_LENGTH else whole
+    if CAUSAL:  # no further than the last of these queries sees
+        end = tl.minimum(keys, first + ROWS + keys - queries)
+    for key in tl.range(0, end, BLOCK_N, num_stages=STAGES):
         total = add_query_gradient(total, own, own_grad, lse, delta, k, v, bias, dropout, first, queries, key, keys,
-                                   scale, BLOCK_N, ANY_LENGTH, HEAD_DIM, PIECES)
+                                   scale, BLOCK_N, ANY_LENGTH, HEAD_DIM, PIECES, CAUSAL)
     # fmt: on
-    store_rows(grad_q, scale_rows(total, HEAD_DIM**-0.5), first, HEAD_DIM, PIECES)
+    store_rows(grad_q, scale_rows(total, scale * LN_2), first, HEAD_DIM, PIECES)
 
 
 @triton.jit
@@ -155,6 +163,7 @@ def add_query_gradient(
     MASKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PIECES: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """Adds the share of COLUMNS keys, from `key` on, to the gradient of the queries `own`."""
     ROWS: tl.constexpr = own[0].shape[0]
@@ -165,6 +174,8 @@ def add_query_gradient(
     p = tl.exp2(base_2_scores(own, k_block, scale, bias_block) - lse[:, None])  # [ROWS, COLUMNS]
     if MASKED:
         p = tl.where((key + tl.arange(0, COLUMNS) < keys)[None, :], p, 0.0)
+    if CAUSAL:
+        p = tl.where(sees(first, queries, key, keys, ROWS, COLUMNS), p, 0.0)
     return add_weighted(total, score_gradients(own_grad, v_block, p, kept, dropout, delta[:, None]), k_block)
 
 
@@ -201,6 +212,7 @@ def attention_bwd_key_kernel(
     BLOCK_N: tl.constexpr,
     TAIL_N: tl.constexpr,
     STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """A program owns the gradients of a block of keys and values of one head."""
     if keys is None:
@@ -226,16 +238,16 @@ def attention_bwd_key_kernel(
     if lengths is not None:
         for first in tl.range(block * BLOCK_M, keys, blocks * BLOCK_M):
             key_gradients(q, k, v, grad_out, lse_ptr, delta_ptr, grad_k, grad_v, bias, dropout, first, scale,
-                          BLOCK_M, True, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, True, STAGES)
+                          BLOCK_M, True, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, True, STAGES, CAUSAL)
     else:
         if block < whole:
             key_gradients(q, k, v, grad_out, lse_ptr, delta_ptr, grad_k, grad_v, bias, dropout, block * BLOCK_M, scale,
-                          BLOCK_M, False, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, False, STAGES)
+                          BLOCK_M, False, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, CAUSAL, STAGES, CAUSAL)
         for t in tl.static_range(len(TAILS_M)):
             if block == whole + t:
                 first = whole * BLOCK_M + first_of(TAILS_M, t)
                 key_gradients(q, k, v, grad_out, lse_ptr, delta_ptr, grad_k, grad_v, bias, dropout, first, scale,
-                              TAILS_M[t], TAILS_M[t] > 1, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, False, STAGES)
+                              TAILS_M[t], TAILS_M[t] > 1, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, CAUSAL, STAGES, CAUSAL)
     # fmt: on
 
 
@@ -261,6 +273,7 @@ def key_gradients(
     TAIL_N: tl.constexpr,
     ANY_LENGTH: tl.constexpr,
     STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """The gradients of ROWS keys and values of one head, from `first` on."""
     queries, keys = q[2], k[2]
@@ -272,15 +285,18 @@ def key_gradients(
     if TAIL_N > 0:
         total_k, total_v = add_key_gradients(total_k, total_v, own_k, own_v, q, grad_out, lse_ptr, delta_ptr, bias,
                                              dropout, first, keys, whole, queries, scale,
-                                             TAIL_N, True, HEAD_DIM, PIECES)
-    for query in tl.range(0, queries if ANY_LENGTH else whole, BLOCK_N, num_stages=STAGES):
+                                             TAIL_N, True, HEAD_DIM, PIECES, CAUSAL)
+    begin = 0
+    if CAUSAL:  # with the first query that sees any of these keys
+        begin = tl.maximum(0, first + queries - keys) // BLOCK_N * BLOCK_N
+    for query in tl.range(begin, queries if ANY_LENGTH else whole, BLOCK_N, num_stages=STAGES):
         total_k, total_v = add_key_gradients(total_k, total_v, own_k, own_v, q, grad_out, lse_ptr, delta_ptr, bias,
                                              dropout, first, keys, query, queries, scale,
-                                             BLOCK_N, ANY_LENGTH, HEAD_DIM, PIECES)
+                                             BLOCK_N, ANY_LENGTH, HEAD_DIM, PIECES, CAUSAL)
     # fmt: on
     if dropout is not None:
         total_v = scale_rows(total_v, kept_scale(dropout))
-    store_rows(grad_k, scale_rows(total_k, HEAD_DIM**-0.5), first, HEAD_DIM, PIECES)
+    store_rows(grad_k, scale_rows(total_k, scale * LN_2), first, HEAD_DIM, PIECES)
     store_rows(grad_v, total_v, first, HEAD_DIM, PIECES)
 
 
@@ -305,6 +321,7 @@ def add_key_gradients(
     MASKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PIECES: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """Adds the share of COLUMNS queries, from `query` on, to the gradients of the keys and values owned.
 
@@ -321,6 +338,9 @@ def add_key_gradients(
     kept = draw_kept(dropout, first, query, ROWS, COLUMNS, True)
     # Behind the last query p is 1, but gradients and delta are 0. Behind the last key p may overflow: it is not stored.
     p = tl.exp2(base_2_scores(own_k, q_block, scale, bias_block) - lse[None, :])  # [ROWS, COLUMNS]
+    if CAUSAL:  # sees(), transposed
+        key = first + tl.arange(0, ROWS)  # [ROWS]
+        p = tl.where(key[:, None] <= column[None, :] + (keys - queries), p, 0.0)
     total_v = add_weighted(total_v, drop(p, kept), grad_block)
     total_k = add_weighted(total_k, score_gradients(own_v, grad_block, p, kept, dropout, delta[None, :]), q_block)
     return total_k, total_v

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from fastvit_kernels.attention.kernels.backward import score_gradients
 from fastvit_kernels.attention.kernels.options import base_2_scores, draw_kept, load_bias, locate_bias, seeded
-from fastvit_kernels.attention.kernels.tiles import load_rows, locate, strides_of
+from fastvit_kernels.attention.kernels.tiles import load_rows, locate, sees, strides_of
 
 
 @triton.jit
@@ -31,6 +31,7 @@ def attention_bwd_bias_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """A program owns a block of a bias's gradient, in one of the shares of images and heads that have it in common."""
     if keys is None:
@@ -60,6 +61,8 @@ def attention_bwd_bias_kernel(
         bias_block = load_bias(locate_bias(bias, image, head), first, tokens, first_key, keys, BLOCK_M, BLOCK_N)
         kept = draw_kept(seeded(dropout, head_index), first, first_key, BLOCK_M, BLOCK_N, False)
         p = tl.exp2(base_2_scores(q_block, k_block, scale, bias_block) - lse[:, None])  # [BLOCK_M, BLOCK_N]
+        if CAUSAL:
+            p = tl.where(sees(first, tokens, first_key, keys, BLOCK_M, BLOCK_N), p, 0.0)
         total += score_gradients(grad_block, v_block, p, kept, dropout, delta[:, None])
     biases = tl.num_programs(0) // (row_blocks * column_blocks * shares)
     grad_bias_ptr += (share * biases + bias_index).to(tl.int64) * tokens * keys

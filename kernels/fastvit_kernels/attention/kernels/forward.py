@@ -12,6 +12,7 @@ from fastvit_kernels.attention.kernels.tiles import (
     locate_statistics,
     owned,
     scale_rows,
+    sees,
     span,
     store_rows,
     strides_of,
@@ -38,6 +39,7 @@ def attention_fwd_kernel(
     BLOCK_N: tl.constexpr,
     TAIL_N: tl.constexpr,
     STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """A program owns a block of queries of one head."""
     if keys is None:
@@ -58,17 +60,17 @@ def attention_fwd_kernel(
     if lengths is not None:
         for first in tl.range(block * BLOCK_M, queries, blocks * BLOCK_M):
             attend_rows(q, k, v, out, lse_ptr, bias, dropout, first, scale,
-                        BLOCK_M, True, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, True, STAGES)
+                        BLOCK_M, True, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, True, STAGES, CAUSAL)
     else:
         whole = tokens // BLOCK_M
         if block < whole:
             attend_rows(q, k, v, out, lse_ptr, bias, dropout, block * BLOCK_M, scale,
-                        BLOCK_M, False, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, False, STAGES)
+                        BLOCK_M, False, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, CAUSAL, STAGES, CAUSAL)
         for t in tl.static_range(len(TAILS_M)):
             if block == whole + t:
                 first = whole * BLOCK_M + first_of(TAILS_M, t)
                 attend_rows(q, k, v, out, lse_ptr, bias, dropout, first, scale,
-                            TAILS_M[t], TAILS_M[t] > 1, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, False, STAGES)
+                            TAILS_M[t], TAILS_M[t] > 1, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, CAUSAL, STAGES, CAUSAL)
     # fmt: on
 
 
@@ -91,6 +93,7 @@ def attend_rows(
     TAIL_N: tl.constexpr,
     ANY_LENGTH: tl.constexpr,
     STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """Attention of ROWS queries of one head, from `first` on, to all its keys."""
     queries, keys = q[2], k[2]
@@ -102,12 +105,15 @@ def attend_rows(
     # fmt: off
     if TAIL_N > 0:
         top, weight, total = attend(top, weight, total, own, k, v, bias, dropout, first, queries, whole, keys, scale,
-                                    TAIL_N, True, HEAD_DIM, PIECES)
-    for key in tl.range(0, keys if ANY_LENGTH else whole, BLOCK_N, num_stages=STAGES):
+                                    TAIL_N, True, HEAD_DIM, PIECES, CAUSAL)
+    end = keys if ANY_LENGTH else whole
+    if CAUSAL:  # no further than the last of these queries sees
+        end = tl.minimum(keys, first + ROWS + keys - queries)
+    for key in tl.range(0, end, BLOCK_N, num_stages=STAGES):
         top, weight, total = attend(top, weight, total, own, k, v, bias, dropout, first, queries, key, keys, scale,
-                                    BLOCK_N, ANY_LENGTH, HEAD_DIM, PIECES)
+                                    BLOCK_N, ANY_LENGTH, HEAD_DIM, PIECES, CAUSAL)
     # fmt: on
-    if ANY_LENGTH or bias is not None:  # without keys, an output of 0 and an lse of inf
+    if ANY_LENGTH or CAUSAL or bias is not None:  # without keys, an output of 0 and an lse of inf
         top = tl.where(weight == 0, float("inf"), top)
         weight = tl.where(weight == 0, 1.0, weight)
     share = weight
@@ -137,6 +143,7 @@ def attend(
     MASKED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PIECES: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):
     """Takes COLUMNS keys, from `key` on, into the softmax of the queries `own`.
 
@@ -151,9 +158,11 @@ def attend(
     s = base_2_scores(own, k_block, scale, bias_block)  # [ROWS, COLUMNS]
     if MASKED:
         s = tl.where((key + tl.arange(0, COLUMNS) < keys)[None, :], s, float("-inf"))
+    if CAUSAL:
+        s = tl.where(sees(first, queries, key, keys, ROWS, COLUMNS), s, float("-inf"))
     new_top = tl.maximum(top, tl.max(s, axis=1))
     origin = new_top
-    if bias is not None:  # the difference of two -inf is NaN
+    if CAUSAL or bias is not None:  # the difference of two -inf is NaN
         origin = tl.where(new_top == float("-inf"), 0.0, new_top)
     p = tl.exp2(s - origin[:, None])
     shrink = tl.exp2(top - origin)

@@ -6,12 +6,27 @@ them is a tuple of matrices, one per piece of the head dimension.
 
 import triton
 import triton.language as tl
+from triton.language.target_info import current_target
+
+TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
 
 @triton.constexpr_function
 def first_of(sizes, i):
     """Where part i begins, when parts of these sizes follow each other."""
     return sum(sizes[:i])
+
+
+@triton.constexpr_function
+def products_may_chain():
+    """Whether a product may add to the one just before it.
+
+    With tcgen05, Triton before 3.9 may start the second before the first is done (triton-lang/triton#10821).
+    """
+    target = current_target()
+    if target is None or target.backend != "cuda" or not 100 <= target.arch < 120:
+        return True
+    return TRITON >= (3, 9)
 
 
 @triton.jit
@@ -79,7 +94,11 @@ def scores(a, b):
         return row_dots(a, b)[None, :]
     total = tl.dot(a[0], tl.trans(b[0]), input_precision="ieee")
     for i in tl.static_range(1, len(a)):
-        total = tl.dot(a[i], tl.trans(b[i]), total, input_precision="ieee")
+        if products_may_chain() or a[i].dtype == tl.float32:
+            total = tl.dot(a[i], tl.trans(b[i]), total, input_precision="ieee")
+        else:  # the minus signs keep Triton from merging product and sum
+            negative = -a[i].to(tl.float32)
+            total -= tl.dot(negative.to(b[i].dtype), tl.trans(b[i]), input_precision="ieee")
     return total
 
 
@@ -95,6 +114,16 @@ def add_weighted(total, weights, tiles):
         else:
             result += (tl.dot(weights, tiles[i], total[i], input_precision="ieee"),)
     return result
+
+
+@triton.jit
+def sees(first, queries, key, keys, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A block of a causal mask, [ROWS, COLUMNS]: which queries, from `first` on, see which keys, from `key` on.
+
+    The last query sees the last key, and every query one key more than the query before it.
+    """
+    row, column = first + tl.arange(0, ROWS), key + tl.arange(0, COLUMNS)
+    return column[None, :] <= row[:, None] + (keys - queries)
 
 
 @triton.jit
