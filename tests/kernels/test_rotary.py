@@ -48,8 +48,8 @@ def plain(qkv: Tensor, sin=None, cos=None, layout: str = "half", norm: str = "la
 
 
 def angles(tokens: int, head_dim: int, layout: str) -> dict[str, Tensor]:
-    """What rotates each pair by an angle of its own."""
-    angle = torch.arange(tokens)[:, None] * torch.rand(head_dim // 2)[None]
+    """What rotates each pair by an angle of its own, at the first token too."""
+    angle = torch.arange(1, tokens + 1)[:, None] * torch.rand(head_dim // 2)[None]
     angle = angle.repeat_interleave(2, dim=1) if layout == "interleaved" else angle.repeat(1, 2)
     return {"sin": angle.sin(), "cos": angle.cos()}
 
