@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -82,17 +83,20 @@ SETTINGS = {
 }
 
 
-def trace(shape: Shape, batch: int, setting: Setting) -> list[Launch]:
-    """Every launch of one block, in order. Raises ValueError for a kernel that this module cannot count."""
+def trace(shape: Shape, batch: int, setting: Setting, outputs: int | None = None) -> list[Launch]:
+    """Every launch of one block, in order; `outputs` as in FusedBlock.
+
+    Raises ValueError for a kernel that this module cannot count.
+    """
     stream = torch.float32 if setting.autocast else torch.bfloat16
     with torch.device("meta"):
         block = FusedBlock(shape.width, shape.heads, shape.mlp_dim, recompute=setting.recompute).to(stream)
         x = torch.empty(batch, shape.tokens, shape.width, dtype=stream, requires_grad=True)
-        grad = torch.empty_like(x)
-    product = 2 * batch * shape.heads * shape.tokens**2 * shape.head_dim
+        grad = torch.empty_like(x[:, :outputs])
+    product = 2 * batch * shape.heads * (outputs or shape.tokens) * shape.tokens * shape.head_dim
     record = Record(product)
     with recording(record, autocast=setting.autocast):
-        y = block(x)
+        y = block(x, outputs=outputs)
         record.during = "backward"
         torch.autograd.grad(y, [x, *block.parameters()], grad)
     if not any(launch.library == "triton" for launch in record.launches):
@@ -172,6 +176,8 @@ class PosesAsCuda(TorchFunctionMode):
             return torch.device("cuda", 0)
         elsewhere = lambda device: torch.device("meta") if device.type == "cuda" else device  # noqa: E731
         arguments, options = tree_map_only(torch.device, elsewhere, (arguments, options or {}))
+        if function is F.linear and torch.is_autocast_enabled("cuda"):  # which does not act without data
+            arguments = tree_map_only(Tensor, lambda tensor: tensor.to(torch.bfloat16), arguments)
         return function(*arguments, **options)
 
 
@@ -261,9 +267,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text, blocks = [f"One block of ViT-{parsed.model}, {parsed.batch} images; calculated, not measured."], {}
     for name in parsed.settings:
         launches = trace(shapes[parsed.model], parsed.batch, SETTINGS[name])
+        last = totals(trace(shapes[parsed.model], parsed.batch, SETTINGS[name], outputs=1))
         total = totals(launches)
-        blocks[name] = {"totals": total, "launches": [asdict(launch) for launch in launches]}
-        text += ["", f"{name}: {summary(total)}", "", table(launches)]
+        blocks[name] = {"totals": total, "last": last, "launches": [asdict(launch) for launch in launches]}
+        text += ["", f"{name}: {summary(total)}", f"the last one, for the class token alone: {summary(last)}"]
+        text += ["", table(launches)]
     print("\n".join(text))
     if parsed.out:
         found = {"model": parsed.model, "batch": parsed.batch, "commit": commit(), "blocks": blocks}

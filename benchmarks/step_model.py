@@ -19,7 +19,7 @@ from benchmarks import plots
 from benchmarks.block_traffic import COPY_BYTES_PER_SECOND, json_file
 from fastvit_engine.config import Config
 from fastvit_engine.files import atomic_write
-from fastvit_engine.models import training_flops
+from fastvit_engine.models import computed_flops, training_flops
 
 MODEL, BATCH, DEPTH = "H/14", 256, 32
 PARAMETERS = 632_045_800  # Dosovitskiy et al. 2021, Table 1: 632 M; with a head of 1,000 classes
@@ -72,6 +72,7 @@ class Step:
     elementwise: float
     optimizer: float
     ends: float  # what comes before and after the blocks
+    flops: float  # computed for an image
 
     @property
     def ms(self) -> float:
@@ -83,12 +84,13 @@ class Step:
 
     @property
     def mfu(self) -> float:
-        return self.images_per_second * flops_per_image() / PEAK_FLOPS
+        return self.images_per_second * self.flops / PEAK_FLOPS
 
 
-def flops_per_image() -> float:
+def flops_per_image() -> tuple[float, float]:
+    """Of the whole model, and of ours, whose last block is for the class token alone."""
     config = Config.model_validate({"model": {"name": MODEL, "image_size": 224, "num_classes": 1000}})
-    return training_flops(config.model)
+    return training_flops(config.model), computed_flops(config.model)
 
 
 def ours(trace: Mapping[str, Any], attention: str, patch_embed: str) -> list[Step]:
@@ -101,29 +103,39 @@ def ours(trace: Mapping[str, Any], attention: str, patch_embed: str) -> list[Ste
             f"the trace is of {trace['model']} at batch {trace['batch']}, and this model is of {MODEL} at batch {BATCH}"
         )
     steps = []
+    whole, computed = flops_per_image()
     for setting, block in trace["blocks"].items():
         totals, bare = block["totals"], setting.startswith("autocast")
+        attention_ms, last = ATTENTION_MS[attention], block.get("last")
+        if last is not None:  # it reads keys and values once in each kernel, which takes longer than its products
+            attention_ms = attention_ms * (DEPTH - 1) / DEPTH + last["attention"]["ms"]
+        flops, size = (
+            (DEPTH - 1) * totals[kind][unit] + (last or totals)[kind][unit]
+            for kind, unit in (("products", "flops"), ("elementwise", "bytes"))
+        )
         steps.append(
             Step(
                 f"fastvit, {'bare loop' if bare else 'ZeRO-1'}, {setting}",
-                products=1e3 * DEPTH * totals["products"]["flops"] / PRODUCT_FLOPS,
-                attention=ATTENTION_MS[attention],
-                elementwise=moved(DEPTH * totals["elementwise"]["bytes"]),
+                products=1e3 * flops / PRODUCT_FLOPS,
+                attention=attention_ms,
+                elementwise=moved(size),
                 optimizer=moved(PARAMETERS * (ADAMW_BYTES + CLIP_BYTES)) if bare else DEEPSPEED_MS,
                 ends=ENDS_MS + (FP32_PATCH_EMBED_MS if bare and patch_embed == "fp32" else 0),
+                flops=whole if last is None else computed,
             )
         )
     return steps
 
 
 def peers(product_flops: float) -> list[Step]:
-    """timm in a bare loop; `product_flops` of a block are the same for everybody."""
+    """timm in a bare loop; `product_flops` of a block are the same for everybody. Its last block is like the others."""
     products = 1e3 * DEPTH * product_flops / PRODUCT_FLOPS
     optimizer = moved(PARAMETERS * (ADAMW_BYTES + CLIP_BYTES))
     casts = moved(PARAMETERS * CAST_BYTES)
 
     def step(name: str, attention: str, gigabytes: float, optimizer: float) -> Step:
-        return Step(name, products, ATTENTION_MS[attention], moved(DEPTH * gigabytes * 1e9), optimizer, ENDS_MS)
+        elementwise = moved(DEPTH * gigabytes * 1e9)
+        return Step(name, products, ATTENTION_MS[attention], elementwise, optimizer, ENDS_MS, flops_per_image()[0])
 
     return [
         step("timm eager, autocast", "FlashAttention-2", TIMM_EAGER_GB, optimizer + casts),

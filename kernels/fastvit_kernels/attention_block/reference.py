@@ -26,19 +26,23 @@ def attention_block(
 ) -> Tensor:
     normed = layer_norm(x, norm_weight, norm_bias, eps=eps)
     if outputs is not None:
-        attended = attend_from_first(normed, qkv_weight, qkv_bias, heads, outputs)
+        # The first tokens are taken once, and normalised again: gradients of parts of x and of norm(x) would both be
+        # filled up with zeros.
+        x = x[:, :outputs]
+        first = layer_norm(x, norm_weight, norm_bias, eps=eps)
+        attended = attend_from(first, normed, qkv_weight, qkv_bias, heads)
         branch = F.linear(attended, proj_weight, proj_bias)  # [B, outputs, D]
-        return add_branch(x[:, :outputs], branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
+        return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
     qkv = F.linear(normed, qkv_weight, qkv_bias).unflatten(-1, (3, heads, -1))  # [B, N, 3, H, d]
     branch = F.linear(attention(qkv, causal=causal), proj_weight, proj_bias)  # [B, N, D]
     return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
 
 
-def attend_from_first(normed: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, heads: int, outputs: int) -> Tensor:
-    """Queries of the first tokens, keys and values of all: [B, N, D] -> [B, outputs, D]."""
-    width = normed.shape[-1]
+def attend_from(first: Tensor, tokens: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, heads: int) -> Tensor:
+    """Queries of `first` [B, outputs, D], keys and values of all tokens [B, N, D] -> [B, outputs, D]."""
+    width = tokens.shape[-1]
     q_weight, kv_weight = qkv_weight.split([width, 2 * width])
     q_bias, kv_bias = qkv_bias.split([width, 2 * width])
-    queries = F.linear(normed[:, :outputs], q_weight, q_bias).unflatten(-1, (heads, -1))  # [B, outputs, H, d]
-    keys_values = F.linear(normed, kv_weight, kv_bias).unflatten(-1, (2, heads, -1))  # [B, N, 2, H, d]
+    queries = F.linear(first, q_weight, q_bias).unflatten(-1, (heads, -1))  # [B, outputs, H, d]
+    keys_values = F.linear(tokens, kv_weight, kv_bias).unflatten(-1, (2, heads, -1))  # [B, N, 2, H, d]
     return attention_qkv(queries, *keys_values.unbind(-3))

@@ -13,6 +13,7 @@ from fastvit_engine.engine import build as build_module
 from fastvit_engine.engine import deepspeed as module
 from fastvit_engine.engine.build import build_engine
 from fastvit_engine.models import build_vit
+from fastvit_kernels import FusedBlock
 from tests.in_full import in_full
 
 MODEL = {"name": "Ti/4", "image_size": 8, "width": 24, "depth": 2, "heads": 2, "mlp_dim": 40, "num_classes": 5}
@@ -239,3 +240,16 @@ def test_the_norm_of_a_linear_probe_is_that_of_its_head(build, stage):
     functional.cross_entropy(model.train()(IMAGES), LABELS).backward()
     expected = torch.cat([p.grad.flatten() for p in model.head.parameters()]).norm().item()
     assert norms[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_hooks_of_deepspeed_leave_the_last_block_to_the_class_token(build, monkeypatch):
+    seen, forward = [], FusedBlock.forward
+
+    def watch(block, x, outputs=None):
+        seen.append(outputs)
+        return forward(block, x, outputs)
+
+    monkeypatch.setattr(FusedBlock, "forward", watch)
+    engine, _ = build(3)
+    train(engine, steps=1)
+    assert engine.model.module.blocks[-1]._forward_hooks and seen == [None, 1]
