@@ -100,6 +100,15 @@ def test_norms_alone_and_in_part(device: torch.device) -> None:
     accurate(qkv, angles(2, 40, "half"), {"k_norm_weight": torch.randn(40)}, torch.float32, device)
 
 
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_the_gradient_is_the_transpose_whatever_the_numbers_of_each_channel(layout: str, device: torch.device) -> None:
+    qkv, cotangent = torch.randn(2, 1, 3, 3, 1, 8, device=device).unbind()
+    sin, cos = torch.randn(2, 3, 8, device=device).unbind()
+    out = rotary_qk_norm(qkv.requires_grad_(), sin, cos, layout=layout)
+    (gradient,) = torch.autograd.grad(out, qkv, cotangent)
+    torch.testing.assert_close((out * cotangent).sum(), (qkv * gradient).sum())
+
+
 def test_each_program_sums_many_rows(device: torch.device) -> None:
     accurate(torch.randn(2, 35, 3, 2, 128), {}, weights(128), torch.float32, device)
 
