@@ -236,7 +236,7 @@ def test_sums_over_tokens(
     (exact,) = torch.autograd.grad(plain_attention(qkv.double() + bias), bias, saved[0].double())
     largest = gradient.double().abs().sum((0, 1)).max()
     error = (runs[0] - exact.flatten()).abs().max() / largest
-    assert error < torch.finfo(dtype).eps, error / torch.finfo(dtype).eps
+    assert error < 8 * torch.finfo(dtype).eps  # scores of about 10 are rounded too
 
 
 def test_large_heads_run_the_reference(implementation: str, device: torch.device) -> None:
