@@ -113,11 +113,13 @@ class GatedHalf(NamedTuple):
     def __call__(self, x: Tensor) -> Tensor:
         weights = [layer.weight for layer in self.fc1]
         biases = [_or_zeros(layer.bias, layer.weight) for layer in self.fc1]
+        packed = len(weights) == 1
         return layer_norm_swiglu(
             x,
             self.norm.weight,
             self.norm.bias,
-            *((weights[0], biases[0]) if len(weights) == 1 else (weights, biases)),
+            weights[0] if packed else weights,
+            biases[0] if packed else biases,
             self.fc2.weight,
             self.fc2.bias,
             eps=self.norm.eps,
@@ -174,10 +176,12 @@ class FusedBlock(GatheredWhole, Fused):
         mlp_branch: Callable[[Any], Tensor],
     ) -> Tensor:
         """Both halves; the branches are what the library adds to x, for a half that cannot run fused."""
-        attends = not isinstance(attention, str) and attention.accepts(x)
-        if attends and isinstance(mlp, MlpHalf) and mlp.accepts(x) and are_one(attention, mlp):
+        if isinstance(attention, str) or not attention.accepts(x):
+            x = x + attention_branch(x)
+        elif isinstance(mlp, MlpHalf) and mlp.accepts(x) and are_one(attention, mlp):
             return whole_block(x, attention, mlp)
-        x = attention(x) if attends else x + attention_branch(x)
+        else:
+            x = attention(x)
         if isinstance(mlp, str) or not mlp.accepts(x):
             return x + mlp_branch(x)
         return mlp(x)

@@ -16,7 +16,7 @@ from torch import nn
 
 import fastvit_kernels
 from fastvit_kernels.hub.build import BACKENDS, build
-from tests.kernels.integrations.equality import BOTH, assert_equal, randomised, rows
+from tests.kernels.integrations.equality import WHOLE, assert_equal, randomised, rows
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip(
@@ -183,7 +183,7 @@ def test_accelerate_of_a_kernel_fuses_whole_blocks(kernel: ModuleType) -> None:
     model = plain("vit").train()
     ours = copy.deepcopy(model)
     acceleration = kernel.accelerate(ours)
-    assert rows(acceleration)["layers.0"] == BOTH
+    assert rows(acceleration)["layers.0"] == WHOLE
     assert type(ours.layers[0]).__mro__[1].__module__ == f"{kernel.__name__}.integrations.transformers"
     assert_equal(ours, model, run)
 
