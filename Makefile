@@ -59,10 +59,12 @@ hub-kernel: $(VENV)/.installed  ## write the kernels for Hugging Face's `kernels
 	$(BIN)/python -m fastvit_kernels.hub --out build/fastvit-kernels
 
 # torch is installed first, by itself: packages installed later then find their requirement of torch already satisfied.
+# The assembler comes last, without what the rest of its package requires: 80 MB.
 $(VENV)/.installed: pyproject.toml kernels/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./kernels --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps "nvidia-cuda-nvcc; platform_system == 'Linux'"
 	touch $@
 
 # For another machine: Linux on x86-64, with the Python of PYTHON_VERSION.

@@ -58,7 +58,7 @@ FAULTS = (
         triton=((3, 7, 1), (3, 7, 2)),
     ),
     Fault(
-        "wrong results of two products that add to one accumulator in one step of a loop",
+        "wrong results of two products that add to one accumulator in one step of a loop; attention keeps them apart",
         "triton-lang/triton#10821",
         ("sm_100", "sm_103"),
         triton=((0,), (3, 9)),

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastvit_kernels import attention, attention_qkv, dispatch
 from fastvit_kernels.attention import launch, tiling
+from fastvit_kernels.column_sums import ColumnSums
 from tests.in_full import IN_FULL, in_full
 from tests.kernels.numerics import assert_accurate
 
@@ -203,6 +204,34 @@ def test_gradients_are_the_same_bits_in_every_run(shape: tuple[int, ...], device
     cotangent = torch.randn(*shape[:2], shape[2] * shape[3], device=device).bfloat16()
     first, second = (torch.autograd.grad(attention(qkv), qkv, cotangent)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "head_dim", "dtype"),
+    [(37, 24, torch.float32), (129, 16, torch.bfloat16), in_full(133, 80, torch.bfloat16)],
+)
+def test_sums_over_tokens(
+    tokens: int, head_dim: int, dtype: torch.dtype, implementation: str, device: torch.device
+) -> None:
+    """They are the gradient of a bias of qkv, and change no bit of the gradient of qkv."""
+    if implementation == "reference":
+        pytest.skip("does not apply: a promise of the kernels alone")
+    qkv = random_qkv(3, tokens, 2, head_dim).to(device, dtype)
+    out, lse = launch.launch_forward(qkv)
+    saved = torch.randn_like(out), qkv, out, lse
+    gradient = launch.launch_backward(*saved)
+    runs = []
+    for _ in range(2):
+        column_sum, sums = torch.full([qkv[0, 0].numel()], torch.nan, device=device), ColumnSums()
+        assert torch.equal(launch.launch_backward_and_sums(*saved, column_sum, sums), gradient)
+        sums.launch()
+        runs.append(column_sum)
+    assert torch.equal(*runs)
+    bias = torch.zeros(3, 2, head_dim, dtype=torch.float64, device=device, requires_grad=True)
+    (exact,) = torch.autograd.grad(plain_attention(qkv.double() + bias), bias, saved[0].double())
+    largest = gradient.double().abs().sum((0, 1)).max()
+    error = (runs[0] - exact.flatten()).abs().max() / largest
+    assert error < torch.finfo(dtype).eps, error / torch.finfo(dtype).eps
 
 
 def test_large_heads_run_the_reference(implementation: str, device: torch.device) -> None:

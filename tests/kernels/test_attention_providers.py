@@ -109,7 +109,7 @@ def test_a_block_runs_fused_with_attention_of_a_library(library: OnCpu) -> None:
     for setting in ("attention=cudnn", "*=triton"):
         with dispatch.using(setting):
             y = block(x)
-            results.append((y, *torch.autograd.grad(y.float().square().sum(), x)))
+            results.append((y, *torch.autograd.grad(y.float().square().sum(), [x, block.attn.qkv.bias])))
     assert library.calls == ["forward", "backward"]
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)

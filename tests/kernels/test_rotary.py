@@ -100,6 +100,10 @@ def test_norms_alone_and_in_part(device: torch.device) -> None:
     accurate(qkv, angles(2, 40, "half"), {"k_norm_weight": torch.randn(40)}, torch.float32, device)
 
 
+def test_each_program_sums_many_rows(device: torch.device) -> None:
+    accurate(torch.randn(2, 35, 3, 2, 128), {}, weights(128), torch.float32, device)
+
+
 @pytest.mark.parametrize("hostile", ["offset", "one huge", "constant rows"])
 def test_hostile_rows(hostile: str, device: torch.device) -> None:
     qkv = torch.randn(2, 3, 3, 2, 40)

@@ -65,6 +65,10 @@ def test_mlp_alone(dtype: torch.dtype, device: torch.device) -> None:
     assert_accurate(swiglu_mlp, plain_mlp, arguments, dtype, device)
 
 
+def test_each_program_sums_many_rows(device: torch.device) -> None:
+    assert_accurate(swiglu_mlp, plain_mlp, inputs(1, 300, 4, 20, norm=False), torch.float32, device)
+
+
 @pytest.mark.parametrize("hostile", ["offset", "one huge", "saturated"])
 def test_hostile_rows(hostile: str, device: torch.device) -> None:
     arguments = inputs(3, 5, 80, 100, scaled=True)

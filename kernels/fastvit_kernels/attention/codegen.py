@@ -6,7 +6,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastvit_kernels.attention.launch import Call, launch_forward, launch_gradients
+from fastvit_kernels.attention.launch import (
+    Call,
+    fake_forward,
+    launch_backward_and_sums,
+    launch_forward,
+    launch_gradients,
+)
+from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.tuning.codegen import Case
 
 KERNELS = ("attention_fwd_kernel", "attention_bwd_query_kernel", "attention_bwd_key_kernel")
@@ -27,6 +34,14 @@ def cases() -> Iterator[Case]:
     ]:
         packed = Call(on_meta(BATCH, tokens, 3, heads, head_dim))
         yield Case(f"{name}: {tokens} tokens, {heads} x {head_dim}", partial(launch, packed), KERNELS)
+    for name, tokens, heads, head_dim in [
+        ("H/14 at 336", 577, 16, 80),  # those of smaller models are in the tables of the blocks
+        ("So400m/14", 256, 16, 72),
+        ("g/14", 257, 16, 88),
+        ("G/14", 257, 16, 104),
+    ]:
+        qkv = on_meta(BATCH, tokens, 3, heads, head_dim)
+        yield Case(f"{name}, bias of q, k and v", partial(launch_with_sums, qkv), KERNELS[1:2])
     yield Case(
         "257 tokens, 16 x 80, float32", partial(launch, Call(on_meta(BATCH, 257, 3, 16, 80, dtype=torch.float32)))
     )
@@ -58,3 +73,8 @@ def on_meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 def launch(call: Call) -> None:
     out, lse = launch_forward(*call)
     launch_gradients(out, out, lse, True, *call)
+
+
+def launch_with_sums(qkv: Tensor) -> None:
+    out, lse = fake_forward(qkv)
+    launch_backward_and_sums(out, qkv, out, lse, qkv.new_empty(qkv[0, 0].numel()), ColumnSums())

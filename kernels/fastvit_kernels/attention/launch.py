@@ -18,6 +18,7 @@ from fastvit_kernels.attention.tiling import (
     forward_tiling,
     pieces,
 )
+from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu
 from fastvit_kernels.registration import register_gradient, register_op
 
@@ -78,22 +79,56 @@ def launch_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> 
     return launch_gradients(grad_out, out, lse, False, qkv)[0]
 
 
-def launch_gradients(
-    grad_out: Tensor, out: Tensor, lse: Tensor, bias_needs_it: bool, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def launch_backward_and_sums(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, column_sum: Tensor, sums: ColumnSums
+) -> Tensor:
+    """`launch_backward`, and the sum of the gradient over all tokens: what a bias that was added to qkv gets.
+
+    After `sums.launch()` it is in column_sum [3*H*d], contiguous, any floating dtype. The part of the queries is a sum
+    of the gradient before it is rounded. The probabilities of a query add up to 1, so the part of the values is the sum
+    of `grad_out`. A bias of the keys adds the same to all scores of a query and changes nothing: its gradient is 0.
+    """
+    gradients = fake_gradients(grad_out, out, lse, False, qkv)
+    partial = write_gradients(Call(qkv), grad_out, out, lse, gradients, with_sums=True)
+    if not partial:
+        summed = gradients[0].select(-3, 0).flatten(-2), grad_out
+        partial = tuple(gradient.sum((0, 1), dtype=torch.float32)[None] for gradient in summed)
+    of_queries, of_output = partial
+    for_queries, for_keys, for_values = column_sum.chunk(3)
+    sums.add(of_queries, for_queries)
+    sums.add(of_queries[:0], for_keys)  # no rows add up to 0
+    sums.add(of_output, for_values)
+    return gradients[0]
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def launch_gradients(grad_out: Tensor, out: Tensor, lse: Tensor, bias_needs_it: bool, *arguments: Any) -> Gradients:
     """Gradients of q, k, v and the bias, see `fake_gradients`; `arguments` are those of `Call`."""
-    call, gradients = Call(*arguments), fake_gradients(grad_out, out, lse, bias_needs_it, *arguments)
+    gradients = fake_gradients(grad_out, out, lse, bias_needs_it, *arguments)
+    write_gradients(Call(*arguments), grad_out, out, lse, gradients)
+    return gradients
+
+
+def write_gradients(
+    call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, gradients: Gradients, with_sums: bool = False
+) -> tuple[Tensor, ...]:
+    """Fills `gradients`. Returns partial column sums, `with_sums` (not with lengths) and if our kernels run, else ().
+
+    They are those of the gradients of q and of the output, [programs, H*d] float32 each.
+    """
     q, k, v = separate(call)
     grad_q, grad_k, grad_v = gradients[0].unbind(-3) if call.k is None else gradients[:3]
     if q.numel() == 0 or k.numel() == 0:
         for gradient in gradients:
             gradient.zero_()
-        return gradients
+        return ()
     if (runs := providers.chosen(providers.backward_runs, q, call.plain)) != "triton":
         of_each = providers.backward(runs, grad_out, q, k, v, out, lse)
         for gradient, computed in zip((grad_q, grad_k, grad_v), of_each, strict=True):
             gradient.copy_(computed)
-        return gradients
+        return ()
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
     delta = torch.empty_like(lse)
@@ -103,16 +138,24 @@ def launch_gradients(
         "lse_ptr": lse,
     }
     programs, cut = cuts(backward_query_tiling, call, q, k, call.max_seqlen_q)
+    heads, head_dim = q.shape[-2:]
+    sums = tuple(lse.new_empty(programs // heads, heads * head_dim) for _ in range(2)) if with_sums else ()
     kernels.attention_bwd_query_kernel[programs,](
-        out_ptr=out, delta_ptr=delta, grad_q_ptr=grad_q, stride_grad=grad_q.stride(-3), **common, **cut
+        out_ptr=out,
+        delta_ptr=delta,
+        grad_q_ptr=grad_q,
+        sums=sums or None,
+        stride_grad=grad_q.stride(-3),
+        **common,
+        **cut,
     )
     programs, cut = cuts(backward_key_tiling, call, k, q, call.max_seqlen_k)
     kernels.attention_bwd_key_kernel[programs,](
         delta_ptr=delta, grad_k_ptr=grad_k, grad_v_ptr=grad_v, stride_grad=grad_k.stride(-3), **common, **cut
     )
-    if call.bias is not None and bias_needs_it:
+    if call.bias is not None and gradients[3].numel() > 0:
         launch_bias_gradient(q, k, delta, gradients[3], common)
-    return gradients
+    return sums
 
 
 def launch_bias_gradient(q: Tensor, k: Tensor, delta: Tensor, grad_bias: Tensor, common: dict[str, Any]) -> None:
@@ -140,9 +183,7 @@ def launch_bias_gradient(q: Tensor, k: Tensor, delta: Tensor, grad_bias: Tensor,
     grad_bias.copy_(parts.sum(0))
 
 
-def fake_gradients(
-    grad_out: Tensor, out: Tensor, lse: Tensor, bias_needs_it: bool, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake_gradients(grad_out: Tensor, out: Tensor, lse: Tensor, bias_needs_it: bool, *arguments: Any) -> Gradients:
     call = Call(*arguments)
     grad_k, grad_v = (call.q.new_empty(0 if part is None else part.shape) for part in (call.k, call.v))
     bias = call.bias if bias_needs_it else None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.attention.launch import launch_backward as attention_backward
+from fastvit_kernels.attention.launch import launch_backward_and_sums as attention_backward_and_sums
 from fastvit_kernels.attention.launch import launch_forward as attention_forward
 from fastvit_kernels.attention.tiling import MAX_HEAD_DIM
 from fastvit_kernels.attention_block import reference
@@ -235,11 +236,13 @@ def half_gradients(
         return gradients
 
     grad_attended = products.input_gradient(grad.scaled, end.weight).view(kept.attended.shape)
-    grad_qkv = attention_backward(grad_attended, kept.qkv, kept.attended, kept.lse).view(-1, call.qkv_weight.shape[0])
+    attended = grad_attended, kept.qkv, kept.attended, kept.lse
     if needs["qkv_bias"]:
-        partial = products.scale_gradient(grad_qkv, None)
-        gradients["qkv_bias"] = torch.empty_like(call.qkv_bias)
-        sums.add(partial, gradients["qkv_bias"])
+        gradients["qkv_bias"] = call.qkv_bias.new_empty(call.qkv_bias.shape)
+        grad_qkv = attention_backward_and_sums(*attended, gradients["qkv_bias"], sums)
+    else:
+        grad_qkv = attention_backward(*attended)
+    grad_qkv = grad_qkv.view(-1, call.qkv_weight.shape[0])
     if needs["qkv_weight"]:
         normed = kept.normed
         if normed.ndim != 2:

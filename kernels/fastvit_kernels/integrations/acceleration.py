@@ -59,7 +59,8 @@ class Acceleration:
         rows = self.rows
         table = [("module", "type", "runs as", "by", "left alone")]
         for row in rows:
-            by = " + ".join(plan.runs for plan in row.plans)
+            runs = [plan.runs for plan in row.plans]
+            by = runs[0] if len(set(runs)) == 1 else " + ".join(runs)
             table.append((row.path, row.type, " + ".join(row.fused) or "-", by, row.left_alone))
         widths = [max(len(line[column]) for line in table) for column in range(4)]
         lines = [

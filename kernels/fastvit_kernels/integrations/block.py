@@ -1,16 +1,18 @@
-"""A pre-norm block of another library, run as `attention_block` and `layer_norm_mlp` on the block's own parameters.
+"""A pre-norm block of another library, run as `transformer_block` on the block's own parameters.
 
 A library's file says where in its blocks the parameters are. It is asked at each call, not once: what has been changed
 since (a rate, a hook, an exchanged layer) is seen, and a half that is no longer standard runs as its library wrote it.
+The other half runs fused then, as `attention_block` or `layer_norm_mlp`, and so do both where they cannot be one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastvit_kernels.attention_block import attention_block
+from fastvit_kernels.block import transformer_block
 from fastvit_kernels.gathered import GatheredWhole
 from fastvit_kernels.integrations.checks import check_forward, fits
 from fastvit_kernels.integrations.fused import Fused, Reading
@@ -33,19 +35,26 @@ class AttentionHalf(NamedTuple):
     def accepts(self, x: Any) -> bool:
         return fits(x, self.proj.weight) and x.ndim == 3
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Weight and bias of the norm, of the packed queries, keys and values, and of the projection."""
         # Three matrices are copied into one, 3 * D * D numbers at each call and their gradients back: less than
         # copying three outputs of B * N * D numbers as soon as there are more tokens than channels.
-        biases = [_or_zeros(b, w) for b, w in zip(self.qkv_biases, self.qkv_weights, strict=True)]
-        packed = len(self.qkv_weights) == 1
-        return attention_block(
-            x,
+        weights = self.qkv_weights
+        biases = [_or_zeros(bias, weight) for bias, weight in zip(self.qkv_biases, weights, strict=True)]
+        packed = len(weights) == 1
+        return (
             self.norm.weight,
             self.norm.bias,
-            self.qkv_weights[0] if packed else torch.cat(list(self.qkv_weights)),
+            weights[0] if packed else torch.cat(list(weights)),
             biases[0] if packed else torch.cat(biases),
             self.proj.weight,
             _or_zeros(self.proj.bias, self.proj.weight),
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return attention_block(
+            x,
+            *self.parameters(),
             heads=self.heads,
             eps=self.norm.eps,
             layer_scale=self.layer_scale,
@@ -69,21 +78,49 @@ class MlpHalf(NamedTuple):
     def accepts(self, x: Any) -> bool:
         return fits(x, self.fc1.weight) and x.ndim == 3
 
+    def parameters(self) -> tuple[Tensor, ...]:
+        """Weight and bias of the norm and of both layers."""
+        fc1, fc2 = self.fc1, self.fc2
+        biases = _or_zeros(fc1.bias, fc1.weight), _or_zeros(fc2.bias, fc2.weight)
+        return self.norm.weight, self.norm.bias, fc1.weight, biases[0], fc2.weight, biases[1]
+
     def __call__(self, x: Tensor) -> Tensor:
         return layer_norm_mlp(
             x,
-            self.norm.weight,
-            self.norm.bias,
-            self.fc1.weight,
-            _or_zeros(self.fc1.bias, self.fc1.weight),
-            self.fc2.weight,
-            _or_zeros(self.fc2.bias, self.fc2.weight),
+            *self.parameters(),
             eps=self.norm.eps,
             activation=self.activation,
             layer_scale=self.layer_scale,
             dropout=self.dropout,
             drop_path=self.drop_path,
         )
+
+
+def are_one(attention: AttentionHalf, mlp: MlpHalf) -> bool:
+    """Whether the halves are one `transformer_block`, which has one eps and one drop path, and no mask.
+
+    With dropout it would run the two halves itself.
+    """
+    return (
+        attention.norm.eps == mlp.norm.eps
+        and attention.drop_path == mlp.drop_path
+        and attention.dropout == mlp.dropout == 0
+        and not attention.causal
+    )
+
+
+def whole_block(x: Tensor, attention: AttentionHalf, mlp: MlpHalf) -> Tensor:
+    return transformer_block(
+        x,
+        *attention.parameters(),
+        *mlp.parameters(),
+        heads=attention.heads,
+        eps=attention.norm.eps,
+        activation=mlp.activation,
+        layer_scale1=attention.layer_scale,
+        layer_scale2=mlp.layer_scale,
+        drop_path=attention.drop_path,
+    )
 
 
 class FusedBlock(GatheredWhole, Fused):
@@ -98,8 +135,26 @@ class FusedBlock(GatheredWhole, Fused):
     def mlp_half(cls, block: Any, training: bool | None = None) -> MlpHalf | str:
         raise NotImplementedError
 
+    @staticmethod
+    def run(
+        x: Any,
+        attention: AttentionHalf | str,
+        mlp: MlpHalf | str,
+        attention_branch: Callable[[Any], Tensor],
+        mlp_branch: Callable[[Any], Tensor],
+    ) -> Tensor:
+        """Both halves; the branches are what the library adds to x, for a half that cannot run fused."""
+        attends = not isinstance(attention, str) and attention.accepts(x)
+        if attends and not isinstance(mlp, str) and mlp.accepts(x) and are_one(attention, mlp):
+            return whole_block(x, attention, mlp)
+        x = attention(x) if attends else x + attention_branch(x)
+        if isinstance(mlp, str) or not mlp.accepts(x):
+            return x + mlp_branch(x)
+        return mlp(x)
+
     @classmethod
     def reading(cls, module: nn.Module) -> Reading:
+        """In the module's present mode both halves may be one operation; what training excludes is always told."""
         if reason := check_forward("the block", module):
             return Reading((), (reason,))
         fused, left_alone = [], []
@@ -111,6 +166,9 @@ class FusedBlock(GatheredWhole, Fused):
             fused.append(operation)
             if isinstance(training, str):
                 left_alone.append(f"no {operation} in training: {training}")
+        attention, mlp = cls.attention_half(module), cls.mlp_half(module)
+        if not isinstance(attention, str) and not isinstance(mlp, str) and are_one(attention, mlp):
+            fused = ["block"]
         return Reading(tuple(fused), tuple(left_alone))
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from fastvit_kernels import dispatch
 
 OPERATION_OF = {"layer_norm_mlp": "mlp"}  # the function that a module runs as -> its name in FASTVIT_KERNELS
+HALVES = ("attention_block", "layer_norm_mlp")  # of a block
 
 
 class Reading(NamedTuple):
@@ -31,8 +32,10 @@ class Fused(nn.Module):
     @classmethod
     def plans(cls, module: nn.Module) -> list[dispatch.Plan]:
         """Who runs each of the operations that `reading` says the module consists of, with the weights it has now."""
-        weight = next(module.parameters())
-        return [dispatch.plan_for(OPERATION_OF.get(name, name), weight) for name in cls.reading(module).fused]
+        weight, fused = next(module.parameters()), cls.reading(module).fused
+        if fused == ("block",) and dispatch.plan_for("block", weight).runs == "reference":
+            fused = HALVES  # each of them chooses for itself
+        return [dispatch.plan_for(OPERATION_OF.get(name, name), weight) for name in fused]
 
     def extra_repr(self) -> str:
         runs = " + ".join(dict.fromkeys(plan.runs for plan in self.plans(self)))

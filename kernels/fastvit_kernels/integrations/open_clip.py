@@ -41,14 +41,12 @@ def classes() -> dict[type[nn.Module], type[Fused]]:
 _looked_at = WeakTensorKeyDictionary()  # masks, and for each of their views whether it is causal
 
 
-def may_mask(mask: Tensor | None, tokens: int) -> bool:
-    """Whether there is no mask, or an additive one [N, N] that hides from each token those behind it, and nothing else.
+def is_causal(mask: Tensor, tokens: int) -> bool:
+    """Whether the mask is an additive one [N, N] that hides from each token those behind it, and nothing else.
 
     Every layer is given a view of the same buffer: its numbers are read once, for which a GPU has to be waited for. A
     compiler cannot read them, so under torch.compile no mask is known to be causal.
     """
-    if mask is None:
-        return True
     if torch.compiler.is_compiling() or type(mask) is not Tensor or mask.is_meta or mask.is_inference():
         return False
     if mask.shape != (tokens, tokens) or not mask.is_floating_point() or mask.requires_grad:
@@ -70,13 +68,16 @@ class OpenClipBlock(FusedBlock):
         if k_x is not None or v_x is not None or exchanged_forward(self):
             return super().forward(q_x, k_x, v_x, attn_mask)
         attention, mlp = self.attention_half(self), self.mlp_half(self)
-        if isinstance(attention, str) or not attention.accepts(q_x) or not may_mask(attn_mask, q_x.shape[1]):
-            x = q_x + block.ls_1(block.attention(q_x=block.ln_1(q_x), attn_mask=attn_mask))
-        else:
-            x = attention._replace(causal=attn_mask is not None)(q_x)
-        if isinstance(mlp, str) or not mlp.accepts(x):
-            return x + block.ls_2(block.mlp(block.ln_2(x)))
-        return mlp(x)
+        if not isinstance(attention, str) and attn_mask is not None:
+            causal = attention.accepts(q_x) and is_causal(attn_mask, q_x.shape[1])
+            attention = attention._replace(causal=True) if causal else "a mask"
+        return self.run(
+            q_x,
+            attention,
+            mlp,
+            lambda x: block.ls_1(block.attention(q_x=block.ln_1(x), attn_mask=attn_mask)),
+            lambda x: block.ls_2(block.mlp(block.ln_2(x))),
+        )
 
     @classmethod
     def attention_half(cls, block: Any, training: bool | None = None) -> AttentionHalf | str:

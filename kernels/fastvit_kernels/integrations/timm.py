@@ -45,13 +45,13 @@ class TimmBlock(FusedBlock):
             return super().forward(x, *args, **kwargs)
         attention, mlp = self.attention_half(self), self.mlp_half(self)
         masked = any(option is not None and option is not False for option in (*args, *kwargs.values()))
-        if isinstance(attention, str) or masked or not attention.accepts(x):
-            x = x + block.drop_path1(block.ls1(block.attn(block.norm1(x), *args, **kwargs)))
-        else:
-            x = attention(x)
-        if isinstance(mlp, str) or not mlp.accepts(x):
-            return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
-        return mlp(x)
+        return self.run(
+            x,
+            "a mask" if masked else attention,
+            mlp,
+            lambda x: block.drop_path1(block.ls1(block.attn(block.norm1(x), *args, **kwargs))),
+            lambda x: block.drop_path2(block.ls2(block.mlp(block.norm2(x)))),
+        )
 
     @classmethod
     def attention_half(cls, block: Any, training: bool | None = None) -> AttentionHalf | str:

@@ -83,17 +83,17 @@ class FusedLayer(FusedBlock):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if exchanged_forward(self):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        x, names = hidden_states, self.names
-        attention, mlp = self.attention_half(self), self.mlp_half(self)
-        if isinstance(attention, str) or attention_mask is not None or asks(kwargs) or not attention.accepts(x):
-            norm, attend = getattr(self, names.norms[0]), getattr(self, names.attention)
-            x = x + self.tail(0, attend(norm(x), attention_mask=attention_mask, **kwargs)[0])
-        else:
-            x = attention(x)
-        if isinstance(mlp, str) or not mlp.accepts(x):
-            layer: Any = self
-            return x + self.tail(1, layer.mlp(getattr(self, names.norms[1])(x)))
-        return mlp(x)
+        layer: Any = self
+        norm1, norm2 = (getattr(self, name) for name in self.names.norms)
+        attend = getattr(self, self.names.attention)
+        asked = attention_mask is not None or asks(kwargs)
+        return self.run(
+            hidden_states,
+            "a mask or weights" if asked else self.attention_half(self),
+            self.mlp_half(self),
+            lambda x: self.tail(0, attend(norm1(x), attention_mask=attention_mask, **kwargs)[0]),
+            lambda x: self.tail(1, layer.mlp(norm2(x))),
+        )
 
     def tail(self, half: int, branch: Tensor) -> Tensor:
         for name in self.names.tails[half]:

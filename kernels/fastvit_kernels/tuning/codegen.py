@@ -9,7 +9,8 @@ says nothing about speed.
 
 Three columns are about the asynchronous matrix products of Hopper. `serialised` counts the messages by which ptxas says
 that it lets none of them overlap with anything, which costs a large part of their speed; `waits` is then as large as
-`matrix instructions`. `hazards` counts instructions that overwrite what a product has still to read: see `sass`.
+`matrix instructions`. `hazards` counts instructions that overwrite what a product has still to read: see `sass`. For
+sm_100, it counts products that add to the one just before, which Triton before 3.9 may compile to wrong results.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields
@@ -82,9 +83,9 @@ class Compiled:
     spill_loads: int
     shared_bytes: int  # a program
     matrix_instructions: int  # HMMA on sm_80, HGMMA on sm_90, tcgen05 on sm_100, MFMA on gfx942
-    waits: int  # for HGMMA; this and the next two are of sm_90, and 0 elsewhere
+    waits: int  # for HGMMA; this and the next are of sm_90, and 0 elsewhere
     serialised: int  # messages C7510 to C7515 of ptxas
-    hazards: int
+    hazards: int  # 0 for sm_80 and gfx942
     is_matrix_kernel: bool
 
 
@@ -104,26 +105,31 @@ def compile_case(op: str, index: int, target: str) -> list[Compiled]:
 
 def compiled(op: str, case: Case, target: Target) -> list[Compiled]:
     """Every kernel that the case launches, in order."""
-    results = []
-    with dispatch.compiling_for(target.gpu), launches_compiled(target.compiler) as kernels:
-        case.launch()
-    for kernel in kernels:
-        name = kernel.metadata.name
-        results.append(
-            Compiled(
-                op,
-                case.name,
-                name,
-                target.gpu.arch,
-                kernel.metadata.num_warps,
-                shared_bytes=kernel.metadata.shared,
-                is_matrix_kernel=name in case.matrix_kernels,
-                **read(kernel, target.gpu.arch),
-            )
-        )
+    results = [result(op, case, target, kernel) for kernel in launched(case, target)]
     if missing := set(case.matrix_kernels) - {result.kernel for result in results}:
         raise ValueError(f"case {case.name!r} of {op} does not launch {', '.join(sorted(missing))}")
     return results
+
+
+def launched(case: Case, target: Target, wanted: Collection[str] | None = None) -> list[Any]:
+    """Triton's compiled kernels of a case, in order: all, or those of the names `wanted`."""
+    with dispatch.compiling_for(target.gpu), launches_compiled(target.compiler, wanted) as kernels:
+        case.launch()
+    return kernels
+
+
+def result(op: str, case: Case, target: Target, kernel: Any) -> Compiled:
+    name, arch = kernel.metadata.name, target.gpu.arch
+    return Compiled(
+        op,
+        case.name,
+        name,
+        arch,
+        kernel.metadata.num_warps,
+        shared_bytes=kernel.metadata.shared,
+        is_matrix_kernel=name in case.matrix_kernels,
+        **read(kernel, arch),
+    )
 
 
 def compile_all(ops: Sequence[str], targets: Sequence[str], jobs: int) -> list[Compiled]:
@@ -150,15 +156,22 @@ class OfflineDriver:
 
 
 @contextmanager
-def launches_compiled(target: GPUTarget) -> Iterator[list[Any]]:
-    """Inside, a kernel launch compiles for `target`, runs nothing, and appends the compiled kernel to the list."""
+def launches_compiled(target: GPUTarget, wanted: Collection[str] | None = None) -> Iterator[list[Any]]:
+    """Inside, a kernel launch compiles for `target`, runs nothing, and appends the compiled kernel to the list.
+
+    Launches of kernels that are not `wanted` do nothing at all; None wants all.
+    """
     if knobs.runtime.interpret:
         raise RuntimeError("kernels cannot be compiled while TRITON_INTERPRET=1 is set")
     compiled: list[Any] = []
     run, active = JITFunction.run, driver._active
 
     def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
+        if wanted is None or kernel.__name__ in wanted:
+            with messages_kept() as said:
+                compiled.append(run(kernel, *args, grid=grid, warmup=True, **kwargs))
+            if said.getvalue():  # nothing is said of a kernel that was found in Triton's cache
+                _said[compiled[-1].asm["ptx"]] = said.getvalue()
 
     JITFunction.run = compile_only
     driver.set_active(OfflineDriver(target))
@@ -169,22 +182,49 @@ def launches_compiled(target: GPUTarget) -> Iterator[list[Any]]:
         driver._active = active
 
 
+_said: dict[str, str] = {}  # by PTX: what ptxas said when it assembled it
+
+
+@contextmanager
+def messages_kept() -> Iterator[io.StringIO]:
+    """Inside, what ptxas says is kept instead of thrown away."""
+    said = io.StringIO()
+    try:
+        with knobs.nvidia.scope(), redirect_stdout(said):
+            knobs.nvidia.dump_ptxas_log = True
+            yield said
+    except Exception:
+        print(said.getvalue())
+        raise
+
+
 def read(kernel: Any, target: str) -> dict[str, int]:
     """What the machine code of a compiled kernel says, by the names of `Compiled`."""
     return read_amd(kernel) if target.startswith("gfx") else read_nvidia(kernel, target)
 
 
 def read_nvidia(kernel: Any, target: str) -> dict[str, int]:
-    cubin, ptx = kernel.asm["cubin"], kernel.asm["ptx"]
-    usage = cuobjdump(cubin, "-res-usage")
+    return read_cubin(kernel, target, kernel.asm["cubin"], lambda: messages(kernel))
+
+
+def read_assembled(kernel: Any, target: str) -> dict[str, int]:
+    """What the code says that the ptxas of `TRITON_PTXAS_PATH` makes of a kernel, whichever assembled it before."""
+    cubin, said = assembled(kernel)
+    return read_cubin(kernel, target, cubin, lambda: said)
+
+
+def read_cubin(kernel: Any, target: str, cubin: bytes, said: Callable[[], str]) -> dict[str, int]:
+    ptx, usage = kernel.asm["ptx"], cuobjdump(cubin, "-res-usage")
     stack_bytes = number(r"STACK:(\d+)", usage)
     asynchronous = "wgmma.mma_async" in ptx
     # without a stack nothing spills, and without mma in PTX there is none in the machine code: no need to look
     text = cuobjdump(cubin, "-sass") if stack_bytes or ("mma" in ptx and target != "sm_100") else ""
     if target == "sm_100":
         matrix_instructions = len(re.findall(r"tcgen05\.mma", ptx))
+        hazards = chained_products(kernel.asm["ttir"]) if matrix_instructions else 0
     else:
         matrix_instructions = len(re.findall(r"\bHGMMA\b" if target == "sm_90" else r"\bHMMA\b", text))
+        hazards = sass.hazards(text) if asynchronous else 0
     return {
         "registers": number(r"REG:(\d+)", usage),
         "stack_bytes": stack_bytes,
@@ -192,19 +232,38 @@ def read_nvidia(kernel: Any, target: str) -> dict[str, int]:
         "spill_loads": len(re.findall(r"\bLDL\b", text)),
         "matrix_instructions": matrix_instructions,
         "waits": sass.waits(text) if asynchronous else 0,
-        "serialised": len(re.findall(r"\(C751[0-5]\)", messages(kernel))) if asynchronous else 0,
-        "hazards": sass.hazards(text) if asynchronous else 0,
+        "serialised": len(re.findall(r"\(C751[0-5]\)", said())) if asynchronous else 0,
+        "hazards": hazards,
     }
 
 
+def chained_products(ttir: str) -> int:
+    """How many products of a kernel in Triton's IR add to the result of another, not counting that of a loop."""
+    products: set[str] = set()
+    chained = 0
+    for name, operation, operands in re.findall(r"(%\w+)(?::\d+)? = (\S+)(.*)", ttir):
+        if operation != "tt.dot":
+            products.discard(name)  # regions side by side may use a name for different things
+            continue
+        chained += operands.split(",")[2].split()[0] in products
+        products.add(name)
+    return chained
+
+
 def messages(kernel: Any) -> str:
-    """What ptxas says when it assembles a kernel. It is assembled again, as Triton keeps no messages."""
+    """What ptxas says when it assembles a kernel: again, for one from Triton's cache, which keeps no messages."""
+    ptx = kernel.asm["ptx"]
+    if ptx not in _said:
+        _said[ptx] = assembled(kernel)[1]
+    return _said[ptx]
+
+
+def assembled(kernel: Any) -> tuple[bytes, str]:
+    """Machine code of a kernel's PTX, and what ptxas says of it."""
     target = kernel.metadata.target
-    said = io.StringIO()
-    with knobs.nvidia.scope(), redirect_stdout(said):
-        knobs.nvidia.dump_ptxas_log = True
-        CUDABackend(target).make_cubin(kernel.asm["ptx"], {}, kernel.metadata, target.arch)
-    return said.getvalue()
+    with messages_kept() as said:
+        cubin = CUDABackend(target).make_cubin(kernel.asm["ptx"], {}, kernel.metadata, target.arch)
+    return cubin, said.getvalue()
 
 
 def read_amd(kernel: Any) -> dict[str, int]:

@@ -57,4 +57,5 @@ def rows(acceleration: Acceleration) -> dict[str, tuple[str, str]]:
     return {row.path: (" + ".join(row.fused), row.left_alone) for row in acceleration.rows}
 
 
-BOTH = ("attention_block + layer_norm_mlp", "")
+WHOLE = ("block", "")
+HALVES = ("attention_block + layer_norm_mlp", "")

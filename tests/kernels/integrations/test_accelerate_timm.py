@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastvit_kernels import accelerate
-from tests.kernels.integrations.equality import BOTH, accelerated, assert_equal, randomised, relative, rows
+from fastvit_kernels import accelerate, dispatch
+from tests.kernels.integrations.equality import HALVES, WHOLE, accelerated, assert_equal, randomised, relative, rows
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 vision_transformer = pytest.importorskip("timm.models.vision_transformer", reason="timm is not installed")
@@ -46,9 +46,13 @@ def test_vits_are_fused_and_equal(calls: Counter[str], options: dict[str, Any], 
     model = vit(**options).train()
     ours, acceleration = accelerated(model)
     assert_equal(ours, model, run)  # the random numbers of dropout and drop path are drawn in the same order
-    assert calls == {"patch_embed": 1, "attention_block": 2, "layer_norm_mlp": 2, "layer_norm": layer_norms}
-    assert rows(acceleration)["blocks.0"] == rows(acceleration)["blocks.1"] == BOTH
+    drops = "proj_drop_rate" in options
+    blocks = {"attention_block": 2, "layer_norm_mlp": 2} if drops else {"transformer_block": 2}
+    assert calls == {"patch_embed": 1, **blocks, "layer_norm": layer_norms}
+    assert rows(acceleration)["blocks.0"] == rows(acceleration)["blocks.1"] == (HALVES if drops else WHOLE)
+    calls.clear()
     assert_equal(ours.eval(), model.eval(), run)
+    assert calls["transformer_block"] == 2 and rows(acceleration)["blocks.1"] == WHOLE
 
 
 @pytest.mark.parametrize(
@@ -59,7 +63,30 @@ def test_named_models(calls: Counter[str], name: str) -> None:
     ours, _ = accelerated(model)
     images = torch.randn(2, 3, 48, 48)
     assert_equal(ours, model, lambda m: m(images))
-    assert calls == {"patch_embed": 1, "attention_block": 1, "layer_norm_mlp": 1, "layer_norm": 1}
+    assert calls == {"patch_embed": 1, "transformer_block": 1, "layer_norm": 1}
+
+
+def test_halves_that_are_not_one_block_run_one_after_the_other(calls: Counter[str]) -> None:
+    model = vit(drop_path_rate=0.5).train()
+    model.blocks[0].norm2.eps = 0.1
+    model.blocks[1].drop_path1.drop_prob = 0.3
+    ours, acceleration = accelerated(model)
+    assert rows(acceleration)["blocks.0"] == rows(acceleration)["blocks.1"] == HALVES
+    assert_equal(ours, model, run)
+    assert calls["attention_block"] == calls["layer_norm_mlp"] == 2
+    assert_equal(ours.eval(), model.eval(), run)
+    assert calls["transformer_block"] == 1 and rows(acceleration)["blocks.1"] == WHOLE  # it drops in training only
+
+
+def test_the_table_says_who_runs_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "is_on_gpu", lambda tensor: True)
+    acceleration = accelerate(vit(depth=1).to(torch.bfloat16))
+    block = acceleration.model.blocks[0]
+    for setting, by in (("auto", "triton"), ("block=reference", "triton"), ("mlp=reference", "triton + reference")):
+        with dispatch.using(setting):
+            line = next(line for line in str(acceleration).splitlines() if line.startswith("blocks.0"))
+            assert line.split(maxsplit=3) == ["blocks.0", "Block", "block", by]
+            assert f"runs={by}\n" in repr(block)
 
 
 def test_half_precision_weights(calls: Counter[str]) -> None:
@@ -68,7 +95,7 @@ def test_half_precision_weights(calls: Counter[str]) -> None:
     images = IMAGES.to(torch.bfloat16)
     exact = copy.deepcopy(model).float()(images.float())
     assert relative(ours(images).float(), exact) <= 2 * relative(model(images).float(), exact) + 2**-8
-    assert calls["attention_block"] == 2
+    assert calls["transformer_block"] == 2
 
 
 def test_a_wider_layer_scale_widens_the_result(calls: Counter[str]) -> None:
@@ -118,7 +145,7 @@ def test_other_blocks_are_left_alone(calls: Counter[str], block: str) -> None:
     assert all(type(b) is kind for b in ours.blocks)
     assert rows(acceleration)["blocks.0"] == ("", f"no fused form of {block}")
     run(ours)
-    assert not calls["attention_block"] and not calls["layer_norm_mlp"]
+    assert not calls.keys() & {"transformer_block", "attention_block", "layer_norm_mlp"}
 
 
 def test_rotary_blocks_are_left_alone(calls: Counter[str]) -> None:
@@ -128,7 +155,7 @@ def test_rotary_blocks_are_left_alone(calls: Counter[str]) -> None:
     assert rows(acceleration)["blocks.0"] == ("", "no fused form of EvaBlock")
     images = torch.randn(2, 3, 28, 28)
     assert_equal(ours, model, lambda m: m(images))
-    assert not calls["attention_block"]
+    assert not calls.keys() & {"transformer_block", "attention_block"}
 
 
 def test_subclasses_are_left_alone() -> None:
@@ -148,7 +175,8 @@ def test_masks_are_honoured(calls: Counter[str], options: dict[str, Any]) -> Non
     ours, _ = accelerated(model)
     assert_equal(ours, model, lambda m: m(IMAGES, **options))
     assert not torch.allclose(ours(IMAGES, **options), ours(IMAGES), atol=1e-2)
-    assert calls["attention_block"] == 2 and calls["layer_norm_mlp"] == 6  # attention: of the call without a mask
+    assert calls["layer_norm_mlp"] == 4 and calls["transformer_block"] == 2  # of the call without a mask
+    assert not calls["attention_block"]
 
 
 CHANGES: dict[str, Callable[[Any], Any]] = {
@@ -211,7 +239,7 @@ def test_hooks_show_in_the_table() -> None:
     handle = model.blocks[0].attn.register_forward_hook(lambda *_: None)
     assert rows(acceleration)["blocks.0"] == ("layer_norm_mlp", "no attention_block: attn has a hook")
     handle.remove()
-    assert rows(acceleration)["blocks.0"] == BOTH
+    assert rows(acceleration)["blocks.0"] == WHOLE
 
 
 def test_hooks_on_all_modules_see_all_modules() -> None:
@@ -247,7 +275,7 @@ def test_autocast(calls: Counter[str], options: dict[str, Any]) -> None:
     assert output.dtype == expected.dtype == torch.bfloat16
     assert features.dtype == expected_features.dtype == torch.float32
     assert relative(output.float(), exact) <= 2 * relative(expected.float(), exact) + 2**-8
-    assert calls == {"attention_block": 4, "layer_norm_mlp": 4, "layer_norm": 2}
+    assert calls == {"transformer_block": 4, "layer_norm": 2}
 
 
 def test_autocast_over_a_narrow_residual_stream(calls: Counter[str]) -> None:
@@ -267,7 +295,7 @@ def test_checkpointing(calls: Counter[str]) -> None:
     model.set_grad_checkpointing()
     ours, _ = accelerated(model)
     assert_equal(ours, model, run)
-    assert calls["attention_block"] > 2  # once more in the backward pass
+    assert calls["transformer_block"] > 2  # once more in the backward pass
 
 
 def test_an_optimizer_made_before_still_steps() -> None:
@@ -300,7 +328,7 @@ def test_state_goes_both_ways_and_undo_restores() -> None:
 
 
 def test_compiled() -> None:
-    model = vit(init_values=0.1).eval()
+    model = vit(init_values=0.1, depth=1).eval()
     ours, _ = accelerated(model)
     ours.compile(backend="aot_eager", fullgraph=True)
     assert_equal(ours, model, run)

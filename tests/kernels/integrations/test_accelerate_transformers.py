@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.kernels.integrations.equality import BOTH, accelerated, assert_equal, randomised, relative, rows
+from tests.kernels.integrations.equality import WHOLE, accelerated, assert_equal, randomised, relative, rows
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -51,9 +51,9 @@ def test_models_are_fused_and_equal(
 ) -> None:
     plain = build(model, config, **options).train()
     ours, acceleration = accelerated(plain)
-    assert {path for path, found in rows(acceleration).items() if found == BOTH} >= {block}, str(acceleration)
+    assert {path for path, found in rows(acceleration).items() if found == WHOLE} >= {block}, str(acceleration)
     assert_equal(ours, plain, run)
-    assert (calls["patch_embed"], calls["attention_block"], calls["layer_norm_mlp"]) == (1, 2, 2)
+    assert calls["patch_embed"] == 1 and calls["transformer_block"] == 2
     assert_equal(ours.eval(), plain.eval(), run)
 
 
@@ -62,10 +62,10 @@ def test_siglip2_with_and_without_padding(calls: Counter[str]) -> None:
     config = transformers.Siglip2VisionConfig(**settings, intermediate_size=40, num_patches=9)
     model = randomised(transformers.Siglip2VisionModel(config))
     ours, acceleration = accelerated(model)
-    assert rows(acceleration)["encoder.layers.0"] == BOTH
+    assert rows(acceleration)["encoder.layers.0"] == WHOLE
     assert rows(acceleration)["head.attention"] == ("", "no fused form of MultiheadAttention")
     patches = torch.randn(2, 9, 192, generator=torch.Generator().manual_seed(6))
-    for present, shape, attended in ((9, [3, 3], 2), (6, [2, 3], 0)):
+    for present, shape, expected in (9, [3, 3], {"transformer_block": 2}), (6, [2, 3], {"layer_norm_mlp": 2}):
         calls.clear()
         inputs = {
             "pixel_values": patches,
@@ -73,7 +73,7 @@ def test_siglip2_with_and_without_padding(calls: Counter[str]) -> None:
             "spatial_shapes": torch.tensor([shape, shape]),
         }
         assert_equal(ours, model, lambda m, inputs=inputs: m(**inputs).pooler_output)
-        assert calls["attention_block"] == attended and calls["layer_norm_mlp"] == 2
+        assert {name: calls[name] for name in calls if name != "layer_norm"} == expected
 
 
 def test_quick_gelu_of_clip_stays(calls: Counter[str]) -> None:
@@ -108,7 +108,7 @@ def test_drop_path_of_dinov2_in_the_mean(calls: Counter[str]) -> None:
             assert len(values) == 4  # each half kept or dropped
             means.append(counts.sort().values / len(x))
     assert torch.allclose(*means, atol=0.04)
-    assert calls["attention_block"] == 1
+    assert calls["transformer_block"] == 1
 
 
 def test_dropout_in_training_keeps_what_it_must(calls: Counter[str]) -> None:
@@ -116,9 +116,9 @@ def test_dropout_in_training_keeps_what_it_must(calls: Counter[str]) -> None:
     ours, acceleration = accelerated(model)
     assert "no layer_norm_mlp in training: dropout 0.3 on the output" in rows(acceleration)["layers.0"][1]
     assert_equal(ours, model, run)
-    assert calls["attention_block"] == 2 and not calls["layer_norm_mlp"]
+    assert calls["attention_block"] == 2 and not calls.keys() & {"transformer_block", "layer_norm_mlp"}
     assert_equal(ours.eval(), model.eval(), run)
-    assert calls["layer_norm_mlp"] == 2
+    assert calls["transformer_block"] == 2
 
 
 def test_attention_dropout_in_training(calls: Counter[str]) -> None:
@@ -126,7 +126,7 @@ def test_attention_dropout_in_training(calls: Counter[str]) -> None:
     ours, acceleration = accelerated(model)
     assert "no attention_block in training: attention dropout 0.3" in rows(acceleration)["layers.0"][1]
     assert_equal(ours, model, run)
-    assert not calls["attention_block"] and calls["layer_norm_mlp"] == 2
+    assert not calls.keys() & {"transformer_block", "attention_block"} and calls["layer_norm_mlp"] == 2
 
 
 def test_attention_masks_are_honoured(calls: Counter[str]) -> None:
@@ -135,7 +135,7 @@ def test_attention_masks_are_honoured(calls: Counter[str]) -> None:
     mask = torch.ones(3, 10)
     mask[:, 6:] = 0
     assert_equal(ours, model, lambda m: run(m, attention_mask=mask))
-    assert not calls["attention_block"] and calls["layer_norm_mlp"] == 2
+    assert not calls.keys() & {"transformer_block", "attention_block"} and calls["layer_norm_mlp"] == 2
     assert not torch.allclose(run(ours), run(ours, attention_mask=mask), atol=1e-3)
 
 
@@ -149,10 +149,10 @@ def test_attentions_are_returned_when_asked_for(calls: Counter[str], by: str) ->
     outputs, expected = ours(IMAGES, **asked), model(IMAGES, **asked)
     assert len(outputs.attentions) == len(expected.attentions) == 2
     assert all(relative(*pair) <= 1e-5 for pair in zip(outputs.attentions, expected.attentions, strict=True))
-    assert not calls["attention_block"]
+    assert not calls.keys() & {"transformer_block", "attention_block"}
     model.config.output_attentions = ours.config.output_attentions = False
     assert_equal(ours, model, run)
-    assert calls["attention_block"] == 2  # the recorders that the first call left do not stand in the way
+    assert calls["transformer_block"] == 2  # the recorders that the first call left do not stand in the way
 
 
 def test_hidden_states_are_recorded(calls: Counter[str]) -> None:
@@ -161,7 +161,7 @@ def test_hidden_states_are_recorded(calls: Counter[str]) -> None:
     outputs, expected = (m(IMAGES, output_hidden_states=True).hidden_states for m in (ours, model))
     assert len(outputs) == len(expected) == 3
     assert all(relative(*pair) <= 1e-5 for pair in zip(outputs, expected, strict=True))
-    assert calls["attention_block"] == 2
+    assert calls["transformer_block"] == 2
 
 
 def test_a_hook_of_the_user_fires() -> None:
@@ -207,8 +207,8 @@ def test_a_whole_siglip_and_clip(calls: Counter[str]) -> None:
         ids = torch.randint(3, 50, (3, 9), generator=torch.Generator().manual_seed(6))
         calls.clear()
         assert_equal(ours, model, lambda m, ids=ids: m(input_ids=ids, pixel_values=IMAGES).logits_per_image)
-        causal = name == "CLIP"
-        assert calls["attention_block"] == (1 if causal else 2) and calls["layer_norm_mlp"] == 2
+        causal = name == "CLIP"  # a mask, with which attention runs as the library wrote it
+        assert calls["transformer_block"] == 2 - causal and calls["layer_norm_mlp"] == causal
 
 
 def test_gradient_checkpointing(calls: Counter[str]) -> None:
@@ -216,7 +216,7 @@ def test_gradient_checkpointing(calls: Counter[str]) -> None:
     model.activation_checkpointing_enable()
     ours, _ = accelerated(model)
     assert_equal(ours, model, run)
-    assert calls["attention_block"] == 4  # each layer once more in the backward pass
+    assert calls["transformer_block"] == 4  # each layer once more in the backward pass
 
 
 def test_state_and_undo_and_optimizer() -> None:
@@ -247,7 +247,7 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
 
 
 def test_compiled() -> None:
-    model = build("ViTForImageClassification", "ViTConfig").eval()
+    model = build("ViTForImageClassification", "ViTConfig", num_hidden_layers=1).eval()
     ours, _ = accelerated(model)
-    ours.compile(backend="aot_eager", fullgraph=True)
+    ours.compile(backend="eager", fullgraph=True)
     assert_equal(ours, model, run)

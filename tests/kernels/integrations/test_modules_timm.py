@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fastvit_kernels import FusedBlock, FusedPatchEmbed, accelerate
-from fastvit_kernels.attention_block import op
+from fastvit_kernels.block import op
 
 timm_vit = pytest.importorskip("timm.models.vision_transformer")
 

@@ -22,7 +22,9 @@ What a call does not use is None, at compile time, and leaves no trace in the ma
 - `dropout`: a pointer to a seed, and the rate. A probability is kept or not by seed, head, query and key alone;
 - `lengths`, for B concatenated sequences of different lengths, tokens [T, H, HEAD_DIM] and statistics [H, T]: pointers
   to where the sequences of queries and of keys begin, int32 [B + 1], B, and the number of blocks that programs share in
-  a sequence. Tokens behind the last sequence have no keys and no queries: output and gradients are 0 there.
+  a sequence. Tokens behind the last sequence have no keys and no queries: output and gradients are 0 there;
+- `sums`, in the backward kernel of queries: pointers to the partial column sums of the gradients of queries and of the
+  output, [B * blocks, H * HEAD_DIM] float32 each. A program writes the part of its head in one row. Not with `lengths`.
 
 If CAUSAL, the last query sees all keys, the one before it all but the last, and so on. What no query of a block sees is
 skipped, and the rest is masked, a tail like a whole block: where the keys of a query end has nothing to do with it.

@@ -41,6 +41,7 @@ def attention_bwd_query_kernel(
     lse_ptr,
     delta_ptr,  # out: sums of grad_out * out over a head, for the kernels of keys and values and of the bias
     grad_q_ptr,  # out
+    sums,  # out
     bias,
     dropout,
     lengths,
@@ -62,7 +63,11 @@ def attention_bwd_query_kernel(
     """A program owns the gradient of a block of queries of one head."""
     if keys is None:
         keys = tokens
-    head_index, image, head, block, blocks = owned(tokens, heads, lengths, BLOCK_M, TAILS_M)
+    # Heads are next to each other, unlike in the other kernels: so the program's number says where its sums are.
+    blocks = tokens // BLOCK_M + len(TAILS_M) if lengths is None else lengths[3]
+    head, line = tl.program_id(0) % heads, tl.program_id(0) // heads
+    block, image = line % blocks, line // blocks
+    head_index, image = image * heads + head, image.to(tl.int64)
     first_query, queries = span(lengths, 0, image, tokens, tokens)
     first_key, keys = span(lengths, 1, image, keys, 0)
     column, width = head * HEAD_DIM, heads * HEAD_DIM
@@ -80,17 +85,17 @@ def attention_bwd_query_kernel(
     # fmt: off
     if lengths is not None:
         for first in tl.range(block * BLOCK_M, queries, blocks * BLOCK_M):
-            query_gradient(q, k, v, out, grad_out, lse_ptr, delta_ptr, grad_q, bias, dropout, first, scale,
+            query_gradient(q, k, v, out, grad_out, lse_ptr, delta_ptr, grad_q, sums, bias, dropout, first, scale,
                            BLOCK_M, True, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, True, STAGES, CAUSAL)
     else:
         whole = tokens // BLOCK_M
         if block < whole:
-            query_gradient(q, k, v, out, grad_out, lse_ptr, delta_ptr, grad_q, bias, dropout, block * BLOCK_M, scale,
-                           BLOCK_M, False, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, CAUSAL, STAGES, CAUSAL)
+            query_gradient(q, k, v, out, grad_out, lse_ptr, delta_ptr, grad_q, sums, bias, dropout, block * BLOCK_M,
+                           scale, BLOCK_M, False, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, CAUSAL, STAGES, CAUSAL)
         for t in tl.static_range(len(TAILS_M)):
             if block == whole + t:
                 first = whole * BLOCK_M + first_of(TAILS_M, t)
-                query_gradient(q, k, v, out, grad_out, lse_ptr, delta_ptr, grad_q, bias, dropout, first, scale,
+                query_gradient(q, k, v, out, grad_out, lse_ptr, delta_ptr, grad_q, sums, bias, dropout, first, scale,
                                TAILS_M[t], TAILS_M[t] > 1, HEAD_DIM, PIECES, BLOCK_N, TAIL_N, CAUSAL, STAGES, CAUSAL)
     # fmt: on
 
@@ -105,6 +110,7 @@ def query_gradient(
     lse_ptr,
     delta_ptr,
     grad_q,
+    sums,
     bias,
     dropout,
     first,
@@ -125,6 +131,7 @@ def query_gradient(
     own_grad = load_rows(grad_out, first, ROWS, MASKED, HEAD_DIM, PIECES)
     delta = row_dots(own_grad, load_rows(out, first, ROWS, MASKED, HEAD_DIM, PIECES))
     tl.store(delta_ptr + row, delta, mask=row < queries)
+    store_sums(sums, 1, own_grad, HEAD_DIM, PIECES)
     lse = tl.load(lse_ptr + row, mask=row < queries, other=0)
     own = load_rows(q, first, ROWS, MASKED, HEAD_DIM, PIECES)
     total = zero_rows(ROWS, PIECES)
@@ -140,7 +147,20 @@ def query_gradient(
         total = add_query_gradient(total, own, own_grad, lse, delta, k, v, bias, dropout, first, queries, key, keys,
                                    scale, BLOCK_N, ANY_LENGTH, HEAD_DIM, PIECES, CAUSAL)
     # fmt: on
-    store_rows(grad_q, scale_rows(total, scale * LN_2), first, HEAD_DIM, PIECES)
+    total = scale_rows(total, scale * LN_2)
+    store_sums(sums, 0, total, HEAD_DIM, PIECES)
+    store_rows(grad_q, total, first, HEAD_DIM, PIECES)
+
+
+@triton.jit
+def store_sums(sums, WHICH: tl.constexpr, tiles, HEAD_DIM: tl.constexpr, PIECES: tl.constexpr):
+    """Stores the column sums of the program's block, if they are asked for. Behind the last row, it must be 0."""
+    if sums is not None:
+        # located here, so that no register holds the pointer before
+        ptr = sums[WHICH] + tl.program_id(0).to(tl.int64) * HEAD_DIM
+        for i in tl.static_range(len(PIECES)):
+            column = first_of(PIECES, i) + tl.arange(0, PIECES[i])  # [PIECES[i]]
+            tl.store(ptr + column, tl.sum(tiles[i].to(tl.float32), axis=0), mask=column < HEAD_DIM)
 
 
 @triton.jit
