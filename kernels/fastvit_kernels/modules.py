@@ -305,20 +305,21 @@ class FusedBlock(GatheredWhole):
         if drop_path > 0 and self.drop_path_mode == "subset":
             return self.forward_of_subsets(x, outputs, dropout, drop_path)
         attn, mlp = self.attn, self.mlp
+        norm1, qkv, proj, norm2, fc1, fc2 = self.norm1, attn.qkv, attn.proj, self.norm2, mlp.fc1, mlp.fc2
         return transformer_block(
             x,
-            self.norm1.weight,
-            self.norm1.bias,
-            attn.qkv.weight,
-            attn.qkv.bias,
-            attn.proj.weight,
-            attn.proj.bias,
-            self.norm2.weight,
-            self.norm2.bias,
-            mlp.fc1.weight,
-            mlp.fc1.bias,
-            mlp.fc2.weight,
-            mlp.fc2.bias,
+            norm1.weight,
+            norm1.bias,
+            qkv.weight,
+            qkv.bias,
+            proj.weight,
+            proj.bias,
+            norm2.weight,
+            norm2.bias,
+            fc1.weight,
+            fc1.bias,
+            fc2.weight,
+            fc2.bias,
             heads=self.heads,
             eps=self.eps,
             activation=self.activation,

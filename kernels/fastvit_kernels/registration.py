@@ -117,6 +117,8 @@ def with_gradient(
     members = {"forward": staticmethod(run), "backward": staticmethod(run_backward)}
     function_class: Any = type(op.name().replace("::", "_"), (torch.autograd.Function,), members)
     apply = function_class.apply
+    if only_first:  # not inside transforms, which `uses_triton` was asked for: no need to look for them again
+        apply = super(torch.autograd.Function, function_class).apply
 
     def function(*inputs: Any) -> Any:
         if torch.is_grad_enabled():

@@ -16,6 +16,7 @@ from fastvit_kernels.attention.tiling import (
     backward_query_tiling,
     bias_gradient_tiling,
     forward_tiling,
+    launch_options,
     pieces,
 )
 from fastvit_kernels.column_sums import ColumnSums
@@ -215,19 +216,19 @@ def cuts(
     tokens, heads, head_dim = owned.shape[-3:]
     tiling = with_room(tiling_of(head_dim, owned.dtype, longest or tokens, gpu(owned.device)), call)
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None or longest is None:
-        programs = len(owned) * heads * tiling.blocks(tokens)
         tail_of = 0 if call.causal else streamed.shape[-3]  # a causal mask is laid over every block
-        return programs, {"lengths": None, **tiling.options(tokens, tail_of)}
+        blocks, options = launch_options(tiling, tokens, tail_of)
+        return owned.shape[0] * heads * blocks, {"lengths": None, **options}
     sequences, blocks = len(call.cu_seqlens_q) - 1, max(1, triton.cdiv(longest, tiling.rows))
     lengths = call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous(), sequences, blocks
     programs = (sequences + 1) * heads * blocks  # one more for what lies behind the last sequence
-    return programs, {"lengths": lengths, **tiling.options(0)}  # every block is masked, there are no tails
+    return programs, {"lengths": lengths, **launch_options(tiling, 0, 0)[1]}  # every block is masked, without tails
 
 
 def common_arguments(call: Call, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     """Those that all kernels have, by name. Strides that all three have are given once, see `kernels`."""
     tokens, heads, head_dim = q.shape[-3:]
-    of_each = tuple(strides(x, 2) for x in (q, k, v))
+    of_each = [strides(x, 2) for x in ((q,) if call.k is None else (q, k, v))]  # packed, they have the same
     bias = None
     if call.bias is not None:
         (images, bias_heads), (of_image, of_head, of_query, of_key) = call.bias.shape[:2], call.bias.stride()
@@ -248,13 +249,14 @@ def common_arguments(call: Call, q: Tensor, k: Tensor, v: Tensor) -> dict[str, A
 
 def strides(x: Tensor, inner: int) -> tuple[int, int]:
     """From image to image and from token to token of [B, N, ...] or [T, ...], where "..." are `inner` dimensions."""
-    return x.stride(0) if x.ndim == inner + 2 else 0, x.stride(-1 - inner)
+    of_all = x.stride()
+    return of_all[0] if len(of_all) == inner + 2 else 0, of_all[-1 - inner]
 
 
 def with_room(tiling: Tiling, call: Call) -> Tiling:
     """A bias, dropout, and masks, need registers: half the columns for each, and no limit on registers."""
     masked = call.causal or call.cu_seqlens_q is not None
-    needs = sum([call.bias is not None, call.seed is not None, masked])
+    needs = (call.bias is not None) + (call.seed is not None) + masked
     return tiling._replace(columns=max(16, tiling.columns >> needs), max_registers=None) if needs else tiling
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ if HAS_TRITON:
 MAX_HEAD_DIM = 128  # of the kernels; the reference takes any
 
 
+@lru_cache(maxsize=None)
 def pieces(head_dim: int) -> tuple[int, ...]:
     """Powers of two from 16 on that add up to `head_dim`, rounded up to a multiple of 16: 80 = 64 + 16."""
     padded = -(-head_dim // 16) * 16
@@ -39,18 +41,25 @@ class Tiling(NamedTuple):
     def blocks(self, tokens: int) -> int:
         return tokens // self.rows + len(self.row_tails(tokens))
 
-    def options(self, tokens: int, streamed: int | None = None) -> dict[str, Any]:
-        """For programs that own blocks of `tokens` and stream `streamed`, or as many."""
-        rest = (tokens if streamed is None else streamed) % self.columns
-        options = {
-            "BLOCK_M": self.rows,
-            "TAILS_M": self.row_tails(tokens),
-            "BLOCK_N": self.columns,
-            "TAIL_N": max(16, triton.next_power_of_2(rest)) if rest else 0,
-            "STAGES": self.stages,
-            "num_warps": self.num_warps,
-        }
-        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
+
+@lru_cache(maxsize=1024)
+def launch_options(tiling: Tiling, tokens: int, streamed: int) -> tuple[int, dict[str, Any]]:
+    """How many blocks programs own of `tokens`, and the kernel's options if they stream `streamed`; not to be changed.
+
+    Cached, as the sizes of one step are those of the next.
+    """
+    rest = streamed % tiling.columns
+    options = {
+        "BLOCK_M": tiling.rows,
+        "TAILS_M": tiling.row_tails(tokens),
+        "BLOCK_N": tiling.columns,
+        "TAIL_N": max(16, triton.next_power_of_2(rest)) if rest else 0,
+        "STAGES": tiling.stages,
+        "num_warps": tiling.num_warps,
+    }
+    if tiling.max_registers is not None:
+        options["maxnreg"] = tiling.max_registers
+    return tiling.blocks(tokens), options
 
 
 # Defaults, chosen by what the compiler makes of them, `benchmarks/results/codegen`: the largest tiles that spill no

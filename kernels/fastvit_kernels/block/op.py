@@ -78,7 +78,7 @@ def transformer_block(
     norm1, norm2 = (norm1_weight, norm1_bias), (norm2_weight, norm2_bias)
     first, second = [qkv_weight, qkv_bias, proj_weight, proj_bias], [fc1_weight, fc1_bias, fc2_weight, fc2_bias]
     parameters = *norm1, *first, layer_scale1, *norm2, *second, layer_scale2
-    looks = [None if tensor is None else Look(tensor.shape, tensor.dtype, tensor.device) for tensor in (x, *parameters)]
+    looks = [None if t is None else (t.shape, t.dtype, t.device) for t in (x, *parameters)]
     # as good as always the same, and not a matter of the values, so what has been checked once need not be again
     check = check_parameters.__wrapped__ if torch.compiler.is_compiling() else check_parameters
     check(heads, *looks)
@@ -120,8 +120,10 @@ class Look(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def check_parameters(heads: int, x: Look, *parameters: Look | None) -> None:
-    """Raises ValueError or TypeError unless the parameters, `LEARNED` but x, belong together."""
+def check_parameters(heads: int, *looks: tuple[torch.Size, torch.dtype, torch.device] | None) -> None:
+    """Raises ValueError or TypeError unless the parameters belong together; `looks` are those of `LEARNED`."""
+    x, *parameters = [None if look is None else Look(*look) for look in looks]
+    assert x is not None
     width, fc1_weight = x.shape[-1], parameters[LEARNED.index("fc1_weight") - 1]
     hidden = fc1_weight.shape[0] if fc1_weight is not None and len(fc1_weight.shape) > 0 else 0
     if heads < 1 or width % heads:
