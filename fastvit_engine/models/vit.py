@@ -187,8 +187,8 @@ def is_hooked(*modules: nn.Module) -> bool:
     return any(
         root_module(hook) not in ("torch", "deepspeed")
         for module in modules
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        for hook in hooks.values()
+        for kind in ("forward", "forward_pre", "backward", "backward_pre")
+        for hook in getattr(module, f"_{kind}_hooks").values()
     )
 
 
