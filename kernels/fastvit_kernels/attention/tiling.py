@@ -85,7 +85,7 @@ def backward_query_tiling(head_dim: int, dtype: torch.dtype, tokens: int, on: Gp
         return Tiling(64, 32, num_warps=4, stages=1)
     stages = 3 if on.arch == "sm_80" and head_dim > 96 else 2
     return Tiling(
-        128, 32, num_warps=8, stages=stages, max_registers=128 if on.arch == "sm_90" and head_dim < 96 else None
+        128, 32, num_warps=8, stages=stages, max_registers=128 if on.arch == "sm_90" and head_dim <= 80 else None
     )
 
 
