@@ -16,7 +16,7 @@ if HAS_TRITON:
 MAX_HEAD_DIM = 128  # of the kernels; the reference takes any
 
 
-@lru_cache(maxsize=None)
+@lru_cache
 def pieces(head_dim: int) -> tuple[int, ...]:
     """Powers of two from 16 on that add up to `head_dim`, rounded up to a multiple of 16: 80 = 64 + 16."""
     padded = -(-head_dim // 16) * 16
