@@ -239,6 +239,13 @@ def summary(total: Mapping[str, Any]) -> str:
     return f"{total['launches']} launches, {total['bytes'] / 1e9:.2f} GB, at least {total['ms']:.2f} ms: {parts}"
 
 
+def json_file(name: str) -> Path:
+    """For argparse: a file that leaves room for a .txt of the same name."""
+    if Path(name).suffix != ".json":
+        raise argparse.ArgumentTypeError(f"{name} must end in .json: the text is written beside it")
+    return Path(name)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.block_traffic",
@@ -251,7 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME", help=", ".join(SETTINGS)
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the launches as JSON, and as text beside it")
+    parser.add_argument(
+        "--out", type=json_file, metavar="FILE.json", help="write the launches as JSON, and as text beside it"
+    )
     parsed = parser.parse_args(arguments)
     if parsed.batch < 1:
         parser.error(f"--batch is {parsed.batch}: give at least 1")

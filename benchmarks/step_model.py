@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import plots
-from benchmarks.block_traffic import COPY_BYTES_PER_SECOND
+from benchmarks.block_traffic import COPY_BYTES_PER_SECOND, json_file
 from fastvit_engine.config import Config
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import computed_flops, training_flops
@@ -199,16 +199,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--patch-embed", choices=("bf16", "fp32"), default="bf16", help="of ours under autocast (default bf16)"
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the parts as JSON, and the table beside it")
+    parser.add_argument(
+        "--out", type=json_file, metavar="FILE.json", help="write the parts as JSON, and the table beside it"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw stacked bars (png or svg)")
     parsed = parser.parse_args(arguments)
     try:
         trace = json.loads(parsed.trace.read_text())
         steps = ours(trace, parsed.attention, parsed.patch_embed)
-    except (OSError, ValueError, KeyError) as error:
+        some = next(iter(trace["blocks"].values()))
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         print(f"--trace {parsed.trace}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    some = next(iter(trace["blocks"].values()))
     steps += peers(some["totals"]["products"]["flops"])
     print(table(steps))
     if parsed.out:
@@ -218,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         atomic_write(parsed.out, json.dumps(found | {"measured": False, "steps": rows}, indent=1) + "\n")
         atomic_write(parsed.out.with_suffix(".txt"), table(steps) + "\n")
     if parsed.plot:
+        parsed.plot.parent.mkdir(parents=True, exist_ok=True)
         draw(steps, parsed.plot)
     return 0
 

@@ -80,7 +80,10 @@ def assembler(arch: str) -> Assembler:
 
 @lru_cache
 def version_of(path: str) -> Version:
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    try:
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"{path} --version does not run: {error}") from error
     match = re.search(r"\bV(\d+(?:\.\d+)+)", said)
     if match is None:
         raise RuntimeError(f"{path} --version names no version: {said.strip()!r}")

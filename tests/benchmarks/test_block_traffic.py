@@ -91,7 +91,7 @@ def test_the_model_of_a_step_gives_what_was_predicted_of_the_first_kernels(
 
 def test_the_commands_write_what_the_other_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
-    blocks, picture = tmp_path / "blocks.json", tmp_path / "step.png"
+    blocks, picture = tmp_path / "blocks.json", tmp_path / "new" / "step.png"
     assert main(["--settings", "bf16", "--out", str(blocks)]) == 0
     assert blocks.with_suffix(".txt").read_text() == capsys.readouterr().out
     assert step_model.main(["--trace", str(blocks), "--plot", str(picture)]) == 0
@@ -99,3 +99,16 @@ def test_the_commands_write_what_the_other_reads(tmp_path: Path, capsys: pytest.
     assert main(["--batch", "8", "--settings", "bf16", "--out", str(blocks)]) == 0
     assert step_model.main(["--trace", str(blocks)]) == 2
     assert "the trace is of H/14 at batch 8, and this model is of H/14 at batch 256" in capsys.readouterr().err
+
+
+def test_what_the_commands_cannot_read_or_write_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in (main, step_model.main):
+        with pytest.raises(SystemExit):
+            command(["--out", str(tmp_path / "blocks.txt")])
+        assert "blocks.txt must end in .json: the text is written beside it" in capsys.readouterr().err
+    for text in ("[]", '{"model": "H/14", "batch": 256, "blocks": {}}'):
+        (tmp_path / "blocks.json").write_text(text)
+        assert step_model.main(["--trace", str(tmp_path / "blocks.json")]) == 2
+        assert capsys.readouterr().err.startswith("--trace ")

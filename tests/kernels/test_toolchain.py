@@ -52,3 +52,14 @@ def test_faults_are_described(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setenv("TRITON_PTXAS_PATH", str(ptxas(tmp_path, "12.8.93")))
     assert "reported with it: wrong numbers" in toolchain.describe("sm_90")
     assert toolchain.describe("gfx942") == "assembler: Triton's own for gfx942"
+
+
+def test_an_assembler_that_does_not_run_is_named(tmp_path: Path) -> None:
+    for name, script in (("fails", "#!/bin/sh\nexit 3\n"), ("silent", "#!/bin/sh\n")):
+        program = tmp_path / name
+        program.write_text(script)
+        program.chmod(0o755)
+        with pytest.raises(RuntimeError, match=f"{name} --version (does not run|names no version)"):
+            toolchain.version_of(str(program))
+    with pytest.raises(RuntimeError, match="absent --version does not run"):
+        toolchain.version_of(str(tmp_path / "absent"))

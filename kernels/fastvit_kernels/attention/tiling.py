@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ if HAS_TRITON:
 MAX_HEAD_DIM = 128  # of the kernels; the reference takes any
 
 
-@lru_cache
+@cache
 def pieces(head_dim: int) -> tuple[int, ...]:
     """Powers of two from 16 on that add up to `head_dim`, rounded up to a multiple of 16: 80 = 64 + 16."""
     padded = -(-head_dim // 16) * 16

@@ -3,6 +3,7 @@
 A library's file says where in its blocks the parameters are. It is asked at each call, not once: what has been changed
 since (a rate, a hook, an exchanged layer) is seen, and a half that is no longer standard runs as its library wrote it.
 The other half runs fused then, as `attention_block` or `layer_norm_mlp`, and so do both where they cannot be one.
+A gated MLP is `layer_norm_swiglu`.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from fastvit_kernels.gathered import GatheredWhole
 from fastvit_kernels.integrations.checks import check_forward, fits
 from fastvit_kernels.integrations.fused import Fused, Reading
 from fastvit_kernels.mlp import Activation, layer_norm_mlp
+from fastvit_kernels.swiglu import layer_norm_swiglu
 
 
 class AttentionHalf(NamedTuple):
@@ -96,6 +98,34 @@ class MlpHalf(NamedTuple):
         )
 
 
+class GatedHalf(NamedTuple):
+    """Arguments of `layer_norm_swiglu`; fc1 is one layer, of the gate and then the value, or a layer for each."""
+
+    norm: Any
+    fc1: Sequence[Any]
+    fc2: Any
+    layer_scale: Tensor | None
+    drop_path: float
+
+    def accepts(self, x: Any) -> bool:
+        return fits(x, self.fc2.weight) and x.ndim == 3
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weights = [layer.weight for layer in self.fc1]
+        biases = [_or_zeros(layer.bias, layer.weight) for layer in self.fc1]
+        return layer_norm_swiglu(
+            x,
+            self.norm.weight,
+            self.norm.bias,
+            *((weights[0], biases[0]) if len(weights) == 1 else (weights, biases)),
+            self.fc2.weight,
+            self.fc2.bias,
+            eps=self.norm.eps,
+            layer_scale=self.layer_scale,
+            drop_path=self.drop_path,
+        )
+
+
 def are_one(attention: AttentionHalf, mlp: MlpHalf) -> bool:
     """Whether the halves are one `transformer_block`, which has one eps and one drop path, and no mask.
 
@@ -132,20 +162,20 @@ class FusedBlock(GatheredWhole, Fused):
         raise NotImplementedError
 
     @classmethod
-    def mlp_half(cls, block: Any, training: bool | None = None) -> MlpHalf | str:
+    def mlp_half(cls, block: Any, training: bool | None = None) -> MlpHalf | GatedHalf | str:
         raise NotImplementedError
 
     @staticmethod
     def run(
         x: Any,
         attention: AttentionHalf | str,
-        mlp: MlpHalf | str,
+        mlp: MlpHalf | GatedHalf | str,
         attention_branch: Callable[[Any], Tensor],
         mlp_branch: Callable[[Any], Tensor],
     ) -> Tensor:
         """Both halves; the branches are what the library adds to x, for a half that cannot run fused."""
         attends = not isinstance(attention, str) and attention.accepts(x)
-        if attends and not isinstance(mlp, str) and mlp.accepts(x) and are_one(attention, mlp):
+        if attends and isinstance(mlp, MlpHalf) and mlp.accepts(x) and are_one(attention, mlp):
             return whole_block(x, attention, mlp)
         x = attention(x) if attends else x + attention_branch(x)
         if isinstance(mlp, str) or not mlp.accepts(x):
@@ -163,11 +193,13 @@ class FusedBlock(GatheredWhole, Fused):
             if isinstance(evaluation, str):
                 left_alone.append(f"no {operation}: {evaluation}")
                 continue
+            if isinstance(evaluation, GatedHalf):
+                operation = "layer_norm_swiglu"
             fused.append(operation)
             if isinstance(training, str):
                 left_alone.append(f"no {operation} in training: {training}")
         attention, mlp = cls.attention_half(module), cls.mlp_half(module)
-        if not isinstance(attention, str) and not isinstance(mlp, str) and are_one(attention, mlp):
+        if isinstance(attention, AttentionHalf) and isinstance(mlp, MlpHalf) and are_one(attention, mlp):
             fused = ["block"]
         return Reading(tuple(fused), tuple(left_alone))
 

@@ -9,7 +9,10 @@ from torch import nn
 
 from fastvit_kernels import dispatch
 
-OPERATION_OF = {"layer_norm_mlp": "mlp"}  # the function that a module runs as -> its name in FASTVIT_KERNELS
+OPERATION_OF = {
+    "layer_norm_mlp": "mlp",
+    "layer_norm_swiglu": "swiglu",
+}  # the function that a module runs as -> its name in FASTVIT_KERNELS
 HALVES = ("attention_block", "layer_norm_mlp")  # of a block
 
 

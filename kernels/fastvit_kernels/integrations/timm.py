@@ -3,11 +3,12 @@
 from typing import Any
 
 from timm.layers import activations
+from timm.layers import mlp as mlps
 from timm.layers import norm as norms
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, MlpHalf
+from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, GatedHalf, MlpHalf
 from fastvit_kernels.integrations.checks import (
     activation_name,
     check_children,
@@ -22,13 +23,14 @@ from fastvit_kernels.integrations.checks import (
     dropout_rate,
     exchanged_forward,
 )
-from fastvit_kernels.integrations.fused import Fused
+from fastvit_kernels.integrations.fused import Fused, base_class
 from fastvit_kernels.integrations.layers import FusedLayerNorm
 from fastvit_kernels.mlp import Activation
 
 OWN_LAYER_NORMS = tuple(getattr(norms, name) for name in ("LayerNorm", "LayerNormFp32") if hasattr(norms, name))
 LAYER_NORMS = (nn.LayerNorm, *OWN_LAYER_NORMS)
 GELUS: dict[type[nn.Module], Activation] = {activations.GELU: "gelu", activations.GELUTanh: "gelu_tanh"}
+MLPS = (timm_vit.Mlp, mlps.GluMlp, mlps.SwiGLU)
 BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 
 
@@ -93,37 +95,63 @@ class TimmBlock(FusedBlock):
         )
 
     @classmethod
-    def mlp_half(cls, block: Any, training: bool | None = None) -> MlpHalf | str:
+    def mlp_half(cls, block: Any, training: bool | None = None) -> MlpHalf | GatedHalf | str:
         norm, mlp, scale = block.norm2, block.mlp, block.ls2
         reason = (
             check_children("the block", block, BLOCK)
             or check_wish(block)
             or check_layer_norm("norm2", norm, LAYER_NORMS)
-            or check_type("mlp", mlp, (timm_vit.Mlp,))
+            or check_type("mlp", mlp, MLPS)
             or check_forward("mlp", mlp)
-            or check_children("mlp", mlp, ("fc1", "act", "drop1", "norm", "fc2", "drop2"))
+            or check_children("mlp", mlp, ("act", "drop1", "norm", "fc2", "drop2", *first_layers(mlp)))
             or check_identity("mlp.norm", getattr(mlp, "norm", nn.Identity()))
-            or check_type("mlp.fc1", mlp.fc1, (nn.Linear,))
-            or check_linear("mlp.fc1", mlp.fc1, norm.normalized_shape[0], mlp.fc1.out_features)
-            or check_linear("mlp.fc2", mlp.fc2, mlp.fc1.out_features, norm.normalized_shape[0])
+            or check_layers(mlp, norm.normalized_shape[0])
             or check_residual("ls2", scale, "drop_path2", block.drop_path2)
             or check_type("mlp.drop1", mlp.drop1, (nn.Dropout,))
             or check_type("mlp.drop2", mlp.drop2, (nn.Dropout,))
-            or check_precision(norm, getattr(scale, "gamma", None), mlp.fc1.weight)
+            or check_precision(norm, getattr(scale, "gamma", None), mlp.fc2.weight)
             or check_hooks({"norm2": norm, "mlp": mlp, "ls2": scale, "drop_path2": block.drop_path2})
             or check_hooks(mlp._modules)
         )
         if reason:
             return reason
-        activation = activation_name(mlp.act, GELUS)
-        if activation is None:
-            return f"activation {type(mlp.act).__name__}"
         dropout, drop_path = dropout_rate(mlp.drop1, training), dropout_rate(block.drop_path2, training)
         if dropout != dropout_rate(mlp.drop2, training):
             return "two different dropout rates"
         if reason := check_rate("mlp.drop1", dropout) or check_rate("drop_path2", drop_path):
             return reason
-        return MlpHalf(norm, mlp.fc1, mlp.fc2, activation, getattr(scale, "gamma", None), dropout, drop_path)
+        layer_scale = getattr(scale, "gamma", None)
+        if base_class(mlp) is not timm_vit.Mlp:
+            reason = check_gate(mlp) or (f"dropout {dropout:g} in a gated MLP" if dropout else "")
+            return reason or GatedHalf(norm, tuple(first_layers(mlp).values()), mlp.fc2, layer_scale, drop_path)
+        activation = activation_name(mlp.act, GELUS)
+        if activation is None:
+            return f"activation {type(mlp.act).__name__}"
+        return MlpHalf(norm, mlp.fc1, mlp.fc2, activation, layer_scale, dropout, drop_path)
+
+
+def first_layers(mlp: Any) -> dict[str, Any]:
+    """What comes before the activation in an MLP of one of the classes in MLPS."""
+    names = ("fc1_g", "fc1_x") if base_class(mlp) is mlps.SwiGLU else ("fc1",)
+    return {name: getattr(mlp, name) for name in names}
+
+
+def check_layers(mlp: Any, width: int) -> str:
+    if reason := check_type("mlp.fc2", mlp.fc2, (nn.Linear,)):
+        return reason
+    hidden = mlp.fc2.in_features
+    packed = 2 if base_class(mlp) is mlps.GluMlp else 1
+    for name, layer in first_layers(mlp).items():
+        if reason := check_linear(f"mlp.{name}", layer, width, packed * hidden):
+            return reason
+    return check_linear("mlp.fc2", mlp.fc2, hidden, width)
+
+
+def check_gate(mlp: Any) -> str:
+    """Whether a GluMlp or SwiGLU computes fc2(silu(gate) * value), with the gate first."""
+    if getattr(mlp, "gate_last", False):
+        return "the gate comes last"
+    return check_type("the activation of the gate", mlp.act, (nn.SiLU,))
 
 
 def check_wish(block: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import activations
 from transformers.utils import output_capturing
 
-from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, MlpHalf
+from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, GatedHalf, MlpHalf
 from fastvit_kernels.integrations.checks import (
     activation_name,
     asks,
@@ -36,6 +36,8 @@ GELUS: dict[type[nn.Module], Activation] = {
     activations.GELUTanh: "gelu_tanh",
     activations.NewGELUActivation: "gelu_tanh",
 }
+SILUS = (nn.SiLU, activations.SiLUActivation) if hasattr(activations, "SiLUActivation") else (nn.SiLU,)
+MLP, GATED_MLP = ("activation_fn", "fc1", "fc2"), ("act_fn", "gate_proj", "up_proj", "down_proj")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # one function, five ways
 
 
@@ -137,33 +139,36 @@ class FusedLayer(FusedBlock):
         )
 
     @classmethod
-    def mlp_half(cls, block: Any, training: bool | None = None) -> MlpHalf | str:
+    def mlp_half(cls, block: Any, training: bool | None = None) -> MlpHalf | GatedHalf | str:
         names = cls.names
         norm: Any = getattr(block, names.norms[1], None)
         mlp: Any = getattr(block, "mlp", None)
+        gated = check_sibling("mlp", mlp, block, "SwiGLUFFN") == ""  # of DINOv2 giant
         reason = (
             check_parts(block, names)
             or check_layer_norm(names.norms[1], norm, (nn.LayerNorm,))
-            or check_sibling("mlp", mlp, block, "MLP")
+            or ("" if gated else check_sibling("mlp", mlp, block, "MLP"))
             or check_forward("mlp", mlp)
-            or check_children("mlp", mlp, ("activation_fn", "fc1", "fc2"))
-            or check_type("mlp.fc1", mlp.fc1, (nn.Linear,))
-            or check_linear("mlp.fc1", mlp.fc1, norm.normalized_shape[0], mlp.fc1.out_features)
-            or check_linear("mlp.fc2", mlp.fc2, mlp.fc1.out_features, norm.normalized_shape[0])
+            or check_children("mlp", mlp, GATED_MLP if gated else MLP)
+            or check_layers(mlp, GATED_MLP if gated else MLP, norm.normalized_shape[0])
             or check_tail(block, names.tails[1])
             or check_hooks({names.norms[1]: norm, "mlp": mlp} | tail_modules(block, names.tails[1]))
             or check_hooks(mlp._modules)
         )
         if reason:
             return reason
-        activation = activation_name(mlp.activation_fn, GELUS)
-        if activation is None:
-            return f"activation {type(mlp.activation_fn).__name__}"
         scale, dropout, drop_path = tail_values(block, names.tails[1], training)
         if dropout:
             return f"dropout {dropout:g} on the output of the MLP but not inside it"
-        if reason := check_precision(norm, scale, mlp.fc1.weight) or check_rates(dropout, drop_path):
+        weight = mlp.down_proj.weight if gated else mlp.fc1.weight
+        if reason := check_precision(norm, scale, weight) or check_rates(dropout, drop_path):
             return reason
+        if gated:
+            reason = check_type("the activation of the gate", mlp.act_fn, SILUS)
+            return reason or GatedHalf(norm, (mlp.gate_proj, mlp.up_proj), mlp.down_proj, scale, drop_path)
+        activation = activation_name(mlp.activation_fn, GELUS)
+        if activation is None:
+            return f"activation {type(mlp.activation_fn).__name__}"
         return MlpHalf(norm, mlp.fc1, mlp.fc2, activation, scale, dropout, drop_path)
 
 
@@ -224,6 +229,18 @@ def check_sibling(name: str, module: nn.Module, layer: nn.Module, kind: str) -> 
     own, whole = base_class(module), base_class(layer)
     expected = whole.__name__.removesuffix("Layer").removesuffix("Encoder") + kind
     return "" if (own.__module__, own.__name__) == (whole.__module__, expected) else f"{name} is {own.__name__}"
+
+
+def check_layers(mlp: Any, names: tuple[str, ...], width: int) -> str:
+    """Of an MLP with these parts: the activation, layers from `width` to another, and one back."""
+    *first, last = names[1:]
+    if reason := check_type(f"mlp.{last}", getattr(mlp, last), (nn.Linear,)):
+        return reason
+    hidden = getattr(mlp, last).in_features
+    for name in first:
+        if reason := check_linear(f"mlp.{name}", getattr(mlp, name), width, hidden):
+            return reason
+    return check_linear(f"mlp.{last}", getattr(mlp, last), hidden, width)
 
 
 def check_attention(names: Names, attn: Any, width: int) -> str:

@@ -48,7 +48,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
 
         monkeypatch.setattr(module, name, counted)
 
-    for name in ("transformer_block", "attention_block", "layer_norm_mlp"):
+    for name in ("transformer_block", "attention_block", "layer_norm_mlp", "layer_norm_swiglu"):
         count(fastvit_kernels.integrations.block, name)
     for name in ("layer_norm", "patch_embed"):
         count(fastvit_kernels.integrations.layers, name)

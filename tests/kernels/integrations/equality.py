@@ -59,3 +59,4 @@ def rows(acceleration: Acceleration) -> dict[str, tuple[str, str]]:
 
 WHOLE = ("block", "")
 HALVES = ("attention_block + layer_norm_mlp", "")
+GATED = ("attention_block + layer_norm_swiglu", "")

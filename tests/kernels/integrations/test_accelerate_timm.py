@@ -1,6 +1,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,10 +9,20 @@ import torch
 from torch import nn
 
 from fastvit_kernels import accelerate, dispatch
-from tests.kernels.integrations.equality import HALVES, WHOLE, accelerated, assert_equal, randomised, relative, rows
+from tests.kernels.integrations.equality import (
+    GATED,
+    HALVES,
+    WHOLE,
+    accelerated,
+    assert_equal,
+    randomised,
+    relative,
+    rows,
+)
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 vision_transformer = pytest.importorskip("timm.models.vision_transformer", reason="timm is not installed")
+mlp = pytest.importorskip("timm.layers.mlp", reason="timm is not installed")
 
 IMAGES = torch.randn(3, 3, 24, 40, generator=torch.Generator().manual_seed(5))  # 3 x 5 patches of 8
 
@@ -66,6 +77,35 @@ def test_named_models(calls: Counter[str], name: str) -> None:
     assert calls == {"patch_embed": 1, "transformer_block": 1, "layer_norm": 1}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mlp_layer": mlp.SwiGLUPacked, "init_values": 0.1, "drop_path_rate": 0.5},  # as DINOv2-g
+        {"mlp_layer": partial(mlp.SwiGLU, align_to=8), "mlp_ratio": 2.7},
+        {"mlp_layer": mlp.SwiGLU, "proj_bias": False},
+    ],
+    ids=["packed", "two layers", "without biases"],
+)
+def test_gated_mlps_are_fused_and_equal(calls: Counter[str], options: dict[str, Any]) -> None:
+    model = vit(act_layer=nn.SiLU, **options).train()
+    ours, acceleration = accelerated(model)
+    assert rows(acceleration)["blocks.0"] == rows(acceleration)["blocks.1"] == GATED
+    assert_equal(ours, model, run)
+    assert calls == {"patch_embed": 1, "attention_block": 2, "layer_norm_swiglu": 2, "layer_norm": 1}
+    model.blocks[1].mlp.drop1.p = ours.blocks[1].mlp.drop1.p = 0.3
+    model.blocks[1].mlp.drop2.p = ours.blocks[1].mlp.drop2.p = 0.3
+    reason = "no layer_norm_swiglu in training: dropout 0.3 in a gated MLP"
+    assert rows(acceleration)["blocks.1"] == (GATED[0], reason)
+    assert_equal(ours, model, run)
+    assert calls["layer_norm_swiglu"] == 3
+
+
+def test_the_giant_of_dinov2() -> None:
+    with torch.device("meta"):
+        model = timm.create_model("vit_giant_patch14_dinov2", depth=1, num_classes=0)
+    assert rows(accelerate(model))["blocks.0"] == GATED
+
+
 def test_halves_that_are_not_one_block_run_one_after_the_other(calls: Counter[str]) -> None:
     model = vit(drop_path_rate=0.5).train()
     model.blocks[0].norm2.eps = 0.1
@@ -115,7 +155,15 @@ def test_a_wider_layer_scale_widens_the_result(calls: Counter[str]) -> None:
         ({"scale_attn_norm": True}, ("layer_norm_mlp", "no attention_block: attn.norm is LayerNorm")),
         ({"scale_mlp_norm": True}, ("attention_block", "no layer_norm_mlp: mlp.norm is LayerNorm")),
         ({"attn_layer": "diff", "num_heads": 2}, ("layer_norm_mlp", "no attention_block: attn is DiffAttention")),
-        ({"mlp_layer": "SwiGLU"}, ("attention_block", "no layer_norm_mlp: mlp is SwiGLU")),
+        (
+            {"mlp_layer": mlp.SwiGLU},
+            ("attention_block", "no layer_norm_mlp: the activation of the gate is GELU"),
+        ),
+        (
+            {"mlp_layer": mlp.GluMlp, "act_layer": nn.SiLU},
+            ("attention_block", "no layer_norm_mlp: the gate comes last"),
+        ),
+        ({"mlp_layer": mlp.GatedMlp}, ("attention_block", "no layer_norm_mlp: mlp is GatedMlp")),
         ({"act_layer": "quick_gelu"}, ("attention_block", "no layer_norm_mlp: activation QuickGELU")),
         (
             {"attn_drop_rate": 0.2},
@@ -127,8 +175,6 @@ def test_a_wider_layer_scale_widens_the_result(calls: Counter[str]) -> None:
 def test_half_blocks_that_are_not_standard(
     calls: Counter[str], options: dict[str, Any], found: tuple[str, str]
 ) -> None:
-    if options.get("mlp_layer") == "SwiGLU":
-        options = {"mlp_layer": vision_transformer.SwiGLU}
     model = vit(**options).train()
     ours, acceleration = accelerated(model)
     assert rows(acceleration)["blocks.1"] == found

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.kernels.integrations.equality import WHOLE, accelerated, assert_equal, randomised, relative, rows
+from tests.kernels.integrations.equality import GATED, WHOLE, accelerated, assert_equal, randomised, relative, rows
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -85,12 +85,17 @@ def test_quick_gelu_of_clip_stays(calls: Counter[str]) -> None:
     assert calls["attention_block"] == 2 and not calls["layer_norm_mlp"]
 
 
-def test_swiglu_of_dinov2_stays(calls: Counter[str]) -> None:
-    model = build("Dinov2Model", "Dinov2Config", use_swiglu_ffn=True)
+@pytest.mark.parametrize("kind", ["Dinov2", "Dinov2WithRegisters"])
+def test_swiglu_of_dinov2(calls: Counter[str], kind: str) -> None:
+    model = build(f"{kind}Model", f"{kind}Config", use_swiglu_ffn=True, layerscale_value=0.5)
     ours, acceleration = accelerated(model)
-    assert "no layer_norm_mlp: mlp is Dinov2SwiGLUFFN" in str(acceleration)
+    assert rows(acceleration)["encoder.layer.1"] == GATED
     assert_equal(ours, model, run)
-    assert calls["attention_block"] == 2 and not calls["layer_norm_mlp"]
+    assert calls["attention_block"] == calls["layer_norm_swiglu"] == 2
+    layer = ours.get_submodule("encoder.layer.1")
+    layer.mlp.act_fn = nn.ReLU()
+    reason = "no layer_norm_mlp: the activation of the gate is ReLU"
+    assert rows(acceleration)["encoder.layer.1"] == ("attention_block", reason)
 
 
 def test_drop_path_of_dinov2_in_the_mean(calls: Counter[str]) -> None:

@@ -5,8 +5,10 @@ import torch
 from torch import nn
 
 from fastvit_kernels import FusedBlock, FusedPatchEmbed, accelerate
-from fastvit_kernels.block import op
+from fastvit_kernels.block import op as block_op
+from fastvit_kernels.swiglu import op as swiglu_op
 
+timm = pytest.importorskip("timm")
 timm_vit = pytest.importorskip("timm.models.vision_transformer")
 
 
@@ -37,11 +39,15 @@ def test_patch_embed_exchanges_weights_with_timm() -> None:
     torch.testing.assert_close(ours(images), theirs(images))
 
 
-def test_accelerated_block_runs_the_kernels(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mlp", ["Mlp", "SwiGLUPacked"])
+def test_accelerated_block_runs_the_kernels(mlp: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
+    op, options = block_op, {}
+    if mlp == "SwiGLUPacked":
+        op, options = swiglu_op, {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": nn.SiLU}
     registered = op.call_operator
     monkeypatch.setattr(op, "call_operator", lambda *args: calls.append(1) or registered(*args))
-    block, x = randomised(timm_vit.Block(16, 2, qkv_bias=True, init_values=0.1)), torch.randn(1, 3, 16)
+    block, x = randomised(timm_vit.Block(16, 2, qkv_bias=True, init_values=0.1, **options)), torch.randn(1, 3, 16)
     expected = block(x)
     expected_gradients = torch.autograd.grad(expected.sin().sum(), list(block.parameters()))
     accelerate(block)

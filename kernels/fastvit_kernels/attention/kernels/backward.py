@@ -148,8 +148,8 @@ def query_gradient(
                                    scale, BLOCK_N, ANY_LENGTH, HEAD_DIM, PIECES, CAUSAL)
     # fmt: on
     total = scale_rows(total, scale * LN_2)
-    store_sums(sums, 0, total, HEAD_DIM, PIECES)
     store_rows(grad_q, total, first, HEAD_DIM, PIECES)
+    store_sums(sums, 0, total, HEAD_DIM, PIECES)
 
 
 @triton.jit
