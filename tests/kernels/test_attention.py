@@ -335,8 +335,9 @@ def test_blocks_cover_all_tokens(tiling_of: object, arch: str, dtype: torch.dtyp
         *whole_tails, last = *cut.row_tails(tokens), 0
         covered = tokens // cut.rows * cut.rows + sum(whole_tails)
         assert last == 0 and tokens <= covered < tokens + 64
-        assert cut.blocks(tokens) == tokens // cut.rows + len(whole_tails)
-        tail = cut.options(tokens)["TAIL_N"]
+        blocks, options = tiling.launch_options(cut, tokens, tokens)
+        assert blocks == tokens // cut.rows + len(whole_tails)
+        tail = options["TAIL_N"]
         columns = tokens // cut.columns * cut.columns + tail
         assert tokens <= columns < tokens + max(16, tail / 2)
         assert tail in (0, 16, 32, 64) and tail <= cut.columns

@@ -89,17 +89,17 @@ def launch_backward_and_sums(
     of the gradient before it is rounded. The probabilities of a query add up to 1, so the part of the values is the sum
     of `grad_out`. A bias of the keys adds the same to all scores of a query and changes nothing: its gradient is 0.
     """
-    gradients = fake_gradients(grad_out, out, lse, False, qkv)
-    partial = write_gradients(Call(qkv), grad_out, out, lse, gradients, with_sums=True)
+    grad_qkv = qkv.new_empty(qkv.shape)
+    partial = write_gradients(Call(qkv), grad_out, out, lse, (grad_qkv,), with_sums=True)
     if not partial:
-        summed = gradients[0].select(-3, 0).flatten(-2), grad_out
+        summed = grad_qkv.select(-3, 0).flatten(-2), grad_out
         partial = tuple(gradient.sum((0, 1), dtype=torch.float32)[None] for gradient in summed)
     of_queries, of_output = partial
     for_queries, for_keys, for_values = column_sum.chunk(3)
     sums.add(of_queries, for_queries)
     sums.add(of_queries[:0], for_keys)  # no rows add up to 0
     sums.add(of_output, for_values)
-    return gradients[0]
+    return grad_qkv
 
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -113,11 +113,12 @@ def launch_gradients(grad_out: Tensor, out: Tensor, lse: Tensor, bias_needs_it: 
 
 
 def write_gradients(
-    call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, gradients: Gradients, with_sums: bool = False
+    call: Call, grad_out: Tensor, out: Tensor, lse: Tensor, gradients: tuple[Tensor, ...], with_sums: bool = False
 ) -> tuple[Tensor, ...]:
-    """Fills `gradients`. Returns partial column sums, `with_sums` (not with lengths) and if our kernels run, else ().
+    """Fills `gradients`, for packed q, k and v the first alone. Returns partial column sums, or () if there are none.
 
-    They are those of the gradients of q and of the output, [programs, H*d] float32 each.
+    They are those of the gradients of q and of the output, [programs, H*d] float32 each: if `with_sums`, which is not
+    for calls with lengths, and if our kernels run.
     """
     q, k, v = separate(call)
     grad_q, grad_k, grad_v = gradients[0].unbind(-3) if call.k is None else gradients[:3]

@@ -200,13 +200,13 @@ def scale_gradient(
 
     Returns partial column sums of `out`, or an empty tensor unless `column_sum`; does nothing if nothing is asked for.
     """
-    rows, width = grad.shape
-    block = gradient_block(grad.dtype, pre is not None, rows, width, gpu(grad.device))
-    blocks_n = cdiv(width, block.columns)
-    programs = min(cdiv(rows, block.rows), cdiv(8 * gpu(grad.device).multiprocessors, blocks_n))
-    partial = grad.new_empty((programs, width) if column_sum else 0, dtype=torch.float32)
     if out is None and scaled is None and not column_sum:
-        return partial
+        return grad.new_empty(0, dtype=torch.float32)
+    (rows, width), on = grad.shape, gpu(grad.device)
+    block = gradient_block(grad.dtype, pre is not None, rows, width, on)
+    blocks_n = cdiv(width, block.columns)
+    programs = min(cdiv(rows, block.rows), cdiv(8 * on.multiprocessors, blocks_n))
+    partial = grad.new_empty((programs, width) if column_sum else 0, dtype=torch.float32)
     kernels.gradient_kernel[blocks_n, programs](
         grad,
         pre,
