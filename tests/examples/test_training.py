@@ -15,7 +15,7 @@ from tests.kernels.integrations import conftest  # lets timm import a torchvisio
 __all__ = ["conftest"]
 pytestmark = [pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
-FUSED_BLOCK = re.compile(r"^\S*(blocks|layers)\.1 +\w+ +attention_block \+ layer_norm_mlp$", re.MULTILINE)
+FUSED_BLOCK = re.compile(r"^\S*(blocks|layers)\.1 +\w+ +block +reference$", re.MULTILINE)
 
 
 @pytest.fixture
