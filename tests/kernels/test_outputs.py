@@ -52,7 +52,7 @@ def test_module_drops_the_paths_that_it_drops_in_the_whole_block(mode: str, devi
 
 def test_dropout_drops_features_of_the_first_tokens(implementation: str, device: torch.device) -> None:
     if implementation == "triton" and not IN_FULL:
-        pytest.skip("dropout is PyTorch's")
+        pytest.skip("does not apply: dropout is PyTorch's")
     block = FusedBlock(16, 2, 24, dropout=0.5).to(device)
     x = torch.zeros(64, 3, 16, device=device)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_all_tokens_are_the_whole_block(device: torch.device) -> None:
 
 def test_compiles_without_graph_break(implementation: str, device: torch.device) -> None:
     if implementation == "reference" and not IN_FULL:
-        pytest.skip("PyTorch's operations alone")
+        pytest.skip("does not apply: PyTorch's operations alone")
     arguments = leaves(device, torch.float32, 2, 3, 16, 24)
     compiled = torch.compile(partial(transformer_block, **BLOCK, outputs=1), fullgraph=True, backend="aot_eager")
     y = compiled(**arguments)

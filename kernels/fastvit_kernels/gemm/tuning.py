@@ -99,6 +99,12 @@ def column_sums(partial_sums: Tensor) -> Tensor:
     return total
 
 
+def product_and_gelu_gradient(grad: Tensor, weight: Tensor, pre: Tensor) -> tuple[Tensor, ...]:
+    """With the column sums added up, since how many rows of partial ones there are depends on the tile."""
+    out, partial_sums, post = products.gelu_gradient(grad, weight, pre, tanh=False, recompute=True)
+    return out, column_sums(partial_sums), post
+
+
 def residual(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
     return products.linear_residual(x, weight, bias, residual, None, None)
 
@@ -109,9 +115,6 @@ LAUNCHES: dict[Product, tuple[Callable[..., object], Callable[[int, int, int], t
     "gelu": (partial(products.linear_gelu, tanh=False), lambda m, n, k: ((m, k), (n, k), (n,))),
     "residual": (residual, lambda m, n, k: ((m, k), (n, k), (n,), (m, n))),
     "input gradient": (products.input_gradient, lambda m, n, k: ((m, k), (k, n))),
-    "gelu gradient": (
-        partial(products.gelu_gradient, tanh=False, recompute=True),
-        lambda m, n, k: ((m, k), (k, n), (m, n)),
-    ),
+    "gelu gradient": (product_and_gelu_gradient, lambda m, n, k: ((m, k), (k, n), (m, n))),
     "weight gradient": (products.weight_gradient, lambda m, n, k: ((k, m), (k, n))),
 }

@@ -62,7 +62,7 @@ def forward_inputs(model: Model, device: torch.device) -> tuple:
 def backward_inputs(model: Model, device: torch.device) -> tuple:
     images, weight, *_ = forward_inputs(model, device)
     grad = torch.randn(model.batch, model.tokens, model.width, dtype=HALF, device=device)
-    return grad, images, weight, None, True, 0, SCALE, SCALE, True
+    return grad, images, weight, None, True, 0, SCALE, SCALE, True, HALF
 
 
 def step_inputs(model: Model, device: torch.device) -> tuple[Tensor, ...]:

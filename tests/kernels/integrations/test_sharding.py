@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastvit_kernels import FusedBlock, FusedLayerNorm, FusedLayerNormMLP, FusedPatchEmbed, accelerate
 from fastvit_kernels.gathered import GatheredWhole
 from tests.in_full import IN_FULL, in_full
+from tests.kernels.integrations.conftest import TORCHVISION  # noqa: F401 - a rank imports this file alone
 from tests.kernels.integrations.equality import randomised
 
 vision_transformer = pytest.importorskip("timm.models.vision_transformer", reason="timm is not installed")
