@@ -5,6 +5,7 @@ does `latest` name it. A kill or a full disk at any moment therefore leaves the 
 was renamed is complete, whether or not `latest` could be written.
 """
 
+import contextlib
 import errno
 import mmap
 import os
@@ -17,6 +18,7 @@ from fastvit_engine.checkpoint.store import LONGEST_NAME, is_owner_name, is_step
 from fastvit_engine.files import atomic_create, atomic_write, flush_to_disk
 
 _SPARE = 2**16  # bytes that a checkpoint leaves free on its disk, for the run's records
+_MORE_TRIES = 9
 
 
 class LocalStore:
@@ -103,6 +105,12 @@ class LocalStore:
             return opened.read(), os.fstat(opened.fileno()).st_mtime
 
     def create_owner(self, name: str, content: bytes) -> bool:
+        for _ in range(_MORE_TRIES):  # another start may make the folder, be refused, and remove it, still empty
+            with contextlib.suppress(FileNotFoundError):
+                return self._create_owner(name, content)
+        return self._create_owner(name, content)
+
+    def _create_owner(self, name: str, content: bytes) -> bool:
         self.folder.mkdir(parents=True, exist_ok=True)
         return atomic_create(self.folder / name, content)
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 import pytest
 
-from fastvit_engine.checkpoint import open_store, owner
+from fastvit_engine.checkpoint import local, open_store, owner
 from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.checkpoint.owner import RUN_ID, Owner, own, process_start
 from fastvit_engine.config import CheckpointConfig
@@ -386,3 +386,20 @@ def test_other_files_are_no_records(run, name):
     (run.path / name).touch()
     with own(HERE, run):
         assert "owner-1.json" in records(run.path)
+
+
+def test_a_folder_that_a_refused_start_removes_is_made_again(tmp_path, monkeypatch):
+    """A start that is refused removes the empty folders it made, perhaps just before the winner writes there."""
+    store, create, removals = LocalStore(tmp_path / "checkpoints"), local.atomic_create, [3]
+
+    def removed_before(path, content):
+        if removals[0]:
+            removals[0] -= 1
+            path.parent.rmdir()
+        return create(path, content)
+
+    monkeypatch.setattr(local, "atomic_create", removed_before)
+    assert store.create_owner("owner-1.json", b"{}") and store.owners() == ["owner-1.json"]
+    removals[0] = 1000
+    with pytest.raises(FileNotFoundError):
+        LocalStore(tmp_path / "others").create_owner("owner-1.json", b"{}")
