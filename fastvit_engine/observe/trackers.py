@@ -3,16 +3,17 @@
 This module imports TensorBoard; only a process that writes figures needs it.
 """
 
+import io
 import os
 import re
 import socket
-import struct
 import time
 import uuid
 from typing import Any, Protocol, cast
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from fastvit_engine.files import write_all
 from fastvit_engine.observe.metrics import EvalRow, FewShotRow, TrainRow
@@ -81,31 +82,7 @@ class TensorBoard:
         return file
 
 
-def _crc32c_of_bytes() -> list[int]:
-    """The CRC-32C of each single byte, by its value, without the inversions before and after."""
-    table = list(range(256))
-    for _ in range(8):
-        table = [crc >> 1 ^ (0x82F63B78 if crc & 1 else 0) for crc in table]
-    return table
-
-
-_CRC32C = _crc32c_of_bytes()
-
-
 def _record(event: Any) -> bytes:
-    """An event in a TFRecord file: length, checksum, content, checksum.
-
-    TensorBoard's own writer of these imports boto3 and fsspec, which takes longer than the rest of this package.
-    """
-    content = event.SerializeToString()
-    length = struct.pack("<Q", len(content))
-    return length + _masked_crc(length) + content + _masked_crc(content)
-
-
-def _masked_crc(content: bytes) -> bytes:
-    """The checksum of TFRecord: a CRC-32C, rotated and moved, as a CRC over data that holds its own CRC is weak."""
-    crc = 0xFFFFFFFF
-    for byte in content:
-        crc = crc >> 8 ^ _CRC32C[(crc ^ byte) & 0xFF]
-    crc ^= 0xFFFFFFFF
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+    content = io.BytesIO()
+    RecordWriter(content).write(event.SerializeToString())
+    return content.getvalue()
