@@ -45,8 +45,8 @@ def _check_packages() -> Iterator[Finding]:
         elif version is None:
             yield _group.problem(name, f"{name} is not installed, and training needs it", _INSTALL)
         elif not _satisfies(version, specifier):
-            advice = f"pip install '{name}{specifier}'"
-            yield _group.problem(name, f"{name} {version} is installed, and the engine needs {specifier}", advice)
+            found = f"{name} {version} is installed, and the engine needs {specifier}"
+            yield _group.problem(name, found, f"pip install '{name}{specifier}'", same=version)
         elif name in _SHOWN:
             yield _group.ok(name, version, same=version)
         else:
