@@ -290,7 +290,7 @@ VARIANTS = (
     Variant("timm", "timm, eager", timm()),
     Variant("timm compile", "timm, torch.compile", timm("default"), slow=COMPILES),
     Variant(
-        "fastvit graph",
+        "fastvit CUDA graph",
         "the bare loop, each step one CUDA graph",
         fastvit_graph,
         ours=True,
