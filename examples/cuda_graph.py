@@ -22,38 +22,38 @@ classes = torch.from_numpy(digits.target).to(device)
 model = timm.create_model("test_vit", img_size=8, patch_size=4, num_classes=10)
 accelerate(model.to(device))
 
-# %% What changes from step to step is in tensors: the batch, the learning rate, and Adam's count of steps.
+# %% What changes from step to step is in tensors: the batch, the learning rate, Adam's count of steps, the loss.
 x, y, rate = scans[:BATCH].clone(), classes[:BATCH].clone(), torch.tensor(2e-3, device=device)
 optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True, capturable=True)
+last_loss = torch.zeros((), device=device)
 
 
-def step() -> torch.Tensor:
+def step() -> None:
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
         loss = torch.nn.functional.cross_entropy(model(x), y)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()  # to None: the gradients of a graph are in its own memory
-    return loss.detach()
+    last_loss.copy_(loss.detach())
 
 
 # %% A capture records the launches, and runs nothing. The steps before it train, compile kernels and allocate.
+run = step
 if device.type == "cuda":
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for _ in range(3):
-            step()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = step()
-else:
-    print("no GPU, so no CUDA graph: the same step runs eagerly")
-
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step()
+        step()
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
+        step()
+    run = graph.replay
+print("no GPU, so no CUDA graph: the same step runs eagerly" if device.type == "cpu" else "each step is a CUDA graph")
 for number in range(STEPS):
     drawn = torch.randint(len(scans), (BATCH,), device=device)
     x.copy_(scans[drawn])
     y.copy_(classes[drawn])
     rate.fill_(2e-3 * (1 - number / STEPS))
-    loss = step() if device.type == "cpu" else (graph.replay(), loss)[1]  # a replay writes its loss again
+    run()
     if number % 50 == 0 or number == STEPS - 1:
-        print(f"step {number}  loss {loss.item():.4f}")
+        print(f"step {number}  loss {last_loss.item():.4f}")
