@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from fastvit_engine.observe.disk import if_possible, insist
 from fastvit_engine.observe.metrics import EvalRow, FewShotRow, MetricsWriter, TrainRow
 from fastvit_engine.observe.progress import TrainingProgress
 from fastvit_engine.observe.run_folder import RunFolder
-
-if TYPE_CHECKING:  # which imports what the trackers are made of
-    from fastvit_engine.observe.trackers import Tracker
+from fastvit_engine.observe.trackers.protocol import Tracker
 
 
 class Recorder:
@@ -24,7 +21,7 @@ class Recorder:
         run: RunFolder,
         total_steps: int,
         start_step: int,
-        trackers: "Sequence[Tracker]" = (),
+        trackers: Sequence[Tracker] = (),
         check_owner: Callable[[], None] = lambda: None,
     ) -> None:
         self._check_owner = check_owner
