@@ -49,6 +49,7 @@ class Stragglers:
         self._interval_seconds = 0.0
         self._work = [0.0] * world.size  # seconds of each rank's own work in this interval
         self._streaks = [0] * world.size  # consecutive intervals in which each rank was slow
+        self.work_shares: list[float] = []  # of each rank: its own work in the last interval between log steps
         self._seconds = 0.0  # of this rank's forward passes since the last log step
         self._on_gpu: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -78,6 +79,7 @@ class Stragglers:
         own = waited + self._seconds + sum(start.elapsed_time(end) for start, end in self._on_gpu) / 1000
         self._seconds, self._on_gpu = 0.0, []
         work = self.world.sum([own if rank == self.world.rank else 0.0 for rank in range(self.world.size)]).tolist()
+        self.work_shares = [own / seconds for own in work]
         for rank, ratio in self._slow_ranks(work, seconds):
             part = "data and forward pass" if self.measures_forward else "data"
             message = (
