@@ -137,6 +137,10 @@ def test_the_table_says_what_each_class_is_taken_for():
         assert (row.taken_for == "") == (not wrong) and (
             not wrong or wrong.count(int(row.taken_for[1:-1])) == row.times
         )
+    mistakes = [(label, int(said)) for label, said in zip(LABELS, answers, strict=True) if label != said]
+    assert sorted(confusion.pairs()) == sorted((*pair, mistakes.count(pair)) for pair in set(mistakes))
+    times = [count for _, _, count in confusion.pairs()]
+    assert times == sorted(times, reverse=True)
     assert sum(row.samples * row.top1 for row in rows.values()) == pytest.approx(12 * figures_of(record).top1)
     lines = confusion.csv(None).splitlines()
     assert lines[0] == "class,name,samples,top1,top5,taken_for,times" and len(lines) == 8
