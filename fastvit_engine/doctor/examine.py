@@ -104,11 +104,11 @@ def run_check(name: str, check: Callable[[], Iterable[Finding]], seconds: float)
     outcome = run_isolated(send_all, seconds)
     findings = [Finding.from_dict(message) for message in outcome.messages]
     if outcome.failure is not None:
-        found = f"the rest could not be checked: {outcome.failure}"
+        found = f"could not be checked: {outcome.failure}"
         advice = "mend what it names, or install what it misses, and run this again"
         if not outcome.timely:
             advice = _HANGS.get(name, "see whether a disk or a driver hangs (dmesg)")
-        findings.append(Group(name).problem("check", found, advice))
+        findings.append(Group(name).problem(f"rest of {name}", found, advice))
     return findings
 
 
@@ -245,7 +245,7 @@ def _judged(measuring: Isolated) -> Iterator[Finding]:
     yield from (Finding.from_dict(message) for message in outcome.messages if "subject" in message)
     if outcome.failure is not None:
         advice = "see what NCCL_DEBUG=INFO says, and which interface NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name"
-        yield _links.problem("check", f"the processes could not exchange data: {outcome.failure}", advice)
+        yield _links.problem("exchange", f"the processes could not exchange data: {outcome.failure}", advice)
 
 
 def _measure(environment: dict[str, str], send: Send) -> None:
@@ -278,7 +278,7 @@ def _with_others(own: Node | None) -> list[Shared] | None:
     if outcome.failure is not None:
         what = "the processes could not exchange data" if messages else "the nodes did not find each other"
         advice = "see what the other ranks and their hosts say, and that this one can be reached (address, firewall)"
-        found.append(_links.problem("check", f"{what}: {outcome.failure}", advice))
+        found.append(_links.problem("exchange", f"{what}: {outcome.failure}", advice))
     hosts = tuple(node.host for node in nodes)
     return [*compare(nodes), *(Shared(one, hosts) for one in found)]
 

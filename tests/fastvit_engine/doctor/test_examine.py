@@ -37,7 +37,7 @@ def test_a_check_that_hangs_or_crashes_leaves_the_rest_of_the_report():
     first, last = examine.run_check("data", hang, 0.3)
     assert first == software.ok("torch", "2.13")
     assert (last.group, last.status) == ("data", Status.PROBLEM)
-    assert last.found == "the rest could not be checked: it did not end within 0.3 s"
+    assert (last.subject, last.found) == ("rest of data", "could not be checked: it did not end within 0.3 s")
     assert last.advice == "see that the store or the disk with the shards answers, and try again"
     (only,) = examine.run_check("data", fail, 20)
     assert only.found.endswith("it failed: ImportError: no module")
@@ -165,7 +165,7 @@ def test_a_node_that_never_starts_is_named_and_the_rest_is_reported():
 
     (report,) = reports(2, of_rank, started=1)
     assert ("torch", "ok") in report
-    assert report["check", "problem"][0].startswith(
+    assert report["exchange", "problem"][0].startswith(
         "the nodes did not find each other: it failed: rank 1 of 2 did not start within 1 s"
     )
 
@@ -182,7 +182,7 @@ def test_a_rank_that_cannot_join_says_why_on_rank_0():
 
     first, second = reports(2, of_rank)
     assert second is None
-    found, hosts = first["check", "problem"]
+    found, hosts = first["exchange", "problem"]
     assert " has ended: the name of this host, node-1, resolves to 127.0.1.1: correct /etc/hosts" in found
     assert hosts == ["node-0"]
 
