@@ -85,7 +85,7 @@ def test_a_black_hole_ends_in_seconds(alone, monkeypatch, scheme):
         began = time.monotonic()
         finding = check_reachable("store", f"http://{address}/x.tar" if scheme == "http" else "s3://bucket/x.tar")
     assert finding.status == Status.PROBLEM and " cannot be reached: no answer for 0.5 seconds" in finding.found
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(("status", "words"), [(403, "HTTP 403 Forbidden"), (404, "HTTP 404 Not Found")])
