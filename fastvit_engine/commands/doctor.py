@@ -6,6 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from fastvit_engine.commands.parser import output_path_or_url, path_or_url, setting
+from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def _request(args: argparse.Namespace) -> "Request":
         if (error.name or "").startswith("fastvit_engine"):
             raise
         return Request(None, args.out or "runs/run", classes_known=False)
+    if args.data is not None and any(one.partition("=")[0].strip() == "data.train" for one in args.set):
+        raise UserError("--data and --set data.train=... say the same thing twice: leave one of them out")
     unused = [] if args.recipe else ["loss.kind=sigmoid"]
     data = [] if args.data is None else [f"data.train={args.data}"]
     resolved = load_config(args.recipe, [*unused, *args.set, *data])

@@ -77,13 +77,21 @@ def _check_nvcc() -> Iterator[Finding]:
 def _check_locks() -> Iterator[Finding]:
     """Locks of builds that were killed: whoever builds the same next waits for them in silence, for ever."""
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
-    old = [lock for lock in folder.glob("**/lock") if time.time() - lock.stat().st_mtime > _ABANDONED]
+    old = [lock for lock in folder.glob("*/*/lock") if _age(lock) > _ABANDONED]
     if old:
         yield _group.warning(
             "locks",
             f"a build that has ended left {old[0]}" + (f" and {len(old) - 1} more" if len(old) > 1 else ""),
             f"if nothing is being compiled, remove it: rm '{old[0]}'; the next build would wait for it for ever",
         )
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was last written; 0 if it is gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _check_operations(settings: Mapping[str, Any]) -> Iterator[Finding]:

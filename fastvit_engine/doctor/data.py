@@ -18,10 +18,9 @@ from fastvit_engine.data.shards.braces import expand_braces
 from fastvit_engine.data.shards.index import INDEX_SUFFIX, index_command, open_index
 from fastvit_engine.data.shards.names import Split, find_shards, is_local
 from fastvit_engine.data.shards.remote_path import any_path
-from fastvit_engine.data.shards.sample import Sample
 from fastvit_engine.data.stream.prepare import index_at_hand
 from fastvit_engine.doctor.decoding import Needs, check_decoding, generated_samples
-from fastvit_engine.doctor.findings import Finding, Group
+from fastvit_engine.doctor.findings import Finding, Group, Status
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted, format_bytes
 from fastvit_engine.shown import public_url
@@ -31,6 +30,7 @@ from fastvit_engine.storage.local import local_path
 from fastvit_engine.storage.remote import TryPolicy, describe
 from fastvit_engine.storage.source import AttemptFailed, Denied, Missing, Refused
 from fastvit_engine.storage.stores import is_store, open_store
+from fastvit_engine.text import read_lines
 
 _group = Group("data")
 _ANSWER = 5.0  # seconds that a server may take
@@ -41,50 +41,64 @@ _IMAGES = 256  # that are decoded, at most
 _MAGIC = re.compile(r"[*?[]")
 
 
-def check_data(config: Config, needs: Needs, *, classes_known: bool) -> Iterator[Finding]:
-    """classes_known: whether labels of model.num_classes and more are wrong."""
-    samples: Iterator[Sample] | None = None
-    rate = None
-    for number, source in enumerate(config.data.sources, start=1):
-        which = f" {number}" if len(config.data.sources) > 1 else ""
-        pattern = source.shards
-        finding = check_reachable(f"training data{which}", pattern)
-        yield finding
-        if finding.advice:
+def check_data(config: Config, out: str, needs: Needs, *, classes_known: bool) -> Iterator[Finding]:
+    """out: the run folder. classes_known: whether labels of model.num_classes and more are wrong."""
+    for subject, place in (("run folder", out), ("checkpoints", config.checkpoint.path)):
+        if place is not None and is_store(place):
+            yield check_reachable(subject, place)
+    several = len(config.data.sources) > 1
+    patterns: list[tuple[str, str, Split]] = [
+        (f"training data {number}" if several else "training data", source.shards, "train")
+        for number, source in enumerate(config.data.sources, start=1)
+    ]
+    patterns += [("evaluation data", config.data.eval, "eval")] if config.data.eval else []
+    located: dict[str, list[str]] = {}
+    for subject, pattern, split in patterns:
+        yield (finding := check_reachable(subject, pattern))
+        if finding.status == Status.PROBLEM:
             continue
-        try:
-            shards, found = _locate(pattern, "train", config, f"index{which}")
-        except UserError as error:
-            yield _group.refused(f"training shards{which}", error)
-            continue
-        yield _group.ok(f"training shards{which}", f"{counted(len(shards), 'shard')} in {public_url(pattern)}")
-        yield from found
-        if samples is None:
-            with _refusals("reading") as refused:
-                rate, finding = measure_reading(shards)
-                yield finding
+        with _refusals(subject.replace("data", "shards")) as refused:
+            located[subject] = shards = _locate(pattern, split, config)
+            yield _group.ok(
+                subject.replace("data", "shards"), f"{counted(len(shards), 'shard')} in {public_url(pattern)}"
+            )
+        yield from refused
+    training = [located[subject] for subject, _, split in patterns if split == "train" and subject in located]
+    if training or not config.data.sources:  # what cannot be read is said above
+        yield from _measure(config, training[0] if training else None, needs, classes_known=classes_known)
+    for subject, pattern, _ in patterns:  # last: to fetch a large one may take longer than all the rest
+        if subject in located and config.data.order != "stream":
+            with _refusals(subject.replace("data", "index")) as refused:
+                yield _check_index(subject.replace("data", "index"), pattern, located[subject], config)
             yield from refused
-            samples = islice(read_shard(shards[0]), _IMAGES)
-    if config.data.eval:
-        yield from _check_evaluation(config.data.eval, config)
-    if samples is None:
-        if config.data.sources:  # what cannot be read is said above
-            return
-        samples = generated_samples(_IMAGES)
+
+
+def _measure(config: Config, shards: list[str] | None, needs: Needs, *, classes_known: bool) -> Iterator[Finding]:
+    """Reading and decoding, of these shards or of generated images."""
+    rate = None
+    if shards is not None:
+        with _refusals("reading") as refused:
+            rate, finding = measure_reading(shards)
+            yield finding
+        yield from refused
+    samples = generated_samples(_IMAGES) if shards is None else islice(read_shard(shards[0]), _IMAGES)
     with _refusals("decoding") as refused:
-        yield from check_decoding(
-            config, samples, needs, rate, generated=not config.data.sources, classes_known=classes_known
-        )
+        yield from check_decoding(config, samples, needs, rate, generated=shards is None, classes_known=classes_known)
     yield from refused
 
 
 def check_reachable(subject: str, pattern: str) -> Finding:
     """Asks the server or the disk of a pattern once."""
-    first = next(iter(expand_braces(pattern)), pattern) if not pattern.startswith("@") else pattern
+    if pattern.startswith("@"):
+        try:
+            pattern = next(iter(read_lines(Path(pattern[1:]).expanduser())), "")
+        except (OSError, UnicodeDecodeError) as error:
+            return _group.problem(subject, f"the list {pattern[1:]} cannot be read ({error})", "correct its name")
+    first = next(iter(expand_braces(pattern)), pattern)
     shown = public_url(first)
     if first.startswith("pipe:"):
         return _group.ok(subject, "comes from a command, which is not run here")
-    if (path := local_path(first.removeprefix("@"))) is not None:
+    if (path := local_path(first)) is not None:
         fixed = path if os.path.exists(path) else _MAGIC.split(path, maxsplit=1)[0]
         folder = Path(fixed if os.path.isdir(fixed) else os.path.dirname(fixed) or ".")
         if not os.access(folder, os.R_OK | os.X_OK):
@@ -125,38 +139,28 @@ def _ask(url: str) -> None:
         store.head(key or "shards.index")
 
 
-def _locate(pattern: str, split: Split, config: Config, subject: str) -> tuple[list[str], list[Finding]]:
-    """The shards, and what is to be said of their index. Raises UserError."""
+def _locate(pattern: str, split: Split, config: Config) -> list[str]:
+    """The shards that a pattern names. Raises UserError."""
+    if pattern.endswith(INDEX_SUFFIX):
+        with tempfile.TemporaryDirectory(prefix="fastvit-doctor-") as folder:
+            return open_index(any_path(pattern), Path(folder), label_key=config.data.label_key).shards
+    return find_shards(pattern, split)
+
+
+def _check_index(subject: str, pattern: str, shards: list[str], config: Config) -> Finding:
+    """Raises UserError if the index cannot be used that data.index names."""
+    if pattern.endswith(INDEX_SUFFIX):
+        return _group.ok(subject, f"{public_url(pattern)} is one")
     with tempfile.TemporaryDirectory(prefix="fastvit-doctor-") as folder:
-        if pattern.endswith(INDEX_SUFFIX):
-            index = open_index(any_path(pattern), Path(folder), label_key=config.data.label_key)
-            return index.shards, [_group.ok(subject, f"{counted(index.samples, 'sample')}")]
-        shards = find_shards(pattern, split)
-        if config.data.order == "stream":
-            return shards, []
-        found = index_at_hand(shards, config, Path(folder))
-        if found is not None:
-            return shards, [_group.ok(subject, f"{counted(found.samples, 'sample')}, by {found.where}")]
-    out = "FILE.index"
+        index = index_at_hand(shards, config, Path(folder))
+        if index is not None:
+            return _group.ok(subject, f"{counted(index.samples, 'sample')}, by {index.where}")
     if all(map(is_local, shards)):
         advice = "nothing, as a run makes it when it starts; fastvit data index SHARDS makes it now"
-        return shards, [_group.note(subject, "there is none yet beside the shards", advice)]
-    advice = f"run `{index_command(out, config.data.label_key)}` and set data.index={out}, or set data.order=stream"
-    return shards, [_group.problem(subject, "there is none beside the shards, which are not local", advice)]
-
-
-def _check_evaluation(pattern: str, config: Config) -> Iterator[Finding]:
-    finding = check_reachable("evaluation data", pattern)
-    yield finding
-    if finding.advice:
-        return
-    try:
-        shards, found = _locate(pattern, "eval", config, "evaluation index")
-    except UserError as error:
-        yield _group.refused("evaluation shards", error)
-        return
-    yield _group.ok("evaluation shards", f"{counted(len(shards), 'shard')} in {public_url(pattern)}")
-    yield from found
+        return _group.note(subject, "there is none yet beside the shards", advice)
+    command = index_command("FILE.index", config.data.label_key)
+    advice = f"run `{command}` and set data.index=FILE.index, or set data.order=stream"
+    return _group.problem(subject, "there is none beside the shards, which are not local", advice)
 
 
 def measure_reading(shards: Sequence[str]) -> tuple[float | None, Finding]:
@@ -196,13 +200,10 @@ def _forget_pages(path: str | None) -> None:
             os.posix_fadvise(file.fileno(), 0, _READ_BYTES, os.POSIX_FADV_DONTNEED)
 
 
-class _Refusals(list[Finding]):
-    """Findings of what was refused."""
-
-
 @contextlib.contextmanager
-def _refusals(subject: str) -> Iterator[_Refusals]:
-    found = _Refusals()
+def _refusals(subject: str) -> Iterator[list[Finding]]:
+    """A list that gets a problem of this subject if the block raises UserError or OSError."""
+    found: list[Finding] = []
     try:
         yield found
     except (UserError, OSError) as error:

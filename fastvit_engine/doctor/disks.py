@@ -1,7 +1,6 @@
 """Checks the folders that a run writes to: whether it may, and how much room they have."""
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,7 +14,12 @@ _LEAST = 2**30  # bytes for compiled code, logs and temporary files
 
 def folders_of(out: str, cache: str | None, checkpoints: str | None) -> dict[str, str]:
     """What a run writes to on this machine, by what it is called."""
-    named = {"run folder": out, "checkpoints": checkpoints, "shard cache": cache, "TMPDIR": tempfile.gettempdir()}
+    named = {
+        "run folder": out,
+        "checkpoints": checkpoints,
+        "shard cache": cache,
+        "TMPDIR": os.environ.get("TMPDIR") or "/tmp",
+    }
     triton = os.environ.get("TRITON_CACHE_DIR") or str(Path.home() / ".triton")
     named["compiled code"] = triton
     return {name: path for name, url in named.items() if url and (path := local_path(url)) is not None}
@@ -30,6 +34,8 @@ def check_disks(folders: Mapping[str, str], needs: Mapping[str, int]) -> Iterato
 def _check_folder(name: str, path: Path, need: int) -> Finding:
     variable = {"TMPDIR": "TMPDIR", "compiled code": "TRITON_CACHE_DIR", "shard cache": "data.cache"}.get(name)
     another = f"set {variable} to another folder" if variable else "choose another folder"
+    if name == "TMPDIR" and not path.is_dir():  # which nobody makes
+        return _group.problem(name, f"there is no folder {path}", f"make it, or {another}")
     existing = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
     try:
         if not existing.is_dir():

@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fastvit_engine.doctor.findings import Finding, Group, Status
 from fastvit_engine.doctor.isolated import Isolated, Send, run_isolated, stopping
 from fastvit_engine.doctor.nodes import Node, Shared, compare, exchange, name_rendezvous
 from fastvit_engine.errors import UserError
+from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
     from fastvit_engine.config import Config
@@ -102,13 +104,16 @@ def run_check(name: str, check: Callable[[], Iterable[Finding]], seconds: float)
     outcome = run_isolated(send_all, seconds)
     findings = [Finding.from_dict(message) for message in outcome.messages]
     if outcome.failure is not None:
-        found = f"the rest could not be checked: {outcome.failure}"
-        findings.append(Group(name).problem("check", found, _ADVICE.get(name, "see whether a disk or a driver hangs")))
+        found = f"could not be checked: {outcome.failure}"
+        advice = "mend what it names, or install what it misses, and run this again"
+        if not outcome.timely:
+            advice = _HANGS.get(name, "see whether a disk or a driver hangs (dmesg)")
+        findings.append(Group(name).problem(f"rest of {name}", found, advice))
     return findings
 
 
-_ADVICE = {
-    "software": "see that the disk with the Python environment answers, and install the packages again",
+_HANGS = {
+    "software": "see that the disk with the Python environment answers",
     "disks": "see which of the folders hangs (df), and bring its disk back",
     "data": "see that the store or the disk with the shards answers, and try again",
     "GPUs": "see what nvidia-smi and `dmesg | grep NVRM` say, or take another node",
@@ -156,7 +161,7 @@ def _disks(request: Request, gpus: Gpus) -> Iterable[Finding]:
 def _needed_room(config: "Config", folders: dict[str, str]) -> dict[str, int]:
     """Two checkpoints, of weights and two moments in fp32, where they go; the shard cache its limit."""
     needs = {}
-    with contextlib.suppress(ImportError, UserError):
+    with contextlib.suppress(ImportError, ValueError, UserError):  # ValueError: of FASTVIT_KERNELS
         from fastvit_engine.models import parameter_count
 
         where = "checkpoints" if config.checkpoint.path else "run folder"
@@ -192,7 +197,7 @@ def _data(request: Request, gpus: Gpus) -> Iterable[Finding]:
     from fastvit_engine.doctor.host import read_allowance, usable_cores
 
     needs = Needs(gpus.name, gpus.count, usable_cores(read_allowance()))
-    yield from check_data(request.config, needs, classes_known=request.classes_known)
+    yield from check_data(request.config, request.out, needs, classes_known=request.classes_known)
 
 
 CHECKS = (
@@ -240,7 +245,7 @@ def _judged(measuring: Isolated) -> Iterator[Finding]:
     yield from (Finding.from_dict(message) for message in outcome.messages if "subject" in message)
     if outcome.failure is not None:
         advice = "see what NCCL_DEBUG=INFO says, and which interface NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name"
-        yield _links.problem("check", f"the processes could not exchange data: {outcome.failure}", advice)
+        yield _links.problem("exchange", f"the processes could not exchange data: {outcome.failure}", advice)
 
 
 def _measure(environment: dict[str, str], send: Send) -> None:
@@ -261,6 +266,8 @@ def _with_others(own: Node | None) -> list[Shared] | None:
     with stopping([meeting]):
         outcome = meeting.wait()
     if rank != 0:
+        if own is not None and outcome.failure is not None:
+            _say_alone(own, outcome.failure)
         return None
     assert own is not None
     messages = [message for message in outcome.messages if "host" in message]
@@ -271,15 +278,23 @@ def _with_others(own: Node | None) -> list[Shared] | None:
     if outcome.failure is not None:
         what = "the processes could not exchange data" if messages else "the nodes did not find each other"
         advice = "see what the other ranks and their hosts say, and that this one can be reached (address, firewall)"
-        found.append(_links.problem("check", f"{what}: {outcome.failure}", advice))
+        found.append(_links.problem("exchange", f"{what}: {outcome.failure}", advice))
     hosts = tuple(node.host for node in nodes)
     return [*compare(nodes), *(Shared(one, hosts) for one in found)]
+
+
+def _say_alone(own: Node, failure: str) -> None:
+    """What a node has to say whose findings may not have reached rank 0."""
+    say(f"fastvit: doctor: {own.host} could not take part to the end: {failure}", file=sys.stderr)
+    for one in own.findings:
+        if one.status == Status.PROBLEM:
+            say(f"fastvit: doctor: {own.host}: {one.subject}: {one.found} -> {one.advice}", file=sys.stderr)
 
 
 def _meet(own: Node | None, send: Send) -> None:
     """Joins the other ranks, and sends what all of them have found, as rank 0."""
     from fastvit_engine.distributed.rendezvous import check_rendezvous
-    from fastvit_engine.distributed.roll_call import tell_that_this_rank_ends
+    from fastvit_engine.distributed.roll_call import PeerEnded, tell_that_this_rank_ends
     from fastvit_engine.distributed.world import join_world
     from fastvit_engine.doctor.links import measure_links
 
@@ -291,14 +306,15 @@ def _meet(own: Node | None, send: Send) -> None:
 
     try:
         check_rendezvous(patience=_PATIENCE)
-    except UserError as error:
-        tell_that_this_rank_ends(str(error))
+        with join_world(_PATIENCE, introduce=introduce) as world:
+            if world.size > 1:
+                for finding in measure_links(world):
+                    if world.is_main:
+                        send(finding.to_dict())
+    except UserError as error:  # which is raised before a rank joins
+        if not isinstance(error, PeerEnded):
+            tell_that_this_rank_ends(str(error))
         raise
-    with join_world(_PATIENCE, introduce=introduce) as world:
-        if world.size > 1:
-            for finding in measure_links(world):
-                if world.is_main:
-                    send(finding.to_dict())
 
 
 def _first_of_slurm(hosts: str) -> str | None:

@@ -33,6 +33,7 @@ class Outcome:
 
     messages: list[Any]
     failure: str | None  # a clause: "it did not end within 30 s"; None if it ended well
+    timely: bool = True  # whether it ended before its time limit
 
 
 class Isolated:
@@ -56,7 +57,7 @@ class Isolated:
         status = self._end()
         messages = [json.loads(line) for line in content.split(b"\n")[:-1]]  # behind the last newline: half a line
         if not timely:
-            return Outcome(messages, f"it did not end within {format_duration(self._seconds)}")
+            return Outcome(messages, f"it did not end within {format_duration(self._seconds)}", timely=False)
         if os.WIFSIGNALED(status):
             reason = f"it was killed by {signal.Signals(os.WTERMSIG(status)).name}"
         elif os.WEXITSTATUS(status):

@@ -1,5 +1,6 @@
 """Says which implementation runs each operation of the model here, by which tuning table, and with which assembler."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -7,6 +8,7 @@ import triton
 
 from fastvit_engine.doctor.findings import Finding, Group
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.units import counted
 from fastvit_engine.trusted_folders import trust_compiled_code
 from fastvit_kernels import dispatch, explain, table, toolchain
 from fastvit_kernels.choices import OPERATIONS
@@ -51,6 +53,12 @@ def _check_table(on_gpu: bool) -> Iterator[Finding]:
         return
     line = next(line for line in explained.splitlines() if line.startswith("launch parameters: "))
     line = line.removeprefix("launch parameters: ")
+    chosen = table.choices_of_providers(table.gpu_name(torch.cuda.get_device_name())) if on_gpu else []
+    if chosen:
+        counts = Counter(choice.rpartition(": ")[2] for choice in chosen)
+        line += f"; of {counted(len(chosen), 'size')} that it names, " + ", ".join(
+            f"{who} runs {count}" for who, count in sorted(counts.items())
+        )
     known = table.table_for(table.gpu_name(torch.cuda.get_device_name())) if on_gpu else None
     if on_gpu and (known is None or not known.provenance.measured):
         advice = "python -m fastvit_kernels.tuning measures this GPU, and writes the table for FASTVIT_TUNING"

@@ -20,10 +20,10 @@ from fastvit_engine.doctor.findings import Status
 NO_GPU = Needs(None, 0, 2.0)
 
 
-def check(pattern, *settings, needs=NO_GPU, classes_known=False):
+def check(pattern, *settings, needs=NO_GPU, classes_known=False, out="run"):
     """The findings by subject."""
     config = load_config(None, [f"data.train={pattern}", "model.image_size=16", "model.name=Ti/4", *settings]).config
-    return {one.subject: one for one in check_data(config, needs, classes_known=classes_known)}
+    return {one.subject: one for one in check_data(config, out, needs, classes_known=classes_known)}
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_black_hole_ends_in_seconds(alone, monkeypatch, scheme):
         began = time.monotonic()
         finding = check_reachable("store", f"http://{address}/x.tar" if scheme == "http" else "s3://bucket/x.tar")
     assert finding.status == Status.PROBLEM and " cannot be reached: no answer for 0.5 seconds" in finding.found
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(("status", "words"), [(403, "HTTP 403 Forbidden"), (404, "HTTP 404 Not Found")])
@@ -124,7 +124,7 @@ def test_a_folder_that_this_node_does_not_have(tmp_path):
 def test_shards_of_this_machine(shards):
     found = check(shards)
     assert found["training shards"].found == f"7 shards in {shards}"
-    assert found["index"].found == "there is none yet beside the shards"
+    assert found["training index"].found == "there is none yet beside the shards"
     assert not list(shards.glob("*.index")), "nothing is written"
     assert found["reading"].figures["bytes_per_second"] > 0
     assert found["decoding"].figures["images_per_second_per_core"] > 0
@@ -137,18 +137,21 @@ def test_the_index_that_a_run_would_use(shards, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     paths = sorted(map(str, tmp_path.glob("*.tar")))
     write_index(paths, tmp_path / "shards.index")
-    assert check(tmp_path)["index"].found == f"35 samples, by {tmp_path}/shards.index"
-    assert check(f"{tmp_path}/shards.index")["index"].found == "35 samples"
+    assert check(tmp_path)["training index"].found == f"35 samples, by {tmp_path}/shards.index"
+    assert check(f"{tmp_path}/shards.index")["training index"].found == f"{tmp_path}/shards.index is one"
     (tmp_path / "extra.index").write_bytes(b"no index")
-    refused = check(tmp_path, f"data.index={tmp_path}/extra.index")["training shards"]
+    refused = check(tmp_path, f"data.index={tmp_path}/extra.index")["training index"]
     assert refused.found == f"{tmp_path}/extra.index is not a whole index"
 
 
 def test_remote_shards_without_an_index_are_a_problem(alone, answering, shards):
     body = sorted(shards.glob("*.tar"))[0].read_bytes()
     found = check(f"{answering(200, body)}/x-{{0..1}}.tar")
-    assert found["index"].status == Status.PROBLEM
-    assert "run `fastvit data index SHARDS --out FILE.index` and set data.index=FILE.index" in found["index"].advice
+    assert found["training index"].status == Status.PROBLEM
+    assert (
+        "run `fastvit data index SHARDS --out FILE.index` and set data.index=FILE.index"
+        in found["training index"].advice
+    )
     assert found["reading"].status == Status.OK, "what can be measured is measured all the same"
     assert found["decoding"].status == Status.OK
 
@@ -173,6 +176,18 @@ def test_samples_that_training_cannot_use(shards):
 def test_evaluation_shards_are_checked_too(shards, tmp_path):
     found = check(shards, f"data.eval={tmp_path}/gone/x.tar")
     assert found["evaluation data"].found == f"{tmp_path}/gone does not exist on this node"
+
+
+def test_a_list_is_asked_for_what_it_names(alone, tmp_path):
+    (tmp_path / "list.txt").write_text(f"http://127.0.0.1:{free_port()}/x-{{0..9}}.tar\n")
+    finding = check(f"@{tmp_path}/list.txt")["training data"]
+    assert finding.found == "127.0.0.1 cannot be reached: [Errno 111] Connection refused"
+    assert check_reachable("store", f"@{tmp_path}/none.txt").status == Status.PROBLEM
+
+
+def test_the_store_of_a_run_folder_is_asked_too(shards):
+    finding = check(shards, out="s3://")["run folder"]
+    assert finding.found == "s3:// names no bucket"
 
 
 def test_several_sources_are_told_apart(shards, tmp_path):

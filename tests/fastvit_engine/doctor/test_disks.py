@@ -46,6 +46,11 @@ def test_a_file_in_the_place_of_a_folder(tmp_path, below):
     assert check(f"{tmp_path}/file{below}").found == f"{tmp_path}/file is not a folder"
 
 
+def test_a_folder_for_temporary_files_that_is_not_there(tmp_path):
+    (finding,) = disks.check_disks({"TMPDIR": f"{tmp_path}/none"}, {})
+    assert (finding.status, finding.found) == (Status.PROBLEM, f"there is no folder {tmp_path}/none")
+
+
 def test_urls_are_not_disks(monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", "/somewhere/triton")
     folders = disks.folders_of("s3://bucket/run", "/cache", "file:///checkpoints")

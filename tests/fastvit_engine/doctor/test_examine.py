@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastvit_engine.cli import main
 from fastvit_engine.distributed import rendezvous
@@ -29,11 +30,18 @@ def test_a_check_that_hangs_or_crashes_leaves_the_rest_of_the_report():
         yield software.ok("torch", "2.13")
         time.sleep(60)
 
+    def fail():
+        raise ImportError("no module")
+        yield
+
     first, last = examine.run_check("data", hang, 0.3)
     assert first == software.ok("torch", "2.13")
     assert (last.group, last.status) == ("data", Status.PROBLEM)
-    assert last.found == "the rest could not be checked: it did not end within 0.3 s"
+    assert (last.subject, last.found) == ("rest of data", "could not be checked: it did not end within 0.3 s")
     assert last.advice == "see that the store or the disk with the shards answers, and try again"
+    (only,) = examine.run_check("data", fail, 20)
+    assert only.found.endswith("it failed: ImportError: no module")
+    assert only.advice.startswith("mend what it names")
 
 
 @pytest.fixture
@@ -42,6 +50,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(examine, "CHECKS", [check for check in examine.CHECKS if check.name != "compilers"])
     monkeypatch.setattr(links, "_BYTES", {"cpu": 2**16})
     monkeypatch.setattr(links, "_SECONDS", 0.05)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # which no fork of this process could use
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -76,6 +85,7 @@ def test_a_problem_is_exit_code_1_and_comes_last(quick, monkeypatch, capsys, tmp
         (["--recipe", "vit_b17"], "vit_b17"),
         (["--set", "data.nothing=1"], "data.nothing"),
         (["--out", "https://host/run"], "is on a web server"),
+        (["--data", "x", "--set", "data.train=y"], "say the same thing twice"),
     ],
 )
 def test_bad_usage_is_exit_code_2_before_anything_is_checked(monkeypatch, capsys, words, sentence):
@@ -109,6 +119,7 @@ def rank(number, port, ranks, of_rank, send):
     os.environ.update({**rank_environment(number, ranks, port), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(ranks)})
     socket.gethostname = lambda: f"node-{number}"
     links._BYTES, links._SECONDS = {"cpu": 2**16}, 0.05
+    torch.cuda.is_available = lambda: False
     of_rank(number)
     found = examine.examine(examine.Request(None, "run", classes_known=False))
     send(None if found is None else [(one.finding.to_dict(), one.hosts) for one in found])
@@ -154,7 +165,7 @@ def test_a_node_that_never_starts_is_named_and_the_rest_is_reported():
 
     (report,) = reports(2, of_rank, started=1)
     assert ("torch", "ok") in report
-    assert report["check", "problem"][0].startswith(
+    assert report["exchange", "problem"][0].startswith(
         "the nodes did not find each other: it failed: rank 1 of 2 did not start within 1 s"
     )
 
@@ -171,7 +182,7 @@ def test_a_rank_that_cannot_join_says_why_on_rank_0():
 
     first, second = reports(2, of_rank)
     assert second is None
-    found, hosts = first["check", "problem"]
+    found, hosts = first["exchange", "problem"]
     assert " has ended: the name of this host, node-1, resolves to 127.0.1.1: correct /etc/hosts" in found
     assert hosts == ["node-0"]
 

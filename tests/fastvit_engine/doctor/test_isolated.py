@@ -64,7 +64,7 @@ def test_a_check_that_holds_the_interpreter_ends_at_its_limit_with_all_that_it_h
     began = time.monotonic()
     outcome = run_isolated(hang, 0.5)
     assert outcome.failure == "it did not end within 0.5 s"
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
     (child,) = outcome.messages
     assert is_gone(child)
 

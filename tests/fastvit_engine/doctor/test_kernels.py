@@ -48,6 +48,17 @@ def test_a_ptxas_with_reported_faults_is_a_warning(gpu, monkeypatch):
     assert check()["ptxas for sm_90"].status == Status.OK
 
 
+def test_the_table_says_who_runs_what(gpu):
+    made = table.Provenance("H200", True, table.NOTES[True], "2026-01-01", "3.7.1", "2.13.0", table.TOOL)
+    where = [{"head_dim": 80, "dtype": "bfloat16", "tokens": tokens} for tokens in (257, 1025)]
+    use = [{"provider": "cudnn"}, {"provider": "triton"}]
+    entries = [table.Entry("attention_fwd", *case, 2.0, 1.0, 0.01, "source") for case in zip(where, use, strict=True)]
+    with table.using(table.Table(made, tuple(entries))):
+        finding = check()["tuning table"]
+    assert finding.status == Status.OK
+    assert finding.found.endswith("; of 2 sizes that it names, cudnn runs 1, triton runs 1")
+
+
 def test_a_table_that_was_not_measured_is_a_note(gpu, monkeypatch):
     made = table.Provenance("H200", False, table.NOTES[False], "2026-01-01", "3.7.1", "2.13.0", table.TOOL)
     with table.using(table.Table(made)):

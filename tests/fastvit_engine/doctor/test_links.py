@@ -5,6 +5,7 @@ import time
 from functools import partial
 
 import pytest
+import torch
 
 from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.doctor import examine, links
@@ -24,6 +25,7 @@ def rank(number, ranks, port, slow, send):
         swap(*arguments)
 
     links._BYTES, links._SECONDS = {"cpu": 2**16}, 0.05
+    torch.cuda.is_available = lambda: False
     links._swap = slowly if number == slow else swap
     examine._measure({**rank_environment(number, ranks, port), "LOCAL_RANK": "0"}, send)
 
