@@ -151,6 +151,49 @@ def test_separate_queries_and_keys_with_any_strides(device: torch.device) -> Non
     torch.testing.assert_close(torch.autograd.grad(ours, inputs, cotangents), theirs)
 
 
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+def test_gradients_of_a_norm_whose_gradient_has_a_mean(norm: str, device: torch.device) -> None:
+    """Layer normalisation takes the mean of a row's gradient away, the root mean square does not."""
+    qkv, weight = 3 + torch.randn(1, 2, 3, 1, 8), torch.full((8,), 2.0)
+    learned = {"q_norm_weight": weight, "k_norm_weight": weight / 2}
+    found, expected = [], []
+    for function, results in ((partial(rotary_qk_norm, eps=EPS), found), (plain, expected)):
+        given = qkv.to(device).requires_grad_()
+        out = function(given, norm=norm, **{name: tensor.to(device) for name, tensor in learned.items()})
+        results += torch.autograd.grad(out, given, torch.ones_like(out))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert (expected[0][:, :, :2].abs().max() > 0.1) == (norm == "rms")
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_the_bias_of_each_channel_turns_with_its_partner(layout: str, device: torch.device) -> None:
+    """A quarter turn of constant rows, which normalisation makes 0, leaves the biases, exchanged and signed."""
+    bias = torch.arange(1.0, 9.0, device=device)
+    turn = {"sin": torch.ones(2, 8, device=device), "cos": torch.zeros(2, 8, device=device)}
+    learned = {f"{part}_norm_weight": torch.ones(8, device=device) for part in "qk"}
+    qkv = torch.ones(1, 2, 3, 1, 8, device=device)
+    out = rotary_qk_norm(qkv, **turn, **learned, q_norm_bias=bias, k_norm_bias=-bias, layout=layout)
+    expected = [-5, -6, -7, -8, 1, 2, 3, 4] if layout == "half" else [-2, 1, -4, 3, -6, 5, -8, 7]
+    expected = torch.tensor(expected, dtype=torch.float32, device=device)
+    assert torch.equal(out[0, 1, 0, 0], expected) and torch.equal(out[0, 0, 1, 0], -expected)
+
+
+def test_queries_and_keys_have_strides_of_their_own_in_every_tensor(device: torch.device) -> None:
+    """Heads are adjacent everywhere, so nothing is copied first; tokens and images of each tensor are as far apart."""
+
+    def spaced(extra: int) -> Tensor:
+        return torch.randn(2, 3 + extra, 1 + extra, 2, 8, device=device)[:, :3, 0]
+
+    learned = {f"{part}_norm_weight": torch.rand(8, device=device) for part in "qk"}
+    q, k, grad_q, grad_k = (spaced(extra) for extra in range(4))
+    results = []
+    for shape in (lambda t: t, lambda t: t.contiguous()):
+        given = shape(q).detach().requires_grad_(), shape(k).detach().requires_grad_()
+        out = rotary_qk_norm_separate(*given, **learned)
+        results.append([*out, *torch.autograd.grad(out, given, (shape(grad_q), shape(grad_k)))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_feeds_attention(device: torch.device) -> None:
     """A query and a key rotated by their positions see each other by their distance alone."""
     fixed = {name: angle.to(device) for name, angle in angles(6, 16, "half").items()}

@@ -16,6 +16,7 @@ from fastvit_kernels.integrations.layers import FusedLayerNorm, FusedPatchConv
 
 LIBRARIES = {  # the file here, and the module whose import says that a model of the library may be at hand
     "timm": "timm.models.vision_transformer",
+    "timm_eva": "timm.models.eva",
     "transformers": "transformers.utils.output_capturing",
     "open_clip": "open_clip.transformer",
 }
@@ -139,8 +140,11 @@ def registry() -> Registry:
             try:
                 known |= importlib.import_module(f"{__package__}.{name}").classes()
             except (ImportError, AttributeError) as error:
-                version = getattr(sys.modules[name], "__version__", "of unknown version")
-                warnings.warn(f"{name} {version} is not known here, its blocks are left alone: {error}", stacklevel=3)
+                library = needed.partition(".")[0]
+                version = getattr(sys.modules[library], "__version__", "of unknown version")
+                warnings.warn(
+                    f"{library} {version} is not known here, its blocks are left alone: {error}", stacklevel=3
+                )
     return known
 
 

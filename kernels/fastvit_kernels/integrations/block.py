@@ -3,21 +3,27 @@
 A library's file says where in its blocks the parameters are. It is asked at each call, not once: what has been changed
 since (a rate, a hook, an exchanged layer) is seen, and a half that is no longer standard runs as its library wrote it.
 The other half runs fused then, as `attention_block` or `layer_norm_mlp`, and so do both where they cannot be one.
-A gated MLP is `layer_norm_swiglu`.
+A gated MLP is `layer_norm_swiglu`. Attention that normalises or rotates queries and keys runs as single operations.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvit_kernels.attention import attention
 from fastvit_kernels.attention_block import attention_block
 from fastvit_kernels.block import transformer_block
 from fastvit_kernels.gathered import GatheredWhole
 from fastvit_kernels.integrations.checks import check_forward, fits
 from fastvit_kernels.integrations.fused import Fused, Reading
+from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.mlp import Activation, layer_norm_mlp
+from fastvit_kernels.residual import add_branch
+from fastvit_kernels.rotary import rotary_qk_norm
+from fastvit_kernels.rotary.op import Layout
 from fastvit_kernels.swiglu import layer_norm_swiglu
 
 
@@ -64,6 +70,54 @@ class AttentionHalf(NamedTuple):
             drop_path=self.drop_path,
             causal=self.causal,
         )
+
+
+class Rotation(NamedTuple):
+    """Arguments of `rotary_qk_norm`."""
+
+    sin: Tensor  # [N - prefix, d]
+    cos: Tensor
+    prefix: int
+    layout: Layout
+
+
+class RotaryHalf(NamedTuple):
+    """An attention half whose queries and keys are normalised head by head, rotated, or both."""
+
+    half: AttentionHalf
+    q_norm: Any | None  # the LayerNorms of queries and keys: both or neither, with the same eps
+    k_norm: Any | None
+    rotation: Rotation | None
+
+    def accepts(self, x: Any) -> bool:
+        if not self.half.accepts(x):
+            return False
+        if self.rotation is None:
+            return True
+        (sin, cos, prefix, _), head_dim = self.rotation, x.shape[-1] // self.half.heads
+        return all(
+            angles.shape == (x.shape[1] - prefix, head_dim) and angles.device == x.device and not angles.requires_grad
+            for angles in (sin, cos)
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        half = self.half
+        if self.q_norm is None and self.rotation is None:
+            return half(x)
+        norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = half.parameters()
+        normed = layer_norm(x, norm_weight, norm_bias, eps=half.norm.eps)
+        qkv = F.linear(normed, qkv_weight, qkv_bias).unflatten(-1, (3, half.heads, -1))  # [B, N, 3, H, d]
+        norms: dict[str, Any] = {}
+        if self.q_norm is not None and self.k_norm is not None:
+            for name, norm in (("q", self.q_norm), ("k", self.k_norm)):
+                norms |= {f"{name}_norm_weight": norm.weight, f"{name}_norm_bias": norm.bias, "eps": norm.eps}
+        if self.rotation is None:
+            qkv = rotary_qk_norm(qkv, **norms)
+        else:
+            sin, cos, prefix, layout = self.rotation
+            qkv = rotary_qk_norm(qkv, sin, cos, prefix=prefix, layout=layout, **norms)
+        branch = F.linear(attention(qkv), proj_weight, proj_bias)
+        return add_branch(x, branch, layer_scale=half.layer_scale, dropout=half.dropout, drop_path=half.drop_path)
 
 
 class MlpHalf(NamedTuple):
@@ -155,11 +209,14 @@ def whole_block(x: Tensor, attention: AttentionHalf, mlp: MlpHalf) -> Tensor:
     )
 
 
+ROTARY = ["layer_norm", "rotary", "attention"]  # what a RotaryHalf runs as
+
+
 class FusedBlock(GatheredWhole, Fused):
     """What the blocks of all libraries share. `block` is one of the library's class, fused or not."""
 
     @classmethod
-    def attention_half(cls, block: Any, training: bool | None = None) -> AttentionHalf | str:
+    def attention_half(cls, block: Any, training: bool | None = None) -> AttentionHalf | RotaryHalf | str:
         """The arguments in the block's present mode, or in the given one; or why the half is not standard."""
         raise NotImplementedError
 
@@ -170,7 +227,7 @@ class FusedBlock(GatheredWhole, Fused):
     @staticmethod
     def run(
         x: Any,
-        attention: AttentionHalf | str,
+        attention: AttentionHalf | RotaryHalf | str,
         mlp: MlpHalf | GatedHalf | str,
         attention_branch: Callable[[Any], Tensor],
         mlp_branch: Callable[[Any], Tensor],
@@ -178,7 +235,12 @@ class FusedBlock(GatheredWhole, Fused):
         """Both halves; the branches are what the library adds to x, for a half that cannot run fused."""
         if isinstance(attention, str) or not attention.accepts(x):
             x = x + attention_branch(x)
-        elif isinstance(mlp, MlpHalf) and mlp.accepts(x) and are_one(attention, mlp):
+        elif (
+            isinstance(attention, AttentionHalf)
+            and isinstance(mlp, MlpHalf)
+            and mlp.accepts(x)
+            and are_one(attention, mlp)
+        ):
             return whole_block(x, attention, mlp)
         else:
             x = attention(x)
@@ -199,7 +261,7 @@ class FusedBlock(GatheredWhole, Fused):
                 continue
             if isinstance(evaluation, GatedHalf):
                 operation = "layer_norm_swiglu"
-            fused.append(operation)
+            fused += ROTARY if isinstance(evaluation, RotaryHalf) else [operation]
             if isinstance(training, str):
                 left_alone.append(f"no {operation} in training: {training}")
         attention, mlp = cls.attention_half(module), cls.mlp_half(module)

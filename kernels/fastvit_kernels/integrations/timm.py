@@ -8,7 +8,7 @@ from timm.layers import norm as norms
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
-from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, GatedHalf, MlpHalf
+from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, GatedHalf, MlpHalf, RotaryHalf
 from fastvit_kernels.integrations.checks import (
     activation_name,
     check_children,
@@ -56,7 +56,7 @@ class TimmBlock(FusedBlock):
         )
 
     @classmethod
-    def attention_half(cls, block: Any, training: bool | None = None) -> AttentionHalf | str:
+    def attention_half(cls, block: Any, training: bool | None = None) -> AttentionHalf | RotaryHalf | str:
         norm, attn, scale = block.norm1, block.attn, block.ls1
         reason = (
             check_children("the block", block, BLOCK)
@@ -65,10 +65,9 @@ class TimmBlock(FusedBlock):
             or check_type("attn", attn, (timm_vit.Attention,))
             or check_forward("attn", attn)
             or check_children("attn", attn, ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "proj", "proj_drop"))
-            or check_identity("attn.q_norm", attn.q_norm)
-            or check_identity("attn.k_norm", attn.k_norm)
             or check_identity("attn.norm", getattr(attn, "norm", nn.Identity()))
             or check_heads(attn, norm.normalized_shape[0])
+            or check_qk_norm(attn, attn.proj.weight)
             or check_residual("ls1", scale, "drop_path1", block.drop_path1)
             or check_type("attn.attn_drop", attn.attn_drop, (nn.Dropout,))
             or check_type("attn.proj_drop", attn.proj_drop, (nn.Dropout,))
@@ -83,7 +82,7 @@ class TimmBlock(FusedBlock):
         dropout, drop_path = dropout_rate(attn.proj_drop, training), dropout_rate(block.drop_path1, training)
         if reason := check_rate("attn.proj_drop", dropout) or check_rate("drop_path1", drop_path):
             return reason
-        return AttentionHalf(
+        half = AttentionHalf(
             norm=norm,
             qkv_weights=(attn.qkv.weight,),
             qkv_biases=(attn.qkv.bias,),
@@ -93,41 +92,50 @@ class TimmBlock(FusedBlock):
             dropout=dropout,
             drop_path=drop_path,
         )
+        return half if base_class(attn.q_norm) is nn.Identity else RotaryHalf(half, attn.q_norm, attn.k_norm, None)
 
     @classmethod
     def mlp_half(cls, block: Any, training: bool | None = None) -> MlpHalf | GatedHalf | str:
-        norm, mlp, scale = block.norm2, block.mlp, block.ls2
+        scale = block.ls2
         reason = (
             check_children("the block", block, BLOCK)
             or check_wish(block)
-            or check_layer_norm("norm2", norm, LAYER_NORMS)
-            or check_type("mlp", mlp, MLPS)
-            or check_forward("mlp", mlp)
-            or check_children("mlp", mlp, ("act", "drop1", "norm", "fc2", "drop2", *first_layers(mlp)))
-            or check_identity("mlp.norm", getattr(mlp, "norm", nn.Identity()))
-            or check_layers(mlp, norm.normalized_shape[0])
             or check_residual("ls2", scale, "drop_path2", block.drop_path2)
-            or check_type("mlp.drop1", mlp.drop1, (nn.Dropout,))
-            or check_type("mlp.drop2", mlp.drop2, (nn.Dropout,))
-            or check_precision(norm, getattr(scale, "gamma", None), mlp.fc2.weight)
-            or check_hooks({"norm2": norm, "mlp": mlp, "ls2": scale, "drop_path2": block.drop_path2})
-            or check_hooks(mlp._modules)
+            or check_hooks({"ls2": scale})
         )
-        if reason:
-            return reason
-        dropout, drop_path = dropout_rate(mlp.drop1, training), dropout_rate(block.drop_path2, training)
-        if dropout != dropout_rate(mlp.drop2, training):
-            return "two different dropout rates"
-        if reason := check_rate("mlp.drop1", dropout) or check_rate("drop_path2", drop_path):
-            return reason
-        layer_scale = getattr(scale, "gamma", None)
-        if base_class(mlp) is not timm_vit.Mlp:
-            reason = check_gate(mlp) or (f"dropout {dropout:g} in a gated MLP" if dropout else "")
-            return reason or GatedHalf(norm, tuple(first_layers(mlp).values()), mlp.fc2, layer_scale, drop_path)
-        activation = activation_name(mlp.act, GELUS)
-        if activation is None:
-            return f"activation {type(mlp.act).__name__}"
-        return MlpHalf(norm, mlp.fc1, mlp.fc2, activation, layer_scale, dropout, drop_path)
+        return reason or read_mlp(block, getattr(scale, "gamma", None), training)
+
+
+def read_mlp(block: Any, layer_scale: Tensor | None, training: bool | None) -> MlpHalf | GatedHalf | str:
+    """What the modules norm2, mlp and drop_path2 of a block are."""
+    norm, mlp = block.norm2, block.mlp
+    reason = (
+        check_layer_norm("norm2", norm, LAYER_NORMS)
+        or check_type("mlp", mlp, MLPS)
+        or check_forward("mlp", mlp)
+        or check_children("mlp", mlp, ("act", "drop1", "norm", "fc2", "drop2", *first_layers(mlp)))
+        or check_identity("mlp.norm", getattr(mlp, "norm", nn.Identity()))
+        or check_layers(mlp, norm.normalized_shape[0])
+        or check_type("mlp.drop1", mlp.drop1, (nn.Dropout,))
+        or check_type("mlp.drop2", mlp.drop2, (nn.Dropout,))
+        or check_precision(norm, layer_scale, mlp.fc2.weight)
+        or check_hooks({"norm2": norm, "mlp": mlp, "drop_path2": block.drop_path2})
+        or check_hooks(mlp._modules)
+    )
+    if reason:
+        return reason
+    dropout, drop_path = dropout_rate(mlp.drop1, training), dropout_rate(block.drop_path2, training)
+    if dropout != dropout_rate(mlp.drop2, training):
+        return "two different dropout rates"
+    if reason := check_rate("mlp.drop1", dropout) or check_rate("drop_path2", drop_path):
+        return reason
+    if base_class(mlp) is not timm_vit.Mlp:
+        reason = check_gate(mlp) or (f"dropout {dropout:g} in a gated MLP" if dropout else "")
+        return reason or GatedHalf(norm, tuple(first_layers(mlp).values()), mlp.fc2, layer_scale, drop_path)
+    activation = activation_name(mlp.act, GELUS)
+    if activation is None:
+        return f"activation {type(mlp.act).__name__}"
+    return MlpHalf(norm, mlp.fc1, mlp.fc2, activation, layer_scale, dropout, drop_path)
 
 
 def first_layers(mlp: Any) -> dict[str, Any]:
@@ -165,9 +173,25 @@ def check_heads(attn: Any, width: int) -> str:
     return check_linear("attn.qkv", attn.qkv, width, 3 * width) or check_linear("attn.proj", attn.proj, width, width)
 
 
+def check_qk_norm(attn: Any, weight: Tensor) -> str:
+    """Whether queries and keys are normalised by a LayerNorm each, over a head, or not at all."""
+    norms = {"attn.q_norm": attn.q_norm, "attn.k_norm": attn.k_norm}
+    if all(base_class(norm) is nn.Identity for norm in norms.values()):
+        return ""
+    for name, norm in norms.items():
+        if reason := check_layer_norm(name, norm, LAYER_NORMS) or check_precision(norm, None, weight):
+            return reason
+    if attn.q_norm.eps != attn.k_norm.eps:
+        return "attn.q_norm and attn.k_norm differ in eps"
+    return ""
+
+
 def check_residual(scale_name: str, scale: nn.Module, drop_name: str, drop_path: Any) -> str:
-    return (
-        check_type(scale_name, scale, (nn.Identity, timm_vit.LayerScale))
-        or check_type(drop_name, drop_path, (nn.Identity, timm_vit.DropPath))
-        or ("" if getattr(drop_path, "scale_by_keep", True) else f"{drop_name} does not rescale what it keeps")
-    )
+    reason = check_type(scale_name, scale, (nn.Identity, timm_vit.LayerScale))
+    return reason or check_drop_path(drop_name, drop_path)
+
+
+def check_drop_path(name: str, drop_path: Any) -> str:
+    if reason := check_type(name, drop_path, (nn.Identity, timm_vit.DropPath)):
+        return reason
+    return "" if getattr(drop_path, "scale_by_keep", True) else f"{name} does not rescale what it keeps"

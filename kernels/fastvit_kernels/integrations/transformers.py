@@ -1,4 +1,4 @@
-"""Layers of Hugging Face transformers (5.17 and later): ViT and its kin, DINOv2, and the towers of CLIP and SigLIP.
+"""Layers of Hugging Face transformers (5.17 and later): ViT and its kin, DINOv2, DINOv3, the towers of CLIP and SigLIP.
 
 Queries, keys and values are three Linear layers there. Their weights are packed at each call (see `AttentionHalf`), so
 that the parameters, and with them state dicts and optimizers, stay three.
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import activations
 from transformers.utils import output_capturing
 
-from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, GatedHalf, MlpHalf
+from fastvit_kernels.integrations.block import AttentionHalf, FusedBlock, GatedHalf, MlpHalf, RotaryHalf, Rotation
 from fastvit_kernels.integrations.checks import (
     activation_name,
     asks,
@@ -37,7 +37,7 @@ GELUS: dict[type[nn.Module], Activation] = {
     activations.NewGELUActivation: "gelu_tanh",
 }
 SILUS = (nn.SiLU, activations.SiLUActivation) if hasattr(activations, "SiLUActivation") else (nn.SiLU,)
-MLP, GATED_MLP = ("activation_fn", "fc1", "fc2"), ("act_fn", "gate_proj", "up_proj", "down_proj")
+GATED_MLP = ("act_fn", "gate_proj", "up_proj", "down_proj")
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")  # one function, five ways
 
 
@@ -51,6 +51,8 @@ class Names(NamedTuple):
     scaling: str
     dropout: str  # of the attention probabilities
     tails: tuple[tuple[str, ...], tuple[str, ...]]  # what each branch passes before it is added
+    mlp: tuple[str, ...] = ("activation_fn", "fc1", "fc2")
+    gated: str = "SwiGLUFFN"  # how the class of a gated MLP ends
 
 
 VIT = Names(
@@ -66,6 +68,7 @@ DINOV2 = VIT._replace(
     norms=("norm1", "norm2"),
     tails=(("layer_scale1", "drop_path"), ("layer_scale2", "drop_path")),
 )
+DINOV3 = DINOV2._replace(heads="num_heads", dropout="dropout", mlp=("act_fn", "up_proj", "down_proj"), gated="GatedMLP")
 CLIP = Names(
     norms=("layer_norm1", "layer_norm2"),
     attention="self_attn",
@@ -85,13 +88,23 @@ class FusedLayer(FusedBlock):
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if exchanged_forward(self):
             return super().forward(hidden_states, attention_mask, **kwargs)
+        asked = attention_mask is not None or asks(kwargs)
+        attention = "a mask or weights" if asked else self.attention_half(self)
+        return self.run_layer(hidden_states, attention, attention_mask, **kwargs)
+
+    def run_layer(
+        self,
+        hidden_states: Tensor,
+        attention: AttentionHalf | RotaryHalf | str,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Tensor:
         layer: Any = self
         norm1, norm2 = (getattr(self, name) for name in self.names.norms)
         attend = getattr(self, self.names.attention)
-        asked = attention_mask is not None or asks(kwargs)
         return self.run(
             hidden_states,
-            "a mask or weights" if asked else self.attention_half(self),
+            attention,
             self.mlp_half(self),
             lambda x: self.tail(0, attend(norm1(x), attention_mask=attention_mask, **kwargs)[0]),
             lambda x: self.tail(1, layer.mlp(norm2(x))),
@@ -103,7 +116,7 @@ class FusedLayer(FusedBlock):
         return branch
 
     @classmethod
-    def attention_half(cls, block: Any, training: bool | None = None) -> AttentionHalf | str:
+    def attention_half(cls, block: Any, training: bool | None = None) -> AttentionHalf | RotaryHalf | str:
         names = cls.names
         norm: Any = getattr(block, names.norms[0], None)
         attn: Any = getattr(block, names.attention, None)
@@ -143,14 +156,14 @@ class FusedLayer(FusedBlock):
         names = cls.names
         norm: Any = getattr(block, names.norms[1], None)
         mlp: Any = getattr(block, "mlp", None)
-        gated = check_sibling("mlp", mlp, block, "SwiGLUFFN") == ""  # of DINOv2 giant
+        gated = check_sibling("mlp", mlp, block, names.gated) == ""  # of the giants of DINOv2 and DINOv3
         reason = (
             check_parts(block, names)
             or check_layer_norm(names.norms[1], norm, (nn.LayerNorm,))
             or ("" if gated else check_sibling("mlp", mlp, block, "MLP"))
             or check_forward("mlp", mlp)
-            or check_children("mlp", mlp, GATED_MLP if gated else MLP)
-            or check_layers(mlp, GATED_MLP if gated else MLP, norm.normalized_shape[0])
+            or check_children("mlp", mlp, GATED_MLP if gated else names.mlp)
+            or check_layers(mlp, GATED_MLP if gated else names.mlp, norm.normalized_shape[0])
             or check_tail(block, names.tails[1])
             or check_hooks({names.norms[1]: norm, "mlp": mlp} | tail_modules(block, names.tails[1]))
             or check_hooks(mlp._modules)
@@ -160,16 +173,16 @@ class FusedLayer(FusedBlock):
         scale, dropout, drop_path = tail_values(block, names.tails[1], training)
         if dropout:
             return f"dropout {dropout:g} on the output of the MLP but not inside it"
-        weight = mlp.down_proj.weight if gated else mlp.fc1.weight
-        if reason := check_precision(norm, scale, weight) or check_rates(dropout, drop_path):
+        act, fc1, *_, fc2 = (getattr(mlp, part) for part in (GATED_MLP if gated else names.mlp))
+        if reason := check_precision(norm, scale, fc2.weight) or check_rates(dropout, drop_path):
             return reason
         if gated:
-            reason = check_type("the activation of the gate", mlp.act_fn, SILUS)
-            return reason or GatedHalf(norm, (mlp.gate_proj, mlp.up_proj), mlp.down_proj, scale, drop_path)
-        activation = activation_name(mlp.activation_fn, GELUS)
+            reason = check_type("the activation of the gate", act, SILUS)
+            return reason or GatedHalf(norm, (fc1, mlp.up_proj), fc2, scale, drop_path)
+        activation = activation_name(act, GELUS)
         if activation is None:
-            return f"activation {type(mlp.activation_fn).__name__}"
-        return MlpHalf(norm, mlp.fc1, mlp.fc2, activation, scale, dropout, drop_path)
+            return f"activation {type(act).__name__}"
+        return MlpHalf(norm, fc1, fc2, activation, scale, dropout, drop_path)
 
 
 class ViTLayer(FusedLayer):
@@ -182,6 +195,42 @@ class Dinov2Layer(FusedLayer):
     """Layers of DINOv2, with and without registers."""
 
     names = DINOV2
+
+
+class Dinov3Layer(FusedLayer):
+    """Layers of DINOv3: those of DINOv2 with rotary position embedding."""
+
+    names = DINOV3
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        passed = {"position_embeddings": position_embeddings, **kwargs}
+        if exchanged_forward(self):
+            return super().forward(hidden_states, attention_mask, **passed)
+        attention = self.attention_half(self)
+        if attention_mask is not None or asks(kwargs):
+            attention = "a mask or weights"
+        elif not isinstance(attention, str):
+            attention = rotated(attention, position_embeddings, hidden_states)
+        return self.run_layer(hidden_states, attention, attention_mask, **passed)
+
+    @classmethod
+    def attention_half(cls, block: Any, training: bool | None = None) -> RotaryHalf | str:
+        half = super().attention_half(block, training)
+        return RotaryHalf(half, None, None, None) if isinstance(half, AttentionHalf) else str(half)
+
+
+def rotated(half: RotaryHalf, cosines_and_sines: tuple[Tensor, Tensor] | None, x: Tensor) -> RotaryHalf | str:
+    """With the angles of the last tokens, the patches: [patches, d] each."""
+    if cosines_and_sines is None or any(angles.ndim != 2 for angles in cosines_and_sines):
+        return "no rotation that all samples and heads share"
+    cos, sin = cosines_and_sines
+    return half._replace(rotation=Rotation(sin, cos, x.shape[1] - sin.shape[0], "half"))
 
 
 class ClipLayer(FusedLayer):
@@ -198,6 +247,7 @@ FAMILIES: dict[str, tuple[str, type[FusedLayer]]] = {
     "ijepa": ("IJepaLayer", ViTLayer),
     "dinov2": ("Dinov2Layer", Dinov2Layer),
     "dinov2_with_registers": ("Dinov2WithRegistersLayer", Dinov2Layer),
+    "dinov3_vit": ("DINOv3ViTLayer", Dinov3Layer),
     "clip": ("CLIPEncoderLayer", ClipLayer),
     "metaclip_2": ("MetaClip2EncoderLayer", ClipLayer),
     "siglip": ("SiglipEncoderLayer", ClipLayer),
@@ -228,7 +278,8 @@ def check_sibling(name: str, module: nn.Module, layer: nn.Module, kind: str) -> 
     """Whether the module is of the class that the file of its layer defines for it: ViTAttention for a ViTLayer."""
     own, whole = base_class(module), base_class(layer)
     expected = whole.__name__.removesuffix("Layer").removesuffix("Encoder") + kind
-    return "" if (own.__module__, own.__name__) == (whole.__module__, expected) else f"{name} is {own.__name__}"
+    same = own.__module__ == whole.__module__ and own.__name__.lower() == expected.lower()  # DINOv3's Dinov3ViTDropPath
+    return "" if same else f"{name} is {own.__name__}"
 
 
 def check_layers(mlp: Any, names: tuple[str, ...], width: int) -> str:

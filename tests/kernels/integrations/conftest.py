@@ -48,7 +48,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> collections.Counter[str]:
 
         monkeypatch.setattr(module, name, counted)
 
-    for name in ("transformer_block", "attention_block", "layer_norm_mlp", "layer_norm_swiglu"):
+    halves = ("attention_block", "layer_norm_mlp", "layer_norm_swiglu", "attention", "rotary_qk_norm")
+    for name in ("transformer_block", *halves):
         count(fastvit_kernels.integrations.block, name)
     for name in ("layer_norm", "patch_embed"):
         count(fastvit_kernels.integrations.layers, name)

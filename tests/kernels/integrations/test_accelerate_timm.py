@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastvit_kernels import accelerate, dispatch
+from tests.in_full import in_full
 from tests.kernels.integrations.equality import (
     GATED,
     HALVES,
@@ -151,7 +152,6 @@ def test_a_wider_layer_scale_widens_the_result(calls: Counter[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"qk_norm": True}, ("layer_norm_mlp", "no attention_block: attn.q_norm is LayerNorm")),
         ({"scale_attn_norm": True}, ("layer_norm_mlp", "no attention_block: attn.norm is LayerNorm")),
         ({"scale_mlp_norm": True}, ("attention_block", "no layer_norm_mlp: mlp.norm is LayerNorm")),
         ({"attn_layer": "diff", "num_heads": 2}, ("layer_norm_mlp", "no attention_block: attn is DiffAttention")),
@@ -194,14 +194,15 @@ def test_other_blocks_are_left_alone(calls: Counter[str], block: str) -> None:
     assert not calls.keys() & {"transformer_block", "attention_block", "layer_norm_mlp"}
 
 
-def test_rotary_blocks_are_left_alone(calls: Counter[str]) -> None:
-    model = timm.create_model("eva02_tiny_patch14_224", img_size=28, depth=1, num_classes=7)
+@pytest.mark.parametrize("options", [{}, in_full({"drop_path_rate": 0.5, "proj_drop_rate": 0.3, "init_values": 0.1})])
+def test_normalised_queries_and_keys(calls: Counter[str], options: dict[str, Any]) -> None:
+    model = vit(qk_norm=True, **options).train()
     ours, acceleration = accelerated(model)
-    assert type(ours.blocks[0]) is type(model.blocks[0])
-    assert rows(acceleration)["blocks.0"] == ("", "no fused form of EvaBlock")
-    images = torch.randn(2, 3, 28, 28)
-    assert_equal(ours, model, lambda m: m(images))
-    assert not calls.keys() & {"transformer_block", "attention_block"}
+    assert rows(acceleration)["blocks.1"] == ("layer_norm + rotary + attention + layer_norm_mlp", "")
+    assert_equal(ours, model, run)
+    assert calls["rotary_qk_norm"] == 2
+    model.blocks[0].attn.q_norm.eps = 1.0
+    assert "no attention_block: attn.q_norm and attn.k_norm differ in eps" in rows(accelerated(model)[1])["blocks.0"][1]
 
 
 def test_subclasses_are_left_alone() -> None:

@@ -98,6 +98,29 @@ def test_swiglu_of_dinov2(calls: Counter[str], kind: str) -> None:
     assert rows(acceleration)["encoder.layer.1"] == ("attention_block", reason)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_dinov3(calls: Counter[str], gated: bool) -> None:
+    options = {"use_gated_mlp": gated, "hidden_act": "silu" if gated else "gelu", "layerscale_value": 0.5}
+    model = build("DINOv3ViTModel", "DINOv3ViTConfig", num_register_tokens=2, **options).train()
+    ours, acceleration = accelerated(model)
+    half = "layer_norm_swiglu" if gated else "layer_norm_mlp"
+    assert rows(acceleration)["model.layer.1"] == (f"layer_norm + rotary + attention + {half}", "")
+    assert_equal(ours, model, run)
+    assert calls["rotary_qk_norm"] == calls[half] == 2
+    assert_equal(ours.eval(), model.eval(), run)
+    calls.clear()
+    layer, x = ours.get_submodule("model.layer.0"), torch.randn(2, 7, 24)
+    angles = torch.randn(2, 2, 1, 4, 8)  # of each sample
+    expected = model.get_submodule("model.layer.0")(x, position_embeddings=tuple(angles))
+    assert relative(layer(x, position_embeddings=tuple(angles)), expected) <= 1e-5
+    mask = torch.zeros(2, 1, 7, 7)
+    expected = model.get_submodule("model.layer.0")(x, mask, tuple(angles[:, 0, 0]))
+    assert relative(layer(x, mask, tuple(angles[:, 0, 0])), expected) <= 1e-5
+    assert not calls["rotary_qk_norm"] and calls[half] == 2
+    acceleration.undo()
+    assert torch.equal(run(ours), run(model)) and list(ours.state_dict()) == list(model.state_dict())
+
+
 def test_drop_path_of_dinov2_in_the_mean(calls: Counter[str]) -> None:
     """Its random numbers are drawn another way, so only the distribution is the same."""
     model = build("Dinov2Model", "Dinov2Config", drop_path_rate=0.25, num_hidden_layers=1, mlp_ratio=2).train()
