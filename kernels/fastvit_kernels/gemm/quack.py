@@ -4,7 +4,6 @@ What these functions take and return is what `products` does; QuACK runs where `
 or where the table of the GPU says that it was measured to be faster than what runs otherwise.
 """
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,9 +38,9 @@ class Pinned(NamedTuple):
 
 @tunable(Pinned, "quack_gemm", sizes=("m", "n", "k"), library=QUACK)
 def pinned(product: Product, dtype: torch.dtype, m: int, n: int, k: int, on: Gpu) -> Pinned:
-    """On sm_90 the widest tile whose epilogue spills no registers, see `benchmarks.quack_codegen`."""
+    """The widest tile whose epilogues spill no registers, see `benchmarks.quack_codegen`."""
     if on.arch == "sm_100":
-        return Pinned(256, 256, False, 2, 1)
+        return Pinned(256, 128, False, 2, 1)
     return Pinned(128, 160, True, 2, 1)
 
 
@@ -159,7 +158,8 @@ class Prepared(NamedTuple):
 
 
 def prepared(call: Call) -> Prepared:
-    kernels: Any = importlib.import_module("fastvit_kernels.gemm.quack_kernels")
+    from fastvit_kernels.gemm import quack_kernels as kernels  # noqa: PLC0415 - imports QuACK
+
     how, capability = call.pinned, int(gpu(call.a.device).arch.removeprefix("sm_")) // 10
     pins = kernels.configuration(how.tile_m, how.tile_n, bool(how.pingpong), how.cluster_m, how.cluster_n, capability)
     out = {name: tensor for name, tensor in (("D", call.out), ("post", call.post)) if tensor is not None}

@@ -77,7 +77,8 @@ def quack_candidates(product: Product, on: Gpu) -> list[Pinned]:
         tiles = [(128, 160, True), (256, 128, False), (128, 256, False), (128, 128, True)]
         ways = [Pinned(*tile, 2, 1, runs=True) for tile in tiles]
     elif on.arch == "sm_100":
-        ways = [Pinned(256, columns, False, 2, 1, runs=True) for columns in (256, 192, 128)]
+        columns = (128, 192, 256) if product == "gelu" else (128,)
+        ways = [Pinned(256, width, False, 2, 1, runs=True) for width in columns]
     else:
         return []
     if product == "gelu":
