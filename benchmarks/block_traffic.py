@@ -36,6 +36,7 @@ from benchmarks.machine import commit
 from benchmarks.shapes import GPU_SHAPES, Shape
 from fastvit_engine.files import atomic_write
 from fastvit_kernels import FusedBlock, dispatch
+from fastvit_kernels.gemm import quack
 from fastvit_kernels.modules import Recompute
 from fastvit_kernels.tuning.codegen import TARGETS
 
@@ -58,7 +59,7 @@ class Launch:
 
     during: str  # the forward or the backward pass
     name: str  # of the Triton kernel or of PyTorch's operator
-    library: str  # triton, cublas or torch
+    library: str  # triton, cublas, quack or torch
     kind: str  # products, attention or elementwise
     bytes: int
     flops: int
@@ -73,13 +74,20 @@ class Setting(NamedTuple):
 
     autocast: bool  # float32 weights and stream under autocast to bf16, or all in bf16
     recompute: Recompute
+    quack: bool = False  # QuACK runs the products with GELU
+    sums_apart: bool = False  # and the columns of fc1's gradient are added up in a pass of their own
 
 
 SETTINGS = {
     "bf16": Setting(False, "gelu"),
     "bf16, nothing recomputed": Setting(False, "none"),
+    "bf16, QuACK": Setting(False, "gelu", quack=True),
+    "bf16, QuACK, nothing recomputed": Setting(False, "none", quack=True),
+    "bf16, QuACK, sums apart": Setting(False, "gelu", quack=True, sums_apart=True),
     "autocast": Setting(True, "gelu"),
     "autocast, nothing recomputed": Setting(True, "none"),
+    "autocast, QuACK": Setting(True, "gelu", quack=True),
+    "autocast, QuACK, nothing recomputed": Setting(True, "none", quack=True),
 }
 
 
@@ -95,7 +103,7 @@ def trace(shape: Shape, batch: int, setting: Setting, outputs: int | None = None
         grad = torch.empty_like(x[:, :outputs])
     product = 2 * batch * shape.heads * (outputs or shape.tokens) * shape.tokens * shape.head_dim
     record = Record(product)
-    with recording(record, autocast=setting.autocast):
+    with recording(record, autocast=setting.autocast), multiplied_by(setting, record):
         y = block(x, outputs=outputs)
         record.during = "backward"
         torch.autograd.grad(y, [x, *block.parameters()], grad)
@@ -142,6 +150,12 @@ class Record:
         library = "cublas" if counted and not attends else "torch"
         self._add(name, library, ATTENTION if attends else PRODUCTS if counted else ELEMENTWISE, moved, flops)
 
+    def quack(self, call: quack.Call) -> None:
+        """Takes the place of a launch of QuACK."""
+        moved = sum(tensor.nbytes for tensor in call.tensors if tensor is not None)
+        (m, k), n = call.a.shape, call.b.shape[1]
+        self._add(f"gemm, {call.product}", "quack", PRODUCTS, moved, 2 * m * n * k)
+
     def _add(self, name: str, library: str, kind: str, moved: int, flops: int) -> None:
         self.launches.append(Launch(self.during, name, library, kind, moved, flops))
 
@@ -162,6 +176,18 @@ def recording(record: Record, *, autocast: bool) -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_enabled("cuda", enabled)
+
+
+@contextmanager
+def multiplied_by(setting: Setting, record: Record) -> Iterator[None]:
+    """Inside, QuACK runs the products with GELU if the setting says so."""
+    if not setting.quack:
+        yield
+        return
+    how = quack.pinned.default("gelu", torch.bfloat16, 1, 1, 1, TARGETS["sm_90"].gpu)
+    pinned = quack.pinned.forcing(how._replace(column_sums=not setting.sums_apart))
+    with dispatch.using("gemm=quack"), quack.launched_by(record.quack), pinned:
+        yield
 
 
 class PosesAsCuda(TorchFunctionMode):
@@ -206,7 +232,7 @@ class Operators(TorchDispatchMode):
 
 
 def totals(launches: Sequence[Launch]) -> dict[str, Any]:
-    """Launches, bytes, FLOPs and milliseconds of a block, together and by what they are for."""
+    """Launches, bytes, FLOPs and milliseconds of a block, together, by what they are for, and of QuACK's products."""
 
     def of(some: Sequence[Launch]) -> dict[str, Any]:
         return {
@@ -217,7 +243,9 @@ def totals(launches: Sequence[Launch]) -> dict[str, Any]:
         }
 
     kinds = (PRODUCTS, ATTENTION, ELEMENTWISE)
-    return of(launches) | {kind: of([launch for launch in launches if launch.kind == kind]) for kind in kinds}
+    parts = {kind: [launch for launch in launches if launch.kind == kind] for kind in kinds}
+    parts["quack"] = [launch for launch in launches if launch.library == "quack"]
+    return of(launches) | {name: of(some) for name, some in parts.items()}
 
 
 def table(launches: Sequence[Launch]) -> str:

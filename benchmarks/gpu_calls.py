@@ -149,7 +149,7 @@ def second(place: Place) -> list[Part]:
 
 
 def third(place: Place) -> list[Part]:
-    """Launch parameters of attention and layer normalisation for H/14, then training with what was found."""
+    """For H/14: launch parameters of attention and LayerNorm, whether QuACK multiplies; then training with all that."""
     tuning = [*PYTHON, "fastvit_kernels.tuning", "--out", str(place.tuning)]
     if place.dry:
         tuning += ["--untuned", "H200"]
@@ -159,8 +159,13 @@ def third(place: Place) -> list[Part]:
         *tuning,
         *([] if place.dry else minutes(seconds - 15)),
     ]
+    products = [*PYTHON, "fastvit_kernels.tuning", "--out", str(place.tuning), "--quick"]
+    products += ["--ops", "gemm", "--cases", "QuACK", "--shapes", "H/14"]
+    in_quack: Callable[[float], list[str]] = lambda seconds: [*products, *minutes(seconds - 15)]  # noqa: E731
+    compared = Part("tuning-quack", 45, 90, one("tuning-quack", in_quack, place.assembler()[0]), GPU_LOST)
     return [
-        Part("tuning", 60, 250, one("tuning", search, place.assembler()[0]), GPU_LOST),
+        Part("tuning", 60, 160, one("tuning", search, place.assembler()[0]), GPU_LOST),
+        *([] if place.dry or importlib.util.find_spec("quack") is None else [compared]),
         training(place, 256, VARIANTS[:2], tuned=True),
     ]
 

@@ -8,7 +8,7 @@
 call 1  what the machine can do at best; is everything right, with Triton's own assembler and with a current one;
         attention alone, against flash and cuDNN
 call 2  training steps of ViT-H/14 at batch 256 and 64: this engine and timm, with a table of each one's kernels
-call 3  launch parameters of attention and layer normalisation, then training with what was found
+call 3  launch parameters of attention and layer normalisation, whether QuACK multiplies, then training with all that
 call 4  all operations against their peers, and the tests that need a GPU
 
 A call takes over what the one before it left: which assembler gives right results, the table of launch parameters, and

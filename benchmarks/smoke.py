@@ -5,7 +5,8 @@
     TRITON_PTXAS_PATH=.../ptxas python -m benchmarks.smoke --out DIR --assembler "ptxas 13.3"
 
 Runs each operation forward and backward, judged against float64: at the size of ViT-H/14 in bf16 and in float32, at
-that of B/16, whose head dimension is 64, attention also at 256 and 577 tokens, and what users run under autocast.
+that of B/16, whose head dimension is 64, attention also at 256 and 577 tokens, what users run under autocast, and MLPs
+with products in QuACK, if it is installed.
 Then each is repeated, and every result must be the same to the last bit, since a race passes a comparison of a few
 runs. And `fastvit train` takes a few steps of a tiny model on images of noise.
 
@@ -40,8 +41,9 @@ from benchmarks.kernels import Selection, pick_known, select
 from benchmarks.launches import launches
 from benchmarks.machine import ROOT, pick_device
 from benchmarks.registry import OURS, Bound, Case, Unusable
-from benchmarks.smoke_record import BUNDLED, KERNELS, SKIPPED, TRAININGS, Outcome, save
+from benchmarks.smoke_record import BUNDLED, IN_QUACK, KERNELS, SKIPPED, TRAININGS, Outcome, save
 from fastvit_engine.cli import main as fastvit
+from fastvit_kernels import dispatch, libraries
 
 AT_ONCE = 12  # processes: the largest take 8 GB of a GPU's memory, most far less
 REPETITIONS = 200  # a race of one in a hundred passes 50 of them more often than not
@@ -66,14 +68,15 @@ OUR_FRAMES = ("fastvit_kernels", "triton/runtime")  # whose values say which ker
 
 @dataclass(frozen=True)
 class Check:
-    """An operation of ours at one size, in one dtype or under autocast to bf16."""
+    """An operation of ours at one size, in one dtype or under autocast to bf16; with products in QuACK or without."""
 
     case: Case
     autocast: bool = False
+    quack: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.case.id} autocast" if self.autocast else self.case.id
+        return self.case.id + (" autocast" if self.autocast else "") + (IN_QUACK if self.quack else "")
 
 
 SMALL_SHAPE = {"cpu": "Ti/16@64", "cuda": "B/16"}
@@ -81,6 +84,7 @@ OTHER_TOKENS = ("H/14 gap", "H/14@336")
 IN_FP32 = ("attention", "layer_norm", "layer_norm_mlp", "patch_embed", "soft_cross_entropy")
 AT_HEAD_DIM_64 = ("attention", "block")
 UNDER_AUTOCAST = ("layer_norm", "patch_embed", "block")
+WITH_GELU = ("layer_norm_mlp", "layer_norm_mlp_tanh", "block")
 
 
 def checks() -> dict[str, Check]:
@@ -99,6 +103,12 @@ def checks() -> dict[str, Check]:
     largest = {case.op.name: case for case in reversed(full)}
     found += [Check(largest[name]) for name in IN_FP32]
     found += [Check(largest[name], autocast=True) for name in UNDER_AUTOCAST]
+    found += [
+        Check(case, quack=True)
+        for case in (check.case for check in large)
+        if case.op.name in WITH_GELU and case.dtype != torch.float32
+        if (case.shape, case.batch) == (first.shape, first.batch)
+    ]
     by_name: dict[str, Check] = {}
     for check in found:
         by_name.setdefault(check.name, check)
@@ -116,6 +126,11 @@ def check(name: str, repetitions: int) -> None:
     """Runs one check in this process: prints the outcome, or raises."""
     if name in TRAININGS:
         check_training(TRAININGS[name])
+    elif checks()[name].quack:
+        if (reason := libraries.quack_obstacle(dispatch.arch_here())) is not None:
+            raise Unusable(reason)
+        with dispatch.using("triton,gemm=quack"):
+            check_operation(checks()[name], repetitions)
     else:
         check_operation(checks()[name], repetitions)
 

@@ -32,7 +32,7 @@ OPERATIONS = {
     "attention_block": Operation(parts=("layer_norm", "attention"), multiplies=True, autocasts=True),
     "block": Operation(parts=("layer_norm", "attention", "attention_block", "mlp"), multiplies=True, autocasts=True),
     "cross_entropy": Operation(),
-    "gemm": Operation(choices=("auto", "triton", "cublas")),  # the products inside block operators
+    "gemm": Operation(choices=("auto", "triton", "cublas", "quack")),  # the products inside block operators
     "layer_norm": Operation(),
     "mlp": Operation(parts=("layer_norm",), multiplies=True, autocasts=True),
     "patch_embed": Operation(multiplies=True, autocasts=True),

@@ -14,7 +14,7 @@ cannot run is an error.
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
@@ -22,10 +22,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit_kernels import table, toolchain, transforms
+from fastvit_kernels import libraries, table, toolchain, transforms
 from fastvit_kernels.choices import OPERATIONS, Choice, parse
 from fastvit_kernels.table import Runs
 
+WITH_GELU = ("block", "mlp")  # operations with products that QuACK can run
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # kernels compute in float32, so not float64
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Triton's interpreter runs kernels on the CPU, for tests. Triton reads the variable when it is imported.
@@ -97,8 +98,10 @@ def plan(operation: str, dtype: torch.dtype, on_gpu: bool) -> Plan:
     if asked == "reference":
         return Plan("reference", why)
     if asked not in ("auto", "triton"):  # a library
-        fits = on_gpu and dtype in (torch.bfloat16, torch.float16)
-        return Plan(asked, why) if fits else Plan("error", "needs bf16 or fp16 on a GPU")
+        if not on_gpu or dtype not in (torch.bfloat16, torch.float16):
+            return Plan("error", "needs bf16 or fp16 on a GPU")
+        reason = libraries.quack_obstacle(arch_here()) if asked == "quack" else None
+        return Plan(asked, why) if reason is None else Plan("error", reason)
     unless = "error" if asked == "triton" else "reference"
     if not HAS_TRITON:
         return Plan(unless, "triton is not installed")
@@ -116,12 +119,23 @@ def plan_for(operation: str, weight: Tensor) -> Plan:
     return plan(operation, computed_dtype(operation, weight), is_on_gpu(weight))
 
 
+def plans_for(weight: Tensor, operations: Sequence[str]) -> dict[str, Plan]:
+    """What runs each of these operations; also `gemm`, if QuACK is asked for and one of them has products for it."""
+    plans = {operation: plan_for(operation, weight) for operation in operations}
+    if asked_for("gemm") == "quack" and any(plans[one].runs == "triton" for one in WITH_GELU if one in plans):
+        plans["gemm"] = plan_for("gemm", weight)
+    return plans
+
+
 def shown(weight: Tensor, *operations: str) -> str:
     """Who runs a module that consists of these operations, for its `repr`: "runs=triton"."""
-    runs = [plan_for(operation, weight).runs for operation in operations]
-    if len(set(runs)) == 1:
-        return f"runs={runs[0]}"
-    return ", ".join(f"{operation}={one}" for operation, one in zip(operations, runs, strict=True))
+    plans = plans_for(weight, operations)
+    gemm = plans.pop("gemm", None)
+    runs = {plan.runs for plan in plans.values()}
+    parts = [f"runs={runs.pop()}"] if len(runs) == 1 else [f"{name}={plan.runs}" for name, plan in plans.items()]
+    if gemm is not None:
+        parts.append(f"gemm={gemm.runs}" + (f" ({gemm.why})" if gemm.runs == "error" else ""))
+    return ", ".join(parts)
 
 
 def unmeasured(operation: str, dtype: torch.dtype) -> Runs:
@@ -172,21 +186,41 @@ def explain() -> str:
         f"FASTVIT_KERNELS={_setting}, GPU: {device}",
         table.describe(table.gpu_name(device) if on_gpu else None),
         *(table.choices_of_providers(table.gpu_name(device)) if on_gpu else ()),
+        *(line_on_quack(table.gpu_name(device)) if on_gpu else ()),
         *([compiled_by(gpu(torch.device("cuda", torch.cuda.current_device())).arch)] if on_gpu and HAS_TRITON else ()),
         f"{'operation':<17}{'bf16, fp16 on a GPU':<34}{'fp32 on a GPU':<34}on the CPU",
     ]
     for operation, row in plans.items():
         cells = [plan.runs + (f" ({plan.why})" if plan.why else "") for plan in row]
         lines.append("{:<17}{:<34}{:<34}{}".format(operation, *cells))
-    asked = asked_for("gemm")
-    products = "cublas, or triton where the table says so" if asked == "auto" else f"{asked} (asked for)"
-    lines.append(f"{'gemm':<17}{products}: products inside block operators that run triton")
+    lines.append(f"{'gemm':<17}{multiplied_by()}: products inside block operators that run triton")
     lines.append("Under autocast, block operators and patch_embed run as in its dtype. The reference also runs for")
     lines.append("float64, and for attention with a head dimension above 128; both are errors if triton is asked for.")
     here = [row[0 if on_gpu else 2].runs for row in plans.values()]
     counts = [f"{here.count(runs)} {runs}" for runs in sorted(set(here), reverse=True)]
     lines.append(f"{len(here)} operations on {'this GPU, in bf16' if on_gpu else 'the CPU'}: {', '.join(counts)}")
     return "\n".join(lines)
+
+
+def multiplied_by() -> str:
+    asked = asked_for("gemm")
+    if asked == "auto":
+        return "cublas, or what the table says"
+    if asked != "quack":
+        return f"{asked} (asked for)"
+    reason = libraries.quack_obstacle(arch_here())
+    return f"quack with GELU, cublas without (asked for{f'; error: {reason}' if reason else ''})"
+
+
+def line_on_quack(gpu: str) -> list[str]:
+    """Whether QuACK runs what the table of this GPU has for it, if there is any."""
+    found = table.table_for(gpu)
+    entries = [e for e in found.entries if e.kernel == "quack_gemm" and e.use["runs"]] if found else []
+    if not entries:
+        return []
+    reason = libraries.quack_obstacle(arch_here())
+    by = "quack" if reason is None else f"cublas, as {reason}"
+    return [f"quack_gemm: the table has {len(entries)} products with GELU for QuACK, which run in {by}"]
 
 
 def compiled_by(arch: str) -> str:
@@ -205,6 +239,13 @@ class Gpu(NamedTuple):
 
 
 _compiling_for: Gpu | None = None
+
+
+def arch_here() -> str | None:
+    """The architecture that launches on the current device are for, or None without a GPU."""
+    if _compiling_for is not None:
+        return _compiling_for.arch
+    return gpu(torch.device("cuda", torch.cuda.current_device())).arch if torch.cuda.is_available() else None
 
 
 def gpu(device: torch.device) -> Gpu:

@@ -207,8 +207,10 @@ class Tunable(Generic[Parameters]):
         kernel: str,
         sizes: tuple[str, ...],
         providers: tuple[str, ...],
+        library: str,
     ) -> None:
         self.default, self.kind, self.kernel, self.sizes, self.providers = default, kind, kernel, sizes, providers
+        self.library = library
         self.names = tuple(inspect.signature(default).parameters)[:-1]
         self.chosen = lru_cache(maxsize=None)(self.choose)
         self.forced: tuple[Parameters] | None = None
@@ -255,7 +257,7 @@ TUNABLES: dict[str, Tunable] = {}
 
 
 def tunable(
-    kind: type[Parameters], kernel: str, *, sizes: tuple[str, ...], providers: tuple[str, ...] = ()
+    kind: type[Parameters], kernel: str, *, sizes: tuple[str, ...], providers: tuple[str, ...] = (), library: str = ""
 ) -> Callable[[Callable[..., Parameters]], Tunable[Parameters]]:
     """Makes a function of (*key, gpu) the default for the launch parameters of `kernel`.
 
@@ -265,10 +267,11 @@ def tunable(
         sizes: arguments that need not be those that were measured: the nearest entry by ratio is taken, at most a
             factor of 2 away in each. All others must be equal.
         providers: for `Runs`, those that a table may choose.
+        library: the distribution whose kernel it is, if it is not this package's.
     """
 
     def mark(default: Callable[..., Parameters]) -> Tunable[Parameters]:
-        TUNABLES[kernel] = Tunable(default, kind, kernel, sizes, providers)
+        TUNABLES[kernel] = Tunable(default, kind, kernel, sizes, providers, library)
         return TUNABLES[kernel]
 
     return mark

@@ -44,6 +44,39 @@ def test_the_last_block_multiplies_keys_and_values_of_all_tokens_and_the_rest_of
         assert total[ATTENTION]["flops"] == 9 * 2 * 256 * 16 * 257 * 80 and total[ATTENTION]["launches"] == 3
 
 
+def test_quack_takes_the_passes_over_the_hidden_layer() -> None:
+    hidden, width = 256 * 257 * 5120 * 2, 1280  # bytes
+    plain, fused, apart = (totals(trace(H14, 256, SETTINGS[name])) for name in
+                           ("bf16", "bf16, QuACK", "bf16, QuACK, sums apart"))  # fmt: skip
+    assert fused["quack"]["launches"] == 2 and fused["quack"]["flops"] == 2 * 2 * 256 * 257 * width * 5120
+    assert fused[PRODUCTS]["flops"] == plain[PRODUCTS]["flops"] and plain["quack"]["launches"] == 0
+    assert fused["launches"] == 21 and fused["ms"] < 11.2 and apart["launches"] == 22 and apart["ms"] < 11.3
+    # GELU reads and writes one matrix, GELU' reads two and writes two, of which one remains apart
+    sums = -(-256 * 257 // 128) * 5120 * 4
+    saved = plain[ELEMENTWISE]["bytes"] - fused[ELEMENTWISE]["bytes"]
+    assert saved == pytest.approx(6 * hidden - sums, rel=0.005)
+    assert apart[ELEMENTWISE]["bytes"] - fused[ELEMENTWISE]["bytes"] == pytest.approx(hidden, rel=0.02)
+    # in their place, the epilogues write two matrices more, and read one
+    assert fused[PRODUCTS]["bytes"] - plain[PRODUCTS]["bytes"] == pytest.approx(3 * hidden + sums, rel=0.001)
+
+
+def test_a_step_charges_what_quack_takes_longer() -> None:
+    block = totals(trace(H14, 256, SETTINGS["bf16, QuACK"]))
+    blocks = {"with": {"totals": block}, "without": {"totals": {k: v for k, v in block.items() if k != "quack"}}}
+    steps = step_model.ours({"model": "H/14", "batch": 256, "blocks": blocks}, "overlapped", "bf16")
+    with_it, without = (next(s.products for s in steps if s.name == f"fastvit, ZeRO-1, {n}") for n in blocks)
+    lost = step_model.QUACK_LOSS * 32 * block["quack"]["flops"] / step_model.PRODUCT_FLOPS
+    assert with_it - without == pytest.approx(1e3 * lost) and lost > 0.003
+
+
+def test_a_step_normalises_the_class_token_alone_if_the_last_block_is_for_it_alone() -> None:
+    block = totals(trace(H14, 256, SETTINGS["bf16"]))
+    blocks = {"all": {"totals": block}, "one": {"totals": block, "last": block}}
+    steps = step_model.ours({"model": "H/14", "batch": 256, "blocks": blocks}, "overlapped", "bf16")
+    every, one = (next(step.ends for step in steps if step.name == f"fastvit, ZeRO-1, {n}") for n in blocks)
+    assert every - one == pytest.approx(1e3 * 6 * 256 * 257 * 1280 * 2 / step_model.BYTES_PER_SECOND)
+
+
 def test_casts_under_autocast_are_launches() -> None:
     plain, autocast = (trace(TINY, 2, SETTINGS[name]) for name in ("bf16", "autocast"))
     assert totals(plain)[PRODUCTS]["flops"] == totals(autocast)[PRODUCTS]["flops"]

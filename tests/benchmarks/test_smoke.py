@@ -12,6 +12,7 @@ from benchmarks.ops.layer_norm import torch_norm
 from benchmarks.registry import Provider, functional
 from benchmarks.smoke import checks, explain, names_of, run_all
 from benchmarks.smoke_record import BUNDLED, Outcome, broken, kernel_verdicts, save, saved
+from fastvit_kernels import dispatch
 
 
 def test_every_operation_of_ours_is_tried_and_some_in_other_dtypes_and_under_autocast():
@@ -31,6 +32,19 @@ def test_on_a_gpu_all_head_dimensions_and_lengths_that_matter_are_tried(monkeypa
     assert sizes == {(257, 80), (256, 80), (577, 80), (197, 64)}
     assert "attention/H/14/64/fp32" in attention and "attention/H/14/64/bf16" in attention
     assert "block/H/14/64/fp32 autocast" in checks() and "block/B/16/256/bf16" in checks()
+    in_quack = {name for name in checks() if name.endswith("QuACK")}
+    assert in_quack == {f"{op}/H/14/64/bf16 QuACK" for op in ("block", "layer_norm_mlp", "layer_norm_mlp_tanh")}
+
+
+def test_quack_is_checked_if_it_is_there(monkeypatch, capsys):
+    check = smoke.Check(next(c.case for c in checks().values() if c.case.op.name == "layer_norm_mlp"), quack=True)
+    monkeypatch.setattr(smoke, "checks", lambda: {"mlp": check})
+    asked = []
+    monkeypatch.setattr(smoke, "check_operation", lambda *_: asked.append(dispatch.asked_for("gemm")))
+    for reason, said in (("it is broken", "skipped: it is broken\n"), (None, "")):
+        monkeypatch.setattr(smoke.libraries, "quack_obstacle", lambda arch, reason=reason: reason)
+        assert smoke.worker("mlp", 1) == 0 and capsys.readouterr().out == said
+    assert asked == ["quack"]
 
 
 def test_an_error_is_told_with_the_values_of_our_frames():

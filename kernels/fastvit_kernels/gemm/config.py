@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple, get_args
 
 import torch
+from torch import Tensor
 
 from fastvit_kernels.dispatch import Gpu, asked_for, gpu
 from fastvit_kernels.table import tunable
@@ -37,6 +38,11 @@ def runs_triton(product: Product, dtype: torch.dtype, device: torch.device, m: i
     return tile(product, dtype, m, n, k, gpu(device)).beats_cublas
 
 
+def forced() -> bool:
+    """Whether `triton_for`, or a measurement of a tile, says what runs."""
+    return _asked_for is not None or tile.forced is not None
+
+
 @contextmanager
 def triton_for(*products: Product) -> Iterator[None]:
     """Runs these products, and no others, in the Triton kernel inside: for tests, compilation and measurement."""
@@ -46,6 +52,13 @@ def triton_for(*products: Product) -> Iterator[None]:
         yield
     finally:
         _asked_for = before
+
+
+def describable(matrix: Tensor) -> bool:
+    """Whether the hardware can copy tiles of it by a descriptor: rows lie apart by a multiple of 16 bytes."""
+    stride = matrix.stride(0)
+    aligned = matrix.data_ptr() % 16 == 0 and stride * matrix.element_size() % 16 == 0
+    return matrix.numel() > 0 and aligned and stride >= matrix.shape[1]
 
 
 class Tile(NamedTuple):

@@ -2,7 +2,8 @@
 
 Matrices are [rows, columns] with adjacent columns and one dtype, weights [out, in] as in `torch.nn.Linear`. These
 functions run inside registered operators: they allocate, launch and know no gradients. `config` decides for each
-product between the Triton kernel and cuBLAS with an elementwise kernel; results differ by rounding only.
+product between the Triton kernel and cuBLAS with an elementwise kernel, and `quack` whether QuACK takes it instead;
+results differ by rounding only.
 """
 
 from typing import NamedTuple
@@ -11,7 +12,16 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.dispatch import HAS_TRITON, gpu
-from fastvit_kernels.gemm.config import Product, gelu_block, gradient_block, residual_block, runs_triton, tile
+from fastvit_kernels.gemm import quack
+from fastvit_kernels.gemm.config import (
+    Product,
+    describable,
+    gelu_block,
+    gradient_block,
+    residual_block,
+    runs_triton,
+    tile,
+)
 from fastvit_kernels.registration import cdiv
 
 if HAS_TRITON:
@@ -31,6 +41,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, tanh: bool, keep_pre: bool = True) -> tuple[Tensor, Tensor]:
     """x w^T + bias, empty unless `keep_pre`, and its GELU, for x [T, K], weight [N, K] and bias [N]: both [T, N]."""
+    if (how := quack.chosen("gelu", x.shape[0], *weight.shape, x, weight)) is not None:
+        return quack.linear_gelu(x, weight, bias, tanh, keep_pre, how)
     if not runs_triton("gelu", x.dtype, x.device, x.shape[0], *weight.shape):
         pre = torch.addmm(bias, x, weight.T)  # cuBLAS adds the bias in its epilogue
         if keep_pre:
@@ -114,6 +126,11 @@ def gelu_gradient(
     Returns it, partial column sums of it [programs, K], empty unless `column_sum`, and GELU(pre), empty unless
     `recompute`.
     """
+    if (how := quack.chosen("gelu gradient", grad.shape[0], *weight.shape[::-1], grad, weight, pre)) is not None:
+        grad_pre, partial, post = quack.gelu_gradient(grad, weight, pre, tanh, recompute, column_sum, how)
+        if column_sum and not how.column_sums:
+            partial = scale_gradient(grad_pre, None)
+        return grad_pre, partial, post
     post = pre.new_empty(pre.shape if recompute else 0)
     if not runs_triton("gelu gradient", grad.dtype, grad.device, grad.shape[0], *weight.shape[::-1]):
         grad_pre = torch.mm(grad, weight)
@@ -316,10 +333,3 @@ def gemm(
 
 def rows_of_sample(rows: int, path_scale: Tensor | None) -> int:
     return 0 if path_scale is None else rows // path_scale.shape[0]
-
-
-def describable(matrix: Tensor) -> bool:
-    """Whether the hardware can copy tiles of it by a descriptor: rows lie apart by a multiple of 16 bytes."""
-    stride = matrix.stride(0)
-    aligned = matrix.data_ptr() % 16 == 0 and stride * matrix.element_size() % 16 == 0
-    return matrix.numel() > 0 and aligned and stride >= matrix.shape[1]

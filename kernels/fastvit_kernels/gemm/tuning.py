@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import Gpu
-from fastvit_kernels.gemm import config, products
+from fastvit_kernels.gemm import config, products, quack
 from fastvit_kernels.gemm.config import Block, Product, Tile
+from fastvit_kernels.gemm.quack import Pinned
 from fastvit_kernels.tuning.search import HALF, Case, Model
 
 BLOCKS = (
@@ -50,6 +51,9 @@ def cases(model: Model, on: Gpu) -> Iterator[Case]:
         yield product(f"{model.name} {layer}", forward, (rows, n, k), on)
         yield product(f"{model.name} {layer}", backward, (rows, k, n), on)
         yield product(f"{model.name} {layer}", "weight gradient", (n, k, rows), on)
+    # what runs each of these two otherwise has been tuned by now
+    yield in_quack(f"{model.name} fc1, GELU in QuACK", "gelu", (rows, hidden, width), on)
+    yield in_quack(f"{model.name} fc2, GELU gradient in QuACK", "gelu gradient", (rows, hidden, width), on)
 
 
 def product(layer: str, product: Product, size: tuple[int, int, int], on: Gpu) -> Case:
@@ -58,6 +62,28 @@ def product(layer: str, product: Product, size: tuple[int, int, int], on: Gpu) -
     make = partial(random, *shapes(*size))
     default = config.tile.default(*key, on)._replace(beats_cublas=True)
     return Case(f"{layer}, {product}", config.tile, key, [default, *candidates(on)], make, launch, ("gemm_kernel",))
+
+
+def in_quack(name: str, product: Product, size: tuple[int, int, int], on: Gpu) -> Case:
+    """Whether QuACK runs a product faster than what runs it otherwise, and how."""
+    launch, shapes = LAUNCHES[product]
+    make = partial(random, *shapes(*size))
+    return Case(name, quack.pinned, (product, HALF, *size), quack_candidates(product, on), make, launch, ())
+
+
+def quack_candidates(product: Product, on: Gpu) -> list[Pinned]:
+    """Of those that QuACK tries itself, such as spill no registers, see `benchmarks.quack_codegen`."""
+    if on.arch == "sm_90":
+        tiles = [(128, 160, True), (256, 128, False), (128, 256, False), (128, 128, True)]
+        ways = [Pinned(*tile, 2, 1, runs=True) for tile in tiles]
+    elif on.arch == "sm_100":
+        columns = (128, 192, 256) if product == "gelu" else (128,)
+        ways = [Pinned(256, width, False, 2, 1, runs=True) for width in columns]
+    else:
+        return []
+    if product == "gelu":
+        return ways
+    return [way._replace(column_sums=inside) for way in ways for inside in (True, False)]
 
 
 def candidates(on: Gpu) -> list[Tile]:

@@ -38,7 +38,7 @@ class Fused(nn.Module):
         weight, fused = next(module.parameters()), cls.reading(module).fused
         if fused == ("block",) and dispatch.plan_for("block", weight).runs == "reference":
             fused = HALVES  # each of them chooses for itself
-        return [dispatch.plan_for(OPERATION_OF.get(name, name), weight) for name in fused]
+        return list(dispatch.plans_for(weight, [OPERATION_OF.get(name, name) for name in fused]).values())
 
     def extra_repr(self) -> str:
         runs = " + ".join(dict.fromkeys(plan.runs for plan in self.plans(self)))

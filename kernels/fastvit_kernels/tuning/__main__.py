@@ -36,7 +36,7 @@ def main() -> int:
         return dry_run(arguments)
     if not torch.cuda.is_available():
         return refuse("tuning measures on a GPU, and PyTorch sees none here; --dry-run needs none")
-    machine = LocalGpu(arguments.ops, arguments.shapes, arguments.jobs)
+    machine = LocalGpu(arguments.ops, arguments.shapes, arguments.jobs, arguments.cases)
     try:
         return measure(arguments, machine)
     finally:
@@ -57,6 +57,9 @@ def parse() -> argparse.Namespace:
         choices=MODELS,
         metavar="MODEL",
         help=f"models, most important first: {', '.join(MODELS)}; default H/14 L/16 B/16",
+    )
+    parser.add_argument(
+        "--cases", nargs="+", default=[], metavar="WORD", help="only cases with one of these words in their names"
     )
     parser.add_argument("--out", type=Path, help="file to write or continue (default: the GPU's name, in this folder)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop before this long, default when done")
@@ -82,7 +85,9 @@ def measure(arguments: argparse.Namespace, machine: LocalGpu) -> int:
             if differing := differences(found.provenance, table.provenance):
                 return refuse(f"{path} has {differing}: choose another --out, or remove it")
             table = found
-    cases = search.cases(arguments.ops, arguments.shapes, machine.gpu)
+    cases = search.cases(arguments.ops, arguments.shapes, machine.gpu, arguments.cases)
+    if not cases:
+        return refuse(f"no case has a name with {' or '.join(arguments.cases)}; --dry-run lists the names")
     trials: list[Trial | Unmeasured] = []
 
     def report(outcome: Trial | Unmeasured, left: int, seconds: float) -> None:
@@ -145,9 +150,9 @@ def dry_run(arguments: argparse.Namespace) -> int:
     """Lists every option with what the compiler makes of it."""
     target = TARGETS[arguments.arch]
     rows: list[dict[str, object]] = []
-    compiler = Compiler(arguments.ops, arguments.shapes, target, arguments.jobs)
+    compiler = Compiler(arguments.ops, arguments.shapes, target, arguments.jobs, arguments.cases)
     try:
-        for case in search.cases(arguments.ops, arguments.shapes, target.gpu):
+        for case in search.cases(arguments.ops, arguments.shapes, target.gpu, arguments.cases):
             for option in case.options(target.gpu):
                 compiled, obstacle = compiler.compiled(case, option), compiler.obstacle(case, option)
                 kernels = [] if isinstance(compiled, str) else compiled

@@ -22,12 +22,14 @@ class Compiler:
     On the GPU itself this fills Triton's cache on disk, so that a launch finds its kernel there.
     """
 
-    def __init__(self, ops: Sequence[str], models: Sequence[str], target: Target, jobs: int) -> None:
+    def __init__(
+        self, ops: Sequence[str], models: Sequence[str], target: Target, jobs: int, words: Sequence[str] = ()
+    ) -> None:
         self.pool = multiprocessing.get_context("spawn").Pool(jobs)  # forked processes could not use CUDA
         self.results = {}
-        for index, case in enumerate(cases(ops, models, target.gpu)):
+        for index, case in enumerate(cases(ops, models, target.gpu, words)):
             for number, option in enumerate(case.options(target.gpu)):
-                arguments = (tuple(ops), tuple(models), target, index, number)
+                arguments = (tuple(ops), tuple(models), tuple(words), target, index, number)
                 self.results[identity(case), option] = self.pool.apply_async(compile_option, arguments)
         self.target = target
 
@@ -61,9 +63,9 @@ cases_of = lru_cache(cases)
 
 
 def compile_option(
-    ops: tuple[str, ...], models: tuple[str, ...], target: Target, index: int, number: int
+    ops: tuple[str, ...], models: tuple[str, ...], words: tuple[str, ...], target: Target, index: int, number: int
 ) -> list[Compiled] | str:
-    case = cases_of(ops, models, target.gpu)[index]
+    case = cases_of(ops, models, target.gpu, words)[index]
     option = case.options(target.gpu)[number]
 
     def launch() -> None:
@@ -81,13 +83,13 @@ def compile_option(
 class LocalGpu:
     """The current CUDA or ROCm device, as a `search.Machine`."""
 
-    def __init__(self, ops: Sequence[str], models: Sequence[str], jobs: int) -> None:
+    def __init__(self, ops: Sequence[str], models: Sequence[str], jobs: int, words: Sequence[str] = ()) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
         self.gpu = dispatch.gpu(self.device)
         self.cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
         shared_limit = driver.active.utils.get_device_properties(self.device.index)["max_shared_mem"]
         target = Target(self.gpu, driver.active.get_current_target(), shared_limit)
-        self.compiler = Compiler(ops, models, target, jobs)
+        self.compiler = Compiler(ops, models, target, jobs, words)
 
     def obstacle(self, case: Case, option: Any) -> str | None:
         return self.compiler.obstacle(case, option)

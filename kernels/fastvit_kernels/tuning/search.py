@@ -6,6 +6,7 @@ candidates. Everything that needs the GPU is asked of a `Machine`; the rules bel
 
 import hashlib
 import importlib
+import importlib.metadata
 import math
 import statistics
 import time
@@ -80,14 +81,17 @@ class Case:
         return [default, *(candidate for candidate in dict.fromkeys(self.candidates) if candidate != default)]
 
 
-def cases(ops: Sequence[str], models: Sequence[str], gpu: Gpu) -> list[Case]:
-    """In order of importance: one model after the other, each with its operations. What they share comes once."""
+def cases(ops: Sequence[str], models: Sequence[str], gpu: Gpu, words: Sequence[str] = ()) -> list[Case]:
+    """In order of importance: one model after the other, each with its operations. What they share comes once.
+
+    Of `words`, if there are any, a case must have one in its name.
+    """
     found: dict[tuple, Case] = {}
     for model in models:
         for op in sorted(ops, key=OPS.index):
             for case in importlib.import_module(f"fastvit_kernels.{op}.tuning").cases(MODELS[model], gpu):
                 found.setdefault((case.tunable.kernel, case.key), case)
-    return list(found.values())
+    return [case for case in found.values() if not words or any(word in case.name for word in words)]
 
 
 class Machine(Protocol):
@@ -186,8 +190,17 @@ def identity(case: Case) -> str:
 
 def source_hash(tunable: Tunable) -> str:
     op = tunable.default.__module__.split(".")[1]
-    files = sorted((PACKAGE / op).glob("kernels.py")) + sorted((PACKAGE / op / "kernels").glob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    files = sorted((PACKAGE / op).glob("*kernels.py")) + sorted((PACKAGE / op / "kernels").glob("*.py"))
+    library = f"{tunable.library} {installed(tunable.library)}".encode() if tunable.library else b""
+    return hashlib.sha256(b"".join([*(file.read_bytes() for file in files), library])).hexdigest()[:12]
+
+
+def installed(library: str) -> str:
+    """Its version, or "" without it."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 class CannotRun(RuntimeError):
