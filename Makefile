@@ -15,7 +15,7 @@ $(MAKE) --no-print-directory types > $(VENV)/types.log 2>&1 & types=$$!; failed=
 	$(1) || failed=$$?; wait $$types || failed=1; cat $(VENV)/types.log; exit $$failed
 endef
 
-.PHONY: help quickstart test test-all lint style types format docs site hub-kernel wheels clean
+.PHONY: help quickstart test test-all lint style types format docs site dist hub-kernel wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -57,6 +57,17 @@ docs: $(VENV)/.installed  ## write the generated pages: docs/configuration.md, a
 site: $(VENV)/.installed  ## build the documentation site, into build/site
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./kernels --editable '.[docs]'
 	$(BIN)/python -m sphinx --quiet --fail-on-warning -c docs -d build/doctrees . build/site
+
+# From a copy of what is committed, whose READMEs get absolute links: FASTVIT_SOURCE_URL is where they lead.
+dist: $(VENV)/.installed  ## build wheel and sdist of both packages, into dist/, and check what a package index will show
+	test -n "$$FASTVIT_SOURCE_URL" || { echo "set FASTVIT_SOURCE_URL=https://HOST/OWNER/NAME/blob/TAG: where READMEs link to"; exit 2; }
+	rm -rf build/release dist && mkdir -p build/release
+	git archive HEAD | tar -x -C build/release
+	$(BIN)/python docs/pages.py build/release
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt build twine
+	$(BIN)/python -m build --outdir dist build/release/kernels
+	$(BIN)/python -m build --outdir dist build/release
+	$(BIN)/python -m twine check --strict dist/*
 
 hub-kernel: $(VENV)/.installed  ## write the kernels for Hugging Face's `kernels` package, to build/fastvit-kernels
 	rm -rf build/fastvit-kernels

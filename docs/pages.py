@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,13 @@ def absolute_links(text: str, folder: Path, keep: Callable[[Path], bool] = lambd
     return _CODE_OR_LINK.sub(address, text)
 
 
+def rewrite(checkout: Path) -> None:
+    """Makes the links of both READMEs absolute in a copy of this checkout: a package index has none of the files."""
+    for name in ("README.md", "kernels/README.md"):
+        page = checkout / name
+        page.write_text(absolute_links(page.read_text(), (ROOT / name).parent))
+
+
 def navigation(text: str) -> dict[str, list[Path]]:
     """The sections of the front page, and the pages that each links to, in this order; each page once."""
     found: dict[str, list[Path]] = {}
@@ -85,3 +93,7 @@ def with_navigation(text: str) -> str:
 
 def _document(page: Path) -> str:
     return f"/{page.relative_to(ROOT).with_suffix('').as_posix()}"
+
+
+if __name__ == "__main__":
+    rewrite(Path(sys.argv[1]))

@@ -3,6 +3,7 @@
     python examples/pretrain_folder.py photos/
 
 Without a folder it trains on scikit-learn's handwritten digits: half a minute on a CPU. STEPS=20 shows that it works.
+RECIPE=quickstart is a small model, for a CPU.
 """
 
 # %% [markdown]
@@ -19,7 +20,7 @@ from fastvit_engine.data.build.make import make_dataset
 
 OUT = Path(os.environ.get("OUT", "runs/pretrain_folder"))
 photos = sys.argv[1] if len(sys.argv) > 1 else None
-recipe = "photos" if photos else "quickstart"
+recipe = os.environ.get("RECIPE", "photos" if photos else "quickstart")
 info = make_dataset(photos or "digits", OUT / "shards", eval_fraction=0.2, samples_per_shard=200).info
 assert info is not None  # it is None while other machines still write parts
 

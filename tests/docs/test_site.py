@@ -1,6 +1,7 @@
 """The documentation site has every page in its navigation, and links that work outside the repository."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -52,3 +53,20 @@ def test_without_an_address_links_lead_to_this_checkout(pages: ModuleType, monke
     monkeypatch.delenv("FASTVIT_SOURCE_URL", raising=False)
     link = pages.absolute_links("[a](../Makefile)", DOCS).removeprefix("[a](file://").removesuffix(")")
     assert Path(link) == DOCS.parent / "Makefile"
+
+
+def test_a_release_has_readmes_whose_links_work_on_a_package_index(
+    pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTVIT_SOURCE_URL", "https://host/owner/name/blob/v1")
+    (tmp_path / "kernels").mkdir()
+    for name in ("README.md", "kernels/README.md"):
+        (tmp_path / name).write_text((DOCS.parent / name).read_text())
+    pages.rewrite(tmp_path)
+    for name in ("README.md", "kernels/README.md"):
+        links = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", (tmp_path / name).read_text()))
+        assert links and all(re.match("https?://|#", link) for link in links)
+    assert (
+        "](https://host/owner/name/raw/v1/benchmarks/results/quickstart/report.png)"
+        in (tmp_path / "README.md").read_text()
+    )
