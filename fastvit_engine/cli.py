@@ -95,13 +95,21 @@ def _format_warning(
     return _usual_format(message, category, filename, lineno, line)
 
 
-def _fail(message: str, exit_code: int = EXIT_BAD_INPUT, last: Callable[[], None] | None = None) -> int:
-    if speaks_for_all():
-        prefix = "" if exit_code == EXIT_PREEMPTED else "error: "
-        say(f"fastvit: {prefix}{shown(message)}", file=sys.stderr)
+def _fail(
+    message: str, exit_code: int = EXIT_BAD_INPUT, end: Callable[[Callable[[str], None]], int] | None = None
+) -> int:
+    """Says what went wrong and returns the exit code. end: says it with the function it is given, or leaves it out."""
+
+    def speak(text: str) -> None:
+        if speaks_for_all():
+            prefix = "" if exit_code == EXIT_PREEMPTED else "error: "
+            say(f"fastvit: {prefix}{shown(text)}", file=sys.stderr)
+
+    if end:
+        exit_code = end(speak)
+    else:
+        speak(message)
     if "RANK" in os.environ:
-        if last:
-            last()
         os._exit(exit_code)  # peers may be inside a collective, and an orderly exit would wait for them
     return exit_code
 

@@ -2,7 +2,8 @@
 # The environment of every launcher here: sourced, never run. Variables that the user has set are kept.
 #
 #   fastvit_environment HEAD NODES PROCESSES_PER_NODE    sets the variables, and HEAD_ADDRESS, OWN_ADDRESS, INTERFACE
-#   fastvit_show COMMAND...                              prints both, as a shell would take them (--dry-run)
+#   fastvit_check PROCESSES PER_NODE GPU TRAINING...     --dry-run: checks the training; prints what a start would do
+#   fastvit_show COMMAND...                              --dry-run: prints environment and command in shell syntax
 #   fastvit_fail SENTENCE                                ends the script: bad input, exit code 2
 #   fastvit_python                                       ends the script if PYTHON is not there
 #   fastvit_wait PROCESS                                 waits for a child and returns its exit code, whatever traps run
@@ -37,8 +38,18 @@ _fastvit_default() {
     _fastvit_lines+=("$(printf 'export %s=%q  # %s' "$1" "${!1}" "$why")")
 }
 
+# The cores that this host, its container and its scheduler let a process use.
+_fastvit_cores() {
+    local cores quota period
+    cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+    if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [[ $quota != max && $((quota / period)) -lt $cores ]]; then
+        cores=$((quota / period < 1 ? 1 : quota / period))
+    fi
+    echo "$cores"
+}
+
 fastvit_environment() {
-    local head=$1 nodes=$2 processes=$3 alone=() route threads caches
+    local head=$1 nodes=$2 processes=$3 alone=() route cores threads caches
     [[ $nodes == 1 ]] && alone=(--alone)
     fastvit_python
     route=$("$PYTHON" "$FASTVIT_LAUNCH/route.py" "$head" "${alone[@]}") || exit $?
@@ -56,8 +67,9 @@ fastvit_environment() {
     # The shared store of torchrun keeps the addresses of processes that a restart has replaced.
     _fastvit_default TORCH_DISABLE_SHARE_RDZV_TCP_STORE 1 "a new store after each restart"
 
-    threads=$(($(nproc) / processes))
-    _fastvit_default OMP_NUM_THREADS "$((threads < 1 ? 1 : threads > 8 ? 8 : threads))" "$(nproc) cores, $processes process(es)"
+    cores=$(_fastvit_cores)
+    threads=$((cores / processes))
+    _fastvit_default OMP_NUM_THREADS "$((threads < 1 ? 1 : threads > 8 ? 8 : threads))" "$cores cores, $processes process(es)"
 
     # Compiled code stays on the node: shared file systems are slow at many small files and at locks.
     caches=${TMPDIR:-/tmp}/fastvit-cache-$(id -u)
@@ -75,6 +87,19 @@ fastvit_wait() {
         [[ $again -eq 127 ]] || code=$again # 127: it was already waited for when the trap ran
         $fastvit_trapped || return "${code:-127}"
     done
+}
+
+# PROCESSES: N or MIN:MAX. GPU: of other machines than this one, by name; "" if the job runs on such as this.
+# Lines begin with "#", so that all that a dry run prints is a script.
+fastvit_check() {
+    local processes=$1 per_node=$2 gpu=$3 report
+    shift 3
+    "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("fastvit_engine") is None)' ||
+        fastvit_fail "'$PYTHON' cannot import fastvit_engine: activate the environment, or set PYTHON"
+    report=$("$PYTHON" -m fastvit_engine train "$@" --resume auto --dry-run \
+        --processes "$processes" --processes-per-node "$per_node" ${gpu:+--gpu "$gpu"}) || exit $?
+    # shellcheck disable=SC2001  # of every line
+    sed 's/^/# /' <<<"$report"
 }
 
 fastvit_show() {

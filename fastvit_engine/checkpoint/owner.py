@@ -30,7 +30,7 @@ from fastvit_engine.checkpoint.store import CheckpointStore
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.errors import RestartError, UserError
 from fastvit_engine.files import is_alive, this_machine
-from fastvit_engine.observe.disk import insist
+from fastvit_engine.observe.disk import insist, unreadable
 from fastvit_engine.observe.run_folder import WORKING_FOLDERS, RunFolder
 from fastvit_engine.shown import public_url
 from fastvit_engine.shown import say as say_to_user
@@ -160,8 +160,7 @@ def own(
 
     Raises UserError at once if a run that is alive owns one of them. A folder that is empty at the end disappears.
     """
-    in_bucket = [] if run.url is None else [_RunUrlStore(run.url)]
-    stores: list[CheckpointStore] = [_RunFolderStore(run), *in_bucket, store_of(settings, run)]
+    stores = _stores(settings, run)
     folders = [store.folder for store in stores[::-1] if isinstance(store, LocalStore)]
     made = [folder for path in folders for folder in (path, *path.parents) if not folder.exists()]
     try:
@@ -175,6 +174,38 @@ def own(
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _stores(settings: CheckpointConfig, run: RunFolder) -> list[CheckpointStore]:
+    """What a run owns: the run folder on this machine, the one in an object store, and the place of checkpoints."""
+    in_bucket = [] if run.url is None else [_RunUrlStore(run.url)]
+    return [_RunFolderStore(run), *in_bucket, store_of(settings, run)]
+
+
+def check_unowned(settings: CheckpointConfig, run: RunFolder) -> tuple[str, ...]:
+    """One sentence for each place of a run that another process may still own; writes nothing.
+
+    Raises UserError if an owner is alive on this machine, and as `unreadable` says.
+    """
+    doubts: dict[str, None] = {}
+    for store in _stores(settings, run):
+        where, what = _where(store)
+        try:
+            newest = _newest(store.owners())
+            held = None if newest is None else _parse(store.read_owner(newest)[0])
+        except FileNotFoundError:  # it has gone meanwhile
+            continue
+        except OSError as error:
+            raise unreadable(where, error) from error
+        if newest is None or (held is not None and held.has_ended):
+            continue
+        if held is not None and held.machine == this_machine():
+            raise UserError(_refusal(where, what, held))
+        who = "a process whose record is damaged" if held is None else f"{held}, since {held.since}"
+        doubts[f"{where} belongs to {who}: a start waits up to {STALE_SECONDS:.0f} s to see whether that is alive"] = (
+            None
+        )
+    return tuple(doubts)
 
 
 def claim(stores: Sequence[CheckpointStore], environment: Mapping[str, str], say: Callable[[str], None]) -> Ownership:

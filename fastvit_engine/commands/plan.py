@@ -2,32 +2,19 @@
 
 import argparse
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fastvit_engine.commands.recipe import add_init, add_recipe, settings_of, with_weights
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
+from fastvit_engine.sizing.gpus import GPU_MEMORY_GIB
 
 if TYPE_CHECKING:
     from fastvit_engine.config import Config
-    from fastvit_engine.data.stream.batch_split import BatchSplit
     from fastvit_engine.sizing.defaults import Chosen
     from fastvit_engine.sizing.memory import Memory
 
 _NODE_LINES = 8  # numbers of nodes that are shown one by one
-
-# GiB of the usual variant, from the vendors' datasheets.
-_MEMORY = {
-    "B200": 180,
-    "H200": 141,
-    "H100": 80,
-    "H100 PCIe": 80,
-    "H100 NVL": 94,
-    "A100": 80,
-    "L40S": 48,
-    "MI300X": 192,
-}
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -44,7 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     add_init(parser)
     parser.add_argument("--gpus", metavar="N", type=int, required=True, help="GPUs of the whole job")
     parser.add_argument("--gpus-per-node", metavar="N", type=int, help="default: 8, or all if there are fewer")
-    parser.add_argument("--gpu", choices=list(_MEMORY), default="H100", help="their model (default: H100)")
+    parser.add_argument("--gpu", choices=list(GPU_MEMORY_GIB), default="H100", help="their model (default: H100)")
     parser.add_argument("--gpu-memory", metavar="GIB", type=float, help="of each GPU (default: that of the model)")
     parser.add_argument("--mfu", metavar="SHARE", type=float, default=0.4, help="assumed, of 1 (default: 0.4)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -61,17 +48,18 @@ def _run(args: argparse.Namespace) -> int:
         raise UserError(f"--gpus-per-node {per_node} does not divide --gpus {args.gpus}: every node has as many")
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu is {args.mfu:g}: a share above 0 and up to 1, such as 0.4")
-    gib = args.gpu_memory or _MEMORY[args.gpu]
+    gib = args.gpu_memory or GPU_MEMORY_GIB[args.gpu]
     if gib <= 2:
         raise UserError(f"--gpu-memory is {gib:g} GiB: too little for any training")
     config = with_weights(load_config(args.recipe, settings_of(args))).config
 
     from fastvit_engine.sizing.defaults import Machine, candidates, choose
+    from fastvit_engine.train.estimate import training_time
 
     machine = Machine(args.gpus, per_node, int(gib * 2**30), on_gpu=True)
     options = candidates(config, machine)
     chosen = choose(config, machine)
-    time = _time(chosen, args.gpu, args.mfu)
+    time = training_time(chosen, args.gpu, args.mfu, config.data.train_samples)
     fewer = _on_fewer_nodes(config, chosen, args.gpu, args.mfu)
     rows = [
         {"stage": row.stage, "largest_micro_batch": row.micro_batch if row.fits else None, "memory": memory}
@@ -93,24 +81,13 @@ def _memory_at(chosen: "Chosen", stage: int) -> "Memory":
     return choose(chosen.config.model_copy(update={"zero": zero}), chosen.machine).memory
 
 
-def _images_per_second(chosen: "Chosen", gpu: str, mfu: float) -> float:
-    """The GPUs with the largest share of the global batch set the pace."""
-    from fastvit_engine.data.stream.batch_split import split_batch
-    from fastvit_engine.models import computed_flops
-    from fastvit_engine.train.throughput import DATASHEET_PEAK
-
-    split = split_batch(chosen.config, chosen.machine.processes)
-    share = split.global_batch_size / split.largest_share  # GPUs' worth of work that a step has
-    flops = computed_flops(chosen.config.model, frozen=chosen.config.optimizer.frozen)
-    return mfu * DATASHEET_PEAK[gpu] * share / flops
-
-
 def _on_fewer_nodes(config: "Config", chosen: "Chosen", gpu: str, mfu: float) -> list[dict[str, Any]]:
     """What every number of nodes, up to that of the job, would make of the same recipe."""
     from dataclasses import replace
 
     from fastvit_engine.data.stream.batch_split import split_batch
     from fastvit_engine.sizing.defaults import choose
+    from fastvit_engine.train.estimate import images_per_second
 
     machine, per_node = chosen.machine, chosen.machine.processes_per_node
     rows: list[dict[str, Any]] = []
@@ -128,42 +105,10 @@ def _on_fewer_nodes(config: "Config", chosen: "Chosen", gpu: str, mfu: float) ->
             "smallest_share": split.smallest_share,
             "micro_batch_size": split.micro_batch_size,
             "accumulation_steps": split.accumulation_steps,
-            "images_per_second": _images_per_second(there, gpu, mfu),
+            "images_per_second": images_per_second(there, gpu, mfu),
         }
         rows.append(row)
     return rows
-
-
-def _time(chosen: "Chosen", gpu: str, mfu: float) -> dict[str, Any]:
-    """Steps, operations and days; None if the length of an epoch is unknown."""
-    from fastvit_engine.models import computed_flops, training_flops
-    from fastvit_engine.train.schedule import Schedule
-
-    config = chosen.config
-    flops = training_flops(config.model, frozen=config.optimizer.frozen)
-    rate = _images_per_second(chosen, gpu, mfu)
-    time = {
-        "flops_per_image": flops,
-        "computed_flops_per_image": computed_flops(config.model, frozen=config.optimizer.frozen),
-        "images_per_second": rate,
-        "steps": None,
-        "images": None,
-        "flops": None,
-        "days": None,
-    }
-    try:
-        steps = Schedule(config, config.data.train_samples).total_steps
-    except UserError as error:
-        return {**time, "unknown": str(error)}
-    images = steps * config.train.global_batch_size
-    return {**time, "steps": steps, "images": images, "flops": images * flops, "days": images / rate / 86400}
-
-
-def _computed(time: Mapping[str, Any]) -> str:
-    from fastvit_engine.observe.units import format_flops
-
-    computed = time["computed_flops_per_image"]
-    return "" if computed == time["flops_per_image"] else f", {format_flops(computed)} of them computed"
 
 
 def _as_json(
@@ -209,8 +154,8 @@ def _as_text(
 ) -> str:
     from fastvit_engine.data.stream.batch_split import split_batch
     from fastvit_engine.models import model_title, parameter_count
-    from fastvit_engine.observe.units import counted, format_bytes, format_count, format_flops, format_share
-    from fastvit_engine.train.throughput import DATASHEET_PEAK
+    from fastvit_engine.observe.units import counted, format_bytes, format_count
+    from fastvit_engine.train.estimate import describe_split, describe_time
 
     config, machine = chosen.config, chosen.machine
     split = split_batch(config, machine.processes)
@@ -256,44 +201,19 @@ def _as_text(
         "settings",
         *choices,
         "",
-        f"global batch  {counted(config.train.global_batch_size, 'image')} = {_split_in_words(split)}",
+        describe_split(chosen),
+        *describe_time(time, args.gpu, args.mfu),
     ]
-    if time["steps"] is None:
-        text.append(f"length        unknown: {time['unknown']}")
-    else:
-        images = "image" if time["images"] == 1 else "images"
-        text.append(
-            f"length        {counted(time['steps'], 'step')}, {format_count(time['images'])} {images}, "
-            f"{format_flops(time['flops'])} ({format_flops(time['flops_per_image'])} per image{_computed(time)})"
-        )
-        text.append(
-            f"time          {_days(time['days'])}: {time['images_per_second']:,.0f} images/s, if MFU is "
-            f"{format_share(args.mfu)} of {format_flops(DATASHEET_PEAK[args.gpu])}/s per GPU (an assumption), without "
-            "evaluations and checkpoints"
-        )
     if len(fewer) > 1:
         text += ["", "on other numbers of nodes", *_nodes_table(fewer)]
     text.append("Memory is computed from shapes, and has not been compared with a GPU's.")
     return "\n".join(text)
 
 
-def _split_in_words(split: "BatchSplit") -> str:
-    from fastvit_engine.observe.units import counted
-
-    gpus = counted(split.world_size, "GPU")
-    passes = counted(split.accumulation_steps, "micro-batch", "micro-batches")
-    if split.equal:
-        return f"{gpus} x {counted(split.micro_batch_size, 'image')} x {passes}"
-    shares = _shares(split.largest_share, split.smallest_share)
-    return f"{gpus} x {shares} images, in {passes} of at most {split.micro_batch_size}"
-
-
-def _shares(largest: int, smallest: int) -> str:
-    return f"{largest}" if largest == smallest else f"{largest} or {smallest}"
-
-
 def _nodes_table(rows: list[dict[str, Any]]) -> list[str]:
     """A line for each number of nodes; of many, the highest ones and every half."""
+    from fastvit_engine.train.estimate import describe_shares
+
     most, shown = rows[0]["nodes"], {row["nodes"] for row in rows[:_NODE_LINES]}
     if most > 2 * _NODE_LINES:
         shown |= {most >> halvings for halvings in range(most.bit_length())}
@@ -307,11 +227,7 @@ def _nodes_table(rows: list[dict[str, Any]]) -> list[str]:
         if "problem" in row:
             lines.append(f"{start}{row['problem']}")
             continue
-        shares = _shares(row["largest_share"], row["smallest_share"])
+        shares = describe_shares(row["largest_share"], row["smallest_share"])
         micro = f"{row['accumulation_steps']} x {row['micro_batch_size']}"
         lines.append(f"{start}{row['zero_stage']:>4}  {shares:>14}  {micro:>13}  {row['images_per_second']:>8,.0f}")
     return lines
-
-
-def _days(days: float) -> str:
-    return f"{days:,.1f} days" if days >= 2 else f"{24 * days:,.1f} hours"

@@ -2,11 +2,21 @@
 
 import argparse
 import os
+import shlex
+import sys
 import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from fastvit_engine.commands.recipe import add_init, add_recipe, settings_of
-from fastvit_engine.errors import RestartError, UserError
+from fastvit_engine.distributed.environment import VERBOSE
+from fastvit_engine.errors import RestartError, Sentence, UserError
 from fastvit_engine.shown import say
+from fastvit_engine.sizing.gpus import GPU_MEMORY_GIB
+
+if TYPE_CHECKING:
+    from fastvit_engine.config import Resolved
+    from fastvit_engine.observe.run_folder import RunFolder
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -60,14 +70,44 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="on one machine: times that processes which hang or are killed are started again, counted from the last "
         "new checkpoint (default: 3)",
     )
-    parser.set_defaults(run=_run, failed=_tell_others)
+    parser.add_argument(
+        "--verbose", action="store_true", help="show what DeepSpeed and the launcher log by themselves, too"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check all that can be checked without starting, show what a start would do, and write nothing",
+    )
+    dry = parser.add_argument_group(
+        "what --dry-run assumes", "without them: the processes that a start would have here"
+    )
+    dry.add_argument("--processes", metavar="N", type=_numbers, help="of the whole job; MIN:MAX if it is elastic")
+    dry.add_argument("--processes-per-node", metavar="N", type=int, help="default: 8, or all if there are fewer")
+    dry.add_argument(
+        "--gpu", choices=list(GPU_MEMORY_GIB), help="the run is for other machines than this one, with such a GPU each"
+    )
+    parser.set_defaults(run=_run, failed=_end_with_others)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """N or MIN:MAX, as numbers of which the largest comes first."""
+    numbers = sorted({int(number) for number in text.split(":")}, reverse=True)
+    if not 1 <= len(numbers) <= 2 or numbers[-1] < 1:
+        raise ValueError
+    return tuple(numbers)
 
 
 def _run(args: argparse.Namespace) -> int:
+    _check_options(args)
+    if args.verbose:
+        os.environ[VERBOSE] = "1"
     from fastvit_engine.config import load_config
 
     settings = settings_of(args)
     resolved = load_config(args.recipe, settings)  # before PyTorch is loaded: a typing error is told at once
+
+    if args.dry_run:
+        return _dry_run(args, resolved)
 
     from fastvit_engine.checkpoint import store_of
     from fastvit_engine.checkpoint.export import export_run
@@ -100,10 +140,6 @@ def _run(args: argparse.Namespace) -> int:
             raise RestartError(message) from error
         return 0
 
-    if args.cpu_processes < 1:
-        raise UserError(f"--cpu-processes is {args.cpu_processes}: at least 1")
-    if args.max_restarts < 0:
-        raise UserError(f"--max-restarts is {args.max_restarts}: at least 0")
     trust_compiled_code()
     processes = launch.processes_here(args.cpu_processes)
     resolved = fill_in(resolved, run, resume=resume).apply(resolved)
@@ -118,18 +154,7 @@ def _run(args: argparse.Namespace) -> int:
             records.insist()
             say(start.message)
             return 0
-        overrides = [word for override in settings for word in ("--set", override)]
-        allowed = ["--allow-batch-change"] if args.allow_batch_change else []
-        command = [
-            "train",
-            args.recipe,
-            "--out",
-            run.url or str(run.path),
-            "--resume",
-            args.resume,
-            *allowed,
-            *overrides,
-        ]
+        command = _rank_command(args, run)
         store = store_of(chosen.config.checkpoint, run)
 
         def newest_checkpoint() -> str | None:
@@ -140,19 +165,73 @@ def _run(args: argparse.Namespace) -> int:
         )
 
 
-def _tell_others(error: Exception) -> None:
-    """Lets the other ranks of a job know if this one has ended, because of bad input, before it joined them."""
+def _check_options(args: argparse.Namespace) -> None:
+    if args.cpu_processes < 1:
+        raise UserError(f"--cpu-processes is {args.cpu_processes}: at least 1")
+    if args.max_restarts < 0:
+        raise UserError(f"--max-restarts is {args.max_restarts}: at least 0")
+    for option in ("processes", "processes_per_node", "gpu"):
+        if getattr(args, option) is not None and not args.dry_run:
+            raise UserError(
+                f"--{option.replace('_', '-')} is of --dry-run: add that, or leave it out, since the launcher decides"
+            )
+    if args.processes_per_node is not None and args.processes_per_node < 1:
+        raise UserError(f"--processes-per-node is {args.processes_per_node}: at least 1")
+
+
+def _rank_command(args: argparse.Namespace, run: "RunFolder") -> list[str]:
+    """What each process of a job on this machine runs, after `python -m fastvit_engine`."""
+    flags = ["--allow-batch-change"] if args.allow_batch_change else []
+    flags += ["--verbose"] if args.verbose else []
+    overrides = [word for override in settings_of(args) for word in ("--set", override)]
+    out = run.url or str(run.path)
+    return ["train", args.recipe, "--out", out, "--resume", args.resume, *flags, *overrides]
+
+
+def _dry_run(args: argparse.Namespace, resolved: "Resolved") -> int:
+    """Says what a start would do. As one of the ranks that a launcher started, only the first does."""
+    from fastvit_engine.distributed.environment import launched_by_cluster
+
+    launched = launched_by_cluster()
+    if launched and os.environ["RANK"] != "0":
+        return 0
+
+    from fastvit_engine.distributed.launch import processes_here
+    from fastvit_engine.distributed.supervise import rank_environment
+    from fastvit_engine.observe.run_folder import run_folder
+    from fastvit_engine.train.dry_run import Target, dry_run
+
+    run = run_folder(args.out or f"runs/{resolved.config.name}")
+    here, per_node = processes_here(args.cpu_processes), None
+    if launched:
+        here, per_node = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", 0)) or None
+    processes = args.processes or (here,)
+    if args.processes_per_node is not None or per_node is None:
+        usual = min(processes[0], 8) if args.processes else here
+        per_node = args.processes_per_node or usual
+    target = Target(processes, per_node, args.gpu)
+    resume = args.resume == "auto"
+    say(dry_run(resolved, run, target, resume=resume, allow_batch_change=args.allow_batch_change))
+    if not launched and args.processes is None:
+        variables = rank_environment(0, here, 0)
+        kept = {name: value for name, value in variables.items() if name.endswith(("_IFNAME", "_THREADS"))}
+        say("\n".join(f"export {name}={shlex.quote(value)}" for name, value in kept.items()))
+        say(shlex.join([sys.executable, "-m", "fastvit_engine", *_rank_command(args, run)]))
+    return 0
+
+
+def _end_with_others(error: Sentence, speak: Callable[[str], None]) -> int:
+    """Ends a rank together with the others of its job, of which one says why. Returns the exit code."""
     from fastvit_engine.distributed.environment import launched_by_cluster
 
     try:
-        if not isinstance(error, UserError) or not launched_by_cluster():
-            return
+        launched = launched_by_cluster()
     except UserError:  # the environment itself is what is bad
-        return
+        launched = False
+    if not launched:
+        speak(str(error))
+        return error.exit_code
 
-    import torch.distributed as dist
+    from fastvit_engine.distributed.roll_call import end_with_others
 
-    from fastvit_engine.distributed.roll_call import PeerEnded, tell_that_this_rank_ends
-
-    if not dist.is_initialized() and not isinstance(error, PeerEnded):
-        tell_that_this_rank_ends(str(error))
+    return end_with_others(error, speak)

@@ -177,8 +177,8 @@ class DataConfig(_Section):
     max_labels: int = Field(1, gt=0, le=10_000)
     """Most classes that one image may have. More than one needs loss.kind: sigmoid."""
 
-    num_workers: int = Field(4, ge=0, le=1024)
-    """Decoding processes per rank; 0: decode in the training process."""
+    num_workers: int | None = Field(None, ge=0, le=1024)
+    """Decoding processes per rank; 0: decode in the training process; null: by the cores that each rank has."""
 
     order: Literal["indexed", "stream"] = "indexed"
     """indexed: exact global shuffle with an index; stream: sequential reading, for gzipped shards and pipes."""
@@ -228,6 +228,11 @@ class DataConfig(_Section):
         if isinstance(self.train, str):
             return (DataSource(shards=self.train, index=self.index),) if self.train else ()
         return self.train or ()
+
+    @property
+    def workers(self) -> int:
+        """num_workers, and a number that suits a laptop if neither it nor the machine says how many."""
+        return 4 if self.num_workers is None else self.num_workers
 
 
 class AugmentConfig(_Section):

@@ -11,6 +11,7 @@ _TASK_COUNTS = {
     "srun": ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"),
     "mpirun": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
 }
+VERBOSE = "FASTVIT_VERBOSE"  # set: libraries log what they log by themselves
 ERROR_SHOWN = "FASTVIT_ERROR_SHOWN"  # a path: the first failing process creates it, and only that one prints its error
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fastvit_engine.cores import cores_here
 from fastvit_engine.distributed.environment import ERROR_SHOWN
 from fastvit_engine.distributed.store import JobStore
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART
@@ -56,7 +57,7 @@ def rank_environment(
     for name, interface in {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "=lo"}.items():
         variables[name] = environment.get(name, interface)
     if gpu_count() == 0:
-        threads = max(1, (os.cpu_count() or 1) // processes)
+        threads = max(1, cores_here() // processes)
         variables["OMP_NUM_THREADS"] = environment.get("OMP_NUM_THREADS", str(threads))
     return variables
 

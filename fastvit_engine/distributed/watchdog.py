@@ -52,7 +52,8 @@ class Watchdog:
 
     def __init__(self, run: RunFolder, world: World, config: WatchdogConfig) -> None:
         self.run, self.world, self.config = run, world, config
-        self.on_phase: Callable[[str], None] | None = None  # called when a phase begins
+        self.on_phase: Callable[[str], None] = lambda name: None  # who else wants to know
+        self.on_step: Callable[[], None] = lambda: None
         self._status = RankStatus(world.rank, socket.gethostname())
         self._statuses = [self._status]  # of all ranks, as last heard
         self._first_step: int | None = None
@@ -79,12 +80,12 @@ class Watchdog:
         starting = before.step == self._first_step  # data workers start, kernels are compiled
         self._status = replace(before, phase=name, marks=before.marks + 1, slow=slow or starting)
         self._phase_began = time.monotonic()
-        if self.on_phase is not None:
-            self.on_phase(name)
+        self.on_phase(name)
 
     def step_done(self, step: int) -> None:
         """Reports that `step` optimizer steps are done."""
         self._status = replace(self._status, step=step, marks=0, slow=False)
+        self.on_step()
 
     def begin(self, step: int) -> None:
         """Reports that training begins, after `step` optimizer steps of earlier jobs."""

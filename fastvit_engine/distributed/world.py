@@ -70,6 +70,7 @@ class World:
             try:
                 outcome = [function()]
             except (UserError, RestartError) as error:
+                error.of_all = True
                 outcome = [error]
         dist.broadcast_object_list(outcome, src=0)
         if isinstance(outcome[0], UserError | RestartError):

@@ -17,7 +17,7 @@ from fastvit_engine.data.shards.usable import SampleKeys
 from fastvit_engine.doctor.findings import Finding, Group
 from fastvit_engine.models import computed_flops, model_title
 from fastvit_engine.observe.units import counted, format_bytes, format_share
-from fastvit_engine.train.throughput import DATASHEET_PEAK
+from fastvit_engine.sizing.gpus import DATASHEET_PEAK
 
 _group = Group("data")
 _MFU = 0.4  # expected, as `fastvit plan` assumes

@@ -144,7 +144,7 @@ def _software(request: Request, gpus: Gpus) -> Iterable[Finding]:
 def _host(request: Request, gpus: Gpus) -> Iterable[Finding]:
     from fastvit_engine.doctor.host import check_host
 
-    workers = request.config.data.num_workers if request.config else 0
+    workers = (request.config.data.num_workers or 0) if request.config else 0
     return check_host(_processes(gpus), workers, gpus.count)
 
 

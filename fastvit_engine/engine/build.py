@@ -17,21 +17,23 @@ from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.errors import UserError
 
 
-def deepspeed_config(config: Config, split: BatchSplit) -> dict[str, Any]:
+def deepspeed_config(config: Config, split: BatchSplit, *, on_gpu: bool | None = None) -> dict[str, Any]:
     """What DeepSpeed is configured with; the recipe's `deepspeed:` section is merged last.
 
-    Raises UserError for combinations that DeepSpeed would ignore or fail on later.
+    on_gpu: whether processes have a GPU each; None: if this machine has one. Raises UserError for combinations that
+    DeepSpeed would ignore or fail on later.
     """
-    if config.train.precision == "fp16" and not torch.cuda.is_available():
+    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
+    if config.train.precision == "fp16" and not on_gpu:
         raise UserError("train.precision = fp16 needs a GPU: use bf16 or fp32 on a CPU")
     check_stage(config)
     check_zero(config.zero)
     check_deepspeed(config)
     zero: dict[str, Any] = {"stage": config.zero.stage}
     if config.zero.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     if config.zero.offload == "all":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
     # If the global batch does not divide, their product with the processes, DeepSpeed's batch, is more than the global
     # batch. DeepSpeed only counts with it; `BatchSplit.loss_scale` makes the gradients right.
     written: dict[str, Any] = {

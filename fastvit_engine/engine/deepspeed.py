@@ -19,6 +19,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from fastvit_engine.distributed.environment import VERBOSE
 from fastvit_engine.engine.optimizers import RATE_SCALE
 from fastvit_engine.engine.protocol import GradientNorm, ParameterSlice
 from fastvit_engine.errors import UserError
@@ -52,7 +53,10 @@ SCALER_INTERNALS = ("cur_hysteresis", "cur_iter", "cur_scale", "last_overflow_it
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, quiet, and without the C++ extension it would otherwise compile for an inference collective on CPU."""
+    """DeepSpeed, quiet unless VERBOSE is set.
+
+    Without the C++ extension that it would otherwise compile for an inference collective on CPU.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -60,10 +64,13 @@ def import_deepspeed() -> Any:
         import deepspeed
     except ImportError as error:
         raise UserError(f"training needs DeepSpeed ({error}): pip install 'fastvit-engine[train]'") from error
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    from deepspeed.runtime import bf16_optimizer
+    if os.environ.get(VERBOSE):
+        logging.getLogger("DeepSpeed").setLevel(logging.INFO)
+    else:
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        from deepspeed.runtime import bf16_optimizer
 
-    bf16_optimizer.see_memory_usage = _nothing  # it prints six lines for every group of parameters
+        bf16_optimizer.see_memory_usage = _nothing  # it prints six lines for every group of parameters
     if not torch.cuda.is_available():
         communication: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of this name is PyTorch
         communication.build_shm_op = _nothing

@@ -1,6 +1,5 @@
 """One pass over shards outside of a run: which samples, and how they are prepared for a model."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from fastvit_engine.config import Config, Resolved
+from fastvit_engine.cores import cores_here
 from fastvit_engine.data import Batch
 from fastvit_engine.data.shards.names import DatasetInfo, Split, info_beside
 from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES
@@ -33,8 +33,8 @@ def config_for(model: VisionTransformer, resolved: Resolved) -> Config:
 
 def workers_for(config: Config) -> int:
     """Decoding processes: data.num_workers; unless somebody has set it, no more than this process has CPUs."""
-    workers = config.data.num_workers
-    return workers if "num_workers" in config.data.model_fields_set else min(workers, len(os.sched_getaffinity(0)))
+    given = config.data.num_workers
+    return min(config.data.workers, cores_here()) if given is None else given
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,12 @@ step 0 in its place.
 """
 
 import errno
+import os
+import stat
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from fastvit_engine.errors import RestartError, UserError
@@ -63,6 +66,32 @@ def insist(
                 warn(f"{what} could not be written ({reason(error)}): trying again for {PATIENCE_SECONDS:.0f} s")
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def check_writable(folder: Path, what: str, *, instead: str) -> None:
+    """Raises UserError if `folder` could not be made or written to, as far as that can be told without trying.
+
+    what, instead: as of `insist`.
+    """
+    problem = 0
+    for place in (folder.absolute(), *folder.absolute().parents):
+        try:
+            status = os.stat(place)
+        except FileNotFoundError:
+            if not place.is_symlink():
+                continue
+            problem = errno.EEXIST  # a link to nothing
+        except OSError as error:
+            problem = error.errno or errno.EIO
+        else:
+            if not stat.S_ISDIR(status.st_mode):
+                problem = errno.EEXIST if place == folder.absolute() else errno.ENOTDIR
+            elif not os.access(place, os.W_OK | os.X_OK):
+                read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+                problem = errno.EROFS if read_only else errno.EACCES
+        break
+    if problem:
+        raise UserError(f"{what} cannot be written ({os.strerror(problem)}): choose another {instead}")
 
 
 def if_possible(action: Callable[[], object], what: str) -> bool:

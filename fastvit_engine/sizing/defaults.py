@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from fastvit_engine.config import Config
+from fastvit_engine.cores import cores_here
 from fastvit_engine.data.stream.batch_split import BatchSplit, possible_splits, split_batch
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.optimizers import check_stage, possible_stages
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
-from fastvit_engine.observe.units import format_bytes, format_count
+from fastvit_engine.observe.units import counted, format_bytes, format_count
 from fastvit_engine.sizing.memory import (
     COMPUTE_BYTES,
     Buckets,
@@ -38,6 +39,7 @@ _GPU_USABLE = 0.92
 _CPU_USABLE = 0.75
 # Tokens of a micro-batch from which on a larger one makes the matrix products little faster.
 _ENOUGH_TOKENS = 8192
+_MOST_WORKERS, _MOST_WORKERS_ON_CPU = 16, 4
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Machine:
     processes_per_node: int
     memory: int  # bytes of each process's device; of the smallest if they differ
     on_gpu: bool
+    cores: int | None = None  # of each process, 0 if there are more processes than cores; None: not known
 
     @property
     def usable(self) -> int:
@@ -113,14 +116,15 @@ def machine_of(world: World) -> Machine:
     """The machine this job runs on; collective."""
     on_gpu = world.device.type == "cuda"
     per_node = len(world.node_ranks)
-    memory, per_node = (-world.max([-device_memory(per_node, on_gpu=on_gpu), -per_node])).tolist()
-    return Machine(world.size, int(per_node), int(memory), on_gpu)
+    here = [device_memory(per_node, on_gpu=on_gpu), per_node, cores_here() // per_node]
+    memory, per_node, cores = (-world.max([-figure for figure in here])).long().tolist()
+    return Machine(world.size, per_node, memory, on_gpu, cores)
 
 
 def machine_here(processes: int) -> Machine:
     """This machine, with all processes of a job on it."""
     on_gpu = torch.cuda.is_available()
-    return Machine(processes, processes, device_memory(processes, on_gpu=on_gpu), on_gpu)
+    return Machine(processes, processes, device_memory(processes, on_gpu=on_gpu), on_gpu, cores_here() // processes)
 
 
 def device_memory(processes_per_node: int, *, on_gpu: bool) -> int:
@@ -171,7 +175,25 @@ def choose(config: Config, machine: Machine) -> Chosen:
     memory = _memory(filled, machine, picked)
     if _recompute_matters(config, machine):
         choices.insert(2, _explain_recompute(filled, machine, memory, by_user=not recompute_is_open))
+    if config.data.num_workers is None and machine.cores is not None:
+        choices.append(workers := _choose_workers(config, machine, machine.cores))
+        data = config.data.model_copy(update={"num_workers": workers.value})
+        filled = filled.model_copy(update={"data": data})
     return Chosen(filled, tuple(choices), memory, machine)
+
+
+def _choose_workers(config: Config, machine: Machine, cores: int) -> Choice:
+    """Decoding processes of each process. Beside a GPU they have all cores but one; a CPU trains on the same cores."""
+    key, shared = "data.num_workers", f"{counted(cores, 'core')} per process" if cores else "more processes than cores"
+    if config.data.order == "stream":
+        return Choice(
+            key,
+            config.data.workers,
+            "the same on every machine, because the order of data.order = stream depends on it",
+        )
+    if machine.on_gpu:
+        return Choice(key, max(1, min(cores - 1, _MOST_WORKERS)), f"{shared}, one of which serves the GPU")
+    return Choice(key, max(1, min(cores, _MOST_WORKERS_ON_CPU)), f"{shared}, on which training runs too")
 
 
 def _options(config: Config, machine: Machine) -> list[Candidate]:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 
+from fastvit_engine.cores import cores_here
 from fastvit_engine.data.stream.batch import StageSeconds
 
 WARN_FROM = 0.2  # of the time between two log lines
@@ -43,7 +44,7 @@ class DataWait:
         shares = {name: part / sum(seconds) for name, part in zip(StageSeconds._fields, seconds, strict=True)}
         slowest = max(shares, key=lambda name: shares[name])
         parts = ", ".join(f"{name} {100 * part:.0f} %" for name, part in shares.items())
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each rank
+        cores = cores_here() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each rank
         remedy = _REMEDIES[slowest]
         if self._num_workers < cores:
             workers = f"data.num_workers ({self._num_workers}; there are {cores} cores per rank)"

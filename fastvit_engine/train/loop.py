@@ -19,6 +19,7 @@ from fastvit_engine.errors import Preempted
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.startup import StartUp
 from fastvit_engine.observe.units import counted, format_share
 from fastvit_engine.shown import say
 from fastvit_engine.sizing.defaults import Chosen, choose, machine_of
@@ -57,6 +58,7 @@ def train(
     run.prepare()
     limits = resolved.config.watchdog
     with (
+        StartUp("joining the other processes") as startup,
         Preemption() as preemption,
         join_world(limits.slow_phase_seconds + limits.timeout_seconds, run.stacks) as world,
         Watchdog(run, world, limits) as watchdog,
@@ -64,6 +66,8 @@ def train(
         observed(resolved.config.observe, run, world) as observers,
     ):
         preemption.on_stack_request = watchdog.request_stacks
+        watchdog.on_phase, watchdog.on_step = partial(_show_phase, startup), startup.done
+        startup.phase("checking the data and the run folder")
         given = resolved
         filled = world.on_main(lambda: fill_in(given, run, resume=resume))
         resolved = filled.apply(given)
@@ -73,6 +77,7 @@ def train(
         if start.checkpoint is None and resolved.config.init.from_ is not None:
             settings = resolved.config.init
             start = start.beginning_with(world.on_main(lambda: describe_weights(settings)), filled.notes)
+        startup.pause()
         if world.is_main:
             report_damage(run, start.damaged, start.checkpoint)
             warnings = (*start.warnings, *filled.doubts(start.data.class_names))
@@ -82,10 +87,25 @@ def train(
             world.on_main(lambda: check_profile(chosen.config.train.profile, start.total_steps, world.size))
             if world.is_main:
                 say(chosen.describe())
+            startup.phase("building the model and its engine")
             _train(resolved, chosen, run, start, world, watchdog, preemption, owner, records, observers, data)
         elif finished := start.checkpoint:
             world.on_main(lambda: export_run(finished, run))
             world.on_main(records.insist)
+
+
+_SHOWN_PHASES = {
+    "loading": "loading the weights",
+    "saving": "saving the first checkpoint",
+    "waiting for data": "waiting for the first batch",
+    "forward": "first forward pass, which compiles kernels",
+    "backward": "first backward pass, which compiles kernels",
+    "optimizer step": "first optimizer step",
+}
+
+
+def _show_phase(startup: StartUp, name: str) -> None:
+    startup.phase(_SHOWN_PHASES.get(name, name))
 
 
 @contextmanager

@@ -160,7 +160,10 @@ def _named_phases(watchdog: Watchdog) -> Iterator[None]:
     """Makes each phase of a step a range of the trace."""
     with ExitStack() as current:
 
+        others = watchdog.on_phase
+
         def begin(name: str) -> None:
+            others(name)
             current.close()
             current.enter_context(record_function(f"{_PHASE}{name}"))
 
@@ -168,7 +171,7 @@ def _named_phases(watchdog: Watchdog) -> Iterator[None]:
         try:
             yield
         finally:
-            watchdog.on_phase = None
+            watchdog.on_phase = others
 
 
 def _spans(events: Iterable[Any], device: DeviceType) -> list[tuple[float, float, str]]:

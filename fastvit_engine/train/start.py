@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -92,6 +93,14 @@ class Start:
         )
 
 
+@dataclass(frozen=True)
+class DryRun:
+    """A start that is only tried: on which devices, and where indexes are made that are missing."""
+
+    on_gpu: bool
+    scratch: Path
+
+
 def preflight(
     config: Config,
     run: RunFolder,
@@ -100,11 +109,14 @@ def preflight(
     resume: bool,
     data: IterableData | None = None,
     allow_batch_change: bool = False,
+    dry_run: DryRun | None = None,
 ) -> Start:
     """Checks configuration, data and run folder; raises UserError for what cannot work.
 
     data: takes the place of data.train. allow_batch_change: `train.global_batch_size` may differ from the checkpoint's.
+    dry_run: nothing is written but what it says.
     """
+    scratch = None if dry_run is None else dry_run.scratch
     check_config(config)
     if config.init.from_ is not None and "num_classes" not in config.model.model_fields_set:
         raise UserError(
@@ -112,7 +124,7 @@ def preflight(
             "classes of your data: set model.num_classes=N (--set model.num_classes=N), or init.head=keep"
         )
     split = split_batch(config, world_size)
-    deepspeed_config(config, split)
+    deepspeed_config(config, split, on_gpu=None if dry_run is None else dry_run.on_gpu)
     store = store_of(config.checkpoint, run)
     if run.config.exists() and not resume:
         raise UserError(
@@ -129,11 +141,14 @@ def preflight(
         _check_none_elsewhere(run, store)
     checkpoint, state, damaged = newest_readable(candidates)
     recorded = None if state is None else state.fingerprint.get("data")
-    prepared = prepare_data(config, world_size=world_size, index_folder=run.path, recorded=recorded, given=data)
+    prepared = prepare_data(
+        config, world_size=world_size, index_folder=run.path, recorded=recorded, given=data, scratch=scratch
+    )
     batch = config.train.global_batch_size
     batches = BatchSizes.always(batch) if state is None else state.batches.then(state.step, batch)
     schedule = Schedule(config, prepared.samples_per_epoch, batches)
-    _check_writable(run)
+    if scratch is None:
+        _check_writable(run)
     transform = _eval_transform(config, state)
     wanted = TrainerState(
         step=0,
@@ -152,7 +167,7 @@ def preflight(
     message = f"starting {run}: {counted(schedule.total_steps, 'step')}, {prepared.describe()}{working}"
     doubt = doubt_about_latest(store) if candidates else None
     warnings = (*([doubt] if doubt else []), *_doubtful(config, prepared, split))
-    few_shot = prepare_few_shot(_evaluating_with(config, transform), run.path)
+    few_shot = prepare_few_shot(_evaluating_with(config, transform), run.path, scratch)
     start = Start(wanted, schedule.total_steps, None, message, prepared, damaged, warnings, transform, few_shot)
     if checkpoint is None or state is None:
         return start

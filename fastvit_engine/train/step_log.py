@@ -28,7 +28,7 @@ class StepLog:
         self.stopwatch = Stopwatch(world.device, seconds_before=state.seconds)
         seen = job.schedule.samples(state.step)
         self.bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share, seen=seen, bad=state.bad_samples)
-        self._data_wait = DataWait(config.data.num_workers)
+        self._data_wait = DataWait(config.data.workers)
         job.times.clear()
         self._first_step = self._last_logged = state.step
 

@@ -10,18 +10,7 @@ import torch
 
 from fastvit_engine.data import Batch
 from fastvit_engine.distributed.world import World
-
-# Dense bf16/fp16 matrix peak without sparsity, FLOP/s, from the vendors' datasheets.
-DATASHEET_PEAK = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "MI300X": 1307e12,
-}
+from fastvit_engine.sizing.gpus import DATASHEET_PEAK, known_gpu
 
 
 @dataclass(frozen=True)
@@ -48,9 +37,8 @@ def peak_flops(world: World, precision: str) -> Peak:
     """The datasheet's figure for a known GPU in bf16 or fp16, else a short matrix product timed here; collective."""
     if world.device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(world.device)
-        for known, flops in DATASHEET_PEAK.items():
-            if known in name:
-                return Peak(flops * world.size, f"datasheet, dense {precision} on {name}")
+        if (known := known_gpu(name)) is not None:
+            return Peak(DATASHEET_PEAK[known] * world.size, f"datasheet, dense {precision} on {name}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     world.barrier()  # all processes at once, as in training: they share the machine
     total = world.sum([_measured_matmul(world.device, dtype)]).item()

@@ -5,14 +5,14 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
 usage="usage: run.sh --hostfile FILE [--head ADDRESS] [--port N] [--venv-script FILE] [--max-restarts N]
-              [--dry-run] -- RECIPE [--set a.b=value ...] --out DIR"
+              [--dry-run [--gpu MODEL]] -- RECIPE [--set a.b=value ...] --out DIR"
 
-hostfile="" head="" port=29500 venv="" restarts=3 dry_run=false
+hostfile="" head="" port=29500 venv="" restarts=3 dry_run=false gpu=""
 while [[ $# -gt 0 && $1 != -- ]]; do
     case $1 in
         --dry-run) dry_run=true; shift; continue ;;
         --help | -h) echo "$usage"; exit 0 ;;
-        --hostfile | --head | --port | --venv-script | --max-restarts) ;;
+        --hostfile | --head | --port | --venv-script | --max-restarts | --gpu) ;;
         *) fastvit_fail "unknown option '$1' (arguments of the training go after --); $usage" ;;
     esac
     [[ $# -gt 1 ]] || fastvit_fail "$1 needs a value; $usage"
@@ -22,6 +22,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
         --port) port=$2 ;;
         --venv-script) venv=$2 ;;
         --max-restarts) restarts=$2 ;;
+        --gpu) gpu=$2 ;;
     esac
     shift 2
 done
@@ -30,11 +31,12 @@ shift
 [[ -n $hostfile ]] || fastvit_fail "--hostfile is missing; $usage"
 [[ -r $hostfile ]] || fastvit_fail "there is no hostfile $hostfile"
 [[ $restarts =~ ^[0-9]+$ ]] || fastvit_fail "--max-restarts is '$restarts': a number"
+[[ -z $gpu ]] || $dry_run || fastvit_fail "--gpu is of --dry-run, for a host without the job's GPUs: leave it out"
 [[ $port =~ ^[1-9][0-9]*$ ]] || fastvit_fail "--port is '$port': a number"
 command -v pdsh >/dev/null || fastvit_fail "DeepSpeed's launcher needs pdsh: install it on this host"
 
 # ---- the hosts
-hosts=() slots=0 number=0
+hosts=() slots=0 processes=0 number=0
 while read -r host count rest || [[ -n ${host:-} ]]; do
     number=$((number + 1))
     [[ -n ${host:-} && $host != \#* ]] || continue
@@ -43,6 +45,7 @@ while read -r host count rest || [[ -n ${host:-} ]]; do
     [[ ${hosts[*]} == "" || " ${hosts[*]} " != *" $host "* ]] || fastvit_fail "$hostfile names $host twice"
     getent ahosts "$host" >/dev/null || fastvit_fail "line $number of $hostfile: no host is known by the name '$host'"
     hosts+=("$host")
+    processes=$((processes + ${count#slots=}))
     slots=$((slots > ${count#slots=} ? slots : ${count#slots=}))
 done <"$hostfile"
 [[ ${#hosts[@]} -gt 0 ]] || fastvit_fail "$hostfile names no host"
@@ -64,9 +67,11 @@ for argument in "$@" --resume auto; do
     fi
 done
 
+log_level=warning
+[[ " $* " != *" --verbose "* ]] || log_level=info
 command=(
     "$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --launcher pdsh --force_multi --no_ssh_check
-    --no_local_rank --master_addr "$HEAD_ADDRESS" --master_port "$port" --log_level warning
+    --no_local_rank --master_addr "$HEAD_ADDRESS" --master_port "$port" --log_level "$log_level"
     --venv_script "$FASTVIT_LAUNCH/deepspeed/host.sh $(command -v "$PYTHON") $head ${#hosts[@]} $slots $venv"
     --module fastvit_engine train "${quoted[@]}"
 )
@@ -84,6 +89,7 @@ write_deepspeed_env() {
 variables=$(write_deepspeed_env)
 
 if $dry_run; then
+    fastvit_check "$processes" "$slots" "$gpu" "$@"
     fastvit_show "${command[@]}"
     [[ -z $variables ]] || printf '# passed on to every host:\n%s\n' "$variables"
     exit 0

@@ -6,9 +6,13 @@ Its exit code is that of the processes: 2 before 76 before 75, "run the same com
 failures.
 """
 
+import logging
 import os
 import sys
+import tempfile
 import uuid
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -19,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
 from torch.distributed.launcher import api
 
+from fastvit_engine.distributed.environment import ERROR_SHOWN
 from fastvit_engine.distributed.store import JobStore
 from fastvit_engine.distributed.supervise import cluster_exit_code
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART
@@ -28,6 +33,8 @@ class Agent(LocalElasticAgent):
     """Torchrun's agent of one node, which tells failures that a restart may fix from others."""
 
     final_codes = {EXIT_BAD_INPUT, EXIT_PREEMPTED}
+    folder = ""  # that tells the ranks of this node, in each attempt, whether one of them has said why it ends
+    attempts = 0
     causes: set[int] = set()  # with which processes failed, before the agent ended the others for it
     last_codes: set[int] = set()
 
@@ -47,12 +54,26 @@ class Agent(LocalElasticAgent):
         """
         wanted = os.environ.get("FASTVIT_RUN_ID") or uuid.uuid4().hex
         rendezvous = getattr(worker_group.store, "underlying_store", worker_group.store)
+        self.attempts += 1
+        os.environ[ERROR_SHOWN] = str(Path(self.folder) / f"shown-{self.attempts}")
         os.environ["FASTVIT_RUN_ID"] = rendezvous.compare_set("fastvit_run_id", "", wanted).decode()
         return super()._start_workers(worker_group)
+
+    @property
+    def has_spoken(self) -> bool:
+        """Whether a rank of this node has said why it ends."""
+        return Path(os.environ.get(ERROR_SHOWN, "/nowhere")).exists()
 
     def _shutdown(self, *args: Any, **kwargs: Any) -> None:
         super()._shutdown(*args, **kwargs)
         self.last_codes = exit_codes(self._pcontext)
+
+
+def _tells_of_a_fault(record: logging.LogRecord) -> bool:
+    """Not what torchrun logs of ranks that end because of bad input, or on request: they have said so in a sentence."""
+    text = record.getMessage()
+    ends = f"failed (exitcode: {EXIT_BAD_INPUT})", f"failed (exitcode: {EXIT_PREEMPTED})"
+    return not text.startswith(("Sending process", *ends))
 
 
 def exit_codes(processes: Any) -> set[int]:
@@ -62,16 +83,25 @@ def exit_codes(processes: Any) -> set[int]:
 
 
 def main() -> int:
+    with tempfile.TemporaryDirectory(prefix="fastvit-") as folder:
+        return run_node(sys.argv[1:], folder)
+
+
+def run_node(command_line: Sequence[str], folder: str) -> int:
+    """Runs the processes of this node; returns its exit code. folder: for notes of the processes."""
     agents: list[Agent] = []
-    arguments = run.parse_args(sys.argv[1:])
+    arguments = run.parse_args(command_line)
     fewest, most = run.parse_min_max_nnodes(arguments.nnodes)
 
     def make_agent(*args: Any, **kwargs: Any) -> Agent:
         agents.append(Agent(*args, **kwargs))
+        agents[-1].folder = folder
         if fewest < most:
             agents[-1].final_codes = {EXIT_BAD_INPUT}
         return agents[-1]
 
+    if "--verbose" not in command_line:
+        logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_tells_of_a_fault)
     # Where torchrun looks for them.
     c10d_rendezvous_backend.TCPStore = dist.TCPStore = JobStore  # type: ignore[misc, assignment]
     api.LocalElasticAgent = make_agent  # type: ignore[misc, assignment]
@@ -79,7 +109,10 @@ def main() -> int:
         run.run(arguments)
     except ChildFailedError:
         codes = agents[-1].causes
-        print(f"launch: processes of this node ended with {sorted(codes)}", file=sys.stderr)
+        if EXIT_BAD_INPUT not in codes:
+            print(f"launch: processes of this node ended with {sorted(codes)}", file=sys.stderr)
+        elif not agents[-1].has_spoken:
+            print("launch: ended because of bad input: another node says which", file=sys.stderr)
         return cluster_exit_code(codes)
     except SignalException as error:
         codes = agents[-1].last_codes if agents else set()

@@ -5,14 +5,14 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 
 usage="usage: run.sh --head HOST[:PORT] [--nodes N|MIN:MAX] [--processes-per-node N|gpu] [--max-restarts N]
-              [--grace SECONDS] [--id NAME] [--dry-run] -- RECIPE [--set a.b=value ...] --out DIR"
+              [--grace SECONDS] [--id NAME] [--dry-run [--gpu MODEL]] -- RECIPE [--set a.b=value ...] --out DIR"
 
-head="" nodes=1 processes="" restarts=3 grace=120 id=fastvit dry_run=false
+head="" nodes=1 processes="" restarts=3 grace=120 id=fastvit dry_run=false gpu=""
 while [[ $# -gt 0 && $1 != -- ]]; do
     case $1 in
         --dry-run) dry_run=true; shift; continue ;;
         --help | -h) echo "$usage"; exit 0 ;;
-        --head | --nodes | --processes-per-node | --max-restarts | --grace | --id) ;;
+        --head | --nodes | --processes-per-node | --max-restarts | --grace | --id | --gpu) ;;
         *) fastvit_fail "unknown option '$1' (arguments of the training go after --); $usage" ;;
     esac
     [[ $# -gt 1 ]] || fastvit_fail "$1 needs a value; $usage"
@@ -23,6 +23,7 @@ while [[ $# -gt 0 && $1 != -- ]]; do
         --max-restarts) restarts=$2 ;;
         --grace) grace=$2 ;;
         --id) id=$2 ;;
+        --gpu) gpu=$2 ;;
     esac
     shift 2
 done
@@ -31,6 +32,7 @@ shift
 [[ $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || fastvit_fail "--nodes is '$nodes': a number, or MIN:MAX"
 [[ $restarts =~ ^[0-9]+$ ]] || fastvit_fail "--max-restarts is '$restarts': a number"
 [[ $grace =~ ^[0-9]+$ ]] || fastvit_fail "--grace is '$grace': a number of seconds"
+[[ -z $gpu ]] || $dry_run || fastvit_fail "--gpu is of --dry-run, for a host without the job's GPUs: leave it out"
 [[ ${nodes%:*} -le ${nodes#*:} ]] || fastvit_fail "--nodes is '$nodes': the smaller number first"
 if [[ -z $head ]]; then
     [[ $nodes == 1 ]] || fastvit_fail "--head is missing: the name or address of the node that the others meet at"
@@ -43,12 +45,13 @@ if [[ $head =~ ^([^:]+):([0-9]+)$ ]]; then
 fi
 
 fastvit_python
+[[ -z $gpu ]] || processes=${processes:-8}
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null) ||
     fastvit_fail "'$PYTHON' cannot import torch: activate the environment, or set PYTHON"
 processes=${processes:-gpu}
 [[ $processes != gpu ]] || processes=$((gpus > 0 ? gpus : 1))
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fastvit_fail "--processes-per-node is '$processes': a number, or 'gpu'"
-if [[ $gpus -gt 0 && $processes -gt $gpus ]]; then
+if [[ -z $gpu && $gpus -gt 0 && $processes -gt $gpus ]]; then
     fastvit_fail "--processes-per-node is $processes but $(hostname) has $gpus GPUs: one process per GPU"
 fi
 
@@ -66,6 +69,7 @@ command=(
     -m fastvit_engine train "$@" --resume auto
 )
 if $dry_run; then
+    fastvit_check "$((${nodes%:*} * processes)):$((${nodes#*:} * processes))" "$processes" "$gpu" "$@"
     fastvit_show "${command[@]}"
     exit 0
 fi

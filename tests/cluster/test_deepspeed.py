@@ -87,6 +87,16 @@ def test_a_killed_host_is_restarted_from_the_checkpoint(ssh_hosts, jobs, hostfil
     assert_same_curve(out, single)
 
 
+@pytest.mark.skipif(not EVERYTHING, reason="the whole matrix takes minutes: FASTVIT_TEST_CLUSTER=all")
+def test_bad_input_is_one_sentence_from_one_rank(ssh_hosts, jobs, hostfile, training, tmp_path):
+    arguments = training(tmp_path / "run", "train.global_batch_size=2")
+    jobs.start(0, [*RUN, *hostfile(*(f"node-{host} slots=1" for host in range(3))), "--", *arguments])
+    codes, output = jobs.wait()
+    assert codes == [2], output
+    (line,) = [line for line in output.splitlines() if "fastvit: error:" in line]
+    assert "train.global_batch_size is 2, fewer images than the 3 processes" in line
+
+
 def test_a_host_that_ssh_does_not_reach_is_named(ssh_hosts, jobs, hostfile, training, tmp_path):
     lines = hostfile("node-0 slots=1", "node-1 slots=1")
     ssh_hosts.cut(1)

@@ -80,7 +80,8 @@ def test_asked_to_leave_the_job_goes_back_into_the_queue_and_on(slurm, submit, l
 def test_bad_input_ends_the_job_at_once(slurm, submit, logs, training, tmp_path):
     job = submit("--", *training(tmp_path / "run", "train.global_batch_size=2"))
     assert wait_for_end(slurm, job, logs) == "FAILED"
-    assert "train.global_batch_size is 2, fewer images than the 3 processes" in logs(job)
+    (line,) = [line for line in logs(job).splitlines() if "fastvit: error:" in line]
+    assert "train.global_batch_size is 2, fewer images than the 3 processes" in line
     assert "restart" not in logs(job)
 
 

@@ -1,6 +1,7 @@
 """launch/torchrun/run.sh on several hosts."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -43,6 +44,13 @@ def command_line(process):
     return b"" if b"agent.py" in words or b"run.sh" in words else words
 
 
+ELSEWHERE = "launch: ended because of bad input: another node says which"
+
+
+def error_lines(output):
+    return [line for line in output.splitlines() if "fastvit: error:" in line]
+
+
 def steps_done(out):
     return len(rows(out)) if (out / "metrics.jsonl").exists() else 0
 
@@ -79,10 +87,24 @@ def test_three_hosts_follow_the_curve_of_one_process(jobs, torchrun, training, s
 @matrix
 def test_bad_input_is_said_at_once_and_not_tried_again(jobs, torchrun, training, tmp_path):
     torchrun(training(tmp_path / "run", "train.global_batch_size=2"))
-    codes, output = jobs.wait(60)
-    assert 2 in codes, output
-    assert "train.global_batch_size is 2, fewer images than the 3 processes" in output
-    assert "Traceback" not in output
+    codes, output = jobs.wait()
+    assert codes == [2, 2, 2], output
+    (line,) = error_lines(output)
+    assert "train.global_batch_size is 2, fewer images than the 3 processes" in line
+    assert output.splitlines().count(ELSEWHERE) == 2
+    assert not re.search(r"Traceback|exitcode|Exception raised from", output)
+
+
+@matrix
+def test_a_host_that_lacks_a_file_is_named_once(hosts, jobs, training, tmp_path):
+    arguments = training(tmp_path / "run")
+    for host in range(3):
+        common = ["--head", hosts.name(0), "--nodes", "3", "--processes-per-node", "2"]
+        jobs.start(host, [*RUN, *common, "--", "here.yaml" if host == 1 else arguments[0], *arguments[1:]])
+    codes, output = jobs.wait()
+    assert codes == [2, 2, 2], output
+    (line,) = error_lines(output)
+    assert re.search(r"error: ranks \d, \d on node-1: .*here.yaml", line)
 
 
 @matrix

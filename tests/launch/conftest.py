@@ -5,8 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from fastvit_engine.data.build.make import make_dataset
+
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = REPOSITORY / "launch"
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    """A folder of shards to train on and to evaluate on, with their index."""
+    folder = tmp_path_factory.mktemp("shards")
+    make_dataset("digits", folder, eval_fraction=0.1, samples_per_shard=2000, seed=0, progress=lambda text: None)
+    return folder
 
 
 @pytest.fixture
@@ -25,6 +35,6 @@ def script(tmp_path):
             environment.pop(chosen, None)
         environment.update(variables)
         command = ["bash", str(LAUNCH / name), *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
 
     return run

@@ -67,9 +67,25 @@ def test_only_what_a_restart_may_cure_is_started_again(agent, tmp_path, told, ot
     _, errors = running.communicate(timeout=120)
     assert running.returncode == int(told), errors
     assert started(tmp_path)[-1].endswith(f"-{restarts}")
-    assert f"processes of this node ended with [{told}]" in errors
+    if told == "2":  # no rank of this node has said why
+        assert errors == "launch: ended because of bad input: another node says which\n"
+    else:
+        assert f"processes of this node ended with [{told}]" in errors
+        assert "(exitcode: 76)" not in errors and ("(exitcode: 75)" in errors) == (told == "75")
     (run_id,) = {path.read_text() for path in (tmp_path / "started").iterdir()}  # of all ranks, also after a restart
     assert len(run_id) == 32
+
+
+def test_of_bad_input_there_is_one_line(agent, tmp_path):
+    program = (tmp_path / "rank.py").read_text()
+    says = """
+if rank == 1:
+    open(os.environ["FASTVIT_ERROR_SHOWN"], "x")
+    print("fastvit: error: a sentence", file=sys.stderr, flush=True)
+sys.exit"""
+    (tmp_path / "rank.py").write_text(program.replace("\nsys.exit", says))
+    _, errors = agent("2", "2").communicate(timeout=120)
+    assert errors == "fastvit: error: a sentence\n"
 
 
 def test_told_to_leave_it_tells_its_processes_and_reports_that_they_saved(agent, tmp_path):

@@ -9,8 +9,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = REPOSITORY / "launch"
-TRAINING = ["vit_b16_i21k", "--set", "train.duration=20 steps", "--out", "runs/b16"]
-INNER = "-m fastvit_engine train vit_b16_i21k --set train.duration=20\\ steps --out runs/b16 --resume auto"
+TRAINING = ["quickstart", "--set", "train.duration=20 steps", "--out", "runs/digits"]
+INNER = "-m fastvit_engine train quickstart --set train.duration=20\\ steps --out runs/digits --resume auto"
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), *LAUNCH.rglob("*.sbatch")])
 
 
@@ -42,24 +42,49 @@ def test_every_script_passes_shellcheck():
     assert checked.returncode == 0, checked.stdout
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "slurm"])
-def test_a_dry_run_prints_the_environment_and_the_same_training_everywhere(script, hostfile, with_pdsh, launcher):
+@pytest.fixture
+def noting_python(tmp_path):
+    """A python that does not check a training, but says with which options it would."""
+    path = tmp_path / "python"
+    path.write_text(
+        f'#!/bin/sh\ncase "$*" in *" train "*--dry-run*) echo "${{*##*--resume auto}}";; '
+        f'*) exec {sys.executable} "$@";; esac\n'
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "job"),
+    [
+        ("torchrun", "--dry-run --processes 4:8 --processes-per-node 2"),
+        ("deepspeed", "--dry-run --processes 3 --processes-per-node 2"),
+        ("slurm", "--dry-run --processes 16 --processes-per-node 8 --gpu B200"),
+    ],
+)
+def test_a_dry_run_prints_the_environment_and_the_same_training_everywhere(
+    script, hostfile, with_pdsh, noting_python, launcher, job
+):
+    """And has it checked for as many processes as the launcher's own options say."""
     name, options = {
-        "torchrun": ("torchrun/run.sh", ["--nodes", "2:4", "--head", "192.0.2.1:4000"]),
-        "deepspeed": ("deepspeed/run.sh", ["--hostfile", hostfile("localhost slots=2\n")]),
-        "slurm": ("slurm/train.sbatch", []),
+        "torchrun": ("torchrun/run.sh", ["--nodes", "2:4", "--processes-per-node", "2", "--head", "192.0.2.1:4000"]),
+        "deepspeed": ("deepspeed/run.sh", ["--hostfile", hostfile("localhost slots=2\n127.0.0.1 slots=1\n")]),
+        "slurm": ("slurm/train.sbatch", ["--nodes=2", "--gpu", "B200"]),
     }[launcher]
-    done = script(name, *options, "--dry-run", "--", *TRAINING, NCCL_DEBUG="INFO")
-    if launcher == "torchrun" and "there is no route" in done.stderr:
+    if launcher == "deepspeed":
+        options += ["--head", "192.0.2.1"]
+    done = script(name, *options, "--dry-run", "--", *TRAINING, NCCL_DEBUG="INFO", PYTHON=noting_python)
+    if "there is no route" in done.stderr:
         pytest.skip("this machine has no route to anywhere")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == f"#  {job}"
     exports = [line for line in done.stdout.splitlines() if line.startswith("export ")]
     assert "export NCCL_DEBUG=INFO  # already set" in exports
     for chosen in ("GLOO_SOCKET_IFNAME", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "OMP_NUM_THREADS", "TRITON_CACHE_DIR"):
         assert any(line.startswith(f"export {chosen}") and "already" not in line for line in exports), chosen
     command = done.stdout.splitlines()[-1] if launcher != "deepspeed" else done.stdout
     if launcher == "deepspeed":  # quoted once more, for the shell of the other hosts
-        assert "fastvit_engine train vit_b16_i21k --set" in command
+        assert "fastvit_engine train quickstart --set" in command
         assert "20\\\\x20steps" in command
         assert "--resume auto" in command
         assert "NCCL_DEBUG=INFO" in command.partition("passed on to every host")[2]
@@ -71,10 +96,50 @@ def test_a_dry_run_prints_the_environment_and_the_same_training_everywhere(scrip
         assert "is_host=false" in command
 
 
-def test_what_is_printed_is_what_a_shell_would_run(script, tmp_path):
+def test_a_dry_run_says_what_a_start_would_do_and_writes_nothing(script, shards, tmp_path):
+    training = [*TRAINING, "--set", f"data.train={shards}", "--set", f"data.eval={shards}"]
+    done = script("torchrun/run.sh", "--processes-per-node", "2", "--dry-run", "--", *training)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0] == "# dry run, nothing is written: 2 processes on 1 node, on CPU cores, as on this machine"
+    assert said[1].startswith("# starting runs/digits: 20 steps, reading 1,6")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["torchrun/run.sh", "deepspeed/run.sh", "slurm/train.sbatch", "kubernetes/pod.sh"])
+def test_a_dry_run_of_bad_input_is_one_sentence_and_shows_nothing(script, hostfile, with_pdsh, name):
+    hosts = ["--hostfile", hostfile("localhost slots=2\n")] if "deepspeed" in name else []
+    pod = {"RANK": "0", "MASTER_ADDR": "localhost", "POD_IP": "127.0.0.1"} if "pod" in name else {}
+    done = script(name, *hosts, "--dry-run", "--", "quickstrt", "--out", "run", **pod)
+    assert done.returncode == 2
+    assert done.stderr == "fastvit: error: no recipe or file named 'quickstrt'; did you mean 'quickstart'?\n"
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("torchrun/run.sh", ["--gpu", "H100", "--", "quickstart"]),
+        ("slurm/train.sbatch", ["--nodes", "2", "--", "quickstart"]),
+    ],
+)
+def test_what_only_a_dry_run_needs_is_refused_without_one(script, name, arguments):
+    done = script(name, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"launch: error: {arguments[0]} is of --dry-run")
+
+
+def test_a_training_in_a_container_is_not_checked_outside_of_it(script):
+    done = script("slurm/train.sbatch", "--dry-run", "--apptainer", "a.sif", "--", "recipe-of-the-image")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# nothing of the training is checked, because it runs in the image")
+    assert "apptainer exec --nv" in done.stdout
+
+
+def test_what_is_printed_is_what_a_shell_would_run(script, noting_python):
     """The printed command, given to a shell, hands Python the very words that were meant."""
     odd = ["--set", "name=it's $HOME; {a..c} *", "--out", "runs/ä b"]
-    done = script("torchrun/run.sh", "--dry-run", "--", "quickstart", *odd)
+    done = script("torchrun/run.sh", "--dry-run", "--", "quickstart", *odd, PYTHON=noting_python)
     line = done.stdout.splitlines()[-1]
     words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True).stdout.split("\0")
     assert words[-8:-1] == ["quickstart", *odd, "--resume", "auto"]

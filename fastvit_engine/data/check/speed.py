@@ -288,7 +288,7 @@ def measure_speed(
     MOST_BYTES of them, and nothing is written beside them; remote ones are read as training reads them. Raises
     UserError for shards that cannot be trained on.
     """
-    workers = config.data.num_workers if workers is None else workers
+    workers = config.data.workers if workers is None else workers
     with tempfile.TemporaryDirectory() as scratch:
         folder, pattern = Path(scratch), argument
         links = folder / "as-they-are"

@@ -258,12 +258,12 @@ class _EvalSamples(_Samples):
 
 def _parts(positions: Integers, config: Config) -> list[Integers]:
     """A batch's positions in a part for each worker."""
-    parts = np.array_split(positions, max(config.data.num_workers, 1))
+    parts = np.array_split(positions, max(config.data.workers, 1))
     return [part for part in parts if len(part)]
 
 
 def _load(samples: _Samples, requests: Iterator[Integers], batch_size: int, config: Config) -> Iterator[Batch]:
-    num_workers = config.data.num_workers
+    num_workers = config.data.workers
     return load(
         samples.build,
         requests,

@@ -66,26 +66,29 @@ def prepare_data(
     index_folder: Path,
     recorded: Mapping[str, Any] | None = None,
     given: IterableData | None = None,
+    scratch: Path | None = None,
 ) -> TrainingData:
     """Finds or makes the indexes, fixes the number of lanes, and checks that the data can serve this configuration.
 
-    An index that is missing beside the shards is made there, or in `index_folder` if that is read-only. `recorded` is
-    the fingerprint of the run's data if it already has one: its number of lanes holds unless data.lanes is set. `given`
-    takes the place of data.train. Raises UserError, naming the shard, for whatever can be known now: bad patterns,
-    damaged archives, labels that are missing or out of range, images that nothing decodes.
+    An index that is missing beside the shards is made there, or in `index_folder` if that is read-only; with `scratch`,
+    in that folder only. `recorded` is the fingerprint of the run's data if it already has one: its number of lanes
+    holds unless data.lanes is set. `given` takes the place of data.train. Raises UserError, naming the shard, for
+    whatever can be known now: bad patterns, damaged archives, labels that are missing or out of range, images that
+    nothing decodes.
     """
+    folders = _Folders(index_folder, scratch)
     if given is not None:
-        return _prepare_iterable(config, given, world_size, index_folder)
+        return _prepare_iterable(config, given, folders)
     if config.data.order == "stream":
         return _prepare_streams(config, world_size)
     if not config.data.sources:
         find_shards(None, "train")  # says how to set it
     notes: list[str] = []
     indexes = [
-        _find_index(source.shards, source.index or config.data.index, "train", config, index_folder, notes)
+        _find_index(source.shards, source.index or config.data.index, "train", config, folders, notes)
         for source in config.data.sources
     ]
-    held_out = _find_eval(config, index_folder, notes)
+    held_out = _find_eval(config, folders, notes)
     check_indexes_apart(indexes, held_out, config.data)
     sources = tuple(
         _prepare_source(config, number, source, indexes[number], recorded)
@@ -107,10 +110,23 @@ def prepare_data(
     )
 
 
-def _find_eval(config: Config, index_folder: Path, notes: list[str]) -> Index | None:
+@dataclass(frozen=True)
+class _Folders:
+    """Where indexes lie that are not beside their shards; with `scratch`, new ones and copies are made there only."""
+
+    run: Path
+    scratch: Path | None
+
+    @property
+    def copies(self) -> Path:
+        """For copies of remote indexes."""
+        return self.scratch or self.run
+
+
+def _find_eval(config: Config, folders: _Folders, notes: list[str]) -> Index | None:
     if not config.data.eval:
         return None
-    return _find_index(config.data.eval, config.data.index, "eval", config, index_folder, notes)
+    return _find_index(config.data.eval, config.data.index, "eval", config, folders, notes)
 
 
 def _prepare_eval(config: Config, index: Index | None) -> IndexedShards | None:
@@ -120,11 +136,11 @@ def _prepare_eval(config: Config, index: Index | None) -> IndexedShards | None:
     return IndexedShards.of(index)
 
 
-def _prepare_iterable(config: Config, given: IterableData, world_size: int, index_folder: Path) -> IterableData:
+def _prepare_iterable(config: Config, given: IterableData, folders: _Folders) -> IterableData:
     if config.data.train:
         raise UserError("data.train is set, and training data is given as an iterable too: leave one of them out")
     streams = config.data.order == "stream"
-    evaluation = eval_streams(config) if streams else _prepare_eval(config, _find_eval(config, index_folder, []))
+    evaluation = eval_streams(config) if streams else _prepare_eval(config, _find_eval(config, folders, []))
     info = info_beside(list(evaluation.shards)) if evaluation else None
     return given.with_evaluation(config, evaluation, info.classes if info else None)
 
@@ -146,18 +162,18 @@ def _prepare_source(
 
 
 def _find_index(
-    pattern: str, named: str | None, split: Split, config: Config, fallback: Path, notes: list[str]
+    pattern: str, named: str | None, split: Split, config: Config, folders: _Folders, notes: list[str]
 ) -> Index:
     """The index of the shards that `pattern` names, in their sorted order; adds to `notes` as `find_shards` does."""
     if pattern.endswith(INDEX_SUFFIX):
-        index = open_index(any_path(pattern), fallback, label_key=config.data.label_key)
+        index = open_index(any_path(pattern), folders.copies, label_key=config.data.label_key)
         return _of_split(index, split, notes, f"data.{split}")
     shards = find_shards(pattern, split, notes)
     if named is not None:
-        index = open_index(any_path(named), fallback, label_key=config.data.label_key)
+        index = open_index(any_path(named), folders.copies, label_key=config.data.label_key)
         if split == "train" or None not in index.find(shards):  # which need not hold the evaluation shards
             return _unchanged_in_size(index.select(shards))
-    beside = _remote_index(shards, config.data.label_key, fallback)
+    beside = _remote_index(shards, config.data.label_key, folders.copies)
     if beside is not None:
         return beside
     for shard in shards:
@@ -167,7 +183,7 @@ def _find_index(
                 f"data.{split} names the shard {shard}, which is not local: make an index of the shards with "
                 f"`{index_command('FILE.index', config.data.label_key)}` and {use_it}, or set data.order to stream"
             )
-    return _local_index(shards, split, config, fallback)
+    return _local_index(shards, split, config, folders)
 
 
 def index_at_hand(shards: Sequence[str], config: Config, copies: Path) -> Index | None:
@@ -187,16 +203,18 @@ def index_at_hand(shards: Sequence[str], config: Config, copies: Path) -> Index 
     return known.select(shards) if known is not None and fits else None
 
 
-def _local_index(shards: Sequence[str], split: Split, config: Config, fallback: Path) -> Index:
-    """The index beside shards of this machine or in the folder `fallback`, which is made if it is missing."""
-    folders = {os.path.dirname(shard) for shard in shards}
-    paths = [fallback / f"{split}{INDEX_SUFFIX}"]
-    if len(folders) == 1:
-        paths.insert(0, Path(folders.pop()) / INDEX_NAME)
+def _local_index(shards: Sequence[str], split: Split, config: Config, folders: _Folders) -> Index:
+    """The index beside shards of this machine or in the run folder, which is made if it is missing."""
+    beside = {os.path.dirname(shard) for shard in shards}
+    paths = [folders.run / f"{split}{INDEX_SUFFIX}"]
+    if len(beside) == 1:
+        paths.insert(0, Path(beside.pop()) / INDEX_NAME)
     for path in paths:
         known = _known_index(path)
         if known is not None and known.label_key == config.data.label_key and _describes(known, shards):
             return known.select(shards)
+    if folders.scratch is not None:
+        return _make_index(folders.scratch / f"{split}{INDEX_SUFFIX}", shards, config.data.label_key)
     path = next((path for path in paths[:-1] if _may_write(path, config.data.label_key)), paths[-1])
     return _make_index(path, shards, config.data.label_key)
 
@@ -244,7 +262,7 @@ def _make_index(path: Path, shards: Sequence[str], label_key: str) -> Index:
     everything = {os.path.abspath(shard): shard for shard in [*others, *shards]}
 
     def progress(line: str) -> None:
-        say(f"indexing {path.parent}: {line}", file=sys.stderr)
+        say(f"indexing {Path(shards[0]).parent}: {line}", file=sys.stderr)
 
     ordered = [everything[name] for name in sorted(everything)]
     return write_index(ordered, path, label_key=label_key, progress=progress).select(shards)
@@ -287,9 +305,10 @@ class FewShotData:
     eval: EvaluationData
 
 
-def prepare_few_shot(config: Config, index_folder: Path) -> FewShotData | None:
+def prepare_few_shot(config: Config, index_folder: Path, scratch: Path | None = None) -> FewShotData | None:
     """Finds the shards of evaluate.fewshot, None if they are not set; an index that is missing is made, if it can be.
 
+    index_folder, scratch: as `prepare_data` takes them.
     Raises UserError, naming the shard, for whatever can be known now.
     """
     few_shot = config.evaluate.fewshot
@@ -298,29 +317,30 @@ def prepare_few_shot(config: Config, index_folder: Path) -> FewShotData | None:
     model = config.model.model_copy(update={"num_classes": PLAUSIBLE_CLASSES})
     data = config.data.model_copy(update={"max_labels": 1})
     reading = config.model_copy(update={"model": model, "data": data})
-    train = _evaluation_shards(few_shot.train, "train", reading, "evaluate.fewshot.train", index_folder)
-    evaluation = _evaluation_shards(few_shot.eval, "eval", reading, "evaluate.fewshot.eval", index_folder)
+    folders = _Folders(index_folder, scratch)
+    train = _evaluation_shards(few_shot.train, "train", reading, "evaluate.fewshot.train", folders)
+    evaluation = _evaluation_shards(few_shot.eval, "eval", reading, "evaluate.fewshot.eval", folders)
     one, other = info_beside(list(train.shards)), info_beside(list(evaluation.shards))
     check_same_classes(one, other, "evaluate.fewshot.train", "evaluate.fewshot.eval")
     return FewShotData(reading, train, evaluation)
 
 
 def _evaluation_shards(
-    pattern: str, split: Split, config: Config, named: str, index_folder: Path
+    pattern: str, split: Split, config: Config, named: str, folders: _Folders
 ) -> IndexedShards | StreamedShards:
     """Shards by position, of which each process reads its share only; or else from beginning to end."""
     notes: list[str] = []
     if config.data.order == "stream":
         return streamed_shards(pattern, split, config, named=named)
     if pattern.endswith(INDEX_SUFFIX):
-        index = open_index(any_path(pattern), index_folder, label_key=config.data.label_key)
+        index = open_index(any_path(pattern), folders.copies, label_key=config.data.label_key)
         index = _of_split(index, split, notes, named)
     else:
         shards = list_shards([pattern], split, named=named, notes=notes)
-        beside = _remote_index(shards, config.data.label_key, index_folder)
+        beside = _remote_index(shards, config.data.label_key, folders.copies)
         if beside is None and not all(is_local(shard) and shard.endswith(".tar") for shard in shards):
             return streamed_shards(pattern, split, config, named=named)
-        index = beside or _local_index(shards, split, config, index_folder)
+        index = beside or _local_index(shards, split, config, folders)
     _check_samples(index, named, config)
     return IndexedShards.of(index)
 

@@ -52,7 +52,7 @@ class StreamedShards(EvaluationData):
     def eval_batches(
         self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool
     ) -> Iterator[Batch]:
-        num_workers = config.data.num_workers
+        num_workers = config.data.workers
         chunk = -(-batch_size // max(num_workers, 1))
         chunks = _EvalChunks(config, list(self.shards), self.named, chunk, rank, world_size)
         return rebatch(load_stream(chunks, num_workers=num_workers, prefetch=2), batch_size, pin_memory)
@@ -126,7 +126,7 @@ def plan_streams(config: Config, *, world_size: int, shards: int) -> StreamPlan:
     as there are shards for and divide the global batch; if the ranks do not divide it, as there are samples for.
     """
     batch = config.train.global_batch_size
-    num_workers = config.data.num_workers
+    num_workers = config.data.workers
     if config.data.streams is None:
         uneven = batch % world_size != 0
         possible = (n for n in range(num_workers, 1, -1) if world_size * n <= shards)

@@ -1,6 +1,7 @@
 """Ranks that start while one of them ends because of bad input, each a process of its own."""
 
 import json
+import socket
 import time
 from functools import partial
 
@@ -8,6 +9,7 @@ import pytest
 
 from fastvit_engine.distributed import roll_call
 from fastvit_engine.distributed.supervise import free_port, rank_environment
+from fastvit_engine.errors import Preempted, RestartError, UserError
 from tests.fastvit_engine.warm_rank import run_program
 from tests.fastvit_engine.warm_ranks import exit_codes_of
 from tests.in_full import in_full
@@ -16,19 +18,17 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 CALL = """
 import json, os, sys, time
-from fastvit_engine.distributed.roll_call import call_roll, tell_that_this_rank_ends
+from fastvit_engine.distributed.roll_call import call_roll, end_with_others
 from fastvit_engine.errors import RestartError, UserError
 patience, ranks = float(sys.argv[1]), json.loads(sys.argv[2])
 late, ends = ranks[int(os.environ["RANK"])]
 time.sleep(late)
-if ends:
-    tell_that_this_rank_ends(ends)
-    sys.exit(2)
 try:
+    if ends:
+        raise UserError(ends)
     store = call_roll(patience)
 except (UserError, RestartError) as error:
-    print(error, flush=True)
-    sys.exit(error.exit_code)
+    os._exit(end_with_others(error, lambda text: print(text, flush=True)))
 print("all here", flush=True)
 time.sleep(1)  # the store lives as long as rank 0 does
 """
@@ -100,14 +100,25 @@ def test_all_ranks_end_with_the_sentence_of_the_one_that_cannot_join(job, served
     ranks = [(late, "the file is missing: copy it") if rank == ended else (2 - late, "") for rank in range(3)]
     codes, outputs = job(ranks, served=served)
     assert codes == [2, 2, 2]
-    for rank, output in enumerate(outputs):
-        assert rank == ended or (
-            output.startswith(f"rank {ended} on ") and output.endswith(" has ended: the file is missing: copy it")
-        )
+    sentence = f"rank {ended} on {socket.gethostname()}: the file is missing: copy it"
+    assert outputs == [sentence if rank == ended else "" for rank in range(3)]
 
 
-def test_all_may_end_for_the_same_reason(job):
-    assert job([(0, "typing error")] * 3, seconds=30)[0] == [2, 2, 2]
+@pytest.mark.parametrize("served", [in_full(False), True])
+def test_one_of_all_ranks_says_what_all_would_say(job, served):
+    codes, outputs = job([(0, "typing error"), (0.5, "typing error"), (1, "typing error")], served=served, seconds=30)
+    assert codes == [2, 2, 2]
+    assert sorted(outputs) == ["", "", "typing error"]
+
+
+@pytest.mark.parametrize("served", [in_full(True), False])
+def test_different_faults_are_one_sentence_with_rank_and_host(job, served):
+    faults = [(0.5, "no file a"), (0, ""), (1, "no file b"), (0, "no file a")]
+    codes, outputs = job(faults, served=served, seconds=30)
+    assert codes == [2, 2, 2, 2]
+    host = socket.gethostname()
+    assert "".join(outputs) == f"ranks 0, 3 on {host}: no file a; rank 2 on {host}: no file b"
+    assert sorted(outputs)[:3] == ["", "", ""]
 
 
 def test_ranks_that_never_start_are_named(job):
@@ -123,18 +134,47 @@ def test_a_run_ends_on_all_ranks_if_one_has_no_recipe(train_arguments, call, tmp
     codes, outputs = call(TRAIN, 3, json.dumps(arguments), served=served)
     assert codes == [2, 2, 2]
     errors = [[line for line in output.splitlines() if line.startswith("fastvit: error: ")] for output in outputs]
-    assert [len(lines) for lines in errors] == [1, 1, 1]
-    assert "here.yaml" in errors[2][0]
-    for (line,) in errors[:2]:
-        assert line.startswith("fastvit: error: rank 2 on ") and "here.yaml" in line
+    assert [len(lines) for lines in errors] == [0, 0, 1]
+    (line,) = errors[2]
+    assert line.startswith("fastvit: error: rank 2 on ") and "here.yaml" in line
     assert not (tmp_path / "run").exists()
 
 
-def test_a_rank_that_nobody_can_hear_does_not_wait_for_long(monkeypatch):
+@pytest.mark.parametrize("served", [False, in_full(True)])
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("data.train=nowhere", "nowhere, which does not exist: copy it there or correct it"),  # rank 0 finds it
+        ("train.global_batch_size=1", "fewer images than the 2 processes"),  # each finds it
+    ],
+)
+def test_what_ranks_find_when_they_have_joined_is_one_line(train_arguments, call, tmp_path, setting, sentence, served):
+    arguments = train_arguments(tmp_path / "run", setting)
+    codes, outputs = call(TRAIN, 2, json.dumps(arguments), served=served)
+    assert codes == [2, 2]
+    (line,) = "\n".join(outputs).strip().splitlines()
+    assert line.startswith("fastvit: error: ") and line.count(sentence) == 1
+
+
+def test_a_rank_that_nobody_can_hear_speaks_for_itself_and_does_not_wait_for_long(monkeypatch):
     monkeypatch.setattr(roll_call, "_TELL_SECONDS", 0.5)
-    start = time.monotonic()
+    monkeypatch.setattr(roll_call, "_SPEAK_SECONDS", 0.2)
+    start, spoken = time.monotonic(), []
     for address in ("127.0.0.1", "nowhere.invalid"):
         variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
-        roll_call.tell_that_this_rank_ends("bad", variables)
-    roll_call.tell_that_this_rank_ends("bad", {"RANK": "0", "WORLD_SIZE": "1"})
+        assert roll_call.end_with_others(UserError("bad"), spoken.append, variables) == 2
+    assert roll_call.end_with_others(RestartError("lost"), spoken.append, {"RANK": "0", "WORLD_SIZE": "1"}) == 75
+    assert spoken == ["bad", "bad", "lost"]
     assert time.monotonic() - start < 25
+
+
+def test_of_a_job_that_has_saved_only_the_first_rank_says_so():
+    for rank in ("0", "1"):
+        spoken = []
+        code = roll_call.end_with_others(Preempted("saved"), spoken.append, {"RANK": rank, "WORLD_SIZE": "2"})
+        assert (code, spoken) == (76, ["saved"] if rank == "0" else [])
+
+
+def test_a_sentence_names_a_few_of_many_ranks():
+    assert roll_call._few("rank", [3]) == "rank 3"
+    assert roll_call._few("rank", list(range(20))) == "ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 more"

@@ -4,6 +4,7 @@ A DeepSpeed release that moves one of them fails here with the sentence that a r
 """
 
 import ast
+import logging
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import fastvit_engine
+from fastvit_engine.distributed.environment import VERBOSE
 from fastvit_engine.engine import deepspeed as module
 from fastvit_engine.engine.deepspeed import (
     ENGINE_INTERNALS,
@@ -26,6 +28,7 @@ from fastvit_engine.engine.deepspeed import (
     Zero1And2,
     Zero1Bf16,
     Zero3,
+    import_deepspeed,
     initialize,
     missing_internals,
 )
@@ -328,3 +331,12 @@ def test_planning_a_run_does_not_import_deepspeed():
         "sys.exit(code or 'deepspeed' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("verbose", "level"), [("1", logging.INFO), (None, logging.ERROR)])
+def test_deepspeed_logs_what_it_does_only_if_asked(monkeypatch, verbose, level):
+    monkeypatch.delenv(VERBOSE, raising=False)
+    if verbose:
+        monkeypatch.setenv(VERBOSE, verbose)
+    import_deepspeed()
+    assert logging.getLogger("DeepSpeed").level == level

@@ -11,7 +11,6 @@ from fastvit_engine.config import Config, ModelConfig, Resolved, load_config
 from fastvit_engine.data.stream.prepare import eval_streams, prepare_data
 from fastvit_engine.data.stream.streams import StreamedShards
 from fastvit_engine.errors import UserError
-from fastvit_engine.evaluate import one_pass as one_pass_module
 from fastvit_engine.evaluate.features import (
     Features,
     extract_features,
@@ -49,7 +48,7 @@ def features_of(model, shards, *settings, batch_size=6, **given):
 
 
 def test_workers_are_no_more_than_cpus_unless_somebody_sets_them(monkeypatch, model, shards):
-    monkeypatch.setattr(one_pass_module.os, "sched_getaffinity", lambda pid: {0, 1})
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     given = Config.model_validate({"data": {"num_workers": 3}})
     assert (workers_for(Config()), workers_for(given)) == (2, 3)
     assert config_for(model, load_config(None)).data.num_workers == 2

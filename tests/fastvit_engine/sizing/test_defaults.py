@@ -217,3 +217,32 @@ def test_recompute_is_as_given_and_has_no_say_on_plain_pytorch():
 
 
 MODES = ("none", "gelu", "all")
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "cores", "workers"),
+    [
+        (True, 16, 15),
+        (True, 64, 16),
+        (True, 1, 1),
+        (True, 0, 1),
+        (False, 1, 1),
+        (False, 0, 1),
+        (False, 3, 3),
+        (False, 64, 4),
+    ],
+)
+def test_decoding_processes_follow_the_cores_of_each_process(on_gpu, cores, workers):
+    machine = Machine(2, 2, 80 * 2**30, on_gpu, cores)
+    chosen = choose(Config(), machine)
+    assert chosen.config.data.num_workers == workers
+    assert f"data.num_workers = {workers}: " in chosen.describe()
+    given = Config.model_validate({"data": {"num_workers": 7}})
+    assert choose(given, machine).config.data.num_workers == 7
+    streams = Config.model_validate({"data": {"order": "stream"}})
+    assert choose(streams, machine).config.data.num_workers == 4  # a resumed run finds its order on any machine
+
+
+def test_where_cores_are_not_known_nothing_is_said_of_them():
+    chosen = choose(Config(), Machine(2, 2, 80 * 2**30, on_gpu=True))
+    assert chosen.config.data.num_workers is None and "num_workers" not in chosen.describe()

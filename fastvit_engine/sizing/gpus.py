@@ -1,0 +1,29 @@
+"""GPUs by name: how much memory and which peak their datasheets give. Needs no PyTorch."""
+
+GPU_MEMORY_GIB = {  # of the usual variant
+    "B200": 180,
+    "H200": 141,
+    "H100": 80,
+    "H100 PCIe": 80,
+    "H100 NVL": 94,
+    "A100": 80,
+    "L40S": 48,
+    "MI300X": 192,
+}
+
+# Dense bf16 and fp16 matrix products without sparsity, FLOP/s. A more precise name comes before one that it contains.
+DATASHEET_PEAK = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "MI300X": 1307e12,
+}
+
+
+def known_gpu(name: str) -> str | None:
+    """The GPU whose name is in what a driver calls it; None if there is none."""
+    return next((known for known in DATASHEET_PEAK if known in name), None)
