@@ -159,7 +159,6 @@ def _write_trace(recorded: profile, path: Path) -> None:
 def _named_phases(watchdog: Watchdog) -> Iterator[None]:
     """Makes each phase of a step a range of the trace."""
     with ExitStack() as current:
-
         others = watchdog.on_phase
 
         def begin(name: str) -> None:
