@@ -24,6 +24,7 @@ import triton
 from torch import Tensor, nn
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -58,16 +59,16 @@ class PlainBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-class Kernel:
+def run_nothing(*arguments: Any) -> None:
+    """Stands for the driver's launch."""
+
+
+def new_kernel() -> CompiledKernel:
     """Stands for a compiled kernel. Launching it does nothing."""
-
-    function = packed_metadata = None
-
-    def launch_metadata(self, *arguments: Any) -> None:
-        return None
-
-    def run(self, *arguments: Any) -> None:
-        return None
+    kernel = CompiledKernel.__new__(CompiledKernel)
+    kernel.module, kernel.function, kernel.packed_metadata, kernel._run = object(), None, None, run_nothing
+    kernel.name, kernel.src = "", None
+    return kernel
 
 
 class Driver:
@@ -92,9 +93,9 @@ def without_gpu() -> Iterator[None]:
     if knobs.runtime.interpret:
         raise RuntimeError("host_cost measures launches, and TRITON_INTERPRET=1 replaces them: unset it")
 
-    def no_compilation(kernel: Any, key: Any, signature: Any, device: Any, *others: Any) -> Kernel:
+    def no_compilation(kernel: Any, key: Any, signature: Any, device: Any, *others: Any) -> CompiledKernel:
         assert kernel.cache_key  # finds the globals that each launch checks
-        return kernel.device_caches[device][0].setdefault(key, Kernel())
+        return kernel.device_caches[device][0].setdefault(key, new_kernel())
 
     compile_kernel, active, uses_triton = JITFunction._do_compile, driver._active, op.uses_triton
     registrations = torch.library.Library("fastvit", "IMPL")

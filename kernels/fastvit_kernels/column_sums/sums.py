@@ -7,6 +7,7 @@ from fastvit_kernels.registration import cdiv
 
 if HAS_TRITON:
     from fastvit_kernels.column_sums import kernels
+    from fastvit_kernels.launch import launch
 
 BLOCK_M, BLOCK_N = 64, 32
 
@@ -35,6 +36,8 @@ class ColumnSums:
         """Writes all that was added since the last launch."""
         if not self.noted:
             return
-        kernels.column_sums_kernel[self.blocks,](tuple(self.noted), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4)
+        launch(
+            kernels.column_sums_kernel, (self.blocks,), tuple(self.noted), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4
+        )
         self.noted.clear()
         self.blocks = 0

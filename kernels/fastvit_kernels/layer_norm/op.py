@@ -16,6 +16,7 @@ from fastvit_kernels.table import Runs, tunable
 if HAS_TRITON:
     import triton
 
+    from fastvit_kernels.launch import launch
     from fastvit_kernels.layer_norm import kernels
 
 
@@ -141,7 +142,9 @@ def normalise(
     y, normed = x.new_empty(0 if branch is None else (rows, width)), x.new_empty((rows, width), dtype=dtype)
     mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
     tile = forward_tile(width, x.dtype, branch is not None, rows, gpu(x.device))
-    kernels.layer_norm_fwd_kernel[cdiv(rows, tile.rows),](
+    launch(
+        kernels.layer_norm_fwd_kernel,
+        (cdiv(rows, tile.rows),),
         x,
         branch,
         None if branch_bias is None else branch_bias.contiguous(),
@@ -249,7 +252,9 @@ def launch_gradient(
     tile = backward_tile(width, y.dtype, wanted, rows, gpu(y.device))
     programs = min(tile.programs * gpu(y.device).multiprocessors, cdiv(rows, tile.rows))
     partial = y.new_empty((wanted, programs, width), dtype=torch.float32)
-    kernels.layer_norm_bwd_kernel[programs,](
+    launch(
+        kernels.layer_norm_bwd_kernel,
+        (programs,),
         grad_y,
         grad_normed,
         y,

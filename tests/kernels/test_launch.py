@@ -1,0 +1,265 @@
+"""`launch` runs the kernel that Triton would run, with the same arguments, and leaves to Triton what it must.
+
+Nothing is compiled here: a compiled kernel is a stand-in that notes how it is run. What is compared is which of them
+Triton's own way, `kernel[grid](...)`, takes for the same arguments.
+"""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="does not apply: there are no launches without Triton")
+
+import triton.language as tl
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from fastvit_kernels import launch as module
+from fastvit_kernels.attention import kernels as attention
+from fastvit_kernels.column_sums import kernels as column_sums
+from fastvit_kernels.cross_entropy import kernels as cross_entropy
+from fastvit_kernels.gemm import kernels as gemm
+from fastvit_kernels.layer_norm import kernels as layer_norm
+from fastvit_kernels.patch_embed import kernels as patch_embed
+from fastvit_kernels.rotary import kernels as rotary
+from fastvit_kernels.swiglu import kernels as swiglu
+
+launch = module.launch
+FACTOR = tl.constexpr(2)
+
+
+def scale_kernel(x_ptr, out_ptr, sizes, rows, factor, BLOCK: tl.constexpr, MASKED: tl.constexpr = True):  # type: ignore[no-untyped-def]
+    tl.store(out_ptr, tl.load(x_ptr) * FACTOR)
+
+
+class Launches:
+    """A GPU that is not there: which compiled kernel ran, and with what."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target, self.device, self.stream = target, 0, 7
+        self.ran: list[tuple[Any, ...]] = []
+        self.compiled = 0
+        self.bound = 0  # launches that went through Triton
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> tuple[int, int]:
+        return device, self.stream
+
+    def compile(self, kernel: Any, key: str, signature: Any, device: int, *others: Any) -> CompiledKernel:
+        compiled = CompiledKernel.__new__(CompiledKernel)
+        compiled.module, compiled.name, compiled.src = object(), key, None
+        compiled.function, compiled.packed_metadata = object(), object()
+        compiled._run = lambda *arguments: self.ran.append((compiled, *arguments))
+        self.compiled += 1
+        assert kernel.cache_key  # finds the globals that are checked at each launch
+        kernel.device_caches[device][0][key] = compiled
+        return compiled
+
+
+@pytest.fixture(params=["cuda", "hip"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Launches:
+    target = GPUTarget("cuda", 90, 32) if request.param == "cuda" else GPUTarget("hip", "gfx942", 64)
+    launches, get_item = Launches(target), JITFunction.__getitem__
+
+    def counted(kernel: Any, grid: Any) -> Any:
+        launches.bound += 1
+        return get_item(kernel, grid)
+
+    monkeypatch.setattr(JITFunction, "__getitem__", counted)
+    monkeypatch.setattr(driver, "_active", launches)
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda kernel, *arguments: launches.compile(kernel, *arguments))
+    return launches
+
+
+@pytest.fixture
+def kernel() -> Any:
+    return JITFunction(scale_kernel)
+
+
+def arguments_of(draw: random.Random) -> tuple[Any, ...]:
+    """Arguments of every kind that Triton tells apart, and of some that it does not."""
+    dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16, torch.int64])
+    whole = torch.zeros(64, dtype=dtype)
+    x = whole[draw.choice([0, 0, 1, 8, 16]) :]
+    number = draw.choice([0, 1, 2, 15, 16, 17, 4096, 2**31 - 1, 2**31, 2**40, -16, True, False])
+    sizes = draw.choice([None, 3, (16, 5), (1, 16), (x, (2, 1)), (whole, (2, 1))])
+    return x, draw.choice([x, whole, None]), sizes, number, draw.choice([1.0, 0.5, 1, 2**33])
+
+
+def test_runs_the_kernel_that_triton_runs(gpu: Launches, kernel: Any) -> None:
+    draw, kinds = random.Random(0), set()
+    for _ in range(250):
+        arguments, grid = arguments_of(draw), draw.choice([(3,), (3, 4), (3, 4, 5)])
+        options: dict[str, Any] = {"BLOCK": draw.choice([16, 32]), "MASKED": draw.choice([True, False])}
+        options |= draw.choice([{}, {"num_warps": 4}, {"num_warps": 8}, {"num_warps": 4, "num_stages": 2}])
+        options = dict(draw.sample(list(options.items()), len(options)))
+        gpu.device, gpu.stream = draw.choice([0, 1]), draw.choice([7, 8])
+        gpu.ran.clear()
+        kernel[grid](*arguments, **options)
+        for _ in range(3):
+            launch(kernel, grid, *arguments, **options)
+        by_triton, *by_us = gpu.ran
+        assert len(by_us) == 3
+        for found in by_us:
+            assert found[:7] == by_triton[:7], (arguments, options)  # kernel, grid, stream, function, metadata
+            assert [id(value) for value in found[10:15]] == [id(value) for value in arguments]
+            assert found[15:] == by_triton[15:] == (options["BLOCK"], options["MASKED"])
+        kinds.add(by_triton[0])
+    assert len(kinds) > 100
+
+
+def test_a_repeated_launch_goes_past_triton(gpu: Launches, kernel: Any) -> None:
+    x = torch.zeros(64)
+    for _ in range(5):
+        launch(kernel, (3,), x, x, None, 16, 0.5, BLOCK=16, MASKED=True)
+    assert (gpu.compiled, len(gpu.ran)) == (1, 5)
+    assert gpu.bound == 2  # the first makes Triton's caches, the second is noted
+
+
+def test_the_order_of_constants_is_not_mistaken(gpu: Launches, kernel: Any) -> None:
+    x = torch.zeros(64)
+    for _ in range(3):
+        launch(kernel, (3,), x, x, None, 16, 0.5, BLOCK=1, MASKED=0)
+        launch(kernel, (3,), x, x, None, 16, 0.5, MASKED=1, BLOCK=0)
+        assert gpu.ran[-2][0] is not gpu.ran[-1][0]
+        assert (gpu.ran[-2][15:], gpu.ran[-1][15:]) == ((1, 0), (0, 1))
+
+
+class TestIsLeftToTriton:
+    @pytest.fixture(autouse=True)
+    def launched(self, gpu: Launches, kernel: Any) -> Iterator[None]:
+        """Launches that go past Triton, before and after."""
+        self.gpu, self.kernel, self.x = gpu, kernel, torch.zeros(64)
+        for _ in range(3):
+            self.launch()
+        yield
+        gpu.bound = 0
+        self.launch()
+        assert gpu.bound == 0
+
+    def launch(self) -> None:
+        launch(self.kernel, (3,), self.x, self.x, None, 16, 0.5, BLOCK=16, MASKED=True)
+
+    @pytest.mark.parametrize("when", ["enter", "exit"])
+    def test_a_hook_around_launches(self, when: str) -> None:
+        hooks: Any = knobs.runtime.launch_enter_hook if when == "enter" else knobs.runtime.launch_exit_hook
+        assert self.gpu.ran[-1][8:10] == (None, None)
+        hooks.add(print)
+        try:
+            self.launch()
+        finally:
+            hooks.remove(print)
+        assert self.gpu.ran[-1][8:10] == (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+
+    def test_a_hook_in_the_place_of_those(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as context:
+            context.setattr(knobs.runtime, "launch_enter_hook", print)
+            self.launch()
+        assert self.gpu.ran[-1][8] is print
+
+    def test_a_hook_of_the_kernel(self) -> None:
+        seen: list[Any] = []
+        self.kernel.add_pre_run_hook(lambda *arguments, **options: seen.append(arguments))
+        self.launch()
+        self.kernel.pre_run_hooks.clear()
+        assert len(seen) == 1
+
+    @pytest.mark.parametrize(
+        ("where", "knob", "value"), [("runtime", "debug", True), ("compilation", "instrumentation_mode", "consan")]
+    )
+    def test_a_knob_that_changes_the_kernel(
+        self, where: str, knob: str, value: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context() as context:
+            context.setattr(getattr(knobs, where), knob, value)
+            self.launch()
+        assert self.gpu.ran[-1][0] is not self.gpu.ran[-2][0]
+
+    def test_a_replaced_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[Any] = []
+        with monkeypatch.context() as context:
+            context.setattr(JITFunction, "run", lambda kernel, *arguments, **options: seen.append(kernel))
+            self.launch()
+        assert seen == [self.kernel]
+
+    def test_a_changed_global(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as context:
+            context.setitem(globals(), "FACTOR", tl.constexpr(3))
+            with pytest.raises(RuntimeError, match="FACTOR has changed"):
+                self.launch()
+
+    def test_a_version_that_is_not_known(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with monkeypatch.context() as context:
+            context.setattr(module, "DIRECT", False)
+            self.gpu.bound = 0
+            self.launch()
+            assert self.gpu.bound == 1
+
+
+@pytest.mark.parametrize("forget", ["kernels", "devices"])
+def test_what_triton_forgot_is_compiled_again(gpu: Launches, kernel: Any, forget: str) -> None:
+    x = torch.zeros(64)
+    for _ in range(3):
+        launch(kernel, (3,), x, x, None, 16, 0.5, BLOCK=16, MASKED=True)
+    if forget == "kernels":
+        kernel.device_caches[0][0].clear()
+    else:
+        kernel.device_caches.clear()
+    launch(kernel, (3,), x, x, None, 16, 0.5, BLOCK=16, MASKED=True)
+    assert gpu.compiled == 2
+
+
+@pytest.mark.parametrize(
+    "unusual",
+    [{"do_not_specialize": ["rows"]}, {"do_not_specialize_on_alignment": ["rows"]}, {"annotation": "fp32"}],
+    ids=str,
+)
+def test_what_triton_does_not_specialise_for_is_left_to_it(gpu: Launches, unusual: dict[str, Any]) -> None:
+    def own_kernel(x_ptr, rows, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+        tl.store(x_ptr, rows)
+
+    if "annotation" in unusual:
+        own_kernel.__annotations__["rows"] = unusual["annotation"]
+        unusual = {}
+    kernel, x = JITFunction(own_kernel, **unusual), torch.zeros(64)
+    for rows in (16, 17, 1, 16):
+        kernel[3,](x, rows, BLOCK=16)
+        launch(kernel, (3,), x, rows, BLOCK=16)
+        assert gpu.ran[-1][0] is gpu.ran[-2][0]
+
+
+def test_a_constant_by_position_is_not_mistaken_for_an_argument(gpu: Launches, kernel: Any) -> None:
+    x = torch.zeros(64)
+    for block in (16, 32, 16, 32):
+        kernel[3,](x, x, None, 16, 0.5, block, MASKED=True)
+        launch(kernel, (3,), x, x, None, 16, 0.5, block, MASKED=True)
+        assert gpu.ran[-1][0] is gpu.ran[-2][0]
+
+
+def test_this_triton_is_known() -> None:
+    """If it fails: read `JITFunction.run` of the new version, then add it to `READ`."""
+    assert module.DIRECT
+
+
+@pytest.mark.parametrize(
+    "package", [attention, column_sums, cross_entropy, gemm, layer_norm, patch_embed, rotary, swiglu], ids=str
+)
+def test_every_kernel_can_be_launched_past_triton(package: Any) -> None:
+    entries = [kernel for name, kernel in vars(package).items() if name.endswith("_kernel")]
+    assert entries
+    for entry in entries:
+        parameters = JITFunction(entry.fn).params
+        arguments = [parameter for parameter in parameters if not parameter.is_constexpr]
+        assert parameters[: len(arguments)] == arguments, f"{entry} has a constant before an argument"
+        assert all(module.is_usual(parameter) for parameter in arguments), entry
