@@ -20,10 +20,12 @@ from triton.runtime.jit import JITFunction
 # Versions whose `JITFunction.run` does what `launch` does. Another is slower, not wrong: read its `run` and add it.
 READ = ("3.6", "3.7")
 RUN = JITFunction.run
-DIRECT = triton.__version__.startswith(tuple(f"{version}." for version in READ)) and (
-    RUN.__module__ == JITFunction.__module__  # else somebody watches already
+specialise: Any = getattr(libtriton, "native_specialize_impl", None)
+DIRECT = (
+    triton.__version__.startswith(tuple(f"{version}." for version in READ))
+    and specialise is not None
+    and RUN.__module__ == JITFunction.__module__  # else somebody has replaced it already
 )
-specialise = getattr(libtriton, "native_specialize_impl", None)
 ONES = (1, 1, 1)
 MISSING = object()
 

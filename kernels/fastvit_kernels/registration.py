@@ -105,7 +105,10 @@ def with_gradient(
         with torch._C._AutoDispatchBelowAutograd():
             outputs = op(*inputs)
         setup_context(ctx, inputs, outputs)
-        return outputs[0] if others else outputs
+        if others:
+            ctx.non_differentiable = None  # marks of what is not given back
+            return outputs[0]
+        return outputs
 
     def run_backward(ctx: Any, *gradients: Any) -> Any:
         if torch.is_grad_enabled():  # create_graph=True

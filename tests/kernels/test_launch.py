@@ -87,36 +87,46 @@ def kernel() -> Any:
     return JITFunction(scale_kernel)
 
 
-def arguments_of(draw: random.Random) -> tuple[Any, ...]:
-    """Arguments of every kind that Triton tells apart, and of some that it does not."""
-    dtype = draw.choice([torch.float32, torch.bfloat16, torch.float16, torch.int64])
-    whole = torch.zeros(64, dtype=dtype)
-    x = whole[draw.choice([0, 0, 1, 8, 16]) :]
-    number = draw.choice([0, 1, 2, 15, 16, 17, 4096, 2**31 - 1, 2**31, 2**40, -16, True, False])
-    sizes = draw.choice([None, 3, (16, 5), (1, 16), (x, (2, 1)), (whole, (2, 1))])
-    return x, draw.choice([x, whole, None]), sizes, number, draw.choice([1.0, 0.5, 1, 2**33])
+def kinds_of_arguments() -> tuple[list[Any], ...]:
+    """For each argument, values of every kind that Triton tells apart, and some that it does not."""
+    dtypes = torch.float32, torch.bfloat16, torch.float16, torch.int64
+    tensors = [torch.zeros(64, dtype=dtype)[offset:] for dtype in dtypes for offset in (0, 1, 8, 16)]
+    x, misaligned = tensors[:2]
+    sizes = [None, 3, (16, 5), (1, 16), (x, (2, 1)), (x, (16, 1)), (misaligned, (2, 1))]
+    rows = [0, 1, 2, 15, 16, 17, 4096, 2**31 - 1, 2**31, 2**40, -16, True, False]
+    return tensors, [x, misaligned, None], sizes, rows, [1.0, 0.5, 1, 2, 2**33]
+
+
+def kinds_of_options() -> list[dict[str, Any]]:
+    more: list[dict[str, Any]] = [{}, {"num_warps": 4}, {"num_warps": 8}, {"num_warps": 4, "num_stages": 2}]
+    return [{"BLOCK": block, "MASKED": masked} | own for own in more for block in (16, 32) for masked in (True, False)]
 
 
 def test_runs_the_kernel_that_triton_runs(gpu: Launches, kernel: Any) -> None:
-    draw, kinds = random.Random(0), set()
-    for _ in range(250):
-        arguments, grid = arguments_of(draw), draw.choice([(3,), (3, 4), (3, 4, 5)])
-        options: dict[str, Any] = {"BLOCK": draw.choice([16, 32]), "MASKED": draw.choice([True, False])}
-        options |= draw.choice([{}, {"num_warps": 4}, {"num_warps": 8}, {"num_warps": 4, "num_stages": 2}])
-        options = dict(draw.sample(list(options.items()), len(options)))
-        gpu.device, gpu.stream = draw.choice([0, 1]), draw.choice([7, 8])
+    draw, kinds, options_of_all = random.Random(0), kinds_of_arguments(), kinds_of_options()
+    cases = []
+    for _ in range(4):  # neighbours of a random launch: all that differ from it in one argument, or in an option
+        base, options = [draw.choice(values) for values in kinds], draw.choice(options_of_all)
+        for position, values in enumerate(kinds):
+            cases += [([*base[:position], value, *base[position + 1 :]], options) for value in values]
+        cases += [(base, other) for other in options_of_all]
+    draw.shuffle(cases)
+    ran = set()
+    for arguments, options in cases:
+        gpu.device, gpu.stream = draw.choice([(0, 7), (0, 8), (1, 7)])
+        grid = draw.choice([(3,), (3, 4), (3, 4, 5)])
         gpu.ran.clear()
-        kernel[grid](*arguments, **options)
         for _ in range(3):
             launch(kernel, grid, *arguments, **options)
-        by_triton, *by_us = gpu.ran
+        kernel[grid](*arguments, **options)
+        *by_us, by_triton = gpu.ran
         assert len(by_us) == 3
         for found in by_us:
             assert found[:7] == by_triton[:7], (arguments, options)  # kernel, grid, stream, function, metadata
             assert [id(value) for value in found[10:15]] == [id(value) for value in arguments]
             assert found[15:] == by_triton[15:] == (options["BLOCK"], options["MASKED"])
-        kinds.add(by_triton[0])
-    assert len(kinds) > 100
+        ran.add(by_triton[0])
+    assert len(ran) > 100
 
 
 def test_a_repeated_launch_goes_past_triton(gpu: Launches, kernel: Any) -> None:

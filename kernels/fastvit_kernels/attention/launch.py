@@ -55,8 +55,9 @@ class Call(NamedTuple):
 
 def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Output and `lse`, see `fake_forward`; the arguments are those of `Call`."""
-    call, (out, lse) = Call(*arguments), fake_forward(*arguments)
+    call = Call(*arguments)
     q, k, v = separate(call)
+    out, lse = empty_outputs(q)
     if out.numel() == 0 or k.numel() == 0:  # without keys, the output is 0
         return out.zero_(), lse.fill_(math.inf)
     if (runs := providers.chosen(providers.forward_runs, q, call.plain)) != "triton":
@@ -69,7 +70,10 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = Call(*arguments)
-    q = call.q.select(-3, 0) if call.k is None else call.q
+    return empty_outputs(call.q.select(-3, 0) if call.k is None else call.q)
+
+
+def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     *images, tokens, heads, head_dim = q.shape
     return (
         q.new_empty(*images, tokens, heads * head_dim),
@@ -91,7 +95,7 @@ def launch_backward_and_sums(
     of the gradient before it is rounded. The probabilities of a query add up to 1, so the part of the values is the sum
     of `grad_out`. A bias of the keys adds the same to all scores of a query and changes nothing: its gradient is 0.
     """
-    grad_qkv = qkv.new_empty(qkv.shape)
+    grad_qkv = qkv.new_empty(*qkv.shape)
     partial = write_gradients(Call(qkv), grad_out, out, lse, (grad_qkv,), with_sums=True)
     if not partial:
         summed = grad_qkv.select(-3, 0).flatten(-2), grad_out

@@ -238,7 +238,7 @@ def half_gradients(
     grad_attended = products.input_gradient(grad.scaled, end.weight).view(kept.attended.shape)
     attended = grad_attended, kept.qkv, kept.attended, kept.lse
     if needs["qkv_bias"]:
-        gradients["qkv_bias"] = call.qkv_bias.new_empty(call.qkv_bias.shape)
+        gradients["qkv_bias"] = call.qkv_bias.new_empty(*call.qkv_bias.shape)
         grad_qkv = attention_backward_and_sums(*attended, gradients["qkv_bias"], sums)
     else:
         grad_qkv = attention_backward(*attended)

@@ -28,7 +28,7 @@ class ColumnSums:
 
         With several `outs`, partial is [outs, programs, width]. It is float32 and contiguous.
         """
-        programs, width = partial.shape[-2:]
+        *_, programs, width = partial.shape
         self.noted.append((partial, outs, programs, width))
         self.blocks += cdiv(width, BLOCK_N) * len(outs)
 

@@ -54,7 +54,7 @@ def linear_residual(
 
     layer_scale is [N], path_scale [B] float32: of samples of T / B rows each.
     """
-    out = residual.new_empty(residual.shape)
+    out = residual.new_empty(*residual.shape)
     if runs_triton("residual", x.dtype, x.device, x.shape[0], *weight.shape):
         gemm(
             "residual",
@@ -124,7 +124,7 @@ def gelu_gradient(
     Returns it, partial column sums of it [programs, K], empty unless `column_sum`, and GELU(pre), empty unless
     `recompute`.
     """
-    post = pre.new_empty(pre.shape if recompute else 0)
+    post = pre.new_empty(*pre.shape) if recompute else pre.new_empty(0)
     if not runs_triton("gelu gradient", grad.dtype, grad.device, grad.shape[0], *weight.shape[::-1]):
         grad_pre = torch.mm(grad, weight)
         partial = scale_gradient(
@@ -216,7 +216,7 @@ def scale_gradient(
     block = gradient_block(grad.dtype, pre is not None, rows, width, on)
     blocks_n = cdiv(width, block.columns)
     programs = min(cdiv(rows, block.rows), cdiv(8 * on.multiprocessors, blocks_n))
-    partial = grad.new_empty((programs, width) if column_sum else 0, dtype=torch.float32)
+    partial = grad.new_empty(*((programs, width) if column_sum else (0,)), dtype=torch.float32)
     launch(
         kernels.gradient_kernel,
         (blocks_n, programs),

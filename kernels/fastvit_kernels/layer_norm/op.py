@@ -107,7 +107,7 @@ def launch_forward(
     bias: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    results = normalise(
+    y, normed, mean, rstd = normalise(
         as_rows(x),
         weight,
         bias,
@@ -117,8 +117,8 @@ def launch_forward(
         layer_scale=layer_scale,
         path_scale=path_scale,
     )
-    shapes = 0 if branch is None else x.shape, x.shape, x.shape[:-1], x.shape[:-1]
-    return tuple(result.view(shape) for result, shape in zip(results, shapes, strict=True))  # type: ignore[return-value]  # four
+    y = x.new_empty(0) if branch is None else y.view(x.shape)
+    return y, normed.view(x.shape), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
 
 def normalise(
@@ -135,11 +135,11 @@ def normalise(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = x + path_scale * layer_scale * (branch + branch_bias), norm(y) in `dtype`, and the statistics of its rows.
 
-    x and branch are [T, D] with adjacent columns, see `as_rows`. Without a branch, y is empty and x is normalised.
+    x and branch are [T, D] with adjacent columns, see `as_rows`. Without a branch, y is x itself.
     Statistics, mean and 1 / deviation, are [T] float32.
     """
     rows, width = x.shape
-    y, normed = x.new_empty(0 if branch is None else (rows, width)), x.new_empty((rows, width), dtype=dtype)
+    y, normed = x if branch is None else x.new_empty(rows, width), x.new_empty(rows, width, dtype=dtype)
     mean, rstd = x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
     tile = forward_tile(width, x.dtype, branch is not None, rows, gpu(x.device))
     launch(
@@ -251,7 +251,7 @@ def launch_gradient(
     wanted = 2 * learns + (branch is not None) + sum_grad_y + sum_branch
     tile = backward_tile(width, y.dtype, wanted, rows, gpu(y.device))
     programs = min(tile.programs * gpu(y.device).multiprocessors, cdiv(rows, tile.rows))
-    partial = y.new_empty((wanted, programs, width), dtype=torch.float32)
+    partial = y.new_empty(wanted, programs, width, dtype=torch.float32)
     launch(
         kernels.layer_norm_bwd_kernel,
         (programs,),
