@@ -196,7 +196,7 @@ def launch_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tup
 
 
 def end_of(call: Call, needs: Mapping[str, bool]) -> End:
-    below_attention = any(needs[name] for name in ("x", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias"))
+    below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
     return End(
         as_rows(call.proj_weight),
         call.proj_bias.contiguous(),
@@ -205,7 +205,7 @@ def end_of(call: Call, needs: Mapping[str, bool]) -> End:
         needs_weight=needs["proj_weight"],
         needs_bias=needs["proj_bias"],
         needs_layer_scale=needs["layer_scale"],
-        needs_inner=below_attention,
+        needs_inner=below_norm or needs["qkv_weight"] or needs["qkv_bias"],
     )
 
 
