@@ -158,7 +158,7 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
             None if call.layer_scale is None else call.layer_scale.contiguous(),
             call.path_scale,
         )
-    return y.view(call.x.shape), *(kept if call.keep else (tensor.new_empty(0) for tensor in kept))
+    return y.view_as(call.x), *(kept if call.keep else (tensor.new_empty(0) for tensor in kept))
 
 
 def forward_before_projection(call: Call, x: Tensor) -> Kept:
@@ -191,7 +191,7 @@ def launch_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tup
         gradients = half_gradients(as_rows(grad_y), as_rows(call.x), end, call, kept, needs, sums)
         sums.launch()
     if needs["x"]:
-        gradients["x"] = gradients["x"].view(call.x.shape)
+        gradients["x"] = gradients["x"].view_as(call.x)
     return needed_gradients([gradients.get(name) for name in LEARNED], needed, call.x)
 
 
@@ -235,7 +235,7 @@ def half_gradients(
     if not end.needs_inner:
         return gradients
 
-    grad_attended = products.input_gradient(grad.scaled, end.weight).view(kept.attended.shape)
+    grad_attended = products.input_gradient(grad.scaled, end.weight).view_as(kept.attended)
     attended = grad_attended, kept.qkv, kept.attended, kept.lse
     if needs["qkv_bias"]:
         gradients["qkv_bias"] = call.qkv_bias.new_empty(*call.qkv_bias.shape)

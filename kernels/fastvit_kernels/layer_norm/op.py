@@ -117,8 +117,8 @@ def launch_forward(
         layer_scale=layer_scale,
         path_scale=path_scale,
     )
-    y = x.new_empty(0) if branch is None else y.view(x.shape)
-    return y, normed.view(x.shape), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
+    y = x.new_empty(0) if branch is None else y.view_as(x)
+    return y, normed.view_as(x), mean.view(x.shape[:-1]), rstd.view(x.shape[:-1])
 
 
 def normalise(
