@@ -67,6 +67,8 @@ def resolve_shape(config: ModelConfig) -> Shape:
     width, heads = config.width or size.width, config.heads or size.heads
     if width % heads:
         raise UserError(f"model.heads {heads} does not divide model.width {width}; set one of them to fit the other")
+    if config.pos_embed == "sincos_2d" and (width % 4 or width < 8):
+        raise UserError(f"model.pos_embed sincos_2d needs a model.width that is a multiple of 4 from 8 on, not {width}")
     patches = (config.image_size // patch_size) ** 2
     return Shape(
         patch_size=patch_size,

@@ -58,6 +58,7 @@ AreaFraction = Annotated[float, Field(gt=0, le=1)]
 PixelMean = Annotated[float, Field(ge=0, le=1)]
 PixelDeviation = Annotated[float, Field(gt=0.002, le=1)]
 EvalTransform = Literal["timm", "big_vision", "fast"]
+CropKind = Literal["inception", "tensorflow", "resize"]
 BEFORE_EVAL_TRANSFORM: EvalTransform = "fast"  # of runs that are older than data.eval_transform
 
 
@@ -77,6 +78,11 @@ class ModelConfig(_Section):
     pool: Literal["cls", "gap", "map"] = "cls"
     """What the head sees. cls: the class token; gap: the mean of all patch tokens; map: what a learned query attends to
     among them, the attention pooling of Zhai et al. 2022. Models of gap and map have no class token."""
+
+    pos_embed: Literal["learned", "sincos_2d"] = "learned"
+    """Position embedding. learned: one vector per token; sincos_2d: fixed sines and cosines of the rows and columns of
+    patches, as in MoCo v3 and big_vision. The width must then be a multiple of four; a class token or registers have no
+    position."""
 
     registers: int = Field(0, ge=0, le=1024)
     """Number of register tokens (Darcet et al. 2024), which the blocks use and pooling leaves out. They come after the
@@ -223,8 +229,9 @@ class DataConfig(_Section):
 class AugmentConfig(_Section):
     """How training images are varied. Evaluation is not affected."""
 
-    crop: Literal["inception", "resize"] = "inception"
-    """Training crop. inception: random area and aspect ratio; resize: the whole image."""
+    crop: CropKind = "inception"
+    """Training crop. inception: uniform area and log-uniform aspect ratio; tensorflow: as TensorFlow draws, resizes and
+    decodes it in big_vision, with uniform height and aspect ratio, in more time; resize: the whole image."""
 
     crop_scale: Annotated[tuple[AreaFraction, AreaFraction], AfterValidator(_ordered)] = (0.05, 1.0)
     """Smallest and largest area of an inception crop, as a fraction of the image's area."""
@@ -247,6 +254,10 @@ class AugmentConfig(_Section):
 
     randaugment_magnitude: float = Field(10.0, ge=0, le=30)
     """RandAugment: strength of the operations, on the paper's scale of 10."""
+
+    randaugment_policy: Literal["paper", "big_vision"] = "paper"
+    """RandAugment: which operations. paper: the fourteen of its authors, as Pillow computes them; big_vision: the
+    sixteen of big_vision, with its strengths, nearest pixels and cutout."""
 
 
 class TrainConfig(_Section):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastvit_engine.config import EvalTransform, ModelConfig
 from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.models.attention_pool import AttentionPool
+from fastvit_engine.models.positions import sincos_positions
 from fastvit_kernels import FusedBlock, FusedLayerNorm, FusedPatchEmbed
 from fastvit_kernels.mlp.op import Recompute
 from fastvit_kernels.modules import Mlp
@@ -39,7 +40,9 @@ class VisionTransformer(nn.Module):
         self.config, self.shape = config, shape
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.pool == "cls" else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, shape.positions, width))
+        self.pos_embed = nn.Parameter(
+            torch.zeros(1, shape.positions, width), requires_grad=config.pos_embed == "learned"
+        )
         self.patch_embed = FusedPatchEmbed(shape.patch_size, width, mean, std)
         self.pos_drop = nn.Dropout(config.dropout)
         self.blocks = Blocks(
@@ -155,7 +158,10 @@ class VisionTransformer(nn.Module):
             nn.init.zeros_(self.cls_token)
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=1e-6)  # equal ones would stay equal
-        nn.init.normal_(self.pos_embed, std=0.02)
+        if self.config.pos_embed == "learned":
+            nn.init.normal_(self.pos_embed, std=0.02)
+        else:
+            self.pos_embed.copy_(sincos_positions(self.shape))
         for module in self.modules():
             if isinstance(module, FusedPatchEmbed):
                 init_linear(module.proj, lecun_normal_)
@@ -260,4 +266,4 @@ def parameter_count(config: ModelConfig) -> int:
     """Trainable parameters of the whole model, counted on one that holds no memory."""
     with torch.device("meta"):
         model = VisionTransformer(config, mean=(0.5,) * 3, std=(0.5,) * 3)
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -25,8 +25,13 @@ class Classify:
         weights = batch.weights.to(self.device, non_blocking=True)
         augment, pixels = self.augment, self.pixels
         if augment.randaugment_ops:
-            ops, magnitude = augment.randaugment_ops, augment.randaugment_magnitude
-            images = randaugment(images, batch.seeds, num_ops=ops, magnitude=magnitude)
+            images = randaugment(
+                images,
+                batch.seeds,
+                num_ops=augment.randaugment_ops,
+                magnitude=augment.randaugment_magnitude,
+                policy=augment.randaugment_policy,
+            )
         if augment.mixup or augment.cutmix:
             alphas = {"mixup": augment.mixup, "cutmix": augment.cutmix}
             mixed = mix(images, labels, batch.seeds, **alphas, mean=pixels.mean, std=pixels.std)

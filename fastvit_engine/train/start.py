@@ -366,7 +366,7 @@ def _shape(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
     except (ValidationError, UserError):
         return None
     rest = config.model_dump(
-        include={"image_size", "num_classes", "pool", "registers", "head", "activation", "layer_norm_eps"}
+        include={"image_size", "num_classes", "pool", "pos_embed", "registers", "head", "activation", "layer_norm_eps"}
     )
     return {**rest, "shape": shape, "layer_scale": config.layer_scale is not None}
 

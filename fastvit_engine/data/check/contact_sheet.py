@@ -103,13 +103,17 @@ def _augmented(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> np.ndar
     """uint8 [B, S, S, 3]: what training makes of one image with each of the seeds, except for mixing it with others."""
     size, augment = config.model.image_size, config.augment
     images = np.empty((len(seeds), size, size, 3), np.uint8)
-    for image, draws in zip(images, draw_crops(seeds), strict=True):
+    for image, draws in zip(images, draw_crops(seeds, config.augment.crop), strict=True):
         view = train_view(pixels.shape[0], pixels.shape[1], size, augment, draws)
         render(pixels, view, 1, image, PixelBuffer())
     if not augment.randaugment_ops:
         return images
     return randaugment(
-        torch.from_numpy(images), seeds, num_ops=augment.randaugment_ops, magnitude=augment.randaugment_magnitude
+        torch.from_numpy(images),
+        seeds,
+        num_ops=augment.randaugment_ops,
+        magnitude=augment.randaugment_magnitude,
+        policy=augment.randaugment_policy,
     ).numpy()
 
 

@@ -151,14 +151,14 @@ def _samples(config: Config, data: TrainingData, count: int) -> Iterator[tuple[S
         for start in range(0, count, _BATCH):
             located = samples.order.locate(np.arange(start, min(count, start + _BATCH)))
             seeds = sample_seeds(config.seed, located.source, located.epoch, located.position)
-            for sample, draws in zip(samples.read(located), draw_crops(seeds), strict=True):
+            for sample, draws in zip(samples.read(located), draw_crops(seeds, config.augment.crop), strict=True):
                 if not isinstance(sample, BadSample):
                     yield sample, draws
     else:
         assert isinstance(data, StreamData)
         options: dict[str, Any] = {"seed": config.seed, "stream": 0, "shuffle_buffer": config.data.shuffle_buffer}
         for index, sample in islice(stream_samples(list(data.train), **options), count):
-            yield sample, draw_crops(sample_seeds(config.seed, 0, index))[0]
+            yield sample, draw_crops(sample_seeds(config.seed, 0, index), config.augment.crop)[0]
 
 
 # ---- shards to measure on

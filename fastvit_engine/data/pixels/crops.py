@@ -7,13 +7,15 @@ from typing import Literal, NamedTuple
 import cv2
 import numpy as np
 
-from fastvit_engine.config import AugmentConfig, EvalTransform
+from fastvit_engine.config import AugmentConfig, CropKind, EvalTransform
 from fastvit_engine.data.pixels.decode import Decoding, PixelBuffer
 from fastvit_engine.data.pixels.draws import uniforms
 from fastvit_engine.data.pixels.resample import pillow_bicubic, tensorflow_area
 
 _CROP_TRIES = 10
-_DRAWS = 1 + 4 * _CROP_TRIES  # mirrored or not; area, aspect ratio and position of each try
+_TENSORFLOW_TRIES = 100
+# Mirrored or not, and four numbers per try. Those of one kind are the first ones of another.
+_DRAWS = {"inception": 1 + 4 * _CROP_TRIES, "tensorflow": 1 + 4 * _TENSORFLOW_TRIES, "resize": 1}
 _STREAM = 2000  # of `uniforms`
 
 # Decoding processes are the parallelism, and OpenCV deadlocks in a process forked after its thread pool has started.
@@ -36,24 +38,28 @@ class View(NamedTuple):
     @property
     def reduction(self) -> int:
         """How many times smaller the image may be decoded (1, 2, 4 or 8) without enlarging the box afterwards."""
-        if self.resampling != "bilinear":
+        if self.resampling != "bilinear" or self.decoding == "tensorflow":
             return 1
         factor = min(self.height / self.resized[0], self.width / self.resized[1])
         return next((reduction for reduction in (8, 4, 2) if factor >= reduction), 1)
 
 
-def draw_crops(seeds: np.ndarray) -> list[list[float]]:
+def draw_crops(seeds: np.ndarray, crop: CropKind = "inception") -> list[list[float]]:
     """The random numbers, in [0, 1), that `train_view` needs for each sample of a batch, from its seed (int64 [B])."""
-    return uniforms(seeds, _DRAWS, stream=_STREAM).tolist()
+    return uniforms(seeds, _DRAWS[crop], stream=_STREAM).tolist()
 
 
 def train_view(height: int, width: int, image_size: int, augment: AugmentConfig, draws: Sequence[float]) -> View:
     """The crop of augment.crop, mirrored with odds 1/2 if augment.flip is on."""
+    decoding: Decoding = "fast"
     if augment.crop == "inception":
         box = inception_crop(height, width, augment.crop_scale, augment.crop_ratio, draws[1:])
+    elif augment.crop == "tensorflow":
+        box = tensorflow_crop(height, width, augment.crop_scale, augment.crop_ratio, draws[1:])
+        decoding = "tensorflow"
     else:
         box = (0, 0, height, width)
-    return View(*box, resized=(image_size, image_size), mirrored=augment.flip and draws[0] < 0.5, decoding="fast")
+    return View(*box, resized=(image_size, image_size), mirrored=augment.flip and draws[0] < 0.5, decoding=decoding)
 
 
 def eval_view(height: int, width: int, image_size: int, eval_crop: float, transform: EvalTransform) -> View:
@@ -97,6 +103,38 @@ def inception_crop(
     crop_width = min(width, max(1, round(height * ratio[1])))
     crop_height = min(height, max(1, round(width / ratio[0])))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def tensorflow_crop(
+    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], draws: Sequence[float]
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a crop as tf.image.sample_distorted_bounding_box draws it without boxes.
+
+    What that does: the aspect ratio is uniform, and then the height, between those of the smallest and the largest area
+    that fit. So small crops are rarer than in `inception_crop`. Shapes that do not fit are drawn again; after 100 tries
+    the whole image is taken. The last row and column of places are never drawn. `draws`: 400 numbers in [0, 1).
+    """
+    smallest, largest = (share * height * width for share in scale)
+    for i in range(0, 4 * _TENSORFLOW_TRIES, 4):
+        aspect = ratio[0] + (ratio[1] - ratio[0]) * draws[i]  # width / height
+        low, high = round(math.sqrt(smallest / aspect)), round(math.sqrt(largest / aspect))
+        if round(high * aspect) > width:
+            high = int((width + 0.5 - 1e-7) / aspect)
+            high -= round(high * aspect) > width
+        high = min(high, height)
+        low = min(low, high)
+        crop_height = low + int(draws[i + 1] * (high - low + 1))
+        for change in (1, -1):  # areas that rounding has put out of range
+            area = crop_height * round(crop_height * aspect)
+            if (area < smallest) if change > 0 else (area > largest):
+                crop_height += change
+        crop_width = round(crop_height * aspect)
+        fits = 0 < crop_width <= width and 0 < crop_height <= height
+        if fits and smallest <= crop_height * crop_width <= largest:
+            top = int(draws[i + 2] * max(height - crop_height, 1))
+            left = int(draws[i + 3] * max(width - crop_width, 1))
+            return top, left, crop_height, crop_width
+    return 0, 0, height, width
 
 
 def render(pixels: np.ndarray, view: View, reduction: int, out: np.ndarray, scratch: PixelBuffer) -> None:

@@ -220,7 +220,7 @@ class TrainSamples(_Samples):
         located = self.order.locate(positions)
         seeds = sample_seeds(self.config.seed, located.source, located.epoch, located.position)
         empty.seeds[:] = seeds
-        draws = draw_crops(seeds)
+        draws = draw_crops(seeds, self.config.augment.crop)
         view = partial(train_view, image_size=self.config.model.image_size, augment=self.config.augment)
         for row, sample in enumerate(self.read(located)):
             if isinstance(sample, BadSample):

@@ -214,7 +214,7 @@ class _TrainChunks(IterableDataset):
             index, sample = next(samples)
             seeds = sample_seeds(self.config.seed, stream, index)
             batch.seeds[row : row + 1] = seeds
-            draws = draw_crops(seeds)[0]
+            draws = draw_crops(seeds, self.config.augment.crop)[0]
             builder.add(row, sample, partial(train_view, image_size=size, augment=self.config.augment, draws=draws))
         return builder.build()
 

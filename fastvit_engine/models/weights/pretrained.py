@@ -14,6 +14,7 @@ from fastvit_engine.config import ModelConfig
 from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
 from fastvit_engine.errors import UserError
+from fastvit_engine.models.positions import sincos_positions
 from fastvit_engine.models.vit import VisionTransformer
 from fastvit_engine.models.weights.entries import Entry, check_finite, check_shapes
 from fastvit_engine.models.weights.position import Interpolation, resample_positions
@@ -63,8 +64,9 @@ class Pretrained:
     ) -> "Pretrained":
         """The same model for other images or classes; None: as it is.
 
-        image_size: the grid part of the position table is resampled, see `resample_positions`. num_classes: the tanh
-        layer and the head are replaced by one linear layer of zeros; 0: by nothing.
+        image_size: the grid part of a learned position table is resampled, see `resample_positions`, and a fixed one
+        computed for the new grid. num_classes: the tanh layer and the head are replaced by one linear layer of zeros;
+        0: by nothing.
 
         Raises UserError if there is no such model.
         """
@@ -110,7 +112,9 @@ class Pretrained:
 
         def load(names: Sequence[str]) -> dict[str, Tensor]:
             found = self.load(names)
-            if "pos_embed" in found:
+            if "pos_embed" in found and config.pos_embed == "sincos_2d":
+                found["pos_embed"] = sincos_positions(shape)
+            elif "pos_embed" in found:
                 table = found["pos_embed"]
                 found["pos_embed"] = resample_positions(
                     table, side, class_tokens=class_tokens, interpolation=interpolation

@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from fastvit_engine.data.pixels import randaugment as ra
+from fastvit_engine.data.pixels import randaugment_paper as ra
+from fastvit_engine.data.pixels.randaugment import POLICIES, randaugment
 
 STRENGTHS = [-1.0, -0.5, 0.3, 0.9]
 
@@ -82,11 +83,11 @@ def test_geometric_operations_are_those_of_pillow(operation, matrix, strength):
 def test_an_image_does_not_depend_on_its_batch():
     images = torch.from_numpy(np.stack([_photo_like(n) for n in range(12)]))
     seeds = np.arange(100, 112)
-    whole = ra.randaugment(images, seeds, num_ops=2, magnitude=9)
+    whole = randaugment(images, seeds, num_ops=2, magnitude=9)
     assert whole.dtype == torch.uint8 and whole.shape == images.shape
     for part in (slice(0, 1), slice(3, 8), slice(11, 12)):
-        assert torch.equal(ra.randaugment(images[part], seeds[part], num_ops=2, magnitude=9), whole[part])
-    assert not torch.equal(ra.randaugment(images, seeds + 50, num_ops=2, magnitude=9), whole)
+        assert torch.equal(randaugment(images[part], seeds[part], num_ops=2, magnitude=9), whole[part])
+    assert not torch.equal(randaugment(images, seeds + 50, num_ops=2, magnitude=9), whole)
 
 
 def test_every_operation_is_drawn_equally_often(monkeypatch):
@@ -99,14 +100,14 @@ def test_every_operation_is_drawn_equally_often(monkeypatch):
 
         return operation
 
-    monkeypatch.setattr(ra, "OPERATIONS", tuple(counting(n) for n in drawn))
-    ra.randaugment(torch.zeros(7000, 1, 1, 3, dtype=torch.uint8), np.arange(7000), num_ops=2, magnitude=5)
+    monkeypatch.setitem(POLICIES, "paper", tuple(counting(n) for n in drawn))
+    randaugment(torch.zeros(7000, 1, 1, 3, dtype=torch.uint8), np.arange(7000), num_ops=2, magnitude=5)
     assert sum(drawn.values()) == 14000 and all(880 < count < 1120 for count in drawn.values())
 
 
 def test_strong_magnitudes_stay_valid():
     images = torch.from_numpy(np.stack([_photo_like(n) for n in range(60)]))
-    out = ra.randaugment(images, np.arange(60), num_ops=3, magnitude=20)
+    out = randaugment(images, np.arange(60), num_ops=3, magnitude=20)
     assert out.shape == images.shape and out.float().std() > 10
 
 
@@ -121,12 +122,12 @@ def test_each_operation_and_each_direction_is_drawn_anew(monkeypatch):
         return pixels * 2 + (strength > 0).to(torch.uint8)[:, None, None, None]
 
     images, seeds = torch.zeros(4000, 1, 1, 3, dtype=torch.uint8), np.arange(4000)
-    monkeypatch.setattr(ra, "OPERATIONS", [number_of(number) for number in range(14)])
-    first, second = np.divmod(ra.randaugment(images, seeds, num_ops=2, magnitude=5.0)[:, 0, 0, 0].numpy(), 14)
+    monkeypatch.setitem(POLICIES, "paper", [number_of(number) for number in range(14)])
+    first, second = np.divmod(randaugment(images, seeds, num_ops=2, magnitude=5.0)[:, 0, 0, 0].numpy(), 14)
     assert np.abs((first == second).mean() - 1 / 14) < 0.02
     for drawn in (first, second):
         assert np.abs(np.bincount(drawn, minlength=14) / 4000 - 1 / 14).max() < 0.02
 
-    monkeypatch.setattr(ra, "OPERATIONS", [direction] * 14)
-    drawn = ra.randaugment(images, seeds, num_ops=2, magnitude=5.0)[:, 0, 0, 0].numpy()  # two bits
+    monkeypatch.setitem(POLICIES, "paper", [direction] * 14)
+    drawn = randaugment(images, seeds, num_ops=2, magnitude=5.0)[:, 0, 0, 0].numpy()  # two bits
     assert np.abs(np.bincount(drawn, minlength=4) / 4000 - 1 / 4).max() < 0.04
