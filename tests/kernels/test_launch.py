@@ -19,16 +19,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from benchmarks.launches import launched_by
+from fastvit_kernels import dispatch
 from fastvit_kernels import launch as module
-from fastvit_kernels.attention import kernels as attention
-from fastvit_kernels.column_sums import kernels as column_sums
-from fastvit_kernels.cross_entropy import kernels as cross_entropy
-from fastvit_kernels.gemm import kernels as gemm
-from fastvit_kernels.layer_norm import kernels as layer_norm
-from fastvit_kernels.patch_embed import kernels as patch_embed
-from fastvit_kernels.rotary import kernels as rotary
-from fastvit_kernels.swiglu import kernels as swiglu
+from fastvit_kernels.tuning import codegen
 
 launch = module.launch
 FACTOR = tl.constexpr(2)
@@ -92,7 +88,8 @@ def kinds_of_arguments() -> tuple[list[Any], ...]:
     dtypes = torch.float32, torch.bfloat16, torch.float16, torch.int64
     tensors = [torch.zeros(64, dtype=dtype)[offset:] for dtype in dtypes for offset in (0, 1, 8, 16)]
     x, misaligned = tensors[:2]
-    sizes = [None, 3, (16, 5), (1, 16), (x, (2, 1)), (x, (16, 1)), (misaligned, (2, 1))]
+    sizes: list[Any] = [None, 3, (16, 5), (1, 16), (x, (2, 1)), (x, (16, 1)), (misaligned, (2, 1))]
+    sizes += [TensorDescriptor.from_tensor(torch.zeros(64, 64), block) for block in ([16, 16], [32, 16])]
     rows = [0, 1, 2, 15, 16, 17, 4096, 2**31 - 1, 2**31, 2**40, -16, True, False]
     return tensors, [x, misaligned, None], sizes, rows, [1.0, 0.5, 1, 2, 2**33]
 
@@ -262,14 +259,22 @@ def test_this_triton_is_known() -> None:
     assert module.DIRECT
 
 
-@pytest.mark.parametrize(
-    "package", [attention, column_sums, cross_entropy, gemm, layer_norm, patch_embed, rotary, swiglu], ids=str
-)
-def test_every_kernel_can_be_launched_past_triton(package: Any) -> None:
-    entries = [kernel for name, kernel in vars(package).items() if name.endswith("_kernel")]
-    assert entries
-    for entry in entries:
-        parameters = JITFunction(entry.fn).params
-        arguments = [parameter for parameter in parameters if not parameter.is_constexpr]
-        assert parameters[: len(arguments)] == arguments, f"{entry} has a constant before an argument"
-        assert all(module.is_usual(parameter) for parameter in arguments), entry
+def test_every_launch_of_the_package_can_go_past_triton() -> None:
+    """Arguments come by position and constants by name, and Triton specialises for all arguments in its usual way."""
+    kernels: dict[str, Any] = {}
+
+    def check(run: Any, kernel: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        name = kernel.fn.__name__
+        if name not in kernels:
+            kernels[name] = JITFunction(kernel.fn)
+        parameters = kernels[name].params
+        given, last = parameters[: len(arguments)], parameters[len(arguments) :]
+        assert all(module.is_usual(parameter) for parameter in given), name
+        assert all(parameter.is_constexpr and parameter.name in constants for parameter in last), name
+
+    target = codegen.TARGETS["sm_90"]
+    with launched_by(check), dispatch.compiling_for(target.gpu):
+        for op in codegen.op_names():
+            for case in codegen.cases(op):
+                case.launch()
+    assert len(kernels) > 20
