@@ -41,13 +41,9 @@ class Ready(NamedTuple):
     function: Any
     metadata: Any
     constants: tuple[Any, ...]  # the last arguments of the kernel
-    seen: tuple[tuple[dict[str, Any], str, Any], ...]  # the globals that it was compiled with: of a module, name, value
 
     def is_current(self, caches: Any) -> bool:
-        """Whether Triton would find the same kernel, and not refuse to launch it as a global has changed."""
-        for scope, name, value in self.seen:
-            if scope.get(name, MISSING) is not value:
-                return False
+        """Whether Triton would find the same kernel."""
         return self.caches is caches and caches[0].get(self.key) is self.compiled
 
 
@@ -99,6 +95,9 @@ def is_watched(kernel: Any) -> bool:
     for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
         if hook is not None and (type(hook) is not HookChain or hook.calls):
             return True
+    for (name, _), (value, scope) in kernel.used_global_vals.items():  # globals that the kernel was compiled with
+        if scope.get(name, MISSING) != value:
+            return True
     return runtime.add_stages_inspection_hook is not None or JITFunction.run is not RUN
 
 
@@ -125,7 +124,6 @@ def remember(
         compiled.function,
         compiled.packed_metadata,
         tuple(constants[parameter.name] for parameter in last),
-        tuple((scope, used, scope[used]) for (used, _), (_, scope) in kernel.used_global_vals.items()),
     )
 
 

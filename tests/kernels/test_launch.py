@@ -200,9 +200,13 @@ class TestIsLeftToTriton:
             self.launch()
         assert seen == [self.kernel]
 
-    def test_a_changed_global(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize("how", ["replaced", "in place"])
+    def test_a_changed_global(self, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as context:
-            context.setitem(globals(), "FACTOR", tl.constexpr(3))
+            if how == "replaced":
+                context.setitem(globals(), "FACTOR", tl.constexpr(3))
+            else:
+                context.setattr(FACTOR, "value", 3)
             with pytest.raises(RuntimeError, match="FACTOR has changed"):
                 self.launch()
 
