@@ -6,10 +6,14 @@ While a GPU computes, the host prepares the next launches; where it takes longer
 needed to measure that: tensors are tiny and on the CPU, and Triton's driver is replaced by one that neither compiles
 nor runs, so that all of the package, PyTorch and Triton runs but the last call into the driver. What the driver takes,
 a few microseconds per launch, is left out on both sides.
+
+The block's Triton kernels are also launched by themselves, with the same arguments, by `fastvit_kernels.launch` and by
+Triton's own `kernel[grid](...)`.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import time
@@ -24,11 +28,14 @@ import triton
 from torch import Tensor, nn
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks.launches import launched_by
 from fastvit_kernels import FusedBlock, dispatch
 from fastvit_kernels.block import op
+from fastvit_kernels.launch import launch
 
 WIDTH, HEADS, HIDDEN, TOKENS = (
     64,
@@ -58,16 +65,16 @@ class PlainBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
-class Kernel:
+def run_nothing(*arguments: Any) -> None:
+    """Stands for the driver's launch."""
+
+
+def new_kernel() -> CompiledKernel:
     """Stands for a compiled kernel. Launching it does nothing."""
-
-    function = packed_metadata = None
-
-    def launch_metadata(self, *arguments: Any) -> None:
-        return None
-
-    def run(self, *arguments: Any) -> None:
-        return None
+    kernel = CompiledKernel.__new__(CompiledKernel)
+    kernel.module, kernel.function, kernel.packed_metadata, kernel._run = object(), None, None, run_nothing
+    kernel.name, kernel.src = "", None
+    return kernel
 
 
 class Driver:
@@ -92,17 +99,17 @@ def without_gpu() -> Iterator[None]:
     if knobs.runtime.interpret:
         raise RuntimeError("host_cost measures launches, and TRITON_INTERPRET=1 replaces them: unset it")
 
-    def no_compilation(kernel: Any, key: Any, signature: Any, device: Any, *others: Any) -> Kernel:
+    def no_compilation(kernel: Any, key: Any, signature: Any, device: Any, *others: Any) -> CompiledKernel:
         assert kernel.cache_key  # finds the globals that each launch checks
-        return kernel.device_caches[device][0].setdefault(key, Kernel())
+        return kernel.device_caches[device][0].setdefault(key, new_kernel())
 
     compile_kernel, active, uses_triton = JITFunction._do_compile, driver._active, op.uses_triton
     registrations = torch.library.Library("fastvit", "IMPL")
-    for operator, launch in (
+    for operator, function in (
         ("transformer_block", op.launch_forward),
         ("transformer_block_backward", op.launch_backward),
     ):
-        registrations.impl(operator, launch, "CPU")
+        registrations.impl(operator, function, "CPU")
     JITFunction._do_compile = no_compilation
     driver.set_active(Driver())
     op.uses_triton = lambda *arguments: True
@@ -123,6 +130,54 @@ def pass_of(block: nn.Module, x: Tensor) -> tuple[Callable[[], Tensor], Callable
         torch.autograd.grad(y, [x, *parameters], gradient)
 
     return lambda: block(x), backward
+
+
+Launch = tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]  # kernel, grid, arguments, constants
+
+
+def launches_of(forward: Callable[[], Tensor], backward: Callable[[Tensor], None]) -> list[Launch]:
+    """The Triton launches of both passes."""
+    found: list[Launch] = []
+
+    def note(run: Any, kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **constants: Any) -> None:
+        found.append((kernel, grid, arguments, constants))
+
+    with launched_by(note):
+        backward(forward())
+    return found
+
+
+def measure_launches(launches: list[Launch], rounds: int, calls: int) -> dict[str, Any]:
+    """Microseconds of CPU time per launch, the median of `rounds` rounds, by `launch` and by Triton alone, in turns."""
+
+    def by_launch() -> None:
+        for kernel, grid, arguments, constants in launches:
+            launch(kernel, grid, *arguments, **constants)
+
+    def by_triton() -> None:
+        for kernel, grid, arguments, constants in launches:
+            kernel[grid](*arguments, **constants)
+
+    times: dict[str, list[float]] = {"launch_us": [], "triton_us": []}
+    for _ in range(rounds):
+        for name, run in (("launch_us", by_launch), ("triton_us", by_triton)):
+            start = time.thread_time_ns()
+            for _ in range(calls):
+                run()
+            times[name].append((time.thread_time_ns() - start) / calls / len(launches) / 1e3)
+    bound, get_item = [], JITFunction.__getitem__
+
+    def noted(kernel: Any, grid: Any) -> Any:
+        bound.append(kernel)
+        return get_item(kernel, grid)
+
+    JITFunction.__getitem__ = noted
+    try:
+        by_launch()
+    finally:
+        JITFunction.__getitem__ = get_item
+    medians = {name: round(statistics.median(taken), 1) for name, taken in times.items()}
+    return {"count": len(launches), "left_to_triton": len(bound)} | medians
 
 
 def measure(rounds: int, calls: int) -> dict[str, Any]:
@@ -150,6 +205,7 @@ def measure(rounds: int, calls: int) -> dict[str, Any]:
                     spent[0] += middle - start
                     spent[1] += time.thread_time_ns() - middle
                 times[name].append((spent[0] / calls / 1e3, spent[1] / calls / 1e3))
+        by_launch = measure_launches(launches_of(*passes["fused"]), rounds, calls)
     results = {
         name: {
             "forward_us": round(statistics.median(forward for forward, _ in rows), 1),
@@ -165,9 +221,11 @@ def measure(rounds: int, calls: int) -> dict[str, Any]:
         "triton": triton.__version__,
         "python": platform.python_version(),
         "processor": platform.processor() or platform.machine(),
+        "load_average": round(os.getloadavg()[0], 1),
         "rounds": rounds,
         "calls": calls,
         "blocks": results,
+        "launches": by_launch,
         "ratio": round(statistics.median(ratios), 2),
     }
 
@@ -176,6 +234,11 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"{'block':<8}{'forward µs':>12}{'backward µs':>13}{'both µs':>10}"]
     for name, row in result["blocks"].items():
         lines.append(f"{name:<8}{row['forward_us']:>12.0f}{row['backward_us']:>13.0f}{row['both_us']:>10.0f}")
+    launches = result["launches"]
+    lines.append(
+        f"{launches['count']} Triton launches: {launches['launch_us']:.1f} µs each,"
+        f" {launches['triton_us']:.1f} by Triton's own way"
+    )
     lines.append(f"fused takes {result['ratio']:.2f} times the CPU time of plain PyTorch ({result['measures']})")
     return "\n".join(lines)
 

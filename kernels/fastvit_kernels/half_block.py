@@ -115,14 +115,14 @@ class Norm(NamedTuple):
         ended in x, if its `End` is given. Sums are there after `sums.launch()`.
         """
         x, learns = self.x, self.needs_weight or self.needs_bias
-        grad_x = x.new_empty(x.shape)
+        grad_x = x.new_empty(*x.shape)
         unscaled = scaled = None
         if before is not None:
             needs_unscaled = before.needs_product or (before.needs_inner and before.layer_scale is None)
             if needs_unscaled and (before.path_scale is not None or before.weight.dtype != x.dtype):
-                unscaled = x.new_empty(x.shape, dtype=before.weight.dtype)
+                unscaled = x.new_empty(*x.shape, dtype=before.weight.dtype)
             if before.needs_inner and before.layer_scale is not None:
-                scaled = x.new_empty(x.shape, dtype=before.weight.dtype)
+                scaled = x.new_empty(*x.shape, dtype=before.weight.dtype)
         partial = launch_gradient(
             grad_y,
             grad_normed,

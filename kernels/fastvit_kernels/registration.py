@@ -16,6 +16,7 @@ from fastvit_kernels.dispatch import INTERPRETED
 
 NAMESPACE = "fastvit"  # another in a kernel that `hub` builds
 library = torch.library.Library(NAMESPACE, "FRAGMENT")
+NOTHING = nullcontext()
 REFERENCE = (
     "plain PyTorch has one; run the forward pass with FASTVIT_KERNELS=reference, or inside "
     '`with fastvit_kernels.dispatch.using("reference")`'
@@ -105,7 +106,10 @@ def with_gradient(
         with torch._C._AutoDispatchBelowAutograd():
             outputs = op(*inputs)
         setup_context(ctx, inputs, outputs)
-        return outputs[0] if others else outputs
+        if others:
+            ctx.non_differentiable = None  # marks of what is not given back
+            return outputs[0]
+        return outputs
 
     def run_backward(ctx: Any, *gradients: Any) -> Any:
         if torch.is_grad_enabled():  # create_graph=True
@@ -152,6 +156,7 @@ def cdiv(a: int, b: int) -> int:
 
 def no_autocast(device: torch.device) -> AbstractContextManager:
     """For the inside of an operator: its operands have their dtypes by now, and products must not cast them again."""
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
+    nowhere = not torch._C._is_any_autocast_enabled()  # as a rule, and quicker to see
+    if nowhere or device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return NOTHING
     return torch.autocast(device.type, enabled=False)

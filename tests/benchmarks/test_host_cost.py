@@ -17,4 +17,7 @@ def test_the_cost_of_launches_is_measured_without_a_gpu(tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     fused, plain = (result["blocks"][name]["both_us"] for name in ("fused", "plain"))
     assert 0 < plain < fused < 5 * plain  # a busy machine is no reason to fail
+    launches = result["launches"]
+    assert launches["count"] == 11 and launches["left_to_triton"] == 0
+    assert min(launches["launch_us"], launches["triton_us"]) > 0
     assert f"{result['ratio']:.2f} times the CPU time" in run.stdout

@@ -335,7 +335,7 @@ def test_blocks_cover_all_tokens(tiling_of: object, arch: str, dtype: torch.dtyp
         *whole_tails, last = *cut.row_tails(tokens), 0
         covered = tokens // cut.rows * cut.rows + sum(whole_tails)
         assert last == 0 and tokens <= covered < tokens + 64
-        blocks, options = tiling.launch_options(cut, tokens, tokens)
+        blocks, options = tiling.launch_options(cut, tokens, tokens, 80, causal=False)
         assert blocks == tokens // cut.rows + len(whole_tails)
         tail = options["TAIL_N"]
         columns = tokens // cut.columns * cut.columns + tail

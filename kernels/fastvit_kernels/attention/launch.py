@@ -27,6 +27,7 @@ if HAS_TRITON:
     import triton
 
     from fastvit_kernels.attention import kernels
+    from fastvit_kernels.launch import launch
 
 
 class Call(NamedTuple):
@@ -54,20 +55,25 @@ class Call(NamedTuple):
 
 def launch_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Output and `lse`, see `fake_forward`; the arguments are those of `Call`."""
-    call, (out, lse) = Call(*arguments), fake_forward(*arguments)
+    call = Call(*arguments)
     q, k, v = separate(call)
+    out, lse = empty_outputs(q)
     if out.numel() == 0 or k.numel() == 0:  # without keys, the output is 0
         return out.zero_(), lse.fill_(math.inf)
     if (runs := providers.chosen(providers.forward_runs, q, call.plain)) != "triton":
         return providers.forward(runs, q, k, v)
-    programs, cut = cuts(forward_tiling, call, q, k, call.max_seqlen_q)
-    kernels.attention_fwd_kernel[programs,](out_ptr=out, lse_ptr=lse, **common_arguments(call, q, k, v), **cut)
+    programs, lengths, cut = cuts(forward_tiling, call, q, k, call.max_seqlen_q)
+    qkv, options, sizes, scale = common_arguments(call, q, k, v)
+    launch(kernels.attention_fwd_kernel, (programs,), qkv, out, lse, *options, lengths, *sizes, scale, **cut)
     return out, lse
 
 
 def fake_forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     call = Call(*arguments)
-    q = call.q.select(-3, 0) if call.k is None else call.q
+    return empty_outputs(call.q.select(-3, 0) if call.k is None else call.q)
+
+
+def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     *images, tokens, heads, head_dim = q.shape
     return (
         q.new_empty(*images, tokens, heads * head_dim),
@@ -89,7 +95,7 @@ def launch_backward_and_sums(
     of the gradient before it is rounded. The probabilities of a query add up to 1, so the part of the values is the sum
     of `grad_out`. A bias of the keys adds the same to all scores of a query and changes nothing: its gradient is 0.
     """
-    grad_qkv = qkv.new_empty(qkv.shape)
+    grad_qkv = qkv.new_empty(*qkv.shape)
     partial = write_gradients(Call(qkv), grad_out, out, lse, (grad_qkv,), with_sums=True)
     if not partial:
         summed = grad_qkv.select(-3, 0).flatten(-2), grad_out
@@ -133,35 +139,59 @@ def write_gradients(
         return ()
     if grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    delta = torch.empty_like(lse)
-    common = common_arguments(call, q, k, v) | {
-        "grad_out_ptr": grad_out,
-        "grad_out_strides": strides(grad_out, 1),
-        "lse_ptr": lse,
-    }
-    programs, cut = cuts(backward_query_tiling, call, q, k, call.max_seqlen_q)
+    delta, grad_out_strides = torch.empty_like(lse), strides(grad_out, 1)
+    qkv, options, sizes, scale = common = common_arguments(call, q, k, v)
+    programs, lengths, cut = cuts(backward_query_tiling, call, q, k, call.max_seqlen_q)
     heads, head_dim = q.shape[-2:]
     sums = tuple(lse.new_empty(programs // heads, heads * head_dim) for _ in range(2)) if with_sums else ()
-    kernels.attention_bwd_query_kernel[programs,](
-        out_ptr=out,
-        delta_ptr=delta,
-        grad_q_ptr=grad_q,
-        sums=sums or None,
-        stride_grad=grad_q.stride(-3),
-        **common,
+    launch(
+        kernels.attention_bwd_query_kernel,
+        (programs,),
+        qkv,
+        out,
+        grad_out,
+        lse,
+        delta,
+        grad_q,
+        sums or None,
+        *options,
+        lengths,
+        *sizes,
+        grad_out_strides,
+        grad_q.stride(-3),
+        scale,
         **cut,
     )
-    programs, cut = cuts(backward_key_tiling, call, k, q, call.max_seqlen_k)
-    kernels.attention_bwd_key_kernel[programs,](
-        delta_ptr=delta, grad_k_ptr=grad_k, grad_v_ptr=grad_v, stride_grad=grad_k.stride(-3), **common, **cut
+    programs, lengths, cut = cuts(backward_key_tiling, call, k, q, call.max_seqlen_k)
+    launch(
+        kernels.attention_bwd_key_kernel,
+        (programs,),
+        qkv,
+        grad_out,
+        lse,
+        delta,
+        grad_k,
+        grad_v,
+        *options,
+        lengths,
+        *sizes,
+        grad_out_strides,
+        grad_k.stride(-3),
+        scale,
+        **cut,
     )
     if call.bias is not None and gradients[3].numel() > 0:
-        launch_bias_gradient(q, k, delta, gradients[3], common)
+        launch_bias_gradient(q, k, (grad_out, lse, delta), gradients[3], common, call.causal)
     return sums
 
 
-def launch_bias_gradient(q: Tensor, k: Tensor, delta: Tensor, grad_bias: Tensor, common: dict[str, Any]) -> None:
-    """A sum over the images and heads that have a bias in common: in shares, until there are programs enough."""
+def launch_bias_gradient(
+    q: Tensor, k: Tensor, of_rows: tuple[Tensor, Tensor, Tensor], grad_bias: Tensor, common: Common, causal: bool
+) -> None:
+    """A sum over the images and heads that have a bias in common: in shares, until there are programs enough.
+
+    `of_rows` are the gradient of the output, `lse` and `delta`, see `kernels`.
+    """
     device, (batch, tokens, heads, head_dim), keys = gpu(q.device), q.shape, k.shape[1]
     bias_batch, bias_heads = grad_bias.shape[:2]
     tiling = bias_gradient_tiling(head_dim, q.dtype, device.arch)
@@ -169,18 +199,27 @@ def launch_bias_gradient(q: Tensor, k: Tensor, delta: Tensor, grad_bias: Tensor,
     images_in_common, heads_in_common = batch // bias_batch, heads // bias_heads
     shares = min(images_in_common * heads_in_common, triton.cdiv(2 * device.multiprocessors, blocks))
     parts = torch.empty(shares, *grad_bias.shape, dtype=torch.float32, device=q.device)
-    kernels.attention_bwd_bias_kernel[shares * blocks,](
-        delta_ptr=delta,
-        grad_bias_ptr=parts,
-        bias_heads=bias_heads,
-        images_in_common=images_in_common,
-        heads_in_common=heads_in_common,
-        shares=shares,
+    launch(
+        kernels.attention_bwd_bias_kernel,
+        (shares * blocks,),
+        common.qkv,
+        *of_rows,
+        parts,
+        *common.options,
+        *common.sizes,
+        bias_heads,
+        images_in_common,
+        heads_in_common,
+        shares,
+        strides(of_rows[0], 1),
+        common.scale,
+        HEAD_DIM=head_dim,
+        PIECES=pieces(head_dim),
         BLOCK_M=tiling.rows,
         BLOCK_N=tiling.columns,
         STAGES=tiling.stages,
+        CAUSAL=causal,
         num_warps=tiling.num_warps,
-        **common,
     )
     grad_bias.copy_(parts.sum(0))
 
@@ -212,40 +251,42 @@ def cuts(
     owned: Tensor,
     streamed: Tensor,
     longest: int | None,
-) -> tuple[int, dict[str, Any]]:
-    """How many programs a kernel has, and how they divide the tokens they own and stream, as arguments by name."""
+) -> tuple[int, Any, dict[str, Any]]:
+    """How many programs a kernel has, its `lengths`, and its constants, which divide tokens among programs."""
     tokens, heads, head_dim = owned.shape[-3:]
     tiling = with_room(tiling_of(head_dim, owned.dtype, longest or tokens, gpu(owned.device)), call)
     if call.cu_seqlens_q is None or call.cu_seqlens_k is None or longest is None:
         tail_of = 0 if call.causal else streamed.shape[-3]  # a causal mask is laid over every block
-        blocks, options = launch_options(tiling, tokens, tail_of)
-        return owned.shape[0] * heads * blocks, {"lengths": None, **options}
+        blocks, options = launch_options(tiling, tokens, tail_of, head_dim, call.causal)
+        return owned.shape[0] * heads * blocks, None, options
     sequences, blocks = len(call.cu_seqlens_q) - 1, max(1, triton.cdiv(longest, tiling.rows))
     lengths = call.cu_seqlens_q.contiguous(), call.cu_seqlens_k.contiguous(), sequences, blocks
     programs = (sequences + 1) * heads * blocks  # one more for what lies behind the last sequence
-    return programs, {"lengths": lengths, **launch_options(tiling, 0, 0)[1]}  # every block is masked, without tails
+    return programs, lengths, launch_options(tiling, 0, 0, head_dim, call.causal)[1]  # every block is masked, no tails
 
 
-def common_arguments(call: Call, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
-    """Those that all kernels have, by name. Strides that all three have are given once, see `kernels`."""
+class Common(NamedTuple):
+    """The arguments that all kernels have, see `kernels`. Strides that q, k and v have in common are given once."""
+
+    qkv: tuple[Any, ...]
+    options: tuple[Any, Any]  # bias and dropout
+    sizes: tuple[int, int | None, int]  # tokens, keys, heads
+    scale: float
+
+
+def common_arguments(call: Call, q: Tensor, k: Tensor, v: Tensor) -> Common:
     tokens, heads, head_dim = q.shape[-3:]
     of_each = [strides(x, 2) for x in ((q,) if call.k is None else (q, k, v))]  # packed, they have the same
     bias = None
     if call.bias is not None:
         (images, bias_heads), (of_image, of_head, of_query, of_key) = call.bias.shape[:2], call.bias.stride()
         bias = call.bias, of_image if images > 1 else 0, of_head if bias_heads > 1 else 0, of_query, of_key
-    return {
-        "qkv": (q, k, v, *(of_each[:1] if len(set(of_each)) == 1 else of_each)),
-        "bias": bias,
-        "dropout": None if call.seed is None else (call.seed, call.dropout),
-        "tokens": tokens,
-        "keys": None if k.shape[-3] == tokens else k.shape[-3],
-        "heads": heads,
-        "scale": math.log2(math.e) * (head_dim**-0.5 if call.scale is None else call.scale),
-        "CAUSAL": call.causal,
-        "HEAD_DIM": head_dim,
-        "PIECES": pieces(head_dim),
-    }
+    return Common(
+        (q, k, v, *(of_each[:1] if len(set(of_each)) == 1 else of_each)),
+        (bias, None if call.seed is None else (call.seed, call.dropout)),
+        (tokens, None if k.shape[-3] == tokens else k.shape[-3], heads),
+        math.log2(math.e) * (head_dim**-0.5 if call.scale is None else call.scale),
+    )
 
 
 def strides(x: Tensor, inner: int) -> tuple[int, int]:

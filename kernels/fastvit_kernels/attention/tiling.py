@@ -43,18 +43,23 @@ class Tiling(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def launch_options(tiling: Tiling, tokens: int, streamed: int) -> tuple[int, dict[str, Any]]:
-    """How many blocks programs own of `tokens`, and the kernel's options if they stream `streamed`; not to be changed.
+def launch_options(
+    tiling: Tiling, tokens: int, streamed: int, head_dim: int, causal: bool
+) -> tuple[int, dict[str, Any]]:
+    """How many blocks programs own of `tokens`, and a kernel's constants if they stream `streamed`; not to be changed.
 
     Cached, as the sizes of one step are those of the next.
     """
     rest = streamed % tiling.columns
     options = {
+        "HEAD_DIM": head_dim,
+        "PIECES": pieces(head_dim),
         "BLOCK_M": tiling.rows,
         "TAILS_M": tiling.row_tails(tokens),
         "BLOCK_N": tiling.columns,
         "TAIL_N": max(16, triton.next_power_of_2(rest)) if rest else 0,
         "STAGES": tiling.stages,
+        "CAUSAL": causal,
         "num_warps": tiling.num_warps,
     }
     if tiling.max_registers is not None:

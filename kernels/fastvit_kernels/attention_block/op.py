@@ -157,7 +157,7 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
             None if call.layer_scale is None else call.layer_scale.contiguous(),
             call.path_scale,
         )
-    return y.view(call.x.shape), *(kept if call.keep else (tensor.new_empty(0) for tensor in kept))
+    return y.view_as(call.x), *(kept if call.keep else (tensor.new_empty(0) for tensor in kept))
 
 
 def forward_before_projection(call: Call, x: Tensor) -> Kept:
@@ -190,12 +190,12 @@ def launch_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tup
         gradients = half_gradients(as_rows(grad_y), as_rows(call.x), end, call, kept, needs, sums)
         sums.launch()
     if needs["x"]:
-        gradients["x"] = gradients["x"].view(call.x.shape)
+        gradients["x"] = gradients["x"].view_as(call.x)
     return needed_gradients([gradients.get(name) for name in LEARNED], needed, call.x)
 
 
 def end_of(call: Call, needs: Mapping[str, bool]) -> End:
-    below_attention = any(needs[name] for name in ("x", "norm_weight", "norm_bias", "qkv_weight", "qkv_bias"))
+    below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
     return End(
         as_rows(call.proj_weight),
         call.proj_bias.contiguous(),
@@ -204,7 +204,7 @@ def end_of(call: Call, needs: Mapping[str, bool]) -> End:
         needs_weight=needs["proj_weight"],
         needs_bias=needs["proj_bias"],
         needs_layer_scale=needs["layer_scale"],
-        needs_inner=below_attention,
+        needs_inner=below_norm or needs["qkv_weight"] or needs["qkv_bias"],
     )
 
 
@@ -234,10 +234,10 @@ def half_gradients(
     if not end.needs_inner:
         return gradients
 
-    grad_attended = products.input_gradient(grad.scaled, end.weight).view(kept.attended.shape)
+    grad_attended = products.input_gradient(grad.scaled, end.weight).view_as(kept.attended)
     attended = grad_attended, kept.qkv, kept.attended, kept.lse
     if needs["qkv_bias"]:
-        gradients["qkv_bias"] = call.qkv_bias.new_empty(call.qkv_bias.shape)
+        gradients["qkv_bias"] = call.qkv_bias.new_empty(*call.qkv_bias.shape)
         grad_qkv = attention_backward_and_sums(*attended, gradients["qkv_bias"], sums)
     else:
         grad_qkv = attention_backward(*attended)

@@ -228,7 +228,7 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
         y, *kept_by_mlp = mlp_half.forward_after_norm(call.mlp(), middle, normed)
     if not call.keep2:
         middle, mean, rstd = (tensor.new_empty(0) for tensor in (middle, mean, rstd))
-    return y.view(call.x.shape), *kept, middle, mean, rstd, *kept_by_mlp
+    return y.view_as(call.x), *kept, middle, mean, rstd, *kept_by_mlp
 
 
 def end_of_attention(call: Call, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -277,7 +277,7 @@ def launch_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tup
             )
         sums.launch()
     if needed[0]:
-        gradients["x"] = gradients["x"].view(call.x.shape)
+        gradients["x"] = gradients["x"].view_as(call.x)
     found = [gradients.get(name) for name in attention_half.LEARNED]
     found += [gradients_of_mlp.get(name) for name in mlp_half.LEARNED[1:]]
     return needed_gradients(found, needed, call.x)

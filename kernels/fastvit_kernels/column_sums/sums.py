@@ -7,6 +7,7 @@ from fastvit_kernels.registration import cdiv
 
 if HAS_TRITON:
     from fastvit_kernels.column_sums import kernels
+    from fastvit_kernels.launch import launch
 
 BLOCK_M, BLOCK_N = 64, 32
 
@@ -27,7 +28,7 @@ class ColumnSums:
 
         With several `outs`, partial is [outs, programs, width]. It is float32 and contiguous.
         """
-        programs, width = partial.shape[-2:]
+        *_, programs, width = partial.shape
         self.noted.append((partial, outs, programs, width))
         self.blocks += cdiv(width, BLOCK_N) * len(outs)
 
@@ -35,6 +36,8 @@ class ColumnSums:
         """Writes all that was added since the last launch."""
         if not self.noted:
             return
-        kernels.column_sums_kernel[self.blocks,](tuple(self.noted), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4)
+        launch(
+            kernels.column_sums_kernel, (self.blocks,), tuple(self.noted), BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4
+        )
         self.noted.clear()
         self.blocks = 0

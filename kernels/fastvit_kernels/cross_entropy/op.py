@@ -16,6 +16,7 @@ if HAS_TRITON:
     import triton
 
     from fastvit_kernels.cross_entropy import kernels
+    from fastvit_kernels.launch import launch
 
 Reduction = Literal["mean", "none"]
 
@@ -188,11 +189,22 @@ def launch_forward(
     mean_share = 1 / max(batch, 1)
     options = {"SOFT": soft, "BLOCK_N": block.columns, "num_warps": block.num_warps}
     if sigmoid:
-        kernels.sigmoid_fwd_kernel[batch,](
-            *inputs, losses, written, classes, *strides, label_smoothing, mean_share, **options
+        launch(
+            kernels.sigmoid_fwd_kernel,
+            (batch,),
+            *inputs,
+            losses,
+            written,
+            classes,
+            *strides,
+            label_smoothing,
+            mean_share,
+            **options,
         )
     else:
-        kernels.softmax_fwd_kernel[batch,](
+        launch(
+            kernels.softmax_fwd_kernel,
+            (batch,),
             *inputs,
             losses,
             statistics,
@@ -286,7 +298,9 @@ def write_gradient(
     rows, soft, sigmoid = rows_adjacent(logits), labels.ndim == 2, not statistics.numel()
     block = column_block(sigmoid, classes, soft, logits.dtype, batch, gpu(logits.device))
     labels, labels_b = rows_adjacent(labels), None if labels_b is None else rows_adjacent(labels_b)
-    kernels.cross_entropy_bwd_kernel[batch,](
+    launch(
+        kernels.cross_entropy_bwd_kernel,
+        (batch,),
         grad_losses.contiguous(),
         rows,
         labels,

@@ -28,6 +28,7 @@ if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     from fastvit_kernels.gemm import kernels
+    from fastvit_kernels.launch import launch
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -65,7 +66,7 @@ def linear_residual(
 
     layer_scale is [N], path_scale [B] float32: of samples of T / B rows each.
     """
-    out = residual.new_empty(residual.shape)
+    out = residual.new_empty(*residual.shape)
     if runs_triton("residual", x.dtype, x.device, x.shape[0], *weight.shape):
         gemm(
             "residual",
@@ -81,7 +82,9 @@ def linear_residual(
         return out
     branch = torch.mm(x, weight.T)
     (rows, width), block = out.shape, residual_block(x.dtype, *out.shape, gpu(x.device))
-    kernels.residual_fwd_kernel[cdiv(rows, block.rows), cdiv(width, block.columns)](
+    launch(
+        kernels.residual_fwd_kernel,
+        (cdiv(rows, block.rows), cdiv(width, block.columns)),
         residual,
         branch,
         bias,
@@ -103,8 +106,15 @@ def gelu(pre: Tensor, tanh: bool, out: Tensor | None = None) -> Tensor:
     """GELU of a contiguous tensor, in `out` if given, which may be `pre`."""
     post = torch.empty_like(pre) if out is None else out
     block = gelu_block(pre.dtype, pre.numel(), gpu(pre.device))
-    kernels.gelu_fwd_kernel[cdiv(pre.numel(), block.columns),](
-        pre, post, pre.numel(), TANH=tanh, BLOCK=block.columns, num_warps=block.num_warps
+    launch(
+        kernels.gelu_fwd_kernel,
+        (cdiv(pre.numel(), block.columns),),
+        pre,
+        post,
+        pre.numel(),
+        TANH=tanh,
+        BLOCK=block.columns,
+        num_warps=block.num_warps,
     )
     return post
 
@@ -131,7 +141,7 @@ def gelu_gradient(
         if column_sum and not how.column_sums:
             partial = scale_gradient(grad_pre, None)
         return grad_pre, partial, post
-    post = pre.new_empty(pre.shape if recompute else 0)
+    post = pre.new_empty(*pre.shape) if recompute else pre.new_empty(0)
     if not runs_triton("gelu gradient", grad.dtype, grad.device, grad.shape[0], *weight.shape[::-1]):
         grad_pre = torch.mm(grad, weight)
         partial = scale_gradient(
@@ -223,8 +233,10 @@ def scale_gradient(
     block = gradient_block(grad.dtype, pre is not None, rows, width, on)
     blocks_n = cdiv(width, block.columns)
     programs = min(cdiv(rows, block.rows), cdiv(8 * on.multiprocessors, blocks_n))
-    partial = grad.new_empty((programs, width) if column_sum else 0, dtype=torch.float32)
-    kernels.gradient_kernel[blocks_n, programs](
+    partial = grad.new_empty(*((programs, width) if column_sum else (0,)), dtype=torch.float32)
+    launch(
+        kernels.gradient_kernel,
+        (blocks_n, programs),
         grad,
         pre,
         layer_scale,
@@ -256,7 +268,9 @@ def layer_scale_gradients(
     """
     grad_layer_scale, grad_bias = torch.empty_like(layer_scale), torch.empty_like(bias)
     rows, block_m = weight.shape[0], 2
-    kernels.layer_scale_bwd_kernel[cdiv(rows, block_m),](
+    launch(
+        kernels.layer_scale_bwd_kernel,
+        (cdiv(rows, block_m),),
         product,
         weight,
         bias,
@@ -298,7 +312,9 @@ def gemm(
     tiles = cdiv(m, t.block_m) * cdiv(n, t.block_n)
     block_a = (t.block_k, t.block_m) if a_transposed else (t.block_m, t.block_k)
     block_b = (t.block_n, t.block_k) if b_transposed else (t.block_k, t.block_n)
-    kernels.gemm_kernel[min(tiles, t.programs * gpu(a.device).multiprocessors),](
+    launch(
+        kernels.gemm_kernel,
+        (min(tiles, t.programs * gpu(a.device).multiprocessors),),
         TensorDescriptor.from_tensor(a, list(block_a)) if descriptors else a,
         TensorDescriptor.from_tensor(b, list(block_b)) if descriptors else b,
         out,

@@ -16,6 +16,7 @@ from fastvit_kernels.table import Runs, tunable
 if HAS_TRITON:
     import triton
 
+    from fastvit_kernels.launch import launch
     from fastvit_kernels.patch_embed import kernels
 
 
@@ -144,7 +145,9 @@ def launch_forward(
     tile = forward_tile(patch, images.dtype, weight.dtype, width, batch * kept, gpu(images.device))
     depth = 3 * patch * patch
     packed = pack(weight, channels_last(images), triton.cdiv(depth, tile.depth) * tile.depth)
-    kernels.patch_embed_fwd_kernel[triton.cdiv(batch * kept, tile.rows) * triton.cdiv(width, tile.columns),](
+    launch(
+        kernels.patch_embed_fwd_kernel,
+        (triton.cdiv(batch * kept, tile.rows) * triton.cdiv(width, tile.columns),),
         images,
         packed,
         bias.contiguous(),
@@ -215,7 +218,9 @@ def launch_backward(
         slots = torch.arange(keep_indices.shape[1], device=images.device).expand_as(keep_indices)
         slot_of_patch = keep_indices.new_full((batch, patches), -1).scatter_(1, keep_indices, slots)
         position_sums = sums.new_empty(patches, width)
-        kernels.position_sum_kernel[patches, triton.cdiv(width, 512)](
+        launch(
+            kernels.position_sum_kernel,
+            (patches, triton.cdiv(width, 512)),
             grad,
             slot_of_patch,
             position_sums,
@@ -256,7 +261,9 @@ def weight_gradient(
     splits = max(1, min(2 * gpu(images.device).multiprocessors // tiles, triton.cdiv(rows, tile.rows)))
     rows_per_split = triton.cdiv(triton.cdiv(rows, splits), tile.rows) * tile.rows
     partial = grad.new_empty(splits, width, depth, dtype=torch.float32)
-    kernels.patch_embed_bwd_kernel[tiles, splits](
+    launch(
+        kernels.patch_embed_bwd_kernel,
+        (tiles, splits),
         grad,
         images,
         None if keep_indices is None else keep_indices.contiguous(),

@@ -13,6 +13,7 @@ from fastvit_kernels.rotary import reference
 if HAS_TRITON:
     import triton
 
+    from fastvit_kernels.launch import launch
     from fastvit_kernels.rotary import kernels
 
 Layout = Literal["half", "interleaved"]
@@ -169,7 +170,9 @@ def launch_forward(
         return outputs
     rows, tile = inputs[0].numel() // q.shape[-1], tile_of(q.shape[-1])
     sin, cos = (None if angles is None else as_rows(angles) for angles in (sin, cos))
-    kernels.rotary_fwd_kernel[triton.cdiv(rows, tile["BLOCK_M"]), 2 if k is not None else 3](
+    launch(
+        kernels.rotary_fwd_kernel,
+        (triton.cdiv(rows, tile["BLOCK_M"]), 2 if k is not None else 3),
         *inputs,
         *results,
         *(None if vector is None else vector.contiguous() for vector in (q_weight, q_bias, k_weight, k_bias)),
@@ -222,7 +225,9 @@ def launch_backward(
     partial = grad_q.new_empty(2, 2, programs, head_dim, dtype=torch.float32)
     sin, cos = (None if angles is None else as_rows(angles) for angles in (sin, cos))
     q_part, k_part = inputs[:2]
-    kernels.rotary_bwd_kernel[programs, 3 if grad_k is None else 2](
+    launch(
+        kernels.rotary_bwd_kernel,
+        (programs, 3 if grad_k is None else 2),
         *incoming,
         q_part,
         k_part,

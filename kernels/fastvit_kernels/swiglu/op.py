@@ -19,6 +19,7 @@ from fastvit_kernels.swiglu import reference
 if HAS_TRITON:
     import triton
 
+    from fastvit_kernels.launch import launch
     from fastvit_kernels.swiglu import kernels
 
 Recompute = Literal["none", "gate", "all"]
@@ -247,9 +248,9 @@ def gate(pre: Tensor) -> Tensor:
     post = pre.new_empty(rows, width)
     if post.numel() > 0:
         grid = triton.cdiv(rows, BLOCK_M), triton.cdiv(width, BLOCK_N)
-        kernels.swiglu_fwd_kernel[grid](
-            pre, post, rows, width, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=WARPS
-        )  # fmt: skip
+        launch(
+            kernels.swiglu_fwd_kernel, grid, pre, post, rows, width, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=WARPS
+        )
     return post
 
 
@@ -260,7 +261,9 @@ def gate_gradient(grad: Tensor, pre: Tensor, recompute: bool, column_sum: bool) 
     programs = min(triton.cdiv(rows, BLOCK_M), triton.cdiv(8 * on.multiprocessors, blocks_n))
     grad_pre, post = torch.empty_like(pre), grad.new_empty(grad.shape if recompute else 0)
     partial = grad.new_empty((programs, 2 * width) if column_sum else 0, dtype=torch.float32)
-    kernels.swiglu_bwd_kernel[blocks_n, programs](
+    launch(
+        kernels.swiglu_bwd_kernel,
+        (blocks_n, programs),
         grad,
         pre,
         grad_pre,
