@@ -45,6 +45,7 @@ class Stragglers:
         self._interval_seconds = 0.0
         self._work = [0.0] * world.size  # seconds of each rank's own work in this interval
         self._streaks = [0] * world.size  # consecutive intervals in which each rank was slow
+        self.work_shares: list[float] = []  # of each rank: its own work in the last interval between log steps
 
     def log_step(self, waited: float, forward: float, seconds: float, step: int, recorder: Recorder | None) -> None:
         """Adds the time since the last log step, and names slow ranks; collective.
@@ -56,6 +57,7 @@ class Stragglers:
             return
         own = waited + (forward if self.measures_forward else 0.0)
         work = self.world.sum([own if rank == self.world.rank else 0.0 for rank in range(self.world.size)]).tolist()
+        self.work_shares = [own / seconds for own in work]
         for rank, ratio in self._slow_ranks(work, seconds):
             part = "data and forward pass" if self.measures_forward else "data"
             message = (

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from threading import Event, Thread
@@ -52,6 +52,7 @@ class Watchdog:
 
     def __init__(self, run: RunFolder, world: World, config: WatchdogConfig) -> None:
         self.run, self.world, self.config = run, world, config
+        self.on_phase: Callable[[str], None] | None = None  # called when a phase begins
         self._status = RankStatus(world.rank, socket.gethostname())
         self._statuses = [self._status]  # of all ranks, as last heard
         self._first_step: int | None = None
@@ -78,6 +79,8 @@ class Watchdog:
         starting = before.step == self._first_step  # data workers start, kernels are compiled
         self._status = replace(before, phase=name, marks=before.marks + 1, slow=slow or starting)
         self._phase_began = time.monotonic()
+        if self.on_phase is not None:
+            self.on_phase(name)
 
     def step_done(self, step: int) -> None:
         """Reports that `step` optimizer steps are done."""
@@ -100,6 +103,12 @@ class Watchdog:
     def hosts(self) -> list[str]:
         """The host of each rank."""
         return [status.host for status in self._statuses]
+
+    @property
+    def last_heard(self) -> list[tuple[RankStatus, float]]:
+        """Of each rank its last status, and the seconds since it sent one."""
+        now = time.monotonic()
+        return [(status, now - heard) for status, heard in zip(self._statuses, self._heard, strict=False)]
 
     def request_stacks(self) -> None:
         """Asks every rank for its stack traces; may be called from any thread."""

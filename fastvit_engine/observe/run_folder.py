@@ -150,5 +150,14 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def trackers(self) -> Path:
+        """By which id trackers know the run."""
+        return self.path / "trackers.json"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"

@@ -5,12 +5,12 @@ from collections.abc import Generator, Iterable
 from fastvit_engine.checkpoint import TrainerState
 from fastvit_engine.data import Batch
 from fastvit_engine.observe.recorder import Recorder
-from fastvit_engine.observe.trackers import TensorBoard
 from fastvit_engine.train.data_wait import DataWait
 from fastvit_engine.train.health.bad_samples import BadSamples
 from fastvit_engine.train.health.diagnosis import Trace
 from fastvit_engine.train.health.guard import StepReport
 from fastvit_engine.train.job import Job
+from fastvit_engine.train.observers import Observers
 from fastvit_engine.train.step import hash_keys
 from fastvit_engine.train.throughput import Stopwatch, peak_memory_bytes
 
@@ -18,13 +18,12 @@ from fastvit_engine.train.throughput import Stopwatch, peak_memory_bytes
 class StepLog:
     """Adds up what happens between two logged steps; starts anew when training goes back to a checkpoint."""
 
-    def __init__(self, job: Job, state: TrainerState) -> None:
+    def __init__(self, job: Job, state: TrainerState, observers: Observers) -> None:
         config, world = job.config, job.world
         self.job = job
         self.recorder: Recorder | None = None
         if world.is_main:
-            trackers = [TensorBoard(job.run, state.step)]
-            total_steps = job.schedule.total_steps
+            total_steps, trackers = job.schedule.total_steps, observers.trackers(job, state.step)
             self.recorder = Recorder(job.run, total_steps, state.step, trackers, job.owner.check_run_folder)
         self.stopwatch = Stopwatch(world.device, seconds_before=state.seconds)
         seen = job.schedule.samples(state.step)
