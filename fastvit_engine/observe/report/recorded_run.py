@@ -10,7 +10,9 @@ from fastvit_engine.observe.events import Event, read_events
 from fastvit_engine.observe.metrics import EvalRow, FewShotRow, TrainRow, read_all_metrics
 from fastvit_engine.observe.report.axes import Progress
 from fastvit_engine.observe.report.incidents import describe_incidents, restarts
+from fastvit_engine.observe.report.page import Table
 from fastvit_engine.observe.report.predictions import Classes, Samples, read_classes, read_json, read_samples
+from fastvit_engine.observe.report.profiles import read_profiles
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted, format_count, format_duration, format_share
 from fastvit_engine.shown import brief, recorded, without_secrets
@@ -49,6 +51,7 @@ class RecordedRun:
     events: list[Event]
     samples: Samples | None
     classes: Classes | None
+    profiles: list[Table]
     config: str | None  # YAML text
 
     @property
@@ -153,6 +156,7 @@ def load_run(source: Path | RunFolder) -> RecordedRun:
         events=recorded(read_events(folder)),
         samples=read_samples(folder) if folder.samples.is_file() else None,
         classes=read_classes(folder) if folder.classes.is_file() else None,
+        profiles=read_profiles(folder),
         config=without_secrets(folder.config.read_text(encoding="utf-8", errors="replace"))
         if folder.config.is_file()
         else None,

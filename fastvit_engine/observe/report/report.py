@@ -65,6 +65,7 @@ def render(run: RecordedRun, axis: Axis = "steps") -> str:
         sections=[_learning(run, axes, marks), _throughput(run, axes, marks), _optimisation(run, axes, marks)],
         few_shot=_few_shot_table(run.few_shot),
         step_time=mean_step(run.train),
+        profiles=run.profiles,
         classes=run.classes,
         classes_shown=_CLASSES_SHOWN,
         mistakes_shown=_MISTAKES_SHOWN,

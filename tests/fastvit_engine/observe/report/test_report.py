@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from fastvit_engine.errors import UserError
 from fastvit_engine.observe.report.recorded_run import load_run
 from fastvit_engine.observe.report.report import render, write_report
 from fastvit_engine.observe.run_folder import RunFolder
@@ -240,6 +241,28 @@ def test_the_time_of_a_step_is_divided_into_its_parts(make_run: MakeRun) -> None
 def test_an_older_run_has_no_parts_of_a_step(make_run: MakeRun) -> None:
     page = page_of(make_run([train_row(1), train_row(2)]).path)
     assert "Parts of a step" not in page.headings and "Where the time of a step goes" not in page.headings
+
+
+def profile(**changes: Any) -> str:
+    line = {"name": "<gemm>", "seconds": 0.03, "share": 0.75, "calls": 30, "kind": "matrix products"}
+    whole = {"steps": [10, 11], "rank": 3, "host": "node-1", "device": "cpu", "kinds": [line], "kernels": [line] * 50}
+    return json.dumps(whole | changes)
+
+
+def test_profiles_are_tables(make_run: MakeRun) -> None:
+    run = make_run([train_row(840)])
+    (run.path / "profile").mkdir()
+    path = run.path / "profile" / "rank-3-steps-10-11.json"
+    path.write_text(profile())
+    page = page_of(run.path)
+    page.check()
+    text = " ".join(page.text.split())
+    assert "Profile by kind Mean of 2 steps from step 10 on, rank 3 on node-1 (cpu)." in text
+    assert "The 20 of 50 kernels" in text and text.count("<gemm> 15 75.0 % 15") == 21
+    for damaged in ("[]", profile(steps=[]), profile(kernels=[{}]), profile(kinds=5), "{"):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"rank-3-steps-10-11\.json (does not hold the tables|is not valid JSON)"):
+            load_run(run.path)
 
 
 CLASSES = {
