@@ -17,6 +17,7 @@ from fastvit_engine.commands import (
     config,
     convert,
     data,
+    doctor,
     evaluate,
     export,
     features,
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastvit-engine {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (
-        train, evaluate, predict, fewshot, features, plan, data, config, report, export, convert, stacks, bench,
+        train, evaluate, predict, fewshot, features, plan, doctor, data, config, report, export, convert, stacks, bench,
     ):  # fmt: skip
         command.add(commands)
     return parser

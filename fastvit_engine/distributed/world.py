@@ -105,11 +105,16 @@ def _through(store: dist.Store | None, timeout: timedelta) -> dict[str, Any]:
 
 
 @contextmanager
-def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> Iterator[World]:
+def join_world(
+    timeout_seconds: float = 1800.0,
+    dumps: Path | None = None,
+    introduce: Callable[[dist.Store], None] = lambda store: None,
+) -> Iterator[World]:
     """Joins the processes that RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe; leaves after.
 
     `timeout_seconds`: that a process waits for the others to join, and in any collective operation until
     `limit_collectives` says otherwise. `dumps`: folder for what NCCL has to tell of an operation that timed out.
+    `introduce`: called, if there are several processes, when all have reported and none has joined, with their store.
     Raises RestartError if not all processes join, UserError if one of them has ended because of bad input.
     """
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -126,6 +131,8 @@ def join_world(timeout_seconds: float = 1800.0, dumps: Path | None = None) -> It
     try:
         timeout = timedelta(seconds=timeout_seconds)
         store = call_roll(timeout_seconds)
+        if store is not None:
+            introduce(store)
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, **_through(store, timeout))
     except RuntimeError as error:
         cause = collective_failure(error)

@@ -2,8 +2,9 @@ import sys
 
 import pytest
 
-from benchmarks.apex_detection import EXTENSIONS, need_apex, obstacle
+from benchmarks.apex_detection import need_apex
 from benchmarks.registry import Unusable
+from fastvit_engine.doctor.apex import EXTENSIONS, obstacle
 
 NORM = "apex.normalization.fused_layer_norm"
 

@@ -39,7 +39,9 @@ SHOWN_BY = {
     "fastvit_engine/commands/data/verify.py": ["data verify"],
     "fastvit_engine/commands/data/bench.py": ["data bench"],
 }
-OTHER_PROGRAMS = {"--editable", "--ntasks", "--array", "--head", "--address"}  # of pip, srun, sbatch and ray
+# Of pip, srun, sbatch and ray; torchrun, docker and nvidia-smi.
+OTHER_PROGRAMS = {"--editable", "--force-reinstall", "--ntasks", "--cpus-per-task", "--mem", "--array", "--head"}
+OTHER_PROGRAMS |= {"--address", "--nproc-per-node", "--shm-size", "--ulimit", "--status"}
 
 
 def _sentences() -> Iterator[tuple[str, int, str]]:

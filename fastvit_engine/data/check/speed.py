@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -113,14 +113,21 @@ def time_stages(config: Config, data: TrainingData, images: int) -> StageTimes:
 def stages(
     config: Config, data: TrainingData, images: int
 ) -> Iterator[tuple[np.ndarray, tuple[StageSeconds, StageSeconds]]]:
-    """The first images of a run (uint8 [S, S, 3], valid until the next), each with the (CPU, wall) seconds it took.
+    """The first images of a run (uint8 [S, S, 3], valid until the next), each with the (CPU, wall) seconds it took."""
+    yield from stages_of(config, _samples(config, data, images))
+
+
+def stages_of(
+    config: Config, samples: Iterable[tuple[Sample, list[float]]]
+) -> Iterator[tuple[np.ndarray, tuple[StageSeconds, StageSeconds]]]:
+    """As `stages`, of samples with the random numbers of their crops, see `draw_crops`.
 
     It is what a worker does, one image after the other. A sample without a usable image is left out.
     """
     size, workspace, keys = config.model.image_size, Workspace(), SampleKeys.of(config.data)
     out = np.empty((size, size, 3), np.uint8)
     marks = [_now()]
-    for sample, draws in _samples(config, data, images):
+    for sample, draws in samples:
         try:
             read_labels(sample, keys, config.model.num_classes)
             marks.append(_now())

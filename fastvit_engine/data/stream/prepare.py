@@ -170,6 +170,23 @@ def _find_index(
     return _local_index(shards, split, config, fallback)
 
 
+def index_at_hand(shards: Sequence[str], config: Config, copies: Path) -> Index | None:
+    """The index that data.index names or that lies beside `shards`; None if there is none that a run could use.
+
+    A remote one is copied into the folder `copies`. Raises UserError if that of data.index cannot be used.
+    """
+    label_key = config.data.label_key
+    if config.data.index is not None:
+        index = open_index(any_path(config.data.index), copies, label_key=label_key)
+        return _unchanged_in_size(index.select(shards))
+    folders = {os.path.dirname(shard) for shard in shards}
+    if not all(map(is_local, shards)):
+        return _remote_index(shards, label_key, copies)
+    known = _known_index(Path(folders.pop()) / INDEX_NAME) if len(folders) == 1 else None
+    fits = known is not None and known.label_key == label_key and _describes(known, shards)
+    return known.select(shards) if known is not None and fits else None
+
+
 def _local_index(shards: Sequence[str], split: Split, config: Config, fallback: Path) -> Index:
     """The index beside shards of this machine or in the folder `fallback`, which is made if it is missing."""
     folders = {os.path.dirname(shard) for shard in shards}

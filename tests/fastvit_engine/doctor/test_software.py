@@ -1,0 +1,115 @@
+"""Versions that do not fit together, packages that are missing, and the wrong apex; each in a faked environment."""
+
+import importlib.metadata
+import sys
+
+import pytest
+
+from fastvit_engine.doctor import software
+from fastvit_engine.doctor.findings import Status
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder of packages that come first; `site(name, version, *requirements)` installs one."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def install(name, version, *requirements):
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        lines = [
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}",
+            *map("Requires-Dist: {}".format, requirements),
+        ]
+        (folder / "METADATA").write_text("\n".join(lines) + "\n")
+
+    install.folder = tmp_path
+    return install
+
+
+def found(subject):
+    return {one.subject: one for one in software.check_software()}[subject]
+
+
+def test_this_environment_is_well():
+    assert [one for one in software.check_software() if one.status in (Status.PROBLEM, Status.WARNING)] == []
+    assert found("torch").same == importlib.metadata.version("torch")
+
+
+@pytest.mark.parametrize(
+    ("installed", "status"),
+    [("3.7.1", Status.OK), ("3.7.1+git1234", Status.OK), ("3.6.0", Status.PROBLEM)],
+)
+def test_triton_must_be_the_one_that_torch_was_built_with(site, installed, status):
+    site("torch", "2.13.0+cu130", "triton==3.7.1; platform_system == 'Linux'", "numpy; extra == 'other'")
+    site("triton", installed)
+    finding = found("torch and triton")
+    assert finding.status == status
+    if status == Status.PROBLEM:
+        assert "torch 2.13.0+cu130 was built with triton==3.7.1, and triton 3.6.0 is installed" in finding.found
+        assert finding.advice == "pip install 'triton==3.7.1'"
+
+
+def test_cuda_libraries_must_be_those_of_torch(site):
+    site("torch", "2.13.0", "nvidia-nccl-cu13==2.29.1", "nvidia-cudnn-cu13==9.1", "cuda-toolkit[nvrtc]==13.0.1")
+    site("nvidia-nccl-cu13", "2.28.9")
+    site("nvidia-cudnn-cu13", "9.1")
+    finding = found("CUDA libraries")
+    assert finding.status == Status.WARNING
+    assert "nvidia-nccl-cu13 is 2.28.9, not ==2.29.1; cuda-toolkit is not installed, not ==13.0.1" in finding.found
+
+
+def test_packages_that_the_engine_needs_are_named_with_the_version(site, monkeypatch):
+    requirements = ["deepspeed>=0.19.8; extra == 'train'", "pillow; extra == 'train'", "ray; extra == 'ray'"]
+    site("fastvit-engine", "0.1.0", *requirements)
+    site("deepspeed", "0.18.0")
+    version = software._version
+    monkeypatch.setattr(software, "_version", lambda name: None if name == "pillow" else version(name))
+    assert found("deepspeed").found == "deepspeed 0.18.0 is installed, and the engine needs >=0.19.8"
+    assert found("deepspeed").advice == "pip install 'deepspeed>=0.19.8'"
+    assert found("pillow").found == "pillow is not installed, and training needs it"
+    assert found("pillow").status == Status.PROBLEM
+
+
+def test_a_prerelease_of_a_vendor_counts_as_its_release(site):
+    site("fastvit-kernels", "0.1.0", "torch>=2.11")
+    site("torch", "2.11.0a0+nv25.11")
+    assert found("torch").status == Status.OK
+
+
+def test_the_other_apex_is_named_and_never_imported(site):
+    package = site.folder / "apex"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('imported')")
+    finding = found("apex")
+    assert finding.status == Status.WARNING
+    assert f"the apex in {package} is not NVIDIA's but a toolkit for a web framework" in finding.found
+    assert finding.advice.startswith("pip uninstall apex")
+    assert "apex" not in sys.modules
+
+
+def test_nvidias_apex_is_described_by_what_it_can_do(site):
+    for name in (
+        "apex/__init__.py",
+        "apex/multi_tensor_apply/__init__.py",
+        "apex/optimizers/fused_adam.py",
+        "amp_C.py",
+    ):
+        path = site.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    assert found("apex").found == "NVIDIA's, with amp_C"
+
+
+def test_a_torch_that_does_not_import_says_why(monkeypatch):
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "torch":
+                raise ImportError("libcudart.so.13: cannot open shared object file")
+
+    with monkeypatch.context() as patch:
+        patch.delitem(sys.modules, "torch")
+        patch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+        finding = next(iter(software._import_torch()))
+    assert finding.status == Status.PROBLEM
+    assert "does not import: ImportError: libcudart.so.13: cannot open shared object file" in finding.found
