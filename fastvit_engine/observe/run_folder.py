@@ -133,6 +133,11 @@ class RunFolder:
         return self.path / "samples.json"
 
     @property
+    def classes(self) -> Path:
+        """How well each class is recognised, and which are confused."""
+        return self.path / "classes.json"
+
+    @property
     def bad_samples(self) -> Path:
         return self.path / "bad_samples.jsonl"
 

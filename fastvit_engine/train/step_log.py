@@ -29,6 +29,7 @@ class StepLog:
         seen = job.schedule.samples(state.step)
         self.bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share, seen=seen, bad=state.bad_samples)
         self._data_wait = DataWait(config.data.num_workers)
+        job.times.clear()
         self._first_step = self._last_logged = state.step
 
     def watch(self, batches: Iterable[Batch]) -> Generator[Batch]:
@@ -51,9 +52,12 @@ class StepLog:
         job, world = self.job, self.job.world
         batch_size = job.config.train.global_batch_size
         seconds, waited = self.stopwatch.read()
-        job.processes.stragglers.log_step(waited, seconds, step, self.recorder)
-        waited, *stage_seconds = world.sum([waited / seconds, *self._data_wait.take()]).tolist()
-        wait_share = waited / world.size
+        parts = job.times.take()
+        job.processes.stragglers.log_step(waited, parts["forward"], seconds, step, self.recorder)
+        own = [part / seconds for part in (waited, *parts.values())]
+        sums = world.sum([*own, *self._data_wait.take()])
+        wait_share, forward, backward, update = (sums[: len(own)] / world.size).tolist()
+        stage_seconds = sums[len(own) :].tolist()
         samples_hash = world.sum_int64(sum(hash_keys(batch.keys) for batch in trace.batches) % 2**64)
         memory_bytes = int(world.max([peak_memory_bytes(world.device)]).item())
         bad_count = self.bad_samples.settle(world, self.recorder)
@@ -70,6 +74,9 @@ class StepLog:
                     "images_per_second": rate,
                     "mfu": job.utilization.mfu(rate),
                     "data_wait": wait_share,
+                    "forward": forward,
+                    "backward": backward,
+                    "update": update,
                     "memory_bytes": memory_bytes,
                     "samples_hash": f"{samples_hash:016x}",
                     "seconds": self.stopwatch.total,
