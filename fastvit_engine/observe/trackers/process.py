@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -112,9 +111,9 @@ class TrackerProcess:
         return line.decode(errors="replace").strip() or f"its process ended with code {self._process.wait()}"
 
     def _kill(self) -> None:
-        with suppress(ProcessLookupError):
+        if self._process.poll() is None:  # else its number may be another's by now
             os.killpg(self._process.pid, signal.SIGKILL)  # the library's own processes, too
-        self._process.wait()
+            self._process.wait()
 
 
 def _start(module: str) -> "subprocess.Popen[bytes]":
