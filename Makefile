@@ -15,7 +15,7 @@ $(MAKE) --no-print-directory types > $(VENV)/types.log 2>&1 & types=$$!; failed=
 	$(1) || failed=$$?; wait $$types || failed=1; cat $(VENV)/types.log; exit $$failed
 endef
 
-.PHONY: help quickstart test test-all lint style types format docs hub-kernel wheels clean
+.PHONY: help quickstart test test-all lint style types format docs site hub-kernel wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -53,6 +53,10 @@ docs: $(VENV)/.installed  ## write the generated pages: docs/configuration.md, a
 	$(BIN)/fastvit config explain --markdown > docs/configuration.md.tmp
 	mv docs/configuration.md.tmp docs/configuration.md
 	$(BIN)/fastvit bench readme
+
+site: $(VENV)/.installed  ## build the documentation site, into build/site
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./kernels --editable '.[docs]'
+	$(BIN)/python -m sphinx --quiet --fail-on-warning -c docs -d build/doctrees . build/site
 
 hub-kernel: $(VENV)/.installed  ## write the kernels for Hugging Face's `kernels` package, to build/fastvit-kernels
 	rm -rf build/fastvit-kernels

@@ -19,7 +19,7 @@ PYTHON = [sys.executable, "-m"]
 STARTING = 20  # seconds until a program looks at its clock
 GPU_LOST = 3  # the tuner's exit code if another process can continue
 CURRENT = "ptxas 13.3"  # of `launch/wheels.txt`
-VARIANTS = ("fastvit ZeRO-1", "fastvit", "timm compile cudnn", "timm")
+VARIANTS = ("fastvit ZeRO-1", "fastvit", "timm compile cudnn", "timm", "fastvit CUDA graph")
 ATTENTION_SHAPES = ("H/14 gap", "H/14", "B/16", "H/14@336")  # 256, 257, 197 and 577 tokens
 ATTENTION_PROVIDERS = ("fastvit", "sdpa cudnn", "sdpa flash")
 

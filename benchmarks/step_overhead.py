@@ -54,6 +54,7 @@ from fastvit_engine.observe.environment import collect_environment
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.defaults import choose, machine_of
 from fastvit_engine.train import loop
+from fastvit_engine.train.observers import Observers
 from fastvit_engine.train.schedule import Schedule
 from fastvit_engine.train.start import Start
 from fastvit_kernels import FusedCrossEntropy
@@ -326,7 +327,8 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path, batches: Ite
     )
     watchdog = Watchdog(run, world, resolved.config.watchdog)  # not entered: loops are blocked between their turns
     chosen = choose(resolved.config, machine_of(world))
-    loop._train(resolved, chosen, run, start, world, watchdog, Preemption(), Ownership(), Records(run))
+    records, observers = Records(run), Observers(exporter=None)
+    loop._train(resolved, chosen, run, start, world, watchdog, Preemption(), Ownership(), records, observers)
     return load_file(folder / "model.safetensors")
 
 

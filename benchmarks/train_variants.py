@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import step_overhead
+from benchmarks.cuda_graph import Captured
 from benchmarks.peers import MAX_AUTOTUNE, need, need_vision
 from benchmarks.registry import Unusable
 from benchmarks.shapes import Shape
@@ -86,15 +87,21 @@ class Variant:
     slow: str | None = None  # why a quick run on a CPU leaves it out
 
 
-def bare_loop(setup: Setup, model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor]) -> Step:
-    """Autocast, backward pass, clipping, AdamW: what a training script without an engine does."""
+def bare_loop(
+    setup: Setup, model: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], *, capturable: bool = False
+) -> Step:
+    """Autocast, backward pass, clipping, AdamW: what a training script without an engine does.
+
+    A `capturable` step keeps all that changes from step to step on the device, and may be captured in a CUDA graph.
+    """
     config = setup.config()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer),
         lr=LEARNING_RATE,
         betas=config.optimizer.betas,
         eps=config.optimizer.eps,
-        fused=setup.world.device.type == "cuda",
+        fused=capturable or setup.world.device.type == "cuda",
+        capturable=capturable,
     )
     parameters = list(model.parameters())
 
@@ -113,6 +120,18 @@ def bare_loop(setup: Setup, model: nn.Module, loss_of: Callable[[Tensor, Tensor]
 def fastvit(setup: Setup) -> Step:
     model, criterion = setup.our_model().train(), FusedCrossEntropy()
     return bare_loop(setup, model, lambda images, labels: criterion(model(images), labels))
+
+
+def fastvit_graph(setup: Setup) -> Step:
+    if setup.world.device.type != "cuda":
+        raise Unusable("a CUDA graph needs a GPU")
+    return Captured(graph_step(setup))
+
+
+def graph_step(setup: Setup) -> Step:
+    """The step of `fastvit`, ready to be captured."""
+    model, criterion = setup.our_model().train(), FusedCrossEntropy()
+    return bare_loop(setup, model, lambda images, labels: criterion(model(images), labels), capturable=True)
 
 
 def fastvit_deepspeed(stage: int) -> Callable[[Setup], Step]:
@@ -270,6 +289,13 @@ VARIANTS = (
     ),
     Variant("timm", "timm, eager", timm()),
     Variant("timm compile", "timm, torch.compile", timm("default"), slow=COMPILES),
+    Variant(
+        "fastvit CUDA graph",
+        "the bare loop, each step one CUDA graph",
+        fastvit_graph,
+        ours=True,
+        flops=computed_flops,
+    ),
     Variant("fastvit ZeRO-3", "at ZeRO 3", fastvit_deepspeed(3), ours=True, flops=computed_flops),
     Variant(
         "timm compile cudnn", "timm, torch.compile, cuDNN attention first", timm("default", cudnn=True), slow=COMPILES

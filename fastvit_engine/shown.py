@@ -6,6 +6,7 @@ run. Names of classes, samples and files come from data that nobody vouches for;
 
 import re
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, TextIO
 
@@ -85,8 +86,19 @@ def recorded(value: Any) -> Any:
     return value
 
 
+_make_way: Callable[[], None] | None = None
+
+
+def before_saying(make_way: Callable[[], None]) -> None:
+    """From now on, `say` calls this first: a live display erases what it has drawn."""
+    global _make_way
+    _make_way = make_way
+
+
 def say(text: str, *, file: TextIO | None = None, end: str = "\n") -> None:
     """Prints the text as `shown_lines` has it, to stdout unless another stream is given, and flushes."""
+    if _make_way is not None:
+        _make_way()
     print(shown_lines(text), file=sys.stdout if file is None else file, end=end, flush=True)
 
 

@@ -15,8 +15,10 @@ ALLOWED = {
     "root, or not root": r"root may write anywhere|network namespaces need root|cannot mount a .* file system here",
     "the operating system": r"reads /proc|relies on Linux|no network namespaces here|has no route to anywhere",
     "a program that pip does not install": (
-        r"needs (ssh|ssh-keygen|sshd|pdsh|openssl to .*)$|need iproute2$|\(slurm-wlm and munge\)$"
+        r"no Prometheus$|^no Chromium$|needs (ssh|ssh-keygen|sshd|pdsh|openssl to .*)$|need iproute2$|"
+        r"\(slurm-wlm and munge\)$"
     ),
+    "a tracker that the tests do not need": r"^(mlflow|trackio) is not installed$",
     "a peer of the benchmarks that the tests do not need": r"^(dali|spdl) is not installed$",
     "real shards beside the checkout": r"no real shards at |no CIFAR-10 shards in \.\./shared/data",
     "weights of others, kept out of the repository, and what reads them": (

@@ -34,7 +34,7 @@ class Finder(importlib.machinery.PathFinder):
         return None if name.partition(".")[0] in hidden else super().find_spec(name, path, target)
 sys.meta_path[:] = [Finder if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
 """
-# Imports every module of a package. Those of integrations/ may lack the one library that they are named after.
+# Imports every module of a package. Those of integrations/ and trackers/ may lack the library they are named after.
 IMPORT_ALL = """
 import importlib, pkgutil
 package = importlib.import_module(sys.argv[1])
@@ -44,8 +44,8 @@ for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if name != "__main__":
             importlib.import_module(module.name)
     except ModuleNotFoundError as error:
-        optional = error.name.partition(".")[0]  # what an integration is for, and Ray
-        if not (folder == "integrations" and optional == name) and not name.startswith(f"{optional}_"):
+        optional = error.name.partition(".")[0]  # what an integration or a tracker is for, and Ray
+        if not (folder in ("integrations", "trackers") and optional == name) and not name.startswith(f"{optional}_"):
             raise
 print(package.__file__, package.__version__)
 """
@@ -180,7 +180,7 @@ def test_every_dependency_of_a_developer_has_a_pinned_version() -> None:
             assert version
             pinned.add(canonicalize_name(name))
     tables = {"fastvit-kernels": project(ROOT / "kernels"), "fastvit-engine": project(ROOT)}
-    waiting, seen, external = [("fastvit-engine", frozenset({"dev"}))], set(), set()
+    waiting, seen, external = [("fastvit-engine", frozenset({"dev", "docs"}))], set(), set()
     while waiting:
         name, extras = waiting.pop()
         if name not in OURS:

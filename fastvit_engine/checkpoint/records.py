@@ -24,9 +24,10 @@ from fastvit_engine.storage.stores import open_store
 _FOLDERS = ("", "configs", "tensorboard")  # that records are in
 _RECORD = re.compile(
     r"config\.yaml|configs/config-[0-9]+\.yaml|environment\.json|(metrics|events|bad_samples)\.jsonl|recovery\.json|"
-    r"samples\.json|tensorboard/events\.out\.[A-Za-z0-9._-]+"
+    r"samples\.json|classes\.json|trackers\.json|tensorboard/events\.out\.[A-Za-z0-9._-]+"
 )
-_STACKS = re.compile(r"stacks/[A-Za-z0-9._-]+\.txt")  # of the processes on this machine: uploaded, and never fetched
+# Of the processes on this machine: uploaded, and never fetched.
+_LOCAL = re.compile(r"stacks/[A-Za-z0-9._-]+\.txt|profile/[A-Za-z0-9._-]+\.(txt|json|json\.gz)")
 _LOGS = ("events.jsonl", "bad_samples.jsonl")  # of which no line is ever removed
 _AT_ONCE = 2**25  # bytes of a file that is uploaded with one request
 _Version = tuple[int, int, int]  # of a file of the working folder
@@ -103,7 +104,7 @@ class Records:
         events = contents.get("events.jsonl")
         was_here = events is not None and _begins_with(self._run.events, events)  # when it was last run
         for name in self._versions():
-            if name not in contents and not (was_here and _STACKS.fullmatch(name)):
+            if name not in contents and not (was_here and _LOCAL.fullmatch(name)):
                 (self._run.path / name).unlink()
         for name, content in contents.items():
             path = self._run.path / name
@@ -116,14 +117,14 @@ class Records:
     def _versions(self) -> dict[str, _Version]:
         """The records in the working folder."""
         found = {}
-        for folder in (*_FOLDERS, "stacks"):
+        for folder in (*_FOLDERS, "stacks", "profile"):
             try:
                 paths = sorted((self._run.path / folder).iterdir())
             except FileNotFoundError:
                 continue
             for path in paths:
                 name = path.relative_to(self._run.path).as_posix()
-                if _RECORD.fullmatch(name) or _STACKS.fullmatch(name):
+                if _RECORD.fullmatch(name) or _LOCAL.fullmatch(name):
                     with contextlib.suppress(FileNotFoundError):  # removed meanwhile
                         found[name] = _version(path)
         return found

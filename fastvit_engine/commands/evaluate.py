@@ -135,9 +135,10 @@ def _evaluate(source: str, resolved: "Resolved", args: argparse.Namespace) -> tu
         say(f"note: {note}", file=sys.stderr)
     if args.classes is None and names is None:
         names = None if data_names is None else tuple(data_names)
+    confusion = Confusion(record.right, record.ranked)
     if args.out is not None:
-        _write(Confusion(record), names, args.out)
-    return figures, [] if args.json else _weakest(Confusion(record), names)
+        _write(confusion, names, args.out)
+    return figures, [] if args.json else _weakest(confusion, names)
 
 
 def _write(confusion: "Confusion", names: "tuple[str, ...] | None", out: "Path") -> None:

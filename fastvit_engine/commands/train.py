@@ -121,9 +121,11 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.observe.run_folder import run_folder
     from fastvit_engine.sizing.defaults import choose, machine_here
     from fastvit_engine.train.first_weights import fill_in
+    from fastvit_engine.train.observers import check_installed
     from fastvit_engine.train.start import preflight, report_damage
     from fastvit_engine.trusted_folders import trust_compiled_code
 
+    check_installed(resolved.config.observe)
     run = run_folder(args.out or f"runs/{resolved.config.name}")
     resume = args.resume == "auto"
     if launched_by_cluster():

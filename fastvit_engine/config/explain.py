@@ -150,6 +150,8 @@ def _type(kind: Any) -> str:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple:
         if Ellipsis in arguments:
+            if get_origin(arguments[0]) is Literal:
+                return f"list of {', '.join(get_args(arguments[0]))}"
             return "list of sources" if arguments[0] is DataSource else "list of numbers"
         return f"list of {len(arguments)} numbers"
     return _NAMES[origin or kind]

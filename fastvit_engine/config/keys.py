@@ -78,6 +78,10 @@ _ALIASES = {  # words from other code bases, whatever section they are looked fo
     "checkpoint.every": "save_every save_interval save_freq checkpoint_every checkpoint_interval save_steps ckpt_every",
     "checkpoint.keep": "save_total_limit max_checkpoints keep_last",
     "checkpoint.path": "checkpoint_dir ckpt_dir save_dir",
+    "observe.trackers": "wandb use_wandb mlflow trackio tensorboard report_to logger loggers tracker log_wandb",
+    "observe.project": "wandb_project experiment_name project_name mlflow_experiment",
+    "observe.prometheus_port": "prometheus metrics_port",
+    "train.profile.steps": "profiler profile_steps torch_profiler",
     "zero.stage": "zero_stage",
     "zero.offload": "cpu_offload offload_optimizer",
 }

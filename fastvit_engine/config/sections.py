@@ -4,6 +4,7 @@ The string under a field is its documentation: `fastvit config explain` and docs
 value is, its unit, and what null means.
 """
 
+import re
 from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
@@ -50,13 +51,16 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
 # Bounds are wide: they keep out what nobody means, and what would overflow, never end or fill the memory.
 _MOST_SAMPLES = 2**20  # of one batch
 _MONTH = 2_592_000.0  # seconds
+MOST_PROFILED = 20  # steps
 Ratio = Annotated[float, Field(gt=0.01, le=100)]
 LearningRate = Annotated[float, Field(le=1e30)]  # finite in fp32, as are a few hundred updates
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Shots = Annotated[int, Field(gt=0, le=1_000_000)]
+Rank = Annotated[int, Field(ge=0, lt=1_000_000)]
 AreaFraction = Annotated[float, Field(gt=0, le=1)]
 PixelMean = Annotated[float, Field(ge=0, le=1)]
 PixelDeviation = Annotated[float, Field(gt=0.002, le=1)]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 EvalTransform = Literal["timm", "big_vision", "fast"]
 CropKind = Literal["inception", "tensorflow", "resize"]
 BEFORE_EVAL_TRANSFORM: EvalTransform = "fast"  # of runs that are older than data.eval_transform
@@ -265,6 +269,40 @@ class AugmentConfig(_Section):
     sixteen of big_vision, with its strengths, nearest pixels and cutout."""
 
 
+def _window(text: str) -> str:
+    """Steps to profile, if they can be: they are recorded in memory."""
+    first, last = profiled_steps(text)
+    if not 1 <= first <= last:
+        raise ValueError("the first step is 1, and the last must not come before the first")
+    if last - first >= MOST_PROFILED:
+        raise ValueError(f"at most {MOST_PROFILED} steps can be profiled")
+    return text
+
+
+def profiled_steps(text: str) -> tuple[int, int]:
+    """The first and the last step of "100-105", or of "100"."""
+    if re.fullmatch(r"[0-9]{1,18}(-[0-9]{1,18})?", text) is None:
+        raise ValueError("write the first and the last step, such as 100-105")
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
+def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("name each one once")
+    return values
+
+
+class ProfileConfig(_Section):
+    """Some steps recorded by PyTorch's profiler, as a trace and as a table by kernel in profile/ of the run folder."""
+
+    steps: Annotated[str, AfterValidator(_window)] | None = None
+    """First and last step to profile, such as 100-105, at most 20; null: none."""
+
+    ranks: Annotated[tuple[Rank, ...], AfterValidator(_distinct)] = Field((0,), min_length=1)
+    """Processes to profile, by rank."""
+
+
 class TrainConfig(_Section):
     """Length of the training, batch size, and numerical precision."""
 
@@ -292,6 +330,8 @@ class TrainConfig(_Section):
 
     log_every: int = Field(50, gt=0)
     """Steps between two rows of metrics."""
+
+    profile: ProfileConfig = ProfileConfig()
 
 
 class InitConfig(_Section):
@@ -478,6 +518,24 @@ class WatchdogConfig(_Section):
     """Consecutive measurements, at least five seconds apart, in which a process must be slow to be reported."""
 
 
+class ObserveConfig(_Section):
+    """How a run can be watched while it trains, besides its log and the files of its folder."""
+
+    trackers: Annotated[tuple[TrackerName, ...], AfterValidator(_distinct)] = ("tensorboard",)
+    """Programs that draw the metrics, such as [tensorboard, wandb]; [] for none. All but tensorboard are packages of
+    their own: pip install 'fastvit-engine[wandb]'."""
+
+    project: str = Field("fastvit", min_length=1)
+    """Project of wandb and trackio, and experiment of mlflow, in which the run appears under the name of its folder."""
+
+    prometheus_port: int | None = Field(None, gt=0, lt=65536)
+    """Port at which rank 0 serves the metrics to Prometheus; null: none. Needs pip install
+    'fastvit-engine[prometheus]'."""
+
+    prometheus_host: str = "127.0.0.1"
+    """Address of that port. The default lets only this machine connect; 0.0.0.0: every machine that can reach it."""
+
+
 class Config(_Section):
     """Everything that defines a run. `--set section.key=value` overrides one value."""
 
@@ -501,6 +559,7 @@ class Config(_Section):
     zero: ZeroConfig = ZeroConfig()
     health: HealthConfig = HealthConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    observe: ObserveConfig = ObserveConfig()
 
     deepspeed: dict[str, Any] = {}
     """Further settings of DeepSpeed, merged over the configuration that the engine writes for it. Keys that another

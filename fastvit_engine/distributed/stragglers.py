@@ -5,11 +5,7 @@ forward pass gathers parameters from all ranks, so that only the wait for data c
 """
 
 import statistics
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
-import torch
+from collections.abc import Sequence
 
 from fastvit_engine.config import WatchdogConfig
 from fastvit_engine.distributed.world import World
@@ -49,35 +45,19 @@ class Stragglers:
         self._interval_seconds = 0.0
         self._work = [0.0] * world.size  # seconds of each rank's own work in this interval
         self._streaks = [0] * world.size  # consecutive intervals in which each rank was slow
-        self._seconds = 0.0  # of this rank's forward passes since the last log step
-        self._on_gpu: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.work_shares: list[float] = []  # of each rank: its own work in the last interval between log steps
 
-    @contextmanager
-    def forward(self) -> Iterator[None]:
-        """Times a forward pass; on a GPU by events in its stream, without waiting for them."""
-        if not self.measures_forward:
-            yield
-        elif self.world.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            end.record()
-            self._on_gpu.append((start, end))
-        else:
-            started = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - started
+    def log_step(self, waited: float, forward: float, seconds: float, step: int, recorder: Recorder | None) -> None:
+        """Adds the time since the last log step, and names slow ranks; collective.
 
-    def log_step(self, waited: float, seconds: float, step: int, recorder: Recorder | None) -> None:
-        """Adds the time since the last log step, and names slow ranks; collective. The device must be idle.
-
-        seconds: since that step. waited: what of them this rank has waited for data.
+        seconds: since that step. waited, forward: what of them this rank has waited for data, and spent on forward
+        passes.
         """
         if self.world.size == 1:
             return
-        own = waited + self._seconds + sum(start.elapsed_time(end) for start, end in self._on_gpu) / 1000
-        self._seconds, self._on_gpu = 0.0, []
+        own = waited + (forward if self.measures_forward else 0.0)
         work = self.world.sum([own if rank == self.world.rank else 0.0 for rank in range(self.world.size)]).tolist()
+        self.work_shares = [own / seconds for own in work]
         for rank, ratio in self._slow_ranks(work, seconds):
             part = "data and forward pass" if self.measures_forward else "data"
             message = (

@@ -52,7 +52,8 @@ class Watchdog:
 
     def __init__(self, run: RunFolder, world: World, config: WatchdogConfig) -> None:
         self.run, self.world, self.config = run, world, config
-        self.on_phase: Callable[[str], None] = lambda name: None  # who else wants to know
+        self.on_phase: Callable[[str], None] | None = None  # called when a phase begins
+        self.on_start_phase: Callable[[str], None] = lambda name: None  # likewise, to show what a start does
         self.on_step: Callable[[], None] = lambda: None
         self._status = RankStatus(world.rank, socket.gethostname())
         self._statuses = [self._status]  # of all ranks, as last heard
@@ -80,7 +81,9 @@ class Watchdog:
         starting = before.step == self._first_step  # data workers start, kernels are compiled
         self._status = replace(before, phase=name, marks=before.marks + 1, slow=slow or starting)
         self._phase_began = time.monotonic()
-        self.on_phase(name)
+        self.on_start_phase(name)
+        if self.on_phase is not None:
+            self.on_phase(name)
 
     def step_done(self, step: int) -> None:
         """Reports that `step` optimizer steps are done."""
@@ -104,6 +107,12 @@ class Watchdog:
     def hosts(self) -> list[str]:
         """The host of each rank."""
         return [status.host for status in self._statuses]
+
+    @property
+    def last_heard(self) -> list[tuple[RankStatus, float]]:
+        """Of each rank its last status, and the seconds since it sent one."""
+        now = time.monotonic()
+        return [(status, now - heard) for status, heard in zip(self._statuses, self._heard, strict=False)]
 
     def request_stacks(self) -> None:
         """Asks every rank for its stack traces; may be called from any thread."""

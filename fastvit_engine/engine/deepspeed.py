@@ -33,6 +33,7 @@ ENGINE_INTERNALS = (
     "basic_optimizer",
     "clip_fp32_gradients",
     "destroy",
+    "enable_backward_allreduce",
     "fp16_enabled",
     "global_samples",
     "global_steps",
@@ -119,6 +120,9 @@ class DeepSpeedEngine:
             raise UserError("checkpoints of state that DeepSpeed keeps on NVMe are not supported: offload to cpu")
         self.zero_stage: int = engine.zero_optimization_stage()
         _keep_fp32_gradient_norm(engine)
+        if self._layout.only_reduces and torch.distributed.get_world_size() == 1:
+            # With nobody to reduce with, DeepSpeed still copies all gradients to a buffer and back, rounded to 16 bits.
+            engine.enable_backward_allreduce = False
         self._layout.begin()
         self._frozen = frozen_weights(engine, self._layout)
 
@@ -364,6 +368,7 @@ class Layout(ABC):
 
     title: ClassVar[str]
     internals: ClassVar[tuple[str, ...]]  # what `self.optimizer` must have
+    only_reduces: ClassVar[bool] = True  # what follows a backward pass; ZeRO's stages also partition there
 
     def __init__(self, engine: Any) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
@@ -486,6 +491,7 @@ class Zero1And2(Layout):
     """DeepSpeedZeroOptimizer: each rank's part of a flattened group."""
 
     title = "optimizer for ZeRO-1 and ZeRO-2"
+    only_reduces = False
     internals = (
         "_global_grad_norm",
         "_release_preflattened_grad_buffers",
@@ -558,6 +564,7 @@ class Zero3(Layout):
     """DeepSpeedZeroOptimizer_Stage3: the rank's part of each parameter, one after the other."""
 
     title = "optimizer for ZeRO-3"
+    only_reduces = False
     internals = (
         "_global_grad_norm",
         "_overflow_clean_up",

@@ -8,8 +8,9 @@ import io
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from fastvit_engine.data import Batch
 from fastvit_engine.data.stream.batch import targets
 from fastvit_engine.distributed.world import World
+from fastvit_engine.evaluate.record import Integers
 from fastvit_engine.observe.metrics import EvalRow
 from fastvit_kernels import FusedCrossEntropy
 
@@ -33,11 +35,19 @@ class Accuracy:
     samples: int
 
 
+class Answers(NamedTuple):
+    """What the model says of each image."""
+
+    right: Integers  # [N, G] labels, filled up with -1
+    ranked: Integers  # [N, up to 5] outputs by score
+    examples: list[Example]  # of the first images of this process
+
+
 class Classification:
     """The evaluator of `data.eval`.
 
-    batches: begins a pass over the images, the same number of batches on every process. on_examples: takes the step and
-    what the model says of the first `shown` images of this process.
+    batches: begins a pass over the images, the same number of batches on every process. shown: of how many images of
+    this process `on_answers` gets what the model says.
     """
 
     name = "eval"
@@ -50,17 +60,20 @@ class Classification:
         *,
         every_steps: int,
         shown: int = 0,
-        on_examples: Callable[[int, list[Example]], None] | None = None,
+        on_answers: Callable[[int, str, Answers], None] | None = None,
     ) -> None:
+        """`on_answers` takes the step, the name of the row, and the answers of all processes."""
         self.batches, self.criterion, self.world, self.every_steps = batches, criterion, world, every_steps
-        self.shown, self.on_examples = shown, on_examples
+        self.shown, self.on_answers = shown, on_answers
 
     def run(self, model: nn.Module, *, step: int, name: str) -> list[EvalRow]:
         started = time.perf_counter()
-        accuracy, examples = evaluate(model, self.batches(), self.criterion, self.world, shown=self.shown)
+        accuracy, answers = evaluate(model, self.batches(), self.criterion, self.world, shown=self.shown)
         seconds = time.perf_counter() - started
-        if self.on_examples is not None:
-            self.on_examples(step, examples)
+        parts = self.world.gather(answers._replace(examples=[]))
+        if self.on_answers is not None:
+            right, ranked = (np.concatenate([part[column] for part in parts]) for column in (0, 1))
+            self.on_answers(step, name, Answers(right, ranked, answers.examples))
         return [
             {
                 "step": step,
@@ -82,16 +95,17 @@ def evaluate(
     world: World | None = None,
     *,
     shown: int = 0,
-) -> tuple[Accuracy, list[Example]]:
+) -> tuple[Accuracy, Answers]:
     """Measures a model over all processes of `world`; None: this process alone.
 
-    Collective, and every process must get the same number of batches. Also returns what the model says of the first
-    `shown` images of this process, ready for `samples.json`.
+    Collective, and every process must get the same number of batches. Also returns the answers for the images of this
+    process, with the first `shown` as examples.
     """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device if world is None else world.device
     totals = torch.zeros(4, dtype=torch.float64, device=device)  # top-1, top-5, loss, samples
+    answers: list[tuple[Tensor, Tensor, Tensor]] = []
     examples: list[Example] = []
     try:
         for batch in batches:
@@ -105,15 +119,17 @@ def evaluate(
             totals += torch.stack(
                 [(hits[:, 0] * weights).sum(), (hits.any(1) * weights).sum(), (losses * weights).sum(), weights.sum()]
             )
+            answers.append((weights > 0, labels.view(len(labels), -1), ranked))
             if len(examples) < shown:
                 examples += _examples(batch, logits, ranked)[: shown - len(examples)]
     finally:  # also if the data turns out to be unusable
         model.train(was_training)
     top1, top5, loss, samples = (totals if world is None else world.sum(totals)).tolist()
     has_top5 = logits.shape[1] > 5
+    counted, right, outputs = (torch.cat(parts).cpu() for parts in zip(*answers, strict=True))
     return (
         Accuracy(top1 / samples, top5 / samples if has_top5 else None, loss / samples, round(samples)),
-        examples,
+        Answers(right[counted].numpy(), outputs[counted].numpy(), examples),
     )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from fastvit_engine.evaluate.record import Record, hits
+from fastvit_engine.evaluate.record import Integers, hits
 
 _NAMED = 30  # classes up to which the picture shows names and shares
 _SIDE = 960  # pixels of the matrix, about
@@ -30,11 +30,15 @@ class ClassRow(NamedTuple):
 
 
 class Confusion:
-    """How often each class was taken for each, over the images that count."""
+    """How often each class was taken for each, over the images that count.
 
-    def __init__(self, record: Record) -> None:
-        counted = (record.right >= 0).any(axis=1)
-        right, ranked = record.right[counted], record.ranked[counted]
+    right: [N, G] right outputs of each image, filled up with -1; all -1: the image does not count. ranked: [N, up to 5]
+    outputs by score.
+    """
+
+    def __init__(self, right: Integers, ranked: Integers) -> None:
+        counted = (right >= 0).any(axis=1)
+        right, ranked = right[counted], ranked[counted]
         found = hits(ranked, right)
         first = right[np.arange(len(right)), (right >= 0).argmax(axis=1)]
         self.truth = np.where(found[:, 0], ranked[:, 0], first)  # of several right classes, the one that was said
@@ -48,23 +52,36 @@ class Confusion:
         rows, columns = (np.searchsorted(self.classes, numbers) for numbers in (self.truth, self.said))
         return np.bincount(rows * size + columns, minlength=size * size).reshape(size, size)
 
+    def pairs(self) -> list[tuple[int, int, int]]:
+        """(right class, wrong answer, times) of all mistakes, the most frequent first; of equals, in their order."""
+        wrong = np.stack([self.truth, self.said], axis=1)[self.truth != self.said]
+        pairs, times = np.unique(wrong, axis=0, return_counts=True)
+        order = np.argsort(-times, kind="stable")
+        return [
+            (truth, said, count)
+            for (truth, said), count in zip(pairs[order].tolist(), times[order].tolist(), strict=True)
+        ]
+
     def table(self, names: Sequence[str] | None) -> list[ClassRow]:
         """A row per class that has images."""
+        numbers, own, samples = np.unique(self.truth, return_inverse=True, return_counts=True)
+        right = np.bincount(own, weights=self.truth == self.said)
+        in_top5 = np.bincount(own, weights=self.in_top5)
+        most: dict[int, tuple[int, int]] = {}  # of each class, the first pair is its most frequent mistake
+        for truth, said, times in self.pairs():
+            most.setdefault(truth, (said, times))
         rows = []
-        for number in np.unique(self.truth):
-            own = self.truth == number
-            wrong = self.said[own & (self.said != number)]
-            taken, times = np.unique(wrong, return_counts=True)
-            most = int(times.argmax()) if len(times) else None
+        for place, number in enumerate(numbers.tolist()):
+            taken_for, times = most.get(number, (None, 0))
             rows.append(
                 ClassRow(
-                    number=int(number),
-                    name=name_of(int(number), names),
-                    samples=int(own.sum()),
-                    top1=float((self.said[own] == number).mean()),
-                    top5=float(self.in_top5[own].mean()),
-                    taken_for="" if most is None else name_of(int(taken[most]), names),
-                    times=0 if most is None else int(times[most]),
+                    number=number,
+                    name=name_of(number, names),
+                    samples=int(samples[place]),
+                    top1=float(right[place] / samples[place]),
+                    top5=float(in_top5[place] / samples[place]),
+                    taken_for="" if taken_for is None else name_of(taken_for, names),
+                    times=times,
                 )
             )
         return rows

@@ -6,7 +6,8 @@ removed: a rewind drops rows of `metrics.jsonl`, but not the event that says so.
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast, get_args
@@ -45,6 +46,7 @@ class Event(TypedDict):
     step: NotRequired[int]  # optimizer steps taken when it happened
 
 
+_listeners: list[Callable[[Event], None]] = []
 _made: set[Path] = set()  # run folders that were there when this process first wrote to them
 
 
@@ -64,7 +66,20 @@ def record_event(run: RunFolder, event: Kind, message: str, **facts: Any) -> Non
     }
     if "RANK" in os.environ:
         row["rank"] = int(os.environ["RANK"])
-    if_possible(lambda: _append(run, recorded({**row, **facts})), str(run.events))
+    public = recorded({**row, **facts})
+    if_possible(lambda: _append(run, public), str(run.events))
+    for listener in list(_listeners):
+        listener(public)
+
+
+@contextmanager
+def listening(listener: Callable[[Event], None]) -> Iterator[None]:
+    """Calls `listener` with each event that this process records during the block, from the thread that does."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
 
 
 def _append(run: RunFolder, row: Mapping[str, Any]) -> None:

@@ -25,6 +25,9 @@ class TrainRow(TypedDict):
     images_per_second: float  # whole job
     mfu: float | None  # fraction of the peak FLOP/s, 0 to 1; None if the peak is unknown
     data_wait: float  # fraction of the step spent waiting for data, 0 to 1
+    forward: NotRequired[float]  # likewise, on forward passes
+    backward: NotRequired[float]  # likewise, on backward passes, which exchange gradients
+    update: NotRequired[float]  # likewise, on the update: the rest of that exchange, checks, the optimizer
     memory_bytes: int  # peak of this process
     samples_hash: str  # hexadecimal, of the sample keys of the step
     seconds: float  # training time so far, restarts included

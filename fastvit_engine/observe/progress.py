@@ -1,30 +1,34 @@
-"""Progress of long work, training or data: one live line on a terminal, plain lines in a log file, or nothing."""
+"""Progress of long work, training or data: live lines on a terminal, plain lines in a log file, or nothing."""
 
 import math
 import os
 import shutil
 import sys
 import time
+import unicodedata
 from collections.abc import Callable
 from typing import TextIO, cast
 
+from fastvit_engine.observe.events import Event
+from fastvit_engine.observe.live_view import LiveView, Position
 from fastvit_engine.observe.metrics import EvalRow, FewShotRow, TrainRow
 from fastvit_engine.observe.units import format_duration, format_share
-from fastvit_engine.shown import shown, shown_lines
+from fastvit_engine.shown import before_saying, shown, shown_lines
 
 _REDRAW_SECONDS = 0.1
 _LINE_SECONDS = 30.0  # between the plain lines of data work
 # In the rate an ETA is computed from, work this long ago counts 1/e as much as work now.
 _TRAINING_MEMORY_SECONDS = 60.0
 _WORK_MEMORY_SECONDS = 30.0
-_MAX_BAR = 30  # characters
-_MIN_BAR = 8
+_ERASE_LINE, _ERASE_BELOW = "\x1b[K", "\x1b[J"  # from the cursor to the end of its line, or of the screen
 
 
 class Display:
-    """A line at the bottom of a terminal that is redrawn in place, below plain lines; elsewhere, plain lines only.
+    """Lines at the bottom of a terminal that are redrawn in place, below plain lines; elsewhere, plain lines only.
 
-    With `quiet` nothing is written.
+    With `quiet` nothing is written. Several live lines have an empty one above them, on which the cursor stays: what
+    another process writes appears there, above them, and a window that changes its size, or a process that is killed,
+    leaves nothing behind that the next lines do not cover.
     """
 
     def __init__(
@@ -35,11 +39,12 @@ class Display:
         self.live = not quiet and self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self._clock = clock
         self._drawn_at = -math.inf  # as long as nothing is drawn
+        self._below = 0  # lines drawn below that of the cursor
 
     @property
     def columns(self) -> int:
         """Characters that fit into the live line; asked each time, since windows change size."""
-        return _columns(self.stream) - 1
+        return _size(self.stream).columns - 1
 
     @property
     def drawn(self) -> bool:
@@ -50,11 +55,21 @@ class Display:
         """Whether there is a live line, and the last redraw is long enough ago."""
         return self.live and self._clock() - self._drawn_at >= _REDRAW_SECONDS
 
-    def draw(self, text: str) -> None:
-        """Shows `text` as the live line, as far as it fits; writes nothing if there is none."""
-        if self.live:
-            self._write("\r" + shown(text)[: self.columns] + "\x1b[K")
-            self._drawn_at = self._clock()
+    def draw(self, *lines: str) -> None:
+        """Shows the live line, or lines, as far as they fit; writes nothing if there are none."""
+        if not self.live:
+            return
+        columns = self.columns
+        fitted = [_cut(shown(line), columns) for line in lines[: max(1, _size(self.stream).lines - 2)]]
+        if len(lines) == 1:
+            self._write(f"\r{fitted[0]}{_ERASE_BELOW if self._below else _ERASE_LINE}")
+            self._below = 0
+        else:
+            below = "".join(f"\n{line}{_ERASE_LINE}" for line in fitted)
+            self._write(f"\r{_ERASE_LINE}{below}{_ERASE_BELOW}\r\x1b[{len(fitted)}A")
+            self._below = len(fitted)
+        self._drawn_at = self._clock()
+        before_saying(self.clear)
 
     def print(self, text: str) -> None:
         """Writes a plain line; the live line goes."""
@@ -63,15 +78,15 @@ class Display:
             self._write(shown_lines(text) + "\n")
 
     def clear(self) -> None:
-        """Erases the live line, so that other output can follow."""
+        """Erases the live lines, so that other output can follow."""
         if self.drawn:
-            self._write("\r\x1b[K")  # to the line's start, erase to its end
+            self._write(f"\r{_ERASE_BELOW if self._below else _ERASE_LINE}")
             self._drawn_at = -math.inf
 
     def leave(self) -> None:
-        """Keeps the live line as it is, moves below it, and draws no other."""
+        """Keeps the live lines as they are, moves below them, and draws no others."""
         if self.drawn:
-            self._write("\n")
+            self._write(f"\x1b[{self._below}B\r\n" if self._below else "\n")
             self._drawn_at = -math.inf
         self.live = False
 
@@ -160,7 +175,7 @@ class TrainingProgress:
     """Shows which step a run has reached, and the figures of its last metrics row.
 
     Call `advance` after every step (cheap), `log` with each metrics row, `log_evaluation` after an evaluation. On a
-    terminal `advance` redraws a live line at most ten times a second; elsewhere only `log` writes, one line per row.
+    terminal `advance` redraws the live lines at most ten times a second; elsewhere only `log` writes, one line per row.
     """
 
     def __init__(
@@ -174,7 +189,7 @@ class TrainingProgress:
     ) -> None:
         self._total_steps = total_steps
         self._display = Display(stream, clock, quiet=quiet)
-        self._bar_characters = _bar_characters(self._display.stream)
+        self._view = LiveView(self._display.stream)
         self._clock = clock
         self._step = start_step
         self._row: TrainRow | None = None
@@ -193,14 +208,16 @@ class TrainingProgress:
     def log(self, row: TrainRow) -> None:
         """Shows the figures of a metrics row, and advances to its step."""
         self._row = row
+        self._view.add(row)
         self.advance(row["step"])
         if self._display.live:
             self._draw()
         else:
-            self._display.print("  ".join([f"step {self._step}/{self._total_steps}", *self._figures()]))
+            self._display.print("  ".join([f"step {self._step}/{self._total_steps}", *self._figures(row)]))
 
     def log_evaluation(self, row: EvalRow | FewShotRow) -> None:
         """Prints the result of an evaluation as a line of its own; its time does not count as training time."""
+        self._view.add_evaluation(row)
         which = "EMA weights, " if row["eval"].endswith("_ema") else ""
         if "shots" in row:
             few_shot = cast(FewShotRow, row)
@@ -218,13 +235,22 @@ class TrainingProgress:
         self._rate.start(self._step, self._clock())
 
     def message(self, text: str) -> None:
-        """Prints `text` above the live line."""
+        """Prints `text` above the live lines."""
         self._display.print(text)
         if self._row is not None:
             self._draw()
 
+    @property
+    def live(self) -> bool:
+        """Whether it draws lines on a terminal."""
+        return self._display.live
+
+    def event(self, event: Event) -> None:
+        """Shows an incident with the next redraw."""
+        self._view.add_event(event)
+
     def close(self) -> None:
-        """Leaves the last live line on the screen and moves below it."""
+        """Leaves the last live lines on the screen and moves below them."""
         if self._display.drawn:
             self._draw()
         self._display.leave()
@@ -237,54 +263,38 @@ class TrainingProgress:
         rate = self._rate.per_second
         return None if rate is None else (self._total_steps - self._step) / rate
 
-    def _figures(self) -> list[str]:
-        """The figures of the last row, the most important first."""
-        row, figures = self._row, []
-        if row is not None:
-            figures.append(f"loss {row['loss']:.4f}")
+    def _figures(self, row: TrainRow) -> list[str]:
+        """The figures of a plain line, the most important first."""
+        figures = [f"loss {row['loss']:.4f}"]
         if self.eta_seconds is not None and self._step < self._total_steps:
             figures.append(f"ETA {format_duration(self.eta_seconds)}")
-        if row is not None:
-            figures.append(f"{row['images_per_second']:,.0f} images/s")
-            if row["mfu"] is not None:
-                figures.append(f"MFU {format_share(row['mfu'])}")
-            figures.append(f"data wait {format_share(row['data_wait'])}")
-            if not self._display.live:
-                figures += [f"lr {row['lr']:.3g}"]
-                figures += [] if row["epoch"] is None else [f"epoch {row['epoch']:.2f}"]
-        return figures
+        figures.append(f"{row['images_per_second']:,.0f} images/s")
+        figures += [] if row["mfu"] is None else [f"MFU {format_share(row['mfu'])}"]
+        figures += [f"data wait {format_share(row['data_wait'])}", f"lr {row['lr']:.3g}"]
+        return figures + ([] if row["epoch"] is None else [f"epoch {row['epoch']:.2f}"])
 
     def _draw(self) -> None:
-        self._display.draw(self._line(self._display.columns))
-
-    def _line(self, width: int) -> str:
-        """Bar and figures in at most `width` characters: drops the least important figures first, then the bar."""
-        parts = [f"{self._step}/{self._total_steps}"]
-        for figure in self._figures():
-            if len("  ".join([*parts, figure])) > width - _MIN_BAR - 1:
-                break
-            parts.append(figure)
-        text = "  ".join(parts)
-        room = width - len(text) - 1
-        return f"{self._bar(min(room, _MAX_BAR))} {text}" if room >= _MIN_BAR else text[:width]
-
-    def _bar(self, width: int) -> str:
-        done, left = self._bar_characters
-        filled = width * self._step // max(1, self._total_steps)
-        return done * filled + left * (width - filled)
+        position = Position(self._step, self._total_steps, self.eta_seconds)
+        self._display.draw(*self._view.lines(position, self._display.columns))
 
 
-def _bar_characters(stream: TextIO) -> tuple[str, str]:
+def _cut(text: str, columns: int) -> str:
+    """The beginning of a text that fits; characters of East Asian scripts take two columns."""
+    if text.isascii():
+        return text[:columns]
+    taken = 0
+    for number, character in enumerate(text):
+        wide = unicodedata.east_asian_width(character) in ("W", "F")
+        taken += 0 if unicodedata.combining(character) else 1 + wide
+        if taken > columns:
+            return text[:number]
+    return text
+
+
+def _size(stream: TextIO) -> os.terminal_size:
+    """Columns and lines of the terminal behind `stream`."""
     try:
-        "━─".encode(getattr(stream, "encoding", None) or "ascii")
-    except UnicodeEncodeError:
-        return "#", "-"
-    return "━", "─"
-
-
-def _columns(stream: TextIO) -> int:
-    """Width of the terminal behind `stream`."""
-    try:
-        return os.get_terminal_size(stream.fileno()).columns or 80  # 0: a terminal that was never told its size
+        found = os.get_terminal_size(stream.fileno())
     except (OSError, ValueError):
-        return shutil.get_terminal_size().columns
+        found = shutil.get_terminal_size()
+    return os.terminal_size((found.columns or 80, found.lines or 24))  # 0: a terminal that was never told its size

@@ -1,16 +1,15 @@
 """Writes and shows the progress of a run, in one of its processes (rank 0)."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING
 
 from fastvit_engine.observe.disk import if_possible, insist
+from fastvit_engine.observe.events import listening, read_events
 from fastvit_engine.observe.metrics import EvalRow, FewShotRow, MetricsWriter, TrainRow
 from fastvit_engine.observe.progress import TrainingProgress
 from fastvit_engine.observe.run_folder import RunFolder
-
-if TYPE_CHECKING:  # which imports what the trackers are made of
-    from fastvit_engine.observe.trackers import Tracker
+from fastvit_engine.observe.trackers.protocol import Tracker
 
 
 class Recorder:
@@ -24,7 +23,7 @@ class Recorder:
         run: RunFolder,
         total_steps: int,
         start_step: int,
-        trackers: "Sequence[Tracker]" = (),
+        trackers: Sequence[Tracker] = (),
         check_owner: Callable[[], None] = lambda: None,
     ) -> None:
         self._check_owner = check_owner
@@ -32,6 +31,10 @@ class Recorder:
         self._metrics = insist(lambda: self._open(run, start_step), str(run.metrics))
         self._trackers = list(trackers)
         self._progress = TrainingProgress(total_steps, start_step)
+        for event in read_events(run) if self._progress.live else ():
+            self._progress.event(event)
+        self._listening = ExitStack()
+        self._listening.enter_context(listening(self._progress.event))
 
     def advance(self, step: int) -> None:
         self._progress.advance(step)
@@ -48,8 +51,10 @@ class Recorder:
         self._progress.message(text)
 
     def close(self) -> None:
+        self._listening.close()
         self._progress.close()
-        for tracker in self._trackers:
+        trackers, self._trackers = self._trackers, []
+        for tracker in trackers:
             if_possible(tracker.close, str(tracker))
 
     def _write(self, row: TrainRow | EvalRow | FewShotRow) -> None:

@@ -133,6 +133,11 @@ class RunFolder:
         return self.path / "samples.json"
 
     @property
+    def classes(self) -> Path:
+        """How well each class is recognised, and which are confused."""
+        return self.path / "classes.json"
+
+    @property
     def bad_samples(self) -> Path:
         return self.path / "bad_samples.jsonl"
 
@@ -143,6 +148,15 @@ class RunFolder:
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    @property
+    def trackers(self) -> Path:
+        """By which id trackers know the run."""
+        return self.path / "trackers.json"
+
+    @property
+    def profile(self) -> Path:
+        return self.path / "profile"
 
     @property
     def report(self) -> Path:

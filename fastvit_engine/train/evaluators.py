@@ -10,7 +10,8 @@ from fastvit_engine.config import Config
 from fastvit_engine.data import Batch, TrainingData
 from fastvit_engine.data.stream.prepare import FewShotData
 from fastvit_engine.data.stream.source import EvaluationData
-from fastvit_engine.evaluate.classification import Classification, Example
+from fastvit_engine.evaluate.classification import Answers, Classification
+from fastvit_engine.evaluate.confusion import Confusion
 from fastvit_engine.evaluate.fewshot_evaluator import FewShot
 from fastvit_engine.evaluate.protocol import Evaluator
 from fastvit_engine.files import atomic_write
@@ -22,6 +23,7 @@ from fastvit_engine.train.job import Job
 from fastvit_kernels import FusedCrossEntropy
 
 SHOWN_SAMPLES = 48  # images of the evaluation set whose predictions the report shows
+_CONFUSED = 100  # pairs of classes that are confused most, for the report
 
 
 def build_evaluators(
@@ -64,9 +66,12 @@ def _one_pass(job: Job, shards: EvaluationData, config: Config, recorder: Record
 def _classification(job: Job, data: TrainingData, recorder: Recorder | None) -> Classification:
     """The evaluator of data.eval."""
 
-    def show(step: int, examples: list[Example]) -> None:
-        shown = {"step": step, "class_names": data.class_names, "samples": examples}
-        if_possible(lambda: atomic_write(job.run.samples, json.dumps(shown)), str(job.run.samples))
+    def show(step: int, name: str, answers: Answers) -> None:
+        about = {"step": step, "eval": name, "class_names": data.class_names}
+        shown = json.dumps({**about, "samples": answers.examples})
+        if_possible(lambda: atomic_write(job.run.samples, shown), str(job.run.samples))
+        classes = json.dumps({**about, **_by_class(Confusion(answers.right, answers.ranked))})
+        if_possible(lambda: atomic_write(job.run.classes, classes), str(job.run.classes))
 
     is_main = job.world.is_main
     return Classification(
@@ -75,8 +80,19 @@ def _classification(job: Job, data: TrainingData, recorder: Recorder | None) -> 
         job.world,
         every_steps=job.schedule.evaluate_every,
         shown=SHOWN_SAMPLES if is_main else 0,
-        on_examples=show if is_main else None,
+        on_answers=show if is_main else None,
     )
+
+
+def _by_class(confusion: Confusion) -> dict[str, list[list[int]]]:
+    """What `classes.json` has besides its origin.
+
+    "classes": number, images, and how many of them are right, per class. "confused": right class, wrong answer, times.
+    """
+    return {
+        "classes": [[row.number, row.samples, round(row.top1 * row.samples)] for row in confusion.table(None)],
+        "confused": [list(pair) for pair in confusion.pairs()[:_CONFUSED]],
+    }
 
 
 def run_evaluators(

@@ -24,6 +24,7 @@ from fastvit_engine.train.health.diagnosis import GradientWatch
 from fastvit_engine.train.health.guard import Guard
 from fastvit_engine.train.health.replicas import Replicas
 from fastvit_engine.train.schedule import Schedule
+from fastvit_engine.train.step_times import StepTimes
 from fastvit_engine.train.throughput import Utilization, peak_flops
 
 
@@ -60,6 +61,7 @@ class Job:
     checkpointer: Checkpointer
     health: Health
     processes: Processes
+    times: StepTimes
     utilization: Utilization
     owner: Ownership  # of the run folder and the checkpoints, on rank 0
     records: Records  # used on rank 0
@@ -124,6 +126,7 @@ def build_job(
                 images=[split.images_computed(rank) for rank in range(world.size)],
             ),
         ),
+        times=StepTimes(world.device),
         utilization=Utilization(peak_flops(world, config.train.precision), flops),
         owner=owner,
         records=records,

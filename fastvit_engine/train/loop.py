@@ -30,6 +30,8 @@ from fastvit_engine.train.health.guard import StepReport
 from fastvit_engine.train.health.replicas import check_first_weights
 from fastvit_engine.train.health.rewind import Failure, go_back, record_anomaly
 from fastvit_engine.train.job import Job, build_job
+from fastvit_engine.train.observers import Observers, observed
+from fastvit_engine.train.profiler import StepProfiler, check_profile
 from fastvit_engine.train.recovery import save_recovery
 from fastvit_engine.train.run_record import record_start
 from fastvit_engine.train.schedule import Schedule
@@ -61,9 +63,10 @@ def train(
         join_world(limits.slow_phase_seconds + limits.timeout_seconds, run.stacks) as world,
         Watchdog(run, world, limits) as watchdog,
         _owned(resolved.config, run, world) as (owner, records),
+        observed(resolved.config.observe, run, world) as observers,
     ):
         preemption.on_stack_request = watchdog.request_stacks
-        watchdog.on_phase, watchdog.on_step = partial(_show_phase, startup), startup.done
+        watchdog.on_start_phase, watchdog.on_step = partial(_show_phase, startup), startup.done
         startup.phase("checking the data and the run folder")
         given = resolved
         filled = world.on_main(lambda: fill_in(given, run, resume=resume))
@@ -81,10 +84,11 @@ def train(
             say("\n".join([start.message, *(f"warning: {text}" for text in warnings)]))
         resolved, chosen = start.settle(resolved, chosen)
         if start.step < start.total_steps:
+            world.on_main(lambda: check_profile(chosen.config.train.profile, start.total_steps, world.size))
             if world.is_main:
                 say(chosen.describe())
             startup.phase("building the model and its engine")
-            _train(resolved, chosen, run, start, world, watchdog, preemption, owner, records, data)
+            _train(resolved, chosen, run, start, world, watchdog, preemption, owner, records, observers, data)
         elif finished := start.checkpoint:
             world.on_main(lambda: export_run(finished, run))
             world.on_main(records.insist)
@@ -128,6 +132,7 @@ def _train(
     preemption: Preemption,
     owner: Ownership,
     records: Records,
+    observers: Observers,
     data: IterableData | None = None,
 ) -> None:
     schedule = Schedule(chosen.config, start.data.samples_per_epoch, start.state.batches)
@@ -135,7 +140,7 @@ def _train(
     try:
         start = _load(start, job)
         world.on_main(lambda: _record(resolved, chosen, job, start))
-        while (earlier := _train_from(start, job, data)) is not None:
+        while (earlier := _train_from(start, job, observers, data)) is not None:
             start = _load(earlier, job)
     finally:
         job.engine.close()
@@ -159,19 +164,25 @@ def _load(start: Start, job: Job) -> Start:
     return start
 
 
-def _train_from(start: Start, job: Job, data: IterableData | None) -> Start | None:
+def _train_from(start: Start, job: Job, observers: Observers, data: IterableData | None) -> Start | None:
     """Trains to the end of the run and returns None; or, after a failure, returns where to continue instead."""
     # the data, from the first sample that is still to come
     start = replace(start, data=start.data.bind(data))  # an iterable stays in its process
     if start.state.batches != job.schedule.batch_sizes:  # it is an older checkpoint, from before the batch changed
         job = replace(job, schedule=Schedule(job.config, start.data.samples_per_epoch, start.state.batches))
     job.health.guard.forget(start.state.recent)
-    log = StepLog(job, start.state)
-    with closing(log), closing(log.watch(_open_batches(start, job))) as batches:  # which ends the data workers
-        return _train_steps(start, job, batches, log)
+    log = StepLog(job, start.state, observers)
+    with (
+        closing(log),
+        closing(StepProfiler(job, log.stopwatch)) as profiler,
+        closing(log.watch(_open_batches(start, job))) as batches,  # which ends the data workers
+    ):
+        return _train_steps(start, job, batches, log, profiler)
 
 
-def _train_steps(start: Start, job: Job, batches: Iterator[Batch], log: StepLog) -> Start | None:
+def _train_steps(
+    start: Start, job: Job, batches: Iterator[Batch], log: StepLog, profiler: StepProfiler
+) -> Start | None:
     """The steps from `start` on; returns as `_train_from` does."""
     config, schedule, guard, watchdog = job.config, job.schedule, job.health.guard, job.processes.watchdog
     state = start.state
@@ -189,7 +200,8 @@ def _train_steps(start: Start, job: Job, batches: Iterator[Batch], log: StepLog)
         learning_rate = schedule.learning_rate(step)
         job.engine.set_learning_rate(learning_rate)
         guard.flag = float(job.processes.preemption.signal is not None)
-        trace, report = take_step(job, step, batches)
+        with profiler.step(done):
+            trace, report = take_step(job, step, batches)
         if report.anomaly:
             return _recover(job, start, Failure(step, window, report.anomaly, report), trace, log.recorder)
         state = replace(state, step=done, consumed=window[1])

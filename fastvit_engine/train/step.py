@@ -20,7 +20,7 @@ def take_step(
     step: steps done before. micro_batches: this process's share of the batch comes next in them. rehearsal: computes
     everything and updates nothing.
     """
-    engine, health, watchdog = job.engine, job.health, job.processes.watchdog
+    engine, health, watchdog, times = job.engine, job.health, job.processes.watchdog, job.times
     seed_step(job.config.seed, step, job.world)
     if health.gradients.on:
         health.gradients.clear()
@@ -31,13 +31,14 @@ def take_step(
         watchdog.phase("waiting for data")
         batch = next(remaining)
         watchdog.phase("forward")
-        with job.processes.stragglers.forward():
+        with times.of("forward"):
             losses = job.objective.losses(engine.model, batch)
             loss = losses.mean()
             if (scale := job.split.loss_scale(len(losses))) != 1:  # micro-batches differ in size
                 loss = loss * scale
         watchdog.phase("backward")
-        engine.backward(loss)
+        with times.of("backward"):
+            engine.backward(loss)
         loss_sum += loss.detach()
         trace.batches.append(batch)
         trace.losses.append(losses.detach())
@@ -45,8 +46,9 @@ def take_step(
             fault = health.replicas.compare() if not rehearsal and _compares_replicas(job, step) else None
             health.guard.expect(loss_sum / job.split.accumulation_steps, fault=fault, rehearsal=rehearsal)
         watchdog.phase("optimizer step")
-        job.checkpointer.before_update()
-        engine.step()
+        with times.of("update"):
+            job.checkpointer.before_update()
+            engine.step()
     return trace, health.guard.report()
 
 

@@ -5,12 +5,12 @@ from collections.abc import Generator, Iterable
 from fastvit_engine.checkpoint import TrainerState
 from fastvit_engine.data import Batch
 from fastvit_engine.observe.recorder import Recorder
-from fastvit_engine.observe.trackers import TensorBoard
 from fastvit_engine.train.data_wait import DataWait
 from fastvit_engine.train.health.bad_samples import BadSamples
 from fastvit_engine.train.health.diagnosis import Trace
 from fastvit_engine.train.health.guard import StepReport
 from fastvit_engine.train.job import Job
+from fastvit_engine.train.observers import Observers
 from fastvit_engine.train.step import hash_keys
 from fastvit_engine.train.throughput import Stopwatch, peak_memory_bytes
 
@@ -18,18 +18,18 @@ from fastvit_engine.train.throughput import Stopwatch, peak_memory_bytes
 class StepLog:
     """Adds up what happens between two logged steps; starts anew when training goes back to a checkpoint."""
 
-    def __init__(self, job: Job, state: TrainerState) -> None:
+    def __init__(self, job: Job, state: TrainerState, observers: Observers) -> None:
         config, world = job.config, job.world
         self.job = job
         self.recorder: Recorder | None = None
         if world.is_main:
-            trackers = [TensorBoard(job.run, state.step)]
-            total_steps = job.schedule.total_steps
+            total_steps, trackers = job.schedule.total_steps, observers.trackers(job, state.step)
             self.recorder = Recorder(job.run, total_steps, state.step, trackers, job.owner.check_run_folder)
         self.stopwatch = Stopwatch(world.device, seconds_before=state.seconds)
         seen = job.schedule.samples(state.step)
         self.bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share, seen=seen, bad=state.bad_samples)
         self._data_wait = DataWait(config.data.workers)
+        job.times.clear()
         self._first_step = self._last_logged = state.step
 
     def watch(self, batches: Iterable[Batch]) -> Generator[Batch]:
@@ -52,9 +52,12 @@ class StepLog:
         job, world = self.job, self.job.world
         batch_size = job.config.train.global_batch_size
         seconds, waited = self.stopwatch.read()
-        job.processes.stragglers.log_step(waited, seconds, step, self.recorder)
-        waited, *stage_seconds = world.sum([waited / seconds, *self._data_wait.take()]).tolist()
-        wait_share = waited / world.size
+        parts = job.times.take()
+        job.processes.stragglers.log_step(waited, parts["forward"], seconds, step, self.recorder)
+        own = [part / seconds for part in (waited, *parts.values())]
+        sums = world.sum([*own, *self._data_wait.take()])
+        wait_share, forward, backward, update = (sums[: len(own)] / world.size).tolist()
+        stage_seconds = sums[len(own) :].tolist()
         samples_hash = world.sum_int64(sum(hash_keys(batch.keys) for batch in trace.batches) % 2**64)
         memory_bytes = int(world.max([peak_memory_bytes(world.device)]).item())
         bad_count = self.bad_samples.settle(world, self.recorder)
@@ -71,6 +74,9 @@ class StepLog:
                     "images_per_second": rate,
                     "mfu": job.utilization.mfu(rate),
                     "data_wait": wait_share,
+                    "forward": forward,
+                    "backward": backward,
+                    "update": update,
                     "memory_bytes": memory_bytes,
                     "samples_hash": f"{samples_hash:016x}",
                     "seconds": self.stopwatch.total,

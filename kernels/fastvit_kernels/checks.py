@@ -23,11 +23,23 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be floating point, got {tensor.dtype}")
 
 
-def check_parameter(name: str, tensor: Looks, shape: Sequence[int], *, like: Looks, fp32_allowed: bool = False) -> None:
-    """`tensor` must have this shape and the dtype and device of `like`; `fp32_allowed` accepts float32 as well."""
+def check_parameter(
+    name: str,
+    tensor: Looks,
+    shape: Sequence[int],
+    *,
+    like: Looks,
+    fp32_allowed: bool = False,
+    cast_to: torch.dtype | None = None,
+) -> None:
+    """`tensor` must have this shape and the dtype and device of `like`; `fp32_allowed` accepts float32 as well.
+
+    `cast_to`, the dtype of autocast if it casts both, accepts every dtype that it casts: all floating ones but float64.
+    """
     if tensor.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
-    if tensor.dtype != like.dtype and not (fp32_allowed and tensor.dtype == torch.float32):
+    cast = cast_to is not None and tensor.dtype.is_floating_point and tensor.dtype != torch.float64
+    if tensor.dtype != like.dtype and not cast and not (fp32_allowed and tensor.dtype == torch.float32):
         raise TypeError(f"{name} must be {like.dtype} like the tensor it acts on, got {tensor.dtype}")
     check_device(name, tensor, like=like)
 

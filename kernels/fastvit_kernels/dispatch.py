@@ -131,11 +131,16 @@ def unmeasured(operation: str, dtype: torch.dtype) -> Runs:
 
 def computed_dtype(operation: str, tensor: Tensor) -> torch.dtype:
     """The dtype of the tensor, or that of autocast if the operation obeys it; autocast leaves float64 as it is."""
+    cast = autocast_dtype(tensor) if OPERATIONS[operation].autocasts else None
+    return tensor.dtype if cast is None else cast
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What autocast casts the operands of a product with this tensor to, or None if it is off or leaves them alone."""
     kind = tensor.device.type
-    obeys = OPERATIONS[operation].autocasts and kind != "meta" and tensor.dtype != torch.float64
-    if obeys and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return tensor.dtype
+    if kind == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """FLOPs of each operator for `torch.utils.flop_counter`: as many as it counts for the same in plain PyTorch.
 
 Those of matrix products, that is: 2 * M * K * N for [M, K] times [K, N]. The backward pass of attention has five
-products, masks and biases change nothing, and a gradient that nothing needs costs nothing.
+products, biases change nothing, and a gradient that nothing needs costs nothing. Causal attention is the exception: it
+has the products of the keys that each query sees, about half of them all, while PyTorch's counter takes no notice.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,18 +52,28 @@ def scores(
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    causal: bool = False,
     **_: Any,
 ) -> int:
     """One of the products of attention, q k^T: arguments of `attention_op`, q and k packed in one or not."""
     queries, keys = (q.shape[-4],) * 2 if k is None else (q.shape[-3], k.shape[-3])
     heads, width = q.shape[-2:]
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        pairs = len(q) * queries * keys
+        pairs = len(q) * seen(queries, keys, causal)
     elif cu_seqlens_q.device.type == "meta" or isinstance(cu_seqlens_q, torch._subclasses.FakeTensor):
-        pairs = (len(cu_seqlens_q) - 1) * int(max_seqlen_q or 0) * int(max_seqlen_k or 0)  # at the most
+        pairs = (len(cu_seqlens_q) - 1) * seen(int(max_seqlen_q or 0), int(max_seqlen_k or 0), causal)  # at the most
     else:
-        pairs = int((cu_seqlens_q.diff().long() * cu_seqlens_k.diff().long()).sum())
+        lengths = zip(cu_seqlens_q.diff().tolist(), cu_seqlens_k.diff().tolist(), strict=True)
+        pairs = sum(seen(*own, causal) for own in lengths)
     return 2 * pairs * heads * width
+
+
+def seen(queries: int, keys: int, causal: bool) -> int:
+    """Pairs of a query and a key that it sees; with `causal` the last query sees all, as in flash-attn."""
+    if not causal:
+        return queries * keys
+    seeing = min(queries, keys)  # queries that see a key; the last of them sees all, the one before it one less
+    return seeing * keys - seeing * (seeing - 1) // 2
 
 
 @counts("attention")

@@ -51,7 +51,7 @@ class Reader:
         """
         text = page.read_text()
         if section is not None:
-            text = re.split(r"^#+ ", text.partition(f"\n{section}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+            text = re.split(r"^#+ ", f"\n{text}".partition(f"\n{section}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
             assert text, f"{page.name} has no heading {section}"
         blocks, output = FENCE.findall(text), ""
         for number, (language, block) in enumerate(blocks):

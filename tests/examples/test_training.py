@@ -61,6 +61,11 @@ def test_trainer(run) -> None:
     assert number(r"plain transformers: (\S+)", printed) < 1e-4
 
 
+def test_cuda_graph_without_a_gpu(run) -> None:
+    printed = run("cuda_graph.py", STEPS=20)
+    assert "no GPU, so no CUDA graph" in printed and losses(printed)[-1] < losses(printed)[0]
+
+
 @pytest.mark.distributed
 def test_fsdp2() -> None:
     printed = on_two_ranks("fsdp2.py", STEPS=11)

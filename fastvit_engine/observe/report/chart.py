@@ -2,23 +2,45 @@
 
 The SVG has `preserveAspectRatio="none"` and strokes that ignore scaling, and every text is HTML beside it: so charts
 fill any width from a phone to paper with text of constant size, and take their colours from the page's style sheet.
+Each chart also holds its values as JSON, from which the page's script shows them under the pointer and draws the lines
+over another axis. Without the script, the chart is complete.
 """
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from fastvit_engine.observe.report.axes import Array, Axes
+from fastvit_engine.observe.report.ticks import tick_labels, value_ticks
 
-_SIZE = 1000  # side of the SVG's own coordinate square
-_BUCKETS = 400  # a line of more points than twice this is drawn from the extremes of so many buckets
-_TICK = 35  # height of a mark that is a tick, in those coordinates
+SIZE = 1000  # side of the SVG's own coordinate square
+_POINTS = 800  # of one line; a longer one is drawn from the extremes of half as many buckets
+_POINTS_IN_ALL = 6000  # of the lines of one chart
+_TREND_POINTS = 200  # of a smoothed line
+_TICK = 35  # height of a mark that is a tick, in the SVG's coordinates
 _SMOOTH_FROM = 20  # points from which a noisy line gets a smoothed one over it
 _DOTS_UP_TO = 100  # points up to which a line of exact values shows each of them
+_DOTS_IN_ALL = 400  # of the lines of one chart
+
+
+@dataclass(frozen=True)
+class Form:
+    """How values are written, here and by the page's script."""
+
+    kind: Literal["significant", "fixed"]
+    digits: int  # significant digits, or decimals
+    suffix: str = ""
+
+    def __call__(self, value: float) -> str:
+        return (f"{value:.{self.digits}g}" if self.kind == "significant" else f"{value:,.{self.digits}f}") + self.suffix
+
+
+SHORT, PERCENT, WHOLE = Form("significant", 3), Form("fixed", 1, " %"), Form("fixed", 0)
 
 
 @dataclass(frozen=True)
@@ -31,11 +53,16 @@ class Series:
     values: Array  # [N]
     noisy: bool = False  # drawn light, under a smoothed line
     points: bool = False  # a dot on each value
-    dashed: bool = False
+    dash: int = 0  # pattern of the line in the style sheet, 0 to 4; 0: solid
+    run: int = 0  # index of its run among those of the page
 
     @property
     def smoothed(self) -> bool:
         return self.noisy and np.isfinite(self.values).sum() >= _SMOOTH_FROM
+
+    @property
+    def classes(self) -> str:
+        return f"{self.style} dash-{self.dash}" if self.dash else self.style
 
 
 @dataclass(frozen=True)
@@ -52,33 +79,45 @@ class Mark:
 class _Frame:
     """Maps values to positions in the plot: fractions of its width from the left and of its height from the top."""
 
-    last_step: float
+    axes: Axes
     low: float
     high: float
-
-    def left(self, step: float) -> float:
-        return step / self.last_step
 
     def top(self, value: float) -> float:
         """Values outside the range lie on its edge."""
         return 1 - (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
 
-    def point(self, step: float, value: float) -> str:
-        return f"{_SIZE * self.left(step):.1f} {_SIZE * self.top(value):.1f}"
+    def y(self, value: float) -> str:
+        return f"{SIZE * self.top(value):.1f}"
+
+
+class _Line(NamedTuple):
+    """A series as it is drawn."""
+
+    series: Series
+    steps: Array
+    values: Array
+    trend: tuple[Array, Array] | None  # steps and values of the smoothed line
+
+    @property
+    def last(self) -> float:
+        values = self.values if self.trend is None else self.trend[1]
+        return float(values[np.isfinite(values)][-1])
 
 
 def line_chart(
     title: str,
     unit: str,
     series: Sequence[Series],
+    axes: Axes,
     *,
     from_zero: bool = False,
-    form: Callable[[float], str] = "{:.4g}".format,
+    form: Form = SHORT,
     marks: Sequence[Mark] = (),
 ) -> str:
-    """A figure of `series` over the training step. `form` writes the values that legend and notes show.
+    """A figure of `series` over the training. `form` writes the values that legend, notes and pointer show.
 
-    Marks after the last step of the series, whose rows a rewind has dropped, are drawn at that step.
+    Marks after the last step, whose rows a rewind has dropped, are drawn at that step.
     """
     head = f"<h3>{escape(title)}</h3>"
     series = [replace(line, values=np.where(np.isinf(line.values), np.nan, line.values)) for line in series]
@@ -86,66 +125,57 @@ def line_chart(
     if not series:
         return f'<figure class="chart"><figcaption>{head}</figcaption><p class="note">Not recorded.</p></figure>'
 
+    points = min(_POINTS, _POINTS_IN_ALL // len(series))
+    lines = [_Line(one, *envelope(one.steps, one.values, points // 2), _trend(one, points // 2)) for one in series]
     note = _note_outside(series, form)
-    limits = [limit for line in series for limit in _limits(line)]
-    y_ticks = _value_ticks(min(limits), max(limits), from_zero)
-    frame = _Frame(max(1.0, *(float(line.steps.max()) for line in series)), y_ticks[0], y_ticks[-1])
-    x_ticks = _step_ticks(frame.last_step)
-    y_labels, factor = _tick_labels(y_ticks)
-    x_labels, _ = _tick_labels(x_ticks)
-
-    grid = "".join(f"M{frame.point(0, tick)}H{_SIZE}" for tick in y_ticks)
-    legend, paths = [], []
-    for line in series:
-        trend = _trend(line) if line.smoothed else None
-        values = line.values[np.isfinite(line.values)] if trend is None else trend[1]
-        legend.append(
-            f'<li class="{_classes(line)}">{escape(line.name)} <b>{escape(form(float(values[-1])))}</b></li>',
-        )
-        paths += [_raw(line, frame), _path(*trend, frame, _classes(line))] if trend else [_exact(line, frame, form)]
-    for style in dict.fromkeys(mark.style for mark in marks):
-        count = sum(mark.style == style for mark in marks)
-        legend.append(f'<li class="mark {style}">{style} <b>{count:,}</b></li>')
-    paths = [_mark(mark, frame) for mark in marks] + paths
-    rows = (
+    limits = [limit for one in series for limit in _limits(one)]
+    ticks = value_ticks(min(limits), max(limits), from_zero)
+    labels, factor = tick_labels(ticks)
+    frame = _Frame(axes, ticks[0], ticks[-1])
+    grid = "".join(f"M0.0 {frame.y(tick)}H{SIZE}" for tick in ticks)
+    dots = _DOTS_IN_ALL // len(lines)
+    paths = [_mark(mark, axes) for mark in marks] + [_draw(line, frame, form, dots) for line in lines]
+    rows = "".join(
         f'<span style="top:{100 * frame.top(tick):.2f}%">{label}</span>'
-        for tick, label in zip(y_ticks, y_labels, strict=True)
-    )
-    columns = (
-        f'<span style="left:{100 * frame.left(tick):.2f}%">{label}</span>'
-        for tick, label in zip(x_ticks, x_labels, strict=True)
+        for tick, label in zip(ticks, labels, strict=True)
     )
     return (
         f'<figure class="chart"><figcaption>{head}<span class="unit">{escape(f"{factor} {unit}".strip())}</span>'
-        f'</figcaption><ul class="legend">{"".join(legend)}</ul>'
-        f'<div class="plot" style="--label:{max(map(len, y_labels))}ch"><div class="rows">{"".join(rows)}</div>'
-        f'<svg viewBox="0 0 {_SIZE} {_SIZE}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(title)} by step"><path class="grid" d="{grid}"/>{"".join(paths)}</svg>'
-        f'<div class="columns">{"".join(columns)}</div><div class="axis">step</div></div>'
+        f'</figcaption><ul class="legend">{"".join(_legend(lines, marks, form))}</ul>'
+        f'<div class="plot" style="--label:{max(map(len, labels))}ch"><div class="rows">{rows}</div>'
+        f'<div class="canvas" data-title="{escape(title)}"><svg viewBox="0 0 {SIZE} {SIZE}" preserveAspectRatio="none" '
+        f'role="img" aria-label="{escape(_in_words(title, lines, form))}">'
+        f'<path class="grid" d="{grid}"/>{"".join(paths)}</svg></div>{columns(axes)}</div>'
         + (f'<p class="note">{escape(note)}</p>' if note else "")
-        + "</figure>"
+        + f"{embedded(_for_script(lines, frame, form))}</figure>"
     )
 
 
-def _mark(mark: Mark, frame: _Frame) -> str:
-    left = _SIZE * frame.left(min(mark.step, frame.last_step))
-    start = _SIZE - _TICK if mark.tick else 0
-    return f'<path class="mark {mark.style}" d="M{left:.1f} {start}V{_SIZE}"><title>{escape(mark.text)}</title></path>'
+def columns(axes: Axes) -> str:
+    """What is written under a plot."""
+    spans = "".join(f'<span style="left:{100 * left:.2f}%">{label}</span>' for left, label in axes.ticks(axes.shown))
+    return f'<div class="columns">{spans}</div><div class="axis">{axes.name(axes.shown)}</div>'
 
 
-def smooth(steps: Array, values: Array) -> tuple[Array, Array]:
+def embedded(data: Any, name: str = "data") -> str:
+    """Data as JSON that the page's script reads, and that no text in it can end."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
+    return f'<script type="application/json" class="{name}">{text}</script>'
+
+
+def smooth(steps: Array, values: Array, points: int = _TREND_POINTS) -> tuple[Array, Array]:
     """Local linear regression with Gaussian weights over about a tenth of the line.
 
     Unlike a moving average it neither lags nor bends at the ends of a steep line (Cleveland 1979, "Robust locally
     weighted regression", without the robust part).
 
-    [N], [N] (finite, N >= 2) -> [M], [M] with M at most 800: a longer line is averaged in M equal parts first.
+    [N], [N] (finite, N >= 2) -> [M], [M] with M at most `points`: a longer line is averaged in M equal parts first.
     """
-    parts = np.array_split(np.arange(len(values)), min(len(values), 2 * _BUCKETS))
+    parts = np.array_split(np.arange(len(values)), min(len(values), points))
     x = np.array([steps[part].mean() for part in parts])  # [M]
     y = np.array([values[part].mean() for part in parts])
-    index = np.arange(len(parts))
-    distance = index[None, :] - index[:, None]  # [M, M]
+    middle = np.array([part.mean() for part in parts]) * len(parts) / len(values)
+    distance = middle[None, :] - middle[:, None]  # [M, M], in parts
     weights = np.exp(-0.5 * (distance / max(1.0, len(parts) / 40)) ** 2)
     # The line through each point's neighbourhood by least squares: its value at distance 0.
     s0, s1, s2 = ((weights * distance**power).sum(axis=1) for power in (0, 1, 2))
@@ -153,7 +183,7 @@ def smooth(steps: Array, values: Array) -> tuple[Array, Array]:
     return x, (s2 * t0 - s1 * t1) / (s0 * s2 - s1**2)
 
 
-def envelope(steps: Array, values: Array, buckets: int = _BUCKETS) -> tuple[Array, Array]:
+def envelope(steps: Array, values: Array, buckets: int = _POINTS // 2) -> tuple[Array, Array]:
     """At most `2 * buckets` of the points, each bucket's lowest and highest among them, so that no spike is lost."""
     if len(values) <= 2 * buckets:
         return steps, values
@@ -167,43 +197,71 @@ def envelope(steps: Array, values: Array, buckets: int = _BUCKETS) -> tuple[Arra
     return steps[chosen], values[chosen]
 
 
-def _classes(line: Series) -> str:
-    return f"{line.style} dashed" if line.dashed else line.style
+def _legend(lines: Sequence[_Line], marks: Sequence[Mark], form: Form) -> list[str]:
+    entries = [
+        f'<li class="{line.series.classes}"><svg class="key" viewBox="0 0 24 4" aria-hidden="true">'
+        f'<path class="line" d="M1 2H23"/></svg>{escape(line.series.name)} <b>{escape(form(line.last))}</b></li>'
+        for line in lines
+    ]
+    for style in dict.fromkeys(mark.style for mark in marks):
+        count = sum(mark.style == style for mark in marks)
+        entries.append(f'<li class="mark {style}">{style} <b>{count:,}</b></li>')
+    return entries
 
 
-def _path(steps: Array, values: Array, frame: _Frame, classes: str) -> str:
+def _in_words(title: str, lines: Sequence[_Line], form: Form) -> str:
+    """The chart for those who do not see it."""
+    return f"{title} over the training; at the end: " + ", ".join(
+        f"{line.series.name} {form(line.last)}" for line in lines
+    )
+
+
+def _mark(mark: Mark, axes: Axes) -> str:
+    left = SIZE * axes.left(np.array([mark.step]))[0]
+    start = SIZE - _TICK if mark.tick else 0
+    return (
+        f'<path class="mark {mark.style}" data-step="{mark.step:.0f}" d="M{left:.1f} {start}V{SIZE}">'
+        f"<title>{escape(mark.text)}</title></path>"
+    )
+
+
+def _draw(line: _Line, frame: _Frame, form: Form, dots: int) -> str:
+    """The paths of a line; if its values are exact and few, with dots that show them under the pointer."""
+    series, classes = line.series, line.series.classes
+    if line.trend is not None:
+        raw = _path(line.steps, line.values, frame, series, f"{classes} raw")
+        return raw + _path(*line.trend, frame, series, classes)
+    drawn = _path(line.steps, line.values, frame, series, classes)
+    known = np.isfinite(series.values)
+    if known.sum() > min(dots, _DOTS_UP_TO if series.points else _SMOOTH_FROM):
+        return drawn
+    steps, values = series.steps[known], series.values[known]
+    # A line of no length with a round cap is a dot, and stays round however the square is stretched.
+    return drawn + "".join(
+        f'<path class="point {series.style}" data-step="{step:.0f}" data-run="{series.run}" '
+        f'd="M{SIZE * left:.1f} {frame.y(value)}h0">'
+        f"<title>{escape(series.name)} at step {step:,.0f}: {escape(form(float(value)))}</title></path>"
+        for step, left, value in zip(steps, frame.axes.left(steps, series.run), values, strict=True)
+    )
+
+
+def _path(steps: Array, values: Array, frame: _Frame, series: Series, classes: str) -> str:
     """A line with gaps at NaN values."""
     corners, pen = [], "M"
-    for step, value in zip(steps, values, strict=True):
+    for left, value in zip(frame.axes.left(steps, series.run), values, strict=True):
         if math.isfinite(value):
-            corners.append(pen + frame.point(step, value))
+            corners.append(f"{pen}{SIZE * left:.1f} {frame.y(value)}")
         pen = "L" if math.isfinite(value) else "M"
     return f'<path class="line {classes}" d="{"".join(corners)}"/>'
 
 
-def _raw(line: Series, frame: _Frame) -> str:
-    return _path(*envelope(line.steps, line.values), frame, f"{_classes(line)} raw")
-
-
-def _exact(line: Series, frame: _Frame, form: Callable[[float], str]) -> str:
-    """A line of exact values; if they are few, with dots that show their values under the pointer."""
-    drawn = _path(*envelope(line.steps, line.values), frame, _classes(line))
-    known = np.isfinite(line.values)
-    if known.sum() > (_DOTS_UP_TO if line.points else _SMOOTH_FROM):
-        return drawn
-    # A line of no length with a round cap is a dot, and stays round however the square is stretched.
-    return drawn + "".join(
-        f'<path class="point {line.style}" d="M{frame.point(step, value)}h0">'
-        f"<title>{escape(line.name)} at step {step:,.0f}: {escape(form(float(value)))}</title></path>"
-        for step, value in zip(line.steps[known], line.values[known], strict=True)
-    )
-
-
-def _trend(line: Series) -> tuple[Array, Array]:
+def _trend(line: Series, points: int) -> tuple[Array, Array] | None:
     """The smoothed line, of the values that are drawn: one wild value would drag its surroundings along."""
+    if not line.smoothed:
+        return None
     low, high = _limits(line)
     inside = (line.values >= low) & (line.values <= high)
-    return smooth(line.steps[inside], line.values[inside])
+    return smooth(line.steps[inside], line.values[inside], min(_TREND_POINTS, points))
 
 
 def _limits(line: Series) -> tuple[float, float]:
@@ -222,7 +280,7 @@ def _limits(line: Series) -> tuple[float, float]:
     return low, high
 
 
-def _note_outside(series: Sequence[Series], form: Callable[[float], str]) -> str | None:
+def _note_outside(series: Sequence[Series], form: Form) -> str | None:
     """Says what `_limits` cut off."""
     outside: list[float] = []
     for line in series:
@@ -235,38 +293,27 @@ def _note_outside(series: Sequence[Series], form: Callable[[float], str]) -> str
     return f"{len(outside):,} values lie outside the drawn range, from {form(min(outside))} to {form(max(outside))}."
 
 
-def _value_ticks(low: float, high: float, from_zero: bool) -> list[float]:
-    """About four round intervals that cover [low, high], and zero with `from_zero`."""
-    if from_zero:
-        low, high = min(low, 0.0), max(high, 0.0)
-    if high <= low:  # one value: in the middle, or an axis from 0 to 1
-        low, high = (0.0, 1.0) if low == 0 else (low - 0.1 * abs(low), high + 0.1 * abs(high))
-    size = _round_interval((high - low) / 4)
-    return [index * size for index in range(math.floor(low / size + 1e-9), math.ceil(high / size - 1e-9) + 1)]
+def _for_script(lines: Sequence[_Line], frame: _Frame, form: Form) -> dict[str, Any]:
+    """The values of a chart, in the order of the drawn lines."""
+    return {
+        "low": frame.low,
+        "high": frame.high,
+        "form": [form.kind, form.digits, form.suffix],
+        "lines": [
+            {
+                "name": line.series.name,
+                "classes": line.series.classes,
+                "run": line.series.run,
+                "x": [round(float(step)) for step in line.steps],
+                "y": _rounded(line.values),
+                "trend": line.trend
+                and {"x": [round(float(step), 1) for step in line.trend[0]], "y": _rounded(line.trend[1])},
+            }
+            for line in lines
+        ],
+    }
 
 
-def _step_ticks(last_step: float) -> list[float]:
-    """About five round intervals from 0 on, of whole steps, within [0, last_step]."""
-    size = max(1.0, _round_interval(last_step / 5))
-    return [index * size for index in range(math.floor(last_step / size + 1e-9) + 1)]
-
-
-def _round_interval(size: float) -> float:
-    """The nearest of 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(size))
-    return min((factor * power for factor in (1, 2, 5, 10)), key=lambda interval: abs(math.log(interval / size)))
-
-
-def _tick_labels(ticks: Sequence[float]) -> tuple[list[str], str]:
-    """Labels of equal scale, and the factor they have to be multiplied by ("×10⁻⁴") if they are very small."""
-    largest, interval = max(abs(tick) for tick in ticks), ticks[1] - ticks[0]
-    if largest < 0.01:
-        exponent = math.floor(math.log10(largest) + 1e-9)
-        labels, _ = _tick_labels([tick / 10.0**exponent for tick in ticks])
-        return labels, "×10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    scale, letter = next(
-        (scale, letter) for scale, letter, least in ((1e6, "M", 1e6), (1e3, "k", 1e4), (1, "", 0)) if largest >= least
-    )
-    decimals = max(0, -math.floor(math.log10(interval / scale) + 1e-9))
-    labels = [f"{tick / scale:,.{decimals}f}{letter}".replace("-", "−") if tick else "0" for tick in ticks]
-    return labels, ""
+def _rounded(values: Array) -> list[float | None]:
+    """Five digits each; None for NaN."""
+    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in np.clip(values, -1e308, 1e308)]

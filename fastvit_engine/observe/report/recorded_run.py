@@ -1,10 +1,5 @@
 """Reads a run back from its folder, finished or not, and sums it up in sentences."""
 
-import base64
-import binascii
-import json
-import math
-import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -13,9 +8,12 @@ from typing import Any
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import Event, read_events
 from fastvit_engine.observe.metrics import EvalRow, FewShotRow, TrainRow, read_all_metrics
+from fastvit_engine.observe.report.axes import Progress
+from fastvit_engine.observe.report.incidents import describe_incidents, restarts
+from fastvit_engine.observe.report.predictions import Classes, Samples, read_classes, read_json, read_samples
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted, format_count, format_duration, format_share
-from fastvit_engine.shown import recorded, without_secrets
+from fastvit_engine.shown import brief, recorded, without_secrets
 
 # Written by the trainer beside `collect_environment()`: what the report needs, and its types.
 _ENVIRONMENT: dict[str, Any] = {
@@ -36,44 +34,7 @@ _ENVIRONMENT: dict[str, Any] = {
     "samples_per_epoch": int | None,
     "shards": str,
 }
-# Kinds of events that tell of trouble: in the singular and in the plural. Restarts are counted by the starts.
-_INCIDENTS = {
-    "rewind": ("rewind", "rewinds"),
-    "anomaly": ("anomaly", "anomalies"),
-    "failure": ("failure", "failures"),
-    "hang": ("hang", "hangs"),
-    "slow_rank": ("slow rank", "slow ranks"),
-    "checkpoint_failed": ("failed checkpoint", "failed checkpoints"),
-}
-_PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/]+={0,2})")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """An evaluation image and what the model predicted."""
-
-    key: str
-    label: int
-    image: str  # data URL of a PNG
-    width: int  # pixels
-    predictions: list[tuple[int, float]]  # class index and probability, the most probable first
-
-    @property
-    def correct(self) -> bool:
-        return bool(self.predictions) and self.predictions[0][0] == self.label
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Images of the evaluation set, and what the model says of them."""
-
-    step: int
-    class_names: list[str] | None
-    samples: list[Sample]
-
-    def class_name(self, index: int) -> str:
-        known = self.class_names is not None and 0 <= index < len(self.class_names)
-        return self.class_names[index] if known and self.class_names else f"class {index}"
+_MOST = 1e30  # numbers in it are less
 
 
 @dataclass(frozen=True)
@@ -87,6 +48,7 @@ class RecordedRun:
     few_shot: list[FewShotRow]
     events: list[Event]
     samples: Samples | None
+    classes: Classes | None
     config: str | None  # YAML text
 
     @property
@@ -110,22 +72,21 @@ class RecordedRun:
 
     @property
     def restarts(self) -> list[Event]:
-        """The starts of the run after its first, but for those that made it longer when it was done."""
-        starts = self.events_of("start")
-        pairs = zip(starts, starts[1:], strict=False)
-        return [event for before, event in pairs if event.get("step") != before.get("total_steps", math.nan)]
+        """The starts of the run after its first, but for planned ones."""
+        return restarts(self.events)
 
     def events_of(self, kind: str) -> list[Event]:
         return [event for event in self.events if event["event"] == kind]
 
     def describe_incidents(self) -> str:
         """The incidents, as in "2 restarts, 1 rewind, 1 hang"; empty if nothing went wrong."""
-        counts = {"restart": len(self.restarts), **{kind: len(self.events_of(kind)) for kind in _INCIDENTS}}
-        return ", ".join(
-            f"{count:,} {_INCIDENTS.get(kind, (kind, kind + 's'))[count != 1]}"
-            for kind, count in counts.items()
-            if count
-        )
+        return describe_incidents(self.events, self.train)
+
+    def progress(self) -> Progress:
+        """How many images, hours and FLOPs each step took."""
+        environment = self.environment
+        batch, flops = environment["global_batch_size"], environment["training_flops_per_image"]
+        return Progress.of_run(self.train, self.step, batch, flops)
 
     def describe_model(self) -> str:
         return f"ViT {self.environment['model']}"
@@ -190,23 +151,17 @@ def load_run(source: Path | RunFolder) -> RecordedRun:
         evaluations=evaluations,
         few_shot=few_shot,
         events=recorded(read_events(folder)),
-        samples=_read_samples(folder) if folder.samples.is_file() else None,
+        samples=read_samples(folder) if folder.samples.is_file() else None,
+        classes=read_classes(folder) if folder.classes.is_file() else None,
         config=without_secrets(folder.config.read_text(encoding="utf-8", errors="replace"))
         if folder.config.is_file()
         else None,
     )
 
 
-def _read_json(path: Path, named: str) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{named} is not valid JSON: the file is damaged") from error
-
-
 def _read_environment(folder: RunFolder) -> dict[str, Any]:
     named = folder.describe(folder.environment)
-    environment = _read_json(folder.environment, named)
+    environment = read_json(folder.environment, named)
     problem = _problem(environment)
     if problem:
         raise UserError(f"{named} {problem}: it was not written by fastvit train, or is damaged")
@@ -222,6 +177,8 @@ def _problem(environment: Any) -> str | None:
             return f"lacks '{key}'"
         if not isinstance(environment[key], kind):
             return f"has {key} {environment[key]!r}"
+        if isinstance(environment[key], int | float) and not abs(environment[key]) < _MOST:
+            return f"has {key} {brief(environment[key])}"
     if environment["total_steps"] < 1:
         return f"has total_steps {environment['total_steps']}"
     try:
@@ -229,40 +186,3 @@ def _problem(environment: Any) -> str | None:
     except ValueError:
         return f"has started {environment['started']!r}, not a time"
     return None
-
-
-def _read_samples(folder: RunFolder) -> Samples:
-    named = folder.describe(folder.samples)
-    content = _read_json(folder.samples, named)
-    try:
-        return Samples(
-            step=int(content["step"]),
-            class_names=None if content["class_names"] is None else [str(name) for name in content["class_names"]],
-            samples=[
-                Sample(
-                    key=str(sample["key"]),
-                    label=int(sample["label"]),
-                    image=sample["image"],
-                    width=_png_width(sample["image"]),
-                    predictions=[(int(index), float(probability)) for index, probability in sample["predictions"]],
-                )
-                for sample in content["samples"]
-            ],
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        problem = f"does not hold sample predictions ({error!r})"
-        raise UserError(f"{named} {problem}: remove it, or evaluate again") from error
-
-
-def _png_width(url: str) -> int:
-    """Width in pixels of a PNG in a data URL. ValueError for any other URL: a report must not refer to other files."""
-    match = _PNG.fullmatch(url)
-    if match is None:
-        raise ValueError("an image is not a PNG in a data URL")
-    try:
-        header = base64.b64decode(match[1][:32])  # 8 bytes signature, 4 length, 4 "IHDR", 4 width
-    except binascii.Error as error:
-        raise ValueError("an image is not valid base64") from error
-    if header[:8] != b"\x89PNG\r\n\x1a\n" or header[12:16] != b"IHDR":
-        raise ValueError("an image is not a PNG")
-    return int.from_bytes(header[16:20], "big")

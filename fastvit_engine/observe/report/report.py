@@ -1,38 +1,33 @@
 """One HTML file that shows a run: self-contained, opens from disk, reads well on a phone and on paper."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from importlib import resources
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
-import fastvit_engine
 from fastvit_engine.files import atomic_write
-from fastvit_engine.observe.events import Event
 from fastvit_engine.observe.metrics import FewShotRow, TrainRow
-from fastvit_engine.observe.report.chart import Array, Mark, Series, line_chart
+from fastvit_engine.observe.report.axes import Axes, Axis
+from fastvit_engine.observe.report.chart import PERCENT, SHORT, WHOLE, Mark, Series, line_chart
+from fastvit_engine.observe.report.incidents import EventRow, continuations, event_rows, tracks, without_repeats
+from fastvit_engine.observe.report.page import Cell, Section, Table, render_page, section
+from fastvit_engine.observe.report.quantities import few_shot_numbers, few_shot_series, median, series
 from fastvit_engine.observe.report.recorded_run import RecordedRun, best_evaluation
-from fastvit_engine.observe.units import format_bytes, format_duration, format_flops, format_share
+from fastvit_engine.observe.report.step_time import PARTS, mean_step
+from fastvit_engine.observe.report.timeline import timeline
+from fastvit_engine.observe.units import counted, format_bytes, format_duration, format_flops, format_share
 
 _SMALL_IMAGE = 96  # pixels; below it the report shows an image larger than it is, and its pixels as squares
 _EVENTS_SHOWN = 25
 _SHOT_STYLES = 4  # colours of few-shot lines, in the style sheet
 _TICKS_UP_TO = 100  # checkpoints; more are a bar at the bottom of every chart
-_KINDS = (("eval", "held-out", "eval"), ("eval_ema", "held-out, EMA weights", "ema"))  # row kind, name, style class
-
-
-class _Section(NamedTuple):
-    """Charts under a heading."""
-
-    title: str
-    note: str
-    charts: list[Markup]
+_CLASSES_SHOWN = 30  # of many classes, the weakest
+_MISTAKES_SHOWN = 15
+KINDS = (("eval", "held-out", "eval"), ("eval_ema", "held-out, EMA weights", "ema"))  # row kind, name, style class
 
 
 class _Tile(NamedTuple):
@@ -41,21 +36,10 @@ class _Tile(NamedTuple):
     remark: str
 
 
-class _EventRow(NamedTuple):
-    """An event as the table shows it."""
-
-    severity: str  # class in the style sheet
-    when: str
-    what: str
-    step: str
-    message: str
-    who: str
-
-
 class _Events(NamedTuple):
     note: str
-    newest: list[_EventRow]
-    all: list[_EventRow]  # empty if the newest are all
+    newest: list[EventRow]
+    all: list[EventRow]  # empty if the newest are all
 
 
 def write_report(run: RecordedRun) -> Path:
@@ -64,38 +48,33 @@ def write_report(run: RecordedRun) -> Path:
     return run.folder.report
 
 
-def render(run: RecordedRun) -> str:
-    """The report as HTML."""
+def render(run: RecordedRun, axis: Axis = "steps") -> str:
+    """The report as HTML. axis: of the charts, until the reader chooses another one."""
     environment, done = run.environment, 100 * run.step // run.environment["total_steps"]
-    return _template().render(
-        style=Markup(_resource("style.css")),
+    axes = Axes([run.progress()], [run.step], axis)
+    marks = _marks(run)
+    return render_page(
+        "report.html.jinja",
+        axes,
         name=run.folder.name,
         model=run.describe_model(),
         training=run.describe_training(),
         progress="" if run.finished else f"{run.step:,} of {environment['total_steps']:,} steps ({done} %)",
         tiles=_tiles(run),
         facts=_facts(run),
-        sections=[_learning(run), _throughput(run), _optimisation(run)],
+        sections=[_learning(run, axes, marks), _throughput(run, axes, marks), _optimisation(run, axes, marks)],
+        few_shot=_few_shot_table(run.few_shot),
+        step_time=mean_step(run.train),
+        classes=run.classes,
+        classes_shown=_CLASSES_SHOWN,
+        mistakes_shown=_MISTAKES_SHOWN,
         events=_events(run),
+        timeline=_timeline(run, axes),
         samples=run.samples,
         small_image=_SMALL_IMAGE,
         config=run.config if run.config is not None else "The run folder has no config.yaml.",
         environment=json.dumps(environment, indent=2, ensure_ascii=False),
-        version=fastvit_engine.__version__,
-        written=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
-
-
-def _template() -> Template:
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters["percent"] = format_share
-    environment.filters["thousands"] = "{:,}".format
-    environment.filters["bar_width"] = lambda probability: f"{100 * min(1.0, max(0.0, probability)):.1f}"
-    return environment.from_string(_resource("report.html.jinja"))
-
-
-def _resource(name: str) -> str:
-    return (resources.files("fastvit_engine.observe.report") / name).read_text(encoding="utf-8")
 
 
 def _tiles(run: RecordedRun) -> list[_Tile]:
@@ -106,13 +85,14 @@ def _tiles(run: RecordedRun) -> list[_Tile]:
             when = "the best" if best is final else f"best {format_share(best['top1'])} at step {best['step']:,}"
             tiles.append(_Tile(name, format_share(final["top1"]), f"{final['samples']:,} held-out images; {when}"))
     if rows := run.evaluations_of("eval"):
-        tiles.append(_Tile("held-out loss", _short(rows[-1]["loss"]), f"at step {rows[-1]['step']:,}"))
+        tiles.append(_Tile("held-out loss", SHORT(rows[-1]["loss"]), f"at step {rows[-1]['step']:,}"))
     elif run.train:
-        tiles.append(_Tile("training loss", _short(run.train[-1]["loss"]), f"at step {run.train[-1]['step']:,}"))
+        tiles.append(_Tile("training loss", SHORT(run.train[-1]["loss"]), f"at step {run.train[-1]['step']:,}"))
     if run.train:
-        tiles.append(_Tile("throughput", f"{_median(run, 'images_per_second'):,.0f}", "images/s, median"))
-        mfu = _median(run, "mfu")
-        if np.isfinite(mfu):
+        speed, mfu = median(run.train, "images_per_second"), median(run.train, "mfu")
+        if speed is not None:
+            tiles.append(_Tile("throughput", WHOLE(speed), "images/s, median"))
+        if mfu is not None:
             tiles.append(_Tile("MFU", format_share(mfu), "of peak FLOP/s, median"))
         if incidents := run.describe_incidents():
             count = len(run.restarts) + len(run.events_of("rewind"))
@@ -139,6 +119,7 @@ def _facts(run: RecordedRun) -> list[tuple[str, str]]:
         "Peak memory": format_bytes(max(row["memory_bytes"] for row in run.train)) + " per process"
         if run.train
         else None,
+        "Data order": f"hash {run.train[-1]['samples_hash']} of step {run.train[-1]['step']:,}" if run.train else None,
         "Started": f"{started:%Y-%m-%d %H:%M} on {environment['hostname']}",
         "Versions": versions,
     }
@@ -149,93 +130,104 @@ def _seen(row: TrainRow) -> str:
     return f"{row['samples']:,} images" + ("" if row["epoch"] is None else f", {row['epoch']:,.2f} epochs")
 
 
-def _learning(run: RecordedRun) -> _Section:
-    marks = _marks(run)
-    loss = [_series("training", "train", run.train, "loss", noisy=True)]
+def _learning(run: RecordedRun, axes: Axes, marks: Sequence[Mark]) -> Section:
+    loss = [series("training", "train", run.train, "loss", noisy=True)]
     accuracy: list[Series] = []
-    for kind, name, style in _KINDS:
+    for kind, name, style in KINDS:
         rows = run.evaluations_of(kind)
-        loss.append(_series(name, style, rows, "loss", points=True))
+        loss.append(series(name, style, rows, "loss", points=True))
         short = "EMA " if kind == "eval_ema" else ""
-        accuracy.append(_series(f"{short}top-1", style, rows, "top1", scale=100, points=True))
-        accuracy.append(_series(f"{short}top-5", style, rows, "top5", scale=100, dashed=True))
-    charts = [line_chart("Loss", "cross-entropy, nats per image", loss, form=_short, marks=marks)]
+        accuracy.append(series(f"{short}top-1", style, rows, "top1", scale=100, points=True))
+        accuracy.append(series(f"{short}top-5", style, rows, "top5", scale=100, dash=1))
+    charts = [line_chart("Loss", "cross-entropy, nats per image", loss, axes, marks=marks)]
     if run.evaluations:
-        charts.append(line_chart("Accuracy", "% of held-out images", accuracy, form="{:.1f} %".format, marks=marks))
+        charts.append(line_chart("Accuracy", "% of held-out images", accuracy, axes, form=PERCENT, marks=marks))
     if run.few_shot:
         lines = _few_shot(run.few_shot)
         unit = "% of images, by a linear classifier on the features"
-        charts.append(line_chart("Few-shot accuracy", unit, lines, form="{:.1f} %".format, marks=marks))
+        charts.append(line_chart("Few-shot accuracy", unit, lines, axes, form=PERCENT, marks=marks))
     note = "" if run.evaluations else "The run has not been evaluated on held-out images."
     broken = sum(not np.isfinite(row["loss"]) for row in run.train)
     if broken:
         note += f" The training loss is not finite in {broken:,} of {len(run.train):,} logged steps."
-    return _section("Learning", charts if run.train or run.evaluations or run.few_shot else [], note)
+    return section("Learning", charts if run.train or run.evaluations or run.few_shot else [], note)
 
 
 def _few_shot(rows: Sequence[FewShotRow]) -> list[Series]:
     """A line per number of shots, for the weights and, dashed, for their average."""
-    numbers = sorted({int(shots) for row in rows for shots in row["shots"]})
     lines = []
-    for kind, prefix in (("fewshot", ""), ("fewshot_ema", "EMA ")):
-        own = [row for row in rows if row["eval"] == kind]
-        for place, number in enumerate(numbers):
-            means = [{"step": row["step"], "mean": _mean(row, str(number))} for row in own]
+    for kind, prefix, dash in (("fewshot", "", 0), ("fewshot_ema", "EMA ", 1)):
+        for place, number in enumerate(few_shot_numbers(rows)):
             style = f"shots-{min(place, _SHOT_STYLES - 1)}"
-            name = f"{prefix}{number}-shot"
-            lines.append(_series(name, style, means, "mean", scale=100, points=True, dashed=kind != "fewshot"))
+            lines.append(few_shot_series(rows, kind, number, f"{prefix}{number}-shot", style, dash=dash))
     return lines
 
 
-def _mean(row: FewShotRow, shots: str) -> float | None:
-    return row["shots"][shots]["mean"] if shots in row["shots"] else None
+def _few_shot_table(rows: Sequence[FewShotRow]) -> Table | None:
+    """The last figures of the weights and of their average."""
+    numbers = few_shot_numbers(rows)
+    table = []
+    for kind, name in (("fewshot", "weights"), ("fewshot_ema", "EMA weights")):
+        if own := [row for row in rows if row["eval"] == kind]:
+            last = own[-1]
+            found = (last["shots"].get(str(number)) for number in numbers)
+            shares = ["" if one is None else f"{format_share(one['mean'])} ± {100 * one['std']:.1f}" for one in found]
+            about = [f"{last['step']:,}", counted(last["samples"], "image")]
+            table.append([Cell(text) for text in (name, *shares, *about)])
+    note = "Mean and standard deviation over the seeds, in % of the images."
+    columns = ["", *(f"{number}-shot" for number in numbers), "step", "evaluated on"]
+    return Table("Few-shot accuracy at the last evaluation", columns, table, note) if table else None
 
 
-def _throughput(run: RecordedRun) -> _Section:
-    marks = _marks(run)
-    speed = _series("images/s", "train", run.train, "images_per_second", noisy=True)
-    mfu = _series("MFU", "train", run.train, "mfu", scale=100, noisy=True)
-    wait = _series("waiting for data", "eval", run.train, "data_wait", scale=100, noisy=True)
+def _throughput(run: RecordedRun, axes: Axes, marks: Sequence[Mark]) -> Section:
+    speed = series("images/s", "train", run.train, "images_per_second", noisy=True)
+    mfu = series("MFU", "train", run.train, "mfu", scale=100, noisy=True)
+    wait = series("waiting for data", "eval", run.train, "data_wait", scale=100, noisy=True)
+    memory = series("peak of the largest process", "train", run.train, "memory_bytes", scale=2.0**-30)
+    parts = [series(name, style, run.train, key, scale=100, noisy=True) for key, name, style in PARTS]
     note = "" if run.environment["peak_flops"] else "MFU is unknown: the peak FLOP/s of the device is not known."
     charts = [
-        line_chart("Images per second", "whole job", [speed], from_zero=True, form="{:,.0f}".format, marks=marks),
+        line_chart("Images per second", "whole job", [speed], axes, from_zero=True, form=WHOLE, marks=marks),
         line_chart(
             "Use of the hardware",
             "% of peak FLOP/s, % of step time",
             [mfu, wait],
+            axes,
             from_zero=True,
-            form=_percent,
+            form=PERCENT,
             marks=marks,
         ),
+        line_chart("Memory", "GiB", [memory], axes, from_zero=True, marks=marks),
     ]
-    return _section("Throughput", charts if run.train else [], note)
+    if any("forward" in row for row in run.train):
+        charts.append(line_chart("Parts of a step", "% of step time", parts, axes, from_zero=True, form=PERCENT))
+    return section("Throughput", charts if run.train else [], note)
 
 
-def _optimisation(run: RecordedRun) -> _Section:
-    marks = _marks(run)
-    rate = _series("learning rate", "train", run.train, "lr")
-    norm = _series("global norm before clipping", "train", run.train, "grad_norm", noisy=True)
+def _optimisation(run: RecordedRun, axes: Axes, marks: Sequence[Mark]) -> Section:
+    rate = series("learning rate", "train", run.train, "lr")
+    norm = series("global norm before clipping", "train", run.train, "grad_norm", noisy=True)
     charts = [
-        line_chart("Learning rate", "", [rate], from_zero=True, form="{:.3g}".format, marks=marks),
-        line_chart("Gradient norm", "", [norm], from_zero=True, form="{:.3g}".format, marks=marks),
+        line_chart("Learning rate", "", [rate], axes, from_zero=True, marks=marks),
+        line_chart("Gradient norm", "", [norm], axes, from_zero=True, marks=marks),
     ]
-    return _section("Optimisation", charts if run.train else [], "")
+    return section("Optimisation", charts if run.train else [])
 
 
 def _marks(run: RecordedRun) -> list[Mark]:
     """Rewinds, restarts and, unless there are too many to tell apart, checkpoints."""
     marks = []
-    for style, events, tick in (
-        ("rewind", run.events_of("rewind"), False),
-        ("restart", run.restarts, False),
-        ("checkpoint", run.events_of("checkpoint"), True),
-    ):
-        if tick and len(events) > _TICKS_UP_TO:
-            continue
-        for event in events:
-            if (step := _step_of(event)) is not None:
-                marks.append(Mark(step, style, f"{_when(event)}: {event['message']}", tick))
+    for track in tracks(run.events, run.train):
+        tick = track.style == "checkpoint"
+        if track.style in ("rewind", "restart") or (tick and len(track.moments) <= _TICKS_UP_TO):
+            marks += [Mark(moment.step, track.style, moment.text, tick) for moment in track.moments]
     return marks
+
+
+def _timeline(run: RecordedRun, axes: Axes) -> Markup | None:
+    """None if nothing but checkpoints has happened."""
+    found = tracks(run.events, run.train)
+    return Markup(timeline(found, axes)) if any(track.style != "checkpoint" for track in found) else None
 
 
 def _events(run: RecordedRun) -> _Events | None:
@@ -243,98 +235,11 @@ def _events(run: RecordedRun) -> _Events | None:
     if not run.events:
         return None
     saved = run.events_of("checkpoint")
-    rows = _without_repeats([event for event in run.events if event["event"] != "checkpoint"])
-    note = f"{run.describe_incidents() or 'No incident'}; {len(saved):,} checkpoint{'s' * (len(saved) != 1)} saved."
+    rows = without_repeats([event for event in run.events if event["event"] != "checkpoint"])
+    note = f"{run.describe_incidents() or 'No incident'}; {counted(len(saved), 'checkpoint')} saved"
+    planned = len(continuations(run.events))
+    note += f"; started again as planned {counted(planned, 'time')}." if planned else "."
     if len(rows) > _EVENTS_SHOWN:
         note += f" The newest {_EVENTS_SHOWN} of {len(rows):,} rows:"
     some = len(run.events) > min(len(rows), _EVENTS_SHOWN)
-    return _Events(note, _event_rows(rows[-_EVENTS_SHOWN:]), _event_rows(run.events) if some else [])
-
-
-def _without_repeats(events: Sequence[Event]) -> list[Event]:
-    """Keeps the last of several events of one kind in a row, which says how many there were."""
-    rows = []
-    for _, group in groupby(events, key=lambda event: event["event"]):
-        *before, last = group
-        row = last.copy()
-        if before:
-            row["message"] += f" (and {len(before):,} such before, from {_when(before[0])} on)"
-        rows.append(row)
-    return rows
-
-
-def _event_rows(events: Sequence[Event]) -> list[_EventRow]:
-    return [
-        _EventRow(
-            severity=_severity(event),
-            when=_when(event),
-            what=event["event"].replace("_", " "),
-            step="" if (step := _step_of(event)) is None else f"{step:,}",
-            message=event["message"],
-            who=_who(event),
-        )
-        for event in events
-    ]
-
-
-def _severity(event: Event) -> str:
-    if event["event"] in ("failure", "hang", "anomaly", "checkpoint_failed"):
-        return "bad"
-    return "plain" if event["event"] in ("start", "stop", "checkpoint") else "notable"
-
-
-def _when(event: Event) -> str:
-    """In the zone of the one who wrote it, to the second."""
-    try:
-        return f"{datetime.fromisoformat(event['time']):%Y-%m-%d %H:%M:%S}"
-    except ValueError:
-        return event["time"]
-
-
-def _step_of(event: Event) -> int | None:
-    """The step at which it happened; for a rewind, the step before it."""
-    step = event.get("from_step", event.get("step"))
-    return step if isinstance(step, int) else None
-
-
-def _who(event: Event) -> str:
-    name = f"rank {event['rank']}" if "rank" in event else "launcher"
-    return f"{name}, {event['host']}" if event.get("host") else name
-
-
-def _section(title: str, charts: Sequence[str], note: str) -> _Section:
-    note = note.strip() if charts else "No step has been logged yet."
-    return _Section(title, note, [Markup(chart) for chart in charts])
-
-
-def _series(
-    name: str,
-    style: str,
-    rows: Sequence[Mapping[str, Any]],
-    key: str,
-    *,
-    scale: float = 1.0,
-    noisy: bool = False,
-    points: bool = False,
-    dashed: bool = False,
-) -> Series:
-    return Series(name, style, _column(rows, "step"), scale * _column(rows, key), noisy, points, dashed)
-
-
-def _column(rows: Iterable[Mapping[str, Any]], key: str) -> Array:
-    """[N] float64 of one key; NaN for null."""
-    return np.array([np.nan if row[key] is None else row[key] for row in rows], dtype=np.float64)
-
-
-def _median(run: RecordedRun, key: str) -> float:
-    values = _column(run.train, key)
-    finite = values[np.isfinite(values)]
-    return float(np.median(finite)) if len(finite) else float("nan")
-
-
-def _short(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def _percent(value: float) -> str:
-    return f"{value:.1f} %"
+    return _Events(note, event_rows(rows[-_EVENTS_SHOWN:]), event_rows(run.events) if some else [])

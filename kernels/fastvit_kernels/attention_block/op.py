@@ -13,7 +13,7 @@ from fastvit_kernels.attention.tiling import MAX_HEAD_DIM
 from fastvit_kernels.attention_block import reference
 from fastvit_kernels.checks import check_parameter, check_rate, check_tokens, checked_outputs
 from fastvit_kernels.column_sums import ColumnSums
-from fastvit_kernels.dispatch import uses_triton
+from fastvit_kernels.dispatch import autocast_dtype, uses_triton
 from fastvit_kernels.gemm import products
 from fastvit_kernels.gemm.products import BranchGradient
 from fastvit_kernels.half_block import End, Norm, empty_gradients, needed_gradients
@@ -48,7 +48,7 @@ def attention_block(
         x: [B, N, D], any floating dtype; D must be divisible by `heads`.
         norm_weight, norm_bias: [D], the dtype of x or float32.
         qkv_weight, qkv_bias: [3*D, D] and [3*D]; rows are the queries, then keys, then values, each head after head.
-        proj_weight, proj_bias: [D, D] and [D].
+        proj_weight, proj_bias: [D, D] and [D]. Both layers have the dtype of x; under autocast any that it casts.
         layer_scale: [D], the dtype of x or float32; None leaves it out.
         dropout: rate on the projected output. Attention probabilities are not dropped, as in Dosovitskiy et al. 2021.
         drop_path: rate at which a sample's whole branch is dropped; kept branches are scaled by 1 / (1 - drop_path).
@@ -65,15 +65,15 @@ def attention_block(
     wrong dtype.
     """
     check_tokens("x", x)
-    width = x.shape[-1]
+    width, cast = x.shape[-1], autocast_dtype(x)
     if heads < 1 or width % heads:
         raise ValueError(f"heads must divide the width {width} of x, got {heads}")
     check_parameter("norm_weight", norm_weight, [width], like=x, fp32_allowed=True)
     check_parameter("norm_bias", norm_bias, [width], like=x, fp32_allowed=True)
-    check_parameter("qkv_weight", qkv_weight, [3 * width, width], like=x)
-    check_parameter("qkv_bias", qkv_bias, [3 * width], like=x)
-    check_parameter("proj_weight", proj_weight, [width, width], like=x)
-    check_parameter("proj_bias", proj_bias, [width], like=x)
+    check_parameter("qkv_weight", qkv_weight, [3 * width, width], like=x, cast_to=cast)
+    check_parameter("qkv_bias", qkv_bias, [3 * width], like=x, cast_to=cast)
+    check_parameter("proj_weight", proj_weight, [width, width], like=x, cast_to=cast)
+    check_parameter("proj_bias", proj_bias, [width], like=x, cast_to=cast)
     if layer_scale is not None:
         check_parameter("layer_scale", layer_scale, [width], like=x, fp32_allowed=True)
     if recompute not in get_args(Recompute):
@@ -89,10 +89,9 @@ def attention_block(
         return reference.attention_block(
             x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path, causal, outputs
         )
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(torch.promote_types(x.dtype, dtype))
-        qkv_weight, qkv_bias, proj_weight, proj_bias = (tensor.to(dtype) for tensor in (*qkv, *proj))
+    if cast is not None:
+        x = x.to(torch.promote_types(x.dtype, cast))
+        qkv_weight, qkv_bias, proj_weight, proj_bias = (tensor.to(cast) for tensor in (*qkv, *proj))
     tensors = x, *norm, qkv_weight, qkv_bias, proj_weight, proj_bias, layer_scale
     # asked here, since operators run below autograd and cannot know: without a gradient nothing is kept for one
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)

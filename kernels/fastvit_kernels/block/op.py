@@ -12,7 +12,7 @@ from fastvit_kernels.attention_block import op as attention_half
 from fastvit_kernels.block import reference
 from fastvit_kernels.checks import check_parameter, check_rate, check_tokens, checked_outputs
 from fastvit_kernels.column_sums import ColumnSums
-from fastvit_kernels.dispatch import uses_triton
+from fastvit_kernels.dispatch import autocast_dtype, uses_triton
 from fastvit_kernels.gemm import products
 from fastvit_kernels.half_block import empty_gradients, needed_gradients
 from fastvit_kernels.layer_norm.op import as_rows, normalise
@@ -57,7 +57,7 @@ def transformer_block(
         qkv_weight, qkv_bias: [3*D, D] and [3*D]; rows are the queries, then keys, then values, each head after head.
         proj_weight, proj_bias: [D, D] and [D].
         fc1_weight, fc1_bias: [M, D] and [M], for any hidden width M.
-        fc2_weight, fc2_bias: [D, M] and [D].
+        fc2_weight, fc2_bias: [D, M] and [D]. All layers have the dtype of x; under autocast any that it casts.
         eps: added to the variance by both normalisations.
         activation: "gelu" is the exact erf form, "gelu_tanh" the tanh form (Hendrycks and Gimpel 2016).
         layer_scale1, layer_scale2: [D], the dtype of x or float32; None leaves it out.
@@ -78,10 +78,11 @@ def transformer_block(
     norm1, norm2 = (norm1_weight, norm1_bias), (norm2_weight, norm2_bias)
     first, second = [qkv_weight, qkv_bias, proj_weight, proj_bias], [fc1_weight, fc1_bias, fc2_weight, fc2_bias]
     parameters = *norm1, *first, layer_scale1, *norm2, *second, layer_scale2
+    cast = autocast_dtype(x)
     looks = [None if t is None else (t.shape, t.dtype, t.device) for t in (x, *parameters)]
     # as good as always the same, and not a matter of the values, so what has been checked once need not be again
     check = check_parameters.__wrapped__ if torch.compiler.is_compiling() else check_parameters
-    check(heads, *looks)
+    check(heads, cast, *looks)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
     if recompute not in RECOMPUTE:
@@ -101,10 +102,9 @@ def transformer_block(
             recompute=recompute,
             outputs=outputs,
         )
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(torch.promote_types(x.dtype, dtype))
-        first, second = ([tensor.to(dtype) for tensor in tensors] for tensors in (first, second))
+    if cast is not None:
+        x = x.to(torch.promote_types(x.dtype, cast))
+        first, second = ([tensor.to(cast) for tensor in tensors] for tensors in (first, second))
     tensors = x, *norm1, *first, layer_scale1, *norm2, *second, layer_scale2
     keep = kept_for(recompute, [tensor is not None and tensor.requires_grad for tensor in tensors])
     path_scales = draw_path_scale(x, drop_path), draw_path_scale(x, drop_path)
@@ -120,7 +120,9 @@ class Look(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def check_parameters(heads: int, *looks: tuple[torch.Size, torch.dtype, torch.device] | None) -> None:
+def check_parameters(
+    heads: int, cast: torch.dtype | None, *looks: tuple[torch.Size, torch.dtype, torch.device] | None
+) -> None:
     """Raises ValueError or TypeError unless the parameters belong together; `looks` are those of `LEARNED`."""
     x, *parameters = [None if look is None else Look(*look) for look in looks]
     assert x is not None
@@ -140,7 +142,10 @@ def check_parameters(heads: int, *looks: tuple[torch.Size, torch.dtype, torch.de
     }
     for name, look in zip(LEARNED[1:], parameters, strict=True):
         if look is not None:
-            check_parameter(name, look, shapes.get(name, [width]), like=x, fp32_allowed=name not in shapes)
+            multiplies = name in shapes
+            cast_to = cast if multiplies else None
+            expected = shapes.get(name, [width])
+            check_parameter(name, look, expected, like=x, fp32_allowed=not multiplies, cast_to=cast_to)
 
 
 # Matrices are [T, D] and [T, M] inside, with T = B * N tokens. Operators cannot return None, so what is not kept for

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
 from fastvit_kernels.column_sums import ColumnSums
-from fastvit_kernels.dispatch import uses_triton
+from fastvit_kernels.dispatch import autocast_dtype, uses_triton
 from fastvit_kernels.gemm import products
 from fastvit_kernels.gemm.products import BranchGradient
 from fastvit_kernels.half_block import End, Norm, empty_gradients, needed_gradients
@@ -42,8 +42,8 @@ def layer_norm_mlp(
     Args:
         x: [B, N, D], any floating dtype.
         norm_weight, norm_bias: [D], the dtype of x or float32.
-        fc1_weight, fc1_bias: [M, D] and [M], for any hidden width M.
-        fc2_weight, fc2_bias: [D, M] and [D].
+        fc1_weight, fc1_bias: [M, D] and [M], for any hidden width M, the dtype of x; under autocast any that it casts.
+        fc2_weight, fc2_bias: [D, M] and [D], likewise.
         activation: "gelu" is the exact erf form, "gelu_tanh" the tanh form (Hendrycks and Gimpel 2016).
         layer_scale: [D], the dtype of x or float32; None leaves it out.
         dropout: rate on the activations and, drawn apart, on the output (Dosovitskiy et al. 2021, appendix B.1).
@@ -53,17 +53,18 @@ def layer_norm_mlp(
             frozen parameters, is never kept. No effect on the reference, or with dropout, where autograd decides.
 
     Rates are active whenever above 0. Returns [B, N, D] in the dtype of x, also under autocast, which acts as on
-    `torch.nn.functional.linear`: products run in its dtype, the normalisation and the sum with x in that of x. Raises
+    `torch.nn.functional.linear`: products run in its dtype, the normalisation and the sum with x in that of x (float32
+    if one is float16 and the other bfloat16). Raises
     ValueError for a wrong shape, device, rate, activation or recompute and TypeError for a wrong dtype.
     """
     check_tokens("x", x)
-    width, hidden = x.shape[-1], fc1_weight.shape[0]
+    width, hidden, cast = x.shape[-1], fc1_weight.shape[0], autocast_dtype(x)
     check_parameter("norm_weight", norm_weight, [width], like=x, fp32_allowed=True)
     check_parameter("norm_bias", norm_bias, [width], like=x, fp32_allowed=True)
-    check_parameter("fc1_weight", fc1_weight, [hidden, width], like=x)
-    check_parameter("fc1_bias", fc1_bias, [hidden], like=x)
-    check_parameter("fc2_weight", fc2_weight, [width, hidden], like=x)
-    check_parameter("fc2_bias", fc2_bias, [width], like=x)
+    check_parameter("fc1_weight", fc1_weight, [hidden, width], like=x, cast_to=cast)
+    check_parameter("fc1_bias", fc1_bias, [hidden], like=x, cast_to=cast)
+    check_parameter("fc2_weight", fc2_weight, [width, hidden], like=x, cast_to=cast)
+    check_parameter("fc2_bias", fc2_bias, [width], like=x, cast_to=cast)
     if layer_scale is not None:
         check_parameter("layer_scale", layer_scale, [width], like=x, fp32_allowed=True)
     if activation not in get_args(Activation):
@@ -75,10 +76,9 @@ def layer_norm_mlp(
     norm, fc1, fc2 = (norm_weight, norm_bias), (fc1_weight, fc1_bias), (fc2_weight, fc2_bias)
     if dropout > 0 or not uses_triton("mlp", x):
         return reference.layer_norm_mlp(x, *norm, *fc1, *fc2, eps, activation, layer_scale, dropout, drop_path)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x = x.to(torch.promote_types(x.dtype, dtype))
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias = (t.to(dtype) for t in (*fc1, *fc2))
+    if cast is not None:
+        x = x.to(torch.promote_types(x.dtype, cast))
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = (t.to(cast) for t in (*fc1, *fc2))
     tensors = x, *norm, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale
     keep = kept_for(recompute, *(tensor is not None and tensor.requires_grad for tensor in tensors))
     call = Call(*tensors, draw_path_scale(x, drop_path), eps, activation == "gelu_tanh", *keep)

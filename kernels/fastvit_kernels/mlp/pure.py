@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastvit_kernels.checks import check_floating, check_parameter
 from fastvit_kernels.column_sums import ColumnSums
-from fastvit_kernels.dispatch import uses_triton
+from fastvit_kernels.dispatch import autocast_dtype, uses_triton
 from fastvit_kernels.gemm import products
 from fastvit_kernels.layer_norm.op import as_rows
 from fastvit_kernels.mlp import reference
@@ -29,8 +29,8 @@ def mlp(
 
     Args:
         x: [..., D], any floating dtype.
-        fc1_weight, fc1_bias: [M, D] and [M], the dtype of x.
-        fc2_weight, fc2_bias: [K, M] and [K], the dtype of x.
+        fc1_weight, fc1_bias: [M, D] and [M], the dtype of x; under autocast any that it casts.
+        fc2_weight, fc2_bias: [K, M] and [K], likewise.
         activation: "gelu" is the exact erf form, "gelu_tanh" the tanh form (Hendrycks and Gimpel 2016).
 
     Returns [..., K] in the dtype of x; under autocast, which acts as on `torch.nn.functional.linear`, in its dtype. The
@@ -40,19 +40,18 @@ def mlp(
     check_floating("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape [..., D], got {list(x.shape)}")
-    hidden, width = fc1_weight.shape[:1], fc2_weight.shape[:1]
-    check_parameter("fc1_weight", fc1_weight, [*hidden, x.shape[-1]], like=x)
-    check_parameter("fc1_bias", fc1_bias, hidden, like=x)
-    check_parameter("fc2_weight", fc2_weight, [*width, *hidden], like=x)
-    check_parameter("fc2_bias", fc2_bias, width, like=x)
+    hidden, width, cast = fc1_weight.shape[:1], fc2_weight.shape[:1], autocast_dtype(x)
+    check_parameter("fc1_weight", fc1_weight, [*hidden, x.shape[-1]], like=x, cast_to=cast)
+    check_parameter("fc1_bias", fc1_bias, hidden, like=x, cast_to=cast)
+    check_parameter("fc2_weight", fc2_weight, [*width, *hidden], like=x, cast_to=cast)
+    check_parameter("fc2_bias", fc2_bias, width, like=x, cast_to=cast)
     if activation not in get_args(Activation):
         raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}")
     if not uses_triton("mlp", x):
         return reference.branch(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation, 0.0)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if cast is not None:
         tensors = (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = (tensor.to(dtype) for tensor in tensors)
+        x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = (tensor.to(cast) for tensor in tensors)
     keep_pre = torch.is_grad_enabled() and any(t.requires_grad for t in (x, fc1_weight, fc1_bias, fc2_weight))
     return call_operator(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, activation == "gelu_tanh", keep_pre)
 

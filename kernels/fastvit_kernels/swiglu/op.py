@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastvit_kernels.checks import check_floating, check_parameter, check_rate, check_tokens
 from fastvit_kernels.column_sums import ColumnSums
-from fastvit_kernels.dispatch import HAS_TRITON, gpu, uses_triton
+from fastvit_kernels.dispatch import HAS_TRITON, autocast_dtype, gpu, uses_triton
 from fastvit_kernels.gemm import products
 from fastvit_kernels.half_block import End, Norm, needed_gradients
 from fastvit_kernels.layer_norm.op import as_rows, normalise
@@ -42,7 +42,7 @@ def swiglu_mlp(
         fc1_weight, fc1_bias: [2M, D] and [2M], the gate first, as timm's SwiGLUPacked and DINOv2's w12 have them; or
             pairs (of the gate, of the value) of [M, D] and [M], as timm's SwiGLU has them, which are copied into one
             at each call. A bias of None is 0.
-        fc2_weight, fc2_bias: [D, M] and [D].
+        fc2_weight, fc2_bias: [D, M] and [D]. Both layers have the dtype of x; under autocast any that it casts.
         recompute: what the kernels' backward pass computes again instead of keeping it: nothing ("none"), or fc2's
             input ("gate", "all"). Gradients are the same.
 
@@ -52,13 +52,13 @@ def swiglu_mlp(
     check_floating("x", x)
     if x.ndim == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must have shape [..., D], got {list(x.shape)}")
-    fc1_weight, fc1_bias, fc2_bias = checked(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, recompute)
+    cast = autocast_dtype(x)
+    fc1_weight, fc1_bias, fc2_bias = checked(x, cast, fc1_weight, fc1_bias, fc2_weight, fc2_bias, recompute)
     if not uses_triton("swiglu", x):
         return reference.swiglu_mlp(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if cast is not None:
         x, fc1_weight, fc1_bias, fc2_weight, fc2_bias = (
-            t.to(dtype) for t in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
+            t.to(cast) for t in (x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)
         )
     inputs = Inputs(x, None, None, fc1_weight, fc1_bias, fc2_weight, fc2_bias, None, None)
     return call_operator(*inputs, 0.0, *kept(inputs, recompute))
@@ -96,7 +96,8 @@ def layer_norm_swiglu(
     check_tokens("x", x)
     check_parameter("norm_weight", norm_weight, x.shape[-1:], like=x, fp32_allowed=True)
     check_parameter("norm_bias", norm_bias, x.shape[-1:], like=x, fp32_allowed=True)
-    fc1_weight, fc1_bias, fc2_bias = checked(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, recompute)
+    cast = autocast_dtype(x)
+    fc1_weight, fc1_bias, fc2_bias = checked(x, cast, fc1_weight, fc1_bias, fc2_weight, fc2_bias, recompute)
     if layer_scale is not None:
         check_parameter("layer_scale", layer_scale, x.shape[-1:], like=x, fp32_allowed=True)
     check_rate("drop_path", drop_path)
@@ -107,46 +108,53 @@ def layer_norm_swiglu(
         return reference.layer_norm_swiglu(
             x, norm_weight, norm_bias, fc1_weight, fc1_bias, *fc2, layer_scale, path_scale, eps
         )
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    if cast is not None:
         inputs = inputs._replace(
-            x=x.to(torch.promote_types(x.dtype, dtype)),
-            fc1_weight=fc1_weight.to(dtype),
-            fc1_bias=fc1_bias.to(dtype),
-            fc2_weight=fc2_weight.to(dtype),
-            fc2_bias=fc2_bias.to(dtype),
+            x=x.to(torch.promote_types(x.dtype, cast)),
+            fc1_weight=fc1_weight.to(cast),
+            fc1_bias=fc1_bias.to(cast),
+            fc2_weight=fc2_weight.to(cast),
+            fc2_bias=fc2_bias.to(cast),
         )
     return call_operator(*inputs, eps, *kept(inputs, recompute))
 
 
 def checked(
-    x: Tensor, fc1_weight: Weight, fc1_bias: Bias, fc2_weight: Tensor, fc2_bias: Tensor | None, recompute: str
+    x: Tensor,
+    cast: torch.dtype | None,
+    fc1_weight: Weight,
+    fc1_bias: Bias,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor | None,
+    recompute: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """fc1's weight [2M, D] and bias [2M], and fc2's bias [D]."""
     width = x.shape[-1]
     if fc2_weight.ndim != 2 or fc2_weight.numel() == 0:
         raise ValueError(f"fc2_weight must have shape [{width}, M], got {list(fc2_weight.shape)}")
     hidden = fc2_weight.shape[1]
-    fc1_weight = joined("fc1_weight", fc1_weight, [hidden, width], x)
-    fc1_bias = fc1_weight.new_zeros(2 * hidden) if fc1_bias is None else joined("fc1_bias", fc1_bias, [hidden], x)
+    fc1_weight = joined("fc1_weight", fc1_weight, [hidden, width], x, cast)
+    fc1_bias = fc1_weight.new_zeros(2 * hidden) if fc1_bias is None else joined("fc1_bias", fc1_bias, [hidden], x, cast)
     fc2_bias = fc2_weight.new_zeros(width) if fc2_bias is None else fc2_bias
-    check_parameter("fc2_weight", fc2_weight, [width, hidden], like=x)
-    check_parameter("fc2_bias", fc2_bias, [width], like=x)
-    check_parameter("fc1_weight", fc1_weight, [2 * hidden, width], like=x)
-    check_parameter("fc1_bias", fc1_bias, [2 * hidden], like=x)
+    check_parameter("fc2_weight", fc2_weight, [width, hidden], like=x, cast_to=cast)
+    check_parameter("fc2_bias", fc2_bias, [width], like=x, cast_to=cast)
+    check_parameter("fc1_weight", fc1_weight, [2 * hidden, width], like=x, cast_to=cast)
+    check_parameter("fc1_bias", fc1_bias, [2 * hidden], like=x, cast_to=cast)
     if recompute not in get_args(Recompute):
         raise ValueError(f"recompute must be one of {', '.join(get_args(Recompute))}, got {recompute!r}")
     return fc1_weight, fc1_bias, fc2_bias
 
 
-def joined(name: str, given: Tensor | Sequence[Tensor], shape: list[int], x: Tensor) -> Tensor:
+def joined(
+    name: str, given: Tensor | Sequence[Tensor], shape: list[int], x: Tensor, cast: torch.dtype | None
+) -> Tensor:
     """The gate's part and the value's, each of this shape, as one tensor, if they are given as a pair."""
     if isinstance(given, Tensor):
         return given
     if len(given) != 2 or not all(isinstance(part, Tensor) for part in given):
         raise ValueError(f"{name} must be a tensor, or a pair of tensors: of the gate and of the value")
     for part, tensor in zip(("gate", "value"), given, strict=True):
-        check_parameter(f"{name} of the {part}", tensor, shape, like=x)
+        check_parameter(f"{name} of the {part}", tensor, shape, like=x, cast_to=cast)
     return torch.cat(tuple(given))
 
 

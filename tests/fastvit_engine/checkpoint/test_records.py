@@ -31,6 +31,7 @@ FILES = {
     "bad_samples.jsonl": b'{"key": "a"}\n',
     "recovery.json": b"{}\n",
     "samples.json": b"[]",
+    "classes.json": b"{}",
     "tensorboard/events.out.tfevents.1.node.2.0": bytes(99),
 }
 

@@ -47,6 +47,7 @@ ALLOWED = {  # what makes sense, or is looked at again when the data is known
     "schedule.final_learning_rate": {"0"},
     "seed": {"0"},
     "train.log_every": {"huge"},  # only at the end
+    "train.profile.ranks": {"0"},
     "watchdog.slow_rank_laps": {"huge"},
     "zero.stage": {"0"},
 }

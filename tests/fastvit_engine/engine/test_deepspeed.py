@@ -201,6 +201,25 @@ def test_an_engine_with_the_state_of_another_goes_on_as_that_one(build, stage, p
     assert one.scalars() == other.scalars()
 
 
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (0, "bf16"), (1, "bf16")])
+def test_one_process_reduces_nothing_and_trains_the_same(build, stage, precision, monkeypatch):
+    reductions, inputs = [], torch.randn(4, 12)
+    engines = build(stage, precision), build(stage, precision)
+    engines[1].model.enable_backward_allreduce = True  # as DeepSpeed would have it
+    kind, reduce = type(engines[0].model), type(engines[0].model).allreduce_gradients
+    monkeypatch.setattr(kind, "allreduce_gradients", lambda self: reductions.append(self) or reduce(self))
+    for _ in range(3):
+        for engine in engines:
+            take_step(engine, precision, inputs)
+    assert reductions == [engines[1].model] * 3
+    assert_equal(*(everything(engine) for engine in engines))
+
+
+@pytest.mark.parametrize(("stage", "precision"), [(1, "fp32"), (2, "bf16"), (3, "bf16")])
+def test_stages_that_partition_gradients_as_they_reduce_still_do(build, stage, precision):
+    assert build(stage, precision).model.enable_backward_allreduce
+
+
 class Without:
     """An object that lacks one attribute of another."""
 

@@ -17,6 +17,9 @@ class Alone(World):
     def sum(self, values):
         return torch.as_tensor(values)
 
+    def gather(self, value):
+        return [value]
+
 
 WORLD = Alone(rank=0, size=1, device=torch.device("cpu"))
 
@@ -36,7 +39,9 @@ def _batch(first, labels, weights):
 
 def test_padding_does_not_count():
     batches = [_batch([0, 1, 2], [0, 3, 1], [1.0, 1.0, 1.0]), _batch([4, 0], [4, 0], [1.0, 0.0])]
-    accuracy, shown = evaluate(Ranking(), batches, FusedCrossEntropy("softmax"), WORLD, shown=3)
+    accuracy, answers = evaluate(Ranking(), batches, FusedCrossEntropy("softmax"), WORLD, shown=3)
+    shown = answers.examples
+    assert answers.right.tolist() == [[0], [3], [1], [4]] and answers.ranked[:, 0].tolist() == [0, 1, 2, 4]
     assert accuracy.samples == 4 and accuracy.top1 == 2 / 4 and accuracy.top5 == 3 / 4  # the third comes sixth
     assert [example["key"] for example in shown] == ["0", "1", "2"] and shown[1]["label"] == 3
     assert [index for index, _ in shown[1]["predictions"]] == [1, 2, 3, 4, 5]
@@ -56,6 +61,29 @@ def test_any_of_several_labels_is_right():
     assert accuracy.loss == pytest.approx(losses.mean().item())
 
 
+def test_the_answers_of_all_processes_are_put_together():
+    class Two(Alone):
+        """The other process has the same images."""
+
+        def gather(self, value):
+            assert value.examples == []  # which stay where they are
+            return [value, value]
+
+    found = []
+    batch = _batch([0, 1, 2], [[5, 0], [1, -1], [1, 0]], [1.0, 0.0, 1.0])
+    evaluator = Classification(
+        lambda: [batch],
+        FusedCrossEntropy("sigmoid"),
+        Two(rank=0, size=2, device=torch.device("cpu")),
+        every_steps=5,
+        shown=1,
+        on_answers=lambda step, name, answers: found.append(answers),
+    )
+    evaluator.run(Ranking(), step=1, name="eval")
+    assert found[0].right.tolist() == [[5, 0], [1, 0]] * 2 and found[0].ranked[:, 0].tolist() == [0, 2] * 2
+    assert [example["key"] for example in found[0].examples] == ["0"]
+
+
 def test_the_evaluator_writes_a_row_and_shows_its_examples():
     passes, shown = [], []
 
@@ -63,18 +91,18 @@ def test_the_evaluator_writes_a_row_and_shows_its_examples():
         passes.append(1)
         return [_batch([0, 1, 2], [0, 3, 1], [1.0, 1.0, 1.0])]
 
-    def show(step, examples):
-        shown.append((step, [example["key"] for example in examples]))
+    def show(step, name, answers):
+        shown.append((step, name, [example["key"] for example in answers.examples]))
 
     evaluator: Evaluator = Classification(
-        batches, FusedCrossEntropy("softmax"), WORLD, every_steps=5, shown=2, on_examples=show
+        batches, FusedCrossEntropy("softmax"), WORLD, every_steps=5, shown=2, on_answers=show
     )
     model = Ranking().train()
     (row,) = evaluator.run(model, step=10, name="eval_ema")
     expected, _ = evaluate(model, batches(), FusedCrossEntropy("softmax"), WORLD)
     assert row.pop("seconds") >= 0
     assert row == {"step": 10, "eval": "eval_ema", **asdict(expected)}
-    assert shown == [(10, ["0", "1"])]
+    assert shown == [(10, "eval_ema", ["0", "1"])]
     evaluator.run(model, step=15, name="eval")
     assert len(passes) == 3  # each run is a pass of its own
     assert model.training and (evaluator.name, evaluator.every_steps) == ("eval", 5)
@@ -90,7 +118,7 @@ class Dropping(Ranking):
 def test_nothing_that_is_random_in_training_is_active():
     batch, criterion = _batch([0, 1, 2, 3], [0, 3, 1, 3], [1.0] * 4), FusedCrossEntropy("softmax")
     training = Dropping().train()
-    assert evaluate(training, [batch], criterion, WORLD) == evaluate(Ranking(), [batch], criterion, WORLD)
+    assert evaluate(training, [batch], criterion, WORLD)[0] == evaluate(Ranking(), [batch], criterion, WORLD)[0]
     assert training.training
 
 

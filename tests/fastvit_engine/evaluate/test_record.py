@@ -123,7 +123,7 @@ def test_real_labels_leave_out_images_without_any():
 
 def test_the_table_says_what_each_class_is_taken_for():
     record = record_answers(Scores(), batches(), Right.all(7), "softmax")
-    confusion = Confusion(record)
+    confusion = Confusion(record.right, record.ranked)
     rows = {row.number: row for row in confusion.table([f"<{n}>" for n in range(7)])}
     answers = record.ranked[:, 0]
     assert sorted(rows) == list(range(7))
@@ -137,6 +137,10 @@ def test_the_table_says_what_each_class_is_taken_for():
         assert (row.taken_for == "") == (not wrong) and (
             not wrong or wrong.count(int(row.taken_for[1:-1])) == row.times
         )
+    mistakes = [(label, int(said)) for label, said in zip(LABELS, answers, strict=True) if label != said]
+    assert sorted(confusion.pairs()) == sorted((*pair, mistakes.count(pair)) for pair in set(mistakes))
+    times = [count for _, _, count in confusion.pairs()]
+    assert times == sorted(times, reverse=True)
     assert sum(row.samples * row.top1 for row in rows.values()) == pytest.approx(12 * figures_of(record).top1)
     lines = confusion.csv(None).splitlines()
     assert lines[0] == "class,name,samples,top1,top5,taken_for,times" and len(lines) == 8
@@ -145,7 +149,7 @@ def test_the_table_says_what_each_class_is_taken_for():
 
 def test_the_matrix_counts_every_image_once():
     record = record_answers(Scores(), batches(), Right.all(7), "softmax")
-    confusion = Confusion(record)
+    confusion = Confusion(record.right, record.ranked)
     matrix = confusion.matrix()
     assert matrix.sum() == 12 and np.trace(matrix) == round(12 * figures_of(record).top1)
     for truth, said in zip(LABELS, record.ranked[:, 0], strict=True):
@@ -156,7 +160,7 @@ def test_the_matrix_counts_every_image_once():
 def test_the_picture_has_its_weight_on_the_diagonal_of_a_good_model(classes, side):
     right = np.arange(classes)[:, None]
     record = record_answers(Scores(), batches(), Right.all(7), "softmax")._replace(right=right, ranked=right)
-    picture = Confusion(record).picture([f"a class with a long name {n}" for n in range(classes)])
+    picture = Confusion(record.right, record.ranked).picture([f"a class with a long name {n}" for n in range(classes)])
     assert picture.width == picture.height and picture.width >= side * 0.9
     pixels = np.asarray(picture.convert("L")).astype(int)
     dark = np.argwhere(pixels < 100)

@@ -14,7 +14,7 @@ from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.observe.trackers import TensorBoard
+from fastvit_engine.observe.trackers.tensorboard import TensorBoard
 from tests.fastvit_engine.observe.conftest import train_row
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -168,7 +168,9 @@ def test_tensorboard_on_a_lost_disk_is_a_warning(tmp_path, monkeypatch, capsys, 
     recorder = Recorder(run, 10, 0, [tracker])
     recorder.training(train_row(1))
     if moment != "opening":
-        target = ("fastvit_engine.observe.trackers.write_all",) if moment == "writing" else (tracker, "close")
+        target = (
+            ("fastvit_engine.observe.trackers.tensorboard.write_all",) if moment == "writing" else (tracker, "close")
+        )
         monkeypatch.setattr(*target, fails(10**6))
     for step in range(2, 40):
         recorder.training(train_row(step))

@@ -5,8 +5,10 @@ import json
 import pytest
 from hypothesis import given, settings
 
+from fastvit_engine.commands.report import settings_of
 from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.metrics import MetricsWriter, read_metrics
+from fastvit_engine.observe.report.comparison import render_comparison
 from fastvit_engine.observe.report.recorded_run import load_run
 from fastvit_engine.observe.report.report import render
 from fastvit_engine.observe.run_folder import RunFolder
@@ -18,12 +20,20 @@ pytestmark = pytest.mark.timeout(3600)
 WORDS = [b"NaN", b"1e999", b"-1", b"null", b"true", b"{}", b"99999999999999999999", b'"nan"', b"1e308", b"\\ud800"]
 SAMPLE = {"key": "a", "label": 1, "image": png_url(8), "predictions": [[1, 0.9], [0, 0.1]]}
 SAMPLES = {"step": 5, "class_names": ["zero", "one"], "samples": [SAMPLE, SAMPLE | {"label": 0}]}
+CLASSES = {"step": 5, "eval": "eval", "class_names": None, "classes": [[0, 2, 1], [1, 3, 3]], "confused": [[0, 1, 1]]}
 ROWS = [train_row(3), train_row(5), eval_row(5, 0.5)]
 METRICS = b"".join(json.dumps(row).encode() + b"\n" for row in ROWS)
 EVENTS = b"".join(
     b'{"time": "2026-01-01T00:00:00+00:00", "event": "%s", "message": "x", "host": "h", "step": 3}\n' % event
     for event in (b"start", b"rewind", b"checkpoint", b"start", b"anomaly")
 )
+
+
+def compare(run: RunFolder) -> str:
+    """A page that compares a run with itself."""
+    read = load_run(run.path)
+    return render_comparison([read, read], ["a", "b"], [settings_of(read)] * 2)
+
 
 rendered = settings(fuzz, max_examples=fuzz.max_examples // 8)  # a page takes long
 
@@ -61,18 +71,20 @@ def test_events(run: RunFolder, content: bytes) -> None:
 def test_reports_of_damaged_lines(run: RunFolder, metrics: bytes, events: bytes) -> None:
     run.metrics.write_bytes(metrics)
     run.events.write_bytes(events)
-    page = read_or_refuse(lambda: render(load_run(run.path)))
-    assert page is not None and page.startswith("<!DOCTYPE html>")
+    for write in (lambda: render(load_run(run.path)), lambda: compare(run)):
+        page = read_or_refuse(write)
+        assert page is not None and page.startswith("<!DOCTYPE html>")
 
 
 @rendered
-@given(content=mutated([json.dumps(SAMPLES).encode(), b"seed: 0\n"], WORDS))
-def test_samples_and_configurations(run: RunFolder, content: bytes) -> None:
-    run.samples.write_bytes(content)
-    run.config.write_bytes(content)
-    read_or_refuse(lambda: render(load_run(run.path)))
-    run.samples.unlink()
-    assert read_or_refuse(lambda: render(load_run(run.path))) is not None
+@given(content=mutated([json.dumps(SAMPLES).encode(), json.dumps(CLASSES).encode(), b"seed: 0\n"], WORDS))
+def test_samples_classes_and_configurations(run: RunFolder, content: bytes) -> None:
+    for path in (run.samples, run.classes):
+        path.write_bytes(content)
+        run.config.write_bytes(content)
+        read_or_refuse(lambda: render(load_run(run.path)))
+        path.unlink()
+    assert read_or_refuse(lambda: compare(run)) is not None
 
 
 @rendered
@@ -80,4 +92,5 @@ def test_samples_and_configurations(run: RunFolder, content: bytes) -> None:
 def test_environments(run: RunFolder, content: bytes) -> None:
     run.environment.write_bytes(content)
     read_or_refuse(lambda: render(load_run(run.path)))
+    read_or_refuse(lambda: compare(run))
     read_or_refuse(lambda: load_run(run.path).summary())

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from fastvit_engine.observe.progress import TrainingProgress, WorkProgress
+from fastvit_engine.observe.progress import Display, TrainingProgress, WorkProgress
+from fastvit_engine.shown import say
 from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, train_row
 
 
@@ -27,18 +28,23 @@ class Terminal(io.StringIO):
         return True
 
     def screen(self) -> list[str]:
-        """The lines a person sees, from carriage returns and erasures."""
-        lines = [""]
-        for token in re.findall(r"\r|\n|\x1b\[K|[^\r\n\x1b]+", self.getvalue()):
+        """The lines a person sees, from movements of the cursor and erasures."""
+        lines, row, column = [""], 0, 0
+        for token in re.findall(r"\r|\n|\x1b\[[0-9]*[A-Z]|[^\r\n\x1b]+", self.getvalue()):
             if token == "\n":
-                lines.append("")
-                column = 0
+                row, column = row + 1, 0
+                lines += [""] * (row + 1 - len(lines))
             elif token == "\r":
                 column = 0
             elif token == "\x1b[K":
-                lines[-1] = lines[-1][:column]
+                lines[row] = lines[row][:column]
+            elif token == "\x1b[J":
+                lines[row:] = [lines[row][:column]]
+            elif token[0] == "\x1b":
+                row += int(token[2:-1]) * {"A": -1, "B": 1}[token[-1]]
+                assert 0 <= row < len(lines)
             else:
-                lines[-1] = lines[-1][:column] + token + lines[-1][column + len(token) :]
+                lines[row] = (lines[row].ljust(column))[:column] + token + lines[row][column + len(token) :]
                 column += len(token)
         return lines
 
@@ -72,7 +78,7 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     assert "\r" not in stream.getvalue()
 
 
-def test_live_line_is_rewritten_in_place_below_messages() -> None:
+def test_live_lines_are_rewritten_in_place_below_messages() -> None:
     stream, clock = Terminal(), Clock()
     with contextlib.closing(TrainingProgress(10, stream=stream, clock=clock)) as progress:
         for step in range(1, 11):
@@ -83,40 +89,104 @@ def test_live_line_is_rewritten_in_place_below_messages() -> None:
                 progress.log_evaluation(eval_row(5, 0.975, eval="eval_ema", top5=None))
                 progress.log_evaluation(few_shot_row(5, 0.25, 0.5))
                 progress.message("checkpoint saved")
-                above = stream.screen()
-                assert above[-1].endswith("5/10  loss 0.4000  ETA 5.0 s  750 images/s  data wait 1.0 %")
-                assert above[-1].startswith("━" * 15 + "─" * 15 + " ")
+                assert stream.screen()[5].endswith("5/10  ETA 5.0 s  epoch 0.22")
+                assert stream.screen()[5].startswith("━" * 15 + "─" * 15 + " ")
     assert stream.screen() == [
         "evaluation (step 5): top-1 97.2 %  top-5 99.0 %  loss 0.1  (360 images in 0.4 s)",
         "evaluation (EMA weights, step 5): top-1 97.5 %  loss 0.1  (360 images in 0.4 s)",
         "few-shot accuracy (step 5): 1-shot 25.0 %  5-shot 50.0 %  (360 images in 2.0 s)",
         "checkpoint saved",
-        "━" * 30 + " 10/10  loss 0.2000  750 images/s  data wait 1.0 %",
+        "",
+        "━" * 30 + " 10/10  epoch 0.45",
+        "loss 0.2000  █▄▃▂▁▁▁▁▁▁  lr 0.001  gradient norm 0.5",
+        "750 images/s  data wait 1.0 %  memory 300.0 MiB",
+        "top-1 97.2 % (step 5)  EMA top-1 97.5 % (step 5)  1-shot 25.0 %  5-shot 50.0 %",
         "",
     ]
 
 
+def test_what_others_write_stays_above_the_live_lines() -> None:
+    """The cursor waits on an empty line, so another process's message is whole, and the next redraw is below it."""
+    stream, clock = Terminal(), Clock()
+    progress = TrainingProgress(10, stream=stream, clock=clock)
+    progress.log(train_row(5))
+    stream.write("rank 1: something is odd\n")
+    clock.now += 1.0
+    progress.advance(6)
+    assert stream.screen()[0] == "rank 1: something is odd"
+    assert [line.partition("  ")[0] for line in stream.screen()[1:]] == [
+        "",
+        "━" * 18 + "─" * 12 + " 6/10",
+        "loss 0.4000",
+        "750 images/s",
+    ]
+
+
+def test_what_the_process_itself_says_takes_the_place_of_the_live_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = Terminal()
+    progress = TrainingProgress(10, stream=stream)
+    progress.log(train_row(5))
+    say("two\nlines", file=stream)
+    assert stream.screen() == ["two", "lines", ""]
+    progress.close()
+    say("more", file=stream)
+    assert stream.screen() == ["two", "lines", "more", ""]
+
+
+@pytest.mark.parametrize("ends", ["closed", "killed"])
+def test_the_next_prompt_is_on_a_line_of_its_own(ends: str) -> None:
+    """Without a mode of the terminal that anybody would have to reset: killed, it is above what was drawn."""
+    stream = Terminal()
+    progress = TrainingProgress(10, stream=stream)
+    progress.log(train_row(5))
+    if ends == "closed":
+        progress.close()
+    before = stream.screen()
+    stream.write("$ ")
+    changed = [line for line, then in zip(stream.screen(), before, strict=True) if line != then]
+    assert changed == ["$ "]
+    assert set(re.findall(r"\x1b\[[0-9]*([A-Za-z])", stream.getvalue())) <= set("KJAB")
+
+
 @pytest.mark.parametrize("columns", [1, 7, 12, 25, 40, 60, 79, 200])
-def test_the_live_line_never_wraps(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+def test_no_live_line_wraps(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     stream = Terminal()
     progress = TrainingProgress(1_000_000, start_step=999_998, stream=stream)
     progress.log(train_row(999_999))
-    (line,) = stream.screen()
-    assert len(line) < columns or columns == 1
-    assert line.startswith("999999/1000000"[: columns - 1]) or "━" in line
+    progress.log_evaluation(eval_row(999_999, 0.5))
+    drawn = stream.screen()[-4:]
+    assert all(len(line) < columns or columns == 1 for line in drawn)
+    assert drawn[0].startswith("999999/1000000"[: columns - 1]) or "━" in drawn[0]
+
+
+@pytest.mark.parametrize(("lines", "drawn"), [(24, 4), (5, 3), (3, 1), (1, 1)])
+def test_no_more_lines_are_drawn_than_the_terminal_has(monkeypatch: pytest.MonkeyPatch, lines: int, drawn: int) -> None:
+    monkeypatch.setenv("LINES", str(lines))
+    stream = Terminal()
+    progress = TrainingProgress(10, stream=stream)
+    progress.log(train_row(5))
+    progress.log_evaluation(eval_row(5, 0.5))
+    assert len(stream.screen()[2:]) == drawn
+
+
+def test_wide_characters_count_as_two_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "10")
+    stream = Terminal()
+    Display(stream).draw("写真" * 10)
+    assert stream.screen() == ["写真写真"]
 
 
 def test_a_narrow_terminal_keeps_the_most_important_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setenv("COLUMNS", "36")
     stream, clock = Terminal(), Clock()
     progress = TrainingProgress(840, stream=stream, clock=clock)
     for step in (1, 2):
         clock.now += 1.0
         progress.log(train_row(step))
-    line = stream.screen()[-1]
-    assert "2/840" in line and "loss" in line and "ETA 13 min 58 s" in line
-    assert "images/s" not in line
+    first, second, third = stream.screen()[1:]
+    assert first.endswith("2/840  ETA 13 min 58 s") and "epoch" not in first
+    assert second == "loss 1.0000  █▁  lr 0.001" and third == "750 images/s  MFU 15.5 %"
 
 
 def test_redraws_are_limited() -> None:
@@ -125,7 +195,7 @@ def test_redraws_are_limited() -> None:
     for step in range(1, 1000):
         clock.now += 0.001
         progress.advance(step)
-    assert stream.getvalue().count("\r") <= 11
+    assert stream.getvalue().count("\r") <= 2 * 11
 
 
 def test_eta_leaves_out_the_first_step_and_evaluations() -> None:
@@ -169,7 +239,8 @@ def test_a_stream_without_unicode_gets_an_ascii_bar() -> None:
 
     stream = Latin()
     TrainingProgress(10, stream=stream).log(train_row(5))
-    assert stream.screen()[-1].startswith("#" * 15 + "-" * 15 + " 5/10")
+    assert stream.screen()[1].startswith("#" * 15 + "-" * 15 + " 5/10")
+    assert stream.screen()[2] == "loss 0.4000  lr 0.001  gradient norm 0.5"
 
 
 def test_the_width_is_that_of_the_stream_itself() -> None:
@@ -183,8 +254,9 @@ def test_the_width_is_that_of_the_stream_itself() -> None:
         TrainingProgress(840, stream=stream).log(train_row(420))
         shown = os.read(controller, 10_000).decode()
     os.close(controller)
-    assert shown.split("\r")[-1].removesuffix("\x1b[K").endswith("420/840  loss 0.0048")
-    assert max(len(line) for line in shown.replace("\x1b[K", "").split("\r")) < 30
+    lines = re.sub(r"\x1b\[[0-9]*[A-Z]|\r", "", shown).splitlines()
+    assert lines[1].endswith("420/840  epoch 18.71") and "loss 0.0048  lr 0.001" in lines
+    assert max(map(len, lines)) < 30
 
 
 def test_plain_lines_of_data_work_tell_rate_and_time_left() -> None:

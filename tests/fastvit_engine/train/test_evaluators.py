@@ -146,3 +146,14 @@ def test_rank_0_writes_down_examples_for_the_report(job):
     shown = json.loads(running.run.samples.read_text())
     assert (shown["step"], shown["class_names"]) == (30, ["a", "b", "c"])
     assert [sample["key"] for sample in shown["samples"]] == ["0", "1", "2", "3", "4"]
+
+
+def test_rank_0_writes_down_how_well_each_class_is_recognised(job):
+    for rank in (1, 0):
+        running = job(rank, average=True)
+        assert not running.run.classes.exists()
+        measure(running)
+    found = json.loads(running.run.classes.read_text())
+    assert (found["step"], found["eval"], found["class_names"]) == (30, "eval_ema", ["a", "b", "c"])
+    # The average says class 0 of all; the sixth image is bad.
+    assert found["classes"] == [[0, 2, 2], [1, 2, 0], [2, 1, 0]] and found["confused"] == [[1, 0, 2], [2, 0, 1]]

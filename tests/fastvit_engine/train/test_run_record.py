@@ -3,6 +3,7 @@ import json
 import yaml
 
 from fastvit_engine.observe.events import read_events
+from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from tests.fastvit_engine.warm_ranks import run_ranks
 
@@ -29,6 +30,14 @@ def test_a_run_leaves_its_choices_and_events(train, tmp_path):
     assert (folder / events[0]["config"]).read_text() == (folder / "config.yaml").read_text()
     assert events[0]["world_size"] == 1 and events[0]["zero_stage"] == 0 and len(events[0]["hosts"]) == 1
     assert events[-1]["reason"] == "finished"
+
+
+def test_rows_say_where_the_time_of_a_step_went(train, tmp_path):
+    rows, _ = read_metrics(train(tmp_path / "run", "train.duration=4 steps", "train.log_every=2") / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 4]
+    for row in rows:
+        parts = [row["data_wait"], row["forward"], row["backward"], row["update"]]
+        assert min(parts) > 0 and sum(parts) <= 1  # they do not overlap
 
 
 def test_a_run_that_resumes_with_other_values_says_and_records_which(train, train_arguments, tmp_path):

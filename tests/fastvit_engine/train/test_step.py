@@ -1,6 +1,5 @@
 """One optimizer step: what its gradient is, what comes before its update, and what is random about it."""
 
-from contextlib import nullcontext
 from itertools import product
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ from fastvit_engine.data import Batch
 from fastvit_engine.data.stream.batch_split import BatchSplit
 from fastvit_engine.distributed.world import World
 from fastvit_engine.train.step import hash_keys, seed_step, take_step
+from fastvit_engine.train.step_times import StepTimes
 from tests.fastvit_engine.plain_engine import PlainEngine
 
 CPU = torch.device("cpu")
@@ -56,9 +56,8 @@ class Rank:
                     expect=lambda loss, **found: self.expected.append((loss.item(), found)), report=lambda: "report"
                 ),
             ),
-            processes=SimpleNamespace(
-                watchdog=SimpleNamespace(phase=lambda name: None), stragglers=SimpleNamespace(forward=nullcontext)
-            ),
+            processes=SimpleNamespace(watchdog=SimpleNamespace(phase=lambda name: None)),
+            times=StepTimes(CPU),
         )
         self.trace, self.report = take_step(job, step, micro_batches(split, rank), rehearsal=rehearsal)
 

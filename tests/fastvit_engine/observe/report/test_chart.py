@@ -1,13 +1,29 @@
+import json
 import re
+from typing import Any
 
 import numpy as np
 import pytest
 
-from fastvit_engine.observe.report.chart import Mark, Series, envelope, line_chart, smooth
+from fastvit_engine.observe.report.axes import Axes, Progress
+from fastvit_engine.observe.report.chart import WHOLE, Mark, Series, envelope, smooth
+from fastvit_engine.observe.report.chart import line_chart as chart
 
 
-def series(values: list[float], name: str = "loss", **options: bool) -> Series:
+def series(values: list[float], name: str = "loss", **options: Any) -> Series:
     return Series(name, "train", np.arange(1, len(values) + 1, dtype=float), np.array(values, dtype=float), **options)
+
+
+def line_chart(title: str, unit: str, lines: list[Series], **options: Any) -> str:
+    """A chart over steps, up to the last one of the lines."""
+    last = int(max((line.steps.max() for line in lines if len(line.steps)), default=1))
+    return chart(title, unit, lines, Axes([Progress.of_run([], last, 64, 1e6)], [last]), **options)
+
+
+def embedded(html: str) -> Any:
+    """What a chart holds for the script."""
+    (text,) = re.findall(r'<script type="application/json" class="data">(.*?)</script>', html)
+    return json.loads(text)
 
 
 def path(html: str, classes: str) -> list[tuple[float, float]]:
@@ -86,6 +102,41 @@ def test_long_lines_are_drawn_from_few_points() -> None:
     assert len(path(html, "line train raw")) <= 800
 
 
+def test_many_lines_share_what_one_chart_may_hold_and_keep_their_spikes() -> None:
+    """Forty runs of 10,000 steps, each with a spike of its own."""
+    lines = []
+    for number in range(40):
+        values = np.zeros(10_000)
+        values[100 * number + 7] = 1.0
+        lines.append(series(list(values), name=f"run {number}"))
+    html = line_chart("Loss", "", lines)
+    assert len(html) < 300_000
+    for line in embedded(html)["lines"]:
+        assert len(line["x"]) <= 200
+        assert max(line["y"]) == 1.0 and line["x"][line["y"].index(1.0)] % 100 == 8
+
+
+def test_the_script_gets_the_values_and_nothing_ends_it_early() -> None:
+    html = line_chart("Loss", "", [series([1.0, np.nan, 3.00001], name="</script><b>")], form=WHOLE)
+    data = embedded(html)
+    assert (data["low"], data["high"], data["form"]) == (1, 3.5, ["fixed", 0, ""])
+    (line,) = data["lines"]
+    assert (line["name"], line["x"], line["y"], line["trend"]) == ("</script><b>", [1, 2, 3], [1.0, None, 3.0], None)
+    noisy = embedded(line_chart("Loss", "", [series([1.0, 2.0] * 20, noisy=True)]))["lines"][0]
+    assert len(noisy["x"]) == 40 and len(noisy["trend"]["x"]) == len(noisy["trend"]["y"]) == 40
+
+
+def test_lines_differ_by_their_dash() -> None:
+    html = line_chart("Loss", "", [series([1.0, 2.0]), series([2.0, 3.0], dash=3)])
+    assert '<path class="line train" ' in html and '<path class="line train dash-3" ' in html
+    assert '<li class="train dash-3">' in html
+
+
+def test_a_reader_who_sees_no_chart_hears_how_it_ends() -> None:
+    html = line_chart("Loss", "", [series([2.0, 1.5]), series([3.0, np.nan], name="other")])
+    assert 'role="img" aria-label="Loss over the training; at the end: loss 1.5, other 3"' in html
+
+
 def test_envelope_keeps_extremes_order_and_gaps() -> None:
     steps = np.arange(100_000, dtype=float)
     values = np.sin(steps / 1000)
@@ -101,11 +152,12 @@ def test_envelope_keeps_extremes_order_and_gaps() -> None:
 
 def test_smoothing_follows_a_straight_line_exactly_and_averages_noise() -> None:
     steps = np.arange(500, dtype=float)
-    _, fitted = smooth(steps, 3.0 - 0.01 * steps)
-    assert fitted == pytest.approx(3.0 - 0.01 * steps, abs=1e-9)  # up to both ends
+    middles, fitted = smooth(steps, 3.0 - 0.01 * steps)
+    assert len(middles) == 200
+    assert fitted == pytest.approx(3.0 - 0.01 * middles, abs=1e-9)  # up to both ends
     noise = np.random.default_rng(0).normal(size=500)
     assert smooth(steps, noise)[1].std() < 0.35
-    assert len(smooth(np.arange(100_000.0), np.arange(100_000.0))[0]) == 800
+    assert len(smooth(np.arange(100_000.0), np.arange(100_000.0))[0]) == 200
 
 
 def test_names_are_escaped() -> None:
@@ -117,7 +169,10 @@ def test_names_are_escaped() -> None:
 def test_marks_are_drawn_at_their_steps_and_counted_in_the_legend() -> None:
     marks = [Mark(5, "restart", 'at "5"'), Mark(5, "saved", "a", tick=True), Mark(99, "saved", "b", tick=True)]
     html = line_chart("Loss", "", [series([1.0] * 10)], marks=marks)
-    assert '<path class="mark restart" d="M500.0 0V1000"><title>at &quot;5&quot;</title></path>' in html
-    assert [float(left) for left in re.findall(r'class="mark saved" d="M([\d.]+) \d+V1000"', html)] == [500, 1000]
+    assert '<path class="mark restart" data-step="5" d="M500.0 0V1000"><title>at &quot;5&quot;</title></path>' in html
+    assert [float(left) for left in re.findall(r'class="mark saved" data-step="\d+" d="M([\d.]+) \d+V1000"', html)] == [
+        500,
+        1000,
+    ]
     assert '<li class="mark saved">saved <b>2</b></li>' in html
-    assert "mark" not in line_chart("Loss", "", [series([1.0] * 10)])
+    assert '"mark' not in line_chart("Loss", "", [series([1.0] * 10)])

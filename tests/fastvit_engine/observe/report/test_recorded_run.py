@@ -53,6 +53,53 @@ def test_a_run_that_was_made_longer_was_not_restarted(make_run: MakeRun) -> None
     assert run.describe_incidents() == "2 restarts"
 
 
+def test_a_start_after_a_requested_stop_is_planned(make_run: MakeRun) -> None:
+    """Also of a run that was made longer meanwhile; the start after a kill is a restart."""
+    folder = make_run([train_row(840)])
+    starts = [(0, 500), None, (300, 500), None, (400, 840), (500, 840)]
+    events = [
+        {"time": "t", "event": "stop", "message": "m", "reason": "preempted"}
+        if start is None
+        else {"time": "t", "event": "start", "message": "m", "step": start[0], "total_steps": start[1]}
+        for start in starts
+    ]
+    folder.events.write_text("".join(json.dumps(event) + "\n" for event in events))
+    run = load_run(folder.path)
+    assert [event.get("step") for event in run.restarts] == [500]
+    assert run.describe_incidents() == "1 restart"
+
+
+def test_bad_samples_are_incidents(make_run: MakeRun) -> None:
+    run = load_run(make_run([train_row(1, bad_samples=2), train_row(840, bad_samples=1200)]).path)
+    assert run.summary().endswith("\nincidents: 1,200 bad samples")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": [[0, 1, 2]]},
+        {"classes": [[0, 0, 0]]},
+        {"classes": [[0, True, 1]]},
+        {"classes": [[0, 1.5, 1]]},
+        {"classes": [[0, 10**30, 1]]},
+        {"classes": [[0, 1]]},
+        {"classes": None},
+        {"confused": [[0, 1, -1]]},
+        {"confused": [[0, [], 1]]},
+        {"step": "x"},
+        {"class_names": 5},
+    ],
+)
+def test_damaged_figures_of_classes(make_run: MakeRun, change: dict[str, Any]) -> None:
+    whole = {"step": 5, "eval": "eval", "class_names": None, "classes": [[0, 2, 1]], "confused": [[0, 1, 1]]}
+    run = make_run([train_row(5)])
+    run.classes.write_text(json.dumps(whole))
+    assert load_run(run.path).classes is not None
+    run.classes.write_text(json.dumps(whole | change))
+    with pytest.raises(UserError, match=r"classes\.json does not hold the figures of classes"):
+        load_run(run.path)
+
+
 def test_a_run_whose_batch_changed_says_how_many_images_it_had(make_run: MakeRun) -> None:
     row = train_row(840)
     folder = make_run([row])

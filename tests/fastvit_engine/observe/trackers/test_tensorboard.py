@@ -7,7 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.observe.trackers import TensorBoard
+from fastvit_engine.observe.trackers.tensorboard import TensorBoard
 from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, train_row
 
 

@@ -1,7 +1,4 @@
-"""Where the figures of a run go besides `metrics.jsonl`: programs that draw them while it trains.
-
-This module imports TensorBoard; only a process that writes figures needs it.
-"""
+"""TensorBoard's event files, written without PyTorch."""
 
 import io
 import os
@@ -9,7 +6,7 @@ import re
 import socket
 import time
 import uuid
-from typing import Any, Protocol, cast
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -18,21 +15,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from fastvit_engine.files import write_all
 from fastvit_engine.observe.metrics import EvalRow, FewShotRow, TrainRow
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.trackers.protocol import numbers_of
 
 _EVENT_FILE = re.compile(r"events\.out\.tfevents\.([0-9]{10})\.")
-
-
-class Tracker(Protocol):
-    """Takes every row that `metrics.jsonl` gets, in the same order. One process of a job has trackers."""
-
-    def __str__(self) -> str:
-        """What it writes to."""
-
-    def write(self, row: TrainRow | EvalRow | FewShotRow) -> None:
-        """Takes the numbers of one row. Raises OSError if it cannot take this and further ones."""
-
-    def close(self) -> None:
-        """Writes out what it still holds."""
 
 
 class TensorBoard:
@@ -52,12 +37,7 @@ class TensorBoard:
         return str(self._folder)
 
     def write(self, row: TrainRow | EvalRow | FewShotRow) -> None:
-        group = row.get("eval", "train")
-        numbers = {f"{group}/{key}": value for key, value in row.items() if isinstance(value, int | float)}
-        del numbers[f"{group}/step"]
-        shots = cast(FewShotRow, row)["shots"] if "shots" in row else {}
-        numbers |= {f"{group}/{number}-shot": found["mean"] for number, found in shots.items()}
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers_of(row).items()]
         event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
         if self._file is None:
             self._file = self._open()
