@@ -27,7 +27,7 @@ SHAPE: Any = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num
 # %% Accelerate first: a model that is sharded already is left alone. The seed gives every process the same weights.
 torch.manual_seed(0)
 model = timm.create_model("vit_tiny_patch16_224", **SHAPE).to(device)
-table = accelerate(model)
+table = str(accelerate(model))
 # A block is the smallest unit to shard: it reads the weights of its children without calling them. States are fp32.
 precision = MixedPrecisionPolicy(torch.bfloat16 if on_gpu else None, reduce_dtype=torch.float32)
 for module in (*model.get_submodule("blocks").children(), model):
