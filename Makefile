@@ -15,7 +15,7 @@ $(MAKE) --no-print-directory types > $(VENV)/types.log 2>&1 & types=$$!; failed=
 	$(1) || failed=$$?; wait $$types || failed=1; cat $(VENV)/types.log; exit $$failed
 endef
 
-.PHONY: help quickstart test test-all lint style types format docs site dist hub-kernel wheels clean
+.PHONY: help quickstart test test-all lint style types format docs site dist licenses hub-kernel wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -68,6 +68,11 @@ dist: $(VENV)/.installed  ## build wheel and sdist of both packages, into dist/,
 	$(BIN)/python -m build --outdir dist build/release/kernels
 	$(BIN)/python -m build --outdir dist build/release
 	$(BIN)/python -m twine check --strict dist/*
+
+licenses: $(VENV)/.installed  ## list the license of every package in .venv, in build/licenses.md
+	mkdir -p build
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip-licenses
+	$(BIN)/pip-licenses --format markdown --from mixed --output-file build/licenses.md
 
 hub-kernel: $(VENV)/.installed  ## write the kernels for Hugging Face's `kernels` package, to build/fastvit-kernels
 	rm -rf build/fastvit-kernels

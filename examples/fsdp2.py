@@ -27,9 +27,7 @@ SHAPE: Any = {"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 2, "num
 # %% Accelerate first: a model that is sharded already is left alone. The seed gives every process the same weights.
 torch.manual_seed(0)
 model = timm.create_model("vit_tiny_patch16_224", **SHAPE).to(device)
-table = accelerate(model)
-if dist.get_rank() == 0:
-    print(table)
+table = str(accelerate(model))
 # A block is the smallest unit to shard: it reads the weights of its children without calling them. States are fp32.
 precision = MixedPrecisionPolicy(torch.bfloat16 if on_gpu else None, reduce_dtype=torch.float32)
 for module in (*model.get_submodule("blocks").children(), model):
@@ -52,6 +50,7 @@ for step in range(STEPS):
 # %% Gather the weights: names and shapes are timm's, so they load into the model as timm makes it.
 state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 if dist.get_rank() == 0:
+    print(table)
     plain = timm.create_model("vit_tiny_patch16_224", **SHAPE).eval()
     plain.load_state_dict(state)
     with torch.no_grad():

@@ -56,7 +56,10 @@ def test_imagenet_21k(reader):
 
 @only_in_full
 def test_from_python(reader):
-    assert main(["data", "make", "digits", "--out", "data/digits", "--eval-fraction", "0.2"]) == 0
+    assert (
+        main(["data", "make", "digits", "--out", "data/digits", "--eval-fraction", "0.2", "--samples-per-shard", "200"])
+        == 0
+    )
     digits = '"data.eval": "data/digits"'
     reader.instead = {f"{digits}}}": f'{digits}, "train.duration": "20 steps"}}'}
     reader.follow(DOCS / "python.md", section="# From Python")
