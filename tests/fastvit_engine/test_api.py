@@ -25,6 +25,7 @@ from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from tests.fastvit_engine.conftest import TINY_RUN
+from tests.fastvit_engine.train.steeper import Steeper
 from tests.fastvit_engine.warm_rank import run_program
 from tests.fastvit_engine.warm_ranks import exit_codes_of
 from tests.in_full import in_full
@@ -259,17 +260,6 @@ def test_an_iterable_is_still_there_after_the_run_went_back(digits, tmp_path, mo
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]][-1] == 8
 
 
-class Steeper:
-    """An objective of one's own: twice the cross-entropy, and a draw of the sample's seed."""
-
-    def __init__(self, config, device):
-        torch.rand(7)  # does not change the first weights
-
-    def losses(self, model, batch):
-        losses = torch.nn.functional.cross_entropy(model(batch.images).float(), batch.labels, reduction="none")
-        return (2 * losses + torch.from_numpy(batch.seeds % 100) / 100) * batch.weights
-
-
 def of_steps(steps: int, digits: Path, **settings: object) -> Resolved:
     settings = {f"train.{key}": value for key, value in settings.items()}
     fixed = [f"data.train={digits}/train-*.tar", f"train.duration={steps} steps", "schedule.kind=constant"]
@@ -285,7 +275,7 @@ def trained(run: Path) -> tuple[list[float], bytes]:
 def test_train_with_an_objective_of_ones_own(digits, tmp_path):
     """Given or named, on one process and on two, at once and resumed: the same losses; resumed, the same bits."""
     whole, parts, two = tmp_path / "whole", tmp_path / "parts", tmp_path / "two"
-    path = f"{__name__}:Steeper"
+    path = "tests.fastvit_engine.train.steeper:Steeper"
     fastvit_engine.train(of_steps(4, digits), whole, objective=Steeper)
     losses, weights = trained(whole)
     assert losses[0] == pytest.approx(2 * np.log(10) + 0.5, abs=0.3) and len(losses) == 4  # a head of zeros
