@@ -79,13 +79,13 @@ def micro_batches(split, rank):
     ("reduced", "said"),
     [
         (torch.mean, r"losses of shape \[\]"),
-        (lambda losses: losses[:, None], r"losses of shape \[4, 1\]"),
+        (lambda losses: losses[:, None], r"losses of shape \[2, 1\]"),
         (lambda losses: 0.5, "a float"),
     ],
 )
 def test_an_objective_that_does_not_return_a_loss_for_each_sample_is_refused(reduced, said):
     objective = SimpleNamespace(losses=lambda model, batch: reduced(model(batch.images).square().sum(1)))
-    with pytest.raises(UserError, match=f"the objective classify returned {said} for a micro-batch of 4: return a"):
+    with pytest.raises(UserError, match=f"the objective classify returned {said} for a micro-batch of 2: return a"):
         Rank(BatchSplit(8, 1, 4), 0, objective=objective)
 
 
