@@ -24,6 +24,7 @@ from fastvit_engine.evaluate.classification import Accuracy
 from fastvit_engine.evaluate.classification import evaluate as evaluate_batches
 from fastvit_engine.evaluate.one_pass import workers_for
 from fastvit_engine.models import VisionTransformer
+from fastvit_engine.objectives import ObjectiveFactory, import_path
 from fastvit_engine.observe.run_folder import run_folder
 from fastvit_engine.train import loop
 from fastvit_engine.trusted_folders import trust_compiled_code
@@ -39,6 +40,7 @@ def train(
     resume: bool = False,
     allow_batch_change: bool = False,
     data: str | Path | Samples | IterableData | None = None,
+    objective: ObjectiveFactory | None = None,
 ) -> None:
     """Trains a model into the run folder `out`, in this process: `load_model(out)` then gives the model.
 
@@ -52,6 +54,9 @@ def train(
     data: what to train on, in place of `data.train` of the configuration: shards; or an iterable of your own, such as a
     WebDataset pipeline, or a function that makes one. See `fastvit_engine.data.IterableData` for what it must yield,
     and for what a resumed run can promise then.
+    objective: what to minimise, in place of `train.objective` of the configuration. A class or function at the top
+    level of a module, which each rank calls with the Config and the device, and which returns an object with the method
+    of `fastvit_engine.objectives.Objective`. The run records its module and name; a resume with another is refused.
 
     out: a path, or a URL of an object store, whose records are kept in a working folder on this machine meanwhile.
 
@@ -66,16 +71,23 @@ def train(
             shards = str(data)
         else:
             own = data if isinstance(data, IterableData) else IterableData(data)
-        section = resolved.config.data.model_copy(update={"train": shards, "index": None})
-        origins = {**resolved.origins, "data.train": "train()"}
-        resolved = Resolved(resolved.config.model_copy(update={"data": section}), origins)
+        resolved = _changed(resolved, "data", train=shards, index=None)
+    if objective is not None:
+        resolved = _changed(resolved, "train", objective=import_path(objective))
     if dist.is_initialized():
         raise UserError(
             "this process already belongs to a process group of torch.distributed, and train() makes its own: destroy "
             "yours first, or call train() in a process that has none"
         )
     with nullcontext() if launched_by_cluster() else _lone_rank():
-        loop.train(resolved, run, resume=resume, data=own, allow_batch_change=allow_batch_change)
+        loop.train(
+            resolved,
+            run,
+            resume=resume,
+            data=own,
+            allow_batch_change=allow_batch_change,
+            make_objective=objective,
+        )
 
 
 def evaluate(
@@ -126,6 +138,13 @@ def _resolved(config: Resolved | Config | str) -> Resolved:
     if isinstance(config, Resolved):
         return config
     return Resolved(config) if isinstance(config, Config) else load_config(config)
+
+
+def _changed(resolved: Resolved, section: str, **values: Any) -> Resolved:
+    """The configuration with values that are arguments of `train`."""
+    changed = getattr(resolved.config, section).model_copy(update=values)
+    origins = {**resolved.origins, **{f"{section}.{key}": "train()" for key in values}}
+    return Resolved(resolved.config.model_copy(update={section: changed}), origins)
 
 
 @contextmanager

@@ -118,6 +118,7 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.distributed import launch
     from fastvit_engine.distributed.environment import launched_by_cluster
     from fastvit_engine.distributed.rendezvous import check_rendezvous
+    from fastvit_engine.objectives import find_objective
     from fastvit_engine.observe.run_folder import run_folder
     from fastvit_engine.sizing.defaults import choose, machine_here
     from fastvit_engine.train.first_weights import fill_in
@@ -141,6 +142,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
 
     trust_compiled_code()
+    find_objective(resolved.config.train.objective)
     processes = launch.processes_here(args.cpu_processes)
     resolved = fill_in(resolved, run, resume=resume).apply(resolved)
     chosen = choose(resolved.config, machine_here(processes))
@@ -198,9 +200,11 @@ def _dry_run(args: argparse.Namespace, resolved: "Resolved") -> int:
 
     from fastvit_engine.distributed.launch import processes_here
     from fastvit_engine.distributed.supervise import rank_environment
+    from fastvit_engine.objectives import find_objective
     from fastvit_engine.observe.run_folder import run_folder
     from fastvit_engine.train.dry_run import Target, dry_run
 
+    find_objective(resolved.config.train.objective)
     run = run_folder(args.out or f"runs/{resolved.config.name}")
     here, per_node = processes_here(args.cpu_processes), None
     if launched:

@@ -293,6 +293,13 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def _objective(name: str) -> str:
+    module, _, attribute = name.partition(":")
+    if name != "classify" and not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+        raise ValueError("write classify, or MODULE:NAME for an objective of your own")
+    return name
+
+
 class ProfileConfig(_Section):
     """Some steps recorded by PyTorch's profiler, as a trace and as a table by kernel in profile/ of the run folder."""
 
@@ -306,8 +313,9 @@ class ProfileConfig(_Section):
 class TrainConfig(_Section):
     """Length of the training, batch size, and numerical precision."""
 
-    objective: Literal["classify"] = "classify"
-    """What training minimises. classify: the loss on the labels."""
+    objective: Annotated[str, AfterValidator(_objective)] = "classify"
+    """What training minimises. classify: the loss on the labels. MODULE:NAME: an objective of your own, a class or
+    function in a Python module, which is imported from the working directory or PYTHONPATH."""
 
     duration: Duration = "90 epochs"
     """Length of the run: epochs, steps or samples."""

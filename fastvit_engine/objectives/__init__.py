@@ -1,6 +1,7 @@
 """What training minimises (`train.objective`): from a batch of images to a loss for each sample."""
 
-from fastvit_engine.objectives.build import build_objective
-from fastvit_engine.objectives.protocol import Objective
+from fastvit_engine.objectives.build import build_objective, find_objective
+from fastvit_engine.objectives.own import import_path
+from fastvit_engine.objectives.protocol import Objective, ObjectiveFactory
 
-__all__ = ["Objective", "build_objective"]
+__all__ = ["Objective", "ObjectiveFactory", "build_objective", "find_objective", "import_path"]

@@ -1,9 +1,12 @@
 """What the training step needs of an objective."""
 
+from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
+from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
 
 
@@ -16,3 +19,6 @@ class Objective(Protocol):
         Whatever is random about it comes from `batch.seeds`, so that it is the same on any number of processes. The
         step's loss is the mean over the global batch.
         """
+
+
+ObjectiveFactory = Callable[[Config, torch.device], Objective]  # the class of an objective is one

@@ -17,7 +17,7 @@ from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.models import build_vit, computed_flops
-from fastvit_engine.objectives import Objective, build_objective
+from fastvit_engine.objectives import Objective
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.memory import recompute_mode
 from fastvit_engine.train.health.diagnosis import GradientWatch
@@ -76,6 +76,7 @@ def build_job(
     preemption: Preemption,
     owner: Ownership,
     records: Records,
+    objective: Objective,
 ) -> Job:
     """Builds model, engine and all else of a run on this process; collective. `config`: without open ends."""
     torch.manual_seed(config.seed)
@@ -100,7 +101,7 @@ def build_job(
         schedule=schedule,
         split=split,
         engine=engine,
-        objective=build_objective(config, world.device),
+        objective=objective,
         ema=ema,
         checkpointer=Checkpointer(
             run,

@@ -16,6 +16,7 @@ from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.errors import Preempted
+from fastvit_engine.objectives import Objective, ObjectiveFactory, build_objective, find_objective
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder
@@ -48,13 +49,16 @@ def train(
     resume: bool,
     data: IterableData | None = None,
     allow_batch_change: bool = False,
+    make_objective: ObjectiveFactory | None = None,
 ) -> None:
     """Trains the model of a configuration into a run folder, on `data` if given and else on `data.train`.
 
     With `resume`, continues from the folder's latest checkpoint, if any; without, refuses a folder that holds a run.
     With `allow_batch_change`, `train.global_batch_size` may differ from the checkpoint's.
+    make_objective: builds what `train.objective` names, which is imported otherwise.
     """
     trust_compiled_code()
+    make_objective = make_objective or find_objective(resolved.config.train.objective)
     run.prepare()
     limits = resolved.config.watchdog
     with (
@@ -72,6 +76,7 @@ def train(
         filled = world.on_main(lambda: fill_in(given, run, resume=resume))
         resolved = filled.apply(given)
         chosen = choose(resolved.config, machine_of(world))
+        objective = build_objective(chosen.config, world.device, make_objective)
         check = partial(preflight, chosen.config, run, world.size, resume=resume, data=data)
         start = world.on_main(lambda: check(allow_batch_change=allow_batch_change))
         if start.checkpoint is None and resolved.config.init.from_ is not None:
@@ -88,7 +93,9 @@ def train(
             if world.is_main:
                 say(chosen.describe())
             startup.phase("building the model and its engine")
-            _train(resolved, chosen, run, start, world, watchdog, preemption, owner, records, observers, data)
+            _train(
+                resolved, chosen, run, start, world, watchdog, preemption, owner, records, observers, objective, data
+            )
         elif finished := start.checkpoint:
             world.on_main(lambda: export_run(finished, run))
             world.on_main(records.insist)
@@ -133,10 +140,11 @@ def _train(
     owner: Ownership,
     records: Records,
     observers: Observers,
+    objective: Objective,
     data: IterableData | None = None,
 ) -> None:
     schedule = Schedule(chosen.config, start.data.samples_per_epoch, start.state.batches)
-    job = build_job(chosen.config, run, world, schedule, watchdog, preemption, owner, records)
+    job = build_job(chosen.config, run, world, schedule, watchdog, preemption, owner, records, objective)
     try:
         start = _load(start, job)
         world.on_main(lambda: _record(resolved, chosen, job, start))

@@ -33,6 +33,7 @@ def record_start(
         peak_flops_source=job.utilization.peak.source,
         world_size=world.size,
         zero_stage=config.zero.stage,
+        objective=config.train.objective,
         precision=config.train.precision,
         device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         total_steps=job.schedule.total_steps,

@@ -233,7 +233,7 @@ def newest_readable(
 
 
 def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be continued: the parameters, and the order of the data.
+    """What must be the same for a checkpoint to be continued: parameters, objective, and the order of the data.
 
     Of the model, only what shapes its parameters and what they mean is compared: see `_shape`. The number of processes,
     the ZeRO stage and the precision may change: checkpoints hold fp32 masters, whole.
@@ -244,6 +244,7 @@ def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
         "seed": config.seed,
         "data": data.fingerprint(config.data),
         "optimizer": {"kind": config.optimizer.kind, "frozen": config.optimizer.frozen},
+        "objective": config.train.objective,
     }
 
 
@@ -324,7 +325,7 @@ def _check_none_elsewhere(run: RunFolder, store: CheckpointStore) -> None:
 def _check_same_run(
     wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Checkpoint, *, allow_batch_change: bool
 ) -> None:
-    for name, before in {"optimizer": _FIRST_OPTIMIZER, **saved}.items():
+    for name, before in {**_FIRST, **saved}.items():
         now: Any = wanted.get(name)
         if now == before or (name == "global_batch_size" and allow_batch_change):
             continue
@@ -339,6 +340,12 @@ def _check_same_run(
             raise UserError(
                 f"checkpoint {checkpoint} holds the optimizer state of optimizer.{key} = {before.get(key)}, and this "
                 f"run has {now.get(key)}: set it back, or start another run from these weights, with --init "
+                f"{checkpoint} and another --out"
+            )
+        if name == "objective":
+            raise UserError(
+                f"checkpoint {checkpoint} was trained with the objective {before}, and this run has {now}: set "
+                "train.objective (from Python: objective=) back, or start another run from these weights, with --init "
                 f"{checkpoint} and another --out"
             )
         if name == "data":
@@ -366,7 +373,8 @@ def _check_same_run(
         )
 
 
-_FIRST_OPTIMIZER = {"kind": "adamw", "frozen": "none"}  # of runs of versions that had no other
+# of runs of versions that had no other
+_FIRST = {"optimizer": {"kind": "adamw", "frozen": "none"}, "objective": "classify"}
 
 # Keys of the model that a run may change: what only its first weights depend on, and what regularises it.
 _OF_FIRST_WEIGHTS = ("head_bias", "layer_scale")

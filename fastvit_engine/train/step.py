@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable
 from hashlib import blake2b
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastvit_engine.data import Batch
 from fastvit_engine.distributed.world import World
+from fastvit_engine.errors import UserError
 from fastvit_engine.train.health.diagnosis import Trace
 from fastvit_engine.train.health.guard import StepReport
 from fastvit_engine.train.job import Job
@@ -33,6 +36,7 @@ def take_step(
         watchdog.phase("forward")
         with times.of("forward"):
             losses = job.objective.losses(engine.model, batch)
+            _check_losses(losses, len(batch.keys), job.config.train.objective)
             loss = losses.mean()
             if (scale := job.split.loss_scale(len(losses))) != 1:  # micro-batches differ in size
                 loss = loss * scale
@@ -50,6 +54,15 @@ def take_step(
             job.checkpointer.before_update()
             engine.step()
     return trace, health.guard.report()
+
+
+def _check_losses(losses: Any, samples: int, objective: str) -> None:
+    if not isinstance(losses, Tensor) or losses.shape != (samples,):
+        given = f"losses of shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise UserError(
+            f"the objective {objective} returned {given} for a micro-batch of {samples}: return a tensor with the loss "
+            "of each sample, not their mean"
+        )
 
 
 def _compares_replicas(job: Job, step: int) -> bool:

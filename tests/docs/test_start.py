@@ -1,5 +1,6 @@
 """The pages that get somebody started work as they stand, from top to bottom."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,13 @@ def test_from_python(reader):
     samples = '"data.train_samples": 1438'
     reader.instead = {f"{{{samples}}}": f'{{{samples}, "train.duration": "20 steps", "data.eval": "data/digits"}}'}
     reader.follow(DOCS / "python.md", section="### On data of your own")
+    reader.instead = {"--out runs/focal": '--set train.duration="20 steps" --out runs/focal'}
+    (block,) = re.findall(
+        r"^```python\n(from torch\.nn\.functional .*?)^```$", (DOCS / "python.md").read_text(), re.M | re.S
+    )
+    Path("focal.py").write_text(block)
+    reader.follow(DOCS / "python.md", section="### With an objective of your own")
+    assert "objective: focal:Focal" in Path("runs/focal/config.yaml").read_text()
     reader.instead = {}
     reader.follow(DOCS / "python.md", section="## Use a model")
     assert reader.scope["logits"].shape == (2, 10)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import webdataset as wds
 
 import fastvit_engine
-from fastvit_engine.config import ModelConfig
+from fastvit_engine.config import ModelConfig, Resolved
 from fastvit_engine.data.shards.index import write_index
 from fastvit_engine.distributed.supervise import free_port
 from fastvit_engine.errors import UserError
@@ -25,6 +25,7 @@ from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from tests.fastvit_engine.conftest import TINY_RUN
+from tests.fastvit_engine.train.steeper import Steeper
 from tests.fastvit_engine.warm_rank import run_program
 from tests.fastvit_engine.warm_ranks import exit_codes_of
 from tests.in_full import in_full
@@ -257,6 +258,42 @@ def test_an_iterable_is_still_there_after_the_run_went_back(digits, tmp_path, mo
     assert [share.consumed for share in shares] == [0, 0]  # from the start, and from the checkpoint before any step
     assert [event["event"] for event in read_events(RunFolder(tmp_path / "run")) if event["event"] == "rewind"]
     assert [row["step"] for row in read_metrics(tmp_path / "run" / "metrics.jsonl")[0]][-1] == 8
+
+
+def of_steps(steps: int, digits: Path, **settings: object) -> Resolved:
+    settings = {f"train.{key}": value for key, value in settings.items()}
+    fixed = [f"data.train={digits}/train-*.tar", f"train.duration={steps} steps", "schedule.kind=constant"]
+    return fastvit_engine.load_config("quickstart", [*SETTINGS, *fixed, *(f"{k}={v}" for k, v in settings.items())])
+
+
+def trained(run: Path) -> tuple[list[float], bytes]:
+    """The losses of a run, and its weights."""
+    return [row["loss"] for row in read_metrics(run / "metrics.jsonl")[0]], (run / "model.safetensors").read_bytes()
+
+
+@pytest.mark.distributed
+def test_train_with_an_objective_of_ones_own(digits, tmp_path):
+    """Given or named, on one process and on two, at once and resumed: the same losses; resumed, the same bits."""
+    whole, parts, two = tmp_path / "whole", tmp_path / "parts", tmp_path / "two"
+    path = "tests.fastvit_engine.train.steeper:Steeper"
+    fastvit_engine.train(of_steps(4, digits), whole, objective=Steeper)
+    losses, weights = trained(whole)
+    assert losses[0] == pytest.approx(2 * np.log(10) + 0.5, abs=0.3) and len(losses) == 4  # a head of zeros
+
+    recorded = fastvit_engine.load_config(str(whole / "config.yaml"))
+    assert recorded.config.train.objective == json.loads((whole / "environment.json").read_text())["objective"] == path
+
+    fastvit_engine.train(of_steps(2, digits, objective=path), parts)
+    with pytest.raises(UserError, match=f"was trained with the objective {path}, and this run has classify: set"):
+        fastvit_engine.train(of_steps(4, digits), parts, resume=True)
+    fastvit_engine.train(of_steps(4, digits), parts, resume=True, objective=Steeper)
+    assert trained(parts) == (losses, weights)
+
+    settings = [*SETTINGS, f"data.train={digits}/train-*.tar", "train.duration=4 steps", "schedule.kind=constant"]
+    settings = [word for setting in [*settings, f"train.objective={path}"] for word in ("--set", setting)]
+    log = tmp_path / "log"
+    assert exit_codes_of(["train", "quickstart", "--out", str(two), *settings], 2, log) == [0, 0], log.read_text()
+    assert trained(two)[0] == pytest.approx(losses, rel=1e-5)
 
 
 @pytest.mark.distributed

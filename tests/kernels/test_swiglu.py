@@ -224,6 +224,14 @@ def test_no_second_derivative(implementation: str, device: torch.device) -> None
         ({"fc1_bias": (torch.zeros(72), None)}, ValueError, "fc1_bias must be a tensor, or a pair of tensors"),
         ({"fc2_weight": torch.zeros(40, 0)}, ValueError, r"fc2_weight must have shape \[40, M\], got \[40, 0\]"),
         ({"fc2_bias": torch.zeros(40, dtype=torch.float64)}, TypeError, "fc2_bias must be torch.float32"),
+        ({"norm_weight": torch.ones(41)}, ValueError, "norm_weight must have shape"),
+        ({"norm_bias": torch.ones(40, dtype=torch.float64)}, TypeError, "norm_bias must be"),
+        ({"layer_scale": torch.ones(1)}, ValueError, "layer_scale must have shape"),
+        ({"fc1_weight": torch.zeros(144, 40, dtype=torch.float64)}, TypeError, "fc1_weight must be torch.float32"),
+        ({"fc1_bias": torch.zeros(72)}, ValueError, r"fc1_bias must have shape \[144\], got \[72\]"),
+        ({"fc2_weight": torch.zeros(72)}, ValueError, r"fc2_weight must have shape \[40, M\], got \[72\]"),
+        ({"fc2_weight": torch.zeros(41, 72)}, ValueError, r"fc2_weight must have shape \[40, 72\], got \[41, 72\]"),
+        ({"fc2_bias": torch.zeros(41)}, ValueError, "fc2_bias must have shape"),
         ({"recompute": "gelu"}, ValueError, "recompute must be one of none, gate, all, got 'gelu'"),
         ({"drop_path": 1.0}, ValueError, "drop_path must be at least 0 and below 1"),
     ],
@@ -235,6 +243,53 @@ def test_wrong_arguments(change: dict[str, object], error: type[Exception], said
             moved[name] = tuple(part if part is None else part.to(device) for part in given)
     with pytest.raises(error, match=said):
         layer_norm_swiglu(**moved, eps=EPS)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "said"),
+    [
+        (torch.tensor(1.0), ValueError, r"x must have shape \[\.\.\., D\], got \[\]"),
+        (torch.zeros(3, 0), ValueError, r"x must have shape \[\.\.\., D\], got \[3, 0\]"),
+        (torch.zeros(3, 40, dtype=torch.int64), TypeError, "x must be floating point"),
+    ],
+)
+def test_wrong_input_of_the_mlp_alone(x: Tensor, error: type[Exception], said: str, device: torch.device) -> None:
+    weights = {name: t.to(device) for name, t in inputs(1, 1, 40, 72, norm=False).items() if name != "x"}
+    with pytest.raises(error, match=said):
+        swiglu_mlp(x.to(device), **weights)
+
+
+LEARNED = ("x", "norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias", "layer_scale")
+
+
+@pytest.mark.parametrize(
+    ("learned", "recompute", "kept"),
+    [
+        (LEARNED, "none", "normed pre post"),
+        (LEARNED, "gate", "normed pre"),
+        (LEARNED, "all", "pre"),
+        ((), "none", ""),
+        (("fc2_bias",), "none", ""),
+        (("fc2_weight",), "none", "post"),
+        (("fc2_weight",), "gate", "pre"),
+        (("layer_scale",), "none", "post"),
+        (("layer_scale",), "all", "pre"),
+        (("fc1_weight",), "none", "normed pre"),
+        (("x",), "none", "pre"),
+        (("norm_weight",), "gate", "pre"),
+        (("norm_bias",), "all", "pre"),
+        (("fc1_bias",), "none", "pre"),
+    ],
+)
+def test_what_no_gradient_will_need_is_not_kept(learned: tuple[str, ...], recompute: str, kept: str) -> None:
+    tensors = inputs(1, 1, 4, 8, scaled=True)
+    given = op.Inputs(**{n: t.requires_grad_(n in learned) for n, t in tensors.items()}, path_scale=None)
+    names = ("normed", "pre", "post")
+    assert [name for name, keep in zip(names, op.kept(given, recompute), strict=True) if keep] == kept.split()
+    without_norm = given._replace(norm_weight=None, norm_bias=None)
+    assert not op.kept(without_norm, recompute)[0]  # it is x itself
+    with torch.no_grad():
+        assert op.kept(given, recompute) == (False, False, False)
 
 
 def test_modules_have_the_names_of_timm(device: torch.device) -> None:

@@ -51,13 +51,14 @@ def start(
     allow=False,
     model=None,
     seed=0,
+    objective="classify",
     **data,
 ):
     sections = {
         "seed": seed,
         "model": {"name": "Ti/4", "image_size": 8, "num_classes": 10, **(model or {})},
         "data": {"train": train, **data},
-        "train": {"global_batch_size": batch, "duration": duration, "precision": "fp32"},
+        "train": {"global_batch_size": batch, "duration": duration, "precision": "fp32", "objective": objective},
         "schedule": {"warmup": "0 steps"},
         "augment": augment or {},
     }
@@ -384,6 +385,24 @@ def test_a_checkpoint_that_knew_fewer_keys_of_the_model_and_spelt_its_name_other
     model["gone"] = True
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"belongs to another model \(.*model.gone is None, was True"):
+        start(run, shards[0])
+
+
+def test_a_checkpoint_continues_with_its_objective_only(stopped, shards):
+    run = stopped(shards[0])
+    path = run.checkpoints / "step-00000040" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["crc32"]
+    saved = manifest["state"]["fingerprint"]
+    assert saved.pop("objective") == "classify"  # earlier versions had no other
+    path.write_text(json.dumps(manifest))
+    assert start(run, shards[0]).step == 40
+    with pytest.raises(UserError, match=r"with the objective classify, and this run has focal:Focal: set train\.obj"):
+        start(run, shards[0], objective="focal:Focal")
+    saved["objective"] = "focal:Focal"
+    path.write_text(json.dumps(manifest))
+    assert start(run, shards[0], objective="focal:Focal").step == 40
+    with pytest.raises(UserError, match="with the objective focal:Focal, and this run has classify: set"):
         start(run, shards[0])
 
 

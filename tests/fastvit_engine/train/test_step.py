@@ -12,6 +12,7 @@ from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
 from fastvit_engine.data.stream.batch_split import BatchSplit
 from fastvit_engine.distributed.world import World
+from fastvit_engine.errors import UserError
 from fastvit_engine.train.step import hash_keys, seed_step, take_step
 from fastvit_engine.train.step_times import StepTimes
 from tests.fastvit_engine.plain_engine import PlainEngine
@@ -38,7 +39,7 @@ class Engine(PlainEngine):
 class Rank:
     """One process of a job: takes a step on its share of INPUTS."""
 
-    def __init__(self, split, rank, step=0, rehearsal=False, compare_every=None):
+    def __init__(self, split, rank, step=0, rehearsal=False, compare_every=None, objective=None):
         torch.manual_seed(0)
         self.happened, self.expected = [], []
         self.model = nn.Linear(4, 3)
@@ -59,6 +60,7 @@ class Rank:
             processes=SimpleNamespace(watchdog=SimpleNamespace(phase=lambda name: None)),
             times=StepTimes(CPU),
         )
+        job.objective = objective or job.objective
         self.trace, self.report = take_step(job, step, micro_batches(split, rank), rehearsal=rehearsal)
 
 
@@ -71,6 +73,20 @@ def micro_batches(split, rank):
             yield Batch(INPUTS[at], torch.zeros(size), torch.ones(size), [str(n) for n in at], at)
         else:
             yield Batch(torch.ones(1, 4), torch.zeros(1), torch.zeros(1), [""], np.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("reduced", "said"),
+    [
+        (torch.mean, r"losses of shape \[\]"),
+        (lambda losses: losses[:, None], r"losses of shape \[2, 1\]"),
+        (lambda losses: 0.5, "a float"),
+    ],
+)
+def test_an_objective_that_does_not_return_a_loss_for_each_sample_is_refused(reduced, said):
+    objective = SimpleNamespace(losses=lambda model, batch: reduced(model(batch.images).square().sum(1)))
+    with pytest.raises(UserError, match=f"the objective classify returned {said} for a micro-batch of 2: return a"):
+        Rank(BatchSplit(8, 1, 4), 0, objective=objective)
 
 
 @pytest.mark.parametrize(
