@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastvit_engine.observe.metrics import read_metrics
+from tests.cluster.hosts import PATIENCE
 
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = REPOSITORY / "launch"
@@ -50,13 +51,15 @@ class Jobs:
         self.started.append(process)
         return process
 
-    def wait(self, seconds=400):
+    def wait(self, seconds=PATIENCE):
         """The exit codes of all, and what they wrote."""
         codes = [process.wait(timeout=seconds) for process in self.started]
         return codes, "".join(process.log.read_text(errors="replace") for process in self.started)
 
     def close(self):
+        """Also prints the end of each log, which is shown if the test failed."""
         for process in self.started:
+            print(f"---- {process.log.name}\n{process.log.read_text(errors='replace')[-3000:]}")
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
