@@ -1,5 +1,6 @@
 """What the tests of this folder share: where things are, how a curve is compared, and jobs on several hosts."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -34,6 +35,19 @@ def assert_same_curve(out, expected):
     assert [row[2] for row in seen] == pytest.approx([row[2] for row in expected], abs=1e-6)
 
 
+def ranks(hosts, host):
+    """The processes of a host that train."""
+    return [process for process in hosts.processes(host) if b"fastvit_engine\0train" in command_line(process)]
+
+
+def command_line(process):
+    try:
+        words = Path(f"/proc/{process}/cmdline").read_bytes()
+    except FileNotFoundError:
+        return b""
+    return b"" if b"agent.py" in words or b"run.sh" in words else words
+
+
 class Jobs:
     """Commands that run on hosts at the same time, each with a log; all dead when the test ends."""
 
@@ -64,4 +78,7 @@ class Jobs:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         for host in range(self.hosts.count):
+            for rank in ranks(self.hosts, host):  # which has a session of its own, and may be another host's
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank, signal.SIGKILL)
             self.hosts.mend(host)

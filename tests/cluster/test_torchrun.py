@@ -3,13 +3,12 @@
 import os
 import re
 import signal
-from pathlib import Path
 
 import pytest
 
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
-from tests.cluster.harness import EVERYTHING, LAUNCH, SHARD_EVERYTHING, Jobs, assert_same_curve, losses, rows
+from tests.cluster.harness import EVERYTHING, LAUNCH, SHARD_EVERYTHING, Jobs, assert_same_curve, losses, ranks, rows
 from tests.cluster.hosts import PATIENCE, Hosts, missing, wait_until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -28,19 +27,6 @@ def torchrun(hosts, jobs):
             jobs.start(host, [*RUN, *common, *options, "--", *arguments], **variables)
 
     return start
-
-
-def ranks(hosts, host):
-    """The processes of a host that train."""
-    return [process for process in hosts.processes(host) if b"fastvit_engine\0train" in command_line(process)]
-
-
-def command_line(process):
-    try:
-        words = Path(f"/proc/{process}/cmdline").read_bytes()
-    except FileNotFoundError:
-        return b""
-    return b"" if b"agent.py" in words or b"run.sh" in words else words
 
 
 ELSEWHERE = "launch: ended because of bad input: another node says which"

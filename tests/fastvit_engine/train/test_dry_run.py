@@ -115,7 +115,11 @@ def test_a_job_elsewhere_is_sized_for_its_gpus(dry_run):
         (["schedule.warmup=100 steps"], [], "warm-up of 100"),
         (["checkpoint.path=shards/train-000000.tar/c"], [], "Not a directory"),
         (["train.profile.steps=19-21"], [], "19-21, and the run has 20 steps"),
-        (["train.profile={steps: 3-4, ranks: [3]}"], ["--processes", "2:4"], "ranks has 3, and the run has ranks 0 to 1"),
+        (
+            ["train.profile={steps: 3-4, ranks: [3]}"],
+            ["--processes", "2:4"],
+            "ranks has 3, and the run has ranks 0 to 1",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(dry_run, settings, options, sentence):
