@@ -16,7 +16,7 @@ _ENVIRONMENT = {  # what is compared of environment.json, and how it is called
     "zero_stage": "ZeRO stage",
     "precision": "precision",
     "hostname": "host",
-    "peak_flops": "peak FLOP/s",
+    "peak_flops": "peak speed",
     "training_flops_per_image": "FLOPs per image",
 }
 
@@ -67,6 +67,8 @@ def machine_differences(environments: Sequence[Mapping[str, Any]]) -> list[Diffe
 def _text(key: str, value: Any) -> str | None:
     if value is None:
         return None
-    if key in ("peak_flops", "training_flops_per_image"):
+    if key == "peak_flops":
+        return f"{format_flops(value)}/s"
+    if key == "training_flops_per_image":
         return format_flops(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
