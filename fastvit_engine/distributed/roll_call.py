@@ -21,7 +21,7 @@ from fastvit_engine.distributed.store import JobStore, is_loopback
 from fastvit_engine.errors import EXIT_BAD_INPUT, Preempted, RestartError, Sentence, UserError
 
 _POLL_SECONDS = (0.01, 0.2)  # at first, at most
-_TELL_SECONDS = 60.0  # for the others to start, and hear of a rank that ended
+_TELL_SECONDS = 180.0  # for the others to start, and hear of a rank that ended: hosts may be busy, and disks shared
 _SPEAK_SECONDS = 30.0  # a rank that has not been able to ask the others, or not heard one speak, speaks itself
 _GATHER_SECONDS = 10.0  # for ranks that start to say that they end, or that they are here
 _GATHER_JOINED_SECONDS = 2.0  # for ranks that have joined, and so are at the same point, to say that they end too
@@ -54,8 +54,8 @@ def end_with_others(error: Sentence, speak: Callable[[str], None], environment: 
     """Ends this rank because of `error`: one rank of the job says why, with `speak`. Returns the exit code of this one.
 
     Bad input that ranks meet by themselves is gathered: all of it is one sentence, with rank and host unless all ranks
-    say the same. A rank that cannot ask the others speaks for itself. Takes a minute at most, as rank 0 that holds the
-    store, or if nobody answers.
+    say the same. A rank that cannot ask the others speaks for itself. Takes three minutes at most, as rank 0 that holds
+    the store, or if nobody answers.
     """
     if int(environment["WORLD_SIZE"]) == 1:
         speak(str(error))
@@ -73,7 +73,7 @@ def end_with_others(error: Sentence, speak: Callable[[str], None], environment: 
 def tell_that_this_rank_ends(message: str, environment: Mapping[str, str] = os.environ) -> None:
     """Tells the ranks that are starting that this one ends because of bad input, and why, and says nothing itself.
 
-    Takes until rank 0 can be reached, for at most a minute. As rank 0 itself, until all others know. Does nothing
+    Takes until rank 0 can be reached, for at most three minutes. As rank 0 itself, until all others know. Does nothing
     if there is nobody to tell, or no way to.
     """
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
@@ -100,13 +100,13 @@ def _end(error: Sentence, speak: Callable[[str], None], environment: Mapping[str
         try:
             _agree(error, once, environment)
         except (RuntimeError, OSError):  # the store is gone, and rank 0 or its launcher with it
-            once(str(error))
+            once(_alone(error, environment))
 
     thread = Thread(target=ask, name="end", daemon=True)  # no answer of the store is waited for without a limit
     thread.start()
     thread.join(_TELL_SECONDS + _GATHER_SECONDS)
     if thread.is_alive() and not _is_peers(error):
-        once(str(error))
+        once(_alone(error, environment))
 
 
 def _agree(error: Sentence, speak: Callable[[str], None], environment: Mapping[str, str]) -> None:
@@ -119,7 +119,7 @@ def _agree(error: Sentence, speak: Callable[[str], None], environment: Mapping[s
     else:
         soon = min(deadline, time.monotonic() + _SPEAK_SECONDS)
         if not (_serves(environment) or _reachable(environment, soon)):
-            speak(str(error))
+            speak(_alone(error, environment))
             if not _reachable(environment, deadline):
                 return
         store = _open_store(environment, _TELL_SECONDS)
@@ -138,7 +138,7 @@ def _agree(error: Sentence, speak: Callable[[str], None], environment: Mapping[s
     speaks = time.monotonic() + _SPEAK_SECONDS
     while not store.check(["told"]):
         if time.monotonic() > speaks:
-            speak(str(error))
+            speak(_alone(error, environment))
             break
         time.sleep(_POLL_SECONDS[1])
     _leave(store, "heard", rank, world, time.monotonic() + _GATHER_JOINED_SECONDS if joined else deadline)
@@ -172,6 +172,13 @@ def _gathered(store: dist.Store, world: int, seconds: float) -> str:
         hosts = sorted({ended[rank][0] for rank in ranks})
         parts.append(f"{_few('rank', ranks)} on {_few('', hosts)}: {message}")
     return "; ".join(parts)
+
+
+def _alone(error: Sentence, environment: Mapping[str, str]) -> str:
+    """What a rank says of its own end if it cannot ask what the others say."""
+    if error.of_all or _is_peers(error):
+        return str(error)
+    return f"rank {environment['RANK']} on {socket.gethostname()}: {error}"
 
 
 def _few(noun: str, items: Sequence[object]) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fastvit_engine.cores import core_share
 from fastvit_engine.distributed.environment import launched_by_cluster
 from fastvit_engine.doctor.findings import Finding, Group, Status
 from fastvit_engine.doctor.isolated import Isolated, Send, run_isolated, stopping
@@ -144,8 +145,14 @@ def _software(request: Request, gpus: Gpus) -> Iterable[Finding]:
 def _host(request: Request, gpus: Gpus) -> Iterable[Finding]:
     from fastvit_engine.doctor.host import check_host
 
-    workers = (request.config.data.num_workers or 0) if request.config else 0
-    return check_host(_processes(gpus), workers, gpus.count)
+    return check_host(_processes(gpus), _workers(request.config), gpus.count)
+
+
+def _workers(config: "Config | None") -> int:
+    """Data workers of each process. A run fits them to the cores if it may choose, but takes one at least."""
+    if config is None:
+        return 0
+    return 1 if config.data.num_workers is None and config.data.order != "stream" else config.data.workers
 
 
 def _disks(request: Request, gpus: Gpus) -> Iterable[Finding]:
@@ -194,9 +201,8 @@ def _data(request: Request, gpus: Gpus) -> Iterable[Finding]:
         return
     from fastvit_engine.doctor.data import check_data
     from fastvit_engine.doctor.decoding import Needs
-    from fastvit_engine.doctor.host import read_allowance, usable_cores
 
-    needs = Needs(gpus.name, gpus.count, usable_cores(read_allowance()))
+    needs = Needs(gpus.name, gpus.count, core_share())
     yield from check_data(request.config, request.out, needs, classes_known=request.classes_known)
 
 

@@ -5,9 +5,10 @@ import os
 import resource
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+from fastvit_engine.control_groups import MemoryLimit, memory_limit
+from fastvit_engine.cores import core_share
 from fastvit_engine.doctor.findings import Finding, Group
 from fastvit_engine.observe.units import counted, format_bytes
 
@@ -19,26 +20,10 @@ _FEW_FILES = 1024
 _PORTS = (29400, 29500)  # of launch/, and of torchrun and DeepSpeed
 
 
-@dataclass(frozen=True)
-class Allowance:
-    """What the scheduler or the container lets a process use. None: no limit."""
-
-    cores: float | None
-    memory: int | None  # bytes
-    memory_used: int
-
-
-def usable_cores(allowance: Allowance) -> float:
-    """Those that this process may run on, by its affinity and its control group."""
-    bound = float(len(os.sched_getaffinity(0)))
-    return bound if allowance.cores is None else min(bound, allowance.cores)
-
-
 def check_host(processes: int, workers: int, gpus: int) -> Iterator[Finding]:
-    """processes: of a run on this node. workers: data.num_workers. gpus: of this node."""
-    allowance = read_allowance()
-    yield from _check_cores(allowance, processes, workers)
-    yield _check_memory(allowance, processes)
+    """processes: of a run on this node. workers: of each process. gpus: of this node."""
+    yield from _check_cores(core_share(), processes, workers)
+    yield _check_memory(memory_limit(), processes)
     yield check_shared_memory(Path("/dev/shm"), gpus)
     yield _check_open_files()
     yield from _check_pinning()
@@ -46,33 +31,8 @@ def check_host(processes: int, workers: int, gpus: int) -> Iterator[Finding]:
     yield from _check_ports()
 
 
-def read_allowance(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Allowance:
-    """By the control groups around this process, version 1 or 2."""
-    cores, memory, used = [], [], [0]
-    for line in own.read_text().splitlines() if own.is_file() else ():
-        _, controllers, path = line.split(":", 2)
-        names = controllers.split(",")
-        for group in [root / part.strip("/") for part in (path, *map(str, Path(path).parents))]:
-            if controllers == "":  # version 2
-                quota, _, period = _text(group / "cpu.max").partition(" ")
-                cores += [int(quota) / int(period)] if quota.isdigit() and period.isdigit() else []
-                limit, current = _text(group / "memory.max"), _text(group / "memory.current")
-            else:
-                place = root / ("cpu,cpuacct" if "cpu" in names else controllers)
-                group = place / group.relative_to(root)
-                quota, period = _text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")
-                cores += [int(quota) / int(period)] if quota.isdigit() and period.isdigit() else []
-                limit, current = _text(group / "memory.limit_in_bytes"), _text(group / "memory.usage_in_bytes")
-            if limit.isdigit() and int(limit) < 2**60:  # version 1 writes a huge number for none
-                memory.append(int(limit))
-                used.append(int(current) if current.isdigit() else 0)
-    least = min(memory, default=None)
-    return Allowance(min(cores, default=None), least, used[1 + memory.index(least)] if least is not None else 0)
-
-
-def _check_cores(allowance: Allowance, processes: int, workers: int) -> Iterator[Finding]:
-    cores, count = usable_cores(allowance), os.cpu_count() or 1
-    figures = {"cores": cores}
+def _check_cores(cores: float, processes: int, workers: int) -> Iterator[Finding]:
+    count, figures = os.cpu_count() or 1, {"cores": cores}
     if cores < count:
         yield _group.note(
             "cores",
@@ -93,13 +53,13 @@ def _check_cores(allowance: Allowance, processes: int, workers: int) -> Iterator
         )
 
 
-def _check_memory(allowance: Allowance, processes: int) -> Finding:
+def _check_memory(allowed: MemoryLimit | None, processes: int) -> Finding:
     known = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     total, free = (int(known[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     of = f"of {format_bytes(total)}"
-    if allowance.memory is not None and allowance.memory < total:
-        free = min(free, allowance.memory - allowance.memory_used)
-        of = f"of {format_bytes(allowance.memory)} that the container or job may use"
+    if allowed is not None and allowed.limit < total:
+        free = max(0, min(free, allowed.limit - allowed.used))
+        of = f"of {format_bytes(allowed.limit)} that the container or job may use"
     found, figures = f"{format_bytes(free)} {of} free", {"free_bytes": float(free)}
     need = processes * _LEAST_MEMORY
     if free < need:
@@ -198,10 +158,3 @@ def _check_ports(environment: Mapping[str, str] = os.environ) -> Iterator[Findin
         )
     else:
         yield _group.ok("ports", f"{' and '.join(map(str, _PORTS))} are free")
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -8,12 +8,12 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastvit_engine.config import Config
+from fastvit_engine.control_groups import memory_limit
 from fastvit_engine.cores import cores_here
 from fastvit_engine.data.stream.batch_split import BatchSplit, possible_splits, split_batch
 from fastvit_engine.distributed.world import World
@@ -132,10 +132,8 @@ def device_memory(processes_per_node: int, *, on_gpu: bool) -> int:
     if on_gpu:
         return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-            total = min(total, int(text))
-    return total // processes_per_node
+    allowed = memory_limit()
+    return (total if allowed is None else min(total, allowed.limit)) // processes_per_node
 
 
 def choose(config: Config, machine: Machine) -> Chosen:

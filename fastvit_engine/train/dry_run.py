@@ -17,7 +17,7 @@ from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.checkpoint.owner import check_unowned
 from fastvit_engine.checkpoint.records import Records
 from fastvit_engine.config import Config, Resolved
-from fastvit_engine.config.sections import DataConfig
+from fastvit_engine.config.sections import DataConfig, ObserveConfig
 from fastvit_engine.cores import cores_here
 from fastvit_engine.data.shards.names import is_local
 from fastvit_engine.data.stream.indexed import IndexedData
@@ -29,7 +29,8 @@ from fastvit_engine.sizing.defaults import Chosen, Machine, choose, device_memor
 from fastvit_engine.sizing.gpus import GPU_MEMORY_GIB, known_gpu
 from fastvit_engine.train.estimate import USUAL_MFU, describe_split, describe_time, training_time
 from fastvit_engine.train.first_weights import fill_in
-from fastvit_engine.train.start import DryRun, Start, preflight
+from fastvit_engine.train.observers import check_observers
+from fastvit_engine.train.start import DryRun, Start, check_profile, preflight
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def dry_run(resolved: Resolved, run: RunFolder, target: Target, *, resume: bool,
         scratch = Path(folder)
         _check_folders(resolved.config, run)
         doubts = check_unowned(resolved.config.checkpoint, run)
+        doubts += _check_observers(resolved.config.observe, run, target)
         records = run
         if run.url is not None:  # the truth about it is in the store, and not in the working folder
             records = RunFolder(scratch / "run", run.url)
@@ -98,6 +100,9 @@ def dry_run(resolved: Resolved, run: RunFolder, target: Target, *, resume: bool,
             check = partial(preflight, config, records, processes, resume=resume, dry_run=trial)
             starts.append(check(allow_batch_change=allow_batch_change))
         start = starts[0]
+        if start.step < start.total_steps:
+            for processes in target.processes:
+                check_profile(resolved.config.train.profile, start.total_steps, processes)
         doubts += _check_cache(chosen[0].config.data, start, here=target.gpu is None)
         made = sorted(path.stem for path in scratch.glob("*.index") if not path.name.startswith("remote-"))
         warnings = (*start.damaged, *start.warnings, *filled.doubts(start.data.class_names), *doubts)
@@ -139,6 +144,18 @@ def _check_cache(data: DataConfig, start: Start, *, here: bool) -> tuple[str, ..
         if here:
             raise
         return (f"on this machine, {error}; each node needs it",)
+    return ()
+
+
+def _check_observers(config: ObserveConfig, run: RunFolder, target: Target) -> tuple[str, ...]:
+    """Raises UserError if a package is missing or the port is taken; if another machine needs them, returns that."""
+    elsewhere = target.gpu is not None or target.processes[0] > target.per_node
+    try:
+        check_observers(config, run)
+    except UserError as error:
+        if not elsewhere:
+            raise
+        return (f"on this machine, {error}; the node of rank 0 needs it",)
     return ()
 
 

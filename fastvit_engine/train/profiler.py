@@ -23,33 +23,15 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 from triton.runtime.jit import KernelInterface
 
-from fastvit_engine.config.sections import ProfileConfig, profiled_steps
+from fastvit_engine.config.sections import profiled_steps
 from fastvit_engine.distributed.watchdog import Watchdog
-from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write, atomic_writer
 from fastvit_engine.observe.disk import if_possible
 from fastvit_engine.observe.profile_table import Call, Profile, as_text, kernel_lines, kind_lines, phase_lines
-from fastvit_engine.observe.units import counted
 from fastvit_engine.train.job import Job
 from fastvit_engine.train.throughput import Stopwatch
 
 _PHASE = "phase: "  # what the names of phases begin with in a trace
-
-
-def check_profile(config: ProfileConfig, total_steps: int, world_size: int) -> None:
-    """Raises UserError if the run has no such steps or ranks."""
-    if config.steps is None:
-        return
-    if profiled_steps(config.steps)[1] > total_steps:
-        raise UserError(
-            f"train.profile.steps is {config.steps}, and the run has {counted(total_steps, 'step')}: choose some of "
-            "them"
-        )
-    if max(config.ranks) >= world_size:
-        raise UserError(
-            f"train.profile.ranks has {max(config.ranks)}, and the run has ranks 0 to {world_size - 1}: choose some of "
-            "them"
-        )
 
 
 class StepProfiler:

@@ -23,7 +23,7 @@ from fastvit_engine.checkpoint import (
 from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.config import Config, EvalTransform, ModelConfig, Resolved
 from fastvit_engine.config.checks import check_config
-from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
+from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM, ProfileConfig, profiled_steps
 from fastvit_engine.data import IterableData, TrainingData, prepare_data
 from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
 from fastvit_engine.data.stream.prepare import FewShotData, prepare_few_shot
@@ -147,6 +147,8 @@ def preflight(
     batch = config.train.global_batch_size
     batches = BatchSizes.always(batch) if state is None else state.batches.then(state.step, batch)
     schedule = Schedule(config, prepared.samples_per_epoch, batches)
+    if state is None or state.step < schedule.total_steps:
+        check_profile(config.train.profile, schedule.total_steps, world_size)
     if scratch is None:
         _check_writable(run)
     transform = _eval_transform(config, state)
@@ -291,6 +293,22 @@ def _too_late(config: Config, state: TrainerState) -> tuple[str, ...]:
         for key in _OF_FIRST_WEIGHTS
         if now[key] != before.get(key, now[key])
     )
+
+
+def check_profile(config: ProfileConfig, total_steps: int, world_size: int) -> None:
+    """Raises UserError if the run has no such steps or ranks."""
+    if config.steps is None:
+        return
+    if profiled_steps(config.steps)[1] > total_steps:
+        raise UserError(
+            f"train.profile.steps is {config.steps}, and the run has {counted(total_steps, 'step')}: choose some of "
+            "them"
+        )
+    if max(config.ranks) >= world_size:
+        raise UserError(
+            f"train.profile.ranks has {max(config.ranks)}, and the run has ranks 0 to {world_size - 1}: choose some of "
+            "them"
+        )
 
 
 def _check_writable(run: RunFolder) -> None:

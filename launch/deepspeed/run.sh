@@ -67,8 +67,8 @@ for argument in "$@" --resume auto; do
     fi
 done
 
-log_level=warning
-[[ " $* " != *" --verbose "* ]] || log_level=info
+log_level=warning quiet=(sed -u '/ \[INFO\] \[launch\.py:/d') # the launcher of each host is told no level
+[[ " $* " != *" --verbose "* ]] || log_level=info quiet=(cat)
 command=(
     "$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --launcher pdsh --force_multi --no_ssh_check
     --no_local_rank --master_addr "$HEAD_ADDRESS" --master_port "$port" --log_level "$log_level"
@@ -111,7 +111,7 @@ echo "FASTVIT_RUN_ID=deepspeed-$(hostname)-$$-$(date +%s)" >>"$DS_ENV_FILE"
 # ---- the job, and again after a failure that a restart may cure
 stopping=false
 for ((attempt = 0; ; attempt++)); do
-    "${command[@]}" &
+    "${command[@]}" > >("${quiet[@]}") &
     runner=$!
     trap 'fastvit_trapped=true stopping=true; kill -TERM $runner 2>/dev/null || true' TERM INT
     code=0

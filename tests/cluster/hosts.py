@@ -25,6 +25,7 @@ NAMESPACES = Path("/run/netns")
 FILES_OF_HOSTS = Path("/etc/netns")  # `ip netns exec NAME` mounts /etc/netns/NAME/* over /etc/*
 _NUMBERS = itertools.count()  # of the networks of this process, of which a test may have two
 CABLE = Path(__file__).with_name("cable.py")
+PATIENCE = 400.0  # seconds that anything may take on a machine that does other things too
 
 
 def missing() -> str | None:
@@ -179,7 +180,7 @@ class Hosts:
         self.cables[host] = process
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 120, what: str = "the condition") -> Any:
+def wait_until(condition: Callable[[], Any], seconds: float = PATIENCE, what: str = "the condition") -> Any:
     """Polls until `condition()` is true and returns its value; AssertionError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

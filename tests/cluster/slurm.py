@@ -73,7 +73,7 @@ class Slurm:
         for host in range(self.hosts.count):
             (self.folder / f"spool-{self.hosts.name(host)}").mkdir()
             self._start_daemon(host, "slurmd")
-        wait_until(self._all_idle, seconds=60, what="the SLURM cluster")
+        wait_until(self._all_idle, what="the SLURM cluster")
 
     def _start_munge(self) -> None:
         key = self.folder / "munge.key"

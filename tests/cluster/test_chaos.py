@@ -9,7 +9,7 @@ import pytest
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
 from tests.cluster.harness import EVERYTHING, LAUNCH, assert_same_curve, rows
-from tests.cluster.hosts import wait_until
+from tests.cluster.hosts import PATIENCE, wait_until
 
 pytestmark = [
     pytest.mark.distributed,
@@ -47,7 +47,7 @@ def test_a_host_that_falls_silent_is_named_and_the_others_go_on(hosts, jobs, job
     hosts.cut(2, silently=True)
     wait_until(lambda: events(run, "hang") or events(run, "failure"), what="somebody who notices")
     noticed = time.monotonic() - cut_at
-    codes = [process.wait(timeout=240) for process in jobs.started[:2]]
+    codes = [process.wait(timeout=PATIENCE) for process in jobs.started[:2]]
     output = "".join(process.log.read_text(errors="replace") for process in jobs.started)
     assert codes == [0, 0], output
     assert_same_curve(run.path, single)

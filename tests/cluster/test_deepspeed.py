@@ -58,6 +58,7 @@ def test_two_hosts_follow_the_curve_of_one_process(ssh_hosts, jobs, hostfile, tr
     jobs.start(0, [*RUN, *hostfile("node-0 slots=1", "node-1 slots=1"), "--", *arguments])
     codes, output = jobs.wait()
     assert codes == [0], output
+    assert "[INFO]" not in output  # which --verbose shows
     assert "name: 100%n it's {a..b} $HOME" in (tmp_path / "run" / "config.yaml").read_text()
     assert_same_curve(tmp_path / "run", single)
 

@@ -60,7 +60,10 @@ def logs(tmp_path):
 
 def wait_for_end(slurm, job, logs):
     over = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
-    wait_until(lambda: slurm.state(job) in over, seconds=240, what=f"the end of the job ({logs(job)})")
+    try:
+        wait_until(lambda: slurm.state(job) in over, what="the end of the job")
+    finally:
+        print(logs(job))
     return slurm.state(job)
 
 

@@ -3,20 +3,18 @@
 import os
 import re
 import signal
-from pathlib import Path
 
 import pytest
 
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.run_folder import RunFolder
-from tests.cluster.harness import EVERYTHING, LAUNCH, SHARD_EVERYTHING, Jobs, assert_same_curve, losses, rows
-from tests.cluster.hosts import Hosts, missing, wait_until
+from tests.cluster.harness import EVERYTHING, LAUNCH, SHARD_EVERYTHING, Jobs, assert_same_curve, losses, ranks, rows
+from tests.cluster.hosts import PATIENCE, Hosts, missing, wait_until
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 RUN = ["bash", str(LAUNCH / "torchrun" / "run.sh")]
 matrix = pytest.mark.skipif(not EVERYTHING, reason="the whole matrix takes minutes: FASTVIT_TEST_CLUSTER=all")
-SLOW = 400  # seconds that anything may take on a machine that does other things too
 
 
 @pytest.fixture
@@ -29,19 +27,6 @@ def torchrun(hosts, jobs):
             jobs.start(host, [*RUN, *common, *options, "--", *arguments], **variables)
 
     return start
-
-
-def ranks(hosts, host):
-    """The processes of a host that train."""
-    return [process for process in hosts.processes(host) if b"fastvit_engine\0train" in command_line(process)]
-
-
-def command_line(process):
-    try:
-        words = Path(f"/proc/{process}/cmdline").read_bytes()
-    except FileNotFoundError:
-        return b""
-    return b"" if b"agent.py" in words or b"run.sh" in words else words
 
 
 ELSEWHERE = "launch: ended because of bad input: another node says which"
@@ -127,14 +112,14 @@ def test_an_elastic_job_trains_any_batch_on_any_number_of_hosts(training, enviro
         def train_on(size):
             """Four steps on so many hosts; then the job waits."""
             started = f"a start on {size} hosts"
-            wait_until(lambda: sizes_of(out)[-1:] == [size], SLOW, what=started)
+            wait_until(lambda: sizes_of(out)[-1:] == [size], what=started)
             steps = steps_done(out) + 4
             pace(steps)
-            wait_until(lambda: steps_done(out) == steps, SLOW, what=f"{steps} steps, the last on {size} hosts")
+            wait_until(lambda: steps_done(out) == steps, what=f"{steps} steps, the last on {size} hosts")
 
         try:
             alone = start(0, training(tmp_path / "alone", *settings), "1")
-            assert alone.wait(timeout=SLOW) == 0, alone.log.read_text()
+            assert alone.wait(timeout=PATIENCE) == 0, alone.log.read_text()
             pace(0)
             elastic = training(out, *settings, "checkpoint.every=3 steps")
             first = [start(host, elastic, "3:4") for host in range(4)]
@@ -144,7 +129,7 @@ def test_an_elastic_job_trains_any_batch_on_any_number_of_hosts(training, enviro
             running = [*first[:3], start(3, elastic, "3:4")]
             train_on(4)
             pace(10**9)
-            codes = [process.wait(timeout=SLOW) for process in running]
+            codes = [process.wait(timeout=PATIENCE) for process in running]
             assert codes == [0] * 4, "".join(process.log.read_text(errors="replace") for process in running)
         finally:
             jobs.close()
@@ -179,7 +164,7 @@ def test_a_lost_host_leaves_a_job_that_goes_on_without_it(hosts, jobs, torchrun,
     torchrun(training(out), nodes="2:3")
     wait_until(lambda: (out / "checkpoints" / "latest").exists(), what="the first checkpoint")
     hosts.kill_all(2)
-    codes = [process.wait(timeout=240) for process in jobs.started[:2]]
+    codes = [process.wait(timeout=PATIENCE) for process in jobs.started[:2]]
     output = "".join(process.log.read_text(errors="replace") for process in jobs.started)
     assert codes == [0, 0], output
     assert_same_curve(out, single)

@@ -54,7 +54,7 @@ def started(folder):
 @pytest.mark.parametrize(
     ("told", "other", "nodes", "restarts"),
     [
-        ("2", "2", "1", 0),
+        in_full("2", "2", "1", 0),
         ("76", "76", "1", 0),
         in_full("75", "75", "1", 1),
         ("76", "76", "1:2", 1),

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.in_full import in_full
+
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = REPOSITORY / "launch"
 TRAINING = ["quickstart", "--set", "train.duration=20 steps", "--out", "runs/digits"]
@@ -106,7 +108,9 @@ def test_a_dry_run_says_what_a_start_would_do_and_writes_nothing(script, shards,
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["torchrun/run.sh", "deepspeed/run.sh", "slurm/train.sbatch", "kubernetes/pod.sh"])
+@pytest.mark.parametrize(
+    "name", ["deepspeed/run.sh", "slurm/train.sbatch", in_full("torchrun/run.sh"), in_full("kubernetes/pod.sh")]
+)
 def test_a_dry_run_of_bad_input_is_one_sentence_and_shows_nothing(script, hostfile, with_pdsh, name):
     hosts = ["--hostfile", hostfile("localhost slots=2\n")] if "deepspeed" in name else []
     pod = {"RANK": "0", "MASTER_ADDR": "localhost", "POD_IP": "127.0.0.1"} if "pod" in name else {}

@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from fastvit_engine.cores import cores_here
 from fastvit_engine.errors import UserError
 
 Task = TypeVar("Task")
@@ -24,7 +25,7 @@ _fork = multiprocessing.get_context("fork")  # large arrays and closures reach t
 
 def default_workers() -> int:
     """Returns the number of CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    return cores_here()
 
 
 class Counter:

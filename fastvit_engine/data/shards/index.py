@@ -33,6 +33,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from fastvit_engine.cores import cores_here
 from fastvit_engine.data.shards.archive import open_archive, stamp_of
 from fastvit_engine.data.shards.names import is_local
 from fastvit_engine.data.shards.remote_path import AnyPath, RemotePath, check_writable, write_file
@@ -423,7 +424,7 @@ def _pool(
         return
     remote = not all(is_local(shard) for shard in shards)
     if processes is None:
-        processes = 32 if remote else min(32, len(os.sched_getaffinity(0)))
+        processes = 32 if remote else min(32, cores_here())
         if len(shards) < _WORTH_A_POOL:
             processes = 1
     if processes == 1:

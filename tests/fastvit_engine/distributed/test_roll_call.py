@@ -164,7 +164,8 @@ def test_a_rank_that_nobody_can_hear_speaks_for_itself_and_does_not_wait_for_lon
         variables = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
         assert roll_call.end_with_others(UserError("bad"), spoken.append, variables) == 2
     assert roll_call.end_with_others(RestartError("lost"), spoken.append, {"RANK": "0", "WORLD_SIZE": "1"}) == 75
-    assert spoken == ["bad", "bad", "lost"]
+    alone = f"rank 1 on {socket.gethostname()}: bad"
+    assert spoken == [alone, alone, "lost"]
     assert time.monotonic() - start < 25
 
 

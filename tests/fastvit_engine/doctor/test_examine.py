@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastvit_engine.cli import main
+from fastvit_engine.config import load_config
 from fastvit_engine.distributed import rendezvous
 from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.doctor import examine, links
@@ -42,6 +43,20 @@ def test_a_check_that_hangs_or_crashes_leaves_the_rest_of_the_report():
     (only,) = examine.run_check("data", fail, 20)
     assert only.found.endswith("it failed: ImportError: no module")
     assert only.advice.startswith("mend what it names")
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers"),
+    [([], 1), (["data.num_workers=0"], 0), (["data.num_workers=9"], 9), (["data.order=stream"], 4)],
+)
+def test_open_data_workers_count_as_a_run_takes_them(monkeypatch, settings, workers):
+    """It fits them to the cores, but for an order that depends on them."""
+    seen = []
+    monkeypatch.setattr("fastvit_engine.doctor.host.check_host", lambda *given: seen.append(given) or ())
+    (check,) = [check for check in examine.CHECKS if check.name == "host"]
+    config = load_config(None, settings).config
+    check.run(examine.Request(config, "run", classes_known=False), examine.Gpus(2))
+    assert seen == [(2, workers, 2)]
 
 
 @pytest.fixture

@@ -6,48 +6,21 @@ import subprocess
 
 import pytest
 
+from fastvit_engine.control_groups import MemoryLimit
 from fastvit_engine.doctor import host
 from fastvit_engine.doctor.findings import Status
 from fastvit_engine.doctor.isolated import run_isolated
 
 
-def write(folder, **files):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / name.replace("__", ".")).write_text(text + "\n")
-
-
-def test_the_tightest_control_group_counts(tmp_path):
-    root, own = tmp_path / "cgroup", tmp_path / "own"
-    own.write_text("0::/slurm/job/step\n")
-    write(root / "slurm" / "job", cpu__max="400000 100000", memory__max=str(8 * 2**30), memory__current=str(2**30))
-    write(root / "slurm" / "job" / "step", cpu__max="max 100000", memory__max="max", memory__current="5")
-    assert host.read_allowance(root, own) == host.Allowance(4.0, 8 * 2**30, 2**30)
-
-
-def test_version_1_of_control_groups(tmp_path):
-    root, own = tmp_path / "cgroup", tmp_path / "own"
-    own.write_text("4:memory:/docker/1\n3:cpu,cpuacct:/docker/1\n1:name=systemd:/docker/1\n")
-    write(root / "cpu,cpuacct", cpu__cfs_quota_us="150000", cpu__cfs_period_us="100000")
-    write(root / "memory", memory__limit_in_bytes=str(2**33), memory__usage_in_bytes="7")
-    write(root / "memory" / "docker" / "1", memory__limit_in_bytes=str(2**63 - 4096), memory__usage_in_bytes="7")
-    assert host.read_allowance(root, own) == host.Allowance(1.5, 2**33, 7)
-
-
-def test_no_control_groups(tmp_path):
-    assert host.read_allowance(tmp_path, tmp_path / "none") == host.Allowance(None, None, 0)
-
-
 def test_fewer_cores_than_the_machine_has_are_a_note(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 64)
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(32)))
-    cores, workers = host._check_cores(host.Allowance(4.0, None, 0), processes=8, workers=4)
+    cores, workers = host._check_cores(4.0, processes=8, workers=4)
     assert (cores.status, cores.found.partition(":")[0]) == (Status.NOTE, "this process may use 4 of 64")
     assert workers.found == "8 processes with 4 data workers each share 4 cores"
 
 
 def test_memory_counts_what_the_container_may_use():
-    finding = host._check_memory(host.Allowance(None, 3 * 2**30, 2**31), processes=1)
+    finding = host._check_memory(MemoryLimit(3 * 2**30, 2**31), processes=1)
     assert finding.status == Status.WARNING
     assert finding.found.startswith("1.0 GiB of 3.0 GiB that the container or job may use free: 1 process with")
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import socket
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -112,6 +114,12 @@ def test_a_job_elsewhere_is_sized_for_its_gpus(dry_run):
         (["data.order=stream", "data.streams=1"], ["--processes", "2"], "data.streams is 1"),
         (["schedule.warmup=100 steps"], [], "warm-up of 100"),
         (["checkpoint.path=shards/train-000000.tar/c"], [], "Not a directory"),
+        (["train.profile.steps=19-21"], [], "19-21, and the run has 20 steps"),
+        (
+            ["train.profile={steps: 3-4, ranks: [3]}"],
+            ["--processes", "2:4"],
+            "ranks has 3, and the run has ranks 0 to 1",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(dry_run, settings, options, sentence):
@@ -163,6 +171,25 @@ def test_what_would_be_resumed_is_named(dry_run, stopped):
     dry_run("train.duration=9 steps", "seed=1", options=["--resume"], refused="written with seed 0 and this run has 1")
     shutil.rmtree("run/checkpoints/step-00000002")
     dry_run("train.duration=9 steps", options=["--resume"], refused="step-00000002")
+
+
+def test_a_tracker_that_is_not_installed_is_refused_and_elsewhere_a_doubt(dry_run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    dry_run("observe.trackers=[wandb]", refused="observe.trackers with wandb in it needs")
+    shown = dry_run("observe.trackers=[wandb]", options=["--processes", "8", "--gpu", "H100"])
+    assert "warning: on this machine, observe.trackers with wandb in it needs" in shown
+    assert "; the node of rank 0 needs it\n" in shown
+
+
+def test_a_port_that_is_taken_is_refused_and_on_several_nodes_a_doubt(dry_run):
+    pytest.importorskip("prometheus_client", reason="needs prometheus_client: pip install prometheus-client")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        dry_run(f"observe.prometheus_port={port}", refused=f"port {port} of 127.0.0.1 cannot be used for Prometheus")
+        several = ["--processes", "2", "--processes-per-node", "1"]
+        shown = dry_run(f"observe.prometheus_port={port}", options=several)
+        assert f"warning: on this machine, port {port} of 127.0.0.1 cannot be used" in shown
+    assert "Prometheus" not in dry_run(f"observe.prometheus_port={port}")
 
 
 def test_weights_of_something_else_are_refused(dry_run):

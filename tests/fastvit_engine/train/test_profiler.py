@@ -11,7 +11,7 @@ import pytest
 from fastvit_engine.config.sections import ProfileConfig
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.metrics import read_metrics
-from fastvit_engine.train.profiler import check_profile
+from fastvit_engine.train.start import check_profile
 from tests.fastvit_engine.warm_ranks import exit_codes_of
 from tests.in_full import only_in_full
 
