@@ -31,7 +31,7 @@ from fastvit_engine.train.health.replicas import check_first_weights
 from fastvit_engine.train.health.rewind import Failure, go_back, record_anomaly
 from fastvit_engine.train.job import Job, build_job
 from fastvit_engine.train.observers import Observers, observed
-from fastvit_engine.train.profiler import StepProfiler, check_profile
+from fastvit_engine.train.profiler import StepProfiler
 from fastvit_engine.train.recovery import save_recovery
 from fastvit_engine.train.run_record import record_start
 from fastvit_engine.train.schedule import Schedule
@@ -84,7 +84,6 @@ def train(
             say("\n".join([start.message, *(f"warning: {text}" for text in warnings)]))
         resolved, chosen = start.settle(resolved, chosen)
         if start.step < start.total_steps:
-            world.on_main(lambda: check_profile(chosen.config.train.profile, start.total_steps, world.size))
             if world.is_main:
                 say(chosen.describe())
             startup.phase("building the model and its engine")

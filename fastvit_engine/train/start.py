@@ -38,6 +38,7 @@ from fastvit_engine.observe.run_folder import WORKING_FOLDERS, RunFolder
 from fastvit_engine.observe.units import counted
 from fastvit_engine.shown import public_url, say
 from fastvit_engine.sizing.defaults import Chosen
+from fastvit_engine.train.profiler import check_profile
 from fastvit_engine.train.recovery import load_recovery
 from fastvit_engine.train.schedule import Schedule
 
@@ -147,6 +148,8 @@ def preflight(
     batch = config.train.global_batch_size
     batches = BatchSizes.always(batch) if state is None else state.batches.then(state.step, batch)
     schedule = Schedule(config, prepared.samples_per_epoch, batches)
+    if state is None or state.step < schedule.total_steps:
+        check_profile(config.train.profile, schedule.total_steps, world_size)
     if scratch is None:
         _check_writable(run)
     transform = _eval_transform(config, state)
