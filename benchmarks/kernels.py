@@ -40,6 +40,7 @@ from benchmarks.registry import (
 from benchmarks.report import is_ours
 from benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_CPU_SHAPES, Shape
 from benchmarks.timing import Clock, Racer, Times, race
+from fastvit_engine.config.near import near_names
 
 SILENCE = 900  # seconds without a word after which the measuring process counts as stuck: compilers take their time
 VERY_SLOW = ("max-autotune", "deepspeed")  # compile for a minute or more: not in a quick run on a GPU either
@@ -110,7 +111,9 @@ def select(selection: Selection, device: torch.device) -> list[Case]:
 def pick_known(what: str, given: Sequence[str], known: Sequence[str]) -> None:
     for name in given:
         if name not in known:
-            raise ValueError(f"there is no {what} '{name}' to measure here; there are {', '.join(known)}")
+            near = near_names(name, known)
+            others = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(map(repr, known))}"
+            raise ValueError(f"there is no {what} '{name}' to measure here; {others}")
 
 
 # ---- one case

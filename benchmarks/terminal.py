@@ -1,6 +1,7 @@
 """Results for a terminal: a table for each operation, what can be measured, and at the end what it comes to."""
 
 import io
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -109,7 +110,7 @@ def listing(ops: Sequence[Op], shapes: Sequence[Shape], chosen: Sequence[str] = 
     for op in ops:
         if not chosen or op.name in chosen:
             tensors = custom.signature(op, sizes=bool(chosen))
-            operations.add_row(op.name, ", ".join(provider.name for provider in op.providers), tensors)
+            operations.add_row(op.name, shlex.join(provider.name for provider in op.providers), tensors)
     sizes = plain_table("Sizes (--shape)", "name", "tokens")
     for head in ("width", "heads", "head dim", "MLP", "images"):
         sizes.add_column(head, justify="right")

@@ -219,6 +219,7 @@ def _dry_run(args: argparse.Namespace, resolved: "Resolved") -> int:
     if not launched and args.processes is None:
         variables = rank_environment(0, here, 0)
         kept = {name: value for name, value in variables.items() if name.endswith(("_IFNAME", "_THREADS"))}
+        say("# each process runs:")
         say("\n".join(f"export {name}={shlex.quote(value)}" for name, value in kept.items()))
         say(shlex.join([sys.executable, "-m", "fastvit_engine", *_rank_command(args, run)]))
     return 0

@@ -6,6 +6,7 @@ from benchmarks.machine import measure_ceilings
 from benchmarks.ops import all_ops
 from benchmarks.registry import Case, all_cases
 from benchmarks.shapes import GPU_SHAPES
+from benchmarks.terminal import listing
 from benchmarks.timing import Clock
 
 CPU = torch.device("cpu")
@@ -59,9 +60,16 @@ def test_everybody_who_can_run_on_a_cpu_is_right():
     assert seen >= {"fastvit", "eager", "sdpa", "sdpa math", "timm", "transformers", "torch fused", "torch foreach"}
 
 
-def test_an_unknown_name_is_refused_with_those_that_there_are():
-    with pytest.raises(ValueError, match="no operation 'atention' to measure here; there are attention, "):
+def test_an_unknown_name_is_refused_with_the_nearest_or_with_all():
+    with pytest.raises(ValueError, match=r"no operation 'atention' to measure here; did you mean 'attention'\?"):
         select(Selection(ops=("atention",)), CPU)
+    with pytest.raises(ValueError, match="no provider 'xyz' .*; there are .*'eager', 'eager, dense target', "):
+        select(Selection(providers=("xyz",)), CPU)
+
+
+def test_the_listing_shows_providers_as_they_are_typed(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    assert "fastvit eager 'eager, unfold' timm " in listing(all_ops(), [], ["patch_embed"])
 
 
 def test_inputs_repeat():

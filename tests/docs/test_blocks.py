@@ -55,7 +55,7 @@ def unknown(line: str) -> str | None:
         return None if re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.M) else f"make {rest[0]}"
     if name == "python" and rest[0] in ("-c", "-m"):
         return None if rest[0] == "-c" or find_spec(rest[1]) else rest[1]
-    path = rest[0] if name in ("python", "bash") else name
+    path = rest[0] if name in ("bash", "python") else name
     return None if (ROOT / path).is_file() else path
 
 

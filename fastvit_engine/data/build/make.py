@@ -354,7 +354,8 @@ def _what_was_found(listing: Listing, arguments: dict[str, Any], eval_fraction: 
         else f"{eval_fraction:.4g} of each class to evaluate on"
     )
     found = f"{arguments['source']}: {'; '.join(context.descriptions)}: "
-    train = "" if listing.eval_only else f"{counted(len(listing) - held_out, 'image')} to train on, "
+    purpose = " to train on" if eval_fraction is None else ""
+    train = "" if listing.eval_only else f"{counted(len(listing) - held_out, 'image')}{purpose}, "
     found += f"{train}{split}{', none to train on' if listing.eval_only else ''}; {describe_classes(listing)}"
     if listing.multi_label:
         most = max(1, int(np.diff(listing.label_start).max(initial=0)))

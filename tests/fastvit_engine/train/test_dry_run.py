@@ -83,6 +83,7 @@ def test_it_shows_data_memory_split_and_the_command_of_a_rank(dry_run, shards):
         "no index for eval and train shards: made for this check and dropped",
         "memory per process: about ",
         "global batch  32 images = 2 processes x 16 images x 1 micro-batch\n",
+        "# each process runs:\nexport ",
         "export OMP_NUM_THREADS=",
         "-m fastvit_engine train quickstart --out run --resume never --set ",
     ):
@@ -113,6 +114,7 @@ def test_a_job_elsewhere_is_sized_for_its_gpus(dry_run):
         (["train.global_batch_size=3"], ["--processes", "2:4"], "3, fewer images than the 4 processes"),
         (["data.order=stream", "data.streams=1"], ["--processes", "2"], "data.streams is 1"),
         (["schedule.warmup=100 steps"], [], "warm-up of 100"),
+        (["train.profile.steps=25-30"], [], "train.profile.steps is 25-30, and the run has 20 steps"),
         (["checkpoint.path=shards/train-000000.tar/c"], [], "Not a directory"),
         (["train.profile.steps=19-21"], [], "19-21, and the run has 20 steps"),
         (

@@ -38,6 +38,7 @@ def list_digits(context: Context) -> Listing:
     except ImportError as error:
         raise UserError("the source 'digits' comes with scikit-learn: pip install scikit-learn") from error
     scans, labels = load_digits(return_X_y=True)
+    context.describe("scikit-learn's handwritten digits")
     pixels = np.rint(scans.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # [N, 8, 8]
     builder = ListingBuilder()
     _add(builder, context, Path("digits"), pixels, [str(label) for label in labels])

@@ -591,7 +591,7 @@ def test_everything_that_is_not_used_is_counted_by_reason(tmp_path, photo, encod
     )
     assert lines[-1].endswith("1 macOS resource file and 1 special file; failed.jsonl names those that failed")
     assert lines[0].startswith(
-        f"{root}: a folder of classes: 9 images to train on, 0 of each class to evaluate on; 2 class names in "
+        f"{root}: a folder of classes: 9 images, 0 of each class to evaluate on; 2 class names in "
         "alphabetical order: ant, bee; left out: 1 .md file, 2 .txt files, "
     )
 
