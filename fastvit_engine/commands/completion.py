@@ -93,11 +93,16 @@ def answer(parser: argparse.ArgumentParser) -> None:
     if "_ARGCOMPLETE" not in os.environ:
         return
     import argcomplete
+    from argcomplete.completers import BaseCompleter
 
-    argcomplete.autocomplete(parser, always_complete_options=False, default_completer=candidates)
+    class Completer(BaseCompleter):
+        def __call__(self, *, prefix: str, action: argparse.Action, **context: Any) -> list[str]:
+            return candidates(prefix, action)
+
+    argcomplete.autocomplete(parser, always_complete_options=False, default_completer=Completer())
 
 
-def candidates(prefix: str, action: argparse.Action, **context: object) -> list[str]:
+def candidates(prefix: str, action: argparse.Action) -> list[str]:
     """What may complete `prefix` as a value of an argument, by the word that stands for the value in its help."""
     kind = action.metavar
     found: list[str] = []
