@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := $(shell grep ^torch== constraints.txt)
+VERSION = $(shell sed -n 's/^__version__ = "\([0-9][0-9a-z.]*\)"$$/\1/p' fastvit_engine/__init__.py)
 # One process per core, each with the tests of one file in turn, and one thread in each. The processes that tests start
 # find the code compiled, also where the environment forbids to keep that.
 PYTEST := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -p tests.skips -n auto --dist loadscope --no-loadscope-reorder
@@ -15,7 +16,7 @@ $(MAKE) --no-print-directory types > $(VENV)/types.log 2>&1 & types=$$!; failed=
 	$(1) || failed=$$?; wait $$types || failed=1; cat $(VENV)/types.log; exit $$failed
 endef
 
-.PHONY: help quickstart test test-all lint style types format docs site dist licenses hub-kernel wheels clean
+.PHONY: help quickstart test test-all lint style types format docs site version dist licenses hub-kernel wheels clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F '\t' '{ printf "make %-12s %s\n", $$1, $$2 }'
@@ -57,6 +58,12 @@ docs: $(VENV)/.installed  ## write the generated pages: docs/configuration.md, a
 site: $(VENV)/.installed  ## build the documentation site, into build/site
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./kernels --editable '.[docs]'
 	$(BIN)/python -m sphinx --quiet --fail-on-warning -c docs -d build/doctrees . build/site
+
+version:  ## write the version that fastvit_engine/__init__.py says into all other files that say it
+	@test -n "$(VERSION)" || { echo 'fastvit_engine/__init__.py has no line such as __version__ = "0.2.0"'; exit 2; }
+	sed -i 's/^__version__ = .*/__version__ = "$(VERSION)"/' kernels/fastvit_kernels/__init__.py
+	sed -i 's/"fastvit-kernels==[^"]*"/"fastvit-kernels==$(VERSION)"/' pyproject.toml
+	sed -i 's/^version: .*/version: "$(VERSION)"/' CITATION.cff
 
 # From a copy of what is committed, whose READMEs get absolute links: FASTVIT_SOURCE_URL is where they lead.
 dist: $(VENV)/.installed  ## build wheel and sdist of both packages, into dist/, and check what a package index will show

@@ -28,6 +28,7 @@ from fastvit_engine.commands import (
     stacks,
     train,
 )
+from fastvit_engine.commands.completion import SHELLS, InstallCompletion, answer
 from fastvit_engine.commands.parser import Parser
 from fastvit_engine.distributed.environment import speaks_for_all
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART, Preempted, RestartError, UserError
@@ -40,7 +41,9 @@ _LOST = (errno.EIO, errno.ESTALE, errno.ENOTCONN)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code, see `errors`. An expected failure prints one sentence."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    answer(parser)
+    args = parser.parse_args(arguments)
     warnings.formatwarning = _format_warning
     try:
         return _run(args)
@@ -117,6 +120,8 @@ def _fail(
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="fastvit", description="Pretrain Vision Transformers at scale.")
     parser.add_argument("--version", action="version", version=f"fastvit-engine {__version__}")
+    parser.add_argument("--install-completion", action=InstallCompletion, nargs="?", choices=SHELLS, help="complete "
+                        "words of this command with the Tab key in bash or zsh (default: your $SHELL)")  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in (
         train, evaluate, predict, fewshot, features, plan, doctor, data, config, report, export, convert, stacks, bench,

@@ -15,7 +15,7 @@ ALLOWED = {
     "root, or not root": r"root may write anywhere|network namespaces need root|cannot mount a .* file system here",
     "the operating system": r"reads /proc|relies on Linux|no network namespaces here|has no route to anywhere",
     "a program that pip does not install": (
-        r"no Prometheus$|^no Chromium$|needs (ssh|ssh-keygen|sshd|pdsh|openssl to .*)$|need iproute2$|"
+        r"no Prometheus$|^no (Chromium|zsh|hadolint)$|needs (ssh|ssh-keygen|sshd|pdsh|openssl to .*)$|need iproute2$|"
         r"\(slurm-wlm and munge\)$"
     ),
     "a tracker that the tests do not need": r"^(mlflow|trackio) is not installed$",

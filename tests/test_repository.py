@@ -1,7 +1,9 @@
 """The files around the code agree with it: targets, workflows, hooks and versions."""
 
 import re
+import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +71,57 @@ def test_hooks_run_what_make_lint_runs() -> None:
     assert {"ruff", "mypy", "lint-imports"} <= programs & linted
 
 
+def versions(root: Path) -> set[str]:
+    """Every version that the files of a checkout say for the two packages."""
+    files = (root / "fastvit_engine" / "__init__.py", root / "kernels" / "fastvit_kernels" / "__init__.py")
+    said = [found for file in files for found in re.findall(r'^__version__ = "(.*)"$', file.read_text(), re.MULTILINE)]
+    needs = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    said += [need.partition("==")[2] for need in needs if need.startswith("fastvit-kernels")]
+    said.append(read(root / "CITATION.cff")["version"])
+    assert len(said) == 4
+    return set(said)
+
+
 def test_one_version_everywhere() -> None:
+    assert versions(ROOT) == {fastvit_engine.__version__}
+    assert fastvit_engine.__version__ == fastvit_kernels.__version__
     citation = read(ROOT / "CITATION.cff")
-    assert fastvit_engine.__version__ == fastvit_kernels.__version__ == citation["version"]
     assert citation["license"] == "Apache-2.0" and citation["authors"]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The files that say a version, and the Makefile."""
+    engine, kernels = "fastvit_engine/__init__.py", "kernels/fastvit_kernels/__init__.py"
+    for name in ("Makefile", "constraints.txt", "pyproject.toml", "CITATION.cff", engine, kernels):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def set_version(checkout: Path, line: str) -> None:
+    """Writes a line of a version into the one file that is edited by hand."""
+    file = checkout / "fastvit_engine" / "__init__.py"
+    file.write_text(re.sub(r"^__version__ = .*$", line, file.read_text(), flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("version", [fastvit_engine.__version__, "1.10.0rc1", "2.10"])
+def test_make_version_writes_the_version_of_one_file_into_the_others(checkout: Path, version: str) -> None:
+    set_version(checkout, f'__version__ = "{version}"')
+    subprocess.run(["make", "version"], cwd=checkout, capture_output=True, check=True)
+    assert versions(checkout) == {version}
+    if version == fastvit_engine.__version__:  # nothing else changes
+        files = [path.relative_to(checkout) for path in checkout.rglob("*") if path.is_file()]
+        assert all((checkout / file).read_bytes() == (ROOT / file).read_bytes() for file in files)
+
+
+@pytest.mark.parametrize("line", ["__version__ = VERSION", '__version__ = "next/one"', ""])
+def test_make_version_refuses_what_is_no_version(checkout: Path, line: str) -> None:
+    set_version(checkout, line)
+    done = subprocess.run(["make", "version"], cwd=checkout, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "fastvit_engine/__init__.py has no line such as" in done.stdout
+    assert (checkout / "pyproject.toml").read_bytes() == (ROOT / "pyproject.toml").read_bytes()
 
 
 def test_owned_paths_exist() -> None:

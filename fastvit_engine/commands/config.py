@@ -49,7 +49,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _list(args: argparse.Namespace) -> int:
-    from fastvit_engine.config.recipes import recipe_paths
+    from fastvit_engine.recipe_files import recipe_paths
 
     for name, path in recipe_paths().items():
         first_line = path.read_text().partition("\n")[0]

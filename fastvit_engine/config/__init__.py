@@ -1,7 +1,6 @@
 """The configuration of a run: typed sections, read from a recipe and from --set."""
 
 from fastvit_engine.config.load import Resolved, load_config
-from fastvit_engine.config.recipes import RECIPES, recipe_names, recipe_paths
 from fastvit_engine.config.sections import (
     AugmentConfig,
     CheckpointConfig,
@@ -22,6 +21,7 @@ from fastvit_engine.config.sections import (
     WatchdogConfig,
     ZeroConfig,
 )
+from fastvit_engine.recipe_files import RECIPES, recipe_names, recipe_paths
 
 __all__ = [
     "AugmentConfig",

@@ -10,8 +10,7 @@ import yaml
 from fastvit_engine.config.bounded_yaml import check_yaml, read_yaml, yaml_errors
 from fastvit_engine.config.near import near_names, or_list
 from fastvit_engine.errors import UserError
-
-RECIPES = Path(__file__).parent.parent / "recipes"
+from fastvit_engine.recipe_files import recipe_paths
 
 _BASE = "base"
 _OF_A_MODEL = ("config.json", "manifest.json", "model.safetensors")  # in a folder
@@ -50,16 +49,6 @@ _Loader.add_implicit_resolver(
 )
 _Loader.add_constructor(_INTEGER, _Loader.construct_integer)
 _Loader.add_constructor(_NUMBER, _Loader.construct_number)
-
-
-def recipe_paths() -> dict[str, Path]:
-    """The recipes that come with the engine, by name. Files named _*.yaml are no recipes of their own but bases."""
-    found = {path.stem: path for path in RECIPES.rglob("*.yaml") if not path.name.startswith("_")}
-    return dict(sorted(found.items()))
-
-
-def recipe_names() -> list[str]:
-    return list(recipe_paths())
 
 
 def parse_yaml(text: str) -> Any:
