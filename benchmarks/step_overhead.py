@@ -50,6 +50,7 @@ from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.optimizers import parameter_groups
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_vit, parameter_count
+from fastvit_engine.objectives import build_objective, find_objective
 from fastvit_engine.observe.environment import collect_environment
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.defaults import choose, machine_of
@@ -328,7 +329,8 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path, batches: Ite
     watchdog = Watchdog(run, world, resolved.config.watchdog)  # not entered: loops are blocked between their turns
     chosen = choose(resolved.config, machine_of(world))
     records, observers = Records(run), Observers(exporter=None)
-    loop._train(resolved, chosen, run, start, world, watchdog, Preemption(), Ownership(), records, observers)
+    objective = build_objective(chosen.config, world.device, find_objective(chosen.config.train.objective))
+    loop._train(resolved, chosen, run, start, world, watchdog, Preemption(), Ownership(), records, observers, objective)
     return load_file(folder / "model.safetensors")
 
 

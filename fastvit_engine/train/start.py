@@ -38,7 +38,6 @@ from fastvit_engine.observe.run_folder import WORKING_FOLDERS, RunFolder
 from fastvit_engine.observe.units import counted
 from fastvit_engine.shown import public_url, say
 from fastvit_engine.sizing.defaults import Chosen
-from fastvit_engine.train.profiler import check_profile
 from fastvit_engine.train.recovery import load_recovery
 from fastvit_engine.train.schedule import Schedule
 
