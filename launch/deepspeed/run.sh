@@ -67,7 +67,9 @@ for argument in "$@" --resume auto; do
     fi
 done
 
-log_level=warning quiet=(sed -u '/ \[INFO\] \[launch\.py:/d') # the launcher of each host is told no level
+# DeepSpeed tells the launcher of each host no level. Ranks that end with 2 or 76 have said why in a sentence.
+log_level=warning
+quiet=(sed -u -E -e '/ \[INFO\] \[launch\.py:/d' -e '/ \[ERROR\] \[launch\.py:.* = (2|76)$/d')
 [[ " $* " != *" --verbose "* ]] || log_level=info quiet=(cat)
 command=(
     "$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --launcher pdsh --force_multi --no_ssh_check
