@@ -113,7 +113,7 @@ echo "FASTVIT_RUN_ID=deepspeed-$(hostname)-$$-$(date +%s)" >>"$DS_ENV_FILE"
 # ---- the job, and again after a failure that a restart may cure
 stopping=false
 for ((attempt = 0; ; attempt++)); do
-    "${command[@]}" > >("${quiet[@]}") &
+    "${command[@]}" > >(trap '' INT TERM HUP; exec "${quiet[@]}") & # which outlives a signal to all
     runner=$!
     trap 'fastvit_trapped=true stopping=true; kill -TERM $runner 2>/dev/null || true' TERM INT
     code=0
