@@ -22,14 +22,15 @@ from fastvit_engine.cores import cores_here
 from fastvit_engine.data.shards.names import is_local
 from fastvit_engine.data.stream.indexed import IndexedData
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe import prometheus
 from fastvit_engine.observe.disk import check_writable
 from fastvit_engine.observe.run_folder import WORKING_FOLDERS, RunFolder
+from fastvit_engine.observe.trackers import choose as trackers
 from fastvit_engine.observe.units import counted
 from fastvit_engine.sizing.defaults import Chosen, Machine, choose, device_memory
 from fastvit_engine.sizing.gpus import GPU_MEMORY_GIB, known_gpu
 from fastvit_engine.train.estimate import USUAL_MFU, describe_split, describe_time, training_time
 from fastvit_engine.train.first_weights import fill_in
-from fastvit_engine.train.observers import check_observers
 from fastvit_engine.train.start import DryRun, Start, check_profile, preflight
 
 
@@ -151,7 +152,11 @@ def _check_observers(config: ObserveConfig, run: RunFolder, target: Target) -> t
     """Raises UserError if a package is missing or the port is taken; if another machine needs them, returns that."""
     elsewhere = target.gpu is not None or target.processes[0] > target.per_node
     try:
-        check_observers(config, run)
+        trackers.check_installed(config.trackers)
+        prometheus.check_installed(config.prometheus_port)
+        if config.prometheus_port is not None:  # open for a moment
+            with prometheus.served(prometheus.Exporter(run.name), config.prometheus_host, config.prometheus_port):
+                pass
     except UserError as error:
         if not elsewhere:
             raise

@@ -22,14 +22,6 @@ def check_installed(config: ObserveConfig) -> None:
     prometheus.check_installed(config.prometheus_port)
 
 
-def check_observers(config: ObserveConfig, run: RunFolder) -> None:
-    """Raises UserError if a package is missing or the port cannot be used, which is open for a moment to see that."""
-    check_installed(config)
-    if config.prometheus_port is not None:
-        with prometheus.served(Exporter(run.name), config.prometheus_host, config.prometheus_port):
-            pass
-
-
 @dataclass(frozen=True)
 class Observers:
     """Those of rank 0, while the run lasts."""

@@ -67,7 +67,9 @@ for argument in "$@" --resume auto; do
     fi
 done
 
-log_level=warning quiet=(sed -u '/ \[INFO\] \[launch\.py:/d') # the launcher of each host is told no level
+# DeepSpeed tells the launcher of each host no level. Ranks that end with 2 or 76 have said why in a sentence.
+log_level=warning
+quiet=(sed -u -E -e '/ \[INFO\] \[launch\.py:/d' -e '/ \[ERROR\] \[launch\.py:.* = (2|76)$/d')
 [[ " $* " != *" --verbose "* ]] || log_level=info quiet=(cat)
 command=(
     "$PYTHON" -m deepspeed.launcher.runner --hostfile "$hostfile" --launcher pdsh --force_multi --no_ssh_check
@@ -111,7 +113,7 @@ echo "FASTVIT_RUN_ID=deepspeed-$(hostname)-$$-$(date +%s)" >>"$DS_ENV_FILE"
 # ---- the job, and again after a failure that a restart may cure
 stopping=false
 for ((attempt = 0; ; attempt++)); do
-    "${command[@]}" > >("${quiet[@]}") &
+    "${command[@]}" > >(trap '' INT TERM HUP; exec "${quiet[@]}") & # which outlives a signal to all
     runner=$!
     trap 'fastvit_trapped=true stopping=true; kill -TERM $runner 2>/dev/null || true' TERM INT
     code=0

@@ -96,6 +96,7 @@ def test_bad_input_is_one_sentence_from_one_rank(ssh_hosts, jobs, hostfile, trai
     assert codes == [2], output
     (line,) = [line for line in output.splitlines() if "fastvit: error:" in line]
     assert "train.global_batch_size is 2, fewer images than the 3 processes" in line
+    assert "exits with return code" not in output
 
 
 def test_a_host_that_ssh_does_not_reach_is_named(ssh_hosts, jobs, hostfile, training, tmp_path):
