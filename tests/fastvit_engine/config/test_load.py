@@ -18,7 +18,7 @@ from fastvit_engine.errors import UserError
 def checked(key):
     """Whether the text of this key has a form of its own, as a duration or the name of a model has."""
     return (
-        key in ("model.name", "train.profile.steps")
+        key in ("model.name", "train.objective", "train.profile.steps")
         or key.startswith("data.train.")
         or any(isinstance(entry, BeforeValidator) for entry in _metadata(fields()[key]))
     )
