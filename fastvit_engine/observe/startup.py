@@ -11,7 +11,7 @@ from fastvit_engine.observe.progress import Display
 from fastvit_engine.observe.units import format_duration
 
 _WORTH_A_LINE_SECONDS = 2.0
-_STILL_SECONDS = (10.0, 60.0)  # in a log: until the first line of a phase that goes on, and between further ones
+_STILL_SECONDS = (10.0, 60.0)  # in a log: until the first line of a phase that takes long, and between further ones
 _WATCH_SECONDS = 0.5
 
 
@@ -19,7 +19,7 @@ class StartUp:
     """A phase after the other, until `done`; shown by rank 0.
 
     On a terminal one line is replaced; in a log each phase that takes two seconds or more is a line when it ends, and
-    one that goes on is a line after ten seconds, and each minute after that.
+    one that takes long is a line after ten seconds, and each minute after that.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class StartUp:
             self._stop.set()
 
     def show(self) -> None:
-        """Shows the phase that goes on, if it is time to."""
+        """Shows the current phase, if it is time to."""
         with self._lock:
             if self._doing is None:
                 return

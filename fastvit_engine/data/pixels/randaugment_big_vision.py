@@ -9,10 +9,9 @@ TensorFlow computes to within one level: tests/fastvit_engine/data/pixels/test_r
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit_engine.data.pixels.randaugment_paper import FILL, equalize
+from fastvit_engine.data.pixels.randaugment_paper import FILL, equalize, smooth
 
 # An operation takes uint8 [n, 3, H, W] and strengths [n], whose sign is the direction, and gives uint8 [n, 3, H, W];
 # `cutout` also takes a place. A strength of 1 is their magnitude 10.
@@ -75,14 +74,7 @@ def brightness(pixels: Tensor, strength: Tensor) -> Tensor:
 
 
 def sharpness(pixels: Tensor, strength: Tensor) -> Tensor:
-    kernel = torch.ones(3, 1, 3, 3, device=pixels.device)
-    kernel[:, :, 1, 1] = 5
-    smooth = pixels.float()
-    if min(pixels.shape[2:]) > 2:  # the border stays as it is
-        inner = F.conv2d(smooth, kernel, groups=3)  # whole numbers below 2 ** 24: exact
-        smooth = smooth.clone()
-        smooth[:, :, 1:-1, 1:-1] = (inner / 13).floor()
-    return _blend(smooth, pixels, strength)
+    return _blend(smooth(pixels, rounding=0), pixels, strength)
 
 
 def shear_x(pixels: Tensor, strength: Tensor) -> Tensor:

@@ -71,14 +71,19 @@ def brightness(pixels: Tensor, strength: Tensor) -> Tensor:
 
 
 def sharpness(pixels: Tensor, strength: Tensor) -> Tensor:
-    kernel = torch.ones(3, 1, 3, 3, device=pixels.device)
-    kernel[:, :, 1, 1] = 5
-    smooth = pixels.float()
-    if min(pixels.shape[2:]) > 2:  # the border stays as it is
-        inner = F.conv2d(smooth, kernel, groups=3)  # whole numbers below 2 ** 24: exact
-        smooth = smooth.clone()
-        smooth[:, :, 1:-1, 1:-1] = (inner / 13).add(0.5).floor()
-    return _blend(smooth, pixels, strength)
+    return _blend(smooth(pixels, rounding=0.5), pixels, strength)
+
+
+def smooth(pixels: Tensor, *, rounding: float) -> Tensor:
+    """Blurs as Pillow's SMOOTH filter; the border stays as it is. rounding: 0.5 rounds, 0 cuts off."""
+    blurred = pixels.float()
+    if min(pixels.shape[2:]) > 2:
+        kernel = torch.ones(3, 1, 3, 3, device=pixels.device)
+        kernel[:, :, 1, 1] = 5
+        inner = F.conv2d(blurred, kernel, groups=3)  # whole numbers below 2 ** 24: exact
+        blurred = blurred.clone()
+        blurred[:, :, 1:-1, 1:-1] = (inner / 13).add(rounding).floor()
+    return blurred
 
 
 def rotate(pixels: Tensor, strength: Tensor) -> Tensor:

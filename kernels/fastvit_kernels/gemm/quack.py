@@ -63,7 +63,7 @@ class Call(NamedTuple):
 
 
 def chosen(product: Product, m: int, n: int, k: int, *matrices: Tensor) -> Pinned | None:
-    """How QuACK runs this product of `matrices`, the first of which tells dtype and device; None if it does not.
+    """How QuACK runs this product of `matrices`, or None. The first matrix gives dtype and device.
 
     Raises RuntimeError if it was asked for and cannot.
     """
@@ -99,7 +99,7 @@ def obstacle(on: Gpu, matrices: tuple[Tensor, ...]) -> str | None:
 
 @cache
 def warn(sentence: str) -> None:
-    """Once in a process."""
+    """Warns once per process."""
     warnings.warn(sentence, stacklevel=2)
 
 
