@@ -1,9 +1,8 @@
-"""The command line itself: what it costs to ask for help or to mistype, and what `config` prints."""
+"""The command line itself: what is loaded to show help or to name a typing error, and what `config` prints."""
 
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 
@@ -12,25 +11,7 @@ import pytest
 from fastvit_engine import cli
 from fastvit_engine.cli import _parser, main
 
-HEAVY = ("torch", "deepspeed", "numpy", "pydantic", "yaml", "webdataset")
-
-
-def cpu_seconds(*arguments, expected_code):
-    """User and system time of `fastvit` with these arguments, the best of several, and its standard error."""
-    times = []
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run(
-            [sys.executable, "-m", "fastvit_engine", *arguments],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert done.returncode == expected_code, done.stderr
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return min(times), done.stderr
+HEAVY = ("torch", "deepspeed", "numpy", "pydantic", "yaml", "webdataset", "email", "importlib.metadata")
 
 
 def modules_after(code):
@@ -61,16 +42,10 @@ def test_a_typing_error_is_told_before_pytorch_is_loaded(command):
         assert modules_after(code).isdisjoint({"torch", "deepspeed", "numpy"})
 
 
-def test_help_is_quick():
-    seconds, _ = cpu_seconds("--help", expected_code=0)
-    assert seconds < 0.15
-
-
 @pytest.mark.parametrize("wrong", [["vit_h14_jfk"], ["quickstart", "--set", "train.durration=1 epoch"]])
-def test_a_typing_error_is_told_quickly(wrong):
-    seconds, errors = cpu_seconds("train", *wrong, expected_code=2)
-    assert seconds < 0.45
-    assert "did you mean" in errors
+def test_a_typing_error_suggests_the_word_that_was_meant(capfd, wrong):
+    assert main(["train", *wrong]) == 2
+    assert "did you mean" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
