@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 _NODE_LINES = 8  # numbers of nodes that are shown one by one
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "plan",
-        help="what a run would need and what the engine would choose, without starting it",
+        help=purpose,
         description="Says how much memory a run needs under each ZeRO stage, which settings the engine would choose\n"
         "and why, how the global batch is split, on fewer nodes too, and how long training would take. Needs neither\n"
         "GPU nor data.",

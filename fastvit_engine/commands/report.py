@@ -15,10 +15,10 @@ _COMPARISON = "comparison.html"
 _PAGE = b"<!DOCTYPE html>"  # how a report begins
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "report",
-        help="write an HTML report of a run, or compare several",
+        help=purpose,
         description="Writes one self-contained HTML file and prints a summary. Of one run, finished or in progress:\n"
         "RUN/report.html with accuracy, curves, predictions, incidents and the configuration. Of several:\n"
         f"{_COMPARISON} in the current folder, with curves over each other and the settings that differ.",

@@ -7,10 +7,10 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "stacks",
-        help="write the stack traces of a run in progress",
+        help=purpose,
         description="Asks every process of a run, on whatever machines, for the Python stack traces of its threads,\n"
         "which appear in RUN/stacks. The run continues.",
         epilog="example:\n  fastvit stacks runs/b16",

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from fastvit_engine.observe.run_folder import RunFolder
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "train",
-        help="train a model, from scratch or from weights",
+        help=purpose,
         description="Trains the model of a recipe, from scratch or from the weights of another: on every GPU of this\n"
         "machine, on CPU processes if it has none, or as one rank of the job that torchrun, srun or deepspeed started.",
         epilog="signals: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C finishes the step, saves and exits with code 76; a\n"

@@ -11,7 +11,7 @@ from tests.fastvit_engine.observe.conftest import MakeRun, eval_row, train_row
 
 def parse(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastvit")
-    report_command.add(parser.add_subparsers())
+    report_command.add(parser.add_subparsers(), "write a report")
     return parser.parse_args(arguments)
 
 
