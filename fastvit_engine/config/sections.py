@@ -8,7 +8,17 @@ import re
 from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
 
 from fastvit_engine.duration import Duration
 
@@ -269,6 +279,11 @@ class AugmentConfig(_Section):
     sixteen of big_vision, with its strengths, nearest pixels and cutout."""
 
 
+def _as_text(steps: Any) -> Any:
+    """One step, which YAML and Python write as a number, as text."""
+    return str(steps) if type(steps) is int else steps
+
+
 def _window(text: str) -> str:
     """Steps to profile, if they can be: they are recorded in memory."""
     first, last = profiled_steps(text)
@@ -282,7 +297,7 @@ def _window(text: str) -> str:
 def profiled_steps(text: str) -> tuple[int, int]:
     """The first and the last step of "100-105", or of "100"."""
     if re.fullmatch(r"[0-9]{1,18}(-[0-9]{1,18})?", text) is None:
-        raise ValueError("write the first and the last step, such as 100-105")
+        raise ValueError("write the first and the last step, such as 100-105, or one step")
     first, _, last = text.partition("-")
     return int(first), int(last or first)
 
@@ -303,8 +318,8 @@ def _objective(name: str) -> str:
 class ProfileConfig(_Section):
     """Some steps recorded by PyTorch's profiler, as a trace and as a table by kernel in profile/ of the run folder."""
 
-    steps: Annotated[str, AfterValidator(_window)] | None = None
-    """First and last step to profile, such as 100-105, at most 20; null: none."""
+    steps: Annotated[str, BeforeValidator(_as_text), AfterValidator(_window)] | None = None
+    """First and last step to profile, such as 100-105, at most 20; or one step, such as 100; null: none."""
 
     ranks: Annotated[tuple[Rank, ...], AfterValidator(_distinct)] = Field((0,), min_length=1)
     """Processes to profile, by rank."""

@@ -1,5 +1,6 @@
 """What the launchers' scripts would run, and what they say of bad input."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,20 @@ def with_pdsh(tmp_path, monkeypatch):
     (tmp_path / "bin" / "pdsh").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "bin" / "pdsh").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+
+
+def test_launchers_count_cores_as_the_engine_does(tmp_path):
+    """By affinity, and by the quotas of all control groups around the process."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "import fastvit_engine.control_groups as groups\n"
+        "os.sched_getaffinity = lambda process: set(range(16))\n"
+        "groups.cpu_quota = lambda system: 3.5\n"
+    )
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
+    command = ["bash", "-euc", f"source {LAUNCH}/environment.sh; _fastvit_cores"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("3\n", "")
 
 
 def test_every_script_passes_shellcheck():
