@@ -183,7 +183,7 @@ class GatedHalf(NamedTuple):
 
 
 def are_one(attention: AttentionHalf, mlp: MlpHalf) -> bool:
-    """Whether the halves are one `transformer_block`, which has one eps and one drop path, and no mask.
+    """Whether the halves are one `transformer_block`, which has one eps and one drop path.
 
     With dropout it would run the two halves itself.
     """
@@ -191,7 +191,6 @@ def are_one(attention: AttentionHalf, mlp: MlpHalf) -> bool:
         attention.norm.eps == mlp.norm.eps
         and attention.drop_path == mlp.drop_path
         and attention.dropout == mlp.dropout == 0
-        and not attention.causal
     )
 
 
@@ -206,6 +205,7 @@ def whole_block(x: Tensor, attention: AttentionHalf, mlp: MlpHalf) -> Tensor:
         layer_scale1=attention.layer_scale,
         layer_scale2=mlp.layer_scale,
         drop_path=attention.drop_path,
+        causal=attention.causal,
     )
 
 
