@@ -102,8 +102,6 @@ class RotaryHalf(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         half = self.half
-        if self.q_norm is None and self.rotation is None:
-            return half(x)
         norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = half.parameters()
         normed = layer_norm(x, norm_weight, norm_bias, eps=half.norm.eps)
         qkv = F.linear(normed, qkv_weight, qkv_bias).unflatten(-1, (3, half.heads, -1))  # [B, N, 3, H, d]
