@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastvit_kernels import accelerate
-from tests.in_full import in_full
+from tests.in_full import in_full, only_in_full
 from tests.kernels.integrations.equality import accelerated, assert_equal, randomised, rows
 
 eva = pytest.importorskip("timm.models.eva", reason="timm is not installed")
@@ -76,7 +76,8 @@ def test_without_rotation_a_block_is_one_operator(calls: Counter[str]) -> None:
     assert rows(accelerate(copy.deepcopy(ours)))["blocks.1"] == ("block", "")
 
 
-@pytest.mark.parametrize("options", [{"qk_norm": True, "swiglu_mlp": True}, in_full({"use_rot_pos_emb": False})])
+@only_in_full
+@pytest.mark.parametrize("options", [{"qk_norm": True, "swiglu_mlp": True}, {"use_rot_pos_emb": False}])
 def test_compiled_is_equal(options: dict[str, Any], implementation: str) -> None:
     model = model_of(**(DINOV3 | {"depth": 1} | options))
     ours, _ = accelerated(model)
