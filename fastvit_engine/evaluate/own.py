@@ -53,7 +53,10 @@ class Own:
     def _numbers(self, measured: Mapping[str, float]) -> dict[str, float]:
         """As plain numbers: NumPy's, and tensors of one element, are numbers too."""
         try:
-            numbers = {name: float(number) for name, number in measured.items()}
+            numbers = {
+                name: float(number.detach() if isinstance(number, torch.Tensor) else number)
+                for name, number in measured.items()
+            }
         except (AttributeError, TypeError, ValueError):
             numbers = {}
         if not numbers or not all(isinstance(name, str) for name in numbers):

@@ -231,7 +231,7 @@ class TrainingProgress:
             kind, figures = "evaluation", [f"top-1 {format_share(one['top1'])}"]
             figures += [] if one["top5"] is None else [f"top-5 {format_share(one['top5'])}"]
             figures.append(f"loss {one['loss']:.4g}")
-        images = f"{row['samples']:,} images " if "samples" in row else ""
+        images = "" if "figures" in row else f"{cast(EvalRow | FewShotRow, row)['samples']:,} images "
         self.message(
             f"{kind} ({which}step {row['step']}): {'  '.join(figures)}  ({images}in {format_duration(row['seconds'])})"
         )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import Event, read_events
@@ -101,7 +101,7 @@ class RecordedRun:
         sizes: list[int] = []
         for start, later in zip(starts, starts[1:], strict=False):
             if start["step"] < later["step"]:  # it left a checkpoint
-                sizes.append(cast(int, start["world_size"]))
+                sizes.append(int(start["world_size"]))  # type: ignore[typeddict-item]
         sizes.append(self.environment["world_size"])
         return [size for size, _ in groupby(sizes)]
 

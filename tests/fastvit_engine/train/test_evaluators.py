@@ -134,7 +134,7 @@ def test_the_average_of_the_weights_is_measured_too_with_its_own_weights(job):
 
 def test_an_evaluator_that_train_was_given_measures_the_weights_and_their_average(job):
     running = job(average=True, data={"eval": None})
-    running.evaluators["bias"] = lambda model: {"first": model.bias[0], "sum": np.float32(model.bias.sum())}
+    running.evaluators["bias"] = lambda model: {"first": model.bias[0], "sum": model.bias.sum()}
     (evaluator,) = build_evaluators(running, Data(), None, None)
     assert evaluator.every_steps == 10
     rows = []
