@@ -60,7 +60,7 @@ def holder_of(run: RunFolder) -> Holder | None:
     """
     try:
         found = _local_record(run.path) if run.url is None else _stored_record(run.url)
-    except FileNotFoundError:  # the folder, or a record that has gone meanwhile
+    except (FileNotFoundError, NotADirectoryError):  # there is no run, or the record has gone meanwhile
         return None
     except OSError as error:
         raise unreadable(f"run folder {run}", error) from error
