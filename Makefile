@@ -87,6 +87,7 @@ hub-kernel: $(VENV)/.installed  ## write the kernels for Hugging Face's `kernels
 # torch is installed first, by itself: packages installed later then find their requirement of torch already satisfied.
 # The assembler comes last, without what the rest of its package requires: 80 MB.
 $(VENV)/.installed: pyproject.toml kernels/pyproject.toml constraints.txt
+	@echo "installing PyTorch and the other packages into $(VENV), which takes some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./kernels --editable '.[dev]'

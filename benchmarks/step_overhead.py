@@ -330,7 +330,8 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path, batches: Ite
     chosen = choose(resolved.config, machine_of(world))
     records, observers = Records(run), Observers(exporter=None)
     objective = build_objective(chosen.config, world.device, find_objective(chosen.config.train.objective))
-    loop._train(resolved, chosen, run, start, world, watchdog, Preemption(), Ownership(), records, observers, objective)
+    owned = (Ownership(), records)
+    loop._train(resolved, chosen, run, start, world, watchdog, Preemption(), *owned, observers, objective, {})
     return load_file(folder / "model.safetensors")
 
 

@@ -19,7 +19,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose
     parser = commands.add_parser(
         "report",
         help=purpose,
-        description="Writes one self-contained HTML file and prints a summary. Of one run, finished or in progress:\n"
+        description="Writes one self-contained HTML file and prints a summary. Of one run, finished or not:
+"
         "RUN/report.html with accuracy, curves, predictions, incidents and the configuration. Of several:\n"
         f"{_COMPARISON} in the current folder, with curves over each other and the settings that differ.",
         epilog="examples:\n  fastvit report runs/quickstart\n  fastvit report s3://bucket/run\n"
@@ -77,16 +78,18 @@ def _compare(args: argparse.Namespace) -> int:
 def _load(name: str) -> "RecordedRun":
     """Reads a run; one in an object store through a copy of its records."""
     from fastvit_engine.checkpoint.records import Records
+    from fastvit_engine.observe.owner_record import holder_of
     from fastvit_engine.observe.report.recorded_run import load_run
     from fastvit_engine.observe.run_folder import RunFolder, run_folder
 
     folder = run_folder(name)
+    holder = holder_of(folder)
     if folder.url is None:
-        return load_run(folder)
+        return load_run(folder, holder)
     with tempfile.TemporaryDirectory(prefix="fastvit-report-") as copy:
         fetched = RunFolder(Path(copy), folder.url)  # not its working folder, where the run may be in progress
         Records(fetched).fetch()
-        return load_run(fetched)
+        return load_run(fetched, holder)
 
 
 def settings_of(run: "RecordedRun") -> dict[str, str] | None:

@@ -65,12 +65,26 @@ class FewShotRow(TypedDict):
     seconds: float  # this evaluation
 
 
+class OwnRow(TypedDict):
+    """What an evaluator that was given to `train` has measured."""
+
+    step: int
+    eval: str  # its name, with "_ema" behind it for the moving average of the weights
+    figures: dict[str, float]
+    seconds: float  # this evaluation
+
+
+EvaluationRow = EvalRow | FewShotRow | OwnRow
+Row = TrainRow | EvaluationRow
+
+
 class Metrics(NamedTuple):
     """The rows of `metrics.jsonl` by their form, in the order written."""
 
     train: list[TrainRow]
     evaluations: list[EvalRow]
     few_shot: list[FewShotRow]
+    own: list[OwnRow]
 
 
 class MetricsWriter:
@@ -86,7 +100,7 @@ class MetricsWriter:
         _drop_rows_after(run.metrics, resume_step)
         self._path = run.metrics
 
-    def write(self, row: TrainRow | EvalRow | FewShotRow) -> None:
+    def write(self, row: Row) -> None:
         """Writes one row of plain Python numbers. Raises ValueError if a key of its form is missing or no number."""
         if problem := _problem(row):
             raise ValueError(f"metrics row {problem}")
@@ -108,12 +122,14 @@ def read_all_metrics(path: Path, named: str | None = None) -> Metrics:
         rows = _read_rows(path, named)
     except OSError as error:
         raise UserError(f"cannot read the metrics of the run, {named or path}: {error.strerror}") from error
-    metrics = Metrics([], [], [])
+    metrics = Metrics([], [], [], [])
     for row in rows:
         if _form_of(row) is TrainRow:
             metrics.train.append(cast(TrainRow, row))
         elif _form_of(row) is EvalRow:
             metrics.evaluations.append(cast(EvalRow, row))
+        elif _form_of(row) is OwnRow:
+            metrics.own.append(cast(OwnRow, row))
         else:
             metrics.few_shot.append(cast(FewShotRow, row))
     return metrics
@@ -140,6 +156,9 @@ def _problem(row: Mapping[str, Any]) -> str | None:
         elif key == "shots":
             if not _are_shots(row[key]):
                 return f"has shots {row[key]!r}, not figures of few-shot accuracy"
+        elif key == "figures":
+            if not _are_figures(row[key]):
+                return f"has figures {row[key]!r}, not numbers by name"
         elif not isinstance(row[key], kind) or isinstance(row[key], bool):
             return f"has {key} {row[key]!r}, not {_NAMES.get(kind, 'a number')}"
         elif key == "seconds" and not math.isfinite(row[key]):
@@ -152,6 +171,8 @@ def _problem(row: Mapping[str, Any]) -> str | None:
 def _form_of(row: Mapping[str, Any]) -> Any:
     if "eval" not in row:
         return TrainRow
+    if "figures" in row:
+        return OwnRow
     return FewShotRow if "shots" in row else EvalRow
 
 
@@ -167,6 +188,13 @@ def _are_shots(value: Any) -> bool:
     )
 
 
+def _are_figures(value: Any) -> bool:
+    """Whether a value is what OwnRow has as `figures`."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and type(number) in (int, float) for name, number in value.items()
+    )
+
+
 _NAMES: dict[Any, str] = {int: "an integer", str: "a text"}
 
 
@@ -176,7 +204,7 @@ def _kinds(form: type) -> dict[str, Any]:
 
 
 _KINDS: dict[type, dict[str, Any]] = {form: _kinds(form) for form in (TrainRow, EvalRow)}
-_KINDS[FewShotRow] = _kinds(FewShotRow)
+_KINDS |= {form: _kinds(form) for form in (FewShotRow, OwnRow)}
 
 
 def _encode(row: Any) -> Any:

@@ -13,6 +13,7 @@ from fastvit_engine.data.stream.source import EvaluationData
 from fastvit_engine.evaluate.classification import Answers, Classification
 from fastvit_engine.evaluate.confusion import Confusion
 from fastvit_engine.evaluate.fewshot_evaluator import FewShot
+from fastvit_engine.evaluate.own import Own
 from fastvit_engine.evaluate.protocol import Evaluator
 from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.disk import if_possible
@@ -29,7 +30,7 @@ _CONFUSED = 100  # pairs of classes that are confused most, for the report
 def build_evaluators(
     job: Job, data: TrainingData, few_shot: FewShotData | None, recorder: Recorder | None
 ) -> list[Evaluator]:
-    """What the configuration asks to be measured while the model trains."""
+    """What the configuration asks to be measured while the model trains, and the evaluators that `train` was given."""
     found: list[Evaluator] = []
     if job.config.data.eval is not None:
         found.append(_classification(job, data, recorder))
@@ -45,6 +46,7 @@ def build_evaluators(
                 marked=lambda classifiers: watchdog.marked(classifiers, "fitting few-shot classifiers"),
             )
         )
+    found += [Own(name, measure, every_steps=job.schedule.own_every) for name, measure in job.evaluators.items()]
     return found
 
 
@@ -106,7 +108,7 @@ def run_evaluators(
             for row in evaluator.run(job.engine.model, step=step, name=evaluator.name + suffix):
                 if recorder:
                     recorder.evaluation(row)
-                if "shots" not in row:
+                if "top1" in row:
                     one = cast(EvalRow, row)
                     figures[one["eval"]] = {
                         "top1": one["top1"],

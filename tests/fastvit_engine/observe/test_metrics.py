@@ -8,7 +8,7 @@ import pytest
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.metrics import MetricsWriter, read_all_metrics, read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
-from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, train_row
+from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, own_row, train_row
 
 
 def write(run: RunFolder, steps: range, resume_step: int = 0) -> None:
@@ -41,6 +41,17 @@ def test_rows_of_few_shot_accuracy_are_rows_of_their_own(tmp_path: Path) -> None
     assert read_metrics(run.metrics) == (found.train, [])
     MetricsWriter(run, 1)
     assert read_all_metrics(run.metrics).few_shot == []
+
+
+def test_rows_of_evaluators_of_ones_own_are_rows_of_their_own(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    writer = MetricsWriter(run, 0)
+    row = own_row(2, a=math.inf, b=1)
+    writer.write(row)
+    assert read_all_metrics(run.metrics).own == [row]
+    for figures in ([], {"a": "x"}, {"a": None}, {"a": True}):
+        with pytest.raises(ValueError, match="has figures .*, not numbers by name"):
+            writer.write(row | {"figures": figures})
 
 
 @pytest.mark.parametrize("shots", [{"a": {}}, {"5": {"mean": 0.5}}, {"5": {"mean": 1, "std": 0, "seeds": ["x"]}}, [1]])
