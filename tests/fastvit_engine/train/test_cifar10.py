@@ -6,12 +6,14 @@ import pytest
 
 from fastvit_engine.observe.metrics import read_metrics
 from tests.fastvit_engine.warm_ranks import run_ranks
+from tests.in_full import only_in_full
 
 CIFAR10 = Path(__file__).parents[4] / "shared" / "data" / "cifar10"
 
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.slow,
+    only_in_full,
     pytest.mark.skipif(not CIFAR10.is_dir(), reason="no CIFAR-10 shards in ../shared/data/cifar10"),
 ]
 
