@@ -7,6 +7,8 @@ from typing import Any
 from fastvit_engine.config.sections import ModelConfig
 from fastvit_engine.errors import UserError
 
+GRID_CELLS = 4  # rows and columns of a patch's cells, for masked_patch.target = grid
+
 
 @dataclass(frozen=True)
 class ModelSize:
@@ -80,6 +82,11 @@ def resolve_shape(config: ModelConfig) -> Shape:
         heads=heads,
         mlp_dim=config.mlp_dim or width * size.mlp_dim // size.width,
     )
+
+
+def masked_count(patches: int, ratio: float) -> int:
+    """How many of an image's patches self-supervised objectives hide."""
+    return round(ratio * patches)
 
 
 def model_title(config: ModelConfig) -> str:
