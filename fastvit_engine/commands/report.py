@@ -19,8 +19,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose
     parser = commands.add_parser(
         "report",
         help=purpose,
-        description="Writes one self-contained HTML file and prints a summary. Of one run, finished or not:
-"
+        description="Writes one self-contained HTML file and prints a summary. Of one run, finished or not:\n"
         "RUN/report.html with accuracy, curves, predictions, incidents and the configuration. Of several:\n"
         f"{_COMPARISON} in the current folder, with curves over each other and the settings that differ.",
         epilog="examples:\n  fastvit report runs/quickstart\n  fastvit report s3://bucket/run\n"
