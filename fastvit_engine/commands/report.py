@@ -76,7 +76,6 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _load(name: str) -> "RecordedRun":
     """Reads a run; one in an object store through a copy of its records."""
-    from fastvit_engine.checkpoint.records import Records
     from fastvit_engine.observe.owner_record import holder_of
     from fastvit_engine.observe.report.recorded_run import load_run
     from fastvit_engine.observe.run_folder import RunFolder, run_folder
@@ -85,6 +84,9 @@ def _load(name: str) -> "RecordedRun":
     holder = holder_of(folder)
     if folder.url is None:
         return load_run(folder, holder)
+
+    from fastvit_engine.checkpoint.records import Records  # which loads PyTorch
+
     with tempfile.TemporaryDirectory(prefix="fastvit-report-") as copy:
         fetched = RunFolder(Path(copy), folder.url)  # not its working folder, where the run may be in progress
         Records(fetched).fetch()
