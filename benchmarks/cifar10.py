@@ -64,6 +64,7 @@ class Experiment:
             if record["made_of"] != made_of:
                 raise SystemExit(f"{kept} is of other settings or shards: name another folder with --runs")
             return record
+        started, version, load = datetime.now(UTC).isoformat(timespec="seconds"), commit(), os.getloadavg()[0]
         resumed = run.exists()
         words = ["train", self.setup.recipe, *(word for setting in settings for word in ("--set", setting))]
         if self.setup.cpu_processes is not None:
@@ -80,6 +81,9 @@ class Experiment:
         evaluation = "eval_ema" if weights == average else "eval"
         record = {
             "seed": seed,
+            "started": started,
+            "commit": version,
+            "load_average": [load, os.getloadavg()[0]],  # before and after
             "command": shlex.join(["fastvit", *(word.replace(f"{self.runs}/", "") for word in words)]),
             **{name: found[name] for name in ("samples", "top1", "loss")},
             "weights": "averaged" if weights == average else "last",
@@ -123,37 +127,38 @@ def summary(recipe: str, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def report(record: Mapping[str, Any]) -> str:
     """The figures in Markdown."""
     environment, seeds, top1 = record["environment"], record["seeds"], record["top1"]
-    versions, load, first = environment["versions"], environment["load_average"], record["seeds"][0]
+    versions, first = environment["versions"], seeds[0]
     processes = record["cpu_processes"]
     lines = [
         f"# `{record['recipe']}` on CIFAR-10 (JPEG copy)",
         "",
         f"`{environment['command']}`, {environment['started']}: {environment['gpu'] or environment['cpu']}, "
         f"{environment['cpu_count']} cores{f', {processes} processes' if processes else ''}; Python "
-        f"{versions['python']}, PyTorch {versions['torch']}; load average {load[0]:.2f} at the start and "
-        f"{record['load_average_after']:.2f} at the end.",
+        f"{versions['python']}, PyTorch {versions['torch']}.",
         "",
         f"**{100 * top1['mean']:.1f} % ± {100 * top1['std']:.1f}** top-1 on {first['samples']:,} {record['images']}: "
         f"mean and standard deviation (of the population) over {len(seeds)} seed(s), by `fastvit evaluate`, of the "
         f"{first['weights']} weights after {first['epochs']:.1f} epochs ({first['steps']:,} steps, "
         f"{first['flops'] / 1e12:.1f} TFLOP by the engine's own count).",
         "",
-        "| seed | top-1 | loss | minutes of training | images/s | fastest tenth | minutes at that | CPU minutes |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| seed | top-1 | loss | minutes of training | images/s | fastest tenth | minutes at it | CPU minutes | load |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for seed in seeds:
         median_speed, fastest = seed["images_per_second"].values()
         cpu = "resumed" if seed["cpu_s"] is None else f"{seed['cpu_s'] / 60:.1f}"
         lines.append(
             f"| {seed['seed']} | {100 * seed['top1']:.2f} % | {seed['loss']:.3f} | {seed['training_s'] / 60:.1f} | "
-            f"{median_speed:,.0f} | {fastest:,.0f} | {seed['images'] / fastest / 60:.1f} | {cpu} |"
+            f"{median_speed:,.0f} | {fastest:,.0f} | {seed['images'] / fastest / 60:.1f} | {cpu} | "
+            f"{seed['load_average'][0]:.1f}, {seed['load_average'][1]:.1f} |"
         )
     lines += [
         "",
         "Minutes of training are those of its steps, as the run counts them; other work on the machine makes them "
         "longer. Images/s are the median of the logged intervals, and the least of the fastest tenth of them, which "
         "says how long training takes if nothing else runs. CPU minutes are those of the whole command with its child "
-        "processes: start, evaluations and checkpoints included.",
+        "processes: start, evaluations and checkpoints included. The load is that of the machine before and after; the "
+        "run itself adds one for each process.",
         "",
         "The command of the first seed, with lists of shards in place of patterns:",
         "",
@@ -206,16 +211,14 @@ def main(arguments: Sequence[str] | None = None, command: Command = fastvit) -> 
     environment = describe_machine(
         shlex.join(["python", "-m", "benchmarks.cifar10", *(named.get(w, w) for w in words)])
     )
-    environment.pop("hostname", None)
-    record: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
-    record |= {"environment": environment, "cpu_processes": given.cpu_processes}
+    environment = {name: value for name, value in environment.items() if name not in ("hostname", "load_average")}
+    record: dict[str, Any] = {"environment": environment, "cpu_processes": given.cpu_processes}
     record["images"] = "held-out training images" if given.choose else "test images"
     with tempfile.TemporaryDirectory() as scratch:
         runs = (given.runs or Path(scratch)).resolve()
         runs.mkdir(parents=True, exist_ok=True)
         experiment = Experiment(setup, runs, command)
         record |= summary(given.recipe, [experiment.measure(seed) for seed in given.seeds])
-    record["load_average_after"] = os.getloadavg()[0]
     given.out.mkdir(parents=True, exist_ok=True)
     atomic_write(given.out / f"{given.recipe}.json", json.dumps(record, indent=1) + "\n")
     text = report(record)
