@@ -57,6 +57,8 @@ class Experiment:
         kept, run = self.runs / f"seed-{seed}.json", self.runs / f"seed-{seed}"
         settings = (*self._data(), f"seed={seed}", *self.setup.settings)
         config = load_config(self.setup.recipe, settings).config
+        if (train_samples := config.data.train_samples) is None:
+            raise SystemExit(f"{self.setup.recipe} does not say what an epoch is: --set data.train_samples=N")
         made_of = config.model_dump(mode="json", exclude={"seed": True, "data": {"train", "eval"}})
         made_of["shards"] = [Path(shard).name for shard in self.setup.train]
         if kept.exists():
@@ -88,7 +90,7 @@ class Experiment:
             **{name: found[name] for name in ("samples", "top1", "loss")},
             "weights": "averaged" if weights == average else "last",
             "steps": last["step"],
-            "epochs": last["epoch"],
+            "epochs": last["samples"] / train_samples,
             "images": last["samples"],
             "flops": last["samples"] * environment["training_flops_per_image"],
             "training_s": last["seconds"],
@@ -97,7 +99,7 @@ class Experiment:
             "wall_s": None if resumed else ran.wall_s,  # of the whole command, unless there were several
             "cpu_s": None if resumed else ran.cpu_s,
             "curve": [
-                [row["step"] / last["step"] * last["epoch"], row["top1"]]
+                [row["step"] / last["step"] * last["samples"] / train_samples, row["top1"]]
                 for row in evaluations
                 if row["eval"] == evaluation
             ],

@@ -27,7 +27,7 @@ class Commands:
         run = Path(words[words.index("--out") + 1])
         run.mkdir(exist_ok=True)
         rows = [
-            {**TRAINING_ROW, "step": step, "samples": 2 * step, "epoch": step / 4, "images_per_second": 10.0 * step}
+            {**TRAINING_ROW, "step": step, "samples": 2 * step, "images_per_second": 10.0 * step}
             for step in range(1, 13)
         ]
         rows += [{**EVALUATION_ROW, "step": step, "top1": step / 100} for step in (6, 12)]
@@ -51,7 +51,7 @@ def folder(tmp_path):
 @pytest.fixture
 def setup(folder):
     train, test = (tuple(sorted(str(path) for path in folder.glob(f"{split}-*"))) for split in ("train", "test"))
-    return Setup("cifar10_cpu", train, test)
+    return Setup("cifar10_cpu", train, test, settings=("data.train_samples=8",))
 
 
 def shards(words, key):
@@ -63,7 +63,8 @@ def shards(words, key):
 def test_every_seed_trains_on_all_training_shards_and_is_measured_on_all_test_shards(folder, tmp_path):
     commands, out = Commands(), tmp_path / "out"
     words = [str(folder), "--out", str(out), "--runs", str(tmp_path / "runs"), "--seeds", "0", "1"]
-    main([*words, "--cpu-processes", "2", "--set", "model.depth=2"], commands)
+    words += ["--cpu-processes", "2", "--set", "model.depth=2", "--set", "data.train_samples=8"]
+    main(words, commands)
     train, evaluate = commands.words[0], commands.words[1]
     assert shards(train, "data.train") == ["train-000000.tar", "train-000001.tar"]
     assert shards(evaluate, "--data") == ["test-000000.tar", "test-000001.tar"]
@@ -108,6 +109,13 @@ def test_a_seed_that_is_done_is_read_and_one_that_was_interrupted_has_no_time_of
 
 def test_a_record_of_other_settings_or_shards_is_refused(setup, tmp_path):
     Experiment(setup, tmp_path, Commands()).measure(0)
-    for other in (replace(setup, settings=("model.depth=2",)), replace(setup, train=setup.train[:1])):
+    for other in (replace(setup, settings=("data.train_samples=9",)), replace(setup, train=setup.train[:1])):
         with pytest.raises(SystemExit, match=r"seed-0\.json is of other settings or shards: name another folder"):
             Experiment(other, tmp_path, Commands()).measure(0)
+
+
+def test_epochs_that_are_unknown_are_asked_for_before_training(setup, tmp_path):
+    commands = Commands()
+    with pytest.raises(SystemExit, match="photos does not say what an epoch is: --set data.train_samples=N"):
+        Experiment(replace(setup, recipe="photos", settings=()), tmp_path, commands).measure(0)
+    assert not commands.words
