@@ -256,7 +256,8 @@ class DeepSpeedEngine:
         return found
 
     def prepare_optimizer(self, kinds: Mapping[str, Collection[str]], scalars: dict[str, float]) -> None:
-        state, dtypes = self._layout.base.state, {}
+        state = self._layout.base.state
+        dtypes: Mapping[str, torch.dtype] = {}
         if (partitioned := self._partitioned) is not None:
             partitioned.prepare_statistics(kinds)
             dtypes = partitioned.dtypes

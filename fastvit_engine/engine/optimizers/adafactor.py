@@ -52,16 +52,15 @@ class Adafactor(PartitionedOptimizer):
         kept = min(group["betas"][1], 1 - step**-_DECAY_POWER)
         if group[APART]:
             self._average_factors(held, kept, group["eps"])
-            for weights, gradients, momentum, scale in self._factored(held):
-                _move(group, [weights], [gradients * scale], [momentum])
+            for weight, gradient, momentum, scale in self._factored(held):
+                _move(group, [weight], [gradient * scale], [momentum])
             return
         columns = (held.weights, held.gradients, *held.state.values())
-        for _, (several, gradients, momenta, squares) in in_batches(*columns):
+        for _, (weights, gradients, momenta, squares) in in_batches(*columns):
             new = torch._foreach_mul(gradients, gradients)
             torch._foreach_add_(new, group["eps"])
             torch._foreach_lerp_(squares, new, 1 - kept)
-            roots = torch._foreach_sqrt(squares)
-            _move(group, several, torch._foreach_div(gradients, roots), momenta)
+            _move(group, weights, torch._foreach_div(gradients, torch._foreach_sqrt(squares)), momenta)
 
     def _average_factors(self, held: Held, kept: float, eps: float) -> None:
         """Adds the means of the rows and columns of each squared gradient to their averages; collective."""

@@ -106,19 +106,19 @@ def fragments_of(matrices: Sequence[Matrix], spans: Spans) -> list[Fragment]:
 
 
 def send(
-    outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], device: torch.device
+    outgoing: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device
 ) -> list[list[Tensor]]:
-    """Sends each process its 1-D bf16 tensors; returns those from each, whose sizes are given. Collective."""
+    """Sends each process its 1-D tensors; returns those from each, whose sizes are given. Collective."""
     if len(outgoing) == 1:
         return [list(outgoing[0])]
-    nothing = torch.empty(0, dtype=torch.bfloat16, device=device)
+    nothing = torch.empty(0, dtype=dtype, device=device)
     sent = torch.cat([nothing, *(tensor for of_process in outgoing for tensor in of_process)])
     received = sent.new_empty(sum(map(sum, sizes)))
     torch.distributed.all_to_all_single(  # as bytes, which every backend knows
         received.view(torch.uint8),
         sent.view(torch.uint8),
-        [2 * sum(of_process) for of_process in sizes],
-        [2 * sum(tensor.numel() for tensor in of_process) for of_process in outgoing],
+        [dtype.itemsize * sum(of_process) for of_process in sizes],
+        [dtype.itemsize * sum(tensor.numel() for tensor in of_process) for of_process in outgoing],
     )
     parts = iter(received.split([size for of_process in sizes for size in of_process]))
     return [[next(parts) for _ in of_process] for of_process in sizes]

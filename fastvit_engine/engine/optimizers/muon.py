@@ -21,6 +21,7 @@ from fastvit_engine.engine.optimizers.exchange import Exchange, Matrix, Spans, p
 from fastvit_engine.engine.optimizers.groups import APART, ParameterGroups
 from fastvit_engine.engine.optimizers.partition import Partition, PartitionedOptimizer
 
+DTYPE = torch.bfloat16  # of the matrices that are exchanged and multiplied
 ROUND = 2**27  # elements of the matrices that are exchanged at a time
 _MOMENTUM = "momentum_buffer"
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic: as steep at 0 as one that still converges
@@ -72,7 +73,7 @@ class Muon(PartitionedOptimizer):
                     held.gradients[f.span].narrow(0, f.offset, f.count),
                     momenta[f.span].narrow(0, f.offset, f.count),
                     momentum,
-                ).to(self.device, torch.bfloat16)
+                ).to(self.device, DTYPE)
                 for f in exchange.own
             ]
             updates = self._orthogonalized(matrices, exchange, ahead)
@@ -103,10 +104,9 @@ class Muon(PartitionedOptimizer):
         lent = [[parts[i] for i in of_process] for of_process in exchange.lent]
         sizes = [[fragment.count for fragment in of_process] for of_process in exchange.collected]
         whole = {
-            number: torch.empty(matrices[number].size, dtype=torch.bfloat16, device=self.device)
-            for number in exchange.owned
+            number: torch.empty(matrices[number].size, dtype=DTYPE, device=self.device) for number in exchange.owned
         }
-        for fragments, tensors in zip(exchange.collected, send(lent, sizes, self.device), strict=True):
+        for fragments, tensors in zip(exchange.collected, send(lent, sizes, DTYPE, self.device), strict=True):
             for f, tensor in zip(fragments, tensors, strict=True):
                 whole[f.matrix].narrow(0, f.start, f.count).copy_(tensor)
         for numbers in alike(matrices, exchange.owned):
@@ -115,8 +115,8 @@ class Muon(PartitionedOptimizer):
             whole |= {number: result.reshape(-1) for number, result in zip(numbers, results, strict=True)}
         returned = [[whole[f.matrix].narrow(0, f.start, f.count) for f in of] for of in exchange.returned]
         sizes = [[exchange.own[i].count for i in of_process] for of_process in exchange.received]
-        updates = {}
-        for indices, tensors in zip(exchange.received, send(returned, sizes, self.device), strict=True):
+        updates: dict[int, Tensor] = {}
+        for indices, tensors in zip(exchange.received, send(returned, sizes, DTYPE, self.device), strict=True):
             updates |= dict(zip(indices, tensors, strict=True))
         return [updates[i] for i in range(len(exchange.own))]
 
@@ -155,12 +155,12 @@ def alike(matrices: Sequence[Matrix], numbers: Sequence[int]) -> Iterator[list[i
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """[k, rows, columns] -> the same in bf16, with singular values between about 0.7 and 1.2 (Newton-Schulz)."""
-    x = matrices.bfloat16()
+    """[k, rows, columns] -> the same in DTYPE, with singular values between about 0.7 and 1.2 (Newton-Schulz)."""
+    x = matrices.to(DTYPE)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    x = (x / norms.clamp(min=1e-7)).bfloat16()
+    x = (x / norms.clamp(min=1e-7)).to(DTYPE)
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         gram = x @ x.mT

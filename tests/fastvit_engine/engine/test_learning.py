@@ -12,6 +12,7 @@ from fastvit_engine.data.stream.batch_split import BatchSplit
 from fastvit_engine.engine import build as build_module
 from fastvit_engine.engine import deepspeed as module
 from fastvit_engine.engine.build import build_engine
+from fastvit_engine.engine.optimizers import muon
 from fastvit_engine.engine.optimizers.kinds import build_optimizer
 from fastvit_engine.engine.optimizers.partition import Partition, PartitionedOptimizer, Span
 from fastvit_engine.models import build_vit
@@ -180,7 +181,8 @@ def whole(model, kind):
         *(in_full(kind, stage) for kind, stage in product(("lion", "muon", "lamb", "adafactor"), EVERY_STAGE)),
     ],
 )
-def test_others_do_on_what_zero_gives_them_what_they_do_on_whole_parameters(build, stage, kind):
+def test_others_do_on_what_zero_gives_them_what_they_do_on_whole_parameters(build, stage, kind, monkeypatch):
+    monkeypatch.setattr(muon, "DTYPE", torch.float32)  # bf16's noise grows in the directions that no image has
     engine, model = build(stage, kind=kind, eps=1e-3, weight_decay=0.1)
     train(engine)
     found, expected = masters(engine), trained_by(whole(model, kind), model.train())
@@ -188,7 +190,7 @@ def test_others_do_on_what_zero_gives_them_what_they_do_on_whole_parameters(buil
         if name.endswith("qkv.bias"):  # the keys' gradient is zero but for rounding, which has a sign, too
             found[name].chunk(3)[1].zero_()
             expected[name].chunk(3)[1].zero_()
-    assert_near(found, expected, {"muon": 2e-3, "adafactor": 1e-4}.get(kind, 1e-5))  # these two round to bf16
+    assert_near(found, expected, {"muon": 2e-4, "adafactor": 2e-4}.get(kind, 1e-5))  # bf16 momentum
 
 
 @pytest.mark.parametrize(("kind", "stage"), [("muon", 0), ("adafactor", 2), in_full("lamb", 3), in_full("muon", 2)])
