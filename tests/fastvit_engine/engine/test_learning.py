@@ -161,6 +161,8 @@ def test_the_first_update_is_the_first(build, stage, kind):
 
 # ---- Lion, Muon, LAMB, Adafactor
 
+OWN = ("lion", "muon", "lamb", "adafactor")
+
 
 def whole(model, kind):
     """The engine's optimizer of a kind, over whole parameters."""
@@ -175,15 +177,16 @@ def whole(model, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "stage"),
+    ("kind", "stage", "offload"),
     [
-        *(("lion", 1), ("muon", 1), ("muon", 3), ("lamb", 2), ("adafactor", 3)),
-        *(in_full(kind, stage) for kind, stage in product(("lion", "muon", "lamb", "adafactor"), EVERY_STAGE)),
+        *(("lion", 1, "none"), ("muon", 1, "none"), ("muon", 3, "none"), ("lamb", 2, "none"), ("adafactor", 3, "none")),
+        *(in_full(kind, stage, "none") for kind, stage in product(OWN, EVERY_STAGE)),
+        *(in_full(kind, *how) for kind, how in product(OWN, ((1, "optimizer"), (2, "optimizer"), (3, "all")))),
     ],
 )
-def test_others_do_on_what_zero_gives_them_what_they_do_on_whole_parameters(build, stage, kind, monkeypatch):
+def test_others_do_on_what_zero_gives_them_what_they_do_on_whole_parameters(build, kind, stage, offload, monkeypatch):
     monkeypatch.setattr(muon, "DTYPE", torch.float32)  # bf16's noise grows in the directions that no image has
-    engine, model = build(stage, kind=kind, eps=1e-3, weight_decay=0.1)
+    engine, model = build(stage, offload=offload, kind=kind, eps=1e-3, weight_decay=0.1)
     train(engine)
     found, expected = masters(engine), trained_by(whole(model, kind), model.train())
     for name in expected if kind == "lion" else ():
