@@ -47,7 +47,7 @@ from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.engine.build import build_engine
-from fastvit_engine.engine.optimizers import parameter_groups
+from fastvit_engine.engine.optimizers.groups import parameter_groups
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_vit, parameter_count
 from fastvit_engine.objectives import build_objective, find_objective

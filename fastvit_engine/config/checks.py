@@ -22,6 +22,11 @@ def check_config(config: Config) -> None:
             f"optimizer.frozen = {config.optimizer.frozen} keeps every bit of the weights, and "
             "deepspeed.zero_optimization.zero_quantized_nontrainable_weights rounds them: leave one of them out"
         )
+    if config.optimizer.frozen == "backbone" and config.optimizer.kind == "muon":
+        raise UserError(
+            "optimizer.kind = muon is for the matrices of the blocks, which optimizer.frozen = backbone keeps as they "
+            "are: set optimizer.kind=adamw"
+        )
     if config.data.max_labels > config.model.num_classes:
         raise UserError(
             f"data.max_labels is {config.data.max_labels}, more than model.num_classes = {config.model.num_classes}: "

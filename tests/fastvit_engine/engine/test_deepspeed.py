@@ -188,7 +188,7 @@ def test_an_engine_with_the_state_of_another_goes_on_as_that_one(build, stage, p
     take_step(other, precision, 2 * inputs)  # another past
     other.backward(other.model(next(iter(other.model.parameters())).new_ones(4, 12)).float().mean())  # half a step
     saved, scalars = everything(one), one.scalars()
-    other.prepare_optimizer(["exp_avg", "exp_avg_sq"], scalars)
+    other.prepare_optimizer(dict.fromkeys(("exp_avg", "exp_avg_sq"), other.shapes), scalars)
     for kind, slices in {"weight": other.master_weights(), **other.optimizer_state()}.items():
         for part in slices:
             part.values.copy_(saved[kind, part.name])
