@@ -558,7 +558,8 @@ def test_dropout_is_the_same_mask_in_all_kernels(
 ) -> None:
     if implementation == "reference":
         pytest.skip("does not apply: scaled_dot_product_attention decides")
-    q, k, v = (x.to(device).requires_grad_() for x in random_q_k_v(1, queries, keys, 2, 40).values())
+    head_dim = max(40, -(-keys // 8) * 8)  # at least a channel per key, which the mask is recovered from
+    q, k, v = (x.to(device).requires_grad_() for x in random_q_k_v(1, queries, keys, 2, head_dim).values())
     bias = torch.randn(2, queries, keys, device=device, requires_grad=True) if with_bias else None
     mask = recovered_mask(q, k, 0.3, bias).detach()
     torch.testing.assert_close(mask, torch.where(mask > 0.5, 1 / 0.7, 0.0), rtol=1e-4, atol=0)
