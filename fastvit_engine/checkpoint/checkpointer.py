@@ -9,6 +9,7 @@ from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from fastvit_engine.checkpoint.format import DamagedCheckpoint, Manifest
+from fastvit_engine.checkpoint.open import another_place
 from fastvit_engine.checkpoint.reader import CheckpointReader
 from fastvit_engine.checkpoint.retention import stale_checkpoints
 from fastvit_engine.checkpoint.store import Checkpoint, CheckpointStore, step_name
@@ -269,7 +270,7 @@ class Checkpointer:
             if here.get(name) != there.get(name):
                 raise UserError(
                     f"{checkpoint}/manifest.json: parameter '{name}' is {there.get(name, 'absent')} there and "
-                    f"{here.get(name, 'absent')} in this model: choose another run folder with --out"
+                    f"{here.get(name, 'absent')} in this model: choose {another_place(self.settings)}"
                 )
 
     def _agree(self, error: Exception | None) -> None:
