@@ -37,7 +37,7 @@ from fastvit_engine.errors import UserError
 LAYOUTS = (Plain, Unpartitioned16Bit, Zero1And2, Zero1Bf16, Zero3)
 SOURCE = Path(module.__file__)
 # Names that PyTorch's optimizers and modules have, too.
-COMMON = {"backward", "module", "optimizer", "param_groups", "state", "step", "zero_grad"}
+COMMON = {"backward", "device", "module", "optimizer", "param_groups", "state", "step", "zero_grad"}
 
 
 @pytest.fixture
