@@ -27,6 +27,7 @@ from typing import Any
 from benchmarks.machine import commit
 from benchmarks.plots import OURS, machine, pyplot, save
 from benchmarks.plots import head as title_of
+from benchmarks.publish import publish
 from benchmarks.step_overhead import describe_machine
 from fastvit_engine.config import load_config
 from fastvit_engine.files import atomic_write
@@ -330,12 +331,7 @@ def main(arguments: Sequence[str] | None = None, command: Command = fastvit) -> 
         record |= {"environment": environment, "processes": setup.processes}
         record |= Experiment(setup, Path(scratch), command).measure()
     record["load_average_after"] = os.getloadavg()[0]
-    given.out.mkdir(parents=True, exist_ok=True)
-    atomic_write(given.out / f"{NAME}.json", json.dumps(record, indent=1) + "\n")
-    text = report(record)
-    atomic_write(given.out / f"{NAME}.md", text)
-    draw(record, given.out)
-    print(text)
+    publish(record, given.out, NAME, report, draw)
 
 
 if __name__ == "__main__":

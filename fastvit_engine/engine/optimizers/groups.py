@@ -24,11 +24,6 @@ def none_apart(name: str, shape: tuple[int, ...]) -> bool:
     return False
 
 
-def is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether it is the matrix of a dense layer inside a block, from one hidden representation to another."""
-    return _OF_BLOCK.match(name) is not None and name.endswith(".weight") and len(shape) == 2
-
-
 def parameter_groups(model: nn.Module, settings: OptimizerConfig, apart: Apart = none_apart) -> ParameterGroups:
     """Groups of the parameters that learn, by weight decay, by `apart` and, under layer_decay, by layer.
 
