@@ -172,7 +172,7 @@ def _needed_room(config: "Config", folders: dict[str, str]) -> dict[str, int]:
         from fastvit_engine.models import parameter_count
 
         where = "checkpoints" if config.checkpoint.path else "run folder"
-        needs[where] = max(2**30, 2 * 12 * parameter_count(config.model))
+        needs[where] = max(2**30, 2 * 12 * parameter_count(config.model, config.pretraining))
     if config.data.cache_gb:
         needs["shard cache"] = int(config.data.cache_gb * 1e9)
     return {name: size for name, size in needs.items() if name in folders}

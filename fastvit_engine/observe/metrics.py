@@ -46,6 +46,16 @@ class EvalRow(TypedDict):
     seconds: float  # this evaluation
 
 
+class LossRow(TypedDict):
+    """One pass over the held-out images of a run that trains without labels: how well they are predicted."""
+
+    step: int
+    eval: str  # as in EvalRow
+    loss: float
+    samples: int  # images evaluated
+    seconds: float  # this evaluation
+
+
 class ShotFigures(TypedDict):
     """Accuracies of the classifiers with one number of shots, fractions of the images."""
 
@@ -71,6 +81,11 @@ class Metrics(NamedTuple):
     train: list[TrainRow]
     evaluations: list[EvalRow]
     few_shot: list[FewShotRow]
+    losses: list[LossRow]
+
+
+Evaluation = EvalRow | FewShotRow | LossRow
+Row = TrainRow | Evaluation
 
 
 class MetricsWriter:
@@ -86,7 +101,7 @@ class MetricsWriter:
         _drop_rows_after(run.metrics, resume_step)
         self._path = run.metrics
 
-    def write(self, row: TrainRow | EvalRow | FewShotRow) -> None:
+    def write(self, row: Row) -> None:
         """Writes one row of plain Python numbers. Raises ValueError if a key of its form is missing or no number."""
         if problem := _problem(row):
             raise ValueError(f"metrics row {problem}")
@@ -108,14 +123,16 @@ def read_all_metrics(path: Path, named: str | None = None) -> Metrics:
         rows = _read_rows(path, named)
     except OSError as error:
         raise UserError(f"cannot read the metrics of the run, {named or path}: {error.strerror}") from error
-    metrics = Metrics([], [], [])
+    metrics = Metrics([], [], [], [])
     for row in rows:
         if _form_of(row) is TrainRow:
             metrics.train.append(cast(TrainRow, row))
         elif _form_of(row) is EvalRow:
             metrics.evaluations.append(cast(EvalRow, row))
-        else:
+        elif _form_of(row) is FewShotRow:
             metrics.few_shot.append(cast(FewShotRow, row))
+        else:
+            metrics.losses.append(cast(LossRow, row))
     return metrics
 
 
@@ -152,7 +169,9 @@ def _problem(row: Mapping[str, Any]) -> str | None:
 def _form_of(row: Mapping[str, Any]) -> Any:
     if "eval" not in row:
         return TrainRow
-    return FewShotRow if "shots" in row else EvalRow
+    if "shots" in row:
+        return FewShotRow
+    return EvalRow if "top1" in row or "top5" in row else LossRow
 
 
 def _are_shots(value: Any) -> bool:
@@ -175,7 +194,7 @@ def _kinds(form: type) -> dict[str, Any]:
     return {key: kind if kind in (int, str) else int | kind for key, kind in get_type_hints(form).items()}
 
 
-_KINDS: dict[type, dict[str, Any]] = {form: _kinds(form) for form in (TrainRow, EvalRow)}
+_KINDS: dict[type, dict[str, Any]] = {form: _kinds(form) for form in (TrainRow, EvalRow, LossRow)}
 _KINDS[FewShotRow] = _kinds(FewShotRow)
 
 

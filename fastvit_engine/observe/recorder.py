@@ -6,7 +6,7 @@ from functools import partial
 
 from fastvit_engine.observe.disk import if_possible, insist
 from fastvit_engine.observe.events import listening, read_events
-from fastvit_engine.observe.metrics import EvalRow, FewShotRow, MetricsWriter, TrainRow
+from fastvit_engine.observe.metrics import Evaluation, MetricsWriter, Row, TrainRow
 from fastvit_engine.observe.progress import TrainingProgress
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.trackers.protocol import Tracker
@@ -43,7 +43,7 @@ class Recorder:
         self._write(row)
         self._progress.log(row)
 
-    def evaluation(self, row: EvalRow | FewShotRow) -> None:
+    def evaluation(self, row: Evaluation) -> None:
         self._write(row)
         self._progress.log_evaluation(row)
 
@@ -57,7 +57,7 @@ class Recorder:
         for tracker in trackers:
             if_possible(tracker.close, str(tracker))
 
-    def _write(self, row: TrainRow | EvalRow | FewShotRow) -> None:
+    def _write(self, row: Row) -> None:
         insist(lambda: self._append(row), str(self._path))
         # One that has failed gets no more rows: part of its last one may be in the file.
         self._trackers = [t for t in self._trackers if if_possible(partial(t.write, row), str(t))]
@@ -66,6 +66,6 @@ class Recorder:
         self._check_owner()
         return MetricsWriter(run, resume_step=start_step)
 
-    def _append(self, row: TrainRow | EvalRow | FewShotRow) -> None:
+    def _append(self, row: Row) -> None:
         self._check_owner()
         self._metrics.write(row)

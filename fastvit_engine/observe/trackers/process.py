@@ -18,7 +18,7 @@ from typing import IO
 
 from fastvit_engine.files import write_all
 from fastvit_engine.observe.disk import reason
-from fastvit_engine.observe.metrics import EvalRow, FewShotRow, TrainRow
+from fastvit_engine.observe.metrics import Row
 from fastvit_engine.observe.trackers.child import OPEN, TrackedRun
 from fastvit_engine.observe.trackers.protocol import numbers_of
 
@@ -51,7 +51,7 @@ class TrackerProcess:
     def __str__(self) -> str:
         return f"the run in {self._library}"
 
-    def write(self, row: TrainRow | EvalRow | FewShotRow) -> None:
+    def write(self, row: Row) -> None:
         if self._problem is None:
             try:
                 self._rows.put_nowait(json.dumps({"step": row["step"], "numbers": numbers_of(row)}))

@@ -2,7 +2,7 @@
 
 from typing import Protocol, cast
 
-from fastvit_engine.observe.metrics import EvalRow, FewShotRow, TrainRow
+from fastvit_engine.observe.metrics import FewShotRow, Row
 
 
 class Tracker(Protocol):
@@ -11,14 +11,14 @@ class Tracker(Protocol):
     def __str__(self) -> str:
         """What it writes to."""
 
-    def write(self, row: TrainRow | EvalRow | FewShotRow) -> None:
+    def write(self, row: Row) -> None:
         """Takes the numbers of one row. Raises OSError if it cannot take this and further ones."""
 
     def close(self) -> None:
         """Writes out what it still holds."""
 
 
-def numbers_of(row: TrainRow | EvalRow | FewShotRow) -> dict[str, float]:
+def numbers_of(row: Row) -> dict[str, float]:
     """The numbers of a row but its step, by name: "train/loss", "eval/top1", "fewshot/5-shot"."""
     group = row.get("eval", "train")
     numbers = {

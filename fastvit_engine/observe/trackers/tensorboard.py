@@ -13,7 +13,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from fastvit_engine.files import write_all
-from fastvit_engine.observe.metrics import EvalRow, FewShotRow, TrainRow
+from fastvit_engine.observe.metrics import Row
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.trackers.protocol import numbers_of
 
@@ -36,7 +36,7 @@ class TensorBoard:
     def __str__(self) -> str:
         return str(self._folder)
 
-    def write(self, row: TrainRow | EvalRow | FewShotRow) -> None:
+    def write(self, row: Row) -> None:
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers_of(row).items()]
         event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
         if self._file is None:
