@@ -33,7 +33,7 @@ test: style  ## lint, types and every test but the long matrices
 	$(call with_types,$(PYTEST))
 
 # The matrices of tests/cluster also need root and the launchers they start; a test without its launcher is skipped.
-test-all: style  ## the same with every matrix: all resumes, faults, launchers, malformed files, buckets, Ray, and more random kills
+test-all: style $(VENV)/.docs  ## the same with every matrix: all resumes, faults, launchers, malformed files, buckets, Ray, and more random kills
 	$(call with_types,$(EVERYTHING) $(PYTEST))
 
 lint: style types  ## style, formatting, types, and the direction of imports
@@ -55,8 +55,7 @@ docs: $(VENV)/.installed  ## write the generated pages: docs/configuration.md, a
 	mv docs/configuration.md.tmp docs/configuration.md
 	$(BIN)/fastvit bench readme
 
-site: $(VENV)/.installed  ## build the documentation site, into build/site
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./kernels --editable '.[docs]'
+site: $(VENV)/.docs  ## build the documentation site, into build/site
 	$(BIN)/python -m sphinx --quiet --fail-on-warning -c docs -d build/doctrees . build/site
 
 version:  ## write the version that fastvit_engine/__init__.py says into all other files that say it
@@ -88,10 +87,15 @@ hub-kernel: $(VENV)/.installed  ## write the kernels for Hugging Face's `kernels
 # torch is installed first, by itself: packages installed later then find their requirement of torch already satisfied.
 # The assembler comes last, without what the rest of its package requires: 80 MB.
 $(VENV)/.installed: pyproject.toml kernels/pyproject.toml constraints.txt
+	@echo "installing PyTorch and the other packages into $(VENV), which takes some minutes"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./kernels --editable '.[dev]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps "nvidia-cuda-nvcc; platform_system == 'Linux'"
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ./kernels --editable '.[docs]'
 	touch $@
 
 # For another machine: Linux on x86-64, with the Python of PYTHON_VERSION.

@@ -3,8 +3,9 @@
     python -m benchmarks.step_model
     python -m benchmarks.step_model --trace blocks.json --plot step.png
 
-Launches, bytes and FLOPs of this package's blocks come from `benchmarks.block_traffic`; everything else is one of the
-constants below, each with its source. An error of 8 % in the sum is to be expected.
+Launches, bytes and FLOPs of this package's blocks come from `benchmarks.block_traffic`, and what DeepSpeed moves from
+`benchmarks.deepspeed_copies`; everything else is one of the constants below, each with its source. An error of 8 % in
+the sum is to be expected.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from fastvit_engine.config import Config
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import computed_flops, training_flops
 
+RESULTS = Path(__file__).parent / "results" / "model"
 MODEL, BATCH, DEPTH = "H/14", 256, 32
 PARAMETERS = 632_045_800  # Dosovitskiy et al. 2021, Table 1: 632 M; with a head of 1,000 classes
 PEAK_FLOPS = 989e12  # dense bf16, NVIDIA's datasheet of the H200
@@ -50,9 +52,7 @@ TIMM_EAGER_GB, TIMM_COMPILED_GB, TIMM_COMPILED_BF16_GB = 17.3, 10.9, 8.6
 # clipping reads the gradients for their norm, and reads and writes them to scale them; autocast casts weights to bf16
 # and gradients back.
 ADAMW_BYTES, CLIP_BYTES, CAST_BYTES = 28, 12, 12
-# DeepSpeed's bf16 optimizer at stage 1 on one GPU: besides AdamW, it adds bf16 gradients up in float32, clips, and
-# copies the new weights to bf16. An estimate from its code.
-DEEPSPEED_MS = 14.0
+DEEPSPEED = "ZeRO-1 bf16"  # the case that counts what DeepSpeed moves besides AdamW on one GPU, clipping included
 # The patch embedding, position embedding, final normalisation, head and loss; in float32 the products of the patch
 # embedding miss the tensor cores.
 ENDS_MS, FP32_PATCH_EMBED_MS = 3.0, 9.5
@@ -100,10 +100,19 @@ def flops_per_image() -> tuple[float, float]:
     return training_flops(config.model), computed_flops(config.model)
 
 
-def ours(trace: Mapping[str, Any], attention: str, patch_embed: str) -> list[Step]:
+def bytes_of_deepspeed(counts: Mapping[str, Any]) -> float:
+    """Per parameter and step, besides the update. Raises ValueError if the case is not among the counts."""
+    for case in counts["cases"]:
+        if case["name"] == DEEPSPEED:
+            return float(case["bytes"])
+    raise ValueError(f"it has no case {DEEPSPEED}: write it again by python -m benchmarks.deepspeed_copies --out")
+
+
+def ours(trace: Mapping[str, Any], deepspeed_bytes: float, attention: str, patch_embed: str) -> list[Step]:
     """By setting of the trace: with bf16 weights through DeepSpeed at ZeRO-1 and in a bare loop, or under autocast.
 
-    Raises ValueError for a trace of another model or batch.
+    `deepspeed_bytes` are those that DeepSpeed moves per parameter besides the update. Raises ValueError for a trace of
+    another model or batch.
     """
     if (trace["model"], trace["batch"]) != (MODEL, BATCH):
         raise ValueError(
@@ -125,14 +134,14 @@ def ours(trace: Mapping[str, Any], attention: str, patch_embed: str) -> list[Ste
         if last is not None:
             ends -= moved(norm_bytes * (4 if autocast else 2))
         for loop in ("bare loop",) if autocast else ("ZeRO-1", "bare loop"):
-            optimizer = DEEPSPEED_MS if loop == "ZeRO-1" else moved(PARAMETERS * (ADAMW_BYTES + CLIP_BYTES))
+            beside_update = deepspeed_bytes if loop == "ZeRO-1" else CLIP_BYTES
             steps.append(
                 Step(
                     f"fastvit, {loop}, {setting}",
                     products=1e3 * (flops + QUACK_LOSS * in_quack) / PRODUCT_FLOPS,
                     attention=attention_ms,
                     elementwise=moved(size),
-                    optimizer=optimizer,
+                    optimizer=moved(PARAMETERS * (ADAMW_BYTES + beside_update)),
                     ends=ends,
                     flops=whole if last is None else computed,
                 )
@@ -203,8 +212,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Calculate a training step of ViT-H/14 at batch 256 on one H200 from what its blocks launch.",
         epilog="example: python -m benchmarks.step_model --trace blocks.json --attention serialised",
     )
-    default = Path(__file__).parent / "results" / "model" / "blocks.json"
-    parser.add_argument("--trace", type=Path, default=default, help="what `benchmarks.block_traffic --out` wrote")
+    parser.add_argument(
+        "--trace", type=Path, default=RESULTS / "blocks.json", help="what `benchmarks.block_traffic --out` wrote"
+    )
+    parser.add_argument(
+        "--deepspeed",
+        type=Path,
+        default=RESULTS / "deepspeed.json",
+        help="what `benchmarks.deepspeed_copies --out` wrote",
+    )
     own = ("serialised", "overlapped", "cuDNN")
     parser.add_argument("--attention", choices=own, default="overlapped", help="how ours runs (default overlapped)")
     parser.add_argument(
@@ -215,12 +231,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw stacked bars (png or svg)")
     parsed = parser.parse_args(arguments)
+    option = "deepspeed"
     try:
+        deepspeed_bytes = bytes_of_deepspeed(json.loads(parsed.deepspeed.read_text()))
+        option = "trace"
         trace = json.loads(parsed.trace.read_text())
-        steps = ours(trace, parsed.attention, parsed.patch_embed)
+        steps = ours(trace, deepspeed_bytes, parsed.attention, parsed.patch_embed)
         some = next(iter(trace["blocks"].values()))
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-        print(f"--trace {parsed.trace}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"--{option} {getattr(parsed, option)}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     steps += peers(some["totals"]["products"]["flops"])
     print(table(steps))
@@ -228,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.out.parent.mkdir(parents=True, exist_ok=True)
         rows = [asdict(s) | {"ms": s.ms, "images_per_second": s.images_per_second, "mfu": s.mfu} for s in steps]
         found = {"trace": parsed.trace.name, "attention": parsed.attention, "patch_embed": parsed.patch_embed}
-        found |= {"quack_loss": QUACK_LOSS}
+        found |= {"quack_loss": QUACK_LOSS, "deepspeed_bytes": deepspeed_bytes}
         atomic_write(parsed.out, json.dumps(found | {"measured": False, "steps": rows}, indent=1) + "\n")
         atomic_write(parsed.out.with_suffix(".txt"), table(steps) + "\n")
     if parsed.plot:

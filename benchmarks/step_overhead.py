@@ -47,7 +47,7 @@ from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.engine.build import build_engine
-from fastvit_engine.engine.optimizers import parameter_groups
+from fastvit_engine.engine.optimizers.groups import parameter_groups
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_vit, parameter_count
 from fastvit_engine.objectives import build_objective, find_objective
@@ -330,7 +330,8 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path, batches: Ite
     chosen = choose(resolved.config, machine_of(world))
     records, observers = Records(run), Observers(exporter=None)
     objective = build_objective(chosen.config, world.device, find_objective(chosen.config.train.objective))
-    loop._train(resolved, chosen, run, start, world, watchdog, Preemption(), Ownership(), records, observers, objective)
+    owned = (Ownership(), records)
+    loop._train(resolved, chosen, run, start, world, watchdog, Preemption(), *owned, observers, objective, {})
     return load_file(folder / "model.safetensors")
 
 

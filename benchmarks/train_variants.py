@@ -20,7 +20,7 @@ from fastvit_engine.data import Batch
 from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import build_engine
-from fastvit_engine.engine.optimizers import parameter_groups
+from fastvit_engine.engine.optimizers.groups import parameter_groups
 from fastvit_engine.models import VisionTransformer, build_vit, computed_flops, training_flops
 from fastvit_kernels import FusedCrossEntropy, accelerate, dispatch
 

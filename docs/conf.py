@@ -1,7 +1,7 @@
 """The documentation site: `make site` builds it from the Markdown of this repository.
 
 The navigation is that of docs/README.md: each section of it is a section of the site. Links to files that are no pages
-lead to the repository.
+lead to the repository if FASTVIT_SOURCE_URL says where it is, and to copies of the files if not.
 """
 
 import sys
@@ -31,6 +31,9 @@ autodoc_member_order = "bysource"
 
 html_theme = "sphinx_book_theme"
 html_title = project
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
+html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {

@@ -27,29 +27,30 @@ PAGES = {path for pattern in PATTERNS for path in ROOT.glob(pattern)}
 _CODE_OR_LINK = re.compile(
     r"^ *(?P<fence>```+).*?^ *(?P=fence) *$"
     r"|`[^`\n]+`"
-    r"|(?P<image>!\[[^\]]*)?\]\((?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)",
+    r"|(?P<image>!?)\[(?P<text>[^\[\]]*)\]\((?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)",
     re.MULTILINE | re.DOTALL,
 )
 
 
-def source_url() -> str:
-    """The repository as a web page, up to the path of a file, from FASTVIT_SOURCE_URL: https://HOST/OWNER/NAME/blob/REV.
+def source_url() -> str | None:
+    """The repository as a web page, up to the path of a file: https://HOST/OWNER/NAME/blob/REV. None if not known.
 
-    Without the variable, links lead to the files of this checkout.
+    It is what FASTVIT_SOURCE_URL says.
     """
-    return os.environ.get("FASTVIT_SOURCE_URL", ROOT.as_uri()).rstrip("/")
+    return os.environ.get("FASTVIT_SOURCE_URL", "").rstrip("/") or None
 
 
 def absolute_links(text: str, folder: Path, keep: Callable[[Path], bool] = lambda target: False) -> str:
     """The Markdown `text` of a page in `folder`, with the address of every file and folder that it links to.
 
-    keep: which targets stay relative. Addresses, anchors within the page and code stay as they are. Raises
+    keep: which targets stay relative. Addresses, anchors within the page and code stay as they are. Without
+    FASTVIT_SOURCE_URL, a link to a file is one of MyST that downloads it, and a folder is named without a link. Raises
     FileNotFoundError for a link that leads nowhere.
     """
     base = source_url()
 
     def address(found: re.Match[str]) -> str:
-        path, image = found["path"], found["image"] or ""
+        path, text, image = found["path"], found["text"], found["image"]
         if path is None or re.match(r"[a-z]+:", path):
             return found[0]
         target = (folder / path).resolve()
@@ -57,14 +58,21 @@ def absolute_links(text: str, folder: Path, keep: Callable[[Path], bool] = lambd
             raise FileNotFoundError(f"{folder} has a page that links to {path}: no such file")
         if keep(target):
             return found[0]
+        if base is None:
+            return f"[{text}](path:{path})" if target.is_file() else text
         shown = base.replace("/blob/", "/raw/", 1) if image else base  # the file itself, not the page about it
-        return f"{image}]({shown}/{target.relative_to(ROOT).as_posix()}{found['anchor'] or ''})"
+        return f"{image}[{text}]({shown}/{target.relative_to(ROOT).as_posix()}{found['anchor'] or ''})"
 
     return _CODE_OR_LINK.sub(address, text)
 
 
 def rewrite(checkout: Path) -> None:
-    """Makes the links of both READMEs absolute in a copy of this checkout: a package index has none of the files."""
+    """Makes the links of both READMEs absolute in a copy of this checkout: a package index has none of the files.
+
+    Raises SystemExit without FASTVIT_SOURCE_URL.
+    """
+    if source_url() is None:
+        raise SystemExit("set FASTVIT_SOURCE_URL=https://HOST/OWNER/NAME/blob/TAG: where READMEs link to")
     for name in ("README.md", "kernels/README.md"):
         page = checkout / name
         page.write_text(absolute_links(page.read_text(), (ROOT / name).parent))

@@ -1,7 +1,7 @@
 """What the commands do, as functions: `fastvit_engine.train` and `fastvit_engine.evaluate`."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from fastvit_engine.evaluate.class_lists import check_names
 from fastvit_engine.evaluate.classification import Accuracy
 from fastvit_engine.evaluate.classification import evaluate as evaluate_batches
 from fastvit_engine.evaluate.one_pass import workers_for
+from fastvit_engine.evaluate.own import Measure, check_evaluators
 from fastvit_engine.models import VisionTransformer
 from fastvit_engine.objectives import ObjectiveFactory, import_path
 from fastvit_engine.observe.run_folder import run_folder
@@ -41,6 +42,7 @@ def train(
     allow_batch_change: bool = False,
     data: str | Path | Samples | IterableData | None = None,
     objective: ObjectiveFactory | None = None,
+    evaluators: Mapping[str, Measure] | None = None,
 ) -> None:
     """Trains a model into the run folder `out`, in this process: `load_model(out)` then gives the model.
 
@@ -57,6 +59,9 @@ def train(
     objective: what to minimise, in place of `train.objective` of the configuration. A class or function at the top
     level of a module, which each rank calls with the Config and the device, and which returns an object with the method
     of `fastvit_engine.objectives.Objective`. The run records its module and name; a resume with another is refused.
+    evaluators: what else to measure, by name: functions that take the model, in evaluation mode and without gradients,
+    and return numbers by name. Every rank calls them every `evaluate.every` and after the last step, also with the
+    average of the weights if there is one. The numbers of rank 0 become rows of `metrics.jsonl`.
 
     out: a path, or a URL of an object store, whose records are kept in a working folder on this machine meanwhile.
 
@@ -79,6 +84,7 @@ def train(
             "this process already belongs to a process group of torch.distributed, and train() makes its own: destroy "
             "yours first, or call train() in a process that has none"
         )
+    check_evaluators(evaluators or {})
     with nullcontext() if launched_by_cluster() else _lone_rank():
         loop.train(
             resolved,
@@ -87,6 +93,7 @@ def train(
             data=own,
             allow_batch_change=allow_batch_change,
             make_objective=objective,
+            evaluators=evaluators,
         )
 
 

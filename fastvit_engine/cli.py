@@ -6,33 +6,34 @@ import importlib.util
 import os
 import signal
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 
 from fastvit_engine import __version__
-from fastvit_engine.commands import (
-    bench,
-    config,
-    convert,
-    data,
-    doctor,
-    evaluate,
-    export,
-    features,
-    fewshot,
-    plan,
-    predict,
-    report,
-    stacks,
-    train,
-)
-from fastvit_engine.commands.completion import SHELLS, InstallCompletion, answer
+from fastvit_engine.commands.completion import SHELLS, InstallCompletion, answer, is_asked
 from fastvit_engine.commands.parser import Parser
 from fastvit_engine.distributed.environment import speaks_for_all
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART, Preempted, RestartError, UserError
 from fastvit_engine.shown import say, shown
+
+# What `fastvit --help` says of each command, which is a module of `commands`.
+_PURPOSES = {
+    "train": "train a model, from scratch or from weights",
+    "evaluate": "accuracy and loss of trained models on labelled images",
+    "predict": "classes of images, with probabilities",
+    "fewshot": "accuracy of a linear classifier on a model's features, from a few images per class",
+    "features": "what a model sees in images, as an .npz file",
+    "plan": "what a run would need and what the engine would choose, without starting it",
+    "doctor": "check machine, software, data and network, and say what to mend",
+    "data": "make, index, verify and look at shards",
+    "config": "list recipes, show one as it will be used, or explain the keys",
+    "report": "write an HTML report of a run, or compare several",
+    "export": "write a checkpoint's weights as one safetensors file",
+    "convert": "write a model in the layout of another program",
+    "stacks": "write the stack traces of a run in progress",
+    "bench": "measure kernels, training steps and data loading against other libraries",
+}
 
 # What a disk says that is full, and one that is broken or on a machine that cannot be reached.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -41,16 +42,18 @@ _LOST = (errno.EIO, errno.ESTALE, errno.ENOTCONN)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code, see `errors`. An expected failure prints one sentence."""
-    parser = _parser()
-    answer(parser)
-    args = parser.parse_args(arguments)
+    if is_asked():
+        answer(_parser())
+    words = sys.argv[1:] if arguments is None else arguments
+    command = next((word for word in words if not word.startswith("-")), "")
+    args = _parser([command]).parse_args(words)
     warnings.formatwarning = _format_warning
     try:
         return _run(args)
-    except Exception:  # a bug: if other processes wait for this one, it must exit at once, see _fail
+    except Exception as error:  # a bug: if other processes wait for this one, it must exit at once, see _fail
         if "RANK" not in os.environ:
             raise
-        traceback.print_exc()
+        sys.excepthook(type(error), error, error.__traceback__)
         sys.stderr.flush()
         os._exit(1)
 
@@ -117,14 +120,16 @@ def _fail(
     return exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(declared: Container[str] = _PURPOSES) -> argparse.ArgumentParser:
+    """declared: the commands whose arguments are declared, which loads their modules. All others have only a name."""
     parser = Parser(prog="fastvit", description="Pretrain Vision Transformers at scale.")
     parser.add_argument("--version", action="version", version=f"fastvit-engine {__version__}")
     parser.add_argument("--install-completion", action=InstallCompletion, nargs="?", choices=SHELLS, help="complete "
                         "words of this command with the Tab key in bash or zsh (default: your $SHELL)")  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (
-        train, evaluate, predict, fewshot, features, plan, doctor, data, config, report, export, convert, stacks, bench,
-    ):  # fmt: skip
-        command.add(commands)
+    for name, purpose in _PURPOSES.items():
+        if name in declared:
+            importlib.import_module(f"fastvit_engine.commands.{name}").add(commands, purpose)
+        else:
+            commands.add_parser(name, help=purpose)
     return parser

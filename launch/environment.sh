@@ -40,12 +40,8 @@ _fastvit_default() {
 
 # The cores that this host, its container and its scheduler let a process use.
 _fastvit_cores() {
-    local cores quota period
-    cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
-    if read -r quota period 2>/dev/null </sys/fs/cgroup/cpu.max && [[ $quota != max && $((quota / period)) -lt $cores ]]; then
-        cores=$((quota / period < 1 ? 1 : quota / period))
-    fi
-    echo "$cores"
+    PYTHONPATH="$(dirname "$FASTVIT_LAUNCH")${PYTHONPATH:+:$PYTHONPATH}" "$PYTHON" -c \
+        'from fastvit_engine.cores import cores_here; print(cores_here())'
 }
 
 fastvit_environment() {
@@ -67,7 +63,7 @@ fastvit_environment() {
     # The shared store of torchrun keeps the addresses of processes that a restart has replaced.
     _fastvit_default TORCH_DISABLE_SHARE_RDZV_TCP_STORE 1 "a new store after each restart"
 
-    cores=$(_fastvit_cores)
+    cores=$(_fastvit_cores) || exit $?
     threads=$((cores / processes))
     _fastvit_default OMP_NUM_THREADS "$((threads < 1 ? 1 : threads > 8 ? 8 : threads))" "$cores cores, $processes process(es)"
 

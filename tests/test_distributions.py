@@ -98,8 +98,8 @@ class Installation:
 
     @classmethod
     def of(cls, wheel: Path, folder: Path, extras: frozenset[str] = frozenset()) -> "Installation":
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
-        subprocess.run([*command, "--target", str(folder), str(wheel)], check=True, timeout=120)
+        with zipfile.ZipFile(wheel) as archive:  # which is what pip does with one of Python alone
+            archive.extractall(folder)
         (own,) = importlib.metadata.distributions(path=[str(folder)])
         found: set[tuple[str, frozenset[str]]] = set()
         waiting = list(required(own.requires or [], extras))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import fastvit_engine
 import fastvit_kernels
@@ -87,6 +88,15 @@ def test_one_version_everywhere() -> None:
     assert fastvit_engine.__version__ == fastvit_kernels.__version__
     citation = read(ROOT / "CITATION.cff")
     assert citation["license"] == "Apache-2.0" and citation["authors"]
+
+
+def test_no_torch_is_allowed_whose_triton_is_not() -> None:
+    """Else pip downloads each such torch, with its CUDA libraries, before it finds that out."""
+    of_torch = {"2.11.0": "3.6.0", "2.13.0": "3.7.1", "2.14.0": "3.8.0", "2.14.1": "3.8.0"}  # the Triton of each
+    declared = tomllib.loads((ROOT / "kernels" / "pyproject.toml").read_text())["project"]["dependencies"]
+    allowed = {requirement.name: requirement.specifier for requirement in map(Requirement, declared)}
+    for torch, triton in of_torch.items():
+        assert (torch in allowed["torch"]) == (triton in allowed["triton"]), f"torch {torch} brings triton {triton}"
 
 
 @pytest.fixture

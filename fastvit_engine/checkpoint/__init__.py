@@ -6,7 +6,7 @@
 
 from fastvit_engine.checkpoint.checkpointer import Checkpointer
 from fastvit_engine.checkpoint.format import DamagedCheckpoint, Manifest
-from fastvit_engine.checkpoint.open import open_store, store_of
+from fastvit_engine.checkpoint.open import another_place, open_store, store_of
 from fastvit_engine.checkpoint.store import Checkpoint, CheckpointStore, doubt_about_latest, usable_checkpoints
 from fastvit_engine.checkpoint.trainer_state import Recovery, TrainerState
 
@@ -18,6 +18,7 @@ __all__ = [
     "CheckpointStore",
     "Recovery",
     "TrainerState",
+    "another_place",
     "doubt_about_latest",
     "open_store",
     "store_of",

@@ -9,6 +9,7 @@ from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
 from fastvit_engine.checkpoint.format import DamagedCheckpoint, Manifest
+from fastvit_engine.checkpoint.open import another_place
 from fastvit_engine.checkpoint.reader import CheckpointReader
 from fastvit_engine.checkpoint.retention import stale_checkpoints
 from fastvit_engine.checkpoint.store import Checkpoint, CheckpointStore, step_name
@@ -82,7 +83,7 @@ class Checkpointer:
         if (error := self._on_main(lambda: self._prepare(checkpoint, size))) is not None:
             self._failed(checkpoint, error)
             return
-        manifest = Manifest(state, self.engine.scalars(), self.engine.shapes, files={}, frozen=self.engine.frozen)
+        manifest = self._manifest(state)
         blocks = self._host_copy.begin(slices)
         self._in_flight = SaveInFlight(
             checkpoint,
@@ -172,11 +173,12 @@ class Checkpointer:
         try:
             manifest = checkpoint.read_manifest()
             self._check_shapes(checkpoint, manifest)
-            keys = manifest.kinds - {"weight", "ema", "buffer"}
-            self.engine.prepare_optimizer(sorted(keys), manifest.scalars)
+            kinds = sorted(manifest.kinds - {"weight", "ema", "buffer"})
+            self.engine.prepare_optimizer({kind: manifest.shapes_of(kind).keys() for kind in kinds}, manifest.scalars)
             wanted: dict[str, list[ParameterSlice]] = {
                 "weight": self.engine.master_weights(),
                 **self.engine.optimizer_state(),
+                **self.engine.optimizer_statistics(),
             }
             wanted["buffer"] = self.engine.buffers()
             if self.ema is not None and "ema" in manifest.kinds:
@@ -204,7 +206,14 @@ class Checkpointer:
         rank, size = self.world.rank, self.world.size
         if self.engine.replicated:
             slices = {kind: share(of_kind, rank, size) for kind, of_kind in slices.items()}
-        return {**slices, "buffer": share(self.engine.buffers(), rank, size)}
+        whole = {**self.engine.optimizer_statistics(), "buffer": self.engine.buffers()}
+        return {**slices, **{kind: share(of_kind, rank, size) for kind, of_kind in whole.items()}}
+
+    def _manifest(self, state: TrainerState) -> Manifest:
+        """All but the files."""
+        engine, usual = self.engine, {n: s for n, s in self.engine.shapes.items() if n not in self.engine.frozen}
+        special = {kind: shapes for kind, shapes in engine.optimizer_shapes().items() if shapes != usual}
+        return Manifest(state, engine.scalars(), engine.shapes, files={}, frozen=engine.frozen, state_shapes=special)
 
     def _prepare(self, checkpoint: Checkpoint, size: int) -> None:
         self.check_owner()
@@ -261,7 +270,7 @@ class Checkpointer:
             if here.get(name) != there.get(name):
                 raise UserError(
                     f"{checkpoint}/manifest.json: parameter '{name}' is {there.get(name, 'absent')} there and "
-                    f"{here.get(name, 'absent')} in this model: choose another run folder with --out"
+                    f"{here.get(name, 'absent')} in this model: choose {another_place(self.settings)}"
                 )
 
     def _agree(self, error: Exception | None) -> None:

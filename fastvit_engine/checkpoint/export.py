@@ -12,7 +12,6 @@ import torch
 from fastvit_engine.checkpoint import Checkpoint, doubt_about_latest, open_store, usable_checkpoints
 from fastvit_engine.checkpoint.format import Manifest
 from fastvit_engine.checkpoint.reader import CheckpointReader
-from fastvit_engine.checkpoint.remote import store_failures
 from fastvit_engine.checkpoint.run_config import read_section
 from fastvit_engine.checkpoint.store import is_step_name
 from fastvit_engine.errors import UserError
@@ -20,7 +19,7 @@ from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.safetensors_file import model_metadata, safetensors_header
 from fastvit_engine.observe.disk import insist, is_final, reason
 from fastvit_engine.observe.run_folder import RunFolder, run_folder, with_both_slashes
-from fastvit_engine.storage.stores import Store, is_store
+from fastvit_engine.storage.stores import Store, is_store, store_failures
 from fastvit_engine.storage.stores import open_store as open_bucket
 
 _CHUNK = 2**23  # bytes

@@ -3,10 +3,10 @@
 `rank-00003.safetensors` holds 1-D tensors named `weight/blocks.0.mlp.fc1.weight@4096`: a kind (weight, ema, buffer, or
 a key of the optimizer such as exp_avg), a parameter, and the position in the flattened parameter where they begin.
 `manifest.json` is written last. It has the state of the run, the shape of every parameter, which of them do not learn
-and so have no optimizer state, and where each tensor lies in its file, with its CRC-32: one checksum per tensor, so
-that a process verifies all that it reads and nothing else, and an error can name the parameter. It ends with a CRC-32
-of itself. CRC-32 comes with Python, runs at 1 to 2 GB/s outside the GIL, and finds what happens to files: lost, cut and
-flipped bytes. There is no pickle.
+and so have no optimizer state, which state is of other shapes or of some parameters only, and where each tensor lies in
+its file, with its CRC-32: one checksum per tensor, so that a process verifies all that it reads and nothing else, and
+an error can name the parameter. It ends with a CRC-32 of itself. CRC-32 comes with Python, runs at 1 to 2 GB/s outside
+the GIL, and finds what happens to files: lost, cut and flipped bytes. There is no pickle.
 """
 
 import json
@@ -14,7 +14,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
 
@@ -84,6 +84,7 @@ class _Document(BaseModel):
     parameters: dict[str, list[_Count]]
     files: dict[str, StoredFile]
     frozen: list[str] = []
+    state_shapes: dict[str, dict[str, list[_Count]]] = {}
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class Manifest:
     parameters: dict[str, list[int]]  # shapes
     files: dict[str, StoredFile]
     frozen: frozenset[str] = frozenset()  # parameters that do not learn, of which the optimizer keeps nothing
+    # By kind, the shapes of state that is not there for all parameters that learn, or not in their shapes.
+    state_shapes: dict[str, dict[str, list[int]]] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -108,6 +111,13 @@ class Manifest:
     @property
     def kinds(self) -> set[str]:
         return {kind for file in self.files.values() for kind, _, _ in file.tensors}
+
+    def shapes_of(self, kind: str) -> dict[str, list[int]]:
+        """The parameters that have state of a kind, and its whole shapes."""
+        if kind in ("weight", "ema"):
+            return self.parameters
+        learning = {name: shape for name, shape in self.parameters.items() if name not in self.frozen}
+        return self.state_shapes.get(kind, learning)
 
     def stored(self, kind: str) -> dict[str, list[tuple[str, StoredTensor]]]:
         """For each parameter the stored slices of one kind, by position, each with the name of its file."""
@@ -124,9 +134,7 @@ class Manifest:
         """What is missing of the parameters, in words; None if each kind is there once and whole."""
         for kind in sorted(self.kinds - {"buffer"}):
             stored = self.stored(kind)
-            for name, shape in self.parameters.items():
-                if name in self.frozen and kind not in ("weight", "ema"):
-                    continue
+            for name, shape in self.shapes_of(kind).items():
                 size = torch.Size(shape).numel()
                 ends = [0, *(edge for _, t in stored.get(name, []) for edge in (t.start, t.stop)), size]
                 if any(stop != start for stop, start in list(pairwise(ends))[::2]):
@@ -142,6 +150,7 @@ class Manifest:
             "parameters": self.parameters,
             "files": {name: asdict(file) for name, file in self.files.items()},
             **({"frozen": sorted(self.frozen)} if self.frozen else {}),
+            **({"state_shapes": self.state_shapes} if self.state_shapes else {}),
         }
         text = json.dumps(content).encode()
         return text[:-1] + b', "crc32": %d}' % zlib.crc32(text)
@@ -165,7 +174,8 @@ class Manifest:
             state = TrainerState.from_json(document.state)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError) as error:
             raise DamagedCheckpoint(f"{where} is not what was written there: the file is damaged") from error
-        return cls(state, document.scalars, document.parameters, document.files, frozenset(document.frozen))
+        frozen = frozenset(document.frozen)
+        return cls(state, document.scalars, document.parameters, document.files, frozen, document.state_shapes)
 
 
 def _verify(text: bytes) -> None:
@@ -177,14 +187,20 @@ def _verify(text: bytes) -> None:
 
 def _check_positions(document: _Document) -> None:
     """Raises ValueError if a tensor lies outside of its file or its parameter."""
-    sizes = {name: math.prod(shape) for name, shape in document.parameters.items()}
+    whole = {name: math.prod(shape) for name, shape in document.parameters.items()}
+    others = {
+        kind: {name: math.prod(shape) for name, shape in shapes.items()}
+        for kind, shapes in document.state_shapes.items()
+    }
+    if any(sizes.keys() - whole.keys() for sizes in others.values()):
+        raise ValueError("there is state of a parameter that is not there")
     for file_name, file in document.files.items():
         if "/" in file_name or "\0" in file_name:
             raise ValueError(f"{file_name!r} is not the name of a file")
         for kind, name, tensor in file.tensors:
             if tensor.dtype not in DTYPES or tensor.offset + tensor.nbytes > file.size:
                 raise ValueError(f"{name} ({kind}) is not in {file_name}")
-            if kind != "buffer" and tensor.stop > sizes[name]:
+            if kind != "buffer" and tensor.stop > others.get(kind, whole)[name]:
                 raise ValueError(f"{name} ({kind}) has no element {tensor.stop}")
 
 

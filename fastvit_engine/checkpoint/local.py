@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint
-from fastvit_engine.checkpoint.store import LONGEST_NAME, is_owner_name, is_step_name, name_in_latest, step_of
+from fastvit_engine.checkpoint.store import LONGEST_NAME, is_step_name, name_in_latest, step_of
 from fastvit_engine.files import atomic_create, atomic_write, flush_to_disk
+from fastvit_engine.observe.owner_record import is_owner_name
 
 _SPARE = 2**16  # bytes that a checkpoint leaves free on its disk, for the run's records
 _MORE_TRIES = 9

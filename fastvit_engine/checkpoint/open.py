@@ -14,6 +14,11 @@ def store_of(settings: CheckpointConfig, run: RunFolder) -> CheckpointStore:
     return open_store(settings.path or run.checkpoint_location)
 
 
+def another_place(settings: CheckpointConfig) -> str:
+    """What a run must have that is to leave the checkpoints there alone."""
+    return "another run folder with --out" + (" and another checkpoint.path" if settings.path else "")
+
+
 def open_store(location: str) -> CheckpointStore:
     """A folder, or a URL of an object store."""
     if "://" in location and not location.startswith("file://"):

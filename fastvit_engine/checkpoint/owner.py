@@ -12,16 +12,13 @@ starts the new.
 """
 
 import contextlib
-import json
 import os
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
 
 from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.checkpoint.open import store_of
@@ -29,44 +26,24 @@ from fastvit_engine.checkpoint.remote import RemoteStore
 from fastvit_engine.checkpoint.store import CheckpointStore
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.errors import RestartError, UserError
-from fastvit_engine.files import is_alive, this_machine
+from fastvit_engine.files import this_machine
 from fastvit_engine.observe.disk import insist, unreadable
+from fastvit_engine.observe.owner_record import (
+    HEARTBEAT_SECONDS,
+    STALE_SECONDS,
+    Owner,
+    newest_record,
+    parse_owner,
+    process_start,
+    record_number,
+)
 from fastvit_engine.observe.run_folder import WORKING_FOLDERS, RunFolder
 from fastvit_engine.shown import public_url
 from fastvit_engine.shown import say as say_to_user
 
 RUN_ID = "FASTVIT_RUN_ID"  # of one launch with all its restarts; a launcher gives it to each process
-HEARTBEAT_SECONDS = 15.0
-STALE_SECONDS = 5 * HEARTBEAT_SECONDS
 _LAST_HEARTBEAT_SECONDS = 30.0  # that one may take that has begun
 _WATCH_SECONDS = 1.0  # between two looks at a record
-
-
-@dataclass(frozen=True)
-class Owner:
-    """The content of a record."""
-
-    host: str
-    machine: str  # since its start, and this container: within it, a process id has one meaning
-    process: int
-    process_started: str  # tells processes of the same id apart
-    run_id: str
-    token: str  # of this record alone
-    since: str  # ISO 8601
-    heartbeat: float  # seconds since 1970
-
-    def to_json(self) -> bytes:
-        return json.dumps(asdict(self) | {"heartbeat": time.time()}).encode()
-
-    @property
-    def has_ended(self) -> bool:
-        """Whether it was a process of this machine, and is no more."""
-        return self.machine == this_machine() and not (
-            is_alive(self.process) and process_start(self.process) in ("", self.process_started)
-        )
-
-    def __str__(self) -> str:
-        return f"process {self.process} on {self.host}"
 
 
 class _RunFolderStore(LocalStore):
@@ -141,8 +118,8 @@ class Ownership:
 
 def _check(store: CheckpointStore, name: str, owner: Owner) -> None:
     try:
-        held = _parse(store.read_owner(name)[0])
-        lost = held is None or held.token != owner.token or _newest(store.owners()) != name
+        held = parse_owner(store.read_owner(name)[0])
+        lost = held is None or held.token != owner.token or newest_record(store.owners()) != name
     except FileNotFoundError:
         lost = True
     if lost:
@@ -191,8 +168,8 @@ def check_unowned(settings: CheckpointConfig, run: RunFolder) -> tuple[str, ...]
     for store in _stores(settings, run):
         where, what = _where(store)
         try:
-            newest = _newest(store.owners())
-            held = None if newest is None else _parse(store.read_owner(newest)[0])
+            newest = newest_record(store.owners())
+            held = None if newest is None else parse_owner(store.read_owner(newest)[0])
         except FileNotFoundError:  # it has gone meanwhile
             continue
         except OSError as error:
@@ -234,15 +211,6 @@ def claim(stores: Sequence[CheckpointStore], environment: Mapping[str, str], say
     return Ownership(records, owner.token)
 
 
-def process_start(process: int) -> str:
-    """When a process began, in units of the kernel; "" if that is unknown, "ended" for one that is only remembered."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "ended" if fields[0] in "ZX" else fields[19]
-
-
 def _take(store: CheckpointStore, owner: Owner, gone: set[str], say: Callable[[str], None]) -> tuple[str, Owner]:
     """Makes `owner` the owner, if nobody else is; returns the record that counts, which may be the parent process's."""
     where, what = _where(store)
@@ -258,10 +226,10 @@ def _try_to_take(
 ) -> tuple[str, Owner] | None:
     """As `_take`; None if another process was faster, or the record has gone meanwhile."""
     names = store.owners()
-    newest = _newest(names)
+    newest = newest_record(names)
     if newest is not None:
         try:
-            held = _parse(store.read_owner(newest)[0])
+            held = parse_owner(store.read_owner(newest)[0])
             if held is not None and _is_ours(held, owner):
                 return newest, held
             if held is None or (held.run_id != owner.run_id and held.token not in gone):
@@ -270,7 +238,7 @@ def _try_to_take(
                 gone.add(held.token)
         except FileNotFoundError:
             return None
-    name = f"owner-{1 if newest is None else _number(newest) + 1}.json"
+    name = f"owner-{1 if newest is None else record_number(newest) + 1}.json"
     if not store.create_owner(name, owner.to_json()):
         return None
     for old in names:
@@ -288,7 +256,7 @@ def _wait_for_end(store: CheckpointStore, name: str, say: Callable[[str], None])
     """Returns once the owner of a record is known to be gone. Raises UserError if it is alive."""
     where, what = _where(store)
     content, modified = store.read_owner(name)
-    held = _parse(content)
+    held = parse_owner(content)
     who = "a process whose record is damaged" if held is None else f"{held}"
     if held is None or held.machine != this_machine():
         say(f"{where} belongs to {who}: waiting up to {STALE_SECONDS:.0f} s to see whether that is alive")
@@ -326,13 +294,13 @@ def _loss(store: CheckpointStore) -> UserError | RestartError:
         )
     by = "another run"
     with contextlib.suppress(OSError):
-        newest = _newest(store.owners())
+        newest = newest_record(store.owners())
         if newest is None:
             return UserError(
                 f"{where} no longer belongs to this run: its owner record is gone, removed by hand or by another run "
                 f"that has ended since; it stops and writes nothing more: start again, or choose another {what}"
             )
-        held = _parse(store.read_owner(newest)[0])
+        held = parse_owner(store.read_owner(newest)[0])
         by = f"{held}, since {held.since}" if held else by
     return UserError(
         f"{where} no longer belongs to this run but to {by}: it stops and writes nothing more; choose another {what}"
@@ -344,20 +312,3 @@ def _where(store: CheckpointStore) -> tuple[str, str]:
     if isinstance(store, _RunFolderStore | _RunUrlStore):
         return store.title, "one with --out"
     return store.describe(""), "checkpoint.path"
-
-
-def _newest(names: Sequence[str]) -> str | None:
-    return max(names, key=_number, default=None)
-
-
-def _number(name: str) -> int:
-    return int(name.removeprefix("owner-").removesuffix(".json"))
-
-
-def _parse(content: bytes) -> Owner | None:
-    """None if the record is damaged."""
-    try:
-        owner = Owner(**json.loads(content))
-    except (ValueError, TypeError, RecursionError):
-        return None
-    return owner if isinstance(owner.process, int) and isinstance(owner.heartbeat, int | float) else None

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fastvit_engine.checkpoint.owner import Ownership
-from fastvit_engine.checkpoint.remote import PROMPT_SECONDS, store_failures
+from fastvit_engine.checkpoint.remote import PROMPT_SECONDS
 from fastvit_engine.errors import RestartError, UserError
 from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.disk import insist, reason, unreadable, warn
 from fastvit_engine.observe.run_folder import WORKING_FOLDERS, RunFolder
-from fastvit_engine.storage.stores import open_store
+from fastvit_engine.storage.stores import open_store, store_failures
 
 _FOLDERS = ("", "configs", "tensorboard")  # that records are in
 _RECORD = re.compile(

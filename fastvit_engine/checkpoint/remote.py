@@ -8,13 +8,13 @@ import contextlib
 import mmap
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from fastvit_engine.checkpoint.format import MANIFEST, DamagedCheckpoint
-from fastvit_engine.checkpoint.store import is_owner_name, is_step_name, name_in_latest, step_of
+from fastvit_engine.checkpoint.store import is_step_name, name_in_latest, step_of
+from fastvit_engine.observe.owner_record import is_owner_name
 from fastvit_engine.shown import public_url
-from fastvit_engine.storage.source import AttemptFailed, Exists, Missing, Refused
-from fastvit_engine.storage.stores import open_store
+from fastvit_engine.storage.stores import open_store, store_failures
 
 # Seconds after which a write that must not come late is not tried again. With the last attempt, for which the store's
 # timeout is added, it ends before another machine may have taken the run over (`owner.STALE_SECONDS`).
@@ -147,19 +147,3 @@ class RemoteStore:
                 return [info.key.rpartition("/")[2] for info in self.store.list_folder(self.root)]
         except FileNotFoundError:
             return []
-
-
-@contextlib.contextmanager
-def store_failures(url: str) -> Iterator[None]:
-    """Raises OSError, or one of its classes that says what is missing, instead of the errors of a store."""
-    where = public_url(url)
-    try:
-        yield
-    except Missing as error:
-        raise FileNotFoundError(f"{where}: {error}") from error
-    except Exists as error:
-        raise FileExistsError(f"{where}: {error}") from error
-    except Refused as error:
-        raise PermissionError(f"{where}: {error}") from error
-    except AttemptFailed as error:
-        raise OSError(f"{where}: {error}") from error

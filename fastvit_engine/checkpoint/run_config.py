@@ -4,13 +4,12 @@ from typing import Any
 
 import yaml
 
-from fastvit_engine.checkpoint.remote import store_failures
 from fastvit_engine.config.bounded_yaml import read_yaml
 from fastvit_engine.config.recipes import parse_yaml
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.shown import public_url
-from fastvit_engine.storage.stores import open_store
+from fastvit_engine.storage.stores import open_store, store_failures
 
 
 def read_section(run: RunFolder, name: str) -> dict[str, Any] | None:

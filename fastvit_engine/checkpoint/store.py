@@ -159,7 +159,3 @@ def is_step_name(name: str) -> bool:
 def name_in_latest(content: bytes) -> str:
     """What a file `latest` holds, as text that can be compared with names, however damaged."""
     return content[:LONGEST_NAME].decode("utf-8", "backslashreplace").strip()
-
-
-def is_owner_name(name: str) -> bool:
-    return re.fullmatch(r"owner-[0-9]{1,18}\.json", name) is not None

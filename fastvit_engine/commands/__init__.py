@@ -1,1 +1,1 @@
-"""One module a command; each has `add(commands)`, which declares it, and imports what it runs only when it runs."""
+"""One module a command; each has `add(commands, purpose)`, which declares it, and loads what it needs when it runs."""

@@ -9,10 +9,10 @@ from fastvit_engine.commands.parser import local_path
 _ALL = "measure operations, training steps, data loading and the loop's own cost, one after the other"
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     bench = commands.add_parser(
         "bench",
-        help="measure kernels, training steps and data loading against other libraries",
+        help=purpose,
         description="Measures this engine and its peers on this machine, whatever it is; a peer that is not installed\n"
         "is left out with the reason, one whose results are wrong gets no ratio. Needs a checkout of the repository.",
         epilog="examples:\n  fastvit bench all --quick\n  fastvit bench kernels --ops attention --models H/14\n"

@@ -88,10 +88,13 @@ def _next(shell: str, path: Path) -> str:
     )
 
 
+def is_asked() -> bool:
+    """Whether a shell asks what may follow on its line, and nothing is to run."""
+    return "_ARGCOMPLETE" in os.environ
+
+
 def answer(parser: argparse.ArgumentParser) -> None:
-    """If a shell asks what may follow on its line, answers and ends the process; otherwise does nothing."""
-    if "_ARGCOMPLETE" not in os.environ:
-        return
+    """Tells the shell that asks what may follow on its line, and ends the process."""
     import argcomplete
     from argcomplete.completers import BaseCompleter
 

@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from fastvit_engine.config import Config
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "config",
-        help="list recipes, show one as it will be used, or explain the keys",
+        help=purpose,
         epilog="examples:\n  fastvit config list\n  fastvit config explain optimizer",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -10,10 +10,10 @@ _FILES = ("npz", "timm")
 _TARGETS = (*_FILES, "hf", "hub-folder")
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "convert",
-        help="write a model in the layout of another program",
+        help=purpose,
         description="Writes a model as an official .npz (npz), one safetensors file under timm's names (timm), a\n"
         "folder for transformers' from_pretrained (hf), or a folder to upload as a model page (hub-folder). Prints\n"
         "the Python code that loads it. What the target has no room for is refused by name: nothing is written then.",

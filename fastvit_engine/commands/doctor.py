@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 _WIDTH = 100  # columns, if the output is no terminal
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "doctor",
-        help="check machine, software, data and network, and say what to mend",
+        help=purpose,
         description="Checks what a run depends on: software that fits together, GPUs and their links, compilers,\n"
         "kernels, the data and how fast it is read and decoded, disks, memory and limits. Started by torchrun or srun\n"
         "as a run is, it checks all nodes and compares them, and rank 0 reports.",

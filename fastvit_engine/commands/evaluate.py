@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 _LOWEST = 5  # classes that are shown
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "evaluate",
-        help="accuracy and loss of trained models on labelled images",
+        help=purpose,
         description="Measures top-1 and top-5 accuracy and the loss of a model on every image of some shards, each\n"
         "counted once, resized and cropped as in the model's run. With several models, such as those of several\n"
         "seeds, also their mean and standard deviation (of the population).",

@@ -6,10 +6,10 @@ from fastvit_engine.commands.parser import local_path
 from fastvit_engine.shown import say
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "export",
-        help="write a checkpoint's weights as one safetensors file",
+        help=purpose,
         description="Writes the fp32 weights of a checkpoint, or their moving average, as one safetensors file with\n"
         "timm's parameter names. Prints the Python code that loads it into timm, strictly. The file's metadata holds\n"
         "this code too, the class names, and how to prepare images. Needs the checkpoint alone: no GPU, little memory.",

@@ -7,10 +7,10 @@ from fastvit_engine.commands.parser import local_path, path_or_url, positive
 from fastvit_engine.shown import say
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "features",
-        help="what a model sees in images, as an .npz file",
+        help=purpose,
         description="Writes the representation of every image of some shards: what the model's head sees, pooled, and\n"
         "after the tanh layer if there is one. The file has the arrays features (float32 [N, R]), labels (int64 [N])\n"
         "and keys ([N]), one row per image in the order of the shards; images that cannot be decoded are left out.",

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from fastvit_engine.observe.progress import WorkProgress
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "fewshot",
-        help="accuracy of a linear classifier on a model's features, from a few images per class",
+        help=purpose,
         description="Fits a linear classifier in closed form (regularised least squares, in float64) to the\n"
         "features of a few training images per class, and measures it on the evaluation images: the few-shot accuracy\n"
         "of the ViT paper. Each number of shots is repeated with different images; the mean and the standard\n"

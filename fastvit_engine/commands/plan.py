@@ -4,6 +4,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from fastvit_engine.commands.loading import loading_pytorch
 from fastvit_engine.commands.recipe import add_init, add_recipe, settings_of, with_weights
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
@@ -17,10 +18,10 @@ if TYPE_CHECKING:
 _NODE_LINES = 8  # numbers of nodes that are shown one by one
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "plan",
-        help="what a run would need and what the engine would choose, without starting it",
+        help=purpose,
         description="Says how much memory a run needs under each ZeRO stage, which settings the engine would choose\n"
         "and why, how the global batch is split, on fewer nodes too, and how long training would take. Needs neither\n"
         "GPU nor data.",
@@ -51,11 +52,12 @@ def _run(args: argparse.Namespace) -> int:
     gib = args.gpu_memory or GPU_MEMORY_GIB[args.gpu]
     if gib <= 2:
         raise UserError(f"--gpu-memory is {gib:g} GiB: too little for any training")
-    config = with_weights(load_config(args.recipe, settings_of(args))).config
+    resolved = load_config(args.recipe, settings_of(args))
+    with loading_pytorch():
+        from fastvit_engine.sizing.defaults import Machine, candidates, choose
+        from fastvit_engine.train.estimate import training_time
 
-    from fastvit_engine.sizing.defaults import Machine, candidates, choose
-    from fastvit_engine.train.estimate import training_time
-
+    config = with_weights(resolved).config
     machine = Machine(args.gpus, per_node, int(gib * 2**30), on_gpu=True)
     options = candidates(config, machine)
     chosen = choose(config, machine)

@@ -11,10 +11,10 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say, shown
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "predict",
-        help="classes of images, with probabilities",
+        help=purpose,
         description="Prints the most probable classes of images, with the probabilities of a softmax over all.\n"
         "Images are resized and cropped as in the model's run. One that cannot be decoded is named on stderr; the\n"
         "exit code is 2 if none can be.",

@@ -15,11 +15,11 @@ _COMPARISON = "comparison.html"
 _PAGE = b"<!DOCTYPE html>"  # how a report begins
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "report",
-        help="write an HTML report of a run, or compare several",
-        description="Writes one self-contained HTML file and prints a summary. Of one run, finished or in progress:\n"
+        help=purpose,
+        description="Writes one self-contained HTML file and prints a summary. Of one run, finished or not:\n"
         "RUN/report.html with accuracy, curves, predictions, incidents and the configuration. Of several:\n"
         f"{_COMPARISON} in the current folder, with curves over each other and the settings that differ.",
         epilog="examples:\n  fastvit report runs/quickstart\n  fastvit report s3://bucket/run\n"
@@ -76,17 +76,21 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _load(name: str) -> "RecordedRun":
     """Reads a run; one in an object store through a copy of its records."""
-    from fastvit_engine.checkpoint.records import Records
+    from fastvit_engine.observe.owner_record import holder_of
     from fastvit_engine.observe.report.recorded_run import load_run
     from fastvit_engine.observe.run_folder import RunFolder, run_folder
 
     folder = run_folder(name)
+    holder = holder_of(folder)
     if folder.url is None:
-        return load_run(folder)
+        return load_run(folder, holder)
+
+    from fastvit_engine.checkpoint.records import Records  # which loads PyTorch
+
     with tempfile.TemporaryDirectory(prefix="fastvit-report-") as copy:
         fetched = RunFolder(Path(copy), folder.url)  # not its working folder, where the run may be in progress
         Records(fetched).fetch()
-        return load_run(fetched)
+        return load_run(fetched, holder)
 
 
 def settings_of(run: "RecordedRun") -> dict[str, str] | None:

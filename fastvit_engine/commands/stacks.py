@@ -7,10 +7,10 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "stacks",
-        help="write the stack traces of a run in progress",
+        help=purpose,
         description="Asks every process of a run, on whatever machines, for the Python stack traces of its threads,\n"
         "which appear in RUN/stacks. The run continues.",
         epilog="example:\n  fastvit stacks runs/b16",
@@ -24,8 +24,8 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fastvit_engine.distributed.stacks import collect_stacks
     from fastvit_engine.observe.events import read_events
+    from fastvit_engine.observe.owner_record import holder_of
     from fastvit_engine.observe.run_folder import WORKING_FOLDERS, run_folder
 
     run = run_folder(args.run_folder)
@@ -37,6 +37,11 @@ def _run(args: argparse.Namespace) -> int:
         )
     if not starts:
         raise UserError(f"{run} is not the folder of a run that has started: give the folder that fastvit train names")
+    if holder_of(run) is None:
+        raise UserError(f"nobody works on {run}: it has no process whose stack traces could be written")
+
+    from fastvit_engine.distributed.stacks import collect_stacks  # which loads PyTorch
+
     processes = int(starts[-1]["world_size"])  # type: ignore[typeddict-item]
     files = collect_stacks(run, processes, args.wait)
     if not files:

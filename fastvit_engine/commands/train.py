@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fastvit_engine.commands.loading import loading_pytorch
 from fastvit_engine.commands.recipe import add_init, add_recipe, settings_of
 from fastvit_engine.distributed.environment import VERBOSE
 from fastvit_engine.errors import RestartError, Sentence, UserError
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     from fastvit_engine.observe.run_folder import RunFolder
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     parser = commands.add_parser(
         "train",
-        help="train a model, from scratch or from weights",
+        help=purpose,
         description="Trains the model of a recipe, from scratch or from the weights of another: on every GPU of this\n"
         "machine, on CPU processes if it has none, or as one rank of the job that torchrun, srun or deepspeed started.",
         epilog="signals: SIGTERM, SIGUSR1, SIGHUP or Ctrl-C finishes the step, saves and exits with code 76; a\n"
@@ -109,28 +110,30 @@ def _run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _dry_run(args, resolved)
 
-    from fastvit_engine.checkpoint import store_of
-    from fastvit_engine.checkpoint.export import export_run
-    from fastvit_engine.checkpoint.owner import RUN_ID, own
-    from fastvit_engine.checkpoint.records import kept_records
-    from fastvit_engine.checkpoint.store import step_of
-    from fastvit_engine.data.stream.worker_pool import lost_worker
-    from fastvit_engine.distributed import launch
-    from fastvit_engine.distributed.environment import launched_by_cluster
-    from fastvit_engine.distributed.rendezvous import check_rendezvous
-    from fastvit_engine.objectives import find_objective
-    from fastvit_engine.observe.run_folder import run_folder
-    from fastvit_engine.sizing.defaults import choose, machine_here
-    from fastvit_engine.train.first_weights import fill_in
-    from fastvit_engine.train.observers import check_installed
-    from fastvit_engine.train.start import preflight, report_damage
-    from fastvit_engine.trusted_folders import trust_compiled_code
+    with loading_pytorch():
+        from fastvit_engine.checkpoint import store_of
+        from fastvit_engine.checkpoint.export import export_run
+        from fastvit_engine.checkpoint.owner import RUN_ID, own
+        from fastvit_engine.checkpoint.records import kept_records
+        from fastvit_engine.checkpoint.store import step_of
+        from fastvit_engine.data.stream.worker_pool import lost_worker
+        from fastvit_engine.distributed import launch
+        from fastvit_engine.distributed.environment import launched_by_cluster
+        from fastvit_engine.distributed.rendezvous import check_rendezvous
+        from fastvit_engine.objectives import find_objective
+        from fastvit_engine.observe.run_folder import run_folder
+        from fastvit_engine.sizing.defaults import choose, machine_here
+        from fastvit_engine.train.first_weights import fill_in
+        from fastvit_engine.train.observers import check_installed
+        from fastvit_engine.train.start import preflight, report_damage
+        from fastvit_engine.trusted_folders import trust_compiled_code
 
     check_installed(resolved.config.observe)
     run = run_folder(args.out or f"runs/{resolved.config.name}")
     resume = args.resume == "auto"
     if launched_by_cluster():
-        from fastvit_engine.train.loop import train
+        with loading_pytorch():
+            from fastvit_engine.train.loop import train
 
         check_rendezvous()
         try:
@@ -198,11 +201,12 @@ def _dry_run(args: argparse.Namespace, resolved: "Resolved") -> int:
     if launched and os.environ["RANK"] != "0":
         return 0
 
-    from fastvit_engine.distributed.launch import processes_here
-    from fastvit_engine.distributed.supervise import rank_environment
-    from fastvit_engine.objectives import find_objective
-    from fastvit_engine.observe.run_folder import run_folder
-    from fastvit_engine.train.dry_run import Target, dry_run
+    with loading_pytorch():
+        from fastvit_engine.distributed.launch import processes_here
+        from fastvit_engine.distributed.supervise import rank_environment
+        from fastvit_engine.objectives import find_objective
+        from fastvit_engine.observe.run_folder import run_folder
+        from fastvit_engine.train.dry_run import Target, dry_run
 
     find_objective(resolved.config.train.objective)
     run = run_folder(args.out or f"runs/{resolved.config.name}")

@@ -23,6 +23,11 @@ def check_config(config: Config) -> None:
             f"optimizer.frozen = {config.optimizer.frozen} keeps every bit of the weights, and "
             "deepspeed.zero_optimization.zero_quantized_nontrainable_weights rounds them: leave one of them out"
         )
+    if config.optimizer.frozen == "backbone" and config.optimizer.kind == "muon":
+        raise UserError(
+            "optimizer.kind = muon is for the matrices of the blocks, which optimizer.frozen = backbone keeps as they "
+            "are: set optimizer.kind=adamw"
+        )
     _check_durations(config)
     if config.data.order == "stream" and not isinstance(config.data.train, str | None):
         raise UserError("data.order is stream, which reads one source: mix sources with data.order: indexed")

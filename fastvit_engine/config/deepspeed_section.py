@@ -147,7 +147,7 @@ WITHOUT_EFFECT = {  # dotted key: why
     "use_data_before_expert_parallelism": "the model has no experts",
     "vocabulary_size": "the model has no vocabulary",
     "weight_quantization": "the engine trains in train.precision",
-    "zero_allow_untested_optimizer": "ZeRO supports the engine's optimizers",
+    "zero_allow_untested_optimizer": "the engine's optimizers are made for ZeRO",
     **dict.fromkeys(
         (
             "nebula",
@@ -172,7 +172,7 @@ WITHOUT_EFFECT = {  # dotted key: why
     "zero_optimization.legacy_stage1": _REMOVED,
     "zero_optimization.load_from_fp32_weights": _CHECKPOINTS,
     "zero_optimization.pipeline_loading_checkpoint": _CHECKPOINTS,
-    "zero_optimization.save_muon_momentum_buffer_in_memory": "the engine has no optimizer 'muon'",
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "the engine's Muon is not DeepSpeed's",
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": _CHECKPOINTS,
     "zero_optimization.stage3_gather_fp16_weights_on_model_save": _CHECKPOINTS,
     "zero_optimization.zenflow": "the engine updates all weights in every step",

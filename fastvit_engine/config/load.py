@@ -210,6 +210,9 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     if problem["type"] == "missing":
         return f"configuration key '{key}'{where} is {given!r}: too few values"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "tuple_type" and key in fields():
+        usual = ", ".join(str(value) for value in fields()[key].default)
+        message = f"write a list in brackets, such as [{usual}]"
     advice = f"; {_ADVICE[key, problem['type']]}" if (key, problem["type"]) in _ADVICE else ""
     return f"configuration key '{key}'{where} is {given!r}: {message[0].lower()}{message[1:]}{advice}"
 

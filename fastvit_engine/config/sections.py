@@ -5,10 +5,22 @@ value is, its unit, and what null means.
 """
 
 import re
+from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fastvit_engine.duration import Duration
 
@@ -62,6 +74,7 @@ AreaFraction = Annotated[float, Field(gt=0, le=1)]
 PixelMean = Annotated[float, Field(ge=0, le=1)]
 PixelDeviation = Annotated[float, Field(gt=0.002, le=1)]
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+OptimizerName = Literal["adamw", "sgd", "lion", "muon", "lamb", "adafactor"]
 EvalTransform = Literal["timm", "big_vision", "fast"]
 CropKind = Literal["inception", "tensorflow", "resize"]
 BEFORE_EVAL_TRANSFORM: EvalTransform = "fast"  # of runs that are older than data.eval_transform
@@ -271,6 +284,11 @@ class AugmentConfig(_Section):
     sixteen of big_vision, with its strengths, nearest pixels and cutout."""
 
 
+def _as_text(steps: Any) -> Any:
+    """One step, which YAML and Python write as a number, as text."""
+    return str(steps) if type(steps) is int else steps
+
+
 def _window(text: str) -> str:
     """Steps to profile, if they can be: they are recorded in memory."""
     first, last = profiled_steps(text)
@@ -284,7 +302,7 @@ def _window(text: str) -> str:
 def profiled_steps(text: str) -> tuple[int, int]:
     """The first and the last step of "100-105", or of "100"."""
     if re.fullmatch(r"[0-9]{1,18}(-[0-9]{1,18})?", text) is None:
-        raise ValueError("write the first and the last step, such as 100-105")
+        raise ValueError("write the first and the last step, such as 100-105, or one step")
     first, _, last = text.partition("-")
     return int(first), int(last or first)
 
@@ -305,8 +323,8 @@ def _objective(name: str) -> str:
 class ProfileConfig(_Section):
     """Some steps recorded by PyTorch's profiler, as a trace and as a table by kernel in profile/ of the run folder."""
 
-    steps: Annotated[str, AfterValidator(_window)] | None = None
-    """First and last step to profile, such as 100-105, at most 20; null: none."""
+    steps: Annotated[str, BeforeValidator(_as_text), AfterValidator(_window)] | None = None
+    """First and last step to profile, such as 100-105, at most 20; or one step, such as 100; null: none."""
 
     ranks: Annotated[tuple[Rank, ...], AfterValidator(_distinct)] = Field((0,), min_length=1)
     """Processes to profile, by rank."""
@@ -365,26 +383,40 @@ class InitConfig(_Section):
     aligned; bicubic: as DINOv2 and transformers."""
 
 
+_OF_KIND: dict[str, dict[str, Any]] = {  # defaults that are not AdamW's
+    "lion": {"betas": (0.9, 0.99)},
+    "muon": {"momentum": 0.95},
+    "lamb": {"eps": 1e-6},
+    "adafactor": {"eps": 1e-30},
+}
+
+
 class OptimizerConfig(_Section):
     """What updates the weights. Weight decay is multiplied by the learning rate and applies to matrices only."""
 
-    kind: Literal["adamw", "sgd"] = "adamw"
-    """The optimizer. adamw: AdamW as in PyTorch (Loshchilov and Hutter 2019); sgd: SGD with momentum as in PyTorch."""
+    kind: OptimizerName = "adamw"
+    """The optimizer. adamw: AdamW (Loshchilov and Hutter 2019); sgd: SGD with momentum; lion: Lion (Chen et al. 2023);
+    muon: Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for the rest; lamb: LAMB (You et al. 2020);
+    adafactor: that of Zhai et al. 2022."""
 
     learning_rate: LearningRate = Field(1e-3, gt=0)
     """Peak learning rate, reached at the end of the warm-up."""
 
     betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """For adamw: decay rates of the averages of the gradient and of its square."""
+    """Decay rates of the averages of the gradient and of its square, for all but sgd; for muon of its AdamW. lion has
+    one average: the first rate is that of its update, and the default (0.9, 0.99). adafactor averages updates at the
+    first rate, and squares at the second at most."""
 
     eps: float = Field(1e-8, ge=1e-30, le=1)
-    """For adamw: added to the denominator of the update."""
+    """For adamw, muon and lamb (default 1e-6): added to the denominator of the update; for adafactor (default 1e-30):
+    added to the square of the gradient."""
 
     momentum: Decay = 0.9
-    """For sgd: decay rate of the sum of the gradients; 0: no momentum."""
+    """For sgd: decay rate of the sum of the gradients; 0: no momentum. For muon (default 0.95): of their average."""
 
     weight_decay: float = Field(0.1, ge=0, le=1000)
-    """Weight decay; 0: off. adamw: decoupled from the gradient; sgd: added to the gradient, before the momentum."""
+    """Weight decay; 0: off. sgd: added to the gradient, before the momentum; lamb: added to the update before its
+    length is set; others: decoupled from the gradient."""
 
     layer_decay: float | None = Field(None, gt=0, le=1)
     """Layer-wise decay d: the learning rate is multiplied by d^(depth + 1 - layer). The embeddings are layer 0, the
@@ -393,6 +425,14 @@ class OptimizerConfig(_Section):
     frozen: Literal["none", "backbone"] = "none"
     """What does not learn. backbone: all but the last linear layer, which is a linear probe. What is frozen computes as
     in evaluation, without dropout, and keeps every bit."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_kind(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        kind = values.get("kind")
+        return {**(_OF_KIND.get(kind, {}) if isinstance(kind, str) else {}), **values}
 
 
 class ScheduleConfig(_Section):

@@ -20,7 +20,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
-    from fastvit_engine.config import Config
+    from fastvit_engine.config import Config, ModelConfig
 
 _links = Group("links")
 _NODE_SECONDS = 150.0  # of all checks of a node together, at most
@@ -104,7 +104,11 @@ def run_check(name: str, check: Callable[[], Iterable[Finding]], seconds: float)
 
     outcome = run_isolated(send_all, seconds)
     findings = [Finding.from_dict(message) for message in outcome.messages]
-    if outcome.failure is not None:
+    if outcome.busy:
+        found = f"slow: {outcome.failure}, and was still computing; {os.getloadavg()[0]:.0f} processes want a core"
+        advice = "run this again when the machine has less to do"
+        findings.append(Group(name).warning(f"rest of {name}", found, advice))
+    elif outcome.failure is not None:
         found = f"could not be checked: {outcome.failure}"
         advice = "mend what it names, or install what it misses, and run this again"
         if not outcome.timely:
@@ -166,16 +170,26 @@ def _disks(request: Request, gpus: Gpus) -> Iterable[Finding]:
 
 
 def _needed_room(config: "Config", folders: dict[str, str]) -> dict[str, int]:
-    """Two checkpoints, of weights and two moments in fp32, where they go; the shard cache its limit."""
+    """Two checkpoints where they go; the shard cache its limit."""
     needs = {}
-    with contextlib.suppress(ImportError, ValueError, UserError):  # ValueError: of FASTVIT_KERNELS
-        from fastvit_engine.models import parameter_count
-
-        where = "checkpoints" if config.checkpoint.path else "run folder"
-        needs[where] = max(2**30, 2 * 12 * parameter_count(config.model, config.pretraining))
+    with contextlib.suppress(UserError):  # of a model that cannot be
+        needs["checkpoints" if config.checkpoint.path else "run folder"] = 2 * checkpoint_bytes(config.model)
     if config.data.cache_gb:
         needs["shard cache"] = int(config.data.cache_gb * 1e9)
-    return {name: size for name, size in needs.items() if name in folders}
+    return {name: max(2**30, size) for name, size in needs.items() if name in folders}
+
+
+def checkpoint_bytes(model: "ModelConfig") -> int:
+    """About the size of a checkpoint: weights and two moments in fp32. Raises UserError if the model cannot be.
+
+    Counts the large matrices only: to count all parameters takes PyTorch, whose import may take as long as this check.
+    """
+    from fastvit_engine.config.model_shape import resolve_shape
+
+    shape = resolve_shape(model)
+    block = 4 * shape.width**2 + 2 * shape.width * shape.mlp_dim
+    patches_and_head = (3 * shape.patch_size**2 + model.num_classes) * shape.width
+    return 12 * (shape.depth * block + patches_and_head)
 
 
 def _gpus(request: Request, gpus: Gpus) -> Iterable[Finding]:

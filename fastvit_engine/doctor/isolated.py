@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastvit_engine.errors import RestartError, UserError
@@ -34,6 +35,7 @@ class Outcome:
     messages: list[Any]
     failure: str | None  # a clause: "it did not end within 30 s"; None if it ended well
     timely: bool = True  # whether it ended before its time limit
+    busy: bool = False  # whether it was computing at its time limit, and not waiting for anything
 
 
 class Isolated:
@@ -54,10 +56,11 @@ class Isolated:
     def wait(self) -> Outcome:
         """Returns when the check has ended, or at its time limit; nothing of it is left running."""
         content, timely = self._read()
+        busy = not timely and _computes(self._process)
         status = self._end()
         messages = [json.loads(line) for line in content.split(b"\n")[:-1]]  # behind the last newline: half a line
         if not timely:
-            return Outcome(messages, f"it did not end within {format_duration(self._seconds)}", timely=False)
+            return Outcome(messages, f"it did not end within {format_duration(self._seconds)}", timely=False, busy=busy)
         if os.WIFSIGNALED(status):
             reason = f"it was killed by {signal.Signals(os.WTERMSIG(status)).name}"
         elif os.WEXITSTATUS(status):
@@ -120,6 +123,14 @@ class Isolated:
     def __del__(self) -> None:
         with suppress(AttributeError, OSError):
             os.close(self._said)
+
+
+def _computes(process: int) -> bool:
+    """Whether a process runs, or would if a core were free; one in a driver's call or at a dead disk sleeps."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "R"
+    except OSError:
+        return False
 
 
 def run_isolated(check: Callable[[Send], None], seconds: float) -> Outcome:

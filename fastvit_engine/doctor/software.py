@@ -29,6 +29,7 @@ def check_software() -> Iterator[Finding]:
         yield from _check_triton()
         yield from _check_parts_of_torch()
         yield from _import_torch()
+        yield from _check_torchvision()
     yield _check_apex()
 
 
@@ -114,6 +115,24 @@ def _import_torch() -> Iterator[Finding]:
         yield _group.warning("import torch", found, advice, same=built, figures={"seconds": seconds})
     else:
         yield _group.ok("import torch", found, same=built, figures={"seconds": seconds})
+
+
+def _check_torchvision() -> Iterator[Finding]:
+    """The engine does without it; timm and open_clip need it, and it must be of the same build as torch."""
+    version, torch = _version("torchvision"), _version("torch")
+    if version is None:
+        return
+    try:
+        importlib.import_module("torchvision")
+    except Exception as error:
+        index = " --index-url INDEX, with the index that torch came from" if "+" in str(torch) else ""
+        yield _group.warning(
+            "torchvision",
+            f"torchvision {version} does not import with torch {torch}, nor then does timm: {_first_line(error)}",
+            f"pip uninstall -y torchvision, and pip install torchvision torch=={torch}{index}",
+        )
+    else:
+        yield _group.ok("torchvision", version)
 
 
 def _check_apex() -> Finding:

@@ -12,7 +12,7 @@ from fastvit_engine.config.deepspeed_section import check_deepspeed
 from fastvit_engine.data.stream.batch_split import BatchSplit
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.deepspeed import initialize
-from fastvit_engine.engine.optimizers import build_optimizer, check_stage
+from fastvit_engine.engine.optimizers.kinds import build_optimizer
 from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.errors import UserError
 
@@ -26,7 +26,6 @@ def deepspeed_config(config: Config, split: BatchSplit, *, on_gpu: bool | None =
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     if config.train.precision == "fp16" and not on_gpu:
         raise UserError("train.precision = fp16 needs a GPU: use bf16 or fp32 on a CPU")
-    check_stage(config)
     check_zero(config.zero)
     check_deepspeed(config)
     zero: dict[str, Any] = {"stage": config.zero.stage}
@@ -46,7 +45,7 @@ def deepspeed_config(config: Config, split: BatchSplit, *, on_gpu: bool | None =
         "fp16": {"enabled": config.train.precision == "fp16"},
         "steps_per_print": None,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": True,  # DeepSpeed's list leaves out SGD, whose update is elementwise too
+        "zero_allow_untested_optimizer": True,  # its list knows none but Adam's: ours know what ZeRO gives them
     }
     if config.train.precision != "fp32" and config.zero.stage != 0:
         written["data_types"] = {"grad_accum_dtype": "fp32"}  # low-precision sums drift as accumulation grows

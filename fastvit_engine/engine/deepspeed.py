@@ -11,8 +11,7 @@ import os
 import sys
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -20,7 +19,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fastvit_engine.distributed.environment import VERBOSE
-from fastvit_engine.engine.optimizers import RATE_SCALE
+from fastvit_engine.engine.optimizers.groups import RATE_SCALE
+from fastvit_engine.engine.optimizers.partition import Partition, PartitionedOptimizer, Span
 from fastvit_engine.engine.protocol import GradientNorm, ParameterSlice
 from fastvit_engine.errors import UserError
 
@@ -33,6 +33,7 @@ ENGINE_INTERNALS = (
     "basic_optimizer",
     "clip_fp32_gradients",
     "destroy",
+    "device",
     "enable_backward_allreduce",
     "fp16_enabled",
     "global_samples",
@@ -124,11 +125,19 @@ class DeepSpeedEngine:
             # With nobody to reduce with, DeepSpeed still copies all gradients to a buffer and back, rounded to 16 bits.
             engine.enable_backward_allreduce = False
         self._layout.begin()
+        if (partitioned := self._partitioned) is not None:
+            masters = list(self._layout.masters())
+            partitioned.attach(masters, self.shapes, replicated=self.replicated, device=torch.device(engine.device))
         self._frozen = frozen_weights(engine, self._layout)
 
     @property
     def replicated(self) -> bool:
         return self.zero_stage == 0
+
+    @property
+    def _partitioned(self) -> PartitionedOptimizer | None:
+        """The optimizer, if it needs to know what its tensors hold."""
+        return self._layout.base if isinstance(self._layout.base, PartitionedOptimizer) else None
 
     # ---- a step
 
@@ -213,6 +222,24 @@ class DeepSpeedEngine:
                     slices.setdefault(key, []).extend(masters.slices(value))
         return slices
 
+    def optimizer_statistics(self) -> dict[str, list[ParameterSlice]]:
+        slices: dict[str, list[ParameterSlice]] = {}
+        if self._partitioned is not None:
+            for kind, part in self._partitioned.statistic_slices():
+                slices.setdefault(kind, []).append(part)
+        return slices
+
+    def optimizer_shapes(self) -> dict[str, dict[str, list[int]]]:
+        shapes: dict[str, dict[str, list[int]]] = {}
+        whole = self.shapes
+        for masters in self._layout.masters():
+            for key, value in self._layout.state_of(masters.tensor).items():
+                if _is_like(value, masters.tensor):
+                    shapes.setdefault(key, {}).update({name: whole[name] for name in masters.names})
+        for kind, slices in self.optimizer_statistics().items():
+            shapes[kind] = {part.name: list(part.values.shape) for part in slices}
+        return shapes
+
     def buffers(self) -> list[ParameterSlice]:
         module = self._engine.module
         kept = module.state_dict(keep_vars=True).keys()
@@ -228,13 +255,19 @@ class DeepSpeedEngine:
             found[f"loss_scaler.{field}"] = float(value)
         return found
 
-    def prepare_optimizer(self, keys: Iterable[str], scalars: dict[str, float]) -> None:
+    def prepare_optimizer(self, kinds: Mapping[str, Collection[str]], scalars: dict[str, float]) -> None:
         state = self._layout.base.state
+        dtypes: Mapping[str, torch.dtype] = {}
+        if (partitioned := self._partitioned) is not None:
+            partitioned.prepare_statistics(kinds)
+            dtypes = partitioned.dtypes
+            kinds = {kind: names for kind, names in kinds.items() if kind not in partitioned.statistic_kinds}
         for masters in self._layout.masters():
             group = self._layout.group_of(masters.tensor)
             state.pop(masters.tensor, None)
-            for key in keys:
-                state[masters.tensor][key] = torch.zeros_like(masters.tensor)
+            for key, names in kinds.items():
+                if any(name in names for name in masters.names):
+                    state[masters.tensor][key] = torch.zeros_like(masters.tensor, dtype=dtypes.get(key))
             for name, value in scalars.items():
                 section, _, key = name.partition(".")
                 if section == "optimizer":  # torch keeps counters on the host, except for these two kinds of kernels
@@ -265,29 +298,6 @@ class DeepSpeedEngine:
 
 
 # ---- where DeepSpeed keeps the state
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Elements [start, start + count) of a flattened parameter, which lie at `offset` of a flat buffer."""
-
-    name: str
-    start: int
-    offset: int
-    count: int
-
-
-@dataclass(frozen=True)
-class _FlatMasters:
-    """A tensor of fp32 master weights that the optimizer updates, and what of the parameters lies in it."""
-
-    tensor: Tensor
-    spans: list[_Span]
-
-    def slices(self, values: Tensor) -> list[ParameterSlice]:
-        """The slices of a tensor that is laid out like the masters."""
-        flat = values.detach().view(-1)
-        return [ParameterSlice(s.name, s.start, flat.narrow(0, s.offset, s.count)) for s in self.spans]
 
 
 class FrozenWeight(ABC):
@@ -375,7 +385,7 @@ class Layout(ABC):
         self.names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
 
     @abstractmethod
-    def masters(self) -> Iterator[_FlatMasters]:
+    def masters(self) -> Iterator[Partition]:
         """The fp32 master weights that this process updates."""
 
     @abstractmethod
@@ -422,16 +432,18 @@ class Layout(ABC):
         groups = self.base.param_groups
         return next((g for g in groups if any(p is master for p in g["params"])), groups[0])
 
-    def _partition(
-        self, group: Sequence[nn.Parameter], offsets: Iterable[int], number: int, flat: Tensor
-    ) -> _FlatMasters:
+    def _partition(self, group: Sequence[nn.Parameter], offsets: Iterable[int], number: int, flat: Tensor) -> Partition:
         """This rank's equal part `flat` of a group of parameters, which begin at `offsets` of the flattened group."""
         rank, size, spans = torch.distributed.get_rank(self.optimizer.real_dp_process_group[number]), flat.numel(), []
         for parameter, offset in zip(group, offsets, strict=True):
             first, last = max(offset, rank * size), min(offset + parameter.numel(), (rank + 1) * size)
             if first < last:
-                spans.append(_Span(self.names[id(parameter)], first - offset, first - rank * size, last - first))
-        return _FlatMasters(flat, spans)
+                spans.append(Span(self.names[id(parameter)], first - offset, first - rank * size, last - first))
+        return Partition(flat, spans, [self.names[id(parameter)] for parameter in group])
+
+    def _whole(self, parameter: nn.Parameter, master: Tensor) -> Partition:
+        name = self.names[id(parameter)]
+        return Partition(master, [Span(name, 0, 0, master.numel())], [name])
 
 
 class Plain(Layout):
@@ -448,10 +460,10 @@ class Plain(Layout):
     def gradient_norm(self) -> None:
         return None
 
-    def masters(self) -> Iterator[_FlatMasters]:
+    def masters(self) -> Iterator[Partition]:
         for group in self.optimizer.param_groups:
             for parameter in group["params"]:
-                yield _FlatMasters(parameter, [_Span(self.names[id(parameter)], 0, 0, parameter.numel())])
+                yield self._whole(parameter, parameter)
 
     def publish(self) -> None:
         """Nothing to do: the weights are the masters."""
@@ -467,9 +479,9 @@ class Unpartitioned16Bit(Layout):
     def loss_scaler(self) -> Any:
         return self.optimizer.loss_scale_config
 
-    def masters(self) -> Iterator[_FlatMasters]:
+    def masters(self) -> Iterator[Partition]:
         for parameter, master in self._pairs():
-            yield _FlatMasters(master, [_Span(self.names[id(parameter)], 0, 0, master.numel())])
+            yield self._whole(parameter, master)
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -510,7 +522,7 @@ class Zero1And2(Layout):
         "zero_grad",
     )
 
-    def masters(self) -> Iterator[_FlatMasters]:
+    def masters(self) -> Iterator[Partition]:
         optimizer = self.optimizer
         for number, flat in enumerate(optimizer.single_partition_of_fp32_groups):
             offsets = optimizer.round_robin_bit16_offsets[number]
@@ -546,7 +558,7 @@ class Zero1Bf16(Layout):
         "zero_grad",
     )
 
-    def masters(self) -> Iterator[_FlatMasters]:
+    def masters(self) -> Iterator[Partition]:
         for number, flat in enumerate(self.optimizer.fp32_groups_flat_partition):
             group, offsets = self.optimizer.bf16_groups[number], [0]
             for parameter in group:
@@ -590,17 +602,17 @@ class Zero3(Layout):
         second = getattr(self.optimizer, "backup_optimizer", None)
         return [*super().torch_optimizers(), *([second] if second is not None else [])]
 
-    def masters(self) -> Iterator[_FlatMasters]:
+    def masters(self) -> Iterator[Partition]:
         optimizer = self.optimizer
         for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
-            yield _FlatMasters(flat, list(self._spans(group)))
+            yield Partition(flat, list(self._spans(group)), [self.names[id(parameter)] for parameter in group])
 
-    def _spans(self, group: Sequence[Any]) -> Iterator[_Span]:
+    def _spans(self, group: Sequence[Any]) -> Iterator[Span]:
         offset = 0
         for parameter in group:
             start, count = _shard_of(parameter)
             if count > 0:
-                yield _Span(self.names[id(parameter)], start, offset, count)
+                yield Span(self.names[id(parameter)], start, offset, count)
             offset += parameter.ds_tensor.ds_numel
 
     def publish(self) -> None:

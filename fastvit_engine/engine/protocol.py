@@ -1,6 +1,6 @@
 """What training, checkpoints and health checks need of an engine; nothing here knows which library it is made of."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,7 +82,16 @@ class TrainingEngine(Protocol):
         """The fp32 master weights that this process holds."""
 
     def optimizer_state(self) -> dict[str, list[ParameterSlice]]:
-        """The optimizer's tensors by name (Adam: exp_avg, exp_avg_sq); empty before the first step."""
+        """What this process holds of the optimizer's tensors that are like the weights; empty before the first step.
+
+        By kind (Adam: exp_avg, exp_avg_sq). A kind may be there for some of the parameters only.
+        """
+
+    def optimizer_statistics(self) -> dict[str, list[ParameterSlice]]:
+        """The optimizer's other tensors by kind, which every process holds whole, such as means of rows."""
+
+    def optimizer_shapes(self) -> dict[str, dict[str, list[int]]]:
+        """For each kind of the two the parameters that have it, and the whole shape that it has there."""
 
     def buffers(self) -> list[ParameterSlice]:
         """The model's persistent buffers, which every process holds whole."""
@@ -90,8 +99,11 @@ class TrainingEngine(Protocol):
     def scalars(self) -> dict[str, float]:
         """The optimizer's counters and the loss scale; the same on all processes."""
 
-    def prepare_optimizer(self, keys: Iterable[str], scalars: dict[str, float]) -> None:
-        """Gives the optimizer exactly these tensors, zeroed for the caller to overwrite, and these counters."""
+    def prepare_optimizer(self, kinds: Mapping[str, Collection[str]], scalars: dict[str, float]) -> None:
+        """Gives the optimizer exactly these tensors, zeroed for the caller to overwrite, and these counters.
+
+        kinds: for each kind of tensor the parameters that have it.
+        """
 
     def publish(self) -> None:
         """Makes the weights the model computes with equal to the master weights; collective."""

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import nn
 
-from fastvit_engine.observe.metrics import Evaluation
+from fastvit_engine.observe.metrics import EvaluationRow
 
 
 class Evaluator(Protocol):
@@ -14,5 +14,5 @@ class Evaluator(Protocol):
     name: str  # of its rows for the weights; those for the average get this name and "_ema"
     every_steps: int  # besides once after the last step; 0: only then
 
-    def run(self, model: nn.Module, *, step: int, name: str) -> Sequence[Evaluation]:
+    def run(self, model: nn.Module, *, step: int, name: str) -> Sequence[EvaluationRow]:
         """Measures the model after `step` optimizer steps; collective. Leaves it in training mode if it was."""

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import NamedTuple, TextIO, cast
 
 from fastvit_engine.observe.events import Event
-from fastvit_engine.observe.metrics import EvalRow, Evaluation, FewShotRow, LossRow, TrainRow
+from fastvit_engine.observe.metrics import EvalRow, EvaluationRow, FewShotRow, LossRow, OwnRow, TrainRow
 from fastvit_engine.observe.units import counted, format_bytes, format_duration, format_share
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -43,7 +43,7 @@ class LiveView:
         self._has_bars = _can_show(stream, _BARS)
         self._row: TrainRow | None = None
         self._losses: deque[float] = deque(maxlen=_LOSSES)
-        self._evaluations: dict[str, Evaluation] = {}
+        self._evaluations: dict[str, EvaluationRow] = {}
         self._events = Counter[str]()
         self._saved_at: float | None = None
 
@@ -51,7 +51,7 @@ class LiveView:
         self._row = row
         self._losses.append(row["loss"])
 
-    def add_evaluation(self, row: Evaluation) -> None:
+    def add_evaluation(self, row: EvaluationRow) -> None:
         self._evaluations[row["eval"]] = row
 
     def add_event(self, event: Event) -> None:
@@ -110,6 +110,9 @@ class LiveView:
             if "shots" in row:
                 shots = cast(FewShotRow, row)["shots"]
                 parts += [f"{which}{number}-shot {format_share(found['mean'])}" for number, found in shots.items()]
+            elif "figures" in row:
+                own = cast(OwnRow, row)["figures"]
+                parts += [f"{which}{figure} {number:.4g}" for figure, number in own.items()]
             elif "top1" not in row:
                 parts.append(f"{which}held-out loss {cast(LossRow, row)['loss']:.4g} (step {row['step']})")
             else:

@@ -75,17 +75,27 @@ class FewShotRow(TypedDict):
     seconds: float  # this evaluation
 
 
+class OwnRow(TypedDict):
+    """What an evaluator that was given to `train` has measured."""
+
+    step: int
+    eval: str  # its name, with "_ema" behind it for the moving average of the weights
+    figures: dict[str, float]
+    seconds: float  # this evaluation
+
+
+EvaluationRow = EvalRow | FewShotRow | OwnRow
+Row = TrainRow | EvaluationRow
+
+
 class Metrics(NamedTuple):
     """The rows of `metrics.jsonl` by their form, in the order written."""
 
     train: list[TrainRow]
     evaluations: list[EvalRow]
     few_shot: list[FewShotRow]
+    own: list[OwnRow]
     losses: list[LossRow]
-
-
-Evaluation = EvalRow | FewShotRow | LossRow
-Row = TrainRow | Evaluation
 
 
 class MetricsWriter:
@@ -131,6 +141,8 @@ def read_all_metrics(path: Path, named: str | None = None) -> Metrics:
             metrics.evaluations.append(cast(EvalRow, row))
         elif _form_of(row) is FewShotRow:
             metrics.few_shot.append(cast(FewShotRow, row))
+        elif _form_of(row) is OwnRow:
+            metrics.own.append(cast(OwnRow, row))
         else:
             metrics.losses.append(cast(LossRow, row))
     return metrics
@@ -157,6 +169,9 @@ def _problem(row: Mapping[str, Any]) -> str | None:
         elif key == "shots":
             if not _are_shots(row[key]):
                 return f"has shots {row[key]!r}, not figures of few-shot accuracy"
+        elif key == "figures":
+            if not _are_figures(row[key]):
+                return f"has figures {row[key]!r}, not numbers by name"
         elif not isinstance(row[key], kind) or isinstance(row[key], bool):
             return f"has {key} {row[key]!r}, not {_NAMES.get(kind, 'a number')}"
         elif key == "seconds" and not math.isfinite(row[key]):
@@ -169,6 +184,8 @@ def _problem(row: Mapping[str, Any]) -> str | None:
 def _form_of(row: Mapping[str, Any]) -> Any:
     if "eval" not in row:
         return TrainRow
+    if "figures" in row:
+        return OwnRow
     if "shots" in row:
         return FewShotRow
     return EvalRow if "top1" in row or "top5" in row else LossRow
@@ -186,6 +203,13 @@ def _are_shots(value: Any) -> bool:
     )
 
 
+def _are_figures(value: Any) -> bool:
+    """Whether a value is what OwnRow has as `figures`."""
+    return isinstance(value, dict) and all(
+        isinstance(name, str) and type(number) in (int, float) for name, number in value.items()
+    )
+
+
 _NAMES: dict[Any, str] = {int: "an integer", str: "a text"}
 
 
@@ -194,8 +218,7 @@ def _kinds(form: type) -> dict[str, Any]:
     return {key: kind if kind in (int, str) else int | kind for key, kind in get_type_hints(form).items()}
 
 
-_KINDS: dict[type, dict[str, Any]] = {form: _kinds(form) for form in (TrainRow, EvalRow, LossRow)}
-_KINDS[FewShotRow] = _kinds(FewShotRow)
+_KINDS: dict[type, dict[str, Any]] = {form: _kinds(form) for form in (TrainRow, EvalRow, LossRow, FewShotRow, OwnRow)}
 
 
 def _encode(row: Any) -> Any:

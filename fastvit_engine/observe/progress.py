@@ -11,7 +11,7 @@ from typing import TextIO, cast
 
 from fastvit_engine.observe.events import Event
 from fastvit_engine.observe.live_view import LiveView, Position
-from fastvit_engine.observe.metrics import EvalRow, Evaluation, FewShotRow, LossRow, TrainRow
+from fastvit_engine.observe.metrics import EvalRow, EvaluationRow, FewShotRow, LossRow, OwnRow, TrainRow
 from fastvit_engine.observe.units import format_duration, format_share
 from fastvit_engine.shown import before_saying, shown, shown_lines
 
@@ -215,7 +215,7 @@ class TrainingProgress:
         else:
             self._display.print("  ".join([f"step {self._step}/{self._total_steps}", *self._figures(row)]))
 
-    def log_evaluation(self, row: Evaluation) -> None:
+    def log_evaluation(self, row: EvaluationRow) -> None:
         """Prints the result of an evaluation as a line of its own; its time does not count as training time."""
         self._view.add_evaluation(row)
         which = "EMA weights, " if row["eval"].endswith("_ema") else ""
@@ -223,15 +223,18 @@ class TrainingProgress:
             few_shot = cast(FewShotRow, row)
             kind = "few-shot accuracy"
             figures = [f"{shots}-shot {format_share(found['mean'])}" for shots, found in few_shot["shots"].items()]
+        elif "figures" in row:
+            kind = row["eval"].removesuffix("_ema")
+            figures = [f"{name} {number:.4g}" for name, number in cast(OwnRow, row)["figures"].items()]
         else:
             kind, figures = "evaluation", [f"loss {cast(EvalRow | LossRow, row)['loss']:.4g}"]
         if "top1" in row:
             one = cast(EvalRow, row)
             top5 = [] if one["top5"] is None else [f"top-5 {format_share(one['top5'])}"]
             figures = [f"top-1 {format_share(one['top1'])}", *top5, *figures]
+        images = "" if "figures" in row else f"{cast(EvalRow | FewShotRow | LossRow, row)['samples']:,} images "
         self.message(
-            f"{kind} ({which}step {row['step']}): {'  '.join(figures)}  "
-            f"({row['samples']:,} images in {format_duration(row['seconds'])})"
+            f"{kind} ({which}step {row['step']}): {'  '.join(figures)}  ({images}in {format_duration(row['seconds'])})"
         )
         self._rate.start(self._step, self._clock())
 

@@ -13,7 +13,7 @@ import fastvit_engine
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.disk import reason
 from fastvit_engine.observe.events import Event, listening
-from fastvit_engine.observe.metrics import EvalRow, FewShotRow, LossRow, Row, TrainRow
+from fastvit_engine.observe.metrics import EvalRow, FewShotRow, LossRow, OwnRow, Row, TrainRow
 from fastvit_engine.observe.optional import require
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ class Exporter:
         self._row_time: float | None = None
         self._evaluations: dict[str, EvalRow | LossRow] = {}
         self._few_shot: dict[str, FewShotRow] = {}
+        self._own: dict[str, OwnRow] = {}
         self._events = Counter[str]()
 
     def __str__(self) -> str:
@@ -79,6 +80,9 @@ class Exporter:
         if "shots" in row:
             few_shot = cast(FewShotRow, row)
             self._few_shot[few_shot["eval"]] = few_shot
+        elif "figures" in row:
+            own = cast(OwnRow, row)
+            self._own[own["eval"]] = own
         elif "eval" in row:
             evaluation = cast(EvalRow | LossRow, row)
             self._evaluations[evaluation["eval"]] = evaluation
@@ -114,6 +118,11 @@ class Exporter:
             (found["mean"], shots, _weights(one["eval"]))
             for one in [*self._few_shot.values()]
             for shots, found in one["shots"].items()
+        ])  # fmt: skip
+        yield from _gauge("evaluator_figure", "Of an evaluator of one's own", ("evaluator", "figure", "weights"), [
+            (number, one["eval"].removesuffix("_ema"), name, _weights(one["eval"]))
+            for one in [*self._own.values()]
+            for name, number in one["figures"].items()
         ])  # fmt: skip
         yield _events([*self._events.items()])
         hosts = list(self.hosts())

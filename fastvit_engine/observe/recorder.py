@@ -6,7 +6,7 @@ from functools import partial
 
 from fastvit_engine.observe.disk import if_possible, insist
 from fastvit_engine.observe.events import listening, read_events
-from fastvit_engine.observe.metrics import Evaluation, MetricsWriter, Row, TrainRow
+from fastvit_engine.observe.metrics import EvaluationRow, MetricsWriter, Row, TrainRow
 from fastvit_engine.observe.progress import TrainingProgress
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.trackers.protocol import Tracker
@@ -43,7 +43,7 @@ class Recorder:
         self._write(row)
         self._progress.log(row)
 
-    def evaluation(self, row: Evaluation) -> None:
+    def evaluation(self, row: EvaluationRow) -> None:
         self._write(row)
         self._progress.log_evaluation(row)
 

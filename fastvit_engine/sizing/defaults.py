@@ -18,7 +18,6 @@ from fastvit_engine.control_groups import memory_limit
 from fastvit_engine.cores import cores_here
 from fastvit_engine.data.stream.batch_split import BatchSplit, possible_splits, split_batch
 from fastvit_engine.distributed.world import World
-from fastvit_engine.engine.optimizers import check_stage, possible_stages
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted, format_bytes, format_count
 from fastvit_engine.sizing.memory import (
@@ -138,7 +137,6 @@ def device_memory(processes_per_node: int, *, on_gpu: bool) -> int:
 
 def choose(config: Config, machine: Machine) -> Chosen:
     """Fills in what `config` leaves open. Raises UserError, with numbers and the nearest remedy, if nothing fits."""
-    check_stage(config)
     recompute_is_open = config.train.recompute == "auto" and _recompute_matters(config, machine)
     options = _options(config, machine)
     if recompute_is_open and not any(candidate.fits for candidate in options):
@@ -239,6 +237,11 @@ def _with_train(config: Config, **settings: Any) -> Config:
 
 def _with_micro_batch(config: Config, size: int | None) -> Config:
     return _with_train(config, micro_batch_size=size)
+
+
+def possible_stages(config: Config) -> frozenset[int]:
+    """The ZeRO stages that can offload what the configuration says."""
+    return frozenset({"none": {0, 1, 2, 3}, "optimizer": {1, 2, 3}, "all": {3}}[config.zero.offload])
 
 
 def candidates(config: Config, machine: Machine) -> list[Candidate]:

@@ -13,19 +13,22 @@ With AdamW:
 | 2                 | c P     | a P / W        | 12 P / W              |
 | 3                 | c P / W | a P / W        | 12 P / W              |
 
-SGD has one moment for AdamW's two: 4 P less, or 8 P less without momentum. Parameters that do not learn have weights
-and, but for stage 0 in fp32, an fp32 copy (4 P; 4 P / W from stage 1 on), and neither gradients nor moments.
+The other optimizers keep other state than AdamW's 8 P: SGD and Lion 4 P (SGD without momentum none), Muon 4 P for the
+matrices of the blocks and 8 P for the rest, LAMB 8 P, Adafactor 2 P and 4 P more for what is not factored. Parameters
+that do not learn have weights and, but for stage 0 in fp32, an fp32 copy (4 P; 4 P / W from stage 1 on), and neither
+gradients nor moments.
 """
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Literal
 
 import torch
 
-from fastvit_engine.config import Config, MaeConfig, MaskedPatchConfig, ModelConfig, Pretraining
+from fastvit_engine.config import Config, MaeConfig, MaskedPatchConfig, ModelConfig, OptimizerConfig, Pretraining
 from fastvit_engine.config.model_shape import masked_count, predicted_numbers, tokens_in_training
-from fastvit_engine.engine.optimizers import KINDS
+from fastvit_engine.engine.optimizers.kinds import KINDS
 from fastvit_engine.models import resolve_shape
 from fastvit_engine.models.masked_autoencoder import MLP_RATIO
 from fastvit_engine.models.pretraining import model_for_training
@@ -35,6 +38,7 @@ from fastvit_kernels.mlp.op import Recompute
 # of a block: Triton; a composition of operations that choose for themselves, as with dropout; plain PyTorch
 Implementation = Literal["fused", "composed", "reference"]
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+_ADAMW = OptimizerConfig()
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNBUCKETED = 500_000_000  # elements that DeepSpeed's stage 0 reduces at a time
 
@@ -48,6 +52,7 @@ class ParameterCounts:
     largest: int  # of the largest tensor
     learning: int  # in all that learns
     largest_learning: int
+    learning_shapes: tuple[tuple[str, tuple[int, ...]], ...]  # with names
 
     @classmethod
     def of_run(cls, config: Config) -> "ParameterCounts":
@@ -63,9 +68,10 @@ class ParameterCounts:
         if frozen == "backbone":
             vit.freeze_backbone()
         counts = [parameter.numel() for parameter in vit.parameters()]
-        learning = [parameter.numel() for parameter in vit.parameters() if parameter.requires_grad]
+        shapes = tuple((name, tuple(p.shape)) for name, p in vit.named_parameters() if p.requires_grad)
+        learning = [math.prod(shape) for _, shape in shapes]
         block = sum(parameter.numel() for parameter in vit.blocks[0].parameters())
-        return ParameterCounts(sum(counts), block, max(counts), sum(learning), max(learning))
+        return ParameterCounts(sum(counts), block, max(counts), sum(learning), max(learning), shapes)
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,7 @@ def training_memory(
     config: Config, stage: int, world_size: int, micro_batch: int, accumulates: bool, buckets: Buckets, *, on_gpu: bool
 ) -> Memory:
     """Of one of `world_size` processes that take `micro_batch` images at a time, several in a step if `accumulates`."""
-    frozen, kind = config.optimizer.frozen, KINDS[config.optimizer.kind]
+    frozen = config.optimizer.frozen
     state = state_memory(
         ParameterCounts.of_run(config),
         config.train.precision,
@@ -119,8 +125,7 @@ def training_memory(
         average=config.ema.decay is not None,
         buckets=buckets,
         on_gpu=on_gpu,
-        moments=kind.moments(config.optimizer),
-        temporaries=kind.temporaries(config.optimizer),
+        optimizer=config.optimizer,
     )
     precision = config.train.precision
     implementation = block_implementation(config.model, precision, on_gpu=on_gpu)
@@ -156,20 +161,18 @@ def state_memory(
     average: bool,
     buckets: Buckets,
     on_gpu: bool,
-    moments: int = 2,
-    temporaries: int = 2,
+    optimizer: OptimizerConfig = _ADAMW,
 ) -> Memory:
-    """All but the activations. See the table above; `update` and `buffers` are explained where they are computed.
-
-    moments, temporaries: numbers that the optimizer keeps for each parameter, and that its update makes on a CPU.
-    """
+    """All but the activations. See the table above; `update` and `buffers` are explained where they are computed."""
     compute = COMPUTE_BYTES[precision]
     total, whole = counts.parameters, counts.learning
     total_share, share = -(-total // world_size), -(-whole // world_size)
     sums_apart = accumulate_bytes != compute
 
     masters = 0 if stage == 0 and precision == "fp32" else 4 * (total if stage == 0 else total_share)
-    optimizer = masters + 4 * moments * (whole if stage == 0 else share)
+    kind = KINDS[optimizer.kind]
+    kept = sum(kind.state_bytes(optimizer, name, shape) for name, shape in counts.learning_shapes)
+    states = masters + (kept if stage == 0 else -(-kept * share // whole))
     weights = compute * (total_share if stage == 3 else total)
     if stage <= 1:
         gradients = (compute + accumulate_bytes if stage == 1 and sums_apart else compute) * whole
@@ -186,8 +189,9 @@ def state_memory(
     else:
         buffers = (accumulate_bytes if stage == 1 else compute) * buckets.reduce * (2 if buckets.doubled else 1)
 
-    # The copies that reduction and update make. Fused AdamW, on a GPU, updates in place.
-    made = 0 if on_gpu else 4 * temporaries * (counts.largest_learning if stage == 0 else share)
+    # The copies that reduction and update make. What is fused, on a GPU, updates in place.
+    tensor, held = (counts.largest_learning, whole) if stage == 0 else (share, share)
+    made = 0 if on_gpu and kind.fused else kind.scratch_bytes(optimizer, tensor, held)
     if stage == 0:
         flattened = compute * min(whole, _UNBUCKETED) if world_size > 1 else 0
         update = max(flattened, made + (4 * whole if compute < 4 else 0))
@@ -199,7 +203,7 @@ def state_memory(
         update = max(made + copied, summand)
 
     averages = 4 * (total if stage == 0 else total_share) * average
-    state = Memory(weights, gradients, optimizer, averages, buffers, update)
+    state = Memory(weights, gradients, states, averages, buffers, update)
     return state if offload == "none" else _offloaded(state, counts, compute, share, stage, everything=offload == "all")
 
 

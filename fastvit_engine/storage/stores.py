@@ -5,6 +5,7 @@ their usual files; see docs/data.md. Every method raises Missing, Exists or anot
 AttemptFailed if it has not answered after all attempts, and UserError if obstore is not installed.
 """
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,11 +14,11 @@ from typing import Any
 
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import public_url
-from fastvit_engine.storage.source import BehindEnd, Missing, Reply
+from fastvit_engine.storage.source import AttemptFailed, BehindEnd, Exists, Missing, Refused, Reply
 from fastvit_engine.storage.store_calls import ObjectInfo, StoreConfig, relevant_environment
 from fastvit_engine.storage.store_process import call
 
-__all__ = ["ObjectInfo", "Store", "is_store", "open_store"]
+__all__ = ["ObjectInfo", "Store", "is_store", "open_store", "store_failures"]
 
 _KINDS = {"s3": "s3", "s3a": "s3", "s3n": "s3", "gs": "gs", "gcs": "gs", "az": "az", "azure": "az"}
 _KINDS |= dict.fromkeys(("abfs", "abfss", "adl"), "az")
@@ -50,6 +51,22 @@ def open_store(url: str, *, timeout: float = 30.0, retries: int = 5, patience: f
     # Azure: CONTAINER, or CONTAINER@ACCOUNT.dfs.core.windows.net
     root = f"abfss://{bucket}/" if kind == "az" and "@" in bucket else f"{kind}://{bucket}"
     return Store(StoreConfig(kind, root, timeout, retries, patience, relevant_environment())), key.strip("/")
+
+
+@contextlib.contextmanager
+def store_failures(url: str) -> Iterator[None]:
+    """Raises OSError, or one of its classes that says what is missing, instead of the errors of a store."""
+    where = public_url(url)
+    try:
+        yield
+    except Missing as error:
+        raise FileNotFoundError(f"{where}: {error}") from error
+    except Exists as error:
+        raise FileExistsError(f"{where}: {error}") from error
+    except Refused as error:
+        raise PermissionError(f"{where}: {error}") from error
+    except AttemptFailed as error:
+        raise OSError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,6 @@ class DataWait:
         cores = cores_here() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of each rank
         remedy = _REMEDIES[slowest]
         if self._num_workers < cores:
-            workers = f"data.num_workers ({self._num_workers}; there are {cores} cores per rank)"
+            workers = f"data.num_workers ({self._num_workers}; cores per rank: {cores})"
             remedy = f"first raise {workers}; if that does not help, {remedy}"
         return f"training waited for data {100 * share:.0f} % of the time, mostly for {slowest} ({parts}); {remedy}"

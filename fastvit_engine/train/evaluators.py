@@ -14,6 +14,7 @@ from fastvit_engine.evaluate.classification import Answers, Classification
 from fastvit_engine.evaluate.confusion import Confusion
 from fastvit_engine.evaluate.fewshot_evaluator import FewShot
 from fastvit_engine.evaluate.held_out_loss import HeldOutLoss, Picture
+from fastvit_engine.evaluate.own import Own
 from fastvit_engine.evaluate.protocol import Evaluator
 from fastvit_engine.files import atomic_write
 from fastvit_engine.objectives import build_objective
@@ -30,7 +31,7 @@ _CONFUSED = 100  # pairs of classes that are confused most, for the report
 def build_evaluators(
     job: Job, data: TrainingData, few_shot: FewShotData | None, recorder: Recorder | None
 ) -> list[Evaluator]:
-    """What the configuration asks to be measured while the model trains."""
+    """What the configuration asks to be measured while the model trains, and the evaluators that `train` was given."""
     found: list[Evaluator] = []
     if job.config.data.eval is not None and job.config.pretraining is None:
         found.append(_classification(job, data, recorder))
@@ -48,6 +49,7 @@ def build_evaluators(
                 marked=lambda classifiers: watchdog.marked(classifiers, "fitting few-shot classifiers"),
             )
         )
+    found += [Own(name, measure, every_steps=job.schedule.own_every) for name, measure in job.evaluators.items()]
     return found
 
 
@@ -126,7 +128,7 @@ def run_evaluators(
             for row in evaluator.run(job.engine.model, step=step, name=evaluator.name + suffix):
                 if recorder:
                     recorder.evaluation(row)
-                if "shots" not in row:
+                if "loss" in row:  # of an evaluation of the held-out images
                     one: Mapping[str, Any] = row
                     figures[row["eval"]] = {key: one.get(key) for key in ("top1", "top5", "loss", "samples")}
 

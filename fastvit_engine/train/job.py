@@ -1,5 +1,6 @@
 """What lives as long as the processes of a run do, also when training goes back to a checkpoint."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from fastvit_engine.distributed.world import World, limit_collectives
 from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
+from fastvit_engine.evaluate.own import Measure
 from fastvit_engine.models import build_for_training, run_flops
 from fastvit_engine.objectives import Objective
 from fastvit_engine.observe.run_folder import RunFolder
@@ -57,6 +59,7 @@ class Job:
     split: BatchSplit
     engine: TrainingEngine
     objective: Objective
+    evaluators: Mapping[str, Measure]  # those that `train` was given
     ema: WeightAverage | None
     checkpointer: Checkpointer
     health: Health
@@ -77,6 +80,7 @@ def build_job(
     owner: Ownership,
     records: Records,
     objective: Objective,
+    evaluators: Mapping[str, Measure],
 ) -> Job:
     """Builds model, engine and all else of a run on this process; collective. `config`: without open ends."""
     torch.manual_seed(config.seed)
@@ -101,6 +105,7 @@ def build_job(
         split=split,
         engine=engine,
         objective=objective,
+        evaluators=evaluators,
         ema=ema,
         checkpointer=Checkpointer(
             run,

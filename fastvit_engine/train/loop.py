@@ -1,6 +1,6 @@
 """The training loop. Every process of the run executes `train` from top to bottom."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,7 @@ from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.errors import Preempted
+from fastvit_engine.evaluate.own import Measure
 from fastvit_engine.objectives import Objective, ObjectiveFactory, build_objective, find_objective
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
@@ -50,12 +51,13 @@ def train(
     data: IterableData | None = None,
     allow_batch_change: bool = False,
     make_objective: ObjectiveFactory | None = None,
+    evaluators: Mapping[str, Measure] | None = None,
 ) -> None:
     """Trains the model of a configuration into a run folder, on `data` if given and else on `data.train`.
 
     With `resume`, continues from the folder's latest checkpoint, if any; without, refuses a folder that holds a run.
     With `allow_batch_change`, `train.global_batch_size` may differ from the checkpoint's.
-    make_objective: builds what `train.objective` names, which is imported otherwise.
+    make_objective: builds what `train.objective` names, which is imported otherwise. evaluators: see `evaluate.own`.
     """
     trust_compiled_code()
     make_objective = make_objective or find_objective(resolved.config.train.objective)
@@ -92,8 +94,21 @@ def train(
             if world.is_main:
                 say(chosen.describe())
             startup.phase("building the model and its engine")
+            measured = evaluators or {}
             _train(
-                resolved, chosen, run, start, world, watchdog, preemption, owner, records, observers, objective, data
+                resolved,
+                chosen,
+                run,
+                start,
+                world,
+                watchdog,
+                preemption,
+                owner,
+                records,
+                observers,
+                objective,
+                measured,
+                data,
             )
         elif finished := start.checkpoint:
             world.on_main(lambda: export_run(finished, run))
@@ -140,10 +155,11 @@ def _train(
     records: Records,
     observers: Observers,
     objective: Objective,
+    evaluators: Mapping[str, Measure],
     data: IterableData | None = None,
 ) -> None:
     schedule = Schedule(chosen.config, start.data.samples_per_epoch, start.state.batches)
-    job = build_job(chosen.config, run, world, schedule, watchdog, preemption, owner, records, objective)
+    job = build_job(chosen.config, run, world, schedule, watchdog, preemption, owner, records, objective, evaluators)
     try:
         start = _load(start, job)
         world.on_main(lambda: _record(resolved, chosen, job, start))

@@ -100,6 +100,7 @@ class Schedule:
         )
         if self.total_steps == 0:
             raise UserError(f"train.duration = '{config.train.duration}' is less than one step of the global batch")
+        self._evaluate_every = config.evaluate.every
         evaluates = config.data.eval is not None
         # 0: only after the last step
         self.evaluate_every = self._interval("evaluate.every", config.evaluate.every) if evaluates else 0
@@ -116,6 +117,11 @@ class Schedule:
                 "let evaluate.every divide checkpoint.every"
             )
         self.learning_rate = learning_rate_schedule(config, self.total_steps, self.samples_per_epoch, self.batch_sizes)
+
+    @property
+    def own_every(self) -> int:
+        """Steps between two calls of an evaluator that `train` was given, which needs no `data.eval`."""
+        return self._interval("evaluate.every", self._evaluate_every)
 
     def is_due(self, every: int, step: int) -> bool:
         """Whether what happens after every so many steps, and at the end of the run, is due once `step` are done."""

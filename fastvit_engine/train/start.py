@@ -16,6 +16,7 @@ from fastvit_engine.checkpoint import (
     DamagedCheckpoint,
     Recovery,
     TrainerState,
+    another_place,
     doubt_about_latest,
     store_of,
     usable_checkpoints,
@@ -173,7 +174,8 @@ def preflight(
     start = Start(wanted, schedule.total_steps, None, message, prepared, damaged, warnings, transform, few_shot)
     if checkpoint is None or state is None:
         return start
-    _check_same_run(wanted.fingerprint, state.fingerprint, checkpoint, allow_batch_change=allow_batch_change)
+    elsewhere = another_place(config.checkpoint)
+    _check_same_run(wanted.fingerprint, state.fingerprint, checkpoint, elsewhere, allow_batch_change=allow_batch_change)
     if (before := state.batches.current) != batch:
         prepared.check_batch_change(config, before)
         start = replace(start, batch_before=before)
@@ -343,8 +345,14 @@ def _check_none_elsewhere(run: RunFolder, store: CheckpointStore) -> None:
 
 
 def _check_same_run(
-    wanted: Mapping[str, Any], saved: Mapping[str, Any], checkpoint: Checkpoint, *, allow_batch_change: bool
+    wanted: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    elsewhere: str,
+    *,
+    allow_batch_change: bool,
 ) -> None:
+    """elsewhere: what another run must have, see `another_place`."""
     for name, before in {**_FIRST, **saved}.items():
         now: Any = wanted.get(name)
         if now == before or (name == "global_batch_size" and allow_batch_change):
@@ -360,18 +368,16 @@ def _check_same_run(
             raise UserError(
                 f"checkpoint {checkpoint} holds the optimizer state of optimizer.{key} = {before.get(key)}, and this "
                 f"run has {now.get(key)}: set it back, or start another run from these weights, with --init "
-                f"{checkpoint} and another --out"
+                f"{checkpoint} and {elsewhere}"
             )
         if name == "objective":
             raise UserError(
                 f"checkpoint {checkpoint} was trained with the objective {before}, and this run has {now}: set "
                 "train.objective (from Python: objective=) back, or start another run from these weights, with --init "
-                f"{checkpoint} and another --out"
+                f"{checkpoint} and {elsewhere}"
             )
         if name == "data":
-            raise UserError(
-                f"checkpoint {checkpoint} {_other_order(now, before)}, or choose another run folder with --out"
-            )
+            raise UserError(f"checkpoint {checkpoint} {_other_order(now, before)}, or choose {elsewhere}")
         if name == "model":
             before = _as_today(before)
             if (shape := _shape(now)) is not None and shape == _shape(before):
@@ -384,12 +390,11 @@ def _check_same_run(
             if not differing:
                 continue
             raise UserError(
-                f"checkpoint {checkpoint} belongs to another model ({'; '.join(differing)}): "
-                "choose another run folder with --out"
+                f"checkpoint {checkpoint} belongs to another model ({'; '.join(differing)}): choose {elsewhere}"
             )
         raise UserError(
             f"checkpoint {checkpoint} was written with {name} {json.dumps(before)} and this run has {json.dumps(now)}: "
-            f"continue with the same {name}, or choose another run folder with --out"
+            f"continue with the same {name}, or choose {elsewhere}"
         )
 
 

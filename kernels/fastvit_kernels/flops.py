@@ -87,27 +87,28 @@ def attention_backward_flops(**call: Any) -> int:
 
 
 @counts("attention_block")
-def attention_block_flops(x: Tensor, qkv_weight: Tensor, proj_weight: Tensor, **_: Any) -> int:
-    return linear(x, qkv_weight) + 2 * own_scores(x) + linear(x, proj_weight)
+def attention_block_flops(x: Tensor, qkv_weight: Tensor, proj_weight: Tensor, causal: bool, **_: Any) -> int:
+    return linear(x, qkv_weight) + 2 * own_scores(x, causal) + linear(x, proj_weight)
 
 
 @counts("attention_block_backward")
 def attention_block_backward_flops(
-    x: Tensor, qkv_weight: Tensor, proj_weight: Tensor, needed: Sequence[bool], **_: Any
+    x: Tensor, qkv_weight: Tensor, proj_weight: Tensor, causal: bool, needed: Sequence[bool], **_: Any
 ) -> int:
     needs = dict(zip(attention_block.LEARNED, needed, strict=True))
     below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
     below_attention = below_norm or needs["qkv_weight"] or needs["qkv_bias"]
     return (
         (needs["proj_weight"] + below_attention) * linear(x, proj_weight)
-        + below_attention * 5 * own_scores(x)
+        + below_attention * 5 * own_scores(x, causal)
         + (needs["qkv_weight"] + below_norm) * linear(x, qkv_weight)
     )
 
 
-def own_scores(x: Tensor) -> int:
+def own_scores(x: Tensor, causal: bool) -> int:
     """q k^T of the tokens x [B, N, D], whatever the number of heads."""
-    return 2 * x.numel() * x.shape[1]
+    batch, tokens, width = x.shape
+    return 2 * batch * seen(tokens, tokens, causal) * width
 
 
 @counts("layer_norm_mlp")

@@ -74,7 +74,7 @@ class End(NamedTuple):
         """Of weight, bias and layer_scale, as far as needed; `sums` may write that of the bias."""
         product = products.weight_gradient(grad.unscaled, inner) if self.needs_product else None
         if self.layer_scale is None:
-            if not self.needs_bias or grad.partial.numel() == 0:
+            if not self.needs_bias or not grad.has_sums:
                 return product, None, None
             grad_bias = torch.empty_like(self.bias)
             sums.add(grad.partial, grad_bias)

@@ -34,6 +34,11 @@ def draw_path_scale(branch: Tensor, drop_path: float) -> Tensor | None:
     return torch.empty(branch.shape[0], dtype=torch.float32, device=branch.device).bernoulli_(keep) / keep
 
 
+def rows_of_sample(rows: int, path_scale: Tensor | None) -> int:
+    """How many of the rows of a matrix belong to each sample of path_scale [B]; 0 if there are none, or no scale."""
+    return 0 if path_scale is None or rows == 0 else rows // path_scale.shape[0]
+
+
 def add_scaled(x: Tensor, branch: Tensor, layer_scale: Tensor | None, path_scale: Tensor | None) -> Tensor:
     """x + path_scale * layer_scale * branch, with x and branch [B, ..., D], layer_scale [D] and path_scale [B]."""
     if layer_scale is not None:

@@ -8,7 +8,6 @@ import torch
 from torch.autograd import forward_ad
 
 
-@torch.compiler.assume_constant_result  # torch.compile asks while it traces, and guards what the answer depends on
 def obstacle() -> str | None:
     """Why no kernel may run now, or None: the plain PyTorch of the operations supports every transform."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -16,3 +15,8 @@ def obstacle() -> str | None:
     if forward_ad._current_level >= 0:
         return "the kernels have no forward-mode derivative"
     return None
+
+
+# As torch.compiler.assume_constant_result does, which imports torch._dynamo, seconds of work. torch.compile asks while
+# it traces, and guards what the answer depends on.
+vars(obstacle)["_dynamo_marked_constant"] = True

@@ -63,7 +63,7 @@ def test_quack_takes_the_passes_over_the_hidden_layer() -> None:
 def test_a_step_charges_what_quack_takes_longer() -> None:
     block = totals(trace(H14, 256, SETTINGS["bf16, QuACK"]))
     blocks = {"with": {"totals": block}, "without": {"totals": {k: v for k, v in block.items() if k != "quack"}}}
-    steps = step_model.ours({"model": "H/14", "batch": 256, "blocks": blocks}, "overlapped", "bf16")
+    steps = step_model.ours({"model": "H/14", "batch": 256, "blocks": blocks}, 44, "overlapped", "bf16")
     with_it, without = (next(s.products for s in steps if s.name == f"fastvit, ZeRO-1, {n}") for n in blocks)
     lost = step_model.QUACK_LOSS * 32 * block["quack"]["flops"] / step_model.PRODUCT_FLOPS
     assert with_it - without == pytest.approx(1e3 * lost) and lost > 0.003
@@ -72,7 +72,7 @@ def test_a_step_charges_what_quack_takes_longer() -> None:
 def test_a_step_normalises_the_class_token_alone_if_the_last_block_is_for_it_alone() -> None:
     block = totals(trace(H14, 256, SETTINGS["bf16"]))
     blocks = {"all": {"totals": block}, "one": {"totals": block, "last": block}}
-    steps = step_model.ours({"model": "H/14", "batch": 256, "blocks": blocks}, "overlapped", "bf16")
+    steps = step_model.ours({"model": "H/14", "batch": 256, "blocks": blocks}, 44, "overlapped", "bf16")
     every, one = (next(step.ends for step in steps if step.name == f"fastvit, ZeRO-1, {n}") for n in blocks)
     assert every - one == pytest.approx(1e3 * 6 * 256 * 257 * 1280 * 2 / step_model.BYTES_PER_SECOND)
 
@@ -107,18 +107,25 @@ def sum_kernel(stacks, x_ptr, y_ptr, SIZE):
     pass
 
 
-def test_the_model_of_a_step_gives_what_was_predicted_of_the_first_kernels(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("blocks", "steps", "options"),
+    [
+        ("blocks", "steps", []),
+        ("blocks-before", "steps-before", ["--attention", "serialised", "--patch-embed", "fp32"]),
+    ],
+)
+def test_the_committed_steps_are_what_the_model_gives(
+    blocks: str, steps: str, options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = Path(step_model.__file__).parent / "results" / "model" / "blocks-before.json"
-    options = ["--attention", "serialised", "--patch-embed", "fp32"]
-    out = tmp_path / "steps.json"
-    assert step_model.main(["--trace", str(before), *options, "--out", str(out)]) == 0
-    rows = {row["name"]: row["images_per_second"] for row in json.loads(out.read_text())["steps"]}
-    assert round(rows["fastvit, ZeRO-1, bf16"]) == 506
-    assert round(rows["fastvit, bare loop, autocast"]) == 469
-    assert round(rows["timm compiled, autocast"]) == 500
-    assert out.with_suffix(".txt").read_text() == capsys.readouterr().out
+    out, committed = tmp_path / "steps.json", step_model.RESULTS / f"{steps}.json"
+    assert step_model.main(["--trace", str(step_model.RESULTS / f"{blocks}.json"), *options, "--out", str(out)]) == 0
+    assert out.with_suffix(".txt").read_text() == capsys.readouterr().out == committed.with_suffix(".txt").read_text()
+    found, wanted = (json.loads(path.read_text()) for path in (out, committed))
+    assert found["steps"] == wanted["steps"] and found["deepspeed_bytes"] == wanted["deepspeed_bytes"]
+    rows = {row["name"]: row for row in found["steps"]}
+    # by hand: AdamW moves 28 bytes per parameter, DeepSpeed 44 besides; a bare loop that clips, 12
+    for name, size in (("ZeRO-1, bf16", 72), ("bare loop, autocast", 40)):
+        assert rows[f"fastvit, {name}"]["optimizer"] == pytest.approx(632_045_800 * size / (0.85 * 4.3e9), rel=1e-3)
     assert step_model.flops_per_image() == pytest.approx((1.004e12, 0.978e12), rel=1e-3)
 
 
@@ -145,3 +152,6 @@ def test_what_the_commands_cannot_read_or_write_is_a_sentence(
         (tmp_path / "blocks.json").write_text(text)
         assert step_model.main(["--trace", str(tmp_path / "blocks.json")]) == 2
         assert capsys.readouterr().err.startswith("--trace ")
+    (tmp_path / "deepspeed.json").write_text('{"cases": []}')
+    assert step_model.main(["--deepspeed", str(tmp_path / "deepspeed.json")]) == 2
+    assert "deepspeed.json: ValueError: it has no case ZeRO-1 bf16: write it again by" in capsys.readouterr().err

@@ -44,15 +44,22 @@ def test_links_to_files_get_the_address_of_the_repository(pages: ModuleType, mon
     assert pages.absolute_links(page, DOCS, keep=lambda path: path.suffix in (".md", ".png")) == kept
 
 
-def test_a_link_that_leads_nowhere_is_an_error(pages: ModuleType) -> None:
+def test_a_link_that_leads_nowhere_is_an_error(pages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTVIT_SOURCE_URL", raising=False)
     with pytest.raises(FileNotFoundError, match=r"links to gone\.md: no such file"):
         pages.absolute_links("[a](gone.md)", DOCS)
 
 
-def test_without_an_address_links_lead_to_this_checkout(pages: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("FASTVIT_SOURCE_URL", raising=False)
-    link = pages.absolute_links("[a](../Makefile)", DOCS).removeprefix("[a](file://").removesuffix(")")
-    assert Path(link) == DOCS.parent / "Makefile"
+def test_without_an_address_links_download_files_and_folders_are_only_named(
+    pages: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTVIT_SOURCE_URL", "")
+    page = "[`a`](../Makefile) [b](../tests) [c](data.md#x) [d](https://z) [e](../Makefile#f) `[g](../tests)`"
+    assert pages.absolute_links(page, DOCS, keep=lambda path: path.suffix == ".md") == (
+        "[`a`](path:../Makefile) b [c](data.md#x) [d](https://z) [e](path:../Makefile) `[g](../tests)`"
+    )
+    with pytest.raises(SystemExit, match="^set FASTVIT_SOURCE_URL=https://"):
+        pages.rewrite(tmp_path)
 
 
 def test_a_release_has_readmes_whose_links_work_on_a_package_index(

@@ -74,6 +74,10 @@ def test_from_python(reader):
     Path("focal.py").write_text(block)
     reader.follow(DOCS / "python.md", section="### With an objective of your own")
     assert "objective: focal:Focal" in Path("runs/focal/config.yaml").read_text()
+    every = '"evaluate.every": "100 steps"'
+    reader.instead = {f"{every}}}": f'{every}, "train.duration": "20 steps"}}'}
+    reader.follow(DOCS / "python.md", section="### With evaluators of your own")
+    assert '"eval": "head", "figures": {"largest": ' in Path("runs/measured/metrics.jsonl").read_text()
     reader.instead = {}
     reader.follow(DOCS / "python.md", section="## Use a model")
     assert reader.scope["logits"].shape == (2, 10)

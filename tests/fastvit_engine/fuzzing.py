@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fastvit_engine.errors import UserError
 
-EXAMPLES = 3_000 if os.environ.get("FASTVIT_TEST_FUZZ") == "all" else 120  # of each test
+EXAMPLES = 3_000 if os.environ.get("FASTVIT_TEST_FUZZ") == "all" else 60  # of each test
 SECONDS = 5.0  # of CPU for one parse of a few kilobytes
 MEMORY = 1 << 28  # bytes that one parse may use
 ADDRESSES = 1 << 32  # and may ask for, used or not

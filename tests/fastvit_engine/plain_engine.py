@@ -62,6 +62,13 @@ class PlainEngine:
                     found.setdefault(key, []).append(ParameterSlice(name, 0, value.view(-1)))
         return found
 
+    def optimizer_statistics(self):
+        return {}
+
+    def optimizer_shapes(self):
+        state = self.optimizer_state()
+        return {kind: {part.name: self.shapes[part.name] for part in parts} for kind, parts in state.items()}
+
     def buffers(self):
         return [ParameterSlice(name, 0, buffer.view(-1)) for name, buffer in self.model.named_buffers()]
 
@@ -69,10 +76,10 @@ class PlainEngine:
         states = self.optimizer.state.values()
         return {f"optimizer.{k}": v.item() for state in states for k, v in state.items() if not v.ndim}
 
-    def prepare_optimizer(self, keys, scalars):
+    def prepare_optimizer(self, kinds, scalars):
         self.optimizer.state.clear()
-        for parameter in self.model.parameters():
-            state = {key: torch.zeros_like(parameter) for key in keys}
+        for name, parameter in self.model.named_parameters():
+            state = {kind: torch.zeros_like(parameter) for kind, names in kinds.items() if name in names}
             state |= {name.removeprefix("optimizer."): torch.tensor(value) for name, value in scalars.items()}
             if state:
                 self.optimizer.state[parameter] = state

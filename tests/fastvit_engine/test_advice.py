@@ -40,7 +40,16 @@ SHOWN_BY = {
     "fastvit_engine/commands/data/bench.py": ["data bench"],
 }
 # Of pip, srun, sbatch and ray; torchrun, docker and nvidia-smi.
-OTHER_PROGRAMS = {"--editable", "--force-reinstall", "--ntasks", "--cpus-per-task", "--mem", "--array", "--head"}
+OTHER_PROGRAMS = {
+    "--editable",
+    "--force-reinstall",
+    "--index-url",
+    "--ntasks",
+    "--cpus-per-task",
+    "--mem",
+    "--array",
+    "--head",
+}
 OTHER_PROGRAMS |= {"--address", "--nproc-per-node", "--shm-size", "--ulimit", "--status"}
 
 

@@ -22,7 +22,7 @@ from fastvit_engine.distributed.supervise import free_port
 from fastvit_engine.errors import UserError
 from fastvit_engine.objectives.classify import Classify
 from fastvit_engine.observe.events import read_events
-from fastvit_engine.observe.metrics import read_metrics
+from fastvit_engine.observe.metrics import read_all_metrics, read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from tests.fastvit_engine.conftest import TINY_RUN
 from tests.fastvit_engine.train.steeper import Steeper
@@ -271,13 +271,20 @@ def trained(run: Path) -> tuple[list[float], bytes]:
     return [row["loss"] for row in read_metrics(run / "metrics.jsonl")[0]], (run / "model.safetensors").read_bytes()
 
 
+def norm_of_head(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {"norm": model.head.weight.norm()}
+
+
 @pytest.mark.distributed
 def test_train_with_an_objective_of_ones_own(digits, tmp_path):
     """Given or named, on one process and on two, at once and resumed: the same losses; resumed, the same bits."""
     whole, parts, two = tmp_path / "whole", tmp_path / "parts", tmp_path / "two"
     path = "tests.fastvit_engine.train.steeper:Steeper"
-    fastvit_engine.train(of_steps(4, digits), whole, objective=Steeper)
+    fastvit_engine.train(of_steps(4, digits), whole, objective=Steeper, evaluators={"head": norm_of_head})
     losses, weights = trained(whole)
+    measured = read_all_metrics(whole / "metrics.jsonl").own
+    assert [(row["step"], row["eval"]) for row in measured] == [(4, "head"), (4, "head_ema")]
+    assert measured[0]["figures"]["norm"] > measured[1]["figures"]["norm"] > 0  # the average began with zeros
     assert losses[0] == pytest.approx(2 * np.log(10) + 0.5, abs=0.3) and len(losses) == 4  # a head of zeros
 
     recorded = fastvit_engine.load_config(str(whole / "config.yaml"))

@@ -17,6 +17,7 @@ from fastvit_engine.cli import main
 from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.observe.metrics import read_metrics
 from tests.fastvit_engine.warm_ranks import exit_codes_of, run_ranks
+from tests.in_full import in_full
 
 MODEL = ["model.name=Ti/4", "model.image_size=8", "model.width=32", "model.depth=1", "model.heads=2"]
 RUN = [
@@ -386,7 +387,7 @@ def test_a_wrong_choice_of_kernels(shard, tmp_path):
     assert "environment variable FASTVIT_KERNELS must be one of auto, triton, reference, got 'cuda'" in done.stderr
 
 
-@pytest.mark.parametrize("package", ["deepspeed", "webdataset", "tensorboard"])
+@pytest.mark.parametrize("package", ["deepspeed", in_full("webdataset"), "tensorboard"])
 def test_missing_package(shard, tmp_path, package):
     code = f"import sys; sys.modules[{package!r}] = None; from fastvit_engine.cli import main; sys.exit(main())"
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}

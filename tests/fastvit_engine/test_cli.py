@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,7 @@ from fastvit_engine import cli
 from fastvit_engine.cli import _parser, main
 
 HEAVY = ("torch", "deepspeed", "numpy", "pydantic", "yaml", "webdataset", "email", "importlib.metadata")
+SLOW = ("random", "tempfile", "traceback", "uuid")  # what a command may need, but not the list of commands
 
 
 def modules_after(code):
@@ -23,9 +25,36 @@ def modules_after(code):
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
-def test_help_loads_none_of_the_large_packages():
-    code = "    from fastvit_engine.cli import main\n    try: main(['--help'])\n    except SystemExit: pass"
-    assert modules_after(code).isdisjoint(HEAVY)
+def after_command(*words):
+    return modules_after(
+        f"    from fastvit_engine.cli import main\n    try: main({words})\n    except SystemExit: pass"
+    )
+
+
+def commands_in(modules):
+    """The commands whose modules are among these."""
+    return {name for name in cli._PURPOSES if f"fastvit_engine.commands.{name}" in modules}
+
+
+def test_help_loads_no_command_and_none_of_the_large_packages():
+    loaded = after_command("--help")
+    assert loaded.isdisjoint((*HEAVY, *SLOW)) and not commands_in(loaded)
+
+
+@pytest.mark.parametrize("words", [("stacks", "--help"), ("report",), ("data", "mkae"), ("--", "plan")])
+def test_a_command_loads_its_own_module_alone(words):
+    loaded = after_command(*words)
+    assert loaded.isdisjoint(HEAVY) and len(commands_in(loaded)) == 1
+
+
+def test_every_command_declares_itself_under_its_name_and_purpose():
+    [commands] = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    assert {action.dest: action.help for action in commands._choices_actions} == cli._PURPOSES
+    assert list(commands.choices) == list(cli._PURPOSES)
+    folder = Path(cli.__file__).parent / "commands"
+    modules = [*folder.glob("*.py"), *folder.glob("*/__init__.py")]
+    declaring = [path.relative_to(folder).parts[0] for path in modules if "\ndef add(commands" in path.read_text()]
+    assert {name.removesuffix(".py") for name in declaring} == set(cli._PURPOSES)
 
 
 def test_the_configuration_loads_without_pytorch():

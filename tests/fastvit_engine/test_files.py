@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from fastvit_engine import files
 from fastvit_engine.files import append_json_lines, atomic_folder, atomic_write, atomic_writer, read_json_lines
+from tests.in_full import IN_FULL
 
 
 @contextlib.contextmanager
@@ -371,7 +372,7 @@ def test_a_long_line_takes_no_memory(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300 if IN_FULL else 60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     content=st.lists(
         st.one_of(st.binary(max_size=30), st.sampled_from([b"\n", b"{", b"}", b'{"a": 1}', b"[", b"\0", b'"', b"\r\n"]))

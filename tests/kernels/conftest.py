@@ -29,6 +29,25 @@ if dispatch.INTERPRETED:
                 interpreter._patch_attr(package, name, member, *others)
 
     interpreter._patch_builtin = patch_builtin
+    interpreted_language, interpreted_grid = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    exchanged: set[Any] = set()  # the language's modules that are exchanged in the launch that runs now
+
+    @lru_cache
+    def languages_of(function: Any) -> frozenset[Any]:
+        return frozenset(value for value in vars(inspect.getmodule(function)).values() if value in (tl, tl.core))
+
+    def patch_language(function: Any) -> Any:
+        """The interpreter exchanges the language at each call of a function by a kernel; once a launch is enough."""
+        if languages_of(function) <= exchanged:
+            return None  # of a call, which takes nothing back
+        exchanged.update(languages_of(function))
+        return interpreted_language(function)
+
+    def launch(grid: Any, *args: Any, **kwargs: Any) -> None:
+        exchanged.clear()
+        interpreted_grid(grid, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_language, launch
     interpreted_dot = InterpreterBuilder.create_dot
 
     def dot_of_numbers(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *others: Any) -> TensorHandle:

@@ -207,33 +207,36 @@ def test_gradients_are_the_same_bits_in_every_run(shape: tuple[int, ...], device
 
 
 @pytest.mark.parametrize(
-    ("tokens", "head_dim", "dtype"),
+    ("tokens", "head_dim", "dtype", "causal"),
     [
-        (37, 24, torch.float32),
-        (33, 16, torch.float32),
-        in_full(129, 16, torch.bfloat16),
-        in_full(133, 80, torch.bfloat16),
+        (37, 24, torch.float32, False),
+        (33, 16, torch.float32, True),
+        in_full(33, 16, torch.float32, False),
+        in_full(129, 16, torch.bfloat16, False),
+        in_full(133, 80, torch.bfloat16, True),
     ],
 )
 def test_sums_over_tokens(
-    tokens: int, head_dim: int, dtype: torch.dtype, implementation: str, device: torch.device
+    tokens: int, head_dim: int, dtype: torch.dtype, causal: bool, implementation: str, device: torch.device
 ) -> None:
     """They are the gradient of a bias of qkv, and change no bit of the gradient of qkv."""
     if implementation == "reference":
         pytest.skip("does not apply: a promise of the kernels alone")
     qkv = random_qkv(2, tokens, 2, head_dim).to(device, dtype)
-    out, lse = launch.launch_forward(qkv)
+    out, lse = launch.launch_forward(*launch.Call(qkv, causal=causal))
     saved = torch.randn_like(out), qkv, out, lse
-    gradient = launch.launch_backward(*saved)
+    gradient = launch.launch_backward(*saved, causal)
     runs = []
     for _ in range(2):
         column_sum, sums = torch.full([qkv[0, 0].numel()], torch.nan, device=device), ColumnSums()
-        assert torch.equal(launch.launch_backward_and_sums(*saved, column_sum, sums), gradient)
+        assert torch.equal(launch.launch_backward_and_sums(*saved, column_sum, sums, causal), gradient)
         sums.launch()
         runs.append(column_sum)
     assert torch.equal(*runs)
     bias = torch.zeros(3, 2, head_dim, dtype=torch.float64, device=device, requires_grad=True)
-    (exact,) = torch.autograd.grad(plain_attention(qkv.double() + bias), bias, saved[0].double())
+    unseen = torch.full((tokens, tokens), -torch.inf, dtype=torch.float64, device=device).triu(1) if causal else None
+    y = plain_attention_qkv(*(qkv.double() + bias).unbind(2), bias=unseen)
+    (exact,) = torch.autograd.grad(y, bias, saved[0].double())
     largest = gradient.double().abs().sum((0, 1)).max()
     error = (runs[0] - exact.flatten()).abs().max() / largest
     assert error < 8 * torch.finfo(dtype).eps  # scores of about 10 are rounded too
@@ -555,7 +558,8 @@ def test_dropout_is_the_same_mask_in_all_kernels(
 ) -> None:
     if implementation == "reference":
         pytest.skip("does not apply: scaled_dot_product_attention decides")
-    q, k, v = (x.to(device).requires_grad_() for x in random_q_k_v(1, queries, keys, 2, 40).values())
+    head_dim = max(40, -(-keys // 8) * 8)  # at least a channel per key, which the mask is recovered from
+    q, k, v = (x.to(device).requires_grad_() for x in random_q_k_v(1, queries, keys, 2, head_dim).values())
     bias = torch.randn(2, queries, keys, device=device, requires_grad=True) if with_bias else None
     mask = recovered_mask(q, k, 0.3, bias).detach()
     torch.testing.assert_close(mask, torch.where(mask > 0.5, 1 / 0.7, 0.0), rtol=1e-4, atol=0)

@@ -21,10 +21,12 @@ EPS = 1e-6
 BLOCK = {"heads": 2, "eps": EPS}
 
 
-def plain_attention(qkv: Tensor) -> Tensor:
-    head_dim = qkv.shape[-1]
+def plain_attention(qkv: Tensor, causal: bool = False) -> Tensor:
+    tokens, head_dim = qkv.shape[1], qkv.shape[-1]
     q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]  # [B, N, H, d]
     scores = torch.einsum("bnhd,bmhd->bhnm", q, k) / head_dim**0.5
+    if causal:
+        scores = scores.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool, device=qkv.device).triu(1), -torch.inf)
     exponents = torch.exp(scores - scores.amax(dim=-1, keepdim=True))
     probabilities = exponents / exponents.sum(dim=-1, keepdim=True)
     return torch.einsum("bhnm,bmhd->bnhd", probabilities, v).reshape(*qkv.shape[:2], -1)
@@ -40,6 +42,7 @@ def plain_block(
     proj_bias: Tensor,
     layer_scale: Tensor | None = None,
     heads: int = 2,
+    causal: bool = False,
 ) -> Tensor:
     batch, tokens, width = x.shape
     wide = x if x.dtype == torch.float64 else x.float()
@@ -48,7 +51,7 @@ def plain_block(
     normed = (normed * norm_weight + norm_bias).to(x.dtype)
     q, k, v = (normed @ w.T + b for w, b in zip(qkv_weight.split(width), qkv_bias.split(width), strict=True))
     packed = torch.stack([t.reshape(batch, tokens, heads, -1) for t in (q, k, v)], dim=2)
-    branch = plain_attention(packed) @ proj_weight.T + proj_bias
+    branch = plain_attention(packed, causal) @ proj_weight.T + proj_bias
     return x + (branch if layer_scale is None else branch * layer_scale)
 
 
@@ -94,6 +97,12 @@ def test_block_matches_independent_formulation(
     shape: tuple[int, int, int], scaled: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
     assert_accurate(partial(attention_block, **BLOCK), plain_block, block_inputs(*shape, scaled), dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, in_full(torch.bfloat16)])
+def test_causal(dtype: torch.dtype, device: torch.device) -> None:
+    ours, plain = partial(attention_block, **BLOCK, causal=True), partial(plain_block, causal=True)
+    assert_accurate(ours, plain, block_inputs(2, 37, 32, scaled=True), dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, in_full(torch.float32)])
@@ -353,13 +362,13 @@ def test_registered_operator(implementation: str, device: torch.device) -> None:
         pytest.skip("does not apply: the operator is Triton's")
     *tensors, layer_scale = leaves(device, torch.float32, 2, 3, 16).values()
     path_scale = torch.tensor([0.0, 1.5], device=device)
-    torch.library.opcheck(op.attention_block_op, (*tensors, layer_scale, path_scale, 2, EPS, True, True))
+    torch.library.opcheck(op.attention_block_op, (*tensors, layer_scale, path_scale, 2, EPS, True, True, True))
     with config.triton_for(*config.PRODUCTS):
-        torch.library.opcheck(op.attention_block_op, (*tensors, None, None, 1, EPS, True, False))
+        torch.library.opcheck(op.attention_block_op, (*tensors, None, None, 1, EPS, False, True, False))
     frozen = [tensor.detach() for tensor in tensors]
-    torch.library.opcheck(op.attention_block_op, (*frozen, None, None, 2, EPS, False, False))
+    torch.library.opcheck(op.attention_block_op, (*frozen, None, None, 2, EPS, False, False, False))
     frozen[4] = tensors[4]
-    torch.library.opcheck(op.attention_block_op, (*frozen, None, None, 2, EPS, True, False))
+    torch.library.opcheck(op.attention_block_op, (*frozen, None, None, 2, EPS, False, True, False))
 
 
 def test_second_derivative_is_refused(implementation: str, device: torch.device) -> None:

@@ -116,18 +116,19 @@ def test_a_block_runs_fused_with_attention_of_a_library(library: OnCpu) -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("option", ["bias", "dropout", "lengths", "head_dim"])
+@pytest.mark.parametrize("option", ["bias", "dropout", "lengths", "causal", "head_dim"])
 def test_what_a_library_cannot_take_is_for_our_kernels_or_an_error(option: str, library: OnCpu) -> None:
     qkv = torch.randn(2, 7, 3, 2, 80 if option == "head_dim" else 16).bfloat16()
     options = {
         "bias": {"bias": torch.zeros(7, 7)},
         "dropout": {"dropout": 0.5},
         "lengths": {"cu_seqlens": torch.tensor([0, 4, 7], dtype=torch.int32), "max_seqlen": 4},
+        "causal": {"causal": True},
         "head_dim": {},
     }[option]
     qkv = qkv[0] if option == "lengths" else qkv
     with dispatch.using("attention=cudnn"):
-        said = "head dimensions up to 64" if option == "head_dim" else "has no bias, dropout or sequences"
+        said = "head dimensions up to 64" if option == "head_dim" else "has no bias, dropout, scale, causal mask"
         with pytest.raises(RuntimeError, match=f"attention=cudnn was asked for, but cudnn attention .*{said}"):
             attention(qkv, **options)
     entries = by_table("attention_fwd", dtype="bfloat16").entries

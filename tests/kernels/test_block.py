@@ -41,10 +41,10 @@ def halves(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Ten
     return mine, {n.replace("norm2", "norm").replace("scale2", "scale"): t for n, t in others.items()}
 
 
-def plain(path_scales: tuple[Tensor, Tensor] | None = None, **tensors: Tensor) -> Tensor:
+def plain(path_scales: tuple[Tensor, Tensor] | None = None, causal: bool = False, **tensors: Tensor) -> Tensor:
     first, second = halves(tensors)
     x = first["x"]
-    y = plain_block(**first)
+    y = plain_block(**first, causal=causal)
     if path_scales is not None:
         y = x + path_scales[0].to(x.dtype)[:, None, None] * (y - x)
     z = plain_mlp(y, **second)
@@ -95,6 +95,11 @@ def test_production_sizes(tokens: int, width: int, dtype: torch.dtype, device: t
         return plain_mlp(plain_block(**first, heads=16), **second)
 
     assert_accurate(ours, plain_16, arguments, dtype, device)
+
+
+def test_causal(device: torch.device) -> None:
+    ours = partial(transformer_block, **BLOCK, causal=True)
+    assert_accurate(ours, partial(plain, causal=True), inputs(2, 5, 16, 24), torch.float32, device)
 
 
 def test_products_may_run_in_triton(device: torch.device) -> None:
@@ -336,7 +341,7 @@ def test_registered_operator(implementation: str, device: torch.device) -> None:
     tensors = leaves(device, torch.float32, 2, 3, 16, 24)
     ordered = [tensors[name] for name in op.LEARNED]
     scales = [torch.tensor([0.0, 1.5], device=device)] * 2
-    rest = 2, 1e-6, False
+    rest = 2, 1e-6, False, True
     torch.library.opcheck(op.transformer_block_op, (*ordered, *scales, *rest, True, True, True, True, True, False))
     ordered[op.LEARNED.index("layer_scale1")] = ordered[op.LEARNED.index("layer_scale2")] = None
     frozen = [None if tensor is None else tensor.detach() for tensor in ordered]

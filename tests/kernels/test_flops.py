@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvit_kernels import attention, attention_qkv, dispatch
+from fastvit_kernels import attention, attention_block, attention_qkv, dispatch
 from fastvit_kernels.flops import seen
 
 
@@ -26,6 +26,17 @@ def test_causal_attention(causal: bool) -> None:
         assert counter.get_total_flops() == 2 * 2 * pairs * 2 * 16
         y.sum().backward()
     assert counter.get_total_flops() == 7 * 2 * pairs * 2 * 16
+
+
+def test_causal_block() -> None:
+    norm, qkv, proj = [torch.ones(32)] * 2, [torch.ones(96, 32), torch.ones(96)], [torch.ones(32, 32), torch.ones(32)]
+    totals = []
+    for causal in (False, True):
+        x = torch.randn(2, 4, 32, requires_grad=True)
+        with dispatch.using("triton"), FlopCounterMode(display=False) as counter:
+            attention_block(x, *norm, *qkv, *proj, heads=2, eps=1e-6, causal=causal).sum().backward()
+        totals.append(counter.get_total_flops())
+    assert totals[0] - totals[1] == 7 * 2 * 2 * (4 * 4 - (4 + 3 + 2 + 1)) * 32
 
 
 def test_sequences_of_different_lengths() -> None:

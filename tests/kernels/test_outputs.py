@@ -112,6 +112,9 @@ def test_causal(device: torch.device) -> None:
     arguments = {name: tensor.to(device) for name, tensor in block_inputs(2, 5, 16).items()}
     whole = attention_block(**arguments, **BLOCK, causal=True)
     torch.testing.assert_close(attention_block(**arguments, **BLOCK, causal=True, outputs=2), whole[:, :2])
+    arguments = leaves(device, torch.float32, 2, 5, 16, 24)
+    whole = transformer_block(**arguments, **BLOCK, causal=True)
+    torch.testing.assert_close(transformer_block(**arguments, **BLOCK, causal=True, outputs=2), whole[:, :2])
 
 
 @pytest.mark.parametrize("outputs", [0, 4, -1])

@@ -19,16 +19,25 @@ def shards(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def quick_python(tmp_path_factory):
+    """A Python that answers how many GPUs there are without importing PyTorch, which takes seconds."""
+    path = tmp_path_factory.mktemp("bin") / "python"
+    path.write_text(f'#!/bin/sh\ncase "$*" in *device_count*) echo 0;; *) exec {sys.executable} "$@";; esac\n')
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.fixture
-def script(tmp_path):
-    """Runs a script of launch/ in an empty folder; variables given as None are unset."""
+def script(tmp_path, quick_python):
+    """Runs a script of launch/ in an empty folder."""
 
     def run(name, *arguments, **variables):
         environment = {
             **os.environ,
             "CUDA_VISIBLE_DEVICES": "",
             "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/kernels",
-            "PYTHON": sys.executable,
+            "PYTHON": quick_python,
             "TMPDIR": str(tmp_path),
         }
         for chosen in ("OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TRITON_CACHE_DIR"):

@@ -15,11 +15,13 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 LAUNCH = REPOSITORY / "launch"
 TORCHRUN, DEEPSPEED, SLURM, POD = "torchrun/run.sh", "deepspeed/run.sh", "slurm/train.sbatch", "kubernetes/pod.sh"
-# A Python that answers for the real one: two GPUs, the way to the head node, and a training that only says that it ran.
+# A Python that answers for the real one: two GPUs, eight cores, the way to the head node, and a training that only says
+# that it ran.
 PYTHON = f"""#!/bin/sh
 case "$1 $2" in
     *route.py*) echo 10.0.0.1 10.0.0.1 eth0 ;;
     *device_count*) echo 2 ;;
+    *cores_here*) echo 8 ;;
     *create_server*) exec {sys.executable} "$@" ;;
     *) echo "trained: $*" ;;
 esac

@@ -58,7 +58,7 @@ def started(folder):
         ("76", "76", "1", 0),
         in_full("75", "75", "1", 1),
         ("76", "76", "1:2", 1),
-        ("2", "wait", "1", 0),
+        in_full("2", "wait", "1", 0),
         ("75", "wait", "1", 1),  # the agent ends the other one, which says 76: that is no request to leave
     ],
 )
@@ -84,8 +84,10 @@ if rank == 1:
     print("fastvit: error: a sentence", file=sys.stderr, flush=True)
 sys.exit"""
     (tmp_path / "rank.py").write_text(program.replace("\nsys.exit", says))
-    _, errors = agent("2", "2").communicate(timeout=120)
-    assert errors == "fastvit: error: a sentence\n"
+    running = agent("2", "2")
+    _, errors = running.communicate(timeout=120)
+    assert (running.returncode, errors) == (2, "fastvit: error: a sentence\n")
+    assert started(tmp_path) == ["0-0", "1-0"]  # and it is not tried again
 
 
 def test_told_to_leave_it_tells_its_processes_and_reports_that_they_saved(agent, tmp_path):

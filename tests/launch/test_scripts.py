@@ -1,5 +1,6 @@
 """What the launchers' scripts would run, and what they say of bad input."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,20 @@ def with_pdsh(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
 
 
+def test_launchers_count_cores_as_the_engine_does(tmp_path):
+    """By affinity, and by the quotas of all control groups around the process."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os\n"
+        "import fastvit_engine.control_groups as groups\n"
+        "os.sched_getaffinity = lambda process: set(range(16))\n"
+        "groups.cpu_quota = lambda system: 3.5\n"
+    )
+    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}"}
+    command = ["bash", "-euc", f"source {LAUNCH}/environment.sh; _fastvit_cores"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("3\n", "")
+
+
 def test_every_script_passes_shellcheck():
     beside = str(Path(sys.executable).parent)  # where pip puts it, whether or not the environment is activated
     shellcheck = shutil.which("shellcheck", path=beside) or shutil.which("shellcheck")
@@ -45,12 +60,12 @@ def test_every_script_passes_shellcheck():
 
 
 @pytest.fixture
-def noting_python(tmp_path):
+def noting_python(tmp_path, quick_python):
     """A python that does not check a training, but says with which options it would."""
     path = tmp_path / "python"
     path.write_text(
         f'#!/bin/sh\ncase "$*" in *" train "*--dry-run*) echo "${{*##*--resume auto}}";; '
-        f'*) exec {sys.executable} "$@";; esac\n'
+        f'*) exec {quick_python} "$@";; esac\n'
     )
     path.chmod(0o755)
     return str(path)
@@ -100,7 +115,8 @@ def test_a_dry_run_prints_the_environment_and_the_same_training_everywhere(
 
 def test_a_dry_run_says_what_a_start_would_do_and_writes_nothing(script, shards, tmp_path):
     training = [*TRAINING, "--set", f"data.train={shards}", "--set", f"data.eval={shards}"]
-    done = script("torchrun/run.sh", "--processes-per-node", "2", "--dry-run", "--", *training)
+    options = ["--processes-per-node", "2", "--dry-run"]
+    done = script("torchrun/run.sh", *options, "--", *training, PYTHON=sys.executable)
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
     assert said[0] == "# dry run, nothing is written: 2 processes on 1 node, on CPU cores, as on this machine"
@@ -239,13 +255,3 @@ def test_the_other_apex_is_refused(script, tmp_path):
     done = script("install_apex.sh", PYTHON=str(python))
     assert done.returncode == 2
     assert "the installed 'apex' is not NVIDIA's, but an unrelated package of that name" in done.stderr
-
-
-def test_apex_needs_a_pytorch_with_cuda(script):
-    import torch
-
-    if torch.version.cuda is not None:
-        pytest.skip("this PyTorch has CUDA")
-    done = script("install_apex.sh")
-    assert done.returncode == 2
-    assert "built without CUDA" in done.stderr

@@ -6,10 +6,10 @@ from fastvit_engine.commands.data import bench, index, make, show, stats, verify
 from fastvit_engine.commands.data.options import wrapped
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
     data = commands.add_parser(
         "data",
-        help="make, index, verify and look at shards",
+        help=purpose,
         description=wrapped("Make WebDataset shards, index and verify them, and see what is in them."),
         epilog="example:\n  fastvit data make photos/ --out data/photos\n  fastvit data verify data/photos",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -121,7 +121,13 @@ def _results(named: Sequence[_Named], settings: Sequence[Settings | None]) -> Ta
             columns.append(_Column(f"{prefix}held-out loss", loss, SHORT, lowest))
     training = [run.run.train[-1]["loss"] if run.run.train else None for run in named]
     columns.append(_Column("training loss", training, SHORT, min if same_loss else None))
-    return _table("Results", named, columns, note.strip())
+    return _table("Results", named, columns, f"{note} {_left_out(named)}".strip(), finished_only=True)
+
+
+def _left_out(named: Sequence[_Named]) -> str:
+    """A sentence on the runs whose results would be compared with those of longer training; empty if there are none."""
+    unfinished = [run.name for run in named if not run.run.finished]
+    return f"Not finished, so not marked as best: {', '.join(unfinished)}." if unfinished else ""
 
 
 def _few_shot(named: Sequence[_Named], settings: Sequence[Settings | None]) -> Table | None:
@@ -134,7 +140,9 @@ def _few_shot(named: Sequence[_Named], settings: Sequence[Settings | None]) -> T
             means = [_last_mean(run.run.few_shot, kind, shots) for run in named]
             columns.append(_Column(f"{prefix}{shots}-shot", means, format_share, best))
     note = "" if best else f"The shards differ, so none is marked as best: {_listed(_FEW_SHOT, settings)}."
-    return _table("Few-shot accuracy", named, columns, note) if columns else None
+    if not columns:
+        return None
+    return _table("Few-shot accuracy", named, columns, f"{note} {_left_out(named)}".strip(), finished_only=True)
 
 
 def _last_mean(rows: Sequence[FewShotRow], kind: str, shots: int) -> float | None:
@@ -164,20 +172,24 @@ def _speed(named: Sequence[_Named]) -> Table:
     return table._replace(columns=[*table.columns, "incidents"])
 
 
-def _table(title: str, named: Sequence[_Named], columns: Sequence[_Column], note: str) -> Table:
-    """A row per run; columns without any value are left out."""
+def _table(
+    title: str, named: Sequence[_Named], columns: Sequence[_Column], note: str, *, finished_only: bool = False
+) -> Table:
+    """A row per run; columns without any value are left out. finished_only: only finished runs can be the best."""
     kept = [column for column in columns if any(value is not None for value in column.values)]
     rows = [[Cell(run.name, style=_classes(run))] for run in named]
     for column in kept:
-        best = _best(column)
-        for row, value in zip(rows, column.values, strict=True):
-            row.append(Cell("–") if value is None else Cell(column.form(value), value == best))
+        ranked = [run.run.finished or not finished_only for run in named]
+        best = _best(column, ranked)
+        for row, value, counts in zip(rows, column.values, ranked, strict=True):
+            row.append(Cell("–") if value is None else Cell(column.form(value), counts and value == best))
     return Table(title, ["run", *(column.name for column in kept)], rows, note)
 
 
-def _best(column: _Column) -> float | None:
-    """The best value of a column; None if there is none, or if all are alike."""
-    known = [value for value in column.values if value is not None and np.isfinite(value)]
+def _best(column: _Column, ranked: Sequence[bool]) -> float | None:
+    """The best value of the runs that are ranked; None if there is none, or if all are alike."""
+    values = [value for value, counts in zip(column.values, ranked, strict=True) if counts]
+    known = [value for value in values if value is not None and np.isfinite(value)]
     if column.best is None or len(set(known)) < 2:
         return None
     return column.best(known)

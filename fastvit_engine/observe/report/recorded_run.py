@@ -2,12 +2,14 @@
 
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import Event, read_events
-from fastvit_engine.observe.metrics import EvalRow, FewShotRow, LossRow, TrainRow, read_all_metrics
+from fastvit_engine.observe.metrics import EvalRow, FewShotRow, LossRow, OwnRow, TrainRow, read_all_metrics
+from fastvit_engine.observe.owner_record import Holder
 from fastvit_engine.observe.report.axes import Progress
 from fastvit_engine.observe.report.incidents import describe_incidents, restarts
 from fastvit_engine.observe.report.page import Table
@@ -44,7 +46,10 @@ _ENVIRONMENT: dict[str, Any] = {
     "samples_per_epoch": int | None,
     "shards": str,
 }
+State = Literal["finished", "in progress", "no sign of life", "not running"]
 _MOST = 1e30  # numbers in it are less
+_SIZES_SHOWN = 3  # numbers of processes that are listed one by one
+_CONTINUES = "the same command with --resume auto continues it"
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class RecordedRun:
     train: list[TrainRow]
     evaluations: list[EvalRow]
     few_shot: list[FewShotRow]
+    own: list[OwnRow]
     losses: list[LossRow]
     events: list[Event]
     samples: Samples | None
@@ -63,16 +69,59 @@ class RecordedRun:
     reconstructions: Reconstructions | None
     profiles: list[Table]
     config: str | None  # YAML text
+    holder: Holder | None = None  # who works on the run; None: nobody
 
     @property
     def step(self) -> int:
         """The last step known to be done."""
-        last = [*self.train[-1:], *self.evaluations[-1:], *self.few_shot[-1:], *self.losses[-1:]]
-        return max((row["step"] for row in last), default=0)
+        kinds = (self.train, self.evaluations, self.few_shot, self.own, self.losses)
+        return max((rows[-1]["step"] for rows in kinds if rows), default=0)
 
     @property
     def finished(self) -> bool:
         return self.step >= self.environment["total_steps"]
+
+    @property
+    def state(self) -> State:
+        if self.finished:
+            return "finished"
+        if self.holder is None:
+            return "not running"
+        return "in progress" if self.holder.silent_seconds is None else "no sign of life"
+
+    def describe_state(self) -> str:
+        """Who works on the run, and what to do if nobody does; empty if it is finished."""
+        if self.finished:
+            return ""
+        if self.holder is None:
+            last = next((event for event in reversed(self.events) if event["event"] in ("start", "stop")), None)
+            how = "was stopped on request" if last is not None and last["event"] == "stop" else "ended early"
+            return f"{self.state}: it {how}; {_CONTINUES}"
+        if self.holder.silent_seconds is None:
+            return f"{self.state}: {self.holder.who}"
+        silence = format_duration(self.holder.silent_seconds)
+        return f"{self.state} from {self.holder.who} for {silence}: if that is gone, {_CONTINUES}"
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """Numbers of processes that have taken steps, one after another; the last is that of the latest start."""
+        starts = [
+            event for event in self.events if event["event"] == "start" and {"step", "world_size"} <= event.keys()
+        ]
+        sizes: list[int] = []
+        for start, later in zip(starts, starts[1:], strict=False):
+            if start["step"] < later["step"]:  # it left a checkpoint
+                sizes.append(int(start["world_size"]))  # type: ignore[typeddict-item]
+        sizes.append(self.environment["world_size"])
+        return [size for size, _ in groupby(sizes)]
+
+    def describe_processes(self) -> str:
+        """How many there were, as in "2 processes", "2, then 1 process" or "1 to 8 processes"."""
+        sizes = self.world_sizes
+        if len(sizes) <= _SIZES_SHOWN:
+            before = "".join(f"{size:,}, then " for size in sizes[:-1])
+            return before + counted(sizes[-1], "process", "processes")
+        return f"{min(sizes):,} to {max(sizes):,} processes"
 
     @property
     def seconds(self) -> float:
@@ -112,12 +161,11 @@ class RecordedRun:
         """The run in one clause, as in "840 steps of 64 images on 2 processes (cpu, ZeRO-1) in 1 min 12 s"."""
         environment, total = self.environment, self.environment["total_steps"]
         steps = counted(self.step, "step") if self.finished else f"{self.step:,} of {counted(total, 'step')}"
-        processes = counted(environment["world_size"], "process", "processes")
         images = f"of {environment['global_batch_size']:,} images"
         if self.events_of("batch_change") and self.train:
             images = f"with {self.train[-1]['samples']:,} images"
         return (
-            f"{steps} {images} on {processes} "
+            f"{steps} {images} on {self.describe_processes()} "
             f"({environment['device']}, ZeRO-{environment['zero_stage']}) in {format_duration(self.seconds)}"
         )
 
@@ -142,7 +190,8 @@ class RecordedRun:
         model = f"{self.describe_model()} ({format_count(self.environment['parameters'])} parameters)"
         accuracy = self.describe_accuracy() or ["not evaluated yet"]
         incidents = [f"incidents: {text}"] if (text := self.describe_incidents()) else []
-        return "\n".join([f"{model}: {self.describe_training()}", *accuracy, *incidents])
+        state = [text] if (text := self.describe_state()) else []
+        return "\n".join([f"{model}: {self.describe_training()}", *state, *accuracy, *incidents])
 
 
 def best_evaluation(rows: list[EvalRow]) -> EvalRow:
@@ -150,10 +199,10 @@ def best_evaluation(rows: list[EvalRow]) -> EvalRow:
     return max(reversed(rows), key=lambda row: row["top1"])
 
 
-def load_run(source: Path | RunFolder) -> RecordedRun:
+def load_run(source: Path | RunFolder, holder: Holder | None = None) -> RecordedRun:
     """Reads a run folder, without secrets of URLs. Raises UserError if it is none, or a file in it is damaged.
 
-    One with a URL has been fetched to its path.
+    One with a URL has been fetched to its path. holder: who works on the run.
     """
     folder = source if isinstance(source, RunFolder) else RunFolder(source)
     if not folder.path.is_dir():
@@ -177,6 +226,7 @@ def load_run(source: Path | RunFolder) -> RecordedRun:
         config=without_secrets(folder.config.read_text(encoding="utf-8", errors="replace"))
         if folder.config.is_file()
         else None,
+        holder=holder,
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from fastvit_engine.files import atomic_write
-from fastvit_engine.observe.metrics import FewShotRow, TrainRow
+from fastvit_engine.observe.metrics import FewShotRow, OwnRow, TrainRow
 from fastvit_engine.observe.report.axes import Axes, Axis
 from fastvit_engine.observe.report.chart import PERCENT, SHORT, WHOLE, Mark, Series, line_chart
 from fastvit_engine.observe.report.incidents import EventRow, continuations, event_rows, tracks, without_repeats
@@ -64,6 +64,7 @@ def render(run: RecordedRun, axis: Axis = "steps") -> str:
         name=run.folder.name,
         model=run.describe_model(),
         training=run.describe_training(),
+        run=run,
         progress="" if run.finished else f"{run.step:,} of {environment['total_steps']:,} steps ({done} %)",
         tiles=_tiles(run),
         facts=_facts(run),
@@ -120,7 +121,7 @@ def _facts(run: RecordedRun) -> list[tuple[str, str]]:
         "Global batch": f"{environment['global_batch_size']:,} images",
         "Precision": environment["precision"],
         "Device": environment["device"],
-        "Processes": f"{environment['world_size']:,}, DeepSpeed ZeRO stage {environment['zero_stage']}",
+        "Processes": f"{run.describe_processes()}, DeepSpeed ZeRO stage {environment['zero_stage']}",
         "Compute": f"{format_flops(environment['training_flops_per_image'])} per image, forward and backward",
         "Peak": f"{format_flops(peak)}/s ({environment['peak_flops_source']})" if peak else "unknown: no MFU",
         "Peak memory": format_bytes(max(row["memory_bytes"] for row in run.train)) + " per process"
@@ -154,11 +155,27 @@ def _learning(run: RecordedRun, axes: Axes, marks: Sequence[Mark]) -> Section:
         lines = _few_shot(run.few_shot)
         unit = "% of images, by a linear classifier on the features"
         charts.append(line_chart("Few-shot accuracy", unit, lines, axes, form=PERCENT, marks=marks))
+    charts += _own_charts(run.own, axes, marks)
     note = "" if run.evaluations or run.losses else "The run has not been evaluated on held-out images."
     broken = sum(not np.isfinite(row["loss"]) for row in run.train)
     if broken:
         note += f" The training loss is not finite in {broken:,} of {len(run.train):,} logged steps."
-    return section("Learning", charts if run.train or run.few_shot or run.evaluations or run.losses else [], note)
+    recorded = any((run.train, run.evaluations, run.few_shot, run.own, run.losses))
+    return section("Learning", charts if recorded else [], note)
+
+
+def _own_charts(rows: Sequence[OwnRow], axes: Axes, marks: Sequence[Mark]) -> list[str]:
+    """A chart for each evaluator of one's own, with a line per figure; dashed for the average of the weights."""
+    charts = []
+    for name in dict.fromkeys(row["eval"].removesuffix("_ema") for row in rows):
+        lines = []
+        for kind, prefix, dash in ((name, "", 0), (f"{name}_ema", "EMA ", 1)):
+            found = [{"step": row["step"], **row["figures"]} for row in rows if row["eval"] == kind]
+            for number, figure in enumerate(dict.fromkeys(key for row in found for key in row if key != "step")):
+                style = f"shots-{number % _SHOT_STYLES}"
+                lines.append(series(f"{prefix}{figure}", style, found, figure, dash=dash, points=True))
+        charts.append(line_chart(name, "", lines, axes, marks=marks))
+    return charts
 
 
 def _few_shot(rows: Sequence[FewShotRow]) -> list[Series]:

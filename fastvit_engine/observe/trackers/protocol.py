@@ -2,7 +2,7 @@
 
 from typing import Protocol, cast
 
-from fastvit_engine.observe.metrics import FewShotRow, Row
+from fastvit_engine.observe.metrics import FewShotRow, OwnRow, Row
 
 
 class Tracker(Protocol):
@@ -25,4 +25,6 @@ def numbers_of(row: Row) -> dict[str, float]:
         f"{group}/{key}": value for key, value in row.items() if isinstance(value, int | float) and key != "step"
     }
     shots = cast(FewShotRow, row)["shots"] if "shots" in row else {}
+    figures = cast(OwnRow, row)["figures"] if "figures" in row else {}
+    numbers |= {f"{group}/{name}": number for name, number in figures.items()}
     return numbers | {f"{group}/{number}-shot": found["mean"] for number, found in shots.items()}

@@ -81,22 +81,29 @@ def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def launch_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor) -> Tensor:
-    """The gradient of packed q, k and v in a call without anything else."""
-    return launch_gradients(grad_out, out, lse, False, qkv)[0]
+def launch_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, causal: bool = False) -> Tensor:
+    """The gradient of packed q, k and v in a call without anything else but a causal mask."""
+    return launch_gradients(grad_out, out, lse, False, *Call(qkv, causal=causal))[0]
 
 
 def launch_backward_and_sums(
-    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, column_sum: Tensor, sums: ColumnSums
+    grad_out: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    column_sum: Tensor,
+    sums: ColumnSums,
+    causal: bool = False,
 ) -> Tensor:
     """`launch_backward`, and the sum of the gradient over all tokens: what a bias that was added to qkv gets.
 
     After `sums.launch()` it is in column_sum [3*H*d], contiguous, any floating dtype. The part of the queries is a sum
-    of the gradient before it is rounded. The probabilities of a query add up to 1, so the part of the values is the sum
-    of `grad_out`. A bias of the keys adds the same to all scores of a query and changes nothing: its gradient is 0.
+    of the gradient before it is rounded. The probabilities of a query add up to 1, as it sees itself at least, so the
+    part of the values is the sum of `grad_out`. A bias of the keys adds the same to all scores of a query and changes
+    nothing: its gradient is 0.
     """
     grad_qkv = qkv.new_empty(*qkv.shape)
-    partial = write_gradients(Call(qkv), grad_out, out, lse, (grad_qkv,), with_sums=True)
+    partial = write_gradients(Call(qkv, causal=causal), grad_out, out, lse, (grad_qkv,), with_sums=True)
     if not partial:
         summed = grad_qkv.select(-3, 0).flatten(-2), grad_out
         partial = tuple(gradient.sum((0, 1), dtype=torch.float32)[None] for gradient in summed)

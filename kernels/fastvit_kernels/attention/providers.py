@@ -1,8 +1,9 @@
 """Attention by the libraries that PyTorch brings along, inside our operator: what is saved is what our kernels save.
 
-A provider computes softmax(q k^T / sqrt(d)) v and its gradients, without bias, dropout or sequences of different
-lengths. The forward and the backward pass may have different ones: all that passes between them is `out` and `lse`.
-Which one runs is what `FASTVIT_KERNELS` asks for, else what the table of the GPU says, else our own kernels.
+A provider computes softmax(q k^T / sqrt(d)) v and its gradients, without bias, dropout, another scale, a causal mask or
+sequences of different lengths. The forward and the backward pass may have different ones: all that passes between them
+is `out` and `lse`. Which one runs is what `FASTVIT_KERNELS` asks for, else what the table of the GPU says, else our own
+kernels.
 """
 
 import math
@@ -103,9 +104,9 @@ def deterministic() -> Iterator[None]:
 
 
 def obstacle(name: str, q: Tensor, plain: bool) -> str | None:
-    """Why this provider cannot compute a call, or None. It is `plain` without bias, dropout and lengths."""
+    """Why this provider cannot compute a call, or None; `plain` as in `launch.Call`."""
     if not plain:
-        return f"{name} attention has no bias, dropout or sequences of different lengths here"
+        return f"{name} attention has no bias, dropout, scale, causal mask or sequences of different lengths here"
     reason = PROVIDERS[name].obstacle(q)
     return None if reason is None else f"{name} attention {reason}"
 

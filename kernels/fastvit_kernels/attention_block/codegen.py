@@ -36,7 +36,7 @@ def half_block(
     proj = meta(width, width), meta(width)
     layer_scale, path_scale = (meta(width, dtype=stream), meta(64, dtype=FULL)) if scaled else (None, None)
     parameters = norm, norm, qkv_weight, qkv_bias, *proj, layer_scale
-    call = Call(x, *parameters, path_scale, heads, 1e-6, keep=True, keep_normed=True)
+    call = Call(x, *parameters, path_scale, heads, 1e-6, causal=False, keep=True, keep_normed=True)
     with triton_for(*products):
         y, *kept = launch_forward(*call)
         launch_backward(y, [True] * 7 + [scaled], *kept, *call)

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from fastvit_kernels.attention.launch import Call as AttentionCall
 from fastvit_kernels.attention.launch import launch_backward as attention_backward
 from fastvit_kernels.attention.launch import launch_backward_and_sums as attention_backward_and_sums
 from fastvit_kernels.attention.launch import launch_forward as attention_forward
@@ -54,15 +55,14 @@ def attention_block(
         drop_path: rate at which a sample's whole branch is dropped; kept branches are scaled by 1 / (1 - drop_path).
         causal: a token sees itself and those before it only, as in text towers.
         recompute: what the kernels' backward pass computes again instead of keeping it: nothing, or the normalisation.
-            Gradients are the same. No effect on the reference, with dropout, causal or outputs, where autograd keeps
-            all.
+            Gradients are the same. No effect on the reference, with dropout or outputs, where autograd keeps all.
         outputs: how many tokens of the result are wanted, the first ones; None: all N. Queries, projection and sum are
             computed for these alone, keys and values for all tokens that these see.
 
     Rates are active whenever above 0. Returns [B, N, D], or [B, outputs, D], in the dtype of x, also under autocast,
     which acts as on `torch.nn.functional.linear`: products and attention run in its dtype, the normalisation and the
-    sum with x in that of x. Raises ValueError for a wrong shape, device, rate, recompute or outputs and TypeError for a
-    wrong dtype.
+    sum with x in that of x (float32 if one is float16 and the other bfloat16). Raises ValueError for a wrong shape,
+    device, rate, recompute or outputs and TypeError for a wrong dtype.
     """
     check_tokens("x", x)
     width, cast = x.shape[-1], autocast_dtype(x)
@@ -84,7 +84,7 @@ def attention_block(
     if causal and outputs is not None:  # they see no other
         x, outputs = x[:, :outputs], None
     norm, qkv, proj = (norm_weight, norm_bias), (qkv_weight, qkv_bias), (proj_weight, proj_bias)
-    composed = dropout > 0 or causal or outputs is not None
+    composed = dropout > 0 or outputs is not None
     if composed or width // heads > MAX_HEAD_DIM or not uses_triton("attention_block", x):
         return reference.attention_block(
             x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path, causal, outputs
@@ -96,7 +96,7 @@ def attention_block(
     # asked here, since operators run below autograd and cannot know: without a gradient nothing is kept for one
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     keep_normed = keep and recompute == "none" and qkv_weight.requires_grad
-    call = Call(*tensors, draw_path_scale(x, drop_path), heads, eps, keep, keep_normed)
+    call = Call(*tensors, draw_path_scale(x, drop_path), heads, eps, causal, keep, keep_normed)
     return call_operator(*call)
 
 
@@ -118,13 +118,15 @@ class Call(NamedTuple):
     path_scale: Tensor | None  # [B] float32
     heads: int
     eps: float
+    causal: bool
     keep: bool  # all but norm(x)
     keep_normed: bool
 
 
 ARGUMENTS = (
     "Tensor x, Tensor norm_weight, Tensor norm_bias, Tensor qkv_weight, Tensor qkv_bias, Tensor proj_weight,"
-    " Tensor proj_bias, Tensor? layer_scale, Tensor? path_scale, int heads, float eps, bool keep, bool keep_normed"
+    " Tensor proj_bias, Tensor? layer_scale, Tensor? path_scale, int heads, float eps, bool causal, bool keep,"
+    " bool keep_normed"
 )
 LEARNED = Call._fields[:8]  # inputs that may have a gradient
 
@@ -166,7 +168,7 @@ def forward_before_projection(call: Call, x: Tensor) -> Kept:
     _, normed, mean, rstd = normalise(x, call.norm_weight, call.norm_bias, call.eps, call.qkv_weight.dtype)
     qkv = products.linear(normed, as_rows(call.qkv_weight), call.qkv_bias.contiguous())
     qkv = qkv.view(batch, tokens, 3, call.heads, width // call.heads)
-    attended, lse = attention_forward(qkv)
+    attended, lse = attention_forward(*AttentionCall(qkv, causal=call.causal))
     return Kept(mean, rstd, normed if call.keep_normed else normed.new_empty(0), qkv, attended, lse)
 
 
@@ -238,9 +240,9 @@ def half_gradients(
     attended = grad_attended, kept.qkv, kept.attended, kept.lse
     if needs["qkv_bias"]:
         gradients["qkv_bias"] = call.qkv_bias.new_empty(*call.qkv_bias.shape)
-        grad_qkv = attention_backward_and_sums(*attended, gradients["qkv_bias"], sums)
+        grad_qkv = attention_backward_and_sums(*attended, gradients["qkv_bias"], sums, call.causal)
     else:
-        grad_qkv = attention_backward(*attended)
+        grad_qkv = attention_backward(*attended, call.causal)
     grad_qkv = grad_qkv.view(-1, call.qkv_weight.shape[0])
     if needs["qkv_weight"]:
         normed = kept.normed
@@ -275,7 +277,8 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def backward(ctx: Any, grad_y: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[: len(LEARNED)]
     gradients = attention_block_backward_op(grad_y, needed, *ctx.saved_tensors, *ctx.options)
-    return *(g if need else None for g, need in zip(gradients, needed, strict=True)), None, None, None, None, None
+    without = (None,) * (len(Call._fields) - len(LEARNED))
+    return *(g if need else None for g, need in zip(gradients, needed, strict=True)), *without
 
 
 attention_block_op = register_op(f"attention_block({ARGUMENTS}) -> (Tensor y, {KEPT})", launch_forward, fake_forward)

@@ -30,7 +30,7 @@ def block(tokens: int, width: int, heads: int, *, scaled: bool = False, stream: 
     layer_scale, path_scale = (meta(width, dtype=stream), meta(64, dtype=FULL)) if scaled else (None, None)
     attention = *norm(), *layer(3 * width, width), *layer(width, width), layer_scale
     mlp = *norm(), *layer(4 * width, width), *layer(width, 4 * width), layer_scale
-    options = heads, 1e-6, False
+    options = heads, 1e-6, False, False
     call = Call(x, *attention, *mlp, path_scale, path_scale, *options, True, True, True, True, True, False)
     y, *kept = launch_forward(*call)
     learned = [tensor is not None for tensor in call[:15]]

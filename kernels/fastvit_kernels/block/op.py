@@ -46,6 +46,7 @@ def transformer_block(
     layer_scale2: Tensor | None = None,
     dropout: float = 0.0,
     drop_path: float = 0.0,
+    causal: bool = False,
     recompute: Recompute = "gelu",
     outputs: int | None = None,
 ) -> Tensor:
@@ -64,6 +65,7 @@ def transformer_block(
         dropout: rate on the projected attention, on the activations and on the output of the MLP.
         drop_path: rate at which the branch of a sample is dropped, drawn for each half; kept branches are scaled by
             1 / (1 - drop_path).
+        causal: a token sees itself and those before it only, as in text towers.
         recompute: what the backward pass computes again instead of keeping it: nothing ("none"), the GELU, or both
             normalisations too ("all"). Gradients are the same. No effect on the reference.
         outputs: how many tokens of the result are wanted, the first ones; None: all N. Only keys, values and the
@@ -71,7 +73,8 @@ def transformer_block(
 
     Rates are active whenever above 0; a dropout above 0, or `outputs`, runs the two halves, one after the other.
     Returns [B, N, D], or [B, outputs, D], in the dtype of x, also under autocast, which acts as on
-    `torch.nn.functional.linear`: products and attention run in its dtype, normalisations and sums with x in that of x.
+    `torch.nn.functional.linear`: products and attention run in its dtype, normalisations and sums with x in that of x
+    (float32 if one is float16 and the other bfloat16).
     Raises ValueError for a wrong shape, device, rate, choice or number and TypeError for a wrong dtype.
     """
     check_tokens("x", x)
@@ -90,6 +93,8 @@ def transformer_block(
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
     outputs = checked_outputs(outputs, x)
+    if causal and outputs is not None:  # they see no other
+        x, outputs = x[:, :outputs], None
     if dropout > 0 or outputs is not None or x.shape[-1] // heads > MAX_HEAD_DIM or not uses_triton("block", x):
         return reference.transformer_block(
             x,
@@ -99,6 +104,7 @@ def transformer_block(
             activation=activation,
             dropout=dropout,
             drop_path=drop_path,
+            causal=causal,
             recompute=recompute,
             outputs=outputs,
         )
@@ -108,7 +114,7 @@ def transformer_block(
     tensors = x, *norm1, *first, layer_scale1, *norm2, *second, layer_scale2
     keep = kept_for(recompute, [tensor is not None and tensor.requires_grad for tensor in tensors])
     path_scales = draw_path_scale(x, drop_path), draw_path_scale(x, drop_path)
-    return call_operator(*tensors, *path_scales, heads, eps, activation == "gelu_tanh", *keep)
+    return call_operator(*tensors, *path_scales, heads, eps, activation == "gelu_tanh", causal, *keep)
 
 
 class Look(NamedTuple):
@@ -175,6 +181,7 @@ class Call(NamedTuple):
     heads: int
     eps: float
     tanh: bool
+    causal: bool
     keep1: bool  # what the gradients of the attention half need, but norm1(x)
     keep_normed1: bool
     keep2: bool  # the sum that the MLP half starts with, and its statistics
@@ -184,7 +191,7 @@ class Call(NamedTuple):
 
     def attention(self) -> attention_half.Call:
         scales = self.layer_scale1, self.path_scale1
-        return attention_half.Call(*self[:7], *scales, self.heads, self.eps, self.keep1, self.keep_normed1)
+        return attention_half.Call(*self[:7], *scales, self.heads, self.eps, self.causal, self.keep1, self.keep_normed1)
 
     def mlp(self) -> mlp_half.Call:
         """With x in the place of the sum after the attention half, for its shape and dtype."""
@@ -196,8 +203,8 @@ ARGUMENTS = (
     "Tensor x, Tensor norm1_weight, Tensor norm1_bias, Tensor qkv_weight, Tensor qkv_bias, Tensor proj_weight,"
     " Tensor proj_bias, Tensor? layer_scale1, Tensor norm2_weight, Tensor norm2_bias, Tensor fc1_weight,"
     " Tensor fc1_bias, Tensor fc2_weight, Tensor fc2_bias, Tensor? layer_scale2, Tensor? path_scale1,"
-    " Tensor? path_scale2, int heads, float eps, bool tanh, bool keep1, bool keep_normed1, bool keep2,"
-    " bool keep_normed2, bool keep_pre, bool keep_post"
+    " Tensor? path_scale2, int heads, float eps, bool tanh, bool causal, bool keep1, bool keep_normed1,"
+    " bool keep2, bool keep_normed2, bool keep_pre, bool keep_post"
 )
 LEARNED = Call._fields[:15]  # inputs that may have a gradient
 KEPT = f"{attention_half.KEPT}, Tensor middle, " + mlp_half.KEPT.replace("mean", "mean2").replace(

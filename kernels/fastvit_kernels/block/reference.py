@@ -17,6 +17,7 @@ def transformer_block(
     activation: Activation,
     dropout: float,
     drop_path: float,
+    causal: bool,
     recompute: Recompute,
     outputs: int | None,
 ) -> Tensor:
@@ -30,6 +31,7 @@ def transformer_block(
         layer_scale=layer_scale,
         dropout=dropout,
         drop_path=drop_path,
+        causal=causal,
         recompute="norm" if recompute == "all" else "none",
         outputs=outputs,
     )

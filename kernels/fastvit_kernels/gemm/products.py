@@ -23,6 +23,7 @@ from fastvit_kernels.gemm.config import (
     tile,
 )
 from fastvit_kernels.registration import cdiv
+from fastvit_kernels.residual import rows_of_sample
 
 if HAS_TRITON:
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -182,7 +183,12 @@ class BranchGradient(NamedTuple):
 
     unscaled: Tensor  # [T, D]: G
     scaled: Tensor  # [T, D]: layer_scale * G
-    partial: Tensor  # [programs, D] float32: partial column sums of G
+    partial: Tensor  # [programs, D] float32: partial column sums of G; [0] if not asked for
+
+    @property
+    def has_sums(self) -> bool:
+        """Not a matter of size: without tokens there are sums, of no programs."""
+        return self.partial.ndim == 2
 
 
 def branch_gradient(
@@ -345,7 +351,3 @@ def gemm(
         FLATTEN=t.flatten,
         num_warps=t.warps,
     )
-
-
-def rows_of_sample(rows: int, path_scale: Tensor | None) -> int:
-    return 0 if path_scale is None else rows // path_scale.shape[0]

@@ -107,7 +107,7 @@ def accelerate(model: nn.Module) -> Acceleration:
     for module in model.modules():
         mixin = classes.get(type(module))  # a fused module's class is in no registry: twice does no harm
         if mixin is not None and mixin.reading(module).fused:
-            changed[module] = fused_class(mixin, type(module))
+            changed[module] = fused_class(mixin.within(module, model), type(module))
     for module, fused in changed.items():
         module.__class__ = fused
     return Acceleration(model, classes, changed)
@@ -156,7 +156,7 @@ def survey(
     `item` is a member of a list of modules, as blocks are; inside a module already told of, only known ones get a row.
     """
     own = base_class(module)
-    mixin = registry.get(own)
+    mixin = type(module) if isinstance(module, Fused) else registry.get(own)
     if mixin is not None:
         fused, reasons = mixin.reading(module)
         if not isinstance(module, Fused):

@@ -102,8 +102,6 @@ class RotaryHalf(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         half = self.half
-        if self.q_norm is None and self.rotation is None:
-            return half(x)
         norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = half.parameters()
         normed = layer_norm(x, norm_weight, norm_bias, eps=half.norm.eps)
         qkv = F.linear(normed, qkv_weight, qkv_bias).unflatten(-1, (3, half.heads, -1))  # [B, N, 3, H, d]
@@ -183,7 +181,7 @@ class GatedHalf(NamedTuple):
 
 
 def are_one(attention: AttentionHalf, mlp: MlpHalf) -> bool:
-    """Whether the halves are one `transformer_block`, which has one eps and one drop path, and no mask.
+    """Whether the halves are one `transformer_block`, which has one eps and one drop path.
 
     With dropout it would run the two halves itself.
     """
@@ -191,7 +189,6 @@ def are_one(attention: AttentionHalf, mlp: MlpHalf) -> bool:
         attention.norm.eps == mlp.norm.eps
         and attention.drop_path == mlp.drop_path
         and attention.dropout == mlp.dropout == 0
-        and not attention.causal
     )
 
 
@@ -206,6 +203,7 @@ def whole_block(x: Tensor, attention: AttentionHalf, mlp: MlpHalf) -> Tensor:
         layer_scale1=attention.layer_scale,
         layer_scale2=mlp.layer_scale,
         drop_path=attention.drop_path,
+        causal=attention.causal,
     )
 
 

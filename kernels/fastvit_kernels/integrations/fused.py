@@ -33,6 +33,11 @@ class Fused(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def within(cls, module: nn.Module, model: nn.Module) -> type["Fused"]:
+        """This class, or the one for a module that is used in another way by `model`."""
+        return cls
+
+    @classmethod
     def plans(cls, module: nn.Module) -> list[dispatch.Plan]:
         """Who runs each of the operations that `reading` says the module consists of, with the weights it has now."""
         weight, fused = next(module.parameters()), cls.reading(module).fused

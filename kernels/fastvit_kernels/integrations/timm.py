@@ -69,19 +69,14 @@ class TimmBlock(FusedBlock):
             or check_heads(attn, norm.normalized_shape[0])
             or check_qk_norm(attn, attn.proj.weight)
             or check_residual("ls1", scale, "drop_path1", block.drop_path1)
-            or check_type("attn.attn_drop", attn.attn_drop, (nn.Dropout,))
-            or check_type("attn.proj_drop", attn.proj_drop, (nn.Dropout,))
             or check_precision(norm, getattr(scale, "gamma", None), attn.proj.weight)
             or check_hooks({"norm1": norm, "attn": attn, "ls1": scale, "drop_path1": block.drop_path1})
             or check_hooks(attn._modules)
         )
-        if reason:
-            return reason
-        if rate := dropout_rate(attn.attn_drop, training):
-            return f"attention dropout {rate:g}"
-        dropout, drop_path = dropout_rate(attn.proj_drop, training), dropout_rate(block.drop_path1, training)
-        if reason := check_rate("attn.proj_drop", dropout) or check_rate("drop_path1", drop_path):
-            return reason
+        rates = reason or attention_rates(block, training)
+        if isinstance(rates, str):
+            return rates
+        dropout, drop_path = rates
         half = AttentionHalf(
             norm=norm,
             qkv_weights=(attn.qkv.weight,),
@@ -104,6 +99,18 @@ class TimmBlock(FusedBlock):
             or check_hooks({"ls2": scale})
         )
         return reason or read_mlp(block, getattr(scale, "gamma", None), training)
+
+
+def attention_rates(block: Any, training: bool | None) -> tuple[float, float] | str:
+    """The rates at which a block drops projected attention, and its attention half; or why that cannot run fused."""
+    attn = block.attn
+    for name in ("attn_drop", "proj_drop"):
+        if reason := check_type(f"attn.{name}", getattr(attn, name), (nn.Dropout,)):
+            return reason
+    if rate := dropout_rate(attn.attn_drop, training):
+        return f"attention dropout {rate:g}"
+    dropout, drop_path = dropout_rate(attn.proj_drop, training), dropout_rate(block.drop_path1, training)
+    return check_rate("attn.proj_drop", dropout) or check_rate("drop_path1", drop_path) or (dropout, drop_path)
 
 
 def read_mlp(block: Any, layer_scale: Tensor | None, training: bool | None) -> MlpHalf | GatedHalf | str:

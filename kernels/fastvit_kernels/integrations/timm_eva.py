@@ -15,14 +15,19 @@ from fastvit_kernels.integrations.checks import (
     check_layer_norm,
     check_linear,
     check_precision,
-    check_rate,
     check_tensor,
     check_type,
-    dropout_rate,
     exchanged_forward,
 )
 from fastvit_kernels.integrations.fused import Fused, base_class
-from fastvit_kernels.integrations.timm import LAYER_NORMS, check_drop_path, check_qk_norm, check_wish, read_mlp
+from fastvit_kernels.integrations.timm import (
+    LAYER_NORMS,
+    attention_rates,
+    check_drop_path,
+    check_qk_norm,
+    check_wish,
+    read_mlp,
+)
 from fastvit_kernels.rotary.op import Layout
 
 BLOCK = ("norm1", "attn", "drop_path1", "norm2", "mlp", "drop_path2")
@@ -43,13 +48,13 @@ class EvaBlock(FusedBlock):
         block: Any = self
         if exchanged_forward(self):
             return super().forward(x, rope, attn_mask, *args, **kwargs)
-        attention: AttentionHalf | RotaryHalf | str = self.attention_half(self)
+        attention = self.attention_half(self)
         if attn_mask is not None or any(
             option is not None and option is not False for option in (*args, *kwargs.values())
         ):
             attention = "a mask"
-        elif isinstance(attention, RotaryHalf) and rope is not None:
-            attention = with_rotation(attention, rope, block.attn)
+        elif not isinstance(attention, str):
+            attention = without_rotation(attention) if rope is None else with_rotation(attention, rope, block.attn)
         return self.run(
             x,
             attention,
@@ -61,7 +66,14 @@ class EvaBlock(FusedBlock):
         )
 
     @classmethod
-    def attention_half(cls, block: Any, training: bool | None = None) -> RotaryHalf | str:
+    def within(cls, module: nn.Module, model: nn.Module) -> type[Fused]:
+        for parent in model.modules():
+            if isinstance(parent, eva.Eva) and parent.rope is None and module in parent.blocks.children():
+                return UnrotatedBlock
+        return cls
+
+    @classmethod
+    def attention_half(cls, block: Any, training: bool | None = None) -> AttentionHalf | RotaryHalf | str:
         norm, attn = block.norm1, block.attn
         reason = (
             check_children("the block", block, BLOCK)
@@ -75,19 +87,14 @@ class EvaBlock(FusedBlock):
             or check_projections(attn, norm.normalized_shape[0])
             or check_qk_norm(attn, attn.proj.weight)
             or check_drop_path("drop_path1", block.drop_path1)
-            or check_type("attn.attn_drop", attn.attn_drop, (nn.Dropout,))
-            or check_type("attn.proj_drop", attn.proj_drop, (nn.Dropout,))
             or check_precision(norm, block.gamma_1, attn.proj.weight)
             or check_hooks({"norm1": norm, "attn": attn, "drop_path1": block.drop_path1})
             or check_hooks(attn._modules)
         )
-        if reason:
-            return reason
-        if rate := dropout_rate(attn.attn_drop, training):
-            return f"attention dropout {rate:g}"
-        dropout, drop_path = dropout_rate(attn.proj_drop, training), dropout_rate(block.drop_path1, training)
-        if reason := check_rate("attn.proj_drop", dropout) or check_rate("drop_path1", drop_path):
-            return reason
+        rates = reason or attention_rates(block, training)
+        if isinstance(rates, str):
+            return rates
+        dropout, drop_path = rates
         weights, biases = projections(attn)
         half = AttentionHalf(norm, weights, biases, attn.proj, attn.num_heads, block.gamma_1, dropout, drop_path)
         normalised = base_class(attn.q_norm) is not nn.Identity
@@ -103,16 +110,31 @@ class EvaBlock(FusedBlock):
         return reason or read_mlp(block, block.gamma_2, training)
 
 
+class UnrotatedBlock(EvaBlock):
+    """A block of a model without rotary position embedding: it is told of, and runs, as one without."""
+
+    @classmethod
+    def attention_half(cls, block: Any, training: bool | None = None) -> AttentionHalf | RotaryHalf | str:
+        half = super().attention_half(block, training)
+        return half if isinstance(half, str) else without_rotation(half)
+
+
 def scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
     return branch if gamma is None else gamma * branch
 
 
-def with_rotation(half: RotaryHalf, rope: Tensor, attn: Any) -> RotaryHalf | str:
+def without_rotation(half: AttentionHalf | RotaryHalf) -> AttentionHalf | RotaryHalf:
+    return half.half if isinstance(half, RotaryHalf) and half.q_norm is None else half
+
+
+def with_rotation(half: AttentionHalf | RotaryHalf, rope: Tensor, attn: Any) -> RotaryHalf | str:
     """`rope` holds the sines of each token and channel, and then the cosines: [N - prefix, 2 d]."""
     if rope.ndim != 2 or rope.shape[1] != 2 * attn.head_dim:
         return "a rotation of its own for each sample or head"
     sin, cos = rope.chunk(2, dim=-1)
     layout: Layout = "half" if getattr(attn, "rotate_half", False) else "interleaved"
+    if isinstance(half, AttentionHalf):
+        half = RotaryHalf(half, None, None, None)
     return half._replace(rotation=Rotation(sin, cos, attn.num_prefix_tokens, layout))
 
 

@@ -10,7 +10,7 @@ from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, unmeasured, uses_triton
 from fastvit_kernels.layer_norm import reference
 from fastvit_kernels.registration import cdiv, register_gradient, register_op
-from fastvit_kernels.residual import draw_path_scale
+from fastvit_kernels.residual import draw_path_scale, rows_of_sample
 from fastvit_kernels.table import Runs, tunable
 
 if HAS_TRITON:
@@ -158,7 +158,7 @@ def normalise(
         rstd,
         rows,
         width,
-        0 if path_scale is None else rows // path_scale.shape[0],
+        rows_of_sample(rows, path_scale),
         x.stride(0),
         0 if branch is None else branch.stride(0),
         eps,
@@ -270,7 +270,7 @@ def launch_gradient(
         partial,
         rows,
         width,
-        0 if path_scale is None else rows // path_scale.shape[0],
+        rows_of_sample(rows, path_scale),
         0 if grad_y is None else grad_y.stride(0),
         grad_normed.stride(0),
         y.stride(0),

@@ -142,6 +142,9 @@ def launch_forward(
     batch, width, patch = images.shape[0], weight.shape[0], weight.shape[-1]
     patches, columns = patch_grid(images, patch)
     kept = patches if keep_indices is None else keep_indices.shape[1]
+    if kept == 0:  # programs own patches, and write what comes before them too
+        prefix = reference.prefix_tokens(pos_embed, cls_token, register_tokens)
+        return tokens.copy_(torch.cat(prefix, dim=1)) if prefix else tokens
     tile = forward_tile(patch, images.dtype, weight.dtype, width, batch * kept, gpu(images.device))
     depth = 3 * patch * patch
     packed = pack(weight, channels_last(images), triton.cdiv(depth, tile.depth) * tile.depth)

@@ -26,12 +26,18 @@ def patch_embed(
     tokens = tokens.to(bias.dtype)  # autocast gives its own, the tokens stay in that of the parameters
     if pos_embed is not None:
         tokens = tokens + keep(pos_embed[:, has_cls:], keep_indices)
+    prefix = prefix_tokens(pos_embed, cls_token, register_tokens)
+    return torch.cat([*(token.expand(batch, -1, -1) for token in prefix), tokens], dim=1) if prefix else tokens
+
+
+def prefix_tokens(pos_embed: Tensor | None, cls_token: Tensor | None, register_tokens: Tensor | None) -> list[Tensor]:
+    """What comes before the patches of every image: [1, 1, D] and [1, R, D], as far as there are any."""
     prefix = []
     if cls_token is not None:
         prefix.append(cls_token if pos_embed is None else cls_token + pos_embed[:, :1])
     if register_tokens is not None:
         prefix.append(register_tokens)
-    return torch.cat([*(token.expand(batch, -1, -1) for token in prefix), tokens], dim=1) if prefix else tokens
+    return prefix
 
 
 def keep(patches: Tensor, indices: Tensor | None) -> Tensor:

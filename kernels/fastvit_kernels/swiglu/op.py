@@ -92,7 +92,8 @@ def layer_norm_swiglu(
             kept.
 
     Returns [B, N, D] in the dtype of x, also under autocast: products run in its dtype, the normalisation and the sum
-    with x in that of x. Raises ValueError for a wrong shape, device, rate or recompute and TypeError for a wrong dtype.
+    with x in that of x (float32 if one is float16 and the other bfloat16). Raises ValueError for a wrong shape, device,
+    rate or recompute and TypeError for a wrong dtype.
     """
     check_tokens("x", x)
     check_parameter("norm_weight", norm_weight, x.shape[-1:], like=x, fp32_allowed=True)

@@ -41,7 +41,7 @@ def config_of(case) -> Config:
                 "micro_batch_size": case.get("micro_batch_size"),
                 "precision": case.get("precision", "fp32"),
             },
-            "optimizer": {"eps": 1e-3, "learning_rate": 3e-3},
+            "optimizer": {"eps": 1e-3, "learning_rate": 3e-3, **case.get("optimizer", {})},
             "zero": zero,
             "deepspeed": deepspeed,
             "checkpoint": {"keep": 100},

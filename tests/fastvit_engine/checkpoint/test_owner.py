@@ -16,11 +16,12 @@ import pytest
 
 from fastvit_engine.checkpoint import local, open_store, owner
 from fastvit_engine.checkpoint.local import LocalStore
-from fastvit_engine.checkpoint.owner import RUN_ID, Owner, own, process_start
+from fastvit_engine.checkpoint.owner import RUN_ID, own
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import this_machine
-from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.owner_record import Holder, Owner, holder_of, process_start
+from fastvit_engine.observe.run_folder import RunFolder, run_folder
 
 HERE = CheckpointConfig()
 
@@ -235,6 +236,31 @@ def test_an_owner_on_another_machine_is_alive_as_long_as_its_record_changes(run)
     assert said == [
         f"run folder {run.path} belongs to process 4321 on node-7: waiting up to 1 s to see whether that is alive"
     ]
+
+
+def test_who_works_on_a_run_is_told_without_waiting_and_without_writing(run):
+    assert holder_of(run) is None  # nor is there a folder
+    with own(HERE, run):
+        assert holder_of(run) == Holder(f"process {os.getpid()} on {socket.gethostname()}")
+    assert holder_of(run) is None
+    path = write_record(run.path, **ended_process())
+    assert holder_of(run) is None and path.exists()
+    path.unlink()
+    write_record(run.path, age=0.1)
+    assert holder_of(run) == Holder("process 4321 on node-7")
+    who, silence = holder_of(RunFolder(write_record(run.path, age=300.0).parent))
+    assert who == "process 4321 on node-7" and silence == pytest.approx(300, abs=30)
+    (run.path / "owner-1.json").write_text("{")
+    assert holder_of(run) == Holder("a process whose record is damaged")
+
+
+def test_who_works_on_a_run_in_a_store_is_told_by_its_record_there(tmp_path, s3_bucket, monkeypatch):
+    monkeypatch.setenv("FASTVIT_RUNS", str(tmp_path / "working"))
+    run = run_folder(f"s3://bucket/{tmp_path.name}")
+    assert holder_of(run) is None
+    with own(HERE, run):
+        assert holder_of(run) == Holder(f"process {os.getpid()} on {socket.gethostname()}")
+    assert holder_of(run) is None
 
 
 def test_an_owner_keeps_all_its_records_fresh(run, place):

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from fastvit_engine.checkpoint.export import _uploaded_from, find_checkpoint
-from fastvit_engine.checkpoint.owner import HEARTBEAT_SECONDS, RUN_ID, STALE_SECONDS, own
+from fastvit_engine.checkpoint.owner import RUN_ID, own
 from fastvit_engine.checkpoint.records import Records, kept_records
 from fastvit_engine.checkpoint.remote import RemoteStore
 from fastvit_engine.config import CheckpointConfig
@@ -16,6 +16,7 @@ from fastvit_engine.errors import RestartError, UserError
 from fastvit_engine.observe import disk
 from fastvit_engine.observe.events import read_events
 from fastvit_engine.observe.metrics import read_metrics
+from fastvit_engine.observe.owner_record import HEARTBEAT_SECONDS, STALE_SECONDS
 from fastvit_engine.observe.report.recorded_run import load_run
 from fastvit_engine.observe.run_folder import RunFolder, run_folder
 from fastvit_engine.storage.source import AttemptFailed

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from fastvit_engine.checkpoint import DamagedCheckpoint, Manifest, Recovery, TrainerState
+from fastvit_engine.checkpoint.format import StoredFile, StoredTensor
 from fastvit_engine.errors import UserError
 
 STATE = TrainerState(
@@ -126,6 +127,30 @@ def test_a_manifest_of_the_wrong_types_is_a_damaged_checkpoint(change):
     assert Manifest.from_json(json.dumps(whole).encode(), "manifest.json").gap() is None
     with pytest.raises(DamagedCheckpoint, match="manifest.json is not what was written there"):
         Manifest.from_json(json.dumps({**whole, **change}).encode(), "manifest.json")
+
+
+def test_state_may_be_of_some_parameters_or_of_other_shapes():
+    def at(length, offset):
+        return StoredTensor("F32", 0, length, offset, 1)
+
+    weights = [("weight", "a", at(6, 0)), ("weight", "b", at(4, 24))]
+    state = [("momentum_buffer", "a", at(6, 40)), ("rows", "a", at(2, 64))]
+    shapes = {"momentum_buffer": {"a": [2, 3]}, "rows": {"a": [2]}}
+
+    def read(tensors, shapes):
+        manifest = Manifest(
+            STATE, {}, {"a": [2, 3], "b": [4]}, {"rank-0": StoredFile(72, tensors)}, state_shapes=shapes
+        )
+        return Manifest.from_json(manifest.to_json(), "manifest.json")
+
+    whole = read(weights + state, shapes)
+    assert whole.gap() is None
+    assert whole.shapes_of("rows") == {"a": [2]} and whole.shapes_of("weight") == {"a": [2, 3], "b": [4]}
+    assert read(weights + state, {**shapes, "rows": {"a": [3]}}).gap() == "parameter 'a' (rows) is not there whole"
+    assert "'b' (momentum_buffer)" in str(read(weights + state, {"rows": {"a": [2]}}).gap())
+    for damaged in ({**shapes, "rows": {"a": [1]}}, {**shapes, "rows": {"b": [4]}}, {**shapes, "rows": {"c": [2]}}):
+        with pytest.raises(DamagedCheckpoint):
+            read(weights + state, damaged)
 
 
 @pytest.mark.parametrize("text", [b"", b"null", b"[]", b"1", bytes(900), b"[" * 10**5, b"\xff", b'{"format": 1}'])

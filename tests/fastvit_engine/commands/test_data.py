@@ -13,7 +13,7 @@ from fastvit_engine.data import prepare_data
 
 def _run(*words: str) -> int:
     parser = argparse.ArgumentParser(prog="fastvit")
-    data_command.add(parser.add_subparsers())
+    data_command.add(parser.add_subparsers(), "make shards")
     args = parser.parse_args([str(word) for word in words])
     return args.run(args)
 
@@ -171,7 +171,7 @@ def test_advice_of_errors_works_when_it_is_followed(own_keys, tmp_path, write_ta
 def test_commands_are_light_until_they_begin():
     code = (
         "import sys, argparse, fastvit_engine.commands.data as data\n"
-        "data.add(argparse.ArgumentParser().add_subparsers())\n"
+        "data.add(argparse.ArgumentParser().add_subparsers(), 'make')\n"
         "print({'torch', 'numpy', 'PIL', 'webdataset', 'pydantic', 'cv2'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)

@@ -7,11 +7,12 @@ import pytest
 from fastvit_engine.commands import report as report_command
 from fastvit_engine.errors import UserError
 from tests.fastvit_engine.observe.conftest import MakeRun, eval_row, train_row
+from tests.fastvit_engine.test_cli import modules_after
 
 
 def parse(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="fastvit")
-    report_command.add(parser.add_subparsers())
+    report_command.add(parser.add_subparsers(), "write a report")
     return parser.parse_args(arguments)
 
 
@@ -28,6 +29,12 @@ def test_report_writes_the_file_and_prints_a_summary(
         "top-1 97.5 % on 360 held-out images\n"
         "report: quickstart/report.html\n"
     )
+
+
+def test_the_report_of_a_run_on_this_machine_loads_no_pytorch(make_run: MakeRun) -> None:
+    run = make_run([train_row(420)])
+    code = f"    from fastvit_engine.cli import main\n    assert main(['report', {str(run.path)!r}]) == 0"
+    assert modules_after(code).isdisjoint({"torch", "deepspeed"})
 
 
 def test_a_run_with_damaged_lines_is_reported_all_the_same(

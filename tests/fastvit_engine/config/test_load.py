@@ -78,6 +78,9 @@ def test_resolved_yaml_is_a_recipe_again(recipe, tmp_path):
         ("train.duration=5 weeks", "'5 weeks' is not a duration"),
         ("train.duration=90", "'90' is not a duration without a unit: write '90 steps', '90 epochs', '90 samples'"),
         ("data.mean=[0.5, 0.5]", "configuration key 'data.mean' (--set) is [0.5, 0.5]: too few values"),
+        ("train.profile.ranks=0", "'train.profile.ranks' (--set) is 0: write a list in brackets, such as [0]"),
+        ("evaluate.fewshot.shots=5", "is 5: write a list in brackets, such as [1, 5, 10, 25]"),
+        ("train.profile.steps=all", "write the first and the last step, such as 100-105, or one step"),
         ("data.train=[{weight: 2}]", "configuration key 'data.train.shards' (--set) is missing"),
         ("data.mixup=0.2", "renamed configuration key: data.mixup is now augment.mixup (--set)"),
         ("model=B/16", "configuration key 'model' (--set) is 'B/16'"),
@@ -118,6 +121,19 @@ def test_overrides_may_be_a_mapping_of_plain_or_nested_keys(recipe, tmp_path):
         load_config(str(recipe), {"lr": 1e-3})
     with pytest.raises(UserError, match="overrides is the text 'zero.stage=2': give a list"):
         load_config(str(recipe), "zero.stage=2")
+
+
+def test_one_step_to_profile_may_be_a_number(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: mine\ntrain:\n  profile:\n    steps: 100\n")
+    for resolved in (
+        load_config(str(path)),
+        load_config(None, {"train.profile.steps": 100}),
+        load_config(None, ["train.profile.steps=100"]),
+    ):
+        assert resolved.config.train.profile.steps == "100"
+    with pytest.raises(UserError, match="'train.profile.steps' .* is True"):
+        load_config(None, {"train.profile.steps": True})
 
 
 def test_a_section_asked_of_what_load_config_returns_says_where_it_is(recipe):

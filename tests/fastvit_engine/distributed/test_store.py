@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import torch.distributed as dist
 from fastvit_engine.distributed import supervise
 from fastvit_engine.distributed.store import JobStore, is_loopback
 from tests.fastvit_engine.distributed.listening import is_reachable_from_elsewhere, listening_addresses
+from tests.fastvit_engine.warm_rank import run_program
+from tests.fastvit_engine.warm_ranks import exit_codes_of
+from tests.in_full import in_full
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 ROOT = Path(__file__).parents[3]
@@ -87,41 +91,38 @@ def test_the_launcher_and_its_ranks(environment):
 
 
 @pytest.mark.distributed
-def test_ranks_that_nobody_serves(environment):
+def test_ranks_that_nobody_serves(tmp_path):
     """As `fastvit_engine.train` starts one, or as a user does by hand."""
-    port = supervise.free_port()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOIN],
-            env=environment | supervise.rank_environment(rank, 2, port, environment),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        printed = rank.communicate(timeout=120)[0]
-        own = printed.partition("parent")[0]  # the parent is pytest
-        assert not any(map(is_reachable_from_elsewhere, addresses(own))), printed
+    port, log = supervise.free_port(), tmp_path / "log"
+
+    def alone(rank):
+        return supervise.rank_environment(rank, 2, port, {}) | {"TORCHELASTIC_USE_AGENT_STORE": "False"}
+
+    assert exit_codes_of([], 2, log, alone, before=partial(run_program, JOIN)) == [0, 0], log.read_text()
+    lines = [line for line in log.read_text().splitlines() if line.startswith("own")]
+    assert len(lines) == 2
+    for line in lines:
+        own = line.partition("parent")[0]  # the parent is what forks them
+        assert not any(map(is_reachable_from_elsewhere, addresses(own))), line
 
 
 @pytest.mark.distributed
-def test_torchrun_on_one_machine(environment, tmp_path):
+@pytest.mark.parametrize("shared", [in_full("0"), "1"])  # as PyTorch does by itself; as our launchers ask for
+def test_torchrun_on_one_machine(environment, tmp_path, shared):
     (tmp_path / "rank.py").write_text(JOIN)
     options = ["--nnodes", "1", "--nproc-per-node", "2", "--max-restarts", "0"]
     options += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
     options += ["--rdzv-conf", "is_host=true,last_call_timeout=1"]
-    for shared in ("0", "1"):
-        done = subprocess.run(
-            [sys.executable, ROOT / "launch/torchrun/agent.py", *options, tmp_path / "rank.py"],
-            env=environment | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": shared, "GLOO_SOCKET_IFNAME": "lo"},
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        lines = [line for line in done.stdout.splitlines() if line.startswith("own")]
-        assert len(lines) == 2
-        for line in lines:
-            assert not any(map(is_reachable_from_elsewhere, addresses(line))), line
+    done = subprocess.run(
+        [sys.executable, ROOT / "launch/torchrun/agent.py", *options, tmp_path / "rank.py"],
+        env=environment | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": shared, "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("own")]
+    assert len(lines) == 2
+    for line in lines:
+        assert not any(map(is_reachable_from_elsewhere, addresses(line))), line

@@ -1,8 +1,5 @@
 """The processes of a job on this machine: how they are started, ended, and judged."""
 
-import os
-import subprocess
-import sys
 import time
 
 import pytest
@@ -54,26 +51,6 @@ def test_what_the_caller_sets_takes_precedence_over_what_a_rank_would_get():
     assert given | {"RANK": "1"} == {
         name: value for name, value in supervise.rank_environment(1, 2, 1, given).items() if name in given
     }
-
-
-JOIN = """
-import os, sys
-import torch.distributed as dist
-dist.init_process_group("gloo")
-ranks = [None] * 2
-dist.all_gather_object(ranks, int(os.environ["RANK"]))
-print(ranks, os.environ["GIVEN"], flush=True)
-dist.barrier()
-"""
-
-
-def test_ranks_find_each_other():
-    environment = {**os.environ, "GIVEN": "variable", "CUDA_VISIBLE_DEVICES": ""}
-    with supervise.start_ranks(
-        [sys.executable, "-c", JOIN], 2, environment, stdout=subprocess.PIPE, text=True
-    ) as ranks:
-        printed = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert printed == ["[0, 1] variable\n"] * 2
 
 
 def test_no_rank_outlives_the_block():

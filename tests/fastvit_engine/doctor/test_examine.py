@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from fastvit_engine.cli import main
-from fastvit_engine.config import load_config
+from fastvit_engine.config import Config, load_config
 from fastvit_engine.distributed import rendezvous
 from fastvit_engine.distributed.supervise import free_port, rank_environment
 from fastvit_engine.doctor import examine, links
 from fastvit_engine.doctor.findings import Group, Status
 from fastvit_engine.doctor.isolated import Isolated, stopping
 from fastvit_engine.errors import UserError
+from fastvit_engine.models import parameter_count
 
 pytestmark = pytest.mark.distributed
 software = Group("software")
@@ -43,6 +44,24 @@ def test_a_check_that_hangs_or_crashes_leaves_the_rest_of_the_report():
     (only,) = examine.run_check("data", fail, 20)
     assert only.found.endswith("it failed: ImportError: no module")
     assert only.advice.startswith("mend what it names")
+
+
+@pytest.mark.parametrize("name", ["B/16", "L/16", "H/14"])
+def test_the_room_for_a_checkpoint_is_about_that_of_all_parameters(name):
+    model = Config(model={"name": name, "image_size": 224}).model
+    assert examine.checkpoint_bytes(model) == pytest.approx(12 * parameter_count(model), rel=0.01)
+
+
+def test_a_check_that_still_computes_at_its_limit_is_slow_and_no_problem():
+    def compute():
+        while True:
+            pass
+        yield
+
+    (only,) = examine.run_check("disks", compute, 0.3)
+    assert (only.subject, only.status) == ("rest of disks", Status.WARNING)
+    assert only.found.startswith("slow: it did not end within 0.3 s, and was still computing; ")
+    assert only.advice == "run this again when the machine has less to do"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Versions that do not fit together, packages that are missing, and the wrong apex; each in a faked environment."""
 
+import importlib
 import importlib.metadata
 import sys
 
@@ -25,6 +26,15 @@ def site(tmp_path, monkeypatch):
 
     install.folder = tmp_path
     return install
+
+
+check_torchvision = software._check_torchvision
+
+
+@pytest.fixture(autouse=True)
+def without_torchvision(monkeypatch):
+    """The one of this environment may be of another build than its torch, and this process must not import it then."""
+    monkeypatch.setattr(software, "_check_torchvision", lambda: iter(()))
 
 
 def found(subject):
@@ -113,3 +123,26 @@ def test_a_torch_that_does_not_import_says_why(monkeypatch):
         finding = next(iter(software._import_torch()))
     assert finding.status == Status.PROBLEM
     assert "does not import: ImportError: libcudart.so.13: cannot open shared object file" in finding.found
+
+
+@pytest.mark.parametrize(
+    ("torch", "advice"),
+    [
+        ("2.13.0", "pip install torchvision torch==2.13.0"),
+        ("2.13.0+cpu", "torch==2.13.0+cpu --index-url INDEX, with the index that torch came from"),
+    ],
+)
+def test_a_torchvision_of_another_build_is_named_with_what_to_install(site, monkeypatch, torch, advice):
+    site("torch", torch)
+    site("torchvision", "0.28.0")
+    (site.folder / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    (finding,) = check_torchvision()
+    assert finding.status == Status.WARNING
+    assert f"torchvision 0.28.0 does not import with torch {torch}, nor then does timm" in finding.found
+    assert finding.found.endswith("RuntimeError: operator torchvision::nms does not exist")
+    assert finding.advice.endswith(advice)
+    (site.folder / "torchvision.py").write_text("")
+    monkeypatch.delitem(sys.modules, "torchvision", raising=False)
+    importlib.invalidate_caches()
+    assert [one.status for one in check_torchvision()] == [Status.OK]

@@ -37,7 +37,7 @@ from fastvit_engine.errors import UserError
 LAYOUTS = (Plain, Unpartitioned16Bit, Zero1And2, Zero1Bf16, Zero3)
 SOURCE = Path(module.__file__)
 # Names that PyTorch's optimizers and modules have, too.
-COMMON = {"backward", "module", "optimizer", "param_groups", "state", "step", "zero_grad"}
+COMMON = {"backward", "device", "module", "optimizer", "param_groups", "state", "step", "zero_grad"}
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_an_engine_with_the_state_of_another_goes_on_as_that_one(build, stage, p
     take_step(other, precision, 2 * inputs)  # another past
     other.backward(other.model(next(iter(other.model.parameters())).new_ones(4, 12)).float().mean())  # half a step
     saved, scalars = everything(one), one.scalars()
-    other.prepare_optimizer(["exp_avg", "exp_avg_sq"], scalars)
+    other.prepare_optimizer(dict.fromkeys(("exp_avg", "exp_avg_sq"), other.shapes), scalars)
     for kind, slices in {"weight": other.master_weights(), **other.optimizer_state()}.items():
         for part in slices:
             part.values.copy_(saved[kind, part.name])

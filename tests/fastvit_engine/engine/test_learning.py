@@ -1,4 +1,4 @@
-"""What an engine's optimizer does to the weights: SGD, rates that differ from layer to layer, and what is frozen."""
+"""What an engine's optimizer does to the weights: each kind, rates that differ by layer, and what is frozen."""
 
 from itertools import product
 from types import SimpleNamespace
@@ -12,6 +12,9 @@ from fastvit_engine.data.stream.batch_split import BatchSplit
 from fastvit_engine.engine import build as build_module
 from fastvit_engine.engine import deepspeed as module
 from fastvit_engine.engine.build import build_engine
+from fastvit_engine.engine.optimizers import muon
+from fastvit_engine.engine.optimizers.kinds import build_optimizer
+from fastvit_engine.engine.optimizers.partition import Partition, PartitionedOptimizer, Span
 from fastvit_engine.models import build_vit
 from fastvit_kernels import FusedBlock
 from tests.in_full import in_full
@@ -131,7 +134,7 @@ def test_sgd_is_that_of_pytorch_at_every_stage(build, stage, momentum):
 def test_sgd_updates_fp32_masters_of_16_bit_weights(build, stage, precision):
     engine, model = build(stage, precision, **SGD)
     if precision == "fp16":  # as if the loss scale had been lowered until it fits
-        engine.prepare_optimizer([], {"loss_scaler.cur_scale": 8.0})
+        engine.prepare_optimizer({}, {"loss_scaler.cur_scale": 8.0})
     train(engine)
     matrices, rest = by_decay(model)
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -154,6 +157,74 @@ def test_the_first_update_is_the_first(build, stage, kind):
         assert torch.equal(values, dict(model.named_parameters())[name].detach().flatten().bfloat16().float()), name
     train(engine, 2)
     assert engine.scalars() == ({"optimizer.step": 2.0} if kind == "adamw" else {})
+
+
+# ---- Lion, Muon, LAMB, Adafactor
+
+OWN = ("lion", "muon", "lamb", "adafactor")
+
+
+def whole(model, kind):
+    """The engine's optimizer of a kind, over whole parameters."""
+    config = Config.model_validate({"optimizer": {"kind": kind, "eps": 1e-3, "weight_decay": 0.1}})
+    optimizer = build_optimizer(model, config, on_gpu=False)
+    if isinstance(optimizer, PartitionedOptimizer):
+        parameters = dict(model.named_parameters())
+        partitions = [Partition(p, [Span(name, 0, 0, p.numel())], [name]) for name, p in parameters.items()]
+        shapes = {name: list(p.shape) for name, p in parameters.items()}
+        optimizer.attach(partitions, shapes, replicated=True, device=torch.device("cpu"))
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "offload"),
+    [
+        *(("lion", 1, "none"), ("muon", 1, "none"), ("muon", 3, "none"), ("lamb", 2, "none"), ("adafactor", 3, "none")),
+        *(in_full(kind, stage, "none") for kind, stage in product(OWN, EVERY_STAGE)),
+        *(in_full(kind, *how) for kind, how in product(OWN, ((1, "optimizer"), (2, "optimizer"), (3, "all")))),
+    ],
+)
+def test_others_do_on_what_zero_gives_them_what_they_do_on_whole_parameters(build, kind, stage, offload, monkeypatch):
+    monkeypatch.setattr(muon, "DTYPE", torch.float32)  # bf16's noise grows in the directions that no image has
+    engine, model = build(stage, offload=offload, kind=kind, eps=1e-3, weight_decay=0.1)
+    train(engine)
+    found, expected = masters(engine), trained_by(whole(model, kind), model.train())
+    for name in expected if kind == "lion" else ():
+        if name.endswith("qkv.bias"):  # the keys' gradient is zero but for rounding, which has a sign, too
+            found[name].chunk(3)[1].zero_()
+            expected[name].chunk(3)[1].zero_()
+    assert_near(found, expected, {"muon": 2e-4, "adafactor": 2e-4}.get(kind, 1e-5))  # bf16 momentum
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("muon", 0), ("adafactor", 2), in_full("lamb", 3), in_full("muon", 2)])
+def test_an_update_that_is_not_approved_changes_neither_weights_nor_state(build, kind, stage):
+    engine, _ = build(stage, kind=kind)
+    train(engine, 2)
+
+    def everything():
+        state = [*engine.optimizer_state().values(), *engine.optimizer_statistics().values()]
+        return [part.values.clone() for slices in [engine.master_weights(), *state] for part in slices]
+
+    before, scalars = everything(), engine.scalars()
+    norms = []
+    engine.approve_updates(lambda norm: norms.append(float(norm)))
+    train(engine, 1)
+    assert norms and all(norm > 0 for norm in norms)
+    assert engine.scalars() == scalars
+    assert all(torch.equal(one, other) for one, other in zip(before, everything(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage"), [("muon", 0), in_full("lamb", 0), in_full("adafactor", 2), in_full("muon", 3)]
+)
+def test_the_first_update_in_16_bits_is_the_first(build, kind, stage):
+    engine, model = build(stage, "bf16", kind=kind)
+    assert engine.optimizer_state() == {} and engine.optimizer_statistics() == {}
+    for name, values in masters(engine).items():
+        assert torch.equal(values, dict(model.named_parameters())[name].detach().flatten().bfloat16().float()), name
+    train(engine, 2)
+    assert engine.scalars() == {"optimizer.step": 2.0}
+    assert all(values.isfinite().all() for values in masters(engine).values())
 
 
 # ---- layers
@@ -204,7 +275,7 @@ def test_not_a_bit_of_a_frozen_backbone_changes(build, stage, precision, offload
     engine.publish()
     computed = {name: values.detach().clone() for name, values in engine.held_parameters()}
     if precision == "fp16":
-        engine.prepare_optimizer([], {"loss_scaler.cur_scale": 8.0})
+        engine.prepare_optimizer({}, {"loss_scaler.cur_scale": 8.0})
     train(engine)
     after = masters(engine)
     assert after.keys() == exact.keys()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastvit_engine.observe.metrics import EvalRow, FewShotRow, LossRow, TrainRow
+from fastvit_engine.observe.metrics import EvalRow, FewShotRow, LossRow, OwnRow, TrainRow
 from fastvit_engine.observe.run_folder import RunFolder
 
 ENVIRONMENT = {
@@ -52,6 +52,10 @@ def train_row(step: int, **values: Any) -> TrainRow:
         "seconds": step * 72 / 840,
     }
     return row | values
+
+
+def own_row(step: int, name: str = "mine", **figures: float) -> OwnRow:
+    return {"step": step, "eval": name, "figures": figures, "seconds": 0.5}
 
 
 def few_shot_row(step: int, *means: float, **values: Any) -> FewShotRow:

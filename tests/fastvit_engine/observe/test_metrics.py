@@ -8,7 +8,7 @@ import pytest
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.metrics import MetricsWriter, read_all_metrics, read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
-from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, loss_row, train_row
+from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, loss_row, own_row, train_row
 
 
 def write(run: RunFolder, steps: range, resume_step: int = 0) -> None:
@@ -50,12 +50,23 @@ def test_held_out_losses_without_accuracy_are_rows_of_their_own(tmp_path: Path) 
     for row in (train_row(1), eval_row(1, 0.5), *rows):
         writer.write(row)
     found = read_all_metrics(run.metrics)
-    assert found == ([train_row(1)], [eval_row(1, 0.5)], [], rows)
+    assert found == ([train_row(1)], [eval_row(1, 0.5)], [], [], rows)
     for key in ("loss", "samples", "step"):
         with pytest.raises(ValueError, match=f"lacks '{key}'"):
             writer.write({name: value for name, value in rows[0].items() if name != key})
     with pytest.raises(ValueError, match="lacks 'top1'"):
         writer.write({name: value for name, value in eval_row(1, 0.5).items() if name != "top1"})
+
+
+def test_rows_of_evaluators_of_ones_own_are_rows_of_their_own(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    writer = MetricsWriter(run, 0)
+    row = own_row(2, a=math.inf, b=1)
+    writer.write(row)
+    assert read_all_metrics(run.metrics).own == [row]
+    for figures in ([], {"a": "x"}, {"a": None}, {"a": True}):
+        with pytest.raises(ValueError, match="has figures .*, not numbers by name"):
+            writer.write(row | {"figures": figures})
 
 
 @pytest.mark.parametrize("shots", [{"a": {}}, {"5": {"mean": 0.5}}, {"5": {"mean": 1, "std": 0, "seeds": ["x"]}}, [1]])

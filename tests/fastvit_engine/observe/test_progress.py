@@ -8,7 +8,7 @@ import pytest
 
 from fastvit_engine.observe.progress import Display, TrainingProgress, WorkProgress
 from fastvit_engine.shown import say
-from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, loss_row, train_row
+from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, loss_row, own_row, train_row
 
 
 class Clock:
@@ -98,19 +98,21 @@ def test_live_lines_are_rewritten_in_place_below_messages() -> None:
                 progress.log_evaluation(eval_row(5, 0.972))
                 progress.log_evaluation(eval_row(5, 0.975, eval="eval_ema", top5=None))
                 progress.log_evaluation(few_shot_row(5, 0.25, 0.5))
+                progress.log_evaluation(own_row(5, recall=0.5))
                 progress.message("checkpoint saved")
-                assert stream.screen()[5].endswith("5/10  ETA 5.0 s  epoch 0.22")
-                assert stream.screen()[5].startswith("━" * 15 + "─" * 15 + " ")
+                assert stream.screen()[6].endswith("5/10  ETA 5.0 s  epoch 0.22")
+                assert stream.screen()[6].startswith("━" * 15 + "─" * 15 + " ")
     assert stream.screen() == [
         "evaluation (step 5): top-1 97.2 %  top-5 99.0 %  loss 0.1  (360 images in 0.4 s)",
         "evaluation (EMA weights, step 5): top-1 97.5 %  loss 0.1  (360 images in 0.4 s)",
         "few-shot accuracy (step 5): 1-shot 25.0 %  5-shot 50.0 %  (360 images in 2.0 s)",
+        "mine (step 5): recall 0.5  (in 0.5 s)",
         "checkpoint saved",
         "",
         "━" * 30 + " 10/10  epoch 0.45",
         "loss 0.2000  █▄▃▂▁▁▁▁▁▁  lr 0.001  gradient norm 0.5",
         "750 images/s  data wait 1.0 %  memory 300.0 MiB",
-        "top-1 97.2 % (step 5)  EMA top-1 97.5 % (step 5)  1-shot 25.0 %  5-shot 50.0 %",
+        "top-1 97.2 % (step 5)  EMA top-1 97.5 % (step 5)  1-shot 25.0 %  5-shot 50.0 %  recall 0.5",
         "",
     ]
 

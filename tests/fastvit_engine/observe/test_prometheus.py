@@ -18,7 +18,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.prometheus import Exporter, HostFigures, check_installed, served
 from fastvit_engine.observe.run_folder import RunFolder
-from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, loss_row, train_row
+from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, loss_row, own_row, train_row
 from tests.in_full import only_in_full
 
 pytest.importorskip("prometheus_client", reason="needs prometheus_client: pip install prometheus-client")
@@ -60,6 +60,7 @@ def fill(exporter: Exporter) -> None:
     exporter.write(eval_row(6, 0.75))
     exporter.write(eval_row(6, 0.5, eval="eval_ema", top5=None))
     exporter.write(few_shot_row(6, 0.25, 0.5, eval="fewshot_ema"))
+    exporter.write(own_row(6, "mine_ema", recall=0.5))
 
 
 def test_a_figure_is_served_from_when_it_is_known(exporter: Exporter, port: int) -> None:
@@ -94,6 +95,7 @@ def test_every_row_and_machine_has_its_figures(exporter: Exporter, port: int) ->
     assert found['fastvit_eval_top1_ratio{weights="ema"}'] == 0.5
     assert 'fastvit_eval_top5_ratio{weights="ema"}' not in found
     assert found['fastvit_fewshot_accuracy_ratio{shots="5",weights="ema"}'] == 0.5
+    assert found['fastvit_evaluator_figure{evaluator="mine",figure="recall",weights="ema"}'] == 0.5
     assert found['fastvit_host_step{host="node-1"}'] == 6 and found['fastvit_host_silent_seconds{host="node-1"}'] == 4
     assert found['fastvit_host_work_ratio{host="node-0"}'] == 0.25
     assert 'fastvit_host_work_ratio{host="node-1"}' not in found

@@ -146,6 +146,18 @@ def test_stage_3_lets_go_of_blocks_and_gathers_within_the_node():
 def test_offload_needs_sharding():
     assert choose(h14("zero.offload=optimizer"), gpus(64)).config.zero.stage == 1
     assert choose(h14("zero.offload=all"), gpus(64)).config.zero.stage == 3
+    stages = {"none": [0, 1, 2, 3], "optimizer": [1, 2, 3], "all": [3]}
+    for offload, possible in stages.items():
+        assert [candidate.stage for candidate in candidates(h14(f"zero.offload={offload}"), gpus(64))] == possible
+
+
+@pytest.mark.parametrize(("kind", "saved"), [("lion", 4), ("muon", 3.84), ("lamb", 0), ("adafactor", 5.98)])
+def test_what_an_optimizer_saves_is_counted(kind, saved):
+    def kept(kind):
+        (row, *_) = candidates(h14(f"optimizer.kind={kind}"), gpus(8))
+        return row.memory.optimizer
+
+    assert (kept("adamw") - kept(kind)) / parameter_count(h14().model) == pytest.approx(saved, abs=0.03)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import torch
 
 from fastvit_engine.config import Config, OptimizerConfig
 from fastvit_engine.data import Batch
-from fastvit_engine.engine.optimizers import KINDS
 from fastvit_engine.models import build_for_training, build_vit, parameter_count
 from fastvit_engine.objectives import build_objective
 from fastvit_engine.sizing.memory import (
@@ -37,6 +36,9 @@ OTHERS = [  # precision and stage, and another optimizer
     (("bf16", 3), SGD),
     (("bf16", 0), PROBE),
     (("bf16", 3), PROBE),
+    (("fp32", 1), {"kind": "lion"}),
+    (("fp32", 3), {"kind": "lamb"}),
+    *((at, {"kind": kind}) for kind in ("muon", "adafactor") for at in (("fp32", 1), ("bf16", 0), ("bf16", 2))),
 ]
 
 
@@ -92,10 +94,9 @@ def test_the_state_is_what_deepspeed_allocates(tmp_path):
     (line,) = [line for line in log.read_text().splitlines() if line.startswith("measured ")]
     for case, measured in zip(cases, json.loads(line.removeprefix("measured ")), strict=True):
         chosen = OptimizerConfig(**case["optimizer"])
-        moments = KINDS[chosen.kind].moments(chosen)
         # DeepSpeed's default keeps a model of this size gathered until a backward pass, which the backbone has not.
         kept = parameter_count(vit(**MEASURED_MODEL)) if chosen.frozen == "backbone" and case["stage"] == 3 else 0
-        settings = {"moments": moments, "buckets": Buckets(reduce=REDUCE, gathered=kept)}
+        settings = {"optimizer": chosen, "buckets": Buckets(reduce=REDUCE, gathered=kept)}
         computed = state(case["stage"], case["precision"], 2, chosen.frozen, **settings).state
         assert computed == pytest.approx(measured, rel=0.04), case
 
@@ -131,8 +132,8 @@ def test_offloading_moves_the_optimizer_to_the_host():
 def test_sgd_needs_one_moment_less_and_a_frozen_backbone_none():
     model = vit(**MEASURED_MODEL)
     parameters, head = parameter_count(model), 192 * 10 + 10
-    assert state(0, "fp32", 1, moments=1).optimizer == 4 * parameters
-    assert state(0, "bf16", 1, moments=0).optimizer == 4 * parameters
+    assert state(0, "fp32", 1, optimizer=OptimizerConfig(kind="sgd")).optimizer == 4 * parameters
+    assert state(0, "bf16", 1, optimizer=OptimizerConfig(kind="sgd", momentum=0)).optimizer == 4 * parameters
     probe = state(0, "bf16", 1, "backbone")
     assert (probe.optimizer, probe.gradients) == (4 * parameters + 8 * head, 2 * head)
     assert probe.weights == state(0, "bf16", 1).weights

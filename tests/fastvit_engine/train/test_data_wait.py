@@ -50,7 +50,7 @@ def test_warning_says_what_to_do(monkeypatch):
     seconds = StageSeconds(read=1, decode=6, augment=3)
     assert DataWait(2).warning(0.43, seconds) == (
         "training waited for data 43 % of the time, mostly for decode (read 10 %, decode 60 %, augment 30 %); "
-        "first raise data.num_workers (2; there are 8 cores per rank); if that does not help, decoding is slow: make "
+        "first raise data.num_workers (2; cores per rank: 8); if that does not help, decoding is slow: make "
         "the shards again with smaller images; `fastvit data bench SHARDS --repack 256` measures what that brings"
     )
     assert "; first raise data.num_workers" in DataWait(2).warning(0.43, StageSeconds(6, 1, 3))

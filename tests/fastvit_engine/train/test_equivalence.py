@@ -12,6 +12,7 @@ from tests.in_full import IN_FULL, in_full
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
+FEW = "train.duration=10 steps"
 # Tiny parameters stay whole under ZeRO-3 by default, and buckets hold all of them: make the machinery work.
 SHARD_EVERYTHING = "deepspeed.zero_optimization={stage3_param_persistence_threshold: 0, reduce_bucket_size: 5000}"
 
@@ -22,15 +23,15 @@ def rows(run):
 
 @pytest.fixture(scope="module")
 def reference(train, tmp_path_factory):
-    return rows(train(tmp_path_factory.mktemp("reference") / "run", "train.precision=fp32", "zero.stage=0"))
+    return rows(train(tmp_path_factory.mktemp("reference") / "run", FEW, "train.precision=fp32", "zero.stage=0"))
 
 
 def test_every_stage_and_world_size_gives_the_same_fp32_curve(train, reference, tmp_path):
-    assert len(reference) == 20
+    assert len(reference) == 10
     assert reference[-1]["loss"] < reference[0]["loss"]
     for world_size in (1, 2):
-        for stage in (0, 1, 2, 3) if world_size > 1 or IN_FULL else (0, 3):
-            settings = ["train.precision=fp32", f"zero.stage={stage}", "train.micro_batch_size=8"]
+        for stage in (0, 1, 2, 3) if world_size > 1 or IN_FULL else (3,):
+            settings = [FEW, "train.precision=fp32", f"zero.stage={stage}", "train.micro_batch_size=8"]
             if stage == 3:
                 settings.append(SHARD_EVERYTHING)
             run = train(tmp_path / f"{world_size}-{stage}", *settings, processes=world_size)
@@ -41,17 +42,18 @@ def test_every_stage_and_world_size_gives_the_same_fp32_curve(train, reference, 
                 assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2), where
 
 
-@pytest.mark.parametrize("stage", [in_full(0), 1, in_full(2), 3])
+@pytest.mark.parametrize("stage", [in_full(0), in_full(1), in_full(2), 3])
 def test_bf16_trains_and_stays_near_fp32(train, reference, stage, tmp_path):
-    bf16 = rows(train(tmp_path / "run", "train.precision=bf16", f"zero.stage={stage}", "ema.decay=0.9", processes=2))
+    settings = [FEW, "train.precision=bf16", f"zero.stage={stage}", "ema.decay=0.9"]
+    bf16 = rows(train(tmp_path / "run", *settings, processes=2))
     assert bf16[-1]["loss"] < bf16[0]["loss"] - 0.5 * (reference[0]["loss"] - reference[-1]["loss"])
     for expected, row in zip(reference, bf16, strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], abs=0.03)
 
 
-@pytest.mark.parametrize("offload", ["optimizer", "all"])
+@pytest.mark.parametrize("offload", [in_full("optimizer"), "all"])
 def test_offloading_to_host_memory_changes_nothing(train, reference, offload, tmp_path):
-    run = train(tmp_path / "run", "train.precision=fp32", "zero.stage=3", f"zero.offload={offload}")
+    run = train(tmp_path / "run", FEW, "train.precision=fp32", "zero.stage=3", f"zero.offload={offload}")
     assert [row["loss"] for row in rows(run)] == pytest.approx([row["loss"] for row in reference], abs=1e-5)
 
 
@@ -106,7 +108,7 @@ MIXED = ["augment.mixup=0.4", "augment.cutmix=1.0"]
     [
         in_full(2, 0, 33, 8, []),  # 17 and 16 images, in 3 passes
         in_full(3, 1, 32, 16, []),  # 11, 11 and 10 images, in 1
-        (3, 3, 32, 4, MIXED),  # 12, 10 and 10 images, in 3
+        in_full(3, 3, 32, 4, MIXED),  # 12, 10 and 10 images, in 3
         (5, 2, 33, 2, MIXED),  # 17 pairs, the last without a partner: 3 or 4 of them, in 4 passes, some of padding
         in_full(7, 3, 32, 3, []),  # 5 or 4 images, in 2
         (7, 0, 8, None, MIXED),  # 4 pairs: three processes have none
@@ -127,11 +129,11 @@ def test_shares_that_differ_train_the_mean_over_the_global_batch(
 
 
 def test_a_run_that_loses_a_process_and_gets_it_back_has_the_same_ledger(train, curve_of, tmp_path):
-    """32 images on 4 processes, on 3, and on 4 again."""
+    """32 images on 3 processes, on 2, and on 3 again."""
     common = ["train.precision=fp32", "schedule.warmup=1 step", "schedule.kind=constant", *MIXED]
     expected = curve_of(*common, "train.duration=12 steps")
     out = tmp_path / "run"
-    for steps, processes in ((4, 4), (8, 3), (12, 4)):
+    for steps, processes in ((4, 3), (8, 2), (12, 3)):
         length = [f"train.duration={steps} steps", "zero.stage=2", "train.micro_batch_size=4"]
         train(out, *common, *length, processes=processes, resume="auto")
     assert [row["samples_hash"] for row in rows(out)] == [row["samples_hash"] for row in expected]
@@ -162,7 +164,7 @@ def test_mixed_and_augmented_images_do_not_depend_on_the_world_size(train, tmp_p
 
 
 def test_torchrun_starts_the_same_run(train_command, execute, reference, tmp_path):
-    command = train_command(tmp_path / "run", "train.precision=fp32", "zero.stage=2")
+    command = train_command(tmp_path / "run", FEW, "train.precision=fp32", "zero.stage=2")
     module = command.index("-m")
     torchrun = [command[0], "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *command[module:]]
     done = execute(torchrun)

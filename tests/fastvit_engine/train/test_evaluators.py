@@ -83,7 +83,8 @@ def job(tmp_path):
             world=Alone(rank, 2, torch.device("cpu")),
             run=RunFolder(tmp_path),
             split=SimpleNamespace(micro_batch_size=7),
-            schedule=SimpleNamespace(evaluate_every=30),
+            schedule=SimpleNamespace(evaluate_every=30, own_every=10),
+            evaluators={},
             processes=SimpleNamespace(watchdog=SimpleNamespace(marked=lambda items, phase: items)),
             engine=SimpleNamespace(model=model),
             ema=Average(model) if average else None,
@@ -130,6 +131,20 @@ def test_the_average_of_the_weights_is_measured_too_with_its_own_weights(job):
     assert figures["eval"]["top1"] == pytest.approx(right)
     assert figures["eval_ema"]["top1"] == pytest.approx(2 / 5)  # it says class 0 of all
     assert measure(job()).keys() == {"eval"}
+
+
+def test_an_evaluator_that_train_was_given_measures_the_weights_and_their_average(job):
+    running = job(average=True, data={"eval": None})
+    running.evaluators["bias"] = lambda model: {"first": model.bias[0], "sum": model.bias.sum()}
+    (evaluator,) = build_evaluators(running, Data(), None, None)
+    assert evaluator.every_steps == 10
+    rows = []
+    recorder = SimpleNamespace(evaluation=rows.append)
+    assert run_evaluators([evaluator], running, 20, recorder) == {}  # it says nothing of accuracy
+    assert [(row["step"], row["eval"], row["figures"]) for row in rows] == [
+        (20, "bias", {"first": 0.0, "sum": 0.0}),
+        (20, "bias_ema", {"first": 9.0, "sum": 9.0}),
+    ]
 
 
 def test_bad_samples_are_counted_and_named(job):

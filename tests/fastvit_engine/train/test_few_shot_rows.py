@@ -32,7 +32,7 @@ def rows_of(run):
     return [(row["step"], row["eval"], row["shots"]) for row in read_all_metrics(run / "metrics.jsonl").few_shot]
 
 
-@pytest.mark.parametrize(("processes", "stage"), [(1, 0), in_full(1, 3), in_full(2, 0), (2, 3)])
+@pytest.mark.parametrize(("processes", "stage"), [in_full(1, 0), in_full(1, 3), in_full(2, 0), (2, 3)])
 def test_rows_equal_the_command_on_the_checkpoint(train, settings, digits, tmp_path, capsys, processes, stage):
     own = [f"zero.stage={stage}", *([SHARD_EVERYTHING] if stage == 3 else [])]
     run = train(tmp_path / "run", *settings, *own, processes=processes)

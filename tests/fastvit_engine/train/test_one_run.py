@@ -100,10 +100,10 @@ def test_a_killed_run_is_taken_over_at_once_and_one_whose_rank_was_killed_still_
     assert f"taking over run folder {run}: process {first.pid} on" in output and "waiting" not in output
 
 
-@pytest.mark.parametrize("where", ["run folder", in_full("checkpoints")])
-def test_a_run_that_has_lost_its_place_ends_before_it_writes_and_is_not_restarted(start, tmp_path, where):
+@pytest.mark.parametrize(("where", "processes"), [("run folder", 1), in_full("checkpoints", 2)])
+def test_a_run_that_has_lost_its_place_ends_before_it_writes_and_is_not_restarted(start, tmp_path, where, processes):
     run, checkpoints = tmp_path / "run", tmp_path / "checkpoints"
-    process = start(run, f"checkpoint.path={checkpoints}", max_restarts=3)
+    process = start(run, f"checkpoint.path={checkpoints}", processes=processes, max_restarts=3)
     wait_for_steps(run, 25, process)
     os.killpg(process.pid, signal.SIGSTOP)  # another machine sees no heartbeat any more
     place = run if where == "run folder" else checkpoints

@@ -74,8 +74,8 @@ def start_and_kill(command, ready, seconds=120):
     parent.wait()
 
 
-@pytest.mark.parametrize(("stage", "then"), [in_full(1, 1), (3, 2)])
-def test_killed_in_the_middle_of_training(train, train_command, settings, tmp_path, stage, then, uninterrupted):
+@only_in_full
+def test_a_killed_launcher_takes_the_run_with_it(train, train_command, settings, tmp_path, uninterrupted):
     run = tmp_path / "run"
     options = {"processes": 2, "resume": "auto"}
 
@@ -83,13 +83,25 @@ def test_killed_in_the_middle_of_training(train, train_command, settings, tmp_pa
         metrics = run / "metrics.jsonl"
         return metrics.exists() and metrics.read_text().count("samples_hash") >= 23
 
-    start_and_kill(train_command(run, *settings, f"zero.stage={stage}", **options), past_step_23)
-    assert (run / "checkpoints" / "latest").read_text() in {"step-00000015", "step-00000020", "step-00000025"}
-    train(run, *settings, f"zero.stage={then}", **options)
+    start_and_kill(train_command(run, *settings, "zero.stage=1", **options), past_step_23)
+    goes_on_as(1, 1, train, settings, run, uninterrupted)
 
+
+@pytest.mark.parametrize(("stage", "then"), [in_full(1, 1), (3, 2)])
+def test_killed_in_the_middle_of_training(train, train_arguments, settings, tmp_path, stage, then, uninterrupted):
+    run = tmp_path / "run"
+    arguments = train_arguments(run, *settings, f"zero.stage={stage}")
+    train_until_killed(arguments, tmp_path / "log", partial(ill_fated_rank.after_step, 23))
+    goes_on_as(stage, then, train, settings, run, uninterrupted)
+
+
+def goes_on_as(stage, then, train, settings, run, uninterrupted):
+    """A run that was killed after 23 steps at one ZeRO stage ends at another as if nothing had happened."""
+    assert (run / "checkpoints" / "latest").read_text() in {"step-00000015", "step-00000020", "step-00000025"}
+    train(run, *settings, f"zero.stage={then}", processes=2, resume="auto")
     assert checkpoints(run) == ["latest", "step-00000035", "step-00000040"]
     steps, evaluations = record(run)
-    if stage == 1:
+    if stage == then:
         assert (steps, evaluations) == uninterrupted  # to the bit
     else:
         assert [step[0] for step in steps] == list(range(1, STEPS + 1))

@@ -52,6 +52,7 @@ def start(
     model=None,
     seed=0,
     objective="classify",
+    checkpoints=None,
     **data,
 ):
     sections = {
@@ -61,6 +62,7 @@ def start(
         "train": {"global_batch_size": batch, "duration": duration, "precision": "fp32", "objective": objective},
         "schedule": {"warmup": "0 steps"},
         "augment": augment or {},
+        "checkpoint": {"path": checkpoints},
     }
     given = {"resume": resume, "allow_batch_change": allow}
     return preflight(Config.model_validate(sections), run, processes, **given)
@@ -303,6 +305,12 @@ def test_other_weights_and_a_changed_source_are_refused(stopped, shards, tmp_pat
 def test_another_seed_is_another_order_and_refused(stopped, shards):
     with pytest.raises(UserError, match="was written with seed 0 and this run has 1: continue with the same seed"):
         start(stopped(shards[0]), shards[0], seed=1)
+
+
+def test_checkpoints_outside_the_run_folder_are_left_alone_by_another_path_for_them(stopped, shards, tmp_path):
+    checkpoints = stopped(shards[0]).checkpoints
+    with pytest.raises(UserError, match=r"another run folder with --out and another checkpoint\.path"):
+        start(RunFolder(tmp_path / "new"), shards[0], seed=1, checkpoints=str(checkpoints))
 
 
 def test_what_is_left_out_is_what_the_run_folder_and_the_checkpoint_remember(stopped, shards):

@@ -1,5 +1,6 @@
 """EVA, EVA-02 and DINOv3 of timm, with rotary position embedding, are fused and equal."""
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from fastvit_kernels import accelerate
-from tests.in_full import in_full
+from tests.in_full import in_full, only_in_full
 from tests.kernels.integrations.equality import accelerated, assert_equal, randomised, rows
 
 eva = pytest.importorskip("timm.models.eva", reason="timm is not installed")
@@ -61,10 +62,27 @@ def test_fused_and_equal(calls: Counter[str], options: dict[str, Any], found: st
     assert torch.equal(run(ours), run(model)) and not calls
 
 
-def test_without_rotation_the_attention_half_is_one_operator(calls: Counter[str]) -> None:
+def test_without_rotation_a_block_is_one_operator(calls: Counter[str]) -> None:
     model = model_of(use_rot_pos_emb=False)
-    assert_equal(accelerated(model)[0], model, run)
-    assert calls["attention_block"] == 2 and not calls["rotary_qk_norm"]
+    ours, acceleration = accelerated(model)
+    assert rows(acceleration)["blocks.1"] == ("block", "")
+    assert_equal(ours, model, run)
+    assert calls["transformer_block"] == 2 and not calls["rotary_qk_norm"]
+    x, rope = torch.randn(2, 7, 32), torch.randn(6, 32)
+    assert_equal(ours.blocks[0], model.blocks[0], lambda block: block(x, rope))  # what nobody foresaw is right too
+    assert calls["rotary_qk_norm"] == 1
+    normed, told = accelerated(model_of(use_rot_pos_emb=False, qk_norm=True, scale_mlp=False))
+    assert rows(told)["blocks.1"] == (MLP, "")
+    assert rows(accelerate(copy.deepcopy(ours)))["blocks.1"] == ("block", "")
+
+
+@only_in_full
+@pytest.mark.parametrize("options", [{"qk_norm": True, "swiglu_mlp": True}, {"use_rot_pos_emb": False}])
+def test_compiled_is_equal(options: dict[str, Any], implementation: str) -> None:
+    model = model_of(**(DINOV3 | {"depth": 1} | options))
+    ours, _ = accelerated(model)
+    ours.compile(backend="aot_eager", fullgraph=True)
+    assert_equal(ours, model, run)
 
 
 def test_what_is_not_fused_says_why_and_is_equal(calls: Counter[str]) -> None:

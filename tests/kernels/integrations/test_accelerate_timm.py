@@ -374,8 +374,9 @@ def test_state_goes_both_ways_and_undo_restores() -> None:
     assert torch.equal(run(ours), run(plain))
 
 
-def test_compiled() -> None:
-    model = vit(init_values=0.1, depth=1).eval()
+@pytest.mark.parametrize("options", [{"init_values": 0.1}, in_full({"qk_norm": True})], ids=",".join)
+def test_compiled(options: dict[str, Any]) -> None:
+    model = vit(depth=1, **options).eval()
     ours, _ = accelerated(model)
     ours.compile(backend="aot_eager", fullgraph=True)
     assert_equal(ours, model, run)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.in_full import in_full
 from tests.kernels.integrations.equality import GATED, WHOLE, accelerated, assert_equal, randomised, relative, rows
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -274,8 +275,11 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     assert torch.equal(run(again.eval()), run(model))
 
 
-def test_compiled() -> None:
-    model = build("ViTForImageClassification", "ViTConfig", num_hidden_layers=1).eval()
-    ours, _ = accelerated(model)
+@pytest.mark.parametrize(
+    ("model", "config"), [("ViTForImageClassification", "ViTConfig"), in_full("DINOv3ViTModel", "DINOv3ViTConfig")]
+)
+def test_compiled(model: str, config: str) -> None:
+    plain = build(model, config, num_hidden_layers=1).eval()
+    ours, _ = accelerated(plain)
     ours.compile(backend="eager", fullgraph=True)
-    assert_equal(ours, model, run)
+    assert_equal(ours, plain, run)

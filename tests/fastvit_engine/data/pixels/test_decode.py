@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fastvit_engine.data.pixels.decode import Jpeg, PixelBuffer, decode_image, if_decodes, open_image
+from tests.in_full import IN_FULL
 
 # 16 x 72 pixels; Pillow writes all colours of a baseline JPEG in one scan.
 _THREE_SCANS = base64.b64decode(
@@ -189,7 +190,7 @@ def test_jpeg_that_the_fast_decoder_refuses_goes_to_pillow(pixels, encode, monke
     assert np.array_equal(image.decode(PixelBuffer()), _with_pillow(data))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150 if IN_FULL else 40, deadline=None)
 @given(
     height=st.integers(1, 130),
     width=st.integers(1, 70),

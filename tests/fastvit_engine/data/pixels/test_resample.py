@@ -20,6 +20,7 @@ from fastvit_engine.config import EvalTransform
 from fastvit_engine.data.pixels.crops import eval_view, render
 from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
 from fastvit_engine.data.pixels.resample import pillow_bicubic, tensorflow_area
+from tests.in_full import IN_FULL
 from tests.kernels.integrations.conftest import TORCHVISION  # lets timm be imported
 
 pytest.importorskip("timm", reason="timm is not installed")
@@ -71,7 +72,7 @@ def _photos(real_data: Path) -> Iterator[bytes]:
 # ---- timm
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60 if IN_FULL else 20, deadline=None)
 @given(
     height=st.integers(1, 400),
     width=st.integers(1, 400),
@@ -149,7 +150,7 @@ def _mean_matrix(length: int, resized: int) -> np.ndarray:
     return (np.minimum(high, pixel + 1) - np.maximum(low, pixel)).clip(0) / (high - low)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60 if IN_FULL else 20, deadline=None)
 @given(height=st.integers(1, 300), width=st.integers(1, 300), resized=st.tuples(st.integers(8, 90), st.integers(8, 90)))
 def test_area_is_the_mean_of_the_rectangle_rounded_down(height, width, resized):
     pixels, size = _picture(height, width), 8

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fastvit_engine.data.shards import braces
 from fastvit_engine.data.shards.braces import expand_braces
+from tests.in_full import IN_FULL
 
 
 def test_patterns_of_shards() -> None:
@@ -37,7 +38,7 @@ def test_what_would_fill_memory_or_does_not_match_is_refused_at_once(pattern: st
     assert time.process_time() - began < 5
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500 if IN_FULL else 100, deadline=None)
 @given(st.text("{},.-\\019a", max_size=14))
 def test_the_count_is_that_of_braceexpand(pattern: str) -> None:
     try:

@@ -27,6 +27,7 @@ from fastvit_engine.data.stream.streams import StreamData, StreamedShards, plan_
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import shown
 from fastvit_engine.storage import ShardStorage
+from tests.in_full import IN_FULL
 
 CLASSES = 4
 
@@ -197,7 +198,11 @@ def _hash(key: str) -> int:
     return int(np.frombuffer(blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), np.uint64)[0])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(
+    max_examples=300 if IN_FULL else 60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
 @given(archive=archives(), zipped=st.booleans())
 def test_everybody_agrees(tmp_path_factory: pytest.TempPathFactory, archive: Archive, zipped: bool) -> None:
     folder = tmp_path_factory.mktemp("one", numbered=True)

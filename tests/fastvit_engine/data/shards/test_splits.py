@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from fastvit_engine.data.shards.splits import Splits, choose_files, pattern_of, split_of
 from fastvit_engine.errors import UserError
+from tests.in_full import IN_FULL
 
 WORDS = {
     "train": ["train", "training", "Train", "TRAIN"],
@@ -21,7 +22,7 @@ datasets = st.sampled_from(["", "imagenet1k-", "imagenet-22k-wds_", "my.birds.",
 numbers = st.sampled_from(["", "-0", "-000000", "_17", ".03", "2017", "-00000-of-00010", "-0-of-3-a1b2c3", "-256px-01"])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=300 if IN_FULL else 60)
 @given(datasets, words, numbers, st.sampled_from(ENDINGS))
 def test_a_file_belongs_to_the_split_that_it_names(dataset, named, number, ending):
     part, word = named
@@ -29,7 +30,7 @@ def test_a_file_belongs_to_the_split_that_it_names(dataset, named, number, endin
     assert split_of(f"s3://bucket/test/train/{dataset}{word}{number}{ending}") == part  # by its own name alone
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=300 if IN_FULL else 60)
 @given(words, st.sampled_from(["", "2017", "_images", "-set", "Set", " data", "_01", ".X1", "A"]))
 def test_a_folder_belongs_to_a_split_if_it_names_nothing_else(named, rest):
     part, word = named
@@ -37,7 +38,7 @@ def test_a_folder_belongs_to_a_split_if_it_names_nothing_else(named, rest):
     assert split_of(f"{word}{separated}", folder=True) == part
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=300 if IN_FULL else 60)
 @given(
     words,
     st.sampled_from(["shoes", "tube", "station", "board", "cat", "Wheel"]),
@@ -102,7 +103,7 @@ names = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=300 if IN_FULL else 60)
 @given(names)
 def test_every_name_is_in_one_group_and_each_pattern_matches_its_group_alone(names):
     splits = Splits.of(names)
@@ -113,7 +114,7 @@ def test_every_name_is_in_one_group_and_each_pattern_matches_its_group_alone(nam
         assert [name for name in names if any(fnmatchcase(name, part) for part in parts)] == group
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=300 if IN_FULL else 60)
 @given(names)
 def test_no_file_serves_training_and_evaluation_if_any_name_says_a_split(names):
     try:

@@ -16,6 +16,7 @@ from fastvit_engine.data.shards.sample import MAX_MEMBER_BYTES
 from fastvit_engine.data.shards.tar import BLOCK, TarError, iterate_members
 from fastvit_engine.errors import UserError
 from tests.fastvit_engine.data.shards.tar_files import END, IMAGE, LABEL, LIES, header, pad, pax
+from tests.in_full import IN_FULL
 
 
 @pytest.mark.timeout(20)
@@ -83,7 +84,7 @@ def _whole() -> bytes:
 WHOLE = _whole()
 
 
-@settings(max_examples=400)
+@settings(max_examples=400 if IN_FULL else 80)
 @given(
     st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.binary(min_size=1, max_size=20)), max_size=4),
     st.integers(0, len(WHOLE)),

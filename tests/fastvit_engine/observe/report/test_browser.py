@@ -10,53 +10,14 @@ import pytest
 from fastvit_engine.observe.report.comparison import render_comparison
 from fastvit_engine.observe.report.recorded_run import load_run
 from fastvit_engine.observe.report.report import render
+from tests.browser import CHROMIUM, Tab, chromium
 from tests.fastvit_engine.observe.conftest import ENVIRONMENT, eval_row, few_shot_row, png_url, train_row
-from tests.fastvit_engine.observe.report.browser import CHROMIUM, Tab, chromium
 from tests.fastvit_engine.observe.report.test_report import CLASSES, INCIDENTS
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
 
 LONG = "a-name-that-is-much-longer-than-a-phone-is-wide-and-has-no-space-to-break-at-" * 2
 PARTS = {"forward": 0.3, "backward": 0.5, "update": 0.1}
-
-# Every text that is seen, whose colour differs too little from what is behind it (WCAG 2.2, 1.4.3), and every line of a
-# chart (1.4.11): [what, contrast].
-CONTRASTS = """(() => {
-  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const channels = (colour) => {
-    canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1);
-    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
-    return [r, g, b, a / 255];
-  };
-  const luminance = ([r, g, b]) => {
-    const [x, y, z] = [r, g, b].map((c) => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * x + 0.7152 * y + 0.0722 * z;
-  };
-  const behind = (element) => {
-    for (let at = element; at; at = at.parentElement) {
-      const colour = channels(getComputedStyle(at).backgroundColor);
-      if (colour[3] === 1) return colour;
-    }
-    throw new Error("no background");
-  };
-  const contrast = (colour, element) => {
-    const [a, b] = [luminance(channels(colour)), luminance(behind(element))].sort((x, y) => y - x);
-    return (a + 0.05) / (b + 0.05);
-  };
-  const low = [];
-  for (const element of document.querySelectorAll("main *")) {
-    const style = getComputedStyle(element);
-    const text = [...element.childNodes].filter((n) => n.nodeType === 3).map((n) => n.textContent.trim()).join("");
-    if (text && !element.closest("title") && element.checkVisibility()) {
-      const ratio = contrast(style.color, element);
-      if (ratio < 4.5) low.push([element.className + ": " + text.slice(0, 40), ratio]);
-    }
-    if (element.matches("path.line:not(.raw), path.mark") && contrast(style.stroke, element.closest("svg")) < 3) {
-      low.push([element.getAttribute("class"), contrast(style.stroke, element.closest("svg"))]);
-    }
-  }
-  return low;
-})()"""
 
 
 def a_run(folder: Path, **changes: Any) -> Any:
@@ -102,9 +63,9 @@ def test_a_page_fits_every_width_and_reads_in_both_themes(tab: Tab, pages: dict[
             tab.open(pages[page], width, dark=dark)
             tab.evaluate("document.querySelectorAll('details').forEach((part) => { part.open = true; })")
             assert tab.problems == []
-            assert tab.evaluate("document.documentElement.scrollWidth") <= width
-            assert tab.evaluate(CONTRASTS) == [], (width, dark)
-    assert tab.evaluate("[...document.images].every((image) => image.naturalWidth > 0)")
+            assert not tab.scrolls_sideways(width)
+            assert tab.low_contrasts("main") == [], (width, dark)
+    assert tab.missing_pictures() == []
 
 
 @pytest.mark.parametrize("page", ["report", "comparison"])

@@ -67,7 +67,20 @@ def test_the_best_figure_is_marked_and_what_is_missing_is_a_dash(tmp_path: Path)
     assert "fast 80.0 % 99.0 % 80.0 % 0.1 (best)" in text  # top-5 is the same, so none is best
     assert "new – – – – 2 " in text
     assert "good 10 15.5 %" in text and "fast 99 (best) 15.5 %" in text and "new 5 – 1.0 %" in text
-    assert "in progress" in text
+    assert "not running" in text
+
+
+def test_only_finished_runs_can_have_the_best_result(tmp_path: Path) -> None:
+    runs = {
+        "short": a_run(tmp_path / "1", [train_row(420, loss=0.1, images_per_second=999.0), eval_row(420, 0.9)]),
+        "long": a_run(tmp_path / "2", [train_row(840, loss=0.5), eval_row(840, 0.7)]),
+        "other": a_run(tmp_path / "3", [train_row(840, loss=0.9), eval_row(840, 0.8)]),
+    }
+    _, text = compared(runs)
+    assert "Not finished, so not marked as best: short." in text
+    assert "short 90.0 % 99.0 % 90.0 % 0.1 0.1 long" in text
+    assert "0.5 (best) other 80.0 % (best)" in text
+    assert "short 999 (best)" in text  # of speeds, it may be
 
 
 def test_a_loss_that_is_not_finite_is_shown_and_is_not_the_best(tmp_path: Path) -> None:

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.owner_record import Holder
 from fastvit_engine.observe.report.recorded_run import best_evaluation, load_run
+from fastvit_engine.observe.run_folder import RunFolder
 from tests.fastvit_engine.observe.conftest import ENVIRONMENT, MakeRun, eval_row, png_url, train_row
 
 SAMPLE: dict[str, Any] = {"key": "a", "label": 1, "image": png_url(8), "predictions": [[1, 0.9], [0, 0.1]]}
@@ -21,12 +23,61 @@ def test_summary_of_a_finished_run(make_run: MakeRun) -> None:
 
 def test_summary_of_a_run_in_progress_on_one_process(make_run: MakeRun) -> None:
     rows = [train_row(420), eval_row(420, 0.5), eval_row(420, 0.6, eval="eval_ema")]
-    run = load_run(make_run(rows, world_size=1, zero_stage=0, device="NVIDIA H200").path)
-    assert not run.finished
+    folder = make_run(rows, world_size=1, zero_stage=0, device="NVIDIA H200").path
+    run = load_run(folder, Holder("process 7 on node-3"))
+    assert not run.finished and run.state == "in progress"
     assert run.summary() == (
         "ViT Ti/4 (0.4 M parameters): 420 of 840 steps of 64 images on 1 process (NVIDIA H200, ZeRO-0) in 36 s\n"
+        "in progress: process 7 on node-3\n"
         "top-1 50.0 % on 360 held-out images\n"
         "top-1 of the EMA weights 60.0 % on 360 held-out images"
+    )
+
+
+def write_events(folder: RunFolder, *events: dict[str, Any]) -> None:
+    rows = [{"time": "t", "message": "m", **event} for event in events]
+    folder.events.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_run_that_nobody_works_on_is_not_in_progress(make_run: MakeRun) -> None:
+    folder = make_run([train_row(420)])
+    write_events(folder, {"event": "start", "step": 0})
+    killed = load_run(folder.path)
+    assert killed.state == "not running"
+    assert killed.describe_state() == ("not running: it ended early; the same command with --resume auto continues it")
+    write_events(folder, {"event": "start", "step": 0}, {"event": "stop", "step": 420}, {"event": "checkpoint"})
+    assert "not running: it was stopped on request; the same command" in load_run(folder.path).summary()
+    write_events(folder, {"event": "stop", "step": 420}, {"event": "start", "step": 420})
+    assert "it ended early" in load_run(folder.path).describe_state()
+
+
+def test_a_run_on_a_machine_that_is_silent_may_be_either(make_run: MakeRun) -> None:
+    run = load_run(make_run([train_row(420)]).path, Holder("process 7 on node-3", silent_seconds=7500.0))
+    assert run.state == "no sign of life"
+    assert run.describe_state() == (
+        "no sign of life from process 7 on node-3 for 2 h 5 min: if that is gone, the same command with --resume auto "
+        "continues it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("starts", "expected"),
+    [
+        ([], "1 process"),
+        ([(0, 1)], "1 process"),
+        ([(0, 2), (300, 1)], "2, then 1 process"),
+        ([(0, 1), (300, 1)], "1 process"),
+        ([(0, 4), (0, 2), (300, 1)], "2, then 1 process"),  # the first start left no checkpoint
+        ([(0, 8), (100, 6), (200, 8), (300, 1)], "1 to 8 processes"),
+    ],
+)
+def test_all_numbers_of_processes_that_trained_are_told(
+    make_run: MakeRun, starts: list[tuple[int, int]], expected: str
+) -> None:
+    folder = make_run([train_row(840)], world_size=1)
+    write_events(folder, *({"event": "start", "step": step, "world_size": size} for step, size in starts))
+    assert (
+        load_run(folder.path).describe_training() == f"840 steps of 64 images on {expected} (cpu, ZeRO-1) in 1 min 12 s"
     )
 
 

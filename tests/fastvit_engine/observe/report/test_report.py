@@ -9,7 +9,15 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.observe.report.recorded_run import load_run
 from fastvit_engine.observe.report.report import render, write_report
 from fastvit_engine.observe.run_folder import RunFolder
-from tests.fastvit_engine.observe.conftest import MakeRun, eval_row, few_shot_row, loss_row, png_url, train_row
+from tests.fastvit_engine.observe.conftest import (
+    MakeRun,
+    eval_row,
+    few_shot_row,
+    loss_row,
+    own_row,
+    png_url,
+    train_row,
+)
 from tests.fastvit_engine.observe.report.page_parser import Page
 
 
@@ -54,6 +62,16 @@ def test_a_finished_run_has_every_section(make_run: MakeRun) -> None:
         assert fact in page.text, fact
     assert "triton None" not in page.text
     assert {"EMA top-1 ", "EMA top-5 "} <= set(re.findall(r"EMA top-\d ", page.text))
+
+
+def test_an_evaluator_of_ones_own_has_a_chart_with_a_line_per_figure(make_run: MakeRun) -> None:
+    rows: list[Any] = [train_row(840)]
+    rows += [own_row(step, name, recall=0.5, margin=step / 840) for step in (420, 840) for name in ("mine", "mine_ema")]
+    page = page_of(make_run(rows).path)
+    assert "mine" in page.headings and "mine_ema" not in page.headings
+    for line in ("recall", "margin", "EMA recall", "EMA margin"):
+        assert line in page.text
+    page.check()
 
 
 def test_nothing_is_fetched_from_anywhere(make_run: MakeRun) -> None:

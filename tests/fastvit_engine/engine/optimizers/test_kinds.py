@@ -1,20 +1,18 @@
-"""Which optimizer a configuration gets, over which parameters, and at which ZeRO stages."""
+"""Which optimizer a configuration gets, over which parameters, and what state it keeps."""
 
-import dataclasses
+import math
 
 import pytest
 import torch
 
 from fastvit_engine.config import Config, OptimizerConfig
-from fastvit_engine.data.stream.batch_split import BatchSplit
-from fastvit_engine.engine import optimizers
-from fastvit_engine.engine.build import deepspeed_config
-from fastvit_engine.engine.optimizers import KINDS, RATE_SCALE, build_optimizer, parameter_groups, possible_stages
+from fastvit_engine.config.checks import check_config
+from fastvit_engine.engine.optimizers.groups import RATE_SCALE, parameter_groups
+from fastvit_engine.engine.optimizers.kinds import KINDS, build_optimizer
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import build_vit
-from fastvit_engine.sizing.defaults import Machine, choose
-
-MACHINE = Machine(processes=2, processes_per_node=2, memory=2**34, on_gpu=False)
+from tests.fastvit_engine.engine.optimizers.flat import Rank, use_threads
+from tests.fastvit_engine.ranks import on_ranks
 
 
 def config(**sections):
@@ -103,29 +101,39 @@ def test_weight_decay_reaches_the_matrices_only():
     assert all(isinstance(p, torch.nn.Parameter) for p in spared["params"])
 
 
-@pytest.fixture
-def picky(monkeypatch):
-    """AdamW, as if it worked at ZeRO-1 and 2 only."""
-    kind = dataclasses.replace(KINDS["adamw"], stages=frozenset({1, 2}))
-    monkeypatch.setitem(optimizers.KINDS, "adamw", kind)
+def test_lion_muon_lamb_and_adafactor_have_defaults_of_their_own():
+    def chosen(**section):
+        section = config(optimizer=section).optimizer
+        return section.betas, section.eps, section.momentum
+
+    assert chosen() == ((0.9, 0.999), 1e-8, 0.9)
+    assert chosen(kind="lion")[0] == (0.9, 0.99)
+    assert chosen(kind="muon") == ((0.9, 0.999), 1e-8, 0.95)
+    assert chosen(kind="lamb")[1] == 1e-6
+    assert chosen(kind="adafactor")[1] == 1e-30
+    assert chosen(kind="lion", betas=(0.8, 0.7))[0] == (0.8, 0.7)
 
 
-def test_a_stage_that_the_kind_cannot_do_is_refused(picky):
-    message = r"optimizer.kind = adamw does not work at zero.stage = 3, only at 1, 2: change one of the two"
-    wrong = config(zero={"stage": 3})
-    for refuse in (lambda: deepspeed_config(wrong, BatchSplit(1, 1, 1)), lambda: choose(wrong, MACHINE)):
-        with pytest.raises(UserError, match=message):
-            refuse()
-    with pytest.raises(UserError, match=r"adamw does not work with zero.offload = all"):
-        choose(config(zero={"offload": "all"}), MACHINE)
+@pytest.mark.parametrize(
+    ("kind", "share"), [("adamw", 8), ("sgd", 4), ("lion", 4), ("muon", (4, 6)), ("lamb", 8), ("adafactor", (2, 4))]
+)
+def test_the_bytes_of_state_are_those_that_it_has(kind, share, monkeypatch):
+    use_threads(monkeypatch)
+    settings = config(optimizer={"kind": kind}).optimizer
+
+    def run(world):
+        rank = Rank(world, model(width=64, mlp_dim=256, heads=2, num_classes=10), settings, sharded=False)
+        rank.step(0)
+        tensors = [t for state in rank.optimizer.state.values() for t in state.values() if t is not None and t.ndim]
+        tensors += [t for of_kind in getattr(rank.optimizer, "statistics", {}).values() for t in of_kind.values()]
+        return sum(t.nbytes for t in tensors), {name: tuple(tensor.shape) for name, tensor in rank.whole.items()}
+
+    ((measured, shapes),) = on_ranks(1, run)
+    assert measured == sum(KINDS[kind].state_bytes(settings, name, shape) for name, shape in shapes.items())
+    low, high = share if isinstance(share, tuple) else (share, share)
+    assert low <= measured / sum(math.prod(shape) for shape in shapes.values()) <= high
 
 
-def test_the_stage_that_is_chosen_is_one_that_the_kind_can_do(picky):
-    assert choose(config(), MACHINE).config.zero.stage == 1
-    assert possible_stages(config()) == {1, 2}
-    assert possible_stages(config(zero={"offload": "all"})) == set()
-
-
-@pytest.mark.parametrize(("offload", "stages"), [("none", {0, 1, 2, 3}), ("optimizer", {1, 2, 3}), ("all", {3})])
-def test_offloading_limits_the_stages(offload, stages):
-    assert possible_stages(config(zero={"offload": offload})) == stages
+def test_muon_without_a_matrix_to_update_is_refused():
+    with pytest.raises(UserError, match="set optimizer.kind=adamw"):
+        check_config(config(optimizer={"kind": "muon", "frozen": "backbone"}))
