@@ -13,8 +13,8 @@ def check_pretraining(config: Config) -> None:
             f"model.num_classes is {config.model.num_classes:,}, a head that {objective} does not train: set "
             "model.num_classes=0"
         )
-    for key, value, instead in _without_effect(config):
-        raise UserError(f"{key} = {value} has no effect with {objective}, which learns without labels: set {instead}")
+    for key, value, off in _without_effect(config):
+        raise UserError(f"{key} = {value} has no effect with {objective}, which learns without labels: set {key}={off}")
     if config.model.pool == "map":
         raise UserError(f"model.pool = map is attention pooling, which {objective} does not train: set cls or gap")
     if config.optimizer.frozen != "none":
@@ -38,19 +38,18 @@ def check_pretraining(config: Config) -> None:
         _check_chosen(resolve_shape(config.model), config.pretraining)
 
 
-def _without_effect(config: Config) -> list[tuple[str, object, str]]:
-    """(key, value, remedy) of what is set and acts on labels only."""
+def _without_effect(config: Config) -> list[tuple[str, object, object]]:
+    """(key, value, value that leaves it off) of what is set and acts on labels only."""
     settings: list[tuple[str, object, object]] = [
         ("model.head", config.model.head, "linear"),
         ("init.head", config.init.head, "new"),
         ("data.max_labels", config.data.max_labels, 1),
-        ("augment.mixup", config.augment.mixup, 0.0),
-        ("augment.cutmix", config.augment.cutmix, 0.0),
+        ("augment.mixup", config.augment.mixup, 0),
+        ("augment.cutmix", config.augment.cutmix, 0),
         ("loss.kind", config.loss.kind, "softmax"),
-        ("loss.label_smoothing", config.loss.label_smoothing, 0.0),
+        ("loss.label_smoothing", config.loss.label_smoothing, 0),
     ]
-    return [(key, value, f"{key}={default:g}" if isinstance(default, float) else f"{key}={default}")
-            for key, value, default in settings if value != default]  # fmt: skip
+    return [(key, value, off) for key, value, off in settings if value != off]
 
 
 def _check_decoder(mae: MaeConfig) -> None:

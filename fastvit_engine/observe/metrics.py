@@ -133,7 +133,7 @@ def read_all_metrics(path: Path, named: str | None = None) -> Metrics:
         rows = _read_rows(path, named)
     except OSError as error:
         raise UserError(f"cannot read the metrics of the run, {named or path}: {error.strerror}") from error
-    metrics = Metrics([], [], [], [])
+    metrics = Metrics([], [], [], [], [])
     for row in rows:
         if _form_of(row) is TrainRow:
             metrics.train.append(cast(TrainRow, row))

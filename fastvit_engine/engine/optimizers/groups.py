@@ -57,7 +57,7 @@ def parameter_groups(model: nn.Module, settings: OptimizerConfig, apart: Apart =
 
 
 def _layer(name: str) -> int | None:
-    """The layer of a parameter: 0 for the embeddings, 1 for the first block; None for what follows the blocks, such as a decoder."""
+    """The layer of a parameter: 0 for the embeddings, 1 for the first block; None for what follows the blocks."""
     if _OF_EMBEDDING.match(name):
         return 0
     block = _OF_BLOCK.match(name)
