@@ -352,7 +352,7 @@ def _check_samples(index: Index, named: str, config: Config) -> None:
     _check_classes(index.shards, named, config)
     storage = open_storage([index], config.data)
     keys = SampleKeys.of(config.data)
-    if index.label_key == config.data.label_key:
+    if config.model.num_classes and index.label_key == config.data.label_key:
         unlabelled = np.flatnonzero(index.unlabelled).tolist()
         for shard in [*unlabelled, *index.shards_with_labels_outside(config.model.num_classes)][:1]:
             for sample in _read_rows(index, storage, shard, range(index.counts[shard])):
@@ -409,7 +409,7 @@ def _again(index: Index) -> str:
 
 
 def _check_classes(shards: Sequence[str], named: str, config: Config) -> None:
-    info = info_beside(list(shards))
+    info = info_beside(list(shards)) if config.model.num_classes else None
     if info is not None and len(info.classes) > config.model.num_classes:
         raise UserError(
             f"{named} has {len(info.classes)} classes but model.num_classes is {config.model.num_classes}: "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from fastvit_engine.config import OptimizerConfig
 
 Shape = tuple[int, ...]
-_OF_BLOCK = re.compile(r"blocks\.\d+\.")
+_OF_BLOCK = re.compile(r"(decoder\.)?blocks\.\d+\.")
 _SMALLEST_FACTORED = 16  # rows and columns
 
 
