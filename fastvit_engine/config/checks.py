@@ -38,6 +38,11 @@ def check_config(config: Config) -> None:
         raise UserError(
             f"data.max_labels is {config.data.max_labels}, and a softmax loss takes one label: set loss.kind=sigmoid"
         )
+    if config.data.soft_labels and config.loss.kind == "sigmoid":
+        raise UserError(
+            "data.soft_labels are probabilities of which one class is right, and a sigmoid loss judges each class by "
+            "itself: set loss.kind=softmax"
+        )
     _check_durations(config)
     if config.data.order == "stream" and not isinstance(config.data.train, str | None):
         raise UserError("data.order is stream, which reads one source: mix sources with data.order: indexed")
