@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastvit_engine.data.stream.batch import Batch, empty_batch
+from fastvit_engine.data.stream.batch import ONE_CLASS, Batch, LabelForm, empty_batch
 from fastvit_engine.errors import RestartError, UserError
 
 _CALM_SECONDS = 0.02
@@ -33,7 +33,7 @@ def load(
     prefetch: int,
     image_size: int,
     most: int,
-    max_labels: int = 1,
+    labels: LabelForm = ONE_CLASS,
 ) -> Iterator[Batch]:
     """What `build` makes of each request, in order, from `num_workers` processes that keep `prefetch` of them ready.
 
@@ -47,9 +47,9 @@ def load(
     # Not a file in /dev/shm, which is small in many containers: processes that are forked share it too.
     images = torch.frombuffer(mmap.mmap(-1, int(np.prod(shape))), dtype=torch.uint8).view(shape)
     numbered = ((number % slots, request) for number, request in enumerate(requests))
-    loader = _loader(_Builder(build, images, max_labels), numbered, num_workers=num_workers, prefetch=prefetch)
-    for number, (labels, weights, rest) in enumerate(_received(loader)):
-        yield Batch(images[number % slots, : len(labels)], torch.from_numpy(labels), torch.from_numpy(weights), *rest)
+    loader = _loader(_Builder(build, images, labels), numbered, num_workers=num_workers, prefetch=prefetch)
+    for number, (given, weights, rest) in enumerate(_received(loader)):
+        yield Batch(images[number % slots, : len(given)], torch.from_numpy(given), torch.from_numpy(weights), *rest)
 
 
 def load_stream(chunks: IterableDataset, *, num_workers: int, prefetch: int) -> Iterator[Batch]:
@@ -63,13 +63,13 @@ def load_stream(chunks: IterableDataset, *, num_workers: int, prefetch: int) -> 
 class _Builder(Dataset):
     """The side of `load` in the processes."""
 
-    def __init__(self, build: Build, images: torch.Tensor, max_labels: int) -> None:
-        self.build, self.images, self.max_labels = build, images, max_labels
+    def __init__(self, build: Build, images: torch.Tensor, labels: LabelForm) -> None:
+        self.build, self.images, self.labels = build, images, labels
 
     def __getitem__(self, numbered: tuple[int, Any]) -> Any:
         slot, request = numbered
         size = len(request)
-        empty = empty_batch(size, image_size=0, max_labels=self.max_labels)._replace(images=self.images[slot, :size])
+        empty = empty_batch(size, image_size=0, labels=self.labels)._replace(images=self.images[slot, :size])
         try:
             batch = self.build(request, empty)
         except UserError as error:
