@@ -319,7 +319,14 @@ def test_masked_autoencoding_has_the_values_of_its_paper():
     assert (finetuning.optimizer.layer_decay, finetuning.model.drop_path) == (0.75, 0.3)
 
 
-@pytest.mark.parametrize(("recipe", "before"), [("quickstart", "mae_digits"), ("cifar10_cpu", "mae_cifar10_cpu")])
+@pytest.mark.parametrize(
+    ("recipe", "before"),
+    [
+        ("quickstart", "mae_digits"),
+        ("cifar10_cpu", "mae_cifar10_cpu"),
+        ("cifar10_cpu", "masked_patch_cifar10_cpu"),
+    ],
+)
 def test_a_small_recipe_has_the_shape_of_the_one_that_it_can_start_from(recipe, before):
     model, encoder = (load_config(name).config.model for name in (recipe, before))
     given = model.model_fields_set - {"num_classes"}
