@@ -161,7 +161,7 @@ _KILLED = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: (.+?
 _EXITED = re.compile(r"DataLoader worker \(pid (\d+)\) exited unexpectedly with exit code (\d+)")
 _IN_THIS_PROCESS = "to see where, decode in the training process: --set data.num_workers=0, and PYTHONFAULTHANDLER=1"
 # What a signal that ends a worker tells, and what to do.
-_TOLD_BY_SIGNAL = {
+_TOLD_BY_SIGNAL: dict[int | None, str] = {
     signal.SIGKILL: "as the kernel does when memory runs out (dmesg names the process then): if it happens again, "
     "lower data.num_workers, or give the machine or container more memory",
     signal.SIGBUS: "as when a file that is mapped into memory has no room or cannot be read: see `df /dev/shm`, "
