@@ -159,16 +159,16 @@ def _foreign_threads_run() -> bool:
 
 _KILLED = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: (.+?)\. ")
 _EXITED = re.compile(r"DataLoader worker \(pid (\d+)\) exited unexpectedly with exit code (\d+)")
-_IN_THIS_PROCESS = "to see where, decode in the training process: --set data.num_workers=0, and PYTHONFAULTHANDLER=1"
 # What a signal that ends a worker tells, and what to do.
-_TOLD_BY_SIGNAL: dict[signal.Signals | None, str] = {
+_TOLD_BY_SIGNAL: dict[int | None, str] = {
     signal.SIGKILL: "as the kernel does when memory runs out (dmesg names the process then): if it happens again, "
     "lower data.num_workers, or give the machine or container more memory",
     signal.SIGBUS: "as when a file that is mapped into memory has no room or cannot be read: see `df /dev/shm`, "
     "through which data.order=stream hands over its batches, and dmesg for a disk that fails",
     **dict.fromkeys(
         (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE),
-        f"which is a crash in native code: {_IN_THIS_PROCESS}",
+        "which is a crash in native code: to see where, decode in the training process, with --set data.num_workers=0 "
+        "and PYTHONFAULTHANDLER=1 in the environment",
     ),
 }
 _SENT = "which the engine does not send to its workers: see what else on this machine ends processes"
@@ -189,10 +189,9 @@ def lost_worker(error: RuntimeError) -> str | None:
         return f"data worker process {killed[1]} was killed by {name}, {_TOLD_BY_SIGNAL.get(number, _SENT)}"
     if exited := _EXITED.search(known):
         return (
-            f"data worker process {exited[1]} ended with exit code {exited[2]} and no error of its own: a library "
-            f"that it uses may have ended it; {_IN_THIS_PROCESS}"
+            f"data worker process {exited[1]} ended with exit code {exited[2]} and no error: see what it printed before"
         )
-    return f"a data worker process has ended, and nothing says how: see dmesg; {_IN_THIS_PROCESS}"
+    return "a data worker process has ended, and nothing says how: see what it printed before, and dmesg"
 
 
 def _unchanged(item: Any) -> Any:

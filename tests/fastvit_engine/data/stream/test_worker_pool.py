@@ -146,7 +146,7 @@ def test_rows_that_are_not_filled_are_black_whatever_the_memory_held(make_config
         (signal.SIGBUS, r"was killed by SIGBUS, as when a file .* mapped .* no room .*: see `df /dev/shm`"),
         (signal.SIGSEGV, r"was killed by SIGSEGV, which is a crash in native code: .*--set data.num_workers=0"),
         (signal.SIGUSR2, r"was killed by SIGUSR2, which the engine does not send to its workers"),
-        (3, r"ended with exit code 3 and no error of its own"),
+        (3, r"ended with exit code 3 and no error: see what it printed"),
     ],
 )
 def test_how_a_worker_ended_is_said_and_nothing_more(end, words):
