@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.step_overhead import describe_machine
 from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_for_training, run_flops
 from fastvit_engine.objectives import build_objective
-from fastvit_engine.observe.environment import collect_environment
 
 QUARTER = {"name": "H/14", "width": 320, "depth": 8, "heads": 4}
 KINDS: dict[str, dict[str, Any]] = {
@@ -98,8 +98,11 @@ def main() -> None:
     )
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        record = json.dumps({**found, "environment": collect_environment()}, indent=1)
-        atomic_write(args.out / "masked_step.json", record)
+        environment = describe_machine(
+            f"python -m benchmarks.masked_step --images {args.images} --rounds {args.rounds}"
+        )
+        environment.pop("hostname")
+        atomic_write(args.out / "masked_step.json", json.dumps({**found, "environment": environment}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
