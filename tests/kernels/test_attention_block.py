@@ -157,7 +157,7 @@ def test_any_shape(
 
 @pytest.mark.parametrize("hostile", ["offset", "one huge", "constant rows"])
 def test_hostile_rows(hostile: str, device: torch.device) -> None:
-    inputs = block_inputs(1, 3, 40, scaled=True)
+    inputs = block_inputs(2, 3, 40, scaled=True)
     if hostile == "offset":
         inputs["x"] += 1000
     elif hostile == "one huge":

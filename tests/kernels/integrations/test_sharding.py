@@ -20,6 +20,8 @@ from tests.kernels.integrations.equality import randomised
 
 vision_transformer = pytest.importorskip("timm.models.vision_transformer", reason="timm is not installed")
 
+eva = pytest.importorskip("timm.models.eva", reason="timm is not installed")
+
 WORLD = 2
 IMAGES = torch.randn(2 * WORLD, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 LEARNS: dict[str, Callable[[str], bool]] = {
@@ -58,7 +60,24 @@ def timm_vit() -> nn.Module:
     )
 
 
-MODELS: dict[str, Callable[[], nn.Module]] = {"timm": timm_vit, "own": Own}
+def rotary() -> nn.Module:
+    """With all that EVA-02 and DINOv3 have, and QK norm."""
+    return eva.Eva(
+        img_size=8,
+        patch_size=4,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
+        init_values=0.5,
+        use_rot_pos_emb=True,
+        num_reg_tokens=2,
+        swiglu_mlp=True,
+        qk_norm=True,
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"timm": timm_vit, "rotary": rotary, "own": Own}
 
 
 def build(model: str, learns: str) -> nn.Module:
@@ -106,7 +125,13 @@ def fsdp2(model: nn.Module, images: Tensor) -> Iterator[Tensor | None]:
 
 STRATEGIES = {"ZeRO-3": zero3, "FSDP2": fsdp2}
 CASES = [("ZeRO-3", "timm", "norms"), ("ZeRO-3", "timm", "last block"), ("ZeRO-3", "own", "patches")]
-CASES += [("ZeRO-3", "own", "norms"), ("FSDP2", "timm", "last block"), ("FSDP2", "own", "norms")]
+CASES += [
+    ("ZeRO-3", "rotary", "norms"),
+    ("FSDP2", "rotary", "all"),
+    ("ZeRO-3", "own", "norms"),
+    ("FSDP2", "timm", "last block"),
+    ("FSDP2", "own", "norms"),
+]
 REST = [
     (strategy, model, learns)
     for strategy in STRATEGIES
