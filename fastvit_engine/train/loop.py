@@ -72,7 +72,7 @@ def train(
         observed(resolved.config.observe, run, world) as observers,
     ):
         preemption.on_stack_request = watchdog.request_stacks
-        watchdog.on_phase, watchdog.on_step = partial(_show_phase, startup), startup.done
+        watchdog.on_phase, watchdog.on_step = partial(_show_phase, startup, world), startup.done
         startup.phase("checking the data and the run folder")
         given = resolved
         filled = world.on_main(lambda: fill_in(given, run, resume=resume))
@@ -119,14 +119,15 @@ _SHOWN_PHASES = {
     "loading": "loading the weights",
     "saving": "saving the first checkpoint",
     "waiting for data": "waiting for the first batch",
-    "forward": "first forward pass, which compiles kernels",
-    "backward": "first backward pass, which compiles kernels",
+    "forward": "first forward pass",
+    "backward": "first backward pass",
     "optimizer step": "first optimizer step",
 }
 
 
-def _show_phase(startup: StartUp, name: str) -> None:
-    startup.phase(_SHOWN_PHASES.get(name, name))
+def _show_phase(startup: StartUp, world: World, name: str) -> None:
+    compiles = name in ("forward", "backward") and world.device.type == "cuda"
+    startup.phase(_SHOWN_PHASES.get(name, name) + (", which compiles kernels" if compiles else ""))
 
 
 @contextmanager

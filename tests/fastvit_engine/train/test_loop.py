@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from safetensors.torch import load_file
 
 from fastvit_engine.config import Config
 from fastvit_engine.data import prepare_data
+from fastvit_engine.distributed.world import World
 from fastvit_engine.models import build_vit
 from fastvit_engine.objectives import build_objective
 from fastvit_engine.observe.metrics import read_metrics
+from fastvit_engine.train.loop import _show_phase
 
 STEPS, WARMUP, RATE, CLIP, DECAY = 6, 2, 0.003, 0.5, 0.5
 SETTINGS = [
@@ -90,3 +93,14 @@ def assert_trained(run, expected, parameters, average):
         assert written.keys() == weights.keys()
         for name, values in written.items():
             torch.testing.assert_close(values, weights[name].detach(), rtol=0, atol=1e-6, msg=f"{name} of {file}")
+
+
+@pytest.mark.parametrize(
+    ("device", "shown"), [("cuda", "first forward pass, which compiles kernels"), ("cpu", "first forward pass")]
+)
+def test_only_on_a_gpu_the_first_passes_are_said_to_compile_kernels(device, shown):
+    phases = []
+    world = World(rank=0, size=1, device=torch.device(device))
+    for name in ("forward", "optimizer step", "reading"):
+        _show_phase(SimpleNamespace(phase=phases.append), world, name)
+    assert phases == [shown, "first optimizer step", "reading"]
