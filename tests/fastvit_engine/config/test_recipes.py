@@ -319,9 +319,16 @@ def test_masked_autoencoding_has_the_values_of_its_paper():
     assert (finetuning.optimizer.layer_decay, finetuning.model.drop_path) == (0.75, 0.3)
 
 
-@pytest.mark.parametrize(("recipe", "before"), [("quickstart", "mae_digits"), ("cifar10_cpu", "mae_cifar10_cpu")])
-def test_a_small_recipe_has_the_shape_of_the_one_that_it_can_start_from(recipe, before):
-    model, encoder = (load_config(name).config.model for name in (recipe, before))
+@pytest.mark.parametrize(
+    ("recipe", "settings", "before"),
+    [
+        ("quickstart", [], "mae_digits"),
+        ("cifar10_cpu", ["model.name=Ti/4"], "mae_cifar10_cpu"),
+        ("cifar10_cpu", ["model.name=Ti/4"], "masked_patch_cifar10_cpu"),
+    ],
+)
+def test_a_small_recipe_has_the_shape_of_the_one_that_it_can_start_from(recipe, settings, before):
+    model, encoder = load_config(recipe, settings).config.model, load_config(before).config.model
     given = model.model_fields_set - {"num_classes"}
     assert {key: getattr(model, key) for key in given} == {key: getattr(encoder, key) for key in given}
 
