@@ -112,12 +112,13 @@ def _write_weights(checkpoint: Checkpoint, out: Path, kind: str) -> None:
     manifest = checkpoint.read_manifest()
     kind_of_weights(checkpoint, manifest, ema=kind == "ema")
     reader, files = CheckpointReader(checkpoint, manifest), _Files(checkpoint, manifest, kind)
-    sizes = {name: torch.Size(shape).numel() * 4 for name, shape in manifest.parameters.items()}
+    shapes = manifest.of_model
+    sizes = {name: torch.Size(shape).numel() * 4 for name, shape in shapes.items()}
     state = manifest.state
     described = model_metadata(state.fingerprint["model"], state.pixels, state.class_names, str(checkpoint))
     metadata = {**described, **_identity(manifest)}
     with atomic_writer(out) as file:
-        file.write(safetensors_header(dict.fromkeys(sizes, "F32"), manifest.parameters, sizes, metadata))
+        file.write(safetensors_header(dict.fromkeys(sizes, "F32"), shapes, sizes, metadata))
         for name, size in sizes.items():
             for file_name, tensor in reader.overlapping(kind, name, 0, size // 4):
                 file.write(reader.verified(files.content(file_name), file_name, kind, name, tensor))

@@ -23,6 +23,7 @@ from pydantic import BaseModel, Field
 
 from fastvit_engine.checkpoint.trainer_state import TrainerState
 from fastvit_engine.errors import UserError
+from fastvit_engine.models import is_for_pretraining
 from fastvit_engine.models.weights.safetensors_file import DTYPES, safetensors_header
 
 MANIFEST = "manifest.json"
@@ -101,6 +102,11 @@ class Manifest:
     @property
     def step(self) -> int:
         return self.state.step
+
+    @property
+    def of_model(self) -> dict[str, list[int]]:
+        """Shapes of the parameters that the model keeps when pretraining is over."""
+        return {name: shape for name, shape in self.parameters.items() if not is_for_pretraining(name)}
 
     @property
     def kinds(self) -> set[str]:

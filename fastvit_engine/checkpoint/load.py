@@ -95,7 +95,7 @@ def _open_checkpoint(source: str, *, ema: bool) -> Pretrained:
     checkpoint = find_checkpoint(source)
     manifest = checkpoint.read_manifest()
     kind, state, where = kind_of_weights(checkpoint, manifest, ema=ema), manifest.state, str(checkpoint)
-    shapes = {name: tuple(shape) for name, shape in manifest.parameters.items()}
+    shapes = {name: tuple(shape) for name, shape in manifest.of_model.items()}
     reader = CheckpointReader(checkpoint, manifest)
 
     def load(names: Sequence[str]) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ from fastvit_engine.storage.stores import open_store, store_failures
 _FOLDERS = ("", "configs", "tensorboard")  # that records are in
 _RECORD = re.compile(
     r"config\.yaml|configs/config-[0-9]+\.yaml|environment\.json|(metrics|events|bad_samples)\.jsonl|recovery\.json|"
-    r"samples\.json|classes\.json|trackers\.json|tensorboard/events\.out\.[A-Za-z0-9._-]+"
+    r"samples\.json|classes\.json|reconstructions\.json|trackers\.json|tensorboard/events\.out\.[A-Za-z0-9._-]+"
 )
 # Of the processes on this machine: uploaded, and never fetched.
 _LOCAL = re.compile(r"stacks/[A-Za-z0-9._-]+\.txt|profile/[A-Za-z0-9._-]+\.(txt|json|json\.gz)")

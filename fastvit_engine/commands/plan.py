@@ -190,10 +190,15 @@ def _as_text(
         for choice in chosen.choices
     ]
     share = "" if nodes == 1 else f" in {nodes} nodes"
-    hidden = " and its hidden layer (head: mlp)" if config.model.head == "mlp" else ""
-    with_head = f" with a head for {counted(config.model.num_classes, 'class', 'classes')}{hidden}"
+    parameters = parameter_count(config.model, config.pretraining)
+    if config.pretraining is not None:
+        added = parameters - parameter_count(config.model)
+        with_head = f", {format_count(added)} of them for train.objective = {config.train.objective} only"
+    else:
+        hidden = " and its hidden layer (head: mlp)" if config.model.head == "mlp" else ""
+        with_head = f" with a head for {counted(config.model.num_classes, 'class', 'classes')}{hidden}"
     text = [
-        f"ViT {model_title(config.model)}, {format_count(parameter_count(config.model))} parameters{with_head}, "
+        f"ViT {model_title(config.model)}, {format_count(parameters)} parameters{with_head}, "
         f"{config.train.precision}, on {machine.processes} x {args.gpu}{share}: "
         f"{format_bytes(machine.usable)} of {format_bytes(machine.memory)} of each GPU for the model",
         "",

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from fastvit_engine.config.deepspeed_section import check_deepspeed
 from fastvit_engine.config.model_shape import resolve_shape
+from fastvit_engine.config.pretraining import check_pretraining
 from fastvit_engine.config.sections import Config, ZeroConfig
 from fastvit_engine.duration import parse_duration
 from fastvit_engine.errors import UserError
@@ -13,10 +14,10 @@ def check_config(config: Config) -> None:
     """Raises UserError, naming the keys, if two values of a valid configuration contradict each other."""
     if config.init.from_ is None or "name" in config.model.model_fields_set:
         resolve_shape(config.model)  # else the weights say the name
-    if config.model.num_classes == 0:
-        raise UserError(
-            "model.num_classes is 0, a model without a head, and training needs one: set the number of classes"
-        )
+    if config.pretraining is None:
+        _check_classes(config)
+    else:
+        check_pretraining(config)
     if config.optimizer.frozen != "none" and _quantizes_what_is_frozen(config):
         raise UserError(
             f"optimizer.frozen = {config.optimizer.frozen} keeps every bit of the weights, and "
@@ -26,22 +27,6 @@ def check_config(config: Config) -> None:
         raise UserError(
             "optimizer.kind = muon is for the matrices of the blocks, which optimizer.frozen = backbone keeps as they "
             "are: set optimizer.kind=adamw"
-        )
-    if config.data.max_labels > config.model.num_classes:
-        raise UserError(
-            f"data.max_labels is {config.data.max_labels}, more than model.num_classes = {config.model.num_classes}: "
-            "lower the one or raise the other"
-        )
-    if config.model.num_classes == 1 and config.loss.kind == "softmax":
-        raise UserError("model.num_classes is 1, and a softmax over one class is always 1: set loss.kind=sigmoid")
-    if config.data.max_labels > 1 and config.loss.kind == "softmax":
-        raise UserError(
-            f"data.max_labels is {config.data.max_labels}, and a softmax loss takes one label: set loss.kind=sigmoid"
-        )
-    if config.data.soft_labels and config.loss.kind == "sigmoid":
-        raise UserError(
-            "data.soft_labels are probabilities of which one class is right, and a sigmoid loss judges each class by "
-            "itself: set loss.kind=softmax"
         )
     _check_durations(config)
     if config.data.order == "stream" and not isinstance(config.data.train, str | None):
@@ -60,6 +45,31 @@ def check_config(config: Config) -> None:
         raise UserError(f"checkpoint.keep_best = {best} needs an average of the weights: set ema.decay")
     check_zero(config.zero)
     check_deepspeed(config)
+
+
+def _check_classes(config: Config) -> None:
+    """Raises UserError if head, labels and loss do not go together."""
+    if config.model.num_classes == 0:
+        raise UserError(
+            "model.num_classes is 0, a model without a head, and training on labels needs one: set the number of "
+            "classes, or train.objective=mae to train without labels"
+        )
+    if config.data.max_labels > config.model.num_classes:
+        raise UserError(
+            f"data.max_labels is {config.data.max_labels}, more than model.num_classes = {config.model.num_classes}: "
+            "lower the one or raise the other"
+        )
+    if config.model.num_classes == 1 and config.loss.kind == "softmax":
+        raise UserError("model.num_classes is 1, and a softmax over one class is always 1: set loss.kind=sigmoid")
+    if config.data.max_labels > 1 and config.loss.kind == "softmax":
+        raise UserError(
+            f"data.max_labels is {config.data.max_labels}, and a softmax loss takes one label: set loss.kind=sigmoid"
+        )
+    if config.data.soft_labels and config.loss.kind == "sigmoid":
+        raise UserError(
+            "data.soft_labels are probabilities of which one class is right, and a sigmoid loss judges each class by "
+            "itself: set loss.kind=softmax"
+        )
 
 
 def _quantizes_what_is_frozen(config: Config) -> bool:

@@ -4,10 +4,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from fastvit_engine.config.sections import ModelConfig
+from fastvit_engine.config.sections import Config, MaeConfig, MaskedPatchConfig, ModelConfig
 from fastvit_engine.errors import UserError
 
 GRID_CELLS = 4  # rows and columns of a patch's cells, for masked_patch.target = grid
+COLOURS = 512  # mean colours of three bits a channel
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,19 @@ def resolve_shape(config: ModelConfig) -> Shape:
         heads=heads,
         mlp_dim=config.mlp_dim or width * size.mlp_dim // size.width,
     )
+
+
+def tokens_in_training(config: Config) -> int:
+    """Tokens of one image that the blocks of the model see in training."""
+    shape, pretraining = resolve_shape(config.model), config.pretraining
+    hidden = masked_count(shape.patches, pretraining.mask_ratio) if isinstance(pretraining, MaeConfig) else 0
+    return shape.tokens - hidden
+
+
+def predicted_numbers(shape: Shape, masked_patch: MaskedPatchConfig) -> int:
+    """Outputs that masked patch prediction has for each patch."""
+    pixels = 3 * shape.patch_size**2
+    return {"mean": COLOURS, "grid": COLOURS * GRID_CELLS**2, "pixels": pixels}[masked_patch.target]
 
 
 def masked_count(patches: int, ratio: float) -> int:

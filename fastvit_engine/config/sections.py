@@ -64,6 +64,7 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
 _MOST_SAMPLES = 2**20  # of one batch
 _MONTH = 2_592_000.0  # seconds
 MOST_PROFILED = 20  # steps
+OBJECTIVES = ("classify", "mae", "masked_patch")  # of the engine
 Ratio = Annotated[float, Field(gt=0.01, le=100)]
 LearningRate = Annotated[float, Field(le=1e30)]  # finite in fp32, as are a few hundred updates
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -89,8 +90,8 @@ class ModelConfig(_Section):
     """Height and width of the model's input in pixels. The patch size must divide it."""
 
     num_classes: int = Field(1000, ge=0, le=10_000_000)
-    """Number of classes, which is the number of outputs of the head. 0: no head, for weights that have none; such a
-    model gives representations, and cannot be trained."""
+    """Number of classes, which is the number of outputs of the head. 0: no head, for training without labels and for
+    weights that have none; such a model gives representations."""
 
     pool: Literal["cls", "gap", "map"] = "cls"
     """What the head sees. cls: the class token; gap: the mean of all patch tokens; map: what a learned query attends to
@@ -170,7 +171,8 @@ class DataConfig(_Section):
     """Training shards: a folder, a glob, a brace pattern or an index; or a list of sources to mix, see below."""
 
     eval: str | None = None
-    """Evaluation shards: a folder, a glob, a brace pattern or an index; null: no evaluation."""
+    """Evaluation shards: a folder, a glob, a brace pattern or an index; null: no evaluation. It measures accuracy and
+    loss, and without labels the loss alone."""
 
     allow_overlap: bool = False
     """Allow the same shards in train and eval. Otherwise such a run is refused, since it measures nothing."""
@@ -317,8 +319,8 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def _objective(name: str) -> str:
     module, _, attribute = name.partition(":")
-    if name != "classify" and not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
-        raise ValueError("write classify, or MODULE:NAME for an objective of your own")
+    if name not in OBJECTIVES and not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+        raise ValueError(f"write {', '.join(OBJECTIVES)}, or MODULE:NAME for an objective of your own")
     return name
 
 
@@ -336,7 +338,9 @@ class TrainConfig(_Section):
     """Length of the training, batch size, and numerical precision."""
 
     objective: Annotated[str, AfterValidator(_objective)] = "classify"
-    """What training minimises. classify: the loss on the labels. MODULE:NAME: an objective of your own, a class or
+    """What training minimises. classify: the loss on the labels. mae: the error of a masked autoencoder, which predicts
+    the pixels of hidden patches and needs no labels, see section mae. masked_patch: that of predicting the colours of
+    corrupted patches, without labels, see section masked_patch. MODULE:NAME: an objective of your own, a class or
     function in a Python module, which is imported from the working directory or PYTHONPATH."""
 
     duration: Duration = "90 epochs"
@@ -462,6 +466,41 @@ class LossConfig(_Section):
 
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Probability mass that is spread evenly over all classes; 0: off."""
+
+
+class MaeConfig(_Section):
+    """For train.objective: mae, a masked autoencoder (He et al. 2022).
+
+    The model is the encoder, which sees the patches that are not hidden. The decoder predicts the pixels of the others.
+    It is saved in checkpoints, and left out of exports.
+    """
+
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Fraction of the patches of each image that is hidden, others in every epoch."""
+
+    decoder_width: int = Field(512, gt=0, le=65536)
+    """Embedding dimension of the decoder, a multiple of four. Its MLPs are four times as wide."""
+
+    decoder_depth: int = Field(8, gt=0, le=10_000)
+    """Number of transformer blocks of the decoder."""
+
+    decoder_heads: int = Field(16, gt=0, le=65536)
+    """Number of attention heads of the decoder, which must divide its width."""
+
+
+class MaskedPatchConfig(_Section):
+    """For train.objective: masked_patch, masked patch prediction (Dosovitskiy et al. 2021, appendix B.1.2).
+
+    Of the chosen patches' embeddings 80 % become a mask token, 10 % that of another patch of the image, and 10 % stay.
+    The layer that predicts them is saved in checkpoints, and left out of exports.
+    """
+
+    ratio: float = Field(0.5, gt=0, le=1)
+    """Fraction of the patches of each image that is chosen to be corrupted and predicted."""
+
+    target: Literal["mean", "grid", "pixels"] = "mean"
+    """What is predicted of a chosen patch. mean: its mean colour in 512 classes, three bits a channel; grid: that of
+    each of its 4 x 4 cells; pixels: all pixels, with a squared error."""
 
 
 class EmaConfig(_Section):
@@ -605,6 +644,8 @@ class Config(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
+    mae: MaeConfig = MaeConfig()
+    masked_patch: MaskedPatchConfig = MaskedPatchConfig()
     ema: EmaConfig = EmaConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -616,3 +657,13 @@ class Config(_Section):
     deepspeed: dict[str, Any] = {}
     """Further settings of DeepSpeed, merged over the configuration that the engine writes for it. Keys that another
     section owns, and keys that have no effect here, are refused."""
+
+    @property
+    def pretraining(self) -> "Pretraining | None":
+        """The section of a self-supervised objective, which adds parameters to the model; None for other objectives."""
+        if self.train.objective == "mae":
+            return self.mae
+        return self.masked_patch if self.train.objective == "masked_patch" else None
+
+
+Pretraining = MaeConfig | MaskedPatchConfig

@@ -15,7 +15,7 @@ from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.shards.sample import Sample
 from fastvit_engine.data.shards.usable import SampleKeys
 from fastvit_engine.doctor.findings import Finding, Group
-from fastvit_engine.models import computed_flops, model_title
+from fastvit_engine.models import model_title, run_flops
 from fastvit_engine.observe.units import counted, format_bytes, format_share
 from fastvit_engine.sizing.gpus import DATASHEET_PEAK
 
@@ -38,7 +38,7 @@ class Needs:
 
 def expected_images_per_second(config: Config, gpu: str) -> float:
     """Of one GPU of this kind in training, at an MFU of 40 %."""
-    return _MFU * DATASHEET_PEAK[gpu] / computed_flops(config.model, frozen=config.optimizer.frozen)
+    return _MFU * DATASHEET_PEAK[gpu] / run_flops(config).computed
 
 
 def check_decoding(

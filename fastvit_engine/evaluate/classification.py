@@ -3,8 +3,6 @@
 An image with several labels counts as a hit if the predicted class is any of them.
 """
 
-import base64
-import io
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,12 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fastvit_engine.data import Batch
 from fastvit_engine.data.stream.batch import targets
 from fastvit_engine.distributed.world import World
+from fastvit_engine.evaluate.pictures import png_url
 from fastvit_engine.evaluate.record import Integers
 from fastvit_engine.observe.metrics import EvalRow
 from fastvit_kernels import FusedCrossEntropy
@@ -139,7 +137,7 @@ def _examples(batch: Batch, logits: Tensor, ranked: Tensor) -> list[Example]:
         {
             "key": batch.keys[row],
             "label": int(batch.labels[row].flatten()[0]),
-            "image": _png(batch.images[row]),
+            "image": png_url(batch.images[row]),
             "predictions": [
                 [index, round(p, 6)] for index, p in zip(ranked[row].tolist(), probabilities[row], strict=True)
             ],
@@ -147,10 +145,3 @@ def _examples(batch: Batch, logits: Tensor, ranked: Tensor) -> list[Example]:
         for row in range(len(batch.keys))
         if batch.weights[row] > 0
     ]
-
-
-def _png(image: Tensor) -> str:
-    """A uint8 image [H, W, 3] as a data URL."""
-    buffer = io.BytesIO()
-    Image.fromarray(image.cpu().numpy()).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

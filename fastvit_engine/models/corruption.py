@@ -11,10 +11,11 @@ class Corruption(NamedTuple):
 
     kind: Tensor  # int8 [B, N]: 0 not chosen, 1 mask token, 2 another patch of the same image, 3 chosen but unchanged
     source: Tensor  # int64 [B, N]: the patch whose embedding is taken; the patch itself unless its kind is 2
+    chosen: Tensor  # int64 [B, M]: the patches of kinds 1 to 3, in rising order
 
 
-def corrupted(embeddings: Tensor, mask_token: Tensor, corruption: Corruption) -> Tensor:
-    """The embeddings [B, N, D] after the corruption, in their dtype."""
+def corrupted(embeddings: Tensor, mask_token: Tensor, kind: Tensor, source: Tensor) -> Tensor:
+    """The embeddings [B, N, D] after a corruption, in their dtype."""
     rows = torch.arange(len(embeddings), device=embeddings.device)[:, None]
-    taken = embeddings[rows, corruption.source]  # whose gradient is summed in a fixed order, on a GPU too
-    return torch.where((corruption.kind == 1)[..., None], mask_token.to(taken.dtype), taken)
+    taken = embeddings[rows, source]  # whose gradient is summed in a fixed order, on a GPU too
+    return torch.where((kind == 1)[..., None], mask_token.to(taken.dtype), taken)

@@ -1,7 +1,34 @@
 """What a model costs, counted from its shape: profilers that patch PyTorch functions do not see custom kernels."""
 
-from fastvit_engine.config import ModelConfig
-from fastvit_engine.config.model_shape import Shape, resolve_shape
+from typing import NamedTuple
+
+from fastvit_engine.config import Config, MaeConfig, MaskedPatchConfig, ModelConfig
+from fastvit_engine.config.model_shape import Shape, masked_count, predicted_numbers, resolve_shape
+from fastvit_engine.models.masked_autoencoder import MLP_RATIO
+
+
+class RunFlops(NamedTuple):
+    """Floating-point operations that a run takes for one image, forward and backward."""
+
+    whole: int  # of the whole model, as papers count it
+    computed: int  # of what is computed: what speed and utilisation are counted in
+
+
+def run_flops(config: Config) -> RunFlops:
+    """Of the model with what the run's objective adds to it, for the patches that the objective shows to it."""
+    model, pretraining = config.model, config.pretraining
+    if isinstance(pretraining, MaeConfig):
+        return RunFlops(
+            6 * autoencoder_macs(model, pretraining), 6 * autoencoder_macs(model, pretraining, computed=True)
+        )
+    if isinstance(pretraining, MaskedPatchConfig):
+        shape = resolve_shape(model)
+        decoder = shape.width * predicted_numbers(shape, pretraining)
+        chosen = masked_count(shape.patches, pretraining.ratio)
+        flops = 6 * (forward_macs(model) + chosen * decoder)  # every block computes every token
+        return RunFlops(flops, flops)
+    frozen = config.optimizer.frozen
+    return RunFlops(training_flops(model, frozen=frozen), computed_flops(model, frozen=frozen))
 
 
 def forward_macs(config: ModelConfig) -> int:
@@ -11,15 +38,11 @@ def forward_macs(config: ModelConfig) -> int:
     Elementwise work, softmax and normalisation are left out, as is usual (Kaplan et al. 2020, section 2.1).
     """
     shape = resolve_shape(config)
-    tokens, width = shape.tokens, shape.width
-    patch_projection = shape.patches * 3 * shape.patch_size**2 * width
-    projections = tokens * 4 * width**2  # queries, keys, values and output
-    attention = 2 * tokens**2 * width  # scores and weighted values
-    mlp = 2 * tokens * width * shape.mlp_dim
+    width = shape.width
     hidden = width**2 if config.head == "mlp" else 0
     pooling = _attention_pool_macs(shape) if config.pool == "map" else 0
-    blocks = shape.depth * (projections + attention + mlp)
-    return patch_projection + blocks + pooling + hidden + width * config.num_classes
+    blocks = shape.depth * _block_macs(shape.tokens, width, shape.mlp_dim)
+    return _patch_macs(shape, shape.patches) + blocks + pooling + hidden + width * config.num_classes
 
 
 def computed_macs(config: ModelConfig) -> int:
@@ -30,9 +53,38 @@ def computed_macs(config: ModelConfig) -> int:
     if config.pool != "cls":
         return forward_macs(config)
     shape = resolve_shape(config)
-    width = shape.width
-    of_a_token = 2 * width**2 + 2 * shape.tokens * width + 2 * width * shape.mlp_dim
-    return forward_macs(config) - (shape.tokens - 1) * of_a_token
+    tokens, width, mlp_dim = shape.tokens, shape.width, shape.mlp_dim
+    left_out = _block_macs(tokens, width, mlp_dim) - _block_macs(tokens, width, mlp_dim, outputs=1)
+    return forward_macs(config) - left_out
+
+
+def autoencoder_macs(config: ModelConfig, mae: MaeConfig, *, computed: bool = False) -> int:
+    """As `forward_macs`, of a masked autoencoder: the encoder of the visible patches, and the decoder of all.
+
+    computed: of what `MaskedAutoencoder` computes. Its decoder ends with the masked patches alone.
+    """
+    shape, width = resolve_shape(config), mae.decoder_width
+    masked = masked_count(shape.patches, mae.mask_ratio)
+    visible = shape.patches - masked
+    seen = shape.prefix + visible
+    encoder = _patch_macs(shape, visible) + shape.depth * _block_macs(seen, shape.width, shape.mlp_dim)
+    predicted = masked if computed else shape.patches
+    decoder_block = _block_macs(shape.tokens, width, MLP_RATIO * width)
+    last = _block_macs(shape.tokens, width, MLP_RATIO * width, outputs=masked) if computed else decoder_block
+    decoder = seen * shape.width * width + (mae.decoder_depth - 1) * decoder_block + last
+    return encoder + decoder + predicted * width * 3 * shape.patch_size**2
+
+
+def _patch_macs(shape: Shape, patches: int) -> int:
+    return patches * 3 * shape.patch_size**2 * shape.width
+
+
+def _block_macs(tokens: int, width: int, mlp_dim: int, outputs: int | None = None) -> int:
+    """Of one block over `tokens`, which computes `outputs` of them (default: all) from the keys and values of all."""
+    outputs = tokens if outputs is None else outputs
+    keys = tokens * 2 * width**2  # and values
+    of_output = 2 * width**2 + 2 * tokens * width + 2 * width * mlp_dim  # query and output projection, attention, MLP
+    return keys + outputs * of_output
 
 
 def _attention_pool_macs(shape: Shape) -> int:

@@ -10,7 +10,7 @@ _TEMPERATURE = 10_000.0
 
 
 def sincos_positions(shape: Shape) -> Tensor:
-    """Sines and cosines of the column and row of each patch, float32 [1, positions, D]; zeros for a class token.
+    """Sines and cosines of the column and row of each patch, float32 [1, positions, D]; zeros for other tokens.
 
     As big_vision computes them, after MoCo v3 (Chen et al. 2021, arXiv:2104.02057): a quarter of the width each for
     sines and cosines of x and of y, with D / 4 frequencies from 1 to 1 / 10,000 in equal ratios. Positions count in

@@ -104,12 +104,12 @@ class VisionTransformer(nn.Module):
         """[B, N, D] -> logits [B, C], from the tokens as `config.pool` pools them; without a head, [B, D]."""
         return self.head(self._pool(tokens))
 
-    def _embed(self, images: Tensor) -> Tensor:
-        """The tokens that the first block gets [B, N, D]."""
+    def _embed(self, images: Tensor, keep_indices: Tensor | None = None) -> Tensor:
+        """The tokens that the first block gets [B, N, D]: of all patches, or of those that int64 [B, K] names."""
         positions: Tensor = self.pos_embed
         if self.cls_token is not None and self.reg_token is not None:
             positions = F.pad(positions, (0, 0, 1, 0))  # zeros for the class token, which has no position then
-        return self.pos_drop(self.patch_embed(images, positions, self.cls_token, self.reg_token))
+        return self.pos_drop(self.patch_embed(images, positions, self.cls_token, self.reg_token, keep_indices))
 
     def _pool(self, tokens: Tensor) -> Tensor:
         patches = tokens[:, self.shape.prefix :]
@@ -128,9 +128,9 @@ class VisionTransformer(nn.Module):
 
     def recompute(self, mode: Recompute) -> None:
         """Sets what the backward pass of every block computes again instead of keeping it, see FusedBlock."""
-        for block in self.blocks:
-            assert isinstance(block, FusedBlock)
-            block.recompute = mode
+        for block in self.modules():
+            if isinstance(block, FusedBlock):
+                block.recompute = mode
 
     def freeze_backbone(self) -> None:
         """From now on only `head` learns: all else gets no gradient, and computes as in evaluation, without dropout."""
@@ -260,10 +260,3 @@ def build_vit(config: ModelConfig, *, mean: Sequence[float], std: Sequence[float
     model = VisionTransformer(config, mean=mean, std=std)
     model.init_weights()
     return model
-
-
-def parameter_count(config: ModelConfig) -> int:
-    """Trainable parameters of the whole model, counted on one that holds no memory."""
-    with torch.device("meta"):
-        model = VisionTransformer(config, mean=(0.5,) * 3, std=(0.5,) * 3)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -9,10 +9,16 @@ from torch import nn
 from fastvit_engine.config import Config
 from fastvit_engine.errors import UserError
 from fastvit_engine.objectives.classify import Classify
+from fastvit_engine.objectives.mae import MaskedAutoencoding
+from fastvit_engine.objectives.masked_patch import MaskedPatchPrediction
 from fastvit_engine.objectives.own import import_factory
 from fastvit_engine.objectives.protocol import Objective, ObjectiveFactory
 
-OBJECTIVES: Mapping[str, ObjectiveFactory] = {"classify": Classify}
+OBJECTIVES: Mapping[str, ObjectiveFactory] = {
+    "classify": Classify,
+    "mae": MaskedAutoencoding,
+    "masked_patch": MaskedPatchPrediction,
+}
 
 
 def find_objective(name: str) -> ObjectiveFactory:

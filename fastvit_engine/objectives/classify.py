@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
 from fastvit_engine.data.pixels.mix import mix
-from fastvit_engine.data.pixels.randaugment import randaugment
 from fastvit_engine.data.stream.batch import targets
+from fastvit_engine.objectives.augmented import augmented_images
 from fastvit_kernels import FusedCrossEntropy
 
 
@@ -20,18 +20,10 @@ class Classify:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of each sample, [B]; 0 for a sample of weight 0, and for one mixed with it."""
-        images = batch.images.to(self.device, non_blocking=True)  # uint8 [B, H, W, 3]; the patch embedding normalises
+        images = augmented_images(batch, self.augment, self.device)  # the patch embedding normalises them
         labels = batch.labels.to(self.device, non_blocking=True)
         weights = batch.weights.to(self.device, non_blocking=True)
         augment, pixels = self.augment, self.pixels
-        if augment.randaugment_ops:
-            images = randaugment(
-                images,
-                batch.seeds,
-                num_ops=augment.randaugment_ops,
-                magnitude=augment.randaugment_magnitude,
-                policy=augment.randaugment_policy,
-            )
         if augment.mixup or augment.cutmix:
             alphas = {"mixup": augment.mixup, "cutmix": augment.cutmix}
             mixed = mix(images, labels, batch.seeds, **alphas, mean=pixels.mean, std=pixels.std)

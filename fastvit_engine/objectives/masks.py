@@ -41,7 +41,7 @@ def corrupt_patches(
     batch, patches, _ = embeddings.shape
     drawn = torch.rand((batch, 3, patches), generator=generator, dtype=torch.float64, device=embeddings.device)
     corruption = _corruption(drawn, ratio)
-    return corrupted(embeddings, mask_token, corruption), corruption.kind
+    return corrupted(embeddings, mask_token, corruption.kind, corruption.source), corruption.kind
 
 
 def _corruption(drawn: Tensor, ratio: float) -> Corruption:
@@ -50,9 +50,10 @@ def _corruption(drawn: Tensor, ratio: float) -> Corruption:
     if patches < 2:
         raise ValueError("an image of one patch has no other patch to take: use smaller patches")
     rank, fate, other = drawn.unbind(1)
-    chosen = rank.argsort(dim=1, stable=True).argsort(dim=1) < masked_count(patches, ratio)
+    chosen = rank.argsort(dim=1, stable=True)[:, : masked_count(patches, ratio)].sort(dim=1).values
+    is_chosen = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, chosen, True)
     kind = 1 + (fate >= _REPLACED).to(torch.int8) + (fate >= _REPLACED + _EXCHANGED).to(torch.int8)
-    kind = torch.where(chosen, kind, 0)
+    kind = torch.where(is_chosen, kind, 0)
     own = torch.arange(patches, device=drawn.device)
     distance = 1 + (other * (patches - 1)).long().clamp(max=patches - 2)
-    return Corruption(kind, torch.where(kind == 2, (own + distance) % patches, own))
+    return Corruption(kind, torch.where(kind == 2, (own + distance) % patches, own), chosen)

@@ -18,14 +18,26 @@ def mae_targets(images: Tensor, patch_size: int) -> Tensor:
     row by row with the colour channel last. The variance is the unbiased one, plus 1e-6. Raises ValueError for another
     shape, TypeError for integers.
     """
+    pixels = patch_pixels(images, patch_size)
+    variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
+    return (pixels - mean) / (variance + _EPS).sqrt()
+
+
+def patch_pixels(images: Tensor, patch_size: int) -> Tensor:
+    """As `mae_targets`, without its normalisation: floating [B, 3, H, W] -> [B, N, P * P * 3]."""
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point, got {images.dtype}: normalise them first")
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must have shape [B, 3, H, W], got {list(images.shape)}")
     _check_size(images.shape[2], images.shape[3], patch_size)
-    pixels = _cut(images.permute(0, 2, 3, 1), patch_size).flatten(2)
-    variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
-    return (pixels - mean) / (variance + _EPS).sqrt()
+    return _cut(images.permute(0, 2, 3, 1), patch_size).flatten(2)
+
+
+def join_patches(patches: Tensor, patch_size: int) -> Tensor:
+    """[B, N, P * P * 3] of square images, as `patch_pixels` cuts them, -> [B, H, W, 3]."""
+    side = round(patches.shape[1] ** 0.5)
+    grid = patches.unflatten(2, (patch_size, patch_size, 3)).unflatten(1, (side, side))  # [B, h, w, P, P, 3]
+    return grid.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def masked_patch_targets(images: Tensor, patch_size: int, kind: Literal["mean", "grid"] = "mean") -> Tensor:

@@ -3,8 +3,8 @@
 What a run needs is tried again for `PATIENCE_SECONDS`; after that the run ends with exit code 75, and continues from
 its last checkpoint when it is started again: `metrics.jsonl`, `config.yaml`, `recovery.json`, the owner record and the
 exported weights. So are checkpoints, see `checkpoint.checkpointer`. What is for people is left out, with one warning:
-`events.jsonl`, `environment.json`, `samples.json`, `classes.json`, `bad_samples.jsonl`, `trackers.json` and what
-trackers write.
+`events.jsonl`, `environment.json`, `samples.json`, `classes.json`, `reconstructions.json`, `bad_samples.jsonl`,
+`trackers.json` and what trackers write.
 
 Of a run in an object store, records that cannot be uploaded are a checkpoint that cannot be written.
 

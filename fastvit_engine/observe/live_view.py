@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import NamedTuple, TextIO, cast
 
 from fastvit_engine.observe.events import Event
-from fastvit_engine.observe.metrics import EvalRow, EvaluationRow, FewShotRow, OwnRow, TrainRow
+from fastvit_engine.observe.metrics import EvalRow, EvaluationRow, FewShotRow, LossRow, OwnRow, TrainRow
 from fastvit_engine.observe.units import counted, format_bytes, format_duration, format_share
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -113,6 +113,8 @@ class LiveView:
             elif "figures" in row:
                 own = cast(OwnRow, row)["figures"]
                 parts += [f"{which}{figure} {number:.4g}" for figure, number in own.items()]
+            elif "top1" not in row:
+                parts.append(f"{which}held-out loss {cast(LossRow, row)['loss']:.4g} (step {row['step']})")
             else:
                 parts.append(f"{which}top-1 {format_share(cast(EvalRow, row)['top1'])} (step {row['step']})")
         return parts

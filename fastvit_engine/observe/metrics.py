@@ -46,6 +46,16 @@ class EvalRow(TypedDict):
     seconds: float  # this evaluation
 
 
+class LossRow(TypedDict):
+    """One pass over the held-out images of a run that trains without labels: how well they are predicted."""
+
+    step: int
+    eval: str  # as in EvalRow
+    loss: float
+    samples: int  # images evaluated
+    seconds: float  # this evaluation
+
+
 class ShotFigures(TypedDict):
     """Accuracies of the classifiers with one number of shots, fractions of the images."""
 
@@ -85,6 +95,7 @@ class Metrics(NamedTuple):
     evaluations: list[EvalRow]
     few_shot: list[FewShotRow]
     own: list[OwnRow]
+    losses: list[LossRow]
 
 
 class MetricsWriter:
@@ -122,16 +133,18 @@ def read_all_metrics(path: Path, named: str | None = None) -> Metrics:
         rows = _read_rows(path, named)
     except OSError as error:
         raise UserError(f"cannot read the metrics of the run, {named or path}: {error.strerror}") from error
-    metrics = Metrics([], [], [], [])
+    metrics = Metrics([], [], [], [], [])
     for row in rows:
         if _form_of(row) is TrainRow:
             metrics.train.append(cast(TrainRow, row))
         elif _form_of(row) is EvalRow:
             metrics.evaluations.append(cast(EvalRow, row))
+        elif _form_of(row) is FewShotRow:
+            metrics.few_shot.append(cast(FewShotRow, row))
         elif _form_of(row) is OwnRow:
             metrics.own.append(cast(OwnRow, row))
         else:
-            metrics.few_shot.append(cast(FewShotRow, row))
+            metrics.losses.append(cast(LossRow, row))
     return metrics
 
 
@@ -173,7 +186,9 @@ def _form_of(row: Mapping[str, Any]) -> Any:
         return TrainRow
     if "figures" in row:
         return OwnRow
-    return FewShotRow if "shots" in row else EvalRow
+    if "shots" in row:
+        return FewShotRow
+    return EvalRow if "top1" in row or "top5" in row else LossRow
 
 
 def _are_shots(value: Any) -> bool:
@@ -203,8 +218,7 @@ def _kinds(form: type) -> dict[str, Any]:
     return {key: kind if kind in (int, str) else int | kind for key, kind in get_type_hints(form).items()}
 
 
-_KINDS: dict[type, dict[str, Any]] = {form: _kinds(form) for form in (TrainRow, EvalRow)}
-_KINDS |= {form: _kinds(form) for form in (FewShotRow, OwnRow)}
+_KINDS: dict[type, dict[str, Any]] = {form: _kinds(form) for form in (TrainRow, EvalRow, LossRow, FewShotRow, OwnRow)}
 
 
 def _encode(row: Any) -> Any:

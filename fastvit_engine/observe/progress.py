@@ -11,7 +11,7 @@ from typing import TextIO, cast
 
 from fastvit_engine.observe.events import Event
 from fastvit_engine.observe.live_view import LiveView, Position
-from fastvit_engine.observe.metrics import EvalRow, EvaluationRow, FewShotRow, OwnRow, TrainRow
+from fastvit_engine.observe.metrics import EvalRow, EvaluationRow, FewShotRow, LossRow, OwnRow, TrainRow
 from fastvit_engine.observe.units import format_duration, format_share
 from fastvit_engine.shown import before_saying, shown, shown_lines
 
@@ -227,11 +227,12 @@ class TrainingProgress:
             kind = row["eval"].removesuffix("_ema")
             figures = [f"{name} {number:.4g}" for name, number in cast(OwnRow, row)["figures"].items()]
         else:
+            kind, figures = "evaluation", [f"loss {cast(EvalRow | LossRow, row)['loss']:.4g}"]
+        if "top1" in row:
             one = cast(EvalRow, row)
-            kind, figures = "evaluation", [f"top-1 {format_share(one['top1'])}"]
-            figures += [] if one["top5"] is None else [f"top-5 {format_share(one['top5'])}"]
-            figures.append(f"loss {one['loss']:.4g}")
-        images = "" if "figures" in row else f"{cast(EvalRow | FewShotRow, row)['samples']:,} images "
+            top5 = [] if one["top5"] is None else [f"top-5 {format_share(one['top5'])}"]
+            figures = [f"top-1 {format_share(one['top1'])}", *top5, *figures]
+        images = "" if "figures" in row else f"{cast(EvalRow | FewShotRow | LossRow, row)['samples']:,} images "
         self.message(
             f"{kind} ({which}step {row['step']}): {'  '.join(figures)}  ({images}in {format_duration(row['seconds'])})"
         )

@@ -13,7 +13,7 @@ import fastvit_engine
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.disk import reason
 from fastvit_engine.observe.events import Event, listening
-from fastvit_engine.observe.metrics import EvalRow, FewShotRow, OwnRow, Row, TrainRow
+from fastvit_engine.observe.metrics import EvalRow, FewShotRow, LossRow, OwnRow, Row, TrainRow
 from fastvit_engine.observe.optional import require
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Exporter:
         self.hosts: Callable[[], Iterable[HostFigures]] = tuple  # called at each request
         self._row: TrainRow | None = None
         self._row_time: float | None = None
-        self._evaluations: dict[str, EvalRow] = {}
+        self._evaluations: dict[str, EvalRow | LossRow] = {}
         self._few_shot: dict[str, FewShotRow] = {}
         self._own: dict[str, OwnRow] = {}
         self._events = Counter[str]()
@@ -84,7 +84,7 @@ class Exporter:
             own = cast(OwnRow, row)
             self._own[own["eval"]] = own
         elif "eval" in row:
-            evaluation = cast(EvalRow, row)
+            evaluation = cast(EvalRow | LossRow, row)
             self._evaluations[evaluation["eval"]] = evaluation
         else:
             self._row, self._row_time = cast(TrainRow, row), time.time()
@@ -111,7 +111,9 @@ class Exporter:
             yield from _gauge(name, meaning, (), [(row.get(key),)])
         evaluations: list[Mapping[str, Any]] = [*self._evaluations.values()]
         for key, (name, meaning) in _EVALUATION.items():
-            yield from _gauge(name, meaning, ("weights",), [(one[key], _weights(one["eval"])) for one in evaluations])
+            yield from _gauge(
+                name, meaning, ("weights",), [(one.get(key), _weights(one["eval"])) for one in evaluations]
+            )
         yield from _gauge("fewshot_accuracy_ratio", "Mean accuracy of few-shot classifiers", ("shots", "weights"), [
             (found["mean"], shots, _weights(one["eval"]))
             for one in [*self._few_shot.values()]

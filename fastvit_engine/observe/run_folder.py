@@ -133,6 +133,11 @@ class RunFolder:
         return self.path / "samples.json"
 
     @property
+    def reconstructions(self) -> Path:
+        """Pictures of hidden patches as a masked autoencoder predicts them."""
+        return self.path / "reconstructions.json"
+
+    @property
     def classes(self) -> Path:
         """How well each class is recognised, and which are confused."""
         return self.path / "classes.json"

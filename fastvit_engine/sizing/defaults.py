@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from fastvit_engine.config import Config
+from fastvit_engine.config.model_shape import tokens_in_training
 from fastvit_engine.control_groups import memory_limit
 from fastvit_engine.cores import cores_here
 from fastvit_engine.data.stream.batch_split import BatchSplit, possible_splits, split_batch
 from fastvit_engine.distributed.world import World
 from fastvit_engine.errors import UserError
-from fastvit_engine.models import resolve_shape
 from fastvit_engine.observe.units import counted, format_bytes, format_count
 from fastvit_engine.sizing.memory import (
     COMPUTE_BYTES,
@@ -147,7 +147,7 @@ def choose(config: Config, machine: Machine) -> Chosen:
     if not fitting and not insists:
         raise UserError(_nothing_fits(config, machine, options))
     largest = split_batch(config, machine.processes).micro_batch_size
-    enough = min(largest, math.ceil(_ENOUGH_TOKENS / resolve_shape(config.model).tokens))
+    enough = min(largest, math.ceil(_ENOUGH_TOKENS / tokens_in_training(config)))
     picked = next(
         (candidate for candidate in fitting if candidate.micro_batch >= enough),
         max(fitting or options, key=lambda candidate: candidate.micro_batch),
@@ -306,7 +306,7 @@ def _buckets(config: Config, machine: Machine, stage: int) -> Buckets:
 
 
 def _counts(config: Config) -> ParameterCounts:
-    return ParameterCounts.of(config.model, frozen=config.optimizer.frozen)
+    return ParameterCounts.of_run(config)
 
 
 def _reduce_bucket(counts: ParameterCounts, machine: Machine) -> int:

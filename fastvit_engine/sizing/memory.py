@@ -21,14 +21,17 @@ gradients nor moments.
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import torch
 
-from fastvit_engine.config import Config, ModelConfig, OptimizerConfig
+from fastvit_engine.config import Config, MaeConfig, MaskedPatchConfig, ModelConfig, OptimizerConfig, Pretraining
+from fastvit_engine.config.model_shape import masked_count, predicted_numbers, tokens_in_training
 from fastvit_engine.engine.optimizers.kinds import KINDS
-from fastvit_engine.models import VisionTransformer, resolve_shape
+from fastvit_engine.models import resolve_shape
+from fastvit_engine.models.masked_autoencoder import MLP_RATIO
+from fastvit_engine.models.pretraining import model_for_training
 from fastvit_kernels import dispatch
 from fastvit_kernels.mlp.op import Recompute
 
@@ -42,21 +45,26 @@ _UNBUCKETED = 500_000_000  # elements that DeepSpeed's stage 0 reduces at a time
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """How many parameters a model has: in all, in one block, in the largest tensor."""
+    """How many parameters a model in training has: in all, in one block, in the largest tensor."""
 
     parameters: int
-    block: int  # of one Transformer block, which ZeRO-3 gathers as a whole
+    block: int  # of one block of the encoder, which ZeRO-3 gathers as a whole
     largest: int  # of the largest tensor
     learning: int  # in all that learns
     largest_learning: int
     learning_shapes: tuple[tuple[str, tuple[int, ...]], ...]  # with names
 
+    @classmethod
+    def of_run(cls, config: Config) -> "ParameterCounts":
+        """Of the model that a run trains."""
+        return cls.of(config.model, frozen=config.optimizer.frozen, pretraining=config.pretraining)
+
     @staticmethod
     @lru_cache
-    def of(model: ModelConfig, *, frozen: str = "none") -> "ParameterCounts":
-        """Counted on a model that holds no memory. frozen: as optimizer.frozen."""
+    def of(model: ModelConfig, *, frozen: str = "none", pretraining: Pretraining | None = None) -> "ParameterCounts":
+        """Counted on a model that holds no memory. frozen: as optimizer.frozen. pretraining: as Config.pretraining."""
         with torch.device("meta"):
-            vit = VisionTransformer(model, mean=(0.5,) * 3, std=(0.5,) * 3)
+            vit = model_for_training(model, pretraining, mean=(0.5,) * 3, std=(0.5,) * 3)
         if frozen == "backbone":
             vit.freeze_backbone()
         counts = [parameter.numel() for parameter in vit.parameters()]
@@ -107,7 +115,7 @@ def training_memory(
     """Of one of `world_size` processes that take `micro_batch` images at a time, several in a step if `accumulates`."""
     frozen = config.optimizer.frozen
     state = state_memory(
-        ParameterCounts.of(config.model, frozen=frozen),
+        ParameterCounts.of_run(config),
         config.train.precision,
         stage,
         world_size,
@@ -121,11 +129,15 @@ def training_memory(
     )
     precision = config.train.precision
     implementation = block_implementation(config.model, precision, on_gpu=on_gpu)
-    if frozen == "backbone":  # a forward pass, which keeps nothing but the one block that it is in
+    if isinstance(config.pretraining, MaeConfig):
+        activations = autoencoder_bytes(config, config.pretraining, implementation)
+    elif isinstance(config.pretraining, MaskedPatchConfig):
+        activations = masked_patch_bytes(config, config.pretraining, implementation)
+    elif frozen == "backbone":  # a forward pass, which keeps nothing but the one block that it is in
         activations = frozen_activation_bytes(config.model, precision, implementation)
     else:
         activations = activation_bytes(config.model, precision, implementation, recompute_mode(config))
-    work = work_bytes(config.model, precision, implementation)
+    work = work_bytes(config, implementation)
     return replace(state, activations=micro_batch * activations, work=micro_batch * work)
 
 
@@ -252,9 +264,14 @@ def last_block_bytes_a_token(width: int, compute: int, implementation: Implement
 
 
 def activation_bytes(
-    model: ModelConfig, precision: str, implementation: Implementation, recompute: Recompute = "gelu"
+    model: ModelConfig,
+    precision: str,
+    implementation: Implementation,
+    recompute: Recompute = "gelu",
+    *,
+    every_token: bool = False,
 ) -> int:
-    """Kept for the backward pass by the whole model, for each image."""
+    """Kept for the backward pass by the whole model, for each image. every_token: also in the last block."""
     shape, compute = resolve_shape(model), COMPUTE_BYTES[precision]
     block = block_bytes_a_token(
         shape.width,
@@ -270,7 +287,7 @@ def activation_bytes(
     plain = implementation == "reference"
     pixels = pixel_bytes(model, precision, implementation)
     blocks, last_tokens = shape.tokens * shape.depth * block, shape.tokens
-    if model.pool == "cls":  # the last block is for one token
+    if model.pool == "cls" and not every_token:  # the last block is for one token
         last_tokens = 1
         keys = last_block_bytes_a_token(shape.width, compute, implementation)
         blocks = shape.tokens * ((shape.depth - 1) * block + keys) + block
@@ -281,10 +298,46 @@ def activation_bytes(
     return blocks + pixels + final + head
 
 
-def pixel_bytes(model: ModelConfig, precision: str, implementation: Implementation) -> int:
-    """Of an image; and of its patches, which plain PyTorch keeps."""
+def autoencoder_bytes(config: Config, mae: MaeConfig, implementation: Implementation) -> int:
+    """As `activation_bytes`, of a masked autoencoder: an encoder of few tokens, and a narrow decoder of all."""
+    model, compute = config.model, COMPUTE_BYTES[config.train.precision]
+    shape, recompute = resolve_shape(model), recompute_mode(config)
+    masked, seen = masked_count(shape.patches, mae.mask_ratio), tokens_in_training(config)
+    kept = partial(block_bytes_a_token, compute=compute, implementation=implementation, recompute=recompute)
+    block = kept(shape.width, shape.heads, shape.mlp_dim, dropout=model.dropout > 0)
+    if model.layer_scale is not None and implementation != "fused":
+        block += 2 * compute * shape.width  # what is scaled
+    norm = 4 if implementation == "reference" else compute  # of a number that goes into a normalisation
+    encoder = seen * (shape.depth * block + (norm + compute) * shape.width + 8)  # final norm; its output, to embed
+    width, predicted = mae.decoder_width, 3 * shape.patch_size**2
+    block = kept(width, mae.decoder_heads, MLP_RATIO * width)
+    keys = last_block_bytes_a_token(width, compute, implementation)
+    decoder = shape.tokens * ((mae.decoder_depth - 1) * block + keys)
+    of_masked = block - 2 * compute * width  # in the last block, but for its keys and values
+    of_masked += (norm + compute) * width + 8  # final norm, and its output
+    of_masked += 4 * predicted + 8  # how far the prediction is from the pixels, and which patch it is
+    visible = 1 - masked / shape.patches
+    pixels = pixel_bytes(model, config.train.precision, implementation, share=visible)
+    return pixels + encoder + decoder + masked * of_masked
+
+
+def masked_patch_bytes(config: Config, masked_patch: MaskedPatchConfig, implementation: Implementation) -> int:
+    """As `activation_bytes`, of masked patch prediction: with what is kept of the corruption and of the predictions."""
+    model, precision, compute = config.model, config.train.precision, COMPUTE_BYTES[config.train.precision]
+    shape, recompute = resolve_shape(model), recompute_mode(config)
+    encoder = activation_bytes(model, precision, implementation, recompute, every_token=True)
+    corruption = shape.patches * 10  # kind, its mask, and source
+    predicted = predicted_numbers(shape, masked_patch)
+    of_chosen = compute * shape.width + 8  # its output, and which patch it is
+    of_output = 8 if implementation == "reference" else compute + 8  # plain PyTorch keeps no logits in 16 bits
+    of_chosen += predicted * (4 if masked_patch.target == "pixels" else of_output)
+    return encoder + corruption + masked_count(shape.patches, masked_patch.ratio) * of_chosen
+
+
+def pixel_bytes(model: ModelConfig, precision: str, implementation: Implementation, share: float = 1.0) -> int:
+    """Of an image; and of its patches, which plain PyTorch keeps. share: of the patches that are embedded."""
     plain = implementation == "reference" or (implementation == "composed" and precision == "fp32")
-    return 3 * model.image_size**2 * (1 + COMPUTE_BYTES[precision] if plain else 1)
+    return round(3 * model.image_size**2 * (1 + share * COMPUTE_BYTES[precision] if plain else 1))
 
 
 def frozen_activation_bytes(model: ModelConfig, precision: str, implementation: Implementation) -> int:
@@ -295,8 +348,15 @@ def frozen_activation_bytes(model: ModelConfig, precision: str, implementation: 
     return pixels + tokens + compute * shape.width + (compute + 8) * model.num_classes
 
 
-def work_bytes(model: ModelConfig, precision: str, implementation: Implementation) -> int:
+def work_bytes(config: Config, implementation: Implementation) -> int:
     """Of the gradients inside one block, for each image: W_1's output and its gradient, x and qkv and theirs."""
-    shape, compute = resolve_shape(model), COMPUTE_BYTES[precision]
+    shape, compute, mae = resolve_shape(config.model), COMPUTE_BYTES[config.train.precision], config.pretraining
     wide = 4 if implementation == "reference" else compute
-    return shape.tokens * (compute * (2 * shape.mlp_dim + 3 * shape.width) + 3 * wide * shape.width)
+
+    def of_block(tokens: int, width: int, mlp_dim: int) -> int:
+        return tokens * (compute * (2 * mlp_dim + 3 * width) + 3 * wide * width)
+
+    encoder = of_block(tokens_in_training(config), shape.width, shape.mlp_dim)
+    if isinstance(mae, MaeConfig):
+        return max(encoder, of_block(shape.tokens, mae.decoder_width, MLP_RATIO * mae.decoder_width))
+    return encoder

@@ -172,7 +172,7 @@ def _facts(start: Start, config: Config, made: Sequence[str], notes: Sequence[st
         facts.append(f"evaluation data: {counted(held_out.open().samples, 'sample')} in {shards}")
     if start.few_shot is not None:
         facts.append("few-shot data: readable")
-    if start.data.class_names is not None:
+    if start.data.class_names is not None and config.model.num_classes:
         facts.append(f"classes: {len(start.data.class_names)}, and model.num_classes = {config.model.num_classes}")
     if start.checkpoint is not None:
         facts.append(f"resumes from {start.checkpoint}")

@@ -5,7 +5,7 @@ from typing import Any
 
 from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.errors import UserError
-from fastvit_engine.models import computed_flops, training_flops
+from fastvit_engine.models import run_flops
 from fastvit_engine.observe.units import counted, format_count, format_flops, format_share
 from fastvit_engine.sizing.defaults import Chosen
 from fastvit_engine.sizing.gpus import DATASHEET_PEAK
@@ -18,18 +18,17 @@ def images_per_second(chosen: Chosen, gpu: str, mfu: float) -> float:
     """The GPUs with the largest share of the global batch set the pace."""
     split = split_batch(chosen.config, chosen.machine.processes)
     share = split.global_batch_size / split.largest_share  # GPUs' worth of work that a step has
-    flops = computed_flops(chosen.config.model, frozen=chosen.config.optimizer.frozen)
-    return mfu * DATASHEET_PEAK[gpu] * share / flops
+    return mfu * DATASHEET_PEAK[gpu] * share / run_flops(chosen.config).computed
 
 
 def training_time(chosen: Chosen, gpu: str, mfu: float, samples_per_epoch: int | None) -> dict[str, Any]:
     """Steps, operations and days; None, and why under `unknown`, if the length of an epoch is not known."""
     config = chosen.config
-    flops = training_flops(config.model, frozen=config.optimizer.frozen)
+    flops, computed = run_flops(config)
     rate = images_per_second(chosen, gpu, mfu)
     time = {
         "flops_per_image": flops,
-        "computed_flops_per_image": computed_flops(config.model, frozen=config.optimizer.frozen),
+        "computed_flops_per_image": computed,
         "images_per_second": rate,
         "steps": None,
         "images": None,

@@ -1,23 +1,24 @@
 """The evaluations of a run, and the rows that they write."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Any
 
 from fastvit_engine.checkpoint.trainer_state import Figures
-from fastvit_engine.config import Config
+from fastvit_engine.config import AugmentConfig, Config
 from fastvit_engine.data import Batch, TrainingData
 from fastvit_engine.data.stream.prepare import FewShotData
 from fastvit_engine.data.stream.source import EvaluationData
 from fastvit_engine.evaluate.classification import Answers, Classification
 from fastvit_engine.evaluate.confusion import Confusion
 from fastvit_engine.evaluate.fewshot_evaluator import FewShot
+from fastvit_engine.evaluate.held_out_loss import HeldOutLoss, Picture
 from fastvit_engine.evaluate.own import Own
 from fastvit_engine.evaluate.protocol import Evaluator
 from fastvit_engine.files import atomic_write
+from fastvit_engine.objectives import build_objective
 from fastvit_engine.observe.disk import if_possible
-from fastvit_engine.observe.metrics import EvalRow
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.train.health.bad_samples import BadSamples
 from fastvit_engine.train.job import Job
@@ -32,8 +33,10 @@ def build_evaluators(
 ) -> list[Evaluator]:
     """What the configuration asks to be measured while the model trains, and the evaluators that `train` was given."""
     found: list[Evaluator] = []
-    if job.config.data.eval is not None:
+    if job.config.data.eval is not None and job.config.pretraining is None:
         found.append(_classification(job, data, recorder))
+    elif job.config.data.eval is not None:
+        found.append(_held_out_loss(job, data, recorder))
     if few_shot is not None:
         watchdog = job.processes.watchdog
         found.append(
@@ -63,6 +66,23 @@ def _one_pass(job: Job, shards: EvaluationData, config: Config, recorder: Record
     )
     yield from job.processes.watchdog.marked(bad_samples.watch(loaded), "evaluating")
     bad_samples.settle(world, recorder)
+
+
+def _held_out_loss(job: Job, data: TrainingData, recorder: Recorder | None) -> HeldOutLoss:
+    """The evaluator of data.eval in training without labels; images are not augmented."""
+    plain = job.config.model_copy(update={"augment": AugmentConfig()})
+
+    def show(step: int, name: str, pictures: list[Picture]) -> None:
+        shown = json.dumps({"step": step, "eval": name, "pictures": pictures})
+        if_possible(lambda: atomic_write(job.run.reconstructions, shown), str(job.run.reconstructions))
+
+    return HeldOutLoss(
+        partial(_one_pass, job, data, job.config, recorder),
+        build_objective(plain, job.world.device),
+        job.world,
+        every_steps=job.schedule.evaluate_every,
+        on_pictures=show if job.world.is_main else None,
+    )
 
 
 def _classification(job: Job, data: TrainingData, recorder: Recorder | None) -> Classification:
@@ -108,14 +128,9 @@ def run_evaluators(
             for row in evaluator.run(job.engine.model, step=step, name=evaluator.name + suffix):
                 if recorder:
                     recorder.evaluation(row)
-                if "top1" in row:
-                    one = cast(EvalRow, row)
-                    figures[one["eval"]] = {
-                        "top1": one["top1"],
-                        "top5": one["top5"],
-                        "loss": one["loss"],
-                        "samples": one["samples"],
-                    }
+                if "loss" in row:  # of an evaluation of the held-out images
+                    one: Mapping[str, Any] = row
+                    figures[row["eval"]] = {key: one.get(key) for key in ("top1", "top5", "loss", "samples")}
 
     run_all("")
     if job.ema is not None:

@@ -20,6 +20,7 @@ from fastvit_engine.config.checks import check_config
 from fastvit_engine.config.model_shape import Shape, resolve_shape
 from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.errors import UserError
+from fastvit_engine.models import is_for_pretraining
 from fastvit_engine.models.weights.pretrained import Pretrained
 from fastvit_engine.models.weights.safetensors_file import read_header
 from fastvit_engine.observe.run_folder import RunFolder
@@ -270,12 +271,14 @@ def load_first_weights(job: Job) -> None:
     """Gives the engine the weights of `init.from`, if that is set; collective.
 
     Rank 0 reads them and sends them to the others, one parameter at a time. Each process keeps what it holds of the
-    fp32 master weights, to the bit. Raises UserError on every process if they cannot be read.
+    fp32 master weights, to the bit. What is for pretraining alone stays as initialised. Raises UserError on every
+    process if they cannot be read.
     """
     settings, world, engine = job.config.init, job.world, job.engine
     if settings.from_ is None:
         return
-    shapes, weights = engine.shapes, dict[str, torch.Tensor]()
+    shapes = {name: shape for name, shape in engine.shapes.items() if not is_for_pretraining(name)}
+    weights = dict[str, torch.Tensor]()
     world.on_main(lambda: weights.update(_read(job.config, shapes)))
     slices: dict[str, list[ParameterSlice]] = {}
     for part in engine.master_weights():

@@ -18,7 +18,7 @@ from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.evaluate.own import Measure
-from fastvit_engine.models import build_vit, computed_flops
+from fastvit_engine.models import build_for_training, run_flops
 from fastvit_engine.objectives import Objective
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.memory import recompute_mode
@@ -84,7 +84,7 @@ def build_job(
 ) -> Job:
     """Builds model, engine and all else of a run on this process; collective. `config`: without open ends."""
     torch.manual_seed(config.seed)
-    model = build_vit(config.model, mean=config.data.mean, std=config.data.std)
+    model = build_for_training(config)
     if config.optimizer.frozen == "backbone":
         model.freeze_backbone()
     model.recompute(recompute_mode(config))
@@ -97,7 +97,6 @@ def build_job(
         gradients.start()
     engine.model.train()
     store = store_of(config.checkpoint, run)
-    flops = computed_flops(config.model, frozen=config.optimizer.frozen)
     return Job(
         config=config,
         run=run,
@@ -133,7 +132,7 @@ def build_job(
             ),
         ),
         times=StepTimes(world.device),
-        utilization=Utilization(peak_flops(world, config.train.precision), flops),
+        utilization=Utilization(peak_flops(world, config.train.precision), run_flops(config).computed),
         owner=owner,
         records=records,
     )

@@ -357,7 +357,8 @@ def _export(checkpoint: Checkpoint, job: Job) -> None:
 def _outcome(state: TrainerState, job: Job) -> str:
     """Where the finished run is, and how good the model if it was evaluated."""
     figures = state.accuracy.get("eval", {})
-    top1, samples = figures.get("top1"), figures.get("samples")
-    if top1 is None or samples is None:
+    top1, loss, samples = (figures.get(key) for key in ("top1", "loss", "samples"))
+    if loss is None or samples is None:
         return f"finished {job.run}"
-    return f"finished {job.run}: top-1 {format_share(top1)} on {counted(int(samples), 'image')}"
+    found = f"held-out loss {loss:.4g}" if top1 is None else f"top-1 {format_share(top1)}"
+    return f"finished {job.run}: {found} on {counted(int(samples), 'image')}"

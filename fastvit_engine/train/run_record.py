@@ -27,7 +27,7 @@ def record_start(
     config, world, run = job.config, job.world, job.run
     environment = collect_environment(
         model=model_title(config.model),
-        parameters=parameter_count(config.model),
+        parameters=parameter_count(config.model, config.pretraining),
         training_flops_per_image=job.utilization.flops_per_image,
         peak_flops=job.utilization.peak.flops,
         peak_flops_source=job.utilization.peak.source,

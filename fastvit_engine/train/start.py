@@ -163,7 +163,7 @@ def preflight(
             "eval_crop": config.data.eval_crop,
             "eval_transform": transform,
         },
-        class_names=None if prepared.class_names is None else tuple(prepared.class_names),
+        class_names=tuple(prepared.class_names) if prepared.class_names and config.model.num_classes else None,
         batch_sizes=BatchSizes.always(batch).changes,
     )
     working = "" if run.url is None else f"\nworking folder: {run.path}"
@@ -188,12 +188,12 @@ def preflight(
                 f"data.eval_transform={config.data.eval_transform}"
             )
     else:
-        accuracy = state.accuracy.get("eval")
-        top1 = f" and top-1 {accuracy['top1']:.1%}" if accuracy else ""
+        top1 = state.accuracy.get("eval", {}).get("top1")
+        accuracy = "" if top1 is None else f" and top-1 {top1:.1%}"
         longer = ""
         if state.step > schedule.total_steps:
             longer = f" (more than the {schedule.total_steps:,} of train.duration = '{config.train.duration}')"
-        message = f"{run} is complete, with {counted(state.step, 'step')}{longer}{top1}: nothing to do"
+        message = f"{run} is complete, with {counted(state.step, 'step')}{longer}{accuracy}: nothing to do"
     return replace(start, message=message).at(checkpoint, state)
 
 
@@ -242,6 +242,7 @@ def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     Of the model, only what shapes its parameters and what they mean is compared: see `_shape`. The number of processes,
     the ZeRO stage and the precision may change: checkpoints hold fp32 masters, whole.
     """
+    of_objective = {} if config.pretraining is None else {config.train.objective: config.pretraining.model_dump()}
     return {
         "model": config.model.model_dump(mode="json"),
         "global_batch_size": config.train.global_batch_size,
@@ -249,6 +250,7 @@ def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
         "data": data.fingerprint(config.data),
         "optimizer": {"kind": config.optimizer.kind, "frozen": config.optimizer.frozen},
         "objective": config.train.objective,
+        **of_objective,
     }
 
 

@@ -123,7 +123,8 @@ def verify_shards(
 ) -> Verdict:
     """Reads all samples of the shards that `argument` names, in parallel, with the keys of `config` (or the defaults).
 
-    Labels are checked against `num_classes`, otherwise against dataset.json, otherwise only for being plausible.
+    Labels are checked against `num_classes` (0: not at all), otherwise against dataset.json, otherwise for being
+    plausible.
 
     A shard is *uneven* when it holds more than `skew` times the median number of samples, or less than its `skew`th
     part. It is *not shuffled* when some class has more than `skew * e + 6 * sqrt(e) + 6` of its samples, e being the
@@ -131,8 +132,8 @@ def verify_shards(
     """
     if skew <= 1:
         raise UserError(f"--skew is {skew}: it must be above 1")
-    if num_classes is not None and num_classes < 1:
-        raise UserError(f"--num-classes is {num_classes}: it must be at least 1")
+    if num_classes is not None and num_classes < 0:
+        raise UserError(f"--num-classes is {num_classes}: give the number of classes, or 0 if labels do not matter")
     shards = shard_set(argument)
     if num_classes is None and shards.class_names is not None:
         num_classes = len(shards.class_names)

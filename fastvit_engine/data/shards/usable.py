@@ -85,7 +85,12 @@ def judge(sample: Sample, keys: SampleKeys, num_classes: int, decode: Callable[[
 
 
 def read_labels(sample: Sample, keys: SampleKeys, num_classes: int) -> list[int]:
-    """The class indices of a sample, 1 to data.max_labels of them, each below num_classes. Raises Unusable."""
+    """The class indices of a sample, 1 to data.max_labels of them, each below num_classes. Raises Unusable.
+
+    Without classes the label is 0: what the sample has, if anything, is not read.
+    """
+    if num_classes == 0:
+        return [0]
     content = sample.get(keys.label_member)
     if content is None:
         raise Unusable(

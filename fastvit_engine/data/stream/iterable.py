@@ -159,9 +159,12 @@ def to_batch(item: Any, config: Config, name: str) -> Batch:
 
     Keys are "" if the item has none. Raises UserError that says what `name` is and what it should be.
     """
-    image, labels, keys = _parts(item, SampleKeys.of(config.data), name)
+    labelled = config.model.num_classes > 0
+    image, labels, keys = _parts(item, SampleKeys.of(config.data), name, labelled=labelled)
     images = _images(image, config.model.image_size, name)
     single = images.ndim == 3
+    if not labelled:
+        labels = 0 if single else [0] * len(images)
     if single:
         images, labels, keys = images[None], [_plain(labels, name)], [keys]
     else:
@@ -172,7 +175,7 @@ def to_batch(item: Any, config: Config, name: str) -> Batch:
         images=images, weights=torch.ones(len(images)), keys=_keys(keys, len(images), name)
     )
     for row, label in enumerate(labels):
-        entries = _checked([label] if not isinstance(label, list) else label, config, name)
+        entries = [0] if not labelled else _checked([label] if not isinstance(label, list) else label, config, name)
         if batch.labels.ndim == 1:
             batch.labels[row] = entries[0]
         else:
@@ -180,8 +183,8 @@ def to_batch(item: Any, config: Config, name: str) -> Batch:
     return batch
 
 
-def _parts(item: Any, keys: SampleKeys, name: str) -> tuple[Any, Any, Any]:
-    """Splits an item into (image or images, label or labels, key or keys or None)."""
+def _parts(item: Any, keys: SampleKeys, name: str, *, labelled: bool) -> tuple[Any, Any, Any]:
+    """Splits an item into (image or images, label or labels, key or keys or None). Not `labelled`: may lack labels."""
     if isinstance(item, Mapping):
         image = next((item[key] for key in ("image", "images", *keys.images) if key in item), None)
         label = next((item[key] for key in ("label", "labels") if key in item), None)
@@ -189,7 +192,7 @@ def _parts(item: Any, keys: SampleKeys, name: str) -> tuple[Any, Any, Any]:
             label = item.get(keys.label_member)
             for field in keys.label_path:
                 label = label.get(field) if isinstance(label, Mapping) else None
-        if image is None or label is None:
+        if image is None or (label is None and labelled):
             missing = "image" if image is None else "label"
             raise UserError(f"{name} has no {missing}, only {', '.join(map(str, item))}: {_YIELD}")
         return image, label, item.get("__key__")

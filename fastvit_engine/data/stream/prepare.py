@@ -378,6 +378,8 @@ def _check_soft_labels(
 
     soft: whether each source has soft labels.
     """
+    if not config.model.num_classes:
+        return
     where = next((source for source, has in zip(sources, soft, strict=True) if has), None)
     if where is None:
         if config.data.soft_labels:
@@ -404,7 +406,7 @@ def _check_samples(index: Index, named: str, config: Config) -> None:
     _check_classes(index.shards, named, config)
     storage = open_storage([index], config.data)
     keys = SampleKeys.of(config.data)
-    if index.label_key == config.data.label_key:
+    if config.model.num_classes and index.label_key == config.data.label_key:
         unlabelled = np.flatnonzero(index.unlabelled).tolist()
         for shard in [*unlabelled, *index.shards_with_labels_outside(config.model.num_classes)][:1]:
             for sample in _read_rows(index, storage, shard, range(index.counts[shard])):
@@ -463,7 +465,7 @@ def _again(index: Index) -> str:
 
 
 def _check_classes(shards: Sequence[str], named: str, config: Config) -> None:
-    info = info_beside(list(shards))
+    info = info_beside(list(shards)) if config.model.num_classes else None
     if info is not None and len(info.classes) > config.model.num_classes:
         raise UserError(
             f"{named} has {len(info.classes)} classes but model.num_classes is {config.model.num_classes}: "

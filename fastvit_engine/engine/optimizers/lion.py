@@ -6,6 +6,7 @@ import torch
 from torch.optim import Optimizer
 
 from fastvit_engine.engine.optimizers.batches import in_batches
+from fastvit_engine.engine.optimizers.closure import loss_of
 from fastvit_engine.engine.optimizers.groups import ParameterGroups
 
 
@@ -20,10 +21,7 @@ class Lion(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             rate, decay, (first, second) = group["lr"], group["weight_decay"], group["betas"]
             tensors = [tensor for tensor in group["params"] if tensor.grad is not None]

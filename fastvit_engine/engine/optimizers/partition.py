@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastvit_engine.engine.optimizers.closure import loss_of
 from fastvit_engine.engine.optimizers.groups import ParameterGroups
 from fastvit_engine.engine.protocol import ParameterSlice
 
@@ -100,10 +101,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """One update; collective."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups if self._partitions else ():
             tensors = {id(tensor) for tensor in group["params"] if tensor.grad is not None}
             partitions = [partition for partition in self._partitions if id(partition.tensor) in tensors]

@@ -25,7 +25,9 @@ from fastvit_engine.observe.units import (
 
 MOST_RUNS = 40  # of eight colours and five patterns of lines
 _COLOURS, _DASHES = 8, 5  # in the style sheet
-_OBJECTIVE = ("train.objective", "loss.kind", "loss.label_smoothing", "model.num_classes")  # what a loss depends on
+# What a loss depends on; of a self-supervised one, also on keys of its own section.
+_OBJECTIVE = ("train.objective", "loss.kind", "loss.label_smoothing", "model.num_classes")
+_PRETRAINING = ("mae.mask_ratio", "masked_patch.ratio", "masked_patch.target")
 _EVALUATION = ("data.eval",)
 _FEW_SHOT = ("evaluate.fewshot.train", "evaluate.fewshot.eval")
 
@@ -94,9 +96,9 @@ def render_comparison(
 def _results(named: Sequence[_Named], settings: Sequence[Settings | None]) -> Table:
     """Accuracy and loss of each run."""
     finals = {kind: [run.run.evaluations_of(kind) for run in named] for kind in ("eval", "eval_ema")}
-    same_loss = not _differ(_OBJECTIVE, settings)
-    note = "" if same_loss else f"Losses are not compared: {_listed(_OBJECTIVE, settings)}. "
-    images = {rows[-1]["samples"] for rows in finals["eval"] if rows}
+    why = _listed(_of_loss(settings), settings)
+    same_loss, note = not why, f"Losses are not compared: {why}. " if why else ""
+    images = {evaluated[-1]["samples"] for run in named if (evaluated := run.run.losses_of("eval"))}
     same_images = len(images) <= 1 and not _differ(_EVALUATION, settings)
     if not same_images:
         why = _listed(_EVALUATION, settings) or "the numbers of images differ"
@@ -113,7 +115,9 @@ def _results(named: Sequence[_Named], settings: Sequence[Settings | None]) -> Ta
             columns.append(_Column(f"{prefix}top-5", top5, format_share, highest))
             best = [best_evaluation(row)["top1"] if row else None for row in rows]
             columns.append(_Column(f"{prefix}best top-1", best, format_share, highest))
-            loss = [row[-1]["loss"] if row else None for row in rows]
+        losses = [run.run.losses_of(kind) for run in named]
+        if any(losses):
+            loss = [row[-1]["loss"] if row else None for row in losses]
             columns.append(_Column(f"{prefix}held-out loss", loss, SHORT, lowest))
     training = [run.run.train[-1]["loss"] if run.run.train else None for run in named]
     columns.append(_Column("training loss", training, SHORT, min if same_loss else None))
@@ -227,12 +231,14 @@ def _data_order(runs: Sequence[RecordedRun]) -> str:
 
 
 def _learning(named: Sequence[_Named], axes: Axes, settings: Sequence[Settings | None]) -> Section:
-    charts = [_chart("Training loss", "nats per image", named, axes, "loss", noisy=True)]
+    labelled = all(run.run.environment.get("objective", "classify") == "classify" for run in named)
+    nats = "nats per image" if labelled else ""
+    charts = [_chart("Training loss", nats, named, axes, "loss", noisy=True)]
     for kind, of_weights in (("eval", ""), ("eval_ema", " of the EMA weights")):
-        if any(run.run.evaluations_of(kind) for run in named):
-            rows = [run.run.evaluations_of(kind) for run in named]
-            title, unit = f"Held-out loss{of_weights}", "nats per image"
-            charts.append(_chart(title, unit, named, axes, "loss", rows=rows, points=True))
+        if any(losses := [run.run.losses_of(kind) for run in named]):
+            title = f"Held-out loss{of_weights}"
+            charts.append(_chart(title, nats, named, axes, "loss", rows=losses, points=True))
+        if any(rows := [run.run.evaluations_of(kind) for run in named]):
             title, unit = f"Top-1{of_weights}", "% of held-out images"
             charts.append(_chart(title, unit, named, axes, "top1", rows=rows, points=True, scale=100, form=PERCENT))
     for shots in few_shot_numbers(row for run in named for row in run.run.few_shot):
@@ -241,7 +247,8 @@ def _learning(named: Sequence[_Named], axes: Axes, settings: Sequence[Settings |
             for run in named
         ]
         charts.append(line_chart(f"{shots}-shot accuracy", "% of images", lines, axes, form=PERCENT))
-    note = f"Losses mean different things: {_listed(_OBJECTIVE, settings)}." if _differ(_OBJECTIVE, settings) else ""
+    why = _listed(_of_loss(settings), settings)
+    note = f"Losses mean different things: {why}." if why else ""
     return section("Learning", charts, note)
 
 
@@ -287,6 +294,12 @@ def _chart(
 
 def _classes(run: _Named) -> str:
     return f"{run.style} dash-{run.dash}" if run.dash else run.style
+
+
+def _of_loss(settings: Sequence[Settings | None]) -> list[str]:
+    """The keys that decide what the losses of these runs mean."""
+    objectives = {own.get("train.objective") for own in settings if own is not None}
+    return [*_OBJECTIVE, *(key for key in _PRETRAINING if key.partition(".")[0] in objectives)]
 
 
 def _differ(keys: Sequence[str], settings: Sequence[Settings | None]) -> bool:

@@ -42,6 +42,23 @@ class Samples:
         return _name(index, self.class_names)
 
 
+class Picture(NamedTuple):
+    """An evaluation image as a masked autoencoder sees it, as it completes it, and as it is, side by side."""
+
+    key: str
+    image: str  # data URL of a PNG
+    width: int  # pixels
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """What a masked autoencoder makes of some images of the evaluation set."""
+
+    step: int
+    averaged: bool  # by the moving average of the weights
+    pictures: list[Picture]
+
+
 class ClassRow(NamedTuple):
     """How a class is recognised."""
 
@@ -98,6 +115,24 @@ def read_samples(folder: RunFolder) -> Samples:
         )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         problem = f"does not hold sample predictions ({error!r})"
+        raise UserError(f"{named} {problem}: remove it, or evaluate again") from error
+
+
+def read_reconstructions(folder: RunFolder) -> Reconstructions:
+    """The content of `reconstructions.json`. Raises UserError if it is damaged."""
+    named = folder.describe(folder.reconstructions)
+    content = read_json(folder.reconstructions, named)
+    try:
+        return Reconstructions(
+            step=int(content["step"]),
+            averaged=content["eval"] == "eval_ema",
+            pictures=[
+                Picture(str(picture["key"]), picture["image"], _png_width(picture["image"]))
+                for picture in content["pictures"]
+            ],
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        problem = f"does not hold pictures ({error!r})"
         raise UserError(f"{named} {problem}: remove it, or evaluate again") from error
 
 

@@ -8,12 +8,20 @@ from typing import Any, Literal
 
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import Event, read_events
-from fastvit_engine.observe.metrics import EvalRow, FewShotRow, OwnRow, TrainRow, read_all_metrics
+from fastvit_engine.observe.metrics import EvalRow, FewShotRow, LossRow, OwnRow, TrainRow, read_all_metrics
 from fastvit_engine.observe.owner_record import Holder
 from fastvit_engine.observe.report.axes import Progress
 from fastvit_engine.observe.report.incidents import describe_incidents, restarts
 from fastvit_engine.observe.report.page import Table
-from fastvit_engine.observe.report.predictions import Classes, Samples, read_classes, read_json, read_samples
+from fastvit_engine.observe.report.predictions import (
+    Classes,
+    Reconstructions,
+    Samples,
+    read_classes,
+    read_json,
+    read_reconstructions,
+    read_samples,
+)
 from fastvit_engine.observe.report.profiles import read_profiles
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted, format_count, format_duration, format_share
@@ -54,9 +62,11 @@ class RecordedRun:
     evaluations: list[EvalRow]
     few_shot: list[FewShotRow]
     own: list[OwnRow]
+    losses: list[LossRow]
     events: list[Event]
     samples: Samples | None
     classes: Classes | None
+    reconstructions: Reconstructions | None
     profiles: list[Table]
     config: str | None  # YAML text
     holder: Holder | None = None  # who works on the run; None: nobody
@@ -64,8 +74,8 @@ class RecordedRun:
     @property
     def step(self) -> int:
         """The last step known to be done."""
-        last = [*self.train[-1:], *self.evaluations[-1:], *self.few_shot[-1:], *self.own[-1:]]
-        return max((row["step"] for row in last), default=0)
+        kinds = (self.train, self.evaluations, self.few_shot, self.own, self.losses)
+        return max((rows[-1]["step"] for rows in kinds if rows), default=0)
 
     @property
     def finished(self) -> bool:
@@ -122,6 +132,10 @@ class RecordedRun:
         """`kind` is "eval" or "eval_ema"."""
         return [row for row in self.evaluations if row["eval"] == kind]
 
+    def losses_of(self, kind: str) -> list[EvalRow | LossRow]:
+        """The held-out losses, with or without accuracy. `kind` as above."""
+        return [row for row in (*self.evaluations, *self.losses) if row["eval"] == kind]
+
     @property
     def restarts(self) -> list[Event]:
         """The starts of the run after its first, but for planned ones."""
@@ -156,7 +170,7 @@ class RecordedRun:
         )
 
     def describe_accuracy(self) -> list[str]:
-        """One line for the weights as trained and one for their moving average, as far as either was evaluated."""
+        """A line for the weights as trained and one for their moving average, as far as either was evaluated."""
         lines = []
         for kind, prefix in (("eval", "top-1"), ("eval_ema", "top-1 of the EMA weights")):
             if rows := self.evaluations_of(kind):
@@ -165,6 +179,10 @@ class RecordedRun:
                     f"{prefix} {format_share(final['top1'])} on {counted(final['samples'], 'held-out image')}"
                     + (f" (best {format_share(best['top1'])} at step {best['step']:,})" if best is not final else "")
                 )
+            elif losses := self.losses_of(kind):
+                last, weights = losses[-1], prefix.removeprefix("top-1")
+                images = counted(last["samples"], "held-out image")
+                lines.append(f"loss{weights} {last['loss']:.4g} on {images}")
         return lines
 
     def summary(self) -> str:
@@ -195,17 +213,15 @@ def load_run(source: Path | RunFolder, holder: Holder | None = None) -> Recorded
             f"{folder} is not a run folder: it has no {missing[0]}; give the folder that fastvit train wrote"
         )
     environment = _read_environment(folder)
-    train, evaluations, few_shot, own = read_all_metrics(folder.metrics, folder.describe(folder.metrics))
+    metrics = read_all_metrics(folder.metrics, folder.describe(folder.metrics))
     return RecordedRun(
         folder=folder,
         environment=recorded(environment),
-        train=train,
-        evaluations=evaluations,
-        few_shot=few_shot,
-        own=own,
+        **metrics._asdict(),
         events=recorded(read_events(folder)),
         samples=read_samples(folder) if folder.samples.is_file() else None,
         classes=read_classes(folder) if folder.classes.is_file() else None,
+        reconstructions=read_reconstructions(folder) if folder.reconstructions.is_file() else None,
         profiles=read_profiles(folder),
         config=without_secrets(folder.config.read_text(encoding="utf-8", errors="replace"))
         if folder.config.is_file()

@@ -27,6 +27,11 @@ _SHOT_STYLES = 4  # colours of few-shot lines, in the style sheet
 _TICKS_UP_TO = 100  # checkpoints; more are a bar at the bottom of every chart
 _CLASSES_SHOWN = 30  # of many classes, the weakest
 _MISTAKES_SHOWN = 15
+_UNITS = {  # of the loss, by objective
+    "classify": "cross-entropy, nats per image",
+    "mae": "squared error of hidden pixels, normalised per patch",
+    "masked_patch": "error of the predictions of corrupted patches",
+}
 KINDS = (("eval", "held-out", "eval"), ("eval_ema", "held-out, EMA weights", "ema"))  # row kind, name, style class
 
 
@@ -73,6 +78,8 @@ def render(run: RecordedRun, axis: Axis = "steps") -> str:
         events=_events(run),
         timeline=_timeline(run, axes),
         samples=run.samples,
+        reconstructions=run.reconstructions,
+        labelled=not run.losses,
         small_image=_SMALL_IMAGE,
         config=run.config if run.config is not None else "The run folder has no config.yaml.",
         environment=json.dumps(environment, indent=2, ensure_ascii=False),
@@ -86,8 +93,8 @@ def _tiles(run: RecordedRun) -> list[_Tile]:
             final, best = rows[-1], best_evaluation(rows)
             when = "the best" if best is final else f"best {format_share(best['top1'])} at step {best['step']:,}"
             tiles.append(_Tile(name, format_share(final["top1"]), f"{final['samples']:,} held-out images; {when}"))
-    if rows := run.evaluations_of("eval"):
-        tiles.append(_Tile("held-out loss", SHORT(rows[-1]["loss"]), f"at step {rows[-1]['step']:,}"))
+    if losses := run.losses_of("eval"):
+        tiles.append(_Tile("held-out loss", SHORT(losses[-1]["loss"]), f"at step {losses[-1]['step']:,}"))
     elif run.train:
         tiles.append(_Tile("training loss", SHORT(run.train[-1]["loss"]), f"at step {run.train[-1]['step']:,}"))
     if run.train:
@@ -137,11 +144,12 @@ def _learning(run: RecordedRun, axes: Axes, marks: Sequence[Mark]) -> Section:
     accuracy: list[Series] = []
     for kind, name, style in KINDS:
         rows = run.evaluations_of(kind)
-        loss.append(series(name, style, rows, "loss", points=True))
+        loss.append(series(name, style, run.losses_of(kind), "loss", points=True))
         short = "EMA " if kind == "eval_ema" else ""
         accuracy.append(series(f"{short}top-1", style, rows, "top1", scale=100, points=True))
         accuracy.append(series(f"{short}top-5", style, rows, "top5", scale=100, dash=1))
-    charts = [line_chart("Loss", "cross-entropy, nats per image", loss, axes, marks=marks)]
+    unit = _UNITS.get(run.environment.get("objective", "classify"), "")
+    charts = [line_chart("Loss", unit, loss, axes, marks=marks)]
     if run.evaluations:
         charts.append(line_chart("Accuracy", "% of held-out images", accuracy, axes, form=PERCENT, marks=marks))
     if run.few_shot:
@@ -149,11 +157,12 @@ def _learning(run: RecordedRun, axes: Axes, marks: Sequence[Mark]) -> Section:
         unit = "% of images, by a linear classifier on the features"
         charts.append(line_chart("Few-shot accuracy", unit, lines, axes, form=PERCENT, marks=marks))
     charts += _own_charts(run.own, axes, marks)
-    note = "" if run.evaluations else "The run has not been evaluated on held-out images."
+    note = "" if run.evaluations or run.losses else "The run has not been evaluated on held-out images."
     broken = sum(not np.isfinite(row["loss"]) for row in run.train)
     if broken:
         note += f" The training loss is not finite in {broken:,} of {len(run.train):,} logged steps."
-    return section("Learning", charts if run.train or run.evaluations or run.few_shot or run.own else [], note)
+    recorded = any((run.train, run.evaluations, run.few_shot, run.own, run.losses))
+    return section("Learning", charts if recorded else [], note)
 
 
 def _own_charts(rows: Sequence[OwnRow], axes: Axes, marks: Sequence[Mark]) -> list[str]:

@@ -33,6 +33,7 @@ FILES = {
     "recovery.json": b"{}\n",
     "samples.json": b"[]",
     "classes.json": b"{}",
+    "reconstructions.json": b"{}",
     "tensorboard/events.out.tfevents.1.node.2.0": bytes(99),
 }
 

@@ -22,7 +22,7 @@ from fastvit_engine.errors import UserError
         ),
         (["data.max_labels=3"], "data.max_labels is 3, and a softmax loss takes one label: set loss.kind=sigmoid"),
         (["data.max_labels=11", "loss.kind=sigmoid"], "data.max_labels is 11, more than model.num_classes = 10"),
-        (["model.num_classes=0"], "model.num_classes is 0, a model without a head, and training needs one"),
+        (["model.num_classes=0"], "model.num_classes is 0, a model without a head, and training on labels needs one"),
         (["model.num_classes=1"], "a softmax over one class is always 1: set loss.kind=sigmoid"),
         (
             ["data.order=stream", "data.train=[{shards: a}, {shards: b}]"],
@@ -56,6 +56,66 @@ def test_values_that_contradict_each_other(overrides, message):
     with pytest.raises(UserError) as error:
         load_config("quickstart", overrides)
     assert message in str(error.value)
+
+
+MAE = ["train.objective=mae", "model.num_classes=0"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["model.num_classes=10"],
+            "model.num_classes is 10, a head that train.objective = mae does not train: set mod",
+        ),
+        (["model.pool=map"], "model.pool = map is attention pooling, which train.objective = mae does not train"),
+        (["model.head=mlp"], "model.head = mlp has no effect with train.objective = mae, which learns without labels"),
+        (["init.head=keep"], "init.head = keep has no effect with train.objective = mae, which learns without labels"),
+        (["augment.mixup=0.8"], "augment.mixup = 0.8 has no effect .*: set augment.mixup=0$"),
+        (["augment.cutmix=1"], "augment.cutmix = 1.0 has no effect .*: set augment.cutmix=0$"),
+        (["loss.label_smoothing=0.1"], "loss.label_smoothing = 0.1 has no effect .*: set loss.label_smoothing=0$"),
+        (["loss.kind=sigmoid"], "loss.kind = sigmoid has no effect .*: set loss.kind=softmax$"),
+        (["data.max_labels=2"], "data.max_labels = 2 has no effect .*: set data.max_labels=1$"),
+        (["optimizer.frozen=backbone"], "optimizer.frozen = backbone leaves train.objective = mae nothing to learn"),
+        (["checkpoint.keep_best=eval.top1"], "needs labels, and .* has none: set checkpoint.keep_best=eval.loss$"),
+        (["mae.decoder_heads=3"], "mae.decoder_heads 3 does not divide mae.decoder_width 512"),
+        (
+            ["mae.decoder_width=18", "mae.decoder_heads=2"],
+            "mae.decoder_width must be a multiple of 4 from 8 on, not 18",
+        ),
+        (["mae.mask_ratio=0.01"], "mae.mask_ratio = 0.01 hides 0 of the 16 patches of an image: hide some and leave"),
+        (["mae.mask_ratio=0.99"], "mae.mask_ratio = 0.99 hides 16 of the 16 patches"),
+    ],
+)
+def test_what_makes_no_sense_without_labels(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", [*MAE, *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["masked_patch.ratio=0.01"], "masked_patch.ratio = 0.01 chooses none of the 16 patches of an image"),
+        (
+            ["model.name=Ti/16"],
+            "masked_patch.ratio = 0.5 chooses none of the 1 patches of an image, or there is no other",
+        ),
+        (
+            ["masked_patch.target=grid", "model.name=Ti/2"],
+            "target = grid cuts patches into 4 x 4 cells, which patches of",
+        ),
+        (["augment.mixup=0.8"], "augment.mixup = 0.8 has no effect with train.objective = masked_patch"),
+        (["model.num_classes=10"], "a head that train.objective = masked_patch does not train"),
+    ],
+)
+def test_what_makes_no_sense_in_masked_patch_prediction(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", ["train.objective=masked_patch", "model.num_classes=0", *overrides])
+
+
+@pytest.mark.parametrize("settings", [[], ["checkpoint.keep_best=eval.loss"], ["model.pool=gap", "mae.mask_ratio=0.5"]])
+def test_training_without_labels_takes_any_recipe(settings):
+    assert load_config("quickstart", [*MAE, *settings]).config.pretraining is not None
 
 
 def test_offloading_leaves_the_stage_to_the_engine():

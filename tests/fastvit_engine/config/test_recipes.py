@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from fastvit_engine.config import RECIPES, load_config, recipe_names, recipe_paths
+from fastvit_engine.config import RECIPES, MaeConfig, MaskedPatchConfig, load_config, recipe_names, recipe_paths
 from fastvit_engine.errors import UserError
 
 
@@ -303,3 +303,32 @@ def test_our_own_finetuning_takes_any_model(name):
     config = load_config(name, {"init.from": "weights.npz"}).config
     assert config.model.model_fields_set <= {"image_size", "dropout", "drop_path"}  # classes: of the data, or the head
     assert config.optimizer.frozen == ("backbone" if name == "probe" else "none")
+
+
+def test_masked_autoencoding_has_the_values_of_its_paper():
+    """He et al. 2022, tables 8 and 9; learning rates are per 256 images there."""
+    pretraining, finetuning = (load_config(name).config for name in ("mae_h14", "mae_h14_finetune"))
+    assert pretraining.pretraining == MaeConfig(mask_ratio=0.75, decoder_width=512, decoder_depth=8, decoder_heads=16)
+    for config, rate, batch, betas in ((pretraining, 1.5e-4, 4096, 0.95), (finetuning, 1e-3, 1024, 0.999)):
+        assert config.train.global_batch_size == batch
+        assert config.optimizer.learning_rate == pytest.approx(rate * batch / 256)
+        assert (config.optimizer.betas, config.optimizer.weight_decay) == ((0.9, betas), 0.05)
+        assert (config.model.pool, config.schedule.kind, config.train.grad_clip) == ("gap", "cosine", None)
+    assert (pretraining.train.duration, pretraining.schedule.warmup) == ("800 epochs", "40 epochs")
+    assert (finetuning.train.duration, finetuning.schedule.warmup) == ("50 epochs", "5 epochs")
+    assert (finetuning.optimizer.layer_decay, finetuning.model.drop_path) == (0.75, 0.3)
+
+
+@pytest.mark.parametrize(("recipe", "before"), [("quickstart", "mae_digits"), ("cifar10_cpu", "mae_cifar10_cpu")])
+def test_a_small_recipe_has_the_shape_of_the_one_that_it_can_start_from(recipe, before):
+    model, encoder = (load_config(name).config.model for name in (recipe, before))
+    given = model.model_fields_set - {"num_classes"}
+    assert {key: getattr(model, key) for key in given} == {key: getattr(encoder, key) for key in given}
+
+
+def test_masked_patch_prediction_has_the_values_of_the_paper():
+    config = load_config("masked_patch_b16_jft").config
+    assert (config.model.name, config.train.duration, config.train.global_batch_size) == ("B/16", "1000000 steps", 4096)
+    assert config.pretraining == MaskedPatchConfig(ratio=0.5, target="mean")
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (2e-4, 0.0)
+    assert (config.schedule.kind, config.schedule.warmup) == ("cosine", "10000 steps")

@@ -3,8 +3,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvit_engine.config import ModelConfig
-from fastvit_engine.models import build_vit, computed_flops, computed_macs, forward_macs, training_flops
+from fastvit_engine.config import Config, ModelConfig
+from fastvit_engine.models import (
+    build_for_training,
+    build_vit,
+    computed_flops,
+    computed_macs,
+    forward_macs,
+    run_flops,
+    training_flops,
+)
+from fastvit_engine.models.flops import autoencoder_macs
 
 
 @pytest.mark.parametrize(
@@ -71,3 +80,39 @@ def test_what_is_computed_of_the_huge_model() -> None:
 
 def test_resolution_changes_tokens() -> None:
     assert forward_macs(ModelConfig(name="H/14", image_size=336)) / 1e9 == pytest.approx(390.97, rel=1e-3)
+
+
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+def test_a_counter_of_operations_finds_the_same_in_an_autoencoder(pool: str) -> None:
+    """Its decoder ends with the masked patches alone; without that it is what the paper's code computes."""
+    model = {"name": "Ti/2", "image_size": 8, "width": 12, "depth": 2, "heads": 2, "num_classes": 0, "pool": pool}
+    mae = {"mask_ratio": 0.625, "decoder_width": 8, "decoder_depth": 2, "decoder_heads": 2}
+    config = Config.model_validate({"model": model, "mae": mae, "train": {"objective": "mae"}})
+    built, order = build_for_training(config).eval(), torch.arange(16)[None]
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        built(torch.zeros(1, 3, 8, 8), order[:, 10:], order[:, :10])
+    assert counter.get_total_flops() == 2 * autoencoder_macs(config.model, config.mae, computed=True)
+    whole, computed = run_flops(config)
+    assert (whole, computed) == (6 * autoencoder_macs(config.model, config.mae), 3 * counter.get_total_flops())
+    saved_attention_and_mlp = 2 * 8 * 8 + 2 * (16 + (pool == "cls")) * 8 + 2 * 8 * 32
+    left = 16 - 10
+    assert (whole - computed) / 6 == (left + (pool == "cls")) * saved_attention_and_mlp + left * 8 * 12
+
+
+def test_masked_autoencoding_of_the_huge_model_takes_less_than_a_third() -> None:
+    """He et al. 2022 train an H/14 with a decoder of 8 blocks of width 512 on a quarter of the patches."""
+    model = {"name": "H/14", "pool": "gap", "num_classes": 0}
+    masked = run_flops(Config.model_validate({"model": model, "train": {"objective": "mae"}}))
+    supervised = run_flops(Config.model_validate({"model": {"name": "H/14"}}))
+    assert supervised.computed / masked.computed == pytest.approx(3.427, rel=1e-3)
+
+
+@pytest.mark.parametrize("target", ["mean", "grid", "pixels"])
+def test_a_counter_of_operations_finds_the_same_in_masked_patch_prediction(target: str) -> None:
+    model = {"name": "Ti/4", "image_size": 16, "width": 12, "depth": 2, "heads": 2, "num_classes": 0}
+    sections = {"model": model, "masked_patch": {"target": target}, "train": {"objective": "masked_patch"}}
+    config = Config.model_validate(sections)
+    built, own = build_for_training(config).eval(), torch.arange(16)[None]
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        built(torch.zeros(1, 3, 16, 16), torch.ones(1, 16, dtype=torch.int8), own, own[:, :8])
+    assert run_flops(config) == (3 * counter.get_total_flops(),) * 2

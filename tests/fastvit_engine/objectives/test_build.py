@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from fastvit_engine.config import Config, load_config
+from fastvit_engine.config.sections import OBJECTIVES as NAMES
 from fastvit_engine.errors import UserError
 from fastvit_engine.objectives import build_objective
 from fastvit_engine.objectives.build import OBJECTIVES
@@ -14,6 +15,7 @@ CPU = torch.device("cpu")
 
 
 def test_every_objective_of_the_engine_can_be_built():
+    assert set(OBJECTIVES) == set(NAMES)
     for name in OBJECTIVES:
         config = Config.model_validate({"train": {"objective": name}})
         assert callable(build_objective(config, CPU).losses)
@@ -70,5 +72,5 @@ NO_NAMES = ["clasify", "my_module:", ":Focal", "my-module:Focal", "a:b:c", "a.:b
 
 @pytest.mark.parametrize("name", NO_NAMES)
 def test_a_name_that_is_none_is_refused(name):
-    with pytest.raises(UserError, match=r"train\.objective.*: write classify, or MODULE:NAME"):
+    with pytest.raises(UserError, match=r"train\.objective.*: write classify, mae, masked_patch, or MODULE:NAME"):
         load_config("quickstart", {"train.objective": name})

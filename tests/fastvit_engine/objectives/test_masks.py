@@ -20,7 +20,8 @@ def drawn(form: str, batch: int, patches: int, ratio: float) -> tuple[torch.Tens
     if form == "generator":
         return corrupt_patches(embeddings, mask_token, torch.Generator().manual_seed(0), ratio)
     corruption = draw_corruption(np.arange(batch), patches, ratio, CPU)
-    return corrupted(embeddings, mask_token, corruption), corruption.kind
+    assert torch.equal(corruption.chosen, torch.stack([row.nonzero()[:, 0] for row in corruption.kind]))
+    return corrupted(embeddings, mask_token, corruption.kind, corruption.source), corruption.kind
 
 
 @pytest.mark.parametrize("form", ["generator", "seeds"])
@@ -72,7 +73,7 @@ def test_every_patch_comes_first_equally_often():
 def test_gradients_reach_the_mask_token_and_the_patches_that_are_seen():
     embeddings, mask_token = torch.randn(4, 9, 3, requires_grad=True), torch.zeros(3, requires_grad=True)
     corruption = draw_corruption(np.arange(4), 9, 0.5, CPU)
-    corrupted(embeddings, mask_token, corruption).sum().backward()
+    corrupted(embeddings, mask_token, corruption.kind, corruption.source).sum().backward()
     assert (mask_token.grad == (corruption.kind == 1).sum()).all()
     seen = torch.zeros(4, 9)
     for image, (kinds, sources) in enumerate(zip(corruption.kind.tolist(), corruption.source.tolist(), strict=True)):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fastvit_engine.observe.metrics import EvalRow, FewShotRow, OwnRow, TrainRow
+from fastvit_engine.observe.metrics import EvalRow, FewShotRow, LossRow, OwnRow, TrainRow
 from fastvit_engine.observe.run_folder import RunFolder
 
 ENVIRONMENT = {
@@ -67,6 +67,10 @@ def few_shot_row(step: int, *means: float, **values: Any) -> FewShotRow:
 def eval_row(step: int, top1: float, **values: Any) -> EvalRow:
     row = {"step": step, "eval": "eval", "top1": top1, "top5": 0.99, "loss": 0.1, "samples": 360, "seconds": 0.4}
     return row | values
+
+
+def loss_row(step: int, loss: float, **values: Any) -> LossRow:
+    return {"step": step, "eval": "eval", "loss": loss, "samples": 360, "seconds": 0.4} | values
 
 
 def png_url(width: int, height: int = 1) -> str:

@@ -8,7 +8,7 @@ import pytest
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.metrics import MetricsWriter, read_all_metrics, read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
-from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, own_row, train_row
+from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, loss_row, own_row, train_row
 
 
 def write(run: RunFolder, steps: range, resume_step: int = 0) -> None:
@@ -41,6 +41,21 @@ def test_rows_of_few_shot_accuracy_are_rows_of_their_own(tmp_path: Path) -> None
     assert read_metrics(run.metrics) == (found.train, [])
     MetricsWriter(run, 1)
     assert read_all_metrics(run.metrics).few_shot == []
+
+
+def test_held_out_losses_without_accuracy_are_rows_of_their_own(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    rows = [loss_row(2, 0.5), loss_row(2, math.inf, eval="eval_ema"), loss_row(4, 0.25)]
+    writer = MetricsWriter(run, 0)
+    for row in (train_row(1), eval_row(1, 0.5), *rows):
+        writer.write(row)
+    found = read_all_metrics(run.metrics)
+    assert found == ([train_row(1)], [eval_row(1, 0.5)], [], [], rows)
+    for key in ("loss", "samples", "step"):
+        with pytest.raises(ValueError, match=f"lacks '{key}'"):
+            writer.write({name: value for name, value in rows[0].items() if name != key})
+    with pytest.raises(ValueError, match="lacks 'top1'"):
+        writer.write({name: value for name, value in eval_row(1, 0.5).items() if name != "top1"})
 
 
 def test_rows_of_evaluators_of_ones_own_are_rows_of_their_own(tmp_path: Path) -> None:
@@ -131,7 +146,7 @@ def test_reading_leaves_out_a_half_written_last_line(tmp_path: Path) -> None:
         ("", "line 2 is not JSON"),
         ("[1]", "line 2 is not a JSON object"),
         ('{"step": 3}', "line 2 lacks 'epoch'"),
-        ('{"eval": "eval", "step": 3}', "line 2 lacks 'top1'"),
+        ('{"eval": "eval", "step": 3}', "line 2 lacks 'loss'"),
         (json.dumps(train_row(1) | {"step": "3"}), "line 2 has step '3', not an integer"),
         (json.dumps(train_row(1) | {"step": 1.0}), "line 2 has step 1.0, not an integer"),
         ("\0" * 300, "line 2 is not JSON"),

@@ -8,7 +8,7 @@ import pytest
 
 from fastvit_engine.observe.progress import Display, TrainingProgress, WorkProgress
 from fastvit_engine.shown import say
-from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, own_row, train_row
+from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, loss_row, own_row, train_row
 
 
 class Clock:
@@ -76,6 +76,16 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     stream = Terminal()
     TrainingProgress(10, stream=stream).log(train_row(1))
     assert "\r" not in stream.getvalue()
+
+
+def test_a_held_out_loss_is_shown_where_accuracy_is_not_known() -> None:
+    stream, clock = Terminal(), Clock()
+    with contextlib.closing(TrainingProgress(10, stream=stream, clock=clock)) as progress:
+        progress.log(train_row(5, mfu=None))
+        progress.log_evaluation(loss_row(5, 0.75))
+    screen = stream.screen()
+    assert screen[0] == "evaluation (step 5): loss 0.75  (360 images in 0.4 s)"
+    assert any("held-out loss 0.75 (step 5)" in line for line in screen[1:])
 
 
 def test_live_lines_are_rewritten_in_place_below_messages() -> None:

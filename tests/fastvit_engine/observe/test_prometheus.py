@@ -18,7 +18,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.prometheus import Exporter, HostFigures, check_installed, served
 from fastvit_engine.observe.run_folder import RunFolder
-from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, own_row, train_row
+from tests.fastvit_engine.observe.conftest import eval_row, few_shot_row, loss_row, own_row, train_row
 from tests.in_full import only_in_full
 
 pytest.importorskip("prometheus_client", reason="needs prometheus_client: pip install prometheus-client")
@@ -70,6 +70,13 @@ def test_a_figure_is_served_from_when_it_is_known(exporter: Exporter, port: int)
     found = figures(port)
     assert found["fastvit_step"] == 7 and found["fastvit_grad_norm"] != found["fastvit_grad_norm"]
     assert "fastvit_mfu_ratio" not in found and "fastvit_bad_samples" not in found
+
+
+def test_a_held_out_loss_without_accuracy_is_served_alone(exporter: Exporter, port: int) -> None:
+    exporter.write(loss_row(6, 0.5))
+    found = figures(port)
+    assert found['fastvit_eval_loss{weights="model"}'] == 0.5 and found['fastvit_eval_step{weights="model"}'] == 6
+    assert not any("top1" in name for name in found)
 
 
 def version() -> str:

@@ -1,12 +1,16 @@
 import json
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fastvit_engine.config import Config, OptimizerConfig
-from fastvit_engine.models import build_vit, parameter_count
+from fastvit_engine.data import Batch
+from fastvit_engine.models import build_for_training, build_vit, parameter_count
+from fastvit_engine.objectives import build_objective
 from fastvit_engine.sizing.memory import (
     Buckets,
     ParameterCounts,
@@ -40,6 +44,22 @@ OTHERS = [  # precision and stage, and another optimizer
 
 def vit(**model):
     return Config.model_validate({"model": model}).model
+
+
+@contextmanager
+def kept_by_autograd(model):
+    """Every storage that is saved for the backward pass during the block, and is no parameter, by its address."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield kept
 
 
 def state(stage, precision, world_size, frozen="none", **settings):
@@ -141,20 +161,48 @@ def test_activations_are_what_autograd_keeps(precision, model):
     config = vit(**{"name": "Ti/16", "image_size": 112, "depth": 3, **model})
     built = build_vit(config, mean=(0.5,) * 3, std=(0.5,) * 3)
     built = built.bfloat16() if precision == "bf16" else built
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in built.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
     images = torch.zeros(3, 112, 112, 3, dtype=torch.uint8)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with kept_by_autograd(built) as kept:
         loss = FusedCrossEntropy()(built.train()(images), torch.zeros(3, dtype=torch.int64))  # noqa: F841 - holds them
-    measured = sum(storage.nbytes() for storage in kept.values()) / 3
+        measured = sum(storage.nbytes() for storage in kept.values()) / 3
     assert activation_bytes(config, precision, "reference") == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("objective", "pool", "target"),
+    [("mae", "gap", "mean"), ("mae", "cls", "mean"), *(("masked_patch", "cls", t) for t in ("mean", "grid", "pixels"))],
+)
+def test_activations_without_labels_are_what_autograd_keeps(precision, objective, pool, target):
+    """Plain PyTorch, on the CPU, as above."""
+    sections = {
+        "model": {"name": "Ti/16", "image_size": 112, "depth": 3, "num_classes": 0, "pool": pool},
+        "mae": {"decoder_width": 64, "decoder_depth": 2, "decoder_heads": 2},
+        "masked_patch": {"target": target},
+        "train": {"objective": objective, "precision": precision},
+    }
+    config = Config.model_validate(sections)
+    built = build_for_training(config)
+    built = built.bfloat16() if precision == "bf16" else built
+    objective, labels = build_objective(config, torch.device("cpu")), torch.zeros(3, dtype=torch.int64)
+    images = torch.randint(0, 256, (3, 112, 112, 3), dtype=torch.uint8)
+    batch = Batch(images, labels, torch.ones(3), list("abc"), np.arange(3))
+    with kept_by_autograd(built) as kept:
+        losses = objective.losses(built.train(), batch)  # noqa: F841 - holds them
+        measured = sum(storage.nbytes() for storage in kept.values()) / 3
+    memory = training_memory(config, 0, 1, 1, False, Buckets(), on_gpu=False)
+    assert memory.activations == pytest.approx(measured, rel=0.05)
+
+
+def test_an_autoencoder_needs_less_memory_for_activations_than_its_encoder_alone():
+    def memory(**sections):
+        config = Config.model_validate({"model": {"name": "H/14", "pool": "gap", "num_classes": 0}} | sections)
+        return training_memory(config, 0, 1, 64, False, Buckets(), on_gpu=True)
+
+    masked, supervised = memory(train={"objective": "mae"}), memory()
+    assert supervised.activations / 4 < masked.activations < supervised.activations / 2
+    assert masked.weights - supervised.weights == pytest.approx(2 * 26.3e6, rel=0.01)  # bf16, the decoder's
+    assert masked.work > supervised.work / 4  # a block of the decoder has all tokens
 
 
 def test_plain_layers_on_a_gpu_keep_what_they_keep_on_a_cpu():

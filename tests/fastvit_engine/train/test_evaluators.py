@@ -12,6 +12,7 @@ from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
 from fastvit_engine.data.stream.batch import BadSample
 from fastvit_engine.distributed.world import World
+from fastvit_engine.objectives import mae_targets
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.train.evaluators import build_evaluators, run_evaluators
 
@@ -172,3 +173,25 @@ def test_rank_0_writes_down_how_well_each_class_is_recognised(job):
     assert (found["step"], found["eval"], found["class_names"]) == (30, "eval_ema", ["a", "b", "c"])
     # The average says class 0 of all; the sixth image is bad.
     assert found["classes"] == [[0, 2, 2], [1, 2, 0], [2, 1, 0]] and found["confused"] == [[1, 0, 2], [2, 0, 1]]
+
+
+def test_without_labels_the_loss_is_measured_on_images_with_the_same_patches_hidden(job):
+    """Of images as they are, whatever augmentation training has; accuracy is not known."""
+    model = {"name": "Ti/2", "image_size": 4, "num_classes": 0}
+    running = job(model=model, train={"objective": "mae"}, augment={"randaugment_ops": 2}, data={"eval": "eval-*.tar"})
+    seen = []
+
+    class Predictor(Model):
+        def forward(self, images, visible, masked):
+            seen.append((images, masked))
+            return torch.zeros(len(images), masked.shape[1], 12)
+
+    running.engine.model = Predictor()
+    figures, again = measure(running), measure(running)
+    images, masked = seen[0]
+    assert figures == again and all(torch.equal(hidden, masked) for _, hidden in seen)
+    assert torch.equal(images, IMAGES)
+    targets = mae_targets(IMAGES.permute(0, 3, 1, 2) / 127.5 - 1, 2)[torch.arange(6)[:, None], masked]
+    expected = targets[:5].square().mean().item()  # the sixth is bad
+    assert figures == {"eval": {"top1": None, "top5": None, "loss": pytest.approx(expected, rel=1e-4), "samples": 5}}
+    assert running.engine.model.training

@@ -237,7 +237,7 @@ def test_long_lists_are_cut_in_the_report(tmp_path, write_tar):
         ("{}/none.tar", {}, "names the shard .*none.tar, which does not exist"),
         ("{}/a{{1.tar", {}, "Unbalanced braces"),
         ("{}", {"skew": 1.0}, "--skew is 1.0"),
-        ("{}", {"num_classes": 0}, "--num-classes is 0"),
+        ("{}", {"num_classes": -1}, "--num-classes is -1"),
     ],
 )
 def test_bad_arguments(shards, argument, changes, message):

@@ -58,6 +58,11 @@ def test_bad_labels_are_named(members, label_key, message):
         read_labels(_sample(**members), SampleKeys.of(DataConfig(label_key=label_key)), num_classes=8)
 
 
+@pytest.mark.parametrize("members", [{}, {"cls": b"cat"}, {"cls": b"-1"}, {"cls": b"[1, 2]"}])
+def test_without_classes_labels_are_not_read(members):
+    assert read_labels(_sample(**members), SampleKeys.of(DataConfig()), num_classes=0) == [0]
+
+
 def test_several_labels():
     keys = SampleKeys.of(DataConfig(label_key="json.labels", max_labels=3))
     assert read_labels(_sample(json=b'{"labels": [3, 0]}'), keys, num_classes=8) == [3, 0]

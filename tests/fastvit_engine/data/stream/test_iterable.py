@@ -78,6 +78,18 @@ def test_a_flipped_image_stays_flipped(config):
     assert (batch.images[0].numpy() == np.flip(image, (1, 2))).all()
 
 
+@pytest.mark.parametrize("item", [{"image": _image(7)}, {"image": _image(7), "label": "a caption"}, (_image(7), None)])
+def test_without_classes_items_need_no_label(config, item):
+    config = config()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 0})})
+    batched = {"images": np.stack([_image(7)] * 2)}
+    for given, size in ((item, 1), (batched, 2)):
+        batch = to_batch(given, config, "item 0")
+        assert batch.labels.tolist() == [0] * size and batch.images.eq(7).all() and len(batch.images) == size
+    with pytest.raises(UserError, match="has no image, only label"):
+        to_batch({"label": 1}, config, "item 0")
+
+
 def test_several_labels(config):
     several = config(max_labels=3)
     for labels in ([[2, 0], [1]], torch.tensor([[2, 0, -1], [1, -1, -1]]), np.array([[2, 0], [1, -1]])):

@@ -159,6 +159,16 @@ def test_the_one_bad_label_among_many_is_found(folder, run, make_config, write_t
         _prepare(make_config(folder), run)
 
 
+def test_without_classes_any_labels_and_none_will_do(folder, run, make_config, write_tar, photo):
+    write_tar(folder / "b.tar", [("b.jpg", photo(0)), ("c.jpg", photo(1)), ("c.cls", b"9"), ("d.jpg", photo(2))])
+    config = make_config(folder, eval=folder, allow_overlap=True)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"num_classes": 0})})
+    prepared = _prepare(config, run)
+    assert prepared.samples_per_epoch == 38
+    (batch,) = prepared.eval_batches(config, rank=0, world_size=1, batch_size=38, pin_memory=False)
+    assert {"b", "c", "d"} <= set(batch.keys) and batch.weights.all() and not batch.labels.any()
+
+
 def test_images_of_which_none_decodes(tmp_path, run, make_config, write_tar):
     write_tar(tmp_path / "a.tar", [m for n in range(20) for m in ((f"{n}.jpg", b"<html>"), (f"{n}.cls", b"0"))])
     with pytest.raises(UserError, match=r"sample '0' of shard .*a\.tar has an image in 'jpg' that cannot be decoded"):

@@ -10,7 +10,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.observe.report.comparison import MOST_RUNS, name_runs, render_comparison
 from fastvit_engine.observe.report.recorded_run import RecordedRun, load_run
 from fastvit_engine.observe.report.settings import flat_settings, machine_differences, setting_differences
-from tests.fastvit_engine.observe.conftest import ENVIRONMENT, eval_row, few_shot_row, train_row
+from tests.fastvit_engine.observe.conftest import ENVIRONMENT, eval_row, few_shot_row, loss_row, train_row
 from tests.fastvit_engine.observe.report.page_parser import Page
 from tests.in_full import in_full
 
@@ -125,6 +125,18 @@ def test_figures_that_mean_different_things_are_not_ranked(tmp_path: Path) -> No
     assert "(best)" not in text
     more = {"0": runs["0"], "1": a_run(tmp_path / "more", [eval_row(840, 0.9, samples=7)])}
     assert "so none is marked as best: the numbers of images differ." in compared(more)[1]
+
+
+def test_losses_without_labels_are_ranked_among_runs_with_the_same_masks(tmp_path: Path) -> None:
+    runs = {str(n): a_run(tmp_path / str(n), [train_row(840, loss=loss), loss_row(840, loss)], objective="mae")
+            for n, loss in enumerate((0.5, 0.9))}  # fmt: skip
+    masked = [SETTINGS | {"train.objective": "mae", "mae.mask_ratio": ratio} for ratio in ("0.75", "0.5")]
+    _, text = compared(runs, [masked[0], masked[0]])
+    assert "held-out loss training loss 0 0.5 (best) 0.5 (best) 1 0.9 0.9" in text
+    _, text = compared(runs, masked)
+    assert "Losses are not compared: mae.mask_ratio differs." in text and "(best)" not in text.partition("Learning")[0]
+    older = [SETTINGS, SETTINGS | {"mae.mask_ratio": "0.75"}]  # labels: the key means nothing
+    assert "Losses are not compared" not in compared(runs, older)[1]
 
 
 def test_few_shot_figures_stand_side_by_side(tmp_path: Path) -> None:

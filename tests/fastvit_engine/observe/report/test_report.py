@@ -9,7 +9,15 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.observe.report.recorded_run import load_run
 from fastvit_engine.observe.report.report import render, write_report
 from fastvit_engine.observe.run_folder import RunFolder
-from tests.fastvit_engine.observe.conftest import MakeRun, eval_row, few_shot_row, own_row, png_url, train_row
+from tests.fastvit_engine.observe.conftest import (
+    MakeRun,
+    eval_row,
+    few_shot_row,
+    loss_row,
+    own_row,
+    png_url,
+    train_row,
+)
 from tests.fastvit_engine.observe.report.page_parser import Page
 
 
@@ -226,6 +234,41 @@ def test_few_shot_accuracy_has_a_line_per_number_of_shots(make_run: MakeRun) -> 
     assert "Few-shot accuracy" in page.headings
     text = " ".join(page.text.split())
     assert "1-shot 20.0 % 5-shot 40.0 %" in text and "EMA 1-shot 12.5 %" in text and "EMA 5-shot" not in text
+
+
+def test_a_run_without_labels_shows_its_held_out_loss(make_run: MakeRun) -> None:
+    rows = [train_row(1), *(loss_row(step, 1 / step) for step in (1, 2)), loss_row(2, 0.75, eval="eval_ema")]
+    run = load_run(make_run(rows, objective="mae", total_steps=2).path)
+    page = page_of(run.folder.path)
+    text = " ".join(page.text.split())
+    assert "held-out loss 0.5 at step 2" in text and "squared error of hidden pixels" in text
+    assert not {"Accuracy", "Sample predictions"} & {*page.headings} and "has not been evaluated" not in text
+    assert run.describe_accuracy() == [
+        "loss 0.5 on 360 held-out images",
+        "loss of the EMA weights 0.75 on 360 held-out images",
+    ]
+    assert run.step == 2 and run.finished
+
+
+def test_reconstructions_are_shown_in_place_of_predictions(make_run: MakeRun) -> None:
+    run = make_run([train_row(1), loss_row(1, 0.5)], objective="mae")
+    pictures = [{"key": "a<b>", "image": png_url(48)}, {"key": "c", "image": png_url(672)}]
+    run.reconstructions.write_text(json.dumps({"step": 1200, "eval": "eval_ema", "pictures": pictures}))
+    page = page_of(run.path)
+    assert "Reconstructions" in page.headings and "Sample predictions" not in page.headings
+    assert "at step 1,200, by the EMA weights: what the encoder sees" in " ".join(page.text.split())
+    html = run.report.read_text(encoding="utf-8")
+    small, large = (html.index(picture["image"]) for picture in pictures)
+    assert 'class="small"' in html[small - 30 : small] and 'class="small"' not in html[large - 30 : large]
+    assert "<b>: seen" not in html
+
+
+@pytest.mark.parametrize("picture", [{}, {"key": "a", "image": "https://host/a.png"}, {"key": "a", "image": 3}])
+def test_damaged_reconstructions_are_refused(make_run: MakeRun, picture: dict[str, Any]) -> None:
+    run = make_run([train_row(1)])
+    run.reconstructions.write_text(json.dumps({"step": 1, "eval": "eval", "pictures": [picture]}))
+    with pytest.raises(UserError, match=r"reconstructions\.json does not hold pictures"):
+        load_run(run.path)
 
 
 def test_few_shot_figures_are_a_table_too(make_run: MakeRun) -> None:

@@ -1,0 +1,278 @@
+"""What masked autoencoding and masked patch prediction learn of CIFAR-10 without its labels, on a CPU.
+
+    python -m benchmarks.self_supervised FOLDER --out DIR [--objectives mae masked_patch] [--cpu-processes 2]
+
+FOLDER has `train-*.tar` and `test-*.tar`, gzipped or not. `fastvit train` trains a recipe for each objective. Measured
+on the test images are the objective itself, and the 25-shot accuracy of the encoder, against that of the same encoder
+untrained and of raw pixels; the shots are from the first training shard.
+With --runs, a training that was interrupted continues. With --choose, the last training shard is held out and takes
+the place of the test images: settings are chosen there.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.resolution import Command, fastvit, shards_of
+from benchmarks.step_overhead import describe_machine
+from fastvit_engine.checkpoint.export import find_checkpoint
+from fastvit_engine.checkpoint.reader import CheckpointReader
+from fastvit_engine.config import Config, MaeConfig, MaskedPatchConfig, Resolved, load_config
+from fastvit_engine.config.model_shape import COLOURS
+from fastvit_engine.data import Batch
+from fastvit_engine.engine.protocol import ParameterSlice
+from fastvit_engine.evaluate.features import Features, extract_features
+from fastvit_engine.evaluate.fewshot import classes_of, few_shot_accuracy
+from fastvit_engine.evaluate.one_pass import OnePass, config_for
+from fastvit_engine.files import atomic_write
+from fastvit_engine.models import VisionTransformer, build_for_training
+from fastvit_engine.objectives import masked_patch_targets
+from fastvit_engine.objectives.masks import draw_corruption
+from fastvit_engine.observe.metrics import read_all_metrics
+from fastvit_engine.observe.progress import WorkProgress
+
+RECIPES = {"mae": "mae_cifar10_cpu", "masked_patch": "masked_patch_cifar10_cpu"}
+NAME = "self_supervised"
+SHOTS, SEEDS = 25, 3
+_BATCH = 250
+
+Extract = Callable[[Iterable[Batch]], Features]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is trained on, and what measures it."""
+
+    train: tuple[str, ...]  # shards
+    held_out: tuple[str, ...]
+    settings: tuple[str, ...] = ()  # of every training, over the recipes'
+    cpu_processes: int | None = None  # None: one
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The trainings in one folder of runs."""
+
+    setup: Setup
+    runs: Path
+    command: Command = fastvit
+
+    def measure(self, objective: str) -> dict[str, Any]:
+        """Trains the recipe of an objective, and measures what has come of it."""
+        run, resolved = self.runs / objective, self.resolved(objective)
+        words = ["train", RECIPES[objective], *(word for setting in self._settings() for word in ("--set", setting))]
+        if self.setup.cpu_processes is not None:
+            words += ["--cpu-processes", str(self.setup.cpu_processes)]
+        words += ["--out", str(run), "--resume", "auto"]
+        resumed, load = run.exists(), os.getloadavg()[0]
+        ran = self.command(words)
+        metrics = read_all_metrics(run / "metrics.jsonl")
+        model = trained_model(run, resolved.config)
+        record = {
+            "recipe": RECIPES[objective],
+            "command": shlex.join(["fastvit", *(word.replace(f"{self.runs}/", "") for word in words)]),
+            "load_average": [load, os.getloadavg()[0]],  # before and after
+            "steps": metrics.train[-1]["step"],
+            "images": metrics.train[-1]["samples"],
+            "training_s": metrics.train[-1]["seconds"],
+            "cpu_s": None if resumed else ran.cpu_s,  # of the whole command, unless there were several
+            "held_out_loss": {str(row["step"]): row["loss"] for row in metrics.losses if row["eval"] == "eval"},
+            "few_shot": self.few_shot(model, resolved),
+            "few_shot_untrained": self.few_shot(untrained_model(resolved.config), resolved),
+            "made_of": resolved.config.model_dump(mode="json", exclude={"data": {"train", "eval"}}),
+        }
+        settings = resolved.config.pretraining
+        if isinstance(settings, MaeConfig):
+            record["error_of_mean"] = 1 - 1 / (3 * model.shape.patch_size**2)  # the variance is the unbiased one
+        if isinstance(settings, MaskedPatchConfig):
+            record["colours"] = colour_accuracy(model, self.batches("held_out", model, resolved), settings)
+        return record
+
+    def few_shot(self, model: VisionTransformer, resolved: Resolved, of: Extract | None = None) -> dict[str, Any]:
+        """The accuracy of linear classifiers on the model's features, or what `of` makes of images for this model."""
+        of = of or partial(extract_features, model)
+        train, evaluation = (of(self.batches(which, model, resolved)) for which in ("shots", "held_out"))
+        arrays = (train.features, train.labels, evaluation.features, evaluation.labels)
+        classes = classes_of(train.labels, evaluation.labels)
+        accuracies = [few_shot_accuracy(*arrays, shots=SHOTS, num_classes=classes, seed=seed) for seed in range(SEEDS)]
+        return {"mean": mean(accuracies), "std": pstdev(accuracies), "seeds": accuracies}
+
+    def batches(self, which: str, model: VisionTransformer, resolved: Resolved) -> Iterator[Batch]:
+        """A pass over some of the shards."""
+        one = OnePass.over(f"@{self._list_of(which)}", "eval", config_for(model, resolved), named=which)
+        return one.batches(_BATCH, doing="features of", progress=WorkProgress())
+
+    def resolved(self, objective: str) -> Resolved:
+        return load_config(RECIPES[objective], self._settings())
+
+    def _settings(self) -> list[str]:
+        data = [f"data.train=@{self._list_of('train')}", f"data.eval=@{self._list_of('held_out')}"]
+        return [*data, *self.setup.settings]
+
+    def _list_of(self, which: str) -> Path:
+        """The file that lists some shards."""
+        shards = {"train": self.setup.train, "held_out": self.setup.held_out, "shots": self.setup.train[:1]}[which]
+        path = self.runs / f"{which}.txt"
+        atomic_write(path, "".join(f"{shard}\n" for shard in shards))
+        return path
+
+
+def trained_model(run: Path, config: Config) -> VisionTransformer:
+    """The model of a run's last checkpoint, with what its objective adds, which exports leave out."""
+    checkpoint = find_checkpoint(str(run))
+    manifest = checkpoint.read_manifest()
+    weights = {name: torch.empty(shape) for name, shape in manifest.parameters.items()}
+    slices = [ParameterSlice(name, 0, tensor.view(-1)) for name, tensor in weights.items()]
+    CheckpointReader(checkpoint, manifest).fill({"weight": slices})
+    model = build_for_training(config)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def untrained_model(config: Config) -> VisionTransformer:
+    """The model as the run of a configuration begins with it."""
+    torch.manual_seed(config.seed)
+    return build_for_training(config).eval()
+
+
+def raw_pixels(batches: Iterable[Batch]) -> Features:
+    """The bytes of the images in place of a model's features."""
+    columns = zip(
+        *((batch.images.flatten(1).numpy(), batch.labels.numpy(), batch.keys) for batch in batches), strict=True
+    )
+    pixels, labels, keys = (np.concatenate(column) for column in columns)
+    return Features(pixels.astype(np.float32), labels, keys)
+
+
+@torch.no_grad()
+def colour_accuracy(
+    model: VisionTransformer, batches: Iterable[Batch], settings: MaskedPatchConfig
+) -> dict[str, float]:
+    """How often a MaskedPatchPredictor names the colour of a patch whose embedding is the mask token.
+
+    Patches of the first column are left out, as they have no left neighbour to compare with. Fractions of `patches`:
+    `model`; `left`, by the colour of the left neighbour as it is; `most_frequent`, by one colour for all.
+    """
+    right, left, frequencies = 0, 0, torch.zeros(COLOURS, dtype=torch.int64)
+    for batch in batches:
+        named, colours, counted = _colours(model, batch, settings)
+        right += int((named == colours)[counted].sum())
+        left += int((colours.roll(1, dims=1) == colours)[counted].sum())
+        frequencies += colours[counted].bincount(minlength=COLOURS)
+    patches = int(frequencies.sum())
+    counts = {"model": right, "left": left, "most_frequent": int(frequencies.max())}
+    return {"patches": patches} | {name: count / patches for name, count in counts.items()}
+
+
+def _colours(model: VisionTransformer, batch: Batch, settings: MaskedPatchConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The colours that a model names, int64 [B, N]; those of the patches; and which patches count, bool [B, N]."""
+    shape = model.shape
+    corruption = draw_corruption(batch.seeds, shape.patches, settings.ratio, torch.device("cpu"))
+    likeliest = model(batch.images, *corruption).argmax(dim=2)  # [B, M]
+    colours = masked_patch_targets(batch.images, shape.patch_size)
+    named = torch.full_like(colours, -1).scatter(1, corruption.chosen, likeliest)
+    column = torch.arange(shape.patches) % round(shape.patches**0.5)
+    return named, colours, (corruption.kind == 1) & (column > 0) & (batch.weights > 0)[:, None]
+
+
+def report(record: Mapping[str, Any]) -> str:
+    """The figures in Markdown."""
+    environment, found, processes = record["environment"], record["objectives"], record["cpu_processes"]
+    lines = [
+        "# Learning CIFAR-10 (JPEG copy) without labels",
+        "",
+        f"`{environment['command']}`, {environment['started']}: {environment['cpu']}, {environment['cpu_count']} "
+        f"cores{f', {processes} processes' if processes else ''}; Python {environment['versions']['python']}, PyTorch "
+        f"{environment['versions']['torch']}. Measured on {record['images']}.",
+        "",
+        f"| features | {SHOTS}-shot accuracy |",
+        "|---|---:|",
+        *(f"| encoder of `{one['recipe']}` | {_share(one['few_shot'])} |" for one in found.values()),
+        *(f"| the same, untrained | {_share(one['few_shot_untrained'])} |" for one in found.values()),
+        f"| raw pixels | {_share(record['few_shot_pixels'])} |",
+        "",
+        f"Mean and standard deviation (of the population) over {SEEDS} choices of the shots, from one training shard.",
+        "",
+    ]
+    for objective, one in found.items():
+        cpu = "a resumed run" if one["cpu_s"] is None else f"{one['cpu_s'] / 60:.1f} CPU minutes"
+        lines += [
+            f"`{one['recipe']}`: {one['steps']:,} steps, {one['images']:,} images, "
+            f"{one['training_s'] / 60:.1f} minutes of training, {cpu}.",
+            "",
+            _of_objective(objective, one),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _share(figures: Mapping[str, Any]) -> str:
+    return f"{100 * figures['mean']:.1f} % ± {100 * figures['std']:.1f}"
+
+
+def _of_objective(objective: str, one: Mapping[str, Any]) -> str:
+    """What a record says of the objective itself."""
+    step, loss = list(one["held_out_loss"].items())[-1]
+    if objective == "mae":
+        return (
+            f"**Normalised error of hidden pixels: {loss:.3f}** after {int(step):,} steps; that of the mean of each "
+            f"patch is {one['error_of_mean']:.2f}."
+        )
+    colours = one["colours"]
+    return (
+        f"**Colours of masked patches: {100 * colours['model']:.1f} % right** of {colours['patches']:,}; the colour of "
+        f"the left neighbour is right for {100 * colours['left']:.1f} %, the most frequent colour for "
+        f"{100 * colours['most_frequent']:.1f} %. Cross-entropy of all chosen patches: {loss:.3f} nats."
+    )
+
+
+def main(arguments: Sequence[str] | None = None, command: Command = fastvit) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="shards train-* and test-*")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help=f"where {NAME}.json and .md go")
+    parser.add_argument("--objectives", choices=RECIPES, nargs="+", default=list(RECIPES), help="default: both")
+    parser.add_argument("--cpu-processes", metavar="N", type=int, help="of each training")
+    parser.add_argument("--runs", metavar="RUNS", type=Path, help="folder of the runs, which is kept")
+    parser.add_argument("--choose", action="store_true", help="hold out the last training shard, and measure there")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of every training")
+    given = parser.parse_args(arguments)
+    train, held_out = shards_of(given.folder, "train"), shards_of(given.folder, "test")
+    if given.choose:
+        train, held_out = train[:-1], train[-1:]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    named = {str(given.folder): "FOLDER", str(given.out): "DIR", str(given.runs): "RUNS"}
+    environment = describe_machine(
+        shlex.join(["python", "-m", f"benchmarks.{NAME}", *(named.get(w, w) for w in words)])
+    )
+    environment = {name: value for name, value in environment.items() if name not in ("hostname", "load_average")}
+    record: dict[str, Any] = {"environment": environment, "cpu_processes": given.cpu_processes}
+    record["images"] = "held-out training images" if given.choose else "test images"
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = (given.runs or Path(scratch)).resolve()
+        runs.mkdir(parents=True, exist_ok=True)
+        experiment = Experiment(Setup(train, held_out, tuple(given.set), given.cpu_processes), runs, command)
+        record["objectives"] = {objective: experiment.measure(objective) for objective in given.objectives}
+        resolved = experiment.resolved(given.objectives[0])
+        record["few_shot_pixels"] = experiment.few_shot(untrained_model(resolved.config), resolved, raw_pixels)
+    given.out.mkdir(parents=True, exist_ok=True)
+    atomic_write(given.out / f"{NAME}.json", json.dumps(record, indent=1) + "\n")
+    text = report(record)
+    atomic_write(given.out / f"{NAME}.md", text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What goes together with an objective that learns without labels, and what would have no effect or no sense."""
+
+from fastvit_engine.config.model_shape import GRID_CELLS, Shape, masked_count, resolve_shape
+from fastvit_engine.config.sections import Config, MaeConfig, MaskedPatchConfig
+from fastvit_engine.errors import UserError
+
+
+def check_pretraining(config: Config) -> None:
+    """Raises UserError, naming the keys, if a configuration asks for what its self-supervised objective cannot do."""
+    objective = f"train.objective = {config.train.objective}"
+    if config.model.num_classes != 0:
+        raise UserError(
+            f"model.num_classes is {config.model.num_classes:,}, a head that {objective} does not train: set "
+            "model.num_classes=0"
+        )
+    for key, value, off in _without_effect(config):
+        raise UserError(f"{key} = {value} has no effect with {objective}, which learns without labels: set {key}={off}")
+    if config.model.pool == "map":
+        raise UserError(f"model.pool = map is attention pooling, which {objective} does not train: set cls or gap")
+    if config.optimizer.frozen != "none":
+        raise UserError(
+            f"optimizer.frozen = {config.optimizer.frozen} leaves {objective} nothing to learn: set "
+            "optimizer.frozen=none"
+        )
+    best = config.checkpoint.keep_best
+    if best is not None and not best.endswith(".loss"):
+        raise UserError(
+            f"checkpoint.keep_best = {best} needs labels, and {objective} has none: set "
+            f"checkpoint.keep_best={best.partition('.')[0]}.loss"
+        )
+    if isinstance(config.pretraining, MaeConfig):
+        _check_decoder(config.pretraining)
+    if config.init.from_ is not None and "name" not in config.model.model_fields_set:
+        return  # the weights say how many patches there are
+    if isinstance(config.pretraining, MaeConfig):
+        _check_hidden(resolve_shape(config.model).patches, config.pretraining.mask_ratio)
+    elif isinstance(config.pretraining, MaskedPatchConfig):
+        _check_chosen(resolve_shape(config.model), config.pretraining)
+
+
+def _without_effect(config: Config) -> list[tuple[str, object, object]]:
+    """(key, value, value that leaves it off) of what is set and acts on labels only."""
+    settings: list[tuple[str, object, object]] = [
+        ("model.head", config.model.head, "linear"),
+        ("init.head", config.init.head, "new"),
+        ("data.max_labels", config.data.max_labels, 1),
+        ("data.soft_labels", config.data.soft_labels or None, None),
+        ("augment.mixup", config.augment.mixup, 0),
+        ("augment.cutmix", config.augment.cutmix, 0),
+        ("loss.kind", config.loss.kind, "softmax"),
+        ("loss.label_smoothing", config.loss.label_smoothing, 0),
+    ]
+    return [(key, value, off) for key, value, off in settings if value != off]
+
+
+def _check_decoder(mae: MaeConfig) -> None:
+    if mae.decoder_width % mae.decoder_heads:
+        raise UserError(
+            f"mae.decoder_heads {mae.decoder_heads} does not divide mae.decoder_width {mae.decoder_width}; set one of "
+            "them to fit the other"
+        )
+    if mae.decoder_width % 4 or mae.decoder_width < 8:
+        raise UserError(f"mae.decoder_width must be a multiple of 4 from 8 on, not {mae.decoder_width}")
+
+
+def _check_hidden(patches: int, ratio: float) -> None:
+    hidden = masked_count(patches, ratio)
+    if not 0 < hidden < patches:
+        raise UserError(
+            f"mae.mask_ratio = {ratio:g} hides {hidden} of the {patches} patches of an image: hide some and leave some"
+        )
+
+
+def _check_chosen(shape: Shape, masked_patch: MaskedPatchConfig) -> None:
+    if shape.patches < 2 or masked_count(shape.patches, masked_patch.ratio) == 0:
+        raise UserError(
+            f"masked_patch.ratio = {masked_patch.ratio:g} chooses none of the {shape.patches} patches of an image, or "
+            "there is no other to exchange one with: raise it, or use smaller patches"
+        )
+    if masked_patch.target == "grid" and shape.patch_size % GRID_CELLS:
+        raise UserError(
+            f"masked_patch.target = grid cuts patches into {GRID_CELLS} x {GRID_CELLS} cells, which patches of "
+            f"{shape.patch_size} pixels do not have: set masked_patch.target=mean"
+        )

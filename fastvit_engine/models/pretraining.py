@@ -1,0 +1,45 @@
+"""Which model a run trains, and which of its parameters serve pretraining alone."""
+
+from collections.abc import Sequence
+
+import torch
+
+from fastvit_engine.config import Config, MaeConfig, MaskedPatchConfig, ModelConfig, Pretraining
+from fastvit_engine.models.masked_autoencoder import MaskedAutoencoder
+from fastvit_engine.models.masked_patch import MaskedPatchPredictor
+from fastvit_engine.models.vit import VisionTransformer
+
+_FOR_PRETRAINING = ("mask_token", "decoder.")
+
+
+def is_for_pretraining(name: str) -> bool:
+    """Whether a parameter is what a self-supervised objective adds to a model.
+
+    Checkpoints have it, as training continues with it. Exports leave it out, as do runs that start from these weights.
+    """
+    return name.startswith(_FOR_PRETRAINING)
+
+
+def build_for_training(config: Config) -> VisionTransformer:
+    """The initialised model in float32 that a run trains, with what its objective adds."""
+    model = model_for_training(config.model, config.pretraining, mean=config.data.mean, std=config.data.std)
+    model.init_weights()
+    return model
+
+
+def model_for_training(
+    model: ModelConfig, pretraining: Pretraining | None, *, mean: Sequence[float], std: Sequence[float]
+) -> VisionTransformer:
+    """As `build_for_training`, but not initialised. pretraining: as Config.pretraining."""
+    if isinstance(pretraining, MaeConfig):
+        return MaskedAutoencoder(model, pretraining, mean=mean, std=std)
+    if isinstance(pretraining, MaskedPatchConfig):
+        return MaskedPatchPredictor(model, pretraining, mean=mean, std=std)
+    return VisionTransformer(model, mean=mean, std=std)
+
+
+def parameter_count(model: ModelConfig, pretraining: Pretraining | None = None) -> int:
+    """Parameters that learn, of the whole model, counted on one that holds no memory. pretraining: as above."""
+    with torch.device("meta"):
+        built = model_for_training(model, pretraining, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)
