@@ -3,9 +3,10 @@
 import argparse
 
 from fastvit_engine.commands.data.make import part_of
-from fastvit_engine.commands.data.options import load_settings, wrapped
+from fastvit_engine.commands.data.options import wrapped
 from fastvit_engine.commands.model import MODEL_HELP, add_model_options, load
 from fastvit_engine.commands.parser import output_path_or_url, path_or_url, positive
+from fastvit_engine.commands.settings import load_settings
 from fastvit_engine.errors import UserError
 
 _TOP = 47  # MOST_IN_A_BLOCK, whose module loads NumPy
