@@ -99,9 +99,7 @@ def test_sources_that_number_other_classes_are_refused(labelled, tmp_path, make_
     _describe(other, ("a", "c", "b"), "hard")
     mixture = [{"shards": str(other)}, {"shards": str(labelled)}]
     try:
-        with pytest.raises(
-            UserError, match="class 1 is 'c' in .* of data.train and 'b' in .*: give"
-        ):
+        with pytest.raises(UserError, match="class 1 is 'c' in .* of data.train and 'b' in .*: give"):
             _batches(make_config(mixture, soft_labels=True), tmp_path, 1)
     finally:
         (labelled / "dataset.json").unlink()
