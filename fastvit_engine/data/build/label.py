@@ -3,7 +3,7 @@
 import json
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -219,7 +219,11 @@ def _stored(output: Output, wanted: dict[str, Any]) -> dict[str, Any]:
     """What the run that began the folder was asked for; `wanted`, which is stored, if this one begins it."""
     folder = output.stored_packing()
     if folder is None:
-        folder = output.save_packing(lambda new: (new / _FILE).write_text(json.dumps(wanted)))
+
+        def write(new: Path) -> None:
+            (new / _FILE).write_text(json.dumps(wanted))
+
+        folder = output.save_packing(write)
     if not (folder / _FILE).exists():
         raise UserError(f"{output.path} is being made by `fastvit data make`: choose another --out")
     found: dict[str, Any] = json.loads((folder / _FILE).read_text())
@@ -264,7 +268,9 @@ class _Labeller:
             receipt = write_shard(output, name, temporary, samples)
         store_receipt(output, name, receipt._replace(failed=failed, counted=tally), temporary)
 
-    def _labelled(self, source: str, failed: list[list[str]], tally: dict[str, float]) -> Iterator[dict[str, Any]]:
+    def _labelled(
+        self, source: str, failed: list[list[str]], tally: dict[str, float]
+    ) -> Generator[dict[str, Any], None, None]:
         """The samples to write. Those that fail are added to `failed`, by name and reason, and others to `tally`."""
         for samples, images in self._decoded(source):
             usable: list[tuple[Sample, NDArray[np.uint8]]] = []
