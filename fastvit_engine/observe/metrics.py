@@ -84,7 +84,7 @@ class OwnRow(TypedDict):
     seconds: float  # this evaluation
 
 
-EvaluationRow = EvalRow | FewShotRow | OwnRow
+EvaluationRow = EvalRow | LossRow | FewShotRow | OwnRow
 Row = TrainRow | EvaluationRow
 
 
