@@ -7,13 +7,11 @@ from torch import Tensor, nn
 
 from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
-from fastvit_engine.data.pixels.distort import distort
-from fastvit_engine.data.pixels.views import training_views, unpack_views, view_seeds
+from fastvit_engine.data.pixels.views import distort_views, training_views, unpack_views
 from fastvit_engine.models.self_distilled import SelfDistilled
 from fastvit_engine.objectives.protocol import Average
 from fastvit_kernels import FusedCrossEntropy
 
-_BLUR, _INVERT = (1.0, 0.1, 0.5), (0.0, 0.2, 0.0)  # odds: of the first large view, the second, and the small ones
 _LARGE = 2  # views that the teacher sees, too
 
 
@@ -39,15 +37,7 @@ class SelfDistillation:
         """The mean over all pairs of views of each sample, float32 [B]; 0 for a sample of weight 0."""
         packed = batch.images.to(self.device, non_blocking=True)
         weights = batch.weights.to(self.device, non_blocking=True)
-        views = [
-            distort(
-                images,
-                view_seeds(batch.seeds, number, len(self.views)),
-                blur=_BLUR[min(number, _LARGE)],
-                invert=_INVERT[min(number, _LARGE)],
-            )
-            for number, images in enumerate(unpack_views(packed, self.views))
-        ]
+        views = distort_views(unpack_views(packed, self.views), self.views, batch.seeds)
         large, small = torch.cat(views[:_LARGE]), views[_LARGE:]  # [2 B, S, S, 3]
         first, second = self._teach(model, large, weights).chunk(_LARGE)  # [B, K]
         scores = model(large, *([torch.cat(small)] if small else ()), project=True)  # [V B, K]

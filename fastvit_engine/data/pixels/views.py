@@ -7,7 +7,9 @@ import numpy as np
 from torch import Tensor
 
 from fastvit_engine.config import AugmentConfig, Config, DinoConfig
-from fastvit_engine.data.pixels.crops import View, draw_crops, train_view
+from fastvit_engine.data.pixels.crops import View, draw_crops, render, train_view
+from fastvit_engine.data.pixels.decode import PixelBuffer
+from fastvit_engine.data.pixels.distort import distort
 from fastvit_engine.data.pixels.draws import sample_seeds
 
 Draws = list[list[float]]  # of one sample, for each view
@@ -18,6 +20,8 @@ class TrainingView(NamedTuple):
 
     size: int  # pixels of its side
     augment: AugmentConfig
+    blur: float = 0.0  # odds of it, see `distort`
+    invert: float = 0.0
 
     @property
     def numbers(self) -> int:
@@ -31,8 +35,8 @@ def training_views(config: Config) -> tuple[TrainingView, ...]:
         return (TrainingView(config.model.image_size, config.augment),)
     large = config.augment.model_copy(update={"crop_scale": dino.global_scale})
     small = config.augment.model_copy(update={"crop_scale": dino.local_scale})
-    whole = TrainingView(config.model.image_size, large)
-    return (whole, whole, *(TrainingView(dino.local_size, small) for _ in range(dino.local_views)))
+    first, second = (TrainingView(config.model.image_size, large, *odds) for odds in ((1.0, 0.0), (0.1, 0.2)))
+    return (first, second, *[TrainingView(dino.local_size, small, blur=0.5)] * dino.local_views)
 
 
 def view_seeds(seeds: np.ndarray, number: int, count: int) -> np.ndarray:
@@ -53,6 +57,26 @@ def choose_views(height: int, width: int, views: Sequence[TrainingView], draws: 
     ]
 
 
+def how_to_decode(chosen: Sequence[View]) -> tuple[int, int]:
+    """How many times smaller an image may be decoded for all these crops of it, and how many of its rows they need."""
+    return min(view.reduction for view in chosen), max(view.top + view.height for view in chosen)
+
+
+def render_views(
+    pixels: np.ndarray,
+    chosen: Sequence[View],
+    sizes: Sequence[int],
+    reduction: int,
+    out: np.ndarray,
+    scratch: PixelBuffer,
+) -> None:
+    """Writes crops with sides of `sizes` to `out`, uint8 of `images_shape`; see `render`."""
+    free = out.reshape(-1)  # the same memory
+    for view, size in zip(chosen, sizes, strict=True):
+        render(pixels, view, reduction, free[: 3 * size**2].reshape(size, size, 3), scratch)
+        free = free[3 * size**2 :]
+
+
 def images_shape(views: Sequence[TrainingView]) -> tuple[int, ...]:
     """The shape of a sample in a batch: [S, S, 3], or all pixels of several views, one after the other."""
     if len(views) == 1:
@@ -65,3 +89,11 @@ def unpack_views(images: Tensor, views: Sequence[TrainingView]) -> list[Tensor]:
     flat = images.flatten(1)
     parts = flat.split([view.numbers for view in views], dim=1)
     return [part.unflatten(1, (view.size, view.size, 3)) for part, view in zip(parts, views, strict=True)]
+
+
+def distort_views(images: Sequence[Tensor], views: Sequence[TrainingView], seeds: np.ndarray) -> list[Tensor]:
+    """Distorts the views of a batch, uint8 [B, S, S, 3] each, of samples with these seeds (int64 [B])."""
+    return [
+        distort(of_view, view_seeds(seeds, number, len(views)), blur=view.blur, invert=view.invert)
+        for number, (of_view, view) in enumerate(zip(images, views, strict=True))
+    ]

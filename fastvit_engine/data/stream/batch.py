@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastvit_engine.config import Config
-from fastvit_engine.data.pixels.crops import View, render
+from fastvit_engine.data.pixels.crops import View
 from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
-from fastvit_engine.data.pixels.views import images_shape, training_views
+from fastvit_engine.data.pixels.views import how_to_decode, images_shape, render_views, training_views
 from fastvit_engine.data.shards.sample import Sample
 from fastvit_engine.data.shards.usable import (
     SampleKeys,
@@ -166,13 +166,10 @@ class BatchBuilder:
     def _draw(self, row: int, choose: Callable[[int, int], Sequence[View]], data: bytes) -> None:
         image = open_image(data, self._keys.max_pixels)
         views = choose(image.height, image.width)
-        reduction, rows = min(view.reduction for view in views), max(view.top + view.height for view in views)
+        reduction, rows = how_to_decode(views)
         pixels = image.decode(self._workspace.decoded, reduction, decoding=views[0].decoding, rows=rows)
         self._end_stage(1)
-        free = self._images[row].reshape(-1)  # the same memory
-        for view, size in zip(views, self._sizes, strict=True):
-            render(pixels, view, reduction, free[: 3 * size**2].reshape(size, size, 3), self._workspace.resized)
-            free = free[3 * size**2 :]
+        render_views(pixels, views, self._sizes, reduction, self._images[row], self._workspace.resized)
         self._end_stage(2)
 
     def _end_stage(self, stage: int) -> None:

@@ -4,7 +4,15 @@ from itertools import pairwise
 
 import pytest
 
-from fastvit_engine.config import RECIPES, MaeConfig, MaskedPatchConfig, load_config, recipe_names, recipe_paths
+from fastvit_engine.config import (
+    RECIPES,
+    DinoConfig,
+    MaeConfig,
+    MaskedPatchConfig,
+    load_config,
+    recipe_names,
+    recipe_paths,
+)
 from fastvit_engine.errors import UserError
 
 
@@ -319,7 +327,18 @@ def test_masked_autoencoding_has_the_values_of_its_paper():
     assert (finetuning.optimizer.layer_decay, finetuning.model.drop_path) == (0.75, 0.3)
 
 
-@pytest.mark.parametrize(("recipe", "before"), [("quickstart", "mae_digits"), ("cifar10_cpu", "mae_cifar10_cpu")])
+def test_self_distillation_has_the_values_of_its_authors_code():
+    """Defaults of main_dino.py in facebookresearch/dino; learning rates are per 256 images there."""
+    config = load_config("dino_s16").config
+    assert config.pretraining == DinoConfig()
+    assert config.optimizer.learning_rate == pytest.approx(5e-4 * config.train.global_batch_size / 256)
+    assert (config.ema.decay, config.model.drop_path, config.schedule.final_learning_rate) == (0.996, 0.1, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "before"),
+    [("quickstart", "mae_digits"), ("quickstart", "dino_digits"), ("cifar10_cpu", "mae_cifar10_cpu")],
+)
 def test_a_small_recipe_has_the_shape_of_the_one_that_it_can_start_from(recipe, before):
     model, encoder = (load_config(name).config.model for name in (recipe, before))
     given = model.model_fields_set - {"num_classes"}
