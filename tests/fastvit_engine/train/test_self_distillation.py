@@ -41,13 +41,11 @@ def run(train, tmp_path_factory):
 
 
 def centre(run, step):
-    (found,) = buffers(run, step)
-    return found.view(torch.float32)
-
-
-def buffers(run, step):
-    (file,) = sorted((run / "checkpoints" / f"step-{step:08d}").glob("rank-*.safetensors"))[:1]
-    return [tensor for name, tensor in load_file(file).items() if name.startswith("buffer/")]
+    """Joined from the parts that the processes have saved."""
+    parts = {}
+    for file in (run / "checkpoints" / f"step-{step:08d}").glob("rank-*.safetensors"):
+        parts |= {int(name.rpartition("@")[2]): part for name, part in load_file(file).items() if "centre_bits" in name}
+    return torch.cat([parts[start] for start in sorted(parts)]).view(torch.float32)
 
 
 def test_the_student_learns_and_the_teacher_and_its_centre_follow(run):
