@@ -49,7 +49,7 @@ def test_recipes_lie_in_folders_by_source_and_no_name_occurs_twice():
         ("quikstart", "no recipe or file named 'quikstart'; did you mean 'quickstart'?"),
         ("vit_b16", "did you mean 'vit_b16_jft', 'vit_b16_i1k' or 'vit_b16_i21k'?"),
         ("vit_g14_i21k", "'vit_h14_i21k'"),
-        ("xxxxxx", "known recipes: cifar10, cifar10_cpu, finetune_cifar10, finetune_cifar100"),
+        ("xxxxxx", "known recipes: cifar10, cifar10_cpu, dino_digits, dino_s16, finetune_cifar10"),
     ],
 )
 def test_an_unknown_recipe_is_answered_with_near_names(name, message):
