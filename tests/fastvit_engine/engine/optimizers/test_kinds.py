@@ -7,10 +7,10 @@ import torch
 
 from fastvit_engine.config import Config, OptimizerConfig
 from fastvit_engine.config.checks import check_config
-from fastvit_engine.engine.optimizers.groups import RATE_SCALE, parameter_groups
+from fastvit_engine.engine.optimizers.groups import APART, RATE_SCALE, is_hidden_matrix, parameter_groups
 from fastvit_engine.engine.optimizers.kinds import KINDS, build_optimizer
 from fastvit_engine.errors import UserError
-from fastvit_engine.models import build_vit
+from fastvit_engine.models import build_for_training, build_vit
 from tests.fastvit_engine.engine.optimizers.flat import Rank, use_threads
 from tests.fastvit_engine.ranks import on_ranks
 
@@ -80,6 +80,19 @@ def test_what_is_frozen_is_in_no_group(pool):
     groups = parameter_groups(built, OptimizerConfig(layer_decay=0.75))
     assert {id(p) for group in groups for p in group["params"]} == {id(built.head.weight), id(built.head.bias)}
     assert {group[RATE_SCALE] for group in groups} == {1.0}
+
+
+def test_hidden_matrices_are_those_of_the_blocks_of_encoder_and_decoder():
+    sections = {"train": {"objective": "mae"}, "mae": {"decoder_width": 16, "decoder_depth": 2, "decoder_heads": 2}}
+    built = build_for_training(config(**sections))
+    groups = parameter_groups(built, OptimizerConfig(layer_decay=0.5), is_hidden_matrix)
+    names = {id(parameter): name for name, parameter in built.named_parameters()}
+    found = {names[id(p)] for group in groups for p in group["params"] if group[APART]}
+    matrices = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    blocks = ("blocks.0", "decoder.blocks.0", "decoder.blocks.1")
+    assert found == {f"{block}.{matrix}.weight" for block in blocks for matrix in matrices}
+    decoder = {group[RATE_SCALE] for group in groups for p in group["params"] if "decoder." in names[id(p)]}
+    assert decoder == {1.0}  # it comes after the last layer
 
 
 def test_weight_decay_reaches_the_matrices_only():
