@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from fastvit_engine.config.sections import Config, MaeConfig, MaskedPatchConfig, ModelConfig
+from fastvit_engine.config.sections import Config, DinoConfig, MaeConfig, MaskedPatchConfig, ModelConfig
 from fastvit_engine.errors import UserError
 
 GRID_CELLS = 4  # rows and columns of a patch's cells, for masked_patch.target = grid
@@ -88,6 +88,9 @@ def resolve_shape(config: ModelConfig) -> Shape:
 def tokens_in_training(config: Config) -> int:
     """Tokens of one image that the blocks of the model see in training."""
     shape, pretraining = resolve_shape(config.model), config.pretraining
+    if isinstance(pretraining, DinoConfig):
+        small = (pretraining.local_size // shape.patch_size) ** 2 + shape.prefix
+        return 2 * shape.tokens + pretraining.local_views * small
     hidden = masked_count(shape.patches, pretraining.mask_ratio) if isinstance(pretraining, MaeConfig) else 0
     return shape.tokens - hidden
 

@@ -1,7 +1,7 @@
 """What goes together with an objective that learns without labels, and what would have no effect or no sense."""
 
 from fastvit_engine.config.model_shape import GRID_CELLS, Shape, masked_count, resolve_shape
-from fastvit_engine.config.sections import Config, MaeConfig, MaskedPatchConfig
+from fastvit_engine.config.sections import Config, DinoConfig, MaeConfig, MaskedPatchConfig
 from fastvit_engine.errors import UserError
 
 
@@ -30,10 +30,14 @@ def check_pretraining(config: Config) -> None:
         )
     if isinstance(config.pretraining, MaeConfig):
         _check_decoder(config.pretraining)
+    elif isinstance(config.pretraining, DinoConfig):
+        _check_teacher(config)
     if config.init.from_ is not None and "name" not in config.model.model_fields_set:
         return  # the weights say how many patches there are
     if isinstance(config.pretraining, MaeConfig):
         _check_hidden(resolve_shape(config.model).patches, config.pretraining.mask_ratio)
+    elif isinstance(config.pretraining, DinoConfig):
+        _check_small_views(resolve_shape(config.model).patch_size, config)
     elif isinstance(config.pretraining, MaskedPatchConfig):
         _check_chosen(resolve_shape(config.model), config.pretraining)
 
@@ -51,6 +55,30 @@ def _without_effect(config: Config) -> list[tuple[str, object, object]]:
         ("loss.label_smoothing", config.loss.label_smoothing, 0),
     ]
     return [(key, value, off) for key, value, off in settings if value != off]
+
+
+def _check_teacher(config: Config) -> None:
+    if config.ema.decay is None:
+        raise UserError("train.objective = dino has the average of the weights for a teacher: set ema.decay, as 0.996")
+    if config.data.eval is not None:
+        raise UserError(
+            "data.eval is set, and the loss of train.objective = dino says nothing of held-out images, as its teacher "
+            "changes: set data.eval=null, and evaluate.fewshot to measure what is learned"
+        )
+    if config.augment.randaugment_ops or config.augment.crop != "inception":
+        raise UserError(
+            "train.objective = dino distorts its views itself, and crops them as augment.crop = inception does: set "
+            "augment.randaugment_ops=0 and augment.crop=inception"
+        )
+
+
+def _check_small_views(patch_size: int, config: Config) -> None:
+    size = config.dino.local_size
+    if config.dino.local_views and (size % patch_size or size > config.model.image_size):
+        raise UserError(
+            f"dino.local_size is {size}, which is no multiple of the patch size {patch_size} up to model.image_size = "
+            f"{config.model.image_size}: set it to one"
+        )
 
 
 def _check_decoder(mae: MaeConfig) -> None:

@@ -64,7 +64,7 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
 _MOST_SAMPLES = 2**20  # of one batch
 _MONTH = 2_592_000.0  # seconds
 MOST_PROFILED = 20  # steps
-OBJECTIVES = ("classify", "mae", "masked_patch")  # of the engine
+OBJECTIVES = ("classify", "dino", "mae", "masked_patch")  # of the engine
 Ratio = Annotated[float, Field(gt=0.01, le=100)]
 LearningRate = Annotated[float, Field(le=1e30)]  # finite in fp32, as are a few hundred updates
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -340,7 +340,8 @@ class TrainConfig(_Section):
     objective: Annotated[str, AfterValidator(_objective)] = "classify"
     """What training minimises. classify: the loss on the labels. mae: the error of a masked autoencoder, which predicts
     the pixels of hidden patches and needs no labels, see section mae. masked_patch: that of predicting the colours of
-    corrupted patches, without labels, see section masked_patch. MODULE:NAME: an objective of your own, a class or
+    corrupted patches, without labels, see section masked_patch. dino: what an average of the weights makes of other
+    crops of the image, without labels, see section dino. MODULE:NAME: an objective of your own, a class or
     function in a Python module, which is imported from the working directory or PYTHONPATH."""
 
     duration: Duration = "90 epochs"
@@ -503,6 +504,44 @@ class MaskedPatchConfig(_Section):
     each of its 4 x 4 cells; pixels: all pixels, with a squared error."""
 
 
+class DinoConfig(_Section):
+    """For train.objective: dino, self-distillation of several views (Caron et al. 2021).
+
+    The teacher is the average of the weights: ema.decay is the momentum of the first step, and rises to 1 along half a
+    cosine over the run. The projection is saved in checkpoints, and left out of exports.
+    """
+
+    prototypes: int = Field(65_536, gt=1, le=10_000_000)
+    """Number of outputs, which the teacher sorts views into."""
+
+    projection_width: int = Field(2048, gt=0, le=65536)
+    """Width of the two hidden layers between the model and the bottleneck."""
+
+    bottleneck: int = Field(256, gt=0, le=65536)
+    """Dimension in which views are compared with prototypes."""
+
+    student_temperature: float = Field(0.1, gt=0, le=100)
+    """What the student's scores are divided by, before their softmax."""
+
+    teacher_temperature: float = Field(0.04, gt=0, le=100)
+    """What the teacher's are: a lower one sharpens its answers."""
+
+    centre_momentum: float = Field(0.9, ge=0, lt=1)
+    """Share of the centre, which is subtracted from the teacher's scores, that a step keeps."""
+
+    global_scale: Annotated[tuple[AreaFraction, AreaFraction], AfterValidator(_ordered)] = (0.4, 1.0)
+    """Smallest and largest area of the two large crops, as a fraction of the image's area."""
+
+    local_views: int = Field(8, ge=0, le=100)
+    """Number of small crops besides, which the teacher does not see."""
+
+    local_size: int = Field(96, gt=0, le=4096)
+    """Height and width of the small crops in pixels. The patch size must divide it."""
+
+    local_scale: Annotated[tuple[AreaFraction, AreaFraction], AfterValidator(_ordered)] = (0.05, 0.4)
+    """Smallest and largest area of the small crops."""
+
+
 class EmaConfig(_Section):
     """Moving average of the weights, which is evaluated and saved beside them."""
 
@@ -644,6 +683,7 @@ class Config(_Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
+    dino: DinoConfig = DinoConfig()
     mae: MaeConfig = MaeConfig()
     masked_patch: MaskedPatchConfig = MaskedPatchConfig()
     ema: EmaConfig = EmaConfig()
@@ -661,9 +701,8 @@ class Config(_Section):
     @property
     def pretraining(self) -> "Pretraining | None":
         """The section of a self-supervised objective, which adds parameters to the model; None for other objectives."""
-        if self.train.objective == "mae":
-            return self.mae
-        return self.masked_patch if self.train.objective == "masked_patch" else None
+        sections: dict[str, Pretraining] = {"dino": self.dino, "mae": self.mae, "masked_patch": self.masked_patch}
+        return sections.get(self.train.objective)
 
 
-Pretraining = MaeConfig | MaskedPatchConfig
+Pretraining = DinoConfig | MaeConfig | MaskedPatchConfig

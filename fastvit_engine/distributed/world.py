@@ -45,6 +45,11 @@ class World:
         """Elementwise sum over all processes, in float64; collective."""
         return self._reduce(values, dist.ReduceOp.SUM, torch.float64)
 
+    def sum_in_place(self, values: Tensor) -> Tensor:
+        """Sums a tensor of the device over all processes, in its own dtype and without waiting for it; collective."""
+        dist.all_reduce(values)
+        return values
+
     def max(self, values: Sequence[float] | Tensor) -> Tensor:
         """Elementwise maximum over all processes, in float64; collective."""
         return self._reduce(values, dist.ReduceOp.MAX, torch.float64)

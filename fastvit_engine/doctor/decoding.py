@@ -10,7 +10,6 @@ from PIL import Image
 
 from fastvit_engine.config import Config
 from fastvit_engine.data.check.speed import stages_of
-from fastvit_engine.data.pixels.crops import draw_crops
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.shards.sample import Sample
 from fastvit_engine.data.shards.usable import SampleKeys
@@ -56,14 +55,14 @@ def check_decoding(
     keys, encoded, seen = SampleKeys.of(config.data), 0, 0
     deadline = time.monotonic() + _SECONDS
 
-    def drawn() -> Iterator[tuple[Sample, list[float]]]:
+    def drawn() -> Iterator[tuple[Sample, np.ndarray]]:
         nonlocal encoded, seen
         for number, sample in enumerate(samples):
             if time.monotonic() > deadline:
                 return
             seen += 1
             encoded += next((len(sample[name]) for name in keys.images if name in sample), 0)
-            yield sample, draw_crops(sample_seeds(config.seed, 0, np.asarray([number])))[0]
+            yield sample, sample_seeds(config.seed, 0, np.asarray([number]))
 
     seconds = [sum(cpu[1:]) for _, (cpu, _) in stages_of(reading, drawn())]  # without reading
     if not seconds:

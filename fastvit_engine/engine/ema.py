@@ -1,5 +1,6 @@
 """Exponential moving average of the weights (Polyak averaging), in fp32, under every ZeRO stage."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,18 +13,23 @@ from fastvit_engine.engine.protocol import ParameterSlice, TrainingEngine
 class WeightAverage:
     """average <- average + (1 - d) * (weight - average) after every optimizer step.
 
-    d = min(decay, (1 + t) / (10 + t)) at step t, so that the first weights are soon forgotten. The weights are the fp32
-    masters, and each process averages those that it holds: its part under ZeRO, all without.
+    d = min(decay, (1 + t) / (10 + t)) at step t, so that the first weights are soon forgotten; or, with `rises_over`
+    steps, d rises from `decay` to 1 along half a cosine, as that of a teacher. The weights are the fp32 masters, and
+    each process averages those that it holds: its part under ZeRO, all without.
     """
 
-    def __init__(self, engine: TrainingEngine, decay: float) -> None:
+    def __init__(self, engine: TrainingEngine, decay: float, *, rises_over: int | None = None) -> None:
         self.engine = engine
-        self.decay = decay
+        self.decay, self.rises_over = decay, rises_over
         self.average = [part.values.clone() for part in engine.master_weights()]
 
     def update(self, step: int) -> None:
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.average, self._masters(), 1 - decay)
+        torch._foreach_lerp_(self.average, self._masters(), 1 - self.decay_at(step))
+
+    def decay_at(self, step: int) -> float:
+        if self.rises_over is None:
+            return min(self.decay, (1 + step) / (10 + step))
+        return 1 - (1 - self.decay) * (1 + math.cos(math.pi * min(1, step / self.rises_over))) / 2
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """What a model costs, counted from its shape: profilers that patch PyTorch functions do not see custom kernels."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from fastvit_engine.config import Config, MaeConfig, MaskedPatchConfig, ModelConfig
+from fastvit_engine.config import Config, DinoConfig, MaeConfig, MaskedPatchConfig, ModelConfig
 from fastvit_engine.config.model_shape import Shape, masked_count, predicted_numbers, resolve_shape
 from fastvit_engine.models.masked_autoencoder import MLP_RATIO
 
@@ -27,6 +28,9 @@ def run_flops(config: Config) -> RunFlops:
         chosen = masked_count(shape.patches, pretraining.ratio)
         flops = 6 * (forward_macs(model) + chosen * decoder)  # every block computes every token
         return RunFlops(flops, flops)
+    if isinstance(pretraining, DinoConfig):
+        return RunFlops(self_distillation_flops(model, pretraining, forward_macs),
+                        self_distillation_flops(model, pretraining, computed_macs))  # fmt: skip
     frozen = config.optimizer.frozen
     return RunFlops(training_flops(model, frozen=frozen), computed_flops(model, frozen=frozen))
 
@@ -73,6 +77,15 @@ def autoencoder_macs(config: ModelConfig, mae: MaeConfig, *, computed: bool = Fa
     last = _block_macs(shape.tokens, width, MLP_RATIO * width, outputs=masked) if computed else decoder_block
     decoder = seen * shape.width * width + (mae.decoder_depth - 1) * decoder_block + last
     return encoder + decoder + predicted * width * 3 * shape.patch_size**2
+
+
+def self_distillation_flops(model: ModelConfig, dino: DinoConfig, macs: Callable[[ModelConfig], int]) -> int:
+    """Of all views of an image: the student's passes forward and backward, and the teacher's of the large ones."""
+    width, hidden = resolve_shape(model).width, dino.projection_width
+    projection = width * hidden + hidden**2 + hidden * dino.bottleneck + dino.bottleneck * dino.prototypes
+    large = macs(model) + projection
+    small = macs(model.model_copy(update={"image_size": dino.local_size})) + projection if dino.local_views else 0
+    return 6 * (2 * large + dino.local_views * small) + 2 * 2 * large
 
 
 def _patch_macs(shape: Shape, patches: int) -> int:

@@ -106,10 +106,15 @@ class VisionTransformer(nn.Module):
 
     def _embed(self, images: Tensor, keep_indices: Tensor | None = None) -> Tensor:
         """The tokens that the first block gets [B, N, D]: of all patches, or of those that int64 [B, K] names."""
-        positions: Tensor = self.pos_embed
+        positions = self._positions(images)
         if self.cls_token is not None and self.reg_token is not None:
             positions = F.pad(positions, (0, 0, 1, 0))  # zeros for the class token, which has no position then
         return self.pos_drop(self.patch_embed(images, positions, self.cls_token, self.reg_token, keep_indices))
+
+    def _positions(self, images: Tensor) -> Tensor:
+        """The position table for images of their size [1, N, D]."""
+        table: Tensor = self.pos_embed
+        return table
 
     def _pool(self, tokens: Tensor) -> Tensor:
         patches = tokens[:, self.shape.prefix :]

@@ -9,6 +9,7 @@ from torch import nn
 from fastvit_engine.config import Config
 from fastvit_engine.errors import UserError
 from fastvit_engine.objectives.classify import Classify
+from fastvit_engine.objectives.dino import SelfDistillation
 from fastvit_engine.objectives.mae import MaskedAutoencoding
 from fastvit_engine.objectives.masked_patch import MaskedPatchPrediction
 from fastvit_engine.objectives.own import import_factory
@@ -16,6 +17,7 @@ from fastvit_engine.objectives.protocol import Objective, ObjectiveFactory
 
 OBJECTIVES: Mapping[str, ObjectiveFactory] = {
     "classify": Classify,
+    "dino": SelfDistillation,
     "mae": MaskedAutoencoding,
     "masked_patch": MaskedPatchPrediction,
 }

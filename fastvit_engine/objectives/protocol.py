@@ -1,7 +1,8 @@
 """What the training step needs of an objective."""
 
 from collections.abc import Callable
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,27 @@ class Objective(Protocol):
         Whatever is random about it comes from `batch.seeds`, so that it is the same on any number of processes. The
         step's loss is the mean over the global batch.
         """
+
+
+class Average(Protocol):
+    """The moving average of a run's weights, as an objective uses it that takes it for a teacher."""
+
+    def applied(self) -> AbstractContextManager[None]:
+        """The model computes with the average inside the block, and with its own weights after it; collective."""
+
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, the same on each; collective."""
+
+
+@runtime_checkable
+class Taught(Protocol):
+    """An objective whose teacher is the average of the weights."""
+
+    def learn_from(self, average: Average) -> None:
+        """Called before the first step, and again whenever training goes back to a checkpoint."""
+
+    def step_done(self, model: nn.Module) -> None:
+        """Called on every process after each update, whose average is up to date."""
 
 
 ObjectiveFactory = Callable[[Config, torch.device], Objective]  # the class of an objective is one

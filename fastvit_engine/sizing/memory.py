@@ -26,7 +26,15 @@ from typing import Literal
 
 import torch
 
-from fastvit_engine.config import Config, MaeConfig, MaskedPatchConfig, ModelConfig, OptimizerConfig, Pretraining
+from fastvit_engine.config import (
+    Config,
+    DinoConfig,
+    MaeConfig,
+    MaskedPatchConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Pretraining,
+)
 from fastvit_engine.config.model_shape import masked_count, predicted_numbers, tokens_in_training
 from fastvit_engine.engine.optimizers.kinds import KINDS
 from fastvit_engine.engine.optimizers.state import STATE_BYTES
@@ -132,6 +140,8 @@ def training_memory(
     implementation = block_implementation(config.model, precision, on_gpu=on_gpu)
     if isinstance(config.pretraining, MaeConfig):
         activations = autoencoder_bytes(config, config.pretraining, implementation)
+    elif isinstance(config.pretraining, DinoConfig):
+        activations = self_distillation_bytes(config, config.pretraining, implementation)
     elif isinstance(config.pretraining, MaskedPatchConfig):
         activations = masked_patch_bytes(config, config.pretraining, implementation)
     elif frozen == "backbone":  # a forward pass, which keeps nothing but the one block that it is in
@@ -320,6 +330,19 @@ def autoencoder_bytes(config: Config, mae: MaeConfig, implementation: Implementa
     visible = 1 - masked / shape.patches
     pixels = pixel_bytes(model, config.train.precision, implementation, share=visible)
     return pixels + encoder + decoder + masked * of_masked
+
+
+def self_distillation_bytes(config: Config, dino: DinoConfig, implementation: Implementation) -> int:
+    """As `activation_bytes`, of all views of an image, with what is kept of their projection and of the scores."""
+    model, precision, compute = config.model, config.train.precision, COMPUTE_BYTES[config.train.precision]
+    kept = partial(
+        activation_bytes, precision=precision, implementation=implementation, recompute=recompute_mode(config)
+    )
+    small = kept(model.model_copy(update={"image_size": dino.local_size})) if dino.local_views else 0
+    projection = 4 * compute * dino.projection_width + (4 + compute) * dino.bottleneck
+    scores = (2 * compute + 8) * dino.prototypes  # before and after the temperature; their gradient; the target
+    views = 2 + dino.local_views
+    return 2 * kept(model) + dino.local_views * small + views * (projection + scores)
 
 
 def masked_patch_bytes(config: Config, masked_patch: MaskedPatchConfig, implementation: Implementation) -> int:

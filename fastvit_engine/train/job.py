@@ -19,7 +19,7 @@ from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.evaluate.own import Measure
 from fastvit_engine.models import build_for_training, run_flops
-from fastvit_engine.objectives import Objective
+from fastvit_engine.objectives import Objective, Taught
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.memory import recompute_mode
 from fastvit_engine.train.health.diagnosis import GradientWatch
@@ -91,7 +91,10 @@ def build_job(
     split = split_batch(config, world.size)
     engine = build_engine(model, config, split, world)
     limit_collectives(config.watchdog.slow_phase_seconds + config.watchdog.timeout_seconds)  # the engine's groups too
-    ema = WeightAverage(engine, config.ema.decay) if config.ema.decay is not None else None
+    ema = None
+    if config.ema.decay is not None:
+        rises_over = schedule.total_steps if isinstance(objective, Taught) else None
+        ema = WeightAverage(engine, config.ema.decay, rises_over=rises_over)
     gradients = GradientWatch(engine, world.device)
     if config.health.watch_gradients:
         gradients.start()

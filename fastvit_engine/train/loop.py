@@ -17,7 +17,7 @@ from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.errors import Preempted
 from fastvit_engine.evaluate.own import Measure
-from fastvit_engine.objectives import Objective, ObjectiveFactory, build_objective, find_objective
+from fastvit_engine.objectives import Objective, ObjectiveFactory, Taught, build_objective, find_objective
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder
@@ -40,6 +40,7 @@ from fastvit_engine.train.schedule import Schedule
 from fastvit_engine.train.start import Start, load_start, preflight, record_batch_change, report_damage
 from fastvit_engine.train.step import take_step
 from fastvit_engine.train.step_log import StepLog
+from fastvit_engine.train.teacher import begin_teaching
 from fastvit_engine.trusted_folders import trust_compiled_code
 
 
@@ -195,6 +196,7 @@ def _train_from(start: Start, job: Job, observers: Observers, data: IterableData
     if start.state.batches != job.schedule.batch_sizes:  # it is an older checkpoint, from before the batch changed
         job = replace(job, schedule=Schedule(job.config, start.data.samples_per_epoch, start.state.batches))
     job.health.guard.forget(start.state.recent)
+    begin_teaching(job)
     log = StepLog(job, start.state, observers)
     with (
         closing(log),
@@ -231,6 +233,8 @@ def _train_steps(
         state = replace(state, step=done, consumed=window[1])
         if job.ema is not None:
             job.ema.update(step)
+        if isinstance(job.objective, Taught):
+            job.objective.step_done(job.engine.model)
         watchdog.step_done(done)
         log.step_done(done, trace)
 

@@ -242,7 +242,9 @@ def fingerprint(config: Config, data: TrainingData) -> dict[str, Any]:
     Of the model, only what shapes its parameters and what they mean is compared: see `_shape`. The number of processes,
     the ZeRO stage and the precision may change: checkpoints hold fp32 masters, whole.
     """
-    of_objective = {} if config.pretraining is None else {config.train.objective: config.pretraining.model_dump()}
+    of_objective = (
+        {} if config.pretraining is None else {config.train.objective: config.pretraining.model_dump(mode="json")}
+    )
     return {
         "model": config.model.model_dump(mode="json"),
         "global_batch_size": config.train.global_batch_size,

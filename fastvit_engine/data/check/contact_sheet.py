@@ -15,6 +15,15 @@ from fastvit_engine.data.pixels.crops import draw_crops, render, train_view
 from fastvit_engine.data.pixels.decode import PixelBuffer, decode_image, if_decodes
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.pixels.randaugment import randaugment
+from fastvit_engine.data.pixels.views import (
+    choose_views,
+    distort_views,
+    draw_views,
+    images_shape,
+    render_views,
+    training_views,
+    unpack_views,
+)
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.names import ShardSet, Split, shard_set
 from fastvit_engine.data.shards.remote_path import AnyPath, new_file
@@ -93,11 +102,24 @@ def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.I
     grid: list[list[Tile | None]] = []
     for row, found in enumerate(islice(_some_samples(shards, config, each=1), rows)):
         pixels = found.pixels()
-        augmented = _augmented(pixels, config, sample_seeds(config.seed, row, np.arange(draws)))
+        if len(training_views(config)) > 1:
+            augmented = _views(pixels, config, sample_seeds(config.seed, row, 0))
+        else:
+            augmented = [*_augmented(pixels, config, sample_seeds(config.seed, row, np.arange(draws)))]
         grid.append([Tile(pixels, _caption(shards, found)), *map(Tile, augmented)])
     if not grid:
         raise UserError(f"the shards of {source} hold no usable images: see what `fastvit data verify` says of them")
-    return draw_sheet(grid, title=config.name, note=f"original, and {draws} draws at {size} px", set_apart=True)
+    made = f"{draws} draws at {size} px" if len(training_views(config)) == 1 else "the views of one draw"
+    return draw_sheet(grid, title=config.name, note=f"original, and {made}", set_apart=True)
+
+
+def _views(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> list[np.ndarray]:
+    """uint8 [S, S, 3] each: the views that training with a seed (int64 [1]) compares of one image."""
+    views = training_views(config)
+    chosen = choose_views(pixels.shape[0], pixels.shape[1], views, draw_views(seeds, views)[0])
+    out = np.empty((1, *images_shape(views)), np.uint8)
+    render_views(pixels, chosen, [view.size for view in views], 1, out[0], PixelBuffer())
+    return [view[0].numpy() for view in distort_views(unpack_views(torch.from_numpy(out), views), views, seeds)]
 
 
 def _augmented(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> np.ndarray:

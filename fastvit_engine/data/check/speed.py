@@ -22,9 +22,16 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from fastvit_engine.config import Config
-from fastvit_engine.data.pixels.crops import draw_crops, render, train_view
 from fastvit_engine.data.pixels.decode import decode_image, open_image
 from fastvit_engine.data.pixels.draws import sample_seeds
+from fastvit_engine.data.pixels.views import (
+    choose_views,
+    draw_views,
+    how_to_decode,
+    images_shape,
+    render_views,
+    training_views,
+)
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.names import is_local, list_shards
 from fastvit_engine.data.shards.sample import Sample
@@ -113,34 +120,33 @@ def time_stages(config: Config, data: TrainingData, images: int) -> StageTimes:
 def stages(
     config: Config, data: TrainingData, images: int
 ) -> Iterator[tuple[np.ndarray, tuple[StageSeconds, StageSeconds]]]:
-    """The first images of a run (uint8 [S, S, 3], valid until the next), each with the (CPU, wall) seconds it took."""
+    """The first images of a run (uint8 of `images_shape`, until the next), each with its (CPU, wall) seconds."""
     yield from stages_of(config, _samples(config, data, images))
 
 
 def stages_of(
-    config: Config, samples: Iterable[tuple[Sample, list[float]]]
+    config: Config, samples: Iterable[tuple[Sample, np.ndarray]]
 ) -> Iterator[tuple[np.ndarray, tuple[StageSeconds, StageSeconds]]]:
-    """As `stages`, of samples with the random numbers of their crops, see `draw_crops`.
+    """As `stages`, of samples with their seeds, int64 [1] each.
 
     It is what a worker does, one image after the other. A sample without a usable image is left out.
     """
-    size, workspace, keys = config.model.image_size, Workspace(), SampleKeys.of(config.data)
-    out = np.empty((size, size, 3), np.uint8)
+    workspace, keys, views = Workspace(), SampleKeys.of(config.data), training_views(config)
+    out, sizes = np.empty(images_shape(views), np.uint8), [view.size for view in views]
     marks = [_now()]
-    for sample, draws in samples:
+    for sample, seeds in samples:
         try:
             read_labels(sample, keys, config.model.num_classes)
             marks.append(_now())
             image = read_image(sample, keys, partial(open_image, max_pixels=keys.max_pixels))
-            view = train_view(image.height, image.width, size, config.augment, draws)
-            pixels = image.decode(
-                workspace.decoded, view.reduction, decoding=view.decoding, rows=view.top + view.height
-            )
+            chosen = choose_views(image.height, image.width, views, draw_views(seeds, views)[0])
+            reduction, rows = how_to_decode(chosen)
+            pixels = image.decode(workspace.decoded, reduction, decoding=chosen[0].decoding, rows=rows)
         except (Unusable, ValueError):
             marks = [_now()]
             continue
         marks.append(_now())
-        render(pixels, view, view.reduction, out, workspace.resized)
+        render_views(pixels, chosen, sizes, reduction, out, workspace.resized)
         marks.append(_now())
         cpu, wall = (StageSeconds(*np.diff(clock).tolist()) for clock in zip(*marks, strict=True))
         yield out, (cpu, wall)
@@ -151,21 +157,21 @@ def _now() -> tuple[float, float]:
     return time.process_time(), time.perf_counter()
 
 
-def _samples(config: Config, data: TrainingData, count: int) -> Iterator[tuple[Sample, list[float]]]:
-    """The first samples of a run, with the random numbers of their crops."""
+def _samples(config: Config, data: TrainingData, count: int) -> Iterator[tuple[Sample, np.ndarray]]:
+    """The first samples of a run, with their seeds."""
     if isinstance(data, IndexedData):
         samples = open_train_samples(config, data)
         for start in range(0, count, _BATCH):
             located = samples.order.locate(np.arange(start, min(count, start + _BATCH)))
             seeds = sample_seeds(config.seed, located.source, located.epoch, located.position)
-            for sample, draws in zip(samples.read(located), draw_crops(seeds, config.augment.crop), strict=True):
+            for row, sample in enumerate(samples.read(located)):
                 if not isinstance(sample, BadSample):
-                    yield sample, draws
+                    yield sample, seeds[row : row + 1]
     else:
         assert isinstance(data, StreamData)
         options: dict[str, Any] = {"seed": config.seed, "stream": 0, "shuffle_buffer": config.data.shuffle_buffer}
         for index, sample in islice(stream_samples(list(data.train), **options), count):
-            yield sample, draw_crops(sample_seeds(config.seed, 0, index), config.augment.crop)[0]
+            yield sample, sample_seeds(config.seed, 0, index)
 
 
 # ---- shards to measure on

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fastvit_engine.config import Config
-from fastvit_engine.data.pixels.crops import View, render
+from fastvit_engine.data.pixels.crops import View
 from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
+from fastvit_engine.data.pixels.views import how_to_decode, images_shape, render_views, training_views
 from fastvit_engine.data.shards.sample import Sample
 from fastvit_engine.data.shards.usable import (
     SampleKeys,
@@ -48,7 +49,8 @@ class StageSeconds(NamedTuple):
 class Batch(NamedTuple):
     """Images with their labels, on the host."""
 
-    images: Tensor  # uint8 [B, H, W, 3], RGB
+    # uint8 [B, H, W, 3], RGB; or, in training that compares views of an image, [B, N]: see `unpack_views`
+    images: Tensor
     # int64 [B]; with data.max_labels = L above 1, [B, L], filled up with -1; with data.soft_labels, in training,
     # float32 [B, C]: the probability of each class
     labels: Tensor
@@ -95,6 +97,12 @@ def empty_batch(size: int, image_size: int, labels: LabelForm = ONE_CLASS) -> Ba
     )
 
 
+def empty_training_batch(size: int, config: Config) -> Batch:
+    """As `empty_batch`, in the form of the batches that training takes."""
+    padding = empty_batch(size, 0, LabelForm.of(config, training=True))
+    return padding._replace(images=torch.zeros(size, *images_shape(training_views(config)), dtype=torch.uint8))
+
+
 class Workspace:
     """Memory that a decoding process uses again and again."""
 
@@ -105,9 +113,13 @@ class Workspace:
 class BatchBuilder:
     """A batch that is filled sample by sample; rows that are not filled stay padding."""
 
-    def __init__(self, batch: Batch, config: Config, workspace: Workspace) -> None:
-        """`batch` is padding so far (see `empty_batch`) but for its images, which may be anything."""
+    def __init__(self, batch: Batch, config: Config, workspace: Workspace, sizes: Sequence[int] | None = None) -> None:
+        """`batch` is padding so far (see `empty_batch`) but for its images, which may be anything.
+
+        sizes: sides of the views of each image; None: one of model.image_size.
+        """
         self._batch, self._workspace = batch, workspace
+        self._sizes = [config.model.image_size] if sizes is None else sizes
         self._keys, self._num_classes = SampleKeys.of(config.data), config.model.num_classes
         # NumPy's views of it: setting an element of a tensor takes microseconds.
         self._images, self._labels, self._weights = (tensor.numpy() for tensor in batch[:3])
@@ -116,8 +128,8 @@ class BatchBuilder:
         self._seconds = [0.0, 0.0, 0.0]
         self._mark = time.perf_counter()
 
-    def add(self, row: int, sample: Sample, choose_view: Callable[[int, int], View]) -> None:
-        """Decodes into `row` what `choose_view` chooses of a sample's image, given its height and width.
+    def add(self, row: int, sample: Sample, choose: Callable[[int, int], Sequence[View]]) -> None:
+        """Decodes into `row` the views that `choose` makes of a sample's image, given its height and width.
 
         A sample without a usable image becomes a bad one. Raises UserError for labels that are not usable.
         """
@@ -128,7 +140,7 @@ class BatchBuilder:
             raise UserError(f"{name_of(sample)} {problem.reason}: {problem.remedy}") from problem
         self._end_stage(0)
         try:
-            read_image(sample, self._keys, partial(self._draw, row, choose_view))
+            read_image(sample, self._keys, partial(self._draw, row, choose))
         except Unusable as problem:
             self.add_bad(row, BadSample(sample["__key__"], sample["__url__"], problem.reason))
             return
@@ -151,14 +163,13 @@ class BatchBuilder:
         self._images[self._weights == 0] = 0
         return self._batch._replace(bad=tuple(self._bad), seconds=StageSeconds(*self._seconds))
 
-    def _draw(self, row: int, choose_view: Callable[[int, int], View], data: bytes) -> None:
+    def _draw(self, row: int, choose: Callable[[int, int], Sequence[View]], data: bytes) -> None:
         image = open_image(data, self._keys.max_pixels)
-        view = choose_view(image.height, image.width)
-        pixels = image.decode(
-            self._workspace.decoded, view.reduction, decoding=view.decoding, rows=view.top + view.height
-        )
+        views = choose(image.height, image.width)
+        reduction, rows = how_to_decode(views)
+        pixels = image.decode(self._workspace.decoded, reduction, decoding=views[0].decoding, rows=rows)
         self._end_stage(1)
-        render(pixels, view, view.reduction, self._images[row], self._workspace.resized)
+        render_views(pixels, views, self._sizes, reduction, self._images[row], self._workspace.resized)
         self._end_stage(2)
 
     def _end_stage(self, stage: int) -> None:
@@ -176,7 +187,7 @@ def micro_batches(chunks: Iterable[Batch], sizes: Sequence[int], config: Config,
     if len(given) == len(sizes):
         yield from rebatch(chunks, sizes, pin_memory)
         return
-    padding = empty_batch(1, config.model.image_size, LabelForm.of(config, training=True))
+    padding = empty_training_batch(1, config)
     if pin_memory:
         images, labels, weights = (tensor.pin_memory() for tensor in padding[:3])
         padding = padding._replace(images=images, labels=labels, weights=weights)

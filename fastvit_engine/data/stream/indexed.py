@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from fastvit_engine.config import Config, DataConfig
-from fastvit_engine.data.pixels.crops import draw_crops, eval_view, train_view
+from fastvit_engine.data.pixels.crops import eval_view
 from fastvit_engine.data.pixels.draws import sample_seeds
+from fastvit_engine.data.pixels.views import choose_views, draw_views, images_shape, training_views
 from fastvit_engine.data.shards.index import Index, open_index
 from fastvit_engine.data.shards.names import is_local
 from fastvit_engine.data.shards.sample import Sample, parse_sample
@@ -228,17 +229,17 @@ class TrainSamples(_Samples):
         self.order = build_order(config, sources, indexes)
 
     def build(self, positions: Integers, empty: Batch) -> Batch:
-        builder = BatchBuilder(empty, self.config, self.workspace)
+        views = training_views(self.config)
+        builder = BatchBuilder(empty, self.config, self.workspace, [view.size for view in views])
         located = self.order.locate(positions)
         seeds = sample_seeds(self.config.seed, located.source, located.epoch, located.position)
         empty.seeds[:] = seeds
-        draws = draw_crops(seeds, self.config.augment.crop)
-        view = partial(train_view, image_size=self.config.model.image_size, augment=self.config.augment)
+        draws = draw_views(seeds, views)
         for row, sample in enumerate(self.read(located)):
             if isinstance(sample, BadSample):
                 builder.add_bad(row, sample)
             else:
-                builder.add(row, sample, partial(view, draws=draws[row]))
+                builder.add(row, sample, partial(choose_views, views=views, draws=draws[row]))
         return builder.build()
 
 
@@ -266,7 +267,7 @@ class _EvalSamples(_Samples):
             if isinstance(sample, BadSample):
                 builder.add_bad(number, sample)
             else:
-                builder.add(number, sample, view)
+                builder.add(number, sample, lambda height, width: [view(height, width)])
         return builder.build()
 
 
@@ -277,13 +278,13 @@ def _parts(positions: Integers, config: Config) -> list[Integers]:
 
 
 def _load(samples: _Samples, requests: Iterator[Integers], batch_size: int, config: Config) -> Iterator[Batch]:
-    num_workers = config.data.workers
+    num_workers, size = config.data.workers, config.model.image_size
     return load(
         samples.build,
         requests,
         num_workers=num_workers,
         prefetch=2,
-        image_size=config.model.image_size,
+        shape=images_shape(training_views(config)) if samples.training else (size, size, 3),
         most=-(-batch_size // max(num_workers, 1)),
         labels=LabelForm.of(config, training=samples.training),
     )

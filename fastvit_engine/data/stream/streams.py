@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastvit_engine.config import Config, DataConfig
-from fastvit_engine.data.pixels.crops import draw_crops, eval_view, train_view
+from fastvit_engine.data.pixels.crops import eval_view
 from fastvit_engine.data.pixels.draws import sample_seeds
+from fastvit_engine.data.pixels.views import choose_views, draw_views, training_views
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.sample import Sample
 from fastvit_engine.data.stream.batch import (
@@ -24,6 +25,7 @@ from fastvit_engine.data.stream.batch import (
     LabelForm,
     Workspace,
     empty_batch,
+    empty_training_batch,
     micro_batches,
     rebatch,
 )
@@ -215,15 +217,15 @@ class _TrainChunks(IterableDataset):
         return self.consumed // self.config.train.global_batch_size * self.plan.chunks[stream]
 
     def _chunk(self, stream: int, samples: Iterator[tuple[int, Sample]]) -> Batch:
-        size = self.config.model.image_size
-        batch = empty_batch(self.plan.chunks[stream], size, LabelForm.of(self.config, training=True))
-        builder = BatchBuilder(batch, self.config, self.workspace)
+        views = training_views(self.config)
+        batch = empty_training_batch(self.plan.chunks[stream], self.config)
+        builder = BatchBuilder(batch, self.config, self.workspace, [view.size for view in views])
         for row in range(self.plan.chunks[stream]):
             index, sample = next(samples)
             seeds = sample_seeds(self.config.seed, stream, index)
             batch.seeds[row : row + 1] = seeds
-            draws = draw_crops(seeds, self.config.augment.crop)[0]
-            builder.add(row, sample, partial(train_view, image_size=size, augment=self.config.augment, draws=draws))
+            draws = draw_views(seeds, views)[0]
+            builder.add(row, sample, partial(choose_views, views=views, draws=draws))
         return builder.build()
 
 
@@ -254,7 +256,7 @@ class _EvalChunks(IterableDataset):
         for total, sample in enumerate((s for shard in self.shards for s in read_shard(shard)), start=1):
             if (total - 1) % processes != index:
                 continue
-            builder.add(filled, sample, view)
+            builder.add(filled, sample, lambda height, width: [view(height, width)])
             builder.seeds[filled] = total - 1
             filled += 1
             if filled == self.chunk:

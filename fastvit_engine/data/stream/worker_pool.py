@@ -31,21 +31,21 @@ def load(
     *,
     num_workers: int,
     prefetch: int,
-    image_size: int,
+    shape: tuple[int, ...],
     most: int,
     labels: LabelForm = ONE_CLASS,
 ) -> Iterator[Batch]:
     """What `build` makes of each request, in order, from `num_workers` processes that keep `prefetch` of them ready.
 
-    A request has a length, the size of its batch, of at most `most`. The processes write images to slots of memory
-    that they share with this one, used in turn: **a batch's images are valid until the next is asked for**. Sending
-    them would cost a fifth of the time of decoding small images, for new memory and its page faults. A UserError of
-    `build` is raised here as it is.
+    shape: of the images of one sample. A request has a length, the size of its batch, of at most `most`. The processes
+    write images to slots of memory that they share with this one, used in turn: **a batch's images are valid until the
+    next is asked for**. Sending them would cost a fifth of the time of decoding small images, for new memory and its
+    page faults. A UserError of `build` is raised here as it is.
     """
     slots = num_workers * prefetch + 1  # the batches that are ordered, and the one that was given out last
-    shape = (slots, most, image_size, image_size, 3)
+    whole = (slots, most, *shape)
     # Not a file in /dev/shm, which is small in many containers: processes that are forked share it too.
-    images = torch.frombuffer(mmap.mmap(-1, int(np.prod(shape))), dtype=torch.uint8).view(shape)
+    images = torch.frombuffer(mmap.mmap(-1, int(np.prod(whole))), dtype=torch.uint8).view(whole)
     numbered = ((number % slots, request) for number, request in enumerate(requests))
     loader = _loader(_Builder(build, images, labels), numbered, num_workers=num_workers, prefetch=prefetch)
     for number, (given, weights, rest) in enumerate(_received(loader)):

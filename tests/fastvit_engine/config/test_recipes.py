@@ -4,7 +4,15 @@ from itertools import pairwise
 
 import pytest
 
-from fastvit_engine.config import RECIPES, MaeConfig, MaskedPatchConfig, load_config, recipe_names, recipe_paths
+from fastvit_engine.config import (
+    RECIPES,
+    DinoConfig,
+    MaeConfig,
+    MaskedPatchConfig,
+    load_config,
+    recipe_names,
+    recipe_paths,
+)
 from fastvit_engine.errors import UserError
 
 
@@ -41,7 +49,7 @@ def test_recipes_lie_in_folders_by_source_and_no_name_occurs_twice():
         ("quikstart", "no recipe or file named 'quikstart'; did you mean 'quickstart'?"),
         ("vit_b16", "did you mean 'vit_b16_jft', 'vit_b16_i1k' or 'vit_b16_i21k'?"),
         ("vit_g14_i21k", "'vit_h14_i21k'"),
-        ("xxxxxx", "known recipes: cifar10, cifar10_cpu, finetune_cifar10, finetune_cifar100"),
+        ("xxxxxx", "known recipes: cifar10, cifar10_cpu, dino_digits, dino_s16, finetune_cifar10"),
     ],
 )
 def test_an_unknown_recipe_is_answered_with_near_names(name, message):
@@ -319,10 +327,19 @@ def test_masked_autoencoding_has_the_values_of_its_paper():
     assert (finetuning.optimizer.layer_decay, finetuning.model.drop_path) == (0.75, 0.3)
 
 
+def test_self_distillation_has_the_values_of_its_authors_code():
+    """Defaults of main_dino.py in facebookresearch/dino; learning rates are per 256 images there."""
+    config = load_config("dino_s16").config
+    assert config.pretraining == DinoConfig()
+    assert config.optimizer.learning_rate == pytest.approx(5e-4 * config.train.global_batch_size / 256)
+    assert (config.ema.decay, config.model.drop_path, config.schedule.final_learning_rate) == (0.996, 0.1, 1e-6)
+
+
 @pytest.mark.parametrize(
     ("recipe", "before"),
     [
         ("quickstart", "mae_digits"),
+        ("quickstart", "dino_digits"),
         ("cifar10_cpu", "mae_cifar10_cpu"),
         ("cifar10_cpu", "masked_patch_cifar10_cpu"),
     ],

@@ -42,6 +42,12 @@ def test_the_average_begins_as_the_first_weights(engine):
     assert torch.equal(average(ema), first)
 
 
+def test_the_decay_of_a_teacher_rises_to_one(engine):
+    ema = WeightAverage(engine, 0.9, rises_over=4)
+    assert [ema.decay_at(step) for step in (0, 2, 4, 9)] == pytest.approx([0.9, 0.95, 1.0, 1.0])
+    assert ema.decay_at(1) == pytest.approx(1 - 0.1 * (1 + 0.5**0.5) / 2)
+
+
 def test_each_update_keeps_the_share_of_the_ramp_and_then_that_of_the_decay(engine):
     set_weights(engine, 0.0)
     ema = WeightAverage(engine, 0.9)

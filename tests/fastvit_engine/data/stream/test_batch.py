@@ -143,7 +143,7 @@ def _built(max_labels: int, *samples: dict[str, bytes | str] | BadSample) -> Bat
         if isinstance(sample, BadSample):
             builder.add_bad(row, sample)
         else:
-            builder.add(row, sample, lambda height, width: View(0, 0, height, width, (8, 8)))
+            builder.add(row, sample, lambda height, width: [View(0, 0, height, width, (8, 8))])
     return builder.build()
 
 

@@ -24,7 +24,7 @@ def _build(request: np.ndarray, empty: Batch) -> Batch:
 
 
 def _load(build, requests, num_workers, most=4):
-    return load(build, requests, num_workers=num_workers, prefetch=2, image_size=3, most=most)
+    return load(build, requests, num_workers=num_workers, prefetch=2, shape=(3, 3, 3), most=most)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])

@@ -1,0 +1,99 @@
+"""Several views of each training image, for objectives that compare them (multi-crop, Caron et al. 2020)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from fastvit_engine.config import AugmentConfig, Config, DinoConfig
+from fastvit_engine.data.pixels.crops import View, draw_crops, render, train_view
+from fastvit_engine.data.pixels.decode import PixelBuffer
+from fastvit_engine.data.pixels.distort import distort
+from fastvit_engine.data.pixels.draws import sample_seeds
+
+Draws = list[list[float]]  # of one sample, for each view
+
+
+class TrainingView(NamedTuple):
+    """How one of the views of an image is cropped."""
+
+    size: int  # pixels of its side
+    augment: AugmentConfig
+    blur: float = 0.0  # odds of it, see `distort`
+    invert: float = 0.0
+
+    @property
+    def numbers(self) -> int:
+        return 3 * self.size**2
+
+
+def training_views(config: Config) -> tuple[TrainingView, ...]:
+    """The views that training makes of an image: one, but for an objective that compares several."""
+    dino = config.pretraining
+    if not isinstance(dino, DinoConfig):
+        return (TrainingView(config.model.image_size, config.augment),)
+    large = config.augment.model_copy(update={"crop_scale": dino.global_scale})
+    small = config.augment.model_copy(update={"crop_scale": dino.local_scale})
+    first, second = (TrainingView(config.model.image_size, large, *odds) for odds in ((1.0, 0.0), (0.1, 0.2)))
+    return (first, second, *[TrainingView(dino.local_size, small, blur=0.5)] * dino.local_views)
+
+
+def view_seeds(seeds: np.ndarray, number: int, count: int) -> np.ndarray:
+    """int64 [B]: what is random about one of `count` views of samples with these seeds. A single view has their own."""
+    return seeds if count == 1 else sample_seeds(number, seeds)
+
+
+def draw_views(seeds: np.ndarray, views: Sequence[TrainingView]) -> list[Draws]:
+    """The random numbers that `choose_views` needs for each sample of a batch, from its seed (int64 [B])."""
+    drawn = [draw_crops(view_seeds(seeds, number, len(views)), view.augment.crop) for number, view in enumerate(views)]
+    return [list(of_sample) for of_sample in zip(*drawn, strict=True)]
+
+
+def choose_views(height: int, width: int, views: Sequence[TrainingView], draws: Draws) -> list[View]:
+    """A crop of an image for each of the views."""
+    return [
+        train_view(height, width, view.size, view.augment, of_view) for view, of_view in zip(views, draws, strict=True)
+    ]
+
+
+def how_to_decode(chosen: Sequence[View]) -> tuple[int, int]:
+    """How many times smaller an image may be decoded for all these crops of it, and how many of its rows they need."""
+    return min(view.reduction for view in chosen), max(view.top + view.height for view in chosen)
+
+
+def render_views(
+    pixels: np.ndarray,
+    chosen: Sequence[View],
+    sizes: Sequence[int],
+    reduction: int,
+    out: np.ndarray,
+    scratch: PixelBuffer,
+) -> None:
+    """Writes crops with sides of `sizes` to `out`, uint8 of `images_shape`; see `render`."""
+    free = out.reshape(-1)  # the same memory
+    for view, size in zip(chosen, sizes, strict=True):
+        render(pixels, view, reduction, free[: 3 * size**2].reshape(size, size, 3), scratch)
+        free = free[3 * size**2 :]
+
+
+def images_shape(views: Sequence[TrainingView]) -> tuple[int, ...]:
+    """The shape of a sample in a batch: [S, S, 3], or all pixels of several views, one after the other."""
+    if len(views) == 1:
+        return (views[0].size, views[0].size, 3)
+    return (sum(view.numbers for view in views),)
+
+
+def unpack_views(images: Tensor, views: Sequence[TrainingView]) -> list[Tensor]:
+    """uint8 [B, S, S, 3] for each of the views in uint8 [B, ...] of `images_shape`."""
+    flat = images.flatten(1)
+    parts = flat.split([view.numbers for view in views], dim=1)
+    return [part.unflatten(1, (view.size, view.size, 3)) for part, view in zip(parts, views, strict=True)]
+
+
+def distort_views(images: Sequence[Tensor], views: Sequence[TrainingView], seeds: np.ndarray) -> list[Tensor]:
+    """Distorts the views of a batch, uint8 [B, S, S, 3] each, of samples with these seeds (int64 [B])."""
+    return [
+        distort(of_view, view_seeds(seeds, number, len(views)), blur=view.blur, invert=view.invert)
+        for number, (of_view, view) in enumerate(zip(images, views, strict=True))
+    ]

@@ -1,0 +1,91 @@
+"""The model of DINO (Caron et al. 2021, arXiv:2104.14294): a Vision Transformer that compares views with prototypes."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvit_engine.config import DinoConfig, ModelConfig
+from fastvit_engine.models.vit import VisionTransformer
+
+
+class SelfDistilled(VisionTransformer):
+    """A Vision Transformer with a projection to prototypes, for views of several sizes.
+
+    It has the parameters of a VisionTransformer without a head, under the same names. `projection.*` is for pretraining
+    alone, as is the centre. Student and teacher are this model with the weights and with their average.
+    """
+
+    centre_bits: Tensor
+
+    def __init__(self, config: ModelConfig, dino: DinoConfig, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__(config, mean=mean, std=std)
+        self.projection = Projection(self.shape.width, dino)
+        # The bits of float32 numbers, as integers: what converts a model to 16 bits leaves these alone.
+        self.register_buffer("centre_bits", torch.zeros(dino.prototypes, dtype=torch.int32))
+
+    @property
+    def centre(self) -> Tensor:
+        """The moving mean of the teacher's scores, float32 [K]: writing to it changes the model."""
+        return self.centre_bits.view(torch.float32)
+
+    def forward(self, images: Tensor, *smaller: Tensor, project: bool = False) -> Tensor:
+        """Scores of the images, and then of the smaller ones, for the prototypes: [V, K], between -1 and 1.
+
+        smaller: batches of images of another size each, for which the position table is resampled. Without `project`,
+        what a VisionTransformer returns: the representation of the images [B, D].
+        """
+        if not project:
+            return super().forward(images)
+        scores: Tensor = self.projection(torch.cat([self.represent(views) for views in (images, *smaller)]))
+        return scores
+
+    def _positions(self, images: Tensor) -> Tensor:
+        """The position table for images of their size [1, N, D], resampled bicubically as DINO's authors do."""
+        side = min(images.shape[1:3] if images.shape[-1] == 3 else images.shape[2:]) // self.shape.patch_size
+        if side * side == self.shape.patches:
+            return super()._positions(images)
+        own = self.shape.positions - self.shape.patches  # rows of the class token
+        whole = round(self.shape.patches**0.5)
+        grid = self.pos_embed[:, own:].unflatten(1, (whole, whole)).permute(0, 3, 1, 2)  # [1, D, h, w]
+        grid = F.interpolate(grid.float(), (side, side), mode="bicubic", align_corners=False).to(grid.dtype)
+        return torch.cat([self.pos_embed[:, :own], grid.flatten(2).transpose(1, 2)], dim=1)
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """As a VisionTransformer, with a projection from a normal of deviation 0.02, cut off at two of them."""
+        super().init_weights()
+        for name, parameter in self.projection.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.trunc_normal_(parameter, std=0.02, a=-0.04, b=0.04)
+        self.centre_bits.zero_()
+
+
+class Projection(nn.Module):
+    """Three layers with GELU to a narrow vector of length 1, and its products with prototypes: [B, D] -> [B, K]."""
+
+    def __init__(self, width: int, dino: DinoConfig) -> None:
+        super().__init__()
+        sizes = [width, dino.projection_width, dino.projection_width, dino.bottleneck]
+        first, second, third = (nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes))
+        self.mlp = nn.Sequential(first, nn.GELU(), second, nn.GELU(), third)
+        self.prototypes = Prototypes(dino.bottleneck, dino.prototypes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores: Tensor = self.prototypes(F.normalize(self.mlp(x).float(), dim=-1).to(x.dtype))
+        return scores
+
+
+class Prototypes(nn.Module):
+    """Holds K directions, rows of weight [K, W] that are used with length 1."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.normalize(self.weight.float(), dim=-1).to(x.dtype))
