@@ -1,6 +1,7 @@
 """What the commands do, as functions: `fastvit_engine.train` and `fastvit_engine.evaluate`."""
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from fastvit_engine.config import Config, Resolved, load_config
 from fastvit_engine.data import Batch, IterableData
-from fastvit_engine.data.shards.names import info_beside
+from fastvit_engine.data.shards.names import about_teacher, info_beside
 from fastvit_engine.data.stream.bad_samples import checked
 from fastvit_engine.data.stream.iterable import Samples
 from fastvit_engine.data.stream.prepare import eval_streams
@@ -27,6 +28,7 @@ from fastvit_engine.evaluate.own import Measure, check_evaluators
 from fastvit_engine.models import VisionTransformer
 from fastvit_engine.objectives import ObjectiveFactory, import_path
 from fastvit_engine.observe.run_folder import run_folder
+from fastvit_engine.shown import say
 from fastvit_engine.train import loop
 from fastvit_engine.trusted_folders import trust_compiled_code
 from fastvit_kernels import FusedCrossEntropy
@@ -136,6 +138,8 @@ def _eval_batches(config: Config, batch_size: int, class_names: Sequence[str] | 
     assert shards is not None  # `evaluate` sets data.eval
     info = info_beside(list(shards.shards))
     check_names(class_names, None if info is None else info.classes, _SAME_CLASSES)
+    for clause in about_teacher(info, str(config.data.eval)):
+        say(f"note: {clause}", file=sys.stderr)
     pin_memory = torch.cuda.is_available()
     batches = shards.eval_batches(config, rank=0, world_size=1, batch_size=batch_size, pin_memory=pin_memory)
     return checked(batches, config.data.max_bad_share)

@@ -32,7 +32,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose
 
 
 def _run(args: argparse.Namespace) -> int:
-    from fastvit_engine.commands.data.options import load_settings
+    from fastvit_engine.commands.settings import load_settings
 
     check_output(args.out, "--out", (args.model, args.data))
     resolved = load_settings(args)

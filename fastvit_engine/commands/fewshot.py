@@ -50,7 +50,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose
 
 def _run(args: argparse.Namespace) -> int:
     _check(args)
-    from fastvit_engine.commands.data.options import load_settings
+    from fastvit_engine.commands.settings import load_settings
 
     resolved = load_settings(args)  # before PyTorch is loaded: a typing error is told at once
 

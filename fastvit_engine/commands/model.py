@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastvit_engine.commands.data.options import add_settings
 from fastvit_engine.commands.parser import positive
+from fastvit_engine.commands.settings import add_settings
 from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
 

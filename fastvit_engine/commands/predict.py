@@ -35,7 +35,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose
 def _run(args: argparse.Namespace) -> int:
     if args.out is not None:
         check_output(args.out, "--out", (args.model, *args.images))
-    from fastvit_engine.commands.data.options import load_settings
+    from fastvit_engine.commands.settings import load_settings
 
     resolved = load_settings(args)
 

@@ -65,6 +65,11 @@ def _check_classes(config: Config) -> None:
         raise UserError(
             f"data.max_labels is {config.data.max_labels}, and a softmax loss takes one label: set loss.kind=sigmoid"
         )
+    if config.data.soft_labels and config.loss.kind == "sigmoid":
+        raise UserError(
+            "data.soft_labels are probabilities of which one class is right, and a sigmoid loss judges each class by "
+            "itself: set loss.kind=softmax"
+        )
 
 
 def _quantizes_what_is_frozen(config: Config) -> bool:

@@ -192,6 +192,10 @@ class DataConfig(_Section):
     max_labels: int = Field(1, gt=0, le=10_000)
     """Most classes that one image may have. More than one needs loss.kind: sigmoid."""
 
+    soft_labels: bool | None = None
+    """Learn the probabilities that a teacher has written beside the classes (`fastvit data label`); samples without any
+    are learned by their class. false: learn the classes alone; null: refuse shards that have both."""
+
     num_workers: int | None = Field(None, ge=0, le=1024)
     """Decoding processes per rank; 0: decode in the training process; null: by the cores that each rank has."""
 

@@ -9,7 +9,7 @@ import torch
 from fastvit_engine.config import Config, Resolved
 from fastvit_engine.cores import cores_here
 from fastvit_engine.data import Batch
-from fastvit_engine.data.shards.names import DatasetInfo, Split, info_beside
+from fastvit_engine.data.shards.names import DatasetInfo, Split, about_teacher, info_beside
 from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES
 from fastvit_engine.data.stream.bad_samples import checked
 from fastvit_engine.data.stream.prepare import streamed_shards
@@ -53,7 +53,9 @@ class OnePass:
         """Finds the shards. `pattern`, `split` and `named`: as `streamed_shards` takes them. Raises UserError."""
         notes: list[str] = []
         shards = streamed_shards(pattern, split, config, named=named, notes=notes)
-        return cls(shards, config, info_beside(list(shards.shards)), tuple(notes), limit)
+        info = info_beside(list(shards.shards))
+        notes += about_teacher(info, pattern)
+        return cls(shards, config, info, tuple(notes), limit)
 
     @property
     def samples(self) -> int | None:

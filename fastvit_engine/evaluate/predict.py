@@ -1,6 +1,6 @@
 """What a model says of images that are files, without labels."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from fastvit_engine.config import Config
 from fastvit_engine.data.check.contact_sheet import Tile, draw_sheet
-from fastvit_engine.data.pixels.crops import eval_view, render
-from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
+from fastvit_engine.data.pixels.eval_image import eval_image
 from fastvit_engine.data.shards.image_files import has_image_suffix
 from fastvit_engine.errors import UserError
 from fastvit_engine.evaluate.confusion import name_of
@@ -53,16 +52,9 @@ def find_images(paths: Iterable[str]) -> list[Path]:
 
 def prepare_image(path: Path, config: Config) -> np.ndarray:
     """uint8 [S, S, 3]: an image as evaluation shows it to the model. Raises ValueError or OSError if it is unusable."""
-    size = config.model.image_size
-    image = open_image(path.read_bytes(), config.data.max_pixels)
-    view = eval_view(image.height, image.width, size, config.data.eval_crop, config.data.eval_transform)
-    pixels = image.decode(PixelBuffer(), view.reduction, decoding=view.decoding, rows=view.top + view.height)
-    out = np.empty((size, size, 3), np.uint8)
-    render(pixels, view, view.reduction, out, PixelBuffer())
-    return out
+    return eval_image(path.read_bytes(), config)
 
 
-@torch.no_grad()
 def predict(
     model: nn.Module, paths: Sequence[Path], config: Config, *, top: int, batch_size: int
 ) -> Iterator[Prediction | Unreadable]:
@@ -70,7 +62,6 @@ def predict(
 
     Raises UserError if the scores of an image are not finite.
     """
-    device = next(model.parameters()).device
     for start in range(0, len(paths), batch_size):
         images: dict[Path, np.ndarray] = {}
         problems: dict[Path, str] = {}
@@ -79,23 +70,30 @@ def predict(
                 images[path] = prepare_image(path, config)
             except (ValueError, OSError) as error:
                 problems[path] = str(getattr(error, "strerror", None) or error)
-        ranked = _ranked(model, images, device, top) if images else iter(())
-        answers = dict(zip(images, ranked, strict=True))
+        answers: dict[Path, tuple[list[int], list[float]]] = {}
+        if images:
+            outputs, probabilities = most_probable(model, list(images.values()), list(images), top)
+            answers = dict(zip(images, zip(outputs.tolist(), probabilities.tolist(), strict=True), strict=True))
         for path in paths[start : start + batch_size]:
             if path in problems:
                 yield Unreadable(str(path), problems[path])
             else:
-                outputs, probabilities = answers[path]
-                yield Prediction(str(path), outputs, probabilities)
+                yield Prediction(str(path), *answers[path])
 
 
-def _ranked(
-    model: nn.Module, images: Mapping[Path, np.ndarray], device: torch.device, top: int
-) -> Iterator[tuple[list[int], list[float]]]:
-    logits: Tensor = model(torch.from_numpy(np.stack(list(images.values()))).to(device)).float()
-    check_scores(logits, list(images))
+@torch.no_grad()
+def most_probable(
+    model: nn.Module, images: Sequence[np.ndarray], names: Sequence[object], top: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The `top` outputs for each image and their probabilities, by a softmax over all: int64 and float32 [B, K].
+
+    model: in eval mode. images: uint8 [S, S, 3], with `names` for the UserError if the scores of one are not finite.
+    """
+    device = next(model.parameters()).device
+    logits: Tensor = model(torch.from_numpy(np.stack(images)).to(device)).float()
+    check_scores(logits, names)
     probabilities, outputs = logits.softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
-    yield from zip(outputs.tolist(), probabilities.tolist(), strict=True)
+    return outputs.cpu().numpy(), probabilities.cpu().numpy()
 
 
 def prediction_sheet(found: Sequence[Prediction], config: Config, names: Sequence[str] | None) -> Image.Image:

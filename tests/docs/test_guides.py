@@ -74,6 +74,16 @@ def test_from_the_official_weights(reader, photos, imagenet, official):
 
 
 @only_in_full
+def test_self_training(reader, imagenet, official):
+    official("ViT-L_16.npz", classes=4)
+    reader.smaller = [*reader.smaller, "model.width=48", "model.depth=2", "model.heads=3", "model.num_classes=10"]
+    reader.follow(GUIDES / "self-training.md")
+    student = load_config(str(reader.folder / "runs" / "student" / "config.yaml")).config
+    assert [source.shards for source in student.data.sources] == ["data/digits/train-000000.tar", "data/labelled"]
+    assert student.data.soft_labels and "(10, " in reader.spoken
+
+
+@only_in_full
 def test_compare_with_the_paper(reader, imagenet, pets, vtab, official):
     official("ViT-B_16-224.npz")
     (reader.folder / "data" / "i21k").symlink_to(imagenet)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from fastvit_engine.commands.data import bench, index, make, show, stats, verify
+from fastvit_engine.commands.data import bench, index, label, make, show, stats, verify
 from fastvit_engine.commands.data.options import wrapped
 
 
@@ -15,5 +15,5 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = data.add_subparsers(dest="action", required=True, metavar="ACTION")
-    for action in (make, index, verify, stats, show, bench):
+    for action in (make, index, verify, stats, show, label, bench):
         action.add(actions)

@@ -2,7 +2,8 @@
 
 import argparse
 
-from fastvit_engine.commands.data.options import add_settings, load_settings, num_classes_of, wrapped
+from fastvit_engine.commands.data.options import wrapped
+from fastvit_engine.commands.settings import add_settings, load_settings, num_classes_of
 from fastvit_engine.shown import say
 
 _ANY_CLASS = 10_000_000  # the most that a model may have: labels are not what is measured

@@ -3,8 +3,9 @@
 import argparse
 from functools import partial
 
-from fastvit_engine.commands.data.options import add_ray, add_settings, load_settings, workers_of, wrapped
+from fastvit_engine.commands.data.options import add_ray, workers_of, wrapped
 from fastvit_engine.commands.parser import output_path_or_url, positive
+from fastvit_engine.commands.settings import add_settings, load_settings
 from fastvit_engine.shown import say
 
 

@@ -87,13 +87,16 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     shards.add_argument("--dedup", action="store_true", help="leave out images whose bytes occur twice")
     work = make.add_argument_group("work")
     work.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
-    work.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="write every N-th shard, from the I-th")
+    work.add_argument(
+        "--part", type=part_of, default=(1, 1), metavar="I/N", help="write every N-th shard, from the I-th"
+    )
     add_ray(work)
     work.add_argument("--plan-only", action="store_true", help="list and shuffle, for --part to start from")
     make.set_defaults(run=_run)
 
 
-def _part(text: str) -> tuple[int, int]:
+def part_of(text: str) -> tuple[int, int]:
+    """The type of --part. Raises ArgumentTypeError unless `text` has the form I/N."""
     part, slash, parts = text.partition("/")
     if not (slash and part.isdecimal() and parts.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form I/N, such as 1/8")

@@ -2,8 +2,9 @@
 
 import argparse
 
-from fastvit_engine.commands.data.options import add_common, add_settings, load_settings, wrapped
+from fastvit_engine.commands.data.options import add_common, wrapped
 from fastvit_engine.commands.parser import output_path_or_url
+from fastvit_engine.commands.settings import add_settings, load_settings
 from fastvit_engine.shown import say
 
 

@@ -2,15 +2,8 @@
 
 import argparse
 
-from fastvit_engine.commands.data.options import (
-    add_common,
-    add_ray,
-    add_settings,
-    load_settings,
-    num_classes_of,
-    workers_of,
-    wrapped,
-)
+from fastvit_engine.commands.data.options import add_common, add_ray, workers_of, wrapped
+from fastvit_engine.commands.settings import add_settings, load_settings, num_classes_of
 from fastvit_engine.shown import say
 
 

@@ -1,13 +1,9 @@
 """`fastvit data make`: writes images to WebDataset shards, reproducible to the byte, and resumes after a kill."""
 
 import collections
-import contextlib
-import errno
 import json
-import math
 import os
 import re
-import tempfile
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any
 
 import numpy as np
-from webdataset.writer import TarWriter
 
 from fastvit_engine.data.build.encode import encode_for_shard
-from fastvit_engine.data.build.output import Output, open_output
+from fastvit_engine.data.build.failures import Failures
+from fastvit_engine.data.build.output import Output, advice_for, open_output, reason_of
 from fastvit_engine.data.build.packing import Packing, Shard, make_packing
 from fastvit_engine.data.build.parallel import (
-    Counter,
     Workers,
     check_workers,
     default_workers,
@@ -32,6 +27,8 @@ from fastvit_engine.data.build.parallel import (
     parallel_map,
     some_of,
 )
+from fastvit_engine.data.build.receipts import complete_shards, records_of, store_receipt, write_shard
+from fastvit_engine.data.build.repeated import check_equal, check_whole
 from fastvit_engine.data.build.sources import FORMATS, list_source, list_with_eval
 from fastvit_engine.data.build.sources.context import Context
 from fastvit_engine.data.build.sources.listing import Listing, describe_classes, describe_left_out
@@ -41,9 +38,6 @@ from fastvit_engine.data.shards.index import INDEX_NAME, write_index
 from fastvit_engine.data.shards.labels import json_field
 from fastvit_engine.data.shards.names import INFO_NAME, UNFINISHED_NAME, DatasetInfo, Split, SplitInfo, read_info
 from fastvit_engine.data.shards.remote_path import AnyPath, any_path, is_remote
-from fastvit_engine.data.shards.sample import Ignored
-from fastvit_engine.data.shards.scan import ShardRecord, scan_shard
-from fastvit_engine.data.shards.tar import windowed
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import json_lines
 from fastvit_engine.observe.progress import WorkProgress
@@ -54,8 +48,6 @@ from fastvit_engine.text import read_lines
 DEFAULT_EVAL_FRACTION = 0.1
 FAILED_NAME = "failed.jsonl"
 _DOWNLOADS = 16  # at once, per worker
-_WINDOW = 1 << 14  # bytes that are read at once when walking over headers
-_FEW = 1000  # the fraction of failures is judged over at least this many images
 
 
 @dataclass(frozen=True)
@@ -64,16 +56,6 @@ class MadeDataset:
 
     out: AnyPath
     info: DatasetInfo | None  # None if other parts have shards to write
-
-
-class Receipt(NamedTuple):
-    """The record of a complete shard, in a file of its own until all shards are complete."""
-
-    samples: int
-    bytes: int
-    failed: list[list[str]]  # name and reason
-    stamp: int | None = None  # of the version of the object, in a store
-    record: dict[str, Any] | None = None  # what the index keeps of a shard in a store, which is not read again
 
 
 def make_dataset(
@@ -145,7 +127,7 @@ def make_dataset(
         made = read_info(str(path))
         if made is not None:
             _check_same(path, made, arguments)
-            _check_whole(path, made)
+            check_whole(path, made)
             output.finish()
             progress(f"{path} is already made: {made.train.samples:,} train and {made.eval.samples:,} eval samples")
             return MadeDataset(path, made)
@@ -185,7 +167,7 @@ def _make(
         if isinstance(error, FileNotFoundError) and (made := read_info(str(out))) is not None:
             return MadeDataset(out, made)  # another part was faster: all is written, and the packing removed
         if isinstance(error, OSError):
-            raise UserError(f"cannot write to {out} ({_reason(error)}): {_advice(output, error)}") from error
+            raise UserError(f"cannot write to {out} ({reason_of(error)}): {advice_for(output, error)}") from error
         raise
     finally:
         display.clear()
@@ -231,18 +213,6 @@ def _check_arguments(
             raise UserError(f"{name} is {value}: it must be at least 1")
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or str(error)
-
-
-def _advice(output: Output, error: OSError, again: str = "") -> str:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "choose another --out"
-    if is_remote(str(output.path)):
-        return f"make room in {tempfile.gettempdir()}{again}, or set TMPDIR to a folder of another disk"
-    return f"make room{again}, or choose another --out"
-
-
 def _resolved(source: str) -> str:
     return source if source == "digits" else str(any_path(source).resolve())
 
@@ -251,40 +221,7 @@ def _check_same(out: AnyPath, made: DatasetInfo, arguments: dict[str, Any]) -> N
     before = {name: getattr(made, name) for name in ("source", "seed", "eval_fraction", "samples_per_shard")}
     if arguments["eval_fraction"] is None and made.eval_fraction in (None, DEFAULT_EVAL_FRACTION):
         before["eval_fraction"] = None
-    _check_equal(out, "was", before | made.options, arguments)
-
-
-def _check_whole(out: AnyPath, made: DatasetInfo) -> None:
-    """Raises UserError if a shard of a finished data set is gone."""
-    present = {file.name for file in out.iterdir()}
-    missing = sorted((made.train.shards.keys() | made.eval.shards.keys()) - present)
-    if missing:
-        more = f" and {len(missing) - 1:,} more" if len(missing) > 1 else ""
-        raise UserError(
-            f"{out} was made, but {missing[0]}{more}, which its {INFO_NAME} lists, does not exist: copy it there, or "
-            "remove the folder and make it again"
-        )
-
-
-def _check_equal(out: AnyPath, tense: str, before: dict[str, Any], arguments: dict[str, Any]) -> None:
-    for name, value in arguments.items():
-        if name in before and recorded(before[name]) != recorded(value):
-            raise UserError(
-                f"{out} {tense} made {_option(name, before[name])}, not {_option(name, value)}: remove the folder "
-                "or choose another --out"
-            )
-
-
-def _option(name: str, value: Any) -> str:
-    """An argument as the command line takes it: "with --eval-fraction 0.2", or "without --eval-fraction"."""
-    if name == "source":
-        return f"from {value}"
-    option = f"--{name.replace('_', '-')}"
-    if value is None or value is False or value == []:
-        return f"without {option}"
-    if isinstance(value, list):
-        return f"with {' '.join(f'{option} {entry}' for entry in value)}"
-    return f"with {option}" if value is True else f"with {option} {value}"
+    check_equal(out, "was", before | made.options, arguments)
 
 
 def _packing(
@@ -297,7 +234,7 @@ def _packing(
     stored = output.stored_packing()
     if stored is not None:
         packing = _loaded(output, stored)
-        _check_equal(out, "is being", packing.arguments, arguments)
+        check_equal(out, "is being", packing.arguments, arguments)
         return packing
     if has_receipts and read_info(str(out)) is None:
         raise UserError(
@@ -402,37 +339,33 @@ def _write_shards(
 ) -> None:
     """Writes the shards of `part` that are not complete yet."""
     mine = packing.shards()[part[0] - 1 :: part[1]]
-    receipts = _complete(output, mine)
+    found = complete_shards(output, [shard.name for shard in mine])
+    receipts = {shard: found[shard.name] for shard in mine if shard.name in found}
     missing = [shard for shard in mine if shard not in receipts]
     if len(missing) < len(mine):
         progress(f"{output.path}: {len(mine) - len(missing):,} of {len(mine):,} shards are complete, making the others")
     total = sum(shard.end - shard.start for shard in mine)
     with output.temporary_folder(f"part-{part[0]}-of-{part[1]}") as temporary:
-        writer = _ShardWriter(output, temporary, packing, max_failed, total)
+        failures = Failures(max_failed, total)
+        writer = _ShardWriter(output, temporary, packing, failures)
         for shard, receipt in receipts.items():
-            writer.done.add(shard.end - shard.start)
-            writer.failed.add(len(receipt.failed))
+            failures.done.add(shard.end - shard.start)
+            failures.failed.add(len(receipt.failed))
 
         def show() -> None:
-            failed = writer.failed.value
-            display.update(writer.done.value, f"{failed:,} failed" if failed else "")
+            failed = failures.failed.value
+            display.update(failures.done.value, f"{failed:,} failed" if failed else "")
 
         display.start("writing", total, "images")
         for _ in parallel_map(writer.write, missing, workers=workers, while_waiting=show):
             pass
 
 
-class _NothingToWrite(Exception):
-    """No image of a shard was usable."""
-
-
 class _ShardWriter:
     """Writes shards, one at a time, in a worker process."""
 
-    def __init__(self, output: Output, temporary: Path, packing: Packing, max_failed: float, total: int) -> None:
-        self.done, self.failed = Counter(), Counter()  # images, over all workers
-        self._output, self._temporary, self._packing = output, temporary, packing
-        self._max_failed, self._total = max_failed, total
+    def __init__(self, output: Output, temporary: Path, packing: Packing, failures: Failures) -> None:
+        self._output, self._temporary, self._packing, self._failures = output, temporary, packing, failures
         self._reader = SourceReader(packing.listing)
         self._downloads = any(file.kind == "url" or is_remote(file.path) for file in packing.listing.files)
 
@@ -445,37 +378,23 @@ class _ShardWriter:
     def write(self, shard: Shard) -> None:
         warnings.simplefilter("ignore")  # Pillow's, about odd but readable images
         try:
-            receipt = self._write_shard(shard)
-            self._output.write_receipt(shard.name, json.dumps(receipt._asdict()).encode(), self._temporary)
+            failed: list[list[str]] = []
+            samples = self._usable(self._packing.indices(shard).tolist(), failed)
+            receipt = write_shard(self._output, shard.name, self._temporary, samples)
+            store_receipt(self._output, shard.name, receipt._replace(failed=failed), self._temporary)
         except OSError as error:
-            advice = _advice(self._output, error, " and run the same command again")
-            raise UserError(f"cannot write to {self._output.path} ({_reason(error)}): {advice}") from error
+            advice = advice_for(self._output, error, " and run the same command again")
+            raise UserError(f"cannot write to {self._output.path} ({reason_of(error)}): {advice}") from error
 
-    def _write_shard(self, shard: Shard) -> Receipt:
-        """Writes the shard, unless all of its images have failed."""
-        failed: list[list[str]] = []
-        samples = size = 0
-        record: ShardRecord | None = None
-        new_shard = self._output.new_shard(shard.name, self._temporary)
-        with contextlib.suppress(_NothingToWrite), new_shard as file:
-            with TarWriter(file, user="fastvit", group="fastvit", mtime=0, encoder=False) as tar:
-                for index, members in self._samples(self._packing.indices(shard).tolist()):
-                    if isinstance(members, str):
-                        failed.append([self._reader.where(index), members])
-                        self._count_failure(*failed[-1])
-                    else:
-                        tar.write(members)
-                        samples += 1
-                    self.done.add()
-            if not samples:
-                raise _NothingToWrite
-            size = file.tell()
-            if is_remote(str(self._output.path)):
-                record = _scan(file, size)
-        if record is None:
-            return Receipt(samples, size, failed)
-        stamp = self._output.stamps([shard.name])[shard.name][1]
-        return Receipt(samples, size, failed, stamp, _to_json(record))
+    def _usable(self, indices: Sequence[int], failed: list[list[str]]) -> Iterator[dict[str, Any]]:
+        """The samples that can be written; the others are added to `failed`, by name and reason."""
+        for index, members in self._samples(indices):
+            if isinstance(members, str):
+                failed.append([self._reader.where(index), members])
+                self._failures.add(*failed[-1])
+            else:
+                yield members
+            self._failures.done.add()
 
     def _samples(self, indices: Sequence[int]) -> Iterator[tuple[int, dict[str, Any] | str]]:
         """Yields (index, members, or why there are none) in the given order; downloads run ahead."""
@@ -517,29 +436,6 @@ class _ShardWriter:
             members["json"] = json_member
         return members
 
-    def _count_failure(self, where: str, reason: str) -> None:
-        self.failed.add()
-        judged_over = max(self.done.value + 1, min(_FEW, self._total))
-        if self.failed.value <= self._max_failed * judged_over:
-            return
-        enough = _share_that_allows(self.failed.value, judged_over)
-        if self._max_failed == 0:
-            remedy = f"repair it, or leave bad images out with --max-failed {enough}, and run again"
-            raise UserError(f"{where} {reason}: {remedy if enough else 'repair it, and run again'}")
-        raise UserError(
-            f"{self.failed.value:,} of {self.done.value + 1:,} images failed, more than --max-failed "
-            f"{self._max_failed} allows; the last one, {where}, {reason}: repair the source"
-            + (f", or allow more with --max-failed {enough}" if enough else "")
-        )
-
-
-def _share_that_allows(failed: int, images: int) -> str | None:
-    """The smallest value of --max-failed, to one digit, with which so many may fail; None if all of them did."""
-    scale = 10.0 ** math.floor(math.log10(failed / images))
-    shares = (float(f"{digit * scale:g}") for digit in range(1, 11))
-    share = next(share for share in shares if failed <= share * images)
-    return f"{share:g}" if share < 1 else None
-
 
 def _json_member(given: bytes | None, labels: list[int]) -> bytes:
     """Returns the `json` that the sample had, with {"labels": [...]} added. Raises ValueError if it is not JSON."""
@@ -557,42 +453,13 @@ def _key(index: int, name: str) -> str:
     return f"{index:08d}_{re.sub(r'[^A-Za-z0-9_-]+', '_', stem)[:60]}"
 
 
-def _scan(file: BinaryIO, size: int) -> ShardRecord:
-    """What the index keeps of a shard that has just been written."""
-    file.flush()
-    read = windowed(lambda at, length: os.pread(file.fileno(), length, at), _WINDOW)
-    return scan_shard(read, size, 0, "cls")
-
-
-def _to_json(record: ShardRecord) -> dict[str, Any]:
-    return record._asdict() | {"starts": record.starts.tolist(), "labels": list(record.labels.items())}
-
-
-def _from_json(record: dict[str, Any], stamp: int) -> ShardRecord:
-    starts, labels = np.asarray(record["starts"], np.uint32), dict(record["labels"])
-    return ShardRecord(**record | {"starts": starts, "labels": labels, "stamp": stamp, "ignored": Ignored()})
-
-
-def _complete(output: Output, shards: Sequence[Shard]) -> dict[Shard, Receipt]:
-    """The receipts of the shards that are complete: there, and as their receipts say. A damaged receipt is none."""
-    stored, receipts = output.receipts(), dict[Shard, Receipt]()
-    for shard in shards:
-        with contextlib.suppress(KeyError, ValueError, TypeError):
-            receipts[shard] = Receipt(**json.loads(stored[shard.name]))
-    stamps = output.stamps([shard.name for shard, receipt in receipts.items() if receipt.samples])
-    return {
-        shard: receipt
-        for shard, receipt in receipts.items()
-        if receipt.samples == 0 or stamps.get(shard.name) == (receipt.bytes, receipt.stamp)
-    }
-
-
 def _finish(
     output: Output, packing: Packing, part: tuple[int, int], workers: Workers, progress: Callable[[str], None]
 ) -> MadeDataset:
     """Writes dataset.json if all shards are complete."""
     out, shards = output.path, packing.shards()
-    complete = _complete(output, shards)
+    found = complete_shards(output, [shard.name for shard in shards])
+    complete = {shard: found[shard.name] for shard in shards if shard.name in found}
     if len(complete) < len(shards):
         made = read_info(str(out))  # another part may have finished it in the meantime, and removed the receipts
         if made is None:
@@ -631,14 +498,9 @@ def _finish(
     if failed:
         lines = json_lines(recorded({"image": where, "reason": reason}) for where, reason in failed)
         output.write(FAILED_NAME, lines)
-    records = {
-        str(out / shard.name): _from_json(receipt.record, receipt.stamp)
-        for shard, receipt in complete.items()
-        if receipt.record is not None and receipt.stamp is not None
-    }
     names = [*info.train.shards, *info.eval.shards]
     run = None if isinstance(workers, int) else partial(ordered_map, workers=workers)
-    write_index([str(out / name) for name in names], out / INDEX_NAME, records=records, run=run)
+    write_index([str(out / name) for name in names], out / INDEX_NAME, records=records_of(out, found), run=run)
     output.write(INFO_NAME, (info.model_dump_json(indent=2) + "\n").encode())
     output.finish()
     progress(

@@ -6,6 +6,7 @@ are not written at once.
 """
 
 import contextlib
+import errno
 import shutil
 import tarfile
 import tempfile
@@ -18,7 +19,7 @@ from typing import BinaryIO, Protocol
 
 from fastvit_engine.data.shards.archive import stamp_of_tag
 from fastvit_engine.data.shards.names import UNFINISHED_NAME
-from fastvit_engine.data.shards.remote_path import AnyPath, RemotePath, check_writable
+from fastvit_engine.data.shards.remote_path import AnyPath, RemotePath, check_writable, is_remote
 from fastvit_engine.files import atomic_folder, atomic_write, atomic_writer
 from fastvit_engine.storage import remote_files
 
@@ -260,3 +261,17 @@ def open_output(path: AnyPath) -> Iterator[Output]:
         return
     with tempfile.TemporaryDirectory(prefix="fastvit-make-") as local:
         yield RemoteOutput(path, Path(local))
+
+
+def reason_of(error: OSError) -> str:
+    """Why a file cannot be written."""
+    return error.strerror or str(error)
+
+
+def advice_for(output: Output, error: OSError, again: str = "") -> str:
+    """What to do if a shard cannot be written. `again`: what follows once there is room."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "choose another --out"
+    if is_remote(str(output.path)):
+        return f"make room in {tempfile.gettempdir()}{again}, or set TMPDIR to a folder of another disk"
+    return f"make room{again}, or choose another --out"

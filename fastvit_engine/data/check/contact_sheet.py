@@ -35,6 +35,7 @@ class UsableImage(NamedTuple):
     label: int  # -1: none that is usable
     content: bytes
     max_pixels: int  # that it was checked for
+    probability: float | None  # of that label, if it is a teacher's and soft
 
     def pixels(self) -> np.ndarray:
         return decode_image(self.content, self.max_pixels)
@@ -73,7 +74,7 @@ def class_sheet(
         of_each = max(1, width * rows // len(labels))
         row_by_row = [found for label in labels for found in by_class[label][:of_each]][: width * rows]
         chosen = [list(row_by_row[start : start + width]) for start in range(0, len(row_by_row), width)]
-    grid = [[found and Tile(found.pixels(), _name(shards, found.label)) for found in row] for row in chosen]
+    grid = [[found and Tile(found.pixels(), _caption(shards, found)) for found in row] for row in chosen]
     names = shards.class_names or by_class
     return draw_sheet(
         grid, title=Path(public_url(argument)).name or public_url(argument), note=f"{len(names):,} classes"
@@ -93,7 +94,7 @@ def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.I
     for row, found in enumerate(islice(_some_samples(shards, config, each=1), rows)):
         pixels = found.pixels()
         augmented = _augmented(pixels, config, sample_seeds(config.seed, row, np.arange(draws)))
-        grid.append([Tile(pixels, _name(shards, found.label)), *map(Tile, augmented)])
+        grid.append([Tile(pixels, _caption(shards, found)), *map(Tile, augmented)])
     if not grid:
         raise UserError(f"the shards of {source} hold no usable images: see what `fastvit data verify` says of them")
     return draw_sheet(grid, title=config.name, note=f"original, and {draws} draws at {size} px", set_apart=True)
@@ -168,7 +169,10 @@ def _some_samples(shards: ShardSet, config: Config, each: int = _SAMPLES_A_SHARD
             for sample in some:
                 judged = judge(sample, keys, num_classes, partial(if_decodes, max_pixels=keys.max_pixels))
                 if judged.image is not None:
-                    yield UsableImage(judged.labels[0] if judged.labels else -1, judged.image, keys.max_pixels)
+                    label = judged.labels[0] if judged.labels else -1
+                    soft = judged.soft if label >= 0 else None
+                    probability = None if soft is None else float(soft.dense(max(soft.num_classes, label + 1))[label])
+                    yield UsableImage(label, judged.image, keys.max_pixels, probability)
 
 
 def _evenly(values: list[Any], wanted: int) -> list[Any]:
@@ -176,6 +180,11 @@ def _evenly(values: list[Any], wanted: int) -> list[Any]:
     if len(values) <= wanted:
         return list(values)
     return [values[index * len(values) // wanted] for index in range(wanted)]
+
+
+def _caption(shards: ShardSet, image: UsableImage) -> str:
+    name = _name(shards, image.label)
+    return name if image.probability is None else f"{100 * image.probability:.0f} % {name}"
 
 
 def _name(shards: ShardSet, label: int) -> str:

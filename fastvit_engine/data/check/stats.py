@@ -17,6 +17,7 @@ from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.names import Split, shard_set
 from fastvit_engine.data.shards.sample import Ignored, describe_ignored
+from fastvit_engine.data.shards.soft_labels import SoftLabel
 from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES, SampleKeys, judge
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.progress import WorkProgress
@@ -46,6 +47,7 @@ class ShardStats:
     std: np.ndarray
     unusable: dict[str, int]  # samples whose image or labels are not in the figures, by what is wrong with them
     ignored: Ignored  # files that belong to no sample
+    soft: "SoftStats"
 
     @property
     def images(self) -> int:
@@ -71,6 +73,7 @@ class ShardStats:
             "ignored": self.ignored.total(),
             "classes": dict(zip(self.class_names, self.class_counts.tolist(), strict=True)),
             "quantiles": {"of": list(QUANTILES), **self.quantiles()},
+            "soft_labels": self.soft.to_json(),
             "pixels": {"images": self.pixel_images, "mean": self.mean.tolist(), "std": self.std.tolist()},
         }
         return json.dumps(recorded(content), indent=2)
@@ -97,7 +100,7 @@ class ShardStats:
         for name, channels in (("mean", self.mean), ("deviation", self.std)):
             lines.append(f"{name:<16}" + "".join(f"{value:>10.4f}" for value in channels))
         lines.append(f"in 0..1, over all pixels of {self.pixel_images:,} evenly spaced images")
-        return "\n".join([*lines, "", *self._histogram()])
+        return "\n".join([*lines, "", *self._histogram(), *self.soft.report()])
 
     def _histogram(self) -> list[str]:
         counts = self.class_counts
@@ -121,6 +124,42 @@ class ShardStats:
 
 
 @dataclass
+class SoftStats:
+    """What the soft labels of some samples amount to."""
+
+    count: int = 0  # samples that have one
+    best: float = 0.0  # sum over them: the probability of the most probable class
+    held: float = 0.0  # and of all classes that are listed
+    least_held: float = 1.0
+
+    def add(self, label: SoftLabel) -> None:
+        self += SoftStats(1, float(label.probabilities.max()), label.held, label.held)
+
+    def __iadd__(self, other: "SoftStats") -> "SoftStats":
+        self.count, self.best, self.held = self.count + other.count, self.best + other.best, self.held + other.held
+        self.least_held = min(self.least_held, other.least_held)
+        return self
+
+    def to_json(self) -> dict[str, float] | None:
+        """The number of samples, and means over them; None without any."""
+        if not self.count:
+            return None
+        means = {"best": self.best / self.count, "held": self.held / self.count}
+        return {"samples": self.count, **means, "least_held": self.least_held}
+
+    def report(self) -> list[str]:
+        """A line, or none."""
+        if not self.count:
+            return []
+        best, held = (100 * total / self.count for total in (self.best, self.held))
+        return [
+            "",
+            f"{self.count:,} with soft labels: on average the most probable class has {best:.1f} %, and the listed "
+            f"ones {held:.4g} % together, at least {100 * self.least_held:.4g} %",
+        ]
+
+
+@dataclass
 class Part:
     """What one shard adds."""
 
@@ -131,6 +170,7 @@ class Part:
     pixel_images: int = 0
     unusable: Tally[str] = field(default_factory=Tally)
     ignored: Ignored = field(default_factory=Ignored)
+    soft: SoftStats = field(default_factory=SoftStats)
 
 
 def shard_stats(
@@ -159,7 +199,7 @@ def shard_stats(
     formats: Tally[str] = Tally()
     sizes: list[np.ndarray] = []
     pixels, pixel_images = np.zeros((3, 256), np.int64), 0
-    unusable, ignored = Tally[str](), Ignored()
+    unusable, ignored, soft = Tally[str](), Ignored(), SoftStats()
     results = ordered_map(
         look,
         shards.shards,
@@ -174,6 +214,7 @@ def shard_stats(
         pixel_images += part.pixel_images
         unusable += part.unusable
         ignored += part.ignored
+        soft += part.soft
     line.clear()
     size = np.concatenate(sizes)  # [N, 3]
     if not len(size):
@@ -201,6 +242,7 @@ def shard_stats(
         std=std,
         unusable=dict(unusable),
         ignored=ignored,
+        soft=soft,
     )
 
 
@@ -231,6 +273,8 @@ def summarize_shard(shard: str, keys: SampleKeys, num_classes: int, quota: int) 
         judged = judge(sample, keys, num_classes, partial(_look, keys.max_pixels, row % stride == 0))
         part.unusable.update(problem.kind for problem in judged.problems)
         part.labels.update(judged.labels or ())
+        if judged.soft is not None:
+            part.soft.add(judged.soft)
         if (image := judged.image) is None:
             continue
         part.sizes.append((image.width, image.height, image.bytes))

@@ -21,8 +21,8 @@ class Mixed(NamedTuple):
     """The loss is weight * loss(labels) + (1 - weight) * loss(labels_b)."""
 
     images: Tensor  # float32 [B, 3, H, W], normalised; uint8 [B, H, W, 3] where CutMix alone is on
-    labels: Tensor  # int64 [B]
-    labels_b: Tensor  # int64 [B], of the partner
+    labels: Tensor  # as they were given
+    labels_b: Tensor  # those of the partner
     weight: Tensor  # float32 [B], the share of the image itself: at least 1/2 in mixup
     partner: Tensor  # int64 [B]: which image it is mixed with
 
@@ -41,7 +41,7 @@ def mix(
 
     Args:
         images: uint8 [B, H, W, 3]; the last one of an odd batch stays as it is.
-        labels: int64 [B].
+        labels: [B] or [B, ...], of each image.
         seeds: int64 [B], on the host.
         mixup, cutmix: alpha of their Beta(alpha, alpha) distributions of weights; 0: off. With both on, each pair takes
             either by the toss of a coin.

@@ -38,8 +38,20 @@ class SplitInfo(BaseModel):
     shards: dict[str, int]  # file name -> number of samples
 
 
+class TeacherInfo(BaseModel):
+    """Where the labels are from, if a model has given them (`fastvit data label`)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str  # as it was named
+    weights: str  # their hash
+    kind: Literal["soft", "hard"]  # probabilities beside the class, or the class alone
+    held: float | None = None  # soft: share of the probability that the listed classes hold, mean over the images
+    least_held: float | None = None  # and the smallest
+
+
 class DatasetInfo(BaseModel):
-    """Contents of dataset.json, which `fastvit data make` writes when all shards are whole."""
+    """Contents of dataset.json, which `fastvit data make` and `label` write when all shards are whole."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -48,7 +60,8 @@ class DatasetInfo(BaseModel):
     seed: int
     eval_fraction: float | None  # None: the source's own split
     samples_per_shard: int
-    options: dict[str, Any] = {}  # what else `fastvit data make` was asked for
+    options: dict[str, Any] = {}  # what else the command was asked for
+    teacher: TeacherInfo | None = None  # None: the labels are the source's
     duplicates: int = 0  # images of the source that were left out because they occur twice
     failed: int = 0  # those that could not be read or decoded, or have no label
     left_out: dict[str, int] = {}  # all that was not used, by reason, duplicates and failed images too
@@ -432,6 +445,13 @@ def _split_by_name(shard: str) -> Split | None:
 def _recorded_split(shard: str, info: DatasetInfo) -> Split | None:
     name = shard.rpartition("/")[2]
     return "train" if name in info.train.shards else "eval" if name in info.eval.shards else None
+
+
+def about_teacher(info: DatasetInfo | None, named: str) -> list[str]:
+    """A clause if labels that something is measured by are a model's."""
+    if info is None or info.teacher is None:
+        return []
+    return [f"the labels of {named} are what {info.teacher.model} takes the images for, not the truth"]
 
 
 def check_same_classes(one: DatasetInfo | None, other: DatasetInfo | None, named: str, other_named: str) -> None:

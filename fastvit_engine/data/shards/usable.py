@@ -10,6 +10,7 @@ from typing import Generic, NamedTuple, TypeVar
 from fastvit_engine.config import DataConfig
 from fastvit_engine.data.shards.labels import label_member, parse_labels
 from fastvit_engine.data.shards.sample import Sample
+from fastvit_engine.data.shards.soft_labels import SOFT_MEMBER, SoftLabel, soft_label_of
 from fastvit_engine.shown import shown
 
 T = TypeVar("T")
@@ -57,6 +58,7 @@ class Judged(NamedTuple, Generic[T]):
     """A sample's labels and image as far as they are usable; it can train a classifier if there is no problem."""
 
     labels: list[int] | None
+    soft: SoftLabel | None  # None too if there is none, which is no problem
     image: T | None
     problems: list[Unusable]
 
@@ -64,6 +66,7 @@ class Judged(NamedTuple, Generic[T]):
 def judge(sample: Sample, keys: SampleKeys, num_classes: int, decode: Callable[[bytes], T]) -> Judged[T]:
     """What of a sample is usable, and why the rest is not; `decode` raises ValueError for what is not an image."""
     labels: list[int] | None = None
+    soft: SoftLabel | None = None
     image: T | None = None
     problems = []
     try:
@@ -71,10 +74,14 @@ def judge(sample: Sample, keys: SampleKeys, num_classes: int, decode: Callable[[
     except Unusable as problem:
         problems.append(problem)
     try:
+        soft = read_soft_label(sample, num_classes)
+    except Unusable as problem:
+        problems.append(problem)
+    try:
         image = read_image(sample, keys, decode)
     except Unusable as problem:
         problems.append(problem)
-    return Judged(labels, image, problems)
+    return Judged(labels, soft, image, problems)
 
 
 def read_labels(sample: Sample, keys: SampleKeys, num_classes: int) -> list[int]:
@@ -117,6 +124,30 @@ def read_labels(sample: Sample, keys: SampleKeys, num_classes: int) -> list[int]
                 else "correct the shard",
             )
     return labels
+
+
+def read_soft_label(sample: Sample, num_classes: int) -> SoftLabel | None:
+    """The soft label of a sample, of up to num_classes classes; None if it has none. Raises Unusable.
+
+    Without classes there is none: it is not read.
+    """
+    if num_classes == 0:
+        return None
+    try:
+        soft = soft_label_of(sample)
+    except ValueError as error:
+        raise Unusable(
+            WRONG_LABEL,
+            f"has soft labels in '{SOFT_MEMBER}' that {error}",
+            "label the images again (fastvit data label)",
+        ) from None
+    if soft is not None and soft.num_classes > num_classes:
+        raise Unusable(
+            WRONG_LABEL,
+            f"has soft labels of {soft.num_classes} classes, and there are {num_classes}",
+            f"set model.num_classes={soft.num_classes}, or label the images with a teacher of {num_classes} classes",
+        )
+    return soft
 
 
 def read_image(sample: Sample, keys: SampleKeys, decode: Callable[[bytes], T]) -> T:

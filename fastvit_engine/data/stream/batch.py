@@ -15,7 +15,14 @@ from fastvit_engine.config import Config
 from fastvit_engine.data.pixels.crops import View, render
 from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
 from fastvit_engine.data.shards.sample import Sample
-from fastvit_engine.data.shards.usable import SampleKeys, Unusable, name_of, read_image, read_labels
+from fastvit_engine.data.shards.usable import (
+    SampleKeys,
+    Unusable,
+    name_of,
+    read_image,
+    read_labels,
+    read_soft_label,
+)
 from fastvit_engine.errors import UserError
 
 
@@ -42,7 +49,9 @@ class Batch(NamedTuple):
     """Images with their labels, on the host."""
 
     images: Tensor  # uint8 [B, H, W, 3], RGB
-    labels: Tensor  # int64 [B]; with data.max_labels = L above 1, [B, L], filled up with -1
+    # int64 [B]; with data.max_labels = L above 1, [B, L], filled up with -1; with data.soft_labels, in training,
+    # float32 [B, C]: the probability of each class
+    labels: Tensor
     weights: Tensor  # float32 [B]: 1, or 0 for padding and bad samples, which are black and of label 0
     keys: list[str]  # B sample keys; "" for padding
     seeds: np.ndarray  # int64 [B], of what is random about each sample; in evaluation, its position among all
@@ -51,11 +60,35 @@ class Batch(NamedTuple):
     seconds: StageSeconds = StageSeconds()
 
 
-def empty_batch(size: int, image_size: int, max_labels: int = 1) -> Batch:
+class LabelForm(NamedTuple):
+    """How many labels a sample of a batch has, and which."""
+
+    most: int = 1  # class indices
+    soft_classes: int = 0  # probabilities of so many classes instead; 0: indices
+
+    @classmethod
+    def of(cls, config: Config, *, training: bool) -> "LabelForm":
+        """Evaluation is by class indices, whatever is learned."""
+        soft = training and bool(config.data.soft_labels)
+        return cls(config.data.max_labels, config.model.num_classes if soft else 0)
+
+    def unlabelled(self, size: int) -> Tensor:
+        """The labels of `size` padding images."""
+        if self.soft_classes:
+            return torch.zeros(size, self.soft_classes)
+        if self.most == 1:
+            return torch.zeros(size, dtype=torch.int64)
+        return torch.full((size, self.most), -1, dtype=torch.int64)
+
+
+ONE_CLASS = LabelForm()
+
+
+def empty_batch(size: int, image_size: int, labels: LabelForm = ONE_CLASS) -> Batch:
     """A batch of `size` padding images: black, label 0, weight 0."""
     return Batch(
         images=torch.zeros(size, image_size, image_size, 3, dtype=torch.uint8),
-        labels=_unlabelled(size, max_labels),
+        labels=labels.unlabelled(size),
         weights=torch.zeros(size),
         keys=[""] * size,
         seeds=np.zeros(size, np.int64),
@@ -89,7 +122,8 @@ class BatchBuilder:
         A sample without a usable image becomes a bad one. Raises UserError for labels that are not usable.
         """
         try:
-            labels = read_labels(sample, self._keys, self._num_classes)
+            soft = read_soft_label(sample, self._num_classes) if self._labels.dtype == np.float32 else None
+            labels = read_labels(sample, self._keys, self._num_classes) if soft is None else []
         except Unusable as problem:
             raise UserError(f"{name_of(sample)} {problem.reason}: {problem.remedy}") from problem
         self._end_stage(0)
@@ -98,7 +132,11 @@ class BatchBuilder:
         except Unusable as problem:
             self.add_bad(row, BadSample(sample["__key__"], sample["__url__"], problem.reason))
             return
-        if self._labels.ndim == 1:
+        if soft is not None:
+            self._labels[row] = soft.dense(self._num_classes)
+        elif self._labels.dtype == np.float32:
+            self._labels[row, labels[0]] = 1
+        elif self._labels.ndim == 1:
             self._labels[row] = labels[0]
         else:
             self._labels[row, : len(labels)] = labels
@@ -138,7 +176,7 @@ def micro_batches(chunks: Iterable[Batch], sizes: Sequence[int], config: Config,
     if len(given) == len(sizes):
         yield from rebatch(chunks, sizes, pin_memory)
         return
-    padding = empty_batch(1, config.model.image_size, config.data.max_labels)
+    padding = empty_batch(1, config.model.image_size, LabelForm.of(config, training=True))
     if pin_memory:
         images, labels, weights = (tensor.pin_memory() for tensor in padding[:3])
         padding = padding._replace(images=images, labels=labels, weights=weights)
@@ -184,8 +222,8 @@ def rebatch(chunks: Iterable[Batch], size: int | Sequence[int], pin_memory: bool
 
 
 def targets(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels as losses take them: [B] as they are; [B, L] as float32 [B, C], 1 for the classes of an image, 0 else."""
-    if labels.ndim == 1:
+    """Labels as losses take them: indices [B] and probabilities as they are; [B, L] as float32 [B, C] of 0 and 1."""
+    if labels.ndim == 1 or labels.is_floating_point():
         return labels
     hot = torch.zeros(len(labels), num_classes + 1, device=labels.device)  # the last column is for what is no label
     return hot.scatter_(1, labels.where(labels >= 0, num_classes), 1.0)[:, :num_classes].contiguous()
@@ -214,9 +252,14 @@ class BatchMemory:
         return torch.from_numpy(self._kept[-1])[:images]
 
 
+def _form_of(labels: Tensor) -> LabelForm:
+    columns = 1 if labels.ndim == 1 else labels.shape[1]
+    return LabelForm(soft_classes=columns) if labels.is_floating_point() else LabelForm(columns)
+
+
 def _unfilled(size: int, chunk: Batch, memory: BatchMemory) -> Batch:
     """Padding in the form of `chunk`, but for its images, which may be anything."""
-    labels = _unlabelled(size, 1 if chunk.labels.ndim == 1 else chunk.labels.shape[1])
+    labels = _form_of(chunk.labels).unlabelled(size)
     pin_memory = memory.pin_memory
     return Batch(
         images=memory.reserve(size, *chunk.images.shape[1:]),
@@ -225,9 +268,3 @@ def _unfilled(size: int, chunk: Batch, memory: BatchMemory) -> Batch:
         keys=[""] * size,
         seeds=np.zeros(size, np.int64),
     )
-
-
-def _unlabelled(size: int, max_labels: int) -> Tensor:
-    if max_labels == 1:
-        return torch.zeros(size, dtype=torch.int64)
-    return torch.full((size, max_labels), -1, dtype=torch.int64)

@@ -20,7 +20,15 @@ from fastvit_engine.data.shards.index import Index, open_index
 from fastvit_engine.data.shards.names import is_local
 from fastvit_engine.data.shards.sample import Sample, parse_sample
 from fastvit_engine.data.shards.tar import TarError
-from fastvit_engine.data.stream.batch import BadSample, Batch, BatchBuilder, Workspace, micro_batches, rebatch
+from fastvit_engine.data.stream.batch import (
+    BadSample,
+    Batch,
+    BatchBuilder,
+    LabelForm,
+    Workspace,
+    micro_batches,
+    rebatch,
+)
 from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.order import Integers, Locations, Order, SourceOrder, share_slots
 from fastvit_engine.data.stream.read_ahead import ReadAhead
@@ -178,6 +186,8 @@ def build_order(config: Config, sources: tuple[TrainSource, ...], indexes: list[
 class _Samples:
     """Batches of the samples at positions (int64 [n])."""
 
+    training: bool
+
     def __init__(self, config: Config, indexes: list[Index], storage: ShardStorage) -> None:
         self.config, self.indexes, self.storage = config, indexes, storage
         self.first_shard = np.cumsum([0, *(len(index.shards) for index in indexes)])
@@ -209,6 +219,8 @@ class _Samples:
 class TrainSamples(_Samples):
     """Reads and augments training samples by their positions in the run."""
 
+    training = True
+
     def __init__(
         self, config: Config, sources: tuple[TrainSource, ...], indexes: list[Index], storage: ShardStorage
     ) -> None:
@@ -231,6 +243,8 @@ class TrainSamples(_Samples):
 
 
 class _EvalSamples(_Samples):
+    training = False
+
     def __init__(self, config: Config, index: Index, storage: ShardStorage) -> None:
         super().__init__(config, [index], storage)
         self.ends = np.cumsum(index.counts)
@@ -271,5 +285,5 @@ def _load(samples: _Samples, requests: Iterator[Integers], batch_size: int, conf
         prefetch=2,
         image_size=config.model.image_size,
         most=-(-batch_size // max(num_workers, 1)),
-        max_labels=config.data.max_labels,
+        labels=LabelForm.of(config, training=samples.training),
     )

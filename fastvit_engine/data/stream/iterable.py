@@ -11,7 +11,7 @@ from torch import Tensor
 from fastvit_engine.config import Config, DataConfig
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.shards.usable import SampleKeys
-from fastvit_engine.data.stream.batch import Batch, empty_batch, micro_batches
+from fastvit_engine.data.stream.batch import Batch, LabelForm, empty_batch, micro_batches
 from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.skip import Window, step_starts
 from fastvit_engine.data.stream.source import EvaluationData, TrainingData
@@ -171,7 +171,7 @@ def to_batch(item: Any, config: Config, name: str) -> Batch:
         labels = _plain(labels, name)
     if not isinstance(labels, list) or len(labels) != len(images) or not len(images):
         raise UserError(f"{name} has {len(images)} images and labels {_short(labels)}: give one label per image")
-    batch = empty_batch(len(images), 0, config.data.max_labels)._replace(
+    batch = empty_batch(len(images), 0, LabelForm.of(config, training=False))._replace(
         images=images, weights=torch.ones(len(images)), keys=_keys(keys, len(images), name)
     )
     for row, label in enumerate(labels):

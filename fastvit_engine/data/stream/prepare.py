@@ -25,7 +25,9 @@ from fastvit_engine.data.shards.index import (
     write_index,
 )
 from fastvit_engine.data.shards.names import (
+    DatasetInfo,
     Split,
+    about_teacher,
     check_same_classes,
     fetch_beside,
     find_shards,
@@ -35,6 +37,7 @@ from fastvit_engine.data.shards.names import (
 )
 from fastvit_engine.data.shards.remote_path import any_path
 from fastvit_engine.data.shards.sample import Sample, parse_sample
+from fastvit_engine.data.shards.soft_labels import SOFT_MEMBER
 from fastvit_engine.data.shards.splits import Splits, choose_files
 from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.data.shards.usable import (
@@ -44,6 +47,7 @@ from fastvit_engine.data.shards.usable import (
     name_of,
     read_image,
     read_labels,
+    read_soft_label,
 )
 from fastvit_engine.data.stream.indexed import IndexedData, IndexedShards, TrainSource, open_storage
 from fastvit_engine.data.stream.iterable import IterableData
@@ -100,7 +104,14 @@ def prepare_data(
                 f"the weight {source.weight:g} of {source.shards} in data.train is less than a {CYCLE}th of all: "
                 "raise it, or leave the source out"
             )
-    info = info_beside(list(sources[0].data.shards))
+    infos = [info_beside(list(source.data.shards)) for source in sources]
+    soft = [
+        _has_soft_labels(info, _read_rows(index, open_storage([index], config.data), 0, [0]))
+        for index, info in zip(indexes, infos, strict=True)
+    ]
+    _check_soft_labels(soft, [source.shards for source in config.data.sources], infos, config)
+    info = infos[0]
+    notes += _about_eval(held_out.shards if held_out else (), config)
     return IndexedData(
         train=sources,
         eval=_prepare_eval(config, held_out),
@@ -139,6 +150,11 @@ def _prepare_eval(config: Config, index: Index | None) -> IndexedShards | None:
 def _prepare_iterable(config: Config, given: IterableData, folders: _Folders) -> IterableData:
     if config.data.train:
         raise UserError("data.train is set, and training data is given as an iterable too: leave one of them out")
+    if config.data.soft_labels:
+        raise UserError(
+            "data.soft_labels is true, and training data is given as an iterable, whose labels are class indices: set "
+            "it to null, or train on shards"
+        )
     streams = config.data.order == "stream"
     evaluation = eval_streams(config) if streams else _prepare_eval(config, _find_eval(config, folders, []))
     info = info_beside(list(evaluation.shards)) if evaluation else None
@@ -348,6 +364,44 @@ def _evaluation_shards(
 # ---- looking at the samples
 
 
+def _has_soft_labels(info: DatasetInfo | None, samples: Iterable[Sample]) -> bool:
+    """Whether dataset.json says that shards have soft labels; if it says nothing, whether some samples have any."""
+    if info is not None and info.teacher is not None:
+        return info.teacher.kind == "soft"
+    return any(SOFT_MEMBER in sample for sample in samples)
+
+
+def _check_soft_labels(
+    soft: Sequence[bool], sources: Sequence[str], infos: Sequence[DatasetInfo | None], config: Config
+) -> None:
+    """Raises UserError if it is not clear which labels of the sources are learned, or they number other classes.
+
+    soft: whether each source has soft labels.
+    """
+    if config.model.num_classes == 0:  # no labels are read
+        return
+    where = next((source for source, has in zip(sources, soft, strict=True) if has), None)
+    if where is None:
+        if config.data.soft_labels:
+            raise UserError(
+                f"data.soft_labels is true, and {' and '.join(sources)} of data.train has none: write some with "
+                "`fastvit data label`, or set it to null"
+            )
+        return
+    if config.data.soft_labels is None:
+        raise UserError(
+            f"{where} of data.train has soft labels beside its classes: set data.soft_labels=true to learn them, or "
+            "data.soft_labels=false to learn the most probable classes alone"
+        )
+    for source, info in zip(sources[1:], infos[1:], strict=True):
+        check_same_classes(infos[0], info, f"{sources[0]} of data.train", source)
+
+
+def _about_eval(shards: Sequence[str], config: Config) -> list[str]:
+    """A clause if data.eval has a teacher's labels."""
+    return about_teacher(info_beside(list(shards)), "data.eval") if shards and config.model.num_classes else []
+
+
 def _check_samples(index: Index, named: str, config: Config) -> None:
     _check_classes(index.shards, named, config)
     storage = open_storage([index], config.data)
@@ -388,6 +442,8 @@ def _check_some(samples: Iterable[Sample], named: str, config: Config) -> None:
 def _check_labels(sample: Sample, keys: SampleKeys, config: Config) -> None:
     try:
         read_labels(sample, keys, config.model.num_classes)
+        if config.data.soft_labels:
+            read_soft_label(sample, config.model.num_classes)
     except Unusable as problem:
         raise UserError(f"{name_of(sample)} {problem}: {problem.remedy}") from problem
 
@@ -430,6 +486,10 @@ def _prepare_streams(config: Config, world_size: int) -> StreamData:
     held_out = eval_streams(config, notes)
     check_streams_apart(shards, held_out.shards if held_out else (), config.data)
     info = info_beside(shards)
+    if info is not None or is_local(shards[0]):  # else nothing can be told before training
+        first = islice(read_shard(shards[0]), 1) if is_local(shards[0]) else ()
+        _check_soft_labels([_has_soft_labels(info, first)], [str(config.data.train)], [info], config)
+    notes += _about_eval(held_out.shards if held_out else (), config)
     samples = config.data.train_samples
     if samples is None and info is not None:
         counts = info.train.shards | info.eval.shards

@@ -18,7 +18,15 @@ from fastvit_engine.data.pixels.crops import draw_crops, eval_view, train_view
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.sample import Sample
-from fastvit_engine.data.stream.batch import Batch, BatchBuilder, Workspace, empty_batch, micro_batches, rebatch
+from fastvit_engine.data.stream.batch import (
+    Batch,
+    BatchBuilder,
+    LabelForm,
+    Workspace,
+    empty_batch,
+    micro_batches,
+    rebatch,
+)
 from fastvit_engine.data.stream.batch_split import BatchSplit, mixes_pairs, possible_splits
 from fastvit_engine.data.stream.sequential import stream_samples
 from fastvit_engine.data.stream.skip import Window, step_starts
@@ -208,7 +216,7 @@ class _TrainChunks(IterableDataset):
 
     def _chunk(self, stream: int, samples: Iterator[tuple[int, Sample]]) -> Batch:
         size = self.config.model.image_size
-        batch = empty_batch(self.plan.chunks[stream], size, self.config.data.max_labels)
+        batch = empty_batch(self.plan.chunks[stream], size, LabelForm.of(self.config, training=True))
         builder = BatchBuilder(batch, self.config, self.workspace)
         for row in range(self.plan.chunks[stream]):
             index, sample = next(samples)
@@ -262,7 +270,7 @@ class _EvalChunks(IterableDataset):
 
     def _builder(self) -> BatchBuilder:
         return BatchBuilder(
-            empty_batch(self.chunk, self.config.model.image_size, self.config.data.max_labels),
+            empty_batch(self.chunk, self.config.model.image_size, LabelForm.of(self.config, training=False)),
             self.config,
             self.workspace,
         )

@@ -16,6 +16,10 @@ from fastvit_engine.errors import UserError
         (["evaluate.fewshot.eval=x"], "evaluate.fewshot.eval is set and evaluate.fewshot.train is not"),
         (["evaluate.fewshot.every=0 steps"], "evaluate.fewshot.every = '0 steps' is no interval"),
         (["model.heads=5"], "model.heads 5 does not divide model.width 64"),
+        (
+            ["data.soft_labels=true", "loss.kind=sigmoid"],
+            "data.soft_labels are probabilities of which one",
+        ),
         (["data.max_labels=3"], "data.max_labels is 3, and a softmax loss takes one label: set loss.kind=sigmoid"),
         (["data.max_labels=11", "loss.kind=sigmoid"], "data.max_labels is 11, more than model.num_classes = 10"),
         (["model.num_classes=0"], "model.num_classes is 0, a model without a head, and training on labels needs one"),

@@ -45,6 +45,21 @@ def test_several_labels_are_what_their_sum_is(mixup):
     torch.testing.assert_close(losses, expected)
 
 
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.4}, {"cutmix": 1.0}])
+def test_probabilities_are_learned_and_mixed_as_classes_are(mixing):
+    pixels = torch.randint(0, 256, (4, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(1))
+    soft = torch.rand(4, 5, generator=torch.Generator().manual_seed(2)).softmax(dim=1)
+    batch = Batch(pixels, soft, torch.ones(4), list("abcd"), np.arange(4))
+    config = Config.model_validate({"augment": mixing, "data": {"soft_labels": True}})
+    losses = build_objective(config, CPU).losses(lambda images: logits, batch)
+    if mixing:
+        given = {"mixup": 0.0, "cutmix": 0.0, "mean": config.data.mean, "std": config.data.std} | mixing
+        weight = mix(pixels, soft, np.arange(4), **given).weight[:, None]
+        soft = weight * soft + (1 - weight) * soft[[1, 0, 3, 2]]
+    torch.testing.assert_close(losses, -(soft * logits.log_softmax(dim=1)).sum(dim=1))
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_label_smoothing_is_that_of_pytorch(smoothing):
     pixels, labels = torch.zeros((4, 8, 8, 3), dtype=torch.uint8), torch.tensor([3, 0, 2, 2])

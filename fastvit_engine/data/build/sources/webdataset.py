@@ -16,6 +16,7 @@ from fastvit_engine.data.shards.labels import MAX_LABEL_BYTES, json_field, label
 from fastvit_engine.data.shards.names import read_info
 from fastvit_engine.data.shards.remote_path import AnyPath, common_folder, matching_files, names_in
 from fastvit_engine.data.shards.sample import Ignored, SampleFile, describe_ignored, iterate_files
+from fastvit_engine.data.shards.soft_labels import SOFT_MEMBER
 from fastvit_engine.data.shards.splits import Splits
 from fastvit_engine.data.shards.tar import TarError
 from fastvit_engine.errors import UserError
@@ -233,6 +234,10 @@ def _usable(files: list[SampleFile], archive: Archive, shard: AnyPath, label_key
     if not any(suffix[1:] in members for suffix in IMAGE_SUFFIXES):
         message = f"{where} has no image, only {sorted(members)}: the members of a sample must be adjacent"
         raise _Unusable(message, "has no image")
+
+    if SOFT_MEMBER in members:
+        message = f"{where} has a teacher's soft labels, which would be lost: make the shards first, then label them"
+        raise _Unusable(message, "has soft labels")
 
     def read(extension: str) -> bytes:
         member = members[extension]

@@ -19,7 +19,8 @@ import fastvit_engine.data.build.make as make_module
 from fastvit_engine.config import load_config
 from fastvit_engine.data import prepare_data
 from fastvit_engine.data.build.encode import encode_for_shard
-from fastvit_engine.data.build.make import _share_that_allows, make_dataset
+from fastvit_engine.data.build.failures import share_that_allows
+from fastvit_engine.data.build.make import make_dataset
 from fastvit_engine.data.build.output import LocalOutput
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard
@@ -413,7 +414,7 @@ def test_the_share_that_is_proposed_is_enough(tmp_path, photo):
     [(1, 1000, "0.001"), (1, 21, "0.05"), (2, 21, "0.1"), (7, 100, "0.07"), (20, 21, None), (3, 3, None)],
 )
 def test_shares_are_proposed_with_one_digit(failed, images, share):
-    assert _share_that_allows(failed, images) == share
+    assert share_that_allows(failed, images) == share
 
 
 def test_failures_are_left_out_and_listed_up_to_a_share(photos, tmp_path):

@@ -5,7 +5,16 @@ import pytest
 
 from fastvit_engine.config import DataConfig
 from fastvit_engine.data.pixels.decode import decode_image
-from fastvit_engine.data.shards.usable import SampleKeys, Unusable, judge, name_of, read_image, read_labels
+from fastvit_engine.data.shards.soft_labels import SOFT_MEMBER, format_soft_label
+from fastvit_engine.data.shards.usable import (
+    SampleKeys,
+    Unusable,
+    judge,
+    name_of,
+    read_image,
+    read_labels,
+    read_soft_label,
+)
 
 
 def _sample(**members) -> dict:
@@ -75,5 +84,17 @@ def test_judge_says_everything_that_is_wrong():
     assert judged.labels is None and judged.image is None
     assert [problem.kind for problem in judged.problems] == ["wrong label", "unreadable image"]
     assert all(str(problem).startswith("has ") and problem.remedy for problem in judged.problems)
-    assert judge(_sample(jpg=b"x", cls=b"1"), keys, 8, len) == ([1], 1, [])
+    assert judge(_sample(jpg=b"x", cls=b"1"), keys, 8, len) == ([1], None, 1, [])
+
+
+def test_a_soft_label_that_training_could_not_use_is_wrong():
+    keys = SampleKeys.of(DataConfig())
+    half = format_soft_label(np.array([4, 2]), np.array([0.5, 0.5], np.float32), 8)
+    judged = judge(_sample(jpg=b"x", cls=b"4") | {SOFT_MEMBER: half}, keys, 8, len)
+    assert judged.soft is not None and judged.soft.classes.tolist() == [4, 2] and not judged.problems
+    (problem,) = judge(_sample(jpg=b"x", cls=b"4") | {SOFT_MEMBER: half[:-8]}, keys, 8, len).problems
+    assert problem.kind == "wrong label" and "in 'soft.npy' that are cut short" in str(problem)
+    with pytest.raises(Unusable, match="has soft labels of 8 classes, and there are 7"):
+        read_soft_label(_sample() | {SOFT_MEMBER: half}, 7)
+    assert read_soft_label(_sample() | {SOFT_MEMBER: half}, 0) is None  # without classes
     assert name_of(_sample()) == "sample 'k1' of shard a/b.tar"

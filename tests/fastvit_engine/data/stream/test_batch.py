@@ -11,6 +11,7 @@ from fastvit_engine.data.stream.batch import (
     BadSample,
     Batch,
     BatchBuilder,
+    LabelForm,
     StageSeconds,
     Workspace,
     empty_batch,
@@ -85,8 +86,15 @@ def test_several_labels_an_image():
     first, second = rebatch([chunk], size=2, pin_memory=False)
     assert first.labels.tolist() == [[4, 1], [0, -1]] and second.labels.tolist() == [[2, 3], [-1, -1]]
     assert targets(first.labels, 5).tolist() == [[0, 1, 0, 0, 1], [1, 0, 0, 0, 0]]
-    assert empty_batch(2, 1, max_labels=3).labels.tolist() == [[-1] * 3] * 2
+    assert empty_batch(2, 1, LabelForm(3)).labels.tolist() == [[-1] * 3] * 2
     assert targets(torch.tensor([3, 1]), 5).tolist() == [3, 1]
+
+
+def test_rebatch_keeps_probabilities():
+    chunk = _chunk(0, 3)._replace(labels=torch.tensor([[0.5, 0.5], [1, 0], [0.25, 0.75]]))
+    first, second = rebatch([chunk], size=2, pin_memory=False)
+    assert first.labels.tolist() == [[0.5, 0.5], [1, 0]] and second.labels.tolist() == [[0.25, 0.75], [0, 0]]
+    assert targets(first.labels, 2) is first.labels
 
 
 def test_memory_is_used_again_only_when_nobody_holds_the_batch():
@@ -128,7 +136,7 @@ def _built(max_labels: int, *samples: dict[str, bytes | str] | BadSample) -> Bat
     config = Config.model_validate(
         {"model": {"num_classes": 5, "image_size": 8}, "data": {"max_labels": max_labels}, "loss": {"kind": "sigmoid"}}
     )
-    empty = empty_batch(len(samples) + 1, 8, max_labels)
+    empty = empty_batch(len(samples) + 1, 8, LabelForm(max_labels))
     empty.images.fill_(99)
     builder = BatchBuilder(empty, config, Workspace())
     for row, sample in enumerate(samples):

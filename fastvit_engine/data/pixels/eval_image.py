@@ -1,0 +1,18 @@
+"""An image as evaluation shows it to a model, by itself."""
+
+import numpy as np
+
+from fastvit_engine.config import Config
+from fastvit_engine.data.pixels.crops import eval_view, render
+from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
+
+
+def eval_image(content: bytes, config: Config) -> np.ndarray:
+    """uint8 [S, S, 3] from the bytes of an image file. Raises ValueError if it cannot be decoded."""
+    size = config.model.image_size
+    image = open_image(content, config.data.max_pixels)
+    view = eval_view(image.height, image.width, size, config.data.eval_crop, config.data.eval_transform)
+    pixels = image.decode(PixelBuffer(), view.reduction, decoding=view.decoding, rows=view.top + view.height)
+    out = np.empty((size, size, 3), np.uint8)
+    render(pixels, view, view.reduction, out, PixelBuffer())
+    return out
