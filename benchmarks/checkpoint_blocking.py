@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.publish import publish
 from benchmarks.step_overhead import describe_machine, resident_batches
 from fastvit_engine.checkpoint import Checkpointer, TrainerState, store_of
 from fastvit_engine.config import Resolved, load_config
@@ -33,7 +34,6 @@ from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.distributed.supervise import start_ranks
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.engine.build import build_engine
-from fastvit_engine.files import atomic_write
 from fastvit_engine.models import build_vit, parameter_count
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_kernels import FusedCrossEntropy
@@ -129,10 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = _run_ranks([*words, "--folder", folder], Path(folder))
     environment |= {"threads": 1, "world_size": PROCESSES, "precision": "fp32", "zero_stage": 1}
     results = {"environment": environment, **results}
-    args.out.mkdir(parents=True, exist_ok=True)
-    atomic_write(args.out / "checkpoint_blocking.json", json.dumps(results, indent=1) + "\n")
-    atomic_write(args.out / "checkpoint_blocking.md", render(results))
-    print(render(results))
+    publish(results, args.out, "checkpoint_blocking", render)
 
 
 def _run_ranks(words: Sequence[str], folder: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.machine import commit
 from benchmarks.plots import HAIR, INK, OURS, machine, pyplot, save
 from benchmarks.plots import head as title_of
+from benchmarks.publish import publish
 from benchmarks.resolution import Command, fastvit, shards_of
 from benchmarks.step_overhead import describe_machine
 from fastvit_engine.config import load_config
@@ -221,12 +222,7 @@ def main(arguments: Sequence[str] | None = None, command: Command = fastvit) -> 
         runs.mkdir(parents=True, exist_ok=True)
         experiment = Experiment(setup, runs, command)
         record |= summary(given.recipe, [experiment.measure(seed) for seed in given.seeds])
-    given.out.mkdir(parents=True, exist_ok=True)
-    atomic_write(given.out / f"{given.recipe}.json", json.dumps(record, indent=1) + "\n")
-    text = report(record)
-    atomic_write(given.out / f"{given.recipe}.md", text)
-    draw(record, given.out)
-    print(text)
+    publish(record, given.out, given.recipe, report, draw)
 
 
 if __name__ == "__main__":

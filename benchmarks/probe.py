@@ -21,10 +21,10 @@ from statistics import mean, pstdev
 from typing import Any
 
 from benchmarks.machine import commit
+from benchmarks.publish import publish
 from benchmarks.resolution import Command, fastvit
 from benchmarks.step_overhead import describe_machine
 from fastvit_engine.config import load_config
-from fastvit_engine.files import atomic_write
 from fastvit_engine.train.first_weights import fill_in
 
 NAME = "probe"
@@ -155,11 +155,7 @@ def main(arguments: Sequence[str] | None = None, command: Command = fastvit) -> 
     with tempfile.TemporaryDirectory() as scratch:
         record["sides"] = measure(model, folder, given, Path(scratch), command)
     record["load_average_after"] = os.getloadavg()[0]
-    given.out.mkdir(parents=True, exist_ok=True)
-    atomic_write(given.out / f"{NAME}.json", json.dumps(record, indent=1) + "\n")
-    text = report(record)
-    atomic_write(given.out / f"{NAME}.md", text)
-    print(text)
+    publish(record, given.out, NAME, report)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def _without_effect(config: Config) -> list[tuple[str, object, object]]:
         ("model.head", config.model.head, "linear"),
         ("init.head", config.init.head, "new"),
         ("data.max_labels", config.data.max_labels, 1),
-        ("data.soft_labels", config.data.soft_labels or None, None),
+        ("data.soft_labels", bool(config.data.soft_labels), False),
         ("augment.mixup", config.augment.mixup, 0),
         ("augment.cutmix", config.augment.cutmix, 0),
         ("loss.kind", config.loss.kind, "softmax"),

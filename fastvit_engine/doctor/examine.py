@@ -20,7 +20,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
-    from fastvit_engine.config import Config, ModelConfig
+    from fastvit_engine.config import Config
 
 _links = Group("links")
 _NODE_SECONDS = 150.0  # of all checks of a node together, at most
@@ -173,23 +173,32 @@ def _needed_room(config: "Config", folders: dict[str, str]) -> dict[str, int]:
     """Two checkpoints where they go; the shard cache its limit."""
     needs = {}
     with contextlib.suppress(UserError):  # of a model that cannot be
-        needs["checkpoints" if config.checkpoint.path else "run folder"] = 2 * checkpoint_bytes(config.model)
+        needs["checkpoints" if config.checkpoint.path else "run folder"] = 2 * checkpoint_bytes(config)
     if config.data.cache_gb:
         needs["shard cache"] = int(config.data.cache_gb * 1e9)
     return {name: max(2**30, size) for name, size in needs.items() if name in folders}
 
 
-def checkpoint_bytes(model: "ModelConfig") -> int:
-    """About the size of a checkpoint: weights and two moments in fp32. Raises UserError if the model cannot be.
+def checkpoint_bytes(config: "Config") -> int:
+    """About the size of a checkpoint: fp32 weights, their average if there is one, and the optimizer's state.
 
     Counts the large matrices only: to count all parameters takes PyTorch, whose import may take as long as this check.
+    Raises UserError if the model cannot be.
     """
     from fastvit_engine.config.model_shape import resolve_shape
+    from fastvit_engine.engine.optimizers.state import STATE_BYTES
 
-    shape = resolve_shape(model)
-    block = 4 * shape.width**2 + 2 * shape.width * shape.mlp_dim
-    patches_and_head = (3 * shape.patch_size**2 + model.num_classes) * shape.width
-    return 12 * (shape.depth * block + patches_and_head)
+    shape, optimizer = resolve_shape(config.model), config.optimizer
+    width, hidden = shape.width, shape.mlp_dim
+    block = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+    block |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+    matrices = [(f"blocks.0.{name}.weight", size) for name, size in block.items()] * shape.depth
+    matrices.append(("patch_embed.proj.weight", (width, 3 * shape.patch_size**2)))
+    matrices.append(("head.weight", (config.model.num_classes, width)))
+    learning = matrices[-1:] if optimizer.frozen == "backbone" else matrices
+    copies = 1 if config.ema.decay is None else 2
+    weights = 4 * copies * sum(rows * columns for _, (rows, columns) in matrices)
+    return weights + sum(STATE_BYTES[optimizer.kind](optimizer, *matrix) for matrix in learning)
 
 
 def _gpus(request: Request, gpus: Gpus) -> Iterable[Finding]:

@@ -24,6 +24,7 @@ from fastvit_engine.shown import shown
 
 Send = Callable[[Any], None]  # of one message, which JSON can hold
 _BLOCK = 1 << 16  # bytes
+_LATE = 1.0  # seconds after the limit for which what lies in the pipe is read: this process may have had no core
 _SPARE = 5.0  # seconds after the limit at which the kernel ends a process that is left over
 _LONGEST_REASON = 300  # characters
 
@@ -77,12 +78,13 @@ class Isolated:
     def _read(self) -> tuple[bytes, bool]:
         """All that was sent, and whether the check ended in time."""
         content = bytearray()
-        while (left := self._deadline - time.monotonic()) > 0:
-            if select.select([self._pipe], [], [], left)[0]:
-                block = os.read(self._pipe, _BLOCK)
-                if not block:
-                    return bytes(content), True
-                content += block
+        while (left := self._deadline - time.monotonic()) > -_LATE:
+            if not select.select([self._pipe], [], [], max(0.0, left))[0]:
+                break
+            block = os.read(self._pipe, _BLOCK)
+            if not block:
+                return bytes(content), True
+            content += block
         return bytes(content), False
 
     def _end(self) -> int:

@@ -6,6 +6,8 @@ import platform
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import fastvit_engine
@@ -17,7 +19,7 @@ _INSTALL = "pip install 'fastvit-engine[train]', from the root of a checkout: pi
 _NEEDED = ("torch", "triton", "deepspeed", "pydantic")  # if the engine's own list is not there: it is not installed
 _SAME_MODULE = {"opencv-python-headless": "cv2"}  # modules that other distributions bring as well
 _SHOWN = ("torch", "triton", "deepspeed")  # that have a line of their own
-_SLOW_IMPORT = 20.0  # seconds
+_SLOW_IMPORT = 20.0  # seconds, without those for which a busy machine had no core for it
 
 
 def check_software() -> Iterator[Finding]:
@@ -94,7 +96,7 @@ def _check_parts_of_torch() -> Iterator[Finding]:
 
 
 def _import_torch() -> Iterator[Finding]:
-    began = time.monotonic()
+    began, waited = time.monotonic(), _waited_for_a_core()
     try:
         import torch
     except Exception as error:  # of a library that the loader does not find, most often
@@ -102,7 +104,7 @@ def _import_torch() -> Iterator[Finding]:
             "import torch", f"torch is installed and does not import: {_first_line(error)}", "install torch again"
         )
         return
-    seconds = time.monotonic() - began
+    seconds, waited = time.monotonic() - began, _waited_for_a_core() - waited
     built = "without CUDA"
     if torch.version.hip:
         built = f"ROCm {torch.version.hip}"
@@ -110,11 +112,20 @@ def _import_torch() -> Iterator[Finding]:
         nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else None
         built = f"CUDA {torch.version.cuda}, " + ("NCCL " + ".".join(map(str, nccl)) if nccl else "without NCCL")
     found = f"built {'for ' if not built.startswith('without') else ''}{built}; imported in {seconds:.1f} s"
-    if seconds > _SLOW_IMPORT:
+    if waited > seconds / 4:
+        found += f", {waited:.1f} of which it waited for a core"
+    if seconds - waited > _SLOW_IMPORT:
         advice = "keep the environment on a local disk: many ranks that import at once take longer still"
         yield _group.warning("import torch", found, advice, same=built, figures={"seconds": seconds})
     else:
         yield _group.ok("import torch", found, same=built, figures={"seconds": seconds})
+
+
+def _waited_for_a_core() -> float:
+    """Seconds for which this thread was ready to run and had no core; 0 if the kernel does not count them."""
+    with suppress(OSError):
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    return 0.0
 
 
 def _check_torchvision() -> Iterator[Finding]:

@@ -37,6 +37,7 @@ from fastvit_engine.config import (
 )
 from fastvit_engine.config.model_shape import masked_count, predicted_numbers, tokens_in_training
 from fastvit_engine.engine.optimizers.kinds import KINDS
+from fastvit_engine.engine.optimizers.state import STATE_BYTES
 from fastvit_engine.models import resolve_shape
 from fastvit_engine.models.masked_autoencoder import MLP_RATIO
 from fastvit_engine.models.pretraining import model_for_training
@@ -181,7 +182,7 @@ def state_memory(
 
     masters = 0 if stage == 0 and precision == "fp32" else 4 * (total if stage == 0 else total_share)
     kind = KINDS[optimizer.kind]
-    kept = sum(kind.state_bytes(optimizer, name, shape) for name, shape in counts.learning_shapes)
+    kept = sum(STATE_BYTES[optimizer.kind](optimizer, name, shape) for name, shape in counts.learning_shapes)
     states = masters + (kept if stage == 0 else -(-kept * share // whole))
     weights = compute * (total_share if stage == 3 else total)
     if stage <= 1:

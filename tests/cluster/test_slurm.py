@@ -1,5 +1,6 @@
 """launch/slurm/train.sbatch in a SLURM cluster of its own."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -94,6 +95,20 @@ def test_slurm_accepts_the_script_as_it_is(slurm, environment):
     done = slurm.run("sbatch", *options, SCRIPT, "--", "vit_b16_i21k", "--out", "run", env=environment)
     assert done.returncode == 0, done.stderr
     assert "to start at" in done.stderr
+
+
+@matrix
+def test_doctor_as_a_step_needs_no_address_and_reports_once(slurm, environment, tmp_path):
+    """As docs/doctor.md starts it: srun sets no MASTER_ADDR."""
+    command = ["srun", "--nodes=2", "--ntasks-per-node=2", f"--chdir={tmp_path}", "python", "-m", "fastvit_engine"]
+    without = {name: value for name, value in environment.items() if not name.startswith("MASTER_")}
+    done = slurm.run(*command, "doctor", "--json", env=without, timeout=400)
+    report = json.loads(done.stdout)  # one alone, and nothing beside it
+    found = {one["subject"]: one for one in report["findings"] if one["group"] == "links"}
+    assert report["hosts"] == ["node-0", "node-1"], done.stderr
+    assert found["all-reduce"]["found"].endswith("by Gloo on 4 processes of 2 nodes (bus bandwidth)")
+    assert found["between nodes"]["status"] == "ok"
+    assert (done.returncode == 0) == (report["problems"] == 0), done.stderr
 
 
 @matrix

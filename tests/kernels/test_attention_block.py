@@ -157,7 +157,7 @@ def test_any_shape(
 
 @pytest.mark.parametrize("hostile", ["offset", "one huge", "constant rows"])
 def test_hostile_rows(hostile: str, device: torch.device) -> None:
-    inputs = block_inputs(2, 3, 40, scaled=True)
+    inputs = block_inputs(1, 3, 40, scaled=True)
     if hostile == "offset":
         inputs["x"] += 1000
     elif hostile == "one huge":
@@ -278,7 +278,7 @@ def test_frozen_parameters_cost_nothing(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = leaves(device, torch.float32, 2, 3, 16)
+    arguments = leaves(device, torch.float32, 1, 3, 16)
     every = dict(zip(arguments, run(arguments)[1:], strict=True))
     calls = []
     for name in ("weight_gradient", "input_gradient"):
@@ -310,7 +310,7 @@ def test_gradients_are_the_same_bits_in_every_run(shape: tuple[int, ...], device
     assert equal(run(arguments), run(arguments))
 
 
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("low", [torch.bfloat16, in_full(torch.float16)])
 def test_autocast_computes_products_in_its_dtype(low: torch.dtype, device: torch.device) -> None:
     arguments = leaves(device, torch.float32, 2, 5, 40)
     full = run(arguments)
@@ -437,7 +437,7 @@ def test_block_with_non_contiguous_input(device: torch.device) -> None:
 
 def test_drop_path_keeps_or_drops_whole_samples(implementation: str, device: torch.device) -> None:
     # interpreted, 8000 programs would take a minute; chance is not the kernels' matter
-    batch = 4000 if implementation == "reference" or device.type == "cuda" else 50
+    batch = 4000 if implementation == "reference" or device.type == "cuda" else 25
     inputs = {name: tensor.to(device) for name, tensor in block_inputs(batch, 2, 8).items()}
     x = inputs["x"]
     branch = attention_block(**inputs, **BLOCK) - x
@@ -448,7 +448,7 @@ def test_drop_path_keeps_or_drops_whole_samples(implementation: str, device: tor
 
 
 def test_dropout_acts_on_the_projected_output(implementation: str, device: torch.device) -> None:
-    batch = 500 if implementation == "reference" or device.type == "cuda" else 50
+    batch = 500 if implementation == "reference" or device.type == "cuda" else 12
     inputs = {name: tensor.to(device) for name, tensor in block_inputs(batch, 5, 8).items()}
     x = inputs["x"]
     branch = attention_block(**inputs, **BLOCK) - x

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -56,9 +58,16 @@ def test_matches_independent_formulation(shape: tuple[int, ...], dtype: torch.dt
     assert_accurate(layer_norm, plain_layer_norm, inputs(*shape), dtype, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(3, 5, 769), (1, 2, 1280), (17, 9), (2, 2, 3, 64)])
-@pytest.mark.parametrize("scaled", [False, True])
+QUICK_SUMS = [((3, 5, 769), True, torch.float32), ((1, 2, 1280), False, torch.bfloat16)]
+QUICK_SUMS += [((17, 9), True, torch.bfloat16), ((2, 2, 3, 64), False, torch.float32)]
+FULL_SUMS = itertools.product(
+    [(3, 5, 769), (1, 2, 1280), (17, 9), (2, 2, 3, 64)], [False, True], [torch.float32, torch.bfloat16]
+)
+
+
+@pytest.mark.parametrize(
+    ("shape", "scaled", "dtype"), QUICK_SUMS + [in_full(*case) for case in FULL_SUMS if case not in QUICK_SUMS]
+)
 def test_sum_matches_independent_formulation(
     shape: tuple[int, ...], scaled: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -79,7 +88,7 @@ def test_production_sizes(width: int, dtype: torch.dtype, device: torch.device) 
 @pytest.mark.parametrize("hostile", ["offset", "one huge", "constant rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_hostile_rows(hostile: str, dtype: torch.dtype, device: torch.device) -> None:
-    arguments = inputs(3, 5, 769)
+    arguments = inputs(1, 3, 769)
     if hostile == "offset":
         arguments["x"] += 1000
     elif hostile == "one huge":
@@ -97,7 +106,7 @@ def test_hostile_rows(hostile: str, dtype: torch.dtype, device: torch.device) ->
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
+    shape=st.lists(st.integers(1, 9 if IN_FULL else 4), min_size=1, max_size=3),
     width=st.integers(8, 300),
     scaled=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -153,11 +162,11 @@ def test_nan_stays_in_its_row(device: torch.device) -> None:
 
 
 def test_statistics_are_float32_and_parameters_may_be(device: torch.device) -> None:
-    arguments = {name: tensor.to(device).requires_grad_() for name, tensor in inputs(64, 768).items()}
+    arguments = {name: tensor.to(device).requires_grad_() for name, tensor in inputs(8, 768).items()}
     x = arguments.pop("x").detach().bfloat16()
     y, wide = layer_norm(x, **arguments), layer_norm(x.float(), **arguments)
     assert y.dtype == torch.bfloat16
-    # one rounding to bfloat16 apart, which in Triton's interpreter is a truncation
+    # one rounding to bfloat16 apart
     assert ((y.float() - wide).abs() <= 2**-7 * wide.abs() + 1e-6).all()
     y.float().square().sum().backward()
     assert arguments["weight"].grad.dtype == arguments["bias"].grad.dtype == torch.float32
@@ -188,8 +197,9 @@ def test_residual_stream_may_be_wider_than_the_branch(low: torch.dtype, device: 
         torch.testing.assert_close(gradient.double(), expected, rtol=0.02, atol=0.02)
 
 
-def test_drop_path_keeps_or_drops_whole_samples(device: torch.device) -> None:
-    batch = 200
+def test_drop_path_keeps_or_drops_whole_samples(implementation: str, device: torch.device) -> None:
+    # interpreted, each row takes its time; chance is not the kernels' matter
+    batch = 200 if implementation == "reference" or device.type == "cuda" else 25
     arguments = {name: tensor.to(device) for name, tensor in add_inputs(batch, 2, 8, scaled=True).items()}
     arguments["branch"].requires_grad_()
     y, normed = add_layer_norm(**arguments, drop_path=0.2)

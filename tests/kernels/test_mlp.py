@@ -129,7 +129,7 @@ def test_any_shape(
 
 @pytest.mark.parametrize("hostile", ["offset", "one huge", "constant rows"])
 def test_hostile_rows(hostile: str, device: torch.device) -> None:
-    arguments = inputs(3, 5, 80, 100, scaled=True)
+    arguments = inputs(1, 5, 80, 100, scaled=True)
     if hostile == "offset":
         arguments["x"] += 1000
     elif hostile == "one huge":
@@ -331,7 +331,7 @@ def test_gradients_are_the_same_bits_in_every_run(shape: tuple[int, ...], device
             assert all(torch.equal(a, b) for a, b in zip(run(arguments), run(arguments), strict=True))
 
 
-@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("low", [torch.bfloat16, in_full(torch.float16)])
 def test_autocast_computes_products_in_its_dtype(low: torch.dtype, device: torch.device) -> None:
     arguments = leaves(device, torch.float32, 3, 5, 40, 72)
     full = run(arguments)

@@ -1,3 +1,4 @@
+import itertools
 from functools import partial
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from fastvit_kernels import dispatch, patch_embed
 from fastvit_kernels.patch_embed import op
+from tests.in_full import IN_FULL, in_full
 from tests.kernels.numerics import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("implementation")
@@ -76,11 +78,23 @@ def assert_equals_convolution(
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("cls", [True, False])
-@pytest.mark.parametrize(
-    "shape", [(1, 14, 14, 14, 80), (2, 56, 28, 14, 33), (3, 16, 24, 4, 65), (3, 32, 48, 16, 130), (2, 3, 2, 1, 5)]
-)
+SHAPES = [(1, 14, 14, 14, 80), (2, 56, 28, 14, 33), (3, 16, 24, 4, 65), (3, 32, 48, 16, 130), (2, 3, 2, 1, 5)]
+QUICK = [  # each shape with and without a class token, each dtype with more than one shape
+    (SHAPES[0], True, torch.bfloat16),
+    (SHAPES[0], False, torch.float32),
+    (SHAPES[1], True, torch.float16),
+    (SHAPES[1], False, torch.bfloat16),
+    (SHAPES[2], True, torch.float32),
+    (SHAPES[2], False, torch.bfloat16),
+    (SHAPES[3], True, torch.bfloat16),
+    (SHAPES[3], False, torch.float16),
+    (SHAPES[4], True, torch.float32),
+    (SHAPES[4], False, torch.float16),
+]
+FULL = itertools.product(SHAPES, [True, False], [torch.float32, torch.bfloat16, torch.float16])
+
+
+@pytest.mark.parametrize(("shape", "cls", "dtype"), QUICK + [in_full(*case) for case in FULL if case not in QUICK])
 def test_equals_convolution(
     shape: tuple[int, int, int, int, int], cls: bool, dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -110,7 +124,12 @@ def test_production_sizes(
     assert_equals_convolution(arguments, dtype, device, keep_indices)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15 if IN_FULL else 6,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     batch=st.integers(1, 4),
     grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),

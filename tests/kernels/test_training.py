@@ -99,18 +99,18 @@ def by_kernels(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "lr"), [(60, 0.1), in_full(200, 0.05)])
-def test_kernels_follow_the_loss_curve_of_plain_pytorch(steps: int, lr: float) -> None:
+@pytest.mark.parametrize(("classes", "steps", "lr"), [(2, 16, 0.1), in_full(4, 200, 0.05)])
+def test_kernels_follow_the_loss_curve_of_plain_pytorch(classes: int, steps: int, lr: float) -> None:
     if not dispatch.INTERPRETED:
         pytest.skip("does not apply: kernels need a GPU or Triton's interpreter")
-    start = SmallViT(image=8, patch=4, width=16, depth=2, heads=1, classes=4)
+    start = SmallViT(image=8, patch=4, width=16, depth=2, heads=1, classes=classes)
     ours, plain = copy.deepcopy(start), copy.deepcopy(start)
-    settings = {"image": 8, "classes": 4, "batch": 2, "device": torch.device("cpu"), "steps": steps}
+    settings = {"image": 8, "classes": classes, "batch": 2, "device": torch.device("cpu"), "steps": steps}
     expected = train(plain, plain_logits, F.cross_entropy, batches(**settings), lr=lr)
     with dispatch.using("triton"):
         losses = train(ours, by_kernels, FusedCrossEntropy(), batches(**settings), lr=lr)
 
-    assert expected[-20:].mean() < 0.1 * expected[:20].mean()
+    assert expected[-4:].mean() < 0.1 * expected[:8].mean()
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
     for name, error in deviations(ours, plain, start).items():
         assert error <= 0.002, name

@@ -127,7 +127,12 @@ def read_labels(sample: Sample, keys: SampleKeys, num_classes: int) -> list[int]
 
 
 def read_soft_label(sample: Sample, num_classes: int) -> SoftLabel | None:
-    """The soft label of a sample, of up to num_classes classes; None if it has none. Raises Unusable."""
+    """The soft label of a sample, of up to num_classes classes; None if it has none. Raises Unusable.
+
+    Without classes there is none: it is not read.
+    """
+    if num_classes == 0:
+        return None
     try:
         soft = soft_label_of(sample)
     except ValueError as error:

@@ -383,7 +383,7 @@ def _check_soft_labels(
 
     soft: whether each source has soft labels.
     """
-    if not config.model.num_classes:
+    if config.model.num_classes == 0:  # no labels are read
         return
     where = next((source for source, has in zip(sources, soft, strict=True) if has), None)
     if where is None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import mmap
+import re
 import signal
 import sys
 import threading
@@ -156,17 +157,41 @@ def _foreign_threads_run() -> bool:
     return False
 
 
-def lost_worker(error: RuntimeError) -> str | None:
-    """What to say of an error that reports a killed data worker; None for other errors.
+_KILLED = re.compile(r"DataLoader worker \(pid (\d+)\) is killed by signal: (.+?)\. ")
+_EXITED = re.compile(r"DataLoader worker \(pid (\d+)\) exited unexpectedly with exit code (\d+)")
+# What a signal that ends a worker tells, and what to do.
+_TOLD_BY_SIGNAL: dict[int | None, str] = {
+    signal.SIGKILL: "as the kernel does when memory runs out (dmesg names the process then): if it happens again, "
+    "lower data.num_workers, or give the machine or container more memory",
+    signal.SIGBUS: "as when a file that is mapped into memory has no room or cannot be read: see `df /dev/shm`, "
+    "through which data.order=stream hands over its batches, and dmesg for a disk that fails",
+    **dict.fromkeys(
+        (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE),
+        "which is a crash in native code: to see where, decode in the training process, with --set data.num_workers=0 "
+        "and PYTHONFAULTHANDLER=1 in the environment",
+    ),
+}
+_SENT = "which the engine does not send to its workers: see what else on this machine ends processes"
 
-    PyTorch raises it from a signal handler, at any point of the main thread.
+
+def lost_worker(error: RuntimeError) -> str | None:
+    """What to say of an error that reports a data worker's end: how it ended, as far as PyTorch knows.
+
+    None for other errors. PyTorch raises it from a signal handler, at any point of the main thread. If that is while
+    the loader waits for a batch, the loader raises another from it, which no longer says how.
     """
     if "DataLoader worker" not in str(error):
         return None
-    return (
-        "a data worker process was killed, most often for lack of host memory or of /dev/shm: if it happens again, "
-        "lower data.num_workers, or give the machine more of it"
-    )
+    known = f"{error}\n{error.__cause__}\n"
+    if killed := _KILLED.search(known):
+        number = next((number for number in signal.Signals if signal.strsignal(number) == killed[2]), None)
+        name = killed[2] if number is None else number.name
+        return f"data worker process {killed[1]} was killed by {name}, {_TOLD_BY_SIGNAL.get(number, _SENT)}"
+    if exited := _EXITED.search(known):
+        return (
+            f"data worker process {exited[1]} ended with exit code {exited[2]} and no error: see what it printed before"
+        )
+    return "a data worker process has ended, and nothing says how: see what it printed before, and dmesg"
 
 
 def _unchanged(item: Any) -> Any:

@@ -14,19 +14,10 @@ from torch.nn import functional
 from fastvit_engine.engine.optimizers.batches import BATCH, in_batches
 from fastvit_engine.engine.optimizers.groups import APART, ParameterGroups
 from fastvit_engine.engine.optimizers.partition import Held, Partition, PartitionedOptimizer
+from fastvit_engine.engine.optimizers.state import matrix_shape
 
 ROWS, COLUMNS = "exp_avg_sq_row", "exp_avg_sq_col"
 _DECAY_POWER = 0.8
-_SMALLEST_FACTORED = 16  # rows and columns
-
-
-def is_factored(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the second moment of a parameter is factored: that of a matrix with at least 16 rows and columns."""
-    return len(size := _matrix_shape(shape)) == 2 and min(size) >= _SMALLEST_FACTORED
-
-
-def _matrix_shape(shape: Sequence[int]) -> list[int]:
-    return [size for size in shape if size > 1]
 
 
 class Adafactor(PartitionedOptimizer):
@@ -43,7 +34,7 @@ class Adafactor(PartitionedOptimizer):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, APART: False})
 
     def statistic_shape(self, kind: str, name: str) -> list[int]:
-        rows, columns = _matrix_shape(self.shapes[name])
+        rows, columns = matrix_shape(self.shapes[name])
         return [rows if kind == ROWS else columns]
 
     def update(self, group: dict[str, Any], partitions: list[Partition]) -> None:

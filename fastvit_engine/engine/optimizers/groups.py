@@ -15,7 +15,6 @@ MATRICES = "matrices"  # whether its parameters are those that weight decay is f
 APART = "apart"  # whether the optimizer keeps other state for its parameters than for the rest
 _OF_EMBEDDING = re.compile(r"(cls_token|reg_token|mask_token|pos_embed|patch_embed)")
 _OF_BLOCK = re.compile(r"blocks\.(\d+)\.")
-_OF_DECODER_BLOCK = re.compile(r"decoder\.blocks\.\d+\.")
 
 # Of a parameter's name and shape: whether it belongs into a group that is APART.
 Apart = Callable[[str, tuple[int, ...]], bool]
@@ -23,12 +22,6 @@ Apart = Callable[[str, tuple[int, ...]], bool]
 
 def none_apart(name: str, shape: tuple[int, ...]) -> bool:
     return False
-
-
-def is_hidden_matrix(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether it is the matrix of a dense layer inside a block, from one hidden representation to another."""
-    is_of_block = _OF_BLOCK.match(name) or _OF_DECODER_BLOCK.match(name)
-    return is_of_block is not None and name.endswith(".weight") and len(shape) == 2
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerConfig, apart: Apart = none_apart) -> ParameterGroups:

@@ -1,6 +1,5 @@
 """The optimizers a run may choose (`optimizer.kind`), and how much memory they need."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,20 +8,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fastvit_engine.config import Config, OptimizerConfig
-from fastvit_engine.engine.optimizers.adafactor import Adafactor, is_factored
+from fastvit_engine.engine.optimizers.adafactor import Adafactor
 from fastvit_engine.engine.optimizers.batches import BATCH
-from fastvit_engine.engine.optimizers.groups import (
-    Apart,
-    ParameterGroups,
-    is_hidden_matrix,
-    none_apart,
-    parameter_groups,
-)
+from fastvit_engine.engine.optimizers.groups import Apart, ParameterGroups, none_apart, parameter_groups
 from fastvit_engine.engine.optimizers.lamb import Lamb
 from fastvit_engine.engine.optimizers.lion import Lion
 from fastvit_engine.engine.optimizers.muon import ROUND, Muon
-
-Shape = tuple[int, ...]
+from fastvit_engine.engine.optimizers.state import is_factored, is_hidden_matrix
 
 
 @dataclass(frozen=True)
@@ -30,8 +22,6 @@ class OptimizerKind:
     """One value of `optimizer.kind`, which works at every ZeRO stage."""
 
     build: Callable[[ParameterGroups, OptimizerConfig, bool], Optimizer]  # the last argument: on a GPU, not offloaded
-    # Bytes of state for a parameter of this name and shape.
-    state_bytes: Callable[[OptimizerConfig, str, Shape], int]
     # Bytes that an update needs on its way, without fused kernels: by the elements of the largest tensor that the
     # optimizer is given, and of all together.
     scratch_bytes: Callable[[OptimizerConfig, int, int], int]
@@ -63,39 +53,19 @@ def _adafactor(groups: ParameterGroups, settings: OptimizerConfig, fused: bool) 
     return Adafactor(groups, settings.learning_rate, settings.betas, settings.eps)
 
 
-def _fp32(numbers: int) -> Callable[[OptimizerConfig, str, Shape], int]:
-    """As `state_bytes`: so many fp32 numbers for each element."""
-    return lambda settings, name, shape: 4 * numbers * math.prod(shape)
-
-
 def _batches(numbers: int) -> Callable[[OptimizerConfig, int, int], int]:
     """As `scratch_bytes`: so many fp32 numbers for each element of a batch."""
     return lambda settings, largest, total: 4 * numbers * min(total, BATCH)
 
 
-def _muon_state(settings: OptimizerConfig, name: str, shape: Shape) -> int:
-    return (4 if is_hidden_matrix(name, shape) else 8) * math.prod(shape)
-
-
-def _adafactor_state(settings: OptimizerConfig, name: str, shape: Shape) -> int:
-    return 2 * math.prod(shape) + 4 * (sum(shape) if is_factored(name, shape) else math.prod(shape))
-
-
 KINDS: dict[str, OptimizerKind] = {
-    "adamw": OptimizerKind(_adamw, _fp32(2), lambda settings, largest, total: 8 * largest, fused=True),
-    "sgd": OptimizerKind(
-        _sgd,
-        lambda settings, name, shape: 4 * math.prod(shape) * (settings.momentum > 0),
-        lambda settings, largest, total: 4 * largest * (settings.weight_decay > 0),
-        fused=True,
-    ),
-    "lion": OptimizerKind(_lion, _fp32(1), _batches(1)),
+    "adamw": OptimizerKind(_adamw, lambda settings, largest, total: 8 * largest, fused=True),
+    "sgd": OptimizerKind(_sgd, lambda settings, largest, total: 4 * largest * (settings.weight_decay > 0), fused=True),
+    "lion": OptimizerKind(_lion, _batches(1)),
     # Besides AdamW's part: bf16 matrices that are collected, returned, and multiplied.
-    "muon": OptimizerKind(
-        _muon, _muon_state, lambda settings, largest, total: 8 * min(total, ROUND), apart=is_hidden_matrix
-    ),
-    "lamb": OptimizerKind(_lamb, _fp32(2), _batches(2)),
-    "adafactor": OptimizerKind(_adafactor, _adafactor_state, _batches(4), apart=is_factored),
+    "muon": OptimizerKind(_muon, lambda settings, largest, total: 8 * min(total, ROUND), apart=is_hidden_matrix),
+    "lamb": OptimizerKind(_lamb, _batches(2)),
+    "adafactor": OptimizerKind(_adafactor, _batches(4), apart=is_factored),
 }
 
 

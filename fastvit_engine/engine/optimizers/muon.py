@@ -4,7 +4,7 @@ The update of a matrix is scaled by 0.2 sqrt(max(rows, columns)), so that its el
 al. 2025): one learning rate and one weight decay serve both.
 
 Orthogonalizing needs a whole matrix, and is the work of one process for each. The others send it their parts of the
-momentum, in bf16, which it computes in anyway, and get back what they hold of the result.
+momentum in bf16, and get back what they hold of the result. It is multiplied in bf16 too, but on a CPU in float32.
 """
 
 import math
@@ -21,7 +21,7 @@ from fastvit_engine.engine.optimizers.exchange import Exchange, Matrix, Spans, p
 from fastvit_engine.engine.optimizers.groups import APART, ParameterGroups
 from fastvit_engine.engine.optimizers.partition import Partition, PartitionedOptimizer
 
-DTYPE = torch.bfloat16  # of the matrices that are exchanged and multiplied
+DTYPE = torch.bfloat16  # of the matrices that are exchanged
 ROUND = 2**27  # elements of the matrices that are exchanged at a time
 _MOMENTUM = "momentum_buffer"
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic: as steep at 0 as one that still converges
@@ -156,13 +156,15 @@ def alike(matrices: Sequence[Matrix], numbers: Sequence[int]) -> Iterator[list[i
 
 def orthogonalize(matrices: Tensor) -> Tensor:
     """[k, rows, columns] -> the same in DTYPE, with singular values between about 0.7 and 1.2 (Newton-Schulz)."""
-    x = matrices.to(DTYPE)
+    # A CPU without instructions for bf16 multiplies 30 times as fast in float32.
+    dtype = torch.float32 if matrices.device.type == "cpu" else DTYPE
+    x = matrices.to(dtype)
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     norms = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32)
-    x = (x / norms.clamp(min=1e-7)).to(DTYPE)
+    x = (x / norms.clamp(min=1e-7)).to(dtype)
     a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(DTYPE)

@@ -91,8 +91,12 @@ def _tiles(run: RecordedRun) -> list[_Tile]:
     for kind, name in (("eval", "top-1"), ("eval_ema", "top-1, EMA weights")):
         if rows := run.evaluations_of(kind):
             final, best = rows[-1], best_evaluation(rows)
-            when = "the best" if best is final else f"best {format_share(best['top1'])} at step {best['step']:,}"
-            tiles.append(_Tile(name, format_share(final["top1"]), f"{final['samples']:,} held-out images; {when}"))
+            remark = f"{final['samples']:,} held-out images"
+            if best is not final:
+                remark += f"; best {format_share(best['top1'])} at step {best['step']:,}"
+            elif len(rows) > 1:
+                remark += "; the best of the run"
+            tiles.append(_Tile(name, format_share(final["top1"]), remark))
     if losses := run.losses_of("eval"):
         tiles.append(_Tile("held-out loss", SHORT(losses[-1]["loss"]), f"at step {losses[-1]['step']:,}"))
     elif run.train:

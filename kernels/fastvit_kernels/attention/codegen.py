@@ -53,6 +53,8 @@ def cases() -> Iterator[Case]:
         partial(launch, Call(on_meta(BATCH, 77, 3, 8, 64), causal=True)),
         KERNELS,
     )
+    of_text = partial(launch_with_sums, on_meta(BATCH, 77, 3, 8, 64), causal=True)
+    yield Case("CLIP's text, causal, bias of q, k and v", of_text, KERNELS[1:2])
     yield Case("H/14, causal", partial(launch, Call(qkv, causal=True)), KERNELS)
     ends = on_meta(BATCH + 1, dtype=torch.int32)
     with_bias = (*KERNELS, "attention_bwd_bias_kernel")
@@ -75,6 +77,6 @@ def launch(call: Call) -> None:
     launch_gradients(out, out, lse, True, *call)
 
 
-def launch_with_sums(qkv: Tensor) -> None:
+def launch_with_sums(qkv: Tensor, causal: bool = False) -> None:
     out, lse = fake_forward(qkv)
-    launch_backward_and_sums(out, qkv, out, lse, qkv.new_empty(qkv[0, 0].numel()), ColumnSums())
+    launch_backward_and_sums(out, qkv, out, lse, qkv.new_empty(qkv[0, 0].numel()), ColumnSums(), causal)

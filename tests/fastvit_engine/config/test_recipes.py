@@ -337,7 +337,12 @@ def test_self_distillation_has_the_values_of_its_authors_code():
 
 @pytest.mark.parametrize(
     ("recipe", "before"),
-    [("quickstart", "mae_digits"), ("quickstart", "dino_digits"), ("cifar10_cpu", "mae_cifar10_cpu")],
+    [
+        ("quickstart", "mae_digits"),
+        ("quickstart", "dino_digits"),
+        ("cifar10_cpu", "mae_cifar10_cpu"),
+        ("cifar10_cpu", "masked_patch_cifar10_cpu"),
+    ],
 )
 def test_a_small_recipe_has_the_shape_of_the_one_that_it_can_start_from(recipe, before):
     model, encoder = (load_config(name).config.model for name in (recipe, before))

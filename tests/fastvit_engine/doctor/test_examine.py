@@ -21,22 +21,28 @@ from fastvit_engine.doctor.findings import Group, Status
 from fastvit_engine.doctor.isolated import Isolated, stopping
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import parameter_count
+from tests.fastvit_engine.doctor.limits import Limit
 
 pytestmark = pytest.mark.distributed
 software = Group("software")
 REPOSITORY = Path(__file__).parents[3]
 
 
-def test_a_check_that_hangs_or_crashes_leaves_the_rest_of_the_report():
+def test_a_check_that_hangs_or_crashes_leaves_the_rest_of_the_report(monkeypatch):
+    limit = Limit("S")
+
     def hang():
         yield software.ok("torch", "2.13")
-        time.sleep(60)
+        limit.near()
+        time.sleep(600)
 
     def fail():
         raise ImportError("no module")
         yield
 
-    first, last = examine.run_check("data", hang, 0.3)
+    with monkeypatch.context() as patched:
+        patched.setattr(examine, "run_isolated", limit.run)
+        first, last = examine.run_check("data", hang, 0.3)
     assert first == software.ok("torch", "2.13")
     assert (last.group, last.status) == ("data", Status.PROBLEM)
     assert (last.subject, last.found) == ("rest of data", "could not be checked: it did not end within 0.3 s")
@@ -48,16 +54,38 @@ def test_a_check_that_hangs_or_crashes_leaves_the_rest_of_the_report():
 
 @pytest.mark.parametrize("name", ["B/16", "L/16", "H/14"])
 def test_the_room_for_a_checkpoint_is_about_that_of_all_parameters(name):
-    model = Config(model={"name": name, "image_size": 224}).model
-    assert examine.checkpoint_bytes(model) == pytest.approx(12 * parameter_count(model), rel=0.01)
+    config = Config(model={"name": name, "image_size": 224})
+    assert examine.checkpoint_bytes(config) == pytest.approx(12 * parameter_count(config.model), rel=0.01)
 
 
-def test_a_check_that_still_computes_at_its_limit_is_slow_and_no_problem():
+@pytest.mark.parametrize(
+    ("settings", "per_parameter"),
+    [
+        ({"optimizer": {"kind": "sgd"}}, 8),
+        ({"optimizer": {"kind": "sgd", "momentum": 0}}, 4),
+        ({"optimizer": {"kind": "lion"}}, 8),
+        ({"optimizer": {"kind": "muon"}}, 8),  # the patch projection and the head, which have more, are 2 % of H/14
+        ({"optimizer": {"kind": "lamb"}}, 12),
+        ({"optimizer": {"kind": "adafactor"}}, 6),
+        ({"optimizer": {"frozen": "backbone"}}, 4),
+        ({"optimizer": {"kind": "lion"}, "ema": {"decay": 0.999}}, 12),
+    ],
+)
+def test_the_room_for_a_checkpoint_is_what_its_optimizer_and_average_keep(settings, per_parameter):
+    config = Config(model={"name": "H/14", "image_size": 224, "num_classes": 10}, **settings)
+    assert examine.checkpoint_bytes(config) == pytest.approx(per_parameter * parameter_count(config.model), rel=0.01)
+
+
+def test_a_check_that_still_computes_at_its_limit_is_slow_and_no_problem(monkeypatch):
+    limit = Limit("R")
+
     def compute():
+        limit.near()
         while True:
             pass
         yield
 
+    monkeypatch.setattr(examine, "run_isolated", limit.run)
     (only,) = examine.run_check("disks", compute, 0.3)
     assert (only.subject, only.status) == ("rest of disks", Status.WARNING)
     assert only.found.startswith("slow: it did not end within 0.3 s, and was still computing; ")

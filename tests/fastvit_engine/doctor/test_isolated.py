@@ -6,12 +6,12 @@ import signal
 import subprocess
 import time
 from functools import partial
-from pathlib import Path
 
 import pytest
 
-from fastvit_engine.doctor.isolated import Isolated, run_isolated
+from fastvit_engine.doctor.isolated import Isolated, Outcome, run_isolated, stopping
 from fastvit_engine.errors import UserError
+from tests.fastvit_engine.doctor.limits import Limit, state_of
 
 
 def test_messages_arrive_in_order_and_what_is_printed_goes_nowhere(capfd):
@@ -57,25 +57,34 @@ def test_a_check_that_holds_the_interpreter_ends_at_its_limit_with_all_that_it_h
     """As a driver's call that never returns does."""
 
     def hang(send):
-        child = subprocess.Popen(["sleep", "60"])
+        child = subprocess.Popen(["sleep", "600"])
         send(child.pid)
-        ctypes.PyDLL(None).sleep(60)  # without releasing the lock of the interpreter
+        limit.near()
+        ctypes.PyDLL(None).sleep(600)  # without releasing the lock of the interpreter
 
-    began = time.monotonic()
-    outcome = run_isolated(hang, 0.5)
-    assert outcome.failure == "it did not end within 0.5 s"
-    assert time.monotonic() - began < 30
+    limit = Limit("S")
+    outcome = limit.run(hang, 0.5)
+    assert (outcome.failure, outcome.timely, outcome.busy) == ("it did not end within 0.5 s", False, False)
     (child,) = outcome.messages
     assert is_gone(child)
 
 
+def test_a_check_is_waited_for_no_longer_than_its_limit():
+    outcome = run_isolated(lambda send: time.sleep(600), 0.2)
+    assert (outcome.failure, outcome.timely) == ("it did not end within 0.2 s", False)
+
+
+def test_a_check_that_ended_in_time_is_timely_even_if_this_process_had_no_core_to_see_it():
+    with stopping([Isolated(lambda send: send("done"), 60)]) as (one,):
+        assert is_gone(one._process)
+        one._deadline = time.monotonic()
+        assert one.wait() == Outcome(["done"], None)
+
+
 def is_gone(process):
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        try:
-            if Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return True
-        except FileNotFoundError:
+        if state_of(process) in ("Z", "gone"):
             return True
         time.sleep(0.01)
     return False
@@ -84,6 +93,6 @@ def is_gone(process):
 def test_a_check_that_nobody_waits_for_ends(monkeypatch):
     """The kernel ends it, if the process that started it was killed."""
     monkeypatch.setattr("fastvit_engine.doctor.isolated._SPARE", 0.1)
-    check = Isolated(lambda send: time.sleep(60), 0.2)
+    check = Isolated(lambda send: time.sleep(600), 0.2)
     assert is_gone(check._process)
     check.stop()

@@ -3,6 +3,8 @@
 import importlib
 import importlib.metadata
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,6 +87,25 @@ def test_a_prerelease_of_a_vendor_counts_as_its_release(site):
     site("fastvit-kernels", "0.1.0", "torch>=2.11")
     site("torch", "2.11.0a0+nv25.11")
     assert found("torch").status == Status.OK
+
+
+@pytest.mark.parametrize(
+    ("waited", "status", "words"),
+    [
+        (0, Status.WARNING, "imported in 31.0 s"),
+        (24, Status.OK, "imported in 31.0 s, 24.0 of which it waited for a core"),
+    ],
+)
+def test_a_slow_import_is_the_disks_unless_the_machine_had_no_core_for_it(monkeypatch, waited, status, words):
+    times, waits = iter([100, 131]), iter([7, 7 + waited])
+    monkeypatch.setattr(software, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    monkeypatch.setattr(software, "_waited_for_a_core", lambda: next(waits))
+    (finding,) = software._import_torch()
+    assert finding.status == status and finding.found.endswith(f"; {words}")
+
+
+def test_waiting_for_a_core_is_counted_in_seconds():
+    assert 0 <= software._waited_for_a_core() < time.monotonic()
 
 
 def test_the_other_apex_is_named_and_never_imported(site):

@@ -96,4 +96,5 @@ def test_a_soft_label_that_training_could_not_use_is_wrong():
     assert problem.kind == "wrong label" and "in 'soft.npy' that are cut short" in str(problem)
     with pytest.raises(Unusable, match="has soft labels of 8 classes, and there are 7"):
         read_soft_label(_sample() | {SOFT_MEMBER: half}, 7)
+    assert read_soft_label(_sample() | {SOFT_MEMBER: half}, 0) is None  # without classes
     assert name_of(_sample()) == "sample 'k1' of shard a/b.tar"

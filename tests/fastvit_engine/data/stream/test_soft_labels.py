@@ -122,3 +122,10 @@ def test_a_damaged_soft_label_is_named(tmp_path, make_config, write_tar, photo):
     write_tar(tmp_path / "part-0.tar", members)
     with pytest.raises(UserError, match=r"sample 'a' of shard .* has soft labels in 'soft\.npy' that are cut short"):
         _batches(make_config(tmp_path, batch=1, soft_labels=True), tmp_path, 1)
+
+
+def test_training_without_labels_does_not_ask_which(labelled, tmp_path, make_config):
+    config = make_config(labelled, batch=4, soft_labels=None)
+    model = config.model.model_copy(update={"num_classes": 0})
+    ((_, labels),) = _batches(config.model_copy(update={"model": model}), tmp_path, 1)
+    assert not labels.any()

@@ -1,5 +1,7 @@
 import builtins
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import torch
 from fastvit_engine.data.stream import worker_pool
 from fastvit_engine.data.stream.batch import Batch, BatchBuilder, StageSeconds, Workspace, empty_batch
 from fastvit_engine.data.stream.worker_pool import load, lost_worker
-from fastvit_engine.errors import UserError
+from fastvit_engine.errors import RestartError, UserError
 
 
 def _build(request: np.ndarray, empty: Batch) -> Batch:
@@ -134,8 +136,37 @@ def test_rows_that_are_not_filled_are_black_whatever_the_memory_held(make_config
     assert [sample.key for sample in batch.bad] == ["k"]
 
 
+@pytest.mark.parametrize(
+    ("end", "words"),
+    [
+        (
+            signal.SIGKILL,
+            r"was killed by SIGKILL, as the kernel does when memory runs out \(dmesg .*lower data.num_work",
+        ),
+        (signal.SIGBUS, r"was killed by SIGBUS, as when a file .* mapped .* no room .*: see `df /dev/shm`"),
+        (signal.SIGSEGV, r"was killed by SIGSEGV, which is a crash in native code: .*--set data.num_workers=0"),
+        (signal.SIGUSR2, r"was killed by SIGUSR2, which the engine does not send to its workers"),
+        (3, r"ended with exit code 3 and no error: see what it printed"),
+    ],
+)
+def test_how_a_worker_ended_is_said_and_nothing_more(end, words):
+    """Only SIGBUS tells of /dev/shm: the kernel kills by SIGKILL for lack of memory."""
+
+    def build(request: np.ndarray, empty: Batch) -> Batch:
+        if request[0] == 3:
+            if isinstance(end, signal.Signals):
+                signal.signal(end, signal.SIG_DFL) if end != signal.SIGKILL else None
+                os.kill(os.getpid(), end)
+            os._exit(end)
+        return _build(request, empty)
+
+    with pytest.raises(RestartError, match=rf"^data worker process \d+ {words}") as raised:
+        list(_load(build, [np.array([n]) for n in range(9)], 1))
+    assert ("/dev/shm" in str(raised.value)) == (end == signal.SIGBUS)
+
+
 def test_a_lost_worker_is_told_from_other_errors():
-    assert "data worker process was killed" in lost_worker(
-        RuntimeError("DataLoader worker (pid 7) is killed by signal")
-    )
     assert lost_worker(RuntimeError("shape mismatch")) is None
+    assert lost_worker(RuntimeError("DataLoader worker (pid(s) 7, 8) exited unexpectedly")).startswith(
+        "a data worker process has ended, and nothing says how: "
+    )

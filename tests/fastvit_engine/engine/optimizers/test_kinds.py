@@ -9,6 +9,7 @@ from fastvit_engine.config import Config, OptimizerConfig
 from fastvit_engine.config.checks import check_config
 from fastvit_engine.engine.optimizers.groups import APART, RATE_SCALE, is_hidden_matrix, parameter_groups
 from fastvit_engine.engine.optimizers.kinds import KINDS, build_optimizer
+from fastvit_engine.engine.optimizers.state import STATE_BYTES
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import build_for_training, build_vit
 from tests.fastvit_engine.engine.optimizers.flat import Rank, use_threads
@@ -26,7 +27,7 @@ def model(**changes):
 
 def test_every_kind_of_the_configuration_can_be_built():
     kinds = OptimizerConfig.model_fields["kind"].annotation.__args__
-    assert set(kinds) == set(KINDS)
+    assert set(kinds) == set(KINDS) == set(STATE_BYTES)
     for kind in kinds:
         built = build_optimizer(model(), config(optimizer={"kind": kind}), on_gpu=False)
         assert isinstance(built, torch.optim.Optimizer)
@@ -142,7 +143,7 @@ def test_the_bytes_of_state_are_those_that_it_has(kind, share, monkeypatch):
         return sum(t.nbytes for t in tensors), {name: tuple(tensor.shape) for name, tensor in rank.whole.items()}
 
     ((measured, shapes),) = on_ranks(1, run)
-    assert measured == sum(KINDS[kind].state_bytes(settings, name, shape) for name, shape in shapes.items())
+    assert measured == sum(STATE_BYTES[kind](settings, name, shape) for name, shape in shapes.items())
     low, high = share if isinstance(share, tuple) else (share, share)
     assert low <= measured / sum(math.prod(shape) for shape in shapes.values()) <= high
 

@@ -7,7 +7,7 @@ import pytest
 
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.report.recorded_run import load_run
-from fastvit_engine.observe.report.report import render, write_report
+from fastvit_engine.observe.report.report import _tiles, render, write_report
 from fastvit_engine.observe.run_folder import RunFolder
 from tests.fastvit_engine.observe.conftest import (
     MakeRun,
@@ -72,6 +72,20 @@ def test_an_evaluator_of_ones_own_has_a_chart_with_a_line_per_figure(make_run: M
     for line in ("recall", "margin", "EMA recall", "EMA margin"):
         assert line in page.text
     page.check()
+
+
+@pytest.mark.parametrize(
+    ("top1", "remark"),
+    [
+        ([0.9], "360 held-out images"),
+        ([0.9, 0.95], "360 held-out images; the best of the run"),
+        ([0.95, 0.9], "360 held-out images; best 95.0 % at step 10"),
+    ],
+)
+def test_the_last_evaluation_is_compared_with_the_others(make_run: MakeRun, top1: list[float], remark: str) -> None:
+    run = make_run([train_row(20), *(eval_row(10 * number, one) for number, one in enumerate(top1, 1))])
+    (tile,) = [tile for tile in _tiles(load_run(run.path)) if tile.name == "top-1"]
+    assert tile.remark == remark
 
 
 def test_nothing_is_fetched_from_anywhere(make_run: MakeRun) -> None:
