@@ -24,8 +24,8 @@ def add(actions: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         epilog="examples:\n  fastvit data label runs/teacher --data data/more --out data/more-labelled\n"
         "  fastvit data label runs/teacher --ema --data s3://bucket/web --out s3://bucket/labelled --threshold 0.3\n"
         "  fastvit data label b16.safetensors --data data/i1k --out data/i1k-b16 --top 1000 --precision bf16\n\n"
-        "on several GPUs or machines, a process for each:\n"
-        "  CUDA_VISIBLE_DEVICES=0 fastvit data label MODEL --data SHARDS --out DIR --part 1/8",
+        "on several GPUs or machines, a process for each, here the first of eight (CUDA_VISIBLE_DEVICES=0):\n"
+        "  fastvit data label MODEL --data SHARDS --out DIR --part 1/8",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     label.add_argument("model", metavar="MODEL", type=path_or_url, help=MODEL_HELP)
