@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 GAP = "\0"  # in place of what is only known when the sentence is made
 # Which commands show the sentences of a package; of others, any.
 SHOWN_BY = {
+    "fastvit_engine/data/build/label.py": ["data label"],
     "fastvit_engine/data/build/": ["data make"],
     "fastvit_engine/train/": ["train"],
     "fastvit_engine/distributed/": ["train"],
@@ -36,6 +37,7 @@ SHOWN_BY = {
     "fastvit_engine/commands/export.py": ["export"],
     "fastvit_engine/commands/data/make.py": ["data make"],
     "fastvit_engine/commands/data/index.py": ["data index"],
+    "fastvit_engine/commands/data/label.py": ["data label"],
     "fastvit_engine/commands/data/verify.py": ["data verify"],
     "fastvit_engine/commands/data/bench.py": ["data bench"],
 }

@@ -390,7 +390,7 @@ def _check_soft_labels(
         if config.data.soft_labels:
             raise UserError(
                 f"data.soft_labels is true, and {' and '.join(sources)} of data.train has none: write some with "
-                "`fastvit data label`, or set it to null"
+                "`fastvit data label MODEL --data SHARDS --out FOLDER`, or set it to null"
             )
         return
     if config.data.soft_labels is None:

@@ -33,6 +33,8 @@ ALLOWED = {  # what makes sense, or is looked at again when the data is known
     "data.num_workers": {"0"},
     "data.streams": {"huge"},  # refused if there are fewer shards
     "data.window": {"huge"},  # a whole lane
+    "dino.centre_momentum": {"0"},
+    "dino.local_views": {"0"},
     "health.compare_replicas_every": {"huge"},  # only before each checkpoint
     "health.max_rewinds": {"0", "huge"},
     "loss.label_smoothing": {"0"},

@@ -15,7 +15,7 @@ from fastvit_engine.train.data_wait import DataWait
     [
         ("read", "fastvit_engine.data.stream.indexed.parse_sample"),
         ("decode", "fastvit_engine.data.stream.batch.open_image"),
-        ("augment", "fastvit_engine.data.stream.batch.render"),
+        ("augment", "fastvit_engine.data.pixels.views.render"),
     ],
 )
 def test_an_artificially_slow_stage_is_named(stage, function, num_workers, digits, tmp_path, monkeypatch):

@@ -7,9 +7,9 @@ import torch
 
 from fastvit_engine.config import Config, OptimizerConfig
 from fastvit_engine.config.checks import check_config
-from fastvit_engine.engine.optimizers.groups import APART, RATE_SCALE, is_hidden_matrix, parameter_groups
+from fastvit_engine.engine.optimizers.groups import APART, RATE_SCALE, parameter_groups
 from fastvit_engine.engine.optimizers.kinds import KINDS, build_optimizer
-from fastvit_engine.engine.optimizers.state import STATE_BYTES
+from fastvit_engine.engine.optimizers.state import STATE_BYTES, is_hidden_matrix
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import build_for_training, build_vit
 from tests.fastvit_engine.engine.optimizers.flat import Rank, use_threads
