@@ -541,6 +541,10 @@ class DinoConfig(_Section):
     local_scale: Annotated[tuple[AreaFraction, AreaFraction], AfterValidator(_ordered)] = (0.05, 0.4)
     """Smallest and largest area of the small crops."""
 
+    distort: bool = True
+    """Change colours of the views, and blur or invert some. The blur is of up to 2 pixels, whatever the size of a view:
+    false is for images of few pixels, whose views then differ by their crops alone."""
+
 
 class EmaConfig(_Section):
     """Moving average of the weights, which is evaluated and saved beside them."""

@@ -20,6 +20,7 @@ class TrainingView(NamedTuple):
 
     size: int  # pixels of its side
     augment: AugmentConfig
+    distorted: bool = False  # the others are as they were cropped
     blur: float = 0.0  # odds of it, see `distort`
     invert: float = 0.0
 
@@ -35,8 +36,9 @@ def training_views(config: Config) -> tuple[TrainingView, ...]:
         return (TrainingView(config.model.image_size, config.augment),)
     large = config.augment.model_copy(update={"crop_scale": dino.global_scale})
     small = config.augment.model_copy(update={"crop_scale": dino.local_scale})
-    first, second = (TrainingView(config.model.image_size, large, *odds) for odds in ((1.0, 0.0), (0.1, 0.2)))
-    return (first, second, *[TrainingView(dino.local_size, small, blur=0.5)] * dino.local_views)
+    size, distorted = config.model.image_size, dino.distort
+    first, second = (TrainingView(size, large, distorted, *odds) for odds in ((1.0, 0.0), (0.1, 0.2)))
+    return (first, second, *[TrainingView(dino.local_size, small, distorted, blur=0.5)] * dino.local_views)
 
 
 def view_seeds(seeds: np.ndarray, number: int, count: int) -> np.ndarray:
@@ -92,8 +94,10 @@ def unpack_views(images: Tensor, views: Sequence[TrainingView]) -> list[Tensor]:
 
 
 def distort_views(images: Sequence[Tensor], views: Sequence[TrainingView], seeds: np.ndarray) -> list[Tensor]:
-    """Distorts the views of a batch, uint8 [B, S, S, 3] each, of samples with these seeds (int64 [B])."""
+    """Distorts those views of a batch, uint8 [B, S, S, 3] each, that are to be. seeds: int64 [B], of its samples."""
     return [
         distort(of_view, view_seeds(seeds, number, len(views)), blur=view.blur, invert=view.invert)
+        if view.distorted
+        else of_view
         for number, (of_view, view) in enumerate(zip(images, views, strict=True))
     ]

@@ -116,3 +116,16 @@ def test_the_centre_is_the_same_in_16_bits(world):
     student.centre.copy_(torch.linspace(-1, 1, 12) / 3)
     before = student.centre.clone()
     assert torch.equal(student.bfloat16().centre, before) and "centre_bits" in student.state_dict()
+
+
+def test_a_new_projection_is_drawn_as_the_authors_code_draws_it(world):
+    """Layers of deviation 0.02 without biases, and prototypes as torch.nn.Linear has them."""
+    config, *_ = world
+    wide = config.dino.model_copy(update={"prototypes": 512, "projection_width": 256, "bottleneck": 64})
+    projection = build_for_training(config.model_copy(update={"dino": wide})).projection
+    for name, parameter in projection.mlp.named_parameters():
+        deviation = 0 if name.endswith("bias") else 0.0176  # what 0.02 is when cut off at two
+        assert parameter.std().item() == pytest.approx(deviation, rel=0.05)
+    prototypes, layer = projection.prototypes.weight, torch.nn.Linear(64, 512, bias=False).weight
+    assert prototypes.std().item() == pytest.approx(layer.std().item(), rel=0.03)
+    assert 0.12 < prototypes.abs().max() <= 64**-0.5

@@ -12,7 +12,7 @@ from fastvit_engine.config import load_config
 from fastvit_engine.data import prepare_data
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.pixels.distort import distort, gaussian_blur, turn_hue
-from fastvit_engine.data.pixels.views import choose_views, draw_views, training_views, unpack_views
+from fastvit_engine.data.pixels.views import choose_views, distort_views, draw_views, training_views, unpack_views
 
 DINO = ["train.objective=dino", "model.name=Ti/4", "model.image_size=16", "model.num_classes=0", "ema.decay=0.9",
         "dino.local_views=3", "dino.local_size=8", "train.global_batch_size=8"]  # fmt: skip
@@ -58,6 +58,15 @@ def test_a_batch_holds_the_views_of_its_images(config, tmp_path, photo, order, w
                 box = pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
                 assert found[row].shape == (view.size, view.size, 3)
                 assert abs(float(found[row].float().mean()) - box.mean()) < 12
+
+
+def test_without_distortion_views_stay_as_they_were_cropped(config):
+    dino = config.dino.model_copy(update={"distort": False})
+    views, plain = (training_views(with_dino) for with_dino in (config, config.model_copy(update={"dino": dino})))
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randint(0, 256, (4, v.size, v.size, 3), dtype=torch.uint8, generator=generator) for v in views]
+    assert not any(map(torch.equal, distort_views(images, views, np.arange(4)), images))
+    assert all(map(torch.equal, distort_views(images, plain, np.arange(4)), images))
 
 
 def test_what_an_image_gets_depends_on_its_seed_alone():
