@@ -93,6 +93,7 @@ def select(selection: Selection, device: torch.device) -> list[Case]:
     ops, models = all_ops(), shapes(device, selection.quick)
     pick_known("operation", selection.ops, [op.name for op in ops])
     ops = with_providers(ops, selection.ops, selection.own)
+    refuse_sizes_of_elsewhere(selection, device, models)
     pick_known("size", selection.models, [shape.name for shape in models])
     pick_known("dtype", selection.dtypes, list(DTYPES))
     pick_known("provider", selection.providers, sorted({p.name for op in ops for p in op.providers}))
@@ -106,6 +107,23 @@ def select(selection: Selection, device: torch.device) -> list[Case]:
     if not cases:
         raise ValueError(f"{', '.join(selection.ops)} is not measured at {', '.join(selection.models)}: see --list")
     return cases
+
+
+def refuse_sizes_of_elsewhere(selection: Selection, device: torch.device, models: Sequence[Shape]) -> None:
+    """A size that is measured on a GPU only, or in one of quick and full runs only, is refused with the way to it."""
+    here = [shape.name for shape in models]
+    for name in selection.models:
+        if name in here:
+            continue
+        if any(shape.name == name for shape in shapes(device, not selection.quick)):
+            way = "is in a quick run only: add --quick"
+            if selection.quick:
+                way = "is not in a quick run: leave out --quick"
+        elif device.type != "cuda" and any(shape.name == name for shape in GPU_SHAPES):
+            way = "is measured on a GPU only"
+        else:
+            continue
+        raise ValueError(f"the size '{name}' {way}; here there are {', '.join(map(repr, here))}")
 
 
 def pick_known(what: str, given: Sequence[str], known: Sequence[str]) -> None:

@@ -4,6 +4,7 @@ import io
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -21,6 +22,8 @@ Row = Mapping[str, Any]
 BAR = "compile"  # its ratio has a column of its own in the summary
 SHORT = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 WIDTH = 80  # columns, where the output is no terminal
+NAMES_WIDTH = 30  # columns of the names of providers in the list
+NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def kernels_text(record: Row) -> str:
@@ -77,8 +80,9 @@ def summary(cases: Sequence[Row]) -> Any:
     table.add_column("size", min_width=max((len(size_of(case)) for case in cases), default=0), overflow="fold")
     table.add_column("ms", justify="right", no_wrap=True)
     table.add_column("best peer", overflow="fold")
-    for head in ("fwd ×", "bwd ×", "both ×", "compile ×"):
-        table.add_column(head, justify="right", min_width=5)
+    has_bar = any(row["provider"] == BAR and row["status"] == "ok" for case in cases for row in case["providers"])
+    for head in ("fwd ×", "bwd ×", "both ×", *([f"{BAR} ×"] if has_bar else [])):
+        table.add_column(head, justify="right", min_width=max(map(len, head.split())))
     for case in cases:
         own = next((row for row in case["providers"] if row["provider"] == "fastvit"), None)
         if own is None:
@@ -98,19 +102,20 @@ def summary(cases: Sequence[Row]) -> Any:
             number(whole["ms"][1]),
             best.get("both", best.get("forward", "none")),
             *ratios,
-            f"{over[1]:.2f}" if over else "",
+            *([f"{over[1]:.2f}" if over else ""] if has_bar else []),
         )
     return table
 
 
 def listing(ops: Sequence[Op], shapes: Sequence[Shape], chosen: Sequence[str] = ()) -> str:
     """What `fastvit bench kernels` can measure here; of chosen operations also the sizes of their tensors."""
-    operations = plain_table("Operations (--ops)", "name", "providers (--providers)")
+    operations = plain_table("Operations (--ops)", "name")
+    operations.add_column("providers (--providers)", no_wrap=True)
     operations.add_column("what a function of yours takes (--provider)", overflow="fold")
     for op in ops:
         if not chosen or op.name in chosen:
             tensors = custom.signature(op, sizes=bool(chosen))
-            operations.add_row(op.name, shlex.join(provider.name for provider in op.providers), tensors)
+            operations.add_row(op.name, shell_words([provider.name for provider in op.providers]), tensors)
     sizes = plain_table("Sizes (--shape)", "name", "tokens")
     for head in ("width", "heads", "head dim", "MLP", "images"):
         sizes.add_column(head, justify="right")
@@ -121,6 +126,12 @@ def listing(ops: Sequence[Op], shapes: Sequence[Shape], chosen: Sequence[str] = 
         sizes.add_row(shape.name, *map(str, numbers), batches, ", ".join(shape.only))
     formula = "What an operation must compute is its function `plain` in benchmarks/ops/."
     return rendered(Group(operations, Text(formula, style="dim"), "", sizes))
+
+
+def shell_words(names: Sequence[str]) -> str:
+    """Names as a shell takes them, in lines that never break inside a name."""
+    joined = " ".join(shlex.quote(name).replace(" ", NO_BREAK) for name in names)
+    return textwrap.fill(joined, NAMES_WIDTH, break_long_words=False, break_on_hyphens=False).replace(NO_BREAK, " ")
 
 
 def plain_table(title: str, *texts: str) -> Table:

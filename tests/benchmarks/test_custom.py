@@ -104,6 +104,7 @@ def test_the_list_names_what_there_is(capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     assert all(f"\n{op.name} " in text for op in all_ops()) and "tiny/14@56" in text
     assert max(map(len, text.splitlines())) <= 80
+    assert "'sdpa flash'" in text and "'compile max-autotune'" in text  # no line breaks inside a name
     assert "x [4, 17, 160], weight [160], bias" in listing(all_ops(), (), ("layer_norm",))
     assert main(["bench", "kernels", "--list", "--ops", "atention"]) == 2
     assert "there is no operation 'atention'" in capsys.readouterr().err

@@ -4,9 +4,11 @@ import sys
 import tarfile
 
 import pytest
+import torch
 
 from benchmarks import suite
 from benchmarks.data import write_shards
+from benchmarks.kernels import Selection, select
 from benchmarks.plots import pyplot
 from benchmarks.report import aligned
 from fastvit_engine.cli import main
@@ -29,7 +31,7 @@ def test_the_command_measures_checks_and_writes(tmp_path, capsys):
         r"  fastvit \(reference\)( +[\d.,]+){3} ",
         r"  eager( +[\d.,]+){4} ",
         r"adamw: ",
-        r"Summary: .*\n.*\nlayer_norm +tiny/14@56, 4 +[\d.,]+ eager ( +[\d.]+){3}\s+\(reference\)",  # last
+        r"Summary: .*\n.*fwd × bwd × both ×\nlayer_norm \(reference\) +tiny/14@56, 4 +[\d.,]+ eager ( +[\d.]+){3}\n",
     ):
         assert re.search(line, printed), (line, printed)
     assert printed.index("adamw: ") < printed.index("Summary: ")
@@ -101,6 +103,19 @@ def test_bad_input_is_one_sentence(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "a" / "b" / "bench.py"))  # a package without its checkout
     assert main(["bench", "kernels", "--quick"]) == 2
     assert "needs the folder benchmarks/ of a checkout" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("quick", "name", "way"),
+    [
+        (False, "H/14", "is measured on a GPU only; here there are 'Ti/16', 'S/16'"),
+        (True, "S/16", "is not in a quick run: leave out --quick; here there are 'Ti/16@64', 'tiny/14@56'"),
+        (False, "tiny/14@56", "is in a quick run only: add --quick"),
+    ],
+)
+def test_a_size_that_is_measured_elsewhere_is_refused_with_the_way_to_it(quick, name, way):
+    with pytest.raises(ValueError, match=f"the size '{name}' {way}"):
+        select(Selection(quick=quick, models=(name,)), torch.device("cpu"))
 
 
 def test_noise_is_the_same_everywhere_and_can_be_trained_on(tmp_path):
