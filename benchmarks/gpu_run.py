@@ -45,6 +45,7 @@ from typing import TextIO
 
 from benchmarks.gpu_calls import PYTHON, Command, Part, Place, conclusions, parts
 from fastvit_engine.files import atomic_write
+from fastvit_engine.unpack import unpack
 
 ROOT = Path(__file__).parent.parent
 MINUTES = 6.5  # for a call
@@ -209,7 +210,7 @@ def take_over(previous: Path, folder: Path) -> list[Outcome]:
     if not (archive.is_file() and summary.is_file()):
         raise ValueError(f"--previous {previous}: there is no {ARCHIVE} with its summary.json, as a call leaves them")
     with tarfile.open(archive) as packed:
-        packed.extractall(folder, filter="data")
+        unpack(packed, folder)
     return [Outcome(**outcome) for outcome in json.loads(summary.read_text())["parts"]]
 
 

@@ -22,6 +22,7 @@ from fastvit_engine.data.shards.names import UNFINISHED_NAME
 from fastvit_engine.data.shards.remote_path import AnyPath, RemotePath, check_writable, is_remote
 from fastvit_engine.files import atomic_folder, atomic_write, atomic_writer
 from fastvit_engine.storage import remote_files
+from fastvit_engine.unpack import unpack
 
 _AT_ONCE = 32  # requests for small objects
 _RECEIPTS = "receipts"
@@ -187,7 +188,7 @@ class RemoteOutput:
         folder = self._local / "packing"
         folder.mkdir(exist_ok=True)
         with content, tarfile.open(fileobj=content) as packed:
-            packed.extractall(folder, filter="data")
+            unpack(packed, folder)
         return folder
 
     def save_packing(self, write: Callable[[Path], None]) -> Path:
