@@ -200,3 +200,20 @@ def test_chained_products_are_counted(accumulator: str, chained: int) -> None:
       %second = tt.dot %c, %d, {accumulator} : tensor<128x16xbf16> * tensor<16x64xbf16> -> tensor<128x64xf32>
     """
     assert codegen.chained_products(ttir) == chained
+
+
+def test_tables_are_written_when_the_reader_of_the_output_has_left(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As with `| head -1`."""
+    kernel = codegen.Compiled(
+        "gemm", "case", "kernel", "sm_90", 4, *[0] * (len(fields(codegen.Compiled)) - 6), is_matrix_kernel=False
+    )
+    monkeypatch.setattr(codegen, "compile_all", lambda ops, targets, jobs: ((op, [kernel]) for op in ops))
+    monkeypatch.setattr(sys, "argv", ["codegen", "--ops", "gemm", "rotary", "--output", str(tmp_path / "new")])
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        codegen.main()
+    assert [path.name for path in sorted((tmp_path / "new").iterdir())] == ["gemm.md", "rotary.md"]

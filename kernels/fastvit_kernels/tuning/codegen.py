@@ -19,12 +19,14 @@ import io
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -132,11 +134,13 @@ def result(op: str, case: Case, target: Target, kernel: Any) -> Compiled:
     )
 
 
-def compile_all(ops: Sequence[str], targets: Sequence[str], jobs: int) -> list[Compiled]:
-    """All cases of these operations for these targets, in `jobs` processes."""
+def compile_all(ops: Sequence[str], targets: Sequence[str], jobs: int) -> Iterator[tuple[str, list[Compiled]]]:
+    """Each operation in turn with all its cases, compiled for these targets in `jobs` processes."""
     work = [(op, index, target) for op in ops for index in range(len(cases(op))) for target in targets]
     with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
-        return [result for results in pool.map(compile_case, *zip(*work, strict=True)) for result in results]
+        done = zip(work, pool.map(compile_case, *zip(*work, strict=True)), strict=True)
+        for op, group in groupby(done, key=lambda one: one[0][0]):
+            yield op, [result for _, results in group for result in results]
 
 
 class OfflineDriver:
@@ -319,6 +323,14 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def say(text: str) -> None:
+    """Prints a line at once; nothing more if the reader has left, as tables are to be written all the same."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m fastvit_kernels.tuning.codegen",
@@ -334,15 +346,13 @@ def main() -> None:
     if arguments.ptxas:
         path = str(arguments.ptxas.resolve(strict=True))
         os.environ |= {"TRITON_PTXAS_PATH": path, "TRITON_PTXAS_BLACKWELL_PATH": path}
-    for target in arguments.targets:
-        print(toolchain.describe(target))
-    results = compile_all(arguments.ops, arguments.targets, arguments.jobs)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    for op in arguments.ops:
-        own = [result for result in results if result.op == op]
+    for target in arguments.targets:
+        say(toolchain.describe(target))
+    for op, own in compile_all(arguments.ops, arguments.targets, arguments.jobs):
         write(arguments.output / f"{op}.md", markdown(own))
         spilling = sum(result.spill_stores + result.spill_loads > 0 for result in own)
-        print(f"{op}: {len(own)} kernels compiled, {spilling} spill: {arguments.output / op}.md")
+        say(f"{op}: {len(own)} kernels compiled, {spilling} spill: {arguments.output / op}.md")
 
 
 if __name__ == "__main__":
