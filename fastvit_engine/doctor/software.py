@@ -136,14 +136,47 @@ def _check_torchvision() -> Iterator[Finding]:
     try:
         importlib.import_module("torchvision")
     except Exception as error:
-        index = " --index-url INDEX, with the index that torch came from" if "+" in str(torch) else ""
         yield _group.warning(
             "torchvision",
-            f"torchvision {version} does not import with torch {torch}, nor then does timm: {_first_line(error)}",
-            f"pip uninstall -y torchvision, and pip install torchvision torch=={torch}{index}",
+            f"torchvision {_build(version)} does not import with torch {torch}, nor then does timm: "
+            + _first_line(error),
+            _torchvision_of_the_build_of(str(torch)),
         )
     else:
         yield _group.ok("torchvision", version)
+
+
+def _build(version: str) -> str:
+    """With what torchvision was built for, as in 0.28.0+cu130: its packages need not say so in their names."""
+    spec = importlib.util.find_spec("torchvision")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        with suppress(OSError):
+            text = Path(folder, "version.py").read_text(errors="replace")
+            if match := re.search(r"^__version__ = ['\"]([\w.+]+)['\"]", text, re.MULTILINE):
+                return match[1]
+    return version
+
+
+def _torchvision_of_the_build_of(torch: str) -> str:
+    """What to do: `pip install torchvision` alone brings no other build for a torch such as 2.13.0+cpu."""
+    release, _, build = torch.partition("+")
+    if not build:
+        return f"pip uninstall -y torchvision, and pip install torchvision torch=={torch}"
+    if not re.fullmatch(r"cpu|xpu|cu\d+|rocm[\d.]+", build):
+        return (
+            "this torch was not built by PyTorch: take torchvision from where torch came from, or build it; or pip "
+            "uninstall torchvision, if you need neither timm nor open_clip"
+        )
+    keep = (
+        f"pip uninstall -y torchvision, and pip install torchvision torch=={torch} --index-url URL, with the URL that "
+        f"https://pytorch.org/get-started/locally shows for {build}"
+    )
+    if not re.fullmatch(r"cpu|cu\d+", build) or not re.fullmatch(r"[\d.]+", release):
+        return keep  # the package index has no such torch
+    return (
+        f"{keep}; or, for a torch with CUDA, pip uninstall -y torch torchvision, and "
+        f"pip install torch==={release} torchvision"
+    )
 
 
 def _check_apex() -> Finding:

@@ -149,21 +149,39 @@ def test_a_torch_that_does_not_import_says_why(monkeypatch):
 @pytest.mark.parametrize(
     ("torch", "advice"),
     [
-        ("2.13.0", "pip install torchvision torch==2.13.0"),
-        ("2.13.0+cpu", "torch==2.13.0+cpu --index-url INDEX, with the index that torch came from"),
+        ("2.13.0", "pip uninstall -y torchvision, and pip install torchvision torch==2.13.0"),
+        (
+            "2.13.0+cpu",
+            "pip uninstall -y torchvision, and pip install torchvision torch==2.13.0+cpu --index-url URL, with the URL "
+            "that https://pytorch.org/get-started/locally shows for cpu; or, for a torch with CUDA, pip uninstall -y "
+            "torch torchvision, and pip install torch===2.13.0 torchvision",
+        ),
+        (
+            "2.13.0+rocm7.1",
+            "pip uninstall -y torchvision, and pip install torchvision torch==2.13.0+rocm7.1 --index-url URL, with the "
+            "URL that https://pytorch.org/get-started/locally shows for rocm7.1",
+        ),
+        (
+            "2.11.0a0+nv25.11",
+            "this torch was not built by PyTorch: take torchvision from where torch came from, or build it; or pip "
+            "uninstall torchvision, if you need neither timm nor open_clip",
+        ),
     ],
 )
 def test_a_torchvision_of_another_build_is_named_with_what_to_install(site, monkeypatch, torch, advice):
     site("torch", torch)
     site("torchvision", "0.28.0")
-    (site.folder / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    package = site.folder / "torchvision"
+    package.mkdir()
+    (package / "version.py").write_text("__version__ = '0.28.0+cu130'\ngit_version = '8fb8'\n")
+    (package / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     (finding,) = check_torchvision()
     assert finding.status == Status.WARNING
-    assert f"torchvision 0.28.0 does not import with torch {torch}, nor then does timm" in finding.found
+    assert f"torchvision 0.28.0+cu130 does not import with torch {torch}, nor then does timm" in finding.found
     assert finding.found.endswith("RuntimeError: operator torchvision::nms does not exist")
-    assert finding.advice.endswith(advice)
-    (site.folder / "torchvision.py").write_text("")
+    assert finding.advice == advice
+    (package / "__init__.py").write_text("")
     monkeypatch.delitem(sys.modules, "torchvision", raising=False)
     importlib.invalidate_caches()
     assert [one.status for one in check_torchvision()] == [Status.OK]
