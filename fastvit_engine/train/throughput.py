@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from fastvit_engine.cores import core_share
 from fastvit_engine.data import Batch
 from fastvit_engine.distributed.world import World
 from fastvit_engine.sizing.gpus import DATASHEET_PEAK, known_gpu
+
+_SIZE = 1024  # of the matrices whose product measures a peak
 
 
 @dataclass(frozen=True)
@@ -41,21 +44,37 @@ def peak_flops(world: World, precision: str) -> Peak:
             return Peak(DATASHEET_PEAK[known] * world.size, f"datasheet, dense {precision} on {name}")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     world.barrier()  # all processes at once, as in training: they share the machine
-    total = world.sum([_measured_matmul(world.device, dtype)]).item()
-    return Peak(total, f"measured: fastest {precision} product of 1024 x 1024 matrices, all processes at once")
+    if world.device.type == "cuda":
+        own, clock = 2 * _SIZE**3 / _seconds_on_gpu(world.device, dtype), ""
+    else:
+        cores = min(torch.get_num_threads(), core_share() / len(world.node_ranks))
+        own, clock = cores * 2 * _SIZE**3 / _core_seconds(dtype), ", by CPU time"
+    source = f"measured: fastest {precision} product of {_SIZE} x {_SIZE} matrices, all processes at once{clock}"
+    return Peak(world.sum([own]).item(), source)
 
 
-def _measured_matmul(device: torch.device, dtype: torch.dtype, size: int = 1024) -> float:
-    seconds = 0.3 if device.type == "cuda" else 0.1  # a CPU has no clocks to raise and no libraries to load first
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    fastest, end = float("inf"), time.perf_counter() + seconds
+def _seconds_on_gpu(device: torch.device, dtype: torch.dtype) -> float:
+    """Of the fastest product, on a GPU that the datasheets do not know or in fp32."""
+    a, b = (torch.randn(_SIZE, _SIZE, device=device).to(dtype) for _ in range(2))
+    fastest, end = float("inf"), time.perf_counter() + 0.3  # in which it loads libraries and raises its clocks
     while time.perf_counter() < end:
         start = time.perf_counter()
         a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)
         fastest = min(fastest, time.perf_counter() - start)
-    return 2 * size**3 / fastest
+    return fastest
+
+
+def _core_seconds(dtype: torch.dtype) -> float:
+    """CPU time of the fastest product, over all threads: other programs that want the cores too do not lengthen it."""
+    a, b = (torch.randn(_SIZE, _SIZE).to(dtype) for _ in range(2))
+    products: list[float] = []
+    end = time.perf_counter() + 0.1
+    while len(products) < 3 or time.perf_counter() < end:  # the first also loads libraries
+        start = time.process_time()
+        a @ b
+        products.append(time.process_time() - start)
+    return min(products)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
