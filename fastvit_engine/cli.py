@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import importlib.util
 import os
 import signal
@@ -49,7 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser([command]).parse_args(words)
     warnings.formatwarning = _format_warning
     try:
-        return _run(args)
+        code = _run(args)
+        if arguments is None:
+            gc.freeze()  # or Python looks through all objects as it ends, seconds if PyTorch is loaded
+        return code
     except Exception as error:  # a bug: if other processes wait for this one, it must exit at once, see _fail
         if "RANK" not in os.environ:
             raise

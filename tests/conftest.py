@@ -1,6 +1,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -26,6 +27,14 @@ def hangups_arrive() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no process is left with a long one at the end."""
+    """Files with slow tests early, so that no process is left with a long one at the end.
+
+    They mostly wait. After each comes a file of tests that compute: those of kernels, then all others.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    files = list(dict.fromkeys(item.path for item in items))
+    waiting = [path for path in files if path in slow]
+    computing = sorted((path for path in files if path not in slow), key=lambda path: "kernels" not in path.parts)
+    alternating = [path for pair in zip_longest(waiting, computing) for path in pair]
+    places = {path: place for place, path in enumerate(alternating)}
+    items.sort(key=lambda item: places[item.path])

@@ -56,7 +56,8 @@ SCALER_INTERNALS = ("cur_hysteresis", "cur_iter", "cur_scale", "last_overflow_it
 def import_deepspeed() -> Any:
     """DeepSpeed, quiet unless VERBOSE is set.
 
-    Without the C++ extension that it would otherwise compile for an inference collective on CPU.
+    Without the C++ extension that it would otherwise compile for an inference collective on CPU, and without PyTorch's
+    compiler, which it would load for functions of its own Muon: three seconds of every process, and not used here.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -72,6 +73,8 @@ def import_deepspeed() -> Any:
         from deepspeed.runtime import bf16_optimizer
 
         bf16_optimizer.see_memory_usage = _nothing  # it prints six lines for every group of parameters
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    compiler.compile = _leave_as_it_is
     if not torch.cuda.is_available():
         communication: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of this name is PyTorch
         communication.build_shm_op = _nothing
@@ -688,6 +691,11 @@ def _keep_fp32_gradient_norm(engine: Any) -> None:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
+
+
+def _leave_as_it_is() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """In place of `deepspeed.runtime.compiler.compile`, which makes a decorator."""
+    return lambda function: function
 
 
 def _version() -> str:

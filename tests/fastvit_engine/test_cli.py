@@ -1,6 +1,7 @@
 """The command line itself: what is loaded to show help or to name a typing error, and what `config` prints."""
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -45,6 +46,15 @@ def test_help_loads_no_command_and_none_of_the_large_packages():
 def test_a_command_loads_its_own_module_alone(words):
     loaded = after_command(*words)
     assert loaded.isdisjoint(HEAVY) and len(commands_in(loaded)) == 1
+
+
+def test_garbage_is_left_lying_if_the_process_ends_with_the_command(monkeypatch, capsys):
+    """And in no process of somebody else that calls it."""
+    frozen = []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))
+    assert cli.main(["config", "list"]) == 0 and not frozen
+    monkeypatch.setattr(sys, "argv", ["fastvit", "config", "list"])
+    assert cli.main() == 0 and frozen
 
 
 def test_every_command_declares_itself_under_its_name_and_purpose():

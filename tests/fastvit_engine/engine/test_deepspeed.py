@@ -4,6 +4,7 @@ A DeepSpeed release that moves one of them fails here with the sentence that a r
 """
 
 import ast
+import importlib
 import logging
 import re
 import subprocess
@@ -322,6 +323,13 @@ def test_no_other_module_knows_the_insides_of_deepspeed():
 def test_no_extension_is_compiled_for_a_collective_on_cpu(build):
     build(0, "fp32")
     assert module.import_deepspeed().comm.comm.cdb.shm_comm_op is None
+
+
+def test_no_compiler_is_loaded_for_a_muon_that_nothing_uses(monkeypatch):
+    module.import_deepspeed()
+    muon = "deepspeed.runtime.zero.muon.original_muon"
+    monkeypatch.delitem(sys.modules, muon, raising=False)
+    assert not hasattr(importlib.import_module(muon).muon_update, "_torchdynamo_orig_callable")
 
 
 def test_planning_a_run_does_not_import_deepspeed():

@@ -1,5 +1,6 @@
 """Accelerated models and the package's modules with parts frozen, sharded by DeepSpeed ZeRO-3 and by FSDP2."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -91,6 +92,7 @@ def build(model: str, learns: str) -> nn.Module:
 def zero3(model: nn.Module, images: Tensor) -> Iterator[Tensor | None]:
     import deepspeed
 
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # a minute of C++ for inference alone
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=model,
