@@ -31,6 +31,7 @@ _UNITS = {  # of the loss, by objective
     "classify": "cross-entropy, nats per image",
     "mae": "squared error of hidden pixels, normalised per patch",
     "masked_patch": "error of the predictions of corrupted patches",
+    "moco": "cross-entropy of the image among those of its step, times twice the temperature",
 }
 KINDS = (("eval", "held-out", "eval"), ("eval_ema", "held-out, EMA weights", "ema"))  # row kind, name, style class
 
