@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fastvit_engine.files import atomic_write
 from fastvit_engine.models.inspect import patch_distances
 
-_SHOWN = 8  # images of the rollout
+_SHOWN = 6  # images of the rollout
 _COLUMNS = 7  # of filters
 _DPI = 110
 
@@ -121,7 +121,7 @@ def _rollout(arrays: Mapping[str, NDArray[Any]], subject: Subject, theme: Theme)
     images, rollout = arrays["images"][:_SHOWN], arrays["rollout"][:_SHOWN]
     relative = rollout / rollout.mean(axis=(1, 2), keepdims=True)
     top = max(2.0, float(np.quantile(relative, 0.99)))  # a few patches may outshine all others
-    figure = _figure((1.25 * len(images) + 1.4, 3.3))
+    figure = _figure((1.2 * len(images) + 1.4, 3.2))
     _title(figure, "Attention from the output to the input, by rollout", subject.title, theme)
     axes = figure.subplots(2, len(images), squeeze=False)
     for image, seen, (above, below) in zip(images, relative, axes.T, strict=True):
