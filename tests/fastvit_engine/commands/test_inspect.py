@@ -26,7 +26,7 @@ def test_the_numbers_are_those_of_the_model_for_the_images_that_evaluation_sees(
 ):
     monkeypatch.setattr(inspection, "_MAP_BYTES", 1)  # one image at a time
     out, file = tmp_path / "out", write_model(pool=pool, depth=2, registers=3)
-    figures = inspection.FIGURES if pool == "cls" else ("rollout",)  # drawing takes longest
+    figures = inspection.FIGURES if pool == "cls" else ("attention_distance",)  # drawing takes longest
     words = ("--images", photos, "--limit", 4, "--figures", *figures)
     code, found, errors = fastvit("inspect", file, *words, "--out", out, "--json")
     assert code == 0 and errors == ""
@@ -38,14 +38,22 @@ def test_the_numbers_are_those_of_the_model_for_the_images_that_evaluation_sees(
         images = torch.from_numpy(arrays["images"])
         assert images.shape == (4, 8, 8, 3) and images.dtype == torch.uint8
         attention = model.attention_maps(images)
-        rollout = attention_rollout(attention, 2, class_token=pool == "cls")
-        assert np.allclose(arrays["rollout"], rollout, atol=1e-6)
+        assert np.allclose(arrays["attention_distance"], mean_attention_distance(attention, 2, 4), atol=1e-6)
         if pool != "cls":
             return
-        assert np.allclose(arrays["attention_distance"], mean_attention_distance(attention, 2, 4), atol=1e-6)
+        assert np.allclose(arrays["rollout"], attention_rollout(attention, 2, class_token=True), atol=1e-6)
         assert np.allclose(arrays["pos_embed_similarity"], pos_embed_similarity(model.pos_embed, 2), atol=1e-6)
         assert arrays["filters"].shape == (28, 48) and arrays["filter_variance"].shape == (28,)
         assert arrays["filter_variance"].sum() < arrays["filter_variance_total"]
+
+
+def test_without_a_class_token_the_mean_of_the_patches_is_rolled_out(write_model):
+    model = fastvit_engine.load_model(write_model(pool="gap", depth=2, registers=3))
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8)
+    found = inspection.inspect_images(model, [images], ["rollout"])["rollout"]
+    expected = attention_rollout(model.attention_maps(images), 2, class_token=False)
+    assert np.allclose(found, expected, atol=1e-6)
+    assert not np.allclose(found, attention_rollout(model.attention_maps(images), 2), atol=1e-4)
 
 
 def test_figures_are_pictures_for_light_and_dark_pages(fastvit, model_file, photos, tmp_path):
@@ -60,8 +68,8 @@ def test_figures_are_pictures_for_light_and_dark_pages(fastvit, model_file, phot
         assert len(np.unique(light)) > 20  # something is drawn
         assert (out / f"{name}.svg").read_text().startswith("<?xml")
     again = tmp_path / "again"
-    assert fastvit("inspect", model_file, "--images", photos, "--out", again)[0] == 0
-    assert all(file.read_bytes() == (again / file.name).read_bytes() for file in out.glob("*.svg"))
+    assert fastvit("inspect", model_file, "--figures", "filters", "--out", again)[0] == 0
+    assert (again / "filters.svg").read_bytes() == (out / "filters.svg").read_bytes()
 
 
 def test_shards_are_read_in_their_order_whatever_the_workers(fastvit, model_file, photos, tmp_path, write_tar, photo):
@@ -75,11 +83,13 @@ def test_shards_are_read_in_their_order_whatever_the_workers(fastvit, model_file
     for workers in (0, 2):
         out = tmp_path / f"{workers}"
         words = ("--images", shard, "--limit", 5, "--batch-size", 2, "--set", f"data.num_workers={workers}")
-        assert fastvit("inspect", model_file, *words, "--figures", "rollout", "--out", out)[0] == 0
+        assert fastvit("inspect", model_file, *words, "--figures", "attention_distance", "--out", out)[0] == 0
         with np.load(out / "inspect.npz") as arrays:
             found.append(arrays["images"])
     folder = tmp_path / "folder"
-    assert fastvit("inspect", model_file, "--images", photos, "--figures", "rollout", "--out", folder)[0] == 0
+    assert (
+        fastvit("inspect", model_file, "--images", photos, "--figures", "attention_distance", "--out", folder)[0] == 0
+    )
     with np.load(folder / "inspect.npz") as arrays:
         assert np.array_equal(found[0], arrays["images"]) and np.array_equal(*found)
 
