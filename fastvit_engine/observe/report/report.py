@@ -80,6 +80,7 @@ def render(run: RecordedRun, axis: Axis = "steps") -> str:
         timeline=_timeline(run, axes),
         samples=run.samples,
         reconstructions=run.reconstructions,
+        inspected=run.inspected,
         labelled=not run.losses,
         small_image=_SMALL_IMAGE,
         config=run.config if run.config is not None else "The run folder has no config.yaml.",
