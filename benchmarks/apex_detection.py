@@ -1,10 +1,10 @@
-"""Imports what NVIDIA's apex can do here, or says why it cannot: see fastvit_engine/doctor/apex.py."""
+"""Imports what NVIDIA's apex can do here, or says why it cannot: see fastvit_engine/nvidia_apex.py."""
 
 import importlib
 from typing import Any
 
 from benchmarks.registry import Unusable
-from fastvit_engine.doctor.apex import obstacle
+from fastvit_engine.nvidia_apex import obstacle
 
 
 def need_apex(module: str) -> Any:

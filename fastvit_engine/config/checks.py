@@ -28,6 +28,8 @@ def check_config(config: Config) -> None:
             "optimizer.kind = muon is for the matrices of the blocks, which optimizer.frozen = backbone keeps as they "
             "are: set optimizer.kind=adamw"
         )
+    if config.optimizer.kernels == "apex":
+        _check_apex(config)
     _check_durations(config)
     if config.data.order == "stream" and not isinstance(config.data.train, str | None):
         raise UserError("data.order is stream, which reads one source: mix sources with data.order: indexed")
@@ -45,6 +47,32 @@ def check_config(config: Config) -> None:
         raise UserError(f"checkpoint.keep_best = {best} needs an average of the weights: set ema.decay")
     check_zero(config.zero)
     check_deepspeed(config)
+
+
+def _check_apex(config: Config) -> None:
+    """Raises UserError if NVIDIA's apex has no kernels that compute what the configuration says."""
+    settings, zero = config.optimizer, config.zero
+    if settings.kind not in ("adamw", "lamb"):
+        raise UserError(
+            f"optimizer.kernels = apex has none for optimizer.kind = {settings.kind}: set optimizer.kernels=torch, or "
+            "optimizer.kind to adamw or lamb"
+        )
+    if zero.offload != "none":
+        raise UserError(
+            f"optimizer.kernels = apex computes on GPUs, and zero.offload = {zero.offload} keeps the optimizer's state "
+            "in host memory: set optimizer.kernels=torch or zero.offload=none"
+        )
+    if settings.kind == "lamb" and zero.stage != 0:
+        raise UserError(
+            "optimizer.kernels = apex: FusedLAMB takes the norms of the tensors that it is given, and from ZeRO-1 on "
+            f"those are parts of many parameters: set zero.stage=0, which is {zero.stage}, or optimizer.kernels=torch"
+        )
+    for name, decay in (("weight_decay", settings.weight_decay), ("head_weight_decay", settings.head_weight_decay)):
+        if settings.kind == "lamb" and decay == 0:
+            raise UserError(
+                "optimizer.kernels = apex: FusedLAMB sets the length of decayed parameters' updates only, and "
+                f"optimizer.{name} is 0: set optimizer.kernels=torch, or a weight decay"
+            )
 
 
 def _check_classes(config: Config) -> None:

@@ -405,6 +405,10 @@ class OptimizerConfig(_Section):
     muon: Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for the rest; lamb: LAMB (You et al. 2020);
     adafactor: that of Zhai et al. 2022."""
 
+    kernels: Literal["torch", "apex"] = "torch"
+    """What computes the update. torch: PyTorch, on GPUs with fused kernels for adamw and sgd; apex: FusedAdam for adamw
+    or FusedLAMB for lamb of NVIDIA's apex, if it is installed, on GPUs only. Checkpoints of both are alike."""
+
     learning_rate: LearningRate = Field(1e-3, gt=0)
     """Peak learning rate, reached at the end of the warm-up."""
 
@@ -423,6 +427,10 @@ class OptimizerConfig(_Section):
     weight_decay: float = Field(0.1, ge=0, le=1000)
     """Weight decay; 0: off. sgd: added to the gradient, before the momentum; lamb: added to the update before its
     length is set; others: decoupled from the gradient."""
+
+    head_weight_decay: float | None = Field(None, ge=0, le=1000)
+    """Weight decay of the classifier's matrix, whose features then suit few-shot learning better (Zhai et al. 2022);
+    null: weight_decay."""
 
     layer_decay: float | None = Field(None, gt=0, le=1)
     """Layer-wise decay d: the learning rate is multiplied by d^(depth + 1 - layer). The embeddings are layer 0, the

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import fastvit_engine
-from fastvit_engine.doctor.apex import EXTENSIONS, FROM_SOURCE, installed_apex, obstacle
 from fastvit_engine.doctor.findings import Finding, Group
+from fastvit_engine.nvidia_apex import EXTENSIONS, FROM_SOURCE, installed_apex, obstacle
 
 _group = Group("software")
 _INSTALL = "pip install 'fastvit-engine[train]', from the root of a checkout: pip install ./kernels '.[train]'"
@@ -186,7 +186,7 @@ def _check_apex() -> Finding:
         found = f"something of the name apex is installed that cannot be looked into: {error}"
         return _group.warning("apex", found, "pip uninstall apex: nothing here needs it")
     if kind == "none":
-        return _group.ok("apex", "not installed; only the benchmarks would use it")
+        return _group.ok("apex", "not installed; optimizer.kernels = apex and the benchmarks would use it")
     where = folders[0] if folders else "an unknown place"
     if kind == "other":
         return _group.warning(

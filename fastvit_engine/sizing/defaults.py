@@ -18,6 +18,7 @@ from fastvit_engine.control_groups import memory_limit
 from fastvit_engine.cores import cores_here
 from fastvit_engine.data.stream.batch_split import BatchSplit, possible_splits, split_batch
 from fastvit_engine.distributed.world import World
+from fastvit_engine.engine.optimizers.apex import CLASSES
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted, format_bytes, format_count
 from fastvit_engine.sizing.memory import (
@@ -175,6 +176,9 @@ def choose(config: Config, machine: Machine) -> Chosen:
         choices.append(workers := _choose_workers(config, machine, machine.cores))
         data = config.data.model_copy(update={"num_workers": workers.value})
         filled = filled.model_copy(update={"data": data})
+    if config.optimizer.kernels == "apex":
+        reason = f"{CLASSES[config.optimizer.kind].name} of NVIDIA's apex updates the weights"
+        choices.append(Choice("optimizer.kernels", "apex", reason, by_user=True))
     return Chosen(filled, tuple(choices), memory, machine)
 
 

@@ -37,7 +37,7 @@ from fastvit_engine.config import (
     Pretraining,
 )
 from fastvit_engine.config.model_shape import masked_count, predicted_numbers, tokens_in_training
-from fastvit_engine.engine.optimizers.kinds import KINDS
+from fastvit_engine.engine.optimizers.kinds import KINDS, updates_in_place
 from fastvit_engine.engine.optimizers.state import STATE_BYTES
 from fastvit_engine.models import resolve_shape
 from fastvit_engine.models.masked_autoencoder import MLP_RATIO
@@ -205,7 +205,7 @@ def state_memory(
 
     # The copies that reduction and update make. What is fused, on a GPU, updates in place.
     tensor, held = (counts.largest_learning, whole) if stage == 0 else (share, share)
-    made = 0 if on_gpu and kind.fused else kind.scratch_bytes(optimizer, tensor, held)
+    made = 0 if updates_in_place(optimizer, on_gpu=on_gpu) else kind.scratch_bytes(optimizer, tensor, held)
     if stage == 0:
         flattened = compute * min(whole, _UNBUCKETED) if world_size > 1 else 0
         update = max(flattened, made + (4 * whole if compute < 4 else 0))

@@ -31,6 +31,7 @@ from fastvit_engine.data.stream.prepare import FewShotData, prepare_few_shot
 from fastvit_engine.distributed.world import World
 from fastvit_engine.duration import BatchSizes
 from fastvit_engine.engine.build import deepspeed_config
+from fastvit_engine.engine.optimizers.apex import check_apex
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
 from fastvit_engine.observe.disk import insist
@@ -126,6 +127,8 @@ def preflight(
         )
     split = split_batch(config, world_size)
     deepspeed_config(config, split, on_gpu=None if dry_run is None else dry_run.on_gpu)
+    if dry_run is None:  # which may be for another machine
+        check_apex(config)
     store = store_of(config.checkpoint, run)
     if run.config.exists() and not resume:
         raise UserError(

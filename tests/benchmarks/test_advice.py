@@ -13,7 +13,7 @@ from benchmarks.data_loading.spdl import SPDL
 from benchmarks.data_loading.variants import VARIANTS
 from benchmarks.kernels import pick_known
 from fastvit_engine.cli import _parser
-from fastvit_engine.doctor.apex import APART, EXTENSIONS, obstacle
+from fastvit_engine.nvidia_apex import APART, EXTENSIONS, obstacle
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "benchmarks").rglob("*.py"))

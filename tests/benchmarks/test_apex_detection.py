@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.apex_detection import need_apex
 from benchmarks.registry import Unusable
-from fastvit_engine.doctor.apex import EXTENSIONS, obstacle
+from fastvit_engine.nvidia_apex import EXTENSIONS, obstacle
 
 NORM = "apex.normalization.fused_layer_norm"
 

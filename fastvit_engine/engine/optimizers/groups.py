@@ -27,25 +27,27 @@ def none_apart(name: str, shape: tuple[int, ...]) -> bool:
 def parameter_groups(model: nn.Module, settings: OptimizerConfig, apart: Apart = none_apart) -> ParameterGroups:
     """Groups of the parameters that learn, by weight decay, by `apart` and, under layer_decay, by layer.
 
-    Decays the matrices of dense layers and the patch projection, as the paper's code does. Biases, LayerNorm,
-    LayerScale, position embedding and class token are not decayed.
+    Decays the matrices of dense layers and the patch projection, as the paper's code does, and the classifier's by
+    head_weight_decay. Biases, LayerNorm, LayerScale, position embedding and class token are not decayed.
     """
     learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     last = 1 + max((layer for name, _ in learning if (layer := _layer(name)) is not None), default=0)
-    groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[int, bool, bool, float], dict[str, Any]] = {}
+    of_head = settings.weight_decay if settings.head_weight_decay is None else settings.head_weight_decay
     for name, parameter in learning:
         layer = _layer(name)
         distance = 0 if settings.layer_decay is None or layer is None else last - layer
         is_matrix = name.endswith(".weight") and parameter.ndim >= 2
         is_apart = apart(name, tuple(parameter.shape))
+        decay = (of_head if name == "head.weight" else settings.weight_decay) if is_matrix else 0.0
         group = {
             "params": [],
-            "weight_decay": settings.weight_decay if is_matrix else 0.0,
+            "weight_decay": decay,
             RATE_SCALE: 1.0 if settings.layer_decay is None else settings.layer_decay**distance,
             MATRICES: is_matrix,
             APART: is_apart,
         }
-        groups.setdefault((-distance, not is_matrix, not is_apart), group)["params"].append(parameter)
+        groups.setdefault((-distance, not is_matrix, not is_apart, decay), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
 

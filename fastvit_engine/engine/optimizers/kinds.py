@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from fastvit_engine.config import Config, OptimizerConfig
 from fastvit_engine.engine.optimizers.adafactor import Adafactor
+from fastvit_engine.engine.optimizers.apex import build_apex, check_apex
 from fastvit_engine.engine.optimizers.batches import BATCH
 from fastvit_engine.engine.optimizers.groups import Apart, ParameterGroups, none_apart, parameter_groups
 from fastvit_engine.engine.optimizers.lamb import Lamb
@@ -58,6 +59,11 @@ def _batches(numbers: int) -> Callable[[OptimizerConfig, int, int], int]:
     return lambda settings, largest, total: 4 * numbers * min(total, BATCH)
 
 
+def updates_in_place(settings: OptimizerConfig, *, on_gpu: bool) -> bool:
+    """Whether fused kernels do the update, which need no bytes on its way."""
+    return on_gpu and (KINDS[settings.kind].fused or settings.kernels == "apex")
+
+
 KINDS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind(_adamw, lambda settings, largest, total: 8 * largest, fused=True),
     "sgd": OptimizerKind(_sgd, lambda settings, largest, total: 4 * largest * (settings.weight_decay > 0), fused=True),
@@ -70,7 +76,13 @@ KINDS: dict[str, OptimizerKind] = {
 
 
 def build_optimizer(model: nn.Module, config: Config, *, on_gpu: bool) -> Optimizer:
-    """The optimizer of a configuration over the parameters of `model` that learn."""
+    """The optimizer of a configuration over the parameters of `model` that learn.
+
+    Raises UserError if it asks for kernels that cannot be used here.
+    """
     kind = KINDS[config.optimizer.kind]
+    check_apex(config, on_gpu=on_gpu)
     groups = parameter_groups(model, config.optimizer, kind.apart)
+    if config.optimizer.kernels == "apex":
+        return build_apex(groups, config.optimizer)
     return kind.build(groups, config.optimizer, on_gpu and config.zero.offload == "none")

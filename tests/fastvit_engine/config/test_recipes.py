@@ -50,7 +50,7 @@ def test_recipes_lie_in_folders_by_source_and_no_name_occurs_twice():
         ("quikstart", "no recipe or file named 'quikstart'; did you mean 'quickstart'?"),
         ("vit_b16", "did you mean 'vit_b16_jft', 'vit_b16_i1k' or 'vit_b16_i21k'?"),
         ("vit_g14_i21k", "'vit_h14_i21k'"),
-        ("xxxxxx", "known recipes: cifar10, cifar10_cpu, dino_digits, dino_s16, finetune_cifar10"),
+        ("xxxxxx", "known recipes: augreg_light1, augreg_light2, augreg_medium1, augreg_medium2, cifar10, cifar10_cpu"),
     ],
 )
 def test_an_unknown_recipe_is_answered_with_near_names(name, message):
@@ -372,3 +372,45 @@ def test_masked_patch_prediction_has_the_values_of_the_paper():
     assert config.pretraining == MaskedPatchConfig(ratio=0.5, target="mean")
     assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (2e-4, 0.0)
     assert (config.schedule.kind, config.schedule.warmup) == ("cosine", "10000 steps")
+
+
+def test_scaling_vision_transformers_has_the_values_of_its_authors_code():
+    """train_vit_g.py of big_vision; its weight decay has no factor of the learning rate."""
+    config = load_config("vit_g14_jft3b").config
+    optimizer, schedule, rate = config.optimizer, config.schedule, 8e-4
+    assert (config.model.name, config.model.pool, config.model.num_classes) == ("g/14", "map", 29_593)
+    assert (optimizer.kind, optimizer.learning_rate, optimizer.betas, optimizer.eps) == (
+        "adafactor", rate, (0.9, 0.999), 1e-30,
+    )  # fmt: skip
+    assert optimizer.weight_decay * rate == pytest.approx(0.03 * 8e-4)
+    assert optimizer.head_weight_decay == pytest.approx(100 * optimizer.weight_decay)
+    assert (schedule.kind, schedule.timescale, schedule.warmup, schedule.cooldown) == (
+        "rsqrt", "10000 steps", "10000 steps", "50000 steps",
+    )  # fmt: skip
+    train = config.train
+    assert (train.duration, train.global_batch_size, train.grad_clip) == ("1000000 steps", 4 * 4096, 1.0)
+    assert (config.loss.kind, config.model.head_bias) == ("sigmoid", -10.0)
+
+
+# Of big_vision's vit_i1k.py: RandAugment's magnitude, and mixup.
+AUGREG = {"light1": (0, 0.0), "light2": (10, 0.2), "medium1": (15, 0.2), "medium2": (15, 0.5)}
+
+
+@pytest.mark.parametrize("level", AUGREG)
+def test_levels_of_augmentation_differ_in_nothing_else(level):
+    config = load_config(f"augreg_{level}").config
+    augment, train = config.augment, config.train
+    assert (augment.randaugment_magnitude, augment.mixup) == AUGREG[level]
+    assert (augment.randaugment_ops, augment.randaugment_policy, augment.cutmix) == (2, "big_vision", 0.0)
+    assert (train.duration, train.global_batch_size, config.schedule.kind) == ("300 epochs", 4096, "cosine")
+    assert (config.loss.kind, config.model.head_bias, config.model.head) == ("sigmoid", -6.9, "mlp")
+    other = load_config("augreg_light2").config
+    same = {"name": "same", "augment": augment}
+    assert config.model_copy(update=same) == other.model_copy(update=same)
+
+
+def test_the_variant_with_muon_differs_in_the_optimizer_alone():
+    muon, adamw = (load_config(name).config for name in ("vit_s16_i1k_90_muon", "vit_s16_i1k_90"))
+    assert (muon.optimizer.kind, muon.optimizer.momentum, adamw.optimizer.kind) == ("muon", 0.95, "adamw")
+    optimizer = muon.optimizer.model_copy(update={"kind": "adamw", "momentum": adamw.optimizer.momentum})
+    assert muon.model_copy(update={"optimizer": optimizer, "name": adamw.name}) == adamw

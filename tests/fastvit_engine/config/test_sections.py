@@ -45,6 +45,7 @@ ALLOWED = {  # what makes sense, or is looked at again when the data is known
     "model.registers": {"0"},
     "optimizer.betas": {"0"},
     "optimizer.momentum": {"0"},
+    "optimizer.head_weight_decay": {"0"},
     "optimizer.weight_decay": {"0"},
     "schedule.final_learning_rate": {"0"},
     "seed": {"0"},

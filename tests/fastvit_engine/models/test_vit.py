@@ -26,6 +26,15 @@ def randomise(model: nn.Module) -> nn.Module:
     return model
 
 
+# g/14 as Zhai et al. 2022 train it: attention pooling, no class token, and the classes of JFT-3B.
+_WIDTH, _MLP = 1408, 6144
+_MLP_BLOCK = 2 * _WIDTH * _MLP + _MLP + _WIDTH
+_ATTENTION = 4 * (_WIDTH + 1) * _WIDTH
+_BLOCKS = 40 * (_ATTENTION + _MLP_BLOCK + 4 * _WIDTH)
+_ENDS = (14 * 14 * 3 + 1) * _WIDTH + 256 * _WIDTH + 2 * _WIDTH  # patches, positions, the norm after the blocks
+MAP_G14 = _BLOCKS + _ENDS + _WIDTH + _ATTENTION + 2 * _WIDTH + _MLP_BLOCK + (_WIDTH + 1) * 29_593
+
+
 @pytest.mark.parametrize(
     ("name", "count", "changes"),
     [
@@ -46,6 +55,7 @@ def randomise(model: nn.Module) -> nn.Module:
         ("H/14", 660_385_363, {"head": "mlp", "num_classes": 21_843}),
         ("g/14", 1_012_611_432, {}),
         ("G/14", 1_844_440_680, {}),
+        ("g/14", MAP_G14, {"pool": "map", "num_classes": 29_593}),  # of Scaling Vision Transformers
     ],
 )
 def test_parameter_counts(name: str, count: int, changes: dict[str, object]) -> None:

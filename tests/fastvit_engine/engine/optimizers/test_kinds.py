@@ -115,6 +115,24 @@ def test_weight_decay_reaches_the_matrices_only():
     assert all(isinstance(p, torch.nn.Parameter) for p in spared["params"])
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_the_classifier_may_be_decayed_by_itself(kind):
+    built = model(head="mlp")
+    names = {id(parameter): name for name, parameter in built.named_parameters()}
+    section = {"kind": kind, "weight_decay": 0.3, "head_weight_decay": 3.0, "layer_decay": 0.5}
+    optimizer = build_optimizer(built, config(optimizer=section), on_gpu=False)
+    decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {name for name, decay in decays.items() if decay == 3.0} == {"head.weight"}
+    assert decays["pre_logits.fc.weight"] == decays["blocks.0.mlp.fc1.weight"] == 0.3
+    assert decays["head.bias"] == 0.0 and len(decays) == len(names)
+
+
+def test_a_decay_of_the_classifier_makes_no_group_without_need():
+    alike = (OptimizerConfig(weight_decay=0.3, head_weight_decay=given) for given in (None, 0.3))
+    assert [len(parameter_groups(model(), settings)) for settings in alike] == [2, 2]
+    assert len(parameter_groups(model(), OptimizerConfig(weight_decay=0.3, head_weight_decay=0.0))) == 3
+
+
 def test_lion_muon_lamb_and_adafactor_have_defaults_of_their_own():
     def chosen(**section):
         section = config(optimizer=section).optimizer

@@ -16,6 +16,7 @@ EXTENSIONS = {
     "apex.normalization.fused_layer_norm": "fused_layer_norm_cuda",
     "apex.contrib.layer_norm.layer_norm": "fast_layer_norm",
     "apex.optimizers.fused_adam": "amp_C",
+    "apex.optimizers.fused_lamb": "amp_C",
     "apex.fused_dense.fused_dense": "fused_dense_cuda",
     "apex.contrib.xentropy.softmax_xentropy": "xentropy_cuda",
 }
