@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from fastvit_engine.files import atomic_write
@@ -112,7 +113,7 @@ def _attention_distance(arrays: Mapping[str, NDArray[Any]], subject: Subject, th
     axis.set_ylim(bottom=0)
     axis.xaxis.get_major_locator().set_params(integer=True)
     axis.legend(frameon=False, fontsize=8)
-    figure.colorbar(points, ax=axis, label="head")
+    figure.colorbar(points, ax=axis, label="head", ticks=MaxNLocator(integer=True))
     return figure
 
 
