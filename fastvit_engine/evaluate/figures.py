@@ -103,9 +103,9 @@ def _attention_distance(arrays: Mapping[str, NDArray[Any]], subject: Subject, th
     _title(figure, "Mean attention distance", f"{subject.title}, {len(arrays['images'])} images", theme)
     axis = figure.subplots()
     at = np.arange(1, layers + 1)
-    points = axis.scatter(
-        np.repeat(at, heads), distance.ravel(), c=np.tile(np.arange(1, heads + 1), layers), cmap="viridis", s=14
-    )
+    head = np.tile(np.arange(1, heads + 1), layers)
+    outlined = {"edgecolors": theme.soft, "linewidths": 0.5}  # the darkest are dark on a dark page
+    points = axis.scatter(np.repeat(at, heads), distance.ravel(), c=head, cmap="viridis", s=18, **outlined)
     axis.plot(at, distance.mean(axis=1), color="#c8590b", linewidth=1.4, label="mean of the heads")
     axis.axhline(even, color=theme.soft, linestyle=":", linewidth=1.2, label="attention to all patches alike")
     axis.set_xlabel("block")
