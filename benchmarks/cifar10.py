@@ -7,12 +7,8 @@ With --runs, a measurement that was interrupted continues: seeds that are done a
 With --choose, the last training shard is held out and takes the place of the test images: settings are chosen there.
 """
 
-import argparse
 import json
 import os
-import shlex
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,99 +20,79 @@ from benchmarks.machine import commit
 from benchmarks.plots import HAIR, INK, OURS, machine, pyplot, save
 from benchmarks.plots import head as title_of
 from benchmarks.publish import publish
-from benchmarks.resolution import Command, fastvit, shards_of
-from benchmarks.step_overhead import describe_machine
+from benchmarks.recipe_runs import (
+    Command,
+    Runs,
+    Shards,
+    add_runs,
+    environment_of,
+    fastvit,
+    folder_of_runs,
+    keep,
+    made_of,
+    parser_of,
+)
 from fastvit_engine.config import load_config
-from fastvit_engine.files import atomic_write
-from fastvit_engine.observe.metrics import read_metrics
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What is trained, and on what it is measured."""
-
-    recipe: str
-    train: tuple[str, ...]  # shards
-    test: tuple[str, ...]
-    settings: tuple[str, ...] = ()  # of every training, over the recipe's
-    cpu_processes: int | None = None  # None: one process, or one per GPU
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """The trainings of all seeds in one folder of runs, where each leaves a record once it is measured."""
+    """The trainings of a recipe with several seeds, each of which leaves a record once it is measured."""
 
-    setup: Setup
-    runs: Path
-    command: Command = fastvit
+    recipe: str
+    shards: Shards
+    runs: Runs
+    settings: tuple[str, ...] = ()  # of every training, over the recipe's
 
     def measure(self, seed: int) -> dict[str, Any]:
         """The record of a seed: read if it is there, otherwise that of a training, which may be resumed.
 
         Raises SystemExit if the record in the folder is of other settings.
         """
-        kept, run = self.runs / f"seed-{seed}.json", self.runs / f"seed-{seed}"
-        settings = (*self._data(), f"seed={seed}", *self.setup.settings)
-        config = load_config(self.setup.recipe, settings).config
-        if (train_samples := config.data.train_samples) is None:
-            raise SystemExit(f"{self.setup.recipe} does not say what an epoch is: --set data.train_samples=N")
-        made_of = config.model_dump(mode="json", exclude={"seed": True, "data": {"train", "eval"}})
-        made_of["shards"] = [Path(shard).name for shard in self.setup.train]
-        if kept.exists():
-            record: dict[str, Any] = json.loads(kept.read_text())
-            if record["made_of"] != made_of:
-                raise SystemExit(f"{kept} is of other settings or shards: name another folder with --runs")
-            return record
+        data = self.runs.listed("train", self.shards.train), self.runs.listed("test", self.shards.test)
+        settings = [f"data.train={data[0]}", f"data.eval={data[1]}", f"seed={seed}", *self.settings]
+        config = load_config(self.recipe, settings).config
+        samples = config.data.train_samples
+        if samples is None:
+            raise SystemExit(f"{self.recipe} does not say what an epoch is: --set data.train_samples=N")
+        wanted = made_of(config, self.shards.train)
+        return keep(
+            self.runs.folder / f"seed-{seed}.json", wanted, lambda: self._train(seed, settings, data[1], samples)
+        )
+
+    def _train(self, seed: int, settings: Sequence[str], test: str, train_samples: int) -> dict[str, Any]:
         started, version, load = datetime.now(UTC).isoformat(timespec="seconds"), commit(), os.getloadavg()[0]
-        resumed = run.exists()
-        words = ["train", self.setup.recipe, *(word for setting in settings for word in ("--set", setting))]
-        if self.setup.cpu_processes is not None:
-            words += ["--cpu-processes", str(self.setup.cpu_processes)]
-        words += ["--out", str(run), "--resume", "auto"]
-        ran = self.command(words)
-        average = run / "model_ema.safetensors"
-        weights = average if average.exists() else run
-        evaluated = self.command(["evaluate", str(weights), "--data", f"@{self._list('test')}", "--json"])
+        trained = self.runs.train(f"seed-{seed}", self.recipe, settings)
+        average = trained.run / "model_ema.safetensors"
+        weights = average if average.exists() else trained.run
+        evaluated = self.runs.command(["evaluate", str(weights), "--data", test, "--json"])
         found = json.loads(evaluated.output)
-        environment = json.loads((run / "environment.json").read_text())
-        training, evaluations = read_metrics(run / "metrics.jsonl")
+        training, evaluations = trained.metrics.train, trained.metrics.evaluations
         last, speeds = training[-1], [row["images_per_second"] for row in training]
         evaluation = "eval_ema" if weights == average else "eval"
-        record = {
+        return {
             "seed": seed,
             "started": started,
             "commit": version,
             "load_average": [load, os.getloadavg()[0]],  # before and after
-            "command": shlex.join(["fastvit", *(word.replace(f"{self.runs}/", "") for word in words)]),
+            "command": trained.command,
             **{name: found[name] for name in ("samples", "top1", "loss")},
             "weights": "averaged" if weights == average else "last",
             "steps": last["step"],
             "epochs": last["samples"] / train_samples,
             "images": last["samples"],
-            "flops": last["samples"] * environment["training_flops_per_image"],
+            "flops": last["samples"] * trained.environment["training_flops_per_image"],
             "training_s": last["seconds"],
             "evaluations_s": sum(row["seconds"] for row in evaluations),
             "images_per_second": {"median": median(speeds), "fastest tenth": quantiles(speeds, n=10)[-1]},
-            "wall_s": None if resumed else ran.wall_s,  # of the whole command, unless there were several
-            "cpu_s": None if resumed else ran.cpu_s,
+            "wall_s": trained.wall_s,
+            "cpu_s": trained.cpu_s,
             "curve": [
                 [row["step"] / last["step"] * last["samples"] / train_samples, row["top1"]]
                 for row in evaluations
                 if row["eval"] == evaluation
             ],
-            "made_of": made_of,
         }
-        atomic_write(kept, json.dumps(record, indent=1) + "\n")
-        return record
-
-    def _data(self) -> tuple[str, str]:
-        return f"data.train=@{self._list('train')}", f"data.eval=@{self._list('test')}"
-
-    def _list(self, split: str) -> Path:
-        """The file that lists the shards of a split."""
-        path = self.runs / f"{split}.txt"
-        atomic_write(path, "".join(f"{shard}\n" for shard in getattr(self.setup, split)))
-        return path
 
 
 def summary(recipe: str, seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -195,32 +171,22 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None, command: Command = fastvit) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="shards train-* and test-*")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where RECIPE.json, .md, .svg, .png go")
+    parser = parser_of(__doc__, "RECIPE.json, .md, .svg and .png")
     parser.add_argument("--recipe", metavar="RECIPE", default="cifar10_cpu")
     parser.add_argument("--seeds", metavar="N", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cpu-processes", metavar="N", type=int, help="of each training")
-    parser.add_argument("--runs", metavar="RUNS", type=Path, help="folder of the runs, which is kept")
     parser.add_argument("--choose", action="store_true", help="hold out the last training shard, and measure there")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of every training")
+    add_runs(parser)
     given = parser.parse_args(arguments)
-    train, test = shards_of(given.folder, "train"), shards_of(given.folder, "test")
-    if given.choose:
-        train, test = train[:-1], train[-1:]
-    setup = Setup(given.recipe, train, test, tuple(given.set), given.cpu_processes)
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    named = {str(given.folder): "FOLDER", str(given.out): "DIR", str(given.runs): "RUNS"}
-    environment = describe_machine(
-        shlex.join(["python", "-m", "benchmarks.cifar10", *(named.get(w, w) for w in words)])
-    )
-    environment = {name: value for name, value in environment.items() if name not in ("hostname", "load_average")}
+    shards = Shards.of(given.folder)
+    environment = environment_of("benchmarks.cifar10", arguments, given)
+    environment.pop("load_average")  # each seed has its own
     record: dict[str, Any] = {"environment": environment, "cpu_processes": given.cpu_processes}
     record["images"] = "held-out training images" if given.choose else "test images"
-    with tempfile.TemporaryDirectory() as scratch:
-        runs = (given.runs or Path(scratch)).resolve()
-        runs.mkdir(parents=True, exist_ok=True)
-        experiment = Experiment(setup, runs, command)
+    with folder_of_runs(given.runs) as folder:
+        runs = Runs(folder, command, given.cpu_processes)
+        chosen = shards.held_out() if given.choose else shards
+        experiment = Experiment(given.recipe, chosen, runs, tuple(given.set))
         record |= summary(given.recipe, [experiment.measure(seed) for seed in given.seeds])
     publish(record, given.out, given.recipe, report, draw)
 

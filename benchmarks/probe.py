@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.machine import commit
 from benchmarks.publish import publish
-from benchmarks.resolution import Command, fastvit
+from benchmarks.recipe_runs import Command, fastvit
 from benchmarks.step_overhead import describe_machine
 from fastvit_engine.config import load_config
 from fastvit_engine.train.first_weights import fill_in

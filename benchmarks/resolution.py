@@ -7,17 +7,10 @@ and FLOPs are those that each run recorded. Each side first tries as many learni
 the steps, on all training shards but the last, which measures them. The test images choose nothing.
 """
 
-import argparse
 import json
 import math
 import os
-import resource
-import shlex
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,17 +21,15 @@ from benchmarks.machine import commit
 from benchmarks.plots import OURS, machine, pyplot, save
 from benchmarks.plots import head as title_of
 from benchmarks.publish import publish
-from benchmarks.step_overhead import describe_machine
+from benchmarks.recipe_runs import Command, Ran, Runs, Shards, environment_of, fastvit, folder_of_runs, parser_of
 from fastvit_engine.config import load_config
-from fastvit_engine.files import atomic_write
 from fastvit_engine.models import computed_flops
-from fastvit_engine.observe.metrics import read_metrics
 
 SIDES = {"two": "32, then 48 pixels", "one": "48 pixels from scratch"}
 NAME = "resolution"
-_PRETRAIN = ("train", "cifar10_cpu")
-_FINETUNE = ("train", "finetune_cifar10_cpu")
-_FROM_SCRATCH = ("train", "cifar10_cpu", "--set", "model.image_size=48", "--set", "data.eval_transform=fast")
+_PRETRAIN = ("cifar10_cpu",)  # a recipe and settings over it
+_FINETUNE = ("finetune_cifar10_cpu",)
+_FROM_SCRATCH = ("cifar10_cpu", "model.image_size=48", "data.eval_transform=fast")
 
 # Not the recipe's model and optimizer: three tries and three seeds of both sides take less than an hour.
 SMALL = (
@@ -54,12 +45,10 @@ SMALL = (
 class Setup:
     """What is compared. Learning rates are tried in turn; one alone is taken without a try."""
 
-    train: tuple[str, ...]  # shards
-    test: tuple[str, ...]
+    shards: Shards
     pretrain_steps: int
     finetune_steps: int
     seeds: int = 3
-    processes: int = 2
     model: tuple[str, ...] = SMALL  # of the pretraining and of the run from scratch
     settings: tuple[str, ...] = ()  # of every training
     pretrain_rate: float = 2e-3
@@ -79,17 +68,8 @@ class Setup:
 
 
 @dataclass
-class Ran:
-    """What a command printed and took, child processes included."""
-
-    output: str
-    wall_s: float
-    cpu_s: float
-
-
-@dataclass
-class Trained:
-    """A run of `fastvit train` and what it says of itself."""
+class Phase:
+    """One training of a side, and what it says of itself."""
 
     run: Path
     command: str
@@ -100,49 +80,31 @@ class Trained:
     curve: list[tuple[float, float]] = field(default_factory=list)  # FLOPs, top-1 on data.eval
 
 
-Command = Callable[[Sequence[str]], Ran]
-
-
-def fastvit(arguments: Sequence[str]) -> Ran:
-    """Runs a command of `fastvit`; raises CalledProcessError if it fails."""
-    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "fastvit_engine", *arguments], check=True, stdout=subprocess.PIPE, text=True
-    )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Ran(done.stdout, time.monotonic() - began, cpu)
-
-
 @dataclass
 class Experiment:
     """All trainings of both sides, one after the other, in one folder of runs."""
 
     setup: Setup
-    runs: Path
-    command: Command = fastvit
+    runs: Runs
 
-    def train(self, words: Sequence[str], name: str, steps: int, rate: float, seed: int, tried: bool) -> Trained:
+    def train(
+        self, of: Sequence[str], name: str, steps: int, rate: float, seed: int, tried: bool, init: Path | None = None
+    ) -> Phase:
         """Runs one training; `tried`: the last training shard is its evaluation data."""
-        setup, run = self.setup, self.runs / name
-        train, held_out = (setup.train[:-1], setup.train[-1]) if tried else (setup.train, setup.test[0])
-        lists = {}
-        for split, shards in (("train", train), ("eval", [held_out])):
-            lists[split] = self.runs / f"{split}-{'tries' if tried else 'all'}.txt"
-            atomic_write(lists[split], "".join(f"{shard}\n" for shard in shards))
-        settings = [f"data.train=@{lists['train']}", f"data.eval=@{lists['eval']}", f"train.duration={steps} steps"]
-        settings += [f"optimizer.learning_rate={rate:g}", f"seed={seed}"]
-        settings += [*(setup.model if "--init" not in words else ()), *setup.settings]
-        arguments = [*words, *(word for setting in settings for word in ("--set", setting))]
-        arguments += ["--cpu-processes", str(setup.processes), "--out", str(run)]
-        ran = self.command(arguments)
-        training, evaluations = read_metrics(run / "metrics.jsonl")
-        environment = json.loads((run / "environment.json").read_text())
-        per_image, batch = environment["training_flops_per_image"], environment["global_batch_size"]
+        setup, which = self.setup, "tries" if tried else "all"
+        shards = setup.shards.held_out() if tried else setup.shards
+        data = {"train": shards.train, "eval": shards.test[:1]}
+        settings = [*of[1:], *(f"data.{split}={self.runs.listed(f'{split}-{which}', data[split])}" for split in data)]
+        settings += [f"train.duration={steps} steps", f"optimizer.learning_rate={rate:g}", f"seed={seed}"]
+        settings += [*(setup.model if init is None else ()), *setup.settings]
+        options = () if init is None else ("--init", str(init))
+        trained = self.runs.train(name, of[0], settings, options=options, resume=False)
+        batch, per_image = (trained.environment[key] for key in ("global_batch_size", "training_flops_per_image"))
+        evaluations = trained.metrics.evaluations
         curve = [(row["step"] * batch * per_image, row["top1"]) for row in evaluations]
-        shown = shlex.join(["fastvit", *(word.replace(f"{self.runs}/", "") for word in arguments)])
-        flops = training[-1]["step"] * batch * per_image
-        return Trained(run, shown, ran.wall_s, ran.cpu_s, flops, evaluations[-1]["top1"], curve)
+        flops = trained.metrics.train[-1]["step"] * batch * per_image
+        ran = trained.ran
+        return Phase(trained.run, trained.command, ran.wall_s, ran.cpu_s, flops, evaluations[-1]["top1"], curve)
 
     def tries(self) -> tuple[dict[str, Any], float, float]:
         """What each learning rate reached on the last training shard, and the best of either side."""
@@ -153,8 +115,7 @@ class Experiment:
         first = self.train(_PRETRAIN, "try-32", pretrain, setup.pretrain_rate, 0, True)
         two, one = {}, {}
         for rate in setup.finetune_rates:
-            words = (*_FINETUNE, "--init", str(first.run))
-            two[rate] = self.train(words, f"try-32-48-{rate:g}", finetune, rate, 0, True).top1
+            two[rate] = self.train(_FINETUNE, f"try-32-48-{rate:g}", finetune, rate, 0, True, first.run).top1
         for rate in setup.scratch_rates:
             one[rate] = self.train(_FROM_SCRATCH, f"try-48-{rate:g}", scratch, rate, 0, True).top1
         record = {"steps": {"pretrain": pretrain, "finetune": finetune, "scratch": scratch}, "seed": 0}
@@ -164,25 +125,24 @@ class Experiment:
         """Both sides with every seed, and what `fastvit evaluate` says of them on all test images."""
         tried, finetune_rate, scratch_rate = self.tries()
         pretrain, finetune, scratch = self.setup.steps()
-        trained: dict[str, list[list[Trained]]] = {side: [] for side in SIDES}
+        trained: dict[str, list[list[Phase]]] = {side: [] for side in SIDES}
         for seed in range(self.setup.seeds):
             first = self.train(_PRETRAIN, f"32-{seed}", pretrain, self.setup.pretrain_rate, seed, False)
-            words = (*_FINETUNE, "--init", str(first.run))
-            trained["two"].append([first, self.train(words, f"32-48-{seed}", finetune, finetune_rate, seed, False)])
+            second = self.train(_FINETUNE, f"32-48-{seed}", finetune, finetune_rate, seed, False, first.run)
+            trained["two"].append([first, second])
             trained["one"].append([self.train(_FROM_SCRATCH, f"48-{seed}", scratch, scratch_rate, seed, False)])
-        tests = self.runs / "test.txt"
-        atomic_write(tests, "".join(f"{shard}\n" for shard in self.setup.test))
+        tests = self.runs.listed("test", self.setup.shards.test)
         sides = {}
         for side, seeds in trained.items():
             models = [str(phases[-1].run) for phases in seeds]
-            ran = self.command(["evaluate", *models, "--data", f"@{tests}", "--json"])
+            ran = self.runs.command(["evaluate", *models, "--data", tests, "--json"])
             sides[side] = _side(seeds, json.loads(ran.output), ran)
         rates = {"pretrain": self.setup.pretrain_rate, "finetune": finetune_rate, "scratch": scratch_rate}
         steps = {"pretrain": pretrain, "finetune": finetune, "scratch": scratch}
         return {"tries": tried, "learning_rates": rates, "steps": steps, "sides": sides}
 
 
-def _side(seeds: Sequence[Sequence[Trained]], found: Mapping[str, Any], evaluation: Ran) -> dict[str, Any]:
+def _side(seeds: Sequence[Sequence[Phase]], found: Mapping[str, Any], evaluation: Ran) -> dict[str, Any]:
     """The record of one side: every run, and means and standard deviations (of the population) over the seeds."""
     measured = found.get("models", [found])  # one model alone is not in a list
     runs = []
@@ -290,47 +250,30 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
     return save(figure, folder, NAME)
 
 
-def shards_of(folder: Path, split: str) -> tuple[str, ...]:
-    """The shards of a split, in order. Exits with a message if there are none."""
-    found = sorted(str(path) for ending in ("tar", "tar.gz") for path in folder.resolve().glob(f"{split}-*.{ending}"))
-    if not found:
-        raise SystemExit(f"{folder} has no {split}-*.tar or {split}-*.tar.gz")
-    return tuple(found)
-
-
 def main(arguments: Sequence[str] | None = None, command: Command = fastvit) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="shards train-* and test-*")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="where resolution.json, .md, .svg go")
+    parser = parser_of(__doc__, f"{NAME}.json, .md, .svg and .png")
     parser.add_argument("--pretrain-steps", metavar="N", type=int, default=1400)
     parser.add_argument("--finetune-steps", metavar="N", type=int, default=400)
     parser.add_argument("--seeds", metavar="N", type=int, default=3)
     parser.add_argument("--processes", metavar="N", type=int, default=2, help="--cpu-processes of each training")
     parser.add_argument("--finetune-rates", metavar="X", type=float, nargs="+", default=list(Setup.finetune_rates))
     parser.add_argument("--scratch-rates", metavar="X", type=float, nargs="+", default=list(Setup.scratch_rates))
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of every training")
     given = parser.parse_args(arguments)
     if len(given.finetune_rates) != len(given.scratch_rates):
         parser.error("both sides take the same number of learning rates")
     setup = Setup(
-        train=shards_of(given.folder, "train"),
-        test=shards_of(given.folder, "test"),
+        shards=Shards.of(given.folder),
         pretrain_steps=given.pretrain_steps,
         finetune_steps=given.finetune_steps,
         seeds=given.seeds,
-        processes=given.processes,
         settings=tuple(given.set),
         finetune_rates=tuple(given.finetune_rates),
         scratch_rates=tuple(given.scratch_rates),
     )
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    words = ["FOLDER" if word == str(given.folder) else word for word in words]
-    environment = describe_machine(shlex.join(["python", "-m", "benchmarks.resolution", *words]))
-    environment.pop("hostname", None)
     record: dict[str, Any] = {"started": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit()}
-    with tempfile.TemporaryDirectory() as scratch:
-        record |= {"environment": environment, "processes": setup.processes}
-        record |= Experiment(setup, Path(scratch), command).measure()
+    record |= {"environment": environment_of(f"benchmarks.{NAME}", arguments, given), "processes": given.processes}
+    with folder_of_runs(None) as folder:
+        record |= Experiment(setup, Runs(folder, command, given.processes)).measure()
     record["load_average_after"] = os.getloadavg()[0]
     publish(record, given.out, NAME, report, draw)
 

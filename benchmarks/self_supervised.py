@@ -9,12 +9,7 @@ With --runs, a training that was interrupted continues. With --choose, the last 
 the place of the test images: settings are chosen there.
 """
 
-import argparse
-import json
 import os
-import shlex
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.resolution import Command, fastvit, shards_of
-from benchmarks.step_overhead import describe_machine
+from benchmarks.publish import publish
+from benchmarks.recipe_runs import Command, Runs, Shards, add_runs, environment_of, fastvit, folder_of_runs, parser_of
 from fastvit_engine.checkpoint.export import find_checkpoint
 from fastvit_engine.checkpoint.reader import CheckpointReader
 from fastvit_engine.config import Config, MaeConfig, MaskedPatchConfig, Resolved, load_config
@@ -37,11 +32,9 @@ from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.evaluate.features import Features, extract_features
 from fastvit_engine.evaluate.fewshot import classes_of, few_shot_accuracy
 from fastvit_engine.evaluate.one_pass import OnePass, config_for
-from fastvit_engine.files import atomic_write
 from fastvit_engine.models import VisionTransformer, build_for_training
 from fastvit_engine.objectives import masked_patch_targets
 from fastvit_engine.objectives.masks import draw_corruption
-from fastvit_engine.observe.metrics import read_all_metrics
 from fastvit_engine.observe.progress import WorkProgress
 
 RECIPES = {"mae": "mae_cifar10_cpu", "masked_patch": "masked_patch_cifar10_cpu"}
@@ -53,43 +46,28 @@ Extract = Callable[[Iterable[Batch]], Features]
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What is trained on, and what measures it."""
-
-    train: tuple[str, ...]  # shards
-    held_out: tuple[str, ...]
-    settings: tuple[str, ...] = ()  # of every training, over the recipes'
-    cpu_processes: int | None = None  # None: one
-
-
-@dataclass(frozen=True)
 class Experiment:
-    """The trainings in one folder of runs."""
+    """The trainings of both recipes, which continue if they were interrupted."""
 
-    setup: Setup
-    runs: Path
-    command: Command = fastvit
+    shards: Shards
+    runs: Runs
+    settings: tuple[str, ...] = ()  # of every training, over the recipes'
 
     def measure(self, objective: str) -> dict[str, Any]:
         """Trains the recipe of an objective, and measures what has come of it."""
-        run, resolved = self.runs / objective, self.resolved(objective)
-        words = ["train", RECIPES[objective], *(word for setting in self._settings() for word in ("--set", setting))]
-        if self.setup.cpu_processes is not None:
-            words += ["--cpu-processes", str(self.setup.cpu_processes)]
-        words += ["--out", str(run), "--resume", "auto"]
-        resumed, load = run.exists(), os.getloadavg()[0]
-        ran = self.command(words)
-        metrics = read_all_metrics(run / "metrics.jsonl")
-        model = trained_model(run, resolved.config)
+        resolved, load = self.resolved(objective), os.getloadavg()[0]
+        trained = self.runs.train(objective, RECIPES[objective], self._settings())
+        last, losses = trained.metrics.train[-1], trained.metrics.losses
+        model = trained_model(trained.run, resolved.config)
         record = {
             "recipe": RECIPES[objective],
-            "command": shlex.join(["fastvit", *(word.replace(f"{self.runs}/", "") for word in words)]),
+            "command": trained.command,
             "load_average": [load, os.getloadavg()[0]],  # before and after
-            "steps": metrics.train[-1]["step"],
-            "images": metrics.train[-1]["samples"],
-            "training_s": metrics.train[-1]["seconds"],
-            "cpu_s": None if resumed else ran.cpu_s,  # of the whole command, unless there were several
-            "held_out_loss": {str(row["step"]): row["loss"] for row in metrics.losses if row["eval"] == "eval"},
+            "steps": last["step"],
+            "images": last["samples"],
+            "training_s": last["seconds"],
+            "cpu_s": trained.cpu_s,
+            "held_out_loss": {str(row["step"]): row["loss"] for row in losses if row["eval"] == "eval"},
             "few_shot": self.few_shot(model, resolved),
             "few_shot_untrained": self.few_shot(untrained_model(resolved.config), resolved),
             "made_of": resolved.config.model_dump(mode="json", exclude={"data": {"train", "eval"}}),
@@ -112,22 +90,20 @@ class Experiment:
 
     def batches(self, which: str, model: VisionTransformer, resolved: Resolved) -> Iterator[Batch]:
         """A pass over some of the shards."""
-        one = OnePass.over(f"@{self._list_of(which)}", "eval", config_for(model, resolved), named=which)
+        one = OnePass.over(self._listed(which), "eval", config_for(model, resolved), named=which)
         return one.batches(_BATCH, doing="features of", progress=WorkProgress())
 
     def resolved(self, objective: str) -> Resolved:
         return load_config(RECIPES[objective], self._settings())
 
     def _settings(self) -> list[str]:
-        data = [f"data.train=@{self._list_of('train')}", f"data.eval=@{self._list_of('held_out')}"]
-        return [*data, *self.setup.settings]
+        data = [f"data.train={self._listed('train')}", f"data.eval={self._listed('held_out')}"]
+        return [*data, *self.settings]
 
-    def _list_of(self, which: str) -> Path:
-        """The file that lists some shards."""
-        shards = {"train": self.setup.train, "held_out": self.setup.held_out, "shots": self.setup.train[:1]}[which]
-        path = self.runs / f"{which}.txt"
-        atomic_write(path, "".join(f"{shard}\n" for shard in shards))
-        return path
+    def _listed(self, which: str) -> str:
+        """The pattern of some shards."""
+        shards = {"train": self.shards.train, "held_out": self.shards.test, "shots": self.shards.train[:1]}
+        return self.runs.listed(which, shards[which])
 
 
 def trained_model(run: Path, config: Config) -> VisionTransformer:
@@ -240,38 +216,24 @@ def _of_objective(objective: str, one: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, command: Command = fastvit) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="shards train-* and test-*")
-    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help=f"where {NAME}.json and .md go")
+    parser = parser_of(__doc__, f"{NAME}.json and .md")
     parser.add_argument("--objectives", choices=RECIPES, nargs="+", default=list(RECIPES), help="default: both")
-    parser.add_argument("--cpu-processes", metavar="N", type=int, help="of each training")
-    parser.add_argument("--runs", metavar="RUNS", type=Path, help="folder of the runs, which is kept")
+    parser.add_argument("--cpu-processes", metavar="N", type=int, help="of each training; default: one")
     parser.add_argument("--choose", action="store_true", help="hold out the last training shard, and measure there")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting of every training")
+    add_runs(parser)
     given = parser.parse_args(arguments)
-    train, held_out = shards_of(given.folder, "train"), shards_of(given.folder, "test")
-    if given.choose:
-        train, held_out = train[:-1], train[-1:]
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    named = {str(given.folder): "FOLDER", str(given.out): "DIR", str(given.runs): "RUNS"}
-    environment = describe_machine(
-        shlex.join(["python", "-m", f"benchmarks.{NAME}", *(named.get(w, w) for w in words)])
-    )
-    environment = {name: value for name, value in environment.items() if name not in ("hostname", "load_average")}
+    shards = Shards.of(given.folder)
+    environment = environment_of(f"benchmarks.{NAME}", arguments, given)
+    environment.pop("load_average")  # each training has its own
     record: dict[str, Any] = {"environment": environment, "cpu_processes": given.cpu_processes}
     record["images"] = "held-out training images" if given.choose else "test images"
-    with tempfile.TemporaryDirectory() as scratch:
-        runs = (given.runs or Path(scratch)).resolve()
-        runs.mkdir(parents=True, exist_ok=True)
-        experiment = Experiment(Setup(train, held_out, tuple(given.set), given.cpu_processes), runs, command)
+    with folder_of_runs(given.runs) as folder:
+        runs = Runs(folder, command, given.cpu_processes)
+        experiment = Experiment(shards.held_out() if given.choose else shards, runs, tuple(given.set))
         record["objectives"] = {objective: experiment.measure(objective) for objective in given.objectives}
         resolved = experiment.resolved(given.objectives[0])
         record["few_shot_pixels"] = experiment.few_shot(untrained_model(resolved.config), resolved, raw_pixels)
-    given.out.mkdir(parents=True, exist_ok=True)
-    atomic_write(given.out / f"{NAME}.json", json.dumps(record, indent=1) + "\n")
-    text = report(record)
-    atomic_write(given.out / f"{NAME}.md", text)
-    print(text)
+    publish(record, given.out, NAME, report)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from fastvit_engine.config.sections import Config, DinoConfig, MaeConfig, MaskedPatchConfig, ModelConfig
+from fastvit_engine.config.sections import Config, DinoConfig, MaeConfig, MaskedPatchConfig, MocoConfig, ModelConfig
 from fastvit_engine.errors import UserError
 
 GRID_CELLS = 4  # rows and columns of a patch's cells, for masked_patch.target = grid
@@ -91,6 +91,8 @@ def tokens_in_training(config: Config) -> int:
     if isinstance(pretraining, DinoConfig):
         small = (pretraining.local_size // shape.patch_size) ** 2 + shape.prefix
         return 2 * shape.tokens + pretraining.local_views * small
+    if isinstance(pretraining, MocoConfig):
+        return 2 * shape.tokens
     hidden = masked_count(shape.patches, pretraining.mask_ratio) if isinstance(pretraining, MaeConfig) else 0
     return shape.tokens - hidden
 

@@ -1,7 +1,7 @@
 """What goes together with an objective that learns without labels, and what would have no effect or no sense."""
 
 from fastvit_engine.config.model_shape import GRID_CELLS, Shape, masked_count, resolve_shape
-from fastvit_engine.config.sections import Config, DinoConfig, MaeConfig, MaskedPatchConfig
+from fastvit_engine.config.sections import Config, DinoConfig, MaeConfig, MaskedPatchConfig, MocoConfig
 from fastvit_engine.errors import UserError
 
 
@@ -30,7 +30,7 @@ def check_pretraining(config: Config) -> None:
         )
     if isinstance(config.pretraining, MaeConfig):
         _check_decoder(config.pretraining)
-    elif isinstance(config.pretraining, DinoConfig):
+    elif isinstance(config.pretraining, DinoConfig | MocoConfig):
         _check_teacher(config)
     if config.init.from_ is not None and "name" not in config.model.model_fields_set:
         return  # the weights say how many patches there are
@@ -58,18 +58,21 @@ def _without_effect(config: Config) -> list[tuple[str, object, object]]:
 
 
 def _check_teacher(config: Config) -> None:
+    objective = f"train.objective = {config.train.objective}"
     if config.ema.decay is None:
-        raise UserError("train.objective = dino has the average of the weights for a teacher: set ema.decay, as 0.996")
+        raise UserError(f"{objective} has the average of the weights for a teacher: set ema.decay, as 0.99")
     if config.data.eval is not None:
         raise UserError(
-            "data.eval is set, and the loss of train.objective = dino says nothing of held-out images, as its teacher "
-            "changes: set data.eval=null, and evaluate.fewshot to measure what is learned"
+            f"data.eval is set, and the loss of {objective} says nothing of held-out images, as its teacher changes: "
+            "set data.eval=null, and evaluate.fewshot to measure what is learned"
         )
     if config.augment.randaugment_ops or config.augment.crop != "inception":
         raise UserError(
-            "train.objective = dino distorts its views itself, and crops them as augment.crop = inception does: set "
+            f"{objective} distorts its views itself, and crops them as augment.crop = inception does: set "
             "augment.randaugment_ops=0 and augment.crop=inception"
         )
+    if isinstance(config.pretraining, MocoConfig) and config.train.global_batch_size < 2:
+        raise UserError(f"train.global_batch_size is 1, and {objective} tells images apart: set it to 2 or more")
 
 
 def _check_small_views(patch_size: int, config: Config) -> None:

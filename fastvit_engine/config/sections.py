@@ -64,7 +64,7 @@ def _ordered(pair: tuple[float, float]) -> tuple[float, float]:
 _MOST_SAMPLES = 2**20  # of one batch
 _MONTH = 2_592_000.0  # seconds
 MOST_PROFILED = 20  # steps
-OBJECTIVES = ("classify", "dino", "mae", "masked_patch")  # of the engine
+OBJECTIVES = ("classify", "dino", "mae", "masked_patch", "moco")  # of the engine
 Ratio = Annotated[float, Field(gt=0.01, le=100)]
 LearningRate = Annotated[float, Field(le=1e30)]  # finite in fp32, as are a few hundred updates
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -341,8 +341,9 @@ class TrainConfig(_Section):
     """What training minimises. classify: the loss on the labels. mae: the error of a masked autoencoder, which predicts
     the pixels of hidden patches and needs no labels, see section mae. masked_patch: that of predicting the colours of
     corrupted patches, without labels, see section masked_patch. dino: what an average of the weights makes of other
-    crops of the image, without labels, see section dino. MODULE:NAME: an objective of your own, a class or
-    function in a Python module, which is imported from the working directory or PYTHONPATH."""
+    crops of the image, without labels, see section dino. moco: which of all images another crop is of, without labels,
+    see section moco. MODULE:NAME: an objective of your own, a class or function in a Python module, which is imported
+    from the working directory or PYTHONPATH."""
 
     duration: Duration = "90 epochs"
     """Length of the run: epochs, steps or samples."""
@@ -541,9 +542,37 @@ class DinoConfig(_Section):
     local_scale: Annotated[tuple[AreaFraction, AreaFraction], AfterValidator(_ordered)] = (0.05, 0.4)
     """Smallest and largest area of the small crops."""
 
-    distort: bool = True
-    """Change colours of the views, and blur or invert some. The blur is of up to 2 pixels, whatever the size of a view:
-    false is for images of few pixels, whose views then differ by their crops alone."""
+    blur: bool = True
+    """Blur some of the views, by up to 2 pixels whatever their size: false is for images of few pixels."""
+
+
+class MocoConfig(_Section):
+    """For train.objective: moco, MoCo v3 (Chen et al. 2021): images are told apart by two views of each.
+
+    The teacher is the average of the weights, as with dino. A step is computed at once, without micro-batches, as batch
+    normalisation and the images to tell apart are of all images of the step. The projection and the predictor are saved
+    in checkpoints, and left out of exports.
+    """
+
+    outputs: int = Field(256, gt=0, le=65536)
+    """Dimension in which views are compared."""
+
+    hidden_width: int = Field(4096, gt=0, le=65536)
+    """Width of the hidden layers of the projection, which has two, and of the predictor, which has one."""
+
+    temperature: float = Field(0.2, gt=0.001, le=100)
+    """What similarities, between -1 and 1, are divided by before their softmax. The loss is multiplied by twice as
+    much."""
+
+    crop_scale: Annotated[tuple[AreaFraction, AreaFraction], AfterValidator(_ordered)] = (0.08, 1.0)
+    """Smallest and largest area of the two crops, as a fraction of the image's area."""
+
+    blur: bool = True
+    """Blur some of the views, by up to 2 pixels whatever their size: false is for images of few pixels."""
+
+    frozen_patches: bool = True
+    """Leave the projection of patches as it is drawn: it does not learn, which makes the training of large models
+    stable."""
 
 
 class EmaConfig(_Section):
@@ -690,6 +719,7 @@ class Config(_Section):
     dino: DinoConfig = DinoConfig()
     mae: MaeConfig = MaeConfig()
     masked_patch: MaskedPatchConfig = MaskedPatchConfig()
+    moco: MocoConfig = MocoConfig()
     ema: EmaConfig = EmaConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -705,8 +735,13 @@ class Config(_Section):
     @property
     def pretraining(self) -> "Pretraining | None":
         """The section of a self-supervised objective, which adds parameters to the model; None for other objectives."""
-        sections: dict[str, Pretraining] = {"dino": self.dino, "mae": self.mae, "masked_patch": self.masked_patch}
+        sections: dict[str, Pretraining] = {
+            "dino": self.dino,
+            "mae": self.mae,
+            "masked_patch": self.masked_patch,
+            "moco": self.moco,
+        }
         return sections.get(self.train.objective)
 
 
-Pretraining = DinoConfig | MaeConfig | MaskedPatchConfig
+Pretraining = DinoConfig | MaeConfig | MaskedPatchConfig | MocoConfig

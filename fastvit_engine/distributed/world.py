@@ -50,6 +50,12 @@ class World:
         dist.all_reduce(values)
         return values
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The tensors [B, ...] of all processes, which have one shape, by rank: [size B, ...]; collective."""
+        gathered = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
     def max(self, values: Sequence[float] | Tensor) -> Tensor:
         """Elementwise maximum over all processes, in float64; collective."""
         return self._reduce(values, dist.ReduceOp.MAX, torch.float64)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from fastvit_engine.config import Config, DinoConfig, MaeConfig, MaskedPatchConfig, ModelConfig
+from fastvit_engine.config import Config, DinoConfig, MaeConfig, MaskedPatchConfig, MocoConfig, ModelConfig
 from fastvit_engine.config.model_shape import Shape, masked_count, predicted_numbers, resolve_shape
 from fastvit_engine.models.masked_autoencoder import MLP_RATIO
 
@@ -31,6 +31,9 @@ def run_flops(config: Config) -> RunFlops:
     if isinstance(pretraining, DinoConfig):
         return RunFlops(self_distillation_flops(model, pretraining, forward_macs),
                         self_distillation_flops(model, pretraining, computed_macs))  # fmt: skip
+    if isinstance(pretraining, MocoConfig):
+        return RunFlops(contrastive_flops(config, pretraining, forward_macs),
+                        contrastive_flops(config, pretraining, computed_macs))  # fmt: skip
     frozen = config.optimizer.frozen
     return RunFlops(training_flops(model, frozen=frozen), computed_flops(model, frozen=frozen))
 
@@ -86,6 +89,19 @@ def self_distillation_flops(model: ModelConfig, dino: DinoConfig, macs: Callable
     large = macs(model) + projection
     small = macs(model.model_copy(update={"image_size": dino.local_size})) + projection if dino.local_views else 0
     return 6 * (2 * large + dino.local_views * small) + 2 * 2 * large
+
+
+def contrastive_flops(config: Config, moco: MocoConfig, macs: Callable[[ModelConfig], int]) -> int:
+    """Of both views of an image: the student's passes forward and backward, the teacher's, and the comparison of keys.
+
+    Keys have no gradient, nor have patches that are frozen.
+    """
+    shape, hidden, outputs = resolve_shape(config.model), moco.hidden_width, moco.outputs
+    projected = macs(config.model) + shape.width * hidden + hidden**2 + hidden * outputs
+    student = 6 * (projected + 2 * outputs * hidden)
+    if moco.frozen_patches:
+        student -= 4 * _patch_macs(shape, shape.patches)
+    return 2 * (student + 2 * projected + 4 * config.train.global_batch_size * outputs)
 
 
 def _patch_macs(shape: Shape, patches: int) -> int:

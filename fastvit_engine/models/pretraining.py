@@ -4,13 +4,22 @@ from collections.abc import Sequence
 
 import torch
 
-from fastvit_engine.config import Config, DinoConfig, MaeConfig, MaskedPatchConfig, ModelConfig, Pretraining
+from fastvit_engine.config import (
+    Config,
+    DinoConfig,
+    MaeConfig,
+    MaskedPatchConfig,
+    MocoConfig,
+    ModelConfig,
+    Pretraining,
+)
+from fastvit_engine.models.contrastive import Contrastive
 from fastvit_engine.models.masked_autoencoder import MaskedAutoencoder
 from fastvit_engine.models.masked_patch import MaskedPatchPredictor
 from fastvit_engine.models.self_distilled import SelfDistilled
 from fastvit_engine.models.vit import VisionTransformer
 
-_FOR_PRETRAINING = ("mask_token", "decoder.", "projection.")
+_FOR_PRETRAINING = ("mask_token", "decoder.", "projection.", "predictor.")
 
 
 def is_for_pretraining(name: str) -> bool:
@@ -38,6 +47,8 @@ def model_for_training(
         return MaskedPatchPredictor(model, pretraining, mean=mean, std=std)
     if isinstance(pretraining, DinoConfig):
         return SelfDistilled(model, pretraining, mean=mean, std=std)
+    if isinstance(pretraining, MocoConfig):
+        return Contrastive(model, pretraining, mean=mean, std=std)
     return VisionTransformer(model, mean=mean, std=std)
 
 

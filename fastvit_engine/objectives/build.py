@@ -12,6 +12,7 @@ from fastvit_engine.objectives.classify import Classify
 from fastvit_engine.objectives.dino import SelfDistillation
 from fastvit_engine.objectives.mae import MaskedAutoencoding
 from fastvit_engine.objectives.masked_patch import MaskedPatchPrediction
+from fastvit_engine.objectives.moco import MomentumContrast
 from fastvit_engine.objectives.own import import_factory
 from fastvit_engine.objectives.protocol import Objective, ObjectiveFactory
 
@@ -20,6 +21,7 @@ OBJECTIVES: Mapping[str, ObjectiveFactory] = {
     "dino": SelfDistillation,
     "mae": MaskedAutoencoding,
     "masked_patch": MaskedPatchPrediction,
+    "moco": MomentumContrast,
 }
 
 

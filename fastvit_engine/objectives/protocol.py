@@ -29,7 +29,13 @@ class Average(Protocol):
         """The model computes with the average inside the block, and with its own weights after it; collective."""
 
     def add_up(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, the same on each; collective."""
+        """The sum of a tensor over all processes, the same on each, in its place; collective."""
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        """The rows [B, ...] of all processes, one after the other [N, ...], and which is the first of this one's.
+
+        Collective, in a step of one pass. A process with fewer rows than others is filled up with rows of zeros.
+        """
 
 
 @runtime_checkable

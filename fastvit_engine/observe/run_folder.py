@@ -138,6 +138,11 @@ class RunFolder:
         return self.path / "reconstructions.json"
 
     @property
+    def inspection(self) -> Path:
+        """Figures of what the model has learned, if `fastvit inspect` wrote them here."""
+        return self.path / "inspect"
+
+    @property
     def classes(self) -> Path:
         """How well each class is recognised, and which are confused."""
         return self.path / "classes.json"

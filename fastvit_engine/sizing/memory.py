@@ -31,6 +31,7 @@ from fastvit_engine.config import (
     DinoConfig,
     MaeConfig,
     MaskedPatchConfig,
+    MocoConfig,
     ModelConfig,
     OptimizerConfig,
     Pretraining,
@@ -142,6 +143,8 @@ def training_memory(
         activations = autoencoder_bytes(config, config.pretraining, implementation)
     elif isinstance(config.pretraining, DinoConfig):
         activations = self_distillation_bytes(config, config.pretraining, implementation)
+    elif isinstance(config.pretraining, MocoConfig):
+        activations = contrastive_bytes(config, config.pretraining, implementation)
     elif isinstance(config.pretraining, MaskedPatchConfig):
         activations = masked_patch_bytes(config, config.pretraining, implementation)
     elif frozen == "backbone":  # a forward pass, which keeps nothing but the one block that it is in
@@ -343,6 +346,18 @@ def self_distillation_bytes(config: Config, dino: DinoConfig, implementation: Im
     scores = (2 * compute + 8) * dino.prototypes  # before and after the temperature; their gradient; the target
     views = 2 + dino.local_views
     return 2 * kept(model) + dino.local_views * small + views * (projection + scores)
+
+
+def contrastive_bytes(config: Config, moco: MocoConfig, implementation: Implementation) -> int:
+    """As `activation_bytes`, of both views of an image, with what is kept of their projection and of the scores."""
+    model, precision, compute = config.model, config.train.precision, COMPUTE_BYTES[config.train.precision]
+    encoder = activation_bytes(model, precision, implementation, recompute_mode(config))
+    if moco.frozen_patches:
+        encoder -= pixel_bytes(model, precision, implementation) - 3 * model.image_size**2
+    hidden = 3 * (4 + 4 + compute) * moco.hidden_width  # centred, normalised, and after the ReLU
+    outputs = 2 * (4 + compute) * moco.outputs
+    scores = (4 + 4 + 1) * config.train.global_batch_size  # before and after the softmax, and which count
+    return 2 * (encoder + hidden + outputs + scores)
 
 
 def masked_patch_bytes(config: Config, masked_patch: MaskedPatchConfig, implementation: Implementation) -> int:

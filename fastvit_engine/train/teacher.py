@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit_engine.errors import UserError
@@ -26,6 +27,11 @@ class Teacher:
 
     def add_up(self, values: Tensor) -> Tensor:
         return self.job.world.sum_in_place(values)
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, int]:
+        most = self.job.split.micro_batch_size
+        filled = F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, most - len(rows)))
+        return self.job.world.gather_rows(filled), self.job.world.rank * most
 
 
 def begin_teaching(job: Job) -> None:

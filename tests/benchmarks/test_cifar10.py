@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cifar10 import Experiment, Setup, main, report
-from benchmarks.resolution import Ran
+from benchmarks.cifar10 import Experiment, main, report
+from benchmarks.recipe_runs import Ran, Runs, Shards
 from tests.benchmarks.test_resolution import EVALUATION_ROW, TRAINING_ROW
 
 TOP1 = {0: 0.5, 1: 0.7}
@@ -49,9 +49,9 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def setup(folder):
-    train, test = (tuple(sorted(str(path) for path in folder.glob(f"{split}-*"))) for split in ("train", "test"))
-    return Setup("cifar10_cpu", train, test, settings=("data.train_samples=8",))
+def experiment(folder, tmp_path):
+    """Of two training and two test shards, in a folder of runs that is there."""
+    return Experiment("cifar10_cpu", Shards.of(folder), Runs(tmp_path, Commands()), ("data.train_samples=8",))
 
 
 def shards(words, key):
@@ -89,33 +89,45 @@ def test_settings_are_chosen_on_training_images_that_are_held_out(folder, tmp_pa
     assert "8 held-out training images" in (out / "cifar10_cpu.md").read_text()
 
 
-def test_the_average_of_the_weights_is_measured_if_there_is_one(setup, tmp_path):
+def test_the_average_of_the_weights_is_measured_if_there_is_one(experiment, tmp_path):
     commands = Commands(average=True)
-    record = Experiment(setup, tmp_path, commands).measure(0)
+    record = replace(experiment, runs=Runs(tmp_path, commands)).measure(0)
     assert commands.words[1][1].endswith("seed-0/model_ema.safetensors")
     assert (record["weights"], record["curve"]) == ("averaged", [[1.5, 0.12], [3.0, 0.24]])
 
 
-def test_a_seed_that_is_done_is_read_and_one_that_was_interrupted_has_no_time_of_its_command(setup, tmp_path):
-    commands = Commands()
-    experiment = Experiment(setup, tmp_path, commands)
+def test_a_seed_that_is_done_is_read_and_one_that_was_interrupted_has_no_time_of_its_command(experiment, tmp_path):
+    words = experiment.runs.command.words
     first = experiment.measure(0)
     assert (first["cpu_s"], first["wall_s"]) == (180.0, 120.0)
-    assert experiment.measure(0) == first and len(commands.words) == 2
+    assert experiment.measure(0) == first and len(words) == 2
     (tmp_path / "seed-1").mkdir()
     assert experiment.measure(1)["cpu_s"] is None
-    assert commands.words[2][-2:] == ["--resume", "auto"]
+    assert words[2][-2:] == ["--resume", "auto"]
 
 
-def test_a_record_of_other_settings_or_shards_is_refused(setup, tmp_path):
-    Experiment(setup, tmp_path, Commands()).measure(0)
-    for other in (replace(setup, settings=("data.train_samples=9",)), replace(setup, train=setup.train[:1])):
+def test_a_record_has_these_names_in_this_order(experiment, tmp_path):
+    """Files of earlier measurements are read and compared."""
+    experiment.measure(0)
+    assert list(json.loads((tmp_path / "seed-0.json").read_text())) == [
+        *("seed", "started", "commit", "load_average", "command", "samples", "top1", "loss", "weights", "steps"),
+        *("epochs", "images", "flops", "training_s", "evaluations_s", "images_per_second", "wall_s", "cpu_s"),
+        *("curve", "made_of"),
+    ]
+
+
+def test_a_record_of_other_settings_or_shards_is_refused(experiment):
+    experiment.measure(0)
+    shards = experiment.shards
+    for other in (
+        replace(experiment, settings=("data.train_samples=9",)),
+        replace(experiment, shards=replace(shards, train=shards.train[:1])),
+    ):
         with pytest.raises(SystemExit, match=r"seed-0\.json is of other settings or shards: name another folder"):
-            Experiment(other, tmp_path, Commands()).measure(0)
+            other.measure(0)
 
 
-def test_epochs_that_are_unknown_are_asked_for_before_training(setup, tmp_path):
-    commands = Commands()
+def test_epochs_that_are_unknown_are_asked_for_before_training(experiment):
     with pytest.raises(SystemExit, match="photos does not say what an epoch is: --set data.train_samples=N"):
-        Experiment(replace(setup, recipe="photos", settings=()), tmp_path, commands).measure(0)
-    assert not commands.words
+        replace(experiment, recipe="photos", settings=()).measure(0)
+    assert not experiment.runs.command.words

@@ -44,7 +44,7 @@ def test_everything_is_measured_quickly(tmp_path: Path) -> None:
         for row in case.get("providers") or case["variants"]:
             assert row["status"] in (("ok", "skipped") if is_ours(row) else ("ok", "skipped", "wrong", "failed")), row
             assert row["status"] == "ok" or row["reason"], row
-    assert records["kernels"]["error"] is None and len(records["kernels"]["cases"]) > 3
+    assert records["kernels"]["error"] is None and records["kernels"]["cases"]  # how many depends on the machine
     for case in records["kernels"]["cases"]:
         assert f"{case['op']}: " in printed
     ran = {row["variant"] for row in records["train"]["cases"][0]["variants"] if row["status"] == "ok"}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.probe import main, report, shape_of
-from benchmarks.resolution import Ran
+from benchmarks.recipe_runs import Ran
 from fastvit_engine.config import load_config
 from fastvit_engine.config.model_shape import resolve_shape
 from tests.fastvit_engine.models.weights.official import random_arrays

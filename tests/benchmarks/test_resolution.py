@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.resolution import SIDES, Experiment, Ran, Setup, main, report, shards_of, verdict
+from benchmarks.recipe_runs import Ran, Runs, Shards
+from benchmarks.resolution import SIDES, Experiment, Setup, main, report, verdict
 from fastvit_engine.cli import main as fastvit
 from tests.fastvit_engine.warm_ranks import run_ranks
 
@@ -65,7 +66,7 @@ def test_three_commands_from_shards_to_a_table(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(("pretrain", "finetune"), [(1400, 400), (600, 180), (90, 500)])
 def test_both_sides_have_the_same_flops_within_a_step(pretrain, finetune):
-    setup = Setup(train=("a", "b"), test=("c",), pretrain_steps=pretrain, finetune_steps=finetune)
+    setup = Setup(Shards(("a", "b"), ("c",)), pretrain_steps=pretrain, finetune_steps=finetune)
     small, large = setup._flops_per_step(32), setup._flops_per_step(48)
     two, one = pretrain * small + finetune * large, setup.steps()[2] * large
     assert 0 <= one - two < large and 2.2 < large / small < 2.4
@@ -87,8 +88,8 @@ def test_each_side_has_as_many_tries_and_no_test_image_chooses(tmp_path):
         (run / "environment.json").write_text('{"training_flops_per_image": 3, "global_batch_size": 2}')
         return Ran("", 1.0, 1.0)
 
-    setup = Setup(train=("a", "b", "c"), test=("d",), pretrain_steps=3, finetune_steps=3)
-    tried, finetune_rate, scratch_rate = Experiment(setup, tmp_path, command).tries()
+    setup = Setup(Shards(("a", "b", "c"), ("d",)), pretrain_steps=3, finetune_steps=3)
+    tried, finetune_rate, scratch_rate = Experiment(setup, Runs(tmp_path, command, 2)).tries()
     assert (finetune_rate, scratch_rate) == (1e-3, 4e-3)
     assert len(tried["two"]) == len(tried["one"]) == 3 and tried["two"][1e-3] == 0.5
     assert {(tuple(train), tuple(held_out)) for _, train, held_out in commands} == {(("a", "b"), ("c",))}
@@ -99,8 +100,6 @@ def test_unequal_numbers_of_tries_are_refused(folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([str(folder), "--out", str(tmp_path), "--scratch-rates", "1e-3"])
     assert "the same number of learning rates" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="has no dev-"):
-        shards_of(folder, "dev")
 
 
 @pytest.mark.parametrize(

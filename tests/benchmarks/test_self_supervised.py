@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.resolution import Ran
+from benchmarks.recipe_runs import Ran
 from benchmarks.self_supervised import colour_accuracy, main, raw_pixels
 from fastvit_engine.config import Config, MaskedPatchConfig
 from fastvit_engine.config.model_shape import COLOURS, resolve_shape

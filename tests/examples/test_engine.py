@@ -14,7 +14,7 @@ from tests.docs.conftest import official, photos
 from tests.in_full import only_in_full
 
 __all__ = ["official", "photos"]  # fixtures
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the longest take two minutes of a machine at rest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 Run = Callable[..., str]
 

@@ -13,7 +13,7 @@ from tests.in_full import only_in_full
 from tests.kernels.integrations import conftest  # lets timm import a torchvision of another build
 
 __all__ = ["conftest"]
-pytestmark = [pytest.mark.slow]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # the longest take two minutes of a machine at rest
 ROOT = Path(__file__).parents[2]
 FUSED_BLOCK = re.compile(r"^\S*(blocks|layers)\.1 +\w+ +block +reference$", re.MULTILINE)
 
@@ -34,7 +34,7 @@ def run(tmp_path, monkeypatch, capsys):
 def on_two_ranks(script: str, **environment: object) -> str:
     arguments = [sys.executable, "-m", "tests.examples.ranks", "2", f"examples/{script}"]
     variables = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **{name: str(value) for name, value in environment.items()}}
-    done = subprocess.run(arguments, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

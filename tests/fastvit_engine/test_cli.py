@@ -92,7 +92,10 @@ def test_a_typing_error_suggests_the_word_that_was_meant(capfd, wrong):
     [
         (["trian"], "unknown fastvit command 'trian': did you mean 'train'? (see `fastvit --help`)"),
         (["data", "mkae"], "unknown fastvit action 'mkae': did you mean 'make'? (see `fastvit data --help`)"),
-        (["zzz"], "unknown fastvit command 'zzz': there are train, evaluate, predict, fewshot, features, plan, doctor"),
+        (
+            ["zzz"],
+            "unknown fastvit command 'zzz': there are train, evaluate, predict, fewshot, features, inspect, plan",
+        ),
         (["plan", "photos", "--gpus", "1", "--gpu", "H10"], "unknown --gpu 'H10': did you mean 'H100'?"),
         (["train", "photos", "--set", "train.grad_clip", "0.1"], "'train.grad_clip' has no '=': write --set KEY=VALUE"),
         (["data", "bench", "x", "--set", "k", "1"], "'k' has no '=': write --set KEY=VALUE"),

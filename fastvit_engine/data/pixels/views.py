@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from fastvit_engine.config import AugmentConfig, Config, DinoConfig
+from fastvit_engine.config import AugmentConfig, Config, DinoConfig, MocoConfig
 from fastvit_engine.data.pixels.crops import View, draw_crops, render, train_view
 from fastvit_engine.data.pixels.decode import PixelBuffer
 from fastvit_engine.data.pixels.distort import distort
@@ -31,14 +31,25 @@ class TrainingView(NamedTuple):
 
 def training_views(config: Config) -> tuple[TrainingView, ...]:
     """The views that training makes of an image: one, but for an objective that compares several."""
-    dino = config.pretraining
-    if not isinstance(dino, DinoConfig):
-        return (TrainingView(config.model.image_size, config.augment),)
-    large = config.augment.model_copy(update={"crop_scale": dino.global_scale})
-    small = config.augment.model_copy(update={"crop_scale": dino.local_scale})
-    size, distorted = config.model.image_size, dino.distort
-    first, second = (TrainingView(size, large, distorted, *odds) for odds in ((1.0, 0.0), (0.1, 0.2)))
-    return (first, second, *[TrainingView(dino.local_size, small, distorted, blur=0.5)] * dino.local_views)
+    pretraining = config.pretraining
+    if isinstance(pretraining, MocoConfig):
+        return _two_views(config, pretraining.crop_scale, blur=pretraining.blur)
+    if isinstance(pretraining, DinoConfig):
+        blur = pretraining.blur
+        augment = config.augment.model_copy(update={"crop_scale": pretraining.local_scale})
+        small = TrainingView(pretraining.local_size, augment, distorted=True, blur=0.5 * blur)
+        return (*_two_views(config, pretraining.global_scale, blur=blur), *[small] * pretraining.local_views)
+    return (TrainingView(config.model.image_size, config.augment),)
+
+
+def _two_views(config: Config, scale: tuple[float, float], *, blur: bool) -> tuple[TrainingView, TrainingView]:
+    """Of the model's size, distorted as BYOL does (Grill et al. 2020, arXiv:2006.07733, appendix B)."""
+    augment = config.augment.model_copy(update={"crop_scale": scale})
+    first, second = (
+        TrainingView(config.model.image_size, augment, distorted=True, blur=odds * blur, invert=invert)
+        for odds, invert in ((1.0, 0.0), (0.1, 0.2))
+    )
+    return first, second
 
 
 def view_seeds(seeds: np.ndarray, number: int, count: int) -> np.ndarray:

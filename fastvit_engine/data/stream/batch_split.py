@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastvit_engine.config import Config
+from fastvit_engine.config import Config, MocoConfig
 from fastvit_engine.data.stream.order import Integers
 from fastvit_engine.errors import UserError
 
@@ -95,7 +95,8 @@ def split_batch(config: Config, world_size: int) -> BatchSplit:
 def possible_splits(config: Config, world_size: int, largest: int | None = None) -> Iterator[BatchSplit]:
     """Splits with micro-batches of at most `largest` images, the largest micro-batches first.
 
-    If the global batch divides over the ranks, all micro-batches have the same size. Raises UserError as `split_batch`.
+    If the global batch divides over the ranks, all micro-batches have the same size. train.objective = moco has one
+    pass. Raises UserError as `split_batch`.
     """
     batch, pairs = config.train.global_batch_size, mixes_pairs(config)
     if batch < world_size:
@@ -110,7 +111,14 @@ def possible_splits(config: Config, world_size: int, largest: int | None = None)
         )
     units, before = _units(batch, pairs), None
     equal, share = batch % (_unit(pairs) * world_size) == 0, -(-units // world_size)
-    for passes in range(1, share + 1):
+    whole = isinstance(config.pretraining, MocoConfig)
+    if whole and largest is not None and largest < share:
+        raise UserError(
+            f"train.micro_batch_size is {largest}, and each process has {share} images of train.global_batch_size: "
+            f"train.objective = {config.train.objective} normalises and compares all images of a step at once. Set it "
+            "to null; if the images do not fit, use more processes or a smaller batch"
+        )
+    for passes in range(1, 2 if whole else share + 1):
         if equal and share % passes:
             continue
         split = BatchSplit(batch, world_size, passes, pairs)

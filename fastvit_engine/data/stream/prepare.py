@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastvit_engine.config import Config, DataSource, DinoConfig
+from fastvit_engine.config import Config, DataSource, DinoConfig, MocoConfig
 from fastvit_engine.data.pixels.decode import decode_image
 from fastvit_engine.data.shards.archive import read_shard, stamp_of_local
 from fastvit_engine.data.shards.index import (
@@ -150,10 +150,10 @@ def _prepare_eval(config: Config, index: Index | None) -> IndexedShards | None:
 def _prepare_iterable(config: Config, given: IterableData, folders: _Folders) -> IterableData:
     if config.data.train:
         raise UserError("data.train is set, and training data is given as an iterable too: leave one of them out")
-    if isinstance(config.pretraining, DinoConfig):
+    if isinstance(config.pretraining, DinoConfig | MocoConfig):
         raise UserError(
-            "train.objective = dino crops several views of each image, and an iterable gives images that are cropped: "
-            "train on shards"
+            f"train.objective = {config.train.objective} crops several views of each image, and an iterable gives "
+            "images that are cropped: train on shards"
         )
     if config.data.soft_labels:
         raise UserError(

@@ -12,6 +12,7 @@ from fastvit_engine.observe.metrics import EvalRow, FewShotRow, LossRow, OwnRow,
 from fastvit_engine.observe.owner_record import Holder
 from fastvit_engine.observe.report.axes import Progress
 from fastvit_engine.observe.report.incidents import describe_incidents, restarts
+from fastvit_engine.observe.report.inspected import InspectedFigure, read_inspected
 from fastvit_engine.observe.report.page import Table
 from fastvit_engine.observe.report.predictions import (
     Classes,
@@ -67,6 +68,7 @@ class RecordedRun:
     samples: Samples | None
     classes: Classes | None
     reconstructions: Reconstructions | None
+    inspected: list[InspectedFigure]  # by `fastvit inspect`
     profiles: list[Table]
     config: str | None  # YAML text
     holder: Holder | None = None  # who works on the run; None: nobody
@@ -222,6 +224,7 @@ def load_run(source: Path | RunFolder, holder: Holder | None = None) -> Recorded
         samples=read_samples(folder) if folder.samples.is_file() else None,
         classes=read_classes(folder) if folder.classes.is_file() else None,
         reconstructions=read_reconstructions(folder) if folder.reconstructions.is_file() else None,
+        inspected=read_inspected(folder),
         profiles=read_profiles(folder),
         config=without_secrets(folder.config.read_text(encoding="utf-8", errors="replace"))
         if folder.config.is_file()

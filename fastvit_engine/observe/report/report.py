@@ -31,6 +31,7 @@ _UNITS = {  # of the loss, by objective
     "classify": "cross-entropy, nats per image",
     "mae": "squared error of hidden pixels, normalised per patch",
     "masked_patch": "error of the predictions of corrupted patches",
+    "moco": "cross-entropy of the image among those of its step, times twice the temperature",
 }
 KINDS = (("eval", "held-out", "eval"), ("eval_ema", "held-out, EMA weights", "ema"))  # row kind, name, style class
 
@@ -79,6 +80,7 @@ def render(run: RecordedRun, axis: Axis = "steps") -> str:
         timeline=_timeline(run, axes),
         samples=run.samples,
         reconstructions=run.reconstructions,
+        inspected=run.inspected,
         labelled=not run.losses,
         small_image=_SMALL_IMAGE,
         config=run.config if run.config is not None else "The run folder has no config.yaml.",

@@ -9,6 +9,7 @@ from fastvit_engine.config import (
     DinoConfig,
     MaeConfig,
     MaskedPatchConfig,
+    MocoConfig,
     load_config,
     recipe_names,
     recipe_paths,
@@ -335,6 +336,20 @@ def test_self_distillation_has_the_values_of_its_authors_code():
     assert (config.ema.decay, config.model.drop_path, config.schedule.final_learning_rate) == (0.996, 0.1, 1e-6)
 
 
+def test_momentum_contrast_has_the_values_of_its_authors_code():
+    """Those of the README for ViT-S, with the batch of its results; learning rates are per 256 images there."""
+    config = load_config("moco_v3_s16").config
+    assert config.pretraining == MocoConfig()
+    assert (config.train.global_batch_size, config.train.duration, config.schedule.warmup) == (
+        4096,
+        "300 epochs",
+        "40 epochs",
+    )
+    assert config.optimizer.learning_rate == pytest.approx(1.5e-4 * config.train.global_batch_size / 256)
+    assert (config.ema.decay, config.optimizer.weight_decay, config.schedule.kind) == (0.99, 0.1, "cosine")
+    assert (config.model.heads, config.model.pos_embed, config.train.grad_clip) == (12, "sincos_2d", None)
+
+
 @pytest.mark.parametrize(
     ("recipe", "before"),
     [
@@ -342,6 +357,7 @@ def test_self_distillation_has_the_values_of_its_authors_code():
         ("quickstart", "dino_digits"),
         ("cifar10_cpu", "mae_cifar10_cpu"),
         ("cifar10_cpu", "masked_patch_cifar10_cpu"),
+        ("cifar10_cpu", "moco_cifar10_cpu"),
     ],
 )
 def test_a_small_recipe_has_the_shape_of_the_one_that_it_can_start_from(recipe, before):

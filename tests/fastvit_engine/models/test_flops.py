@@ -1,9 +1,14 @@
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit_engine.config import Config, ModelConfig
+from fastvit_engine.data import Batch
 from fastvit_engine.models import (
     build_for_training,
     build_vit,
@@ -14,6 +19,7 @@ from fastvit_engine.models import (
     training_flops,
 )
 from fastvit_engine.models.flops import autoencoder_macs
+from fastvit_engine.objectives import build_objective
 
 
 @pytest.mark.parametrize(
@@ -116,3 +122,26 @@ def test_a_counter_of_operations_finds_the_same_in_masked_patch_prediction(targe
     with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         built(torch.zeros(1, 3, 16, 16), torch.ones(1, 16, dtype=torch.int8), own, own[:, :8])
     assert run_flops(config) == (3 * counter.get_total_flops(),) * 2
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_counter_of_operations_finds_the_same_in_telling_images_apart(frozen: bool) -> None:
+    """In the forward passes of student and teacher for 3 images; backward passes are twice those, but for the keys."""
+    model = {"name": "Ti/4", "image_size": 16, "width": 12, "depth": 2, "heads": 2, "num_classes": 0}
+    moco = {"hidden_width": 10, "outputs": 6, "blur": False, "frozen_patches": frozen}
+    train = {"objective": "moco", "global_batch_size": 3}
+    config = Config.model_validate({"model": model, "moco": moco, "ema": {"decay": 0.9}, "train": train})
+    built, objective = build_for_training(config), build_objective(config, torch.device("cpu"))
+    average = SimpleNamespace(applied=nullcontext, add_up=lambda values: values, gather=lambda rows: (rows, 0))
+    objective.learn_from(average)  # type: ignore[attr-defined]
+    images = torch.randint(0, 256, (3, 2 * 3 * 16**2), dtype=torch.uint8)
+    batch = Batch(images, torch.zeros(3, dtype=torch.int64), torch.ones(3), list("abc"), np.arange(3))
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as teacher:
+            built(images.view(6, 16, 16, 3), counted=torch.ones(3), add_up=average.add_up)
+        with FlopCounterMode(display=False) as both:
+            objective.losses(built, batch)
+    scores = 2 * (2 * 3 * 3 * 6)  # of two views
+    student = both.get_total_flops() - teacher.get_total_flops() - scores
+    of_patches = 6 * 4 * (16 * 48 * 12) if frozen else 0
+    assert 3 * run_flops(config).computed == 3 * student + teacher.get_total_flops() + 2 * scores - of_patches

@@ -72,5 +72,7 @@ NO_NAMES = ["clasify", "my_module:", ":Focal", "my-module:Focal", "a:b:c", "a.:b
 
 @pytest.mark.parametrize("name", NO_NAMES)
 def test_a_name_that_is_none_is_refused(name):
-    with pytest.raises(UserError, match=r"train\.objective.*: write classify, dino, mae, masked_patch, or MODULE:NAME"):
+    with pytest.raises(
+        UserError, match=r"train\.objective.*: write classify, dino, mae, masked_patch, moco, or MODULE:NAME"
+    ):
         load_config("quickstart", {"train.objective": name})

@@ -49,6 +49,16 @@ def test_accumulation_in_16_bits_is_left_to_fp32_sums():
     assert split_batch(fp32.config, 8).accumulation_steps > 1
 
 
+def test_a_step_that_is_computed_at_once_is_never_cut():
+    """What does not fit whole is refused, with how many GPUs would do."""
+    recipe = load_config("moco_v3_s16").config
+    for count in (8, 32):
+        split = split_batch(choose(recipe, gpus(count)).config, count)
+        assert (split.micro_batch_size, split.accumulation_steps) == (4096 // count, 1)
+    with pytest.raises(UserError, match=r"nothing fits: .* micro-batch 4096\).*: \d+ GPUs would do"):
+        choose(recipe, gpus(1, 24))
+
+
 def test_less_memory_means_more_sharding():
     stages = [choose(h14(), gpus(64, gib)).config.zero.stage for gib in (80, 24, 16, 12, 7)]
     assert stages == sorted(stages)

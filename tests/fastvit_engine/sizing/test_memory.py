@@ -1,7 +1,8 @@
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -187,6 +188,31 @@ def test_activations_without_labels_are_what_autograd_keeps(precision, objective
     objective, labels = build_objective(config, torch.device("cpu")), torch.zeros(3, dtype=torch.int64)
     images = torch.randint(0, 256, (3, 112, 112, 3), dtype=torch.uint8)
     batch = Batch(images, labels, torch.ones(3), list("abc"), np.arange(3))
+    with kept_by_autograd(built) as kept:
+        losses = objective.losses(built.train(), batch)  # noqa: F841 - holds them
+        measured = sum(storage.nbytes() for storage in kept.values()) / 3
+    memory = training_memory(config, 0, 1, 1, False, Buckets(), on_gpu=False)
+    assert memory.activations == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_activations_of_views_that_are_told_apart_are_what_autograd_keeps(precision):
+    """Plain PyTorch, on the CPU, as above. The teacher, here with the student's weights, leaves nothing."""
+    sections = {
+        "model": {"name": "Ti/16", "image_size": 112, "depth": 3, "num_classes": 0},
+        "moco": {"hidden_width": 2048, "outputs": 64},
+        "ema": {"decay": 0.9},
+        "train": {"objective": "moco", "precision": precision, "global_batch_size": 3},
+    }
+    config = Config.model_validate(sections)
+    built = build_for_training(config)
+    built = built.bfloat16() if precision == "bf16" else built
+    objective = build_objective(config, torch.device("cpu"))
+    objective.learn_from(
+        SimpleNamespace(applied=nullcontext, add_up=lambda values: values, gather=lambda rows: (rows, 0))
+    )
+    images = torch.randint(0, 256, (3, 2 * 3 * 112**2), dtype=torch.uint8)
+    batch = Batch(images, torch.zeros(3, dtype=torch.int64), torch.ones(3), list("abc"), np.arange(3))
     with kept_by_autograd(built) as kept:
         losses = objective.losses(built.train(), batch)  # noqa: F841 - holds them
         measured = sum(storage.nbytes() for storage in kept.values()) / 3

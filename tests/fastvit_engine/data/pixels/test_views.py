@@ -60,13 +60,20 @@ def test_a_batch_holds_the_views_of_its_images(config, tmp_path, photo, order, w
                 assert abs(float(found[row].float().mean()) - box.mean()) < 12
 
 
-def test_without_distortion_views_stay_as_they_were_cropped(config):
-    dino = config.dino.model_copy(update={"distort": False})
-    views, plain = (training_views(with_dino) for with_dino in (config, config.model_copy(update={"dino": dino})))
+@pytest.mark.parametrize("objective", ["dino", "moco"])
+def test_views_are_blurred_unless_they_are_not_to_be(config, objective):
+    """Colours are changed as before. A deviation below a quarter of a pixel blurs nothing."""
+    train = config.train.model_copy(update={"objective": objective})
+    sharp = getattr(config, objective).model_copy(update={"blur": False})
+    both = [config.model_copy(update={"train": train, objective: own}) for own in (getattr(config, objective), sharp)]
+    (views, plain), seeds = map(training_views, both), np.arange(1000)
+    assert len(views) == {"dino": 5, "moco": 2}[objective]
     generator = torch.Generator().manual_seed(0)
-    images = [torch.randint(0, 256, (4, v.size, v.size, 3), dtype=torch.uint8, generator=generator) for v in views]
-    assert not any(map(torch.equal, distort_views(images, views, np.arange(4)), images))
-    assert all(map(torch.equal, distort_views(images, plain, np.arange(4)), images))
+    images = [torch.randint(0, 256, (1000, v.size, v.size, 3), dtype=torch.uint8, generator=generator) for v in views]
+    pairs = zip(distort_views(images, views, seeds), distort_views(images, plain, seeds), strict=True)
+    blurred = [(one != other).flatten(1).any(dim=1).float().mean().item() for one, other in pairs]
+    assert blurred == pytest.approx([0.92 * view.blur for view in views], abs=0.05)
+    assert all(view.blur == 0 and view.distorted for view in plain)
 
 
 def test_what_an_image_gets_depends_on_its_seed_alone():

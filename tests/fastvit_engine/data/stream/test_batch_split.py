@@ -129,6 +129,18 @@ def test_more_processes_than_images_are_refused():
         split_batch(_config(7), 8)
 
 
+def test_a_step_whose_images_are_compared_has_one_pass():
+    def config(micro_batch):
+        train = {"objective": "moco", "global_batch_size": 9, "micro_batch_size": micro_batch}
+        return Config.model_validate({"train": train})
+
+    (split,) = possible_splits(config(None), 2)
+    assert (split.accumulation_steps, split.micro_batch_size) == (1, 5)
+    assert split_batch(config(5), 2) == split
+    with pytest.raises(UserError, match=r"micro_batch_size is 4, and each process has 5 images .* Set it to null; if"):
+        split_batch(config(4), 2)
+
+
 def test_a_micro_batch_without_room_for_a_pair_is_refused_if_images_are_mixed():
     with pytest.raises(UserError, match=r"micro_batch_size is 1, and .* mix images in pairs: set it to 2 or more"):
         split_batch(_config(8, 1, mixed=True), 2)

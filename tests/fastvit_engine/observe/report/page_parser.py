@@ -4,7 +4,7 @@ import base64
 import hashlib
 from html.parser import HTMLParser
 
-_VOID = {"meta", "img", "br", "link", "input"}
+_VOID = {"meta", "img", "br", "link", "input", "source"}
 
 
 class Page(HTMLParser):

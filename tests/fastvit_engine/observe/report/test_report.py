@@ -1,3 +1,4 @@
+import base64
 import json
 import re
 from pathlib import Path
@@ -282,6 +283,27 @@ def test_damaged_reconstructions_are_refused(make_run: MakeRun, picture: dict[st
     run = make_run([train_row(1)])
     run.reconstructions.write_text(json.dumps({"step": 1, "eval": "eval", "pictures": [picture]}))
     with pytest.raises(UserError, match=r"reconstructions\.json does not hold pictures"):
+        load_run(run.path)
+
+
+def test_figures_of_inspect_are_shown_for_light_and_dark_pages(make_run: MakeRun) -> None:
+    run = make_run([train_row(1)])
+    run.inspection.mkdir()
+    widths = {"rollout": 8, "rollout-dark": 9, "filters": 10, "unknown": 11, "unknown-dark": 12}
+    for name, width in widths.items():
+        (run.inspection / f"{name}.png").write_bytes(base64.b64decode(png_url(width).partition(",")[2]))
+    page = page_of(run.path)
+    assert "What the model has learned" in page.headings
+    assert [image["alt"] for image in page.all("img")] == ["attention rollout"]  # of filters there is no dark one
+    assert page.all("img")[0]["src"] == png_url(8) and page.all("source")[0]["srcset"] == png_url(9)
+
+
+def test_a_figure_that_is_no_picture_is_refused(make_run: MakeRun) -> None:
+    run = make_run([train_row(1)])
+    run.inspection.mkdir()
+    for name in ("rollout", "rollout-dark"):
+        (run.inspection / f"{name}.png").write_text("<svg>")
+    with pytest.raises(UserError, match=r"inspect/rollout\.png is not a PNG: run `fastvit inspect` again"):
         load_run(run.path)
 
 
