@@ -55,6 +55,12 @@ OTHER_PROGRAMS = {
 OTHER_PROGRAMS |= {"--address", "--nproc-per-node", "--shm-size", "--ulimit", "--status"}
 
 
+@cache
+def sentences() -> list[tuple[str, int, str]]:
+    """What `_sentences` finds, in the process that looks at them and not wherever tests are collected."""
+    return list(_sentences())
+
+
 def _sentences() -> Iterator[tuple[str, int, str]]:
     """(file, line, text) of every literal text with a space that is no docstring; f-strings have GAP for each value."""
     for path in sorted((ROOT / "fastvit_engine").rglob("*.py")):
@@ -71,9 +77,6 @@ def _sentences() -> Iterator[tuple[str, int, str]]:
                 continue
             if " " in text.strip():
                 yield str(path.relative_to(ROOT)), node.lineno, text
-
-
-SENTENCES = list(_sentences())
 
 
 @cache
@@ -94,7 +97,7 @@ def _commands() -> dict[str, set[str]]:
 
 def test_options_that_sentences_name_are_options_of_the_commands_that_show_them():
     unknown, checked = [], 0
-    for path, line, text in SENTENCES:
+    for path, line, text in sentences():
         names = next((names for start, names in SHOWN_BY.items() if path.startswith(start)), list(_commands()))
         options = set[str]().union(*(_commands()[name] for name in names))
         # A sentence may name another command with its options, which another test parses.
@@ -111,7 +114,7 @@ def test_keys_that_sentences_name_are_keys_of_the_configuration():
     others = {"model.safetensors", "model.save_pretrained", "model.class_names", "train.npz", "train.sbatch", *inner}
     unknown, checked = [], 0
     pattern = rf"(?<![\w./-])({'|'.join(name for name in inner if '.' not in name)})\.([a-z_]\w*)"
-    for path, line, text in SENTENCES:
+    for path, line, text in sentences():
         if path.endswith(("timm_code.py", "timm_files.py")):  # code for people to run, whose `model` is timm's
             continue
         for section, name in re.findall(pattern, text):
@@ -125,7 +128,7 @@ def test_keys_that_sentences_name_are_keys_of_the_configuration():
 def test_commands_that_sentences_name_are_accepted():
     """Those that are to be run, with all of their arguments; others are at least commands."""
     checked, wrong = 0, []
-    for path, line, text in SENTENCES:
+    for path, line, text in sentences():
         for given, command in re.findall(r"(\w* ?\w* ?)`fastvit ([a-z][^`]*)`", text):
             words = shlex.split(command.replace(GAP, "1").replace("FILE", "x"))
             name = " ".join(words[:2]) if words[0] in ("data", "config") else words[0]
@@ -142,7 +145,7 @@ def test_commands_that_sentences_name_are_accepted():
 
 def test_packages_that_sentences_tell_to_install_are_extras():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    named = {name for _, _, text in SENTENCES for name in re.findall(r"fastvit-engine\[(\w+)\]", text)}
+    named = {name for _, _, text in sentences() for name in re.findall(r"fastvit-engine\[(\w+)\]", text)}
     assert named and named <= extras.keys()
 
 

@@ -36,5 +36,5 @@ def read_inspected(folder: RunFolder) -> list[InspectedFigure]:
 def _png_url(path: Path, folder: RunFolder) -> str:
     content = path.read_bytes()
     if content[:8] != b"\x89PNG\r\n\x1a\n":
-        raise UserError(f"{folder.describe(path)} is not a PNG: run `fastvit inspect` again, or remove it")
+        raise UserError(f"{folder.describe(path)} is not a PNG: remove it, or make it again with fastvit inspect")
     return "data:image/png;base64," + base64.b64encode(content).decode()

@@ -303,7 +303,7 @@ def test_a_figure_that_is_no_picture_is_refused(make_run: MakeRun) -> None:
     run.inspection.mkdir()
     for name in ("rollout", "rollout-dark"):
         (run.inspection / f"{name}.png").write_text("<svg>")
-    with pytest.raises(UserError, match=r"inspect/rollout\.png is not a PNG: run `fastvit inspect` again"):
+    with pytest.raises(UserError, match=r"inspect/rollout\.png is not a PNG: remove it, or make it again with"):
         load_run(run.path)
 
 

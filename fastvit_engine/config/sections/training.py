@@ -1,0 +1,93 @@
+"""What a run minimises, for how long, in which batches and precision."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+)
+
+from fastvit_engine.config.sections.base import MOST_SAMPLES, Section, distinct
+from fastvit_engine.duration import Duration
+
+MOST_PROFILED = 20  # steps
+OBJECTIVES = ("classify", "dino", "mae", "masked_patch", "moco")  # of the engine
+Rank = Annotated[int, Field(ge=0, lt=1_000_000)]
+
+
+def _as_text(steps: Any) -> Any:
+    """One step, which YAML and Python write as a number, as text."""
+    return str(steps) if type(steps) is int else steps
+
+
+def _window(text: str) -> str:
+    """Steps to profile, if they can be: they are recorded in memory."""
+    first, last = profiled_steps(text)
+    if not 1 <= first <= last:
+        raise ValueError("the first step is 1, and the last must not come before the first")
+    if last - first >= MOST_PROFILED:
+        raise ValueError(f"at most {MOST_PROFILED} steps can be profiled")
+    return text
+
+
+def profiled_steps(text: str) -> tuple[int, int]:
+    """The first and the last step of "100-105", or of "100"."""
+    if re.fullmatch(r"[0-9]{1,18}(-[0-9]{1,18})?", text) is None:
+        raise ValueError("write the first and the last step, such as 100-105, or one step")
+    first, _, last = text.partition("-")
+    return int(first), int(last or first)
+
+
+def _objective(name: str) -> str:
+    module, _, attribute = name.partition(":")
+    if name not in OBJECTIVES and not all(part.isidentifier() for part in (*module.split("."), *attribute.split("."))):
+        raise ValueError(f"write {', '.join(OBJECTIVES)}, or MODULE:NAME for an objective of your own")
+    return name
+
+
+class ProfileConfig(Section):
+    """Some steps recorded by PyTorch's profiler, as a trace and as a table by kernel in profile/ of the run folder."""
+
+    steps: Annotated[str, BeforeValidator(_as_text), AfterValidator(_window)] | None = None
+    """First and last step to profile, such as 100-105, at most 20; or one step, such as 100; null: none."""
+
+    ranks: Annotated[tuple[Rank, ...], AfterValidator(distinct)] = Field((0,), min_length=1)
+    """Processes to profile, by rank."""
+
+
+class TrainConfig(Section):
+    """Length of the training, batch size, and numerical precision."""
+
+    objective: Annotated[str, AfterValidator(_objective)] = "classify"
+    """What training minimises. classify: the loss on the labels. mae: the error of a masked autoencoder, which predicts
+    the pixels of hidden patches and needs no labels, see section mae. masked_patch: that of predicting the colours of
+    corrupted patches, without labels, see section masked_patch. dino: what an average of the weights makes of other
+    crops of the image, without labels, see section dino. moco: which of all images another crop is of, without labels,
+    see section moco. MODULE:NAME: an objective of your own, a class or function in a Python module, which is imported
+    from the working directory or PYTHONPATH."""
+
+    duration: Duration = "90 epochs"
+    """Length of the run: epochs, steps or samples."""
+
+    global_batch_size: int = Field(4096, gt=0, le=MOST_SAMPLES)
+    """Images per optimizer step, over all processes."""
+
+    micro_batch_size: int | None = Field(None, gt=0, le=MOST_SAMPLES)
+    """Most images that a process takes at a time; null: as many as fit into its memory."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Number format of activations and gradients. Master weights and optimizer states are always fp32."""
+
+    recompute: Literal["auto", "none", "gelu", "all"] = "auto"
+    """What the backward pass of a fused block computes again instead of keeping it: nothing, the GELU, or both
+    normalisations too. auto: as little as memory allows. Has no effect on plain PyTorch."""
+
+    grad_clip: float | None = Field(1.0, gt=0, le=1e9)
+    """Largest global norm of the gradient; null: no clipping."""
+
+    log_every: int = Field(50, gt=0)
+    """Steps between two rows of metrics."""
+
+    profile: ProfileConfig = ProfileConfig()
