@@ -6,10 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from fastvit_engine.files import atomic_write
@@ -96,6 +93,8 @@ def _pos_embed(arrays: Mapping[str, NDArray[Any]], subject: Subject, theme: Them
 
 def _attention_distance(arrays: Mapping[str, NDArray[Any]], subject: Subject, theme: Theme) -> Any:
     """A point per head and layer."""
+    from matplotlib.ticker import MaxNLocator
+
     distance = arrays["attention_distance"]  # [L, H]
     layers, heads = distance.shape
     even = float(patch_distances(subject.grid, subject.patch_size).mean())
@@ -149,6 +148,8 @@ _DRAWERS: dict[str, Callable[[Mapping[str, NDArray[Any]], Subject, Theme], Any]]
 
 @contextmanager
 def _styled(theme: Theme) -> Iterator[None]:
+    import matplotlib
+
     style = {
         "figure.facecolor": theme.page,
         "axes.facecolor": theme.page,
@@ -167,7 +168,9 @@ def _styled(theme: Theme) -> Iterator[None]:
         yield
 
 
-def _figure(size: tuple[float, float]) -> Figure:
+def _figure(size: tuple[float, float]) -> Any:
+    from matplotlib.figure import Figure
+
     return Figure(figsize=size, layout="constrained")
 
 
