@@ -103,14 +103,16 @@ def _attention_distance(arrays: Mapping[str, NDArray[Any]], subject: Subject, th
     axis = figure.subplots()
     at = np.arange(1, layers + 1)
     head = np.tile(np.arange(1, heads + 1), layers)
-    outlined = {"edgecolors": theme.soft, "linewidths": 0.5}  # the darkest are dark on a dark page
-    points = axis.scatter(np.repeat(at, heads), distance.ravel(), c=head, cmap="viridis", s=18, **outlined)
+    at_heads = np.repeat(at, heads)
+    points = axis.scatter(
+        at_heads, distance.ravel(), c=head, cmap="viridis", s=18, edgecolors=theme.soft, linewidths=0.5
+    )  # outlined, as the darkest are dark on a dark page
     axis.plot(at, distance.mean(axis=1), color="#c8590b", linewidth=1.4, label="mean of the heads")
     axis.axhline(even, color=theme.soft, linestyle=":", linewidth=1.2, label="attention to all patches alike")
     axis.set_xlabel("block")
     axis.set_ylabel("distance (pixels)")
     axis.set_ylim(bottom=0)
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.legend(frameon=False, fontsize=8)
     figure.colorbar(points, ax=axis, label="head", ticks=MaxNLocator(integer=True))
     return figure
@@ -150,7 +152,7 @@ _DRAWERS: dict[str, Callable[[Mapping[str, NDArray[Any]], Subject, Theme], Any]]
 def _styled(theme: Theme) -> Iterator[None]:
     import matplotlib
 
-    style = {
+    style: dict[Any, Any] = {
         "figure.facecolor": theme.page,
         "axes.facecolor": theme.page,
         "savefig.facecolor": theme.page,
