@@ -103,10 +103,10 @@ def _attention_distance(arrays: Mapping[str, NDArray[Any]], subject: Subject, th
     axis = figure.subplots()
     at = np.arange(1, layers + 1)
     head = np.tile(np.arange(1, heads + 1), layers)
-    at_heads = np.repeat(at, heads)
+    outline = theme.soft  # of the points, as the darkest are dark on a dark page
     points = axis.scatter(
-        at_heads, distance.ravel(), c=head, cmap="viridis", s=18, edgecolors=theme.soft, linewidths=0.5
-    )  # outlined, as the darkest are dark on a dark page
+        np.repeat(at, heads), distance.ravel(), c=head, cmap="viridis", s=18, edgecolors=outline, linewidths=0.5
+    )
     axis.plot(at, distance.mean(axis=1), color="#c8590b", linewidth=1.4, label="mean of the heads")
     axis.axhline(even, color=theme.soft, linestyle=":", linewidth=1.2, label="attention to all patches alike")
     axis.set_xlabel("block")
