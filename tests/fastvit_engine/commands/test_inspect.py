@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 import fastvit_engine
+from fastvit_engine.commands import inspect
 from fastvit_engine.evaluate import inspection
 from fastvit_engine.models.inspect import attention_rollout, mean_attention_distance, pos_embed_similarity
 from fastvit_engine.observe.report.inspected import TITLES
@@ -137,5 +138,6 @@ def test_weights_that_are_broken_are_named(fastvit, write_model, photos, tmp_pat
     assert code == 2 and "attention is not finite" in errors
 
 
-def test_the_report_shows_every_figure():
-    assert tuple(TITLES) == inspection.FIGURES
+def test_command_and_report_know_every_figure():
+    assert tuple(TITLES) == inspect._FIGURES == inspection.FIGURES
+    assert inspect._OF_IMAGES == inspection.OF_IMAGES
