@@ -5,10 +5,12 @@
 FOLDER has `train-*.tar` and `test-*.tar`, gzipped or not. `fastvit train` trains a recipe for each objective. Measured
 on the test images are the objective itself, and the 25-shot accuracy of the encoder, against that of the same encoder
 untrained and of raw pixels; the shots are from the first training shard.
-With --runs, a training that was interrupted continues. With --choose, the last training shard is held out and takes
+Objectives that DIR has records of, and that are not named, stay there. With --runs, a training that was interrupted
+continues. With --choose, the last training shard is held out and takes
 the place of the test images: settings are chosen there.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +53,7 @@ class Experiment:
 
     shards: Shards
     runs: Runs
+    environment: Mapping[str, Any]  # the machine and the command
     settings: tuple[str, ...] = ()  # of every training, over the recipes'
 
     def measure(self, objective: str) -> dict[str, Any]:
@@ -62,6 +65,8 @@ class Experiment:
         record = {
             "recipe": RECIPES[objective],
             "command": trained.command,
+            "environment": self.environment,
+            "cpu_processes": self.runs.cpu_processes,
             "load_average": [load, os.getloadavg()[0]],  # before and after
             "steps": last["step"],
             "images": last["samples"],
@@ -166,13 +171,11 @@ def _colours(model: VisionTransformer, batch: Batch, settings: MaskedPatchConfig
 
 def report(record: Mapping[str, Any]) -> str:
     """The figures in Markdown."""
-    environment, found, processes = record["environment"], record["objectives"], record["cpu_processes"]
+    found = record["objectives"]
     lines = [
         "# Learning CIFAR-10 (JPEG copy) without labels",
         "",
-        f"`{environment['command']}`, {environment['started']}: {environment['cpu']}, {environment['cpu_count']} "
-        f"cores{f', {processes} processes' if processes else ''}; Python {environment['versions']['python']}, PyTorch "
-        f"{environment['versions']['torch']}. Measured on {record['images']}.",
+        f"Measured on {record['images']}.",
         "",
         f"| features | {SHOTS}-shot accuracy |",
         "|---|---:|",
@@ -187,12 +190,22 @@ def report(record: Mapping[str, Any]) -> str:
         cpu = "a resumed run" if one["cpu_s"] is None else f"{one['cpu_s'] / 60:.1f} CPU minutes"
         lines += [
             f"`{one['recipe']}`: {one['steps']:,} steps, {one['images']:,} images, "
-            f"{one['training_s'] / 60:.1f} minutes of training, {cpu}.",
+            f"{one['training_s'] / 60:.1f} minutes of training, {cpu}. {_made_by(one)}",
             "",
             _of_objective(objective, one),
             "",
         ]
     return "\n".join(lines)
+
+
+def _made_by(one: Mapping[str, Any]) -> str:
+    """The command, the day and the machine of an objective's record."""
+    environment, processes = one["environment"], one["cpu_processes"]
+    versions = environment["versions"]
+    return (
+        f"`{environment['command']}`, {environment['started']}: {environment['cpu']}, {environment['cpu_count']} cores"
+        f"{f', {processes} processes' if processes else ''}; Python {versions['python']}, PyTorch {versions['torch']}."
+    )
 
 
 def _share(figures: Mapping[str, Any]) -> str:
@@ -215,6 +228,17 @@ def _of_objective(objective: str, one: Mapping[str, Any]) -> str:
     )
 
 
+def recorded_before(path: Path, images: str) -> dict[str, Any]:
+    """The objectives that a file has records of, if they were measured on the same images."""
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    if record["images"] != images:
+        raise SystemExit(f"{path} was measured on {record['images']}, not on {images}: name another folder with --out")
+    found: dict[str, Any] = record["objectives"]
+    return found
+
+
 def main(arguments: Sequence[str] | None = None, command: Command = fastvit) -> None:
     parser = parser_of(__doc__, f"{NAME}.json and .md")
     parser.add_argument("--objectives", choices=RECIPES, nargs="+", default=list(RECIPES), help="default: both")
@@ -225,12 +249,13 @@ def main(arguments: Sequence[str] | None = None, command: Command = fastvit) -> 
     shards = Shards.of(given.folder)
     environment = environment_of(f"benchmarks.{NAME}", arguments, given)
     environment.pop("load_average")  # each training has its own
-    record: dict[str, Any] = {"environment": environment, "cpu_processes": given.cpu_processes}
-    record["images"] = "held-out training images" if given.choose else "test images"
+    images = "held-out training images" if given.choose else "test images"
+    record: dict[str, Any] = {"images": images, "objectives": recorded_before(given.out / f"{NAME}.json", images)}
     with folder_of_runs(given.runs) as folder:
         runs = Runs(folder, command, given.cpu_processes)
-        experiment = Experiment(shards.held_out() if given.choose else shards, runs, tuple(given.set))
-        record["objectives"] = {objective: experiment.measure(objective) for objective in given.objectives}
+        shards = shards.held_out() if given.choose else shards
+        experiment = Experiment(shards, runs, environment, tuple(given.set))
+        record["objectives"] |= {objective: experiment.measure(objective) for objective in given.objectives}
         resolved = experiment.resolved(given.objectives[0])
         record["few_shot_pixels"] = experiment.few_shot(untrained_model(resolved.config), resolved, raw_pixels)
     publish(record, given.out, NAME, report)

@@ -88,7 +88,8 @@ def test_both_recipes_are_trained_and_measured(tmp_path, write_tar, photo):
 
     tiny = ["model.width=16", "model.depth=1", "model.heads=2", "train.duration=4 steps", "data.shuffle_buffer=20"]
     words = [str(folder), "--out", str(out), "--runs", str(tmp_path / "runs"), *(w for s in tiny for w in ("--set", s))]
-    main(words, command)
+    main([*words, "--objectives", "mae"], command)
+    main([*words, "--objectives", "masked_patch"], command)  # adds to what is there
     record = json.loads((out / "self_supervised.json").read_text())
     found = record["objectives"]
     assert 0.5 < found["mae"]["held_out_loss"]["4"] < 3 < found["masked_patch"]["held_out_loss"]["4"]
@@ -98,3 +99,6 @@ def test_both_recipes_are_trained_and_measured(tmp_path, write_tar, photo):
     text = (out / "self_supervised.md").read_text()
     assert "**Normalised error of hidden pixels: " in text and "**Colours of masked patches: " in text
     assert str(tmp_path) not in text + json.dumps(record)
+
+    with pytest.raises(SystemExit, match="measured on test images, not on held-out training images: name another"):
+        main([*words, "--objectives", "mae", "--choose"], lambda words: pytest.fail("trained first"))
