@@ -1,36 +1,18 @@
 """Draws what `inspection` found, each figure as PNG and SVG, for light and for dark pages."""
 
-import io
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvit_engine.files import atomic_write
+from fastvit_engine.evaluate.themes import Theme, canvas, save, title_of
 from fastvit_engine.models.inspect import patch_distances
 
 _SHOWN = 6  # images of the rollout
 _COLUMNS = 7  # of filters
-_DPI = 110
-
-
-class Theme(NamedTuple):
-    """The colours of a page."""
-
-    suffix: str  # of file names
-    page: str
-    ink: str
-    soft: str
-    line: str
-
-
-THEMES = (
-    Theme("", "#fbfaf8", "#1b1d21", "#62666e", "#d5d1c9"),
-    Theme("-dark", "#16181c", "#e8e6e1", "#a3a8b0", "#3a3e45"),
-)
 
 
 class Subject(NamedTuple):
@@ -43,16 +25,7 @@ class Subject(NamedTuple):
 
 def draw(figure: str, arrays: Mapping[str, NDArray[Any]], subject: Subject, folder: Path) -> list[Path]:
     """Writes one of `inspection.FIGURES`, and returns the files: NAME.png, NAME.svg, NAME-dark.png, NAME-dark.svg."""
-    paths = []
-    for theme in THEMES:
-        with _styled(theme):
-            drawn = _DRAWERS[figure](arrays, subject, theme)
-            for form in ("png", "svg"):
-                content = io.BytesIO()
-                drawn.savefig(content, format=form, dpi=_DPI, metadata={"Date": None} if form == "svg" else None)
-                paths.append(folder / f"{figure}{theme.suffix}.{form}")
-                atomic_write(paths[-1], content.getvalue())
-    return paths
+    return save(figure, partial(_DRAWERS[figure], arrays, subject), folder)
 
 
 def _filters(arrays: Mapping[str, NDArray[Any]], subject: Subject, theme: Theme) -> Any:
@@ -60,9 +33,9 @@ def _filters(arrays: Mapping[str, NDArray[Any]], subject: Subject, theme: Theme)
     components, variances = arrays["filters"], arrays["filter_variance"]
     shares = variances / arrays["filter_variance_total"]
     rows = -(-len(components) // _COLUMNS)
-    figure = _figure((7.2, 0.9 + 1.16 * rows))
+    figure = canvas((7.2, 0.9 + 1.16 * rows))
     title = f"The first {len(components)} principal components of the patch filters"
-    _title(figure, title, f"{subject.title}; % of the variance of all filters", theme)
+    title_of(figure, title, f"{subject.title}; % of the variance of all filters", theme)
     for place, (axis, component) in enumerate(zip(_axes(figure, rows, _COLUMNS), components, strict=False)):
         picture = component.reshape(subject.patch_size, subject.patch_size, 3)
         axis.imshow(0.5 + 0.5 * picture / max(np.abs(picture).max(), 1e-12), interpolation="nearest")
@@ -77,8 +50,8 @@ def _pos_embed(arrays: Mapping[str, NDArray[Any]], subject: Subject, theme: Them
     gap = max(1, grid // 8)
     maps = np.pad(similarity, ((0, 0), (0, 0), (0, gap), (0, gap)), constant_values=np.nan)
     mosaic = maps.transpose(0, 2, 1, 3).reshape(grid * (grid + gap), -1)[:-gap, :-gap]
-    figure = _figure((6.4, 5.9))
-    _title(figure, "Similarity of position embeddings", subject.title, theme)
+    figure = canvas((6.4, 5.9))
+    title_of(figure, "Similarity of position embeddings", subject.title, theme)
     axis = figure.subplots()
     image = axis.imshow(mosaic, cmap="viridis", vmin=-1, vmax=1, interpolation="nearest")
     centres = (grid + gap) * np.arange(grid) + (grid - 1) / 2
@@ -98,8 +71,8 @@ def _attention_distance(arrays: Mapping[str, NDArray[Any]], subject: Subject, th
     distance = arrays["attention_distance"]  # [L, H]
     layers, heads = distance.shape
     even = float(patch_distances(subject.grid, subject.patch_size).mean())
-    figure = _figure((6.8, 4.2))
-    _title(figure, "Mean attention distance", f"{subject.title}, {len(arrays['images'])} images", theme)
+    figure = canvas((6.8, 4.2))
+    title_of(figure, "Mean attention distance", f"{subject.title}, {len(arrays['images'])} images", theme)
     axis = figure.subplots()
     at = np.arange(1, layers + 1)
     head = np.tile(np.arange(1, heads + 1), layers)
@@ -123,8 +96,8 @@ def _rollout(arrays: Mapping[str, NDArray[Any]], subject: Subject, theme: Theme)
     images, rollout = arrays["images"][:_SHOWN], arrays["rollout"][:_SHOWN]
     relative = rollout / rollout.mean(axis=(1, 2), keepdims=True)
     top = max(2.0, float(np.quantile(relative, 0.99)))  # a few patches may outshine all others
-    figure = _figure((1.2 * len(images) + 1.4, 3.2))
-    _title(figure, "Attention from the output to the input, by rollout", subject.title, theme)
+    figure = canvas((1.2 * len(images) + 1.4, 3.2))
+    title_of(figure, "Attention from the output to the input, by rollout", subject.title, theme)
     axes = figure.subplots(2, len(images), squeeze=False)
     for image, seen, (above, below) in zip(images, relative, axes.T, strict=True):
         above.imshow(image)
@@ -146,39 +119,6 @@ _DRAWERS: dict[str, Callable[[Mapping[str, NDArray[Any]], Subject, Theme], Any]]
     "attention_distance": _attention_distance,
     "rollout": _rollout,
 }
-
-
-@contextmanager
-def _styled(theme: Theme) -> Iterator[None]:
-    import matplotlib
-
-    style: dict[Any, Any] = {
-        "figure.facecolor": theme.page,
-        "axes.facecolor": theme.page,
-        "savefig.facecolor": theme.page,
-        "axes.edgecolor": theme.line,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.soft,
-        "xtick.color": theme.soft,
-        "ytick.color": theme.soft,
-        "font.size": 9,
-        "svg.hashsalt": "fastvit",  # the same file for the same figures
-    }
-    with matplotlib.rc_context(style):
-        yield
-
-
-def _figure(size: tuple[float, float]) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=size, layout="constrained")
-
-
-def _title(figure: Any, title: str, about: str, theme: Theme) -> None:
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=theme.ink)
-    figure.supxlabel(about, x=0.99, ha="right", fontsize=8, color=theme.soft)
 
 
 def _axes(figure: Any, rows: int, columns: int) -> list[Any]:
