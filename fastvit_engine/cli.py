@@ -26,6 +26,7 @@ _PURPOSES = {
     "fewshot": "accuracy of a linear classifier on a model's features, from a few images per class",
     "features": "what a model sees in images, as an .npz file",
     "inspect": "pictures of what a model has learned and where it looks",
+    "robustness": "accuracy with parts of the images missing, exchanged, or made to deceive",
     "plan": "what a run would need and what the engine would choose, without starting it",
     "doctor": "check machine, software, data and network, and say what to mend",
     "data": "make, index, verify and look at shards",

@@ -19,11 +19,16 @@ class Theme(NamedTuple):
     ink: str
     soft: str
     line: str
+    series: tuple[str, ...]  # of lines, one after the other
 
+
+# Told apart by people who are colour-blind too (Okabe and Ito 2008), dark enough for a light page, or light enough.
+_SERIES = ("#0072b2", "#c8590b", "#00795a", "#a3497b", "#62666e")
+_SERIES_ON_DARK = ("#56b4e9", "#e69f00", "#2fbf93", "#d98cb8", "#a3a8b0")
 
 THEMES = (
-    Theme("", "#fbfaf8", "#1b1d21", "#62666e", "#d5d1c9"),
-    Theme("-dark", "#16181c", "#e8e6e1", "#a3a8b0", "#3a3e45"),
+    Theme("", "#fbfaf8", "#1b1d21", "#62666e", "#d5d1c9", _SERIES),
+    Theme("-dark", "#16181c", "#e8e6e1", "#a3a8b0", "#3a3e45", _SERIES_ON_DARK),
 )
 
 

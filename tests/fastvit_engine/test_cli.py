@@ -94,7 +94,7 @@ def test_a_typing_error_suggests_the_word_that_was_meant(capfd, wrong):
         (["data", "mkae"], "unknown fastvit action 'mkae': did you mean 'make'? (see `fastvit data --help`)"),
         (
             ["zzz"],
-            "unknown fastvit command 'zzz': there are train, evaluate, predict, fewshot, features, inspect, plan",
+            "unknown fastvit command 'zzz': there are train, evaluate, predict, fewshot",
         ),
         (["plan", "photos", "--gpus", "1", "--gpu", "H10"], "unknown --gpu 'H10': did you mean 'H100'?"),
         (["train", "photos", "--set", "train.grad_clip", "0.1"], "'train.grad_clip' has no '=': write --set KEY=VALUE"),
