@@ -21,7 +21,8 @@ class ModelSize:
     mlp_dim: int
 
 
-# Ti and S: Steiner et al. 2021; B, L, H: Dosovitskiy et al. 2021, Table 1; g, G: Zhai et al. 2022, Table 2.
+# Ti and S: Steiner et al. 2021; B, L, H: Dosovitskiy et al. 2021, Table 1; g, G: Zhai et al. 2022, Table 2;
+# So400m: Alabdulmohsin et al. 2023 (arXiv:2305.13035), SoViT-400m.
 SIZES = {
     "Ti": ModelSize(192, 12, 3, 768),
     "S": ModelSize(384, 12, 6, 1536),
@@ -30,6 +31,7 @@ SIZES = {
     "H": ModelSize(1280, 32, 16, 5120),
     "g": ModelSize(1408, 40, 16, 6144),
     "G": ModelSize(1664, 48, 16, 8192),
+    "So400m": ModelSize(1152, 27, 16, 4304),
 }
 
 

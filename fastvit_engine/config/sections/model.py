@@ -11,7 +11,7 @@ class ModelConfig(Section):
     """The Vision Transformer, named as in the papers: size and patch size (Dosovitskiy et al. 2021, Table 1)."""
 
     name: Annotated[str, AfterValidator(lambda name: name.removeprefix("ViT-"))] = "B/16"
-    """Size and patch size, such as H/14 or B/8: Ti, S, B, L, H, g or G, and any patch size in pixels."""
+    """Size and patch size, such as H/14 or B/8: Ti, S, B, L, H, g, G or So400m, and any patch size in pixels."""
 
     image_size: int = Field(224, gt=0, le=65536)
     """Height and width of the model's input in pixels. The patch size must divide it."""

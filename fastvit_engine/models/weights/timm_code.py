@@ -14,6 +14,7 @@ ARCHITECTURES = {
     "H": ("vit_huge_patch14_224", 14),
     "g": ("vit_giant_patch14_224", 14),
     "G": ("vit_gigantic_patch14_224", 14),
+    "So400m": ("vit_so400m_patch14_siglip_224", 14),
 }
 
 GLOBAL_POOLS = {"cls": "token", "gap": "avg", "map": "map"}  # timm's names of model.pool
@@ -73,6 +74,8 @@ def timm_arguments(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     given: dict[str, Any] = {key: value for key, (value, default) in arguments.items() if value != default}
     if config.pool != "cls":
         given |= {"class_token": False, "global_pool": GLOBAL_POOLS[config.pool]}
+    elif "siglip" in name:  # which has attention pooling
+        given |= {"class_token": True, "global_pool": GLOBAL_POOLS["cls"]}
     if config.pool == "gap":
         given["fc_norm"] = False
     return name, given

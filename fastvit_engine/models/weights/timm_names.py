@@ -14,7 +14,7 @@ from fastvit_engine.models.weights.timm_code import ARCHITECTURES, GLOBAL_POOLS
 from fastvit_engine.shown import brief
 
 _SIZES = {architecture.split("_")[1]: SIZES[size] for size, (architecture, _) in ARCHITECTURES.items()}
-_SIZES |= {"so400m": ModelSize(1152, 27, 16, 4304), "giantopt": ModelSize(1536, 40, 16, 6144)}  # of SigLIP alone
+_SIZES["giantopt"] = ModelSize(1536, 40, 16, 6144)  # of SigLIP alone
 # Names whose model has nothing but what the weights show, or the name of SigLIP; of others, the name says more.
 _PLAIN = re.compile(r"vit_([a-z0-9]+)_patch(\d+)(?:_reg\d+)?(_siglip)?(_gap)?(?:_\d+|_dinov2)?(?:\.\S*)?")
 _SIGLIP_WITH_TANH = re.compile(r"vit_(base_patch32_|large_patch16_siglip(_gap)?_512|so400m_patch16_|giantopt_)")

@@ -56,6 +56,8 @@ MAP_G14 = _BLOCKS + _ENDS + _WIDTH + _ATTENTION + 2 * _WIDTH + _MLP_BLOCK + (_WI
         ("g/14", 1_012_611_432, {}),
         ("G/14", 1_844_440_680, {}),
         ("g/14", MAP_G14, {"pool": "map", "num_classes": 29_593}),  # of Scaling Vision Transformers
+        ("So400m/14", 427_680_704, {"pool": "map", "num_classes": 0}),  # of SigLIP, as timm counts it
+        ("So400m/14", 413_597_656, {}),
     ],
 )
 def test_parameter_counts(name: str, count: int, changes: dict[str, object]) -> None:

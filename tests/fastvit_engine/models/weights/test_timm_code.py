@@ -49,6 +49,9 @@ def _in_timm(code: str) -> torch.nn.Module:
         {"width": 66, "heads": 3, "mlp_dim": 47},
         {"name": "H/6"},
         {"name": "G/4", "head": "mlp"},
+        {"name": "So400m/4"},
+        {"name": "So400m/4", "pool": "gap"},
+        {"name": "So400m/4", "pool": "map", "registers": 2},
         {"image_size": 224, "name": "Ti/16", "width": None, "heads": None},
     ],
     ids=str,
@@ -94,7 +97,7 @@ def test_the_models_of_all_recipes_have_the_names_and_shapes_of_timm(recipe):
         assert _shapes(_in_timm(timm_code(config))) == _shapes(VisionTransformer(config, mean=USUAL, std=USUAL))
 
 
-@pytest.mark.parametrize("name", ["Ti/16", "S/32", "B/8", "L/16", "H/14", "g/14", "G/14"])
+@pytest.mark.parametrize("name", ["Ti/16", "S/32", "B/8", "L/16", "H/14", "g/14", "G/14", "So400m/14"])
 def test_the_models_of_all_sizes_have_the_names_and_shapes_of_timm(name):
     config = ModelConfig(name=name)
     with torch.device("meta"):
@@ -113,6 +116,7 @@ def test_the_models_of_siglip_are_known_by_name(name):
     assert found.config.pool == ("gap" if "_gap" in name else "map")
     assert found.config.activation == ("gelu_tanh" if "Tanh" in type(theirs.blocks[0].mlp.act).__name__ else "gelu")
     assert resolve_shape(found.config).heads == theirs.blocks[0].attn.num_heads
+    assert (found.config.name.partition("/")[0] == "So400m") == ("so400m" in name)
 
 
 def test_the_code_is_no_longer_than_it_must_be():
