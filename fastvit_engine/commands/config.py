@@ -7,7 +7,7 @@ from fastvit_engine.commands.recipe import add_init, add_recipe, settings_of, wi
 from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
-    from fastvit_engine.config import Config
+    from fastvit_engine.config import Config, Resolved
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose: str) -> None:
@@ -62,8 +62,20 @@ def _show(args: argparse.Namespace) -> int:
 
     resolved = with_weights(load_config(args.recipe, settings_of(args)))
     _check_lengths(resolved.config)
-    say(resolved.to_yaml(with_origins=True), end="")
+    say(_with_sizes(resolved).to_yaml(with_origins=True), end="")
     return 0
+
+
+def _with_sizes(resolved: "Resolved") -> "Resolved":
+    """The same, with the number of samples beside a share of them, if the configuration knows it."""
+    from dataclasses import replace
+
+    data = resolved.config.data
+    if data.subset is None:
+        return resolved
+    samples = "of the samples in the shards" if data.epoch_samples is None else f"{data.epoch_samples:,} samples"
+    origins = {**resolved.origins, "data.subset": f"{resolved.origins['data.subset']}: {samples}"}
+    return replace(resolved, origins=origins)
 
 
 def _check_lengths(config: "Config") -> None:
@@ -72,8 +84,8 @@ def _check_lengths(config: "Config") -> None:
 
     durations = [config.train.duration, config.evaluate.every, config.checkpoint.every, config.checkpoint.keep_every]
     durations += [config.schedule.warmup, config.schedule.cooldown, config.schedule.timescale]
-    if config.data.train_samples is not None or not any(length and "epoch" in length for length in durations):
-        Schedule(config, config.data.train_samples)
+    if config.data.epoch_samples is not None or not any(length and "epoch" in length for length in durations):
+        Schedule(config, config.data.epoch_samples)
 
 
 def _explain(args: argparse.Namespace) -> int:

@@ -61,7 +61,7 @@ def _run(args: argparse.Namespace) -> int:
     machine = Machine(args.gpus, per_node, int(gib * 2**30), on_gpu=True)
     options = candidates(config, machine)
     chosen = choose(config, machine)
-    time = training_time(chosen, args.gpu, args.mfu, config.data.train_samples)
+    time = training_time(chosen, args.gpu, args.mfu, config.data.epoch_samples)
     fewer = _on_fewer_nodes(config, chosen, args.gpu, args.mfu)
     rows = [
         {"stage": row.stage, "largest_micro_batch": row.micro_batch if row.fits else None, "memory": memory}
@@ -142,6 +142,7 @@ def _as_json(
         "accumulation_steps": split.accumulation_steps,
         **chosen.record(),
         "deepspeed": deepspeed_config(chosen.config, split),
+        "samples_per_epoch": chosen.config.data.epoch_samples,
         "assumed_mfu": args.mfu,
         **time,
     }
@@ -209,12 +210,22 @@ def _as_text(
         *choices,
         "",
         describe_split(chosen),
+        *_describe_subset(config),
         *describe_time(time, args.gpu, args.mfu),
     ]
     if len(fewer) > 1:
         text += ["", "on other numbers of nodes", *_nodes_table(fewer)]
     text.append("Memory is computed from shapes, and has not been compared with a GPU's.")
     return "\n".join(text)
+
+
+def _describe_subset(config: "Config") -> list[str]:
+    """How many samples an epoch has, if it has not all of them."""
+    data = config.data
+    if data.subset is None:
+        return []
+    samples = f"{data.subset} of the samples" if data.epoch_samples is None else f"{data.epoch_samples:,} samples"
+    return [f"data          an epoch is {samples}, data.subset = {data.subset}"]
 
 
 def _nodes_table(rows: list[dict[str, Any]]) -> list[str]:

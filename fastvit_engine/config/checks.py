@@ -33,6 +33,12 @@ def check_config(config: Config) -> None:
     _check_durations(config)
     if config.data.order == "stream" and not isinstance(config.data.train, str | None):
         raise UserError("data.order is stream, which reads one source: mix sources with data.order: indexed")
+    if config.data.subset is not None and config.data.order == "stream":
+        raise UserError(
+            f"data.subset is {config.data.subset}, and data.order = stream reads shards without knowing how many "
+            "samples they hold: set data.order=indexed, which takes shards that are not gzipped"
+        )
+    config.data.epoch_samples  # noqa: B018, raises if data.subset is more than data.train_samples
     few_shot = config.evaluate.fewshot
     if (few_shot.train is None) != (few_shot.eval is None):
         given, missing = ("train", "eval") if few_shot.eval is None else ("eval", "train")

@@ -434,6 +434,9 @@ def _as_today(model: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _other_order(now: dict[str, Any], before: dict[str, Any]) -> str:
     """Why the data cannot continue where a checkpoint stopped, and what would let it."""
+    if now.get("subset") != before.get("subset"):
+        sizes = ["all samples" if of.get("subset") is None else f"{of['subset']:,}" for of in (before, now)]
+        return f"was written with {sizes[0]} in data.subset and this run has {sizes[1]}: set it back"
     for name in ("order", "window", "streams", "shuffle_buffer"):
         if now.get(name) != before.get(name):
             return f"was written with data.{name} {before.get(name)} and this run has {now.get(name)}: set it back"

@@ -170,6 +170,21 @@ def test_config_list_names_every_recipe_with_its_purpose(capsys):
     assert not any(line.startswith("_") for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("settings", "note"),
+    [
+        (["data.subset=0.1", "data.train_samples=50000"], "subset: 0.1 # --set: 5,000 samples"),
+        (["data.subset=700"], "subset: 700 # --set: 700 samples"),
+        (["data.subset=0.1"], "subset: 0.1 # --set: of the samples in the shards"),
+    ],
+)
+def test_config_show_says_how_many_samples_a_subset_has(capsys, settings, note):
+    words = [word for setting in settings for word in ("--set", setting)]
+    assert main(["config", "show", "quickstart", *words]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  subset:")]
+    assert " ".join(line.split()) == note
+
+
 def test_config_show_names_the_file_of_base_and_recipe(capsys):
     assert main(["config", "show", "vit_b16_jft", "--set", "zero.stage=2"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

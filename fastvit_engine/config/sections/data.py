@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from fastvit_engine.config.sections.base import Section
+from fastvit_engine.config.subset import check_share_or_count, subset_size
 
 PixelMean = Annotated[float, Field(ge=0, le=1)]
 PixelDeviation = Annotated[float, Field(gt=0.002, le=1)]
@@ -53,7 +54,13 @@ class DataConfig(Section):
     """Index of the training shards, a file or a URL; null: shards.index beside them, which is made if it is missing."""
 
     train_samples: int | None = Field(None, gt=0, le=10**15)
-    """Number of samples that durations count as one epoch; null: all samples of the training shards."""
+    """Number of samples that durations count as one epoch; null: all samples of the training shards. With data.subset,
+    the number that the shards hold."""
+
+    subset: Annotated[int | float, BeforeValidator(check_share_or_count)] | None = None
+    """Train on some of the samples only, and count those as an epoch: a share up to 1.0, with a decimal point, or a
+    number of samples from 2 on; null: all. With the same seed, a smaller subset is part of a larger one. An epoch reads
+    each sample of the subset exactly once. Needs order: indexed."""
 
     image_key: str = "jpg;jpeg;png;webp"
     """Extensions of the image member, separated by semicolons. The first one that a sample has is used."""
@@ -76,7 +83,7 @@ class DataConfig(Section):
 
     lanes: int | None = Field(None, gt=0)
     """Equal parts into which an epoch is cut and from which batches are drawn in turn; null: up to 256, by the number
-    of samples. An epoch drops fewer than this many samples, different ones every time."""
+    of samples. An epoch drops fewer than this many samples, different ones every time; with data.subset, none."""
 
     window: int = Field(1024, gt=0)
     """Number of neighbouring samples that are shuffled with each other within a lane."""
@@ -119,6 +126,13 @@ class DataConfig(Section):
         if isinstance(self.train, str):
             return (DataSource(shards=self.train, index=self.index),) if self.train else ()
         return self.train or ()
+
+    @property
+    def epoch_samples(self) -> int | None:
+        """Samples of one epoch, if the configuration says so; None if only the shards do. Raises UserError."""
+        if self.subset is None or self.train_samples is None:
+            return self.subset if isinstance(self.subset, int) else self.train_samples
+        return subset_size(self.train_samples, self.subset)
 
     @property
     def workers(self) -> int:

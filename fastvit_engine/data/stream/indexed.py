@@ -35,6 +35,7 @@ from fastvit_engine.data.stream.order import Integers, Locations, Order, SourceO
 from fastvit_engine.data.stream.read_ahead import ReadAhead
 from fastvit_engine.data.stream.skip import Window, step_starts
 from fastvit_engine.data.stream.source import EvaluationData, TrainingData
+from fastvit_engine.data.stream.subset import SubsetOrder, subsets_of_sources
 from fastvit_engine.data.stream.worker_pool import load
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted
@@ -86,7 +87,7 @@ class TrainSource:
 
     data: IndexedShards
     weight: float
-    samples: int
+    samples: int  # that training reads: those of data.subset, if it is set
     lanes: int  # parts that its epochs are cut into, see `order`
 
 
@@ -99,17 +100,20 @@ class IndexedData(TrainingData):
     samples_per_epoch: int | None
     class_names: list[str] | None = None
     notes: tuple[str, ...] = ()  # which shards were chosen by their names
+    subset_of: int | None = None  # samples that the shards hold, if data.subset is set
 
     def fingerprint(self, data: DataConfig) -> dict[str, Any]:
         sources = [{"index": s.data.hash, "lanes": s.lanes, "weight": s.weight} for s in self.train]
-        return {"order": "indexed", "window": data.window, "sources": sources}
+        subset = {} if self.subset_of is None else {"subset": sum(source.samples for source in self.train)}
+        return {"order": "indexed", "window": data.window, "sources": sources, **subset}
 
     def describe(self) -> str:
         samples = sum(source.samples for source in self.train)
         lanes = " + ".join(str(source.lanes) for source in self.train)
         mixed = " in 1 lane" if lanes == "1" else f", mixed from {lanes} lanes"
         notes = "".join(f"; {note}" for note in self.notes)
-        return f"reading {counted(samples, 'sample')}{mixed} (data.lanes){notes}"
+        subset = "" if self.subset_of is None else f" of {self.subset_of:,} (data.subset)"
+        return f"reading {counted(samples, 'sample')}{subset}{mixed} (data.lanes){notes}"
 
     def train_batches(
         self,
@@ -177,10 +181,14 @@ def open_storage(indexes: list[Index], data: DataConfig) -> ShardStorage:
 
 def build_order(config: Config, sources: tuple[TrainSource, ...], indexes: list[Index]) -> Order:
     """The order of a run over its sources."""
-    orders = [
-        SourceOrder(index.counts, seed=config.seed, lanes=source.lanes, window=config.data.window, source=number)
-        for number, (source, index) in enumerate(zip(sources, indexes, strict=True))
-    ]
+    subsets = subsets_of_sources([index.samples for index in indexes], config.data, config.seed)
+    orders: list[SourceOrder] = []
+    for number, (source, index) in enumerate(zip(sources, indexes, strict=True)):
+        how: Any = {"seed": config.seed, "lanes": source.lanes, "window": config.data.window, "source": number}
+        if subsets is None:
+            orders.append(SourceOrder(index.counts, **how))
+        else:
+            orders.append(SubsetOrder(subsets[number], index.counts, **how))
     return Order(orders, share_slots([source.weight for source in sources]), config.seed)
 
 

@@ -10,13 +10,14 @@ the state of the data is the one integer `consumed`, and resuming at any positio
 * A lane permutes its samples within *windows* of W neighbours. Position p of an epoch is sample p // L of lane p % L,
   in a random order of the lanes. A batch thus mixes L parts of the data, while a lane reads only the few shards of its
   window.
-* An epoch visits each sample at most once. It may end, and the next begin, inside a batch.
+* An epoch visits each sample at most once; an epoch of a subset (see `subset`) drops none and visits each exactly once.
+  It may end, and the next begin, inside a batch.
 * Several sources: a cycle has a fixed number of slots, shared by weight; each source runs through its own epochs.
 
 All randomness is raw output of Philox, a counter-based generator, addressed by (seed, source, epoch, lane, window).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ MAX_LANES = 256  # from here on batches are practically uniform draws
 _SMALLEST_LANE = 100  # samples: so at most one in a hundred samples is left out of an epoch
 
 # What a random number is drawn for.
-_SHARDS, _LANES, _WINDOW, _ROTATION, _SLOTS = range(5)
+_SHARDS, _LANES, _WINDOW, _ROTATION, _SLOTS, _SUBSET = range(6)
 
 
 class Locations(NamedTuple):
@@ -51,18 +52,32 @@ def choose_lanes(samples: int) -> int:
 
 
 class SourceOrder:
-    """Endless epochs over one source, whose shards hold `counts` samples, in `lanes` lanes with windows of `window`."""
+    """Endless epochs over one source, whose shards hold `counts` samples, in `lanes` lanes with windows of `window`.
 
-    def __init__(self, counts: NDArray[np.integer], *, seed: int, lanes: int, window: int, source: int = 0) -> None:
+    whole: an epoch has all samples. Those that would be left over make some lanes, others in each epoch, longer by one.
+    """
+
+    def __init__(
+        self,
+        counts: NDArray[np.integer],
+        *,
+        seed: int,
+        lanes: int,
+        window: int,
+        source: int = 0,
+        whole: bool = False,
+    ) -> None:
         self.counts = np.asarray(counts, dtype=np.int64)
         self.samples = int(self.counts.sum())
         self.lanes, self.lane_length = lanes, self.samples // lanes
         if self.lane_length == 0:
             raise ValueError(f"{self.samples} samples are too few for {lanes} lanes")
-        self.window = min(window, self.lane_length)
-        self.samples_per_epoch = lanes * self.lane_length
+        self.longer_lanes = self.samples % lanes if whole else 0
+        longest = self.lane_length + (self.longer_lanes > 0)
+        self.window = min(window, longest)
+        self.samples_per_epoch = lanes * self.lane_length + self.longer_lanes
         self._seed, self._source = seed, source
-        self._windows_per_lane = -(-self.lane_length // self.window)
+        self._windows_per_lane = -(-longest // self.window)
         self._epochs: dict[int, _Epoch] = {}
         # The permutation of each lane's current window, and which window of which epoch that is.
         self._table = np.empty((lanes, self.window), dtype=np.uint32)
@@ -85,12 +100,12 @@ class SourceOrder:
         lane = order.lanes[inside % self.lanes]
         first = window * self.window  # sample of the lane
         for other in np.unique(lane[self._current[lane] != number]):
-            length = min(self.window, self.lane_length - first)
+            length = min(self.window, int(order.lengths[other]) - first)
             draws = _draw(self._seed, _WINDOW, length, self._source, epoch, int(other), window)
             self._table[other, :length] = np.argsort(draws, kind="stable")
             self._current[other] = number
         sample = first + self._table[lane, inside // self.lanes - first]
-        line = (lane * self.lane_length + sample + order.rotation) % self.samples
+        line = (order.starts[lane] + sample + order.rotation) % self.samples
         at = np.searchsorted(order.ends, line, side="right")
         shard = order.shards[at]
         return shard, line - (order.ends[at] - self.counts[shard])
@@ -112,6 +127,9 @@ class _Epoch:
         self.ends = np.cumsum(order.counts[self.shards])  # of each shard on the line
         self.rotation = int(_draw(seed, _ROTATION, 1, source, epoch)[0] % np.uint64(order.samples))
         self.lanes = np.argsort(_draw(seed, _LANES, order.lanes, source, epoch), kind="stable")
+        self.lengths = np.full(order.lanes, order.lane_length)
+        self.lengths[self.lanes[: order.longer_lanes]] += 1  # those that the last, incomplete row of an epoch has
+        self.starts = np.cumsum(self.lengths) - self.lengths  # of each lane on the line
 
 
 class Order:
@@ -138,6 +156,13 @@ class Order:
             own = source == number
             shard[own], row[own], epoch[own], position[own] = self.sources[number].locate(inside[own])
         return Locations(source, shard, row, epoch, position)
+
+
+def subset_draws(seed: int, samples: int, size: int) -> Iterator[NDArray[np.uint64]]:
+    """A draw for each of `samples` samples, `size` at a time. A subset is made of the samples with the lowest ones."""
+    generator = _philox(seed, _SUBSET)
+    for start in range(0, samples, size):
+        yield generator.random_raw(min(size, samples - start))
 
 
 def share_slots(weights: Sequence[float]) -> list[int]:

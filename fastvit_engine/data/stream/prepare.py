@@ -55,8 +55,10 @@ from fastvit_engine.data.stream.order import CYCLE, choose_lanes, share_slots
 from fastvit_engine.data.stream.overlap import check_indexes_apart, check_streams_apart
 from fastvit_engine.data.stream.source import EvaluationData, TrainingData
 from fastvit_engine.data.stream.streams import StreamData, StreamedShards, plan_streams
+from fastvit_engine.data.stream.subset import subsets_of_sources
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write
+from fastvit_engine.observe.units import counted
 from fastvit_engine.shown import say
 from fastvit_engine.storage import ShardStorage
 
@@ -94,8 +96,11 @@ def prepare_data(
     ]
     held_out = _find_eval(config, folders, notes)
     check_indexes_apart(indexes, held_out, config.data)
+    read = _samples_read(indexes, config)
+    if recorded is not None and recorded.get("subset") != (sum(read) if config.data.subset else None):
+        recorded = None  # another run, which is refused for that
     sources = tuple(
-        _prepare_source(config, number, source, indexes[number], recorded)
+        _prepare_source(config, number, source, indexes[number], read[number], recorded)
         for number, source in enumerate(config.data.sources)
     )
     for source, slots in zip(config.data.sources, share_slots([s.weight for s in sources]), strict=True):
@@ -115,10 +120,23 @@ def prepare_data(
     return IndexedData(
         train=sources,
         eval=_prepare_eval(config, held_out),
-        samples_per_epoch=config.data.train_samples or sum(source.samples for source in sources),
+        samples_per_epoch=sum(read) if config.data.subset else config.data.train_samples or sum(read),
         class_names=info.classes if info else None,
         notes=tuple(notes),
+        subset_of=sum(index.samples for index in indexes) if config.data.subset else None,
     )
+
+
+def _samples_read(indexes: Sequence[Index], config: Config) -> list[int]:
+    """The samples of each source that training reads. Raises UserError if it is not clear which data.subset means."""
+    samples, declared = [index.samples for index in indexes], config.data.train_samples
+    if config.data.subset is not None and declared not in (None, sum(samples)):
+        raise UserError(
+            f"data.train_samples is {declared:,}, and data.train has {counted(sum(samples), 'sample')}, so data.subset "
+            "could be of either: set data.train_samples=null, and an epoch is the subset of what is there"
+        )
+    subsets = subsets_of_sources(samples, config.data, config.seed)
+    return samples if subsets is None else [len(subset) for subset in subsets]
 
 
 @dataclass(frozen=True)
@@ -155,6 +173,11 @@ def _prepare_iterable(config: Config, given: IterableData, folders: _Folders) ->
             f"train.objective = {config.train.objective} crops several views of each image, and an iterable gives "
             "images that are cropped: train on shards"
         )
+    if config.data.subset is not None:
+        raise UserError(
+            f"data.subset is {config.data.subset}, and training data is given as an iterable, whose samples nobody has "
+            "numbered: set it to null and let the iterable choose, or train on shards"
+        )
     if config.data.soft_labels:
         raise UserError(
             "data.soft_labels is true, and training data is given as an iterable, whose labels are class indices: set "
@@ -167,16 +190,18 @@ def _prepare_iterable(config: Config, given: IterableData, folders: _Folders) ->
 
 
 def _prepare_source(
-    config: Config, number: int, source: DataSource, index: Index, recorded: Mapping[str, Any] | None
+    config: Config, number: int, source: DataSource, index: Index, samples: int, recorded: Mapping[str, Any] | None
 ) -> TrainSource:
+    """samples: of the source that training reads."""
     _check_samples(index, "data.train", config)
     known = (recorded or {}).get("sources", [])
-    lanes = config.data.lanes or (known[number]["lanes"] if number < len(known) else choose_lanes(index.samples))
-    if lanes > index.samples:
+    lanes = config.data.lanes or (known[number]["lanes"] if number < len(known) else choose_lanes(samples))
+    if lanes > samples:
+        holds = "holds" if config.data.subset is None else "has, in data.subset,"
         raise UserError(
-            f"data.lanes is {lanes} and {source.shards} holds {index.samples} samples: lower it, or leave it out"
+            f"data.lanes is {lanes} and {source.shards} {holds} {samples} samples: lower it, or leave it out"
         )
-    return TrainSource(IndexedShards.of(index), source.weight, index.samples, lanes)
+    return TrainSource(IndexedShards.of(index), source.weight, samples, lanes)
 
 
 # ---- finding the index

@@ -87,6 +87,17 @@ def test_an_epoch_of_unknown_length(capsys):
     text = plan(capsys, "vit_b16_i1k", "--gpus", "8")
     assert "unknown" in text and "data.train_samples" in text
     assert "days" not in text
+    text = plan(capsys, "vit_b16_i1k", "--gpus", "8", "--set", "data.subset=0.1")
+    assert "an epoch is 0.1 of the samples, data.subset = 0.1" in text and "unknown" in text
+
+
+def test_a_subset_takes_its_share_of_the_time(capsys):
+    settings = ["vit_b16_i1k", "--gpus", "8", "--set", "data.train_samples=1281167", "--set", "schedule.warmup=5%"]
+    whole, tenth = (json.loads(plan(capsys, *settings, *more, "--json")) for more in ([], ["--set=data.subset=0.1"]))
+    assert (whole["samples_per_epoch"], tenth["samples_per_epoch"]) == (1_281_167, 128_117)
+    assert whole["images"] == pytest.approx(10 * tenth["images"], rel=1e-3)
+    text = plan(capsys, *settings, "--set", "data.subset=0.1")
+    assert "data          an epoch is 128,117 samples, data.subset = 0.1\n" in text
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,15 @@ def test_a_job_elsewhere_is_sized_for_its_gpus(dry_run):
     assert "export" not in shown  # the launcher shows its own
 
 
+def test_it_says_how_many_samples_a_subset_has(dry_run):
+    shown = dry_run("data.subset=0.5", "train.duration=10 epochs")
+    assert "starting run: 10 steps, reading 32 samples of 64 (data.subset)" in shown
+
+
 @pytest.mark.parametrize(
     ("settings", "options", "sentence"),
     [
+        (["data.subset=65"], [], "data.subset is 65, and data.train has 64 samples: lower it"),
         (["data.train=nowhere/*.tar"], [], "nowhere/*.tar"),
         (["data.eval=nowhere"], [], "nowhere, which does not exist"),
         (["evaluate.fewshot.train=a", "evaluate.fewshot.eval=b"], [], "a"),

@@ -278,6 +278,7 @@ def test_recorded_lanes_hold_when_the_choice_would_be_another(stopped, shards):
     [
         ({"window": 7}, "written with data.window 1024 and this run has 7: set it back"),
         ({"lanes": 4}, "written with data.train in 2 lanes and data.lanes is 4 now: set it back or leave it out"),
+        ({"subset": 0.01}, r"written with all samples in data\.subset and this run has 3: set it back"),
         ({"order": "stream", "num_workers": 0}, "written with data.order indexed and this run has stream"),
         ({"train": "other"}, r"written with other shards in data\.train \(index .*restore the shards"),
         ({"train": [{"shards": "same"}, {"shards": "other"}]}, r"1 source in data.train and this run has 2"),
