@@ -179,8 +179,11 @@ def report(record: Mapping[str, Any]) -> str:
         "",
         f"| features | {SHOTS}-shot accuracy |",
         "|---|---:|",
-        *(f"| encoder of `{one['recipe']}` | {_share(one['few_shot'])} |" for one in found.values()),
-        *(f"| the same, untrained | {_share(one['few_shot_untrained'])} |" for one in found.values()),
+        *(
+            f"| encoder of `{one['recipe']}`{state} | {_share(one[key])} |"
+            for one in found.values()
+            for key, state in (("few_shot", ""), ("few_shot_untrained", ", untrained"))
+        ),
         f"| raw pixels | {_share(record['few_shot_pixels'])} |",
         "",
         f"Mean and standard deviation (of the population) over {SEEDS} choices of the shots, from one training shard.",
