@@ -57,6 +57,11 @@ def test_losses_are_the_same_at_every_stage_and_on_any_number_of_processes(train
     check_average(other, run)
 
 
+def test_zero_3_reduces_gradients_of_views_of_both_sizes_together(train, run, tmp_path):
+    """With DeepSpeed's own buckets, which have room for all gradients of a step."""
+    assert losses(train(tmp_path / "run", *DINO, "zero.stage=3")) == pytest.approx(losses(run), abs=2e-5)
+
+
 @pytest.mark.parametrize(("processes", "stage"), RESUMED)
 def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(train, run, tmp_path, processes, stage):
     resumed, uninterrupted = check_resume(train, run, tmp_path, DINO, processes, stage)
