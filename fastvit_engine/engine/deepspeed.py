@@ -75,6 +75,10 @@ def import_deepspeed() -> Any:
         bf16_optimizer.see_memory_usage = _nothing  # it prints six lines for every group of parameters
     compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
     compiler.compile = _leave_as_it_is
+    # A leaf's gradients, see fastvit_kernels.gathered, would be reduced together after each of its backward passes: too
+    # early if a step has several, as for views of two sizes. So they are reduced like all others, when complete.
+    stage3: Any = importlib.import_module("deepspeed.runtime.zero.stage3")
+    stage3.z3_leaf_parameter = _is_no_leaf
     if not torch.cuda.is_available():
         communication: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of this name is PyTorch
         communication.build_shm_op = _nothing
@@ -588,6 +592,7 @@ class Zero3(Layout):
         "fp16_groups",
         "fp32_partitioned_groups_flat",
         "invalidate_secondary_tensor",
+        "leaf_parameters",
         "loss_scaler",
         "optimizer",
         "params_in_nvme_and_cpu",
@@ -650,6 +655,8 @@ def missing_internals(engine: Any, layout: Layout) -> list[str]:
     if isinstance(layout, Zero3):
         parameter = next(engine.module.parameters())
         missing += [f"'{name}' in ZeRO-3's parameters" for name in PARAMETER_INTERNALS if not hasattr(parameter, name)]
+        if not missing and layout.optimizer.leaf_parameters:
+            missing.append("'z3_leaf_parameter' in its runtime/zero/stage3.py")
     elif engine.fp16_enabled() and not layout.loss_scaling():
         missing.append(f"{' or '.join(SCALER_INTERNALS)} in its loss scaler")
     return missing
@@ -691,6 +698,10 @@ def _keep_fp32_gradient_norm(engine: Any) -> None:
 
 def _nothing(*args: Any, **kwargs: Any) -> None:
     pass
+
+
+def _is_no_leaf(parameter: nn.Parameter) -> bool:
+    return False
 
 
 def _leave_as_it_is() -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -26,3 +26,13 @@ def environment():
         "command": "c", "started": "2026-01-02T03:04:05", "commit": None, "gpu": None, "cpu": "a CPU", "cpu_count": 1,
         "threads": 1, "load_average": 0.0, "versions": {"torch": "9"},
     }  # fmt: skip
+
+
+@pytest.fixture
+def empty_shards(tmp_path):
+    """A folder with two training and two test shards, for what only passes their names on."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("train-000000.tar", "train-000001.tar", "test-000000.tar", "test-000001.tar"):
+        (folder / name).touch()
+    return folder

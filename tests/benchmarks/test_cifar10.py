@@ -40,18 +40,9 @@ class Commands:
 
 
 @pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    for name in ("train-000000.tar", "train-000001.tar", "test-000000.tar", "test-000001.tar"):
-        (folder / name).touch()
-    return folder
-
-
-@pytest.fixture
-def experiment(folder, tmp_path):
+def experiment(empty_shards, tmp_path):
     """Of two training and two test shards, in a folder of runs that is there."""
-    return Experiment("cifar10_cpu", Shards.of(folder), Runs(tmp_path, Commands()), ("data.train_samples=8",))
+    return Experiment("cifar10_cpu", Shards.of(empty_shards), Runs(tmp_path, Commands()), ("data.train_samples=8",))
 
 
 def shards(words, key):
@@ -60,9 +51,9 @@ def shards(words, key):
     return [Path(line).name for line in Path(named.partition("@")[2]).read_text().split()]
 
 
-def test_every_seed_trains_on_all_training_shards_and_is_measured_on_all_test_shards(folder, tmp_path):
+def test_every_seed_trains_on_all_training_shards_and_is_measured_on_all_test_shards(empty_shards, tmp_path):
     commands, out = Commands(), tmp_path / "out"
-    words = [str(folder), "--out", str(out), "--runs", str(tmp_path / "runs"), "--seeds", "0", "1"]
+    words = [str(empty_shards), "--out", str(out), "--runs", str(tmp_path / "runs"), "--seeds", "0", "1"]
     words += ["--cpu-processes", "2", "--set", "model.depth=2", "--set", "data.train_samples=8"]
     main(words, commands)
     train, evaluate = commands.words[0], commands.words[1]
@@ -80,9 +71,10 @@ def test_every_seed_trains_on_all_training_shards_and_is_measured_on_all_test_sh
     assert all((out / f"cifar10_cpu.{form}").stat().st_size > 1000 for form in ("svg", "png"))
 
 
-def test_settings_are_chosen_on_training_images_that_are_held_out(folder, tmp_path):
+def test_settings_are_chosen_on_training_images_that_are_held_out(empty_shards, tmp_path):
     commands, out = Commands(), tmp_path / "out"
-    main([str(folder), "--out", str(out), "--runs", str(tmp_path / "runs"), "--seeds", "0", "--choose"], commands)
+    words = [str(empty_shards), "--out", str(out), "--runs", str(tmp_path / "runs"), "--seeds", "0", "--choose"]
+    main(words, commands)
     train, evaluate = commands.words
     assert shards(train, "data.train") == ["train-000000.tar"]
     assert shards(train, "data.eval") == shards(evaluate, "--data") == ["train-000001.tar"]

@@ -70,19 +70,10 @@ class Commands:
 
 
 @pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    for name in ("train-000000.tar", "train-000001.tar", "test-000000.tar", "test-000001.tar"):
-        (folder / name).touch()
-    return folder
-
-
-@pytest.fixture
-def experiment(folder, tmp_path, monkeypatch):
+def experiment(empty_shards, tmp_path, monkeypatch):
     monkeypatch.setattr(optimizers, "state_bytes_per_parameter", lambda run: 8.0)
     (tmp_path / "runs").mkdir()
-    return Experiment(Shards.of(folder), Runs(tmp_path / "runs", Commands(), 1), say=lambda line: None)
+    return Experiment(Shards.of(empty_shards), Runs(tmp_path / "runs", Commands(), 1), say=lambda line: None)
 
 
 def names(commands):

@@ -1,35 +1,25 @@
 """Runs of MoCo v3: the same on any number of processes and at every stage, and resumed to the bit."""
 
-import shutil
+import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from fastvit_engine.cli import main
-from fastvit_engine.models import is_for_pretraining
+from tests.fastvit_engine.train.taught_runs import RESUMED, TAUGHT, WORLDS, check_average, check_exports, check_resume
 from tests.fastvit_engine.train.test_finetune import at_stage, losses, whole
 from tests.in_full import in_full
 
 pytestmark = pytest.mark.distributed
 
 MOCO = [
+    *TAUGHT,
     "train.objective=moco",
-    "model.num_classes=0",
     "moco.hidden_width=24",
     "moco.outputs=8",
-    "ema.decay=0.8",
-    "train.precision=fp32",
-    "train.duration=6 steps",
     "train.global_batch_size=17",  # which two processes do not share equally
-    "schedule.kind=constant",
-    "schedule.warmup=1 step",
     "optimizer.learning_rate=1e-3",
-    "data.eval=null",
-    "evaluate.every=null",
-    "checkpoint.every=3 steps",
 ]
-KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 PATCHES = ("patch_embed.proj.weight", "patch_embed.proj.bias")
 
 
@@ -50,44 +40,46 @@ def test_the_student_learns_all_but_its_patches_and_the_teacher_follows(run):
     assert 0 < teacher.norm() < student.norm()
 
 
-@pytest.mark.parametrize(("processes", "stage"), [(2, 3), in_full(1, 3), in_full(2, 0), in_full(2, 1), in_full(2, 2)])
+@pytest.mark.parametrize(("processes", "stage"), WORLDS)
 def test_losses_are_the_same_at_every_stage_and_on_any_number_of_processes(train, run, tmp_path, processes, stage):
     other = train(tmp_path / "run", *MOCO, *at_stage(stage), processes=processes)
     assert losses(other) == pytest.approx(losses(run), abs=2e-5)
-    ours, theirs = whole(other, 6, "ema"), whole(run, 6, "ema")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(ours[name], theirs[name], rtol=1e-3, atol=2e-4) for name in theirs)
+    check_average(other, run)
 
 
-@pytest.mark.parametrize(("processes", "stage"), [(1, 0), in_full(2, 1), in_full(2, 2), in_full(2, 3)])
+@pytest.mark.parametrize(("processes", "stage"), RESUMED)
 def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(train, run, tmp_path, processes, stage):
-    whole_run = run if (processes, stage) == (1, 0) else tmp_path / "whole"
-    own = [*MOCO, *at_stage(stage)]
-    if whole_run != run:
-        train(whole_run, *own, processes=processes)
-    shutil.copytree(whole_run, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
-    train(tmp_path / "run", *own, processes=processes, resume="auto")
-    for kind in KINDS:
-        ours, theirs = whole(tmp_path / "run", 6, kind), whole(whole_run, 6, kind)
-        assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours), kind
+    check_resume(train, run, tmp_path, MOCO, processes, stage)
 
 
-@pytest.mark.parametrize("stage", [in_full(3)])
-def test_it_trains_in_16_bits(train, run, tmp_path, stage):
-    """The first losses are those of fp32; why later ones differ more has not been looked into."""
-    found = losses(train(tmp_path / "run", *MOCO, *at_stage(stage), "train.precision=bf16", processes=2))
-    assert found[:2] == pytest.approx(losses(run)[:2], abs=0.05)
-    assert len(found) == 6 and all(torch.isfinite(torch.tensor(found)))
+@pytest.mark.parametrize(("processes", "stage"), [in_full(2, 3)])
+def test_it_trains_in_16_bits(train, tmp_path, processes, stage):
+    """As in fp32 but for rounding, which batch normalisation of few images and dimensions enlarges.
+
+    Measured in six steps with 64 images and 64 dimensions: losses of the engine in bf16 differ from those in fp32 by up
+    to 0.045, those of a plain PyTorch loop in bf16, on the same images from the same weights, by up to 0.025. With 17
+    images and 8 dimensions it is 0.23 and 0.26. In fp32 engine and loop differ by less than 1e-4.
+    """
+    every = [*MOCO, "checkpoint.every=1 step", "checkpoint.keep=10"]
+    larger = [*every, "model.width=64", "moco.hidden_width=128", "moco.outputs=64", "train.global_batch_size=64"]
+    exact = train(tmp_path / "fp32", *larger, *at_stage(0))
+    run = train(tmp_path / "bf16", *larger, *at_stage(stage), "train.precision=bf16", processes=processes)
+    assert losses(run)[0] == pytest.approx(losses(exact)[0], abs=0.01)
+    assert losses(run) == pytest.approx(losses(exact), abs=0.1)
+    for step in range(6):  # the average is none of rounded weights, and survives the exchange with them
+        share = 0.2 * (1 + math.cos(math.pi * step / 6)) / 2
+        before, after, student = whole(run, step, "ema"), whole(run, step + 1, "ema"), whole(run, step + 1)
+        for name, average in before.items():
+            torch.testing.assert_close(after[name], average.lerp(student[name], share), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("processes", "stage"), [in_full(2, 3)])
+def test_a_resumed_run_in_16_bits_repeats_the_uninterrupted_one_to_the_bit(train, run, tmp_path, processes, stage):
+    check_resume(train, run, tmp_path, [*MOCO, "train.precision=bf16"], processes, stage)
 
 
 def test_only_the_model_leaves_a_run(run):
-    for name, kind in (("model", "weight"), ("model_ema", "ema")):
-        exported, stored = load_file(run / f"{name}.safetensors"), whole(run, 6, kind)
-        assert set(exported) == {key for key in stored if not is_for_pretraining(key)}
-        assert any(key.startswith("predictor.") for key in stored)
-        assert all(torch.equal(tensor.flatten(), stored[key]) for key, tensor in exported.items())
+    check_exports(run, extra="predictor.")
 
 
 @pytest.mark.parametrize(
