@@ -65,7 +65,7 @@ fastvit_environment() {
 
     cores=$(_fastvit_cores) || exit $?
     threads=$((cores / processes))
-    _fastvit_default OMP_NUM_THREADS "$((threads < 1 ? 1 : threads > 8 ? 8 : threads))" "$cores cores, $processes process(es)"
+    _fastvit_default OMP_NUM_THREADS "$((threads < 1 ? 1 : threads > 8 ? 8 : threads))" "$cores cores, processes: $processes"
 
     # Compiled code stays on the node: shared file systems are slow at many small files and at locks.
     caches=${TMPDIR:-/tmp}/fastvit-cache-$(id -u)

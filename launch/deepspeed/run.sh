@@ -93,7 +93,8 @@ variables=$(write_deepspeed_env)
 if $dry_run; then
     fastvit_check "$processes" "$slots" "$gpu" "$@"
     fastvit_show "${command[@]}"
-    [[ -z $variables ]] || printf '# passed on to every host:\n%s\n' "$variables"
+    secret='^([A-Za-z0-9_]*(KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL)[A-Za-z0-9_]*)=.*'
+    [[ -z $variables ]] || printf '# passed on to every host:\n%s\n' "$(sed -E "s/$secret/\\1=... (not shown)/" <<<"$variables")"
     exit 0
 fi
 

@@ -90,11 +90,21 @@ def test_a_dry_run_prints_the_environment_and_the_same_training_everywhere(
     }[launcher]
     if launcher == "deepspeed":
         options += ["--head", "192.0.2.1"]
-    done = script(name, *options, "--dry-run", "--", *TRAINING, NCCL_DEBUG="INFO", PYTHON=noting_python)
+    done = script(
+        name,
+        *options,
+        "--dry-run",
+        "--",
+        *TRAINING,
+        NCCL_DEBUG="INFO",
+        AWS_SECRET_ACCESS_KEY="s3cr3t",
+        PYTHON=noting_python,
+    )
     if "there is no route" in done.stderr:
         pytest.skip("this machine has no route to anywhere")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == f"#  {job}"
+    assert "s3cr3t" not in done.stdout + done.stderr
     exports = [line for line in done.stdout.splitlines() if line.startswith("export ")]
     assert "export NCCL_DEBUG=INFO  # already set" in exports
     for chosen in ("GLOO_SOCKET_IFNAME", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "OMP_NUM_THREADS", "TRITON_CACHE_DIR"):
@@ -104,7 +114,8 @@ def test_a_dry_run_prints_the_environment_and_the_same_training_everywhere(
         assert "fastvit_engine train quickstart --set" in command
         assert "20\\\\x20steps" in command
         assert "--resume auto" in command
-        assert "NCCL_DEBUG=INFO" in command.partition("passed on to every host")[2]
+        passed = command.partition("passed on to every host")[2].splitlines()
+        assert "NCCL_DEBUG=INFO" in passed and "AWS_SECRET_ACCESS_KEY=... (not shown)" in passed
     else:
         assert command.endswith(INNER)
     if launcher == "torchrun":
