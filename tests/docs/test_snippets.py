@@ -1,13 +1,18 @@
 """Snippets of other pages, run as they are written."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from fastvit_engine.cli import main
+from fastvit_engine.config import load_config
 from fastvit_engine.data.build.make import make_dataset
 from fastvit_engine.observe.metrics import read_metrics
+from fastvit_engine.recipe_files import recipe_paths
+from fastvit_engine.train.schedule import Schedule
 from tests.docs.conftest import SHORT
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -18,6 +23,20 @@ def shards(tmp_path, photos):
     """data/photos: four classes, 12 images for training and 8 for evaluation."""
     make_dataset(str(photos), tmp_path / "data" / "photos", eval_fraction=0.4, workers=1, progress=lambda text: None)
     return tmp_path / "data" / "photos"
+
+
+@pytest.mark.parametrize("page", ["launch.md", "guides/imagenet21k.md"])
+def test_the_trial_before_a_large_run_suits_every_recipe_of_one(page):
+    (trial,) = re.findall(r'`((?:--set \S+?="[^"]+" |--set \S+ )+--set data\.eval=null)`', (DOCS / page).read_text())
+    settings = dict(word.split("=", 1) for word in shlex.split(trial) if word != "--set")
+    assert settings["train.duration"] == "20 steps"
+    settings |= {"data.train": "shards", "data.eval": None}  # null
+    sources = ("paper", "big_vision", "self_supervised")
+    recipes = [name for name, path in recipe_paths().items() if path.parent.name in sources]
+    for recipe in recipes:
+        cooldown = {"schedule.cooldown": "5 steps"} if recipe == "vit_g14_jft3b" else {}  # as launch.md says of rsqrt
+        schedule = Schedule(load_config(recipe, settings | cooldown).config, 1_000_000)
+        assert (schedule.total_steps, schedule.evaluate_every) == (20, 0), recipe
 
 
 @pytest.mark.slow
