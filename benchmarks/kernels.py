@@ -41,6 +41,7 @@ from benchmarks.report import is_ours
 from benchmarks.shapes import CPU_SHAPES, GPU_SHAPES, QUICK_CPU_SHAPES, Shape
 from benchmarks.timing import Clock, Racer, Times, race
 from fastvit_engine.config.near import near_names
+from fastvit_kernels.dispatch import INTERPRETED
 
 SILENCE = 900  # seconds without a word after which the measuring process counts as stuck: compilers take their time
 VERY_SLOW = ("max-autotune", "deepspeed")  # compile for a minute or more: not in a quick run on a GPU either
@@ -171,6 +172,8 @@ def measure_case(
                 verdict = judge.judge(provider, binder(sets[0]))
             if is_ours(row) and not launched:
                 row["path"] = "reference" if case.device.type == "cpu" else "no Triton kernel"
+            elif is_ours(row) and INTERPRETED:
+                row["path"] = "interpreted"
             row["error"] = {"of": verdict.result, "measure": verdict.measure, "error": verdict.error,
                             "allowed": verdict.bound}  # fmt: skip
             if not verdict.passes:

@@ -6,6 +6,10 @@ from itertools import groupby, zip_longest
 from typing import Any
 
 Row = Mapping[str, Any]
+INTERPRETED = (
+    "This machine has no GPU, so Triton's interpreter ran the kernels, in Python: their results were checked; "
+    "their times say nothing about the kernels."
+)
 NO_KERNELS = (
     "This machine has no GPU, so `fastvit` ran its plain PyTorch path, not its kernels: these figures show that the "
     "suite works, and what the package costs where it has nothing faster to offer. They say nothing about the kernels."
@@ -76,9 +80,20 @@ def header(record: Row) -> list[str]:
     ]
     if record["quick"]:
         lines += ["", "A quick run: few rounds, and nothing that compiles for long. Not for comparing."]
-    if not e["gpu"]:
-        lines += ["", NO_KERNELS]
+    for sentence in without_gpu(record):
+        lines += ["", sentence]
     return lines
+
+
+def without_gpu(record: Row) -> list[str]:
+    """What ran in place of compiled kernels, if there is no GPU."""
+    if record["environment"]["gpu"]:
+        return []
+    if record.get("suite") == "train":
+        return [NO_KERNELS]
+    rows = [row for case in record["cases"] for row in case.get("providers", ()) if is_ours(row)]
+    paths = {row.get("path") for row in rows}
+    return [sentence for path, sentence in (("interpreted", INTERPRETED), ("reference", NO_KERNELS)) if path in paths]
 
 
 def ceilings_sentence(ceilings: Sequence[Row]) -> str:

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from benchmarks import custom
 from benchmarks.registry import DTYPES, Op
-from benchmarks.report import NO_KERNELS, is_ours, megabytes, number, percent, size_of, times, title_of
+from benchmarks.report import is_ours, megabytes, number, percent, size_of, times, title_of, without_gpu
 from benchmarks.shapes import Shape
 
 Row = Mapping[str, Any]
@@ -38,8 +38,8 @@ def kernels_text(record: Row) -> str:
         parts += [Text("Not measured", style="bold"), *(Text(f"  {line}") for line in failed), ""]
     if record.get("error"):
         parts += [Text(f"The run ended early: {record['error']}", style="bold red"), ""]
-    if not record["environment"]["gpu"]:
-        parts += [Text(NO_KERNELS.replace("`", "")), ""]
+    for sentence in without_gpu(record):
+        parts += [Text(sentence.replace("`", "")), ""]
     return rendered(Group(*parts, summary(measured)))
 
 
@@ -75,7 +75,7 @@ def operation(cases: Sequence[Row]) -> Any:
 
 def summary(cases: Sequence[Row]) -> Any:
     """One row per case: ours, the best peer by name, and how many times as fast as that and as torch.compile it is."""
-    table = plain_table("Summary: × says how many times as fast as the peer fastvit is")
+    table = plain_table("Summary: with 2.00 ×, fastvit is twice as fast as the peer")
     table.add_column("operation", min_width=max((len(case["op"]) for case in cases), default=0), overflow="fold")
     table.add_column("size", min_width=max((len(size_of(case)) for case in cases), default=0), overflow="fold")
     table.add_column("ms", justify="right", no_wrap=True)

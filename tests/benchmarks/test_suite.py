@@ -10,7 +10,7 @@ from benchmarks import suite
 from benchmarks.data import write_shards
 from benchmarks.kernels import Selection, select
 from benchmarks.plots import pyplot
-from benchmarks.report import aligned
+from benchmarks.report import NO_KERNELS, aligned, without_gpu
 from fastvit_engine.cli import main
 from fastvit_engine.commands import bench
 from fastvit_engine.data.pixels.decode import decode_image
@@ -44,6 +44,28 @@ def test_the_command_measures_checks_and_writes(tmp_path, capsys):
     assert pictures == ["bars-tiny-14-56-4.png", "roofline.png"]
     (text,) = place.parent.glob("*.md")
     assert "| **fastvit (reference)** |" in text.read_text() and "| layer_norm (reference) |" in text.read_text()
+
+
+@pytest.mark.distributed
+def test_what_the_interpreter_ran_is_not_called_plain_pytorch(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1"), monkeypatch.setenv("FASTVIT_KERNELS", "triton")
+    chosen = ["--ops", "layer_norm", "--shape", "tiny/14@56", "--providers", "fastvit", "eager"]
+    assert main(["bench", "kernels", "--quick", *chosen]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"  fastvit \(interpreted\)( +[\d.,]+){3} ", printed)
+    assert "interpreter ran the kernels" in " ".join(printed.split()) and "plain PyTorch path" not in printed
+
+
+def test_of_what_failed_nothing_is_said_to_have_run():
+    row = {"provider": "fastvit", "status": "failed", "reason": "no GPU"}
+    record = {
+        "suite": "kernels",
+        "environment": {"gpu": None},
+        "cases": [{"providers": [row]}, {"failed": "no memory"}],
+    }
+    assert without_gpu(record) == []
+    row["path"] = "reference"
+    assert without_gpu(record) == [NO_KERNELS]
 
 
 def test_figures_are_written_without_matplotlib_and_without_nan(tmp_path, monkeypatch, capsys):
