@@ -108,9 +108,11 @@ def plan(operation: str, dtype: torch.dtype, on_gpu: bool) -> Plan:
     if dtype not in KERNEL_DTYPES:
         return Plan(unless, f"not {str(dtype).removeprefix('torch.')}")
     if not on_gpu:
-        return Plan("triton", "interpreted") if asked == "triton" and INTERPRETED else Plan(unless, "needs a GPU")
+        if asked == "triton" and INTERPRETED:
+            return Plan("triton", "interpreted")
+        return Plan(unless, "needs a GPU" if unless == "error" else "on the CPU")
     if asked == "auto" and unmeasured(operation, dtype).provider == "reference":
-        return Plan("reference", "float32 products")
+        return Plan("reference", "fp32 products")
     return Plan("triton", why)
 
 
@@ -182,24 +184,33 @@ def explain() -> str:
     columns = ((torch.bfloat16, True), (torch.float32, True), (torch.float32, False))
     operations = [operation for operation in OPERATIONS if operation != "gemm"]
     plans = {operation: [plan(operation, *column) for column in columns] for operation in operations}
+    rows = [[operation, *map(described, row)] for operation, row in plans.items()]
     lines = [
         f"FASTVIT_KERNELS={_setting}, GPU: {device}",
         table.describe(table.gpu_name(device) if on_gpu else None),
         *(table.choices_of_providers(table.gpu_name(device)) if on_gpu else ()),
         *(line_on_quack(table.gpu_name(device)) if on_gpu else ()),
         *([compiled_by(gpu(torch.device("cuda", torch.cuda.current_device())).arch)] if on_gpu and HAS_TRITON else ()),
-        f"{'operation':<17}{'bf16, fp16 on a GPU':<34}{'fp32 on a GPU':<34}on the CPU",
+        *aligned([["operation", "GPU, 16-bit", "GPU, fp32", "CPU"], *rows]),
+        f"gemm: {multiplied_by()} (products inside blocks that run triton)",
+        "16-bit is bf16 and fp16. Under autocast, block operators and patch_embed run as",
+        "in its dtype. The reference also runs for float64, and for attention with a",
+        "head dimension above 128; both are errors if triton is asked for.",
     ]
-    for operation, row in plans.items():
-        cells = [plan.runs + (f" ({plan.why})" if plan.why else "") for plan in row]
-        lines.append("{:<17}{:<34}{:<34}{}".format(operation, *cells))
-    lines.append(f"{'gemm':<17}{multiplied_by()}: products inside block operators that run triton")
-    lines.append("Under autocast, block operators and patch_embed run as in its dtype. The reference also runs for")
-    lines.append("float64, and for attention with a head dimension above 128; both are errors if triton is asked for.")
     here = [row[0 if on_gpu else 2].runs for row in plans.values()]
     counts = [f"{here.count(runs)} {runs}" for runs in sorted(set(here), reverse=True)]
     lines.append(f"{len(here)} operations on {'this GPU, in bf16' if on_gpu else 'the CPU'}: {', '.join(counts)}")
     return "\n".join(lines)
+
+
+def described(plan: Plan) -> str:
+    return f"{plan.runs} ({plan.why})" if plan.why else plan.runs
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with each column as wide as its widest cell, and two spaces between columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def multiplied_by() -> str:

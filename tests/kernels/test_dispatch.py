@@ -249,15 +249,17 @@ def test_explain_names_every_operation_and_its_reason(monkeypatch: pytest.Monkey
     plain = ["reference (asked for)"] * 3
     failing = ["triton (asked for)", "triton (asked for)", "error (needs a GPU)"]
     for setting, norm, attention in [
-        ("auto", ["triton", "triton", "reference (needs a GPU)"],
-         ["triton", "reference (float32 products)", "reference (needs a GPU)"]),
+        ("auto", ["triton", "triton", "reference (on the CPU)"],
+         ["triton", "reference (fp32 products)", "reference (on the CPU)"]),
         ("triton", failing, failing),
         ("reference", plain, plain),
-        ("attention=reference", ["triton", "triton", "reference (needs a GPU)"], plain),
+        ("attention=reference", ["triton", "triton", "reference (on the CPU)"], plain),
     ]:  # fmt: skip
         with dispatch.using(setting):
             assert (row("layer_norm"), row("attention")) == (norm, attention)
             assert f"FASTVIT_KERNELS={setting}" in fastvit_kernels.explain()
+    with dispatch.using("auto"):
+        assert max(map(len, fastvit_kernels.explain().splitlines())) <= 80
     with dispatch.using("attention=reference"):
         assert row("attention_block") == ["reference (attention=reference)"] * 3
 

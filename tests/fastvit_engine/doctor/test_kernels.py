@@ -26,7 +26,7 @@ def test_on_a_cpu_the_reference_runs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with dispatch.using("auto"):
         found = check()
-    assert found["operations"].found.startswith("in bf16 on the CPU, reference (needs a GPU): attention, ")
+    assert found["operations"].found.startswith("in bf16 on the CPU, reference (on the CPU): attention, ")
     assert "ptxas for sm_90" not in found
 
 
@@ -34,7 +34,7 @@ def test_on_a_gpu_triton_runs_and_the_assembler_is_named(gpu, monkeypatch):
     with dispatch.using("auto"):
         assert check()["operations"].found.startswith("in bf16 on a GPU, triton: attention, ")
         fp32 = check("fp32")["operations"].found
-    assert "reference (float32 products): attention" in fp32 and "triton: cross_entropy, layer_norm" in fp32
+    assert "reference (fp32 products): attention" in fp32 and "triton: cross_entropy, layer_norm" in fp32
     assert check()["ptxas for sm_90"].same
 
 

@@ -58,7 +58,7 @@ def test_table_is_readable() -> None:
         "patches  Conv2d     patch_embed  reference",
         "norm     LayerNorm  layer_norm   reference",
         "head     Linear     -                       no fused form of Linear",
-        "2 of 3 modules fused: 2 reference (needs a GPU)",
+        "2 of 3 modules fused: 2 reference (on the CPU)",
     ]
 
 
@@ -66,8 +66,8 @@ def test_table_and_repr_say_who_runs_what_and_why(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dispatch, "is_on_gpu", lambda tensor: True)
     model = Embedder()
     with dispatch.using("auto"), accelerate(model) as acceleration:
-        assert [row.plans for row in acceleration.rows[:2]] == [(("reference", "float32 products"),), (("triton", ""),)]
-        assert str(acceleration).endswith("2 of 3 modules fused: 1 reference (float32 products), 1 triton")
+        assert [row.plans for row in acceleration.rows[:2]] == [(("reference", "fp32 products"),), (("triton", ""),)]
+        assert str(acceleration).endswith("2 of 3 modules fused: 1 reference (fp32 products), 1 triton")
         assert "stride=(4, 4), runs=reference)" in repr(model.patches) and "runs=triton)" in repr(model.norm)
         model.bfloat16()
         assert str(acceleration).endswith("2 of 3 modules fused: 2 triton")
