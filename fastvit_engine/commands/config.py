@@ -1,12 +1,19 @@
 """`fastvit config`: lists recipes, shows the values of one, and explains keys."""
 
 import argparse
+import re
+import shutil
+import textwrap
+from itertools import groupby, takewhile
 from typing import TYPE_CHECKING
 
 from fastvit_engine.commands.recipe import add_init, add_recipe, settings_of, with_weights
 from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
     from fastvit_engine.config import Config, Resolved
 
 
@@ -51,10 +58,30 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose
 def _list(args: argparse.Namespace) -> int:
     from fastvit_engine.recipe_files import recipe_paths
 
-    for name, path in recipe_paths().items():
-        first_line = path.read_text().partition("\n")[0]
-        print(f"{name:<24} {first_line.removeprefix('# ')}")
+    paths = recipe_paths()
+    width, columns = max(map(len, paths)), shutil.get_terminal_size().columns
+    for folder, names in groupby(sorted(paths, key=lambda name: (paths[name].parent.name, name)), _folder_in(paths)):
+        print(f"{folder}:")
+        for name in names:
+            lines = textwrap.wrap(_purpose(paths[name].read_text()), max(columns - width - 4, 40))
+            print(f"  {name:<{width}}  {lines[0]}", *(" " * (width + 4) + line for line in lines[1:]), sep="\n")
+        print()
+    print("fastvit config show NAME prints the settings of one.")
     return 0
+
+
+def _folder_in(paths: "Mapping[str, Path]") -> "Callable[[str], str]":
+    return lambda name: paths[name].parent.name
+
+
+def _purpose(recipe: str) -> str:
+    """The first sentence of the comment at the top of a recipe."""
+    comment = " ".join(line.removeprefix("#").strip() for line in takewhile(_is_comment, recipe.splitlines()))
+    return re.split(r"(?<=\.)\s+(?=[A-Z]|fastvit )", comment, maxsplit=1)[0]
+
+
+def _is_comment(line: str) -> bool:
+    return line.startswith("#")
 
 
 def _show(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import argparse
 import gc
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,11 +164,17 @@ def test_a_folder_of_shards_in_place_of_a_recipe_is_told_where_it_belongs(capsys
     assert f"{tmp_path} is a folder, not a recipe: `photos --set data.train={tmp_path}` reads shards there" in error
 
 
-def test_config_list_names_every_recipe_with_its_purpose(capsys):
+def test_config_list_names_every_recipe_with_its_purpose_in_whole_sentences(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert main(["config", "list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    lines = printed.splitlines()
     assert any(line.split()[:2] == ["vit_h14_jft", "ViT-H/14"] for line in lines)
-    assert not any(line.startswith("_") for line in lines)
+    assert not any(line.split()[0].startswith("_") for line in lines if line)
+    assert max(map(len, lines)) <= 80
+    for name, purpose in re.findall(r"^  (\w+) +(\S.*\n(?: {10,}.*\n)*)", printed, re.MULTILINE):
+        assert purpose.rstrip().endswith("."), f"{name}: {purpose}"
+    assert "2022, arXiv:2205.01580), which states 76.5 % top-1." in " ".join(printed.split())
 
 
 @pytest.mark.parametrize(
