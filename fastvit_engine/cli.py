@@ -28,7 +28,7 @@ _PURPOSES = {
     "inspect": "pictures of what a model has learned and where it looks",
     "robustness": "accuracy with parts of the images missing, exchanged, or made to deceive",
     "plan": "what a run would need and what the engine would choose, without starting it",
-    "doctor": "check machine, software, data and network, and say what to mend",
+    "doctor": "check machine, software, data and network, and say what to fix",
     "data": "make, index, verify and look at shards",
     "config": "list recipes, show one as it will be used, or explain the keys",
     "report": "write an HTML report of a run, or compare several",

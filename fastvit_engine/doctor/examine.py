@@ -110,7 +110,7 @@ def run_check(name: str, check: Callable[[], Iterable[Finding]], seconds: float)
         findings.append(Group(name).warning(f"rest of {name}", found, advice))
     elif outcome.failure is not None:
         found = f"could not be checked: {outcome.failure}"
-        advice = "mend what it names, or install what it misses, and run this again"
+        advice = "fix what it names, or install what is missing, and run this again"
         if not outcome.timely:
             advice = _HANGS.get(name, "see whether a disk or a driver hangs (dmesg)")
         findings.append(Group(name).problem(f"rest of {name}", found, advice))

@@ -12,7 +12,7 @@ class Status(StrEnum):
     """How good it is, from best to worst."""
 
     OK = "ok"
-    NOTE = "note"  # worth knowing; nothing to mend for most runs
+    NOTE = "note"  # worth knowing; nothing to fix for most runs
     WARNING = "warning"  # a run starts, and is slower or at risk
     PROBLEM = "problem"  # a run would fail, or be wrong
 

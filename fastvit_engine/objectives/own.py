@@ -66,7 +66,7 @@ def _imported(module_name: str, path: str) -> ModuleType:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise UserError(
             f"train.objective is {path}, and importing {module_name} fails with {type(error).__name__} ({error}) in "
-            f"{frame.filename}, line {frame.lineno}: mend the module"
+            f"{frame.filename}, line {frame.lineno}: fix the module"
         ) from error
 
 

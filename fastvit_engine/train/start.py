@@ -21,6 +21,7 @@ from fastvit_engine.checkpoint import (
     store_of,
     usable_checkpoints,
 )
+from fastvit_engine.checkpoint.format import MANIFEST
 from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.config import Config, EvalTransform, ModelConfig, Resolved
 from fastvit_engine.config.checks import check_config
@@ -80,7 +81,8 @@ class Start:
 
     def beginning_with(self, init: Mapping[str, str], notes: Sequence[str] = ()) -> "Start":
         """The same start, of a run that begins with weights of another. notes: on them, for the log."""
-        begins = f"{self.message}\nstarting from the weights of {init['file']}, head {init['head']}"
+        source = init["file"].removesuffix(f"/{MANIFEST}")
+        begins = f"{self.message}\nstarting from the weights of {source}, head {init['head']}"
         return replace(self, state=replace(self.state, init=init), message="\n".join([begins, *notes]))
 
     def settle(self, resolved: Resolved, chosen: Chosen) -> tuple[Resolved, Chosen]:
@@ -123,7 +125,8 @@ def preflight(
     if config.init.from_ is not None and "num_classes" not in config.model.model_fields_set:
         raise UserError(
             "model.num_classes is not set, and the new head of a model that starts from init.from needs the number of "
-            "classes of your data: set model.num_classes=N (--set model.num_classes=N), or init.head=keep"
+            "classes of your data (`fastvit data stats` counts them): add --set model.num_classes=N, or keep the head "
+            "of the weights with --set init.head=keep"
         )
     split = split_batch(config, world_size)
     deepspeed_config(config, split, on_gpu=None if dry_run is None else dry_run.on_gpu)

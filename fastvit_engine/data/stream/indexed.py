@@ -113,7 +113,9 @@ class IndexedData(TrainingData):
         mixed = " in 1 lane" if lanes == "1" else f", mixed from {lanes} lanes"
         notes = "".join(f"; {note}" for note in self.notes)
         subset = "" if self.subset_of is None else f" of {self.subset_of:,} (data.subset)"
-        return f"reading {counted(samples, 'sample')}{subset}{mixed} (data.lanes){notes}"
+        epoch = self.samples_per_epoch
+        counts = "" if epoch in (None, samples) else f"; an epoch counts as {epoch:,} samples (data.train_samples)"
+        return f"reading {counted(samples, 'sample')}{subset}{mixed} (data.lanes){counts}{notes}"
 
     def train_batches(
         self,

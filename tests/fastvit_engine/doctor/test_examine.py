@@ -49,7 +49,7 @@ def test_a_check_that_hangs_or_crashes_leaves_the_rest_of_the_report(monkeypatch
     assert last.advice == "see that the store or the disk with the shards answers, and try again"
     (only,) = examine.run_check("data", fail, 20)
     assert only.found.endswith("it failed: ImportError: no module")
-    assert only.advice.startswith("mend what it names")
+    assert only.advice.startswith("fix what it names")
 
 
 @pytest.mark.parametrize("name", ["B/16", "L/16", "H/14"])

@@ -118,6 +118,11 @@ def test_the_first_line_of_a_run_counts_in_words(shards, tmp_path):
     assert message.endswith("reading 309 samples, mixed from 2 + 1 lanes (data.lanes)")
 
 
+def test_the_first_line_says_if_an_epoch_is_not_what_the_shards_hold(shards, tmp_path):
+    message = start(RunFolder(tmp_path / "run"), shards[1], resume=False, train_samples=5000).message
+    assert message.endswith("(data.lanes); an epoch counts as 5,000 samples (data.train_samples)")
+
+
 def test_fewer_classes_than_outputs_and_a_batch_larger_than_the_data_are_warned_of(shards, tmp_path):
     def warnings(**data):
         return start(RunFolder(tmp_path / "run"), shards[0], resume=False, **data).warnings
@@ -137,7 +142,7 @@ def test_fewer_classes_than_outputs_and_a_batch_larger_than_the_data_are_warned_
 
 def test_a_new_head_needs_the_number_of_classes(tmp_path):
     sections = {"init": {"from": "weights.npz"}, "data": {"train": "x"}}
-    with pytest.raises(UserError, match="model.num_classes is not set, and the new head .*: set model.num_classes=N"):
+    with pytest.raises(UserError, match="model.num_classes is not set, .* add --set model.num_classes=N"):
         preflight(Config.model_validate(sections), RunFolder(tmp_path), 1, resume=False)
     for model in ({"num_classes": 1000}, {"num_classes": 7}):
         with pytest.raises(UserError, match="x"):  # the shards
