@@ -127,14 +127,17 @@ show(draw_sheet([tiles, attended], title="attention", note="brighter: seen more"
 # similar, as in figure 7 (centre) of the ViT paper. Rows and columns show if the model has learned the grid.
 
 # %%
-table = torch.nn.functional.normalize(model.pos_embed[0, class_tokens:].detach(), dim=1)
-similarity = (table @ table.T).unflatten(0, (grid, grid)).unflatten(2, (grid, grid))  # [grid, grid, grid, grid]
-low, high = similarity.min(), similarity[similarity < 0.999].max()
-squares = torch.nn.functional.pad((similarity - low) / (high - low), (1, 1, 1, 1)).clamp(0, 1)
-picture = squares.permute(0, 2, 1, 3).reshape(grid * (grid + 2), -1)
-scale = max(1, 800 // len(picture))
-pixels = (255 * picture).to(torch.uint8).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-show(Image.fromarray(pixels.numpy()), "position_embedding.png")
+if (positions := model.patch_positions()) is None:
+    print(f"none is added to its patches: model.pos_embed is {model.config.pos_embed}")
+else:
+    table = torch.nn.functional.normalize(positions.detach(), dim=1)
+    similarity = (table @ table.T).unflatten(0, (grid, grid)).unflatten(2, (grid, grid))  # [grid, grid, grid, grid]
+    low, high = similarity.min(), similarity[similarity < 0.999].max()
+    squares = torch.nn.functional.pad((similarity - low) / (high - low), (1, 1, 1, 1)).clamp(0, 1)
+    picture = squares.permute(0, 2, 1, 3).reshape(grid * (grid + 2), -1)
+    scale = max(1, 800 // len(picture))
+    pixels = (255 * picture).to(torch.uint8).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+    show(Image.fromarray(pixels.numpy()), "position_embedding.png")
 
 # %% [markdown]
 # ## How good are its features?

@@ -27,7 +27,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose
         help=purpose,
         description="Draws what a model has learned, as figures 6 and 7 of the ViT paper do:\n"
         "  filters             principal components of the patch filters\n"
-        "  pos_embed           similarity of the position embeddings\n"
+        "  pos_embed           similarity of the position embeddings that are added at the input\n"
         "  attention_distance  how far each head of each block looks, over the images\n"
         "  rollout             how much of each patch arrives at the output, for the first images\n"
         "The last two need --images. Each figure is written as .png and .svg, for light pages and, as NAME-dark, for\n"
@@ -77,6 +77,9 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.evaluate.one_pass import config_for
 
     model = load(args.model, args)
+    if not args.figures and model.patch_positions() is None:
+        figures = tuple(figure for figure in figures if figure != "pos_embed")
+        say(f"note: no figure pos_embed, as model.pos_embed is {model.config.pos_embed}", file=sys.stderr)
     arrays = inspect_weights(model, figures)
     if args.images:
         arrays |= inspect_images(model, _images(args, config_for(model, resolved)), figures)

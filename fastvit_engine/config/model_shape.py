@@ -42,7 +42,7 @@ class Shape:
     patch_size: int
     patches: int  # of one image
     tokens: int  # patches, and before them the class token, if there is one, and registers
-    positions: int  # rows of the position table: patches, and the class token if there are no registers
+    positions: int  # rows of a position table: patches, and the class token if the table has a row for it
     width: int
     depth: int
     heads: int
@@ -72,19 +72,32 @@ def resolve_shape(config: ModelConfig) -> Shape:
     width, heads = config.width or size.width, config.heads or size.heads
     if width % heads:
         raise UserError(f"model.heads {heads} does not divide model.width {width}; set one of them to fit the other")
-    if config.pos_embed == "sincos_2d" and (width % 4 or width < 8):
-        raise UserError(f"model.pos_embed sincos_2d needs a model.width that is a multiple of 4 from 8 on, not {width}")
+    _check_positions(config, width)
     patches = (config.image_size // patch_size) ** 2
+    row_for_class_token = config.pool == "cls" and config.registers == 0 and config.pos_embed != "learned_2d"
     return Shape(
         patch_size=patch_size,
         patches=patches,
         tokens=patches + (config.pool == "cls") + config.registers,
-        positions=patches + (config.pool == "cls" and config.registers == 0),
+        positions=patches + row_for_class_token,
         width=width,
         depth=config.depth or size.depth,
         heads=heads,
         mlp_dim=config.mlp_dim or width * size.mlp_dim // size.width,
     )
+
+
+def _check_positions(config: ModelConfig, width: int) -> None:
+    """Raises UserError if there is no such position embedding."""
+    if config.pos_embed == "sincos_2d" and (width % 4 or width < 8):
+        raise UserError(f"model.pos_embed sincos_2d needs a model.width that is a multiple of 4 from 8 on, not {width}")
+    if config.pos_embed == "learned_2d" and width % 2:
+        raise UserError(f"model.pos_embed learned_2d needs an even model.width, half for columns and rows, not {width}")
+    if config.pos_embed_at != "input" and config.pos_embed not in ("learned", "learned_2d"):
+        raise UserError(
+            f"model.pos_embed_at = {config.pos_embed_at} says where learned and learned_2d are added, and "
+            f"model.pos_embed is {config.pos_embed}: set model.pos_embed_at=input, or model.pos_embed=learned"
+        )
 
 
 def tokens_in_training(config: Config) -> int:

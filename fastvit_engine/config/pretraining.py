@@ -32,6 +32,8 @@ def check_pretraining(config: Config) -> None:
         _check_decoder(config.pretraining)
     elif isinstance(config.pretraining, DinoConfig | MocoConfig):
         _check_teacher(config)
+    if config.model.pos_embed == "relative":
+        _check_relative(config)
     if config.init.from_ is not None and "name" not in config.model.model_fields_set:
         return  # the weights say how many patches there are
     if isinstance(config.pretraining, MaeConfig):
@@ -81,6 +83,21 @@ def _check_small_views(patch_size: int, config: Config) -> None:
         raise UserError(
             f"dino.local_size is {size}, which is no multiple of the patch size {patch_size} up to model.image_size = "
             f"{config.model.image_size}: set it to one"
+        )
+
+
+def _check_relative(config: Config) -> None:
+    """Raises UserError if the model sees other tokens than those whose distances it knows."""
+    if isinstance(config.pretraining, MaeConfig):
+        raise UserError(
+            "model.pos_embed = relative counts the tokens between two patches, and train.objective = mae leaves "
+            "patches out: set another model.pos_embed"
+        )
+    size, whole = config.dino.local_size, config.model.image_size
+    if isinstance(config.pretraining, DinoConfig) and config.dino.local_views and size != whole:
+        raise UserError(
+            f"model.pos_embed = relative is for images of one size, and dino.local_size is {size} where "
+            f"model.image_size is {whole}: set another model.pos_embed, or dino.local_views=0"
         )
 
 

@@ -27,7 +27,7 @@ def inspect_weights(model: VisionTransformer, figures: Iterable[str] = OF_WEIGHT
     """What `models.inspect` computes of weights.
 
     `filters` [K, P*P*3], `filter_variance` [K] and `filter_variance_total`, of all directions; `pos_embed_similarity`
-    [N, N].
+    [N, N], of what is added to patches at the input. Raises UserError if nothing is.
     """
     arrays: Arrays = {}
     if "filters" in figures:
@@ -36,7 +36,14 @@ def inspect_weights(model: VisionTransformer, figures: Iterable[str] = OF_WEIGHT
         arrays |= {"filters": _single(components), "filter_variance": _single(variances)}
         arrays["filter_variance_total"] = _single(filters.detach().double().var(dim=0).sum())
     if "pos_embed" in figures:
-        arrays["pos_embed_similarity"] = _single(pos_embed_similarity(model.pos_embed, grid_of(model)))
+        positions = model.patch_positions()
+        if positions is None:
+            others = ", ".join(figure for figure in FIGURES if figure != "pos_embed")
+            raise UserError(
+                f"--figures pos_embed: the model adds no position to its patches (model.pos_embed = "
+                f"{model.config.pos_embed}), so there is no figure of it; there are {others}"
+            )
+        arrays["pos_embed_similarity"] = _single(pos_embed_similarity(positions, grid_of(model)))
     return arrays
 
 

@@ -1,6 +1,7 @@
 """What a model costs, counted from its shape: profilers that patch PyTorch functions do not see custom kernels."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from fastvit_engine.config import Config, DinoConfig, MaeConfig, MaskedPatchConfig, MocoConfig, ModelConfig
@@ -48,7 +49,7 @@ def forward_macs(config: ModelConfig) -> int:
     width = shape.width
     hidden = width**2 if config.head == "mlp" else 0
     pooling = _attention_pool_macs(shape) if config.pool == "map" else 0
-    blocks = shape.depth * _block_macs(shape.tokens, width, shape.mlp_dim)
+    blocks = shape.depth * _block_macs(shape.tokens, width, shape.mlp_dim, relative=config.pos_embed == "relative")
     return _patch_macs(shape, shape.patches) + blocks + pooling + hidden + width * config.num_classes
 
 
@@ -60,9 +61,8 @@ def computed_macs(config: ModelConfig) -> int:
     if config.pool != "cls":
         return forward_macs(config)
     shape = resolve_shape(config)
-    tokens, width, mlp_dim = shape.tokens, shape.width, shape.mlp_dim
-    left_out = _block_macs(tokens, width, mlp_dim) - _block_macs(tokens, width, mlp_dim, outputs=1)
-    return forward_macs(config) - left_out
+    block = partial(_block_macs, shape.tokens, shape.width, shape.mlp_dim, relative=config.pos_embed == "relative")
+    return forward_macs(config) - (block() - block(outputs=1))
 
 
 def autoencoder_macs(config: ModelConfig, mae: MaeConfig, *, computed: bool = False) -> int:
@@ -108,12 +108,16 @@ def _patch_macs(shape: Shape, patches: int) -> int:
     return patches * 3 * shape.patch_size**2 * shape.width
 
 
-def _block_macs(tokens: int, width: int, mlp_dim: int, outputs: int | None = None) -> int:
-    """Of one block over `tokens`, which computes `outputs` of them (default: all) from the keys and values of all."""
+def _block_macs(tokens: int, width: int, mlp_dim: int, outputs: int | None = None, *, relative: bool = False) -> int:
+    """Of one block over `tokens`, which computes `outputs` of them (default: all) from the keys and values of all.
+
+    relative: with the products of queries and the vectors of all distances that there are.
+    """
     outputs = tokens if outputs is None else outputs
     keys = tokens * 2 * width**2  # and values
     of_output = 2 * width**2 + 2 * tokens * width + 2 * width * mlp_dim  # query and output projection, attention, MLP
-    return keys + outputs * of_output
+    distances = (tokens + outputs - 1) * width if relative else 0
+    return keys + outputs * (of_output + distances)
 
 
 def _attention_pool_macs(shape: Shape) -> int:

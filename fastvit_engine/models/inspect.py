@@ -38,6 +38,8 @@ def pos_embed_similarity(pos_embed: Any, grid: Grid) -> Tensor:
     pos_embed: [1, T, D] or [T, D], of which the last N rows are those of patches. A row of zeros is similar to none.
     """
     table = _double(pos_embed)
+    if table.ndim == 3 and len(table) != 1:
+        raise ValueError(f"pos_embed holds {len(table)} tables, one for each layer: give one of them")
     patches = table.reshape(-1, table.shape[-1])[-_patches(grid) :]
     patches = patches / patches.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return patches @ patches.T

@@ -35,7 +35,7 @@ class MaskedAutoencoder(VisionTransformer):
         """
         if visible is None or masked is None:
             return super().forward(images)
-        tokens = self.norm(self.blocks(self._embed(images, visible)))
+        tokens = self._encode(images, visible)
         prediction: Tensor = self.decoder(tokens, self.mask_token, visible, masked)
         return prediction
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from fastvit_engine.config import MaskedPatchConfig, ModelConfig
 from fastvit_engine.config.model_shape import predicted_numbers
 from fastvit_engine.models.corruption import corrupted
+from fastvit_engine.models.positions import added_positions
 from fastvit_engine.models.vit import VisionTransformer, init_linear
 
 
@@ -36,20 +37,24 @@ class MaskedPatchPredictor(VisionTransformer):
         if kind is None or source is None or chosen is None:
             return super().forward(images)
         embeddings = self.patch_embed(images)  # positions come after the corruption
-        patches = self._with_prefix(corrupted(embeddings, self.mask_token, kind, source))
-        tokens = self.norm(self.blocks(self.pos_drop(patches)))
+        positions = added_positions(self._tables(images), self.config, self.shape)
+        patches = self._with_prefix(corrupted(embeddings, self.mask_token, kind, source), positions.at_input)
+        tokens = self.norm(self.blocks(self.pos_drop(patches), positions=positions.later))
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
         prediction: Tensor = self.decoder(tokens[rows, self.shape.prefix + chosen])
         return prediction
 
-    def _with_prefix(self, patches: Tensor) -> Tensor:
-        """The patches with their positions, behind the class token and the registers, if there are some."""
-        table = self.pos_embed
-        own = self.shape.positions - self.shape.patches  # rows of the class token
-        first = self.cls_token if self.cls_token is None or not own else self.cls_token + table[:, :own]
+    def _with_prefix(self, patches: Tensor, positions: Tensor | None) -> Tensor:
+        """The patches with their positions, behind the class token and the registers, if there are some.
+
+        positions: as `patch_embed` takes them.
+        """
+        first: Tensor | None = self.cls_token
+        if positions is not None:
+            patches = patches + positions[:, -patches.shape[1] :]
+            first = None if first is None else first + positions[:, :1]
         prefix = [token for token in (first, self.reg_token) if token is not None]
-        before = [token.expand(len(patches), -1, -1) for token in prefix]
-        return torch.cat([*before, patches + table[:, own:]], dim=1)
+        return torch.cat([*(token.expand(len(patches), -1, -1) for token in prefix), patches], dim=1)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit_engine.config import DinoConfig, ModelConfig
+from fastvit_engine.models.positions import grid_side
 from fastvit_engine.models.vit import VisionTransformer
 
 
@@ -42,16 +43,17 @@ class SelfDistilled(VisionTransformer):
         scores: Tensor = self.projection(torch.cat([self.represent(views) for views in (images, *smaller)]))
         return scores
 
-    def _positions(self, images: Tensor) -> Tensor:
-        """The position table for images of their size [1, N, D], resampled bicubically as DINO's authors do."""
+    def _tables(self, images: Tensor) -> Tensor | None:
+        """The position tables for images of their size, resampled bicubically as DINO's authors do."""
+        tables = super()._tables(images)
         side = min(images.shape[1:3] if images.shape[-1] == 3 else images.shape[2:]) // self.shape.patch_size
-        if side * side == self.shape.patches:
-            return super()._positions(images)
+        if tables is None or side * side == self.shape.patches:
+            return tables
         own = self.shape.positions - self.shape.patches  # rows of the class token
-        whole = round(self.shape.patches**0.5)
-        grid = self.pos_embed[:, own:].unflatten(1, (whole, whole)).permute(0, 3, 1, 2)  # [1, D, h, w]
+        whole = grid_side(self.shape)
+        grid = tables[:, own:].unflatten(1, (whole, whole)).permute(0, 3, 1, 2)  # [L, D, h, w]
         grid = F.interpolate(grid.float(), (side, side), mode="bicubic", align_corners=False).to(grid.dtype)
-        return torch.cat([self.pos_embed[:, :own], grid.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([tables[:, :own], grid.flatten(2).transpose(1, 2)], dim=1)
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -3,17 +3,26 @@
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit_engine.config import EvalTransform, ModelConfig
 from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.models.attention_pool import AttentionPool
-from fastvit_engine.models.positions import sincos_positions
+from fastvit_engine.models.positions import (
+    TABLES,
+    added_positions,
+    init_learned,
+    joined,
+    relative_tokens,
+    sincos_positions,
+    table_shapes,
+)
 from fastvit_kernels import FusedBlock, FusedLayerNorm, FusedPatchEmbed
+from fastvit_kernels.attention import relative_bias
 from fastvit_kernels.mlp.op import Recompute
 from fastvit_kernels.modules import Mlp
 
@@ -33,6 +42,10 @@ class VisionTransformer(nn.Module):
     eval_transform: EvalTransform | None = None
     class_names: tuple[str, ...] | None = None  # in the order of the outputs; None: not known
 
+    pos_embed: nn.Parameter | None  # [1 or L, N, D]
+    pos_embed_x: nn.Parameter | None  # [1 or L, W, D/2]
+    pos_embed_y: nn.Parameter | None  # [1 or L, H, D/2]
+
     def __init__(self, config: ModelConfig, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         shape = resolve_shape(config)
@@ -40,9 +53,10 @@ class VisionTransformer(nn.Module):
         self.config, self.shape = config, shape
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.pool == "cls" else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None
-        self.pos_embed = nn.Parameter(
-            torch.zeros(1, shape.positions, width), requires_grad=config.pos_embed == "learned"
-        )
+        tables, learns = table_shapes(config, shape), config.pos_embed != "sincos_2d"
+        for name in TABLES:
+            table = nn.Parameter(torch.zeros(tables[name]), requires_grad=learns) if name in tables else None
+            self.register_parameter(name, table)
         self.patch_embed = FusedPatchEmbed(shape.patch_size, width, mean, std)
         self.pos_drop = nn.Dropout(config.dropout)
         self.blocks = Blocks(
@@ -56,6 +70,7 @@ class VisionTransformer(nn.Module):
                     drop_path=config.drop_path * index / max(shape.depth - 1, 1),
                     layer_scale=config.layer_scale,
                     eps=config.layer_norm_eps,
+                    relative_tokens=relative_tokens(config, shape),
                 )
                 for index in range(shape.depth)
             )
@@ -71,7 +86,7 @@ class VisionTransformer(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Normalised tokens of the last block [B, N, D]: the class token, if there is one, registers, patches."""
-        return self.norm(self.blocks(self._embed(images)))
+        return self._encode(images)
 
     def represent(self, images: Tensor) -> Tensor:
         """What the head sees of images [B, D]: pooled tokens, after the tanh layer if there is one.
@@ -81,7 +96,7 @@ class VisionTransformer(nn.Module):
         """
         if self.config.pool != "cls" or is_hooked(self.blocks, self.blocks[-1], self.norm):
             return self._pool(self.forward_features(images))
-        return self._pool(self.norm(self.blocks(self._embed(images), outputs=1)))
+        return self._pool(self._encode(images, outputs=1))
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> Tensor:
@@ -90,31 +105,51 @@ class VisionTransformer(nn.Module):
         Computed by plain layers beside the fused ones, without gradient. N^2 numbers per block, image and head: 2.4 MB
         per image and block of a B/16.
         """
-        tokens = self._embed(images)
+        positions = added_positions(self._tables(images), self.config, self.shape)
+        tokens = self._embed(images, positions.at_input)
         maps = []
-        for block in self.blocks:
+        for block, added in zip_longest(self.blocks, [None, *positions.later]):
             assert isinstance(block, FusedBlock)
+            tokens = tokens if added is None else tokens + added
             qkv = block.attn.qkv(block.norm1(tokens)).unflatten(-1, (3, block.heads, -1)).float()  # [B, N, 3, H, d]
             queries, keys = (qkv[:, :, index].transpose(1, 2) for index in (0, 1))  # [B, H, N, d]
-            maps.append((queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])).softmax(dim=-1))
+            scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])
+            if block.attn.rel_pos_embed is not None:
+                scores += relative_bias(qkv[:, :, 0], block.attn.rel_pos_embed.float())
+            maps.append(scores.softmax(dim=-1))
             tokens = block(tokens)
         return torch.stack(maps)
+
+    def patch_positions(self) -> Tensor | None:
+        """What is added to the patches at the input of the first block [N, D], row by row; None: nothing is."""
+        tables = self._tables_of_parameters()
+        return None if tables is None else tables[0, -self.shape.patches :]
 
     def forward_head(self, tokens: Tensor) -> Tensor:
         """[B, N, D] -> logits [B, C], from the tokens as `config.pool` pools them; without a head, [B, D]."""
         return self.head(self._pool(tokens))
 
-    def _embed(self, images: Tensor, keep_indices: Tensor | None = None) -> Tensor:
-        """The tokens that the first block gets [B, N, D]: of all patches, or of those that int64 [B, K] names."""
-        positions = self._positions(images)
-        if self.cls_token is not None and self.reg_token is not None:
-            positions = F.pad(positions, (0, 0, 1, 0))  # zeros for the class token, which has no position then
+    def _encode(self, images: Tensor, keep_indices: Tensor | None = None, outputs: int | None = None) -> Tensor:
+        """Normalised tokens of the last block [B, N, D]: of all patches, or of those that int64 [B, K] names.
+
+        outputs: only the first tokens, [B, outputs, D].
+        """
+        positions = added_positions(self._tables(images), self.config, self.shape, keep_indices)
+        tokens = self._embed(images, positions.at_input, keep_indices)
+        return self.norm(self.blocks(tokens, outputs=outputs, positions=positions.later))
+
+    def _embed(self, images: Tensor, positions: Tensor | None, keep_indices: Tensor | None = None) -> Tensor:
+        """The tokens that the first block gets [B, N, D]. positions, keep_indices: as in `patch_embed`."""
         return self.pos_drop(self.patch_embed(images, positions, self.cls_token, self.reg_token, keep_indices))
 
-    def _positions(self, images: Tensor) -> Tensor:
-        """The position table for images of their size [1, N, D]."""
-        table: Tensor = self.pos_embed
-        return table
+    def _tables(self, images: Tensor) -> Tensor | None:
+        """The position tables of the layers for images of their size [1 or L, N, D]; None: there are none."""
+        return self._tables_of_parameters()
+
+    def _tables_of_parameters(self) -> Tensor | None:
+        if self.pos_embed_x is not None and self.pos_embed_y is not None:
+            return joined(self.pos_embed_x, self.pos_embed_y)
+        return self.pos_embed
 
     def _pool(self, tokens: Tensor) -> Tensor:
         patches = tokens[:, self.shape.prefix :]
@@ -163,10 +198,11 @@ class VisionTransformer(nn.Module):
             nn.init.zeros_(self.cls_token)
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=1e-6)  # equal ones would stay equal
-        if self.config.pos_embed == "learned":
-            nn.init.normal_(self.pos_embed, std=0.02)
-        else:
-            self.pos_embed.copy_(sincos_positions(self.shape))
+        for table in (self.pos_embed, self.pos_embed_x, self.pos_embed_y):
+            if table is not None and table.requires_grad:
+                init_learned(table)
+            elif table is not None:
+                table.copy_(sincos_positions(self.shape))
         for module in self.modules():
             if isinstance(module, FusedPatchEmbed):
                 init_linear(module.proj, lecun_normal_)
@@ -184,12 +220,16 @@ class VisionTransformer(nn.Module):
 
 
 class Blocks(nn.Sequential):
-    """Blocks one after the other, [B, N, D] -> [B, N, D], or [B, outputs, D] of the first `outputs` tokens."""
+    """Blocks one after the other, [B, N, D] -> [B, N, D], or [B, outputs, D] of the first `outputs` tokens.
 
-    def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
+    positions: what is added to the input of each block after the first; of none if it is empty.
+    """
+
+    def forward(self, x: Tensor, outputs: int | None = None, positions: Sequence[Tensor] = ()) -> Tensor:
         *others, last = self
-        for block in others:
-            x = block(x)
+        for index, block in enumerate(others):
+            x = block(x if index == 0 or not positions else x + positions[index - 1])
+        x = x + positions[-1] if positions else x
         return last(x) if outputs is None else last(x, outputs=outputs)
 
 
@@ -233,6 +273,8 @@ def init_block(block: FusedBlock, layer_scale: float | None) -> None:
     nn.init.zeros_(block.attn.qkv.bias)
     init_linear(block.attn.proj, nn.init.xavier_uniform_)
     init_mlp(block.mlp)
+    if block.attn.rel_pos_embed is not None:
+        init_learned(block.attn.rel_pos_embed)
     for scale in (block.ls1, block.ls2):
         if scale is not None and layer_scale is not None:
             nn.init.constant_(scale.gamma, layer_scale)

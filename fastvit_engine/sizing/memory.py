@@ -272,6 +272,17 @@ def block_bytes_a_token(
     return inputs + compute * (6 * width + 2 * mlp_dim) + masks + statistics
 
 
+def relative_bytes_a_token(tokens: int, width: int, heads: int, compute: int, implementation: Implementation) -> int:
+    """Kept by one block beside `block_bytes_a_token` if its attention has relative positions.
+
+    The queries once more, and their products with the vectors of all distances, which are the bias; plain PyTorch has
+    the probabilities in float32 instead, and queries, keys and values too.
+    """
+    if implementation == "reference":
+        return compute * width + 4 * heads * tokens + 3 * (4 - compute) * width
+    return compute * (width + heads * (2 * tokens - 1))
+
+
 def last_block_bytes_a_token(width: int, compute: int, implementation: Implementation) -> int:
     """As `block_bytes_a_token`, where the class token alone is computed: x, norm(x), keys, values and statistics."""
     return width * (4 if implementation == "reference" else compute) + compute * 3 * width + 8
@@ -298,6 +309,8 @@ def activation_bytes(
     )
     if model.layer_scale is not None and implementation != "fused":
         block += 2 * compute * shape.width  # what is scaled
+    if model.pos_embed == "relative":
+        block += relative_bytes_a_token(shape.tokens, shape.width, shape.heads, compute, implementation)
     plain = implementation == "reference"
     pixels = pixel_bytes(model, precision, implementation)
     blocks, last_tokens = shape.tokens * shape.depth * block, shape.tokens
@@ -396,6 +409,8 @@ def work_bytes(config: Config, implementation: Implementation) -> int:
         return tokens * (compute * (2 * mlp_dim + 3 * width) + 3 * wide * width)
 
     encoder = of_block(tokens_in_training(config), shape.width, shape.mlp_dim)
+    if config.model.pos_embed == "relative":  # the gradient of the bias, and what it is padded to
+        encoder += tokens_in_training(config) * 4 * compute * shape.heads * shape.tokens
     if isinstance(mae, MaeConfig):
         return max(encoder, of_block(shape.tokens, mae.decoder_width, MLP_RATIO * mae.decoder_width))
     return encoder

@@ -143,6 +143,8 @@ def _from_weights(resolved: Resolved, weights: Pretrained) -> Filled:
         raise refuse("layer_scale", "no LayerScale" if there.layer_scale is None else "LayerScale")
     if "image_size" not in given:
         values["image_size"] = there.image_size
+    else:
+        weights.changed(image_size=model.image_size)  # refused now if it cannot be
     if config.init.head == "keep":
         _keep_head(config, there, where, values, refuse)
     elif "head" not in given:

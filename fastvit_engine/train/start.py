@@ -412,6 +412,9 @@ _FIRST = {"optimizer": {"kind": "adamw", "frozen": "none"}, "objective": "classi
 # Keys of the model that a run may change: what only its first weights depend on, and what regularises it.
 _OF_FIRST_WEIGHTS = ("head_bias", "layer_scale")
 _FREE = ("dropout", "drop_path", "head_bias")
+# And those that say what it computes, beside its numbers.
+_BESIDE_SHAPE = {"image_size", "num_classes", "pool", "pos_embed", "pos_embed_at", "registers", "head", "activation",
+                 "layer_norm_eps"}  # fmt: skip
 
 
 def _shape(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -421,9 +424,7 @@ def _shape(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
         shape = resolve_shape(config)
     except (ValidationError, UserError):
         return None
-    rest = config.model_dump(
-        include={"image_size", "num_classes", "pool", "pos_embed", "registers", "head", "activation", "layer_norm_eps"}
-    )
+    rest = config.model_dump(include=_BESIDE_SHAPE)
     return {**rest, "shape": shape, "layer_scale": config.layer_scale is not None}
 
 

@@ -15,7 +15,7 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from fastvit_kernels.attention import attention
+from fastvit_kernels.attention import attention, relative_bias
 from fastvit_kernels.attention_block import attention_block
 from fastvit_kernels.block import transformer_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
@@ -103,10 +103,19 @@ class FusedPatchEmbed(nn.Module):
 class FusedAttention(nn.Module):
     """Multi-head self-attention with its projections: [B, N, D] -> [B, N, D]. Parameters: qkv.*, proj.*.
 
-    `dropout` acts on the projected output, `attention_dropout` on the attention probabilities.
+    `dropout` acts on the projected output, `attention_dropout` on the attention probabilities. With `relative_tokens`,
+    the number N of tokens, also rel_pos_embed [2N - 1, D / heads], zeros at first: relative positions, see
+    `relative_bias`.
     """
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0, attention_dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        relative_tokens: int | None = None,
+    ) -> None:
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"heads must divide the width {width}, got {heads}")
@@ -114,13 +123,17 @@ class FusedAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
+        self.rel_pos_embed: nn.Parameter | None = None
+        if relative_tokens is not None:
+            self.rel_pos_embed = nn.Parameter(torch.zeros(2 * relative_tokens - 1, width // heads))
 
     def extra_repr(self) -> str:
         return shown(self.qkv.weight, "attention")
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, d]
-        attended = attention(qkv, dropout=self.attention_dropout if self.training else 0.0)  # [B, N, D]
+        bias = None if self.rel_pos_embed is None else relative_bias(qkv.select(-3, 0), self.rel_pos_embed)
+        attended = attention(qkv, bias=bias, dropout=self.attention_dropout if self.training else 0.0)  # [B, N, D]
         return self.dropout(self.proj(attended))
 
 
@@ -258,10 +271,11 @@ class FusedLayerNormSwiGLU(GatheredWhole):
 class FusedBlock(GatheredWhole):
     """A pre-norm Transformer block, see `transformer_block`: [B, N, D] -> [B, N, D].
 
-    Parameters: norm1.*, attn.qkv.*, attn.proj.*, norm2.*, mlp.fc1.*, mlp.fc2.*, and ls1.gamma, ls2.gamma unless
-    `layer_scale` (their initial value) is None. The children hold parameters; `forward` does not call them.
-    `recompute` says what the backward pass computes again instead of keeping it: nothing ("none"), the GELU ("gelu"),
-    or both normalisations too ("all"); matrix products and attention never.
+    Parameters: norm1.*, attn.qkv.*, attn.proj.*, norm2.*, mlp.fc1.*, mlp.fc2.*; ls1.gamma and ls2.gamma unless
+    `layer_scale` (their initial value) is None; attn.rel_pos_embed if there are `relative_tokens`, as in
+    `FusedAttention`. The children hold parameters; `forward` does not call them. `recompute` says what the backward
+    pass computes again instead of keeping it: nothing ("none"), the GELU ("gelu"), or both normalisations too ("all");
+    matrix products and attention never.
     """
 
     def __init__(
@@ -276,6 +290,7 @@ class FusedBlock(GatheredWhole):
         eps: float = 1e-6,
         drop_path_mode: DropPathMode = "mask",
         recompute: Recompute = "gelu",
+        relative_tokens: int | None = None,
     ) -> None:
         super().__init__()
         check_choice("drop_path_mode", drop_path_mode, get_args(DropPathMode))
@@ -286,14 +301,15 @@ class FusedBlock(GatheredWhole):
         self.drop_path_mode: DropPathMode = drop_path_mode
         self.recompute: Recompute = recompute
         self.norm1 = FusedLayerNorm(width, eps)
-        self.attn = FusedAttention(width, heads)
+        self.attn = FusedAttention(width, heads, relative_tokens=relative_tokens)
         self.ls1 = None if layer_scale is None else LayerScale(width, layer_scale)
         self.norm2 = FusedLayerNorm(width, eps)
         self.mlp = Mlp(width, mlp_dim)
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
     def extra_repr(self) -> str:
-        return shown(self.mlp.fc1.weight, "block", "attention_block", "mlp")
+        relative = self.attn.rel_pos_embed is not None  # the attention half is a composition then
+        return shown(self.mlp.fc1.weight, *(("attention",) if relative else ("block", "attention_block")), "mlp")
 
     def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
         """With `outputs`, the first tokens of the result alone: [B, outputs, D].
@@ -329,6 +345,7 @@ class FusedBlock(GatheredWhole):
             drop_path=drop_path,
             recompute=self.recompute,
             outputs=outputs,
+            rel_pos_embed=attn.rel_pos_embed,
         )
 
     def forward_of_subsets(self, x: Tensor, outputs: int | None, dropout: float, drop_path: float) -> Tensor:
@@ -346,6 +363,7 @@ class FusedBlock(GatheredWhole):
             dropout=dropout,
             recompute="norm" if self.recompute == "all" else "none",
             outputs=outputs,
+            rel_pos_embed=self.attn.rel_pos_embed,
         )
         mlp_half = partial(
             layer_norm_mlp,

@@ -24,14 +24,20 @@ class ModelConfig(Section):
     """What the head sees. cls: the class token; gap: the mean of all patch tokens; map: what a learned query attends to
     among them, the attention pooling of Zhai et al. 2022. Models of gap and map have no class token."""
 
-    pos_embed: Literal["learned", "sincos_2d"] = "learned"
-    """Position embedding. learned: one vector per token; sincos_2d: fixed sines and cosines of the rows and columns of
-    patches, as in MoCo v3 and big_vision. The width must then be a multiple of four; a class token or registers have no
-    position."""
+    pos_embed: Literal["learned", "none", "learned_2d", "relative", "sincos_2d"] = "learned"
+    """Position embedding. learned: one vector per token; none: patches are a set; learned_2d: half a vector per column
+    and half per row of patches; relative: in each block one vector per distance between two tokens, registers included,
+    whose product with the query is added to the score of the key; sincos_2d: fixed sines and cosines of the rows and
+    columns of patches, as in MoCo v3 and big_vision. With learned_2d the width must be even and with sincos_2d a
+    multiple of four, and the class token has no position."""
+
+    pos_embed_at: Literal["input", "every_layer", "shared"] = "input"
+    """Where learned and learned_2d are added. input: to the input of the first block; every_layer: to that of each
+    block, with a table of its own; shared: to that of each block, the same table."""
 
     registers: int = Field(0, ge=0, le=1024)
     """Number of register tokens (Darcet et al. 2024), which the blocks use and pooling leaves out. They come after the
-    class token and have no position; with registers the class token has none either, as in timm."""
+    class token and have no vector of learned; with registers the class token has none either, as in timm."""
 
     head: Literal["linear", "mlp"] = "linear"
     """linear: one linear layer; mlp: a hidden tanh layer before it, the paper's head for pretraining."""

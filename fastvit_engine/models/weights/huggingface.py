@@ -19,6 +19,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_folder, atomic_write
 from fastvit_engine.models.weights.described import described
 from fastvit_engine.models.weights.entries import Entry, check_shapes, same
+from fastvit_engine.models.weights.position import check_positions
 from fastvit_engine.models.weights.pretrained import Pretrained, check_readable, from_entries, model_config
 from fastvit_engine.models.weights.safetensors_file import read_header, write_tensors
 from fastvit_engine.shown import brief
@@ -332,6 +333,7 @@ def _preprocessor(model: Pretrained) -> dict[str, Any]:
 
 def _refuse_what_does_not_fit(model: Pretrained, kind: str) -> None:
     config, shape = model.config, resolve_shape(model.config)
+    check_positions(config, model.where, "a folder of transformers")
     if config.registers:
         raise UserError(
             f"{model.where} has register tokens ('reg_token'), which the models of transformers lack that this version "

@@ -26,7 +26,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.described import described
 from fastvit_engine.models.weights.entries import Dimensions, Entry, check_shapes, same
-from fastvit_engine.models.weights.position import grid_side
+from fastvit_engine.models.weights.position import check_positions, grid_side
 from fastvit_engine.models.weights.pretrained import USUAL, Pretrained, check_readable, from_entries, model_config
 from fastvit_engine.shown import brief
 
@@ -117,6 +117,7 @@ def write_npz(model: Pretrained, path: Path) -> list[str]:
 
     Raises UserError, naming the parameters, if the official layout has no room for them.
     """
+    check_positions(model.config, model.where, "an official .npz")
     if model.config.registers:
         raise UserError(
             f"{model.where} has register tokens ('reg_token'), for which an official .npz has no array: write --to timm"

@@ -1,4 +1,4 @@
-"""Position tables for another grid of patches: resamples what a model has learned at one resolution."""
+"""Position tables for another grid of patches, and those that other programs have no room for."""
 
 import math
 from typing import Literal
@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit_engine.config import ModelConfig
 from fastvit_engine.errors import UserError
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -36,10 +37,46 @@ def resample_positions(
     before = grid_side(table.shape[1], class_tokens, "the position table")
     if side == before:
         return table
-    grid = table[:, class_tokens:].double().unflatten(1, (before, before)).movedim(3, 1)  # [L, D, H, W]
-    if interpolation == "bilinear":
-        grid = F.interpolate(grid, (side, side), mode="bilinear", align_corners=True)
-    else:
-        grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
-    resampled = grid.movedim(1, 3).flatten(1, 2).to(table.dtype)
+    grid = table[:, class_tokens:].unflatten(1, (before, before)).movedim(3, 1)  # [L, D, H, W]
+    resampled = _resampled(grid, (side, side), interpolation).movedim(1, 3).flatten(1, 2)
     return torch.cat([table[:, :class_tokens], resampled], dim=1)
+
+
+def resample_axis(table: Tensor, side: int, interpolation: Interpolation = "bilinear") -> Tensor:
+    """A table of columns or of rows [L, S, D/2], see learned_2d, for a grid of side x side patches: [L, side, D/2].
+
+    Whole positions joined of such tables are those that `resample_positions` makes of the joined ones.
+    """
+    line = table.movedim(2, 1)[..., None]  # [L, D/2, S, 1]
+    return table if side == table.shape[1] else _resampled(line, (side, 1), interpolation)[..., 0].movedim(1, 2)
+
+
+def foreign_positions(config: ModelConfig) -> str | None:
+    """The positions that models of other programs lack, by the names of their parameters; None: they have them too."""
+    if config.pos_embed == "relative":
+        return "relative positions ('blocks.0.attn.rel_pos_embed' and its like)"
+    if config.pos_embed == "learned_2d":
+        return "a position table of columns and one of rows ('pos_embed_x', 'pos_embed_y')"
+    if config.pos_embed_at != "input":
+        layers = "each with rows of its own" if config.pos_embed_at == "every_layer" else "the same for all"
+        return f"positions that are added in every layer ('pos_embed', {layers})"
+    return None
+
+
+def check_positions(config: ModelConfig, where: str, target: str, *, needs_table: bool = True) -> None:
+    """Raises UserError if the positions of the model in `where` have no room in `target`, or are missing there."""
+    if (what := foreign_positions(config)) is not None:
+        raise UserError(
+            f"{where} has {what}, for which {target} has no room: a file of `fastvit export` has, for this program"
+        )
+    if needs_table and config.pos_embed == "none":
+        raise UserError(
+            f"{where} has no position table ('pos_embed'), which {target} must have: write --to timm, whose models "
+            "may have none"
+        )
+
+
+def _resampled(grid: Tensor, size: tuple[int, int], interpolation: Interpolation) -> Tensor:
+    if interpolation == "bilinear":
+        return F.interpolate(grid.double(), size, mode="bilinear", align_corners=True).to(grid.dtype)
+    return F.interpolate(grid.double(), size, mode="bicubic", align_corners=False).to(grid.dtype)

@@ -14,10 +14,10 @@ from fastvit_engine.config import ModelConfig
 from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
 from fastvit_engine.errors import UserError
-from fastvit_engine.models.positions import sincos_positions
+from fastvit_engine.models.positions import sincos_positions, table_shapes
 from fastvit_engine.models.vit import VisionTransformer
 from fastvit_engine.models.weights.entries import Entry, check_finite, check_shapes
-from fastvit_engine.models.weights.position import Interpolation, resample_positions
+from fastvit_engine.models.weights.position import Interpolation, resample_axis, resample_positions
 
 USUAL = (0.5, 0.5, 0.5)  # mean and std of the recipes, and of the authors' code
 _OF_HEAD = ("pre_logits.", "head.")
@@ -64,9 +64,9 @@ class Pretrained:
     ) -> "Pretrained":
         """The same model for other images or classes; None: as it is.
 
-        image_size: the grid part of a learned position table is resampled, see `resample_positions`, and a fixed one
-        computed for the new grid. num_classes: the tanh layer and the head are replaced by one linear layer of zeros;
-        0: by nothing.
+        image_size: the grid part of learned position tables is resampled, see `resample_positions`, and a fixed one
+        computed for the new grid; relative positions are of one size. num_classes: the tanh layer and the head are
+        replaced by one linear layer of zeros; 0: by nothing.
 
         Raises UserError if there is no such model.
         """
@@ -106,23 +106,32 @@ class Pretrained:
 
     def _at_image_size(self, image_size: int, interpolation: Interpolation) -> "Pretrained":
         config = _changed(self.config, "image_size", image_size)
+        if config.pos_embed == "relative":
+            raise UserError(
+                f"{self.where} has relative positions ('blocks.0.attn.rel_pos_embed' and its like), of distances "
+                f"between tokens that are row after row: images of {image_size} pixels have rows of another length "
+                f"than those of {self.config.image_size}, so these vectors cannot be resampled"
+            )
         shape = resolve_shape(config)
         class_tokens = shape.positions - shape.patches
         side = image_size // shape.patch_size
+        tables = table_shapes(config, shape)
 
         def load(names: Sequence[str]) -> dict[str, Tensor]:
             found = self.load(names)
-            if "pos_embed" in found and config.pos_embed == "sincos_2d":
-                found["pos_embed"] = sincos_positions(shape)
-            elif "pos_embed" in found:
-                table = found["pos_embed"]
-                found["pos_embed"] = resample_positions(
-                    table, side, class_tokens=class_tokens, interpolation=interpolation
-                )
+            for name in tables.keys() & found.keys():
+                table = found[name]
+                if config.pos_embed == "sincos_2d":
+                    found[name] = sincos_positions(shape)
+                elif name == "pos_embed":
+                    found[name] = resample_positions(
+                        table, side, class_tokens=class_tokens, interpolation=interpolation
+                    )
+                else:
+                    found[name] = resample_axis(table, side, interpolation)
             return found
 
-        shapes = {**self.shapes, "pos_embed": (1, shape.positions, shape.width)}
-        return replace(self, config=config, shapes=shapes, load=load)
+        return replace(self, config=config, shapes={**self.shapes, **tables}, load=load)
 
 
 def check_readable(path: Path) -> None:
@@ -192,7 +201,7 @@ def from_tensors(
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The parameters of a model and their shapes, in the order of its state dict. Cheap, whatever the size."""
-    depth = resolve_shape(config).depth
+    whole = resolve_shape(config)
     with torch.device("meta"):
         model = VisionTransformer(config.model_copy(update={"depth": 1}), mean=USUAL, std=USUAL)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -202,8 +211,9 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if not name.startswith("blocks."):
             shapes[name] = shape
         elif "blocks.0.norm1.weight" not in shapes:
-            shapes |= {f"blocks.{index}.{inner}": size for index in range(depth) for inner, size in of_block.items()}
-    return shapes
+            blocks = range(whole.depth)
+            shapes |= {f"blocks.{index}.{inner}": size for index in blocks for inner, size in of_block.items()}
+    return shapes | table_shapes(config, whole)  # of every layer, perhaps
 
 
 def model_config(model: Mapping[str, Any], where: str) -> ModelConfig:

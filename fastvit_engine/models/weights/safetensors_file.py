@@ -2,7 +2,7 @@
 
 Metadata, each as JSON: `model`, its configuration; `image_size`; `mean`, `std`, `eval_crop` and `eval_transform`, how
 images are prepared, if known; `class_names`, in the order of the outputs, if known; `timm`, Python code that builds a
-model of timm for the weights.
+model of timm for the weights, if there is such a model.
 """
 
 import json
@@ -18,6 +18,7 @@ from torch import Tensor
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.described import PIXELS, described
+from fastvit_engine.models.weights.position import foreign_positions
 from fastvit_engine.models.weights.pretrained import Pretrained, check_readable, from_tensors, model_config
 from fastvit_engine.models.weights.timm_code import timm_code
 from fastvit_engine.models.weights.timm_names import open_timm_tensors
@@ -28,7 +29,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_DESCRIBED = (*PIXELS, "image_size", "class_names", "timm")
+_DESCRIBED = (*PIXELS, "model", "image_size", "class_names", "timm")
 
 
 def safetensors_header(
@@ -56,7 +57,9 @@ def model_metadata(
     Raises UserError if this version does not know the model in `where`.
     """
     config = model_config(model, where)
-    values: dict[str, Any] = {"model": model, "image_size": config.image_size, "timm": timm_code(config)}
+    values: dict[str, Any] = {"model": model, "image_size": config.image_size}
+    if foreign_positions(config) is None:
+        values["timm"] = timm_code(config)
     values |= pixels or {}
     if class_names is not None:
         values["class_names"] = list(class_names)
@@ -72,6 +75,11 @@ def describe_for_timm(path: Path) -> str:
     lines = [
         f"images: {size} x {size} pixels, {', '.join(pixels) or 'mean and std unknown'}",
         f"classes: {'names unknown' if names is None else f'{len(names):,} names'}",
+    ]
+    if "timm" not in metadata:
+        what = foreign_positions(model_config(metadata["model"], str(path)))
+        return "\n".join([*lines, f"not in timm, whose models lack {what}: load it with fastvit_engine.load_model"])
+    lines += [
         "in timm:",
         *(f"    {line}" for line in metadata["timm"].split("\n")),
         "    from safetensors.torch import load_file",

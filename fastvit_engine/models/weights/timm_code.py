@@ -37,8 +37,8 @@ model.__class__ = WithHiddenLayer"""
 def timm_code(config: ModelConfig, **more: object) -> str:
     """Lines of Python after which `model.load_state_dict` takes the weights strictly, and the outputs are the same.
 
-    With head: mlp they also add the hidden layer before the classifier, which timm's models do not have. more: further
-    arguments of `create_model`.
+    timm must have its positions, see `foreign_positions`. With head: mlp the lines also add the hidden layer before the
+    classifier, which timm's models do not have. more: further arguments of `create_model`.
     """
     name, given = timm_arguments(config)
     call = [repr(name), *(f"{key}={value!r}" for key, value in given.items())]
@@ -70,6 +70,7 @@ def timm_arguments(config: ModelConfig) -> tuple[str, dict[str, Any]]:
         "act_layer": (config.activation, "gelu"),
         "reg_tokens": (config.registers, 0),
         "no_embed_class": (config.registers > 0, False),
+        "pos_embed": ("none" if config.pos_embed == "none" else "learn", "learn"),
     }
     given: dict[str, Any] = {key: value for key, (value, default) in arguments.items() if value != default}
     if config.pool != "cls":

@@ -11,6 +11,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_folder, atomic_write
 from fastvit_engine.models.weights.described import described
 from fastvit_engine.models.weights.huggingface import CONFIG, WEIGHTS
+from fastvit_engine.models.weights.position import check_positions
 from fastvit_engine.models.weights.pretrained import USUAL, Pretrained
 from fastvit_engine.models.weights.safetensors_file import (
     model_metadata,
@@ -32,7 +33,7 @@ def write_timm(model: Pretrained, path: Path) -> list[str]:
 
     Its metadata holds timm's pretrained_cfg too. Raises UserError, naming them, if timm has no room for parameters.
     """
-    _refuse_tanh_layer(model)
+    _refuse_what_does_not_fit(model)
     cfg = pretrained_cfg(model)
     write_safetensors(path, model, {**_metadata(model), "pretrained_cfg": json.dumps(cfg)})
     if len(model.class_names or ()) > _MOST_NAMES:
@@ -46,7 +47,7 @@ def write_hub_folder(model: Pretrained, folder: Path) -> list[str]:
 
     Raises UserError, naming them, if timm has no room for parameters, or its configuration for a setting.
     """
-    _refuse_tanh_layer(model)
+    _refuse_what_does_not_fit(model)
     if model.config.layer_norm_eps != TIMM_EPS:
         raise UserError(
             f"{model.where} has model.layer_norm_eps {model.config.layer_norm_eps:g}, for which timm's configuration "
@@ -174,7 +175,8 @@ def _metadata(model: Pretrained) -> dict[str, str]:
     return model_metadata(model.config.model_dump(mode="json"), model.pixels, model.class_names, model.where)
 
 
-def _refuse_tanh_layer(model: Pretrained) -> None:
+def _refuse_what_does_not_fit(model: Pretrained) -> None:
+    check_positions(model.config, model.where, "timm's Vision Transformer", needs_table=False)
     if model.config.head == "mlp":
         raise UserError(
             f"{model.where} has a tanh layer ('pre_logits.fc.weight'), which timm's models lack: --head none leaves it "

@@ -19,10 +19,10 @@ _SIZES["giantopt"] = ModelSize(1536, 40, 16, 6144)  # of SigLIP alone
 _PLAIN = re.compile(r"vit_([a-z0-9]+)_patch(\d+)(?:_reg\d+)?(_siglip)?(_gap)?(?:_\d+|_dinov2)?(?:\.\S*)?")
 _SIGLIP_WITH_TANH = re.compile(r"vit_(base_patch32_|large_patch16_siglip(_gap)?_512|so400m_patch16_|giantopt_)")
 _ACTIVATIONS = ("gelu", "gelu_tanh")
-# Arguments of timm's models that we know, and the value of each if it is not given; img_size is seen in the weights.
+# Arguments of timm's models that we know; img_size is seen in the weights, if there is a position table.
 _KNOWN = {"img_size", "num_classes", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values",
           "act_layer", "class_token", "global_pool", "fc_norm", "drop_rate", "drop_path_rate", "reg_tokens",
-          "no_embed_class"}  # fmt: skip
+          "no_embed_class", "pos_embed"}  # fmt: skip
 
 Load = Callable[[Sequence[str]], dict[str, Tensor]]
 
@@ -61,13 +61,18 @@ def open_timm_tensors(
     registers = shapes["reg_token"][1] if len(shapes.get("reg_token", ())) == 3 else 0
     if registers and not arguments.get("no_embed_class", not arguments or "_reg" in name):
         raise UserError(f"{where} has register tokens with a position (no no_embed_class), and ours have none")
+    if (positions := arguments.get("pos_embed", "learn")) not in ("learn", "none", ""):
+        raise UserError(f"{where}: model_args has pos_embed '{brief(positions)}': there are learn and none")
+    patch_size, has_table = int(model["name"].partition("/")[2]), positions == "learn"
     table = shapes.get("pos_embed", ())
-    if len(table) != 3:
+    if has_table and len(table) != 3:
         raise UserError(f"{where}: parameter 'pos_embed' is {[*table] or 'absent'} there, and must be [1, N, D]")
-    side = grid_side(table[1], int(pool == "cls" and not registers), f"{where}: parameter 'pos_embed'")
+    if has_table:
+        side = grid_side(table[1], int(pool == "cls" and not registers), f"{where}: parameter 'pos_embed'")
     head = shapes.get("head.weight", (0,))
     model |= {
-        "image_size": side * int(model["name"].partition("/")[2]),
+        "image_size": side * patch_size if has_table else arguments.get("img_size", 224),
+        "pos_embed": "learned" if has_table else "none",
         "num_classes": head[0] if head else 0,
         "pool": pool,
         "registers": registers,

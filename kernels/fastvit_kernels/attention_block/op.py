@@ -42,6 +42,7 @@ def attention_block(
     causal: bool = False,
     recompute: Recompute = "none",
     outputs: int | None = None,
+    rel_pos_embed: Tensor | None = None,
 ) -> Tensor:
     """The attention half of a pre-norm block: x + drop_path(layer_scale * dropout(proj(attention(qkv(norm(x)))))).
 
@@ -55,9 +56,12 @@ def attention_block(
         drop_path: rate at which a sample's whole branch is dropped; kept branches are scaled by 1 / (1 - drop_path).
         causal: a token sees itself and those before it only, as in text towers.
         recompute: what the kernels' backward pass computes again instead of keeping it: nothing, or the normalisation.
-            Gradients are the same. No effect on the reference, with dropout or outputs, where autograd keeps all.
+            Gradients are the same. No effect on the reference, or with dropout, outputs or rel_pos_embed, where
+            autograd keeps all.
         outputs: how many tokens of the result are wanted, the first ones; None: all N. Queries, projection and sum are
             computed for these alone, keys and values for all tokens that these see.
+        rel_pos_embed: [2*N-1, D/heads], the dtype of the layers: relative positions, see `relative_bias`; not with
+            causal.
 
     Rates are active whenever above 0. Returns [B, N, D], or [B, outputs, D], in the dtype of x, also under autocast,
     which acts as on `torch.nn.functional.linear`: products and attention run in its dtype, the normalisation and the
@@ -81,13 +85,14 @@ def attention_block(
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
     outputs = checked_outputs(outputs, x)
+    check_rel_pos_embed(rel_pos_embed, x, heads, causal, cast)
     if causal and outputs is not None:  # they see no other
         x, outputs = x[:, :outputs], None
     norm, qkv, proj = (norm_weight, norm_bias), (qkv_weight, qkv_bias), (proj_weight, proj_bias)
-    composed = dropout > 0 or outputs is not None
+    composed = dropout > 0 or outputs is not None or rel_pos_embed is not None
     if composed or width // heads > MAX_HEAD_DIM or not uses_triton("attention_block", x):
         return reference.attention_block(
-            x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path, causal, outputs
+            x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path, causal, outputs, rel_pos_embed
         )
     if cast is not None:
         x = x.to(torch.promote_types(x.dtype, cast))
@@ -98,6 +103,16 @@ def attention_block(
     keep_normed = keep and recompute == "none" and qkv_weight.requires_grad
     call = Call(*tensors, draw_path_scale(x, drop_path), heads, eps, causal, keep, keep_normed)
     return call_operator(*call)
+
+
+def check_rel_pos_embed(
+    rel_pos_embed: Tensor | None, x: Tensor, heads: int, causal: bool, cast: torch.dtype | None
+) -> None:
+    if rel_pos_embed is None:
+        return
+    check_parameter("rel_pos_embed", rel_pos_embed, [2 * x.shape[1] - 1, x.shape[2] // heads], like=x, cast_to=cast)
+    if causal:
+        raise ValueError("rel_pos_embed cannot be combined with causal")
 
 
 # Matrices are [T, D] inside, with T = B * N tokens. Operators cannot return None, so what is not kept for the backward

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit_kernels.attention import attention, attention_qkv
+from fastvit_kernels.attention import attention, attention_qkv, relative_bias
 from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.residual import add_branch
 
@@ -23,6 +23,7 @@ def attention_block(
     drop_path: float,
     causal: bool,
     outputs: int | None,
+    rel_pos_embed: Tensor | None,
 ) -> Tensor:
     normed = layer_norm(x, norm_weight, norm_bias, eps=eps)
     if outputs is not None:
@@ -30,19 +31,23 @@ def attention_block(
         # filled up with zeros.
         x = x[:, :outputs]
         first = layer_norm(x, norm_weight, norm_bias, eps=eps)
-        attended = attend_from(first, normed, qkv_weight, qkv_bias, heads)
+        attended = attend_from(first, normed, qkv_weight, qkv_bias, heads, rel_pos_embed)
         branch = F.linear(attended, proj_weight, proj_bias)  # [B, outputs, D]
         return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
     qkv = F.linear(normed, qkv_weight, qkv_bias).unflatten(-1, (3, heads, -1))  # [B, N, 3, H, d]
-    branch = F.linear(attention(qkv, causal=causal), proj_weight, proj_bias)  # [B, N, D]
+    bias = None if rel_pos_embed is None else relative_bias(qkv.select(-3, 0), rel_pos_embed)
+    branch = F.linear(attention(qkv, bias=bias, causal=causal), proj_weight, proj_bias)  # [B, N, D]
     return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
 
 
-def attend_from(first: Tensor, tokens: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, heads: int) -> Tensor:
+def attend_from(
+    first: Tensor, tokens: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, heads: int, rel_pos_embed: Tensor | None
+) -> Tensor:
     """Queries of `first` [B, outputs, D], keys and values of all tokens [B, N, D] -> [B, outputs, D]."""
     width = tokens.shape[-1]
     q_weight, kv_weight = qkv_weight.split([width, 2 * width])
     q_bias, kv_bias = qkv_bias.split([width, 2 * width])
     queries = F.linear(first, q_weight, q_bias).unflatten(-1, (heads, -1))  # [B, outputs, H, d]
     keys_values = F.linear(tokens, kv_weight, kv_bias).unflatten(-1, (2, heads, -1))  # [B, N, 2, H, d]
-    return attention_qkv(queries, *keys_values.unbind(-3))
+    bias = None if rel_pos_embed is None else relative_bias(queries, rel_pos_embed)
+    return attention_qkv(queries, *keys_values.unbind(-3), bias=bias)

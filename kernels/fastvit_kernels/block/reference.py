@@ -20,6 +20,7 @@ def transformer_block(
     causal: bool,
     recompute: Recompute,
     outputs: int | None,
+    rel_pos_embed: Tensor | None,
 ) -> Tensor:
     """Each half has seven parameters: of its normalisation and its two layers, weight then bias, and a LayerScale."""
     *first, layer_scale = parameters[:7]
@@ -34,6 +35,7 @@ def transformer_block(
         causal=causal,
         recompute="norm" if recompute == "all" else "none",
         outputs=outputs,
+        rel_pos_embed=rel_pos_embed,
     )
     *second, layer_scale = parameters[7:]
     return layer_norm_mlp(

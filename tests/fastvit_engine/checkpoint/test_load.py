@@ -76,6 +76,31 @@ def test_export_prints_how_timm_loads_it_and_the_file_says_it_too(run, tmp_path,
         assert metadata["timm"] == textwrap.dedent("\n".join(code[:-2]))
 
 
+@pytest.mark.parametrize(
+    ("positions", "lacks"),
+    [
+        (["model.pos_embed=relative"], "relative positions ('blocks.0.attn.rel_pos_embed' and its like)"),
+        (
+            ["model.pos_embed=learned_2d", "model.pos_embed_at=every_layer", "zero.stage=3"],
+            "a position table of columns and one of rows ('pos_embed_x', 'pos_embed_y')",
+        ),
+    ],
+    ids=lambda value: str(value)[-15:],
+)
+def test_a_run_with_positions_that_timm_lacks_is_exported_for_this_program(train, tmp_path, capsys, positions, lacks):
+    settings = ["train.duration=2 steps", "schedule.warmup=0 steps", *positions]
+    run, out = train(tmp_path / "run", *settings), tmp_path / "x.safetensors"
+    capsys.readouterr()
+    assert main(["export", str(run), "--out", str(out)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"not in timm, whose models lack {lacks}: load it with fastvit_engine.load_model"
+    model, exported = load_model(run), load_model(out)
+    assert exported.config == model.config and "model.pos_embed=" + model.config.pos_embed == positions[0]
+    assert all(torch.equal(exported.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+    with safe_open(out, framework="pt") as file:
+        assert "timm" not in file.metadata()
+
+
 def forget_pixels(run):
     """Makes the checkpoint one of version 0.1.0."""
     path = run / "checkpoints" / "step-00000006" / "manifest.json"

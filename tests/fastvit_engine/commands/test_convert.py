@@ -201,6 +201,45 @@ def test_a_folder_of_timm_is_read_without_our_metadata(tmp_path):
             load_model(folder)
 
 
+@pytest.mark.parametrize("target", ["npz", "timm", "hf", "hub-folder"])
+def test_positions_that_the_target_lacks_are_named(tmp_path, write_model, capsys, target):
+    destination = tmp_path / {"npz": "x.npz", "timm": "x.safetensors"}.get(target, "x")
+    for model, named in [
+        ({"pos_embed": "learned_2d"}, "a position table of columns and one of rows ('pos_embed_x', 'pos_embed_y')"),
+        ({"pos_embed": "relative"}, "relative positions ('blocks.0.attn.rel_pos_embed' and its like)"),
+        ({"pos_embed_at": "every_layer"}, "every layer ('pos_embed', each with rows of its own)"),
+        ({"pos_embed_at": "shared"}, "every layer ('pos_embed', the same for all)"),
+    ]:
+        message = refused(capsys, write_model(**model), destination, "--to", target)
+        assert f"{named}, for which " in message and " has no room: " in message
+    if target in ("npz", "hf"):
+        message = refused(capsys, write_model(pos_embed="none"), destination, "--to", target)
+        assert "has no position table ('pos_embed'), which " in message and "write --to timm" in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("model", [{}, {"registers": 2}, {"pool": "gap"}], ids=str)
+def test_a_model_without_positions_in_timm_and_back(tmp_path, write_model, capsys, model):
+    pytest.importorskip("timm", reason="timm is not installed")
+    source, images = write_model(pos_embed="none", **model), torch.randn(2, 3, 8, 8)
+    expected = load_model(source)
+    for name, target in (("x.safetensors", "timm"), ("page", "hub-folder")):
+        capsys.readouterr()
+        converted(source, tmp_path / name, "--to", target)
+        with torch.no_grad():
+            torch.testing.assert_close(run_code(capsys)(images), expected(images), rtol=0, atol=1e-5)
+    page = tmp_path / "page"
+    save_file(load_file(page / "model.safetensors"), page / "model.safetensors")  # without our metadata
+    again = load_model(page)
+    assert again.config.pos_embed == "none" and again.config.image_size == 8
+    assert all(torch.equal(again.state_dict()[name], t) for name, t in expected.state_dict().items())
+    config = json.loads((page / "config.json").read_text())
+    config["model_args"]["pos_embed"] = "rope"
+    (page / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="model_args has pos_embed 'rope'"):
+        load_model(page)
+
+
 @pytest.mark.parametrize("name", ["Ti/16", "ViT-Ti/16", "vit_tiny_patch16_224", "vit_tiny_patch16_384.augreg_in21k"])
 @pytest.mark.filterwarnings("ignore:.*does not say mean and std")
 def test_weights_with_timms_names_need_the_name_of_the_model(tmp_path, name, capsys):

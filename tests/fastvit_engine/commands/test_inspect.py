@@ -124,6 +124,30 @@ def test_what_cannot_be_drawn_is_refused(fastvit, model_file, photos, tmp_path, 
     assert code == 2 and sentence in errors and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("at", ["input", "every_layer"])
+def test_tables_of_columns_and_rows_are_drawn_as_the_positions_that_they_make(fastvit, write_model, tmp_path, at):
+    file, out = write_model(pos_embed="learned_2d", pos_embed_at=at, depth=2), tmp_path / "out"
+    assert fastvit("inspect", file, "--figures", "pos_embed", "--out", out)[0] == 0
+    model = fastvit_engine.load_model(file)
+    columns, rows = model.pos_embed_x[0], model.pos_embed_y[0]  # of the first layer
+    patches = [torch.cat([columns[x], rows[y]]) for y in range(2) for x in range(2)]
+    with np.load(out / "inspect.npz") as arrays:
+        assert np.allclose(arrays["pos_embed_similarity"], pos_embed_similarity(torch.stack(patches), 2), atol=1e-6)
+    with pytest.raises(ValueError, match="pos_embed holds 2 tables"):
+        pos_embed_similarity(torch.zeros(2, 4, 8), 2)
+
+
+@pytest.mark.parametrize("kind", ["none", "relative"])
+def test_a_model_that_adds_no_position_has_the_other_figures(fastvit, write_model, tmp_path, kind):
+    file, out = write_model(pos_embed=kind), tmp_path / "out"
+    code, _, errors = fastvit("inspect", file, "--figures", "filters", "pos_embed", "--out", out)
+    assert code == 2 and not out.exists()
+    assert f"model.pos_embed = {kind}" in errors and "there are filters, attention_distance, rollout" in errors
+    code, found, errors = fastvit("inspect", file, "--out", out, "--json")
+    assert code == 0 and f"note: no figure pos_embed, as model.pos_embed is {kind}" in errors
+    assert "pos_embed_similarity" not in found["arrays"] and not (out / "pos_embed.png").exists()
+
+
 def test_weights_that_are_broken_are_named(fastvit, write_model, photos, tmp_path):
     from safetensors import safe_open
     from safetensors.torch import save_file

@@ -43,11 +43,11 @@ def build(lone_world, monkeypatch):
     monkeypatch.setattr(type(accelerator), "is_fp16_supported", lambda self: True)
     engines = []
 
-    def make(stage, precision="fp32", offload="none", dropout=0.0, **optimizer):
+    def make(stage, precision="fp32", offload="none", dropout=0.0, model=None, **optimizer):
         zero = {"stage3_param_persistence_threshold": 0, "reduce_bucket_size": 500} if stage == 3 else {}
         config = Config.model_validate(
             {
-                "model": {**MODEL, "dropout": dropout, "drop_path": dropout},
+                "model": {**MODEL, "dropout": dropout, "drop_path": dropout, **(model or {})},
                 "optimizer": optimizer,
                 "train": {"global_batch_size": len(LABELS), "precision": precision},
                 "zero": {"stage": stage, "offload": offload},
@@ -108,6 +108,34 @@ def by_decay(model):
     matrices = [p for name, p in model.named_parameters() if name.endswith(".weight") and p.ndim >= 2]
     rest = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     return matrices, rest
+
+
+# ---- position embeddings
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(
+    "positions",
+    [
+        {"pos_embed": "relative"},
+        {"pos_embed": "learned", "pos_embed_at": "every_layer"},
+        {"pos_embed": "learned_2d", "pos_embed_at": "shared"},
+        in_full({"pos_embed": "learned_2d"}),
+        in_full({"pos_embed": "none"}),
+    ],
+    ids=str,
+)
+def test_position_tables_learn_as_without_an_engine(build, stage, positions):
+    engine, model = build(stage, model=positions, kind="sgd", momentum=0.0, weight_decay=0.0)
+    start = {name: parameter.detach().flatten().clone() for name, parameter in model.named_parameters()}
+    train(engine)
+    expected = trained_by(torch.optim.SGD(model.parameters()), model)
+    found = masters(engine)
+    assert_near(found, expected)
+    tables = [name for name in start if "pos_embed" in name]
+    assert len(tables) == {"relative": 2, "learned": 1, "learned_2d": 2, "none": 0}[positions["pos_embed"]]
+    for name in tables:
+        assert (found[name] - start[name]).abs().max() > 1e-5, name
 
 
 # ---- SGD

@@ -57,9 +57,11 @@ def test_no_class_token_is_one_token_less() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"pool": "gap"}, {"pool": "map"}, {"pool": "map", "head": "mlp", "registers": 3}, {"registers": 2}],
+    [{}, {"pool": "gap"}, {"pool": "map"}, {"pool": "map", "head": "mlp", "registers": 3}, {"registers": 2},
+     {"pos_embed": "relative"}, {"pos_embed": "relative", "pool": "gap"},
+     {"pos_embed_at": "every_layer"}, {"pos_embed": "learned_2d", "pos_embed_at": "shared"}],
     ids=str,
-)
+)  # fmt: skip
 def test_a_counter_of_operations_finds_the_same(changes: dict) -> None:
     """On plain layers, which it sees. It counts two operations per MAC."""
     config = ModelConfig(name="Ti/2", image_size=8, width=12, depth=2, heads=2, mlp_dim=20, num_classes=7).model_copy(

@@ -247,14 +247,18 @@ def test_without_a_head_the_model_gives_representations(changes):
     assert parameter_count(model.config) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("registers", [0, 2])
-def test_attention_maps_are_the_probabilities_that_the_blocks_attend_with(registers):
-    model, images = randomise(small(registers=registers)).eval(), torch.randn(2, 3, 12, 12)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"registers": 2}, {"pos_embed": "relative"}, {"pos_embed_at": "every_layer"}, {"pos_embed": "none"}],
+    ids=str,
+)
+def test_attention_maps_are_the_probabilities_that_the_blocks_attend_with(changes):
+    model, images = randomise(small(**changes)).eval(), torch.randn(2, 3, 12, 12)
     seen: list[Tensor] = []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
     maps = model.attention_maps(images)
-    tokens = 10 + registers
+    tokens = 10 + changes.get("registers", 0)
     assert maps.shape == (3, 2, 3, tokens, tokens) and maps.dtype == torch.float32 and not maps.requires_grad
     assert torch.allclose(maps.sum(dim=-1), torch.ones(3, 2, 3, tokens), atol=1e-5)
     for block, tokens, probabilities in zip(model.blocks, list(seen), maps, strict=True):

@@ -155,7 +155,15 @@ def test_fused_blocks_keep_what_their_documentation_says(recompute, expected):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     "model",
-    [{"dropout": 0.0}, {"dropout": 0.1, "num_classes": 1000}, {"layer_scale": 1e-4}, {"pool": "map"}],
+    [
+        {"dropout": 0.0},
+        {"dropout": 0.1, "num_classes": 1000},
+        {"layer_scale": 1e-4},
+        {"pool": "map"},
+        {"pos_embed": "learned_2d", "pos_embed_at": "every_layer"},
+        {"pos_embed": "relative"},
+        {"pos_embed": "relative", "pool": "gap"},
+    ],
 )
 def test_activations_are_what_autograd_keeps(precision, model):
     """Plain PyTorch, on the CPU: every storage saved for the backward pass that is no parameter."""
@@ -167,6 +175,20 @@ def test_activations_are_what_autograd_keeps(precision, model):
         loss = FusedCrossEntropy()(built.train()(images), torch.zeros(3, dtype=torch.int64))  # noqa: F841 - holds them
         measured = sum(storage.nbytes() for storage in kept.values()) / 3
     assert activation_bytes(config, precision, "reference") == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("model", [{"pool": "gap"}, {"pool": "gap", "pos_embed": "relative"}], ids=str)
+def test_activations_are_what_the_kernels_keep(model):
+    if not dispatch.INTERPRETED:
+        pytest.skip("does not apply: kernels need a GPU or Triton's interpreter")
+    small = {"name": "Ti/16", "image_size": 80, "depth": 2, "width": 48, "heads": 3, "num_classes": 5}
+    config = vit(**small, **model)
+    built = build_vit(config, mean=(0.5,) * 3, std=(0.5,) * 3).bfloat16()
+    images = torch.zeros(2, 80, 80, 3, dtype=torch.uint8)
+    with dispatch.using("triton"), kept_by_autograd(built) as kept:
+        loss = FusedCrossEntropy()(built.train()(images), torch.zeros(2, dtype=torch.int64))  # noqa: F841 - holds them
+        measured = sum(storage.nbytes() for storage in kept.values()) / 2
+    assert activation_bytes(config, "bf16", "fused") == pytest.approx(measured, rel=0.03)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

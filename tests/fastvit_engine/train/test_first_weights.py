@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from fastvit_engine.checkpoint import load
-from fastvit_engine.config import load_config
+from fastvit_engine.config import ModelConfig, load_config
 from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import build_vit
+from fastvit_engine.models.weights.safetensors_file import model_metadata
 from fastvit_engine.train import first_weights
 from fastvit_engine.train.first_weights import fill_in
 from tests.fastvit_engine.models.weights.official import random_arrays
@@ -59,6 +60,19 @@ def test_images_may_have_another_size_and_the_model_other_regularisation(npz):
     assert (model.image_size, model.dropout, model.drop_path, model.head_bias) == (20, 0.1, 0.2, -3)
     with pytest.raises(UserError, match=r"model.image_size 18 is not a multiple of the patch size 4"):
         filled(npz, model__image_size=18)
+
+
+def test_positions_that_are_of_one_image_size_are_refused_for_others_at_once(tmp_path):
+    given = {"name": "Ti/4", "width": 24, "heads": 2, "depth": 1, "image_size": 8, "pos_embed": "relative"}
+    config = ModelConfig.model_validate(given)
+    metadata = model_metadata(config.model_dump(mode="json"), None, None, "here")
+    path = tmp_path / "x.safetensors"
+    save_file(build_vit(config, mean=(0.5,) * 3, std=(0.5,) * 3).state_dict(), path, metadata=metadata)
+    assert filled(str(path)).config.model.pos_embed == "relative"
+    with pytest.raises(UserError, match=r"x.safetensors has relative positions .*cannot be resampled"):
+        filled(str(path), model__image_size=16)
+    with pytest.raises(UserError, match=r"model.pos_embed = learned .*has pos_embed relative"):
+        filled(str(path), model__pos_embed="learned")
 
 
 def test_values_that_say_the_same_are_no_contradiction(npz):
