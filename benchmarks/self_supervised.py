@@ -119,6 +119,7 @@ def trained_model(run: Path, config: Config) -> VisionTransformer:
     slices = [ParameterSlice(name, 0, tensor.view(-1)) for name, tensor in weights.items()]
     CheckpointReader(checkpoint, manifest).fill({"weight": slices})
     model = build_for_training(config)
+    assert isinstance(model, VisionTransformer)
     model.load_state_dict(weights)
     return model.eval()
 
@@ -126,7 +127,9 @@ def trained_model(run: Path, config: Config) -> VisionTransformer:
 def untrained_model(config: Config) -> VisionTransformer:
     """The model as the run of a configuration begins with it."""
     torch.manual_seed(config.seed)
-    return build_for_training(config).eval()
+    model = build_for_training(config)
+    assert isinstance(model, VisionTransformer)
+    return model.eval()
 
 
 def raw_pixels(batches: Iterable[Batch]) -> Features:

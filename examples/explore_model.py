@@ -29,6 +29,7 @@ from fastvit_engine.evaluate.confusion import name_of
 from fastvit_engine.evaluate.fewshot import few_shot_accuracy
 from fastvit_engine.evaluate.one_pass import config_for
 from fastvit_engine.evaluate.predict import prepare_image
+from fastvit_engine.models import VisionTransformer
 
 MODEL, PHOTOS = os.environ.get("MODEL", ""), os.environ.get("PHOTOS", "")
 IMAGE_SIZE = int(os.environ.get("IMAGE_SIZE", "0")) or None  # None: the model's
@@ -72,6 +73,7 @@ if not MODEL:
 
 # %%
 model = fastvit.load_model(MODEL, image_size=IMAGE_SIZE)
+assert isinstance(model, VisionTransformer)  # and none of timm's, which has other layers
 config = config_for(model, load_config(None))
 size, patch = model.config.image_size, model.shape.patch_size
 grid, class_tokens = size // patch, int(model.config.pool == "cls")

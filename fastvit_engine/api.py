@@ -25,7 +25,7 @@ from fastvit_engine.evaluate.classification import Accuracy
 from fastvit_engine.evaluate.classification import evaluate as evaluate_batches
 from fastvit_engine.evaluate.one_pass import workers_for
 from fastvit_engine.evaluate.own import Measure, check_evaluators
-from fastvit_engine.models import VisionTransformer
+from fastvit_engine.models import AnyModel
 from fastvit_engine.objectives import ObjectiveFactory, import_path
 from fastvit_engine.observe.run_folder import run_folder
 from fastvit_engine.shown import say
@@ -100,7 +100,7 @@ def train(
 
 
 def evaluate(
-    model: VisionTransformer,
+    model: AnyModel,
     data: str | Path,
     *,
     config: Resolved | Config | str | None = None,

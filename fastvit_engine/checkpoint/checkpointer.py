@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from fastvit_engine.checkpoint.format import DamagedCheckpoint, Manifest
+from fastvit_engine.checkpoint.format import BUFFERS, DamagedCheckpoint, Manifest
 from fastvit_engine.checkpoint.open import another_place
 from fastvit_engine.checkpoint.reader import CheckpointReader
 from fastvit_engine.checkpoint.retention import stale_checkpoints
@@ -173,7 +173,7 @@ class Checkpointer:
         try:
             manifest = checkpoint.read_manifest()
             self._check_shapes(checkpoint, manifest)
-            kinds = sorted(manifest.kinds - {"weight", "ema", "buffer"})
+            kinds = sorted(manifest.kinds.difference({"weight", "ema"}, BUFFERS))
             self.engine.prepare_optimizer({kind: manifest.shapes_of(kind).keys() for kind in kinds}, manifest.scalars)
             wanted: dict[str, list[ParameterSlice]] = {
                 "weight": self.engine.master_weights(),
@@ -183,6 +183,7 @@ class Checkpointer:
             wanted["buffer"] = self.engine.buffers()
             if self.ema is not None and "ema" in manifest.kinds:
                 wanted["ema"] = self.ema.slices()
+                wanted["ema_buffer"] = self.ema.statistics_slices()
             CheckpointReader(checkpoint, manifest).fill(wanted)
         except (UserError, RestartError) as failure:
             error = failure
@@ -207,6 +208,8 @@ class Checkpointer:
         if self.engine.replicated:
             slices = {kind: share(of_kind, rank, size) for kind, of_kind in slices.items()}
         whole = {**self.engine.optimizer_statistics(), "buffer": self.engine.buffers()}
+        if self.ema is not None:
+            whole["ema_buffer"] = self.ema.statistics_slices()
         return {**slices, **{kind: share(of_kind, rank, size) for kind, of_kind in whole.items()}}
 
     def _manifest(self, state: TrainerState) -> Manifest:

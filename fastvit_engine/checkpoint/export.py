@@ -4,7 +4,7 @@ import json
 import mmap
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -14,9 +14,12 @@ from fastvit_engine.checkpoint.format import Manifest
 from fastvit_engine.checkpoint.reader import CheckpointReader
 from fastvit_engine.checkpoint.run_config import read_section
 from fastvit_engine.checkpoint.store import is_step_name
+from fastvit_engine.config.timm_model import is_timm
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
-from fastvit_engine.models.weights.safetensors_file import model_metadata, safetensors_header
+from fastvit_engine.models.weights.pretrained import model_config
+from fastvit_engine.models.weights.safetensors_file import DTYPES, model_metadata, safetensors_header
+from fastvit_engine.models.weights.timm_weights import state_of
 from fastvit_engine.observe.disk import insist, is_final, reason
 from fastvit_engine.observe.run_folder import RunFolder, run_folder, with_both_slashes
 from fastvit_engine.storage.stores import Store, is_store, store_failures
@@ -111,17 +114,23 @@ def export_weights(checkpoint: Checkpoint, out: Path, kind: str = "weight") -> N
 def _write_weights(checkpoint: Checkpoint, out: Path, kind: str) -> None:
     manifest = checkpoint.read_manifest()
     kind_of_weights(checkpoint, manifest, ema=kind == "ema")
-    reader, files = CheckpointReader(checkpoint, manifest), _Files(checkpoint, manifest, kind)
-    shapes = manifest.of_model
-    sizes = {name: torch.Size(shape).numel() * 4 for name, shape in shapes.items()}
-    state = manifest.state
+    state, shapes, dtypes = manifest.state, dict[str, Sequence[int]](manifest.of_model), dict[str, str]()
+    if is_timm(config := model_config(state.fingerprint["model"], str(checkpoint))):
+        buffers = manifest.stored("buffer")
+        shapes = {name: shape for name, shape in state_of(config).shapes.items() if name in shapes or name in buffers}
+        dtypes = {name: slices[0][1].dtype for name, slices in buffers.items() if name in shapes}
+    kinds = manifest.kind_of_each(shapes, kind)
+    reader, files = CheckpointReader(checkpoint, manifest), _Files(checkpoint, manifest, set(kinds.values()))
+    dtypes = {name: dtypes.get(name, "F32") for name in shapes}
+    counts = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    sizes = {name: count * DTYPES[dtypes[name]].itemsize for name, count in counts.items()}
     described = model_metadata(state.fingerprint["model"], state.pixels, state.class_names, str(checkpoint))
     metadata = {**described, **_identity(manifest)}
     with atomic_writer(out) as file:
-        file.write(safetensors_header(dict.fromkeys(sizes, "F32"), shapes, sizes, metadata))
-        for name, size in sizes.items():
-            for file_name, tensor in reader.overlapping(kind, name, 0, size // 4):
-                file.write(reader.verified(files.content(file_name), file_name, kind, name, tensor))
+        file.write(safetensors_header(dtypes, shapes, sizes, metadata))
+        for name, count in counts.items():
+            for file_name, tensor in reader.overlapping(kinds[name], name, 0, count):
+                file.write(reader.verified(files.content(file_name), file_name, kinds[name], name, tensor))
 
 
 def kind_of_weights(checkpoint: Checkpoint, manifest: Manifest, *, ema: bool) -> str:
@@ -132,16 +141,16 @@ def kind_of_weights(checkpoint: Checkpoint, manifest: Manifest, *, ema: bool) ->
 
 
 class _Files:
-    """The checkpoint's files in memory, each mapped when it is first needed, as far as tensors of a kind lie in it."""
+    """The checkpoint's files in memory, mapped when first needed, as far as some kinds of tensors lie there."""
 
-    def __init__(self, checkpoint: Checkpoint, manifest: Manifest, kind: str) -> None:
-        self._checkpoint, self._manifest, self._kind = checkpoint, manifest, kind
+    def __init__(self, checkpoint: Checkpoint, manifest: Manifest, kinds: Collection[str]) -> None:
+        self._checkpoint, self._manifest, self._kinds = checkpoint, manifest, kinds
         self._mapped: dict[str, mmap.mmap] = {}
 
     def content(self, file: str) -> mmap.mmap:
         if file not in self._mapped:
             stored = self._manifest.files[file]
-            spans = [(t.offset, t.offset + t.nbytes) for kind, _, t in stored.tensors if kind == self._kind]
+            spans = [(t.offset, t.offset + t.nbytes) for kind, _, t in stored.tensors if kind in self._kinds]
             start, stop = min(first for first, _ in spans), max(last for _, last in spans)
             self._mapped[file] = self._checkpoint.store.map(self._checkpoint.name, file, stored.size, start, stop)
         return self._mapped[file]

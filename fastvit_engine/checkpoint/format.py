@@ -1,19 +1,19 @@
 """What a checkpoint holds: one safetensors file per process, and a manifest that says what lies where.
 
-`rank-00003.safetensors` holds 1-D tensors named `weight/blocks.0.mlp.fc1.weight@4096`: a kind (weight, ema, buffer, or
-a key of the optimizer such as exp_avg), a parameter, and the position in the flattened parameter where they begin.
-`manifest.json` is written last. It has the state of the run, the shape of every parameter, which of them do not learn
-and so have no optimizer state, which state is of other shapes or of some parameters only, and where each tensor lies in
-its file, with its CRC-32: one checksum per tensor, so that a process verifies all that it reads and nothing else, and
-an error can name the parameter. It ends with a CRC-32 of itself. CRC-32 comes with Python, runs at 1 to 2 GB/s outside
-the GIL, and finds what happens to files: lost, cut and flipped bytes. There is no pickle.
+`rank-00003.safetensors` holds 1-D tensors named `weight/blocks.0.mlp.fc1.weight@4096`: a kind (weight, ema, buffer,
+ema_buffer, or a key of the optimizer such as exp_avg), a parameter, and the position in the flattened parameter where
+they begin. `manifest.json` is written last. It has the state of the run, the shape of every parameter, which of them do
+not learn and so have no optimizer state, which state is of other shapes or of some parameters only, and where each
+tensor lies in its file, with its CRC-32: one checksum per tensor, so that a process verifies all that it reads and
+nothing else, and an error can name the parameter. It ends with a CRC-32 of itself. CRC-32 comes with Python, runs at 1
+to 2 GB/s outside the GIL, and finds what happens to files: lost, cut and flipped bytes. There is no pickle.
 """
 
 import json
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Annotated, Any, NamedTuple
@@ -28,6 +28,7 @@ from fastvit_engine.models.weights.safetensors_file import DTYPES, safetensors_h
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+BUFFERS = ("buffer", "ema_buffer")  # the kinds of tensors that are not of parameters: buffers, and averages of some
 _CHUNK = 2**23  # bytes written and summed at a time
 _CHECKSUM = re.compile(rb', "crc32": ([0-9]{1,10})\}\Z')  # what a manifest ends with
 _UNCHECKED = {"format", "step", "state", "scalars", "parameters", "files"}  # the keys of one without a checksum
@@ -112,6 +113,12 @@ class Manifest:
     def kinds(self) -> set[str]:
         return {kind for file in self.files.values() for kind, _, _ in file.tensors}
 
+    def kind_of_each(self, names: Iterable[str], kind: str) -> dict[str, str]:
+        """The kind of tensors that parameters and buffers of a model are read from; kind: weight or ema."""
+        averaged = self.stored("ema_buffer") if kind == "ema" else {}
+        of_buffer = {name: "ema_buffer" if name in averaged else "buffer" for name in self.stored("buffer")}
+        return {name: kind if name in self.parameters else of_buffer.get(name, kind) for name in names}
+
     def shapes_of(self, kind: str) -> dict[str, list[int]]:
         """The parameters that have state of a kind, and its whole shapes."""
         if kind in ("weight", "ema"):
@@ -132,7 +139,7 @@ class Manifest:
 
     def gap(self) -> str | None:
         """What is missing of the parameters, in words; None if each kind is there once and whole."""
-        for kind in sorted(self.kinds - {"buffer"}):
+        for kind in sorted(self.kinds.difference(BUFFERS)):
             stored = self.stored(kind)
             for name, shape in self.shapes_of(kind).items():
                 size = torch.Size(shape).numel()
@@ -200,7 +207,7 @@ def _check_positions(document: _Document) -> None:
         for kind, name, tensor in file.tensors:
             if tensor.dtype not in DTYPES or tensor.offset + tensor.nbytes > file.size:
                 raise ValueError(f"{name} ({kind}) is not in {file_name}")
-            if kind != "buffer" and tensor.stop > others.get(kind, whole)[name]:
+            if kind not in BUFFERS and tensor.stop > others.get(kind, whole)[name]:
                 raise ValueError(f"{name} ({kind}) has no element {tensor.stop}")
 
 

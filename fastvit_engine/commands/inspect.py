@@ -75,8 +75,14 @@ def _run(args: argparse.Namespace) -> int:
     from fastvit_engine.evaluate.figures import Subject, draw
     from fastvit_engine.evaluate.inspection import grid_of, inspect_images, inspect_weights
     from fastvit_engine.evaluate.one_pass import config_for
+    from fastvit_engine.models import VisionTransformer
 
     model = load(args.model, args)
+    if not isinstance(model, VisionTransformer):
+        raise UserError(
+            f"{args.model} is {model.config.name}, whose layers only timm knows: `fastvit inspect` draws the patches "
+            "and attention of this engine's Vision Transformers"
+        )
     if not args.figures and model.patch_positions() is None:
         figures = tuple(figure for figure in figures if figure != "pos_embed")
         say(f"note: no figure pos_embed, as model.pos_embed is {model.config.pos_embed}", file=sys.stderr)

@@ -13,7 +13,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.shown import say
 
 if TYPE_CHECKING:
-    from fastvit_engine.models import VisionTransformer
+    from fastvit_engine.models import AnyModel
 
 MODEL_HELP = (
     "a run folder (its latest checkpoint) or a checkpoint, path or URL; a .safetensors or .npz file; or a folder of "
@@ -58,7 +58,7 @@ def given_model_options(args: argparse.Namespace) -> list[str]:
     return [f"--{key.replace('_', '-')}" for key in keys if (value := getattr(args, key)) and value != usual.get(key)]
 
 
-def load(source: str, args: argparse.Namespace) -> "VisionTransformer":
+def load(source: str, args: argparse.Namespace) -> "AnyModel":
     """The model that an argument names, on the first GPU or the CPU. Raises UserError."""
     import warnings
 

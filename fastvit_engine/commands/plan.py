@@ -156,7 +156,7 @@ def _as_text(
     fewer: list[dict[str, Any]],
 ) -> str:
     from fastvit_engine.data.stream.batch_split import split_batch
-    from fastvit_engine.models import model_title, parameter_count
+    from fastvit_engine.models import full_title, parameter_count
     from fastvit_engine.observe.units import counted, format_bytes, format_count
     from fastvit_engine.train.estimate import describe_split, describe_time
 
@@ -199,7 +199,7 @@ def _as_text(
         hidden = " and its hidden layer (head: mlp)" if config.model.head == "mlp" else ""
         with_head = f" with a head for {counted(config.model.num_classes, 'class', 'classes')}{hidden}"
     text = [
-        f"ViT {model_title(config.model)}, {format_count(parameters)} parameters{with_head}, "
+        f"{full_title(config.model)}, {format_count(parameters)} parameters{with_head}, "
         f"{config.train.precision}, on {machine.processes} x {args.gpu}{share}: "
         f"{format_bytes(machine.usable)} of {format_bytes(machine.memory)} of each GPU for the model",
         "",
@@ -215,7 +215,7 @@ def _as_text(
     ]
     if len(fewer) > 1:
         text += ["", "on other numbers of nodes", *_nodes_table(fewer)]
-    text.append("Memory is computed from shapes, and has not been compared with a GPU's.")
+    text.append(f"Memory is computed from shapes, and has not been compared with a GPU's{chosen.measured}.")
     return "\n".join(text)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from fastvit_engine.config import Config, Resolved
     from fastvit_engine.evaluate.robustness import Pixels, Usable
-    from fastvit_engine.models import VisionTransformer
+    from fastvit_engine.models import AnyModel
 
 _TESTS = ("occlusion", "shuffle", "patch")
 _PATCH_IMAGES = 256
@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
 class _Measurement(NamedTuple):
     """Of one model."""
 
-    model: "VisionTransformer"
+    model: "AnyModel"
     pixels: "Pixels"
     config: "Config"  # of how images are read for it
     args: argparse.Namespace
@@ -93,8 +93,7 @@ class _Measurement(NamedTuple):
         model = load(source, args).requires_grad_(False)
         if model.config.num_classes < 1:
             raise UserError(f"{source} has no head, so it names no class: fine-tune it first")
-        embed = model.patch_embed
-        pixels = Pixels.of(embed.mean, embed.std, next(model.parameters()).device)
+        pixels = Pixels.of(model.pixel_mean, model.pixel_std, next(model.parameters()).device)
         return cls(model, pixels, config_for(model, resolved), args)
 
     def figures(self) -> dict[str, Any]:

@@ -6,13 +6,15 @@ from fastvit_engine.config.deepspeed_section import check_deepspeed
 from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.config.pretraining import check_pretraining
 from fastvit_engine.config.sections import Config, ZeroConfig
+from fastvit_engine.config.timm_model import check_timm_run, is_timm
 from fastvit_engine.duration import parse_duration
 from fastvit_engine.errors import UserError
 
 
 def check_config(config: Config) -> None:
     """Raises UserError, naming the keys, if two values of a valid configuration contradict each other."""
-    if config.init.from_ is None or "name" in config.model.model_fields_set:
+    check_timm_run(config)
+    if not is_timm(config.model) and (config.init.from_ is None or "name" in config.model.model_fields_set):
         resolve_shape(config.model)  # else the weights say the name
     if config.pretraining is None:
         _check_classes(config)

@@ -101,7 +101,9 @@ def _check_positions(config: ModelConfig, width: int) -> None:
 
 
 def tokens_in_training(config: Config) -> int:
-    """Tokens of one image that the blocks of the model see in training."""
+    """Tokens of one image that the blocks of the model see in training; for a model of timm, patches of 16 pixels."""
+    if config.model.name.startswith("timm/"):
+        return max(1, config.model.image_size // 16) ** 2
     shape, pretraining = resolve_shape(config.model), config.pretraining
     if isinstance(pretraining, DinoConfig):
         small = (pretraining.local_size // shape.patch_size) ** 2 + shape.prefix
@@ -124,9 +126,16 @@ def masked_count(patches: int, ratio: float) -> int:
 
 
 def model_title(config: ModelConfig) -> str:
-    """The paper's name, with what differs from the size it names: "Ti/4, width 64, depth 4"."""
+    """The paper's name, with what differs from the size it names: "Ti/4, width 64, depth 4"; or timm's, likewise."""
+    if config.timm:
+        return ", ".join([config.name, *(f"{key} {value}" for key, value in config.timm.items())])
     overrides = {key: getattr(config, key) for key in ("width", "depth", "heads", "mlp_dim")}
     return ", ".join([config.name, *(f"{key} {value}" for key, value in overrides.items() if value is not None)])
+
+
+def full_title(config: ModelConfig) -> str:
+    """The title after the word for the family, if that does not say it: "ViT B/16", "timm/resnet18"."""
+    return model_title(config) if config.name.startswith("timm/") else f"ViT {model_title(config)}"
 
 
 def model_of_shape(*, patch_size: int, width: int, depth: int, heads: int, mlp_dim: int) -> dict[str, Any]:

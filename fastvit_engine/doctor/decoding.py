@@ -14,7 +14,7 @@ from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.shards.sample import Sample
 from fastvit_engine.data.shards.usable import SampleKeys
 from fastvit_engine.doctor.findings import Finding, Group
-from fastvit_engine.models import model_title, run_flops
+from fastvit_engine.models import full_title, run_flops
 from fastvit_engine.observe.units import counted, format_bytes, format_share
 from fastvit_engine.sizing.gpus import DATASHEET_PEAK
 
@@ -96,7 +96,7 @@ def check_decoding(
 
 def _check_cores(config: Config, known: str | None, rate: float, cores: float, needs: Needs) -> Finding:
     found = (
-        f"one {known or _GPU} that trains ViT {model_title(config.model)} at {format_share(_MFU)} MFU takes "
+        f"one {known or _GPU} that trains {full_title(config.model)} at {format_share(_MFU)} MFU takes "
         f"{rate:,.0f} images/s: {cores:.1f} cores"
     )
     figures = {"images_per_second": rate, "cores": cores}

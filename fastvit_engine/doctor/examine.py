@@ -183,11 +183,16 @@ def checkpoint_bytes(config: "Config") -> int:
     """About the size of a checkpoint: fp32 weights, their average if there is one, and the optimizer's state.
 
     Counts the large matrices only: to count all parameters takes PyTorch, whose import may take as long as this check.
+    So it is 0 for a model of timm, whose matrices only timm knows.
+
     Raises UserError if the model cannot be.
     """
     from fastvit_engine.config.model_shape import resolve_shape
+    from fastvit_engine.config.timm_model import is_timm
     from fastvit_engine.engine.optimizers.state import STATE_BYTES
 
+    if is_timm(config.model):
+        return 0
     shape, optimizer = resolve_shape(config.model), config.optimizer
     width, hidden = shape.width, shape.mlp_dim
     block = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}

@@ -252,6 +252,10 @@ class DeepSpeedEngine:
         kept = module.state_dict(keep_vars=True).keys()
         return [ParameterSlice(name, 0, b.detach().view(-1)) for name, b in module.named_buffers() if name in kept]
 
+    def running_statistics(self) -> list[ParameterSlice]:
+        names: Collection[str] = getattr(self._engine.module, "running_statistics", ())  # of models of timm
+        return [part for part in self.buffers() if part.name in names]
+
     def scalars(self) -> dict[str, float]:
         found: dict[str, float] = {}
         for masters in self._layout.masters():

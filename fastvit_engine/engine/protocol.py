@@ -96,6 +96,9 @@ class TrainingEngine(Protocol):
     def buffers(self) -> list[ParameterSlice]:
         """The model's persistent buffers, which every process holds whole."""
 
+    def running_statistics(self) -> list[ParameterSlice]:
+        """Those of `buffers` that belong to the weights, and whose average belongs to an average of the weights."""
+
     def scalars(self) -> dict[str, float]:
         """The optimizer's counters and the loss scale; the same on all processes."""
 

@@ -2,8 +2,9 @@
 
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from fastvit_engine.data import Batch
 from fastvit_engine.distributed.world import World
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
+from fastvit_engine.models import TimmModel
 
 # The arrays of a file with both sets of few-shot features, as `few_shot_accuracy` names its arguments.
 BOTH = (("train_x", "train_y", "train_keys"), ("eval_x", "eval_y", "eval_keys"))
@@ -44,13 +46,13 @@ def extract_features(model: nn.Module, batches: Iterable[Batch], world: World | 
     device = next(model.parameters()).device if world is None else world.device
     parts: list[tuple[Any, ...]] = []
     try:
-        with _input_of_head(model) as seen:
+        with _representing(model) as represent:
             for batch in batches:
                 if batch.labels.ndim != 1:
                     raise UserError("features need one label per image: set data.max_labels=1")
-                model(batch.images.to(device, non_blocking=True))
+                represented = represent(batch.images.to(device, non_blocking=True))
                 kept = (batch.weights > 0).numpy()
-                features = seen.pop().float().cpu().numpy()[kept]
+                features = represented.float().cpu().numpy()[kept]
                 keys = np.array(batch.keys, dtype=np.str_)[kept]
                 parts.append((batch.seeds[kept], features, batch.labels.numpy()[kept], keys))
     finally:
@@ -74,13 +76,21 @@ def check_features(found: Features, where: object) -> None:
 
 
 @contextmanager
-def _input_of_head(model: nn.Module) -> Iterator[list[Tensor]]:
-    """A list to which each forward pass appends what the head gets: the representation [B, R]."""
+def _representing(model: nn.Module) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function of images that gives what the head gets of them, [B, R]."""
+    inner: Any = getattr(model, "module", model)  # the model that an engine wraps
+    if isinstance(inner, TimmModel):
+        yield partial(model, represent=True)
+        return
     seen: list[Tensor] = []
-    head: Any = getattr(model, "module", model).head  # of the model that an engine wraps
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hook = inner.head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+
+    def represent(images: Tensor) -> Tensor:
+        model(images)
+        return seen.pop()
+
     try:
-        yield seen
+        yield represent
     finally:
         hook.remove()
 

@@ -14,11 +14,11 @@ from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES
 from fastvit_engine.data.stream.bad_samples import checked
 from fastvit_engine.data.stream.prepare import streamed_shards
 from fastvit_engine.data.stream.streams import StreamedShards
-from fastvit_engine.models import VisionTransformer
+from fastvit_engine.models import AnyModel
 from fastvit_engine.observe.progress import WorkProgress
 
 
-def config_for(model: VisionTransformer, resolved: Resolved) -> Config:
+def config_for(model: AnyModel, resolved: Resolved) -> Config:
     """`resolved` for images of this model, prepared as its run did unless it says otherwise; labels may be any."""
     changes: dict[str, Any] = {
         f"data.{key}": value

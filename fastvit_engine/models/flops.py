@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from fastvit_engine.config import Config, DinoConfig, MaeConfig, MaskedPatchConfig, MocoConfig, ModelConfig
 from fastvit_engine.config.model_shape import Shape, masked_count, predicted_numbers, resolve_shape
+from fastvit_engine.config.timm_model import is_timm
+from fastvit_engine.models import timm_measure
 from fastvit_engine.models.masked_autoencoder import MLP_RATIO
 
 
@@ -17,8 +19,14 @@ class RunFlops(NamedTuple):
 
 
 def run_flops(config: Config) -> RunFlops:
-    """Of the model with what the run's objective adds to it, for the patches that the objective shows to it."""
+    """Of the model with what the run's objective adds to it, for the patches that the objective shows to it.
+
+    Those of a model of timm are counted by PyTorch while it computes, see `timm_measure`.
+    """
     model, pretraining = config.model, config.pretraining
+    if is_timm(model):
+        flops = timm_measure.training_flops(model, frozen=config.optimizer.frozen)
+        return RunFlops(flops, flops)
     if isinstance(pretraining, MaeConfig):
         return RunFlops(
             6 * autoencoder_macs(model, pretraining), 6 * autoencoder_macs(model, pretraining, computed=True)

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 from fastvit_engine.config import Config, DataConfig, ModelConfig, Resolved
+from fastvit_engine.config.timm_model import check_timm_model, is_timm
 from fastvit_engine.models import vit
+from fastvit_engine.models.timm_model import TimmModel, build_timm
 
 
 def build_model(
@@ -11,7 +13,7 @@ def build_model(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> vit.VisionTransformer:
+) -> vit.VisionTransformer | TimmModel:
     """Builds an initialised model in float32; under torch.device("meta"), one of shapes only.
 
     config: what `load_config` returns, or a Config, or its section `model` alone.
@@ -22,4 +24,7 @@ def build_model(
     """
     config = config.config if isinstance(config, Resolved) else config
     section, data = (config.model, config.data) if isinstance(config, Config) else (config, DataConfig())
-    return vit.build_vit(section, mean=data.mean if mean is None else mean, std=data.std if std is None else std)
+    mean, std = data.mean if mean is None else mean, data.std if std is None else std
+    check_timm_model(section)
+    build = build_timm if is_timm(section) else vit.build_vit
+    return build(section, mean=mean, std=std)

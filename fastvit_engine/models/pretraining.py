@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from fastvit_engine.config import (
     Config,
@@ -13,10 +14,13 @@ from fastvit_engine.config import (
     ModelConfig,
     Pretraining,
 )
+from fastvit_engine.config.timm_model import is_timm
 from fastvit_engine.models.contrastive import Contrastive
 from fastvit_engine.models.masked_autoencoder import MaskedAutoencoder
 from fastvit_engine.models.masked_patch import MaskedPatchPredictor
 from fastvit_engine.models.self_distilled import SelfDistilled
+from fastvit_engine.models.timm_library import skeleton
+from fastvit_engine.models.timm_model import TimmModel, build_timm
 from fastvit_engine.models.vit import VisionTransformer
 
 _FOR_PRETRAINING = ("mask_token", "decoder.", "projection.", "predictor.")
@@ -30,8 +34,10 @@ def is_for_pretraining(name: str) -> bool:
     return name.startswith(_FOR_PRETRAINING)
 
 
-def build_for_training(config: Config) -> VisionTransformer:
+def build_for_training(config: Config) -> VisionTransformer | TimmModel:
     """The initialised model in float32 that a run trains, with what its objective adds."""
+    if is_timm(config.model):
+        return build_timm(config.model, mean=config.data.mean, std=config.data.std)
     model = model_for_training(config.model, config.pretraining, mean=config.data.mean, std=config.data.std)
     model.init_weights()
     return model
@@ -52,8 +58,15 @@ def model_for_training(
     return VisionTransformer(model, mean=mean, std=std)
 
 
+def shapes_for_training(model: ModelConfig, pretraining: Pretraining | None = None) -> nn.Module:
+    """The model of a run with shapes and no memory. pretraining: as Config.pretraining."""
+    if is_timm(model):
+        return skeleton(model)
+    with torch.device("meta"):
+        return model_for_training(model, pretraining, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
 def parameter_count(model: ModelConfig, pretraining: Pretraining | None = None) -> int:
     """Parameters that learn, of the whole model, counted on one that holds no memory. pretraining: as above."""
-    with torch.device("meta"):
-        built = model_for_training(model, pretraining, mean=(0.5,) * 3, std=(0.5,) * 3)
+    built = shapes_for_training(model, pretraining)
     return sum(parameter.numel() for parameter in built.parameters() if parameter.requires_grad)

@@ -84,6 +84,16 @@ class VisionTransformer(nn.Module):
         self.pre_logits = PreLogits(width) if config.head == "mlp" else None
         self.head = nn.Linear(width, config.num_classes) if config.num_classes else nn.Identity()
 
+    @property
+    def pixel_mean(self) -> tuple[float, ...]:
+        """Of pixels in [0, 1], by which images are normalised."""
+        return tuple(self.patch_embed.mean)
+
+    @property
+    def pixel_std(self) -> tuple[float, ...]:
+        """As `pixel_mean`."""
+        return tuple(self.patch_embed.std)
+
     def forward_features(self, images: Tensor) -> Tensor:
         """Normalised tokens of the last block [B, N, D]: the class token, if there is one, registers, patches."""
         return self._encode(images)

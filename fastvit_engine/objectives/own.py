@@ -1,15 +1,13 @@
 """Objectives of one's own: from `MODULE:NAME`, as `train.objective` writes it, to what builds them, and back."""
 
-import os
 import sys
-import traceback
-from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
 from fastvit_engine.errors import UserError
 from fastvit_engine.objectives.protocol import ObjectiveFactory
+from fastvit_engine.own_module import import_own
 
 
 def import_factory(path: str) -> ObjectiveFactory:
@@ -18,7 +16,7 @@ def import_factory(path: str) -> ObjectiveFactory:
     Raises UserError if the module cannot be imported, or has no such name that can be called.
     """
     module_name, _, name = path.partition(":")
-    module = _imported(module_name, path)
+    module = import_own(module_name, f"train.objective is {path}")
     try:
         factory: ObjectiveFactory = attrgetter(name)(module)
     except AttributeError:
@@ -48,26 +46,6 @@ def import_path(factory: ObjectiveFactory) -> str:
             "could not recognise it: define one there, which is called with a Config and a device"
         )
     return f"{_script_name(module) if module_name == '__main__' else module_name}:{name}"
-
-
-def _imported(module_name: str, path: str) -> ModuleType:
-    here = os.getcwd()
-    if not sys.flags.safe_path and here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return import_module(module_name)
-    except (Exception, SystemExit) as error:
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is not None and f"{module_name}.".startswith(f"{missing}."):
-            raise UserError(
-                f"train.objective is {path}, and there is no module {missing} in {here} or among the installed ones: "
-                "start in its folder on every machine, or add the folder to PYTHONPATH"
-            ) from None
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise UserError(
-            f"train.objective is {path}, and importing {module_name} fails with {type(error).__name__} ({error}) in "
-            f"{frame.filename}, line {frame.lineno}: fix the module"
-        ) from error
 
 
 def _file_of(module: ModuleType) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from fastvit_engine.config import Config
 from fastvit_engine.config.model_shape import tokens_in_training
+from fastvit_engine.config.timm_model import is_timm
 from fastvit_engine.control_groups import memory_limit
 from fastvit_engine.cores import cores_here
 from fastvit_engine.data.stream.batch_split import BatchSplit, possible_splits, split_batch
@@ -93,10 +94,17 @@ class Chosen:
     memory: Memory
     machine: Machine
 
+    @property
+    def measured(self) -> str:
+        """Which part of the memory is no computation, in words; "" if none."""
+        if not is_timm(self.config.model):
+            return ""
+        return "; that of activations was measured, by a step of the model on two images without data"
+
     def describe(self) -> str:
         """The choices, one line each, as a run prints them at its start."""
         memory = f"memory per {self.machine.device}: about {format_bytes(self.memory.total)} of "
-        memory += f"{format_bytes(self.machine.usable)} that can be used"
+        memory += f"{format_bytes(self.machine.usable)} that can be used{self.measured}"
         lines = [f"  {choice.key} = {_written(choice.value)}: {choice.reason}" for choice in self.choices]
         return "\n".join([memory, *lines])
 

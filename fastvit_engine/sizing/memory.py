@@ -37,11 +37,16 @@ from fastvit_engine.config import (
     Pretraining,
 )
 from fastvit_engine.config.model_shape import masked_count, predicted_numbers, tokens_in_training
+from fastvit_engine.config.timm_model import is_timm
 from fastvit_engine.engine.optimizers.kinds import KINDS, updates_in_place
 from fastvit_engine.engine.optimizers.state import STATE_BYTES
+from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
 from fastvit_engine.models.masked_autoencoder import MLP_RATIO
-from fastvit_engine.models.pretraining import model_for_training
+from fastvit_engine.models.pretraining import shapes_for_training
+from fastvit_engine.models.timm_library import classifier_parameters
+from fastvit_engine.models.timm_measure import kept_bytes, largest_unit
+from fastvit_engine.models.vit import VisionTransformer
 from fastvit_kernels import dispatch
 from fastvit_kernels.mlp.op import Recompute
 
@@ -73,14 +78,24 @@ class ParameterCounts:
     @lru_cache
     def of(model: ModelConfig, *, frozen: str = "none", pretraining: Pretraining | None = None) -> "ParameterCounts":
         """Counted on a model that holds no memory. frozen: as optimizer.frozen. pretraining: as Config.pretraining."""
-        with torch.device("meta"):
-            vit = model_for_training(model, pretraining, mean=(0.5,) * 3, std=(0.5,) * 3)
-        if frozen == "backbone":
-            vit.freeze_backbone()
-        counts = [parameter.numel() for parameter in vit.parameters()]
-        shapes = tuple((name, tuple(p.shape)) for name, p in vit.named_parameters() if p.requires_grad)
+        built = shapes_for_training(model, pretraining)
+        if frozen == "backbone" and isinstance(built, VisionTransformer):
+            built.freeze_backbone()
+        elif frozen == "backbone":
+            of_head = classifier_parameters(built)
+            for name, parameter in built.named_parameters():
+                parameter.requires_grad_(name in of_head)
+        counts = [parameter.numel() for parameter in built.parameters()]
+        shapes = tuple((name, tuple(p.shape)) for name, p in built.named_parameters() if p.requires_grad)
+        if not shapes:
+            raise UserError(
+                f"optimizer.frozen = backbone leaves the classifier to learn, and {model.name} has none that "
+                "get_classifier() returns: set optimizer.frozen=none"
+            )
         learning = [math.prod(shape) for _, shape in shapes]
-        block = sum(parameter.numel() for parameter in vit.blocks[0].parameters())
+        block = largest_unit(built)
+        if isinstance(built, VisionTransformer):
+            block = sum(parameter.numel() for parameter in built.blocks[0].parameters())
         return ParameterCounts(sum(counts), block, max(counts), sum(learning), max(learning), shapes)
 
 
@@ -138,6 +153,9 @@ def training_memory(
         optimizer=config.optimizer,
     )
     precision = config.train.precision
+    if is_timm(config.model):  # one pass for an image cannot be computed, and is measured
+        kept = kept_bytes(config.model, _DTYPES[precision], frozen=frozen == "backbone")
+        return replace(state, activations=micro_batch * kept.activations, work=micro_batch * 3 * kept.largest)
     implementation = block_implementation(config.model, precision, on_gpu=on_gpu)
     if isinstance(config.pretraining, MaeConfig):
         activations = autoencoder_bytes(config, config.pretraining, implementation)
@@ -234,7 +252,9 @@ def _offloaded(
 
 
 def block_implementation(model: ModelConfig, precision: str, *, on_gpu: bool) -> Implementation:
-    """What `fastvit_kernels` runs for a block."""
+    """What `fastvit_kernels` runs for a block; for a model of timm, whose blocks recompute nothing, "reference"."""
+    if is_timm(model):
+        return "reference"
     on = _DTYPES[precision], on_gpu
     if model.dropout == 0 and all(dispatch.plan(half, *on).runs == "triton" for half in ("attention_block", "mlp")):
         return "fused"

@@ -18,11 +18,14 @@ from fastvit_engine.checkpoint.load import open_model
 from fastvit_engine.config import Config, InitConfig, ModelConfig, Resolved
 from fastvit_engine.config.checks import check_config
 from fastvit_engine.config.model_shape import Shape, resolve_shape
+from fastvit_engine.config.timm_model import PREFIX, is_timm
 from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import is_for_pretraining
+from fastvit_engine.models.timm_library import insist_on_import
 from fastvit_engine.models.weights.pretrained import Pretrained
 from fastvit_engine.models.weights.safetensors_file import read_header
+from fastvit_engine.models.weights.timm_weights import open_timm_file
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.shown import public_url
 from fastvit_engine.train.job import Job
@@ -85,13 +88,16 @@ def fill_in(resolved: Resolved, run: RunFolder | None, *, resume: bool) -> Fille
         return _from_checkpoint(config, state)
     if config.init.from_ is None:
         return Filled()
-    return _from_weights(resolved, _open(config.init))
+    return _from_weights(resolved, _open(config))
 
 
-def _open(settings: InitConfig) -> Pretrained:
+def _open(config: Config) -> Pretrained:
+    settings = config.init
     assert settings.from_ is not None
     path = Path(settings.from_)
-    if path.suffix == ".safetensors" and path.is_file() and "model" not in read_header(path)[0]:
+    if path.suffix == ".safetensors" and path.is_file() and "model" not in (header := read_header(path))[0]:
+        if is_timm(config.model):
+            return open_timm_file(str(path), config.model.name, *header[1:], arguments=config.model.timm)
         raise UserError(
             f"{path} does not say which model its weights are of; if it has the names of timm, `fastvit convert {path} "
             "NEW.safetensors --to timm --name B/16`, with its own name, makes a file to start from"
@@ -109,6 +115,8 @@ def _from_checkpoint(config: Config, state: TrainerState) -> Filled:
     then, given = dict(state.fingerprint["model"]), config.model.model_fields_set
     keys = (set(ModelConfig.model_fields) & then.keys()) - {"dropout", "drop_path", "head_bias"}
     pixels = state.pixels or {}
+    if "name" not in given and str(then.get("name")).startswith(PREFIX):
+        insist_on_import(then["name"], "the run")
     values = {
         "model": {key: then[key] for key in sorted(keys - given)},
         "data": {
@@ -129,6 +137,8 @@ def _from_weights(resolved: Resolved, weights: Pretrained) -> Filled:
             f"model.{key} out, or start from other weights"
         )
 
+    if is_timm(there) or is_timm(model):
+        return _of_timm(config, weights, refuse)
     _fill_sizes(model, there, values, refuse)
     for key in ModelConfig.model_fields:
         if key in _OWN or key in ("name", "head", "layer_scale", *_SIZES):
@@ -158,6 +168,30 @@ def _from_weights(resolved: Resolved, weights: Pretrained) -> Filled:
     pixels, warnings = _fill_pixels(config, weights)
     names = weights.class_names if config.init.head == "keep" else None
     return Filled({"model": values, "data": pixels}, warnings, _other_evaluation(config, weights), class_names=names)
+
+
+def _of_timm(config: Config, weights: Pretrained, refuse: Any) -> Filled:
+    """As `_from_weights`, if the model of either is timm's, whose arguments shape it."""
+    there, given, values = weights.config, config.model.model_fields_set, dict[str, Any]()
+    for key in ("name", "timm"):
+        if key not in given:
+            values[key] = getattr(there, key)
+        elif _untagged(getattr(config.model, key)) != _untagged(getattr(there, key)):
+            raise refuse(key, f"{key} {_shown(getattr(there, key))}")
+    if "image_size" not in given:
+        values["image_size"] = there.image_size
+    if config.init.head == "keep":
+        _keep_head(config, there, weights.where, values, refuse)
+        values.pop("head", None)
+    pixels, warnings = _fill_pixels(config, weights)
+    names = weights.class_names if config.init.head == "keep" else None
+    return Filled({"model": values, "data": pixels}, warnings, _other_evaluation(config, weights), class_names=names)
+
+
+def _untagged(value: Any) -> Any:
+    """Without timm's tag of pretrained weights: the model is the same."""
+    is_name = isinstance(value, str) and value.startswith(PREFIX) and ":" not in value
+    return value.partition(".")[0] if is_name else value
 
 
 def _fill_sizes(model: ModelConfig, there: ModelConfig, values: dict[str, Any], refuse: Any) -> None:
@@ -290,6 +324,10 @@ def load_first_weights(job: Job) -> None:
         world.broadcast(whole)
         for part in slices.get(name, []):
             part.values.copy_(whole.reshape(-1)[part.start : part.stop])
+    for part in engine.buffers() if is_timm(job.config.model) else []:
+        if world.is_main:
+            part.values.copy_(weights.pop(part.name).reshape(-1))
+        world.broadcast(part.values)
     engine.publish()
     if job.ema is not None:
         job.ema.restart()
@@ -298,19 +336,20 @@ def load_first_weights(job: Job) -> None:
 def _read(config: Config, shapes: Mapping[str, list[int]]) -> dict[str, torch.Tensor]:
     settings, model = config.init, config.model
     keeps = settings.head == "keep"
-    weights = _open(settings).changed(
+    weights = _open(config).changed(
         image_size=model.image_size,
         num_classes=None if keeps else model.num_classes,
         interpolation=settings.interpolation,
     )
-    found = {name: list(shape) for name, shape in weights.shapes.items()}
+    found = {name: list(shape) for name, shape in weights.shapes.items() if name not in weights.buffers}
     if found != shapes:
         name = next(name for name in [*shapes, *found] if shapes.get(name) != found.get(name))
         raise UserError(
             f"{weights.where} has changed since the run was started: '{name}' is {found.get(name, 'absent')} there and "
             f"{shapes.get(name, 'absent')} in the model; start again"
         )
-    read = weights.load(list(shapes))
+    read = weights.load(list(weights.shapes))
     if not keeps and model.head_bias:
-        read["head.bias"].fill_(model.head_bias)
+        for name in weights.head_biases:
+            read[name].fill_(model.head_bias)
     return read

@@ -26,6 +26,7 @@ from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.config import Config, EvalTransform, ModelConfig, Resolved
 from fastvit_engine.config.checks import check_config
 from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM, ProfileConfig, profiled_steps
+from fastvit_engine.config.timm_model import is_timm
 from fastvit_engine.data import IterableData, TrainingData, prepare_data
 from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
 from fastvit_engine.data.stream.prepare import FewShotData, prepare_few_shot
@@ -35,6 +36,7 @@ from fastvit_engine.engine.build import deepspeed_config
 from fastvit_engine.engine.optimizers.apex import check_apex
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
+from fastvit_engine.models.timm_measure import normalises_batches
 from fastvit_engine.observe.disk import insist
 from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.run_folder import WORKING_FOLDERS, RunFolder
@@ -129,6 +131,7 @@ def preflight(
             "of the weights with --set init.head=keep"
         )
     split = split_batch(config, world_size)
+    check_whole_batches(config, split)
     deepspeed_config(config, split, on_gpu=None if dry_run is None else dry_run.on_gpu)
     if dry_run is None:  # which may be for another machine
         check_apex(config)
@@ -201,6 +204,17 @@ def preflight(
             longer = f" (more than the {schedule.total_steps:,} of train.duration = '{config.train.duration}')"
         message = f"{run} is complete, with {counted(state.step, 'step')}{longer}{accuracy}: nothing to do"
     return replace(start, message=message).at(checkpoint, state)
+
+
+def check_whole_batches(config: Config, split: BatchSplit) -> None:
+    """Raises UserError if a model normalises by batches, and those of the processes are not of the same size."""
+    if not is_timm(config.model) or split.equal or not normalises_batches(config.model):
+        return
+    raise UserError(
+        f"{config.model.name} normalises by the images of a micro-batch, and train.global_batch_size = "
+        f"{split.global_batch_size:,} does not make equal ones on {split.world_size} processes: make it a multiple of "
+        "them"
+    )
 
 
 def _eval_transform(config: Config, state: TrainerState | None) -> EvalTransform:
@@ -421,6 +435,8 @@ def _shape(model: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What the parameters of a section `model` are, however it spells them; None if this version does not know it."""
     try:
         config = ModelConfig.model_validate(model)
+        if is_timm(config):
+            return config.model_dump(include={"name", "image_size", "num_classes", "timm"})
         shape = resolve_shape(config)
     except (ValidationError, UserError):
         return None

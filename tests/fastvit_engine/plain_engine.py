@@ -72,6 +72,9 @@ class PlainEngine:
     def buffers(self):
         return [ParameterSlice(name, 0, buffer.view(-1)) for name, buffer in self.model.named_buffers()]
 
+    def running_statistics(self):
+        return []
+
     def scalars(self):
         states = self.optimizer.state.values()
         return {f"optimizer.{k}": v.item() for state in states for k, v in state.items() if not v.ndim}

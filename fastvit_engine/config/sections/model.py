@@ -1,6 +1,6 @@
 """The model, and the weights that it starts from."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -11,7 +11,10 @@ class ModelConfig(Section):
     """The Vision Transformer, named as in the papers: size and patch size (Dosovitskiy et al. 2021, Table 1)."""
 
     name: Annotated[str, AfterValidator(lambda name: name.removeprefix("ViT-"))] = "B/16"
-    """Size and patch size, such as H/14 or B/8: Ti, S, B, L, H, g, G or So400m, and any patch size in pixels."""
+    """Size and patch size, such as H/14 or B/8: Ti, S, B, L, H, g, G or So400m, and any patch size in pixels.
+    timm/NAME: a model of timm, such as timm/swin_tiny_patch4_window7_224, for which only image_size, num_classes,
+    dropout, drop_path, head_bias and timm mean something. timm/MODULE:NAME: one that a Python module of your own
+    registers, which is imported from the working directory or PYTHONPATH."""
 
     image_size: int = Field(224, gt=0, le=65536)
     """Height and width of the model's input in pixels. The patch size must divide it."""
@@ -71,6 +74,12 @@ class ModelConfig(Section):
 
     mlp_dim: int | None = Field(None, gt=0, le=1_000_000)
     """Hidden dimension of the MLP; null: in proportion to the width, as in the named size."""
+
+    timm: dict[str, Any] = {}
+    """Further arguments of `timm.create_model`, for a model of timm: {window_size: 8}."""
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())  # what a dictionary has none of
 
 
 class InitConfig(Section):

@@ -56,7 +56,8 @@ class OptimizerConfig(Section):
 
     layer_decay: float | None = Field(None, gt=0, le=1)
     """Layer-wise decay d: the learning rate is multiplied by d^(depth + 1 - layer). The embeddings are layer 0, the
-    first block is layer 1, and the final norm and the head, layer depth + 1, learn at the full rate; null: off."""
+    first block is layer 1, and the final norm and the head, layer depth + 1, learn at the full rate; null: off. A model
+    of timm says itself what its layers are."""
 
     frozen: Literal["none", "backbone"] = "none"
     """What does not learn. backbone: all but the last linear layer, which is a linear probe. What is frozen computes as

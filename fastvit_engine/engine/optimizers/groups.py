@@ -28,18 +28,21 @@ def parameter_groups(model: nn.Module, settings: OptimizerConfig, apart: Apart =
     """Groups of the parameters that learn, by weight decay, by `apart` and, under layer_decay, by layer.
 
     Decays the matrices of dense layers and the patch projection, as the paper's code does, and the classifier's by
-    head_weight_decay. Biases, LayerNorm, LayerScale, position embedding and class token are not decayed.
+    head_weight_decay: that of `head`, or of what a model lists in `of_classifier`. Biases, LayerNorm, LayerScale,
+    position embedding and class token are not decayed.
     """
+    of_classifier = getattr(model, "of_classifier", ("head.weight",))
     learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    last = 1 + max((layer for name, _ in learning if (layer := _layer(name)) is not None), default=0)
+    layers = _layers(model, settings)
+    last = 1 + max((layer for name, _ in learning if (layer := layers(name)) is not None), default=0)
     groups: dict[tuple[int, bool, bool, float], dict[str, Any]] = {}
     of_head = settings.weight_decay if settings.head_weight_decay is None else settings.head_weight_decay
     for name, parameter in learning:
-        layer = _layer(name)
+        layer = layers(name)
         distance = 0 if settings.layer_decay is None or layer is None else last - layer
         is_matrix = name.endswith(".weight") and parameter.ndim >= 2
         is_apart = apart(name, tuple(parameter.shape))
-        decay = (of_head if name == "head.weight" else settings.weight_decay) if is_matrix else 0.0
+        decay = (of_head if name in of_classifier else settings.weight_decay) if is_matrix else 0.0
         group = {
             "params": [],
             "weight_decay": decay,
@@ -49,6 +52,16 @@ def parameter_groups(model: nn.Module, settings: OptimizerConfig, apart: Apart =
         }
         groups.setdefault((-distance, not is_matrix, not is_apart, decay), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
+
+
+def _layers(model: nn.Module, settings: OptimizerConfig) -> Callable[[str], int | None]:
+    """As `_layer`, for a model that knows its layers better: a model of timm."""
+    known = getattr(model, "layers_of_parameters", None)
+    if settings.layer_decay is None or known is None:
+        return _layer
+    layers: dict[str, int] = known()
+    last = max(layers.values())
+    return lambda name: None if layers[name] == last else layers[name]
 
 
 def _layer(name: str) -> int | None:

@@ -14,6 +14,7 @@ from fastvit_engine.config import ModelConfig
 from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
 from fastvit_engine.errors import UserError
+from fastvit_engine.models import AnyModel
 from fastvit_engine.models.positions import sincos_positions, table_shapes
 from fastvit_engine.models.vit import VisionTransformer
 from fastvit_engine.models.weights.entries import Entry, check_finite, check_shapes
@@ -21,6 +22,8 @@ from fastvit_engine.models.weights.position import Interpolation, resample_axis,
 
 USUAL = (0.5, 0.5, 0.5)  # mean and std of the recipes, and of the authors' code
 _OF_HEAD = ("pre_logits.", "head.")
+
+Load = Callable[[Sequence[str]], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,23 @@ class Pretrained:
     where: str
     config: ModelConfig
     shapes: Mapping[str, tuple[int, ...]]
-    load: Callable[[Sequence[str]], dict[str, Tensor]]
+    load: Load
     pixels: Mapping[str, Any] | None = None
     class_names: tuple[str, ...] | None = None
 
     def read(self, name: str) -> Tensor:
         """One parameter."""
         return self.load([name])[name]
+
+    @property
+    def buffers(self) -> frozenset[str]:
+        """Which of `shapes` are no parameters; none of our own models."""
+        return frozenset()
+
+    @property
+    def head_biases(self) -> tuple[str, ...]:
+        """The biases that model.head_bias sets."""
+        return ("head.bias",)
 
     @property
     def output_names(self) -> list[str] | None:
@@ -77,12 +90,15 @@ class Pretrained:
             changed = changed._at_image_size(image_size, interpolation)
         return changed
 
-    def build(self) -> VisionTransformer:
+    def warn_of_pixels(self) -> None:
+        """Warns if mean and std are not known."""
+        if self.pixels is None:
+            warnings.warn(f"{self.where} does not say mean and std of its pixels: taking 0.5 and 0.5", stacklevel=4)
+
+    def build(self) -> AnyModel:
         """The model: float32, on the CPU, in eval mode. Takes 0.5 for mean and std, with a warning, if unknown."""
-        pixels = self.pixels
-        if pixels is None:
-            warnings.warn(f"{self.where} does not say mean and std of its pixels: taking 0.5 and 0.5", stacklevel=3)
-            pixels = {"mean": USUAL, "std": USUAL}
+        pixels = self.pixels or {"mean": USUAL, "std": USUAL}
+        self.warn_of_pixels()
         with torch.device("meta"):
             model = VisionTransformer(self.config, mean=tuple(pixels["mean"]), std=tuple(pixels["std"]))
         model.load_state_dict(self.load(list(self.shapes)), assign=True)

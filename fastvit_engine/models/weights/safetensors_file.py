@@ -15,13 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fastvit_engine.config.timm_model import PREFIX
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.described import PIXELS, described
 from fastvit_engine.models.weights.position import foreign_positions
-from fastvit_engine.models.weights.pretrained import Pretrained, check_readable, from_tensors, model_config
+from fastvit_engine.models.weights.pretrained import Load, Pretrained, check_readable, model_config
 from fastvit_engine.models.weights.timm_code import timm_code
 from fastvit_engine.models.weights.timm_names import open_timm_tensors
+from fastvit_engine.models.weights.timm_weights import open_tensors, open_timm_file
 from fastvit_engine.shown import brief
 
 # As safetensors calls them.
@@ -29,6 +31,7 @@ DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+_INTEGERS = ("num_batches_tracked", "relative_position_index")  # how the names of integer buffers of timm end
 _DESCRIBED = (*PIXELS, "model", "image_size", "class_names", "timm")
 
 
@@ -91,7 +94,8 @@ def describe_for_timm(path: Path) -> str:
 def open_safetensors(path: Path, name: str | None = None) -> Pretrained:
     """The model in a file of ours; or in one with timm's names, if `name` says which. Reads the header alone.
 
-    name: a name of the papers, "B/16", or of timm, "vit_base_patch16_224". Raises UserError for any other file.
+    name: a name of the papers, "B/16", or of timm, "vit_base_patch16_224"; "timm/resnet50" for the model of timm
+    itself. Raises UserError for any other file.
     """
     where = str(path)
     metadata, shapes, load = read_header(path)
@@ -102,22 +106,23 @@ def open_safetensors(path: Path, name: str | None = None) -> Pretrained:
                 "that `fastvit export` wrote; if its names are those of timm, name the model, as in --name B/16 (from "
                 "Python: name=)"
             )
+        if name.startswith(PREFIX):
+            return open_timm_file(where, name, shapes, load)
         return open_timm_tensors(where, name, shapes, load)
-    if name is not None:
-        raise UserError(f"{where} says itself which model it is of: leave the name '{name}' out")
     try:
         model = dict(json.loads(metadata["model"]))
         said = {key: json.loads(metadata[key]) for key in (*PIXELS, "class_names") if key in metadata}
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} has damaged metadata ({brief(error)}): export the model again") from error
     pixels, class_names = described(said, where)
-    return from_tensors(where, model_config(model, where), shapes, load, pixels, class_names)
+    return open_tensors(where, model_config(model, where), shapes, load, pixels, class_names, name=name)
 
 
-def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]], Callable[[Sequence[str]], dict]]:
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]], Load]:
     """Metadata and shapes of a safetensors file, and what reads its tensors as float32, in memory of their own.
 
-    Raises UserError if the file is damaged, or if its tensors are no floating-point numbers.
+    Raises UserError if the file is damaged, or if its tensors are no floating-point numbers; but the counters and
+    indexes that models of timm have among their buffers stay the integers that they are.
     """
     check_readable(path)
     try:
@@ -135,26 +140,35 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[int, ...]],
             "`fastvit export RUN --out FILE` or `fastvit convert MODEL FILE --to timm`"
         ) from error
     for name, dtype in dtypes.items():
-        if not (dtype in DTYPES and DTYPES[dtype].is_floating_point):
+        is_buffer = name.endswith(_INTEGERS) and dtype in ("I64", "I32")
+        if not is_buffer and not (dtype in DTYPES and DTYPES[dtype].is_floating_point):
             raise UserError(f"{path}: tensor '{brief(name)}' holds {dtype}, and weights are floating-point")
 
     def load(wanted: Sequence[str]) -> dict[str, Tensor]:
-        return {name: file.get_tensor(name).to(torch.float32, copy=True) for name in wanted}
+        read = ((name, file.get_tensor(name)) for name in wanted)
+        return {n: t.to(torch.float32 if t.is_floating_point() else t.dtype, copy=True) for n, t in read}
 
     return metadata, shapes, load
 
 
 def write_safetensors(path: Path, model: Pretrained, metadata: Mapping[str, str]) -> None:
     """Writes the parameters under our names, which are timm's, in float32; whole or not at all."""
-    write_tensors(path, dict(model.shapes), metadata, model.read)
+    tensors = {name: model.read(name).dtype for name in model.buffers}
+    integers = {name: "I64" for name, dtype in tensors.items() if not dtype.is_floating_point}
+    write_tensors(path, dict(model.shapes), metadata, model.read, integers)
 
 
 def write_tensors(
-    path: Path, shapes: Mapping[str, Sequence[int]], metadata: Mapping[str, str], read: Callable[[str], Tensor]
+    path: Path,
+    shapes: Mapping[str, Sequence[int]],
+    metadata: Mapping[str, str],
+    read: Callable[[str], Tensor],
+    others: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes float32 tensors, one in memory at a time; whole or not at all."""
-    sizes = {name: math.prod(shape) * 4 for name, shape in shapes.items()}
+    """Writes float32 tensors, one in memory at a time; whole or not at all. others: dtypes of those that are not."""
+    dtypes = {**dict.fromkeys(shapes, "F32"), **(others or {})}
+    sizes = {name: math.prod(shape) * DTYPES[dtypes[name]].itemsize for name, shape in shapes.items()}
     with atomic_writer(path) as file:
-        file.write(safetensors_header(dict.fromkeys(sizes, "F32"), shapes, sizes, metadata))
+        file.write(safetensors_header(dtypes, shapes, sizes, metadata))
         for name in sizes:
             file.write(read(name).contiguous().numpy().tobytes())

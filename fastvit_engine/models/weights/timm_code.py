@@ -4,6 +4,8 @@ from typing import Any
 
 from fastvit_engine.config import ModelConfig
 from fastvit_engine.config.model_shape import SIZES, resolve_shape
+from fastvit_engine.config.timm_model import is_timm, timm_name
+from fastvit_engine.models.timm_library import arguments
 
 # timm's architecture of each size: name and patch size. Its image size is 224.
 ARCHITECTURES = {
@@ -40,6 +42,11 @@ def timm_code(config: ModelConfig, **more: object) -> str:
     timm must have its positions, see `foreign_positions`. With head: mlp the lines also add the hidden layer before the
     classifier, which timm's models do not have. more: further arguments of `create_model`.
     """
+    if is_timm(config):
+        named, given = timm_name(config.name), {**arguments(config), **more}
+        words = ", ".join([repr(named.architecture), *(f"{key}={value!r}" for key, value in given.items())])
+        imports = [] if named.module is None else [f"import {named.module}"]
+        return "\n".join([*imports, "import timm", f"model = timm.create_model({words})"])
     name, given = timm_arguments(config)
     call = [repr(name), *(f"{key}={value!r}" for key, value in given.items())]
     imports = ["import timm"]
