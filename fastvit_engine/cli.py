@@ -27,6 +27,7 @@ _PURPOSES = {
     "features": "what a model sees in images, as an .npz file",
     "inspect": "pictures of what a model has learned and where it looks",
     "robustness": "accuracy with parts of the images missing, exchanged, or made to deceive",
+    "study": "train runs that differ in some settings, and compare what they reached",
     "plan": "what a run would need and what the engine would choose, without starting it",
     "doctor": "check machine, software, data and network, and say what to fix",
     "data": "make, index, verify and look at shards",

@@ -1,8 +1,9 @@
-"""The recipes that come with the engine, as files: found without reading any."""
+"""The recipes and studies that come with the engine, as files: found without reading any."""
 
 from pathlib import Path
 
 RECIPES = Path(__file__).parent / "recipes"
+STUDIES = Path(__file__).parent / "studies"
 
 
 def recipe_paths() -> dict[str, Path]:
@@ -13,3 +14,8 @@ def recipe_paths() -> dict[str, Path]:
 
 def recipe_names() -> list[str]:
     return list(recipe_paths())
+
+
+def study_paths() -> dict[str, Path]:
+    """The studies that come with the engine, by name."""
+    return {path.stem: path for path in sorted(STUDIES.glob("*.yaml"))}

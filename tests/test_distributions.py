@@ -159,6 +159,9 @@ def test_the_engine_needs_the_kernels_and_its_extra_alone(wheels: dict[str, Path
     listed = run(COMMAND, "config", "list", installed=[engine, kernels], cwd=tmp_path)
     recipes = [file.stem for file in (ROOT / "fastvit_engine" / "recipes").rglob("[!_]*.yaml")]
     assert recipes and all(re.search(rf"\b{name}\b", listed) for name in recipes)
+    listed = run(COMMAND, "study", "--help", installed=[engine, kernels], cwd=tmp_path)
+    studies = [file.stem for file in (ROOT / "fastvit_engine" / "studies").glob("*.yaml")]
+    assert studies and all(re.search(rf"\b{name}\b", listed) for name in studies)
 
 
 def test_a_package_that_nothing_requires_is_not_found(wheels: dict[str, Path], tmp_path: Path) -> None:

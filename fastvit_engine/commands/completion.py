@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from fastvit_engine.errors import UserError
-from fastvit_engine.recipe_files import recipe_names
+from fastvit_engine.recipe_files import recipe_names, study_paths
 from fastvit_engine.shown import say, shown
 
 SHELLS = ("bash", "zsh")
 
 _FIRST_LINE = "#compdef fastvit\n"  # of what we install
-_PATHS = ("DEST", "DIR", "FILE", "IMAGE", "MODEL", "RECIPE", "SHARDS", "SOURCE")  # what stands for a file or a folder
+# What stands for a file or a folder.
+_PATHS = ("DEST", "DIR", "FILE", "IMAGE", "MODEL", "RECIPE", "SHARDS", "SOURCE", "STUDY")
 
 
 class InstallCompletion(argparse.Action):
@@ -111,6 +112,8 @@ def candidates(prefix: str, action: argparse.Action) -> list[str]:
     found: list[str] = []
     if kind == "RECIPE":
         found += recipe_names()
+    if kind == "STUDY":
+        found += study_paths()
     if kind in ("KEY", "KEY=VALUE"):
         found += _keys("=" if kind == "KEY=VALUE" else "")
     if kind == "RUN":

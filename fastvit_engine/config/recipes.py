@@ -113,7 +113,7 @@ def read_recipe(path: Path, *, _derived: tuple[Path, ...] = ()) -> tuple[dict[st
 
     Raises UserError for a file that is not a recipe, and for a base that does not exist or leads back to the recipe.
     """
-    values, origins = _read_file(path)
+    values, origins = read_file(path)
     if _BASE not in values:
         return values, origins
     base, where = values.pop(_BASE), origins.pop(_BASE)
@@ -138,7 +138,11 @@ def merge(values: dict[str, Any], over: dict[str, Any]) -> None:
             values[key] = value
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of a YAML file of sections, and for each dotted key the file and line that sets it.
+
+    Raises UserError if it is no such file.
+    """
     text = ""
     try:
         text = read_yaml(path)

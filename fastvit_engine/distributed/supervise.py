@@ -83,7 +83,7 @@ def start_ranks(
         try:
             for rank in range(processes):
                 variables = {**environment, **rank_environment(rank, processes, store.port, environment), **common}
-                children.append(subprocess.Popen(command, env=variables, preexec_fn=_die_with_parent, **options))
+                children.append(subprocess.Popen(command, env=variables, preexec_fn=die_with_parent, **options))
             yield children
         finally:
             for child in children:
@@ -213,7 +213,7 @@ def silence(descriptors: Sequence[int]) -> None:
     os.close(nowhere)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Asks Linux to end this child when its parent is killed, so that no rank is ever left behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG

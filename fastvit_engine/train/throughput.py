@@ -48,9 +48,14 @@ def peak_flops(world: World, precision: str) -> Peak:
         own, clock = 2 * _SIZE**3 / _seconds_on_gpu(world.device, dtype), ""
     else:
         cores = min(torch.get_num_threads(), core_share() / len(world.node_ranks))
-        own, clock = cores * 2 * _SIZE**3 / _core_seconds(dtype), ", by CPU time"
+        own, clock = cores * core_peak_flops(dtype), ", by CPU time"
     source = f"measured: fastest {precision} product of {_SIZE} x {_SIZE} matrices, all processes at once{clock}"
     return Peak(world.sum([own]).item(), source)
+
+
+def core_peak_flops(dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest matrix product on one core of this CPU."""
+    return 2 * _SIZE**3 / _core_seconds(dtype)
 
 
 def _seconds_on_gpu(device: torch.device, dtype: torch.dtype) -> float:

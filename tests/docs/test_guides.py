@@ -84,6 +84,19 @@ def test_self_training(reader, imagenet, official):
 
 
 @only_in_full
+def test_studies(reader):
+    page = GUIDES / "studies.md"
+    text = page.read_text()
+    (reader.folder / "rates.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    reader.follow(page, section="## Run it")
+    found = json.loads((reader.folder / "studies" / "rates" / "study.json").read_text())
+    assert [run["settings"]["model.pool"] for run in found["runs"]] == ["cls", "cls", "gap", "gap"]
+    assert all(run["top1"] > 0.5 and run["fewshot5"] > 0.4 for run in found["runs"])
+    with Image.open(reader.folder / "studies" / "rates" / "rates.png") as image:
+        assert image.width > 800
+
+
+@only_in_full
 def test_compare_with_the_paper(reader, imagenet, pets, vtab, official):
     official("ViT-B_16-224.npz")
     (reader.folder / "data" / "i21k").symlink_to(imagenet)

@@ -199,6 +199,8 @@ def test_what_is_printed_is_what_a_shell_would_run(script, noting_python):
         ("deepspeed/run.sh", ["--hostfile", "absent", "--", "quickstart"], "there is no hostfile absent"),
         ("slurm/train.sbatch", ["--apptainer", "a", "--container-image", "b", "--", "q"], "exclude each other"),
         ("slurm/train.sbatch", ["--max-requeues", "many", "--", "q"], "are numbers"),
+        ("slurm/study.sbatch", [], "no study"),
+        ("slurm/study.sbatch", ["pooling", "--out", "x"], "not a job of an array"),
         ("kubernetes/pod.sh", ["--nodes", "2", "--", "quickstart"], "neither RANK and MASTER_ADDR"),
     ],
 )
