@@ -208,11 +208,12 @@ class VisionTransformer(nn.Module):
             nn.init.zeros_(self.cls_token)
         if self.reg_token is not None:
             nn.init.normal_(self.reg_token, std=1e-6)  # equal ones would stay equal
-        for table in (self.pos_embed, self.pos_embed_x, self.pos_embed_y):
-            if table is not None and table.requires_grad:
-                init_learned(table)
-            elif table is not None:
-                table.copy_(sincos_positions(self.shape))
+        if self.config.pos_embed == "sincos_2d" and self.pos_embed is not None:
+            self.pos_embed.copy_(sincos_positions(self.shape))
+        else:
+            for table in (self.pos_embed, self.pos_embed_x, self.pos_embed_y):
+                if table is not None:
+                    init_learned(table)
         for module in self.modules():
             if isinstance(module, FusedPatchEmbed):
                 init_linear(module.proj, lecun_normal_)
@@ -236,11 +237,11 @@ class Blocks(nn.Sequential):
     """
 
     def forward(self, x: Tensor, outputs: int | None = None, positions: Sequence[Tensor] = ()) -> Tensor:
-        *others, last = self
-        for index, block in enumerate(others):
-            x = block(x if index == 0 or not positions else x + positions[index - 1])
-        x = x + positions[-1] if positions else x
-        return last(x) if outputs is None else last(x, outputs=outputs)
+        for index, block in enumerate(self):
+            if positions and index > 0:
+                x = x + positions[index - 1]
+            x = block(x) if outputs is None or block is not self[-1] else block(x, outputs=outputs)
+        return x
 
 
 def is_hooked(*modules: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from fastvit_kernels.attention.launch import (
     launch_forward,
     launch_gradients,
 )
+from fastvit_kernels.attention.relative import relative_bias
 from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.tuning.codegen import Case
 
@@ -61,6 +62,9 @@ def cases() -> Iterator[Case]:
     yield Case("H/14, bias", partial(launch, Call(qkv, bias=bias)), with_bias)
     yield Case("H/14, dropout", partial(launch, Call(qkv, seed=seed, dropout=0.1)), KERNELS)
     yield Case("H/14, bias, dropout", partial(launch, Call(qkv, bias=bias, seed=seed, dropout=0.1)), with_bias)
+    of_base = on_meta(BATCH, 197, 3, 12, 64)
+    relative = relative_bias(of_base.select(-3, 0), on_meta(2 * 197 - 1, 64))  # rows overlap, and are not aligned
+    yield Case("B/16, relative positions", partial(launch, Call(of_base, bias=relative)), with_bias)
     lengths = Call(qkv.flatten(0, 1), None, None, None, None, 0.0, ends, ends, 257, 257)
     yield Case("H/14, lengths", partial(launch, lengths), KERNELS)
     yield Case("H/14, lengths, dropout", partial(launch, lengths._replace(seed=seed, dropout=0.1)), KERNELS)

@@ -87,6 +87,36 @@ def test_the_options_of_the_recipes_train(train, settings, tmp_path):
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
+@pytest.mark.parametrize(
+    "positions",
+    [
+        ["model.pos_embed=relative"],
+        ["model.pos_embed=learned_2d", "model.pos_embed_at=every_layer"],
+        in_full(["model.pos_embed=learned", "model.pos_embed_at=shared"]),
+        in_full(["model.pos_embed=none"]),
+    ],
+    ids=lambda settings: " ".join(setting.partition("=")[2] for setting in settings),
+)
+def test_position_tables_are_the_same_at_zero_0_and_3_also_after_resuming_at_the_other(train, positions, tmp_path):
+    usual = [
+        "train.precision=fp32",
+        "schedule.kind=constant",
+        "schedule.warmup=0 steps",
+        "optimizer.eps=1e-3",
+        *positions,
+    ]
+    stages = {"0": (["zero.stage=0"], 1), "3": (["zero.stage=3", SHARD_EVERYTHING], 2)}
+    for first, then in (("0", "3"), ("3", "0")):
+        for stage, steps in ((first, 4), (then, 6)):
+            settings, processes = stages[stage]
+            duration = f"train.duration={steps} steps"
+            train(tmp_path / first, *usual, duration, *settings, processes=processes, resume="auto")
+    expected, found = (load_file(tmp_path / stage / "model.safetensors") for stage in stages)
+    assert expected.keys() == found.keys()
+    for name, weights in expected.items():
+        assert (weights - found[name]).abs().max() < 1e-5, name
+
+
 @pytest.fixture(scope="module")
 def curve_of(train, tmp_path_factory):
     """The rows of one process that takes the whole batch in one pass, by the settings of the run."""

@@ -366,6 +366,7 @@ def test_what_does_not_shape_the_parameters_may_change(stopped, shards, before, 
     [
         ({"activation": "gelu_tanh"}, "model.activation is 'gelu_tanh', was 'gelu'"),
         ({"layer_norm_eps": 1e-12}, "model.layer_norm_eps is 1e-12, was 1e-06"),
+        ({"pos_embed_at": "shared"}, "model.pos_embed_at is 'shared', was 'input'"),
         ({"heads": 6}, "model.heads is 6, was None"),
         ({"pool": "gap", "drop_path": 0.1}, r"\(model.pool is 'gap', was 'cls'\)"),
         ({"registers": 2}, r"\(model.registers is 2, was 0\)"),
