@@ -47,7 +47,7 @@ def relative_inputs(batch: int, tokens: int, width: int, hidden: int) -> dict[st
     [
         ((2, 5, 40, 24), torch.bfloat16),
         ((1, 17, 34, 24), torch.float32),
-        in_full((2, 1, 32, 24), torch.float32),
+        in_full((2, 3, 32, 24), torch.float32),
         in_full((3, 2, 34, 24), torch.float16),
     ],
 )
@@ -63,6 +63,14 @@ def test_equals_the_independent_formulation(
 
     ours = partial(transformer_block, **BLOCK, outputs=outputs)
     assert_accurate(ours, plain, relative_inputs(*shape), dtype, device)
+
+
+@pytest.mark.parametrize("outputs", [None, 1])
+def test_one_token_has_no_distance_from_others(outputs: int | None, device: torch.device) -> None:
+    arguments = {name: t.to(device) for name, t in relative_inputs(2, 1, 32, 24).items()}
+    with_table = transformer_block(**arguments, **BLOCK, outputs=outputs)
+    del arguments["rel_pos_embed"]
+    torch.testing.assert_close(with_table, transformer_block(**arguments, **BLOCK), rtol=1e-5, atol=1e-5)
 
 
 def test_row_of_the_table_is_query_minus_key(device: torch.device) -> None:
