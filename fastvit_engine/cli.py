@@ -28,6 +28,7 @@ _PURPOSES = {
     "inspect": "pictures of what a model has learned and where it looks",
     "robustness": "accuracy with parts of the images missing, exchanged, or made to deceive",
     "study": "train runs that differ in some settings, and compare what they reached",
+    "flops": "parameters and operations of models, and the paper's table of what pretraining costs",
     "plan": "what a run would need and what the engine would choose, without starting it",
     "doctor": "check machine, software, data and network, and say what to fix",
     "data": "make, index, verify and look at shards",

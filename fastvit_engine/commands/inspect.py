@@ -73,19 +73,18 @@ def _run(args: argparse.Namespace) -> int:
 
     from fastvit_engine.evaluate.features import save_arrays
     from fastvit_engine.evaluate.figures import Subject, draw
-    from fastvit_engine.evaluate.inspection import grid_of, inspect_images, inspect_weights
+    from fastvit_engine.evaluate.inspection import grid_of, inspect_images, inspect_weights, with_attention
     from fastvit_engine.evaluate.one_pass import config_for
-    from fastvit_engine.models import VisionTransformer
 
-    model = load(args.model, args)
-    if not isinstance(model, VisionTransformer):
-        raise UserError(
-            f"{args.model} is {model.config.name}, whose layers only timm knows: `fastvit inspect` draws the patches "
-            "and attention of this engine's Vision Transformers"
-        )
+    model = with_attention(load(args.model, args))
     if not args.figures and model.patch_positions() is None:
         figures = tuple(figure for figure in figures if figure != "pos_embed")
         say(f"note: no figure pos_embed, as model.pos_embed is {model.config.pos_embed}", file=sys.stderr)
+    if not args.figures and model.shape.is_hybrid:
+        figures = tuple(figure for figure in figures if figure != "filters")
+        say(f"note: no figure filters, as patches of {model.config.name} are of no pixels", file=sys.stderr)
+    if not figures:
+        raise UserError("nothing is left to draw: see where the model looks with --images")
     arrays = inspect_weights(model, figures)
     if args.images:
         arrays |= inspect_images(model, _images(args, config_for(model, resolved)), figures)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from fastvit_engine.config.deepspeed_section import check_deepspeed
-from fastvit_engine.config.model_shape import resolve_shape
+from fastvit_engine.config.model_shape import Shape, resolve_shape
 from fastvit_engine.config.pretraining import check_pretraining
 from fastvit_engine.config.sections import Config, ZeroConfig
 from fastvit_engine.config.timm_model import check_timm_run, is_timm
@@ -15,7 +15,7 @@ def check_config(config: Config) -> None:
     """Raises UserError, naming the keys, if two values of a valid configuration contradict each other."""
     check_timm_run(config)
     if not is_timm(config.model) and (config.init.from_ is None or "name" in config.model.model_fields_set):
-        resolve_shape(config.model)  # else the weights say the name
+        _check_resnet(config, resolve_shape(config.model))  # else the weights say the name
     if config.pretraining is None:
         _check_classes(config)
     else:
@@ -55,6 +55,23 @@ def check_config(config: Config) -> None:
         raise UserError(f"checkpoint.keep_best = {best} needs an average of the weights: set ema.decay")
     check_zero(config.zero)
     check_deepspeed(config)
+
+
+def _check_resnet(config: Config, shape: Shape) -> None:
+    """Raises UserError if a setting acts on the blocks of a Transformer, and the model has none."""
+    if shape.is_transformer:
+        return
+    settings: dict[str, tuple[object, object]] = {
+        "optimizer.layer_decay": (config.optimizer.layer_decay, None),
+        "optimizer.kind": (config.optimizer.kind if config.optimizer.kind == "muon" else "adamw", "adamw"),
+        "train.recompute": (config.train.recompute, "auto"),
+    }
+    for key, (value, instead) in settings.items():
+        if value != instead:
+            raise UserError(
+                f"{key} = {value} is of the blocks of a Transformer, and model.name = {config.model.name} is a ResNet: "
+                f"set {key}={'null' if instead is None else instead}"
+            )
 
 
 def _check_apex(config: Config) -> None:

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from fastvit_engine.config.resnet_shape import BIT_NAMES, HYBRID_NAMES, ResNetShape, bit_shape, hybrid_of, side
 from fastvit_engine.config.sections import Config, DinoConfig, MaeConfig, MaskedPatchConfig, MocoConfig, ModelConfig
 from fastvit_engine.errors import UserError
 
@@ -35,11 +36,19 @@ SIZES = {
 }
 
 
+# Keys of a ResNet: it pools by the mean, its head is one linear layer, and its widths are those of its name.
+_OF_RESNETS = {"name", "image_size", "num_classes", "head_bias"}
+
+
 @dataclass(frozen=True)
 class Shape:
-    """The numbers of one model, after the name is parsed and the overrides are applied."""
+    """The numbers of one model, after the name is parsed and the overrides are applied.
 
-    patch_size: int
+    A ResNet of BiT has no Transformer: its depth, heads and MLP are 0, its width is that of the last map, and the cells
+    of that map are its patches.
+    """
+
+    patch_size: int  # in pixels
     patches: int  # of one image
     tokens: int  # patches, and before them the class token, if there is one, and registers
     positions: int  # rows of a position table: patches, and the class token if the table has a row for it
@@ -47,6 +56,17 @@ class Shape:
     depth: int
     heads: int
     mlp_dim: int
+    resnet: ResNetShape | None = None  # all there is of BiT; of a hybrid, what is before the patches
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether there are blocks of attention: in all but the ResNets of BiT."""
+        return self.depth > 0
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether a ResNet is before the Transformer."""
+        return self.is_transformer and self.resnet is not None
 
     @property
     def prefix(self) -> int:
@@ -59,16 +79,12 @@ def resolve_shape(config: ModelConfig) -> Shape:
 
     Raises UserError naming the configuration key if they do not make a model.
     """
-    match = re.fullmatch(r"(\w+)/(\d+)", config.name)
-    if match is None or match[1] not in SIZES or int(match[2]) == 0:
-        raise UserError(
-            f"model.name '{config.name}' is not a size and a patch size such as 'H/14'; sizes: {', '.join(SIZES)}"
-        )
-    size, patch_size = SIZES[match[1]], int(match[2])
+    if (resnet := bit_shape(config.name)) is not None:
+        return _resnet_shape(config, resnet)
+    size, patch_size, stem = _size_and_patch(config.name)
     if config.image_size % patch_size:
-        raise UserError(
-            f"model.image_size {config.image_size} is not a multiple of the patch size {patch_size} in model.name"
-        )
+        within = f"the patch size {patch_size} in model.name" if stem is None else f"{patch_size} ({config.name})"
+        raise UserError(f"model.image_size {config.image_size} is not a multiple of {within}")
     width, heads = config.width or size.width, config.heads or size.heads
     if width % heads:
         raise UserError(f"model.heads {heads} does not divide model.width {width}; set one of them to fit the other")
@@ -84,6 +100,7 @@ def resolve_shape(config: ModelConfig) -> Shape:
         depth=config.depth or size.depth,
         heads=heads,
         mlp_dim=config.mlp_dim or width * size.mlp_dim // size.width,
+        resnet=stem,
     )
 
 
@@ -98,6 +115,40 @@ def _check_positions(config: ModelConfig, width: int) -> None:
             f"model.pos_embed_at = {config.pos_embed_at} says where learned and learned_2d are added, and "
             f"model.pos_embed is {config.pos_embed}: set model.pos_embed_at=input, or model.pos_embed=learned"
         )
+
+
+def _size_and_patch(name: str) -> tuple[ModelSize, int, ResNetShape | None]:
+    """The size and the patch in pixels that a name stands for, and the ResNet of a hybrid. Raises UserError."""
+    hybrid = hybrid_of(name)
+    if hybrid is not None and hybrid.size in SIZES:
+        return SIZES[hybrid.size], hybrid.patch_size, hybrid.resnet
+    match = re.fullmatch(r"(\w+)/(\d+)", name)
+    if match is None or match[1] not in SIZES or int(match[2]) == 0:
+        if "+" in name or re.match(r"R\d+x", name):
+            raise UserError(
+                f"model.name '{name}' is no hybrid or ResNet that this version knows; hybrids: "
+                f"{', '.join(HYBRID_NAMES)}; ResNets: {', '.join(BIT_NAMES)}"
+            )
+        raise UserError(f"model.name '{name}' is not a size and a patch size such as 'H/14'; sizes: {', '.join(SIZES)}")
+    return SIZES[match[1]], int(match[2]), None
+
+
+def _resnet_shape(config: ModelConfig, resnet: ResNetShape) -> Shape:
+    for key in [key for key in ModelConfig.model_fields if key not in _OF_RESNETS]:
+        default = ModelConfig.model_fields[key].default
+        if (value := getattr(config, key)) != default:
+            usual = "null" if default is None else default
+            raise UserError(
+                f"model.{key} = {value} is of Transformers, and model.name = {config.name} is a ResNet, which has no "
+                f"such part: leave it out (model.{key}={usual})"
+            )
+    cells = side(config.image_size, resnet.halvings) ** 2
+    return Shape(2**resnet.halvings, cells, cells, 0, resnet.channels, 0, 0, 0, resnet)
+
+
+def smallest_image(name: str) -> int:
+    """The smallest image that a model of this name takes, in pixels. Raises UserError if there is no such model."""
+    return 1 if bit_shape(name) is not None else _size_and_patch(name)[1]
 
 
 def tokens_in_training(config: Config) -> int:
@@ -134,8 +185,9 @@ def model_title(config: ModelConfig) -> str:
 
 
 def full_title(config: ModelConfig) -> str:
-    """The title after the word for the family, if that does not say it: "ViT B/16", "timm/resnet18"."""
-    return model_title(config) if config.name.startswith("timm/") else f"ViT {model_title(config)}"
+    """The title after the word for the family, if that does not say it: "ViT B/16", "timm/resnet18", "R50x1"."""
+    says_it = config.name.startswith("timm/") or bit_shape(config.name) is not None
+    return model_title(config) if says_it else f"ViT {model_title(config)}"
 
 
 def model_of_shape(*, patch_size: int, width: int, depth: int, heads: int, mlp_dim: int) -> dict[str, Any]:

@@ -36,12 +36,35 @@ def check_pretraining(config: Config) -> None:
         _check_relative(config)
     if config.init.from_ is not None and "name" not in config.model.model_fields_set:
         return  # the weights say how many patches there are
+    _check_convolutions(resolve_shape(config.model), config)
     if isinstance(config.pretraining, MaeConfig):
         _check_hidden(resolve_shape(config.model).patches, config.pretraining.mask_ratio)
     elif isinstance(config.pretraining, DinoConfig):
         _check_small_views(resolve_shape(config.model).patch_size, config)
     elif isinstance(config.pretraining, MaskedPatchConfig):
         _check_chosen(resolve_shape(config.model), config.pretraining)
+
+
+def _check_convolutions(shape: Shape, config: Config) -> None:
+    """Raises UserError if an objective cannot train a ResNet, or a hybrid of one and a Transformer."""
+    objective, name = f"train.objective = {config.train.objective}", f"model.name = {config.model.name}"
+    if not shape.is_transformer:
+        raise UserError(
+            f"{objective} trains Vision Transformers, and {name} is a ResNet: set train.objective=classify, or another "
+            "model.name"
+        )
+    if not shape.is_hybrid:
+        return
+    if isinstance(config.pretraining, MaeConfig | MaskedPatchConfig):
+        raise UserError(
+            f"{objective} hides patches, and in a hybrid ({name}) a ResNet sees the whole image before there are any: "
+            "set a model.name without one, such as B/16, or another objective"
+        )
+    if isinstance(config.pretraining, MocoConfig) and config.moco.frozen_patches:
+        raise UserError(
+            f"moco.frozen_patches = True keeps a random projection of patches, and in a hybrid ({name}) it would keep "
+            "a random ResNet: set moco.frozen_patches=false"
+        )
 
 
 def _without_effect(config: Config) -> list[tuple[str, object, object]]:

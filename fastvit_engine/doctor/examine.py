@@ -198,7 +198,11 @@ def checkpoint_bytes(config: "Config") -> int:
     block = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
     block |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
     matrices = [(f"blocks.0.{name}.weight", size) for name, size in block.items()] * shape.depth
-    matrices.append(("patch_embed.proj.weight", (width, 3 * shape.patch_size**2)))
+    if shape.resnet is None:
+        matrices.append(("patch_embed.proj.weight", (width, 3 * shape.patch_size**2)))
+    else:
+        of_resnet = shape.resnet.convolutions()
+        matrices += [(f"{one.name}.weight", (one.outputs, one.inputs * one.kernel**2)) for one in of_resnet]
     matrices.append(("head.weight", (config.model.num_classes, width)))
     learning = matrices[-1:] if optimizer.frozen == "backbone" else matrices
     copies = 1 if config.ema.decay is None else 2

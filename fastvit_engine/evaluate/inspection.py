@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastvit_engine.errors import UserError
-from fastvit_engine.models import VisionTransformer
+from fastvit_engine.models import AnyModel, TimmModel, VisionTransformer
 from fastvit_engine.models.inspect import (
     attention_rollout,
     filter_components,
@@ -23,14 +23,35 @@ _MAP_BYTES = 2**29  # of the attention maps, in float64, that are in memory at o
 Arrays = dict[str, NDArray[np.generic]]
 
 
+def with_attention(model: AnyModel) -> VisionTransformer:
+    """The model. Raises UserError if it is not one of this engine's Vision Transformers."""
+    if isinstance(model, TimmModel):
+        raise UserError(
+            f"the model is {model.config.name}, whose layers only timm knows: `fastvit inspect` draws the patches and "
+            "attention of this engine's Vision Transformers"
+        )
+    if not isinstance(model, VisionTransformer):
+        raise UserError(
+            f"{model.config.name} is a ResNet, which has neither patches nor positions nor attention to look at: give "
+            "a Vision Transformer"
+        )
+    return model
+
+
 def inspect_weights(model: VisionTransformer, figures: Iterable[str] = OF_WEIGHTS) -> Arrays:
     """What `models.inspect` computes of weights.
 
     `filters` [K, P*P*3], `filter_variance` [K] and `filter_variance_total`, of all directions; `pos_embed_similarity`
-    [N, N], of what is added to patches at the input. Raises UserError if nothing is.
+    [N, N], of what is added to patches at the input. Raises UserError if nothing is, and if patches are of no pixels.
     """
     arrays: Arrays = {}
     if "filters" in figures:
+        if model.shape.is_hybrid:
+            others = ", ".join(figure for figure in FIGURES if figure != "filters")
+            raise UserError(
+                f"--figures filters: the patches of {model.config.name} are of the map of its ResNet, and their "
+                f"filters are no pictures; there are {others}"
+            )
         filters = model.patch_embed.proj.weight
         components, variances = filter_components(filters)
         arrays |= {"filters": _single(components), "filter_variance": _single(variances)}

@@ -1,15 +1,19 @@
-"""Vision Transformers by their paper names, timm's models by theirs, and what one forward pass of them costs."""
+"""Vision Transformers, hybrids and ResNets by their paper names, timm's models by theirs, and what they cost."""
 
 from fastvit_engine.config.model_shape import full_title, model_title, resolve_shape
 from fastvit_engine.models.flops import computed_flops, computed_macs, forward_macs, run_flops, training_flops
+from fastvit_engine.models.image_model import ImageModel
 from fastvit_engine.models.pretraining import build_for_training, is_for_pretraining, parameter_count
+from fastvit_engine.models.resnet import ResNet
 from fastvit_engine.models.timm_model import TimmModel
 from fastvit_engine.models.vit import VisionTransformer, build_vit
 
-AnyModel = VisionTransformer | TimmModel  # what a configuration may name
+AnyModel = ImageModel | TimmModel  # what a configuration may name
 
 __all__ = [
     "AnyModel",
+    "ImageModel",
+    "ResNet",
     "TimmModel",
     "VisionTransformer",
     "build_for_training",

@@ -51,14 +51,18 @@ def forward_macs(config: ModelConfig) -> int:
     """Multiply-accumulates of the whole model for one image, forward, matrix products only (1 MAC = 2 FLOPs).
 
     The figure that papers and profilers give of a Vision Transformer: every block is counted for every token.
-    Elementwise work, softmax and normalisation are left out, as is usual (Kaplan et al. 2020, section 2.1).
+    Elementwise work, softmax and normalisation are left out, as is usual (Kaplan et al. 2020, section 2.1); so are, of
+    a ResNet, pooling and the standardisation of weights.
     """
     shape = resolve_shape(config)
     width = shape.width
+    if shape.resnet is not None and not shape.is_transformer:
+        return shape.resnet.macs(config.image_size) + width * config.num_classes
     hidden = width**2 if config.head == "mlp" else 0
     pooling = _attention_pool_macs(shape) if config.pool == "map" else 0
     blocks = shape.depth * _block_macs(shape.tokens, width, shape.mlp_dim, relative=config.pos_embed == "relative")
-    return _patch_macs(shape, shape.patches) + blocks + pooling + hidden + width * config.num_classes
+    stem = 0 if shape.resnet is None else shape.resnet.macs(config.image_size)
+    return stem + _patch_macs(shape, shape.patches) + blocks + pooling + hidden + width * config.num_classes
 
 
 def computed_macs(config: ModelConfig) -> int:
@@ -66,9 +70,9 @@ def computed_macs(config: ModelConfig) -> int:
 
     The block still has keys and values of all tokens; queries, attention, output projection and MLP are of one.
     """
-    if config.pool != "cls":
-        return forward_macs(config)
     shape = resolve_shape(config)
+    if config.pool != "cls" or not shape.is_transformer:
+        return forward_macs(config)
     block = partial(_block_macs, shape.tokens, shape.width, shape.mlp_dim, relative=config.pos_embed == "relative")
     return forward_macs(config) - (block() - block(outputs=1))
 
@@ -113,7 +117,11 @@ def contrastive_flops(config: Config, moco: MocoConfig, macs: Callable[[ModelCon
 
 
 def _patch_macs(shape: Shape, patches: int) -> int:
-    return patches * 3 * shape.patch_size**2 * shape.width
+    """Of the projection of patches: of pixels or, in a hybrid, of what its ResNet gives."""
+    if shape.resnet is None:
+        return patches * 3 * shape.patch_size**2 * shape.width
+    cells = (shape.patch_size // 2**shape.resnet.halvings) ** 2
+    return patches * shape.resnet.channels * cells * shape.width
 
 
 def _block_macs(tokens: int, width: int, mlp_dim: int, outputs: int | None = None, *, relative: bool = False) -> int:

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from fastvit_engine.config import Config, DataConfig, ModelConfig, Resolved
 from fastvit_engine.config.timm_model import check_timm_model, is_timm
-from fastvit_engine.models import vit
+from fastvit_engine.models.build import new_model
+from fastvit_engine.models.image_model import ImageModel
 from fastvit_engine.models.timm_model import TimmModel, build_timm
 
 
@@ -13,7 +14,7 @@ def build_model(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> vit.VisionTransformer | TimmModel:
+) -> ImageModel | TimmModel:
     """Builds an initialised model in float32; under torch.device("meta"), one of shapes only.
 
     config: what `load_config` returns, or a Config, or its section `model` alone.
@@ -26,5 +27,8 @@ def build_model(
     section, data = (config.model, config.data) if isinstance(config, Config) else (config, DataConfig())
     mean, std = data.mean if mean is None else mean, data.std if std is None else std
     check_timm_model(section)
-    build = build_timm if is_timm(section) else vit.build_vit
-    return build(section, mean=mean, std=std)
+    if is_timm(section):
+        return build_timm(section, mean=mean, std=std)
+    model = new_model(section, mean=mean, std=std)
+    model.init_weights()
+    return model

@@ -15,13 +15,14 @@ from fastvit_engine.config import (
     Pretraining,
 )
 from fastvit_engine.config.timm_model import is_timm
+from fastvit_engine.models.build import new_model
 from fastvit_engine.models.contrastive import Contrastive
+from fastvit_engine.models.image_model import ImageModel
 from fastvit_engine.models.masked_autoencoder import MaskedAutoencoder
 from fastvit_engine.models.masked_patch import MaskedPatchPredictor
 from fastvit_engine.models.self_distilled import SelfDistilled
 from fastvit_engine.models.timm_library import skeleton
 from fastvit_engine.models.timm_model import TimmModel, build_timm
-from fastvit_engine.models.vit import VisionTransformer
 
 _FOR_PRETRAINING = ("mask_token", "decoder.", "projection.", "predictor.")
 
@@ -34,7 +35,7 @@ def is_for_pretraining(name: str) -> bool:
     return name.startswith(_FOR_PRETRAINING)
 
 
-def build_for_training(config: Config) -> VisionTransformer | TimmModel:
+def build_for_training(config: Config) -> ImageModel | TimmModel:
     """The initialised model in float32 that a run trains, with what its objective adds."""
     if is_timm(config.model):
         return build_timm(config.model, mean=config.data.mean, std=config.data.std)
@@ -45,7 +46,7 @@ def build_for_training(config: Config) -> VisionTransformer | TimmModel:
 
 def model_for_training(
     model: ModelConfig, pretraining: Pretraining | None, *, mean: Sequence[float], std: Sequence[float]
-) -> VisionTransformer:
+) -> ImageModel:
     """As `build_for_training`, but not initialised. pretraining: as Config.pretraining."""
     if isinstance(pretraining, MaeConfig):
         return MaskedAutoencoder(model, pretraining, mean=mean, std=std)
@@ -55,7 +56,7 @@ def model_for_training(
         return SelfDistilled(model, pretraining, mean=mean, std=std)
     if isinstance(pretraining, MocoConfig):
         return Contrastive(model, pretraining, mean=mean, std=std)
-    return VisionTransformer(model, mean=mean, std=std)
+    return new_model(model, mean=mean, std=std)
 
 
 def shapes_for_training(model: ModelConfig, pretraining: Pretraining | None = None) -> nn.Module:

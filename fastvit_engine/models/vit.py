@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit_engine.config import EvalTransform, ModelConfig
-from fastvit_engine.config.model_shape import resolve_shape
+from fastvit_engine.config import ModelConfig
 from fastvit_engine.models.attention_pool import AttentionPool
+from fastvit_engine.models.hybrid import HybridEmbed
+from fastvit_engine.models.image_model import ImageModel
+from fastvit_engine.models.initial import lecun_normal_
 from fastvit_engine.models.positions import (
     TABLES,
     added_positions,
@@ -23,41 +25,35 @@ from fastvit_engine.models.positions import (
 )
 from fastvit_kernels import FusedBlock, FusedLayerNorm, FusedPatchEmbed
 from fastvit_kernels.attention import relative_bias
-from fastvit_kernels.mlp.op import Recompute
 from fastvit_kernels.modules import Mlp
 
 
-class VisionTransformer(nn.Module):
+class VisionTransformer(ImageModel):
     """Images to logits: patches, position embedding, pre-norm blocks, final norm, pooling, head.
 
-    Images are uint8 [B, H, W, 3] or [B, 3, H, W], normalised inside with `mean` and `std` of pixels in [0, 1], or
-    floating [B, 3, H, W] that already are; H and W equal config.image_size. Weights are those of PyTorch's layers
-    until `init_weights` is called; `build_vit` calls it.
+    Patches are of pixels or, in a hybrid, of the map that a ResNet makes of an image. Images are as ImageModel says; H
+    and W equal config.image_size. Weights are those of PyTorch's layers until `init_weights` is called; `build_vit`
+    calls it.
     """
-
-    backbone_frozen = False  # by `freeze_backbone`
-
-    # How evaluation crops images, as data.eval_crop and data.eval_transform say it; None: nobody has said it.
-    eval_crop: float | None = None
-    eval_transform: EvalTransform | None = None
-    class_names: tuple[str, ...] | None = None  # in the order of the outputs; None: not known
 
     pos_embed: nn.Parameter | None  # [1 or L, N, D]
     pos_embed_x: nn.Parameter | None  # [1 or L, W, D/2]
     pos_embed_y: nn.Parameter | None  # [1 or L, H, D/2]
 
     def __init__(self, config: ModelConfig, *, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        shape = resolve_shape(config)
-        width = shape.width
-        self.config, self.shape = config, shape
+        super().__init__(config, mean, std)
+        shape, width = self.shape, self.shape.width
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.pool == "cls" else None
         self.reg_token = nn.Parameter(torch.zeros(1, config.registers, width)) if config.registers else None
         tables, learns = table_shapes(config, shape), config.pos_embed != "sincos_2d"
         for name in TABLES:
             table = nn.Parameter(torch.zeros(tables[name]), requires_grad=learns) if name in tables else None
             self.register_parameter(name, table)
-        self.patch_embed = FusedPatchEmbed(shape.patch_size, width, mean, std)
+        self.patch_embed = (
+            FusedPatchEmbed(shape.patch_size, width, mean, std)
+            if shape.resnet is None
+            else HybridEmbed(shape, mean, std)
+        )
         self.pos_drop = nn.Dropout(config.dropout)
         self.blocks = Blocks(
             *(
@@ -83,16 +79,6 @@ class VisionTransformer(nn.Module):
         )
         self.pre_logits = PreLogits(width) if config.head == "mlp" else None
         self.head = nn.Linear(width, config.num_classes) if config.num_classes else nn.Identity()
-
-    @property
-    def pixel_mean(self) -> tuple[float, ...]:
-        """Of pixels in [0, 1], by which images are normalised."""
-        return tuple(self.patch_embed.mean)
-
-    @property
-    def pixel_std(self) -> tuple[float, ...]:
-        """As `pixel_mean`."""
-        return tuple(self.patch_embed.std)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Normalised tokens of the last block [B, N, D]: the class token, if there is one, registers, patches."""
@@ -169,33 +155,6 @@ class VisionTransformer(nn.Module):
             pooled = tokens[:, 0] if self.config.pool == "cls" else patches.mean(dim=1)
         return pooled if self.pre_logits is None else self.pre_logits(pooled)
 
-    def forward(self, images: Tensor) -> Tensor:
-        if not self.backbone_frozen:
-            return self.head(self.represent(images))
-        with torch.no_grad():
-            represented = self.represent(images)
-        return self.head(represented)
-
-    def recompute(self, mode: Recompute) -> None:
-        """Sets what the backward pass of every block computes again instead of keeping it, see FusedBlock."""
-        for block in self.modules():
-            if isinstance(block, FusedBlock):
-                block.recompute = mode
-
-    def freeze_backbone(self) -> None:
-        """From now on only `head` learns: all else gets no gradient, and computes as in evaluation, without dropout."""
-        self.backbone_frozen = True
-        self.requires_grad_(False)
-        self.head.requires_grad_(True)
-        self.train(self.training)
-
-    def train(self, mode: bool = True) -> "VisionTransformer":
-        super().train(mode)
-        if self.backbone_frozen:
-            for part in self.children():
-                part.train(mode and part is self.head)
-        return self
-
     @torch.no_grad()
     def init_weights(self) -> None:
         """Sets every parameter as the authors' JAX code does, with Flax's initialisers.
@@ -217,6 +176,8 @@ class VisionTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, FusedPatchEmbed):
                 init_linear(module.proj, lecun_normal_)
+            elif isinstance(module, HybridEmbed):
+                module.init_weights()
             elif isinstance(module, FusedLayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
@@ -304,13 +265,6 @@ def init_mlp(mlp: Mlp) -> None:
     for linear in (mlp.fc1, mlp.fc2):
         nn.init.xavier_uniform_(linear.weight)
         nn.init.normal_(linear.bias, std=1e-6)
-
-
-def lecun_normal_(weight: Tensor) -> None:
-    """Variance 1 / fan_in, drawn from a normal cut off at two of its own standard deviations."""
-    cut_std = 0.87962566103423978  # of a standard normal cut off at +-2
-    std = 1 / math.sqrt(weight[0].numel()) / cut_std
-    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
 def build_vit(config: ModelConfig, *, mean: Sequence[float], std: Sequence[float]) -> VisionTransformer:

@@ -25,6 +25,7 @@ from functools import lru_cache, partial
 from typing import Literal
 
 import torch
+from torch import nn
 
 from fastvit_engine.config import (
     Config,
@@ -42,11 +43,14 @@ from fastvit_engine.engine.optimizers.kinds import KINDS, updates_in_place
 from fastvit_engine.engine.optimizers.state import STATE_BYTES
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
+from fastvit_engine.models.convolutions import Block, PreactivationBlock
+from fastvit_engine.models.image_model import ImageModel
 from fastvit_engine.models.masked_autoencoder import MLP_RATIO
 from fastvit_engine.models.pretraining import shapes_for_training
 from fastvit_engine.models.timm_library import classifier_parameters
 from fastvit_engine.models.timm_measure import kept_bytes, largest_unit
 from fastvit_engine.models.vit import VisionTransformer
+from fastvit_engine.sizing.convolutions import convolution_bytes, passing_bytes, weight_bytes
 from fastvit_kernels import dispatch
 from fastvit_kernels.mlp.op import Recompute
 
@@ -63,7 +67,7 @@ class ParameterCounts:
     """How many parameters a model in training has: in all, in one block, in the largest tensor."""
 
     parameters: int
-    block: int  # of one block of the encoder, which ZeRO-3 gathers as a whole
+    block: int  # of one block of the encoder, which ZeRO-3 gathers as a whole; of a ResNet, of the largest
     largest: int  # of the largest tensor
     learning: int  # in all that learns
     largest_learning: int
@@ -79,7 +83,7 @@ class ParameterCounts:
     def of(model: ModelConfig, *, frozen: str = "none", pretraining: Pretraining | None = None) -> "ParameterCounts":
         """Counted on a model that holds no memory. frozen: as optimizer.frozen. pretraining: as Config.pretraining."""
         built = shapes_for_training(model, pretraining)
-        if frozen == "backbone" and isinstance(built, VisionTransformer):
+        if frozen == "backbone" and isinstance(built, ImageModel):
             built.freeze_backbone()
         elif frozen == "backbone":
             of_head = classifier_parameters(built)
@@ -93,9 +97,7 @@ class ParameterCounts:
                 "get_classifier() returns: set optimizer.frozen=none"
             )
         learning = [math.prod(shape) for _, shape in shapes]
-        block = largest_unit(built)
-        if isinstance(built, VisionTransformer):
-            block = sum(parameter.numel() for parameter in built.blocks[0].parameters())
+        block = _of_block(built) if isinstance(built, ImageModel) else largest_unit(built)
         return ParameterCounts(sum(counts), block, max(counts), sum(learning), max(learning), shapes)
 
 
@@ -170,7 +172,18 @@ def training_memory(
     else:
         activations = activation_bytes(config.model, precision, implementation, recompute_mode(config))
     work = work_bytes(config, implementation)
-    return replace(state, activations=micro_batch * activations, work=micro_batch * work)
+    resnet = resolve_shape(config.model).resnet
+    weights = 0 if resnet is None or frozen == "backbone" else weight_bytes(resnet, COMPUTE_BYTES[precision])
+    return replace(state, activations=micro_batch * activations + weights, work=micro_batch * work)
+
+
+def _of_block(model: ImageModel) -> int:
+    blocks = [model.blocks[0]] if isinstance(model, VisionTransformer) else _bottlenecks(model)
+    return max(sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+
+
+def _bottlenecks(model: ImageModel) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, Block | PreactivationBlock)]
 
 
 def accumulation_bytes(config: Config, stage: int) -> int:
@@ -252,8 +265,8 @@ def _offloaded(
 
 
 def block_implementation(model: ModelConfig, precision: str, *, on_gpu: bool) -> Implementation:
-    """What `fastvit_kernels` runs for a block; for a model of timm, whose blocks recompute nothing, "reference"."""
-    if is_timm(model):
+    """What `fastvit_kernels` runs for a block; "reference" for a model of timm, and for a ResNet, which has none."""
+    if is_timm(model) or not resolve_shape(model).is_transformer:
         return "reference"
     on = _DTYPES[precision], on_gpu
     if model.dropout == 0 and all(dispatch.plan(half, *on).runs == "triton" for half in ("attention_block", "mlp")):
@@ -318,6 +331,8 @@ def activation_bytes(
 ) -> int:
     """Kept for the backward pass by the whole model, for each image. every_token: also in the last block."""
     shape, compute = resolve_shape(model), COMPUTE_BYTES[precision]
+    if not shape.is_transformer:  # beside the maps: the logits, their float32 form and gradient, and the head's input
+        return pixel_bytes(model, precision, implementation) + (compute + 8) * model.num_classes + compute * shape.width
     block = block_bytes_a_token(
         shape.width,
         shape.heads,
@@ -407,7 +422,13 @@ def masked_patch_bytes(config: Config, masked_patch: MaskedPatchConfig, implemen
 
 
 def pixel_bytes(model: ModelConfig, precision: str, implementation: Implementation, share: float = 1.0) -> int:
-    """Of an image; and of its patches, which plain PyTorch keeps. share: of the patches that are embedded."""
+    """Of an image; and of its patches, which plain PyTorch keeps. share: of the patches that are embedded.
+
+    With a ResNet, of an image and all maps that it makes of it.
+    """
+    resnet = resolve_shape(model).resnet
+    if resnet is not None:
+        return 3 * model.image_size**2 + convolution_bytes(resnet, model.image_size, COMPUTE_BYTES[precision])
     plain = implementation == "reference" or (implementation == "composed" and precision == "fp32")
     return round(3 * model.image_size**2 * (1 + share * COMPUTE_BYTES[precision] if plain else 1))
 
@@ -415,7 +436,10 @@ def pixel_bytes(model: ModelConfig, precision: str, implementation: Implementati
 def frozen_activation_bytes(model: ModelConfig, precision: str, implementation: Implementation) -> int:
     """As `activation_bytes`, of a model whose head alone learns: its input, and its output."""
     shape, compute = resolve_shape(model), COMPUTE_BYTES[precision]
-    pixels = pixel_bytes(model, precision, implementation)
+    if shape.resnet is None:
+        pixels = pixel_bytes(model, precision, implementation)
+    else:
+        pixels = 3 * model.image_size**2 * (1 + compute) + passing_bytes(shape.resnet, model.image_size, compute)
     tokens = 2 * shape.tokens * shape.width * compute  # the input of a block and its output
     return pixels + tokens + compute * shape.width + (compute + 8) * model.num_classes
 
@@ -428,9 +452,11 @@ def work_bytes(config: Config, implementation: Implementation) -> int:
     def of_block(tokens: int, width: int, mlp_dim: int) -> int:
         return tokens * (compute * (2 * mlp_dim + 3 * width) + 3 * wide * width)
 
-    encoder = of_block(tokens_in_training(config), shape.width, shape.mlp_dim)
+    encoder = of_block(tokens_in_training(config), shape.width, shape.mlp_dim) if shape.is_transformer else 0
     if config.model.pos_embed == "relative":  # the gradient of the bias, and what it is padded to
         encoder += tokens_in_training(config) * 4 * compute * shape.heads * shape.tokens
+    if shape.resnet is not None:
+        encoder = max(encoder, passing_bytes(shape.resnet, config.model.image_size, compute))
     if isinstance(mae, MaeConfig):
         return max(encoder, of_block(shape.tokens, mae.decoder_width, MLP_RATIO * mae.decoder_width))
     return encoder

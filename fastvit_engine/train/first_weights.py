@@ -17,7 +17,7 @@ from fastvit_engine.checkpoint.format import MANIFEST
 from fastvit_engine.checkpoint.load import open_model
 from fastvit_engine.config import Config, InitConfig, ModelConfig, Resolved
 from fastvit_engine.config.checks import check_config
-from fastvit_engine.config.model_shape import Shape, resolve_shape
+from fastvit_engine.config.model_shape import Shape, resolve_shape, smallest_image
 from fastvit_engine.config.timm_model import PREFIX, is_timm
 from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.errors import UserError
@@ -201,18 +201,19 @@ def _fill_sizes(model: ModelConfig, there: ModelConfig, values: dict[str, Any], 
         if getattr(model, key) is not None and getattr(model, key) != getattr(shape, key):
             raise refuse(key, f"{key} {getattr(shape, key)}")
     if "name" in given:
-        patch = model.name.rpartition("/")[2]
-        size = int(patch) if patch.isdecimal() and int(patch) else model.image_size
+        size = smallest_image(model.name)
         named = resolve_shape(ModelConfig(name=model.name, image_size=size, **{k: getattr(model, k) for k in _SIZES}))
-        if differing := _differing(named, shape):
+        if differing := _differing(named, shape, there.name):
             raise refuse("name", differing)
         return
     values["name"] = there.name
     values |= {key: getattr(there, key) for key in _SIZES if getattr(model, key) is None}
 
 
-def _differing(named: Shape, shape: Shape) -> str:
-    """What of one shape is otherwise in another, in words; "" if nothing."""
+def _differing(named: Shape, shape: Shape, name: str) -> str:
+    """What of one shape is otherwise in another, of this name, in words; "" if nothing."""
+    if named.resnet != shape.resnet:
+        return f"name {name}"
     keys = ("patch_size", *_SIZES)
     return ", ".join(f"{key} {getattr(shape, key)}" for key in keys if getattr(named, key) != getattr(shape, key))
 

@@ -203,7 +203,7 @@ def test_config_show_names_the_file_of_base_and_recipe(capsys):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.name=R50x1"], "model.name 'R50x1'"),
+        (["model.name=R51x1"], "model.name 'R51x1'"),
         (["deepspeed.optimizer={}"], "deepspeed.optimizer is written by the engine"),
         (["train.duration=100 steps"], "is longer than the whole run of 100 steps"),
         (["deepspeed.zero_optimization.stage=1"], "set zero.stage instead"),

@@ -1,5 +1,6 @@
 """The model, and the weights that it starts from."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
@@ -10,14 +11,16 @@ from fastvit_engine.config.sections.base import Section
 class ModelConfig(Section):
     """The Vision Transformer, named as in the papers: size and patch size (Dosovitskiy et al. 2021, Table 1)."""
 
-    name: Annotated[str, AfterValidator(lambda name: name.removeprefix("ViT-"))] = "B/16"
-    """Size and patch size, such as H/14 or B/8: Ti, S, B, L, H, g, G or So400m, and any patch size in pixels.
+    name: Annotated[str, AfterValidator(lambda name: re.sub(r"^(R\d*\+)?ViT-", r"\1", name))] = "B/16"
+    """Size and patch size, such as H/14 or B/8: Ti, S, B, L, H, g, G or So400m, and any patch size in pixels. A hybrid
+    has a ResNet before it, R50+B/16: R50 at 16 or 32, R26 at 32, R at 16. A ResNet alone, R50x1, has 50, 101, 152 or
+    200 layers and a factor of its widths; only image_size, num_classes and head_bias are for it.
     timm/NAME: a model of timm, such as timm/swin_tiny_patch4_window7_224, for which only image_size, num_classes,
     dropout, drop_path, head_bias and timm mean something. timm/MODULE:NAME: one that a Python module of your own
     registers, which is imported from the working directory or PYTHONPATH."""
 
     image_size: int = Field(224, gt=0, le=65536)
-    """Height and width of the model's input in pixels. The patch size must divide it."""
+    """Height and width of the model's input in pixels. The patch size must divide it; a ResNet takes any."""
 
     num_classes: int = Field(1000, ge=0, le=10_000_000)
     """Number of classes, which is the number of outputs of the head. 0: no head, for training without labels and for

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.errors import UserError
 from fastvit_engine.models.weights.huggingface import write_folder
 from fastvit_engine.models.weights.npz import write_npz
@@ -11,6 +12,12 @@ from fastvit_engine.models.weights.pretrained import Pretrained
 from fastvit_engine.models.weights.timm_files import write_hub_folder, write_timm
 
 Target = Literal["npz", "timm", "hf", "hub-folder"]
+
+
+# What users of a hybrid in timm should know.
+OTHER_NUMBERS = (
+    "timm adds other small numbers when it standardises the convolutions of a hybrid: outputs differ a little"
+)
 
 
 class Written(NamedTuple):
@@ -41,6 +48,8 @@ def convert(model: Pretrained, destination: Path, target: Target) -> Written:
     write: Callable[[Pretrained, Path], list[str]]
     write = {"timm": write_timm, "hf": write_folder, "hub-folder": write_hub_folder}[target]
     notes = [] if model.pixels else ["mean and std of the pixels are unknown: 0.5 and 0.5 are written"]
+    if resolve_shape(model.config).is_hybrid:
+        notes.append(OTHER_NUMBERS)
     outputs, named = model.config.num_classes, len(model.class_names or ())
     if outputs and named and named != outputs:
         rest = f"output n is called LABEL_n from n = {named} on" if named < outputs else "the last ones are left out"

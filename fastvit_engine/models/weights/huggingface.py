@@ -333,6 +333,12 @@ def _preprocessor(model: Pretrained) -> dict[str, Any]:
 
 def _refuse_what_does_not_fit(model: Pretrained, kind: str) -> None:
     config, shape = model.config, resolve_shape(model.config)
+    if shape.resnet is not None:
+        name = next(name for name in model.shapes if "conv" in name)
+        raise UserError(
+            f"{model.where} has the convolutions of a ResNet ('{name}' and its like), which the models of transformers "
+            "lack that this version writes: write --to timm, or --to npz"
+        )
     check_positions(config, model.where, "a folder of transformers")
     if config.registers:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Official `.npz` files of the Vision Transformer: those of vision_transformer (with AugReg) and of big_vision.
+"""Official `.npz` files: those of vision_transformer (with AugReg and hybrids), of big_vision and of BiT.
 
 Names and shapes say the model. What they do not say is the convention of that code: the tanh approximation of GELU,
 LayerNorm with eps 1e-6, and pixels in [-1, 1]. The comment of the zip archive, which other readers pass over, says what
@@ -22,12 +22,22 @@ from torch import Tensor
 
 from fastvit_engine.config import ModelConfig
 from fastvit_engine.config.model_shape import Shape, model_of_shape, resolve_shape
+from fastvit_engine.config.resnet_shape import ResNetShape, hybrid_name, hybrid_of
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_writer
 from fastvit_engine.models.weights.described import described
 from fastvit_engine.models.weights.entries import Dimensions, Entry, check_shapes, same
 from fastvit_engine.models.weights.position import check_positions, grid_side
 from fastvit_engine.models.weights.pretrained import USUAL, Pretrained, check_readable, from_entries, model_config
+from fastvit_engine.models.weights.resnet_npz import (
+    bit_config,
+    bit_entries,
+    hybrid_entries,
+    hybrid_resnet,
+    is_bit,
+    plain_names,
+)
+from fastvit_engine.models.weights.timm_resnets import IMAGE_SIZE
 from fastvit_engine.shown import brief
 
 _OF_TRAINING = ("opt/", "extra/", "chrono/", "states/", "step")
@@ -72,7 +82,6 @@ _OFFICIAL = _Layout(
 )
 _BIG_VISION = _Layout("MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0", "pos_embedding")
 _POOL = "MAPHead_0"
-_OF_RESNET = re.compile(r"(.*/)?(conv_root|block1|resnet)/.*")  # in hybrids and in BiT
 
 
 class _Array(NamedTuple):
@@ -85,16 +94,17 @@ class _Array(NamedTuple):
 def open_npz(path: Path) -> Pretrained:
     """The model in an official file. Reads names and shapes; arrays are read when they are asked for.
 
-    Raises UserError if the file is damaged, holds pickled objects, or is of no Vision Transformer of ours.
+    Raises UserError if the file is damaged, holds pickled objects, or is of no model of ours.
     """
     check_readable(path)
     with _readable(path):
         archive = zipfile.ZipFile(path)
         arrays = _without_prefix({array.member.filename[:-4]: array for array in _arrays(archive, path)})
         said = _said(archive.comment)
-    names, where = _Names(arrays, str(path)), str(path)
+    where = str(path)
+    names: _Names | _BitNames = _BitNames(arrays, where) if is_bit(plain_names(arrays)) else _Names(arrays, where)
     config = names.config(said)
-    entries = [*npz_entries(config, names.layout)]
+    entries = [*names.entries(config)]
     expected = {theirs: shape for entry in entries for theirs, shape in entry.theirs.items()}
     check_shapes(expected, names.shapes, where, "array")
     stacked: dict[str, Tensor] = {}
@@ -129,8 +139,7 @@ def write_npz(model: Pretrained, path: Path) -> list[str]:
         )
     said, notes = _differences(model)
     with atomic_writer(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        # the first of the two programs has no attention pooling
-        for entry in npz_entries(model.config, _BIG_VISION if model.config.pool == "map" else _OFFICIAL):
+        for entry in _entries_to_write(model.config):
             for name, tensor in entry.to_theirs(model.read(entry.ours)).items():
                 member = zipfile.ZipInfo(f"{name}.npy")  # without the time, so that equal weights are equal files
                 with archive.open(member, "w", force_zip64=True) as out:
@@ -139,9 +148,17 @@ def write_npz(model: Pretrained, path: Path) -> list[str]:
     return notes
 
 
+def _entries_to_write(config: ModelConfig) -> Iterator[Entry]:
+    if not resolve_shape(config).is_transformer:
+        return bit_entries(config)
+    # the first of the two programs has no attention pooling
+    return npz_entries(config, _BIG_VISION if config.pool == "map" else _OFFICIAL)
+
+
 def _differences(model: Pretrained) -> tuple[dict[str, Any], list[str]]:
     """What the comment says of a model, and a sentence for each convention that others will apply and it breaks."""
-    said = {key: getattr(model.config, key) for key in _CONVENTION if getattr(model.config, key) != _CONVENTION[key]}
+    convention = _CONVENTION if resolve_shape(model.config).is_transformer else {}
+    said = {key: getattr(model.config, key) for key in convention if getattr(model.config, key) != convention[key]}
     pixels = {key: list(value) if isinstance(value, tuple) else value for key, value in (model.pixels or {}).items()}
     if pixels and pixels != _PIXELS:
         said |= pixels
@@ -151,6 +168,8 @@ def _differences(model: Pretrained) -> tuple[dict[str, Any], list[str]]:
         for key, value in said.items()
         if key in usual and value != usual[key]
     ]
+    if not resolve_shape(model.config).is_transformer and model.config.image_size != IMAGE_SIZE:
+        said["image_size"] = model.config.image_size
     if model.class_names is not None:
         named = {**said, "class_names": list(model.class_names)}
         if len(_comment(named)) > _LONGEST_COMMENT:
@@ -198,15 +217,12 @@ class _Names:
         """The array of the file that holds `name`, and the block within it."""
         return self._stored[name]
 
+    def entries(self, config: ModelConfig) -> Iterator[Entry]:
+        return npz_entries(config, self.layout, self.shapes)
+
     def config(self, said: Mapping[str, Any]) -> ModelConfig:
         """The model that the shapes are of."""
-        layout, others = self.layout, [name for name in self.shapes if _OF_RESNET.fullmatch(name)]
-        if others:
-            raise UserError(
-                f"{self._where} has array '{brief(others[0])}': it is a ResNet (BiT), or a hybrid of one and a Vision "
-                "Transformer (R50+ViT-B_16 and its like), which this version does not support; it reads Vision "
-                "Transformers on patches of pixels, such as ViT-B_16: convert one of those"
-            )
+        layout, resnet = self.layout, hybrid_resnet(self.shapes, self._where)
         side, _, channels, width = self._shape_of("embedding/kernel", "patch height, patch width, 3, width", 4)
         depth = len({match[1] for name in self.shapes if (match := _BLOCK.fullmatch(name))})
         query = f"Transformer/encoderblock_0/{layout.attention}/query/kernel"
@@ -226,10 +242,14 @@ class _Names:
             raise UserError(
                 f"{self._where}: array '{query}' has {heads} heads of {head_width}, which do not make the width {width}"
             )
-        if side == 0 or channels != 3:
-            raise UserError(f"{self._where}: array 'embedding/kernel' is no kernel for RGB images")
+        if side == 0 or channels != (3 if resnet is None else resnet.channels):
+            fit = "RGB images" if resnet is None else f"the {resnet.channels} channels of its ResNet"
+            raise UserError(f"{self._where}: array 'embedding/kernel' is no kernel for {fit}")
         numbers = {"patch_size": side, "width": width, "depth": depth, "heads": heads, "mlp_dim": mlp_dim}
-        model = model_of_shape(**numbers) | {
+        model = model_of_shape(**numbers)
+        if resnet is not None:
+            side = self._name_hybrid(model, resnet, side)
+        model |= {
             "image_size": grid * side,
             "num_classes": num_classes,
             "pool": pool,
@@ -239,6 +259,19 @@ class _Names:
         config = model_config(model | _CONVENTION | differs, self._where)
         resolve_shape(config)
         return config
+
+    def _name_hybrid(self, model: dict[str, Any], resnet: ResNetShape, cells: int) -> int:
+        """Sets the name of a hybrid, from that of its Transformer; returns its patch size in pixels."""
+        name = hybrid_name(resnet, model["name"].partition("/")[0])
+        hybrid = None if name is None else hybrid_of(name)
+        if hybrid is None or hybrid.cells != cells:
+            raise UserError(
+                f"{self._where} has a ResNet of {', '.join(map(str, resnet.stages)) or 'no'} blocks and "
+                f"{resnet.width} channels before patches of {cells} x {cells} cells, which is no hybrid that this "
+                "version knows, as R50+B/16"
+            )
+        model["name"] = name
+        return hybrid.patch_size
 
     def _shape_of(self, name: str, meaning: str, axes: int) -> Dimensions:
         shape = self.shapes.get(name)
@@ -253,18 +286,42 @@ class _Names:
         return shape
 
 
-def npz_entries(config: ModelConfig, layout: _Layout) -> Iterator[Entry]:
-    """One entry per parameter of the model."""
+class _BitNames:
+    """The arrays of a file of BiT under their plain names."""
+
+    def __init__(self, arrays: Mapping[str, _Array], where: str) -> None:
+        self._where, self._stored = where, plain_names(arrays)
+        self.shapes = {name: arrays[stored].shape for name, stored in self._stored.items()}
+
+    def stored(self, name: str) -> tuple[str, None]:
+        return self._stored[name], None
+
+    def entries(self, config: ModelConfig) -> Iterator[Entry]:
+        return bit_entries(config, self.shapes)
+
+    def config(self, said: Mapping[str, Any]) -> ModelConfig:
+        """The model that the shapes are of. No array says the image size; files of ours do."""
+        size = {"image_size": said.get("image_size", IMAGE_SIZE)}
+        return model_config(bit_config(self.shapes, self._where) | size, self._where)
+
+
+def npz_entries(
+    config: ModelConfig, layout: _Layout, shapes: Mapping[str, Dimensions] | None = None
+) -> Iterator[Entry]:
+    """One entry per parameter of a Vision Transformer or hybrid. shapes: of the arrays of a file, if there is one."""
     shape = resolve_shape(config)
-    width, patch = shape.width, shape.patch_size
+    width, patch, channels = shape.width, shape.patch_size, 3
+    if shape.resnet is not None:
+        yield from hybrid_entries(shape.resnet, shapes)
+        patch, channels = patch // 2**shape.resnet.halvings, shape.resnet.channels
     # big_vision adds the class token after the positions, and it has none
     absent = int(config.pool == "cls" and layout.positions == _BIG_VISION.positions)
     if config.pool == "cls":
         yield same("cls_token", "cls", 1, 1, width)
     table = (1, shape.positions, width)
     yield Entry("pos_embed", table, {layout.positions: (1, shape.positions - absent, width)}, absent_rows=absent)
-    kernel = {"embedding/kernel": (patch, patch, 3, width)}
-    yield Entry("patch_embed.proj.weight", (width, 3, patch, patch), kernel, axes=(2, 3, 1, 0))
+    kernel = {"embedding/kernel": (patch, patch, channels, width)}
+    yield Entry("patch_embed.proj.weight", (width, channels, patch, patch), kernel, axes=(2, 3, 1, 0))
     yield same("patch_embed.proj.bias", "embedding/bias", width)
     for index in range(shape.depth):
         yield from _block(shape, f"blocks.{index}", f"Transformer/encoderblock_{index}", layout)
@@ -406,7 +463,7 @@ def _read(archive: zipfile.ZipFile, array: _Array) -> Tensor:
 def _without_prefix(arrays: dict[str, _Array]) -> dict[str, _Array]:
     """The weights alone, of a file that has the state of a training, or a text model, too."""
     for prefix, others in _PREFIXES.items():
-        if f"{prefix}embedding/kernel" in arrays:
+        if f"{prefix}embedding/kernel" in arrays or f"{prefix}root_block/conv_root/kernel" in arrays:
             return {
                 name.removeprefix(prefix): array
                 for name, array in arrays.items()

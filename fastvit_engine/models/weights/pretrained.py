@@ -15,8 +15,8 @@ from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import AnyModel
+from fastvit_engine.models.build import new_model
 from fastvit_engine.models.positions import sincos_positions, table_shapes
-from fastvit_engine.models.vit import VisionTransformer
 from fastvit_engine.models.weights.entries import Entry, check_finite, check_shapes
 from fastvit_engine.models.weights.position import Interpolation, resample_axis, resample_positions
 
@@ -55,7 +55,7 @@ class Pretrained:
     @property
     def head_biases(self) -> tuple[str, ...]:
         """The biases that model.head_bias sets."""
-        return ("head.bias",)
+        return tuple(name for name in head_shapes(self.config) if name.endswith("bias"))
 
     @property
     def output_names(self) -> list[str] | None:
@@ -100,7 +100,7 @@ class Pretrained:
         pixels = self.pixels or {"mean": USUAL, "std": USUAL}
         self.warn_of_pixels()
         with torch.device("meta"):
-            model = VisionTransformer(self.config, mean=tuple(pixels["mean"]), std=tuple(pixels["std"]))
+            model = new_model(self.config, mean=tuple(pixels["mean"]), std=tuple(pixels["std"]))
         model.load_state_dict(self.load(list(self.shapes)), assign=True)
         model.class_names = self.class_names
         if "eval_crop" in pixels:
@@ -111,8 +111,7 @@ class Pretrained:
     def _with_head(self, num_classes: int) -> "Pretrained":
         config = _changed(self.config, "num_classes", num_classes, head="linear", head_bias=0.0)
         kept = {name: shape for name, shape in self.shapes.items() if not name.startswith(_OF_HEAD)}
-        width = resolve_shape(config).width
-        new = {"head.weight": (num_classes, width), "head.bias": (num_classes,)} if num_classes else {}
+        new = head_shapes(config)
 
         def load(names: Sequence[str]) -> dict[str, Tensor]:
             found = self.load([name for name in names if name not in new])
@@ -129,6 +128,8 @@ class Pretrained:
                 f"than those of {self.config.image_size}, so these vectors cannot be resampled"
             )
         shape = resolve_shape(config)
+        if not shape.is_transformer:  # no parameter depends on the image
+            return replace(self, config=config)
         class_tokens = shape.positions - shape.patches
         side = image_size // shape.patch_size
         tables = table_shapes(config, shape)
@@ -219,7 +220,8 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The parameters of a model and their shapes, in the order of its state dict. Cheap, whatever the size."""
     whole = resolve_shape(config)
     with torch.device("meta"):
-        model = VisionTransformer(config.model_copy(update={"depth": 1}), mean=USUAL, std=USUAL)
+        first = config.model_copy(update={"depth": 1}) if whole.is_transformer else config
+        model = new_model(first, mean=USUAL, std=USUAL)
     shapes: dict[str, tuple[int, ...]] = {}
     one = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     of_block = {name.removeprefix("blocks.0."): shape for name, shape in one.items() if name.startswith("blocks.")}
@@ -229,7 +231,17 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         elif "blocks.0.norm1.weight" not in shapes:
             blocks = range(whole.depth)
             shapes |= {f"blocks.{index}.{inner}": size for index in blocks for inner, size in of_block.items()}
-    return shapes | table_shapes(config, whole)  # of every layer, perhaps
+    return shapes | (table_shapes(config, whole) if whole.is_transformer else {})  # of every layer, perhaps
+
+
+def head_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The parameters of the linear head, the weight first; none if there is no head."""
+    shape, classes = resolve_shape(config), config.num_classes
+    if classes == 0:
+        return {}
+    if shape.is_transformer:
+        return {"head.weight": (classes, shape.width), "head.bias": (classes,)}
+    return {"head.fc.weight": (classes, shape.width, 1, 1), "head.fc.bias": (classes,)}
 
 
 def model_config(model: Mapping[str, Any], where: str) -> ModelConfig:

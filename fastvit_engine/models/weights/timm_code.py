@@ -6,6 +6,7 @@ from fastvit_engine.config import ModelConfig
 from fastvit_engine.config.model_shape import SIZES, resolve_shape
 from fastvit_engine.config.timm_model import is_timm, timm_name
 from fastvit_engine.models.timm_library import arguments
+from fastvit_engine.models.weights.timm_resnets import HYBRID_CODE, bit_code, hybrid_architecture
 
 # timm's architecture of each size: name and patch size. Its image size is 224.
 ARCHITECTURES = {
@@ -40,13 +41,18 @@ def timm_code(config: ModelConfig, **more: object) -> str:
     """Lines of Python after which `model.load_state_dict` takes the weights strictly, and the outputs are the same.
 
     timm must have its positions, see `foreign_positions`. With head: mlp the lines also add the hidden layer before the
-    classifier, which timm's models do not have. more: further arguments of `create_model`.
+    classifier, which timm's models do not have. more: further arguments of `create_model`, which the ResNets of BiT are
+    built without. Of a hybrid, the outputs are only nearly the same: timm adds another small number to the deviation of
+    its weights.
     """
     if is_timm(config):
         named, given = timm_name(config.name), {**arguments(config), **more}
         words = ", ".join([repr(named.architecture), *(f"{key}={value!r}" for key, value in given.items())])
         imports = [] if named.module is None else [f"import {named.module}"]
         return "\n".join([*imports, "import timm", f"model = timm.create_model({words})"])
+    shape = resolve_shape(config)
+    if not shape.is_transformer:
+        return bit_code(config)
     name, given = timm_arguments(config)
     call = [repr(name), *(f"{key}={value!r}" for key, value in given.items())]
     imports = ["import timm"]
@@ -54,6 +60,9 @@ def timm_code(config: ModelConfig, **more: object) -> str:
         imports = ["from functools import partial", "import timm", "import torch"]
         call.append(f"norm_layer=partial(torch.nn.LayerNorm, eps={config.layer_norm_eps!r})")
     create = f"model = timm.create_model({', '.join([*call, *(f'{key}={value!r}' for key, value in more.items())])})"
+    if shape.is_hybrid:
+        imports = [*dict.fromkeys([*imports, "import torch"])]
+        create = f"{create}\n{HYBRID_CODE}"
     if config.head == "mlp":
         code = _WITH_HIDDEN_LAYER.format(create=create, width=resolve_shape(config).width)
         return "\n".join([line for line in imports if line.startswith("from")] + [code])
@@ -63,7 +72,11 @@ def timm_code(config: ModelConfig, **more: object) -> str:
 def timm_arguments(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     """timm's architecture for a model, and the arguments of `create_model` that differ from its defaults."""
     shape, size = resolve_shape(config), config.name.partition("/")[0]
-    (name, patch_size), usual = ARCHITECTURES[size], SIZES[size]
+    if shape.resnet is None:
+        name, patch_size = ARCHITECTURES[size]
+    else:
+        (name, size), patch_size = hybrid_architecture(shape.resnet), shape.patch_size  # which is that of its map
+    usual = SIZES[size]
     arguments = {
         "img_size": (config.image_size, 224),
         "patch_size": (shape.patch_size, patch_size),

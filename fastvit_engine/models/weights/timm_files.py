@@ -21,6 +21,7 @@ from fastvit_engine.models.weights.safetensors_file import (
 )
 from fastvit_engine.models.weights.timm_code import GLOBAL_POOLS, TIMM_EPS, timm_arguments, timm_code
 from fastvit_engine.models.weights.timm_names import open_timm_tensors
+from fastvit_engine.models.weights.timm_resnets import bit_architecture
 
 _INTERPOLATIONS = {"fast": "bilinear"}  # of data.eval_transform; others are timm's own, or the nearest that it has
 _TRANSFORMS = {"bicubic": "timm", "bilinear": "fast"}
@@ -38,6 +39,9 @@ def write_timm(model: Pretrained, path: Path) -> list[str]:
     write_safetensors(path, model, {**_metadata(model), "pretrained_cfg": json.dumps(cfg)})
     if len(model.class_names or ()) > _MOST_NAMES:
         cfg.pop("label_names")
+    if not resolve_shape(model.config).is_transformer:
+        load = ["from safetensors.torch import load_file", f"model.load_state_dict(load_file({str(path)!r}))"]
+        return [*timm_code(model.config).split("\n"), *load]
     code = timm_code(model.config, checkpoint_path=str(path), pretrained_cfg_overlay=cfg)
     return code.split("\n")
 
@@ -53,12 +57,20 @@ def write_hub_folder(model: Pretrained, folder: Path) -> list[str]:
             f"{model.where} has model.layer_norm_eps {model.config.layer_norm_eps:g}, for which timm's configuration "
             "has no room: write --to timm, or --to hf"
         )
-    architecture, arguments = timm_arguments(model.config)
+    shape, arguments = resolve_shape(model.config), dict[str, Any]()
+    if shape.is_transformer:
+        architecture, arguments = timm_arguments(model.config)
+    elif (named := bit_architecture(model.config)) is not None:
+        architecture = named
+    else:
+        raise UserError(
+            f"{model.where} is a {model.config.name}, for which timm has no architecture of this name: write --to timm"
+        )
     content = {
         "architecture": architecture,
         "num_classes": model.config.num_classes,
-        "num_features": resolve_shape(model.config).width,
-        "global_pool": GLOBAL_POOLS[model.config.pool],
+        "num_features": shape.width,
+        "global_pool": GLOBAL_POOLS[model.config.pool] if shape.is_transformer else "avg",
         "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
         "pretrained_cfg": pretrained_cfg(model),
     }
@@ -105,6 +117,7 @@ def open_timm_folder(folder: Path, config: Mapping[str, Any]) -> Pretrained:
         said |= {"eval_crop": cfg["crop_pct"], "eval_transform": _TRANSFORMS[cfg["interpolation"]]}
     pixels, names = described(said, where)
     arguments = {key: config[key] for key in ("global_pool",) if key in config} | arguments
+    size = cfg.get("input_size")
     return open_timm_tensors(
         where,
         str(config["architecture"]),
@@ -113,6 +126,7 @@ def open_timm_folder(folder: Path, config: Mapping[str, Any]) -> Pretrained:
         arguments=arguments,
         pixels=pixels,
         class_names=names,
+        image_size=size[-1] if isinstance(size, list) and size and isinstance(size[-1], int) else None,
     )
 
 
@@ -120,17 +134,19 @@ def model_card(model: Pretrained, name: str) -> str:
     """The README.md of a model page, with the metadata that its site reads."""
     config, shape, cfg = model.config, resolve_shape(model.config), pretrained_cfg(model)
     task = "image-classification" if config.num_classes else "image-feature-extraction"
-    title = f"ViT-{model_title(config)}"
+    title = f"ViT-{model_title(config)}" if shape.is_transformer else config.name
+    kind = "ResNet" if not shape.is_transformer else "hybrid" if shape.is_hybrid else "Vision Transformer"
     parameters = sum(math.prod(size) for size in model.shapes.values())
     classes = f"{config.num_classes:,}" if config.num_classes else "none: the model gives representations"
     if model.class_names is not None:
         shown = ", ".join(text.replace("\n", " ") for text in model.class_names[:_MOST_NAMES])
         classes += f" ({shown}{', ...' if len(model.class_names) > _MOST_NAMES else ''})"
     unknown = "" if model.pixels else " (assumed: the source of the weights does not say it)"
+    patches = f", {shape.patches} patches of {shape.patch_size}" if shape.is_transformer else ""
     rows = {
         "model": title,
         "parameters": f"{parameters:,}",
-        "images": f"{config.image_size} x {config.image_size} pixels, {shape.patches} patches of {shape.patch_size}",
+        "images": f"{config.image_size} x {config.image_size} pixels{patches}",
         "pixels": f"in [0, 1], minus {cfg['mean']}, divided by {cfg['std']}{unknown}",
         "resizing": f"short side to image size / {cfg['crop_pct']:g}, {cfg['interpolation']}, then the centre crop",
         "pooling": _POOLS[config.pool],
@@ -138,6 +154,8 @@ def model_card(model: Pretrained, name: str) -> str:
         "activation": config.activation,
         "classes": classes,
     }
+    if not shape.is_transformer:
+        rows = {key: text for key, text in rows.items() if key not in ("pooling", "registers", "activation")}
     table = "\n".join(f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items())
     return f"""\
 ---
@@ -146,11 +164,11 @@ pipeline_tag: {task}
 tags:
 - {task}
 - timm
-- vision-transformer
+- {"vision-transformer" if shape.is_transformer else "resnet"}
 ---
 # {name}
 
-A Vision Transformer ({title}), converted by FastViT Engine.
+A {kind} ({title}), converted by FastViT Engine.
 
 | | |
 |---|---|

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from fastvit_engine.config.model_shape import SIZES, ModelSize, model_of_shape, resolve_shape
+from fastvit_engine.config.model_shape import SIZES, ModelSize, model_of_shape, resolve_shape, smallest_image
+from fastvit_engine.config.resnet_shape import hybrid_name
 from fastvit_engine.errors import UserError
 from fastvit_engine.models.weights.position import grid_side
 from fastvit_engine.models.weights.pretrained import Pretrained, from_tensors, model_config
 from fastvit_engine.models.weights.timm_code import ARCHITECTURES, GLOBAL_POOLS
+from fastvit_engine.models.weights.timm_resnets import bit_of, hybrid_named
 from fastvit_engine.shown import brief
 
 _SIZES = {architecture.split("_")[1]: SIZES[size] for size, (architecture, _) in ARCHITECTURES.items()}
@@ -36,12 +38,16 @@ def open_timm_tensors(
     arguments: Mapping[str, Any] | None = None,
     pixels: Mapping[str, Any] | None = None,
     class_names: tuple[str, ...] | None = None,
+    image_size: int | None = None,
 ) -> Pretrained:
     """The model of these weights.
 
     name: of the papers or of timm; it says what the weights do not show, the number of heads. arguments: those of
-    timm's `create_model` beside it. Raises UserError if the weights are not of that model.
+    timm's `create_model` beside it. image_size: of a ResNet, whose weights do not show it. Raises UserError if the
+    weights are not of that model.
     """
+    if (resnet := bit_of(name, shapes, image_size)) is not None:
+        return from_tensors(where, model_config(resnet, where), shapes, load, pixels, class_names)
     arguments = arguments or {}
     if unknown := [key for key in arguments if key not in _KNOWN]:
         raise UserError(f"{where}: model_args has '{brief(unknown[0])}', which this version does not know")
@@ -63,7 +69,7 @@ def open_timm_tensors(
         raise UserError(f"{where} has register tokens with a position (no no_embed_class), and ours have none")
     if (positions := arguments.get("pos_embed", "learn")) not in ("learn", "none", ""):
         raise UserError(f"{where}: model_args has pos_embed '{brief(positions)}': there are learn and none")
-    patch_size, has_table = int(model["name"].partition("/")[2]), positions == "learn"
+    patch_size, has_table = smallest_image(model["name"]), positions == "learn"
     table = shapes.get("pos_embed", ())
     if has_table and len(table) != 3:
         raise UserError(f"{where}: parameter 'pos_embed' is {[*table] or 'absent'} there, and must be [1, N, D]")
@@ -90,25 +96,33 @@ def _numbers(name: str, arguments: Mapping[str, Any], where: str) -> dict[str, A
     if match := re.fullmatch(r"(?:ViT-)?(\w+)/(\d{1,5})", name):
         if match[1] in SIZES:
             return {"name": f"{match[1]}/{int(match[2])}"}
+    elif (hybrid := hybrid_named(name)) is not None and hybrid[1] in SIZES:
+        numbers = _changed(SIZES[hybrid[1]], 1, arguments, where)
+        return numbers | {"name": hybrid_name(hybrid[0], numbers["name"].partition("/")[0])}
     elif (match := _PLAIN.fullmatch(name)) and match[1] in _SIZES:
-        size = _SIZES[match[1]]
-        try:
-            width = int(arguments.get("embed_dim", size.width))
-            ratio = float(arguments.get("mlp_ratio", size.mlp_dim / size.width))
-            return model_of_shape(
-                patch_size=int(arguments.get("patch_size", match[2])),
-                width=width,
-                depth=int(arguments.get("depth", size.depth)),
-                heads=int(arguments.get("num_heads", size.heads)),
-                mlp_dim=int(width * ratio),
-            )
-        except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{where}: model_args makes no model ({brief(error)})") from error
+        return _changed(_SIZES[match[1]], match[2], arguments, where)
     known = ", ".join(f"vit_{size}_patch16_224" for size in ("tiny", "base"))
     raise UserError(
         f"'{brief(name)}' names no model that this version knows: give a size and a patch size, as in B/16 "
-        f"(sizes: {', '.join(SIZES)}), or a plain Vision Transformer of timm, as {known}"
+        f"(sizes: {', '.join(SIZES)}), a hybrid or ResNet, as R50+B/16 or R50x1, or a plain Vision Transformer of "
+        f"timm, as {known}"
     )
+
+
+def _changed(size: ModelSize, patch_size: Any, arguments: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`name` of a section `model`, and the numbers that differ from it. arguments: of timm, where not as in `size`."""
+    try:
+        width = int(arguments.get("embed_dim", size.width))
+        ratio = float(arguments.get("mlp_ratio", size.mlp_dim / size.width))
+        return model_of_shape(
+            patch_size=int(arguments.get("patch_size", patch_size)),
+            width=width,
+            depth=int(arguments.get("depth", size.depth)),
+            heads=int(arguments.get("num_heads", size.heads)),
+            mlp_dim=int(width * ratio),
+        )
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{where}: model_args makes no model ({brief(error)})") from error
 
 
 def _layer_scale(arguments: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> float | None:

@@ -1,5 +1,6 @@
 """Reads a run back from its folder, finished or not, and sums it up in sentences."""
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
@@ -157,7 +158,8 @@ class RecordedRun:
         return Progress.of_run(self.train, self.step, batch, flops)
 
     def describe_model(self) -> str:
-        return f"ViT {self.environment['model']}"
+        title = str(self.environment["model"])
+        return title if re.match(r"R\d+x\d", title) else f"ViT {title}"  # a ResNet
 
     def describe_training(self) -> str:
         """The run in one clause, as in "840 steps of 64 images on 2 processes (cpu, ZeRO-1) in 1 min 12 s"."""

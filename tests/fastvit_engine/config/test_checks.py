@@ -10,7 +10,9 @@ from fastvit_engine.errors import UserError
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.name=R50x1"], "model.name 'R50x1' is not a size and a patch size"),
+        (["model.name=X50/16"], "model.name 'X50/16' is not a size and a patch size"),
+        (["model.name=R51x1"], "model.name 'R51x1' is no hybrid or ResNet that this version knows"),
+        (["model.name=R50x1", "model.pool=gap"], "model.pool = gap is of Transformers, and model.name = R50x1 is a"),
         (["model.image_size=30"], "model.image_size 30 is not a multiple of the patch size 4"),
         (["evaluate.fewshot.train=x"], "evaluate.fewshot.train is set and evaluate.fewshot.eval is not: few-shot"),
         (["evaluate.fewshot.eval=x"], "evaluate.fewshot.eval is set and evaluate.fewshot.train is not"),

@@ -248,9 +248,28 @@ BY_DATASET = {
 }
 
 
+# Of the same table: model, learning rate.
+CONVOLUTIONS = {"hybrid_r50_b16_jft": ("R50+B/16", 8e-4), "resnet_r50x1_jft": ("R50x1", 1e-3)}
+
+
 def test_the_paper_folder_holds_the_rows_of_table_3():
-    """And H/14 on ImageNet-21k, which the table does not have."""
-    assert {name for name, path in recipe_paths().items() if path.parent.name == "paper"} == set(TABLE_3)
+    """One of each other family, and H/14 on ImageNet-21k, which the table does not have."""
+    found = {name for name, path in recipe_paths().items() if path.parent.name == "paper"}
+    assert found == TABLE_3.keys() | CONVOLUTIONS.keys()
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_row_of_a_hybrid_or_resnet(name):
+    """As the Vision Transformer on JFT of as many epochs, but for the model, its head and the learning rate."""
+    config, vit = load_config(name).config, load_config("vit_b16_jft").config
+    assert (config.model.name, config.optimizer.learning_rate) == CONVOLUTIONS[name]
+    model = {"name": vit.model.name} | ({"head": "mlp"} if name.startswith("resnet") else {})
+    same = config.model_copy(update={
+        "name": vit.name,
+        "model": config.model.model_copy(update=model),
+        "optimizer": config.optimizer.model_copy(update={"learning_rate": vit.optimizer.learning_rate}),
+    })  # fmt: skip
+    assert same == vit
 
 
 @pytest.mark.parametrize("name", TABLE_3)

@@ -31,6 +31,8 @@ from fastvit_engine.objectives import build_objective
         ("L/16", 7, 783, 0.01),
         ("L/16", 14, 1567, 0.01),
         ("H/14", 14, 4262, 0.01),
+        ("R50+B/16", 7, 274, 0.002),
+        ("R152x2", 14, 1126, 0.045),
     ],
 )
 def test_pretraining_cost_in_the_paper(name: str, epochs: int, exaflops: float, tolerance: float) -> None:

@@ -192,6 +192,33 @@ def test_activations_are_what_the_kernels_keep(model):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["R50x1", "R+Ti/16", "R26+Ti/32", "R50+Ti/16"])
+def test_activations_of_convolutions_are_what_autograd_keeps(precision, name):
+    """Plain PyTorch, on the CPU, as above; with the standardised weights, which are kept once."""
+    model = {"name": name, "image_size": 96} | ({"depth": 2} if "+" in name else {})
+    config = Config.model_validate({"model": model, "train": {"precision": precision}})
+    built = build_for_training(config)
+    built = built.bfloat16() if precision == "bf16" else built
+    images = torch.zeros(3, 96, 96, 3, dtype=torch.uint8)
+    with kept_by_autograd(built) as kept:
+        loss = FusedCrossEntropy()(built.train()(images), torch.zeros(3, dtype=torch.int64))  # noqa: F841 - holds them
+        measured = sum(storage.nbytes() for storage in kept.values())
+    memory = training_memory(config, 0, 1, 3, False, Buckets(), on_gpu=False)
+    assert memory.activations == pytest.approx(measured, rel=0.05)
+    assert memory.work > 0
+
+
+def test_a_resnet_that_is_frozen_keeps_little_and_gathers_a_block():
+    def of_step(frozen):
+        config = Config.model_validate({"model": {"name": "R50x1"}, "optimizer": {"frozen": frozen}})
+        return training_memory(config, 0, 1, 8, False, Buckets(), on_gpu=False)
+
+    assert of_step("backbone").activations < of_step("none").activations / 4
+    largest = 1024 * 512 + 1024 * 2048 + 9 * 512**2 + 512 * 2048 + 2 * (1024 + 512 + 512)  # first of the last stage
+    assert ParameterCounts.of(vit(name="R50x1")).block == largest
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
     ("objective", "pool", "target"),
     [("mae", "gap", "mean"), ("mae", "cls", "mean"), *(("masked_patch", "cls", t) for t in ("mean", "grid", "pixels"))],

@@ -99,7 +99,7 @@ def save(path: Path, arrays: Arrays, prefix: str = "") -> Path:
 
 
 def forward(arrays: Arrays, images: np.ndarray, *, eps=1e-6, exact_gelu=False) -> dict[str, np.ndarray]:
-    """Tokens after the last LayerNorm, representation and logits of images [B, H, W, 3] in [-1, 1].
+    """Tokens after the last LayerNorm, representation and logits of images [B, H, W, 3], or maps of C channels.
 
     Equations 1 to 4 of Dosovitskiy et al. 2021; the position table fits the images.
     """
@@ -108,7 +108,7 @@ def forward(arrays: Arrays, images: np.ndarray, *, eps=1e-6, exact_gelu=False) -
     patch, width = kernel.shape[0], kernel.shape[-1]
     batch, height, _, _ = images.shape
     rows = height // patch
-    patches = images.astype(np.float64).reshape(batch, rows, patch, rows, patch, 3).transpose(0, 1, 3, 2, 4, 5)
+    patches = images.astype(np.float64).reshape(batch, rows, patch, rows, patch, -1).transpose(0, 1, 3, 2, 4, 5)
     x = patches.reshape(batch, rows * rows, -1) @ kernel.reshape(-1, width) + w["embedding/bias"]
     if "cls" in w:
         x = np.concatenate([np.broadcast_to(w["cls"], (batch, 1, width)), x], axis=1)

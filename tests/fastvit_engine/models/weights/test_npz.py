@@ -261,14 +261,10 @@ def damages():
     yield pooled | {"MAPHead_0/MlpBlock_0/Dense_1/bias": None}, "'MAPHead_0/MlpBlock_0/Dense_1/bias' is absent there"
     extra = {"MAPHead_0/LayerNorm_1/bias": np.zeros(48, np.float32)}
     yield pooled | extra, "'MAPHead_0/LayerNorm_1/bias' is .* and absent in"
-    hybrid = {"conv_root/kernel": (7, 7, 3, 64), "gn_root/scale": (64,), "block1/unit1/conv1/kernel": (1, 1, 64, 64)}
-    hybrid |= {"block1/unit1/conv_proj/kernel": (1, 1, 64, 256), "embedding/kernel": (1, 1, 1024, 48)}
-    arrays = {name: np.zeros(shape, np.float32) for name, shape in hybrid.items()}
-    sentence = "is a ResNet .*, or a hybrid .*, which this version does not support; it reads Vision Transformers"
-    yield arrays, rf"has array 'conv_root/kernel': it {sentence}"
-    name = "opt/target/resnet/root_block/standardized_conv2d/kernel"
-    resnet = {name: np.zeros((7, 7, 3, 64), np.float32)}
-    yield dict.fromkeys(random_arrays()) | resnet, rf"has array '{name}': it {sentence}"
+    root = {"conv_root/kernel": np.zeros((7, 7, 3, 64), np.float32)}  # of a hybrid
+    yield root, "array 'embedding/kernel' is no kernel for the 64 channels of its ResNet"
+    resnet = {"resnet/root_block/standardized_conv2d/kernel": np.zeros((7, 7, 3, 64), np.float32)}
+    yield dict.fromkeys(random_arrays()) | resnet, "has no blocks and 64 channels after the first convolution"
     yield {"cls": np.zeros((1, 1, 48), np.int32)}, "array 'cls' holds int32, and weights are floating-point"
     yield {"cls": np.zeros((1, 1, 48), "V4")}, r"array 'cls' holds \|V4, and weights are floating-point"
     yield {"cls": np.array([{}], dtype=object)}, "array 'cls' holds pickled Python objects, which are not read"
