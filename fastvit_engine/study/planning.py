@@ -25,6 +25,7 @@ from fastvit_engine.study.definition import Study, Variant, describe, variants
 from fastvit_engine.train.schedule import Schedule
 
 _LONGEST_NAME = 120  # of a run folder
+_MOST_FEATURES = 2_000_000  # images whose features a process can hold
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,13 @@ def plan_study(
             try:
                 config = load_config(recipe, overrides).config
                 overrides += _few_shot(config, study.shots)
+                few_shot_given = config.evaluate.fewshot.train is not None
                 config = load_config(recipe, overrides).config
                 _check_measured(config, study)
-                steps = Schedule(config, epochs.samples(config)).total_steps
+                samples = epochs.samples(config)
+                if study.shots is not None and not few_shot_given:
+                    _check_few_shot(max(samples or 0, config.data.train_samples or 0))
+                steps = Schedule(config, samples).total_steps
             except UserError as error:
                 raise UserError(_about_run(str(error), variant, path, given)) from None
             run = PlannedRun(len(runs), f"{name}_seed-{seed}", variant, seed, recipe, tuple(overrides), config, steps)
@@ -146,6 +151,16 @@ def _few_shot(config: Config, shots: int | None) -> list[str]:
         if config.data.train is not None:
             settings += [f"evaluate.fewshot.train={config.data.train}", f"evaluate.fewshot.eval={config.data.eval}"]
     return settings
+
+
+def _check_few_shot(samples: int) -> None:
+    """Raises UserError if the training images are too many to take the features of all."""
+    if samples > _MOST_FEATURES:
+        raise UserError(
+            f"evaluate.fewshot.train is not set, and few-shot accuracy on data.train would look at {samples:,} images "
+            "once more at the end of every run: set evaluate.fewshot.train and evaluate.fewshot.eval, or shots: null "
+            "in the study"
+        )
 
 
 def _check_measured(config: Config, study: Study) -> None:

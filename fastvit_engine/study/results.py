@@ -158,7 +158,7 @@ class Results:
         spread = (
             f"mean and standard deviation (of the population) over {counted(seeds, 'seed')}; the best mean is bold"
             if seeds > 1
-            else "one seed, so nothing is known of their spread"
+            else "one seed, so nothing is known of their spread; the best is bold"
         )
         few_shot = ""
         if self.few_shot in self.figures:

@@ -106,7 +106,8 @@ def test_every_run_of_a_shipped_study_is_valid(name, digits):
     path = find_study(name)
     study = read_study(path)
     given = [f"data.train={digits}/train-*.tar", f"data.eval={digits}/eval-*.tar"]
-    given += ["data.train_samples=303000000"] if name.endswith("_full") else []
+    if name.endswith("_full"):
+        given += ["data.train_samples=303000000", f"evaluate.fewshot.train={digits}", f"evaluate.fewshot.eval={digits}"]
     runs = plan_study(study, path, given)
     assert len({run.name for run in runs}) == len(runs) == len(variants(study, path)) * study.seeds
     if not name.endswith("_full"):

@@ -87,6 +87,11 @@ def test_a_value_becomes_what_set_reads_as_that_value(key, value, text):
         (["data.train=nowhere/*.tar"], {}, "nowhere"),
         (["data.train=nowhere/*.tar", "data.train_samples=5"], {}, "nowhere"),
         (["train.duration=0 steps"], {}, "trains nothing"),
+        (
+            ["data.train_samples=2000001"],
+            {},
+            r"few-shot accuracy on data\.train would look at 2,000,001 images once more",
+        ),
     ],
 )
 def test_what_cannot_work_is_refused(plan, settings, keys, says):
