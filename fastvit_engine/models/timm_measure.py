@@ -105,8 +105,11 @@ def _forward(model: nn.Module, config: ModelConfig, images: int, dtype: torch.dt
     try:
         logits = model(torch.empty(images, 3, size, size, dtype=dtype, device="meta"))
     except Exception as error:
+        remedy = "set a size that it takes"
+        if dtype != torch.float32:
+            remedy += ", or train.precision=fp32 if it does not compute in 16 bits"
         raise UserError(
             f"{config.name} cannot compute images of model.image_size = {size} pixels ({type(error).__name__}: "
-            f"{brief(error)}): set a size that it takes"
+            f"{brief(error)}): {remedy}"
         ) from error
     return logits

@@ -18,7 +18,7 @@ from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.evaluate.own import Measure
-from fastvit_engine.models import build_for_training, run_flops
+from fastvit_engine.models import TimmModel, build_for_training, run_flops
 from fastvit_engine.objectives import Objective, Taught
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.memory import recompute_mode
@@ -68,6 +68,7 @@ class Job:
     utilization: Utilization
     owner: Ownership  # of the run folder and the checkpoints, on rank 0
     records: Records  # used on rank 0
+    accelerated: str | None = None  # of a model of timm: how many modules run fused operations, and by whom
 
 
 def build_job(
@@ -138,4 +139,5 @@ def build_job(
         utilization=Utilization(peak_flops(world, config.train.precision), run_flops(config).computed),
         owner=owner,
         records=records,
+        accelerated=model.accelerated if isinstance(model, TimmModel) else None,
     )

@@ -41,6 +41,7 @@ def record_start(
         samples_per_epoch=job.schedule.samples_per_epoch,
         shards=", ".join(source.shards for source in config.data.sources),
         init=None if init is None else dict(init),
+        **({"accelerated": job.accelerated} if job.accelerated is not None else {}),
         defaults=chosen.record(),
     )
     kept = record_configuration(run, resolved, step)

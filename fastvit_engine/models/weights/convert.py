@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from fastvit_engine.config.model_shape import resolve_shape
+from fastvit_engine.config.timm_model import is_timm
 from fastvit_engine.errors import UserError
 from fastvit_engine.models.weights.huggingface import write_folder
 from fastvit_engine.models.weights.npz import write_npz
@@ -42,6 +43,11 @@ def convert(model: Pretrained, destination: Path, target: Target) -> Written:
         raise UserError(f"{destination} exists, and --to {target} writes a new folder: name another one")
     if not destination.absolute().parent.is_dir():
         raise UserError(f"{destination.absolute().parent} is no folder: make it first")
+    if is_timm(model.config) and target != "timm":
+        raise UserError(
+            f"{model.where} is {model.config.name}, and --to {target} is for this engine's Vision Transformers: "
+            "write --to timm"
+        )
     if target == "npz":
         code = ["from fastvit_engine import load_model", f"model = load_model({str(destination)!r})"]
         return Written(write_npz(model, destination), code)

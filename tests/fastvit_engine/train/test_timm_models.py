@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from fastvit_engine.checkpoint.export import find_checkpoint
 from fastvit_engine.cli import main
 from fastvit_engine.config import ModelConfig, OptimizerConfig
 from fastvit_engine.data.stream.batch_split import split_batch
-from fastvit_engine.data.stream.prepare import prepare_data
+from fastvit_engine.data.stream.prepare import eval_streams, prepare_data
 from fastvit_engine.engine.optimizers.groups import parameter_groups
 from fastvit_engine.errors import UserError
 from fastvit_engine.models.timm_library import import_timm
@@ -68,13 +70,15 @@ WHOLE = {
 }
 
 
+# Batch normalisation over a map of one pixel multiplies what rounds off: images of 64 pixels leave it four.
+SIZES = {"ViT with registers": 28, "resnet": 64, "ResNet": 64, "EfficientNet-B0": 64}
+
+
 def named(name):
-    """The settings of a model: of SMALL, or whole, with images that its patches divide."""
-    if name in SMALL:
-        architecture, arguments = SMALL[name]
-        return [f"model.name=timm/{architecture}", *(f"model.timm.{key}={value}" for key, value in arguments.items())]
-    size = 28 if "patch14" in WHOLE[name] else 32
-    return [f"model.name=timm/{WHOLE[name]}", f"model.image_size={size}"]
+    """The settings of a model of SMALL or of WHOLE."""
+    architecture, arguments = SMALL[name] if name in SMALL else (WHOLE[name], {})
+    given = [f"model.timm.{key}={value}" for key, value in arguments.items()]
+    return [f"model.name=timm/{architecture}", f"model.image_size={SIZES.get(name, 32)}", *given]
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +159,11 @@ KEPT = ["ema.decay=0.9", "train.duration=6 steps", "model.drop_path=0.2", "model
 def run(run_here, digits, tmp_path_factory):
     """A run with running statistics, an average, dropout, drop path and an evaluation."""
     settings = [*named("efficientnet"), *KEPT, f"data.eval={digits}/eval-*.tar", "evaluate.every=6 steps"]
-    return run_here(tmp_path_factory.mktemp("kept") / "run", *settings)
+    few_shot = [
+        *(f"evaluate.fewshot.{key}={digits}/eval-*.tar" for key in ("train", "eval")),
+        "evaluate.fewshot.shots=[1]",
+    ]
+    return run_here(tmp_path_factory.mktemp("kept") / "run", *settings, *few_shot)
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(run, run_here, digits, tmp_path):
@@ -191,7 +199,9 @@ def test_the_model_comes_back_from_the_run_and_from_its_file(run, digits):
             assert torch.equal(model(pixels), expected)
             represented = theirs.forward_head(theirs.forward_features(pixels), pre_logits=True)
             assert torch.equal(model.represent(images), represented)
-    measured = read_all_metrics(run / "metrics.jsonl").evaluations
+    written = read_all_metrics(run / "metrics.jsonl")
+    assert [row["eval"] for row in written.few_shot] == ["fewshot", "fewshot_ema"]
+    measured = written.evaluations
     for row, averaged in zip(measured, (False, True), strict=True):
         accuracy = evaluate(load_model(run, ema=averaged), f"{digits}/eval-*.tar", config="quickstart")
         assert accuracy.top1 == row["top1"] and accuracy.loss == pytest.approx(row["loss"], abs=1e-5)
@@ -314,6 +324,45 @@ def test_what_means_nothing_is_refused_in_a_sentence(train_arguments, tmp_path, 
     told = capsys.readouterr()
     assert code == (2 if sentence else 0), told.err + told.out
     assert sentence in told.err and told.err.count("\n") <= 4
+
+
+def test_evaluation_gives_what_timm_gives_on_the_same_pixels(run, digits):
+    config = load_config(
+        "quickstart", [f"data.eval={digits}/eval-*.tar", *OWN, f"data.eval={digits}/eval-*.tar"]
+    ).config
+    batches = list(eval_streams(config).eval_batches(config, rank=0, world_size=1, batch_size=50, pin_memory=False))
+    theirs = timm.create_model("test_efficientnet", num_classes=10)
+    theirs.load_state_dict(load_file(run / "model.safetensors"))
+    theirs.eval()
+    right = counted = 0.0
+    for batch in batches:
+        images, labels = (part[batch.weights > 0] for part in (batch.images, batch.labels))
+        with torch.no_grad():
+            logits = theirs((images.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5)
+        right += importlib.import_module("timm.utils").accuracy(logits, labels, topk=(1,))[0].item() * len(labels) / 100
+        counted += len(labels)
+    accuracy = evaluate(load_model(run), f"{digits}/eval-*.tar", config="quickstart")
+    assert accuracy.samples == counted == 359 and accuracy.top1 == pytest.approx(right / counted, abs=1e-9)
+
+
+def test_weights_are_written_for_timm_alone(run, tmp_path, capsys):
+    assert main(["convert", str(run), str(tmp_path / "b.npz"), "--to", "npz"]) == 2
+    assert "write --to timm" in capsys.readouterr().err
+    assert main(["convert", str(run), str(tmp_path / "net.safetensors"), "--to", "timm", "--ema"]) == 0
+    scope: dict = {}
+    exec(textwrap.dedent(capsys.readouterr().out.partition("to load it:\n")[2]), scope)
+    ours = load_model(run, ema=True)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(scope["model"].eval()(images), ours(images))
+    assert json.loads((run / "environment.json").read_text())["accelerated"].endswith("modules fused")
+
+
+def test_without_timm_the_sentence_says_how_to_install_it(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "timm" else found(name, *rest))
+    with pytest.raises(UserError, match=r"pip install 'fastvit-engine\[integrations\]'"):
+        import_timm()
 
 
 def test_the_planner_says_that_it_has_measured(capsys):
