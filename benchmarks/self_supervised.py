@@ -1,10 +1,10 @@
-"""What masked autoencoding and masked patch prediction learn of CIFAR-10 without its labels, on a CPU.
+"""What objectives without labels learn of CIFAR-10, on a CPU.
 
-    python -m benchmarks.self_supervised FOLDER --out DIR [--objectives mae masked_patch] [--cpu-processes 2]
+    python -m benchmarks.self_supervised FOLDER --out DIR [--objectives mae dino] [--cpu-processes 2]
 
 FOLDER has `train-*.tar` and `test-*.tar`, gzipped or not. `fastvit train` trains a recipe for each objective. Measured
-on the test images are the objective itself, and the 25-shot accuracy of the encoder, against that of the same encoder
-untrained and of raw pixels; the shots are from the first training shard.
+on the test images are the objective itself, if it has no teacher, and the 25-shot accuracy of the encoder, student and
+teacher, against that of the same encoder untrained and of raw pixels; the shots are from the first training shard.
 Objectives that DIR has records of, and that are not named, stay there. With --runs, a training that was interrupted
 continues. With --choose, the last training shard is held out and takes
 the place of the test images: settings are chosen there.
@@ -39,9 +39,16 @@ from fastvit_engine.objectives import masked_patch_targets
 from fastvit_engine.objectives.masks import draw_corruption
 from fastvit_engine.observe.progress import WorkProgress
 
-RECIPES = {"mae": "mae_cifar10_cpu", "masked_patch": "masked_patch_cifar10_cpu"}
+RECIPES = {
+    "mae": "mae_cifar10_cpu",
+    "masked_patch": "masked_patch_cifar10_cpu",
+    "dino": "dino_cifar10_cpu",
+    "moco": "moco_cifar10_cpu",
+}
+TAUGHT = ("dino", "moco")  # by a teacher, which is the average of the weights; no loss on held-out images
 NAME = "self_supervised"
 SHOTS, SEEDS = 25, 3
+SHOWN = {"few_shot": "", "few_shot_teacher": ", its teacher", "few_shot_untrained": ", untrained"}
 _BATCH = 250
 
 Extract = Callable[[Iterable[Batch]], Features]
@@ -59,7 +66,7 @@ class Experiment:
     def measure(self, objective: str) -> dict[str, Any]:
         """Trains the recipe of an objective, and measures what has come of it."""
         resolved, load = self.resolved(objective), os.getloadavg()[0]
-        trained = self.runs.train(objective, RECIPES[objective], self._settings())
+        trained = self.runs.train(objective, RECIPES[objective], self._settings(objective))
         last, losses = trained.metrics.train[-1], trained.metrics.losses
         model = trained_model(trained.run, resolved.config)
         record = {
@@ -77,6 +84,9 @@ class Experiment:
             "few_shot_untrained": self.few_shot(untrained_model(resolved.config), resolved),
             "made_of": resolved.config.model_dump(mode="json", exclude={"data": {"train", "eval"}}),
         }
+        if objective in TAUGHT:
+            teacher = trained_model(trained.run, resolved.config, kind="ema")
+            record["few_shot_teacher"] = self.few_shot(teacher, resolved)
         settings = resolved.config.pretraining
         if isinstance(settings, MaeConfig):
             record["error_of_mean"] = 1 - 1 / (3 * model.shape.patch_size**2)  # the variance is the unbiased one
@@ -99,10 +109,12 @@ class Experiment:
         return one.batches(_BATCH, doing="features of", progress=WorkProgress())
 
     def resolved(self, objective: str) -> Resolved:
-        return load_config(RECIPES[objective], self._settings())
+        return load_config(RECIPES[objective], self._settings(objective))
 
-    def _settings(self) -> list[str]:
-        data = [f"data.train={self._listed('train')}", f"data.eval={self._listed('held_out')}"]
+    def _settings(self, objective: str) -> list[str]:
+        data = [f"data.train={self._listed('train')}"]
+        if objective not in TAUGHT:
+            data.append(f"data.eval={self._listed('held_out')}")
         return [*data, *self.settings]
 
     def _listed(self, which: str) -> str:
@@ -111,16 +123,19 @@ class Experiment:
         return self.runs.listed(which, shards[which])
 
 
-def trained_model(run: Path, config: Config) -> VisionTransformer:
-    """The model of a run's last checkpoint, with what its objective adds, which exports leave out."""
+def trained_model(run: Path, config: Config, kind: str = "weight") -> VisionTransformer:
+    """The model of a run's last checkpoint, with what its objective adds, which exports leave out.
+
+    kind: "ema" for the average of the weights.
+    """
     checkpoint = find_checkpoint(str(run))
     manifest = checkpoint.read_manifest()
     weights = {name: torch.empty(shape) for name, shape in manifest.parameters.items()}
     slices = [ParameterSlice(name, 0, tensor.view(-1)) for name, tensor in weights.items()]
-    CheckpointReader(checkpoint, manifest).fill({"weight": slices})
+    CheckpointReader(checkpoint, manifest).fill({kind: slices})
     model = build_for_training(config)
     assert isinstance(model, VisionTransformer)
-    model.load_state_dict(weights)
+    model.load_state_dict(dict(model.named_buffers()) | weights)
     return model.eval()
 
 
@@ -185,7 +200,8 @@ def report(record: Mapping[str, Any]) -> str:
         *(
             f"| encoder of `{one['recipe']}`{state} | {_share(one[key])} |"
             for one in found.values()
-            for key, state in (("few_shot", ""), ("few_shot_untrained", ", untrained"))
+            for key, state in SHOWN.items()
+            if key in one
         ),
         f"| raw pixels | {_share(record['few_shot_pixels'])} |",
         "",
@@ -198,8 +214,7 @@ def report(record: Mapping[str, Any]) -> str:
             f"`{one['recipe']}`: {one['steps']:,} steps, {one['images']:,} images, "
             f"{one['training_s'] / 60:.1f} minutes of training, {cpu}. {_made_by(one)}",
             "",
-            _of_objective(objective, one),
-            "",
+            *([] if objective in TAUGHT else [_of_objective(objective, one), ""]),
         ]
     return "\n".join(lines)
 
@@ -247,7 +262,7 @@ def recorded_before(path: Path, images: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None, command: Command = fastvit) -> None:
     parser = parser_of(__doc__, f"{NAME}.json and .md")
-    parser.add_argument("--objectives", choices=RECIPES, nargs="+", default=list(RECIPES), help="default: both")
+    parser.add_argument("--objectives", choices=RECIPES, nargs="+", default=list(RECIPES), help="default: all")
     parser.add_argument("--cpu-processes", metavar="N", type=int, help="of each training; default: one")
     parser.add_argument("--choose", action="store_true", help="hold out the last training shard, and measure there")
     add_runs(parser)

@@ -74,7 +74,7 @@ def test_pixels_are_features_as_they_are():
 @only_in_full
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_both_recipes_are_trained_and_measured(tmp_path, write_tar, photo):
+def test_recipes_are_trained_and_measured(tmp_path, write_tar, photo):
     folder, out, log = tmp_path / "shards", tmp_path / "out", tmp_path / "log"
     folder.mkdir()
     for name, first in (("train-000000.tar", 0), ("train-000001.tar", 60), ("test-000000.tar", 120)):
@@ -89,15 +89,18 @@ def test_both_recipes_are_trained_and_measured(tmp_path, write_tar, photo):
     tiny = ["model.width=16", "model.depth=1", "model.heads=2", "train.duration=4 steps", "data.shuffle_buffer=20"]
     words = [str(folder), "--out", str(out), "--runs", str(tmp_path / "runs"), *(w for s in tiny for w in ("--set", s))]
     main([*words, "--objectives", "mae"], command)
-    main([*words, "--objectives", "masked_patch"], command)  # adds to what is there
+    main([*words, "--objectives", "masked_patch", "dino"], command)  # adds to what is there
     record = json.loads((out / "self_supervised.json").read_text())
     found = record["objectives"]
     assert 0.5 < found["mae"]["held_out_loss"]["4"] < 3 < found["masked_patch"]["held_out_loss"]["4"]
     assert found["masked_patch"]["colours"]["patches"] > 60 * 10
+    assert [name for name, one in found.items() if "few_shot_teacher" in one] == ["dino"]
     accuracies = [one[key] for one in found.values() for key in ("few_shot", "few_shot_untrained")]
+    accuracies.append(found["dino"]["few_shot_teacher"])
     assert all(0 < one["mean"] <= 1 and len(one["seeds"]) == 3 for one in [*accuracies, record["few_shot_pixels"]])
     text = (out / "self_supervised.md").read_text()
     assert "**Normalised error of hidden pixels: " in text and "**Colours of masked patches: " in text
+    assert "| encoder of `dino_cifar10_cpu`, its teacher | " in text
     assert str(tmp_path) not in text + json.dumps(record)
 
     with pytest.raises(SystemExit, match="measured on test images, not on held-out training images: name another"):

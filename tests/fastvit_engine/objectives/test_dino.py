@@ -118,14 +118,28 @@ def test_the_centre_is_the_same_in_16_bits(world):
     assert torch.equal(student.bfloat16().centre, before) and "centre_bits" in student.state_dict()
 
 
+def projection(config, **settings):
+    """A new one, of a model of width 32."""
+    torch.manual_seed(0)
+    wide = config.dino.model_copy(update={"prototypes": 512, "bottleneck": 64} | settings)
+    return build_for_training(config.model_copy(update={"dino": wide})).projection
+
+
 def test_a_new_projection_is_drawn_as_the_authors_code_draws_it(world):
-    """Layers of deviation 0.02 without biases, and prototypes as torch.nn.Linear has them."""
+    """Layers of deviation 0.02 without biases, at the authors' width, and prototypes as torch.nn.Linear has them."""
     config, *_ = world
-    wide = config.dino.model_copy(update={"prototypes": 512, "projection_width": 256, "bottleneck": 64})
-    projection = build_for_training(config.model_copy(update={"dino": wide})).projection
-    for name, parameter in projection.mlp.named_parameters():
+    drawn = projection(config, projection_width=2048)
+    for name, parameter in drawn.mlp.named_parameters():
         deviation = 0 if name.endswith("bias") else 0.0176  # what 0.02 is when cut off at two
         assert parameter.std().item() == pytest.approx(deviation, rel=0.05)
-    prototypes, layer = projection.prototypes.weight, torch.nn.Linear(64, 512, bias=False).weight
+    prototypes, layer = drawn.prototypes.weight, torch.nn.Linear(64, 512, bias=False).weight
     assert prototypes.std().item() == pytest.approx(layer.std().item(), rel=0.03)
     assert 0.12 < prototypes.abs().max() <= 64**-0.5
+
+
+def test_a_narrow_projection_begins_with_an_output_that_the_first_updates_do_not_outweigh(world):
+    """Their deviation of 0.02 would make it 0.004 long, and Adam moves each bias by the learning rate per update."""
+    config, *_ = world
+    images = torch.randn(64, 32)
+    lengths = [projection(config, projection_width=width).mlp(images).norm(dim=1).mean() for width in (64, 2048)]
+    assert all(0.1 < length < 1 for length in lengths)
