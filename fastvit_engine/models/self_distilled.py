@@ -59,10 +59,10 @@ class SelfDistilled(VisionTransformer):
     def init_weights(self) -> None:
         """As a VisionTransformer, with the projection as DINO's authors set it.
 
-        Its layers are drawn from a normal, cut off at two deviations. A deviation is 0.02 at the authors' width of 2048,
-        and larger for fewer numbers: with 0.02 the output of a narrow projection is so short that the first updates of
-        the biases outweigh it, and all images get one answer. Prototypes, as those of a linear layer, are uniform. Their
-        length has no effect on scores, but on how fast they turn.
+        Its layers are drawn from a normal, cut off at two deviations, of 0.02 at the authors' width of 2048 and of more
+        for fewer numbers: with 0.02 the output of a narrow projection is so short that the first updates of the biases
+        outweigh it, and all images get one answer. Prototypes, as those of a linear layer, are uniform. Their length
+        has no effect on scores, but on how fast they turn.
         """
         super().init_weights()
         deviation = 0.02 * (2048 / self.projection.width) ** 0.5
