@@ -54,7 +54,7 @@ def convert(model: Pretrained, destination: Path, target: Target) -> Written:
     write: Callable[[Pretrained, Path], list[str]]
     write = {"timm": write_timm, "hf": write_folder, "hub-folder": write_hub_folder}[target]
     notes = [] if model.pixels else ["mean and std of the pixels are unknown: 0.5 and 0.5 are written"]
-    if resolve_shape(model.config).is_hybrid:
+    if not is_timm(model.config) and resolve_shape(model.config).is_hybrid:
         notes.append(OTHER_NUMBERS)
     outputs, named = model.config.num_classes, len(model.class_names or ())
     if outputs and named and named != outputs:
