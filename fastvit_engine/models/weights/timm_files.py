@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvit_engine.config.model_shape import model_title, resolve_shape
+from fastvit_engine.config.timm_model import is_timm
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_folder, atomic_write
 from fastvit_engine.models.weights.described import described
@@ -39,7 +40,7 @@ def write_timm(model: Pretrained, path: Path) -> list[str]:
     write_safetensors(path, model, {**_metadata(model), "pretrained_cfg": json.dumps(cfg)})
     if len(model.class_names or ()) > _MOST_NAMES:
         cfg.pop("label_names")
-    if not resolve_shape(model.config).is_transformer:
+    if not is_timm(model.config) and not resolve_shape(model.config).is_transformer:
         load = ["from safetensors.torch import load_file", f"model.load_state_dict(load_file({str(path)!r}))"]
         return [*timm_code(model.config).split("\n"), *load]
     code = timm_code(model.config, checkpoint_path=str(path), pretrained_cfg_overlay=cfg)
