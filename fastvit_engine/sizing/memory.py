@@ -174,6 +174,8 @@ def training_memory(
     work = work_bytes(config, implementation)
     resnet = resolve_shape(config.model).resnet
     weights = 0 if resnet is None or frozen == "backbone" else weight_bytes(resnet, COMPUTE_BYTES[precision])
+    if isinstance(config.pretraining, DinoConfig) and config.pretraining.local_views:
+        weights *= 2  # views of either size pass by themselves
     return replace(state, activations=micro_batch * activations + weights, work=micro_batch * work)
 
 
