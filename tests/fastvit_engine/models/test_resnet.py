@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastvit_engine import build_model
+from fastvit_engine import build_model, models
 from fastvit_engine.config import ModelConfig, OptimizerConfig
 from fastvit_engine.config.resnet_shape import BIT_NAMES, ResNetShape, bit_name, bit_shape
 from fastvit_engine.engine.optimizers.groups import parameter_groups
@@ -208,6 +208,10 @@ def test_other_factors_have_names_too():
     assert bit_shape("R50x2") == ResNetShape((3, 4, 6, 3), 128, preactivation=True)
     assert all(bit_name(bit_shape(name)) == name for name in [*BIT_NAMES, "R50x2", "R200x16"])
     assert bit_name(ResNetShape((1, 2, 3, 4), 64, preactivation=True)) is None
+
+
+def test_what_builds_a_model_is_there_beside_the_models():
+    assert models.build_model is build_model
 
 
 def test_there_is_no_attention_to_look_at(r50):
