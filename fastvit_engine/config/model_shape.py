@@ -69,6 +69,14 @@ class Shape:
         return self.is_transformer and self.resnet is not None
 
     @property
+    def patch_inputs(self) -> tuple[int, int, int]:
+        """What a patch is projected from: channels, rows and columns, of pixels or of the map of a hybrid's ResNet."""
+        if self.resnet is None:
+            return 3, self.patch_size, self.patch_size
+        cells = self.patch_size // 2**self.resnet.halvings
+        return self.resnet.channels, cells, cells
+
+    @property
     def prefix(self) -> int:
         """Tokens before the patches."""
         return self.tokens - self.patches

@@ -3,6 +3,7 @@
 Needs no PyTorch: names are checked early, and counted fast.
 """
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,11 @@ class Convolution(NamedTuple):
     kernel: int
     stride: int
     halvings: int  # of the image's height and width, rounded up each time, until what it gives
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of its weight."""
+        return self.outputs, self.inputs, self.kernel, self.kernel
 
 
 @dataclass(frozen=True)
@@ -80,10 +86,7 @@ class ResNetShape:
 
     def macs(self, image_size: int) -> int:
         """Multiply-accumulates of the convolutions for one image."""
-        return sum(
-            one.kernel**2 * one.inputs * one.outputs * side(image_size, one.halvings) ** 2
-            for one in self.convolutions()
-        )
+        return sum(math.prod(one.shape) * side(image_size, one.halvings) ** 2 for one in self.convolutions())
 
 
 def side(image_size: int, halvings: int) -> int:

@@ -1,6 +1,7 @@
 """Runs the checks, on one machine or as one rank of a job, each within a time limit."""
 
 import contextlib
+import math
 import os
 import socket
 import subprocess
@@ -195,18 +196,17 @@ def checkpoint_bytes(config: "Config") -> int:
         return 0
     shape, optimizer = resolve_shape(config.model), config.optimizer
     width, hidden = shape.width, shape.mlp_dim
-    block = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+    block: dict[str, tuple[int, ...]] = {"attn.qkv": (3 * width, width), "attn.proj": (width, width)}
     block |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
     matrices = [(f"blocks.0.{name}.weight", size) for name, size in block.items()] * shape.depth
-    if shape.resnet is None:
-        matrices.append(("patch_embed.proj.weight", (width, 3 * shape.patch_size**2)))
-    else:
-        of_resnet = shape.resnet.convolutions()
-        matrices += [(f"{one.name}.weight", (one.outputs, one.inputs * one.kernel**2)) for one in of_resnet]
+    if shape.is_transformer:
+        matrices.append(("patch_embed.proj.weight", (width, *shape.patch_inputs)))
+    if shape.resnet is not None:
+        matrices += [(f"{one.name}.weight", one.shape) for one in shape.resnet.convolutions()]
     matrices.append(("head.weight", (config.model.num_classes, width)))
     learning = matrices[-1:] if optimizer.frozen == "backbone" else matrices
     copies = 1 if config.ema.decay is None else 2
-    weights = 4 * copies * sum(rows * columns for _, (rows, columns) in matrices)
+    weights = 4 * copies * sum(math.prod(size) for _, size in matrices)
     return weights + sum(STATE_BYTES[optimizer.kind](optimizer, *matrix) for matrix in learning)
 
 

@@ -2,6 +2,7 @@
 
 from fastvit_engine.config.model_shape import full_title, model_title, resolve_shape
 from fastvit_engine.models.flops import computed_flops, computed_macs, forward_macs, run_flops, training_flops
+from fastvit_engine.models.from_config import build_model
 from fastvit_engine.models.image_model import ImageModel
 from fastvit_engine.models.pretraining import build_for_training, is_for_pretraining, parameter_count
 from fastvit_engine.models.resnet import ResNet
@@ -17,6 +18,7 @@ __all__ = [
     "TimmModel",
     "VisionTransformer",
     "build_for_training",
+    "build_model",
     "build_vit",
     "computed_flops",
     "computed_macs",

@@ -1,5 +1,6 @@
 """What a model costs, counted from its shape: profilers that patch PyTorch functions do not see custom kernels."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -118,10 +119,7 @@ def contrastive_flops(config: Config, moco: MocoConfig, macs: Callable[[ModelCon
 
 def _patch_macs(shape: Shape, patches: int) -> int:
     """Of the projection of patches: of pixels or, in a hybrid, of what its ResNet gives."""
-    if shape.resnet is None:
-        return patches * 3 * shape.patch_size**2 * shape.width
-    cells = (shape.patch_size // 2**shape.resnet.halvings) ** 2
-    return patches * shape.resnet.channels * cells * shape.width
+    return patches * math.prod(shape.patch_inputs) * shape.width
 
 
 def _block_macs(tokens: int, width: int, mlp_dim: int, outputs: int | None = None, *, relative: bool = False) -> int:

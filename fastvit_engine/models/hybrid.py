@@ -23,8 +23,8 @@ class HybridEmbed(nn.Module):
         assert shape.resnet is not None
         self.mean, self.std, self.patch_size = tuple(mean), tuple(std), shape.patch_size
         self.backbone = HybridBackbone(shape.resnet) if shape.resnet.stages else Stem(shape.resnet, HYBRID)
-        cells = shape.patch_size // 2**shape.resnet.halvings
-        self.proj = nn.Conv2d(shape.resnet.channels, shape.width, cells, cells)
+        channels, cells, _ = shape.patch_inputs
+        self.proj = nn.Conv2d(channels, shape.width, cells, cells)
 
     def forward(
         self,

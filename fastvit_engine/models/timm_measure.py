@@ -34,9 +34,9 @@ def forward_flops(config: ModelConfig) -> int:
     These are matrix products, convolutions and attention. Raises UserError if the model cannot take images of
     `model.image_size`.
     """
-    model = skeleton(config).eval()
+    model = skeleton(config).eval().requires_grad_(False)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with counter:
         _forward(model, config, 1, torch.float32)
     return int(counter.get_total_flops())
 

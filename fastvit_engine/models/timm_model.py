@@ -76,8 +76,9 @@ class TimmModel(nn.Module):
                 "representation: add them to the model, or measure its accuracy with its head"
             )
         this: Any = self
-        represented: Tensor = this.forward_head(this.forward_features(pixels), pre_logits=True)
-        return represented.flatten(1)
+        represented = this.forward_head(this.forward_features(pixels), pre_logits=True)
+        parts = represented if isinstance(represented, tuple | list) else [represented]  # of several branches
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def _pixels(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in the dtype of the parameters."""
@@ -100,6 +101,17 @@ class TimmModel(nn.Module):
         super()._apply(fn, recurse)
         keep_float32(self.statistics_layers, before)
         return self
+
+    def round_buffers(self, dtype: torch.dtype) -> None:
+        """Gives floating buffers the number format that the model computes in, but for running statistics.
+
+        DeepSpeed converts parameters alone, and layers add such buffers to them: masks, tables, biases that are zero.
+        """
+        exact = {id(module) for module in self.statistics_layers}
+        for module in self.modules():
+            for name, buffer in module._buffers.items():
+                if id(module) not in exact and buffer is not None and buffer.is_floating_point():
+                    module._buffers[name] = buffer.to(dtype)
 
     def layers_of_parameters(self) -> dict[str, int]:
         """The layer of each parameter as timm counts them, 0 for the embeddings; the last has the classifier.

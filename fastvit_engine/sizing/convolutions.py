@@ -23,7 +23,7 @@ def convolution_bytes(resnet: ResNetShape, image_size: int, compute: int) -> int
 
 def weight_bytes(resnet: ResNetShape, compute: int) -> int:
     """Kept whatever the number of images: the standardised weights."""
-    return compute * sum(one.inputs * one.outputs * one.kernel**2 for one in resnet.convolutions())
+    return compute * sum(math.prod(one.shape) for one in resnet.convolutions())
 
 
 def passing_bytes(resnet: ResNetShape, image_size: int, compute: int) -> int:

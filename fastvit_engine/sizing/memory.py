@@ -58,7 +58,7 @@ from fastvit_kernels.mlp.op import Recompute
 Implementation = Literal["fused", "composed", "reference"]
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _ADAMW = OptimizerConfig()
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNBUCKETED = 500_000_000  # elements that DeepSpeed's stage 0 reduces at a time
 
 
@@ -156,7 +156,7 @@ def training_memory(
     )
     precision = config.train.precision
     if is_timm(config.model):  # one pass for an image cannot be computed, and is measured
-        kept = kept_bytes(config.model, _DTYPES[precision], frozen=frozen == "backbone")
+        kept = kept_bytes(config.model, DTYPES[precision], frozen=frozen == "backbone")
         return replace(state, activations=micro_batch * kept.activations, work=micro_batch * 3 * kept.largest)
     implementation = block_implementation(config.model, precision, on_gpu=on_gpu)
     if isinstance(config.pretraining, MaeConfig):
@@ -174,6 +174,8 @@ def training_memory(
     work = work_bytes(config, implementation)
     resnet = resolve_shape(config.model).resnet
     weights = 0 if resnet is None or frozen == "backbone" else weight_bytes(resnet, COMPUTE_BYTES[precision])
+    if isinstance(config.pretraining, DinoConfig) and config.pretraining.local_views:
+        weights *= 2  # views of either size pass by themselves
     return replace(state, activations=micro_batch * activations + weights, work=micro_batch * work)
 
 
@@ -268,7 +270,7 @@ def block_implementation(model: ModelConfig, precision: str, *, on_gpu: bool) ->
     """What `fastvit_kernels` runs for a block; "reference" for a model of timm, and for a ResNet, which has none."""
     if is_timm(model) or not resolve_shape(model).is_transformer:
         return "reference"
-    on = _DTYPES[precision], on_gpu
+    on = DTYPES[precision], on_gpu
     if model.dropout == 0 and all(dispatch.plan(half, *on).runs == "triton" for half in ("attention_block", "mlp")):
         return "fused"
     return "composed" if dispatch.plan("layer_norm", *on).runs == "triton" else "reference"

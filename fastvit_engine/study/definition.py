@@ -1,7 +1,7 @@
 """What a study is: a YAML file that names a recipe, settings of all runs, and what the runs differ in."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -75,6 +75,7 @@ class Variant(NamedTuple):
     label: str | None
     recipe: str
     settings: dict[str, Any]  # by dotted keys
+    shown: tuple[str, ...] = ()  # the keys that tell it from others: all, or those that its label does not say
 
 
 def find_study(name: str) -> Path:
@@ -162,13 +163,21 @@ def variants(study: Study, path: Path) -> list[Variant]:
     for entry in study.runs:
         for settings in _combinations({key: value for key, value in entry.items() if key not in (LABEL, RECIPE)}, path):
             variant = Variant(entry.get(LABEL), entry.get(RECIPE, study.recipe), settings)
-            if repr(variant[1:]) in seen:
+            if repr(variant[1:3]) in seen:
                 raise UserError(f"study {path} has two runs with {describe(settings)}: leave one of them out")
-            seen.add(repr(variant[1:]))
+            seen.add(repr(variant[1:3]))
             found.append(variant)
             if len(found) * study.seeds > MOST_RUNS:
                 raise UserError(f"study {path} has more than {MOST_RUNS:,} runs: shorten its lists")
-    return found
+    return [variant._replace(shown=_shown(variant, found)) for variant in found]
+
+
+def _shown(variant: Variant, others: Sequence[Variant]) -> tuple[str, ...]:
+    """The keys of a variant; of one with a label, those in which it differs from another with that label."""
+    if variant.label is None:
+        return tuple(variant.settings)
+    same = [other.settings for other in others if other.label == variant.label]
+    return tuple(key for key, value in variant.settings.items() if any(other.get(key) != value for other in same))
 
 
 def _combinations(entry: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:

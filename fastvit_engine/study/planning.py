@@ -48,7 +48,8 @@ class PlannedRun:
     @property
     def title(self) -> str:
         """For people."""
-        parts = [self.variant.label, describe(self.variant.settings) if self.variant.settings else None]
+        shown = {key: self.variant.settings[key] for key in self.variant.shown}
+        parts = [self.variant.label, describe(shown) if shown else None]
         return f"{': '.join(part for part in parts if part) or self.recipe}, seed {self.seed}"
 
     @property
@@ -211,7 +212,8 @@ def _names(found: Sequence[Variant]) -> list[str]:
 
 
 def _name(variant: Variant) -> str:
-    parts = [variant.label or "", describe(variant.settings) if variant.settings else ""]
+    settings = {key: value for key, value in variant.settings.items() if value is not None}
+    parts = [variant.label or "", describe(settings) if settings else ""]
     if not any(parts):
         parts = [Path(variant.recipe).stem]
     text = "_".join(part for part in parts if part).replace("=", "-")
@@ -219,7 +221,7 @@ def _name(variant: Variant) -> str:
 
 
 def _digest(variant: Variant) -> str:
-    return hashlib.sha256(json.dumps(variant, sort_keys=True).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(variant[:3], sort_keys=True).encode()).hexdigest()[:8]
 
 
 def same_settings(written: Mapping[str, Any], run: PlannedRun) -> bool:

@@ -41,6 +41,7 @@ class Row:
     label: str | None
     recipe: str
     settings: dict[str, Any]  # without the seed
+    shown: tuple[str, ...]  # keys of those that the table has
     exaflops: float
     figures: dict[str, Spread]  # by name, of the finished runs; without those that no run has
     planned: int
@@ -95,7 +96,8 @@ class Results:
         }
         first, failed = runs[0], sum(record["state"] == FAILED for record in records)
         variant = first.variant
-        return Row(variant.label, first.recipe, variant.settings, first.exaflops, figures, len(runs), failed)
+        about = (variant.label, first.recipe, variant.settings, variant.shown)
+        return Row(*about, first.exaflops, figures, len(runs), failed)
 
     def as_json(self) -> dict[str, Any]:
         """What study.json holds: the runs that have ended, in the order of the study."""
@@ -127,7 +129,7 @@ class Results:
         """In Markdown."""
         rows, figures = self.rows(), self.figures
         keys = [LABEL] if any(row.label for row in rows) else []
-        keys += dict.fromkeys(key for row in rows for key in row.settings)
+        keys += dict.fromkeys(key for row in rows for key in row.shown)
         recipes = len({row.recipe for row in rows}) > 1
         unit, size = self.unit
         ended = [len(next(iter(row.figures.values())).values) if row.figures else 0 for row in rows]
@@ -188,9 +190,9 @@ def _name_of(figure: str) -> str:
 
 
 def _cell(row: Row, key: str) -> str:
-    """The value of a key in the table; empty if the run leaves it to its recipe."""
+    """The value of a key in the table; empty if the run leaves it to its recipe, or its label says it."""
     value = row.value(key)
-    return "" if value is None and (key == LABEL or key not in row.settings) else value_text(value)
+    return value_text(value) if key in row.shown or (key == LABEL and value is not None) else ""
 
 
 def _percent(spread: Spread, *, best: bool) -> str:

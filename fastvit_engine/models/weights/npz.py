@@ -310,10 +310,9 @@ def npz_entries(
 ) -> Iterator[Entry]:
     """One entry per parameter of a Vision Transformer or hybrid. shapes: of the arrays of a file, if there is one."""
     shape = resolve_shape(config)
-    width, patch, channels = shape.width, shape.patch_size, 3
+    width, (channels, patch, _) = shape.width, shape.patch_inputs
     if shape.resnet is not None:
         yield from hybrid_entries(shape.resnet, shapes)
-        patch, channels = patch // 2**shape.resnet.halvings, shape.resnet.channels
     # big_vision adds the class token after the positions, and it has none
     absent = int(config.pool == "cls" and layout.positions == _BIG_VISION.positions)
     if config.pool == "cls":

@@ -114,9 +114,8 @@ def hybrid_entries(resnet: ResNetShape, shapes: Mapping[str, Dimensions] | None 
 
 
 def _kernel(one: Convolution, theirs: str) -> Entry:
-    size = one.kernel
-    shape = {theirs: (size, size, one.inputs, one.outputs)}
-    return Entry(f"{one.name}.weight", (one.outputs, one.inputs, size, size), shape, axes=(2, 3, 1, 0))
+    shape = {theirs: (one.kernel, one.kernel, one.inputs, one.outputs)}
+    return Entry(f"{one.name}.weight", one.shape, shape, axes=(2, 3, 1, 0))
 
 
 def _unit(ours: str, *, padded: bool = False) -> tuple[str, str]:

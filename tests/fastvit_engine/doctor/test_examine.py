@@ -52,7 +52,7 @@ def test_a_check_that_hangs_or_crashes_leaves_the_rest_of_the_report(monkeypatch
     assert only.advice.startswith("fix what it names")
 
 
-@pytest.mark.parametrize("name", ["B/16", "L/16", "H/14"])
+@pytest.mark.parametrize("name", ["B/16", "L/16", "H/14", "R50+B/16", "R+Ti/16", "R50x1", "R152x2"])
 def test_the_room_for_a_checkpoint_is_about_that_of_all_parameters(name):
     config = Config(model={"name": name, "image_size": 224})
     assert examine.checkpoint_bytes(config) == pytest.approx(12 * parameter_count(config.model), rel=0.01)

@@ -70,7 +70,9 @@ def write_study(tmp_path):
     def write(**keys) -> Path:
         values = {"name": "tiny", "recipe": "quickstart", "settings": SETTINGS, "runs": RUNS, **keys}
         path = tmp_path / "tiny.yaml"
-        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value != "left out"}))
+        path.write_text(
+            yaml.safe_dump({key: value for key, value in values.items() if value != "left out"}, sort_keys=False)
+        )
         return path
 
     return write

@@ -123,3 +123,33 @@ def test_lines_meet_at_the_run_without_a_label(plan):
         "depth": [{"model.depth": 1}, {"model.depth": 3}, {}],
         "width": [{"model.width": 64}, {}],
     }
+
+
+def test_the_table_leaves_out_what_a_label_says(plan):
+    runs = [
+        {},
+        {"label": "depth", "model.depth": [1, 3], "model.pool": "gap"},
+        {"label": "width", "model.width": 16, "model.heads": 1, "model.pool": "gap"},
+        {"label": "width", "model.width": 64, "model.heads": 2, "model.pool": "gap"},
+        {"label": "pool", "model.pool": "map", "model.depth": None},
+    ]
+    study, planned = plan(runs=runs)
+    assert [run.title for run in planned] == [
+        "quickstart, seed 0",
+        "depth: depth=1, seed 0",
+        "depth: depth=3, seed 0",
+        "width: width=16, heads=1, seed 0",
+        "width: width=64, heads=2, seed 0",
+        "pool, seed 0",
+    ]
+    assert planned[5].name == "pool_pool-map_seed-0"
+    lines = [line for line in Results(study, planned, {}).table().splitlines() if line.startswith("|")]
+    assert lines[0].startswith("|  | `depth` | `width` | `heads` | ")
+    assert [line.split("|")[1:5] for line in lines[2:]] == [
+        ["  ", "  ", "  ", "  "],
+        [" depth ", " 1 ", "  ", "  "],
+        [" depth ", " 3 ", "  ", "  "],
+        [" width ", "  ", " 16 ", " 1 "],
+        [" width ", "  ", " 64 ", " 2 "],
+        [" pool ", "  ", "  ", "  "],
+    ]

@@ -45,6 +45,13 @@ def test_zero_3_gives_the_same_curve(train, plain, tmp_path, name, processes):
     assert len(set(losses(run))) == 4  # it learns, if not yet much
 
 
+@pytest.mark.parametrize("name", ["hybrid", in_full("resnet")])
+def test_bf16_stays_near_fp32(train, plain, tmp_path, name):
+    model = HYBRID if name == "hybrid" else RESNET
+    run = train(tmp_path / "run", *SHORT, *model, "train.precision=bf16", "zero.stage=2", processes=2)
+    assert losses(run) == pytest.approx(losses(plain[name]), abs=0.05)
+
+
 @pytest.mark.parametrize("name", ["hybrid", "resnet"])
 def test_what_is_made_of_a_run(plain, shards, tmp_path, capsys, name):
     run = plain[name]

@@ -245,6 +245,18 @@ def test_bf16_keeps_running_statistics_in_float32(run_here, tmp_path):
     assert any(not torch.equal(mean, mean.bfloat16().float()) for mean in means)
 
 
+@pytest.mark.parametrize("stage", [0, in_full(3)])
+def test_bf16_trains_models_that_add_buffers_to_parameters(run_here, tmp_path, stage):
+    """Of BEiT, queries and values have a bias, and keys a buffer of zeros between the two; Swin has masks."""
+    beit = ["model.name=timm/beit_base_patch16_224", "model.timm.embed_dim=32", "model.timm.depth=1"]
+    swin = [*named("swin"), "model.image_size=56", "model.timm.depths=[2,1]"]
+    for number, own in enumerate(([*beit, "model.timm.num_heads=2"], swin)):
+        settings = [*own, *at_stage(stage), "train.precision=bf16", "train.duration=2 steps"]
+        out = run_here(tmp_path / str(number), *settings)
+        exact = run_here(tmp_path / f"{number}-exact", *settings, "train.precision=fp32")
+        assert losses(out) == pytest.approx(losses(exact), abs=0.02)
+
+
 def test_fine_tuning_begins_with_the_weights_of_a_run_and_with_a_new_head(run, run_here, tmp_path):
     settings = [f"init.from={run}", *named("efficientnet"), "model.num_classes=12", "train.duration=1 step"]
     begun = run_here(tmp_path / "run", *settings, "optimizer.frozen=backbone")

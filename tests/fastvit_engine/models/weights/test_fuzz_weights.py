@@ -4,6 +4,7 @@ import json
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +13,7 @@ from safetensors.torch import save as to_bytes
 from fastvit_engine.checkpoint.load import load_model
 from fastvit_engine.models.weights.safetensors_file import model_metadata
 from tests.fastvit_engine.fuzzing import fuzz, mutated, read_or_refuse
+from tests.fastvit_engine.models.official_resnets import hybrid_arrays
 from tests.fastvit_engine.models.test_vit import MEAN, STD, small
 from tests.fastvit_engine.models.weights import test_huggingface
 from tests.fastvit_engine.models.weights.official import big_vision, random_arrays, save
@@ -30,11 +32,27 @@ def _npz_seeds() -> list[bytes]:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "x.npz"
         arrays = random_arrays(**TINY)
-        return [save(path, layout).read_bytes() for layout in (arrays, big_vision(arrays, stacked=True))]
+        # a hybrid, and what is of BiT only by its names
+        hybrid = hybrid_arrays(cells=8, stages=(), **{key: value for key, value in TINY.items() if key != "patch"})
+        root = {"resnet/root_block/standardized_conv2d/kernel": np.zeros((1, 1, 1, 64), np.float32)}
+        units = {f"resnet/block{n}/unit0{m}/a/group_norm/gamma": np.zeros(1) for n in (1, 2, 3, 4) for m in (1, 2, 3)}
+        layouts = (arrays, big_vision(arrays, stacked=True), hybrid, root | units)
+        return [save(path, layout).read_bytes() for layout in layouts]
 
 
 NPZ = _npz_seeds()
-WORDS = [b"PK\x03\x04", b"PK\x05\x06", b"\x93NUMPY", b"(9999999999,)", b"'|O'", b"'<f8'", b"encoderblock_7", b"'V2'"]
+WORDS = [
+    b"PK\x03\x04",
+    b"PK\x05\x06",
+    b"\x93NUMPY",
+    b"(9999999999,)",
+    b"'|O'",
+    b"'<f8'",
+    b"encoderblock_7",
+    b"'V2'",
+    b"/unit9999/",
+    b"block3/unit02",
+]
 
 
 @fuzz
@@ -55,7 +73,8 @@ KEYS = [b'"BF16"', b'"I64"', b'\\"depth\\": 9999', b'\\"width\\": 65536', b'\\"i
 def test_any_safetensors(folder, content):
     (folder / "x.safetensors").write_bytes(content)
     read_or_refuse(lambda: load_model(folder / "x.safetensors"))
-    read_or_refuse(lambda: load_model(folder / "x.safetensors", name="Ti/4"))
+    for name in ("Ti/4", "R+Ti/16"):
+        read_or_refuse(lambda name=name: load_model(folder / "x.safetensors", name=name))
 
 
 CONFIGS = [
