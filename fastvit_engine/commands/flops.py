@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 _IMAGE_SIZE, _NUM_CLASSES = 224, 1000
 _VITS = ("Ti/16", "S/16", "B/32", "B/16", "L/32", "L/16", "H/14", "g/14", "G/14")
 _REMARK = (
-    "exaFLOPs are 6 x MACs x epochs x 303 M images. In all seven rows of ResNets, counting gives 3.1 to 4.1 % more than\n"
-    "the paper has. Its two rows of R50+L/16 are not in the ratio of their epochs; that of 14 epochs fits."
+    "exaFLOPs are 6 x MACs x epochs x 303 M images. In all seven rows of ResNets, counting gives 3.1 to 4.1 % more\n"
+    "than the paper has. Its two rows of R50+L/16 are not in the ratio of their epochs; that of 14 epochs fits."
 )
 
 

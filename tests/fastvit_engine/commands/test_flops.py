@@ -72,7 +72,7 @@ def test_the_table_of_the_paper(capsys):
     by_name = {(row["name"], row["epochs"]): row for row in rows}
     assert by_name["R50+L/16", 14]["exaflops"] == pytest.approx(1668.1, abs=0.05)
     text = flops(capsys, "--table6")
-    assert "counts give 3.1 to 4.1 % more" in text and "-0.0 %" not in text
+    assert "counting gives 3.1 to 4.1 % more" in text and "-0.0 %" not in text
     assert "R200x3        14   3,419.4  3,306      +3.4 %  568,633,000  134.347" in text
 
 
