@@ -254,6 +254,13 @@ def test_a_release_that_moves_something_is_refused_by_name(build, stage, precisi
         assert missing == [f"'{name}' in its engine"]
 
 
+def test_a_deepspeed_that_would_reduce_leaves_by_themselves_is_missed(build):
+    engine = build(3, "fp32")
+    assert not engine._layout.optimizer.leaf_parameters
+    engine._layout.optimizer.leaf_parameters = {engine.model: list(engine.model.parameters())}
+    assert missing_internals(engine._engine, engine._layout) == ["'z3_leaf_parameter' in its runtime/zero/stage3.py"]
+
+
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_padding_of_the_last_shards_is_not_held(build, monkeypatch, rank):
     """As on 3 processes, where 20 elements are shards of 7, and 3 elements shards of 1."""
