@@ -11,7 +11,14 @@ from fastvit_engine.config import Config, ModelConfig
 from fastvit_engine.config.checks import check_config
 from fastvit_engine.config.resnet_shape import HYBRID_NAMES, hybrid_name, hybrid_of
 from fastvit_engine.errors import UserError
-from fastvit_engine.models import build_for_training, computed_macs, forward_macs, parameter_count, resolve_shape
+from fastvit_engine.models import (
+    VisionTransformer,
+    build_for_training,
+    computed_macs,
+    forward_macs,
+    parameter_count,
+    resolve_shape,
+)
 from fastvit_engine.models.weights.timm_code import timm_code
 from fastvit_kernels import dispatch
 from tests.kernels.integrations.conftest import TORCHVISION  # lets timm be imported
@@ -91,6 +98,47 @@ def test_images_of_bytes_are_normalised_inside():
         torch.testing.assert_close(model(images), expected)
         torch.testing.assert_close(model(images.permute(0, 3, 1, 2)), expected)
         assert model.attention_maps(images).shape == (2, 2, 2, 5, 5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"pos_embed": kind} for kind in ("none", "learned_2d", "relative", "sincos_2d")]
+    + [{"pos_embed_at": "every_layer", "registers": 2}, {"pos_embed_at": "shared", "pool": "map"}],
+    ids=str,
+)
+def test_positions_are_those_of_patches_of_pixels(changes):
+    """With the tokens of the ResNet in place of the images, a Transformer on their patches computes the same."""
+    hybrid = tiny(**changes)
+    shape = hybrid.shape
+    plain = VisionTransformer(
+        hybrid.config.model_copy(update={"name": f"Ti/{shape.patch_size}"}), mean=MEAN, std=STD
+    ).eval()
+    plain.load_state_dict(
+        {name: value for name, value in hybrid.state_dict().items() if "patch_embed" not in name}, strict=False
+    )
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        seen = hybrid.patch_embed(images)  # without positions and class token
+        plain.patch_embed = OfTokens(seen)
+        torch.testing.assert_close(plain(images), hybrid(images))
+        assert hybrid(images).abs().max() > 0.1
+
+
+class OfTokens(nn.Module):
+    """In the place of FusedPatchEmbed: adds to tokens [B, N, D] what it is given, as that does."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.tokens = tokens
+
+    def forward(self, images, positions, cls_token, registers, keep_indices):
+        before = 0 if cls_token is None else 1
+        tokens = self.tokens if positions is None else self.tokens + positions[:, before:]
+        parts = []
+        if cls_token is not None:
+            parts.append(cls_token if positions is None else cls_token + positions[:, :1])
+        parts += [] if registers is None else [registers]
+        return torch.cat([*(part.expand(len(tokens), -1, -1) for part in parts), tokens], dim=1)
 
 
 def test_a_new_block_is_its_shortcut_and_everything_learns():
