@@ -128,7 +128,7 @@ def test_commands_within_sentences_exist(page):
                 break
             assert word in below, f"not a command: fastvit {words}"
             parser = below[word]
-        options = set(re.findall(r"(?<!\S)--[a-z][a-z-]+", words))
+        options = set(re.findall(r"(?<!\S)--[a-z][a-z0-9-]+", words))
         if any(isinstance(a, argparse._SubParsersAction) for a in parser._actions):  # of several: `data ... --ray`
             continue
         assert options <= set(parser._option_string_actions), f"no such option: fastvit {words}"

@@ -202,5 +202,6 @@ def short(key: str) -> str:
 
 def value_text(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:g}"
+        text = f"{value:g}"
+        return text if set(text) & set(".en") else f"{text}.0"  # 1.0 is another data.subset than 1
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

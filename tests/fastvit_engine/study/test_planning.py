@@ -31,11 +31,12 @@ def test_runs_are_every_variant_with_every_seed(plan, digits):
 
 
 def test_a_subset_counts_its_own_samples(plan):
-    runs = [{"data.subset": [100, 0.5]}]
+    runs = [{"data.subset": [100, 0.5, 1.0]}]
     _, planned = plan(
         runs=runs, settings={"train.duration": "2 epochs", "train.global_batch_size": 64, "schedule.warmup": "5%"}
     )
-    assert [run.steps for run in planned] == [round(2 * 100 / 64), round(2 * 719 / 64)]
+    assert [run.steps for run in planned] == [round(2 * size / 64) for size in (100, 719, 1438)]
+    assert [run.name for run in planned] == ["subset-100_seed-0", "subset-0.5_seed-0", "subset-1.0_seed-0"]
 
 
 @pytest.mark.parametrize(
