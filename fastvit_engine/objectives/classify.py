@@ -1,9 +1,11 @@
 """Learning the labels: cross-entropy of images that are augmented and mixed on the device."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit_engine.config import Config
+from fastvit_engine.config.timm_model import is_timm
 from fastvit_engine.data import Batch
 from fastvit_engine.data.pixels.mix import mix
 from fastvit_engine.data.stream.batch import targets
@@ -17,6 +19,10 @@ class Classify:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.augment, self.pixels, self.device = config.augment, config.data, device
         self.criterion = FusedCrossEntropy(config.loss.kind, label_smoothing=config.loss.label_smoothing)
+        # The same but for rounding, which batch normalisation multiplies: so a run learns to the bit what a loop of
+        # PyTorch's own functions learns around the same model.
+        is_plain = config.loss.kind == "softmax" and config.loss.label_smoothing == 0
+        self.as_pytorch = is_plain and is_timm(config.model) and device.type == "cpu"
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of each sample, [B]; 0 for a sample of weight 0, and for one mixed with it."""
@@ -33,5 +39,9 @@ class Classify:
             weights = weights * weights[mixed.partner]
         else:
             logits = model(images)
-            losses = self.criterion(logits, targets(labels, logits.shape[1]), reduction="none")
+            labels = targets(labels, logits.shape[1])
+            if self.as_pytorch and labels.ndim == 1:
+                losses = F.cross_entropy(logits.float(), labels, reduction="none")
+            else:
+                losses = self.criterion(logits, labels, reduction="none")
         return losses * weights
