@@ -50,6 +50,8 @@ def _lines(key: str | None, rows: Sequence[Row]) -> dict[Any, list[Row]]:
 
 def _panel(axis: Any, name: str, results: Results, rows: Sequence[Row], theme: Theme) -> None:
     """One accuracy, in percent."""
+    from matplotlib.ticker import LogFormatter
+
     of = results.study.figure
     shown = [row for row in rows if name in row.figures]
     unit, size = results.unit
@@ -97,6 +99,9 @@ def _panel(axis: Any, name: str, results: Results, rows: Sequence[Row], theme: T
         if of.x != EXAFLOPS and len(names) <= _FEW:
             axis.set_xticks(names, [value_text(value) for value in names])
             axis.set_xticks([], minor=True)
+        else:
+            axis.xaxis.set_major_formatter(LogFormatter())
+            axis.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     if not numeric:
         axis.set_xticks(range(len(names)), [value_text(value) for value in names], rotation=20, ha="right")
         axis.set_xlim(-0.5, len(names) - 0.5)

@@ -192,6 +192,8 @@ def _name_of(figure: str) -> str:
 def _cell(row: Row, key: str) -> str:
     """The value of a key in the table; empty if the run leaves it to its recipe, or its label says it."""
     value = row.value(key)
+    if key == LABEL and value is None and not row.shown:
+        return Path(row.recipe).stem
     return value_text(value) if key in row.shown or (key == LABEL and value is not None) else ""
 
 

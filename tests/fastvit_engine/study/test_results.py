@@ -146,7 +146,7 @@ def test_the_table_leaves_out_what_a_label_says(plan):
     lines = [line for line in Results(study, planned, {}).table().splitlines() if line.startswith("|")]
     assert lines[0].startswith("|  | `depth` | `width` | `heads` | ")
     assert [line.split("|")[1:5] for line in lines[2:]] == [
-        ["  ", "  ", "  ", "  "],
+        [" quickstart ", "  ", "  ", "  "],
         [" depth ", " 1 ", "  ", "  "],
         [" depth ", " 3 ", "  ", "  "],
         [" width ", "  ", " 16 ", " 1 "],
