@@ -22,9 +22,9 @@ class Theme(NamedTuple):
     series: tuple[str, ...]  # of lines, one after the other
 
 
-# Told apart by people who are colour-blind too (Okabe and Ito 2008), dark enough for a light page, or light enough.
-_SERIES = ("#0072b2", "#c8590b", "#00795a", "#a3497b", "#62666e")
-_SERIES_ON_DARK = ("#56b4e9", "#e69f00", "#2fbf93", "#d98cb8", "#a3a8b0")
+# After Okabe and Ito 2008, for colour-blind people too: dark enough for a light page, light enough for a dark one.
+_SERIES = ("#0072b2", "#c8590b", "#00795a", "#a3497b", "#62666e", "#8a6d00", "#5b3fb0", "#b3263a")
+_SERIES_ON_DARK = ("#56b4e9", "#e69f00", "#2fbf93", "#d98cb8", "#a3a8b0", "#f0e442", "#a99af0", "#f08a94")
 
 THEMES = (
     Theme("", "#fbfaf8", "#1b1d21", "#62666e", "#d5d1c9", _SERIES),

@@ -8,7 +8,6 @@ from fastvit_engine.evaluate.themes import Theme, canvas, save, title_of
 from fastvit_engine.study.definition import LABEL, short, value_text
 from fastvit_engine.study.results import EXAFLOPS, Results, Row
 
-_COLOURS = ("#2a6fdb", "#c8590b", "#0f8a68", "#8a4fbf", "#c62f3b", "#7d828b", "#b08900", "#1696a8")
 _MARKERS = "osD^vPX*"
 _FEW = 8  # values of a setting, each with its tick
 
@@ -66,7 +65,7 @@ def _panel(axis: Any, name: str, results: Results, rows: Sequence[Row], theme: T
     lines = _lines(of.lines, shown)
     for number, (line, own) in enumerate(lines.items()):
         own = sorted(own, key=place_of) if numeric else own
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = theme.series[number % len(theme.series)]
         shift = 0.0 if numeric else 0.12 * (number - (len(lines) - 1) / 2)
         at = [place_of(row) if numeric else names.index(place_of(row)) + shift for row in own]
         spreads = [row.figures[name] for row in own]
