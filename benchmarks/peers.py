@@ -4,13 +4,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.apex_detection import first_line
 from benchmarks.registry import Case, Unusable
+from fastvit_engine.torchvision_operators import declare_torchvision_operators
 
 
 def need(module: str) -> Any:
@@ -36,26 +36,9 @@ def need_cuda(case: Case, half: bool = False) -> None:
 
 
 def need_vision(module: str) -> Any:
-    """A module of timm or transformers.
-
-    Both import torchvision, which does not load beside a PyTorch of another build: two of its operators must then exist
-    for the import. Neither is used.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is not None and spec.submodule_search_locations:
-        try:
-            for library in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
-                torch.ops.load_library(str(library))
-        except OSError:
-            if not hasattr(torch.ops.torchvision, "nms"):
-                operators = torch.library.Library("torchvision", "DEF")
-                for name in ("nms", "qnms"):
-                    operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-                _OPERATORS.append(operators)
+    """A module of timm or transformers, which import torchvision and compute with none of its operators."""
+    declare_torchvision_operators()
     return need(module)
-
-
-_OPERATORS: list[torch.library.Library] = []  # operators live as long as their library
 
 
 def version(package: str) -> str | None:

@@ -9,7 +9,6 @@ import io
 import logging
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
@@ -27,6 +26,7 @@ from fastvit_engine.data import prepare_data
 from fastvit_engine.data.check.speed import time_stages
 from fastvit_engine.data.pixels.crops import inception_crop
 from fastvit_engine.data.stream.indexed import IndexedData
+from fastvit_engine.torchvision_operators import declare_torchvision_operators
 
 CROP_SCALE, CROP_RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 IMAGE_KEYS = "jpg;jpeg;png;webp"
@@ -241,8 +241,8 @@ def _fast(data: bytes, size: int) -> Tensor:
 
 def _timm_batches(dataset: Dataset, workers: int, endless: bool) -> Batches:
     """timm's reader and its own transforms; bytes leave the workers, as its prefetcher normalises on the device."""
-    with _torchvision_operators():
-        from timm.data import create_dataset, create_loader
+    declare_torchvision_operators()
+    from timm.data import create_dataset, create_loader
 
     logging.getLogger("timm").setLevel(logging.ERROR)  # it misses an info.json that it does not need
     samples = dataset.samples * (10_000 if endless else 1)  # of an epoch, for which it repeats the shards
@@ -266,26 +266,6 @@ def _timm_batches(dataset: Dataset, workers: int, endless: bool) -> Batches:
         **settings,
     )
     yield from loader.loader
-
-
-@contextmanager
-def _torchvision_operators() -> Iterator[None]:
-    """Lets timm import torchvision where its compiled part does not fit this PyTorch; only its Python part is used."""
-    spec = importlib.util.find_spec("torchvision")
-    assert spec is not None and spec.submodule_search_locations
-    try:
-        for library in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
-            torch.ops.load_library(str(library))
-    except OSError:
-        if not hasattr(torch.ops.torchvision, "nms"):
-            operators = torch.library.Library("torchvision", "DEF")
-            for name in ("nms", "qnms"):
-                operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _OPERATORS.append(operators)  # operators live as long as their library
-    yield
-
-
-_OPERATORS: list[torch.library.Library] = []
 
 
 def bytes_shape(size: int) -> tuple[int, ...]:

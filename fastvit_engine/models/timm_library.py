@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +19,10 @@ from fastvit_engine.config.timm_model import TimmName, timm_name
 from fastvit_engine.errors import UserError
 from fastvit_engine.own_module import import_own
 from fastvit_engine.shown import brief
+from fastvit_engine.torchvision_operators import declare_torchvision_operators
 
 # What a constructor is told only if it knows the word: its argument, and the key that says it.
 _OPTIONAL = {"img_size": "image_size", "drop_rate": "dropout", "drop_path_rate": "drop_path"}
-_operators: list[torch.library.Library] = []  # which live as long as their library
 
 
 def import_timm() -> Any:
@@ -33,8 +32,7 @@ def import_timm() -> Any:
             "model.name = timm/... needs the package timm, which is not installed: pip install "
             "'fastvit-engine[integrations]'"
         )
-    if "timm" not in sys.modules:
-        _declare_operators_of_torchvision()
+    declare_torchvision_operators()
     try:
         return importlib.import_module("timm")
     except Exception as error:
@@ -42,25 +40,6 @@ def import_timm() -> Any:
             f"timm is installed and cannot be imported ({type(error).__name__}: {brief(error)}): `fastvit doctor` says "
             "what does not fit together"
         ) from error
-
-
-def _declare_operators_of_torchvision() -> None:
-    """Lets torchvision be imported beside a torch of another build, whose compiled operators it cannot load then.
-
-    timm imports it for its image transforms. Its models call none of these operators, and a call would raise.
-    """
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None or not spec.submodule_search_locations or "torchvision" in sys.modules:
-        return
-    try:
-        for library in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
-            torch.ops.load_library(str(library))
-    except OSError:
-        if not hasattr(torch.ops.torchvision, "nms"):
-            operators = torch.library.Library("torchvision", "DEF")
-            for name in ("nms", "qnms"):
-                operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            _operators.append(operators)
 
 
 def insist_on_import(name: str, where: str, given: str | None = None) -> None:
