@@ -108,6 +108,9 @@ def report(record: Mapping[str, Any]) -> str:
     environment, seeds, top1 = record["environment"], record["seeds"], record["top1"]
     versions, first = environment["versions"], seeds[0]
     processes = record["cpu_processes"]
+    spread, about = f" ± {100 * top1['std']:.1f}", f"mean and standard deviation of the population over {len(seeds)} seeds"
+    if len(seeds) == 1:
+        spread, about = "", "one seed"
     lines = [
         f"# `{record['recipe']}` on CIFAR-10 (JPEG copy)",
         "",
@@ -115,9 +118,8 @@ def report(record: Mapping[str, Any]) -> str:
         f"{environment['cpu_count']} cores{f', {processes} processes' if processes else ''}; Python "
         f"{versions['python']}, PyTorch {versions['torch']}.",
         "",
-        f"**{100 * top1['mean']:.1f} % ± {100 * top1['std']:.1f}** top-1 on {first['samples']:,} {record['images']}: "
-        f"mean and standard deviation (of the population) over {len(seeds)} seed(s), by `fastvit evaluate`, of the "
-        f"{first['weights']} weights after {first['epochs']:.1f} epochs ({first['steps']:,} steps, "
+        f"**{100 * top1['mean']:.1f} %{spread}** top-1 on {first['samples']:,} {record['images']} ({about}), by `fastvit "
+        f"evaluate`, of the {first['weights']} weights after {first['epochs']:.1f} epochs ({first['steps']:,} steps, "
         f"{first['flops'] / 1e12:.1f} TFLOP by the engine's own count).",
         "",
         "| seed | top-1 | loss | minutes of training | images/s | fastest tenth | minutes at it | CPU minutes | load |",
@@ -166,7 +168,8 @@ def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
     axis.set_xlim(left=0)
     axis.set_xlabel("epochs")
     axis.set_ylabel(f"top-1 on {record['images']} (%)")
-    axis.set_title(f"mean and range of {len(curves)} seed(s)", loc="left", fontsize=9.5)
+    spread = "one seed" if len(curves) == 1 else f"mean and range of {len(curves)} seeds"
+    axis.set_title(spread, loc="left", fontsize=9.5)
     return save(figure, folder, record["recipe"])
 
 
