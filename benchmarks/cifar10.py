@@ -108,9 +108,8 @@ def report(record: Mapping[str, Any]) -> str:
     environment, seeds, top1 = record["environment"], record["seeds"], record["top1"]
     versions, first = environment["versions"], seeds[0]
     processes = record["cpu_processes"]
-    spread, about = f" ± {100 * top1['std']:.1f}", f"mean and standard deviation of the population over {len(seeds)} seeds"
-    if len(seeds) == 1:
-        spread, about = "", "one seed"
+    about = "one seed" if len(seeds) == 1 else f"mean and standard deviation of the population over {len(seeds)} seeds"
+    spread = "" if len(seeds) == 1 else f" ± {100 * top1['std']:.1f}"
     lines = [
         f"# `{record['recipe']}` on CIFAR-10 (JPEG copy)",
         "",
@@ -118,8 +117,8 @@ def report(record: Mapping[str, Any]) -> str:
         f"{environment['cpu_count']} cores{f', {processes} processes' if processes else ''}; Python "
         f"{versions['python']}, PyTorch {versions['torch']}.",
         "",
-        f"**{100 * top1['mean']:.1f} %{spread}** top-1 on {first['samples']:,} {record['images']} ({about}), by `fastvit "
-        f"evaluate`, of the {first['weights']} weights after {first['epochs']:.1f} epochs ({first['steps']:,} steps, "
+        f"**{100 * top1['mean']:.1f} %{spread}** top-1 on {first['samples']:,} {record['images']} ({about}), by "
+        f"`fastvit evaluate`, of the {first['weights']} weights after {first['epochs']:.1f} epochs ({first['steps']:,} steps, "
         f"{first['flops'] / 1e12:.1f} TFLOP by the engine's own count).",
         "",
         "| seed | top-1 | loss | minutes of training | images/s | fastest tenth | minutes at it | CPU minutes | load |",
