@@ -118,8 +118,8 @@ def report(record: Mapping[str, Any]) -> str:
         f"{versions['python']}, PyTorch {versions['torch']}.",
         "",
         f"**{100 * top1['mean']:.1f} %{spread}** top-1 on {first['samples']:,} {record['images']} ({about}), by "
-        f"`fastvit evaluate`, of the {first['weights']} weights after {first['epochs']:.1f} epochs ({first['steps']:,} steps, "
-        f"{first['flops'] / 1e12:.1f} TFLOP by the engine's own count).",
+        f"`fastvit evaluate`, of the {first['weights']} weights after {first['epochs']:.1f} epochs "
+        f"({first['steps']:,} steps, {first['flops'] / 1e12:.1f} TFLOP by the engine's own count).",
         "",
         "| seed | top-1 | loss | minutes of training | images/s | fastest tenth | minutes at it | CPU minutes | load |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---|",
