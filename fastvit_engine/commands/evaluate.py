@@ -159,7 +159,7 @@ def _weakest(confusion: "Confusion", names: "tuple[str, ...] | None") -> list[st
     """The classes with the lowest accuracy, if any is below 1."""
     rows = sorted((row for row in confusion.table(names) if row.top1 < 1), key=lambda row: row.top1)
     lines = [
-        f"  {row.name}: {100 * row.top1:.1f} % of {row.samples:,}, taken for {row.taken_for} {row.times:,} x"
+        f"  {row.name}: {100 * row.top1:.1f} % of {row.samples:,}, {row.times:,} x taken for {row.taken_for}"
         for row in rows[:_LOWEST]
     ]
     return ["weakest classes:", *lines] if lines else []
