@@ -25,6 +25,7 @@ exclude_patterns = [".*", "build", "data", "runs", "wheels", "tests", "fastvit_e
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_argparse_cli"]
 myst_heading_anchors = 4
+highlight_language = "text"  # of blocks without a language, which show output
 default_role = "code"  # docstrings write code in single backticks
 autodoc_inherit_docstrings = False  # what only PyTorch documents is left out
 autodoc_member_order = "bysource"
