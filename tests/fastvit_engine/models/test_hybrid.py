@@ -21,6 +21,7 @@ from fastvit_engine.models import (
 )
 from fastvit_engine.models.weights.timm_code import timm_code
 from fastvit_kernels import dispatch
+from tests.fastvit_engine.models.timm_shapes import shapes_here_and_in_timm
 from tests.kernels.integrations.conftest import TORCHVISION  # lets timm be imported
 
 assert TORCHVISION is None or TORCHVISION.ns == "torchvision"
@@ -55,12 +56,8 @@ def test_counts(name, count, macs):
 
 @pytest.mark.parametrize("name", HYBRID_NAMES)
 def test_names_and_shapes_are_those_of_timm(name):
-    pytest.importorskip("timm", reason="timm is not installed")
-    config, scope = ModelConfig(name=name, num_classes=11), {}
-    with torch.device("meta"):
-        exec(timm_code(config), scope)
-        ours = build_model(config)
-    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (ours, scope["model"])]
+    config = ModelConfig(name=name, num_classes=11)
+    shapes = shapes_here_and_in_timm(config)
     assert shapes[0] == shapes[1]
     hybrid = hybrid_of(name)
     assert hybrid_name(hybrid.resnet, hybrid.size) == name

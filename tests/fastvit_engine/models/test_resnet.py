@@ -13,7 +13,7 @@ from fastvit_engine.engine.optimizers.groups import parameter_groups
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import ResNet, forward_macs, parameter_count, resolve_shape
 from fastvit_engine.models.convolutions import BIT, HYBRID, StdConv
-from fastvit_engine.models.weights.timm_code import timm_code
+from tests.fastvit_engine.models.timm_shapes import shapes_here_and_in_timm
 from tests.kernels.integrations.conftest import TORCHVISION  # lets timm be imported
 
 assert TORCHVISION is None or TORCHVISION.ns == "torchvision"
@@ -51,12 +51,8 @@ def test_counts(name, count, macs):
 
 @pytest.mark.parametrize("name", BIT_NAMES)
 def test_names_and_shapes_are_those_of_timm(name):
-    pytest.importorskip("timm", reason="timm is not installed")
-    config, scope = ModelConfig(name=name, num_classes=11), {}
-    with torch.device("meta"):
-        exec(timm_code(config), scope)
-        ours = build_model(config)
-    shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (ours, scope["model"])]
+    config = ModelConfig(name=name, num_classes=11)
+    shapes = shapes_here_and_in_timm(config)
     assert shapes[0] == shapes[1]
     assert [*shapes[0]] == [*shapes[1]]
     listed = {f"{one.name}.weight": one.shape for one in resolve_shape(config).resnet.convolutions()}
