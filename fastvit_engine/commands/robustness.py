@@ -89,10 +89,18 @@ class _Measurement(NamedTuple):
     def of(cls, source: str, resolved: "Resolved", args: argparse.Namespace) -> "_Measurement":
         from fastvit_engine.evaluate.one_pass import config_for
         from fastvit_engine.evaluate.robustness import Pixels
+        from fastvit_kernels import FusedPatchEmbed, dispatch
 
         model = load(source, args).requires_grad_(False)
         if model.config.num_classes < 1:
             raise UserError(f"{source} has no head, so it names no class: fine-tune it first")
+        by_gradient = {"occlusion", "patch"}.intersection(args.tests)
+        embeds = any(isinstance(module, FusedPatchEmbed) for module in model.modules())
+        if by_gradient and embeds and dispatch.asked_for("patch_embed") == "triton":
+            raise UserError(
+                f"--tests {' '.join(sorted(by_gradient))} need the gradient of images, which the kernel of patch_embed "
+                "does not compute: set FASTVIT_KERNELS=triton,patch_embed=auto"
+            )
         pixels = Pixels.of(model.pixel_mean, model.pixel_std, next(model.parameters()).device)
         return cls(model, pixels, config_for(model, resolved), args)
 

@@ -1,5 +1,6 @@
 """Trains the runs of a study, one after the other, each as a `fastvit train` of its own."""
 
+import contextlib
 import shlex
 import signal
 import subprocess
@@ -111,7 +112,8 @@ def reached(figures: dict[str, Any], shots: int | None) -> str:
 
 def _sentence(log: Path, code: int) -> str:
     """Why a command failed: its own sentence, or else how it ended and where to look."""
-    with open(log, "rb") as file:
+    lines: list[str] = []
+    with contextlib.suppress(FileNotFoundError), open(log, "rb") as file:  # somebody may have removed it
         file.seek(0, 2)
         file.seek(max(0, file.tell() - _TAIL))
         lines = file.read().decode(errors="replace").splitlines()

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import islice
@@ -59,7 +59,7 @@ from fastvit_engine.data.stream.subset import subsets_of_sources
 from fastvit_engine.errors import UserError
 from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.units import counted
-from fastvit_engine.shown import say
+from fastvit_engine.shown import public_url, say
 from fastvit_engine.storage import ShardStorage
 
 _LOOKED_AT = 8  # samples whose images are decoded before a run starts
@@ -288,7 +288,8 @@ def _remote_index(shards: Sequence[str], label_key: str, folder: Path) -> Index 
     index = _known_index(path)
     if index is None or index.label_key != label_key or None in index.find(shards):
         return None
-    return index.select(shards)
+    beside = shards[0].rpartition("/")[0] + "/" + INDEX_NAME
+    return replace(index, where=public_url(beside)).select(shards)
 
 
 def _unchanged_in_size(index: Index) -> Index:

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from fastvit_kernels import dispatch
+
 QUICK = ("--set", "data.num_workers=0")
 FEW = ("--limit", 60, "--patch-steps", 2, "--patch-images", 20, *QUICK)
 
@@ -77,3 +79,12 @@ def test_a_model_without_a_head_is_refused(fastvit, write_model, digits):
 def test_other_classes_than_the_models_are_refused(fastvit, write_model, digits):
     code, _, errors = fastvit("robustness", write_model(6, image_size=16), "--data", digits, *QUICK)
     assert code == 2 and "class 0 is 'zero' in the model and '0' in the data: give images of the model's" in errors
+
+
+def test_kernels_that_have_no_gradient_of_images_are_refused_with_a_setting_that_works(fastvit, plain_model, digits):
+    words = ("robustness", plain_model, "--data", digits, "--limit", 6, "--tests", "occlusion", *QUICK)
+    with dispatch.using("triton"):
+        code, _, errors = fastvit(*words)
+    assert code == 2 and "FASTVIT_KERNELS=triton,patch_embed=auto" in errors
+    with dispatch.using("triton,patch_embed=auto"):
+        assert fastvit(*words)[0] == 0

@@ -4,8 +4,10 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import signal
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,9 @@ from fastvit_engine.models.timm_model import build_timm
 from fastvit_engine.observe.metrics import read_all_metrics
 from fastvit_engine.train.start import check_whole_batches
 from tests.fastvit_engine.conftest import TINY_RUN
+from tests.fastvit_engine.train import ill_fated_rank
 from tests.fastvit_engine.train.test_finetune import at_stage, figures, losses, whole
+from tests.fastvit_engine.warm_ranks import exit_codes_of
 from tests.in_full import in_full
 
 timm = import_timm()
@@ -175,6 +179,27 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_to_the_bit(run, run_here, d
     assert kinds == {"weight", "ema", "buffer", "ema_buffer", "exp_avg", "exp_avg_sq"}
     for name in ("model.safetensors", "model_ema.safetensors"):
         ours, theirs = load_file(other / name), load_file(run / name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("efficientnet", 3), *(in_full(name, stage) for name in ("swin", *list(WHOLE)[:5]) for stage in (0, 3))],
+)
+def test_killed_and_resumed_to_the_bit(train, train_arguments, tmp_path, name, stage):
+    """Two processes are killed after five steps, which leaves the checkpoint of step 4, or of step 2."""
+    settings = [*OWN, *named(name), *at_stage(stage), "ema.decay=0.9", "train.duration=6 steps", "model.drop_path=0.2"]
+    settings += ["checkpoint.every=2 steps"]
+    undisturbed = train(tmp_path / "undisturbed", *settings, processes=2)
+    run, log = tmp_path / "run", tmp_path / "log"
+    moment = partial(ill_fated_rank.after_step, 5)
+    codes = exit_codes_of(train_arguments(run, *settings), 2, log, before=moment)
+    assert -signal.SIGKILL in codes and 0 not in codes, log.read_text()
+    assert losses(run) == losses(undisturbed)[:5]
+    train(run, *settings, processes=2, resume="auto")
+    assert figures(run) == figures(undisturbed)
+    for file in ("model.safetensors", "model_ema.safetensors"):
+        ours, theirs = load_file(run / file), load_file(undisturbed / file)
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
