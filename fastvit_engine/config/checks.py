@@ -15,7 +15,9 @@ def check_config(config: Config) -> None:
     """Raises UserError, naming the keys, if two values of a valid configuration contradict each other."""
     check_timm_run(config)
     if not is_timm(config.model) and (config.init.from_ is None or "name" in config.model.model_fields_set):
-        _check_resnet(config, resolve_shape(config.model))  # else the weights say the name
+        shape = resolve_shape(config.model)  # else the weights say the name
+        _check_resnet(config, shape)
+        _check_activation_checkpointing(config, shape)
     if config.pretraining is None:
         _check_classes(config)
     else:
@@ -57,6 +59,24 @@ def check_config(config: Config) -> None:
     check_deepspeed(config)
 
 
+def _check_activation_checkpointing(config: Config, shape: Shape) -> None:
+    """Raises UserError if more blocks would be checkpointed than there are, or to no purpose."""
+    train, key = config.train, "train.activation_checkpointing"
+    asked = train.activation_checkpointing
+    if isinstance(asked, int) and asked > shape.depth:
+        raise UserError(f"{key} = {asked}, and {config.model.name} has {shape.depth} blocks: set {key}=all")
+    if asked not in ("auto", 0) and config.optimizer.frozen == "backbone":
+        raise UserError(
+            f"{key} = {asked} saves what blocks keep for their backward pass, and with optimizer.frozen = backbone "
+            f"they have none: set {key}=auto"
+        )
+    if train.offload_activations and asked in ("auto", 0):
+        raise UserError(
+            f"train.offload_activations keeps the inputs of checkpointed blocks in host memory, and {key} is {asked}: "
+            f"set {key}=all, or a number of blocks"
+        )
+
+
 def _check_resnet(config: Config, shape: Shape) -> None:
     """Raises UserError if a setting acts on the blocks of a Transformer, and the model has none."""
     if shape.is_transformer:
@@ -65,6 +85,7 @@ def _check_resnet(config: Config, shape: Shape) -> None:
         "optimizer.layer_decay": (config.optimizer.layer_decay, None),
         "optimizer.kind": (config.optimizer.kind if config.optimizer.kind == "muon" else "adamw", "adamw"),
         "train.recompute": (config.train.recompute, "auto"),
+        "train.activation_checkpointing": (config.train.activation_checkpointing or "auto", "auto"),
     }
     for key, (value, instead) in settings.items():
         if value != instead:

@@ -100,6 +100,7 @@ OWNED = {  # dotted key: what to set instead
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
     "managed_gradient_accumulation": "train.global_batch_size and train.micro_batch_size",
+    "activation_checkpointing": "train.activation_checkpointing",
     "gradient_clipping": "train.grad_clip",
     "optimizer": "the 'optimizer' section",
     "scheduler": "the 'schedule' section",
@@ -129,7 +130,6 @@ _CHECKPOINTS = "the engine writes its own checkpoints: see the 'checkpoint' sect
 _NO_NVME = "the engine offloads to host memory, not to NVMe: see zero.offload"
 _REMOVED = "DeepSpeed 0.19.8 no longer has it"
 WITHOUT_EFFECT = {  # dotted key: why
-    "activation_checkpointing": "the model does not recompute activations",
     "aio": _NO_NVME,
     "autotuning": "the engine chooses by itself: see `fastvit plan`",
     "checkpoint": _CHECKPOINTS,

@@ -44,6 +44,8 @@ _ALIASES = {  # words from other code bases, whatever section they are looked fo
     "max_iters train_steps",
     "train.precision": "amp dtype mixed_precision bf16 fp16 half autocast use_amp",
     "train.grad_clip": "clip_grad clip grad_clip_norm clip_grad_norm max_grad_norm max_norm gradient_clip_val",
+    "train.activation_checkpointing": "grad_checkpointing gradient_checkpointing activation_checkpoint use_checkpoint "
+    "checkpoint_activations remat",
     "train.log_every": "log_interval log_every_n_steps log_freq print_freq logging_steps",
     "schedule.warmup": "warmup_steps warmup_epochs warm_up lr_warmup warmup_iters num_warmup_steps",
     "schedule.kind": "sched scheduler lr_scheduler lr_schedule lr_scheduler_type",

@@ -103,6 +103,12 @@ def check_timm_run(config: Config) -> None:
             "optimizer.kind = muon is for the matrices of the blocks of this engine's Vision Transformers, and "
             f"model.name is {name}: set optimizer.kind=adamw"
         )
+    if config.train.activation_checkpointing not in ("auto", 0):
+        raise UserError(
+            f"train.activation_checkpointing = {config.train.activation_checkpointing} is of this engine's Vision "
+            f"Transformers, and model.name is {name}: set train.activation_checkpointing=auto, and a smaller "
+            "train.micro_batch_size"
+        )
     if config.train.recompute not in ("auto", "none"):
         raise UserError(
             f"train.recompute = {config.train.recompute} is of this engine's fused blocks, and model.name is {name}: "

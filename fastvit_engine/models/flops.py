@@ -156,6 +156,13 @@ def computed_flops(config: ModelConfig, *, frozen: str = "none") -> int:
     return _training_flops(computed_macs(config), config, frozen)
 
 
+def recomputed_flops(tokens: int, config: ModelConfig, blocks: int) -> int:
+    """What activation checkpointing of some blocks computes a second time, for an image of so many tokens."""
+    shape = resolve_shape(config)
+    relative = config.pos_embed == "relative"
+    return 2 * blocks * _block_macs(tokens, shape.width, shape.mlp_dim, relative=relative) if blocks else 0
+
+
 def _training_flops(macs: int, config: ModelConfig, frozen: str) -> int:
     if frozen == "none":
         return 6 * macs

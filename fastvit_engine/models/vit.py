@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_engine.config import ModelConfig
+from fastvit_engine.models.activation_checkpointing import Checkpointing
 from fastvit_engine.models.attention_pool import AttentionPool
 from fastvit_engine.models.hybrid import HybridEmbed
 from fastvit_engine.models.image_model import ImageModel
@@ -116,6 +117,10 @@ class VisionTransformer(ImageModel):
             tokens = block(tokens)
         return torch.stack(maps)
 
+    def checkpoint_blocks(self, count: int, *, offload: bool = False) -> None:
+        """From now on the first `count` blocks keep their input alone for the backward pass, see `Checkpointing`."""
+        self.blocks.checkpointing = Checkpointing(count, offload)
+
     def patch_positions(self) -> Tensor | None:
         """What is added to the patches at the input of the first block [N, D], row by row; None: nothing is."""
         tables = self._tables_of_parameters()
@@ -194,14 +199,19 @@ class VisionTransformer(ImageModel):
 class Blocks(nn.Sequential):
     """Blocks one after the other, [B, N, D] -> [B, N, D], or [B, outputs, D] of the first `outputs` tokens.
 
-    positions: what is added to the input of each block after the first; of none if it is empty.
+    positions: what is added to the input of each block after the first; of none if it is empty. `checkpointing` says
+    which blocks keep their input alone for the backward pass.
     """
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        self.checkpointing = Checkpointing()
 
     def forward(self, x: Tensor, outputs: int | None = None, positions: Sequence[Tensor] = ()) -> Tensor:
         for index, block in enumerate(self):
             if positions and index > 0:
                 x = x + positions[index - 1]
-            x = block(x) if outputs is None or block is not self[-1] else block(x, outputs=outputs)
+            x = self.checkpointing(index, block, x, outputs if index == len(self) - 1 else None)
         return x
 
 

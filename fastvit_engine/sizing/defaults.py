@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from fastvit_engine.config import Config
-from fastvit_engine.config.model_shape import tokens_in_training
+from fastvit_engine.config.model_shape import resolve_shape, tokens_in_training
 from fastvit_engine.config.timm_model import is_timm
 from fastvit_engine.control_groups import memory_limit
 from fastvit_engine.cores import cores_here
@@ -29,6 +29,7 @@ from fastvit_engine.sizing.memory import (
     ParameterCounts,
     accumulation_bytes,
     block_implementation,
+    checkpointed_blocks,
     recompute_mode,
     training_memory,
 )
@@ -151,6 +152,15 @@ def choose(config: Config, machine: Machine) -> Chosen:
     if recompute_is_open and not any(candidate.fits for candidate in options):
         config = _with_train(config, recompute="all")
         options = _options(config, machine)
+    if config.train.offload_activations and not machine.on_gpu:
+        raise UserError(
+            "train.offload_activations keeps the inputs of blocks in host memory, where those of a CPU are anyway: set "
+            "train.offload_activations=false"
+        )
+    checkpointing_is_open = config.train.activation_checkpointing == "auto" and _has_blocks(config)
+    if checkpointing_is_open and not any(candidate.fits for candidate in options):
+        config = _with_train(config, activation_checkpointing="all")
+        options = _options(config, machine)
     fitting = [candidate for candidate in options if candidate.fits]
     insists = config.zero.stage != "auto" and config.train.micro_batch_size is not None
     if not fitting and not insists:
@@ -175,9 +185,15 @@ def choose(config: Config, machine: Machine) -> Chosen:
             "deepspeed": {**config.deepspeed, **({"zero_optimization": {**zero, **given}} if zero or given else {})},
         }
     )
+    if _has_blocks(config):
+        filled = _with_checkpointed_blocks(filled, machine, picked, fewest=checkpointing_is_open)
     if recompute_is_open:
         filled = _least_recompute(filled, machine, picked)
     memory = _memory(filled, machine, picked)
+    if _has_blocks(config) and (filled.train.activation_checkpointing or not checkpointing_is_open):
+        given_size = config.train.micro_batch_size is not None
+        fewer = _without_checkpointing(config, machine) if given_size and checkpointing_is_open else None
+        choices.insert(2, _explain_checkpointing(filled, machine, fewer, by_user=not checkpointing_is_open))
     if _recompute_matters(config, machine):
         choices.insert(2, _explain_recompute(filled, machine, memory, by_user=not recompute_is_open))
     if config.data.num_workers is None and machine.cores is not None:
@@ -228,6 +244,45 @@ def _least_recompute(config: Config, machine: Machine, picked: Candidate) -> Con
     without = _with_train(config, recompute="none")
     fits = _memory(without, machine, picked).total <= machine.usable
     return without if fits else _with_train(config, recompute=recompute_mode(config))
+
+
+def _has_blocks(config: Config) -> bool:
+    """Whether there are blocks that may keep their input alone."""
+    return (
+        not is_timm(config.model)
+        and resolve_shape(config.model).is_transformer
+        and config.optimizer.frozen != "backbone"
+    )
+
+
+def _with_checkpointed_blocks(config: Config, machine: Machine, picked: Candidate, *, fewest: bool) -> Config:
+    """With the number of blocks that keep their input alone; if it is open, as few as the memory allows."""
+    blocks = checkpointed_blocks(config)
+    for count in range(blocks) if fewest else ():
+        fewer = _with_train(config, activation_checkpointing=count)
+        if _memory(fewer, machine, picked).total <= machine.usable:
+            return fewer
+    return _with_train(config, activation_checkpointing=blocks)
+
+
+def _without_checkpointing(config: Config, machine: Machine) -> int | None:
+    """The largest micro-batch that fits if every block keeps what its backward pass reads; None if none does."""
+    plain = _with_micro_batch(_with_train(config, activation_checkpointing=0), None)
+    fitting = [candidate.micro_batch for candidate in _options(plain, machine) if candidate.fits]
+    return max(fitting, default=None)
+
+
+def _explain_checkpointing(config: Config, machine: Machine, fewer: int | None, *, by_user: bool) -> Choice:
+    """fewer: a micro-batch with which no block need be checkpointed."""
+    count, depth = config.train.activation_checkpointing, resolve_shape(config.model).depth
+    images = counted(config.train.micro_batch_size or 0, "image")
+    reason = f"of {depth} blocks; with fewer, {images} at a time do not fit into {format_bytes(machine.usable)}"
+    if fewer is not None:
+        reason += f" (train.micro_batch_size={fewer} would, without any)"
+    reason = "given" if by_user else reason
+    if config.train.offload_activations:
+        reason += ", and their inputs wait in host memory"
+    return Choice("train.activation_checkpointing", count, reason, by_user)
 
 
 def _explain_recompute(config: Config, machine: Machine, memory: Memory, *, by_user: bool) -> Choice:

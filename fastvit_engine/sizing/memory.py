@@ -20,6 +20,7 @@ gradients nor moments.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Literal
@@ -59,6 +60,7 @@ Implementation = Literal["fused", "composed", "reference"]
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _ADAMW = OptimizerConfig()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_ON_DEVICE = 2  # inputs of blocks that are offloaded and back: of the block that is computed, and of the one before
 _UNBUCKETED = 500_000_000  # elements that DeepSpeed's stage 0 reduces at a time
 
 
@@ -170,13 +172,24 @@ def training_memory(
     elif frozen == "backbone":  # a forward pass, which keeps nothing but the one block that it is in
         activations = frozen_activation_bytes(config.model, precision, implementation)
     else:
-        activations = activation_bytes(config.model, precision, implementation, recompute_mode(config))
+        activations = activation_bytes(
+            config.model,
+            precision,
+            implementation,
+            recompute_mode(config),
+            checkpointed=checkpointed_blocks(config),
+        )
     work = work_bytes(config, implementation)
     resnet = resolve_shape(config.model).resnet
     weights = 0 if resnet is None or frozen == "backbone" else weight_bytes(resnet, COMPUTE_BYTES[precision])
     if isinstance(config.pretraining, DinoConfig) and config.pretraining.local_views:
         weights *= 2  # views of either size pass by themselves
-    return replace(state, activations=micro_batch * activations + weights, work=micro_batch * work)
+    host = state.host
+    if config.train.offload_activations:
+        entering, blocks = input_bytes(config), checkpointed_blocks(config)
+        activations -= max(0, blocks - _ON_DEVICE) * entering
+        host += micro_batch * blocks * entering
+    return replace(state, activations=micro_batch * activations + weights, work=micro_batch * work, host=host)
 
 
 def _of_block(model: ImageModel) -> int:
@@ -276,6 +289,30 @@ def block_implementation(model: ModelConfig, precision: str, *, on_gpu: bool) ->
     return "composed" if dispatch.plan("layer_norm", *on).runs == "triton" else "reference"
 
 
+def checkpointed_blocks(config: Config) -> int:
+    """How many blocks keep their input alone, where the recipe does not say it: none."""
+    asked = config.train.activation_checkpointing
+    if asked == "all":
+        return resolve_shape(config.model).depth
+    return 0 if asked == "auto" else asked
+
+
+def input_bytes(config: Config) -> int:
+    """Of the input of a block of the encoder, for each image, or for all views of it."""
+    width = resolve_shape(config.model).width
+    return tokens_in_training(config) * width * COMPUTE_BYTES[config.train.precision]
+
+
+def kept_by_row(blocks: Sequence[int], checkpointed: int, entering: int, later: int) -> int:
+    """Bytes kept by blocks one after the other, each of which keeps `blocks`, and by what follows them, `later`.
+
+    The first `checkpointed` keep their input, `entering`, alone. Each computes the rest again in the backward pass,
+    after that of all behind it has freed what those had kept.
+    """
+    again = max(blocks[:checkpointed], default=0)
+    return checkpointed * entering + max(sum(blocks[checkpointed:]) + later, again)
+
+
 def recompute_mode(config: Config) -> Recompute:
     """What the blocks recompute, where the recipe does not say it: the GELU."""
     return "gelu" if config.train.recompute == "auto" else config.train.recompute
@@ -329,9 +366,13 @@ def activation_bytes(
     implementation: Implementation,
     recompute: Recompute = "gelu",
     *,
+    checkpointed: int = 0,
     every_token: bool = False,
 ) -> int:
-    """Kept for the backward pass by the whole model, for each image. every_token: also in the last block."""
+    """Kept for the backward pass by the whole model, for each image.
+
+    checkpointed: as in `kept_by_row`. every_token: also in the last block.
+    """
     shape, compute = resolve_shape(model), COMPUTE_BYTES[precision]
     if not shape.is_transformer:  # beside the maps: the logits, their float32 form and gradient, and the head's input
         return pixel_bytes(model, precision, implementation) + (compute + 8) * model.num_classes + compute * shape.width
@@ -350,16 +391,15 @@ def activation_bytes(
         block += relative_bytes_a_token(shape.tokens, shape.width, shape.heads, compute, implementation)
     plain = implementation == "reference"
     pixels = pixel_bytes(model, precision, implementation)
-    blocks, last_tokens = shape.tokens * shape.depth * block, shape.tokens
+    blocks, last_tokens = [shape.tokens * block] * shape.depth, shape.tokens
     if model.pool == "cls" and not every_token:  # the last block is for one token
         last_tokens = 1
-        keys = last_block_bytes_a_token(shape.width, compute, implementation)
-        blocks = shape.tokens * ((shape.depth - 1) * block + keys) + block
+        blocks[-1] = shape.tokens * last_block_bytes_a_token(shape.width, compute, implementation) + block
     final = last_tokens * ((4 if plain else compute) * shape.width + 8)  # input of the last norm
     head = (compute + 8) * model.num_classes  # logits, their float32 form and gradient
     if model.pool == "map":  # the tokens, their keys and values
         final += shape.patches * 3 * compute * shape.width
-    return blocks + pixels + final + head
+    return pixels + kept_by_row(blocks, checkpointed, shape.tokens * compute * shape.width, final + head)
 
 
 def autoencoder_bytes(config: Config, mae: MaeConfig, implementation: Implementation) -> int:
@@ -372,7 +412,8 @@ def autoencoder_bytes(config: Config, mae: MaeConfig, implementation: Implementa
     if model.layer_scale is not None and implementation != "fused":
         block += 2 * compute * shape.width  # what is scaled
     norm = 4 if implementation == "reference" else compute  # of a number that goes into a normalisation
-    encoder = seen * (shape.depth * block + (norm + compute) * shape.width + 8)  # final norm; its output, to embed
+    encoder = [seen * block] * shape.depth
+    final = seen * ((norm + compute) * shape.width + 8)  # final norm; its output, to embed
     width, predicted = mae.decoder_width, 3 * shape.patch_size**2
     block = kept(width, mae.decoder_heads, MLP_RATIO * width)
     keys = last_block_bytes_a_token(width, compute, implementation)
@@ -382,14 +423,19 @@ def autoencoder_bytes(config: Config, mae: MaeConfig, implementation: Implementa
     of_masked += 4 * predicted + 8  # how far the prediction is from the pixels, and which patch it is
     visible = 1 - masked / shape.patches
     pixels = pixel_bytes(model, config.train.precision, implementation, share=visible)
-    return pixels + encoder + decoder + masked * of_masked
+    later = final + decoder + masked * of_masked
+    return pixels + kept_by_row(encoder, checkpointed_blocks(config), seen * compute * shape.width, later)
 
 
 def self_distillation_bytes(config: Config, dino: DinoConfig, implementation: Implementation) -> int:
     """As `activation_bytes`, of all views of an image, with what is kept of their projection and of the scores."""
     model, precision, compute = config.model, config.train.precision, COMPUTE_BYTES[config.train.precision]
     kept = partial(
-        activation_bytes, precision=precision, implementation=implementation, recompute=recompute_mode(config)
+        activation_bytes,
+        precision=precision,
+        implementation=implementation,
+        recompute=recompute_mode(config),
+        checkpointed=checkpointed_blocks(config),
     )
     small = kept(model.model_copy(update={"image_size": dino.local_size})) if dino.local_views else 0
     projection = 4 * compute * dino.projection_width + (4 + compute) * dino.bottleneck
@@ -401,7 +447,9 @@ def self_distillation_bytes(config: Config, dino: DinoConfig, implementation: Im
 def contrastive_bytes(config: Config, moco: MocoConfig, implementation: Implementation) -> int:
     """As `activation_bytes`, of both views of an image, with what is kept of their projection and of the scores."""
     model, precision, compute = config.model, config.train.precision, COMPUTE_BYTES[config.train.precision]
-    encoder = activation_bytes(model, precision, implementation, recompute_mode(config))
+    encoder = activation_bytes(
+        model, precision, implementation, recompute_mode(config), checkpointed=checkpointed_blocks(config)
+    )
     if moco.frozen_patches:
         encoder -= pixel_bytes(model, precision, implementation) - 3 * model.image_size**2
     hidden = 3 * (4 + 4 + compute) * moco.hidden_width  # centred, normalised, and after the ReLU
@@ -414,7 +462,9 @@ def masked_patch_bytes(config: Config, masked_patch: MaskedPatchConfig, implemen
     """As `activation_bytes`, of masked patch prediction: with what is kept of the corruption and of the predictions."""
     model, precision, compute = config.model, config.train.precision, COMPUTE_BYTES[config.train.precision]
     shape, recompute = resolve_shape(model), recompute_mode(config)
-    encoder = activation_bytes(model, precision, implementation, recompute, every_token=True)
+    encoder = activation_bytes(
+        model, precision, implementation, recompute, checkpointed=checkpointed_blocks(config), every_token=True
+    )
     corruption = shape.patches * 10  # kind, its mask, and source
     predicted = predicted_numbers(shape, masked_patch)
     of_chosen = compute * shape.width + 8  # its output, and which patch it is

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fastvit_engine.config.model_shape import tokens_in_training
 from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import run_flops
+from fastvit_engine.models.flops import recomputed_flops
 from fastvit_engine.observe.units import counted, format_count, format_flops, format_share
 from fastvit_engine.sizing.defaults import Chosen
 from fastvit_engine.sizing.gpus import DATASHEET_PEAK
+from fastvit_engine.sizing.memory import checkpointed_blocks
 from fastvit_engine.train.schedule import Schedule
 
 USUAL_MFU = 0.4  # an assumption
@@ -18,7 +21,9 @@ def images_per_second(chosen: Chosen, gpu: str, mfu: float) -> float:
     """The GPUs with the largest share of the global batch set the pace."""
     split = split_batch(chosen.config, chosen.machine.processes)
     share = split.global_batch_size / split.largest_share  # GPUs' worth of work that a step has
-    return mfu * DATASHEET_PEAK[gpu] * share / run_flops(chosen.config).computed
+    config = chosen.config
+    again = recomputed_flops(tokens_in_training(config), config.model, checkpointed_blocks(config))
+    return mfu * DATASHEET_PEAK[gpu] * share / (run_flops(config).computed + again)
 
 
 def training_time(chosen: Chosen, gpu: str, mfu: float, samples_per_epoch: int | None) -> dict[str, Any]:

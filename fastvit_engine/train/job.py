@@ -18,10 +18,10 @@ from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.evaluate.own import Measure
-from fastvit_engine.models import TimmModel, build_for_training, run_flops
+from fastvit_engine.models import TimmModel, VisionTransformer, build_for_training, run_flops
 from fastvit_engine.objectives import Objective, Taught
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.sizing.memory import DTYPES, recompute_mode
+from fastvit_engine.sizing.memory import DTYPES, checkpointed_blocks, recompute_mode
 from fastvit_engine.train.health.diagnosis import GradientWatch
 from fastvit_engine.train.health.guard import Guard
 from fastvit_engine.train.health.replicas import Replicas
@@ -89,6 +89,8 @@ def build_job(
     if config.optimizer.frozen == "backbone":
         model.freeze_backbone()
     model.recompute(recompute_mode(config))
+    if isinstance(model, VisionTransformer):
+        model.checkpoint_blocks(checkpointed_blocks(config), offload=config.train.offload_activations)
     if isinstance(model, TimmModel):
         model.round_buffers(DTYPES[config.train.precision])
     split = split_batch(config, world.size)

@@ -114,8 +114,10 @@ def with_gradient(
     def run_backward(ctx: Any, *gradients: Any) -> Any:
         if torch.is_grad_enabled():  # create_graph=True
             return backward(ctx, *gradients, *without)
+        # Unpacking may run the forward pass again (activation checkpointing), which needs PyTorch's autograd.
+        unpacked = Unpacked(ctx)
         with torch._C._AutoDispatchBelowAutograd():
-            return backward(ctx, *gradients, *without)
+            return backward(unpacked, *gradients, *without)
 
     # made with its name, which profilers show and `grad_fn` bears
     members = {"forward": staticmethod(run), "backward": staticmethod(run_backward)}
@@ -134,6 +136,21 @@ def with_gradient(
             return outputs[0] if others else outputs
 
     return function
+
+
+class Unpacked:
+    """The context of a backward pass with its saved tensors unpacked, which hooks allow once."""
+
+    saved_tensors: tuple[torch.Tensor, ...]
+
+    def __init__(self, ctx: Any) -> None:
+        self.__dict__.update(ctx=ctx, saved_tensors=ctx.saved_tensors)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ctx, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.ctx, name, value)
 
 
 def register_composite(

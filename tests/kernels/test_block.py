@@ -308,11 +308,13 @@ def test_dropout_runs_the_halves(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant: bool, device: torch.device) -> None:
+@pytest.mark.parametrize("more", [{}, {"outputs": 2}], ids=["block", "halves"])
+def test_activation_checkpointing(reentrant: bool, more: dict[str, int], device: torch.device) -> None:
+    """As one operator and, with `outputs`, as several, between which PyTorch's own run."""
     arguments = leaves(device, torch.float32, 2, 3, 16, 24)
-    expected = run(arguments)
+    expected = run(arguments, **more)
     others = {name: tensor for name, tensor in arguments.items() if name != "x"}
-    y = checkpoint(lambda x: transformer_block(x, **others, **BLOCK), arguments["x"], use_reentrant=reentrant)
+    y = checkpoint(lambda x: transformer_block(x, **others, **BLOCK, **more), arguments["x"], use_reentrant=reentrant)
     y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y))
     assert equal([y, *(tensor.grad for tensor in arguments.values())], expected)
 

@@ -13,6 +13,7 @@ from fastvit_engine.config.sections.base import MOST_SAMPLES, Section, distinct
 from fastvit_engine.duration import Duration
 
 MOST_PROFILED = 20  # steps
+_MOST_BLOCKS = 10_000
 OBJECTIVES = ("classify", "dino", "mae", "masked_patch", "moco")  # of the engine
 Rank = Annotated[int, Field(ge=0, lt=1_000_000)]
 
@@ -57,6 +58,17 @@ class ProfileConfig(Section):
     """Processes to profile, by rank."""
 
 
+def _blocks(value: object) -> object:
+    """A number of blocks, from text too. Raises ValueError."""
+    if isinstance(value, str) and value.strip().isdecimal():
+        value = int(value)
+    if value in ("auto", "all") or (
+        isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_BLOCKS
+    ):
+        return value
+    raise ValueError(f"write auto, all, or a number of blocks from 0 to {_MOST_BLOCKS}")
+
+
 class TrainConfig(Section):
     """Length of the training, batch size, and numerical precision."""
 
@@ -83,6 +95,13 @@ class TrainConfig(Section):
     recompute: Literal["auto", "none", "gelu", "all"] = "auto"
     """What the backward pass of a fused block computes again instead of keeping it: nothing, the GELU, or both
     normalisations too. auto: as little as memory allows. Has no effect on plain PyTorch."""
+
+    activation_checkpointing: Annotated[Literal["auto", "all"] | int, BeforeValidator(_blocks)] = "auto"
+    """Blocks that keep their input alone for the backward pass, which computes the rest again: how many, the first
+    ones, or all. All of them take a third more time. auto: none, or as few as possible where nothing fits without."""
+
+    offload_activations: bool = False
+    """Keep the inputs of these blocks in host memory until the backward pass. Needs a GPU."""
 
     grad_clip: float | None = Field(1.0, gt=0, le=1e9)
     """Largest global norm of the gradient; null: no clipping."""

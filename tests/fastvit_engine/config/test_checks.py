@@ -120,6 +120,29 @@ def test_training_without_labels_takes_any_recipe(settings):
     assert load_config("quickstart", [*MAE, *settings]).config.pretraining is not None
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.activation_checkpointing=some"], "is 'some': write auto, all, or a number of blocks"),
+        (["train.activation_checkpointing=-1"], "is '-1': write auto, all, or a number of blocks"),
+        (["train.activation_checkpointing=5"], "and Ti/4 has 4 blocks: set train.activation_checkpointing=all"),
+        (["train.offload_activations=true"], "and train.activation_checkpointing is auto: set"),
+        (["train.offload_activations=true", "train.activation_checkpointing=0"], "train.activation_checkpointing is 0"),
+        (
+            ["train.activation_checkpointing=all", "optimizer.frozen=backbone"],
+            "with optimizer.frozen = backbone they have none: set train.activation_checkpointing=auto",
+        ),
+        (
+            ["model={name: R50x1, image_size: 32}", "train.activation_checkpointing=all"],
+            "is of the blocks of a Transformer, and model.name = R50x1 is a ResNet",
+        ),
+    ],
+)
+def test_blocks_that_are_not_there_cannot_be_checkpointed(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", overrides)
+
+
 def test_offloading_leaves_the_stage_to_the_engine():
     assert load_config("quickstart", ["zero.stage=auto", "zero.offload=all"]).config.zero.offload == "all"
 
@@ -136,7 +159,10 @@ def test_offloading_leaves_the_stage_to_the_engine():
             "zero_optimization.offload_optimizer.device=cpu",
             "offload_optimizer.device is written by the engine",
         ),
-        ("activation_checkpointing.cpu_checkpointing=true", "deepspeed.activation_checkpointing has no effect"),
+        (
+            "activation_checkpointing.cpu_checkpointing=true",
+            "deepspeed.activation_checkpointing is written by the engine: set train.activation_checkpointing instead",
+        ),
         (
             "compile.backend=inductor",
             "deepspeed.compile has no effect: the engine does not compile",

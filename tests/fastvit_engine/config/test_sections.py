@@ -53,6 +53,7 @@ ALLOWED = {  # what makes sense, or is looked at again when the data is known
     "train.profile.ranks": {"0"},
     "watchdog.slow_rank_laps": {"huge"},
     "zero.stage": {"0"},
+    "train.activation_checkpointing": {"0"},
 }
 OF_WHOLE = {("0", "model.num_classes")}  # what the section allows, and training does not
 

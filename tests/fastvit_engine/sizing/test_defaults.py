@@ -174,7 +174,7 @@ def test_what_an_optimizer_saves_is_counted(kind, saved):
     ("settings", "machine", "parts"),
     [
         (
-            ["train.micro_batch_size=64"],
+            ["train.micro_batch_size=64", "train.activation_checkpointing=0"],
             gpus(64, 10),
             ["656 M parameters", "micro-batch 64", "train.micro_batch_size="],
         ),
@@ -192,7 +192,7 @@ def test_what_cannot_fit_is_refused_with_the_nearest_remedy(settings, machine, p
 
 def test_the_remedy_fits():
     with pytest.raises(UserError, match="train.micro_batch_size=") as refusal:
-        choose(h14("train.micro_batch_size=64"), gpus(64, 10))
+        choose(h14("train.micro_batch_size=64", "train.activation_checkpointing=0"), gpus(64, 10))
     micro = str(refusal.value).partition("train.micro_batch_size=")[2].partition(" ")[0]
     assert choose(h14(f"train.micro_batch_size={micro}"), gpus(64, 10)).memory.total <= gpus(64, 10).usable
 
@@ -239,6 +239,31 @@ def test_recompute_is_as_given_and_has_no_say_on_plain_pytorch():
 
 
 MODES = ("none", "gelu", "all")
+
+
+def test_as_few_blocks_are_checkpointed_as_the_memory_needs():
+    """Where nothing fits without, and never where something does."""
+    settings, key = ("zero.stage=1", "train.micro_batch_size=64"), "train.activation_checkpointing"
+    for count in (1, 7, 20):
+        needs = choose(h14(*settings, f"{key}={count}", "train.recompute=all"), gpus(64)).memory.total
+        just_enough = next(gib / 4 for gib in range(400) if gpus(64, gib / 4).usable >= needs)
+        chosen = choose(h14(*settings), gpus(64, just_enough))
+        assert chosen.config.train.activation_checkpointing == count
+        assert chosen.config.train.micro_batch_size == 64
+        assert reasons(chosen)[key].startswith("of 32 blocks; with fewer, 64 images at a time do not fit into ")
+        assert "train.micro_batch_size=" in reasons(chosen)[key]  # which would do without
+    roomy = choose(h14(*settings), gpus(64))
+    assert roomy.config.train.activation_checkpointing == 0 and key not in reasons(roomy)
+    assert choose(h14(*settings, f"{key}=all"), gpus(64)).config.train.activation_checkpointing == 32
+    assert reasons(choose(h14(*settings, f"{key}=0"), gpus(64)))[key] == "given"
+
+
+def test_inputs_of_blocks_are_offloaded_from_gpus_alone():
+    settings = ("train.activation_checkpointing=all", "train.offload_activations=true")
+    chosen = choose(h14(*settings), gpus(64))
+    assert reasons(chosen)["train.activation_checkpointing"] == "given, and their inputs wait in host memory"
+    with pytest.raises(UserError, match="where those of a CPU are anyway: set train.offload_activations=false"):
+        choose(h14(*settings), Machine(2, 2, 64 * GIB, on_gpu=False))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,14 @@
 import json
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from fastvit_engine.config import Config, OptimizerConfig
 from fastvit_engine.data import Batch
@@ -24,7 +26,7 @@ from fastvit_engine.sizing.memory import (
 from fastvit_kernels import FusedCrossEntropy, dispatch
 from tests.fastvit_engine.warm_rank import run_program
 from tests.fastvit_engine.warm_ranks import exit_codes_of
-from tests.in_full import IN_FULL
+from tests.in_full import IN_FULL, in_full
 
 MEASURED_MODEL = {"name": "Ti/16", "image_size": 32, "num_classes": 10, "depth": 2}  # that of state_bytes.py
 REDUCE = 50_000
@@ -175,6 +177,54 @@ def test_activations_are_what_autograd_keeps(precision, model):
         loss = FusedCrossEntropy()(built.train()(images), torch.zeros(3, dtype=torch.int64))  # noqa: F841 - holds them
         measured = sum(storage.nbytes() for storage in kept.values()) / 3
     assert activation_bytes(config, precision, "reference") == pytest.approx(measured, rel=0.05)
+
+
+def allocated(function):
+    """Bytes that PyTorch has allocated when the function is done, and at the most, beside what there was before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()  # noqa: F841 - holds them
+    assert profiler.profiler is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    totals = list(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+    return totals[-1], max(totals)
+
+
+@pytest.mark.parametrize(("pool", "checkpointed"), [("gap", 1), ("cls", 2), in_full("gap", 3), in_full("cls", 1)])
+def test_checkpointed_blocks_keep_their_input(pool, checkpointed):
+    """Plain PyTorch, on the CPU, as above; but for the pixels, which are there before."""
+    config = vit(name="Ti/16", image_size=112, depth=4, pool=pool)
+    built = build_vit(config, mean=(0.5,) * 3, std=(0.5,) * 3).train()
+    built.checkpoint_blocks(checkpointed)
+    images, labels = torch.zeros(3, 112, 112, 3, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)
+    kept, _ = allocated(lambda: FusedCrossEntropy()(built(images), labels))
+    expected = activation_bytes(config, "fp32", "reference", checkpointed=checkpointed) - 3 * 112**2
+    assert expected == pytest.approx(kept / 3, rel=0.02)
+    assert expected < activation_bytes(config, "fp32", "reference") * (1 - 0.2 * checkpointed)
+
+
+def test_the_backward_pass_of_a_checkpointed_block_needs_what_the_block_would_have_kept():
+    config = vit(name="Ti/16", image_size=112, depth=4, pool="gap")
+    built = build_vit(config, mean=(0.5,) * 3, std=(0.5,) * 3).train()
+    built.checkpoint_blocks(4)
+    for parameter in built.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    images, labels = torch.zeros(3, 112, 112, 3, dtype=torch.uint8), torch.zeros(3, dtype=torch.int64)
+    _, most = allocated(lambda: FusedCrossEntropy()(built(images), labels).backward())
+    run = Config.model_validate({"model": config.model_dump(), "train": {"activation_checkpointing": "all"}})
+    run = run.model_copy(update={"train": run.train.model_copy(update={"precision": "fp32"})})
+    memory = training_memory(run, 0, 1, 3, False, Buckets(), on_gpu=False)
+    assert memory.activations < most < memory.activations + memory.work
+
+
+def test_offloaded_inputs_of_blocks_are_in_host_memory_but_for_two():
+    def memory(**train):
+        sections = {"model": {"name": "H/14", "pool": "gap"}, "train": {"activation_checkpointing": "all", **train}}
+        return training_memory(Config.model_validate(sections), 0, 1, 8, False, Buckets(), on_gpu=True)
+
+    entering = 8 * 256 * 1280 * 2
+    here, there = memory(), memory(offload_activations=True)
+    assert there.host - here.host == 32 * entering
+    assert here.activations - there.activations == 30 * entering
 
 
 @pytest.mark.parametrize("model", [{"pool": "gap"}, {"pool": "gap", "pos_embed": "relative"}], ids=str)

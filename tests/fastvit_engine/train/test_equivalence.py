@@ -57,6 +57,16 @@ def test_offloading_to_host_memory_changes_nothing(train, reference, offload, tm
     assert [row["loss"] for row in rows(run)] == pytest.approx([row["loss"] for row in reference], abs=1e-5)
 
 
+@pytest.mark.parametrize("stage", [in_full(0), in_full(1), in_full(2), 3])
+def test_checkpointed_blocks_change_nothing(train, reference, stage, tmp_path):
+    """To the bit at stage 0, as the same is computed again."""
+    settings = [FEW, "train.precision=fp32", f"zero.stage={stage}", "train.activation_checkpointing=all"]
+    run = rows(train(tmp_path / "run", *settings, *([SHARD_EVERYTHING] if stage == 3 else [])))
+    assert [row["loss"] for row in run] == pytest.approx([row["loss"] for row in reference], abs=1e-5)
+    if stage == 0:
+        assert [row["loss"] for row in run] == [row["loss"] for row in reference]
+
+
 def test_weight_average_and_exported_weights_are_the_same_at_every_stage(train, tmp_path):
     exported = {}
     for stage in (0, 2, 3):
