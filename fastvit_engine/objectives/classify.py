@@ -30,7 +30,7 @@ class Classify:
         self.patch_size = resolve_shape(config.model).patch_size if config.tokens.patch_drop else None
         self.patch_drop = 0.0  # of the phase of the run
 
-    def enter(self, phase: Phase) -> None:
+    def enter_phase(self, phase: Phase) -> None:
         """From now on the model sees what this phase shows to it, see section `tokens`."""
         self.patch_drop = phase.patch_drop
 

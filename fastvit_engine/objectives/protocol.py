@@ -54,7 +54,7 @@ class Taught(Protocol):
 class Phased(Protocol):
     """An objective that shows the model fewer tokens in some phases of a run."""
 
-    def enter(self, phase: Phase) -> None:
+    def enter_phase(self, phase: Phase) -> None:
         """Called before each step: `losses` is of this phase from then on."""
 
 

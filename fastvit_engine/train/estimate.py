@@ -59,7 +59,7 @@ def training_time(chosen: Chosen, gpu: str, mfu: float, samples_per_epoch: int |
     config = chosen.config
     flops, computed = _flops_per_image(chosen, samples_per_epoch)
     rate = images_per_second(chosen, gpu, mfu, samples_per_epoch)
-    time = {
+    time: dict[str, Any] = {
         "flops_per_image": flops,
         "computed_flops_per_image": computed,
         "images_per_second": rate,

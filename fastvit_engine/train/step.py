@@ -27,7 +27,7 @@ def take_step(
     engine, health, watchdog, times = job.engine, job.health, job.processes.watchdog, job.times
     seed_step(job.config.seed, step, job.world)
     if isinstance(job.objective, Phased):
-        job.objective.enter(job.schedule.phases.at(step))
+        job.objective.enter_phase(job.schedule.phases.at(step))
     if health.gradients.on:
         health.gradients.clear()
     trace = Trace([], [])

@@ -125,7 +125,7 @@ def test_dropped_patches_are_drawn_from_the_seeds_of_the_samples():
         return torch.zeros(len(images), 3)
 
     def show(phase, seeds):
-        objective.enter(phase)
+        objective.enter_phase(phase)
         size, count = phase.image_size, len(seeds)
         images = torch.zeros(count, size, size, 3, dtype=torch.uint8)
         batch = Batch(images, torch.zeros(count, dtype=torch.int64), torch.ones(count), ["a"] * count, seeds)
