@@ -18,6 +18,7 @@ from fastvit_engine.config.sections.runtime import (
     WatchdogConfig,
     ZeroConfig,
 )
+from fastvit_engine.config.sections.tokens import TokensConfig
 from fastvit_engine.config.sections.training import TrainConfig
 
 
@@ -35,6 +36,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
+    tokens: TokensConfig = TokensConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
