@@ -1,67 +1,103 @@
-"""What a run would take: steps, operations and days, at a share of the GPUs' peak that is assumed."""
+"""What a run would take: steps, operations and days, by a step's time as `sizing.step_time` has it."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from fastvit_engine.config.model_shape import tokens_in_training
 from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import run_flops
-from fastvit_engine.models.flops import recomputed_flops
-from fastvit_engine.observe.units import counted, format_count, format_flops, format_share
+from fastvit_engine.observe.units import counted, format_bytes, format_count, format_flops
 from fastvit_engine.sizing.defaults import Chosen
-from fastvit_engine.sizing.gpus import DATASHEET_PEAK
-from fastvit_engine.sizing.memory import checkpointed_blocks
+from fastvit_engine.sizing.step_time import Speed, StepTime, step_time
 from fastvit_engine.train.schedule import Schedule
 
 USUAL_MFU = 0.4  # an assumption
 
 
-def images_per_second(chosen: Chosen, gpu: str, mfu: float) -> float:
-    """The GPUs with the largest share of the global batch set the pace."""
-    split = split_batch(chosen.config, chosen.machine.processes)
-    share = split.global_batch_size / split.largest_share  # GPUs' worth of work that a step has
-    config = chosen.config
-    again = recomputed_flops(tokens_in_training(config), config.model, checkpointed_blocks(config))
-    return mfu * DATASHEET_PEAK[gpu] * share / (run_flops(config).computed + again)
+def training_time(chosen: Chosen, speed: Speed, samples_per_epoch: int | None) -> dict[str, Any]:
+    """A step's time, steps, operations and days; None, and why under `unknown`, if the length of an epoch is not known.
 
-
-def training_time(chosen: Chosen, gpu: str, mfu: float, samples_per_epoch: int | None) -> dict[str, Any]:
-    """Steps, operations and days; None, and why under `unknown`, if the length of an epoch is not known."""
+    Times are in seconds, but for the days.
+    """
     config = chosen.config
     flops, computed = run_flops(config)
-    rate = images_per_second(chosen, gpu, mfu)
+    step = step_time(chosen, speed)
+    rate = config.train.global_batch_size / step.total
     time = {
         "flops_per_image": flops,
         "computed_flops_per_image": computed,
         "images_per_second": rate,
+        "step": as_json(step),
+        "computing_is": "measured" if speed.image.measured else "assumed",
+        "computing_from": speed.image.source,
+        "communicating_is": "modelled",
+        "interconnect": speed.interconnect.describe(nodes=2),
         "steps": None,
         "images": None,
         "flops": None,
         "days": None,
+        "save_interval": None,
     }
     try:
-        steps = Schedule(config, samples_per_epoch).total_steps
+        schedule = Schedule(config, samples_per_epoch)
     except UserError as error:
         return {**time, "unknown": str(error)}
-    images = steps * config.train.global_batch_size
-    return {**time, "steps": steps, "images": images, "flops": images * flops, "days": images / rate / 86400}
+    images = schedule.total_steps * config.train.global_batch_size
+    return {
+        **time,
+        "steps": schedule.total_steps,
+        "images": images,
+        "flops": images * flops,
+        "days": images / rate / 86400,
+        "save_interval": step.total * (schedule.save_every or schedule.total_steps),
+    }
 
 
-def describe_time(time: Mapping[str, Any], gpu: str, mfu: float) -> list[str]:
+def as_json(step: StepTime) -> dict[str, Any]:
+    return {
+        "seconds": step.total,
+        "computing": step.computing,
+        "communicating": step.communicating,
+        "exposed": step.exposed,
+        "messages": step.messages,
+        "sent_bytes": step.sent_bytes,
+    }
+
+
+def describe_time(time: Mapping[str, Any], speed: Speed, chosen: Chosen) -> list[str]:
     """What `training_time` returns, one line each."""
+    step, machine = time["step"], chosen.machine
+    lines = [f"computation   {_seconds(step['computing'])} per step, {speed.image.source}"]
+    if machine.processes > 1:
+        nodes = machine.processes // machine.processes_per_node
+        assumed = ", assumed" if speed.interconnect.assumed else ""
+        hidden = step["communicating"] - step["exposed"]
+        behind = (
+            f", {_seconds(hidden)} of them behind computation" if hidden > 5e-5 else ", none of it behind computation"
+        )
+        lines.append(
+            f"communication {_seconds(step['communicating'])} per step{behind}: "
+            f"{counted(step['messages'], 'message')}, {format_bytes(step['sent_bytes'])} from each {machine.device} "
+            f"(modelled: {speed.interconnect.describe(nodes)}{assumed})"
+        )
     if time["steps"] is None:
-        return [f"length        unknown: {time['unknown']}"]
+        return [*lines, f"length        unknown: {time['unknown']}"]
     images = "image" if time["images"] == 1 else "images"
     computed = time["computed_flops_per_image"]
     fewer = "" if computed == time["flops_per_image"] else f", {format_flops(computed)} of them computed"
     return [
         f"length        {counted(time['steps'], 'step')}, {format_count(time['images'])} {images}, "
         f"{format_flops(time['flops'])} ({format_flops(time['flops_per_image'])} per image{fewer})",
-        f"time          {_days(time['days'])}: {time['images_per_second']:,.0f} images/s, if MFU is "
-        f"{format_share(mfu)} of {format_flops(DATASHEET_PEAK[gpu])}/s per GPU (an assumption), without "
-        "evaluations and checkpoints",
+        *lines,
+        f"time          {_days(time['days'])}: {time['images_per_second']:,.0f} images/s, "
+        f"{_seconds(step['seconds'])} per step, without evaluations and checkpoints",
     ]
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 0.1:
+        return f"{1e3 * seconds:.2g} ms"
+    return f"{seconds:.3g} s"
 
 
 def describe_split(chosen: Chosen) -> str:
