@@ -66,7 +66,7 @@ COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _ADAMW = OptimizerConfig()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _ON_DEVICE = 2  # inputs of blocks that are offloaded and back: of the block that is computed, and of the one before
-_UNBUCKETED = 500_000_000  # elements that DeepSpeed's stage 0 reduces at a time
+UNBUCKETED = 500_000_000  # elements that DeepSpeed's stage 0 reduces at a time
 
 
 @dataclass(frozen=True)
@@ -89,13 +89,7 @@ class ParameterCounts:
     @lru_cache
     def of(model: ModelConfig, *, frozen: str = "none", pretraining: Pretraining | None = None) -> "ParameterCounts":
         """Counted on a model that holds no memory. frozen: as optimizer.frozen. pretraining: as Config.pretraining."""
-        built = shapes_for_training(model, pretraining)
-        if frozen == "backbone" and isinstance(built, ImageModel):
-            built.freeze_backbone()
-        elif frozen == "backbone":
-            of_head = classifier_parameters(built)
-            for name, parameter in built.named_parameters():
-                parameter.requires_grad_(name in of_head)
+        built = learning_model(model, frozen, pretraining)
         counts = [parameter.numel() for parameter in built.parameters()]
         shapes = tuple((name, tuple(p.shape)) for name, p in built.named_parameters() if p.requires_grad)
         if not shapes:
@@ -106,6 +100,19 @@ class ParameterCounts:
         learning = [math.prod(shape) for _, shape in shapes]
         block = _of_block(built) if isinstance(built, ImageModel) else largest_unit(built)
         return ParameterCounts(sum(counts), block, max(counts), sum(learning), max(learning), shapes)
+
+
+@lru_cache
+def learning_model(model: ModelConfig, frozen: str, pretraining: Pretraining | None) -> nn.Module:
+    """The model of a run, without memory, whose parameters say whether they learn. It is shared: do not change it."""
+    built = shapes_for_training(model, pretraining)
+    if frozen == "backbone" and isinstance(built, ImageModel):
+        built.freeze_backbone()
+    elif frozen == "backbone":
+        of_head = classifier_parameters(built)
+        for name, parameter in built.named_parameters():
+            parameter.requires_grad_(name in of_head)
+    return built
 
 
 @dataclass(frozen=True)
@@ -215,6 +222,18 @@ def accumulation_bytes(config: Config, stage: int) -> int:
     return 4 if stage > 0 else COMPUTE_BYTES[config.train.precision]
 
 
+def reduces_in_place(config: Config, stage: int) -> bool:
+    """Whether all gradients are reduced at once, where they lie: without ZeRO, and by DeepSpeed's bf16 optimizer."""
+    return stage == 0 or _is_bf16_optimizer(
+        config.train.precision, accumulation_bytes(config, stage), stage, config.zero.offload
+    )
+
+
+def _is_bf16_optimizer(precision: str, accumulate_bytes: int, stage: int, offload: str) -> bool:
+    """Stage 1 with fp32 sums of bf16 gradients is another class of DeepSpeed than the rest of ZeRO."""
+    return stage == 1 and precision == "bf16" and accumulate_bytes == 4 and offload == "none"
+
+
 def state_memory(
     counts: ParameterCounts,
     precision: str,
@@ -245,8 +264,7 @@ def state_memory(
     else:
         gradients = accumulate_bytes * share
 
-    # DeepSpeed's bf16 optimizer (stage 1 with fp32 sums) reduces its sums where they lie, as stage 0 does.
-    in_place = stage == 0 or (precision == "bf16" and sums_apart and stage == 1 and offload == "none")
+    in_place = stage == 0 or _is_bf16_optimizer(precision, accumulate_bytes, stage, offload)
     if stage == 3:
         buffers = compute * (buckets.reduce + buckets.gathered)
         buffers += compute * -(-total // buckets.secondary_shards) if buckets.secondary_shards > 1 else 0
@@ -259,7 +277,7 @@ def state_memory(
     tensor, held = (counts.largest_learning, whole) if stage == 0 else (share, share)
     made = 0 if updates_in_place(optimizer, on_gpu=on_gpu) else kind.scratch_bytes(optimizer, tensor, held)
     if stage == 0:
-        flattened = compute * min(whole, _UNBUCKETED) if world_size > 1 else 0
+        flattened = compute * min(whole, UNBUCKETED) if world_size > 1 else 0
         update = max(flattened, made + (4 * whole if compute < 4 else 0))
     elif in_place:
         update = max(compute * whole, made)

@@ -29,6 +29,7 @@ from fastvit_engine.observe.trackers import choose as trackers
 from fastvit_engine.observe.units import counted
 from fastvit_engine.sizing.defaults import Chosen, Machine, choose, device_memory
 from fastvit_engine.sizing.gpus import GPU_MEMORY_GIB, known_gpu
+from fastvit_engine.sizing.step_time import usual_speed
 from fastvit_engine.train.estimate import USUAL_MFU, describe_split, describe_time, training_time
 from fastvit_engine.train.first_weights import fill_in
 from fastvit_engine.train.start import DryRun, Start, check_profile, preflight
@@ -192,7 +193,8 @@ def _plan(chosen: Sequence[Chosen], target: Target, start: Start) -> list[str]:
     gpu, samples = target.gpu_name, start.data.samples_per_epoch
     lines += [describe_split(one) for one in chosen]
     if gpu is not None:
-        lines += describe_time(training_time(chosen[0], gpu, USUAL_MFU, samples), gpu, USUAL_MFU)
+        speed = usual_speed(chosen[0].config, gpu, USUAL_MFU)
+        lines += describe_time(training_time(chosen[0], speed, samples), speed, chosen[0])
     else:
         device = "this GPU is in no table of peaks" if target.on_gpu else "a CPU's speed is measured only by training"
         lines.append(f"time          unknown: {device}")

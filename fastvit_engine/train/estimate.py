@@ -1,31 +1,20 @@
-"""What a run would take: steps, operations and days, at a share of the GPUs' peak that is assumed."""
+"""What a run would take: steps, operations and days, by a step's time as `sizing.step_time` has it."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from fastvit_engine.config import Config
-from fastvit_engine.config.model_shape import resolve_shape, tokens_in_training, visible_patches
 from fastvit_engine.config.phases import Phase
 from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.errors import UserError
-from fastvit_engine.models.flops import RunFlops, recomputed_flops
-from fastvit_engine.observe.units import counted, format_count, format_flops, format_share
+from fastvit_engine.models.flops import RunFlops, run_flops
+from fastvit_engine.observe.units import counted, format_bytes, format_count, format_flops
 from fastvit_engine.sizing.defaults import Chosen
-from fastvit_engine.sizing.gpus import DATASHEET_PEAK
-from fastvit_engine.sizing.memory import checkpointed_blocks
+from fastvit_engine.sizing.step_time import Speed, StepTime, step_time
 from fastvit_engine.train.compute import Compute
 from fastvit_engine.train.schedule import Schedule
 
 USUAL_MFU = 0.4  # an assumption
-
-
-def images_per_second(chosen: Chosen, gpu: str, mfu: float, samples_per_epoch: int | None) -> float:
-    """On average over the run. The GPUs with the largest share of the global batch set the pace."""
-    split = split_batch(chosen.config, chosen.machine.processes)
-    share = split.global_batch_size / split.largest_share  # GPUs' worth of work that a step has
-    spans = _spans(chosen.config, samples_per_epoch)
-    again = sum(steps * _recomputed(chosen.config, phase) for phase, steps in spans) / sum(steps for _, steps in spans)
-    return mfu * DATASHEET_PEAK[gpu] * share / (_flops_per_image(chosen, samples_per_epoch).computed + again)
 
 
 def _spans(config: Config, samples_per_epoch: int | None) -> list[tuple[Phase, int]]:
@@ -43,30 +32,34 @@ def _flops_per_image(chosen: Chosen, samples_per_epoch: int | None) -> RunFlops:
     return compute.mean_of(_spans(chosen.config, samples_per_epoch))
 
 
-def _recomputed(config: Config, phase: Phase) -> int:
-    """What activation checkpointing computes a second time, for an image of a phase."""
-    if (blocks := checkpointed_blocks(config)) == 0:
-        return 0
-    if config.pretraining is not None:
-        return recomputed_flops(tokens_in_training(config), config.model, blocks)
-    shape = resolve_shape(config.model.model_copy(update={"image_size": phase.image_size}))
-    seen = shape.prefix + visible_patches(shape.patches, phase.patch_drop)
-    return recomputed_flops(seen, config.model, blocks)
+def work_of(chosen: Chosen, samples_per_epoch: int | None) -> float:
+    """What an image takes to compute, on average over the phases of a run, as a share of what a whole one takes."""
+    return _flops_per_image(chosen, samples_per_epoch).computed / run_flops(chosen.config).computed
 
 
-def training_time(chosen: Chosen, gpu: str, mfu: float, samples_per_epoch: int | None) -> dict[str, Any]:
-    """Steps, operations and days; None, and why under `unknown`, if the length of an epoch is not known."""
+def training_time(chosen: Chosen, speed: Speed, samples_per_epoch: int | None) -> dict[str, Any]:
+    """A step's time, steps, operations and days; None, and why under `unknown`, if the length of an epoch is not known.
+
+    Times are in seconds, but for the days.
+    """
     config = chosen.config
     flops, computed = _flops_per_image(chosen, samples_per_epoch)
-    rate = images_per_second(chosen, gpu, mfu, samples_per_epoch)
+    step = step_time(chosen, speed, work_of(chosen, samples_per_epoch))
+    rate = config.train.global_batch_size / step.total
     time: dict[str, Any] = {
         "flops_per_image": flops,
         "computed_flops_per_image": computed,
         "images_per_second": rate,
+        "step": as_json(step),
+        "computing_is": "measured" if speed.image.measured else "assumed",
+        "computing_from": speed.image.source,
+        "communicating_is": "modelled",
+        "interconnect": speed.interconnect.describe(nodes=2),
         "steps": None,
         "images": None,
         "flops": None,
         "days": None,
+        "save_interval": None,
         "phases": [],
     }
     try:
@@ -79,15 +72,46 @@ def training_time(chosen: Chosen, gpu: str, mfu: float, samples_per_epoch: int |
         {**phase._asdict(), "steps": count, "computed_flops_per_image": compute.per_image(phase).computed}
         for phase, count in schedule.phases.spans(0, steps)
     ]
-    whole = compute.of_steps(schedule.phases, 0, steps).whole
-    days = images / rate / 86400
-    return {**time, "steps": steps, "images": images, "flops": whole, "days": days, "phases": phases}
+    return {
+        **time,
+        "steps": steps,
+        "images": images,
+        "flops": compute.of_steps(schedule.phases, 0, steps).whole,
+        "days": images / rate / 86400,
+        "save_interval": step.total * (schedule.save_every or steps),
+        "phases": phases,
+    }
 
 
-def describe_time(time: Mapping[str, Any], gpu: str, mfu: float) -> list[str]:
+def as_json(step: StepTime) -> dict[str, Any]:
+    return {
+        "seconds": step.total,
+        "computing": step.computing,
+        "communicating": step.communicating,
+        "exposed": step.exposed,
+        "messages": step.messages,
+        "sent_bytes": step.sent_bytes,
+    }
+
+
+def describe_time(time: Mapping[str, Any], speed: Speed, chosen: Chosen) -> list[str]:
     """What `training_time` returns, one line each."""
+    step, machine = time["step"], chosen.machine
+    lines = [f"computation   {_seconds(step['computing'])} per step, {speed.image.source}"]
+    if machine.processes > 1:
+        nodes = machine.processes // machine.processes_per_node
+        assumed = ", assumed" if speed.interconnect.assumed else ""
+        hidden = step["communicating"] - step["exposed"]
+        behind = (
+            f", {_seconds(hidden)} of them behind computation" if hidden > 5e-5 else ", none of it behind computation"
+        )
+        lines.append(
+            f"communication {_seconds(step['communicating'])} per step{behind}: "
+            f"{counted(step['messages'], 'message')}, {format_bytes(step['sent_bytes'])} from each {machine.device} "
+            f"(modelled: {speed.interconnect.describe(nodes)}{assumed})"
+        )
     if time["steps"] is None:
-        return [f"length        unknown: {time['unknown']}"]
+        return [*lines, f"length        unknown: {time['unknown']}"]
     images = "image" if time["images"] == 1 else "images"
     computed = time["computed_flops_per_image"]
     fewer = "" if computed == time["flops_per_image"] else f", {format_flops(computed)} of them computed"
@@ -97,9 +121,9 @@ def describe_time(time: Mapping[str, Any], gpu: str, mfu: float) -> list[str]:
         f"length        {counted(time['steps'], 'step')}, {format_count(time['images'])} {images}, "
         f"{format_flops(time['flops'])} ({format_flops(time['flops_per_image'])} per image{mean}{fewer})",
         *(f"{'' if number else 'phases':14}{_describe_phase(phase)}" for number, phase in enumerate(each)),
-        f"time          {_days(time['days'])}: {time['images_per_second']:,.0f} images/s, if MFU is "
-        f"{format_share(mfu)} of {format_flops(DATASHEET_PEAK[gpu])}/s per GPU (an assumption), without "
-        "evaluations and checkpoints",
+        *lines,
+        f"time          {_days(time['days'])}: {time['images_per_second']:,.0f} images/s, "
+        f"{_seconds(step['seconds'])} per step{mean}, without evaluations and checkpoints",
     ]
 
 
@@ -109,6 +133,12 @@ def _describe_phase(phase: Mapping[str, Any]) -> str:
         f"steps {first + 1:,} to {first + phase['steps']:,}: {seen.describe()}, "
         f"{format_flops(phase['computed_flops_per_image'])} computed per image"
     )
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 0.1:
+        return f"{1e3 * seconds:.2g} ms"
+    return f"{seconds:.3g} s"
 
 
 def describe_split(chosen: Chosen) -> str:

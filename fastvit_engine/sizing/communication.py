@@ -1,0 +1,87 @@
+"""How long a collective operation takes: latency times the number of messages that wait for each other, plus bytes.
+
+A model, which knows nothing of congestion, of the routes of messages, or of what else uses the network.
+
+NCCL. A ring through all W processes moves (W - 1) / W of the bytes past each of them, twice for an all-reduce, in W - 1
+or 2 (W - 1) hops. A ring enters and leaves a node once for each of its adapters, so hops between nodes are few. An
+all-reduce may follow trees instead: bytes as in the ring, but hops by the logarithm of the number of nodes; NCCL takes
+whichever is faster.
+
+Gloo. A ring whose processes have two segments in flight, each of which is announced before it is sent: a message takes
+two latencies. An all-reduce has segments of 1 MiB at the most, and at least two for each process; a gather has two.
+`reduce_scatter` is an all-reduce of which a process keeps its part (PyTorch 2.13).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from fastvit_engine.sizing.interconnects import Interconnect, Link
+from fastvit_engine.sizing.traffic import Message
+
+Library = Literal["nccl", "gloo"]
+_SEGMENT = 2**20  # bytes, at the most, that Gloo reduces at a time
+_ANNOUNCED = 2  # latencies of a message of Gloo: one to say that it comes, one to come
+
+
+@dataclass(frozen=True)
+class Network:
+    """The processes of a job, and what they send their messages over."""
+
+    processes: int
+    per_node: int
+    interconnect: Interconnect
+    library: Library
+
+    @property
+    def nodes(self) -> int:
+        return -(-self.processes // self.per_node)
+
+    def seconds(self, message: Message) -> float:
+        """Of one collective operation, from the call to its end, if all processes call at once."""
+        processes = min(self.processes, self.per_node) if message.within_node else self.processes
+        if processes == 1:
+            return 0.0
+        bandwidth = self.interconnect.ring_bandwidth(processes, self.per_node)
+        if self.library == "gloo":
+            return _gloo(message, processes, Link(bandwidth, self._latency(processes)))
+        return self._nccl(message, processes, bandwidth)
+
+    def wire_bytes(self, message: Message) -> float:
+        """That each process sends for it."""
+        processes = min(self.processes, self.per_node) if message.within_node else self.processes
+        twice = message.kind == "all_reduce" or (self.library == "gloo" and message.kind == "reduce_scatter")
+        return (2 if twice else 1) * message.bytes * (processes - 1) / processes
+
+    def _latency(self, processes: int) -> float:
+        """Of a hop of the ring: the slowest, since all processes wait for each other."""
+        within, between = self.interconnect.within.latency, self.interconnect.between.latency
+        if processes <= self.per_node:
+            return within
+        return between if self.per_node == 1 else max(within, between)
+
+    def _nccl(self, message: Message, processes: int, bandwidth: float) -> float:
+        within, between = self.interconnect.within.latency, self.interconnect.between.latency
+        nodes = -(-processes // self.per_node)
+        per_node = min(processes, self.per_node)
+        ring = (processes - nodes) * within + (nodes - 1) * between
+        moved = self.wire_bytes(message) / bandwidth
+        if message.kind != "all_reduce":
+            return ring + moved
+        tree = (per_node - 1) * within + math.ceil(math.log2(nodes)) * between
+        return 2 * min(ring, tree) + moved
+
+
+def _gloo(message: Message, processes: int, link: Link) -> float:
+    part = message.bytes / processes
+    if message.kind == "all_gather":
+        return _segments(processes - 1, 2, part / 2, link)
+    each = max(2, math.ceil(message.bytes / _SEGMENT / processes))
+    return 2 * _segments(processes - 1, each, part / each, link)
+
+
+def _segments(hops: int, each: int, size: float, link: Link) -> float:
+    """`hops` parts of `each` segments of `size` bytes, two segments in flight."""
+    moving, latency = size / link.bandwidth, _ANNOUNCED * link.latency
+    pairs = hops * each / 2
+    return (pairs - 1) * max(2 * moving, latency + moving) + latency + 2 * moving
