@@ -23,6 +23,7 @@ from benchmarks.machine import commit, cpu_name
 from fastvit_engine.config import EvalTransform
 from fastvit_engine.data.pixels.crops import eval_view, render
 from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
+from fastvit_engine.data.pixels.views import decode_views
 from fastvit_engine.files import atomic_write
 
 _TRANSFORMS: tuple[EvalTransform, ...] = get_args(EvalTransform)
@@ -45,9 +46,9 @@ def evaluated(data: bytes, size: int, eval_crop: float, transform: EvalTransform
     """uint8 [size, size, 3]: a photo as evaluation sees it."""
     image = open_image(data)
     view = eval_view(image.height, image.width, size, eval_crop, transform)
-    pixels = image.decode(space, view.reduction, decoding=view.decoding, rows=view.top + view.height)
+    decoded = decode_views(image, [view], space)
     out = np.empty((size, size, 3), np.uint8)
-    render(pixels, view, view.reduction, out, PixelBuffer())
+    render(decoded, view, out, PixelBuffer())
     return out
 
 

@@ -8,7 +8,9 @@ import importlib.util
 import io
 import logging
 import random
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import process_time
@@ -24,6 +26,7 @@ from torch import Tensor
 from fastvit_engine.config import Config
 from fastvit_engine.data import prepare_data
 from fastvit_engine.data.check.speed import time_stages
+from fastvit_engine.data.pixels import jpeg_part
 from fastvit_engine.data.pixels.crops import inception_crop
 from fastvit_engine.data.stream.indexed import IndexedData
 from fastvit_engine.torchvision_operators import declare_torchvision_operators
@@ -133,6 +136,26 @@ def _our_batches(dataset: Dataset, workers: int, endless: bool) -> Batches:
 
 def _our_stages(dataset: Dataset, count: int) -> StageTimes:
     return StageTimes(*time_stages(dataset.config, dataset.data, count).cpu, 0.0)
+
+
+@contextmanager
+def _whole_rows() -> Iterator[None]:
+    """Nothing above or beside a crop is left out, here and in processes that are forked."""
+    worth, jpeg_part.WORTH = jpeg_part.WORTH, sys.maxsize
+    try:
+        yield
+    finally:
+        jpeg_part.WORTH = worth
+
+
+def _our_batches_of_whole_rows(dataset: Dataset, workers: int, endless: bool) -> Batches:
+    with _whole_rows():
+        yield from _our_batches(dataset, workers, endless)
+
+
+def _our_stages_of_whole_rows(dataset: Dataset, count: int) -> StageTimes:
+    with _whole_rows():
+        return _our_stages(dataset, count)
 
 
 # ---- WebDataset
@@ -285,6 +308,15 @@ VARIANTS = (
         torch.uint8,
         _our_batches,
         _our_stages,
+    ),
+    Variant(
+        "fastvit, whole rows",
+        "the same to the byte, decoding all that is above and beside a crop, as without restart markers",
+        (),
+        bytes_shape,
+        torch.uint8,
+        _our_batches_of_whole_rows,
+        _our_stages_of_whole_rows,
     ),
     Variant(
         "wds + PIL",

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fastvit_engine.data.pixels.decode import MAX_PIXELS, open_safely
+from fastvit_engine.data.pixels.jpeg_part import restart_interval
 
 _PASSED = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's format -> extension in a shard
 _DRAFT = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still this many times the target
@@ -41,11 +42,23 @@ def encode_for_shard(
                 image.draft(None, (size[0] * _DRAFT, size[1] * _DRAFT))
                 whole = _eight_bits(image)
             small = whole.resize(size, Image.Resampling.BICUBIC)
-            return "jpg", _save(small, "JPEG", quality=quality)
+            return "jpg", encode_jpeg(small, quality)
     except UnidentifiedImageError as error:
         raise ValueError("is not an image") from error
     except Exception as error:  # Pillow's decoders raise many kinds, all meaning the same here
         raise ValueError(f"cannot be decoded ({error or type(error).__name__})") from error
+
+
+def encode_jpeg(image: Image.Image, quality: int) -> bytes:
+    """A JPEG of a gray or RGB image, of which training can decode a crop alone: restart markers tell its parts apart.
+
+    They cost 2 to 3 % of the bytes. Huffman codes of its own, which change no pixel either, save as much.
+    """
+    markers = restart_interval(image.width, gray=image.mode == "L")
+    try:
+        return _save(image, "JPEG", quality=quality, restart_marker_blocks=markers, optimize=True)
+    except OSError:  # Pillow has memory for a byte per pixel then, which pure noise exceeds
+        return _save(image, "JPEG", quality=quality, restart_marker_blocks=markers)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

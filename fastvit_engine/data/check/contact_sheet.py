@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastvit_engine.config import Config
 from fastvit_engine.data.pixels.crops import draw_crops, render, train_view
-from fastvit_engine.data.pixels.decode import PixelBuffer, decode_image, if_decodes
+from fastvit_engine.data.pixels.decode import Decoded, PixelBuffer, decode_image, if_decodes
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.pixels.randaugment import randaugment
 from fastvit_engine.data.pixels.views import (
@@ -118,7 +118,7 @@ def _views(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> list[np.nda
     views = training_views(config)
     chosen = choose_views(pixels.shape[0], pixels.shape[1], views, draw_views(seeds, views)[0])
     out = np.empty((1, *images_shape(views)), np.uint8)
-    render_views(pixels, chosen, [view.size for view in views], 1, out[0], PixelBuffer())
+    render_views(Decoded(pixels), chosen, [view.size for view in views], out[0], PixelBuffer())
     return [view[0].numpy() for view in distort_views(unpack_views(torch.from_numpy(out), views), views, seeds)]
 
 
@@ -128,7 +128,7 @@ def _augmented(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> np.ndar
     images = np.empty((len(seeds), size, size, 3), np.uint8)
     for image, draws in zip(images, draw_crops(seeds, config.augment.crop), strict=True):
         view = train_view(pixels.shape[0], pixels.shape[1], size, augment, draws)
-        render(pixels, view, 1, image, PixelBuffer())
+        render(Decoded(pixels), view, image, PixelBuffer())
     if not augment.randaugment_ops:
         return images
     return randaugment(

@@ -1,7 +1,6 @@
 """`fastvit data bench`: how fast shards become training batches, stage by stage and as a whole loader."""
 
 import gc
-import io
 import json
 import multiprocessing
 import os
@@ -22,12 +21,13 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from fastvit_engine.config import Config
+from fastvit_engine.data.build.encode import encode_jpeg
 from fastvit_engine.data.pixels.decode import decode_image, open_image
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.pixels.views import (
     choose_views,
+    decode_views,
     draw_views,
-    how_to_decode,
     images_shape,
     render_views,
     training_views,
@@ -140,13 +140,12 @@ def stages_of(
             marks.append(_now())
             image = read_image(sample, keys, partial(open_image, max_pixels=keys.max_pixels))
             chosen = choose_views(image.height, image.width, views, draw_views(seeds, views)[0])
-            reduction, rows = how_to_decode(chosen)
-            pixels = image.decode(workspace.decoded, reduction, decoding=chosen[0].decoding, rows=rows)
+            decoded = decode_views(image, chosen, workspace.decoded)
         except (Unusable, ValueError):
             marks = [_now()]
             continue
         marks.append(_now())
-        render_views(pixels, chosen, sizes, reduction, out, workspace.resized)
+        render_views(decoded, chosen, sizes, out, workspace.resized)
         marks.append(_now())
         cpu, wall = (StageSeconds(*np.diff(clock).tolist()) for clock in zip(*marks, strict=True))
         yield out, (cpu, wall)
@@ -224,9 +223,7 @@ def _shrink(data: bytes, short_side: int, max_pixels: int) -> bytes:
     if scale < 1:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.resize(size, Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
+    return encode_jpeg(image, quality=90)
 
 
 # ---- the command

@@ -8,8 +8,9 @@ import cv2
 import numpy as np
 
 from fastvit_engine.config import AugmentConfig, CropKind, EvalTransform
-from fastvit_engine.data.pixels.decode import Decoding, PixelBuffer
+from fastvit_engine.data.pixels.decode import Decoded, Decoding, PixelBuffer
 from fastvit_engine.data.pixels.draws import uniforms
+from fastvit_engine.data.pixels.jpeg_part import Box
 from fastvit_engine.data.pixels.resample import pillow_bicubic, tensorflow_area
 
 _CROP_TRIES = 10
@@ -34,6 +35,10 @@ class View(NamedTuple):
     decoding: Decoding = "accurate"
     resampling: Literal["bilinear", "pillow_bicubic", "tensorflow_area"] = "bilinear"  # which is not antialiased
     corner: tuple[int, int] | None = None  # (top, left) of what is cut out of the resized box; None: its centre
+
+    @property
+    def box(self) -> Box:
+        return Box(self.top, self.left, self.height, self.width)
 
     @property
     def reduction(self) -> int:
@@ -137,11 +142,9 @@ def tensorflow_crop(
     return 0, 0, height, width
 
 
-def render(pixels: np.ndarray, view: View, reduction: int, out: np.ndarray, scratch: PixelBuffer) -> None:
-    """Writes the view of an image, decoded `reduction` times smaller (uint8 [H, W, 3]), to `out` (uint8 [S, S, 3])."""
-    top, left = view.top // reduction, view.left // reduction
-    bottom, right = -(-(view.top + view.height) // reduction), -(-(view.left + view.width) // reduction)
-    box = pixels[top:bottom, left:right]
+def render(decoded: Decoded, view: View, out: np.ndarray, scratch: PixelBuffer) -> None:
+    """Writes the view of an image, of which at least its box was decoded, to `out`, uint8 [S, S, 3]."""
+    box = decoded.cut(view.box)
     height, width = view.resized
     size = len(out)
     top, left = view.corner or ((height - size) // 2, (width - size) // 2)

@@ -2,19 +2,19 @@
 
 import io
 import re
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from fastvit_engine.config import DataConfig
+from fastvit_engine.data.pixels.jpeg_part import Box, cut_out
 
 # How accurately a JPEG is decoded. accurate: as Pillow, bit for bit; tensorflow: as TensorFlow's default, with the fast
 # DCT; fast: with the fast DCT and plain upsampling of the colours, 42 dB from accurate and 30 at worst.
 Decoding = Literal["accurate", "tensorflow", "fast"]
 MAX_PIXELS = DataConfig().max_pixels
-_OTHER_FRAMES = frozenset(range(0xC1, 0xD0)) - {0xC4, 0xC8, 0xCC}  # markers of progressive and other JPEGs
 _LARGEST_KEPT = 1 << 26  # bytes of a PixelBuffer
 
 
@@ -34,39 +34,55 @@ class PixelBuffer:
         return self._memory[:size].reshape(height, width, 3)
 
 
+class Decoded(NamedTuple):
+    """Pixels of an image that was decoded `reduction` times smaller, at least those of the box that was asked for."""
+
+    pixels: np.ndarray  # uint8 RGB [H, W, 3]
+    top: int = 0  # where they begin in all of the image, as small as it was decoded
+    left: int = 0
+    reduction: int = 1
+
+    def cut(self, box: Box) -> np.ndarray:
+        """The pixels of a box of the image, of its full size, as uint8 [ceil(height / reduction) or 1 more, ...]."""
+        top, left = box.top // self.reduction - self.top, box.left // self.reduction - self.left
+        bottom, right = -(-box.bottom // self.reduction) - self.top, -(-box.right // self.reduction) - self.left
+        return self.pixels[top:bottom, left:right]
+
+
 class Jpeg:
     """A JPEG that libjpeg-turbo turns into RGB, of which the header has been read."""
 
     def __init__(self, data: bytes, height: int, width: int) -> None:
         self.data, self.height, self.width = data, height, width
 
-    def decode(
-        self, buffer: PixelBuffer, reduction: int = 1, *, decoding: Decoding = "accurate", rows: int | None = None
-    ) -> np.ndarray:
+    def decode(self, buffer: PixelBuffer, reduction: int = 1, *, decoding: Decoding = "accurate") -> np.ndarray:
         """uint8 RGB [ceil(height / reduction), ceil(width / reduction), 3], in `buffer`; reduction is 1, 2, 4 or 8.
 
-        `rows`: those of the image from the top on that are needed; what is below them may be missing, and costs less.
         Damaged data decodes as far as it goes, as in the usual ImageNet pipelines. Raises ValueError if nothing does.
         """
-        data, height = (self.data, self.height) if rows is None else _cut(self.data, self.height, rows)
-        height, width = -(-height // reduction), -(-self.width // reduction)
         try:
-            return simplejpeg.decode_jpeg(
-                data,
-                "RGB",
-                min_height=height,
-                min_width=width,
-                min_factor=reduction,
-                fastdct=decoding != "accurate",
-                fastupsample=decoding == "fast",
-                buffer=buffer.reserve(height, width),
-                strict=False,
-            )
-        except ValueError:  # what libjpeg-turbo gives up on Pillow may still read
-            other = _open_with_pillow(self.data, self.height * self.width)
-            if (other.height, other.width) != (self.height, self.width):
-                raise ValueError("its header gives two sizes") from None
-            return other.decode(buffer, reduction)
+            return _with_turbo(self.data, self.height, self.width, buffer, reduction, decoding)
+        except ValueError:
+            return self._with_pillow().decode(buffer, reduction)
+
+    def decode_box(
+        self, box: Box, buffer: PixelBuffer, reduction: int = 1, *, decoding: Decoding = "accurate"
+    ) -> Decoded:
+        """As `decode`, to the bit, but only a part of the image that has the box: as little as can be told apart."""
+        margin = 0 if decoding == "fast" else 2 * reduction  # pixels to interpolate colours of half the resolution from
+        data, part = cut_out(self.data, self.height, self.width, box, margin)
+        try:
+            pixels = _with_turbo(data, part.height, part.width, buffer, reduction, decoding)
+        except ValueError:
+            return self._with_pillow().decode_box(box, buffer, reduction)
+        return Decoded(pixels, part.top // reduction, part.left // reduction, reduction)
+
+    def _with_pillow(self) -> "OtherImage":
+        """What libjpeg-turbo gives up on Pillow may still read."""
+        other = _open_with_pillow(self.data, self.height * self.width)
+        if (other.height, other.width) != (self.height, self.width):
+            raise ValueError("its header gives two sizes")
+        return other
 
 
 class OtherImage:
@@ -75,44 +91,36 @@ class OtherImage:
     def __init__(self, image: Image.Image) -> None:
         self.image, self.height, self.width = image, image.height, image.width
 
-    def decode(
-        self, buffer: PixelBuffer, reduction: int = 1, *, decoding: Decoding = "accurate", rows: int | None = None
-    ) -> np.ndarray:
-        """As Jpeg.decode, but into memory of its own, never less than accurate and always whole."""
+    def decode(self, buffer: PixelBuffer, reduction: int = 1, *, decoding: Decoding = "accurate") -> np.ndarray:
+        """As Jpeg.decode, but into memory of its own and never less than accurate."""
         try:
             pixels = _rgb(self.image)
         except Exception as error:  # Pillow's decoders raise many kinds, all meaning the same here
             raise ValueError(str(error) or type(error).__name__) from error
         return np.asarray(Image.fromarray(pixels).reduce(reduction)) if reduction > 1 else pixels
 
+    def decode_box(
+        self, box: Box, buffer: PixelBuffer, reduction: int = 1, *, decoding: Decoding = "accurate"
+    ) -> Decoded:
+        """All of it, see `decode`."""
+        return Decoded(self.decode(buffer, reduction, decoding=decoding), reduction=reduction)
 
-def _cut(data: bytes, height: int, rows: int) -> tuple[bytes | bytearray, int]:
-    """A JPEG and its height, cut off below the given rows if that can be done; the rows stay as they were.
 
-    In a baseline JPEG with one scan, blocks follow one another from top to bottom: a decoder that is told of fewer rows
-    stops there. One row of blocks more than asked for, because chroma is interpolated between rows.
-    """
-    try:
-        at = 2
-        while data[at + 1] != 0xC0:  # the frame header of a baseline JPEG
-            if data[at] != 0xFF or data[at + 1] in _OTHER_FRAMES:
-                return data, height
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        frame, components = at, data[at + 9]
-        block = 8 * max(factors & 15 for factors in data[at + 11 : at + 11 + 3 * components : 3])
-        while data[at + 1] != 0xDA:  # the header of the first scan
-            if data[at] != 0xFF:
-                return data, height
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        one_scan = data[at + 4] == components and int.from_bytes(data[frame + 5 : frame + 7], "big") == height
-    except (IndexError, ValueError):  # damaged
-        return data, height
-    needed = (-(-rows // block) + 1) * block
-    if not one_scan or needed >= height:
-        return data, height
-    shorter = bytearray(data)
-    shorter[frame + 5 : frame + 7] = needed.to_bytes(2, "big")
-    return shorter, needed
+def _with_turbo(
+    data: bytes | bytearray, height: int, width: int, buffer: PixelBuffer, reduction: int, decoding: Decoding
+) -> np.ndarray:
+    height, width = -(-height // reduction), -(-width // reduction)
+    return simplejpeg.decode_jpeg(
+        data,
+        "RGB",
+        min_height=height,
+        min_width=width,
+        min_factor=reduction,
+        fastdct=decoding != "accurate",
+        fastupsample=decoding == "fast",
+        buffer=buffer.reserve(height, width),
+        strict=False,
+    )
 
 
 def check_pixels(count: int, most: int) -> None:

@@ -5,6 +5,7 @@ import numpy as np
 from fastvit_engine.config import Config
 from fastvit_engine.data.pixels.crops import eval_view, render
 from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
+from fastvit_engine.data.pixels.views import decode_views
 
 
 def eval_image(content: bytes, config: Config) -> np.ndarray:
@@ -12,7 +13,7 @@ def eval_image(content: bytes, config: Config) -> np.ndarray:
     size = config.model.image_size
     image = open_image(content, config.data.max_pixels)
     view = eval_view(image.height, image.width, size, config.data.eval_crop, config.data.eval_transform)
-    pixels = image.decode(PixelBuffer(), view.reduction, decoding=view.decoding, rows=view.top + view.height)
+    decoded = decode_views(image, [view], PixelBuffer())
     out = np.empty((size, size, 3), np.uint8)
-    render(pixels, view, view.reduction, out, PixelBuffer())
+    render(decoded, view, out, PixelBuffer())
     return out

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fastvit_engine.config import AugmentConfig, Config, DinoConfig, MocoConfig
 from fastvit_engine.data.pixels.crops import View, draw_crops, render, train_view
-from fastvit_engine.data.pixels.decode import PixelBuffer
+from fastvit_engine.data.pixels.decode import Decoded, Jpeg, OtherImage, PixelBuffer
 from fastvit_engine.data.pixels.distort import distort
 from fastvit_engine.data.pixels.draws import sample_seeds
+from fastvit_engine.data.pixels.jpeg_part import Box
 
 Draws = list[list[float]]  # of one sample, for each view
 
@@ -73,23 +74,23 @@ def choose_views(height: int, width: int, views: Sequence[TrainingView], draws: 
     ]
 
 
-def how_to_decode(chosen: Sequence[View]) -> tuple[int, int]:
-    """How many times smaller an image may be decoded for all these crops of it, and how many of its rows they need."""
-    return min(view.reduction for view in chosen), max(view.top + view.height for view in chosen)
+def decode_views(image: Jpeg | OtherImage, chosen: Sequence[View], buffer: PixelBuffer) -> Decoded:
+    """Decodes what these crops of an image need, once for all of them, and as small as all of them allow."""
+    box, reduction, decoding = chosen[0].box, chosen[0].reduction, chosen[0].decoding
+    for view in chosen[1:]:
+        top, left = min(box.top, view.top), min(box.left, view.left)
+        bottom, right = max(box.bottom, view.box.bottom), max(box.right, view.box.right)
+        box, reduction = Box(top, left, bottom - top, right - left), min(reduction, view.reduction)
+    return image.decode_box(box, buffer, reduction, decoding=decoding)
 
 
 def render_views(
-    pixels: np.ndarray,
-    chosen: Sequence[View],
-    sizes: Sequence[int],
-    reduction: int,
-    out: np.ndarray,
-    scratch: PixelBuffer,
+    decoded: Decoded, chosen: Sequence[View], sizes: Sequence[int], out: np.ndarray, scratch: PixelBuffer
 ) -> None:
     """Writes crops with sides of `sizes` to `out`, uint8 of `images_shape`; see `render`."""
     free = out.reshape(-1)  # the same memory
     for view, size in zip(chosen, sizes, strict=True):
-        render(pixels, view, reduction, free[: 3 * size**2].reshape(size, size, 3), scratch)
+        render(decoded, view, free[: 3 * size**2].reshape(size, size, 3), scratch)
         free = free[3 * size**2 :]
 
 

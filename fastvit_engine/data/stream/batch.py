@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvit_engine.config import Config
 from fastvit_engine.data.pixels.crops import View
 from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
-from fastvit_engine.data.pixels.views import how_to_decode, images_shape, render_views, training_views
+from fastvit_engine.data.pixels.views import decode_views, images_shape, render_views, training_views
 from fastvit_engine.data.shards.sample import Sample
 from fastvit_engine.data.shards.usable import (
     SampleKeys,
@@ -167,10 +167,9 @@ class BatchBuilder:
     def _draw(self, row: int, choose: Callable[[int, int], Sequence[View]], data: bytes) -> None:
         image = open_image(data, self._keys.max_pixels)
         views = choose(image.height, image.width)
-        reduction, rows = how_to_decode(views)
-        pixels = image.decode(self._workspace.decoded, reduction, decoding=views[0].decoding, rows=rows)
+        decoded = decode_views(image, views, self._workspace.decoded)
         self._end_stage(1)
-        render_views(pixels, views, self._sizes, reduction, self._images[row], self._workspace.resized)
+        render_views(decoded, views, self._sizes, self._images[row], self._workspace.resized)
         self._end_stage(2)
 
     def _end_stage(self, stage: int) -> None:

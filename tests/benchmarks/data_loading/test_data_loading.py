@@ -1,6 +1,8 @@
 import importlib.util
+import io
 import json
 from dataclasses import replace
+from itertools import islice
 from time import process_time
 
 import pytest
@@ -15,6 +17,7 @@ from benchmarks.data_loading.variants import VARIANTS, StageTimes, Variant, open
 from benchmarks.suite import wrong
 from fastvit_engine.cli import main
 from fastvit_engine.data.check.speed import LoaderTime, link_shards
+from fastvit_engine.data.pixels import jpeg_part
 from fastvit_engine.errors import UserError
 
 
@@ -37,7 +40,7 @@ def dataset(plain_shards, tmp_path_factory):
 
 def test_command_measures_and_writes_its_report(plain_shards, tmp_path, capsys, monkeypatch):
     before = sorted(plain_shards.iterdir())
-    monkeypatch.setattr("benchmarks.data_loading.run.VARIANTS", VARIANTS[:3])  # timm takes seconds to import
+    monkeypatch.setattr("benchmarks.data_loading.run.VARIANTS", VARIANTS[:4])  # timm takes seconds to import
     arguments = ["--image-size", "16", "--workers", "1", "--rounds", "1", "--repack", "24", "--quick", "--json"]
     assert main(["bench", "data", str(plain_shards), "--out", str(tmp_path / "out"), *arguments]) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -45,7 +48,7 @@ def test_command_measures_and_writes_its_report(plain_shards, tmp_path, capsys, 
     assert printed == json.loads(written.read_text())
     assert sorted(plain_shards.iterdir()) == before
     assert [(row["dataset"], row["variant"]) for row in printed["results"]] == [
-        (name, variant.name) for name in ("as they are", "short side 24") for variant in VARIANTS[:3]
+        (name, variant.name) for name in ("as they are", "short side 24") for variant in VARIANTS[:4]
     ]
     for row in printed["results"]:
         assert row["skipped"] is None and row["over_recipe"] > 0
@@ -59,8 +62,34 @@ def test_command_measures_and_writes_its_report(plain_shards, tmp_path, capsys, 
 
 @pytest.mark.skipif(not all(map(importlib.util.find_spec, ("timm", "torchvision"))), reason="needs timm")
 def test_timm_gives_what_it_is_said_to(dataset):
-    (result,) = measure([dataset], VARIANTS[3:], workers=0, rounds=1, images=8, progress=lambda line: None)
+    (result,) = measure([dataset], VARIANTS[4:], workers=0, rounds=1, images=8, progress=lambda line: None)
     assert result.skipped is None and result.cpu(0) > 0
+
+
+def test_whole_rows_give_the_same_batches(tmp_path, plain_shards, write_tar, photo, monkeypatch):
+    """Decoded from other data."""
+    pixels = Image.open(io.BytesIO(photo(0, 160, 200)))
+    buffer = io.BytesIO()
+    pixels.save(buffer, "JPEG", restart_marker_blocks=1)
+    (tmp_path / "links").mkdir()
+    write_tar(tmp_path / "links" / "a.tar", [("a.jpg", buffer.getvalue()), ("a.cls", b"1")])
+    dataset = open_dataset("photo", str(tmp_path / "links"), 16, 1, tmp_path)
+    monkeypatch.setattr("fastvit_engine.data.pixels.jpeg_part.WORTH", 1)
+    tops, cut_out = [], jpeg_part.cut_out
+
+    def noted(*args):
+        part = cut_out(*args)
+        tops.append(part.box.top)
+        return part
+
+    monkeypatch.setattr("fastvit_engine.data.pixels.decode.cut_out", noted)
+    batches = []
+    for variant in VARIANTS[:2]:
+        found = list(islice(variant.batches(dataset, 0, True), 20))
+        batches.append(torch.stack([images.clone() for images, _ in found]))
+        assert any(tops) == (variant.name == "fastvit")
+        tops.clear()
+    assert torch.equal(*batches) and VARIANTS[1].stages(dataset, 4).decode > 0 and not any(tops)
 
 
 def _variant(batches, name="peer", packages=(), exact=True):
@@ -124,7 +153,7 @@ def test_a_peer_that_is_absent_or_fails_is_named_and_the_others_go_on(dataset):
 
 
 def test_a_peer_that_fails_is_in_the_report_and_the_exit_code(plain_shards, capsys, monkeypatch):
-    chosen = [VARIANTS[0], *(peer for peer, *_ in PEERS[:3]), VARIANTS[1]]
+    chosen = [VARIANTS[0], *(peer for peer, *_ in PEERS[:3]), VARIANTS[2]]
     monkeypatch.setattr("benchmarks.data_loading.run.VARIANTS", chosen)
     run = ["bench", "data", str(plain_shards), "--quick", "--image-size", "16", "--workers", "1", "--rounds", "1"]
     assert main(run) == 1

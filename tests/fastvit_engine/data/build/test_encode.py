@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvit_engine.data.build.encode import encode_for_shard
-from fastvit_engine.data.pixels.decode import decode_image
+from fastvit_engine.data.build.encode import encode_for_shard, encode_jpeg
+from fastvit_engine.data.pixels.decode import PixelBuffer, decode_image, open_image
+from fastvit_engine.data.pixels.jpeg_part import Box
 
 
 def _smooth(height: int, width: int) -> np.ndarray:
@@ -41,6 +42,31 @@ def test_resize_is_the_exact_one_of_the_pixels(encode, height, width, expected, 
     assert extension == "jpg" and small[:2] == b"\xff\xd8" and pixels.shape == (*expected, 3)
     exact = Image.fromarray(image).resize(expected[::-1], Image.Resampling.BICUBIC)
     assert np.abs(pixels.astype(int) - np.asarray(exact)).mean() < 3
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_resized_images_have_restart_markers_and_huffman_codes_of_their_own(encode, mode):
+    """Which change no pixel."""
+    image = Image.fromarray(_smooth(512, 700)).convert(mode)
+    data = encode_for_shard(_save(image, "PNG"), 256)[1]
+    assert data.count(b"\xff\xdd\x00\x04") == 1 and all(data.count(bytes([0xFF, 0xD0 + n])) >= 8 for n in range(8))
+    pixels = decode_image(data)
+    whole = decode_image(_save(image.resize((350, 256), Image.Resampling.BICUBIC), "JPEG", quality=90))
+    assert np.array_equal(pixels, whole)
+    decoded = open_image(data).decode_box(Box(100, 200, 20, 30), PixelBuffer())
+    assert decoded.pixels.shape[0] <= 64 and np.array_equal(
+        decoded.cut(Box(100, 200, 20, 30)), pixels[100:120, 200:230]
+    )
+
+
+def test_noise_is_encoded_too(capfd):
+    """Pillow has too little memory for it if codes are optimised."""
+    noise = (np.random.default_rng(0).integers(0, 2, (300, 400, 3)) * 255).astype(np.uint8)
+    with pytest.raises(OSError):
+        _save(Image.fromarray(noise), "JPEG", quality=94, optimize=True)
+    data = encode_jpeg(Image.fromarray(noise), 94)
+    assert np.array_equal(decode_image(data), decode_image(_save(Image.fromarray(noise), "JPEG", quality=94)))
+    assert b"\xff\xdd\x00\x04" in data
 
 
 def test_modes():

@@ -5,7 +5,7 @@ from PIL import Image
 import fastvit_engine.data.check.contact_sheet as sheet_module
 from fastvit_engine.data.check.contact_sheet import Tile, augmented_sheet, class_sheet, draw_sheet, save_sheet
 from fastvit_engine.data.pixels.crops import draw_crops, render, train_view
-from fastvit_engine.data.pixels.decode import PixelBuffer
+from fastvit_engine.data.pixels.decode import Decoded, PixelBuffer
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.errors import UserError
 
@@ -73,7 +73,7 @@ def test_augmented_sheet_draws_what_training_draws(shards, make_config):
     (original, *_) = sheet_module._some_samples(sheet_module.shard_set(str(shards)), config, each=1)
     pixels, crop = original.pixels(), np.empty((16, 16, 3), np.uint8)
     (draws,) = draw_crops(sample_seeds(config.seed, 0, 0))
-    render(pixels, train_view(*pixels.shape[:2], 16, config.augment, draws), 1, crop, PixelBuffer())
+    render(Decoded(pixels), train_view(*pixels.shape[:2], 16, config.augment, draws), crop, PixelBuffer())
     scale = CELL // 16
     drawn = _cell(sheet, LEFT + STEP + 4 * sheet_module._GAP, TOP)
     assert np.array_equal(drawn, np.repeat(np.repeat(crop, scale, 0), scale, 1))

@@ -5,7 +5,7 @@ import pytest
 
 from fastvit_engine.config import AugmentConfig, EvalTransform
 from fastvit_engine.data.pixels.crops import View, draw_crops, eval_view, inception_crop, render, train_view
-from fastvit_engine.data.pixels.decode import PixelBuffer
+from fastvit_engine.data.pixels.decode import Decoded, PixelBuffer
 from fastvit_engine.data.pixels.draws import uniforms
 
 TRANSFORMS = get_args(EvalTransform)
@@ -22,7 +22,7 @@ def _ramp(height: int, width: int) -> np.ndarray:
 
 def _render(image: np.ndarray, view: View, size: int, reduction: int = 1) -> np.ndarray:
     out = np.full((size, size, 3), 77, np.uint8)
-    render(image, view, reduction, out, PixelBuffer())
+    render(Decoded(image, reduction=reduction), view, out, PixelBuffer())
     return out
 
 

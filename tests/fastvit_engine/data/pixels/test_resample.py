@@ -20,6 +20,7 @@ from fastvit_engine.config import EvalTransform
 from fastvit_engine.data.pixels.crops import eval_view, render
 from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
 from fastvit_engine.data.pixels.resample import pillow_bicubic, tensorflow_area
+from fastvit_engine.data.pixels.views import decode_views
 from tests.in_full import IN_FULL
 from tests.kernels.integrations.conftest import TORCHVISION  # lets timm be imported
 
@@ -43,9 +44,9 @@ def _picture(height: int, width: int, number: int = 0) -> np.ndarray:
 def _evaluated(data: bytes, size: int, eval_crop: float, transform: EvalTransform) -> np.ndarray:
     image = open_image(data)
     view = eval_view(image.height, image.width, size, eval_crop, transform)
-    pixels = image.decode(PixelBuffer(), view.reduction, decoding=view.decoding, rows=view.top + view.height)
+    decoded = decode_views(image, [view], PixelBuffer())
     out = np.full((size, size, 3), 77, np.uint8)
-    render(pixels, view, view.reduction, out, PixelBuffer())
+    render(decoded, view, out, PixelBuffer())
     return out
 
 

@@ -1,6 +1,7 @@
 """The views of an image that objectives compare: cropped where it is decoded, and distorted on the device."""
 
 import colorsys
+import io
 from itertools import islice
 
 import numpy as np
@@ -10,9 +11,16 @@ from PIL import Image, ImageFilter
 
 from fastvit_engine.config import load_config
 from fastvit_engine.data import prepare_data
-from fastvit_engine.data.pixels.decode import decode_image
+from fastvit_engine.data.pixels.decode import Decoded, PixelBuffer, decode_image, open_image
 from fastvit_engine.data.pixels.distort import distort, gaussian_blur, turn_hue
-from fastvit_engine.data.pixels.views import choose_views, distort_views, draw_views, training_views, unpack_views
+from fastvit_engine.data.pixels.views import (
+    choose_views,
+    decode_views,
+    distort_views,
+    draw_views,
+    training_views,
+    unpack_views,
+)
 
 DINO = ["train.objective=dino", "model.name=Ti/4", "model.image_size=16", "model.num_classes=0", "ema.decay=0.9",
         "dino.local_views=3", "dino.local_size=8", "train.global_batch_size=8"]  # fmt: skip
@@ -58,6 +66,27 @@ def test_a_batch_holds_the_views_of_its_images(config, tmp_path, photo, order, w
                 box = pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
                 assert found[row].shape == (view.size, view.size, 3)
                 assert abs(float(found[row].float().mean()) - box.mean()) < 12
+
+
+@pytest.mark.parametrize("small", [0.02, 0.3])
+def test_views_are_decoded_together(config, monkeypatch, small):
+    """What any of them needs, as small as all of them allow; each has the pixels of the whole image."""
+    monkeypatch.setattr("fastvit_engine.data.pixels.jpeg_part.WORTH", 1)
+    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).resize((600, 400)).save(buffer, "JPEG", restart_marker_blocks=1)
+    image, views = open_image(buffer.getvalue()), training_views(config)[-2:]
+    augment = views[0].augment.model_copy(update={"crop_scale": (small, small)})
+    views, decoded_share = [view._replace(augment=augment) for view in views], []
+    for draws in draw_views(np.arange(20), views):
+        chosen = choose_views(400, 600, views, draws)
+        decoded = decode_views(image, chosen, PixelBuffer())
+        assert decoded.reduction == min(view.reduction for view in chosen)
+        whole = Decoded(image.decode(PixelBuffer(), decoded.reduction, decoding="fast"), reduction=decoded.reduction)
+        for view in chosen:
+            assert np.array_equal(decoded.cut(view.box), whole.cut(view.box))
+        decoded_share.append(decoded.pixels.size / whole.pixels.size)
+    assert small < np.mean(decoded_share) < 0.9
 
 
 @pytest.mark.parametrize("objective", ["dino", "moco"])

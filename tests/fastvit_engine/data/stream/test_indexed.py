@@ -1,5 +1,6 @@
 """Steps of a run as several world sizes, worker counts and stops give them: equal to the bit."""
 
+import io
 import json
 from collections.abc import Iterator
 from itertools import islice
@@ -7,10 +8,11 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fastvit_engine.data import Batch, prepare_data
 from fastvit_engine.data.pixels.crops import View, eval_view, render
-from fastvit_engine.data.pixels.decode import PixelBuffer, decode_image, open_image
+from fastvit_engine.data.pixels.decode import Decoded, PixelBuffer, decode_image, open_image
 from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.indexed import build_order
 from fastvit_engine.data.stream.read_ahead import ReadAhead
@@ -227,7 +229,7 @@ def test_the_storage_hears_of_shards_in_the_order_of_need(shards, make_config, p
 @pytest.mark.timeout(30)
 def test_workers_start_after_this_process_has_resized_large_images(shards, make_config, plan):
     whole = View(0, 0, 1500, 2000, resized=(400, 400))
-    render(np.zeros((1500, 2000, 3), np.uint8), whole, 1, np.empty((400, 400, 3), np.uint8), PixelBuffer())
+    render(Decoded(np.zeros((1500, 2000, 3), np.uint8)), whole, np.empty((400, 400, 3), np.uint8), PixelBuffer())
     config = make_config(shards, batch=BATCH, num_workers=1)
     assert next(_train(config, plan(config))).weights.sum() == BATCH
 
@@ -295,9 +297,8 @@ def test_eval_counts_each_sample_once_in_equally_many_batches(
                 image = decode_image(photo(int(key[1:])))
                 expected = np.empty((16, 16, 3), np.uint8)
                 render(
-                    image,
+                    Decoded(image),
                     eval_view(*image.shape[:2], 16, config.data.eval_crop, config.data.eval_transform),
-                    1,
                     expected,
                     PixelBuffer(),
                 )
@@ -313,10 +314,45 @@ def test_eval_images_are_prepared_as_configured(shards, make_config, plan, photo
     for key, image in zip(batch.keys, batch.images.numpy(), strict=True):
         pixels = open_image(photo(int(key[1:])), 10**6)
         view = eval_view(pixels.height, pixels.width, 16, 0.6, transform)
-        decoded = pixels.decode(PixelBuffer(), view.reduction, decoding=view.decoding, rows=view.top + view.height)
+        whole = pixels.decode(PixelBuffer(), view.reduction, decoding=view.decoding)
         expected = np.empty((16, 16, 3), np.uint8)
-        render(decoded, view, view.reduction, expected, PixelBuffer())
+        render(Decoded(whole, reduction=view.reduction), view, expected, PixelBuffer())
         assert np.array_equal(image, expected)
+
+
+@pytest.mark.parametrize("image_size", [16, 64])
+def test_restart_markers_change_no_pixel(tmp_path, write_tar, make_config, photo, monkeypatch, image_size):
+    """Batches of images of which crops alone are decoded, against those of the same images decoded whole."""
+    monkeypatch.setattr("fastvit_engine.data.pixels.jpeg_part.WORTH", 1)
+    parts, jpeg_type = [], type(open_image(photo(0)))
+
+    def noted(image, box, buffer, reduction, *, decoding):
+        decoded = decode_box(image, box, buffer, reduction, decoding=decoding)
+        parts.append(decoded.pixels.size * reduction**2 / (3 * image.height * image.width))
+        return decoded
+
+    decode_box = jpeg_type.decode_box
+    monkeypatch.setattr(jpeg_type, "decode_box", noted)
+    batches, shares = {}, {}
+    for name in ("without", "with"):
+        members = []
+        for number in range(16):
+            pixels = Image.open(io.BytesIO(photo(number, 256, 320)))
+            buffer = io.BytesIO()
+            pixels.save(buffer, "JPEG", quality=90, restart_marker_blocks=2 if name == "with" else 0)
+            members += [(f"s{number:03d}.jpg", buffer.getvalue()), (f"s{number:03d}.cls", b"1")]
+        folder = tmp_path / name
+        folder.mkdir()
+        write_tar(folder / "a.tar", members)
+        config = make_config(folder)
+        config = config.model_copy(update={"model": config.model.model_copy(update={"image_size": image_size})})
+        data = prepare_data(config, world_size=1, index_folder=folder)
+        options = {"rank": 0, "world_size": 1, "micro_batch_size": 8, "consumed": 0, "pin_memory": False}
+        batches[name] = [batch.images.clone() for batch in islice(data.train_batches(config, **options), 4)]
+        shares[name] = np.mean(parts)
+        parts.clear()
+    assert all(torch.equal(one, other) for one, other in zip(batches["with"], batches["without"], strict=True))
+    assert shares["with"] < 0.8 * shares["without"]
 
 
 def test_what_is_random_about_a_sample_differs_in_every_epoch_and_with_every_seed(shards, make_config, plan):

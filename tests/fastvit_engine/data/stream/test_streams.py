@@ -11,7 +11,7 @@ import torch
 from fastvit_engine.config import Config
 from fastvit_engine.data import Batch
 from fastvit_engine.data.pixels.crops import eval_view, render
-from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
+from fastvit_engine.data.pixels.decode import Decoded, PixelBuffer, open_image
 from fastvit_engine.data.shards.names import find_shards
 from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.streams import StreamData, StreamedShards, plan_streams
@@ -247,9 +247,9 @@ def test_eval_images_are_prepared_as_configured(gzipped_shards, make_config, pho
     for key, image in zip(batch.keys, batch.images.numpy(), strict=True):
         pixels = open_image(photo(int(key[1:])), 10**6)
         view = eval_view(pixels.height, pixels.width, 16, 0.6, transform)
-        decoded = pixels.decode(PixelBuffer(), view.reduction, decoding=view.decoding, rows=view.top + view.height)
+        whole = pixels.decode(PixelBuffer(), view.reduction, decoding=view.decoding)
         expected = np.empty((16, 16, 3), np.uint8)
-        render(decoded, view, view.reduction, expected, PixelBuffer())
+        render(Decoded(whole, reduction=view.reduction), view, expected, PixelBuffer())
         assert np.array_equal(image, expected)
 
 
