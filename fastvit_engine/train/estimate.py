@@ -11,8 +11,6 @@ from fastvit_engine.sizing.defaults import Chosen
 from fastvit_engine.sizing.step_time import Speed, StepTime, step_time
 from fastvit_engine.train.schedule import Schedule
 
-USUAL_MFU = 0.4  # an assumption
-
 
 def training_time(chosen: Chosen, speed: Speed, samples_per_epoch: int | None) -> dict[str, Any]:
     """A step's time, steps, operations and days; None, and why under `unknown`, if the length of an epoch is not known.
@@ -80,8 +78,9 @@ def describe_time(time: Mapping[str, Any], speed: Speed, chosen: Chosen) -> list
             f"{counted(step['messages'], 'message')}, {format_bytes(step['sent_bytes'])} from each {machine.device} "
             f"(modelled: {speed.interconnect.describe(nodes)}{assumed})"
         )
+    speed_of_run = f"{time['images_per_second']:,.0f} images/s, {_seconds(step['seconds'])} per step"
     if time["steps"] is None:
-        return [*lines, f"length        unknown: {time['unknown']}"]
+        return [f"length        unknown: {time['unknown']}", *lines, f"time          unknown: {speed_of_run}"]
     images = "image" if time["images"] == 1 else "images"
     computed = time["computed_flops_per_image"]
     fewer = "" if computed == time["flops_per_image"] else f", {format_flops(computed)} of them computed"
@@ -89,8 +88,7 @@ def describe_time(time: Mapping[str, Any], speed: Speed, chosen: Chosen) -> list
         f"length        {counted(time['steps'], 'step')}, {format_count(time['images'])} {images}, "
         f"{format_flops(time['flops'])} ({format_flops(time['flops_per_image'])} per image{fewer})",
         *lines,
-        f"time          {_days(time['days'])}: {time['images_per_second']:,.0f} images/s, "
-        f"{_seconds(step['seconds'])} per step, without evaluations and checkpoints",
+        f"time          {_days(time['days'])}: {speed_of_run}, without evaluations and checkpoints",
     ]
 
 
