@@ -23,6 +23,8 @@ DATASHEET_PEAK = {
     "MI300X": 1307e12,
 }
 
+USUAL_MFU = 0.4  # of these peaks, in training: an assumption
+
 
 def known_gpu(name: str) -> str | None:
     """The GPU whose name is in what a driver calls it; None if there is none."""

@@ -6,9 +6,8 @@ import torch
 
 from fastvit_engine.cores import core_share
 from fastvit_engine.observe.units import format_duration, format_share
-from fastvit_engine.sizing.gpus import DATASHEET_PEAK, known_gpu
+from fastvit_engine.sizing.gpus import DATASHEET_PEAK, USUAL_MFU, known_gpu
 from fastvit_engine.study.planning import PlannedRun
-from fastvit_engine.train.estimate import USUAL_MFU
 from fastvit_engine.train.throughput import core_peak_flops
 
 _CPU_MFU = 0.2  # an assumption: cifar10_cpu had 0.2 to 0.3 on a machine at rest

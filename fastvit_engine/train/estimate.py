@@ -14,8 +14,6 @@ from fastvit_engine.sizing.step_time import Speed, StepTime, step_time
 from fastvit_engine.train.compute import Compute
 from fastvit_engine.train.schedule import Schedule
 
-USUAL_MFU = 0.4  # an assumption
-
 
 def _spans(config: Config, samples_per_epoch: int | None) -> list[tuple[Phase, int]]:
     """The phases of a run and their steps; if its length is not known, the last phase alone."""
@@ -110,8 +108,9 @@ def describe_time(time: Mapping[str, Any], speed: Speed, chosen: Chosen) -> list
             f"{counted(step['messages'], 'message')}, {format_bytes(step['sent_bytes'])} from each {machine.device} "
             f"(modelled: {speed.interconnect.describe(nodes)}{assumed})"
         )
+    speed_of_run = f"{time['images_per_second']:,.0f} images/s, {_seconds(step['seconds'])} per step"
     if time["steps"] is None:
-        return [*lines, f"length        unknown: {time['unknown']}"]
+        return [f"length        unknown: {time['unknown']}", *lines, f"time          unknown: {speed_of_run}"]
     images = "image" if time["images"] == 1 else "images"
     computed = time["computed_flops_per_image"]
     fewer = "" if computed == time["flops_per_image"] else f", {format_flops(computed)} of them computed"
@@ -122,8 +121,12 @@ def describe_time(time: Mapping[str, Any], speed: Speed, chosen: Chosen) -> list
         f"{format_flops(time['flops'])} ({format_flops(time['flops_per_image'])} per image{mean}{fewer})",
         *(f"{'' if number else 'phases':14}{_describe_phase(phase)}" for number, phase in enumerate(each)),
         *lines,
+<<<<<<< HEAD
         f"time          {_days(time['days'])}: {time['images_per_second']:,.0f} images/s, "
         f"{_seconds(step['seconds'])} per step{mean}, without evaluations and checkpoints",
+=======
+        f"time          {_days(time['days'])}: {speed_of_run}, without evaluations and checkpoints",
+>>>>>>> w/planner
     ]
 
 

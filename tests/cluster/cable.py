@@ -1,7 +1,8 @@
 """A bad cable: carries packets between two network interfaces, late, and not all of them.
 
-    python cable.py PORT OTHER DELAY_SECONDS LOSS_SHARE
+    python cable.py PORT OTHER DELAY_SECONDS LOSS_SHARE BYTES_PER_SECOND
 
+What comes in at PORT leaves at BYTES_PER_SECOND, the other direction is as fast as it comes; 0: as fast as it comes.
 Runs until it is killed. Packets keep their virtio header, so segments that the sender left to "hardware" (checksums,
 splitting into frames) stay as they were.
 """
@@ -28,11 +29,11 @@ def plug(interface: str) -> socket.socket:
     return wire
 
 
-def main(port: str, other: str, delay: float, loss: float) -> None:
+def main(port: str, other: str, delay: float, loss: float, rate: float) -> None:
     ends = plug(port), plug(other)
     chance = random.Random(0)
     on_the_way: list[tuple[float, int, int, bytes]] = []  # due time, number, the end it leaves by, packet
-    number = 0
+    number, free = 0, 0.0
     print("plugged in", flush=True)
     while True:
         wait = max(0.0, on_the_way[0][0] - time.monotonic()) if on_the_way else None
@@ -41,7 +42,10 @@ def main(port: str, other: str, delay: float, loss: float) -> None:
             packet = end.recv(LARGEST)
             if chance.random() >= loss:
                 number += 1
-                heapq.heappush(on_the_way, (time.monotonic() + delay, number, 1 - ends.index(end), packet))
+                leaves = time.monotonic()
+                if rate and end is ends[0]:
+                    leaves = free = max(leaves, free) + len(packet) / rate
+                heapq.heappush(on_the_way, (leaves + delay, number, 1 - ends.index(end), packet))
         while on_the_way and on_the_way[0][0] <= time.monotonic():
             _, _, leaving, packet = heapq.heappop(on_the_way)
             with contextlib.suppress(OSError):  # the interface is down: lost, as on a real cable
@@ -49,4 +53,4 @@ def main(port: str, other: str, delay: float, loss: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], float(sys.argv[3]), float(sys.argv[4]))
+    main(sys.argv[1], sys.argv[2], *map(float, sys.argv[3:6]))

@@ -162,9 +162,10 @@ class Hosts:
             _ip("-n", self.switch, "link", "delete", f"bad{host}")
         _ip("-n", self.switch, "link", "set", f"port{host}", "master", "switch", "up")
 
-    def degrade(self, host: int, *, delay: float = 0.0, loss: float = 0.0) -> None:
+    def degrade(self, host: int, *, delay: float = 0.0, loss: float = 0.0, rate: float = 0.0) -> None:
         """Gives a host a bad cable: each packet takes `delay` more seconds in each direction, a share `loss` is lost.
 
+        What the host sends leaves at `rate` bytes per second; 0: at any.
         Done by a process between port and switch, not by tc netem, which many kernels are built without.
         """
         self.mend(host)
@@ -173,7 +174,7 @@ class Hosts:
         _ip("-n", self.switch, "link", "set", near, "up")
         _ip("-n", self.switch, "link", "set", far, "master", "switch", "up")
         _ip("-n", self.switch, "link", "set", f"port{host}", "nomaster")
-        command = [sys.executable, str(CABLE), f"port{host}", near, str(delay), str(loss)]
+        command = [sys.executable, str(CABLE), f"port{host}", near, str(delay), str(loss), str(rate)]
         process = subprocess.Popen(["ip", "netns", "exec", self.switch, *command], stdout=subprocess.PIPE)
         assert process.stdout is not None
         assert process.stdout.readline() == b"plugged in\n"

@@ -71,6 +71,16 @@ def test_a_bad_cable_delays_and_loses(echo):
     assert ask(echo, 0, 1) is not None
 
 
+def test_a_narrow_cable_carries_what_it_should(echo):
+    """A megabyte comes at any rate, and goes back at 2 MB/s: half a second, or more on a busy machine."""
+    echo.degrade(1, rate=2e6)
+    assert 0.5 <= ask(echo, 0, 1, size=1_000_000) < 2.5
+    echo.degrade(0, rate=2e6)
+    assert ask(echo, 0, 1, size=1_000_000) >= 1.0
+    echo.mend(0)
+    echo.mend(1)
+
+
 def test_a_killed_owner_leaves_hosts_that_the_next_one_removes(hosts):
     code = "import time; from hosts import Hosts; h = Hosts(1); h.start(0, ['sleep', '600'], stdout=-3)\n"
     code += "print('up', flush=True); time.sleep(600)"

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from fastvit_engine.commands.parser import local_path
 from fastvit_engine.errors import UserError
-from fastvit_engine.sizing.gpus import GPU_MEMORY_GIB
+from fastvit_engine.sizing.gpus import GPU_MEMORY_GIB, USUAL_MFU
 from fastvit_engine.sizing.interconnects import BETWEEN, WITHIN, Interconnect, named, of_figures, usual
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 CPU = "cpu"
 _PER_NODE = 8
-_USUAL_MFU = 0.4
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -149,4 +148,4 @@ def mfu_of(args: argparse.Namespace) -> float | None:
     """As assumed; None if speed is given or measured."""
     if args.gpu == CPU or args.measured is not None or args.seconds_per_image is not None:
         return None
-    return _USUAL_MFU if args.mfu is None else float(args.mfu)
+    return USUAL_MFU if args.mfu is None else float(args.mfu)

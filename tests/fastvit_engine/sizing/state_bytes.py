@@ -1,28 +1,36 @@
 """One process of a job that counts what DeepSpeed allocates: prints, for each case, bytes after two optimizer steps.
 
-test_memory.py runs it, with the cases as JSON in its argument: {"precision", "stage", "reduce", "optimizer"}.
+test_memory.py runs it, with the cases as JSON in its argument: {"precision", "stage", "reduce", "optimizer"}, and, if
+they are not the usual, {"offload", "average"}. Printed are two figures each: after the backward pass,
+and before it, with what autograd keeps.
 """
 
 import gc
 import json
 import sys
 import time
+from functools import partial
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from fastvit_engine.config import Config
 from fastvit_engine.data.stream.batch_split import BatchSplit
 from fastvit_engine.distributed.world import join_world
 from fastvit_engine.engine.build import build_engine
+from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.models import build_vit
 
 MODEL = {"name": "Ti/16", "image_size": 32, "num_classes": 10, "depth": 2}
 
 
-def storages():
-    """Bytes of every tensor storage in this process, by address; held, so that no address is used again."""
+def storages(kept=()):
+    """Bytes of every tensor storage in this process, by address; held, so that no address is used again.
+
+    kept: those that autograd keeps, which Python does not see.
+    """
     gc.collect()
-    found = {}
+    found = {storage.data_ptr(): storage for storage in kept}
     for thing in gc.get_objects():
         if isinstance(thing, torch.Tensor) and thing.device.type == "cpu" and thing.layout == torch.strided:
             for tensor in (thing, thing.grad if thing.is_leaf else None):
@@ -32,11 +40,11 @@ def storages():
     return found
 
 
-def new_bytes(before):
+def new_bytes(before, kept=()):
     """Bytes beyond `before`, once they stay the same: a thread of Gloo lets go of its operands a little late."""
     last = None
     while True:
-        now = sum(storage.nbytes() for address, storage in storages().items() if address not in before)
+        now = sum(storage.nbytes() for address, storage in storages(kept).items() if address not in before)
         if now == last:
             return now
         last = now
@@ -50,7 +58,7 @@ def measure(case, world):
         {
             "model": MODEL,
             "train": {"precision": case["precision"]},
-            "zero": {"stage": case["stage"]},
+            "zero": {"stage": case["stage"], "offload": case.get("offload", "none")},
             "optimizer": case["optimizer"],
             "deepspeed": {"zero_optimization": zero},
         }
@@ -62,18 +70,33 @@ def measure(case, world):
     del model
     engine.model.train()
     images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
-    largest = 0
+    average = WeightAverage(engine, 0.9) if case.get("average") else None
+    largest = whole = 0
     for micro_step in range(4):
-        engine.backward(engine.model(images).float().square().mean())
+        kept = []
+        with saved_tensors_hooks(partial(keep, kept), lambda tensor: tensor):
+            loss = engine.model(images).float().square().mean()
+        if micro_step == 3:  # with the gradients of the micro-batch before
+            whole = new_bytes(before, kept)
+        del kept
+        engine.backward(loss)
+        del loss
         if micro_step >= 2:  # moments are there from the second step on
             largest = max(largest, new_bytes(before))
         engine.step()
+        if average is not None and micro_step % 2:
+            average.update(micro_step // 2)
     engine.close()
-    return largest
+    return largest, whole
+
+
+def keep(kept, tensor):
+    kept.append(tensor.untyped_storage())
+    return tensor
 
 
 with join_world() as world:
-    measured = [measure(case, world) for case in json.loads(sys.argv[1])]
+    measured = [figure for case in json.loads(sys.argv[1]) for figure in measure(case, world)]
     largest = world.max(measured).tolist()
     if world.is_main:
         print("measured", json.dumps(largest), flush=True)

@@ -9,8 +9,8 @@ from fastvit_engine.duration import BatchSizes
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import run_flops
 from fastvit_engine.sizing.defaults import Machine, choose
-from fastvit_engine.train.compute import Compute
 from fastvit_engine.sizing.step_time import usual_speed
+from fastvit_engine.train.compute import Compute
 from fastvit_engine.train.estimate import describe_time, training_time
 from fastvit_engine.train.phases import phases_of
 from fastvit_engine.train.schedule import Schedule
