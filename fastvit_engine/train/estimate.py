@@ -121,12 +121,7 @@ def describe_time(time: Mapping[str, Any], speed: Speed, chosen: Chosen) -> list
         f"{format_flops(time['flops'])} ({format_flops(time['flops_per_image'])} per image{mean}{fewer})",
         *(f"{'' if number else 'phases':14}{_describe_phase(phase)}" for number, phase in enumerate(each)),
         *lines,
-<<<<<<< HEAD
-        f"time          {_days(time['days'])}: {time['images_per_second']:,.0f} images/s, "
-        f"{_seconds(step['seconds'])} per step{mean}, without evaluations and checkpoints",
-=======
-        f"time          {_days(time['days'])}: {speed_of_run}, without evaluations and checkpoints",
->>>>>>> w/planner
+        f"time          {_days(time['days'])}: {speed_of_run}{mean}, without evaluations and checkpoints",
     ]
 
 
