@@ -114,7 +114,8 @@ class Experiment:
         return load_config(RECIPE, self._settings(name, steps)).config
 
     def _settings(self, name: str, steps: int) -> list[str]:
-        return [*self.settings, *VARIANTS[name].settings, f"train.duration={steps} steps"]
+        duration = f"train.duration={steps} steps"
+        return ["evaluate.every=null", *self.settings, *VARIANTS[name].settings, duration]  # measured at the end alone
 
     def _train(self, run: str, settings: Sequence[str], test: str) -> dict[str, Any]:
         started, version, load = datetime.now(UTC).isoformat(timespec="seconds"), commit(), os.getloadavg()[0]
