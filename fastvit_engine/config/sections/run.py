@@ -10,6 +10,7 @@ from fastvit_engine.config.sections.data import DataConfig
 from fastvit_engine.config.sections.evaluation import EvaluateConfig
 from fastvit_engine.config.sections.model import InitConfig, ModelConfig
 from fastvit_engine.config.sections.optimization import EmaConfig, LossConfig, OptimizerConfig, ScheduleConfig
+from fastvit_engine.config.sections.packing import PackingConfig
 from fastvit_engine.config.sections.pretraining import DinoConfig, MaeConfig, MaskedPatchConfig, MocoConfig, Pretraining
 from fastvit_engine.config.sections.runtime import (
     CheckpointConfig,
@@ -34,6 +35,7 @@ class Config(Section):
     init: InitConfig = InitConfig()
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
+    packing: PackingConfig = PackingConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
