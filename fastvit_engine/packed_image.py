@@ -44,6 +44,11 @@ def read_grids(images: Tensor) -> np.ndarray:
     return np.maximum(header.astype(np.int64), 1)
 
 
+def pixels_of(image: Tensor) -> Tensor:
+    """The image of a batch, in this form or not, as uint8 [H, W, 3]."""
+    return torch.from_numpy(read_packed(image)) if image.ndim == 1 else image
+
+
 def is_packed(images: Tensor) -> bool:
     """Whether images of a batch that a model gets are in this form: others have three dimensions each."""
     return images.ndim == 2 and images.dtype == torch.uint8

@@ -87,6 +87,15 @@ def _obstacle(model: ModelConfig, shape: Shape) -> str | None:
     return None
 
 
+def check_squares(config: Config) -> None:
+    """Raises UserError if packing is on where images are squares in any case."""
+    if config.packing.on:
+        raise UserError(
+            f"packing.max_patches is {config.packing.max_patches}, and this command shows squares to the model: leave "
+            "it out"
+        )
+
+
 def budgeted_images(config: Config) -> int | None:
     """Images of a micro-batch by packing.token_budget; None if it is not set."""
     packing = config.packing

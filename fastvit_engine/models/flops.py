@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ class RunFlops(NamedTuple):
 def run_flops(config: Config) -> RunFlops:
     """Of the model with what the run's objective adds to it, for the patches that the objective shows to it.
 
+    With section packing, the mean over the numbers of patches that are drawn: at most, as grids are rounded down.
     Those of a model of timm are counted by PyTorch while it computes, see `timm_measure`.
     """
     model, pretraining = config.model, config.pretraining
@@ -45,17 +47,28 @@ def run_flops(config: Config) -> RunFlops:
         return RunFlops(contrastive_flops(config, pretraining, forward_macs),
                         contrastive_flops(config, pretraining, computed_macs))  # fmt: skip
     frozen = config.optimizer.frozen
+    if config.packing.max_patches is not None:
+        most, least = config.packing.max_patches, config.packing.min_patches or config.packing.max_patches
+        counts = range(least, most + 1)
+        whole = sum(_training_flops(forward_macs(model, patches=count), model, frozen) for count in counts)
+        computed = sum(packed_flops(config, count) for count in counts)
+        return RunFlops(whole // len(counts), computed // len(counts))
     return RunFlops(training_flops(model, frozen=frozen), computed_flops(model, frozen=frozen))
 
 
-def forward_macs(config: ModelConfig) -> int:
+def packed_flops(config: Config, patches: int) -> int:
+    """As `computed_flops`, of an image with so many patches: with section packing, images have different numbers."""
+    return _training_flops(computed_macs(config.model, patches=patches), config.model, config.optimizer.frozen)
+
+
+def forward_macs(config: ModelConfig, *, patches: int | None = None) -> int:
     """Multiply-accumulates of the whole model for one image, forward, matrix products only (1 MAC = 2 FLOPs).
 
     The figure that papers and profilers give of a Vision Transformer: every block is counted for every token.
     Elementwise work, softmax and normalisation are left out, as is usual (Kaplan et al. 2020, section 2.1); so are, of
-    a ResNet, pooling and the standardisation of weights.
+    a ResNet, pooling and the standardisation of weights. patches: of the image; None: those of config.image_size.
     """
-    shape = resolve_shape(config)
+    shape = _shape_with(config, patches)
     width = shape.width
     if shape.resnet is not None and not shape.is_transformer:
         return shape.resnet.macs(config.image_size) + width * config.num_classes
@@ -66,16 +79,22 @@ def forward_macs(config: ModelConfig) -> int:
     return stem + _patch_macs(shape, shape.patches) + blocks + pooling + hidden + width * config.num_classes
 
 
-def computed_macs(config: ModelConfig) -> int:
+def computed_macs(config: ModelConfig, *, patches: int | None = None) -> int:
     """As `forward_macs`, of what `VisionTransformer` computes: with a class token, the last block is for it alone.
 
     The block still has keys and values of all tokens; queries, attention, output projection and MLP are of one.
     """
-    shape = resolve_shape(config)
+    shape = _shape_with(config, patches)
+    whole = forward_macs(config, patches=patches)
     if config.pool != "cls" or not shape.is_transformer:
-        return forward_macs(config)
+        return whole
     block = partial(_block_macs, shape.tokens, shape.width, shape.mlp_dim, relative=config.pos_embed == "relative")
-    return forward_macs(config) - (block() - block(outputs=1))
+    return whole - (block() - block(outputs=1))
+
+
+def _shape_with(config: ModelConfig, patches: int | None) -> Shape:
+    shape = resolve_shape(config)
+    return shape if patches is None else replace(shape, patches=patches, tokens=patches + shape.prefix)
 
 
 def autoencoder_macs(config: ModelConfig, mae: MaeConfig, *, computed: bool = False) -> int:

@@ -32,6 +32,7 @@ class TrainRow(TypedDict):
     samples_hash: str  # hexadecimal, of the sample keys of the step
     seconds: float  # training time so far, restarts included
     bad_samples: NotRequired[int]  # training images so far that could not be used
+    tokens: NotRequired[int]  # of the images of this step, with section packing; else every image has as many
 
 
 class EvalRow(TypedDict):

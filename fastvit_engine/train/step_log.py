@@ -1,6 +1,7 @@
 """What is measured of training steps, and the rows of `metrics.jsonl` that it becomes."""
 
 from collections.abc import Generator, Iterable
+from typing import Any
 
 from fastvit_engine.checkpoint import TrainerState
 from fastvit_engine.data import Batch
@@ -11,6 +12,7 @@ from fastvit_engine.train.health.diagnosis import Trace
 from fastvit_engine.train.health.guard import StepReport
 from fastvit_engine.train.job import Job
 from fastvit_engine.train.observers import Observers
+from fastvit_engine.train.packed_cost import PackedCost
 from fastvit_engine.train.step import hash_keys
 from fastvit_engine.train.throughput import Stopwatch, peak_memory_bytes
 
@@ -29,6 +31,7 @@ class StepLog:
         seen = job.schedule.samples(state.step)
         self.bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share, seen=seen, bad=state.bad_samples)
         self._data_wait = DataWait(config.data.workers)
+        self._packed = PackedCost(config) if config.packing.on else None
         job.times.clear()
         self._first_step = self._last_logged = state.step
 
@@ -40,6 +43,8 @@ class StepLog:
         """`step` optimizer steps are done, the last of them on these batches."""
         for batch in trace.batches:
             self._data_wait.add(batch.seconds)
+        if self._packed:
+            self._packed.add(trace.batches)
         if self.recorder:
             self.recorder.advance(step)
 
@@ -55,14 +60,18 @@ class StepLog:
         parts = job.times.take()
         job.processes.stragglers.log_step(waited, parts["forward"], seconds, step, self.recorder)
         own = [part / seconds for part in (waited, *parts.values())]
-        sums = world.sum([*own, *self._data_wait.take()])
+        packed = [self._packed.take(), self._packed.tokens(trace.batches)] if self._packed else []
+        sums = world.sum([*own, *self._data_wait.take(), *packed])  # tokens in float64 are exact
         wait_share, forward, backward, update = (sums[: len(own)] / world.size).tolist()
-        stage_seconds = sums[len(own) :].tolist()
+        stage_seconds = sums[len(own) : len(sums) - len(packed)].tolist()
+        flops, tokens = sums[-2:].tolist() if packed else (None, None)
         samples_hash = world.sum_int64(sum(hash_keys(batch.keys) for batch in trace.batches) % 2**64)
         memory_bytes = int(world.max([peak_memory_bytes(world.device)]).item())
         bad_count = self.bad_samples.settle(world, self.recorder)
         if self.recorder:
             rate = (step - self._last_logged) * batch_size / seconds
+            mfu = job.utilization.mfu(rate) if flops is None else flops / seconds / job.utilization.peak.flops
+            more: Any = {} if tokens is None else {"tokens": round(tokens)}
             self.recorder.training(
                 {
                     "step": step,
@@ -72,7 +81,7 @@ class StepLog:
                     "lr": learning_rate,
                     "grad_norm": report.grad_norm,
                     "images_per_second": rate,
-                    "mfu": job.utilization.mfu(rate),
+                    "mfu": mfu,
                     "data_wait": wait_share,
                     "forward": forward,
                     "backward": backward,
@@ -81,6 +90,7 @@ class StepLog:
                     "samples_hash": f"{samples_hash:016x}",
                     "seconds": self.stopwatch.total,
                     "bad_samples": bad_count,
+                    **more,
                 }
             )
             if self._last_logged > self._first_step:  # the first step also waits for the workers to start
