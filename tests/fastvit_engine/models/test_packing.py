@@ -157,3 +157,15 @@ def test_form_of_an_image() -> None:
 def test_refused_models(changes: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         model_of(**changes)(packed(images_of((3, 3))))
+
+
+def test_checkpointed_blocks_have_the_same_gradients() -> None:
+    images, results = packed(images_of(*GRIDS)), []
+    for count in (0, 3):
+        model = model_of()
+        model.checkpoint_blocks(count)
+        outputs = model(images)
+        outputs.square().sum().backward()
+        results.append([outputs, *(parameter.grad for parameter in model.parameters())])
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=0, atol=0)

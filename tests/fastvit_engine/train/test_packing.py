@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastvit_engine.cli import main
+
 SETTINGS = [
     "model.image_size=16",
     "packing.max_patches=16",
@@ -79,3 +81,20 @@ def test_tokens_and_mfu_are_those_of_the_images(whole: Path) -> None:
     prefix = 0 if "pool: gap" in (whole / "config.yaml").read_text() else 1
     assert all(32 * (1 + prefix) <= row["tokens"] <= 32 * (16 + prefix) for row in rows)
     assert all(0 < row["mfu"] < 1 for row in rows)
+
+
+@pytest.mark.distributed
+def test_a_packed_model_is_evaluated_either_way(
+    whole: Path, digits: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The images of this set are squares, which both ways show to the model alike."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = []
+    for settings in ([], ["--set", "packing.max_patches=16"]):
+        assert main(["evaluate", str(whole), "--data", str(digits), "--json", *settings]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    squares, packed = found
+    assert packed["samples"] == squares["samples"] > 300
+    assert packed["loss"] == pytest.approx(squares["loss"], rel=1e-5) and packed["top1"] == squares["top1"]
+    assert main(["evaluate", str(whole), "--data", str(digits), "--set", "packing.max_patches=17"]) == 2
+    assert "packing.max_patches is 17, more than the 16 patches" in capsys.readouterr().err
