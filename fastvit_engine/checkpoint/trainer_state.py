@@ -49,6 +49,7 @@ class TrainerState:
     step: int
     fingerprint: Mapping[str, Any]  # what a run must have in common with its checkpoints: "model", "seed", "data", ...
     seconds: float = 0.0  # of training, over restarts
+    flops: float | None = None  # computed in training so far; None: nobody has counted them
     consumed: int = 0  # the position in the data order after the last sample trained on
     bad_samples: int = 0  # so far, without a usable image
     recent: tuple[tuple[float, float], ...] = ()  # loss and gradient norm of the last steps
@@ -71,6 +72,7 @@ class TrainerState:
         return {
             "step": self.step,
             "seconds": self.seconds,
+            "flops": self.flops,
             "consumed": self.consumed,
             **self.recovery.to_json(),
             "recent": self.recent,
@@ -94,6 +96,7 @@ class TrainerState:
             step=_integer(content["step"]),
             fingerprint=fingerprint,
             seconds=float(content["seconds"]),
+            flops=None if content.get("flops") is None else float(content["flops"]),
             consumed=_integer(content["consumed"]),
             bad_samples=_integer(content["bad_samples"]),
             recent=tuple((float(loss), float(norm)) for loss, norm in content["recent"]),
@@ -147,6 +150,7 @@ class _StateForm(BaseModel):
 
     step: _Count
     seconds: _Number
+    flops: Annotated[_Number, Field(ge=0)] | None = None
     consumed: _Count
     bad_samples: _Count
     recent: list[tuple[_Number, _Number]]

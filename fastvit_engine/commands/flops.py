@@ -1,6 +1,7 @@
 """`fastvit flops`: parameters and multiply-accumulates of models, and the paper's table of what pretraining costs."""
 
 import argparse
+import contextlib
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose
         description="Counts parameters, and multiply-accumulates (MACs) of a forward pass of one image, of models by\n"
         "their names: Vision Transformers, hybrids, ResNets and those of timm. Needs neither weights nor their memory.",
         epilog="examples:\n  fastvit flops H/14 R50+B/16 R152x4\n  fastvit flops L/16 --image-size 384 --json\n"
+        "  fastvit flops L/16 --patch-drop 0.5\n"
         "  fastvit flops --table6",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -39,10 +41,24 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose
         "--num-classes", metavar="N", type=_classes, help=f"of the head, 0 for none (default: {_NUM_CLASSES})"
     )
     parser.add_argument(
+        "--patch-drop",
+        metavar="SHARE",
+        type=_share,
+        default=0.0,
+        help="of the patches, which the model does not see, as tokens.patch_drop (default: 0)",
+    )
+    parser.add_argument(
         "--table6", action="store_true", help="Table 6 of the ViT paper: exaFLOPs of pretraining, counted and printed"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=_run)
+
+
+def _share(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= (share := float(text)) < 1:
+            return share
+    raise argparse.ArgumentTypeError(f"{text} is no share from 0 up to, but not including, 1")
 
 
 def _classes(text: str) -> int:
@@ -63,6 +79,7 @@ def _run(args: argparse.Namespace) -> int:
         rows = table6()
         say(json.dumps({"table6": [row._asdict() for row in rows]}) if args.json else _table6(rows))
         return 0
+    from fastvit_engine.config.model_shape import visible_patches
     from fastvit_engine.config.resnet_shape import BIT_NAMES, HYBRID_NAMES
     from fastvit_engine.config.timm_model import is_timm
 
@@ -75,11 +92,16 @@ def _run(args: argparse.Namespace) -> int:
     models = []
     for config in configs:
         shape = None if is_timm(config) else resolve_shape(config)
+        if args.patch_drop and (shape is None or shape.resnet is not None):
+            raise UserError(
+                f"--patch-drop is for models with patches of pixels alone, and {config.name} is none of them"
+            )
+        visible = None if shape is None else visible_patches(shape.patches, args.patch_drop)
         models.append({
             "name": config.name,
             "parameters": parameter_count(config),
-            "macs": forward_flops(config) // 2 if shape is None else forward_macs(config),
-            "tokens": shape.tokens if shape is not None and shape.is_transformer else None,
+            "macs": forward_flops(config) // 2 if shape is None else forward_macs(config, visible),
+            "tokens": shape.prefix + visible if shape is not None and shape.is_transformer and visible else None,
             "image_size": config.image_size,
         })  # fmt: skip
     say(json.dumps({"models": models}) if args.json else _models(models))

@@ -107,7 +107,7 @@ def _on_fewer_nodes(config: "Config", chosen: "Chosen", gpu: str, mfu: float) ->
             "smallest_share": split.smallest_share,
             "micro_batch_size": split.micro_batch_size,
             "accumulation_steps": split.accumulation_steps,
-            "images_per_second": images_per_second(there, gpu, mfu),
+            "images_per_second": images_per_second(there, gpu, mfu, config.data.epoch_samples),
         }
         rows.append(row)
     return rows

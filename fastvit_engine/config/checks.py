@@ -8,6 +8,7 @@ from fastvit_engine.config.packing import check_packing
 from fastvit_engine.config.pretraining import check_pretraining
 from fastvit_engine.config.sections import Config, ZeroConfig
 from fastvit_engine.config.timm_model import check_timm_run, is_timm
+from fastvit_engine.config.tokens import check_tokens
 from fastvit_engine.duration import parse_duration
 from fastvit_engine.errors import UserError
 
@@ -37,6 +38,7 @@ def check_config(config: Config) -> None:
     if config.optimizer.kernels == "apex":
         _check_apex(config)
     _check_durations(config)
+    check_tokens(config)
     if config.data.order == "stream" and not isinstance(config.data.train, str | None):
         raise UserError("data.order is stream, which reads one source: mix sources with data.order: indexed")
     if config.data.subset is not None and config.data.order == "stream":

@@ -152,6 +152,8 @@ def _type(kind: Any) -> str:
         if Ellipsis in arguments:
             if get_origin(arguments[0]) is Literal:
                 return f"list of {', '.join(get_args(arguments[0]))}"
+            if get_origin(arguments[0]) is tuple:
+                return "list of pairs"
             return "list of sources" if arguments[0] is DataSource else "list of numbers"
         return f"list of {len(arguments)} numbers"
     return _NAMES[origin or kind]

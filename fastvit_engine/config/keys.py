@@ -42,6 +42,8 @@ _ALIASES = {  # words from other code bases, whatever section they are looked fo
     "accum_iter grad_accum grad_accum_steps accumulation_steps gradient_accumulation_steps",
     "train.duration": "epochs epoch num_epochs max_epochs total_epochs steps num_steps max_steps total_steps iters "
     "max_iters train_steps",
+    "tokens.patch_drop": "patch_drop_rate token_drop patch_dropout mask_image_ratio",
+    "tokens.image_sizes": "progressive_resizing image_size_schedule",
     "train.precision": "amp dtype mixed_precision bf16 fp16 half autocast use_amp",
     "train.grad_clip": "clip_grad clip grad_clip_norm clip_grad_norm max_grad_norm max_norm gradient_clip_val",
     "train.activation_checkpointing": "grad_checkpointing gradient_checkpointing activation_checkpoint use_checkpoint "
@@ -56,6 +58,7 @@ _ALIASES = {  # words from other code bases, whatever section they are looked fo
     "model.pool": "global_pool pooling pool_type",
     "model.registers": "reg_tokens register_tokens num_register_tokens num_registers",
     "model.drop_path": "drop_path_rate stochastic_depth sd_prob droppath",
+    "model.drop_path_mode": "drop_path_kind batch_subset_drop_path",
     "model.dropout": "drop drop_rate dropout_rate",
     "model.layer_scale": "init_values layerscale",
     "model.width": "dim embed_dim hidden_size hidden_dim",

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastvit_engine.config.resnet_shape import BIT_NAMES, HYBRID_NAMES, ResNetShape, bit_shape, hybrid_of, side
 from fastvit_engine.config.sections import Config, DinoConfig, MaeConfig, MaskedPatchConfig, MocoConfig, ModelConfig
+from fastvit_engine.duration import parse_duration
 from fastvit_engine.errors import UserError
 
 GRID_CELLS = 4  # rows and columns of a patch's cells, for masked_patch.target = grid
@@ -160,7 +161,7 @@ def smallest_image(name: str) -> int:
 
 
 def tokens_in_training(config: Config) -> int:
-    """Tokens of one image that the blocks of the model see in training; for a model of timm, patches of 16 pixels."""
+    """Most tokens of an image that the blocks of the model see in training; for a model of timm, patches of 16 px."""
     if config.model.name.startswith("timm/"):
         return max(1, config.model.image_size // 16) ** 2
     shape, pretraining = resolve_shape(config.model), config.pretraining
@@ -169,8 +170,21 @@ def tokens_in_training(config: Config) -> int:
         return 2 * shape.tokens + pretraining.local_views * small
     if isinstance(pretraining, MocoConfig):
         return 2 * shape.tokens
-    hidden = masked_count(shape.patches, pretraining.mask_ratio) if isinstance(pretraining, MaeConfig) else 0
-    return shape.tokens - hidden
+    if isinstance(pretraining, MaeConfig):
+        return shape.tokens - masked_count(shape.patches, pretraining.mask_ratio)
+    return shape.prefix + most_visible_patches(config, shape)
+
+
+def most_visible_patches(config: Config, shape: Shape) -> int:
+    """Most patches of an image that a run of `classify` sees: all, unless it drops some to its end."""
+    tokens = config.tokens
+    to_the_end = parse_duration(tokens.patch_drop_until) in ((100, "%"), parse_duration(config.train.duration))
+    return visible_patches(shape.patches, tokens.patch_drop) if tokens.patch_drop and to_the_end else shape.patches
+
+
+def drop_path_rates(config: ModelConfig, shape: Shape) -> list[float]:
+    """The drop rate of each block: 0 in the first, `model.drop_path` in the last, linear between them."""
+    return [config.drop_path * index / max(shape.depth - 1, 1) for index in range(shape.depth)]
 
 
 def predicted_numbers(shape: Shape, masked_patch: MaskedPatchConfig) -> int:
@@ -182,6 +196,11 @@ def predicted_numbers(shape: Shape, masked_patch: MaskedPatchConfig) -> int:
 def masked_count(patches: int, ratio: float) -> int:
     """How many of an image's patches self-supervised objectives hide."""
     return round(ratio * patches)
+
+
+def visible_patches(patches: int, drop: float) -> int:
+    """How many of an image's patches are left if this share of them is dropped: always one."""
+    return max(1, patches - masked_count(patches, drop))
 
 
 def model_title(config: ModelConfig) -> str:

@@ -23,6 +23,14 @@ def check_packing(config: Config) -> None:
             f"{what}, and train.objective = {config.train.objective} takes squares: set train.objective=classify, or "
             "packing.max_patches=null"
         )
+    for key, value, off in (
+        ("tokens.patch_drop", config.tokens.patch_drop, 0),
+        ("tokens.image_sizes", list(config.tokens.image_sizes), []),
+    ):
+        if value:
+            raise UserError(
+                f"{what}, and {key} = {value} is for squares: set {key}={off}; packing.min_patches saves tokens, too"
+            )
     for key in ("mixup", "cutmix"):
         if getattr(config.augment, key) > 0:
             raise UserError(

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from fastvit_engine.config import Config
+from fastvit_engine.config.phases import possible_phases
 from fastvit_engine.data.check.speed import stages_of
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.shards.sample import Sample
@@ -36,8 +37,9 @@ class Needs:
 
 
 def expected_images_per_second(config: Config, gpu: str) -> float:
-    """Of one GPU of this kind in training, at an MFU of 40 %."""
-    return _MFU * DATASHEET_PEAK[gpu] / run_flops(config).computed
+    """Of one GPU of this kind in training, at an MFU of 40 %, in the phase of the run whose images cost the least."""
+    cheapest = min(run_flops(config, phase).computed for phase in possible_phases(config))
+    return _MFU * DATASHEET_PEAK[gpu] / cheapest
 
 
 def check_decoding(

@@ -29,7 +29,7 @@ class Contrastive(VisionTransformer):
         self.predictor = NormalisedMlp(outputs, hidden, outputs)
         self.patch_embed.requires_grad_(not moco.frozen_patches)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, images: Tensor, *, counted: Tensor | None = None, add_up: Sum | None = None, predict: bool = False
     ) -> Tensor:
         """Projections of two views of B images, first all of one and then all of the other: float32 [2, B, K].

@@ -82,6 +82,22 @@ def _kept(table: Tensor, own: int, keep_indices: Tensor | None) -> Tensor:
     return torch.cat([table[:, :own].expand(len(patches), -1, -1), patches], dim=1)
 
 
+def resampled(tables: Tensor, shape: Shape, side: int) -> Tensor:
+    """Tables [L, N, D] of the model's grid for a grid of side x side patches, bicubically, as DINO's authors do.
+
+    Edges are aligned, without antialiasing; rows of other tokens are kept. The weights of the four neighbours along
+    either axis are a matrix, so that the gradient is a product too, and the same in every run on any device.
+    """
+    own, whole = shape.positions - shape.patches, grid_side(shape)
+    if side == whole:
+        return tables
+    unit = torch.eye(whole, device=tables.device)[None, None]
+    weights = F.interpolate(unit, (side, whole), mode="bicubic", align_corners=False)[0, 0]  # [side, whole]
+    grid = tables[:, own:].float().unflatten(1, (whole, whole))  # [L, h, w, D]
+    grid = torch.einsum("yh,xw,lhwd->lyxd", weights, weights, grid).to(tables.dtype)
+    return torch.cat([tables[:, :own], grid.flatten(1, 2)], dim=1)
+
+
 def init_learned(table: Tensor) -> None:
     """As the authors' code sets the table of the input; it has no other."""
     nn.init.normal_(table, std=0.02)

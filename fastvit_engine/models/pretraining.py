@@ -23,6 +23,7 @@ from fastvit_engine.models.masked_patch import MaskedPatchPredictor
 from fastvit_engine.models.self_distilled import SelfDistilled
 from fastvit_engine.models.timm_library import skeleton
 from fastvit_engine.models.timm_model import TimmModel, build_timm
+from fastvit_engine.models.vit import VisionTransformer
 
 _FOR_PRETRAINING = ("mask_token", "decoder.", "projection.", "predictor.")
 
@@ -40,6 +41,8 @@ def build_for_training(config: Config) -> ImageModel | TimmModel:
     if is_timm(config.model):
         return build_timm(config.model, mean=config.data.mean, std=config.data.std)
     model = model_for_training(config.model, config.pretraining, mean=config.data.mean, std=config.data.std)
+    if isinstance(model, VisionTransformer):
+        model.smaller_images = frozenset(size for size, _ in config.tokens.image_sizes)
     model.init_weights()
     return model
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvit_engine.config import DinoConfig, ModelConfig
-from fastvit_engine.models.positions import grid_side
+from fastvit_engine.models.positions import resampled
 from fastvit_engine.models.vit import VisionTransformer
 
 
@@ -32,7 +32,9 @@ class SelfDistilled(VisionTransformer):
         """The moving mean of the teacher's scores, float32 [K]: writing to it changes the model."""
         return self.centre_bits.view(torch.float32)
 
-    def forward(self, images: Tensor, *smaller: Tensor, project: bool = False) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, images: Tensor, *smaller: Tensor, project: bool = False
+    ) -> Tensor:
         """Scores of the images, and then of the smaller ones, for the prototypes: [V, K], between -1 and 1.
 
         smaller: batches of images of another size each, for which the position table is resampled. Without `project`,
@@ -44,16 +46,9 @@ class SelfDistilled(VisionTransformer):
         return scores
 
     def _tables(self, images: Tensor) -> Tensor | None:
-        """The position tables for images of their size, resampled bicubically as DINO's authors do."""
+        """The position tables for images of any size, see `resampled`."""
         tables = super()._tables(images)
-        side = min(images.shape[1:3] if images.shape[-1] == 3 else images.shape[2:]) // self.shape.patch_size
-        if tables is None or side * side == self.shape.patches:
-            return tables
-        own = self.shape.positions - self.shape.patches  # rows of the class token
-        whole = grid_side(self.shape)
-        grid = tables[:, own:].unflatten(1, (whole, whole)).permute(0, 3, 1, 2)  # [L, D, h, w]
-        grid = F.interpolate(grid.float(), (side, side), mode="bicubic", align_corners=False).to(grid.dtype)
-        return torch.cat([tables[:, :own], grid.flatten(2).transpose(1, 2)], dim=1)
+        return None if tables is None else resampled(tables, self.shape, self.side(images))
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_engine.config import ModelConfig
+from fastvit_engine.config.model_shape import drop_path_rates
 from fastvit_engine.config.packing import check_packable
 from fastvit_engine.models.activation_checkpointing import Checkpointing
 from fastvit_engine.models.attention_pool import AttentionPool
@@ -25,6 +26,7 @@ from fastvit_engine.models.positions import (
     init_learned,
     joined,
     relative_tokens,
+    resampled,
     sincos_positions,
     table_shapes,
 )
@@ -38,13 +40,15 @@ class VisionTransformer(ImageModel):
     """Images to logits: patches, position embedding, pre-norm blocks, final norm, pooling, head.
 
     Patches are of pixels or, in a hybrid, of the map that a ResNet makes of an image. Images are as ImageModel says; H
-    and W equal config.image_size. Images of different sizes are uint8 [B, K], see `packed_image`. Weights are those of
+    and W equal config.image_size, or one of `smaller_images`, for which positions are resampled. Images of different
+    sizes are uint8 [B, K], see `packed_image`. Weights are those of
     PyTorch's layers until `init_weights` is called; `build_vit` calls it.
     """
 
     pos_embed: nn.Parameter | None  # [1 or L, N, D]
     pos_embed_x: nn.Parameter | None  # [1 or L, W, D/2]
     pos_embed_y: nn.Parameter | None  # [1 or L, H, D/2]
+    smaller_images: frozenset[int] = frozenset()  # sizes in pixels that the model takes besides its own
 
     def __init__(self, config: ModelConfig, *, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__(config, mean, std)
@@ -61,6 +65,7 @@ class VisionTransformer(ImageModel):
             else HybridEmbed(shape, mean, std)
         )
         self.pos_drop = nn.Dropout(config.dropout)
+        rates = drop_path_rates(config, shape)
         self.blocks = Blocks(
             *(
                 FusedBlock(
@@ -69,12 +74,13 @@ class VisionTransformer(ImageModel):
                     shape.mlp_dim,
                     activation=config.activation,
                     dropout=config.dropout,
-                    drop_path=config.drop_path * index / max(shape.depth - 1, 1),
+                    drop_path=rate,
+                    drop_path_mode=config.drop_path_mode,
                     layer_scale=config.layer_scale,
                     eps=config.layer_norm_eps,
                     relative_tokens=relative_tokens(config, shape),
                 )
-                for index in range(shape.depth)
+                for rate in rates
             )
         )
         self.norm = FusedLayerNorm(width, config.layer_norm_eps)
@@ -86,12 +92,22 @@ class VisionTransformer(ImageModel):
         self.pre_logits = PreLogits(width) if config.head == "mlp" else None
         self.head = nn.Linear(width, config.num_classes) if config.num_classes else nn.Identity()
 
+    def forward(self, images: Tensor, visible: Tensor | None = None, grids: np.ndarray | None = None) -> Tensor:
+        """visible: int64 [B, K], the patches of each image that the model sees; None: all. grids: as in `represent`."""
+        if visible is None:
+            return super().forward(images) if grids is None else super().forward(images, grids=grids)
+        if self.backbone_frozen:
+            raise ValueError("a frozen backbone computes what it does in evaluation, of all patches: leave visible out")
+        return self.head(self.represent(images, visible))
+
     def forward_features(self, images: Tensor) -> Tensor:
         """Normalised tokens of the last block [B, N, D]: the class token, if there is one, registers, patches."""
         return self._encode(images)
 
-    def represent(self, images: Tensor, grids: np.ndarray | None = None) -> Tensor:
+    def represent(self, images: Tensor, visible: Tensor | None = None, grids: np.ndarray | None = None) -> Tensor:
         """What the head sees of images [B, D]: pooled tokens, after the tanh layer if there is one.
+
+        visible: as in `forward`.
 
         Where that is the class token, the last block gives this token alone, [B, 1, D], unless a hook is there to read
         the others. grids: of images of different sizes, what `read_grids` says, so that a GPU need not be waited for.
@@ -100,8 +116,9 @@ class VisionTransformer(ImageModel):
         if is_packed(images):
             return self._represent_packed(images, read_grids(images) if grids is None else grids, only_first)
         if not only_first:
-            return self._pool(self.forward_features(images))
-        return self._pool(self._encode(images, outputs=1))
+            tokens = self.forward_features(images) if visible is None else self._encode(images, visible)
+            return self._pool(tokens)
+        return self._pool(self._encode(images, visible, outputs=1))
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> Tensor:
@@ -184,7 +201,14 @@ class VisionTransformer(ImageModel):
 
     def _tables(self, images: Tensor) -> Tensor | None:
         """The position tables of the layers for images of their size [1 or L, N, D]; None: there are none."""
-        return self._tables_of_parameters()
+        tables, side = self._tables_of_parameters(), self.side(images)
+        if tables is None or side * self.shape.patch_size not in self.smaller_images:
+            return tables
+        return resampled(tables, self.shape, side)
+
+    def side(self, images: Tensor) -> int:
+        """Rows, and columns, of the patches of such images."""
+        return min(images.shape[1:3] if images.shape[-1] == 3 else images.shape[2:]) // self.shape.patch_size
 
     def _tables_of_parameters(self) -> Tensor | None:
         if self.pos_embed_x is not None and self.pos_embed_y is not None:

@@ -3,12 +3,13 @@
 from fastvit_engine.objectives.build import build_objective, find_objective
 from fastvit_engine.objectives.masks import corrupt_patches
 from fastvit_engine.objectives.own import import_path
-from fastvit_engine.objectives.protocol import Objective, ObjectiveFactory, Taught
+from fastvit_engine.objectives.protocol import Objective, ObjectiveFactory, Phased, Taught
 from fastvit_engine.objectives.targets import mae_targets, masked_patch_targets
 
 __all__ = [
     "Objective",
     "ObjectiveFactory",
+    "Phased",
     "Taught",
     "build_objective",
     "corrupt_patches",

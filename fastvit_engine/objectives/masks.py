@@ -8,13 +8,23 @@ from fastvit_engine.config.model_shape import masked_count
 from fastvit_engine.data.pixels.draws import on_device, uniforms
 from fastvit_engine.models.corruption import Corruption, corrupted
 
-_STREAM_OF_ORDER, _STREAM_OF_CORRUPTION = 2000, 3000  # of `uniforms`; others are in data/pixels/
+# of `uniforms`; others are in data/pixels/
+_STREAM_OF_ORDER, _STREAM_OF_CORRUPTION, _STREAM_OF_DROPPED = 2000, 3000, 5000
 _REPLACED, _EXCHANGED = 0.8, 0.1  # of the chosen patches; the others stay as they are
 
 
 def draw_order(seeds: np.ndarray, patches: int) -> np.ndarray:
     """A random order of the patches of each image: int64 [B, N] for int64 seeds [B]."""
-    return np.argsort(uniforms(seeds, patches, stream=_STREAM_OF_ORDER), axis=1, kind="stable")
+    return _order(seeds, patches, _STREAM_OF_ORDER)
+
+
+def draw_visible(seeds: np.ndarray, patches: int, visible: int) -> np.ndarray:
+    """Which patches of each image stay if the others are dropped: int64 [B, visible], rising, for int64 seeds [B]."""
+    return np.sort(_order(seeds, patches, _STREAM_OF_DROPPED)[:, :visible], axis=1)
+
+
+def _order(seeds: np.ndarray, patches: int, stream: int) -> np.ndarray:
+    return np.argsort(uniforms(seeds, patches, stream=stream), axis=1, kind="stable")
 
 
 def draw_corruption(seeds: np.ndarray, patches: int, ratio: float, device: torch.device) -> Corruption:

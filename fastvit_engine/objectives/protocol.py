@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_engine.config import Config
+from fastvit_engine.config.phases import Phase
 from fastvit_engine.data import Batch
 
 
@@ -47,6 +48,14 @@ class Taught(Protocol):
 
     def step_done(self, model: nn.Module) -> None:
         """Called on every process after each update, whose average is up to date."""
+
+
+@runtime_checkable
+class Phased(Protocol):
+    """An objective that shows the model fewer tokens in some phases of a run."""
+
+    def enter_phase(self, phase: Phase) -> None:
+        """Called before each step: `losses` is of this phase from then on."""
 
 
 ObjectiveFactory = Callable[[Config, torch.device], Objective]  # the class of an objective is one

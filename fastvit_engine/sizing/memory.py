@@ -38,7 +38,12 @@ from fastvit_engine.config import (
     OptimizerConfig,
     Pretraining,
 )
-from fastvit_engine.config.model_shape import masked_count, predicted_numbers, tokens_in_training
+from fastvit_engine.config.model_shape import (
+    masked_count,
+    most_visible_patches,
+    predicted_numbers,
+    tokens_in_training,
+)
 from fastvit_engine.config.timm_model import is_timm
 from fastvit_engine.engine.optimizers.kinds import KINDS, updates_in_place
 from fastvit_engine.engine.optimizers.state import STATE_BYTES
@@ -178,6 +183,7 @@ def training_memory(
             implementation,
             recompute_mode(config),
             checkpointed=checkpointed_blocks(config),
+            visible=most_visible_patches(config, resolve_shape(config.model)),
         )
     if config.packing.on and implementation == "reference":  # attention takes images of one size together
         shape, checkpointed = resolve_shape(config.model), checkpointed_blocks(config)
@@ -376,14 +382,18 @@ def activation_bytes(
     *,
     checkpointed: int = 0,
     every_token: bool = False,
+    visible: int | None = None,
 ) -> int:
     """Kept for the backward pass by the whole model, for each image.
 
-    checkpointed: as in `kept_by_row`. every_token: also in the last block.
+    checkpointed: as in `kept_by_row`. every_token: also in the last block. visible: patches that the model sees;
+    default: all.
     """
     shape, compute = resolve_shape(model), COMPUTE_BYTES[precision]
     if not shape.is_transformer:  # beside the maps: the logits, their float32 form and gradient, and the head's input
         return pixel_bytes(model, precision, implementation) + (compute + 8) * model.num_classes + compute * shape.width
+    patches = shape.patches if visible is None else visible
+    tokens = shape.prefix + patches
     block = block_bytes_a_token(
         shape.width,
         shape.heads,
@@ -398,16 +408,16 @@ def activation_bytes(
     if model.pos_embed == "relative":
         block += relative_bytes_a_token(shape.tokens, shape.width, shape.heads, compute, implementation)
     plain = implementation == "reference"
-    pixels = pixel_bytes(model, precision, implementation)
-    blocks, last_tokens = [shape.tokens * block] * shape.depth, shape.tokens
+    pixels = pixel_bytes(model, precision, implementation, share=patches / shape.patches)
+    blocks, last_tokens = [tokens * block] * shape.depth, tokens
     if model.pool == "cls" and not every_token:  # the last block is for one token
         last_tokens = 1
-        blocks[-1] = shape.tokens * last_block_bytes_a_token(shape.width, compute, implementation) + block
+        blocks[-1] = tokens * last_block_bytes_a_token(shape.width, compute, implementation) + block
     final = last_tokens * ((4 if plain else compute) * shape.width + 8)  # input of the last norm
     head = (compute + 8) * model.num_classes  # logits, their float32 form and gradient
     if model.pool == "map":  # the tokens, their keys and values
-        final += shape.patches * 3 * compute * shape.width
-    return pixels + kept_by_row(blocks, checkpointed, shape.tokens * compute * shape.width, final + head)
+        final += patches * 3 * compute * shape.width
+    return pixels + kept_by_row(blocks, checkpointed, tokens * compute * shape.width, final + head)
 
 
 def autoencoder_bytes(config: Config, mae: MaeConfig, implementation: Implementation) -> int:

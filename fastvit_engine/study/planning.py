@@ -14,14 +14,16 @@ import yaml
 
 from fastvit_engine.config import Config, load_config
 from fastvit_engine.config.keys import takes_text
+from fastvit_engine.config.phases import Phases
 from fastvit_engine.config.recipes import find_recipe
 from fastvit_engine.data import prepare_data
 from fastvit_engine.data.shards.names import find_shards
 from fastvit_engine.errors import UserError
-from fastvit_engine.models import run_flops
+from fastvit_engine.models.flops import RunFlops
 from fastvit_engine.recipe_files import recipe_paths
 from fastvit_engine.shown import recorded
 from fastvit_engine.study.definition import Study, Variant, describe, variants
+from fastvit_engine.train.compute import Compute
 from fastvit_engine.train.schedule import Schedule
 
 _LONGEST_NAME = 120  # of a run folder
@@ -40,6 +42,7 @@ class PlannedRun:
     overrides: tuple[str, ...]  # what --set takes
     config: Config
     steps: int
+    phases: Phases
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -59,11 +62,15 @@ class PlannedRun:
     @cached_property
     def exaflops(self) -> float:
         """Of the whole run, 10^18 floating-point operations, as papers count them."""
-        return self.images * run_flops(self.config).whole / 1e18
+        return self._flops.whole / 1e18
 
     @cached_property
     def computed_flops(self) -> int:
-        return self.images * run_flops(self.config).computed
+        return self._flops.computed
+
+    @cached_property
+    def _flops(self) -> RunFlops:
+        return Compute(self.config).of_steps(self.phases, 0, self.steps)
 
     @cached_property
     def made_of(self) -> dict[str, Any]:
@@ -101,11 +108,16 @@ def plan_study(
                 samples = epochs.samples(config)
                 if study.shots is not None and not few_shot_given:
                     _check_few_shot(max(samples or 0, config.data.train_samples or 0))
-                steps = Schedule(config, samples).total_steps
+                schedule = Schedule(config, samples)
             except UserError as error:
                 raise UserError(_about_run(str(error), variant, path, given)) from None
-            run = PlannedRun(len(runs), f"{name}_seed-{seed}", variant, seed, recipe, tuple(overrides), config, steps)
-            runs.append(run)
+            name_of_run, steps = f"{name}_seed-{seed}", schedule.total_steps
+            given_to_train = tuple(overrides)
+            runs.append(
+                PlannedRun(
+                    len(runs), name_of_run, variant, seed, recipe, given_to_train, config, steps, schedule.phases
+                )
+            )
     return runs
 
 

@@ -33,7 +33,7 @@ from fastvit_engine.train.start import newest_readable
 
 _SIZES = ("width", "depth", "heads", "mlp_dim")
 # What a run decides by itself: the images and classes that it trains on, and how it is regularised.
-_OWN = {"image_size", "num_classes", "dropout", "drop_path", "head_bias"}
+_OWN = {"image_size", "num_classes", "dropout", "drop_path", "drop_path_mode", "head_bias"}
 _PIXELS = ("mean", "std")
 _EVALUATION = ("eval_crop", "eval_transform")
 _WEIGHTS = "model.safetensors"  # in a folder with config.json
@@ -113,7 +113,7 @@ def _state_of(config: Config, run: RunFolder) -> TrainerState | None:
 
 def _from_checkpoint(config: Config, state: TrainerState) -> Filled:
     then, given = dict(state.fingerprint["model"]), config.model.model_fields_set
-    keys = (set(ModelConfig.model_fields) & then.keys()) - {"dropout", "drop_path", "head_bias"}
+    keys = (set(ModelConfig.model_fields) & then.keys()) - {"dropout", "drop_path", "drop_path_mode", "head_bias"}
     pixels = state.pixels or {}
     if "name" not in given and str(then.get("name")).startswith(PREFIX):
         insist_on_import(then["name"], "the run")

@@ -18,16 +18,17 @@ from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.evaluate.own import Measure
-from fastvit_engine.models import TimmModel, VisionTransformer, build_for_training, run_flops
+from fastvit_engine.models import TimmModel, VisionTransformer, build_for_training
 from fastvit_engine.objectives import Objective, Taught
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.memory import DTYPES, checkpointed_blocks, recompute_mode
+from fastvit_engine.train.compute import Compute
 from fastvit_engine.train.health.diagnosis import GradientWatch
 from fastvit_engine.train.health.guard import Guard
 from fastvit_engine.train.health.replicas import Replicas
 from fastvit_engine.train.schedule import Schedule
 from fastvit_engine.train.step_times import StepTimes
-from fastvit_engine.train.throughput import Utilization, peak_flops
+from fastvit_engine.train.throughput import Peak, peak_flops
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Job:
     health: Health
     processes: Processes
     times: StepTimes
-    utilization: Utilization
+    compute: Compute
+    peak: Peak
     owner: Ownership  # of the run folder and the checkpoints, on rank 0
     records: Records  # used on rank 0
     accelerated: str | None = None  # of a model of timm: how many modules run fused operations, and by whom
@@ -140,7 +142,8 @@ def build_job(
             ),
         ),
         times=StepTimes(world.device),
-        utilization=Utilization(peak_flops(world, config.train.precision), run_flops(config).computed),
+        compute=Compute(config, split),
+        peak=peak_flops(world, config.train.precision),
         owner=owner,
         records=records,
         accelerated=model.accelerated if isinstance(model, TimmModel) else None,

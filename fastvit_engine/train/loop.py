@@ -279,6 +279,7 @@ def _open_batches(start: Start, job: Job) -> Iterator[Batch]:
         pin_memory=world.device.type == "cuda",
         node_ranks=world.node_ranks if world.rank == world.node_ranks[0] else (),
         skipped=start.state.recovery.skipped,
+        image_size_of=job.schedule.phases.image_sizes_from(start.state.step),
     )
 
 
@@ -294,7 +295,8 @@ def _save(job: Job, state: TrainerState, log: StepLog) -> None:
     job.processes.watchdog.phase("saving", slow=True)
     recent, bad = tuple(job.health.guard.recent), log.bad_samples.bad
     with log.stopwatch.paused():
-        job.checkpointer.save(replace(state, seconds=log.stopwatch.total, recent=recent, bad_samples=bad))
+        seconds, flops = log.stopwatch.total, log.flops
+        job.checkpointer.save(replace(state, seconds=seconds, flops=flops, recent=recent, bad_samples=bad))
 
 
 def _recover(job: Job, start: Start, failure: Failure, trace: Trace, recorder: Recorder | None) -> Start:

@@ -28,15 +28,19 @@ def record_start(
     environment = collect_environment(
         model=model_title(config.model),
         parameters=parameter_count(config.model, config.pretraining),
-        training_flops_per_image=job.utilization.flops_per_image,
-        peak_flops=job.utilization.peak.flops,
-        peak_flops_source=job.utilization.peak.source,
+        training_flops_per_image=job.compute.mean_per_image(job.schedule.phases, job.schedule.total_steps).computed,
+        peak_flops=job.peak.flops,
+        peak_flops_source=job.peak.source,
         world_size=world.size,
         zero_stage=config.zero.stage,
         objective=config.train.objective,
         precision=config.train.precision,
         device=torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         total_steps=job.schedule.total_steps,
+        phases=[
+            {**phase._asdict(), "training_flops_per_image": job.compute.per_image(phase).computed}
+            for phase in job.schedule.phases.phases
+        ],
         global_batch_size=config.train.global_batch_size,
         samples_per_epoch=job.schedule.samples_per_epoch,
         shards=", ".join(source.shards for source in config.data.sources),

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from fastvit_engine.config import Config
 from fastvit_engine.duration import BatchSizes, parse_duration, to_steps
 from fastvit_engine.errors import UserError
+from fastvit_engine.train.phases import phases_of
 
 _SAMPLES = BatchSizes.always(1)  # with these, a duration in steps of one sample is one in samples
 
@@ -84,7 +85,8 @@ def learning_rate_schedule(
 class Schedule:
     """The durations of a configuration in steps of its global batch.
 
-    `total_steps` is the length of the run, `learning_rate(step)` the rate of each step in [0, total_steps).
+    `total_steps` is the length of the run, `learning_rate(step)` the rate of each step in [0, total_steps), `phases`
+    what each step sees of its images.
     Raises UserError if a duration cannot be converted, or the parts of the schedule do not fit.
     """
 
@@ -117,6 +119,7 @@ class Schedule:
                 "let evaluate.every divide checkpoint.every"
             )
         self.learning_rate = learning_rate_schedule(config, self.total_steps, self.samples_per_epoch, self.batch_sizes)
+        self.phases = phases_of(config, self.total_steps, self.samples_per_epoch, self.batch_sizes)
 
     @property
     def own_every(self) -> int:

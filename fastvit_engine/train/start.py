@@ -130,6 +130,11 @@ def preflight(
             "classes of your data (`fastvit data stats` counts them): add --set model.num_classes=N, or keep the head "
             "of the weights with --set init.head=keep"
         )
+    if data is not None and config.tokens.image_sizes:
+        raise UserError(
+            "tokens.image_sizes wants smaller images at first, and an iterable of your own gives images of "
+            "model.image_size: set tokens.image_sizes=[], or train on shards"
+        )
     split = split_batch(config, world_size)
     check_whole_batches(config, split)
     deepspeed_config(config, split, on_gpu=None if dry_run is None else dry_run.on_gpu)
@@ -425,7 +430,7 @@ _FIRST = {"optimizer": {"kind": "adamw", "frozen": "none"}, "objective": "classi
 
 # Keys of the model that a run may change: what only its first weights depend on, and what regularises it.
 _OF_FIRST_WEIGHTS = ("head_bias", "layer_scale")
-_FREE = ("dropout", "drop_path", "head_bias")
+_FREE = ("dropout", "drop_path", "drop_path_mode", "head_bias")
 # And those that say what it computes, beside its numbers.
 _BESIDE_SHAPE = {"image_size", "num_classes", "pool", "pos_embed", "pos_embed_at", "registers", "head", "activation",
                  "layer_norm_eps"}  # fmt: skip

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastvit_engine.data import Batch
 from fastvit_engine.distributed.world import World
 from fastvit_engine.errors import UserError
+from fastvit_engine.objectives import Phased
 from fastvit_engine.train.health.diagnosis import Trace
 from fastvit_engine.train.health.guard import StepReport
 from fastvit_engine.train.job import Job
@@ -25,6 +26,8 @@ def take_step(
     """
     engine, health, watchdog, times = job.engine, job.health, job.processes.watchdog, job.times
     seed_step(job.config.seed, step, job.world)
+    if isinstance(job.objective, Phased):
+        job.objective.enter_phase(job.schedule.phases.at(step))
     if health.gradients.on:
         health.gradients.clear()
     trace = Trace([], [])

@@ -29,11 +29,13 @@ class StepLog:
             self.recorder = Recorder(job.run, total_steps, state.step, trackers, job.owner.check_run_folder)
         self.stopwatch = Stopwatch(world.device, seconds_before=state.seconds)
         seen = job.schedule.samples(state.step)
+        self.flops = _flops_before(job, state)  # computed in training so far
         self.bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share, seen=seen, bad=state.bad_samples)
         self._data_wait = DataWait(config.data.workers)
         self._packed = PackedCost(config) if config.packing.on else None
         job.times.clear()
         self._first_step = self._last_logged = state.step
+        self._flops_logged = self.flops
 
     def watch(self, batches: Iterable[Batch]) -> Generator[Batch]:
         """The batches; counts bad samples, and the time that training waits for each batch."""
@@ -44,9 +46,14 @@ class StepLog:
         for batch in trace.batches:
             self._data_wait.add(batch.seconds)
         if self._packed:
-            self._packed.add(trace.batches)
+            self._packed.add(trace.batches)  # which `write` adds up over all processes
+        else:
+            self.flops += self.job.compute.of_steps(self.job.schedule.phases, step - 1, step).computed
         if self.recorder:
             self.recorder.advance(step)
+            following = self.job.schedule.phases.at(step)
+            if following.first_step == step < self.job.schedule.total_steps:
+                self.recorder.message(f"from step {step + 1:,} on: {following.describe()}")
 
     def is_due(self, step: int) -> bool:
         """Whether a row is to be written after this step: every so often, and after the first."""
@@ -64,13 +71,13 @@ class StepLog:
         sums = world.sum([*own, *self._data_wait.take(), *packed])  # tokens in float64 are exact
         wait_share, forward, backward, update = (sums[: len(own)] / world.size).tolist()
         stage_seconds = sums[len(own) : len(sums) - len(packed)].tolist()
-        flops, tokens = sums[-2:].tolist() if packed else (None, None)
+        flops, tokens = sums[-2:].tolist() if packed else (0.0, None)
+        self.flops += flops
         samples_hash = world.sum_int64(sum(hash_keys(batch.keys) for batch in trace.batches) % 2**64)
         memory_bytes = int(world.max([peak_memory_bytes(world.device)]).item())
         bad_count = self.bad_samples.settle(world, self.recorder)
         if self.recorder:
             rate = (step - self._last_logged) * batch_size / seconds
-            mfu = job.utilization.mfu(rate) if flops is None else flops / seconds / job.utilization.peak.flops
             more: Any = {} if tokens is None else {"tokens": round(tokens)}
             self.recorder.training(
                 {
@@ -81,7 +88,7 @@ class StepLog:
                     "lr": learning_rate,
                     "grad_norm": report.grad_norm,
                     "images_per_second": rate,
-                    "mfu": mfu,
+                    "mfu": (self.flops - self._flops_logged) / seconds / job.peak.flops,
                     "data_wait": wait_share,
                     "forward": forward,
                     "backward": backward,
@@ -89,6 +96,7 @@ class StepLog:
                     "memory_bytes": memory_bytes,
                     "samples_hash": f"{samples_hash:016x}",
                     "seconds": self.stopwatch.total,
+                    "flops": self.flops,
                     "bad_samples": bad_count,
                     **more,
                 }
@@ -97,8 +105,16 @@ class StepLog:
                 warning = self._data_wait.warning(wait_share, stage_seconds)
                 if warning:
                     self.recorder.message(warning)
-        self._last_logged = step
+        self._last_logged, self._flops_logged = step, self.flops
 
     def close(self) -> None:
         if self.recorder:
             self.recorder.close()
+
+
+def _flops_before(job: Job, state: TrainerState) -> float:
+    """Of the run so far; of one that an earlier version began, as its images cost on average."""
+    if state.flops is not None or state.step == 0:
+        return state.flops or 0.0
+    mean = job.compute.mean_per_image(job.schedule.phases, job.schedule.total_steps)
+    return float(job.schedule.samples(state.step) * mean.computed)

@@ -24,18 +24,6 @@ class Peak:
     source: str
 
 
-@dataclass(frozen=True)
-class Utilization:
-    """What turns images per second into MFU."""
-
-    peak: Peak
-    flops_per_image: int  # forward and backward
-
-    def mfu(self, images_per_second: float) -> float:
-        """Share of the peak, 0 to 1."""
-        return images_per_second * self.flops_per_image / self.peak.flops
-
-
 def peak_flops(world: World, precision: str) -> Peak:
     """The datasheet's figure for a known GPU in bf16 or fp16, else a short matrix product timed here; collective."""
     if world.device.type == "cuda" and precision != "fp32":

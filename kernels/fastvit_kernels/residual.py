@@ -48,6 +48,11 @@ def add_scaled(x: Tensor, branch: Tensor, layer_scale: Tensor | None, path_scale
     return x + branch
 
 
+def kept_samples(batch: int, drop_path: float) -> int:
+    """How many of `batch` samples `drop_path_subset` computes."""
+    return max(1, round(batch * (1 - drop_path)))
+
+
 def drop_path_subset(
     half_block: Callable[..., Tensor],
     x: Tensor,
@@ -75,7 +80,7 @@ def drop_path_subset(
     """
     check_rate("drop_path", drop_path)
     batch = x.shape[0]
-    kept = max(1, round(batch * (1 - drop_path)))
+    kept = kept_samples(batch, drop_path)
     if kept >= batch:
         return half_block(x, layer_scale=layer_scale)
     # half-blocks add the residual themselves: what scales their branch is LayerScale

@@ -25,6 +25,7 @@ from fastvit_engine.config.sections.runtime import (
     WatchdogConfig,
     ZeroConfig,
 )
+from fastvit_engine.config.sections.tokens import TokensConfig
 from fastvit_engine.config.sections.training import OBJECTIVES, ProfileConfig, TrainConfig, profiled_steps
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "Pretraining",
     "ProfileConfig",
     "ScheduleConfig",
+    "TokensConfig",
     "TrainConfig",
     "WatchdogConfig",
     "ZeroConfig",

@@ -60,6 +60,11 @@ class ModelConfig(Section):
     drop_path: float = Field(0.0, ge=0, lt=1)
     """Stochastic depth: drop rate of the last block. It grows linearly from 0 in the first block."""
 
+    drop_path_mode: Literal["mask", "subset"] = "mask"
+    """How samples of a micro-batch are dropped from a branch. mask: each by a draw of its own, and what it would have
+    added is computed and discarded; subset: as many as the rate says, rounded, drawn anew for each branch, and only the
+    others are computed. A micro-batch of one image drops nothing then."""
+
     layer_scale: float | None = Field(None, ge=0, le=10)
     """Initial value of LayerScale; null: no LayerScale."""
 

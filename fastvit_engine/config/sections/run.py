@@ -19,6 +19,7 @@ from fastvit_engine.config.sections.runtime import (
     WatchdogConfig,
     ZeroConfig,
 )
+from fastvit_engine.config.sections.tokens import TokensConfig
 from fastvit_engine.config.sections.training import TrainConfig
 
 
@@ -36,6 +37,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     augment: AugmentConfig = AugmentConfig()
     train: TrainConfig = TrainConfig()
+    tokens: TokensConfig = TokensConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()

@@ -33,8 +33,11 @@ class TrainingView(NamedTuple):
         return 3 * self.size**2
 
 
-def training_views(config: Config) -> tuple[TrainingView, ...]:
-    """The views that training makes of an image: one, but for an objective that compares several."""
+def training_views(config: Config, image_size: int | None = None) -> tuple[TrainingView, ...]:
+    """The views that training makes of an image: one, but for an objective that compares several.
+
+    image_size: of one alone, in pixels; default: model.image_size.
+    """
     pretraining = config.pretraining
     if isinstance(pretraining, MocoConfig):
         return _two_views(config, pretraining.crop_scale, blur=pretraining.blur)
@@ -43,7 +46,7 @@ def training_views(config: Config) -> tuple[TrainingView, ...]:
         augment = config.augment.model_copy(update={"crop_scale": pretraining.local_scale})
         small = TrainingView(pretraining.local_size, augment, distorted=True, blur=0.5 * blur)
         return (*_two_views(config, pretraining.global_scale, blur=blur), *[small] * pretraining.local_views)
-    return (TrainingView(config.model.image_size, config.augment, patches=Patches.of(config)),)
+    return (TrainingView(image_size or config.model.image_size, config.augment, patches=Patches.of(config)),)
 
 
 def _two_views(config: Config, scale: tuple[float, float], *, blur: bool) -> tuple[TrainingView, TrainingView]:

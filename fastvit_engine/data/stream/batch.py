@@ -98,10 +98,11 @@ def empty_batch(size: int, image_size: int, labels: LabelForm = ONE_CLASS) -> Ba
     )
 
 
-def empty_training_batch(size: int, config: Config) -> Batch:
-    """As `empty_batch`, in the form of the batches that training takes."""
+def empty_training_batch(size: int, config: Config, image_size: int | None = None) -> Batch:
+    """As `empty_batch`, in the form of the batches that training takes. image_size: as in `training_views`."""
     padding = empty_batch(size, 0, LabelForm.of(config, training=True))
-    return padding._replace(images=torch.zeros(size, *images_shape(training_views(config)), dtype=torch.uint8))
+    shape = images_shape(training_views(config, image_size))
+    return padding._replace(images=torch.zeros(size, *shape, dtype=torch.uint8))
 
 
 def empty_eval_batch(size: int, config: Config) -> Batch:
@@ -260,9 +261,11 @@ class BatchMemory:
         self._kept: list[np.ndarray] = []
 
     def reserve(self, images: int, *shape: int) -> Tensor:
-        """uint8 [images, *shape] with any content; `shape` is always the same."""
+        """uint8 [images, *shape] with any content. With another `shape` than before, the memory so far is let go."""
         if self.pin_memory:
             return torch.empty((images, *shape), dtype=torch.uint8, pin_memory=True)
+        if self._kept and self._kept[0].shape[1:] != shape:
+            self._kept.clear()
         for number in range(len(self._kept)):
             if sys.getrefcount(self._kept[number]) == 2:  # the list's, and the argument's
                 return torch.from_numpy(self._kept[number])[:images]

@@ -40,9 +40,9 @@ from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.order import Integers, Locations, Order, SourceOrder, share_slots
 from fastvit_engine.data.stream.read_ahead import ReadAhead
 from fastvit_engine.data.stream.skip import Window, step_starts
-from fastvit_engine.data.stream.source import EvaluationData, TrainingData
+from fastvit_engine.data.stream.source import EvaluationData, ImageSizeOf, TrainingData
 from fastvit_engine.data.stream.subset import SubsetOrder, subsets_of_sources
-from fastvit_engine.data.stream.worker_pool import load
+from fastvit_engine.data.stream.worker_pool import Request, load
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted
 from fastvit_engine.shown import public_url
@@ -78,8 +78,9 @@ class IndexedShards(EvaluationData):
         share = -(-index.samples // world_size)
         positions = np.arange(rank * share, -(-share // batch_size) * batch_size + rank * share)
         positions[(positions >= (rank + 1) * share) | (positions >= index.samples)] = _PADDING
+        size = config.model.image_size
         requests = (
-            part
+            Request(part, (size, size, 3))
             for start in range(0, len(positions), batch_size)
             for part in _parts(positions[start : start + batch_size], config)
         )
@@ -134,6 +135,7 @@ class IndexedData(TrainingData):
         pin_memory: bool,
         node_ranks: Sequence[int] = (),
         skipped: Sequence[Window] = (),
+        image_size_of: ImageSizeOf | None = None,
     ) -> Iterator[Batch]:
         """See TrainingData.
 
@@ -151,12 +153,13 @@ class IndexedData(TrainingData):
             order = build_order(config, self.train, samples.indexes)
             read_ahead = ReadAhead(order, samples.indexes, samples.storage, positions, batch)
 
-        def requests() -> Iterator[Integers]:
-            for start in step_starts(consumed, batch, skipped):
+        def requests() -> Iterator[Request]:
+            for step, start in enumerate(step_starts(consumed, batch, skipped)):
                 if read_ahead:
                     read_ahead.at(start)
+                shape = images_shape(training_views(config, image_size_of and image_size_of(step)))
                 for micro in np.split(start + own, ends):
-                    yield from _parts(micro, config)
+                    yield from (Request(part, shape) for part in _parts(micro, config))
 
         return micro_batches(_load(samples, requests(), max(sizes), config), sizes, config, pin_memory)
 
@@ -245,7 +248,7 @@ class TrainSamples(_Samples):
         self.order = build_order(config, sources, indexes)
 
     def build(self, positions: Integers, empty: Batch) -> Batch:
-        views = training_views(self.config)
+        views = training_views(self.config, empty.images.shape[1] if empty.images.ndim == 4 else None)
         builder = BatchBuilder(empty, self.config, self.workspace, [view.size for view in views])
         located = self.order.locate(positions)
         seeds = sample_seeds(self.config.seed, located.source, located.epoch, located.position)
@@ -288,14 +291,14 @@ def _parts(positions: Integers, config: Config) -> list[Integers]:
     return [part for part in parts if len(part)]
 
 
-def _load(samples: _Samples, requests: Iterator[Integers], batch_size: int, config: Config) -> Iterator[Batch]:
+def _load(samples: _Samples, requests: Iterator[Request], batch_size: int, config: Config) -> Iterator[Batch]:
     num_workers = config.data.workers
     return load(
         samples.build,
         requests,
         num_workers=num_workers,
         prefetch=2,
-        shape=images_shape(training_views(config)) if samples.training else eval_shape(config),
+        largest=images_shape(training_views(config)) if samples.training else eval_shape(config),
         most=-(-batch_size // max(num_workers, 1)),
         labels=LabelForm.of(config, training=samples.training),
     )

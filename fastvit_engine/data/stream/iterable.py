@@ -14,7 +14,7 @@ from fastvit_engine.data.shards.usable import SampleKeys
 from fastvit_engine.data.stream.batch import Batch, LabelForm, empty_batch, micro_batches
 from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.skip import Window, step_starts
-from fastvit_engine.data.stream.source import EvaluationData, TrainingData
+from fastvit_engine.data.stream.source import EvaluationData, ImageSizeOf, TrainingData
 from fastvit_engine.errors import UserError
 
 _YIELD = 'yield (image, label), batches of them, or dicts with "image" and "label"'
@@ -103,8 +103,12 @@ class IterableData(TrainingData):
         pin_memory: bool,
         node_ranks: Sequence[int] = (),
         skipped: Sequence[Window] = (),
+        image_size_of: ImageSizeOf | None = None,
     ) -> Iterator[Batch]:
-        """See TrainingData. Skipped windows count as consumed, but nothing is left out of the iterable."""
+        """See TrainingData. Skipped windows count as consumed, but nothing is left out of the iterable.
+
+        Images have model.image_size in every step: a run that wants others is refused before.
+        """
         split = next(possible_splits(config, world_size, micro_batch_size))
         if self._samples is None:
             raise RuntimeError("this process has no iterable: see IterableData.bind")

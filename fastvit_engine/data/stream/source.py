@@ -5,12 +5,14 @@ from beginning to end) and `iterable` (an iterable of the user's own).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fastvit_engine.config import Config, DataConfig
 from fastvit_engine.data.stream.batch import Batch
 from fastvit_engine.data.stream.skip import Window
+
+ImageSizeOf = Callable[[int], int]
 
 
 class EvaluationData(ABC):
@@ -60,10 +62,12 @@ class TrainingData(EvaluationData):
         pin_memory: bool,
         node_ranks: Sequence[int] = (),
         skipped: Sequence[Window] = (),
+        image_size_of: ImageSizeOf | None = None,
     ) -> Iterator[Batch]:
         """Endless micro-batches of this rank, from position `consumed` of the run on, without the windows `skipped`.
 
         A step takes from each rank the micro-batches that `split_batch` gives it, none over `micro_batch_size` images.
         `node_ranks`: all ranks of this node, for the one of them that announces to the storage of remote shards what
-        will be read. Raises UserError.
+        will be read. `image_size_of`: the side in pixels of the images of each step, counted from the first of these,
+        which is number 0; None: all have model.image_size. Raises UserError.
         """

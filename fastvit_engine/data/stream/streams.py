@@ -30,7 +30,7 @@ from fastvit_engine.data.stream.batch import (
 from fastvit_engine.data.stream.batch_split import BatchSplit, mixes_pairs, possible_splits
 from fastvit_engine.data.stream.sequential import stream_samples
 from fastvit_engine.data.stream.skip import Window, step_starts
-from fastvit_engine.data.stream.source import EvaluationData, TrainingData
+from fastvit_engine.data.stream.source import EvaluationData, ImageSizeOf, TrainingData
 from fastvit_engine.data.stream.worker_pool import load_stream
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted
@@ -109,10 +109,11 @@ class StreamData(TrainingData):
         pin_memory: bool,
         node_ranks: Sequence[int] = (),
         skipped: Sequence[Window] = (),
+        image_size_of: ImageSizeOf | None = None,
     ) -> Iterator[Batch]:
         """See TrainingData. Starting later costs up to two passes over the shards, whose samples are thrown away."""
         sizes = next(possible_splits(config, world_size, micro_batch_size)).micro_batches(rank)
-        chunks = _TrainChunks(config, list(self.train), self.plan, rank, world_size, consumed, skipped)
+        chunks = _TrainChunks(config, list(self.train), self.plan, rank, world_size, consumed, skipped, image_size_of)
         # Each worker keeps its share of two steps ready: a step never waits for decoding that could have been done.
         prefetch = 2 * self.plan.streams_per_worker
         batches = load_stream(chunks, num_workers=self.plan.num_workers, prefetch=prefetch)
@@ -180,21 +181,23 @@ class _TrainChunks(IterableDataset):
         world_size: int,
         consumed: int,
         skipped: Sequence[Window],
+        image_size_of: ImageSizeOf | None,
     ) -> None:
         self.config, self.shards, self.plan = config, shards, plan
         self.rank, self.world_size, self.consumed, self.skipped = rank, world_size, consumed, skipped
-        self.workspace = Workspace()
+        self.image_size_of, self.workspace = image_size_of, Workspace()
 
     def __iter__(self) -> Iterator[Batch | UserError]:
         index, processes = _process_of(self.rank, self.world_size)
         streams = {s: self._open_stream(s) for s in range(index, self.plan.streams, processes)}
         batch, next_step = self.config.train.global_batch_size, self.consumed
         try:
-            for start in step_starts(self.consumed, batch, self.skipped):
+            for step, start in enumerate(step_starts(self.consumed, batch, self.skipped)):
+                image_size = self.image_size_of and self.image_size_of(step)
                 for number, samples in streams.items():
                     for _ in range((start - next_step) // batch * self.plan.chunks[number]):
                         next(samples)
-                    yield self._chunk(number, samples)
+                    yield self._chunk(number, samples, image_size)
                 next_step = start + batch
         except UserError as error:
             yield error
@@ -214,9 +217,9 @@ class _TrainChunks(IterableDataset):
             return self.consumed // self.plan.streams
         return self.consumed // self.config.train.global_batch_size * self.plan.chunks[stream]
 
-    def _chunk(self, stream: int, samples: Iterator[tuple[int, Sample]]) -> Batch:
-        views = training_views(self.config)
-        batch = empty_training_batch(self.plan.chunks[stream], self.config)
+    def _chunk(self, stream: int, samples: Iterator[tuple[int, Sample]], image_size: int | None) -> Batch:
+        views = training_views(self.config, image_size)
+        batch = empty_training_batch(self.plan.chunks[stream], self.config, image_size)
         builder = BatchBuilder(batch, self.config, self.workspace, [view.size for view in views])
         for row in range(self.plan.chunks[stream]):
             index, sample = next(samples)

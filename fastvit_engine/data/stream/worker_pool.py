@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,34 +22,48 @@ from fastvit_engine.errors import RestartError, UserError
 _CALM_SECONDS = 0.02
 _CALM_PATIENCE = 0.5
 
-Build = Callable[[Any, Batch], Batch]  # (request, empty batch to fill) to the batch
+
+class Request(NamedTuple):
+    """A batch that is ordered."""
+
+    what: Any  # for `build`, of the length of the batch
+    shape: tuple[int, ...]  # of the images of one sample
+
+
+Build = Callable[[Any, Batch], Batch]  # (what is ordered, empty batch to fill) to the batch
 
 
 def load(
     build: Build,
-    requests: Iterable[Any],
+    requests: Iterable[Request],
     *,
     num_workers: int,
     prefetch: int,
-    shape: tuple[int, ...],
+    largest: tuple[int, ...],
     most: int,
     labels: LabelForm = ONE_CLASS,
 ) -> Iterator[Batch]:
     """What `build` makes of each request, in order, from `num_workers` processes that keep `prefetch` of them ready.
 
-    shape: of the images of one sample. A request has a length, the size of its batch, of at most `most`. The processes
-    write images to slots of memory that they share with this one, used in turn: **a batch's images are valid until the
+    largest: shape of the images of a sample that has the most numbers. A batch has at most `most`. The processes write
+    images to slots of memory that they share with this one, used in turn: **a batch's images are valid until the
     next is asked for**. Sending them would cost a fifth of the time of decoding small images, for new memory and its
     page faults. A UserError of `build` is raised here as it is.
     """
     slots = num_workers * prefetch + 1  # the batches that are ordered, and the one that was given out last
-    whole = (slots, most, *shape)
+    whole = (slots, most * int(np.prod(largest)))
     # Not a file in /dev/shm, which is small in many containers: processes that are forked share it too.
-    images = torch.frombuffer(mmap.mmap(-1, int(np.prod(whole))), dtype=torch.uint8).view(whole)
+    memory = torch.frombuffer(mmap.mmap(-1, int(np.prod(whole))), dtype=torch.uint8).view(whole)
     numbered = ((number % slots, request) for number, request in enumerate(requests))
-    loader = _loader(_Builder(build, images, labels), numbered, num_workers=num_workers, prefetch=prefetch)
-    for number, (given, weights, rest) in enumerate(_received(loader)):
-        yield Batch(images[number % slots, : len(given)], torch.from_numpy(given), torch.from_numpy(weights), *rest)
+    loader = _loader(_Builder(build, memory, labels), numbered, num_workers=num_workers, prefetch=prefetch)
+    for number, (given, weights, shape, rest) in enumerate(_received(loader)):
+        images = _images_in(memory[number % slots], len(given), shape)
+        yield Batch(images, torch.from_numpy(given), torch.from_numpy(weights), *rest)
+
+
+def _images_in(slot: torch.Tensor, count: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """[count, *shape], at the beginning of a slot."""
+    return slot[: count * int(np.prod(shape))].view(count, *shape)
 
 
 def load_stream(chunks: IterableDataset, *, num_workers: int, prefetch: int) -> Iterator[Batch]:
@@ -63,19 +77,19 @@ def load_stream(chunks: IterableDataset, *, num_workers: int, prefetch: int) -> 
 class _Builder(Dataset):
     """The side of `load` in the processes."""
 
-    def __init__(self, build: Build, images: torch.Tensor, labels: LabelForm) -> None:
-        self.build, self.images, self.labels = build, images, labels
+    def __init__(self, build: Build, memory: torch.Tensor, labels: LabelForm) -> None:
+        self.build, self.memory, self.labels = build, memory, labels
 
-    def __getitem__(self, numbered: tuple[int, Any]) -> Any:
-        slot, request = numbered
-        size = len(request)
-        empty = empty_batch(size, image_size=0, labels=self.labels)._replace(images=self.images[slot, :size])
+    def __getitem__(self, numbered: tuple[int, Request]) -> Any:
+        slot, (what, shape) = numbered
+        images = _images_in(self.memory[slot], len(what), shape)
+        empty = empty_batch(len(what), image_size=0, labels=self.labels)._replace(images=images)
         try:
-            batch = self.build(request, empty)
+            batch = self.build(what, empty)
         except UserError as error:
             return error  # raising would wrap it in the worker's stack trace
         # As arrays, which are sent; tensors would be shared, each through a file.
-        return batch.labels.numpy(), batch.weights.numpy(), batch[3:]
+        return batch.labels.numpy(), batch.weights.numpy(), shape, batch[3:]
 
 
 class _Loader(DataLoader):

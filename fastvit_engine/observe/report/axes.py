@@ -29,17 +29,22 @@ class Progress:
         """`last_step`, `batch_size`: of the run; they stand for rows if there are none."""
         if rows:
             chosen = [rows[place] for place in np.unique(np.linspace(0, len(rows) - 1, _KNOTS).astype(int))]
-            counted = [(row["step"], row["samples"], row["seconds"]) for row in chosen]
+            counted = [(row["step"], row["samples"], row["seconds"], flops_of(row, flops_per_image)) for row in chosen]
         else:
-            counted = [(last_step, last_step * batch_size, 0.0)]
-        steps, samples, seconds = np.maximum.accumulate(np.array([(0, 0, 0), *counted], dtype=np.float64)).T
-        return cls({"steps": steps, "samples": samples, "hours": seconds / 3600, "flops": samples * flops_per_image})
+            counted = [(last_step, last_step * batch_size, 0.0, last_step * batch_size * flops_per_image)]
+        steps, samples, seconds, flops = np.maximum.accumulate(np.array([(0, 0, 0, 0), *counted], dtype=np.float64)).T
+        return cls({"steps": steps, "samples": samples, "hours": seconds / 3600, "flops": flops})
 
     def at(self, axis: Axis, steps: Array) -> Array:
         """Where steps [N] lie on an axis. Those after the last row, if any, lie at its place."""
         if axis == "steps":
             return steps
         return np.interp(steps, self.knots["steps"], self.knots[axis])
+
+
+def flops_of(row: TrainRow, flops_per_image: float) -> float:
+    """Of the training up to a row; of one that an earlier version wrote, by what an image costs."""
+    return row.get("flops", row["samples"] * flops_per_image)
 
 
 class Axes:

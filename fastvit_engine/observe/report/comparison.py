@@ -8,7 +8,7 @@ import numpy as np
 
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.metrics import FewShotRow
-from fastvit_engine.observe.report.axes import Axes, Axis
+from fastvit_engine.observe.report.axes import Axes, Axis, flops_of
 from fastvit_engine.observe.report.chart import PERCENT, SHORT, WHOLE, Form, line_chart
 from fastvit_engine.observe.report.page import Cell, Section, Table, render_page, section
 from fastvit_engine.observe.report.quantities import few_shot_numbers, few_shot_series, median, series
@@ -154,7 +154,7 @@ def _speed(named: Sequence[_Named]) -> Table:
     """Speed, and what it cost."""
     trained = [run.run.train for run in named]
     flops = [
-        rows[-1]["samples"] * run.run.environment["training_flops_per_image"] if rows else None
+        flops_of(rows[-1], run.run.environment["training_flops_per_image"]) if rows else None
         for rows, run in zip(trained, named, strict=True)
     ]
     columns = [

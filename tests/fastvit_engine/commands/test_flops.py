@@ -35,6 +35,16 @@ def test_models_by_name(capsys):
     assert (hybrid["parameters"], hybrid["tokens"]) == (98_659_112, 197)
 
 
+def test_dropped_patches(capsys):
+    (whole,), (half,) = (
+        json.loads(flops(capsys, "B/16", *words, "--json"))["models"] for words in ([], ["--patch-drop", "0.5"])
+    )
+    assert half["tokens"] == 1 + 98 and half["parameters"] == whole["parameters"]
+    assert 0.48 < half["macs"] / whole["macs"] < 0.5  # attention falls faster than tokens
+    assert "R50x1 is none of them" in failed(capsys, "R50x1", "--patch-drop", "0.5")
+    assert "1 is no share from 0 up to, but not including, 1" in failed(capsys, "B/16", "--patch-drop", "1")
+
+
 def test_a_model_of_timm(capsys):
     pytest.importorskip("timm", reason="timm is not installed")
     (model,) = json.loads(flops(capsys, "timm/resnet18", "--json"))["models"]

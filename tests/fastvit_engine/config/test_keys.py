@@ -50,7 +50,7 @@ def test_an_option_of_the_command_line():
 
 def test_without_anything_near_all_names_are_told():
     assert hint("ema.qqqqq") == "valid: decay"
-    assert hint("qqqqq").startswith("valid: name, seed, model, init, data, augment, train, optimizer")
+    assert hint("qqqqq").startswith("valid: name, seed, model, init, data, augment, train, tokens, optimizer")
 
 
 def test_every_word_from_elsewhere_leads_to_a_key_that_exists():

@@ -38,6 +38,8 @@ def test_defaults_are_off_and_a_plain_model_is_accepted() -> None:
             {"packing": {"max_patches": 8, "token_budget": 90}, "train": {"micro_batch_size": 4}},
             "packing.token_budget = 90 and train.micro_batch_size = 4 both say",
         ),
+        ({"tokens": {"patch_drop": 0.5}}, "tokens.patch_drop = 0.5 is for squares"),
+        ({"tokens": {"image_sizes": [[128, "50%"]]}}, "tokens.image_sizes = [(128, '50%')] is for squares"),
         ({"augment": {"mixup": 0.2}}, "augment.mixup mixes pairs of images pixel by pixel"),
         ({"augment": {"cutmix": 1.0}}, "augment.cutmix mixes pairs"),
         ({"model": {"drop_path": 0.1}}, "model.drop_path = 0.1 drops the branches of whole images"),

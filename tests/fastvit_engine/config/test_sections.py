@@ -49,6 +49,7 @@ ALLOWED = {  # what makes sense, or is looked at again when the data is known
     "optimizer.weight_decay": {"0"},
     "schedule.final_learning_rate": {"0"},
     "seed": {"0"},
+    "tokens.patch_drop": {"0"},
     "train.log_every": {"huge"},  # only at the end
     "train.profile.ranks": {"0"},
     "watchdog.slow_rank_laps": {"huge"},

@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit_engine.config import Config, ModelConfig
+from fastvit_engine.config.phases import Phase
 from fastvit_engine.data import Batch
 from fastvit_engine.models import (
     build_for_training,
@@ -80,6 +81,31 @@ def test_a_counter_of_operations_finds_the_same(changes: dict) -> None:
     assert whole == 2 * forward_macs(config)
     assert counter.get_total_flops() - whole == 2 * computed_macs(config)
     assert (computed_macs(config) < forward_macs(config)) == (config.pool == "cls")
+
+
+@pytest.mark.parametrize("pool", ["cls", "gap", "map"])
+def test_a_counter_of_operations_finds_the_same_in_each_phase(pool: str) -> None:
+    model = {"name": "Ti/2", "image_size": 8, "width": 12, "depth": 2, "heads": 2, "num_classes": 7, "pool": pool}
+    model["pos_embed"] = "none"  # resampling tables, once a batch, is not counted
+    tokens = {"patch_drop": 0.4, "image_sizes": [[4, "50%"]]}
+    config = Config.model_validate({"model": model, "tokens": tokens})
+    built = build_for_training(config).eval()
+    for size, drop, visible in ((4, 0.4, 2), (4, 0.0, 4), (8, 0.4, 10), (8, 0.0, 16)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            built(torch.zeros(1, 3, size, size), torch.arange(visible)[None])
+        assert run_flops(config, Phase(0, size, drop)).computed == 3 * counter.get_total_flops()
+
+
+def test_a_counter_of_operations_finds_the_same_in_subsets_of_samples() -> None:
+    """Of 5 images the last block computes 2 or 3, and of a batch of one all."""
+    model = {"name": "Ti/2", "image_size": 8, "width": 12, "depth": 3, "heads": 2, "num_classes": 7}
+    config = Config.model_validate({"model": model | {"drop_path": 0.5, "drop_path_mode": "subset"}})
+    built = build_for_training(config).train()
+    for batch in (1, 2, 5):
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+            built(torch.zeros(batch, 3, 8, 8))
+        counted = run_flops(config, micro_batches=[batch, batch]).computed * batch
+        assert counted == pytest.approx(3 * counter.get_total_flops(), rel=1e-4)  # rounded to whole MACs of an image
 
 
 def test_what_is_computed_of_the_huge_model() -> None:

@@ -12,7 +12,7 @@ from fastvit_engine.config.checks import check_config
 from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import build_for_training, build_vit, parameter_count
-from fastvit_engine.models.positions import sincos_positions
+from fastvit_engine.models.positions import resampled, sincos_positions
 from fastvit_engine.models.weights.pretrained import Pretrained, parameter_shapes
 from fastvit_kernels import dispatch
 from tests.in_full import in_full
@@ -355,6 +355,42 @@ def test_smaller_views_have_resampled_tables_in_every_layer(kind):
     with torch.no_grad():
         expected = smaller.changed(image_size=8, interpolation="bicubic").build().represent(views)
         torch.testing.assert_close(model.represent(views), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [*KINDS[:7], KINDS[8]], ids=label)
+def test_smaller_images_at_first_have_resampled_tables_in_every_layer(kind):
+    """Those of the model of that size; a size that the run does not have is refused as before."""
+    tokens = {"image_sizes": [[8, "50%"]]}
+    model = build_for_training(training("classify", kind | {"num_classes": 5}, tokens=tokens)).eval()
+    for name, parameter in model.named_parameters():
+        if name != "pos_embed" or parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.4)
+    images = torch.randn(2, 3, 8, 8)
+    smaller = pretrained(model).changed(image_size=8, interpolation="bicubic").build()
+    if kind["pos_embed"] == "sincos_2d":  # one of its own size counts its own patches
+        smaller.pos_embed.data.copy_(resampled(model.pos_embed, model.shape, 2))
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), smaller(images), rtol=1e-4, atol=1e-4)
+        if kind["pos_embed"] != "none":
+            with pytest.raises(ValueError, match="pos_embed"):
+                model(torch.randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS[1:7], ids=label)
+def test_tables_are_resampled_as_pytorch_does_it_with_its_gradients(kind):
+    config, side = small(**kind), 2
+    shape = resolve_shape(config)
+    own, layers = shape.positions - shape.patches, 2
+    table = torch.randn(layers, shape.positions, 24, dtype=torch.float32, requires_grad=True)
+    grid = table[:, own:].unflatten(1, (3, 3)).movedim(3, 1)
+    grid = torch.nn.functional.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
+    expected = torch.cat([table[:, :own], grid.movedim(1, 3).flatten(1, 2)], dim=1)
+    found = resampled(table, shape, side)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((of * weights).sum(), table)[0] for of in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert resampled(table, shape, 3) is table
 
 
 def test_objectives_that_relative_positions_do_not_go_with():

@@ -292,6 +292,22 @@ def test_last_block_for_the_class_token_alone_is_the_same_function(changes: dict
         torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("changes", [{}, {"pool": "gap"}, {"pool": "map"}, {"registers": 2}], ids=str)
+def test_dropped_patches_are_not_seen(changes: dict[str, object]) -> None:
+    """Whatever is in them; and all patches, in any order, make the model's own logits."""
+    model, images = randomise(small(**changes)).double(), torch.randn(2, 3, 12, 12).double()
+    visible = torch.tensor([[7, 2, 4], [0, 5, 1]])
+    hidden = images.clone().unflatten(3, (3, 4)).unflatten(2, (3, 4))  # [2, 3, h, 4, w, 4]
+    for image in range(2):
+        for patch in set(range(9)) - set(visible[image].tolist()):
+            hidden[image, :, patch // 3, :, patch % 3] = torch.randn(3, 4, 4).double()
+    hidden = hidden.flatten(4, 5).flatten(2, 3)
+    assert torch.equal(model(images, visible), model(hidden, visible))
+    everything = torch.stack([torch.randperm(9), torch.randperm(9)])
+    torch.testing.assert_close(model(images, everything), model(images))
+    assert (model(images, visible) - model(images)).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(("pool", "tokens"), [("cls", 1), ("gap", 9), ("map", 9)])
 def test_tokens_that_the_head_does_not_read_are_computed_for_hooks_alone(pool: str, tokens: int) -> None:
     model, images = small(pool=pool), torch.randn(2, 3, 12, 12)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from fastvit_engine.config import Config
+from fastvit_engine.config.phases import Phase
 from fastvit_engine.data import Batch
 from fastvit_engine.data.pixels.mix import mix
 from fastvit_engine.data.pixels.randaugment import randaugment
@@ -107,3 +108,36 @@ def test_the_model_sees_images_that_are_mixed_as_configured_and_their_labels_hav
         torch.nn.functional.cross_entropy(logits, given, reduction="none") for given in (labels, expected.labels_b)
     )
     torch.testing.assert_close(losses, expected.weight * own + (1 - expected.weight) * partners)
+
+
+def test_dropped_patches_are_drawn_from_the_seeds_of_the_samples():
+    """Whatever batch a sample is in; as many of a smaller image as its share is; none are dropped in the last phase."""
+    config = Config.model_validate(
+        {
+            "model": {"name": "Ti/4", "image_size": 32, "num_classes": 3},
+            "tokens": {"patch_drop": 0.4, "image_sizes": [[16, "50%"]]},
+        }
+    )
+    objective, seen = build_objective(config, CPU), []
+
+    def model(images, visible=None):
+        seen.append(visible)
+        return torch.zeros(len(images), 3)
+
+    def show(phase, seeds):
+        objective.enter_phase(phase)
+        size, count = phase.image_size, len(seeds)
+        images = torch.zeros(count, size, size, 3, dtype=torch.uint8)
+        batch = Batch(images, torch.zeros(count, dtype=torch.int64), torch.ones(count), ["a"] * count, seeds)
+        objective.losses(model, batch)
+        return seen[-1]
+
+    seeds = np.arange(1000, 1064)
+    whole = show(Phase(0, 32, 0.4), seeds)
+    assert whole.shape == (64, 64 - 26) and (whole.diff(dim=1) > 0).all()
+    assert torch.equal(show(Phase(0, 32, 0.4), seeds[10:13]), whole[10:13])
+    counts = torch.bincount(whole.flatten(), minlength=64)
+    assert counts.min() > 22 and counts.max() < 54  # 38 of 64 on average, with a deviation of 3.9
+    small = show(Phase(0, 16, 0.4), seeds)
+    assert small.shape == (64, 16 - 6) and small.max() == 15
+    assert show(Phase(9, 32, 0.0), seeds) is None

@@ -73,6 +73,30 @@ def _steps(
     return result
 
 
+@pytest.mark.parametrize("order", ["indexed", "stream"])
+def test_images_have_the_size_of_their_step_wherever_a_run_begins(shards, make_config, plan, order):
+    """Also with workers that are ahead, and with micro-batches of unequal sizes; larger images are the usual ones."""
+    sizes = [8, 8, 12, 12, 16, 16]  # and so on
+    config = make_config(shards, batch=BATCH, num_workers=2, order=order, streams=2 if order == "stream" else None)
+    data = plan(config)
+
+    def images(first_step, steps, size_of=None):
+        options = {"rank": 0, "world_size": 1, "micro_batch_size": 3, "pin_memory": False}
+        batches = data.train_batches(config, **options, consumed=first_step * BATCH, image_size_of=size_of)
+        micro_batches = len(next(possible_splits(config, 1, 3)).micro_batches(0))
+        found = [[next(batches).images.clone() for _ in range(micro_batches)] for _ in range(steps)]
+        return [torch.cat(step) for step in found]
+
+    whole, usual = images(0, 6, lambda step: sizes[min(step, 5)]), images(0, 6)
+    assert [step.shape for step in whole] == [(BATCH, size, size, 3) for size in sizes]
+    for first in (1, 2, 3, 5):
+        rest = images(first, 6 - first, lambda step, first=first: sizes[min(first + step, 5)])
+        assert all(torch.equal(*steps) for steps in zip(rest, whole[first:], strict=True))
+    assert all(torch.equal(*steps) for steps in zip(whole[4:], usual[4:], strict=True))
+    small = torch.nn.functional.interpolate(usual[0].movedim(3, 1).float(), (8, 8), mode="area").movedim(1, 3)
+    assert (small - whole[0]).abs().mean() < 12  # the same crops: 60 of one image from another
+
+
 def test_steps_are_the_same_for_every_world_size_worker_count_and_stop(damaged_shards, make_config, plan):
     def run(num_workers, *given, **options):
         config = make_config(damaged_shards, batch=BATCH, num_workers=num_workers)

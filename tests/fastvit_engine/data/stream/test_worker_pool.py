@@ -12,7 +12,7 @@ import torch
 
 from fastvit_engine.data.stream import worker_pool
 from fastvit_engine.data.stream.batch import Batch, BatchBuilder, StageSeconds, Workspace, empty_batch
-from fastvit_engine.data.stream.worker_pool import load, lost_worker
+from fastvit_engine.data.stream.worker_pool import Request, load, lost_worker
 from fastvit_engine.errors import RestartError, UserError
 
 
@@ -24,7 +24,8 @@ def _build(request: np.ndarray, empty: Batch) -> Batch:
 
 
 def _load(build, requests, num_workers, most=4):
-    return load(build, requests, num_workers=num_workers, prefetch=2, shape=(3, 3, 3), most=most)
+    ordered = (Request(request, (3, 3, 3)) for request in requests)
+    return load(build, ordered, num_workers=num_workers, prefetch=2, largest=(3, 3, 3), most=most)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
@@ -38,6 +39,16 @@ def test_batches_are_whole_and_in_order_while_places_are_used_again(num_workers)
         assert batch.images[:, 1, 2, 0].tolist() == batch.labels.tolist() == requests[number].tolist()
         assert batch.keys == [str(n) for n in requests[number]] and batch.seconds == (1, 2, 3)
     assert number == 39
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_may_differ_in_the_size_of_their_images(num_workers):
+    requests = [Request(np.arange(n, n + 1 + n % 4), (side, side, 3)) for n, side in enumerate([2, 2, 5, 1, 3] * 4)]
+    batches = load(_build, requests, num_workers=num_workers, prefetch=2, largest=(5, 5, 3), most=4)
+    for request, batch in zip(requests, batches, strict=True):
+        assert batch.images.shape == (len(request.what), *request.shape)
+        assert batch.images[:, 0, 0, 2].tolist() == request.what.tolist() and batch.images.is_contiguous()
+        assert (batch.images == batch.images[:, :1, :1, :1]).all()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
