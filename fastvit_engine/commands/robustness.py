@@ -87,10 +87,12 @@ class _Measurement(NamedTuple):
 
     @classmethod
     def of(cls, source: str, resolved: "Resolved", args: argparse.Namespace) -> "_Measurement":
+        from fastvit_engine.config.packing import check_squares
         from fastvit_engine.evaluate.one_pass import config_for
         from fastvit_engine.evaluate.robustness import Pixels
         from fastvit_kernels import FusedPatchEmbed, dispatch
 
+        check_squares(resolved.config)
         model = load(source, args).requires_grad_(False)
         if model.config.num_classes < 1:
             raise UserError(f"{source} has no head, so it names no class: fine-tune it first")

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from fastvit_engine.config.deepspeed_section import check_deepspeed
 from fastvit_engine.config.model_shape import Shape, resolve_shape
+from fastvit_engine.config.packing import check_packing
 from fastvit_engine.config.pretraining import check_pretraining
 from fastvit_engine.config.sections import Config, ZeroConfig
 from fastvit_engine.config.timm_model import check_timm_run, is_timm
@@ -23,6 +24,7 @@ def check_config(config: Config) -> None:
         _check_classes(config)
     else:
         check_pretraining(config)
+    check_packing(config)
     if config.optimizer.frozen != "none" and _quantizes_what_is_frozen(config):
         raise UserError(
             f"optimizer.frozen = {config.optimizer.frozen} keeps every bit of the weights, and "

@@ -18,6 +18,7 @@ from fastvit_engine.distributed.world import World
 from fastvit_engine.evaluate.pictures import png_url
 from fastvit_engine.evaluate.record import Integers
 from fastvit_engine.observe.metrics import EvalRow
+from fastvit_engine.packed_image import pixels_of
 from fastvit_kernels import FusedCrossEntropy
 
 Example = dict[str, Any]  # an image and what the model says of it: key, label, image, predictions
@@ -137,7 +138,7 @@ def _examples(batch: Batch, logits: Tensor, ranked: Tensor) -> list[Example]:
         {
             "key": batch.keys[row],
             "label": int(batch.labels[row].flatten()[0]),
-            "image": png_url(batch.images[row]),
+            "image": png_url(pixels_of(batch.images[row])),
             "predictions": [
                 [index, round(p, 6)] for index, p in zip(ranked[row].tolist(), probabilities[row], strict=True)
             ],

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from fastvit_engine.config import Config, Resolved
+from fastvit_engine.config.packing import check_packed_model
 from fastvit_engine.cores import cores_here
 from fastvit_engine.data import Batch
 from fastvit_engine.data.shards.names import DatasetInfo, Split, about_teacher, info_beside
@@ -27,6 +28,8 @@ def config_for(model: AnyModel, resolved: Resolved) -> Config:
     }
     changes["data.num_workers"] = workers_for(resolved.config)
     data = resolved.config.data.model_copy(update={key.partition(".")[2]: value for key, value in changes.items()})
+    if resolved.config.packing.on:
+        check_packed_model(model.config, resolved.config.packing)
     section = model.config.model_copy(update={"num_classes": PLAUSIBLE_CLASSES})
     return resolved.config.model_copy(update={"model": section, "data": data})
 

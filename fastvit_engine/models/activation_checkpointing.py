@@ -6,6 +6,7 @@ The input may wait in host memory (`offload`), which takes as much of the device
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,10 @@ class Checkpointing:
     offload: bool = False  # keeps it in host memory
     _before: "HostCopy | None" = field(default=None, repr=False)
 
-    def __call__(self, index: int, block: nn.Module, x: Tensor, outputs: int | None = None) -> Tensor:
-        """What block number `index` makes of x [B, N, D], as block(x, outputs=outputs) does."""
-        run = block if outputs is None else partial(block, outputs=outputs)
+    def __call__(self, index: int, block: nn.Module, x: Tensor, outputs: int | None = None, **how: Any) -> Tensor:
+        """What block number `index` makes of x [B, N, D], as block(x, outputs=outputs, **how) does."""
+        how |= {} if outputs is None else {"outputs": outputs}
+        run = partial(block, **how) if how else block
         if index >= self.blocks or not torch.is_grad_enabled():
             return run(x)
         if not x.requires_grad:  # no backward pass would come here

@@ -32,7 +32,8 @@ def run_flops(config: Config, phase: Phase | None = None, *, micro_batches: Sequ
     """Of the model with what the run's objective adds to it, for the patches that the objective shows to it.
 
     phase: of the run; default: whole images of the model's size. micro_batches: images in each forward pass of a step,
-    over all processes, which say how many of them `drop_path_mode = subset` computes; default: as its rates say.
+    over all processes, which say how many of them `drop_path_mode = subset` computes; default: as its rates say. With
+    section packing, the mean over the numbers of patches that are drawn: at most, as grids are rounded down.
 
     Those of a model of timm are counted by PyTorch while it computes, see `timm_measure`.
     """
@@ -60,6 +61,12 @@ def run_flops(config: Config, phase: Phase | None = None, *, micro_batches: Sequ
             contrastive_flops(config, pretraining),
             contrastive_flops(config, pretraining, computed=True, micro_batches=micro_batches),
         )
+    if config.packing.max_patches is not None:
+        most, least = config.packing.max_patches, config.packing.min_patches or config.packing.max_patches
+        counts = range(least, most + 1)
+        whole = sum(_training_flops(forward_macs(model, count), model, frozen) for count in counts)
+        computed = sum(packed_flops(config, count) for count in counts)
+        return RunFlops(whole // len(counts), computed // len(counts))
     visible = None
     if phase is not None:
         model = model.model_copy(update={"image_size": phase.image_size})
@@ -70,6 +77,11 @@ def run_flops(config: Config, phase: Phase | None = None, *, micro_batches: Sequ
             computed_macs(model, visible, micro_batches=micro_batches, training=frozen == "none"), model, frozen
         ),
     )
+
+
+def packed_flops(config: Config, patches: int) -> int:
+    """As `computed_flops`, of an image with so many patches: with section packing, images have different numbers."""
+    return _training_flops(computed_macs(config.model, patches), config.model, config.optimizer.frozen)
 
 
 def forward_macs(config: ModelConfig, visible: int | None = None) -> int:
@@ -234,9 +246,10 @@ def computed_flops(config: ModelConfig, *, frozen: str = "none") -> int:
 
 def recomputed_flops(tokens: int, config: ModelConfig, blocks: int) -> int:
     """What activation checkpointing of some blocks computes a second time, for an image of so many tokens."""
+    if blocks == 0:
+        return 0
     shape = resolve_shape(config)
-    relative = config.pos_embed == "relative"
-    return 2 * blocks * _block_macs(tokens, shape.width, shape.mlp_dim, relative=relative) if blocks else 0
+    return 2 * blocks * _block_macs(tokens, shape.width, shape.mlp_dim, relative=config.pos_embed == "relative")
 
 
 def _training_flops(macs: int, config: ModelConfig, frozen: str) -> int:

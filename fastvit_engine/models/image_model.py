@@ -1,7 +1,7 @@
 """What all models have in common, Vision Transformers and ResNets: how they are called, frozen and described."""
 
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +58,12 @@ class ImageModel(nn.Module):
         """Sets every parameter as the authors' code does."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits [B, C]. args, kwargs: further arguments of `represent`, if this kind of model has any."""
         if not self.backbone_frozen:
-            return self.head(self.represent(images))
+            return self.head(self.represent(images, *args, **kwargs))
         with torch.no_grad():
-            represented = self.represent(images)
+            represented = self.represent(images, *args, **kwargs)
         return self.head(represented)
 
     def recompute(self, mode: Recompute) -> None:

@@ -111,8 +111,14 @@ def sincos_positions(shape: Shape) -> Tensor:
     patches, so another image size keeps the frequencies.
     """
     side = grid_side(shape)
-    frequencies = _TEMPERATURE ** -np.linspace(0, 1, shape.width // 4)
-    y, x = (index.reshape(-1, 1) * frequencies for index in np.mgrid[:side, :side])  # [patches, D / 4]
+    line = sincos_line(side, shape.width)
     table = np.zeros((1, shape.positions, shape.width))
-    table[:, shape.positions - shape.patches :] = np.concatenate([np.sin(x), np.cos(x), np.sin(y), np.cos(y)], axis=1)
+    rows, columns = np.repeat(line, side, axis=0), np.tile(line, (side, 1))
+    table[:, shape.positions - shape.patches :] = np.concatenate([columns, rows], axis=1)
     return torch.from_numpy(table).float()
+
+
+def sincos_line(count: int, width: int) -> np.ndarray:
+    """The half of `sincos_positions` that is of columns, or of rows, 0 to count - 1: float64 [count, width / 2]."""
+    angles = np.arange(count)[:, None] * _TEMPERATURE ** -np.linspace(0, 1, width // 4)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

@@ -1,21 +1,25 @@
 """The Vision Transformer of Dosovitskiy et al. 2021, under the parameter names of timm."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastvit_engine.config import ModelConfig
 from fastvit_engine.config.model_shape import drop_path_rates
+from fastvit_engine.config.packing import check_packable
 from fastvit_engine.models.activation_checkpointing import Checkpointing
 from fastvit_engine.models.attention_pool import AttentionPool
 from fastvit_engine.models.hybrid import HybridEmbed
 from fastvit_engine.models.image_model import ImageModel
 from fastvit_engine.models.initial import lecun_normal_
+from fastvit_engine.models.packing import Packing, packed_positions
 from fastvit_engine.models.positions import (
     TABLES,
     added_positions,
@@ -26,6 +30,7 @@ from fastvit_engine.models.positions import (
     sincos_positions,
     table_shapes,
 )
+from fastvit_engine.packed_image import is_packed, read_grids
 from fastvit_kernels import FusedBlock, FusedLayerNorm, FusedPatchEmbed
 from fastvit_kernels.attention import relative_bias
 from fastvit_kernels.modules import Mlp
@@ -35,7 +40,8 @@ class VisionTransformer(ImageModel):
     """Images to logits: patches, position embedding, pre-norm blocks, final norm, pooling, head.
 
     Patches are of pixels or, in a hybrid, of the map that a ResNet makes of an image. Images are as ImageModel says; H
-    and W equal config.image_size, or one of `smaller_images`, for which positions are resampled. Weights are those of
+    and W equal config.image_size, or one of `smaller_images`, for which positions are resampled. Images of different
+    sizes are uint8 [B, K], see `packed_image`. Weights are those of
     PyTorch's layers until `init_weights` is called; `build_vit` calls it.
     """
 
@@ -86,10 +92,10 @@ class VisionTransformer(ImageModel):
         self.pre_logits = PreLogits(width) if config.head == "mlp" else None
         self.head = nn.Linear(width, config.num_classes) if config.num_classes else nn.Identity()
 
-    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """visible: int64 [B, K], the patches of each image that the model sees; None: all."""
+    def forward(self, images: Tensor, visible: Tensor | None = None, grids: np.ndarray | None = None) -> Tensor:
+        """visible: int64 [B, K], the patches of each image that the model sees; None: all. grids: as in `represent`."""
         if visible is None:
-            return super().forward(images)
+            return super().forward(images) if grids is None else super().forward(images, grids=grids)
         if self.backbone_frozen:
             raise ValueError("a frozen backbone computes what it does in evaluation, of all patches: leave visible out")
         return self.head(self.represent(images, visible))
@@ -98,15 +104,18 @@ class VisionTransformer(ImageModel):
         """Normalised tokens of the last block [B, N, D]: the class token, if there is one, registers, patches."""
         return self._encode(images)
 
-    def represent(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+    def represent(self, images: Tensor, visible: Tensor | None = None, grids: np.ndarray | None = None) -> Tensor:
         """What the head sees of images [B, D]: pooled tokens, after the tanh layer if there is one.
 
         visible: as in `forward`.
 
         Where that is the class token, the last block gives this token alone, [B, 1, D], unless a hook is there to read
-        the others.
+        the others. grids: of images of different sizes, what `read_grids` says, so that a GPU need not be waited for.
         """
-        if self.config.pool != "cls" or is_hooked(self.blocks, self.blocks[-1], self.norm):
+        only_first = self.config.pool == "cls" and not is_hooked(self.blocks, self.blocks[-1], self.norm)
+        if is_packed(images):
+            return self._represent_packed(images, read_grids(images) if grids is None else grids, only_first)
+        if not only_first:
             tokens = self.forward_features(images) if visible is None else self._encode(images, visible)
             return self._pool(tokens)
         return self._pool(self._encode(images, visible, outputs=1))
@@ -158,6 +167,37 @@ class VisionTransformer(ImageModel):
     def _embed(self, images: Tensor, positions: Tensor | None, keep_indices: Tensor | None = None) -> Tensor:
         """The tokens that the first block gets [B, N, D]. positions, keep_indices: as in `patch_embed`."""
         return self.pos_drop(self.patch_embed(images, positions, self.cls_token, self.reg_token, keep_indices))
+
+    def _represent_packed(self, images: Tensor, grids: np.ndarray, only_first: bool) -> Tensor:
+        """As `represent`, of images uint8 [B, K] with grids int64 [B, 2], as one sequence of U tokens [1, U, D].
+
+        only_first: the last block gives the first token of every image alone.
+        """
+        check_packable(self.config, self.shape)
+        packing = Packing.of(grids, self.shape.prefix, images.device)
+        x, y = self.pos_embed_x, self.pos_embed_y
+        tables = self.pos_embed if x is None or y is None else (x, y)
+        positions = packed_positions(tables, self.config, self.shape, packing)
+        patches = self.patch_embed(packing.patches(images, self.shape.patch_size))[:, 0]  # [T, D]
+        prefix = [token[0] for token in (self.cls_token, self.reg_token) if token is not None]
+        before = torch.cat(prefix) if prefix else patches.new_empty(0, self.shape.width)  # [prefix, D]
+        if positions:
+            patches, before = patches + positions[0][0], before + positions[0][1]
+        again = positions * (self.shape.depth - 1) if self.config.pos_embed_at == "shared" else positions[1:]
+        later = [packing.joined(*of_layer) for of_layer in again]
+        tokens = self.norm(
+            self.blocks(
+                self.pos_drop(packing.joined(patches, before)),
+                outputs=1 if only_first else None,
+                positions=later,
+                lengths={"cu_seqlens": packing.cu_seqlens, "max_seqlen": packing.longest},
+            )
+        )
+        if self.config.pool == "gap":
+            pooled = packing.means_of_patches(tokens)
+        else:
+            pooled = tokens[0] if only_first else packing.first_tokens(tokens)
+        return pooled if self.pre_logits is None else self.pre_logits(pooled)
 
     def _tables(self, images: Tensor) -> Tensor | None:
         """The position tables of the layers for images of their size [1 or L, N, D]; None: there are none."""
@@ -222,19 +262,26 @@ class VisionTransformer(ImageModel):
 class Blocks(nn.Sequential):
     """Blocks one after the other, [B, N, D] -> [B, N, D], or [B, outputs, D] of the first `outputs` tokens.
 
-    positions: what is added to the input of each block after the first; of none if it is empty. `checkpointing` says
-    which blocks keep their input alone for the backward pass.
+    positions: what is added to the input of each block after the first; of none if it is empty. lengths: cu_seqlens and
+    max_seqlen of tokens [1, U, D] of several images, as FusedBlock takes them; `outputs` is then of each image.
+    `checkpointing` says which blocks keep their input alone for the backward pass.
     """
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__(*blocks)
         self.checkpointing = Checkpointing()
 
-    def forward(self, x: Tensor, outputs: int | None = None, positions: Sequence[Tensor] = ()) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        outputs: int | None = None,
+        positions: Sequence[Tensor] = (),
+        lengths: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Tensor:
         for index, block in enumerate(self):
             if positions and index > 0:
                 x = x + positions[index - 1]
-            x = self.checkpointing(index, block, x, outputs if index == len(self) - 1 else None)
+            x = self.checkpointing(index, block, x, outputs if index == len(self) - 1 else None, **lengths)
         return x
 
 

@@ -12,8 +12,9 @@ from fastvit_engine.data import Batch
 from fastvit_engine.data.pixels.draws import on_device
 from fastvit_engine.data.pixels.mix import mix
 from fastvit_engine.data.stream.batch import targets
-from fastvit_engine.objectives.augmented import augmented_images
+from fastvit_engine.objectives.augmented import augmented_images, augmented_packed
 from fastvit_engine.objectives.masks import draw_visible
+from fastvit_engine.packed_image import read_grids
 from fastvit_kernels import FusedCrossEntropy
 
 
@@ -22,6 +23,7 @@ class Classify:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.augment, self.pixels, self.device = config.augment, config.data, device
+        self.packed_patch_size = resolve_shape(config.model).patch_size if config.packing.on else None
         self.criterion = FusedCrossEntropy(config.loss.kind, label_smoothing=config.loss.label_smoothing)
         # The same but for rounding, which batch normalisation multiplies: so a run learns to the bit what a loop of
         # PyTorch's own functions learns around the same model.
@@ -36,10 +38,15 @@ class Classify:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss of each sample, [B]; 0 for a sample of weight 0, and for one mixed with it."""
-        images = augmented_images(batch, self.augment, self.device)  # the patch embedding normalises them
         labels = batch.labels.to(self.device, non_blocking=True)
         weights = batch.weights.to(self.device, non_blocking=True)
         augment, pixels = self.augment, self.pixels
+        packed = self.packed_patch_size
+        if packed is None:
+            images, grids = augmented_images(batch, augment, self.device), None  # the patch embedding normalises them
+        else:
+            grids = read_grids(batch.images)  # on the host: a GPU is not waited for
+            images = augmented_packed(batch, grids, packed, augment, self.device)
         shown = self._shown_patches(batch)
         if augment.mixup or augment.cutmix:
             alphas = {"mixup": augment.mixup, "cutmix": augment.cutmix}
@@ -49,7 +56,7 @@ class Classify:
             losses = self.criterion(logits, labels, labels_b=labels_b, mix_weight=mixed.weight, reduction="none")
             weights = weights * weights[mixed.partner]
         else:
-            logits = model(images, *shown)
+            logits = model(images, *shown) if grids is None else model(images, grids=grids)
             labels = targets(labels, logits.shape[1])
             if self.as_pytorch and labels.ndim == 1:
                 losses = F.cross_entropy(logits.float(), labels, reduction="none")

@@ -33,6 +33,7 @@ class TrainRow(TypedDict):
     seconds: float  # training time so far, restarts included
     flops: NotRequired[float]  # floating-point operations of training so far, restarts included
     bad_samples: NotRequired[int]  # training images so far that could not be used
+    tokens: NotRequired[int]  # of the images of this step, with section packing; else every image has as many
 
 
 class EvalRow(TypedDict):

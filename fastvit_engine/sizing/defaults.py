@@ -14,6 +14,7 @@ import torch
 
 from fastvit_engine.config import Config
 from fastvit_engine.config.model_shape import resolve_shape, tokens_in_training
+from fastvit_engine.config.packing import budgeted_images
 from fastvit_engine.config.timm_model import is_timm
 from fastvit_engine.control_groups import memory_limit
 from fastvit_engine.cores import cores_here
@@ -147,6 +148,7 @@ def device_memory(processes_per_node: int, *, on_gpu: bool) -> int:
 
 def choose(config: Config, machine: Machine) -> Chosen:
     """Fills in what `config` leaves open. Raises UserError, with numbers and the nearest remedy, if nothing fits."""
+    budget, config = config.packing.token_budget, _within_budget(config)
     recompute_is_open = config.train.recompute == "auto" and _recompute_matters(config, machine)
     options = _options(config, machine)
     if recompute_is_open and not any(candidate.fits for candidate in options):
@@ -174,7 +176,7 @@ def choose(config: Config, machine: Machine) -> Chosen:
     given = config.deepspeed.get("zero_optimization") or {}
     choices = [
         _explain_stage(config, machine, options, picked),
-        _explain_micro_batch(config, machine, picked),
+        _explain_micro_batch(config, machine, picked, budget),
         *_zero_choices(config, machine, picked, given),
     ]
     zero = {choice.key.rpartition(".")[2]: choice.value for choice in choices[2:] if not choice.by_user}
@@ -235,7 +237,8 @@ def _memory(config: Config, machine: Machine, picked: Candidate) -> Memory:
 
 def _recompute_matters(config: Config, machine: Machine) -> bool:
     """Only the fused block decides what to keep, and nothing is kept where only the head learns."""
-    fused = block_implementation(config.model, config.train.precision, on_gpu=machine.on_gpu) == "fused"
+    how = {"on_gpu": machine.on_gpu, "packed": config.packing.on}
+    fused = block_implementation(config.model, config.train.precision, **how) == "fused"
     return fused and config.optimizer.frozen != "backbone"
 
 
@@ -418,18 +421,28 @@ def _explain_stage(config: Config, machine: Machine, options: list[Candidate], p
     return Choice("zero.stage", picked.stage, reason)
 
 
-def _explain_micro_batch(config: Config, machine: Machine, picked: Candidate) -> Choice:
+def _within_budget(config: Config) -> Config:
+    """With packing.token_budget as the number of images that it stands for."""
+    images = budgeted_images(config)
+    if images is None:
+        return config
+    packing = config.packing.model_copy(update={"token_budget": None})
+    return _with_micro_batch(config, images).model_copy(update={"packing": packing})
+
+
+def _explain_micro_batch(config: Config, machine: Machine, picked: Candidate, budget: int | None) -> Choice:
     key = "train.micro_batch_size"
     split = split_batch(_with_micro_batch(config, picked.micro_batch), machine.processes)
     share, unequal = split.largest_share, ""
     if split.smallest_share < share:
         unequal = f"; processes take {share} or {split.smallest_share} images per step"
     if config.train.micro_batch_size is not None:
+        of_budget = "" if budget is None else f" images of packing.token_budget = {budget:,}"
         if picked.micro_batch == config.train.micro_batch_size:
-            limit = "given"
+            limit = "given" if budget is None else f"as many as fit into packing.token_budget = {budget:,}"
         else:
             how = f"the largest divisor of {share}" if split.equal else f"cuts {share} in the fewest passes"
-            limit = f"{how} that does not exceed your {config.train.micro_batch_size}"
+            limit = f"{how} that does not exceed your {config.train.micro_batch_size}{of_budget}"
         return Choice(key, picked.micro_batch, limit + unequal, by_user=True)
     if picked.accumulation_steps == 1:
         return Choice(key, picked.micro_batch, f"the whole share of a process fits: no accumulation{unequal}")

@@ -172,7 +172,7 @@ def training_memory(
     if is_timm(config.model):  # one pass for an image cannot be computed, and is measured
         kept = kept_bytes(config.model, DTYPES[precision], frozen=frozen == "backbone")
         return replace(state, activations=micro_batch * kept.activations, work=micro_batch * 3 * kept.largest)
-    implementation = block_implementation(config.model, precision, on_gpu=on_gpu)
+    implementation = block_implementation(config.model, precision, on_gpu=on_gpu, packed=config.packing.on)
     if isinstance(config.pretraining, MaeConfig):
         activations = autoencoder_bytes(config, config.pretraining, implementation)
     elif isinstance(config.pretraining, DinoConfig):
@@ -192,6 +192,10 @@ def training_memory(
             checkpointed=checkpointed_blocks(config),
             visible=most_visible_patches(config, resolve_shape(config.model)),
         )
+    if config.packing.on and implementation == "reference":  # attention takes images of one size together
+        shape, checkpointed = resolve_shape(config.model), checkpointed_blocks(config)
+        blocks = shape.depth - checkpointed + (checkpointed > 0)  # that keep more than their input at a time
+        activations += blocks * shape.tokens * shape.width * COMPUTE_BYTES[precision]
     work = work_bytes(config, implementation)
     resnet = resolve_shape(config.model).resnet
     weights = 0 if resnet is None or frozen == "backbone" else weight_bytes(resnet, COMPUTE_BYTES[precision])
@@ -303,12 +307,16 @@ def _offloaded(
     return replace(kept, weights=0, host=host + state.weights) if everything else kept
 
 
-def block_implementation(model: ModelConfig, precision: str, *, on_gpu: bool) -> Implementation:
-    """What `fastvit_kernels` runs for a block; "reference" for a model of timm, and for a ResNet, which has none."""
+def block_implementation(model: ModelConfig, precision: str, *, on_gpu: bool, packed: bool = False) -> Implementation:
+    """What `fastvit_kernels` runs for a block; "reference" for a model of timm, and for a ResNet, which has none.
+
+    packed: the images of a batch are one sequence, see section packing.
+    """
     if is_timm(model) or not resolve_shape(model).is_transformer:
         return "reference"
     on = DTYPES[precision], on_gpu
-    if model.dropout == 0 and all(dispatch.plan(half, *on).runs == "triton" for half in ("attention_block", "mlp")):
+    may_fuse = model.dropout == 0 and not packed
+    if may_fuse and all(dispatch.plan(half, *on).runs == "triton" for half in ("attention_block", "mlp")):
         return "fused"
     return "composed" if dispatch.plan("layer_norm", *on).runs == "triton" else "reference"
 

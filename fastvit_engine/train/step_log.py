@@ -1,6 +1,7 @@
 """What is measured of training steps, and the rows of `metrics.jsonl` that it becomes."""
 
 from collections.abc import Generator, Iterable
+from typing import Any
 
 from fastvit_engine.checkpoint import TrainerState
 from fastvit_engine.data import Batch
@@ -11,6 +12,7 @@ from fastvit_engine.train.health.diagnosis import Trace
 from fastvit_engine.train.health.guard import StepReport
 from fastvit_engine.train.job import Job
 from fastvit_engine.train.observers import Observers
+from fastvit_engine.train.packed_cost import PackedCost
 from fastvit_engine.train.step import hash_keys
 from fastvit_engine.train.throughput import Stopwatch, peak_memory_bytes
 
@@ -30,6 +32,7 @@ class StepLog:
         self.flops = _flops_before(job, state)  # computed in training so far
         self.bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share, seen=seen, bad=state.bad_samples)
         self._data_wait = DataWait(config.data.workers)
+        self._packed = PackedCost(config) if config.packing.on else None
         job.times.clear()
         self._first_step = self._last_logged = state.step
         self._flops_logged = self.flops
@@ -40,9 +43,12 @@ class StepLog:
 
     def step_done(self, step: int, trace: Trace) -> None:
         """`step` optimizer steps are done, the last of them on these batches."""
-        self.flops += self.job.compute.of_steps(self.job.schedule.phases, step - 1, step).computed
         for batch in trace.batches:
             self._data_wait.add(batch.seconds)
+        if self._packed:
+            self._packed.add(trace.batches)  # which `write` adds up over all processes
+        else:
+            self.flops += self.job.compute.of_steps(self.job.schedule.phases, step - 1, step).computed
         if self.recorder:
             self.recorder.advance(step)
             following = self.job.schedule.phases.at(step)
@@ -61,14 +67,18 @@ class StepLog:
         parts = job.times.take()
         job.processes.stragglers.log_step(waited, parts["forward"], seconds, step, self.recorder)
         own = [part / seconds for part in (waited, *parts.values())]
-        sums = world.sum([*own, *self._data_wait.take()])
+        packed = [self._packed.take(), self._packed.tokens(trace.batches)] if self._packed else []
+        sums = world.sum([*own, *self._data_wait.take(), *packed])  # tokens in float64 are exact
         wait_share, forward, backward, update = (sums[: len(own)] / world.size).tolist()
-        stage_seconds = sums[len(own) :].tolist()
+        stage_seconds = sums[len(own) : len(sums) - len(packed)].tolist()
+        flops, tokens = sums[-2:].tolist() if packed else (0.0, None)
+        self.flops += flops
         samples_hash = world.sum_int64(sum(hash_keys(batch.keys) for batch in trace.batches) % 2**64)
         memory_bytes = int(world.max([peak_memory_bytes(world.device)]).item())
         bad_count = self.bad_samples.settle(world, self.recorder)
         if self.recorder:
             rate = (step - self._last_logged) * batch_size / seconds
+            more: Any = {} if tokens is None else {"tokens": round(tokens)}
             self.recorder.training(
                 {
                     "step": step,
@@ -88,6 +98,7 @@ class StepLog:
                     "seconds": self.stopwatch.total,
                     "flops": self.flops,
                     "bad_samples": bad_count,
+                    **more,
                 }
             )
             if self._last_logged > self._first_step:  # the first step also waits for the workers to start

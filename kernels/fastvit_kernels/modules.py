@@ -311,14 +311,21 @@ class FusedBlock(GatheredWhole):
         relative = self.attn.rel_pos_embed is not None  # the attention half is a composition then
         return shown(self.mlp.fc1.weight, *(("attention",) if relative else ("block", "attention_block")), "mlp")
 
-    def forward(self, x: Tensor, outputs: int | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        outputs: int | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
         """With `outputs`, the first tokens of the result alone: [B, outputs, D].
 
-        Keys and values are still those of all tokens; what else there is to compute, and to keep, is not.
+        Keys and values are still those of all tokens; what else there is to compute, and to keep, is not. cu_seqlens,
+        max_seqlen: x is [1, T, D], the tokens of sequences of different lengths, see `attention_block`.
         """
         dropout = self.dropout if self.training else 0.0
         drop_path = self.drop_path if self.training else 0.0
-        if drop_path > 0 and self.drop_path_mode == "subset":
+        if drop_path > 0 and self.drop_path_mode == "subset" and cu_seqlens is None:
             return self.forward_of_subsets(x, outputs, dropout, drop_path)
         attn, mlp = self.attn, self.mlp
         norm1, qkv, proj, norm2, fc1, fc2 = self.norm1, attn.qkv, attn.proj, self.norm2, mlp.fc1, mlp.fc2
@@ -346,6 +353,8 @@ class FusedBlock(GatheredWhole):
             recompute=self.recompute,
             outputs=outputs,
             rel_pos_embed=attn.rel_pos_embed,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
         )
 
     def forward_of_subsets(self, x: Tensor, outputs: int | None, dropout: float, drop_path: float) -> Tensor:

@@ -30,6 +30,7 @@ def as_text(gpu: str, found: Mapping[str, Any]) -> str:
         "",
         describe_split(chosen),
         *_describe_subset(config),
+        *_describe_packing(config),
         *describe_time(found["time"], found["speed"], chosen),
         *_needs(found, chosen),
     ]
@@ -104,6 +105,15 @@ def _describe_subset(config: Config) -> list[str]:
         return []
     samples = f"{data.subset} of the samples" if data.epoch_samples is None else f"{data.epoch_samples:,} samples"
     return [f"data          an epoch is {samples}, data.subset = {data.subset}"]
+
+
+def _describe_packing(config: Config) -> list[str]:
+    """How many patches an image is taken to have: nobody has looked at the proportions of the images."""
+    most, least = config.packing.max_patches, config.packing.min_patches
+    if most is None:
+        return []
+    drawn = f"{most}" if least is None else f"{(least + most) / 2:g} (drawn from {least} to {most})"
+    return [f"packing       {drawn} patches per image, an upper bound: rows and columns of patches are rounded down"]
 
 
 def _needs(found: Mapping[str, Any], chosen: Chosen) -> list[str]:

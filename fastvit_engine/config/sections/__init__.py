@@ -15,6 +15,7 @@ from fastvit_engine.config.sections.optimization import (
     OptimizerName,
     ScheduleConfig,
 )
+from fastvit_engine.config.sections.packing import PackingConfig
 from fastvit_engine.config.sections.pretraining import DinoConfig, MaeConfig, MaskedPatchConfig, MocoConfig, Pretraining
 from fastvit_engine.config.sections.run import Config
 from fastvit_engine.config.sections.runtime import (
@@ -51,6 +52,7 @@ __all__ = [
     "ObserveConfig",
     "OptimizerConfig",
     "OptimizerName",
+    "PackingConfig",
     "Pretraining",
     "ProfileConfig",
     "ScheduleConfig",

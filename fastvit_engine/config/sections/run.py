@@ -10,6 +10,7 @@ from fastvit_engine.config.sections.data import DataConfig
 from fastvit_engine.config.sections.evaluation import EvaluateConfig
 from fastvit_engine.config.sections.model import InitConfig, ModelConfig
 from fastvit_engine.config.sections.optimization import EmaConfig, LossConfig, OptimizerConfig, ScheduleConfig
+from fastvit_engine.config.sections.packing import PackingConfig
 from fastvit_engine.config.sections.pretraining import DinoConfig, MaeConfig, MaskedPatchConfig, MocoConfig, Pretraining
 from fastvit_engine.config.sections.runtime import (
     CheckpointConfig,
@@ -44,6 +45,7 @@ class Config(Section):
     mae: MaeConfig = MaeConfig()
     masked_patch: MaskedPatchConfig = MaskedPatchConfig()
     moco: MocoConfig = MocoConfig()
+    packing: PackingConfig = PackingConfig()
     ema: EmaConfig = EmaConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

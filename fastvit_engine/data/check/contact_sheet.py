@@ -29,6 +29,7 @@ from fastvit_engine.data.shards.names import ShardSet, Split, shard_set
 from fastvit_engine.data.shards.remote_path import AnyPath, new_file
 from fastvit_engine.data.shards.usable import PLAUSIBLE_CLASSES, SampleKeys, judge
 from fastvit_engine.errors import UserError
+from fastvit_engine.packed_image import read_packed
 from fastvit_engine.shown import public_url
 
 _SCALE = 2  # pixels per unit, for sharp text on today's screens; all lengths below are in units
@@ -98,7 +99,6 @@ def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.I
         raise UserError("data.train is not set: add --set data.train=SHARDS")
     source = config.data.sources[0].shards  # of a mixture, the first
     shards = shard_set(source, "train")
-    size = config.model.image_size
     grid: list[list[Tile | None]] = []
     for row, found in enumerate(islice(_some_samples(shards, config, each=1), rows)):
         pixels = found.pixels()
@@ -109,7 +109,9 @@ def augmented_sheet(config: Config, *, rows: int = 6, draws: int = 8) -> Image.I
         grid.append([Tile(pixels, _caption(shards, found)), *map(Tile, augmented)])
     if not grid:
         raise UserError(f"the shards of {source} hold no usable images: see what `fastvit data verify` says of them")
-    made = f"{draws} draws at {size} px" if len(training_views(config)) == 1 else "the views of one draw"
+    size = config.model.image_size
+    limit = "" if config.packing.max_patches is None else f", up to {config.packing.max_patches} patches"
+    made = f"{draws} draws at {size} px{limit}" if len(training_views(config)) == 1 else "the views of one draw"
     return draw_sheet(grid, title=config.name, note=f"original, and {made}", set_apart=True)
 
 
@@ -122,8 +124,15 @@ def _views(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> list[np.nda
     return [view[0].numpy() for view in distort_views(unpack_views(torch.from_numpy(out), views), views, seeds)]
 
 
-def _augmented(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> np.ndarray:
-    """uint8 [B, S, S, 3]: what training makes of one image with each of the seeds, except for mixing it with others."""
+def _augmented(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> Sequence[np.ndarray]:
+    """uint8 [S, S, 3] each: what training makes of one image with each seed, except for mixing it with others."""
+    if config.packing.on:
+        return _packed(pixels, config, seeds)
+    return list(_squares(pixels, config, seeds))
+
+
+def _squares(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> np.ndarray:
+    """The same for squares, uint8 [B, S, S, 3]."""
     size, augment = config.model.image_size, config.augment
     images = np.empty((len(seeds), size, size, 3), np.uint8)
     for image, draws in zip(images, draw_crops(seeds, config.augment.crop), strict=True):
@@ -138,6 +147,27 @@ def _augmented(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> np.ndar
         magnitude=augment.randaugment_magnitude,
         policy=augment.randaugment_policy,
     ).numpy()
+
+
+def _packed(pixels: np.ndarray, config: Config, seeds: np.ndarray) -> list[np.ndarray]:
+    """As `_augmented`, at proportions of their own."""
+    views, augment = training_views(config), config.augment
+    found = []
+    for seed, draws in zip(seeds, draw_views(seeds, views), strict=True):
+        out = np.empty(images_shape(views), np.uint8)
+        chosen = choose_views(pixels.shape[0], pixels.shape[1], views, draws)
+        render_views(Decoded(pixels), chosen, [], out, PixelBuffer())
+        image = read_packed(out)
+        if augment.randaugment_ops:
+            image = randaugment(
+                torch.from_numpy(image)[None],
+                seed[None],
+                num_ops=augment.randaugment_ops,
+                magnitude=augment.randaugment_magnitude,
+                policy=augment.randaugment_policy,
+            ).numpy()[0]
+        found.append(image)
+    return found
 
 
 def draw_sheet(

@@ -23,6 +23,19 @@ _STREAM = 2000  # of `uniforms`
 cv2.setNumThreads(1)
 
 
+class Grid(NamedTuple):
+    """Whole patches that an image is resized to."""
+
+    rows: int
+    columns: int
+    patch_size: int  # pixels
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.rows * self.patch_size, self.columns * self.patch_size
+
+
 class View(NamedTuple):
     """What of an image the model sees: a box of it is resized, the centre of that cut out, and perhaps mirrored."""
 
@@ -35,6 +48,7 @@ class View(NamedTuple):
     decoding: Decoding = "accurate"
     resampling: Literal["bilinear", "pillow_bicubic", "tensorflow_area"] = "bilinear"  # which is not antialiased
     corner: tuple[int, int] | None = None  # (top, left) of what is cut out of the resized box; None: its centre
+    grid: Grid | None = None  # the size of what is cut out, at the image's own proportions; None: a square
 
     @property
     def box(self) -> Box:
@@ -143,21 +157,21 @@ def tensorflow_crop(
 
 
 def render(decoded: Decoded, view: View, out: np.ndarray, scratch: PixelBuffer) -> None:
-    """Writes the view of an image, of which at least its box was decoded, to `out`, uint8 [S, S, 3]."""
+    """Writes the view of an image, of which at least its box was decoded, to `out`, uint8 [S, T, 3]."""
     box = decoded.cut(view.box)
     height, width = view.resized
-    size = len(out)
-    top, left = view.corner or ((height - size) // 2, (width - size) // 2)
+    rows, columns = out.shape[:2]
+    top, left = view.corner or ((height - rows) // 2, (width - columns) // 2)
     if view.resampling != "bilinear":
         resize = pillow_bicubic if view.resampling == "pillow_bicubic" else tensorflow_area
         resize(box, view.resized, top, left, out)
         return
-    if (height, width) == (size, size) and not view.mirrored:
+    if (height, width) == (rows, columns) and not view.mirrored:
         cv2.resize(box, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
         return
     whole = scratch.reserve(height, width)
     cv2.resize(box, (width, height), dst=whole, interpolation=cv2.INTER_LINEAR)
-    cut = whole[top : top + size, left : left + size]
+    cut = whole[top : top + rows, left : left + columns]
     if view.mirrored:
         cv2.flip(cut, 1, dst=out)
     else:

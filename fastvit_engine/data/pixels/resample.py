@@ -7,32 +7,32 @@ from fastvit_engine.data.pixels.decode import MAX_PIXELS
 
 
 def pillow_bicubic(pixels: np.ndarray, resized: tuple[int, int], top: int, left: int, out: np.ndarray) -> None:
-    """Writes to `out` the square at (top, left) of an image resized by Pillow's antialiased bicubic filter.
+    """Writes to `out` the rectangle at (top, left) of an image resized by Pillow's antialiased bicubic filter.
 
-    pixels: uint8 [H, W, 3]. resized: height and width of the whole image afterwards. out: uint8 [S, S, 3]. Raises
+    pixels: uint8 [H, W, 3]. resized: height and width of the whole image afterwards. out: uint8 [S, T, 3]. Raises
     ValueError if the resized image would have more pixels than an image may have: that of an extremely long one.
     """
     height, width = resized
     if height * width > MAX_PIXELS:
         raise ValueError(f"would be {width} x {height} pixels when resized for evaluation, more than {MAX_PIXELS:,}")
     whole = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
-    out[:] = np.asarray(whole.crop((left, top, left + len(out), top + len(out))))
+    out[:] = np.asarray(whole.crop((left, top, left + out.shape[1], top + out.shape[0])))
 
 
 def tensorflow_area(pixels: np.ndarray, resized: tuple[int, int], top: int, left: int, out: np.ndarray) -> None:
     """As `pillow_bicubic`, by TensorFlow's area method: the mean of the rectangle that becomes a pixel, rounded down.
 
     Repeats the float32 operations of TensorFlow's kernel in their order: rounding down shows the last bit of a sum,
-    also in an area of one colour. Computes the square alone, so that the resized image may be of any size.
+    also in an area of one colour. Computes the rectangle alone, so that the resized image may be of any size.
     """
     rows, row_weights, row_scale = _area_taps(pixels.shape[0], resized[0], top, len(out))
-    columns, column_weights, column_scale = _area_taps(pixels.shape[1], resized[1], left, len(out))
+    columns, column_weights, column_scale = _area_taps(pixels.shape[1], resized[1], left, out.shape[1])
     first = rows.min()
     needed = pixels[first : rows.max() + 1]
-    across = needed[:, columns[0]] * column_weights[0][:, None]  # float32 [rows, S, 3]
+    across = needed[:, columns[0]] * column_weights[0][:, None]  # float32 [rows, T, 3]
     for index, weight in zip(columns[1:], column_weights[1:], strict=True):
         across += needed[:, index] * weight[:, None]
-    total = across[rows[0] - first] * row_weights[0][:, None, None]  # float32 [S, S, 3]
+    total = across[rows[0] - first] * row_weights[0][:, None, None]  # float32 [S, T, 3]
     for index, weight in zip(rows[1:], row_weights[1:], strict=True):
         total += across[index - first] * weight[:, None, None]
     total *= np.float32(1 / np.float64(row_scale * column_scale))

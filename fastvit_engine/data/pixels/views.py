@@ -1,17 +1,20 @@
-"""Several views of each training image, for objectives that compare them (multi-crop, Caron et al. 2020)."""
+"""The views of a training image: several for objectives that compare them (multi-crop, Caron et al. 2020)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from fastvit_engine.config import AugmentConfig, Config, DinoConfig, MocoConfig
-from fastvit_engine.data.pixels.crops import View, draw_crops, render, train_view
+from fastvit_engine.data.pixels.crops import View, draw_crops, eval_view, render, train_view
 from fastvit_engine.data.pixels.decode import Decoded, Jpeg, OtherImage, PixelBuffer
 from fastvit_engine.data.pixels.distort import distort
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.pixels.jpeg_part import Box
+from fastvit_engine.data.pixels.native import Patches, native_eval_view
+from fastvit_engine.packed_image import write_packed
 
 Draws = list[list[float]]  # of one sample, for each view
 
@@ -24,6 +27,7 @@ class TrainingView(NamedTuple):
     distorted: bool = False  # the others are as they were cropped
     blur: float = 0.0  # odds of it, see `distort`
     invert: float = 0.0
+    patches: Patches | None = None  # how many it has at its own proportions; None: it is a square
 
     @property
     def numbers(self) -> int:
@@ -43,7 +47,7 @@ def training_views(config: Config, image_size: int | None = None) -> tuple[Train
         augment = config.augment.model_copy(update={"crop_scale": pretraining.local_scale})
         small = TrainingView(pretraining.local_size, augment, distorted=True, blur=0.5 * blur)
         return (*_two_views(config, pretraining.global_scale, blur=blur), *[small] * pretraining.local_views)
-    return (TrainingView(image_size or config.model.image_size, config.augment),)
+    return (TrainingView(image_size or config.model.image_size, config.augment, patches=Patches.of(config)),)
 
 
 def _two_views(config: Config, scale: tuple[float, float], *, blur: bool) -> tuple[TrainingView, TrainingView]:
@@ -64,14 +68,29 @@ def view_seeds(seeds: np.ndarray, number: int, count: int) -> np.ndarray:
 def draw_views(seeds: np.ndarray, views: Sequence[TrainingView]) -> list[Draws]:
     """The random numbers that `choose_views` needs for each sample of a batch, from its seed (int64 [B])."""
     drawn = [draw_crops(view_seeds(seeds, number, len(views)), view.augment.crop) for number, view in enumerate(views)]
+    if (patches := views[0].patches) is not None:  # the only one; its count comes last
+        drawn = [[[*of_crop, count] for of_crop, count in zip(drawn[0], patches.draw(seeds), strict=True)]]
     return [list(of_sample) for of_sample in zip(*drawn, strict=True)]
 
 
 def choose_views(height: int, width: int, views: Sequence[TrainingView], draws: Draws) -> list[View]:
     """A crop of an image for each of the views."""
-    return [
+    chosen = [
         train_view(height, width, view.size, view.augment, of_view) for view, of_view in zip(views, draws, strict=True)
     ]
+    if (patches := views[0].patches) is not None:
+        return [patches.fit(chosen[0], patches.count(draws[0][-1]))]
+    return chosen
+
+
+def eval_views(config: Config) -> Callable[[int, int], list[View]]:
+    """What evaluation sees of an image, given its height and width."""
+    crop, transform, patches = config.data.eval_crop, config.data.eval_transform, Patches.of(config)
+    if patches is None:
+        choose = partial(eval_view, image_size=config.model.image_size, eval_crop=crop, transform=transform)
+    else:
+        choose = partial(native_eval_view, patches=patches, eval_crop=crop, transform=transform)
+    return lambda height, width: [choose(height, width)]
 
 
 def decode_views(image: Jpeg | OtherImage, chosen: Sequence[View], buffer: PixelBuffer) -> Decoded:
@@ -87,7 +106,15 @@ def decode_views(image: Jpeg | OtherImage, chosen: Sequence[View], buffer: Pixel
 def render_views(
     decoded: Decoded, chosen: Sequence[View], sizes: Sequence[int], out: np.ndarray, scratch: PixelBuffer
 ) -> None:
-    """Writes crops with sides of `sizes` to `out`, uint8 of `images_shape`; see `render`."""
+    """Writes crops with sides of `sizes` to `out`, uint8 of `images_shape`; see `render`.
+
+    One at its own proportions is written as `packed_image` has it.
+    """
+    if (grid := chosen[0].grid) is not None:
+        image = np.empty((*grid.pixels, 3), np.uint8)
+        render(decoded, chosen[0], image, scratch)
+        write_packed(image, grid.patch_size, out)
+        return
     free = out.reshape(-1)  # the same memory
     for view, size in zip(chosen, sizes, strict=True):
         render(decoded, view, free[: 3 * size**2].reshape(size, size, 3), scratch)
@@ -95,10 +122,18 @@ def render_views(
 
 
 def images_shape(views: Sequence[TrainingView]) -> tuple[int, ...]:
-    """The shape of a sample in a batch: [S, S, 3], or all pixels of several views, one after the other."""
+    """The shape of a sample in a batch: [S, S, 3], all pixels of several views in a row, or a `packed_image`."""
+    if (patches := views[0].patches) is not None:
+        return (patches.bytes,)
     if len(views) == 1:
         return (views[0].size, views[0].size, 3)
     return (sum(view.numbers for view in views),)
+
+
+def eval_shape(config: Config) -> tuple[int, ...]:
+    """The same of evaluation."""
+    patches, size = Patches.of(config), config.model.image_size
+    return (size, size, 3) if patches is None else (patches.bytes,)
 
 
 def unpack_views(images: Tensor, views: Sequence[TrainingView]) -> list[Tensor]:

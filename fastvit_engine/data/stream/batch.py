@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvit_engine.config import Config
 from fastvit_engine.data.pixels.crops import View
 from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
-from fastvit_engine.data.pixels.views import decode_views, images_shape, render_views, training_views
+from fastvit_engine.data.pixels.views import decode_views, eval_shape, images_shape, render_views, training_views
 from fastvit_engine.data.shards.sample import Sample
 from fastvit_engine.data.shards.usable import (
     SampleKeys,
@@ -49,7 +49,8 @@ class StageSeconds(NamedTuple):
 class Batch(NamedTuple):
     """Images with their labels, on the host."""
 
-    # uint8 [B, H, W, 3], RGB; or, in training that compares views of an image, [B, N]: see `unpack_views`
+    # uint8 [B, H, W, 3], RGB; or, in training that compares views of an image, [B, N]: see `unpack_views`; or, at the
+    # images' own proportions, [B, K]: see `packed_image`
     images: Tensor
     # int64 [B]; with data.max_labels = L above 1, [B, L], filled up with -1; with data.soft_labels, in training,
     # float32 [B, C]: the probability of each class
@@ -102,6 +103,12 @@ def empty_training_batch(size: int, config: Config, image_size: int | None = Non
     padding = empty_batch(size, 0, LabelForm.of(config, training=True))
     shape = images_shape(training_views(config, image_size))
     return padding._replace(images=torch.zeros(size, *shape, dtype=torch.uint8))
+
+
+def empty_eval_batch(size: int, config: Config) -> Batch:
+    """As `empty_batch`, in the form of the batches that evaluation takes."""
+    padding = empty_batch(size, 0, LabelForm.of(config, training=False))
+    return padding._replace(images=torch.zeros(size, *eval_shape(config), dtype=torch.uint8))
 
 
 class Workspace:

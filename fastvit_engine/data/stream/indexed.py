@@ -14,9 +14,15 @@ from typing import Any
 import numpy as np
 
 from fastvit_engine.config import Config, DataConfig
-from fastvit_engine.data.pixels.crops import eval_view
 from fastvit_engine.data.pixels.draws import sample_seeds
-from fastvit_engine.data.pixels.views import choose_views, draw_views, images_shape, training_views
+from fastvit_engine.data.pixels.views import (
+    choose_views,
+    draw_views,
+    eval_shape,
+    eval_views,
+    images_shape,
+    training_views,
+)
 from fastvit_engine.data.shards.index import Index, open_index
 from fastvit_engine.data.shards.names import is_local
 from fastvit_engine.data.shards.sample import Sample, parse_sample
@@ -265,12 +271,7 @@ class _EvalSamples(_Samples):
 
     def build(self, positions: Integers, empty: Batch) -> Batch:
         builder = BatchBuilder(empty, self.config, self.workspace)
-        view = partial(
-            eval_view,
-            image_size=self.config.model.image_size,
-            eval_crop=self.config.data.eval_crop,
-            transform=self.config.data.eval_transform,
-        )
+        choose = eval_views(self.config)
         real = positions[positions != _PADDING]  # which is at the end
         empty.seeds[: len(real)] = real
         shard = np.searchsorted(self.ends, real, side="right")
@@ -280,7 +281,7 @@ class _EvalSamples(_Samples):
             if isinstance(sample, BadSample):
                 builder.add_bad(number, sample)
             else:
-                builder.add(number, sample, lambda height, width: [view(height, width)])
+                builder.add(number, sample, choose)
         return builder.build()
 
 
@@ -291,13 +292,13 @@ def _parts(positions: Integers, config: Config) -> list[Integers]:
 
 
 def _load(samples: _Samples, requests: Iterator[Request], batch_size: int, config: Config) -> Iterator[Batch]:
-    num_workers, size = config.data.workers, config.model.image_size
+    num_workers = config.data.workers
     return load(
         samples.build,
         requests,
         num_workers=num_workers,
         prefetch=2,
-        largest=images_shape(training_views(config)) if samples.training else (size, size, 3),
+        largest=images_shape(training_views(config)) if samples.training else eval_shape(config),
         most=-(-batch_size // max(num_workers, 1)),
         labels=LabelForm.of(config, training=samples.training),
     )

@@ -173,6 +173,11 @@ def _prepare_iterable(config: Config, given: IterableData, folders: _Folders) ->
             f"train.objective = {config.train.objective} crops several views of each image, and an iterable gives "
             "images that are cropped: train on shards"
         )
+    if config.packing.max_patches is not None:
+        raise UserError(
+            f"packing.max_patches is {config.packing.max_patches}, and training data is given as an iterable, whose "
+            "images have been cropped to squares: set it to null, or train on shards"
+        )
     if config.data.subset is not None:
         raise UserError(
             f"data.subset is {config.data.subset}, and training data is given as an iterable, whose samples nobody has "

@@ -14,17 +14,15 @@ from typing import Any, NamedTuple
 from torch.utils.data import IterableDataset, get_worker_info
 
 from fastvit_engine.config import Config, DataConfig
-from fastvit_engine.data.pixels.crops import eval_view
 from fastvit_engine.data.pixels.draws import sample_seeds
-from fastvit_engine.data.pixels.views import choose_views, draw_views, training_views
+from fastvit_engine.data.pixels.views import choose_views, draw_views, eval_views, training_views
 from fastvit_engine.data.shards.archive import read_shard
 from fastvit_engine.data.shards.sample import Sample
 from fastvit_engine.data.stream.batch import (
     Batch,
     BatchBuilder,
-    LabelForm,
     Workspace,
-    empty_batch,
+    empty_eval_batch,
     empty_training_batch,
     micro_batches,
     rebatch,
@@ -248,18 +246,13 @@ class _EvalChunks(IterableDataset):
 
     def _chunks(self) -> Iterator[Batch]:
         index, processes = _process_of(self.rank, self.world_size)
-        view = partial(
-            eval_view,
-            image_size=self.config.model.image_size,
-            eval_crop=self.config.data.eval_crop,
-            transform=self.config.data.eval_transform,
-        )
+        choose = eval_views(self.config)
         total, filled, given = 0, 0, 0
         builder = self._builder()
         for total, sample in enumerate((s for shard in self.shards for s in read_shard(shard)), start=1):
             if (total - 1) % processes != index:
                 continue
-            builder.add(filled, sample, lambda height, width: [view(height, width)])
+            builder.add(filled, sample, choose)
             builder.seeds[filled] = total - 1
             filled += 1
             if filled == self.chunk:
@@ -274,11 +267,7 @@ class _EvalChunks(IterableDataset):
             builder, given = self._builder(), given + 1
 
     def _builder(self) -> BatchBuilder:
-        return BatchBuilder(
-            empty_batch(self.chunk, self.config.model.image_size, LabelForm.of(self.config, training=False)),
-            self.config,
-            self.workspace,
-        )
+        return BatchBuilder(empty_eval_batch(self.chunk, self.config), self.config, self.workspace)
 
 
 def _process_of(rank: int, world_size: int) -> tuple[int, int]:

@@ -21,12 +21,14 @@ def attention(
     """q [B, N, H, d], k and v [B, M, H, d], or without B if sequences have different lengths -> [(B,) N, H*d]."""
     if cu_seqlens_q is None or cu_seqlens_k is None:
         return attend(q, k, v, masked(bias, q, k, causal), dropout, scale).flatten(-2)
-    outs = []
-    for own_q, own_k in sequences(cu_seqlens_q, cu_seqlens_k):
-        one = q[None, own_q], k[None, own_k], v[None, own_k]
-        outs.append(attend(*one, masked(None, *one[:2], causal), dropout, scale)[0])
-    outs.append(0 * q[sum(map(len, outs)) :])  # these tokens are of no sequence
-    return torch.cat(outs).flatten(-2)
+    outs, places = [], []
+    for rows_q, rows_k in alike(cu_seqlens_q, cu_seqlens_k):  # [n, N] and [n, M]
+        own_q, own_k, own_v = taken(q, rows_q), taken(k, rows_k), taken(v, rows_k)
+        outs.append(attend(own_q, own_k, own_v, masked(None, own_q, own_k, causal), dropout, scale).flatten(0, 1))
+        places.append(rows_q.flatten())
+    rest = torch.arange(sum(map(len, outs)), len(q), device=q.device)  # these tokens are of no sequence
+    outs.append(0 * q[len(q) - len(rest) :])
+    return torch.cat(outs).index_select(0, torch.cat([*places, rest]).argsort()).flatten(-2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float, scale: float) -> Tensor:
@@ -65,6 +67,25 @@ def log_sum_exp(
     for own_q, own_k in sequences(cu_seqlens_q, cu_seqlens_k):
         lse[:, own_q] = log_sum_exp(q[None, own_q], k[None, own_k], None, None, None, scale, causal)[0]
     return lse
+
+
+def taken(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows [n, N] of x [T, H, d]: [n, N, H, d]."""
+    return x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+def alike(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of n sequences of the same lengths, int64 [n, N] of queries and [n, M] of keys, for all that differ."""
+    lengths: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for own_q, own_k in sequences(cu_seqlens_q, cu_seqlens_k):
+        own = own_q.stop - own_q.start, own_k.stop - own_k.start
+        lengths.setdefault(own, []).append((own_q.start, own_k.start))
+    for (queries, keys), starts in lengths.items():
+        first_q, first_k = torch.tensor(starts, device=cu_seqlens_q.device).T[:, :, None]  # [n, 1] each
+        yield (
+            first_q + torch.arange(queries, device=first_q.device),
+            first_k + torch.arange(keys, device=first_k.device),
+        )
 
 
 def sequences(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Iterator[tuple[slice, slice]]:

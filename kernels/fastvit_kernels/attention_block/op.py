@@ -10,6 +10,7 @@ from fastvit_kernels.attention.launch import Call as AttentionCall
 from fastvit_kernels.attention.launch import launch_backward as attention_backward
 from fastvit_kernels.attention.launch import launch_backward_and_sums as attention_backward_and_sums
 from fastvit_kernels.attention.launch import launch_forward as attention_forward
+from fastvit_kernels.attention.op import check_lengths
 from fastvit_kernels.attention.tiling import MAX_HEAD_DIM
 from fastvit_kernels.attention_block import reference
 from fastvit_kernels.checks import check_parameter, check_rate, check_tokens, checked_outputs
@@ -43,6 +44,8 @@ def attention_block(
     recompute: Recompute = "none",
     outputs: int | None = None,
     rel_pos_embed: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """The attention half of a pre-norm block: x + drop_path(layer_scale * dropout(proj(attention(qkv(norm(x)))))).
 
@@ -56,12 +59,15 @@ def attention_block(
         drop_path: rate at which a sample's whole branch is dropped; kept branches are scaled by 1 / (1 - drop_path).
         causal: a token sees itself and those before it only, as in text towers.
         recompute: what the kernels' backward pass computes again instead of keeping it: nothing, or the normalisation.
-            Gradients are the same. No effect on the reference, or with dropout, outputs or rel_pos_embed, where
-            autograd keeps all.
+            Gradients are the same. No effect on the reference, or with dropout, outputs, rel_pos_embed or
+            cu_seqlens, where autograd keeps all.
         outputs: how many tokens of the result are wanted, the first ones; None: all N. Queries, projection and sum are
             computed for these alone, keys and values for all tokens that these see.
         rel_pos_embed: [2*N-1, D/heads], the dtype of the layers: relative positions, see `relative_bias`; not with
             causal.
+        cu_seqlens, max_seqlen: the tokens of x, then [1, T, D], are those of S sequences, one after the other, each of
+            which attends to itself alone: see `attention`. `outputs` is then of each sequence, none of which may have
+            fewer tokens: [1, S * outputs, D]. Not with causal, drop_path or rel_pos_embed.
 
     Rates are active whenever above 0. Returns [B, N, D], or [B, outputs, D], in the dtype of x, also under autocast,
     which acts as on `torch.nn.functional.linear`: products and attention run in its dtype, the normalisation and the
@@ -86,13 +92,15 @@ def attention_block(
     check_rate("drop_path", drop_path)
     outputs = checked_outputs(outputs, x)
     check_rel_pos_embed(rel_pos_embed, x, heads, causal, cast)
+    check_sequences(cu_seqlens, max_seqlen, x, causal=causal, drop_path=drop_path, rel_pos_embed=rel_pos_embed)
     if causal and outputs is not None:  # they see no other
         x, outputs = x[:, :outputs], None
     norm, qkv, proj = (norm_weight, norm_bias), (qkv_weight, qkv_bias), (proj_weight, proj_bias)
-    composed = dropout > 0 or outputs is not None or rel_pos_embed is not None
+    composed = dropout > 0 or outputs is not None or rel_pos_embed is not None or cu_seqlens is not None
     if composed or width // heads > MAX_HEAD_DIM or not uses_triton("attention_block", x):
+        lengths = cu_seqlens, max_seqlen
         return reference.attention_block(
-            x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path, causal, outputs, rel_pos_embed
+            x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path, causal, outputs, rel_pos_embed, *lengths
         )
     if cast is not None:
         x = x.to(torch.promote_types(x.dtype, cast))
@@ -113,6 +121,26 @@ def check_rel_pos_embed(
     check_parameter("rel_pos_embed", rel_pos_embed, [2 * x.shape[1] - 1, x.shape[2] // heads], like=x, cast_to=cast)
     if causal:
         raise ValueError("rel_pos_embed cannot be combined with causal")
+
+
+def check_sequences(
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    x: Tensor,
+    *,
+    causal: bool,
+    drop_path: float,
+    rel_pos_embed: Tensor | None,
+) -> None:
+    """Raises ValueError or TypeError unless x [1, T, D] can be the tokens of such sequences; None: it is not."""
+    check_lengths("cu_seqlens", cu_seqlens, "max_seqlen", max_seqlen, like=x)
+    if cu_seqlens is None:
+        return
+    if x.shape[0] != 1:
+        raise ValueError(f"x must have shape [1, T, D] with cu_seqlens, got {list(x.shape)}")
+    others = {"causal": causal, "drop_path": drop_path > 0, "rel_pos_embed": rel_pos_embed is not None}
+    for name in (name for name, is_set in others.items() if is_set):
+        raise ValueError(f"{name} cannot be combined with cu_seqlens")
 
 
 # Matrices are [T, D] inside, with T = B * N tokens. Operators cannot return None, so what is not kept for the backward

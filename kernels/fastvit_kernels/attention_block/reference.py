@@ -1,5 +1,6 @@
 """The attention half of a pre-norm block: a composition of operations, each of which chooses its implementation."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,8 +25,14 @@ def attention_block(
     causal: bool,
     outputs: int | None,
     rel_pos_embed: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
 ) -> Tensor:
     normed = layer_norm(x, norm_weight, norm_bias, eps=eps)
+    if cu_seqlens is not None:
+        x, attended = attend_in_sequences(x, normed, qkv_weight, qkv_bias, heads, outputs, cu_seqlens, max_seqlen)
+        branch = F.linear(attended, proj_weight, proj_bias)  # [1, T or S * outputs, D]
+        return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
     if outputs is not None:
         # The first tokens are taken once, and normalised again: gradients of parts of x and of norm(x) would both be
         # filled up with zeros.
@@ -38,6 +45,39 @@ def attention_block(
     bias = None if rel_pos_embed is None else relative_bias(qkv.select(-3, 0), rel_pos_embed)
     branch = F.linear(attention(qkv, bias=bias, causal=causal), proj_weight, proj_bias)  # [B, N, D]
     return add_branch(x, branch, layer_scale=layer_scale, dropout=dropout, drop_path=drop_path)
+
+
+def attend_in_sequences(
+    x: Tensor,
+    normed: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor,
+    heads: int,
+    outputs: int | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int | None,
+) -> tuple[Tensor, Tensor]:
+    """The tokens of x [1, T, D] that the result is for, and what they see of their own sequence.
+
+    Both are [1, T, D], or [1, S * outputs, D] of the first tokens of each sequence.
+    """
+    if outputs is None:
+        qkv = F.linear(normed[0], qkv_weight, qkv_bias).unflatten(-1, (3, heads, -1))  # [T, 3, H, d]
+        return x, attention(qkv, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)[None]
+    width = x.shape[-1]
+    first = (cu_seqlens[:-1, None] + torch.arange(outputs, device=x.device)).flatten()  # [S * outputs]
+    (q_weight, kv_weight), (q_bias, kv_bias) = (part.split([width, 2 * width]) for part in (qkv_weight, qkv_bias))
+    queries = F.linear(normed[0].index_select(0, first), q_weight, q_bias).unflatten(-1, (heads, -1))
+    keys_values = F.linear(normed[0], kv_weight, kv_bias).unflatten(-1, (2, heads, -1))  # [T, 2, H, d]
+    attended = attention_qkv(
+        queries,
+        *keys_values.unbind(-3),
+        cu_seqlens_q=outputs * torch.arange(len(cu_seqlens), dtype=torch.int32, device=x.device),
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=outputs,
+        max_seqlen_k=max_seqlen,
+    )
+    return x.index_select(1, first), attended[None]
 
 
 def attend_from(

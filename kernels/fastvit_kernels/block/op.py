@@ -50,6 +50,8 @@ def transformer_block(
     recompute: Recompute = "gelu",
     outputs: int | None = None,
     rel_pos_embed: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """A pre-norm block: `attention_block`, then `layer_norm_mlp` (Dosovitskiy et al. 2021), as one operator.
 
@@ -72,9 +74,10 @@ def transformer_block(
         outputs: how many tokens of the result are wanted, the first ones; None: all N. Only keys, values and the
             normalisation before them are then computed for all tokens.
         rel_pos_embed: [2*N-1, D/heads]: relative positions, see `attention_block`.
+        cu_seqlens, max_seqlen: x is [1, T, D], the tokens of sequences of different lengths, see `attention_block`.
 
-    Rates are active whenever above 0; a dropout above 0, `outputs` or `rel_pos_embed` runs the two halves, one after
-    the other.
+    Rates are active whenever above 0; a dropout above 0, `outputs`, `rel_pos_embed` or `cu_seqlens` runs the two
+    halves, one after the other.
     Returns [B, N, D], or [B, outputs, D], in the dtype of x, also under autocast, which acts as on
     `torch.nn.functional.linear`: products and attention run in its dtype, normalisations and sums with x in that of x
     (float32 if one is float16 and the other bfloat16).
@@ -97,9 +100,12 @@ def transformer_block(
     check_rate("drop_path", drop_path)
     outputs = checked_outputs(outputs, x)
     attention_half.check_rel_pos_embed(rel_pos_embed, x, heads, causal, cast)
+    attention_half.check_sequences(
+        cu_seqlens, max_seqlen, x, causal=causal, drop_path=drop_path, rel_pos_embed=rel_pos_embed
+    )
     if causal and outputs is not None:  # they see no other
         x, outputs = x[:, :outputs], None
-    composed = dropout > 0 or outputs is not None or rel_pos_embed is not None
+    composed = dropout > 0 or outputs is not None or rel_pos_embed is not None or cu_seqlens is not None
     if composed or x.shape[-1] // heads > MAX_HEAD_DIM or not uses_triton("block", x):
         return reference.transformer_block(
             x,
@@ -113,6 +119,8 @@ def transformer_block(
             recompute=recompute,
             outputs=outputs,
             rel_pos_embed=rel_pos_embed,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
         )
     if cast is not None:
         x = x.to(torch.promote_types(x.dtype, cast))

@@ -21,6 +21,8 @@ def transformer_block(
     recompute: Recompute,
     outputs: int | None,
     rel_pos_embed: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
 ) -> Tensor:
     """Each half has seven parameters: of its normalisation and its two layers, weight then bias, and a LayerScale."""
     *first, layer_scale = parameters[:7]
@@ -36,6 +38,8 @@ def transformer_block(
         recompute="norm" if recompute == "all" else "none",
         outputs=outputs,
         rel_pos_embed=rel_pos_embed,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=max_seqlen,
     )
     *second, layer_scale = parameters[7:]
     return layer_norm_mlp(

@@ -16,6 +16,7 @@ from fastvit_engine.models import (
     computed_flops,
     computed_macs,
     forward_macs,
+    packed_flops,
     run_flops,
     training_flops,
 )
@@ -175,3 +176,15 @@ def test_a_counter_of_operations_finds_the_same_in_telling_images_apart(frozen: 
     student = both.get_total_flops() - teacher.get_total_flops() - scores
     of_patches = 6 * 4 * (16 * 48 * 12) if frozen else 0
     assert 3 * run_flops(config).computed == 3 * student + teacher.get_total_flops() + 2 * scores - of_patches
+
+
+@pytest.mark.parametrize("pool", ["cls", "gap"])
+def test_an_image_of_as_many_patches_as_a_square_costs_as_much(pool: str) -> None:
+    model = {"name": "S/16", "pool": pool, "image_size": 128, "registers": 1}
+    config = Config.model_validate({"model": model, "packing": {"max_patches": 64, "min_patches": 16}})
+    smaller = config.model.model_copy(update={"image_size": 64})
+    assert packed_flops(config, 64) == computed_flops(config.model)
+    assert packed_flops(config, 16) == computed_flops(smaller)
+    assert packed_flops(config, 16) < run_flops(config).computed < packed_flops(config, 64)
+    fixed = config.model_copy(update={"packing": config.packing.model_copy(update={"min_patches": None})})
+    assert run_flops(fixed) == (training_flops(config.model), computed_flops(config.model))

@@ -293,3 +293,14 @@ def test_decoding_processes_follow_the_cores_of_each_process(on_gpu, cores, work
 def test_where_cores_are_not_known_nothing_is_said_of_them():
     chosen = choose(Config(), Machine(2, 2, 80 * 2**30, on_gpu=True))
     assert chosen.config.data.num_workers is None and "num_workers" not in chosen.describe()
+
+
+def test_a_budget_of_tokens_says_the_micro_batch():
+    settings = ["model.dropout=0", "packing.max_patches=200", "packing.token_budget=6500"]  # 201 tokens each
+    chosen = choose(load_config("vit_h14_jft", settings).config, gpus(64))
+    assert chosen.config.train.micro_batch_size == 32 and chosen.config.packing.token_budget is None
+    assert reasons(chosen)["train.micro_batch_size"] == "as many as fit into packing.token_budget = 6,500"
+    other = choose(load_config("vit_h14_jft", [*settings[:2], "packing.token_budget=6000"]).config, gpus(64))
+    assert other.config.train.micro_batch_size == 16
+    expected = "the largest divisor of 64 that does not exceed your 29 images of packing.token_budget = 6,000"
+    assert reasons(other)["train.micro_batch_size"] == expected
