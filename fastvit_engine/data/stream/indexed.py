@@ -78,9 +78,9 @@ class IndexedShards(EvaluationData):
         share = -(-index.samples // world_size)
         positions = np.arange(rank * share, -(-share // batch_size) * batch_size + rank * share)
         positions[(positions >= (rank + 1) * share) | (positions >= index.samples)] = _PADDING
-        size = config.model.image_size
+        shape = eval_shape(config)
         requests = (
-            Request(part, (size, size, 3))
+            Request(part, shape)
             for start in range(0, len(positions), batch_size)
             for part in _parts(positions[start : start + batch_size], config)
         )
