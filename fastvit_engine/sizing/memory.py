@@ -2,14 +2,15 @@
 
 The state is what DeepSpeed 0.19 allocates, part by part; a test counts its tensors. P is the number of parameters, W
 the number of processes, c the bytes of a computed number (4; 2 for bf16 and fp16), a those of an accumulated gradient.
-With AdamW:
+With AdamW ("others": fp16, and offloaded states):
 
 | stage             | weights | gradients      | optimizer             |
 |-------------------|---------|----------------|-----------------------|
 | 0, fp32           | c P     | c P            | 8 P (Adam's moments)  |
 | 0, bf16 and fp16  | c P     | c P            | 12 P (fp32 weights)   |
 | 1, a = c          | c P     | c P            | 12 P / W              |
-| 1, a > c          | c P     | (a + c) P      | 12 P / W              |
+| 1, a > c, bf16    | c P     | (a + c) P      | 12 P / W              |
+| 1, a > c, others  | c P     | a P            | 12 P / W              |
 | 2                 | c P     | a P / W        | 12 P / W              |
 | 3                 | c P / W | a P / W        | 12 P / W              |
 
@@ -263,12 +264,13 @@ def state_memory(
     kept = sum(STATE_BYTES[optimizer.kind](optimizer, name, shape) for name, shape in counts.learning_shapes)
     states = masters + (kept if stage == 0 else -(-kept * share // whole))
     weights = compute * (total_share if stage == 3 else total)
-    if stage <= 1:
-        gradients = (compute + accumulate_bytes if stage == 1 and sums_apart else compute) * whole
+    own_class = _is_bf16_optimizer(precision, accumulate_bytes, stage, offload)
+    if stage == 1 and sums_apart:  # all but the bf16 optimizer drop a gradient when it is added to its sum
+        gradients = (accumulate_bytes + (compute if own_class else 0)) * whole
     else:
-        gradients = accumulate_bytes * share
+        gradients = compute * whole if stage <= 1 else accumulate_bytes * share
 
-    in_place = stage == 0 or _is_bf16_optimizer(precision, accumulate_bytes, stage, offload)
+    in_place = stage == 0 or own_class
     if stage == 3:
         buffers = compute * (buckets.reduce + buckets.gathered)
         buffers += compute * -(-total // buckets.secondary_shards) if buckets.secondary_shards > 1 else 0
