@@ -20,6 +20,7 @@ def check_config(config: Config) -> None:
         shape = resolve_shape(config.model)  # else the weights say the name
         _check_resnet(config, shape)
         _check_activation_checkpointing(config, shape)
+    _check_compilation(config)
     if config.pretraining is None:
         _check_classes(config)
     else:
@@ -61,6 +62,27 @@ def check_config(config: Config) -> None:
         raise UserError(f"checkpoint.keep_best = {best} needs an average of the weights: set ema.decay")
     check_zero(config.zero)
     check_deepspeed(config)
+
+
+def _check_compilation(config: Config) -> None:
+    """Raises UserError if the model would be compiled around what compiled code cannot call."""
+    if not config.train.compile:
+        return
+    if config.zero.stage == 3 or config.zero.offload == "all":
+        raise UserError(
+            "train.compile = true needs whole weights, and ZeRO-3 gathers them in the middle of the model: set "
+            "zero.stage to 0, 1 or 2, or train.compile=false"
+        )
+    if config.train.activation_checkpointing not in ("auto", 0):
+        raise UserError(
+            f"train.compile = true chooses by itself what is computed again, and train.activation_checkpointing is "
+            f"{config.train.activation_checkpointing}: set one of them only"
+        )
+    if config.pretraining is not None:
+        raise UserError(
+            f"train.compile = true compiles the forward pass of a classifier, and train.objective is "
+            f"{config.train.objective}: set train.compile=false"
+        )
 
 
 def _check_activation_checkpointing(config: Config, shape: Shape) -> None:

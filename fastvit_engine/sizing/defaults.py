@@ -159,7 +159,8 @@ def choose(config: Config, machine: Machine) -> Chosen:
             "train.offload_activations keeps the inputs of blocks in host memory, where those of a CPU are anyway: set "
             "train.offload_activations=false"
         )
-    checkpointing_is_open = config.train.activation_checkpointing == "auto" and _has_blocks(config)
+    is_free = _has_blocks(config) and not config.train.compile
+    checkpointing_is_open = config.train.activation_checkpointing == "auto" and is_free
     if checkpointing_is_open and not any(candidate.fits for candidate in options):
         config = _with_train(config, activation_checkpointing="all")
         options = _options(config, machine)
@@ -310,8 +311,9 @@ def _with_micro_batch(config: Config, size: int | None) -> Config:
 
 
 def possible_stages(config: Config) -> frozenset[int]:
-    """The ZeRO stages that can offload what the configuration says."""
-    return frozenset({"none": {0, 1, 2, 3}, "optimizer": {1, 2, 3}, "all": {3}}[config.zero.offload])
+    """The ZeRO stages that can offload what the configuration says, and compile the model if it is to be compiled."""
+    possible = {"none": {0, 1, 2, 3}, "optimizer": {1, 2, 3}, "all": {3}}[config.zero.offload]
+    return frozenset(possible - {3} if config.train.compile else possible)
 
 
 def candidates(config: Config, machine: Machine) -> list[Candidate]:

@@ -93,6 +93,8 @@ def build_job(
     model.recompute(recompute_mode(config))
     if isinstance(model, VisionTransformer):
         model.checkpoint_blocks(checkpointed_blocks(config), offload=config.train.offload_activations)
+    if config.train.compile:
+        model.compile()
     if isinstance(model, TimmModel):
         model.round_buffers(DTYPES[config.train.precision])
     split = split_batch(config, world.size)

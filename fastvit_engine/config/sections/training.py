@@ -103,6 +103,10 @@ class TrainConfig(Section):
     offload_activations: bool = False
     """Keep the inputs of these blocks in host memory until the backward pass. Needs a GPU."""
 
+    compile: bool = False
+    """Compile the model with torch.compile, all but fused operations. Takes minutes when a run starts. For models of
+    timm, hybrids and ResNets."""
+
     grad_clip: float | None = Field(1.0, gt=0, le=1e9)
     """Largest global norm of the gradient; null: no clipping."""
 

@@ -143,6 +143,20 @@ def test_blocks_that_are_not_there_cannot_be_checkpointed(overrides, message):
         load_config("quickstart", overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["zero.stage=3"], "set zero.stage to 0, 1 or 2, or train.compile=false"),
+        (["zero.stage=auto", "zero.offload=all"], "ZeRO-3 gathers them in the middle of the model"),
+        (["train.activation_checkpointing=2"], "and train.activation_checkpointing is 2: set one of them only"),
+        (["train.objective=mae", "model.num_classes=0"], "train.objective is mae: set train.compile=false"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", ["train.compile=true", *overrides])
+
+
 def test_offloading_leaves_the_stage_to_the_engine():
     assert load_config("quickstart", ["zero.stage=auto", "zero.offload=all"]).config.zero.offload == "all"
 
@@ -165,7 +179,7 @@ def test_offloading_leaves_the_stage_to_the_engine():
         ),
         (
             "compile.backend=inductor",
-            "deepspeed.compile has no effect: the engine does not compile",
+            "deepspeed.compile is written by the engine: set train.compile instead",
         ),
         ("optimizer={}", "deepspeed.optimizer is written by the engine: set the 'optimizer' section instead"),
         (

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_kernels import dispatch
 from tests.fastvit_engine.warm_ranks import exit_codes_of
-from tests.in_full import IN_FULL, in_full
+from tests.in_full import IN_FULL, in_full, only_in_full
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -65,6 +65,14 @@ def test_checkpointed_blocks_change_nothing(train, reference, stage, tmp_path):
     assert [row["loss"] for row in run] == pytest.approx([row["loss"] for row in reference], abs=1e-5)
     if stage == 0:
         assert [row["loss"] for row in run] == [row["loss"] for row in reference]
+
+
+@only_in_full
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_compiled_model_learns_the_same(train, reference, stage, tmp_path):
+    """By PyTorch's C++ for this CPU, around the operations of the blocks."""
+    run = rows(train(tmp_path / "run", FEW, "train.precision=fp32", f"zero.stage={stage}", "train.compile=true"))
+    assert [row["loss"] for row in run] == pytest.approx([row["loss"] for row in reference], abs=1e-4)
 
 
 def test_weight_average_and_exported_weights_are_the_same_at_every_stage(train, tmp_path):
