@@ -27,7 +27,9 @@ class MaskedAutoencoder(VisionTransformer):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, mae.decoder_width))
         self.decoder = Decoder(self.shape, config, mae)
 
-    def forward(self, images: Tensor, visible: Tensor | None = None, masked: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, images: Tensor, visible: Tensor | None = None, masked: Tensor | None = None
+    ) -> Tensor:
         """The pixels of the masked patches, normalised patch by patch: [B, M, P * P * 3], see `mae_targets`.
 
         visible, masked: int64 [B, K] and [B, M], which patches of each image the encoder sees, and which the decoder

@@ -27,7 +27,7 @@ class MaskedPatchPredictor(VisionTransformer):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.decoder = nn.Linear(width, predicted_numbers(self.shape, masked_patch))
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, images: Tensor, kind: Tensor | None = None, source: Tensor | None = None, chosen: Tensor | None = None
     ) -> Tensor:
         """Predictions for the chosen patches [B, M, outputs], in the order of `chosen`.
