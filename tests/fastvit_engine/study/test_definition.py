@@ -112,5 +112,6 @@ def test_every_run_of_a_shipped_study_is_valid(name, digits):
     assert len({run.name for run in runs}) == len(runs) == len(variants(study, path)) * study.seeds
     if not name.endswith("_full"):
         operations = sum(run.computed_flops for run in runs)
-        seconds = operations / 60e9 + 60 * len(runs)  # what cifar10_cpu computes a second on two cores at rest
+        # what cifar10_cpu computes a second on two cores at rest; start and evaluations took 18 s, of a ResNet 60 s
+        seconds = operations / 60e9 + 30 * len(runs)
         assert seconds < 3600, f"{seconds / 60:.0f} minutes"
