@@ -78,6 +78,11 @@ def _check_compilation(config: Config) -> None:
             f"train.compile = true chooses by itself what is computed again, and train.activation_checkpointing is "
             f"{config.train.activation_checkpointing}: set one of them only"
         )
+    if config.packing.on:
+        raise UserError(
+            "train.compile = true compiles for tensors of few sizes, and packing.max_patches makes every micro-batch "
+            "another size: set train.compile=false"
+        )
     if config.pretraining is not None:
         raise UserError(
             f"train.compile = true compiles the forward pass of a classifier, and train.objective is "

@@ -98,7 +98,7 @@ class TrainConfig(Section):
 
     activation_checkpointing: Annotated[Literal["auto", "all"] | int, BeforeValidator(_blocks)] = "auto"
     """Blocks that keep their input alone for the backward pass, which computes the rest again: how many, the first
-    ones, or all. All of them take a third more time. auto: none, or as few as possible where nothing fits without."""
+    ones, or all. All of them compute a third more. auto: none, or as few as possible where nothing fits without."""
 
     offload_activations: bool = False
     """Keep the inputs of these blocks in host memory until the backward pass. Needs a GPU."""

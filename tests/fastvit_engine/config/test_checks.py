@@ -150,6 +150,7 @@ def test_blocks_that_are_not_there_cannot_be_checkpointed(overrides, message):
         (["zero.stage=auto", "zero.offload=all"], "ZeRO-3 gathers them in the middle of the model"),
         (["train.activation_checkpointing=2"], "and train.activation_checkpointing is 2: set one of them only"),
         (["train.objective=mae", "model.num_classes=0"], "train.objective is mae: set train.compile=false"),
+        (["packing.max_patches=16", "model.drop_path=0"], "another size: set train.compile=false"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(overrides, message):
