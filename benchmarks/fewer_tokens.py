@@ -67,6 +67,11 @@ VARIANTS = {
     "drop_path_mask": Variant(
         "drop path 0.2, computed and discarded", ("model.drop_path=0.2",), at_equal_flops=False, colour="#8d887e"
     ),
+    "packing": Variant(
+        "16 to 64 patches, drawn, in one sequence",
+        ("packing.max_patches=64", "packing.min_patches=16"),
+        colour="#7a4fb5",
+    ),
 }
 BUDGETS = {"images": "equal images", "flops": "equal FLOPs"}
 
