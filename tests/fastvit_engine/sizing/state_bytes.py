@@ -1,8 +1,8 @@
 """One process of a job that counts what DeepSpeed allocates: prints, for each case, bytes after two optimizer steps.
 
 test_memory.py runs it, with the cases as JSON in its argument: {"precision", "stage", "reduce", "optimizer"}, and, if
-they are not the usual, {"offload", "average"}. Printed are two figures each: after the backward pass,
-and before it, with what autograd keeps.
+they are not the usual, {"offload", "average", "model", "checkpointed"}. Printed are two figures each: after the
+backward pass, and before it, with what autograd keeps.
 """
 
 import gc
@@ -56,7 +56,7 @@ def measure(case, world):
     zero = {"reduce_bucket_size": case["reduce"], "overlap_comm": False, "stage3_param_persistence_threshold": 0}
     config = Config.model_validate(
         {
-            "model": MODEL,
+            "model": MODEL | case.get("model", {}),
             "train": {"precision": case["precision"]},
             "zero": {"stage": case["stage"], "offload": case.get("offload", "none")},
             "optimizer": case["optimizer"],
@@ -66,10 +66,11 @@ def measure(case, world):
     model = build_vit(config.model, mean=(0.5,) * 3, std=(0.5,) * 3)
     if config.optimizer.frozen == "backbone":
         model.freeze_backbone()
+    model.checkpoint_blocks(case.get("checkpointed", 0))
     engine = build_engine(model, config, BatchSplit(4 * world.size, world.size, 2), world)
     del model
     engine.model.train()
-    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    images = torch.zeros(2, config.model.image_size, config.model.image_size, 3, dtype=torch.uint8)
     average = WeightAverage(engine, 0.9) if case.get("average") else None
     largest = whole = 0
     for micro_step in range(4):
