@@ -7,7 +7,7 @@ same. Explicit settings take precedence.
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -54,11 +54,17 @@ class Machine:
     memory: int  # bytes of each process's device; of the smallest if they differ
     on_gpu: bool
     cores: int | None = None  # of each process, 0 if there are more processes than cores; None: not known
+    budget: int | None = None  # bytes for model and activations, if that is less than there is; None: all
 
     @property
     def usable(self) -> int:
         """Bytes for model and activations."""
-        return int((self.memory - _GPU_RESERVED) * _GPU_USABLE if self.on_gpu else self.memory * _CPU_USABLE)
+        there = int((self.memory - _GPU_RESERVED) * _GPU_USABLE if self.on_gpu else self.memory * _CPU_USABLE)
+        return there if self.budget is None else min(self.budget, there)
+
+    def within(self, gib: float | None) -> "Machine":
+        """The same with train.memory_gib as its budget."""
+        return self if gib is None else replace(self, budget=int(gib * 2**30))
 
     @property
     def device(self) -> str:
@@ -106,7 +112,7 @@ class Chosen:
     def describe(self) -> str:
         """The choices, one line each, as a run prints them at its start."""
         memory = f"memory per {self.machine.device}: about {format_bytes(self.memory.total)} of "
-        memory += f"{format_bytes(self.machine.usable)} that can be used{self.measured}"
+        memory += f"{_available(self.machine)}{self.measured}"
         lines = [f"  {choice.key} = {_written(choice.value)}: {choice.reason}" for choice in self.choices]
         return "\n".join([memory, *lines])
 
@@ -148,6 +154,7 @@ def device_memory(processes_per_node: int, *, on_gpu: bool) -> int:
 
 def choose(config: Config, machine: Machine) -> Chosen:
     """Fills in what `config` leaves open. Raises UserError, with numbers and the nearest remedy, if nothing fits."""
+    machine = machine.within(config.train.memory_gib)
     budget, config = config.packing.token_budget, _within_budget(config)
     recompute_is_open = config.train.recompute == "auto" and _recompute_matters(config, machine)
     options = _options(config, machine)
@@ -318,7 +325,7 @@ def possible_stages(config: Config) -> frozenset[int]:
 
 def candidates(config: Config, machine: Machine) -> list[Candidate]:
     """Every stage by itself, with the largest micro-batch that fits, or the smallest if none does."""
-    rows = []
+    rows, machine = [], machine.within(config.train.memory_gib)
     for stage in sorted(possible_stages(config)):
         zero = config.zero.model_copy(update={"stage": stage})
         rows.append(_candidate(config.model_copy(update={"zero": zero}), machine, stage))
@@ -519,8 +526,10 @@ def _nothing_fits(config: Config, machine: Machine, options: list[Candidate]) ->
     problem = (
         f"nothing fits: {format_count(_counts(config).parameters)} parameters need at least "
         f"{format_bytes(least.memory.total)} {each} (ZeRO stage {least.stage}, micro-batch {least.micro_batch}), of "
-        f"{format_bytes(machine.usable)} that can be used"
+        f"{_available(machine)}"
     )
+    if least.memory.total <= replace(machine, budget=None).usable:
+        return f"{problem}: train.memory_gib={math.ceil(least.memory.total / 2**30 * 100) / 100:g} would fit"
     if config.train.micro_batch_size is not None:
         smaller = _with_micro_batch(config, None)
         fitting = [c for stage in _allowed_stages(config) if (c := _candidate(smaller, machine, stage)).fits]
@@ -540,12 +549,18 @@ def _nothing_fits(config: Config, machine: Machine, options: list[Candidate]) ->
     for factor in (2, 4, 8, 16, 32, 64):
         processes = machine.processes * factor
         if config.train.global_batch_size >= processes:
-            more = Machine(processes, machine.processes_per_node, machine.memory, machine.on_gpu)
+            more = replace(machine, processes=processes)
             if any(_candidate(config, more, stage).fits for stage in _allowed_stages(config)):
                 return (
                     f"{problem}: {processes} {machine.device}s{'' if machine.on_gpu else ' on more machines'} would do"
                 )
     return f"{problem}: take a smaller model or devices with more memory"
+
+
+def _available(machine: Machine) -> str:
+    """How much memory there is to use, and who says so."""
+    whose = " of train.memory_gib" if machine.usable == machine.budget else " that can be used"
+    return format_bytes(machine.usable) + whose
 
 
 def _written(value: Any) -> str:

@@ -103,6 +103,10 @@ class TrainConfig(Section):
     offload_activations: bool = False
     """Keep the inputs of these blocks in host memory until the backward pass. Needs a GPU."""
 
+    memory_gib: float | None = Field(None, gt=0, le=1e6)
+    """Most memory of each device, in GiB, that weights, optimizer and activations are planned for: ZeRO stage,
+    micro-batch, recompute and activation_checkpointing are chosen to fit. null: all but a reserve."""
+
     compile: bool = False
     """Compile the model with torch.compile, all but fused operations. Takes minutes when a run starts. For models of
     timm, hybrids and ResNets."""

@@ -181,6 +181,7 @@ def test_what_an_optimizer_saves_is_counted(kind, saved):
         (["zero.stage=0"], gpus(64, 10), ["ZeRO stage 0", "zero.stage=1 would fit"]),
         ([], gpus(1, 12), ["ZeRO stage", "zero.offload=optimizer would fit"]),
         (["zero.offload=all"], gpus(2, 2), ["need at least", "GPU"]),
+        (["zero.stage=0", "train.memory_gib=4"], gpus(64), ["4.0 GiB of train.memory_gib: train.memory_gib=1"]),
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_nearest_remedy(settings, machine, parts):
@@ -195,6 +196,20 @@ def test_the_remedy_fits():
         choose(h14("train.micro_batch_size=64", "train.activation_checkpointing=0"), gpus(64, 10))
     micro = str(refusal.value).partition("train.micro_batch_size=")[2].partition(" ")[0]
     assert choose(h14(f"train.micro_batch_size={micro}"), gpus(64, 10)).memory.total <= gpus(64, 10).usable
+
+
+def test_all_choices_are_made_for_the_budget():
+    """As on a smaller GPU; and a budget of more than there is changes nothing."""
+    roomy, smaller = gpus(64), gpus(64, 24)
+    within = choose(h14(f"train.memory_gib={smaller.usable / 2**30}"), roomy)
+    assert within.choices == choose(h14(), smaller).choices != choose(h14(), roomy).choices
+    assert within.memory.total <= within.machine.usable == smaller.usable
+    assert "GiB of train.memory_gib" in within.describe()
+    assert choose(h14("train.memory_gib=1000"), roomy).describe() == choose(h14(), roomy).describe()
+    with pytest.raises(UserError) as refusal:
+        choose(h14("zero.stage=0", "train.memory_gib=1"), roomy)
+    gib = str(refusal.value).partition(" would fit")[0].rpartition("=")[2]
+    assert choose(h14("zero.stage=0", f"train.memory_gib={gib}"), roomy).memory.total <= float(gib) * 2**30
 
 
 def test_an_open_stage_never_reaches_deepspeed():
