@@ -203,7 +203,7 @@ def choose(config: Config, machine: Machine) -> Chosen:
     if _has_blocks(config) and (filled.train.activation_checkpointing or not checkpointing_is_open):
         given_size = config.train.micro_batch_size is not None
         fewer = _without_checkpointing(config, machine) if given_size and checkpointing_is_open else None
-        choices.insert(2, _explain_checkpointing(filled, machine, fewer, by_user=not checkpointing_is_open))
+        choices.insert(2, _explain_checkpointing(filled, machine, memory, fewer, by_user=not checkpointing_is_open))
     if _recompute_matters(config, machine):
         choices.insert(2, _explain_recompute(filled, machine, memory, by_user=not recompute_is_open))
     if config.data.num_workers is None and machine.cores is not None:
@@ -283,11 +283,14 @@ def _without_checkpointing(config: Config, machine: Machine) -> int | None:
     return max(fitting, default=None)
 
 
-def _explain_checkpointing(config: Config, machine: Machine, fewer: int | None, *, by_user: bool) -> Choice:
+def _explain_checkpointing(
+    config: Config, machine: Machine, memory: Memory, fewer: int | None, *, by_user: bool
+) -> Choice:
     """fewer: a micro-batch with which no block need be checkpointed."""
     count, depth = config.train.activation_checkpointing, resolve_shape(config.model).depth
     images = counted(config.train.micro_batch_size or 0, "image")
-    reason = f"of {depth} blocks; with fewer, {images} at a time do not fit into {format_bytes(machine.usable)}"
+    how = "with fewer" if memory.total <= machine.usable else "even so"
+    reason = f"of {depth} blocks; {how}, {images} at a time do not fit into {format_bytes(machine.usable)}"
     if fewer is not None:
         reason += f" (train.micro_batch_size={fewer} would, without any)"
     reason = "given" if by_user else reason

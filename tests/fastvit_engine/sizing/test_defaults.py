@@ -271,6 +271,9 @@ def test_as_few_blocks_are_checkpointed_as_the_memory_needs():
     assert roomy.config.train.activation_checkpointing == 0 and key not in reasons(roomy)
     assert choose(h14(*settings, f"{key}=all"), gpus(64)).config.train.activation_checkpointing == 32
     assert reasons(choose(h14(*settings, f"{key}=0"), gpus(64)))[key] == "given"
+    insisted = choose(h14("zero.stage=0", "train.micro_batch_size=64"), gpus(64, 4))
+    assert insisted.config.train.activation_checkpointing == 32 and insisted.memory.total > insisted.machine.usable
+    assert reasons(insisted)[key].startswith("of 32 blocks; even so, 64 images at a time do not fit into ")
 
 
 def test_inputs_of_blocks_are_offloaded_from_gpus_alone():
