@@ -19,6 +19,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fastvit_engine.distributed.environment import VERBOSE
+from fastvit_engine.engine.deepspeed_gradients import (
+    ZERO_1_AND_2_INTERNALS,
+    ZERO_3_INTERNALS,
+    ShorterWay,
+    shorten_zero_1_and_2,
+    shorten_zero_3,
+)
 from fastvit_engine.engine.optimizers.groups import RATE_SCALE
 from fastvit_engine.engine.optimizers.partition import Partition, PartitionedOptimizer, Span
 from fastvit_engine.engine.protocol import GradientNorm, ParameterSlice
@@ -404,7 +411,7 @@ class Layout(ABC):
         """Copies the master weights to the weights that the model computes with; collective."""
 
     def begin(self) -> None:  # noqa: B027 - most begin with the weights as they are
-        """Undoes what making the optimizer has changed."""
+        """Undoes what making the optimizer has changed, and shortens its ways."""
 
     def drop_gradients(self) -> None:  # noqa: B027 - `zero_grad` is enough for some
         """Drops what of an unfinished step `zero_grad` leaves."""
@@ -531,7 +538,12 @@ class Zero1And2(Layout):
         "single_partition_of_fp32_groups",
         "update_lp_params",
         "zero_grad",
+        *ZERO_1_AND_2_INTERNALS,
     )
+    shorter: ShorterWay | None = None
+
+    def begin(self) -> None:
+        self.shorter = shorten_zero_1_and_2(self.optimizer)
 
     def masters(self) -> Iterator[Partition]:
         optimizer = self.optimizer
@@ -553,6 +565,8 @@ class Zero1And2(Layout):
         if optimizer.cpu_offload:
             optimizer.reset_cpu_buffers()
             optimizer._offload_accumulated_param_ids = set()
+        if self.shorter is not None:
+            self.shorter.drop()
 
 
 class Zero1Bf16(Layout):
@@ -603,7 +617,12 @@ class Zero3(Layout):
         "persistent_parameters",
         "swap_optimizer",
         "zero_grad",
+        *ZERO_3_INTERNALS,
     )
+    shorter: ShorterWay | None = None
+
+    def begin(self) -> None:
+        self.shorter = shorten_zero_3(self.optimizer)
 
     @property
     def on_nvme(self) -> bool:
@@ -638,6 +657,8 @@ class Zero3(Layout):
 
     def drop_gradients(self) -> None:
         self.optimizer._overflow_clean_up(None)
+        if self.shorter is not None:
+            self.shorter.drop()
 
 
 def layout_of(engine: Any) -> Layout:

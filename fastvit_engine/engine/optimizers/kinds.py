@@ -85,4 +85,4 @@ def build_optimizer(model: nn.Module, config: Config, *, on_gpu: bool) -> Optimi
     groups = parameter_groups(model, config.optimizer, kind.apart)
     if config.optimizer.kernels == "apex":
         return build_apex(groups, config.optimizer)
-    return kind.build(groups, config.optimizer, on_gpu and config.zero.offload == "none")
+    return kind.build(groups, config.optimizer, True)
