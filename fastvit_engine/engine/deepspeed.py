@@ -89,6 +89,7 @@ def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         communication: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of this name is PyTorch
         communication.build_shm_op = _nothing
+        deepspeed.accelerator.get_accelerator().memory_stats = dict  # of this process, by psutil, after each step
     return deepspeed
 
 
@@ -139,6 +140,8 @@ class DeepSpeedEngine:
             # With nobody to reduce with, DeepSpeed still copies all gradients to a buffer and back, rounded to 16 bits.
             engine.enable_backward_allreduce = False
         self._layout.begin()
+        if self._layout.keeps_weights_whole:
+            nn.functional.linear = linear
         if (partitioned := self._partitioned) is not None:
             masters = list(self._layout.masters())
             partitioned.attach(masters, self.shapes, replicated=self.replicated, device=torch.device(engine.device))
@@ -398,6 +401,8 @@ class Layout(ABC):
     internals: ClassVar[tuple[str, ...]]  # what `self.optimizer` must have
     only_reduces: ClassVar[bool] = True  # what follows a backward pass; ZeRO's stages also partition there
 
+    keeps_weights_whole: bool = True  # PyTorch's `linear` may save a weight for the backward pass
+
     def __init__(self, engine: Any) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
         self.names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
@@ -623,6 +628,7 @@ class Zero3(Layout):
 
     def begin(self) -> None:
         self.shorter = shorten_zero_3(self.optimizer)
+        self.keeps_weights_whole = self.shorter is not None
 
     @property
     def on_nvme(self) -> bool:

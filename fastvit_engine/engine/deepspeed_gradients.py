@@ -8,7 +8,7 @@ and in which type, stays the same, and so do DeepSpeed's norm, clipping, overflo
 """
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ ZERO_1_AND_2_INTERNALS = (
     "contiguous_gradients",
     "dp_process_group",
     "dtype",
+    "get_grad_norm_direct",
     "gradient_accumulation_dtype",
     "gradient_predivide_factor",
     "is_gradient_accumulation_boundary",
@@ -43,6 +44,7 @@ ZERO_3_INTERNALS = (
     "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition",
     "dp_process_group",
     "flatten",
+    "get_grad_norm_direct",
     "independent_gradient_partition_epilogue",
     "is_gradient_accumulation_boundary",
     "offload_optimizer",
@@ -51,6 +53,7 @@ ZERO_3_INTERNALS = (
     "parameter_offload",
     "reduce_ready_partitions_and_remove_grads",
 )
+_ROW = 4096
 
 
 class ShorterWay(Protocol):
@@ -80,6 +83,7 @@ def shorten_zero_1_and_2(optimizer: Any) -> ShorterWay | None:
     )
     if not as_usual or optimizer.single_partition_of_fp32_groups[0].device.type != "cpu":
         return None
+    optimizer.get_grad_norm_direct = _Norm(optimizer.dp_process_group, _flat_of, torch.float32)
     if optimizer.partition_gradients and torch.distributed.get_world_size(optimizer.dp_process_group) > 1:
         return PartitionedGradients(optimizer)
     return WholeGradients(optimizer)
@@ -93,6 +97,7 @@ def shorten_zero_3(optimizer: Any) -> ShorterWay | None:
     if optimizer.offload_optimizer or optimizer.offload_param or _device(optimizer).type != "cpu":
         return None
     optimizer.flatten = _Flattened(optimizer.flatten)
+    optimizer.get_grad_norm_direct = _Norm(optimizer.dp_process_group, optimizer.flatten, torch.float64)
     if torch.distributed.get_world_size(optimizer.dp_process_group) > 1:
         return None
     return UnshardedZero3(optimizer)
@@ -348,6 +353,36 @@ class UnshardedZero3:
 
     def drop(self) -> None:
         self.there.clear()
+
+
+class _Norm:
+    """In place of a norm of each gradient, converted to fp64: that of the flat tensor, in one pass, as exact.
+
+    sent_as: the type of the sum of squares that processes add up.
+    """
+
+    def __init__(self, group: Any, flatten: Callable[[Any], Tensor], sent_as: torch.dtype) -> None:
+        self._group, self._flatten, self._sent_as = group, flatten, sent_as
+        self._communication = importlib.import_module("deepspeed.comm")
+
+    def __call__(self, gradients: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> Tensor:
+        """The norm over all processes of a group of parameters; not finite if a gradient is not."""
+        total = sum_of_squares(self._flatten(gradients)).to(self._sent_as)
+        if torch.distributed.get_world_size(self._group) > 1:
+            self._communication.all_reduce(total, group=self._group)
+        return total.sqrt()
+
+
+def sum_of_squares(values: Tensor) -> Tensor:
+    """Of a vector, in fp64: added up in fp32 within rows, few enough to lose nothing, and of those in fp64."""
+    whole = values.numel() // _ROW * _ROW
+    norms = torch.linalg.vector_norm(values[:whole].view(-1, _ROW), dim=1, dtype=torch.float32)
+    rest = torch.linalg.vector_norm(values[whole:], dtype=torch.float32)
+    return norms.double().square().sum() + rest.double().square()
+
+
+def _flat_of(gradients: "Gradients") -> Tensor:
+    return gradients.flat_partition
 
 
 class _Flattened:
