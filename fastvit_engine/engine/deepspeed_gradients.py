@@ -204,7 +204,7 @@ class WholeGradients(_Gradients):
         optimizer.overlapping_partition_gradients_reduce_epilogue = self.reduce
 
     def _messages(self, most: int) -> Iterator[tuple[_Place, _Place, int, int]]:
-        """DeepSpeed's buckets: the first parameter of each, the last, where it begins in the first, ends in the last."""
+        """DeepSpeed's buckets: the first parameter of each, the last, and where it begins and ends in these."""
         bucket: list[_Place] = []
         filled = 0
         for place in self.places:

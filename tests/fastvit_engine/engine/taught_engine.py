@@ -71,8 +71,8 @@ def teach(stage, precision, *, shortened):
 
     for step in range(6):
         for _ in range(2):
-            # Stage 3 of DeepSpeed updates what is left out by its last gradient. Several processes, at the other stages,
-            # do not send what is left out, and the engine sends zeros.
+            # Stage 3 of DeepSpeed updates what is left out by its last gradient. At the other stages it does not send
+            # what is left out, and the engine sends zeros.
             losses.append(one_pass(both=stage == 3 or dist.get_world_size() > 1 or step != 1))
             engine.step()
         if step == 3:  # an unfinished step, dropped
