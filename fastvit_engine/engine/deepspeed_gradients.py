@@ -2,9 +2,9 @@
 
 ZeRO-1 and ZeRO-2 copy a gradient four to six times on its way to the optimizer: to a bucket, to a flattened bucket,
 back, to the partition, and to a flat tensor. ZeRO-3 does the same, and looks after parameters that one process always
-has. A GPU does these copies at terabytes per second, beside its computation; a CPU does them with the core that
-computes. The classes below replace methods of one DeepSpeed optimizer. What is sent between processes, in which order
-and in which type, stays the same, and so do DeepSpeed's norm, clipping, overflow checks and update.
+has. A CPU does all this with the core that computes. The classes below replace methods of one DeepSpeed optimizer. What
+is sent between processes, in which order and in which type, stays the same, but for zeros in the place of gradients
+that a step lacks. So do DeepSpeed's clipping, overflow checks and update.
 """
 
 import importlib
