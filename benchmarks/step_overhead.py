@@ -2,13 +2,14 @@
 
     python -m benchmarks.step_overhead [--quick] --out DIR
 
-Six training loops exist side by side in one process, each on its own thread, and only one of them runs at a time:
+Nine training loops exist side by side in one process, each on its own thread, and only one of them runs at a time:
 the others are blocked inside `next(batches)`. A turn of a loop is therefore timed from one request for a batch to the
 one N steps later, whatever the loop does in between, and set-up, first steps and the final checkpoint stay outside. In
 every round each loop has one turn, in an order that rotates, so that a slow moment of the machine hits all of them.
 
-`bare`         a plain PyTorch loop: model, loss, backward, clipping, AdamW, learning rate.
+`bare`         a plain PyTorch loop: model, loss, backward, clipping, fused AdamW, learning rate.
 `control`      the same again: its difference from `bare` is the noise of this machine.
+`ddp`          the same with the model in PyTorch's DistributedDataParallel: what a run without DeepSpeed would pay.
 `deepspeed-Z`  the same through the DeepSpeed engine at ZeRO stage Z, as `build_engine` makes it.
 `loop-Z`       the real training loop, `fastvit_engine.train.loop._train`, on training data that gives the resident
                batches, with its log lines written to a file.
@@ -60,12 +61,13 @@ from fastvit_engine.train.schedule import Schedule
 from fastvit_engine.train.start import Start
 from fastvit_kernels import FusedCrossEntropy
 
-VARIANTS = ("bare", "control", "deepspeed-0", "deepspeed-1", "loop-0", "loop-1")
+STAGES = (0, 1, 2, 3)
+VARIANTS = ("bare", "control", "ddp", *(f"deepspeed-{stage}" for stage in STAGES), "loop-0", "loop-1")
 COMPARISONS = (
     ("bare", None),
     ("control", "bare"),
-    ("deepspeed-0", "bare"),
-    ("deepspeed-1", "bare"),
+    ("ddp", "bare"),
+    *((f"deepspeed-{stage}", "bare") for stage in STAGES),
     ("loop-0", "bare"),
     ("loop-1", "bare"),
     ("loop-0", "deepspeed-0"),
@@ -197,6 +199,7 @@ def _start(variant: str, case: Case, resident: Sequence[Batch], world: World, fo
     train = {
         "bare": lambda: train_bare(resolved.config, racer.batches),
         "control": lambda: train_bare(resolved.config, racer.batches),
+        "ddp": lambda: train_bare(resolved.config, racer.batches, wrap=nn.parallel.DistributedDataParallel),
         "deepspeed": lambda: train_with_deepspeed(resolved.config, world, racer.batches),
         "loop": lambda: train_with_loop(resolved, world, folder / variant, racer.batches),
     }[kind]
@@ -254,19 +257,26 @@ class Racer:
             seconds = perf_counter() - start
 
 
-def train_bare(config: Config, batches: Iterator[Batch]) -> Weights:
+def train_bare(
+    config: Config, batches: Iterator[Batch], wrap: Callable[[nn.Module], nn.Module] = lambda model: model
+) -> Weights:
+    """wrap: makes what is called for the forward passes of the model."""
     schedule = Schedule(config, config.data.train_samples)
     torch.manual_seed(config.seed)
     model = build_vit(config.model, mean=config.data.mean, std=config.data.std)
     criterion = FusedCrossEntropy(config.loss.kind)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer), betas=config.optimizer.betas, eps=config.optimizer.eps
+        parameter_groups(model, config.optimizer),
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        fused=True,  # as the engine's
     )
     assert config.train.grad_clip is not None
+    called = wrap(model)
     for step, batch in zip(range(schedule.total_steps), batches, strict=False):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(step)
-        loss = criterion(model(batch.images), batch.labels)
+        loss = criterion(called(batch.images), batch.labels)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.train.grad_clip)
         optimizer.step()

@@ -19,6 +19,13 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from fastvit_engine.distributed.environment import VERBOSE
+from fastvit_engine.engine.deepspeed_gradients import (
+    ZERO_1_AND_2_INTERNALS,
+    ZERO_3_INTERNALS,
+    ShorterWay,
+    shorten_zero_1_and_2,
+    shorten_zero_3,
+)
 from fastvit_engine.engine.optimizers.groups import RATE_SCALE
 from fastvit_engine.engine.optimizers.partition import Partition, PartitionedOptimizer, Span
 from fastvit_engine.engine.protocol import GradientNorm, ParameterSlice
@@ -82,6 +89,7 @@ def import_deepspeed() -> Any:
     if not torch.cuda.is_available():
         communication: Any = importlib.import_module("deepspeed.comm.torch")  # the attribute of this name is PyTorch
         communication.build_shm_op = _nothing
+        deepspeed.accelerator.get_accelerator().memory_stats = dict  # of this process, by psutil, after each step
     return deepspeed
 
 
@@ -132,6 +140,8 @@ class DeepSpeedEngine:
             # With nobody to reduce with, DeepSpeed still copies all gradients to a buffer and back, rounded to 16 bits.
             engine.enable_backward_allreduce = False
         self._layout.begin()
+        if self._layout.keeps_weights_whole:
+            nn.functional.linear = linear
         if (partitioned := self._partitioned) is not None:
             masters = list(self._layout.masters())
             partitioned.attach(masters, self.shapes, replicated=self.replicated, device=torch.device(engine.device))
@@ -391,6 +401,8 @@ class Layout(ABC):
     internals: ClassVar[tuple[str, ...]]  # what `self.optimizer` must have
     only_reduces: ClassVar[bool] = True  # what follows a backward pass; ZeRO's stages also partition there
 
+    keeps_weights_whole: bool = True  # PyTorch's `linear` may save a weight for the backward pass
+
     def __init__(self, engine: Any) -> None:
         self.engine, self.optimizer = engine, engine.optimizer
         self.names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
@@ -404,7 +416,7 @@ class Layout(ABC):
         """Copies the master weights to the weights that the model computes with; collective."""
 
     def begin(self) -> None:  # noqa: B027 - most begin with the weights as they are
-        """Undoes what making the optimizer has changed."""
+        """Undoes what making the optimizer has changed, and shortens its ways."""
 
     def drop_gradients(self) -> None:  # noqa: B027 - `zero_grad` is enough for some
         """Drops what of an unfinished step `zero_grad` leaves."""
@@ -531,7 +543,12 @@ class Zero1And2(Layout):
         "single_partition_of_fp32_groups",
         "update_lp_params",
         "zero_grad",
+        *ZERO_1_AND_2_INTERNALS,
     )
+    shorter: ShorterWay | None = None
+
+    def begin(self) -> None:
+        self.shorter = shorten_zero_1_and_2(self.optimizer)
 
     def masters(self) -> Iterator[Partition]:
         optimizer = self.optimizer
@@ -553,6 +570,8 @@ class Zero1And2(Layout):
         if optimizer.cpu_offload:
             optimizer.reset_cpu_buffers()
             optimizer._offload_accumulated_param_ids = set()
+        if self.shorter is not None:
+            self.shorter.drop()
 
 
 class Zero1Bf16(Layout):
@@ -603,7 +622,13 @@ class Zero3(Layout):
         "persistent_parameters",
         "swap_optimizer",
         "zero_grad",
+        *ZERO_3_INTERNALS,
     )
+    shorter: ShorterWay | None = None
+
+    def begin(self) -> None:
+        self.shorter = shorten_zero_3(self.optimizer)
+        self.keeps_weights_whole = self.shorter is not None
 
     @property
     def on_nvme(self) -> bool:
@@ -638,6 +663,8 @@ class Zero3(Layout):
 
     def drop_gradients(self) -> None:
         self.optimizer._overflow_clean_up(None)
+        if self.shorter is not None:
+            self.shorter.drop()
 
 
 def layout_of(engine: Any) -> Layout:

@@ -271,22 +271,26 @@ def state_memory(
         gradients = compute * whole if stage <= 1 else accumulate_bytes * share
 
     in_place = stage == 0 or own_class
+    once = _copies_once(stage, compute, accumulate_bytes, offload, buckets, on_gpu=on_gpu)
     if stage == 3:
         buffers = compute * (buckets.reduce + buckets.gathered)
         buffers += compute * -(-total // buckets.secondary_shards) if buckets.secondary_shards > 1 else 0
-    elif in_place:
+    elif in_place or (once and (stage == 1 or world_size == 1)):
         buffers = 0
     else:
         buffers = (accumulate_bytes if stage == 1 else compute) * buckets.reduce * (2 if buckets.doubled else 1)
 
     # The copies that reduction and update make. What is fused, on a GPU, updates in place.
     tensor, held = (counts.largest_learning, whole) if stage == 0 else (share, share)
-    made = 0 if updates_in_place(optimizer, on_gpu=on_gpu) else kind.scratch_bytes(optimizer, tensor, held)
+    scratch = None if updates_in_place(optimizer, on_gpu=on_gpu) else kind.scratch_bytes
+    made = 0 if scratch is None else scratch(optimizer, tensor, held)
     if stage == 0:
         flattened = compute * min(whole, UNBUCKETED) if world_size > 1 else 0
         update = max(flattened, made + (4 * whole if compute < 4 else 0))
     elif in_place:
         update = max(compute * whole, made)
+    elif once:
+        update = made
     else:
         copied = 4 * share if stage == 3 or not sums_apart else 0
         summand = accumulate_bytes * share if stage == 2 and accumulates and not sums_apart else 0
@@ -295,6 +299,11 @@ def state_memory(
     averages = 4 * (total if stage == 0 else total_share) * average
     state = Memory(weights, gradients, states, averages, buffers, update)
     return state if offload == "none" else _offloaded(state, counts, compute, share, stage, everything=offload == "all")
+
+
+def _copies_once(stage: int, compute: int, accumulate: int, offload: str, buckets: Buckets, *, on_gpu: bool) -> bool:
+    """Whether a gradient is copied once, to where the optimizer reads it: see engine/deepspeed_gradients.py."""
+    return not on_gpu and offload == "none" and not buckets.doubled and (stage > 1 or accumulate == compute)
 
 
 def _offloaded(

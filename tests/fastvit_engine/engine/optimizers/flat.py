@@ -61,7 +61,7 @@ class Rank:
             made = [self._cut(group["params"])] if sharded else [self._keep(name) for name in group["params"]]
             self.partitions += made
             group["params"] = [partition.tensor for partition in made]
-        self.optimizer = kind.build(groups, settings, False)
+        self.optimizer = kind.build(groups, settings)
         if isinstance(self.optimizer, PartitionedOptimizer):
             shapes = {name: list(tensor.shape) for name, tensor in self.whole.items()}
             self.optimizer.attach(self.partitions, shapes, replicated=not sharded, device=torch.device("cpu"))
