@@ -1,4 +1,4 @@
-"""What the four calls of `benchmarks.gpu_run` do: their parts, in order of importance, and the commands of each.
+"""What the five calls of `benchmarks.gpu_run` do: their parts, in order of importance, and the commands of each.
 
 A part knows the least time in which it is worth starting, and the most that it may take. Its commands run at the same
 time. On a dry run the same programs measure next to nothing on a CPU.
@@ -32,6 +32,7 @@ OPERATIONS = {
     "layer_norm_mlp_tanh": ("mlp",),
     "attention_block": ("attention_block",),
     "block": ("attention_block", "mlp"),
+    "fp8_linear": ("fp8",),
     "patch_embed": ("patch_embed",),
     "cross_entropy": ("cross_entropy",),
     "soft_cross_entropy": ("cross_entropy",),
@@ -110,7 +111,7 @@ def ptxas(path: Path) -> dict[str, str]:
 
 
 def parts(call: int, place: Place) -> list[Part]:
-    return {1: first, 2: second, 3: third, 4: fourth}[call](place)
+    return {1: first, 2: second, 3: third, 4: fourth, 5: fifth}[call](place)
 
 
 def first(place: Place) -> list[Part]:
@@ -200,6 +201,23 @@ def fourth(place: Place) -> list[Part]:
             one("kernels", lambda seconds: [*suite, *minutes(seconds - 30)], variables | place.tuned()),
         ),
         Part("tests", 30, math.inf, one("tests", lambda seconds: tests, variables)),
+    ]
+
+
+def fifth(place: Place) -> list[Part]:
+    """FP8: is it right on the GPU; one layer against other libraries; steps of ViT-H/14 beside those in bf16."""
+    tests = [*PYTHON, "pytest", "tests/kernels/test_fp8.py", "-o", "addopts=-ra", "-q"]
+    tests += ["--collect-only"] if place.dry else ["-m", "gpu", f"--junit-xml={place.folder / 'tests-fp8.xml'}"]
+    layer = bench(place, "kernels", "kernels-fp8", "--ops", "fp8_linear")
+    layer += ["--shape", *(["tiny/14@56"] if place.dry else ["H/14"])]
+    steps = [*PYTHON, "benchmarks.fp8_steps", "--out", str(place.folder / "fp8")]
+    steps += ["--steps", "7", "--only", "bf16", "fp8 tensor"] if place.dry else ["--steps", "2000"]
+    variables = place.assembler()[0]
+    trained = variables | place.fallback()[0]
+    return [
+        Part("tests-fp8", 30, 100, one("tests-fp8", lambda seconds: tests, variables)),
+        Part("kernels-fp8", 45, 80, one("kernels-fp8", lambda seconds: [*layer, *minutes(seconds - 30)], variables)),
+        Part("fp8", 60, math.inf, one("fp8", lambda seconds: [*steps, *minutes(seconds - 30)], trained)),
     ]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,9 @@ from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.optimizers.groups import parameter_groups
 from fastvit_engine.models import VisionTransformer, build_vit, computed_flops, training_flops
+from fastvit_engine.models.fp8 import Fp8Layers
 from fastvit_kernels import FusedCrossEntropy, accelerate, dispatch
+from fastvit_kernels.fp8.setting import Scaling, obstacle
 
 CLASSES = 1000
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -134,13 +136,21 @@ def graph_step(setup: Setup) -> Step:
     return bare_loop(setup, model, lambda images, labels: criterion(model(images), labels), capturable=True)
 
 
-def fastvit_deepspeed(stage: int) -> Callable[[Setup], Step]:
-    """Through the engine that `fastvit train` builds."""
+def fastvit_deepspeed(stage: int, *, fp8: Scaling | None = None) -> Callable[[Setup], Step]:
+    """Through the engine that `fastvit train` builds, with products in FP8 if their scaling is given."""
 
     def build(setup: Setup) -> Step:
         need("deepspeed")
-        config = setup.config(zero={"stage": stage})
-        engine = build_engine(setup.our_model(), config, split_batch(config, 1), setup.world)
+        config, model = setup.config(zero={"stage": stage}), setup.our_model()
+        if fp8 is not None:
+            emulate = setup.world.device.type != "cuda"
+            if not emulate and (reason := obstacle(setup.world.device)) is not None:
+                raise Unusable(reason)
+            how = {"precision": "fp8", "fp8": {"scaling": fp8, "emulate": emulate}}
+            train = config.train.model_dump(exclude={"precision", "fp8"}) | how
+            config = setup.config(zero={"stage": stage}, train=train)
+            Fp8Layers(model, config, setup.world.device)
+        engine = build_engine(model, config, split_batch(config, 1), setup.world)
         criterion = FusedCrossEntropy()
         engine.model.train()
 
@@ -189,6 +199,47 @@ def timm(compile_mode: str | None = None, *, cudnn: bool = False, fused: bool = 
         return bare_loop(setup, model, loss_of)
 
     return build
+
+
+def timm_in_fp8(library: Literal["torchao", "transformer_engine"]) -> Callable[[Setup], Step]:
+    """timm's model with the linear layers of its blocks in FP8, by one scale per tensor."""
+
+    def build(setup: Setup) -> Step:
+        reason = obstacle(setup.world.device)
+        if reason is not None:
+            raise Unusable(reason)
+        model = timm_model(setup)
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if library == "torchao":
+            convert = need("torchao.float8").convert_to_float8_training
+            convert(model, module_filter_fn=lambda module, name: name.startswith("blocks."))
+            model.compile(dynamic=False)
+        else:
+            context = linear_layers_of_transformer_engine(model)
+
+        def loss_of(images: Tensor, labels: Tensor) -> Tensor:
+            with context():
+                return F.cross_entropy(model(normalised(images)).float(), labels)
+
+        return bare_loop(setup, model, loss_of)
+
+    return build
+
+
+def linear_layers_of_transformer_engine(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
+    """Exchanges those of the blocks, with their weights; returns what they are to be called in."""
+    engine, recipes = need("transformer_engine.pytorch"), need("transformer_engine.common.recipe")
+    current = getattr(recipes, "Float8CurrentScaling", None)
+    if current is None:
+        raise Unusable("this version of TransformerEngine has no current scaling")
+    recipe = current()
+    for name, layer in list(model.get_submodule("blocks").named_modules()):
+        if isinstance(layer, nn.Linear):
+            path, _, last = name.rpartition(".")
+            made = engine.Linear(layer.in_features, layer.out_features, params_dtype=layer.weight.dtype)
+            made.load_state_dict(layer.state_dict(), strict=False)  # it has states of its own besides
+            setattr(model.get_submodule(f"blocks.{path}"), last, made)
+    return lambda: engine.fp8_autocast(enabled=True, fp8_recipe=recipe)
 
 
 def transformers(setup: Setup) -> Step:

@@ -1,6 +1,6 @@
 """One file per operation: its inputs, its plain formulation, its work, and who can run it."""
 
-from benchmarks.ops import attention, blocks, cross_entropy, layer_norm, mlp, optimizer, patch_embed
+from benchmarks.ops import attention, blocks, cross_entropy, fp8, layer_norm, mlp, optimizer, patch_embed
 from benchmarks.registry import Op
 
 
@@ -18,4 +18,5 @@ def all_ops() -> list[Op]:
         cross_entropy.CROSS_ENTROPY,
         mlp.MLP_TANH,
         optimizer.ADAMW,
+        fp8.FP8_LINEAR,
     ]

@@ -43,6 +43,22 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class Fp8State:
+    """Which layers a run with `train.precision: fp8` computes in bf16 by now, and which may follow."""
+
+    fallen: tuple[str, ...] = ()  # as "blocks.3.fc1"
+    streaks: Mapping[str, int] = field(default_factory=dict)  # steps in a row with a scale out of range
+
+    def to_json(self) -> dict[str, Any]:
+        return {"fallen": self.fallen, "streaks": dict(self.streaks)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "Fp8State":
+        form = _Fp8Form.model_validate(content)
+        return cls(tuple(form.fallen), form.streaks)
+
+
+@dataclass(frozen=True)
 class TrainerState:
     """A run after `step` optimizer steps."""
 
@@ -62,6 +78,7 @@ class TrainerState:
     # (step, images per step from then on), see `BatchSizes`; empty: always the one of the fingerprint
     batch_sizes: tuple[tuple[int, int], ...] = ()
     init: Mapping[str, str] | None = None  # the weights that the run began with; None: from scratch
+    fp8: Fp8State = Fp8State()
 
     @property
     def batches(self) -> BatchSizes:
@@ -84,6 +101,7 @@ class TrainerState:
             "class_names": self.class_names,
             "batch_sizes": self.batch_sizes,
             "init": None if self.init is None else dict(self.init),
+            "fp8": self.fp8.to_json(),
         }
 
     @classmethod
@@ -107,6 +125,7 @@ class TrainerState:
             class_names=None if class_names is None else tuple(class_names),
             batch_sizes=_batch_sizes(content.get("batch_sizes", ())),
             init=content.get("init"),
+            fp8=Fp8State.from_json(content.get("fp8", {})),
         )
 
 
@@ -145,6 +164,13 @@ class _PixelsForm(BaseModel):
     eval_transform: EvalTransform | None = None
 
 
+class _Fp8Form(BaseModel):
+    """An Fp8State as JSON."""
+
+    fallen: list[str] = []
+    streaks: dict[str, _Count] = {}
+
+
 class _StateForm(BaseModel):
     """A TrainerState as JSON; keys that a later version may add are passed over."""
 
@@ -160,6 +186,7 @@ class _StateForm(BaseModel):
     pixels: _PixelsForm | None = None
     class_names: list[str] | None = None
     init: dict[str, str] | None = None
+    fp8: _Fp8Form = _Fp8Form()
 
 
 _WINDOWS = ("skipped", "failed")

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from fastvit_engine.config.deepspeed_section import check_deepspeed
+from fastvit_engine.config.fp8 import check_fp8
 from fastvit_engine.config.model_shape import Shape, resolve_shape
 from fastvit_engine.config.packing import check_packing
 from fastvit_engine.config.pretraining import check_pretraining
@@ -20,6 +21,9 @@ def check_config(config: Config) -> None:
         shape = resolve_shape(config.model)  # else the weights say the name
         _check_resnet(config, shape)
         _check_activation_checkpointing(config, shape)
+        check_fp8(config, shape)
+    else:
+        check_fp8(config, None)
     _check_compilation(config)
     if config.pretraining is None:
         _check_classes(config)

@@ -231,7 +231,7 @@ def _check_acts(dotted: str, config: Config) -> None:
             f"deepspeed.{dotted} would be recorded with the run: set the environment variable {SECRETS[dotted]} instead"
         )
     section, _, inner = dotted.partition(".")
-    if section in ("bf16", "fp16") and inner and _known(dotted) and config.train.precision != section:
+    if section in ("bf16", "fp16") and inner and _known(dotted) and config.train.number_format != section:
         raise UserError(
             f"deepspeed.{dotted} has no effect with train.precision = {config.train.precision}: remove it, or set "
             f"train.precision={section}"

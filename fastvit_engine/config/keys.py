@@ -44,7 +44,7 @@ _ALIASES = {  # words from other code bases, whatever section they are looked fo
     "max_iters train_steps",
     "tokens.patch_drop": "patch_drop_rate token_drop patch_dropout mask_image_ratio",
     "tokens.image_sizes": "progressive_resizing image_size_schedule",
-    "train.precision": "amp dtype mixed_precision bf16 fp16 half autocast use_amp",
+    "train.precision": "amp dtype mixed_precision bf16 fp16 fp8 float8 half autocast use_amp",
     "train.grad_clip": "clip_grad clip grad_clip_norm clip_grad_norm max_grad_norm max_norm gradient_clip_val",
     "train.compile": "torch_compile torchcompile compiled use_compile torchscript",
     "train.activation_checkpointing": "grad_checkpointing gradient_checkpointing activation_checkpoint use_checkpoint "

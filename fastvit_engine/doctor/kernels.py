@@ -19,7 +19,7 @@ _group = Group("kernels")
 def check_kernels(precision: str) -> Iterator[Finding]:
     """precision: train.precision."""
     on_gpu = torch.cuda.is_available()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}[precision]
     runs: dict[str, list[str]] = {}
     for operation in OPERATIONS:
         if operation != "gemm":  # which has no plan of its own: products inside the others

@@ -26,6 +26,11 @@ def deepspeed_config(config: Config, split: BatchSplit, *, on_gpu: bool | None =
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     if config.train.precision == "fp16" and not on_gpu:
         raise UserError("train.precision = fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    if config.train.precision == "fp8" and not on_gpu and not config.train.fp8.emulate:
+        raise UserError(
+            "train.precision = fp8 needs a Hopper GPU or a later one: use bf16 on a CPU, or set train.fp8.emulate=true "
+            "to compute it in plain PyTorch, slower than bf16"
+        )
     check_zero(config.zero)
     check_deepspeed(config)
     zero: dict[str, Any] = {"stage": config.zero.stage}
@@ -41,8 +46,8 @@ def deepspeed_config(config: Config, split: BatchSplit, *, on_gpu: bool | None =
         # An unreachable limit instead of none: DeepSpeed computes the gradient norm only when it clips.
         "gradient_clipping": config.train.grad_clip or 1e30,
         "zero_optimization": zero,
-        "bf16": {"enabled": config.train.precision == "bf16"},
-        "fp16": {"enabled": config.train.precision == "fp16"},
+        "bf16": {"enabled": config.train.number_format == "bf16"},
+        "fp16": {"enabled": config.train.number_format == "fp16"},
         "steps_per_print": None,
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,  # its list knows none but Adam's: ours know what ZeRO gives them

@@ -6,6 +6,7 @@ from functools import partial
 from typing import NamedTuple
 
 from fastvit_engine.config import Config, DinoConfig, MaeConfig, MaskedPatchConfig, MocoConfig, ModelConfig
+from fastvit_engine.config.fp8 import blocks_in_fp8, layer_sizes, layers_in_fp8
 from fastvit_engine.config.model_shape import (
     Shape,
     drop_path_rates,
@@ -77,6 +78,24 @@ def run_flops(config: Config, phase: Phase | None = None, *, micro_batches: Sequ
             computed_macs(model, visible, micro_batches=micro_batches, training=frozen == "none"), model, frozen
         ),
     )
+
+
+def fp8_flops_share(config: Config) -> float:
+    """The share of a step's operations that `train.precision: fp8` computes in FP8: three products of each layer in it.
+
+    As the whole model counts; with a class token, what the last block computes for it alone is left out.
+    """
+    if config.train.precision != "fp8" or is_timm(config.model):
+        return 0.0
+    shape = resolve_shape(config.model)
+    sizes, layers = layer_sizes(shape), layers_in_fp8(config, shape)
+    of_block = sum(outputs * inputs for outputs, inputs in (sizes[name] for name in layers))
+    blocks = list(blocks_in_fp8(config.train.fp8, shape.depth))
+    macs = len(blocks) * shape.tokens * of_block
+    if config.model.pool == "cls" and shape.depth - 1 in blocks:  # of the last block, keys and values are of all tokens
+        whole = 2 * shape.width**2 if "qkv" in layers else 0
+        macs -= (shape.tokens - 1) * (of_block - whole)
+    return min(1.0, macs / computed_macs(config.model))
 
 
 def packed_flops(config: Config, patches: int) -> int:

@@ -31,6 +31,7 @@ Kind = Literal[
     "batch_change",  # train.global_batch_size was changed on purpose when the run resumed: before, after
     "skip",  # samples left out on purpose after a rewind: samples [first, last)
     "hang",  # no step in the allowed time: the ranks that are missing or late, and what they were doing
+    "fp8_fallback",  # layers return from FP8 to bf16 for the rest of the run: layers
     "slow_rank",  # a rank is slower than the others: rank, ratio
 ]
 

@@ -21,6 +21,7 @@ _INCIDENTS = {  # kinds of events, in the singular and in the plural
     "hang": ("hang", "hangs"),
     "failure": ("failure", "failures"),
     "slow_rank": ("slow rank", "slow ranks"),
+    "fp8_fallback": ("fallback to bf16", "fallbacks to bf16"),
     "checkpoint_failed": ("checkpoint could not be saved", "checkpoints could not be saved"),
     "checkpoint_damaged": ("damaged checkpoint", "damaged checkpoints"),
 }

@@ -9,8 +9,9 @@ from typing import Any
 from fastvit_engine.config import Config
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import run_flops
+from fastvit_engine.models.flops import fp8_flops_share
 from fastvit_engine.observe.units import format_flops, format_share
-from fastvit_engine.sizing.gpus import DATASHEET_PEAK, known_gpu
+from fastvit_engine.sizing.gpus import DATASHEET_FP8_PEAK, DATASHEET_PEAK, known_gpu
 
 CPU = "cpu"  # in place of a GPU's name
 _SAME_MODEL = 0.05  # that the operations of an image may differ by: another head, say
@@ -30,10 +31,26 @@ class ImageTime:
 
 
 def assumed_of_gpu(config: Config, gpu: str, mfu: float) -> ImageTime:
-    """By a share of the datasheet's peak."""
-    peak = DATASHEET_PEAK[gpu]
+    """By a share of the datasheet's peak; with FP8, of that of either kind of product.
+
+    Raises UserError if this GPU has no FP8 products.
+    """
+    peak, flops = DATASHEET_PEAK[gpu], run_flops(config).computed
+    if config.train.precision == "fp8":
+        if gpu not in DATASHEET_FP8_PEAK:
+            raise UserError(
+                f"train.precision = fp8 is for Hopper GPUs and later ones, and {gpu} is none: set "
+                "train.precision=bf16, or --gpu H100"
+            )
+        fp8_peak, share = DATASHEET_FP8_PEAK[gpu], fp8_flops_share(config)
+        source = (
+            f"if MFU is {format_share(mfu)} of {format_flops(fp8_peak)}/s per GPU for the {format_share(share)} of the "
+            f"operations in FP8, and of {format_flops(peak)}/s for the others (an assumption; passes that quantise are "
+            "not counted)"
+        )
+        return ImageTime(flops * (share / (mfu * fp8_peak) + (1 - share) / (mfu * peak)), source)
     source = f"if MFU is {format_share(mfu)} of {format_flops(peak)}/s per GPU (an assumption)"
-    return ImageTime(run_flops(config).computed / (mfu * peak), source)
+    return ImageTime(flops / (mfu * peak), source)
 
 
 def assumed_of_cpu(config: Config, gflops: float) -> ImageTime:

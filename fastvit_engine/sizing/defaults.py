@@ -422,7 +422,7 @@ def _explain_stage(config: Config, machine: Machine, options: list[Candidate], p
     elif picked.stage == 1 and picked.accumulation_steps > 1 and accumulation_bytes(config, 0) < 4:
         reason = (
             f"adds the {picked.accumulation_steps} micro-batches of a step in fp32, which stage 0 would add in "
-            f"{config.train.precision}; reduces once per step"
+            f"{config.train.number_format}; reduces once per step"
         )
     else:
         lower = before[-1]
@@ -483,7 +483,9 @@ def _zero_choices(config: Config, machine: Machine, picked: Candidate, given: Ma
 
 def _open_zero_choices(config: Config, machine: Machine, picked: Candidate) -> Iterator[Choice]:
     counts, stage = _counts(config), picked.stage
-    in_place = config.train.precision == "bf16" and accumulation_bytes(config, 1) == 4 and config.zero.offload == "none"
+    in_place = (
+        config.train.number_format == "bf16" and accumulation_bytes(config, 1) == 4 and config.zero.offload == "none"
+    )
     if stage == 0 or (stage == 1 and in_place):
         return  # gradients are reduced where they lie
 

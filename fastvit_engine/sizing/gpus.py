@@ -23,6 +23,15 @@ DATASHEET_PEAK = {
     "MI300X": 1307e12,
 }
 
+# Of FP8 products, likewise. A GPU that is not here has none that training can use.
+DATASHEET_FP8_PEAK = {
+    "B200": 4500e12,
+    "H200": 1979e12,
+    "H100 PCIe": 1513e12,
+    "H100 NVL": 1671e12,
+    "H100": 1979e12,
+}
+
 USUAL_MFU = 0.4  # of these peaks, in training: an assumption
 
 

@@ -39,6 +39,7 @@ from fastvit_engine.config import (
     OptimizerConfig,
     Pretraining,
 )
+from fastvit_engine.config.fp8 import layer_sizes
 from fastvit_engine.config.model_shape import (
     masked_count,
     most_visible_patches,
@@ -63,9 +64,9 @@ from fastvit_kernels.mlp.op import Recompute
 
 # of a block: Triton; a composition of operations that choose for themselves, as with dropout; plain PyTorch
 Implementation = Literal["fused", "composed", "reference"]
-COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}  # fp8: of all that is not in FP8
 _ADAMW = OptimizerConfig()
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 _ON_DEVICE = 2  # inputs of blocks that are offloaded and back: of the block that is computed, and of the one before
 UNBUCKETED = 500_000_000  # elements that DeepSpeed's stage 0 reduces at a time
 
@@ -236,7 +237,7 @@ def reduces_in_place(config: Config, stage: int) -> bool:
 
 def _is_bf16_optimizer(precision: str, accumulate_bytes: int, stage: int, offload: str) -> bool:
     """Stage 1 with fp32 sums of bf16 gradients is another class of DeepSpeed than the rest of ZeRO."""
-    return stage == 1 and precision == "bf16" and accumulate_bytes == 4 and offload == "none"
+    return stage == 1 and precision in ("bf16", "fp8") and accumulate_bytes == 4 and offload == "none"
 
 
 def state_memory(
@@ -544,7 +545,11 @@ def frozen_activation_bytes(model: ModelConfig, precision: str, implementation: 
 
 
 def work_bytes(config: Config, implementation: Implementation) -> int:
-    """Of the gradients inside one block, for each image: W_1's output and its gradient, x and qkv and theirs."""
+    """Of the gradients inside one block, for each image: W_1's output and its gradient, x and qkv and theirs.
+
+    With FP8 also its operands, which are there during a product: a gradient in both layouts and what it multiplies; in
+    plain PyTorch, these in float32 beside their bits.
+    """
     shape, compute, mae = resolve_shape(config.model), COMPUTE_BYTES[config.train.precision], config.pretraining
     wide = 4 if implementation == "reference" else compute
 
@@ -552,6 +557,9 @@ def work_bytes(config: Config, implementation: Implementation) -> int:
         return tokens * (compute * (2 * mlp_dim + 3 * width) + 3 * wide * width)
 
     encoder = of_block(tokens_in_training(config), shape.width, shape.mlp_dim) if shape.is_transformer else 0
+    if config.train.precision == "fp8":
+        largest = max(sum(layer_sizes(shape)[name]) for name in config.train.fp8.layers)
+        encoder += tokens_in_training(config) * (12 if implementation == "reference" else 2) * largest
     if config.model.pos_embed == "relative":  # the gradient of the bias, and what it is padded to
         encoder += tokens_in_training(config) * 4 * compute * shape.heads * shape.tokens
     if shape.resnet is not None:

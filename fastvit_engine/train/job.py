@@ -19,11 +19,13 @@ from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.evaluate.own import Measure
 from fastvit_engine.models import TimmModel, VisionTransformer, build_for_training
+from fastvit_engine.models.fp8 import Fp8Layers
 from fastvit_engine.objectives import Objective, Taught
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing.memory import DTYPES, checkpointed_blocks, recompute_mode
 from fastvit_engine.train.compute import Compute
 from fastvit_engine.train.health.diagnosis import GradientWatch
+from fastvit_engine.train.health.fp8 import Fp8Fallback
 from fastvit_engine.train.health.guard import Guard
 from fastvit_engine.train.health.replicas import Replicas
 from fastvit_engine.train.schedule import Schedule
@@ -70,6 +72,7 @@ class Job:
     peak: Peak
     owner: Ownership  # of the run folder and the checkpoints, on rank 0
     records: Records  # used on rank 0
+    fp8: Fp8Fallback | None = None  # with train.precision: fp8
     accelerated: str | None = None  # of a model of timm: how many modules run fused operations, and by whom
 
 
@@ -93,6 +96,10 @@ def build_job(
     model.recompute(recompute_mode(config))
     if isinstance(model, VisionTransformer):
         model.checkpoint_blocks(checkpointed_blocks(config), offload=config.train.offload_activations)
+    in_fp8 = None
+    if config.train.precision == "fp8":
+        assert isinstance(model, VisionTransformer)  # others are refused
+        in_fp8 = Fp8Layers(model, config, world.device)
     if config.train.compile:
         model.compile()
     if isinstance(model, TimmModel):
@@ -108,6 +115,8 @@ def build_job(
     if config.health.watch_gradients:
         gradients.start()
     engine.model.train()
+    guard = Guard(engine, world, config.health, config.train.precision)
+    guard.count = in_fp8.take_overflows if in_fp8 else None
     store = store_of(config.checkpoint, run)
     return Job(
         config=config,
@@ -130,7 +139,7 @@ def build_job(
             check_owner=owner.check,
             upload_records=records.upload,
         ),
-        health=Health(Guard(engine, world, config.health, config.train.precision), Replicas(engine, world), gradients),
+        health=Health(guard, Replicas(engine, world), gradients),
         processes=Processes(
             watchdog,
             preemption,
@@ -145,8 +154,9 @@ def build_job(
         ),
         times=StepTimes(world.device),
         compute=Compute(config, split),
-        peak=peak_flops(world, config.train.precision),
+        peak=peak_flops(world, config.train.number_format),
         owner=owner,
         records=records,
+        fp8=Fp8Fallback(in_fp8, config.train.fp8.fallback_after) if in_fp8 else None,
         accelerated=model.accelerated if isinstance(model, TimmModel) else None,
     )

@@ -28,6 +28,7 @@ from fastvit_engine.sizing.defaults import Chosen, choose, machine_of
 from fastvit_engine.train.evaluators import build_evaluators, run_evaluators
 from fastvit_engine.train.first_weights import describe_weights, fill_in, load_first_weights
 from fastvit_engine.train.health.diagnosis import Trace, diagnose
+from fastvit_engine.train.health.fp8 import Fp8Fallback
 from fastvit_engine.train.health.guard import StepReport
 from fastvit_engine.train.health.replicas import check_first_weights
 from fastvit_engine.train.health.rewind import Failure, go_back, record_anomaly
@@ -162,6 +163,8 @@ def _train(
 ) -> None:
     schedule = Schedule(chosen.config, start.data.samples_per_epoch, start.state.batches)
     job = build_job(chosen.config, run, world, schedule, watchdog, preemption, owner, records, objective, evaluators)
+    if job.fp8 is not None and world.is_main:
+        say(job.fp8.layers.describe())
     try:
         start = _load(start, job)
         world.on_main(lambda: _record(resolved, chosen, job, start))
@@ -196,6 +199,8 @@ def _train_from(start: Start, job: Job, observers: Observers, data: IterableData
     if start.state.batches != job.schedule.batch_sizes:  # it is an older checkpoint, from before the batch changed
         job = replace(job, schedule=Schedule(job.config, start.data.samples_per_epoch, start.state.batches))
     job.health.guard.forget(start.state.recent)
+    if job.fp8 is not None:
+        job.fp8.restore(start.state.fp8)
     begin_teaching(job)
     log = StepLog(job, start.state, observers)
     with (
@@ -235,6 +240,8 @@ def _train_steps(
             job.ema.update(step)
         if isinstance(job.objective, Taught):
             job.objective.step_done(job.engine.model)
+        if job.fp8 is not None:
+            _leave_fp8(job.fp8, report, job, done, log.recorder)
         watchdog.step_done(done)
         log.step_done(done, trace)
 
@@ -290,13 +297,24 @@ def _next_window(state: TrainerState, config: Config) -> Window:
     return first, first + batch
 
 
+def _leave_fp8(fallback: Fp8Fallback, report: StepReport, job: Job, step: int, recorder: Recorder | None) -> None:
+    """Returns layers to bf16 whose scales have been out of range for long; rank 0 says so."""
+    leaving = fallback.step_done(report.counts)
+    if leaving and recorder:
+        message = fallback.describe(leaving, step)
+        recorder.message(message)
+        record_event(job.run, "fp8_fallback", message, step=step, layers=list(leaving))
+
+
 def _save(job: Job, state: TrainerState, log: StepLog) -> None:
     """Begins a save, whose copy to host memory the next update waits for; a later `settle` tells how it ended."""
     job.processes.watchdog.phase("saving", slow=True)
     recent, bad = tuple(job.health.guard.recent), log.bad_samples.bad
     with log.stopwatch.paused():
         seconds, flops = log.stopwatch.total, log.flops
-        job.checkpointer.save(replace(state, seconds=seconds, flops=flops, recent=recent, bad_samples=bad))
+        in_fp8 = state.fp8 if job.fp8 is None else job.fp8.state
+        now = replace(state, seconds=seconds, flops=flops, recent=recent, bad_samples=bad, fp8=in_fp8)
+        job.checkpointer.save(now)
 
 
 def _recover(job: Job, start: Start, failure: Failure, trace: Trace, recorder: Recorder | None) -> Start:

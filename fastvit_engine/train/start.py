@@ -36,6 +36,7 @@ from fastvit_engine.engine.build import deepspeed_config
 from fastvit_engine.engine.optimizers.apex import check_apex
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import resolve_shape
+from fastvit_engine.models.fp8 import check_fp8_device
 from fastvit_engine.models.timm_measure import normalises_batches
 from fastvit_engine.observe.disk import insist
 from fastvit_engine.observe.events import read_events, record_event
@@ -140,6 +141,7 @@ def preflight(
     deepspeed_config(config, split, on_gpu=None if dry_run is None else dry_run.on_gpu)
     if dry_run is None:  # which may be for another machine
         check_apex(config)
+        check_fp8_device(config)
     store = store_of(config.checkpoint, run)
     if run.config.exists() and not resume:
         raise UserError(

@@ -25,7 +25,10 @@ class Peak:
 
 
 def peak_flops(world: World, precision: str) -> Peak:
-    """The datasheet's figure for a known GPU in bf16 or fp16, else a short matrix product timed here; collective."""
+    """The datasheet's figure for a known GPU in bf16 or fp16, else a short matrix product timed here; collective.
+
+    precision: `number_format` of a run. With FP8 it is that of bf16 too, so that utilisation compares with bf16's.
+    """
     if world.device.type == "cuda" and precision != "fp32":
         name = torch.cuda.get_device_name(world.device)
         if (known := known_gpu(name)) is not None:

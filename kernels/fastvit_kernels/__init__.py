@@ -6,6 +6,8 @@ from fastvit_kernels.attention_block import attention_block
 from fastvit_kernels.block import transformer_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
 from fastvit_kernels.dispatch import explain
+from fastvit_kernels.fp8.op import fp8_linear
+from fastvit_kernels.fp8.setting import Fp8
 from fastvit_kernels.integrations import accelerate, restore
 from fastvit_kernels.layer_norm import add_layer_norm, layer_norm
 from fastvit_kernels.mlp import layer_norm_mlp, mlp
@@ -27,6 +29,7 @@ from fastvit_kernels.swiglu import layer_norm_swiglu, swiglu_mlp
 __version__ = "0.1.0"
 
 __all__ = [
+    "Fp8",
     "FusedAttention",
     "FusedBlock",
     "FusedCrossEntropy",
@@ -43,6 +46,7 @@ __all__ = [
     "cross_entropy",
     "drop_path_subset",
     "explain",
+    "fp8_linear",
     "layer_norm",
     "layer_norm_mlp",
     "layer_norm_swiglu",

@@ -32,6 +32,7 @@ OPERATIONS = {
     "attention_block": Operation(parts=("layer_norm", "attention"), multiplies=True, autocasts=True),
     "block": Operation(parts=("layer_norm", "attention", "attention_block", "mlp"), multiplies=True, autocasts=True),
     "cross_entropy": Operation(),
+    "fp8": Operation(),  # operands of FP8 products; who multiplies them is said of gemm
     "gemm": Operation(choices=("auto", "triton", "cublas", "quack")),  # the products inside block operators
     "layer_norm": Operation(),
     "mlp": Operation(parts=("layer_norm",), multiplies=True, autocasts=True),

@@ -259,6 +259,11 @@ def arch_here() -> str | None:
     return gpu(torch.device("cuda", torch.cuda.current_device())).arch if torch.cuda.is_available() else None
 
 
+def compiles_only() -> bool:
+    """Whether launches compile for a GPU that need not be here, and run nothing."""
+    return _compiling_for is not None
+
+
 def gpu(device: torch.device) -> Gpu:
     """The GPU that a launch on this device is for."""
     return _compiling_for or _properties(device)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.column_sums import ColumnSums
+from fastvit_kernels.fp8.products import Layer
 from fastvit_kernels.gemm import products
 from fastvit_kernels.gemm.products import BranchGradient
 from fastvit_kernels.layer_norm.op import launch_gradient
@@ -40,6 +41,7 @@ class End(NamedTuple):
     needs_bias: bool
     needs_layer_scale: bool
     needs_inner: bool  # the gradient of inner(norm(x))
+    fp8: Layer | None = None  # if its products are in FP8
 
     @property
     def needs_product(self) -> bool:
@@ -68,11 +70,20 @@ class End(NamedTuple):
             column_sum=column_sum,
         )
 
+    def input_gradient(self, grad: BranchGradient) -> Tensor:
+        """Of inner(norm(x)), [T, K]."""
+        if self.fp8 is None:
+            return products.input_gradient(grad.scaled, self.weight)
+        return self.fp8.input_gradient(grad.scaled)
+
     def parameter_gradients(
         self, grad: BranchGradient, inner: Tensor, sums: ColumnSums
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Of weight, bias and layer_scale, as far as needed; `sums` may write that of the bias."""
-        product = products.weight_gradient(grad.unscaled, inner) if self.needs_product else None
+        product = None
+        if self.needs_product:
+            multiply = products.weight_gradient if self.fp8 is None else self.fp8.weight_gradient
+            product = multiply(grad.unscaled, inner)
         if self.layer_scale is None:
             if not self.needs_bias or not grad.has_sums:
                 return product, None, None

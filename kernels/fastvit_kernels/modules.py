@@ -8,7 +8,7 @@ A module that reads the parameters of its children, without calling them, is `Ga
 the sharded parameters of the module that is called, and those of its children too only then.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Literal, cast, get_args
 
@@ -20,6 +20,7 @@ from fastvit_kernels.attention_block import attention_block
 from fastvit_kernels.block import transformer_block
 from fastvit_kernels.cross_entropy import cross_entropy, sigmoid_cross_entropy
 from fastvit_kernels.dispatch import shown
+from fastvit_kernels.fp8.setting import LAYERS, Fp8, Scaling, fits
 from fastvit_kernels.gathered import GatheredWhole
 from fastvit_kernels.layer_norm import layer_norm
 from fastvit_kernels.mlp import Activation, layer_norm_mlp
@@ -300,6 +301,7 @@ class FusedBlock(GatheredWhole):
         self.dropout, self.drop_path = dropout, drop_path
         self.drop_path_mode: DropPathMode = drop_path_mode
         self.recompute: Recompute = recompute
+        self.fp8: Fp8 | None = None  # in training; evaluation is in the dtype of the weights
         self.norm1 = FusedLayerNorm(width, eps)
         self.attn = FusedAttention(width, heads, relative_tokens=relative_tokens)
         self.ls1 = None if layer_scale is None else LayerScale(width, layer_scale)
@@ -307,9 +309,26 @@ class FusedBlock(GatheredWhole):
         self.mlp = Mlp(width, mlp_dim)
         self.ls2 = None if layer_scale is None else LayerScale(width, layer_scale)
 
+    def compute_in_fp8(self, scaling: Scaling, layers: Iterable[str] = LAYERS) -> tuple[str, ...]:
+        """From now on these layers compute their products in FP8 in training, if they fit; returns those that do not.
+
+        What does not fit has a weight with a size that is not a multiple of 16, and computes as before.
+        """
+        weights = {
+            "qkv": self.attn.qkv.weight,
+            "proj": self.attn.proj.weight,
+            "fc1": self.mlp.fc1.weight,
+            "fc2": self.mlp.fc2.weight,
+        }
+        asked = Fp8(scaling, layers)
+        fitting = [name for name in LAYERS if name in asked.layers and fits(weights[name].shape)]
+        self.fp8 = Fp8(scaling, fitting) if fitting else None
+        return tuple(name for name in LAYERS if name in asked.layers and name not in fitting)
+
     def extra_repr(self) -> str:
         relative = self.attn.rel_pos_embed is not None  # the attention half is a composition then
-        return shown(self.mlp.fc1.weight, *(("attention",) if relative else ("block", "attention_block")), "mlp")
+        fp8 = "" if self.fp8 is None else f"fp8={self.fp8}, "
+        return fp8 + shown(self.mlp.fc1.weight, *(("attention",) if relative else ("block", "attention_block")), "mlp")
 
     def forward(
         self,
@@ -355,6 +374,7 @@ class FusedBlock(GatheredWhole):
             rel_pos_embed=attn.rel_pos_embed,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
+            fp8=self.fp8 if self.training else None,
         )
 
     def forward_of_subsets(self, x: Tensor, outputs: int | None, dropout: float, drop_path: float) -> Tensor:
@@ -373,6 +393,7 @@ class FusedBlock(GatheredWhole):
             recompute="norm" if self.recompute == "all" else "none",
             outputs=outputs,
             rel_pos_embed=self.attn.rel_pos_embed,
+            fp8=self.fp8 if self.training else None,
         )
         mlp_half = partial(
             layer_norm_mlp,
@@ -386,6 +407,7 @@ class FusedBlock(GatheredWhole):
             activation=self.activation,
             dropout=dropout,
             recompute=self.recompute,
+            fp8=self.fp8 if self.training else None,
         )
         x = with_drop_path(attention_half, x, self.ls1, drop_path, "subset", outputs)
         return with_drop_path(mlp_half, x, self.ls2, drop_path, "subset")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import ceilings, gpu_calls, gpu_run, slim_wheel, smoke, train
+from benchmarks import ceilings, fp8_steps, gpu_calls, gpu_run, slim_wheel, smoke, train
 from benchmarks.gpu_calls import GPU_LOST, Command, Part, Place
 from benchmarks.gpu_run import MINUTES, PATIENCE, ROOT
 from benchmarks.kernels import Selection, pick_known, select
@@ -23,7 +23,7 @@ from fastvit_kernels.tuning import __main__ as tuning
 from tests.in_full import only_in_full
 
 FILES = ["report.md", "results.tar.gz", "summary.json"]
-CALLS = (1, 2, 3, 4)
+CALLS = (1, 2, 3, 4, 5)
 
 
 def part(name: str, *texts: str, least: float = 1, most: float = 60, again_on: int | None = None) -> Part:
@@ -112,6 +112,9 @@ def test_what_a_call_starts_exists(
     monkeypatch.setattr(
         ceilings, "measure", lambda **options: {"copy_bytes_per_second": 1, "batches": [], "left_out": []}
     )
+    timed = {"ms": [1.0], "losses": [1.0], "reason": ""}
+    measured = {"model": "H/14", "batch": 64, "variants": {"bf16": timed, "fp8 tensor": timed}}
+    monkeypatch.setattr(fp8_steps, "measure", lambda *options: measured)
     names = []
     for part in gpu_calls.parts(call, place(tmp_path, dry=dry)):
         assert part.least <= part.most
@@ -133,9 +136,11 @@ def test_what_a_call_starts_exists(
                 monkeypatch.setattr(sys, "argv", ["tuning", *options])
                 assert tuning.parse().out == tmp_path / "tuning.json"
             elif module == "pytest":
-                assert options[0] == "tests/kernels" and (ROOT / options[0]).is_dir()
+                assert options[0].startswith("tests/kernels") and (ROOT / options[0]).exists()
             else:
-                assert {"benchmarks.smoke": smoke.main, "benchmarks.ceilings": ceilings.main}[module](options) == 0
+                programs = {"benchmarks.smoke": smoke.main, "benchmarks.ceilings": ceilings.main}
+                programs["benchmarks.fp8_steps"] = fp8_steps.main
+                assert programs[module](options) == 0
     assert (
         names
         == {
@@ -143,6 +148,7 @@ def test_what_a_call_starts_exists(
             2: ["train-256", "train-64"],
             3: ["tuning", "train-256-tuned"],
             4: ["kernels", "tests"],
+            5: ["tests-fp8", "kernels-fp8", "fp8"],
         }[call]
     )
 
@@ -337,3 +343,4 @@ def test_a_dry_run_of_all_calls(tmp_path: Path) -> None:
         logs = {Path(name).stem for name in archive.getnames() if name.endswith(".log")}
     assert logs >= {"call1-ceilings", "call1-smoke-bundled", "call1-attention", "call2-train-256", "call2-train-64"}
     assert logs >= {"call3-tuning", "call3-train-256-tuned", "call4-kernels", "call4-tests"}
+    assert logs >= {"call5-tests-fp8", "call5-kernels-fp8", "call5-fp8"}

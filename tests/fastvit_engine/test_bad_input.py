@@ -142,6 +142,7 @@ def train(tmp_path):
         pytest.param(["data.train=[{shards: x, weight: 0}]"], ["data.train.weight", "greater than 0"], id="no weight"),
         pytest.param(["data.train=2024"], ["data.train names the shard 2024"], id="shards are a number"),
         pytest.param(["train.precision=fp16"], ["fp16 needs a GPU"], id="fp16 without GPU"),
+        pytest.param(["train.precision=fp8"], ["needs a Hopper GPU", "train.fp8.emulate=true"], id="fp8 without GPU"),
         pytest.param(["zero.stage=7"], ["zero.stage", "7"], id="no such ZeRO stage"),
         pytest.param(["zero.stage=1", "zero.offload=all"], ["needs zero.stage = 3"], id="offload at the wrong stage"),
         pytest.param(["deepspeed.zero_optimisation.stage=1"], ["did you mean"], id="DeepSpeed's key misspelt"),

@@ -37,6 +37,8 @@ ON_HOPPER: list[tuple[str, str, tuple[str, ...] | None]] = [
     ("cross_entropy", "sigmoid, 1000, index, bfloat16", ("sigmoid_fwd_kernel",)),
     ("rotary", "q and k apart, RMS", None),
     ("swiglu", "DINOv2-g/14", None),
+    ("fp8", "ViT-H/14, fc1, a scale per row, in Triton", None),
+    ("fp8", "ViT-H/14, passes, a scale per row", None),
 ]
 ELSEWHERE: list[tuple[str, str, tuple[str, ...] | None]] = [
     # 80 a head: products of two pieces, which must not chain on sm_100
@@ -47,6 +49,7 @@ ELSEWHERE: list[tuple[str, str, tuple[str, ...] | None]] = [
     ("cross_entropy", "softmax, 1000, index, bfloat16", ("softmax_fwd_kernel",)),
     ("rotary", "q and k apart, RMS", ("rotary_fwd_kernel",)),
     ("swiglu", "DINOv2-g/14", ("swiglu_fwd_kernel",)),
+    ("fp8", "ViT-H/14, LayerNorm, a scale per tensor", ("layer_norm_fwd_kernel",)),
 ]
 SAMPLE = {target: ON_HOPPER if target == "sm_90" else ELSEWHERE for target in codegen.TARGETS}
 # for the second assembler, of those for sm_90

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, interpreter_builder
@@ -110,19 +111,27 @@ def numpy_dtype(dtype: tl.dtype) -> np.dtype:
 interpreter._get_np_dtype = numpy_dtype
 
 
-# bfloat16, which the interpreter (Triton 3.7) keeps as uint16
+# bfloat16 and FP8, which the interpreter (Triton 3.7) keeps as uint16 and uint8
+
+FP8 = {"fp8e4nv": torch.float8_e4m3fn, "fp8e5": torch.float8_e5m2}
 
 
 def dot_of_numbers(builder: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *others: Any) -> TensorHandle:
-    """The interpreter multiplies the uint16; this multiplies the numbers."""
+    """The interpreter multiplies the uint16, and loses a NaN of FP8; this multiplies the numbers."""
     if a.dtype.scalar == tl.bfloat16:
         a, b = (TensorHandle(widened(t.data), tl.float32) for t in (a, b))
+    if a.dtype.scalar.name in FP8:
+        a, b = (TensorHandle(from_fp8(t.data, t.dtype.scalar.name), tl.float32) for t in (a, b))
     return interpreted_dot(builder, a, b, *others)
 
 
 def rounding_cast(builder: InterpreterBuilder, source: TensorHandle, target: tl.dtype) -> TensorHandle:
-    """The interpreter truncates float32 to bfloat16; this rounds to the nearest, ties to even, as GPUs do."""
+    """The interpreter truncates float32; this rounds to the nearest, ties to even, as GPUs do."""
     scalars = source.dtype.scalar.name, target.scalar.name
+    if scalars[0] == "fp32" and scalars[1] in FP8:
+        return TensorHandle(to_fp8(source.data, scalars[1]), target.scalar)
+    if scalars[0] in FP8 and scalars[1] == "fp32":
+        return TensorHandle(from_fp8(source.data, scalars[0]), tl.float32)
     if scalars == ("bf16", "fp32"):
         return TensorHandle(widened(source.data), tl.float32)
     if scalars != ("fp32", "bf16"):
@@ -132,9 +141,23 @@ def rounding_cast(builder: InterpreterBuilder, source: TensorHandle, target: tl.
     return TensorHandle(np.where(np.isnan(source.data), 0x7FC0, rounded).astype(np.uint16), tl.bfloat16)
 
 
+def to_fp8(numbers: np.ndarray, name: str) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(numbers)).to(FP8[name]).view(torch.uint8).numpy()
+
+
+def from_fp8(bits: np.ndarray, name: str) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(FP8[name]).float().numpy()
+
+
+def rounding_conversion(builder: InterpreterBuilder, source: TensorHandle, target: tl.dtype, mode: Any) -> TensorHandle:
+    """How the language asks for conversions to and from FP8."""
+    return rounding_cast(builder, source, target)
+
+
 def widened(bits: np.ndarray) -> np.ndarray:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 interpreted_dot, interpreted_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = dot_of_numbers, rounding_cast
+InterpreterBuilder.create_fp_to_fp = rounding_conversion

@@ -50,7 +50,7 @@ def test_public_names() -> None:
             "add_layer_norm",
             "attention_qkv",
         ),
-        *("drop_path_subset", "explain", "restore", "transformer_block"),
+        *("drop_path_subset", "explain", "restore", "transformer_block", "fp8_linear", "Fp8"),
     }
     assert all(callable(getattr(fastvit_kernels, name)) for name in fastvit_kernels.__all__)
 

@@ -26,7 +26,7 @@ from fastvit_engine.config.sections.runtime import (
     ZeroConfig,
 )
 from fastvit_engine.config.sections.tokens import TokensConfig
-from fastvit_engine.config.sections.training import OBJECTIVES, ProfileConfig, TrainConfig, profiled_steps
+from fastvit_engine.config.sections.training import OBJECTIVES, Fp8Config, ProfileConfig, TrainConfig, profiled_steps
 
 __all__ = [
     "AugmentConfig",
@@ -41,6 +41,7 @@ __all__ = [
     "EvalTransform",
     "EvaluateConfig",
     "FewShotConfig",
+    "Fp8Config",
     "HealthConfig",
     "InitConfig",
     "LossConfig",

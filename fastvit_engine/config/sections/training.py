@@ -69,6 +69,33 @@ def _blocks(value: object) -> object:
     raise ValueError(f"write auto, all, or a number of blocks from 0 to {_MOST_BLOCKS}")
 
 
+class Fp8Config(Section):
+    """Matrix products in FP8, if train.precision is fp8: what of the blocks, and when to return to bf16."""
+
+    scaling: Literal["tensor", "row"] = "tensor"
+    """How operands are scaled to the range of FP8. tensor: one scale per matrix, the fastest; row: one per row of each
+    operand, more accurate. Scales follow from the operands themselves, in every step."""
+
+    layers: Annotated[tuple[Literal["qkv", "proj", "fc1", "fc2"], ...], AfterValidator(distinct)] = Field(
+        ("qkv", "proj", "fc1", "fc2"), min_length=1
+    )
+    """Linear layers of a block whose three products are in FP8: queries, keys and values; the projection of attention;
+    the two layers of the MLP. All others, and all else, are in bf16."""
+
+    bf16_first_blocks: int = Field(0, ge=0, le=_MOST_BLOCKS)
+    """Number of blocks at the beginning of the model that stay in bf16."""
+
+    bf16_last_blocks: int = Field(0, ge=0, le=_MOST_BLOCKS)
+    """Number of blocks at the end of the model that stay in bf16."""
+
+    fallback_after: int | None = Field(20, gt=0, le=1_000_000)
+    """Consecutive steps in which a scale of a layer is out of range, after which this layer returns to bf16 for the
+    rest of the run; null: never."""
+
+    emulate: bool = False
+    """Compute FP8 in plain PyTorch on a device that has no FP8 products. Slower than bf16: to try it out."""
+
+
 class TrainConfig(Section):
     """Length of the training, batch size, and numerical precision."""
 
@@ -89,8 +116,11 @@ class TrainConfig(Section):
     micro_batch_size: int | None = Field(None, gt=0, le=MOST_SAMPLES)
     """Most images that a process takes at a time; null: as many as fit into its memory."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Number format of activations and gradients. Master weights and optimizer states are always fp32."""
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
+    """Number format of activations and gradients. Master weights and optimizer states are always fp32. fp8: bf16, and
+    the matrix products of the blocks in FP8, on Hopper GPUs and later, see train.fp8."""
+
+    fp8: Fp8Config = Fp8Config()
 
     recompute: Literal["auto", "none", "gelu", "all"] = "auto"
     """What the backward pass of a fused block computes again instead of keeping it: nothing, the GELU, or both
@@ -118,3 +148,8 @@ class TrainConfig(Section):
     """Steps between two rows of metrics."""
 
     profile: ProfileConfig = ProfileConfig()
+
+    @property
+    def number_format(self) -> Literal["fp32", "bf16", "fp16"]:
+        """What all is computed in that is not in FP8."""
+        return "bf16" if self.precision == "fp8" else self.precision

@@ -17,6 +17,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "failure": ("failure", "failures"),
     "hang": ("hang", "hangs"),
     "slow_rank": ("slow rank", "slow ranks"),
+    "fp8_fallback": ("fallback to bf16", "fallbacks to bf16"),
     "checkpoint_failed": ("failed checkpoint", "failed checkpoints"),
     "checkpoint_damaged": ("damaged checkpoint", "damaged checkpoints"),
 }

@@ -18,7 +18,7 @@ which has heavy tails and is clipped anyway, so that nothing below 11 times the 
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +50,7 @@ class StepReport(NamedTuple):
     grad_norm: float  # before clipping; inf if the engine discarded the step
     flags: float  # sum of what each process had put into `Guard.flag`
     anomaly: Anomaly | None  # then the step has changed nothing
+    counts: tuple[float, ...] = ()  # sums of what `Guard.count` gave on each process
 
 
 class Guard:
@@ -62,6 +63,7 @@ class Guard:
     def __init__(self, engine: TrainingEngine, world: World, health: HealthConfig, precision: str) -> None:
         self.world, self.health, self.precision = world, health, precision
         self.flag = 0.0
+        self.count: Callable[[], Tensor] | None = None  # further numbers to add up, float64 on the device
         self.recent: deque[tuple[float, float]] = deque(maxlen=health.spike_window)  # (loss, norm) of healthy steps
         self._loss = torch.zeros((), device=world.device)
         self._fault: Anomaly | None = None
@@ -99,9 +101,13 @@ class Guard:
 
     def _judge(self, norm: GradientNorm) -> None:
         own = [torch.as_tensor(v, dtype=torch.float64, device=self.world.device) for v in (self._loss, norm, self.flag)]
-        loss, mean_norm, flags = self.world.sum(torch.stack([value.reshape(()) for value in own])).tolist()
+        vector = torch.stack([value.reshape(()) for value in own])
+        if self.count is not None:
+            vector = torch.cat([vector, self.count()])
+        loss, mean_norm, flags, *counts = self.world.sum(vector).tolist()
         loss, mean_norm = loss / self.world.size, mean_norm / self.world.size
-        self._report = StepReport(loss, mean_norm, flags, self._fault or self._find(loss, mean_norm))
+        anomaly = self._fault or self._find(loss, mean_norm)
+        self._report = StepReport(loss, mean_norm, flags, anomaly, tuple(counts))
 
     def _find(self, loss: float, norm: float) -> Anomaly | None:
         if not math.isfinite(loss):

@@ -1,5 +1,6 @@
 """The public attention half-block, its checks, launches and gradient."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -16,6 +17,10 @@ from fastvit_kernels.attention_block import reference
 from fastvit_kernels.checks import check_parameter, check_rate, check_tokens, checked_outputs
 from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import autocast_dtype, uses_triton
+from fastvit_kernels.fp8.function import in_fp8
+from fastvit_kernels.fp8.op import check_usable
+from fastvit_kernels.fp8.products import Layer, handoff_to, layer_of
+from fastvit_kernels.fp8.setting import Fp8
 from fastvit_kernels.gemm import products
 from fastvit_kernels.gemm.products import BranchGradient
 from fastvit_kernels.half_block import End, Norm, empty_gradients, needed_gradients
@@ -46,6 +51,7 @@ def attention_block(
     rel_pos_embed: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    fp8: Fp8 | None = None,
 ) -> Tensor:
     """The attention half of a pre-norm block: x + drop_path(layer_scale * dropout(proj(attention(qkv(norm(x)))))).
 
@@ -68,6 +74,7 @@ def attention_block(
         cu_seqlens, max_seqlen: the tokens of x, then [1, T, D], are those of S sequences, one after the other, each of
             which attends to itself alone: see `attention`. `outputs` is then of each sequence, none of which may have
             fewer tokens: [1, S * outputs, D]. Not with causal, drop_path or rel_pos_embed.
+        fp8: which of "qkv" and "proj" compute their products in FP8, see `fp8_linear`; None: neither.
 
     Rates are active whenever above 0. Returns [B, N, D], or [B, outputs, D], in the dtype of x, also under autocast,
     which acts as on `torch.nn.functional.linear`: products and attention run in its dtype, the normalisation and the
@@ -97,11 +104,12 @@ def attention_block(
         x, outputs = x[:, :outputs], None
     norm, qkv, proj = (norm_weight, norm_bias), (qkv_weight, qkv_bias), (proj_weight, proj_bias)
     composed = dropout > 0 or outputs is not None or rel_pos_embed is not None or cu_seqlens is not None
+    if fp8 is not None:
+        check_usable(x, cast or qkv_weight.dtype)
     if composed or width // heads > MAX_HEAD_DIM or not uses_triton("attention_block", x):
         lengths = cu_seqlens, max_seqlen
-        return reference.attention_block(
-            x, *norm, *qkv, *proj, heads, eps, layer_scale, dropout, drop_path, causal, outputs, rel_pos_embed, *lengths
-        )
+        layers = *norm, *qkv, *proj, heads, eps, layer_scale
+        return reference.attention_block(x, *layers, dropout, drop_path, causal, outputs, rel_pos_embed, *lengths, fp8)
     if cast is not None:
         x = x.to(torch.promote_types(x.dtype, cast))
         qkv_weight, qkv_bias, proj_weight, proj_bias = (tensor.to(cast) for tensor in (*qkv, *proj))
@@ -110,7 +118,7 @@ def attention_block(
     keep = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     keep_normed = keep and recompute == "none" and qkv_weight.requires_grad
     call = Call(*tensors, draw_path_scale(x, drop_path), heads, eps, causal, keep, keep_normed)
-    return call_operator(*call)
+    return call_operator(*call[:-1]) if fp8 is None else in_fp8(sys.modules[__name__], fp8, *call[:-1])
 
 
 def check_rel_pos_embed(
@@ -164,6 +172,11 @@ class Call(NamedTuple):
     causal: bool
     keep: bool  # all but norm(x)
     keep_normed: bool
+    fp8: Fp8 | None = None  # no argument of the operator: with it, the functions here run without one
+
+    def layer(self, name: str, **gradients: bool) -> Layer | None:
+        """One of the two layers as FP8 has it; None if it has not. gradients: as `Layer` takes them."""
+        return layer_of(self.fp8, name, self.qkv_weight if name == "qkv" else self.proj_weight, **gradients)
 
 
 ARGUMENTS = (
@@ -194,22 +207,25 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
     with no_autocast(call.x.device):
         x = as_rows(call.x)
         kept = forward_before_projection(call, x)
-        y = products.linear_residual(
-            as_rows(kept.attended),
-            as_rows(call.proj_weight),
-            call.proj_bias.contiguous(),
-            x,
-            None if call.layer_scale is None else call.layer_scale.contiguous(),
-            call.path_scale,
-        )
+        weight, bias, attended = as_rows(call.proj_weight), call.proj_bias.contiguous(), as_rows(kept.attended)
+        scales = None if call.layer_scale is None else call.layer_scale.contiguous(), call.path_scale
+        if (proj := call.layer("proj")) is None:
+            y = products.linear_residual(attended, weight, bias, x, *scales)
+        else:
+            y = products.add_residual(proj.forward(attended, None), bias, x, *scales)
     return y.view_as(call.x), *(kept if call.keep else (tensor.new_empty(0) for tensor in kept))
 
 
 def forward_before_projection(call: Call, x: Tensor) -> Kept:
     """What is kept, for x [T, D]."""
     batch, tokens, width = call.x.shape
-    _, normed, mean, rstd = normalise(x, call.norm_weight, call.norm_bias, call.eps, call.qkv_weight.dtype)
-    qkv = products.linear(normed, as_rows(call.qkv_weight), call.qkv_bias.contiguous())
+    layer, bias = call.layer("qkv"), call.qkv_bias.contiguous()
+    handoff, norm = handoff_to(layer, x), (call.norm_weight, call.norm_bias, call.eps)
+    _, normed, mean, rstd = normalise(x, *norm, call.qkv_weight.dtype, handoff=handoff)
+    if layer is None:
+        qkv = products.linear(normed, as_rows(call.qkv_weight), bias)
+    else:
+        qkv = layer.forward(normed, bias, handoff)
     qkv = qkv.view(batch, tokens, 3, call.heads, width // call.heads)
     attended, lse = attention_forward(*AttentionCall(qkv, causal=call.causal))
     return Kept(mean, rstd, normed if call.keep_normed else normed.new_empty(0), qkv, attended, lse)
@@ -241,6 +257,7 @@ def launch_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tup
 
 def end_of(call: Call, needs: Mapping[str, bool]) -> End:
     below_norm = needs["x"] or needs["norm_weight"] or needs["norm_bias"]
+    needs_inner = below_norm or needs["qkv_weight"] or needs["qkv_bias"]
     return End(
         as_rows(call.proj_weight),
         call.proj_bias.contiguous(),
@@ -249,7 +266,13 @@ def end_of(call: Call, needs: Mapping[str, bool]) -> End:
         needs_weight=needs["proj_weight"],
         needs_bias=needs["proj_bias"],
         needs_layer_scale=needs["layer_scale"],
-        needs_inner=below_norm or needs["qkv_weight"] or needs["qkv_bias"],
+        needs_inner=needs_inner,
+        fp8=call.layer(
+            "proj",
+            learns=needs["proj_weight"] or needs["layer_scale"],
+            passes_on=needs_inner,
+            one_gradient=call.layer_scale is None,
+        ),
     )
 
 
@@ -279,7 +302,7 @@ def half_gradients(
     if not end.needs_inner:
         return gradients
 
-    grad_attended = products.input_gradient(grad.scaled, end.weight).view_as(kept.attended)
+    grad_attended = end.input_gradient(grad).view_as(kept.attended)
     attended = grad_attended, kept.qkv, kept.attended, kept.lse
     if needs["qkv_bias"]:
         gradients["qkv_bias"] = call.qkv_bias.new_empty(*call.qkv_bias.shape)
@@ -287,15 +310,22 @@ def half_gradients(
     else:
         grad_qkv = attention_backward(*attended, call.causal)
     grad_qkv = grad_qkv.view(-1, call.qkv_weight.shape[0])
+    layer = call.layer("qkv", learns=needs["qkv_weight"], passes_on=below_norm)
     if needs["qkv_weight"]:
         normed = kept.normed
         if normed.ndim != 2:
             normed = normalise(x, call.norm_weight, call.norm_bias, call.eps, grad_qkv.dtype)[1]
-        gradients["qkv_weight"] = products.weight_gradient(grad_qkv, normed)
+        if layer is None:
+            gradients["qkv_weight"] = products.weight_gradient(grad_qkv, normed)
+        else:
+            gradients["qkv_weight"] = layer.weight_gradient(grad_qkv, normed)
     if not below_norm:
         return gradients
 
-    grad_normed = products.input_gradient(grad_qkv, as_rows(call.qkv_weight))
+    if layer is None:
+        grad_normed = products.input_gradient(grad_qkv, as_rows(call.qkv_weight))
+    else:
+        grad_normed = layer.input_gradient(grad_qkv)
     norm = Norm(x, call.norm_weight, call.norm_bias, kept.mean, kept.rstd, needs["norm_weight"], needs["norm_bias"])
     if sum_in_norm:
         gradients["proj_bias"] = torch.empty_like(end.bias)
@@ -312,7 +342,7 @@ def fake_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tuple
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     call = Call(*inputs)
     ctx.save_for_backward(*output[1:], *call[:9])
-    ctx.options = call[9:]
+    ctx.options = inputs[9:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -320,7 +350,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def backward(ctx: Any, grad_y: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[: len(LEARNED)]
     gradients = attention_block_backward_op(grad_y, needed, *ctx.saved_tensors, *ctx.options)
-    without = (None,) * (len(Call._fields) - len(LEARNED))
+    without = (None,) * (len(Call._fields) - 1 - len(LEARNED))
     return *(g if need else None for g, need in zip(gradients, needed, strict=True)), *without
 
 

@@ -1,5 +1,6 @@
 """The public Transformer block, its checks, launches and gradient."""
 
+import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, get_args
@@ -13,6 +14,11 @@ from fastvit_kernels.block import reference
 from fastvit_kernels.checks import check_parameter, check_rate, check_tokens, checked_outputs
 from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import autocast_dtype, uses_triton
+from fastvit_kernels.fp8.function import in_fp8
+from fastvit_kernels.fp8.op import check_usable
+from fastvit_kernels.fp8.products import handoff_to
+from fastvit_kernels.fp8.setting import Fp8
+from fastvit_kernels.fp8_scales.handoff import Handoff
 from fastvit_kernels.gemm import products
 from fastvit_kernels.half_block import empty_gradients, needed_gradients
 from fastvit_kernels.layer_norm.op import as_rows, normalise
@@ -52,6 +58,7 @@ def transformer_block(
     rel_pos_embed: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    fp8: Fp8 | None = None,
 ) -> Tensor:
     """A pre-norm block: `attention_block`, then `layer_norm_mlp` (Dosovitskiy et al. 2021), as one operator.
 
@@ -75,6 +82,7 @@ def transformer_block(
             normalisation before them are then computed for all tokens.
         rel_pos_embed: [2*N-1, D/heads]: relative positions, see `attention_block`.
         cu_seqlens, max_seqlen: x is [1, T, D], the tokens of sequences of different lengths, see `attention_block`.
+        fp8: which layers compute their products in FP8, see `fp8_linear`; None: none.
 
     Rates are active whenever above 0; a dropout above 0, `outputs`, `rel_pos_embed` or `cu_seqlens` runs the two
     halves, one after the other.
@@ -105,6 +113,8 @@ def transformer_block(
     )
     if causal and outputs is not None:  # they see no other
         x, outputs = x[:, :outputs], None
+    if fp8 is not None:
+        check_usable(x, cast or fc1_weight.dtype)
     composed = dropout > 0 or outputs is not None or rel_pos_embed is not None or cu_seqlens is not None
     if composed or x.shape[-1] // heads > MAX_HEAD_DIM or not uses_triton("block", x):
         return reference.transformer_block(
@@ -121,6 +131,7 @@ def transformer_block(
             rel_pos_embed=rel_pos_embed,
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
+            fp8=fp8,
         )
     if cast is not None:
         x = x.to(torch.promote_types(x.dtype, cast))
@@ -128,7 +139,8 @@ def transformer_block(
     tensors = x, *norm1, *first, layer_scale1, *norm2, *second, layer_scale2
     keep = kept_for(recompute, [tensor is not None and tensor.requires_grad for tensor in tensors])
     path_scales = draw_path_scale(x, drop_path), draw_path_scale(x, drop_path)
-    return call_operator(*tensors, *path_scales, heads, eps, activation == "gelu_tanh", causal, *keep)
+    call = *tensors, *path_scales, heads, eps, activation == "gelu_tanh", causal, *keep
+    return call_operator(*call) if fp8 is None else in_fp8(sys.modules[__name__], fp8, *call)
 
 
 class Look(NamedTuple):
@@ -202,15 +214,16 @@ class Call(NamedTuple):
     keep_normed2: bool
     keep_pre: bool
     keep_post: bool
+    fp8: Fp8 | None = None  # no argument of the operator: with it, the functions here run without one
 
     def attention(self) -> attention_half.Call:
-        scales = self.layer_scale1, self.path_scale1
-        return attention_half.Call(*self[:7], *scales, self.heads, self.eps, self.causal, self.keep1, self.keep_normed1)
+        scales, keep = (self.layer_scale1, self.path_scale1), (self.keep1, self.keep_normed1)
+        return attention_half.Call(*self[:7], *scales, self.heads, self.eps, self.causal, *keep, self.fp8)
 
     def mlp(self) -> mlp_half.Call:
         """With x in the place of the sum after the attention half, for its shape and dtype."""
         scales, keep = (self.layer_scale2, self.path_scale2), (self.keep_normed2, self.keep_pre, self.keep_post)
-        return mlp_half.Call(self.x, *self[8:14], *scales, self.eps, self.tanh, *keep)
+        return mlp_half.Call(self.x, *self[8:14], *scales, self.eps, self.tanh, *keep, self.fp8)
 
 
 ARGUMENTS = (
@@ -243,26 +256,36 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
     with no_autocast(call.x.device):
         x = as_rows(call.x)
         kept = attention_half.forward_before_projection(call.attention(), x)
-        middle, normed, mean, rstd = end_of_attention(call, x, kept.attended)
+        of_mlp = call.mlp()
+        handoff = handoff_to(of_mlp.layer("fc1"), x)
+        middle, normed, mean, rstd = end_of_attention(call, x, kept.attended, handoff)
         if not call.keep1:
             kept = attention_half.Kept(*(tensor.new_empty(0) for tensor in kept))
-        y, *kept_by_mlp = mlp_half.forward_after_norm(call.mlp(), middle, normed)
+        y, *kept_by_mlp = mlp_half.forward_after_norm(of_mlp, middle, normed, handoff)
     if not call.keep2:
         middle, mean, rstd = (tensor.new_empty(0) for tensor in (middle, mean, rstd))
     return y.view_as(call.x), *kept, middle, mean, rstd, *kept_by_mlp
 
 
-def end_of_attention(call: Call, x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The projection and the sum with x [T, D], its normalisation, and the statistics of that."""
+def end_of_attention(
+    call: Call, x: Tensor, attended: Tensor, handoff: Handoff
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The projection and the sum with x [T, D], its normalisation, and the statistics of that.
+
+    handoff: what the normalisation is to leave for a product in FP8.
+    """
     rows, weight, bias = as_rows(attended), as_rows(call.proj_weight), call.proj_bias.contiguous()
     norm = call.norm2_weight, call.norm2_bias, call.eps, call.fc1_weight.dtype
     scales = None if call.layer_scale1 is None else call.layer_scale1.contiguous(), call.path_scale1
-    if products.runs_triton("residual", rows.dtype, rows.device, rows.shape[0], *weight.shape):
+    proj = call.attention().layer("proj")
+    if proj is None and products.runs_triton("residual", rows.dtype, rows.device, rows.shape[0], *weight.shape):
         middle = products.linear_residual(rows, weight, bias, x, *scales)
-        return middle, *normalise(middle, *norm)[1:]
-    branch = torch.mm(rows, weight.T)
+        return middle, *normalise(middle, *norm, handoff=handoff)[1:]
+    branch = torch.mm(rows, weight.T) if proj is None else proj.forward(rows, None)
     layer_scale, path_scale = scales
-    return normalise(x, *norm, branch=branch, branch_bias=bias, layer_scale=layer_scale, path_scale=path_scale)
+    return normalise(
+        x, *norm, branch=branch, branch_bias=bias, layer_scale=layer_scale, path_scale=path_scale, handoff=handoff
+    )
 
 
 def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -318,7 +341,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 def backward(ctx: Any, grad_y: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[: len(LEARNED)]
     gradients = transformer_block_backward_op(grad_y, needed, *ctx.saved_tensors, *ctx.options)
-    without = (None,) * (len(Call._fields) - len(LEARNED))
+    without = (None,) * (len(Call._fields) - 1 - len(LEARNED))
     return *(g if need else None for g, need in zip(gradients, needed, strict=True)), *without
 
 

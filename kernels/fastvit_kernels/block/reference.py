@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from fastvit_kernels.attention_block import attention_block
+from fastvit_kernels.fp8.setting import Fp8
 from fastvit_kernels.mlp import Activation, layer_norm_mlp
 from fastvit_kernels.mlp.op import Recompute
 
@@ -23,6 +24,7 @@ def transformer_block(
     rel_pos_embed: Tensor | None,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
+    fp8: Fp8 | None = None,
 ) -> Tensor:
     """Each half has seven parameters: of its normalisation and its two layers, weight then bias, and a LayerScale."""
     *first, layer_scale = parameters[:7]
@@ -40,6 +42,7 @@ def transformer_block(
         rel_pos_embed=rel_pos_embed,
         cu_seqlens=cu_seqlens,
         max_seqlen=max_seqlen,
+        fp8=fp8,
     )
     *second, layer_scale = parameters[7:]
     return layer_norm_mlp(
@@ -51,4 +54,5 @@ def transformer_block(
         dropout=dropout,
         drop_path=drop_path,
         recompute=recompute,
+        fp8=fp8,
     )

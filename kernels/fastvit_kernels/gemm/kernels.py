@@ -8,6 +8,8 @@ is None when it is not used.
 import triton
 import triton.language as tl
 
+from fastvit_kernels.fp8_scales.device import magnitude_bits
+
 
 @triton.jit
 def gelu_and_slope(x, TANH: tl.constexpr, dtype: tl.constexpr):
@@ -252,11 +254,15 @@ def gradient_kernel(
     scaled_ptr,  # out [rows, width] or None: layer_scale * out
     post_ptr,  # out [rows, width] or None: GELU(pre)
     partial_ptr,  # out [programs, width] float32 or None: this program's share of the column sums of `out`
+    row_bits_ptr,  # in and out [rows] int32 or None: the largest magnitude in `out` of each row
+    column_bits_ptr,  # in and out [width] int32 or None: of each column
+    whole_bits_ptr,  # in and out [SLOTS] int32 or None: of all of it
     rows,
     width,
     rows_per_sample,
     stride_grad,
     TANH: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -264,6 +270,7 @@ def gradient_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = column < width
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    largest = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)  # no code where nothing asks for it
     if scaled_ptr is not None:
         layer_scale = tl.load(layer_scale_ptr + column, mask=column_mask, other=0).to(tl.float32)[None, :]
     # each program always takes the same rows in the same order, so the sums are the same bits in every run
@@ -286,8 +293,18 @@ def gradient_kernel(
         if scaled_ptr is not None:
             tl.store(scaled_ptr + offset, (value * layer_scale).to(scaled_ptr.dtype.element_ty), mask=mask)
         total += value
+        if column_bits_ptr is not None or whole_bits_ptr is not None or row_bits_ptr is not None:
+            bits = magnitude_bits(value.to(out_ptr.dtype.element_ty).to(tl.float32))  # of what is stored
+            largest = tl.maximum(largest, bits)
+            if row_bits_ptr is not None:
+                tl.atomic_max(row_bits_ptr + row, tl.max(bits, axis=1), mask=row_mask)
     if partial_ptr is not None:
         tl.store(partial_ptr + program * width + column, tl.sum(total, axis=0), mask=column_mask)
+    if column_bits_ptr is not None:
+        tl.atomic_max(column_bits_ptr + column, tl.max(largest, axis=0), mask=column_mask)
+    if whole_bits_ptr is not None:
+        slot = (tl.program_id(0) + program * tl.num_programs(0)) % SLOTS
+        tl.atomic_max(whole_bits_ptr + slot, tl.max(tl.max(largest, axis=1), axis=0))
 
 
 @triton.jit

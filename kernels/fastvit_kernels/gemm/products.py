@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.dispatch import HAS_TRITON, gpu
+from fastvit_kernels.fp8_scales.handoff import SLOTS, Maxima
 from fastvit_kernels.gemm import quack
 from fastvit_kernels.gemm.config import (
     Product,
@@ -67,8 +68,8 @@ def linear_residual(
 
     layer_scale is [N], path_scale [B] float32: of samples of T / B rows each.
     """
-    out = residual.new_empty(*residual.shape)
     if runs_triton("residual", x.dtype, x.device, x.shape[0], *weight.shape):
+        out = residual.new_empty(*residual.shape)
         gemm(
             "residual",
             x,
@@ -81,8 +82,15 @@ def linear_residual(
             path_scale=path_scale,
         )
         return out
-    branch = torch.mm(x, weight.T)
-    (rows, width), block = out.shape, residual_block(x.dtype, *out.shape, gpu(x.device))
+    return add_residual(torch.mm(x, weight.T), bias, residual, layer_scale, path_scale)
+
+
+def add_residual(
+    branch: Tensor, bias: Tensor, residual: Tensor, layer_scale: Tensor | None, path_scale: Tensor | None
+) -> Tensor:
+    """residual + path_scale * layer_scale * (branch + bias), as `linear_residual` has it, for branch [T, N]."""
+    out = residual.new_empty(*residual.shape)
+    (rows, width), block = out.shape, residual_block(branch.dtype, *out.shape, gpu(branch.device))
     launch(
         kernels.residual_fwd_kernel,
         (cdiv(rows, block.rows), cdiv(width, block.columns)),
@@ -228,10 +236,12 @@ def scale_gradient(
     path_scale: Tensor | None = None,
     tanh: bool = False,
     column_sum: bool = True,
+    maxima: Maxima | None = None,
 ) -> Tensor:
     """Writes path_scale * grad * GELU'(pre) to `out`, layer_scale times that to `scaled`, GELU(pre) to `post`.
 
-    Returns partial column sums of `out`, or an empty tensor unless `column_sum`; does nothing if nothing is asked for.
+    maxima: those of `out`, for its product in FP8. Returns partial column sums of `out`, or an empty tensor unless
+    `column_sum`; does nothing if nothing is asked for.
     """
     if out is None and scaled is None and not column_sum:
         return grad.new_empty(0, dtype=torch.float32)
@@ -251,11 +261,13 @@ def scale_gradient(
         scaled,
         post,
         partial if column_sum else None,
+        *(maxima or Maxima()),
         rows,
         width,
         rows_of_sample(rows, path_scale),
         grad.stride(0),
         TANH=tanh,
+        SLOTS=SLOTS,
         BLOCK_M=block.rows,
         BLOCK_N=block.columns,
         num_warps=block.num_warps,

@@ -9,6 +9,8 @@ MASKED. All arithmetic is float32. An optional pointer is None when it is not us
 import triton
 import triton.language as tl
 
+from fastvit_kernels.fp8_scales.device import count_overflow, in_fp8, magnitude_bits, scales, top_of
+
 
 @triton.jit
 def columns_of(i: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
@@ -52,12 +54,17 @@ def layer_norm_fwd_kernel(
     normed_ptr,  # out [rows, width]
     mean_ptr,  # out [rows]
     rstd_ptr,  # out [rows]: 1 / sqrt(variance + eps)
+    quantised_ptr,  # out [rows, width] FP8 or None: what `normed` is, with a scale per row
+    inverse_ptr,  # out [rows] float32 or None: inverses of these scales
+    whole_bits_ptr,  # in and out [SLOTS] int32 or None: the largest magnitude of `normed`, see `fp8.kernels`
+    overflows_ptr,  # in and out int32 or None: 1 if a scale is out of range
     rows,
     width,
     rows_per_sample,
     stride_x,
     stride_branch,
     eps,
+    SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -102,14 +109,30 @@ def layer_norm_fwd_kernel(
         total += centred * centred
     rstd = tl.rsqrt(tl.sum(total, axis=1, keep_dims=True) / width + eps)
 
+    bits = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)  # no code where nothing is quantised
+    stored_chunks = ()  # type: tuple
     for i in tl.static_range(CHUNKS):
         column = columns_of(i, BLOCK_M, BLOCK_N)
         column_mask = existing(column, width, MASKED and i == CHUNKS - 1)
         weight, bias = load_columns(weight_ptr, column, column_mask), load_columns(bias_ptr, column, column_mask)
         normed = (y[i] - mean) * rstd * weight + bias
-        tl.store(
-            normed_ptr + row * width + column, normed.to(normed_ptr.dtype.element_ty), mask=both(row_mask, column_mask)
-        )
+        normed = normed.to(normed_ptr.dtype.element_ty)
+        tl.store(normed_ptr + row * width + column, normed, mask=both(row_mask, column_mask))
+        if quantised_ptr is not None or whole_bits_ptr is not None:  # quantise what is stored
+            wide = tl.where(row_mask, normed.to(tl.float32), 0.0)
+            bits = tl.maximum(bits, magnitude_bits(wide))
+            stored_chunks += (wide,)
+    if whole_bits_ptr is not None:
+        tl.atomic_max(whole_bits_ptr + tl.program_id(0) % SLOTS, tl.max(tl.max(bits, axis=1), axis=0))
+    if quantised_ptr is not None:
+        dtype: tl.constexpr = quantised_ptr.dtype.element_ty
+        scale, inverse, overflows = scales(tl.max(bits, axis=1, keep_dims=True), top_of(dtype))
+        for i in tl.static_range(CHUNKS):
+            column = columns_of(i, BLOCK_M, BLOCK_N)
+            mask = both(row_mask, existing(column, width, MASKED and i == CHUNKS - 1))
+            tl.store(quantised_ptr + row * width + column, in_fp8(stored_chunks[i] * scale, dtype), mask=mask)
+        tl.store(inverse_ptr + row, inverse, mask=row_mask)
+        count_overflow(overflows_ptr, overflows)
     tl.store(mean_ptr + row, mean, mask=row_mask)
     tl.store(rstd_ptr + row, rstd, mask=row_mask)
 

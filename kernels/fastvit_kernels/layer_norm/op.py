@@ -8,6 +8,7 @@ from torch import Tensor
 from fastvit_kernels.checks import check_device, check_floating, check_parameter, check_rate
 from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import HAS_TRITON, Gpu, gpu, unmeasured, uses_triton
+from fastvit_kernels.fp8_scales.handoff import NOTHING, SLOTS, Handoff
 from fastvit_kernels.layer_norm import reference
 from fastvit_kernels.registration import cdiv, register_gradient, register_op
 from fastvit_kernels.residual import draw_path_scale, rows_of_sample
@@ -132,10 +133,12 @@ def normalise(
     branch_bias: Tensor | None = None,
     layer_scale: Tensor | None = None,
     path_scale: Tensor | None = None,
+    handoff: Handoff | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y = x + path_scale * layer_scale * (branch + branch_bias), norm(y) in `dtype`, and the statistics of its rows.
 
-    x and branch are [T, D] with adjacent columns, see `as_rows`. Without a branch, y is x itself.
+    x and branch are [T, D] with adjacent columns, see `as_rows`. Without a branch, y is x itself. `handoff`: what the
+    pass leaves of norm(y) for a product in FP8.
     Statistics, mean and 1 / deviation, are [T] float32.
     """
     rows, width = x.shape
@@ -156,12 +159,14 @@ def normalise(
         normed,
         mean,
         rstd,
+        *(NOTHING if handoff is None else handoff).pointers(),
         rows,
         width,
         rows_of_sample(rows, path_scale),
         x.stride(0),
         0 if branch is None else branch.stride(0),
         eps,
+        SLOTS=SLOTS,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.columns,
         CHUNKS=cdiv(width, tile.columns),

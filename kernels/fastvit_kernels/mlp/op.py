@@ -1,5 +1,6 @@
 """The public MLP half-block, its checks, launches and gradient."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -9,6 +10,12 @@ from torch import Tensor
 from fastvit_kernels.checks import check_parameter, check_rate, check_tokens
 from fastvit_kernels.column_sums import ColumnSums
 from fastvit_kernels.dispatch import autocast_dtype, uses_triton
+from fastvit_kernels.fp8.function import in_fp8
+from fastvit_kernels.fp8.op import check_usable
+from fastvit_kernels.fp8.passes import gelu
+from fastvit_kernels.fp8.products import Layer, handoff_to, layer_of
+from fastvit_kernels.fp8.setting import Fp8
+from fastvit_kernels.fp8_scales.handoff import Handoff, Maxima
 from fastvit_kernels.gemm import products
 from fastvit_kernels.gemm.products import BranchGradient
 from fastvit_kernels.half_block import End, Norm, empty_gradients, needed_gradients
@@ -36,6 +43,7 @@ def layer_norm_mlp(
     dropout: float = 0.0,
     drop_path: float = 0.0,
     recompute: Recompute = "gelu",
+    fp8: Fp8 | None = None,
 ) -> Tensor:
     """The MLP half of a pre-norm block: x + drop_path(layer_scale * dropout(fc2(dropout(act(fc1(norm(x))))))).
 
@@ -51,6 +59,7 @@ def layer_norm_mlp(
         recompute: what the kernels' backward pass computes again instead of keeping it: nothing, the GELU, or the
             normalisation too. Gradients are the same. What no gradient will need, as under `torch.no_grad` or with
             frozen parameters, is never kept. No effect on the reference, or with dropout, where autograd decides.
+        fp8: which of "fc1" and "fc2" compute their products in FP8, see `fp8_linear`; None: neither.
 
     Rates are active whenever above 0. Returns [B, N, D] in the dtype of x, also under autocast, which acts as on
     `torch.nn.functional.linear`: products run in its dtype, the normalisation and the sum with x in that of x (float32
@@ -74,15 +83,17 @@ def layer_norm_mlp(
     check_rate("dropout", dropout)
     check_rate("drop_path", drop_path)
     norm, fc1, fc2 = (norm_weight, norm_bias), (fc1_weight, fc1_bias), (fc2_weight, fc2_bias)
+    if fp8 is not None:
+        check_usable(x, cast or fc1_weight.dtype)
     if dropout > 0 or not uses_triton("mlp", x):
-        return reference.layer_norm_mlp(x, *norm, *fc1, *fc2, eps, activation, layer_scale, dropout, drop_path)
+        return reference.layer_norm_mlp(x, *norm, *fc1, *fc2, eps, activation, layer_scale, dropout, drop_path, fp8)
     if cast is not None:
         x = x.to(torch.promote_types(x.dtype, cast))
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = (t.to(cast) for t in (*fc1, *fc2))
     tensors = x, *norm, fc1_weight, fc1_bias, fc2_weight, fc2_bias, layer_scale
     keep = kept_for(recompute, *(tensor is not None and tensor.requires_grad for tensor in tensors))
     call = Call(*tensors, draw_path_scale(x, drop_path), eps, activation == "gelu_tanh", *keep)
-    return call_operator(*call)
+    return call_operator(*call[:-1]) if fp8 is None else in_fp8(sys.modules[__name__], fp8, *call[:-1])
 
 
 # Matrices are [T, D] and [T, M] inside, with T = B * N tokens. Operators cannot return None, so what is not kept for
@@ -106,6 +117,11 @@ class Call(NamedTuple):
     keep_normed: bool
     keep_pre: bool
     keep_post: bool
+    fp8: Fp8 | None = None  # no argument of the operator: with it, the functions here run without one
+
+    def layer(self, name: str, **gradients: bool) -> Layer | None:
+        """One of the two layers as FP8 has it; None if it has not. gradients: as `Layer` takes them."""
+        return layer_of(self.fp8, name, self.fc1_weight if name == "fc1" else self.fc2_weight, **gradients)
 
 
 ARGUMENTS = (
@@ -157,25 +173,38 @@ def launch_forward(*arguments: Any) -> tuple[Tensor, ...]:
     call = Call(*arguments)
     with no_autocast(call.x.device):
         x, dtype = as_rows(call.x), call.fc1_weight.dtype
-        _, normed, mean, rstd = normalise(x, call.norm_weight, call.norm_bias, call.eps, dtype)
-        y, *kept = forward_after_norm(call, x, normed)
+        handoff = handoff_to(call.layer("fc1"), x)
+        _, normed, mean, rstd = normalise(x, call.norm_weight, call.norm_bias, call.eps, dtype, handoff=handoff)
+        y, *kept = forward_after_norm(call, x, normed, handoff)
     return y.view(call.x.shape), mean, rstd, *kept
 
 
-def forward_after_norm(call: Call, x: Tensor, normed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and norm(x), GELU's input and its output as far as they are kept; all matrices of T rows, as x and norm(x)."""
+def forward_after_norm(
+    call: Call, x: Tensor, normed: Tensor, handoff: Handoff
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and norm(x), GELU's input and its output as far as they are kept; all matrices of T rows, as x and norm(x).
+
+    handoff: what the normalisation has left for a product in FP8.
+    """
     fc1_weight, fc1_bias = as_rows(call.fc1_weight), call.fc1_bias.contiguous()
-    pre, post = products.linear_gelu(normed, fc1_weight, fc1_bias, call.tanh, call.keep_pre)
+    fc2_weight, fc2_bias = as_rows(call.fc2_weight), call.fc2_bias.contiguous()
+    scales = None if call.layer_scale is None else call.layer_scale.contiguous(), call.path_scale
+    fc1, fc2 = call.layer("fc1"), call.layer("fc2")
+    if fc1 is None and fc2 is None:
+        pre, post = products.linear_gelu(normed, fc1_weight, fc1_bias, call.tanh, call.keep_pre)
+        y = products.linear_residual(post, fc2_weight, fc2_bias, x, *scales)
+    else:
+        pre = products.linear(normed, fc1_weight, fc1_bias) if fc1 is None else fc1.forward(normed, fc1_bias, handoff)
+        to_fc2 = handoff_to(fc2, pre)
+        post = products.gelu(pre, call.tanh) if fc2 is None else gelu(pre, call.tanh, to_fc2, keep=call.keep_post)
+        if not call.keep_pre:
+            pre = pre.new_empty(0)
+        if fc2 is None:
+            y = products.linear_residual(post, fc2_weight, fc2_bias, x, *scales)
+        else:
+            y = products.add_residual(fc2.forward(post, None, to_fc2), fc2_bias, x, *scales)
     if not call.keep_normed:
         normed = normed.new_empty(0)
-    y = products.linear_residual(
-        post,
-        as_rows(call.fc2_weight),
-        call.fc2_bias.contiguous(),
-        x,
-        None if call.layer_scale is None else call.layer_scale.contiguous(),
-        call.path_scale,
-    )
     return y, normed, pre, post if call.keep_post else post.new_empty(0)
 
 
@@ -225,7 +254,15 @@ def half_gradients(
         needs_bias=needs["fc2_bias"],
         needs_layer_scale=needs["layer_scale"],
         needs_inner=below_gelu,
+        fp8=call.layer(
+            "fc2",
+            learns=needs["fc2_weight"] or needs["layer_scale"],
+            passes_on=below_gelu,
+            one_gradient=call.layer_scale is None,
+        ),
     )
+    fc1 = call.layer("fc1", learns=needs["fc1_weight"], passes_on=below_norm)
+    maxima = None if fc1 is None else fc1.gradient_maxima(kept.pre)
     gradients: dict[str, Any] = {}
     # where LayerNorm's gradient reads grad_y as it is, it also adds up its columns
     sum_in_norm = below_norm and end.needs_sum and not end.changes(grad_y)
@@ -234,9 +271,7 @@ def half_gradients(
     post = kept.post
     recompute = end.needs_product and not is_kept(post)
     if below_gelu:
-        grad_pre, partial, recomputed = products.gelu_gradient(
-            grad.scaled, end.weight, kept.pre, call.tanh, recompute, column_sum=needs["fc1_bias"]
-        )
+        grad_pre, partial, recomputed = gelu_gradient(end, grad, kept.pre, call.tanh, recompute, needs, maxima)
         if needs["fc1_bias"]:
             gradients["fc1_bias"] = torch.empty_like(call.fc1_bias)
             sums.add(partial, gradients["fc1_bias"])
@@ -251,11 +286,17 @@ def half_gradients(
         normed = kept.normed
         if not is_kept(normed):
             normed = normalise(x, call.norm_weight, call.norm_bias, call.eps, grad_pre.dtype)[1]
-        gradients["fc1_weight"] = products.weight_gradient(grad_pre, normed)
+        if fc1 is None:
+            gradients["fc1_weight"] = products.weight_gradient(grad_pre, normed)
+        else:
+            gradients["fc1_weight"] = fc1.weight_gradient(grad_pre, normed, maxima=maxima)
     if not below_norm:
         return gradients, None
 
-    grad_normed = products.input_gradient(grad_pre, as_rows(call.fc1_weight))
+    if fc1 is None:
+        grad_normed = products.input_gradient(grad_pre, as_rows(call.fc1_weight))
+    else:
+        grad_normed = fc1.input_gradient(grad_pre, maxima=maxima)
     norm = Norm(x, call.norm_weight, call.norm_bias, kept.mean, kept.rstd, needs["norm_weight"], needs["norm_bias"])
     if sum_in_norm:
         gradients["fc2_bias"] = torch.empty_like(end.bias)
@@ -263,6 +304,26 @@ def half_gradients(
         grad_y, grad_normed, sums, grad_y_sum=gradients["fc2_bias"] if sum_in_norm else None, before=before
     )
     return gradients, branch
+
+
+def gelu_gradient(
+    end: End,
+    grad: BranchGradient,
+    pre: Tensor,
+    tanh: bool,
+    recompute: bool,
+    needs: Mapping[str, bool],
+    maxima: Maxima | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `products.gelu_gradient`, by fc2's own product; maxima: of the gradient of GELU's input, for that of fc1."""
+    column_sum = needs["fc1_bias"]
+    if end.fp8 is None and maxima is None:
+        return products.gelu_gradient(grad.scaled, end.weight, pre, tanh, recompute, column_sum)
+    grad_pre, post = end.input_gradient(grad), torch.empty_like(pre) if recompute else None
+    partial = products.scale_gradient(
+        grad_pre, grad_pre, pre=pre, post=post, tanh=tanh, column_sum=column_sum, maxima=maxima
+    )
+    return grad_pre, partial, pre.new_empty(0) if post is None else post
 
 
 def fake_backward(grad_y: Tensor, needed: Sequence[bool], *others: Any) -> tuple[Tensor, ...]:
@@ -277,7 +338,7 @@ def is_kept(tensor: Tensor) -> bool:
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     call = Call(*inputs)
     ctx.save_for_backward(*output[1:], *call[:9])
-    ctx.options = call[9:]
+    ctx.options = inputs[9:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 

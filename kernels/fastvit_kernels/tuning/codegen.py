@@ -68,6 +68,7 @@ class Case:
     name: str
     launch: Callable[[], object]
     matrix_kernels: tuple[str, ...] = ()  # kernels that must use the matrix instructions of the target
+    targets: tuple[str, ...] | None = None  # those that have what it needs; None: all
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Compiled:
     spill_stores: int
     spill_loads: int
     shared_bytes: int  # a program
-    matrix_instructions: int  # HMMA on sm_80, HGMMA on sm_90, tcgen05 on sm_100, MFMA on gfx942
+    matrix_instructions: int  # HMMA on sm_80, HGMMA and, for FP8, QGMMA on sm_90, tcgen05 on sm_100, MFMA on gfx942
     waits: int  # for HGMMA; this and the next are of sm_90, and 0 elsewhere
     serialised: int  # messages C7510 to C7515 of ptxas
     hazards: int  # 0 for sm_80 and gfx942
@@ -136,7 +137,13 @@ def result(op: str, case: Case, target: Target, kernel: Any) -> Compiled:
 
 def compile_all(ops: Sequence[str], targets: Sequence[str], jobs: int) -> Iterator[tuple[str, list[Compiled]]]:
     """Each operation in turn with all its cases, compiled for these targets in `jobs` processes."""
-    work = [(op, index, target) for op in ops for index in range(len(cases(op))) for target in targets]
+    work = [
+        (op, index, target)
+        for op in ops
+        for index, case in enumerate(cases(op))
+        for target in targets
+        if case.targets is None or target in case.targets
+    ]
     with ProcessPoolExecutor(jobs, mp_context=get_context("fork")) as pool:
         done = zip(work, pool.map(compile_case, *zip(*work, strict=True)), strict=True)
         for op, group in groupby(done, key=lambda one: one[0][0]):
@@ -227,7 +234,7 @@ def read_cubin(kernel: Any, target: str, cubin: bytes, said: Callable[[], str]) 
         matrix_instructions = len(re.findall(r"tcgen05\.mma", ptx))
         hazards = chained_products(kernel.asm["ttir"]) if matrix_instructions else 0
     else:
-        matrix_instructions = len(re.findall(r"\bHGMMA\b" if target == "sm_90" else r"\bHMMA\b", text))
+        matrix_instructions = len(re.findall(r"\b[HQ]GMMA\b" if target == "sm_90" else r"\bHMMA\b", text))
         hazards = sass.hazards(text) if asynchronous else 0
     return {
         "registers": number(r"REG:(\d+)", usage),

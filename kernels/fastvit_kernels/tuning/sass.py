@@ -1,4 +1,6 @@
-"""Reads Hopper machine code, as text of cuobjdump, for what its asynchronous matrix products (HGMMA) wait for.
+"""Reads Hopper machine code, as text of cuobjdump, for what its asynchronous matrix products wait for.
+
+These are HGMMA and, of FP8, QGMMA; what is said of the one holds for the other.
 
 An HGMMA reads its first operand from registers while the warp continues. Until the warp has waited for it, nothing
 may write those registers. ptxas has failed to see that (triton#9433), and the numbers are then wrong at random.
@@ -80,7 +82,7 @@ def overwriting(code: list[Instruction]) -> set[int]:
 
 
 def after(instruction: Instruction, pending: Pending) -> Pending:
-    if instruction.name == "HGMMA":
+    if instruction.name in ("HGMMA", "QGMMA"):
         reads = pending.open | registers(instruction.operands[1], 4)
         if "gsb0" not in instruction.operands:
             return pending._replace(open=reads)

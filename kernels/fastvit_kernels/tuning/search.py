@@ -60,7 +60,7 @@ MODELS = {
         Model("G/14", 14, 1664, 16),
     )
 }
-OPS = ("attention", "layer_norm", "gemm", "patch_embed", "cross_entropy")  # those with most to gain first
+OPS = ("attention", "layer_norm", "gemm", "patch_embed", "cross_entropy", "fp8")  # those with most to gain first
 
 
 @dataclass(frozen=True)

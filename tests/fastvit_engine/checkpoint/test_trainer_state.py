@@ -6,6 +6,7 @@ import pytest
 
 from fastvit_engine.checkpoint import DamagedCheckpoint, Manifest, Recovery, TrainerState
 from fastvit_engine.checkpoint.format import StoredFile, StoredTensor
+from fastvit_engine.checkpoint.trainer_state import Fp8State
 from fastvit_engine.errors import UserError
 
 STATE = TrainerState(
@@ -21,6 +22,7 @@ STATE = TrainerState(
     pixels={"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "eval_crop": 0.9, "eval_transform": "big_vision"},
     class_names=("cat", "dog"),
     batch_sizes=((0, 32), (10, 48)),
+    fp8=Fp8State(("blocks.3.fc1",), {"blocks.2.qkv": 7}),
 )
 # A manifest as version 0.1.0 wrote it.
 EARLIER = {

@@ -74,7 +74,7 @@ def test_resolved_yaml_is_a_recipe_again(recipe, tmp_path):
         ("lr=1e-3", "unknown configuration key 'lr' (--set); did you mean 'optimizer.learning_rate'?"),
         ("train.global_batch_size=many", "configuration key 'train.global_batch_size' (--set) is 'many'"),
         ("train.global_batch_size=-1", "should be greater than 0"),
-        ("train.precision=int8", "input should be 'fp32', 'bf16' or 'fp16'"),
+        ("train.precision=int8", "input should be 'fp32', 'bf16', 'fp16' or 'fp8'"),
         ("train.duration=5 weeks", "'5 weeks' is not a duration"),
         ("train.duration=90", "'90' is not a duration without a unit: write '90 steps', '90 epochs', '90 samples'"),
         ("data.mean=[0.5, 0.5]", "configuration key 'data.mean' (--set) is [0.5, 0.5]: too few values"),

@@ -35,6 +35,8 @@ ALLOWED = {  # what makes sense, or is looked at again when the data is known
     "data.window": {"huge"},  # a whole lane
     "dino.centre_momentum": {"0"},
     "dino.local_views": {"0"},
+    "train.fp8.bf16_first_blocks": {"0"},
+    "train.fp8.bf16_last_blocks": {"0"},
     "health.compare_replicas_every": {"huge"},  # only before each checkpoint
     "health.max_rewinds": {"0", "huge"},
     "loss.label_smoothing": {"0"},

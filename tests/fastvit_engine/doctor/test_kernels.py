@@ -34,7 +34,7 @@ def test_on_a_gpu_triton_runs_and_the_assembler_is_named(gpu, monkeypatch):
     with dispatch.using("auto"):
         assert check()["operations"].found.startswith("in bf16 on a GPU, triton: attention, ")
         fp32 = check("fp32")["operations"].found
-    assert "reference (fp32 products): attention" in fp32 and "triton: cross_entropy, layer_norm" in fp32
+    assert "reference (fp32 products): attention" in fp32 and "triton: cross_entropy, fp8, layer_norm" in fp32
     assert check()["ptxas for sm_90"].same
 
 
