@@ -174,12 +174,12 @@ def report(record: Mapping[str, Any]) -> str:
         f"{environment['cpu_count']} cores{f', {processes} processes' if processes else ''}; Python "
         f"{versions['python']}, PyTorch {versions['torch']}.",
         "",
-        f"`{RECIPE}` in {record['epochs']:g} epoch{'' if record['epochs'] == 1 else 's'}, {rows[0]['steps']:,.0f} steps, plain and with each option. Top-1 "
-        f"on {first['samples']:,} test images by `fastvit evaluate`: mean and standard deviation (of the population) "
-        f"over {seeds} seed{'s' if seeds > 1 else ''}. FLOPs are what the steps computed, by the engine's own count; "
-        "minutes are those of the steps, and other work on the machine makes them longer. How many patches images of their "
-        "own proportions have is known when they have been seen: fewer than were counted on, so that packing stays below "
-        "the FLOPs of the others.",
+        f"`{RECIPE}` in {record['epochs']:g} epoch{'' if record['epochs'] == 1 else 's'}, {rows[0]['steps']:,.0f} "
+        f"steps, plain and with each option. Top-1 on {first['samples']:,} test images by `fastvit evaluate`: mean and "
+        f"standard deviation (of the population) over {seeds} seed{'s' if seeds > 1 else ''}. FLOPs are what the steps "
+        "computed, by the engine's own count; minutes are those of the steps, and other work on the machine makes them "
+        "longer. How many patches packed images have is known when they have been seen, and is less than was counted "
+        "on: so packing stays below the FLOPs of the others.",
     ]
     for budget, title in BUDGETS.items():
         lines += [
