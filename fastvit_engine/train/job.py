@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fastvit_engine.checkpoint import Checkpointer, store_of
+from fastvit_engine.checkpoint.in_memory import Copies, inherited_areas
 from fastvit_engine.checkpoint.owner import Ownership
 from fastvit_engine.checkpoint.records import Records
 from fastvit_engine.config import Config
@@ -63,6 +64,7 @@ class Job:
     evaluators: Mapping[str, Measure]  # those that `train` was given
     ema: WeightAverage | None
     checkpointer: Checkpointer
+    copies: Copies
     health: Health
     processes: Processes
     times: StepTimes
@@ -108,7 +110,17 @@ def build_job(
     if config.health.watch_gradients:
         gradients.start()
     engine.model.train()
-    store = store_of(config.checkpoint, run)
+    checkpointer = Checkpointer(
+        run,
+        store_of(config.checkpoint, run),
+        engine,
+        ema,
+        world,
+        config.checkpoint,
+        schedule.keep_every,
+        check_owner=owner.check,
+        upload_records=records.upload,
+    )
     return Job(
         config=config,
         run=run,
@@ -119,17 +131,8 @@ def build_job(
         objective=objective,
         evaluators=evaluators,
         ema=ema,
-        checkpointer=Checkpointer(
-            run,
-            store,
-            engine,
-            ema,
-            world,
-            config.checkpoint,
-            schedule.keep_every,
-            check_owner=owner.check,
-            upload_records=records.upload,
-        ),
+        checkpointer=checkpointer,
+        copies=Copies(inherited_areas(), checkpointer, world),
         health=Health(Guard(engine, world, config.health, config.train.precision), Replicas(engine, world), gradients),
         processes=Processes(
             watchdog,
