@@ -91,6 +91,8 @@ def wrong(record: Mapping[str, Any]) -> bool:
     """Whether a result of ours or of the user's kernel is wrong or missing, or a loader that is installed failed."""
     if any(row.get("failed") for row in record.get("results", ())):
         return True
+    if not (record.get("record_equal", True) and record.get("weights_equal", True)):
+        return True
     for case in record.get("cases", ()):
         if "failed" in case:
             return True
@@ -206,12 +208,27 @@ def measure_overhead(args: Namespace, folder: Path | None) -> tuple[str, dict[st
     return text, record
 
 
+def measure_faults(args: Namespace, folder: Path | None) -> tuple[str, dict[str, Any]]:
+    """A recipe whose processes are killed while it trains."""
+    from benchmarks import faults
+
+    for name in ("minutes", "every", "processes"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise UserError(f"--{name} is {value:g}: give more than 0")
+    with tempfile.TemporaryDirectory() as scratch:
+        record = faults.measure(args, Path(scratch), say)
+    text = faults.report(record)
+    write(record, text, folder, faults.draw)
+    return text, record
+
+
 Suite = Callable[[Namespace, Path | None], tuple[str, dict[str, Any]]]
 MEASURE: dict[str, Suite] = {
     "kernels": measure_kernels,
     "train": measure_train,
     "data": measure_data,
     "overhead": measure_overhead,
+    "faults": measure_faults,
 }
 
 

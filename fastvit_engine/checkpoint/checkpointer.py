@@ -78,12 +78,12 @@ class Checkpointer:
             self.settle(wait=True)
         self._state = state
         checkpoint = Checkpoint(self.store, step_name(state.step))
-        slices = self._slices_to_write()
+        slices = self.slices_to_write()
         size = sum(self.world.gather(sum(p.values.nbytes for of_kind in slices.values() for p in of_kind)))
         if (error := self._on_main(lambda: self._prepare(checkpoint, size))) is not None:
             self._failed(checkpoint, error)
             return
-        manifest = self._manifest(state)
+        manifest = self.manifest(state)
         blocks = self._host_copy.begin(slices)
         self._in_flight = SaveInFlight(
             checkpoint,
@@ -199,7 +199,7 @@ class Checkpointer:
             self._say_on_main(f"{checkpoint} has an average of the weights, which is dropped: ema.decay is null")
         return manifest.state
 
-    def _slices_to_write(self) -> dict[str, list[ParameterSlice]]:
+    def slices_to_write(self) -> dict[str, list[ParameterSlice]]:
         """This process's part of the state; what every process holds is shared out evenly."""
         slices = {"weight": self.engine.master_weights(), **self.engine.optimizer_state()}
         if self.ema is not None:
@@ -212,7 +212,7 @@ class Checkpointer:
             whole["ema_buffer"] = self.ema.statistics_slices()
         return {**slices, **{kind: share(of_kind, rank, size) for kind, of_kind in whole.items()}}
 
-    def _manifest(self, state: TrainerState) -> Manifest:
+    def manifest(self, state: TrainerState) -> Manifest:
         """All but the files."""
         engine, usual = self.engine, {n: s for n, s in self.engine.shapes.items() if n not in self.engine.frozen}
         special = {kind: shapes for kind, shapes in engine.optimizer_shapes().items() if shapes != usual}

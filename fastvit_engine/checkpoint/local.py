@@ -25,6 +25,8 @@ _MORE_TRIES = 9
 class LocalStore:
     """A CheckpointStore in a file system."""
 
+    has_checksums = True
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 

@@ -41,6 +41,7 @@ from fastvit_engine.observe.run_folder import WORKING_FOLDERS, RunFolder
 from fastvit_engine.shown import public_url
 from fastvit_engine.shown import say as say_to_user
 
+LAUNCHER = "FASTVIT_LAUNCHER"  # the process of a launcher whose ranks are not its children, but their server's
 RUN_ID = "FASTVIT_RUN_ID"  # of one launch with all its restarts; a launcher gives it to each process
 _LAST_HEARTBEAT_SECONDS = 30.0  # that one may take that has begun
 _WATCH_SECONDS = 1.0  # between two looks at a record
@@ -247,8 +248,9 @@ def _try_to_take(
 
 
 def _is_ours(held: Owner, owner: Owner) -> bool:
-    """Whether a record is this process's own, or of the parent that started it as a rank and waits for it."""
-    by_parent = held.machine == owner.machine and held.process == os.getppid() and held.run_id == owner.run_id
+    """Whether a record is this process's own, or of the launcher that started it as a rank and waits for it."""
+    launcher = int(os.environ.get(LAUNCHER, os.getppid()))
+    by_parent = held.machine == owner.machine and held.process == launcher and held.run_id == owner.run_id
     return held.token == owner.token or by_parent
 
 

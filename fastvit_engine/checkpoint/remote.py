@@ -25,6 +25,8 @@ _SETTLE_SECONDS = 1.0  # between writing an owner record and reading it back
 class RemoteStore:
     """A CheckpointStore in an object store."""
 
+    has_checksums = True
+
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self.store, self.root = open_store(self.url)

@@ -21,6 +21,8 @@ class CheckpointStore(Protocol):
     Every method but `describe` raises OSError if the disk or the store fails.
     """
 
+    has_checksums: bool  # whether the tensors of its checkpoints were summed
+
     def describe(self, name: str) -> str:
         """Path or URL of a checkpoint, or of what else lies here."""
 

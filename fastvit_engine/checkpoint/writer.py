@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.errors import UserError
 from fastvit_engine.models.weights.safetensors_file import DTYPES
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _POLL_SECONDS = 0.05
 
 
@@ -36,6 +37,22 @@ class SaveOutcome:
     lost: bool = False  # another run owns the place now: this one must not touch anything there
     bytes: int = 0  # of all files
     seconds: float = 0.0  # from the copy to the publication
+
+
+class Placed(NamedTuple):
+    """A slice of one kind, and the first of its bytes in memory that holds several."""
+
+    kind: str
+    part: ParameterSlice
+    offset: int
+
+
+def placed_in_order(slices: Mapping[str, Sequence[ParameterSlice]]) -> list[Placed]:
+    """The slices of all kinds one after the other, so that each is aligned."""
+    everything = [(kind, part) for kind, of_kind in slices.items() for part in of_kind]
+    everything.sort(key=lambda entry: -entry[1].values.element_size())
+    offsets = accumulate((part.values.nbytes for _, part in everything), initial=0)
+    return [Placed(kind, part, offset) for (kind, part), offset in zip(everything, offsets, strict=False)]
 
 
 class HostCopy:
@@ -53,32 +70,42 @@ class HostCopy:
 
     def begin(self, slices: Mapping[str, Sequence[ParameterSlice]]) -> list[Block]:
         """Begins to copy the slices of all kinds; their bytes are there after `wait`. Invalidates the copy before."""
-        everything = [(kind, part) for kind, of_kind in slices.items() for part in of_kind]
-        everything.sort(key=lambda entry: -entry[1].values.element_size())  # keeps every tensor aligned
-        size = sum(part.values.nbytes for _, part in everything)
-        device = next((part.values.device for _, part in everything if part.values.is_cuda), None)
+        placed = placed_in_order(slices)
+        size = sum(part.values.nbytes for _, part, _ in placed)
         if self._memory.numel() < size:
             self._memory = torch.empty(0, dtype=torch.uint8)  # free the old before
-            self._memory = _host_memory(size, pinned=device is not None)
-        blocks, copies, offset = [], [], 0
+            self._memory = _host_memory(size, pinned=any(part.values.is_cuda for _, part, _ in placed))
+        self.begin_in(self._memory, placed)
         view = self._memory.numpy().data
-        for kind, part in everything:
-            nbytes = part.values.nbytes
-            target: Tensor = self._memory[offset : offset + nbytes].view(part.values.dtype)
+        return [
+            Block(
+                f"{kind}/{part.name}@{part.start}",
+                DTYPE_NAMES[part.values.dtype],
+                view[offset : offset + part.values.nbytes],
+            )
+            for kind, part, offset in placed
+        ]
+
+    def begin_in(
+        self, memory: Tensor, placed: Sequence[Placed], when_copied: Callable[[], None] = lambda: None
+    ) -> None:
+        """As `begin`, into given memory, uint8 [bytes]. when_copied: what the thread calls when all bytes are there."""
+        device = next((part.values.device for _, part, _ in placed if part.values.is_cuda), None)
+        copies = []
+        for kind, part, offset in placed:
+            target = memory[offset : offset + part.values.nbytes].view(part.values.dtype)
             if kind == "buffer":  # of the module, whose forward pass may change it
                 target.copy_(part.values)
             else:
                 copies.append((target, part.values))
-            name = f"{kind}/{part.name}@{part.start}"
-            blocks.append(Block(name, _DTYPE_NAMES[part.values.dtype], view[offset : offset + nbytes]))
-            offset += nbytes
         if device is not None:
             self._stream = self._stream or torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))  # for the update that has just been queued
         self._error = None
-        self._thread = threading.Thread(target=self._copy, args=[copies], name="copy for a checkpoint", daemon=True)
+        self._thread = threading.Thread(
+            target=self._copy, args=[copies, when_copied], name="copy for a checkpoint", daemon=True
+        )
         self._thread.start()
-        return blocks
 
     def wait(self) -> None:
         """Returns when all is copied; raises what went wrong. May be called from several threads."""
@@ -87,13 +114,14 @@ class HostCopy:
         if self._error is not None:
             raise self._error
 
-    def _copy(self, copies: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def _copy(self, copies: Sequence[tuple[Tensor, Tensor]], when_copied: Callable[[], None]) -> None:
         try:
             with torch.cuda.stream(self._stream):  # which does nothing without one
                 for target, values in copies:
                     target.copy_(values, non_blocking=True)
             if self._stream is not None:
                 self._stream.synchronize()
+            when_copied()
         except Exception as error:  # to be raised in whoever waits
             self._error = error
 

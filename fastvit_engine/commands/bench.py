@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from fastvit_engine.commands.parser import local_path
+from fastvit_engine.commands.recipe import add_recipe
 
 _ALL = "measure operations, training steps, data loading and the loop's own cost, one after the other"
 
@@ -54,6 +55,23 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]", purpose
     _suite(actions, "overhead", "measure what the training loop costs beyond a plain one, on a CPU")
     _suite(actions, "all", _ALL)
 
+    faults = actions.add_parser(
+        "faults",
+        help="train a recipe while its processes are killed: which share of the time is useful",
+        description="Trains a recipe twice on CPU processes, in peace and with a SIGKILL of a random rank every so\n"
+        "often. Says which share of the time went into steps that count (goodput), how long training stands\n"
+        "still after a kill, how many steps are lost, and whether both records are equal to the bit.",
+        epilog="example:\n  fastvit bench faults cifar10_cpu --set data.train='cifar10/train-*.tar' --minutes 5",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_recipe(faults)
+    faults.add_argument("--minutes", type=float, metavar="M", help="length of a run (default: train.duration)")
+    faults.add_argument("--every", type=float, metavar="SECONDS", default=60.0, help="between two kills (default 60)")
+    faults.add_argument("--processes", type=int, metavar="N", default=2, help="of the run (default 2)")
+    faults.add_argument("--seed", type=int, metavar="N", default=0, help="of the ranks that are chosen (default 0)")
+    _add_output(faults)
+    faults.set_defaults(run=_run, quick=False)
+
     readme = actions.add_parser("readme", help="write the results into docs/verification.md", description="Writes the\n"
                      "table of results in docs/verification.md, from the newest files of each machine.",
                      epilog="example:\n  fastvit bench readme --check",
@@ -73,6 +91,12 @@ def _suite(
                                 formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing that compiles for long")
     parser.add_argument("--minutes", type=float, metavar="M", help="begin nothing new after M minutes a suite")
+    _add_output(parser)
+    parser.set_defaults(run=_run)
+    return parser
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out",
         type=local_path,
@@ -80,8 +104,6 @@ def _suite(
         help="write to DIR/<machine>/ (default benchmarks/results; --quick: nowhere)",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.set_defaults(run=_run)
-    return parser
 
 
 def _run(args: argparse.Namespace) -> int:

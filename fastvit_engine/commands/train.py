@@ -125,6 +125,7 @@ def _run(args: argparse.Namespace) -> int:
         from fastvit_engine.sizing.defaults import choose, machine_here
         from fastvit_engine.train.first_weights import fill_in
         from fastvit_engine.train.observers import check_installed
+        from fastvit_engine.train.restarts import restarts
         from fastvit_engine.train.start import preflight, report_damage
         from fastvit_engine.trusted_folders import trust_compiled_code
 
@@ -162,12 +163,15 @@ def _run(args: argparse.Namespace) -> int:
         command = _rank_command(args, run)
         store = store_of(chosen.config.checkpoint, run)
 
-        def newest_checkpoint() -> str | None:
-            return max(store.names(), key=step_of, default=None)
+        on_gpu = launch.gpu_count() > 0
+        with restarts(chosen.config, processes, args.max_restarts, environment, on_gpu=on_gpu) as how:
 
-        return launch.run_with_restarts(
-            command, processes, run, args.max_restarts, environment, owned.check, newest_checkpoint
-        )
+            def progress() -> tuple[str | None, int | None]:
+                return max(store.names(), key=step_of, default=None), how.newest_step()
+
+            return launch.run_with_restarts(
+                command, processes, run, args.max_restarts, how.environment, owned.check, progress, how.fast
+            )
 
 
 def _check_options(args: argparse.Namespace) -> None:

@@ -1,24 +1,23 @@
 """Starts the processes of a job on this machine, passes signals on to them, and says what their exit codes mean."""
 
-import ctypes
 import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fastvit_engine.cores import cores_here
 from fastvit_engine.distributed.environment import ERROR_SHOWN
+from fastvit_engine.distributed.process import die_with_parent
 from fastvit_engine.distributed.store import JobStore
 from fastvit_engine.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RESTART
 
@@ -26,7 +25,25 @@ SAME_REQUEST_SECONDS = 2.0  # one signal may come twice: to the process group, a
 # What asks a run to leave. SIGHUP comes when its terminal or its ssh connection closes; nohup makes it ignore that.
 REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _GRACE_SECONDS = 10.0  # for ranks whose peer has failed, or that were asked twice: to say why, and to leave
+_POLL_SECONDS = 0.02
 _GRACE_AFTER_RESTART_CODE = 5.0  # likewise after exit code 75, when ranks have said why and leave together
+
+
+class Rank(Protocol):
+    """A process of the job, as `subprocess.Popen` has it."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+Start = Callable[[Mapping[str, str]], Rank]  # of the variables of a rank, the process
 
 
 def gpu_count() -> int:
@@ -64,17 +81,21 @@ def rank_environment(
 
 @contextmanager
 def start_ranks(
-    command: Sequence[str | Path], processes: int, environment: Mapping[str, str] = os.environ, **options: Any
-) -> Iterator[list["subprocess.Popen[Any]"]]:
+    command: Sequence[str | Path] | Start,
+    processes: int,
+    environment: Mapping[str, str] = os.environ,
+    **options: Any,
+) -> Iterator[list[Any]]:
     """Starts `command` once per rank, and kills the processes that are left when the block ends.
 
-    `environment` is that of each rank, but for what makes it a rank; `options` are those of `subprocess.Popen`. The
-    processes also end with the thread that starts them.
+    `command`: or what starts it. `environment` is that of each rank, but for what makes it a rank; `options` are those
+    of `subprocess.Popen`, which the ranks are then. The processes also end with the thread that starts them.
     """
+    start = command if callable(command) else _start_of(command, options)
     # Here and not in rank 0, so that the others can still tell of its end; and no port can be lost to another program.
     store = JobStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="fastvit-") as folder:
-        children: list[subprocess.Popen[Any]] = []
+        children: list[Rank] = []
         common = {
             "LOCAL_WORLD_SIZE": str(processes),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # so that rank 0 connects, too
@@ -83,12 +104,17 @@ def start_ranks(
         try:
             for rank in range(processes):
                 variables = {**environment, **rank_environment(rank, processes, store.port, environment), **common}
-                children.append(subprocess.Popen(command, env=variables, preexec_fn=die_with_parent, **options))
+                children.append(start(variables))
             yield children
         finally:
             for child in children:
                 child.kill()  # reaches a process that has been stopped, too
+            for child in children:
                 child.wait()
+
+
+def _start_of(command: Sequence[str | Path], options: Mapping[str, Any]) -> Start:
+    return lambda variables: subprocess.Popen(command, env=dict(variables), preexec_fn=die_with_parent, **options)
 
 
 @dataclass(frozen=True)
@@ -137,7 +163,7 @@ class Requests:
     """Signals to this process while ranks are running: those of REQUESTS and SIGQUIT are passed on to them."""
 
     def __init__(self) -> None:
-        self._children: Sequence[subprocess.Popen[Any]] = ()
+        self._children: Sequence[Rank] = ()
         self._terminals: list[int] = []
         self.first: float | None = None  # when the first request to leave came
         self.at_once: float | None = None  # when the second came
@@ -152,7 +178,7 @@ class Requests:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def pass_on_to(self, children: "Sequence[subprocess.Popen[Any]]") -> None:
+    def pass_on_to(self, children: Sequence[Rank]) -> None:
         """Passes signals on to `children` from now on; a request that has come already reaches them at once."""
         self._children = children
         if self.first:
@@ -175,24 +201,35 @@ class Requests:
             child.send_signal(number)
 
 
-def wait_for_ranks(children: "Sequence[subprocess.Popen[Any]]", requests: Requests) -> LaunchOutcome:
-    """Waits until all have ended, or, once one has failed or a second request has come, for some seconds more."""
+def wait_for_ranks(
+    children: Sequence[Rank], requests: Requests, grace_after_kill: float | None = None
+) -> LaunchOutcome:
+    """Waits until all have ended, or, once one has failed or a second request has come, for some seconds more.
+
+    grace_after_kill: so many, if a signal has ended the first.
+    """
     requests.pass_on_to(children)
     codes: dict[int, int] = {}
     deadline = float("inf")  # until when the ranks that are left may end by themselves
     while len(codes) < len(children) and time.monotonic() < deadline:
         for rank, child in enumerate(children):
-            if rank not in codes and child.poll() is not None:
-                codes[rank] = child.returncode
-                if child.returncode != 0:
-                    grace = _GRACE_AFTER_RESTART_CODE if child.returncode == EXIT_RESTART else _GRACE_SECONDS
-                    deadline = min(deadline, time.monotonic() + grace)
+            if rank not in codes and (code := child.poll()) is not None:
+                codes[rank] = code
+                if code != 0:
+                    deadline = min(deadline, time.monotonic() + _grace_after(code, grace_after_kill))
         if requests.at_once:
             deadline = min(deadline, requests.at_once + _GRACE_SECONDS)
-        time.sleep(0.05)
+        time.sleep(_POLL_SECONDS)
     if requests.at_once:
         codes |= {rank: -signal.SIGKILL for rank in range(len(children)) if rank not in codes}
     return LaunchOutcome(codes)
+
+
+def _grace_after(code: int, grace_after_kill: float | None) -> float:
+    """Seconds for the other ranks when one has ended with a code that is not 0."""
+    if code < 0 and grace_after_kill is not None:
+        return grace_after_kill
+    return _GRACE_AFTER_RESTART_CODE if code == EXIT_RESTART else _GRACE_SECONDS
 
 
 def not_ignored(numbers: Sequence[signal.Signals]) -> list[signal.Signals]:
@@ -211,9 +248,3 @@ def silence(descriptors: Sequence[int]) -> None:
     for descriptor in descriptors:
         os.dup2(nowhere, descriptor)
     os.close(nowhere)
-
-
-def die_with_parent() -> None:
-    """Asks Linux to end this child when its parent is killed, so that no rank is ever left behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG

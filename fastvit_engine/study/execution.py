@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastvit_engine.distributed.supervise import Requests, die_with_parent
+from fastvit_engine.distributed.process import die_with_parent
+from fastvit_engine.distributed.supervise import Requests
 from fastvit_engine.errors import EXIT_PREEMPTED, UserError
 from fastvit_engine.observe.units import format_duration, format_share
 from fastvit_engine.shown import shown

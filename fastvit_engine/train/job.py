@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fastvit_engine.checkpoint import Checkpointer, store_of
+from fastvit_engine.checkpoint.in_memory import Copies, inherited_areas
 from fastvit_engine.checkpoint.owner import Ownership
 from fastvit_engine.checkpoint.records import Records
 from fastvit_engine.config import Config
@@ -65,6 +66,7 @@ class Job:
     evaluators: Mapping[str, Measure]  # those that `train` was given
     ema: WeightAverage | None
     checkpointer: Checkpointer
+    copies: Copies
     health: Health
     processes: Processes
     times: StepTimes
@@ -117,7 +119,17 @@ def build_job(
     engine.model.train()
     guard = Guard(engine, world, config.health, config.train.precision)
     guard.count = in_fp8.take_overflows if in_fp8 else None
-    store = store_of(config.checkpoint, run)
+    checkpointer = Checkpointer(
+        run,
+        store_of(config.checkpoint, run),
+        engine,
+        ema,
+        world,
+        config.checkpoint,
+        schedule.keep_every,
+        check_owner=owner.check,
+        upload_records=records.upload,
+    )
     return Job(
         config=config,
         run=run,
@@ -128,17 +140,8 @@ def build_job(
         objective=objective,
         evaluators=evaluators,
         ema=ema,
-        checkpointer=Checkpointer(
-            run,
-            store,
-            engine,
-            ema,
-            world,
-            config.checkpoint,
-            schedule.keep_every,
-            check_owner=owner.check,
-            upload_records=records.upload,
-        ),
+        checkpointer=checkpointer,
+        copies=Copies(inherited_areas(), checkpointer, world),
         health=Health(guard, Replicas(engine, world), gradients),
         processes=Processes(
             watchdog,

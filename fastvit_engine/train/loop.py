@@ -7,6 +7,7 @@ from functools import partial
 
 from fastvit_engine.checkpoint import Checkpoint, TrainerState
 from fastvit_engine.checkpoint.export import export_run
+from fastvit_engine.checkpoint.in_memory import inherited_areas, newest_in_memory
 from fastvit_engine.checkpoint.owner import Ownership, own
 from fastvit_engine.checkpoint.records import Records, kept_records
 from fastvit_engine.config import Config, Resolved
@@ -15,7 +16,7 @@ from fastvit_engine.data.stream.skip import Window, step_start
 from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world
-from fastvit_engine.errors import Preempted
+from fastvit_engine.errors import Preempted, UserError
 from fastvit_engine.evaluate.own import Measure
 from fastvit_engine.objectives import Objective, ObjectiveFactory, Taught, build_objective, find_objective
 from fastvit_engine.observe.events import record_event
@@ -62,6 +63,11 @@ def train(
     make_objective: builds what `train.objective` names, which is imported otherwise. evaluators: see `evaluate.own`.
     """
     trust_compiled_code()
+    if resolved.config.checkpoint.in_memory is True and not inherited_areas():
+        raise UserError(
+            "checkpoint.in_memory = true needs a launcher that outlives its processes and keeps their copies, as "
+            "`fastvit train` is on one machine: let that start them, or set checkpoint.in_memory=auto"
+        )
     make_objective = make_objective or find_objective(resolved.config.train.objective)
     run.prepare()
     limits = resolved.config.watchdog
@@ -81,7 +87,8 @@ def train(
         resolved = filled.apply(given)
         chosen = choose(resolved.config, machine_of(world))
         objective = build_objective(chosen.config, world.device, make_objective)
-        check = partial(preflight, chosen.config, run, world.size, resume=resume, data=data)
+        in_memory = newest_in_memory(inherited_areas(), world.size)
+        check = partial(preflight, chosen.config, run, world.size, resume=resume, data=data, in_memory=in_memory)
         start = world.on_main(lambda: check(allow_batch_change=allow_batch_change))
         if start.checkpoint is None and resolved.config.init.from_ is not None:
             settings = resolved.config.init
@@ -189,6 +196,7 @@ def _load(start: Start, job: Job) -> Start:
     start = load_start(start, job.checkpointer, job.run, job.world)
     if start.checkpoint is None:
         load_first_weights(job)
+    job.copies.continue_from(start.checkpoint)
     return start
 
 
@@ -202,7 +210,7 @@ def _train_from(start: Start, job: Job, observers: Observers, data: IterableData
     if job.fp8 is not None:
         job.fp8.restore(start.state.fp8)
     begin_teaching(job)
-    log = StepLog(job, start.state, observers)
+    log = StepLog(job, start.state, observers, job.copies.unsettled)
     with (
         closing(log),
         closing(StepProfiler(job, log.stopwatch)) as profiler,
@@ -223,6 +231,8 @@ def _train_steps(
     if start.checkpoint is None:
         check_first_weights(job.engine, job.world)
         _save(job, state, log)  # to have something to go back to
+    elif start.saves_first:
+        _save(job, state, log)
     watchdog.begin(state.step)
 
     for step in range(state.step, schedule.total_steps):
@@ -270,6 +280,10 @@ def _train_steps(
         if leaves:
             _leave(job, done, log)
 
+        # ---- copy the state to memory that outlives this process; what has been written of it up to here belongs to it
+        if done < schedule.total_steps:
+            job.copies.after_step(done, partial(_state_now, job, state, log), log.unsettled)
+
     _finish(job, state, log)
     return None
 
@@ -309,12 +323,16 @@ def _leave_fp8(fallback: Fp8Fallback, report: StepReport, job: Job, step: int, r
 def _save(job: Job, state: TrainerState, log: StepLog) -> None:
     """Begins a save, whose copy to host memory the next update waits for; a later `settle` tells how it ended."""
     job.processes.watchdog.phase("saving", slow=True)
-    recent, bad = tuple(job.health.guard.recent), log.bad_samples.bad
     with log.stopwatch.paused():
-        seconds, flops = log.stopwatch.total, log.flops
-        in_fp8 = state.fp8 if job.fp8 is None else job.fp8.state
-        now = replace(state, seconds=seconds, flops=flops, recent=recent, bad_samples=bad, fp8=in_fp8)
-        job.checkpointer.save(now)
+        job.checkpointer.save(_state_now(job, state, log))
+
+
+def _state_now(job: Job, state: TrainerState, log: StepLog) -> TrainerState:
+    """With what is counted elsewhere."""
+    recent, bad = tuple(job.health.guard.recent), log.bad_samples.bad
+    in_fp8 = state.fp8 if job.fp8 is None else job.fp8.state
+    seconds, flops = log.stopwatch.so_far, log.flops
+    return replace(state, seconds=seconds, flops=flops, recent=recent, bad_samples=bad, fp8=in_fp8)
 
 
 def _recover(job: Job, start: Start, failure: Failure, trace: Trace, recorder: Recorder | None) -> Start:
@@ -328,6 +346,7 @@ def _recover(job: Job, start: Start, failure: Failure, trace: Trace, recorder: R
         return take_step(job, failure.step, trace.batches, rehearsal=True)[1]
 
     job.processes.watchdog.phase("finding out what is wrong", slow=True)
+    job.copies.forget()  # what is wrong may be in them
     job.checkpointer.settle(wait=True)  # one that is being written is from before this
     diagnosis = diagnose(failure.anomaly, trace, rehearse, job.engine, job.health.gradients, job.world)
 

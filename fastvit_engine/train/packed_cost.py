@@ -15,10 +15,11 @@ from fastvit_engine.packed_image import read_grids
 class PackedCost:
     """Adds up the operations of this process's images between two logged steps."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, flops: int = 0) -> None:
+        """flops: of steps before, since the last logged one."""
         self._prefix = resolve_shape(config.model).prefix
         self._flops_of = cache(lambda patches: packed_flops(config, patches))
-        self._flops = 0
+        self._flops = flops
 
     def add(self, batches: Iterable[Batch]) -> None:
         """These were computed."""
@@ -31,6 +32,11 @@ class PackedCost:
         """Operations, forward and backward, since the last time."""
         flops, self._flops = self._flops, 0
         return flops
+
+    @property
+    def untaken(self) -> int:
+        """What `take` would return."""
+        return int(self._flops)
 
     def tokens(self, batches: Iterable[Batch]) -> int:
         """Of all images, with what comes before their patches: a function of the samples, however they are split."""

@@ -130,6 +130,10 @@ class Schedule:
         """Whether what happens after every so many steps, and at the end of the run, is due once `step` are done."""
         return step == self.total_steps or (every > 0 and step % every == 0)
 
+    def is_missed(self, every: int, before: int, step: int) -> bool:
+        """Whether what happens every so many steps was due after more than `before` steps, and `step` are done."""
+        return every > 0 and step // every > before // every
+
     @property
     def evaluates_what_it_saves(self) -> bool:
         """Whether an evaluation is due at every step with a checkpoint."""

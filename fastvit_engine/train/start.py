@@ -61,6 +61,7 @@ class Start:
     warnings: tuple[str, ...] = ()  # what is allowed, but hardly meant
     eval_transform: EvalTransform = "timm"  # what the run evaluates with: the configuration's, or the checkpoint's
     few_shot: FewShotData | None = None  # what evaluate.fewshot reads
+    saves_first: bool = False  # whether to save before the first step: a kill has ended a save, or it was due
     batch_before: int | None = None  # the checkpoint's train.global_batch_size, if the run is to continue with another
 
     @property
@@ -117,11 +118,12 @@ def preflight(
     data: IterableData | None = None,
     allow_batch_change: bool = False,
     dry_run: DryRun | None = None,
+    in_memory: Checkpoint | None = None,
 ) -> Start:
     """Checks configuration, data and run folder; raises UserError for what cannot work.
 
     data: takes the place of data.train. allow_batch_change: `train.global_batch_size` may differ from the checkpoint's.
-    dry_run: nothing is written but what it says.
+    dry_run: nothing is written but what it says. in_memory: a copy that the launcher has of the state of this run.
     """
     scratch = None if dry_run is None else dry_run.scratch
     check_config(config)
@@ -154,6 +156,9 @@ def preflight(
             f"{store.describe('')} already holds checkpoints of a run: add --resume auto (from Python: resume=True) to "
             "continue it, or choose another checkpoint.path"
         )
+    on_disk = next((candidate.step for candidate in candidates), None)
+    if in_memory is not None and in_memory.step >= (on_disk or 0):
+        candidates.insert(0, in_memory)
     if not candidates:
         _check_none_elsewhere(run, store)
     checkpoint, state, damaged = newest_readable(candidates)
@@ -184,7 +189,7 @@ def preflight(
     )
     working = "" if run.url is None else f"\nworking folder: {run.path}"
     message = f"starting {run}: {counted(schedule.total_steps, 'step')}, {prepared.describe()}{working}"
-    doubt = doubt_about_latest(store) if candidates else None
+    doubt = doubt_about_latest(store) if on_disk is not None else None
     warnings = (*([doubt] if doubt else []), *_doubtful(config, prepared, split))
     few_shot = prepare_few_shot(_evaluating_with(config, transform), run.path, scratch)
     start = Start(wanted, schedule.total_steps, None, message, prepared, damaged, warnings, transform, few_shot)
@@ -196,8 +201,14 @@ def preflight(
         prepared.check_batch_change(config, before)
         start = replace(start, batch_before=before)
     start = replace(start, warnings=(*start.warnings, *_too_late(config, state)))
+    if checkpoint is in_memory:
+        start = replace(
+            start, saves_first=on_disk is None or schedule.is_missed(schedule.save_every, on_disk, state.step)
+        )
     if state.step < schedule.total_steps:
-        message = f"continuing {run} from step {state.step} of {schedule.total_steps}, {prepared.describe()}{working}"
+        where = ", a copy in memory" if checkpoint is in_memory else ""
+        message = f"continuing {run} from step {state.step} of {schedule.total_steps}{where}, {prepared.describe()}"
+        message += working
         if config.data.eval and transform != config.data.eval_transform:
             message += (
                 f"\nevaluation stays {transform}, as so far, for figures that can be compared: to change it, set "

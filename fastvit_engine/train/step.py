@@ -55,6 +55,7 @@ def take_step(
         watchdog.phase("optimizer step")
         with times.of("update"):
             job.checkpointer.before_update()
+            job.copies.before_update()
             engine.step()
     return trace, health.guard.report()
 

@@ -4,6 +4,7 @@ from collections.abc import Generator, Iterable
 from typing import Any
 
 from fastvit_engine.checkpoint import TrainerState
+from fastvit_engine.checkpoint.in_memory import Unsettled
 from fastvit_engine.data import Batch
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.train.data_wait import DataWait
@@ -20,7 +21,8 @@ from fastvit_engine.train.throughput import Stopwatch, peak_memory_bytes
 class StepLog:
     """Adds up what happens between two logged steps; starts anew when training goes back to a checkpoint."""
 
-    def __init__(self, job: Job, state: TrainerState, observers: Observers) -> None:
+    def __init__(self, job: Job, state: TrainerState, observers: Observers, unsettled: Unsettled | None = None) -> None:
+        """unsettled: of this process, as it was after the steps of `state`, if training goes on as if nothing was."""
         config, world = job.config, job.world
         self.job = job
         self.recorder: Recorder | None = None
@@ -30,9 +32,16 @@ class StepLog:
         self.stopwatch = Stopwatch(world.device, seconds_before=state.seconds)
         seen = job.schedule.samples(state.step)
         self.flops = _flops_before(job, state)  # computed in training so far
-        self.bad_samples = BadSamples(job.run.bad_samples, config.data.max_bad_share, seen=seen, bad=state.bad_samples)
+        self.bad_samples = BadSamples(
+            job.run.bad_samples,
+            config.data.max_bad_share,
+            seen=seen,
+            bad=state.bad_samples,
+            unsettled=None if unsettled is None else unsettled["bad_samples"],
+        )
         self._data_wait = DataWait(config.data.workers)
-        self._packed = PackedCost(config) if config.packing.on else None
+        self._packed = PackedCost(config, unsettled["packed"] if unsettled else 0) if config.packing.on else None
+        self._logs_first = unsettled is None
         job.times.clear()
         self._first_step = self._last_logged = state.step
         self._flops_logged = self.flops
@@ -57,7 +66,8 @@ class StepLog:
 
     def is_due(self, step: int) -> bool:
         """Whether a row is to be written after this step: every so often, and after the first."""
-        return step % self.job.config.train.log_every == 0 or step == self._first_step + 1
+        is_first = step == self._first_step + 1 and self._logs_first
+        return step % self.job.config.train.log_every == 0 or is_first
 
     def write(self, step: int, learning_rate: float, report: StepReport, trace: Trace) -> None:
         """Writes the row of a step that is done; collective."""
@@ -105,7 +115,12 @@ class StepLog:
                 warning = self._data_wait.warning(wait_share, stage_seconds)
                 if warning:
                     self.recorder.message(warning)
+        job.copies.settle(seconds / (step - self._last_logged))
         self._last_logged, self._flops_logged = step, self.flops
+
+    def unsettled(self) -> Unsettled:
+        """What this process has counted since the last row."""
+        return {"bad_samples": self.bad_samples.unsettled, "packed": self._packed.untaken if self._packed else 0}
 
     def close(self) -> None:
         if self.recorder:

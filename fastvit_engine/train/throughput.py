@@ -105,6 +105,11 @@ class Stopwatch:
         self._synchronize()
         self.start += time.perf_counter() - start
 
+    @property
+    def so_far(self) -> float:
+        """Training seconds up to now, without waiting for the device."""
+        return self.total + time.perf_counter() - self.start
+
     def read(self) -> tuple[float, float]:
         """(seconds since the last `read`, seconds of them spent waiting for data)."""
         self._synchronize()

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.engine.build import deepspeed_config
+from fastvit_engine.sizing.copies import copies_bytes, keeps_copies
 from fastvit_engine.sizing.needs import SAVED_WITHIN
 from fastvit_engine.sizing.scaling import as_rows
 
@@ -40,6 +41,9 @@ def as_json(gpu: str, found: Mapping[str, Any]) -> dict[str, Any]:
         **found["time"],
         **found["cost"],
         "needs": {**asdict(found["needs"]), "sample_bytes": found["sample_bytes"], "saved_within": SAVED_WITHIN},
+        "copies_bytes": copies_bytes(chosen.config)
+        if keeps_copies(chosen.config, on_gpu=machine.on_gpu, nodes=machine.processes // machine.processes_per_node)
+        else 0,
         "nodes": found["nodes"],
         "scaling": as_rows(found["scaling"], measured=speed.image.measured),
     }

@@ -8,6 +8,7 @@ from fastvit_engine.config import Config
 from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.models import full_title, parameter_count
 from fastvit_engine.observe.units import counted, format_bytes, format_count, format_duration, format_share
+from fastvit_engine.sizing.copies import copies_bytes, keeps_copies
 from fastvit_engine.sizing.defaults import Chosen
 from fastvit_engine.sizing.needs import DECODED_FROM, SAVED_WITHIN, USUAL_SAMPLE, decoding_seconds
 from fastvit_engine.sizing.scaling import Point
@@ -130,6 +131,9 @@ def _needs(found: Mapping[str, Any], chosen: Chosen) -> list[str]:
         f"checkpoint    {format_bytes(needs.checkpoint_bytes)}{every}; to end within {SAVED_WITHIN:.0f} s, a save "
         f"writes {_rate(needs.write_bytes_per_second, nodes)}"
     )
+    if keeps_copies(chosen.config, on_gpu=machine.on_gpu, nodes=nodes):
+        size = format_bytes(copies_bytes(chosen.config))
+        lines.append(f"copies        {size} of host memory for two copies of the newest state, checkpoint.in_memory")
     assumed = " (photos as they are, assumed)" if sample == USUAL_SAMPLE else ""
     lines.append(
         f"reading       {_rate(needs.read_bytes_per_second, nodes)}, at {sample / 1000:g} kB per sample{assumed}"

@@ -30,6 +30,11 @@ class CheckpointConfig(Section):
     path: str | None = None
     """Folder or URL for checkpoints, such as s3://bucket/run; null: checkpoints/ in the run folder."""
 
+    in_memory: Literal["auto"] | bool = "auto"
+    """Copy the state to host memory after each step, so that a process that is killed costs a step: `fastvit train` on
+    one machine keeps two copies and restarts its processes from them. auto: on CPUs, if a quarter of the free memory
+    holds the copies."""
+
 
 class ZeroConfig(Section):
     """DeepSpeed ZeRO: what is sharded over the processes, and what is kept in host memory."""

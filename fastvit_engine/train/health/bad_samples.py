@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypedDict
 
 from fastvit_engine.data.stream.bad_samples import FEWEST, sentence_about, setting_for
 from fastvit_engine.data.stream.batch import BadSample, Batch
@@ -16,16 +17,35 @@ _MOST_IN_A_ROW = 100  # on one process
 _MOST_SHOWN = 20  # on the terminal; the file has all
 
 
+class UnsettledBad(TypedDict):
+    """Bad samples that one process has met and not yet told the others."""
+
+    bad: int
+    in_a_row: int
+    found: list[list[str]]  # of BadSample
+
+
 class BadSamples:
     """Counts over the whole run, from `bad` of `seen` samples on; each bad sample is named once in the file `path`."""
 
-    def __init__(self, path: Path, max_share: float, *, seen: int = 0, bad: int = 0) -> None:
+    def __init__(
+        self, path: Path, max_share: float, *, seen: int = 0, bad: int = 0, unsettled: "UnsettledBad | None" = None
+    ) -> None:
+        """unsettled: that this process has met before, of samples that `seen` counts."""
         self.path, self.max_share = path, max_share
         self.seen, self.bad = seen, bad
         self._seen_here, self._bad_here, self._in_a_row = 0, 0, 0  # since the last settlement, but for the last
         self._found: list[BadSample] = []
+        if unsettled is not None:
+            self._bad_here, self._in_a_row = unsettled["bad"], unsettled["in_a_row"]
+            self._found = [BadSample(*sample) for sample in unsettled["found"]]
         rows = read_json_lines(path) if path.exists() else []
         self._named = {(row.get("shard"), row.get("key")) for row in rows}
+
+    @property
+    def unsettled(self) -> "UnsettledBad":
+        """What this process has met since the last settlement, as JSON."""
+        return {"bad": self._bad_here, "in_a_row": self._in_a_row, "found": [list(one) for one in self._found]}
 
     def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches, counted. Raises UserError if this process has met nothing but bad samples for long."""

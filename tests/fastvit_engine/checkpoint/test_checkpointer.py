@@ -207,9 +207,9 @@ def test_training_goes_on_while_the_checkpoint_is_written(training):
 def test_an_update_waits_until_all_is_copied_and_a_forward_pass_does_not(training, monkeypatch):
     may_copy, copy = threading.Event(), HostCopy._copy
 
-    def later(self, copies):
+    def later(self, *what):
         assert may_copy.wait(30)
-        copy(self, copies)
+        copy(self, *what)
 
     monkeypatch.setattr(HostCopy, "_copy", later)
     expected = training.everything()

@@ -176,6 +176,10 @@ def test_storage_cores_and_cost(capsys):
     assert averaged["checkpoint_bytes"] == pytest.approx(16 * weights)
     small = json.loads(plan(capsys, *arguments, "--sample-kb", "35", "--json"))
     assert small["needs"]["decoding_cores"] == pytest.approx(small["images_per_second"] / 1655)
+    assert said["copies_bytes"] == 0  # on several machines, and on GPUs unless it is asked for
+    on_one = ["vit_l16_jft", "--gpus", "8", "--set", "checkpoint.in_memory=true"]
+    assert json.loads(plan(capsys, *on_one, "--json"))["copies_bytes"] == pytest.approx(2 * 12 * weights)
+    assert "of host memory for two copies of the newest state" in plan(capsys, *on_one)
     text = plan(capsys, *arguments)
     assert f"{said['gpu_hours']:,.0f} GPU-hours: {said['cost']:,.0f} at 2.5 each" in text
     assert "105 kB per sample (photos as they are, assumed)" in text

@@ -96,7 +96,7 @@ def test_gives_up_after_so_many_restarts_without_a_new_checkpoint(fake_engine, c
         return latest.read_text() if latest.exists() else None
 
     run = RunFolder(Path("run"))
-    assert launch.run_with_restarts([], 1, run, max_restarts=2, newest_checkpoint=newest) == 75
+    assert launch.run_with_restarts([], 1, run, max_restarts=2, progress=newest) == 75
     assert len(attempts(0)) == 5  # one more for each of 'a', and 'b' from its second time on
     assert "giving up after 2 restarts without a new checkpoint: exit code 75 of rank 0" in capfd.readouterr().err
 

@@ -22,6 +22,7 @@ EVERY = 10  # steps between checkpoints
 SETTINGS = [
     f"train.duration={50 + 20 * KILLS} steps",
     f"checkpoint.every={EVERY} steps",
+    "checkpoint.in_memory=false",  # as on several machines: test_restarts.py has the rest
     "train.precision=fp32",
     "model.dropout=0.1",  # its random numbers must be repeated too
     "data.num_workers=1",

@@ -49,7 +49,8 @@ class Rank:
             split=split,
             engine=Engine(self.model, split.accumulation_steps, self.happened),
             objective=SimpleNamespace(losses=lambda model, batch: model(batch.images).square().sum(1) * batch.weights),
-            checkpointer=SimpleNamespace(before_update=lambda: self.happened.append("copied")),
+            checkpointer=SimpleNamespace(before_update=lambda: self.happened.append("saved")),
+            copies=SimpleNamespace(before_update=lambda: self.happened.append("copied")),
             health=SimpleNamespace(
                 gradients=SimpleNamespace(on=False),
                 replicas=SimpleNamespace(compare=lambda: "weights differ"),
@@ -116,7 +117,7 @@ def test_gradient_and_loss_are_the_mean_over_the_global_batch_however_it_is_divi
 
 
 def test_what_is_being_saved_is_copied_before_every_update():
-    assert Rank(BatchSplit(4, 1, 2), 0).happened == ["backward", "copied", "step"] * 2
+    assert Rank(BatchSplit(4, 1, 2), 0).happened == ["backward", "saved", "copied", "step"] * 2
 
 
 @pytest.mark.parametrize(

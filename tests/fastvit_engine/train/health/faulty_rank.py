@@ -72,9 +72,9 @@ def with_faults(take_step):
 
 
 def slowly(copy):
-    def wrapped(self, copies):
+    def wrapped(self, *what):
         time.sleep(0.2)
-        copy(self, copies)
+        copy(self, *what)
 
     return wrapped
 
