@@ -23,17 +23,10 @@ from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.optimizers.apex import CLASSES
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted, format_bytes, format_count
-from fastvit_engine.sizing.memory import (
-    COMPUTE_BYTES,
-    Buckets,
-    Memory,
-    ParameterCounts,
-    accumulation_bytes,
-    block_implementation,
-    checkpointed_blocks,
-    recompute_mode,
-    training_memory,
-)
+from fastvit_engine.sizing.activations import block_implementation, checkpointed_blocks, recompute_mode
+from fastvit_engine.sizing.memory import training_memory
+from fastvit_engine.sizing.parameters import COMPUTE_BYTES, ParameterCounts
+from fastvit_engine.sizing.state import Buckets, Memory, accumulation_bytes
 
 # Allowances, not measurements. GPU: CUDA context, libraries and NCCL's buffers; holes in the allocator's memory.
 # CPU: data workers, page cache and the rest of the machine.

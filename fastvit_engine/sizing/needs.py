@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fastvit_engine.config import Config
 from fastvit_engine.engine.optimizers.state import STATE_BYTES
-from fastvit_engine.sizing.memory import ParameterCounts
+from fastvit_engine.sizing.parameters import ParameterCounts
 
 SAVED_WITHIN = 60.0  # seconds: in which a save should end, so that little is lost if a node fails meanwhile
 # `fastvit` in benchmarks/results/cpu/data-2026-11-29.md, 2 workers, 224 pixels, a core of an AMD EPYC: mean bytes of a

@@ -8,11 +8,11 @@ from fastvit_engine.config.model_shape import tokens_in_training
 from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.models import run_flops
 from fastvit_engine.models.flops import recomputed_flops
+from fastvit_engine.sizing.activations import checkpointed_blocks
 from fastvit_engine.sizing.communication import Library, Network
 from fastvit_engine.sizing.compute import ImageTime, assumed_of_gpu
 from fastvit_engine.sizing.defaults import Chosen, Machine
 from fastvit_engine.sizing.interconnects import Interconnect, usual
-from fastvit_engine.sizing.memory import checkpointed_blocks
 from fastvit_engine.sizing.traffic import Compute, Event, Send, Settings, step_events
 
 # Of the time of both passes: the backward pass has two products for each of the forward pass.

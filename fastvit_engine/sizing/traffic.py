@@ -35,7 +35,8 @@ from fastvit_engine.sizing.gathers import (
     passes,
     units_of,
 )
-from fastvit_engine.sizing.memory import COMPUTE_BYTES, UNBUCKETED, learning_model, reduces_in_place
+from fastvit_engine.sizing.parameters import COMPUTE_BYTES, learning_model
+from fastvit_engine.sizing.state import UNBUCKETED, reduces_in_place
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 _ALIGNED = 2  # numbers of each process that DeepSpeed pads a group of parameters to a multiple of

@@ -23,7 +23,8 @@ from fastvit_engine.models import TimmModel, VisionTransformer, build_for_traini
 from fastvit_engine.models.fp8 import Fp8Layers
 from fastvit_engine.objectives import Objective, Taught
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.sizing.memory import DTYPES, checkpointed_blocks, recompute_mode
+from fastvit_engine.sizing.activations import checkpointed_blocks, recompute_mode
+from fastvit_engine.sizing.parameters import DTYPES
 from fastvit_engine.train.compute import Compute
 from fastvit_engine.train.health.diagnosis import GradientWatch
 from fastvit_engine.train.health.fp8 import Fp8Fallback

@@ -13,7 +13,7 @@ from fastvit_engine.shown import say
 if TYPE_CHECKING:
     from fastvit_engine.config import Config
     from fastvit_engine.sizing.defaults import Chosen
-    from fastvit_engine.sizing.memory import Memory
+    from fastvit_engine.sizing.state import Memory
     from fastvit_engine.sizing.step_time import Speed
 
 

@@ -11,8 +11,8 @@ from fastvit_engine.models import build_for_training, computed_macs
 from fastvit_engine.models import fp8 as models_fp8
 from fastvit_engine.models.flops import fp8_flops_share
 from fastvit_engine.models.fp8 import Fp8Layers, check_fp8_device
+from fastvit_engine.sizing.activations import block_implementation, work_bytes
 from fastvit_engine.sizing.compute import assumed_of_gpu
-from fastvit_engine.sizing.memory import block_implementation, work_bytes
 
 FP8 = ["train.precision=fp8", "train.fp8.emulate=true"]
 

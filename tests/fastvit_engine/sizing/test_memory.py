@@ -14,15 +14,10 @@ from fastvit_engine.config import Config, OptimizerConfig
 from fastvit_engine.data import Batch
 from fastvit_engine.models import build_for_training, build_vit, parameter_count
 from fastvit_engine.objectives import build_objective
-from fastvit_engine.sizing.memory import (
-    Buckets,
-    ParameterCounts,
-    activation_bytes,
-    block_bytes_a_token,
-    block_implementation,
-    state_memory,
-    training_memory,
-)
+from fastvit_engine.sizing.activations import activation_bytes, block_bytes_a_token, block_implementation
+from fastvit_engine.sizing.memory import training_memory
+from fastvit_engine.sizing.parameters import ParameterCounts
+from fastvit_engine.sizing.state import Buckets, state_memory
 from fastvit_kernels import FusedCrossEntropy, dispatch
 from tests.fastvit_engine.warm_rank import run_program
 from tests.fastvit_engine.warm_ranks import exit_codes_of
