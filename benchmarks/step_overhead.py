@@ -54,7 +54,8 @@ from fastvit_engine.models import build_vit, parameter_count
 from fastvit_engine.objectives import build_objective, find_objective
 from fastvit_engine.observe.environment import collect_environment
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.sizing.defaults import choose, machine_of
+from fastvit_engine.sizing.defaults import choose
+from fastvit_engine.sizing.machine import machine_of
 from fastvit_engine.train import loop
 from fastvit_engine.train.observers import Observers
 from fastvit_engine.train.schedule import Schedule

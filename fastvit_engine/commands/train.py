@@ -122,7 +122,8 @@ def _run(args: argparse.Namespace) -> int:
         from fastvit_engine.distributed.rendezvous import check_rendezvous
         from fastvit_engine.objectives import find_objective
         from fastvit_engine.observe.run_folder import run_folder
-        from fastvit_engine.sizing.defaults import choose, machine_here
+        from fastvit_engine.sizing.defaults import choose
+        from fastvit_engine.sizing.machine import machine_here
         from fastvit_engine.train.first_weights import fill_in
         from fastvit_engine.train.observers import check_installed
         from fastvit_engine.train.restarts import restarts

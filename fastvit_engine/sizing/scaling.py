@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from fastvit_engine.config import Config
 from fastvit_engine.data.stream.batch_split import split_batch
 from fastvit_engine.errors import UserError
-from fastvit_engine.sizing.defaults import Machine, choose
+from fastvit_engine.sizing.defaults import choose
+from fastvit_engine.sizing.machine import Machine
 from fastvit_engine.sizing.step_time import Speed, StepTime, step_time
 
 MOST = 512

@@ -11,8 +11,9 @@ from fastvit_engine.models.flops import recomputed_flops
 from fastvit_engine.sizing.activations import checkpointed_blocks
 from fastvit_engine.sizing.communication import Library, Network
 from fastvit_engine.sizing.compute import ImageTime, assumed_of_gpu
-from fastvit_engine.sizing.defaults import Chosen, Machine
+from fastvit_engine.sizing.defaults import Chosen
 from fastvit_engine.sizing.interconnects import Interconnect, usual
+from fastvit_engine.sizing.machine import Machine
 from fastvit_engine.sizing.traffic import Compute, Event, Send, Settings, step_events
 
 # Of the time of both passes: the backward pass has two products for each of the forward pass.

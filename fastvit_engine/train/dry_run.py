@@ -27,8 +27,9 @@ from fastvit_engine.observe.disk import check_writable
 from fastvit_engine.observe.run_folder import WORKING_FOLDERS, RunFolder
 from fastvit_engine.observe.trackers import choose as trackers
 from fastvit_engine.observe.units import counted
-from fastvit_engine.sizing.defaults import Chosen, Machine, choose, device_memory
+from fastvit_engine.sizing.defaults import Chosen, choose
 from fastvit_engine.sizing.gpus import GPU_MEMORY_GIB, USUAL_MFU, known_gpu
+from fastvit_engine.sizing.machine import Machine, device_memory
 from fastvit_engine.sizing.step_time import usual_speed
 from fastvit_engine.train.estimate import describe_split, describe_time, training_time
 from fastvit_engine.train.first_weights import fill_in

@@ -25,7 +25,8 @@ from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.startup import StartUp
 from fastvit_engine.observe.units import counted, format_share
 from fastvit_engine.shown import say
-from fastvit_engine.sizing.defaults import Chosen, choose, machine_of
+from fastvit_engine.sizing.defaults import Chosen, choose
+from fastvit_engine.sizing.machine import machine_of
 from fastvit_engine.train.evaluators import build_evaluators, run_evaluators
 from fastvit_engine.train.first_weights import describe_weights, fill_in, load_first_weights
 from fastvit_engine.train.health.diagnosis import Trace, diagnose

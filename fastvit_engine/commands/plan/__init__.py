@@ -43,7 +43,8 @@ def _run(args: argparse.Namespace) -> int:
     options.interconnect_of(args)
     resolved = load_config(args.recipe, settings_of(args))
     with loading_pytorch():
-        from fastvit_engine.sizing.defaults import candidates, choose
+        from fastvit_engine.sizing.candidates import candidates
+        from fastvit_engine.sizing.defaults import choose
         from fastvit_engine.sizing.needs import USUAL_SAMPLE, needs_of
         from fastvit_engine.sizing.scaling import scaling
         from fastvit_engine.train.estimate import training_time, work_of

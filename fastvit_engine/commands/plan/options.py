@@ -10,7 +10,7 @@ from fastvit_engine.sizing.interconnects import BETWEEN, WITHIN, Interconnect, n
 
 if TYPE_CHECKING:
     from fastvit_engine.config import Config
-    from fastvit_engine.sizing.defaults import Machine
+    from fastvit_engine.sizing.machine import Machine
     from fastvit_engine.sizing.step_time import Speed
 
 CPU = "cpu"
@@ -96,7 +96,7 @@ def processes_of(args: argparse.Namespace) -> tuple[int, int]:
 
 
 def machine_of(args: argparse.Namespace) -> "Machine":
-    from fastvit_engine.sizing.defaults import Machine
+    from fastvit_engine.sizing.machine import Machine
 
     processes, per_node = processes_of(args)
     gib = memory_gib(args)

@@ -7,7 +7,9 @@ from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
 from fastvit_engine.engine.build import build_engine, deepspeed_config
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import parameter_count
-from fastvit_engine.sizing.defaults import Machine, candidates, choose, machine_here
+from fastvit_engine.sizing.candidates import candidates
+from fastvit_engine.sizing.defaults import choose
+from fastvit_engine.sizing.machine import Machine, machine_here
 
 GIB = 2**30
 

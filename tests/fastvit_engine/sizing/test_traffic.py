@@ -7,7 +7,8 @@ import pytest
 
 from fastvit_engine.config import Config, load_config
 from fastvit_engine.data.stream.batch_split import split_batch
-from fastvit_engine.sizing.defaults import Machine, choose
+from fastvit_engine.sizing.defaults import choose
+from fastvit_engine.sizing.machine import Machine
 from fastvit_engine.sizing.traffic import Await, Compute, Send, Settings, step_events
 from tests.fastvit_engine.warm_rank import run_program
 from tests.fastvit_engine.warm_ranks import exit_codes_of

@@ -8,7 +8,8 @@ from fastvit_engine.data.stream.batch_split import BatchSplit
 from fastvit_engine.duration import BatchSizes
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import run_flops
-from fastvit_engine.sizing.defaults import Machine, choose
+from fastvit_engine.sizing.defaults import choose
+from fastvit_engine.sizing.machine import Machine
 from fastvit_engine.sizing.step_time import usual_speed
 from fastvit_engine.train.compute import Compute
 from fastvit_engine.train.estimate import describe_time, training_time

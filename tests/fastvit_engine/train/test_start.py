@@ -16,7 +16,8 @@ from fastvit_engine.data.stream.prepare import prepare_few_shot
 from fastvit_engine.errors import UserError
 from fastvit_engine.observe.events import read_events, record_event
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.sizing.defaults import Machine, choose
+from fastvit_engine.sizing.defaults import choose
+from fastvit_engine.sizing.machine import Machine
 from fastvit_engine.train.recovery import save_recovery
 from fastvit_engine.train.start import _check_none_elsewhere, preflight, record_batch_change
 

@@ -17,7 +17,8 @@ from fastvit_engine.engine.optimizers.apex import CLASSES, ApexOptimizer, check_
 from fastvit_engine.engine.optimizers.kinds import build_optimizer, updates_in_place
 from fastvit_engine.errors import UserError
 from fastvit_engine.nvidia_apex import EXTENSIONS
-from fastvit_engine.sizing.defaults import Machine, choose
+from fastvit_engine.sizing.defaults import choose
+from fastvit_engine.sizing.machine import Machine
 from tests.fastvit_engine.engine.optimizers import fused
 from tests.fastvit_engine.engine.test_learning import LABELS, MODEL, build_model, masters, train
 
