@@ -157,18 +157,20 @@ def serve(connection: Connection, modules: Sequence[str]) -> None:
                 sys.stderr.flush()
                 # One that comes before the rank has handlers of its own waits for them.
                 signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_RANKS)
+                server = os.getpid()
                 if (pid := os.fork()) == 0:
                     break
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, _FOR_RANKS)
                 _send(connection, {"pid": pid})
-    _run_rank(connection, handlers, request["arguments"], request["environment"])
+    die_with_parent()
+    if os.getppid() == server:  # else it was killed before the kernel was asked
+        _run_rank(connection, handlers, request["arguments"], request["environment"])
 
 
 def _run_rank(
     connection: Connection, handlers: Mapping[int, Any], arguments: Sequence[str], environment: Mapping[str, str]
 ) -> None:
     """What a rank does from its fork to its end. It leaves as any process does, through what it has imported."""
-    die_with_parent()
     connection.close()
     for number, handler in handlers.items():
         signal.signal(number, handler)

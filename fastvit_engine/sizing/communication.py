@@ -8,7 +8,8 @@ all-reduce may follow trees instead: bytes as in the ring, but hops by the logar
 whichever is faster.
 
 Gloo. A ring whose processes have two segments in flight, each of which is announced before it is sent: a message takes
-two latencies. An all-reduce has segments of 1 MiB at the most, and at least two for each process; a gather has two.
+two latencies. An all-reduce has segments of 1 MiB at the most, and at least two for each process; a gather has two. The
+all-reduce of one number is a single segment, announced while it is on its way to the process before.
 `reduce_scatter` is an all-reduce of which a process keeps its part (PyTorch 2.13).
 """
 
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fastvit_engine.sizing.interconnects import Interconnect, Link
-from fastvit_engine.sizing.traffic import Message
+from fastvit_engine.sizing.traffic import SCALAR, Message
 
 Library = Literal["nccl", "gloo"]
 _SEGMENT = 2**20  # bytes, at the most, that Gloo reduces at a time
@@ -37,6 +38,11 @@ class Network:
     def nodes(self) -> int:
         return -(-self.processes // self.per_node)
 
+    @property
+    def at_once(self) -> int:
+        """Messages that are on their way at a time: Gloo has two threads, NCCL one stream for all of ZeRO's."""
+        return 2 if self.library == "gloo" else 1
+
     def seconds(self, message: Message) -> float:
         """Of one collective operation, from the call to its end, if all processes call at once."""
         processes = min(self.processes, self.per_node) if message.within_node else self.processes
@@ -46,6 +52,11 @@ class Network:
         if self.library == "gloo":
             return _gloo(message, processes, Link(bandwidth, self._latency(processes)))
         return self._nccl(message, processes, bandwidth)
+
+    def moving_seconds(self, message: Message) -> float:
+        """Of these, what its bytes take."""
+        processes = min(self.processes, self.per_node) if message.within_node else self.processes
+        return self.wire_bytes(message) / self.interconnect.ring_bandwidth(processes, self.per_node)
 
     def wire_bytes(self, message: Message) -> float:
         """That each process sends for it."""
@@ -76,6 +87,8 @@ def _gloo(message: Message, processes: int, link: Link) -> float:
     part = message.bytes / processes
     if message.kind == "all_gather":
         return _segments(processes - 1, 2, part / 2, link)
+    if message.bytes <= SCALAR:
+        return 2 * (processes - 1) * link.latency
     each = max(2, math.ceil(message.bytes / _SEGMENT / processes))
     return 2 * _segments(processes - 1, each, part / each, link)
 

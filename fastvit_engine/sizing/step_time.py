@@ -84,23 +84,27 @@ def images_per_second(chosen: Chosen, speed: Speed, work: float = 1.0) -> float:
 def play(events: Iterable[Event], network: Network, micro_batch: float) -> StepTime:
     """Goes through a step. micro_batch: seconds that its forward and backward pass compute.
 
-    Messages follow each other. Those that nobody waits for travel while the device computes, at no cost to it.
+    Messages follow each other; where several are on their way, they share the bandwidth, and the latencies are those of
+    the slowest. Those that nobody waits for travel while the device computes, at no cost to it.
     """
-    now = computing = communicating = free = sent_bytes = 0.0
+    now = computing = communicating = carried = sent_bytes = 0.0
     arrivals: list[float] = []
+    lanes = [0.0] * network.at_once  # when each has delivered its last message
     for event in events:
         if isinstance(event, Compute):
             taken = micro_batch * event.share * (_FORWARD if event.forward else 1 - _FORWARD)
             computing += taken
             now += taken
         elif isinstance(event, Send):
-            taken = network.seconds(event.message)
-            free = max(now, free) + taken
+            taken, start = network.seconds(event.message), max(now, min(lanes))
+            carried = max(carried, start) + network.moving_seconds(event.message)
+            arrived = max(start + taken, carried)
+            lanes[lanes.index(min(lanes))] = arrived
             communicating += taken
             sent_bytes += network.wire_bytes(event.message)
-            arrivals.append(free)
+            arrivals.append(arrived)
             if event.waits:
-                now = free
+                now = arrived
         else:
             now = max(now, arrivals[event.message])
-    return StepTime(computing, communicating, max(now, free) - computing, len(arrivals), sent_bytes)
+    return StepTime(computing, communicating, max(now, *lanes) - computing, len(arrivals), sent_bytes)

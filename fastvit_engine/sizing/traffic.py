@@ -42,7 +42,7 @@ Kind = Literal["all_reduce", "reduce_scatter", "all_gather"]
 _ALIGNED = 2  # numbers of each process that DeepSpeed pads a group of parameters to a multiple of
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's, in numbers
 _IN_FLIGHT = 3  # buckets that stage 3 reduces at a time
-_SCALAR = 8  # bytes
+SCALAR = 8  # bytes
 _ADDED = re.compile(r"pos_embed|(cls|reg|mask)_token")
 
 
@@ -156,7 +156,7 @@ class _Step:
             self._stage_3()
         else:
             self._replicated()
-        self._send("all_reduce", _SCALAR)  # the loss of all processes
+        self._send("all_reduce", SCALAR)  # the loss of all processes
 
     # ---- stages 0 to 2, whose weights are whole
 
@@ -181,7 +181,7 @@ class _Step:
         if stage > 0:
             if not self.settings.in_place:
                 for _ in range(2 + self.settings.checks_overflow):
-                    self._send("all_reduce", _SCALAR)
+                    self._send("all_reduce", SCALAR)
             for size in groups:
                 self._send("all_gather", self._computed_bytes(size))
 
@@ -236,10 +236,12 @@ class _Step:
         for _ in range(steps):
             self._pass_of_shards(usual, known)
         for _ in range(2 + self.settings.checks_overflow):
-            self._send("all_reduce", _SCALAR)
+            self._send("all_reduce", SCALAR)
+        first = self.sent
         for parameter in self.parameters:
             if parameter.requires_grad and parameter.numel() < self.settings.persistence:
-                self._send("all_gather", self._computed_bytes(self._padded(parameter.numel())))
+                self._send("all_gather", self._computed_bytes(self._padded(parameter.numel())), waits=False)
+        self.events += [Await(number) for number in range(first, self.sent)]  # all are issued, then waited for
 
     def _pass_of_shards(self, usual: Sequence[Gather | Run | Done], known: set[int]) -> None:
         gathered: list[int] = []  # the number of the message that each gather ends with

@@ -58,7 +58,8 @@ def test_latency_counts_hops():
 def test_gloo_announces_each_segment(processes):
     there = network(processes, 1, "gloo", bandwidth=(1, 0.01), latency=(0, 1000))
     assert there.seconds(Message("all_gather", 0)) == pytest.approx(2e-3 * (processes - 1))
-    assert there.seconds(Message("all_reduce", 0)) == pytest.approx(4e-3 * (processes - 1))
+    assert there.seconds(Message("all_reduce", 12)) == pytest.approx(4e-3 * (processes - 1), rel=0.01)
+    assert there.seconds(Message("all_reduce", 8)) == pytest.approx(2e-3 * (processes - 1))
     # 100 MB at 10 MB/s have much to do while they wait
     long = 100 * MB * (processes - 1) / processes / 10e6
     assert there.seconds(Message("all_gather", 100 * MB)) == pytest.approx(long, rel=0.001)
@@ -108,6 +109,18 @@ def test_what_nobody_waits_for_is_hidden_as_long_as_something_is_computed():
     assert (step.total, step.exposed, step.hidden) == pytest.approx((3, 0, 1))
     step = seconds(Compute(True, 1), *[one(waits=False)] * 5, Compute(False, 1))  # 5 s behind 2 s
     assert (step.total, step.exposed, step.hidden) == pytest.approx((6, 3, 2))
+
+
+def test_two_messages_of_gloo_share_the_bandwidth_and_wait_together():
+    def gathers(count, bandwidth):
+        sends = [Send(Message("all_gather", 2), waits=False)] * count
+        there = network(2, 1, "gloo", bandwidth=(1, bandwidth), latency=(0, 1e6))  # 2 s for each, to be announced
+        return play([*sends, *map(Await, range(count))], there, 0.0)
+
+    assert gathers(6, bandwidth=1).total == pytest.approx(3 * 2)
+    alone = gathers(1, bandwidth=1e-9).total  # a byte takes a second
+    assert alone == pytest.approx(3) and gathers(2, bandwidth=1e-9).total == pytest.approx(3)
+    assert gathers(2, bandwidth=1e-10).total == pytest.approx(20)  # 12 s each, 20 of them on the wire
 
 
 def test_a_module_waits_for_its_weights():
