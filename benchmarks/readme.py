@@ -131,13 +131,14 @@ def overhead_rows(record: Record) -> Iterator[tuple[str, str]]:
     for case in record["cases"]:
         times = case["milliseconds"]
         own = differences(times["loop-0"], times["deepspeed-0"])
-        engines = [median(differences(times[f"deepspeed-{stage}"], times["bare"])) for stage in (0, 1)]
+        engines = {f"ZeRO-{stage}": f"deepspeed-{stage}" for stage in range(4)} | {"DistributedDataParallel": "ddp"}
+        shares = {title: median(differences(times[name], times["bare"])) for title, name in engines.items()}
         low, _, high = quantiles(own, n=4, method="inclusive")
         yield (
             f"the loop's own cost over a plain loop around the same DeepSpeed engine; {case['name']}, "
             f"{median(times['loop-0']):.1f} ms per step",
-            f"{median(own):+.1f} ms per step (quartiles {low:+.1f} to {high:+.1f}); DeepSpeed's over plain PyTorch: "
-            f"{engines[0]:+.1f} ms at ZeRO-0, {engines[1]:+.1f} ms at ZeRO-1",
+            f"{median(own):+.1f} ms per step (quartiles {low:+.1f} to {high:+.1f}); over plain PyTorch's: "
+            + ", ".join(f"{title} {share:+.1f}" for title, share in shares.items()),
         )
 
 
