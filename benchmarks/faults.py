@@ -88,10 +88,12 @@ class Followed(NamedTuple):
 
 
 def follow(run: RunFolder, args: Namespace, settings: Sequence[str], say: Say, kill_every: float = 0) -> Followed:
-    """Trains to the end, and kills a random rank every so many seconds after the first step; 0: none."""
+    """Trains to the end, and kills a random rank every so many seconds after the first step; 0: none.
+
+    A kill waits until there is a new step after the last one.
+    """
     say(f"{run.name}: {' '.join(settings)}")
     words = [word for setting in settings for word in ("--set", setting)]
-    # A kill that comes before the first step after the last one is another failure without progress.
     command = [sys.executable, "-m", "fastvit_engine", "train", args.recipe, "--out", str(run.path)]
     command += ["--cpu-processes", str(args.processes), "--max-restarts", "10", *words]
     chance, rows, kills = random.Random(args.seed), list[Seen](), list[Kill]()
@@ -105,7 +107,9 @@ def follow(run: RunFolder, args: Namespace, settings: Sequence[str], say: Say, k
                 now = time.monotonic() - began
                 rows += [Seen(now, step) for step in reader.new()]
                 since = kills[-1].at if kills else rows[0].at if rows else now
-                if kill_every and not ended and now - since >= kill_every and (ranks := ranks_of(process.pid)):
+                due = kill_every and not ended and now - since >= kill_every
+                moved = not kills or rows[-1].step > kills[-1].step  # or it would be a failure without progress
+                if due and moved and (ranks := ranks_of(process.pid)):
                     rank = chance.choice(sorted(ranks))
                     os.kill(ranks[rank], signal.SIGKILL)
                     kills.append(Kill(now, rank, rows[-1].step))
