@@ -22,7 +22,7 @@ class StepLog:
     """Adds up what happens between two logged steps; starts anew when training goes back to a checkpoint."""
 
     def __init__(self, job: Job, state: TrainerState, observers: Observers, unsettled: Unsettled | None = None) -> None:
-        """unsettled: of this process, as it was after the steps of `state`, if training goes on as if nothing was."""
+        """unsettled: of this process, as it was after the steps of `state`, if training continues from there."""
         config, world = job.config, job.world
         self.job = job
         self.recorder: Recorder | None = None

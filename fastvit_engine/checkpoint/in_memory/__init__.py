@@ -1,4 +1,4 @@
-"""Copies of the newest state in memory that outlives the ranks, so that a killed rank costs a step and not an interval.
+"""Copies of the newest state in memory that outlives the ranks: a killed rank costs a few steps, not an interval.
 
 The launcher holds one `area.py` for each rank, and its ranks inherit them. `copies.py` is what training sees of them:
 each rank copies its part of a checkpoint there, step after step. `store.py` reads the newest step that all ranks have

@@ -31,8 +31,8 @@ class CheckpointConfig(Section):
     """Folder or URL for checkpoints, such as s3://bucket/run; null: checkpoints/ in the run folder."""
 
     in_memory: Literal["auto"] | bool = "auto"
-    """Copy the state to host memory after each step, so that a process that is killed costs a step: `fastvit train` on
-    one machine keeps two copies and restarts its processes from them. auto: on CPUs, if a quarter of the free memory
+    """Copy the state to host memory every few steps, so that a process that is killed costs no more: `fastvit train`
+    on one machine keeps two copies and restarts its processes from them. auto: on CPUs, if a quarter of the free memory
     holds the copies."""
 
 

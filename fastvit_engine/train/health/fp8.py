@@ -20,7 +20,7 @@ class Fp8Fallback:
         self._streaks: dict[str, int] = {}
 
     def restore(self, state: Fp8State) -> None:
-        """Training starts, or goes back to where this was so. Layers that the model has no longer are left out."""
+        """Training starts, or goes back to where this was so. Layers that the model no longer has are dropped."""
         known = set(self.layers.names)
         self._fallen = [name for name in state.fallen if name in known]
         self._streaks = {name: steps for name, steps in state.streaks.items() if name in known}

@@ -101,7 +101,7 @@ def test_an_older_gpu_is_refused_with_what_to_set_instead(monkeypatch):
 
 
 def test_the_share_of_the_operations_in_fp8():
-    """Of a ViT-H/14: a block's four layers are 12 D^2 a token; the last one's are for one, but for keys and values."""
+    """Of a ViT-H/14: the four layers are 12 D^2 per token; the last one's are for one token, but for k and v."""
     config = load_config("vit_h14_jft", ["train.precision=fp8", "train.fp8.bf16_last_blocks=1"]).config
     macs, blocks, last = computed_macs(config.model), 31 * 257 * 12 * 1280**2, (257 * 2 + 10) * 1280**2
     assert fp8_flops_share(config) == pytest.approx(blocks / macs, rel=1e-12)
