@@ -92,7 +92,8 @@ def test_killed_and_continued_on_other_machines(start, url, tmp_path):
     assert f"starting {url}: 20 steps" in text and f"working folder: {tmp_path}/machine-a/" in text
     seen = fetched(url, tmp_path / "seen")
     steps = [row[0] for row in record(seen.metrics)[0]]
-    assert steps == list(range(1, len(steps) + 1)) and 10 <= len(steps) < 13  # training does not wait for the upload
+    assert steps == list(range(1, len(steps) + 1))
+    assert 10 <= len(steps) <= 13  # later steps may be uploaded with those of the checkpoint: training does not wait
     assert json.loads(seen.recovery.read_text())["rewinds"] == 1
 
     if ALL:
