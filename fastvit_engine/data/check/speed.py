@@ -206,7 +206,8 @@ def repack_shards(source: Path, folder: Path, short_side: int, keys: SampleKeys)
     """Writes the samples again with images of at most this short side in pixels, as JPEG of quality 90."""
     folder.mkdir()
     for shard in sorted(path for path in source.iterdir() if path.is_symlink()):
-        with TarWriter(str(folder / f"{shard.name.partition('.')[0]}.tar")) as tar:
+        path = folder / f"{shard.name.partition('.')[0]}.tar"
+        with TarWriter(str(path), mtime=0) as tar:  # as `fastvit data make`: fractions of seconds take a second header
             for sample in read_shard(str(shard)):
                 members = {name: value for name, value in sample.items() if name == "__key__" or name[:2] != "__"}
                 name = next((name for name in keys.images if name in members), None)

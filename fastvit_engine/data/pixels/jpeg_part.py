@@ -6,12 +6,15 @@ left out if there are restart markers (ITU-T T.81, E.1.4): the intervals between
 other. The pixels stay the same to the byte, except at the edges of a part if the colours are interpolated.
 """
 
+import struct
 from typing import NamedTuple
 
 import numpy as np
 
 _BASELINE, _SCAN, _INTERVAL, _END = 0xC0, 0xDA, 0xDD, 0xD9  # markers, after 0xFF
 _SKIPPED = {0xC4, 0xDB, 0xFE, *range(0xE0, 0xF0)}  # tables, comments and what applications add
+_LAST = bytes([_END])
+_SIZE = struct.Struct(">HH")  # height and width in a frame header
 _NUMBERS = np.resize(np.arange(0xD0, 0xD8, dtype=np.uint8), 1 << 16)  # restart markers in their order
 WORTH = 2500  # bytes: to leave out fewer takes longer than to decode them
 
@@ -84,20 +87,20 @@ def _layout(data: bytes, height: int, width: int) -> _Layout | None:
             if marker == _BASELINE and not frame:
                 frame = at
             elif marker == _INTERVAL:
-                interval = int.from_bytes(data[at + 4 : at + 6], "big")
+                interval = data[at + 4] << 8 | data[at + 5]
             elif marker not in _SKIPPED:
                 return None
             if data[at] != 0xFF:
                 return None
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            at += 2 + (data[at + 2] << 8 | data[at + 3])
         size, components = data[frame + 4 : frame + 9], data[frame + 9]
         one_scan = frame and data[at] == 0xFF and data[at + 4] == components in (1, 3)
         if not one_scan or size != b"\x08" + height.to_bytes(2, "big") + width.to_bytes(2, "big"):
             return None
         factors = data[frame + 11 : frame + 11 + 3 * components : 3] if components > 1 else b"\x11"
+        scan = at + 2 + (data[at + 2] << 8 | data[at + 3])
     except (IndexError, OverflowError):  # damaged
         return None
-    scan = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     rows, columns = 8 * max(both & 15 for both in factors), 8 * max(both >> 4 for both in factors)
     return _Layout(frame, scan, interval, rows, columns) if rows and columns else None
 
@@ -127,43 +130,44 @@ def _intervals(
     else:
         return None
     across, down = -(-width // columns), -(-height // rows)
-    first_row, first_column, end_row, end_column = (
-        top // rows,
-        left // columns,
-        -(-bottom // rows),
-        -(-right // columns),
-    )
+    first_row, end_row = top // rows, -(-bottom // rows)
+    first_column, end_column = left // columns, -(-right // columns)
     spared = across * end_row - (end_column - first_column) * (end_row - first_row)
     if (len(data) - scan) * spared < WORTH * across * down:
         return None
 
-    ends = _ends(data, scan, across * down)
-    if ends is None:
+    starts = _starts(data, scan, across * down)
+    if starts is None:
         return None
-    begins = np.empty_like(ends)
-    begins[0], begins[1:] = scan, ends[:-1]
-    chosen = slice(first_row, end_row), slice(first_column, end_column)
-    begins, ends = begins.reshape(down, across)[chosen], ends.reshape(down, across)[chosen]
-    pieces = zip(begins[:, 0].tolist(), ends[:, -1].tolist(), strict=True)
-    part = bytearray().join((data[:scan], *[data[begin:end] for begin, end in pieces]))
+    from_row, end = first_row * across, end_row * across
+    begins = starts[from_row + first_column : end : across].tolist()
+    ends = starts[from_row + end_column : end + 1 : across].tolist()
+    part = bytearray().join([data[:scan], *[data[begin:end] for begin, end in zip(begins, ends, strict=True)]])
     top, left = first_row * rows, first_column * columns
     box = Box(top, left, min(height, end_row * rows) - top, min(width, end_column * columns) - left)
-    part[frame + 5 : frame + 9] = box.height.to_bytes(2, "big") + box.width.to_bytes(2, "big")
-    numbers = (ends - begins).cumsum() + (scan - 1)  # where those of the restart markers are
+    part[frame + 5 : frame + 9] = _SIZE.pack(box.height, box.width)
+    lengths = (starts[1:] - starts[:-1]).reshape(down, across)[first_row:end_row, first_column:end_column]
+    numbers = lengths.cumsum() + (scan - 1)  # where those of the restart markers are
     np.frombuffer(part, np.uint8)[numbers] = _numbers(len(numbers))
     part[-1] = _END
     return Part(part, box)
 
 
-def _ends(data: bytes, scan: int, count: int) -> np.ndarray | None:
-    """Where each of `count` intervals ends, with its marker; None if they are not exactly so many, in order."""
+def _starts(data: bytes, scan: int, count: int) -> np.ndarray | None:
+    """Where each of `count` intervals starts, int64 [count + 1]: the last number is where the last one ends.
+
+    None if they are not exactly so many, in order.
+    """
     stream = np.frombuffer(data, np.uint8, offset=scan)
-    codes = (stream[:-1] == 0xFF).nonzero()[0] + 1
-    codes = codes[stream[codes] != 0][:count]  # 0 follows a byte of data that is 0xFF
-    found = stream[codes]
-    if len(found) < count or found[-1] != _END or (found[:-1] != _numbers(count - 1)).any():
+    escapes = (stream[:-1] == 0xFF).nonzero()[0]
+    codes = stream[1:][escapes]
+    markers = codes.nonzero()[0][:count]  # 0 follows a byte of data that is 0xFF
+    if codes[markers].tobytes() != _numbers(count - 1).tobytes() + _LAST:
         return None
-    return codes + (scan + 1)
+    starts = np.empty(count + 1, np.int64)
+    starts[0] = scan
+    np.add(escapes[markers], scan + 2, out=starts[1:])
+    return starts
 
 
 def _numbers(count: int) -> np.ndarray:

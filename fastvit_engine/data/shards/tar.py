@@ -5,6 +5,7 @@ an error that names the byte, and anything that gives bytes at an offset will do
 """
 
 import re
+import struct
 import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -16,7 +17,8 @@ _MOST_EXTENSIONS = 64  # pax headers and long names before one member; archivers
 _RECORD = 20 * BLOCK  # archivers fill the last record with zeros; most write records of this size,
 _LARGEST_RECORD = 1 << 24  # others of a power of two, up to this
 
-_OCTAL = re.compile(rb"[0-7]*")
+# Of a header: name, size, checksum, kind, magic, prefix.
+_HEADER = struct.Struct("100s24x12s12x8sc100x6s82x155s12x")
 _DECIMAL = re.compile(r"[0-9]{1,19}")
 
 ReadAt = Callable[[int, int], bytes]  # (offset, length) to at most that many bytes; fewer only at the end
@@ -62,10 +64,10 @@ def read_member(read: ReadAt, offset: int, archive_size: int | None) -> Member |
             if offset != start:
                 raise TarError("has a long name that no member follows", start)
             return None
-        kind = header[156:157]
+        name, size_field, checksum, kind, magic, prefix = _HEADER.unpack(header)
         try:
-            size = _number(header[124:136])
-            if not _checksum_holds(header):
+            size = _number(size_field)
+            if not _checksum_holds(header, _number(checksum)):
                 raise ValueError
         except ValueError:
             raise TarError("has a damaged header", offset) from None
@@ -96,7 +98,7 @@ def read_member(read: ReadAt, offset: int, archive_size: int | None) -> Member |
     size = (size if long_size is None else long_size) if is_file else 0
     if archive_size is not None and data + size > archive_size:
         raise TarError("is truncated in the member that begins", start)
-    return Member(_header_name(header) if long_name is None else long_name, start, data, size, is_file)
+    return Member(_header_name(name, magic, prefix) if long_name is None else long_name, start, data, size, is_file)
 
 
 def iterate_members(read: ReadAt, archive_size: int | None) -> Iterator[Member]:
@@ -151,10 +153,11 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
-def _header_name(header: bytes) -> str:
-    name, prefix = header[:100].partition(b"\0")[0], header[345:500].partition(b"\0")[0]
-    posix = header[257:263] == b"ustar\0"  # GNU's own format has other fields instead of the prefix
-    return _text(prefix + b"/" + name if posix and prefix else name)
+def _header_name(name: bytes, magic: bytes, prefix: bytes) -> str:
+    name = name.partition(b"\0")[0]
+    if prefix[0] and magic == b"ustar\0":  # GNU's own format has other fields instead of the prefix
+        name = prefix.partition(b"\0")[0] + b"/" + name
+    return _text(name)
 
 
 def _number(field: bytes) -> int:
@@ -163,14 +166,13 @@ def _number(field: bytes) -> int:
         if field[0] & 0x40:
             raise ValueError("negative")
         return int.from_bytes(field, "big") - (1 << (8 * len(field) - 1))
-    digits = field.partition(b"\0")[0].strip()
-    if not _OCTAL.fullmatch(digits):
+    digits = field.partition(b"\0")[0].strip() or b"0"
+    if not digits.isdigit():  # which `int` is not as strict about
         raise ValueError("not octal")
-    return int(digits or b"0", 8)
+    return int(digits, 8)
 
 
-def _checksum_holds(header: bytes) -> bool:
-    checksum = _number(header[148:156])
+def _checksum_holds(header: bytes, checksum: int) -> bool:
     others = header[:148] + b" " * 8 + header[156:]
     # The lower half of Adler-32 is one more than the sum, modulo 65521, and takes a twentieth of the time of `sum`.
     if (checksum + 1) % 65521 == zlib.adler32(others) & 0xFFFF:
