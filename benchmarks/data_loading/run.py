@@ -12,6 +12,7 @@ from benchmarks.data_loading import variants
 from benchmarks.data_loading.choices import Choice, measure_choices
 from benchmarks.data_loading.dali import DALI
 from benchmarks.data_loading.measure import Result, measure
+from benchmarks.data_loading.nvjpeg import NVJPEG
 from benchmarks.data_loading.report import BASELINE, draw, to_markdown
 from benchmarks.data_loading.shards import read_photos
 from benchmarks.data_loading.spdl import SPDL
@@ -21,7 +22,7 @@ from fastvit_engine.data.shards.usable import SampleKeys
 from fastvit_engine.files import atomic_write
 from fastvit_engine.observe.environment import collect_environment
 
-VARIANTS = (*variants.VARIANTS, DALI, SPDL)
+VARIANTS = (*variants.VARIANTS, NVJPEG, DALI, SPDL)
 _PACKAGES = (
     "pillow",
     "simplejpeg",

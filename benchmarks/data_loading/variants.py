@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastvit_engine.config import Config
-from fastvit_engine.data import prepare_data
+from fastvit_engine.data import Batch, prepare_data
 from fastvit_engine.data.check.speed import time_stages
 from fastvit_engine.data.pixels import jpeg_part
 from fastvit_engine.data.pixels.crops import inception_crop
@@ -117,12 +117,21 @@ def open_dataset(
 
 
 def _our_batches(dataset: Dataset, workers: int, endless: bool) -> Batches:
-    config = dataset.config.model_copy(update={"data": dataset.config.data.model_copy(update={"num_workers": workers})})
-    size = dataset.batch_size
-    batches = dataset.data.train_batches(
-        config, rank=0, world_size=1, micro_batch_size=size, consumed=0, pin_memory=False
+    yield from in_batches(dataset, train_batches(dataset, workers), endless)
+
+
+def train_batches(dataset: Dataset, workers: int, *, pin_memory: bool = False, **data: Any) -> Iterator[Batch]:
+    """This engine's batches, without end. data: more keys of that section."""
+    keys = {"num_workers": workers, **data}
+    config = dataset.config.model_copy(update={"data": dataset.config.data.model_copy(update=keys)})
+    return dataset.data.train_batches(
+        config, rank=0, world_size=1, micro_batch_size=dataset.batch_size, consumed=0, pin_memory=pin_memory
     )
-    given = 0
+
+
+def in_batches(dataset: Dataset, batches: Iterator[Batch], endless: bool) -> Batches:
+    """Images and labels of these batches: without end, or of an epoch."""
+    size, given = dataset.batch_size, 0
     try:
         for batch in batches:
             count = size if endless else min(size, dataset.samples - given)

@@ -7,7 +7,7 @@ from fastvit_engine.config.fp8 import check_fp8
 from fastvit_engine.config.model_shape import Shape, resolve_shape
 from fastvit_engine.config.packing import check_packing
 from fastvit_engine.config.pretraining import check_pretraining
-from fastvit_engine.config.sections import Config, ZeroConfig
+from fastvit_engine.config.sections import Config, DinoConfig, MocoConfig, ZeroConfig
 from fastvit_engine.config.timm_model import check_timm_run, is_timm
 from fastvit_engine.config.tokens import check_tokens
 from fastvit_engine.duration import parse_duration
@@ -25,6 +25,7 @@ def check_config(config: Config) -> None:
     else:
         check_fp8(config, None)
     _check_compilation(config)
+    _check_decoder(config)
     if config.pretraining is None:
         _check_classes(config)
     else:
@@ -66,6 +67,23 @@ def check_config(config: Config) -> None:
         raise UserError(f"checkpoint.keep_best = {best} needs an average of the weights: set ema.decay")
     check_zero(config.zero)
     check_deepspeed(config)
+
+
+def _check_decoder(config: Config) -> None:
+    """Raises UserError if images would reach the GPU in a form that it cannot decode."""
+    if config.data.decoder == "cpu":
+        return
+    what = "data.decoder = nvjpeg decodes one crop per image of indexed shards"
+    if config.data.order == "stream":
+        raise UserError(f"{what}, and data.order is stream: set data.order=indexed, or data.decoder=cpu")
+    if config.packing.on:
+        raise UserError(
+            f"{what} to a square, and packing.max_patches keeps the images' proportions: set data.decoder=cpu"
+        )
+    if isinstance(config.pretraining, MocoConfig | DinoConfig):
+        raise UserError(
+            f"{what}, and train.objective = {config.train.objective} compares several: set data.decoder=cpu"
+        )
 
 
 def _check_compilation(config: Config) -> None:

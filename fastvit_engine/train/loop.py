@@ -12,6 +12,8 @@ from fastvit_engine.checkpoint.owner import Ownership, own
 from fastvit_engine.checkpoint.records import Records, kept_records
 from fastvit_engine.config import Config, Resolved
 from fastvit_engine.data import Batch, IterableData
+from fastvit_engine.data.stream.batch import leaves_compressed
+from fastvit_engine.data.stream.gpu_decode import decoded_on, nvjpeg
 from fastvit_engine.data.stream.skip import Window, step_start
 from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.watchdog import Watchdog
@@ -292,7 +294,7 @@ def _train_steps(
 def _open_batches(start: Start, job: Job) -> Iterator[Batch]:
     """Endless micro-batches of this process, from the state of the run on."""
     world = job.world
-    return start.data.train_batches(
+    batches = start.data.train_batches(
         job.config,
         rank=world.rank,
         world_size=world.size,
@@ -303,6 +305,7 @@ def _open_batches(start: Start, job: Job) -> Iterator[Batch]:
         skipped=start.state.recovery.skipped,
         image_size_of=job.schedule.phases.image_sizes_from(start.state.step),
     )
+    return decoded_on(batches, world.device, nvjpeg(world.device)) if leaves_compressed(job.config) else batches
 
 
 def _next_window(state: TrainerState, config: Config) -> Window:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from fastvit_engine.checkpoint import (
@@ -29,6 +30,7 @@ from fastvit_engine.config.sections import BEFORE_EVAL_TRANSFORM, ProfileConfig,
 from fastvit_engine.config.timm_model import is_timm
 from fastvit_engine.data import IterableData, TrainingData, prepare_data
 from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
+from fastvit_engine.data.stream.gpu_decode import check_nvjpeg
 from fastvit_engine.data.stream.prepare import FewShotData, prepare_few_shot
 from fastvit_engine.distributed.world import World
 from fastvit_engine.duration import BatchSizes
@@ -140,7 +142,9 @@ def preflight(
         )
     split = split_batch(config, world_size)
     check_whole_batches(config, split)
-    deepspeed_config(config, split, on_gpu=None if dry_run is None else dry_run.on_gpu)
+    on_gpu = torch.cuda.is_available() if dry_run is None else dry_run.on_gpu
+    deepspeed_config(config, split, on_gpu=on_gpu)
+    check_nvjpeg(config, own_data=data is not None, on_gpu=on_gpu, here=dry_run is None)
     if dry_run is None:  # which may be for another machine
         check_apex(config)
         check_fp8_device(config)

@@ -78,6 +78,10 @@ class DataConfig(Section):
     num_workers: int | None = Field(None, ge=0, le=1024)
     """Decoding processes per rank; 0: decode in the training process; null: by the cores that each rank has."""
 
+    decoder: Literal["cpu", "nvjpeg"] = "cpu"
+    """What decodes JPEGs in training. cpu: the decoding processes; nvjpeg: the GPU, through torchvision, for machines
+    with few cores per GPU. Pixels differ by rounding. Evaluation, and JPEGs that are not baseline, stay on the CPU."""
+
     order: Literal["indexed", "stream"] = "indexed"
     """indexed: exact global shuffle with an index; stream: sequential reading, for gzipped shards and pipes."""
 

@@ -9,7 +9,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from fastvit_engine.config import DataConfig
-from fastvit_engine.data.pixels.jpeg_part import Box, cut_out
+from fastvit_engine.data.pixels.jpeg_part import Box, Part, cut_out, whole_part
 
 # How accurately a JPEG is decoded. accurate: as Pillow, bit for bit; tensorflow: as TensorFlow's default, with the fast
 # DCT; fast: with the fast DCT and plain upsampling of the colours, 42 dB from accurate and 30 at worst.
@@ -76,6 +76,10 @@ class Jpeg:
         except ValueError:
             return self._with_pillow().decode_box(box, buffer, reduction)
         return Decoded(pixels, part.top // reduction, part.left // reduction, reduction)
+
+    def part(self, box: Box, reduction: int) -> Part | None:
+        """A JPEG with as little as is needed to decode a box with smooth colours; None if only few decoders take it."""
+        return whole_part(self.data, self.height, self.width, box, 2 * reduction)
 
     def _with_pillow(self) -> "OtherImage":
         """What libjpeg-turbo gives up on Pillow may still read."""

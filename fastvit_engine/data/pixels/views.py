@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from fastvit_engine.config import AugmentConfig, Config, DinoConfig, MocoConfig
+from fastvit_engine.data.pixels.compressed import row_bytes, write_compressed
 from fastvit_engine.data.pixels.crops import View, draw_crops, eval_view, render, train_view
 from fastvit_engine.data.pixels.decode import Decoded, Jpeg, OtherImage, PixelBuffer
 from fastvit_engine.data.pixels.distort import distort
@@ -121,10 +122,23 @@ def render_views(
         free = free[3 * size**2 :]
 
 
-def images_shape(views: Sequence[TrainingView]) -> tuple[int, ...]:
-    """The shape of a sample in a batch: [S, S, 3], all pixels of several views in a row, or a `packed_image`."""
+def leave_compressed(image: Jpeg | OtherImage, view: View, row: np.ndarray) -> bool:
+    """Writes a crop to a row of `compressed` without decoding it. Returns False if that cannot be."""
+    if not isinstance(image, Jpeg) or view.resampling != "bilinear":
+        return False
+    part = image.part(view.box, view.reduction)
+    return part is not None and write_compressed(part, view, row)
+
+
+def images_shape(views: Sequence[TrainingView], *, compressed: bool = False) -> tuple[int, ...]:
+    """The shape of a sample in a batch: [S, S, 3], all pixels of several views in a row, or a `packed_image`.
+
+    compressed: for the GPU to decode, see there.
+    """
     if (patches := views[0].patches) is not None:
         return (patches.bytes,)
+    if compressed:
+        return (row_bytes(views[0].size),)
     if len(views) == 1:
         return (views[0].size, views[0].size, 3)
     return (sum(view.numbers for view in views),)

@@ -46,4 +46,5 @@ def setting_for(sample: BadSample) -> str:
 
 
 def sentence_about(sample: BadSample) -> str:
-    return shown(f"sample '{sample.key}' of shard {public_url(sample.shard)} {sample.reason}")
+    where = f" of shard {public_url(sample.shard)}" if sample.shard else ""
+    return shown(f"sample '{sample.key}'{where} {sample.reason}")

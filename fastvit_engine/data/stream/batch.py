@@ -12,9 +12,17 @@ import torch
 from torch import Tensor
 
 from fastvit_engine.config import Config
+from fastvit_engine.data.pixels.compressed import pixels_in
 from fastvit_engine.data.pixels.crops import View
 from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
-from fastvit_engine.data.pixels.views import decode_views, eval_shape, images_shape, render_views, training_views
+from fastvit_engine.data.pixels.views import (
+    decode_views,
+    eval_shape,
+    images_shape,
+    leave_compressed,
+    render_views,
+    training_views,
+)
 from fastvit_engine.data.shards.sample import Sample
 from fastvit_engine.data.shards.usable import (
     SampleKeys,
@@ -101,8 +109,13 @@ def empty_batch(size: int, image_size: int, labels: LabelForm = ONE_CLASS) -> Ba
 def empty_training_batch(size: int, config: Config, image_size: int | None = None) -> Batch:
     """As `empty_batch`, in the form of the batches that training takes. image_size: as in `training_views`."""
     padding = empty_batch(size, 0, LabelForm.of(config, training=True))
-    shape = images_shape(training_views(config, image_size))
+    shape = images_shape(training_views(config, image_size), compressed=leaves_compressed(config))
     return padding._replace(images=torch.zeros(size, *shape, dtype=torch.uint8))
+
+
+def leaves_compressed(config: Config) -> bool:
+    """Whether training batches hold images as in `compressed`."""
+    return config.data.decoder == "nvjpeg"
 
 
 def empty_eval_batch(size: int, config: Config) -> Batch:
@@ -121,12 +134,20 @@ class Workspace:
 class BatchBuilder:
     """A batch that is filled sample by sample; rows that are not filled stay padding."""
 
-    def __init__(self, batch: Batch, config: Config, workspace: Workspace, sizes: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        config: Config,
+        workspace: Workspace,
+        sizes: Sequence[int] | None = None,
+        *,
+        compressed: bool = False,
+    ) -> None:
         """`batch` is padding so far (see `empty_batch`) but for its images, which may be anything.
 
-        sizes: sides of the views of each image; None: one of model.image_size.
+        sizes: sides of the views of each image; None: one of model.image_size. compressed: the GPU decodes what it can.
         """
-        self._batch, self._workspace = batch, workspace
+        self._batch, self._workspace, self._compressed = batch, workspace, compressed
         self._sizes = [config.model.image_size] if sizes is None else sizes
         self._keys, self._num_classes = SampleKeys.of(config.data), config.model.num_classes
         # NumPy's views of it: setting an element of a tensor takes microseconds.
@@ -173,10 +194,15 @@ class BatchBuilder:
 
     def _draw(self, row: int, choose: Callable[[int, int], Sequence[View]], data: bytes) -> None:
         image = open_image(data, self._keys.max_pixels)
-        views = choose(image.height, image.width)
+        views, out = choose(image.height, image.width), self._images[row]
+        if self._compressed:
+            if leave_compressed(image, views[0], out):
+                self._end_stage(1)
+                return
+            out = pixels_in(out, self._sizes[0])
         decoded = decode_views(image, views, self._workspace.decoded)
         self._end_stage(1)
-        render_views(decoded, views, self._sizes, self._images[row], self._workspace.resized)
+        render_views(decoded, views, self._sizes, out, self._workspace.resized)
         self._end_stage(2)
 
     def _end_stage(self, stage: int) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fastvit_engine.config import Config, DataConfig
+from fastvit_engine.data.pixels.compressed import image_size_of
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.pixels.views import (
     choose_views,
@@ -33,6 +34,7 @@ from fastvit_engine.data.stream.batch import (
     BatchBuilder,
     LabelForm,
     Workspace,
+    leaves_compressed,
     micro_batches,
     rebatch,
 )
@@ -157,7 +159,7 @@ class IndexedData(TrainingData):
             for step, start in enumerate(step_starts(consumed, batch, skipped)):
                 if read_ahead:
                     read_ahead.at(start)
-                shape = images_shape(training_views(config, image_size_of and image_size_of(step)))
+                shape = _train_shape(config, image_size_of and image_size_of(step))
                 for micro in np.split(start + own, ends):
                     yield from (Request(part, shape) for part in _parts(micro, config))
 
@@ -248,8 +250,10 @@ class TrainSamples(_Samples):
         self.order = build_order(config, sources, indexes)
 
     def build(self, positions: Integers, empty: Batch) -> Batch:
-        views = training_views(self.config, empty.images.shape[1] if empty.images.ndim == 4 else None)
-        builder = BatchBuilder(empty, self.config, self.workspace, [view.size for view in views])
+        compressed = leaves_compressed(self.config)
+        views = training_views(self.config, _image_size(empty.images.shape, compressed))
+        sizes = [view.size for view in views]
+        builder = BatchBuilder(empty, self.config, self.workspace, sizes, compressed=compressed)
         located = self.order.locate(positions)
         seeds = sample_seeds(self.config.seed, located.source, located.epoch, located.position)
         empty.seeds[:] = seeds
@@ -285,6 +289,18 @@ class _EvalSamples(_Samples):
         return builder.build()
 
 
+def _train_shape(config: Config, image_size: int | None = None) -> tuple[int, ...]:
+    """Of the images of a training sample in a batch."""
+    return images_shape(training_views(config, image_size), compressed=leaves_compressed(config))
+
+
+def _image_size(shape: Sequence[int], compressed: bool) -> int | None:
+    """Of the squares in a batch whose images have this shape; None if there are none, or several of an image."""
+    if compressed:
+        return image_size_of(shape[1])
+    return shape[1] if len(shape) == 4 else None
+
+
 def _parts(positions: Integers, config: Config) -> list[Integers]:
     """A batch's positions in a part for each worker."""
     parts = np.array_split(positions, max(config.data.workers, 1))
@@ -298,7 +314,7 @@ def _load(samples: _Samples, requests: Iterator[Request], batch_size: int, confi
         requests,
         num_workers=num_workers,
         prefetch=2,
-        largest=images_shape(training_views(config)) if samples.training else eval_shape(config),
+        largest=_train_shape(config) if samples.training else eval_shape(config),
         most=-(-batch_size // max(num_workers, 1)),
         labels=LabelForm.of(config, training=samples.training),
     )
