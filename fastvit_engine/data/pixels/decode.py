@@ -73,8 +73,8 @@ class Jpeg:
         data, part = cut_out(self.data, self.height, self.width, box, margin)
         try:
             pixels = _with_turbo(data, part.height, part.width, buffer, reduction, decoding)
-        except ValueError:
-            return self._with_pillow().decode_box(box, buffer, reduction)
+        except ValueError:  # damage behind the part may end its decoding, and not that of the whole
+            return Decoded(self.decode(buffer, reduction, decoding=decoding), reduction=reduction)
         return Decoded(pixels, part.top // reduction, part.left // reduction, reduction)
 
     def part(self, box: Box, reduction: int) -> Part | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -156,6 +157,17 @@ def test_damaged_data_decodes_as_in_the_whole(interval, sampling, damages, draw,
     assert (whole is None) == (part is None)
     if whole is not None:
         assert np.array_equal(part, whole[box.top : box.bottom, box.left : box.right])
+
+
+def test_damage_behind_a_box_ends_the_decoding_of_no_part() -> None:
+    data = bytearray(_with_opencv(_picture(100, 160), 1, "4:4:4", 80))
+    del data[1225:]
+    assert data[1161] == 0xFF
+    data[1162] = 2  # no restart marker any more, and no other one
+    image, box = Jpeg(bytes(data), 100, 160), Box(0, 0, 1, 1)
+    with pytest.raises(ValueError, match="Unsupported marker"):
+        simplejpeg.decode_jpeg(bytes(cut_out(image.data, 100, 160, box, 2).data), "RGB", strict=False)
+    assert np.array_equal(image.decode_box(box, PixelBuffer()).cut(box), image.decode(PixelBuffer())[:1, :1])
 
 
 @pytest.mark.parametrize(
