@@ -158,7 +158,8 @@ def test_every_epoch_reads_each_sample_of_the_subset_once(counts, size, seed, la
         for position in (0, size // 2, size - 1):  # a position is found without those before it
             shard, row, *_ = fresh.locate(np.array([epoch * size + position]))
             assert (shard[0], row[0]) == seen[-1][position]
-    assert seen[0] != seen[1] != seen[2]
+    if min(window, size // lanes) >= 7:  # else there may be so few orders that one comes twice
+        assert seen[0] != seen[1] != seen[2]
 
 
 def test_batches_of_a_subset_come_from_everywhere_and_lanes_read_few_shards():
