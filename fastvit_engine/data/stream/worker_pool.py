@@ -1,6 +1,7 @@
 """Batches from decoding processes."""
 
 import contextlib
+import math
 import mmap
 import re
 import signal
@@ -12,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -51,9 +51,9 @@ def load(
     page faults. A UserError of `build` is raised here as it is.
     """
     slots = num_workers * prefetch + 1  # the batches that are ordered, and the one that was given out last
-    whole = (slots, most * int(np.prod(largest)))
+    whole = (slots, most * math.prod(largest))
     # Not a file in /dev/shm, which is small in many containers: processes that are forked share it too.
-    memory = torch.frombuffer(mmap.mmap(-1, int(np.prod(whole))), dtype=torch.uint8).view(whole)
+    memory = torch.frombuffer(mmap.mmap(-1, math.prod(whole)), dtype=torch.uint8).view(whole)
     numbered = ((number % slots, request) for number, request in enumerate(requests))
     loader = _loader(_Builder(build, memory, labels), numbered, num_workers=num_workers, prefetch=prefetch)
     for number, (given, weights, shape, rest) in enumerate(_received(loader)):
@@ -63,7 +63,7 @@ def load(
 
 def _images_in(slot: torch.Tensor, count: int, shape: tuple[int, ...]) -> torch.Tensor:
     """[count, *shape], at the beginning of a slot."""
-    return slot[: count * int(np.prod(shape))].view(count, *shape)
+    return slot[: count * math.prod(shape)].view(count, *shape)
 
 
 def load_stream(chunks: IterableDataset, *, num_workers: int, prefetch: int) -> Iterator[Batch]:
