@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import Callable
 
+from torch import Tensor
 from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -212,11 +213,17 @@ class Checkpointer:
             whole["ema_buffer"] = self.ema.statistics_slices()
         return {**slices, **{kind: share(of_kind, rank, size) for kind, of_kind in whole.items()}}
 
+    def tensors_to_write(self) -> list[Tensor]:
+        """What `slices_to_write` are views of; they are the same as long as these are, and this is cheap."""
+        averages = [] if self.ema is None else [*self.ema.average, *self.ema.statistics]
+        return [*self.engine.state_tensors(), *averages]
+
     def manifest(self, state: TrainerState) -> Manifest:
         """All but the files."""
-        engine, usual = self.engine, {n: s for n, s in self.engine.shapes.items() if n not in self.engine.frozen}
-        special = {kind: shapes for kind, shapes in engine.optimizer_shapes().items() if shapes != usual}
-        return Manifest(state, engine.scalars(), engine.shapes, files={}, frozen=engine.frozen, state_shapes=special)
+        engine, shapes, frozen = self.engine, self.engine.shapes, self.engine.frozen
+        usual = {name: shape for name, shape in shapes.items() if name not in frozen}
+        special = {kind: of_kind for kind, of_kind in engine.optimizer_shapes().items() if of_kind != usual}
+        return Manifest(state, engine.scalars(), shapes, files={}, frozen=frozen, state_shapes=special)
 
     def _prepare(self, checkpoint: Checkpoint, size: int) -> None:
         self.check_owner()

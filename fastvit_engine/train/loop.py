@@ -282,6 +282,7 @@ def _train_steps(
             _leave(job, done, log)
 
         # ---- copy the state to memory that outlives this process; what has been written of it up to here belongs to it
+        # Of a step that saves, too: its checkpoint is complete only some steps later.
         if done < schedule.total_steps:
             job.copies.after_step(done, partial(_state_now, job, state, log), log.unsettled)
 

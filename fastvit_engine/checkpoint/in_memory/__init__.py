@@ -6,7 +6,8 @@ whole, as a checkpoint. `holder.py` is the launcher's side.
 """
 
 from fastvit_engine.checkpoint.in_memory.area import Area, inherited_areas
-from fastvit_engine.checkpoint.in_memory.copies import Copies, Unsettled
+from fastvit_engine.checkpoint.in_memory.contents import Unsettled
+from fastvit_engine.checkpoint.in_memory.copies import Copies
 from fastvit_engine.checkpoint.in_memory.holder import Holder, can_hold, held_copies
 from fastvit_engine.checkpoint.in_memory.store import MemoryStore, newest_in_memory
 

@@ -1,25 +1,17 @@
 """What training sees of copies in memory: one call after each step, and one before each update."""
 
-import json
 import math
-import mmap
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from collections.abc import Callable, Sequence
 
 from fastvit_engine.checkpoint.checkpointer import Checkpointer
-from fastvit_engine.checkpoint.format import StoredFile, StoredTensor
 from fastvit_engine.checkpoint.in_memory.area import Area
+from fastvit_engine.checkpoint.in_memory.contents import Contents, Unsettled
 from fastvit_engine.checkpoint.in_memory.store import MemoryStore
 from fastvit_engine.checkpoint.store import Checkpoint
 from fastvit_engine.checkpoint.trainer_state import TrainerState
-from fastvit_engine.checkpoint.writer import DTYPE_NAMES, HostCopy, Placed, file_name, placed_in_order
+from fastvit_engine.checkpoint.writer import HostCopy, file_name
 from fastvit_engine.distributed.world import World
-
-Unsettled = Mapping[str, Any]  # what a rank counts by itself between two logged steps, as JSON
 
 _COST = 0.02  # most of the time that copies may take; steps shorter than that allows share one
 
@@ -36,7 +28,7 @@ class Copies:
         self._areas = areas if len(areas) == world.size else ()
         self._checkpointer, self._world = checkpointer, world
         self._host_copy = HostCopy()
-        self._memory: dict[int, Tensor] = {}  # by the first byte of the slot
+        self._contents: Contents | None = None  # of the last copy
         self._sequence = 0
         self._every, self._last = 1, 0  # steps between copies; the step of the last
         self._seconds, self._count = 0.0, 0  # that copies took since `settle`
@@ -54,7 +46,7 @@ class Copies:
         self._host_copy.wait()
         if checkpoint is not None and isinstance(checkpoint.store, MemoryStore):
             sequence = checkpoint.store.sequence
-            self.unsettled = checkpoint.store.own_values(checkpoint.name, self._world.rank)
+            self.unsettled = checkpoint.store.unsettled(checkpoint.name, self._world.rank)
         self._world.barrier()  # all have read what they need
         self._own.keep_only(sequence)
         self._world.barrier()  # none begins while another still has later copies
@@ -69,10 +61,12 @@ class Copies:
         if not self._areas or step < self._last + self._every:
             return
         started = time.thread_time()
-        placed = placed_in_order(self._checkpointer.slices_to_write())
-        size = sum(part.values.nbytes for _, part, _ in placed)
-        description = self._description(state(), unsettled(), placed, size)
-        slot = self._own.begin(size, len(description))
+        tensors = self._checkpointer.tensors_to_write()
+        if self._contents is None or not self._contents.lies_in(tensors):
+            self._contents = Contents.of(self._checkpointer, state(), tensors, file_name(self._world.rank))
+        contents = self._contents
+        description = contents.describe(state(), self._checkpointer.engine.scalars(), unsettled())
+        slot = self._own.begin(contents.size, len(description))
         sequence, self._last = self._sequence + 1, step
         self._sequence = sequence
         spent = time.thread_time() - started
@@ -82,7 +76,7 @@ class Copies:
             self._seconds += spent + time.thread_time()  # of the thread, which began with the copy
             self._count += 1
 
-        self._host_copy.begin_in(self._slot_memory(slot.start, slot.room), placed, commit)
+        self._host_copy.begin_in(contents.transfer_to(self._own, slot), commit)
 
     def before_update(self) -> None:
         """Returns when weights and optimizer state may change, because all that is being copied is there."""
@@ -97,18 +91,3 @@ class Copies:
             return
         cost, self._seconds, self._count = self._seconds / self._count, 0.0, 0
         self._every = round(self._world.max([math.ceil(cost / (_COST * step_seconds))]).item())
-
-    def _description(self, state: TrainerState, unsettled: Unsettled, placed: Sequence[Placed], size: int) -> bytes:
-        manifest = self._checkpointer.manifest(state)
-        tensors = [
-            (kind, part.name, StoredTensor(DTYPE_NAMES[part.values.dtype], part.start, len(part.values), offset, 0))
-            for kind, part, offset in placed
-        ]
-        manifest.files[file_name(self._world.rank)] = StoredFile(size, tensors)
-        return json.dumps(unsettled).encode() + b"\n" + manifest.to_json()
-
-    def _slot_memory(self, start: int, room: int) -> Tensor:
-        if (memory := self._memory.get(start)) is None or memory.numel() != room:
-            mapped = mmap.mmap(self._own.descriptor, room, offset=start)
-            memory = self._memory[start] = torch.frombuffer(mapped, dtype=torch.uint8)
-        return memory

@@ -1,13 +1,13 @@
 """Copies in memory, read as a checkpoint: the newest step that every rank has whole."""
 
-import json
 import mmap
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from fastvit_engine.checkpoint.format import DamagedCheckpoint, Manifest
+from fastvit_engine.checkpoint.format import DamagedCheckpoint
 from fastvit_engine.checkpoint.in_memory.area import Area, newest_common
+from fastvit_engine.checkpoint.in_memory.contents import Described, Unsettled
 from fastvit_engine.checkpoint.store import Checkpoint, step_name
 from fastvit_engine.checkpoint.writer import file_name
 
@@ -37,16 +37,16 @@ class MemoryStore:
 
     def read(self, name: str, file: str) -> bytes:
         """The manifest, of those of all ranks."""
-        manifests = [Manifest.from_json(description, self.describe(name)) for _, description in self._of_ranks(name)]
+        manifests = [described.manifest for described in self._of_ranks(name)]
         files = {file: stored for manifest in manifests for file, stored in manifest.files.items()}
         whole = replace(manifests[0], files=files)
         if (gap := whole.gap()) is not None:
             raise DamagedCheckpoint(f"{self.describe(name)}: {gap}")
         return whole.to_json()
 
-    def own_values(self, name: str, rank: int) -> dict[str, Any]:
-        """What a rank keeps beside its tensors."""
-        return self._of_ranks(name)[rank][0]
+    def unsettled(self, name: str, rank: int) -> Unsettled:
+        """What a rank had counted by itself."""
+        return self._of_ranks(name)[rank].unsettled
 
     def map(self, name: str, file: str, size: int, start: int, stop: int) -> mmap.mmap:
         rank = next(rank for rank in range(len(self._areas)) if file_name(rank) == file)
@@ -55,15 +55,12 @@ class MemoryStore:
             raise DamagedCheckpoint(f"{self.describe(name)} is not there any more")
         return self._areas[rank].map(self._areas[rank].copies()[sequence].start, size)
 
-    def _of_ranks(self, name: str) -> list[tuple[dict[str, Any], bytes]]:
-        """What each rank keeps beside its tensors, and the manifest of its own."""
-        sequence, parts = self.sequence, []
+    def _of_ranks(self, name: str) -> list[Described]:
+        """What the copies of all ranks say of themselves."""
+        sequence = self.sequence
         if sequence is None or self.names() != [name]:
             raise DamagedCheckpoint(f"{self.describe(name)} is not there any more")
-        for area in self._areas:
-            values, _, manifest = area.copies()[sequence].description.partition(b"\n")
-            parts.append((json.loads(values), manifest))
-        return parts
+        return [Described.read(area.copies()[sequence].description, self.describe(name)) for area in self._areas]
 
 
 def newest_in_memory(areas: Sequence[Area], world_size: int) -> Checkpoint | None:
