@@ -31,7 +31,7 @@ class Copies:
         self._contents: Contents | None = None  # of the last copy
         self._sequence = 0
         self._every, self._last = 1, 0  # steps between copies; the step of the last
-        self._seconds, self._count = 0.0, 0  # that copies took since `settle`
+        self._seconds, self._count = 0.0, 0  # that copies took so far
         self.unsettled: Unsettled | None = None  # of this rank in the copy that training continues from, if it does
 
     @property
@@ -61,10 +61,10 @@ class Copies:
         if not self._areas or step < self._last + self._every:
             return
         started = time.thread_time()
-        tensors = self._checkpointer.tensors_to_write()
-        if self._contents is None or not self._contents.lies_in(tensors):
-            self._contents = Contents.of(self._checkpointer, state(), tensors, file_name(self._world.rank))
-        contents = self._contents
+        tensors, contents = self._checkpointer.tensors_to_write(), self._contents
+        if contents is None or not contents.lies_in(tensors):
+            contents = self._contents = Contents.of(self._checkpointer, state(), tensors, file_name(self._world.rank))
+            started = time.thread_time()  # what is done once says nothing of the copies to come
         description = contents.describe(state(), self._checkpointer.engine.scalars(), unsettled())
         slot = self._own.begin(contents.size, len(description))
         sequence, self._last = self._sequence + 1, step
@@ -87,7 +87,6 @@ class Copies:
         if not self._areas:
             return
         self._host_copy.wait()
-        if not self._count:
-            return
-        cost, self._seconds, self._count = self._seconds / self._count, 0.0, 0
-        self._every = round(self._world.max([math.ceil(cost / (_COST * step_seconds))]).item())
+        if self._count:
+            cost = self._seconds / self._count
+            self._every = round(self._world.max([math.ceil(cost / (_COST * step_seconds))]).item())
