@@ -3,7 +3,7 @@
 import contextlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 from torch.distributed import PrefixStore
@@ -35,6 +35,7 @@ class Checkpointer:
     keep_every: steps of which every multiple stays, or None. `say` shows a sentence to the user, on rank 0.
     `check_owner` raises UserError if this run must not write any more; it is called on rank 0 before each write.
     `upload_records` brings the run's records to where they are kept; a checkpoint is published only after it returns.
+    `before_reading` is called on every process, with the bytes of each file that it is about to read.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Checkpointer:
         self.run, self.store, self.engine, self.ema, self.world = run, store, engine, ema, world
         self.settings, self.keep_every, self.say = settings, keep_every, say
         self.check_owner, self.upload_records = check_owner, upload_records
+        self.before_reading: Callable[[Checkpoint, Mapping[str, tuple[int, int]]], None] = lambda *_: None
         self._host_copy = HostCopy()
         self._in_flight: SaveInFlight | None = None
         self._seconds_blocked = 0.0
@@ -185,7 +187,16 @@ class Checkpointer:
             if self.ema is not None and "ema" in manifest.kinds:
                 wanted["ema"] = self.ema.slices()
                 wanted["ema_buffer"] = self.ema.statistics_slices()
-            CheckpointReader(checkpoint, manifest).fill(wanted)
+            reader = CheckpointReader(checkpoint, manifest)
+            ranges = reader.ranges(wanted)
+        except (UserError, RestartError) as failure:
+            error = failure
+        except OSError as failure:
+            error = disk.unreadable(str(checkpoint), failure)
+        self._agree(error)
+        try:
+            self.before_reading(checkpoint, ranges)
+            reader.fill(wanted)
         except (UserError, RestartError) as failure:
             error = failure
         except OSError as failure:

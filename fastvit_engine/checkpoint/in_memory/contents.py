@@ -6,7 +6,6 @@ copy the state of a small model.
 """
 
 import json
-import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -23,15 +22,23 @@ from fastvit_engine.checkpoint.writer import DTYPE_NAMES, Placed, Transfer, plac
 Unsettled = Mapping[str, Any]  # what a rank counts by itself between two logged steps, as JSON
 
 
+class Label(NamedTuple):
+    """Whose copy it is: only copies of one start and of all its ranks are a state."""
+
+    start: str  # what tells this start of the run from those before and after it
+    world_size: int
+    rank: int
+
+
 @dataclass(frozen=True)
 class Contents:
     """The slices of a copy, valid as long as the state lies in the tensors that it was made for."""
 
-    addresses: list[int]  # of those tensors, which the slices keep from being freed
+    addresses: list[int]  # of those tensors; the slices keep theirs from being freed, so no other gets such an address
     placed: list[Placed]
     size: int  # bytes
     manifest: bytes
-    _transfers: dict[tuple[int, int], Transfer] = field(default_factory=dict)  # by first byte and room of the slot
+    _transfers: dict[Slot, Transfer] = field(default_factory=dict)
 
     @classmethod
     def of(cls, checkpointer: Checkpointer, state: TrainerState, tensors: Sequence[Tensor], file: str) -> "Contents":
@@ -49,22 +56,23 @@ class Contents:
     def lies_in(self, tensors: Sequence[Tensor]) -> bool:
         return self.addresses == [tensor.data_ptr() for tensor in tensors]
 
-    def describe(self, state: TrainerState, scalars: Mapping[str, float], unsettled: Unsettled) -> bytes:
-        changing = {"state": state.to_json(), "scalars": scalars, "unsettled": unsettled}
+    def describe(self, label: Label, state: TrainerState, scalars: Mapping[str, float], unsettled: Unsettled) -> bytes:
+        changing = {"label": label, "state": state.to_json(), "scalars": scalars, "unsettled": unsettled}
         return json.dumps(changing).encode() + b"\n" + self.manifest
 
     def transfer_to(self, area: Area, slot: Slot) -> Transfer:
         """What to copy to a slot, whose memory stays mapped."""
-        if (slot.start, slot.room) not in self._transfers:
-            memory = torch.frombuffer(mmap.mmap(area.descriptor, slot.room, offset=slot.start), dtype=torch.uint8)
-            self._transfers[slot.start, slot.room] = transfer_into(memory, self.placed)
-        return self._transfers[slot.start, slot.room]
+        if slot not in self._transfers:
+            memory = torch.frombuffer(area.memory(slot), dtype=torch.uint8)
+            self._transfers[slot] = transfer_into(memory, self.placed)
+        return self._transfers[slot]
 
 
 class Described(NamedTuple):
-    """What a description says: the manifest of one rank's part, and what that rank counts by itself."""
+    """What a description says."""
 
-    manifest: Manifest
+    label: Label
+    manifest: Manifest  # of one rank's part
     unsettled: Unsettled
 
     @classmethod
@@ -73,8 +81,13 @@ class Described(NamedTuple):
         line, _, manifest = description.partition(b"\n")
         try:
             changing = json.loads(line)
-            state = TrainerState.from_json(changing["state"])
+            label, state = Label(*changing["label"]), TrainerState.from_json(changing["state"])
             scalars, unsettled = changing["scalars"], changing["unsettled"]
         except (ValueError, TypeError, KeyError) as error:
             raise DamagedCheckpoint(f"{where} is not what was written there") from error
-        return cls(replace(Manifest.from_json(manifest, where), state=state, scalars=scalars), unsettled)
+        return cls(label, replace(Manifest.from_json(manifest, where), state=state, scalars=scalars), unsettled)
+
+
+def label_of(description: bytes) -> Label:
+    """Whose copy a description is of; quicker than to read it all."""
+    return Label(*json.loads(description.partition(b"\n")[0])["label"])

@@ -1,13 +1,11 @@
 """Ranks that are killed continue from copies in memory: the record is the one of a run that nothing happened to."""
 
-import io
 import json
 import os
 import signal
 import subprocess
-import sys
-import tarfile
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,28 +13,20 @@ from benchmarks.faults import ranks_of
 from fastvit_engine.checkpoint.in_memory import can_hold
 from fastvit_engine.config import Config
 from fastvit_engine.errors import UserError
-from fastvit_engine.files import read_json_lines
 from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing import copies
 from fastvit_engine.train import restarts as restarts_module
-from fastvit_engine.train.restarts import restarts
+from fastvit_engine.train.restarts import check_room, restarts
+from tests.fastvit_engine.warm_ranks import exit_codes_of
 from tests.in_full import in_full
 
 pytestmark = [pytest.mark.skipif(not can_hold(), reason="needs Linux's memfd_create")]
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 SHARD_EVERYTHING = "deepspeed.zero_optimization={stage3_param_persistence_threshold: 0, reduce_bucket_size: 5000}"
-THREAD_IN_SERVER = """
-import sys, threading
-if "fastvit_engine.distributed.rank_server" in " ".join(sys.orig_argv):
-    threading.Thread(target=threading.Event().wait, daemon=True).start()
-"""
 # What has a state of its own: random numbers, an average of the weights, a decaying rate.
 SETTINGS = ["train.precision=fp32", "model.dropout=0.1", "ema.decay=0.9", "data.num_workers=1"]
-
-
-UNTIMED = ["train.log_every=20"]  # until the second row, nothing depends on how long steps take: each has its copy
 
 
 def record(folder):
@@ -47,11 +37,6 @@ def record(folder):
 
 def weights(folder):
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-
-def killing(rank, step, folder):
-    """A variable that has a rank killed in this step of its process, the first time."""
-    return {"FASTVIT_TEST_KILL": f"{rank} {step} {folder / 'killed'}"}
 
 
 def steps_done(run):
@@ -66,12 +51,10 @@ def events(run, kind):
 class Launched:
     """`fastvit train` in a process group of its own."""
 
-    def __init__(self, command, run, log, environment):
+    def __init__(self, command, run, log):
         self.run, self.log = run, log
         with open(log, "a") as file:
-            self.process = subprocess.Popen(
-                command, env=ENVIRONMENT | environment, stdout=file, stderr=file, start_new_session=True
-            )
+            self.process = subprocess.Popen(command, env=ENVIRONMENT, stdout=file, stderr=file, start_new_session=True)
 
     def wait_for(self, condition, seconds=150):
         deadline = time.monotonic() + seconds
@@ -96,10 +79,10 @@ def launch(train_command, tmp_path):
     """launch(*settings): a run on two processes, in the folder "run"."""
     started = []
 
-    def begin(*settings, resume="never", **environment):
+    def begin(*settings, resume="never"):
         run = RunFolder(tmp_path / "run")
         command = train_command(run.path, *SETTINGS, *settings, processes=2, resume=resume, max_restarts=2)
-        started.append(Launched(command, run, tmp_path / "log", environment))
+        started.append(Launched(command, run, tmp_path / "log"))
         return started[-1]
 
     yield begin
@@ -130,71 +113,11 @@ def test_a_killed_rank_costs_a_step_and_changes_nothing(launch, train, stage, tm
     assert weights(started.run.path) == weights(undisturbed) and len(weights(undisturbed)) == 2
 
 
-@pytest.fixture
-def spoiled(digits, tmp_path):
-    """The digits, every seventh of which is no image."""
-    folder = tmp_path / "spoiled"
-    folder.mkdir()
-    for shard in sorted(digits.glob("train-*.tar")):
-        with tarfile.open(shard) as source, tarfile.open(folder / shard.name, "w") as target:
-            for number, member in enumerate(source):
-                content = source.extractfile(member).read()
-                if not member.name.endswith(".cls") and number % 7 == 0:
-                    content = b"no image"
-                member.size = len(content)
-                target.addfile(member, io.BytesIO(content))
-    return folder
-
-
 @pytest.mark.slow
-@pytest.mark.distributed
-def test_a_kill_between_two_rows_costs_one_step_and_loses_no_count(launch, train, spoiled, tmp_path, monkeypatch):
-    settings = [f"data.train={spoiled}/train-*.tar", "data.max_bad_share=0.5", *UNTIMED, "zero.stage=1"]
-    settings += ["train.duration=24 steps", "train.objective=tests.fastvit_engine.train.killing:Killing"]
-    started = launch(*settings, **killing(1, 17, tmp_path))
-    started.end()
-    killed_after = 16
-    assert [event["step"] for event in events(started.run, "start")][1:] in ([killed_after], [killed_after - 1])
-    monkeypatch.setenv("FASTVIT_TEST_KILL", f"9 0 {tmp_path}")  # nobody
-    undisturbed = train(tmp_path / "undisturbed", *SETTINGS, *settings, processes=2)
-    bad = [row["bad_samples"] for row in read_metrics(undisturbed / "metrics.jsonl")[0]]
-    assert bad == sorted(bad) and bad[-1] > bad[0]
-    assert [row["bad_samples"] for row in read_metrics(started.run.metrics)[0]] == bad
-    assert record(started.run.path) == record(undisturbed)
-    assert weights(started.run.path) == weights(undisturbed)
-    named = [
-        sorted(map(str, read_json_lines(folder / "bad_samples.jsonl"))) for folder in (started.run.path, undisturbed)
-    ]
-    assert named[0] == named[1]
-
-
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_ranks_that_nobody_can_fork_are_started_as_processes_and_continue_from_their_copies(launch, tmp_path):
-    """Here the server has a second thread, which no fork would take along."""
-    (tmp_path / "sitecustomize.py").write_text(THREAD_IN_SERVER)
-    settings = [
-        *UNTIMED,
-        "zero.stage=1",
-        "train.duration=12 steps",
-        "train.objective=tests.fastvit_engine.train.killing:Killing",
-    ]
-    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
-    started = launch(*settings, PYTHONPATH=path, **killing(0, 8, tmp_path))
-    started.end()
-    log = started.log.read_text()
-    assert log.count("each process imports everything itself") == 1
-    assert "cannot, because what it imports has started 1 more thread" in log
-    assert log.count("a copy in memory") == 1 and events(started.run, "start")[1]["step"] in (6, 7)
-
-
-@pytest.mark.slow
-def test_a_run_that_insists_on_copies_is_refused_if_nobody_holds_them(train_arguments, execute, tmp_path):
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
-    command = [sys.executable, "-m", "fastvit_engine", *train_arguments(tmp_path / "run", "checkpoint.in_memory=true")]
-    refused = execute(command, **alone)
-    assert refused.returncode == 2
-    assert "checkpoint.in_memory = true needs a launcher that outlives its processes" in refused.stderr
+def test_a_run_that_insists_on_copies_is_refused_if_nobody_holds_them(train_arguments, tmp_path):
+    log = tmp_path / "log"
+    assert exit_codes_of(train_arguments(tmp_path / "run", "checkpoint.in_memory=true"), 1, log) == [2]
+    assert "checkpoint.in_memory = true needs a launcher that outlives its processes" in log.read_text()
     assert not (tmp_path / "run").exists()
 
 
@@ -266,6 +189,20 @@ def test_copies_that_do_not_fit_are_left_out_or_refused(monkeypatch, capsys):
 def test_copies_that_could_never_help_are_refused():
     with pytest.raises(UserError, match="--max-restarts 0 never restarts from a copy"):
         how(config(in_memory=True), max_restarts=0)
+
+
+def test_on_several_nodes_each_needs_room_for_its_copies_and_those_of_the_node_before_it(monkeypatch):
+    needed = copies.copies_bytes(config(), nodes=4)
+    assert needed == copies.copies_bytes(config()) / 2
+    world = SimpleNamespace(size=8, node_ranks=range(2), gather=lambda value: [value, ("node-7", None)])
+    held = SimpleNamespace(world=world, messages="to other nodes", taken_bytes=1000)  # since before a restart
+    monkeypatch.setattr(restarts_module, "free_bytes", lambda: needed - 1000)
+    check_room(config(in_memory=True), held)
+    monkeypatch.setattr(restarts_module, "free_bytes", lambda: needed - 1001)
+    with pytest.raises(UserError, match=r"of this node, and of the one before it, take .* GiB are free: set"):
+        check_room(config(in_memory=True), held)
+    held.messages = None  # on one node, whose launcher has looked
+    check_room(config(in_memory=True), held)
 
 
 def test_free_memory_is_that_of_the_machine_or_its_container(tmp_path):

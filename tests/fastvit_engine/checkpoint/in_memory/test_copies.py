@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 
 from fastvit_engine.checkpoint import Checkpointer, DamagedCheckpoint, TrainerState, store_of
-from fastvit_engine.checkpoint.in_memory import Copies, can_hold, held_copies, newest_in_memory
+from fastvit_engine.checkpoint.in_memory import Copies, Held, HeldCopies, can_hold, held_copies
 from fastvit_engine.checkpoint.in_memory.contents import Described
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.train.start import Start, load_start
 from tests.fastvit_engine.plain_engine import PlainEngine
 
 pytestmark = pytest.mark.skipif(not can_hold(), reason="needs Linux's memfd_create")
@@ -21,9 +22,13 @@ STATE = TrainerState(step=0, fingerprint={"model": {"name": "Ti/4"}}, recent=((2
 
 @pytest.fixture(scope="module")
 def world():
+    patch = pytest.MonkeyPatch()
+    patch.setenv("LOCAL_RANK", "0")
+    patch.delenv("LOCAL_WORLD_SIZE", raising=False)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield World(rank=0, size=1, device=torch.device("cpu"))
     dist.destroy_process_group()
+    patch.undo()
 
 
 class Training:
@@ -37,12 +42,13 @@ class Training:
         self.ema = WeightAverage(self.engine, 0.9)
         run, settings = RunFolder(folder), CheckpointConfig()
         self.checkpointer = Checkpointer(run, store_of(settings, run), self.engine, self.ema, world, settings)
-        self.copies, self.areas, self.done = Copies(areas, self.checkpointer, world), areas, 0
+        self.held, self.done = HeldCopies(Held(areas), world, open_messages=None), 0
+        self.copies = Copies(self.held, self.checkpointer)
         self.copies.continue_from(None)
 
     def step(self):
         self.engine.backward(self.model(torch.randn(4, 5)).square().mean())
-        self.copies.before_update()
+        self.copies.before_update(self.done + 1)
         self.engine.step()
         self.ema.update(10)
         self.model.seen += 1
@@ -61,8 +67,8 @@ def training(tmp_path, world):
 
 
 def newest(training):
-    training.copies.before_update()  # until it is there
-    return newest_in_memory(training.areas, 1)
+    training.copies.close()  # until it is there
+    return training.held.newest()
 
 
 def test_a_copy_restores_what_was_there_after_its_step(training):
@@ -124,7 +130,27 @@ def test_steps_share_a_copy_only_if_one_each_would_cost_too_much(training):
     assert newest(training).step == 2
     training.copies.settle(step_seconds=1e-9)
     training.step()
-    assert newest(training).step == 2
+    training.step()
+    assert newest(training).step == 3  # which was due already
+
+
+def test_a_copy_that_cannot_be_read_gives_way_to_the_newest_checkpoint_on_the_disk(training, world, capsys):
+    training.step()
+    training.step()
+    training.checkpointer.save(replace(STATE, step=2))
+    saved, copy = training.checkpointer.settle(wait=True), newest(training)
+    there = training.everything()
+
+    def lose_its_way(checkpoint, ranges):
+        if checkpoint is copy:
+            raise DamagedCheckpoint("a copy in memory was altered")
+
+    training.checkpointer.before_reading = lose_its_way
+    start = Start(replace(STATE, step=2), 9, copy, "", None, saves_first=True)
+    found = load_start(start, training.checkpointer, training.checkpointer.run, world)
+    assert (found.checkpoint, found.step, found.saves_first) == (saved, 2, False)
+    assert all(torch.equal(values, there[key]) for key, values in training.everything().items())
+    assert f"a copy in memory was altered: going back to {saved}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b"\n", b"null\n{}", b'{"state": 1, "scalars": {}, "unsettled": {}}\n{}'])
