@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastvit_engine.checkpoint import TrainerState
+from fastvit_engine.checkpoint.in_memory import Held, HeldCopies, Messages
 from fastvit_engine.checkpoint.owner import Ownership
 from fastvit_engine.checkpoint.records import Records
 from fastvit_engine.config import Config, DataConfig, Resolved, load_config
@@ -341,7 +342,7 @@ def train_with_loop(resolved: Resolved, world: World, folder: Path, batches: Ite
     chosen = choose(resolved.config, machine_of(world))
     records, observers = Records(run), Observers(exporter=None)
     objective = build_objective(chosen.config, world.device, find_objective(chosen.config.train.objective))
-    owned = (Ownership(), records)
+    owned = (Ownership(), records, HeldCopies(Held(), world, lambda: Messages.open(60)))
     loop._train(resolved, chosen, run, start, world, watchdog, Preemption(), *owned, observers, objective, {})
     return load_file(folder / "model.safetensors")
 

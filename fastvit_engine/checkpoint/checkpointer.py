@@ -3,8 +3,9 @@
 import contextlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from torch import Tensor
 from torch.distributed import PrefixStore
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -34,6 +35,7 @@ class Checkpointer:
     keep_every: steps of which every multiple stays, or None. `say` shows a sentence to the user, on rank 0.
     `check_owner` raises UserError if this run must not write any more; it is called on rank 0 before each write.
     `upload_records` brings the run's records to where they are kept; a checkpoint is published only after it returns.
+    `before_reading` is called on every process, with the bytes of each file that it is about to read.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Checkpointer:
         self.run, self.store, self.engine, self.ema, self.world = run, store, engine, ema, world
         self.settings, self.keep_every, self.say = settings, keep_every, say
         self.check_owner, self.upload_records = check_owner, upload_records
+        self.before_reading: Callable[[Checkpoint, Mapping[str, tuple[int, int]]], None] = lambda *_: None
         self._host_copy = HostCopy()
         self._in_flight: SaveInFlight | None = None
         self._seconds_blocked = 0.0
@@ -184,7 +187,16 @@ class Checkpointer:
             if self.ema is not None and "ema" in manifest.kinds:
                 wanted["ema"] = self.ema.slices()
                 wanted["ema_buffer"] = self.ema.statistics_slices()
-            CheckpointReader(checkpoint, manifest).fill(wanted)
+            reader = CheckpointReader(checkpoint, manifest)
+            ranges = reader.ranges(wanted)
+        except (UserError, RestartError) as failure:
+            error = failure
+        except OSError as failure:
+            error = disk.unreadable(str(checkpoint), failure)
+        self._agree(error)
+        try:
+            self.before_reading(checkpoint, ranges)
+            reader.fill(wanted)
         except (UserError, RestartError) as failure:
             error = failure
         except OSError as failure:
@@ -212,11 +224,17 @@ class Checkpointer:
             whole["ema_buffer"] = self.ema.statistics_slices()
         return {**slices, **{kind: share(of_kind, rank, size) for kind, of_kind in whole.items()}}
 
+    def tensors_to_write(self) -> list[Tensor]:
+        """What `slices_to_write` are views of; they are the same as long as these are, and this is cheap."""
+        averages = [] if self.ema is None else [*self.ema.average, *self.ema.statistics]
+        return [*self.engine.state_tensors(), *averages]
+
     def manifest(self, state: TrainerState) -> Manifest:
         """All but the files."""
-        engine, usual = self.engine, {n: s for n, s in self.engine.shapes.items() if n not in self.engine.frozen}
-        special = {kind: shapes for kind, shapes in engine.optimizer_shapes().items() if shapes != usual}
-        return Manifest(state, engine.scalars(), engine.shapes, files={}, frozen=engine.frozen, state_shapes=special)
+        engine, shapes, frozen = self.engine, self.engine.shapes, self.engine.frozen
+        usual = {name: shape for name, shape in shapes.items() if name not in frozen}
+        special = {kind: of_kind for kind, of_kind in engine.optimizer_shapes().items() if of_kind != usual}
+        return Manifest(state, engine.scalars(), shapes, files={}, frozen=frozen, state_shapes=special)
 
     def _prepare(self, checkpoint: Checkpoint, size: int) -> None:
         self.check_owner()

@@ -12,6 +12,7 @@ from fastvit_engine.engine.protocol import ParameterSlice
 from fastvit_engine.models.weights.safetensors_file import DTYPES
 
 SlicesByKind = Mapping[str, Sequence[ParameterSlice]]
+Use = tuple[str, ParameterSlice, StoredTensor]  # kind, what to fill, and a stored tensor that overlaps with it
 
 
 class CheckpointReader:
@@ -28,13 +29,20 @@ class CheckpointReader:
         Raises DamagedCheckpoint, naming file and parameter, if something is missing, cut or altered: then some of the
         slices may have been overwritten.
         """
-        needed: dict[str, list[tuple[str, ParameterSlice, StoredTensor]]] = {}
+        for file, uses in self._needed(wanted).items():
+            self._fill_from(file, uses)
+
+    def ranges(self, wanted: SlicesByKind) -> dict[str, tuple[int, int]]:
+        """The bytes [first, last) of each file that `fill` reads; raises as it does if something is missing."""
+        return {file: _range(uses) for file, uses in self._needed(wanted).items()}
+
+    def _needed(self, wanted: SlicesByKind) -> dict[str, list[Use]]:
+        needed: dict[str, list[Use]] = {}
         for kind, slices in wanted.items():
             for part in slices:
                 for file, tensor in self.overlapping(kind, part.name, part.start, part.stop):
                     needed.setdefault(file, []).append((kind, part, tensor))
-        for file, uses in needed.items():
-            self._fill_from(file, uses)
+        return needed
 
     def overlapping(self, kind: str, name: str, start: int, stop: int) -> list[tuple[str, StoredTensor]]:
         """The stored tensors that cover elements [start, stop) of a parameter, in order, with their files.
@@ -61,10 +69,9 @@ class CheckpointReader:
             )
         return part
 
-    def _fill_from(self, file: str, uses: Sequence[tuple[str, ParameterSlice, StoredTensor]]) -> None:
+    def _fill_from(self, file: str, uses: Sequence[Use]) -> None:
         stored = self.manifest.files[file]
-        first = min(tensor.offset for _, _, tensor in uses)
-        last = max(tensor.offset + tensor.nbytes for _, _, tensor in uses)
+        first, last = _range(uses)
         try:
             content = self.checkpoint.store.map(self.checkpoint.name, file, stored.size, first, last)
             checked: dict[StoredTensor, torch.Tensor] = {}
@@ -80,3 +87,8 @@ class CheckpointReader:
                 raise
             kind, part, _ = uses[0]
             raise DamagedCheckpoint(f"{error}, which parameter '{part.name}' ({kind}) is in") from error
+
+
+def _range(uses: Sequence[Use]) -> tuple[int, int]:
+    """The bytes of a file that they read."""
+    return min(tensor.offset for _, _, tensor in uses), max(tensor.offset + tensor.nbytes for _, _, tensor in uses)

@@ -55,6 +55,27 @@ def placed_in_order(slices: Mapping[str, Sequence[ParameterSlice]]) -> list[Plac
     return [Placed(kind, part, offset) for (kind, part), offset in zip(everything, offsets, strict=False)]
 
 
+class Transfer(NamedTuple):
+    """What to copy where: pairs of a slice's memory and its values."""
+
+    buffers: list[tuple[Tensor, Tensor]]  # of the module, whose next forward pass may change them
+    targets: list[Tensor]
+    values: list[Tensor]  # of all else, which the next update changes
+
+
+def transfer_into(memory: Tensor, placed: Sequence[Placed]) -> Transfer:
+    """Of the slices into memory, uint8 [bytes]."""
+    transfer = Transfer([], [], [])
+    for kind, part, offset in placed:
+        target = memory[offset : offset + part.values.nbytes].view(part.values.dtype)
+        if kind == "buffer":
+            transfer.buffers.append((target, part.values))
+        else:
+            transfer.targets.append(target)
+            transfer.values.append(part.values)
+    return transfer
+
+
 class HostCopy:
     """A copy of parameter slices in host memory (pinned if they come from a GPU), which the next copy reuses.
 
@@ -75,7 +96,7 @@ class HostCopy:
         if self._memory.numel() < size:
             self._memory = torch.empty(0, dtype=torch.uint8)  # free the old before
             self._memory = _host_memory(size, pinned=any(part.values.is_cuda for _, part, _ in placed))
-        self.begin_in(self._memory, placed)
+        self.begin_in(transfer_into(self._memory, placed))
         view = self._memory.numpy().data
         return [
             Block(
@@ -86,24 +107,17 @@ class HostCopy:
             for kind, part, offset in placed
         ]
 
-    def begin_in(
-        self, memory: Tensor, placed: Sequence[Placed], when_copied: Callable[[], None] = lambda: None
-    ) -> None:
-        """As `begin`, into given memory, uint8 [bytes]. when_copied: what the thread calls when all bytes are there."""
-        device = next((part.values.device for _, part, _ in placed if part.values.is_cuda), None)
-        copies = []
-        for kind, part, offset in placed:
-            target = memory[offset : offset + part.values.nbytes].view(part.values.dtype)
-            if kind == "buffer":  # of the module, whose forward pass may change it
-                target.copy_(part.values)
-            else:
-                copies.append((target, part.values))
+    def begin_in(self, transfer: Transfer, when_copied: Callable[[], None] = lambda: None) -> None:
+        """As `begin`, into given memory. when_copied: what the thread calls when all bytes are there."""
+        for target, values in transfer.buffers:
+            target.copy_(values)
+        device = next((values.device for values in transfer.values if values.is_cuda), None)
         if device is not None:
             self._stream = self._stream or torch.cuda.Stream(device)
             self._stream.wait_stream(torch.cuda.current_stream(device))  # for the update that has just been queued
         self._error = None
         self._thread = threading.Thread(
-            target=self._copy, args=[copies, when_copied], name="copy for a checkpoint", daemon=True
+            target=self._copy, args=[transfer, when_copied], name="copy for a checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -114,11 +128,11 @@ class HostCopy:
         if self._error is not None:
             raise self._error
 
-    def _copy(self, copies: Sequence[tuple[Tensor, Tensor]], when_copied: Callable[[], None]) -> None:
+    def _copy(self, transfer: Transfer, when_copied: Callable[[], None]) -> None:
         try:
-            with torch.cuda.stream(self._stream):  # which does nothing without one
-                for target, values in copies:
-                    target.copy_(values, non_blocking=True)
+            if transfer.targets:
+                with torch.cuda.stream(self._stream):  # which does nothing without one
+                    torch._foreach_copy_(transfer.targets, transfer.values, non_blocking=True)
             if self._stream is not None:
                 self._stream.synchronize()
             when_copied()

@@ -12,6 +12,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar, cast
 
 import torch
@@ -142,9 +143,10 @@ class DeepSpeedEngine:
         self._layout.begin()
         if self._layout.keeps_weights_whole:
             nn.functional.linear = linear
+        self._masters = list(self._layout.masters())  # which stay where they are
         if (partitioned := self._partitioned) is not None:
-            masters = list(self._layout.masters())
-            partitioned.attach(masters, self.shapes, replicated=self.replicated, device=torch.device(engine.device))
+            device = torch.device(engine.device)
+            partitioned.attach(self._masters, self.shapes, replicated=self.replicated, device=device)
         self._frozen = frozen_weights(engine, self._layout)
 
     @property
@@ -228,12 +230,12 @@ class DeepSpeedEngine:
     # ---- state
 
     def master_weights(self) -> list[ParameterSlice]:
-        learning = [part for masters in self._layout.masters() for part in masters.slices(masters.tensor)]
+        learning = [part for masters in self._masters for part in masters.slices(masters.tensor)]
         return [*learning, *(frozen.slice for frozen in self._frozen if frozen.slice.values.numel())]
 
     def optimizer_state(self) -> dict[str, list[ParameterSlice]]:
         slices: dict[str, list[ParameterSlice]] = {}
-        for masters in self._layout.masters():
+        for masters in self._masters:
             for key, value in self._layout.state_of(masters.tensor).items():
                 if _is_like(value, masters.tensor):
                     slices.setdefault(key, []).extend(masters.slices(value))
@@ -249,7 +251,7 @@ class DeepSpeedEngine:
     def optimizer_shapes(self) -> dict[str, dict[str, list[int]]]:
         shapes: dict[str, dict[str, list[int]]] = {}
         whole = self.shapes
-        for masters in self._layout.masters():
+        for masters in self._masters:
             for key, value in self._layout.state_of(masters.tensor).items():
                 if _is_like(value, masters.tensor):
                     shapes.setdefault(key, {}).update({name: whole[name] for name in masters.names})
@@ -258,9 +260,28 @@ class DeepSpeedEngine:
         return shapes
 
     def buffers(self) -> list[ParameterSlice]:
+        return [ParameterSlice(name, 0, buffer.detach().view(-1)) for name, buffer in self._persistent_buffers()]
+
+    def state_tensors(self) -> list[Tensor]:
+        found = [buffer for _, buffer in self._persistent_buffers()]
+        for masters in self._masters:
+            state = self._layout.state_of(masters.tensor).values()
+            found += [masters.tensor, *(value for value in state if _is_like(value, masters.tensor))]
+        if self._partitioned is not None:
+            found += [tensor for of_kind in self._partitioned.statistics.values() for tensor in of_kind.values()]
+        return found
+
+    def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        for name, module, key in self._buffer_owners:
+            yield name, getattr(module, key)
+
+    @cached_property
+    def _buffer_owners(self) -> list[tuple[str, nn.Module, str]]:
+        """The name of each persistent buffer, the module that has it, and its name there."""
         module = self._engine.module
         kept = module.state_dict(keep_vars=True).keys()
-        return [ParameterSlice(name, 0, b.detach().view(-1)) for name, b in module.named_buffers() if name in kept]
+        paths = [(name, *name.rpartition(".")[::2]) for name, _ in module.named_buffers() if name in kept]
+        return [(name, module.get_submodule(path), key) for name, path, key in paths]
 
     def running_statistics(self) -> list[ParameterSlice]:
         names: Collection[str] = getattr(self._engine.module, "running_statistics", ())  # of models of timm
@@ -268,7 +289,7 @@ class DeepSpeedEngine:
 
     def scalars(self) -> dict[str, float]:
         found: dict[str, float] = {}
-        for masters in self._layout.masters():
+        for masters in self._masters:
             for key, value in self._layout.state_of(masters.tensor).items():
                 if value is not None and not _is_like(value, masters.tensor):
                     found[f"optimizer.{key}"] = float(value)
@@ -283,7 +304,7 @@ class DeepSpeedEngine:
             partitioned.prepare_statistics(kinds)
             dtypes = partitioned.dtypes
             kinds = {kind: names for kind, names in kinds.items() if kind not in partitioned.statistic_kinds}
-        for masters in self._layout.masters():
+        for masters in self._masters:
             group = self._layout.group_of(masters.tensor)
             state.pop(masters.tensor, None)
             for key, names in kinds.items():

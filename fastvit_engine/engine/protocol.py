@@ -99,6 +99,12 @@ class TrainingEngine(Protocol):
     def running_statistics(self) -> list[ParameterSlice]:
         """Those of `buffers` that belong to the weights, and whose average belongs to an average of the weights."""
 
+    def state_tensors(self) -> list[Tensor]:
+        """What the slices of all these kinds are views of: while the tensors are the same, so are the slices.
+
+        For whom the slices themselves, after each step, would take too long.
+        """
+
     def scalars(self) -> dict[str, float]:
         """The optimizer's counters and the loss scale; the same on all processes."""
 

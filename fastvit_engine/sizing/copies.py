@@ -10,15 +10,16 @@ _COPIES = 2  # one is whole while the other is written
 _SHARE = 0.25  # of the free memory, which nobody has asked for
 
 
-def copies_bytes(config: Config) -> int:
-    """Host memory of the copies of all processes together, on one machine."""
-    return _COPIES * checkpoint_bytes(config)
+def copies_bytes(config: Config, nodes: int = 1) -> int:
+    """Host memory on each of so many machines: of the copies of its processes, and of those of the machine before."""
+    whole = _COPIES * checkpoint_bytes(config)
+    return whole if nodes == 1 else 2 * whole // nodes
 
 
 def keeps_copies(config: Config, *, on_gpu: bool, nodes: int) -> bool:
     """Whether a run on so many machines keeps copies, if its memory allows."""
     asked = config.checkpoint.in_memory
-    return nodes == 1 and (asked is True or (asked == "auto" and not on_gpu))
+    return asked is True or (asked == "auto" and nodes == 1 and not on_gpu)
 
 
 def free_bytes(system: Path = Path("/")) -> int:
@@ -29,10 +30,13 @@ def free_bytes(system: Path = Path("/")) -> int:
     return free if limit is None else min(free, max(0, limit.limit - limit.used))
 
 
-def too_much(config: Config, free: int) -> str | None:
-    """Why the copies do not fit into so much free memory, in words; None if they do."""
-    needed, share = copies_bytes(config), 1.0 if config.checkpoint.in_memory is True else _SHARE
+def too_much(config: Config, free: int, nodes: int = 1) -> str | None:
+    """Why the copies do not fit into so much free memory of a machine, in words; None if they do."""
+    needed, share = copies_bytes(config, nodes), 1.0 if config.checkpoint.in_memory is True else _SHARE
     if needed <= share * free:
         return None
     allowed = "" if share == 1 else f", of which checkpoint.in_memory = auto takes {share:.0%} at most"
-    return f"two copies of the state take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free{allowed}"
+    what = (
+        "two copies of the state" if nodes == 1 else "two copies of the state of this node, and of the one before it,"
+    )
+    return f"{what} take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free{allowed}"

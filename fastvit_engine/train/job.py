@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from fastvit_engine.checkpoint import Checkpointer, store_of
-from fastvit_engine.checkpoint.in_memory import Copies, inherited_areas
+from fastvit_engine.checkpoint.in_memory import Copies, HeldCopies
 from fastvit_engine.checkpoint.owner import Ownership
 from fastvit_engine.checkpoint.records import Records
 from fastvit_engine.config import Config
@@ -88,6 +88,7 @@ def build_job(
     preemption: Preemption,
     owner: Ownership,
     records: Records,
+    held: HeldCopies,
     objective: Objective,
     evaluators: Mapping[str, Measure],
 ) -> Job:
@@ -142,7 +143,7 @@ def build_job(
         evaluators=evaluators,
         ema=ema,
         checkpointer=checkpointer,
-        copies=Copies(inherited_areas(), checkpointer, world),
+        copies=Copies(held, checkpointer),
         health=Health(guard, Replicas(engine, world), gradients),
         processes=Processes(
             watchdog,

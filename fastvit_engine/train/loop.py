@@ -7,7 +7,7 @@ from functools import partial
 
 from fastvit_engine.checkpoint import Checkpoint, TrainerState
 from fastvit_engine.checkpoint.export import export_run
-from fastvit_engine.checkpoint.in_memory import inherited_areas, newest_in_memory
+from fastvit_engine.checkpoint.in_memory import HeldCopies, MemoryStore, Messages, held_here
 from fastvit_engine.checkpoint.owner import Ownership, own
 from fastvit_engine.checkpoint.records import Records, kept_records
 from fastvit_engine.config import Config, Resolved
@@ -40,6 +40,7 @@ from fastvit_engine.train.job import Job, build_job
 from fastvit_engine.train.observers import Observers, observed
 from fastvit_engine.train.profiler import StepProfiler
 from fastvit_engine.train.recovery import save_recovery
+from fastvit_engine.train.restarts import check_room
 from fastvit_engine.train.run_record import record_start
 from fastvit_engine.train.schedule import Schedule
 from fastvit_engine.train.start import Start, load_start, preflight, record_batch_change, report_damage
@@ -66,18 +67,21 @@ def train(
     make_objective: builds what `train.objective` names, which is imported otherwise. evaluators: see `evaluate.own`.
     """
     trust_compiled_code()
-    if resolved.config.checkpoint.in_memory is True and not inherited_areas():
+    held_areas = held_here(resolved.config.checkpoint.in_memory)
+    if resolved.config.checkpoint.in_memory is True and not held_areas.own:
         raise UserError(
             "checkpoint.in_memory = true needs a launcher that outlives its processes and keeps their copies, as "
-            "`fastvit train` is on one machine: let that start them, or set checkpoint.in_memory=auto"
+            "`fastvit train` on one machine and launch/torchrun on several: let one of them start the processes, or "
+            "set checkpoint.in_memory=auto"
         )
     make_objective = make_objective or find_objective(resolved.config.train.objective)
     run.prepare()
     limits = resolved.config.watchdog
+    timeout_seconds = limits.slow_phase_seconds + limits.timeout_seconds
     with (
         StartUp("joining the other processes") as startup,
         Preemption() as preemption,
-        join_world(limits.slow_phase_seconds + limits.timeout_seconds, run.stacks) as world,
+        join_world(timeout_seconds, run.stacks) as world,
         Watchdog(run, world, limits) as watchdog,
         _owned(resolved.config, run, world) as (owner, records),
         observed(resolved.config.observe, run, world) as observers,
@@ -90,9 +94,13 @@ def train(
         resolved = filled.apply(given)
         chosen = choose(resolved.config, machine_of(world))
         objective = build_objective(chosen.config, world.device, make_objective)
-        in_memory = newest_in_memory(inherited_areas(), world.size)
+        held = HeldCopies(held_areas, world, partial(Messages.open, timeout_seconds))
+        in_memory = held.newest()
         check = partial(preflight, chosen.config, run, world.size, resume=resume, data=data, in_memory=in_memory)
+        check_room(chosen.config, held)
         start = world.on_main(lambda: check(allow_batch_change=allow_batch_change))
+        if start.checkpoint is not None and isinstance(start.checkpoint.store, MemoryStore):
+            start = replace(start, checkpoint=in_memory)  # as this process finds it
         if start.checkpoint is None and resolved.config.init.from_ is not None:
             settings = resolved.config.init
             start = start.beginning_with(world.on_main(lambda: describe_weights(settings)), filled.notes)
@@ -117,6 +125,7 @@ def train(
                 preemption,
                 owner,
                 records,
+                held,
                 observers,
                 objective,
                 measured,
@@ -166,13 +175,16 @@ def _train(
     preemption: Preemption,
     owner: Ownership,
     records: Records,
+    held: HeldCopies,
     observers: Observers,
     objective: Objective,
     evaluators: Mapping[str, Measure],
     data: IterableData | None = None,
 ) -> None:
     schedule = Schedule(chosen.config, start.data.samples_per_epoch, start.state.batches)
-    job = build_job(chosen.config, run, world, schedule, watchdog, preemption, owner, records, objective, evaluators)
+    job = build_job(
+        chosen.config, run, world, schedule, watchdog, preemption, owner, records, held, objective, evaluators
+    )
     if job.fp8 is not None and world.is_main:
         say(job.fp8.layers.describe())
     try:
@@ -284,6 +296,7 @@ def _train_steps(
             _leave(job, done, log)
 
         # ---- copy the state to memory that outlives this process; what has been written of it up to here belongs to it
+        # Of a step that saves, too: its checkpoint is complete only some steps later.
         if done < schedule.total_steps:
             job.copies.after_step(done, partial(_state_now, job, state, log), log.unsettled)
 
@@ -376,6 +389,7 @@ def _recover(job: Job, start: Start, failure: Failure, trace: Trace, recorder: R
 def _leave(job: Job, step: int, log: StepLog) -> None:
     """Waits for the save, writes down why the run stops, and raises Preempted on every process."""
     saved = job.checkpointer.close()
+    job.copies.close()
     message = f"stopped on request: saved {saved}; the same command with --resume auto continues"
     log.close()
     if job.world.is_main:
@@ -387,6 +401,7 @@ def _leave(job: Job, step: int, log: StepLog) -> None:
 def _finish(job: Job, state: TrainerState, log: StepLog) -> None:
     """The end of a run: its last checkpoint is whole, and the weights are one file."""
     saved: Checkpoint | None = job.checkpointer.close()
+    job.copies.close()
     job.world.on_main(lambda: _export(saved, job) if saved else None)
     if job.world.is_main:
         total = job.schedule.total_steps

@@ -1,11 +1,12 @@
 """Whether the launcher keeps copies of the newest state in memory, and what it needs to restart ranks from them."""
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from fastvit_engine.checkpoint.in_memory import can_hold, held_copies
+from fastvit_engine.checkpoint.in_memory import HeldCopies, can_hold, held_copies
 from fastvit_engine.checkpoint.owner import LAUNCHER
 from fastvit_engine.config import Config
 from fastvit_engine.distributed.fast_restart import FastRestart
@@ -46,6 +47,21 @@ def restarts(
     if config.checkpoint.in_memory == "auto" and why_not.startswith("two copies"):
         say(f"no copies in memory: {why_not}")
     yield Restarts(environment)
+
+
+def check_room(config: Config, held: HeldCopies) -> None:
+    """Raises UserError on all ranks if a node has no room for the copies of its own ranks and of the node before it.
+
+    Collective. On one node, the launcher has seen to it.
+    """
+    if held.messages is None:
+        return
+    world = held.world
+    nodes = world.size // len(world.node_ranks)
+    problem = too_much(config, free_bytes() + held.taken_bytes, nodes)
+    problems = [f"on {host}, {text}" for host, text in world.gather((socket.gethostname(), problem)) if text]
+    if problems:
+        raise UserError(f"checkpoint.in_memory = true, and {problems[0]}: set checkpoint.in_memory=false")
 
 
 def _why_not(config: Config, max_restarts: int, *, on_gpu: bool) -> str | None:

@@ -23,6 +23,7 @@ from fastvit_engine.checkpoint import (
     usable_checkpoints,
 )
 from fastvit_engine.checkpoint.format import MANIFEST
+from fastvit_engine.checkpoint.in_memory import MemoryStore
 from fastvit_engine.checkpoint.local import LocalStore
 from fastvit_engine.config import Config, EvalTransform, ModelConfig, Resolved
 from fastvit_engine.config.checks import check_config
@@ -513,7 +514,7 @@ def load_start(start: Start, checkpointer: Checkpointer, run: RunFolder, world: 
             checkpointer.load(start.checkpoint)
             return start
         except DamagedCheckpoint as damage:
-            found, start = len(start.damaged), world.on_main(partial(_before, start, str(damage)))
+            found, start = len(start.damaged), world.on_main(partial(_before, start, str(damage), checkpointer.store))
             if world.is_main:
                 report_damage(run, start.damaged[found:], start.checkpoint)
     return start
@@ -543,10 +544,11 @@ def report_damage(run: RunFolder, damaged: Sequence[str], used: Checkpoint | Non
         record_event(run, "checkpoint_damaged", message)
 
 
-def _before(start: Start, damage: str) -> Start:
-    """The same run from an older checkpoint on."""
+def _before(start: Start, damage: str, store: CheckpointStore) -> Start:
+    """The same run from an older checkpoint of the store on; after a copy in memory, from its newest."""
     assert start.checkpoint is not None
-    older = [c for c in usable_checkpoints(start.checkpoint.store) if c.step < start.checkpoint.step]
+    below = start.checkpoint.step + isinstance(start.checkpoint.store, MemoryStore)
+    older = [checkpoint for checkpoint in usable_checkpoints(store) if checkpoint.step < below]
     checkpoint, state, damaged = newest_readable(older, (*start.damaged, damage))
     assert checkpoint is not None and state is not None  # newest_readable raises if damaged ones are all there is
-    return replace(start.at(checkpoint, state), damaged=damaged)
+    return replace(start.at(checkpoint, state), damaged=damaged, saves_first=False)

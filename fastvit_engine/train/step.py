@@ -55,7 +55,7 @@ def take_step(
         watchdog.phase("optimizer step")
         with times.of("update"):
             job.checkpointer.before_update()
-            job.copies.before_update()
+            job.copies.before_update(step + 1)
             engine.step()
     return trace, health.guard.report()
 

@@ -3,7 +3,7 @@
 Plain torchrun restarts its processes after any exit code, and itself always exits with 1. This agent does not restart
 after bad input (2), nor a run that was asked to stop (76) unless the job is elastic: then another node has to leave.
 Its exit code is that of the processes: 2 before 76 before 75, "run the same command again", which covers all other
-failures.
+failures. It also holds the memory for copies of the state, which outlives its processes (checkpoint.in_memory).
 """
 
 import logging
@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 import uuid
-from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import c10d_rendezvous_backend
 from torch.distributed.launcher import api
 
+from fastvit_engine.checkpoint.in_memory.holder import Holder, can_hold, held_copies
 from fastvit_engine.distributed.environment import ERROR_SHOWN
 from fastvit_engine.distributed.store import JobStore
 from fastvit_engine.distributed.supervise import cluster_exit_code
@@ -35,6 +36,8 @@ class Agent(LocalElasticAgent):
     final_codes = {EXIT_BAD_INPUT, EXIT_PREEMPTED}
     folder = ""  # that tells the ranks of this node, in each attempt, whether one of them has said why it ends
     attempts = 0
+    holder: Holder | None = None  # of the copies of this node and of those of the node before it
+    resumed: int | None = None  # the step that the last attempt may have continued from
     causes: set[int] = set()  # with which processes failed, before the agent ended the others for it
     last_codes: set[int] = set()
 
@@ -56,6 +59,11 @@ class Agent(LocalElasticAgent):
         rendezvous = getattr(worker_group.store, "underlying_store", worker_group.store)
         self.attempts += 1
         os.environ[ERROR_SHOWN] = str(Path(self.folder) / f"shown-{self.attempts}")
+        if self.holder is not None:
+            newest = self.holder.newest_step
+            if newest is not None and newest == self.resumed:
+                self.holder.forget()  # training ended twice where they end: an older state may be better
+            self.resumed = newest
         os.environ["FASTVIT_RUN_ID"] = rendezvous.compare_set("fastvit_run_id", "", wanted).decode()
         return super()._start_workers(worker_group)
 
@@ -83,24 +91,30 @@ def exit_codes(processes: Any) -> set[int]:
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory(prefix="fastvit-") as folder:
-        return run_node(sys.argv[1:], folder)
+    arguments = run.parse_args(sys.argv[1:])
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastvit-"))
+        holder = None
+        if can_hold():  # memory is taken only by copies, of which this agent need not know
+            processes = run.determine_local_world_size(arguments.nproc_per_node)
+            holder = stack.enter_context(held_copies(processes, guests=True))
+            os.environ.update(holder.environment_of_node)
+        return run_node(arguments, folder, holder)
 
 
-def run_node(command_line: Sequence[str], folder: str) -> int:
+def run_node(arguments: Any, folder: str, holder: Holder | None = None) -> int:
     """Runs the processes of this node; returns its exit code. folder: for notes of the processes."""
     agents: list[Agent] = []
-    arguments = run.parse_args(command_line)
     fewest, most = run.parse_min_max_nnodes(arguments.nnodes)
 
     def make_agent(*args: Any, **kwargs: Any) -> Agent:
         agents.append(Agent(*args, **kwargs))
-        agents[-1].folder = folder
+        agents[-1].folder, agents[-1].holder = folder, holder
         if fewest < most:
             agents[-1].final_codes = {EXIT_BAD_INPUT}
         return agents[-1]
 
-    if "--verbose" not in command_line:
+    if "--verbose" not in arguments.training_script_args:
         logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_tells_of_a_fault)
     # Where torchrun looks for them.
     c10d_rendezvous_backend.TCPStore = dist.TCPStore = JobStore  # type: ignore[misc, assignment]

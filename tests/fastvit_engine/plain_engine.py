@@ -75,6 +75,10 @@ class PlainEngine:
     def running_statistics(self):
         return []
 
+    def state_tensors(self):
+        state = [value for of_one in self.optimizer.state.values() for value in of_one.values() if value.ndim]
+        return [*self.model.parameters(), *self.model.buffers(), *state]
+
     def scalars(self):
         states = self.optimizer.state.values()
         return {f"optimizer.{k}": v.item() for state in states for k, v in state.items() if not v.ndim}

@@ -1,14 +1,17 @@
 """torchrun's agent and the exit codes of its processes."""
 
+import importlib.util
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from fastvit_engine.checkpoint.in_memory import can_hold, held_copies
 from tests.in_full import in_full
 
 REPOSITORY = Path(__file__).parents[2]
@@ -99,3 +102,51 @@ def test_told_to_leave_it_tells_its_processes_and_reports_that_they_saved(agent,
     _, errors = running.communicate(timeout=120)
     assert running.returncode == 76, errors
     assert "stopped on request by SIGTERM; processes ended with [76]" in errors
+
+
+# ---- copies of the state, which its processes make
+
+
+class Meeting:
+    """A store of which nobody else knows."""
+
+    def compare_set(self, key, expected, wanted):
+        return wanted.encode()
+
+
+@pytest.fixture
+def restart(monkeypatch, tmp_path):
+    """restart(): the agent starts its processes again. Also the memory that it holds for their copies."""
+    if not can_hold():
+        pytest.skip("needs Linux's memfd_create")
+    spec = importlib.util.spec_from_file_location("agent", REPOSITORY / "launch/torchrun/agent.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module.LocalElasticAgent, "_start_workers", lambda *_: {})
+    monkeypatch.setattr(module.os, "environ", dict(os.environ))
+    with held_copies(2, guests=True) as holder:
+        agent = module.Agent.__new__(module.Agent)
+        agent.folder, agent.holder = str(tmp_path), holder
+        yield lambda: agent._start_workers(SimpleNamespace(store=Meeting())), holder
+
+
+def copy(areas, sequence):
+    for area in areas:
+        slot = area.begin(7, 2)
+        os.pwrite(area.descriptor, b"weights", slot.start)
+        area.commit(slot, sequence, sequence, b"{}")
+
+
+def test_copies_outlive_a_restart_and_are_dropped_when_training_ends_twice_where_they_end(restart):
+    start, holder = restart
+    start()
+    for sequence in (1, 2):  # training makes progress, and fails
+        copy([*holder.areas, *holder.guests], sequence)
+        start()
+        assert holder.newest_step == sequence and holder.guests[0].copies()
+    start()  # no progress since
+    assert holder.newest_step is None and not holder.guests[0].copies()
+    start()
+    copy(holder.areas, 1)
+    start()
+    assert holder.newest_step == 1

@@ -9,10 +9,8 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
-
-DESCRIPTORS = "FASTVIT_COPIES"  # of the areas, by rank; the launcher gives it to its ranks
 
 _PAGE = 4096
 _SLOTS = 2
@@ -47,6 +45,12 @@ class Area:
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self._mapped: dict[Slot, mmap.mmap] = {}
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes."""
+        return os.fstat(self.descriptor).st_size
 
     def copies(self) -> dict[int, Copy]:
         """The whole copies, by sequence number."""
@@ -83,6 +87,12 @@ class Area:
         self._erase(number)
         return Slot(number, _PAGE + number * sum(room), room[0])
 
+    def memory(self, slot: Slot) -> mmap.mmap:
+        """The room for the data of a slot, to write to; it stays mapped."""
+        if slot not in self._mapped:
+            self._mapped[slot] = mmap.mmap(self.descriptor, slot.room, offset=slot.start)
+        return self._mapped[slot]
+
     def commit(self, slot: Slot, sequence: int, step: int, description: bytes) -> None:
         """The data of the slot are there: from now on, it counts."""
         at = slot.start + slot.room
@@ -97,7 +107,7 @@ class Area:
         return data, description
 
     def _erase(self, slot: int) -> None:
-        if os.fstat(self.descriptor).st_size:
+        if self.size:
             os.pwrite(self.descriptor, bytes(_CHECKED.size), slot * _CHECKED.size)
 
     def _read(self, slot: int) -> Copy | None:
@@ -116,12 +126,7 @@ def _pages(size: int) -> int:
     return -(-size // _PAGE) * _PAGE
 
 
-def inherited_areas(environment: Mapping[str, str] = os.environ) -> list[Area]:
-    """Those of all ranks, by rank, if the launcher has given this process some."""
-    return [Area(int(number)) for number in environment.get(DESCRIPTORS, "").split(",") if number]
-
-
 def newest_common(areas: Sequence[Area]) -> int | None:
-    """The highest sequence number of which every rank has a whole copy; None if there is none."""
+    """The highest sequence number of which every area has a whole copy; None if there is none."""
     held = [area.copies().keys() for area in areas]
     return max(set(held[0]).intersection(*held[1:]), default=None) if held else None

@@ -1,74 +1,66 @@
-"""Copies in memory, read as a checkpoint: the newest step that every rank has whole."""
+"""Copies in memory, read as a checkpoint, wherever the parts of the ranks are."""
 
-import json
 import mmap
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-from fastvit_engine.checkpoint.format import DamagedCheckpoint, Manifest
-from fastvit_engine.checkpoint.in_memory.area import Area, newest_common
-from fastvit_engine.checkpoint.store import Checkpoint, step_name
+from fastvit_engine.checkpoint.format import DamagedCheckpoint
+from fastvit_engine.checkpoint.in_memory.area import Area
+from fastvit_engine.checkpoint.in_memory.contents import Described, Unsettled
+from fastvit_engine.checkpoint.store import step_name
 from fastvit_engine.checkpoint.writer import file_name
 
 
+@dataclass(frozen=True)
+class Part:
+    """A rank's part of the state, as this process finds it."""
+
+    description: bytes
+    area: Area | None  # of this node, that has it
+    sources: list[int]  # the ranks that have it in an area of theirs
+
+
 class MemoryStore:
-    """What reading needs of a CheckpointStore, of one checkpoint. The areas are those of all ranks of one machine."""
+    """What reading needs of a CheckpointStore, of one checkpoint.
+
+    Parts that are on other nodes only can be read once they are in `fetched`, which is by file and like the whole file.
+    """
 
     has_checksums = False
 
-    def __init__(self, areas: Sequence[Area]) -> None:
-        self._areas = list(areas)
+    def __init__(self, sequence: int, step: int, parts: Mapping[int, Part]) -> None:
+        """sequence: number of the copy. parts: by rank."""
+        self.sequence, self.step = sequence, step
+        self.parts = {file_name(rank): parts[rank] for rank in sorted(parts)}
+        self.fetched: dict[str, mmap.mmap] = {}
+
+    def __reduce__(self) -> Any:
+        """For another process, it has nothing: that one has its own."""
+        return MemoryStore, (self.sequence, self.step, {})
 
     def describe(self, name: str) -> str:
         return f"memory of the launcher, {name}".rstrip(", ")
 
-    @property
-    def sequence(self) -> int | None:
-        """Of the copy that is the checkpoint, if there is one."""
-        return newest_common(self._areas)
-
-    def names(self) -> list[str]:
-        sequence = self.sequence
-        return [] if sequence is None else [step_name(self._areas[0].copies()[sequence].step)]
-
-    def latest(self) -> str | None:
-        return next(iter(self.names()), None)
-
     def read(self, name: str, file: str) -> bytes:
         """The manifest, of those of all ranks."""
-        manifests = [Manifest.from_json(description, self.describe(name)) for _, description in self._of_ranks(name)]
+        manifests = [self._described(of_rank).manifest for of_rank in self.parts]
         files = {file: stored for manifest in manifests for file, stored in manifest.files.items()}
         whole = replace(manifests[0], files=files)
         if (gap := whole.gap()) is not None:
             raise DamagedCheckpoint(f"{self.describe(name)}: {gap}")
         return whole.to_json()
 
-    def own_values(self, name: str, rank: int) -> dict[str, Any]:
-        """What a rank keeps beside its tensors."""
-        return self._of_ranks(name)[rank][0]
+    def unsettled(self, rank: int) -> Unsettled:
+        """What a rank had counted by itself."""
+        return self._described(file_name(rank)).unsettled
 
     def map(self, name: str, file: str, size: int, start: int, stop: int) -> mmap.mmap:
-        rank = next(rank for rank in range(len(self._areas)) if file_name(rank) == file)
-        sequence = self.sequence
-        if sequence is None or self.names() != [name]:
-            raise DamagedCheckpoint(f"{self.describe(name)} is not there any more")
-        return self._areas[rank].map(self._areas[rank].copies()[sequence].start, size)
+        if (area := self.parts[file].area) is not None:
+            return area.map(area.copies()[self.sequence].start, size)
+        if file not in self.fetched:
+            raise DamagedCheckpoint(f"{self.describe(name)}/{file} is on another node")
+        return self.fetched[file]
 
-    def _of_ranks(self, name: str) -> list[tuple[dict[str, Any], bytes]]:
-        """What each rank keeps beside its tensors, and the manifest of its own."""
-        sequence, parts = self.sequence, []
-        if sequence is None or self.names() != [name]:
-            raise DamagedCheckpoint(f"{self.describe(name)} is not there any more")
-        for area in self._areas:
-            values, _, manifest = area.copies()[sequence].description.partition(b"\n")
-            parts.append((json.loads(values), manifest))
-        return parts
-
-
-def newest_in_memory(areas: Sequence[Area], world_size: int) -> Checkpoint | None:
-    """The newest state of a run of so many processes, if the launcher has copies of it."""
-    if len(areas) != world_size:
-        return None
-    store: Any = MemoryStore(areas)  # which lacks what saving needs of a store
-    return next((Checkpoint(store, name) for name in store.names()), None)
+    def _described(self, file: str) -> Described:
+        return Described.read(self.parts[file].description, f"{self.describe(step_name(self.step))}/{file}")

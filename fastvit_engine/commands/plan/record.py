@@ -16,6 +16,7 @@ def as_json(gpu: str, found: Mapping[str, Any]) -> dict[str, Any]:
     chosen, speed = found["chosen"], found["speed"]
     machine = chosen.machine
     split = split_batch(chosen.config, machine.processes)
+    nodes = machine.processes // machine.processes_per_node
     stages = [
         {
             **row,
@@ -41,9 +42,9 @@ def as_json(gpu: str, found: Mapping[str, Any]) -> dict[str, Any]:
         **found["time"],
         **found["cost"],
         "needs": {**asdict(found["needs"]), "sample_bytes": found["sample_bytes"], "saved_within": SAVED_WITHIN},
-        "copies_bytes": copies_bytes(chosen.config)
-        if keeps_copies(chosen.config, on_gpu=machine.on_gpu, nodes=machine.processes // machine.processes_per_node)
-        else 0,
+        "copies_bytes": copies_bytes(chosen.config, nodes)
+        if keeps_copies(chosen.config, on_gpu=machine.on_gpu, nodes=nodes)
+        else 0,  # on each node
         "nodes": found["nodes"],
         "scaling": as_rows(found["scaling"], measured=speed.image.measured),
     }

@@ -132,8 +132,11 @@ def _needs(found: Mapping[str, Any], chosen: Chosen) -> list[str]:
         f"writes {_rate(needs.write_bytes_per_second, nodes)}"
     )
     if keeps_copies(chosen.config, on_gpu=machine.on_gpu, nodes=nodes):
-        size = format_bytes(copies_bytes(chosen.config))
-        lines.append(f"copies        {size} of host memory for two copies of the newest state, checkpoint.in_memory")
+        size = format_bytes(copies_bytes(chosen.config, nodes))
+        whose = "" if nodes == 1 else " per node, its own and that of the node before it"
+        lines.append(
+            f"copies        {size} of host memory for two copies of the newest state{whose}, checkpoint.in_memory"
+        )
     assumed = " (photos as they are, assumed)" if sample == USUAL_SAMPLE else ""
     lines.append(
         f"reading       {_rate(needs.read_bytes_per_second, nodes)}, at {sample / 1000:g} kB per sample{assumed}"

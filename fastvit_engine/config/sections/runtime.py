@@ -31,9 +31,10 @@ class CheckpointConfig(Section):
     """Folder or URL for checkpoints, such as s3://bucket/run; null: checkpoints/ in the run folder."""
 
     in_memory: Literal["auto"] | bool = "auto"
-    """Copy the state to host memory every few steps, so that a process that is killed costs no more: `fastvit train`
+    """Copy the state to host memory after each step, so that a process that is killed costs no more: `fastvit train`
     on one machine keeps two copies and restarts its processes from them. auto: on CPUs, if a quarter of the free memory
-    holds the copies."""
+    holds the copies. true, with torchrun on several nodes: a node's copies are also in the memory of the next node, so
+    that a lost node costs no more."""
 
 
 class ZeroConfig(Section):

@@ -179,7 +179,16 @@ def test_storage_cores_and_cost(capsys):
     assert said["copies_bytes"] == 0  # on several machines, and on GPUs unless it is asked for
     on_one = ["vit_l16_jft", "--gpus", "8", "--set", "checkpoint.in_memory=true"]
     assert json.loads(plan(capsys, *on_one, "--json"))["copies_bytes"] == pytest.approx(2 * 12 * weights)
-    assert "of host memory for two copies of the newest state" in plan(capsys, *on_one)
+    assert "of host memory for two copies of the newest state, checkpoint.in_memory" in plan(capsys, *on_one)
+    on_four = [
+        "vit_l16_jft",
+        "--gpus",
+        "32",
+        "--set",
+        "checkpoint.in_memory=true",
+    ]  # of each node, its own and a guest's
+    assert json.loads(plan(capsys, *on_four, "--json"))["copies_bytes"] == pytest.approx(2 * 2 * 12 * weights / 4)
+    assert "newest state per node, its own and that of the node before it" in plan(capsys, *on_four)
     text = plan(capsys, *arguments)
     assert f"{said['gpu_hours']:,.0f} GPU-hours: {said['cost']:,.0f} at 2.5 each" in text
     assert "105 kB per sample (photos as they are, assumed)" in text

@@ -21,6 +21,6 @@ def test_blocks_recompute_what_was_chosen(given, used, monkeypatch):
     small = {"name": "Ti/16", "image_size": 32, "num_classes": 3, "depth": 2}
     config = Config.model_validate({"model": small, "train": {"recompute": given, "micro_batch_size": 1}})
     with pytest.raises(Built) as built:
-        job.build_job(config, None, SimpleNamespace(size=1), None, None, None, None, None, None, {})
+        job.build_job(config, None, SimpleNamespace(size=1), None, None, None, None, None, None, None, {})
     model = built.value.args[0]
     assert [block.recompute for block in model.blocks] == [used, used]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +17,8 @@ from fastvit_engine.observe.metrics import read_metrics
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.sizing import copies
 from fastvit_engine.train import restarts as restarts_module
-from fastvit_engine.train.restarts import restarts
+from fastvit_engine.train.restarts import check_room, restarts
+from tests.fastvit_engine.warm_ranks import exit_codes_of
 from tests.in_full import in_full
 
 pytestmark = [pytest.mark.skipif(not can_hold(), reason="needs Linux's memfd_create")]
@@ -112,6 +114,14 @@ def test_a_killed_rank_costs_a_step_and_changes_nothing(launch, train, stage, tm
 
 
 @pytest.mark.slow
+def test_a_run_that_insists_on_copies_is_refused_if_nobody_holds_them(train_arguments, tmp_path):
+    log = tmp_path / "log"
+    assert exit_codes_of(train_arguments(tmp_path / "run", "checkpoint.in_memory=true"), 1, log) == [2]
+    assert "checkpoint.in_memory = true needs a launcher that outlives its processes" in log.read_text()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
 @pytest.mark.distributed
 def test_with_the_launcher_killed_the_run_continues_from_its_checkpoint(launch, train, tmp_path):
     settings = ["zero.stage=1", "train.duration=20 steps", "checkpoint.every=5 steps"]
@@ -179,6 +189,20 @@ def test_copies_that_do_not_fit_are_left_out_or_refused(monkeypatch, capsys):
 def test_copies_that_could_never_help_are_refused():
     with pytest.raises(UserError, match="--max-restarts 0 never restarts from a copy"):
         how(config(in_memory=True), max_restarts=0)
+
+
+def test_on_several_nodes_each_needs_room_for_its_copies_and_those_of_the_node_before_it(monkeypatch):
+    needed = copies.copies_bytes(config(), nodes=4)
+    assert needed == copies.copies_bytes(config()) / 2
+    world = SimpleNamespace(size=8, node_ranks=range(2), gather=lambda value: [value, ("node-7", None)])
+    held = SimpleNamespace(world=world, messages="to other nodes", taken_bytes=1000)  # since before a restart
+    monkeypatch.setattr(restarts_module, "free_bytes", lambda: needed - 1000)
+    check_room(config(in_memory=True), held)
+    monkeypatch.setattr(restarts_module, "free_bytes", lambda: needed - 1001)
+    with pytest.raises(UserError, match=r"of this node, and of the one before it, take .* GiB are free: set"):
+        check_room(config(in_memory=True), held)
+    held.messages = None  # on one node, whose launcher has looked
+    check_room(config(in_memory=True), held)
 
 
 def test_free_memory_is_that_of_the_machine_or_its_container(tmp_path):

@@ -50,7 +50,7 @@ class Rank:
             engine=Engine(self.model, split.accumulation_steps, self.happened),
             objective=SimpleNamespace(losses=lambda model, batch: model(batch.images).square().sum(1) * batch.weights),
             checkpointer=SimpleNamespace(before_update=lambda: self.happened.append("saved")),
-            copies=SimpleNamespace(before_update=lambda: self.happened.append("copied")),
+            copies=SimpleNamespace(before_update=lambda step: self.happened.append("copied")),
             health=SimpleNamespace(
                 gradients=SimpleNamespace(on=False),
                 replicas=SimpleNamespace(compare=lambda: "weights differ"),

@@ -4,8 +4,10 @@ import os
 
 import pytest
 
-from fastvit_engine.checkpoint.in_memory.area import DESCRIPTORS, inherited_areas, newest_common
+from fastvit_engine.checkpoint.in_memory.area import newest_common
+from fastvit_engine.checkpoint.in_memory.held import INHERITED, held_here
 from fastvit_engine.checkpoint.in_memory.holder import can_hold, held_copies
+from fastvit_engine.errors import UserError
 
 pytestmark = pytest.mark.skipif(not can_hold(), reason="needs Linux's memfd_create")
 
@@ -103,7 +105,7 @@ def test_what_is_written_through_a_reading_map_stays_there(areas):
 
 def test_a_rank_finds_what_the_launcher_holds_and_without_one_nothing():
     with held_copies(3) as holder:
-        found = inherited_areas(holder.environment)
+        found = held_here("auto", holder.environment).own
         assert [area.descriptor for area in found] == [area.descriptor for area in holder.areas]
         write(found[0], 1, 10)
         assert holder.newest_step is None
@@ -112,4 +114,18 @@ def test_a_rank_finds_what_the_launcher_holds_and_without_one_nothing():
         assert holder.newest_step == 10
         holder.forget()
         assert holder.newest_step is None
-    assert inherited_areas({}) == [] == inherited_areas({DESCRIPTORS: ""})
+    assert held_here("auto", {}).own == () == held_here(True, {INHERITED: ""}).own
+
+
+def test_a_rank_of_an_agent_opens_what_that_holds_if_the_run_asks_for_it():
+    with held_copies(2, guests=True) as holder:
+        assert held_here("auto", holder.environment_of_node).areas == []
+        found = held_here(True, holder.environment_of_node)
+        assert [len(found.own), len(found.guests)] == [2, 2]
+        write(found.own[1], 1, 10)
+        write(found.guests[0], 1, 10)
+        assert [list(area.copies()) for area in (*holder.areas, *holder.guests)] == [[], [1], [1], []]
+        holder.forget()
+        assert [area.copies() for area in found.areas] == [{}, {}, {}, {}]
+    with pytest.raises(UserError, match=r"the memory that the agent of this node holds, .*: run agent and processes"):
+        held_here(True, holder.environment_of_node)  # by now, it is closed
