@@ -55,12 +55,16 @@ def _working_folders(environment: Mapping[str, str]) -> Path:
     if folder := environment.get(WORKING_FOLDERS):
         return Path(folder).expanduser().absolute()
     try:
-        cache = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return cache_folder(environment) / "runs"
     except RuntimeError as error:
         raise UserError(
             f"this user has no home directory for the working folder of a run: set {WORKING_FOLDERS} to a folder"
         ) from error
-    return Path(cache) / "fastvit" / "runs"
+
+
+def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where the engine keeps for this user what can be made again. Raises RuntimeError without a home directory."""
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvit"
 
 
 @dataclass(frozen=True)
