@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from fastvit_engine.config import Config
 from fastvit_engine.distributed.world import World
 from fastvit_engine.errors import UserError
+from fastvit_engine.observe.disk import if_possible
 from fastvit_engine.observe.environment import package_versions
 from fastvit_engine.observe.run_folder import RunFolder
 from fastvit_engine.observe.units import counted, format_bytes
@@ -72,9 +74,11 @@ def settle_micro_batch(
             f"{counted(sizes[0], 'image')}, the fewest at zero.stage = {chosen.config.zero.stage}: raise zero.stage, "
             "set train.activation_checkpointing=all, or use more GPUs"
         )
-    world.on_main(lambda: remembered.write(best.micro_batch_size, tried))
+    write = partial(remembered.write, best.micro_batch_size, tried)
+    kept = world.on_main(lambda: if_possible(write, str(remembered.path)))
     chosen = with_micro_batch_found(chosen, best.micro_batch_size, "the largest that fits, by trial")
-    return chosen, f"tried micro-batches: {_described(tried)}; remembered in {remembered.path}, which may be deleted"
+    message = f"tried micro-batches: {_described(tried)}"
+    return chosen, f"{message}; {how_to_forget}, where this is remembered" if kept else message
 
 
 def _size_before(run: RunFolder, world: World) -> int | None:

@@ -76,6 +76,13 @@ def test_a_trial_begins_with_what_is_computed_and_is_remembered(settle, tmp_path
     assert settle(chosen, limit=1)[0].config.train.micro_batch_size == 1
 
 
+def test_what_cannot_be_remembered_is_tried_again(settle, tmp_path):
+    (tmp_path / "cache").write_text("")  # no folder
+    for _ in range(2):
+        settled, message, tried = settle(chosen_for(), limit=16)
+        assert settled.config.train.micro_batch_size == 16 and tried and "delete" not in message
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -45,7 +45,8 @@ def test_every_objective_without_a_teacher_can_be_tried(lone_world, objective):
     assert trial_of(lone_world, objective=objective).peak_of(2) == 0
 
 
-def test_after_a_try_that_ran_out_of_memory_the_next_one_works(lone_world, monkeypatch):
+@pytest.mark.parametrize("stage", [1, 3])
+def test_after_a_try_that_ran_out_of_memory_the_next_one_works(lone_world, monkeypatch, stage):
     """The memory is that of this fake limit, met in the middle of a step of the real engine."""
 
     class Limited:
@@ -59,7 +60,7 @@ def test_after_a_try_that_ran_out_of_memory_the_next_one_works(lone_world, monke
             return losses
 
     monkeypatch.setattr(step, "build_objective", lambda *given: Limited(build_objective(*given)))
-    tried = search([1, 2, 4, 8, 16], 8, trial_of(lone_world).peak_of)
+    tried = search([1, 2, 4, 8, 16], 8, trial_of(lone_world, stage).peak_of)
     assert [(each.micro_batch_size, each.peak_bytes) for each in tried] == [(8, None), (2, 0), (4, 0)]
     assert largest_that_fits(tried).micro_batch_size == 4
 
