@@ -10,10 +10,10 @@ whichever is faster.
 Gloo. A ring whose processes have two segments in flight. A segment is sent when its receiver has said that it is ready:
 one latency for the notice, one for the segment. Notices travel in the same queue as segments: the next one leaves when
 the other segment in flight has. An all-reduce has segments of 1 MiB at the most, and at least two for each process; a
-gather has two, and sends before it says that it is ready. So of two processes, which have one connection, the one that
-calls later gives its notice behind its own first segment; they never call at once, since an all-reduce of one number
-ends a latency later for one of them. That is a single segment, which all but its first receiver are ready for when it
-comes; of three processes, the last to have the sum is the first to receive the next one.
+gather has two, and sends before it says that it is ready: a process that calls a latency later than its neighbour gives
+its notice behind its own first segment. One is taken to, since an all-reduce of one number ends a latency later for
+each next process. That is a single segment, which all but its first receiver are ready for when it comes. Of three
+processes, the last to have the sum is the first to receive the next one.
 `reduce_scatter` is an all-reduce of which a process keeps its part (PyTorch 2.13).
 """
 
@@ -89,8 +89,7 @@ class Network:
 def _gloo(message: Message, processes: int, link: Link) -> float:
     part = message.bytes / processes
     if message.kind == "all_gather":
-        late = part / 2 / link.bandwidth if processes == 2 else 0.0
-        return _segments(processes - 1, 2, part / 2, link) + late
+        return _segments(processes - 1, 2, part / 2, link) + part / 2 / link.bandwidth
     if message.bytes <= SCALAR:
         return (5 if processes == 3 else 2 * (processes - 1)) * link.latency
     each = max(2, math.ceil(message.bytes / _SEGMENT / processes))
