@@ -62,6 +62,7 @@ TCP = {
     "net.ipv4.tcp_rmem": "4096 16777216 33554432",
     "net.ipv4.tcp_wmem": "4096 16777216 33554432",
 }
+STILL = 0.5  # seconds
 ROUTE = ("initcwnd", "10000", "initrwnd", "10000", "rto_min", "5s")
 NAME = "plan_accuracy"
 
@@ -272,6 +273,7 @@ class Job:
         ]
 
     def plug(self, cable: Cable) -> None:
+        time.sleep(STILL)  # what is on its way arrives: a loss would slow TCP down for the rest of the job
         for host in range(self.processes):
             delay = cable.milliseconds / 2000  # of the cables of both
             self.hosts.degrade(host, delay=delay, rate=1e6 * cable.megabytes_per_second)
