@@ -437,6 +437,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for host in range(3):
             _set_tcp(hosts, host)
         jobs = {processes: Job(hosts, processes, log) for processes in (2, 3)}
+        for job in jobs.values():  # DeepSpeed learns the order of the modules, and TCP's windows open
+            for stage in PASSES:
+                job.ask(kind="step", stage=stage)
         for number in range(results["rounds"], args.rounds):
             one_round(jobs, number, results)
             atomic_write(place, json.dumps({**results, "rows": rows_of(results)}, indent=1) + "\n")
