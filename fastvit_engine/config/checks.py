@@ -31,6 +31,8 @@ def check_config(config: Config) -> None:
     else:
         check_pretraining(config)
     check_packing(config)
+    if config.train.micro_batch_trial:
+        _check_trial(config)
     if config.optimizer.frozen != "none" and _quantizes_what_is_frozen(config):
         raise UserError(
             f"optimizer.frozen = {config.optimizer.frozen} keeps every bit of the weights, and "
@@ -84,6 +86,22 @@ def _check_decoder(config: Config) -> None:
         raise UserError(
             f"{what}, and train.objective = {config.train.objective} compares several: set data.decoder=cpu"
         )
+
+
+def _check_trial(config: Config) -> None:
+    """Raises UserError if a trial would say nothing of the run."""
+    train, off = config.train, "set train.micro_batch_trial=false"
+    if config.packing.on:
+        raise UserError(
+            "train.micro_batch_trial = true tries images of one size, and with packing.max_patches the memory differs "
+            f"from step to step: {off}, and give packing.token_budget"
+        )
+    if train.objective in ("dino", "moco"):
+        why = {
+            "dino": "learns from a teacher, which a trial has not",
+            "moco": "takes all images of a process at once, so there is nothing to choose",
+        }[train.objective]
+        raise UserError(f"train.micro_batch_trial = true, and train.objective = {train.objective} {why}: {off}")
 
 
 def _check_compilation(config: Config) -> None:

@@ -24,12 +24,7 @@ def collect_environment(**extra: Any) -> dict[str, Any]:
     or ROCm device, or None; `started` is ISO 8601 with the zone's offset. URLs are without their secrets.
     """
     content = {
-        "versions": {
-            "fastvit_engine": fastvit_engine.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,  # which names its build, as the version of its wheel may not
-            **{package: _version(package) for package in _PACKAGES},
-        },
+        "versions": package_versions(),
         "hostname": socket.gethostname(),
         "cpu_count": os.cpu_count(),
         "gpu": _gpu_name(),
@@ -38,6 +33,16 @@ def collect_environment(**extra: Any) -> dict[str, Any]:
         **extra,
     }
     return {name: recorded(value) for name, value in content.items()}
+
+
+def package_versions() -> dict[str, str | None]:
+    """Of each package that a run depends on; None: it is not installed."""
+    return {
+        "fastvit_engine": fastvit_engine.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,  # which names its build, as the version of its wheel may not
+        **{package: _version(package) for package in _PACKAGES},
+    }
 
 
 def _version(package: str) -> str | None:

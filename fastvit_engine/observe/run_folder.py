@@ -55,12 +55,19 @@ def _working_folders(environment: Mapping[str, str]) -> Path:
     if folder := environment.get(WORKING_FOLDERS):
         return Path(folder).expanduser().absolute()
     try:
-        cache = environment.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    except RuntimeError as error:
+        return cache_folder(environment) / "runs"
+    except UserError as error:
         raise UserError(
             f"this user has no home directory for the working folder of a run: set {WORKING_FOLDERS} to a folder"
         ) from error
-    return Path(cache) / "fastvit" / "runs"
+
+
+def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Where the engine keeps for this user what can be made again. Raises UserError without a home directory."""
+    try:
+        return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastvit"
+    except RuntimeError as error:
+        raise UserError("this user has no home directory for a cache: set XDG_CACHE_HOME to a folder") from error
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,13 @@ or 2 (W - 1) hops. A ring enters and leaves a node once for each of its adapters
 all-reduce may follow trees instead: bytes as in the ring, but hops by the logarithm of the number of nodes; NCCL takes
 whichever is faster.
 
-Gloo. A ring whose processes have two segments in flight, each of which is announced before it is sent: a message takes
-two latencies. An all-reduce has segments of 1 MiB at the most, and at least two for each process; a gather has two. The
-all-reduce of one number is a single segment, announced while it is on its way to the process before.
+Gloo. A ring whose processes have two segments in flight. A segment is sent when its receiver has said that it is ready:
+one latency for the notice, one for the segment. Notices travel in the same queue as segments: the next one leaves when
+the other segment in flight has. An all-reduce has segments of 1 MiB at the most, and at least two for each process; a
+gather has two, and sends before it says that it is ready: a process that calls a latency later than its neighbour gives
+its notice behind its own first segment. One is taken to, since an all-reduce of one number ends a latency later for
+each next process. That is a single segment, which all but its first receiver are ready for when it comes. Of three
+processes, the last to have the sum is the first to receive the next one.
 `reduce_scatter` is an all-reduce of which a process keeps its part (PyTorch 2.13).
 """
 
@@ -22,7 +26,6 @@ from fastvit_engine.sizing.traffic import SCALAR, Message
 
 Library = Literal["nccl", "gloo"]
 _SEGMENT = 2**20  # bytes, at the most, that Gloo reduces at a time
-_ANNOUNCED = 2  # latencies of a message of Gloo: one to say that it comes, one to come
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Network:
         return 2 if self.library == "gloo" else 1
 
     def seconds(self, message: Message) -> float:
-        """Of one collective operation, from the call to its end, if all processes call at once."""
+        """Of one collective operation, from the call to its end, if no process waits long for another's call."""
         processes = min(self.processes, self.per_node) if message.within_node else self.processes
         if processes == 1:
             return 0.0
@@ -86,15 +89,15 @@ class Network:
 def _gloo(message: Message, processes: int, link: Link) -> float:
     part = message.bytes / processes
     if message.kind == "all_gather":
-        return _segments(processes - 1, 2, part / 2, link)
+        return _segments(processes - 1, 2, part / 2, link) + part / 2 / link.bandwidth
     if message.bytes <= SCALAR:
-        return 2 * (processes - 1) * link.latency
+        return (5 if processes == 3 else 2 * (processes - 1)) * link.latency
     each = max(2, math.ceil(message.bytes / _SEGMENT / processes))
     return 2 * _segments(processes - 1, each, part / each, link)
 
 
 def _segments(hops: int, each: int, size: float, link: Link) -> float:
     """`hops` parts of `each` segments of `size` bytes, two segments in flight."""
-    moving, latency = size / link.bandwidth, _ANNOUNCED * link.latency
+    moving, latency = size / link.bandwidth, link.latency
     pairs = hops * each / 2
-    return (pairs - 1) * max(2 * moving, latency + moving) + latency + 2 * moving
+    return (pairs - 1) * max(latency + 2 * moving, 2 * latency + moving) + 2 * latency + 2 * moving

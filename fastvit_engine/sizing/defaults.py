@@ -84,6 +84,8 @@ class Chosen:
 def choose(config: Config, machine: Machine) -> Chosen:
     """Fills in what `config` leaves open. Raises UserError, with numbers and the nearest remedy, if nothing fits."""
     machine = machine.within(config.train.memory_gib)
+    if config.train.micro_batch_trial:
+        _check_trial(config, machine)
     budget, config = config.packing.token_budget, _within_budget(config)
     recompute_is_open = config.train.recompute == "auto" and _recompute_matters(config, machine)
     options = _options(config, machine)
@@ -143,6 +145,20 @@ def choose(config: Config, machine: Machine) -> Chosen:
         reason = f"{CLASSES[config.optimizer.kind].name} of NVIDIA's apex updates the weights"
         choices.append(Choice("optimizer.kernels", "apex", reason, by_user=True))
     return Chosen(filled, tuple(choices), memory, machine)
+
+
+def _check_trial(config: Config, machine: Machine) -> None:
+    """Raises UserError if micro-batches cannot be tried, or need not."""
+    if not machine.on_gpu:
+        raise UserError(
+            "train.micro_batch_trial tries micro-batches until the memory of a GPU does not suffice; on CPUs the "
+            "system would end the processes instead: set train.micro_batch_trial=false, which computes what fits"
+        )
+    if (given := config.train.micro_batch_size) is not None:
+        raise UserError(
+            f"train.micro_batch_trial = true finds out how many images fit, and train.micro_batch_size = {given} says "
+            "it: set train.micro_batch_size=null, or train.micro_batch_trial=false"
+        )
 
 
 def _choose_workers(config: Config, machine: Machine, cores: int) -> Choice:

@@ -22,6 +22,7 @@ class Weight:
     number: int
     numel: int
     persistent: bool  # small: whole on every process
+    learns: bool = True
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def units_of(model: nn.Module, persistence: int = PERSISTENCE) -> Unit:
 
     def weights_of(module: nn.Module, *, recurse: bool) -> tuple[Weight, ...]:
         return tuple(
-            Weight(numbers[id(p)], p.numel(), p.numel() < persistence) for p in module.parameters(recurse=recurse)
+            Weight(numbers[id(p)], p.numel(), p.numel() < persistence, p.requires_grad)
+            for p in module.parameters(recurse=recurse)
         )
 
     def unit(name: str, module: nn.Module) -> Unit:
@@ -102,19 +104,30 @@ def units_of(model: nn.Module, persistence: int = PERSISTENCE) -> Unit:
     return unit("", model)
 
 
-def passes(model: Unit, limits: Limits, *, accumulates: bool = False) -> list[Event]:
-    """What happens in each forward and backward pass, once DeepSpeed knows the order of the modules.
+def passes(model: Unit, limits: Limits, count: int = 1) -> list[list[Event]]:
+    """What happens in each of the `count` passes of a step, once DeepSpeed knows the order of the modules.
 
     What it lets go of after a module is decided in the first pass of which it knows that order, and kept from then on.
-    If a step has several passes (`accumulates`), that is the second of the run, before which it has let go of the
-    persistent weights too.
+    If a step has several passes, that is the second of the run, before which it has let go of the persistent weights
+    too. What is still whole after a pass is not gathered for the next one of the step.
     """
+    return [coordinator.events for coordinator in _coordinators(model, limits, count)]
+
+
+def left_whole(model: Unit, limits: Limits) -> int:
+    """Numbers still whole after a pass, but for the persistent weights: those of leaves without a backward pass."""
+    (coordinator,) = _coordinators(model, limits, 1)
+    return sum(weight.numel for weight in coordinator.left)
+
+
+def _coordinators(model: Unit, limits: Limits, count: int) -> "list[_Coordinator]":
     decisions: dict[tuple[int, int], set[Weight]] = {}
-    first = _Coordinator(model, limits, decisions, persistent_are_there=not accumulates)
-    for coordinator in (first, usual := _Coordinator(model, limits, decisions)):
-        coordinator.forward(model)
-        coordinator.backward(model)
-    return usual.events
+    _Coordinator(model, limits, decisions, persistent_are_there=count == 1).play()
+    done: list[_Coordinator] = []
+    for _ in range(count):
+        done.append(_Coordinator(model, limits, decisions, done[-1].left if done else frozenset()))
+        done[-1].play()
+    return done
 
 
 @dataclass
@@ -124,14 +137,17 @@ class _Coordinator:
     model: Unit
     limits: Limits
     decisions: dict[tuple[int, int], set[Weight]]  # by unit and step: what may be let go of
+    kept: frozenset[Weight] = frozenset()  # whole from the pass before
     persistent_are_there: bool = True
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.order = [*_in_order(self.model, forward=True), *_in_order(self.model, forward=False)]
+        self.differentiated = _differentiated(self.model)
+        backward = (unit for unit in _in_order(self.model, forward=False) if id(unit) in self.differentiated)
+        self.order = [*_in_order(self.model, forward=True), *backward]
         self.queue = deque((weight, step) for step, unit in enumerate(self.order) for weight in _sorted(unit.weights))
-        self.step, self.whole = 0, 0
-        self.gathered: set[int] = set()  # whole, or on the way
+        self.step, self.whole = 0, sum(weight.numel for weight in self.kept)
+        self.gathered = {weight.number for weight in self.kept}  # whole, or on the way
         if self.persistent_are_there:
             self.gathered |= {weight.number for weight in self.model.all_weights() if weight.persistent}
         self.gathered |= {weight.number for weight in self.model.weights if weight.persistent}
@@ -140,6 +156,14 @@ class _Coordinator:
         self.latest: dict[int, float] = {}  # the step of the latest use that a weight was fetched for
         self.active: dict[int, set[int]] = {}
 
+    @property
+    def left(self) -> frozenset[Weight]:
+        return frozenset(w for w in self.model.all_weights() if w.number in self.gathered and not w.persistent)
+
+    def play(self) -> None:
+        self.forward(self.model)
+        self.backward(self.model)
+
     def forward(self, unit: Unit) -> None:
         self._run(unit, forward=True)
         for child in unit.children:
@@ -147,6 +171,8 @@ class _Coordinator:
         self._release(unit)
 
     def backward(self, unit: Unit) -> None:
+        if id(unit) not in self.differentiated:
+            return
         self._run(unit, forward=False)
         for child in reversed(unit.children):
             self.backward(child)
@@ -213,6 +239,22 @@ class _Coordinator:
 
 def _sorted(weights: Sequence[Weight]) -> list[Weight]:
     return sorted(weights, key=lambda weight: weight.number)
+
+
+def _differentiated(model: Unit) -> set[int]:
+    """The units that have a backward pass: those that learn, those around them, and those that are called later."""
+    reached: set[int] = set()
+
+    def visit(unit: Unit, learned: bool) -> bool:
+        learned = learned or any(weight.learns for weight in unit.weights)
+        for child in unit.children:
+            learned = visit(child, learned)
+        if learned:
+            reached.add(id(unit))
+        return learned
+
+    visit(model, learned=False)
+    return reached
 
 
 def _in_order(unit: Unit, *, forward: bool) -> Iterator[Unit]:

@@ -22,6 +22,8 @@ from fastvit_engine.sizing.machine import Machine
 from fastvit_engine.sizing.parameters import COMPUTE_BYTES, ParameterCounts
 from fastvit_engine.sizing.state import Memory, accumulation_bytes
 
+MICRO_BATCH = "train.micro_batch_size"
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -58,7 +60,7 @@ def explain_stage(config: Config, machine: Machine, options: list[Candidate], pi
 
 
 def explain_micro_batch(config: Config, machine: Machine, picked: Candidate, budget: int | None) -> Choice:
-    key = "train.micro_batch_size"
+    key = MICRO_BATCH
     split = split_batch(with_micro_batch(config, picked.micro_batch), machine.processes)
     share, unequal = split.largest_share, ""
     if split.smallest_share < share:
@@ -71,6 +73,7 @@ def explain_micro_batch(config: Config, machine: Machine, picked: Candidate, bud
             how = f"the largest divisor of {share}" if split.equal else f"cuts {share} in the fewest passes"
             limit = f"{how} that does not exceed your {config.train.micro_batch_size}{of_budget}"
         return Choice(key, picked.micro_batch, limit + unequal, by_user=True)
+    unequal += "; the trial begins with it" if config.train.micro_batch_trial else ""
     if picked.accumulation_steps == 1:
         return Choice(key, picked.micro_batch, f"the whole share of a process fits: no accumulation{unequal}")
     how = f"the largest divisor of {share} that fits" if split.equal else f"cuts {share} in the fewest passes that fit"

@@ -43,6 +43,7 @@ _ALIGNED = 2  # numbers of each process that DeepSpeed pads a group of parameter
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's, in numbers
 _IN_FLIGHT = 3  # buckets that stage 3 reduces at a time
 SCALAR = 8  # bytes
+_REPORT = 24  # bytes: loss, gradient norm and flags, which the engine sums over all processes after each step
 _ADDED = re.compile(r"pos_embed|(cls|reg|mask)_token")
 
 
@@ -156,7 +157,7 @@ class _Step:
             self._stage_3()
         else:
             self._replicated()
-        self._send("all_reduce", SCALAR)  # the loss of all processes
+        self._send("all_reduce", _REPORT)
 
     # ---- stages 0 to 2, whose weights are whole
 
@@ -231,15 +232,14 @@ class _Step:
     def _stage_3(self) -> None:
         root = units_of(self.model, self.settings.persistence)
         steps = self.settings.accumulation_steps
-        usual = passes(root, self.settings.limits, accumulates=steps > 1)
         known: set[int] = set()  # of which each node has a copy of its own
-        for _ in range(steps):
-            self._pass_of_shards(usual, known)
+        for events in passes(root, self.settings.limits, steps):
+            self._pass_of_shards(events, known)
         for _ in range(2 + self.settings.checks_overflow):
             self._send("all_reduce", SCALAR)
         first = self.sent
         for parameter in self.parameters:
-            if parameter.requires_grad and parameter.numel() < self.settings.persistence:
+            if parameter.numel() < self.settings.persistence:
                 self._send("all_gather", self._computed_bytes(self._padded(parameter.numel())), waits=False)
         self.events += [Await(number) for number in range(first, self.sent)]  # all are issued, then waited for
 

@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from fastvit_engine.checkpoint import Checkpointer, store_of
 from fastvit_engine.checkpoint.in_memory import Copies, HeldCopies
 from fastvit_engine.checkpoint.owner import Ownership
@@ -14,17 +12,13 @@ from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
 from fastvit_engine.distributed.preemption import Preemption
 from fastvit_engine.distributed.stragglers import Stragglers
 from fastvit_engine.distributed.watchdog import Watchdog
-from fastvit_engine.distributed.world import World, limit_collectives
-from fastvit_engine.engine.build import build_engine
+from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.evaluate.own import Measure
-from fastvit_engine.models import TimmModel, VisionTransformer, build_for_training
-from fastvit_engine.models.fp8 import Fp8Layers
 from fastvit_engine.objectives import Objective, Taught
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.sizing.activations import checkpointed_blocks, recompute_mode
-from fastvit_engine.sizing.parameters import DTYPES
+from fastvit_engine.train.built import build
 from fastvit_engine.train.compute import Compute
 from fastvit_engine.train.health.diagnosis import GradientWatch
 from fastvit_engine.train.health.fp8 import Fp8Fallback
@@ -93,32 +87,13 @@ def build_job(
     evaluators: Mapping[str, Measure],
 ) -> Job:
     """Builds model, engine and all else of a run on this process; collective. `config`: without open ends."""
-    torch.manual_seed(config.seed)
-    model = build_for_training(config)
-    if config.optimizer.frozen == "backbone":
-        model.freeze_backbone()
-    model.recompute(recompute_mode(config))
-    if isinstance(model, VisionTransformer):
-        model.checkpoint_blocks(checkpointed_blocks(config), offload=config.train.offload_activations)
-    in_fp8 = None
-    if config.train.precision == "fp8":
-        assert isinstance(model, VisionTransformer)  # others are refused
-        in_fp8 = Fp8Layers(model, config, world.device)
-    if config.train.compile:
-        model.compile()
-    if isinstance(model, TimmModel):
-        model.round_buffers(DTYPES[config.train.precision])
     split = split_batch(config, world.size)
-    engine = build_engine(model, config, split, world)
-    limit_collectives(config.watchdog.slow_phase_seconds + config.watchdog.timeout_seconds)  # the engine's groups too
-    ema = None
-    if config.ema.decay is not None:
-        rises_over = schedule.total_steps if isinstance(objective, Taught) else None
-        ema = WeightAverage(engine, config.ema.decay, rises_over=rises_over)
+    rises_over = schedule.total_steps if isinstance(objective, Taught) else None
+    built = build(config, split, world, rises_over=rises_over)
+    engine, ema, in_fp8 = built.engine, built.ema, built.in_fp8
     gradients = GradientWatch(engine, world.device)
     if config.health.watch_gradients:
         gradients.start()
-    engine.model.train()
     guard = Guard(engine, world, config.health, config.train.precision)
     guard.count = in_fp8.take_overflows if in_fp8 else None
     checkpointer = Checkpointer(
@@ -163,5 +138,5 @@ def build_job(
         owner=owner,
         records=records,
         fp8=Fp8Fallback(in_fp8, config.train.fp8.fallback_after) if in_fp8 else None,
-        accelerated=model.accelerated if isinstance(model, TimmModel) else None,
+        accelerated=built.accelerated,
     )

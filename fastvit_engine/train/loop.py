@@ -23,7 +23,7 @@ from fastvit_engine.evaluate.own import Measure
 from fastvit_engine.objectives import Objective, ObjectiveFactory, Taught, build_objective, find_objective
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
-from fastvit_engine.observe.run_folder import RunFolder
+from fastvit_engine.observe.run_folder import RunFolder, cache_folder
 from fastvit_engine.observe.startup import StartUp
 from fastvit_engine.observe.units import counted, format_share
 from fastvit_engine.shown import say
@@ -47,6 +47,8 @@ from fastvit_engine.train.start import Start, load_start, preflight, record_batc
 from fastvit_engine.train.step import take_step
 from fastvit_engine.train.step_log import StepLog
 from fastvit_engine.train.teacher import begin_teaching
+from fastvit_engine.train.trial.settle import settle_micro_batch
+from fastvit_engine.train.trial.step import StepTrial
 from fastvit_engine.trusted_folders import trust_compiled_code
 
 
@@ -111,6 +113,9 @@ def train(
             say("\n".join([start.message, *(f"warning: {text}" for text in warnings)]))
         resolved, chosen = start.settle(resolved, chosen)
         if start.step < start.total_steps:
+            if chosen.config.train.micro_batch_trial:
+                startup.phase("trying micro-batches")
+                chosen = _with_tried_micro_batch(chosen, run, start, world, watchdog, make_objective)
             if world.is_main:
                 say(chosen.describe())
             startup.phase("building the model and its engine")
@@ -134,6 +139,25 @@ def train(
         elif finished := start.checkpoint:
             world.on_main(lambda: export_run(finished, run))
             world.on_main(records.insist)
+
+
+def _with_tried_micro_batch(
+    chosen: Chosen, run: RunFolder, start: Start, world: World, watchdog: Watchdog, make_objective: ObjectiveFactory
+) -> Chosen:
+    """With the largest micro-batch that fits; collective."""
+    phases = Schedule(chosen.config, start.data.samples_per_epoch, start.state.batches).phases.phases
+    most_tokens = max(phases, key=lambda phase: phase.image_size**2 * (1 - phase.patch_drop))
+    trial = StepTrial(chosen.config, chosen.machine, world, make_objective, most_tokens)
+
+    def peak_of(micro_batch_size: int) -> int | None:
+        watchdog.phase(f"trying a micro-batch of {micro_batch_size}", slow=True)
+        return trial.peak_of(micro_batch_size)
+
+    folder, continues = cache_folder() / "micro_batches", start.checkpoint is not None
+    chosen, message = settle_micro_batch(chosen, run, world, folder, peak_of, continues=continues)
+    if message and world.is_main:
+        say(message)
+    return chosen
 
 
 _SHOWN_PHASES = {

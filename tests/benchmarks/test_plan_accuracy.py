@@ -3,7 +3,7 @@ import pytest
 from benchmarks.plan_accuracy import ALONE, CASES, Case, predict, render, rows_of
 
 
-def results(alone=0.2, ping=1e-3, measured=1.0):
+def results(alone=0.2, latency=1e-3, measured=1.0):
     """As after two rounds in which everything took as long."""
     return {
         "environment": {
@@ -16,7 +16,7 @@ def results(alone=0.2, ping=1e-3, measured=1.0):
         },
         "parameters": 1,
         "rounds": 2,
-        "pings": {"2": [ping], "3": [ping]},
+        "links": {case.key: [[latency, 1e6 * case.cable.megabytes_per_second]] * 2 for case in CASES},
         "seconds": {case.key: [alone] * 2 for case in ALONE} | {case.key: [measured] * 2 for case in CASES},
         "sent": {case.key: [1e6] * 2 for case in CASES},
     }
@@ -33,7 +33,7 @@ def test_a_prediction_is_what_is_computed_and_what_is_sent(case):
     assert predicted.computing == pytest.approx(0.2)
     least = predicted.sent_bytes / (1e6 * case.cable.megabytes_per_second)
     assert predicted.communicating >= least * (1 - 1e-9)
-    assert predict(case, results(ping=0.1)).total > predicted.total
+    assert predict(case, results(latency=0.1)).total > predicted.total
     assert predict(case, results(alone=0.3)).total == pytest.approx(predicted.total + 0.1, abs=0.1)
 
 

@@ -16,7 +16,8 @@ import sys
 import time
 
 SOL_PACKET, PACKET_VNET_HDR, PACKET_IGNORE_OUTGOING = 263, 15, 23  # linux/if_packet.h
-ETH_P_ALL = 3
+ETH_P_ALL, SO_RCVBUFFORCE = 3, 33
+WAITING = 2**26  # bytes that may wait to be read here: more would be lost, and TCP would slow down for seconds
 LARGEST = 10 + 14 + 65535  # bytes: virtio header, Ethernet header, the largest segment
 
 
@@ -24,6 +25,7 @@ def plug(interface: str) -> socket.socket:
     wire = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)  # no protocol yet: hears nothing
     wire.setsockopt(SOL_PACKET, PACKET_VNET_HDR, 1)
     wire.setsockopt(SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)
+    wire.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, WAITING)
     wire.bind((interface, ETH_P_ALL))
     wire.setblocking(False)
     return wire

@@ -116,6 +116,10 @@ class TrainConfig(Section):
     micro_batch_size: int | None = Field(None, gt=0, le=MOST_SAMPLES)
     """Most images that a process takes at a time; null: as many as fit into its memory."""
 
+    micro_batch_trial: bool = False
+    """Try, when the run starts, how many images a GPU takes at a time, rather than compute it: the step of training is
+    taken with several micro-batches, and the largest that fits is remembered. Needs GPUs."""
+
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
     """Number format of activations and gradients. Master weights and optimizer states are always fp32. fp8: bf16, and
     the matrix products of the blocks in FP8, on Hopper GPUs and later, see train.fp8."""

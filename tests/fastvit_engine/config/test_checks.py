@@ -50,6 +50,7 @@ from fastvit_engine.errors import UserError
         (["train.duration=50%"], "train.duration = '50%' is a fraction of the run"),
         (["zero.stage=0", "zero.offload=optimizer"], "zero.offload needs ZeRO: set zero.stage to 1, 2 or 3"),
         (["zero.stage=2", "zero.offload=all"], "which needs zero.stage = 3"),
+        (["train.micro_batch_trial=true", "packing.max_patches=16"], "with packing.max_patches the memory differs"),
         (["checkpoint.keep_best=eval.top1", "data.eval=null"], "needs an evaluation: set data.eval"),
         (["checkpoint.keep_best=eval_ema.top1"], "needs an average of the weights: set ema.decay"),
     ],
@@ -270,3 +271,15 @@ def test_deepspeed_keys_that_act():
     overrides = ["train.precision=fp16", *(f"deepspeed.{override}" for override in given)]
     section = load_config("quickstart", overrides).config.deepspeed
     assert section["fp16"] == {"loss_scale": 128} and section["zero_optimization"] == {"reduce_bucket_size": 1000}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("dino_digits", "dino learns from a teacher, which a trial has not"),
+        ("moco_v3_s16", "moco takes all images of a"),
+    ],
+)
+def test_a_trial_of_micro_batches_has_no_teacher(recipe, message):
+    with pytest.raises(UserError, match=message):
+        load_config(recipe, ["train.micro_batch_trial=true"])

@@ -42,6 +42,8 @@ def issued(case, world):
     config = Config.model_validate(case["config"])
     torch.manual_seed(0)
     model = build_vit(config.model, mean=(0.5,) * 3, std=(0.5,) * 3)
+    if config.optimizer.frozen == "backbone":
+        model.freeze_backbone()
     passes = case["passes"]
     engine = build_engine(model, config, BatchSplit(2 * passes * world.size, world.size, passes), world)
     engine.model.train()

@@ -286,6 +286,16 @@ def test_inputs_of_blocks_are_offloaded_from_gpus_alone():
         choose(h14(*settings), Machine(2, 2, 64 * GIB, on_gpu=False))
 
 
+def test_micro_batches_are_tried_on_gpus_and_only_if_none_is_given():
+    chosen = choose(h14("train.micro_batch_trial=true"), gpus(8))
+    assert reasons(chosen)["train.micro_batch_size"].endswith("; the trial begins with it")
+    assert chosen.config.train.micro_batch_size == choose(h14(), gpus(8)).config.train.micro_batch_size
+    with pytest.raises(UserError, match="train.micro_batch_size = 64 says it: set train.micro_batch_size=null, or"):
+        choose(h14("train.micro_batch_trial=true", "train.micro_batch_size=64"), gpus(8))
+    with pytest.raises(UserError, match="would end the processes instead: set train.micro_batch_trial=false"):
+        choose(h14("train.micro_batch_trial=true"), Machine(2, 2, 64 * GIB, on_gpu=False))
+
+
 @pytest.mark.parametrize(
     ("on_gpu", "cores", "workers"),
     [

@@ -15,8 +15,9 @@ from fastvit_engine.data import Batch
 from fastvit_engine.models import build_for_training, build_vit, parameter_count
 from fastvit_engine.objectives import build_objective
 from fastvit_engine.sizing.activations import activation_bytes, block_bytes_a_token, block_implementation
+from fastvit_engine.sizing.gathers import LIVE, PREFETCH, REUSE, Limits, left_whole, units_of
 from fastvit_engine.sizing.memory import training_memory
-from fastvit_engine.sizing.parameters import ParameterCounts
+from fastvit_engine.sizing.parameters import ParameterCounts, learning_model
 from fastvit_engine.sizing.state import Buckets, state_memory
 from fastvit_kernels import FusedCrossEntropy, dispatch
 from tests.fastvit_engine.warm_rank import run_program
@@ -93,8 +94,8 @@ def test_the_state_is_what_deepspeed_allocates(tmp_path):
     figures = json.loads(line.removeprefix("measured "))
     for case, measured in zip(cases, figures[::2], strict=True):
         chosen = OptimizerConfig(**case["optimizer"])
-        # DeepSpeed's default keeps a model of this size gathered until a backward pass, which the backbone has not.
-        kept = parameter_count(vit(**MEASURED_MODEL)) if chosen.frozen == "backbone" and case["stage"] == 3 else 0
+        model = learning_model(vit(**MEASURED_MODEL), chosen.frozen, None)
+        kept = left_whole(units_of(model, persistence=0), Limits(PREFETCH, LIVE, REUSE)) if case["stage"] == 3 else 0
         settings = {"optimizer": chosen, "buckets": Buckets(reduce=REDUCE, gathered=kept)}
         computed = state(case["stage"], case["precision"], 2, chosen.frozen, **settings).state
         assert computed == pytest.approx(measured, rel=0.04), case

@@ -19,16 +19,19 @@ CHOSEN = {  # as the engine chooses limits for this model: in blocks
     "stage3_max_live_parameters": 1_800_000,
     "stage3_max_reuse_distance": 900_000,
 }
-CASES = [  # stage, precision, passes, processes, DeepSpeed's settings
+CASES = [  # stage, precision, passes, processes, DeepSpeed's settings, and what is frozen, if anything is
     (0, "bf16", 1, 2, {}),
     (1, "bf16", 2, 2, {}),
     (1, "fp32", 2, 2, {"reduce_bucket_size": 50_000}),
     (2, "bf16", 2, 2, {"reduce_bucket_size": 500_000}),
     (3, "bf16", 2, 2, {"reduce_bucket_size": 500_000, **CHOSEN}),
     (3, "bf16", 1, 2, {"reduce_bucket_size": 500_000, **CHOSEN}),
+    (3, "fp32", 2, 2, {"reduce_bucket_size": 50_000}, "backbone"),
 ]
 MORE = [
     (0, "fp32", 2, 2, {}),
+    (2, "fp32", 1, 2, {}, "backbone"),
+    (3, "fp32", 1, 2, {}, "backbone"),
     (1, "fp32", 1, 2, {"overlap_comm": True, "reduce_bucket_size": 500_000}),
     (2, "fp32", 1, 2, {"reduce_bucket_size": 50_000}),
     (3, "fp32", 1, 2, {"reduce_bucket_size": 50_000}),
@@ -41,12 +44,13 @@ MORE = [
 ]
 
 
-def config_of(stage, precision, zero):
+def config_of(stage, precision, zero, frozen="none"):
     zero = {"overlap_comm": False, **zero}
     return {
         "model": {"name": "Ti/16", "image_size": 32, "num_classes": 10, "depth": 6},
         "train": {"precision": precision},
         "zero": {"stage": stage},
+        "optimizer": {"frozen": frozen},
         "deepspeed": {"zero_optimization": zero},
     }
 
@@ -60,17 +64,17 @@ def events_of(config, processes, passes, per_node=1):
 def test_messages_are_those_that_deepspeed_issues(tmp_path, processes):
     """Each collective operation of one step, by kind, and the bytes of each kind: to a percent, for padding."""
     cases = [case for case in ([*CASES, *MORE] if IN_FULL else CASES) if case[3] == processes]
-    orders = [{"config": config_of(stage, p, zero), "passes": passes} for stage, p, passes, _, zero in cases]
+    orders = [{"config": config_of(stage, p, *more), "passes": passes} for stage, p, passes, _, *more in cases]
     program, log = Path(__file__).with_name("issued_messages.py").read_text(), tmp_path / "log"
     run = partial(run_program, program, json.dumps(orders))
     assert exit_codes_of([], processes, log, before=run) == [0] * processes, log.read_text()
     lines = [line.removeprefix("issued ") for line in log.read_text().splitlines() if line.startswith("issued ")]
-    for (stage, precision, passes, _, zero), line in zip(cases, lines, strict=True):
-        config = Config.model_validate(config_of(stage, precision, zero))
+    for (stage, precision, passes, _, zero, *frozen), line in zip(cases, lines, strict=True):
+        config = Config.model_validate(config_of(stage, precision, zero, *frozen))
         events = events_of(config, processes, passes, per_node=zero.get("zero_hpz_partition_size", 1))
         said = [event.message for event in events if isinstance(event, Send)][:-1]  # the loss is the engine's
         issued = [(kind, size) for kind, size in json.loads(line) if kind != "broadcast"]
-        where = (stage, precision, passes, zero)
+        where = (stage, precision, passes, zero, frozen)
         assert Counter(message.kind for message in said) == Counter(kind for kind, _ in issued), where
         for kind in ("all_reduce", "all_gather", "reduce_scatter"):
             expected = sum(size for of, size in issued if of == kind)

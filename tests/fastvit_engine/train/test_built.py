@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 from fastvit_engine.config import Config
-from fastvit_engine.train import job
+from fastvit_engine.train import built
 
 
 class Built(Exception):
-    """Ends `build_job` at the engine, with the model that it was given."""
+    """Ends `build` at the engine, with the model that it was given."""
 
 
 @pytest.mark.parametrize(("given", "used"), [("auto", "gelu"), ("none", "none"), ("all", "all")])
@@ -17,10 +17,10 @@ def test_blocks_recompute_what_was_chosen(given, used, monkeypatch):
     def build_engine(model, *others):
         raise Built(model)
 
-    monkeypatch.setattr(job, "build_engine", build_engine)
+    monkeypatch.setattr(built, "build_engine", build_engine)
     small = {"name": "Ti/16", "image_size": 32, "num_classes": 3, "depth": 2}
     config = Config.model_validate({"model": small, "train": {"recompute": given, "micro_batch_size": 1}})
-    with pytest.raises(Built) as built:
-        job.build_job(config, None, SimpleNamespace(size=1), None, None, None, None, None, None, None, {})
-    model = built.value.args[0]
+    with pytest.raises(Built) as ended:
+        built.build(config, None, SimpleNamespace(size=1))
+    model = ended.value.args[0]
     assert [block.recompute for block in model.blocks] == [used, used]
