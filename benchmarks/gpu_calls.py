@@ -1,4 +1,4 @@
-"""What the five calls of `benchmarks.gpu_run` do: their parts, in order of importance, and the commands of each.
+"""What the six calls of `benchmarks.gpu_run` do: their parts, in order of importance, and the commands of each.
 
 A part knows the least time in which it is worth starting, and the most that it may take. Its commands run at the same
 time. On a dry run the same programs measure next to nothing on a CPU.
@@ -20,6 +20,14 @@ STARTING = 20  # seconds until a program looks at its clock
 GPU_LOST = 3  # the tuner's exit code if another process can continue
 CURRENT = "ptxas 13.3"  # of `launch/wheels.txt`
 VARIANTS = ("fastvit ZeRO-1", "fastvit", "timm compile cudnn", "timm", "fastvit CUDA graph")
+POLICIES = (  # beside keeping all
+    "recompute gelu",
+    "recompute all",
+    "checkpoint half",
+    "checkpoint all",
+    "offload activations",
+    "memory budget",
+)
 ATTENTION_SHAPES = ("H/14 gap", "H/14", "B/16", "H/14@336")  # 256, 257, 197 and 577 tokens
 ATTENTION_PROVIDERS = ("fastvit", "sdpa cudnn", "sdpa flash")
 
@@ -111,7 +119,7 @@ def ptxas(path: Path) -> dict[str, str]:
 
 
 def parts(call: int, place: Place) -> list[Part]:
-    return {1: first, 2: second, 3: third, 4: fourth, 5: fifth}[call](place)
+    return {1: first, 2: second, 3: third, 4: fourth, 5: fifth, 6: sixth}[call](place)
 
 
 def first(place: Place) -> list[Part]:
@@ -221,6 +229,21 @@ def fifth(place: Place) -> list[Part]:
     ]
 
 
+def sixth(place: Place) -> list[Part]:
+    """Steps of ViT-H/14 under each memory policy, and the memory that each needs; steps that Python may hold up."""
+    program = [*PYTHON, "benchmarks.memory_policies", "--steps", "7" if place.dry else "60"]
+    trained = place.assembler()[0] | place.fallback()[0]
+
+    def measured(name: str, options: Sequence[str], *, most: float) -> Part:
+        words = [*program, "--out", str(place.folder / name), *options]
+        return Part(name, 60, most, one(name, lambda seconds: [*words, *minutes(seconds - 30)], trained))
+
+    return [
+        measured("policies", ["--only", "recompute gelu"] if place.dry else ["--only", *POLICIES], most=250),
+        measured("policies-small", ["--model", "B/16", "--batch", "8", "--only", "compile"], most=math.inf),
+    ]
+
+
 def training(place: Place, batch: int, variants: Sequence[str], *, most: float = math.inf, tuned: bool = False) -> Part:
     name = f"train-{batch}{'-tuned' if tuned else ''}"
     words = bench(
@@ -262,7 +285,8 @@ def minutes(seconds: float) -> list[str]:
 
 def conclusions(place: Place) -> list[str]:
     """What all calls so far say, in a few lines."""
-    return [*of_ceilings(place.folder), *of_checks(place.folder), *of_kernels(place.folder), *of_training(place.folder)]
+    of = (of_ceilings, of_checks, of_kernels, of_training, of_targets)
+    return [line for those in of for line in those(place.folder)]
 
 
 def of_ceilings(folder: Path) -> Iterator[str]:
@@ -319,3 +343,10 @@ def of_training(folder: Path) -> Iterator[str]:
                     f"{part}: {row['variant']}: {row['images_per_second']:,.0f} images/s, "
                     f"MFU {100 * row['mfu']:.0f} %, {memory}host {row['host_ms']:.0f} ms"
                 )
+
+
+def of_targets(folder: Path) -> Iterator[str]:
+    """What `benchmarks.fp8_steps` and `benchmarks.memory_policies` say of their targets."""
+    for path in sorted([*folder.glob("*/fp8.json"), *folder.glob("*/policies.json")]):
+        for verdict in json.loads(path.read_text())["verdicts"]:
+            yield f"{path.parent.name}: {verdict}"

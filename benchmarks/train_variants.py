@@ -1,6 +1,6 @@
 """The training steps to compare: same weights, same batches, same optimizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +22,7 @@ from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.optimizers.groups import parameter_groups
 from fastvit_engine.models import VisionTransformer, build_vit, computed_flops, training_flops
-from fastvit_engine.models.fp8 import Fp8Layers
+from fastvit_engine.train.prepared_model import prepare_model
 from fastvit_kernels import FusedCrossEntropy, accelerate, dispatch
 from fastvit_kernels.fp8.setting import Scaling, obstacle
 
@@ -42,8 +42,10 @@ class Setup:
     precision: str  # fp32 or bf16
     world: World
 
-    def config(self, **sections: Any) -> Config:
+    def config(self, *, train: Mapping[str, Any] | None = None, **sections: Any) -> Config:
+        """train: settings of that section beside those of all variants, or in their place."""
         shape = self.shape
+        trained = {"global_batch_size": self.batch, "precision": self.precision, "grad_clip": 1.0}
         model = {
             "name": f"B/{shape.patch}",  # every number that the size implies is given
             "image_size": shape.image,
@@ -56,7 +58,7 @@ class Setup:
         return Config.model_validate(
             {
                 "model": model,
-                "train": {"global_batch_size": self.batch, "precision": self.precision, "grad_clip": 1.0},
+                "train": trained | dict(train or {}),
                 "optimizer": {"learning_rate": LEARNING_RATE},
                 **sections,
             }
@@ -140,29 +142,33 @@ def fastvit_deepspeed(stage: int, *, fp8: Scaling | None = None) -> Callable[[Se
     """Through the engine that `fastvit train` builds, with products in FP8 if their scaling is given."""
 
     def build(setup: Setup) -> Step:
-        need("deepspeed")
-        config, model = setup.config(zero={"stage": stage}), setup.our_model()
+        how: dict[str, Any] = {}
         if fp8 is not None:
             emulate = setup.world.device.type != "cuda"
             if not emulate and (reason := obstacle(setup.world.device)) is not None:
                 raise Unusable(reason)
             how = {"precision": "fp8", "fp8": {"scaling": fp8, "emulate": emulate}}
-            train = config.train.model_dump(exclude={"precision", "fp8"}) | how
-            config = setup.config(zero={"stage": stage}, train=train)
-            Fp8Layers(model, config, setup.world.device)
-        engine = build_engine(model, config, split_batch(config, 1), setup.world)
-        criterion = FusedCrossEntropy()
-        engine.model.train()
-
-        def step(images: Tensor, labels: Tensor) -> Tensor:
-            loss = criterion(engine.model(images), labels)
-            engine.backward(loss)
-            engine.step()
-            return loss.detach()
-
-        return step
+        return engine_step(setup, setup.config(zero={"stage": stage}, train=how))
 
     return build
+
+
+def engine_step(setup: Setup, config: Config) -> Step:
+    """Through the engine that `fastvit train` builds, as `config` says, which leaves nothing open."""
+    need("deepspeed")
+    model = setup.our_model()
+    prepare_model(model, config, setup.world.device)
+    engine = build_engine(model, config, split_batch(config, 1), setup.world)
+    criterion = FusedCrossEntropy()
+    engine.model.train()
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = criterion(engine.model(images), labels)
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return step
 
 
 def timm_model(setup: Setup) -> nn.Module:

@@ -19,17 +19,15 @@ from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.evaluate.own import Measure
-from fastvit_engine.models import TimmModel, VisionTransformer, build_for_training
-from fastvit_engine.models.fp8 import Fp8Layers
+from fastvit_engine.models import TimmModel, build_for_training
 from fastvit_engine.objectives import Objective, Taught
 from fastvit_engine.observe.run_folder import RunFolder
-from fastvit_engine.sizing.activations import checkpointed_blocks, recompute_mode
-from fastvit_engine.sizing.parameters import DTYPES
 from fastvit_engine.train.compute import Compute
 from fastvit_engine.train.health.diagnosis import GradientWatch
 from fastvit_engine.train.health.fp8 import Fp8Fallback
 from fastvit_engine.train.health.guard import Guard
 from fastvit_engine.train.health.replicas import Replicas
+from fastvit_engine.train.prepared_model import prepare_model
 from fastvit_engine.train.schedule import Schedule
 from fastvit_engine.train.step_times import StepTimes
 from fastvit_engine.train.throughput import Peak, peak_flops
@@ -94,19 +92,7 @@ def build_job(
     """Builds model, engine and all else of a run on this process; collective. `config`: without open ends."""
     torch.manual_seed(config.seed)
     model = build_for_training(config)
-    if config.optimizer.frozen == "backbone":
-        model.freeze_backbone()
-    model.recompute(recompute_mode(config))
-    if isinstance(model, VisionTransformer):
-        model.checkpoint_blocks(checkpointed_blocks(config), offload=config.train.offload_activations)
-    in_fp8 = None
-    if config.train.precision == "fp8":
-        assert isinstance(model, VisionTransformer)  # others are refused
-        in_fp8 = Fp8Layers(model, config, world.device)
-    if config.train.compile:
-        model.compile()
-    if isinstance(model, TimmModel):
-        model.round_buffers(DTYPES[config.train.precision])
+    in_fp8 = prepare_model(model, config, world.device)
     split = split_batch(config, world.size)
     engine = build_engine(model, config, split, world)
     limit_collectives(config.watchdog.slow_phase_seconds + config.watchdog.timeout_seconds)  # the engine's groups too
