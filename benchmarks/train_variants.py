@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import step_overhead
 from benchmarks.cuda_graph import Captured
+from benchmarks.fp8_peers import torchao_layers, transformer_engine
 from benchmarks.peers import MAX_AUTOTUNE, need, need_vision
 from benchmarks.registry import Unusable
 from benchmarks.shapes import Shape
@@ -211,17 +212,18 @@ def timm_in_fp8(library: Literal["torchao", "transformer_engine"]) -> Callable[[
     """timm's model with the linear layers of its blocks in FP8, by one scale per tensor."""
 
     def build(setup: Setup) -> Step:
+        on_gpu, rows = setup.world.device.type == "cuda", setup.batch * setup.shape.tokens
         reason = obstacle(setup.world.device)
-        if reason is not None:
+        if reason is not None and (on_gpu or library != "torchao"):  # torchao is emulated on a CPU
             raise Unusable(reason)
         model = timm_model(setup)
         context: Callable[[], AbstractContextManager[Any]] = nullcontext
         if library == "torchao":
-            convert = need("torchao.float8").convert_to_float8_training
-            convert(model, module_filter_fn=lambda module, name: name.startswith("blocks."))
+            torchao_layers(model, "tensorwise", rows=rows, wanted=lambda name: name.startswith("blocks."))
             model.compile(dynamic=False)
         else:
-            context = linear_layers_of_transformer_engine(model)
+            engine, context = transformer_engine(rows)
+            exchange_linear_layers(model.get_submodule("blocks"), engine.Linear)
 
         def loss_of(images: Tensor, labels: Tensor) -> Tensor:
             with context():
@@ -232,20 +234,14 @@ def timm_in_fp8(library: Literal["torchao", "transformer_engine"]) -> Callable[[
     return build
 
 
-def linear_layers_of_transformer_engine(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
-    """Exchanges those of the blocks, with their weights; returns what they are to be called in."""
-    engine, recipes = need("transformer_engine.pytorch"), need("transformer_engine.common.recipe")
-    current = getattr(recipes, "Float8CurrentScaling", None)
-    if current is None:
-        raise Unusable("this version of TransformerEngine has no current scaling")
-    recipe = current()
-    for name, layer in list(model.get_submodule("blocks").named_modules()):
+def exchange_linear_layers(module: nn.Module, linear: Callable[..., nn.Module]) -> None:
+    """Puts a library's own linear layers in the place of those of `module`, with their weights."""
+    for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
             path, _, last = name.rpartition(".")
-            made = engine.Linear(layer.in_features, layer.out_features, params_dtype=layer.weight.dtype)
+            made = linear(layer.in_features, layer.out_features, params_dtype=layer.weight.dtype)
             made.load_state_dict(layer.state_dict(), strict=False)  # it has states of its own besides
-            setattr(model.get_submodule(f"blocks.{path}"), last, made)
-    return lambda: engine.fp8_autocast(enabled=True, fp8_recipe=recipe)
+            setattr(module.get_submodule(path), last, made)
 
 
 def transformers(setup: Setup) -> Step:
