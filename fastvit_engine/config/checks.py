@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from fastvit_engine.config.cuda_graph import check_cuda_graph
 from fastvit_engine.config.deepspeed_section import check_deepspeed
 from fastvit_engine.config.fp8 import check_fp8
 from fastvit_engine.config.model_shape import Shape, resolve_shape
@@ -22,8 +23,10 @@ def check_config(config: Config) -> None:
         _check_resnet(config, shape)
         _check_activation_checkpointing(config, shape)
         check_fp8(config, shape)
+        check_cuda_graph(config, shape)
     else:
         check_fp8(config, None)
+        check_cuda_graph(config, None)
     _check_compilation(config)
     if config.pretraining is None:
         _check_classes(config)

@@ -158,6 +158,25 @@ def test_what_cannot_be_compiled_is_refused(overrides, message):
         load_config("quickstart", ["train.compile=true", *overrides])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["zero.stage=3"], r"which zero\.stage = 3 needs within a step: set zero\.stage to 0, 1 or 2"),
+        (["zero.stage=1", "zero.offload=optimizer"], r"which zero\.offload = optimizer needs .* zero\.offload=none"),
+        (["train.compile=true"], "and train.compile = true makes it another: set one of them"),
+        (["train.activation_checkpointing=all"], "set train.activation_checkpointing=0, or train.cuda_graph=false"),
+        (["packing.max_patches=16", "model.drop_path=0"], "another size: set train.cuda_graph=false"),
+        (["train.objective=moco", "model.num_classes=0"], "in the middle of a pass, which no graph repeats: set"),
+        (["model={name: R50+B/16, image_size: 32}"], r"and model\.name is R50\+B/16: set train.cuda_graph=false"),
+        (["model={name: R50x1, image_size: 32}"], "and model.name is R50x1: set train.cuda_graph=false"),
+        (["model={name: timm/resnet18, image_size: 32}"], "model.name is timm/resnet18: set train.cuda_graph=false"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", ["train.cuda_graph=true", *overrides])
+
+
 def test_offloading_leaves_the_stage_to_the_engine():
     assert load_config("quickstart", ["zero.stage=auto", "zero.offload=all"]).config.zero.offload == "all"
 
