@@ -21,7 +21,7 @@ def torchao_layers(
 
     recipe: tensorwise or rowwise. rows: that the layers multiply, which are padded if they are no multiple of 16.
     """
-    config_of = getattr(need("torchao.float8"), "Float8LinearConfig", None)
+    config_of: Any = getattr(need("torchao.float8"), "Float8LinearConfig", None)
     if not hasattr(config_of, "from_recipe_name"):
         raise Unusable(f"torchao {version('torchao')} has no recipes by name: a newer one has")
     emulate = all(parameter.device.type == "cpu" for parameter in module.parameters())

@@ -230,17 +230,22 @@ def fifth(place: Place) -> list[Part]:
 
 
 def sixth(place: Place) -> list[Part]:
-    """Steps of ViT-H/14 under each memory policy, and the memory that each needs; steps that Python may hold up."""
+    """Steps of ViT-H/14 under each memory policy, and the memory of each; small batches compiled and in CUDA graphs."""
+    variables = place.assembler()[0]
+    tests = [*PYTHON, "pytest", "tests/gpu", "-o", "addopts=-ra", "-q"]
+    tests += ["--collect-only"] if place.dry else ["-m", "gpu", f"--junit-xml={place.folder / 'tests-graph.xml'}"]
     program = [*PYTHON, "benchmarks.memory_policies", "--steps", "7" if place.dry else "60"]
-    trained = place.assembler()[0] | place.fallback()[0]
 
-    def measured(name: str, options: Sequence[str], *, most: float) -> Part:
+    def measured(name: str, least: float, most: float, *options: str) -> Part:
         words = [*program, "--out", str(place.folder / name), *options]
-        return Part(name, 60, most, one(name, lambda seconds: [*words, *minutes(seconds - 30)], trained))
+        environment = variables | place.fallback()[0]
+        return Part(name, least, most, one(name, lambda seconds: [*words, *minutes(seconds - 30)], environment))
 
     return [
-        measured("policies", ["--only", "recompute gelu"] if place.dry else ["--only", *POLICIES], most=250),
-        measured("policies-small", ["--model", "B/16", "--batch", "8", "--only", "compile"], most=math.inf),
+        Part("tests-graph", 30, 60, one("tests-graph", lambda seconds: tests, variables)),
+        measured("policies", 60, 150, "--only", *(["recompute gelu"] if place.dry else POLICIES)),
+        measured("policies-8", 45, 60, "--batch", "8", "--only", "CUDA graph"),
+        measured("policies-8-B", 45, math.inf, "--model", "B/16", "--batch", "8", "--only", "CUDA graph", "compile"),
     ]
 
 

@@ -4,10 +4,10 @@
     python -m benchmarks.memory_policies --out DIR --model B/16 --batch 8 --only compile
 
 The policies are those of `fastvit train`: `train.recompute`, `train.activation_checkpointing`,
-`train.offload_activations`, what `train.memory_gib` chooses, and `train.compile`. Memory is the peak of what belongs to
-a variant on the GPU, beside what `fastvit plan` predicts. The first losses must be those of "keep all". Writes
-`policies.json`, with all times and losses, the targets and what came of them, and `policies.md`. Without a GPU: a tiny
-model, whose memory is not measured.
+`train.offload_activations`, what `train.memory_gib` chooses, `train.compile` and `train.cuda_graph`. Memory is the peak
+of what belongs to a variant on the GPU, beside what `fastvit plan` predicts. The first losses must be those of "keep
+all". Writes `policies.json`, with all times and losses, the targets and what came of them, and `policies.md`. Without a
+GPU: a tiny model, whose memory is not measured.
 """
 
 import argparse
@@ -55,6 +55,7 @@ POLICIES: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "offload activations": lambda setup: CHECKPOINTED | {"offload_activations": True},
     "memory budget": budgeted,
     "compile": lambda setup: {"recompute": "none", "compile": True},
+    "CUDA graph": lambda setup: KEEP_ALL | {"cuda_graph": True},
 }
 
 

@@ -114,19 +114,29 @@ class Racer:
 
 
 class Footprint:
-    """Bytes of a GPU that belong to one of several variants: what its turns have left there, and most beside that."""
+    """Bytes of a GPU that belong to one of several variants: what its turns have left there, and most beside that.
+
+    The memory of a CUDA graph counts whole: nobody else may use what the graph does not use just now.
+    """
 
     def __init__(self) -> None:
         self._left = self._peak = 0
 
     def of(self, work: Callable[[], None]) -> int:
         """Does some work of the variant; the variant's peak so far."""
-        before = torch.cuda.memory_allocated()
+        before, idle = torch.cuda.memory_allocated(), idle_in_graphs()
         torch.cuda.reset_peak_memory_stats()
         work()
         self._peak = max(self._peak, self._left + torch.cuda.max_memory_allocated() - before)
-        self._left += torch.cuda.memory_allocated() - before
+        self._left += torch.cuda.memory_allocated() - before + idle_in_graphs() - idle
+        self._peak = max(self._peak, self._left)
         return self._peak
+
+
+def idle_in_graphs() -> int:
+    """Bytes that CUDA graphs hold and no tensor occupies."""
+    segments = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in segments)
 
 
 def faster(base: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:

@@ -145,7 +145,7 @@ def test_what_a_call_starts_exists(
                 monkeypatch.setattr(sys, "argv", ["tuning", *options])
                 assert tuning.parse().out == tmp_path / "tuning.json"
             elif module == "pytest":
-                assert options[0].startswith("tests/kernels") and (ROOT / options[0]).exists()
+                assert options[0].startswith(("tests/kernels", "tests/gpu")) and (ROOT / options[0]).exists()
             else:
                 programs = {"benchmarks.smoke": smoke.main, "benchmarks.ceilings": ceilings.main}
                 programs["benchmarks.fp8_steps"] = fp8_steps.main
@@ -159,7 +159,7 @@ def test_what_a_call_starts_exists(
             3: ["tuning", "train-256-tuned"],
             4: ["kernels", "tests"],
             5: ["tests-fp8", "kernels-fp8", "fp8"],
-            6: ["policies", "policies-small"],
+            6: ["tests-graph", "policies", "policies-8", "policies-8-B"],
         }[call]
     )
 
@@ -358,4 +358,11 @@ def test_a_dry_run_of_all_calls(tmp_path: Path) -> None:
         logs = {Path(name).stem for name in archive.getnames() if name.endswith(".log")}
     assert logs >= {"call1-ceilings", "call1-smoke-bundled", "call1-attention", "call2-train-256", "call2-train-64"}
     assert logs >= {"call3-tuning", "call3-train-256-tuned", "call4-kernels", "call4-tests"}
-    assert logs >= {"call5-tests-fp8", "call5-kernels-fp8", "call5-fp8", "call6-policies", "call6-policies-small"}
+    assert logs >= {
+        "call5-tests-fp8",
+        "call5-kernels-fp8",
+        "call5-fp8",
+        "call6-tests-graph",
+        "call6-policies",
+        "call6-policies-8-B",
+    }

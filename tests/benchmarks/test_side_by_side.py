@@ -70,12 +70,16 @@ def test_a_footprint_is_that_of_one_variant_alone(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: there["now"])
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: there["peak"])
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: there.update(peak=there["now"]))
+    shared = {"segment_pool_id": (0, 0), "total_size": 900, "allocated_size": 0}
+    graph = {"segment_pool_id": (0, 1), "total_size": 0, "allocated_size": 0}
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [shared, graph])
     footprint = Footprint()
     assert footprint.of(lambda: allocate(100)) == 100  # is built
     allocate(500)  # by another
     assert footprint.of(lambda: (allocate(70), allocate(-40))) == 170  # keeps 30 of them, the optimizer's
     assert footprint.of(lambda: (allocate(70), allocate(-70))) == 200
     assert footprint.of(lambda: None) == 200
+    assert footprint.of(lambda: graph.update(total_size=300, allocated_size=100) or allocate(100)) == 430
 
 
 def test_ratios_are_of_pairs():
