@@ -96,7 +96,7 @@ def choose(config: Config, machine: Machine) -> Chosen:
             "train.offload_activations=false"
         )
     if config.train.cuda_graph and not machine.on_gpu:
-        raise UserError("train.cuda_graph = true needs an NVIDIA GPU: set train.cuda_graph=false")
+        raise UserError("train.cuda_graph = true needs a GPU: set train.cuda_graph=false")
     is_free = _has_blocks(config) and not (config.train.compile or config.train.cuda_graph)
     checkpointing_is_given = config.train.activation_checkpointing != "auto"
     checkpointing_is_open = is_free and not checkpointing_is_given

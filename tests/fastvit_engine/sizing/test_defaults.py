@@ -290,7 +290,7 @@ def test_passes_are_captured_on_gpus_with_whole_weights_and_nothing_is_checkpoin
     chosen = choose(h14("train.cuda_graph=true"), gpus(64, 8))
     assert chosen.config.zero.stage == 2 and chosen.config.train.activation_checkpointing == 0
     assert "train.activation_checkpointing" not in reasons(chosen)
-    with pytest.raises(UserError, match="needs an NVIDIA GPU: set train.cuda_graph=false"):
+    with pytest.raises(UserError, match="needs a GPU: set train.cuda_graph=false"):
         choose(h14("train.cuda_graph=true"), Machine(2, 2, 64 * GIB, on_gpu=False))
 
 
