@@ -3,32 +3,24 @@
     python -m benchmarks.fp8_steps --out DIR
     python -m benchmarks.fp8_steps --out DIR --batch 64 --steps 2000 --only "bf16" "fp8 tensor"
 
-All variants start from the same weights of ViT-H/14 and see the same batches: noise around a picture of each class,
-which can be learned. Every step is taken by each variant in turn, so that clocks and heat are the same for all. Peers
-are torchao and TransformerEngine in timm's model, compiled or as they come, if they are installed. Writes `fp8.json`,
-with all times and losses, and `fp8.md`. Without a GPU: a tiny model, whose FP8 is emulated; times then say nothing.
+The model is ViT-H/14. Peers are torchao and TransformerEngine in timm's model, compiled or as they come, if they are
+installed. Writes `fp8.json`, with all times and losses, the targets and what came of them, and `fp8.md`. Without a
+GPU: a tiny model, whose FP8 is emulated; times then say nothing.
 """
 
 import argparse
 import json
-import os
-import time
-from collections.abc import Callable, Iterator, Sequence
-from itertools import count
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.machine import describe
-from benchmarks.registry import Unusable
-from benchmarks.shapes import GPU_SHAPES, Shape
-from benchmarks.timing import Clock
+from benchmarks.shapes import GPU_SHAPES
+from benchmarks.side_by_side import faster, measure
 from benchmarks.train import QUICK_CPU_SHAPE
-from benchmarks.train_variants import CLASSES, Setup, Step, fastvit_deepspeed, timm_in_fp8
-from fastvit_engine.distributed.world import join_world
+from benchmarks.train_variants import Setup, Step, fastvit_deepspeed, timm_in_fp8
 from fastvit_engine.files import atomic_write
 
 BASE = "bf16"
@@ -39,67 +31,19 @@ BUILDS: dict[str, Callable[[Setup], Step]] = {
     "timm + torchao": timm_in_fp8("torchao"),
     "timm + TransformerEngine": timm_in_fp8("transformer_engine"),
 }
-ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-WARM_UP = 5  # steps that are not timed
 SMOOTHED = 50  # steps whose mean loss is compared
 
 
-def batches(shape: Shape, batch: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images uint8 [B, H, W, 3] and labels, endless and the same in every run."""
-    size = (shape.image, shape.image, 3)
-    pictures = torch.randint(0, 256, (CLASSES, 8, 8, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    for step in count():
-        drawn = torch.Generator().manual_seed(step + 1)
-        labels = torch.randint(0, CLASSES, (batch,), generator=drawn)
-        noise = torch.randint(0, 128, (batch, *size), generator=drawn, dtype=torch.uint8)
-        signal = torch.nn.functional.interpolate(pictures[labels].permute(0, 3, 1, 2).float(), size[:2])
-        images = (signal.permute(0, 2, 3, 1) / 2).to(torch.uint8) + noise
-        yield images.to(device), labels.to(device)
+# What FP8 must reach with ViT-H/14 to be worth recommending.
+TARGETS = {
+    "times_as_fast": 1.35,  # as bf16, in the same process
+    "images_per_second": 850,  # on an H200
+    "loss": 0.005,  # how far the loss may be from that in bf16, relative,
+    "steps": 2000,  # after so many steps
+}
 
 
-def measure(shape: Shape, batch: int, steps: int, only: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Every variant's losses and milliseconds, step by step, or why it takes no part. Ends after `seconds` at most."""
-    begun = time.monotonic()
-    if "RANK" not in os.environ:
-        os.environ |= ALONE
-    with join_world() as world:
-        setup = Setup(shape, batch, "bf16", world)
-        running: dict[str, Step] = {}
-        found: dict[str, dict[str, Any]] = {}
-        for name in only or BUILDS:
-            found[name] = {"losses": [], "ms": [], "reason": ""}
-            try:
-                running[name] = BUILDS[name](setup)
-            except Unusable as error:
-                found[name]["reason"] = str(error)
-        clock, given = Clock(world.device), batches(shape, batch, world.device)
-        for number in range(steps):
-            if time.monotonic() - begun > seconds:
-                break
-            images, labels = next(given)
-            for name in list(running):
-                try:
-                    milliseconds, loss = timed(running[name], images, labels, clock)
-                except Exception as error:  # of a peer, which must not stop the others
-                    found[name]["reason"] = f"{type(error).__name__}: {error}"[:300]
-                    del running[name]
-                    continue
-                found[name]["losses"].append(loss)
-                if number >= WARM_UP:
-                    found[name]["ms"].append(milliseconds)
-        return {"environment": describe(world.device), "model": shape.name, "batch": batch, "variants": found}
-
-
-def timed(step: Step, images: Tensor, labels: Tensor, clock: Clock) -> tuple[float, float]:
-    clock.wait()
-    begin = clock.mark()
-    loss = step(images, labels)
-    end = clock.mark()
-    clock.wait()
-    return clock.milliseconds(begin, end), loss.item()
-
-
-def table(found: dict[str, Any]) -> str:
+def table(found: Mapping[str, Any]) -> str:
     """Times as ratios of pairs, one for each step; losses as the mean of the last steps."""
     rows = found["variants"]
     base = rows.get(BASE, {"ms": [], "losses": []})
@@ -113,14 +57,50 @@ def table(found: dict[str, Any]) -> str:
         if not row["ms"]:
             lines.append(f"| {name} | {row['reason'] or 'no step was timed'} | | | |")
             continue
-        pairs = list(zip(base["ms"], row["ms"], strict=False))
-        faster = f"{median(before / now for before, now in pairs):.3f}" if pairs else ""
-        together = min(len(base["losses"]), len(row["losses"])) or len(row["losses"])
-        loss = mean(row["losses"][:together][-SMOOTHED:])
-        ratio = loss / mean(base["losses"][:together][-SMOOTHED:]) - 1 if base["losses"] else 0.0
+        ratio = faster(base, row)
+        loss, distance = smoothed(base, row)
         said = f"{row['reason']}; " if row["reason"] else ""
-        lines.append(f"| {name} | {said}{median(row['ms']):.1f} | {faster} | {loss:.4f} | {100 * ratio:+.2f} % |")
-    return "\n".join(lines) + "\n"
+        times = "" if ratio is None else f"{ratio:.3f}"
+        lines.append(f"| {name} | {said}{median(row['ms']):.1f} | {times} | {loss:.4f} | {100 * distance:+.2f} % |")
+    return "\n".join([*lines, "", *(f"* {verdict}" for verdict in verdicts(found))]) + "\n"
+
+
+def smoothed(base: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[float, float]:
+    """Mean loss of the last steps that both have taken, and how far it is from that of `base`, relative."""
+    together = min(len(base["losses"]), len(row["losses"])) or len(row["losses"])
+    loss = mean(row["losses"][:together][-SMOOTHED:])
+    return loss, loss / mean(base["losses"][:together][-SMOOTHED:]) - 1 if base["losses"] else 0.0
+
+
+def verdicts(found: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each target and each of our variants: met, missed, or why that cannot be said."""
+    gpu, rows = found["environment"]["gpu"], found["variants"]
+    if gpu is None or BASE not in rows:
+        yield f"targets are not judged: {'there is no GPU' if gpu is None else f'{BASE} was not measured'}"
+        return
+    for name in ("fp8 tensor", "fp8 row"):
+        row = rows.get(name)
+        if row is None or not row["ms"] or (ratio := faster(rows[BASE], row)) is None:
+            yield f"{name}: not judged: {(row and row['reason']) or 'no step was timed'}"
+            continue
+        yield f"{name}: {ratio:.2f} times as fast as {BASE}, target {TARGETS['times_as_fast']}: " + met(
+            ratio >= TARGETS["times_as_fast"]
+        )
+        images = 1000 * found["batch"] / median(row["ms"])
+        of_target = met(images >= TARGETS["images_per_second"]) if "H200" in gpu else f"not judged on {gpu}"
+        yield f"{name}: {images:,.0f} images/s, target {TARGETS['images_per_second']} on an H200: {of_target}"
+        steps, distance = min(len(rows[BASE]["losses"]), len(row["losses"])), smoothed(rows[BASE], row)[1]
+        of_target = met(abs(distance) <= TARGETS["loss"])
+        if steps < TARGETS["steps"]:
+            of_target = f"not judged after {steps:,}"
+        yield (
+            f"{name}: loss {100 * distance:+.2f} % from {BASE}'s, target {100 * TARGETS['loss']} % after "
+            f"{TARGETS['steps']:,} steps: {of_target}"
+        )
+
+
+def met(reached: bool) -> str:
+    return "met" if reached else "MISSED"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     shape = GPU_SHAPES[0] if on_gpu else QUICK_CPU_SHAPE
     batch, steps = parsed.batch or (64 if on_gpu else 4), parsed.steps or (200 if on_gpu else 8)
-    found = measure(shape, batch, steps, parsed.only, 60 * parsed.minutes)
+    builds = {name: BUILDS[name] for name in parsed.only or BUILDS}
+    found = measure(builds, shape, batch, steps, 60 * parsed.minutes)
+    found |= {"targets": TARGETS, "verdicts": list(verdicts(found))}
     parsed.out.mkdir(parents=True, exist_ok=True)
     atomic_write(parsed.out / "fp8.json", json.dumps(found, indent=1) + "\n")
     atomic_write(parsed.out / "fp8.md", table(found))

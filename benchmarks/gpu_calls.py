@@ -1,4 +1,4 @@
-"""What the five calls of `benchmarks.gpu_run` do: their parts, in order of importance, and the commands of each.
+"""What the six calls of `benchmarks.gpu_run` do: their parts, in order of importance, and the commands of each.
 
 A part knows the least time in which it is worth starting, and the most that it may take. Its commands run at the same
 time. On a dry run the same programs measure next to nothing on a CPU.
@@ -20,6 +20,14 @@ STARTING = 20  # seconds until a program looks at its clock
 GPU_LOST = 3  # the tuner's exit code if another process can continue
 CURRENT = "ptxas 13.3"  # of `launch/wheels.txt`
 VARIANTS = ("fastvit ZeRO-1", "fastvit", "timm compile cudnn", "timm", "fastvit CUDA graph")
+POLICIES = (  # beside keeping all
+    "recompute gelu",
+    "recompute all",
+    "checkpoint half",
+    "checkpoint all",
+    "offload activations",
+    "memory budget",
+)
 ATTENTION_SHAPES = ("H/14 gap", "H/14", "B/16", "H/14@336")  # 256, 257, 197 and 577 tokens
 ATTENTION_PROVIDERS = ("fastvit", "sdpa cudnn", "sdpa flash")
 
@@ -111,7 +119,7 @@ def ptxas(path: Path) -> dict[str, str]:
 
 
 def parts(call: int, place: Place) -> list[Part]:
-    return {1: first, 2: second, 3: third, 4: fourth, 5: fifth}[call](place)
+    return {1: first, 2: second, 3: third, 4: fourth, 5: fifth, 6: sixth}[call](place)
 
 
 def first(place: Place) -> list[Part]:
@@ -221,6 +229,26 @@ def fifth(place: Place) -> list[Part]:
     ]
 
 
+def sixth(place: Place) -> list[Part]:
+    """Steps of ViT-H/14 under each memory policy, and the memory of each; small batches compiled and in CUDA graphs."""
+    variables = place.assembler()[0]
+    tests = [*PYTHON, "pytest", "tests/gpu", "-o", "addopts=-ra", "-q"]
+    tests += ["--collect-only"] if place.dry else ["-m", "gpu", f"--junit-xml={place.folder / 'tests-graph.xml'}"]
+    program = [*PYTHON, "benchmarks.memory_policies", "--steps", "7" if place.dry else "60"]
+
+    def measured(name: str, least: float, most: float, *options: str) -> Part:
+        words = [*program, "--out", str(place.folder / name), *options]
+        environment = variables | place.fallback()[0]
+        return Part(name, least, most, one(name, lambda seconds: [*words, *minutes(seconds - 30)], environment))
+
+    return [
+        Part("tests-graph", 30, 60, one("tests-graph", lambda seconds: tests, variables)),
+        measured("policies", 60, 150, "--only", *(["recompute gelu"] if place.dry else POLICIES)),
+        measured("policies-8", 45, 60, "--batch", "8", "--only", "CUDA graph"),
+        measured("policies-8-B", 45, math.inf, "--model", "B/16", "--batch", "8", "--only", "CUDA graph", "compile"),
+    ]
+
+
 def training(place: Place, batch: int, variants: Sequence[str], *, most: float = math.inf, tuned: bool = False) -> Part:
     name = f"train-{batch}{'-tuned' if tuned else ''}"
     words = bench(
@@ -262,7 +290,8 @@ def minutes(seconds: float) -> list[str]:
 
 def conclusions(place: Place) -> list[str]:
     """What all calls so far say, in a few lines."""
-    return [*of_ceilings(place.folder), *of_checks(place.folder), *of_kernels(place.folder), *of_training(place.folder)]
+    of = (of_ceilings, of_checks, of_kernels, of_training, of_targets)
+    return [line for those in of for line in those(place.folder)]
 
 
 def of_ceilings(folder: Path) -> Iterator[str]:
@@ -319,3 +348,10 @@ def of_training(folder: Path) -> Iterator[str]:
                     f"{part}: {row['variant']}: {row['images_per_second']:,.0f} images/s, "
                     f"MFU {100 * row['mfu']:.0f} %, {memory}host {row['host_ms']:.0f} ms"
                 )
+
+
+def of_targets(folder: Path) -> Iterator[str]:
+    """What `benchmarks.fp8_steps` and `benchmarks.memory_policies` say of their targets."""
+    for path in sorted([*folder.glob("*/fp8.json"), *folder.glob("*/policies.json")]):
+        for verdict in json.loads(path.read_text())["verdicts"]:
+            yield f"{path.parent.name}: {verdict}"

@@ -1,10 +1,11 @@
-"""Checks, measures and tunes this engine on a GPU, in five calls of some minutes each.
+"""Checks, measures and tunes this engine on a GPU, in six calls of some minutes each.
 
     python -m benchmarks.gpu_run --call 1 --out results1
     python -m benchmarks.gpu_run --call 2 --out results2 --previous results1
     python -m benchmarks.gpu_run --call 3 --out results3 --previous results2
     python -m benchmarks.gpu_run --call 4 --out results4 --previous results3
     python -m benchmarks.gpu_run --call 5 --out results5 --previous results4
+    python -m benchmarks.gpu_run --call 6 --out results6 --previous results5
 
 call 1  what the machine can do at best; is everything right, with Triton's own assembler and with a current one;
         attention alone, against flash and cuDNN
@@ -12,6 +13,8 @@ call 2  training steps of ViT-H/14 at batch 256 and 64: this engine and timm, wi
 call 3  launch parameters of attention and layer normalisation, whether QuACK multiplies, then training with all that
 call 4  all operations against their peers, and the tests that need a GPU
 call 5  FP8: is it right, one layer against other libraries, steps of ViT-H/14 and their losses beside those in bf16
+call 6  steps of ViT-H/14 under each memory policy, and the memory that each needs beside what is predicted; steps
+        of few images in CUDA graphs and compiled
 
 A call takes over what the one before it left: which assembler gives right results, the table of launch parameters, and
 all files. Given a folder of the same call as --previous, it repeats only the parts that did not succeed. The most
@@ -261,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=(__doc__ or "").splitlines()[0],
         epilog="example: python -m benchmarks.gpu_run --call 1 --out results1 --wheels wheels",
     )
-    parser.add_argument("--call", type=int, required=True, choices=(1, 2, 3, 4, 5), help="which of the five")
+    parser.add_argument("--call", type=int, required=True, choices=(1, 2, 3, 4, 5, 6), help="which of the six")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--previous", type=Path, metavar="DIR", help="the --out of the call before, or of this one")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for this call (default {MINUTES})")

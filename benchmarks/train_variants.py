@@ -1,6 +1,6 @@
 """The training steps to compare: same weights, same batches, same optimizer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import step_overhead
 from benchmarks.cuda_graph import Captured
+from benchmarks.fp8_peers import torchao_layers, transformer_engine
 from benchmarks.peers import MAX_AUTOTUNE, need, need_vision
 from benchmarks.registry import Unusable
 from benchmarks.shapes import Shape
@@ -22,7 +23,7 @@ from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.optimizers.groups import parameter_groups
 from fastvit_engine.models import VisionTransformer, build_vit, computed_flops, training_flops
-from fastvit_engine.models.fp8 import Fp8Layers
+from fastvit_engine.train.prepared_model import prepare_model
 from fastvit_kernels import FusedCrossEntropy, accelerate, dispatch
 from fastvit_kernels.fp8.setting import Scaling, obstacle
 
@@ -42,8 +43,10 @@ class Setup:
     precision: str  # fp32 or bf16
     world: World
 
-    def config(self, **sections: Any) -> Config:
+    def config(self, *, train: Mapping[str, Any] | None = None, **sections: Any) -> Config:
+        """train: settings of that section beside those of all variants, or in their place."""
         shape = self.shape
+        trained = {"global_batch_size": self.batch, "precision": self.precision, "grad_clip": 1.0}
         model = {
             "name": f"B/{shape.patch}",  # every number that the size implies is given
             "image_size": shape.image,
@@ -56,7 +59,7 @@ class Setup:
         return Config.model_validate(
             {
                 "model": model,
-                "train": {"global_batch_size": self.batch, "precision": self.precision, "grad_clip": 1.0},
+                "train": trained | dict(train or {}),
                 "optimizer": {"learning_rate": LEARNING_RATE},
                 **sections,
             }
@@ -140,29 +143,33 @@ def fastvit_deepspeed(stage: int, *, fp8: Scaling | None = None) -> Callable[[Se
     """Through the engine that `fastvit train` builds, with products in FP8 if their scaling is given."""
 
     def build(setup: Setup) -> Step:
-        need("deepspeed")
-        config, model = setup.config(zero={"stage": stage}), setup.our_model()
+        how: dict[str, Any] = {}
         if fp8 is not None:
             emulate = setup.world.device.type != "cuda"
             if not emulate and (reason := obstacle(setup.world.device)) is not None:
                 raise Unusable(reason)
             how = {"precision": "fp8", "fp8": {"scaling": fp8, "emulate": emulate}}
-            train = config.train.model_dump(exclude={"precision", "fp8"}) | how
-            config = setup.config(zero={"stage": stage}, train=train)
-            Fp8Layers(model, config, setup.world.device)
-        engine = build_engine(model, config, split_batch(config, 1), setup.world)
-        criterion = FusedCrossEntropy()
-        engine.model.train()
-
-        def step(images: Tensor, labels: Tensor) -> Tensor:
-            loss = criterion(engine.model(images), labels)
-            engine.backward(loss)
-            engine.step()
-            return loss.detach()
-
-        return step
+        return engine_step(setup, setup.config(zero={"stage": stage}, train=how))
 
     return build
+
+
+def engine_step(setup: Setup, config: Config) -> Step:
+    """Through the engine that `fastvit train` builds, as `config` says, which leaves nothing open."""
+    need("deepspeed")
+    model = setup.our_model()
+    prepare_model(model, config, setup.world.device)
+    engine = build_engine(model, config, split_batch(config, 1), setup.world)
+    criterion = FusedCrossEntropy()
+    engine.model.train()
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        loss = criterion(engine.model(images), labels)
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    return step
 
 
 def timm_model(setup: Setup) -> nn.Module:
@@ -205,17 +212,18 @@ def timm_in_fp8(library: Literal["torchao", "transformer_engine"]) -> Callable[[
     """timm's model with the linear layers of its blocks in FP8, by one scale per tensor."""
 
     def build(setup: Setup) -> Step:
+        on_gpu, rows = setup.world.device.type == "cuda", setup.batch * setup.shape.tokens
         reason = obstacle(setup.world.device)
-        if reason is not None:
+        if reason is not None and (on_gpu or library != "torchao"):  # torchao is emulated on a CPU
             raise Unusable(reason)
         model = timm_model(setup)
         context: Callable[[], AbstractContextManager[Any]] = nullcontext
         if library == "torchao":
-            convert = need("torchao.float8").convert_to_float8_training
-            convert(model, module_filter_fn=lambda module, name: name.startswith("blocks."))
+            torchao_layers(model, "tensorwise", rows=rows, wanted=lambda name: name.startswith("blocks."))
             model.compile(dynamic=False)
         else:
-            context = linear_layers_of_transformer_engine(model)
+            engine, context = transformer_engine(rows)
+            exchange_linear_layers(model.get_submodule("blocks"), engine.Linear)
 
         def loss_of(images: Tensor, labels: Tensor) -> Tensor:
             with context():
@@ -226,20 +234,14 @@ def timm_in_fp8(library: Literal["torchao", "transformer_engine"]) -> Callable[[
     return build
 
 
-def linear_layers_of_transformer_engine(model: nn.Module) -> Callable[[], AbstractContextManager[Any]]:
-    """Exchanges those of the blocks, with their weights; returns what they are to be called in."""
-    engine, recipes = need("transformer_engine.pytorch"), need("transformer_engine.common.recipe")
-    current = getattr(recipes, "Float8CurrentScaling", None)
-    if current is None:
-        raise Unusable("this version of TransformerEngine has no current scaling")
-    recipe = current()
-    for name, layer in list(model.get_submodule("blocks").named_modules()):
+def exchange_linear_layers(module: nn.Module, linear: Callable[..., nn.Module]) -> None:
+    """Puts a library's own linear layers in the place of those of `module`, with their weights."""
+    for name, layer in list(module.named_modules()):
         if isinstance(layer, nn.Linear):
             path, _, last = name.rpartition(".")
-            made = engine.Linear(layer.in_features, layer.out_features, params_dtype=layer.weight.dtype)
+            made = linear(layer.in_features, layer.out_features, params_dtype=layer.weight.dtype)
             made.load_state_dict(layer.state_dict(), strict=False)  # it has states of its own besides
-            setattr(model.get_submodule(f"blocks.{path}"), last, made)
-    return lambda: engine.fp8_autocast(enabled=True, fp8_recipe=recipe)
+            setattr(module.get_submodule(path), last, made)
 
 
 def transformers(setup: Setup) -> Step:

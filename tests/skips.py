@@ -19,7 +19,7 @@ ALLOWED = {
         r"\(slurm-wlm and munge\)$"
     ),
     "a tracker that the tests do not need": r"^(mlflow|trackio) is not installed$",
-    "a peer of the benchmarks that the tests do not need": r"^(dali|spdl|quack) is not installed$",
+    "a peer of the benchmarks that the tests do not need": r"^(dali|spdl|quack|torchao) is not installed$",
     "real shards beside the checkout": r"no real shards at |no CIFAR-10 shards in \.\./shared/data",
     "weights of others, kept out of the repository, and what reads them": (
         r"^no .*: see tests/fastvit_engine/models/weights/dinov2_weights\.py$|^needs onnx(runtime)?: pip install"

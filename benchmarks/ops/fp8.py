@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastvit_kernels
-from benchmarks.peers import compiled, need, need_cuda
+from benchmarks import fp8_peers
+from benchmarks.peers import compiled, need_cuda
 from benchmarks.registry import Binder, Bound, Case, Draw, Inputs, Op, Provider, Unusable, Work, functional, leaves_of
 from fastvit_kernels import Fp8
 from fastvit_kernels.fp8.setting import Scaling, obstacle
@@ -54,32 +55,29 @@ def ours(scaling: Scaling) -> Callable[[Case], Callable[..., Tensor]]:
 
 
 def torchao(recipe: str) -> Callable[[Case], Binder]:
-    """Compiled, which is how torchao is meant to be used."""
+    """Compiled, which is how torchao is meant to be used; emulated on a CPU, as ours."""
 
     def make(case: Case) -> Binder:
-        need_products(case)
-        float8 = need("torchao.float8")
-        config = float8.Float8LinearConfig.from_recipe_name(recipe)
+        if case.device.type == "cuda":
+            need_products(case)
         return bound_layer(
-            case, lambda: nn.Sequential(nn.Linear(case.shape.width, case.shape.mlp_dim)), "0.",
-            lambda module: compiled(float8.convert_to_float8_training(module, config=config)),
-        )  # fmt: skip
+            case,
+            lambda: nn.Sequential(nn.Linear(case.shape.width, case.shape.mlp_dim)),
+            "0.",
+            lambda module: compiled(fp8_peers.torchao_layers(module, recipe, rows=case.rows)),
+        )
 
     return make
 
 
 def transformer_engine(case: Case) -> Binder:
-    """With current scaling, as here, if this version has it."""
+    """With current scaling, as here."""
     need_products(case)
-    engine, recipes = need("transformer_engine.pytorch"), need("transformer_engine.common.recipe")
-    current = getattr(recipes, "Float8CurrentScaling", None)
-    if current is None:
-        raise Unusable("this version has no current scaling")
-    recipe = current()
+    engine, in_fp8 = fp8_peers.transformer_engine(case.rows)
 
     def finish(module: nn.Module) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            with engine.fp8_autocast(enabled=True, fp8_recipe=recipe):
+            with in_fp8():
                 result: Tensor = module(x)
             return result
 
@@ -97,12 +95,12 @@ def bound_layer(
 
     def bind(given: Inputs) -> Bound:
         module = make().to(case.device, case.dtype)
+        named: Mapping[str, Tensor] = {name: module.get_parameter(prefix + name) for name in ("weight", "bias")}
         with torch.no_grad():
-            for name in ("weight", "bias"):
-                module.get_parameter(prefix + name).copy_(given[name])
+            for name, parameter in named.items():
+                parameter.copy_(given[name])
         run = finish(module)
         x = leaves_of(case.op, given)["x"]
-        named: Mapping[str, Tensor] = {name: module.get_parameter(prefix + name) for name in ("weight", "bias")}
         return Bound(lambda: (run(x),), {"x": x, **named})
 
     return bind

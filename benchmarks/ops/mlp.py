@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fastvit_kernels
 from benchmarks.apex_detection import need_apex
+from benchmarks.fp8_peers import torchao_layers
 from benchmarks.ops.layer_norm import EPS, torch_norm
 from benchmarks.ops.layer_norm import plain as plain_norm
 from benchmarks.peers import MAX_AUTOTUNE, compiled, need, need_cuda, need_vision
@@ -125,13 +126,12 @@ def torchao(case: Case) -> Binder:
     need_cuda(case, half=True)
     if torch.cuda.get_device_capability(case.device) < (8, 9):
         raise Unusable("this GPU has no float8 matrix products")
-    convert = need("torchao.float8").convert_to_float8_training
     names = {"fc1_weight": "0.weight", "fc1_bias": "0.bias", "fc2_weight": "2.weight", "fc2_bias": "2.bias"}
 
     def bind(given: Inputs) -> Bound:
         dense = nn.Linear(case.shape.width, case.shape.mlp_dim), nn.Linear(case.shape.mlp_dim, case.shape.width)
         module = loaded(case, nn.Sequential(dense[0], nn.GELU(), dense[1]), names, given)
-        module = convert(module)
+        module = torchao_layers(module, "tensorwise", rows=case.rows)
         leaves = {name: leaf for name, leaf in leaves_of(case.op, given).items() if name not in names}
 
         def run(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from fastvit_engine.config.cuda_graph import check_cuda_graph
 from fastvit_engine.config.deepspeed_section import check_deepspeed
 from fastvit_engine.config.fp8 import check_fp8
 from fastvit_engine.config.model_shape import Shape, resolve_shape
@@ -22,8 +23,10 @@ def check_config(config: Config) -> None:
         _check_resnet(config, shape)
         _check_activation_checkpointing(config, shape)
         check_fp8(config, shape)
+        check_cuda_graph(config, shape)
     else:
         check_fp8(config, None)
+        check_cuda_graph(config, None)
     _check_compilation(config)
     _check_decoder(config)
     if config.pretraining is None:
@@ -95,6 +98,16 @@ def _check_trial(config: Config) -> None:
         raise UserError(
             "train.micro_batch_trial = true tries images of one size, and with packing.max_patches the memory differs "
             f"from step to step: {off}, and give packing.token_budget"
+        )
+    if train.cuda_graph:
+        raise UserError(
+            "train.micro_batch_trial = true takes too few steps for train.cuda_graph to capture one, so it would not "
+            f"see the memory of the graphs: {off}, or set train.cuda_graph=false"
+        )
+    if config.data.decoder == "nvjpeg":
+        raise UserError(
+            "train.micro_batch_trial = true has no images to decode, so it would not see the memory that data.decoder = "
+            f"nvjpeg takes: {off}, or set data.decoder=cpu"
         )
     if train.objective in ("dino", "moco"):
         why = {

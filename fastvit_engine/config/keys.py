@@ -47,6 +47,7 @@ _ALIASES = {  # words from other code bases, whatever section they are looked fo
     "train.precision": "amp dtype mixed_precision bf16 fp16 fp8 float8 half autocast use_amp",
     "train.grad_clip": "clip_grad clip grad_clip_norm clip_grad_norm max_grad_norm max_norm gradient_clip_val",
     "train.compile": "torch_compile torchcompile compiled use_compile torchscript",
+    "train.cuda_graph": "cuda_graphs use_cuda_graph cudagraph cudagraphs graph_capture",
     "train.activation_checkpointing": "grad_checkpointing gradient_checkpointing activation_checkpoint use_checkpoint "
     "checkpoint_activations remat",
     "train.log_every": "log_interval log_every_n_steps log_freq print_freq logging_steps",

@@ -54,6 +54,11 @@ class Fp8Layers:
             self.names
         )
 
+    @property
+    def layers_in_use(self) -> tuple[frozenset[str], ...]:
+        """Of each block, those that compute in FP8 now."""
+        return tuple(fp8.layers for _, fp8 in self._blocks.values())
+
     def leave(self, fallen: Collection[str]) -> None:
         """From now on these compute in bf16, and all others of `names` in FP8."""
         for path, (block, fp8) in self._blocks.items():

@@ -26,9 +26,10 @@ class Candidate:
 
 
 def possible_stages(config: Config) -> frozenset[int]:
-    """The ZeRO stages that can offload what the configuration says, and compile the model if it is to be compiled."""
+    """The ZeRO stages that can offload what the configuration says, and compile or capture the model if it is to be."""
     possible = {"none": {0, 1, 2, 3}, "optimizer": {1, 2, 3}, "all": {3}}[config.zero.offload]
-    return frozenset(possible - {3} if config.train.compile else possible)
+    whole = config.train.compile or config.train.cuda_graph
+    return frozenset(possible - {3} if whole else possible)
 
 
 def candidates(config: Config, machine: Machine) -> list[Candidate]:

@@ -97,8 +97,11 @@ def choose(config: Config, machine: Machine) -> Chosen:
             "train.offload_activations keeps the inputs of blocks in host memory, where those of a CPU are anyway: set "
             "train.offload_activations=false"
         )
-    is_free = _has_blocks(config) and not config.train.compile
-    checkpointing_is_open = config.train.activation_checkpointing == "auto" and is_free
+    if config.train.cuda_graph and not machine.on_gpu:
+        raise UserError("train.cuda_graph = true needs a GPU: set train.cuda_graph=false")
+    is_free = _has_blocks(config) and not (config.train.compile or config.train.cuda_graph)
+    checkpointing_is_given = config.train.activation_checkpointing != "auto"
+    checkpointing_is_open = is_free and not checkpointing_is_given
     if checkpointing_is_open and not any(candidate.fits for candidate in options):
         config = with_train(config, activation_checkpointing="all")
         options = _options(config, machine)
@@ -131,10 +134,10 @@ def choose(config: Config, machine: Machine) -> Chosen:
     if recompute_is_open:
         filled = _least_recompute(filled, machine, picked)
     memory = _memory(filled, machine, picked)
-    if _has_blocks(config) and (filled.train.activation_checkpointing or not checkpointing_is_open):
+    if _has_blocks(config) and (filled.train.activation_checkpointing or checkpointing_is_given):
         given_size = config.train.micro_batch_size is not None
         fewer = _without_checkpointing(config, machine) if given_size and checkpointing_is_open else None
-        choices.insert(2, explain_checkpointing(filled, machine, memory, fewer, by_user=not checkpointing_is_open))
+        choices.insert(2, explain_checkpointing(filled, machine, memory, fewer, by_user=checkpointing_is_given))
     if _recompute_matters(config, machine):
         choices.insert(2, explain_recompute(filled, machine, memory, by_user=not recompute_is_open))
     if config.data.num_workers is None and machine.cores is not None:

@@ -22,7 +22,7 @@ from fastvit_engine.sizing.activations import (
 )
 from fastvit_engine.sizing.convolutions import weight_bytes
 from fastvit_engine.sizing.parameters import COMPUTE_BYTES, DTYPES, ParameterCounts
-from fastvit_engine.sizing.state import Buckets, Memory, accumulation_bytes, state_memory
+from fastvit_engine.sizing.state import Buckets, Memory, accumulation_bytes, reduces_in_place, state_memory
 
 _ON_DEVICE = 2  # inputs of blocks that are offloaded and back: of the block that is computed, and of the one before
 
@@ -83,4 +83,18 @@ def training_memory(
         entering, blocks = input_bytes(config), checkpointed_blocks(config)
         activations -= max(0, blocks - _ON_DEVICE) * entering
         host += micro_batch * blocks * entering
-    return replace(state, activations=micro_batch * activations + weights, work=micro_batch * work, host=host)
+    memory = replace(state, activations=micro_batch * activations + weights, work=micro_batch * work, host=host)
+    return _captured(memory, config, stage, world_size * micro_batch) if config.train.cuda_graph else memory
+
+
+def _captured(memory: Memory, config: Config, stage: int, images: int) -> Memory:
+    """With the passes in CUDA graphs, whose memory is never lent: activations, and a gradient of each parameter.
+
+    images: of all processes at a time. There are two graphs if micro-batches differ in size, or images or tokens do.
+    Gradients are copied out together, before stage 2 keeps its share of each.
+    """
+    gradients = COMPUTE_BYTES[config.train.precision] * ParameterCounts.of_run(config).learning
+    several = config.train.global_batch_size % images or config.tokens.image_sizes or config.tokens.patch_drop
+    kept = (2 if several else 1) * (memory.activations + memory.work + gradients)
+    copies = 0 if reduces_in_place(config, stage) else gradients
+    return replace(memory, captured=kept, activations=0, work=0, update=max(memory.update, copies))

@@ -17,6 +17,7 @@ from fastvit_engine.sizing.candidates import (
     overlaps_communication,
     reduce_bucket_size,
     with_micro_batch,
+    with_train,
 )
 from fastvit_engine.sizing.machine import Machine
 from fastvit_engine.sizing.parameters import COMPUTE_BYTES, ParameterCounts
@@ -182,6 +183,10 @@ def why_nothing_fits(config: Config, machine: Machine, options: list[Candidate])
     )
     if least.memory.total <= replace(machine, budget=None).usable:
         return f"{problem}: train.memory_gib={math.ceil(least.memory.total / 2**30 * 100) / 100:g} would fit"
+    if config.train.cuda_graph:
+        eager = with_train(config, cuda_graph=False)
+        if any(candidate_at(eager, machine, stage).fits for stage in allowed_stages(config)):
+            return f"{problem}: train.cuda_graph=false would fit"
     if config.train.micro_batch_size is not None:
         smaller = with_micro_batch(config, None)
         fitting = [c for stage in allowed_stages(config) if (c := candidate_at(smaller, machine, stage)).fits]
@@ -193,7 +198,7 @@ def why_nothing_fits(config: Config, machine: Machine, options: list[Candidate])
             if candidate_at(free, machine, stage).fits:
                 return f"{problem}: zero.stage={stage} would fit"
     for offload, stage in (("optimizer", 2), ("all", 3)):
-        if config.zero.offload == "none":
+        if config.zero.offload == "none" and not config.train.cuda_graph:  # which refuses it
             update = {"offload": offload, "stage": stage}
             spilled = config.model_copy(update={"zero": config.zero.model_copy(update=update)})
             if machine.on_gpu and candidate_at(spilled, machine, stage).fits:

@@ -54,12 +54,13 @@ class Memory:
     update: int  # while gradients are reduced and weights updated: passes before the next forward pass
     activations: int = 0  # of one micro-batch, kept for the backward pass
     work: int = 0  # while the backward pass goes through one block
+    captured: int = 0  # what CUDA graphs compute in, and keep for it
     host: int = 0  # offloaded, in the memory of the host
 
     @property
     def state(self) -> int:
         """What stays, or comes back with every step."""
-        return self.weights + self.gradients + self.optimizer + self.average + self.buffers
+        return self.weights + self.gradients + self.optimizer + self.average + self.buffers + self.captured
 
     @property
     def total(self) -> int:

@@ -10,10 +10,9 @@ from fastvit_engine.distributed.world import World, limit_collectives
 from fastvit_engine.engine.build import build_engine
 from fastvit_engine.engine.ema import WeightAverage
 from fastvit_engine.engine.protocol import TrainingEngine
-from fastvit_engine.models import TimmModel, VisionTransformer, build_for_training
+from fastvit_engine.models import TimmModel, build_for_training
 from fastvit_engine.models.fp8 import Fp8Layers
-from fastvit_engine.sizing.activations import checkpointed_blocks, recompute_mode
-from fastvit_engine.sizing.parameters import DTYPES
+from fastvit_engine.train.prepared_model import prepare_model
 
 
 @dataclass(frozen=True)
@@ -33,19 +32,7 @@ def build(config: Config, split: BatchSplit, world: World, *, rises_over: int | 
     """
     torch.manual_seed(config.seed)
     model = build_for_training(config)
-    if config.optimizer.frozen == "backbone":
-        model.freeze_backbone()
-    model.recompute(recompute_mode(config))
-    if isinstance(model, VisionTransformer):
-        model.checkpoint_blocks(checkpointed_blocks(config), offload=config.train.offload_activations)
-    in_fp8 = None
-    if config.train.precision == "fp8":
-        assert isinstance(model, VisionTransformer)  # others are refused
-        in_fp8 = Fp8Layers(model, config, world.device)
-    if config.train.compile:
-        model.compile()
-    if isinstance(model, TimmModel):
-        model.round_buffers(DTYPES[config.train.precision])
+    in_fp8 = prepare_model(model, config, world.device)
     engine = build_engine(model, config, split, world)
     limit_collectives(config.watchdog.slow_phase_seconds + config.watchdog.timeout_seconds)  # the engine's groups too
     ema = None if config.ema.decay is None else WeightAverage(engine, config.ema.decay, rises_over=rises_over)

@@ -1,20 +1,17 @@
 """A training step can be one CUDA graph: it reads no value back, and takes none from the host that changes.
 
 There is no GPU here. `test_the_same_launches_at_every_step` traces what a step would launch on one. The other tests
-capture a step in a stand-in for a CUDA graph: it records PyTorch's operators, ours among them, and the memory that each
-reads and writes, and replays them there, as a graph does with kernels.
+capture a step in a stand-in for a CUDA graph, see `tests/stand_in_graph.py`.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from itertools import cycle, islice
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_map
 
 from benchmarks.block_traffic import Record, recording
 from benchmarks.cuda_graph import WARM_UP, Captured
@@ -23,12 +20,13 @@ from benchmarks.shapes import Shape
 from benchmarks.train_variants import Setup, bare_loop, fastvit_graph, graph_step, resident_batches
 from fastvit_engine.distributed.world import World
 from fastvit_kernels import FusedBlock, attention, dispatch
-from fastvit_kernels.cross_entropy import op as cross_entropy
 from tests.in_full import in_full
+from tests.stand_in_graph import StandIn, graphs
+
+__all__ = ["graphs"]  # a fixture
 
 SHAPE = Shape("tiny/8@16", 8, 16, 32, 2, 64, 2, (4,))
 CPU = Setup(SHAPE, 4, "fp32", World(0, 1, torch.device("cpu")))
-READS_BACK = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
 
 
 class Launches(Record):
@@ -108,66 +106,6 @@ def test_a_step_with_a_number_of_its_own_is_seen() -> None:
     assert len(first) == len(second) == 1 and first != second
     with pytest.raises(RuntimeError, match="meta"):
         traced(lambda: lambda: x.sum().item(), autocast=False)
-
-
-class StandIn(TorchDispatchMode):
-    """For torch.cuda.CUDAGraph. A capture changes nothing, though its operators run, on copies put back afterwards."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._operators: list[tuple[Any, Any, Any, list[Tensor]]] = []
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        if op._schema.name in READS_BACK:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        for argument, given in zip(op._schema.arguments, arguments, strict=False):
-            if argument.is_write:
-                for tensor in tree_iter(given):
-                    self._before.setdefault(id(tensor), (tensor, tensor.clone()))
-        result = op(*arguments, **(options or {}))
-        outputs = [tensor for tensor in tree_iter(result) if isinstance(tensor, Tensor)]
-        self._operators.append((op, arguments, options or {}, outputs))
-        return result
-
-    @torch.no_grad()
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for tensor, copy in self._before.values():
-            tensor.copy_(copy)
-
-    @torch.no_grad()
-    def replay(self) -> None:
-        for op, arguments, options, outputs in self._operators:
-            again = [tensor for tensor in tree_iter(op(*arguments, **options)) if isinstance(tensor, Tensor)]
-            for own, new in zip(outputs, again, strict=True):
-                if own.data_ptr() != new.data_ptr():
-                    own.copy_(new)
-
-
-@pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
-    """The graphs that are captured in place of CUDA's."""
-    made: list[StandIn] = []
-
-    @contextmanager
-    def capture(graph: StandIn) -> Iterator[None]:
-        with graph:
-            yield
-        made.append(graph)
-
-    class Stream:
-        def wait_stream(self, other: Any) -> None:
-            pass
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
-    monkeypatch.setattr(torch.cuda, "graph", capture)
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    # of labels on the CPU alone: it reads them
-    monkeypatch.setattr(cross_entropy, "check_labels", lambda *_: None)
-    return made
 
 
 def batches(setup: Setup) -> list[tuple[Tensor, Tensor]]:

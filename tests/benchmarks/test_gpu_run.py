@@ -6,15 +6,18 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import ceilings, fp8_steps, gpu_calls, gpu_run, slim_wheel, smoke, train
+from benchmarks import ceilings, fp8_steps, gpu_calls, gpu_run, memory_policies, slim_wheel, smoke, train
 from benchmarks.gpu_calls import GPU_LOST, Command, Part, Place
 from benchmarks.gpu_run import MINUTES, PATIENCE, ROOT
 from benchmarks.kernels import Selection, pick_known, select
+from benchmarks.side_by_side import Measured
 from benchmarks.smoke_record import BUNDLED, Outcome, save
 from benchmarks.train_variants import VARIANTS
 from fastvit_engine.cli import _parser
@@ -23,7 +26,8 @@ from fastvit_kernels.tuning import __main__ as tuning
 from tests.in_full import only_in_full
 
 FILES = ["report.md", "results.tar.gz", "summary.json"]
-CALLS = (1, 2, 3, 4, 5)
+UNPREDICTED = {"recompute": "none", "checkpointed_blocks": 0, "memory_gib": None, "predicted_bytes": 0}
+CALLS = (1, 2, 3, 4, 5, 6)
 
 
 def part(name: str, *texts: str, least: float = 1, most: float = 60, again_on: int | None = None) -> Part:
@@ -112,9 +116,14 @@ def test_what_a_call_starts_exists(
     monkeypatch.setattr(
         ceilings, "measure", lambda **options: {"copy_bytes_per_second": 1, "batches": [], "left_out": []}
     )
-    timed = {"ms": [1.0], "losses": [1.0], "reason": ""}
-    measured = {"model": "H/14", "batch": 64, "variants": {"bf16": timed, "fp8 tensor": timed}}
-    monkeypatch.setattr(fp8_steps, "measure", lambda *options: measured)
+
+    def measured(builds: Iterable[str], *options: object) -> dict[str, Any]:
+        variants = {name: vars(Measured([1.0], [1.0], [1.0])) for name in builds}
+        return {"environment": {"gpu": None}, "model": "H/14", "batch": 64, "variants": variants}
+
+    monkeypatch.setattr(fp8_steps, "measure", measured)
+    monkeypatch.setattr(memory_policies, "measure", measured)
+    monkeypatch.setattr(memory_policies.Policy, "record", lambda policy: UNPREDICTED)
     names = []
     for part in gpu_calls.parts(call, place(tmp_path, dry=dry)):
         assert part.least <= part.most
@@ -136,10 +145,11 @@ def test_what_a_call_starts_exists(
                 monkeypatch.setattr(sys, "argv", ["tuning", *options])
                 assert tuning.parse().out == tmp_path / "tuning.json"
             elif module == "pytest":
-                assert options[0].startswith("tests/kernels") and (ROOT / options[0]).exists()
+                assert options[0].startswith(("tests/kernels", "tests/gpu")) and (ROOT / options[0]).exists()
             else:
                 programs = {"benchmarks.smoke": smoke.main, "benchmarks.ceilings": ceilings.main}
                 programs["benchmarks.fp8_steps"] = fp8_steps.main
+                programs["benchmarks.memory_policies"] = memory_policies.main
                 assert programs[module](options) == 0
     assert (
         names
@@ -149,6 +159,7 @@ def test_what_a_call_starts_exists(
             3: ["tuning", "train-256-tuned"],
             4: ["kernels", "tests"],
             5: ["tests-fp8", "kernels-fp8", "fp8"],
+            6: ["tests-graph", "policies", "policies-8", "policies-8-B"],
         }[call]
     )
 
@@ -226,6 +237,8 @@ def test_conclusions_are_a_line_each(tmp_path: Path) -> None:
     records = {
         "train-256/h200/train-2026-01-02.json": {"cases": [{"variants": rows}]},
         "attention/h200/kernels-2026-01-02.json": {"cases": cases},
+        "fp8/fp8.json": {"verdicts": ["fp8 tensor: 1.40 times as fast as bf16, target 1.35: met"]},
+        "policies/policies.json": {"verdicts": ["recompute all: WRONG"]},
         "ceilings/ceilings.json": {"copy_bytes_per_second": 4.3e12, "batches": [{"batch": 256, "products": products}]},
     }
     for name, record in records.items():
@@ -247,6 +260,8 @@ def test_conclusions_are_a_line_each(tmp_path: Path) -> None:
         "mlp/H/14/64/bf16: no memory",
         "train-256: fastvit: 500 images/s, MFU 50 %, 86 GiB, host 90 ms",
         "train-256: timm: failed: no timm",
+        "fp8: fp8 tensor: 1.40 times as fast as bf16, target 1.35: met",
+        "policies: recompute all: WRONG",
     ]
 
 
@@ -343,4 +358,11 @@ def test_a_dry_run_of_all_calls(tmp_path: Path) -> None:
         logs = {Path(name).stem for name in archive.getnames() if name.endswith(".log")}
     assert logs >= {"call1-ceilings", "call1-smoke-bundled", "call1-attention", "call2-train-256", "call2-train-64"}
     assert logs >= {"call3-tuning", "call3-train-256-tuned", "call4-kernels", "call4-tests"}
-    assert logs >= {"call5-tests-fp8", "call5-kernels-fp8", "call5-fp8"}
+    assert logs >= {
+        "call5-tests-fp8",
+        "call5-kernels-fp8",
+        "call5-fp8",
+        "call6-tests-graph",
+        "call6-policies",
+        "call6-policies-8-B",
+    }

@@ -65,8 +65,9 @@ def _title(gpu: str, chosen: Chosen) -> str:
 def _memory_table(chosen: Chosen, rows: Sequence[Mapping[str, Any]]) -> list[str]:
     config, machine = chosen.config, chosen.machine
     micro_batch = split_batch(config, machine.processes).micro_batch_size
-    parts = ["weights", "gradients", "optimizer", "average", "buffers", "update", "activations", "work"]
-    parts = [part for part in parts if part != "average" or config.ema.decay is not None]
+    parts = ["weights", "gradients", "optimizer", "average", "buffers", "captured", "update", "activations", "work"]
+    unused = {"average": config.ema.decay is None, "captured": not config.train.cuda_graph}
+    parts = [part for part in parts if not unused.get(part)]
     together = " + ".join(part for part in parts if part not in ("update", "activations", "work"))
     together += " + max(update, activations + work)"
     parts += ["host"] if config.zero.offload != "none" else []

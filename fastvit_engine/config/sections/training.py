@@ -145,6 +145,10 @@ class TrainConfig(Section):
     """Compile the model with torch.compile, all but fused operations. Takes minutes when a run starts. For models of
     timm, hybrids and ResNets."""
 
+    cuda_graph: bool = False
+    """Capture forward and backward passes of the model in CUDA graphs: for small micro-batches, where launching kernels
+    takes longer than they do. Needs a GPU and more memory. For this engine's Vision Transformers at ZeRO 0 to 2."""
+
     grad_clip: float | None = Field(1.0, gt=0, le=1e9)
     """Largest global norm of the gradient; null: no clipping."""
 

@@ -50,6 +50,11 @@ from fastvit_engine.errors import UserError
         (["train.duration=50%"], "train.duration = '50%' is a fraction of the run"),
         (["zero.stage=0", "zero.offload=optimizer"], "zero.offload needs ZeRO: set zero.stage to 1, 2 or 3"),
         (["zero.stage=2", "zero.offload=all"], "which needs zero.stage = 3"),
+        (["train.micro_batch_trial=true", "train.cuda_graph=true"], "takes too few steps for train.cuda_graph"),
+        (
+            ["train.micro_batch_trial=true", "data.decoder=nvjpeg"],
+            "would not see the memory that data.decoder = nvjpeg",
+        ),
         (["train.micro_batch_trial=true", "packing.max_patches=16"], "with packing.max_patches the memory differs"),
         (["checkpoint.keep_best=eval.top1", "data.eval=null"], "needs an evaluation: set data.eval"),
         (["checkpoint.keep_best=eval_ema.top1"], "needs an average of the weights: set ema.decay"),
@@ -157,6 +162,25 @@ def test_blocks_that_are_not_there_cannot_be_checkpointed(overrides, message):
 def test_what_cannot_be_compiled_is_refused(overrides, message):
     with pytest.raises(UserError, match=message):
         load_config("quickstart", ["train.compile=true", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["zero.stage=3"], r"which zero\.stage = 3 needs within a step: set zero\.stage to 0, 1 or 2"),
+        (["zero.stage=1", "zero.offload=optimizer"], r"which zero\.offload = optimizer needs .* zero\.offload=none"),
+        (["train.compile=true"], "and train.compile = true makes it another: set one of them"),
+        (["train.activation_checkpointing=all"], "set train.activation_checkpointing=0, or train.cuda_graph=false"),
+        (["packing.max_patches=16", "model.drop_path=0"], "another size: set train.cuda_graph=false"),
+        (["train.objective=moco", "model.num_classes=0"], "in the middle of a pass, which no graph repeats: set"),
+        (["model={name: R50+B/16, image_size: 32}"], r"and model\.name is R50\+B/16: set train.cuda_graph=false"),
+        (["model={name: R50x1, image_size: 32}"], "and model.name is R50x1: set train.cuda_graph=false"),
+        (["model={name: timm/resnet18, image_size: 32}"], "model.name is timm/resnet18: set train.cuda_graph=false"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(overrides, message):
+    with pytest.raises(UserError, match=message):
+        load_config("quickstart", ["train.cuda_graph=true", *overrides])
 
 
 def test_offloading_leaves_the_stage_to_the_engine():

@@ -296,6 +296,24 @@ def test_micro_batches_are_tried_on_gpus_and_only_if_none_is_given():
         choose(h14("train.micro_batch_trial=true"), Machine(2, 2, 64 * GIB, on_gpu=False))
 
 
+def test_passes_are_captured_on_gpus_with_whole_weights_and_nothing_is_checkpointed_for_them():
+    chosen = choose(h14("train.cuda_graph=true"), gpus(64, 8))
+    assert chosen.config.zero.stage == 2 and chosen.config.train.activation_checkpointing == 0
+    assert "train.activation_checkpointing" not in reasons(chosen)
+    with pytest.raises(UserError, match="needs a GPU: set train.cuda_graph=false"):
+        choose(h14("train.cuda_graph=true"), Machine(2, 2, 64 * GIB, on_gpu=False))
+
+
+def test_what_does_not_fit_for_its_graphs_would_without():
+    settings, few = ("zero.stage=1", "train.cuda_graph=true"), gpus(64, 9)
+    with pytest.raises(UserError, match=r"nothing fits: .*: train\.cuda_graph=false would fit"):
+        choose(h14(*settings), few)
+    assert choose(h14(*settings, "train.cuda_graph=false"), few).memory.total <= few.usable
+    with pytest.raises(UserError, match="take a smaller model") as refused:
+        choose(h14(*settings), gpus(64, 5))
+    assert "offload" not in str(refused.value)  # which captured passes refuse
+
+
 @pytest.mark.parametrize(
     ("on_gpu", "cores", "workers"),
     [

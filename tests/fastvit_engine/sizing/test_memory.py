@@ -397,3 +397,18 @@ def test_activations_of_the_huge_model():
     memory = training_memory(config, 0, 1, 64, False, Buckets(), on_gpu=True)
     assert memory.activations == pytest.approx(15.9e9, rel=0.005)
     assert memory.total > memory.state + memory.activations
+
+
+@pytest.mark.parametrize(("stage", "copies"), [(0, 0), (1, 0), (2, 2)])
+def test_graphs_keep_their_memory_between_steps(stage, copies):
+    """Activations, and the gradients that a replay writes, which stage 2 has copies of before it keeps its share."""
+
+    def memory(batch: int = 128, **train):
+        config = Config.model_validate({"model": {"name": "H/14"}, "train": {"global_batch_size": batch, **train}})
+        return config, training_memory(config, stage, 2, 64, False, Buckets(), on_gpu=True)
+
+    (config, plain), (_, graph), (_, unequal) = memory(), memory(cuda_graph=True), memory(127, cuda_graph=True)
+    gradients = 2 * ParameterCounts.of_run(config).learning
+    assert graph.captured == plain.activations + plain.work + gradients
+    assert unequal.captured == 2 * graph.captured  # micro-batches of two sizes
+    assert graph.total == plain.state + graph.captured + max(plain.update, copies * gradients // 2)
