@@ -106,8 +106,8 @@ def _check_trial(config: Config) -> None:
         )
     if config.data.decoder == "nvjpeg":
         raise UserError(
-            "train.micro_batch_trial = true has no images to decode, so it would not see the memory that data.decoder = "
-            f"nvjpeg takes: {off}, or set data.decoder=cpu"
+            "train.micro_batch_trial = true decodes no images and would not see the memory that data.decoder = nvjpeg "
+            f"takes: {off}, or set data.decoder=cpu"
         )
     if train.objective in ("dino", "moco"):
         why = {

@@ -53,7 +53,7 @@ from fastvit_engine.errors import UserError
         (["train.micro_batch_trial=true", "train.cuda_graph=true"], "takes too few steps for train.cuda_graph"),
         (
             ["train.micro_batch_trial=true", "data.decoder=nvjpeg"],
-            "would not see the memory that data.decoder = nvjpeg",
+            "would not see the memory that data.decoder",
         ),
         (["train.micro_batch_trial=true", "packing.max_patches=16"], "with packing.max_patches the memory differs"),
         (["checkpoint.keep_best=eval.top1", "data.eval=null"], "needs an evaluation: set data.eval"),
