@@ -7,7 +7,7 @@ from fastvit_engine.data.stream.gpu_decode import decoded_on, nvjpeg
 
 
 def _batches(dataset: Dataset, workers: int, endless: bool) -> Batches:
-    device = torch.device("cuda")
+    device = torch.device("cuda", torch.cuda.current_device())
     decode = nvjpeg(device)
     compressed = train_batches(dataset, workers, pin_memory=True, decoder="nvjpeg")
     for images, labels in in_batches(dataset, decoded_on(compressed, device, decode), endless):

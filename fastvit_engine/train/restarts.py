@@ -52,9 +52,9 @@ def restarts(
 def check_room(config: Config, held: HeldCopies) -> None:
     """Raises UserError on all ranks if a node has no room for the copies of its own ranks and of the node before it.
 
-    Collective. On one node, the launcher has seen to it.
+    Collective. With checkpoint.in_memory = auto, `fastvit train` has seen to it.
     """
-    if held.messages is None:
+    if held.own is None or config.checkpoint.in_memory is not True:
         return
     world = held.world
     nodes = world.size // len(world.node_ranks)

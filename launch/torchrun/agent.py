@@ -62,7 +62,8 @@ class Agent(LocalElasticAgent):
         if self.holder is not None:
             newest = self.holder.newest_step
             if newest is not None and newest == self.resumed:
-                self.holder.forget()  # training ended twice where they end: an older state may be better
+                self.holder.forget()  # an older state may be better
+                print(f"launch: no step since step {newest}: the copies in memory are dropped", file=sys.stderr)
             self.resumed = newest
         os.environ["FASTVIT_RUN_ID"] = rendezvous.compare_set("fastvit_run_id", "", wanted).decode()
         return super()._start_workers(worker_group)
@@ -96,7 +97,11 @@ def main() -> int:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fastvit-"))
         holder = None
         if can_hold():  # memory is taken only by copies, of which this agent need not know
-            processes = run.determine_local_world_size(arguments.nproc_per_node)
+            try:
+                processes = run.determine_local_world_size(arguments.nproc_per_node)
+            except ValueError as error:
+                print(f"launch: error: {error}", file=sys.stderr)
+                return EXIT_BAD_INPUT
             holder = stack.enter_context(held_copies(processes, guests=True))
             os.environ.update(holder.environment_of_node)
         return run_node(arguments, folder, holder)

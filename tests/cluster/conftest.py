@@ -114,6 +114,8 @@ def pace(tmp_path, monkeypatch, environment):
         "            time.sleep(0.02)\n"
         "        return take_step(job, step, *arguments, **options)\n"
         "    loop.take_step = step_in_time\n"
+        "    from fastvit_engine.checkpoint.in_memory import Copies\n"
+        "    Copies.settle = lambda *arguments: None  # a copy after each step, however slow this machine is\n"
     )
     monkeypatch.setitem(environment, "PYTHONPATH", f"{folder}:{environment['PYTHONPATH']}")
 

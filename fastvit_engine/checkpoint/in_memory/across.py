@@ -46,8 +46,8 @@ class HeldCopies:
 
     @property
     def areas(self) -> list[Area]:
-        """Those that this rank writes to."""
-        return [area for area in (self.own, self.guest) if area is not None]
+        """Those that this rank writes to, or wrote to while there were other nodes."""
+        return [areas[self._here] for areas in (self._held.own, self._held.guests) if areas]
 
     @property
     def taken_bytes(self) -> int:
@@ -67,15 +67,15 @@ class HeldCopies:
         for holder, of_holder in enumerate(copies):
             for label, sequence, step in of_holder:
                 if label.world_size == self.world.size:
-                    found[sequence, step, label.start][label.rank].append(holder)
+                    found[step, sequence, label.start][label.rank].append(holder)
         whole = [key for key, sources in found.items() if len(sources) == self.world.size]
         if not whole:
             if self.world.is_main and any(copies):
                 size = f"{self.world.size} processes"
                 say(f"the copies in memory are not the whole state of {size}: continuing from the disk")
             return None
-        sequence, step, start = max(whole)
-        sources = found[sequence, step, start]
+        step, sequence, start = max(whole)
+        sources = found[step, sequence, start]
         mine = {
             label.rank: copy.description
             for (label, number), copy in own.items()

@@ -44,9 +44,11 @@ class Copies:
         if self._own is None:
             return
         self.close()
+        self._contents = None  # which holds the tensors that loading replaces
         if checkpoint is not None and isinstance(checkpoint.store, MemoryStore):
             sequence = checkpoint.store.sequence
             self.unsettled = checkpoint.store.unsettled(self._world.rank)
+            checkpoint.store.fetched.clear()
         start = self._world.on_main(lambda: uuid.uuid4().hex)
         for area in self._held.areas:
             area.keep_only(sequence)

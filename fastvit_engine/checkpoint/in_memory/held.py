@@ -8,6 +8,7 @@ from typing import Literal
 from fastvit_engine.checkpoint.in_memory.area import Area
 from fastvit_engine.errors import UserError
 
+MEMORY_NAME = "fastvit-"  # how the names of areas begin
 INHERITED = "FASTVIT_COPIES"  # descriptors of the areas, by local rank: this process has inherited them
 # A folder of descriptors, those of the areas by local rank, and those of the guest areas: "/proc/7/fd 3,4 5,6".
 OF_NODE = "FASTVIT_COPIES_OF_NODE"
@@ -42,11 +43,13 @@ def held_here(asked: Literal["auto"] | bool, environment: Mapping[str, str] = os
 
 def _open(path: str) -> Area:
     """An area of the agent, opened once more: torchrun lets its processes inherit nothing."""
+    why = "it is another file, so the agent that held it has ended"
     try:
-        return Area(os.open(path, os.O_RDWR | os.O_CLOEXEC))
+        if os.readlink(path).startswith(f"/memfd:{MEMORY_NAME}"):  # else it must not be written to
+            return Area(os.open(path, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
-        raise UserError(
-            f"checkpoint.in_memory = true, and the memory that the agent of this node holds, {path}, cannot be opened "
-            f"({error.strerror}): run agent and processes as one user in one container, or set "
-            "checkpoint.in_memory=false"
-        ) from error
+        why = str(error.strerror)
+    raise UserError(
+        f"checkpoint.in_memory = true, and the memory that the agent of this node holds, {path}, cannot be opened "
+        f"({why}): run agent and processes as one user in one container, or set checkpoint.in_memory=false"
+    )

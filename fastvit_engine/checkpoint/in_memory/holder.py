@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from fastvit_engine.checkpoint.in_memory.area import Area, newest_common
-from fastvit_engine.checkpoint.in_memory.held import INHERITED, OF_NODE
+from fastvit_engine.checkpoint.in_memory.held import INHERITED, MEMORY_NAME, OF_NODE
 
 
 class Holder:
@@ -57,7 +57,7 @@ def can_hold() -> bool:
 
 
 def _areas(count: int, name: str) -> list[Area]:
-    return [Area(os.memfd_create(f"fastvit-{name}-{number}")) for number in range(count)]
+    return [Area(os.memfd_create(f"{MEMORY_NAME}{name}-{number}")) for number in range(count)]
 
 
 def _descriptors(areas: Sequence[Area]) -> str:

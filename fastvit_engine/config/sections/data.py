@@ -80,7 +80,7 @@ class DataConfig(Section):
 
     decoder: Literal["cpu", "nvjpeg"] = "cpu"
     """What decodes JPEGs in training. cpu: the decoding processes; nvjpeg: the GPU, through torchvision, for machines
-    with few cores per GPU. Pixels differ by rounding. Evaluation, and JPEGs that are not baseline, stay on the CPU."""
+    with few cores per GPU. Pixels differ a little. Evaluation, and JPEGs that are not baseline, stay on the CPU."""
 
     order: Literal["indexed", "stream"] = "indexed"
     """indexed: exact global shuffle with an index; stream: sequential reading, for gzipped shards and pipes."""

@@ -52,8 +52,9 @@ class Decoded(NamedTuple):
 class Jpeg:
     """A JPEG that libjpeg-turbo turns into RGB, of which the header has been read."""
 
-    def __init__(self, data: bytes, height: int, width: int) -> None:
-        self.data, self.height, self.width = data, height, width
+    def __init__(self, data: bytes, height: int, width: int, colorspace: str = "YCbCr") -> None:
+        """colorspace: as simplejpeg names it."""
+        self.data, self.height, self.width, self.colorspace = data, height, width, colorspace
 
     def decode(self, buffer: PixelBuffer, reduction: int = 1, *, decoding: Decoding = "accurate") -> np.ndarray:
         """uint8 RGB [ceil(height / reduction), ceil(width / reduction), 3], in `buffer`; reduction is 1, 2, 4 or 8.
@@ -79,6 +80,8 @@ class Jpeg:
 
     def part(self, box: Box, reduction: int) -> Part | None:
         """A JPEG with as little as is needed to decode a box with smooth colours; None if only few decoders take it."""
+        if self.colorspace not in ("YCbCr", "Gray"):
+            return None
         return whole_part(self.data, self.height, self.width, box, 2 * reduction)
 
     def _with_pillow(self) -> "OtherImage":
@@ -145,7 +148,7 @@ def _open(data: bytes, max_pixels: int) -> Jpeg | OtherImage:
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
             if colorspace not in ("CMYK", "YCCK"):
-                return Jpeg(data, height, width)
+                return Jpeg(data, height, width, colorspace)
         except (ValueError, KeyError):
             pass  # rare chroma subsamplings, which Pillow knows; it also refuses what is no image at all
     return _open_with_pillow(data, max_pixels)

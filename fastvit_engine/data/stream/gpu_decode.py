@@ -3,8 +3,11 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from importlib.metadata import version
 from typing import NamedTuple
 
+import numpy as np
+import simplejpeg
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +17,7 @@ from fastvit_engine.data.pixels.compressed import HEADER, Recipe, image_size_of,
 from fastvit_engine.data.pixels.decode import Jpeg, PixelBuffer, open_image
 from fastvit_engine.data.stream.batch import BadSample, Batch, leaves_compressed
 from fastvit_engine.errors import UserError
+from fastvit_engine.storage.source import one_line
 
 # JPEGs, uint8 [n] each on the host, to pixels on the device, uint8 [3, H, W]. Raises RuntimeError if one is damaged.
 Decode = Callable[[list[Tensor]], list[Tensor]]
@@ -38,11 +42,11 @@ def check_nvjpeg(config: Config, *, own_data: bool, on_gpu: bool, here: bool) ->
     if not on_gpu:
         raise UserError("data.decoder = nvjpeg needs an NVIDIA GPU, and this run has none: set data.decoder=cpu")
     if here:
-        nvjpeg(torch.device("cuda"))
+        nvjpeg(torch.device("cuda", torch.cuda.current_device()))
 
 
 def nvjpeg(device: torch.device) -> Decode:
-    """torchvision's decoder on this GPU. Raises UserError if there is none."""
+    """torchvision's decoder on this GPU. Raises UserError if there is none, or if it does not work."""
     if torch.version.cuda is None:
         raise UserError("data.decoder = nvjpeg needs a PyTorch with CUDA, which this is not: set data.decoder=cpu")
     try:
@@ -52,7 +56,25 @@ def nvjpeg(device: torch.device) -> Decode:
             f"data.decoder = nvjpeg needs torchvision, which cannot be imported ({error}): install the build that "
             "belongs to this PyTorch, or set data.decoder=cpu"
         ) from error
-    return lambda jpegs: decode_jpeg(jpegs, ImageReadMode.RGB, device)
+
+    def decode(jpegs: list[Tensor]) -> list[Tensor]:
+        # It decodes on a stream of its own, into memory that this stream may still read: of images that were let go of.
+        torch.cuda.current_stream(device).synchronize()
+        return decode_jpeg(jpegs, ImageReadMode.RGB, device)
+
+    try:
+        decode([_one_jpeg()])
+    except RuntimeError as error:
+        raise UserError(
+            f"data.decoder = nvjpeg, and torchvision {version('torchvision')} cannot decode on this GPU "
+            f"({one_line(error)}): install the build that belongs to this PyTorch, or set data.decoder=cpu"
+        ) from error
+    return decode
+
+
+def _one_jpeg() -> Tensor:
+    """Of 16 black pixels squared, uint8 [n]."""
+    return torch.frombuffer(bytearray(simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))), dtype=torch.uint8)
 
 
 def decoded_on(batches: Iterator[Batch], device: torch.device, decode: Decode) -> Iterator[Batch]:
@@ -112,29 +134,37 @@ def decode_batch(batch: Batch, device: torch.device, decode: Decode) -> Batch:
 
 
 def _decode(jpegs: list[Tensor], device: torch.device, decode: Decode) -> Sequence[Tensor | ValueError]:
-    """Each JPEG as uint8 [3, H, W], or why it cannot be decoded."""
+    """Each JPEG as uint8 [3, H, W], or why it cannot be decoded. Raises RuntimeError if the decoder is at fault."""
     if not jpegs:
         return []
     try:
         return decode(jpegs)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # of one of them
-        return [_decode_one(jpeg, device, decode) for jpeg in jpegs]
+    except RuntimeError as error:  # torchvision raises it for damage, and for everything else
+        if "out of memory" in str(error):
+            raise
+        alone = [_decode_alone(jpeg, decode) for jpeg in jpegs]
+        if len(jpegs) > 1 and all(image is None for image in alone):
+            raise
+    return [_decode_damaged(jpeg, device) if image is None else image for jpeg, image in zip(jpegs, alone, strict=True)]
 
 
-def _decode_one(jpeg: Tensor, device: torch.device, decode: Decode) -> Tensor | ValueError:
+def _decode_alone(jpeg: Tensor, decode: Decode) -> Tensor | None:
     try:
         return decode([jpeg])[0]
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:  # a damaged one decodes as far as it goes, as without a GPU
-        try:
-            image = open_image(jpeg.numpy().tobytes())
-            assert isinstance(image, Jpeg)
-            return torch.from_numpy(image.decode(PixelBuffer()).transpose(2, 0, 1)).to(device)
-        except ValueError as error:
-            return error
+    except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise
+        return None
+
+
+def _decode_damaged(jpeg: Tensor, device: torch.device) -> Tensor | ValueError:
+    """As far as it goes, as without a GPU."""
+    try:
+        image = open_image(jpeg.numpy().tobytes())
+        assert isinstance(image, Jpeg)
+        return torch.from_numpy(image.decode(PixelBuffer()).transpose(2, 0, 1)).to(device)
+    except ValueError as error:
+        return error
 
 
 def resized_box(image: Tensor, recipe: Recipe, size: int) -> Tensor:

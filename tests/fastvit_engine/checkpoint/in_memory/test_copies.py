@@ -1,5 +1,6 @@
 """Copies that a rank makes after its steps: what they hold, how many steps share one, and what they cost."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,9 @@ import torch.distributed as dist
 
 from fastvit_engine.checkpoint import Checkpointer, DamagedCheckpoint, TrainerState, store_of
 from fastvit_engine.checkpoint.in_memory import Copies, Held, HeldCopies, can_hold, held_copies
+from fastvit_engine.checkpoint.in_memory.area import Area
 from fastvit_engine.checkpoint.in_memory.contents import Described
+from fastvit_engine.checkpoint.in_memory.neighbour import Neighbour
 from fastvit_engine.config import CheckpointConfig
 from fastvit_engine.distributed.world import World
 from fastvit_engine.engine.ema import WeightAverage
@@ -90,6 +93,69 @@ def test_every_step_has_its_copy_before_the_next_update(training):
     for step in range(1, 6):
         training.step()
         assert newest(training).step == step
+
+
+def test_weights_change_only_when_they_are_copied(training, monkeypatch):
+    order = []
+    commit, update = Area.commit, training.engine.step
+
+    def slow_commit(area, slot, sequence, step, description):
+        time.sleep(0.05)
+        commit(area, slot, sequence, step, description)
+        order.append(f"copy of {step}")
+
+    monkeypatch.setattr(Area, "commit", slow_commit)
+    monkeypatch.setattr(training.engine, "step", lambda: (order.append(f"update {training.done + 1}"), update()))
+    for _ in range(3):
+        training.step()
+    training.copies.close()
+    assert order == ["update 1", "copy of 1", "update 2", "copy of 2", "update 3", "copy of 3"]
+
+
+class SlowNeighbour:
+    """Takes a copy in when it is waited for."""
+
+    processor_seconds = seconds = 0.0
+
+    def __init__(self):
+        self.order, self.on_the_way = [], None
+
+    def begin(self, slot, size, sequence, step, description):
+        self.order.append(f"copy of {step}" + (" too early" if self.on_the_way else ""))
+        self.on_the_way = step
+
+    def wait(self):
+        if self.on_the_way:
+            self.order.append(f"taken in {self.on_the_way}")
+        self.on_the_way = None
+
+
+def test_a_copy_begins_only_when_the_next_node_has_the_one_before(training):
+    neighbour = training.copies._neighbour = SlowNeighbour()
+    for _ in range(3):
+        training.step()
+    training.copies.close()
+    assert neighbour.order == ["copy of 1", "taken in 1", "copy of 2", "taken in 2", "copy of 3", "taken in 3"]
+
+
+def test_an_exchange_that_fails_ends_the_step_that_waits_for_it(training):
+    class NoConnection:
+        def send(self, numbers, contents, to):
+            raise RuntimeError("connection closed by peer")
+
+    own, guest = training.held.own, training.held.own
+    training.copies._neighbour = Neighbour(own, guest, NoConnection(), training.held.world)
+    training.step()
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        training.step()
+    assert training.done == 1
+
+
+def test_loading_leaves_nothing_of_the_old_state_in_memory(training):
+    training.step()
+    assert training.copies._contents is not None
+    training.copies.forget()
+    assert training.copies._contents is None
 
 
 def test_slices_and_manifest_are_made_again_only_when_the_state_lies_elsewhere(training, monkeypatch):

@@ -142,6 +142,15 @@ def test_a_crop_is_that_of_the_cpu(box, mirrored):
     assert difference.max() <= 1 if view.reduction == 1 else difference.mean() < 1.5, view.reduction
 
 
+def test_colours_that_decoders_take_differently_are_decoded_before():
+    """Pillow marks a JPEG without a change of colours as RGB, by a segment of Adobe's."""
+    row, view = np.zeros(row_bytes(SIZE), np.uint8), View(0, 0, 120, 150, (SIZE, SIZE))
+    assert not leave_compressed(open_image(jpeg(0, keep_rgb=True)), view, row)
+    gray = io.BytesIO()
+    Image.fromarray(picture(0, 120, 150)).convert("L").save(gray, "JPEG")
+    assert leave_compressed(open_image(gray.getvalue()), view, row)
+
+
 def test_a_jpeg_that_has_no_room_is_decoded_before(batches):
     row = np.zeros(row_bytes(8), np.uint8)
     assert image_size_of(len(row)) == 8
@@ -191,12 +200,16 @@ def test_one_batch_is_decoded_ahead_and_the_source_is_closed():
     assert len(list(decoded_on(source(), CPU, with_pillow))) == 9
 
 
-def test_an_error_of_the_decoder_reaches_the_training_loop():
-    def out_of_memory(jpegs):
-        raise torch.OutOfMemoryError("nothing left")
+@pytest.mark.parametrize(("message", "images"), [("CUDA out of memory. Tried", 1), ("nvjpegCreate failed: 5", 2)])
+def test_an_error_of_the_decoder_reaches_the_training_loop(message, images):
+    """torchvision raises the same for memory that is short, for a decoder that fails and for damaged images."""
 
-    with pytest.raises(torch.OutOfMemoryError, match="nothing left"):
-        list(decoded_on((batch for batch in [_batch([jpeg(0)])]), CPU, out_of_memory))
+    def failing(jpegs):
+        raise RuntimeError(message)
+
+    batch = _batch([jpeg(number) for number in range(images)])
+    with pytest.raises(RuntimeError, match=message):
+        list(decoded_on((batch for batch in [batch]), CPU, failing))
 
 
 @pytest.mark.parametrize(
@@ -224,10 +237,10 @@ def test_nvjpeg_is_refused_where_there_is_none():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="nvJPEG needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_nvjpeg_gives_what_the_cpu_gives(batches):
     pytest.importorskip("torchvision")
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     expected = [batch._replace(images=batch.images.clone()) for batch in islice(batches("cpu", 0), 4)]
     found = list(islice(decoded_on(batches("nvjpeg", 2), device, nvjpeg(device)), 4))
     for ours, theirs in zip(found, expected, strict=True):
