@@ -197,9 +197,7 @@ def fourth(place: Place) -> list[Part]:
     if place.dry:
         tests += ["--collect-only"]
     else:
-        tests += [f"--junit-xml={place.folder / 'tests.xml'}"]
-        if importlib.util.find_spec("xdist"):  # most of the time goes into compiling
-            tests += ["-n", str(min(14, os.cpu_count() or 1))]
+        tests += [f"--junit-xml={place.folder / 'tests.xml'}", *processes(14)]
     variables = place.assembler()[0]
     return [
         Part(
@@ -230,10 +228,25 @@ def fifth(place: Place) -> list[Part]:
 
 
 def sixth(place: Place) -> list[Part]:
-    """Steps of ViT-H/14 under each memory policy, and the memory of each; small batches compiled and in CUDA graphs."""
+    """Is training right that needs a GPU; then its steps under each memory policy, and of few images in CUDA graphs.
+
+    The tests come first: figures of what computes the wrong thing mean nothing. Then memory, which decides what fits.
+    """
     variables = place.assembler()[0]
-    tests = [*PYTHON, "pytest", "tests/gpu", "-o", "addopts=-ra", "-q"]
-    tests += ["--collect-only"] if place.dry else ["-m", "gpu", f"--junit-xml={place.folder / 'tests-graph.xml'}"]
+
+    def tests(name: str, at_once: int, *paths: str) -> Command:
+        words = [*PYTHON, "pytest", *paths, "-o", "addopts=-ra", "--continue-on-collection-errors", "-q"]
+        if place.dry:
+            words += ["--collect-only"]
+        else:
+            words += ["-m", "gpu", f"--junit-xml={place.folder / name}.xml", *processes(at_once)]
+        return Command(name, words, variables)
+
+    engine = "tests/fastvit_engine"
+    tested = [
+        tests("tests-graph", 6, "tests/gpu"),
+        tests("tests-trial", 2, f"{engine}/train/trial/test_step.py", f"{engine}/data/stream/test_gpu_decode.py"),
+    ]
     program = [*PYTHON, "benchmarks.memory_policies", "--steps", "7" if place.dry else "60"]
 
     def measured(name: str, least: float, most: float, *options: str) -> Part:
@@ -242,8 +255,8 @@ def sixth(place: Place) -> list[Part]:
         return Part(name, least, most, one(name, lambda seconds: [*words, *minutes(seconds - 30)], environment))
 
     return [
-        Part("tests-graph", 30, 60, one("tests-graph", lambda seconds: tests, variables)),
-        measured("policies", 60, 150, "--only", *(["recompute gelu"] if place.dry else POLICIES)),
+        Part("tests-training", 30, 100, lambda seconds: tested),
+        measured("policies", 60, 125, "--only", *(["recompute gelu"] if place.dry else POLICIES)),
         measured("policies-8", 45, 60, "--batch", "8", "--only", "CUDA graph"),
         measured("policies-8-B", 45, math.inf, "--model", "B/16", "--batch", "8", "--only", "CUDA graph", "compile"),
     ]
@@ -278,6 +291,11 @@ def one(
 def own_cache(place: Place, name: str) -> dict[str, str]:
     """Triton keeps what it has compiled by source, whichever assembler did it."""
     return {"TRITON_CACHE_DIR": str(place.folder.parent / f"cache-{name}")}
+
+
+def processes(most: int) -> list[str]:
+    """Tests in so many processes: most of their time goes into compiling."""
+    return ["-n", str(min(most, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
 
 
 def minutes(seconds: float) -> list[str]:

@@ -13,8 +13,8 @@ call 2  training steps of ViT-H/14 at batch 256 and 64: this engine and timm, wi
 call 3  launch parameters of attention and layer normalisation, whether QuACK multiplies, then training with all that
 call 4  all operations against their peers, and the tests that need a GPU
 call 5  FP8: is it right, one layer against other libraries, steps of ViT-H/14 and their losses beside those in bf16
-call 6  steps of ViT-H/14 under each memory policy, and the memory that each needs beside what is predicted; steps
-        of few images in CUDA graphs and compiled
+call 6  the tests of training that need a GPU; steps of ViT-H/14 under each memory policy, and the memory that each
+        needs beside what is predicted; steps of few images in CUDA graphs and compiled
 
 A call takes over what the one before it left: which assembler gives right results, the table of launch parameters, and
 all files. Given a folder of the same call as --previous, it repeats only the parts that did not succeed. The most

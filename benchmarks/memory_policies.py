@@ -12,6 +12,7 @@ GPU: a tiny model, whose memory is not measured.
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,9 +90,13 @@ class Policy:
 
 
 def distance(base: Mapping[str, Any], row: Mapping[str, Any]) -> float | None:
-    """The largest distance of the first losses from those of `base`, relative; None: there are none."""
+    """The largest distance of the first losses from those of `base`, relative; None: there are none.
+
+    Infinite if a loss is not a number: `max` would pass over it.
+    """
     pairs = list(zip(base["losses"], row["losses"], strict=False))[:FIRST]
-    return max((abs(loss / other - 1) for other, loss in pairs), default=None)
+    distances = [abs(loss / other - 1) for other, loss in pairs]
+    return max(distances, default=None) if all(map(math.isfinite, distances)) else math.inf
 
 
 def wrong(found: Mapping[str, Any]) -> list[str]:

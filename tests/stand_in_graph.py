@@ -18,7 +18,15 @@ from torch.utils._pytree import tree_iter
 from fastvit_kernels.cross_entropy import op as cross_entropy
 from fastvit_kernels.patch_embed import op as patch_embed
 
-READS_BACK = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
+# Operators with which the host waits for the GPU: they read from it, or take values of Python's there.
+WAITS = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::equal",
+    "aten::lift_fresh",  # torch.tensor
+}
+REFUSED = "operation not permitted when stream is capturing"
 
 
 class StandIn(TorchDispatchMode):
@@ -40,8 +48,8 @@ class StandIn(TorchDispatchMode):
         return self
 
     def __torch_dispatch__(self, op: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
-        if op._schema.name in READS_BACK:
-            raise RuntimeError("operation not permitted when stream is capturing")
+        if op._schema.name in WAITS:
+            raise RuntimeError(REFUSED)
         for argument, given in zip(op._schema.arguments, arguments, strict=False):
             if argument.is_write:
                 for tensor in tree_iter(given):
@@ -79,12 +87,21 @@ def memory(tensor: Tensor) -> int:
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
     """The graphs that are captured in place of CUDA's."""
     made: list[StandIn] = []
+    under_way: list[StandIn] = []
 
     @contextmanager
     def capture(graph: StandIn, **how: Any) -> Iterator[None]:
-        with graph:
-            yield
+        under_way.append(graph)
+        try:
+            with graph:
+                yield
+        finally:
+            under_way.remove(graph)
         made.append(graph)
+
+    def synchronize(device: Any = None) -> None:
+        if under_way:
+            raise RuntimeError(REFUSED)
 
     class Stream:
         def wait_stream(self, other: Any) -> None:
@@ -95,6 +112,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[StandIn]:
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "current_stream", Stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     # of what is on the CPU alone: they read it
     monkeypatch.setattr(cross_entropy, "check_labels", lambda *_: None)
     monkeypatch.setattr(patch_embed, "check_indices", lambda *_: None)

@@ -1,5 +1,7 @@
 """What `train.cuda_graph` cannot be combined with."""
 
+from collections.abc import Mapping
+
 from fastvit_engine.config.model_shape import Shape
 from fastvit_engine.config.sections import Config, MocoConfig
 from fastvit_engine.config.timm_model import is_timm
@@ -37,6 +39,12 @@ def check_cuda_graph(config: Config, shape: Shape | None) -> None:
         raise UserError(
             f"{key} repeats passes of a few sizes, and packing.max_patches makes every micro-batch another size: set "
             f"{without}"
+        )
+    profiler = config.deepspeed.get("flops_profiler")
+    if isinstance(profiler, Mapping) and profiler.get("enabled"):
+        raise UserError(
+            f"{key} repeats passes without calling the layers, which deepspeed.flops_profiler.enabled = true measures "
+            f"one by one: set deepspeed.flops_profiler.enabled=false, or {without}"
         )
     if isinstance(config.pretraining, MocoConfig):
         raise UserError(

@@ -49,6 +49,8 @@ def deepspeed_config(config: Config, split: BatchSplit, *, on_gpu: bool | None =
         "bf16": {"enabled": config.train.number_format == "bf16"},
         "fp16": {"enabled": config.train.number_format == "fp16"},
         "steps_per_print": None,
+        # By default it waits for the GPU before and after every pass. The engine has clocks of its own.
+        "timers": {"throughput": {"enabled": False}},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,  # its list knows none but Adam's: ours know what ZeRO gives them
     }

@@ -110,11 +110,12 @@ class Passes:
         self._in_flight: weakref.ref[_Flight] | None = None
         # Stand-ins for the parameters, on the same memory: an engine's hooks hang on the parameters, and what they do
         # on the host must not be captured.
-        own = {name: p.detach().requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
+        bare = _WithoutHooks(model)
+        own = {name: p.detach().requires_grad_(p.requires_grad) for name, p in bare.named_parameters()}
         learning = [parameter for parameter in own.values() if parameter.requires_grad]
 
         def forward() -> Tensor:
-            output = functional_call(model, own, positional, named)
+            output = functional_call(bare, own, positional, named)
             if not isinstance(output, Tensor):
                 raise RuntimeError(f"it returns a {type(output).__name__}, not a tensor")
             return output
@@ -161,6 +162,17 @@ class Passes:
         there = [written for written in self._gradients if written is not None]
         torch._foreach_copy_([copy for copy in copies if copy is not None], there)
         return copies
+
+
+class _WithoutHooks(nn.Module):
+    """A model without the hooks around its call: those of an engine belong around each replay, and may wait."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.forward(*args, **kwargs)
 
 
 class _Flight:

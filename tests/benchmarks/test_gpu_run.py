@@ -145,7 +145,8 @@ def test_what_a_call_starts_exists(
                 monkeypatch.setattr(sys, "argv", ["tuning", *options])
                 assert tuning.parse().out == tmp_path / "tuning.json"
             elif module == "pytest":
-                assert options[0].startswith(("tests/kernels", "tests/gpu")) and (ROOT / options[0]).exists()
+                paths = [ROOT / option for option in options if option.startswith("tests/")]
+                assert paths and all(path.exists() for path in paths)
             else:
                 programs = {"benchmarks.smoke": smoke.main, "benchmarks.ceilings": ceilings.main}
                 programs["benchmarks.fp8_steps"] = fp8_steps.main
@@ -159,7 +160,7 @@ def test_what_a_call_starts_exists(
             3: ["tuning", "train-256-tuned"],
             4: ["kernels", "tests"],
             5: ["tests-fp8", "kernels-fp8", "fp8"],
-            6: ["tests-graph", "policies", "policies-8", "policies-8-B"],
+            6: ["tests-graph", "tests-trial", "policies", "policies-8", "policies-8-B"],
         }[call]
     )
 
@@ -363,6 +364,7 @@ def test_a_dry_run_of_all_calls(tmp_path: Path) -> None:
         "call5-kernels-fp8",
         "call5-fp8",
         "call6-tests-graph",
+        "call6-tests-trial",
         "call6-policies",
         "call6-policies-8-B",
     }

@@ -64,12 +64,13 @@ def test_losses_and_memory_are_judged():
         other_function=row([7.0, 6.8, 6.8, 6.7, 6.6, 6.5]),
         drifts_later=row([*LOSSES[:5], 5.0], memory=10.9),
         not_a_number=row([float("nan")]),
+        no_longer_a_number=row([7.0, float("nan")]),
         needs_more=row(LOSSES, memory=11.2),
         over_budget=row(LOSSES, memory=9.8, memory_gib=9.5),
         broken=row([], failed=True, reason="RuntimeError: no kernel image", ms=[]),
         absent=row([], reason="needs a GPU", ms=[]),
     )
-    assert memory_policies.wrong(judged) == ["other function", "not a number"]
+    assert memory_policies.wrong(judged) == ["other function", "not a number", "no longer a number"]
     said = {line.partition(": ")[0]: line.partition(": ")[2] for line in memory_policies.verdicts(judged)}
     assert said["keep all"] == "peak 10.0 GiB, 100 % of what was predicted, target within 10 %: met"
     assert said["drifts later"].endswith("met") and said["needs more"].endswith("MISSED")

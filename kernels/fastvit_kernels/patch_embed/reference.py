@@ -48,9 +48,12 @@ def keep(patches: Tensor, indices: Tensor | None) -> Tensor:
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(x / 255 - mean) / std in float32: uint8 [B, 3, H, W] -> float32 [B, 3, H, W]."""
     pixels = images.to(torch.float32) / 255
-    centre = torch.tensor(mean, dtype=torch.float32, device=images.device).view(3, 1, 1)
-    spread = torch.tensor(std, dtype=torch.float32, device=images.device).view(3, 1, 1)
-    return (pixels - centre) / spread
+    return (pixels - per_channel(mean, images.device)) / per_channel(std, images.device)
+
+
+def per_channel(values: Sequence[float], device: torch.device) -> Tensor:
+    """float32 [C, 1, 1], written on the device: copies from the host cannot be captured in a CUDA graph."""
+    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])
 
 
 def to_patches(images: Tensor, patch: int) -> Tensor:

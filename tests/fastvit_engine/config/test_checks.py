@@ -172,6 +172,7 @@ def test_what_cannot_be_compiled_is_refused(overrides, message):
         (["train.compile=true"], "and train.compile = true makes it another: set one of them"),
         (["train.activation_checkpointing=all"], "set train.activation_checkpointing=0, or train.cuda_graph=false"),
         (["packing.max_patches=16", "model.drop_path=0"], "another size: set train.cuda_graph=false"),
+        (["deepspeed.flops_profiler.enabled=true"], "set deepspeed.flops_profiler.enabled=false, or train.cuda_graph"),
         (["train.objective=moco", "model.num_classes=0"], "in the middle of a pass, which no graph repeats: set"),
         (["model={name: R50+B/16, image_size: 32}"], r"and model\.name is R50\+B/16: set train.cuda_graph=false"),
         (["model={name: R50x1, image_size: 32}"], "and model.name is R50x1: set train.cuda_graph=false"),

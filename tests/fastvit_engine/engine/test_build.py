@@ -27,6 +27,19 @@ def test_expert_settings_go_over_ours_without_removing_the_rest():
 
 
 @pytest.mark.parametrize(
+    ("timer", "written"),
+    [
+        ({}, {"enabled": False}),
+        ({"enabled": True}, {"enabled": True}),
+        ({"synchronized": False}, {"enabled": False, "synchronized": False}),
+    ],
+)
+def test_the_timer_that_waits_for_the_gpu_runs_only_if_asked_for(timer, written):
+    given = config(zero={"stage": 1}, deepspeed={"timers": {"throughput": timer}} if timer else {})
+    assert deepspeed_config(given, BatchSplit(8, 1, 2))["timers"] == {"throughput": written}
+
+
+@pytest.mark.parametrize(
     ("sections", "message"),
     [
         ({"deepspeed": {"train_batch_size": 8}}, "set train.global_batch_size instead"),

@@ -18,6 +18,7 @@ from fastvit_engine.config.phases import Phase
 from fastvit_engine.data import Batch
 from fastvit_engine.data.stream.batch_split import BatchSplit
 from fastvit_engine.engine.build import build_engine
+from fastvit_engine.engine.deepspeed import import_deepspeed
 from fastvit_engine.engine.protocol import TrainingEngine
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import build_for_training
@@ -91,6 +92,26 @@ def test_losses_and_weights_are_those_of_eager_passes(graphs: list[StandIn], lon
 def test_the_kernels_of_a_gpu_are_captured_alike(graphs: list[StandIn], lone_world):
     with dispatch.using("triton"):
         test_losses_and_weights_are_those_of_eager_passes(graphs, lone_world, 1, "bf16")
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{}, {"timers": {"throughput": {"enabled": True}}}, {"wall_clock_breakdown": True}],
+    ids=["default", "throughput timer", "wall clock"],
+)
+def test_what_deepspeed_does_around_a_pass_is_done_once_and_not_captured(
+    graphs: list[StandIn], lone_world, monkeypatch, section
+):
+    """Its timers wait for the GPU, which no capture permits."""
+    accelerator = import_deepspeed().accelerator.get_accelerator()
+    monkeypatch.setattr(accelerator, "synchronize", torch.cuda.synchronize)  # as on a GPU
+    engine, called = engine_of(config(graph=True, deepspeed=section), lone_world), []
+    engine.model.module.register_forward_pre_hook(lambda *_: called.append("before"))
+    engine.model.module.register_forward_hook(lambda *_: called.append("after"))
+    train(engine, WARM_UP + 2)
+    engine.close()
+    assert [graph.replays for graph in graphs] == [2, 2]
+    assert called == ["before", "after"] * (WARM_UP + 2)
 
 
 OBJECTIVES: dict[str, dict[str, Any]] = {

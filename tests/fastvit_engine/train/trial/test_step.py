@@ -79,6 +79,6 @@ def test_a_gpu_that_has_too_little_memory_is_found_out_and_is_free_again(lone_wo
     assert trial.peak_of(4) > 0
     too_much = 2**24  # images
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step, "_MARGIN", 0.98)
+        patch.setattr(step, "_MARGIN", 0.9)  # other programs may use the GPU, too
         assert trial.peak_of(too_much) is None
     assert torch.cuda.memory_allocated() == before
