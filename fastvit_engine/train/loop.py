@@ -20,7 +20,8 @@ from fastvit_engine.distributed.watchdog import Watchdog
 from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.errors import Preempted, UserError
 from fastvit_engine.evaluate.own import Measure
-from fastvit_engine.objectives import OBJECTIVES, Objective, ObjectiveFactory, Taught, build_objective, find_objective
+from fastvit_engine.objectives import Objective, ObjectiveFactory, Taught, build_objective, find_objective
+from fastvit_engine.objectives.build import OBJECTIVES
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder, cache_folder
