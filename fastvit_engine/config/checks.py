@@ -104,6 +104,11 @@ def _check_trial(config: Config) -> None:
             "train.micro_batch_trial = true takes too few steps for train.cuda_graph to capture one, so it would not "
             f"see the memory of the graphs: {off}, or set train.cuda_graph=false"
         )
+    if train.compile:
+        raise UserError(
+            "train.micro_batch_trial = true tries several sizes, for each of which train.compile would compile the "
+            f"model anew, until PyTorch's limit of compilations is reached: {off}, or set train.compile=false"
+        )
     if config.data.decoder == "nvjpeg":
         raise UserError(
             "train.micro_batch_trial = true decodes no images and would not see the memory that data.decoder = nvjpeg "

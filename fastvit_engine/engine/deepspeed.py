@@ -12,6 +12,7 @@ import sys
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, ClassVar, cast
 
@@ -98,6 +99,16 @@ def forget_process_groups() -> None:
     """Makes DeepSpeed make its process groups anew, for a process that leaves one job and joins another."""
     if "deepspeed" in sys.modules:
         import_deepspeed().utils.groups._release_process_group_references()
+
+
+@contextmanager
+def linear_restored() -> Iterator[None]:
+    """Puts PyTorch's `linear` back, which ZeRO-3 exchanges, even if no engine came about that could be closed."""
+    linear = nn.functional.linear
+    try:
+        yield
+    finally:
+        nn.functional.linear = linear
 
 
 def initialize(model: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]) -> "DeepSpeedEngine":

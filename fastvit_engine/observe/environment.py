@@ -14,7 +14,17 @@ import torch
 import fastvit_engine
 from fastvit_engine.shown import recorded, without_secrets
 
-_PACKAGES = ("fastvit-kernels", "deepspeed", "webdataset", "triton", "numpy")
+_PACKAGES = (
+    "fastvit-kernels",
+    "deepspeed",
+    "webdataset",
+    "triton",
+    "numpy",
+    "timm",
+    "flash-attn",
+    "quack-kernels",
+    "apex",
+)
 
 
 def collect_environment(**extra: Any) -> dict[str, Any]:

@@ -48,12 +48,16 @@ _MOST_WORKERS, _MOST_WORKERS_ON_CPU = 16, 4
 
 @dataclass(frozen=True)
 class Chosen:
-    """A configuration without open ends, and why it is what it is."""
+    """A configuration without open ends, and why it is what it is.
+
+    tried_as: the digest of the job whose trial found the micro-batch; None: it was computed, or is not to be kept.
+    """
 
     config: Config
     choices: tuple[Choice, ...]
     memory: Memory
     machine: Machine
+    tried_as: str | None = None
 
     @property
     def measured(self) -> str:
@@ -74,6 +78,7 @@ class Chosen:
         return {
             "memory_estimate_bytes": self.memory.total,
             "memory_usable_bytes": self.machine.usable,
+            "tried_as": self.tried_as,
             "choices": [
                 {"key": choice.key, "value": choice.value, "reason": choice.reason, "by_user": choice.by_user}
                 for choice in self.choices
@@ -99,7 +104,7 @@ def choose(config: Config, machine: Machine) -> Chosen:
         )
     if config.train.cuda_graph and not machine.on_gpu:
         raise UserError("train.cuda_graph = true needs a GPU: set train.cuda_graph=false")
-    is_free = _has_blocks(config) and not (config.train.compile or config.train.cuda_graph)
+    is_free = has_blocks(config) and not (config.train.compile or config.train.cuda_graph)
     checkpointing_is_given = config.train.activation_checkpointing != "auto"
     checkpointing_is_open = is_free and not checkpointing_is_given
     if checkpointing_is_open and not any(candidate.fits for candidate in options):
@@ -129,12 +134,12 @@ def choose(config: Config, machine: Machine) -> Chosen:
             "deepspeed": {**config.deepspeed, **({"zero_optimization": {**zero, **given}} if zero or given else {})},
         }
     )
-    if _has_blocks(config):
+    if has_blocks(config):
         filled = _with_checkpointed_blocks(filled, machine, picked, fewest=checkpointing_is_open)
     if recompute_is_open:
         filled = _least_recompute(filled, machine, picked)
     memory = _memory(filled, machine, picked)
-    if _has_blocks(config) and (filled.train.activation_checkpointing or checkpointing_is_given):
+    if has_blocks(config) and (filled.train.activation_checkpointing or checkpointing_is_given):
         given_size = config.train.micro_batch_size is not None
         fewer = _without_checkpointing(config, machine) if given_size and checkpointing_is_open else None
         choices.insert(2, explain_checkpointing(filled, machine, memory, fewer, by_user=checkpointing_is_given))
@@ -205,7 +210,7 @@ def _least_recompute(config: Config, machine: Machine, picked: Candidate) -> Con
     return without if fits else with_train(config, recompute=recompute_mode(config))
 
 
-def _has_blocks(config: Config) -> bool:
+def has_blocks(config: Config) -> bool:
     """Whether there are blocks that may keep their input alone."""
     return (
         not is_timm(config.model)

@@ -21,6 +21,7 @@ from fastvit_engine.distributed.world import World, join_world
 from fastvit_engine.errors import Preempted, UserError
 from fastvit_engine.evaluate.own import Measure
 from fastvit_engine.objectives import Objective, ObjectiveFactory, Taught, build_objective, find_objective
+from fastvit_engine.objectives.build import OBJECTIVES
 from fastvit_engine.observe.events import record_event
 from fastvit_engine.observe.recorder import Recorder
 from fastvit_engine.observe.run_folder import RunFolder, cache_folder
@@ -154,7 +155,10 @@ def _with_tried_micro_batch(
         return trial.peak_of(micro_batch_size)
 
     folder, continues = cache_folder() / "micro_batches", start.checkpoint is not None
-    chosen, message = settle_micro_batch(chosen, run, world, folder, peak_of, continues=continues)
+    own_objective = make_objective not in OBJECTIVES.values()
+    chosen, message = settle_micro_batch(
+        chosen, run, world, folder, peak_of, trial.limit(), own_objective=own_objective, continues=continues
+    )
     if message and world.is_main:
         say(message)
     return chosen

@@ -10,14 +10,14 @@ from typing import Any
 from fastvit_engine.files import atomic_write
 from fastvit_engine.train.trial.search import Tried
 
-_SHOWN_DIGITS = 16  # of the digest, in the name of a file
+_DIGITS = 16  # of a digest
 
 
 @dataclass(frozen=True)
 class Remembered:
     """Where the result of one job's trial is kept.
 
-    job: all that decides how much memory a step takes, and how much there is.
+    job: what decides how much memory a step takes, and how much there is.
     """
 
     folder: Path
@@ -25,8 +25,7 @@ class Remembered:
 
     @property
     def path(self) -> Path:
-        digest = hashlib.sha256(_text_of(self.job).encode()).hexdigest()
-        return self.folder / f"{digest[:_SHOWN_DIGITS]}.json"
+        return self.folder / f"{digest_of(self.job)}.json"
 
     def read(self) -> int | None:
         """The micro-batch of an earlier trial; None if there was none, or its file says nothing of this job."""
@@ -45,6 +44,11 @@ class Remembered:
             "job": self.job,
         }
         atomic_write(self.path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def digest_of(job: Mapping[str, Any]) -> str:
+    """In hexadecimal digits; equal if the jobs are."""
+    return hashlib.sha256(_text_of(job).encode()).hexdigest()[:_DIGITS]
 
 
 def _text_of(job: Mapping[str, Any]) -> str:

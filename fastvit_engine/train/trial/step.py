@@ -3,7 +3,7 @@
 import gc
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from fastvit_engine.data import Batch
 from fastvit_engine.data.stream.batch import empty_training_batch
 from fastvit_engine.data.stream.batch_split import BatchSplit, mixes_pairs
 from fastvit_engine.distributed.world import World
+from fastvit_engine.engine.deepspeed import linear_restored
 from fastvit_engine.errors import UserError
 from fastvit_engine.objectives import ObjectiveFactory, Phased, Taught, build_objective
 from fastvit_engine.sizing.candidates import with_micro_batch
@@ -36,18 +37,34 @@ class StepTrial:
     make_objective: ObjectiveFactory
     phase: Phase  # of the run, the one with the most tokens
 
+    def limit(self) -> int | None:
+        """Bytes that PyTorch may take of each GPU; collective. None on a CPU.
+
+        What is free on every GPU, less a margin, and at most train.memory_gib.
+        """
+        if self.world.device.type != "cuda":
+            return None
+        device = self.world.device
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        there = free + torch.cuda.memory_reserved(device) - _MARGIN * total
+        limit = max(0, int(-self.world.max([-there]).item()))
+        return limit if self.machine.budget is None else min(limit, self.machine.budget)
+
     def peak_of(self, micro_batch_size: int) -> int | None:
         """Bytes that the process with the most needs, 0 on a CPU; None if those of any do not suffice.
 
         All processes have the same limit, that of the one with the least free memory, so that they fail together.
         """
-        with limited(self.world, self.machine) as device:
+        with limited(self.world, self.limit()) as device:
             peak: float = math.inf
             try:
                 self.run_steps(micro_batch_size)
                 peak = torch.cuda.max_memory_reserved(device) if device is not None else 0
-            except torch.OutOfMemoryError:
-                pass  # its traceback, which holds tensors, is gone when the block ends
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                # the error's traceback, which holds tensors, is gone when the block ends
             gc.collect()
         largest = self.world.max([peak]).item()
         return None if math.isinf(largest) else int(largest)
@@ -67,18 +84,22 @@ class StepTrial:
             )
         if isinstance(objective, Phased):
             objective.enter_phase(self.phase)
-        built = build(config, split, world)
-        engine = built.engine
-        try:
-            batch = _black_images(micro_batch_size, config, self.phase.image_size)
-            for update in range(_UPDATES):
-                for _ in range(passes):
-                    engine.backward(objective.losses(engine.model, batch).mean())
-                    engine.step()
-                if built.ema is not None:
-                    built.ema.update(update)
-        finally:
-            engine.close()
+        with linear_restored():
+            built = build(config, split, world)
+            with closing(built.engine) as engine:
+                batch = _black_images(micro_batch_size, config, self.phase.image_size)
+                for update in range(_UPDATES):
+                    for _ in range(passes):
+                        engine.backward(objective.losses(engine.model, batch).mean())
+                        engine.step()
+                    if built.ema is not None:
+                        built.ema.update(update)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether the memory of a GPU did not suffice: PyTorch's allocator says so by a type, libraries by words alone."""
+    words = ("error: out of memory", "_STATUS_ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(each in str(error) for each in words)
 
 
 def _black_images(size: int, config: Config, image_size: int) -> Batch:
@@ -90,22 +111,17 @@ def _black_images(size: int, config: Config, image_size: int) -> Batch:
 
 
 @contextmanager
-def limited(world: World, machine: Machine) -> Iterator[torch.device | None]:
-    """Limits what PyTorch takes of each GPU to what is free on every one, less a margin, and to train.memory_gib.
+def limited(world: World, limit: int | None) -> Iterator[torch.device | None]:
+    """Limits what PyTorch takes of this process's GPU to that many bytes.
 
     Yields the GPU, or None on a CPU. Afterwards the memory is free again, and without a limit.
     """
-    if world.device.type != "cuda":
+    if limit is None:
         yield None
         return
     device = world.device
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    there = free + torch.cuda.memory_reserved(device) - _MARGIN * total
-    limit = -world.max([-there]).item()
-    if machine.budget is not None:
-        limit = min(limit, machine.budget)
-    torch.cuda.set_per_process_memory_fraction(max(0.0, limit) / total, device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
         yield device

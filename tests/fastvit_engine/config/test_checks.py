@@ -51,6 +51,7 @@ from fastvit_engine.errors import UserError
         (["zero.stage=0", "zero.offload=optimizer"], "zero.offload needs ZeRO: set zero.stage to 1, 2 or 3"),
         (["zero.stage=2", "zero.offload=all"], "which needs zero.stage = 3"),
         (["train.micro_batch_trial=true", "train.cuda_graph=true"], "takes too few steps for train.cuda_graph"),
+        (["train.micro_batch_trial=true", "train.compile=true"], "for each of which train.compile would compile"),
         (
             ["train.micro_batch_trial=true", "data.decoder=nvjpeg"],
             "would not see the memory that data.decoder",
