@@ -1,4 +1,4 @@
-"""This engine with the GPU as its decoder, where there is one."""
+"""This engine with the GPU as its decoder, if there is one."""
 
 import torch
 

@@ -1,8 +1,8 @@
 """What a rank copies and how a copy is described, kept from step to step as far as it stays the same.
 
 A description is two documents of JSON: what changes with every step in one line, and a manifest of all else, which is
-written anew only when the state lies in other tensors. To collect slices, and to write a manifest, takes longer than to
-copy the state of a small model.
+written anew only if the state is in other tensors. Collecting slices and writing a manifest takes longer than copying
+the state of a small model.
 """
 
 import json
@@ -32,7 +32,7 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class Contents:
-    """The slices of a copy, valid as long as the state lies in the tensors that it was made for."""
+    """The slices of a copy, valid as long as the state is in the tensors that it was made for."""
 
     addresses: list[int]  # of those tensors; the slices keep theirs from being freed, so no other gets such an address
     placed: list[Placed]
@@ -53,7 +53,7 @@ class Contents:
         manifest.files[file] = StoredFile(size, stored)
         return cls([tensor.data_ptr() for tensor in tensors], placed, size, manifest.to_json())
 
-    def lies_in(self, tensors: Sequence[Tensor]) -> bool:
+    def is_for(self, tensors: Sequence[Tensor]) -> bool:
         return self.addresses == [tensor.data_ptr() for tensor in tensors]
 
     def describe(self, label: Label, state: TrainerState, scalars: Mapping[str, float], unsettled: Unsettled) -> bytes:

@@ -66,7 +66,7 @@ class Copies:
             return
         started = time.thread_time()
         tensors, contents = self._checkpointer.tensors_to_write(), self._contents
-        if contents is None or not contents.lies_in(tensors):
+        if contents is None or not contents.is_for(tensors):
             contents = self._contents = Contents.of(self._checkpointer, state(), tensors, file_name(self._world.rank))
             started = time.thread_time()  # what is done once says nothing of the copies to come
         description = contents.describe(self._label, state(), self._checkpointer.engine.scalars(), unsettled())
