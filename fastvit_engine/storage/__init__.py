@@ -13,7 +13,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,16 +120,18 @@ class ShardStorage:
         server has not answered within the limits given to the constructor.
         """
         started = time.perf_counter()
-        with self._advising(shard):
+        path = self._paths[shard]
+        try:
             self._check(shard, offset, length)
-            path = self._paths[shard]
             if path is not None:
                 data = self._local.read(path, self._sizes[shard], offset, length)
             elif self._cache is not None:
                 data = self._read_through_cache(self._cache, shard, offset, length)
             else:
                 data = self._read_range(shard, offset, length)
-        self._count(reads=1, bytes=length, seconds=time.perf_counter() - started)
+        except StaleIndex as error:
+            raise self._advising(error, shard) from error.__cause__
+        self._count_read(length, started)
         return data
 
     def read_many(self, ranges: Sequence[tuple[int, int, int]]) -> Iterator[bytes]:
@@ -144,8 +145,10 @@ class ShardStorage:
                 yield self.read(*one)
             return
         for one in ranges:
-            with self._advising(one[0]):
+            try:
                 self._check(*one)
+            except StaleIndex as error:
+                raise self._advising(error, one[0]) from error.__cause__
         with self._count_lock:
             if self._readers is None:
                 self._readers = ThreadPoolExecutor(_READS_AT_ONCE, "shard read")
@@ -153,9 +156,11 @@ class ShardStorage:
         try:
             for shard, _, _ in ranges:
                 started = time.perf_counter()
-                with self._advising(shard):
+                try:
                     data = next(contents)
-                self._count(reads=1, bytes=len(data), seconds=time.perf_counter() - started)
+                except StaleIndex as error:
+                    raise self._advising(error, shard) from error.__cause__
+                self._count_read(len(data), started)
                 yield data
         finally:
             contents.close()
@@ -166,12 +171,8 @@ class ShardStorage:
             return self._local.read(path, self._sizes[shard], offset, length)
         return self._read_range(shard, offset, length)
 
-    @contextmanager
-    def _advising(self, shard: int) -> Iterator[None]:
-        try:
-            yield
-        except StaleIndex as error:
-            raise (error if self._remedies is None else error.advising(self._remedies[shard])) from error.__cause__
+    def _advising(self, error: StaleIndex, shard: int) -> StaleIndex:
+        return error if self._remedies is None else error.advising(self._remedies[shard])
 
     def _check(self, shard: int, offset: int, length: int) -> None:
         if offset < 0 or length < 0 or offset + length > self._sizes[shard]:
@@ -260,6 +261,13 @@ class ShardStorage:
     def _on_retry(self, url: str, reason: str) -> None:
         log.info("shard %s: %s; trying again", public_url(url), reason)
         self._count(retries=1)
+
+    def _count_read(self, length: int, started: float) -> None:
+        with self._count_lock:
+            counters = self._counters
+            counters.reads += 1
+            counters.bytes += length
+            counters.seconds += time.perf_counter() - started
 
     def _count(self, **more: float) -> None:
         with self._count_lock:
