@@ -166,13 +166,11 @@ def render(decoded: Decoded, view: View, out: np.ndarray, scratch: PixelBuffer) 
         resize = pillow_bicubic if view.resampling == "pillow_bicubic" else tensorflow_area
         resize(box, view.resized, top, left, out)
         return
-    if (height, width) == (rows, columns) and not view.mirrored:
+    if (height, width) == (rows, columns):
         cv2.resize(box, (width, height), dst=out, interpolation=cv2.INTER_LINEAR)
-        return
-    whole = scratch.reserve(height, width)
-    cv2.resize(box, (width, height), dst=whole, interpolation=cv2.INTER_LINEAR)
-    cut = whole[top : top + rows, left : left + columns]
-    if view.mirrored:
-        cv2.flip(cut, 1, dst=out)
     else:
-        out[:] = cut
+        whole = scratch.reserve(height, width)
+        cv2.resize(box, (width, height), dst=whole, interpolation=cv2.INTER_LINEAR)
+        out[:] = whole[top : top + rows, left : left + columns]
+    if view.mirrored:
+        cv2.flip(out, 1, dst=out)
