@@ -2,6 +2,8 @@
 
 import io
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -49,6 +51,9 @@ class Decoded(NamedTuple):
         return self.pixels[top:bottom, left:right]
 
 
+Decode = Callable[[PixelBuffer], Decoded]  # a step that is left to do
+
+
 class Jpeg:
     """A JPEG that libjpeg-turbo turns into RGB, of which the header has been read."""
 
@@ -70,13 +75,21 @@ class Jpeg:
         self, box: Box, buffer: PixelBuffer, reduction: int = 1, *, decoding: Decoding = "accurate"
     ) -> Decoded:
         """As `decode`, to the bit, but only a part of the image that has the box: as little as can be told apart."""
+        return self.cut(box, reduction, decoding=decoding)(buffer)
+
+    def cut(self, box: Box, reduction: int = 1, *, decoding: Decoding = "accurate") -> Decode:
+        """The first step of `decode_box`; what it returns does the rest."""
         margin = 0 if decoding == "fast" else 2 * reduction  # pixels to interpolate colours of half the resolution from
-        data, part = cut_out(self.data, self.height, self.width, box, margin)
+        part = cut_out(self.data, self.height, self.width, box, margin)
+        return partial(self._decode_part, part, reduction, decoding)
+
+    def _decode_part(self, part: Part, reduction: int, decoding: Decoding, buffer: PixelBuffer) -> Decoded:
+        data, box = part
         try:
-            pixels = _with_turbo(data, part.height, part.width, buffer, reduction, decoding)
+            pixels = _with_turbo(data, box.height, box.width, buffer, reduction, decoding)
         except ValueError:  # damage behind the part may end its decoding, and not that of the whole
             return Decoded(self.decode(buffer, reduction, decoding=decoding), reduction=reduction)
-        return Decoded(pixels, part.top // reduction, part.left // reduction, reduction)
+        return Decoded(pixels, box.top // reduction, box.left // reduction, reduction)
 
     def part(self, box: Box, reduction: int) -> Part | None:
         """A JPEG with as little as is needed to decode a box with smooth colours; None if only few decoders take it."""
@@ -111,6 +124,10 @@ class OtherImage:
     ) -> Decoded:
         """All of it, see `decode`."""
         return Decoded(self.decode(buffer, reduction, decoding=decoding), reduction=reduction)
+
+    def cut(self, box: Box, reduction: int = 1, *, decoding: Decoding = "accurate") -> Decode:
+        """`decode_box`, which has no steps here."""
+        return partial(self.decode_box, box, reduction=reduction, decoding=decoding)
 
 
 def _with_turbo(

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvit_engine.config import AugmentConfig, Config, DinoConfig, MocoConfig
 from fastvit_engine.data.pixels.compressed import row_bytes, write_compressed
 from fastvit_engine.data.pixels.crops import View, draw_crops, eval_view, render, train_view
-from fastvit_engine.data.pixels.decode import Decoded, Jpeg, OtherImage, PixelBuffer
+from fastvit_engine.data.pixels.decode import Decode, Decoded, Jpeg, OtherImage, PixelBuffer
 from fastvit_engine.data.pixels.distort import distort
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.pixels.jpeg_part import Box
@@ -96,12 +96,17 @@ def eval_views(config: Config) -> Callable[[int, int], list[View]]:
 
 def decode_views(image: Jpeg | OtherImage, chosen: Sequence[View], buffer: PixelBuffer) -> Decoded:
     """Decodes what these crops of an image need, once for all of them, and as small as all of them allow."""
+    return cut_views(image, chosen)(buffer)
+
+
+def cut_views(image: Jpeg | OtherImage, chosen: Sequence[View]) -> Decode:
+    """The first step of `decode_views`; what it returns does the rest."""
     box, reduction, decoding = chosen[0].box, chosen[0].reduction, chosen[0].decoding
     for view in chosen[1:]:
         top, left = min(box.top, view.top), min(box.left, view.left)
         bottom, right = max(box.bottom, view.box.bottom), max(box.right, view.box.right)
         box, reduction = Box(top, left, bottom - top, right - left), min(reduction, view.reduction)
-    return image.decode_box(box, buffer, reduction, decoding=decoding)
+    return image.cut(box, reduction, decoding=decoding)
 
 
 def render_views(
@@ -115,6 +120,9 @@ def render_views(
         image = np.empty((*grid.pixels, 3), np.uint8)
         render(decoded, chosen[0], image, scratch)
         write_packed(image, grid.patch_size, out)
+        return
+    if len(chosen) == 1:
+        render(decoded, chosen[0], out, scratch)
         return
     free = out.reshape(-1)  # the same memory
     for view, size in zip(chosen, sizes, strict=True):

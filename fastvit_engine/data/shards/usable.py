@@ -152,23 +152,34 @@ def read_soft_label(sample: Sample, num_classes: int) -> SoftLabel | None:
 
 def read_image(sample: Sample, keys: SampleKeys, decode: Callable[[bytes], T]) -> T:
     """What `decode` makes of a sample's image. Raises Unusable if there is none, or if `decode` raises ValueError."""
-    name = next((name for name in keys.images if name in sample), None)
-    if name is None:
-        raise Unusable(
-            MISSING,
-            f"has no '{keys.image_key}' member, only {member_names(sample)}",
-            "set data.image_key to the shards' extension, or make the shards again",
-        )
+    name = image_member(sample, keys)
     try:
         return decode(sample[name])
     except ValueError as error:
-        raise Unusable(
-            UNREADABLE,
-            f"has an image in '{name}' that cannot be decoded ({error})",
-            "raise data.max_pixels, or leave such images out of the shards"
-            if "of data.max_pixels" in str(error)
-            else "set data.image_key to the shards' extension, or make the shards again",
-        ) from error
+        raise unreadable(name, error) from error
+
+
+def image_member(sample: Sample, keys: SampleKeys) -> str:
+    """Which member holds a sample's image. Raises Unusable if none does."""
+    for name in keys.images:
+        if name in sample:
+            return name
+    raise Unusable(
+        MISSING,
+        f"has no '{keys.image_key}' member, only {member_names(sample)}",
+        "set data.image_key to the shards' extension, or make the shards again",
+    )
+
+
+def unreadable(name: str, error: ValueError) -> Unusable:
+    """What is wrong with a sample whose image, in a member of this name, could not be decoded."""
+    return Unusable(
+        UNREADABLE,
+        f"has an image in '{name}' that cannot be decoded ({error})",
+        "raise data.max_pixels, or leave such images out of the shards"
+        if "of data.max_pixels" in str(error)
+        else "set data.image_key to the shards' extension, or make the shards again",
+    )
 
 
 def member_names(sample: Sample) -> list[str]:

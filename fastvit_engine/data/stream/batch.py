@@ -1,10 +1,7 @@
-"""What the trainer gets: a batch of images, and how chunks of images become batches of an exact size."""
+"""What the trainer gets: a batch of images with their labels, and how it is filled sample by sample."""
 
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from itertools import cycle
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,9 +11,9 @@ from torch import Tensor
 from fastvit_engine.config import Config
 from fastvit_engine.data.pixels.compressed import pixels_in
 from fastvit_engine.data.pixels.crops import View
-from fastvit_engine.data.pixels.decode import PixelBuffer, open_image
+from fastvit_engine.data.pixels.decode import Decode, PixelBuffer, open_image
 from fastvit_engine.data.pixels.views import (
-    decode_views,
+    cut_views,
     eval_shape,
     images_shape,
     leave_compressed,
@@ -27,12 +24,15 @@ from fastvit_engine.data.shards.sample import Sample
 from fastvit_engine.data.shards.usable import (
     SampleKeys,
     Unusable,
+    image_member,
     name_of,
-    read_image,
     read_labels,
     read_soft_label,
+    unreadable,
 )
 from fastvit_engine.errors import UserError
+
+_TOGETHER = 16  # images that are opened, and then decoded
 
 
 class BadSample(NamedTuple):
@@ -131,8 +131,22 @@ class Workspace:
         self.decoded, self.resized = PixelBuffer(), PixelBuffer()
 
 
+class _Opened(NamedTuple):
+    """A sample whose image is still to be decoded."""
+
+    row: int
+    sample: Sample
+    member: str  # that holds its image
+    views: Sequence[View]
+    decode: Decode
+
+
 class BatchBuilder:
-    """A batch that is filled sample by sample; rows that are not filled stay padding."""
+    """A batch that is filled sample by sample; rows that are not filled stay padding.
+
+    Samples are opened and then decoded several at a time: of what decoding an image needs, hardly anything that opening
+    the next one needs is left in the processor's caches.
+    """
 
     def __init__(
         self,
@@ -152,8 +166,10 @@ class BatchBuilder:
         self._keys, self._num_classes = SampleKeys.of(config.data), config.model.num_classes
         # NumPy's views of it: setting an element of a tensor takes microseconds.
         self._images, self._labels, self._weights = (tensor.numpy() for tensor in batch[:3])
+        self._padding = -1 if self._labels.ndim > 1 and self._labels.dtype == np.int64 else 0  # a label of no sample
         self.seeds = batch.seeds
-        self._bad: list[BadSample] = []
+        self._bad: list[tuple[int, BadSample]] = []  # with their rows
+        self._opened: list[_Opened] = []
         self._seconds = [0.0, 0.0, 0.0]
         self._mark = time.perf_counter()
 
@@ -163,106 +179,74 @@ class BatchBuilder:
         A sample without a usable image becomes a bad one. Raises UserError for labels that are not usable.
         """
         try:
-            soft = read_soft_label(sample, self._num_classes) if self._labels.dtype == np.float32 else None
-            labels = read_labels(sample, self._keys, self._num_classes) if soft is None else []
+            self._label(row, sample)
         except Unusable as problem:
             raise UserError(f"{name_of(sample)} {problem.reason}: {problem.remedy}") from problem
+        self._weights[row] = 1
+        self._batch.keys[row] = sample["__key__"]
         self._end_stage(0)
         try:
-            read_image(sample, self._keys, partial(self._draw, row, choose))
+            self._open(row, sample, choose)
         except Unusable as problem:
-            self.add_bad(row, BadSample(sample["__key__"], sample["__url__"], problem.reason))
-            return
+            self._leave_out(row, sample, problem)
+        self._end_stage(1)
+        if len(self._opened) == _TOGETHER:
+            self._draw_opened()
+
+    def add_bad(self, row: int, sample: BadSample) -> None:
+        self._weights[row] = 0
+        self._batch.keys[row] = sample.key
+        self._bad.append((row, sample))
+
+    def build(self) -> Batch:
+        self._draw_opened()
+        unused = self._weights == 0
+        self._images[unused], self._labels[unused] = 0, self._padding
+        bad = tuple(sample for _, sample in sorted(self._bad))
+        return self._batch._replace(bad=bad, seconds=StageSeconds(*self._seconds))
+
+    def _label(self, row: int, sample: Sample) -> None:
+        soft = read_soft_label(sample, self._num_classes) if self._labels.dtype == np.float32 else None
         if soft is not None:
             self._labels[row] = soft.dense(self._num_classes)
-        elif self._labels.dtype == np.float32:
+            return
+        labels = read_labels(sample, self._keys, self._num_classes)
+        if self._labels.dtype == np.float32:
             self._labels[row, labels[0]] = 1
         elif self._labels.ndim == 1:
             self._labels[row] = labels[0]
         else:
             self._labels[row, : len(labels)] = labels
-        self._weights[row] = 1
-        self._batch.keys[row] = sample["__key__"]
 
-    def add_bad(self, row: int, sample: BadSample) -> None:
-        self._batch.keys[row] = sample.key
-        self._bad.append(sample)
+    def _open(self, row: int, sample: Sample, choose: Callable[[int, int], Sequence[View]]) -> None:
+        member = image_member(sample, self._keys)
+        try:
+            image = open_image(sample[member], self._keys.max_pixels)
+            views = choose(image.height, image.width)
+            if not (self._compressed and leave_compressed(image, views[0], self._images[row])):
+                self._opened.append(_Opened(row, sample, member, views, cut_views(image, views)))
+        except ValueError as error:
+            raise unreadable(member, error) from error
 
-    def build(self) -> Batch:
-        self._images[self._weights == 0] = 0
-        return self._batch._replace(bad=tuple(self._bad), seconds=StageSeconds(*self._seconds))
-
-    def _draw(self, row: int, choose: Callable[[int, int], Sequence[View]], data: bytes) -> None:
-        image = open_image(data, self._keys.max_pixels)
-        views, out = choose(image.height, image.width), self._images[row]
-        if self._compressed:
-            if leave_compressed(image, views[0], out):
+    def _draw_opened(self) -> None:
+        for row, sample, member, views, decode in self._opened:
+            try:
+                decoded = decode(self._workspace.decoded)
                 self._end_stage(1)
-                return
-            out = pixels_in(out, self._sizes[0])
-        decoded = decode_views(image, views, self._workspace.decoded)
-        self._end_stage(1)
-        render_views(decoded, views, self._sizes, out, self._workspace.resized)
-        self._end_stage(2)
+                out = pixels_in(self._images[row], self._sizes[0]) if self._compressed else self._images[row]
+                render_views(decoded, views, self._sizes, out, self._workspace.resized)
+                self._end_stage(2)
+            except ValueError as error:
+                self._leave_out(row, sample, unreadable(member, error))
+        self._opened.clear()
+
+    def _leave_out(self, row: int, sample: Sample, problem: Unusable) -> None:
+        self.add_bad(row, BadSample(sample["__key__"], sample["__url__"], problem.reason))
 
     def _end_stage(self, stage: int) -> None:
         now = time.perf_counter()
         self._seconds[stage] += now - self._mark
         self._mark = now
-
-
-def micro_batches(chunks: Iterable[Batch], sizes: Sequence[int], config: Config, pin_memory: bool) -> Iterator[Batch]:
-    """Joins and cuts `chunks` into the micro-batches of a rank, step by step; see `BatchSplit.micro_batches`.
-
-    A micro-batch of size 0 becomes one image of padding. If all are, `chunks` is left alone.
-    """
-    given = [size for size in sizes if size]
-    if len(given) == len(sizes):
-        yield from rebatch(chunks, sizes, pin_memory)
-        return
-    padding = empty_training_batch(1, config)
-    if pin_memory:
-        images, labels, weights = (tensor.pin_memory() for tensor in padding[:3])
-        padding = padding._replace(images=images, labels=labels, weights=weights)
-    batches = rebatch(chunks, given, pin_memory)
-    for size in cycle(sizes):
-        batch = next(batches, None) if size else padding
-        if batch is None:
-            return
-        yield batch
-
-
-def rebatch(chunks: Iterable[Batch], size: int | Sequence[int], pin_memory: bool) -> Iterator[Batch]:
-    """Joins and cuts `chunks` into batches of exactly `size` images, in order; the last one is padded with weight 0.
-
-    Several sizes take turns. A chunk is copied when it comes, and its memory is free again when the next one is asked
-    for.
-    """
-    sizes = [size] if isinstance(size, int) else size
-    memory, turns = BatchMemory(pin_memory, max(sizes)), cycle(sizes)
-    batch, filled, whole = None, 0, 0
-    for chunk in chunks:
-        start = 0
-        while start < len(chunk.keys):
-            if batch is None:
-                whole = next(turns)
-                batch, filled = _unfilled(whole, chunk, memory), 0
-            count = min(whole - filled, len(chunk.keys) - start)
-            to, cut = slice(filled, filled + count), slice(start, start + count)
-            batch.images[to] = chunk.images[cut]
-            batch.labels[to] = chunk.labels[cut]
-            batch.weights[to] = chunk.weights[cut]
-            batch.keys[to] = chunk.keys[cut]
-            batch.seeds[to] = chunk.seeds[cut]
-            if start == 0:
-                batch = batch._replace(bad=batch.bad + chunk.bad, seconds=batch.seconds.plus(chunk.seconds))
-            start, filled = start + count, filled + count
-            if filled == whole:
-                yield batch
-                batch = None
-    if batch is not None:
-        batch.images[filled:] = 0
-        yield batch
 
 
 def targets(labels: Tensor, num_classes: int) -> Tensor:
@@ -271,46 +255,3 @@ def targets(labels: Tensor, num_classes: int) -> Tensor:
         return labels
     hot = torch.zeros(len(labels), num_classes + 1, device=labels.device)  # the last column is for what is no label
     return hot.scatter_(1, labels.where(labels >= 0, num_classes), 1.0)[:, :num_classes].contiguous()
-
-
-class BatchMemory:
-    """Memory for the images of batches; that of a batch which nobody holds any more is used again.
-
-    New memory costs a page fault every 4 kB, more time than to fill it. PyTorch itself uses pinned memory again, once
-    the device has read it; other memory is free here when it has no reference left but this one.
-    """
-
-    def __init__(self, pin_memory: bool, most: int) -> None:
-        """`most`: images of the largest batch."""
-        self.pin_memory, self.most = pin_memory, most
-        self._kept: list[np.ndarray] = []
-
-    def reserve(self, images: int, *shape: int) -> Tensor:
-        """uint8 [images, *shape] with any content. With another `shape` than before, the memory so far is let go."""
-        if self.pin_memory:
-            return torch.empty((images, *shape), dtype=torch.uint8, pin_memory=True)
-        if self._kept and self._kept[0].shape[1:] != shape:
-            self._kept.clear()
-        for number in range(len(self._kept)):
-            if sys.getrefcount(self._kept[number]) == 2:  # the list's, and the argument's
-                return torch.from_numpy(self._kept[number])[:images]
-        self._kept.append(np.empty((self.most, *shape), np.uint8))
-        return torch.from_numpy(self._kept[-1])[:images]
-
-
-def _form_of(labels: Tensor) -> LabelForm:
-    columns = 1 if labels.ndim == 1 else labels.shape[1]
-    return LabelForm(soft_classes=columns) if labels.is_floating_point() else LabelForm(columns)
-
-
-def _unfilled(size: int, chunk: Batch, memory: BatchMemory) -> Batch:
-    """Padding in the form of `chunk`, but for its images, which may be anything."""
-    labels = _form_of(chunk.labels).unlabelled(size)
-    pin_memory = memory.pin_memory
-    return Batch(
-        images=memory.reserve(size, *chunk.images.shape[1:]),
-        labels=labels.pin_memory() if pin_memory else labels,
-        weights=torch.zeros(size, pin_memory=pin_memory),
-        keys=[""] * size,
-        seeds=np.zeros(size, np.int64),
-    )

@@ -35,12 +35,11 @@ from fastvit_engine.data.stream.batch import (
     LabelForm,
     Workspace,
     leaves_compressed,
-    micro_batches,
-    rebatch,
 )
 from fastvit_engine.data.stream.batch_split import possible_splits
 from fastvit_engine.data.stream.order import Integers, Locations, Order, SourceOrder, share_slots
 from fastvit_engine.data.stream.read_ahead import ReadAhead
+from fastvit_engine.data.stream.rebatch import micro_batches
 from fastvit_engine.data.stream.skip import Window, step_starts
 from fastvit_engine.data.stream.source import EvaluationData, ImageSizeOf, TrainingData
 from fastvit_engine.data.stream.subset import SubsetOrder, subsets_of_sources
@@ -82,12 +81,10 @@ class IndexedShards(EvaluationData):
         positions[(positions >= (rank + 1) * share) | (positions >= index.samples)] = _PADDING
         shape = eval_shape(config)
         requests = (
-            Request(part, shape)
-            for start in range(0, len(positions), batch_size)
-            for part in _parts(positions[start : start + batch_size], config)
+            Request(positions[start : start + batch_size], shape) for start in range(0, len(positions), batch_size)
         )
         samples = _EvalSamples(config, index, open_storage([index], config.data))
-        return rebatch(_load(samples, requests, batch_size, config), batch_size, pin_memory)
+        return _load(samples, requests, [batch_size], config, pin_memory)
 
 
 @dataclass(frozen=True)
@@ -160,10 +157,9 @@ class IndexedData(TrainingData):
                 if read_ahead:
                     read_ahead.at(start)
                 shape = _train_shape(config, image_size_of and image_size_of(step))
-                for micro in np.split(start + own, ends):
-                    yield from (Request(part, shape) for part in _parts(micro, config))
+                yield from (Request(micro, shape) for micro in np.split(start + own, ends) if len(micro))
 
-        return micro_batches(_load(samples, requests(), max(sizes), config), sizes, config, pin_memory)
+        return micro_batches(_load(samples, requests(), sizes, config, pin_memory), sizes, config, pin_memory)
 
     def eval_batches(
         self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool
@@ -213,6 +209,7 @@ class _Samples:
     def __init__(self, config: Config, indexes: list[Index], storage: ShardStorage) -> None:
         self.config, self.indexes, self.storage = config, indexes, storage
         self.first_shard = np.cumsum([0, *(len(index.shards) for index in indexes)])
+        self.shards = [shard for index in indexes for shard in index.shards]
         self.workspace = Workspace()
 
     def build(self, positions: Integers, empty: Batch) -> Batch:
@@ -226,15 +223,14 @@ class _Samples:
             offsets[own], lengths[own] = self.indexes[source].extents(at.shard[own], at.row[own])
         numbers = self.first_shard[at.source] + at.shard
         ranges = list(zip(numbers.tolist(), offsets.tolist(), lengths.tolist(), strict=True))
-        for i, content in enumerate(self.storage.read_many(ranges)):
-            name = self.indexes[at.source[i]].shards[at.shard[i]]
+        for row, (number, offset, _), content in zip(at.row, ranges, self.storage.read_many(ranges), strict=True):
             try:
-                yield parse_sample(content, name)
+                yield parse_sample(content, self.shards[number])
             except TarError as error:
                 # Its key is unknown; this one is the same in every run.
-                name = public_url(name)
-                key = f"{name.rpartition('/')[2]}#{at.row[i]}"
-                reason = f"is damaged: what the index finds at byte {offsets[i]:,} of the shard {error} of it"
+                name = public_url(self.shards[number])
+                key = f"{name.rpartition('/')[2]}#{row}"
+                reason = f"is damaged: what the index finds at byte {offset:,} of the shard {error} of it"
                 yield BadSample(key, name, reason)
 
 
@@ -301,20 +297,16 @@ def _image_size(shape: Sequence[int], compressed: bool) -> int | None:
     return shape[1] if len(shape) == 4 else None
 
 
-def _parts(positions: Integers, config: Config) -> list[Integers]:
-    """A batch's positions in a part for each worker."""
-    parts = np.array_split(positions, max(config.data.workers, 1))
-    return [part for part in parts if len(part)]
-
-
-def _load(samples: _Samples, requests: Iterator[Request], batch_size: int, config: Config) -> Iterator[Batch]:
-    num_workers = config.data.workers
+def _load(
+    samples: _Samples, requests: Iterator[Request], sizes: Sequence[int], config: Config, pin_memory: bool
+) -> Iterator[Batch]:
     return load(
         samples.build,
         requests,
-        num_workers=num_workers,
-        prefetch=2,
+        sizes=[size for size in sizes if size],
         largest=_train_shape(config) if samples.training else eval_shape(config),
-        most=-(-batch_size // max(num_workers, 1)),
+        num_workers=config.data.workers,
+        prefetch=2,
+        pin_memory=pin_memory,
         labels=LabelForm.of(config, training=samples.training),
     )

@@ -11,8 +11,9 @@ from torch import Tensor
 from fastvit_engine.config import Config, DataConfig
 from fastvit_engine.data.pixels.draws import sample_seeds
 from fastvit_engine.data.shards.usable import SampleKeys
-from fastvit_engine.data.stream.batch import Batch, LabelForm, empty_batch, micro_batches
+from fastvit_engine.data.stream.batch import Batch, LabelForm, empty_batch
 from fastvit_engine.data.stream.batch_split import possible_splits
+from fastvit_engine.data.stream.rebatch import micro_batches, rebatch
 from fastvit_engine.data.stream.skip import Window, step_starts
 from fastvit_engine.data.stream.source import EvaluationData, ImageSizeOf, TrainingData
 from fastvit_engine.errors import UserError
@@ -113,8 +114,8 @@ class IterableData(TrainingData):
         if self._samples is None:
             raise RuntimeError("this process has no iterable: see IterableData.bind")
         share, own = Share(rank, world_size, consumed), split.positions(rank)
-        chunks = self._chunks(self._samples, config, share, own, skipped)
-        return micro_batches(chunks, split.micro_batches(rank), config, pin_memory)
+        chunks, sizes = self._chunks(self._samples, config, share, own, skipped), split.micro_batches(rank)
+        return micro_batches(rebatch(chunks, sizes, pin_memory), sizes, config, pin_memory)
 
     def eval_batches(
         self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool

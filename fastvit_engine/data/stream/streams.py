@@ -24,10 +24,9 @@ from fastvit_engine.data.stream.batch import (
     Workspace,
     empty_eval_batch,
     empty_training_batch,
-    micro_batches,
-    rebatch,
 )
 from fastvit_engine.data.stream.batch_split import BatchSplit, mixes_pairs, possible_splits
+from fastvit_engine.data.stream.rebatch import micro_batches, rebatch
 from fastvit_engine.data.stream.sequential import stream_samples
 from fastvit_engine.data.stream.skip import Window, step_starts
 from fastvit_engine.data.stream.source import EvaluationData, ImageSizeOf, TrainingData
@@ -116,8 +115,8 @@ class StreamData(TrainingData):
         chunks = _TrainChunks(config, list(self.train), self.plan, rank, world_size, consumed, skipped, image_size_of)
         # Each worker keeps its share of two steps ready: a step never waits for decoding that could have been done.
         prefetch = 2 * self.plan.streams_per_worker
-        batches = load_stream(chunks, num_workers=self.plan.num_workers, prefetch=prefetch)
-        return micro_batches(batches, sizes, config, pin_memory)
+        loaded = load_stream(chunks, num_workers=self.plan.num_workers, prefetch=prefetch)
+        return micro_batches(rebatch(loaded, sizes, pin_memory), sizes, config, pin_memory)
 
     def eval_batches(
         self, config: Config, *, rank: int, world_size: int, batch_size: int, pin_memory: bool

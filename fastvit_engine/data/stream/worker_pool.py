@@ -1,22 +1,25 @@
 """Batches from decoding processes."""
 
 import contextlib
-import math
-import mmap
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from fastvit_engine.data.stream.batch import ONE_CLASS, Batch, LabelForm, empty_batch
+from fastvit_engine.data.stream.batch import ONE_CLASS, Batch, LabelForm, StageSeconds, empty_batch
+from fastvit_engine.data.stream.batch_memory import BatchMemory, SharedMemory
 from fastvit_engine.errors import RestartError, UserError
 
 _CALM_SECONDS = 0.02
@@ -26,8 +29,25 @@ _CALM_PATIENCE = 0.5
 class Request(NamedTuple):
     """A batch that is ordered."""
 
-    what: Any  # for `build`, of the length of the batch
+    what: Sequence[Any]  # for `build`, as long as the batch
     shape: tuple[int, ...]  # of the images of one sample
+
+
+class _Part(NamedTuple):
+    """A part of an ordered batch, for one process."""
+
+    place: int  # of the batch in the shared memory
+    first: int  # image of the batch
+    what: Sequence[Any]
+    shape: tuple[int, ...]
+
+
+class _Built(NamedTuple):
+    """What a process has made of a part, but for its images."""
+
+    labels: np.ndarray  # sent as an array: tensors would be shared, each through a file
+    weights: np.ndarray
+    rest: tuple[Any, ...]  # of a Batch
 
 
 Build = Callable[[Any, Batch], Batch]  # (what is ordered, empty batch to fill) to the batch
@@ -37,33 +57,65 @@ def load(
     build: Build,
     requests: Iterable[Request],
     *,
+    sizes: Sequence[int],
+    largest: tuple[int, ...],
     num_workers: int,
     prefetch: int,
-    largest: tuple[int, ...],
-    most: int,
+    pin_memory: bool = False,
     labels: LabelForm = ONE_CLASS,
 ) -> Iterator[Batch]:
-    """What `build` makes of each request, in order, from `num_workers` processes that keep `prefetch` of them ready.
+    """The batches that are ordered, each built in parts by `num_workers` processes; 0: by this one.
 
-    largest: shape of the images of a sample that has the most numbers. A batch has at most `most`. The processes write
-    images to slots of memory that they share with this one, used in turn: **a batch's images are valid until the
-    next is asked for**. Sending them would cost a fifth of the time of decoding small images, for new memory and its
-    page faults. A UserError of `build` is raised here as it is.
+    sizes: of the batches. largest: shape of the images of a sample that has the most numbers. Each process keeps
+    `prefetch` parts ready. It writes images to where the batch is, in memory that it shares with this process: sending
+    them would cost a fifth of the time of decoding small images, for new memory and its page faults. A batch is copied
+    only into pinned memory, or if many are held at a time. A UserError of `build` is raised here as it is.
     """
-    slots = num_workers * prefetch + 1  # the batches that are ordered, and the one that was given out last
-    whole = (slots, most * math.prod(largest))
-    # Not a file in /dev/shm, which is small in many containers: processes that are forked share it too.
-    memory = torch.frombuffer(mmap.mmap(-1, math.prod(whole)), dtype=torch.uint8).view(whole)
-    numbered = ((number % slots, request) for number, request in enumerate(requests))
-    loader = _loader(_Builder(build, memory, labels), numbered, num_workers=num_workers, prefetch=prefetch)
-    for number, (given, weights, shape, rest) in enumerate(_received(loader)):
-        images = _images_in(memory[number % slots], len(given), shape)
-        yield Batch(images, torch.from_numpy(given), torch.from_numpy(weights), *rest)
+    parts = max(1, min(num_workers, *sizes))  # of the smallest batch
+    being_filled = 1 + -(-max(1, num_workers * prefetch) // parts)
+    memory = SharedMemory(being_filled, max(sizes), largest)
+    copies = BatchMemory(pin_memory, max(sizes))
+    ordered: deque[list[_Part]] = deque()
+
+    def in_parts() -> Iterator[_Part]:
+        for what, shape in requests:
+            ordered.append(list(_parts(what, shape, memory.take(), num_workers)))
+            yield from ordered[-1]
+
+    built = _received(_loader(_Builder(build, memory, labels), in_parts(), num_workers=num_workers, prefetch=prefetch))
+    for first in built:
+        (place, _, _, shape), *others = ordered.popleft()
+        yield _put_together([first, *islice(built, len(others))], memory, place, shape, copies)
 
 
-def _images_in(slot: torch.Tensor, count: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """[count, *shape], at the beginning of a slot."""
-    return slot[: count * math.prod(shape)].view(count, *shape)
+def _parts(what: Sequence[Any], shape: tuple[int, ...], place: int, num_workers: int) -> Iterator[_Part]:
+    """A part for each process, as equal as can be."""
+    count = min(max(1, num_workers), len(what))
+    bounds = [len(what) * number // count for number in range(count + 1)]
+    for start, end in pairwise(bounds):
+        yield _Part(place, start, what[start:end], shape)
+
+
+def _put_together(
+    parts: Sequence[_Built], memory: SharedMemory, place: int, shape: tuple[int, ...], copies: BatchMemory
+) -> Batch:
+    labels, weights = (torch.from_numpy(np.concatenate(arrays)) for arrays in list(zip(*parts, strict=True))[:2])
+    images = memory.images(place, 0, len(weights), shape)
+    if copies.pin_memory:
+        labels, weights = labels.pin_memory(), weights.pin_memory()
+    if copies.pin_memory or not memory.may_be_held():
+        images = copies.reserve(len(weights), *shape).copy_(images)
+    memory.release(place)
+    keys, seeds, bad, seconds = zip(*(part.rest for part in parts), strict=True)
+    return Batch(
+        images,
+        labels,
+        weights,
+        list(chain(*keys)),
+        np.concatenate(seeds),
+        tuple(chain(*bad)),
+        reduce(StageSeconds.plus, seconds),
+    )
 
 
 def load_stream(chunks: IterableDataset, *, num_workers: int, prefetch: int) -> Iterator[Batch]:
@@ -77,19 +129,17 @@ def load_stream(chunks: IterableDataset, *, num_workers: int, prefetch: int) -> 
 class _Builder(Dataset):
     """The side of `load` in the processes."""
 
-    def __init__(self, build: Build, memory: torch.Tensor, labels: LabelForm) -> None:
+    def __init__(self, build: Build, memory: SharedMemory, labels: LabelForm) -> None:
         self.build, self.memory, self.labels = build, memory, labels
 
-    def __getitem__(self, numbered: tuple[int, Request]) -> Any:
-        slot, (what, shape) = numbered
-        images = _images_in(self.memory[slot], len(what), shape)
-        empty = empty_batch(len(what), image_size=0, labels=self.labels)._replace(images=images)
+    def __getitem__(self, part: _Part) -> _Built | UserError:
+        images = self.memory.images(part.place, part.first, len(part.what), part.shape)
+        empty = empty_batch(len(part.what), image_size=0, labels=self.labels)._replace(images=images)
         try:
-            batch = self.build(what, empty)
+            batch = self.build(part.what, empty)
         except UserError as error:
             return error  # raising would wrap it in the worker's stack trace
-        # As arrays, which are sent; tensors would be shared, each through a file.
-        return batch.labels.numpy(), batch.weights.numpy(), shape, batch[3:]
+        return _Built(batch.labels.numpy(), batch.weights.numpy(), batch[3:])
 
 
 class _Loader(DataLoader):

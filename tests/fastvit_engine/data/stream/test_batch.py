@@ -12,44 +12,11 @@ from fastvit_engine.data.stream.batch import (
     Batch,
     BatchBuilder,
     LabelForm,
-    StageSeconds,
     Workspace,
     empty_batch,
-    rebatch,
     targets,
 )
 from fastvit_engine.errors import UserError
-
-
-def _chunk(first: int, size: int) -> Batch:
-    numbers = torch.arange(first, first + size)
-    images = numbers.to(torch.uint8).view(-1, 1, 1, 1).expand(size, 2, 2, 3).contiguous()
-    return Batch(images, numbers, torch.ones(size), [str(n.item()) for n in numbers], numbers.numpy() + 100)
-
-
-def test_rebatch_keeps_order_and_pads_the_last_batch():
-    batches = list(rebatch([_chunk(0, 3), _chunk(3, 5), _chunk(8, 1), _chunk(9, 2)], size=4, pin_memory=False))
-    assert [len(batch.keys) for batch in batches] == [4, 4, 4]
-    labels = torch.cat([batch.labels for batch in batches])
-    images = torch.cat([batch.images for batch in batches])
-    weights = torch.cat([batch.weights for batch in batches])
-    keys = [key for batch in batches for key in batch.keys]
-    assert [seed for batch in batches for seed in batch.seeds] == [*range(100, 111), 0]
-    assert labels.tolist() == [*range(11), 0]
-    assert weights.tolist() == [1.0] * 11 + [0.0]
-    assert keys == [str(n) for n in range(11)] + [""]
-    assert torch.equal(images[:, 1, 1, 2], labels.to(torch.uint8))
-
-
-def test_rebatch_without_remainder_adds_nothing():
-    assert [batch.keys for batch in rebatch([_chunk(0, 4)], size=2, pin_memory=False)] == [["0", "1"], ["2", "3"]]
-
-
-def test_batches_do_not_share_memory_with_chunks():
-    chunk = _chunk(0, 2)
-    (batch,) = rebatch([chunk], size=2, pin_memory=False)
-    chunk.images.fill_(99)
-    assert batch.images.max() == 1
 
 
 def test_padding_has_no_weight():
@@ -57,72 +24,6 @@ def test_padding_has_no_weight():
     assert batch.images.shape == (3, 4, 4, 3) and batch.images.dtype == torch.uint8
     assert batch.labels.dtype == torch.int64 and batch.weights.dtype == torch.float32
     assert batch.weights.sum() == 0 and batch.keys == ["", "", ""]
-
-
-def test_a_chunk_may_be_overwritten_when_the_next_one_is_asked_for():
-    def chunks():
-        chunk = _chunk(0, 3)
-        for first in range(0, 12, 3):
-            chunk.images.fill_(99)
-            for mine, new in zip(chunk[:3], _chunk(first, 3)[:3], strict=True):
-                mine.copy_(new)
-            yield chunk._replace(keys=[str(first + n) for n in range(3)])
-
-    batches = list(rebatch(chunks(), size=5, pin_memory=False))
-    assert torch.cat([batch.images[:, 0, 0, 0] for batch in batches]).tolist() == [*range(12), 0, 0, 0]
-
-
-def test_what_comes_with_a_chunk_is_counted_once():
-    bad = BadSample("k", "u", "has no image")
-    chunks = [_chunk(0, 3)._replace(bad=(bad,), seconds=StageSeconds(1, 2, 3)), _chunk(3, 3)]
-    first, second, third = rebatch([*chunks, chunks[0]], size=3, pin_memory=False)
-    assert (first.bad, second.bad, third.bad) == ((bad,), (), (bad,)) and first.seconds == third.seconds == (1, 2, 3)
-    joined, rest = rebatch([chunks[0], chunks[1], chunks[0]], size=8, pin_memory=False)
-    assert joined.bad == (bad, bad) and joined.seconds == (2, 4, 6) and rest.seconds == (0, 0, 0)
-
-
-def test_several_labels_an_image():
-    chunk = _chunk(0, 3)._replace(labels=torch.tensor([[4, 1], [0, -1], [2, 3]]))
-    first, second = rebatch([chunk], size=2, pin_memory=False)
-    assert first.labels.tolist() == [[4, 1], [0, -1]] and second.labels.tolist() == [[2, 3], [-1, -1]]
-    assert targets(first.labels, 5).tolist() == [[0, 1, 0, 0, 1], [1, 0, 0, 0, 0]]
-    assert empty_batch(2, 1, LabelForm(3)).labels.tolist() == [[-1] * 3] * 2
-    assert targets(torch.tensor([3, 1]), 5).tolist() == [3, 1]
-
-
-def test_rebatch_keeps_probabilities():
-    chunk = _chunk(0, 3)._replace(labels=torch.tensor([[0.5, 0.5], [1, 0], [0.25, 0.75]]))
-    first, second = rebatch([chunk], size=2, pin_memory=False)
-    assert first.labels.tolist() == [[0.5, 0.5], [1, 0]] and second.labels.tolist() == [[0.25, 0.75], [0, 0]]
-    assert targets(first.labels, 2) is first.labels
-
-
-def test_memory_is_used_again_only_when_nobody_holds_the_batch():
-    numbered = (_chunk(first, 2) for first in range(0, 200, 2))
-    batches = rebatch(numbered, size=2, pin_memory=False)
-    kept = next(batches).images
-    view = next(batches).images[1:]  # holds its batch, too
-    seen = set()
-    for number, batch in enumerate(batches, start=2):
-        seen.add(batch.images.data_ptr())
-        assert batch.images.flatten()[0] == 2 * number
-        del batch
-    assert len(seen) <= 2
-    assert kept.data_ptr() not in seen and view.untyped_storage().data_ptr() not in seen
-    assert kept[:, 0, 0, 0].tolist() == [0, 1] and view[:, 0, 0, 0].tolist() == [3]
-
-
-def test_memory_that_autograd_keeps_is_not_used_again():
-    batches = rebatch((_chunk(first, 2) for first in range(0, 20, 2)), size=2, pin_memory=False)
-    weight = torch.ones(2, 2, 2, 3, requires_grad=True)
-    losses = [(weight * next(batches).images).sum() for _ in range(3)]
-    losses[0].backward()
-    assert torch.equal(weight.grad[:, 0, 0, 0], torch.tensor([0.0, 1.0]))
-
-
-def test_memory_grows_with_the_batches_that_are_held():
-    batches = list(rebatch((_chunk(first, 2) for first in range(0, 20, 2)), size=2, pin_memory=False))
-    assert len({batch.images.data_ptr() for batch in batches}) == 10
 
 
 def _sample(grey: int, labels: bytes, key: str) -> dict[str, bytes | str]:
@@ -168,3 +69,35 @@ def test_all_labels_of_a_sample_are_kept():
 def test_labels_that_cannot_be_trained_on_are_refused(labels):
     with pytest.raises(UserError, match=r"sample 'k'.*a\.tar"):
         _built(1, _sample(0, labels, "k"))
+
+
+def _unusable(kind: str, key: str) -> dict[str, bytes | str] | BadSample:
+    if kind == "damaged":
+        return BadSample(key, "a.tar", "is damaged")
+    sample = _sample(0, b"4", key)
+    image = sample.pop("png")
+    return sample if kind == "missing" else {**sample, "png": image[:41]}  # its header alone
+
+
+@pytest.mark.parametrize("kind", ["damaged", "missing", "cut short"])
+@pytest.mark.parametrize("count", [15, 16, 17, 40])
+def test_it_makes_no_difference_which_samples_are_decoded_together(kind, count):
+    """Whether a sample is known to be bad before it is opened, then, or when it is decoded."""
+    samples, rows = [], []
+    for number in range(count):
+        if number % 3:
+            samples.append(_sample(50 + number, b"%d" % (number % 4), f"k{number}"))
+            rows.append((50 + number, number % 4, 1.0, f"k{number}"))
+        else:
+            samples.append(_unusable(kind, f"bad{number}"))
+            rows.append((0, 0, 0.0, f"bad{number}"))
+    batch = _built(1, *samples)
+    pixels = batch.images[:, 3, 3, 1].tolist()
+    found = zip(pixels, batch.labels.tolist(), batch.weights.tolist(), batch.keys, strict=True)
+    assert list(found) == [*rows, (0, 0, 0.0, "")]
+    assert [sample.key for sample in batch.bad] == [f"bad{number}" for number in range(0, count, 3)]
+
+
+def test_a_bad_sample_has_no_label_of_any_form():
+    broken = {**_sample(0, b"[3, 1]", "broken"), "png": b"no image"}
+    assert _built(3, broken).labels.tolist() == [[-1] * 3] * 2

@@ -326,13 +326,17 @@ def test_restart_markers_change_no_pixel(tmp_path, write_tar, make_config, photo
     monkeypatch.setattr("fastvit_engine.data.pixels.jpeg_part.WORTH", 1)
     parts, jpeg_type = [], type(open_image(photo(0)))
 
-    def noted(image, box, buffer, reduction, *, decoding):
-        decoded = decode_box(image, box, buffer, reduction, decoding=decoding)
-        parts.append(decoded.pixels.size * reduction**2 / (3 * image.height * image.width))
-        return decoded
+    def noted(image, box, reduction, *, decoding):
+        def decode(buffer):
+            decoded = rest(buffer)
+            parts.append(decoded.pixels.size * reduction**2 / (3 * image.height * image.width))
+            return decoded
 
-    decode_box = jpeg_type.decode_box
-    monkeypatch.setattr(jpeg_type, "decode_box", noted)
+        rest = cut(image, box, reduction, decoding=decoding)
+        return decode
+
+    cut = jpeg_type.cut
+    monkeypatch.setattr(jpeg_type, "cut", noted)
     batches, shares = {}, {}
     for name in ("without", "with"):
         members = []

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter, deque
 
 import numpy as np
 import pytest
@@ -23,28 +24,52 @@ def _build(request: np.ndarray, empty: Batch) -> Batch:
     return empty._replace(keys=[str(number) for number in request], seconds=StageSeconds(1, 2, 3))
 
 
-def _load(build, requests, num_workers, most=4):
+def _load(build, requests, num_workers, sizes=(1, 2, 3, 4)):
     ordered = (Request(request, (3, 3, 3)) for request in requests)
-    return load(build, ordered, num_workers=num_workers, prefetch=2, largest=(3, 3, 3), most=most)
+    return load(build, ordered, sizes=sizes, largest=(3, 3, 3), num_workers=num_workers, prefetch=2)
 
 
+@pytest.mark.parametrize("held", [0, 2, 3, 9])
 @pytest.mark.parametrize("num_workers", [0, 1, 3])
-def test_batches_are_whole_and_in_order_while_places_are_used_again(num_workers):
-    """Slow consumers and fast ones: no place is written to before the next batch is asked for."""
+def test_batches_are_whole_and_in_order_and_stay_as_they_are_while_they_are_held(num_workers, held):
     requests = [np.arange(n, n + 1 + n % 4) for n in range(40)]
+    last = deque(maxlen=held + 1)
     for number, batch in enumerate(_load(_build, requests, num_workers)):
         if number % 8 == 0:
             time.sleep(0.02)  # all that may be written ahead has been
-        assert batch.images.shape == (len(requests[number]), 3, 3, 3) and batch.images.dtype == torch.uint8
-        assert batch.images[:, 1, 2, 0].tolist() == batch.labels.tolist() == requests[number].tolist()
-        assert batch.keys == [str(n) for n in requests[number]] and batch.seconds == (1, 2, 3)
+        last.append((number, batch))
+        for earlier, batch in last:
+            assert batch.images.shape == (len(requests[earlier]), 3, 3, 3) and batch.images.dtype == torch.uint8
+            assert batch.images[:, 1, 2, 0].tolist() == batch.labels.tolist() == requests[earlier].tolist()
+            assert batch.keys == [str(n) for n in requests[earlier]]
+            parts = min(max(num_workers, 1), len(batch.keys))
+            assert batch.seconds == (parts, 2 * parts, 3 * parts) and batch.weights.tolist() == [1] * len(batch.keys)
     assert number == 39
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_memory_is_used_again_and_nothing_is_copied_if_few_batches_are_held(monkeypatch, num_workers):
+    monkeypatch.setattr(worker_pool.BatchMemory, "reserve", lambda *arguments: pytest.fail("it would be a copy"))
+    places = set()
+    for batch in _load(_build, [np.arange(4)] * 60, num_workers, sizes=[4]):
+        before, places = batch, places | {batch.images.data_ptr()}  # two are held
+    assert before is batch and len(places) <= (2 if num_workers == 0 else 6)
+
+
+def test_each_process_builds_a_part_of_every_batch():
+    def build(request: np.ndarray, empty: Batch) -> Batch:
+        return _build(request, empty)._replace(keys=[f"{os.getpid()} {number}" for number in request])
+
+    for batch in _load(build, [np.arange(8)] * 3, 3, sizes=[8]):
+        pids, numbers = zip(*(key.split() for key in batch.keys), strict=True)
+        assert [*map(int, numbers)] == batch.images[:, 0, 0, 0].tolist() == [*range(8)]
+        assert sorted(Counter(pids).values()) == [2, 3, 3] and len(set(pids)) == 3
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_may_differ_in_the_size_of_their_images(num_workers):
     requests = [Request(np.arange(n, n + 1 + n % 4), (side, side, 3)) for n, side in enumerate([2, 2, 5, 1, 3] * 4)]
-    batches = load(_build, requests, num_workers=num_workers, prefetch=2, largest=(5, 5, 3), most=4)
+    batches = load(_build, requests, sizes=[1, 2, 3, 4], largest=(5, 5, 3), num_workers=num_workers, prefetch=2)
     for request, batch in zip(requests, batches, strict=True):
         assert batch.images.shape == (len(request.what), *request.shape)
         assert batch.images[:, 0, 0, 2].tolist() == request.what.tolist() and batch.images.is_contiguous()
