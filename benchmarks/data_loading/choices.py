@@ -51,7 +51,7 @@ def _decoders() -> dict[str, Callable[[bytes], Any]]:
 
 
 def _resizers(size: int) -> dict[str, Callable[[np.ndarray], Any]]:
-    out, mirrored = np.empty((size, size, 3), np.uint8), np.empty((size, size, 3), np.uint8)
+    out = np.empty((size, size, 3), np.uint8)
 
     def opencv(method: int) -> Callable[[np.ndarray], Any]:
         return lambda box: cv2.resize(box, (size, size), dst=out, interpolation=method)
@@ -62,7 +62,7 @@ def _resizers(size: int) -> dict[str, Callable[[np.ndarray], Any]]:
 
     return {
         "OpenCV bilinear": opencv(cv2.INTER_LINEAR),
-        "the same, mirrored by OpenCV": lambda box: cv2.flip(opencv(cv2.INTER_LINEAR)(box), 1, dst=mirrored),
+        "the same, mirrored by OpenCV": lambda box: cv2.flip(opencv(cv2.INTER_LINEAR)(box), 1, dst=out),
         "the same, mirrored by NumPy": lambda box: np.ascontiguousarray(opencv(cv2.INTER_LINEAR)(box)[:, ::-1]),
         "OpenCV bicubic": opencv(cv2.INTER_CUBIC),
         "OpenCV area": opencv(cv2.INTER_AREA),
