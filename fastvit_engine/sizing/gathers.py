@@ -27,7 +27,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Unit:
-    """A module whose own parameters are gathered when it is called; a leaf, with all that is inside."""
+    """A module whose own parameters, if any, are gathered when it is called; a leaf, with all that is inside."""
 
     name: str
     weights: tuple[Weight, ...]  # that are gathered with it
@@ -84,7 +84,10 @@ Event = Gather | Run | Done
 
 
 def units_of(model: nn.Module, persistence: int = PERSISTENCE) -> Unit:
-    """The modules of a model in the order in which they are registered, which is taken for that of their calls."""
+    """The modules of a model in the order in which they are registered, which is taken for that of their calls.
+
+    Those without weights are among them: weights are prefetched whenever a module is called.
+    """
     numbers = {id(parameter): number for number, parameter in enumerate(model.parameters())}
 
     def weights_of(module: nn.Module, *, recurse: bool) -> tuple[Weight, ...]:
@@ -98,8 +101,7 @@ def units_of(model: nn.Module, persistence: int = PERSISTENCE) -> Unit:
         if getattr(module, "_z3_leaf", False):
             return Unit(name, weights_of(module, recurse=True), own, leaf=True)
         inside = (unit(f"{name}.{called}" if name else called, child) for called, child in module.named_children())
-        children = tuple(one for one in inside if one.weights or one.children)
-        return Unit(name, own, own, children)
+        return Unit(name, own, own, tuple(inside))
 
     return unit("", model)
 
