@@ -3,11 +3,14 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 from fastvit_engine.config import Config
+from fastvit_engine.config.checks import check_config, check_zero
 from fastvit_engine.config.model_shape import resolve_shape
 from fastvit_engine.data.stream.batch_split import split_batch
+from fastvit_engine.errors import UserError
 from fastvit_engine.observe.units import counted, format_bytes, format_count
 from fastvit_engine.sizing.candidates import (
     Candidate,
@@ -197,12 +200,8 @@ def why_nothing_fits(config: Config, machine: Machine, options: list[Candidate])
         for stage in allowed_stages(free):
             if candidate_at(free, machine, stage).fits:
                 return f"{problem}: zero.stage={stage} would fit"
-    for offload, stage in (("optimizer", 2), ("all", 3)):
-        if config.zero.offload == "none" and not config.train.cuda_graph:  # which refuses it
-            update = {"offload": offload, "stage": stage}
-            spilled = config.model_copy(update={"zero": config.zero.model_copy(update=update)})
-            if machine.on_gpu and candidate_at(spilled, machine, stage).fits:
-                return f"{problem}: zero.offload={offload} would fit, with the rest in the host's memory, and be slower"
+    if config.zero.offload == "none" and machine.on_gpu and (change := _offloading_that_fits(config, machine)):
+        return f"{problem}: {change} would fit, with the rest in the host's memory, and be slower"
     for factor in (2, 4, 8, 16, 32, 64):
         processes = machine.processes * factor
         if config.train.global_batch_size >= processes:
@@ -212,6 +211,20 @@ def why_nothing_fits(config: Config, machine: Machine, options: list[Candidate])
                     f"{problem}: {processes} {machine.device}s{'' if machine.on_gpu else ' on more machines'} would do"
                 )
     return f"{problem}: take a smaller model or devices with more memory"
+
+
+def _offloading_that_fits(config: Config, machine: Machine) -> str | None:
+    for offload, stage in product(("optimizer", "all"), dict.fromkeys((config.zero.stage, "auto"))):
+        zero = config.zero.model_copy(update={"offload": offload, "stage": stage})
+        spilled = config.model_copy(update={"zero": zero})
+        try:
+            check_config(spilled)
+            check_zero(zero)
+        except UserError:
+            continue
+        if any(candidate_at(spilled, machine, possible).fits for possible in allowed_stages(spilled)):
+            return f"zero.offload={offload}" + ("" if stage == config.zero.stage else f" and zero.stage={stage}")
+    return None
 
 
 def available_memory(machine: Machine) -> str:

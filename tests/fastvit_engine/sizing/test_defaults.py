@@ -1,4 +1,5 @@
 import json
+from itertools import product
 
 import pytest
 
@@ -193,11 +194,38 @@ def test_what_cannot_fit_is_refused_with_the_nearest_remedy(settings, machine, p
         assert part in str(refusal.value)
 
 
-def test_the_remedy_fits():
-    with pytest.raises(UserError, match="train.micro_batch_size=") as refusal:
-        choose(h14("train.micro_batch_size=64", "train.activation_checkpointing=0"), gpus(64, 10))
-    micro = str(refusal.value).partition("train.micro_batch_size=")[2].partition(" ")[0]
-    assert choose(h14(f"train.micro_batch_size={micro}"), gpus(64, 10)).memory.total <= gpus(64, 10).usable
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.micro_batch_size=64", "train.activation_checkpointing=0"],
+        [],
+        ["zero.stage=0"],
+        ["zero.stage=1"],
+        ["zero.stage=3", "train.memory_gib=2"],
+        ["train.compile=true"],
+        ["train.compile=true", "zero.stage=1"],
+        ["train.cuda_graph=true", "zero.stage=0"],
+        ["optimizer.kernels=apex"],
+        ["zero.offload=all"],
+    ],
+    ids=lambda settings: " ".join(settings) or "as it is",
+)
+def test_what_is_advised_fits(settings):
+    advised = set()
+    for count, gib in product((1, 8, 64), (1, 2, 3, 5, 8, 12, 16, 24)):
+        machine = gpus(count, gib)
+        try:
+            choose(h14(*settings), machine)
+        except UserError as refusal:
+            remedy = str(refusal).rpartition(": ")[2]
+            changes, fits, _ = remedy.partition(" would fit")
+            if fits or "GPUs would do" in remedy:
+                more = changes.split(" and ") if fits else []
+                enough = machine if fits else gpus(int(remedy.split()[0]), gib)
+                chosen = choose(h14(*settings, *more), enough)
+                assert chosen.memory.total <= chosen.machine.usable, remedy
+                advised.add(more[0].partition("=")[0] if more else "GPUs")
+    assert advised
 
 
 def test_all_choices_are_made_for_the_budget():
