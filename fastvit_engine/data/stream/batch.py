@@ -1,6 +1,7 @@
 """What the trainer gets: a batch of images with their labels, and how it is filled sample by sample."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from fastvit_engine.data.shards.usable import (
 from fastvit_engine.errors import UserError
 
 _TOGETHER = 16  # images that are opened, and then decoded
+_TOGETHER_BYTES = 1 << 24  # of them at most, but for the last: images of any size would need memory without bound
 
 
 class BadSample(NamedTuple):
@@ -169,7 +171,8 @@ class BatchBuilder:
         self._padding = -1 if self._labels.ndim > 1 and self._labels.dtype == np.int64 else 0  # a label of no sample
         self.seeds = batch.seeds
         self._bad: list[tuple[int, BadSample]] = []  # with their rows
-        self._opened: list[_Opened] = []
+        self._opened: deque[_Opened] = deque()
+        self._opened_bytes = 0
         self._seconds = [0.0, 0.0, 0.0]
         self._mark = time.perf_counter()
 
@@ -190,7 +193,7 @@ class BatchBuilder:
         except Unusable as problem:
             self._leave_out(row, sample, problem)
         self._end_stage(1)
-        if len(self._opened) == _TOGETHER:
+        if len(self._opened) == _TOGETHER or self._opened_bytes >= _TOGETHER_BYTES:
             self._draw_opened()
 
     def add_bad(self, row: int, sample: BadSample) -> None:
@@ -199,6 +202,7 @@ class BatchBuilder:
         self._bad.append((row, sample))
 
     def build(self) -> Batch:
+        self._end_stage(0)
         self._draw_opened()
         unused = self._weights == 0
         self._images[unused], self._labels[unused] = 0, self._padding
@@ -225,11 +229,13 @@ class BatchBuilder:
             views = choose(image.height, image.width)
             if not (self._compressed and leave_compressed(image, views[0], self._images[row])):
                 self._opened.append(_Opened(row, sample, member, views, cut_views(image, views)))
+                self._opened_bytes += len(sample[member])
         except ValueError as error:
             raise unreadable(member, error) from error
 
     def _draw_opened(self) -> None:
-        for row, sample, member, views, decode in self._opened:
+        while self._opened:  # each is let go once it is drawn: Pillow keeps the pixels of an image that it has decoded
+            row, sample, member, views, decode = self._opened.popleft()
             try:
                 decoded = decode(self._workspace.decoded)
                 self._end_stage(1)
@@ -238,7 +244,7 @@ class BatchBuilder:
                 self._end_stage(2)
             except ValueError as error:
                 self._leave_out(row, sample, unreadable(member, error))
-        self._opened.clear()
+        self._opened_bytes = 0
 
     def _leave_out(self, row: int, sample: Sample, problem: Unusable) -> None:
         self.add_bad(row, BadSample(sample["__key__"], sample["__url__"], problem.reason))

@@ -29,7 +29,7 @@ _CALM_PATIENCE = 0.5
 class Request(NamedTuple):
     """A batch that is ordered."""
 
-    what: Sequence[Any]  # for `build`, as long as the batch
+    what: Sequence[Any] | np.ndarray  # for `build`, as long as the batch
     shape: tuple[int, ...]  # of the images of one sample
 
 
@@ -38,7 +38,7 @@ class _Part(NamedTuple):
 
     place: int  # of the batch in the shared memory
     first: int  # image of the batch
-    what: Sequence[Any]
+    what: Sequence[Any] | np.ndarray
     shape: tuple[int, ...]
 
 
@@ -88,7 +88,7 @@ def load(
         yield _put_together([first, *islice(built, len(others))], memory, place, shape, copies)
 
 
-def _parts(what: Sequence[Any], shape: tuple[int, ...], place: int, num_workers: int) -> Iterator[_Part]:
+def _parts(what: Sequence[Any] | np.ndarray, shape: tuple[int, ...], place: int, num_workers: int) -> Iterator[_Part]:
     """A part for each process, as equal as can be."""
     count = min(max(1, num_workers), len(what))
     bounds = [len(what) * number // count for number in range(count + 1)]

@@ -165,6 +165,15 @@ def test_buffer_is_reused_and_its_remains_do_not_show(pixels, encode):
     assert np.shares_memory(first, second) and np.array_equal(second, _with_pillow(data))
 
 
+@pytest.mark.parametrize("reduction", [1, 2])
+def test_a_jpeg_of_which_nothing_decodes_does_not_show_the_image_before(pixels, encode, reduction):
+    """As one that ends within the tables of a later scan, where libjpeg-turbo gives up before the first pixel."""
+    data, buffer = encode(pixels, "JPEG", progressive=True), PixelBuffer()
+    open_image(data).decode(buffer, reduction)
+    with pytest.raises(ValueError, match="truncated"):
+        open_image(data[: data.rindex(b"\xff\xc4") + 20]).decode(buffer, reduction)
+
+
 def test_jpeg_that_the_fast_decoder_refuses_goes_to_pillow(pixels, encode, monkeypatch):
     def refuse(*args, **options):
         raise ValueError

@@ -1,4 +1,6 @@
 import io
+import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ from PIL import Image
 
 from fastvit_engine.config import Config
 from fastvit_engine.data.pixels.crops import View
+from fastvit_engine.data.stream import batch as batch_module
 from fastvit_engine.data.stream.batch import (
     BadSample,
     Batch,
@@ -34,18 +37,26 @@ def _sample(grey: int, labels: bytes, key: str) -> dict[str, bytes | str]:
 
 def _built(max_labels: int, *samples: dict[str, bytes | str] | BadSample) -> Batch:
     """One row more than samples, in memory that held other images before."""
-    config = Config.model_validate(
-        {"model": {"num_classes": 5, "image_size": 8}, "data": {"max_labels": max_labels}, "loss": {"kind": "sigmoid"}}
-    )
     empty = empty_batch(len(samples) + 1, 8, LabelForm(max_labels))
     empty.images.fill_(99)
-    builder = BatchBuilder(empty, config, Workspace())
+    builder = _builder(empty, max_labels)
     for row, sample in enumerate(samples):
         if isinstance(sample, BadSample):
             builder.add_bad(row, sample)
         else:
-            builder.add(row, sample, lambda height, width: [View(0, 0, height, width, (8, 8))])
+            builder.add(row, sample, _whole)
     return builder.build()
+
+
+def _builder(empty: Batch, max_labels: int = 1) -> BatchBuilder:
+    config = Config.model_validate(
+        {"model": {"num_classes": 5, "image_size": 8}, "data": {"max_labels": max_labels}, "loss": {"kind": "sigmoid"}}
+    )
+    return BatchBuilder(empty, config, Workspace())
+
+
+def _whole(height: int, width: int) -> list[View]:
+    return [View(0, 0, height, width, (8, 8))]
 
 
 def test_each_sample_has_its_row_and_what_has_no_image_is_black_and_weighs_nothing():
@@ -101,3 +112,46 @@ def test_it_makes_no_difference_which_samples_are_decoded_together(kind, count):
 def test_a_bad_sample_has_no_label_of_any_form():
     broken = {**_sample(0, b"[3, 1]", "broken"), "png": b"no image"}
     assert _built(3, broken).labels.tolist() == [[-1] * 3] * 2
+
+
+def _watch(monkeypatch) -> tuple[list[int], list[int]]:
+    """How many images are opened and not decoded, and how many decoded ones are still held, at each decoding."""
+    opened, decoded, waiting, held = [], [], [], []
+    cut = batch_module.cut_views
+
+    def noted(image, views):
+        def decode(buffer):
+            waiting.append(len(opened) - len(decoded))
+            held.append(sum(image() is not None for image in decoded))
+            decoded.append(opened[len(decoded)])
+            return rest(buffer)
+
+        rest = cut(image, views)
+        opened.append(weakref.ref(image))
+        return decode
+
+    monkeypatch.setattr(batch_module, "cut_views", noted)
+    return waiting, held
+
+
+def test_decoded_images_are_let_go(monkeypatch):
+    """Pillow's hold their pixels."""
+    waiting, held = _watch(monkeypatch)
+    _built(1, *(_sample(number, b"4", f"k{number}") for number in range(40)))
+    assert waiting == [*range(16, 0, -1), *range(16, 0, -1), *range(8, 0, -1)] and max(held) <= 1
+
+
+def test_few_large_images_are_opened_together(monkeypatch):
+    samples = [_sample(number, b"4", f"k{number}") for number in range(6)]
+    monkeypatch.setattr(batch_module, "_TOGETHER_BYTES", 1 + max(len(sample["png"]) for sample in samples))
+    waiting, _ = _watch(monkeypatch)
+    _built(1, *samples)
+    assert waiting == [2, 1] * 3
+
+
+def test_time_after_the_last_sample_counts_as_reading(monkeypatch):
+    clock = iter([0.0, 2.0, 2.0, 5.0, 5.5, 6.5])  # begin; a label, a header; build; pixels, a crop
+    monkeypatch.setattr(batch_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    builder = _builder(empty_batch(1, 8))
+    builder.add(0, _sample(0, b"4", "k"), _whole)
+    assert builder.build().seconds == (5, 0.5, 1)

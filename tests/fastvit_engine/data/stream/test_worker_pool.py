@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
+from itertools import cycle, islice
 
 import numpy as np
 import pytest
@@ -54,6 +55,42 @@ def test_memory_is_used_again_and_nothing_is_copied_if_few_batches_are_held(monk
     for batch in _load(_build, [np.arange(4)] * 60, num_workers, sizes=[4]):
         before, places = batch, places | {batch.images.data_ptr()}  # two are held
     assert before is batch and len(places) <= (2 if num_workers == 0 else 6)
+
+
+class _Earliest:
+    """Stands in for a DataLoader: parts are built as early as one may order them, which no scheduler promises."""
+
+    num_workers = 0  # for `_received`
+
+    def __init__(self, dataset, sampler, *, num_workers, prefetch):
+        self.built, self.ahead = (dataset[part] for part in sampler), num_workers * prefetch
+
+    def __iter__(self):
+        ready = deque(islice(self.built, self.ahead))
+        for part in self.built:
+            ready.append(part)
+            yield ready.popleft()
+        yield from ready
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_there_are_always_enough_places_whoever_holds_what(monkeypatch, seed):
+    """With any sizes of micro-batches, processes and batches that are held in any way for any time."""
+    monkeypatch.setattr(worker_pool, "_loader", _Earliest)
+    rng = np.random.default_rng(seed)
+    num_workers, prefetch = int(rng.integers(0, 18)), int(rng.integers(1, 4))
+    sizes = rng.integers(1, rng.choice([2, 4, 40]), rng.integers(1, 5)).tolist()
+    requests = [np.arange(number, number + size) for number, size in zip(range(60), cycle(sizes), strict=False)]
+    most, held = rng.choice([1, 2, 4, 8]), []
+    hold = [lambda images: images, lambda images: images[-1:], lambda images: images.numpy()[-1:]]
+    ordered = (Request(request, (2, 2, 3)) for request in requests)
+    batches = load(_build, ordered, sizes=sizes, largest=(2, 2, 3), num_workers=num_workers, prefetch=prefetch)
+    for request, batch in zip(requests, batches, strict=True):
+        assert batch.images[:, 0, 0, 0].tolist() == batch.labels.tolist() == request.tolist()
+        held.append((request[-1], hold[rng.integers(len(hold))](batch.images)))
+        while len(held) > most or (held and rng.random() < 0.3):
+            held.pop(rng.integers(len(held)))
+        assert all((images[-1] == last).all() for last, images in held)
 
 
 def test_each_process_builds_a_part_of_every_batch():
