@@ -41,33 +41,33 @@ class SharedMemory:
 
     def __init__(self, being_filled: int, images: int, shape: tuple[int, ...]) -> None:
         """For so many batches that are filled at a time, each of up to `images` images of up to this shape."""
-        places, size = being_filled + _HELD, images * math.prod(shape)
+        slots, size = being_filled + _HELD, images * math.prod(shape)
         # Not a file in /dev/shm, which is small in many containers: processes that are forked share it too.
-        self._places = list(np.frombuffer(mmap.mmap(-1, places * size), np.uint8).reshape(places, size))
-        self._free, self._released = list(range(places)), list[int]()
+        self._slots = list(np.frombuffer(mmap.mmap(-1, slots * size), np.uint8).reshape(slots, size))
+        self._free, self._released = list(range(slots)), list[int]()
 
     def take(self) -> int:
-        """A place to be filled."""
+        """A slot to be filled."""
         self._take_back()
         return self._free.pop()  # the last that was used: some of it is still in a cache
 
-    def images(self, place: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
-        """uint8 [count, *shape]: the images of a batch at a place, from the first on."""
+    def images(self, slot: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
+        """uint8 [count, *shape]: the images of a batch at a slot, from the first on."""
         size = math.prod(shape)
-        return torch.from_numpy(self._places[place])[first * size : (first + count) * size].view(count, *shape)
+        return torch.from_numpy(self._slots[slot])[first * size : (first + count) * size].view(count, *shape)
 
     def may_be_held(self) -> bool:
-        """Whether another batch may be held as it is; otherwise there would be too few places to fill."""
+        """Whether another batch may be held as it is; otherwise there would be too few slots to fill."""
         self._take_back()
         return len(self._released) < _HELD
 
-    def release(self, place: int) -> None:
-        """Lets a place be taken again, once nobody holds its images."""
-        self._released.append(place)
+    def release(self, slot: int) -> None:
+        """Lets a slot be taken again, once nobody holds its images."""
+        self._released.append(slot)
 
     def _take_back(self) -> None:
-        free = [place for place in self._released if _is_free(self._places, place)]
-        self._released = [place for place in self._released if place not in free]
+        free = [slot for slot in self._released if _is_free(self._slots, slot)]
+        self._released = [slot for slot in self._released if slot not in free]
         self._free += free
 
 

@@ -36,7 +36,7 @@ class Request(NamedTuple):
 class _Part(NamedTuple):
     """A part of an ordered batch, for one process."""
 
-    place: int  # of the batch in the shared memory
+    slot: int  # of the batch in the shared memory
     first: int  # image of the batch
     what: Sequence[Any] | np.ndarray
     shape: tuple[int, ...]
@@ -84,28 +84,28 @@ def load(
 
     built = _received(_loader(_Builder(build, memory, labels), in_parts(), num_workers=num_workers, prefetch=prefetch))
     for first in built:
-        (place, _, _, shape), *others = ordered.popleft()
-        yield _put_together([first, *islice(built, len(others))], memory, place, shape, copies)
+        (slot, _, _, shape), *others = ordered.popleft()
+        yield _put_together([first, *islice(built, len(others))], memory, slot, shape, copies)
 
 
-def _parts(what: Sequence[Any] | np.ndarray, shape: tuple[int, ...], place: int, num_workers: int) -> Iterator[_Part]:
+def _parts(what: Sequence[Any] | np.ndarray, shape: tuple[int, ...], slot: int, num_workers: int) -> Iterator[_Part]:
     """A part for each process, as equal as can be."""
     count = min(max(1, num_workers), len(what))
     bounds = [len(what) * number // count for number in range(count + 1)]
     for start, end in pairwise(bounds):
-        yield _Part(place, start, what[start:end], shape)
+        yield _Part(slot, start, what[start:end], shape)
 
 
 def _put_together(
-    parts: Sequence[_Built], memory: SharedMemory, place: int, shape: tuple[int, ...], copies: BatchMemory
+    parts: Sequence[_Built], memory: SharedMemory, slot: int, shape: tuple[int, ...], copies: BatchMemory
 ) -> Batch:
     labels, weights = (torch.from_numpy(np.concatenate(arrays)) for arrays in list(zip(*parts, strict=True))[:2])
-    images = memory.images(place, 0, len(weights), shape)
+    images = memory.images(slot, 0, len(weights), shape)
     if copies.pin_memory:
         labels, weights = labels.pin_memory(), weights.pin_memory()
     if copies.pin_memory or not memory.may_be_held():
         images = copies.reserve(len(weights), *shape).copy_(images)
-    memory.release(place)
+    memory.release(slot)
     keys, seeds, bad, seconds = zip(*(part.rest for part in parts), strict=True)
     return Batch(
         images,
@@ -133,7 +133,7 @@ class _Builder(Dataset):
         self.build, self.memory, self.labels = build, memory, labels
 
     def __getitem__(self, part: _Part) -> _Built | UserError:
-        images = self.memory.images(part.place, part.first, len(part.what), part.shape)
+        images = self.memory.images(part.slot, part.first, len(part.what), part.shape)
         empty = empty_batch(len(part.what), image_size=0, labels=self.labels)._replace(images=images)
         try:
             batch = self.build(part.what, empty)

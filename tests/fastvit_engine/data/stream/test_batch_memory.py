@@ -24,18 +24,18 @@ HOLDERS = {
 @pytest.mark.parametrize("holder", HOLDERS.values(), ids=HOLDERS)
 def test_whatever_refers_to_images_keeps_their_memory_from_being_used_again(holder):
     private, shared = BatchMemory(False, 2), SharedMemory(1, 2, (4, 4, 3))
-    place = shared.take()
-    held = holder(private.reserve(2, 4, 4, 3)), holder(shared.images(place, 0, 2, (4, 4, 3)))
+    slot = shared.take()
+    held = holder(private.reserve(2, 4, 4, 3)), holder(shared.images(slot, 0, 2, (4, 4, 3)))
     first = private._kept[0].ctypes.data
-    shared.release(place)
+    shared.release(slot)
     for _ in range(5):
         assert private.reserve(2, 4, 4, 3).data_ptr() != first
         other = shared.take()
-        assert other != place
+        assert other != slot
         shared.release(other)
     del held
     assert private.reserve(2, 4, 4, 3).data_ptr() == first
-    assert place in (shared.take(), shared.take())
+    assert slot in (shared.take(), shared.take())
 
 
 def test_a_thread_keeps_the_images_that_it_works_on():

@@ -51,10 +51,10 @@ def test_batches_are_whole_and_in_order_and_stay_as_they_are_while_they_are_held
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_memory_is_used_again_and_nothing_is_copied_if_few_batches_are_held(monkeypatch, num_workers):
     monkeypatch.setattr(worker_pool.BatchMemory, "reserve", lambda *arguments: pytest.fail("it would be a copy"))
-    places = set()
+    slots = set()
     for batch in _load(_build, [np.arange(4)] * 60, num_workers, sizes=[4]):
-        before, places = batch, places | {batch.images.data_ptr()}  # two are held
-    assert before is batch and len(places) <= (2 if num_workers == 0 else 6)
+        before, slots = batch, slots | {batch.images.data_ptr()}  # two are held
+    assert before is batch and len(slots) <= (2 if num_workers == 0 else 6)
 
 
 class _Earliest:
@@ -74,7 +74,7 @@ class _Earliest:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_there_are_always_enough_places_whoever_holds_what(monkeypatch, seed):
+def test_there_are_always_enough_slots_whoever_holds_what(monkeypatch, seed):
     """With any sizes of micro-batches, processes and batches that are held in any way for any time."""
     monkeypatch.setattr(worker_pool, "_loader", _Earliest)
     rng = np.random.default_rng(seed)
