@@ -15,6 +15,7 @@ from fastvit_engine.sizing.candidates import (
     candidate_at,
     live_parameters,
     overlaps_communication,
+    possible_stages,
     reduce_bucket_size,
     with_micro_batch,
     with_train,
@@ -174,7 +175,7 @@ def _secondary_shards(machine: Machine, picked: Candidate, counts: ParameterCoun
 
 def why_nothing_fits(config: Config, machine: Machine, options: list[Candidate]) -> str:
     """One sentence: how much is missing, and what would be the smallest change."""
-    least = min(options, key=lambda candidate: candidate.memory.total)
+    least = min((option for option in options if option.sums), key=lambda option: option.memory.total)
     each = f"per {machine.device}"
     problem = (
         f"nothing fits: {format_count(ParameterCounts.of_run(config).parameters)} parameters need at least "
@@ -197,12 +198,9 @@ def why_nothing_fits(config: Config, machine: Machine, options: list[Candidate])
         for stage in allowed_stages(free):
             if candidate_at(free, machine, stage).fits:
                 return f"{problem}: zero.stage={stage} would fit"
-    for offload, stage in (("optimizer", 2), ("all", 3)):
-        if config.zero.offload == "none" and not config.train.cuda_graph:  # which refuses it
-            update = {"offload": offload, "stage": stage}
-            spilled = config.model_copy(update={"zero": config.zero.model_copy(update=update)})
-            if machine.on_gpu and candidate_at(spilled, machine, stage).fits:
-                return f"{problem}: zero.offload={offload} would fit, with the rest in the host's memory, and be slower"
+    for settings, spilled in _offloaded(config, machine):
+        if any(candidate_at(spilled, machine, stage).fits for stage in allowed_stages(spilled)):
+            return f"{problem}: {settings} would fit, with the rest in the host's memory, and be slower"
     for factor in (2, 4, 8, 16, 32, 64):
         processes = machine.processes * factor
         if config.train.global_batch_size >= processes:
@@ -212,6 +210,25 @@ def why_nothing_fits(config: Config, machine: Machine, options: list[Candidate])
                     f"{problem}: {processes} {machine.device}s{'' if machine.on_gpu else ' on more machines'} would do"
                 )
     return f"{problem}: take a smaller model or devices with more memory"
+
+
+def _offloaded(config: Config, machine: Machine) -> Iterator[tuple[str, Config]]:
+    """What may be kept in host memory besides, as settings; the stage changes only if it has to."""
+    refuse = config.train.cuda_graph or config.optimizer.kernels == "apex"
+    if config.zero.offload == "all" or not machine.on_gpu or refuse:
+        return
+    for offload in ("optimizer", "all") if config.zero.offload == "none" else ("all",):
+        zero = config.zero.model_copy(update={"offload": offload})
+        spilled = config.model_copy(update={"zero": zero})
+        if not possible_stages(spilled):
+            continue
+        given = config.zero.stage
+        if given == "auto" or given in possible_stages(spilled):
+            yield f"zero.offload={offload}", spilled
+        if given != "auto":
+            for stage in sorted(possible_stages(spilled) - {given}):
+                there = spilled.model_copy(update={"zero": zero.model_copy(update={"stage": stage})})
+                yield f"zero.offload={offload} and zero.stage={stage}", there
 
 
 def available_memory(machine: Machine) -> str:
