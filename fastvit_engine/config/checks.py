@@ -160,10 +160,17 @@ def _check_activation_checkpointing(config: Config, shape: Shape) -> None:
             f"they have none: set {key}=auto"
         )
     if train.offload_activations and asked in ("auto", 0):
-        raise UserError(
-            f"train.offload_activations keeps the inputs of checkpointed blocks in host memory, and {key} is {asked}: "
-            f"set {key}=all, or a number of blocks"
-        )
+        why = "train.offload_activations keeps the inputs of checkpointed blocks in host memory, and"
+        impossible = {
+            f"model.name = {config.model.name}": not shape.is_transformer,
+            "optimizer.frozen = backbone": config.optimizer.frozen == "backbone",
+            "train.compile = true": train.compile,
+            "train.cuda_graph = true": train.cuda_graph,
+        }
+        for setting, found in impossible.items():
+            if found:
+                raise UserError(f"{why} with {setting} there are none: set train.offload_activations=false")
+        raise UserError(f"{why} {key} is {asked}: set {key}=all, or a number of blocks")
 
 
 def _check_resnet(config: Config, shape: Shape) -> None:

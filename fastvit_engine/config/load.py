@@ -22,10 +22,13 @@ _SET = "--set"
 _OVERRIDES = "overrides"  # where a value comes from that a program gave as a mapping
 _LONGEST_SHOWN = 2000  # characters of an error, or of a value in it
 _MOST_PARTS = 32  # of a key, which DeepSpeed's own options make longer than ours are
+_PAIRS = "write pairs of a size and a point of the run, as [[128, 50%], [160, 75%]]"
 _ADVICE = {  # what to do, by key and by the kind of pydantic's error
     ("data.mean", "less_than_equal"): "pixels are in [0, 1]: divide a mean of 0 to 255 by 255",
     ("data.std", "less_than_equal"): "pixels are in [0, 1]: divide a deviation of 0 to 255 by 255",
     ("data.std", "greater_than"): "a pixel of 0 to 255 has steps of 0.004: give the deviation of pixels in [0, 1]",
+    ("tokens.image_sizes", "tuple_type"): _PAIRS,
+    ("tokens.image_sizes", "missing"): _PAIRS,
     ("data.train", "model_type"): "write entries as [{shards: a.tar, weight: 2}], and a glob in brackets as ./[ab].tar",
 }
 _SECRETS_LEFT_OUT = "# User names, passwords and queries of URLs are left out here: give them again with --set.\n"
@@ -205,16 +208,19 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     if problem["type"] == "extra_forbidden":
         return f"unknown configuration key '{key}'{where}; {hint(key)}"
     given = problem["input"]
+    advice = _ADVICE.get((key, problem["type"]))
     if problem["type"] == "missing" and key in fields() and isinstance(problem["loc"][-1], str):
         return f"configuration key '{key}'{where} is missing"
     if problem["type"] == "missing":
-        return f"configuration key '{key}'{where} is {given!r}: too few values"
+        return f"configuration key '{key}'{where} is {given!r}: {advice or 'too few values'}"
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "tuple_type" and key in fields():
+    if problem["type"] == "too_short":
+        message = f"write at least {problem['ctx']['min_length']}"
+    if problem["type"] == "tuple_type" and key in fields() and advice is None:
         usual = ", ".join(str(value) for value in fields()[key].default)
         message = f"write a list in brackets, such as [{usual}]"
-    advice = f"; {_ADVICE[key, problem['type']]}" if (key, problem["type"]) in _ADVICE else ""
-    return f"configuration key '{key}'{where} is {given!r}: {message[0].lower()}{message[1:]}{advice}"
+    message = f"{message[0].lower()}{message[1:]}" + ("" if advice is None else f"; {advice}")
+    return f"configuration key '{key}'{where} is {given!r}: {message}"
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -14,7 +14,9 @@ def check_packing(config: Config) -> None:
     if packing.max_patches is None:
         for key in ("min_patches", "token_budget"):
             if (value := getattr(packing, key)) is not None:
-                raise UserError(f"packing.{key} is {value}, and there is no packing: set packing.max_patches, or null")
+                raise UserError(
+                    f"packing.{key} is {value}, and there is no packing: set packing.max_patches, or packing.{key}=null"
+                )
         return
     _check_numbers(packing, config.train.micro_batch_size)
     what = _SHAPED.format(packing.max_patches)

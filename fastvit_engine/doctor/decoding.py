@@ -17,7 +17,7 @@ from fastvit_engine.data.shards.usable import SampleKeys
 from fastvit_engine.doctor.findings import Finding, Group
 from fastvit_engine.models import full_title, run_flops
 from fastvit_engine.observe.units import counted, format_bytes, format_share
-from fastvit_engine.sizing.gpus import DATASHEET_PEAK
+from fastvit_engine.sizing.gpus import DATASHEET_PEAK, matrix_peak
 
 _group = Group("data")
 _MFU = 0.4  # expected, as `fastvit plan` assumes
@@ -39,7 +39,7 @@ class Needs:
 def expected_images_per_second(config: Config, gpu: str) -> float:
     """Of one GPU of this kind in training, at an MFU of 40 %, in the phase of the run whose images cost the least."""
     cheapest = min(run_flops(config, phase).computed for phase in possible_phases(config))
-    return _MFU * DATASHEET_PEAK[gpu] / cheapest
+    return _MFU * matrix_peak(gpu, config.train.precision) / cheapest
 
 
 def check_decoding(

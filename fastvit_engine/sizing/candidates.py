@@ -15,7 +15,10 @@ from fastvit_engine.sizing.state import Buckets, Memory, accumulation_bytes
 
 @dataclass(frozen=True)
 class Candidate:
-    """A ZeRO stage with the largest micro-batch that fits, or the smallest if none does."""
+    """A ZeRO stage with the largest micro-batch that fits, or the smallest if none does.
+
+    sums: false if it would add the micro-batches of a step in 16 bits, for which it is not taken.
+    """
 
     stage: int
     micro_batch: int
@@ -23,6 +26,7 @@ class Candidate:
     buckets: Buckets
     memory: Memory
     fits: bool
+    sums: bool = True
 
 
 def possible_stages(config: Config) -> frozenset[int]:
@@ -30,15 +34,6 @@ def possible_stages(config: Config) -> frozenset[int]:
     possible = {"none": {0, 1, 2, 3}, "optimizer": {1, 2, 3}, "all": {3}}[config.zero.offload]
     whole = config.train.compile or config.train.cuda_graph
     return frozenset(possible - {3} if whole else possible)
-
-
-def candidates(config: Config, machine: Machine) -> list[Candidate]:
-    """Every stage by itself, with the largest micro-batch that fits, or the smallest if none does."""
-    rows, machine = [], machine.within(config.train.memory_gib)
-    for stage in sorted(possible_stages(config)):
-        zero = config.zero.model_copy(update={"stage": stage})
-        rows.append(candidate_at(config.model_copy(update={"zero": zero}), machine, stage))
-    return rows
 
 
 def allowed_stages(config: Config) -> tuple[int, ...]:
@@ -63,9 +58,8 @@ def candidate_at(config: Config, machine: Machine, stage: int) -> Candidate:
         memory = training_memory(
             config, stage, machine.processes, micro_batch, steps > 1, buckets, on_gpu=machine.on_gpu
         )
-        candidate = Candidate(
-            stage, micro_batch, steps, buckets, memory, fits=summable and memory.total <= machine.usable
-        )
+        fits = summable and memory.total <= machine.usable
+        candidate = Candidate(stage, micro_batch, steps, buckets, memory, fits, summable)
         if candidate.fits:
             break
     return candidate

@@ -11,7 +11,7 @@ from fastvit_engine.errors import UserError
 from fastvit_engine.models import run_flops
 from fastvit_engine.models.flops import fp8_flops_share
 from fastvit_engine.observe.units import format_flops, format_share
-from fastvit_engine.sizing.gpus import DATASHEET_FP8_PEAK, DATASHEET_PEAK, known_gpu
+from fastvit_engine.sizing.gpus import DATASHEET_FP8_PEAK, known_gpu, matrix_peak
 
 CPU = "cpu"  # in place of a GPU's name
 _SAME_MODEL = 0.05  # that the operations of an image may differ by: another head, say
@@ -35,7 +35,7 @@ def assumed_of_gpu(config: Config, gpu: str, mfu: float) -> ImageTime:
 
     Raises UserError if this GPU has no FP8 products.
     """
-    peak, flops = DATASHEET_PEAK[gpu], run_flops(config).computed
+    peak, flops = matrix_peak(gpu, config.train.precision), run_flops(config).computed
     if config.train.precision == "fp8":
         if gpu not in DATASHEET_FP8_PEAK:
             raise UserError(
@@ -49,7 +49,8 @@ def assumed_of_gpu(config: Config, gpu: str, mfu: float) -> ImageTime:
             "not counted)"
         )
         return ImageTime(flops * (share / (mfu * fp8_peak) + (1 - share) / (mfu * peak)), source)
-    source = f"if MFU is {format_share(mfu)} of {format_flops(peak)}/s per GPU (an assumption)"
+    of = " in fp32" if config.train.precision == "fp32" else ""
+    source = f"if MFU is {format_share(mfu)} of {format_flops(peak)}/s{of} per GPU (an assumption)"
     return ImageTime(flops / (mfu * peak), source)
 
 

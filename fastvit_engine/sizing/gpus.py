@@ -32,7 +32,24 @@ DATASHEET_FP8_PEAK = {
     "H100": 1979e12,
 }
 
+# Of fp32 without TF32, which PyTorch leaves off.
+DATASHEET_FP32_PEAK = {
+    "B200": 75e12,
+    "H200": 67e12,
+    "H100 PCIe": 51e12,
+    "H100 NVL": 60e12,
+    "H100": 67e12,
+    "A100": 19.5e12,
+    "L40S": 91.6e12,
+    "MI300X": 163.4e12,
+}
+
 USUAL_MFU = 0.4  # of these peaks, in training: an assumption
+
+
+def matrix_peak(gpu: str, precision: str) -> float:
+    """FLOP/s of the datasheet; with FP8, of what stays in bf16."""
+    return (DATASHEET_FP32_PEAK if precision == "fp32" else DATASHEET_PEAK)[gpu]
 
 
 def known_gpu(name: str) -> str | None:

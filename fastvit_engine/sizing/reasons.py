@@ -177,7 +177,7 @@ def _secondary_shards(machine: Machine, picked: Candidate, counts: ParameterCoun
 
 def why_nothing_fits(config: Config, machine: Machine, options: list[Candidate]) -> str:
     """One sentence: how much is missing, and what would be the smallest change."""
-    least = min(options, key=lambda candidate: candidate.memory.total)
+    least = min((option for option in options if option.sums), key=lambda option: option.memory.total)
     each = f"per {machine.device}"
     problem = (
         f"nothing fits: {format_count(ParameterCounts.of_run(config).parameters)} parameters need at least "
@@ -200,8 +200,9 @@ def why_nothing_fits(config: Config, machine: Machine, options: list[Candidate])
         for stage in allowed_stages(free):
             if candidate_at(free, machine, stage).fits:
                 return f"{problem}: zero.stage={stage} would fit"
-    if config.zero.offload == "none" and machine.on_gpu and (change := _offloading_that_fits(config, machine)):
-        return f"{problem}: {change} would fit, with the rest in the host's memory, and be slower"
+    for settings, spilled in _offloaded(config, machine):
+        if any(candidate_at(spilled, machine, stage).fits for stage in allowed_stages(spilled)):
+            return f"{problem}: {settings} would fit, with the rest in the host's memory, and be slower"
     for factor in (2, 4, 8, 16, 32, 64):
         processes = machine.processes * factor
         if config.train.global_batch_size >= processes:
@@ -213,8 +214,13 @@ def why_nothing_fits(config: Config, machine: Machine, options: list[Candidate])
     return f"{problem}: take a smaller model or devices with more memory"
 
 
-def _offloading_that_fits(config: Config, machine: Machine) -> str | None:
-    for offload, stage in product(("optimizer", "all"), dict.fromkeys((config.zero.stage, "auto"))):
+def _offloaded(config: Config, machine: Machine) -> Iterator[tuple[str, Config]]:
+    """What may be kept in host memory besides, as settings; the stage changes only if it has to."""
+    if not machine.on_gpu:
+        return
+    more = {"none": ("optimizer", "all"), "optimizer": ("all",), "all": ()}[config.zero.offload]
+    given = config.zero.stage
+    for offload, stage in product(more, ["auto"] if given == "auto" else dict.fromkeys([given, 1, 2, 3])):
         zero = config.zero.model_copy(update={"offload": offload, "stage": stage})
         spilled = config.model_copy(update={"zero": zero})
         try:
@@ -222,9 +228,7 @@ def _offloading_that_fits(config: Config, machine: Machine) -> str | None:
             check_zero(zero)
         except UserError:
             continue
-        if any(candidate_at(spilled, machine, possible).fits for possible in allowed_stages(spilled)):
-            return f"zero.offload={offload}" + ("" if stage == config.zero.stage else f" and zero.stage={stage}")
-    return None
+        yield f"zero.offload={offload}" + ("" if stage == given else f" and zero.stage={stage}"), spilled
 
 
 def available_memory(machine: Machine) -> str:

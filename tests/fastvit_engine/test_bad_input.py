@@ -133,7 +133,7 @@ def train(tmp_path):
         pytest.param(["data.image_key=tif"], ["'sample0000'", "no 'tif' member"], id="no such image member"),
         pytest.param(["data.label_key=txt"], ["'sample0000'", "no 'txt' member"], id="no such label member"),
         pytest.param(["data.index=gone.index"], ["no index gone.index"], id="no such index"),
-        pytest.param(["data.train=[]"], ["data.train", "at least 1 item"], id="no sources"),
+        pytest.param(["data.train=[]"], ["data.train", "write at least 1"], id="no sources"),
         pytest.param(
             ["data.train=[{shards: x, weigth: 2}]"],
             ["unknown configuration key 'data.train.weigth'", "did you mean 'data.train.weight'"],

@@ -13,6 +13,7 @@ from fastvit_engine.shown import say
 if TYPE_CHECKING:
     from fastvit_engine.config import Config
     from fastvit_engine.sizing.defaults import Chosen
+    from fastvit_engine.sizing.machine import Machine
     from fastvit_engine.sizing.state import Memory
     from fastvit_engine.sizing.step_time import Speed
 
@@ -43,7 +44,7 @@ def _run(args: argparse.Namespace) -> int:
     options.interconnect_of(args)
     resolved = load_config(args.recipe, settings_of(args))
     with loading_pytorch():
-        from fastvit_engine.sizing.candidates import candidates
+        from fastvit_engine.sizing.candidates import possible_stages
         from fastvit_engine.sizing.defaults import choose
         from fastvit_engine.sizing.needs import USUAL_SAMPLE, needs_of
         from fastvit_engine.sizing.scaling import scaling
@@ -51,7 +52,6 @@ def _run(args: argparse.Namespace) -> int:
 
     config = with_weights(resolved).config
     machine, speed = options.machine_of(args), options.speed_of(args, config)
-    stages = candidates(config, machine)
     chosen = choose(config, machine)
     time = training_time(chosen, speed, config.data.epoch_samples)
     work = work_of(chosen, config.data.epoch_samples)
@@ -59,9 +59,12 @@ def _run(args: argparse.Namespace) -> int:
     found = {
         "chosen": chosen,
         "stages": [
-            {"stage": row.stage, "largest_micro_batch": row.micro_batch if row.fits else None, "memory": memory}
-            for row in stages
-            for memory in [_memory_at(chosen, row.stage)]
+            {
+                "stage": stage,
+                "largest_micro_batch": _largest_micro_batch(config, machine, stage),
+                "memory": _memory_at(chosen, stage),
+            }
+            for stage in sorted(possible_stages(config))
         ],
         "time": time,
         "speed": speed,
@@ -99,7 +102,20 @@ def _memory_at(chosen: "Chosen", stage: int) -> "Memory":
     from fastvit_engine.sizing.defaults import choose
 
     zero = chosen.config.zero.model_copy(update={"stage": stage})
-    return choose(chosen.config.model_copy(update={"zero": zero}), chosen.machine).memory
+    train = chosen.config.train.model_copy(update={"micro_batch_trial": False})  # which begins with this micro-batch
+    return choose(chosen.config.model_copy(update={"zero": zero, "train": train}), chosen.machine).memory
+
+
+def _largest_micro_batch(config: "Config", machine: "Machine", stage: int) -> int | None:
+    """At this stage, with all else that the engine would choose there; None if nothing fits."""
+    from fastvit_engine.sizing.defaults import choose
+
+    zero = config.zero.model_copy(update={"stage": stage})
+    try:
+        there = choose(config.model_copy(update={"zero": zero}), machine)
+    except UserError:
+        return None
+    return there.config.train.micro_batch_size if there.memory.total <= there.machine.usable else None
 
 
 def _cost(time: dict[str, Any], processes: int, price: float | None) -> dict[str, float | None]:

@@ -70,7 +70,7 @@ def _memory_table(chosen: Chosen, rows: Sequence[Mapping[str, Any]]) -> list[str
     parts = [part for part in parts if not unused.get(part)]
     together = " + ".join(part for part in parts if part not in ("update", "activations", "work"))
     together += " + max(update, activations + work)"
-    parts += ["host"] if config.zero.offload != "none" else []
+    parts += ["host"] if config.zero.offload != "none" or config.train.offload_activations else []
     table = [["ZeRO", *parts, "together", "", "largest micro-batch"]]
     for row in rows:
         memory = row["memory"]
@@ -88,7 +88,7 @@ def _memory_table(chosen: Chosen, rows: Sequence[Mapping[str, Any]]) -> list[str
         ).rstrip()
         for line in table
     ]
-    about = f"GiB of each {machine.device} at a micro-batch of {micro_batch} images (together = {together})"
+    about = f"GiB of each {machine.device} at a micro-batch of {counted(micro_batch, 'image')} (together = {together})"
     return [about, *lines]
 
 
@@ -197,6 +197,8 @@ def _doubts(chosen: Chosen) -> list[str]:
     config, lines = chosen.config, []
     if config.zero.offload != "none":
         lines.append("The update in host memory, and the copies there and back, are not in these times.")
+    if config.train.offload_activations:
+        lines.append("Copies of activations to host memory and back are not in these times.")
     if chosen.machine.processes > 1 and config.optimizer.kind not in ("adamw", "sgd", "lion"):
         lines.append(f"What {config.optimizer.kind} sends for its own is not among the messages.")
     if chosen.machine.processes > 1 and config.train.objective in ("dino", "moco"):

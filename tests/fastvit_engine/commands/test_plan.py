@@ -51,6 +51,46 @@ def test_json(capsys):
     assert said["flops"] == pytest.approx(4262e18, rel=0.01)  # the paper's Table 6
 
 
+def test_a_trial_is_planned_with_the_micro_batch_that_it_begins_with(capsys):
+    computed, trial = (
+        json.loads(plan(capsys, "vit_h14_jft", "--gpus", "8", "--json", "--set", f"train.micro_batch_trial={on}"))
+        for on in ("false", "true")
+    )
+    assert trial["micro_batch_size"] == computed["micro_batch_size"]
+    assert trial["stages"] == computed["stages"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["train.micro_batch_size=512"], ["train.memory_gib=2.01"], ["zero.offload=optimizer", "train.memory_gib=3"]],
+)
+def test_the_largest_micro_batch_of_a_stage_is_the_one_that_is_chosen_there(capsys, settings):
+    """Also where it fits because blocks are checkpointed or recomputed."""
+    words = [word for setting in settings for word in ("--set", setting)]
+    said = json.loads(plan(capsys, "vit_h14_jft", "--gpus", "8", *words, "--json"))
+    chosen = next(row for row in said["stages"] if row["stage"] == said["zero_stage"])
+    assert chosen["fits"] and chosen["largest_micro_batch"] == said["micro_batch_size"]
+
+
+def test_in_fp32_the_peak_is_that_of_fp32(capsys):
+    """1.004 TFLOP an image, of which 2.6 % are not computed, at 40 % of the datasheet's 67 TFLOP/s."""
+    arguments = ("vit_h14_jft", "--gpus", "8", "--set", "train.precision=fp32")
+    said = json.loads(plan(capsys, *arguments, "--json"))
+    assert 4096 / said["step"]["computing"] == pytest.approx(8 * 0.4 * 67e12 / 0.978e12, rel=0.002)
+    assert "if MFU is 40.0 % of 67 TFLOP/s in fp32 per GPU (an assumption)" in plan(capsys, *arguments)
+
+
+def test_offloaded_activations_are_in_host_memory(capsys):
+    settings = ["train.activation_checkpointing=all", "train.offload_activations=true", "train.micro_batch_size=1"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    text = plan(capsys, "vit_h14_jft", "--gpus", "8", *words)
+    header, line = text.splitlines()[2:][1:3]
+    assert text.splitlines()[2].startswith("GiB of each GPU at a micro-batch of 1 image (together")
+    inputs = 32 * 257 * 1280 * 2 / 2**30  # of all blocks, in bf16
+    assert float(line.split()[header.split().index("host")]) == pytest.approx(inputs, abs=0.05)
+    assert "Copies of activations to host memory and back are not in these times." in text
+
+
 def test_every_number_of_nodes_has_a_line(capsys):
     arguments = ["vit_h14_jft", "--gpus", "64"]
     rows = json.loads(plan(capsys, *arguments, "--json"))["nodes"]

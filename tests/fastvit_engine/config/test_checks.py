@@ -135,6 +135,10 @@ def test_training_without_labels_takes_any_recipe(settings):
         (["train.activation_checkpointing=5"], "and Ti/4 has 4 blocks: set train.activation_checkpointing=all"),
         (["train.offload_activations=true"], "and train.activation_checkpointing is auto: set"),
         (["train.offload_activations=true", "train.activation_checkpointing=0"], "train.activation_checkpointing is 0"),
+        *(
+            (["train.offload_activations=true", setting], "there are none: set train.offload_activations=false")
+            for setting in ("optimizer.frozen=backbone", "train.compile=true", "train.cuda_graph=true")
+        ),
         (
             ["train.activation_checkpointing=all", "optimizer.frozen=backbone"],
             "with optimizer.frozen = backbone they have none: set train.activation_checkpointing=auto",

@@ -77,6 +77,11 @@ def test_resolved_yaml_is_a_recipe_again(recipe, tmp_path):
         ("train.precision=int8", "input should be 'fp32', 'bf16', 'fp16' or 'fp8'"),
         ("train.duration=5 weeks", "'5 weeks' is not a duration"),
         ("train.duration=90", "'90' is not a duration without a unit: write '90 steps', '90 epochs', '90 samples'"),
+        (
+            "tokens.image_sizes=[[8]]",
+            "is [8]: write pairs of a size and a point of the run, as [[128, 50%], [160, 75%]]",
+        ),
+        ("train.fp8.layers=[]", "is []: write at least 1"),
         ("data.mean=[0.5, 0.5]", "configuration key 'data.mean' (--set) is [0.5, 0.5]: too few values"),
         ("train.profile.ranks=0", "'train.profile.ranks' (--set) is 0: write a list in brackets, such as [0]"),
         ("evaluate.fewshot.shots=5", "is 5: write a list in brackets, such as [1, 5, 10, 25]"),

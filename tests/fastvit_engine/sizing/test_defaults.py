@@ -8,7 +8,7 @@ from fastvit_engine.data.stream.batch_split import BatchSplit, split_batch
 from fastvit_engine.engine.build import build_engine, deepspeed_config
 from fastvit_engine.errors import UserError
 from fastvit_engine.models import parameter_count
-from fastvit_engine.sizing.candidates import candidates
+from fastvit_engine.sizing.candidates import candidate_at, possible_stages
 from fastvit_engine.sizing.defaults import choose
 from fastvit_engine.sizing.machine import Machine, machine_here
 
@@ -72,7 +72,8 @@ def test_a_stage_is_left_when_it_has_room_for_too_few_images():
     """8192 tokens are enough for the matrix products: a stage that fits fewer gives way to one that fits more."""
     gave_way = 0
     for gib in (9, 10, 11, 12, 13, 14, 16, 20):
-        micro_batches = {c.stage: c.micro_batch if c.fits else 0 for c in candidates(h14(), gpus(64, gib))}
+        at_stages = [candidate_at(h14(f"zero.stage={stage}"), gpus(64, gib), stage) for stage in range(4)]
+        micro_batches = {c.stage: c.micro_batch if c.fits else 0 for c in at_stages}
         chosen = choose(h14(), gpus(64, gib)).config
         assert chosen.train.micro_batch_size == micro_batches[chosen.zero.stage]
         if micro_batches[chosen.zero.stage] * 257 < 8192:
@@ -161,14 +162,13 @@ def test_offload_needs_sharding():
     assert choose(h14("zero.offload=all"), gpus(64)).config.zero.stage == 3
     stages = {"none": [0, 1, 2, 3], "optimizer": [1, 2, 3], "all": [3]}
     for offload, possible in stages.items():
-        assert [candidate.stage for candidate in candidates(h14(f"zero.offload={offload}"), gpus(64))] == possible
+        assert sorted(possible_stages(h14(f"zero.offload={offload}"))) == possible
 
 
 @pytest.mark.parametrize(("kind", "saved"), [("lion", 4), ("muon", 3.84), ("lamb", 0), ("adafactor", 5.98)])
 def test_what_an_optimizer_saves_is_counted(kind, saved):
     def kept(kind):
-        (row, *_) = candidates(h14(f"optimizer.kind={kind}"), gpus(8))
-        return row.memory.optimizer
+        return choose(h14(f"optimizer.kind={kind}", "zero.stage=0"), gpus(8)).memory.optimizer
 
     assert (kept("adamw") - kept(kind)) / parameter_count(h14().model) == pytest.approx(saved, abs=0.03)
 
@@ -226,6 +226,37 @@ def test_what_is_advised_fits(settings):
                 assert chosen.memory.total <= chosen.machine.usable, remedy
                 advised.add(more[0].partition("=")[0] if more else "GPUs")
     assert advised
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        (["zero.stage=0"], ["zero.offload=optimizer", "zero.stage=3"]),
+        (["zero.stage=2"], ["zero.offload=optimizer", "zero.stage=3"]),
+        (["zero.stage=3"], ["zero.offload=optimizer"]),
+        ([], ["zero.offload=optimizer"]),
+    ],
+)
+def test_offloading_that_is_advised_names_the_stage_that_it_needs(settings, advice):
+    with pytest.raises(UserError, match=f": {' and '.join(advice)} would fit, with the rest in the host's memory"):
+        choose(h14(*settings), gpus(8, 3))
+    assert choose(h14(*settings, *advice), gpus(8, 3)).memory.total <= gpus(8, 3).usable
+
+
+@pytest.mark.parametrize("setting", ["train.compile=true", "optimizer.kernels=apex", "train.cuda_graph=true"])
+def test_offloading_is_not_advised_beside_what_refuses_it(setting):
+    with pytest.raises(UserError, match="nothing fits") as refusal:
+        choose(h14(setting), gpus(8, 3))
+    assert "zero.offload=all" not in str(refusal.value)
+
+
+def test_the_budget_that_is_advised_is_of_a_stage_that_is_taken():
+    """Stage 0 needs the least on one GPU, and adds in bf16: an open stage is another one."""
+    settings = ["train.micro_batch_size=64", "train.activation_checkpointing=all"]
+    with pytest.raises(UserError, match=r"train\.memory_gib=\S+ would fit") as refusal:
+        choose(h14(*settings, "train.memory_gib=1"), gpus(1))
+    gib = str(refusal.value).partition(" would fit")[0].rpartition("=")[2]
+    assert choose(h14(*settings, f"train.memory_gib={gib}"), gpus(1)).memory.total <= float(gib) * 2**30
 
 
 def test_all_choices_are_made_for_the_budget():
