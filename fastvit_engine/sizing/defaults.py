@@ -92,7 +92,7 @@ def choose(config: Config, machine: Machine) -> Chosen:
     if config.train.micro_batch_trial:
         _check_trial(config, machine)
     budget, config = config.packing.token_budget, _within_budget(config)
-    recompute_is_open = config.train.recompute == "auto" and _recompute_matters(config, machine)
+    recompute_is_open = config.train.recompute == "auto" and recompute_matters(config, machine)
     options = _options(config, machine)
     if recompute_is_open and not any(candidate.fits for candidate in options):
         config = with_train(config, recompute="all")
@@ -143,7 +143,7 @@ def choose(config: Config, machine: Machine) -> Chosen:
         given_size = config.train.micro_batch_size is not None
         fewer = _without_checkpointing(config, machine) if given_size and checkpointing_is_open else None
         choices.insert(2, explain_checkpointing(filled, machine, memory, fewer, by_user=checkpointing_is_given))
-    if _recompute_matters(config, machine):
+    if recompute_matters(config, machine):
         choices.insert(2, explain_recompute(filled, machine, memory, by_user=not recompute_is_open))
     if config.data.num_workers is None and machine.cores is not None:
         choices.append(workers := _choose_workers(config, machine, machine.cores))
@@ -196,7 +196,7 @@ def _memory(config: Config, machine: Machine, picked: Candidate) -> Memory:
     )
 
 
-def _recompute_matters(config: Config, machine: Machine) -> bool:
+def recompute_matters(config: Config, machine: Machine) -> bool:
     """Only the fused block decides what to keep, and nothing is kept where only the head learns."""
     how = {"on_gpu": machine.on_gpu, "packed": config.packing.on}
     fused = block_implementation(config.model, config.train.precision, **how) == "fused"

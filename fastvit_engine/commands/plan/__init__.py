@@ -13,7 +13,6 @@ from fastvit_engine.shown import say
 if TYPE_CHECKING:
     from fastvit_engine.config import Config
     from fastvit_engine.sizing.defaults import Chosen
-    from fastvit_engine.sizing.machine import Machine
     from fastvit_engine.sizing.state import Memory
     from fastvit_engine.sizing.step_time import Speed
 
@@ -47,6 +46,7 @@ def _run(args: argparse.Namespace) -> int:
         from fastvit_engine.sizing.candidates import possible_stages
         from fastvit_engine.sizing.defaults import choose
         from fastvit_engine.sizing.needs import USUAL_SAMPLE, needs_of
+        from fastvit_engine.sizing.policies import largest_micro_batch, policies
         from fastvit_engine.sizing.scaling import scaling
         from fastvit_engine.train.estimate import training_time, work_of
 
@@ -61,11 +61,12 @@ def _run(args: argparse.Namespace) -> int:
         "stages": [
             {
                 "stage": stage,
-                "largest_micro_batch": _largest_micro_batch(config, machine, stage),
+                "largest_micro_batch": largest_micro_batch(_at(config, stage), machine),
                 "memory": _memory_at(chosen, stage),
             }
             for stage in sorted(possible_stages(config))
         ],
+        "policies": policies(config, chosen, machine),
         "time": time,
         "speed": speed,
         "needs": needs_of(chosen.config, time["images_per_second"], sample),
@@ -97,25 +98,17 @@ def _draw(args: argparse.Namespace, found: dict[str, Any]) -> list[Any]:
     return draw(found["scaling"], title, devices, args.out, measured=found["speed"].image.measured)
 
 
+def _at(config: "Config", stage: int) -> "Config":
+    return config.model_copy(update={"zero": config.zero.model_copy(update={"stage": stage})})
+
+
 def _memory_at(chosen: "Chosen", stage: int) -> "Memory":
     """At another stage, with the micro-batch that was chosen."""
+    from fastvit_engine.sizing.candidates import with_train
     from fastvit_engine.sizing.defaults import choose
 
-    zero = chosen.config.zero.model_copy(update={"stage": stage})
-    train = chosen.config.train.model_copy(update={"micro_batch_trial": False})  # which begins with this micro-batch
-    return choose(chosen.config.model_copy(update={"zero": zero, "train": train}), chosen.machine).memory
-
-
-def _largest_micro_batch(config: "Config", machine: "Machine", stage: int) -> int | None:
-    """At this stage, with all else that the engine would choose there; None if nothing fits."""
-    from fastvit_engine.sizing.defaults import choose
-
-    zero = config.zero.model_copy(update={"stage": stage})
-    try:
-        there = choose(config.model_copy(update={"zero": zero}), machine)
-    except UserError:
-        return None
-    return there.config.train.micro_batch_size if there.memory.total <= there.machine.usable else None
+    there = with_train(_at(chosen.config, stage), micro_batch_trial=False)  # which begins with this micro-batch
+    return choose(there, chosen.machine).memory
 
 
 def _cost(time: dict[str, Any], processes: int, price: float | None) -> dict[str, float | None]:

@@ -25,6 +25,16 @@ def as_json(gpu: str, found: Mapping[str, Any]) -> dict[str, Any]:
         }
         for row in found["stages"]
     ]
+    policies = [
+        {
+            **policy.settings,
+            "memory": {**asdict(policy.memory), "total": policy.memory.total},
+            "fits": policy.memory.total <= machine.usable,
+            "largest_micro_batch": policy.largest_micro_batch,
+            "computed_again": policy.again,
+        }
+        for policy in found["policies"]
+    ]
     return {
         "gpus": machine.processes,
         "gpu": gpu,
@@ -32,6 +42,7 @@ def as_json(gpu: str, found: Mapping[str, Any]) -> dict[str, Any]:
         "gpu_memory": machine.memory,
         "gpu_memory_usable": machine.usable,
         "stages": stages,
+        "policies": policies,
         "zero_stage": chosen.config.zero.stage,
         "micro_batch_size": split.micro_batch_size,
         "accumulation_steps": split.accumulation_steps,

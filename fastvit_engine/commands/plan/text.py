@@ -11,6 +11,8 @@ from fastvit_engine.observe.units import counted, format_bytes, format_count, fo
 from fastvit_engine.sizing.copies import copies_bytes, keeps_copies
 from fastvit_engine.sizing.defaults import Chosen
 from fastvit_engine.sizing.needs import DECODED_FROM, SAVED_WITHIN, USUAL_SAMPLE, decoding_seconds
+from fastvit_engine.sizing.policies import Policy
+from fastvit_engine.sizing.reasons import as_written
 from fastvit_engine.sizing.scaling import Point
 from fastvit_engine.train.estimate import describe_shares, describe_split, describe_time
 
@@ -25,6 +27,7 @@ def as_text(gpu: str, found: Mapping[str, Any]) -> str:
         _title(gpu, chosen),
         "",
         *_memory_table(chosen, found["stages"]),
+        *_policy_table(chosen, found["policies"]),
         "",
         "settings",
         *_choices(chosen),
@@ -78,18 +81,41 @@ def _memory_table(chosen: Chosen, rows: Sequence[Mapping[str, Any]]) -> list[str
         mark += ", chosen" if row["stage"] == config.zero.stage else ""
         figures = [f"{getattr(memory, part) / 2**30:.1f}" for part in [*parts, "total"]]
         table.append([str(row["stage"]), *figures, mark, str(row["largest_micro_batch"] or "none")])
+    about = f"GiB of each {machine.device} at a micro-batch of {counted(micro_batch, 'image')} (together = {together})"
+    return [about, *_aligned(table, words=len(parts) + 2)]
+
+
+def _policy_table(chosen: Chosen, rows: Sequence[Policy]) -> list[str]:
+    """What else blocks could keep for the backward pass."""
+    if len(rows) < 2:
+        return []
+    machine = chosen.machine
+    table = [["", "activations", "work", "host", "together", "", "largest micro-batch", "computed again"]]
+    for row in rows:
+        memory = row.memory
+        mark = ("fits" if memory.total <= machine.usable else "too much") + (", chosen" if row.is_chosen else "")
+        settings = [f"{key}={as_written(value)}" for key, value in row.settings.items() if value]
+        sizes = [memory.activations, memory.work, memory.host, memory.total]
+        figures = [f"{size / 2**30:.1f}" for size in sizes]
+        again = format_share(row.again) if row.again else ""
+        table.append(
+            [" ".join(settings) or "all is kept", *figures, mark, str(row.largest_micro_batch or "none"), again]
+        )
+    about = f"at ZeRO stage {chosen.config.zero.stage}, by what blocks keep for the backward pass"
+    return ["", about, *_aligned(table, words=5)]
+
+
+def _aligned(table: Sequence[Sequence[str]], *, words: int) -> list[str]:
+    """As lines of columns; numbers stand to the right, the column `words` to the left."""
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
-    marked = len(parts) + 2  # the column of words, which stand to the left
-    lines = [
+    return [
         "  "
         + "  ".join(
-            cell.ljust(width) if column == marked else cell.rjust(width)
+            cell.ljust(width) if column == words else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in table
     ]
-    about = f"GiB of each {machine.device} at a micro-batch of {counted(micro_batch, 'image')} (together = {together})"
-    return [about, *lines]
 
 
 def _choices(chosen: Chosen) -> list[str]:

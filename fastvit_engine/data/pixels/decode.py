@@ -136,8 +136,9 @@ def _with_turbo(
 ) -> np.ndarray:
     height, width = -(-height // reduction), -(-width // reduction)
     memory = buffer.reserve(height, width)
-    end = memory.reshape(-1)[-len(_UNTOUCHED) :]
-    end[:] = np.frombuffer(_UNTOUCHED, np.uint8)[-len(end) :]
+    end = memoryview(memory).cast("B")[-len(_UNTOUCHED) :]
+    untouched = _UNTOUCHED[-len(end) :]
+    end[:] = untouched
     pixels = simplejpeg.decode_jpeg(
         data,
         "RGB",
@@ -149,7 +150,7 @@ def _with_turbo(
         buffer=memory,
         strict=False,
     )
-    if _UNTOUCHED.endswith(end.tobytes()):  # not strict is also to be silent if it gave up before the first pixel
+    if end == untouched:  # not strict is also to be silent if it gave up before the first pixel
         raise ValueError("nothing of it decodes")
     return pixels
 

@@ -91,6 +91,56 @@ def test_offloaded_activations_are_in_host_memory(capsys):
     assert "Copies of activations to host memory and back are not in these times." in text
 
 
+POLICIES = [
+    ["train.recompute=none", "train.activation_checkpointing=0"],
+    ["train.recompute=gelu", "train.activation_checkpointing=0"],
+    ["train.recompute=all", "train.activation_checkpointing=0"],
+    ["train.activation_checkpointing=all"],
+    ["train.activation_checkpointing=all", "train.offload_activations=true"],
+]
+
+
+def test_the_ways_to_keep_less_are_beside_each_other(capsys):
+    """Each as it is planned by itself: memory, and the largest micro-batch."""
+    arguments = ["vit_h14_jft", "--gpus", "8", "--gpu-memory", "24"]
+    said = json.loads(plan(capsys, *arguments, "--json"))
+    rows, at_stage = said["policies"], ["--set", f"zero.stage={said['zero_stage']}"]
+    for row, policy in zip(rows, POLICIES, strict=True):
+        words = [word for setting in policy for word in ("--set", setting)]
+        size = ["--set", f"train.micro_batch_size={said['micro_batch_size']}"]
+        alone = json.loads(plan(capsys, *arguments, *at_stage, *size, *words, "--json"))
+        assert row["memory"]["total"] == alone["memory_estimate_bytes"]
+        free = json.loads(plan(capsys, *arguments, *at_stage, *words, "--json"))
+        assert row["largest_micro_batch"] == free["micro_batch_size"]
+    kept = [row["memory"]["activations"] for row in rows]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 5
+    assert [row["memory"]["host"] > 0 for row in rows] == [False] * 4 + [True]
+    assert [row["computed_again"] for row in rows[:3]] == [0, 0, 0]
+    assert rows[3]["computed_again"] == rows[4]["computed_again"] == pytest.approx(1 / 3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [
+        ([], "recompute=none"),
+        (["train.activation_checkpointing=5"], "activation_checkpointing=5"),
+        (["train.activation_checkpointing=all", "train.offload_activations=true"], "offload_activations=true"),
+    ],
+)
+def test_the_chosen_way_is_marked(capsys, settings, chosen):
+    words = [word for setting in settings for word in ("--set", setting)]
+    lines = plan(capsys, "vit_h14_jft", "--gpus", "8", *words).splitlines()
+    start = lines.index("at ZeRO stage 0, by what blocks keep for the backward pass")
+    (line,) = [line for line in lines[start : start + 8] if "fits, chosen" in line]
+    assert chosen in line
+
+
+@pytest.mark.parametrize("setting", ["train.compile=true", "train.cuda_graph=true", "optimizer.frozen=backbone"])
+def test_what_is_refused_beside_the_configuration_is_not_among_the_ways(capsys, setting):
+    said = json.loads(plan(capsys, "vit_b16_i21k", "--gpus", "8", "--set", setting, "--json"))
+    assert not any(row.get("activation_checkpointing") for row in said["policies"])
+
+
 def test_every_number_of_nodes_has_a_line(capsys):
     arguments = ["vit_h14_jft", "--gpus", "64"]
     rows = json.loads(plan(capsys, *arguments, "--json"))["nodes"]
