@@ -1,6 +1,6 @@
 """A plan as a page for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fastvit_engine.commands.plan.options import CPU
@@ -82,7 +82,7 @@ def _memory_table(chosen: Chosen, rows: Sequence[Mapping[str, Any]]) -> list[str
         figures = [f"{getattr(memory, part) / 2**30:.1f}" for part in [*parts, "total"]]
         table.append([str(row["stage"]), *figures, mark, str(row["largest_micro_batch"] or "none")])
     about = f"GiB of each {machine.device} at a micro-batch of {counted(micro_batch, 'image')} (together = {together})"
-    return [about, *_aligned(table, words=len(parts) + 2)]
+    return [about, *_aligned(table, words=[len(parts) + 2])]
 
 
 def _policy_table(chosen: Chosen, rows: Sequence[Policy]) -> list[str]:
@@ -90,7 +90,7 @@ def _policy_table(chosen: Chosen, rows: Sequence[Policy]) -> list[str]:
     if len(rows) < 2:
         return []
     machine = chosen.machine
-    table = [["", "activations", "work", "host", "together", "", "largest micro-batch", "computed again"]]
+    table = [["section train", "activations", "work", "host", "together", "", "largest micro-batch", "computed again"]]
     for row in rows:
         memory = row.memory
         mark = ("fits" if memory.total <= machine.usable else "too much") + (", chosen" if row.is_chosen else "")
@@ -102,16 +102,16 @@ def _policy_table(chosen: Chosen, rows: Sequence[Policy]) -> list[str]:
             [" ".join(settings) or "all is kept", *figures, mark, str(row.largest_micro_batch or "none"), again]
         )
     about = f"at ZeRO stage {chosen.config.zero.stage}, by what blocks keep for the backward pass"
-    return ["", about, *_aligned(table, words=5)]
+    return ["", about, *_aligned(table, words=[0, 5])]
 
 
-def _aligned(table: Sequence[Sequence[str]], *, words: int) -> list[str]:
-    """As lines of columns; numbers stand to the right, the column `words` to the left."""
+def _aligned(table: Sequence[Sequence[str]], *, words: Collection[int]) -> list[str]:
+    """As lines of columns: those of `words` to the left, numbers to the right."""
     widths = [max(len(line[column]) for line in table) for column in range(len(table[0]))]
     return [
         "  "
         + "  ".join(
-            cell.ljust(width) if column == words else cell.rjust(width)
+            cell.ljust(width) if column in words else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in table
