@@ -22,4 +22,5 @@ NVJPEG = Variant(
     bytes_shape,
     torch.uint8,
     _batches,
+    on_gpu=True,
 )

@@ -74,9 +74,12 @@ class Variant:
     stages: Callable[[Dataset, int], StageTimes] | None = None
     exact: bool = True  # an epoch has each sample once
     install: str = ""  # what pip installs it from
+    on_gpu: bool = False
 
     def missing(self) -> str | None:
-        """What is not installed and how to install it; None if it can be imported."""
+        """What is not installed and how to install it, or that there is no GPU; None if it can be measured."""
+        if self.on_gpu and not torch.cuda.is_available():
+            return "no GPU"
         absent = [package for package in self.packages if not _is_installed(package)]
         if not absent:
             return None

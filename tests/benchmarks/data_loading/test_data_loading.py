@@ -12,6 +12,7 @@ from PIL import Image
 from benchmarks.data_loading import variants
 from benchmarks.data_loading.dali import DALI
 from benchmarks.data_loading.measure import Result, measure
+from benchmarks.data_loading.nvjpeg import NVJPEG
 from benchmarks.data_loading.spdl import SPDL
 from benchmarks.data_loading.variants import VARIANTS, StageTimes, Variant, open_dataset
 from benchmarks.suite import wrong
@@ -164,6 +165,11 @@ def test_a_peer_that_fails_is_in_the_report_and_the_exit_code(plain_shards, caps
 def test_a_peer_that_is_absent_is_no_failure():
     assert not wrong({"results": [{"variant": "a", "skipped": "a not installed", "failed": False}]})
     assert wrong({"results": [{"variant": "a", "skipped": "failed: ValueError", "failed": True}]})
+
+
+def test_a_decoder_on_the_gpu_is_left_out_without_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert NVJPEG.missing() == "no GPU"
 
 
 @pytest.mark.parametrize("peer", [DALI, SPDL], ids=lambda peer: peer.name)
