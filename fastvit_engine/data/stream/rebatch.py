@@ -13,9 +13,9 @@ from fastvit_engine.data.stream.batch_memory import BatchMemory
 
 
 def micro_batches(batches: Iterator[Batch], sizes: Sequence[int], config: Config, pin_memory: bool) -> Iterator[Batch]:
-    """The micro-batches of a rank, step by step (see `BatchSplit.micro_batches`): those of size 0 among the others.
+    """The micro-batches of a rank, step by step: `batches`, and one image of padding for each size of 0.
 
-    They become one image of padding. If all are, `batches` is left alone.
+    sizes: see `BatchSplit.micro_batches`. If all are 0, `batches` is left alone.
     """
     if all(sizes):
         yield from batches
