@@ -127,7 +127,8 @@ class Passes:
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._forward, capture_error_mode=_ERRORS):
             output = forward()
-        self._output, self._gradient = output.detach(), torch.empty_like(output)
+        # Not empty memory: what it held would count as an overflow of FP8, where a stand-in computes while it captures.
+        self._output, self._gradient = output.detach(), torch.zeros_like(output)
         with torch.cuda.graph(self._backward, pool=self._forward.pool(), capture_error_mode=_ERRORS):
             self._gradients = backward(output, self._gradient)
 

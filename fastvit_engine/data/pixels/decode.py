@@ -136,7 +136,7 @@ def _with_turbo(
 ) -> np.ndarray:
     height, width = -(-height // reduction), -(-width // reduction)
     memory = buffer.reserve(height, width)
-    end = memoryview(memory).cast("B")[-len(_UNTOUCHED) :]
+    end = memory.data.cast("B")[-len(_UNTOUCHED) :]
     untouched = _UNTOUCHED[-len(end) :]
     end[:] = untouched
     pixels = simplejpeg.decode_jpeg(
