@@ -36,9 +36,9 @@ def policies(config: Config, chosen: Chosen, machine: Machine) -> list[Policy]:
     for settings in _possible(chosen):
         try:
             check_config(with_train(config, **settings))
-            rows.append(_policy(config, chosen, machine, settings))
         except UserError:  # what else is configured does not go with it
             continue
+        rows.append(_policy(config, chosen, machine, settings))
     return rows
 
 
